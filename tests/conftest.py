@@ -1,0 +1,35 @@
+"""Markers become selection: tests that need what this machine lacks are deselected, never skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared",
+        default=os.environ.get("TRTLLM_CT_SHARED"),
+        help="folder with `checkpoints/` and `modelopt-exports/`; selects the tests marked `shared`",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    available = {
+        "shared": bool(config.getoption("--shared")),
+        "library": importlib.util.find_spec("compressed_tensors") is not None,
+        "reference": importlib.util.find_spec("transformers") is not None,
+    }
+    missing = {marker for marker, there in available.items() if not there}
+    deselected = [item for item in items if missing & {mark.name for mark in item.iter_markers()}]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig: pytest.Config) -> Path:
+    return Path(pytestconfig.getoption("--shared")).resolve()

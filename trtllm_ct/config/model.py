@@ -1,0 +1,64 @@
+"""A checkpoint's quantization configuration as frozen values.
+
+JSON ends in `trtllm_ct.config.reader`: nothing after it sees a raw dictionary, an alias or a missing default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme
+
+__all__ = ["ConfigGroup", "QuantizationConfig", "SparsityConfig", "Transform"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigGroup:
+    """One entry of `config_groups`: which modules it targets and how they are quantized."""
+
+    name: str
+    targets: tuple[str, ...]
+    scheme: QuantScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparsityConfig:
+    """The `sparsity_config` block of releases 0.4 to 0.14, when it holds anything."""
+
+    format: CompressionFormat
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    sparsity_structure: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transform:
+    """One `apply` entry of `transform_config`: a rotation, where it sits and what it targets."""
+
+    name: str
+    type: str
+    location: str
+    targets: tuple[str, ...]
+    inverse: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationConfig:
+    """Everything that a compressed-tensors block says, with defaults filled in and aliases resolved.
+
+    `origin` names file and key that the block came from.
+    `modifiers` are the names of the modifiers in `recipe.yaml` beside the weights (`AWQModifier`, ...).
+    `warnings` are things that were read, have no effect here and may surprise: unknown keys above all.
+    """
+
+    groups: tuple[ConfigGroup, ...]
+    ignore: tuple[str, ...] = ()
+    format: CompressionFormat | None = None
+    kv_cache_scheme: QuantArgs | None = None
+    sparsity: SparsityConfig | None = None
+    transforms: tuple[Transform, ...] = ()
+    quantization_status: str | None = None
+    version: str | None = None
+    origin: str = "quantization_config"
+    modifiers: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,205 @@
+"""The shared vocabulary: how weights and activations are quantized, and what a tensor looks like.
+
+Frozen values without behaviour that needs torch.
+Names and meanings are those of compressed-tensors (`QuantizationArgs`, `QuantizationScheme`, 0.20.0)
+and of TensorRT-LLM (`QuantAlgo`); inside this package `value = (code - zero_point) * scale`,
+weights are `(out, in)` = (N, K), and scales multiply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+from typing import Literal
+
+from trtllm_ct.dtypes import DType
+
+__all__ = [
+    "ActOrder",
+    "CompressionFormat",
+    "NumberType",
+    "Packing",
+    "QuantAlgo",
+    "QuantArgs",
+    "QuantScheme",
+    "Strategy",
+    "TensorSpec",
+]
+
+
+class Strategy(StrEnum):
+    """Which elements share one scale (`QuantizationStrategy` upstream)."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+    BLOCK = "block"
+    TOKEN = "token"
+    TENSOR_GROUP = "tensor_group"
+    ATTN_HEAD = "attn_head"
+
+
+class NumberType(StrEnum):
+    """What kind of number a code is."""
+
+    INT = "int"
+    FLOAT = "float"
+
+
+class ActOrder(StrEnum):
+    """Activation ordering; upstream's aliases `dynamic` and `static` are read as these two."""
+
+    GROUP = "group"
+    WEIGHT = "weight"
+
+
+class CompressionFormat(StrEnum):
+    """How a module's weight lies on disk, by the name that compressed-tensors gives it."""
+
+    DENSE = "dense"
+    FAKEQUANT = "fakequant"
+    SPARSE_BITMASK = "sparse-bitmask"
+    SPARSE_24_BITMASK = "sparse-24-bitmask"
+    INT_QUANTIZED = "int-quantized"
+    FLOAT_QUANTIZED = "float-quantized"
+    NAIVE_QUANTIZED = "naive-quantized"
+    PACK_QUANTIZED = "pack-quantized"
+    MARLIN_24 = "marlin-24"
+    NVFP4_PACK_QUANTIZED = "nvfp4-pack-quantized"
+    MXFP4_PACK_QUANTIZED = "mxfp4-pack-quantized"
+    MXFP6_PACK_QUANTIZED = "mxfp6-pack-quantized"
+    MXFP8_QUANTIZED = "mxfp8-quantized"
+    MIXED_PRECISION = "mixed-precision"
+
+
+class QuantAlgo(StrEnum):
+    """TensorRT-LLM's name of a quantization mode (`tensorrt_llm.quantization.QuantAlgo`)."""
+
+    W4A16 = "W4A16"
+    W4A16_AWQ = "W4A16_AWQ"
+    W4A16_GPTQ = "W4A16_GPTQ"
+    W8A16 = "W8A16"
+    FP8 = "FP8"
+    FP8_PER_CHANNEL_PER_TOKEN = "FP8_PER_CHANNEL_PER_TOKEN"
+    MIXED_PRECISION = "MIXED_PRECISION"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantArgs:
+    """How one tensor is quantized; `QuantizationArgs` upstream, with every default filled in.
+
+    `group_size` is set for group and tensor_group strategies only.
+    `block_structure` is (rows, columns) = (along N, along K).
+    `dynamic` is True or "local" for activations whose scale is computed at run time.
+    """
+
+    num_bits: int
+    type: NumberType = NumberType.INT
+    symmetric: bool = True
+    strategy: Strategy = Strategy.TENSOR
+    group_size: int | None = None
+    block_structure: tuple[int, int] | None = None
+    dynamic: bool | Literal["local"] = False
+    actorder: ActOrder | None = None
+    scale_dtype: str | None = None
+    zp_dtype: str | None = None
+
+    @property
+    def number(self) -> str:
+        """`int4`, `fp8`: number type and width in the field's short form."""
+        return f"{'int' if self.type is NumberType.INT else 'fp'}{self.num_bits}"
+
+    def label(self) -> str:
+        """A short name for tables, such as `int4 group 128 asymmetric` or `fp8 token dynamic`."""
+        granularity = str(self.strategy)
+        if self.group_size is not None:
+            granularity += f" {self.group_size}"
+        if self.block_structure is not None:
+            granularity += f" {self.block_structure[0]}x{self.block_structure[1]}"
+        words = [self.number, granularity]
+        if not self.symmetric:
+            words.append("asymmetric")
+        if self.dynamic is not False:
+            words.append("dynamic" if self.dynamic is True else "dynamic local")
+        if self.actorder is ActOrder.GROUP:
+            words.append("actorder group")
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantScheme:
+    """What one config group says about the modules that it targets.
+
+    `format` is the format declared for the group, or for the whole checkpoint; None when neither says.
+    """
+
+    weights: QuantArgs | None = None
+    input_activations: QuantArgs | None = None
+    output_activations: QuantArgs | None = None
+    format: CompressionFormat | None = None
+
+    def label(self) -> str:
+        """A short name for tables, such as `int4 group 128` or `fp8 channel, input fp8 token dynamic`."""
+        parts = [self.weights.label() if self.weights else "weights unquantized"]
+        if self.input_activations:
+            parts.append(f"input {self.input_activations.label()}")
+        if self.output_activations:
+            parts.append(f"output {self.output_activations.label()}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Dtype and shape of a tensor, without the tensor."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a zero-dimensional tensor."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of payload."""
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.torch_name} {list(self.shape)}"
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON form."""
+        return {"dtype": self.dtype.torch_name, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How integer codes of `bits` bits lie in the elements of a container.
+
+    Codes are taken along `axis` (0 = rows, 1 = columns), lowest bits first, `container.bits // bits` to
+    an element; `offset_binary` codes are stored as code + 2^(bits - 1), others in two's complement.
+    """
+
+    bits: int
+    container: DType
+    axis: Literal[0, 1]
+    offset_binary: bool
+
+    @property
+    def per_element(self) -> int:
+        """Codes in one element of the container."""
+        return self.container.bits // self.bits
+
+    def packed_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the container for codes of `shape`, the packed axis rounded up to whole elements."""
+        rows, columns = shape
+        if self.axis == 0:
+            return -(-rows // self.per_element), columns
+        return rows, -(-columns // self.per_element)
+
+    def __str__(self) -> str:
+        along = "rows" if self.axis == 0 else "columns"
+        kind = "offset binary" if self.offset_binary else "signed"
+        return f"{self.bits}-bit {kind} in {self.container.torch_name} along {along}"
