@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme
 
-__all__ = ["ConfigGroup", "QuantizationConfig", "SparsityConfig", "Transform"]
+__all__ = ["ConfigGroup", "ExpertSparsity", "QuantizationConfig", "SparsityConfig", "Transform"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,29 @@ class SparsityConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSparsity:
+    """The `moe_sparsity_config` block: layers that hold fewer experts, renumbered from 0; None for a dense layer."""
+
+    method: str
+    num_experts: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """One `apply` entry of `transform_config`: a rotation, where it sits and what it targets."""
+    """One `apply` entry of `transform_config`: a rotation, where it sits and what it targets.
+
+    `precision` is the torch name of the dtype that online rotations are computed in.
+    """
 
     name: str
     type: str
     location: str
     targets: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
     inverse: bool = False
+    randomize: bool = False
+    head_dim: int | None = None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +71,7 @@ class QuantizationConfig:
     format: CompressionFormat | None = None
     kv_cache_scheme: QuantArgs | None = None
     sparsity: SparsityConfig | None = None
+    expert_sparsity: ExpertSparsity | None = None
     transforms: tuple[Transform, ...] = ()
     quantization_status: str | None = None
     version: str | None = None

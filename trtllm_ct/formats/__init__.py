@@ -1,0 +1,20 @@
+"""The table of weight formats: its entries are the support list, and exactly one must accept a quantized module."""
+
+from __future__ import annotations
+
+from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat
+from trtllm_ct.formats.packed_int import PACKED_INT
+from trtllm_ct.formats.plain_codes import FLOAT8, INT8
+from trtllm_ct.schemes import QuantArgs
+
+__all__ = ["FORMATS", "Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "format_for"]
+
+FORMATS: tuple[WeightFormat, ...] = (PACKED_INT, INT8, FLOAT8)
+
+
+def format_for(args: QuantArgs, stored: StoredSpecs) -> WeightFormat | None:
+    """The one format that accepts these arguments and tensors, or None.
+
+    Entries exclude each other (a test walks the grid of arguments and tensors), so their order has no meaning.
+    """
+    return next((entry for entry in FORMATS if entry.accepts(args, stored)), None)

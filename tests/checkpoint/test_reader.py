@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_ct.checkpoint import reader as reader_module
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.dtypes import DType
+from trtllm_ct.errors import CatalogError
+
+
+def write_file(path: Path, *tensors: tuple[str, str, list[int], bytes], padding: int = 0) -> None:
+    """A safetensors file of (name, dtype, shape, payload), its header made `padding` bytes longer."""
+    header, at = {}, 0
+    for name, dtype, shape, payload in tensors:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(payload)]}
+        at += len(payload)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + padding)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(payload for *_, payload in tensors))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Catalog:
+    """Five shards of one int32 each, whose value is the number of its shard."""
+    for number in range(5):
+        payload = number.to_bytes(4, "little")
+        write_file(tmp_path / f"{number}.safetensors", (f"t{number}", "I32", [1], payload))
+    return Catalog.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DType, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("padding", [0, 1], ids=["aligned", "misaligned"])
+def test_every_dtype_is_read_bit_for_bit(tmp_path: Path, dtype: DType, padding: int) -> None:
+    """Zero and one have the same bits in every place, so they are legal payload for bool too."""
+    payload = bytes([1, 0, 1] * 2 * dtype.itemsize)
+    write_file(tmp_path / "model.safetensors", ("x", dtype.header_name, [2, 3], payload), padding=padding)
+
+    with TensorReader(Catalog.from_directory(tmp_path)) as reader:
+        tensor = reader.read("x")
+
+    assert tensor.dtype == dtype.torch
+    assert tensor.shape == (2, 3)
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % dtype.itemsize == 0
+    assert bytes(tensor.flatten().view(torch.uint8).tolist()) == payload
+
+
+def test_scalar_and_empty_tensors(tmp_path: Path) -> None:
+    write_file(
+        tmp_path / "model.safetensors",
+        ("empty", "BF16", [0, 4], b""),
+        ("scalar", "I32", [], (7).to_bytes(4, "little")),
+        ("last", "F64", [3, 0], b""),
+    )
+
+    with TensorReader(Catalog.from_directory(tmp_path)) as reader:
+        assert reader.read("empty").shape == (0, 4)
+        assert torch.equal(reader.read("scalar"), torch.tensor(7, dtype=torch.int32))
+        assert reader.read("last").dtype == torch.float64
+        assert reader.read("last").shape == (3, 0)
+
+
+def test_a_tensor_is_a_view_of_the_file_unless_it_is_misaligned(tmp_path: Path) -> None:
+    write_file(
+        tmp_path / "model.safetensors", ("a", "I32", [1], bytes(4)), ("b", "U8", [1], b"."), ("c", "I16", [1], b"..")
+    )
+    size = (tmp_path / "model.safetensors").stat().st_size
+
+    with TensorReader(Catalog.from_directory(tmp_path)) as reader:
+        first, third = reader.read("a"), reader.read("c")
+
+    assert first.untyped_storage().nbytes() == size
+    assert third.untyped_storage().nbytes() == 2
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_file(path, ("a", "U8", [4], b"same"))
+    before = path.read_bytes()
+
+    with TensorReader(Catalog.from_directory(tmp_path)) as reader:
+        reader.read("a").zero_()
+
+    assert path.read_bytes() == before
+
+
+def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog) -> None:
+    before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
+
+    with TensorReader(shards, max_open_maps=2) as reader:
+        tensors = [reader.read(f"t{number}") for number in (0, 1, 0, 2, 3, 4)]
+        assert len(reader._maps) == 2
+        if before:
+            assert len(os.listdir("/proc/self/fd")) == len(before)
+
+    assert [int(tensor) for tensor in tensors] == [0, 1, 0, 2, 3, 4]
+
+
+def test_the_map_used_least_recently_goes_first(shards: Catalog) -> None:
+    with TensorReader(shards, max_open_maps=2) as reader:
+        for number in (0, 1, 0, 2):
+            reader.read(f"t{number}")
+
+        assert list(reader._maps) == ["0.safetensors", "2.safetensors"]
+
+
+def test_tensors_outlive_the_reader_which_can_read_on(shards: Catalog) -> None:
+    with TensorReader(shards) as reader:
+        tensor = reader.read("t3")
+
+    assert int(tensor) == 3
+    assert int(reader.read("t4")) == 4
+
+
+def test_bytes_read_counts_what_was_asked_for(shards: Catalog) -> None:
+    with TensorReader(shards) as reader:
+        reader.read("t0")
+        reader.read("t0")
+
+        assert reader.bytes_read == 8
+
+
+def test_an_unknown_name_is_a_key_error(shards: Catalog) -> None:
+    with TensorReader(shards) as reader, pytest.raises(KeyError):
+        reader.read("t9")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 40)], ids=["vanished", "cut"])
+def test_a_file_that_changed_since_the_header_was_read_is_refused(shards: Catalog, change: Any) -> None:
+    change(shards.directory / "1.safetensors")
+
+    with TensorReader(shards) as reader, pytest.raises(CatalogError, match="changed or vanished") as caught:
+        reader.read("t1")
+
+    assert "1.safetensors: t1" in str(caught.value)
+
+
+@pytest.fixture
+def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Collects (offset, length) of every read-ahead."""
+    calls: list[tuple[int, int]] = []
+
+    def advise(_descriptor: int, offset: int, length: int, _advice: int) -> None:
+        calls.append((offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    return calls
+
+
+@pytest.fixture
+def one_file(tmp_path: Path) -> Catalog:
+    write_file(
+        tmp_path / "model.safetensors", *((name, "U8", [10], bytes(10)) for name in "abcde"), ("f", "U8", [0], b"")
+    )
+    return Catalog.from_directory(tmp_path)
+
+
+def allow(monkeypatch: pytest.MonkeyPatch, available: int | None) -> None:
+    monkeypatch.setattr(reader_module, "available_memory", lambda: available)
+
+
+def test_read_ahead_joins_neighbours(
+    one_file: Catalog, advised: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow(monkeypatch, 10**6)
+    start = one_file.tensors["a"].offset
+
+    with TensorReader(one_file) as reader:
+        assert reader.prefetch(["e", "b", "f", "a"]) == 30
+        assert reader.bytes_read == 0
+
+    assert advised == [(start, 20), (start + 40, 10)]
+
+
+@pytest.mark.parametrize(("available", "count"), [(0, 0), (19, 0), (20, 1), (59, 2), (60, 3), (None, 0)])
+def test_read_ahead_stays_inside_half_of_the_available_memory(
+    one_file: Catalog,
+    advised: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    available: int | None,
+    count: int,
+) -> None:
+    allow(monkeypatch, available)
+
+    with TensorReader(one_file) as reader:
+        assert reader.prefetch("ecbda") == 10 * count
+
+    assert sum(length for _, length in advised) == 10 * count
+
+
+def test_read_ahead_is_left_out_where_the_platform_has_none(one_file: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow(monkeypatch, 10**6)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+
+    with TensorReader(one_file) as reader:
+        assert reader.prefetch("abc") == 0
+
+
+def test_read_ahead_of_a_vanished_file_is_not_an_error(shards: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow(monkeypatch, 10**6)
+    (shards.directory / "1.safetensors").unlink()
+
+    with TensorReader(shards) as reader:
+        reader.prefetch(["t0", "t1"])
+
+
+def test_read_ahead_works_with_the_real_kernel(one_file: Catalog) -> None:
+    with TensorReader(one_file) as reader:
+        reader.prefetch("abcdef")
+
+        assert torch.equal(reader.read("c"), torch.zeros(10, dtype=torch.uint8))

@@ -1,0 +1,328 @@
+"""Catalog: every tensor of a checkpoint directory by name, from safetensors headers alone.
+
+Planning works from a catalog, so a 700 GB checkpoint is judged in seconds, and reading trusts it, so what is
+damaged, ambiguous or dangerous is refused here, all faults of all files together.
+
+Which files count: those that `model.safetensors.index.json` names (libraries add shards under names of their own,
+such as `model_mtp.safetensors`, so names alone don't tell); without an index, every `*.safetensors` of the folder.
+`consolidated*` files are a second copy of the weights in Mistral's own names and are read only when alone.
+Neither torch nor any payload is touched.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Self
+
+from trtllm_ct.checkpoint.header import (
+    Header,
+    StoredTensor,
+    list_some,
+    parse_json_object,
+    read_header,
+    refuse_lfs_pointer,
+)
+from trtllm_ct.errors import CatalogError, Fault, FaultCollector
+from trtllm_ct.schemes import TensorSpec
+
+__all__ = ["INDEX_FILE", "PICKLE_SUFFIXES", "Catalog", "StoredTensor"]
+
+INDEX_FILE = "model.safetensors.index.json"
+"""The index that Hugging Face libraries write and look for."""
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""Ends of names under which pickled weights are found."""
+
+_SECOND_COPY = "consolidated"
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+
+_FETCH_MISSING = "The download is incomplete: fetch the missing files from where the checkpoint came from."
+_FIX_INDEX = "Index and shards don't belong together: download all of them again from one revision."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """The tensors of a checkpoint: what they are and where their bytes lie.
+
+    `tensors` is ordered by file, then by place in the file, which is the cheapest order to read them in.
+    `files` are relative to `directory`; `metadata` holds the `__metadata__` of each file that has any;
+    `warnings` tell of files and entries that were seen and may surprise.
+    """
+
+    directory: Path
+    tensors: Mapping[str, StoredTensor]
+    files: tuple[str, ...]
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Self:
+        """Read the headers of all weight files of `directory`.
+
+        Raises `CatalogError` with every fault of every file.
+        Takes about 6 microseconds and 400 bytes per tensor.
+        """
+        selection = _select_files(directory)
+        faults = FaultCollector()
+        with _collector_paused():
+            headers = _read_headers(directory, selection, faults)
+            tensors = _merge(headers, faults)
+            warnings = selection.warnings + _compare_with_index(selection, headers, tensors, faults)
+        faults.raise_if_any(CatalogError)
+        return cls(
+            directory=directory,
+            tensors=MappingProxyType(tensors),
+            files=selection.files,
+            metadata={file: header.metadata for file, header in headers.items() if header.metadata},
+            warnings=warnings,
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor; `KeyError` when there is none of that name."""
+        return self.tensors[name].spec
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of payload of all tensors."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Selection:
+    """The files to read, sorted, and what the index, where there is one, says about them."""
+
+    files: tuple[str, ...]
+    index: str = ""
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def _select_files(directory: Path) -> _Selection:
+    """Decide which files are the checkpoint; raises `CatalogError` when that can't be told."""
+    names = _list_directory(directory)
+    kept = [name for name in names if not name.startswith(_SECOND_COPY)]
+    if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in kept):
+        kept = names
+    shards = [name for name in kept if name.endswith(".safetensors")]
+    indexes = [name for name in kept if name.endswith(".safetensors.index.json")]
+    warnings = _warn_of_ignored(names, kept)
+    if indexes:
+        return _select_from_index(directory, _choose_index(indexes), shards, warnings)
+    if not shards:
+        raise CatalogError(_no_weights(directory, names))
+    _require_all_numbers(shards)
+    return _Selection(files=tuple(shards), warnings=warnings)
+
+
+def _list_directory(directory: Path) -> list[str]:
+    """Sorted names of the entries that can matter: everything that is not hidden."""
+    try:
+        return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise CatalogError(
+            Fault(
+                where=str(directory),
+                expected="a checkpoint directory",
+                found=f"{error.strerror}".lower(),
+                remedy="Give the directory that holds config.json and the weight files.",
+            )
+        ) from None
+
+
+def _warn_of_ignored(names: list[str], kept: list[str]) -> tuple[str, ...]:
+    warnings = []
+    second_copy = [name for name in names if name not in kept and name.endswith(".safetensors")]
+    if second_copy:
+        warnings.append(f"not read, a second copy of the weights: {list_some(second_copy)}")
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        warnings.append(f"not read, pickle files beside safetensors: {list_some(pickles)}")
+    return tuple(warnings)
+
+
+def _no_weights(directory: Path, names: list[str]) -> Fault:
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        return Fault(
+            where=str(directory),
+            expected="safetensors files",
+            found=f"pickle files only: {list_some(pickles)}",
+            remedy="Pickle runs code of the file's author when it is loaded, so it is refused: where you trust the "
+            "author, load the model with transformers and save it with save_pretrained, which writes safetensors.",
+        )
+    return Fault(
+        where=str(directory),
+        expected="safetensors files",
+        found=f"no weights among {list_some(names)}" if names else "an empty directory",
+        remedy="Give the directory that holds the weight files; if this is it, the download is incomplete.",
+    )
+
+
+def _choose_index(indexes: list[str]) -> str:
+    if INDEX_FILE in indexes:
+        return INDEX_FILE
+    if len(indexes) == 1:
+        return indexes[0]
+    raise CatalogError(
+        Fault(
+            where=", ".join(indexes),
+            expected=f"one index, or one called {INDEX_FILE}",
+            found=f"{len(indexes)} indexes",
+            remedy=f"Keep the one that describes the weights to load, under the name {INDEX_FILE}.",
+        )
+    )
+
+
+def _select_from_index(directory: Path, index: str, shards: list[str], warnings: tuple[str, ...]) -> _Selection:
+    weight_map = _read_weight_map(directory, index)
+    files = tuple(sorted(set(weight_map.values())))
+    faults = FaultCollector()
+    for file in files:
+        _require_inside(file, index, faults)
+    faults.raise_if_any(CatalogError)
+    strays = sorted(set(shards) - set(files))
+    if strays:
+        warnings += (f"not read, {index} does not name them: {list_some(strays)}",)
+    return _Selection(files=files, index=index, weight_map=weight_map, warnings=warnings)
+
+
+def _read_weight_map(directory: Path, index: str) -> dict[str, str]:
+    try:
+        text = (directory / index).read_bytes()
+    except OSError as error:
+        raise CatalogError(_unreadable(index, error)) from None
+    refuse_lfs_pointer(text, index)
+    weight_map = parse_json_object(text, index, remedy=_FIX_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or {type(file) for file in weight_map.values()} != {str}:
+        expected = "an object weight_map from tensor names to file names, not empty"
+        raise CatalogError(Fault(where=index, expected=expected, found=_kind(weight_map), remedy=_FIX_INDEX))
+    return weight_map
+
+
+def _kind(weight_map: object) -> str:
+    if not isinstance(weight_map, dict):
+        return "none" if weight_map is None else f"a {type(weight_map).__name__}"
+    odd = [name for name, file in weight_map.items() if not isinstance(file, str)]
+    return f"no file name for {list_some(odd)}" if odd else "an empty one"
+
+
+def _require_inside(file: str, index: str, faults: FaultCollector) -> None:
+    r"""Add a fault unless `file` names a safetensors file inside the directory.
+
+    The text is judged, not where a link leads: in a hub cache every file links to `../../blobs`.
+    Backslashes are refused because `..\x` is a name here and a way out elsewhere.
+    """
+    parts = file.split("/")
+    if PurePosixPath(file).is_absolute() or {"", ".", ".."} & set(parts) or re.search(r"[\\:\0]", file):
+        expected, remedy = "paths inside the checkpoint directory", "Do not load this checkpoint unless you know why."
+        faults.add(where=index, expected=expected, found=repr(file), remedy=remedy)
+    elif not file.endswith(".safetensors"):
+        remedy = "Pickle and other formats are refused because loading them can run code: convert to safetensors."
+        faults.add(where=index, expected="names of safetensors files", found=repr(file), remedy=remedy)
+
+
+def _require_all_numbers(shards: list[str]) -> None:
+    """Without an index, the names `x-00001-of-00003` are the only witness of a missing shard."""
+    present: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for shard in shards:
+        if match := _NUMBERED.fullmatch(shard):
+            present[match["stem"], match["total"]].add(int(match["number"]))
+    faults = FaultCollector()
+    for (stem, total), numbers in present.items():
+        missing = [str(number) for number in range(1, min(int(total), 10**5) + 1) if number not in numbers]
+        if missing:
+            where, found = f"{stem}-*-of-{total}.safetensors", f"no number {list_some(missing)}"
+            faults.add(where=where, expected=f"{int(total)} shards", found=found, remedy=_FETCH_MISSING)
+    faults.raise_if_any(CatalogError)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from walking 10^6 fresh objects again and again: that doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read_headers(directory: Path, selection: _Selection, faults: FaultCollector) -> dict[str, Header]:
+    """The headers of all files that are sound; the faults of the others are gathered."""
+    headers = {}
+    for file in selection.files:
+        try:
+            headers[file] = read_header(directory / file, file)
+        except FileNotFoundError:
+            tensors = [name for name, shard in selection.weight_map.items() if shard == file]
+            expected = f"the file, which {selection.index} names for {len(tensors)} tensors" if tensors else "a file"
+            found = "a link that leads nowhere" if (directory / file).is_symlink() else "no such file"
+            faults.add(where=file, expected=expected, found=found, remedy=_FETCH_MISSING)
+        except OSError as error:
+            faults.faults.append(_unreadable(file, error))
+        except CatalogError as error:
+            faults.faults.extend(error.faults)
+    return headers
+
+
+def _unreadable(file: str, error: OSError) -> Fault:
+    found = f"{error.strerror or error}".lower()
+    return Fault(where=file, expected="a readable file", found=found, remedy="Check its permissions and the disk.")
+
+
+def _merge(headers: Mapping[str, Header], faults: FaultCollector) -> dict[str, StoredTensor]:
+    """All tensors by name; a name in two files has no answer to which one counts."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        twice: dict[str, list[str]] = defaultdict(list)
+        for name in header.tensors.keys() & tensors.keys():
+            twice[tensors[name].file].append(name)
+        for other, names in sorted(twice.items()):
+            faults.add(
+                where=f"{other} and {file}",
+                expected="each tensor in one file",
+                found=f"{len(names)} in both: {list_some(sorted(names))}",
+                remedy="Files of two checkpoints may lie in one directory: keep those of one of them.",
+            )
+        tensors.update(header.tensors)
+    return tensors
+
+
+def _compare_with_index(
+    selection: _Selection, headers: Mapping[str, Header], tensors: Mapping[str, StoredTensor], faults: FaultCollector
+) -> tuple[str, ...]:
+    """Add faults for entries that no file has; warn of tensors that the index misplaces or doesn't know.
+
+    Files without a sound header have their own faults already.
+    """
+    if not selection.index:
+        return ()
+    missing: dict[str, list[str]] = defaultdict(list)
+    misplaced = []
+    for name, file in selection.weight_map.items():
+        if file in headers and name not in headers[file].tensors:
+            misplaced.append(name) if name in tensors else missing[file].append(name)
+    for file, names in sorted(missing.items()):
+        found = f"{len(names)} of them in no file: {list_some(names)}"
+        faults.add(where=file, expected=f"the tensors that {selection.index} lists", found=found, remedy=_FIX_INDEX)
+    unlisted = sorted(tensors.keys() - selection.weight_map.keys())
+    return (
+        *_warning("in another file than the index says, read from there", misplaced),
+        *_warning("not in the index, read nevertheless", unlisted),
+    )
+
+
+def _warning(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    named = list_some(names)
+    return (f"{what}: {named}",) if named else ()

@@ -1,0 +1,101 @@
+"""An output directory that is there completely or not at all.
+
+Work happens in `.OUT.partial` beside OUT and is renamed at the end, so that nobody ever loads half a checkpoint and a
+run that fails leaves an old OUT as it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trtllm_ct.errors import Fault, UsageError
+
+__all__ = ["check_output_place", "replacing_directory"]
+
+
+def check_output_place(source: Path, out: Path) -> None:
+    """Raise `UsageError` when one of the two directories is, or lies in, the other; links are followed."""
+    source, out = source.resolve(), out.resolve()
+    if source == out or source in out.parents or out in source.parents:
+        raise UsageError(
+            Fault(
+                where=str(out),
+                expected="an output directory apart from the source",
+                found="the source itself" if source == out else f"one inside the other, the source being {source}",
+                remedy="Choose an output directory beside the source.",
+            )
+        )
+
+
+@contextmanager
+def replacing_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give an empty directory to work in, which becomes `out` when the block ends without an error.
+
+    On any error, interrupts included, it is removed and `out` is left as it was. With `overwrite` an existing `out` is
+    replaced at the very end; without, it is refused. What a crashed run left in the working place is removed first;
+    missing parent folders are made. Raises `UsageError` before yielding when `out` can't be written.
+    """
+    out = out.resolve()
+    _require_free(out, overwrite=overwrite)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        remedy = "Choose an output directory in a place that you can write to."
+        raise _unusable(partial, f"{error.strerror or error}".lower(), remedy) from None
+    try:
+        yield partial
+        _require_free(out, overwrite=overwrite)
+        _install(partial, out)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _require_free(out: Path, *, overwrite: bool) -> None:
+    remedy = "Choose another place for the output."
+    if not out.name:
+        found = "the root of the file system"
+    elif out.exists() and not out.is_dir():
+        found = "a file of that name"
+    elif out.exists() and not overwrite:
+        found, remedy = "a directory of that name", "Choose another name, or replace it with --overwrite."
+    elif out.exists() and any(place == out or out in place.parents for place in (Path.cwd(), Path.home())):
+        # Replacing means deleting what is there; these two are named by mistake.
+        found = "a directory that holds the current or the home directory"
+    else:
+        return
+    raise _unusable(out, found, remedy)
+
+
+def _unusable(out: Path, found: str, remedy: str) -> UsageError:
+    return UsageError(Fault(where=str(out), expected="a place for a new directory", found=found, remedy=remedy))
+
+
+def _install(partial: Path, out: Path) -> None:
+    """Put the finished directory in place; the old one, if any, is deleted only after that."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.with_name(f".{out.name}.replaced")
+    _remove(old)
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    # The new directory is in place: what can't be deleted of the old one is no reason to fail.
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory, a file or a link, whichever it is; a link is not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""TensorReader: payload of cataloged tensors, as views of memory-mapped files.
+
+Nothing is copied: a tensor is a window on the kernel's page cache, its bytes come from disk when they are first
+touched, and they can be dropped again under memory pressure. A map costs address space, not memory, but a process
+may hold only so many of them, so the reader keeps the latest few.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Self
+
+from trtllm_ct.checkpoint.memory import available_memory
+from trtllm_ct.errors import CatalogError, Fault
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
+
+__all__ = ["TensorReader"]
+
+_READ_AHEAD_SHARE = 0.5
+"""Of the memory that is available, what read-ahead may fill: the rest is for tensors made from what was read."""
+
+
+class TensorReader:
+    """Reads tensors of a catalog by name.
+
+    Peak memory is what is touched: untouched parts of a tensor take none, and clean pages are file cache.
+    Keeps at most `max_open_maps` maps and no file descriptor; a tensor keeps the map that it views alive,
+    also after `close`. `bytes_read` counts the payload of all tensors asked for. For use from one thread.
+    """
+
+    def __init__(self, catalog: Catalog, *, max_open_maps: int = 16) -> None:
+        self._catalog = catalog
+        self._max_open_maps = max_open_maps
+        self._maps: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.bytes_read = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of all maps; tensors handed out stay valid, and a later `read` maps again."""
+        self._maps.clear()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`: contiguous, of the dtype and shape in the catalog, on the CPU.
+
+        A view of a private map: writing to it changes neither the file nor other processes, only what this reader
+        returns for the same bytes while it keeps the map. A payload that is not aligned to its item size is copied.
+        Its storage is the whole file, so clone a tensor before pickling it or sharing it with another process.
+        Raises `KeyError` for a name that is not in the catalog, `CatalogError` when the file changed since.
+        """
+        tensor = self._catalog.tensors[name]
+        octets = self._map(tensor)[tensor.offset : tensor.offset + tensor.spec.nbytes]
+        if len(octets) < tensor.spec.nbytes:
+            raise _changed(tensor, f"{len(octets)} of them")
+        self.bytes_read += tensor.spec.nbytes
+        if tensor.offset % tensor.spec.dtype.itemsize:
+            octets = octets.clone()
+        return octets.view(tensor.spec.dtype.torch).view(tensor.spec.shape)
+
+    def prefetch(self, names: Iterable[str]) -> int:
+        """Ask the kernel to read these tensors into the file cache, in the background; returns the bytes asked for.
+
+        Names come in the order of their use: the first ones count when not all fit into half of the memory that is
+        available to this process (control groups included). Does nothing where memory can't be determined or the
+        platform has no such call.
+        """
+        available = available_memory()
+        if available is None or not hasattr(os, "posix_fadvise"):
+            return 0
+        budget = int(available * _READ_AHEAD_SHARE)
+        spans = _first_within(budget, (self._catalog.tensors[name] for name in names))
+        for file, ranges in _merge(spans).items():
+            self._advise(file, ranges)
+        return sum(end - begin for _, begin, end in spans)
+
+    def _map(self, tensor: StoredTensor) -> torch.Tensor:
+        """All bytes of a tensor's file, mapped now or before; the map used least recently makes room."""
+        if tensor.file not in self._maps:
+            try:
+                self._maps[tensor.file] = _map_file(self._catalog.directory / tensor.file)
+            except (OSError, RuntimeError) as error:
+                raise _changed(tensor, str(error)) from None
+            if len(self._maps) > self._max_open_maps:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(tensor.file)
+        return self._maps[tensor.file]
+
+    def _advise(self, file: str, ranges: list[tuple[int, int]]) -> None:
+        with suppress(OSError):  # only advice: what is wrong with the file will show when it is read
+            descriptor = os.open(self._catalog.directory / file, os.O_RDONLY)
+            try:
+                for begin, end in ranges:
+                    os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _map_file(path: Path) -> torch.Tensor:
+    """The bytes of a file; unlike `mmap.mmap`, torch closes the file, and with shared=False writing copies pages."""
+    import torch
+
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def _changed(tensor: StoredTensor, found: str) -> CatalogError:
+    return CatalogError(
+        Fault(
+            where=f"{tensor.file}: {tensor.name}",
+            expected=f"{tensor.spec.nbytes} bytes at byte {tensor.offset}, as when the header was read",
+            found=found,
+            remedy="The file changed or vanished while it was in use: wait until it is complete and start again.",
+        )
+    )
+
+
+def _first_within(budget: int, tensors: Iterable[StoredTensor]) -> list[tuple[str, int, int]]:
+    """File, begin and end of the leading tensors that take no more than `budget` bytes together."""
+    spans = []
+    for tensor in tensors:
+        budget -= tensor.spec.nbytes
+        if budget < 0:
+            break
+        if tensor.spec.nbytes:
+            spans.append((tensor.file, tensor.offset, tensor.offset + tensor.spec.nbytes))
+    return spans
+
+
+def _merge(spans: Iterable[tuple[str, int, int]]) -> dict[str, list[tuple[int, int]]]:
+    """Ranges by file, sorted, with those that touch made one."""
+    merged: dict[str, list[tuple[int, int]]] = {}
+    for file, begin, end in sorted(spans):
+        ranges = merged.setdefault(file, [])
+        if ranges and begin <= ranges[-1][1]:
+            ranges[-1] = ranges[-1][0], max(end, ranges[-1][1])
+        else:
+            ranges.append((begin, end))
+    return merged

@@ -1,0 +1,124 @@
+"""JSON of `config_groups` -> `ConfigGroup`: full schemes, preset names and the short form of TensorRT-LLM's docs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from trtllm_ct.config.arguments import ARGUMENT_KEYS, read_activation_args, read_weight_args
+from trtllm_ct.config.json_object import JsonObject
+from trtllm_ct.config.model import ConfigGroup
+from trtllm_ct.config.presets import PRESETS, former_meaning, parse_release, preset_scheme
+from trtllm_ct.schemes import CompressionFormat, QuantScheme
+
+__all__ = ["read_groups"]
+
+_LINEAR = "Linear"
+_ARGUMENTS = ("weights", "input_activations", "output_activations")
+_GROUP_KEYS = ("targets", *_ARGUMENTS, "format")
+
+
+def read_groups(
+    groups: JsonObject,
+    *,
+    global_format: CompressionFormat | None,
+    version: str | None,
+) -> tuple[ConfigGroup, ...]:
+    """Read all groups, in the order of the config; `version` is the release that wrote it, if known."""
+    # "mixed-precision" says that each group has its own format.
+    inherited = None if global_format is CompressionFormat.MIXED_PRECISION else global_format
+    found = tuple(
+        _read_group(groups, name, inherited)
+        if isinstance(value, Mapping)
+        else _read_preset(groups, name, inherited, version)
+        for name, value in groups.raw.items()
+    )
+    _warn_of_shared_targets(groups, found)
+    return found
+
+
+def _read_group(groups: JsonObject, name: str, inherited: CompressionFormat | None) -> ConfigGroup:
+    group = JsonObject(groups.raw[name], groups.path(name), groups.findings)
+    short = _short_weights(group)
+    if not short:
+        group.warn_unknown(_GROUP_KEYS)
+    scheme = QuantScheme(
+        weights=read_weight_args(short or group.child("weights")),
+        input_activations=read_activation_args(group.child("input_activations")),
+        output_activations=read_activation_args(group.child("output_activations")),
+        format=_declared_format(group) or inherited,
+    )
+    return ConfigGroup(name=name, targets=_targets(groups, group), scheme=scheme)
+
+
+def _short_weights(group: JsonObject) -> JsonObject | None:
+    """In the short form of TensorRT-LLM's documentation the arguments of the weights stand in the group itself."""
+    if any(key in group.raw for key in _ARGUMENTS) or not any(key in group.raw for key in ARGUMENT_KEYS):
+        return None
+    arguments = {key: value for key, value in group.raw.items() if key not in _GROUP_KEYS}
+    return JsonObject(arguments, group.where, group.findings)
+
+
+def _declared_format(group: JsonObject) -> CompressionFormat | None:
+    declared = group.choice("format", CompressionFormat, None)
+    if declared is CompressionFormat.MIXED_PRECISION:
+        group.fault("format", expected="the format of this group; mixed-precision is a label of whole checkpoints")
+    return declared
+
+
+def _targets(groups: JsonObject, group: JsonObject) -> tuple[str, ...]:
+    """The targets of a group; a sole group that declares none can only mean every Linear."""
+    if group.raw.get("targets") is not None:
+        return _read_targets(group, "targets")
+    if len(groups.raw) > 1:
+        group.fault(
+            "targets",
+            expected="a list of module names, classes or `re:` patterns",
+            remedy="Name the modules of each group; with several groups nothing else says which belong to which.",
+        )
+        return ()
+    group.warn("declares no targets; as the only group it is read as every Linear")
+    return (_LINEAR,)
+
+
+def _read_targets(source: JsonObject, key: str) -> tuple[str, ...]:
+    targets = source.patterns(key)
+    if not source.raw[key]:
+        source.warn(f"{key} is empty, so the group applies to no module")
+    # TensorRT-LLM's documentation targets "weight" where the library says "Linear".
+    return tuple(_LINEAR if target == "weight" else target for target in targets)
+
+
+def _read_preset(
+    groups: JsonObject,
+    name: str,
+    inherited: CompressionFormat | None,
+    version: str | None,
+) -> ConfigGroup:
+    """A group whose name is a preset and whose value is its target list."""
+    release = parse_release(version)
+    scheme = preset_scheme(name, release)
+    if scheme is None:
+        groups.fault(
+            name,
+            expected="a JSON object, or a list of targets under a preset name",
+            remedy=f"Preset names are {', '.join(PRESETS)}; any other group needs its arguments spelled out.",
+        )
+        return ConfigGroup(name=name, targets=(), scheme=QuantScheme())
+    former = former_meaning(name)
+    if former and release is None:
+        major, minor = former.until
+        groups.warn(
+            f"the preset {name} is read as {scheme.label()}, but releases before {major}.{minor} meant "
+            f"{former.scheme.label()}, and no version says which release wrote this"
+        )
+    return ConfigGroup(name=name, targets=_read_targets(groups, name), scheme=replace(scheme, format=inherited))
+
+
+def _warn_of_shared_targets(groups: JsonObject, found: tuple[ConfigGroup, ...]) -> None:
+    owners: dict[str, str] = {}
+    for group in found:
+        for target in dict.fromkeys(group.targets):
+            if target in owners:
+                groups.warn(f"{owners[target]} and {group.name} both target {target!r}; the last one counts")
+            owners[target] = group.name

@@ -1,0 +1,130 @@
+"""`convert_checkpoint`: a compressed-tensors directory in, a ModelOpt or plain directory out, whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
+from trtllm_ct.dtypes import DType
+from trtllm_ct.errors import Fault, UsageError
+from trtllm_ct.pipeline import open_checkpoint
+from trtllm_ct.plan.model import Plan
+from trtllm_ct.targets.hf_directory import write_hf_directory
+
+__all__ = ["CONVERT_TARGETS", "DENSE_DTYPES", "ConversionReport", "convert_checkpoint"]
+
+CONVERT_TARGETS = ("modelopt", "dense")
+DENSE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+Started = Callable[[Plan], Callable[[int], None]]
+"""Called with the plan when writing begins; gives the function that is told of each tensor's bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did: bytes, seconds, how many modules of each mode, and which were dequantized and why."""
+
+    source: Path
+    out: Path
+    plan: Plan
+    weight_files: tuple[str, ...]
+    carried_files: tuple[str, ...]
+    seconds: float
+
+    @property
+    def modes(self) -> Counter[str]:
+        """Delivered mode to number of modules, quantized modules only."""
+        return Counter(module.delivered_mode for module in self.plan.modules if module.weight is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "source": str(self.source),
+            "out": str(self.out),
+            "target": self.plan.target,
+            "modes": dict(self.modes),
+            "dequantized": {module.name: module.reason for module in self.plan.modules if module.dequantized},
+            "stored_bytes": self.plan.stored_bytes,
+            "delivered_bytes": self.plan.delivered_bytes,
+            "weight_files": list(self.weight_files),
+            "carried_files": list(self.carried_files),
+            "seconds": self.seconds,
+            "warnings": list(self.plan.warnings),
+        }
+
+
+def convert_checkpoint(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    to: str = "modelopt",
+    dtype: str = "auto",
+    strict: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    device: str = "cpu",
+    on_start: Started | None = None,
+) -> ConversionReport:
+    """Convert a directory for the target `to`, `modelopt` or `dense`.
+
+    `dtype` is that of dequantized modules (auto: the model's); with float16 every plain tensor is cast too, and one that does not
+    fit is an error. Work happens in `.OUT.partial` beside `out`, which becomes `out` at the end and is removed on any error.
+    Memory: one module at a time. Raises `UsageError` before anything is read, and the `CheckpointError` of the stage that found faults.
+    """
+    directory, out = Path(directory), Path(out)
+    _require_one_of("--to", to, CONVERT_TARGETS)
+    _require_one_of("--dtype", dtype, DENSE_DTYPES)
+    _require_device(device)
+    check_output_place(directory, out)
+    started = time.perf_counter()
+    # Entered before the source is read: an output that can't be written is refused at once.
+    with replacing_directory(out, overwrite=overwrite) as partial:
+        checkpoint = open_checkpoint(directory)
+        plan = checkpoint.plan(to, dtype=None if dtype == "auto" else DType.from_torch(dtype), strict=strict)
+        progress = on_start(plan) if on_start else _ignore
+        files = write_hf_directory(
+            checkpoint, plan, partial, max_shard_bytes=max_shard_bytes, progress=progress, device=device
+        )
+    return ConversionReport(
+        source=directory,
+        out=out,
+        plan=plan,
+        weight_files=files.weights,
+        carried_files=files.carried,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _ignore(nbytes: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _require_one_of(option: str, value: str, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise UsageError(
+            Fault(where=option, expected=" or ".join(values), found=repr(value), remedy="Choose one of these.")
+        )
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        usable = torch.device(device).type == "cpu" or torch.empty(0, device=device).is_cuda
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise UsageError(
+            Fault(
+                where="--device",
+                expected="cpu, or cuda on a machine with a GPU and a torch that was built for it",
+                found=repr(device),
+                remedy="Leave --device out to convert on the CPU.",
+            )
+        )

@@ -1,0 +1,115 @@
+"""What a weight format is: how the tensors of one module make a weight of codes.
+
+A format answers three questions, in the order of the pipeline:
+`accepts` (is this module stored in my format?) and `describe` (which tensors, which shape?) from headers alone, then
+`decode` from the tensors. `encode` is the inverse of `decode`; tests prove one with the other.
+Formats meet targets in `Codes`, so N formats and M targets need N + M pieces of code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trtllm_ct.errors import FaultCollector
+from trtllm_ct.schemes import CompressionFormat, Packing, QuantArgs, Strategy, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "scale_shape"]
+
+StoredSpecs = Mapping[str, TensorSpec]
+"""The tensors of one module by their local names (`weight_packed`, `weight_scale`, ...)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """One quantized weight as it lies on disk, known from headers.
+
+    `shape` is the logical (N, K). `packing` says how integer codes lie in the tensor named `codes`; None where elements are
+    the codes themselves as floats. `zero_point_packing` is None when there is no zero point or it is stored plain.
+    `consumed` are the local names that belong to the weight.
+    """
+
+    format: WeightFormat
+    args: QuantArgs
+    shape: tuple[int, int]
+    codes: str
+    packing: Packing | None
+    has_zero_point: bool = False
+    zero_point_packing: Packing | None = None
+    consumed: tuple[str, ...]
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """The scale as (rows, groups); 1 where rows or columns share it."""
+        return scale_shape(self.args, self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codes:
+    """A weight between stored and delivered form: `value = (code - zero_point) * scale`.
+
+    `values` is still packed as `packing` says; for float8 codes `packing` is None and `values` are [N, K] themselves.
+    `scale` is in its stored dtype, reshaped to (rows, groups); `zero_point` is int8 of that shape, or None.
+    """
+
+    values: Tensor
+    packing: Packing | None
+    shape: tuple[int, int]
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+class WeightFormat(ABC):
+    """The contract of one weight format; a final class per file, one instance in `FORMATS`."""
+
+    name: str
+    """What the support matrix calls it."""
+    declared_as: frozenset[CompressionFormat]
+    """The names under which configurations declare it."""
+
+    @abstractmethod
+    def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
+        """Whether a module with these arguments and tensors is stored in this format."""
+
+    @abstractmethod
+    def describe(
+        self,
+        module: str,
+        args: QuantArgs,
+        stored: StoredSpecs,
+        expected_shape: tuple[int, int] | None,
+        faults: FaultCollector,
+    ) -> StoredWeight | None:
+        """What the module's tensors make, or None with every contradiction added to `faults`.
+
+        `expected_shape` is what the model's architecture says, where it is known; it settles what headers leave open.
+        """
+
+    @abstractmethod
+    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        """The stored tensors as `Codes`, without unpacking what can stay packed."""
+
+    @abstractmethod
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:
+        """The inverse of `decode`: tensors by local name, as compressed-tensors writes them."""
+
+
+def scale_shape(args: QuantArgs, shape: tuple[int, int]) -> tuple[int, int]:
+    """How many scales a weight of `shape` has, as (rows, columns).
+
+    tensor (1, 1); channel (N, 1); group (N, ceil(K / g)); block (ceil(N / rows), ceil(K / columns)).
+    Source: compressed-tensors 0.20 `quantization/lifecycle/initialize.py`.
+    """
+    rows, columns = shape
+    if args.strategy is Strategy.TENSOR:
+        return 1, 1
+    if args.strategy is Strategy.BLOCK and args.block_structure is not None:
+        return -(-rows // args.block_structure[0]), -(-columns // args.block_structure[1])
+    if args.group_size is not None:
+        return rows, -(-columns // args.group_size)
+    return rows, 1

@@ -1,0 +1,103 @@
+"""Who decodes: this package's own codecs, or the compressed-tensors library.
+
+Both answer the same two calls, so that a plan runs with either and tests compare them.
+The library is imported when its codec is first used and not before: that costs seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from trtllm_ct.formats.base import Codes, StoredWeight
+from trtllm_ct.layouts.packing import INT8_PLAIN, unpack_codes
+from trtllm_ct.layouts.scales import dequantize
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["LIBRARY", "NATIVE", "Codec"]
+
+
+class Codec(Protocol):
+    """Turns the stored tensors of one module (by local name) into codes or into plain weights."""
+
+    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        """Codes, scale and zero point."""
+
+    def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Plain weights [N, K] of `dtype`."""
+
+
+class _NativeCodec:
+    """The formats of this package; every dequantized element is the exact value rounded once."""
+
+    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        return weight.format.decode(weight, stored)
+
+    def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        codes = self.decode(weight, stored)
+        values = codes.values
+        if codes.packing is not None:
+            values = unpack_codes(values, codes.packing, codes.shape)
+        return dequantize(values, codes.scale, codes.zero_point, weight.args.group_size, dtype)
+
+
+class _LibraryCodec:
+    """The compressed-tensors package: its bit unpacking for codes, its decompressors for plain weights.
+
+    Its decompressors compute in the dtype of the scale; that result is then converted to `dtype`.
+    Source: compressed-tensors 0.20 `compressors/base.py`, `compressors/pack_quantized/helpers.py`.
+    """
+
+    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        codes = weight.format.decode(weight, stored)
+        if codes.packing is None or codes.packing == INT8_PLAIN:
+            return codes
+        import torch
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        bits = weight.args.num_bits
+        zero_point = codes.zero_point
+        if weight.zero_point_packing is not None:
+            zero_point = unpack_from_int32(
+                stored["weight_zero_point"], bits, torch.Size(weight.scale_shape), packed_dim=0
+            )
+        return Codes(
+            values=unpack_from_int32(codes.values, bits, torch.Size(weight.shape)),
+            packing=INT8_PLAIN,
+            shape=weight.shape,
+            scale=codes.scale,
+            zero_point=zero_point,
+        )
+
+    def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        from compressed_tensors.compressors import BaseCompressor
+
+        compressor = BaseCompressor.get_value_from_registry(weight.format.name)
+        # The library insists on weight_shape and on the shapes that its own writer gives.
+        tensors = weight.format.encode(self.decode(weight, stored), weight.args)
+        dense: Tensor = compressor.decompress(tensors, _library_scheme(weight))["weight"]
+        return dense.to(dtype)
+
+
+def _library_scheme(weight: StoredWeight) -> object:
+    """The library's scheme object for one weight."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = weight.args
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(
+            num_bits=args.num_bits,
+            type=str(args.type),
+            symmetric=not weight.has_zero_point,
+            strategy=str(args.strategy),
+            group_size=args.group_size,
+        ),
+    )
+
+
+NATIVE: Codec = _NativeCodec()
+LIBRARY: Codec = _LibraryCodec()

@@ -1,0 +1,110 @@
+"""`int-quantized`, `float-quantized`, `naive-quantized`: one code an element, in the weight's own shape.
+
+| local name          | dtype                 | shape                                        |
+|---------------------|-----------------------|----------------------------------------------|
+| `weight`            | int8 or float8_e4m3fn | [N, K]                                       |
+| `weight_scale`      | bf16, f16, f32        | one element, [N, 1] or [N, ceil(K / g)]      |
+| `weight_zero_point` | int8                  | as the scale; integer codes only, never packed |
+
+The three names share one codec upstream, and 2024's writers label the same bytes now one way, now another; what tells
+integers from floats is the dtype of `weight`.
+Source: compressed-tensors 0.20 `compressors/naive_quantized/base.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.errors import FaultCollector
+from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat
+from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape
+from trtllm_ct.layouts.packing import INT8_PLAIN, repack
+from trtllm_ct.schemes import CompressionFormat, NumberType, Packing, QuantArgs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FLOAT8", "INT8"]
+
+
+class _PlainCodes(WeightFormat):
+    """Codes of one dtype, stored as they are."""
+
+    def __init__(self, name: str, number: NumberType, dtype: DType, packing: Packing | None, label: str) -> None:
+        self.name = name
+        self.number = number
+        self.dtype = dtype
+        self.packing = packing
+        self.declared_as = frozenset({CompressionFormat(label), CompressionFormat.NAIVE_QUANTIZED})
+
+    def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
+        """Arguments of the number type, and a `weight` of the dtype with a float scale, if it has one.
+
+        A float8 weight with an exponent-only scale is MXFP8 and not this format.
+        """
+        weight, scale = stored.get("weight"), stored.get("weight_scale")
+        return (
+            args.type is self.number
+            and weight is not None
+            and weight.dtype is self.dtype
+            and (scale is None or scale.dtype not in {DType.U8, DType.F8_E8M0})
+        )
+
+    def describe(
+        self,
+        module: str,
+        args: QuantArgs,
+        stored: StoredSpecs,
+        expected_shape: tuple[int, int] | None,
+        faults: FaultCollector,
+    ) -> StoredWeight | None:
+        """See the table above."""
+        before = len(faults.faults)
+        spec = stored["weight"]
+        if not check_codes(module, "weight", spec, self.dtype, faults):
+            return None
+        shape = (spec.shape[0], spec.shape[1])
+        check_shape(module, shape, expected_shape, faults)
+        check_scale(module, args, stored, shape, faults)
+        zero_point = stored.get("weight_zero_point") if self.packing is not None else None
+        if zero_point is not None:
+            check_plain_zero_point(module, args, zero_point, shape, faults)
+        if len(faults.faults) > before:
+            return None
+        names = ("weight", "weight_scale") + (("weight_zero_point",) if zero_point is not None else ())
+        return StoredWeight(
+            format=self,
+            args=args,
+            shape=shape,
+            codes="weight",
+            packing=self.packing,
+            has_zero_point=zero_point is not None,
+            consumed=names,
+        )
+
+    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        """The stored tensors themselves, reshaped."""
+        zero_point = stored["weight_zero_point"].reshape(weight.scale_shape) if weight.has_zero_point else None
+        return Codes(
+            values=stored["weight"],
+            packing=self.packing,
+            shape=weight.shape,
+            scale=stored["weight_scale"].reshape(weight.scale_shape),
+            zero_point=zero_point,
+        )
+
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
+        """One code an element; `codes` may come in any packing."""
+        values = codes.values
+        if codes.packing is not None:
+            values = repack(values, codes.packing, INT8_PLAIN, codes.shape)
+        tensors = {"weight": values, "weight_scale": codes.scale}
+        if codes.zero_point is not None:
+            tensors["weight_zero_point"] = codes.zero_point
+        return tensors
+
+
+INT8 = _PlainCodes("int-quantized", NumberType.INT, DType.I8, INT8_PLAIN, "int-quantized")
+FLOAT8 = _PlainCodes("float-quantized", NumberType.FLOAT, DType.F8_E4M3, None, "float-quantized")

@@ -1,0 +1,122 @@
+"""`inspect_checkpoint`: everything that can be said about a directory from its headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from trtllm_ct.detect import Detection, FormatDetector
+from trtllm_ct.errors import CheckpointError, Fault
+from trtllm_ct.pipeline import open_checkpoint
+from trtllm_ct.plan.model import ModulePlan, Plan
+from trtllm_ct.targets import target_named
+
+__all__ = ["Inspection", "SchemeRow", "inspect_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeRow:
+    """Modules that share stored scheme, native mode, delivery and reason, with their bytes now and after."""
+
+    modules: tuple[str, ...]
+    stored_scheme: str
+    native_mode: str
+    delivered_mode: str
+    reason: str
+    stored_bytes: int
+    delivered_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "modules": list(self.modules),
+            "scheme": self.stored_scheme,
+            "native_mode": self.native_mode,
+            "mode": self.delivered_mode,
+            "reason": self.reason,
+            "stored_bytes": self.stored_bytes,
+            "delivered_bytes": self.delivered_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What was detected, what the plan for a target says, and every problem that keeps the checkpoint from it.
+
+    `plan` is None when there are problems.
+    """
+
+    directory: Path
+    target: str
+    detection: Detection
+    plan: Plan | None
+    problems: tuple[Fault, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Oddities that change nothing: of detection, configuration, files and plan."""
+        return self.detection.disagreements + (self.plan.warnings if self.plan else ())
+
+    def rows(self) -> Iterator[SchemeRow]:
+        """The modules of the plan, grouped by how they are stored and delivered; quantized ones first."""
+        if self.plan is None:
+            return
+        modules = sorted(self.plan.modules, key=_row_key)
+        for _key, members in groupby(modules, key=_row_key):
+            yield _row(tuple(members))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; the parts of the plan are null when there are problems."""
+        plan = self.plan
+        return {
+            "directory": str(self.directory),
+            "target": self.target,
+            "detection": self.detection.to_dict(),
+            "architecture": plan.architecture if plan else None,
+            "schemes": [row.to_dict() for row in self.rows()],
+            "modules": [module.to_dict() for module in plan.modules] if plan else None,
+            "quantization": plan.quant_config.to_dict() if plan else None,
+            "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
+            "stored_bytes": plan.stored_bytes if plan else None,
+            "delivered_bytes": plan.delivered_bytes if plan else None,
+            "warnings": list(self.warnings),
+            "problems": [fault.to_dict() for fault in self.problems],
+        }
+
+
+def inspect_checkpoint(directory: str | Path, to: str = "modelopt") -> Inspection:
+    """Inspect a directory as it would be delivered to the target named `to`.
+
+    Reads headers only and does not import torch. Problems of the checkpoint are gathered in the result.
+    Raises `UsageError` for an unknown target, `CheckpointError` when there is nothing that could be detected.
+    """
+    directory = Path(directory)
+    target = target_named(to)
+    detection = FormatDetector().detect(directory)
+    plan, problems = None, ()
+    try:
+        plan = open_checkpoint(directory).plan(target.name)
+    except CheckpointError as error:
+        problems = error.faults
+    return Inspection(directory=directory, target=target.name, detection=detection, plan=plan, problems=problems)
+
+
+def _row_key(module: ModulePlan) -> tuple[bool, str, str, str, str]:
+    native = str(module.native_mode) if module.native_mode else ""
+    return (module.weight is None, module.stored_scheme, native, module.delivered_mode, module.reason)
+
+
+def _row(members: tuple[ModulePlan, ...]) -> SchemeRow:
+    first = members[0]
+    return SchemeRow(
+        modules=tuple(module.name for module in members),
+        stored_scheme=first.stored_scheme or "plain",
+        native_mode=str(first.native_mode) if first.native_mode else "",
+        delivered_mode=first.delivered_mode,
+        reason=first.reason,
+        stored_bytes=sum(module.stored_bytes for module in members),
+        delivered_bytes=sum(module.delivered_bytes for module in members),
+    )

@@ -1,0 +1,59 @@
+"""CompressedTensorsWeightMapper: the tensors of one module in, the tensors that the engine's Linear reads out.
+
+Every decision was made by the plan; here scales and zero points are checked and operations run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from trtllm_ct.errors import FaultCollector, PayloadError
+from trtllm_ct.formats.codecs import NATIVE, Codec
+from trtllm_ct.ops import ModuleTensors
+from trtllm_ct.payload import check_payload
+from trtllm_ct.plan.model import Delivery, ModulePlan, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CompressedTensorsWeightMapper"]
+
+
+class CompressedTensorsWeightMapper:
+    """Turns the scales, zero points and codes of compressed-tensors into the engine's Linear layouts."""
+
+    def __init__(self, *, codec: Codec = NATIVE) -> None:
+        self._codec = codec
+
+    def map_module(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The delivered tensors of one module, by full name.
+
+        `stored` holds what `module.reads` lists, by full name; contiguous, as stored. Inputs are never changed, and a tensor
+        that needs no change is handed on as it is. Memory: the delivered tensors, and for a dequantized weight its int8 codes.
+        Raises `PayloadError` for scales that are NaN, infinite, negative or (one per tensor) zero, for a `weight_shape` that
+        contradicts the plan, and for values that the delivered dtype can't hold.
+        """
+        local = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}
+        faults = FaultCollector()
+        check_payload(module, local, faults)
+        faults.raise_if_any(PayloadError)
+        tensors = ModuleTensors(local, module.weight, self._codec)
+        return {delivery.name: _run(delivery, tensors) for delivery in module.deliveries}
+
+    def map_weights(self, plan: Plan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`map_module` over all modules of a plan, for weights that are in memory already."""
+        delivered: dict[str, Tensor] = {}
+        for module in plan.modules:
+            delivered |= self.map_module(module, {name: stored[name] for name in module.reads})
+        return delivered
+
+
+def _run(delivery: Delivery, tensors: ModuleTensors) -> Tensor:
+    """One operation, held to its promise: the spec that the plan announced, contiguous."""
+    tensor = delivery.operation.run(delivery.name, tensors)
+    spec = delivery.spec
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype.torch or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {list(tensor.shape)}, contiguous: {tensor.is_contiguous()}"
+        raise AssertionError(f"{delivery.name}: the plan promised {spec}, {delivery.operation.label} gave {found}")
+    return tensor

@@ -1,0 +1,192 @@
+"""The closed set of operations by which stored tensors become delivered ones.
+
+A plan holds operations as frozen data; each says what comes out (`result`) before a byte is read, and later does it (`run`).
+Running makes no decision. An operation is `exact` when the delivered tensor holds every value of the stored one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.errors import Fault, PayloadError
+from trtllm_ct.formats.base import Codes, StoredWeight
+from trtllm_ct.layouts.packing import INT8_PLAIN, repack
+from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts.scales import additive_zero, widen_scale
+from trtllm_ct.schemes import Packing, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trtllm_ct.formats.codecs import Codec
+
+__all__ = ["AdditiveZero", "Cast", "Copy", "Dequantize", "ModuleTensors", "Ones", "Operation", "Repack", "WidenScale"]
+
+
+class ModuleTensors:
+    """The stored tensors of one module by local name, and its weight decoded at most once."""
+
+    def __init__(self, stored: Mapping[str, Tensor], weight: StoredWeight | None, codec: Codec) -> None:
+        self.stored = stored
+        self._weight = weight
+        self._codec = codec
+
+    @property
+    def weight(self) -> StoredWeight:
+        """What the module's headers promised."""
+        if self._weight is None:
+            raise AssertionError("only a quantized module has codes")
+        return self._weight
+
+    @cached_property
+    def codes(self) -> Codes:
+        """The weight as codes."""
+        return self._codec.decode(self.weight, self.stored)
+
+    def dequantize(self, dtype: DType) -> Tensor:
+        """The weight as plain values [N, K], each rounded once to `dtype`."""
+        return self._codec.dequantize(self.weight, self.stored, dtype.torch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(ABC):
+    """One step from stored tensors to a delivered tensor of spec `result`.
+
+    `source` is the local name of the stored tensor that it reads; None when it reads the module's codes, or nothing.
+    """
+
+    result: TensorSpec
+    source: str | None = None
+    exact: ClassVar[bool] = True
+    label: ClassVar[str]
+
+    @abstractmethod
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The delivered tensor; `name` is its name, for errors.
+
+        Raises `PayloadError` when a value can't be delivered.
+        """
+
+    def input(self, module: ModuleTensors) -> Tensor:
+        """The stored tensor that `source` names."""
+        if self.source is None:
+            raise AssertionError(f"{self.label} needs a source")
+        return module.stored[self.source]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy(Operation):
+    """The stored tensor itself, perhaps under another name; neither read nor copied here."""
+
+    label: ClassVar[str] = "copy"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """The source."""
+        return self.input(module)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast(Operation):
+    """A plain float tensor in another float dtype; an element that would become infinite is an error."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "cast"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The source, rounded once."""
+        tensor = self.input(module)
+        rounded = round_once(tensor, self.result.dtype.torch)
+        _refuse_infinite(name, rounded, self.result.dtype, tensor)
+        return rounded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repack(Operation):
+    """Integer codes in another container, bit for bit."""
+
+    label: ClassVar[str] = "repack"
+    packing: Packing
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """The codes in `packing`."""
+        codes = module.codes
+        return repack(codes.values, codes.packing or INT8_PLAIN, self.packing, codes.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidenScale(Operation):
+    """A scale as float32 in the shape that a Linear reads; `stored_shape` is (rows, groups) of the stored one."""
+
+    label: ClassVar[str] = "widen scale"
+    stored_shape: tuple[int, int]
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """float32, values unchanged."""
+        return widen_scale(self.input(module), self.stored_shape, self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdditiveZero(Operation):
+    """-(zero point) * scale, float32 [N, G]; zeros where no zero point is stored."""
+
+    label: ClassVar[str] = "additive zero"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """The offset that the engine adds after scaling."""
+        import torch
+
+        codes = module.codes
+        if codes.zero_point is None:
+            return torch.zeros(self.result.shape, dtype=torch.float32)
+        zero = additive_zero(codes.scale, codes.zero_point)
+        return widen_scale(zero, module.weight.scale_shape, self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ones(Operation):
+    """A neutral `pre_quant_scale`, which the engine demands and the checkpoint does not have."""
+
+    label: ClassVar[str] = "ones"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """All ones."""
+        import torch
+
+        return torch.ones(self.result.shape, dtype=self.result.dtype.torch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dequantize(Operation):
+    """Plain weights [N, K], each the exact value of its code rounded once; an infinite element is an error."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "dequantize"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The weight in the dtype of `result`."""
+        values = module.dequantize(self.result.dtype)
+        _refuse_infinite(name, values, self.result.dtype)
+        return values
+
+
+def _refuse_infinite(name: str, delivered: Tensor, dtype: DType, source: Tensor | None = None) -> None:
+    """Raise when narrowing made an element infinite; `source`, if given, tells what was infinite before."""
+    lost = delivered.isinf()
+    if source is not None:
+        lost &= source.isfinite()
+    if not bool(lost.any()):
+        return
+    position = [int(index) for index in lost.nonzero()[0]]
+    raise PayloadError(
+        Fault(
+            where=f"{name}{position}",
+            expected=f"a value within the range of {dtype.torch_name}",
+            found="one beyond it" if source is None else f"{float(source[tuple(position)]):g}",
+            remedy="Convert with --dtype bfloat16 or float32.",
+        )
+    )

@@ -1,0 +1,100 @@
+"""The pipeline in order: detect, read, plan, load, map, deliver. Read this first.
+
+| stage   | takes                         | gives                                | tensors read        |
+|---------|-------------------------------|--------------------------------------|---------------------|
+| detect  | a directory                   | `Detection` with its evidence        | none                |
+| read    | the directory                 | `QuantizationConfig`                 | none                |
+| catalog | the directory                 | `Catalog`                            | headers             |
+| plan    | the three above and a target  | `Plan`                               | none                |
+| load    | the plan's module groups      | stored tensors, one module at a time | one module at a time |
+| map     | a module and its tensors      | delivered tensors                    | the given ones      |
+| deliver | delivered tensors             | a directory, a dictionary, a model   | the given ones      |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.config.model import QuantizationConfig
+from trtllm_ct.config.reader import CompressedTensorsConfigReader
+from trtllm_ct.detect import Detection, FormatDetector
+from trtllm_ct.dtypes import DType
+from trtllm_ct.plan.architectures import Model
+from trtllm_ct.plan.model import ModulePlan, Plan
+from trtllm_ct.plan.planner import make_plan
+from trtllm_ct.targets import target_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trtllm_ct.formats.codecs import Codec
+
+__all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint", "stream_delivered"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A compressed-tensors directory after the stages that read no tensor. `hf_config` is its config.json, parsed."""
+
+    directory: Path
+    detection: Detection
+    config: QuantizationConfig
+    catalog: Catalog
+    model: Model
+    hf_config: Mapping[str, Any]
+
+    def plan(self, to: str = "modelopt", *, dtype: DType | None = None, strict: bool = False) -> Plan:
+        """The plan for the target named `to`; see `make_plan`. Raises `PlanError`, and `UsageError` for an unknown target."""
+        return make_plan(self.config, self.catalog, self.model, target_named(to), dtype=dtype, strict=strict)
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Detect, read and catalogue a directory; headers only.
+
+    Raises `DetectionError` when it is no compressed-tensors checkpoint, `ConfigError` and `CatalogError` with all faults of
+    the stage.
+    """
+    directory = Path(directory)
+    detection = FormatDetector().detect(directory)
+    detection.require_compressed_tensors()
+    hf_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return Checkpoint(
+        directory=directory,
+        detection=detection,
+        config=CompressedTensorsConfigReader().read(directory),
+        catalog=Catalog.from_directory(directory),
+        model=Model.from_config(hf_config),
+        hf_config=hf_config,
+    )
+
+
+def plan_checkpoint(
+    directory: str | Path, to: str = "modelopt", *, dtype: DType | None = None, strict: bool = False
+) -> Plan:
+    """The plan of a directory for the target named `to`; headers only."""
+    return open_checkpoint(directory).plan(to, dtype=dtype, strict=strict)
+
+
+def stream_delivered(
+    plan: Plan, catalog: Catalog, *, codec: Codec | None = None, device: str = "cpu"
+) -> Iterator[tuple[ModulePlan, dict[str, Tensor]]]:
+    """Load and map: the delivered tensors of one module after another, in the order of the plan.
+
+    Operations run on `device`; delivered tensors stay there. Stored tensors are views of mapped files.
+    Memory: one module's delivered tensors, and its int8 codes while it is dequantized.
+    """
+    from trtllm_ct.checkpoint.reader import TensorReader
+    from trtllm_ct.formats.codecs import NATIVE
+    from trtllm_ct.mapper import CompressedTensorsWeightMapper
+
+    mapper = CompressedTensorsWeightMapper(codec=codec or NATIVE)
+    with TensorReader(catalog) as reader:
+        for module, following in zip(plan.modules, (*plan.modules[1:], None), strict=True):
+            if following is not None:
+                reader.prefetch(following.reads)
+            yield module, mapper.map_module(module, {name: reader.read(name).to(device) for name in module.reads})

@@ -1,0 +1,210 @@
+"""A plan as data: what becomes of every stored tensor and where every delivered tensor comes from.
+
+Everything here is frozen, printable and JSON-able; nothing here reads a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.formats.base import StoredWeight
+from trtllm_ct.ops import Operation
+from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.schemes import QuantAlgo, QuantScheme, TensorSpec
+
+__all__ = ["Delivery", "Fate", "ModulePlan", "Plan", "StoredFate"]
+
+
+class Fate(StrEnum):
+    """What becomes of a stored tensor."""
+
+    CONSUMED = "consumed"
+    COPIED = "copied"
+    IGNORED = "ignored"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFate:
+    """One stored tensor: `by` names the delivered tensors made from it, `reason` says why it is ignored or only checked."""
+
+    name: str
+    spec: TensorSpec
+    fate: Fate
+    by: tuple[str, ...] = ()
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        entry: dict[str, Any] = {"name": self.name, **self.spec.to_dict(), "fate": str(self.fate)}
+        if self.by:
+            entry["by"] = list(self.by)
+        if self.reason:
+            entry["reason"] = self.reason
+        return entry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One delivered tensor: the operation that makes it and all stored tensors, by full name, that have a part in it."""
+
+    name: str
+    operation: Operation
+    sources: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape of the delivered tensor."""
+        return self.operation.result
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "name": self.name,
+            **self.spec.to_dict(),
+            "operation": self.operation.label,
+            "sources": list(self.sources),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePlan:
+    """One module: how it is stored, how it is delivered, and why.
+
+    `weight` and `scheme` are None for a module that is stored plain. `layer` is its mode at the target, None when it is
+    delivered plain; `reason` then says why a quantized module was dequantized.
+    `native_mode` is the family of the scheme, whatever the target.
+    """
+
+    name: str
+    class_name: str
+    deliveries: tuple[Delivery, ...]
+    fates: tuple[StoredFate, ...]
+    weight: StoredWeight | None = None
+    scheme: QuantScheme | None = None
+    native_mode: QuantAlgo | None = None
+    layer: LayerQuantConfig | None = None
+    reason: str = ""
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether a quantized weight is delivered as a plain one."""
+        return self.weight is not None and self.layer is None
+
+    @property
+    def stored_scheme(self) -> str:
+        """Format and scheme for tables; empty for a plain module."""
+        if self.weight is None or self.scheme is None:
+            return ""
+        return f"{self.weight.format.name}: {self.scheme.label()}"
+
+    @property
+    def delivered_mode(self) -> str:
+        """The algorithm's name with its group size, or `dequantized` or `plain`."""
+        if self.layer is None:
+            return "dequantized" if self.dequantized else "plain"
+        size = f" g{self.layer.group_size}" if self.layer.group_size else ""
+        return f"{self.layer.quant_algo}{size}"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors of the module as stored."""
+        return sum(fate.spec.nbytes for fate in self.fates)
+
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes of all tensors of the module as delivered."""
+        return sum(delivery.spec.nbytes for delivery in self.deliveries)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The stored tensors, by full name, whose payload delivery or its checks need."""
+        return tuple(fate.name for fate in self.fates if fate.fate is not Fate.IGNORED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without the tensors."""
+        entry: dict[str, Any] = {
+            "name": self.name,
+            "class": self.class_name,
+            "mode": self.delivered_mode,
+            "stored_bytes": self.stored_bytes,
+            "delivered_bytes": self.delivered_bytes,
+        }
+        if self.weight is not None:
+            entry |= {
+                "scheme": self.stored_scheme,
+                "native_mode": str(self.native_mode) if self.native_mode else None,
+                "shape": list(self.weight.shape),
+            }
+        if self.reason:
+            entry["reason"] = self.reason
+        return entry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that loading and converting do, decided from configuration and headers.
+
+    `dtype` is the model's dtype at the target; `dense_dtype` that of dequantized modules.
+    """
+
+    target: str
+    architecture: str
+    dtype: DType
+    dense_dtype: DType
+    modules: tuple[ModulePlan, ...]
+    quant_config: QuantConfig
+    warnings: tuple[str, ...] = ()
+
+    def deliveries(self) -> Iterator[Delivery]:
+        """Every delivered tensor, module by module."""
+        for module in self.modules:
+            yield from module.deliveries
+
+    def fates(self) -> Iterator[StoredFate]:
+        """Every stored tensor, module by module."""
+        for module in self.modules:
+            yield from module.fates
+
+    @property
+    def delivered_specs(self) -> dict[str, TensorSpec]:
+        """Name to dtype and shape of every delivered tensor, in delivery order."""
+        return {delivery.name: delivery.spec for delivery in self.deliveries()}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of payload in the checkpoint."""
+        return sum(module.stored_bytes for module in self.modules)
+
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes of payload after delivery."""
+        return sum(module.delivered_bytes for module in self.modules)
+
+    def module(self, name: str) -> ModulePlan:
+        """The plan of one module; raises `KeyError`."""
+        return self.by_name[name]
+
+    @property
+    def by_name(self) -> Mapping[str, ModulePlan]:
+        """Modules by full name."""
+        return {module.name: module for module in self.modules}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with every stored and every delivered tensor."""
+        return {
+            "target": self.target,
+            "architecture": self.architecture,
+            "dtype": self.dtype.torch_name,
+            "dense_dtype": self.dense_dtype.torch_name,
+            "quantization": self.quant_config.to_dict(),
+            "modules": [module.to_dict() for module in self.modules],
+            "stored": [fate.to_dict() for fate in self.fates()],
+            "delivered": [delivery.to_dict() for delivery in self.deliveries()],
+            "stored_bytes": self.stored_bytes,
+            "delivered_bytes": self.delivered_bytes,
+            "warnings": list(self.warnings),
+        }

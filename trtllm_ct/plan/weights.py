@@ -1,0 +1,145 @@
+"""Which scheme and which format a quantized module has: its tensors decide, the configuration gives the parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from trtllm_ct.config.match import Matcher
+from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
+from trtllm_ct.errors import FaultCollector
+from trtllm_ct.formats import StoredWeight, format_for
+from trtllm_ct.plan.architectures import Site
+from trtllm_ct.plan.stored import StoredModule
+from trtllm_ct.schemes import NumberType, QuantArgs, QuantScheme, Strategy
+
+__all__ = ["QuantizedWeight", "WeightReader"]
+
+_STRATEGIES = frozenset({Strategy.TENSOR, Strategy.CHANNEL, Strategy.GROUP})
+_FIRST_PACKED_ZERO_POINTS = (0, 9, 4)
+_SUPPORTED = (
+    "int4 and int8 weight-only (pack-quantized, int-quantized; per channel or group), fp8 static per tensor, and fp8 per channel "
+    "with dynamic token activations"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """A stored weight with the scheme that the configuration gives it."""
+
+    stored: StoredWeight
+    scheme: QuantScheme
+    group: str
+
+
+@dataclass(slots=True)
+class WeightReader:
+    """Reads the quantized modules of one checkpoint, gathering faults and, once for many modules, warnings."""
+
+    config: QuantizationConfig
+    faults: FaultCollector
+    _matcher: Matcher = field(init=False)
+    _notes: Counter[str] = field(init=False, default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._matcher = Matcher(self.config)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was odd but unambiguous, with the number of modules that it was seen in."""
+        return tuple(f"{note} ({count} modules)" for note, count in self._notes.items())
+
+    def read(self, module: StoredModule, site: Site) -> QuantizedWeight | None:
+        """The quantized weight of a module, or None after adding faults."""
+        group = self._group(module, site)
+        if group is None or group.scheme.weights is None:
+            return None
+        args = group.scheme.weights
+        weight_format = format_for(args, module.specs)
+        if weight_format is None or not _is_supported(group.scheme, args):
+            self._refuse(module, group.scheme)
+            return None
+        if not self._has_one_weight(module):
+            return None
+        declared = group.scheme.format
+        if declared is not None and declared not in weight_format.declared_as:
+            self._notes[f"declared as {declared}, stored as {weight_format.name}: the tensors decide"] += 1
+        shape = (site.shape[0], site.shape[1])
+        stored = weight_format.describe(module.name, args, module.specs, shape, self.faults)
+        if stored is None:
+            return None
+        self._check_zero_point(module, args, stored)
+        return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name)
+
+    def _group(self, module: StoredModule, site: Site) -> ConfigGroup | None:
+        """The config group of a quantized module: the one that targets it, else the only one whose format fits."""
+        group = self._matcher.scheme_for(module.name, (site.class_name,))
+        if group is not None and group.scheme.weights is not None:
+            return group
+        fitting = [
+            entry
+            for entry in self.config.groups
+            if entry.scheme.weights is not None and format_for(entry.scheme.weights, module.specs) is not None
+        ]
+        if len(fitting) == 1:
+            self._notes[f"stored quantized though no target covers it or ignore lists it; read as {fitting[0].name}"] += 1
+            return fitting[0]
+        self.faults.add(
+            where=module.name,
+            expected="a config group that targets this quantized module",
+            found=f"{len(fitting)} groups whose format fits its tensors ({_tensors(module)})",
+            remedy="Add the module to the targets of its group in config_groups.",
+        )
+        return None
+
+    def _refuse(self, module: StoredModule, scheme: QuantScheme) -> None:
+        declared = f", declared {scheme.format}" if scheme.format else ""
+        self.faults.add(
+            where=module.name,
+            expected=f"a supported scheme: {_SUPPORTED}",
+            found=f"{scheme.label()}{declared} ({_tensors(module)})",
+            remedy="Quantize the model again with a supported scheme, or serve it with an engine that reads this one.",
+        )
+
+    def _has_one_weight(self, module: StoredModule) -> bool:
+        if not {"weight", "weight_packed"} <= module.specs.keys():
+            return True
+        self.faults.add(
+            where=module.name,
+            expected="either weight or weight_packed",
+            found="both",
+            remedy="No writer stores both; find out which one is meant and remove the other.",
+        )
+        return False
+
+    def _check_zero_point(self, module: StoredModule, args: QuantArgs, stored: StoredWeight) -> None:
+        """An asymmetric weight without zero point: writers up to 0.9.3 leave one out that is all zero; later ones never do."""
+        if args.symmetric or stored.has_zero_point:
+            return
+        if _release(self.config.version) < _FIRST_PACKED_ZERO_POINTS:
+            self._notes["asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it"] += 1
+            return
+        self.faults.add(
+            where=f"{module.name}.weight_zero_point",
+            expected="the zero points of an asymmetric weight",
+            found="no such tensor",
+            remedy="Without them the weight is wrong; download the checkpoint again or look for a lost shard.",
+        )
+
+
+def _is_supported(scheme: QuantScheme, args: QuantArgs) -> bool:
+    """Whether weights and activations together are one of the schemes of `_SUPPORTED`."""
+    inputs = scheme.input_activations
+    quantized_inputs = inputs is not None and NumberType.INT in {inputs.type, args.type}
+    return args.strategy in _STRATEGIES and not quantized_inputs and scheme.output_activations is None
+
+
+def _release(version: str | None) -> tuple[int, ...]:
+    """Major, minor, patch of the writer; a block without version is that of a release before 0.11."""
+    if version is None:
+        return (0,)
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+
+
+def _tensors(module: StoredModule) -> str:
+    return ", ".join(f"{local} {spec}" for local, spec in module.specs.items())

@@ -1,0 +1,150 @@
+"""What transformers supplies: the model's architecture as an empty shell, without weights.
+
+transformers is an optional package. It is imported inside functions only, and only in this folder.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trtllm_ct.errors import ConfigError, Fault, MissingDependencyError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "build_shell",
+    "in_one_line",
+    "quiet_transformers",
+    "read_generation_config",
+    "require_transformers",
+    "tied_parameters",
+]
+
+_QUANTIZATION_BLOCKS = frozenset({"quantization_config", "compression_config"})
+_GIVEN_OTHERWISE = frozenset({"model_type", "dtype", "torch_dtype"})
+
+
+def require_transformers() -> None:
+    """Raise `MissingDependencyError` when transformers is not installed."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            Fault(
+                where="trtllm_ct.reference",
+                expected="the transformers package (architectures and tokenizers come from it)",
+                found="it can't be imported",
+                remedy="Run: pip install 'trtllm-ct[reference]'",
+            )
+        ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence what transformers logs below errors, and put its level back afterwards."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str | None, name: str) -> nn.Module:
+    """The causal language model of `config` (a parsed config.json) with every parameter on the meta device.
+
+    Buffers, such as the frequencies of rotary embeddings, are real. Quantization blocks of `config` are left out.
+    `attention` names a registered attention function; None means transformers' own choice. `name` becomes the model's
+    `name_or_path`. Raises `ConfigError` when transformers can't make a causal language model of it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {key: value for key, value in _without_quantization(config).items() if key not in _GIVEN_OTHERWISE}
+    try:
+        with quiet_transformers(), _parameters_on_meta():
+            typed = AutoConfig.for_model(config.get("model_type"), **(fields | {"name_or_path": name}))
+            shell: nn.Module = AutoModelForCausalLM.from_config(typed, dtype=dtype, attn_implementation=attention)
+            return shell
+    except (AttributeError, KeyError, StrictDataclassError, TypeError, ValueError) as error:
+        raise ConfigError(
+            Fault(
+                where=f"{name}: config.json",
+                expected="a causal language model that transformers knows",
+                found=f"model_type {config.get('model_type')!r}, and {in_one_line(error)}",
+                remedy="Check config.json, or install a transformers that knows the architecture.",
+            )
+        ) from error
+
+
+def read_generation_config(model: nn.Module, directory: Path) -> None:
+    """Give the model the `generation_config.json` of its directory (end tokens above all), where there is one."""
+    from transformers import GenerationConfig
+
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        with quiet_transformers():
+            model.generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(
+            Fault(
+                where=str(path),
+                expected="a generation config that transformers can read",
+                found=in_one_line(error),
+                remedy="Repair the file or delete it; config.json then says which token ends a text.",
+            )
+        ) from error
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are one object with an earlier one, with that one's name: `lm_head.weight` above all."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    owners = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def in_one_line(error: Exception) -> str:
+    """A transformers error for a message of ours, cut where it goes on with the names of all architectures."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", width=200)
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without quantization blocks at any depth (multimodal models keep one in `text_config`)."""
+    return {
+        key: _without_quantization(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _QUANTIZATION_BLOCKS
+    }
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Send each parameter to the meta device as a module registers it; buffers stay where they are.
+
+    This is torch's own hook and depends on nothing in transformers. The memory of a large parameter is reserved but
+    never written, because initialization comes after registration. Modules made by other threads meanwhile are caught.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None  # keeps the object, and with it ties between parameters
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()

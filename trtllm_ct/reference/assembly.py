@@ -1,0 +1,158 @@
+"""Puts delivered tensors into the shell of a model, and proves that the result is whole.
+
+Two sources must agree for each Linear: the quantization configuration says which algorithm it has, and the tensors that
+arrive prove it. What disagrees, is left over or stays empty is a fault; all faults are raised together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trtllm_ct.errors import FaultCollector, PlanError
+from trtllm_ct.reference.architecture import tied_parameters
+from trtllm_ct.reference.attention import attach_kv_scales, is_kv_scale
+from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
+
+if TYPE_CHECKING:
+    from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+
+__all__ = ["Assembly"]
+
+# Checkpoints of older transformers store this in every layer; all architectures compute it from config.json.
+_COMPUTED = ".rotary_emb.inv_freq"
+
+
+class Assembly:
+    """Takes delivered tensors one by one, puts each where it belongs, and gathers faults until `finish`."""
+
+    def __init__(
+        self, model: nn.Module, quant_config: QuantConfig, *, dtype: torch.dtype, quantize_activations: bool
+    ) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._quantize_activations = quantize_activations
+        self._has_kv_scales = quant_config.kv_cache_quant_algo is not None
+        self._faults = FaultCollector()
+        self._tied = tied_parameters(model)
+        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._quantized = self._find_quantized(quant_config)
+        self._slots = {
+            name: slot for name, slot in model.state_dict().items() if name.rpartition(".")[0] not in self._quantized
+        }
+        self._filled: set[str] = set()
+        self._parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._kv_scales: dict[str, Tensor] = {}
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """Sort in one delivered tensor by its full name."""
+        owner, _, local = name.rpartition(".")
+        if self._has_kv_scales and is_kv_scale(name):
+            self._kv_scales[name] = tensor
+        elif owner in self._quantized:
+            self._parts[owner][local] = tensor
+        elif name in self._slots:
+            self._fill_dense(name, tensor)
+        elif not name.endswith(_COMPUTED):
+            self._refuse(name, tensor)
+
+    def finish(self) -> None:
+        """Make the quantized Linears, tie what is tied and prove that nothing is empty; raises `PlanError`."""
+        for name, layer in self._quantized.items():
+            self._build_linear(name, layer)
+        if self._has_kv_scales:
+            attach_kv_scales(self._model, self._kv_scales, self._faults)
+        for name, owner in self._tied.items():
+            self._tie(name, owner)
+        for name in sorted(self._slots.keys() - self._filled):
+            self._faults.add(
+                where=name,
+                expected=f"a tensor {list(self._slots[name].shape)} for this part of the model",
+                found="none among those delivered",
+                remedy="Check that no shard is missing and that config.json belongs to these weights.",
+            )
+        self._faults.raise_if_any(PlanError)
+
+    def _find_quantized(self, quant_config: QuantConfig) -> dict[str, LayerQuantConfig]:
+        """The Linears that the configuration calls quantized; one that is tied to an embedding is dense like it."""
+        for name in sorted(quant_config.quantized_layers.keys() - self._linears.keys()):
+            self._faults.add(
+                where=f"quantized_layers: {name}",
+                expected="the name of a Linear of the model",
+                found=f"none of that name in {type(self._model).__name__}",
+                remedy="Check the name, its prefix above all; modules of other classes can't be quantized here.",
+            )
+        tied = self._tied.keys() | set(self._tied.values())
+        layers = {name: quant_config.layer_config(name) for name in self._linears if f"{name}.weight" not in tied}
+        return {name: layer for name, layer in layers.items() if layer is not None}
+
+    def _build_linear(self, name: str, layer: LayerQuantConfig) -> None:
+        shell = self._linears[name]
+        try:
+            linear = ReferenceLinear(
+                self._parts.pop(name, {}),
+                layer=layer,
+                in_features=shell.in_features,
+                out_features=shell.out_features,
+                bias=shell.bias is not None,
+                quantize_activations=self._quantize_activations,
+                name=name,
+            )
+        except PlanError as error:
+            self._faults.faults.extend(error.faults)
+        else:
+            self._model.set_submodule(name, linear)
+
+    def _fill_dense(self, name: str, tensor: Tensor) -> None:
+        """Put an unquantized tensor into its parameter or buffer, in the dtype that the model computes in."""
+        slot = self._slots[name]
+        self._filled.add(name)
+        is_float = slot.is_floating_point()
+        if tensor.shape == slot.shape and (not is_float or has_dtype(tensor, WIDE_FLOATS)):
+            self._assign(name, tensor.to(self._dtype) if is_float else tensor)
+            return
+        self._faults.add(
+            where=name,
+            expected=f"an unquantized tensor {list(slot.shape)}",
+            found=describe(tensor),
+            remedy="If the module is quantized, quant_config must say so; if not, config.json is another model's.",
+        )
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        owner, _, local = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        if isinstance(getattr(module, local), nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(module, local, tensor)
+
+    def _tie(self, alias: str, owner: str) -> None:
+        """Make two parameters one object again, whichever of them was delivered; both may be if they are equal."""
+        delivered = [name for name in (owner, alias) if name in self._filled] or [owner]
+        parameters = [self._model.get_parameter(name) for name in delivered]
+        if not any(parameter.is_meta for parameter in parameters) and not torch.equal(parameters[0], parameters[-1]):
+            self._faults.add(
+                where=alias,
+                expected=f"the values of {owner}, to which config.json ties it",
+                found="other values",
+                remedy="Set tie_word_embeddings to false in config.json if the two really differ.",
+            )
+        for name in (owner, alias):
+            self._assign(name, parameters[0])
+        self._filled.add(owner if delivered == [alias] else alias)
+
+    def _refuse(self, name: str, tensor: Tensor) -> None:
+        owner = name.rpartition(".")[0]
+        if is_kv_scale(name):
+            expected = "no KV-cache scale, because kv_cache_quant_algo is not set"
+            remedy = "State the kv_cache_quant_algo that the scale belongs to."
+        elif owner in self._linears:
+            expected = "weight and bias only, because quant_config leaves this module unquantized"
+            remedy = "List the module in quantized_layers or take it out of exclude_modules."
+        else:
+            expected = f"a tensor that {type(self._model).__name__} has a place for"
+            remedy = "Check the name, its prefix above all, and that config.json belongs to these weights."
+        self._faults.add(where=name, expected=expected, found=describe(tensor), remedy=remedy)

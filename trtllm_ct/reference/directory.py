@@ -1,0 +1,125 @@
+"""Where the tensors of a directory come from: read as they are, or delivered by the `reference` target."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.detect import FormatDetector
+from trtllm_ct.errors import ConfigError, DetectionError, Fault
+from trtllm_ct.quant_config import QuantConfig
+from trtllm_ct.quant_methods import COMPRESSED_TENSORS, MODELOPT, describe_method
+from trtllm_ct.reference.linear import LAYOUTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+__all__ = ["ModelSource", "read_directory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """What a model is built of: a parsed config.json, its quantization and a stream of delivered tensors."""
+
+    config: Mapping[str, Any]
+    quant_config: QuantConfig | None
+    tensors: Iterable[tuple[str, Tensor]]
+
+
+def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
+    """Open a compressed-tensors, ModelOpt or unquantized directory.
+
+    `dtype` is that of the modules which a compressed-tensors checkpoint has to dequantize.
+    Raises `DetectionError` for a checkpoint of another quantization method, `ConfigError` for JSON that can't be read.
+    """
+    detection = FormatDetector().detect(directory)
+    if detection.method == COMPRESSED_TENSORS:
+        from trtllm_ct.targets.reference import deliver
+
+        delivered = deliver(directory, dtype=dtype)
+        return ModelSource(config=delivered.config, quant_config=delivered.quant_config, tensors=delivered.tensors)
+    if detection.method not in {MODELOPT, None}:
+        raise DetectionError(
+            Fault(
+                where=str(directory),
+                expected="a compressed-tensors, ModelOpt or unquantized checkpoint",
+                found=detection.description,
+                remedy=describe_method(detection.method).remedy,
+            )
+        )
+    config = _read_json(directory / "config.json")
+    catalog = Catalog.from_directory(directory)
+    path = directory / "hf_quant_config.json"
+    quant_config = _read_quant_config(path, catalog) if detection.method == MODELOPT else None
+    return ModelSource(config=config, quant_config=quant_config, tensors=_read_tensors(catalog))
+
+
+def _read_tensors(catalog: Catalog) -> Iterator[tuple[str, Tensor]]:
+    with TensorReader(catalog) as reader:
+        for name in catalog.tensors:
+            yield name, reader.read(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_unreadable(path, str(error))) from None
+    if not isinstance(content, dict):
+        raise ConfigError(_unreadable(path, type(content).__name__))
+    return content
+
+
+def _read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:
+    """The `quantization` part of a ModelOpt directory, excluded modules by their full names."""
+    content = _read_json(path)
+    try:
+        quant_config = QuantConfig.from_dict(content["quantization"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            Fault(
+                where=str(path),
+                expected=f"`quantization` with a quant_algo among {', '.join(LAYOUTS)}",
+                found=f"{type(error).__name__}: {error}",
+                remedy="The reference engine computes these algorithms only; quantize or convert to one of them.",
+            )
+        ) from None
+    excluded = _excluded_modules(quant_config.exclude_modules, catalog.tensors)
+    return replace(quant_config, exclude_modules=excluded)
+
+
+def _excluded_modules(patterns: Iterable[str], tensor_names: Iterable[str]) -> tuple[str, ...]:
+    """Modules that a pattern matches, by their own name or that of a module around them; then the patterns themselves.
+
+    Source: TensorRT-LLM `models/modeling_utils.py`, `QuantConfig.is_module_excluded_from_quantization`.
+    """
+    patterns = tuple(patterns)
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in tensor_names)
+    matching = (
+        module
+        for module in modules
+        if any(fnmatchcase(ancestor, pattern) for ancestor in _with_ancestors(module) for pattern in patterns)
+    )
+    return tuple(dict.fromkeys((*matching, *patterns)))
+
+
+def _with_ancestors(module: str) -> Iterator[str]:
+    return accumulate(module.split("."), "{}.{}".format)
+
+
+def _unreadable(path: Path, found: str) -> Fault:
+    return Fault(
+        where=str(path),
+        expected="a JSON object",
+        found=found,
+        remedy="Fetch the file again; a checkpoint directory has config.json beside its weights.",
+    )

@@ -1,0 +1,112 @@
+"""A transformers model whose quantized Linears hold the delivered tensors and compute from them.
+
+`build_model` puts delivered tensors into an architecture and proves that nothing is left over or left empty.
+`load_model` finds the tensors of a directory: ModelOpt and dense ones as they are, a compressed-tensors one through the
+`reference` target, which is the only code of the conversion that this package ever meets, and only there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trtllm_ct.errors import Fault, PlanError, UsageError
+from trtllm_ct.quant_config import QuantConfig
+from trtllm_ct.reference.architecture import build_shell, read_generation_config, require_transformers
+from trtllm_ct.reference.assembly import Assembly
+from trtllm_ct.reference.attention import register_fp8_attention
+from trtllm_ct.reference.directory import read_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["build_model", "load_model"]
+
+
+def load_model(
+    directory: str | Path, *, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True
+) -> nn.Module:
+    """A model that computes, on CPU, from the tensors that TensorRT-LLM would be given for `directory`.
+
+    `directory` is a compressed-tensors checkpoint, a ModelOpt one (`hf_quant_config.json`) or an unquantized one.
+    `dtype` is what modules dequantize and compute in, whatever the checkpoint's. `quantize_activations=False` switches
+    the simulation of quantized activations and of the FP8 KV cache off.
+    Memory: the delivered tensors, quantized ones as views of the files, and one dequantized weight while it is used.
+    Raises `MissingDependencyError` without transformers, `CheckpointError` for a directory that can't be loaded whole.
+    """
+    require_transformers()
+    directory = Path(directory)
+    source = read_directory(directory, dtype=dtype)
+    model = build_model(
+        source.config,
+        source.quant_config,
+        source.tensors,
+        dtype=dtype,
+        quantize_activations=quantize_activations,
+        name=str(directory),
+    )
+    read_generation_config(model, directory)
+    return model
+
+
+def build_model(
+    config: Mapping[str, Any],
+    quant_config: QuantConfig | None,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize_activations: bool = True,
+    name: str,
+) -> nn.Module:
+    """The causal language model of `config` (a parsed config.json), filled with delivered tensors.
+
+    Linears that `quant_config` calls quantized become `ReferenceLinear` and keep their tensors as delivered; all other
+    tensors are cast to `dtype`. The model is in eval mode, without gradients, and its `.generate()` works.
+    `name` stands for the model in messages, and is its `name_or_path`.
+
+    Raises `PlanError` with all faults together: a tensor that no module takes, a parameter that none filled, a
+    quantized module without its tensors, quantized tensors of an excluded module, a wrong dtype or shape.
+    Raises `ConfigError` for an architecture that transformers doesn't know.
+    """
+    require_transformers()
+    _require_compute_dtype(dtype)
+    quant_config = quant_config or QuantConfig()
+    attention = _kv_cache_attention(quant_config, name) if quantize_activations else None
+    model = build_shell(config, dtype=dtype, attention=attention, name=name)
+    assembly = Assembly(model, quant_config, dtype=dtype, quantize_activations=quantize_activations)
+    for tensor_name, tensor in tensors:
+        assembly.take(tensor_name, tensor)
+    assembly.finish()
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _require_compute_dtype(dtype: torch.dtype) -> None:
+    if dtype not in {torch.bfloat16, torch.float16, torch.float32, torch.float64}:
+        raise UsageError(
+            Fault(
+                where="dtype",
+                expected="bfloat16, float16, float32 or float64",
+                found=str(dtype),
+                remedy="Give the dtype to compute in; delivered tensors keep their own.",
+            )
+        )
+
+
+def _kv_cache_attention(quant_config: QuantConfig, name: str) -> str | None:
+    """The attention function that simulates the KV cache which `quant_config` asks for."""
+    algo = quant_config.kv_cache_quant_algo
+    if algo is None:
+        return None
+    if algo != "FP8":
+        raise PlanError(
+            Fault(
+                where=f"{name}: kv_cache_quant_algo",
+                expected="FP8 or none",
+                found=algo,
+                remedy="Pass quantize_activations=False to compute with an unquantized KV cache.",
+            )
+        )
+    return register_fp8_attention()
