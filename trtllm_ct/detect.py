@@ -25,6 +25,7 @@ _PARAMS = "params.json"
 _MODELOPT_CONFIG = "hf_quant_config.json"
 _GPTQ_CONFIG = "quantize_config.json"
 _AWQ_CONFIG = "quant_config.json"
+_MOST_NAMED = 8
 
 # Where a block may stand: file and keys. Among places that name the same method the first one counts.
 _PLACES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -287,7 +288,8 @@ def _what_else(path: Path) -> tuple[str, str]:
         return "a LoRA adapter", "Merge the adapter into its base model, or give the directory of the base model."
     inner = sorted(found.parent.name for found in path.glob(f"*/{_CONFIG}"))
     if inner:
-        return "neither of them here", f"Give one of the directories inside instead: {', '.join(inner)}."
+        named = ", ".join(inner[:_MOST_NAMED]) + (", ..." if len(inner) > _MOST_NAMED else "")
+        return "neither of them here", f"Give one of the directories inside instead: {named}"
     return "neither of them", "Give the directory of a whole checkpoint; an interrupted download may lack files."
 
 

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +17,9 @@ from trtllm_ct.checkpoint.header import (
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import CatalogError
 from trtllm_ct.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILE = "model.safetensors"
 
@@ -210,6 +212,13 @@ def test_all_faults_of_a_file_are_raised_together(tmp_path: Path) -> None:
         f"{FILE}: c",
         FILE,
     ]
+
+
+@pytest.mark.parametrize("place", ['{"x": %s}', '{"__metadata__": %s}', '{"\\u0041": %s}'])
+def test_no_depth_of_nesting_breaks_the_message_about_it(tmp_path: Path, place: str) -> None:
+    """Depths around the interpreter's limit, where parsing succeeds and printing may not."""
+    for depth in range(850, 1001):
+        refusal(tmp_path, encode((place % ("[" * depth + "]" * depth)).encode()))
 
 
 def test_names_in_a_message_are_counted_not_poured_out() -> None:

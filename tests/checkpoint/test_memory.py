@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from trtllm_ct.checkpoint.memory import available_memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MEMINFO = "MemTotal:        8000 kB\nMemAvailable:    4000 kB\n"
 

@@ -25,6 +25,11 @@ def fill(out: Path, *, overwrite: bool = False) -> None:
         (partial / "new").write_text("new")
 
 
+def fail_after_writing(path: Path, error: type[BaseException]) -> None:
+    path.write_text("new")
+    raise error
+
+
 def test_work_happens_beside_and_appears_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
@@ -44,8 +49,7 @@ def test_an_error_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseEx
     before = entries(tmp_path)
 
     with pytest.raises(error), replacing_directory(out, overwrite=True) as partial:
-        (partial / "new").write_text("new")
-        raise error
+        fail_after_writing(partial / "new", error)
 
     assert entries(tmp_path) == before
     assert not existing or entries(out) == ["old"]

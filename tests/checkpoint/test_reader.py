@@ -35,6 +35,10 @@ def shards(tmp_path: Path) -> Catalog:
     return Catalog.from_directory(tmp_path)
 
 
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @pytest.mark.parametrize("dtype", DType, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("padding", [0, 1], ids=["aligned", "misaligned"])
 def test_every_dtype_is_read_bit_for_bit(tmp_path: Path, dtype: DType, padding: int) -> None:
@@ -92,13 +96,12 @@ def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog) -> None:
-    before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
+    before = open_descriptors()
 
     with TensorReader(shards, max_open_maps=2) as reader:
         tensors = [reader.read(f"t{number}") for number in (0, 1, 0, 2, 3, 4)]
         assert len(reader._maps) == 2
-        if before:
-            assert len(os.listdir("/proc/self/fd")) == len(before)
+        assert open_descriptors() == before
 
     assert [int(tensor) for tensor in tensors] == [0, 1, 0, 2, 3, 4]
 

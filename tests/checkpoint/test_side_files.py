@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from trtllm_ct.checkpoint.side_files import carry_side_files
 from trtllm_ct.errors import CatalogError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CARRIED = [
     "LICENSE",

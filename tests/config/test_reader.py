@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trtllm_ct.config.model import ConfigGroup, ExpertSparsity, QuantizationConfig, SparsityConfig, Transform
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.errors import ConfigError, DetectionError
-from trtllm_ct.schemes import ActOrder, CompressionFormat, NumberType, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.schemes import CompressionFormat, NumberType, QuantArgs, QuantScheme, Strategy
 
 INT4 = {"num_bits": 4, "group_size": 128}
 BLOCK = {
@@ -20,6 +20,15 @@ BLOCK = {
     "format": "pack-quantized",
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
 }
+# Any key with any value, at any depth, and often a value that is right somewhere.
+KEYS = (*BLOCK, "kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config", "ignore", "version")
+INNER_KEYS = ("targets", "weights", "format", "type", "num_bits", "group_size", "strategy", "apply", "FP8", "dynamic")
+WORDS = ("Linear", "re:(", "float", "token", "block", "local", "hadamard", "dense", "")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 129) | st.floats() | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(INNER_KEYS), inner, max_size=5),
+    max_leaves=12,
+)
 
 
 def read(block: dict[str, object]) -> QuantizationConfig:
@@ -31,29 +40,11 @@ def read_group(group: object, name: str = "group_0", **block: object) -> ConfigG
     return found
 
 
-def read_weights(**weights: object) -> QuantArgs:
-    args = read_group({"targets": ["Linear"], "weights": weights}).scheme.weights
-    assert args is not None
-    return args
-
-
-def read_inputs(**inputs: object) -> QuantArgs:
-    args = read_group({"targets": ["Linear"], "input_activations": inputs}).scheme.input_activations
-    assert args is not None
-    return args
-
-
 def faults(block: dict[str, object]) -> dict[str, str]:
     """Path under the block, and expectation, of every fault."""
     with pytest.raises(ConfigError) as caught:
         read(block)
     return {fault.where.removeprefix("quantization_config."): fault.expected for fault in caught.value.faults}
-
-
-def weight_faults(**weights: object) -> set[str]:
-    prefix = "config_groups.group_0.weights."
-    found = faults({"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}})
-    return {where.removeprefix(prefix) for where in found}
 
 
 class TestSources:
@@ -115,147 +106,6 @@ class TestSources:
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": BLOCK}))
         (tmp_path / "recipe.yaml").write_text(recipe)
         assert CompressedTensorsConfigReader().read(tmp_path).modifiers == names
-
-
-class TestArguments:
-    def test_nothing_but_defaults(self):
-        assert read_weights() == QuantArgs(num_bits=8)
-
-    def test_a_full_dump_of_an_old_release(self):
-        """Old releases write every field, with null for what is unset."""
-        unset = dict.fromkeys(("actorder", "block_structure", "scale_dtype", "zp_dtype", "observer"))
-        dump = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-        args = read_weights(**dump, **unset, dynamic=False, observer_kwargs={})
-        assert args == QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=128)
-
-    @pytest.mark.parametrize(
-        ("given", "strategy", "group_size"),
-        [
-            ({}, Strategy.TENSOR, None),
-            ({"strategy": None, "group_size": 32}, Strategy.GROUP, 32),
-            ({"group_size": -1}, Strategy.CHANNEL, None),
-            ({"group_size": -1, "strategy": "channel"}, Strategy.CHANNEL, None),
-            ({"group_size": 64.0}, Strategy.GROUP, 64),
-            ({"strategy": "CHANNEL"}, Strategy.CHANNEL, None),
-            ({"strategy": "tensor_group", "group_size": 16}, Strategy.TENSOR_GROUP, 16),
-        ],
-    )
-    def test_the_strategy_follows_from_the_group_size(self, given, strategy, group_size):
-        args = read_weights(**given)
-        assert (args.strategy, args.group_size) == (strategy, group_size)
-
-    @pytest.mark.parametrize(
-        ("given", "expected"),
-        [
-            (None, None),
-            (False, None),
-            (True, ActOrder.GROUP),
-            ("group", ActOrder.GROUP),
-            ("dynamic", ActOrder.GROUP),
-            ("weight", ActOrder.WEIGHT),
-            ("Static", ActOrder.WEIGHT),
-        ],
-    )
-    def test_actorder_has_aliases(self, given, expected):
-        assert read_weights(**INT4, actorder=given).actorder is expected
-
-    @pytest.mark.parametrize("given", [[128, 64], "128x64", "128X64", " 128 x 64 "])
-    def test_block_structure_is_a_list_or_a_string(self, given):
-        args = read_weights(type="float", strategy="block", block_structure=given)
-        assert args.block_structure == (128, 64)
-
-    @pytest.mark.parametrize("given", ["torch.float8_e4m3fn", "float8_e4m3fn"])
-    def test_dtypes_lose_their_prefix(self, given):
-        assert read_weights(**INT4, scale_dtype=given).scale_dtype == "float8_e4m3fn"
-
-    @pytest.mark.parametrize(
-        ("given", "expected"),
-        [
-            ({"symmetric": False}, "int8"),
-            ({"symmetric": False, "zp_dtype": "torch.uint8"}, "uint8"),
-            ({"symmetric": False, "type": "float"}, "float8_e4m3fn"),
-            ({"symmetric": True, "zp_dtype": "torch.int8"}, None),
-        ],
-    )
-    def test_only_asymmetric_arguments_have_a_zero_point_dtype(self, given, expected):
-        assert read_weights(**given).zp_dtype == expected
-
-    def test_local_scales_are_dynamic_within_tensor_groups(self):
-        args = read_inputs(num_bits=4, type="FLOAT", strategy="tensor_group", group_size=16, dynamic="LOCAL")
-        assert (args.dynamic, args.type) == ("local", NumberType.FLOAT)
-
-    @pytest.mark.parametrize(
-        ("given", "key"),
-        [
-            ({"num_bits": 0}, "num_bits"),
-            ({"num_bits": 9}, "num_bits"),
-            ({"num_bits": "4"}, "num_bits"),
-            ({"num_bits": 4.5}, "num_bits"),
-            ({"num_bits": float("nan")}, "num_bits"),
-            ({"num_bits": True}, "num_bits"),
-            ({"num_bits": None}, "num_bits"),
-            ({"type": "float", "num_bits": 16}, "num_bits"),
-            ({"type": "float", "num_bits": 5}, "num_bits"),
-            ({"type": "bfloat"}, "type"),
-            ({"type": None}, "type"),
-            ({"symmetric": "yes"}, "symmetric"),
-            ({"symmetric": 1}, "symmetric"),
-            ({"symmetric": None}, "symmetric"),
-            ({"strategy": "row"}, "strategy"),
-            ({"strategy": 3}, "strategy"),
-            ({"group_size": 0}, "group_size"),
-            ({"group_size": -2}, "group_size"),
-            ({"group_size": "128"}, "group_size"),
-            ({"group_size": 128, "strategy": "channel"}, "group_size"),
-            ({"group_size": 128, "strategy": "tensor"}, "group_size"),
-            ({"strategy": "group"}, "group_size"),
-            ({"strategy": "group", "group_size": -1}, "group_size"),
-            ({"strategy": "block"}, "block_structure"),
-            ({"strategy": "channel", "block_structure": [128, 128]}, "block_structure"),
-            ({"strategy": "block", "block_structure": [128]}, "block_structure"),
-            ({"strategy": "block", "block_structure": [128, 0]}, "block_structure"),
-            ({"strategy": "block", "block_structure": "128"}, "block_structure"),
-            ({"strategy": "block", "block_structure": "ax2"}, "block_structure"),
-            ({"strategy": "block", "block_structure": {}}, "block_structure"),
-            ({"dynamic": "always"}, "dynamic"),
-            ({"dynamic": None}, "dynamic"),
-            ({"dynamic": True}, "dynamic"),  # weights have stored scales
-            ({"dynamic": "local"}, "dynamic"),
-            ({"strategy": "token"}, "dynamic"),
-            ({"strategy": "token", "dynamic": True}, "strategy"),
-            ({"strategy": "attn_head"}, "strategy"),
-            ({"actorder": "sorted"}, "actorder"),
-            ({"actorder": 1}, "actorder"),
-            ({"scale_dtype": "torch.float7"}, "scale_dtype"),
-            ({"scale_dtype": 8}, "scale_dtype"),
-            ({"zp_dtype": "integer"}, "zp_dtype"),
-        ],
-        ids=repr,
-    )
-    def test_what_cannot_be_meant_is_a_fault_at_its_key(self, given, key):
-        assert weight_faults(**given) == {key}
-
-    @pytest.mark.parametrize(
-        ("given", "key"),
-        [
-            ({"strategy": "channel"}, "strategy"),
-            ({"strategy": "block", "block_structure": [1, 1]}, "strategy"),
-            ({"strategy": "channel", "dynamic": True}, "strategy"),
-            ({"strategy": "token"}, "dynamic"),
-            ({"actorder": "weight"}, "actorder"),
-        ],
-    )
-    def test_activations_have_their_own_limits(self, given, key):
-        block = {"config_groups": {"g": {"targets": ["Linear"], "input_activations": given}}}
-        assert set(faults(block)) == {f"config_groups.g.input_activations.{key}"}
-
-    @settings(max_examples=50, deadline=None)
-    @given(st.dictionaries(st.sampled_from(("num_bits", "group_size", "strategy", "dynamic")), st.from_type(object)))
-    def test_no_json_makes_the_reader_crash(self, weights):
-        try:
-            read_weights(**weights)
-        except ConfigError as error:
-            assert all(fault.where.startswith("quantization_config.config_groups.group_0") for fault in error.faults)
 
 
 class TestGroups:
@@ -380,7 +230,11 @@ class TestBlock:
         groups = {"g": {"targets": ["Linear"], "weights": {**INT4, "gruop_size": 64}, "note": 1}}
         config = read({**BLOCK, "config_groups": groups, "ignored_layers": [], "provider": "me"})
         warnings = "\n".join(config.warnings)
-        assert "quantization_config: unknown keys, which have no effect: 'ignored_layers', 'provider'" in warnings
+        assert (
+            "quantization_config: unknown keys, which have no effect: 'ignored_layers' (did you mean 'ignore'?)"
+            in warnings
+        )
+        assert "'provider'; known are quant_method, version, format" in warnings
         assert "config_groups.g: unknown keys, which have no effect: 'note'" in warnings
         assert "'gruop_size' (did you mean 'group_size'?); known are num_bits, type" in warnings
 
@@ -421,6 +275,19 @@ class TestBlock:
         with pytest.raises(ConfigError) as caught:
             read({**BLOCK, "format": "x" * 1000})
         assert len(caught.value.faults[0].found) == 80
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=6))
+    def test_no_json_makes_the_reader_crash(self, block):
+        """Whatever stands in a block, it is read or refused with a path."""
+        block.pop("quant_method", None)
+        try:
+            read({"config_groups": None, **block})
+        except ConfigError as error:
+            refused = error.faults
+        else:
+            refused = ()
+        assert all(fault.where.startswith("quantization_config.") for fault in refused)
 
 
 class TestSparsity:

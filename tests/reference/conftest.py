@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,6 +10,10 @@ from torch import Tensor
 
 from trtllm_ct.quant_config import LayerQuantConfig
 from trtllm_ct.schemes import QuantAlgo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 GROUP = 4
 LAYERS = {

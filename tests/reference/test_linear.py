@@ -46,6 +46,10 @@ def build(
     )
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 @pytest.mark.parametrize("container", [torch.uint8, torch.int8])
 def test_row_pairs_have_the_even_row_in_the_low_nibble(container: torch.dtype) -> None:
     assert torch.equal(CODES, unpack_row_pairs(ROW_PAIRS.view(container)))
@@ -134,7 +138,9 @@ def test_fp8_without_input_scale_takes_the_scale_of_the_input(random_linear: Ran
 
 @pytest.mark.parametrize("algo", LAYOUTS)
 @pytest.mark.parametrize(
-    "cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), copy.deepcopy]
+    "cast",
+    [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), copy.deepcopy],
+    ids=["half", "bfloat16", "double", "deepcopy"],
 )
 def test_delivered_tensors_outlive_casts(
     algo: QuantAlgo, cast: Callable[[ReferenceLinear], ReferenceLinear], random_linear: RandomLinear
@@ -147,7 +153,7 @@ def test_delivered_tensors_outlive_casts(
     assert list(state) == list(tensors)
     for name, tensor in tensors.items():
         assert state[name].dtype == tensor.dtype
-        assert torch.equal(tensor.view(torch.uint8), state[name].view(torch.uint8))
+        assert torch.equal(as_bytes(tensor), as_bytes(state[name]))
 
 
 def test_delivered_tensors_are_not_copied(random_linear: RandomLinear) -> None:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import gc
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.header import (
     Header,
@@ -30,7 +29,11 @@ from trtllm_ct.checkpoint.header import (
     refuse_lfs_pointer,
 )
 from trtllm_ct.errors import CatalogError, Fault, FaultCollector
-from trtllm_ct.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from trtllm_ct.schemes import TensorSpec
 
 __all__ = ["INDEX_FILE", "PICKLE_SUFFIXES", "Catalog", "StoredTensor"]
 
@@ -67,7 +70,7 @@ class Catalog:
         """Read the headers of all weight files of `directory`.
 
         Raises `CatalogError` with every fault of every file.
-        Takes about 6 microseconds and 400 bytes per tensor.
+        Takes about 7 microseconds per tensor, and 600 bytes at the peak, 260 of which stay.
         """
         selection = _select_files(directory)
         faults = FaultCollector()

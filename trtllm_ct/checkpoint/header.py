@@ -12,16 +12,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import CatalogError, Fault, FaultCollector
 from trtllm_ct.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 __all__ = [
     "LENGTH_BYTES",
@@ -85,6 +87,13 @@ def read_header(path: Path, file: str) -> Header:
     Reads the header only. Raises `CatalogError` with every fault of the file.
     """
     text, size = _read_text(path, file)
+    try:
+        return _parse(text, size, file)
+    except RecursionError:  # what the parser could just nest, a message about it may not be able to
+        _refuse(file, "a header of three levels", "JSON nested without end", _FETCH_AGAIN)
+
+
+def _parse(text: bytes, size: int, file: str) -> Header:
     faults = FaultCollector()
     entries = parse_json_object(text, file, remedy=_FETCH_AGAIN)
     metadata = _metadata(entries.pop(METADATA_KEY, {}), file, faults)

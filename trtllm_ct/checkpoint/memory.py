@@ -9,9 +9,11 @@ Source: the Linux kernel's documentation of cgroup v2 (memory.max, memory.curren
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["available_memory"]
 
@@ -48,7 +50,7 @@ def _machine(root: Path) -> Iterator[int]:
 def _groups(root: Path) -> Iterator[int]:
     """What each group that this process is in has left, from its own up to the root of the hierarchy."""
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        controllers, _, path = line.partition(":")[2].partition(":")
         if controllers and "memory" not in controllers.split(","):
             continue
         interface = _V1 if controllers else _V2

@@ -7,11 +7,14 @@ run that fails leaves an old OUT as it was.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtllm_ct.errors import Fault, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["check_output_place", "replacing_directory"]
 

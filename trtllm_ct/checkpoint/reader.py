@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
@@ -17,6 +16,7 @@ from trtllm_ct.checkpoint.memory import available_memory
 from trtllm_ct.errors import CatalogError, Fault
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     import torch

@@ -7,11 +7,14 @@ list of what to leave out ages better than one of what to take, as tokenizers ke
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.catalog import PICKLE_SUFFIXES
 from trtllm_ct.errors import CatalogError, FaultCollector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["carry_side_files"]
 

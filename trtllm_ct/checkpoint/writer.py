@@ -12,18 +12,20 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, list_some
 from trtllm_ct.errors import Fault, UsageError
-from trtllm_ct.schemes import TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     import torch
+
+    from trtllm_ct.schemes import TensorSpec
 
 __all__ = ["Shard", "ShardedWriter", "encode_header", "plan_shards"]
 

@@ -98,7 +98,7 @@ def _read_preset(
     """A group whose name is a preset and whose value is its target list."""
     release = parse_release(version)
     scheme = preset_scheme(name, release)
-    if scheme is None:
+    if scheme is None or groups.raw[name] is None:
         groups.fault(
             name,
             expected="a JSON object, or a list of targets under a preset name",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["ModelSource", "read_directory"]
+__all__ = ["ModelSource", "read_directory", "read_quant_config"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
     config = _read_json(directory / "config.json")
     catalog = Catalog.from_directory(directory)
     path = directory / "hf_quant_config.json"
-    quant_config = _read_quant_config(path, catalog) if detection.method == MODELOPT else None
+    quant_config = read_quant_config(path, catalog) if detection.method == MODELOPT else None
     return ModelSource(config=config, quant_config=quant_config, tensors=_read_tensors(catalog))
 
 
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:
+def read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:
     """The `quantization` part of a ModelOpt directory, excluded modules by their full names."""
     content = _read_json(path)
     try:

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from trtllm_ct.errors import CatalogError, ConfigError, DetectionError, PlanError
+from trtllm_ct.reference import ReferenceLinear, load_model
+from trtllm_ct.reference.directory import read_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+pytestmark = pytest.mark.reference
+
+EXPORTS = ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "INT4_AWQ_CFG", "INT8_WEIGHT_ONLY_CFG"]
+WITHOUT_PRE_QUANT_SCALE = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
+TOKENS = torch.arange(3, 23)[None]
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def quantize_gates(directory: Path, **quantization: Any) -> None:
+    """Make a ModelOpt directory of a dense one: gate_proj in int8 with one scale a row."""
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("gate_proj.weight")]:
+        scale = tensors[name].abs().amax(1).float() / 127
+        tensors[f"{name}_scale"] = scale
+        tensors[name] = (tensors[name] / scale[:, None]).round().to(torch.int8)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W8A16"} | quantization}
+    (directory / "hf_quant_config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["lm_head", "*self_attn*", "*.up_proj", "*.down_proj"],
+        ["lm_head", "model.layers.?.self_attn", "model.layers.*.mlp.[ud]*"],
+        ["lm_head", *(f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn", "mlp.up_proj", "mlp.down_proj"))],
+    ],
+    ids=["globs", "parents", "names"],
+)  # fmt: skip
+def test_exclude_modules_are_patterns_for_a_module_or_its_parents(
+    save_tiny: Callable[..., Path], patterns: list[str]
+) -> None:
+    directory = save_tiny("llama")
+    quantize_gates(directory, exclude_modules=patterns)
+
+    model = load_model(directory)
+
+    quantized = {name for name, module in model.named_modules() if isinstance(module, ReferenceLinear)}
+    assert quantized == {f"model.layers.{layer}.mlp.gate_proj" for layer in range(2)}
+
+
+def test_tensors_prove_what_the_configuration_says(save_tiny: Callable[..., Path]) -> None:
+    """A pattern that excludes too much or too little is a fault, never a guess."""
+    directory = save_tiny("llama")
+    quantize_gates(directory, exclude_modules=["lm_head", "*self_attn*", "*.up_proj"])
+
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.down_proj: expected tensors weight, weight_scale"):
+        load_model(directory)
+
+    content = {"quantization": {"quant_algo": "W8A16", "exclude_modules": ["*"]}}
+    (directory / "hf_quant_config.json").write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=r"gate_proj\.weight_scale: expected weight and bias only"):
+        load_model(directory)
+
+
+def test_single_layers_may_be_quantized(save_tiny: Callable[..., Path]) -> None:
+    directory = save_tiny("qwen2")
+    layers = {f"model.layers.{layer}.mlp.gate_proj": {"quant_algo": "W8A16"} for layer in range(2)}
+    quantize_gates(directory, quant_algo="MIXED_PRECISION", quantized_layers=layers)
+
+    model = load_model(directory)
+
+    assert isinstance(model.get_submodule("model.layers.1.mlp.gate_proj"), ReferenceLinear)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"quantization": {"quant_algo": "NVFP4"}}, "'NVFP4' is not a valid QuantAlgo"),
+        ({"quantization": {"quantized_layers": {"lm_head": {}}}}, "KeyError"),
+        ({"quantization": None}, "NoneType"),
+        ({"producer": {"name": "modelopt"}}, "'quantization'"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(
+    save_tiny: Callable[..., Path], content: dict[str, Any], found: str
+) -> None:
+    directory = save_tiny("llama")
+    (directory / "hf_quant_config.json").write_text(json.dumps(content))
+
+    with pytest.raises(ConfigError, match=rf"hf_quant_config\.json: expected .*W4A16.* found .*{found}"):
+        load_model(directory)
+
+
+def test_modelopt_without_its_own_file_is_refused(save_tiny: Callable[..., Path]) -> None:
+    directory = save_tiny("llama")
+    config = json.loads((directory / "config.json").read_text()) | {"quantization_config": {"quant_method": "modelopt"}}
+    (directory / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ConfigError, match=r"hf_quant_config\.json"):
+        load_model(directory)
+
+
+def test_other_methods_are_refused_by_name(save_tiny: Callable[..., Path]) -> None:
+    directory = save_tiny("llama")
+    config = json.loads((directory / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (directory / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(DetectionError, match="an AutoGPTQ checkpoint"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(("missing", "error"), [("config.json", DetectionError), ("model.safetensors", CatalogError)])
+def test_missing_files_are_our_errors(save_tiny: Callable[..., Path], missing: str, error: type[Exception]) -> None:
+    directory = save_tiny("llama")
+    (directory / missing).unlink()
+
+    with pytest.raises(error):
+        load_model(directory)
+
+
+def test_a_loaded_model_outlives_its_directory(save_tiny: Callable[..., Path]) -> None:
+    directory = save_tiny("llama")
+    model = load_model(directory)
+    before = logits(model)
+    shutil.rmtree(directory)
+
+    assert torch.equal(before, logits(model))
+
+
+def test_compressed_tensors_directories_come_through_their_target(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bridge is crossed for that method only, with the directory and the computing dtype."""
+    directory = save_tiny("llama")
+    source = read_directory(directory, dtype=torch.float32)
+    config = json.loads((directory / "config.json").read_text())
+    marked = config | {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}
+    (directory / "config.json").write_text(json.dumps(marked))
+    asked = []
+
+    @dataclass(frozen=True)
+    class Delivered:
+        config: dict[str, Any]
+        quant_config: None
+        tensors: Any
+
+    def deliver(place: Path, *, dtype: torch.dtype) -> Delivered:
+        asked.append((place, dtype))
+        return Delivered(config, None, source.tensors)
+
+    bridge = ModuleType("trtllm_ct.targets.reference")
+    bridge.deliver = deliver  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trtllm_ct.targets.reference", bridge)
+
+    model = load_model(directory, dtype=torch.float32)
+
+    assert asked == [(directory, torch.float32)]
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("export", [*EXPORTS, WITHOUT_PRE_QUANT_SCALE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modelopt_exports_load_as_delivered(shared: Path, export: str, dtype: torch.dtype) -> None:
+    directory = shared / "modelopt-exports" / export
+
+    model = load_model(directory, dtype=dtype)
+
+    assert logits(model).isfinite().all()
+    state = model.state_dict()
+    with safe_open(directory / "model.safetensors", "pt") as stored:
+        assert state.keys() == set(stored.keys())
+        for name in stored.keys():  # noqa: SIM118 - no mapping
+            tensor = stored.get_tensor(name)
+            module = model.get_submodule(name.rpartition(".")[0])
+            wanted = tensor if isinstance(module, ReferenceLinear) else tensor.to(dtype)
+            assert state[name].dtype == wanted.dtype
+            assert torch.equal(wanted.double(), state[name].double())
+
+
+@pytest.mark.shared
+def test_modelopt_exports_agree_with_each_other(shared: Path) -> None:
+    """All were made of one model, so that their logits may differ by quantization only."""
+    exports = [*EXPORTS, WITHOUT_PRE_QUANT_SCALE]
+    results = [logits(load_model(shared / "modelopt-exports" / each, dtype=torch.float32)) for each in exports]
+
+    for result in results[1:]:
+        assert (result - results[0]).std() < 0.25 * results[0].std()
+
+
+@pytest.mark.shared
+def test_int4_export_equals_an_independent_decoding(shared: Path) -> None:
+    """Nibbles through numpy, groups through a reshape, and a model of plain Linears to compare with."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    directory = shared / "modelopt-exports" / WITHOUT_PRE_QUANT_SCALE
+    stored = load_file(directory / "model.safetensors")
+    dense = {}
+    for name, tensor in stored.items():
+        if f"{name}_scale" in stored:
+            packed, scale = tensor.numpy(), stored[f"{name}_scale"].numpy()
+            rows = np.empty((2 * packed.shape[0], packed.shape[1]), np.int32)
+            rows[0::2], rows[1::2] = packed & 15, packed >> 4
+            rows[rows > 7] -= 16
+            grouped = rows.reshape(*scale.shape, -1) * scale[..., None]
+            dense[name] = torch.from_numpy(grouped.reshape(rows.shape).astype(np.float32))
+        elif not name.endswith("_scale"):
+            dense[name] = tensor.float()
+
+    model = load_model(directory, dtype=torch.float32)
+
+    for name, module in model.named_modules():
+        if isinstance(module, ReferenceLinear):
+            assert torch.equal(dense[f"{name}.weight"], module.dequantized_weight(torch.float32))
+    model.config.name_or_path = ""
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(dense)
+    assert torch.equal(logits(plain.eval()), logits(model))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_base_checkpoint_equals_transformers(shared: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = shared / "checkpoints" / "_base"
+    want: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    got: Any = load_model(directory, dtype=dtype)
+
+    assert torch.equal(logits(want), logits(got))
+    options = {"max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(want.generate(TOKENS, **options), got.generate(TOKENS, **options))

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from trtllm_ct.errors import ConfigError, UsageError
+from trtllm_ct.reference import build_model, generate_text, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.reference
+
+# Two bytes of a character are two tokens; <end> is special and no text.
+VOCABULARY = ["<end>", "a", "b", "c", " ", "<0xC3>", "<0xA9>", "x"]
+
+
+@pytest.fixture
+def directory(save_tiny: Callable[..., Path]) -> Path:
+    """A random model with a tokenizer that knows a few letters, and bytes for the rest."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    path = save_tiny("llama", vocab_size=len(VOCABULARY), bos_token_id=None, eos_token_id=0)
+    model = models.BPE({token: index for index, token in enumerate(VOCABULARY)}, [], byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
+    return path
+
+
+def follow(model: Any, *token_ids: int) -> Any:
+    """Make the model say these tokens, whatever came before: its last layer reads the position alone."""
+    order = iter(token_ids)
+
+    class Script(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            wanted = torch.tensor(next(order)).expand(hidden.shape[:-1])
+            return torch.nn.functional.one_hot(wanted, len(VOCABULARY)).float()
+
+    model.lm_head = Script()
+    return model
+
+
+def test_greedy_text_equals_generate_of_transformers(directory: Path) -> None:
+    model: Any = load_model(directory)
+
+    got = generate_text(directory, "ab c", max_tokens=12)
+
+    prompt = torch.tensor([[1, 2, 4, 3]])
+    want = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, 4:].tolist()
+    assert list(got.token_ids) == want
+    assert got.prompt == "ab c"
+    assert got.seconds > 0
+
+
+def test_the_longest_text_has_max_tokens(directory: Path) -> None:
+    got = generate_text(follow(load_model(directory), 1, 2, 3, 1), "a", max_tokens=3)
+
+    assert (got.text, got.token_ids, got.finish_reason) == ("abc", (1, 2, 3), "length")
+
+
+@pytest.mark.parametrize("max_tokens", [2, 9])
+def test_an_end_token_stops_and_is_no_text(directory: Path, max_tokens: int) -> None:
+    got = generate_text(follow(load_model(directory), 1, 0, 3), "a", max_tokens=max_tokens)
+
+    assert (got.text, got.token_ids, got.finish_reason) == ("a", (1, 0), "stop")
+
+
+def test_any_of_several_end_tokens_stops(directory: Path) -> None:
+    model: Any = follow(load_model(directory), 1, 7, 3)
+    model.generation_config.eos_token_id = [0, 7]
+
+    assert generate_text(model, "a", max_tokens=5).finish_reason == "stop"
+
+
+def test_a_model_without_end_token_runs_on(directory: Path) -> None:
+    model: Any = follow(load_model(directory), 1, 0, 3)
+    model.generation_config.eos_token_id = None
+
+    assert generate_text(model, "a", max_tokens=3).token_ids == (1, 0, 3)
+
+
+def test_pieces_arrive_whole_and_join_to_the_text(directory: Path) -> None:
+    """A character of two tokens comes with the second one."""
+    pieces: list[str] = []
+
+    got = generate_text(follow(load_model(directory), 1, 5, 6, 2), "a", max_tokens=4, on_token=pieces.append)
+
+    assert pieces == ["a", "", "é", "b"]
+    assert got.text == "aéb"
+
+
+def test_half_a_character_at_the_end_is_shown_as_such(directory: Path) -> None:
+    pieces: list[str] = []
+
+    got = generate_text(follow(load_model(directory), 1, 5), "a", max_tokens=2, on_token=pieces.append)
+
+    assert got.text == "".join(pieces) == "a\ufffd"
+
+
+def test_sampling_settings_of_the_checkpoint_do_not_matter(directory: Path) -> None:
+    plain = generate_text(directory, "ab", max_tokens=8)
+    settings = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "eos_token_id": 0}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+
+    assert generate_text(directory, "ab", max_tokens=8).token_ids == plain.token_ids
+
+
+def test_nothing_is_printed(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+
+    generate_text(directory, "ab", max_tokens=2)
+
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "where"), [("", 4, "prompt"), ("a", 0, "max_tokens"), ("a", -1, "max_tokens")]
+)
+def test_useless_arguments_are_usage_errors(directory: Path, prompt: str, max_tokens: int, where: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        generate_text(directory, prompt, max_tokens=max_tokens)
+
+    assert caught.value.faults[0].where == where
+
+
+def test_a_directory_without_tokenizer_is_our_error(save_tiny: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        generate_text(save_tiny("llama"), "a", max_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["", "no/such/place"])
+def test_a_model_without_directory_has_no_tokenizer(directory: Path, name: str) -> None:
+    """Least of all the one that happens to lie in the current directory."""
+    config = json.loads((directory / "config.json").read_text())
+    model = build_model(config, None, load_model(directory).state_dict().items(), name=name)
+
+    with pytest.raises(UsageError, match="Give the checkpoint directory"):
+        generate_text(model, "a", max_tokens=1)
+
+
+@pytest.mark.shared
+def test_the_base_checkpoint_writes_readable_text(shared: Path) -> None:
+    got = generate_text(shared / "checkpoints" / "_base", "The import statement", max_tokens=40)
+
+    words = got.text.split()
+    assert len(words) > 5
+    assert sum(word.isalpha() for word in words) > len(words) / 2

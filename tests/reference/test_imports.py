@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import trtllm_ct.reference
+
+SOURCES = sorted(Path(trtllm_ct.reference.__path__[0]).glob("*.py"))
+
+
+def test_importing_the_package_loads_no_heavy_library() -> None:
+    code = "import sys, trtllm_ct.reference; print(*{'torch', 'transformers'} & set(sys.modules))"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == ""
+
+
+def test_all_public_names_resolve() -> None:
+    assert all(getattr(trtllm_ct.reference, name).__name__ == name for name in trtllm_ct.reference.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="load_modell"):
+        trtllm_ct.reference.load_modell  # noqa: B018
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_reference_shares_no_code_with_what_it_proves(source: Path) -> None:
+    """It may know vocabulary and files; the one bridge is the `reference` target, crossed in one place."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    ours = {name.split(".")[1] for name in imported if name.startswith("trtllm_ct.")}
+
+    allowed = {"checkpoint", "detect", "dtypes", "errors", "quant_config", "quant_methods", "reference", "schemes"}
+    bridge = {"targets"} if source.stem == "directory" else set()
+    assert ours <= allowed | bridge
+
+
+def test_the_library_is_found_by_pytest_not_by_path() -> None:
+    assert find_spec("trtllm_ct") is not None

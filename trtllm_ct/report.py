@@ -1,0 +1,162 @@
+"""What people see: tables for inspections and plans, summaries for conversions and verifications, faults folded by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from trtllm_ct.folding import fold_names
+
+if TYPE_CHECKING:
+    from trtllm_ct.convert import ConversionReport
+    from trtllm_ct.errors import Fault
+    from trtllm_ct.inspection import Inspection, SchemeRow
+    from trtllm_ct.plan.model import Plan
+    from trtllm_ct.verify import VerificationReport
+
+__all__ = ["conversion", "faults", "format_bytes", "inspection", "plan", "verification"]
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def format_bytes(count: float) -> str:
+    """`2.7 MB`: decimal units, as disks and file managers count."""
+    for unit in _UNITS[:-1]:
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def faults(found: Iterable[Fault]) -> RenderableType:
+    """Every fault once; those that differ only by the layer are folded into one."""
+    by_text: dict[tuple[str, str, str], list[str]] = {}
+    for fault in found:
+        by_text.setdefault((fault.expected, fault.found, fault.remedy), []).append(fault.where)
+    lines = []
+    for (expected, what, remedy), wheres in by_text.items():
+        where = "\n".join(fold_names(wheres))
+        lines.append(
+            Text.assemble((where, "bold red"), f"\n  expected {expected}\n  found    {what}\n  ", (remedy, "italic"))
+        )
+    return Group(*lines)
+
+
+def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
+    """Detection with its evidence, the table of schemes (or of modules), KV cache, bytes, warnings and problems."""
+    parts: list[RenderableType] = [
+        Text.assemble((str(report.directory), "bold"), f" is {report.detection.description}"),
+        *(Text(f"  evidence: {evidence}") for evidence in report.detection.evidence),
+    ]
+    if report.plan is not None:
+        parts += [
+            Text(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
+            Text(""),
+            _modules(report.plan) if modules else _schemes(report.rows(), report.target),
+            Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
+            Text(f"Bytes: {format_bytes(report.plan.stored_bytes)} now, {_after(report.plan)}"),
+        ]
+    parts.append(_warnings(report.warnings))
+    if report.problems:
+        parts += [Text(f"Problems ({len(report.problems)}):", style="bold red"), faults(report.problems)]
+    return Group(*parts)
+
+
+def plan(made: Plan) -> RenderableType:
+    """Every stored tensor with its fate, then every delivered tensor with its spec and operation."""
+    stored = Table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
+    for fate in made.fates():
+        stored.add_row(escape(fate.name), str(fate.spec), str(fate.fate), escape(", ".join(fate.by) or fate.reason))
+    delivered = Table("delivered tensor", "dtype and shape", "operation", title=f"Delivered to {made.target}")
+    for delivery in made.deliveries():
+        delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
+    return Group(stored, delivered, _warnings(made.warnings))
+
+
+def conversion(report: ConversionReport) -> RenderableType:
+    """Modes with their counts, bytes, time, and why modules were dequantized."""
+    made = report.plan
+    speed = format_bytes(made.delivered_bytes / max(report.seconds, 1e-9))
+    modes = ", ".join(f"{count} x {mode}" for mode, count in report.modes.items()) or "nothing was quantized"
+    reasons: dict[str, list[str]] = {}
+    for module in made.modules:
+        if module.dequantized:
+            reasons.setdefault(module.reason, []).append(module.name)
+    lines = [
+        Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
+        Text(f"  modules: {modes}"),
+        Text(f"  bytes: {format_bytes(made.stored_bytes)} -> {format_bytes(made.delivered_bytes)}"),
+        Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} carried along"),
+        *(Text(f"  dequantized {len(names)} modules: {reason}") for reason, names in reasons.items()),
+    ]
+    return Group(*lines, _warnings(made.warnings))
+
+
+def verification(report: VerificationReport) -> RenderableType:
+    """Good or bad, the worst error of each kind of tensor, and every fault."""
+    verdict = ("good", "bold green") if report.good else (f"{len(report.faults)} faults", "bold red")
+    what = f"{report.converted} against {report.directory}" if report.converted else str(report.directory)
+    lines: list[RenderableType] = [Text.assemble(f"{what}: ", verdict, f" ({report.modules} modules)")]
+    for kind in ("native", "dequantized", "plain"):
+        worst = report.worst(kind)
+        if worst is not None:
+            count = sum(check.kind == kind for check in report.checks)
+            error = worst.comparison
+            lines.append(
+                Text(
+                    f"  {count} {kind} tensors, worst error {error.error:.3g} in {worst.name}, {error.block}: "
+                    f"{error.got:.9g}, source {error.want:.9g}"
+                )
+            )
+    if report.zero_scales:
+        lines.append(Text(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
+    if report.faults:
+        lines.append(faults(report.faults))
+    return Group(*lines)
+
+
+def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
+    table = Table("modules", "stored", "native mode", f"at {target}", "now", "after")
+    for row in rows:
+        names = "\n".join(fold_names(row.modules))
+        mode = row.delivered_mode + (f"\n({row.reason})" if row.reason else "")
+        table.add_row(
+            escape(f"{len(row.modules)} modules\n{names}"),
+            row.stored_scheme,
+            row.native_mode,
+            escape(mode),
+            format_bytes(row.stored_bytes),
+            format_bytes(row.delivered_bytes),
+        )
+        table.add_section()
+    return table
+
+
+def _modules(made: Plan) -> Table:
+    table = Table("module", "stored", "native mode", f"at {made.target}", "reason", "now", "after")
+    for module in made.modules:
+        table.add_row(
+            escape(module.name),
+            module.stored_scheme or "plain",
+            str(module.native_mode or ""),
+            module.delivered_mode,
+            escape(module.reason),
+            format_bytes(module.stored_bytes),
+            format_bytes(module.delivered_bytes),
+        )
+    return table
+
+
+def _after(made: Plan) -> str:
+    change = made.delivered_bytes - made.stored_bytes
+    return f"{format_bytes(made.delivered_bytes)} after ({'+' if change >= 0 else '-'}{format_bytes(abs(change))})"
+
+
+def _warnings(texts: Iterable[str]) -> RenderableType:
+    lines = [Text(f"  {text}", style="yellow") for text in texts]
+    return Group(Text("Warnings:", style="bold yellow"), *lines) if lines else Text("Warnings: none")

@@ -1,0 +1,191 @@
+"""A converted directory against its source, tensor by tensor in float64.
+
+The source is dequantized by its stored format, the converted side by the reference engine's reading of native layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.errors import CheckpointError, FaultCollector
+from trtllm_ct.formats.codecs import NATIVE
+from trtllm_ct.pipeline import Checkpoint
+from trtllm_ct.plan.model import ModulePlan, Plan
+from trtllm_ct.plan.stored import StoredModule, stored_modules
+from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
+from trtllm_ct.reference.directory import read_quant_config
+from trtllm_ct.reference.linear import ReferenceLinear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TensorCheck", "compare_converted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorCheck:
+    """One delivered value compared with the source; `kind` is `native`, `dequantized` or `plain`."""
+
+    name: str
+    kind: str
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"name": self.name, "kind": self.kind, **self.comparison.to_dict()}
+
+
+def compare_converted(
+    checkpoint: Checkpoint, plan: Plan, converted: Path, faults: FaultCollector
+) -> tuple[TensorCheck, ...]:
+    """Every value of a converted directory against the source; differences, losses and surplus are added to `faults`.
+
+    `plan` is any plan of the source. Raises `CheckpointError` when the converted directory can't be read.
+    """
+    catalog = Catalog.from_directory(converted)
+    quant_config = QuantConfig()
+    if (converted / "hf_quant_config.json").is_file():
+        quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
+    with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as delivered:
+        comparison = _Comparison(source, delivered, stored_modules(catalog), quant_config, faults)
+        checks = tuple(check for module in plan.modules for check in comparison.module(module))
+    for name in catalog.tensors:
+        if name not in comparison.seen:
+            faults.add(
+                where=f"{converted}: {name}",
+                expected="only tensors that come from the source",
+                found="one without a source",
+                remedy="Convert again into an empty directory.",
+            )
+    return checks
+
+
+class _Comparison:
+    """The state of one comparison; `seen` are the converted tensors that some module accounted for."""
+
+    def __init__(
+        self,
+        source: TensorReader,
+        delivered: TensorReader,
+        modules: dict[str, StoredModule],
+        quant_config: QuantConfig,
+        faults: FaultCollector,
+    ) -> None:
+        self._source = source
+        self._delivered = delivered
+        self._modules = modules
+        self._quant_config = quant_config
+        self._faults = faults
+        self.seen: set[str] = set()
+
+    def module(self, plan: ModulePlan) -> Iterator[TensorCheck]:
+        """The checks of one module: its weight, then every other tensor that was delivered from it."""
+        stored = {name.rpartition(".")[2]: self._source.read(name) for name in plan.reads}
+        if any(delivery.name == f"{plan.name}.weight" for delivery in plan.deliveries):
+            yield from self._weight(plan, stored)
+        for delivery in plan.deliveries:
+            source = delivery.operation.source
+            if source in {None, "weight", "weight_scale"}:
+                continue
+            yield from self._tensor(delivery.name, stored[source])
+
+    def _weight(self, plan: ModulePlan, stored: dict[str, Tensor]) -> Iterator[TensorCheck]:
+        name = f"{plan.name}.weight"
+        # The configuration speaks of Linears; norms are named nowhere.
+        layer = self._quant_config.layer_config(plan.name) if plan.class_name == "Linear" else None
+        tensors = self._read_weight(plan.name, layer)
+        if "weight" not in tensors:
+            self._missing(name)
+            return
+        exact = (
+            stored["weight"].double()
+            if plan.weight is None
+            else NATIVE.dequantize(plan.weight, stored, torch.float64)
+        )
+        if layer is None:
+            kind = "plain" if plan.weight is None else "dequantized"
+            yield from self._plain(name, kind, tensors["weight"], exact)
+            return
+        try:
+            value = _native_value(plan.name, tensors, layer, exact)
+        except CheckpointError as error:
+            self._faults.faults.extend(error.faults)
+            return
+        yield self._judged(TensorCheck(name=name, kind="native", comparison=compare_native(value, exact)))
+
+    def _tensor(self, name: str, source: Tensor) -> Iterator[TensorCheck]:
+        """A bias or an activation or KV scale. Scales that a plain module does not need may be absent."""
+        module, _, local = name.rpartition(".")
+        delivered = self._modules.get(module)
+        if delivered is None or local not in delivered.specs:
+            if local == "bias" or self._needs(module, local):
+                self._missing(name)
+            return
+        self.seen.add(name)
+        yield from self._plain(name, "plain", self._delivered.read(name), source.double())
+
+    def _needs(self, module: str, local: str) -> bool:
+        """Whether a converted directory of this configuration must have a scale."""
+        if local == "input_scale":
+            return self._quant_config.layer_config(module) is not None
+        return self._quant_config.kv_cache_quant_algo is not None
+
+    def _plain(self, name: str, kind: str, got: Tensor, exact: Tensor) -> Iterator[TensorCheck]:
+        exact = exact.reshape(got.shape) if exact.numel() == got.numel() == 1 else exact
+        if not got.is_floating_point() or got.itemsize == 1 or got.shape != exact.shape:
+            self._faults.add(
+                where=name,
+                expected=f"plain float values {list(exact.shape)}, since hf_quant_config.json gives it no mode",
+                found=f"{got.dtype} {list(got.shape)}",
+                remedy="Convert again; configuration and weights of this directory don't belong together.",
+            )
+            return
+        yield self._judged(TensorCheck(name=name, kind=kind, comparison=compare_rounded(got, exact)))
+
+    def _read_weight(self, module: str, layer: LayerQuantConfig | None) -> dict[str, Tensor]:
+        """The converted tensors that make a weight, by local name: all that a mode has, or the plain weight."""
+        delivered = self._modules.get(module)
+        if delivered is None:
+            return {}
+        apart = {"bias", "input_scale", "k_scale", "v_scale"}
+        names = delivered.specs.keys() - apart if layer else delivered.specs.keys() & {"weight"}
+        self.seen |= set(delivered.full_names(names))
+        return {local: self._delivered.read(delivered.full_name(local)) for local in names}
+
+    def _judged(self, check: TensorCheck) -> TensorCheck:
+        """The check itself, after adding a fault when it is bad."""
+        comparison = check.comparison
+        if not comparison.good:
+            self._faults.add(
+                where=f"{check.name}, {comparison.block}",
+                expected=f"{comparison.want:.9g}",
+                found=f"{comparison.got:.9g}, the worst of {comparison.differing} elements",
+                remedy="The converted weight is wrong; convert again, and report it if it stays.",
+            )
+        return check
+
+    def _missing(self, name: str) -> None:
+        self._faults.add(
+            where=name,
+            expected="a tensor made from the source",
+            found="no such tensor in the converted directory",
+            remedy="Convert again; the directory is not complete.",
+        )
+
+
+def _native_value(module: str, tensors: dict[str, Tensor], layer: LayerQuantConfig, exact: Tensor) -> Tensor:
+    """The float64 weight that a native Linear multiplies its input with, a scale of the input included."""
+    rows, columns = exact.shape
+    linear = ReferenceLinear(tensors, layer=layer, in_features=columns, out_features=rows, name=module)
+    value = linear.dequantized_weight(torch.float64)
+    if "pre_quant_scale" in tensors:
+        value = value * tensors["pre_quant_scale"].double()
+    return value
