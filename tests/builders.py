@@ -220,7 +220,7 @@ def write_checkpoint(
     config = dict(config or tiny_config())
     names = {module: _scheme_of(module, scheme) for module, _, _ in _linears(config)}
     config.setdefault("quantization_config", _block(names, scheme, kv=kv))
-    model = _Model(DType.from_torch(config["dtype"]).torch, scale_dtype, torch.Generator().manual_seed(seed))
+    model = _Model(DType.from_torch(config["dtype"]).torch_dtype, scale_dtype, torch.Generator().manual_seed(seed))
     model.fill(config, names, kv=kv)
     if edit is not None:
         edit(model.stored)
@@ -228,7 +228,7 @@ def write_checkpoint(
     _write_json(directory / "config.json", config)
     _write_shards(directory, _split(model.stored, shards))
     if tokenizer:
-        _write_tokenizer(directory, int(config["vocab_size"]))
+        write_tokenizer(directory, int(config["vocab_size"]))
     return Built(directory=directory, config=config, dense=model.dense, stored=model.stored)
 
 
@@ -437,7 +437,7 @@ def _write_shards(directory: Path, shards: Mapping[str, Mapping[str, Tensor]]) -
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_tokenizer(directory: Path, vocabulary: int) -> None:
+def write_tokenizer(directory: Path, vocabulary: int) -> None:
     """One token a printable character, after the two special ones; any other character reads as the first."""
     words = ["<s>", "</s>", *(chr(code) for code in range(32, 127))][:vocabulary]
     special = [

@@ -93,7 +93,7 @@ def _calibrate(model: Any, generator: torch.Generator) -> None:
             scale, zero_point = calculate_qparams(low, high, weights)
             module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
             if hasattr(module, "weight_zero_point"):
-                module.weight_zero_point.data.copy_(zero_point.round().reshape(module.weight_zero_point.shape))
+                module.weight_zero_point.data.copy_(zero_point.reshape(module.weight_zero_point.shape))
         for name in ("input_scale", "k_scale", "v_scale"):
             if hasattr(module, name):
                 parameter = getattr(module, name)

@@ -31,4 +31,4 @@ def pack(codes: Array, packing: Packing) -> Tensor:
         elements[i // per_element] += field * 2 ** (packing.bits * (i % per_element))
     elements = elements if packing.axis == 0 else elements.T
     unsigned = np.ascontiguousarray(elements, dtype=_UNSIGNED[packing.container.bits])
-    return torch.from_numpy(unsigned).view(packing.container.torch)
+    return torch.from_numpy(unsigned).view(packing.container.torch_dtype)

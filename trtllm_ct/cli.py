@@ -38,7 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-stdout = Console(soft_wrap=False)
+# A pipe or file has no width of its own; 80 columns would cut module names.
+stdout = Console(width=None if sys.stdout.isatty() else 120)
 stderr = Console(stderr=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
@@ -233,7 +234,7 @@ def parse_size(text: str) -> int:
 
 def _print_json(kind: str, document: dict[str, Any]) -> None:
     """One document on stdout, never wrapped or coloured."""
-    print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))  # noqa: T201 (this is the output)
+    print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
 
 
 @contextmanager

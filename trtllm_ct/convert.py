@@ -73,9 +73,10 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Convert a directory for the target `to`, `modelopt` or `dense`.
 
-    `dtype` is that of dequantized modules (auto: the model's); with float16 every plain tensor is cast too, and one that does not
-    fit is an error. Work happens in `.OUT.partial` beside `out`, which becomes `out` at the end and is removed on any error.
-    Memory: one module at a time. Raises `UsageError` before anything is read, and the `CheckpointError` of the stage that found faults.
+    `dtype` is that of dequantized modules (auto: the model's); with float16 every plain tensor is cast too, and one
+    that does not fit is an error. Work happens in `.OUT.partial` beside `out`, which becomes `out` at the end and
+    is removed on any error. Memory: one module at a time. Raises `UsageError` before anything is read, and the
+    `CheckpointError` of the stage that found faults.
     """
     directory, out = Path(directory), Path(out)
     _require_one_of("--to", to, CONVERT_TARGETS)

@@ -1,7 +1,8 @@
 """`trtllm-ct demo`: the whole path on the checkpoint that comes with this package.
 
-That checkpoint is a Llama of 3.7 million parameters, trained on the text of Python's own documentation topics and quantized with
-llm-compressor (W4A16, GPTQ): small enough to ship, and readable enough to show at a glance that nothing was broken.
+That checkpoint is a Llama of 3.7 million parameters, trained on the text of Python's own documentation topics and
+quantized with llm-compressor (W4A16, GPTQ): small enough to ship, and readable enough to show at a glance that
+nothing was broken.
 """
 
 from __future__ import annotations

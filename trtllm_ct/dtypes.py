@@ -1,6 +1,6 @@
 """The one dtype table: how a dtype is called in a safetensors header and in torch, and how wide it is.
 
-No torch is imported here; `DType.torch` resolves the torch dtype on first use, so that everything
+No torch is imported here; `DType.torch_dtype` resolves the torch dtype on first use, so that everything
 that reads headers only (detect, inspect, plan) stays light.
 Source of the names: the safetensors format description and `safetensors.torch._TYPES`, 0.8.
 """
@@ -47,7 +47,7 @@ class DType(Enum):
         return self.bits // 8
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """The torch dtype of the same name."""
         import torch
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["fold_names"]
 
@@ -13,8 +16,8 @@ _Template = tuple[str | None, ...]
 def fold_names(names: Iterable[str]) -> tuple[str, ...]:
     """Dotted names, those that differ in one number only folded into one entry; order of first appearance.
 
-    Numbers are path components of digits. Names with several numbers (layer and expert) fold over the last one first and then,
-    where the folded rest is the same, over the one before.
+    Numbers are path components of digits. Names with several numbers (layer and expert) fold over the last one first
+    and then, where the folded rest is the same, over the one before.
     """
     folded = tuple(names)
     positions = max((len(_number_positions(name)) for name in folded), default=0)

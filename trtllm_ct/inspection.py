@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.detect import Detection, FormatDetector
 from trtllm_ct.errors import CheckpointError, Fault
 from trtllm_ct.pipeline import open_checkpoint
-from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.targets import target_named
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trtllm_ct.plan.model import ModulePlan, Plan
 
 __all__ = ["Inspection", "SchemeRow", "inspect_checkpoint"]
 
@@ -96,7 +99,8 @@ def inspect_checkpoint(directory: str | Path, to: str = "modelopt") -> Inspectio
     directory = Path(directory)
     target = target_named(to)
     detection = FormatDetector().detect(directory)
-    plan, problems = None, ()
+    plan: Plan | None = None
+    problems: tuple[Fault, ...] = ()
     try:
         plan = open_checkpoint(directory).plan(target.name)
     except CheckpointError as error:

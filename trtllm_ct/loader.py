@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,8 @@ from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
 from trtllm_ct.pipeline import open_checkpoint, stream_delivered
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import Tensor
 
 __all__ = ["CompressedTensorsWeightLoader", "Decompressor", "Layout"]
@@ -34,9 +35,9 @@ logger = logging.getLogger("trtllm_ct")
 class CompressedTensorsWeightLoader:
     """Loads compressed-tensors weights under Hugging Face names.
 
-    `decompressor` says who decodes: `native` this package's codecs, `library` the compressed-tensors package (imported only
-    then; it takes seconds), `auto` this package's codecs for every format that it has.
-    Where the package is wanted and not installed, that is logged once and loading goes on without it.
+    `decompressor` says who decodes: `native` this package's codecs, `library` the compressed-tensors package
+    (imported only then; it takes seconds), `auto` this package's codecs for every format that it has. Where the
+    package is wanted and not installed, that is logged once and loading goes on without it.
     """
 
     def __init__(self, *, decompressor: Decompressor = "auto") -> None:
@@ -53,11 +54,11 @@ class CompressedTensorsWeightLoader:
     ) -> dict[str, Tensor]:
         """All weights of a directory by Hugging Face name, contiguous, on the CPU.
 
-        `layout` is `native` (what a ModelOpt directory holds and the engine's Linears read), `dense` (plain weights of the
-        model's dtype) or `stored` (as they lie in the files). `mapping` and further keywords are the engine's; every rank gets
-        tensors of full size, so they change nothing.
-        Memory beyond the result: one module group. Tensors that need no change are views of the mapped files.
-        Raises `CheckpointError` with all faults of the stage that found them.
+        `layout` is `native` (what a ModelOpt directory holds and the engine's Linears read), `dense` (plain weights
+        of the model's dtype) or `stored` (as they lie in the files). `mapping` and further keywords are the
+        engine's; every rank gets tensors of full size, so they change nothing. Memory beyond the result: one module
+        group. Tensors that need no change are views of the mapped files. Raises `CheckpointError` with all faults
+        of the stage that found them.
         """
         weights: dict[str, Tensor] = {}
         for _module, tensors in self.stream(checkpoint_dir, mapping, layout=layout, **kwargs):
@@ -78,7 +79,7 @@ class CompressedTensorsWeightLoader:
         """
         _require_choice("layout", layout, ("stored", *_TARGET_OF_LAYOUT))
         if layout == "stored":
-            return _stream_stored(Catalog.from_directory(checkpoint_dir))
+            return _stream_stored(Catalog.from_directory(Path(checkpoint_dir)))
         codec = self._codec()
         checkpoint = open_checkpoint(checkpoint_dir)
         plan = checkpoint.plan(_TARGET_OF_LAYOUT[layout])

@@ -5,17 +5,19 @@ Every decision was made by the plan; here scales and zero points are checked and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trtllm_ct.errors import FaultCollector, PayloadError
 from trtllm_ct.formats.codecs import NATIVE, Codec
 from trtllm_ct.ops import ModuleTensors
 from trtllm_ct.payload import check_payload
-from trtllm_ct.plan.model import Delivery, ModulePlan, Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
+
+    from trtllm_ct.plan.model import Delivery, ModulePlan, Plan
 
 __all__ = ["CompressedTensorsWeightMapper"]
 
@@ -29,10 +31,10 @@ class CompressedTensorsWeightMapper:
     def map_module(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The delivered tensors of one module, by full name.
 
-        `stored` holds what `module.reads` lists, by full name; contiguous, as stored. Inputs are never changed, and a tensor
-        that needs no change is handed on as it is. Memory: the delivered tensors, and for a dequantized weight its int8 codes.
-        Raises `PayloadError` for scales that are NaN, infinite, negative or (one per tensor) zero, for a `weight_shape` that
-        contradicts the plan, and for values that the delivered dtype can't hold.
+        `stored` holds what `module.reads` lists, by full name; contiguous, as stored. Inputs are never changed, and
+        a tensor that needs no change is handed on as it is. Memory: the delivered tensors, and for a dequantized
+        weight its int8 codes. Raises `PayloadError` for scales that are NaN, infinite, negative or (one per tensor)
+        zero, for a `weight_shape` that contradicts the plan, and for values that the delivered dtype can't hold.
         """
         local = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}
         faults = FaultCollector()
@@ -53,7 +55,7 @@ def _run(delivery: Delivery, tensors: ModuleTensors) -> Tensor:
     """One operation, held to its promise: the spec that the plan announced, contiguous."""
     tensor = delivery.operation.run(delivery.name, tensors)
     spec = delivery.spec
-    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype.torch or not tensor.is_contiguous():
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype.torch_dtype or not tensor.is_contiguous():
         found = f"{tensor.dtype} {list(tensor.shape)}, contiguous: {tensor.is_contiguous()}"
         raise AssertionError(f"{delivery.name}: the plan promised {spec}, {delivery.operation.label} gave {found}")
     return tensor

@@ -10,12 +10,15 @@ Source: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
 from trtllm_ct.schemes import NumberType, Packing, QuantAlgo, QuantArgs, QuantScheme, Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["LINEAR_MODES", "Activations", "Holding", "LinearMode", "ScaleForm", "holdings", "native_mode", "obstacles"]
 
@@ -171,8 +174,8 @@ def native_mode(args: QuantArgs, modifiers: Iterable[str] = ()) -> QuantAlgo | N
 def holdings(scheme: QuantScheme, shape: tuple[int, int] | None, *, has_zero_point: bool) -> tuple[Holding, ...]:
     """Every mode that holds the weight exactly, those that fit as it is first.
 
-    `shape` (N, K) is left out when only a configuration is known. `has_zero_point` says whether a zero point is stored: that
-    decides, not `symmetric`.
+    `shape` (N, K) is left out when only a configuration is known. `has_zero_point` says whether a zero point is
+    stored: that decides, not `symmetric`.
     """
     found = [
         holding
@@ -184,7 +187,7 @@ def holdings(scheme: QuantScheme, shape: tuple[int, int] | None, *, has_zero_poi
 
 
 def obstacles(scheme: QuantScheme, shape: tuple[int, int], *, has_zero_point: bool) -> tuple[str, ...]:
-    """Why the modes for codes of this kind don't take the weight as it is; empty when there is no mode for such codes."""
+    """Why the modes for codes of this kind don't take the weight as it is; empty when no mode has such codes."""
     args = scheme.weights
     if args is None:
         return ()

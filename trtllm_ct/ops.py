@@ -1,29 +1,31 @@
 """The closed set of operations by which stored tensors become delivered ones.
 
-A plan holds operations as frozen data; each says what comes out (`result`) before a byte is read, and later does it (`run`).
-Running makes no decision. An operation is `exact` when the delivered tensor holds every value of the stored one.
+A plan holds operations as frozen data; each says what comes out (`result`) before a byte is read, and later does it
+(`run`). Running makes no decision. An operation is `exact` when the delivered tensor holds every value of the
+stored one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, PayloadError
-from trtllm_ct.formats.base import Codes, StoredWeight
 from trtllm_ct.layouts.packing import INT8_PLAIN, repack
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.layouts.scales import additive_zero, widen_scale
-from trtllm_ct.schemes import Packing, TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from trtllm_ct.dtypes import DType
+    from trtllm_ct.formats.base import Codes, StoredWeight
     from trtllm_ct.formats.codecs import Codec
+    from trtllm_ct.schemes import Packing, TensorSpec
 
 __all__ = ["AdditiveZero", "Cast", "Copy", "Dequantize", "ModuleTensors", "Ones", "Operation", "Repack", "WidenScale"]
 
@@ -50,7 +52,7 @@ class ModuleTensors:
 
     def dequantize(self, dtype: DType) -> Tensor:
         """The weight as plain values [N, K], each rounded once to `dtype`."""
-        return self._codec.dequantize(self.weight, self.stored, dtype.torch)
+        return self._codec.dequantize(self.weight, self.stored, dtype.torch_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class Cast(Operation):
     def run(self, name: str, module: ModuleTensors) -> Tensor:
         """The source, rounded once."""
         tensor = self.input(module)
-        rounded = round_once(tensor, self.result.dtype.torch)
+        rounded = round_once(tensor, self.result.dtype.torch_dtype)
         _refuse_infinite(name, rounded, self.result.dtype, tensor)
         return rounded
 
@@ -157,7 +159,7 @@ class Ones(Operation):
         """All ones."""
         import torch
 
-        return torch.ones(self.result.shape, dtype=self.result.dtype.torch)
+        return torch.ones(self.result.shape, dtype=self.result.dtype.torch_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,14 +9,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from trtllm_ct.errors import FaultCollector
-from trtllm_ct.plan.model import ModulePlan
-
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
+
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.plan.model import ModulePlan
 
 __all__ = ["check_payload", "count_zero_scales"]
 
@@ -54,7 +55,7 @@ def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allow
     bad = (~good).nonzero()
     position = [int(index) for index in bad[0]]
     faults.add(
-        where=f"{name}{position if position else ''}",
+        where=f"{name}{position or ''}",
         expected="a finite scale that is " + ("not negative" if zero_allowed else "positive"),
         found=f"{float(scale[tuple(position)]):g} ({bad.shape[0]} of {scale.numel()} elements are bad)",
         remedy="The checkpoint was damaged or badly calibrated; download or quantize it again.",

@@ -14,25 +14,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint.catalog import Catalog
-from trtllm_ct.config.model import QuantizationConfig
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.detect import Detection, FormatDetector
-from trtllm_ct.dtypes import DType
 from trtllm_ct.plan.architectures import Model
-from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.plan.planner import make_plan
 from trtllm_ct.targets import target_named
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
+    from trtllm_ct.config.model import QuantizationConfig
+    from trtllm_ct.dtypes import DType
     from trtllm_ct.formats.codecs import Codec
+    from trtllm_ct.plan.model import ModulePlan, Plan
 
 __all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint", "stream_delivered"]
 
@@ -49,15 +50,15 @@ class Checkpoint:
     hf_config: Mapping[str, Any]
 
     def plan(self, to: str = "modelopt", *, dtype: DType | None = None, strict: bool = False) -> Plan:
-        """The plan for the target named `to`; see `make_plan`. Raises `PlanError`, and `UsageError` for an unknown target."""
+        """The plan for the target named `to`; see `make_plan`. Raises `PlanError`; `UsageError` for an unknown target."""
         return make_plan(self.config, self.catalog, self.model, target_named(to), dtype=dtype, strict=strict)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Detect, read and catalogue a directory; headers only.
 
-    Raises `DetectionError` when it is no compressed-tensors checkpoint, `ConfigError` and `CatalogError` with all faults of
-    the stage.
+    Raises `DetectionError` when it is no compressed-tensors checkpoint, `ConfigError` and `CatalogError` with all
+    faults of the stage.
     """
     directory = Path(directory)
     detection = FormatDetector().detect(directory)

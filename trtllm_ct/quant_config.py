@@ -6,11 +6,13 @@ The field names are the engine's (`tensorrt_llm.models.modeling_utils.QuantConfi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.schemes import QuantAlgo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["LayerQuantConfig", "QuantConfig"]
 
@@ -97,9 +99,7 @@ class QuantConfig:
         if self.layer is not None:
             entry |= self.layer.to_dict()
         if self.quantized_layers:
-            entry["quantized_layers"] = {
-                name: layer.to_dict() for name, layer in self.quantized_layers.items()
-            }
+            entry["quantized_layers"] = {name: layer.to_dict() for name, layer in self.quantized_layers.items()}
         return entry | {"exclude_modules": list(self.exclude_modules)}
 
     @classmethod
@@ -110,7 +110,5 @@ class QuantConfig:
             layer=None if layers or not entry.get("quant_algo") else LayerQuantConfig.from_dict(entry),
             kv_cache_quant_algo=entry.get("kv_cache_quant_algo"),
             exclude_modules=tuple(entry.get("exclude_modules") or ()),
-            quantized_layers={
-                name: LayerQuantConfig.from_dict(layer) for name, layer in layers.items()
-            },
+            quantized_layers={name: LayerQuantConfig.from_dict(layer) for name, layer in layers.items()},
         )

@@ -1,10 +1,10 @@
-"""What people see: tables for inspections and plans, summaries for conversions and verifications, faults folded by layer."""
+"""What people see: tables for inspections and plans, summaries of what was done, faults folded by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +13,8 @@ from rich.text import Text
 from trtllm_ct.folding import fold_names
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from trtllm_ct.convert import ConversionReport
     from trtllm_ct.errors import Fault
     from trtllm_ct.inspection import Inspection, SchemeRow
@@ -121,34 +123,35 @@ def verification(report: VerificationReport) -> RenderableType:
 
 
 def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
-    table = Table("modules", "stored", "native mode", f"at {target}", "now", "after")
+    """One line for each module of a layer, layers folded; a reason once below the lines that it explains."""
+    table = _table("modules", "stored", "native mode", f"at {target}")
     for row in rows:
-        names = "\n".join(fold_names(row.modules))
-        mode = row.delivered_mode + (f"\n({row.reason})" if row.reason else "")
-        table.add_row(
-            escape(f"{len(row.modules)} modules\n{names}"),
-            row.stored_scheme,
-            row.native_mode,
-            escape(mode),
-            format_bytes(row.stored_bytes),
-            format_bytes(row.delivered_bytes),
-        )
-        table.add_section()
+        for name in fold_names(row.modules):
+            table.add_row(escape(name), row.stored_scheme, row.native_mode, row.delivered_mode)
+        size = f"{len(row.modules)} modules, {format_bytes(row.stored_bytes)} -> {format_bytes(row.delivered_bytes)}"
+        table.add_row(f"[dim]{size}[/dim]", f"[italic]{escape(row.reason)}[/italic]", "", "", end_section=True)
     return table
 
 
 def _modules(made: Plan) -> Table:
-    table = Table("module", "stored", "native mode", f"at {made.target}", "reason", "now", "after")
+    table = _table("module", "stored", "native mode", f"at {made.target}", "now", "after")
     for module in made.modules:
         table.add_row(
             escape(module.name),
-            module.stored_scheme or "plain",
+            escape(module.stored_scheme + (f"\n{module.reason}" if module.reason else "")) or "plain",
             str(module.native_mode or ""),
             module.delivered_mode,
-            escape(module.reason),
             format_bytes(module.stored_bytes),
             format_bytes(module.delivered_bytes),
         )
+    return table
+
+
+def _table(*headers: str) -> Table:
+    """Names and modes stay whole; schemes and reasons wrap."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        table.add_column(header, no_wrap=header != "stored", overflow="fold")
     return table
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from trtllm_ct.dtypes import DType
+if TYPE_CHECKING:
+    from trtllm_ct.dtypes import DType
 
 __all__ = [
     "ActOrder",

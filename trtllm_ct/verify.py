@@ -1,26 +1,27 @@
 """`verify_checkpoint`: is a checkpoint sound, and does a converted directory hold the same weights?
 
-The two sides are dequantized by different code: the source by its stored format, the converted one by the reference engine's
-reading of native layouts. Neither the mapper nor the targets take part.
+The two sides are dequantized by different code: the source by its stored format, the converted one by the reference
+engine's reading of native layouts. Neither the mapper nor the targets take part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.errors import Fault, FaultCollector, VerificationError
 from trtllm_ct.payload import check_payload, count_zero_scales
 from trtllm_ct.pipeline import open_checkpoint
-from trtllm_ct.plan.model import ModulePlan, Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.plan.model import ModulePlan, Plan
     from trtllm_ct.verify_converted import TensorCheck
 
 __all__ = ["VerificationReport", "verify_checkpoint"]
@@ -68,10 +69,10 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     """Verify a compressed-tensors directory, and a directory converted from it when one is given.
 
     Alone: structure and companions (by planning), finite and positive scales, zero points in range, no NaN codes.
-    With `converted`: every weight is dequantized on both sides in float64. A native one is good when no row is off by more than
-    1e-6 of its largest value, a dequantized or plain one when each element is the exact value rounded once to its dtype.
-    Weights that differ are faults of the report; a directory that can't be read raises the `CheckpointError` of its stage.
-    Memory: one module in float64, twice.
+    With `converted`: every weight is dequantized on both sides in float64. A native one is good when no row is off
+    by more than 1e-6 of its largest value, a dequantized or plain one when each element is the exact value rounded
+    once to its dtype. Weights that differ are faults of the report; a directory that can't be read raises the
+    `CheckpointError` of its stage. Memory: one module in float64, twice.
     """
     from trtllm_ct.verify_converted import compare_converted
 

@@ -5,9 +5,7 @@ The source is dequantized by its stored format, the converted side by the refere
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +14,6 @@ from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.errors import CheckpointError, FaultCollector
 from trtllm_ct.formats.codecs import NATIVE
-from trtllm_ct.pipeline import Checkpoint
-from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.plan.stored import StoredModule, stored_modules
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
@@ -25,7 +21,13 @@ from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.linear import ReferenceLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from torch import Tensor
+
+    from trtllm_ct.pipeline import Checkpoint
+    from trtllm_ct.plan.model import ModulePlan, Plan
 
 __all__ = ["TensorCheck", "compare_converted"]
 
@@ -106,9 +108,7 @@ class _Comparison:
             self._missing(name)
             return
         exact = (
-            stored["weight"].double()
-            if plan.weight is None
-            else NATIVE.dequantize(plan.weight, stored, torch.float64)
+            stored["weight"].double() if plan.weight is None else NATIVE.dequantize(plan.weight, stored, torch.float64)
         )
         if layer is None:
             kind = "plain" if plan.weight is None else "dequantized"

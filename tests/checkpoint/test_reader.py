@@ -49,7 +49,7 @@ def test_every_dtype_is_read_bit_for_bit(tmp_path: Path, dtype: DType, padding: 
     with TensorReader(Catalog.from_directory(tmp_path)) as reader:
         tensor = reader.read("x")
 
-    assert tensor.dtype == dtype.torch
+    assert tensor.dtype == dtype.torch_dtype
     assert tensor.shape == (2, 3)
     assert tensor.is_contiguous()
     assert tensor.data_ptr() % dtype.itemsize == 0

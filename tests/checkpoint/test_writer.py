@@ -39,7 +39,7 @@ def random_tensor(spec: TensorSpec, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     top = 2 if spec.dtype is DType.BOOL else 256
     raw = torch.randint(0, top, (spec.nbytes,), dtype=torch.uint8, generator=generator)
-    return raw.view(spec.dtype.torch).view(spec.shape)
+    return raw.view(spec.dtype.torch_dtype).view(spec.shape)
 
 
 def write_all(directory: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 10**9) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def quantize_gates(directory: Path, **quantization: Any) -> None:
     [
         ["lm_head", "*self_attn*", "*.up_proj", "*.down_proj"],
         ["lm_head", "model.layers.?.self_attn", "model.layers.*.mlp.[ud]*"],
-        ["lm_head", *(f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn", "mlp.up_proj", "mlp.down_proj"))],
+        ["lm_head", *(f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn", "mlp.up_proj", "mlp.down_proj"))],
     ],
     ids=["globs", "parents", "names"],
 )  # fmt: skip

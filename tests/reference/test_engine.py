@@ -170,7 +170,7 @@ ONE, W = torch.ones(()), torch.ones(24, 16)
             QuantConfig(quantized_layers={"model.embed_tokens": W8A16}),
             {},
             ["quantized_layers: model.embed_tokens"],
-            "can't be quantized",
+            "tie_word_embeddings",
         ),
         (FP8_KV, {K_SCALE: ONE}, [V_SCALE], "or of none"),
         (FP8_KV, {K_SCALE: 0 * ONE, V_SCALE: -ONE}, [K_SCALE, V_SCALE], "multiplies"),
@@ -203,6 +203,13 @@ def test_all_faults_come_together(dense: dict[str, Tensor]) -> None:
         build(tensors, ONLY_DOWN)
 
     assert len(caught.value.faults) == 2 + 2 + 1  # two norms; codes and scale of one module; one surplus
+
+
+def test_each_name_is_delivered_once(dense: dict[str, Tensor]) -> None:
+    twice = [*dense.items(), ("model.norm.weight", dense["model.norm.weight"])]
+
+    with pytest.raises(PlanError, match=r"^model\.norm\.weight: expected one tensor of this name"):
+        build_model(CONFIG, None, twice, name="tiny")
 
 
 def test_a_wrong_architecture_is_told_apart_from_wrong_weights(dense: dict[str, Tensor]) -> None:
@@ -258,6 +265,8 @@ def test_a_tied_head_is_dense_whatever_the_configuration_says(save_tiny: Callabl
     weights = load_model(directory).state_dict()
 
     build_model(config, QuantConfig(layer=W8A16), weights.items(), name="tiny")
+    with pytest.raises(PlanError, match=r"^quantized_layers: lm_head: expected .* found one tied to the embeddings"):
+        build_model(config, QuantConfig(quantized_layers={"lm_head": W8A16}), weights.items(), name="tiny")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied", "mistral", "qwen2", "qwen3"])

@@ -1,0 +1,1 @@
+"""Files on disk; nothing here knows about quantization."""

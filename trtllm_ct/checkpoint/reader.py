@@ -68,7 +68,7 @@ class TensorReader:
         self.bytes_read += tensor.spec.nbytes
         if tensor.offset % tensor.spec.dtype.itemsize:
             octets = octets.clone()
-        return octets.view(tensor.spec.dtype.torch).view(tensor.spec.shape)
+        return octets.view(tensor.spec.dtype.torch_dtype).view(tensor.spec.shape)
 
     def prefetch(self, names: Iterable[str]) -> int:
         """Ask the kernel to read these tensors into the file cache, in the background; returns the bytes asked for.

@@ -168,7 +168,7 @@ class ShardedWriter:
         if name not in self._missing:
             raise ValueError(f"{name} was written before")
         spec = self._specs[name]
-        if tensor.dtype != spec.dtype.torch or tuple(tensor.shape) != spec.shape:
+        if tensor.dtype != spec.dtype.torch_dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name} was planned as {spec}, not {tensor.dtype} {list(tensor.shape)}")
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(

@@ -1,0 +1,1 @@
+"""A quantization block as a typed model."""

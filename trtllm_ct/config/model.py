@@ -6,8 +6,10 @@ JSON ends in `trtllm_ct.config.reader`: nothing after it sees a raw dictionary, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme
+if TYPE_CHECKING:
+    from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme
 
 __all__ = ["ConfigGroup", "ExpertSparsity", "QuantizationConfig", "SparsityConfig", "Transform"]
 

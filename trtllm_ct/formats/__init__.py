@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
-from trtllm_ct.schemes import QuantArgs
+
+if TYPE_CHECKING:
+    from trtllm_ct.schemes import QuantArgs
 
 __all__ = ["FORMATS", "Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "format_for"]
 

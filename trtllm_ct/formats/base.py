@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.schemes import CompressionFormat, Packing, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trtllm_ct.errors import FaultCollector
 
 __all__ = ["Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "scale_shape"]
 
@@ -29,9 +30,9 @@ StoredSpecs = Mapping[str, TensorSpec]
 class StoredWeight:
     """One quantized weight as it lies on disk, known from headers.
 
-    `shape` is the logical (N, K). `packing` says how integer codes lie in the tensor named `codes`; None where elements are
-    the codes themselves as floats. `zero_point_packing` is None when there is no zero point or it is stored plain.
-    `consumed` are the local names that belong to the weight.
+    `shape` is the logical (N, K). `packing` says how integer codes lie in the tensor named `codes`; None where
+    elements are the codes themselves as floats. `zero_point_packing` is None when there is no zero point or it is
+    stored plain. `consumed` are the local names that belong to the weight.
     """
 
     format: WeightFormat
@@ -85,7 +86,7 @@ class WeightFormat(ABC):
         expected_shape: tuple[int, int] | None,
         faults: FaultCollector,
     ) -> StoredWeight | None:
-        """What the module's tensors make, or None with every contradiction added to `faults`.
+        """What the module's tensors make, with every contradiction added to `faults`; None when nothing can be said.
 
         `expected_shape` is what the model's architecture says, where it is known; it settles what headers leave open.
         """

@@ -6,7 +6,6 @@ The library is imported when its codec is first used and not before: that costs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from trtllm_ct.formats.base import Codes, StoredWeight
@@ -14,6 +13,8 @@ from trtllm_ct.layouts.packing import INT8_PLAIN, unpack_codes
 from trtllm_ct.layouts.scales import dequantize
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 

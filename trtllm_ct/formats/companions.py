@@ -1,4 +1,4 @@
-"""Checks that all integer and float8 formats share: is every companion of the codes there, with the shape that it must have?
+"""Checks that all integer and float8 formats share: is every companion of the codes there, in the right shape?
 
 A scale is judged by its number of elements: writers have stored a scale per tensor as [], [1] and [1, 1], and a
 scale per row as [N], [N, 1] and [1, N].
@@ -6,10 +6,14 @@ scale per row as [N], [N, 1] and [1, N].
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats.base import StoredSpecs, scale_shape
 from trtllm_ct.schemes import QuantArgs, Strategy, TensorSpec
+
+if TYPE_CHECKING:
+    from trtllm_ct.errors import FaultCollector
 
 __all__ = ["check_codes", "check_plain_zero_point", "check_scale", "check_shape"]
 
@@ -18,7 +22,7 @@ _SCALE_DTYPES = frozenset({DType.BF16, DType.F16, DType.F32})
 
 def check_codes(module: str, name: str, spec: TensorSpec, dtype: DType, faults: FaultCollector) -> bool:
     """Whether the codes are a matrix of the right dtype."""
-    if spec.dtype is dtype and len(spec.shape) == 2:  # noqa: PLR2004 (a matrix has two axes)
+    if spec.dtype is dtype and len(spec.shape) == 2:
         return True
     faults.add(
         where=f"{module}.{name}",
@@ -29,9 +33,7 @@ def check_codes(module: str, name: str, spec: TensorSpec, dtype: DType, faults: 
     return False
 
 
-def check_shape(
-    module: str, found: tuple[int, int], expected: tuple[int, int] | None, faults: FaultCollector
-) -> None:
+def check_shape(module: str, found: tuple[int, int], expected: tuple[int, int] | None, faults: FaultCollector) -> None:
     """Whether the stored weight has the (N, K) that the model's configuration asks for."""
     if expected is not None and found != expected:
         faults.add(
@@ -97,7 +99,7 @@ def _fits(spec: TensorSpec, expected: tuple[int, int], args: QuantArgs) -> bool:
 
 def _scale_remedy(spec: TensorSpec, shape: tuple[int, int]) -> str:
     rows, columns = shape
-    if len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] and columns % spec.shape[1] == 0:  # noqa: PLR2004
+    if len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] and columns % spec.shape[1] == 0:
         size = columns // spec.shape[1]
         return f"The checkpoint may be of group_size {size}; check weights.group_size in config_groups."
     return "Check strategy and group_size in config_groups against the tool that wrote the file."

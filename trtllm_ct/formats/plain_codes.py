@@ -13,18 +13,20 @@ Source: compressed-tensors 0.20 `compressors/naive_quantized/base.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape
 from trtllm_ct.layouts.packing import INT8_PLAIN, repack
 from trtllm_ct.schemes import CompressionFormat, NumberType, Packing, QuantArgs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
+
+    from trtllm_ct.errors import FaultCollector
 
 __all__ = ["FLOAT8", "INT8"]
 
@@ -61,7 +63,6 @@ class _PlainCodes(WeightFormat):
         faults: FaultCollector,
     ) -> StoredWeight | None:
         """See the table above."""
-        before = len(faults.faults)
         spec = stored["weight"]
         if not check_codes(module, "weight", spec, self.dtype, faults):
             return None
@@ -71,8 +72,6 @@ class _PlainCodes(WeightFormat):
         zero_point = stored.get("weight_zero_point") if self.packing is not None else None
         if zero_point is not None:
             check_plain_zero_point(module, args, zero_point, shape, faults)
-        if len(faults.faults) > before:
-            return None
         names = ("weight", "weight_scale") + (("weight_zero_point",) if zero_point is not None else ())
         return StoredWeight(
             format=self,

@@ -1,0 +1,1 @@
+"""Pure tensor functions, which know neither names nor configurations."""

@@ -28,9 +28,7 @@ _TILE_BYTES = 1 << 20  # temporaries of one tile stay in the cache, and memory f
 
 
 def packed_words(bits: int, axis: int = 1) -> Packing:
-    """How `pack-quantized` stores codes of `bits` bits: offset binary in int32 words, weights along columns (axis 1),
-    zero points along rows (axis 0).
-    """
+    """How `pack-quantized` stores codes: offset binary in int32; weights along axis 1, zero points along axis 0."""
     return Packing(bits=bits, container=DType.I32, axis=1 if axis else 0, offset_binary=True)
 
 
@@ -99,9 +97,9 @@ def repack(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, i
 def _int4_words_to_row_pairs(packed_OP: Tensor) -> Tensor:
     """[N, K/8] int32 words along K, offset binary -> [N/2, K] byte pairs along N, two's complement.
 
-    In memory a word is four bytes of two columns each. For a pair of rows (even, odd) and a byte of two columns, the two
-    low nibbles make the byte of the first column and the two high nibbles that of the second.
-    Offset binary and two's complement differ in the top bit of each nibble only, hence the 0x88.
+    In memory a word is four bytes of two columns each. For a pair of rows (even, odd) and a byte of two columns,
+    the two low nibbles make the byte of the first column and the two high nibbles that of the second. Offset binary
+    and two's complement differ in the top bit of each nibble only, hence the 0x88.
     """
     import torch
 
@@ -139,7 +137,7 @@ def _container_of_bytes(fields: Tensor, packing: Packing) -> Tensor:
     if packing.axis == 0 and itemsize > 1:
         rows, columns = fields.shape
         fields = fields.view(rows // itemsize, itemsize, columns).transpose(1, 2).reshape(rows // itemsize, -1)
-    return fields.contiguous().view(packing.container.torch)
+    return fields.contiguous().view(packing.container.torch_dtype)
 
 
 def _signed(unsigned: Tensor, packing: Packing) -> Tensor:

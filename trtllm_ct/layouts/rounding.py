@@ -1,7 +1,7 @@
 """Rounding to a narrow float exactly once.
 
-torch converts float64 to bfloat16 and float16 through float32, which rounds twice and is wrong for values that lie close
-to the middle of two neighbours. Rounding to odd in between makes the second rounding the only one that counts
+torch converts float64 to bfloat16 and float16 through float32, which rounds twice and is wrong for values that lie
+close to the middle of two neighbours. Rounding to odd in between makes the second rounding the only one that counts
 (S. Boldo, G. Melquiond: Emulation of FMA and correctly rounded sums, 2008).
 """
 

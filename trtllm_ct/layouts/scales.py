@@ -22,8 +22,8 @@ _TILE_ELEMENTS = 1 << 20  # float64 intermediates of a tile: 8 MiB each
 def widen_scale(scale: Tensor, stored_shape: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
     """A scale as float32 in the shape that an engine's Linear reads; repeating is exact, so no value changes.
 
-    `scale` holds one scale per tensor, row or group in any shape; `stored_shape` is that as (rows, groups), 1 where shared.
-    `shape` is [] for one scalar, [N] for one per row, or [N, G] with G a multiple of the stored groups.
+    `scale` holds one scale per tensor, row or group in any shape; `stored_shape` is that as (rows, groups), 1 where
+    shared. `shape` is [] for one scalar, [N] for one per row, or [N, G] with G a multiple of the stored groups.
     """
     import torch
 

@@ -1,0 +1,1 @@
+"""Decisions as data; no tensor is read here."""

@@ -1,19 +1,21 @@
 """Model families as tables: which modules a model has, of which sizes, and which of them an engine fuses.
 
-The planner takes nothing about a model from its weights alone: a checkpoint that lacks a module, or whose weights don't have
-the sizes of its config.json, is refused before a byte of it is read.
-Sources: transformers 5.23 `models/{llama,mistral,qwen2,qwen3}/modeling_*.py`; TensorRT-LLM
-`_torch/models/checkpoints/hf/weight_mapper.py` for the fused groups.
+The planner takes nothing about a model from its weights alone: a checkpoint that lacks a module, or whose weights
+don't have the sizes of its config.json, is refused before a byte of it is read. Sources: transformers 5.23
+`models/{llama,mistral,qwen2,qwen3}/modeling_*.py`; TensorRT-LLM `_torch/models/checkpoints/hf/weight_mapper.py` for
+the fused groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import ConfigError, Fault, FaultCollector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["ARCHITECTURES", "Architecture", "LinearSite", "Model", "Site"]
 
@@ -39,7 +41,7 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One module that a model must have: full name, class, weight shape, fused group (full name) if any, bias or not."""
+    """One module that a model must have: full name, class, weight shape, full name of its fused group, bias or not."""
 
     module: str
     class_name: str
@@ -57,7 +59,9 @@ class Architecture:
     norm_class: str
 
 
-def _attention_and_mlp(*, qkv: str | None = None, output: str | None = None, mlp: str | None = None) -> tuple[LinearSite, ...]:
+def _attention_and_mlp(
+    *, qkv: str | None = None, output: str | None = None, mlp: str | None = None
+) -> tuple[LinearSite, ...]:
     """The seven Linears of a Llama-like layer; the arguments say where their biases come from."""
     fused_qkv, fused_mlp = "self_attn.qkv_proj", "mlp.gate_up_proj"
     return (
@@ -146,9 +150,7 @@ class Model:
         for layer in range(self.layers):
             prefix = f"{_LAYERS}.{layer}."
             for path, size in self.architecture.norms:
-                yield Site(
-                    module=prefix + path, class_name=self.architecture.norm_class, shape=(self.sizes[size],)
-                )
+                yield Site(module=prefix + path, class_name=self.architecture.norm_class, shape=(self.sizes[size],))
             for site in self.architecture.linears:
                 yield Site(
                     module=prefix + site.path,

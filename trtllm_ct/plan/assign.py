@@ -1,20 +1,29 @@
 """Which mode each quantized module gets at a target.
 
-A module alone takes the mode that holds it as it is. Modules that the engine fuses into one Linear (q/k/v, gate/up) must end in one
-mode: scales may be repeated to reach it, since that changes no value; where no common mode exists, all of them are dequantized.
+A module alone takes the mode that holds it as it is. Modules that the engine fuses into one Linear (q/k/v, gate/up)
+must end in one mode: scales may be repeated to reach it, since that changes no value; where no common mode exists,
+all of them are dequantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trtllm_ct.modes import Holding, holdings, obstacles
 from trtllm_ct.plan.architectures import EMBEDDING, LM_HEAD, Site
-from trtllm_ct.plan.target import Target
-from trtllm_ct.plan.weights import QuantizedWeight
+
+from trtllm_ct.schemes import QuantAlgo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from trtllm_ct.plan.target import Target
+    from trtllm_ct.plan.weights import QuantizedWeight
 
 __all__ = ["Assignment", "assign_modes"]
+
+_ModeKey = tuple[QuantAlgo, int | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +86,7 @@ def _assign_fused(
     return {module: _plain_because(each[module], reason) for module in quantized}
 
 
-def _fit(key: object, options: Mapping[str, Mapping[object, Holding]]) -> int:
+def _fit(key: _ModeKey, options: Mapping[str, Mapping[_ModeKey, Holding]]) -> int:
     return sum(option[key].as_is for option in options.values())
 
 

@@ -1,17 +1,21 @@
-"""Which tensors a module delivers, and by which operations: the only place that knows the names of the engine's Linear tensors.
+"""Which tensors a module delivers, and by which operations: here live the names of the engine's Linear tensors.
 
 Source of names, dtypes and shapes: TensorRT-LLM `_torch/modules/linear.py`, and what ModelOpt 0.47 exports.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trtllm_ct.dtypes import DType
 from trtllm_ct.modes import Activations, Holding, LinearMode, ScaleForm
 from trtllm_ct.ops import AdditiveZero, Cast, Copy, Dequantize, Ones, Operation, Repack, WidenScale
 from trtllm_ct.plan.model import Delivery
-from trtllm_ct.plan.stored import StoredModule
-from trtllm_ct.plan.weights import QuantizedWeight
 from trtllm_ct.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from trtllm_ct.plan.stored import StoredModule
+    from trtllm_ct.plan.weights import QuantizedWeight
 
 __all__ = ["Dtypes", "dequantized", "input_scale_reason", "kv_scale", "native", "plain"]
 
@@ -45,9 +49,9 @@ def dequantized(module: StoredModule, weight: QuantizedWeight, dtypes: Dtypes) -
 def native(
     module: StoredModule, weight: QuantizedWeight, holding: Holding, dtypes: Dtypes, *, fused: bool
 ) -> tuple[Delivery, ...]:
-    """The tensors that the Linear of a mode reads. Fused Linears never read a `pre_quant_scale`, the others demand it."""
+    """The tensors that the Linear of a mode reads; a fused one never reads a `pre_quant_scale`, others demand it."""
     mode, stored = holding.mode, weight.stored
-    rows, columns = stored.shape
+    columns = stored.shape[1]
     deliveries = [_codes(module, weight, mode)]
     scale_shape = _scale_shape(holding, stored.shape)
     scale = WidenScale(

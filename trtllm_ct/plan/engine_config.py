@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from trtllm_ct.modes import Holding, ScaleForm
-from trtllm_ct.plan.model import ModulePlan
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from trtllm_ct.plan.model import ModulePlan
 
 __all__ = ["engine_config", "layer_config"]
 

@@ -7,15 +7,19 @@ Sources: compressed-tensors 0.20 `quantization/lifecycle/initialize.py`; TensorR
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from trtllm_ct.config.model import QuantizationConfig
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.plan.deliver import kv_scale
-from trtllm_ct.plan.model import Delivery, ModulePlan
-from trtllm_ct.plan.stored import StoredModule
-from trtllm_ct.plan.target import Target
 from trtllm_ct.schemes import NumberType, Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from trtllm_ct.config.model import QuantizationConfig
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.plan.model import Delivery, ModulePlan
+    from trtllm_ct.plan.stored import StoredModule
+    from trtllm_ct.plan.target import Target
 
 __all__ = ["check_complete", "deliveries", "is_attention", "refuse_unsupported"]
 

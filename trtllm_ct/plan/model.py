@@ -5,16 +5,18 @@ Everything here is frozen, printable and JSON-able; nothing here reads a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.formats.base import StoredWeight
-from trtllm_ct.ops import Operation
-from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
-from trtllm_ct.schemes import QuantAlgo, QuantScheme, TensorSpec
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from trtllm_ct.dtypes import DType
+    from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.ops import Operation
+    from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.schemes import QuantAlgo, QuantScheme, TensorSpec
 
 __all__ = ["Delivery", "Fate", "ModulePlan", "Plan", "StoredFate"]
 
@@ -29,7 +31,7 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFate:
-    """One stored tensor: `by` names the delivered tensors made from it, `reason` says why it is ignored or only checked."""
+    """One stored tensor: `by` names the delivered tensors made from it, `reason` says why it is ignored."""
 
     name: str
     spec: TensorSpec
@@ -49,7 +51,7 @@ class StoredFate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """One delivered tensor: the operation that makes it and all stored tensors, by full name, that have a part in it."""
+    """One delivered tensor: the operation that makes it, and the stored tensors by full name that have a part in it."""
 
     name: str
     operation: Operation

@@ -5,11 +5,9 @@ Pure: nothing is read here, and all faults of a checkpoint are raised together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from trtllm_ct.checkpoint.catalog import Catalog
-from trtllm_ct.config.model import QuantizationConfig
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PlanError
 from trtllm_ct.modes import native_mode
@@ -19,8 +17,15 @@ from trtllm_ct.plan.assign import Assignment, assign_modes
 from trtllm_ct.plan.engine_config import engine_config, layer_config
 from trtllm_ct.plan.model import Delivery, Fate, ModulePlan, Plan, StoredFate
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule, stored_modules
-from trtllm_ct.plan.target import Target
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.config.model import QuantizationConfig
+    from trtllm_ct.plan.target import Target
+    from trtllm_ct.schemes import QuantAlgo
 
 __all__ = ["make_plan"]
 
@@ -41,7 +46,8 @@ def make_plan(
 
     `dtype` is that of dequantized modules, the model's when None; with float16 plain tensors are cast as well.
     `strict` makes it a fault when a module must be dequantized because the target has no mode for it.
-    Raises `PlanError` with all faults: tensors missing, surplus or of a wrong shape, schemes without a way to the target.
+    Raises `PlanError` with all faults: tensors missing, surplus or of a wrong shape, schemes without a way to the
+    target.
     """
     faults = FaultCollector()
     planner = _Planner(
@@ -103,7 +109,14 @@ class _Planner:
                 where=f"{self.config.origin}.sparsity_config",
                 expected="no sparsity",
                 found=f"format {self.config.sparsity.format}",
-                remedy="Decompress the checkpoint with compressed-tensors 0.14 or earlier, which still reads this format.",
+                remedy="Decompress it with compressed-tensors 0.14 or earlier, which still reads this format.",
+            )
+        if self.config.expert_sparsity is not None:
+            self.faults.add(
+                where=f"{self.config.origin}.moe_sparsity_config",
+                expected="all experts in every layer",
+                found=f"experts pruned by {self.config.expert_sparsity.method}",
+                remedy="Checkpoints with pruned experts are not supported; use the unpruned one.",
             )
         online = [item for item in self.config.transforms if item.location not in {"weight_input", "weight_output"}]
         for transform in online:
@@ -253,12 +266,12 @@ class _Planner:
         )
 
 
-def _native_mode(weight: QuantizedWeight | None, config: QuantizationConfig) -> object:
+def _native_mode(weight: QuantizedWeight | None, config: QuantizationConfig) -> QuantAlgo | None:
     return native_mode(weight.stored.args, config.modifiers) if weight else None
 
 
 def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes:
-    """float16 kernels need float16 throughout; a dense model is of the dtype that was asked for; else the model's stays."""
+    """float16 kernels need float16 throughout, a dense model is of the dtype asked for, else the model's stays."""
     wanted = dtype or model.dtype
     cast_plain = wanted is DType.F16
     whole_model = cast_plain or not target.algos
@@ -272,5 +285,5 @@ def _refuse_dequantized(plan: Plan, faults: FaultCollector) -> None:
                 where=module.name,
                 expected=f"a native mode at target {plan.target} (--strict)",
                 found=f"{module.stored_scheme}: {module.reason}",
-                remedy="Convert without --strict to have it dequantized, or quantize it with a scheme that the target holds.",
+                remedy="Convert without --strict to have it dequantized, or quantize it with a scheme that fits.",
             )

@@ -1,16 +1,19 @@
 """The stored tensors of a checkpoint, gathered by module, with the quantized weights told from the plain ones.
 
-What a module is gets decided by the tensors that exist; the configuration only gives the parameters. Status fields, `ignore` and even
-`targets` disagree with the files often enough.
+What a module is gets decided by the tensors that exist; the configuration only gives the parameters. Status fields,
+`ignore` and even `targets` disagree with the files often enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from trtllm_ct.checkpoint.catalog import Catalog
-from trtllm_ct.schemes import TensorSpec
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.schemes import TensorSpec
 
 __all__ = ["QUANTIZATION_TENSORS", "StoredModule", "stored_modules"]
 

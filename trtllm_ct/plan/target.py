@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from trtllm_ct.schemes import QuantAlgo
+if TYPE_CHECKING:
+    from trtllm_ct.schemes import QuantAlgo
 
 __all__ = ["Target"]
 

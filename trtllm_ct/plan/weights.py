@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from trtllm_ct.config.match import Matcher
-from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats import StoredWeight, format_for
-from trtllm_ct.plan.architectures import Site
-from trtllm_ct.plan.stored import StoredModule
 from trtllm_ct.schemes import NumberType, QuantArgs, QuantScheme, Strategy
+
+if TYPE_CHECKING:
+    from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.plan.architectures import Site
+    from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["QuantizedWeight", "WeightReader"]
 
 _STRATEGIES = frozenset({Strategy.TENSOR, Strategy.CHANNEL, Strategy.GROUP})
 _FIRST_PACKED_ZERO_POINTS = (0, 9, 4)
 _SUPPORTED = (
-    "int4 and int8 weight-only (pack-quantized, int-quantized; per channel or group), fp8 static per tensor, and fp8 per channel "
-    "with dynamic token activations"
+    "int4 and int8 weight-only (pack-quantized, int-quantized; per channel or group), fp8 static per tensor, and "
+    "fp8 per channel with dynamic token activations"
 )
 
 
@@ -65,8 +68,10 @@ class WeightReader:
         if declared is not None and declared not in weight_format.declared_as:
             self._notes[f"declared as {declared}, stored as {weight_format.name}: the tensors decide"] += 1
         shape = (site.shape[0], site.shape[1])
-        stored = weight_format.describe(module.name, args, module.specs, shape, self.faults)
-        if stored is None:
+        faults = FaultCollector()
+        stored = weight_format.describe(module.name, args, module.specs, shape, faults)
+        self.faults.faults.extend(faults.faults)
+        if stored is None or faults.faults:
             return None
         self._check_zero_point(module, args, stored)
         return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name)
@@ -82,7 +87,9 @@ class WeightReader:
             if entry.scheme.weights is not None and format_for(entry.scheme.weights, module.specs) is not None
         ]
         if len(fitting) == 1:
-            self._notes[f"stored quantized though no target covers it or ignore lists it; read as {fitting[0].name}"] += 1
+            self._notes[
+                f"stored quantized though no target covers it or ignore lists it; read as {fitting[0].name}"
+            ] += 1
             return fitting[0]
         self.faults.add(
             where=module.name,
@@ -113,7 +120,7 @@ class WeightReader:
         return False
 
     def _check_zero_point(self, module: StoredModule, args: QuantArgs, stored: StoredWeight) -> None:
-        """An asymmetric weight without zero point: writers up to 0.9.3 leave one out that is all zero; later ones never do."""
+        """An asymmetric weight may lack a zero point only when its writer left out those that are all zero (0.9.3)."""
         if args.symmetric or stored.has_zero_point:
             return
         if _release(self.config.version) < _FIRST_PACKED_ZERO_POINTS:
@@ -142,4 +149,5 @@ def _release(version: str | None) -> tuple[int, ...]:
 
 
 def _tensors(module: StoredModule) -> str:
-    return ", ".join(f"{local} {spec}" for local, spec in module.specs.items())
+    """Names and dtypes, without shapes: so the same fault reads the same in every module."""
+    return ", ".join(f"{local} {module.specs[local].dtype.torch_name}" for local in sorted(module.specs))

@@ -44,6 +44,7 @@ class Assembly:
         self._slots = {
             name: slot for name, slot in model.state_dict().items() if name.rpartition(".")[0] not in self._quantized
         }
+        self._taken: set[str] = set()
         self._filled: set[str] = set()
         self._parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self._kv_scales: dict[str, Tensor] = {}
@@ -51,6 +52,11 @@ class Assembly:
     def take(self, name: str, tensor: Tensor) -> None:
         """Sort in one delivered tensor by its full name."""
         owner, _, local = name.rpartition(".")
+        if name in self._taken:
+            self._faults.add(
+                where=name, expected="one tensor of this name", found="a second one", remedy="Deliver each name once."
+            )
+        self._taken.add(name)
         if self._has_kv_scales and is_kv_scale(name):
             self._kv_scales[name] = tensor
         elif owner in self._quantized:
@@ -79,15 +85,16 @@ class Assembly:
 
     def _find_quantized(self, quant_config: QuantConfig) -> dict[str, LayerQuantConfig]:
         """The Linears that the configuration calls quantized; one that is tied to an embedding is dense like it."""
-        for name in sorted(quant_config.quantized_layers.keys() - self._linears.keys()):
+        tied = self._tied.keys() | set(self._tied.values())
+        linears = {name for name in self._linears if f"{name}.weight" not in tied}
+        for name in sorted(quant_config.quantized_layers.keys() - linears):
             self._faults.add(
                 where=f"quantized_layers: {name}",
-                expected="the name of a Linear of the model",
-                found=f"none of that name in {type(self._model).__name__}",
-                remedy="Check the name, its prefix above all; modules of other classes can't be quantized here.",
+                expected=f"a Linear of {type(self._model).__name__} with a weight of its own",
+                found="one tied to the embeddings" if name in self._linears else "none of that name",
+                remedy="Check the name, its prefix above all, and tie_word_embeddings in config.json.",
             )
-        tied = self._tied.keys() | set(self._tied.values())
-        layers = {name: quant_config.layer_config(name) for name in self._linears if f"{name}.weight" not in tied}
+        layers = {name: quant_config.layer_config(name) for name in sorted(linears)}
         return {name: layer for name, layer in layers.items() if layer is not None}
 
     def _build_linear(self, name: str, layer: LayerQuantConfig) -> None:

@@ -22,8 +22,9 @@ _NATIVE_TOLERANCE = 1e-6
 class Comparison:
     """How a delivered tensor compares with what it should be.
 
-    `error` is the largest |got - want| relative to the largest |want| of the same row; `differing` counts elements that are
-    off by more than allowed. `position`, `got` and `want` belong to the largest error; `block` is its run of 128 columns.
+    `error` is the largest |got - want| relative to the largest |want| of the same row; `differing` counts elements
+    that are off by more than allowed. `position`, `got` and `want` belong to the largest error; `block` is its run
+    of 128 columns.
     """
 
     good: bool

@@ -38,6 +38,7 @@ def load_model(
     Raises `MissingDependencyError` without transformers, `CheckpointError` for a directory that can't be loaded whole.
     """
     require_transformers()
+    _require_compute_dtype(dtype)
     directory = Path(directory)
     source = read_directory(directory, dtype=dtype)
     model = build_model(

@@ -119,7 +119,7 @@ def describe(tensor: Tensor) -> str:
 
 def has_dtype(tensor: Tensor, dtypes: Iterable[DType]) -> bool:
     """Whether the tensor's dtype is one of `dtypes`."""
-    return any(tensor.dtype == dtype.torch for dtype in dtypes)
+    return any(tensor.dtype == dtype.torch_dtype for dtype in dtypes)
 
 
 def is_one_element(tensor: Tensor) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from trtllm_ct.errors import Fault, UsageError
 from trtllm_ct.plan.target import Target
 from trtllm_ct.schemes import QuantAlgo
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 __all__ = ["DENSE", "MODELOPT", "REFERENCE", "TARGETS", "target_named"]
 
-# What the Linears of stock TensorRT-LLM 1.0 to 1.2 load (`_torch/modules/linear.py: get_quant_method`); no release of these has a
-# W4A16_GPTQ method.
+# What the Linears of stock TensorRT-LLM 1.0 to 1.2 load (`_torch/modules/linear.py: get_quant_method`); no release
+# of these has a W4A16_GPTQ method.
 _STOCK_ALGOS = frozenset(
     {
         QuantAlgo.W4A16,

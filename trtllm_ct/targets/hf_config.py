@@ -1,16 +1,17 @@
 """config.json of a converted directory: no compressed-tensors block, and both spellings of what transformers renamed.
 
-transformers 5 writes `dtype` and `rope_parameters`, transformers 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`; it silently
-falls back to theta 10000 where it finds none. TensorRT-LLM releases are built with either, so both are written.
-Source: transformers 5.23 `modeling_rope_utils.py`, 4.57 `configuration_utils.py`.
+transformers 5 writes `dtype` and `rope_parameters`, transformers 4 reads `torch_dtype`, `rope_theta` and
+`rope_scaling`; it silently falls back to theta 10000 where it finds none. TensorRT-LLM releases are built with
+either, so both are written. Source: transformers 5.23 `modeling_rope_utils.py`, 4.57 `configuration_utils.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.dtypes import DType
+if TYPE_CHECKING:
+    from trtllm_ct.dtypes import DType
 
 __all__ = ["portable_config"]
 
@@ -19,7 +20,7 @@ _TEXT = "text_config"
 
 
 def portable_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
-    """A config.json (parsed) without quantization, of the given model dtype, that readers of both generations understand.
+    """A config.json (parsed) without quantization, of the given model dtype, for readers of both generations.
 
     The source is not changed. A nested `text_config` is treated alike.
     """

@@ -1,6 +1,7 @@
-"""Deliver a plan as a Hugging Face directory: for stock TensorRT-LLM (`modelopt`) or for any reader of plain weights (`dense`).
+"""Deliver a plan as a Hugging Face directory, for stock TensorRT-LLM (`modelopt`) or any reader (`dense`).
 
-The two differ in what their plans deliver and in one file: `hf_quant_config.json`, from which TensorRT-LLM takes the modes.
+The two differ in what their plans deliver and in one file: `hf_quant_config.json`, from which TensorRT-LLM takes
+the modes.
 """
 
 from __future__ import annotations
@@ -8,19 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct import __version__
 from trtllm_ct.checkpoint.side_files import carry_side_files
 from trtllm_ct.checkpoint.writer import ShardedWriter
 from trtllm_ct.pipeline import Checkpoint, stream_delivered
-from trtllm_ct.plan.model import Plan
-from trtllm_ct.quant_config import QuantConfig
 from trtllm_ct.targets.hf_config import portable_config
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trtllm_ct.formats.codecs import Codec
+    from trtllm_ct.plan.model import Plan
+    from trtllm_ct.quant_config import QuantConfig
 
 __all__ = ["MODELOPT_LAYOUT", "DeliveredFiles", "write_hf_directory"]
 

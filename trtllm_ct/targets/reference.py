@@ -5,18 +5,20 @@ The only file that knows both sides; the reference engine itself never sees a pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.pipeline import open_checkpoint, stream_delivered
-from trtllm_ct.quant_config import QuantConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
     import torch
     from torch import Tensor
+
+    from trtllm_ct.quant_config import QuantConfig
 
 __all__ = ["Delivered", "deliver"]
 
