@@ -50,7 +50,7 @@ class Checkpoint:
     hf_config: Mapping[str, Any]
 
     def plan(self, to: str = "modelopt", *, dtype: DType | None = None, strict: bool = False) -> Plan:
-        """The plan for the target named `to`; see `make_plan`. Raises `PlanError`; `UsageError` for an unknown target."""
+        """The plan for the target named `to`; see `make_plan`. Raises `PlanError`, `UsageError` for an unknown one."""
         return make_plan(self.config, self.catalog, self.model, target_named(to), dtype=dtype, strict=strict)
 
 

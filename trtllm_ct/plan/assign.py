@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.modes import Holding, holdings, obstacles
 from trtllm_ct.plan.architectures import EMBEDDING, LM_HEAD, Site
-
 from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:

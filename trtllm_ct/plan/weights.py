@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.config.match import Matcher
+from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats import StoredWeight, format_for
 from trtllm_ct.schemes import NumberType, QuantArgs, QuantScheme, Strategy
 
 if TYPE_CHECKING:
     from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
-    from trtllm_ct.errors import FaultCollector
     from trtllm_ct.plan.architectures import Site
     from trtllm_ct.plan.stored import StoredModule
 
