@@ -1,13 +1,13 @@
 """Tiny checkpoints written by the outsider: transformers makes the model, compressed-tensors quantizes and saves it.
 
-The steps are those of llm-compressor: attach the scheme, calibrate by minimum and maximum, compress, save, add the block.
+The steps are those of llm-compressor: attach the scheme, calibrate by minimum and maximum, compress, save, and add the
+block to config.json.
 For tests marked `library` and `reference`; both packages are imported when `write_library_checkpoint` is called.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from builders import tiny_config
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -42,8 +43,8 @@ def write_library_checkpoint(
 ) -> Written:
     """Write a random model of `config` (`tiny_config(hidden=128)` when None), quantized by the library.
 
-    `scheme` is the name of a preset for all Linears, or a mapping of group names to upstream's groups; lm_head stays plain.
-    `save_format` overrides the format that the library infers; `save` goes to `save_pretrained` (`max_shard_size`).
+    `scheme` is the name of a preset for all Linears, or a mapping of group names to upstream's groups; lm_head stays
+    plain. `save_format` overrides the format that the library infers; `save` goes to `save_pretrained`.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config

@@ -1,3 +1,71 @@
-"""Load compressed-tensors checkpoints into TensorRT-LLM."""
+"""Load compressed-tensors checkpoints into TensorRT-LLM.
+
+Public names resolve on first use: importing this package loads neither torch nor transformers nor TensorRT-LLM.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.config.reader import CompressedTensorsConfigReader
+    from trtllm_ct.config_loader import CompressedTensorsConfigLoader
+    from trtllm_ct.convert import convert_checkpoint
+    from trtllm_ct.detect import FormatDetector
+    from trtllm_ct.inspection import inspect_checkpoint
+    from trtllm_ct.loader import CompressedTensorsWeightLoader
+    from trtllm_ct.mapper import CompressedTensorsWeightMapper
+    from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint
+    from trtllm_ct.plan.architectures import Model
+    from trtllm_ct.plan.planner import make_plan
+    from trtllm_ct.targets import TARGETS
+    from trtllm_ct.verify import verify_checkpoint
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "TARGETS",
+    "Catalog",
+    "CompressedTensorsConfigLoader",
+    "CompressedTensorsConfigReader",
+    "CompressedTensorsWeightLoader",
+    "CompressedTensorsWeightMapper",
+    "FormatDetector",
+    "Model",
+    "__version__",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+    "make_plan",
+    "open_checkpoint",
+    "plan_checkpoint",
+    "verify_checkpoint",
+]
+
+_HOMES = {
+    "TARGETS": "targets",
+    "Catalog": "checkpoint.catalog",
+    "CompressedTensorsConfigLoader": "config_loader",
+    "CompressedTensorsConfigReader": "config.reader",
+    "CompressedTensorsWeightLoader": "loader",
+    "CompressedTensorsWeightMapper": "mapper",
+    "FormatDetector": "detect",
+    "Model": "plan.architectures",
+    "convert_checkpoint": "convert",
+    "inspect_checkpoint": "inspection",
+    "make_plan": "plan.planner",
+    "open_checkpoint": "pipeline",
+    "plan_checkpoint": "pipeline",
+    "verify_checkpoint": "verify",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

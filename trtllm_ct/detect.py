@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_ct.config.json_file import not_an_object, read_json_object
 from trtllm_ct.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.quant_methods import COMPRESSED_TENSORS, MODELOPT, UNKNOWN, describe_method
 
@@ -144,7 +145,7 @@ class FormatDetector:
         path = Path(directory)
         _require_checkpoint(path)
         names = dict.fromkeys(file for file, _ in _PLACES)
-        files = {name: _read_object(path / name) for name in names if (path / name).is_file()}
+        files = {name: read_json_object(path / name) for name in names if (path / name).is_file()}
         return _decide(files, str(directory))
 
     def detect_config(self, config: Mapping[str, Any]) -> Detection:
@@ -186,7 +187,7 @@ def _claims_at(content: Mapping[str, Any], file: str, keys: tuple[str, ...]) -> 
         if block is None:
             return []
         if not isinstance(block, Mapping):
-            raise ConfigError(_not_an_object(f"{file}: {'.'.join(keys[:depth])}", block))
+            raise ConfigError(not_an_object(f"{file}: {'.'.join(keys[:depth])}", block))
     if not block:
         return []
     block = unwrap_block(block)
@@ -291,31 +292,3 @@ def _what_else(path: Path) -> tuple[str, str]:
         named = ", ".join(inner[:_MOST_NAMED]) + (", ..." if len(inner) > _MOST_NAMED else "")
         return "neither of them here", f"Give one of the directories inside instead: {named}"
     return "neither of them", "Give the directory of a whole checkpoint; an interrupted download may lack files."
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(_unreadable(path, error)) from error
-    if isinstance(content, Mapping):
-        return content
-    raise ConfigError(_not_an_object(str(path), content))
-
-
-def _not_an_object(where: str, content: object) -> Fault:
-    return Fault(
-        where=where,
-        expected="a JSON object",
-        found=f"a JSON value of type {type(content).__name__}",
-        remedy="Take the file from where the checkpoint was published.",
-    )
-
-
-def _unreadable(path: Path, error: Exception) -> Fault:
-    remedy = "Take the file again from where the checkpoint was published; it is damaged or was edited by hand."
-    if isinstance(error, OSError):
-        remedy = "Make the file readable for this user."
-    elif path.read_bytes().startswith(b"version https://git-lfs"):
-        remedy = "This is a Git LFS pointer, not the file; run git lfs pull in the checkpoint directory."
-    return Fault(where=str(path), expected="readable JSON", found=str(error), remedy=remedy)

@@ -13,12 +13,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.detect import Detection, FormatDetector
 from trtllm_ct.plan.architectures import Model
@@ -63,7 +63,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     detection = FormatDetector().detect(directory)
     detection.require_compressed_tensors()
-    hf_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    hf_config = read_json_object(directory / "config.json")
     return Checkpoint(
         directory=directory,
         detection=detection,

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trtllm_ct.quant_config import QuantConfig
     from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme
 
 __all__ = ["ConfigGroup", "ExpertSparsity", "QuantizationConfig", "SparsityConfig", "Transform"]
@@ -64,6 +67,7 @@ class QuantizationConfig:
     """Everything that a compressed-tensors block says, with defaults filled in and aliases resolved.
 
     `origin` names file and key that the block came from.
+    `directory` is the one that was read, None for a dictionary.
     `modifiers` are the names of the modifiers in `recipe.yaml` beside the weights (`AWQModifier`, ...).
     `warnings` are things that were read, have no effect here and may surprise: unknown keys above all.
     """
@@ -78,5 +82,23 @@ class QuantizationConfig:
     quantization_status: str | None = None
     version: str | None = None
     origin: str = "quantization_config"
+    directory: Path | None = None
     modifiers: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def to_quant_config(self, target: str = "modelopt") -> QuantConfig:
+        """What TensorRT-LLM's `QuantConfig` needs for a target, with excluded modules by their full names.
+
+        A configuration that was read from a directory is planned with the tensors that exist. From a dictionary
+        alone only the scheme is known: one mode for all, modules to exclude as far as `ignore` names them. Raises
+        `PlanError` for a directory that can't be delivered, `ConfigError` where a dictionary does not say enough.
+        """
+        # The one call against the order of the pipeline: what a configuration means depends on the tensors beside it.
+        if self.directory is not None:
+            from trtllm_ct.pipeline import plan_checkpoint
+
+            return plan_checkpoint(self.directory, target).quant_config
+        from trtllm_ct.plan.engine_config import engine_config_of_scheme
+        from trtllm_ct.targets import target_named
+
+        return engine_config_of_scheme(self, target_named(target))

@@ -8,6 +8,7 @@ Sources: compressed-tensors 0.4 to 0.20 quantization/quant_config.py, and transf
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,12 @@ class CompressedTensorsConfigReader:
         """
         if isinstance(source, Mapping):
             block, origin = _find_block(source)
-            return _read_block(block, origin, ())
+            return _read_block(block, origin)
         detection = FormatDetector().detect(source)
         block = detection.require_compressed_tensors()
-        return _read_block(block, detection.origin or "", read_modifiers(Path(source)))
+        directory = Path(source)
+        config = _read_block(block, detection.origin or "")
+        return replace(config, directory=directory, modifiers=read_modifiers(directory))
 
 
 def _find_block(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -83,7 +86,7 @@ def _find_block(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     return block, "quantization_config"
 
 
-def _read_block(block: Mapping[str, Any], origin: str, modifiers: tuple[str, ...]) -> QuantizationConfig:
+def _read_block(block: Mapping[str, Any], origin: str) -> QuantizationConfig:
     root = JsonObject(block, origin, Findings())
     root.warn_unknown(_BLOCK_KEYS, _SILENT_KEYS)
     declared_format = root.choice("format", CompressionFormat, None)
@@ -99,7 +102,6 @@ def _read_block(block: Mapping[str, Any], origin: str, modifiers: tuple[str, ...
         quantization_status=root.hint("quantization_status"),
         version=version,
         origin=origin,
-        modifiers=modifiers,
         warnings=tuple(root.findings.warnings),
     )
     root.findings.collector.raise_if_any(ConfigError)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.modes import Holding, ScaleForm
+from trtllm_ct.errors import ConfigError, FaultCollector
+from trtllm_ct.modes import Holding, ScaleForm, holdings
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
     from trtllm_ct.plan.model import ModulePlan
+    from trtllm_ct.plan.target import Target
 
-__all__ = ["engine_config", "layer_config"]
+__all__ = ["engine_config", "engine_config_of_scheme", "layer_config"]
 
 _WITH_WEIGHTS = frozenset({"Linear", "Embedding"})
 
@@ -44,4 +47,39 @@ def engine_config(modules: Iterable[ModulePlan], *, kv_cache_quant_algo: str | N
         kv_cache_quant_algo=kv_cache_quant_algo,
         exclude_modules=tuple(excluded) if layers else (),
         quantized_layers={} if one else layers,
+    )
+
+
+def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> QuantConfig:
+    """The engine's view of a configuration without its tensors: one scheme for all modules.
+
+    Raises `ConfigError` when groups end in different modes or `ignore` holds patterns: both need the names of modules.
+    """
+    faults = FaultCollector()
+    layers = {_layer_of_group(group, target) for group in config.groups if group.scheme.weights is not None}
+    if len(layers) > 1:
+        _needs_directory(f"{config.origin}.config_groups", f"groups of {len(layers)} different modes", faults)
+    patterns = [entry for entry in config.ignore if entry.startswith("re:")]
+    if patterns:
+        _needs_directory(f"{config.origin}.ignore", f"patterns ({', '.join(patterns)})", faults)
+    faults.raise_if_any(ConfigError)
+    kv_cache = "FP8" if config.kv_cache_scheme is not None and target.kv_cache_algos else None
+    return QuantConfig(
+        layer=layers.pop() if layers else None, kv_cache_quant_algo=kv_cache, exclude_modules=config.ignore
+    )
+
+
+def _layer_of_group(group: ConfigGroup, target: Target) -> LayerQuantConfig | None:
+    args = group.scheme.weights
+    has_zero_point = args is not None and not args.symmetric
+    held = holdings(group.scheme, None, has_zero_point=has_zero_point)
+    return next((layer_config(hold) for hold in held if hold.as_is and hold.mode.algo in target.algos), None)
+
+
+def _needs_directory(where: str, found: str, faults: FaultCollector) -> None:
+    faults.add(
+        where=where,
+        expected="one mode for modules that are named",
+        found=found,
+        remedy="Read the checkpoint directory instead of its configuration: names of modules are needed.",
     )

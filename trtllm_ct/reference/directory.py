@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.detect import FormatDetector
 from trtllm_ct.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.quant_config import QuantConfig
@@ -56,7 +56,7 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
                 remedy=describe_method(detection.method).remedy,
             )
         )
-    config = _read_json(directory / "config.json")
+    config = read_json_object(directory / "config.json")
     catalog = Catalog.from_directory(directory)
     path = directory / "hf_quant_config.json"
     quant_config = read_quant_config(path, catalog) if detection.method == MODELOPT else None
@@ -69,19 +69,9 @@ def _read_tensors(catalog: Catalog) -> Iterator[tuple[str, Tensor]]:
             yield name, reader.read(name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(_unreadable(path, str(error))) from None
-    if not isinstance(content, dict):
-        raise ConfigError(_unreadable(path, type(content).__name__))
-    return content
-
-
 def read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:
     """The `quantization` part of a ModelOpt directory, excluded modules by their full names."""
-    content = _read_json(path)
+    content = read_json_object(path)
     try:
         quant_config = QuantConfig.from_dict(content["quantization"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -114,12 +104,3 @@ def _excluded_modules(patterns: Iterable[str], tensor_names: Iterable[str]) -> t
 
 def _with_ancestors(module: str) -> Iterator[str]:
     return accumulate(module.split("."), "{}.{}".format)
-
-
-def _unreadable(path: Path, found: str) -> Fault:
-    return Fault(
-        where=str(path),
-        expected="a JSON object",
-        found=found,
-        remedy="Fetch the file again; a checkpoint directory has config.json beside its weights.",
-    )
