@@ -166,6 +166,7 @@ SCHEMES: dict[str, Scheme] = {
     "int4-channel": Scheme(weights=int_weights(4, "channel")),
     "int4-channel-asym": Scheme(weights=int_weights(4, "channel", symmetric=False)),
     "int4-tensor": Scheme(weights=int_weights(4, "tensor")),
+    "int4-plain-g64": Scheme(weights=int_weights(4, group_size=64), format="int-quantized"),
     "int8-channel": Scheme(weights=int_weights(8, "channel")),
     "int8-channel-asym": Scheme(weights=int_weights(8, "channel", symmetric=False)),
     "int8-g32": Scheme(weights=int_weights(8, group_size=32)),

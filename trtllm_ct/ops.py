@@ -109,15 +109,18 @@ class Cast(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repack(Operation):
-    """Integer codes in another container, bit for bit."""
+    """Integer codes in another container, bit for bit; codes that are too wide for it are an error."""
 
     label: ClassVar[str] = "repack"
     packing: Packing
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
         """The codes in `packing`."""
         codes = module.codes
-        return repack(codes.values, codes.packing or INT8_PLAIN, self.packing, codes.shape)
+        source = codes.packing or INT8_PLAIN
+        if source.bits > self.packing.bits:
+            _refuse_wide_codes(name, codes.values, self.packing.bits)
+        return repack(codes.values, source, self.packing, codes.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +177,21 @@ class Dequantize(Operation):
         values = module.dequantize(self.result.dtype)
         _refuse_infinite(name, values, self.result.dtype)
         return values
+
+
+def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
+    """Raise when a plain int8 code needs more than `bits` bits: packing would cut it."""
+    half = 1 << (bits - 1)
+    low, high = int(codes.min()), int(codes.max())
+    if low < -half or high >= half:
+        raise PayloadError(
+            Fault(
+                where=name,
+                expected=f"codes of {bits} bits, from {-half} to {half - 1}",
+                found=f"codes from {low} to {high}",
+                remedy="The weight is wider than num_bits in config_groups says; correct that, or quantize again.",
+            )
+        )
 
 
 def _refuse_infinite(name: str, delivered: Tensor, dtype: DType, source: Tensor | None = None) -> None:

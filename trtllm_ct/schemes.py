@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActOrder",
     "CompressionFormat",
+    "Element",
     "NumberType",
     "Packing",
     "QuantAlgo",
@@ -72,6 +73,15 @@ class CompressionFormat(StrEnum):
     MXFP6_PACK_QUANTIZED = "mxfp6-pack-quantized"
     MXFP8_QUANTIZED = "mxfp8-quantized"
     MIXED_PRECISION = "mixed-precision"
+
+
+class Element(StrEnum):
+    """What the bits of one code mean: a signed integer, or a small float without infinities (OCP FP8 and MX)."""
+
+    INT = "int"
+    E4M3 = "e4m3"
+    E2M1 = "e2m1"
+    E2M3 = "e2m3"
 
 
 class QuantAlgo(StrEnum):
@@ -177,30 +187,34 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How integer codes of `bits` bits lie in the elements of a container.
+    """How codes of `bits` bits lie in the elements of a container.
 
-    Codes are taken along `axis` (0 = rows, 1 = columns), lowest bits first, `container.bits // bits` to
-    an element; `offset_binary` codes are stored as code + 2^(bits - 1), others in two's complement.
+    Codes are taken along `axis` (0 = rows, 1 = columns), lowest bits first. `dense` codes are one stream of bits,
+    in which a code may straddle two elements; others lie `container.bits // bits` to an element with the highest
+    bits left over. The two differ for widths that don't divide the container's. `offset_binary` codes are stored as
+    code + 2^(bits - 1), others in two's complement, or as they are when they are floats.
     """
 
     bits: int
     container: DType
     axis: Literal[0, 1]
     offset_binary: bool
+    dense: bool = True
 
-    @property
-    def per_element(self) -> int:
-        """Codes in one element of the container."""
-        return self.container.bits // self.bits
+    def elements(self, count: int) -> int:
+        """How many elements of the container `count` codes take, the last one perhaps not full."""
+        if self.dense:
+            return -(-count * self.bits // self.container.bits)
+        return -(-count // (self.container.bits // self.bits))
 
     def packed_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of the container for codes of `shape`, the packed axis rounded up to whole elements."""
         rows, columns = shape
         if self.axis == 0:
-            return -(-rows // self.per_element), columns
-        return rows, -(-columns // self.per_element)
+            return self.elements(rows), columns
+        return rows, self.elements(columns)
 
     def __str__(self) -> str:
         along = "rows" if self.axis == 0 else "columns"
-        kind = "offset binary" if self.offset_binary else "signed"
+        kind = ("offset binary" if self.offset_binary else "signed") + ("" if self.dense else " padded")
         return f"{self.bits}-bit {kind} in {self.container.torch_name} along {along}"

@@ -37,6 +37,6 @@ def test_the_reference_shares_no_code_with_what_it_proves(source: Path) -> None:
     ours = {name.split(".")[1] for name in imported if name.startswith("trtllm_ct.")}
 
     vocabulary = {"dtypes", "errors", "quant_config", "quant_methods", "schemes"}
-    files = {"checkpoint", "detect"}
+    files = {"checkpoint", "config", "detect"}
     more = {"directory": files | {"targets"}, "compare": {"layouts"}}
     assert ours <= vocabulary | {"reference"} | more.get(source.stem, set())

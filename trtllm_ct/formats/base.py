@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.schemes import CompressionFormat, Packing, QuantArgs, Strategy, TensorSpec
+from trtllm_ct.schemes import CompressionFormat, Element, Packing, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +30,11 @@ StoredSpecs = Mapping[str, TensorSpec]
 class StoredWeight:
     """One quantized weight as it lies on disk, known from headers.
 
-    `shape` is the logical (N, K). `packing` says how integer codes lie in the tensor named `codes`; None where
-    elements are the codes themselves as floats. `zero_point_packing` is None when there is no zero point or it is
-    stored plain. `consumed` are the local names that belong to the weight.
+    `shape` is the logical (N, K). `packing` says how the codes lie in the tensor named `codes`, None where its elements
+    are float8 codes themselves; `element` says what they mean. `zero_point_packing` is None when there is no zero point
+    or it is stored plain. `divisor` names a scalar that the scaled values are divided by (NVFP4), `group_index` the
+    tensor that gives the group of each column where groups are not contiguous.
+    `consumed` are the local names that belong to the weight.
     """
 
     format: WeightFormat
@@ -40,8 +42,11 @@ class StoredWeight:
     shape: tuple[int, int]
     codes: str
     packing: Packing | None
+    element: Element = Element.INT
     has_zero_point: bool = False
     zero_point_packing: Packing | None = None
+    divisor: str | None = None
+    group_index: str | None = None
     consumed: tuple[str, ...]
 
     @property
@@ -49,20 +54,35 @@ class StoredWeight:
         """The scale as (rows, groups); 1 where rows or columns share it."""
         return scale_shape(self.args, self.shape)
 
+    @property
+    def block_rows(self) -> int:
+        """Rows that share one row of scales."""
+        return self.args.block_structure[0] if self.args.block_structure else 1
+
+    @property
+    def group_columns(self) -> int | None:
+        """Columns that share one scale; None when all of a row do."""
+        return self.args.block_structure[1] if self.args.block_structure else self.args.group_size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
-    """A weight between stored and delivered form: `value = (code - zero_point) * scale`.
+    """A weight between stored and delivered form: `value = (code - zero_point) * scale / divisor`.
 
     `values` is still packed as `packing` says; for float8 codes `packing` is None and `values` are [N, K] themselves.
-    `scale` is in its stored dtype, reshaped to (rows, groups); `zero_point` is int8 of that shape, or None.
+    `scale` is reshaped to (rows, groups): a float of any width, or uint8 for powers of two (E8M0).
+    `zero_point` is int8 of that shape, `divisor` one float32 element, `group_index` an integer for each column; each of
+    them is None when there is none.
     """
 
     values: Tensor
     packing: Packing | None
     shape: tuple[int, int]
     scale: Tensor
+    element: Element = Element.INT
     zero_point: Tensor | None = None
+    divisor: Tensor | None = None
+    group_index: Tensor | None = None
 
 
 class WeightFormat(ABC):

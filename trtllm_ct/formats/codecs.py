@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from trtllm_ct.formats.base import Codes, StoredWeight
-from trtllm_ct.layouts.packing import INT8_PLAIN, unpack_codes
+from trtllm_ct.layouts.floats import element_values
+from trtllm_ct.layouts.packing import INT8_PLAIN, unpack_codes, unpack_fields
 from trtllm_ct.layouts.scales import dequantize
+from trtllm_ct.schemes import Element
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,10 +41,27 @@ class _NativeCodec:
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         codes = self.decode(weight, stored)
-        values = codes.values
-        if codes.packing is not None:
-            values = unpack_codes(values, codes.packing, codes.shape)
-        return dequantize(values, codes.scale, codes.zero_point, weight.args.group_size, dtype)
+        return dequantize(
+            _values(codes),
+            codes.scale,
+            codes.zero_point,
+            weight.group_columns,
+            dtype,
+            block_rows=weight.block_rows,
+            group_index_I=codes.group_index,
+            divisor=codes.divisor,
+        )
+
+
+def _values(codes: Codes) -> Tensor:
+    """The codes [N, K] as numbers: int8 or float8 codes as they are, smaller floats by their table in float32."""
+    import torch
+
+    if codes.packing is None:
+        return codes.values
+    if codes.element is Element.INT:
+        return unpack_codes(codes.values, codes.packing, codes.shape)
+    return element_values(unpack_fields(codes.values, codes.packing, codes.shape), codes.element, torch.float32)
 
 
 class _LibraryCodec:
@@ -62,9 +81,9 @@ class _LibraryCodec:
         bits = weight.args.num_bits
         zero_point = codes.zero_point
         if weight.zero_point_packing is not None:
-            zero_point = unpack_from_int32(
-                stored["weight_zero_point"], bits, torch.Size(weight.scale_shape), packed_dim=0
-            )
+            # Old writers leave surplus columns behind the groups, which the library does not know.
+            packed = stored["weight_zero_point"][:, : weight.scale_shape[1]]
+            zero_point = unpack_from_int32(packed, bits, torch.Size(weight.scale_shape), packed_dim=0)
         return Codes(
             values=unpack_from_int32(codes.values, bits, torch.Size(weight.shape)),
             packing=INT8_PLAIN,

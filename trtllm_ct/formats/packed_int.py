@@ -21,7 +21,7 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words, repack, unpack_codes
-from trtllm_ct.schemes import CompressionFormat, NumberType, Packing, QuantArgs, TensorSpec
+from trtllm_ct.schemes import CompressionFormat, NumberType, Packing, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,7 @@ class _PackedInt(WeightFormat):
         if faults.faults:
             return None
         packing = packed_words(args.num_bits)
-        shape = _logical_shape(stored["weight_packed"], packing.per_element, expected_shape)
+        shape = _logical_shape(stored["weight_packed"], 32 // args.num_bits, expected_shape)
         check_shape(module, shape, expected_shape, faults)
         check_scale(module, args, stored, shape, faults)
         names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -99,7 +99,9 @@ class _PackedInt(WeightFormat):
             "weight_scale": codes.scale,
             "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
         }
-        if codes.zero_point is not None:
+        if codes.zero_point is not None and args.strategy is Strategy.TENSOR:
+            tensors["weight_zero_point"] = codes.zero_point
+        elif codes.zero_point is not None:
             tensors["weight_zero_point"] = pack_codes(codes.zero_point, packed_words(args.num_bits, axis=0))
         return tensors
 

@@ -16,7 +16,16 @@ from trtllm_ct.schemes import Packing
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["INT4_ROW_PAIRS", "INT8_PLAIN", "pack_codes", "packed_words", "repack", "unpack_codes"]
+__all__ = [
+    "INT4_ROW_PAIRS",
+    "INT8_PLAIN",
+    "pack_codes",
+    "pack_fields",
+    "packed_words",
+    "repack",
+    "unpack_codes",
+    "unpack_fields",
+]
 
 INT4_ROW_PAIRS = Packing(bits=4, container=DType.U8, axis=0, offset_binary=False)
 """The engine's int4: byte (i, k) holds row 2i in its low and row 2i+1 in its high nibble, two's complement."""
@@ -27,53 +36,57 @@ INT8_PLAIN = Packing(bits=8, container=DType.I8, axis=1, offset_binary=False)
 _TILE_BYTES = 1 << 20  # temporaries of one tile stay in the cache, and memory flat in the size of the weight
 
 
-def packed_words(bits: int, axis: int = 1) -> Packing:
-    """How `pack-quantized` stores codes: offset binary in int32; weights along axis 1, zero points along axis 0."""
-    return Packing(bits=bits, container=DType.I32, axis=1 if axis else 0, offset_binary=True)
+def packed_words(bits: int, axis: int = 1, *, dense: bool = True) -> Packing:
+    """How `pack-quantized` stores codes: offset binary in int32; weights along axis 1, zero points along axis 0.
+
+    Widths of 3, 5, 6 and 7 bits are one dense stream since 0.18.0; earlier releases left the highest bits of a word
+    free.
+    """
+    return Packing(bits=bits, container=DType.I32, axis=1 if axis else 0, offset_binary=True, dense=dense)
 
 
 def unpack_codes(packed_OP: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
     """The signed codes in a container.
 
-    Takes a contiguous container of `packing.packed_shape(shape)`, or with surplus elements along either axis.
+    Takes a container of `packing.packed_shape(shape)`, or with surplus elements along either axis.
     Gives int8 of `shape`, each code in [-2^(bits-1), 2^(bits-1) - 1].
     """
-    import torch
+    return _signed(unpack_fields(packed_OP, packing, shape), packing)
 
-    bits, mask = packing.bits, (1 << packing.bits) - 1
-    fields = _bytes_along_axis(packed_OP, packing)
-    parts = [(fields >> (bits * i)) & mask for i in range(8 // bits)] if bits < 8 else [fields]
-    rows, columns = fields.shape
-    if packing.axis == 1:
-        unsigned = torch.stack(parts, dim=2).reshape(rows, columns * len(parts))
-    else:
-        unsigned = torch.stack(parts, dim=1).reshape(rows * len(parts), columns)
-    unsigned = unsigned[: shape[0], : shape[1]].contiguous()
-    return _signed(unsigned, packing)
+
+def unpack_fields(packed_OP: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
+    """The bits of each code as they are stored: uint8 of `shape`, in [0, 2^bits - 1]."""
+    streams = _byte_streams(packed_OP, packing)
+    fields = _split_bytes(streams, packing) if _fills_bytes(packing.bits) else _split_stream(streams, packing)
+    if packing.axis == 0:
+        fields = fields.T
+    return fields[: shape[0], : shape[1]].contiguous()
 
 
 def pack_codes(codes_OI: Tensor, packing: Packing) -> Tensor:
-    """The inverse of `unpack_codes`: signed int8 codes into a container; the last element is filled up with zero bits.
+    """The inverse of `unpack_codes`: signed int8 codes into a container, the last element filled up with zero bits.
 
     Gives a contiguous tensor of `packing.packed_shape(codes.shape)` and the container's dtype.
     """
     import torch
 
-    bits, axis = packing.bits, packing.axis
-    half = 1 << (bits - 1)
-    unsigned = (codes_OI.view(torch.uint8) + half if packing.offset_binary else codes_OI.view(torch.uint8)) & (
-        (1 << bits) - 1
-    )
-    surplus = -codes_OI.shape[axis] % packing.per_element
-    if surplus:
-        unsigned = torch.nn.functional.pad(unsigned, (0, surplus, 0, 0) if axis == 1 else (0, 0, 0, surplus))
-    per_byte = 8 // bits
-    rows, columns = unsigned.shape
-    parts = unsigned.view(rows, -1, per_byte).unbind(2) if axis == 1 else unsigned.view(-1, per_byte, columns).unbind(1)
-    fields = parts[0].clone()
-    for i, part in enumerate(parts[1:], start=1):
-        fields |= part << (bits * i)
-    return _container_of_bytes(fields, packing)
+    half = 1 << (packing.bits - 1)
+    unsigned = codes_OI.view(torch.uint8) + half if packing.offset_binary else codes_OI.view(torch.uint8)
+    return pack_fields(unsigned & ((1 << packing.bits) - 1), packing)
+
+
+def pack_fields(fields_OI: Tensor, packing: Packing) -> Tensor:
+    """The inverse of `unpack_fields`: uint8 fields of `packing.bits` bits into a container."""
+    import torch
+
+    lines = fields_OI if packing.axis == 1 else fields_OI.T
+    width = packing.elements(lines.shape[1]) * packing.container.itemsize
+    streams = _join_bytes(lines, packing) if _fills_bytes(packing.bits) else _join_stream(lines, packing)
+    whole = torch.zeros((lines.shape[0], width), dtype=torch.uint8, device=lines.device)
+    used = min(width, streams.shape[1])
+    whole[:, :used] = streams[:, :used]
+    packed = whole.view(packing.container.torch_dtype)
+    return packed if packing.axis == 1 else _transposed(packed)
 
 
 def repack(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int]) -> Tensor:
@@ -117,27 +130,88 @@ def _int4_words_to_row_pairs(packed_OP: Tensor) -> Tensor:
     return result.view(rows // 2, 2 * width)
 
 
-def _bytes_along_axis(packed: Tensor, packing: Packing) -> Tensor:
-    """The container as bytes, lined up so that neighbours along the packed axis hold neighbouring codes.
+def _fills_bytes(bits: int) -> bool:
+    """Whether codes of this width never straddle two bytes."""
+    return 8 % bits == 0
+
+
+def _byte_streams(packed: Tensor, packing: Packing) -> Tensor:
+    """The container as bytes [lines, bytes], one line for each row or column that codes run along.
 
     Relies on the little-endian order that safetensors prescribes and that this package's machines have.
     """
     import torch
 
-    as_bytes = packed.contiguous().view(torch.uint8)
-    if packing.axis == 1 or packing.container.itemsize == 1:
-        return as_bytes
-    rows, columns = packed.shape
-    return as_bytes.view(rows, columns, packing.container.itemsize).transpose(1, 2).reshape(-1, columns)
+    lines = packed.contiguous() if packing.axis == 1 else _transposed(packed)
+    return lines.view(torch.uint8)
 
 
-def _container_of_bytes(fields: Tensor, packing: Packing) -> Tensor:
-    """The inverse of `_bytes_along_axis`."""
-    itemsize = packing.container.itemsize
-    if packing.axis == 0 and itemsize > 1:
-        rows, columns = fields.shape
-        fields = fields.view(rows // itemsize, itemsize, columns).transpose(1, 2).reshape(rows // itemsize, -1)
-    return fields.contiguous().view(packing.container.torch_dtype)
+def _transposed(matrix: Tensor) -> Tensor:
+    """A transposed copy.
+
+    `.T.contiguous()` would leave a matrix of one row or column as it is: it counts as contiguous, with strides that no
+    view to another dtype accepts.
+    """
+    import torch
+
+    return matrix.T.clone(memory_format=torch.contiguous_format)
+
+
+def _split_bytes(streams: Tensor, packing: Packing) -> Tensor:
+    """Bytes of whole codes -> fields [lines, bytes * 8 / bits]."""
+    import torch
+
+    bits, mask = packing.bits, (1 << packing.bits) - 1
+    if bits == 8:
+        return streams
+    parts = [(streams >> (bits * i)) & mask for i in range(8 // bits)]
+    return torch.stack(parts, dim=2).flatten(1)
+
+
+def _join_bytes(lines: Tensor, packing: Packing) -> Tensor:
+    """The inverse of `_split_bytes`, the last byte filled up with zero bits."""
+    import torch
+
+    bits, per_byte = packing.bits, 8 // packing.bits
+    whole = torch.nn.functional.pad(lines, (0, -lines.shape[1] % per_byte))
+    parts = whole.reshape(whole.shape[0], -1, per_byte)
+    joined = parts[..., 0].clone()
+    for i in range(1, per_byte):
+        joined |= parts[..., i] << (bits * i)
+    return joined
+
+
+def _split_stream(streams: Tensor, packing: Packing) -> Tensor:
+    """Bytes with codes across their borders -> fields [lines, codes].
+
+    A run of bytes that begins and ends with a whole code is read as one integer: `bits` bytes of 8 dense codes, or one
+    element of the container with as many padded codes as fit.
+    """
+    import torch
+
+    run, per_run = _run(packing)
+    whole = torch.nn.functional.pad(streams, (0, -streams.shape[1] % run))
+    numbers = (whole.reshape(whole.shape[0], -1, run).long() << (8 * torch.arange(run))).sum(dim=2)
+    shifts = packing.bits * torch.arange(per_run)
+    return ((numbers[..., None] >> shifts) & ((1 << packing.bits) - 1)).to(torch.uint8).flatten(1)
+
+
+def _join_stream(lines: Tensor, packing: Packing) -> Tensor:
+    """The inverse of `_split_stream`, the last run filled up with zero bits."""
+    import torch
+
+    run, per_run = _run(packing)
+    whole = torch.nn.functional.pad(lines, (0, -lines.shape[1] % per_run))
+    fields = whole.reshape(whole.shape[0], -1, per_run).long()
+    numbers = (fields << (packing.bits * torch.arange(per_run))).sum(dim=2)
+    return ((numbers[..., None] >> (8 * torch.arange(run))) & 0xFF).to(torch.uint8).flatten(1)
+
+
+def _run(packing: Packing) -> tuple[int, int]:
+    """Bytes and codes of the smallest run that holds whole codes only."""
+    if packing.dense:
+        return packing.bits, 8
+    return packing.container.itemsize, packing.container.bits // packing.bits
 
 
 def _signed(unsigned: Tensor, packing: Packing) -> Tensor:

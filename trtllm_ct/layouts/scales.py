@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trtllm_ct.layouts.floats import power_of_two
 from trtllm_ct.layouts.rounding import round_once
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["additive_zero", "dequantize", "widen_scale"]
+__all__ = ["additive_zero", "dequantize", "scale_values", "widen_scale"]
 
 _TILE_ELEMENTS = 1 << 20  # float64 intermediates of a tile: 8 MiB each
 
@@ -47,39 +48,62 @@ def additive_zero(scale_OG: Tensor, zero_point_OG: Tensor) -> Tensor:
     return -(zero_point_OG.to(torch.float32) * scale_OG.to(torch.float32)) + 0.0
 
 
-def dequantize(
-    codes_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, group_size: int | None, dtype: torch.dtype
-) -> Tensor:
-    """Codes (int8 or float8, [N, K]) to weights of `dtype`, each the exact value rounded once.
+def scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored scale as numbers of `dtype`, float32 or float64: floats as they are, uint8 as powers of two (E8M0)."""
+    import torch
 
-    `scale_OG` is [1, 1], [N, 1] or [N, ceil(K / group_size)]; the last group may be shorter.
-    `zero_point_OG` has the shape of the scale or is None. Peak memory: the result plus a tile of float64.
+    return power_of_two(scale, dtype) if scale.dtype == torch.uint8 else scale.to(dtype)
+
+
+def dequantize(
+    values_OI: Tensor,
+    scale_OG: Tensor,
+    zero_point_OG: Tensor | None,
+    group_size: int | None,
+    dtype: torch.dtype,
+    *,
+    block_rows: int = 1,
+    group_index_I: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> Tensor:
+    """Codes (int8, float8 or values already, [N, K]) to weights of `dtype`, each the exact value rounded once.
+
+    `scale_OG` is [1, 1], [N, 1], [N, ceil(K / group_size)], or [ceil(N / block_rows), ceil(K / group_size)]; the
+    last group or block may be smaller. `zero_point_OG` has the shape of the scale or is None. `group_index_I` gives
+    the group of each column where groups are not contiguous. `divisor` is one element. The quotient by a divisor is
+    taken in float64, whose error is far below what a delivered dtype can show. Peak memory: the result plus a tile
+    of float64.
     """
     import torch
 
-    rows, columns = codes_OI.shape
-    span = group_size or columns
-    result = torch.empty((rows, columns), dtype=dtype, device=codes_OI.device)
-    # A 16-bit scale times a code of at most 9 bits is exact in float32; a float32 scale needs the wider product.
-    wide = torch.float64 if scale_OG.dtype in {torch.float32, torch.float64} else torch.float32
+    rows, columns = values_OI.shape
+    result = torch.empty((rows, columns), dtype=dtype, device=values_OI.device)
+    # A scale of at most 16 bits times a code of at most 9 is exact in float32; anything else needs the wider product.
+    exact_in_float32 = divisor is None and scale_OG.dtype not in {torch.float32, torch.float64}
+    wide = torch.float32 if exact_in_float32 else torch.float64
+    group_of_column = group_index_I.long() if group_index_I is not None else None
     step = max(1, _TILE_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
-        part = slice(start, start + step)
-        values = codes_OI[part].to(wide)
+        tile = torch.arange(start, min(start + step, rows), device=values_OI.device)
+
+        def spread(per_group: Tensor, tile: Tensor = tile) -> Tensor:
+            own = per_group if per_group.shape[0] == 1 else per_group[tile // block_rows]
+            return _per_column(scale_values(own, wide), group_size or columns, columns, group_of_column)
+
+        values = values_OI[start : start + step].to(wide)
         if zero_point_OG is not None:
-            values -= _per_column(_rows(zero_point_OG, part).to(wide), span, columns)
-        values *= _per_column(_rows(scale_OG, part).to(wide), span, columns)
-        result[part] = round_once(values, dtype)
+            values -= spread(zero_point_OG)
+        values *= spread(scale_OG)
+        if divisor is not None:
+            values /= divisor.to(wide)
+        result[start : start + step] = round_once(values, dtype)
     return result
 
 
-def _rows(per_row: Tensor, part: slice) -> Tensor:
-    """The rows of a scale that belong to a tile; a scale shared by all rows stays as it is."""
-    return per_row if per_row.shape[0] == 1 else per_row[part]
-
-
-def _per_column(per_group: Tensor, span: int, columns: int) -> Tensor:
+def _per_column(per_group: Tensor, span: int, columns: int, group_of_column: Tensor | None) -> Tensor:
     """One value per column from one per group; a single group broadcasts by itself."""
     if per_group.shape[1] == 1:
         return per_group
+    if group_of_column is not None:
+        return per_group[:, group_of_column]
     return per_group.repeat_interleave(span, dim=1)[:, :columns]

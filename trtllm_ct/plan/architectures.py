@@ -116,7 +116,7 @@ class Model:
         Raises `ConfigError` for an architecture that is no entry of `ARCHITECTURES`, and for sizes that are missing.
         """
         names = config.get("architectures") or ["none"]
-        name = str(names[0])
+        name = str(names[0] if isinstance(names, list) else names)
         if name not in ARCHITECTURES:
             raise ConfigError(
                 Fault(
@@ -168,8 +168,8 @@ def _sizes(config: Mapping[str, Any], faults: FaultCollector) -> dict[str, int]:
     """The sizes that `LinearSite` and the norms name; `heads` and `kv_heads` in elements, not in heads."""
     hidden = _size(config, "hidden_size", faults)
     heads = _size(config, "num_attention_heads", faults)
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (hidden // heads if heads else 0)
+    kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
+    head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
     return {
         "hidden": hidden,
         "intermediate": _size(config, "intermediate_size", faults),
@@ -179,8 +179,11 @@ def _sizes(config: Mapping[str, Any], faults: FaultCollector) -> dict[str, int]:
     }
 
 
-def _size(config: Mapping[str, Any], key: str, faults: FaultCollector) -> int:
+def _size(config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None) -> int:
+    """A size; `default` where the key is absent or null."""
     value = config.get(key)
+    if value is None and default is not None:
+        return default
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     faults.add(

@@ -1,0 +1,60 @@
+# `make demo` installs and shows the whole path; `make test` installs what tests need and runs them.
+# Everything happens in .venv; a second call installs again only when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+# Passed on to pytest, for instance: make test PYTEST_ARGS='-k packing'
+PYTEST_ARGS ?=
+
+venv := .venv
+python := $(venv)/bin/python
+install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types matrix clean
+
+help:
+	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
+	@echo "make test    install what tests need and run the whole suite"
+	@echo "make lint    check style and formatting"
+	@echo "make types   check types"
+	@echo "make matrix  write the support matrix into README.md and docs/ anew"
+	@echo "make clean   remove .venv and everything that was built"
+
+demo: $(venv)/.demo-installed
+	@$(venv)/bin/trtllm-ct demo
+
+test: $(venv)/.dev-installed
+	$(python) -m pytest -n auto --maxprocesses 8 -q $(PYTEST_ARGS)
+
+lint: $(venv)/.dev-installed
+	$(venv)/bin/ruff check .
+	$(venv)/bin/ruff format --check .
+
+types: $(venv)/.dev-installed
+	$(venv)/bin/mypy
+
+matrix: $(venv)/.demo-installed
+	$(python) docs/generate_support_matrix.py
+
+$(venv)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one, for instance: make demo PYTHON=python3.12"; \
+	  exit 1; }
+	@$(PYTHON) -m venv $(venv)
+	@touch $@
+
+# The constraints pin the tested releases: an unpinned torch may be another one, with gigabytes of GPU libraries.
+$(venv)/.demo-installed: $(venv)/.created pyproject.toml constraints.txt
+	@echo "Installing into $(venv) (PyTorch is large: this takes a minute or more) ..."
+	@$(install) -e '.[reference]'
+	@touch $@
+
+$(venv)/.dev-installed: $(venv)/.created pyproject.toml constraints.txt
+	@echo "Installing into $(venv) (PyTorch is large: this takes a minute or more) ..."
+	@$(install) -e '.[dev]'
+	@touch $(venv)/.demo-installed $@
+
+clean:
+	rm -rf $(venv) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,123 @@
+"""The table of formats as a whole: what it takes, and that no two entries ever take the same module."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.formats import FORMATS, format_for
+from trtllm_ct.formats.base import scale_shape
+from trtllm_ct.schemes import NumberType, QuantArgs, Strategy, TensorSpec
+
+ARGUMENTS = [
+    *(QuantArgs(num_bits=bits, symmetric=symmetric) for bits, symmetric in product(range(1, 9), (True, False))),
+    *(QuantArgs(num_bits=bits, type=NumberType.FLOAT) for bits in (4, 6, 8)),
+    *(
+        QuantArgs(num_bits=bits, type=number, strategy=strategy, group_size=size)
+        for bits, number in ((4, NumberType.INT), (8, NumberType.INT), (4, NumberType.FLOAT), (8, NumberType.FLOAT))
+        for strategy, size in (
+            (Strategy.CHANNEL, None),
+            (Strategy.GROUP, 32),
+            (Strategy.BLOCK, None),
+            (Strategy.TENSOR_GROUP, 16),
+        )
+    ),
+]
+NAMES = ("weight", "weight_packed")
+MATRIX = (16, 16)
+
+
+def stored(names: dict[str, DType]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(dtype, MATRIX) for name, dtype in names.items()}
+
+
+def stored_modules() -> list[dict[str, TensorSpec]]:
+    """Codes of any dtype under either name, or under both; scales of any dtype, or none."""
+    codes = [{name: dtype} for name, dtype in product(NAMES, DType)]
+    codes += [{"weight": one, "weight_packed": other} for one, other in product((DType.I8, DType.F8_E4M3), DType)]
+    return [stored(entry | ({"weight_scale": scale} if scale else {})) for entry in codes for scale in (*DType, None)]
+
+
+def test_no_module_is_taken_by_two_formats() -> None:
+    modules = stored_modules()
+    both = {"weight", "weight_packed"}
+    for args, module in product(ARGUMENTS, modules):
+        takers = [entry.name for entry in FORMATS if entry.accepts(args, module)]
+        # A module with both names is refused before its format matters.
+        if not both <= module.keys():
+            assert len(takers) <= 1, (args.label(), module, takers)
+
+
+@pytest.mark.parametrize(
+    ("args", "tensors", "name"),
+    [
+        (QuantArgs(num_bits=4), {"weight_packed": DType.I32, "weight_scale": DType.BF16}, "pack-quantized"),
+        (QuantArgs(num_bits=8), {"weight_packed": DType.I32, "weight_scale": DType.F32}, "pack-quantized"),
+        (QuantArgs(num_bits=8), {"weight": DType.I8, "weight_scale": DType.F16}, "int-quantized"),
+        (QuantArgs(num_bits=4), {"weight": DType.I8, "weight_scale": DType.BF16}, "int-quantized"),
+        (
+            QuantArgs(num_bits=8, type=NumberType.FLOAT),
+            {"weight": DType.F8_E4M3, "weight_scale": DType.BF16},
+            "float-quantized",
+        ),
+    ],
+    ids=["int4 words", "int8 words", "int8", "int4 in bytes", "fp8"],
+)
+def test_what_each_format_takes(args: QuantArgs, tensors: dict[str, DType], name: str) -> None:
+    entry = format_for(args, stored(tensors))
+    assert entry is not None
+    assert entry.name == name
+
+
+@pytest.mark.parametrize(
+    ("args", "tensors"),
+    [
+        (QuantArgs(num_bits=4), {"weight_packed": DType.U8, "weight_scale": DType.F8_E4M3}),
+        (QuantArgs(num_bits=4, type=NumberType.FLOAT), {"weight_packed": DType.U8, "weight_scale": DType.U8}),
+        (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.F8_E4M3, "weight_scale": DType.U8}),
+        (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.F8_E4M3, "weight_scale": DType.F8_E8M0}),
+        (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.F8_E5M2, "weight_scale": DType.BF16}),
+        (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.I8, "weight_scale": DType.BF16}),
+        (QuantArgs(num_bits=8), {"weight": DType.F8_E4M3, "weight_scale": DType.BF16}),
+        (QuantArgs(num_bits=8), {"weight": DType.BF16, "weight_scale": DType.BF16}),
+        (QuantArgs(num_bits=8), {"compressed": DType.I8, "bitmask": DType.U8}),
+        (QuantArgs(num_bits=8), {}),
+    ],
+    ids=[
+        "nvfp4",
+        "mxfp4",
+        "mxfp8",
+        "mxfp8 e8m0",
+        "e5m2",
+        "ints as floats",
+        "floats as ints",
+        "plain",
+        "sparse",
+        "none",
+    ],
+)
+def test_what_none_takes(args: QuantArgs, tensors: dict[str, DType]) -> None:
+    assert format_for(args, stored(tensors)) is None
+
+
+def test_names_are_unique() -> None:
+    assert len({entry.name for entry in FORMATS}) == len(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("args", "shape"),
+    [
+        (QuantArgs(num_bits=8), (1, 1)),
+        (QuantArgs(num_bits=8, strategy=Strategy.CHANNEL), (300, 1)),
+        (QuantArgs(num_bits=8, strategy=Strategy.GROUP, group_size=50), (300, 4)),
+        (QuantArgs(num_bits=8, strategy=Strategy.GROUP, group_size=64), (300, 4)),
+        (QuantArgs(num_bits=8, strategy=Strategy.GROUP, group_size=512), (300, 1)),
+        (QuantArgs(num_bits=8, strategy=Strategy.BLOCK, block_structure=(128, 64)), (3, 4)),
+    ],
+    ids=lambda value: value.label() if isinstance(value, QuantArgs) else None,
+)
+def test_how_many_scales_a_weight_has(args: QuantArgs, shape: tuple[int, int]) -> None:
+    """For a weight of 300 rows and 200 columns; a last group or block may be short."""
+    assert scale_shape(args, (300, 200)) == shape
