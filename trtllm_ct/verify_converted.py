@@ -19,6 +19,7 @@ from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,8 +57,9 @@ def compare_converted(
     quant_config = QuantConfig()
     if (converted / "hf_quant_config.json").is_file():
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
+    fused = frozenset(site.module for site in checkpoint.model.sites() if site.fused)
     with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as delivered:
-        comparison = _Comparison(source, delivered, stored_modules(catalog), quant_config, faults)
+        comparison = _Comparison(source, delivered, stored_modules(catalog), quant_config, fused, faults)
         checks = tuple(check for module in plan.modules for check in comparison.module(module))
     for name in catalog.tensors:
         if name not in comparison.seen:
@@ -79,12 +81,14 @@ class _Comparison:
         delivered: TensorReader,
         modules: dict[str, StoredModule],
         quant_config: QuantConfig,
+        fused: frozenset[str],
         faults: FaultCollector,
     ) -> None:
         self._source = source
         self._delivered = delivered
         self._modules = modules
         self._quant_config = quant_config
+        self._fused = fused
         self._faults = faults
         self.seen: set[str] = set()
 
@@ -114,12 +118,27 @@ class _Comparison:
             kind = "plain" if plan.weight is None else "dequantized"
             yield from self._plain(name, kind, tensors["weight"], exact)
             return
+        if layer.quant_algo is QuantAlgo.W4A16_AWQ:
+            self._check_pre_quant_scale(plan.name, tensors)
         try:
             value = _native_value(plan.name, tensors, layer, exact)
         except CheckpointError as error:
             self._faults.faults.extend(error.faults)
             return
         yield self._judged(TensorCheck(name=name, kind="native", comparison=compare_native(value, exact)))
+
+    def _check_pre_quant_scale(self, module: str, tensors: dict[str, Tensor]) -> None:
+        """Engines demand the scale of the input where a Linear stands alone, and never read it where it is fused."""
+        name = f"{module}.pre_quant_scale"
+        if module not in self._fused and "pre_quant_scale" not in tensors:
+            self._missing(name)
+        if module in self._fused and "pre_quant_scale" in tensors:
+            self._faults.add(
+                where=name,
+                expected="no such tensor, since engines don't read it in a fused Linear",
+                found="one that would be lost",
+                remedy="Convert again; the weights must do without it.",
+            )
 
     def _tensor(self, name: str, source: Tensor) -> Iterator[TensorCheck]:
         """A bias or an activation or KV scale. Scales that a plain module does not need may be absent."""

@@ -80,7 +80,8 @@ def dequantize(
     result = torch.empty((rows, columns), dtype=dtype, device=values_OI.device)
     # A scale of at most 16 bits times a code of at most 9 is exact in float32; anything else needs the wider product.
     exact_in_float32 = divisor is None and scale_OG.dtype not in {torch.float32, torch.float64}
-    wide = torch.float32 if exact_in_float32 else torch.float64
+    # Powers of two reach the end of float32, where a product may pass it; float64 as a result has room for it.
+    wide = torch.float32 if exact_in_float32 and dtype != torch.float64 else torch.float64
     group_of_column = group_index_I.long() if group_index_I is not None else None
     step = max(1, _TILE_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
@@ -90,7 +91,7 @@ def dequantize(
             own = per_group if per_group.shape[0] == 1 else per_group[tile // block_rows]
             return _per_column(scale_values(own, wide), group_size or columns, columns, group_of_column)
 
-        values = values_OI[start : start + step].to(wide)
+        values = values_OI[start : start + step].to(wide, copy=True)
         if zero_point_OG is not None:
             values -= spread(zero_point_OG)
         values *= spread(scale_OG)

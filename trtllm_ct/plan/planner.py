@@ -82,12 +82,12 @@ class _Planner:
         stored = stored_modules(catalog)
         sites = list(self.model.sites())
         weights = self._read_weights(stored, sites)
-        # Modes are only worth deciding when each weight is understood.
-        self.faults.raise_if_any(PlanError)
         assignments = assign_modes(weights, sites, self.target)
+        # After faults the plan is of no use; the rest is planned for the faults that it still finds.
         modules = [
             self._module(stored[site.module], site, weights.get(site.module), assignments.get(site.module))
             for site in sites
+            if site.module in weights or (site.module in stored and not stored[site.module].is_quantized)
         ]
         modules += self._other_modules(stored, {site.module for site in sites})
         self.faults.raise_if_any(PlanError)
@@ -212,6 +212,8 @@ class _Planner:
 
     def _leftover_scales(self, module: StoredModule) -> dict[str, str]:
         """Scales beside a plain float weight: leftovers of a fake-quantized save, which must never be applied."""
+        if "weight" not in module.specs:
+            return {}
         left = QUANTIZATION_TENSORS & module.specs.keys()
         return dict.fromkeys(left, "the weight beside it is plain; applying the scale would corrupt it")
 

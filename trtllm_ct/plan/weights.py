@@ -69,7 +69,8 @@ class WeightReader:
             self._notes[f"declared as {declared}, stored as {weight_format.name}: the tensors decide"] += 1
         shape = (site.shape[0], site.shape[1])
         faults = FaultCollector()
-        stored = weight_format.describe(module.name, args, module.specs, shape, faults)
+        version = _release(self.config.version)
+        stored = weight_format.describe(module.name, args, module.specs, shape, faults, version)
         self.faults.faults.extend(faults.faults)
         if stored is None or faults.faults:
             return None
