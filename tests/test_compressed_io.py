@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import numpy as np
@@ -13,7 +13,11 @@ from torch import Tensor
 from trtllm_ct.compressed_io import load_compressed, save_compressed
 from trtllm_ct.errors import CatalogError, PayloadError, UsageError
 from trtllm_ct.formats.sparse_bitmask import SPARSE_BITMASK
-from trtllm_ct.formats.sparsity import Generation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trtllm_ct.formats.sparsity import Generation
 
 CASES: list[tuple[str, Generation]] = [
     ("dense", "0.9"),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
 from rich.text import Text
 
 from trtllm_ct.folding import fold_names
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["conversion", "faults", "format_bytes", "inspection", "plan", "verification"]
 
 _WRAPPING = frozenset({"stored", "delivered as, or reason"})
+_GAP = 3
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -160,10 +162,16 @@ class _FittedTable(Table):
     """A table that loses nothing on a narrow terminal: where whole cells don't fit, every cell wraps."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.__rich_measure__(console, options).minimum > options.max_width:
+        if sum(_least_width(column, console, options) for column in self.columns) > options.max_width:
             for column in self.columns:
                 column.no_wrap = False
         return super().__rich_console__(console, options)
+
+
+def _least_width(column: Column, console: Console, options: ConsoleOptions) -> int:
+    """Cells that may not wrap in full, the longest word of others; the gap to the next column included."""
+    measured = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+    return max(cell.maximum if column.no_wrap else cell.minimum for cell in measured) + _GAP
 
 
 def _after(made: Plan) -> str:

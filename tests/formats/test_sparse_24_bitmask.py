@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,10 +10,12 @@ from torch import Tensor
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PayloadError
-from trtllm_ct.formats.base import StoredSpecs
 from trtllm_ct.formats.sparse_24_bitmask import SPARSE_24_BITMASK
 from trtllm_ct.formats.sparse_base import SparseTensor
 from trtllm_ct.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredSpecs
 
 DTYPES = [torch.float8_e4m3fn, torch.int8, torch.bfloat16, torch.float16, torch.float32]
 PIECES = ["shape", "compressed", "bitmask"]

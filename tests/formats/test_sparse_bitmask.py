@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,10 +10,14 @@ from torch import Tensor
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PayloadError
-from trtllm_ct.formats.base import StoredSpecs
 from trtllm_ct.formats.sparse_base import SparseTensor
 from trtllm_ct.formats.sparse_bitmask import SPARSE_BITMASK
 from trtllm_ct.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trtllm_ct.formats.base import StoredSpecs
 
 DTYPES = [torch.float8_e4m3fn, torch.int8, torch.bfloat16, torch.float16, torch.float32]
 PIECES = ["shape", "compressed", "bitmask", "row_offsets"]
@@ -181,15 +187,15 @@ def test_headers_that_contradict_each_other(change: dict[str, Sized], message: s
 def spoiled(name: str, change: str) -> dict[str, Tensor]:
     """Pieces of the worked matrix with one of them damaged."""
     pieces = SPARSE_BITMASK.encode(worked_matrix())
-    damage = {
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
         "one value less": lambda tensor: tensor[:-1],
         "one value more": lambda tensor: torch.cat((tensor, tensor[:1])),
         "a mark less": lambda tensor: tensor & torch.tensor([[0xFF], [0xFF], [0x7F]], dtype=torch.uint8),
         "a mark moved beyond the end": lambda tensor: tensor + torch.tensor([0, 3], dtype=torch.uint8) * (tensor > 0),
         "swapped": lambda tensor: tensor.flip(0),
         "added": lambda tensor: tensor + 1,
-    }[change]
-    return pieces | {name: damage(pieces[name])}
+    }
+    return pieces | {name: changes[change](pieces[name])}
 
 
 @pytest.mark.parametrize(

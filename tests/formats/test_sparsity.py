@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,10 +14,15 @@ from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, FaultCollector
 from trtllm_ct.formats.sparse_24_bitmask import SPARSE_24_BITMASK
-from trtllm_ct.formats.sparse_base import SparseFormat
 from trtllm_ct.formats.sparse_bitmask import SPARSE_BITMASK
 from trtllm_ct.formats.sparsity import SPARSE_FORMATS, Generation, SparseTensor, find_sparse, restore, stem_of
 from trtllm_ct.schemes import CompressionFormat, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trtllm_ct.formats.sparse_base import SparseFormat
 
 MATRIX = torch.tensor([[0, 1, 0, 2, 0, 0, 0, 3.0], [4, 0, 0, 0, 0, 5, 0, 0]]).to(torch.bfloat16)
 VECTOR = torch.tensor([1.0, 0, 2])

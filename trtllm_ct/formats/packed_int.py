@@ -163,7 +163,7 @@ def _known_columns(args: QuantArgs, stored: StoredSpecs, expected_shape: tuple[i
     """K by the model, or by the number of groups if they are whole; None when neither says."""
     if expected_shape is not None:
         return expected_shape[1]
-    scale = stored.get("weight_scale")
+    scale = stored.get(scale_name(stored))
     if args.group_size is None or scale is None or not scale.shape:
         return None
     return scale.shape[-1] * args.group_size

@@ -5,10 +5,10 @@ like others, with a name, a dtype and a shape. `restore` makes one of them when 
 
 The pieces are called `<stem>.shape`, `<stem>.compressed`, `<stem>.bitmask` and `<stem>.row_offsets`:
 
-| release       | stem                                                     | which tensors                          |
-|---------------|----------------------------------------------------------|----------------------------------------|
-| up to 0.8.1   | the name of the tensor (`model.norm.weight`)             | all of them, biases and norms included |
-| 0.9 to 0.14   | the module's name alone (`...q_proj`), meaning its weight | weights, of targeted modules or of all |
+| release     | stem                                                     | which tensors                          |
+|-------------|----------------------------------------------------------|----------------------------------------|
+| up to 0.8.1 | the name of the tensor (`model.norm.weight`)             | all of them, biases and norms included |
+| 0.9 to 0.14 | the name of the module (`...q_proj`), meaning its weight | weights, of targeted modules or of all |
 
 Source: compressed-tensors 0.6 and 0.14 `compressors/`.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.base import StoredSpecs
     from trtllm_ct.schemes import CompressionFormat, TensorSpec
 
-__all__ = ["SPARSE_FORMATS", "Generation", "SparseTensor", "find_sparse", "restore", "sparse_format", "stem_of"]
+__all__ = ["SPARSE_FORMATS", "Generation", "SparseTensor", "find_sparse", "restore", "stem_of"]
 
 SPARSE_FORMATS: tuple[SparseFormat, ...] = (SPARSE_BITMASK, SPARSE_24_BITMASK)
 
@@ -92,10 +92,10 @@ def restore(sparse: SparseTensor, pieces: Mapping[str, Tensor]) -> Tensor:
     values as marks, a mark lies beyond the last column, `shape` is not that of the spec, row offsets disagree with the
     marks, or a group of a 2:4 tensor does not have two of them.
     """
-    return sparse_format(sparse.kind).decode(sparse, pieces)
+    return _sparse_format(sparse.kind).decode(sparse, pieces)
 
 
-def sparse_format(kind: CompressionFormat) -> SparseFormat:
+def _sparse_format(kind: CompressionFormat) -> SparseFormat:
     """The entry of the table of that name."""
     return next(entry for entry in SPARSE_FORMATS if entry.name is kind)
 

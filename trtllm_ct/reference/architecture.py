@@ -32,14 +32,15 @@ __all__ = [
 _QUANTIZATION_BLOCKS = frozenset({"quantization_config", "compression_config"})
 _GIVEN_OTHERWISE = frozenset({"model_type", "dtype", "torch_dtype"})
 
-# Model types without a causal language model of their own in transformers, and the type whose code computes the same.
-# The text models of Qwen-VL differ in rotary embeddings for images only: text has one position on all three axes.
-_SAME_MODEL = {
-    "kimi_k2": "deepseek_v3",
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
+# Model types without a causal language model of their own in transformers: the type whose code computes the same, and
+# what that type must be told. The text models of Qwen-VL differ in rotary embeddings, and in these for images only:
+# text has one position on all three axes.
+_SAME_MODEL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "kimi_k2": ("deepseek_v3", {}),
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
 }
 
 
@@ -117,9 +118,9 @@ def _language_config(config: Mapping[str, Any]) -> Any:
 def _typed_config(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    model_type = config.get("model_type")
+    model_type, told = _SAME_MODEL.get(str(config.get("model_type")), (config.get("model_type"), {}))
     fields = {key: value for key, value in config.items() if key not in _GIVEN_OTHERWISE}
-    return AutoConfig.for_model(_SAME_MODEL.get(str(model_type), model_type), **fields)
+    return AutoConfig.for_model(model_type, **(fields | told))
 
 
 def read_generation_config(model: nn.Module, directory: Path) -> None:

@@ -141,6 +141,8 @@ class Assembly:
         """Put an unquantized tensor into its parameter or buffer, in the dtype that the model holds there."""
         slot = self._slots[name]
         self._filled.add(name)
+        if name.endswith(self._names.transposed):
+            tensor = tensor.mT.contiguous()
         is_float = slot.is_floating_point()
         fits = tensor.shape == slot.shape or self._mixtures.fits_fewer(name, tensor, slot)
         if fits and (not is_float or has_dtype(tensor, WIDE_FLOATS)):

@@ -45,6 +45,9 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "phimoe": (*_MIXTRAL, ("mlp.gate", "mlp.router")),
 }
 
+# By model type: plain stacks of experts whose last two axes checkpoints have the other way round.
+_TRANSPOSED: Mapping[str, tuple[str, ...]] = {"qwen3_vl_moe_text": (".experts.gate_up_proj", ".experts.down_proj")}
+
 # Where multimodal checkpoints keep the language model, and what its parts are called in a model of text alone. The
 # first prefix that fits counts; what none fits belongs to a tower, a projector or a draft model.
 _LANGUAGE = (
@@ -67,11 +70,13 @@ class NameMap:
 
     `renamed` are parts of names and what replaces them. `language` is the table of prefixes of a multimodal
     checkpoint, empty for a language model. `ignored` are prefixes, in terms of the model, of what it does not have.
+    `transposed` are ends of paths of tensors [E, in, out] that the model has as [E, out, in].
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     language: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any], *, model_type: str) -> NameMap:
@@ -81,8 +86,9 @@ class NameMap:
         behind = text.get("num_hidden_layers") or 0
         return cls(
             renamed=_RENAMED.get(model_type, ()),
-            language=_LANGUAGE if "text_config" in config else (),
+            language=_LANGUAGE if text is not config else (),
             ignored=_DRAFT + tuple(f"model.layers.{layer}." for layer in range(behind, behind + drafts)),
+            transposed=_TRANSPOSED.get(text.get("model_type", ""), ()),
         )
 
     def path(self, name: str) -> str | None:

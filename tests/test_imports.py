@@ -1,0 +1,73 @@
+"""What importing costs: nothing heavy until it is needed, and never the engine."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+from builders import write_checkpoint
+from fresh_python import run_python
+
+import trtllm_ct
+
+HEAVY = ("torch", "transformers", "tensorrt_llm", "compressed_tensors", "numpy", "safetensors")
+MODULES = sorted(
+    info.name for info in pkgutil.walk_packages(trtllm_ct.__path__, "trtllm_ct.") if not info.name.endswith("__main__")
+)
+
+
+def loaded_after(code: str, *arguments: object) -> set[str]:
+    """Which of the heavy packages a fresh process has imported after `code`."""
+    report = f"import json, sys\n{code}\nprint()\nprint(json.dumps(sorted(set({HEAVY!r}) & sys.modules.keys())))"
+    return set(json.loads(run_python(report, *arguments).stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert loaded_after("import trtllm_ct; dir(trtllm_ct)") == set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "trtllm_ct.FormatDetector().detect(sys.argv[1])",
+        "trtllm_ct.inspect_checkpoint(sys.argv[1]).to_dict()",
+        "trtllm_ct.plan_checkpoint(sys.argv[1]).to_dict()",
+        "trtllm_ct.CompressedTensorsConfigLoader().load(sys.argv[1])",
+        "trtllm_ct.CompressedTensorsConfigReader().read(sys.argv[1]).to_quant_config()",
+    ],
+)
+def test_what_reads_headers_only_never_imports_torch(tmp_path: Path, code: str) -> None:
+    write_checkpoint(tmp_path, scheme={"q_proj": "int4-g64", "down_proj": "fp8-tensor-static"}, kv=True)
+
+    assert loaded_after(f"import trtllm_ct; {code}", tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["version"], ["inspect", "DIR"], ["inspect", "DIR", "--modules", "--json"], ["plan", "DIR", "--to", "modelopt"]],
+    ids=" ".join,
+)
+def test_commands_that_read_headers_only_never_import_torch(tmp_path: Path, arguments: list[str]) -> None:
+    write_checkpoint(tmp_path)
+    argv = ["trtllm-ct", *(str(tmp_path) if argument == "DIR" else argument for argument in arguments)]
+    run = f"sys.argv = {argv!r}\nfrom trtllm_ct.cli import main\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
+
+    assert loaded_after(run) == set()
+
+
+def test_every_module_can_be_imported_and_none_imports_the_engine_or_the_library() -> None:
+    """Transformers and compressed-tensors too are imported only by calls that need them."""
+    imports = "\n".join(f"import {name}" for name in MODULES)
+
+    assert loaded_after(imports) <= {"torch", "numpy"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is_for(name: str) -> None:
+    parts = name.split(".")
+    path = Path(trtllm_ct.__file__).parent.joinpath(*parts[1:])
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+    assert source.startswith('"""')
