@@ -10,21 +10,22 @@ python := $(venv)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types matrix clean
+.PHONY: help demo test lint types docs clean
 
 help:
 	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
 	@echo "make test    install what tests need and run the whole suite"
 	@echo "make lint    check style and formatting"
 	@echo "make types   check types"
-	@echo "make matrix  write the support matrix into README.md and docs/ anew"
+	@echo "make docs    write the support matrix and the messages of docs/troubleshooting.md anew"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(venv)/.demo-installed
 	@$(venv)/bin/trtllm-ct demo
 
+# One thread a process: the workers share the cores, and threads that wait for each other would spin.
 test: $(venv)/.dev-installed
-	$(python) -m pytest -n auto --maxprocesses 8 -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n auto --maxprocesses 8 -q $(PYTEST_ARGS)
 
 lint: $(venv)/.dev-installed
 	$(venv)/bin/ruff check .
@@ -33,8 +34,9 @@ lint: $(venv)/.dev-installed
 types: $(venv)/.dev-installed
 	$(venv)/bin/mypy
 
-matrix: $(venv)/.demo-installed
+docs: $(venv)/.dev-installed
 	$(python) docs/generate_support_matrix.py
+	TRTLLM_CT_WRITE_DOCS=1 $(python) -m pytest -q tests/docs/test_troubleshooting.py
 
 $(venv)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

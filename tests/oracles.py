@@ -30,31 +30,36 @@ _FLOATS = {
 
 
 def pack(codes: Array, packing: Packing) -> Tensor:
-    """Code number i along the packed axis lies in element i // n, in bits `bits * (i % n)` and up."""
-    per_element = packing.container.bits // packing.bits
+    """Every bit of every code at its place in the stream of bits of its row or column."""
     offset = 2 ** (packing.bits - 1) if packing.offset_binary else 0
-    lines = codes if packing.axis == 0 else codes.T
-    elements = np.zeros((-(-lines.shape[0] // per_element), lines.shape[1]), dtype=np.int64)
-    for i, line in enumerate(lines):
-        field = (line + offset) % 2**packing.bits
-        elements[i // per_element] += field * 2 ** (packing.bits * (i % per_element))
-    elements = elements if packing.axis == 0 else elements.T
-    unsigned = np.ascontiguousarray(elements, dtype=_UNSIGNED[packing.container.bits])
-    return torch.from_numpy(unsigned).view(packing.container.torch_dtype)
+    lines = codes if packing.axis == 1 else codes.T
+    places = _places(lines.shape[1], packing)
+    container_bits = packing.container.bits
+    stream = np.zeros((len(lines), -(-(places.max() + 1) // container_bits) * container_bits), dtype=np.uint8)
+    stream[:, places] = (lines[:, :, None] + offset) >> np.arange(packing.bits) & 1
+    elements = np.packbits(stream, axis=1, bitorder="little").view(_UNSIGNED[container_bits])
+    elements = np.ascontiguousarray(elements if packing.axis == 1 else elements.T)
+    return torch.from_numpy(elements).view(packing.container.torch_dtype)
 
 
 def unpack(container: Tensor, packing: Packing, shape: tuple[int, int]) -> Array:
     """The inverse of `pack`."""
-    per_element = packing.container.bits // packing.bits
     half = 2 ** (packing.bits - 1)
-    elements = container.numpy().view(_UNSIGNED[packing.container.bits]).astype(np.int64)
-    elements = elements if packing.axis == 0 else elements.T
-    lines = []
-    for i in range(shape[packing.axis]):
-        field = elements[i // per_element] // 2 ** (packing.bits * (i % per_element)) % 2**packing.bits
-        lines.append(field - half if packing.offset_binary else (field + half) % (2 * half) - half)
-    codes = np.stack(lines, axis=packing.axis)
-    return codes[: shape[0], : shape[1]]
+    elements = container.numpy() if packing.axis == 1 else container.numpy().T
+    stream = np.unpackbits(np.ascontiguousarray(elements).view(np.uint8), axis=1, bitorder="little")
+    places = _places(shape[packing.axis], packing)
+    fields = (stream[:, places].astype(np.int64) << np.arange(packing.bits)).sum(axis=2)
+    codes = fields - half if packing.offset_binary else (fields + half) % (2 * half) - half
+    return (codes if packing.axis == 1 else codes.T)[: shape[0], : shape[1]]
+
+
+def _places(count: int, packing: Packing) -> Array:
+    """Where bit b of code i lies in the stream, [i, b]: one code after another, or so many to each element."""
+    i, b = np.arange(count)[:, None], np.arange(packing.bits)
+    if packing.dense:
+        return i * packing.bits + b
+    per_element = packing.container.bits // packing.bits
+    return i // per_element * packing.container.bits + i % per_element * packing.bits + b
 
 
 def round_fraction(value: Fraction, dtype: torch.dtype) -> float:

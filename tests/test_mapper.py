@@ -1,4 +1,4 @@
-"""Delivered tensors mean what the stored ones mean: decoded by the engine's rules they give the builder's exact values."""
+"""Delivered tensors, decoded by the engine's rules, are worth what the builder says that the stored ones are worth."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ F32, BF16, U8, I8, FP8 = torch.float32, torch.bfloat16, torch.uint8, torch.int8,
 
 Delivered = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-# What the engine's Linear reads for a weight of (N, K) = (128, 256), beside `pre_quant_scale`.
+# What the engine's Linear reads for a weight of (N, K) = (32, 256), beside `pre_quant_scale`.
 LINEARS: dict[str, tuple[str, Delivered]] = {
-    "int4-g128": ("W4A16_AWQ", {"weight": (U8, (64, 256)), "weight_scale": (F32, (128, 2))}),
-    "int4-g64": ("W4A16_AWQ", {"weight": (U8, (64, 256)), "weight_scale": (F32, (128, 4))}),
-    "int4-plain-g64": ("W4A16_AWQ", {"weight": (U8, (64, 256)), "weight_scale": (F32, (128, 4))}),
+    "int4-g128": ("W4A16_AWQ", {"weight": (U8, (16, 256)), "weight_scale": (F32, (32, 2))}),
+    "int4-g64": ("W4A16_AWQ", {"weight": (U8, (16, 256)), "weight_scale": (F32, (32, 4))}),
+    "int4-plain-g64": ("W4A16_AWQ", {"weight": (U8, (16, 256)), "weight_scale": (F32, (32, 4))}),
     "int4-g128-asym": (
         "W4A16_GPTQ",
-        {"weight": (U8, (64, 256)), "weight_scale": (F32, (128, 2)), "weight_zero": (F32, (128, 2))},
+        {"weight": (U8, (16, 256)), "weight_scale": (F32, (32, 2)), "weight_zero": (F32, (32, 2))},
     ),
     "int4-g64-asym": (
         "W4A16_GPTQ",
-        {"weight": (U8, (64, 256)), "weight_scale": (F32, (128, 4)), "weight_zero": (F32, (128, 4))},
+        {"weight": (U8, (16, 256)), "weight_scale": (F32, (32, 4)), "weight_zero": (F32, (32, 4))},
     ),
-    "int4-channel": ("W4A16", {"weight": (U8, (64, 256)), "weight_scale": (F32, (128,))}),
-    "int4-tensor": ("W4A16", {"weight": (U8, (64, 256)), "weight_scale": (F32, (128,))}),
-    "int8-channel": ("W8A16", {"weight": (I8, (128, 256)), "weight_scale": (F32, (128,))}),
-    "int8-plain-channel": ("W8A16", {"weight": (I8, (128, 256)), "weight_scale": (F32, (128,))}),
+    "int4-channel": ("W4A16", {"weight": (U8, (16, 256)), "weight_scale": (F32, (32,))}),
+    "int4-tensor": ("W4A16", {"weight": (U8, (16, 256)), "weight_scale": (F32, (32,))}),
+    "int8-channel": ("W8A16", {"weight": (I8, (32, 256)), "weight_scale": (F32, (32,))}),
+    "int8-plain-channel": ("W8A16", {"weight": (I8, (32, 256)), "weight_scale": (F32, (32,))}),
     "fp8-tensor-static": (
         "FP8",
-        {"weight": (FP8, (128, 256)), "weight_scale": (F32, ()), "input_scale": (F32, ())},
+        {"weight": (FP8, (32, 256)), "weight_scale": (F32, ()), "input_scale": (F32, ())},
     ),
     "fp8-channel-token": (
         "FP8_PER_CHANNEL_PER_TOKEN",
-        {"weight": (FP8, (128, 256)), "weight_scale": (F32, (128,))},
+        {"weight": (FP8, (32, 256)), "weight_scale": (F32, (32,))},
     ),
-    "int4-g32": ("plain", {"weight": (BF16, (128, 256))}),
-    "int4-g32-asym": ("plain", {"weight": (BF16, (128, 256))}),
-    "int8-g32": ("plain", {"weight": (BF16, (128, 256))}),
-    "int8-plain-g32": ("plain", {"weight": (BF16, (128, 256))}),
-    "int8-channel-asym": ("plain", {"weight": (BF16, (128, 256))}),
-    "int8-plain-channel-asym": ("plain", {"weight": (BF16, (128, 256))}),
+    "int4-g32": ("plain", {"weight": (BF16, (32, 256))}),
+    "int4-g32-asym": ("plain", {"weight": (BF16, (32, 256))}),
+    "int8-g32": ("plain", {"weight": (BF16, (32, 256))}),
+    "int8-plain-g32": ("plain", {"weight": (BF16, (32, 256))}),
+    "int8-channel-asym": ("plain", {"weight": (BF16, (32, 256))}),
+    "int8-plain-channel-asym": ("plain", {"weight": (BF16, (32, 256))}),
 }
-# The module under test is down_proj with (N, K) = (128, 256), and up_proj with (256, 128).
-CONFIG = tiny_config(layers=1, hidden=128, intermediate=256, vocabulary=64)
+NARROW = tiny_config(layers=1, hidden=32, heads=2, intermediate=256, vocabulary=16)
+CONFIG = tiny_config(layers=1, hidden=128, intermediate=256, vocabulary=16)
 
 
 def engine_value(tensors: dict[str, Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ def test_every_scheme_arrives_whole(
     scheme: str, algo: str, delivered: Delivered, scale_dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Names, dtypes and shapes are the engine's, values the checkpoint's, and stored tensors stay untouched."""
-    built = write_checkpoint(tmp_path, config=CONFIG, scheme=scheme, scale_dtype=scale_dtype)
+    built = write_checkpoint(tmp_path, config=NARROW, scheme={ALONE: scheme}, scale_dtype=scale_dtype)
     before = {name: tensor.clone() for name, tensor in built.stored.items()}
     plan = plan_checkpoint(tmp_path, "reference")
     module = plan.module(ALONE)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PayloadError
-from trtllm_ct.formats.packed_int import PACKED_INT
-from trtllm_ct.formats.plain_codes import INT8
 from trtllm_ct.formats.base import Codes, StoredWeight, WeightFormat
 from trtllm_ct.formats.codecs import NATIVE
+from trtllm_ct.formats.packed_int import PACKED_INT
+from trtllm_ct.formats.plain_codes import INT8
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, unpack_codes
 from trtllm_ct.ops import AdditiveZero, Cast, Copy, Dequantize, ModuleTensors, Ones, Operation, Repack, WidenScale
 from trtllm_ct.schemes import QuantArgs, Strategy, TensorSpec

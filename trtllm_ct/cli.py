@@ -38,9 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-# A pipe or file has no width of its own; 80 columns would cut module names.
-stdout = Console(width=None if sys.stdout.isatty() else 120)
-stderr = Console(stderr=True)
+# A pipe or file has no width; the 80 columns that are assumed for it would wrap messages and cut tensor names.
+_NO_WIDTH = 10_000
+stdout = Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
+stderr = Console(width=None if sys.stderr.isatty() else _NO_WIDTH, stderr=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

@@ -82,6 +82,7 @@ def convert_checkpoint(
     _require_one_of("--to", to, CONVERT_TARGETS)
     _require_one_of("--dtype", dtype, DENSE_DTYPES)
     _require_device(device)
+    _require_shard_size(max_shard_bytes)
     check_output_place(directory, out)
     started = time.perf_counter()
     # Entered before the source is read: an output that can't be written is refused at once.
@@ -110,6 +111,18 @@ def _require_one_of(option: str, value: str, values: tuple[str, ...]) -> None:
     if value not in values:
         raise UsageError(
             Fault(where=option, expected=" or ".join(values), found=repr(value), remedy="Choose one of these.")
+        )
+
+
+def _require_shard_size(max_shard_bytes: int) -> None:
+    if max_shard_bytes < 1:
+        raise UsageError(
+            Fault(
+                where="--max-shard-size",
+                expected="at least one byte",
+                found=str(max_shard_bytes),
+                remedy="Leave it out for files of 5 GB.",
+            )
         )
 
 

@@ -19,7 +19,7 @@ from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
 from trtllm_ct.schemes import Element, NumberType, Packing, QuantAlgo, QuantArgs, QuantScheme, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "LINEAR_MODES",
@@ -133,7 +133,6 @@ _SMALL_GROUPS = frozenset({Strategy.GROUP, Strategy.TENSOR_GROUP})
 _UP_TO_4 = frozenset({1, 2, 3, 4})
 _UP_TO_8 = frozenset({5, 6, 7, 8})
 _ANY_ACTIVATIONS = frozenset(Activations) - {Activations.WIDE}
-_NIBBLES = {"row_multiple": 16, "joined_row_multiple": 16, "column_multiple": 64}
 
 LINEAR_MODES: tuple[LinearMode, ...] = (
     LinearMode(
@@ -147,7 +146,9 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         group_sizes=(128, 64),
         pre_quant_scale=True,
         other_activations=_ANY_ACTIVATIONS,
-        **_NIBBLES,
+        row_multiple=16,
+        joined_row_multiple=16,
+        column_multiple=64,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16_GPTQ,
@@ -159,7 +160,9 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         group_sizes=(128, 64),
         zero_point=True,
         other_activations=_ANY_ACTIVATIONS,
-        **_NIBBLES,
+        row_multiple=16,
+        joined_row_multiple=16,
+        column_multiple=64,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16,
@@ -169,7 +172,9 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         scale=ScaleForm.ROW,
         exact=_CHANNEL | _TENSOR,
         other_activations=_ANY_ACTIVATIONS,
-        **_NIBBLES,
+        row_multiple=16,
+        joined_row_multiple=16,
+        column_multiple=64,
     ),
     LinearMode(
         algo=QuantAlgo.W8A16,
@@ -179,7 +184,9 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         scale=ScaleForm.ROW,
         exact=_CHANNEL | _TENSOR,
         other_activations=_ANY_ACTIVATIONS,
-        **_NIBBLES,
+        row_multiple=16,
+        joined_row_multiple=16,
+        column_multiple=64,
     ),
     LinearMode(
         algo=QuantAlgo.FP8,
@@ -319,7 +326,7 @@ def activations_of(scheme: QuantScheme) -> Activations:
         return Activations.WIDE
     if args.type is not NumberType.FLOAT or not args.symmetric:
         return Activations.OTHER
-    kinds = {
+    kinds: Mapping[tuple[int, Strategy, int | None, object], Activations] = {
         (8, Strategy.TENSOR, None, False): Activations.FP8_STATIC,
         (8, Strategy.TOKEN, None, True): Activations.FP8_TOKEN,
         (8, Strategy.GROUP, 128, True): Activations.FP8_GROUP,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerQuantConfig", "QuantConfig"]
 
 _WITH_ZERO_POINTS = frozenset({QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ})
+# ModelOpt's own name for an algorithm, which TensorRT-LLM reads in any case (`quantization/modelopt_config.py`).
+_ALIASES = {"fp8_pb_wo": QuantAlgo.FP8_BLOCK_SCALES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class LayerQuantConfig:
     def from_dict(cls, entry: Mapping[str, Any]) -> LayerQuantConfig:
         """Read what `to_dict` or ModelOpt wrote; raises `ValueError` for an unknown algorithm."""
         return cls(
-            quant_algo=QuantAlgo(entry["quant_algo"]),
+            quant_algo=QuantAlgo(_ALIASES.get(str(entry["quant_algo"]).lower(), entry["quant_algo"])),
             group_size=entry.get("group_size"),
             has_zero_point=bool(entry.get("has_zero_point", False)),
             pre_quant_scale=bool(entry.get("pre_quant_scale", False)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["conversion", "faults", "format_bytes", "inspection", "plan", "verification"]
 
+_WRAPPING = frozenset({"stored", "delivered as, or reason"})
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -71,10 +72,10 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
 
 def plan(made: Plan) -> RenderableType:
     """Every stored tensor with its fate, then every delivered tensor with its spec and operation."""
-    stored = Table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
+    stored = _table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
     for fate in made.fates():
         stored.add_row(escape(fate.name), str(fate.spec), str(fate.fate), escape(", ".join(fate.by) or fate.reason))
-    delivered = Table("delivered tensor", "dtype and shape", "operation", title=f"Delivered to {made.target}")
+    delivered = _table("delivered tensor", "dtype and shape", "operation", title=f"Delivered to {made.target}")
     for delivery in made.deliveries():
         delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
     return Group(stored, delivered, _warnings(made.warnings))
@@ -147,12 +148,22 @@ def _modules(made: Plan) -> Table:
     return table
 
 
-def _table(*headers: str) -> Table:
+def _table(*headers: str, title: str | None = None) -> Table:
     """Names and modes stay whole; schemes and reasons wrap."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = _FittedTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
-        table.add_column(header, no_wrap=header != "stored", overflow="fold")
+        table.add_column(header, no_wrap=header not in _WRAPPING, overflow="fold")
     return table
+
+
+class _FittedTable(Table):
+    """A table that loses nothing on a narrow terminal: where whole cells don't fit, every cell wraps."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.__rich_measure__(console, options).minimum > options.max_width:
+            for column in self.columns:
+                column.no_wrap = False
+        return super().__rich_console__(console, options)
 
 
 def _after(made: Plan) -> str:

@@ -24,6 +24,10 @@ ARGUMENTS = [
             (Strategy.TENSOR_GROUP, 16),
         )
     ),
+    *(
+        QuantArgs(num_bits=bits, type=NumberType.FLOAT, strategy=strategy, group_size=size)
+        for bits, strategy, size in product((4, 6, 8), (Strategy.GROUP, Strategy.TENSOR_GROUP), (16, 32, 64))
+    ),
 ]
 NAMES = ("weight", "weight_packed")
 MATRIX = (16, 16)
@@ -75,9 +79,6 @@ def test_what_each_format_takes(args: QuantArgs, tensors: dict[str, DType], name
     ("args", "tensors"),
     [
         (QuantArgs(num_bits=4), {"weight_packed": DType.U8, "weight_scale": DType.F8_E4M3}),
-        (QuantArgs(num_bits=4, type=NumberType.FLOAT), {"weight_packed": DType.U8, "weight_scale": DType.U8}),
-        (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.F8_E4M3, "weight_scale": DType.U8}),
-        (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.F8_E4M3, "weight_scale": DType.F8_E8M0}),
         (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.F8_E5M2, "weight_scale": DType.BF16}),
         (QuantArgs(num_bits=8, type=NumberType.FLOAT), {"weight": DType.I8, "weight_scale": DType.BF16}),
         (QuantArgs(num_bits=8), {"weight": DType.F8_E4M3, "weight_scale": DType.BF16}),
@@ -86,10 +87,7 @@ def test_what_each_format_takes(args: QuantArgs, tensors: dict[str, DType], name
         (QuantArgs(num_bits=8), {}),
     ],
     ids=[
-        "nvfp4",
-        "mxfp4",
-        "mxfp8",
-        "mxfp8 e8m0",
+        "fp4 as ints",
         "e5m2",
         "ints as floats",
         "floats as ints",
@@ -100,6 +98,58 @@ def test_what_each_format_takes(args: QuantArgs, tensors: dict[str, DType], name
 )
 def test_what_none_takes(args: QuantArgs, tensors: dict[str, DType]) -> None:
     assert format_for(args, stored(tensors)) is None
+
+
+def fp(bits: int, group_size: int) -> QuantArgs:
+    return QuantArgs(num_bits=bits, type=NumberType.FLOAT, strategy=Strategy.GROUP, group_size=group_size)
+
+
+def packed_floats() -> list[dict[str, TensorSpec]]:
+    """16 rows of 64 columns: 4 or 6 bits, groups of 16 or 32, a scale of any dtype or none, a global scale or none."""
+    return [
+        {"weight_packed": TensorSpec(DType.U8, (16, width))}
+        | ({"weight_scale": TensorSpec(scale, (16, groups))} if scale else {})
+        | ({"weight_global_scale": TensorSpec(DType.F32, (1,))} if has_global else {})
+        for width, scale, groups, has_global in product((32, 48), (*DType, None), (4, 2), (True, False))
+    ]
+
+
+@pytest.mark.parametrize("args", ARGUMENTS, ids=QuantArgs.label)
+def test_packed_floats_are_taken_by_one_format_under_arguments_of_their_widths_and_by_none_under_others(
+    args: QuantArgs,
+) -> None:
+    """So whatever else is wrong with such a module, one format describes it and says what."""
+    wanted = 1 if args.type is NumberType.FLOAT and args.num_bits in {4, 6} else 0
+    for module in packed_floats():
+        takers = [entry.name for entry in FORMATS if entry.accepts(args, module)]
+        assert len(takers) == wanted, (module, takers)
+
+
+@pytest.mark.parametrize(
+    ("args", "codes", "scale", "name"),
+    [
+        (fp(4, 16), DType.U8, DType.F8_E4M3, "nvfp4-pack-quantized"),
+        (fp(4, 32), DType.U8, DType.F8_E4M3, "nvfp4-pack-quantized"),
+        (fp(4, 16), DType.U8, DType.U8, "nvfp4-pack-quantized"),
+        (fp(4, 16), DType.U8, DType.BF16, "nvfp4-pack-quantized"),
+        (fp(4, 32), DType.U8, DType.U8, "mxfp4-pack-quantized"),
+        (fp(4, 16), DType.U8, DType.F8_E8M0, "mxfp4-pack-quantized"),
+        (fp(4, 32), DType.U8, DType.F8_E8M0, "mxfp4-pack-quantized"),
+        (fp(4, 32), DType.U8, DType.BF16, "mxfp4-pack-quantized"),
+        (fp(6, 32), DType.U8, DType.U8, "mxfp6-pack-quantized"),
+        (fp(6, 32), DType.U8, DType.F8_E8M0, "mxfp6-pack-quantized"),
+        (fp(8, 32), DType.F8_E4M3, DType.U8, "mxfp8-quantized"),
+        (fp(8, 32), DType.F8_E4M3, DType.F8_E8M0, "mxfp8-quantized"),
+        (fp(8, 32), DType.F8_E4M3, DType.F32, "float-quantized"),
+    ],
+)
+def test_the_dtype_of_the_scale_tells_small_floats_apart_and_where_it_does_not_the_group_size_does(
+    args: QuantArgs, codes: DType, scale: DType, name: str
+) -> None:
+    local = "weight" if args.num_bits == 8 else "weight_packed"
+    entry = format_for(args, stored({local: codes, "weight_scale": scale}))
+    assert entry is not None
+    assert entry.name == name
 
 
 def test_names_are_unique() -> None:

@@ -6,11 +6,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
+from stored_weights import Sized, assert_fault, described, payload_faults, specs_of
+from stored_weights import values as decoded
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat
+from trtllm_ct.formats.base import Codes, StoredSpecs, WeightFormat
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
@@ -21,27 +22,11 @@ INT8_GROUP = QuantArgs(num_bits=8, strategy=Strategy.GROUP, group_size=4)
 FP8_TENSOR = QuantArgs(num_bits=8, type=NumberType.FLOAT)
 FP8_CHANNEL = replace(FP8_TENSOR, strategy=Strategy.CHANNEL)
 
-Sized = tuple[DType, tuple[int, ...]]
-
 
 def specs(**tensors: Sized | None) -> StoredSpecs:
     """An int8 weight [6, 12] with one scale a row, with changes; None leaves a tensor out."""
     whole = {"weight": (DType.I8, (6, 12)), "weight_scale": (DType.BF16, (6, 1))} | tensors
     return {name: TensorSpec(*entry) for name, entry in whole.items() if entry is not None}
-
-
-def specs_of(tensors: dict[str, Tensor]) -> StoredSpecs:
-    return {name: TensorSpec(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def described(
-    entry: WeightFormat, args: QuantArgs, stored: StoredSpecs, expected: tuple[int, int] | None = None
-) -> StoredWeight:
-    faults = FaultCollector()
-    weight = entry.describe("lin", args, stored, expected, faults)
-    assert not faults.faults
-    assert weight is not None
-    return weight
 
 
 # compressed-tensors 0.20: bytes in the file, scale, zero point and the values that they stand for.
@@ -84,6 +69,67 @@ def test_row_scales_come_in_any_shape(entry: WeightFormat, form: tuple[int, ...]
 def test_a_tensor_scale_comes_in_any_shape(form: tuple[int, ...]) -> None:
     stored = specs(weight=(DType.F8_E4M3, (6, 12)), weight_scale=(DType.F32, form))
     assert described(FLOAT8, FP8_TENSOR, stored).scale_shape == (1, 1)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("zero_point", [None, -1], ids=["symmetric", "asymmetric"])
+def test_narrow_integers_lie_one_in_a_byte(bits: int, zero_point: int | None) -> None:
+    """W4A8 and W4AFP8 store them so, unlike weight-only int4."""
+    half = 1 << (bits - 1)
+    tensors = {"weight": torch.arange(-half, half, dtype=torch.int8)[None], "weight_scale": torch.tensor([[0.5]])}
+    if zero_point is not None:
+        tensors["weight_zero_point"] = torch.tensor([[zero_point]], dtype=torch.int8)
+    weight = described(INT8, replace(INT8_CHANNEL, num_bits=bits), specs_of(tensors))
+    exact = (torch.arange(-half, half, dtype=torch.float64) - (zero_point or 0)) * 0.5
+    assert torch.equal(decoded(weight, tensors)[0], exact)
+
+
+@pytest.mark.parametrize(("bits", "code"), [(4, 8), (4, -9), (3, 4), (7, -65), (1, 1)])
+def test_a_code_beyond_its_width_is_a_fault(bits: int, code: int) -> None:
+    tensors = {"weight": torch.zeros(6, 12, dtype=torch.int8), "weight_scale": torch.ones(6, 1)}
+    tensors["weight"][4, 7] = code
+    weight = described(INT8, replace(INT8_CHANNEL, num_bits=bits), specs_of(tensors))
+    (fault,) = payload_faults(weight, tensors)
+    half = 1 << (bits - 1)
+    expected = f"codes of {bits} bits, from {-half} to {half - 1}"
+    assert_fault(fault, "lin.weight", expected, f"from {min(code, 0)} to {max(code, 0)}", "num_bits")
+
+
+@pytest.mark.parametrize("form", [(6, 1), (6,), (1,), ()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_zero_points_that_early_writers_left_beside_float_codes_are_zero(
+    form: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """They belong to the weight and change nothing; any other number is a fault."""
+    tensors = {
+        "weight": torch.ones(6, 12).to(torch.float8_e4m3fn),
+        "weight_scale": torch.ones(6, 1),
+        "weight_zero_point": torch.zeros(form).to(dtype),
+    }
+    weight = described(FLOAT8, FP8_CHANNEL, specs_of(tensors))
+    assert not weight.has_zero_point
+    assert weight.consumed == ("weight", "weight_scale", "weight_zero_point")
+    assert FLOAT8.decode(weight, tensors).zero_point is None
+    assert (decoded(weight, tensors) == 1).all()
+
+    tensors["weight_zero_point"] = torch.ones(form).to(dtype)
+    (fault,) = payload_faults(weight, tensors)
+    count = tensors["weight_zero_point"].numel()
+    found = f"{count} of {count} elements that are not zero"
+    assert_fault(fault, "lin.weight_zero_point", "zeros only", found, "quantize the model again")
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32], ids=str)
+def test_a_zero_point_of_integers_counts_whatever_symmetric_says(number: int, dtype: torch.dtype) -> None:
+    tensors = {
+        "weight": torch.ones(6, 12, dtype=torch.int8),
+        "weight_scale": torch.ones(6, 1),
+        "weight_zero_point": torch.full((6, 1), number).to(dtype),
+    }
+    weight = described(INT8, INT8_CHANNEL, specs_of(tensors))
+    assert weight.has_zero_point
+    assert (decoded(weight, tensors) == 1 - number).all()
 
 
 def test_codes_are_handed_on_as_they_are() -> None:

@@ -32,7 +32,7 @@ def near_ties(draw: st.DrawFn, dtype: torch.dtype) -> float:
     if not math.isfinite(upper):
         return draw(st.sampled_from([lower, -lower, math.inf, math.nan]))
     middle = (lower + upper) / 2
-    hair = middle * 2.0 ** -draw(st.integers(25, 60))
+    hair = middle * draw(st.floats(1, 2)) * 2.0 ** -draw(st.integers(20, 60))
     return draw(st.sampled_from([-1, 1])) * (middle + draw(st.sampled_from([-1, 0, 1])) * hair)
 
 
@@ -64,6 +64,7 @@ def test_float32_is_rounded_once(dtype: torch.dtype, values: list[float]) -> Non
         pytest.param(torch.bfloat16, 1 + 2**-8, 1.0, id="bf16 tie to even"),
         pytest.param(torch.bfloat16, 1 + 3 * 2**-8, 1 + 2**-6, id="bf16 tie to even, upwards"),
         pytest.param(torch.bfloat16, 1 + 2**-8 + 2**-40, 1 + 2**-7, id="bf16 above a tie by less than float32 sees"),
+        pytest.param(torch.bfloat16, 1 + 2**-8 + 3 * 2**-25, 1 + 2**-7, id="bf16 above a tie by 3/4 of float32's step"),
         pytest.param(torch.bfloat16, 1 + 3 * 2**-8 - 2**-40, 1 + 2**-7, id="bf16 below a tie"),
         pytest.param(torch.float16, 1 + 2**-11 + 2**-40, 1 + 2**-10, id="f16 above a tie"),
         pytest.param(torch.float16, 2.0**-25, 0.0, id="f16 half of the smallest subnormal"),

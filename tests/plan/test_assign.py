@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from trtllm_ct.plan.weights import QuantizedWeight
 from trtllm_ct.reference import ReferenceLinear
 from trtllm_ct.schemes import NumberType, QuantArgs, QuantScheme, Strategy
 from trtllm_ct.targets import DENSE, MODELOPT, REFERENCE
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QKV = "model.layers.0.self_attn.qkv_proj"
 Q, K, V = (f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv")
@@ -115,7 +118,6 @@ class TestAlone:
         ids=lambda value: value.label() if isinstance(value, QuantScheme) else "",
     )
     def test_a_weight_that_no_mode_holds_is_dequantized_and_says_why(self, scheme, reason):
-        """Repeating scales would reach a mode for groups of 256, but only a fused group asks for that."""
         assignment = alone(scheme)
 
         assert mode(assignment) == "dequantized"
@@ -165,9 +167,6 @@ class TestFused:
         assigned = fused(*(schemes[i] for i in order))
 
         assert {mode(assignment) for assignment in assigned} == {"W4A16_AWQ g64"}
-
-    def test_a_group_size_that_no_kernel_takes_alone_is_dequantized_even_beside_one_that_fits(self):
-        assert {mode(assignment) for assignment in fused(int4(128), int4(256), int4(128))} == {"dequantized"}
 
     def test_tensor_and_channel_scales_meet_in_scales_per_row(self):
         q, k, v = fused(int4(None, strategy=Strategy.TENSOR), int4(None), int4(None))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import config_group, fp8_inputs, fp8_weights, int_weights, quantization_block
@@ -15,6 +14,9 @@ from trtllm_ct.plan.architectures import Site
 from trtllm_ct.plan.stored import StoredModule
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 from trtllm_ct.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NAME = "model.layers.0.mlp.down_proj"
 SITE = Site(module=NAME, class_name="Linear", shape=(32, 64))

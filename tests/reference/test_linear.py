@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 from trtllm_ct.errors import PlanError
 from trtllm_ct.quant_config import LayerQuantConfig
 from trtllm_ct.reference.activations import quantize_per_tensor, quantize_per_token
-from trtllm_ct.reference.linear import LAYOUTS, ReferenceLinear, unpack_row_pairs
+from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.reference.linear_layouts import LAYOUTS, unpack_column_pairs, unpack_row_pairs
 from trtllm_ct.schemes import QuantAlgo
 
 AWQ = LayerQuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=8)

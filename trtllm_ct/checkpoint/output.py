@@ -7,7 +7,7 @@ run that fails leaves an old OUT as it was.
 from __future__ import annotations
 
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,13 +37,14 @@ def check_output_place(source: Path, out: Path) -> None:
 def replacing_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give an empty directory to work in, which becomes `out` when the block ends without an error.
 
-    On any error, interrupts included, it is removed and `out` is left as it was. With `overwrite` an existing `out` is
+    On any error, interrupts included, everything is left as it was. With `overwrite` an existing `out` is
     replaced at the very end; without, it is refused. What a crashed run left in the working place is removed first;
     missing parent folders are made. Raises `UsageError` before yielding when `out` can't be written.
     """
     out = out.resolve()
     _require_free(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
+    made = [folder for folder in partial.parents if not folder.exists()]
     try:
         _remove(partial)
         partial.mkdir(parents=True)
@@ -56,6 +57,10 @@ def replacing_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
         _install(partial, out)
     except BaseException:
         _remove(partial)
+        # Nearest first; one that somebody else put something into stays.
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
         raise
 
 

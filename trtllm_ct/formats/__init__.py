@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat
+from trtllm_ct.formats.marlin_24 import MARLIN_24
+from trtllm_ct.formats.mxfp4 import MXFP4
+from trtllm_ct.formats.mxfp6 import MXFP6
+from trtllm_ct.formats.mxfp8 import MXFP8
+from trtllm_ct.formats.nvfp4 import NVFP4
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 
@@ -13,7 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "format_for"]
 
-FORMATS: tuple[WeightFormat, ...] = (PACKED_INT, INT8, FLOAT8)
+FORMATS: tuple[WeightFormat, ...] = (
+    PACKED_INT,
+    MARLIN_24,
+    INT8,
+    FLOAT8,
+    NVFP4,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+)
 
 
 def format_for(args: QuantArgs, stored: StoredSpecs) -> WeightFormat | None:

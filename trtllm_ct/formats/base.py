@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
     from trtllm_ct.errors import FaultCollector
 
-__all__ = ["Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "scale_shape"]
+__all__ = ["Codes", "StoredSpecs", "StoredWeight", "Version", "WeightFormat", "scale_shape"]
 
 StoredSpecs = Mapping[str, TensorSpec]
 """The tensors of one module by their local names (`weight_packed`, `weight_scale`, ...)."""
+
+Version = tuple[int, ...]
+"""The release of compressed-tensors that wrote a file, as (major, minor, patch); empty where nobody says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +34,12 @@ class StoredWeight:
     """One quantized weight as it lies on disk, known from headers.
 
     `shape` is the logical (N, K). `packing` says how the codes lie in the tensor named `codes`, None where its elements
-    are float8 codes themselves; `element` says what they mean. `zero_point_packing` is None when there is no zero point
-    or it is stored plain. `divisor` names a scalar that the scaled values are divided by (NVFP4), `group_index` the
-    tensor that gives the group of each column where groups are not contiguous.
-    `consumed` are the local names that belong to the weight.
+    are float8 codes themselves; `element` says what they mean. `scale` is the local name of the scale.
+    `zero_point_packing` is None when there is no zero point or it is stored plain. `divisor` names a scalar that the
+    scaled values are divided by (NVFP4), `group_index` the tensor that gives the group of each column where groups
+    need not be contiguous.
+    `consumed` are the local names that belong to the weight; a `weight_zero_point` among them without
+    `has_zero_point` must hold zeros only, which its payload shows.
     """
 
     format: WeightFormat
@@ -43,6 +48,7 @@ class StoredWeight:
     codes: str
     packing: Packing | None
     element: Element = Element.INT
+    scale: str = "weight_scale"
     has_zero_point: bool = False
     zero_point_packing: Packing | None = None
     divisor: str | None = None
@@ -105,10 +111,12 @@ class WeightFormat(ABC):
         stored: StoredSpecs,
         expected_shape: tuple[int, int] | None,
         faults: FaultCollector,
+        version: Version = (),
     ) -> StoredWeight | None:
         """What the module's tensors make, with every contradiction added to `faults`; None when nothing can be said.
 
         `expected_shape` is what the model's architecture says, where it is known; it settles what headers leave open.
+        `version` is the writer's; it counts only where releases differ and the tensors look the same.
         """
 
     @abstractmethod

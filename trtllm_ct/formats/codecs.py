@@ -6,11 +6,11 @@ The library is imported when its codec is first used and not before: that costs 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from trtllm_ct.formats.base import Codes, StoredWeight
-from trtllm_ct.layouts.floats import element_values
-from trtllm_ct.layouts.packing import INT8_PLAIN, unpack_codes, unpack_fields
+from trtllm_ct.layouts.floats import element_fields, element_values
+from trtllm_ct.layouts.packing import INT8_PLAIN, pack_fields, unpack_codes, unpack_fields
 from trtllm_ct.layouts.scales import dequantize
 from trtllm_ct.schemes import Element
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
+
+    from trtllm_ct.formats.base import Codes, StoredWeight
+    from trtllm_ct.schemes import Packing
 
 __all__ = ["LIBRARY", "NATIVE", "Codec"]
 
@@ -54,27 +57,31 @@ class _NativeCodec:
 
 
 def _values(codes: Codes) -> Tensor:
-    """The codes [N, K] as numbers: int8 or float8 codes as they are, smaller floats by their table in float32."""
+    """The codes [N, K] as numbers: int8 or float8 codes as they are, smaller floats by their table in bfloat16."""
     import torch
 
     if codes.packing is None:
         return codes.values
     if codes.element is Element.INT:
         return unpack_codes(codes.values, codes.packing, codes.shape)
-    return element_values(unpack_fields(codes.values, codes.packing, codes.shape), codes.element, torch.float32)
+    return element_values(unpack_fields(codes.values, codes.packing, codes.shape), codes.element, torch.bfloat16)
 
 
 class _LibraryCodec:
     """The compressed-tensors package: its bit unpacking for codes, its decompressors for plain weights.
 
     Its decompressors compute in the dtype of the scale; that result is then converted to `dtype`.
+    What release 0.20 misreads or refuses (padded words, group indices, a last group that is not whole) is left to this
+    package's own codecs.
     Source: compressed-tensors 0.20 `compressors/base.py`, `compressors/pack_quantized/helpers.py`.
     """
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
         codes = weight.format.decode(weight, stored)
-        if codes.packing is None or codes.packing == INT8_PLAIN:
+        if codes.packing is None or codes.packing == INT8_PLAIN or not codes.packing.dense:
             return codes
+        if codes.element is not Element.INT:
+            return replace(codes, values=_library_fields(codes, codes.packing)) if _in_whole_groups(weight) else codes
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -84,22 +91,40 @@ class _LibraryCodec:
             # Old writers leave surplus columns behind the groups, which the library does not know.
             packed = stored["weight_zero_point"][:, : weight.scale_shape[1]]
             zero_point = unpack_from_int32(packed, bits, torch.Size(weight.scale_shape), packed_dim=0)
-        return Codes(
-            values=unpack_from_int32(codes.values, bits, torch.Size(weight.shape)),
-            packing=INT8_PLAIN,
-            shape=weight.shape,
-            scale=codes.scale,
-            zero_point=zero_point,
-        )
+        values = unpack_from_int32(codes.values, bits, torch.Size(weight.shape))
+        return replace(codes, values=values, packing=INT8_PLAIN, zero_point=zero_point)
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        codes = self.decode(weight, stored)
+        if codes.group_index is not None or not _in_whole_groups(weight):
+            return NATIVE.dequantize(weight, stored, dtype)
         from compressed_tensors.compressors import BaseCompressor
 
         compressor = BaseCompressor.get_value_from_registry(weight.format.name)
         # The library insists on weight_shape and on the shapes that its own writer gives.
-        tensors = weight.format.encode(self.decode(weight, stored), weight.args)
+        tensors = weight.format.encode(codes, weight.args)
+        if weight.divisor is not None and codes.divisor is not None:
+            # It would make NaN of the 0 of an expert without calibration; by infinity it divides.
+            tensors[weight.divisor] = codes.divisor
         dense: Tensor = compressor.decompress(tensors, _library_scheme(weight))["weight"]
         return dense.to(dtype)
+
+
+def _in_whole_groups(weight: StoredWeight) -> bool:
+    """Whether the last group is whole too, as the library demands."""
+    return weight.shape[1] % (weight.args.group_size or 1) == 0
+
+
+def _library_fields(codes: Codes, packing: Packing) -> Tensor:
+    """Packed codes of small floats, unpacked to values by the library and packed again here."""
+    rows, columns = codes.shape
+    if codes.element is Element.E2M3:
+        from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8 as unpack
+    else:
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8 as unpack
+    held = codes.values.shape[1] * packing.container.bits // packing.bits
+    values = unpack(codes.values, rows, held)[:, :columns]
+    return pack_fields(element_fields(values, codes.element), packing)
 
 
 def _library_scheme(weight: StoredWeight) -> object:
@@ -115,6 +140,8 @@ def _library_scheme(weight: StoredWeight) -> object:
             symmetric=not weight.has_zero_point,
             strategy=str(args.strategy),
             group_size=args.group_size,
+            block_structure=args.block_structure,
+            scale_dtype=args.scale_dtype,
         ),
     )
 

@@ -20,18 +20,16 @@ __all__ = ["additive_zero", "dequantize", "scale_values", "widen_scale"]
 _TILE_ELEMENTS = 1 << 20  # float64 intermediates of a tile: 8 MiB each
 
 
-def widen_scale(scale: Tensor, stored_shape: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
-    """A scale as float32 in the shape that an engine's Linear reads; repeating is exact, so no value changes.
+def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale (rows, groups) as float32 in the shape that an engine's Linear reads; repeating changes no value.
 
-    `scale` holds one scale per tensor, row or group in any shape; `stored_shape` is that as (rows, groups), 1 where
-    shared. `shape` is [] for one scalar, [N] for one per row, or [N, G] with G a multiple of the stored groups.
+    `shape` is [] for one scalar, [N] for one per row, or [N, G] with N and G multiples of the stored rows and groups.
     """
     import torch
 
-    wide = scale.to(torch.float32).reshape(stored_shape)
+    wide = scale.to(torch.float32)
     if len(shape) == 2:
-        rows, groups = shape
-        wide = wide.repeat_interleave(groups // stored_shape[1], dim=1).expand(rows, groups)
+        wide = wide.repeat_interleave(shape[1] // wide.shape[1], dim=1).expand(shape)
     elif len(shape) == 1:
         wide = wide.expand(shape[0], 1)
     return wide.reshape(shape).contiguous()
@@ -80,7 +78,8 @@ def dequantize(
     result = torch.empty((rows, columns), dtype=dtype, device=values_OI.device)
     # A scale of at most 16 bits times a code of at most 9 is exact in float32; anything else needs the wider product.
     exact_in_float32 = divisor is None and scale_OG.dtype not in {torch.float32, torch.float64}
-    wide = torch.float32 if exact_in_float32 else torch.float64
+    # Powers of two reach the end of float32, where a product may pass it; float64 as a result has room for it.
+    wide = torch.float32 if exact_in_float32 and dtype != torch.float64 else torch.float64
     group_of_column = group_index_I.long() if group_index_I is not None else None
     step = max(1, _TILE_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
@@ -90,7 +89,7 @@ def dequantize(
             own = per_group if per_group.shape[0] == 1 else per_group[tile // block_rows]
             return _per_column(scale_values(own, wide), group_size or columns, columns, group_of_column)
 
-        values = values_OI[start : start + step].to(wide)
+        values = values_OI[start : start + step].to(wide, copy=True)
         if zero_point_OG is not None:
             values -= spread(zero_point_OG)
         values *= spread(scale_OG)

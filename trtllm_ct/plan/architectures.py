@@ -122,6 +122,11 @@ class Model:
         """The attention module of every layer, by full name."""
         return (f"{place[0]}layers.{layer}.self_attn" for layer in range(self.layers))
 
+    def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight by its full name, for checkpoints whose files don't show it plainly."""
+        bodies = [place for place in _PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
+        return {f"{site.module}.weight": site.shape for site in self.sites((bodies or _PLACES)[0])}
+
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
         """Prefix of the text model's body and name of its head, by the modules that are stored."""
         for body, head in _PLACES:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Dtypes", "dequantized", "input_scale_reason", "kv_scale", "native", "plain"]
 
-_ONE_SCALE = (1, 1)
 _SCALAR = TensorSpec(DType.F32, ())
 
 
@@ -79,17 +78,16 @@ def native(
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
     if mode.activations is Activations.FP8_STATIC:
-        scalar = WidenScale(result=_SCALAR, source="input_scale", stored_shape=_ONE_SCALE)
-        deliveries.append(_from_one(module, "input_scale", scalar))
+        deliveries.append(_from_one(module, "input_scale", WidenScale(result=_SCALAR, source="input_scale")))
     if mode.activations is Activations.FP4_LOCAL:
-        scalar = Reciprocal(result=_SCALAR, source="input_global_scale")
-        deliveries.append(_from_one(module, "input_scale", scalar))
+        divisor = Reciprocal(result=_SCALAR, source="input_global_scale")
+        deliveries.append(_from_one(module, "input_scale", divisor))
     return tuple(deliveries)
 
 
 def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:
     """A KV-cache scale under the name that engines read: float32, one element."""
-    scalar = WidenScale(result=_SCALAR, source=local, stored_shape=_ONE_SCALE)
+    scalar = WidenScale(result=_SCALAR, source=local)
     return Delivery(name=name, operation=scalar, sources=module.sources((local,)))
 
 
@@ -121,7 +119,7 @@ def _scales(module: StoredModule, weight: QuantizedWeight, holding: Holding) -> 
     if mode.scale in {ScaleForm.TWO_LEVEL, ScaleForm.EXPONENT}:
         dtype = DType.F8_E4M3 if mode.scale is ScaleForm.TWO_LEVEL else DType.U8
         spec = TensorSpec(dtype, stored.scale_shape)
-        yield _from_one(module, "weight_scale", Reinterpret(result=spec, source="weight_scale"))
+        yield _from_one(module, "weight_scale", Reinterpret(result=spec, source=stored.scale))
         if stored.divisor is not None:
             yield _from_one(module, "weight_scale_2", Reciprocal(result=_SCALAR, source=stored.divisor))
         return

@@ -87,7 +87,7 @@ class _Planner:
     def plan(self, catalog: Catalog) -> Plan:
         """Gather, read, assign, deliver."""
         refuse_unsupported(self.config, self.faults)
-        stored = stored_modules(catalog)
+        stored = stored_modules(catalog, self.model.weight_shapes(catalog.tensors).get, self.faults)
         if self.model.architecture.experts is not None:
             stored = split_fused_experts(stored, self.model.architecture.experts)
         place = self.model.place(stored)
@@ -185,7 +185,7 @@ class _Planner:
             else:
                 deliveries += deliver.native(stored, weight, holding, self.dtypes, site)
         deliveries += deliver.plain(stored, [local for local in stored.specs if local in plain], self.dtypes)
-        owned = {*plain, *ignored, *(weight.stored.consumed if weight else ())}
+        owned: set[str | None] = {*plain, *ignored, *(weight.stored.consumed if weight else ())}
         owned |= {delivery.operation.source for delivery in deliveries}
         refuse_leftovers(stored, owned, self.model.name, self.faults)
         return ModulePlan(

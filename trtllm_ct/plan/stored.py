@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from trtllm_ct.formats.sparsity import find_sparse, restore
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
 
     from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.formats.sparsity import SparseTensor
     from trtllm_ct.schemes import TensorSpec
 
 __all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "StoredModule", "View", "Whole", "stored_modules"]
@@ -109,6 +113,28 @@ class ExpertSlice(View):
         return part if self.rows is None else part[self.rows[0] : self.rows[1]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse(View):
+    """A tensor whose values lie packed behind a bitmask; `spec` is that of the dense one."""
+
+    tensor: SparseTensor
+    piece_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the pieces."""
+        return self.piece_bytes
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The pieces."""
+        return tuple(self.tensor.parts.values())
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The dense tensor, made anew; memory: its size."""
+        return restore(self.tensor, {piece: stored[name] for piece, name in self.tensor.parts.items()})
+
+
 @dataclass(frozen=True)
 class StoredModule:
     """The tensors of one module by local name.
@@ -151,10 +177,23 @@ class StoredModule:
         return weight is not None and not weight.spec.dtype.is_wide_float
 
 
-def stored_modules(catalog: Catalog) -> dict[str, StoredModule]:
-    """The modules of a checkpoint by name, in the order of the catalog."""
+def stored_modules(
+    catalog: Catalog, expected_shape: Callable[[str], tuple[int, ...] | None], faults: FaultCollector
+) -> dict[str, StoredModule]:
+    """The modules of a checkpoint by name, in the order of the catalog.
+
+    `expected_shape` gives the shape of a tensor by its full name, where the model says it: a bitmask alone tells
+    the last axis only up to eight. Contradictions between the pieces of a sparse tensor are added to `faults`.
+    """
+    specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
+    sparse = find_sparse(specs, expected_shape, faults)
+    pieces = {piece for tensor in sparse.values() for piece in tensor.parts.values()}
+    views: dict[str, View] = {name: Whole(name=name, spec=spec) for name, spec in specs.items() if name not in pieces}
+    for name, tensor in sparse.items():
+        piece_bytes = sum(specs[piece].nbytes for piece in tensor.parts.values())
+        views[name] = Sparse(spec=tensor.spec, tensor=tensor, piece_bytes=piece_bytes)
     gathered: dict[str, dict[str, View]] = {}
-    for name, tensor in catalog.tensors.items():
+    for name, view in views.items():
         module, _, local = name.rpartition(".")
-        gathered.setdefault(module, {})[local] = Whole(name=name, spec=tensor.spec)
+        gathered.setdefault(module, {})[local] = view
     return {module: StoredModule(module, views) for module, views in gathered.items()}

@@ -1,8 +1,9 @@
-"""What a quantized activation is worth after quantization: the value rounded to float8 and scaled back.
+"""What a quantized activation is worth after quantization: the value rounded to a small float and scaled back.
 
-A kernel multiplies the codes and applies the scale to the product; in exact arithmetic that is the same number.
-Scales multiply, and a maximum maps to 448, the largest float8_e4m3fn.
-Source: TensorRT-LLM `_torch/modules/linear.py`, the FP8 and FP8 rowwise Linear methods.
+A kernel multiplies the codes and applies the scales to the product; in exact arithmetic that is the same number.
+Scales multiply. The largest float8_e4m3fn is 448, the largest float4 (E2M1) is 6.
+Sources: TensorRT-LLM `_torch/modules/linear.py`, the Linear methods, and `cpp/tensorrt_llm/kernels/quantization.cuh`;
+OCP Microscaling Formats 1.0, section 6.3.
 """
 
 from __future__ import annotations
@@ -10,9 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FP8_MAX", "quantize_per_tensor", "quantize_per_token", "round_to_fp8"]
+__all__ = [
+    "FP8_MAX",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
+    "quantize_per_block",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "round_to_e2m1",
+    "round_to_fp8",
+]
 
 FP8_MAX = 448.0
+E2M1_MAX = 6.0
+_E4M3_EXPONENT = 8
+_E8M0_EXPONENT = 127
+_BLOCK = 128
+_MX_GROUP = 32
+_NVFP4_GROUP = 16
 
 
 def round_to_fp8(values: Tensor, scale: Tensor) -> Tensor:
@@ -23,10 +39,19 @@ def round_to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     """
     wide = torch.promote_types(values.dtype, torch.float32)
     scale = scale.to(wide)
-    divisor = torch.where(scale == 0, 1, scale)
     # A cast to float8_e4m3fn gives NaN beyond 448, where hardware saturates: clamp first.
-    codes = (values.to(wide) / divisor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    codes = (values.to(wide) / _divisor(scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return (codes.to(wide) * scale).to(values.dtype)
+
+
+def round_to_e2m1(values: Tensor) -> Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign of the value, saturated at +-6.
+
+    A value in the middle of two goes to the one whose code is even: 0.25 to 0, 0.75 to 1, 2.5 to 2, 5 to 4.
+    """
+    size = values.abs().clamp(max=E2M1_MAX)
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(values.dtype)
+    return ((size / step).round() * step).copysign(values)
 
 
 def quantize_per_tensor(values: Tensor, scale: Tensor | None) -> Tensor:
@@ -36,4 +61,47 @@ def quantize_per_tensor(values: Tensor, scale: Tensor | None) -> Tensor:
 
 def quantize_per_token(values: Tensor) -> Tensor:
     """Round [..., K] with one scale per row, the one that fits that row."""
-    return round_to_fp8(values, values.abs().amax(dim=-1, keepdim=True).float() / FP8_MAX)
+    return round_to_fp8(values, _peak(values) / FP8_MAX)
+
+
+def quantize_per_block(values: Tensor) -> Tensor:
+    """Round [..., K] with one scale for each 128 neighbours of a row; the last block may be shorter."""
+    return torch.cat([quantize_per_token(block) for block in values.split(_BLOCK, dim=-1)], dim=-1)
+
+
+def quantize_mxfp8(values: Tensor) -> Tensor:
+    """Round [..., K], K a multiple of 32, to float8 with a power of two as the scale of each 32 neighbours.
+
+    The scale is 2^(floor(log2(peak)) - 8), which puts the peak between 256 and 512: beyond 448 it saturates.
+    """
+    groups = values.unflatten(-1, (-1, _MX_GROUP))
+    peak = _peak(groups)
+    # peak = mantissa * 2^exponent with a mantissa from 0.5 up to 1, so that the floor of its logarithm is one less.
+    exponent = (peak.frexp().exponent - 1 - _E4M3_EXPONENT).clamp(-_E8M0_EXPONENT, _E8M0_EXPONENT)
+    # E8M0 knows NaN but no infinity: a group that is not finite becomes NaN.
+    scale = torch.where(peak.isfinite(), torch.ones_like(peak).ldexp(exponent), torch.nan)
+    return round_to_fp8(groups, scale).flatten(-2)
+
+
+def quantize_nvfp4(values: Tensor, input_scale: Tensor) -> Tensor:
+    """Round [..., K], K a multiple of 16, to E2M1 with a float8 scale for each 16 neighbours.
+
+    With `input_scale` (one element, a multiplier: the calibrated peak / (448 * 6)) and s the scale of a group,
+    s = e4m3(peak / 6 / input_scale) and value = e2m1(value / (s * input_scale)) * s * input_scale.
+    Where s or `input_scale` is zero, the result is zero.
+    """
+    wide = torch.promote_types(values.dtype, torch.float32)
+    groups = values.to(wide).unflatten(-1, (-1, _NVFP4_GROUP))
+    input_scale = input_scale.to(wide).reshape(())
+    fitting = (_peak(groups) / E2M1_MAX / _divisor(input_scale)).clamp(max=FP8_MAX)
+    scale = fitting.to(torch.float8_e4m3fn).to(wide) * input_scale
+    return (round_to_e2m1(groups / _divisor(scale)) * scale).flatten(-2).to(values.dtype)
+
+
+def _peak(values: Tensor) -> Tensor:
+    """The largest magnitude along the last axis, which stays with length 1, in float32 as kernels have it."""
+    return values.abs().amax(dim=-1, keepdim=True).float()
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1, scale)

@@ -5,6 +5,7 @@ transformers is an optional package. It is imported inside functions only, and o
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "build_shell",
     "in_one_line",
+    "kept_in_float32",
     "quiet_transformers",
     "read_generation_config",
     "require_transformers",
@@ -29,6 +31,16 @@ __all__ = [
 
 _QUANTIZATION_BLOCKS = frozenset({"quantization_config", "compression_config"})
 _GIVEN_OTHERWISE = frozenset({"model_type", "dtype", "torch_dtype"})
+
+# Model types without a causal language model of their own in transformers, and the type whose code computes the same.
+# The text models of Qwen-VL differ in rotary embeddings for images only: text has one position on all three axes.
+_SAME_MODEL = {
+    "kimi_k2": "deepseek_v3",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 
 
 def require_transformers() -> None:
@@ -62,17 +74,18 @@ def quiet_transformers() -> Iterator[None]:
 def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str | None, name: str) -> nn.Module:
     """The causal language model of `config` (a parsed config.json) with every parameter on the meta device.
 
-    Buffers, such as the frequencies of rotary embeddings, are real. Quantization blocks of `config` are left out.
-    `attention` names a registered attention function; None means transformers' own choice. `name` becomes the model's
-    `name_or_path`. Raises `ConfigError` when transformers can't make a causal language model of it.
+    Of a multimodal model it is the one of `text_config`. Buffers, such as the frequencies of rotary embeddings, are
+    real. Quantization blocks of `config` are left out. `attention` names a registered attention function; None means
+    transformers' own choice. `name` becomes the model's `name_or_path`.
+    Raises `ConfigError` when transformers can't make a causal language model of it.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    fields = {key: value for key, value in _without_quantization(config).items() if key not in _GIVEN_OTHERWISE}
     try:
         with quiet_transformers(), _parameters_on_meta():
-            typed = AutoConfig.for_model(config.get("model_type"), **(fields | {"name_or_path": name}))
+            typed = _language_config(_without_quantization(config))
+            typed.name_or_path = name
             shell: nn.Module = AutoModelForCausalLM.from_config(typed, dtype=dtype, attn_implementation=attention)
             return shell
     except (AttributeError, KeyError, StrictDataclassError, TypeError, ValueError) as error:
@@ -84,6 +97,29 @@ def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str
                 remedy="Check config.json, or install a transformers that knows the architecture.",
             )
         ) from error
+
+
+def _language_config(config: Mapping[str, Any]) -> Any:
+    """The typed config of the language model; a multimodal model's own says whether its embeddings are tied."""
+    typed = _typed_config(config)
+    text = typed.get_text_config(decoder=True)
+    if text is typed:
+        return typed
+    blocks = (config, config.get("text_config") or {})
+    stated = (block["tie_word_embeddings"] for block in blocks if "tie_word_embeddings" in block)
+    tied = next(stated, typed.tie_word_embeddings)
+    if text.model_type in _SAME_MODEL:
+        text = _typed_config(text.to_dict())
+    text.tie_word_embeddings = tied
+    return text
+
+
+def _typed_config(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    model_type = config.get("model_type")
+    fields = {key: value for key, value in config.items() if key not in _GIVEN_OTHERWISE}
+    return AutoConfig.for_model(_SAME_MODEL.get(str(model_type), model_type), **fields)
 
 
 def read_generation_config(model: nn.Module, directory: Path) -> None:
@@ -113,6 +149,19 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
     named = model.named_parameters(remove_duplicate=False)
     owners = {name: first.setdefault(id(parameter), name) for name, parameter in named}
     return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str]:
+    """What to search for in the name of a tensor that transformers holds in float32 though it computes in `dtype`.
+
+    Such are the biases of routers, whose differences are smaller than the steps of bfloat16.
+    """
+    kept: set[str] = set()
+    if dtype in {torch.bfloat16, torch.float16}:
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return re.compile("|".join(name.replace("*", ".*") for name in sorted(kept)) or "(?!)")
 
 
 def in_one_line(error: Exception) -> str:

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from trtllm_ct.errors import FaultCollector, PlanError
-from trtllm_ct.reference.architecture import tied_parameters
+from trtllm_ct.reference.architecture import kept_in_float32, tied_parameters
 from trtllm_ct.reference.attention import attach_kv_scales, is_kv_scale
 from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.reference.mixtures import Mixtures
 from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
 
 if TYPE_CHECKING:
     from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.reference.names import NameMap
 
 __all__ = ["Assembly"]
 
@@ -28,18 +30,33 @@ _COMPUTED = ".rotary_emb.inv_freq"
 
 
 class Assembly:
-    """Takes delivered tensors one by one, puts each where it belongs, and gathers faults until `finish`."""
+    """Takes delivered tensors one by one, puts each where it belongs, and gathers faults until `finish`.
+
+    `names` translates names of the checkpoint, in tensors and `quant_config`, to paths of the model.
+    """
 
     def __init__(
-        self, model: nn.Module, quant_config: QuantConfig, *, dtype: torch.dtype, quantize_activations: bool
+        self,
+        model: nn.Module,
+        quant_config: QuantConfig,
+        names: NameMap,
+        *,
+        dtype: torch.dtype,
+        quantize_activations: bool,
     ) -> None:
+        quant_config = names.translate(quant_config)
         self._model = model
-        self._dtype = dtype
+        self._names = names
         self._quantize_activations = quantize_activations
         self._has_kv_scales = quant_config.kv_cache_quant_algo is not None
+        self._float32 = kept_in_float32(model, dtype)
         self._faults = FaultCollector()
         self._tied = tied_parameters(model)
-        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        # Subclasses of Linear are routers: they answer with more than a product, and are never quantized.
+        self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        self._mixtures = Mixtures(
+            model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations, faults=self._faults
+        )
         self._quantized = self._find_quantized(quant_config)
         self._slots = {
             name: slot for name, slot in model.state_dict().items() if name.rpartition(".")[0] not in self._quantized
@@ -51,32 +68,36 @@ class Assembly:
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Sort in one delivered tensor by its full name."""
-        owner, _, local = name.rpartition(".")
-        if name in self._taken:
+        path = self._names.path(name)
+        if path is None:
+            return
+        owner, _, local = path.rpartition(".")
+        if path in self._taken:
             self._faults.add(
                 where=name, expected="one tensor of this name", found="a second one", remedy="Deliver each name once."
             )
-        self._taken.add(name)
-        if self._has_kv_scales and is_kv_scale(name):
-            self._kv_scales[name] = tensor
+        self._taken.add(path)
+        if self._has_kv_scales and is_kv_scale(path):
+            self._kv_scales[path] = tensor
         elif owner in self._quantized:
             self._parts[owner][local] = tensor
-        elif name in self._slots:
-            self._fill_dense(name, tensor)
-        elif not name.endswith(_COMPUTED):
-            self._refuse(name, tensor)
+        elif path in self._slots:
+            self._fill_dense(path, tensor)
+        elif not self._mixtures.take(path, tensor) and not path.endswith(_COMPUTED):
+            self._refuse(path, name, tensor)
 
     def finish(self) -> None:
-        """Make the quantized Linears, tie what is tied and prove that nothing is empty; raises `PlanError`."""
+        """Make the quantized Linears and experts, tie what is tied, prove that nothing is empty; raises `PlanError`."""
         for name, layer in self._quantized.items():
             self._build_linear(name, layer)
+        not_needed = self._mixtures.finish(self._filled)
         if self._has_kv_scales:
             attach_kv_scales(self._model, self._kv_scales, self._faults)
         for name, owner in self._tied.items():
             self._tie(name, owner)
-        for name in sorted(self._slots.keys() - self._filled):
+        for name in sorted(self._slots.keys() - self._filled - not_needed):
             self._faults.add(
-                where=name,
+                where=self._names.stored(name),
                 expected=f"a tensor {list(self._slots[name].shape)} for this part of the model",
                 found="none among those delivered",
                 remedy="Check that no shard is missing and that config.json belongs to these weights.",
@@ -88,8 +109,10 @@ class Assembly:
         tied = self._tied.keys() | set(self._tied.values())
         linears = {name for name in self._linears if f"{name}.weight" not in tied}
         for name in sorted(quant_config.quantized_layers.keys() - linears):
+            if self._mixtures.has(name):
+                continue
             self._faults.add(
-                where=f"quantized_layers: {name}",
+                where=f"quantized_layers: {self._names.stored(name)}",
                 expected=f"a Linear of {type(self._model).__name__} with a weight of its own",
                 found="one tied to the embeddings" if name in self._linears else "none of that name",
                 remedy="Check the name, its prefix above all, and tie_word_embeddings in config.json.",
@@ -107,7 +130,7 @@ class Assembly:
                 out_features=shell.out_features,
                 bias=shell.bias is not None,
                 quantize_activations=self._quantize_activations,
-                name=name,
+                name=self._names.stored(name),
             )
         except PlanError as error:
             self._faults.faults.extend(error.faults)
@@ -115,15 +138,17 @@ class Assembly:
             self._model.set_submodule(name, linear)
 
     def _fill_dense(self, name: str, tensor: Tensor) -> None:
-        """Put an unquantized tensor into its parameter or buffer, in the dtype that the model computes in."""
+        """Put an unquantized tensor into its parameter or buffer, in the dtype that the model holds there."""
         slot = self._slots[name]
         self._filled.add(name)
         is_float = slot.is_floating_point()
-        if tensor.shape == slot.shape and (not is_float or has_dtype(tensor, WIDE_FLOATS)):
-            self._assign(name, tensor.to(self._dtype) if is_float else tensor)
+        fits = tensor.shape == slot.shape or self._mixtures.fits_fewer(name, tensor, slot)
+        if fits and (not is_float or has_dtype(tensor, WIDE_FLOATS)):
+            dtype = torch.float32 if self._float32.search(name) else slot.dtype
+            self._assign(name, tensor.to(dtype) if is_float else tensor)
             return
         self._faults.add(
-            where=name,
+            where=self._names.stored(name),
             expected=f"an unquantized tensor {list(slot.shape)}",
             found=describe(tensor),
             remedy="If the module is quantized, quant_config must say so; if not, config.json is another model's.",
@@ -151,9 +176,9 @@ class Assembly:
             self._assign(name, parameters[0])
         self._filled.add(owner if delivered == [alias] else alias)
 
-    def _refuse(self, name: str, tensor: Tensor) -> None:
-        owner = name.rpartition(".")[0]
-        if is_kv_scale(name):
+    def _refuse(self, path: str, name: str, tensor: Tensor) -> None:
+        owner = path.rpartition(".")[0]
+        if is_kv_scale(path):
             expected = "no KV-cache scale, because kv_cache_quant_algo is not set"
             remedy = "State the kv_cache_quant_algo that the scale belongs to."
         elif owner in self._linears:

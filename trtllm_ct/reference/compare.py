@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,9 @@ _NATIVE_TOLERANCE = 1e-6
 class Comparison:
     """How a delivered tensor compares with what it should be.
 
-    `error` is the largest |got - want| relative to the largest |want| of the same row; `differing` counts elements
-    that are off by more than allowed. `position`, `got` and `want` belong to the largest error; `block` is its run
-    of 128 columns.
+    `error` is the largest |got - want| relative to the largest |want| of the same row, infinite for NaN and beside a
+    row of zeros; `differing` counts elements that are off by more than allowed. `position`, `got` and `want` belong to
+    the largest error; `block` is its run of 128 columns.
     """
 
     good: bool
@@ -44,20 +45,24 @@ class Comparison:
         return f"row {row}, columns {start}-{start + _BLOCK - 1}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """JSON form; a number that is not finite becomes the text `nan`, `inf` or `-inf`."""
         return {
             "good": self.good,
-            "error": self.error,
+            "error": _json_number(self.error),
             "differing": self.differing,
             "position": list(self.position),
-            "got": self.got,
-            "want": self.want,
+            "got": _json_number(self.got),
+            "want": _json_number(self.want),
         }
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 def compare_native(got: Tensor, want: Tensor) -> Comparison:
     """Two float64 weights [N, K] of native codes: good when no row is off by more than 1e-6 of its largest value."""
-    row_peak = want.abs().amax(dim=-1, keepdim=True) if want.dim() else want.abs()
+    row_peak = _row_peak(want)
     difference = (got - want).abs()
     # A row of zeros allows no difference; NaN in either place never passes.
     allowed = difference <= _NATIVE_TOLERANCE * row_peak
@@ -70,16 +75,21 @@ def compare_rounded(got: Tensor, exact: Tensor) -> Comparison:
     want = round_once(exact, got.dtype)
     same = (got == want) | (got.isnan() & want.isnan())
     got, want = got.double(), want.double()
-    peak = want.abs().amax(dim=-1, keepdim=True) if want.dim() else want.abs()
-    relative = torch.where(same, 0.0, (got - want).abs() / peak)
+    relative = torch.where(same, 0.0, (got - want).abs() / _row_peak(want))
     return _comparison(got, want, same, relative)
+
+
+def _row_peak(want: Tensor) -> Tensor:
+    """The largest magnitude of each row, to be broadcast; the magnitudes themselves where there are no rows."""
+    return want.abs().amax(dim=-1, keepdim=True) if want.numel() and want.dim() else want.abs()
 
 
 def _comparison(got: Tensor, want: Tensor, allowed: Tensor, relative: Tensor) -> Comparison:
     if got.numel() == 0:
         return Comparison(good=True, error=0.0, differing=0, position=(), got=0.0, want=0.0)
     # NaN would hide behind any number in a maximum.
-    flat = int(relative.nan_to_num(nan=torch.inf, posinf=torch.inf).flatten().argmax())
+    relative = relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    flat = int(relative.flatten().argmax())
     position = tuple(int(index) for index in torch.unravel_index(torch.tensor(flat), got.shape))
     return Comparison(
         good=bool(allowed.all()),

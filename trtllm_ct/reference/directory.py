@@ -14,7 +14,7 @@ from trtllm_ct.detect import FormatDetector
 from trtllm_ct.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.quant_config import QuantConfig
 from trtllm_ct.quant_methods import COMPRESSED_TENSORS, MODELOPT, describe_method
-from trtllm_ct.reference.linear import LAYOUTS
+from trtllm_ct.reference.linear_layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -19,6 +19,7 @@ from trtllm_ct.reference.architecture import build_shell, read_generation_config
 from trtllm_ct.reference.assembly import Assembly
 from trtllm_ct.reference.attention import register_fp8_attention
 from trtllm_ct.reference.directory import read_directory
+from trtllm_ct.reference.names import NameMap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -77,7 +78,8 @@ def build_model(
     quant_config = quant_config or QuantConfig()
     attention = _kv_cache_attention(quant_config, name) if quantize_activations else None
     model = build_shell(config, dtype=dtype, attention=attention, name=name)
-    assembly = Assembly(model, quant_config, dtype=dtype, quantize_activations=quantize_activations)
+    names = NameMap.of_checkpoint(config, model_type=model.config.model_type)
+    assembly = Assembly(model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations)
     for tensor_name, tensor in tensors:
         assembly.take(tensor_name, tensor)
     assembly.finish()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.dtypes import DType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -28,14 +28,26 @@ WIDE_FLOATS = tuple(dtype for dtype in DType if dtype.is_wide_float)
 class TensorRule:
     """One delivered tensor of a Linear.
 
-    `shape` is written in axis letters (N out, K in, g group size), such as `("N/2", "K/g")`; an empty one means a
-    single element, with or without an axis.
+    `shape` is written in axis letters (N out, K in, g group size), such as `("N/2", "K/g")`; `//` rounds up, and an
+    empty shape means a single element, with or without an axis. `or_shape` is a second one that the engine accepts.
+    `alias` is a second name that the engine reads it under; both may be there if they hold the same values.
     """
 
     name: str
     dtypes: tuple[DType, ...]
     shape: tuple[str, ...]
+    or_shape: tuple[str, ...] | None = None
+    alias: str | None = None
     required: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it may have, its own first."""
+        return (self.name,) if self.alias is None else (self.name, self.alias)
+
+    def name_among(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """The name that it has among the tensors of a module; None when it is not there."""
+        return next((name for name in self.names if name in tensors), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,68 +60,93 @@ class LinearCheck:
     in_features: int
     faults: FaultCollector
 
-    def check(self, tensors: Mapping[str, Tensor], rules: Iterable[TensorRule]) -> None:
+    def check(self, tensors: Mapping[str, Tensor], rules: Sequence[TensorRule]) -> None:
         """Check that all required tensors are there, no other ones, each of its dtype and shape."""
-        by_name = {rule.name: rule for rule in rules}
-        self._check_missing(by_name, tensors)
-        self._check_surplus(by_name, tensors)
-        for local, rule in by_name.items():
-            if local in tensors:
-                self._check_dtype(rule, tensors[local])
-                self._check_shape(rule, tensors[local])
+        self._check_missing(rules, tensors)
+        self._check_surplus(rules, tensors)
+        for rule in rules:
+            present = [name for name in rule.names if name in tensors]
+            for name in present:
+                self._check_dtype(rule, name, tensors[name])
+                self._check_shape(rule, name, tensors[name])
+            if len(present) > 1:
+                self._check_equal(present, tensors)
 
-    def _check_missing(self, rules: Mapping[str, TensorRule], tensors: Mapping[str, Tensor]) -> None:
-        required = [local for local, rule in rules.items() if rule.required]
-        missing = [local for local in required if local not in tensors]
+    def _check_missing(self, rules: Sequence[TensorRule], tensors: Mapping[str, Tensor]) -> None:
+        required = [rule for rule in rules if rule.required]
+        missing = [rule.name for rule in required if rule.name_among(tensors) is None]
         if missing:
             self.faults.add(
                 where=self.name,
-                expected=f"tensors {', '.join(required)} for {self.layer.quant_algo}",
+                expected=f"tensors {', '.join(rule.name for rule in required)} for {self.layer.quant_algo}",
                 found=f"no {', '.join(missing)}",
                 remedy="Deliver them, or list the module in exclude_modules if it is not quantized.",
             )
 
-    def _check_surplus(self, rules: Mapping[str, TensorRule], tensors: Mapping[str, Tensor]) -> None:
-        for local in sorted(tensors.keys() - rules.keys()):
+    def _check_surplus(self, rules: Sequence[TensorRule], tensors: Mapping[str, Tensor]) -> None:
+        known = [name for rule in rules for name in rule.names]
+        for local in sorted(tensors.keys() - set(known)):
             self.faults.add(
                 where=f"{self.name}.{local}",
-                expected=f"only {', '.join(rules)} for {self.layer.quant_algo}",
+                expected=f"only {', '.join(known)} for {self.layer.quant_algo}",
                 found=describe(tensors[local]),
                 remedy="The algorithm has no use for this tensor; check which one quant_config names for the module.",
             )
 
-    def _check_dtype(self, rule: TensorRule, tensor: Tensor) -> None:
+    def _check_dtype(self, rule: TensorRule, name: str, tensor: Tensor) -> None:
         if not has_dtype(tensor, rule.dtypes):
             self.faults.add(
-                where=f"{self.name}.{rule.name}",
+                where=f"{self.name}.{name}",
                 expected=f"dtype {' or '.join(dtype.torch_name for dtype in rule.dtypes)}",
                 found=describe(tensor),
                 remedy=f"This is no {rule.name} of {self.layer.quant_algo}; check the module's entry in quant_config.",
             )
 
-    def _check_shape(self, rule: TensorRule, tensor: Tensor) -> None:
-        sizes = [self._size_of(axis) for axis in rule.shape]
-        if rule.shape and None not in sizes:
-            fits, wanted = list(tensor.shape) == sizes, f"shape {sizes}"
-        elif rule.shape:
-            fits, wanted = False, f"shape [{', '.join(rule.shape)}] in whole numbers"
-        else:
-            fits, wanted = is_one_element(tensor), "one element"
-        if not fits:
-            groups = "" if self.layer.group_size is None else f" and group_size {self.layer.group_size}"
+    def _check_shape(self, rule: TensorRule, name: str, tensor: Tensor) -> None:
+        shapes = [rule.shape] if rule.or_shape is None else [rule.shape, rule.or_shape]
+        if any(self._fits(tensor, shape) for shape in shapes):
+            return
+        groups = "" if self.layer.group_size is None else f" and group_size {self.layer.group_size}"
+        self.faults.add(
+            where=f"{self.name}.{name}",
+            expected=f"{' or '.join(self._in_words(shape) for shape in shapes)}, "
+            f"for {self.out_features} outputs, {self.in_features} inputs{groups}",
+            found=describe(tensor),
+            remedy="Check that config.json and the group_size in quant_config belong to these weights.",
+        )
+
+    def _check_equal(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        first, second = (tensors[name] for name in names)
+        if first.dtype != second.dtype or not first.flatten().equal(second.flatten()):
             self.faults.add(
-                where=f"{self.name}.{rule.name}",
-                expected=f"{wanted}, for {self.out_features} outputs, {self.in_features} inputs{groups}",
-                found=describe(tensor),
-                remedy="Check that config.json and the group_size in quant_config belong to these weights.",
+                where=f"{self.name}.{names[1]}",
+                expected=f"the values of {names[0]}, of which it is another name",
+                found="other values",
+                remedy="Deliver the scale once, or the same one under both names.",
             )
 
+    def _fits(self, tensor: Tensor, shape: tuple[str, ...]) -> bool:
+        return list(tensor.shape) == [self._size_of(axis) for axis in shape] if shape else is_one_element(tensor)
+
+    def _in_words(self, shape: tuple[str, ...]) -> str:
+        if not shape:
+            return "one element"
+        sizes = [self._size_of(axis) for axis in shape]
+        return f"shape [{', '.join(shape)}] in whole numbers" if None in sizes else f"shape {sizes}"
+
     def _size_of(self, axis: str) -> int | None:
-        """Length of an axis such as `N` or `K/g`; None when it is no whole number or group_size is not known."""
+        """Length of an axis such as `1`, `N`, `K/g` or `N//128`; None for no whole number or an unknown group_size."""
+        if axis.isdecimal():
+            return int(axis)
         letter, _, divisor = axis.partition("/")
         size = self.out_features if letter == "N" else self.in_features
-        parts = self.layer.group_size if divisor == "g" else int(divisor or 1)
-        return size // parts if parts and size % parts == 0 else None
+        parts = self.layer.group_size if divisor == "g" else int(divisor.removeprefix("/") or 1)
+        if not parts:
+            return None
+        whole, rest = divmod(size, parts)
+        if rest and not divisor.startswith("/"):
+            return None
+        return whole + bool(rest)
 
 
 def describe(tensor: Tensor) -> str:

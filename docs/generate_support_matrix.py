@@ -1,0 +1,409 @@
+"""Write the support matrix into README.md and docs/support-matrix.md, from the tables that decide.
+
+Nothing is stated here that the planner does not do: each scheme is written down as tensor headers of a tiny model, and
+planned for every target. A scheme that the planner refuses makes no row.
+A new format needs one entry in `STORED`; new targets, modes and architectures come by themselves. Ways to quantize
+activations that are new need one in `ACTIVATIONS`.
+
+    python docs/generate_support_matrix.py           writes both files
+    python docs/generate_support_matrix.py --check   fails when one of them is not what would be written
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from trtllm_ct import Catalog, Model, make_plan
+from trtllm_ct.checkpoint.catalog import StoredTensor
+from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
+from trtllm_ct.dtypes import DType
+from trtllm_ct.errors import CheckpointError
+from trtllm_ct.formats import FORMATS
+from trtllm_ct.formats.base import scale_shape
+from trtllm_ct.layouts.packing import packed_words
+from trtllm_ct.modes import LINEAR_MODES, ScaleForm, native_mode
+from trtllm_ct.plan.architectures import ARCHITECTURES
+from trtllm_ct.schemes import CompressionFormat, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
+from trtllm_ct.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
+GROUP_SIZES = (16, 32, 64, 128, 256)
+MODULE = "model.layers.0.self_attn.o_proj"
+"""The module whose mode is shown: one that the engine fuses with no other."""
+
+Shape = tuple[int, int]
+Specs = Mapping[str, TensorSpec]
+Cell = tuple[str, ...]
+
+
+# What each format stores ---------------------------------------------------------------------------------------------
+
+
+def packed_int(args: QuantArgs, shape: Shape) -> Specs:
+    """`pack-quantized`: int32 words along K; zero points along N, or plain for a whole tensor."""
+    specs = {
+        "weight_packed": TensorSpec(DType.I32, packed_words(args.num_bits).packed_shape(shape)),
+        "weight_scale": TensorSpec(DType.BF16, scale_shape(args, shape)),
+        "weight_shape": TensorSpec(DType.I64, (2,)),
+    }
+    if not args.symmetric and args.strategy is Strategy.TENSOR:
+        specs["weight_zero_point"] = TensorSpec(DType.I8, (1,))
+    elif not args.symmetric:
+        packed = packed_words(args.num_bits, axis=0).packed_shape(scale_shape(args, shape))
+        specs["weight_zero_point"] = TensorSpec(DType.I32, packed)
+    return specs
+
+
+def plain_int(args: QuantArgs, shape: Shape) -> Specs:
+    """`int-quantized`: one int8 a code."""
+    specs = {"weight": TensorSpec(DType.I8, shape), "weight_scale": TensorSpec(DType.BF16, scale_shape(args, shape))}
+    if not args.symmetric:
+        specs["weight_zero_point"] = TensorSpec(DType.I8, scale_shape(args, shape))
+    return specs
+
+
+def plain_float8(args: QuantArgs, shape: Shape) -> Specs:
+    """`float-quantized`: one float8 a code."""
+    return {
+        "weight": TensorSpec(DType.F8_E4M3, shape),
+        "weight_scale": TensorSpec(DType.BF16, scale_shape(args, shape)),
+    }
+
+
+def marlin_24(args: QuantArgs, shape: Shape) -> Specs:
+    """`marlin-24`: codes and scales arranged for one kernel, two of four columns kept."""
+    rows, columns = shape
+    groups = scale_shape(args, shape)[1]
+    return {
+        "weight_packed": TensorSpec(DType.I32, (columns // 32, rows * args.num_bits // 2)),
+        "scale_packed": TensorSpec(DType.F16, (groups, rows)),
+        "meta": TensorSpec(DType.I16, (columns // 32, rows * 2)),
+    }
+
+
+def nvfp4(args: QuantArgs, shape: Shape) -> Specs:
+    """`nvfp4-pack-quantized`: two codes a byte, float8 scales and a global one."""
+    return {
+        "weight_packed": TensorSpec(DType.U8, (shape[0], shape[1] // 2)),
+        "weight_scale": TensorSpec(DType.F8_E4M3, scale_shape(args, shape)),
+        "weight_global_scale": TensorSpec(DType.F32, (1,)),
+    }
+
+
+def packed_microscaling(args: QuantArgs, shape: Shape) -> Specs:
+    """`mxfp4-pack-quantized` and `mxfp6-pack-quantized`: a stream of codes, scales of one exponent byte."""
+    return {
+        "weight_packed": TensorSpec(DType.U8, (shape[0], shape[1] * args.num_bits // 8)),
+        "weight_scale": TensorSpec(DType.U8, scale_shape(args, shape)),
+    }
+
+
+def mxfp8(args: QuantArgs, shape: Shape) -> Specs:
+    """`mxfp8-quantized`: one float8 a code, scales of one exponent byte."""
+    return {"weight": TensorSpec(DType.F8_E4M3, shape), "weight_scale": TensorSpec(DType.U8, scale_shape(args, shape))}
+
+
+def integers() -> Iterator[QuantArgs]:
+    """Every width in every granularity, without and with zero points."""
+    for bits, symmetric in product((4, 8, 2, 3, 5, 6, 7), (True, False)):
+        yield from granularities(QuantArgs(num_bits=bits, symmetric=symmetric))
+
+
+def marlin_integers() -> Iterator[QuantArgs]:
+    """What marlin-24 was written for."""
+    for bits in (4, 8):
+        yield QuantArgs(num_bits=bits, strategy=Strategy.CHANNEL)
+        yield QuantArgs(num_bits=bits, strategy=Strategy.GROUP, group_size=128)
+
+
+def floats8() -> Iterator[QuantArgs]:
+    """fp8 in every granularity, blocks included."""
+    args = QuantArgs(num_bits=8, type=NumberType.FLOAT)
+    yield from granularities(args)
+    yield replace(args, strategy=Strategy.BLOCK, block_structure=(128, 128))
+
+
+def granularities(args: QuantArgs) -> Iterator[QuantArgs]:
+    """The same arguments per tensor, per channel and per group of each size."""
+    yield replace(args, strategy=Strategy.TENSOR)
+    yield replace(args, strategy=Strategy.CHANNEL)
+    for size in GROUP_SIZES:
+        yield replace(args, strategy=Strategy.GROUP, group_size=size)
+
+
+def microscaling(bits: int) -> Callable[[], Iterator[QuantArgs]]:
+    """Floats of this width in groups of 32."""
+    return lambda: iter((_floats(bits, Strategy.GROUP, 32),))
+
+
+def nvfp4_floats() -> Iterator[QuantArgs]:
+    """fp4 in groups of 16 under a global scale."""
+    yield _floats(4, Strategy.TENSOR_GROUP, 16)
+
+
+def _floats(
+    bits: int, strategy: Strategy, size: int | None = None, *, dynamic: bool | Literal["local"] = False
+) -> QuantArgs:
+    return QuantArgs(num_bits=bits, type=NumberType.FLOAT, strategy=strategy, group_size=size, dynamic=dynamic)
+
+
+ACTIVATIONS: Mapping[str, QuantArgs | None] = {
+    "16-bit": None,
+    "fp8 static per tensor": _floats(8, Strategy.TENSOR),
+    "fp8 dynamic per token": _floats(8, Strategy.TOKEN, dynamic=True),
+    "fp8 dynamic per group of 128": _floats(8, Strategy.GROUP, 128, dynamic=True),
+    "fp8 dynamic per group of 32": _floats(8, Strategy.GROUP, 32, dynamic=True),
+    "fp4 dynamic per group of 32": _floats(4, Strategy.GROUP, 32, dynamic=True),
+    "fp4 dynamic per group of 16": _floats(4, Strategy.TENSOR_GROUP, 16, dynamic="local"),
+    "int8 dynamic per token": QuantArgs(num_bits=8, strategy=Strategy.TOKEN, dynamic=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A format as it is shown: arguments of weights, the tensors that it stores for them, and activations beside it."""
+
+    arguments: Callable[[], Iterator[QuantArgs]]
+    tensors: Callable[[QuantArgs, Shape], Specs]
+    activations: tuple[str, ...] = ("16-bit",)
+
+
+_INT_INPUTS = ("16-bit", "int8 dynamic per token", "fp8 dynamic per token")
+_FP8_INPUTS = ("16-bit", "fp8 static per tensor", "fp8 dynamic per token", "fp8 dynamic per group of 128")
+
+STORED: Mapping[str, Stored] = {
+    "pack-quantized": Stored(integers, packed_int, _INT_INPUTS),
+    "marlin-24": Stored(marlin_integers, marlin_24),
+    "int-quantized": Stored(integers, plain_int, _INT_INPUTS),
+    "float-quantized": Stored(floats8, plain_float8, _FP8_INPUTS),
+    "nvfp4-pack-quantized": Stored(nvfp4_floats, nvfp4, ("16-bit", "fp4 dynamic per group of 16")),
+    "mxfp4-pack-quantized": Stored(microscaling(4), packed_microscaling, ("16-bit", "fp4 dynamic per group of 32")),
+    "mxfp6-pack-quantized": Stored(microscaling(6), packed_microscaling, ("16-bit", "fp8 dynamic per group of 32")),
+    "mxfp8-quantized": Stored(microscaling(8), mxfp8, ("16-bit", "fp8 dynamic per group of 32")),
+}
+
+
+# What the planner makes of it ----------------------------------------------------------------------------------------
+
+MODEL = Model.from_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": 256,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """One scheme in one format, and what each target makes of it, in the order of `TARGETS`."""
+
+    format: str
+    args: QuantArgs
+    activations: str
+    outcomes: Cell
+
+    @property
+    def granularity(self) -> str:
+        """`tensor`, `channel`, `group 128` or `block 128x128`."""
+        if self.args.block_structure is not None:
+            return "block {}x{}".format(*self.args.block_structure)
+        return f"group {self.args.group_size}" if self.args.group_size else str(self.args.strategy)
+
+    @property
+    def number(self) -> str:
+        """`int4 asymmetric`."""
+        return self.args.number + ("" if self.args.symmetric else " asymmetric")
+
+    @property
+    def native_modes(self) -> str:
+        """The family that it belongs to; of int4 both, since `recipe.yaml` decides."""
+        modes = dict.fromkeys(native_mode(self.args, names) for names in ((), ("AWQModifier",)))
+        return " or ".join(f"`{mode}`" for mode in modes if mode) or "-"
+
+
+def schemes() -> Iterator[Scheme]:
+    """Every scheme that the planner takes."""
+    for weight_format in FORMATS:
+        stored = STORED[weight_format.name]
+        for args, activations in product(stored.arguments(), stored.activations):
+            scheme = QuantScheme(weights=args, input_activations=ACTIVATIONS[activations])
+            try:
+                outcomes = tuple(outcome(stored, scheme, target) for target in TARGETS)
+            except CheckpointError:
+                continue
+            yield Scheme(format=weight_format.name, args=args, activations=activations, outcomes=outcomes)
+
+
+def outcome(stored: Stored, scheme: QuantScheme, target: str) -> str:
+    """The mode that a target gives to Linears of this scheme; raises `PlanError` when the scheme is refused."""
+    if scheme.weights is None:
+        raise AssertionError("every scheme of the matrix quantizes weights")
+    specs: dict[str, TensorSpec] = {}
+    for site in MODEL.sites():
+        local: dict[str, TensorSpec] = {"weight": TensorSpec(DType.BF16, site.shape)}
+        if site.class_name == "Linear":
+            local = {**stored.tensors(scheme.weights, (site.shape[0], site.shape[1])), **of_inputs(scheme)}
+        specs |= {f"{site.module}.{name}": spec for name, spec in local.items()}
+    tensors = {name: StoredTensor(name=name, spec=spec, file="", offset=0) for name, spec in specs.items()}
+    catalog = Catalog(directory=Path(), tensors=tensors, files=())
+    config = QuantizationConfig(groups=(ConfigGroup(name="group_0", targets=("Linear",), scheme=scheme),))
+    layer = make_plan(config, catalog, MODEL, TARGETS[target]).module(MODULE).layer
+    return f"`{layer.quant_algo}`" if layer else "dequantized"
+
+
+def of_inputs(scheme: QuantScheme) -> Specs:
+    """What a scheme stores for its activations."""
+    inputs = scheme.input_activations
+    if inputs is None or inputs.dynamic is True:
+        return {}
+    static = inputs.dynamic is False
+    name, dtype = ("input_scale", DType.BF16) if static else ("input_global_scale", DType.F32)
+    return {name: TensorSpec(dtype, (1,))}
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def table(header: Cell, rows: Sequence[Cell]) -> str:
+    """A Markdown table."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def scheme_table() -> str:
+    """One row for all granularities, activations and formats that fare alike."""
+    cells: list[Cell] = [
+        (s.number, s.granularity, s.activations, f"`{s.format}`", s.native_modes, *s.outcomes) for s in schemes()
+    ]
+    cells = fold(cells, 1, folded_sizes)
+    cells = fold(cells, 2, ", ".join)
+    cells = fold(cells, 3, ", ".join)
+    cells = fold(cells, 0, ", ".join)
+    header = ("weights", "one scale per", "activations", "stored as", "native mode", *(f"`{name}`" for name in TARGETS))
+    return table(header, cells)
+
+
+def fold(rows: list[Cell], column: int, join: Callable[[list[str]], str]) -> list[Cell]:
+    """Rows that differ in one column only, made one."""
+    folded: dict[Cell, list[str]] = {}
+    for row in rows:
+        folded.setdefault((*row[:column], *row[column + 1 :]), []).append(row[column])
+    return [(*rest[:column], join(values), *rest[column:]) for rest, values in folded.items()]
+
+
+def folded_sizes(found: list[str]) -> str:
+    """`tensor, channel, group 32, 64`: group sizes after one word."""
+    sizes = [entry.removeprefix("group ") for entry in found if entry.startswith("group ")]
+    others = [entry for entry in found if not entry.startswith("group ")]
+    return ", ".join([*others, *(["group " + ", ".join(sizes)] if sizes else [])])
+
+
+def kv_cache_table() -> str:
+    """What each target does with the scales of an FP8 KV cache."""
+    cells = tuple("carried" if "FP8" in target.kv_cache_algos else "left out" for target in TARGETS.values())
+    return table(("KV cache", *(f"`{name}`" for name in TARGETS)), [("fp8 static per tensor", *cells)])
+
+
+def mode_table() -> str:
+    """What the Linear of each mode holds, and which targets have it."""
+    scales = {ScaleForm.SCALAR: "[]", ScaleForm.ROW: "[N]", ScaleForm.GROUP: "[N, K/g]"}
+    rows = [
+        (
+            f"`{mode.algo}`",
+            str(mode.packing) if mode.packing else "float8_e4m3fn [N, K]",
+            scales[mode.scale],
+            ", ".join(str(size) for size in sorted(mode.group_sizes)) or "-",
+            "yes" if mode.zero_point else "no",
+            mode.activations.value,
+            f"N % {mode.row_multiple}, K % {mode.column_multiple}" if mode.row_multiple > 1 else "-",
+            ", ".join(f"`{target.name}`" for target in TARGETS.values() if mode.algo in target.algos),
+        )
+        for mode in LINEAR_MODES
+    ]
+    header = ("mode", "codes", "scale", "group sizes", "zero points", "activations", "sizes", "targets")
+    return table(header, rows)
+
+
+def architectures() -> str:
+    """The sentence about model families."""
+    return "Architectures: " + ", ".join(f"`{name}`" for name in ARCHITECTURES) + ".\n"
+
+
+def refused() -> str:
+    """The sentence about formats that are known by name only."""
+    labels = {CompressionFormat.DENSE, CompressionFormat.FAKEQUANT, CompressionFormat.MIXED_PRECISION}
+    read = labels.union(*(entry.declared_as for entry in FORMATS))
+    names = ", ".join(f"`{name}`" for name in CompressionFormat if name not in read)
+    return f"Known by name, and refused with a message: {names}.\n" if names else ""
+
+
+def page() -> str:
+    """docs/support-matrix.md."""
+    serves = "".join(f"- `{target.name}`: {target.serves}.\n" for target in TARGETS.values())
+    return f"""# Support matrix
+
+Generated by `docs/generate_support_matrix.py` from the tables `FORMATS`, `LINEAR_MODES`, `TARGETS` and `ARCHITECTURES`.
+A test fails when this page and the tables differ.
+
+## Schemes
+
+Each row was planned for every target; the cell is the mode that a Linear gets.
+`dequantized` means plain weights: exact values rounded once, at the cost of memory.
+Native mode is the family of the scheme, whatever the target.
+Of the two modes of int4 it is the second when `recipe.yaml` beside the weights names AWQ.
+
+{scheme_table()}
+{refused()}
+## Targets
+
+{serves}
+## KV cache
+
+{kv_cache_table()}
+## Modes
+
+N is out, K is in, g is the group size.
+
+{mode_table()}
+## Architectures
+
+{architectures()}"""
+
+
+def section() -> str:
+    """What stands between the markers of README.md."""
+    return f"{scheme_table()}\n{kv_cache_table()}\n{architectures()}\n{refused()}"
+
+
+def contents() -> dict[Path, str]:
+    """Both files as they should be."""
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    return {readme: f"{before}{BEGIN}\n{section()}{END}{after}", ROOT / "docs" / "support-matrix.md": page()}
+
+
+def main() -> None:
+    """Write, or with `--check` only compare."""
+    stale = [path for path, text in contents().items() if not path.is_file() or path.read_text("utf-8") != text]
+    if "--check" in sys.argv[1:]:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        sys.exit(f"Not what the tables say: {names}. Run: make docs" if stale else 0)
+    for path, text in contents().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

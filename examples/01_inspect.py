@@ -1,0 +1,25 @@
+"""What is this checkpoint, and how would TensorRT-LLM be given it? Reads headers only and does not import torch.
+
+python examples/01_inspect.py [DIR]    DIR is a compressed-tensors directory; the bundled one when left out
+"""
+
+import sys
+from pathlib import Path
+
+import trtllm_ct
+from trtllm_ct import inspect_checkpoint
+
+directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "demo_data"
+
+inspection = inspect_checkpoint(directory, to="modelopt")
+
+print(inspection.detection.description)
+for evidence in inspection.detection.evidence:
+    print("  evidence:", evidence)
+for row in inspection.rows():
+    because = f" ({row.reason})" if row.reason else ""
+    print(f"{len(row.modules):4} modules: {row.stored_scheme} -> {row.delivered_mode}{because}")
+for warning in inspection.warnings:
+    print("warning:", warning)
+for problem in inspection.problems:
+    print("problem:", problem)

@@ -1,0 +1,65 @@
+"""Whole checkpoints that the library writes, read by this package: equal plain weights, and no fault found in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from builders import config_group, fp8_inputs, fp8_weights, int_weights, tiny_config
+from library_builder import write_library_checkpoint
+
+from trtllm_ct.inspection import inspect_checkpoint
+from trtllm_ct.loader import CompressedTensorsWeightLoader
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.library, pytest.mark.reference]
+
+MIXED = {
+    "mlp": config_group(int_weights(4, group_size=64), targets=["re:.*mlp.*"]),
+    "attention": config_group(fp8_weights("channel"), fp8_inputs("token"), targets=["re:.*self_attn.*_proj$"]),
+}
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "W4A16": ({"scheme": "W4A16"}, {"W4A16_AWQ g128": 7}),
+    "W4A16_ASYM, float32": (
+        {"scheme": "W4A16_ASYM", "config": tiny_config(layers=1, hidden=128, dtype="float32")},
+        {"dequantized": 7},
+    ),
+    "W8A16": ({"scheme": "W8A16"}, {"dequantized": 7}),
+    "int8 plain": (
+        {"scheme": {"all": config_group(int_weights(8, "channel"))}, "save_format": "int-quantized"},
+        {"W8A16": 7},
+    ),
+    "FP8 with KV cache": ({"scheme": "FP8", "kv": True}, {"FP8": 7}),
+    "FP8_DYNAMIC, Qwen2": (
+        {"scheme": "FP8_DYNAMIC", "config": tiny_config("Qwen2ForCausalLM", layers=1, hidden=128)},
+        {"FP8_PER_CHANNEL_PER_TOKEN": 7},
+    ),
+    "mixed, tied Qwen3, shards": (
+        {
+            "scheme": MIXED,
+            "config": tiny_config("Qwen3ForCausalLM", layers=1, hidden=128, tied=True),
+            "max_shard_size": "40KB",
+        },
+        {"FP8_PER_CHANNEL_PER_TOKEN": 4, "W4A16_AWQ g64": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "modes"), CASES.values(), ids=CASES.keys())
+def test_a_checkpoint_of_the_library_is_read_whole(
+    arguments: dict[str, Any], modes: dict[str, int], tmp_path: Path
+) -> None:
+    arguments = {"config": tiny_config(layers=1, hidden=128)} | arguments
+    written = write_library_checkpoint(tmp_path, **arguments)
+    inspection = inspect_checkpoint(tmp_path)
+    assert inspection.problems == ()
+    assert inspection.warnings == ()
+    delivered = {row.delivered_mode: len(row.modules) for row in inspection.rows() if row.delivered_mode != "plain"}
+    assert delivered == modes
+    dense = CompressedTensorsWeightLoader().load_weights(tmp_path, layout="dense")
+    assert dense.keys() == written.dense.keys()
+    for name, tensor in written.dense.items():
+        assert torch.equal(dense[name], tensor), name

@@ -1,0 +1,129 @@
+"""Names, dtypes and shapes of what each mode delivers: the contract with the engine's Linears."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from builders import tiny_config, write_checkpoint
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.pipeline import plan_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trtllm_ct.plan.model import Plan
+
+LAYER = "model.layers.0"
+FUSED, ALONE = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.down_proj"
+# What a Linear of [out, in] = [128, 128] is given, by scheme and then by name.
+WORDS, PAIRS = "int8 [128, 128]", "uint8 [64, 128]"
+GROUPS_128, GROUPS_64 = "float32 [128, 1]", "float32 [128, 2]"
+LAYOUTS: dict[str, dict[str, str]] = {
+    "int4-g128": {"weight": PAIRS, "weight_scale": GROUPS_128, "pre_quant_scale": "bfloat16 [128]"},
+    "int4-g64": {"weight": PAIRS, "weight_scale": GROUPS_64, "pre_quant_scale": "bfloat16 [128]"},
+    "int4-g64-asym": {"weight": PAIRS, "weight_scale": GROUPS_64, "weight_zero": GROUPS_64},
+    "int4-g128-asym": {"weight": PAIRS, "weight_scale": GROUPS_128, "weight_zero": GROUPS_128},
+    "int4-channel": {"weight": PAIRS, "weight_scale": "float32 [128]"},
+    "int4-tensor": {"weight": PAIRS, "weight_scale": "float32 [128]"},
+    "int8-channel": {"weight": WORDS, "weight_scale": "float32 [128]"},
+    "int8-plain-channel": {"weight": WORDS, "weight_scale": "float32 [128]"},
+    "fp8-tensor-static": {
+        "weight": "float8_e4m3fn [128, 128]",
+        "weight_scale": "float32 []",
+        "input_scale": "float32 []",
+    },
+    "fp8-channel-token": {"weight": "float8_e4m3fn [128, 128]", "weight_scale": "float32 [128]"},
+}
+LAYOUTS["fp8-tensor-naive"] = LAYOUTS["fp8-tensor-static"]
+DEQUANTIZED = ("int4-g32", "int4-g32-asym", "int4-channel-asym", "int8-g32", "int8-plain-g32", "int8-channel-asym")
+
+
+def plan(tmp_path: Path, scheme: str, *, to: str = "reference", dtype: DType | None = None, **config: object) -> Plan:
+    config = {"hidden": 128, "heads": 4, "kv_heads": 4, "layers": 1, **config}
+    write_checkpoint(tmp_path, config=tiny_config(**config), scheme=scheme)
+    return plan_checkpoint(tmp_path, to, dtype=dtype)
+
+
+def delivered(made: Plan, module: str) -> dict[str, str]:
+    return {delivery.name.removeprefix(f"{module}."): str(delivery.spec) for delivery in made.module(module).deliveries}
+
+
+@pytest.mark.parametrize("scheme", LAYOUTS)
+def test_each_mode_delivers_the_tensors_that_its_linear_reads(tmp_path: Path, scheme: str) -> None:
+    """A fused Linear never reads `pre_quant_scale`, any other demands it."""
+    made = plan(tmp_path, scheme)
+
+    assert delivered(made, ALONE) == LAYOUTS[scheme]
+    assert delivered(made, FUSED) == {name: spec for name, spec in LAYOUTS[scheme].items() if name != "pre_quant_scale"}
+
+
+@pytest.mark.parametrize("scheme", DEQUANTIZED)
+def test_a_module_without_a_mode_delivers_one_plain_weight(tmp_path: Path, scheme: str) -> None:
+    made = plan(tmp_path, scheme, to="modelopt")
+
+    assert delivered(made, ALONE) == delivered(made, FUSED) == {"weight": "bfloat16 [128, 128]"}
+
+
+@pytest.mark.parametrize("scheme", LAYOUTS)
+def test_a_plain_target_is_given_plain_weights_only(tmp_path: Path, scheme: str) -> None:
+    """Above all no `input_scale`, which the library's own dequantizer leaves behind."""
+    made = plan(tmp_path, scheme, to="dense")
+
+    assert {name.rpartition(".")[2] for name in made.delivered_specs} == {"weight"}
+    assert {spec.dtype for spec in made.delivered_specs.values()} == {DType.BF16}
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128", "int8-channel", "fp8-tensor-static", "int8-g32"])
+def test_a_bias_goes_along_in_its_own_dtype(tmp_path: Path, scheme: str) -> None:
+    made = plan(tmp_path, scheme, to="modelopt", architecture="Qwen2ForCausalLM")
+
+    assert delivered(made, FUSED)["bias"] == "bfloat16 [128]"
+    assert "bias" not in delivered(made, ALONE)
+
+
+def test_the_scale_of_the_input_is_of_the_dtype_that_the_model_computes_in(tmp_path: Path) -> None:
+    assert delivered(plan(tmp_path, "int4-g128", dtype=DType.F16), ALONE)["pre_quant_scale"] == "float16 [128]"
+
+
+class TestDtypes:
+    def test_float16_casts_every_plain_tensor(self, tmp_path: Path) -> None:
+        """float16 kernels need float16 throughout; scales that belong to codes stay float32."""
+        made = plan(tmp_path, "int8-g32", to="modelopt", dtype=DType.F16, architecture="Qwen2ForCausalLM")
+
+        assert {spec.dtype for spec in made.delivered_specs.values()} == {DType.F16}
+        assert {delivery.operation.label for delivery in made.deliveries()} == {"cast", "dequantize"}
+        assert made.dtype is made.dense_dtype is DType.F16
+
+    @pytest.mark.parametrize("scheme", LAYOUTS)
+    def test_float16_leaves_codes_and_their_scales_alone(self, tmp_path: Path, scheme: str) -> None:
+        made = plan(tmp_path, scheme, dtype=DType.F16)
+        expected = {name: spec.replace("bfloat16", "float16") for name, spec in LAYOUTS[scheme].items()}
+
+        assert delivered(made, ALONE) == expected
+        assert delivered(made, "model.norm") == {"weight": "float16 [128]"}
+
+    @pytest.mark.parametrize("dtype", [None, DType.BF16, DType.F32])
+    def test_other_dtypes_are_those_of_dequantized_modules_alone(self, tmp_path: Path, dtype: DType | None) -> None:
+        made = plan(tmp_path, "int8-g32", to="modelopt", dtype=dtype)
+        expected = dtype or DType.BF16
+
+        assert delivered(made, ALONE) == {"weight": f"{expected.torch_name} [128, 128]"}
+        assert delivered(made, "model.norm") == {"weight": "bfloat16 [128]"}
+        assert (made.dtype, made.dense_dtype) == (DType.BF16, expected)
+
+    @pytest.mark.parametrize(("dtype", "of_model"), [(None, DType.BF16), (DType.F32, DType.F32)])
+    def test_a_dense_model_is_of_the_dtype_that_was_asked_for(
+        self, tmp_path: Path, dtype: DType | None, of_model: DType
+    ) -> None:
+        assert plan(tmp_path, "int8-g32", to="dense", dtype=dtype).dtype is of_model
+
+    @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_scales_are_float32_whatever_they_were(self, tmp_path: Path, scale_dtype: torch.dtype) -> None:
+        """float32 holds each of them exactly."""
+        write_checkpoint(tmp_path, scheme="int8-channel", scale_dtype=scale_dtype)
+
+        specs = plan_checkpoint(tmp_path).delivered_specs
+        assert {spec.dtype for name, spec in specs.items() if name.endswith("_scale")} == {DType.F32}

@@ -1,0 +1,170 @@
+"""What TensorRT-LLM's QuantConfig is told: one mode, or an entry for each module, and names instead of patterns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import (
+    config_group,
+    fp8_inputs,
+    fp8_weights,
+    int_weights,
+    quantization_block,
+    tiny_config,
+    write_checkpoint,
+)
+
+from trtllm_ct.config.reader import CompressedTensorsConfigReader
+from trtllm_ct.errors import ConfigError
+from trtllm_ct.pipeline import plan_checkpoint
+from trtllm_ct.plan.engine_config import engine_config_of_scheme
+from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.schemes import QuantAlgo
+from trtllm_ct.targets import DENSE, MODELOPT, REFERENCE, target_named
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+AWQ = LayerQuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=64, pre_quant_scale=True)
+FP8 = LayerQuantConfig(quant_algo=QuantAlgo.FP8)
+
+
+def planned(tmp_path: Path, scheme: Any, to: str = "modelopt", **options: Any) -> QuantConfig:
+    write_checkpoint(tmp_path, config=tiny_config(hidden=64, layers=1), scheme=scheme, **options)
+    return plan_checkpoint(tmp_path, to).quant_config
+
+
+class TestOfPlan:
+    def test_one_mode_for_all_with_plain_modules_excluded_by_name(self, tmp_path):
+        assert planned(tmp_path, "int4-g64") == QuantConfig(
+            layer=AWQ, exclude_modules=("model.embed_tokens", "lm_head")
+        )
+
+    def test_zero_points_are_told_where_the_target_takes_them(self, tmp_path):
+        config = planned(tmp_path, "int4-g64-asym", to="reference")
+
+        assert config.layer == LayerQuantConfig(
+            quant_algo=QuantAlgo.W4A16_GPTQ, group_size=64, has_zero_point=True, pre_quant_scale=False
+        )
+
+    def test_modes_without_groups_have_no_group_size(self, tmp_path):
+        """Not the -1 or 128 that a reader might take for a promise."""
+        assert planned(tmp_path, "int8-channel").to_dict() == {
+            "quant_algo": "W8A16",
+            "kv_cache_quant_algo": None,
+            "exclude_modules": ["model.embed_tokens", "lm_head"],
+        }
+
+    def test_modules_of_one_mode_beside_plain_ones_stay_one_mode(self, tmp_path):
+        config = planned(tmp_path, {"o_proj": "int4-g64", "down_proj": "int4-g64"})
+
+        assert config.layer == AWQ
+        assert config.exclude_modules == (
+            "model.embed_tokens",
+            *(f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+            *(f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj")),
+            "lm_head",
+        )
+
+    def test_several_modes_are_told_module_by_module(self, tmp_path):
+        config = planned(tmp_path, {"o_proj": "int4-g64", "down_proj": "fp8-tensor-static"}, kv=True)
+
+        assert config.quant_algo is QuantAlgo.MIXED_PRECISION
+        assert config.quantized_layers == {"model.layers.0.self_attn.o_proj": AWQ, "model.layers.0.mlp.down_proj": FP8}
+        assert config.kv_cache_quant_algo == "FP8"
+        assert config.layer is config.group_size is None
+
+    def test_two_group_sizes_are_two_modes(self, tmp_path):
+        write_checkpoint(
+            tmp_path, config=tiny_config(hidden=128, layers=1), scheme={"o_proj": "int4-g64", "down_proj": "int4-g128"}
+        )
+
+        layers = plan_checkpoint(tmp_path).quant_config.quantized_layers
+
+        assert {layer.group_size for layer in layers.values()} == {64, 128}
+
+    def test_dequantized_modules_are_excluded_by_name(self, tmp_path):
+        config = planned(tmp_path, {"o_proj": "int4-g64", "down_proj": "int4-g32"})
+
+        assert config.layer == AWQ
+        assert "model.layers.0.mlp.down_proj" in config.exclude_modules
+
+    @pytest.mark.parametrize(("scheme", "to"), [("int4-g32", "modelopt"), ("int4-g64", "dense"), ("dense", "modelopt")])
+    def test_without_a_quantized_module_nothing_is_told(self, tmp_path, scheme, to):
+        assert planned(tmp_path, scheme, to=to) == QuantConfig()
+
+    def test_patterns_of_ignore_become_names(self, tmp_path):
+        """Releases differ in how they match patterns, and old ones quantize what a `re:` entry should keep plain."""
+        group = config_group(int_weights(4, group_size=64), targets=["Linear"])
+        block = quantization_block({"group_0": group}, ignore=["re:.*attn.*", "lm_head"])
+        write_checkpoint(
+            tmp_path,
+            config=tiny_config(layers=1, quantization_config=block),
+            scheme=dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g64"),
+        )
+
+        excluded = plan_checkpoint(tmp_path).quant_config.exclude_modules
+
+        assert "model.layers.0.self_attn.q_proj" in excluded
+        assert not [name for name in excluded if set(name) & set("*?[]:^$")]
+
+
+class TestOfScheme:
+    """A configuration without its tensors."""
+
+    @staticmethod
+    def engine(*groups: dict[str, Any], to: str = "modelopt", **block: Any) -> QuantConfig:
+        named = {f"group_{i}": group for i, group in enumerate(groups)}
+        config = CompressedTensorsConfigReader().read(quantization_block(named, **block))
+        return engine_config_of_scheme(config, target_named(to))
+
+    @pytest.mark.parametrize("target", [MODELOPT, REFERENCE])
+    def test_the_short_form_of_the_documentation_is_int4_in_groups(self, target):
+        block = {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "config_groups": {"group_0": {"num_bits": 4, "group_size": 128, "targets": ["weight"]}},
+        }
+
+        config = engine_config_of_scheme(CompressedTensorsConfigReader().read(block), target)
+
+        assert config == QuantConfig(
+            layer=LayerQuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=128, pre_quant_scale=True)
+        )
+
+    @pytest.mark.parametrize(
+        ("group", "to", "algo"),
+        [
+            (config_group(int_weights(4, "channel")), "modelopt", "W4A16"),
+            (config_group(int_weights(8, "channel")), "modelopt", "W8A16"),
+            (config_group(int_weights(8, group_size=128)), "modelopt", None),
+            (config_group(int_weights(4, group_size=128, symmetric=False)), "modelopt", None),
+            (config_group(int_weights(4, group_size=128, symmetric=False)), "reference", "W4A16_GPTQ"),
+            (config_group(fp8_weights(), fp8_inputs()), "modelopt", "FP8"),
+            (config_group(fp8_weights("channel"), fp8_inputs("token")), "modelopt", "FP8_PER_CHANNEL_PER_TOKEN"),
+            (config_group(fp8_weights(), fp8_inputs()), "dense", None),
+        ],
+    )
+    def test_the_mode_is_the_one_that_the_target_declares(self, group, to, algo):
+        assert self.engine(group, to=to).quant_algo == algo
+
+    def test_groups_of_one_mode_are_one_mode(self):
+        same = config_group(int_weights(8, "channel"))
+
+        assert self.engine(same, same | {"targets": ["lm_head"]}).quant_algo is QuantAlgo.W8A16
+
+    def test_names_and_patterns_that_only_tensors_can_settle_are_refused_together(self):
+        with pytest.raises(ConfigError) as caught:
+            self.engine(
+                config_group(int_weights(8, "channel")), config_group(fp8_weights(), fp8_inputs()), ignore=["re:.*mlp"]
+            )
+
+        found = {fault.where.rpartition(".")[2]: fault.found for fault in caught.value.faults}
+        assert found == {"config_groups": "groups of 2 different modes", "ignore": "patterns (re:.*mlp)"}
+
+    @pytest.mark.parametrize(("target", "algo"), [(MODELOPT, "FP8"), (DENSE, None)])
+    def test_a_quantized_kv_cache_is_told_where_the_target_takes_scales(self, target, algo):
+        assert (
+            self.engine(config_group(fp8_weights(), fp8_inputs()), to=target.name, kv=True).kv_cache_quant_algo == algo
+        )

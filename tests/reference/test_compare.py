@@ -1,0 +1,145 @@
+"""Comparisons that verification rests on: what passes, what doesn't, and where the worst element is said to be."""
+
+from __future__ import annotations
+
+import json
+from math import inf, nan
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.reference.compare import compare_native, compare_rounded
+
+WIDE = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def changed(values: Tensor, position: tuple[int, ...], value: float) -> Tensor:
+    values = values.clone()
+    values[position] = value
+    return values
+
+
+class TestNative:
+    def test_equal_weights_are_good(self):
+        comparison = compare_native(random(4, 256), random(4, 256))
+
+        assert comparison.good
+        assert (comparison.error, comparison.differing) == (0.0, 0)
+
+    @pytest.mark.parametrize(("off", "good"), [(0.9e-6, True), (1.1e-6, False)])
+    def test_the_tolerance_is_a_millionth_of_the_largest_value_of_the_row(self, off: float, good: bool):
+        want = torch.zeros(2, 8, dtype=torch.float64)
+        want[0, 0], want[1, 0] = 1000.0, 2.0
+
+        comparison = compare_native(changed(want, (1, 5), 2 * off), want)
+
+        assert comparison.good is good
+        assert comparison.error == pytest.approx(off)
+        assert comparison.position == (1, 5)
+
+    @settings(max_examples=25)
+    @given(st.integers(0, 3), st.integers(0, 299), st.sampled_from([nan, inf, -inf, 1e3]))
+    def test_the_worst_element_is_found_wherever_it_is(self, row: int, column: int, value: float):
+        """A NaN hides behind no number."""
+        want = random(4, 300)
+        got = changed(want, (0, 0), float(want[0, 0]) + 1e-3)
+
+        comparison = compare_native(changed(got, (row, column), value), want)
+
+        assert not comparison.good
+        assert comparison.position == (row, column)
+        assert comparison.block == f"row {row}, columns {column // 128 * 128}-{column // 128 * 128 + 127}"
+        assert comparison.want == float(want[row, column])
+        assert str(comparison.got) == str(value)
+        assert comparison.error > 1
+
+    @pytest.mark.parametrize("value", [nan, inf])
+    def test_what_the_source_has_no_number_for_never_passes(self, value: float):
+        odd = changed(random(2, 8), (1, 1), value)
+
+        assert not compare_native(odd, odd.clone()).good
+
+    def test_a_row_of_zeros_allows_no_difference(self):
+        want = torch.zeros(2, 8, dtype=torch.float64)
+
+        assert compare_native(want.clone(), want).good
+        comparison = compare_native(changed(want, (1, 3), 1e-300), want)
+        assert not comparison.good
+        assert (comparison.error, comparison.position, comparison.differing) == (inf, (1, 3), 1)
+
+    def test_differing_counts_what_is_beyond_the_tolerance(self):
+        want = random(3, 64)
+        got = want.clone()
+        got[0, :5] += 1
+        got[1, :5] += 1e-9
+
+        assert compare_native(got, want).differing == 5
+
+
+class TestRounded:
+    @pytest.mark.parametrize("dtype", WIDE)
+    def test_the_exact_value_rounded_once_is_good(self, dtype: torch.dtype):
+        exact = random(8, 64)
+
+        comparison = compare_rounded(round_once(exact, dtype), exact)
+
+        assert (comparison.good, comparison.error) == (True, 0.0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_one_unit_in_the_last_place_is_not(self, dtype: torch.dtype):
+        exact = random(8, 64)
+        integer = torch.int32 if dtype is torch.float32 else torch.int16
+        got = round_once(exact, dtype)
+        got.view(integer)[6, 60] += 1
+
+        comparison = compare_rounded(got, exact)
+
+        assert not comparison.good
+        assert (comparison.position, comparison.differing) == ((6, 60), 1)
+        assert comparison.want == float(round_once(exact, dtype)[6, 60])
+
+    def test_a_value_that_was_rounded_twice_is_not(self):
+        """1 + 2^-8 + 2^-40 lies above the middle of two bfloat16; float32 in between rounds it to the middle."""
+        exact = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)
+
+        assert compare_rounded(torch.tensor([1 + 2.0**-7]).bfloat16(), exact).good
+        assert not compare_rounded(exact.float().bfloat16(), exact).good
+
+    def test_nan_in_both_places_is_the_same_value(self):
+        exact = changed(random(2, 4), (0, 1), nan)
+
+        assert compare_rounded(exact.bfloat16(), exact).good
+        comparison = compare_rounded(changed(exact, (1, 2), nan).bfloat16(), exact)
+        assert (comparison.good, comparison.error, comparison.position) == (False, inf, (1, 2))
+
+    @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 4)])
+    def test_tensors_of_any_rank(self, shape: tuple[int, ...]):
+        exact = random(*shape)
+        comparison = compare_rounded(exact.float() + 1, exact)
+
+        assert not comparison.good
+        assert comparison.block == f"element {list(comparison.position)}"
+        assert len(comparison.position) == len(shape)
+
+    @pytest.mark.parametrize("shape", [(0,), (0, 4)])
+    def test_no_elements_are_equal(self, shape: tuple[int, ...]):
+        comparison = compare_rounded(torch.zeros(shape), torch.zeros(shape, dtype=torch.float64))
+
+        assert (comparison.good, comparison.position) == (True, ())
+
+
+def test_json_has_text_for_what_it_has_no_number_for() -> None:
+    comparison = compare_native(changed(random(1, 4), (0, 2), nan), random(1, 4))
+
+    document = comparison.to_dict()
+
+    assert (document["got"], document["error"], document["position"]) == ("nan", "inf", [0, 2])
+    assert json.loads(json.dumps(document, allow_nan=False)) == document

@@ -1,0 +1,119 @@
+"""The stages in order: what each gives, and who refuses what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import Built, rewrite_config, tiny_config, write_checkpoint
+
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.dtypes import DType
+from trtllm_ct.errors import CatalogError, ConfigError, DetectionError, UsageError
+from trtllm_ct.mapper import CompressedTensorsWeightMapper
+from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint, stream_delivered
+from trtllm_ct.targets import MODELOPT, TARGETS, target_named
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return write_checkpoint(tmp_path_factory.mktemp("int4"), scheme="int4-g64", shards=3)
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_opening_reads_no_tensor(built: Built, as_type: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorReader, "read", lambda *_: pytest.fail("a tensor was read"))
+
+    checkpoint = open_checkpoint(as_type(built.directory))
+
+    assert checkpoint.directory == built.directory
+    assert checkpoint.detection.method == "compressed-tensors"
+    assert checkpoint.config.groups[0].scheme.label() == "int4 group 64"
+    assert set(checkpoint.catalog.tensors) == set(built.stored)
+    assert checkpoint.model.name == "LlamaForCausalLM"
+    assert checkpoint.hf_config == built.config
+
+
+def test_a_byte_order_mark_in_config_json_is_no_fault(tmp_path: Path) -> None:
+    """Editors of one operating system write it."""
+    write_checkpoint(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+
+    assert open_checkpoint(tmp_path).model.layers == 2
+
+
+def test_each_stage_refuses_with_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(DetectionError):
+        open_checkpoint(tmp_path)
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CatalogError):
+        open_checkpoint(tmp_path)
+    rewrite_config(tmp_path, lambda config: config["quantization_config"].update(config_groups=3))
+    with pytest.raises(ConfigError):
+        open_checkpoint(tmp_path)
+
+
+def test_mistral_weight_names_without_config_json_are_refused_by_name(tmp_path: Path) -> None:
+    """params.json may hold a block that is ours, but its model is described nowhere that we read."""
+    write_checkpoint(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "params.json").write_text(
+        '{"quantization": {"quant_method": "compressed-tensors", "config_groups": {}}}'
+    )
+
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_plan_of_a_directory_is_the_plan_of_its_checkpoint(built: Built) -> None:
+    checkpoint = open_checkpoint(built.directory)
+
+    assert plan_checkpoint(built.directory) == checkpoint.plan() == checkpoint.plan("modelopt")
+    assert plan_checkpoint(built.directory, "dense", dtype=DType.F16) == checkpoint.plan("dense", dtype=DType.F16)
+
+
+def test_delivered_tensors_come_in_the_order_and_as_the_plan_says(built: Built) -> None:
+    checkpoint = open_checkpoint(built.directory)
+    plan = checkpoint.plan()
+
+    streamed = list(stream_delivered(plan, checkpoint.catalog))
+
+    assert [module for module, _ in streamed] == list(plan.modules)
+    delivered = {name: tensor for _, tensors in streamed for name, tensor in tensors.items()}
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in delivered.items()} == {
+        name: (spec.dtype.torch_dtype, spec.shape) for name, spec in plan.delivered_specs.items()
+    }
+
+
+def test_streaming_equals_mapping_in_memory(built: Built) -> None:
+    """The mapper alone does for tensors in memory what the pipeline does for files."""
+    checkpoint = open_checkpoint(built.directory)
+    plan = checkpoint.plan()
+
+    mapped = CompressedTensorsWeightMapper().map_weights(plan, built.stored)
+
+    streamed = {name: tensor for _, part in stream_delivered(plan, checkpoint.catalog) for name, tensor in part.items()}
+    assert mapped.keys() == streamed.keys()
+    assert all(torch.equal(mapped[name], streamed[name]) for name in mapped)
+
+
+class TestTargets:
+    @pytest.mark.parametrize("name", ["modelopt", "dense", "reference"])
+    def test_each_target_is_found_by_its_name(self, name: str):
+        assert target_named(name) is TARGETS[name]
+        assert target_named(name).name == name
+
+    def test_an_unknown_target_lists_the_known_ones(self, tmp_path: Path):
+        write_checkpoint(tmp_path, config=tiny_config(layers=1))
+
+        with pytest.raises(UsageError) as caught:
+            plan_checkpoint(tmp_path, "onnx")
+
+        (fault,) = caught.value.faults
+        assert (fault.expected, fault.found) == (" or ".join(TARGETS), "'onnx'")
+
+    def test_no_stock_release_has_a_linear_for_zero_points(self):
+        assert "W4A16_GPTQ" not in MODELOPT.algos

@@ -1,0 +1,42 @@
+"""`mxfp4-pack-quantized`: E2M1 codes, two to a byte, and a power of two for each 32 columns.
+
+| local name      | dtype                    | shape                                        |
+|-----------------|--------------------------|----------------------------------------------|
+| `weight_packed` | uint8                    | [N, K/2], the even column in the low nibble  |
+| `weight_scale`  | uint8 or float8_e8m0fnu  | [N, K/32], e for 2^(e - 127); 255 is NaN     |
+
+Releases 0.13 to 0.17 may declare a `weight_global_scale`, but none writes it: one that exists is refused.
+Source: compressed-tensors 0.20 `compressors/mxfp4/base.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.formats.microscaling import MicroscalingFormat
+from trtllm_ct.formats.small_floats import has_e4m3_scales, is_packed_float
+from trtllm_ct.layouts.floats import E2M1_PACKED
+from trtllm_ct.schemes import CompressionFormat, Element
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredSpecs
+    from trtllm_ct.schemes import QuantArgs
+
+__all__ = ["MXFP4"]
+
+
+class _MXFP4(MicroscalingFormat):
+    name = "mxfp4-pack-quantized"
+    declared_as = frozenset({CompressionFormat.MXFP4_PACK_QUANTIZED})
+    codes = "weight_packed"
+    code_dtype = DType.U8
+    element = Element.E2M1
+    packing = E2M1_PACKED
+
+    def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
+        """4-bit floats in bytes whose scales are not those of NVFP4."""
+        return is_packed_float(args, stored, bits=4) and not has_e4m3_scales(args, stored)
+
+
+MXFP4 = _MXFP4()

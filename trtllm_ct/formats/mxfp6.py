@@ -1,0 +1,42 @@
+"""`mxfp6-pack-quantized`: E2M3 codes, four in three bytes, and a power of two for each 32 columns.
+
+| local name      | dtype                    | shape                                                     |
+|-----------------|--------------------------|-----------------------------------------------------------|
+| `weight_packed` | uint8                    | [N, 3K/4], a little-endian stream: code k in bits 6k to 6k+5 |
+| `weight_scale`  | uint8 or float8_e8m0fnu  | [N, K/32], e for 2^(e - 127); 255 is NaN                  |
+
+A code is sign, two bits of exponent (bias 1), three of mantissa. Written since 0.20.
+Source: compressed-tensors 0.20 `compressors/mxfp6/{base,helpers}.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.formats.microscaling import MicroscalingFormat
+from trtllm_ct.formats.small_floats import is_packed_float
+from trtllm_ct.layouts.floats import E2M3_PACKED
+from trtllm_ct.schemes import CompressionFormat, Element
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredSpecs
+    from trtllm_ct.schemes import QuantArgs
+
+__all__ = ["MXFP6"]
+
+
+class _MXFP6(MicroscalingFormat):
+    name = "mxfp6-pack-quantized"
+    declared_as = frozenset({CompressionFormat.MXFP6_PACK_QUANTIZED})
+    codes = "weight_packed"
+    code_dtype = DType.U8
+    element = Element.E2M3
+    packing = E2M3_PACKED
+
+    def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
+        """6-bit floats in bytes."""
+        return is_packed_float(args, stored, bits=6)
+
+
+MXFP6 = _MXFP6()

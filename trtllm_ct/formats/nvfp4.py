@@ -1,0 +1,131 @@
+"""`nvfp4-pack-quantized`: E2M1 codes, two to a byte, a local E4M3 scale for each 16 columns and one global divisor.
+
+| local name            | dtype                   | shape                                             |
+|-----------------------|-------------------------|---------------------------------------------------|
+| `weight_packed`       | uint8                   | [N, K/2], the even column in the low nibble       |
+| `weight_scale`        | float8_e4m3fn           | [N, K/16]; as uint8 it holds the same bytes       |
+| `weight_global_scale` | float32                 | one element: 448 * 6 / largest absolute weight    |
+| `input_global_scale`  | float32                 | one element, W4A4 only; belongs to the activation |
+
+A weight is `code * local / global`: the global scale divides, where ModelOpt's `weight_scale_2` multiplies. The library
+reads a missing one as 1, which is wrong by a factor of hundreds; here it is a fault.
+A global scale of 0 belongs to an expert that calibration never reached. Its weight is zero, which is what division by
+infinity makes of it: so it is handed on as an infinite divisor.
+Source: compressed-tensors 0.20 `compressors/nvfp4/{base,helpers}.py`; releases since 0.10 write the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
+from trtllm_ct.formats.companions import check_codes, check_shape
+from trtllm_ct.formats.small_floats import (
+    NVFP4_GROUP,
+    check_group_scale,
+    check_group_size,
+    has_e4m3_scales,
+    is_packed_float,
+    local_scale,
+    logical_shape,
+)
+from trtllm_ct.layouts.floats import E2M1_PACKED
+from trtllm_ct.layouts.packing import repack
+from trtllm_ct.schemes import CompressionFormat, Element
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.schemes import QuantArgs
+
+__all__ = ["NVFP4"]
+
+_NAMES = ("weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point")
+_GLOBAL_SCALE_DTYPES = frozenset({DType.BF16, DType.F16, DType.F32})
+
+
+class _NVFP4(WeightFormat):
+    name = "nvfp4-pack-quantized"
+    declared_as = frozenset({CompressionFormat.NVFP4_PACK_QUANTIZED})
+
+    def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
+        """4-bit floats in bytes with E4M3 scales."""
+        return is_packed_float(args, stored, bits=4) and has_e4m3_scales(args, stored)
+
+    def describe(
+        self,
+        module: str,
+        args: QuantArgs,
+        stored: StoredSpecs,
+        expected_shape: tuple[int, int] | None,
+        faults: FaultCollector,
+        version: Version = (),  # noqa: ARG002 (no release differs)
+    ) -> StoredWeight | None:
+        """See the table above."""
+        packed = stored["weight_packed"]
+        is_matrix = check_codes(module, "weight_packed", packed, DType.U8, faults)
+        if not check_group_size(module, args, NVFP4_GROUP, faults) or not is_matrix:
+            return None
+        shape = logical_shape(packed, E2M1_PACKED, expected_shape)
+        check_shape(module, shape, expected_shape, faults)
+        check_group_scale(module, args, stored, shape, (DType.F8_E4M3, DType.U8), faults)
+        _check_global_scale(module, stored, faults)
+        return StoredWeight(
+            format=self,
+            args=args,
+            shape=shape,
+            codes="weight_packed",
+            packing=E2M1_PACKED,
+            element=Element.E2M1,
+            divisor="weight_global_scale",
+            consumed=tuple(name for name in _NAMES if name in stored),
+        )
+
+    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        """The stored tensors themselves; the divisor as one float32 element, infinite where 0 is stored."""
+        import torch
+
+        divisor = stored["weight_global_scale"].reshape(1).to(torch.float32)
+        return Codes(
+            values=stored["weight_packed"],
+            packing=E2M1_PACKED,
+            shape=weight.shape,
+            scale=local_scale(weight, stored["weight_scale"]).reshape(weight.scale_shape),
+            element=Element.E2M1,
+            divisor=torch.where(divisor == 0, torch.inf, divisor),
+        )
+
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
+        """What the library writes; `codes` may come in any packing, with E4M3 scales and a divisor."""
+        import torch
+
+        if codes.packing is None or codes.divisor is None:
+            raise AssertionError("NVFP4 has packed codes and a divisor")
+        return {
+            "weight_packed": repack(codes.values, codes.packing, E2M1_PACKED, codes.shape),
+            "weight_scale": codes.scale,
+            "weight_global_scale": torch.where(codes.divisor.isinf(), 0, codes.divisor),
+        }
+
+
+NVFP4 = _NVFP4()
+
+
+def _check_global_scale(module: str, stored: StoredSpecs, faults: FaultCollector) -> None:
+    """Whether the divisor is there and is one number."""
+    spec = stored.get("weight_global_scale")
+    if spec is not None and spec.dtype in _GLOBAL_SCALE_DTYPES and spec.numel == 1:
+        return
+    faults.add(
+        where=f"{module}.weight_global_scale",
+        expected="one float32 element, which the scaled codes are divided by",
+        found=str(spec) if spec else "no such tensor",
+        remedy=(
+            "Without it the weight is wrong by a factor of hundreds; download the checkpoint again, or save it with a "
+            "release of its writer that keeps this tensor."
+        ),
+    )

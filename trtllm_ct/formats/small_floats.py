@@ -1,0 +1,114 @@
+"""What the formats of small floats share: groups of 16 or 32 columns, and a scale of one byte for each group.
+
+NVFP4 scales with E4M3 and a second scale for the whole tensor, the microscaling (MX) formats with powers of two (E8M0).
+Some writers store either byte under another dtype of the same width, so tensors say how many scales there are and,
+where the dtype does not, arguments say what they mean.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.dtypes import DType
+from trtllm_ct.formats.base import scale_shape
+from trtllm_ct.schemes import NumberType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.formats.base import StoredSpecs, StoredWeight
+    from trtllm_ct.schemes import Packing, QuantArgs, TensorSpec
+
+__all__ = [
+    "NVFP4_GROUP",
+    "check_group_scale",
+    "check_group_size",
+    "has_e4m3_scales",
+    "is_packed_float",
+    "local_scale",
+    "logical_shape",
+]
+
+NVFP4_GROUP = 16
+
+
+def is_packed_float(args: QuantArgs, stored: StoredSpecs, bits: int) -> bool:
+    """Whether a module holds floats of this width packed in bytes."""
+    packed = stored.get("weight_packed")
+    return args.type is NumberType.FLOAT and args.num_bits == bits and packed is not None and packed.dtype is DType.U8
+
+
+def has_e4m3_scales(args: QuantArgs, stored: StoredSpecs) -> bool:
+    """Whether the scales of 4-bit floats are E4M3 (NVFP4) rather than E8M0 (MXFP4).
+
+    The dtype says so; for plain bytes, and for scales that are missing or of a dtype that neither has, the group
+    size of the arguments does.
+    """
+    scale = stored.get("weight_scale")
+    if scale is not None and scale.dtype in {DType.F8_E4M3, DType.F8_E8M0}:
+        return scale.dtype is DType.F8_E4M3
+    return args.group_size == NVFP4_GROUP
+
+
+def local_scale(weight: StoredWeight, scale: Tensor) -> Tensor:
+    """A stored one-byte scale under its true dtype: float8_e4m3fn beside a divisor, uint8 exponents without one."""
+    import torch
+
+    return scale.view(torch.uint8 if weight.divisor is None else torch.float8_e4m3fn)
+
+
+def logical_shape(
+    packed: TensorSpec, packing: Packing | None, expected_shape: tuple[int, int] | None
+) -> tuple[int, int]:
+    """(N, K) of the codes: the model's own K where it fills just these bytes, else all that they hold."""
+    rows, width = packed.shape
+    if packing is None:
+        return rows, width
+    if expected_shape is not None and packing.elements(expected_shape[1]) == width:
+        return rows, expected_shape[1]
+    return rows, width * packing.container.bits // packing.bits
+
+
+def check_group_size(module: str, args: QuantArgs, group_size: int, faults: FaultCollector) -> bool:
+    """Whether the arguments ask for the one group size that the format has."""
+    if args.group_size == group_size:
+        return True
+    faults.add(
+        where=module,
+        expected=f"group_size {group_size}, which its tensors ask for",
+        found=args.label(),
+        remedy="Check which config group targets this module, and weights.group_size there.",
+    )
+    return False
+
+
+def check_group_scale(
+    module: str,
+    args: QuantArgs,
+    stored: StoredSpecs,
+    shape: tuple[int, int],
+    dtypes: tuple[DType, ...],
+    faults: FaultCollector,
+) -> None:
+    """Whether `weight_scale` is there, of one of `dtypes`, and has one element for each row and group."""
+    expected = list(scale_shape(args, shape))
+    spec = stored.get("weight_scale")
+    names = " or ".join(dtype.torch_name for dtype in dtypes)
+    if spec is None:
+        remedy = "Without its scale the weight has no value; download the checkpoint again or look for a lost shard."
+    elif spec.dtype not in dtypes:
+        remedy = "Scales of this dtype belong to another format; check `format` in config_groups."
+    elif list(spec.shape) != expected and not (1 in expected and spec.numel == expected[0] * expected[1]):
+        remedy = (
+            "Codes and scales contradict each other: the weight is of another width or group size than num_bits and "
+            "group_size in config_groups say."
+        )
+    else:
+        return
+    faults.add(
+        where=f"{module}.weight_scale",
+        expected=f"{names} {expected}, one for each row and group of {args.group_size} columns",
+        found=str(spec) if spec else "no such tensor",
+        remedy=remedy,
+    )

@@ -1,0 +1,165 @@
+"""Gathers the tensors of one layer's experts as they arrive, and proves that they make whole experts of one kind.
+
+The engine gives all experts of a layer one algorithm (TensorRT-LLM `_torch/models/modeling_utils.py`,
+`apply_layerwise_quant_config`), so that a layer of several kinds is a fault here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trtllm_ct.errors import PlanError
+from trtllm_ct.reference.experts import SPELLINGS, ReferenceExpert, ReferenceExperts
+from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.quant_config import LayerQuantConfig
+
+__all__ = ["ExpertParts"]
+
+_PROJECTIONS = frozenset(name for spelling in SPELLINGS for name in spelling)
+_MOST_NAMED = 4
+
+
+@dataclass(slots=True, kw_only=True)
+class ExpertParts:
+    """What arrived for the experts of one layer.
+
+    `path` is that of `shell`, transformers' experts module; `name` is what messages call it. `layer_of` tells the mode
+    of a Linear by its path, None for a plain one. `dtype` is that of plain weights.
+    """
+
+    path: str
+    name: str
+    shell: nn.Module
+    layer_of: Callable[[str], LayerQuantConfig | None]
+    dtype: torch.dtype
+    quantize_activations: bool
+    faults: FaultCollector
+    tensors: dict[int, dict[str, dict[str, Tensor]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
+
+    def take(self, local: str, tensor: Tensor) -> bool:
+        """Sort in a tensor by its name below `path`, such as `3.gate_proj.weight`; False for what no expert has."""
+        expert, _, rest = local.partition(".")
+        projection, _, name = rest.partition(".")
+        if not expert.isdecimal() or projection not in _PROJECTIONS or not name or "." in name:
+            return False
+        self.tensors[int(expert)][projection][name] = tensor
+        return True
+
+    def build(self, count: int) -> ReferenceExperts | None:
+        """The experts, `count` of them; None after adding a fault where they are not whole or not of one kind."""
+        spelling = self._spelling()
+        if spelling is None or not self._is_complete(count, spelling) or not self._is_of_one_mode():
+            return None
+        experts = [
+            ReferenceExpert({projection: self._linear(expert, projection, spelling) for projection in spelling})
+            for expert in range(count)
+        ]
+        return ReferenceExperts(experts, replaced=self.shell)
+
+    def _spelling(self) -> tuple[str, str, str] | None:
+        """The names of gate, up and down in this layer; a layer that mixes them leaves open what is what."""
+        used = {projection for expert in self.tensors.values() for projection in expert}
+        for spelling in SPELLINGS:
+            if used <= set(spelling):
+                return spelling
+        self._fault(
+            expected=" or ".join(", ".join(spelling) for spelling in SPELLINGS),
+            found=", ".join(sorted(used)),
+            remedy="Name the Linears of all experts in one way.",
+        )
+        return None
+
+    def _is_complete(self, count: int, spelling: tuple[str, str, str]) -> bool:
+        missing = [
+            f"{expert}.{projection}"
+            for expert in range(count)
+            for projection in spelling
+            if not self.tensors.get(expert, {}).get(projection)
+        ]
+        surplus = [str(expert) for expert in sorted(self.tensors) if expert >= count]
+        if missing:
+            self._fault(
+                expected=f"{count} experts, each with {', '.join(spelling)}",
+                found=f"no {_some(missing)}",
+                remedy="Check that no shard is missing; a layer without some experts needs a router without their rows.",
+            )
+        if surplus:
+            self._fault(
+                expected=f"{count} experts, as many as the router has rows",
+                found=f"tensors of experts {_some(surplus)} too",
+                remedy="Check that config.json and the router belong to these experts.",
+            )
+        return not missing and not surplus
+
+    def _is_of_one_mode(self) -> bool:
+        first: dict[LayerQuantConfig | None, str] = {}
+        for expert in sorted(self.tensors):
+            for projection in self.tensors[expert]:
+                first.setdefault(self.layer_of(f"{self.path}.{expert}.{projection}"), f"{expert}.{projection}")
+        if len(first) < 2:
+            return True
+        self._fault(
+            expected="one algorithm for all experts of the layer",
+            found=", ".join(f"{layer.quant_algo if layer else 'none'} for {name}" for layer, name in first.items()),
+            remedy="Quantize all experts of a layer alike, or leave all of them plain; the engine knows one mode for them.",
+        )
+        return False
+
+    def _linear(self, expert: int, projection: str, spelling: tuple[str, str, str]) -> nn.Module:
+        """One Linear; after adding a fault, where its tensors don't fit, an empty one."""
+        _experts, outputs, inputs = self.shell.get_parameter("down_proj").shape
+        if projection != spelling[-1]:
+            outputs, inputs = inputs, outputs
+        name = f"{self.name}.{expert}.{projection}"
+        tensors, layer = self.tensors[expert][projection], self.layer_of(f"{self.path}.{expert}.{projection}")
+        if layer is None:
+            return self._plain(name, tensors, outputs, inputs)
+        try:
+            return ReferenceLinear(
+                tensors,
+                layer=layer,
+                in_features=inputs,
+                out_features=outputs,
+                quantize_activations=self.quantize_activations,
+                name=name,
+            )
+        except PlanError as error:
+            self.faults.faults.extend(error.faults)
+            return nn.Identity()
+
+    def _plain(self, name: str, tensors: dict[str, Tensor], outputs: int, inputs: int) -> nn.Module:
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+        for local, tensor in tensors.items():
+            if local == "weight" and list(tensor.shape) == [outputs, inputs] and has_dtype(tensor, WIDE_FLOATS):
+                linear.weight = nn.Parameter(tensor.to(self.dtype), requires_grad=False)
+                continue
+            self.faults.add(
+                where=f"{name}.{local}",
+                expected=f"an unquantized weight [{outputs}, {inputs}] alone, because quant_config gives it no mode",
+                found=describe(tensor),
+                remedy="If the experts are quantized, quant_config must say so; if not, config.json is another model's.",
+            )
+        return linear
+
+    def _fault(self, *, expected: str, found: str, remedy: str) -> None:
+        self.faults.add(where=self.name, expected=expected, found=found, remedy=remedy)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

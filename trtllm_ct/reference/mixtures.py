@@ -1,0 +1,208 @@
+"""The mixture-of-experts layers of a model while it is assembled: their experts, and how many their routers know.
+
+A layer gets its experts one by one or, plain, as the two stacks that transformers itself has; the names that arrive
+decide. A layer may have fewer experts than config.json says when its router has as few rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trtllm_ct.reference.expert_parts import ExpertParts
+from trtllm_ct.reference.experts import is_stack_of_experts, replaceable
+from trtllm_ct.reference.rules import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import torch
+    from torch import Tensor, nn
+
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.reference.names import NameMap
+
+__all__ = ["Mixtures"]
+
+_STACKS = ("gate_up_proj", "down_proj")
+_ROUTERS = ("gate", "router")
+# What lies beside the experts and has one entry for each of them along its first axis.
+_ROUTER_TENSORS = (
+    "gate.weight",
+    "gate.bias",
+    "gate.e_score_correction_bias",
+    "router.weight",
+    "router.bias",
+    "e_score_correction_bias",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mixture:
+    """One layer: the parts of its single experts, the names of its stacks, and of all that counts its experts."""
+
+    parts: ExpertParts
+    block: str
+    stacks: frozenset[str]
+    counting: frozenset[str]
+
+
+class Mixtures:
+    """Every mixture-of-experts layer of `model`; faults go to `faults`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quant_config: QuantConfig,
+        names: NameMap,
+        *,
+        dtype: torch.dtype,
+        quantize_activations: bool,
+        faults: FaultCollector,
+    ) -> None:
+        self._model = model
+        self._quant_config = quant_config
+        self._faults = faults
+        self._reported: set[str] = set()
+        experts = {path: module for path, module in model.named_modules() if is_stack_of_experts(module)}
+        self._foreign = {path: type(module).__name__ for path, module in experts.items() if not replaceable(module)}
+        self._mixtures = {
+            path: _mixture(
+                ExpertParts(
+                    path=path,
+                    name=names.stored(path),
+                    shell=module,
+                    layer_of=self._layer_of,
+                    dtype=dtype,
+                    quantize_activations=quantize_activations,
+                    faults=faults,
+                )
+            )
+            for path, module in experts.items()
+            if path not in self._foreign
+        }
+        self._counting = {name for mixture in self._mixtures.values() for name in mixture.counting}
+
+    def has(self, module: str) -> bool:
+        """Whether a path is that of a layer's experts or of a Linear of one of them."""
+        return module in self._mixtures or module.rsplit(".", 2)[0] in self._mixtures
+
+    def take(self, path: str, tensor: Tensor) -> bool:
+        """Sort in a tensor of a single expert; False for anything else."""
+        experts = path.rsplit(".", 3)[0]
+        if experts in self._foreign:
+            self._refuse_once(experts, tensor)
+            return True
+        return experts in self._mixtures and self._mixtures[experts].parts.take(
+            path.removeprefix(f"{experts}."), tensor
+        )
+
+    def fits_fewer(self, path: str, tensor: Tensor, slot: Tensor) -> bool:
+        """Whether a tensor with an entry for each expert would fit with fewer experts; `finish` counts them."""
+        return path in self._counting and tensor.shape[1:] == slot.shape[1:] and 0 < len(tensor) < len(slot)
+
+    def finish(self, filled: Collection[str]) -> set[str]:
+        """Put single experts into the model; `filled` are its tensors that are there.
+
+        Returns the names of the stacks that are not needed: single experts take their place, or a fault says it all.
+        """
+        return {name for mixture in self._mixtures.values() for name in self._finish(mixture, filled)}
+
+    def _finish(self, mixture: _Mixture, filled: Collection[str]) -> frozenset[str]:
+        parts = mixture.parts
+        stacked = mixture.stacks.intersection(filled)
+        if bool(parts.tensors) == bool(stacked):
+            self._faults.add(
+                where=parts.name,
+                expected="experts one by one, or plain in the two stacks gate_up_proj and down_proj",
+                found="both" if stacked else "neither",
+                remedy="Check that no shard is missing and that every expert is delivered once.",
+            )
+            return mixture.stacks
+        count = self._count(mixture, filled)
+        if count is None:
+            return mixture.stacks
+        if stacked:
+            self._check_plain(parts)
+            return frozenset()
+        experts = parts.build(count)
+        if experts is not None:
+            self._model.set_submodule(parts.path, experts)
+        return mixture.stacks
+
+    def _count(self, mixture: _Mixture, filled: Collection[str]) -> int | None:
+        """The number of experts by all that has an entry for each, once the router is set to it; None for a fault."""
+        parts = mixture.parts
+        counts = {name: len(self._tensor(name)) for name in sorted(mixture.counting.intersection(filled))}
+        stated = len(parts.shell.get_parameter("down_proj"))
+        if len(set(counts.values())) > 1:
+            self._faults.add(
+                where=parts.name,
+                expected="as many experts everywhere in the layer",
+                found=", ".join(
+                    f"{count} in {name.removeprefix(mixture.block + '.')}" for name, count in counts.items()
+                ),
+                remedy="Prune router and experts of a layer together.",
+            )
+            return None
+        count = next(iter(counts.values()), stated)
+        return count if count == stated or self._route_to_fewer(mixture, count) else None
+
+    def _route_to_fewer(self, mixture: _Mixture, count: int) -> bool:
+        """Tell the modules of a layer that they have fewer experts; False for a fault."""
+        block = self._model.get_submodule(mixture.block)
+        for module in (mixture.parts.shell, *(getattr(block, name, None) for name in _ROUTERS)):
+            if module is None:
+                continue
+            chosen, groups = getattr(module, "top_k", 1), getattr(module, "num_group", None) or 1
+            if count < chosen or count % groups:
+                self._faults.add(
+                    where=mixture.parts.name,
+                    expected=f"at least {chosen} experts, in {groups} groups of one size",
+                    found=f"{count}",
+                    remedy="Keep as many experts as the router chooses for a token, and as many in each group.",
+                )
+                return False
+            module.num_experts = count
+        return True
+
+    def _tensor(self, name: str) -> Tensor:
+        owner, _, local = name.rpartition(".")
+        tensor: Tensor = getattr(self._model.get_submodule(owner), local)
+        return tensor
+
+    def _check_plain(self, parts: ExpertParts) -> None:
+        layer = self._layer_of(parts.path)
+        if layer is not None:
+            self._faults.add(
+                where=parts.name,
+                expected=f"experts in {layer.quant_algo}, as quant_config says",
+                found="plain stacks",
+                remedy="List the experts in exclude_modules if they are not quantized.",
+            )
+
+    def _layer_of(self, path: str) -> LayerQuantConfig | None:
+        """The mode of a layer's experts or of a Linear of one; an entry for the layer speaks for all of them."""
+        layer = self._quant_config.layer_config(path)
+        if layer is None and path not in self._quant_config.exclude_modules:
+            layer = self._quant_config.quantized_layers.get(path.rsplit(".", 2)[0])
+        return layer
+
+    def _refuse_once(self, experts: str, tensor: Tensor) -> None:
+        if experts in self._reported:
+            return
+        self._reported.add(experts)
+        self._faults.add(
+            where=experts,
+            expected=f"the two stacks of {self._foreign[experts]}, which computes more than gate, up and down",
+            found=f"tensors of single experts, such as {describe(tensor)}",
+            remedy="The reference engine can't take the experts of this architecture one by one; deliver plain stacks.",
+        )
+
+
+def _mixture(parts: ExpertParts) -> _Mixture:
+    block = parts.path.rpartition(".")[0]
+    stacks = frozenset(f"{parts.path}.{name}" for name in _STACKS)
+    routers = frozenset(f"{block}.{name}" for name in _ROUTER_TENSORS)
+    return _Mixture(parts=parts, block=block, stacks=stacks, counting=stacks | routers)
