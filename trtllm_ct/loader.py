@@ -107,11 +107,10 @@ def _log_missing_library() -> None:
 def _stream_stored(catalog: Catalog) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of each module as they lie in the files."""
     from trtllm_ct.checkpoint.reader import TensorReader
-    from trtllm_ct.plan.stored import stored_modules
 
     with TensorReader(catalog) as reader:
-        for module in stored_modules(catalog).values():
-            yield module.name, {name: reader.read(name) for name in module.full_names(module.specs)}
+        for module, names in catalog.names_by_module().items():
+            yield module, {name: reader.read(name) for name in names}
 
 
 def _require_choice(name: str, value: str, choices: Iterable[str]) -> None:

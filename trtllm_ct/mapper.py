@@ -36,7 +36,7 @@ class CompressedTensorsWeightMapper:
         weight its int8 codes. Raises `PayloadError` for scales that are NaN, infinite, negative or (one per tensor)
         zero, for a `weight_shape` that contradicts the plan, and for values that the delivered dtype can't hold.
         """
-        local = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}
+        local = module.local_tensors(stored)
         faults = FaultCollector()
         check_payload(module, local, faults)
         faults.raise_if_any(PayloadError)

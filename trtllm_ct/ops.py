@@ -27,7 +27,19 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.codecs import Codec
     from trtllm_ct.schemes import Packing, TensorSpec
 
-__all__ = ["AdditiveZero", "Cast", "Copy", "Dequantize", "ModuleTensors", "Ones", "Operation", "Repack", "WidenScale"]
+__all__ = [
+    "AdditiveZero",
+    "Cast",
+    "Copy",
+    "Dequantize",
+    "ModuleTensors",
+    "Ones",
+    "Operation",
+    "Reciprocal",
+    "Reinterpret",
+    "Repack",
+    "WidenScale",
+]
 
 
 class ModuleTensors:
@@ -125,14 +137,14 @@ class Repack(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WidenScale(Operation):
-    """A scale as float32 in the shape that a Linear reads; `stored_shape` is (rows, groups) of the stored one."""
+    """A scale as float32 in the shape that a Linear reads: the weight's own, or the one element that `source` names."""
 
     label: ClassVar[str] = "widen scale"
-    stored_shape: tuple[int, int]
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
         """float32, values unchanged."""
-        return widen_scale(self.input(module), self.stored_shape, self.result.shape)
+        scale = module.codes.scale if self.source is None else self.input(module).reshape(1, 1)
+        return widen_scale(scale, self.result.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +160,34 @@ class AdditiveZero(Operation):
         codes = module.codes
         if codes.zero_point is None:
             return torch.zeros(self.result.shape, dtype=torch.float32)
-        zero = additive_zero(codes.scale, codes.zero_point)
-        return widen_scale(zero, module.weight.scale_shape, self.result.shape)
+        return widen_scale(additive_zero(codes.scale, codes.zero_point), self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reciprocal(Operation):
+    """A stored divisor as the multiplier that engines read, float32 []; the 0 of an expert that saw no data stays 0."""
+
+    label: ClassVar[str] = "reciprocal"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """1 / divisor, rounded once."""
+        import torch
+
+        divisor = self.input(module).double().reshape(())
+        # A plain 1 / 0 would be infinite, and the maximum that engines take over experts would carry it into all of
+        # them.
+        return torch.where(divisor == 0, 0.0, 1 / divisor).to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reinterpret(Operation):
+    """The bytes of a stored tensor under the dtype that they mean; neither read nor copied."""
+
+    label: ClassVar[str] = "reinterpret"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """The source as `result` says."""
+        return self.input(module).view(self.result.dtype.torch_dtype).reshape(self.result.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

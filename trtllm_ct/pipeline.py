@@ -23,7 +23,7 @@ from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.detect import Detection, FormatDetector
 from trtllm_ct.plan.architectures import Model
 from trtllm_ct.plan.planner import make_plan
-from trtllm_ct.targets import target_named
+from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,9 +49,15 @@ class Checkpoint:
     model: Model
     hf_config: Mapping[str, Any]
 
-    def plan(self, to: str = "modelopt", *, dtype: DType | None = None, strict: bool = False) -> Plan:
-        """The plan for the target named `to`; see `make_plan`. Raises `PlanError`, `UsageError` for an unknown one."""
-        return make_plan(self.config, self.catalog, self.model, target_named(to), dtype=dtype, strict=strict)
+    def plan(
+        self, to: str = "modelopt", *, engine: str = DEFAULT_ENGINE, dtype: DType | None = None, strict: bool = False
+    ) -> Plan:
+        """The plan for the target named `to` and the capability set `engine` of stock TensorRT-LLM; see `make_plan`.
+
+        Raises `PlanError`, and `UsageError` for an unknown name.
+        """
+        target = target_named(to, engine)
+        return make_plan(self.config, self.catalog, self.model, target, dtype=dtype, strict=strict)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -75,10 +81,15 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
 
 def plan_checkpoint(
-    directory: str | Path, to: str = "modelopt", *, dtype: DType | None = None, strict: bool = False
+    directory: str | Path,
+    to: str = "modelopt",
+    *,
+    engine: str = DEFAULT_ENGINE,
+    dtype: DType | None = None,
+    strict: bool = False,
 ) -> Plan:
-    """The plan of a directory for the target named `to`; headers only."""
-    return open_checkpoint(directory).plan(to, dtype=dtype, strict=strict)
+    """The plan of a directory for the target named `to`; headers only. See `Checkpoint.plan`."""
+    return open_checkpoint(directory).plan(to, engine=engine, dtype=dtype, strict=strict)
 
 
 def stream_delivered(

@@ -7,6 +7,8 @@ The field names are the engine's (`tensorrt_llm.models.modeling_utils.QuantConfi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.schemes import QuantAlgo
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerQuantConfig", "QuantConfig"]
 
+_WITH_ZERO_POINTS = frozenset({QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ})
 # ModelOpt's own name for an algorithm, which TensorRT-LLM reads in any case (`quantization/modelopt_config.py`).
 _ALIASES = {"fp8_pb_wo": QuantAlgo.FP8_BLOCK_SCALES}
 
@@ -33,11 +36,9 @@ class LayerQuantConfig:
         """JSON form, without the fields that the algorithm doesn't use."""
         entry: dict[str, Any] = {"quant_algo": str(self.quant_algo)}
         if self.group_size is not None:
-            entry |= {
-                "group_size": self.group_size,
-                "has_zero_point": self.has_zero_point,
-                "pre_quant_scale": self.pre_quant_scale,
-            }
+            entry["group_size"] = self.group_size
+        if self.quant_algo in _WITH_ZERO_POINTS:
+            entry |= {"has_zero_point": self.has_zero_point, "pre_quant_scale": self.pre_quant_scale}
         return entry
 
     @classmethod
@@ -88,10 +89,20 @@ class QuantConfig:
         return self.layer.pre_quant_scale if self.layer else False
 
     def layer_config(self, module: str) -> LayerQuantConfig | None:
-        """The mode of one module by its full name, None when it is not quantized."""
-        if module in self.exclude_modules:
+        """The mode of one module by its full name, None when it is not quantized.
+
+        An entry counts for the modules below it too, as engines have it: all experts of a layer are named once.
+        """
+        around = tuple(accumulate(module.split("."), "{}.{}".format))
+        if not self._excluded.isdisjoint(around):
             return None
-        return self.layer or self.quantized_layers.get(module)
+        return self.layer or next(
+            (self.quantized_layers[name] for name in around if name in self.quantized_layers), None
+        )
+
+    @property
+    def _excluded(self) -> frozenset[str]:
+        return _as_set(self.exclude_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization` part of `hf_quant_config.json`."""
@@ -115,3 +126,9 @@ class QuantConfig:
             exclude_modules=tuple(entry.get("exclude_modules") or ()),
             quantized_layers={name: LayerQuantConfig.from_dict(layer) for name, layer in layers.items()},
         )
+
+
+@lru_cache(maxsize=8)
+def _as_set(names: tuple[str, ...]) -> frozenset[str]:
+    """Looked up for every module of a model, so hashed once."""
+    return frozenset(names)

@@ -102,7 +102,7 @@ def _check_source(plan: Plan, catalog: Catalog, faults: FaultCollector) -> int:
     zeros = 0
     with TensorReader(catalog) as reader:
         for module in plan.modules:
-            stored = {name.rpartition(".")[2]: reader.read(name) for name in module.reads}
+            stored = module.local_tensors({name: reader.read(name) for name in module.reads})
             check_payload(module, stored, faults)
             zeros += count_zero_scales(module, stored)
             _check_codes(module, stored, faults)

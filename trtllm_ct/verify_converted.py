@@ -14,7 +14,7 @@ from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.errors import CheckpointError, FaultCollector
 from trtllm_ct.formats.codecs import NATIVE
-from trtllm_ct.plan.stored import StoredModule, stored_modules
+from trtllm_ct.ops import Reciprocal
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
 from trtllm_ct.reference.directory import read_quant_config
@@ -22,7 +22,7 @@ from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -57,9 +57,14 @@ def compare_converted(
     quant_config = QuantConfig()
     if (converted / "hf_quant_config.json").is_file():
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
-    fused = frozenset(site.module for site in checkpoint.model.sites() if site.fused)
+    model = checkpoint.model
+    fused = frozenset(site.module for site in model.sites(model.place(plan.by_name)) if site.joined)
+    modules = {
+        module: frozenset(name.rpartition(".")[2] for name in names)
+        for module, names in catalog.names_by_module().items()
+    }
     with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as delivered:
-        comparison = _Comparison(source, delivered, stored_modules(catalog), quant_config, fused, faults)
+        comparison = _Comparison(source, delivered, modules, quant_config, fused, faults)
         checks = tuple(check for module in plan.modules for check in comparison.module(module))
     for name in catalog.tensors:
         if name not in comparison.seen:
@@ -79,7 +84,7 @@ class _Comparison:
         self,
         source: TensorReader,
         delivered: TensorReader,
-        modules: dict[str, StoredModule],
+        modules: Mapping[str, frozenset[str]],
         quant_config: QuantConfig,
         fused: frozenset[str],
         faults: FaultCollector,
@@ -94,14 +99,18 @@ class _Comparison:
 
     def module(self, plan: ModulePlan) -> Iterator[TensorCheck]:
         """The checks of one module: its weight, then every other tensor that was delivered from it."""
-        stored = {name.rpartition(".")[2]: self._source.read(name) for name in plan.reads}
+        stored = plan.local_tensors({name: self._source.read(name) for name in plan.reads})
         if any(delivery.name == f"{plan.name}.weight" for delivery in plan.deliveries):
             yield from self._weight(plan, stored)
+        consumed = plan.weight.consumed if plan.weight else ("weight",)
         for delivery in plan.deliveries:
             source = delivery.operation.source
-            if source in {None, "weight", "weight_scale"}:
+            if source is None or source in consumed:
                 continue
-            yield from self._tensor(delivery.name, stored[source])
+            exact = stored[source].double()
+            if isinstance(delivery.operation, Reciprocal):
+                exact = torch.where(exact == 0, 0.0, 1 / exact)
+            yield from self._tensor(delivery.name, exact)
 
     def _weight(self, plan: ModulePlan, stored: dict[str, Tensor]) -> Iterator[TensorCheck]:
         name = f"{plan.name}.weight"
@@ -143,8 +152,8 @@ class _Comparison:
     def _tensor(self, name: str, source: Tensor) -> Iterator[TensorCheck]:
         """A bias or an activation or KV scale. Scales that a plain module does not need may be absent."""
         module, _, local = name.rpartition(".")
-        delivered = self._modules.get(module)
-        if delivered is None or local not in delivered.specs:
+        delivered = self._modules.get(module, frozenset())
+        if local not in delivered:
             if local == "bias" or self._needs(module, local):
                 self._missing(name)
             return
@@ -171,13 +180,24 @@ class _Comparison:
 
     def _read_weight(self, module: str, layer: LayerQuantConfig | None) -> dict[str, Tensor]:
         """The converted tensors that make a weight, by local name: all that a mode has, or the plain weight."""
-        delivered = self._modules.get(module)
-        if delivered is None:
-            return {}
-        apart = {"bias", "input_scale", "k_scale", "v_scale"}
-        names = delivered.specs.keys() - apart if layer else delivered.specs.keys() & {"weight"}
-        self.seen |= set(delivered.full_names(names))
-        return {local: self._delivered.read(delivered.full_name(local)) for local in names}
+        delivered = self._modules.get(module, frozenset())
+        apart = {"bias", "k_scale", "v_scale", "e_score_correction_bias"}
+        names = delivered - apart if layer else delivered & {"weight"}
+        tensors = {local: self._delivered.read(f"{module}.{local}") for local in names}
+        self.seen |= {f"{module}.{local}" for local in names - {"input_scale"}}
+        if {"weight_scale", "weight_scale_inv"} <= tensors.keys():
+            self._check_second_name(module, tensors["weight_scale"], tensors.pop("weight_scale_inv"))
+        return tensors
+
+    def _check_second_name(self, module: str, scale: Tensor, again: Tensor) -> None:
+        """Experts carry their scale under two names for engines of different releases; both must say the same."""
+        if scale.shape != again.shape or not torch.equal(scale, again):
+            self._faults.add(
+                where=f"{module}.weight_scale_inv",
+                expected="the same values as weight_scale",
+                found="others",
+                remedy="Convert again; an engine would read either of them.",
+            )
 
     def _judged(self, check: TensorCheck) -> TensorCheck:
         """The check itself, after adding a fault when it is bad."""

@@ -87,6 +87,13 @@ class Catalog:
             warnings=warnings,
         )
 
+    def names_by_module(self) -> dict[str, tuple[str, ...]]:
+        """The names of each module's tensors, wherever they lie; a module's name is all but the last component."""
+        modules: dict[str, list[str]] = {}
+        for name in self.tensors:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        return {module: tuple(names) for module, names in modules.items()}
+
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 

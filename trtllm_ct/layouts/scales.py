@@ -20,18 +20,16 @@ __all__ = ["additive_zero", "dequantize", "scale_values", "widen_scale"]
 _TILE_ELEMENTS = 1 << 20  # float64 intermediates of a tile: 8 MiB each
 
 
-def widen_scale(scale: Tensor, stored_shape: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
-    """A scale as float32 in the shape that an engine's Linear reads; repeating is exact, so no value changes.
+def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale (rows, groups) as float32 in the shape that an engine's Linear reads; repeating changes no value.
 
-    `scale` holds one scale per tensor, row or group in any shape; `stored_shape` is that as (rows, groups), 1 where
-    shared. `shape` is [] for one scalar, [N] for one per row, or [N, G] with G a multiple of the stored groups.
+    `shape` is [] for one scalar, [N] for one per row, or [N, G] with N and G multiples of the stored rows and groups.
     """
     import torch
 
-    wide = scale.to(torch.float32).reshape(stored_shape)
+    wide = scale.to(torch.float32)
     if len(shape) == 2:
-        rows, groups = shape
-        wide = wide.repeat_interleave(groups // stored_shape[1], dim=1).expand(rows, groups)
+        wide = wide.repeat_interleave(shape[1] // wide.shape[1], dim=1).expand(shape)
     elif len(shape) == 1:
         wide = wide.expand(shape[0], 1)
     return wide.reshape(shape).contiguous()

@@ -1,9 +1,7 @@
-"""Model families as tables: which modules a model has, of which sizes, and which of them an engine fuses.
+"""Which modules a model must have: its family's tables filled in with the sizes of its config.json.
 
-The planner takes nothing about a model from its weights alone: a checkpoint that lacks a module, or whose weights
-don't have the sizes of its config.json, is refused before a byte of it is read. Sources: transformers 5.23
-`models/{llama,mistral,qwen2,qwen3}/modeling_*.py`; TensorRT-LLM `_torch/models/checkpoints/hf/weight_mapper.py` for
-the fused groups.
+The planner takes nothing about a model from its weights alone: a checkpoint that lacks a module, or whose weights don't
+have the sizes of its config.json, is refused before a byte of it is read.
 """
 
 from __future__ import annotations
@@ -13,92 +11,65 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import ConfigError, Fault, FaultCollector
+from trtllm_ct.plan.families import ALWAYS, ARCHITECTURES, MODEL_TYPES, Architecture, Experts, LinearSite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["ARCHITECTURES", "Architecture", "LinearSite", "Model", "Site"]
+__all__ = ["Model", "Site", "name_variants"]
 
-_LAYERS = "model.layers"
-EMBEDDING = "model.embed_tokens"
-LM_HEAD = "lm_head"
-ALWAYS = "always"
+# Where the text model lies in a checkpoint: the prefix of its body and the name of its head. The first whose embedding
+# or first layer is stored counts; writers and releases of transformers have used each of them.
+_PLACES = (
+    ("model.", "lm_head"),
+    ("language_model.model.", "language_model.lm_head"),
+    ("model.language_model.", "lm_head"),
+    ("model.language_model.model.", "model.language_model.lm_head"),
+)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearSite:
-    """One Linear of every layer: its path in the layer, its sizes by name, the fused group that it joins.
+def name_variants(name: str) -> tuple[str, ...]:
+    """A module's name, then the names that it has where the text model lies elsewhere.
 
-    `bias` is the key of config.json that gives it a bias, or `always`.
+    transformers 4.52 moved text models, so targets and `ignore` may say `language_model.model.layers` of what the files
+    call `model.language_model.layers`; some wrappers put the Linear into a child called `linear`.
     """
-
-    path: str
-    outputs: str
-    inputs: str
-    fused: str | None = None
-    bias: str | None = None
+    variants = [name]
+    for own_body, own_head in _PLACES:
+        if name == own_head or name.startswith(own_body):
+            for body, head in _PLACES:
+                variants.append(head if name == own_head else body + name.removeprefix(own_body))
+    return tuple(dict.fromkeys([*variants, *(f"{variant}.linear" for variant in variants)]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One module that a model must have: full name, class, weight shape, full name of its fused group, bias or not."""
+    """One module that a model must have.
+
+    `shape` is that of its weight, `locals` are its parameters beside a quantized or plain weight.
+    `fused` names the group whose members must end in one mode, `joined` whether the engine makes one Linear of them
+    (which then reads no `pre_quant_scale`). A `plain` module is never read quantized by engines; `expert` marks routed
+    experts, whose kernels know fewer modes. `aliases` are other names under which writers have stored it.
+    """
 
     module: str
     class_name: str
     shape: tuple[int, ...]
     fused: str | None = None
-    bias: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """A family of decoder-only models by its layer: Linears, and norms with the size of each."""
-
-    linears: tuple[LinearSite, ...]
-    norms: tuple[tuple[str, str], ...]
-    norm_class: str
-
-
-def _attention_and_mlp(
-    *, qkv: str | None = None, output: str | None = None, mlp: str | None = None
-) -> tuple[LinearSite, ...]:
-    """The seven Linears of a Llama-like layer; the arguments say where their biases come from."""
-    fused_qkv, fused_mlp = "self_attn.qkv_proj", "mlp.gate_up_proj"
-    return (
-        LinearSite(path="self_attn.q_proj", outputs="heads", inputs="hidden", fused=fused_qkv, bias=qkv),
-        LinearSite(path="self_attn.k_proj", outputs="kv_heads", inputs="hidden", fused=fused_qkv, bias=qkv),
-        LinearSite(path="self_attn.v_proj", outputs="kv_heads", inputs="hidden", fused=fused_qkv, bias=qkv),
-        LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="heads", bias=output),
-        LinearSite(path="mlp.gate_proj", outputs="intermediate", inputs="hidden", fused=fused_mlp, bias=mlp),
-        LinearSite(path="mlp.up_proj", outputs="intermediate", inputs="hidden", fused=fused_mlp, bias=mlp),
-        LinearSite(path="mlp.down_proj", outputs="hidden", inputs="intermediate", bias=mlp),
-    )
-
-
-_PRE_NORMS = (("input_layernorm", "hidden"), ("post_attention_layernorm", "hidden"))
-_HEAD_NORMS = (("self_attn.q_norm", "head_dim"), ("self_attn.k_norm", "head_dim"))
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(
-        linears=_attention_and_mlp(qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
-        norms=_PRE_NORMS,
-        norm_class="LlamaRMSNorm",
-    ),
-    "MistralForCausalLM": Architecture(linears=_attention_and_mlp(), norms=_PRE_NORMS, norm_class="MistralRMSNorm"),
-    "Qwen2ForCausalLM": Architecture(
-        linears=_attention_and_mlp(qkv=ALWAYS), norms=_PRE_NORMS, norm_class="Qwen2RMSNorm"
-    ),
-    "Qwen3ForCausalLM": Architecture(
-        linears=_attention_and_mlp(qkv="attention_bias", output="attention_bias"),
-        norms=_PRE_NORMS + _HEAD_NORMS,
-        norm_class="Qwen3RMSNorm",
-    ),
-}
+    joined: bool = False
+    plain: bool = False
+    expert: bool = False
+    locals: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What planning needs to know of a model, read from its config.json."""
+    """What planning needs to know of a model, read from its config.json.
+
+    `name` is the architecture that config.json names; `multimodal` whether its text model is a part of something
+    larger, whose other parts are carried along plain.
+    """
 
     name: str
     architecture: Architecture
@@ -108,6 +79,8 @@ class Model:
     vocabulary: int
     tied: bool
     biases: frozenset[str]
+    dense_layers: frozenset[int]
+    multimodal: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
@@ -115,75 +88,210 @@ class Model:
 
         Raises `ConfigError` for an architecture that is no entry of `ARCHITECTURES`, and for sizes that are missing.
         """
-        names = config.get("architectures") or ["none"]
-        name = str(names[0] if isinstance(names, list) else names)
-        if name not in ARCHITECTURES:
-            raise ConfigError(
-                Fault(
-                    where="config.json: architectures",
-                    expected="one of " + ", ".join(sorted(ARCHITECTURES)),
-                    found=name,
-                    remedy="This model family is not supported; nothing is guessed about where its weights belong.",
-                )
-            )
+        name = str((config.get("architectures") or ["none"])[0])
+        nested = config.get("text_config")
+        text = dict(nested) if isinstance(nested, dict) else config
+        family = MODEL_TYPES.get(str(text.get("model_type"))) if text is not config else name
+        if family is None or family not in ARCHITECTURES:
+            raise ConfigError(_unknown(name, text if text is not config else None))
         faults = FaultCollector()
-        sizes = _sizes(config, faults)
-        layers = _size(config, "num_hidden_layers", faults)
-        vocabulary = _size(config, "vocab_size", faults)
-        dtype = _model_dtype(config, faults)
-        faults.raise_if_any(ConfigError)
-        return cls(
+        layers = _size(text, "num_hidden_layers", faults)
+        sizes = _sizes(text, faults)
+        architecture = _variant(ARCHITECTURES[family], sizes)
+        model = cls(
             name=name,
-            architecture=ARCHITECTURES[name],
-            dtype=dtype,
+            architecture=architecture,
+            dtype=_model_dtype({**config, **text} if text is not config else config, faults),
             layers=layers,
             sizes=sizes,
-            vocabulary=vocabulary,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            biases=frozenset({ALWAYS} | {key for key in ("attention_bias", "mlp_bias") if config.get(key)}),
+            vocabulary=_size(text, "vocab_size", faults),
+            tied=_tied(config, text, family),
+            biases=frozenset({ALWAYS} | {key for key in _BIASES if text.get(key, _BIAS_DEFAULTS.get(key, False))}),
+            dense_layers=_dense_layers(text, layers),
+            multimodal=text is not config,
+        )
+        faults.raise_if_any(ConfigError)
+        return model
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the KV cache."""
+        return self.sizes["kv_heads"] // self.sizes["head_dim"]
+
+    def attentions(self, place: tuple[str, str]) -> Iterator[str]:
+        """The attention module of every layer, by full name."""
+        return (f"{place[0]}layers.{layer}.self_attn" for layer in range(self.layers))
+
+    def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight by its full name, for checkpoints whose files don't show it plainly."""
+        bodies = [place for place in _PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
+        return {f"{site.module}.weight": site.shape for site in self.sites((bodies or _PLACES)[0])}
+
+    def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
+        """Prefix of the text model's body and name of its head, by the modules that are stored."""
+        for body, head in _PLACES:
+            if any(
+                f"{body}{probe}" in stored_modules for probe in ("embed_tokens", "layers.0.input_layernorm", "norm")
+            ):
+                return body, head
+        return _PLACES[0]
+
+    def sites(self, place: tuple[str, str] = _PLACES[0]) -> Iterator[Site]:
+        """Every module that must have a weight, in the model's own order; a tied head is none. See `place`."""
+        body, head = place
+        hidden, norm = self.sizes["hidden"], self.architecture.norm_class
+        yield Site(module=f"{body}embed_tokens", class_name="Embedding", shape=(self.vocabulary, hidden), plain=True)
+        for layer in range(self.layers):
+            prefix = f"{body}layers.{layer}."
+            for entry in self.architecture.norms:
+                yield Site(module=prefix + entry.path, class_name=norm, shape=(self.sizes[entry.size],))
+            for site in self.architecture.attention:
+                yield self._linear(prefix, site)
+            experts = self.architecture.experts
+            if experts is None or layer in self.dense_layers:
+                for site in self.architecture.mlp:
+                    yield self._linear(prefix, site)
+            else:
+                yield from self._experts(prefix, experts)
+        yield Site(module=f"{body}norm", class_name=norm, shape=(hidden,))
+        if not self.tied:
+            yield Site(module=head, class_name="Linear", shape=(self.vocabulary, hidden), plain=True)
+
+    def _linear(self, prefix: str, site: LinearSite) -> Site:
+        bias = ("bias",) if site.bias in self.biases else ()
+        return Site(
+            module=prefix + site.path,
+            class_name="Linear",
+            shape=(self.sizes[site.outputs], self.sizes[site.inputs]),
+            fused=prefix + site.fused if site.fused else None,
+            joined=site.fused is not None,
+            plain=site.plain,
+            locals=bias + site.extras,
         )
 
-    def sites(self) -> Iterator[Site]:
-        """Every module that must have a weight, in the model's own order; a tied lm_head is none."""
-        hidden = self.sizes["hidden"]
-        yield Site(module=EMBEDDING, class_name="Embedding", shape=(self.vocabulary, hidden))
-        for layer in range(self.layers):
-            prefix = f"{_LAYERS}.{layer}."
-            for path, size in self.architecture.norms:
-                yield Site(module=prefix + path, class_name=self.architecture.norm_class, shape=(self.sizes[size],))
-            for site in self.architecture.linears:
+    def _experts(self, prefix: str, experts: Experts) -> Iterator[Site]:
+        """Router and shared experts, then the routed ones: all of a layer's must end in one mode."""
+        yield self._linear(prefix, experts.router)
+        for site in experts.shared:
+            yield self._linear(prefix, site)
+        gate, up, down = experts.projections
+        hidden, inner = self.sizes["hidden"], self.sizes[experts.intermediate]
+        shapes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
+        aliases = dict(experts.aliases)
+        for expert in range(self.sizes[experts.count]):
+            own = f"{prefix}{experts.path}.{expert}."
+            for projection, shape in shapes.items():
+                other = (own + aliases[projection],) if projection in aliases else ()
                 yield Site(
-                    module=prefix + site.path,
+                    module=own + projection,
                     class_name="Linear",
-                    shape=(self.sizes[site.outputs], self.sizes[site.inputs]),
-                    fused=prefix + site.fused if site.fused else None,
-                    bias=site.bias in self.biases,
+                    shape=shape,
+                    fused=prefix + experts.path,
+                    expert=True,
+                    aliases=other,
                 )
-        yield Site(module="model.norm", class_name=self.architecture.norm_class, shape=(hidden,))
-        if not self.tied:
-            yield Site(module=LM_HEAD, class_name="Linear", shape=(self.vocabulary, hidden))
+
+
+_BIASES = ("attention_bias", "mlp_bias", "qkv_bias")
+# transformers gives Qwen2-MoE its attention biases unless config.json takes them away.
+_BIAS_DEFAULTS = {"qkv_bias": True}
+_EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
+# transformers ties the embeddings of these unless config.json says otherwise.
+_TIED_BY_DEFAULT = frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"})
 
 
 def _sizes(config: Mapping[str, Any], faults: FaultCollector) -> dict[str, int]:
-    """The sizes that `LinearSite` and the norms name; `heads` and `kv_heads` in elements, not in heads."""
+    """The sizes that the tables name, as far as config.json has them; `heads` and the like count elements."""
     hidden = _size(config, "hidden_size", faults)
     heads = _size(config, "num_attention_heads", faults)
-    kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
-    head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
-    return {
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or (hidden // heads if heads else 0)
+    intermediate = _size(config, "intermediate_size", faults)
+    sizes = {
+        "one": 1,
         "hidden": hidden,
-        "intermediate": _size(config, "intermediate_size", faults),
+        "intermediate": intermediate,
         "heads": heads * head_dim,
         "kv_heads": kv_heads * head_dim,
         "head_dim": head_dim,
+        "qkv": (heads + 2 * kv_heads) * head_dim,
+        "gate_up": 2 * intermediate,
     }
+    return sizes | _expert_sizes(config) | _latent_sizes(config, heads)
 
 
-def _size(config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None) -> int:
-    """A size; `default` where the key is absent or null."""
+def _expert_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    count = next((config[key] for key in _EXPERT_COUNTS if config.get(key)), None)
+    if count is None:
+        return {}
+    inner = config.get("moe_intermediate_size") or config.get("intermediate_size") or 0
+    shared = config.get("shared_expert_intermediate_size") or inner * (config.get("n_shared_experts") or 1)
+    return {"experts": count, "moe_intermediate": inner, "shared_intermediate": shared}
+
+
+def _latent_sizes(config: Mapping[str, Any], heads: int) -> dict[str, int]:
+    """Multi-head latent attention (DeepSeek): queries and keys have a part with and one without rotary positions."""
+    rank = config.get("kv_lora_rank")
+    if not rank:
+        return {}
+    nope, rope, value = (config.get(key, 0) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    sizes = {
+        "kv_lora_rank": rank,
+        "kv_a": rank + rope,
+        "kv_b": heads * (nope + value),
+        "mla_queries": heads * (nope + rope),
+        "mla_values": heads * value,
+    }
+    return sizes | ({"q_lora_rank": config["q_lora_rank"]} if config.get("q_lora_rank") else {})
+
+
+def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Architecture:
+    """The first variant whose sizes are all there, the last one otherwise."""
+    for variant in variants[:-1]:
+        if all({site.outputs, site.inputs} <= sizes.keys() for site in variant.attention):
+            return variant
+    return variants[-1]
+
+
+def _dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
+    """The layers without routed experts in a model that has some.
+
+    DeepSeek counts the first ones (`first_k_dense_replace`), Qwen names them (`mlp_only_layers`) or takes every n-th
+    (`decoder_sparse_step`).
+    """
+    step = config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1
+    offset = 1 if config.get("decoder_sparse_step") else 0
+    first = config.get("first_k_dense_replace") or 0
+    named = set(config.get("mlp_only_layers") or ())
+    rule = step if isinstance(step, int) else 1
+    return frozenset(
+        layer for layer in range(layers) if layer < first or layer in named or (layer + offset) % rule != 0
+    )
+
+
+def _tied(config: Mapping[str, Any], text: Mapping[str, Any], family: str) -> bool:
+    for source in (text, config):
+        if source.get("tie_word_embeddings") is not None:
+            return bool(source["tie_word_embeddings"])
+    return family in _TIED_BY_DEFAULT
+
+
+def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
+    known = ", ".join(sorted(ARCHITECTURES))
+    found = name
+    if text is not None:
+        found = f"{name} with a text model of type {text.get('model_type')}"
+        known += f"; or a text_config of type {', '.join(sorted(MODEL_TYPES))}"
+    return Fault(
+        where="config.json: architectures",
+        expected=f"one of {known}",
+        found=found,
+        remedy="This model family is not supported; nothing is guessed about where its weights belong.",
+    )
+
+
+def _size(config: Mapping[str, Any], key: str, faults: FaultCollector) -> int:
     value = config.get(key)
-    if value is None and default is not None:
-        return default
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     faults.add(

@@ -1,8 +1,8 @@
 """Which mode each quantized module gets at a target.
 
-A module alone takes the mode that holds it as it is. Modules that the engine fuses into one Linear (q/k/v, gate/up)
-must end in one mode: scales may be repeated to reach it, since that changes no value; where no common mode exists,
-all of them are dequantized.
+A module alone takes the mode that holds it as it is. Modules that the engine treats as one (q/k/v, gate/up, all routed
+experts of a layer) must end in one mode: scales may be repeated to reach it, since that changes no value; where no
+common mode exists, all of them are dequantized.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.modes import Holding, holdings, obstacles
-from trtllm_ct.plan.architectures import EMBEDDING, LM_HEAD, Site
+from trtllm_ct.dtypes import DType
+from trtllm_ct.modes import Holding, Weight, holdings, obstacles
 from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from trtllm_ct.plan.architectures import Site
+    from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.target import Target
     from trtllm_ct.plan.weights import QuantizedWeight
 
-__all__ = ["Assignment", "assign_modes"]
+__all__ = ["Assignment", "Candidate", "assign_modes", "candidate"]
 
 _ModeKey = tuple[QuantAlgo, int | None]
 
@@ -33,89 +35,116 @@ class Assignment:
     reason: str = ""
 
 
-def assign_modes(
-    weights: Mapping[str, QuantizedWeight], sites: Sequence[Site], target: Target
-) -> dict[str, Assignment]:
-    """The assignment of every quantized module by name. `sites` tell which modules are fused."""
-    alone: dict[str, Assignment] = {}
-    fused: dict[str, list[Site]] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A quantized module on its way to a mode."""
+
+    site: Site
+    weight: Weight
+
+
+def candidate(site: Site, module: StoredModule, weight: QuantizedWeight) -> Candidate:
+    """What decides the mode of a module, from its place in the model and its stored weight."""
+    stored = weight.stored
+    two_level = stored.divisor is not None
+    scale = module.specs.get("weight_scale")
+    return Candidate(
+        site=site,
+        weight=Weight(
+            scheme=weight.scheme,
+            element=stored.element,
+            shape=stored.shape,
+            has_zero_point=stored.has_zero_point,
+            permuted=stored.group_index is not None,
+            joined=site.joined,
+            two_level=two_level,
+            exponent_scale=not two_level and scale is not None and scale.dtype in {DType.U8, DType.F8_E8M0},
+        ),
+    )
+
+
+def assign_modes(candidates: Mapping[str, Candidate], sites: Iterable[Site], target: Target) -> dict[str, Assignment]:
+    """The assignment of every quantized module by name. `sites` tell which modules must agree."""
+    assigned: dict[str, Assignment] = {}
+    groups: dict[str, list[Site]] = {}
     for site in sites:
         if site.fused is not None:
-            fused.setdefault(site.fused, []).append(site)
-        elif site.module in weights:
-            alone[site.module] = _assign_one(site.module, weights[site.module], target)
-    for name, members in fused.items():
-        alone |= _assign_fused(name, [site.module for site in members], weights, target)
-    return alone
+            groups.setdefault(site.fused, []).append(site)
+        elif site.module in candidates:
+            assigned[site.module] = _assign_one(candidates[site.module], target)
+    for name, members in groups.items():
+        assigned |= _assign_group(name, members, candidates, target)
+    return assigned
 
 
-def _assign_one(module: str, weight: QuantizedWeight, target: Target) -> Assignment:
-    if module in {EMBEDDING, LM_HEAD} and target.algos:
-        return Assignment(holding=None, reason=f"target {target.name} keeps {module} plain")
-    first = next((holding for holding in _held(weight, target) if holding.as_is), None)
-    return Assignment(holding=first, reason="" if first else _why_not(weight, target))
+def _assign_one(module: Candidate, target: Target) -> Assignment:
+    if module.site.plain and target.holds_codes:
+        return Assignment(holding=None, reason="engines read this module plain")
+    first = next((holding for holding in _held(module, target) if holding.as_is), None)
+    return Assignment(holding=first, reason="" if first else _why_not(module, target))
 
 
-def _assign_fused(
-    name: str, members: Sequence[str], weights: Mapping[str, QuantizedWeight], target: Target
+def _assign_group(
+    name: str, members: Sequence[Site], candidates: Mapping[str, Candidate], target: Target
 ) -> dict[str, Assignment]:
-    """One mode for all members of a fused group; nothing when none of them is quantized."""
-    quantized = [module for module in members if module in weights]
-    plain = [module for module in members if module not in weights]
-    each = {module: _assign_one(module, weights[module], target) for module in quantized}
+    """One mode for all members of a group; nothing when none of them is quantized."""
+    quantized = {site.module: candidates[site.module] for site in members if site.module in candidates}
+    plain = [site.module for site in members if site.module not in candidates]
+    each = {module: _assign_one(own, target) for module, own in quantized.items()}
     if plain and quantized:
-        reason = f"the engine fuses it into {name}, and {_leaves(plain)} is stored plain"
-        return {module: _plain_because(each[module], reason) for module in quantized}
+        reason = f"{name} has one mode for all its parts, and {_some(plain)} is stored plain"
+        return {module: _plain_because(own, reason) for module, own in each.items()}
     keys = {assignment.holding.key if assignment.holding else None for assignment in each.values()}
     if len(keys) <= 1:
         return each
-    options = {module: {holding.key: holding for holding in _held(weights[module], target)} for module in quantized}
+    options = {module: {holding.key: holding for holding in _held(own, target)} for module, own in quantized.items()}
     common = set.intersection(*(set(option) for option in options.values()))
     if common:
         # The mode that the most members hold as they are; LINEAR_MODES and its group sizes break ties.
-        first = options[quantized[0]]
+        first = next(iter(options.values()))
         best = max((key for key in first if key in common), key=lambda key: _fit(key, options))
         reason = f"scales repeated so that {name} has one mode"
         return {
             module: Assignment(holding=option[best], reason="" if option[best].as_is else reason)
             for module, option in options.items()
         }
-    schemes = "; ".join(f"{_leaves([module])}: {weights[module].scheme.label()}" for module in quantized)
-    reason = f"the engine fuses it into {name}, whose parts share no mode ({schemes})"
-    return {module: _plain_because(each[module], reason) for module in quantized}
+    schemes = sorted({own.weight.scheme.label() for own in quantized.values()})
+    reason = f"{name} has one mode for all its parts, and theirs share none ({'; '.join(schemes)})"
+    return {module: _plain_because(own, reason) for module, own in each.items()}
 
 
 def _fit(key: _ModeKey, options: Mapping[str, Mapping[_ModeKey, Holding]]) -> int:
     return sum(option[key].as_is for option in options.values())
 
 
-def _held(weight: QuantizedWeight, target: Target) -> list[Holding]:
+def _held(module: Candidate, target: Target) -> list[Holding]:
     """The modes of the target that hold a weight, those that take it as it is first."""
-    stored = weight.stored
-    found = holdings(weight.scheme, stored.shape, has_zero_point=stored.has_zero_point)
-    return [holding for holding in found if holding.mode.algo in target.algos]
+    algos = target.algos(expert=module.site.expert)
+    return [holding for holding in holdings(module.weight) if holding.mode.algo in algos]
 
 
-def _why_not(weight: QuantizedWeight, target: Target) -> str:
+def _why_not(module: Candidate, target: Target) -> str:
     """Why no mode of a target holds a weight as it is."""
-    if not target.algos:
+    if not target.holds_codes:
         return f"target {target.name} holds plain weights only"
-    stored = weight.stored
-    elsewhere = [
-        str(holding.mode.algo)
-        for holding in holdings(weight.scheme, stored.shape, has_zero_point=stored.has_zero_point)
-        if holding.as_is
-    ]
-    if elsewhere:
-        return f"{' or '.join(elsewhere)} would hold it, and target {target.name} has no such Linear"
-    reasons = obstacles(weight.scheme, stored.shape, has_zero_point=stored.has_zero_point)
-    return "; ".join(reasons)
+    expert = module.site.expert
+    what = "expert kernel" if expert else "Linear"
+    held = [holding.mode.algo for holding in holdings(module.weight) if holding.as_is]
+    for later in target.newer:
+        algo = next((algo for algo in held if algo in (later.experts if expert else later.linear)), None)
+        if algo is not None:
+            return f"{target.capabilities.name} has no {algo} {what}; {later.name} has one"
+    if held:
+        return f"{' or '.join(held)} would hold it, and {target.capabilities.name} has no such {what}"
+    reasons = obstacles(module.weight, target.algos(expert=expert))
+    return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
 
 
 def _plain_because(own: Assignment, reason: str) -> Assignment:
-    """Dequantized for the sake of a fused group, unless the module had a reason of its own."""
+    """Dequantized for the sake of a group, unless the module had a reason of its own."""
     return Assignment(holding=None, reason=reason if own.holding is not None else own.reason)
 
 
-def _leaves(modules: Sequence[str]) -> str:
-    return ", ".join(module.rpartition(".")[2] for module in modules)
+def _some(modules: Sequence[str]) -> str:
+    leaves = [module.rpartition(".")[2] for module in modules]
+    return ", ".join(leaves[:3]) + (f" and {len(leaves) - 3} more" if len(leaves) > 3 else "")

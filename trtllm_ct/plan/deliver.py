@@ -1,41 +1,57 @@
 """Which tensors a module delivers, and by which operations: here live the names of the engine's Linear tensors.
 
-Source of names, dtypes and shapes: TensorRT-LLM `_torch/modules/linear.py`, and what ModelOpt 0.47 exports.
+Source of names, dtypes and shapes: TensorRT-LLM `_torch/modules/linear.py` and `fused_moe/quantization.py`, and what
+ModelOpt 0.47 exports.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.modes import Activations, Holding, LinearMode, ScaleForm
-from trtllm_ct.ops import AdditiveZero, Cast, Copy, Dequantize, Ones, Operation, Repack, WidenScale
+from trtllm_ct.ops import (
+    AdditiveZero,
+    Cast,
+    Copy,
+    Dequantize,
+    Ones,
+    Operation,
+    Reciprocal,
+    Reinterpret,
+    Repack,
+    WidenScale,
+)
 from trtllm_ct.plan.model import Delivery
 from trtllm_ct.schemes import TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from trtllm_ct.plan.architectures import Site
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.weights import QuantizedWeight
 
 __all__ = ["Dtypes", "dequantized", "input_scale_reason", "kv_scale", "native", "plain"]
 
-_ONE_SCALE = (1, 1)
+_SCALAR = TensorSpec(DType.F32, ())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dtypes:
     """The dtypes of a delivery: the model's, that of dequantized modules, and whether plain tensors are cast."""
 
-    def __init__(self, *, model: DType, dequantized: DType, cast_plain: bool) -> None:
-        self.model = model
-        self.dequantized = dequantized
-        self._cast_plain = cast_plain
+    model: DType
+    dequantized: DType
+    cast_plain: bool
 
     def of_plain(self, stored: DType) -> DType:
         """The dtype in which a plain tensor is delivered; integers stay what they are."""
-        return self.model if self._cast_plain and stored.is_wide_float else stored
+        return self.model if self.cast_plain and stored.is_wide_float else stored
 
 
-def plain(module: StoredModule, locals_: tuple[str, ...], dtypes: Dtypes) -> tuple[Delivery, ...]:
+def plain(module: StoredModule, locals_: Iterable[str], dtypes: Dtypes) -> tuple[Delivery, ...]:
     """Plain tensors under their own names, cast where the whole model is."""
     return tuple(_plain_tensor(module, local, dtypes) for local in locals_)
 
@@ -43,47 +59,45 @@ def plain(module: StoredModule, locals_: tuple[str, ...], dtypes: Dtypes) -> tup
 def dequantized(module: StoredModule, weight: QuantizedWeight, dtypes: Dtypes) -> tuple[Delivery, ...]:
     """A plain `weight` instead of the codes."""
     spec = TensorSpec(dtypes.dequantized, weight.stored.shape)
-    return (_from_codes(module, weight, "weight", Dequantize(result=spec)),)
+    return (_from_weight(module, weight, "weight", Dequantize(result=spec)),)
 
 
 def native(
-    module: StoredModule, weight: QuantizedWeight, holding: Holding, dtypes: Dtypes, *, fused: bool
+    module: StoredModule, weight: QuantizedWeight, holding: Holding, dtypes: Dtypes, site: Site
 ) -> tuple[Delivery, ...]:
-    """The tensors that the Linear of a mode reads; a fused one never reads a `pre_quant_scale`, others demand it."""
-    mode, stored = holding.mode, weight.stored
-    columns = stored.shape[1]
-    deliveries = [_codes(module, weight, mode)]
-    scale_shape = _scale_shape(holding, stored.shape)
-    scale = WidenScale(
-        result=TensorSpec(DType.F32, scale_shape), source="weight_scale", stored_shape=stored.scale_shape
-    )
-    deliveries.append(_delivery(module, "weight_scale", scale))
-    if mode.zero_point:
-        zero = AdditiveZero(result=TensorSpec(DType.F32, scale_shape))
-        deliveries.append(_from_codes(module, weight, "weight_zero", zero))
-    if mode.pre_quant_scale and not fused:
-        ones = Ones(result=TensorSpec(dtypes.model, (columns,)))
-        deliveries.append(Delivery(name=module.full_name("pre_quant_scale"), operation=ones))
-    if mode.activations is Activations.STATIC_TENSOR:
-        scalar = WidenScale(result=TensorSpec(DType.F32, ()), source="input_scale", stored_shape=_ONE_SCALE)
-        deliveries.append(_delivery(module, "input_scale", scalar))
+    """The tensors that the Linear of a mode reads.
+
+    Linears that the engine joins never read a `pre_quant_scale`, the others demand it. Experts read block and MXFP4
+    scales under the name `weight_scale_inv` in some releases, so they get both names.
+    """
+    mode = holding.mode
+    deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding)]
+    if site.expert and mode.scale in {ScaleForm.BLOCK, ScaleForm.EXPONENT}:
+        deliveries.append(_renamed(module, deliveries[1], "weight_scale_inv"))
+    if mode.pre_quant_scale and not site.joined:
+        ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
+        deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
+    if mode.activations is Activations.FP8_STATIC:
+        deliveries.append(_from_one(module, "input_scale", WidenScale(result=_SCALAR, source="input_scale")))
+    if mode.activations is Activations.FP4_LOCAL:
+        divisor = Reciprocal(result=_SCALAR, source="input_global_scale")
+        deliveries.append(_from_one(module, "input_scale", divisor))
     return tuple(deliveries)
 
 
-def kv_scale(module: StoredModule, local: str) -> Delivery:
-    """`self_attn.k_scale` under the name that engines read, `self_attn.k_proj.k_scale`: float32, one element."""
-    scalar = WidenScale(result=TensorSpec(DType.F32, ()), source=local, stored_shape=_ONE_SCALE)
-    name = module.full_name(f"{local[0]}_proj.{local}")
-    return Delivery(name=name, operation=scalar, sources=module.full_names((local,)))
+def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:
+    """A KV-cache scale under the name that engines read: float32, one element."""
+    scalar = WidenScale(result=_SCALAR, source=local)
+    return Delivery(name=name, operation=scalar, sources=module.sources((local,)))
 
 
 def input_scale_reason(holding: Holding | None) -> str:
     """Why a stored activation scale is not delivered; empty when the mode takes it."""
     if holding is None:
         return "the module is delivered plain; its activations are not quantized"
-    if holding.mode.activations is Activations.STATIC_TENSOR:
+    if holding.mode.activations in {Activations.FP8_STATIC, Activations.FP4_LOCAL}:
         return ""
-    return f"{holding.mode.algo} computes on {holding.mode.activations.value} activations"
+    return f"{holding.mode.algo} computes on {holding.mode.activations} activations"
 
 
 def _codes(module: StoredModule, weight: QuantizedWeight, mode: LinearMode) -> Delivery:
@@ -95,11 +109,28 @@ def _codes(module: StoredModule, weight: QuantizedWeight, mode: LinearMode) -> D
     else:
         spec = TensorSpec(mode.packing.container, mode.packing.packed_shape(stored.shape))
         operation = Repack(result=spec, packing=mode.packing)
-    sources = tuple(local for local in stored.consumed if local in {stored.codes, "weight_shape"})
-    return Delivery(name=module.full_name("weight"), operation=operation, sources=module.full_names(sources))
+    sources = [local for local in stored.consumed if not local.startswith(("weight_scale", "weight_zero"))]
+    return Delivery(name=module.delivered_name("weight"), operation=operation, sources=module.sources(sources))
 
 
-def _scale_shape(holding: Holding, shape: tuple[int, int]) -> tuple[int, ...]:
+def _scales(module: StoredModule, weight: QuantizedWeight, holding: Holding) -> Iterator[Delivery]:
+    """`weight_scale` and what else a mode has to turn codes into values."""
+    stored, mode = weight.stored, holding.mode
+    if mode.scale in {ScaleForm.TWO_LEVEL, ScaleForm.EXPONENT}:
+        dtype = DType.F8_E4M3 if mode.scale is ScaleForm.TWO_LEVEL else DType.U8
+        spec = TensorSpec(dtype, stored.scale_shape)
+        yield _from_one(module, "weight_scale", Reinterpret(result=spec, source=stored.scale))
+        if stored.divisor is not None:
+            yield _from_one(module, "weight_scale_2", Reciprocal(result=_SCALAR, source=stored.divisor))
+        return
+    shape = _scale_shape(holding, stored.shape, stored.scale_shape)
+    scale = WidenScale(result=TensorSpec(DType.F32, shape))
+    yield _from_weight(module, weight, "weight_scale", scale)
+    if mode.zero_point:
+        yield _from_weight(module, weight, "weight_zero", AdditiveZero(result=TensorSpec(DType.F32, shape)))
+
+
+def _scale_shape(holding: Holding, shape: tuple[int, int], stored_shape: tuple[int, int]) -> tuple[int, ...]:
     rows, columns = shape
     match holding.mode.scale:
         case ScaleForm.SCALAR:
@@ -108,6 +139,8 @@ def _scale_shape(holding: Holding, shape: tuple[int, int]) -> tuple[int, ...]:
             return (rows,)
         case ScaleForm.GROUP:
             return rows, columns // (holding.group_size or columns)
+        case _:
+            return stored_shape
 
 
 def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes) -> Delivery:
@@ -116,17 +149,21 @@ def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes) -> Delivery:
     operation: Operation = Copy(result=spec, source=local)
     if wanted is not spec.dtype:
         operation = Cast(result=TensorSpec(wanted, spec.shape), source=local)
-    return _delivery(module, local, operation)
+    return _from_one(module, local, operation)
 
 
-def _delivery(module: StoredModule, local: str, operation: Operation) -> Delivery:
-    """A delivered tensor made from the one stored tensor that its operation names."""
-    sources = () if operation.source is None else module.full_names((operation.source,))
-    return Delivery(name=module.full_name(local), operation=operation, sources=sources)
+def _from_one(module: StoredModule, local: str, operation: Operation) -> Delivery:
+    """A delivered tensor made from the one tensor that its operation names."""
+    sources = () if operation.source is None else module.sources((operation.source,))
+    return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
 
 
-def _from_codes(module: StoredModule, weight: QuantizedWeight, local: str, operation: Operation) -> Delivery:
+def _from_weight(module: StoredModule, weight: QuantizedWeight, local: str, operation: Operation) -> Delivery:
     """A delivered tensor made from all tensors of the weight."""
-    return Delivery(
-        name=module.full_name(local), operation=operation, sources=module.full_names(weight.stored.consumed)
-    )
+    sources = module.sources(weight.stored.consumed)
+    return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
+
+
+def _renamed(module: StoredModule, delivery: Delivery, local: str) -> Delivery:
+    """The same tensor under a second name."""
+    return Delivery(name=module.delivered_name(local), operation=delivery.operation, sources=delivery.sources)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_ct.errors import ConfigError, FaultCollector
-from trtllm_ct.modes import Holding, ScaleForm, holdings
+from trtllm_ct.modes import Holding, Weight, holdings
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.schemes import ActOrder, Element, NumberType, QuantArgs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,7 +26,7 @@ def layer_config(holding: Holding) -> LayerQuantConfig:
     mode = holding.mode
     return LayerQuantConfig(
         quant_algo=mode.algo,
-        group_size=holding.group_size if mode.scale is ScaleForm.GROUP else None,
+        group_size=mode.block[1] if mode.block else holding.group_size,
         has_zero_point=mode.zero_point,
         pre_quant_scale=mode.pre_quant_scale,
     )
@@ -34,12 +35,12 @@ def layer_config(holding: Holding) -> LayerQuantConfig:
 def engine_config(modules: Iterable[ModulePlan], *, kv_cache_quant_algo: str | None) -> QuantConfig:
     """One mode with the plain modules excluded by name, or MIXED_PRECISION with an entry for every quantized module."""
     layers: dict[str, LayerQuantConfig] = {}
-    excluded = []
+    excluded: dict[str, None] = {}
     for module in modules:
         if module.layer is not None:
-            layers[module.name] = module.layer
+            layers[module.engine_name] = module.layer
         elif module.class_name in _WITH_WEIGHTS:
-            excluded.append(module.name)
+            excluded[module.engine_name] = None
     modes = set(layers.values())
     one = modes.pop() if len(modes) == 1 else None
     return QuantConfig(
@@ -63,7 +64,7 @@ def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> Quant
     if patterns:
         _needs_directory(f"{config.origin}.ignore", f"patterns ({', '.join(patterns)})", faults)
     faults.raise_if_any(ConfigError)
-    kv_cache = "FP8" if config.kv_cache_scheme is not None and target.kv_cache_algos else None
+    kv_cache = "FP8" if config.kv_cache_scheme is not None and target.capabilities.kv_cache else None
     return QuantConfig(
         layer=layers.pop() if layers else None, kv_cache_quant_algo=kv_cache, exclude_modules=config.ignore
     )
@@ -71,9 +72,26 @@ def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> Quant
 
 def _layer_of_group(group: ConfigGroup, target: Target) -> LayerQuantConfig | None:
     args = group.scheme.weights
-    has_zero_point = args is not None and not args.symmetric
-    held = holdings(group.scheme, None, has_zero_point=has_zero_point)
-    return next((layer_config(hold) for hold in held if hold.as_is and hold.mode.algo in target.algos), None)
+    if args is None:
+        return None
+    exponents = args.scale_dtype is not None and args.scale_dtype.endswith("uint8")
+    weight = Weight(
+        scheme=group.scheme,
+        element=_element(args),
+        has_zero_point=not args.symmetric,
+        permuted=args.actorder is ActOrder.GROUP,
+        two_level=args.num_bits == 4 and args.type is NumberType.FLOAT and not exponents,
+        exponent_scale=exponents,
+    )
+    algos = target.algos(expert=False)
+    held = (hold for hold in holdings(weight) if hold.as_is and hold.mode.algo in algos)
+    return next((layer_config(hold) for hold in held), None)
+
+
+def _element(args: QuantArgs) -> Element:
+    if args.type is NumberType.INT:
+        return Element.INT
+    return {4: Element.E2M1, 6: Element.E2M3}.get(args.num_bits, Element.E4M3)
 
 
 def _needs_directory(where: str, found: str, faults: FaultCollector) -> None:

@@ -1,19 +1,22 @@
-"""KV-cache scales: which are stored, which a target takes, and under which names.
+"""KV-cache scales: under which names writers have stored them, which a target takes, and under which names.
 
-compressed-tensors keeps them on the attention module (`self_attn.k_scale`), engines read them beside the projections
-(`self_attn.k_proj.k_scale`): one float32 element each, multiplying the stored fp8 value.
-Sources: compressed-tensors 0.20 `quantization/lifecycle/initialize.py`; TensorRT-LLM `_torch/modules/linear.py`.
+compressed-tensors keeps them on the attention module (`self_attn.k_scale`, since 0.6) or once kept them on the
+projections (`k_proj.output_scale`); engines read them beside the projections (`self_attn.k_proj.k_scale`): one
+float32 element each, multiplying the stored fp8 value. Sources: compressed-tensors 0.5 and 0.20
+`quantization/lifecycle/initialize.py`; vLLM 0.33 `model_loader/weight_utils.py` for other writers; TensorRT-LLM
+`_torch/modules/linear.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.deliver import kv_scale
-from trtllm_ct.schemes import NumberType, Strategy
+from trtllm_ct.schemes import NumberType, QuantArgs, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from trtllm_ct.config.model import QuantizationConfig
     from trtllm_ct.errors import FaultCollector
@@ -21,66 +24,127 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.target import Target
 
-__all__ = ["check_complete", "deliveries", "is_attention", "refuse_unsupported"]
+__all__ = ["KvCache"]
 
-_SCALES = ("k_scale", "v_scale")
-_ATTENTION_TENSORS = frozenset({"k_scale", "v_scale", "k_zero_point", "v_zero_point"})
-
-
-def is_attention(module: StoredModule) -> bool:
-    """Whether these are the KV-cache parameters of an attention module."""
-    return module.name.endswith("self_attn") and module.specs.keys() <= _ATTENTION_TENSORS
-
-
-def refuse_unsupported(config: QuantizationConfig, target: Target, faults: FaultCollector) -> None:
-    """A KV-cache scheme other than fp8, symmetric, static, per tensor. A plain target drops any of them."""
-    args = config.kv_cache_scheme
-    if args is None or not target.kv_cache_algos:
-        return
-    if (args.type, args.num_bits, args.symmetric, args.dynamic) == (NumberType.FLOAT, 8, True, False) and (
-        args.strategy is Strategy.TENSOR
-    ):
-        return
-    faults.add(
-        where=f"{config.origin}.kv_cache_scheme",
-        expected="fp8, symmetric, static, one scale per tensor",
-        found=args.label(),
-        remedy="Quantize the KV cache again as fp8 per tensor, or remove kv_cache_scheme to serve a 16-bit cache.",
-    )
+# Leaf of the module that holds a scale -> local name -> the projections that it belongs to.
+_HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "self_attn": {"k_scale": ("k",), "v_scale": ("v",), "kv_scale": ("k", "v")},
+    "k_proj": {"output_scale": ("k",), "k_scale": ("k",)},
+    "v_proj": {"output_scale": ("v",), "v_scale": ("v",)},
+    "k_cache": {"scale": ("k",)},
+    "v_cache": {"scale": ("v",)},
+}
+_IGNORED = {
+    "q_scale": "engines don't quantize queries",
+    "q_zero_point": "engines don't quantize queries",
+    "k_zero_point": "the KV cache is symmetric",
+    "v_zero_point": "the KV cache is symmetric",
+    "output_zero_point": "the KV cache is symmetric",
+}
 
 
-def deliveries(
-    module: StoredModule, config: QuantizationConfig, target: Target, faults: FaultCollector
-) -> tuple[tuple[Delivery, ...], dict[str, str]]:
-    """The KV scales of one attention module as delivered, and what is ignored with the reason."""
-    if config.kv_cache_scheme is None:
-        return (), dict.fromkeys(module.specs, "kv_cache_scheme is null: the KV cache is not quantized")
-    if not target.kv_cache_algos:
-        return (), dict.fromkeys(module.specs, f"target {target.name} leaves the KV cache alone")
-    for local in _SCALES:
-        spec = module.specs.get(local)
-        if spec is not None and spec.numel != 1:
-            faults.add(
-                where=module.full_name(local),
-                expected="one element",
-                found=str(spec),
-                remedy="Quantize the KV cache again with strategy tensor.",
-            )
-    found = tuple(kv_scale(module, local) for local in _SCALES if local in module.specs)
-    zero_points = module.specs.keys() - set(_SCALES)
-    return found, dict.fromkeys(zero_points, "the scheme is symmetric")
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """What a checkpoint says about its KV cache, and what of it a target takes."""
+
+    config: QuantizationConfig
+    target: Target
+    kv_heads: int
+
+    @property
+    def algo(self) -> str | None:
+        """The engine's KV-cache mode, None when the cache is not quantized or the target has no such mode."""
+        args = self.args
+        if args is None or (args.type, args.num_bits) != (NumberType.FLOAT, 8):
+            return None
+        return "FP8" if "FP8" in self.target.capabilities.kv_cache else None
+
+    @property
+    def args(self) -> QuantArgs | None:
+        """The scheme of the cache: `kv_cache_scheme`, or that of a group that targets attention alone."""
+        if self.config.kv_cache_scheme is not None:
+            return self.config.kv_cache_scheme
+        for group in self.config.groups:
+            attention = all(target.endswith("Attention") for target in group.targets)
+            if group.targets and attention and group.scheme.weights is None:
+                return group.scheme.input_activations
+        return None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the target can't use of the scheme."""
+        args = self.args
+        if args is None or not self.target.holds_codes:
+            return ()
+        if self.algo is None:
+            return (f"KV cache: {self.target.capabilities.name} has no {args.label()} cache; it stays 16-bit",)
+        if args.strategy is not Strategy.TENSOR:
+            return (f"KV cache: the engine takes one scale for all heads, so those of {args.label()} are left out",)
+        return ()
+
+    def holds(self, module: StoredModule) -> frozenset[str]:
+        """The local names in a module that belong to the KV cache, or to attention that engines don't quantize."""
+        holders = _HOLDERS.get(module.name.rpartition(".")[2], {})
+        names = module.specs.keys() & (holders.keys() | _IGNORED.keys())
+        return frozenset(names) if holders else frozenset()
+
+    def deliver(self, module: StoredModule, faults: FaultCollector) -> tuple[tuple[Delivery, ...], dict[str, str]]:
+        """The KV scales in one module as delivered, and what is ignored with the reason."""
+        holders = _HOLDERS.get(module.name.rpartition(".")[2], {})
+        deliveries: list[Delivery] = []
+        ignored: dict[str, str] = {}
+        for local in sorted(self.holds(module)):
+            reason = _IGNORED.get(local) or self._unused(local)
+            if reason is None:
+                reason = self._wrong_size(module, local, faults)
+            if reason is not None:
+                ignored[local] = reason
+                continue
+            names = (_delivered_name(module.name, letter) for letter in holders[local])
+            deliveries.extend(kv_scale(module, local, name) for name in names)
+        return tuple(deliveries), ignored
+
+    def check_complete(self, modules: Iterable[ModulePlan], prefixes: Iterable[str], faults: FaultCollector) -> None:
+        """Both scales in every layer, or a fault for each that is missing: engines would leave theirs uninitialised."""
+        args = self.args
+        if self.algo is None or args is None or args.strategy is not Strategy.TENSOR or args.dynamic is not False:
+            return
+        delivered = {delivery.name for module in modules for delivery in module.deliveries}
+        for prefix in prefixes:
+            for letter in "kv":
+                if f"{prefix}.{letter}_proj.{letter}_scale" not in delivered:
+                    faults.add(
+                        where=f"{prefix}.{letter}_scale",
+                        expected="the scale that kv_cache_scheme promises",
+                        found="no such tensor",
+                        remedy="Download the checkpoint again, or remove kv_cache_scheme to serve a 16-bit cache.",
+                    )
+
+    def _unused(self, local: str) -> str | None:
+        """Why no scale of this checkpoint is delivered; None when they are."""
+        if self.args is None:
+            what = "outputs" if local == "output_scale" else "the KV cache"
+            return f"the configuration leaves {what} unquantized, as engines do"
+        if self.algo is None:
+            return f"target {self.target.name} leaves the KV cache alone"
+        return None
+
+    def _wrong_size(self, module: StoredModule, local: str, faults: FaultCollector) -> str | None:
+        spec = module.specs[local]
+        if spec.numel == 1:
+            return None
+        if self.args is not None and self.args.strategy is Strategy.ATTN_HEAD and spec.numel == self.kv_heads:
+            return "the engine takes one scale for all heads"
+        faults.add(
+            where=f"{module.stored_name}.{local}",
+            expected="one element",
+            found=str(spec),
+            remedy="Quantize the KV cache again with strategy tensor.",
+        )
+        return "of the wrong size"
 
 
-def check_complete(modules: Iterable[ModulePlan], layers: int, faults: FaultCollector) -> None:
-    """Both scales in every layer, or a fault for each that is missing: engines would leave theirs uninitialised."""
-    delivered = {delivery.name for module in modules for delivery in module.deliveries}
-    for layer in range(layers):
-        for letter in "kv":
-            name = f"model.layers.{layer}.self_attn.{letter}_proj.{letter}_scale"
-            if name not in delivered:
-                faults.add(
-                    where=f"model.layers.{layer}.self_attn.{letter}_scale",
-                    expected="the scale that kv_cache_scheme promises",
-                    found="no such tensor",
-                    remedy="Download the checkpoint again, or remove kv_cache_scheme to serve a 16-bit cache.",
-                )
+def _delivered_name(module: str, letter: str) -> str:
+    """`...self_attn.k_proj.k_scale` for a scale that is stored at the attention module or below it."""
+    attention = module.rpartition("self_attn")[0] + "self_attn"
+    return f"{attention}.{letter}_proj.{letter}_scale"

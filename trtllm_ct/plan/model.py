@@ -5,16 +5,19 @@ Everything here is frozen, printable and JSON-able; nothing here reads a tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from torch import Tensor
+
     from trtllm_ct.dtypes import DType
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.ops import Operation
+    from trtllm_ct.plan.stored import View
     from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.schemes import QuantAlgo, QuantScheme, TensorSpec
 
@@ -76,20 +79,30 @@ class Delivery:
 class ModulePlan:
     """One module: how it is stored, how it is delivered, and why.
 
+    `views` make the module's tensors, by local name, from stored ones; `ignored` says why some of them are left out.
     `weight` and `scheme` are None for a module that is stored plain. `layer` is its mode at the target, None when it is
     delivered plain; `reason` then says why a quantized module was dequantized.
-    `native_mode` is the family of the scheme, whatever the target.
+    `native_mode` is the family of the scheme, whatever the target; `note` says what its mode does otherwise than the
+    scheme asks. `experts` names the module of all routed experts that it belongs to.
     """
 
     name: str
     class_name: str
-    deliveries: tuple[Delivery, ...]
-    fates: tuple[StoredFate, ...]
+    views: Mapping[str, View]
+    deliveries: tuple[Delivery, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
     weight: StoredWeight | None = None
     scheme: QuantScheme | None = None
     native_mode: QuantAlgo | None = None
     layer: LayerQuantConfig | None = None
     reason: str = ""
+    note: str = ""
+    experts: str | None = None
+
+    @property
+    def engine_name(self) -> str:
+        """The name under which an engine's configuration knows the module: that of all experts for one of them."""
+        return self.experts or self.name
 
     @property
     def dequantized(self) -> bool:
@@ -114,7 +127,7 @@ class ModulePlan:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors of the module as stored."""
-        return sum(fate.spec.nbytes for fate in self.fates)
+        return sum(view.stored_bytes for view in self.views.values())
 
     @property
     def delivered_bytes(self) -> int:
@@ -124,7 +137,12 @@ class ModulePlan:
     @property
     def reads(self) -> tuple[str, ...]:
         """The stored tensors, by full name, whose payload delivery or its checks need."""
-        return tuple(fate.name for fate in self.fates if fate.fate is not Fate.IGNORED)
+        used = (view for local, view in self.views.items() if local not in self.ignored)
+        return tuple(dict.fromkeys(source for view in used for source in view.sources))
+
+    def local_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's tensors by local name, from stored ones by full name; raises `PayloadError`."""
+        return {local: view.of(stored) for local, view in self.views.items() if local not in self.ignored}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the tensors."""
@@ -143,6 +161,8 @@ class ModulePlan:
             }
         if self.reason:
             entry["reason"] = self.reason
+        if self.note:
+            entry["note"] = self.note
         return entry
 
 
@@ -150,13 +170,15 @@ class ModulePlan:
 class Plan:
     """Everything that loading and converting do, decided from configuration and headers.
 
-    `dtype` is the model's dtype at the target; `dense_dtype` that of dequantized modules.
+    `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target; `dense_dtype` that of
+    dequantized modules.
     """
 
     target: str
     architecture: str
     dtype: DType
     dense_dtype: DType
+    stored: Mapping[str, TensorSpec]
     modules: tuple[ModulePlan, ...]
     quant_config: QuantConfig
     warnings: tuple[str, ...] = ()
@@ -167,9 +189,26 @@ class Plan:
             yield from module.deliveries
 
     def fates(self) -> Iterator[StoredFate]:
-        """Every stored tensor, module by module."""
-        for module in self.modules:
-            yield from module.fates
+        """Every stored tensor once, in the order of the files."""
+        makes: dict[str, list[Delivery]] = {}
+        for delivery in self.deliveries():
+            for source in delivery.sources:
+                makes.setdefault(source, []).append(delivery)
+        reasons = {
+            source: reason
+            for module in self.modules
+            for local, reason in module.ignored.items()
+            for source in module.views[local].sources
+        }
+        for name, spec in self.stored.items():
+            made = makes.get(name, [])
+            yield StoredFate(
+                name=name,
+                spec=spec,
+                fate=_fate(name, made),
+                by=tuple(delivery.name for delivery in made),
+                reason="" if made else reasons.get(name, ""),
+            )
 
     @property
     def delivered_specs(self) -> dict[str, TensorSpec]:
@@ -179,7 +218,7 @@ class Plan:
     @property
     def stored_bytes(self) -> int:
         """Bytes of payload in the checkpoint."""
-        return sum(module.stored_bytes for module in self.modules)
+        return sum(spec.nbytes for spec in self.stored.values())
 
     @property
     def delivered_bytes(self) -> int:
@@ -210,3 +249,10 @@ class Plan:
             "delivered_bytes": self.delivered_bytes,
             "warnings": list(self.warnings),
         }
+
+
+def _fate(name: str, made: list[Delivery]) -> Fate:
+    if not made:
+        return Fate.IGNORED
+    untouched = len(made) == 1 and made[0].name == name and made[0].operation.label == "copy"
+    return Fate.COPIED if untouched else Fate.CONSUMED

@@ -11,26 +11,32 @@ from typing import TYPE_CHECKING
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PlanError
 from trtllm_ct.modes import native_mode
-from trtllm_ct.plan import deliver, kv_cache
-from trtllm_ct.plan.architectures import LM_HEAD, Model, Site
-from trtllm_ct.plan.assign import Assignment, assign_modes
+from trtllm_ct.plan import deliver
+from trtllm_ct.plan.assign import Assignment, assign_modes, candidate
 from trtllm_ct.plan.engine_config import engine_config, layer_config
-from trtllm_ct.plan.model import Delivery, Fate, ModulePlan, Plan, StoredFate
+from trtllm_ct.plan.fused_experts import split_fused_experts
+from trtllm_ct.plan.kv_cache import KvCache
+from trtllm_ct.plan.leftovers import refuse_leftovers
+from trtllm_ct.plan.model import ModulePlan, Plan
+from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule, stored_modules
+from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.model import QuantizationConfig
+    from trtllm_ct.plan.architectures import Model, Site
     from trtllm_ct.plan.target import Target
-    from trtllm_ct.schemes import QuantAlgo
 
 __all__ = ["make_plan"]
 
-_RECOMPUTED = frozenset({"rotary_emb"})
-_ACTIVATION_TENSORS = frozenset({"input_scale", "input_zero_point"})
+_STATIC_INPUT_TENSORS = ("input_scale", "input_global_scale")
+_ACTIVATION_TENSORS = frozenset(
+    {"input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point"}
+)
 
 
 def make_plan(
@@ -56,10 +62,11 @@ def make_plan(
         target=target,
         dtypes=_dtypes(model, target, dtype),
         faults=faults,
-        reader=WeightReader(config, faults),
+        reader=WeightReader(config, faults, multimodal=model.multimodal),
+        kv_cache=KvCache(config, target, model.kv_heads),
     )
     plan = planner.plan(catalog)
-    if strict and target.algos:
+    if strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
     faults.raise_if_any(PlanError)
     return plan
@@ -75,65 +82,44 @@ class _Planner:
     dtypes: deliver.Dtypes
     faults: FaultCollector
     reader: WeightReader
+    kv_cache: KvCache
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather, read, assign, deliver."""
-        self._refuse_unsupported_config()
-        stored = stored_modules(catalog)
-        sites = list(self.model.sites())
-        weights = self._read_weights(stored, sites)
-        assignments = assign_modes(weights, sites, self.target)
+        refuse_unsupported(self.config, self.faults)
+        stored = stored_modules(catalog, self.model.weight_shapes(catalog.tensors).get, self.faults)
+        if self.model.architecture.experts is not None:
+            stored = split_fused_experts(stored, self.model.architecture.experts)
+        place = self.model.place(stored)
+        sites = list(self.model.sites(place))
+        own = {site.module: _find(stored, site) for site in sites}
+        weights = self._read_weights(own, sites)
         # After faults the plan is of no use; the rest is planned for the faults that it still finds.
-        modules = [
-            self._module(stored[site.module], site, weights.get(site.module), assignments.get(site.module))
-            for site in sites
-            if site.module in weights or (site.module in stored and not stored[site.module].is_quantized)
-        ]
-        modules += self._other_modules(stored, {site.module for site in sites})
+        modules = self._modules(own, sites, weights)
+        taken = {module.stored_name for module in own.values() if module is not None}
+        others = OtherModules(self.model, place, self.kv_cache, self.reader, self.dtypes, self.faults)
+        modules += [others.plan(module) for name, module in stored.items() if name not in taken]
+        self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         self.faults.raise_if_any(PlanError)
-        has_kv_scales = any(module.class_name == "Attention" and module.deliveries for module in modules)
         return Plan(
             target=self.target.name,
             architecture=self.model.name,
             dtype=self.dtypes.model,
             dense_dtype=self.dtypes.dequantized,
+            stored={name: tensor.spec for name, tensor in catalog.tensors.items()},
             modules=tuple(modules),
-            quant_config=engine_config(modules, kv_cache_quant_algo="FP8" if has_kv_scales else None),
-            warnings=self.config.warnings + catalog.warnings + self.reader.warnings,
+            quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
+            warnings=self.config.warnings + catalog.warnings + self.reader.warnings + self.kv_cache.warnings,
         )
 
-    def _refuse_unsupported_config(self) -> None:
-        """Parts of a configuration that change the weights' meaning and that no later step understands."""
-        if self.config.sparsity is not None:
-            self.faults.add(
-                where=f"{self.config.origin}.sparsity_config",
-                expected="no sparsity",
-                found=f"format {self.config.sparsity.format}",
-                remedy="Decompress it with compressed-tensors 0.14 or earlier, which still reads this format.",
-            )
-        if self.config.expert_sparsity is not None:
-            self.faults.add(
-                where=f"{self.config.origin}.moe_sparsity_config",
-                expected="all experts in every layer",
-                found=f"experts pruned by {self.config.expert_sparsity.method}",
-                remedy="Checkpoints with pruned experts are not supported; use the unpruned one.",
-            )
-        online = [item for item in self.config.transforms if item.location not in {"weight_input", "weight_output"}]
-        for transform in online:
-            self.faults.add(
-                where=f"{self.config.origin}.transform_config.{transform.name}",
-                expected="transforms that are folded into the weights (weight_input, weight_output)",
-                found=f"a {transform.type} transform applied at run time ({transform.location})",
-                remedy="Without the rotation the model is wrong; quantize again with offline transforms only.",
-            )
-        kv_cache.refuse_unsupported(self.config, self.target, self.faults)
-
-    def _read_weights(self, stored: dict[str, StoredModule], sites: Iterable[Site]) -> dict[str, QuantizedWeight]:
+    def _read_weights(
+        self, own: Mapping[str, StoredModule | None], sites: Iterable[Site]
+    ) -> dict[str, QuantizedWeight]:
         """The quantized weights of the model by module; faults for modules that are missing or have another shape."""
         weights = {}
         for site in sites:
-            module = stored.get(site.module)
-            if module is None or not module.specs.keys() & {"weight", "weight_packed", "compressed"}:
+            module = own[site.module]
+            if module is None or not module.specs.keys() & {"weight", "weight_packed"}:
                 self._missing(site.module, "weight")
             elif module.is_quantized:
                 weight = self.reader.read(module, site)
@@ -141,13 +127,14 @@ class _Planner:
                     weights[site.module] = weight
             elif module.specs["weight"].shape != site.shape:
                 self.faults.add(
-                    where=f"{site.module}.weight",
+                    where=f"{module.stored_name}.weight",
                     expected=f"shape {list(site.shape)} by the sizes in config.json",
                     found=str(module.specs["weight"]),
                     remedy="config.json and the weights belong to different models.",
                 )
-            if module is not None and site.bias and "bias" not in module.specs:
-                self._missing(site.module, "bias")
+            for local in site.locals:
+                if module is not None and local not in module.specs:
+                    self._missing(site.module, local)
         return weights
 
     def _missing(self, module: str, local: str) -> None:
@@ -158,125 +145,114 @@ class _Planner:
             remedy="Download the checkpoint again; a shard or its entry in the index is lost.",
         )
 
+    def _modules(
+        self,
+        own: Mapping[str, StoredModule | None],
+        sites: Iterable[Site],
+        weights: Mapping[str, QuantizedWeight],
+    ) -> list[ModulePlan]:
+        """The plans of the modules that the architecture knows, in the model's order."""
+        present = [
+            (site, module)
+            for site in sites
+            if (module := own[site.module]) is not None and (site.module in weights or not module.is_quantized)
+        ]
+        candidates = {
+            site.module: candidate(site, module, weights[site.module])
+            for site, module in present
+            if site.module in weights
+        }
+        assignments = assign_modes(candidates, [site for site, _ in present], self.target)
+        return [
+            self._module(module, site, weights.get(site.module), assignments.get(site.module))
+            for site, module in present
+        ]
+
     def _module(
         self, stored: StoredModule, site: Site, weight: QuantizedWeight | None, assignment: Assignment | None
     ) -> ModulePlan:
         """The plan of one module that the architecture knows."""
         holding = assignment.holding if assignment else None
-        deliveries: tuple[Delivery, ...] = ()
-        owned = {"bias"} if site.bias else set()
-        ignored: dict[str, str] = {}
+        deliveries, ignored = self.kv_cache.deliver(stored, self.faults)
+        plain = set(site.locals)
         if weight is None:
-            owned.add("weight")
-            ignored = self._leftover_scales(stored)
+            plain.add("weight")
+            ignored |= self._leftover_scales(stored)
         else:
-            ignored = self._activation_tensors(stored, weight, deliver.input_scale_reason(holding))
+            ignored |= self._activation_tensors(stored, weight, deliver.input_scale_reason(holding))
             if holding is None:
-                deliveries = deliver.dequantized(stored, weight, self.dtypes)
+                deliveries += deliver.dequantized(stored, weight, self.dtypes)
             else:
-                deliveries = deliver.native(stored, weight, holding, self.dtypes, fused=site.fused is not None)
-        deliveries += deliver.plain(stored, tuple(local for local in stored.specs if local in owned), self.dtypes)
+                deliveries += deliver.native(stored, weight, holding, self.dtypes, site)
+        deliveries += deliver.plain(stored, [local for local in stored.specs if local in plain], self.dtypes)
+        owned: set[str | None] = {*plain, *ignored, *(weight.stored.consumed if weight else ())}
+        owned |= {delivery.operation.source for delivery in deliveries}
+        refuse_leftovers(stored, owned, self.model.name, self.faults)
         return ModulePlan(
             name=site.module,
             class_name=site.class_name,
+            views=stored.views,
             deliveries=deliveries,
-            fates=self._fates(stored, deliveries, ignored),
+            ignored=ignored,
             weight=weight.stored if weight else None,
             scheme=weight.scheme if weight else None,
-            native_mode=_native_mode(weight, self.config),
+            native_mode=native_mode(weight.stored.args, self.config.modifiers) if weight else None,
             layer=layer_config(holding) if holding else None,
             reason=assignment.reason if assignment else "",
+            note=holding.note if holding else "",
+            experts=site.fused if site.expert else None,
         )
-
-    def _other_modules(self, stored: dict[str, StoredModule], known: set[str]) -> list[ModulePlan]:
-        """Modules without weights of their own: attention with its KV scales, and what is ignored for a reason."""
-        plans = []
-        for name, module in stored.items():
-            if name in known:
-                continue
-            deliveries: tuple[Delivery, ...] = ()
-            ignored: dict[str, str] = {}
-            class_name = "other"
-            if kv_cache.is_attention(module):
-                class_name = "Attention"
-                deliveries, ignored = kv_cache.deliveries(module, self.config, self.target, self.faults)
-            elif name.rpartition(".")[2] in _RECOMPUTED:
-                ignored = dict.fromkeys(module.specs, "recomputed from config.json by every engine")
-            elif name == LM_HEAD and self.model.tied:
-                ignored = dict.fromkeys(module.specs, "config.json ties it to model.embed_tokens")
-            fates = self._fates(module, deliveries, ignored)
-            plans.append(ModulePlan(name=name, class_name=class_name, deliveries=deliveries, fates=fates))
-        if self.config.kv_cache_scheme is not None and self.target.kv_cache_algos:
-            kv_cache.check_complete(plans, self.model.layers, self.faults)
-        return plans
 
     def _leftover_scales(self, module: StoredModule) -> dict[str, str]:
         """Scales beside a plain float weight: leftovers of a fake-quantized save, which must never be applied."""
         if "weight" not in module.specs:
             return {}
-        left = QUANTIZATION_TENSORS & module.specs.keys()
+        left = (QUANTIZATION_TENSORS & module.specs.keys()) - self.kv_cache.holds(module)
         return dict.fromkeys(left, "the weight beside it is plain; applying the scale would corrupt it")
 
     def _activation_tensors(self, module: StoredModule, weight: QuantizedWeight, reason: str) -> dict[str, str]:
-        """Activation scales of a quantized module: required when static, and ignored where the mode takes none."""
+        """Activation parameters of a quantized module: required when static, ignored where the mode takes none."""
+        self._require_static_scale(module, weight)
+        ignored = {}
+        for local in (_ACTIVATION_TENSORS & module.specs.keys()) - self.kv_cache.holds(module):
+            if local.startswith("output"):
+                ignored[local] = "engines leave outputs unquantized"
+            elif reason:
+                ignored[local] = reason
+            elif local not in _STATIC_INPUT_TENSORS:
+                ignored[local] = "the mode has symmetric activations"
+        return ignored
+
+    def _require_static_scale(self, module: StoredModule, weight: QuantizedWeight) -> None:
+        """A scheme with a stored activation scale must have it: engines would compute with an uninitialised one."""
         inputs = weight.scheme.input_activations
-        static = inputs is not None and inputs.dynamic is False
-        spec = module.specs.get("input_scale")
-        if static and (spec is None or spec.numel != 1):
+        if inputs is None:
+            return
+        two_level = weight.stored.divisor is not None
+        local = "input_global_scale" if two_level else "input_scale"
+        spec = module.specs.get(local)
+        if (inputs.dynamic is False or two_level) and (spec is None or spec.numel != 1):
             self.faults.add(
-                where=module.full_name("input_scale"),
+                where=f"{module.stored_name}.{local}",
                 expected="one element: the static scale of the module's input",
                 found=str(spec) if spec else "no such tensor",
                 remedy="Download the checkpoint again, or quantize again with dynamic activations.",
             )
-        if not reason:
-            return {}
-        return dict.fromkeys(_ACTIVATION_TENSORS & module.specs.keys(), reason)
-
-    def _fates(
-        self, module: StoredModule, deliveries: Iterable[Delivery], ignored: dict[str, str]
-    ) -> tuple[StoredFate, ...]:
-        """What becomes of each tensor of a module; one that nobody takes or ignores is a fault."""
-        taken: dict[str, list[Delivery]] = {}
-        for delivery in deliveries:
-            for source in delivery.sources:
-                taken.setdefault(source, []).append(delivery)
-        fates = []
-        for local, spec in module.specs.items():
-            name = module.full_name(local)
-            if name in taken:
-                by = tuple(delivery.name for delivery in taken[name])
-                copied = by == (name,) and taken[name][0].operation.label == "copy"
-                fates.append(StoredFate(name=name, spec=spec, fate=Fate.COPIED if copied else Fate.CONSUMED, by=by))
-            elif local in ignored:
-                fates.append(StoredFate(name=name, spec=spec, fate=Fate.IGNORED, reason=ignored[local]))
-            else:
-                self._leftover(module, local)
-        return tuple(fates)
-
-    def _leftover(self, module: StoredModule, local: str) -> None:
-        quantization = local in QUANTIZATION_TENSORS
-        self.faults.add(
-            where=module.full_name(local),
-            expected="a module that this tensor belongs to" if quantization else f"only tensors of {self.model.name}",
-            found=f"{module.specs[local]} without an owner",
-            remedy=(
-                "A quantization tensor without its weight means that a tensor was lost or renamed."
-                if quantization
-                else "Nothing would read it; remove it, or check the architecture in config.json."
-            ),
-        )
 
 
-def _native_mode(weight: QuantizedWeight | None, config: QuantizationConfig) -> QuantAlgo | None:
-    return native_mode(weight.stored.args, config.modifiers) if weight else None
+def _find(stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
+    """The stored module of a site, under its own name or an alias."""
+    for name in (site.module, *site.aliases):
+        if name in stored:
+            return stored[name].delivered_as(site.module)
+    return None
 
 
 def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes:
     """float16 kernels need float16 throughout, a dense model is of the dtype asked for, else the model's stays."""
     wanted = dtype or model.dtype
     cast_plain = wanted is DType.F16
-    whole_model = cast_plain or not target.algos
+    whole_model = cast_plain or not target.holds_codes
     return deliver.Dtypes(model=wanted if whole_model else model.dtype, dequantized=wanted, cast_plain=cast_plain)
 
 

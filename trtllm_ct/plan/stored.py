@@ -2,25 +2,36 @@
 
 What a module is gets decided by the tensors that exist; the configuration only gives the parameters. Status fields,
 `ignore` and even `targets` disagree with the files often enough.
+A module's tensors are views: of a stored tensor as it is, of one expert in a tensor that holds all of them, or of the
+pieces of a sparse one. So later stages see every checkpoint in the one shape that most have anyway.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from trtllm_ct.formats.sparsity import find_sparse, restore
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor
 
     from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.formats.sparsity import SparseTensor
     from trtllm_ct.schemes import TensorSpec
 
-__all__ = ["QUANTIZATION_TENSORS", "StoredModule", "stored_modules"]
+__all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "StoredModule", "View", "Whole", "stored_modules"]
 
 QUANTIZATION_TENSORS = frozenset(
     {
         "weight_packed",
         "weight_scale",
+        "weight_scale_inv",
         "weight_zero_point",
         "weight_shape",
         "weight_g_idx",
@@ -37,6 +48,7 @@ QUANTIZATION_TENSORS = frozenset(
         "q_scale",
         "q_zero_point",
         "scale_packed",
+        "meta",
         "compressed",
         "bitmask",
         "row_offsets",
@@ -45,34 +57,143 @@ QUANTIZATION_TENSORS = frozenset(
 """Local names that compressed-tensors gives to parameters of quantization or sparsity (0.4 to 0.20)."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredModule:
-    """The tensors of one module by local name."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View(ABC):
+    """How a module's tensor is made from stored ones; `spec` is what it looks like to later stages."""
+
+    spec: TensorSpec
+
+    @property
+    def stored_bytes(self) -> int:
+        """Its share of the bytes in the files."""
+        return self.spec.nbytes
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[str, ...]:
+        """The stored tensors that it needs, by full name."""
+
+    @abstractmethod
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The tensor; raises `PayloadError` when the stored ones contradict each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole(View):
+    """A stored tensor as it is."""
 
     name: str
-    specs: Mapping[str, TensorSpec]
 
-    def full_name(self, local: str) -> str:
-        """The name in the file."""
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The one tensor."""
+        return (self.name,)
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The tensor itself."""
+        return stored[self.name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSlice(View):
+    """The part of one expert in a tensor whose first axis is experts; `rows` cuts the second axis where it is given."""
+
+    name: str
+    expert: int
+    rows: tuple[int, int] | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensor of all experts."""
+        return (self.name,)
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """A contiguous view; nothing is copied."""
+        part = stored[self.name][self.expert]
+        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse(View):
+    """A tensor whose values lie packed behind a bitmask; `spec` is that of the dense one."""
+
+    tensor: SparseTensor
+    piece_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the pieces."""
+        return self.piece_bytes
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The pieces."""
+        return tuple(self.tensor.parts.values())
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The dense tensor, made anew; memory: its size."""
+        return restore(self.tensor, {piece: stored[name] for piece, name in self.tensor.parts.items()})
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """The tensors of one module by local name.
+
+    `name` is the one that it is delivered under, `stored_name` the one that it has in the files, where that differs.
+    """
+
+    name: str
+    views: Mapping[str, View]
+    alias: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """The name in the files, for messages and for matching targets."""
+        return self.alias or self.name
+
+    def delivered_as(self, name: str) -> StoredModule:
+        """The same module under the name that engines read."""
+        return self if name == self.name else StoredModule(name, self.views, self.name)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """What the tensors look like."""
+        return {local: view.spec for local, view in self.views.items()}
+
+    def delivered_name(self, local: str) -> str:
+        """The full name of a delivered tensor."""
         return f"{self.name}.{local}" if self.name else local
 
-    def full_names(self, locals_: Iterable[str]) -> tuple[str, ...]:
-        """The names in the file."""
-        return tuple(self.full_name(local) for local in locals_)
+    def sources(self, locals_: Iterable[str]) -> tuple[str, ...]:
+        """The stored tensors, by full name, that some of the module's tensors are made of."""
+        return tuple(source for local in locals_ for source in self.views[local].sources)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weight is stored as codes: packed, sparse, or of a dtype that no plain weight has."""
-        if {"weight_packed", "compressed", "bitmask"} & self.specs.keys():
+        """Whether the weight is stored as codes: packed, or of a dtype that no plain weight has."""
+        if "weight_packed" in self.views:
             return True
-        weight = self.specs.get("weight")
-        return weight is not None and not weight.dtype.is_wide_float
+        weight = self.views.get("weight")
+        return weight is not None and not weight.spec.dtype.is_wide_float
 
 
-def stored_modules(catalog: Catalog) -> dict[str, StoredModule]:
-    """The modules of a checkpoint by name, in the order of the catalog."""
-    gathered: dict[str, dict[str, TensorSpec]] = {}
-    for name, tensor in catalog.tensors.items():
+def stored_modules(
+    catalog: Catalog, expected_shape: Callable[[str], tuple[int, ...] | None], faults: FaultCollector
+) -> dict[str, StoredModule]:
+    """The modules of a checkpoint by name, in the order of the catalog.
+
+    `expected_shape` gives the shape of a tensor by its full name, where the model says it: a bitmask alone tells
+    the last axis only up to eight. Contradictions between the pieces of a sparse tensor are added to `faults`.
+    """
+    specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
+    sparse = find_sparse(specs, expected_shape, faults)
+    pieces = {piece for tensor in sparse.values() for piece in tensor.parts.values()}
+    views: dict[str, View] = {name: Whole(name=name, spec=spec) for name, spec in specs.items() if name not in pieces}
+    for name, tensor in sparse.items():
+        piece_bytes = sum(specs[piece].nbytes for piece in tensor.parts.values())
+        views[name] = Sparse(spec=tensor.spec, tensor=tensor, piece_bytes=piece_bytes)
+    gathered: dict[str, dict[str, View]] = {}
+    for name, view in views.items():
         module, _, local = name.rpartition(".")
-        gathered.setdefault(module, {})[local] = tensor.spec
-    return {module: StoredModule(module, specs) for module, specs in gathered.items()}
+        gathered.setdefault(module, {})[local] = view
+    return {module: StoredModule(module, views) for module, views in gathered.items()}

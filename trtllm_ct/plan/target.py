@@ -8,19 +8,41 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trtllm_ct.schemes import QuantAlgo
 
-__all__ = ["Target"]
+__all__ = ["Capabilities", "Target"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What one line of an engine's releases holds; facts with their source, never guesses.
+
+    `linear` are the modes of its Linears, `experts` those of its routed experts, `kv_cache` the KV-cache modes.
+    """
+
+    name: str
+    source: str
+    linear: frozenset[QuantAlgo] = frozenset()
+    experts: frozenset[QuantAlgo] = frozenset()
+    kv_cache: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A place where weights are delivered.
+    """A place where weights are delivered, with the capabilities that it is planned for.
 
-    `algos` are the modes whose Linear it has; a scheme that none of them holds is dequantized.
-    `kv_cache_algos` are the KV-cache modes for which it takes scales.
-    `serves` says in a few words who reads the result.
+    `serves` says in a few words who reads the result. `newer` are capabilities that a later release adds, named in
+    reasons.
     """
 
     name: str
     serves: str
-    algos: frozenset[QuantAlgo] = frozenset()
-    kv_cache_algos: frozenset[str] = frozenset()
+    capabilities: Capabilities
+    newer: tuple[Capabilities, ...] = ()
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether anything is delivered quantized."""
+        return bool(self.capabilities.linear)
+
+    def algos(self, *, expert: bool) -> frozenset[QuantAlgo]:
+        """The modes that a module may be delivered in."""
+        return self.capabilities.experts if expert else self.capabilities.linear

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.config.match import Matcher
 from trtllm_ct.errors import FaultCollector
-from trtllm_ct.formats import StoredWeight, format_for
-from trtllm_ct.schemes import NumberType, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.formats import FORMATS, StoredWeight, format_for
+from trtllm_ct.plan.architectures import name_variants
 
 if TYPE_CHECKING:
     from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
     from trtllm_ct.plan.architectures import Site
     from trtllm_ct.plan.stored import StoredModule
+    from trtllm_ct.schemes import QuantArgs, QuantScheme
 
 __all__ = ["QuantizedWeight", "WeightReader"]
 
-_STRATEGIES = frozenset({Strategy.TENSOR, Strategy.CHANNEL, Strategy.GROUP})
 _FIRST_PACKED_ZERO_POINTS = (0, 9, 4)
-_SUPPORTED = (
-    "int4 and int8 weight-only (pack-quantized, int-quantized; per channel or group), fp8 static per tensor, and "
-    "fp8 per channel with dynamic token activations"
-)
+_LAST_COMPRESSION_CONFIG = (0, 6, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +35,14 @@ class QuantizedWeight:
 
 @dataclass(slots=True)
 class WeightReader:
-    """Reads the quantized modules of one checkpoint, gathering faults and, once for many modules, warnings."""
+    """Reads the quantized modules of one checkpoint, gathering faults and, once for many modules, warnings.
+
+    `multimodal` allows the names of targets to put the prefix of the text model otherwise than the files do.
+    """
 
     config: QuantizationConfig
     faults: FaultCollector
+    multimodal: bool = False
     _matcher: Matcher = field(init=False)
     _notes: Counter[str] = field(init=False, default_factory=Counter)
 
@@ -59,7 +61,7 @@ class WeightReader:
             return None
         args = group.scheme.weights
         weight_format = format_for(args, module.specs)
-        if weight_format is None or not _is_supported(group.scheme, args):
+        if weight_format is None:
             self._refuse(module, group.scheme)
             return None
         if not self._has_one_weight(module):
@@ -67,10 +69,11 @@ class WeightReader:
         declared = group.scheme.format
         if declared is not None and declared not in weight_format.declared_as:
             self._notes[f"declared as {declared}, stored as {weight_format.name}: the tensors decide"] += 1
-        shape = (site.shape[0], site.shape[1])
+        expected = (site.shape[0], site.shape[1]) if site.shape else None
         faults = FaultCollector()
-        version = _release(self.config.version)
-        stored = weight_format.describe(module.name, args, module.specs, shape, faults, version)
+        stored = weight_format.describe(
+            module.name, args, module.specs, expected, faults, version=_release(self.config)
+        )
         self.faults.faults.extend(faults.faults)
         if stored is None or faults.faults:
             return None
@@ -79,21 +82,22 @@ class WeightReader:
 
     def _group(self, module: StoredModule, site: Site) -> ConfigGroup | None:
         """The config group of a quantized module: the one that targets it, else the only one whose format fits."""
-        group = self._matcher.scheme_for(module.name, (site.class_name,))
-        if group is not None and group.scheme.weights is not None:
-            return group
+        names = name_variants(module.stored_name) if self.multimodal else (module.stored_name,)
+        for name in names:
+            group = self._matcher.scheme_for(name, (site.class_name,))
+            if group is not None and group.scheme.weights is not None:
+                return group
         fitting = [
             entry
             for entry in self.config.groups
             if entry.scheme.weights is not None and format_for(entry.scheme.weights, module.specs) is not None
         ]
         if len(fitting) == 1:
-            self._notes[
-                f"stored quantized though no target covers it or ignore lists it; read as {fitting[0].name}"
-            ] += 1
+            note = f"stored quantized though no target covers it or ignore lists it; read as {fitting[0].name}"
+            self._notes[note] += 1
             return fitting[0]
         self.faults.add(
-            where=module.name,
+            where=module.stored_name,
             expected="a config group that targets this quantized module",
             found=f"{len(fitting)} groups whose format fits its tensors ({_tensors(module)})",
             remedy="Add the module to the targets of its group in config_groups.",
@@ -102,18 +106,19 @@ class WeightReader:
 
     def _refuse(self, module: StoredModule, scheme: QuantScheme) -> None:
         declared = f", declared {scheme.format}" if scheme.format else ""
+        names = ", ".join(sorted({entry.name for entry in FORMATS}))
         self.faults.add(
-            where=module.name,
-            expected=f"a supported scheme: {_SUPPORTED}",
+            where=module.stored_name,
+            expected=f"tensors of one of the formats {names}",
             found=f"{scheme.label()}{declared} ({_tensors(module)})",
-            remedy="Quantize the model again with a supported scheme, or serve it with an engine that reads this one.",
+            remedy="Check num_bits, type and format in config_groups against the tool that wrote the file.",
         )
 
     def _has_one_weight(self, module: StoredModule) -> bool:
         if not {"weight", "weight_packed"} <= module.specs.keys():
             return True
         self.faults.add(
-            where=module.name,
+            where=module.stored_name,
             expected="either weight or weight_packed",
             found="both",
             remedy="No writer stores both; find out which one is meant and remove the other.",
@@ -124,29 +129,22 @@ class WeightReader:
         """An asymmetric weight may lack a zero point only when its writer left out those that are all zero (0.9.3)."""
         if args.symmetric or stored.has_zero_point:
             return
-        if _release(self.config.version) < _FIRST_PACKED_ZERO_POINTS:
+        if _release(self.config) < _FIRST_PACKED_ZERO_POINTS:
             self._notes["asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it"] += 1
             return
         self.faults.add(
-            where=f"{module.name}.weight_zero_point",
+            where=f"{module.stored_name}.weight_zero_point",
             expected="the zero points of an asymmetric weight",
             found="no such tensor",
             remedy="Without them the weight is wrong; download the checkpoint again or look for a lost shard.",
         )
 
 
-def _is_supported(scheme: QuantScheme, args: QuantArgs) -> bool:
-    """Whether weights and activations together are one of the schemes of `_SUPPORTED`."""
-    inputs = scheme.input_activations
-    quantized_inputs = inputs is not None and NumberType.INT in {inputs.type, args.type}
-    return args.strategy in _STRATEGIES and not quantized_inputs and scheme.output_activations is None
-
-
-def _release(version: str | None) -> tuple[int, ...]:
-    """Major, minor, patch of the writer; a block without version is that of a release before 0.11."""
-    if version is None:
-        return (0,)
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+def _release(config: QuantizationConfig) -> tuple[int, ...]:
+    """Major, minor, patch of the writer, () when the block does not say; up to 0.6 it had a key of its own."""
+    if config.version is None:
+        return _LAST_COMPRESSION_CONFIG if config.origin.endswith("compression_config") else ()
+    return tuple(int(part) for part in re.findall(r"\d+", config.version)[:3])
 
 
 def _tensors(module: StoredModule) -> str:

@@ -45,7 +45,9 @@ class ExpertParts:
     dtype: torch.dtype
     quantize_activations: bool
     faults: FaultCollector
-    tensors: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))
+    tensors: dict[int, dict[str, dict[str, Tensor]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
 
     def take(self, local: str, tensor: Tensor) -> bool:
         """Sort in a tensor by its name below `path`, such as `3.gate_proj.weight`; False for what no expert has."""

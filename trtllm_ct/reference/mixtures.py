@@ -94,7 +94,9 @@ class Mixtures:
         if experts in self._foreign:
             self._refuse_once(experts, tensor)
             return True
-        return experts in self._mixtures and self._mixtures[experts].parts.take(path.removeprefix(f"{experts}."), tensor)
+        return experts in self._mixtures and self._mixtures[experts].parts.take(
+            path.removeprefix(f"{experts}."), tensor
+        )
 
     def fits_fewer(self, path: str, tensor: Tensor, slot: Tensor) -> bool:
         """Whether a tensor with an entry for each expert would fit with fewer experts; `finish` counts them."""
@@ -138,7 +140,9 @@ class Mixtures:
             self._faults.add(
                 where=parts.name,
                 expected="as many experts everywhere in the layer",
-                found=", ".join(f"{count} in {name.removeprefix(mixture.block + '.')}" for name, count in counts.items()),
+                found=", ".join(
+                    f"{count} in {name.removeprefix(mixture.block + '.')}" for name, count in counts.items()
+                ),
                 remedy="Prune router and experts of a layer together.",
             )
             return None

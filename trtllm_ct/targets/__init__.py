@@ -1,51 +1,103 @@
-"""The table of targets, with the capabilities that each declares."""
+"""The table of targets, and the capabilities of the engine releases that they are made for."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.errors import Fault, UsageError
-from trtllm_ct.plan.target import Target
+from trtllm_ct.plan.target import Capabilities, Target
 from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["DENSE", "MODELOPT", "REFERENCE", "TARGETS", "target_named"]
+__all__ = ["DEFAULT_ENGINE", "DENSE", "ENGINES", "MODELOPT", "REFERENCE", "TARGETS", "target_named"]
 
-# What the Linears of stock TensorRT-LLM 1.0 to 1.2 load (`_torch/modules/linear.py: get_quant_method`); no release
-# of these has a W4A16_GPTQ method.
-_STOCK_ALGOS = frozenset(
+_LINEAR = frozenset(
     {
         QuantAlgo.W4A16,
         QuantAlgo.W4A16_AWQ,
         QuantAlgo.W8A16,
         QuantAlgo.FP8,
         QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN,
+        QuantAlgo.FP8_BLOCK_SCALES,
+        QuantAlgo.NVFP4,
     }
+)
+# int4 weight-only and row-wise fp8 experts have no kernel: the first demands activation scales, the second is refused.
+_EXPERTS = frozenset(
+    {QuantAlgo.W8A16, QuantAlgo.FP8, QuantAlgo.FP8_BLOCK_SCALES, QuantAlgo.NVFP4, QuantAlgo.W4A16_MXFP4}
+)
+_NEWEST = frozenset({QuantAlgo.MXFP8, QuantAlgo.W4A16_NVFP4})
+_FP8_CACHE = frozenset({"FP8"})
+
+ENGINES: Mapping[str, Capabilities] = {
+    entry.name: entry
+    for entry in (
+        Capabilities(
+            name="stock-1.0",
+            source="TensorRT-LLM late 2025, _torch/modules/linear.py and fused_moe/quantization.py",
+            linear=_LINEAR,
+            experts=_EXPERTS,
+            kv_cache=_FP8_CACHE,
+        ),
+        Capabilities(
+            name="stock-1.2",
+            source="TensorRT-LLM early 2026, _torch/modules/linear.py and fused_moe/fused_moe_cutlass.py",
+            linear=_LINEAR,
+            experts=_EXPERTS,
+            kv_cache=_FP8_CACHE,
+        ),
+        Capabilities(
+            name="stock-1.3",
+            source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
+            linear=_LINEAR | _NEWEST,
+            experts=_EXPERTS | _NEWEST,
+            kv_cache=_FP8_CACHE,
+        ),
+    )
+}
+"""Capability sets by name, oldest first. No release has a W4A16_GPTQ Linear."""
+
+DEFAULT_ENGINE = "stock-1.2"
+"""The newest stable line."""
+
+_NOTHING = Capabilities(name="plain", source="plain weights need no capability")
+_EVERYTHING = Capabilities(
+    name="reference",
+    source="trtllm_ct.reference.linear: LAYOUTS",
+    linear=_LINEAR | _NEWEST | {QuantAlgo.W4A16_GPTQ},
+    experts=_EXPERTS | _NEWEST,
+    kv_cache=_FP8_CACHE,
 )
 
 MODELOPT = Target(
     name="modelopt",
     serves="stock TensorRT-LLM, PyTorch backend, without a plug-in",
-    algos=_STOCK_ALGOS,
-    kv_cache_algos=frozenset({"FP8"}),
+    capabilities=ENGINES[DEFAULT_ENGINE],
 )
-DENSE = Target(name="dense", serves="anything that reads plain Hugging Face weights")
-REFERENCE = Target(
-    name="reference",
-    serves="the CPU reference engine of this package",
-    algos=_STOCK_ALGOS | {QuantAlgo.W4A16_GPTQ},
-    kv_cache_algos=frozenset({"FP8"}),
-)
+DENSE = Target(name="dense", serves="anything that reads plain Hugging Face weights", capabilities=_NOTHING)
+REFERENCE = Target(name="reference", serves="the CPU reference engine of this package", capabilities=_EVERYTHING)
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (MODELOPT, DENSE, REFERENCE)}
 
 
-def target_named(name: str) -> Target:
-    """The entry of `TARGETS`; raises `UsageError` that lists the names."""
-    if name in TARGETS:
-        return TARGETS[name]
-    raise UsageError(
-        Fault(where="target", expected=" or ".join(TARGETS), found=repr(name), remedy="Name one of these with --to.")
-    )
+def target_named(name: str, engine: str = DEFAULT_ENGINE) -> Target:
+    """The entry of `TARGETS`; that for stock TensorRT-LLM with the capability set `engine` of `ENGINES`.
+
+    Raises `UsageError` that lists the names.
+    """
+    _require("target", name, TARGETS)
+    _require("--engine", engine, ENGINES)
+    target = TARGETS[name]
+    if target is not MODELOPT:
+        return target
+    names = list(ENGINES)
+    newer = tuple(ENGINES[later] for later in names[names.index(engine) + 1 :])
+    return replace(target, capabilities=ENGINES[engine], newer=newer)
+
+
+def _require(where: str, name: str, names: Mapping[str, object]) -> None:
+    if name not in names:
+        raise UsageError(Fault(where=where, expected=" or ".join(names), found=repr(name), remedy="Name one of these."))
