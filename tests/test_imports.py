@@ -52,7 +52,8 @@ def test_what_reads_headers_only_never_imports_torch(tmp_path: Path, code: str) 
 def test_commands_that_read_headers_only_never_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     write_checkpoint(tmp_path)
     argv = ["trtllm-ct", *(str(tmp_path) if argument == "DIR" else argument for argument in arguments)]
-    run = f"sys.argv = {argv!r}\nfrom trtllm_ct.cli import main\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
+    call = "from trtllm_ct.cli import main\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
+    run = f"sys.argv = {argv!r}\n{call}"
 
     assert loaded_after(run) == set()
 

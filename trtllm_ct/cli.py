@@ -55,6 +55,19 @@ class Target(StrEnum):
     REFERENCE = "reference"
 
 
+class Engine(StrEnum):
+    """Capability sets of stock TensorRT-LLM."""
+
+    STOCK_1_0 = "stock-1.0"
+    STOCK_1_2 = "stock-1.2"
+    STOCK_1_3 = "stock-1.3"
+
+
+ForEngine = Annotated[
+    Engine, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
+]
+
+
 class ConvertTarget(StrEnum):
     """Targets that are directories."""
 
@@ -75,13 +88,14 @@ class DenseDtype(StrEnum):
 def inspect(
     directory: Directory,
     to: Annotated[Target, typer.Option(help="Target that native modes are shown for.")] = Target.MODELOPT,
+    engine: ForEngine = Engine.STOCK_1_2,
     modules: Annotated[bool, typer.Option("--modules", help="One line a module.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is, how it would be delivered and what is wrong with it; reads headers only."""
     from trtllm_ct.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(directory, to)
+    found = inspect_checkpoint(directory, to, engine=engine)
     if as_json:
         _print_json("inspect", found.to_dict())
     else:
@@ -94,12 +108,13 @@ def inspect(
 def plan(
     directory: Directory,
     to: Annotated[Target, typer.Option(help="Target to plan for.", show_default=False)],
+    engine: ForEngine = Engine.STOCK_1_2,
     as_json: Json = False,
 ) -> None:
     """Show what becomes of every stored tensor and where every delivered tensor comes from; reads headers only."""
     from trtllm_ct.pipeline import plan_checkpoint
 
-    made = plan_checkpoint(directory, to)
+    made = plan_checkpoint(directory, to, engine=engine)
     if as_json:
         _print_json("plan", made.to_dict())
     else:
@@ -111,6 +126,7 @@ def convert(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False)],
     to: Annotated[ConvertTarget, typer.Option(help="What to make.", show_default=False)],
+    engine: ForEngine = Engine.STOCK_1_2,
     dtype: Annotated[
         DenseDtype, typer.Option(help="Dtype of dequantized modules; float16 casts every plain tensor too.")
     ] = DenseDtype.AUTO,
@@ -129,6 +145,7 @@ def convert(
             directory,
             out,
             to=to,
+            engine=engine,
             dtype=dtype,
             strict=strict,
             overwrite=overwrite,

@@ -14,6 +14,7 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, UsageError
 from trtllm_ct.pipeline import open_checkpoint
 from trtllm_ct.plan.model import Plan
+from trtllm_ct.targets import DEFAULT_ENGINE
 from trtllm_ct.targets.hf_directory import write_hf_directory
 
 __all__ = ["CONVERT_TARGETS", "DENSE_DTYPES", "ConversionReport", "convert_checkpoint"]
@@ -64,6 +65,7 @@ def convert_checkpoint(
     out: str | Path,
     *,
     to: str = "modelopt",
+    engine: str = DEFAULT_ENGINE,
     dtype: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
@@ -73,6 +75,7 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Convert a directory for the target `to`, `modelopt` or `dense`.
 
+    `engine` is the capability set of stock TensorRT-LLM that `modelopt` is made for.
     `dtype` is that of dequantized modules (auto: the model's); with float16 every plain tensor is cast too, and one
     that does not fit is an error. Work happens in `.OUT.partial` beside `out`, which becomes `out` at the end and
     is removed on any error. Memory: one module at a time. Raises `UsageError` before anything is read, and the
@@ -88,7 +91,9 @@ def convert_checkpoint(
     # Entered before the source is read: an output that can't be written is refused at once.
     with replacing_directory(out, overwrite=overwrite) as partial:
         checkpoint = open_checkpoint(directory)
-        plan = checkpoint.plan(to, dtype=None if dtype == "auto" else DType.from_torch(dtype), strict=strict)
+        plan = checkpoint.plan(
+            to, engine=engine, dtype=None if dtype == "auto" else DType.from_torch(dtype), strict=strict
+        )
         progress = on_start(plan) if on_start else _ignore
         files = write_hf_directory(
             checkpoint, plan, partial, max_shard_bytes=max_shard_bytes, progress=progress, device=device

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.detect import Detection, FormatDetector
 from trtllm_ct.errors import CheckpointError, Fault
 from trtllm_ct.pipeline import open_checkpoint
-from trtllm_ct.targets import target_named
+from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +29,7 @@ class SchemeRow:
     native_mode: str
     delivered_mode: str
     reason: str
+    note: str
     stored_bytes: int
     delivered_bytes: int
 
@@ -40,6 +41,7 @@ class SchemeRow:
             "native_mode": self.native_mode,
             "mode": self.delivered_mode,
             "reason": self.reason,
+            "note": self.note,
             "stored_bytes": self.stored_bytes,
             "delivered_bytes": self.delivered_bytes,
         }
@@ -90,27 +92,27 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(directory: str | Path, to: str = "modelopt") -> Inspection:
-    """Inspect a directory as it would be delivered to the target named `to`.
+def inspect_checkpoint(directory: str | Path, to: str = "modelopt", *, engine: str = DEFAULT_ENGINE) -> Inspection:
+    """Inspect a directory as it would be delivered to the target named `to`, for the capability set `engine`.
 
     Reads headers only and does not import torch. Problems of the checkpoint are gathered in the result.
     Raises `UsageError` for an unknown target, `CheckpointError` when there is nothing that could be detected.
     """
     directory = Path(directory)
-    target = target_named(to)
+    target = target_named(to, engine)
     detection = FormatDetector().detect(directory)
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
     try:
-        plan = open_checkpoint(directory).plan(target.name)
+        plan = open_checkpoint(directory).plan(target.name, engine=engine)
     except CheckpointError as error:
         problems = error.faults
     return Inspection(directory=directory, target=target.name, detection=detection, plan=plan, problems=problems)
 
 
-def _row_key(module: ModulePlan) -> tuple[bool, str, str, str, str]:
+def _row_key(module: ModulePlan) -> tuple[bool, str, str, str, str, str]:
     native = str(module.native_mode) if module.native_mode else ""
-    return (module.weight is None, module.stored_scheme, native, module.delivered_mode, module.reason)
+    return (module.weight is None, module.stored_scheme, native, module.delivered_mode, module.reason, module.note)
 
 
 def _row(members: tuple[ModulePlan, ...]) -> SchemeRow:
@@ -121,6 +123,7 @@ def _row(members: tuple[ModulePlan, ...]) -> SchemeRow:
         native_mode=str(first.native_mode) if first.native_mode else "",
         delivered_mode=first.delivered_mode,
         reason=first.reason,
+        note=first.note,
         stored_bytes=sum(module.stored_bytes for module in members),
         delivered_bytes=sum(module.delivered_bytes for module in members),
     )

@@ -5,9 +5,10 @@ Every decision was made by the plan; here scales and zero points are checked and
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trtllm_ct.errors import FaultCollector, PayloadError
+from trtllm_ct.errors import Fault, FaultCollector, PayloadError
 from trtllm_ct.formats.codecs import NATIVE, Codec
 from trtllm_ct.ops import ModuleTensors
 from trtllm_ct.payload import check_payload
@@ -41,7 +42,10 @@ class CompressedTensorsWeightMapper:
         check_payload(module, local, faults)
         faults.raise_if_any(PayloadError)
         tensors = ModuleTensors(local, module.weight, self._codec)
-        return {delivery.name: _run(delivery, tensors) for delivery in module.deliveries}
+        try:
+            return {delivery.name: _run(delivery, tensors) for delivery in module.deliveries}
+        except PayloadError as error:
+            raise PayloadError(*(_located(fault, module.name) for fault in error.faults)) from None
 
     def map_weights(self, plan: Plan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`map_module` over all modules of a plan, for weights that are in memory already."""
@@ -49,6 +53,11 @@ class CompressedTensorsWeightMapper:
         for module in plan.modules:
             delivered |= self.map_module(module, {name: stored[name] for name in module.reads})
         return delivered
+
+
+def _located(fault: Fault, module: str) -> Fault:
+    """The fault with the module's name before a local one: formats and layouts know no names."""
+    return fault if fault.where.startswith(module) else replace(fault, where=f"{module}.{fault.where}")
 
 
 def _run(delivery: Delivery, tensors: ModuleTensors) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -88,16 +89,15 @@ def conversion(report: ConversionReport) -> RenderableType:
     made = report.plan
     speed = format_bytes(made.delivered_bytes / max(report.seconds, 1e-9))
     modes = ", ".join(f"{count} x {mode}" for mode, count in report.modes.items()) or "nothing was quantized"
-    reasons: dict[str, list[str]] = {}
-    for module in made.modules:
-        if module.dequantized:
-            reasons.setdefault(module.reason, []).append(module.name)
+    dequantized = Counter(module.reason for module in made.modules if module.dequantized)
+    notes = Counter(module.note for module in made.modules if module.note)
     lines = [
         Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
         Text(f"  modules: {modes}"),
         Text(f"  bytes: {format_bytes(made.stored_bytes)} -> {format_bytes(made.delivered_bytes)}"),
         Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} carried along"),
-        *(Text(f"  dequantized {len(names)} modules: {reason}") for reason, names in reasons.items()),
+        *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
+        *(Text(f"  {count} modules: {note}") for note, count in notes.items()),
     ]
     return Group(*lines, _warnings(made.warnings))
 
@@ -132,7 +132,8 @@ def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
         for name in fold_names(row.modules):
             table.add_row(escape(name), row.stored_scheme, row.native_mode, row.delivered_mode)
         size = f"{len(row.modules)} modules, {format_bytes(row.stored_bytes)} -> {format_bytes(row.delivered_bytes)}"
-        table.add_row(f"[dim]{size}[/dim]", f"[italic]{escape(row.reason)}[/italic]", "", "", end_section=True)
+        why = "; ".join(text for text in (row.reason, row.note) if text)
+        table.add_row(f"[dim]{size}[/dim]", f"[italic]{escape(why)}[/italic]", "", "", end_section=True)
     return table
 
 

@@ -87,7 +87,11 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
 def _assign_group(
     name: str, members: Sequence[Site], candidates: Mapping[str, Candidate], target: Target
 ) -> dict[str, Assignment]:
-    """One mode for all members of a group; nothing when none of them is quantized."""
+    """One mode for all members of a group; nothing when none of them is quantized.
+
+    Reasons name the group by its last part, so that they read the same in every layer.
+    """
+    name = name.rpartition(".")[2]
     quantized = {site.module: candidates[site.module] for site in members if site.module in candidates}
     plain = [site.module for site in members if site.module not in candidates]
     each = {module: _assign_one(own, target) for module, own in quantized.items()}

@@ -109,7 +109,8 @@ def _codes(module: StoredModule, weight: QuantizedWeight, mode: LinearMode) -> D
     else:
         spec = TensorSpec(mode.packing.container, mode.packing.packed_shape(stored.shape))
         operation = Repack(result=spec, packing=mode.packing)
-    sources = [local for local in stored.consumed if not local.startswith(("weight_scale", "weight_zero"))]
+    apart = {stored.scale, stored.divisor, "weight_zero_point" if stored.has_zero_point else None}
+    sources = [local for local in stored.consumed if local not in apart]
     return Delivery(name=module.delivered_name("weight"), operation=operation, sources=module.sources(sources))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.config.match import Matcher
 from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats import FORMATS, StoredWeight, format_for
+from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.plan.architectures import name_variants
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class WeightReader:
         if stored is None or faults.faults:
             return None
         self._check_zero_point(module, args, stored)
+        if weight_format is MARLIN_24 and not _release(self.config) and args.group_size is not None:
+            self._notes["marlin-24 of an unknown release: group scales read in the order of 0.8.0 and later"] += 1
         return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name)
 
     def _group(self, module: StoredModule, site: Site) -> ConfigGroup | None:

@@ -141,7 +141,7 @@ class Assembly:
         """Put an unquantized tensor into its parameter or buffer, in the dtype that the model holds there."""
         slot = self._slots[name]
         self._filled.add(name)
-        if name.endswith(self._names.transposed):
+        if tensor.shape != slot.shape and name.endswith(self._names.transposed):
             tensor = tensor.mT.contiguous()
         is_float = slot.is_floating_point()
         fits = tensor.shape == slot.shape or self._mixtures.fits_fewer(name, tensor, slot)

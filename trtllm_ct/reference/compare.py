@@ -11,6 +11,8 @@ import torch
 from trtllm_ct.layouts.rounding import round_once
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 __all__ = ["Comparison", "compare_native", "compare_rounded"]
@@ -90,12 +92,20 @@ def _comparison(got: Tensor, want: Tensor, allowed: Tensor, relative: Tensor) ->
     # NaN would hide behind any number in a maximum.
     relative = relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
     flat = int(relative.flatten().argmax())
-    position = tuple(int(index) for index in torch.unravel_index(torch.tensor(flat), got.shape))
     return Comparison(
         good=bool(allowed.all()),
         error=float(relative.flatten()[flat]),
         differing=int((~allowed).sum()),
-        position=position,
+        position=_position(flat, got.shape),
         got=float(got.flatten()[flat]),
         want=float(want.flatten()[flat]),
     )
+
+
+def _position(flat: int, shape: Iterable[int]) -> tuple[int, ...]:
+    """The index of an element by its number; `torch.unravel_index` would import sympy, which takes half a second."""
+    position = []
+    for size in reversed(tuple(shape)):
+        flat, index = divmod(flat, size)
+        position.append(index)
+    return tuple(reversed(position))

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from trtllm_ct.errors import Fault, PlanError, UsageError
 from trtllm_ct.quant_config import QuantConfig
 from trtllm_ct.reference.architecture import build_shell, read_generation_config, require_transformers
 from trtllm_ct.reference.assembly import Assembly
-from trtllm_ct.reference.attention import register_fp8_attention
+from trtllm_ct.reference.attention import kv_scale_names, register_fp8_attention
 from trtllm_ct.reference.directory import read_directory
 from trtllm_ct.reference.names import NameMap
 
@@ -78,6 +78,8 @@ def build_model(
     quant_config = quant_config or QuantConfig()
     attention = _kv_cache_attention(quant_config, name) if quantize_activations else None
     model = build_shell(config, dtype=dtype, attention=attention, name=name)
+    if attention is not None and not kv_scale_names(model):
+        _refuse_kv_cache(name, "attention with k_proj and v_proj, of which a cache holds the results", "none such")
     names = NameMap.of_checkpoint(config, model_type=model.config.model_type)
     assembly = Assembly(model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations)
     for tensor_name, tensor in tensors:
@@ -104,12 +106,16 @@ def _kv_cache_attention(quant_config: QuantConfig, name: str) -> str | None:
     if algo is None:
         return None
     if algo != "FP8":
-        raise PlanError(
-            Fault(
-                where=f"{name}: kv_cache_quant_algo",
-                expected="FP8 or none",
-                found=algo,
-                remedy="Pass quantize_activations=False to compute with an unquantized KV cache.",
-            )
-        )
+        _refuse_kv_cache(name, "FP8 or none", algo)
     return register_fp8_attention()
+
+
+def _refuse_kv_cache(name: str, expected: str, found: str) -> NoReturn:
+    raise PlanError(
+        Fault(
+            where=f"{name}: kv_cache_quant_algo",
+            expected=expected,
+            found=found,
+            remedy="Pass quantize_activations=False to compute with an unquantized KV cache.",
+        )
+    )

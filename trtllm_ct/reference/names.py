@@ -45,7 +45,7 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "phimoe": (*_MIXTRAL, ("mlp.gate", "mlp.router")),
 }
 
-# By model type: plain stacks of experts whose last two axes checkpoints have the other way round.
+# By model type: plain stacks of experts that published checkpoints have as [E, in, out]; transformers writes [E, out, in].
 _TRANSPOSED: Mapping[str, tuple[str, ...]] = {"qwen3_vl_moe_text": (".experts.gate_up_proj", ".experts.down_proj")}
 
 # Where multimodal checkpoints keep the language model, and what its parts are called in a model of text alone. The
@@ -70,7 +70,7 @@ class NameMap:
 
     `renamed` are parts of names and what replaces them. `language` is the table of prefixes of a multimodal
     checkpoint, empty for a language model. `ignored` are prefixes, in terms of the model, of what it does not have.
-    `transposed` are ends of paths of tensors [E, in, out] that the model has as [E, out, in].
+    `transposed` are ends of paths of tensors that may be there as [E, in, out] where the model has [E, out, in].
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
