@@ -53,7 +53,7 @@ def described(
 def payload_faults(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> list[Fault]:
     """Everything that is wrong with the values of module `lin`."""
     faults = FaultCollector()
-    check_payload(ModulePlan(name="lin", class_name="Linear", deliveries=(), fates=(), weight=weight), tensors, faults)
+    check_payload(ModulePlan(name="lin", class_name="Linear", views={}, weight=weight), tensors, faults)
     return faults.faults
 
 

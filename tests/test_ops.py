@@ -13,7 +13,19 @@ from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import INT8
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, unpack_codes
-from trtllm_ct.ops import AdditiveZero, Cast, Copy, Dequantize, ModuleTensors, Ones, Operation, Repack, WidenScale
+from trtllm_ct.ops import (
+    AdditiveZero,
+    Cast,
+    Copy,
+    Dequantize,
+    ModuleTensors,
+    Ones,
+    Operation,
+    Reciprocal,
+    Reinterpret,
+    Repack,
+    WidenScale,
+)
 from trtllm_ct.schemes import QuantArgs, Strategy, TensorSpec
 
 ARGS = QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=8)
@@ -95,11 +107,48 @@ def test_repack_refuses_codes_that_it_would_cut(code: int) -> None:
         operation.run("lin.weight", quantized_module(INT8, codes=codes))
 
 
-def test_widen_scale_reads_its_source_whatever_its_shape() -> None:
-    operation = WidenScale(result=TensorSpec(DType.F32, (4,)), source="weight_scale", stored_shape=(1, 1))
-    widened = operation.run("lin.weight_scale", plain_module(weight_scale=torch.tensor(2.0, dtype=torch.bfloat16)))
-    assert widened.tolist() == [2.0] * 4
+@pytest.mark.parametrize("stored", [(), (1,), (1, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(), (4,), (4, 2)], ids=str)
+def test_widen_scale_reads_the_one_element_of_its_source_whatever_its_shape(
+    stored: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    operation = WidenScale(result=TensorSpec(DType.F32, shape), source="input_scale")
+    scale = torch.full(stored, 2.0, dtype=torch.bfloat16)
+    widened = operation.run("lin.input_scale", plain_module(input_scale=scale))
+    assert torch.equal(widened, torch.full(shape, 2.0))
     assert widened.dtype is torch.float32
+
+
+@pytest.mark.parametrize(("shape", "values"), [(GRID, [[0.5, 0.5]] * 4), ((4, 4), [[0.5] * 4] * 4)], ids=str)
+def test_widen_scale_without_a_source_reads_the_scale_of_the_weight(
+    shape: tuple[int, int], values: list[list[float]]
+) -> None:
+    """Repeated where the Linear reads smaller groups."""
+    operation = WidenScale(result=TensorSpec(DType.F32, shape))
+    assert operation.run("lin.weight_scale", quantized_module()).tolist() == values
+
+
+@pytest.mark.parametrize("stored", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize(("divisor", "multiplier"), [(4.0, 0.25), (2688.0, 1 / 2688), (3.0, 1 / 3), (0.0, 0.0)])
+def test_reciprocal_turns_a_divisor_into_a_multiplier(
+    stored: tuple[int, ...], divisor: float, multiplier: float
+) -> None:
+    """Rounded once, to float32. The 0 of an expert that saw no data stays 0, where 1 / 0 would spoil all experts."""
+    operation = Reciprocal(result=TensorSpec(DType.F32, ()), source="weight_global_scale")
+    module = plain_module(weight_global_scale=torch.full(stored, divisor))
+    got = operation.run("lin.weight_scale_2", module)
+    assert torch.equal(got, torch.tensor(multiplier, dtype=torch.float64).to(torch.float32))
+    assert got.shape == ()
+
+
+def test_reinterpret_reads_no_byte_anew() -> None:
+    """E4M3 scales that a writer stored as bytes; memory is shared, values are those of the bits."""
+    stored = torch.tensor([[0x38, 0x40], [0x08, 0x7E]], dtype=torch.uint8)
+    operation = Reinterpret(result=TensorSpec(DType.F8_E4M3, (2, 2)), source="weight_scale")
+    got = operation.run("lin.weight_scale", plain_module(weight_scale=stored))
+    assert got.dtype is torch.float8_e4m3fn
+    assert got.double().tolist() == [[1.0, 2.0], [2**-6, 448.0]]
+    assert got.data_ptr() == stored.data_ptr()
 
 
 @pytest.mark.parametrize(("zero_point", "offset"), [(3, -1.5), (-8, 4.0), (0, 0.0), (None, 0.0)])
@@ -159,6 +208,6 @@ def test_a_plan_that_makes_no_sense_is_our_own_bug(operation: Operation, words: 
 
 
 def test_labels_are_unique_and_loss_is_declared() -> None:
-    operations = (AdditiveZero, Cast, Copy, Dequantize, Ones, Repack, WidenScale)
+    operations = (AdditiveZero, Cast, Copy, Dequantize, Ones, Reciprocal, Reinterpret, Repack, WidenScale)
     assert len({operation.label for operation in operations}) == len(operations)
     assert {operation.label for operation in operations if not operation.exact} == {"cast", "dequantize"}

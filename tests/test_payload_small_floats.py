@@ -32,7 +32,7 @@ def stored_module(args: QuantArgs) -> dict[str, Tensor]:
 
 
 def plan_of(name: str, args: QuantArgs, stored: dict[str, Tensor]) -> ModulePlan:
-    return ModulePlan(name=name, class_name="Linear", deliveries=(), fates=(), weight=described(args, stored))
+    return ModulePlan(name=name, class_name="Linear", views={}, weight=described(args, stored))
 
 
 def faults_of(name: str, args: QuantArgs, stored: dict[str, Tensor]) -> list[Fault]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.compressed_io import load_compressed, save_compressed
     from trtllm_ct.config.reader import CompressedTensorsConfigReader
     from trtllm_ct.config_loader import CompressedTensorsConfigLoader
     from trtllm_ct.convert import convert_checkpoint
@@ -37,9 +38,11 @@ __all__ = [
     "__version__",
     "convert_checkpoint",
     "inspect_checkpoint",
+    "load_compressed",
     "make_plan",
     "open_checkpoint",
     "plan_checkpoint",
+    "save_compressed",
     "verify_checkpoint",
 ]
 
@@ -54,9 +57,11 @@ _HOMES = {
     "Model": "plan.architectures",
     "convert_checkpoint": "convert",
     "inspect_checkpoint": "inspection",
+    "load_compressed": "compressed_io",
     "make_plan": "plan.planner",
     "open_checkpoint": "pipeline",
     "plan_checkpoint": "pipeline",
+    "save_compressed": "compressed_io",
     "verify_checkpoint": "verify",
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum, auto
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
@@ -59,8 +60,8 @@ class Activations(StrEnum):
     FP8_STATIC = "fp8 static per tensor"
     FP8_TOKEN = "fp8 dynamic per token"
     FP8_GROUP = "fp8 dynamic per group of 128"
-    FP4_LOCAL = "fp4 with local scales"
-    MX_FP8 = "fp8 dynamic with power-of-two scales"
+    FP4_LOCAL = "fp4 dynamic per group of 16"
+    MX_FP8 = "fp8 dynamic per group of 32"
     OTHER = "of another kind"
 
 
@@ -222,7 +223,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
     LinearMode(
         algo=QuantAlgo.NVFP4,
         element=Element.E2M1,
-        bits=_UP_TO_4,
+        bits=frozenset({4}),
         packing=None,
         scale=ScaleForm.TWO_LEVEL,
         exact=_SMALL_GROUPS,
@@ -233,7 +234,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
     LinearMode(
         algo=QuantAlgo.W4A16_NVFP4,
         element=Element.E2M1,
-        bits=_UP_TO_4,
+        bits=frozenset({4}),
         packing=None,
         scale=ScaleForm.TWO_LEVEL,
         exact=_SMALL_GROUPS,
@@ -243,7 +244,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
     LinearMode(
         algo=QuantAlgo.W4A16_MXFP4,
         element=Element.E2M1,
-        bits=_UP_TO_4,
+        bits=frozenset({4}),
         packing=None,
         scale=ScaleForm.EXPONENT,
         exact=_GROUP,
@@ -304,18 +305,22 @@ def native_mode(args: QuantArgs, modifiers: Iterable[str] = ()) -> QuantAlgo | N
     return families.get((args.num_bits, in_powers_of_two))
 
 
+@lru_cache(maxsize=256)
 def holdings(weight: Weight) -> tuple[Holding, ...]:
-    """Every mode that holds the weight exactly, those that fit as it is first."""
+    """Every mode that holds the weight exactly, those that fit as it is first.
+
+    Remembered, since a model has few kinds of weights and some have 70 000 of a kind.
+    """
     found = [
         holding for mode in LINEAR_MODES if _obstacle(mode, weight) is None for holding in _group_sizes(mode, weight)
     ]
     return tuple(sorted(found, key=lambda holding: not holding.as_is))
 
 
-def obstacles(weight: Weight, algos: Iterable[QuantAlgo]) -> tuple[str, ...]:
+@lru_cache(maxsize=256)
+def obstacles(weight: Weight, algos: frozenset[QuantAlgo]) -> tuple[str, ...]:
     """Why the modes among `algos` for codes of this kind don't take the weight; empty when none has such codes."""
-    allowed = frozenset(algos)
-    reasons = (_obstacle(mode, weight) for mode in LINEAR_MODES if mode.algo in allowed and _holds_codes(mode, weight))
+    reasons = (_obstacle(mode, weight) for mode in LINEAR_MODES if mode.algo in algos and _holds_codes(mode, weight))
     return tuple(reason for reason in reasons if reason is not None)
 
 

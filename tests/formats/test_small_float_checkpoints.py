@@ -67,7 +67,7 @@ def test_every_module_passes_the_guard_and_is_encoded_as_it_was_stored(checkpoin
     for name, stored in quantized_modules(directory).items():
         weight = described(args, stored)
         faults = FaultCollector()
-        plan = ModulePlan(name=name, class_name="Linear", deliveries=(), fates=(), weight=weight)
+        plan = ModulePlan(name=name, class_name="Linear", views={}, weight=weight)
         check_payload(plan, stored, faults)
         assert not faults.faults
         encoded = weight.format.encode(weight.format.decode(weight, stored), args)

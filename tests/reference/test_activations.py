@@ -1,13 +1,40 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtllm_ct.reference.activations import FP8_MAX, quantize_per_tensor, quantize_per_token, round_to_fp8
+from trtllm_ct.reference.activations import (
+    FP8_MAX,
+    quantize_mxfp8,
+    quantize_nvfp4,
+    quantize_per_block,
+    quantize_per_tensor,
+    quantize_per_token,
+    round_to_e2m1,
+    round_to_fp8,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 WIDE = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+HALF = torch.tensor(0.5)
+# value -> value after rounding to E2M1; the middle of two goes to the even code.
+E2M1_ROUNDINGS = {
+    **{value: value for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)},
+    **{0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0},
+    **{0.28125: 0.5, 0.71875: 0.5, 1.28125: 1.5, 2.53125: 3.0, 5.0625: 6.0, 6.5: 6.0, 60000.0: 6.0},
+}
+
+
+def padded(values: list[float], length: int) -> Tensor:
+    return torch.tensor(values + [0.0] * (length - len(values)))
 
 
 @pytest.mark.parametrize("dtype", WIDE)
@@ -85,3 +112,81 @@ def test_dynamic_scales_never_clip(seed: int) -> None:
     values = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) * FP8_MAX * 100
 
     assert torch.allclose(quantize_per_token(values), values, rtol=1 / 16, atol=FP8_MAX)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_float4_takes_the_nearest_value_and_the_even_code_between_two(dtype: torch.dtype) -> None:
+    values, wanted = (torch.tensor(list(side), dtype=dtype) for side in (E2M1_ROUNDINGS, E2M1_ROUNDINGS.values()))
+
+    assert torch.equal(wanted, round_to_e2m1(values))
+    assert torch.equal(-wanted, round_to_e2m1(-values))
+
+
+def test_nvfp4_by_hand() -> None:
+    """input_scale 0.5; the scale of a group is e4m3(peak / 6 / 0.5), and 0.5 times it is what codes are multiplied by.
+
+    First group: peak 12, scale 4, so that codes stand for multiples of 2. Second: peak 10, 3.33 rounds to 3.25, and
+    codes stand for multiples of 1.625; 10 / 1.625 is beyond 6. Third: the scale saturates at 448. Fourth: zeros.
+    """
+    groups = [
+        padded([12.0, 5.0, -1.0, 0.4, 7.0, 3.1, -11.0], 16),
+        padded([10.0, -1.0, 5.0], 16),
+        padded([5000.0, 300.0, -112.0], 16),
+        torch.zeros(16),
+    ]
+    wanted = [
+        padded([12.0, 4.0, -1.0, 0.0, 8.0, 3.0, -12.0], 16),
+        padded([9.75, -0.8125, 4.875], 16),
+        padded([1344.0, 336.0, -112.0], 16),
+        torch.zeros(16),
+    ]
+
+    assert torch.equal(torch.cat(wanted)[None], quantize_nvfp4(torch.cat(groups)[None], HALF))
+
+
+def test_nvfp4_of_an_expert_that_saw_no_input_is_zero() -> None:
+    assert torch.equal(torch.zeros(2, 16), quantize_nvfp4(torch.ones(2, 16), torch.zeros(1)))
+
+
+def test_mxfp8_by_hand() -> None:
+    """A peak of 448 or 500 has the scale 1, where 500 saturates; 512 has the scale 2; 0.7 has 2^-9, in steps of 1/16."""
+    groups = [padded([448.0, 17.0], 32), padded([500.0, -19.0], 32), padded([512.0, 34.0], 32), padded([0.7, 1e-6], 32)]
+    wanted = [
+        padded([448.0, 16.0], 32),
+        padded([448.0, -20.0], 32),
+        padded([512.0, 32.0], 32),
+        padded([0.6875, 0.0], 32),
+    ]
+
+    assert torch.equal(torch.cat(wanted)[None], quantize_mxfp8(torch.cat(groups)[None]))
+
+
+def test_each_block_of_a_token_has_its_own_scale() -> None:
+    values = torch.randn(2, 3, 300)
+    values[..., 128:256] *= 1000
+
+    rounded = quantize_per_block(values)
+
+    for start, end in ((0, 128), (128, 256), (256, 300)):
+        assert torch.equal(quantize_per_token(values[..., start:end]), rounded[..., start:end])
+
+
+@pytest.mark.parametrize("quantize", [quantize_mxfp8, lambda x: quantize_nvfp4(x, HALF)], ids=["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_groups_keep_shape_and_dtype(quantize: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    rounded = quantize(torch.randn(2, 3, 64).to(dtype))
+
+    assert rounded.shape == (2, 3, 64)
+    assert rounded.dtype == dtype
+    assert torch.equal(quantize(torch.zeros(1, 32, dtype=dtype)), torch.zeros(1, 32, dtype=dtype))
+
+
+def test_nan_stays_visible_in_groups() -> None:
+    """An infinity in E8M0 has no scale at all; a static scale saturates it, as hardware does."""
+    values = torch.zeros(1, 32)
+    for bad in (torch.nan, torch.inf):
+        values[0, 3] = bad
+        assert quantize_mxfp8(values)[0, 3].isnan()
+    assert quantize_nvfp4(values, HALF)[0, 3] == 1344.0
+    values[0, 3] = torch.nan
+    assert quantize_nvfp4(values, HALF)[0, 3].isnan()

@@ -11,9 +11,15 @@ from torch.nn.functional import linear
 
 from trtllm_ct.errors import PlanError
 from trtllm_ct.quant_config import LayerQuantConfig
-from trtllm_ct.reference.activations import quantize_per_tensor, quantize_per_token
+from trtllm_ct.reference.activations import (
+    quantize_mxfp8,
+    quantize_nvfp4,
+    quantize_per_block,
+    quantize_per_tensor,
+    quantize_per_token,
+)
 from trtllm_ct.reference.linear import ReferenceLinear
-from trtllm_ct.reference.linear_layouts import LAYOUTS, unpack_column_pairs, unpack_row_pairs
+from trtllm_ct.reference.linear_layouts import LAYOUTS, unpack_row_pairs
 from trtllm_ct.schemes import QuantAlgo
 
 AWQ = LayerQuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=8)
@@ -34,6 +40,8 @@ ROW_PAIRS = torch.tensor(
     ],
     dtype=torch.uint8,
 )
+
+SHAPE = (6, 64)
 
 RandomLinear = Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]
 Decode = Callable[[QuantAlgo, dict[str, Tensor]], Tensor]
@@ -73,9 +81,9 @@ def test_the_table_has_every_algorithm_of_a_single_module() -> None:
 
 @pytest.mark.parametrize("algo", LAYOUTS)
 def test_weights_equal_the_slow_decoder(algo: QuantAlgo, random_linear: RandomLinear, decode_slowly: Decode) -> None:
-    layer, tensors = random_linear(algo, 6, 8)
+    layer, tensors = random_linear(algo, *SHAPE)
 
-    module = build(tensors, layer, (6, 8))
+    module = build(tensors, layer, SHAPE)
 
     want = decode_slowly(algo, tensors)
     assert torch.equal(want, module.dequantized_weight(torch.float64))
@@ -88,8 +96,8 @@ def test_weights_equal_the_slow_decoder(algo: QuantAlgo, random_linear: RandomLi
 def test_narrow_weights_are_the_float32_ones_rounded_once(
     algo: QuantAlgo, dtype: torch.dtype, random_linear: RandomLinear
 ) -> None:
-    layer, tensors = random_linear(algo, 6, 8)
-    module = build(tensors, layer, (6, 8))
+    layer, tensors = random_linear(algo, *SHAPE)
+    module = build(tensors, layer, SHAPE)
 
     assert torch.equal(module.dequantized_weight(torch.float32).to(dtype), module.dequantized_weight(dtype))
 
@@ -98,13 +106,13 @@ def test_narrow_weights_are_the_float32_ones_rounded_once(
 def test_output_is_input_times_weight_plus_bias(
     algo: QuantAlgo, random_linear: RandomLinear, decode_slowly: Decode
 ) -> None:
-    layer, tensors = random_linear(algo, 6, 8)
+    layer, tensors = random_linear(algo, *SHAPE)
     bias = torch.randn(6, dtype=torch.bfloat16)
-    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    x = torch.randn(2, 3, SHAPE[1], dtype=torch.float64)
 
-    module = build(tensors | {"bias": bias}, layer, (6, 8), bias=True, quantize_activations=False)
+    module = build(tensors | {"bias": bias}, layer, SHAPE, bias=True, quantize_activations=False)
 
-    scaled = x * tensors.get("pre_quant_scale", torch.ones(8)).double()
+    scaled = x * tensors.get("pre_quant_scale", torch.ones(SHAPE[1])).double()
     assert torch.allclose(linear(scaled, decode_slowly(algo, tensors), bias.double()), module(x), rtol=1e-12)
 
 
@@ -113,15 +121,18 @@ def test_output_is_input_times_weight_plus_bias(
     [
         (QuantAlgo.FP8, lambda x, tensors: quantize_per_tensor(x, tensors["input_scale"])),
         (QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN, lambda x, _: quantize_per_token(x)),
+        (QuantAlgo.FP8_BLOCK_SCALES, lambda x, _: quantize_per_block(x)),
+        (QuantAlgo.NVFP4, lambda x, tensors: quantize_nvfp4(x, tensors["input_scale"])),
+        (QuantAlgo.MXFP8, lambda x, _: quantize_mxfp8(x)),
     ],
 )
-def test_float8_inputs_are_quantized_unless_switched_off(
+def test_float_inputs_are_quantized_unless_switched_off(
     algo: QuantAlgo, quantize: Callable[[Tensor, dict[str, Tensor]], Tensor], random_linear: RandomLinear
 ) -> None:
-    layer, tensors = random_linear(algo, 6, 8)
-    x = torch.randn(3, 8)
+    layer, tensors = random_linear(algo, *SHAPE)
+    x = torch.randn(3, SHAPE[1])
 
-    simulated, plain = (build(tensors, layer, (6, 8), quantize_activations=flag) for flag in (True, False))
+    simulated, plain = (build(tensors, layer, SHAPE, quantize_activations=flag) for flag in (True, False))
 
     assert torch.equal(plain(quantize(x, tensors)), simulated(x))
     assert not torch.equal(plain(x), simulated(x))
@@ -147,9 +158,9 @@ def test_delivered_tensors_outlive_casts(
     algo: QuantAlgo, cast: Callable[[ReferenceLinear], ReferenceLinear], random_linear: RandomLinear
 ) -> None:
     """A cast of the model must not touch codes or scales; it only decides what is computed in."""
-    layer, tensors = random_linear(algo, 6, 8)
+    layer, tensors = random_linear(algo, *SHAPE)
 
-    state = cast(build(tensors, layer, (6, 8))).state_dict()
+    state = cast(build(tensors, layer, SHAPE)).state_dict()
 
     assert list(state) == list(tensors)
     for name, tensor in tensors.items():

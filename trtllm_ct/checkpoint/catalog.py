@@ -11,10 +11,8 @@ Neither torch nor any payload is touched.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -28,10 +26,11 @@ from trtllm_ct.checkpoint.header import (
     read_header,
     refuse_lfs_pointer,
 )
+from trtllm_ct.collector import collector_paused
 from trtllm_ct.errors import CatalogError, Fault, FaultCollector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from trtllm_ct.schemes import TensorSpec
 
@@ -74,7 +73,7 @@ class Catalog:
         """
         selection = _select_files(directory)
         faults = FaultCollector()
-        with _collector_paused():
+        with collector_paused():
             headers = _read_headers(directory, selection, faults)
             tensors = _merge(headers, faults)
             warnings = selection.warnings + _compare_with_index(selection, headers, tensors, faults)
@@ -254,18 +253,6 @@ def _require_all_numbers(shards: list[str]) -> None:
             where, found = f"{stem}-*-of-{total}.safetensors", f"no number {list_some(missing)}"
             faults.add(where=where, expected=f"{int(total)} shards", found=found, remedy=_FETCH_MISSING)
     faults.raise_if_any(CatalogError)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the garbage collector from walking 10^6 fresh objects again and again: that doubles the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _read_headers(directory: Path, selection: _Selection, faults: FaultCollector) -> dict[str, Header]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trtllm_ct.collector import collector_paused
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PlanError
 from trtllm_ct.modes import native_mode
@@ -65,7 +66,8 @@ def make_plan(
         reader=WeightReader(config, faults, multimodal=model.multimodal),
         kv_cache=KvCache(config, target, model.kv_heads),
     )
-    plan = planner.plan(catalog)
+    with collector_paused():
+        plan = planner.plan(catalog)
     if strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
     faults.raise_if_any(PlanError)

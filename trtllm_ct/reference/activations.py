@@ -66,7 +66,7 @@ def quantize_per_token(values: Tensor) -> Tensor:
 
 def quantize_per_block(values: Tensor) -> Tensor:
     """Round [..., K] with one scale for each 128 neighbours of a row; the last block may be shorter."""
-    return torch.cat([quantize_per_token(block) for block in values.split(_BLOCK, dim=-1)], dim=-1)
+    return torch.cat([quantize_per_token(block) for block in torch.split(values, _BLOCK, dim=-1)], dim=-1)
 
 
 def quantize_mxfp8(values: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def quantize_mxfp8(values: Tensor) -> Tensor:
 
     The scale is 2^(floor(log2(peak)) - 8), which puts the peak between 256 and 512: beyond 448 it saturates.
     """
-    groups = values.unflatten(-1, (-1, _MX_GROUP))
+    groups = values.reshape(*values.shape[:-1], -1, _MX_GROUP)
     peak = _peak(groups)
     # peak = mantissa * 2^exponent with a mantissa from 0.5 up to 1, so that the floor of its logarithm is one less.
     exponent = (peak.frexp().exponent - 1 - _E4M3_EXPONENT).clamp(-_E8M0_EXPONENT, _E8M0_EXPONENT)
@@ -91,7 +91,7 @@ def quantize_nvfp4(values: Tensor, input_scale: Tensor) -> Tensor:
     Where s or `input_scale` is zero, the result is zero.
     """
     wide = torch.promote_types(values.dtype, torch.float32)
-    groups = values.to(wide).unflatten(-1, (-1, _NVFP4_GROUP))
+    groups = values.to(wide).reshape(*values.shape[:-1], -1, _NVFP4_GROUP)
     input_scale = input_scale.to(wide).reshape(())
     fitting = (_peak(groups) / E2M1_MAX / _divisor(input_scale)).clamp(max=FP8_MAX)
     scale = fitting.to(torch.float8_e4m3fn).to(wide) * input_scale

@@ -120,7 +120,7 @@ def _typed_config(config: Mapping[str, Any]) -> Any:
 
     model_type, told = _SAME_MODEL.get(str(config.get("model_type")), (config.get("model_type"), {}))
     fields = {key: value for key, value in config.items() if key not in _GIVEN_OTHERWISE}
-    return AutoConfig.for_model(model_type, **(fields | told))
+    return AutoConfig.for_model(model_type, **{**fields, **told})
 
 
 def read_generation_config(model: nn.Module, directory: Path) -> None:

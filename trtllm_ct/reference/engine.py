@@ -77,7 +77,7 @@ def build_model(
     _require_compute_dtype(dtype)
     quant_config = quant_config or QuantConfig()
     attention = _kv_cache_attention(quant_config, name) if quantize_activations else None
-    model = build_shell(config, dtype=dtype, attention=attention, name=name)
+    model: Any = build_shell(config, dtype=dtype, attention=attention, name=name)
     if attention is not None and not kv_scale_names(model):
         _refuse_kv_cache(name, "attention with k_proj and v_proj, of which a cache holds the results", "none such")
     names = NameMap.of_checkpoint(config, model_type=model.config.model_type)
@@ -85,7 +85,8 @@ def build_model(
     for tensor_name, tensor in tensors:
         assembly.take(tensor_name, tensor)
     assembly.finish()
-    return model.eval().requires_grad_(requires_grad=False)
+    finished: nn.Module = model.eval().requires_grad_(requires_grad=False)
+    return finished
 
 
 def _require_compute_dtype(dtype: torch.dtype) -> None:

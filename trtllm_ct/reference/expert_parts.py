@@ -94,7 +94,7 @@ class ExpertParts:
             self._fault(
                 expected=f"{count} experts, each with {', '.join(spelling)}",
                 found=f"no {_some(missing)}",
-                remedy="Check that no shard is missing; a layer without some experts needs a router without their rows.",
+                remedy="Check that no shard is missing. Where experts were pruned, the router must lack their rows.",
             )
         if surplus:
             self._fault(
@@ -114,7 +114,7 @@ class ExpertParts:
         self._fault(
             expected="one algorithm for all experts of the layer",
             found=", ".join(f"{layer.quant_algo if layer else 'none'} for {name}" for layer, name in first.items()),
-            remedy="Quantize all experts of a layer alike, or leave all of them plain; the engine knows one mode for them.",
+            remedy="Quantize all experts of a layer alike or leave all of them plain: they share one kernel.",
         )
         return False
 
@@ -150,7 +150,7 @@ class ExpertParts:
                 where=f"{name}.{local}",
                 expected=f"an unquantized weight [{outputs}, {inputs}] alone, because quant_config gives it no mode",
                 found=describe(tensor),
-                remedy="If the experts are quantized, quant_config must say so; if not, config.json is another model's.",
+                remedy="If experts are quantized, quant_config must say so; if not, config.json is another model's.",
             )
         return linear
 

@@ -69,12 +69,12 @@ class ReferenceExperts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Mix the outputs of the experts that were chosen for each token.
 
-        `hidden_states` [tokens, H]; `top_k_index` and `top_k_weights` [tokens, k]. Sums are in the wider dtype of states
-        and weights, the result is in that of the states.
+        `hidden_states` [tokens, H]; `top_k_index` and `top_k_weights` [tokens, k]. Sums are in the wider dtype of
+        states and weights, the result is in that of the states.
         """
         wide = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         total = torch.zeros_like(hidden_states, dtype=wide)
-        for index in top_k_index.unique().tolist():
+        for index in torch.unique(top_k_index).tolist():
             tokens, choice = torch.where(top_k_index == index)
             output = self[index](hidden_states[tokens], self._apply_gate)
             total.index_add_(0, tokens, output * top_k_weights[tokens, choice, None])

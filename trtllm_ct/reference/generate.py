@@ -6,6 +6,7 @@ whatever sampling settings and penalties lie beside the weights, and it can tell
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = ["Generation", "generate_text"]
+
+_SMALL_MATRIX = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +74,13 @@ def generate_text(
     end_tokens = _end_tokens(model)
     token_ids: list[int] = []
     text = ""
-    for token_id in islice(_greedy_tokens(model, prompt_ids, end_tokens), max_tokens):
-        token_ids.append(token_id)
-        complete = _decode(tokenizer, token_ids, final=token_id in end_tokens or len(token_ids) == max_tokens)
-        if on_token is not None:
-            on_token(complete[len(text) :])
-        text = complete
+    with _threads_that_pay(model):
+        for token_id in islice(_greedy_tokens(model, prompt_ids, end_tokens), max_tokens):
+            token_ids.append(token_id)
+            complete = _decode(tokenizer, token_ids, final=token_id in end_tokens or len(token_ids) == max_tokens)
+            if on_token is not None:
+                on_token(complete[len(text) :])
+            text = complete
     return Generation(
         prompt=prompt,
         text=text,
@@ -95,6 +99,22 @@ def _greedy_tokens(model: Any, prompt_ids: list[int], end_tokens: frozenset[int]
         token_id = int(output.logits[0, -1].argmax())
         yield token_id
         step, cache = [token_id], output.past_key_values
+
+
+@contextmanager
+def _threads_that_pay(model: nn.Module) -> Iterator[None]:
+    """One thread for a model of small matrices, and the caller's number again afterwards.
+
+    Threads meet after every operation. Where an operation takes microseconds and other programs use the cores, waiting
+    for each other takes ten times as long as computing.
+    """
+    threads = torch.get_num_threads()
+    if max((tensor.numel() for tensor in model.state_dict().values()), default=0) < _SMALL_MATRIX:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _end_tokens(model: Any) -> frozenset[int]:

@@ -54,7 +54,8 @@ class ReferenceLinear(nn.Module):
         faults.raise_if_any(PlanError)
         for local, tensor in tensors.items():
             self.register_buffer(local, tensor)
-        self._delivered_names = {rule.name: name for rule in rules if (name := rule.name_among(tensors))}
+        names = ((rule.name, rule.name_among(tensors)) for rule in rules)
+        self._delivered_names = {own: name for own, name in names if name is not None}
 
     @property
     def delivered(self) -> dict[str, Tensor]:

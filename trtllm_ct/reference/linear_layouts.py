@@ -86,7 +86,7 @@ def dequantize_int4_groups_with_zero(tensors: Tensors, dtype: torch.dtype) -> Te
 
 
 def dequantize_nvfp4(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Column pairs of E2M1 codes ([N, K/2]), a float8 scale for 16 neighbours ([N, K/16]), one float32 scale for all."""
+    """Column pairs of E2M1 codes ([N, K/2]), a float8 scale for 16 neighbours ([N, K/16]), a float32 one for all."""
     scale = tensors["weight_scale"].to(dtype)
     codes = _decode_e2m1(tensors["weight"], dtype)
     return (_in_groups(codes, scale) * scale[:, :, None]).flatten(1) * tensors["weight_scale_2"].to(dtype)
@@ -106,9 +106,10 @@ def dequantize_mxfp4(tensors: Tensors, dtype: torch.dtype) -> Tensor:
 
 def unpack_row_pairs(packed: Tensor) -> Tensor:
     """[N/2, K] bytes -> signed int8 codes [N, K]; byte (i, k) is row 2i (low nibble) and row 2i + 1 (high nibble)."""
-    pairs = packed.view(torch.uint8)
-    nibbles = torch.stack((pairs & 0x0F, pairs >> 4), dim=1).flatten(0, 1).to(torch.int8)
-    return (nibbles ^ 8) - 8
+    # Shifting to the left puts the sign of the low nibble where an arithmetic shift to the right finds it.
+    low = (packed.view(torch.uint8) << 4).view(torch.int8) >> 4
+    high = packed.view(torch.int8) >> 4
+    return torch.stack((low, high), dim=1).flatten(0, 1)
 
 
 def unpack_column_pairs(packed: Tensor) -> Tensor:
@@ -117,7 +118,8 @@ def unpack_column_pairs(packed: Tensor) -> Tensor:
 
 
 def _decode_e2m1(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(_E2M1_VALUES, dtype=dtype)[unpack_column_pairs(packed).int()]
+    codes = unpack_column_pairs(packed)
+    return torch.tensor(_E2M1_VALUES, dtype=dtype).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,7 +129,7 @@ def _decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _in_groups(values: Tensor, per_group: Tensor) -> Tensor:
     """[N, K] -> [N, K/g, g], to meet an entry [N, K/g] for each group."""
-    return values.unflatten(1, (per_group.shape[1], -1))
+    return values.reshape(*per_group.shape, -1)
 
 
 def _input_per_tensor(x: Tensor, tensors: Tensors) -> Tensor:

@@ -45,7 +45,7 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "phimoe": (*_MIXTRAL, ("mlp.gate", "mlp.router")),
 }
 
-# By model type: plain stacks of experts that published checkpoints have as [E, in, out]; transformers writes [E, out, in].
+# By model type: plain stacks of experts that were published as [E, in, out], where transformers writes [E, out, in].
 _TRANSPOSED: Mapping[str, tuple[str, ...]] = {"qwen3_vl_moe_text": (".experts.gate_up_proj", ".experts.down_proj")}
 
 # Where multimodal checkpoints keep the language model, and what its parts are called in a model of text alone. The
