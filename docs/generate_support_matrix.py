@@ -2,7 +2,7 @@
 
 Nothing is stated here that the planner does not do: each scheme is written down as tensor headers of a tiny model, and
 planned for every target. A scheme that the planner refuses makes no row.
-A new format needs one entry in `STORED`; new targets, modes and architectures come by themselves. Ways to quantize
+A new format needs one entry in `STORED`; new engines, modes and architectures come by themselves. Ways to quantize
 activations that are new need one in `ACTIVATIONS`.
 
     python docs/generate_support_matrix.py           writes both files
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from trtllm_ct import Catalog, Model, make_plan
 from trtllm_ct.checkpoint.catalog import StoredTensor
@@ -25,17 +25,21 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import CheckpointError
 from trtllm_ct.formats import FORMATS
 from trtllm_ct.formats.base import scale_shape
+from trtllm_ct.formats.sparsity import SPARSE_FORMATS
 from trtllm_ct.layouts.packing import packed_words
-from trtllm_ct.modes import LINEAR_MODES, ScaleForm, native_mode
-from trtllm_ct.plan.architectures import ARCHITECTURES
-from trtllm_ct.schemes import CompressionFormat, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
-from trtllm_ct.targets import TARGETS
+from trtllm_ct.modes import LINEAR_MODES, LinearMode, ScaleForm, native_mode
+from trtllm_ct.plan.families import ARCHITECTURES, MODEL_TYPES
+from trtllm_ct.schemes import CompressionFormat, Element, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
+from trtllm_ct.targets import DEFAULT_ENGINE, ENGINES, REFERENCE, TARGETS, target_named
+
+if TYPE_CHECKING:
+    from trtllm_ct.plan.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 GROUP_SIZES = (16, 32, 64, 128, 256)
-MODULE = "model.layers.0.self_attn.o_proj"
-"""The module whose mode is shown: one that the engine fuses with no other."""
+COLUMNS: Mapping[str, Target] = {name: target_named("modelopt", name) for name in ENGINES} | {"reference": REFERENCE}
+"""What is planned for: each capability set of target modelopt, and the reference engine. Target dense has no modes."""
 
 Shape = tuple[int, int]
 Specs = Mapping[str, TensorSpec]
@@ -111,7 +115,7 @@ def mxfp8(args: QuantArgs, shape: Shape) -> Specs:
 
 def integers() -> Iterator[QuantArgs]:
     """Every width in every granularity, without and with zero points."""
-    for bits, symmetric in product((4, 8, 2, 3, 5, 6, 7), (True, False)):
+    for bits, symmetric in product(range(1, 9), (True, False)):
         yield from granularities(QuantArgs(num_bits=bits, symmetric=symmetric))
 
 
@@ -191,28 +195,52 @@ STORED: Mapping[str, Stored] = {
 
 # What the planner makes of it ----------------------------------------------------------------------------------------
 
-MODEL = Model.from_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "num_hidden_layers": 1,
-        "vocab_size": 256,
-        "tie_word_embeddings": True,
-    }
+_SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+    "vocab_size": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A tiny model, and the module whose mode is shown."""
+
+    model: Model
+    module: str
+
+
+LINEAR = Shown(
+    Model.from_config({"architectures": ["LlamaForCausalLM"], **_SIZES}),
+    "model.layers.0.self_attn.o_proj",  # fused with no other
+)
+EXPERT = Shown(
+    Model.from_config(
+        {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2, "moe_intermediate_size": 256, **_SIZES}
+    ),
+    "model.layers.0.mlp.experts.0.down_proj",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """One scheme in one format, and what each target makes of it, in the order of `TARGETS`."""
+    """One scheme in one format, and what is made of it, in the order of `COLUMNS`."""
 
     format: str
     args: QuantArgs
     activations: str
     outcomes: Cell
+
+    @property
+    def cells(self) -> Cell:
+        """Its row."""
+        zero_points = "no" if self.args.symmetric else "yes"
+        own = (self.args.number, zero_points, self.granularity, self.activations, f"`{self.format}`")
+        return (*own, self.native_modes, *self.outcomes)
 
     @property
     def granularity(self) -> str:
@@ -222,45 +250,42 @@ class Scheme:
         return f"group {self.args.group_size}" if self.args.group_size else str(self.args.strategy)
 
     @property
-    def number(self) -> str:
-        """`int4 asymmetric`."""
-        return self.args.number + ("" if self.args.symmetric else " asymmetric")
-
-    @property
     def native_modes(self) -> str:
         """The family that it belongs to; of int4 both, since `recipe.yaml` decides."""
         modes = dict.fromkeys(native_mode(self.args, names) for names in ((), ("AWQModifier",)))
         return " or ".join(f"`{mode}`" for mode in modes if mode) or "-"
 
 
-def schemes() -> Iterator[Scheme]:
+def schemes(shown: Shown) -> Iterator[Scheme]:
     """Every scheme that the planner takes."""
     for weight_format in FORMATS:
         stored = STORED[weight_format.name]
         for args, activations in product(stored.arguments(), stored.activations):
             scheme = QuantScheme(weights=args, input_activations=ACTIVATIONS[activations])
             try:
-                outcomes = tuple(outcome(stored, scheme, target) for target in TARGETS)
+                outcomes = tuple(outcome(stored, scheme, target, shown) for target in COLUMNS.values())
             except CheckpointError:
                 continue
             yield Scheme(format=weight_format.name, args=args, activations=activations, outcomes=outcomes)
 
 
-def outcome(stored: Stored, scheme: QuantScheme, target: str) -> str:
+def outcome(stored: Stored, scheme: QuantScheme, target: Target, shown: Shown) -> str:
     """The mode that a target gives to Linears of this scheme; raises `PlanError` when the scheme is refused."""
     if scheme.weights is None:
         raise AssertionError("every scheme of the matrix quantizes weights")
     specs: dict[str, TensorSpec] = {}
-    for site in MODEL.sites():
+    for site in shown.model.sites():
         local: dict[str, TensorSpec] = {"weight": TensorSpec(DType.BF16, site.shape)}
-        if site.class_name == "Linear":
+        if site.class_name == "Linear" and not site.plain:
             local = {**stored.tensors(scheme.weights, (site.shape[0], site.shape[1])), **of_inputs(scheme)}
         specs |= {f"{site.module}.{name}": spec for name, spec in local.items()}
     tensors = {name: StoredTensor(name=name, spec=spec, file="", offset=0) for name, spec in specs.items()}
     catalog = Catalog(directory=Path(), tensors=tensors, files=())
     config = QuantizationConfig(groups=(ConfigGroup(name="group_0", targets=("Linear",), scheme=scheme),))
-    layer = make_plan(config, catalog, MODEL, TARGETS[target]).module(MODULE).layer
-    return f"`{layer.quant_algo}`" if layer else "dequantized"
+    module = make_plan(config, catalog, shown.model, target).module(shown.module)
+    if module.layer is None:
+        return "dequantized"
+    return f"`{module.layer.quant_algo}`" + ("*" if module.note else "")
 
 
 def of_inputs(scheme: QuantScheme) -> Specs:
@@ -282,25 +307,24 @@ def table(header: Cell, rows: Sequence[Cell]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def scheme_table() -> str:
-    """One row for all granularities, activations and formats that fare alike."""
-    cells: list[Cell] = [
-        (s.number, s.granularity, s.activations, f"`{s.format}`", s.native_modes, *s.outcomes) for s in schemes()
-    ]
-    cells = fold(cells, 1, folded_sizes)
-    cells = fold(cells, 2, ", ".join)
-    cells = fold(cells, 3, ", ".join)
-    cells = fold(cells, 0, ", ".join)
-    header = ("weights", "one scale per", "activations", "stored as", "native mode", *(f"`{name}`" for name in TARGETS))
-    return table(header, cells)
+def scheme_table(shown: Shown, *, native_modes: bool = True) -> str:
+    """One row for all widths, granularities, activations and formats that fare alike."""
+    rows = [scheme.cells for scheme in schemes(shown)]
+    header: Cell = ("weights", "zero points", "one scale per", "activations", "stored as", "native mode")
+    if not native_modes:
+        rows = [(*row[:5], *row[6:]) for row in rows]
+        header = header[:5]
+    for column, join in ((2, folded_sizes), (3, ", ".join), (4, ", ".join), (0, folded_widths), (1, " or ".join)):
+        rows = fold(rows, column, join)
+    return table(*without_twins((*header, *(f"`{name}`" for name in COLUMNS)), rows, first=len(header)))
 
 
 def fold(rows: list[Cell], column: int, join: Callable[[list[str]], str]) -> list[Cell]:
     """Rows that differ in one column only, made one."""
-    folded: dict[Cell, list[str]] = {}
+    together: dict[Cell, list[str]] = {}
     for row in rows:
-        folded.setdefault((*row[:column], *row[column + 1 :]), []).append(row[column])
-    return [(*rest[:column], join(values), *rest[column:]) for rest, values in folded.items()]
+        together.setdefault((*row[:column], *row[column + 1 :]), []).append(row[column])
+    return [(*rest[:column], join(values), *rest[column:]) for rest, values in together.items()]
 
 
 def folded_sizes(found: list[str]) -> str:
@@ -310,65 +334,124 @@ def folded_sizes(found: list[str]) -> str:
     return ", ".join([*others, *(["group " + ", ".join(sizes)] if sizes else [])])
 
 
+def folded_widths(found: list[str]) -> str:
+    """`int1 to int4` for neighbours."""
+    widths = [int(entry[-1]) for entry in found]
+    neighbours = len(found) > 1 and widths == list(range(widths[0], widths[0] + len(found)))
+    return f"{found[0]} to {found[-1]}" if neighbours else ", ".join(found)
+
+
+def without_twins(header: Cell, rows: list[Cell], *, first: int) -> tuple[Cell, list[Cell]]:
+    """The table with columns from `first` on that are equal in every row made one."""
+    columns: dict[Cell, list[str]] = {}
+    for index in range(first, len(header)):
+        columns.setdefault(tuple(row[index] for row in rows), []).append(header[index])
+    names = tuple(", ".join(twins) for twins in columns.values())
+    bodies = zip(*columns, strict=True)
+    return (*header[:first], *names), [(*row[:first], *cells) for row, cells in zip(rows, bodies, strict=True)]
+
+
 def kv_cache_table() -> str:
-    """What each target does with the scales of an FP8 KV cache."""
-    cells = tuple("carried" if "FP8" in target.kv_cache_algos else "left out" for target in TARGETS.values())
-    return table(("KV cache", *(f"`{name}`" for name in TARGETS)), [("fp8 static per tensor", *cells)])
+    """What is done with the scales of an FP8 KV cache."""
+    kept = ["carried" if "FP8" in target.capabilities.kv_cache else "left out" for target in TARGETS.values()]
+    return table(("KV cache", *(f"`{name}`" for name in TARGETS)), [("fp8 static per tensor", *kept)])
+
+
+SCALES: Mapping[ScaleForm, str] = {
+    ScaleForm.SCALAR: "float32 []",
+    ScaleForm.ROW: "float32 [N]",
+    ScaleForm.GROUP: "float32 [N, K/g]",
+    ScaleForm.BLOCK: "float32 [N/128, K/128]",
+    ScaleForm.TWO_LEVEL: "float8_e4m3fn [N, K/16] and float32 []",
+    ScaleForm.EXPONENT: "uint8 [N, K/32]",
+}
 
 
 def mode_table() -> str:
-    """What the Linear of each mode holds, and which targets have it."""
-    scales = {ScaleForm.SCALAR: "[]", ScaleForm.ROW: "[N]", ScaleForm.GROUP: "[N, K/g]"}
+    """What the Linear of each mode holds, and which engines have it for Linears and for experts."""
     rows = [
         (
             f"`{mode.algo}`",
-            str(mode.packing) if mode.packing else "float8_e4m3fn [N, K]",
-            scales[mode.scale],
+            str(mode.packing) if mode.packing else {Element.E2M1: "two fp4 a byte"}.get(mode.element, "float8_e4m3fn"),
+            SCALES[mode.scale],
             ", ".join(str(size) for size in sorted(mode.group_sizes)) or "-",
             "yes" if mode.zero_point else "no",
             mode.activations.value,
-            f"N % {mode.row_multiple}, K % {mode.column_multiple}" if mode.row_multiple > 1 else "-",
-            ", ".join(f"`{target.name}`" for target in TARGETS.values() if mode.algo in target.algos),
+            multiples(mode),
+            having(mode, expert=False),
+            having(mode, expert=True),
         )
         for mode in LINEAR_MODES
     ]
-    header = ("mode", "codes", "scale", "group sizes", "zero points", "activations", "sizes", "targets")
+    header = ("mode", "codes", "scale", "group sizes", "zero points", "activations", "sizes", "Linears", "experts")
     return table(header, rows)
 
 
+def multiples(mode: LinearMode) -> str:
+    """What the sizes of a weight must be multiples of."""
+    sizes = {"N": mode.row_multiple, "K": mode.column_multiple}
+    return ", ".join(f"{axis} % {size}" for axis, size in sizes.items() if size > 1) or "-"
+
+
+def having(mode: LinearMode, *, expert: bool) -> str:
+    """The engines that have a mode."""
+    return ", ".join(f"`{name}`" for name, target in COLUMNS.items() if mode.algo in target.algos(expert=expert)) or "-"
+
+
 def architectures() -> str:
-    """The sentence about model families."""
-    return "Architectures: " + ", ".join(f"`{name}`" for name in ARCHITECTURES) + ".\n"
+    """The sentences about model families."""
+    names = ", ".join(f"`{name}`" for name in ARCHITECTURES)
+    types = ", ".join(f"`{name}`" for name in MODEL_TYPES)
+    return f"Architectures: {names}.\n\nText models inside a larger one, by `text_config.model_type`: {types}.\n"
 
 
 def refused() -> str:
-    """The sentence about formats that are known by name only."""
+    """The sentences about sparse formats, and about those that are known by name only."""
+    sparse = {entry.name for entry in SPARSE_FORMATS}
     labels = {CompressionFormat.DENSE, CompressionFormat.FAKEQUANT, CompressionFormat.MIXED_PRECISION}
-    read = labels.union(*(entry.declared_as for entry in FORMATS))
+    read = labels.union(sparse, *(entry.declared_as for entry in FORMATS))
+    text = f"Plain and quantized weights may lie sparse in {', '.join(f'`{name}`' for name in sorted(sparse))}.\n"
     names = ", ".join(f"`{name}`" for name in CompressionFormat if name not in read)
-    return f"Known by name, and refused with a message: {names}.\n" if names else ""
+    return text + (f"Known by name, and refused with a message: {names}.\n" if names else "")
+
+
+LEGEND = f"""A cell is the mode that a Linear gets, `dequantized` where none holds it.
+A star says that activations are computed otherwise than the scheme asks; `inspect` gives a note.
+The columns are capability sets of target `modelopt`, chosen with `--engine` (`{DEFAULT_ENGINE}` when left out), and \
+the reference engine; target `dense` dequantizes everything.
+"""
 
 
 def page() -> str:
     """docs/support-matrix.md."""
     serves = "".join(f"- `{target.name}`: {target.serves}.\n" for target in TARGETS.values())
+    engines = "".join(f"- `{entry.name}`: {entry.source}.\n" for entry in ENGINES.values())
     return f"""# Support matrix
 
-Generated by `docs/generate_support_matrix.py` from the tables `FORMATS`, `LINEAR_MODES`, `TARGETS` and `ARCHITECTURES`.
+Generated by `docs/generate_support_matrix.py` from the tables `FORMATS`, `LINEAR_MODES`, `TARGETS`, `ENGINES` and \
+`ARCHITECTURES`.
 A test fails when this page and the tables differ.
 
-## Schemes
+## Linears
 
-Each row was planned for every target; the cell is the mode that a Linear gets.
-`dequantized` means plain weights: exact values rounded once, at the cost of memory.
+Each row was planned for every column.
+{LEGEND}`dequantized` means plain weights: exact values rounded once, at the cost of memory.
 Native mode is the family of the scheme, whatever the target.
-Of the two modes of int4 it is the second when `recipe.yaml` beside the weights names AWQ.
+Of two native modes it is the second when `recipe.yaml` beside the weights names AWQ.
 
-{scheme_table()}
+{scheme_table(LINEAR)}
 {refused()}
+## Routed experts
+
+All routed experts of a layer end in one mode.
+
+{scheme_table(EXPERT)}
 ## Targets
 
 {serves}
+## Engines
+
+{engines}
 ## KV cache
 
 {kv_cache_table()}
@@ -384,7 +467,7 @@ N is out, K is in, g is the group size.
 
 def section() -> str:
     """What stands between the markers of README.md."""
-    return f"{scheme_table()}\n{kv_cache_table()}\n{architectures()}\n{refused()}"
+    return f"{LEGEND}\n{scheme_table(LINEAR, native_modes=False)}\n{refused()}\n{kv_cache_table()}\n{architectures()}"
 
 
 def contents() -> dict[Path, str]:

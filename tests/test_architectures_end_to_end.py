@@ -93,7 +93,7 @@ class TestBuilt:
     @pytest.mark.parametrize("to", ["modelopt", "dense"])
     def test_conversions_are_verified_and_give_them_too(self, built: Built, tmp_path: Path, to: str):
         want = plain_logits(built.config, built.dense)
-        for dtype, tolerance in (("float32", 1e-4), ("auto", 2e-2)):
+        for dtype, tolerance in (("float32", 1e-4), ("auto", 5e-2)):
             out = tmp_path / dtype
             convert_checkpoint(built.directory, out, to=to, dtype=dtype)
 
@@ -116,9 +116,9 @@ class TestWrittenByTheLibrary:
     @pytest.fixture(scope="class", params=LIBRARY_SCHEMES)
     @classmethod
     def written(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
-        directory = tmp_path_factory.mktemp("library")
+        directory, scheme = tmp_path_factory.mktemp("library"), LIBRARY_SCHEMES[request.param]
         return write_library_checkpoint(
-            directory, config=MODELS[request.param], scheme=LIBRARY_SCHEMES[request.param], kv=True
+            directory, config=MODELS[request.param], scheme=scheme, kv=scheme.startswith("FP8")
         )
 
     def test_the_library_and_we_give_the_same_model(self, written: Written, tmp_path: Path):
@@ -126,11 +126,11 @@ class TestWrittenByTheLibrary:
         assert not inspect_checkpoint(written.directory).problems
         want = plain_logits(written.config, written.dense)
 
-        assert_near(logits(written.directory), want, 2e-2)
+        assert_near(logits(written.directory), want, 5e-2)
         for to in ("modelopt", "dense"):
             convert_checkpoint(written.directory, tmp_path / to, to=to)
             assert verify_checkpoint(written.directory, tmp_path / to).good
-            assert_near(logits(tmp_path / to), want, 1e-4 if to == "dense" else 2e-2)
+            assert_near(logits(tmp_path / to), want, 1e-4 if to == "dense" else 5e-2)
 
 
 @pytest.mark.parametrize("to", ["modelopt", "dense"])
@@ -147,6 +147,6 @@ def test_a_rotary_base_that_only_the_newer_spelling_tells_reaches_every_reader(t
     assert converted["rope_parameters"] == LLAMA3
     assert (converted["rope_theta"], converted["rope_scaling"]) == (500000.0, scaling)
     want = plain_logits(config, built.dense)
-    assert_near(logits(tmp_path / "out"), want, 2e-2)
+    assert_near(logits(tmp_path / "out"), want, 5e-2)
     fallen_back = plain_logits(config | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, built.dense)
     assert float((fallen_back - want).abs().max() / want.std()) > 0.1

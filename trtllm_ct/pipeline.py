@@ -102,11 +102,15 @@ def stream_delivered(
     """
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.formats.codecs import NATIVE
+    from trtllm_ct.joined import JoinedScalars
     from trtllm_ct.mapper import CompressedTensorsWeightMapper
 
     mapper = CompressedTensorsWeightMapper(codec=codec or NATIVE)
+    joined = JoinedScalars()
     with TensorReader(catalog) as reader:
         for module, following in zip(plan.modules, (*plan.modules[1:], None), strict=True):
             if following is not None:
                 reader.prefetch(following.reads)
-            yield module, mapper.map_module(module, {name: reader.read(name).to(device) for name in module.reads})
+            delivered = mapper.map_module(module, {name: reader.read(name).to(device) for name in module.reads})
+            joined.check(module, delivered)
+            yield module, delivered

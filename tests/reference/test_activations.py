@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 WIDE = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALF = torch.tensor(0.5)
 # value -> value after rounding to E2M1; the middle of two goes to the even code.
-E2M1_ROUNDINGS = {
-    **{value: value for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)},
-    **{0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0},
-    **{0.28125: 0.5, 0.71875: 0.5, 1.28125: 1.5, 2.53125: 3.0, 5.0625: 6.0, 6.5: 6.0, 60000.0: 6.0},
-}
+E2M1_ROUNDINGS = (
+    {value: value for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
+    | {0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0}
+    | {0.28125: 0.5, 0.71875: 0.5, 1.28125: 1.5, 2.53125: 3.0, 5.0625: 6.0, 6.5: 6.0, 60000.0: 6.0}
+)
 
 
 def padded(values: list[float], length: int) -> Tensor:
@@ -149,7 +149,7 @@ def test_nvfp4_of_an_expert_that_saw_no_input_is_zero() -> None:
 
 
 def test_mxfp8_by_hand() -> None:
-    """A peak of 448 or 500 has the scale 1, where 500 saturates; 512 has the scale 2; 0.7 has 2^-9, in steps of 1/16."""
+    """Peaks of 448 and 500 have the scale 1, and 500 saturates; 512 has the scale 2; 0.7 has 2^-9."""
     groups = [padded([448.0, 17.0], 32), padded([500.0, -19.0], 32), padded([512.0, 34.0], 32), padded([0.7, 1e-6], 32)]
     wanted = [
         padded([448.0, 16.0], 32),

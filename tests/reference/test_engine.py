@@ -23,8 +23,8 @@ pytestmark = pytest.mark.reference
 CONFIG = {
     "model_type": "qwen2",
     "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 64,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -43,6 +43,13 @@ MIXED = {
     f"{LAYER}.mlp.gate_proj": QuantAlgo.W4A16,
     f"{LAYER}.mlp.up_proj": QuantAlgo.W4A16_GPTQ,
     "lm_head": QuantAlgo.W8A16,
+}
+SMALL_FLOATS = {
+    f"{LAYER}.self_attn.q_proj": QuantAlgo.NVFP4,
+    f"{LAYER}.self_attn.o_proj": QuantAlgo.W4A16_NVFP4,
+    f"{LAYER}.mlp.gate_proj": QuantAlgo.MXFP8,
+    f"{LAYER}.mlp.up_proj": QuantAlgo.FP8_BLOCK_SCALES,
+    f"{LAYER}.mlp.down_proj": QuantAlgo.W4A16_MXFP4,
 }
 
 
@@ -66,24 +73,27 @@ def logits(model: Any) -> Tensor:
 
 
 def quantize_all(
-    dense: dict[str, Tensor], random_linear: Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]
+    dense: dict[str, Tensor],
+    random_linear: Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]],
+    modes: dict[str, QuantAlgo] = MIXED,
 ) -> tuple[QuantConfig, dict[str, Tensor]]:
-    """Every Linear of `MIXED` with random delivered tensors in place of its weight."""
+    """Every Linear of `modes` with random delivered tensors in place of its weight."""
     tensors, layers = dict(dense), {}
-    for seed, (module, algo) in enumerate(MIXED.items()):
+    for seed, (module, algo) in enumerate(modes.items()):
         rows, columns = tensors.pop(f"{module}.weight").shape
         layers[module], delivered = random_linear(algo, rows, columns, seed)
         tensors |= {f"{module}.{name}": tensor for name, tensor in delivered.items()}
     return QuantConfig(quantized_layers=layers), tensors
 
 
+@pytest.mark.parametrize("modes", [MIXED, SMALL_FLOATS], ids=["mixed", "small floats"])
 def test_a_mixed_model_equals_the_dense_model_of_its_decoded_weights(
-    dense: dict[str, Tensor], random_linear: Any, decode_slowly: Any
+    dense: dict[str, Tensor], random_linear: Any, decode_slowly: Any, modes: dict[str, QuantAlgo]
 ) -> None:
-    """Every algorithm in one model, against transformers' own Linears with weights from the slow decoder."""
-    quant_config, tensors = quantize_all(dense, random_linear)
+    """Every algorithm, several in one model, against transformers' own Linears with weights from the slow decoder."""
+    quant_config, tensors = quantize_all(dense, random_linear, modes)
     decoded = dict(dense)
-    for module, algo in MIXED.items():
+    for module, algo in modes.items():
         own = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.rpartition(".")[0] == module}
         weight = decode_slowly(algo, own)
         decoded[f"{module}.weight"] = (weight * own.get("pre_quant_scale", torch.ones(1)).double()).float()
@@ -91,7 +101,7 @@ def test_a_mixed_model_equals_the_dense_model_of_its_decoded_weights(
     got = build(tensors, quant_config, quantize_activations=False)
 
     assert torch.allclose(logits(build(decoded)), logits(got), atol=1e-5)
-    assert {name for name, module in got.named_modules() if isinstance(module, ReferenceLinear)} == set(MIXED)
+    assert {name for name, module in got.named_modules() if isinstance(module, ReferenceLinear)} == set(modes)
 
 
 def test_activation_quantization_can_be_switched_off(dense: dict[str, Tensor], random_linear: Any) -> None:
@@ -140,12 +150,12 @@ def test_old_checkpoints_may_store_rotary_frequencies(dense: dict[str, Tensor]) 
 
 W8A16 = LayerQuantConfig(quant_algo=QuantAlgo.W8A16)
 DOWN = f"{LAYER}.mlp.down_proj"
-CODES = {f"{DOWN}.weight": torch.ones(16, 24, dtype=torch.int8), f"{DOWN}.weight_scale": torch.ones(16)}
+CODES = {f"{DOWN}.weight": torch.ones(32, 64, dtype=torch.int8), f"{DOWN}.weight_scale": torch.ones(32)}
 ONLY_DOWN = QuantConfig(quantized_layers={DOWN: W8A16})
 FP8_KV = QuantConfig(kv_cache_quant_algo="FP8")
 K_SCALE, V_SCALE = f"{LAYER}.self_attn.k_proj.k_scale", f"{LAYER}.self_attn.v_proj.v_scale"
 ELSEWHERE = "model.layers.9.self_attn.k_proj.k_scale"
-ONE, W = torch.ones(()), torch.ones(24, 16)
+ONE, W = torch.ones(()), torch.ones(64, 32)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +165,7 @@ ONE, W = torch.ones(()), torch.ones(24, 16)
         (None, {f"{LAYER}.self_attn.q_proj.bias": None}, [f"{LAYER}.self_attn.q_proj.bias"], "no shard is missing"),
         (None, {"model.layers.1.mlp.up_proj.weight": W}, ["model.layers.1.mlp.up_proj.weight"], "prefix"),
         (None, {"model.norm.weight": torch.ones(8)}, ["model.norm.weight"], "another model"),
-        (None, {f"{DOWN}.weight_scale": torch.ones(16)}, [f"{DOWN}.weight_scale"], "exclude_modules"),
+        (None, {f"{DOWN}.weight_scale": torch.ones(32)}, [f"{DOWN}.weight_scale"], "exclude_modules"),
         (None, CODES, [f"{DOWN}.weight", f"{DOWN}.weight_scale"], "quantized"),
         (None, {K_SCALE: ONE}, [K_SCALE], "kv_cache_quant_algo"),
         (ONLY_DOWN, {}, [DOWN, f"{DOWN}.weight"], "exclude_modules"),

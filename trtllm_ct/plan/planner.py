@@ -202,6 +202,7 @@ class _Planner:
             layer=layer_config(holding) if holding else None,
             reason=assignment.reason if assignment else "",
             note=holding.note if holding else "",
+            joined=site.fused if site.joined else None,
             experts=site.fused if site.expert else None,
         )
 

@@ -1,0 +1,50 @@
+"""Parts of one Linear share their scalars, or the conversion stops."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_ct.errors import PayloadError
+from trtllm_ct.joined import JoinedScalars
+from trtllm_ct.quant_config import LayerQuantConfig
+from trtllm_ct.schemes import QuantAlgo
+
+
+def part(name: str, algo: QuantAlgo | None = QuantAlgo.NVFP4, joined: str | None = "attn.qkv_proj") -> Any:
+    return SimpleNamespace(name=name, joined=joined, layer=LayerQuantConfig(quant_algo=algo) if algo else None)
+
+
+def scalars(name: str, scale: float, input_scale: float = 1.0) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight_scale_2": torch.tensor(scale), f"{name}.input_scale": torch.tensor(input_scale)}
+
+
+def test_equal_scalars_pass() -> None:
+    checker = JoinedScalars()
+    for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj"):
+        checker.check(part(name), scalars(name, 0.25))
+
+
+@pytest.mark.parametrize(("scale", "input_scale", "where"), [(0.5, 1.0, "weight_scale_2"), (0.25, 2.0, "input_scale")])
+def test_a_part_that_differs_is_refused_by_name(scale: float, input_scale: float, where: str) -> None:
+    checker = JoinedScalars()
+    checker.check(part("attn.q_proj"), scalars("attn.q_proj", 0.25))
+    with pytest.raises(PayloadError, match=rf"attn.k_proj.{where}: expected .* as attn.q_proj has it.*--to dense"):
+        checker.check(part("attn.k_proj"), scalars("attn.k_proj", scale, input_scale))
+
+
+@pytest.mark.parametrize("module", [part("a", None), part("a", QuantAlgo.FP8), part("a", joined=None)])
+def test_other_modules_may_differ(module: Any) -> None:
+    """FP8 scales are requantized to the largest by the engine; plain and single modules have nothing to share."""
+    checker = JoinedScalars()
+    checker.check(part("b"), scalars("b", 0.25))
+    checker.check(module, scalars("a", 0.5))
+
+
+def test_layers_are_apart() -> None:
+    checker = JoinedScalars()
+    checker.check(part("0.q_proj", joined="0.qkv_proj"), scalars("0.q_proj", 0.25))
+    checker.check(part("1.q_proj", joined="1.qkv_proj"), scalars("1.q_proj", 0.5))
