@@ -96,7 +96,7 @@ class TestViews:
 
         stored_modules(catalog(pieces), lambda name: (3, 10), faults)
 
-        assert [fault.where for fault in faults.faults]
+        assert [fault.where for fault in faults.faults] == ["m.bitmask"]
 
 
 def test_an_alias_is_delivered_under_the_name_that_engines_read() -> None:

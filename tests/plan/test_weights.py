@@ -11,7 +11,7 @@ from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, FaultCollector
 from trtllm_ct.plan.architectures import Site
-from trtllm_ct.plan.stored import StoredModule
+from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 from trtllm_ct.schemes import TensorSpec
 
@@ -33,16 +33,20 @@ INT8_WORDS = {
 }
 
 
-def reader(*groups: dict[str, Any], **block: Any) -> WeightReader:
+def reader(*groups: dict[str, Any], multimodal: bool = False, **block: Any) -> WeightReader:
     """A reader of a block with these groups, by default of all Linears."""
     named = {f"group_{i}": group for i, group in enumerate(groups)}
     config = CompressedTensorsConfigReader().read(quantization_block(named, **block))
-    return WeightReader(config, FaultCollector())
+    return WeightReader(config, FaultCollector(), multimodal=multimodal)
+
+
+def module(specs: Mapping[str, TensorSpec], name: str = NAME) -> StoredModule:
+    return StoredModule(name, {local: Whole(name=f"{name}.{local}", spec=spec) for local, spec in specs.items()})
 
 
 def read(weights: WeightReader, specs: Mapping[str, TensorSpec]) -> QuantizedWeight:
     """The module's weight; fails on any fault."""
-    found = weights.read(StoredModule(NAME, specs), SITE)
+    found = weights.read(module(specs), SITE)
     assert not weights.faults.faults
     assert found is not None
     return found
@@ -50,7 +54,7 @@ def read(weights: WeightReader, specs: Mapping[str, TensorSpec]) -> QuantizedWei
 
 def refusal(weights: WeightReader, specs: Mapping[str, TensorSpec]) -> Fault:
     """The one fault of a module that has no weight."""
-    assert weights.read(StoredModule(NAME, specs), SITE) is None
+    assert weights.read(module(specs), SITE) is None
     (fault,) = weights.faults.faults
     return fault
 
@@ -127,50 +131,157 @@ def test_a_warning_that_many_modules_share_is_given_once_with_their_number() -> 
 
 
 INT8_INPUTS = fp8_inputs("token") | {"type": "int"}
-UNSUPPORTED = {
-    "nvfp4": (
-        config_group(
-            fp8_weights("tensor_group") | {"num_bits": 4, "group_size": 16},
-            fp8_inputs("tensor_group") | {"num_bits": 4, "group_size": 16, "dynamic": "local"},
-            format="nvfp4-pack-quantized",
-        ),
-        {"weight_packed": TensorSpec(DType.U8, (32, 32)), "weight_scale": TensorSpec(DType.F8_E4M3, (32, 4))},
-        "fp4 tensor_group 16",
+NVFP4 = fp8_weights("tensor_group") | {"num_bits": 4, "group_size": 16}
+MX = fp8_weights("group") | {"group_size": 32, "scale_dtype": "torch.uint8"}
+NVFP4_SPECS = {
+    "weight_packed": TensorSpec(DType.U8, (32, 32)),
+    "weight_scale": TensorSpec(DType.F8_E4M3, (32, 4)),
+    "weight_global_scale": TensorSpec(DType.F32, (1,)),
+}
+EXPONENTS = {"weight_scale": TensorSpec(DType.U8, (32, 2))}
+SUPPORTED = {
+    "int4": (config_group(int_weights(4, group_size=32)), INT4, "pack-quantized"),
+    "int4 in bytes": (
+        config_group(int_weights(4, "channel"), INT8_INPUTS),
+        {"weight": TensorSpec(DType.I8, (32, 64)), "weight_scale": TensorSpec(DType.BF16, (32, 1))},
+        "int-quantized",
     ),
     "int8 activations": (
         config_group(int_weights(8, "channel"), INT8_INPUTS),
         {"weight": TensorSpec(DType.I8, (32, 64)), "weight_scale": TensorSpec(DType.BF16, (32, 1))},
-        "int8 channel, input int8 token dynamic",
+        "int-quantized",
     ),
-    "output activations": (
+    "fp8": (config_group(fp8_weights(), fp8_inputs()), FP8, "float-quantized"),
+    "fp8 with output activations": (
         config_group(fp8_weights(), fp8_inputs()) | {"output_activations": fp8_inputs()},
         FP8,
-        "output fp8 tensor",
+        "float-quantized",
     ),
-    "float8 e5m2": (
-        config_group(fp8_weights(), fp8_inputs()),
-        FP8 | {"weight": TensorSpec(DType.F8_E5M2, (32, 64))},
-        "weight float8_e5m2",
+    "fp8 in blocks": (
+        config_group(fp8_weights("block", block_structure=[16, 48]), fp8_inputs("token")),
+        FP8 | {"weight_scale": TensorSpec(DType.F32, (2, 2))},
+        "float-quantized",
     ),
-    "sparse": (
-        config_group(fp8_weights(), fp8_inputs()),
-        {"compressed": TensorSpec(DType.F8_E4M3, (32,)), "bitmask": TensorSpec(DType.U8, (32, 8))},
-        "bitmask uint8, compressed float8_e4m3fn",
+    "nvfp4": (config_group(NVFP4), NVFP4_SPECS, "nvfp4-pack-quantized"),
+    "mxfp4": (
+        config_group(MX | {"num_bits": 4}),
+        EXPONENTS | {"weight_packed": TensorSpec(DType.U8, (32, 32))},
+        "mxfp4-pack-quantized",
+    ),
+    "mxfp6": (
+        config_group(MX | {"num_bits": 6}),
+        EXPONENTS | {"weight_packed": TensorSpec(DType.U8, (32, 48))},
+        "mxfp6-pack-quantized",
+    ),
+    "mxfp8": (
+        config_group(MX),
+        EXPONENTS | {"weight": TensorSpec(DType.F8_E4M3, (32, 64))},
+        "mxfp8-quantized",
     ),
 }
 
 
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_an_unsupported_scheme_is_refused_with_what_it_is_and_what_is_supported(case: str) -> None:
-    group, specs, found = UNSUPPORTED[case]
+@pytest.mark.parametrize("case", SUPPORTED)
+def test_the_row_of_a_module_is_named_by_its_tensors(case: str) -> None:
+    group, specs, name = SUPPORTED[case]
+    weights = reader(group, format=name)
+
+    weight = read(weights, specs)
+
+    assert weight.stored.format.name == name
+    assert weight.stored.shape == SITE.shape
+    assert weights.warnings == ()
+
+
+UNREADABLE = {
+    "float8 e5m2": (
+        config_group(fp8_weights(), fp8_inputs()),
+        FP8 | {"weight": TensorSpec(DType.F8_E5M2, (32, 64))},
+        "fp8 tensor, input fp8 tensor (weight float8_e5m2, weight_scale bfloat16)",
+    ),
+    "codes of integers for floats": (
+        config_group(NVFP4, format="nvfp4-pack-quantized"),
+        INT4,
+        "fp4 tensor_group 16, declared nvfp4-pack-quantized (weight_packed int32, weight_scale bfloat16, weight_shape",
+    ),
+    "pieces without their words": (
+        config_group(int_weights(4, group_size=32)),
+        {"weight": TensorSpec(DType.U8, (32, 32)), "weight_scale": TensorSpec(DType.BF16, (32, 2))},
+        "int4 group 32, declared pack-quantized (weight uint8, weight_scale bfloat16)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_tensors_that_no_format_accepts_are_refused_with_what_they_are(case: str) -> None:
+    group, specs, found = UNREADABLE[case]
 
     fault = refusal(reader(group), specs)
 
     assert fault.where == NAME
-    assert found in fault.found
-    assert "int4 and int8 weight-only" in fault.expected
-    assert "fp8 per channel with dynamic token activations" in fault.expected
-    assert fault.remedy.startswith("Quantize the model again with a supported scheme")
+    assert found in fault.found.replace(", declared pack-quantized (weight float8", " (weight float8")
+    for known in ("pack-quantized", "float-quantized", "nvfp4-pack-quantized", "marlin-24"):
+        assert known in fault.expected
+    assert "num_bits, type and format" in fault.remedy
+
+
+def test_nvfp4_without_its_divisor_is_a_fault_and_never_a_divisor_of_one() -> None:
+    lacking = {local: spec for local, spec in NVFP4_SPECS.items() if local != "weight_global_scale"}
+
+    fault = refusal(reader(config_group(NVFP4)), lacking)
+
+    assert fault.where == f"{NAME}.weight_global_scale"
+
+
+class TestNames:
+    """Of a multimodal model: targets and ignore may put the prefix of the text model otherwise than the files do."""
+
+    STORED = ("model.language_model.layers.0.mlp.down_proj", "language_model.model.layers.0.mlp.down_proj")
+
+    @pytest.mark.parametrize("name", STORED)
+    @pytest.mark.parametrize(
+        "target",
+        [
+            *STORED,
+            "model.layers.0.mlp.down_proj",
+            f"{STORED[0]}.linear",
+            r"re:.*language_model\.layers.*down_proj",
+            r"re:language_model\.model\..*",
+        ],
+    )
+    def test_every_order_of_the_prefix_is_the_same_module(self, name: str, target: str) -> None:
+        weights = reader(
+            config_group(int_weights(4, group_size=32), targets=[target]),
+            config_group(int_weights(4, group_size=64), targets=["elsewhere"]),
+            multimodal=True,
+        )
+
+        found = weights.read(module(INT4, name), SITE)
+
+        assert found is not None
+        assert found.group == "group_0"
+        assert weights.warnings == ()
+
+    def test_a_name_of_its_own_counts_before_that_of_a_variant(self) -> None:
+        own, other = self.STORED
+        weights = reader(
+            config_group(int_weights(4, group_size=64), targets=[other]),
+            config_group(int_weights(4, group_size=32), targets=[own]),
+            multimodal=True,
+        )
+
+        found = weights.read(module(INT4, own), SITE)
+
+        assert found is not None
+        assert found.group == "group_1"
+
+    def test_a_model_that_is_text_alone_has_one_spelling(self) -> None:
+        weights = reader(config_group(int_weights(4, group_size=32), targets=[self.STORED[0]]))
+
+        read(weights, INT4)
+
+        (warning,) = weights.warnings
+        assert "no target covers it" in warning
 
 
 def test_weight_and_weight_packed_together_are_a_fault_not_a_choice() -> None:
@@ -195,7 +306,7 @@ def test_writers_up_to_0_9_3_left_out_zero_points_that_are_all_zero(version: str
 def test_later_writers_never_leave_zero_points_out(version: str) -> None:
     weights = reader(config_group(int_weights(4, group_size=32, symmetric=False)), version=version)
 
-    weights.read(StoredModule(NAME, INT4), SITE)
+    weights.read(module(INT4), SITE)
 
     (fault,) = weights.faults.faults
     assert fault.where == f"{NAME}.weight_zero_point"

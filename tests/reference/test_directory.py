@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,23 @@ from trtllm_ct.reference import ReferenceLinear, load_model
 from trtllm_ct.reference.directory import read_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
 
 pytestmark = pytest.mark.reference
 
-EXPORTS = ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "INT4_AWQ_CFG", "INT8_WEIGHT_ONLY_CFG"]
-WITHOUT_PRE_QUANT_SCALE = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
+EXPORTS = [
+    "FP8_DEFAULT_CFG",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "INT4_AWQ_CFG",
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "INT8_WEIGHT_ONLY_CFG",
+    "NVFP4_DEFAULT_CFG",
+    "W4A16_NVFP4_CFG",
+    "MXFP8_DEFAULT_CFG",
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+]
 TOKENS = torch.arange(3, 23)[None]
 
 
@@ -81,6 +90,15 @@ def test_tensors_prove_what_the_configuration_says(save_tiny: Callable[..., Path
         load_model(directory)
 
 
+def test_modelopt_has_a_name_of_its_own_for_blocks(save_tiny: Callable[..., Path]) -> None:
+    """`fp8_pb_wo` is what ModelOpt writes for FP8_BLOCK_SCALES, and the engine reads it in any case."""
+    directory = save_tiny("llama")
+    quantize_gates(directory, quant_algo="FP8_pb_wo", exclude_modules=["lm_head"])
+
+    with pytest.raises(PlanError, match="for FP8_BLOCK_SCALES"):
+        load_model(directory)
+
+
 def test_single_layers_may_be_quantized(save_tiny: Callable[..., Path]) -> None:
     directory = save_tiny("qwen2")
     layers = {f"model.layers.{layer}.mlp.gate_proj": {"quant_algo": "W8A16"} for layer in range(2)}
@@ -94,7 +112,8 @@ def test_single_layers_may_be_quantized(save_tiny: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"quantization": {"quant_algo": "NVFP4"}}, "'NVFP4' is not a valid QuantAlgo"),
+        ({"quantization": {"quant_algo": "W4A8_AWQ"}}, "'W4A8_AWQ' is not a valid QuantAlgo"),
+        ({"quantization": {"quant_algo": 8}}, "8 is not a valid QuantAlgo"),
         ({"quantization": {"quantized_layers": {"lm_head": {}}}}, "KeyError"),
         ({"quantization": None}, "NoneType"),
         ({"producer": {"name": "modelopt"}}, "'quantization'"),
@@ -178,7 +197,7 @@ def test_compressed_tensors_directories_come_through_their_target(
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("export", [*EXPORTS, WITHOUT_PRE_QUANT_SCALE])
+@pytest.mark.parametrize("export", EXPORTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modelopt_exports_load_as_delivered(shared: Path, export: str, dtype: torch.dtype) -> None:
     directory = shared / "modelopt-exports" / export
@@ -200,41 +219,79 @@ def test_modelopt_exports_load_as_delivered(shared: Path, export: str, dtype: to
 @pytest.mark.shared
 def test_modelopt_exports_agree_with_each_other(shared: Path) -> None:
     """All were made of one model, so that their logits may differ by quantization only."""
-    exports = [*EXPORTS, WITHOUT_PRE_QUANT_SCALE]
-    results = [logits(load_model(shared / "modelopt-exports" / each, dtype=torch.float32)) for each in exports]
+    results = [logits(load_model(shared / "modelopt-exports" / each, dtype=torch.float32)) for each in EXPORTS]
 
     for result in results[1:]:
         assert (result - results[0]).std() < 0.25 * results[0].std()
 
 
-@pytest.mark.shared
-def test_int4_export_equals_an_independent_decoding(shared: Path) -> None:
-    """Nibbles through numpy, groups through a reshape, and a model of plain Linears to compare with."""
+def pairs(packed: Any, axis: int) -> Any:
+    """The nibbles of each byte, low one first, as neighbours along an axis."""
     import numpy as np
+
+    low_and_high = np.stack((packed & 15, packed >> 4), axis + 1)
+    return low_and_high.reshape([size * (2 if each == axis else 1) for each, size in enumerate(packed.shape)])
+
+
+def decode_int4(stored: dict[str, Any]) -> Any:
+    codes = pairs(stored["weight"], 0).astype(int)
+    codes[codes > 7] -= 16
+    groups = codes.reshape(*stored["weight_scale"].shape, -1)
+    return (groups * stored["weight_scale"][..., None]).reshape(codes.shape)
+
+
+def decode_nvfp4(stored: dict[str, Any]) -> Any:
+    import numpy as np
+
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = pairs(stored["weight"], 1)
+    values = np.where(codes > 7, -sizes[codes & 7], sizes[codes & 7])
+    return values * np.kron(stored["weight_scale"], np.ones((1, 16))) * stored["weight_scale_2"]
+
+
+def decode_mxfp8(stored: dict[str, Any]) -> Any:
+    import numpy as np
+
+    return stored["weight"] * np.kron(2.0 ** (stored["weight_scale"].astype(int) - 127), np.ones((1, 32)))
+
+
+def decode_blocks(stored: dict[str, Any]) -> Any:
+    import numpy as np
+
+    return stored["weight"] * np.kron(stored["weight_scale"].squeeze((1, 3)), np.ones((128, 128)))
+
+
+DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": decode_int4,
+    "NVFP4_DEFAULT_CFG": decode_nvfp4,
+    "W4A16_NVFP4_CFG": decode_nvfp4,
+    "MXFP8_DEFAULT_CFG": decode_mxfp8,
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": decode_blocks,
+}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("export", DECODERS)
+def test_exports_equal_an_independent_decoding(shared: Path, export: str) -> None:
+    """Weights through numpy in float64, rounded once, and a model of plain Linears to compare with."""
     from transformers import AutoModelForCausalLM
 
-    directory = shared / "modelopt-exports" / WITHOUT_PRE_QUANT_SCALE
+    directory = shared / "modelopt-exports" / export
     stored = load_file(directory / "model.safetensors")
-    dense = {}
-    for name, tensor in stored.items():
-        if f"{name}_scale" in stored:
-            packed, scale = tensor.numpy(), stored[f"{name}_scale"].numpy()
-            rows = np.empty((2 * packed.shape[0], packed.shape[1]), np.int32)
-            rows[0::2], rows[1::2] = packed & 15, packed >> 4
-            rows[rows > 7] -= 16
-            grouped = rows.reshape(*scale.shape, -1) * scale[..., None]
-            dense[name] = torch.from_numpy(grouped.reshape(rows.shape).astype(np.float32))
-        elif not name.endswith("_scale"):
-            dense[name] = tensor.float()
+    model: Any = load_model(directory, dtype=torch.float32, quantize_activations=False)
+    dense = {name: tensor.float() for name, tensor in stored.items() if f"{name}_scale" not in stored}
+    for name in [name for name in stored if f"{name}_scale" in stored]:
+        own = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(name)}
+        numbers = {
+            key: tensor.numpy() if tensor.dtype == torch.uint8 else tensor.double().numpy()
+            for key, tensor in own.items()
+        }
+        dense[name] = torch.from_numpy(DECODERS[export](numbers)).float()
+        assert torch.equal(dense[name], model.get_submodule(name[:-7]).dequantized_weight(torch.float32))
 
-    model = load_model(directory, dtype=torch.float32)
-
-    for name, module in model.named_modules():
-        if isinstance(module, ReferenceLinear):
-            assert torch.equal(dense[f"{name}.weight"], module.dequantized_weight(torch.float32))
     model.config.name_or_path = ""
     plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    plain.load_state_dict(dense)
+    plain.load_state_dict({name: tensor for name, tensor in dense.items() if not name.endswith(("_scale", "_scale_2"))})
     assert torch.equal(logits(plain.eval()), logits(model))
 
 
