@@ -6,6 +6,7 @@ Pure: nothing is read here, and all faults of a checkpoint are raised together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from trtllm_ct.collector import collector_paused
@@ -88,8 +89,10 @@ class _Planner:
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather, read, assign, deliver."""
-        refuse_unsupported(self.config, self.faults)
-        stored = stored_modules(catalog, self.model.weight_shapes(catalog.tensors).get, self.faults)
+        refuse_unsupported(self.config, self.model, self.faults)
+        # Few checkpoints are sparse, and only they need the shape of every weight by name.
+        shapes = cache(lambda: self.model.weight_shapes(catalog.tensors))
+        stored = stored_modules(catalog, lambda name: shapes().get(name), self.faults)
         if self.model.architecture.experts is not None:
             stored = split_fused_experts(stored, self.model.architecture.experts)
         place = self.model.place(stored)
