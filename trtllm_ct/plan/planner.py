@@ -14,7 +14,7 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PlanError
 from trtllm_ct.modes import native_mode
 from trtllm_ct.plan import deliver
-from trtllm_ct.plan.assign import Assignment, assign_modes, candidate
+from trtllm_ct.plan.assign import Assignment, assign_modes, candidate, fold_reason
 from trtllm_ct.plan.engine_config import engine_config, layer_config
 from trtllm_ct.plan.fused_experts import split_fused_experts
 from trtllm_ct.plan.kv_cache import KvCache
@@ -22,6 +22,7 @@ from trtllm_ct.plan.leftovers import refuse_leftovers
 from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule, stored_modules
+from trtllm_ct.plan.transforms import OnlineTransforms, folds_of
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 
@@ -66,6 +67,7 @@ def make_plan(
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal),
         kv_cache=KvCache(config, target, model.kv_heads),
+        transforms=OnlineTransforms(config, model, faults),
     )
     with collector_paused():
         plan = planner.plan(catalog)
@@ -86,6 +88,7 @@ class _Planner:
     faults: FaultCollector
     reader: WeightReader
     kv_cache: KvCache
+    transforms: OnlineTransforms
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather, read, assign, deliver."""
@@ -95,14 +98,16 @@ class _Planner:
         stored = stored_modules(catalog, lambda name: shapes().get(name), self.faults)
         if self.model.architecture.experts is not None:
             stored = split_fused_experts(stored, self.model.architecture.experts)
+        stored = self.transforms.attach(stored)
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
-        own = {site.module: _find(stored, site) for site in sites}
+        self.transforms.check_targets(stored, head=place[1])
+        own = {site.module: self._find(stored, site) for site in sites}
         weights = self._read_weights(own, sites)
         # After faults the plan is of no use; the rest is planned for the faults that it still finds.
         modules = self._modules(own, sites, weights)
         taken = {module.stored_name for module in own.values() if module is not None}
-        others = OtherModules(self.model, place, self.kv_cache, self.reader, self.dtypes, self.faults)
+        others = OtherModules(self.model, place, self.kv_cache, self.reader, self.transforms, self.dtypes, self.faults)
         modules += [others.plan(module) for name, module in stored.items() if name not in taken]
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         self.faults.raise_if_any(PlanError)
@@ -116,6 +121,13 @@ class _Planner:
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
             warnings=self.config.warnings + catalog.warnings + self.reader.warnings + self.kv_cache.warnings,
         )
+
+    def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
+        """The stored module of a site, under its own name, an alias, or one level deeper as LoRA wrappers put it."""
+        for name in (site.module, *site.aliases, f"{site.module}.base_layer"):
+            if name in stored:
+                return self.transforms.claim(stored[name].delivered_as(site.module), site)
+        return None
 
     def _read_weights(
         self, own: Mapping[str, StoredModule | None], sites: Iterable[Site]
@@ -180,17 +192,19 @@ class _Planner:
         holding = assignment.holding if assignment else None
         deliveries, ignored = self.kv_cache.deliver(stored, self.faults)
         plain = set(site.locals)
+        folds = folds_of(stored.transforms, site.class_name)
         if weight is None:
             plain.add("weight")
             ignored |= self._leftover_scales(stored)
         else:
             ignored |= self._activation_tensors(stored, weight, deliver.input_scale_reason(holding))
             if holding is None:
-                deliveries += deliver.dequantized(stored, weight, self.dtypes)
+                deliveries += deliver.dequantized(stored, weight, self.dtypes, folds)
             else:
                 deliveries += deliver.native(stored, weight, holding, self.dtypes, site)
-        deliveries += deliver.plain(stored, [local for local in stored.specs if local in plain], self.dtypes)
+        deliveries += deliver.plain(stored, [local for local in stored.specs if local in plain], self.dtypes, folds)
         owned: set[str | None] = {*plain, *ignored, *(weight.stored.consumed if weight else ())}
+        owned |= {source for each in folds for source in each.sources}
         owned |= {delivery.operation.source for delivery in deliveries}
         refuse_leftovers(stored, owned, self.model.name, self.faults)
         return ModulePlan(
@@ -203,10 +217,11 @@ class _Planner:
             scheme=weight.scheme if weight else None,
             native_mode=native_mode(weight.stored.args, self.config.modifiers) if weight else None,
             layer=layer_config(holding) if holding else None,
-            reason=assignment.reason if assignment else "",
+            reason=assignment.reason if assignment else fold_reason(stored.transforms),
             note=holding.note if holding else "",
             joined=site.fused if site.joined else None,
             experts=site.fused if site.expert else None,
+            transforms=stored.transforms,
         )
 
     def _leftover_scales(self, module: StoredModule) -> dict[str, str]:
@@ -244,14 +259,6 @@ class _Planner:
                 found=str(spec) if spec else "no such tensor",
                 remedy="Download the checkpoint again, or quantize again with dynamic activations.",
             )
-
-
-def _find(stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
-    """The stored module of a site, under its own name or an alias."""
-    for name in (site.module, *site.aliases):
-        if name in stored:
-            return stored[name].delivered_as(site.module)
-    return None
 
 
 def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes:
