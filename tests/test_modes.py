@@ -6,54 +6,35 @@ A row's expectation is written out, so that a change of the table shows here as 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
+from quantized_weights import (
+    FP8_CHANNEL,
+    FP8_GROUP,
+    FP8_STATIC,
+    FP8_TENSOR,
+    FP8_TOKEN,
+    INT8_STATIC,
+    INT8_TOKEN,
+    MXFP4,
+    MXFP4_INPUT,
+    MXFP6,
+    MXFP8,
+    MXFP8_INPUT,
+    NVFP4,
+    NVFP4_INPUT,
+    SHAPE,
+    blocks,
+    ints,
+    weight,
+)
 
 from trtllm_ct.modes import LINEAR_MODES, Activations, Holding, Weight, activations_of, holdings, native_mode, obstacles
-from trtllm_ct.schemes import Element, NumberType, QuantAlgo, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.schemes import Element, QuantAlgo, QuantArgs, QuantScheme, Strategy
 from trtllm_ct.targets import MODELOPT, REFERENCE
 
-SHAPE = (256, 512)
 AWQ = ("AWQModifier", "QuantizationModifier")
 EVERY_ALGO = frozenset(mode.algo for mode in LINEAR_MODES)
-
-
-def ints(bits: int, group_size: int | None = None, strategy: Strategy | None = None, **more: Any) -> QuantArgs:
-    strategy = strategy or (Strategy.GROUP if group_size else Strategy.CHANNEL)
-    return QuantArgs(num_bits=bits, strategy=strategy, group_size=group_size, **more)
-
-
-def floats(bits: int, strategy: Strategy = Strategy.TENSOR, group_size: int | None = None, **more: Any) -> QuantArgs:
-    return QuantArgs(num_bits=bits, type=NumberType.FLOAT, strategy=strategy, group_size=group_size, **more)
-
-
-def blocks(rows: int = 128, columns: int = 128) -> QuantArgs:
-    return floats(8, Strategy.BLOCK, block_structure=(rows, columns))
-
-
-FP8_TENSOR, FP8_CHANNEL = floats(8), floats(8, Strategy.CHANNEL)
-FP8_STATIC, FP8_TOKEN = floats(8), floats(8, Strategy.TOKEN, dynamic=True)
-FP8_GROUP = floats(8, Strategy.GROUP, 128, dynamic=True)
-INT8_TOKEN, INT8_STATIC = ints(8, None, Strategy.TOKEN, dynamic=True), ints(8, None, Strategy.TENSOR)
-NVFP4 = floats(4, Strategy.TENSOR_GROUP, 16, scale_dtype="float8_e4m3fn")
-NVFP4_INPUT = replace(NVFP4, dynamic="local")
-MXFP4, MXFP6, MXFP8 = (floats(bits, Strategy.GROUP, 32, scale_dtype="uint8") for bits in (4, 6, 8))
-MXFP4_INPUT, MXFP8_INPUT = replace(MXFP4, dynamic=True), replace(MXFP8, dynamic=True)
-
-_FLOATS = {4: Element.E2M1, 6: Element.E2M3, 8: Element.E4M3}
-
-
-def weight(args: QuantArgs, inputs: QuantArgs | None = None, **more: Any) -> Weight:
-    """A stored weight of `SHAPE`; scales are of the kind that the format of these arguments has."""
-    float_codes = args.type is NumberType.FLOAT
-    return Weight(
-        scheme=QuantScheme(weights=args, input_activations=inputs),
-        element=_FLOATS[args.num_bits] if float_codes else Element.INT,
-        two_level=float_codes and args.group_size == 16,
-        exponent_scale=float_codes and args.group_size == 32,
-        **({"shape": SHAPE} | more),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +156,8 @@ def test_a_scheme_that_no_mode_holds_comes_with_reasons(row: Row) -> None:
 
 def test_reasons_are_those_of_the_modes_that_are_asked_about() -> None:
     asymmetric = ROWS["int4 g128 asymmetric"].weight
-    assert obstacles(asymmetric, {QuantAlgo.W4A16_AWQ}) == ("W4A16_AWQ holds no zero points",)
-    assert obstacles(asymmetric, {QuantAlgo.FP8, QuantAlgo.W8A16}) == ()
+    assert obstacles(asymmetric, frozenset({QuantAlgo.W4A16_AWQ})) == ("W4A16_AWQ holds no zero points",)
+    assert obstacles(asymmetric, frozenset({QuantAlgo.FP8, QuantAlgo.W8A16})) == ()
 
 
 @pytest.mark.parametrize(("bits", "native"), [(3, "W4A16_AWQ"), (4, "W4A16_AWQ"), (8, "W8A16")])

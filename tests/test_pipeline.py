@@ -13,7 +13,7 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import CatalogError, ConfigError, DetectionError, UsageError
 from trtllm_ct.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint, stream_delivered
-from trtllm_ct.targets import MODELOPT, TARGETS, target_named
+from trtllm_ct.targets import ENGINES, TARGETS, target_named
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_streaming_equals_mapping_in_memory(built: Built) -> None:
 class TestTargets:
     @pytest.mark.parametrize("name", ["modelopt", "dense", "reference"])
     def test_each_target_is_found_by_its_name(self, name: str):
-        assert target_named(name) is TARGETS[name]
+        assert target_named(name) == TARGETS[name]
         assert target_named(name).name == name
 
     def test_an_unknown_target_lists_the_known_ones(self, tmp_path: Path):
@@ -115,5 +115,16 @@ class TestTargets:
         (fault,) = caught.value.faults
         assert (fault.expected, fault.found) == (" or ".join(TARGETS), "'onnx'")
 
-    def test_no_stock_release_has_a_linear_for_zero_points(self):
-        assert "W4A16_GPTQ" not in MODELOPT.algos
+    def test_an_unknown_engine_lists_the_known_ones(self, tmp_path: Path):
+        write_checkpoint(tmp_path, config=tiny_config(layers=1))
+
+        with pytest.raises(UsageError) as caught:
+            plan_checkpoint(tmp_path, engine="stock-0.9")
+
+        (fault,) = caught.value.faults
+        assert (fault.where, fault.expected, fault.found) == ("--engine", " or ".join(ENGINES), "'stock-0.9'")
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    @pytest.mark.parametrize("expert", [False, True])
+    def test_no_stock_release_has_a_linear_for_zero_points(self, engine: str, expert: bool):
+        assert "W4A16_GPTQ" not in target_named("modelopt", engine).algos(expert=expert)

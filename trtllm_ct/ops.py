@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, PayloadError
 from trtllm_ct.layouts.packing import INT8_PLAIN, repack
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.layouts.scales import additive_zero, widen_scale
+from trtllm_ct.layouts.transforms import fold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from trtllm_ct.dtypes import DType
     from trtllm_ct.formats.base import Codes, StoredWeight
     from trtllm_ct.formats.codecs import Codec
+    from trtllm_ct.layouts.transforms import Fold
     from trtllm_ct.schemes import Packing, TensorSpec
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "Cast",
     "Copy",
     "Dequantize",
+    "FoldPlain",
+    "FoldTransform",
     "ModuleTensors",
     "Ones",
     "Operation",
@@ -40,6 +44,9 @@ __all__ = [
     "Repack",
     "WidenScale",
 ]
+
+
+_TILE_ROWS = 256
 
 
 class ModuleTensors:
@@ -215,6 +222,55 @@ class Dequantize(Operation):
         values = module.dequantize(self.result.dtype)
         _refuse_infinite(name, values, self.result.dtype)
         return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldTransform(Operation):
+    """Plain weights [N, K] with the transforms beside them folded in, computed in float64 and rounded once.
+
+    Memory: the result and the weight in float64. An infinite element is an error.
+    """
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "dequantize and fold"
+    folds: tuple[Fold, ...]
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The weight in the dtype of `result`."""
+        values = self.values(module)
+        for each in self.folds:
+            fold(values, each.factor(module.stored), each.axis, normalized=each.normalized)
+        rounded = _rounded(values, self.result.dtype).reshape(self.result.shape)
+        _refuse_infinite(name, rounded, self.result.dtype)
+        return rounded
+
+    def values(self, module: ModuleTensors) -> Tensor:
+        """What is folded: float64 of two axes, free to be changed."""
+        return module.dequantize(DType.F64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldPlain(FoldTransform):
+    """The same for a stored plain weight [N, K], or for a bias [N], which is one column."""
+
+    label: ClassVar[str] = "fold"
+
+    def values(self, module: ModuleTensors) -> Tensor:
+        """A copy of the source."""
+        import torch
+
+        plain = self.input(module)
+        return plain.to(torch.float64, copy=True).reshape(plain.shape[0], -1)
+
+
+def _rounded(values: Tensor, dtype: DType) -> Tensor:
+    """float64 [N, K] rounded once, some rows at a time: rounding needs room for several copies."""
+    import torch
+
+    result = torch.empty(values.shape, dtype=dtype.torch_dtype, device=values.device)
+    for wide, narrow in zip(values.split(_TILE_ROWS), result.split(_TILE_ROWS), strict=True):
+        narrow.copy_(round_once(wide, dtype.torch_dtype))
+    return result
 
 
 def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:

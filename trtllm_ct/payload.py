@@ -9,7 +9,8 @@
 | `input_scale`, KV scales  | fault              | fault                                       |
 
 Zero points are integers in the signed range of the codes, and all zero beside float codes; a group index names groups
-that exist. Codes are read only where their container has room for what no code can be.
+that exist. The matrix of a transform is finite, that of a Hadamard one all 1 and -1, and a permutation is one. Codes
+are read only where their container has room for what no code can be.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trtllm_ct.config.model import Transform
     from trtllm_ct.errors import FaultCollector
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.plan.model import ModulePlan
@@ -62,6 +64,8 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
         if local in stored:
             # Calibration may never have reached an expert, and some writers leave 0 then.
             _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=_EXPERT in module.name)
+    for transform in module.transforms:
+        _check_transform(module.name, transform, stored, faults)
 
 
 def count_zero_scales(module: ModulePlan, stored: Mapping[str, Tensor]) -> int:
@@ -97,6 +101,31 @@ def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allow
         found=f"{float(scale[tuple(position)]):g} ({bad.shape[0]} of {scale.numel()} elements are bad)",
         remedy="The checkpoint was damaged or badly calibrated; download or quantize it again.",
     )
+
+
+def _check_transform(module: str, transform: Transform, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
+    """The matrix of a transform, and the permutation of a randomized one."""
+    name = f"{transform.module}.weight"
+    matrix = stored[name]
+    good = matrix.abs() == 1 if transform.hadamard else matrix.isfinite()
+    if not bool(good.all()):
+        row, column = (int(index) for index in (~good).nonzero()[0])
+        faults.add(
+            where=f"{module}.{name}[{row}, {column}]",
+            expected="1 or -1, which are divided by the root of their number" if transform.hadamard else "a number",
+            found=f"{float(matrix[row, column]):g} ({int((~good).sum())} of {matrix.numel()} elements are bad)",
+            remedy="The matrix was damaged, or its writer scales it otherwise; download or quantize the model again.",
+        )
+    if transform.permuted:
+        name = f"{transform.module}.perm"
+        order = stored[name].sort().values.tolist()
+        if order != list(range(len(order))):
+            faults.add(
+                where=f"{module}.{name}",
+                expected=f"each number from 0 to {len(order) - 1} once",
+                found=f"numbers from {order[0]} to {order[-1]}, {len(set(order))} different ones",
+                remedy="The file was damaged; download the checkpoint again.",
+            )
 
 
 def _check_shape(module: str, stored_shape: Tensor, shape: tuple[int, int], faults: FaultCollector) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["conversion", "faults", "format_bytes", "inspection", "plan", "verification"]
 
 _WRAPPING = frozenset({"stored", "delivered as, or reason"})
+_WIDEST_WRAPPING = 60
 _GAP = 3
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -155,7 +156,8 @@ def _table(*headers: str, title: str | None = None) -> Table:
     """Names and modes stay whole; schemes and reasons wrap."""
     table = _FittedTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
-        table.add_column(header, no_wrap=header not in _WRAPPING, overflow="fold")
+        wraps = header in _WRAPPING
+        table.add_column(header, no_wrap=not wraps, overflow="fold", max_width=_WIDEST_WRAPPING if wraps else None)
     return table
 
 

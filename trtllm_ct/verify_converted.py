@@ -19,6 +19,7 @@ from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.reference.transforms import effective_bias, effective_table, effective_weight
 from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.model import ModulePlan, Plan
 
 __all__ = ["TensorCheck", "compare_converted"]
+
+# Sums of float64 products, taken in another order: invisible in any delivered dtype but for values between two of them.
+_FOLD_UNCERTAINTY = 1e-10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +114,9 @@ class _Comparison:
             exact = stored[source].double()
             if isinstance(delivery.operation, Reciprocal):
                 exact = torch.where(exact == 0, 0.0, 1 / exact)
-            yield from self._tensor(delivery.name, exact)
+            if plan.transforms and source == "bias":
+                exact = effective_bias(exact, plan.transforms, stored)
+            yield from self._tensor(delivery.name, exact, _uncertainty(plan))
 
     def _weight(self, plan: ModulePlan, stored: dict[str, Tensor]) -> Iterator[TensorCheck]:
         name = f"{plan.name}.weight"
@@ -120,12 +126,10 @@ class _Comparison:
         if "weight" not in tensors:
             self._missing(name)
             return
-        exact = (
-            stored["weight"].double() if plan.weight is None else NATIVE.dequantize(plan.weight, stored, torch.float64)
-        )
+        exact = _exact_weight(plan, stored)
         if layer is None:
             kind = "plain" if plan.weight is None else "dequantized"
-            yield from self._plain(name, kind, tensors["weight"], exact)
+            yield from self._plain(name, kind, tensors["weight"], exact, _uncertainty(plan))
             return
         if layer.quant_algo is QuantAlgo.W4A16_AWQ:
             self._check_pre_quant_scale(plan.name, tensors)
@@ -149,7 +153,7 @@ class _Comparison:
                 remedy="Convert again; the weights must do without it.",
             )
 
-    def _tensor(self, name: str, source: Tensor) -> Iterator[TensorCheck]:
+    def _tensor(self, name: str, source: Tensor, uncertainty: float) -> Iterator[TensorCheck]:
         """A bias or an activation or KV scale. Scales that a plain module does not need may be absent."""
         module, _, local = name.rpartition(".")
         delivered = self._modules.get(module, frozenset())
@@ -158,7 +162,7 @@ class _Comparison:
                 self._missing(name)
             return
         self.seen.add(name)
-        yield from self._plain(name, "plain", self._delivered.read(name), source.double())
+        yield from self._plain(name, "plain", self._delivered.read(name), source.double(), uncertainty)
 
     def _needs(self, module: str, local: str) -> bool:
         """Whether a converted directory of this configuration must have a scale."""
@@ -166,7 +170,7 @@ class _Comparison:
             return self._quant_config.layer_config(module) is not None
         return self._quant_config.kv_cache_quant_algo is not None
 
-    def _plain(self, name: str, kind: str, got: Tensor, exact: Tensor) -> Iterator[TensorCheck]:
+    def _plain(self, name: str, kind: str, got: Tensor, exact: Tensor, uncertainty: float) -> Iterator[TensorCheck]:
         exact = exact.reshape(got.shape) if exact.numel() == got.numel() == 1 else exact
         if not got.is_floating_point() or got.itemsize == 1 or got.shape != exact.shape:
             self._faults.add(
@@ -176,7 +180,8 @@ class _Comparison:
                 remedy="Convert again; configuration and weights of this directory don't belong together.",
             )
             return
-        yield self._judged(TensorCheck(name=name, kind=kind, comparison=compare_rounded(got, exact)))
+        comparison = compare_rounded(got, exact, uncertainty=uncertainty)
+        yield self._judged(TensorCheck(name=name, kind=kind, comparison=comparison))
 
     def _read_weight(self, module: str, layer: LayerQuantConfig | None) -> dict[str, Tensor]:
         """The converted tensors that make a weight, by local name: all that a mode has, or the plain weight."""
@@ -218,6 +223,20 @@ class _Comparison:
             found="no such tensor in the converted directory",
             remedy="Convert again; the directory is not complete.",
         )
+
+
+def _exact_weight(plan: ModulePlan, stored: Mapping[str, Tensor]) -> Tensor:
+    """What a module's weight is worth in float64, with the transforms that run beside it."""
+    exact = stored["weight"].double() if plan.weight is None else NATIVE.dequantize(plan.weight, stored, torch.float64)
+    if not plan.transforms:
+        return exact
+    effective = effective_table if plan.class_name == "Embedding" else effective_weight
+    return effective(exact, plan.transforms, stored)
+
+
+def _uncertainty(plan: ModulePlan) -> float:
+    """How far the exact values of a module may be off, relative to the largest."""
+    return _FOLD_UNCERTAINTY if plan.transforms else 0.0
 
 
 def _native_value(module: str, tensors: dict[str, Tensor], layer: LayerQuantConfig, exact: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from builders import rewrite, tiny_config, write_checkpoint
+from builders import fp8_inputs, rewrite, rewrite_config, tiny_config, write_checkpoint
 from command_line import run_cli
 
 import trtllm_ct
@@ -36,10 +36,11 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
     work = tmp_path_factory.mktemp("json")
     demo = work / "demo"
     shutil.copytree(Path(trtllm_ct.__file__).parent / "demo_data", demo)
-    # Two native modes, one dequantized module and KV-cache scales.
+    # Two native modes, one of them on activations that it leaves alone, one dequantized module and KV-cache scales.
     schemes = {"q_proj": "int4-g128", "k_proj": "int4-g128", "v_proj": "int4-g128"}
     schemes |= {"o_proj": "fp8-tensor-static", "down_proj": "int4-g32"}
     mixed = write_checkpoint(work / "mixed", config=tiny_config(hidden=128), scheme=schemes, kv=True).directory
+    rewrite_config(mixed, _quantize_inputs_of_int4)
     damaged = shutil.copytree(mixed, work / "damaged")
     rewrite(damaged, lambda tensors: tensors.pop("model.norm.weight"))
     changed = work / "changed"
@@ -69,6 +70,12 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
                 return [run("plan", damaged, "--to", "modelopt"), run("convert", demo, demo, "--to", "dense")]
 
     return make
+
+
+def _quantize_inputs_of_int4(config: dict[str, Any]) -> None:
+    for group in config["quantization_config"]["config_groups"].values():
+        if group["weights"]["num_bits"] == 4:
+            group["input_activations"] = fp8_inputs("token")
 
 
 def type_name(value: object) -> str:

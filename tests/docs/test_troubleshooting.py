@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from builders import int_weights, rewrite, rewrite_config, write_checkpoint
+from builders import rewrite, rewrite_config, write_checkpoint
 from command_line import run_cli
 
 import trtllm_ct
@@ -76,11 +76,6 @@ def converted_and_changed(folder: Path) -> None:
     rewrite(folder / "OUT", lambda found: found[f"{O_PROJ}.weight_scale"][17, 1].mul_(2))
 
 
-def quantized_inputs(entry: dict[str, Any]) -> None:
-    inputs = int_weights(8, "token") | {"dynamic": True}
-    entry["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
-
-
 CASES: Mapping[str, Damage] = {
     "A name instead of a directory": lambda _: None,
     "Another quantization method": config(lambda entry: entry.update(quantization_config={"quant_method": "gptq"})),
@@ -92,7 +87,7 @@ CASES: Mapping[str, Damage] = {
     "Pickle files": pickled,
     "A group_size that does not fit": weights_of_config(group_size=64),
     "A tensor that is missing": tensors(lambda found: found.pop(f"{O_PROJ}.weight_scale")),
-    "A scheme that is not supported": another(config(quantized_inputs), scheme="int8-plain-channel"),
+    "Tensors of another scheme": weights_of_config(type="float"),
     "A module that would be dequantized, with --strict": another(scheme="int4-g32"),
     "A KV-cache scale that is missing": another(
         tensors(lambda found: found.pop("model.layers.1.self_attn.v_scale")), scheme="fp8-tensor-static", kv=True

@@ -28,7 +28,7 @@ from trtllm_ct.formats.base import Codes, StoredWeight, Version
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words, unpack_codes
 from trtllm_ct.plan.architectures import Site
-from trtllm_ct.plan.stored import StoredModule
+from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import WeightReader
 from trtllm_ct.schemes import QuantArgs, Strategy
 
@@ -102,7 +102,8 @@ def test_the_version_is_that_of_the_configuration(version: str | None, dense: bo
     _, tensors = one_row(3, (DENSE_BYTES if dense else PADDED_BYTES)[3])
     reader = WeightReader(config, FaultCollector())
     site = Site(module="lin", class_name="Linear", shape=(1, 12))
-    weight = reader.read(StoredModule("lin", specs_of(tensors)), site)
+    views = {local: Whole(name=f"lin.{local}", spec=spec) for local, spec in specs_of(tensors).items()}
+    weight = reader.read(StoredModule("lin", views), site)
     assert weight is not None
     assert values(weight.stored, tensors).tolist() == [counting(3)]
 

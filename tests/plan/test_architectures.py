@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from builders import ARCHITECTURES as MODEL_TYPES
 from builders import tiny_config
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import ConfigError, Fault
-from trtllm_ct.plan.architectures import ARCHITECTURES, Model, Site
+from trtllm_ct.plan.architectures import Model, Site
+from trtllm_ct.plan.families import ARCHITECTURES
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "head_dim": None,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+# What a family's config.json has beside the sizes of `tiny_config`, by architecture.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {},
+    "GraniteForCausalLM": {"model_type": "granite"},
+    "Gemma2ForCausalLM": {"model_type": "gemma2"},
+    "Gemma3ForCausalLM": {"model_type": "gemma3_text"},
+    "Phi3ForCausalLM": {"model_type": "phi3", "pad_token_id": 0},
+    "MixtralForCausalLM": {"model_type": "mixtral", "num_local_experts": 4},
+    "Qwen2MoeForCausalLM": {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 48, **EXPERTS},
+    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", **EXPERTS},
+    "DeepseekV2ForCausalLM": {"model_type": "deepseek_v2", **LATENT},
+    "DeepseekV3ForCausalLM": {"model_type": "deepseek_v3", **LATENT},
+}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in ARCHITECTURES),
-    *((name, {"tied": True}) for name in ARCHITECTURES),
+    *((name, {}) for name in FAMILIES),
+    *((name, {"tied": True}) for name in FAMILIES),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 4, "head_dim": 32}),
     ("Qwen3ForCausalLM", {"attention_bias": True}),
+    ("Qwen2MoeForCausalLM", {"qkv_bias": False}),
+    ("Qwen2MoeForCausalLM", {"decoder_sparse_step": 2}),
+    ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}),
+    ("DeepseekV2ForCausalLM", {"q_lora_rank": None}),
+    ("DeepseekV3ForCausalLM", {"q_lora_rank": None, "attention_bias": True}),
 ]
+
+
+def config_of(architecture: str, **options: Any) -> dict[str, Any]:
+    absent = {key: None for key, value in options.items() if value is None}
+    return tiny_config(architecture, **(FAMILIES[architecture] | options)) | absent
 
 
 def sites(config: dict[str, Any]) -> dict[str, Site]:
@@ -31,37 +77,85 @@ def faults(**config: Any) -> tuple[Fault, ...]:
     return caught.value.faults
 
 
+def test_every_family_is_compared() -> None:
+    assert FAMILIES.keys() == ARCHITECTURES.keys()
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize(("architecture", "options"), VARIANTS)
 def test_sites_are_the_modules_that_transformers_builds(architecture: str, options: dict[str, Any]) -> None:
-    """Same names, classes, shapes and biases: the table neither lacks nor invents a module."""
+    """Same names, shapes and further parameters: the tables neither lack nor invent a module."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = tiny_config(architecture, **options)
+    config = config_of(architecture, **options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    expected = {
-        name: (type(module).__name__, tuple(module.weight.shape), getattr(module, "bias", None) is not None)
-        for name, module in model.named_modules()
-        if hasattr(module, "weight") and not (name == "lm_head" and config["tie_word_embeddings"])
-    }
 
     assert type(model).__name__ == architecture
-    assert {name: (site.class_name, site.shape, site.bias) for name, site in sites(config).items()} == expected
+    found = {name: (site.shape, set(site.locals)) for name, site in sites(config).items()}
+    assert found == dict(modules(model, tied=config["tie_word_embeddings"]))
 
 
-@pytest.mark.parametrize("architecture", MODEL_TYPES)
-def test_engines_fuse_qkv_and_gate_up(architecture: str) -> None:
+def modules(model: Any, *, tied: bool) -> Iterator[tuple[str, tuple[tuple[int, ...], set[str]]]]:
+    """Name, shape of the weight and further parameters of every module, under the names of files.
+
+    transformers 5 joins routed experts into one tensor for all of them and calls Mixtral's `mlp`; files do neither.
+    """
+    projections = ("gate_proj", "up_proj", "down_proj")
+    mixtral = type(model).__name__ == "MixtralForCausalLM"
+    for module_name, module in model.named_modules():
+        name = module_name.replace(".mlp.", ".block_sparse_moe.") if mixtral else module_name
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        if "gate_up_proj" in own and own["gate_up_proj"].dim() == 3:
+            experts, rows, columns = own["gate_up_proj"].shape
+            for expert in range(experts):
+                for projection in ("w1", "w3", "w2") if mixtral else projections:
+                    shape = (columns, rows // 2) if projection in {"w2", "down_proj"} else (rows // 2, columns)
+                    yield f"{name}.{expert}.{projection}", (shape, set())
+        elif "weight" in own and not (name == "lm_head" and tied):
+            others = own.keys() - {"weight", "embed_scale"}
+            yield name, (tuple(own["weight"].shape), {local for local in others if own[local] is not None})
+
+
+QKV = {"self_attn.qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+GATE_UP = {"mlp.gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fused"),
+    [
+        *((name, QKV | GATE_UP) for name in ("LlamaForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM")),
+        *((name, QKV | GATE_UP) for name in ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")),
+        ("Phi3ForCausalLM", {}),
+        ("MixtralForCausalLM", QKV | {"block_sparse_moe.experts": ["w1", "w3", "w2"] * 4}),
+        ("Qwen3MoeForCausalLM", QKV | {"mlp.experts": ["gate_proj", "up_proj", "down_proj"] * 4}),
+        ("DeepseekV3ForCausalLM", GATE_UP),
+    ],
+)
+def test_modules_that_must_agree_are_in_one_group(architecture: str, fused: dict[str, list[str]]) -> None:
+    """q/k/v, gate/up and all routed experts of a layer."""
     members: dict[str, list[str]] = {}
-    for site in sites(tiny_config(architecture, layers=1)).values():
-        if site.fused is not None:
-            members.setdefault(site.fused, []).append(site.module.rpartition(".")[2])
+    for name, site in sites(config_of(architecture)).items():
+        if site.fused is not None and name.startswith("model.layers.0."):
+            members.setdefault(site.fused.removeprefix("model.layers.0."), []).append(name.rpartition(".")[2])
 
-    assert members == {
-        "model.layers.0.self_attn.qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "model.layers.0.mlp.gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    assert members == fused
+
+
+def test_only_routed_experts_are_experts_and_are_not_joined() -> None:
+    """An engine makes one Linear of q/k/v; of experts it makes one kernel, which reads them apart."""
+    for name, site in sites(config_of("Qwen2MoeForCausalLM")).items():
+        assert site.expert is (".experts." in name)
+        assert site.joined is (site.fused is not None and not site.expert)
+
+
+def test_routers_embeddings_and_heads_are_read_plain() -> None:
+    found = sites(config_of("DeepseekV3ForCausalLM"))
+
+    plain = {name.removeprefix("model.layers.1.") for name, site in found.items() if site.plain and ".0." not in name}
+    latent = {f"self_attn.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
+    assert plain == {"model.embed_tokens", "lm_head", "mlp.gate"} | latent
 
 
 def test_a_tied_lm_head_is_no_site() -> None:
@@ -77,7 +171,7 @@ def test_head_sizes_that_config_leaves_out_are_derived(absent: dict[str, Any]) -
     assert sites(config)["model.layers.0.self_attn.k_proj"].shape == (64, 64)
 
 
-@pytest.mark.parametrize("names", [["MixtralForCausalLM"], [], None, "MixtralForCausalLM", ["LlamaModel", "X"]])
+@pytest.mark.parametrize("names", [["GrokForCausalLM"], [], None, "GrokForCausalLM", ["LlamaModel", "X"]])
 def test_an_unknown_architecture_is_named_beside_the_known_ones(names: object) -> None:
     config = tiny_config() | {"architectures": names}
 
@@ -86,7 +180,7 @@ def test_an_unknown_architecture_is_named_beside_the_known_ones(names: object) -
 
     (fault,) = caught.value.faults
     assert fault.where == "config.json: architectures"
-    assert fault.expected == "one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+    assert fault.expected == f"one of {', '.join(sorted(ARCHITECTURES))}"
     assert fault.found == (str(names[0]) if isinstance(names, list) and names else str(names or "none"))
     assert "not supported" in fault.remedy
 
@@ -108,6 +202,35 @@ def test_a_size_that_is_no_positive_integer_is_a_fault(key: str, value: object) 
     (fault,) = faults(**{key: value})
 
     assert (fault.where, fault.expected, fault.found) == (f"config.json: {key}", "a positive integer", repr(value))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "absent", "where"),
+    [
+        ("MixtralForCausalLM", "num_local_experts", "num_local_experts or n_routed_experts or num_experts"),
+        ("Qwen3MoeForCausalLM", "num_experts", "num_local_experts or n_routed_experts or num_experts"),
+        ("DeepseekV3ForCausalLM", "kv_lora_rank", "kv_lora_rank"),
+        ("DeepseekV3ForCausalLM", "v_head_dim", "v_head_dim"),
+    ],
+)
+def test_the_sizes_that_a_family_needs_beside_the_common_ones(architecture: str, absent: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Model.from_config(config_of(architecture, **{absent: None}))
+
+    (fault,) = caught.value.faults
+    assert (fault.where, fault.expected, fault.found) == (f"config.json: {where}", "a positive integer", "None")
+
+
+@pytest.mark.parametrize(
+    "key", ["moe_intermediate_size", "n_shared_experts", "num_nextn_predict_layers", "kv_lora_rank"]
+)
+@pytest.mark.parametrize("value", [-1, "64", 1.5])
+def test_a_size_of_a_family_that_is_no_integer_is_a_fault(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Model.from_config(config_of("DeepseekV3ForCausalLM", **{key: value}))
+
+    (fault,) = caught.value.faults
+    assert (fault.where, fault.found) == (f"config.json: {key}", repr(value))
 
 
 def test_all_missing_sizes_are_reported_together() -> None:

@@ -1,79 +1,109 @@
-"""Which mode each module gets: alone, fused with equals, fused with others, and at targets that hold less."""
+"""Which mode each module gets: alone, fused with equals, fused with others, among experts, and at every target."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from builders import tiny_config, write_checkpoint
+from hypothesis import given, settings
+from quantized_weights import (
+    FP8_CHANNEL,
+    FP8_GROUP,
+    FP8_STATIC,
+    FP8_TENSOR,
+    FP8_TOKEN,
+    INT8_TOKEN,
+    MXFP4,
+    MXFP4_INPUT,
+    MXFP6,
+    MXFP8,
+    MXFP8_INPUT,
+    NVFP4,
+    NVFP4_INPUT,
+    blocks,
+    ints,
+    weight,
+)
 
-from trtllm_ct.formats import FORMATS, StoredWeight
+from trtllm_ct.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm, Weight, activations_of
 from trtllm_ct.pipeline import open_checkpoint, stream_delivered
 from trtllm_ct.plan.architectures import Site
-from trtllm_ct.plan.assign import Assignment, assign_modes
-from trtllm_ct.plan.weights import QuantizedWeight
+from trtllm_ct.plan.assign import Assignment, Candidate, assign_modes
 from trtllm_ct.reference import ReferenceLinear
-from trtllm_ct.schemes import NumberType, QuantArgs, QuantScheme, Strategy
-from trtllm_ct.targets import DENSE, MODELOPT, REFERENCE
+from trtllm_ct.schemes import Element, NumberType, QuantArgs, Strategy
+from trtllm_ct.targets import DENSE, ENGINES, MODELOPT, REFERENCE, TARGETS, target_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trtllm_ct.plan.target import Target
+
 QKV = "model.layers.0.self_attn.qkv_proj"
+EXPERTS = "model.layers.0.mlp.experts"
 Q, K, V = (f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv")
 ALONE = "model.layers.0.mlp.down_proj"
 SHAPE = (128, 256)
+STOCK = tuple(target_named("modelopt", engine) for engine in ENGINES)
 
 
-def int4(group_size: int | None = 128, *, strategy: Strategy | None = None, symmetric: bool = True) -> QuantScheme:
-    strategy = strategy or (Strategy.GROUP if group_size else Strategy.CHANNEL)
-    return QuantScheme(
-        weights=QuantArgs(num_bits=4, strategy=strategy, group_size=group_size, symmetric=symmetric),
-    )
+def int4(
+    group_size: int | None = 128, *, strategy: Strategy | None = None, zeros: bool = False, joined: bool = False
+) -> Weight:
+    args = ints(4, group_size, strategy, symmetric=not zeros)
+    return weight(args, shape=SHAPE, has_zero_point=zeros, joined=joined)
 
 
-INT8_CHANNEL = QuantScheme(weights=QuantArgs(num_bits=8, strategy=Strategy.CHANNEL))
-INT8_GROUP = QuantScheme(weights=QuantArgs(num_bits=8, strategy=Strategy.GROUP, group_size=128))
-_FP8 = QuantArgs(num_bits=8, type=NumberType.FLOAT)
-FP8_STATIC = QuantScheme(weights=_FP8, input_activations=_FP8)
-FP8_ROWWISE = QuantScheme(
-    weights=replace(_FP8, strategy=Strategy.CHANNEL),
-    input_activations=replace(_FP8, strategy=Strategy.TOKEN, dynamic=True),
-)
-FP8_WEIGHT_ONLY = QuantScheme(weights=_FP8)
+INT8_CHANNEL = weight(ints(8), shape=SHAPE)
+INT8_GROUP = weight(ints(8, 128), shape=SHAPE)
+W8A8 = weight(ints(8), INT8_TOKEN, shape=SHAPE)
+W8A8_TENSOR = weight(ints(8, None, Strategy.TENSOR), INT8_TOKEN, shape=SHAPE)
+W4AFP8 = weight(ints(4, 128), FP8_TOKEN, shape=SHAPE)
+STATIC_FP8 = weight(FP8_TENSOR, FP8_STATIC, shape=SHAPE)
+ROWWISE_FP8 = weight(FP8_CHANNEL, FP8_TOKEN, shape=SHAPE)
+FP8_WEIGHT_ONLY = weight(FP8_TENSOR, shape=SHAPE)
+BLOCK_FP8 = weight(blocks(), FP8_GROUP, shape=SHAPE)
+NVFP4_W4A4 = weight(NVFP4, NVFP4_INPUT, shape=SHAPE)
+NVFP4_A16 = weight(NVFP4, shape=SHAPE)
+MXFP4_A16 = weight(MXFP4, shape=SHAPE)
+MXFP6_A8 = weight(MXFP6, MXFP8_INPUT, shape=SHAPE)
+MXFP8_A8 = weight(MXFP8, MXFP8_INPUT, shape=SHAPE)
 
 
-def weight(scheme: QuantScheme, shape: tuple[int, int] = SHAPE) -> QuantizedWeight:
-    """A weight of which only arguments, shape and the presence of a zero point matter here."""
-    args = scheme.weights
-    assert args is not None
-    stored = StoredWeight(
-        format=FORMATS[0],
-        args=args,
-        shape=shape,
-        codes="weight_packed",
-        packing=None,
-        has_zero_point=not args.symmetric,
-        consumed=(),
-    )
-    return QuantizedWeight(stored=stored, scheme=scheme, group="group_0")
+def site(module: str = ALONE, **more: object) -> Site:
+    return Site(module=module, class_name="Linear", shape=SHAPE, **more)
 
 
-def alone(scheme: QuantScheme, *, target=MODELOPT, module: str = ALONE, shape: tuple[int, int] = SHAPE) -> Assignment:
-    site = Site(module=module, class_name="Linear", shape=shape)
-    return assign_modes({module: weight(scheme, shape)}, [site], target)[module]
+def assigned(of: Weight, at: Site, target: Target) -> Assignment:
+    return assign_modes({at.module: Candidate(site=at, weight=of)}, [at], target)[at.module]
 
 
-def fused(*schemes: QuantScheme | None, target=MODELOPT) -> list[Assignment | None]:
-    """The assignments of q, k and v with these schemes; None is a plain member, which gets none."""
-    members = dict(zip((Q, K, V), schemes, strict=True))
-    sites = [Site(module=name, class_name="Linear", shape=SHAPE, fused=QKV) for name in members]
-    weights = {name: weight(scheme) for name, scheme in members.items() if scheme is not None}
-    assigned = assign_modes(weights, sites, target)
-    assert assigned.keys() == weights.keys()
-    return [assigned.get(name) for name in members]
+def alone(of: Weight, *, target: Target = MODELOPT, plain: bool = False) -> Assignment:
+    return assigned(of, site(plain=plain), target)
+
+
+def members(weights: dict[str, Weight | None], sites: list[Site], target: Target) -> list[Assignment | None]:
+    """The assignments of a fused group; None is a plain member, which gets none."""
+    candidates = {at.module: Candidate(site=at, weight=of) for at in sites if (of := weights[at.module]) is not None}
+    result = assign_modes(candidates, sites, target)
+    assert result.keys() == candidates.keys()
+    return [result.get(at.module) for at in sites]
+
+
+def fused(*weights: Weight | None, target: Target = MODELOPT) -> list[Assignment | None]:
+    """The assignments of q, k and v."""
+    names = dict(zip((Q, K, V), weights, strict=True))
+    return members(names, [site(name, fused=QKV, joined=True) for name in names], target)
+
+
+def experts(*weights: Weight | None, target: Target = MODELOPT) -> list[Assignment | None]:
+    """The assignments of the Linears of a layer's routed experts."""
+    names = {f"{EXPERTS}.{i}.up_proj": of for i, of in enumerate(weights)}
+    return members(names, [site(name, fused=EXPERTS, expert=True) for name in names], target)
 
 
 def mode(assignment: Assignment | None) -> str:
@@ -84,120 +114,337 @@ def mode(assignment: Assignment | None) -> str:
     return f"{algo} g{size}" if size else str(algo)
 
 
+def label(value: object) -> str:
+    return value.scheme.label() if isinstance(value, Weight) else str(getattr(value, "name", value))
+
+
 class TestAlone:
     @pytest.mark.parametrize(
-        ("scheme", "expected"),
+        ("of", "expected"),
         [
             (int4(128), "W4A16_AWQ g128"),
             (int4(64), "W4A16_AWQ g64"),
             (int4(None), "W4A16"),
             (int4(None, strategy=Strategy.TENSOR), "W4A16"),
             (INT8_CHANNEL, "W8A16"),
-            (FP8_STATIC, "FP8"),
-            (FP8_ROWWISE, "FP8_PER_CHANNEL_PER_TOKEN"),
+            (weight(ints(8, None, Strategy.TENSOR), shape=SHAPE), "W8A16"),
+            (weight(ints(3, 128), shape=SHAPE), "W4A16_AWQ g128"),
+            (weight(ints(6), shape=SHAPE), "W8A16"),
+            (STATIC_FP8, "FP8"),
+            (ROWWISE_FP8, "FP8_PER_CHANNEL_PER_TOKEN"),
+            (weight(FP8_TENSOR, FP8_TOKEN, shape=SHAPE), "FP8_PER_CHANNEL_PER_TOKEN"),
+            (BLOCK_FP8, "FP8_BLOCK_SCALES"),
+            (NVFP4_W4A4, "NVFP4 g16"),
         ],
-        ids=lambda value: value.label() if isinstance(value, QuantScheme) else value,
+        ids=label,
     )
-    @pytest.mark.parametrize("target", [MODELOPT, REFERENCE], ids=lambda target: target.name)
-    def test_the_mode_that_holds_the_weight_as_it_is(self, scheme, expected, target):
-        assignment = alone(scheme, target=target)
+    @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
+    def test_the_mode_that_holds_the_weight_as_it_is(self, of, expected, target):
+        assignment = alone(of, target=target)
 
         assert mode(assignment) == expected
         assert assignment.reason == ""
+        assert assignment.holding.note == ""
 
     @pytest.mark.parametrize(
-        ("scheme", "reason"),
+        ("of", "expected", "note"),
+        [
+            (W8A8, "W8A16", "activations stay 16-bit; the scheme asks for int8 token dynamic"),
+            (W8A8_TENSOR, "W8A16", "activations stay 16-bit; the scheme asks for int8 token dynamic"),
+            (W4AFP8, "W4A16_AWQ g128", "activations stay 16-bit; the scheme asks for fp8 token dynamic"),
+            (
+                weight(FP8_CHANNEL, FP8_STATIC, shape=SHAPE),
+                "FP8_PER_CHANNEL_PER_TOKEN",
+                "activations are fp8 dynamic per token; the static input scale of the scheme is dropped",
+            ),
+        ],
+        ids=label,
+    )
+    def test_exact_weights_with_other_activations_are_native_and_said_so(self, of, expected, note):
+        assignment = alone(of)
+
+        assert mode(assignment) == expected
+        assert (assignment.reason, assignment.holding.note) == ("", note)
+
+    @pytest.mark.parametrize(
+        ("of", "reason"),
         [
             (int4(32), "W4A16_AWQ holds groups of 64 or 128"),
             (int4(256), "W4A16_AWQ holds groups of 64 or 128"),
-            (int4(None, symmetric=False), "W4A16 holds no zero points"),
+            (int4(None, zeros=True), "W4A16 holds no zero points"),
+            (replace(int4(128), permuted=True), "this weight has activation ordering"),
             (INT8_GROUP, "W8A16 holds no scale per group"),
-            (replace(INT8_CHANNEL, weights=QuantArgs(num_bits=8)), "W8A16 holds no scale per tensor"),
-            (FP8_WEIGHT_ONLY, "FP8 computes on fp8 static per tensor activations"),
+            (FP8_WEIGHT_ONLY, "FP8 computes on fp8 static per tensor activations, and the scheme leaves them 16-bit"),
+            (weight(blocks(64, 64), FP8_GROUP, shape=SHAPE), "FP8_BLOCK_SCALES holds blocks of 128x128"),
+            (MXFP6_A8, "stock-1.2 has no Linear for fp6 group 32 weights"),
         ],
-        ids=lambda value: value.label() if isinstance(value, QuantScheme) else "",
+        ids=label,
     )
-    def test_a_weight_that_no_mode_holds_is_dequantized_and_says_why(self, scheme, reason):
-        assignment = alone(scheme)
+    def test_a_weight_that_no_mode_holds_is_dequantized_and_says_why(self, of, reason):
+        assignment = alone(of)
 
         assert mode(assignment) == "dequantized"
         assert reason in assignment.reason
 
     def test_asymmetric_int4_is_native_only_where_the_target_declares_the_method(self):
-        scheme = int4(128, symmetric=False)
+        of = int4(128, zeros=True)
 
-        assert mode(alone(scheme, target=REFERENCE)) == "W4A16_GPTQ g128"
-        assert alone(scheme) == Assignment(
-            holding=None, reason="W4A16_GPTQ would hold it, and target modelopt has no such Linear"
-        )
+        assert mode(alone(of, target=REFERENCE)) == "W4A16_GPTQ g128"
+        for target in STOCK:
+            reason = f"W4A16_GPTQ would hold it, and {target.capabilities.name} has no such Linear"
+            assert alone(of, target=target) == Assignment(holding=None, reason=reason)
 
     @pytest.mark.parametrize("shape", [(24, 256), (128, 96)])
-    @pytest.mark.parametrize("scheme", [int4(None), INT8_CHANNEL], ids=["int4", "int8"])
-    def test_sizes_that_the_kernel_asserts_are_dequantized(self, scheme, shape):
-        assignment = alone(scheme, shape=shape)
+    @pytest.mark.parametrize("of", [int4(None), INT8_CHANNEL], ids=label)
+    def test_sizes_that_the_kernel_asserts_are_dequantized(self, of, shape):
+        assignment = alone(replace(of, shape=shape))
 
         assert mode(assignment) == "dequantized"
         assert "needs out % 16 == 0 and in % 64 == 0" in assignment.reason
 
-    @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
-    def test_embeddings_and_lm_head_stay_plain_in_every_release(self, module):
-        assert alone(int4(128), module=module) == Assignment(
-            holding=None, reason=f"target modelopt keeps {module} plain"
-        )
+    @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
+    def test_what_engines_read_plain_is_dequantized_whatever_the_target_holds(self, target):
+        """Embeddings, lm_head, routers, and what a model splits while it loads."""
+        expected = Assignment(holding=None, reason="engines read this module plain")
+        assert alone(int4(128), plain=True, target=target) == expected
 
-    def test_a_plain_target_dequantizes_everything(self):
-        assert alone(int4(128), target=DENSE).reason == "target dense holds plain weights only"
+    @pytest.mark.parametrize("plain", [False, True])
+    def test_a_plain_target_dequantizes_everything(self, plain):
+        assert alone(int4(128), target=DENSE, plain=plain).reason == "target dense holds plain weights only"
+
+
+class TestEngines:
+    """A newer set of capabilities that would hold a module is named in its reason."""
+
+    @pytest.mark.parametrize(("of", "algo"), [(MXFP8_A8, "MXFP8"), (NVFP4_A16, "W4A16_NVFP4")], ids=label)
+    @pytest.mark.parametrize("engine", ["stock-1.0", "stock-1.2"])
+    def test_the_engine_that_has_the_linear_is_named(self, of, algo, engine):
+        expected = f"{engine} has no {algo} Linear; stock-1.3 has one"
+
+        assert alone(of, target=target_named("modelopt", engine)) == Assignment(holding=None, reason=expected)
+
+    @pytest.mark.parametrize(("of", "expected"), [(MXFP8_A8, "MXFP8 g32"), (NVFP4_A16, "W4A16_NVFP4 g16")], ids=label)
+    def test_that_engine_holds_it(self, of, expected):
+        assert mode(alone(of, target=target_named("modelopt", "stock-1.3"))) == expected
+
+    def test_the_default_is_the_newest_stable_line(self):
+        assert target_named("modelopt") == target_named("modelopt", "stock-1.2") == MODELOPT == TARGETS["modelopt"]
+        assert MODELOPT.capabilities.name == "stock-1.2"
+
+    def test_engines_only_ever_learn(self):
+        """What a release holds, later ones hold: a reason never names an older one."""
+        for older, newer in pairwise(ENGINES.values()):
+            assert older.linear <= newer.linear
+            assert older.experts <= newer.experts
+            assert older.kv_cache <= newer.kv_cache
 
 
 class TestFused:
-    @pytest.mark.parametrize("scheme", [int4(128), int4(None), INT8_CHANNEL, FP8_STATIC, FP8_ROWWISE])
-    def test_equal_members_keep_their_mode(self, scheme):
-        assert {mode(assignment) for assignment in fused(scheme, scheme, scheme)} == {mode(alone(scheme))}
+    @pytest.mark.parametrize(
+        "of",
+        [int4(128), int4(None), INT8_CHANNEL, W8A8, STATIC_FP8, ROWWISE_FP8, BLOCK_FP8, NVFP4_W4A4, FP8_WEIGHT_ONLY],
+        ids=label,
+    )
+    def test_equal_members_keep_their_mode(self, of):
+        assert set(fused(of, of, of)) == {alone(of)}
 
     def test_channel_joins_groups_by_repeating_its_scales(self):
         q, k, v = fused(int4(128), int4(None), int4(128))
 
         assert [mode(q), mode(k), mode(v)] == ["W4A16_AWQ g128"] * 3
-        assert [q.reason, k.reason, v.reason] == ["", f"scales repeated so that {QKV} has one mode", ""]
+        assert [q.reason, k.reason, v.reason] == ["", "scales repeated so that qkv_proj has one mode", ""]
 
     @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
     def test_groups_of_128_join_groups_of_64(self, order):
-        schemes = [int4(128), int4(64), int4(128)]
+        weights = [int4(128), int4(64), int4(128)]
 
-        assigned = fused(*(schemes[i] for i in order))
+        result = fused(*(weights[i] for i in order))
 
-        assert {mode(assignment) for assignment in assigned} == {"W4A16_AWQ g64"}
+        assert {mode(assignment) for assignment in result} == {"W4A16_AWQ g64"}
 
     def test_tensor_and_channel_scales_meet_in_scales_per_row(self):
         q, k, v = fused(int4(None, strategy=Strategy.TENSOR), int4(None), int4(None))
 
         assert [mode(q), mode(k), mode(v)] == ["W4A16"] * 3
 
+    def test_fp8_per_tensor_and_per_channel_meet_in_rows_where_activations_agree(self):
+        result = fused(weight(FP8_TENSOR, FP8_TOKEN, shape=SHAPE), ROWWISE_FP8, ROWWISE_FP8)
+
+        assert [mode(assignment) for assignment in result] == ["FP8_PER_CHANNEL_PER_TOKEN"] * 3
+
     def test_members_without_a_common_mode_are_dequantized_and_all_schemes_named(self):
-        assigned = fused(FP8_ROWWISE, int4(128), int4(128))
+        result = fused(ROWWISE_FP8, int4(128), int4(128))
 
         reason = (
-            f"the engine fuses it into {QKV}, whose parts share no mode (q_proj: fp8 channel, input fp8 token dynamic; "
-            "k_proj: int4 group 128; v_proj: int4 group 128)"
+            "qkv_proj has one mode for all its parts, and theirs share none "
+            "(fp8 channel, input fp8 token dynamic; int4 group 128)"
         )
-        assert assigned == [Assignment(holding=None, reason=reason)] * 3
+        assert result == [Assignment(holding=None, reason=reason)] * 3
 
     def test_zero_points_in_one_member_part_the_group_where_the_target_lacks_them(self):
-        q, k, v = fused(int4(128), int4(128, symmetric=False), int4(128))
+        q, k, v = fused(int4(128), int4(128, zeros=True), int4(128))
 
         assert [mode(q), mode(k), mode(v)] == ["dequantized"] * 3
-        assert "share no mode" in q.reason
-        assert k.reason == "W4A16_GPTQ would hold it, and target modelopt has no such Linear"
+        assert "theirs share none" in q.reason
+        assert k.reason == "W4A16_GPTQ would hold it, and stock-1.2 has no such Linear"
+
+    def test_zero_points_in_one_member_make_a_mode_with_zero_points_of_all(self):
+        q, k, v = fused(int4(128), int4(128, zeros=True), int4(128), target=REFERENCE)
+
+        assert [mode(q), mode(k), mode(v)] == ["W4A16_GPTQ g128"] * 3
 
     def test_a_plain_member_makes_the_group_plain(self):
         q, k, v = fused(int4(128), None, INT8_GROUP)
 
         assert k is None
-        assert q.reason == f"the engine fuses it into {QKV}, and k_proj is stored plain"
+        assert q.reason == "qkv_proj has one mode for all its parts, and k_proj is stored plain"
         assert v.reason == "W8A16 holds no scale per group"
 
     def test_a_plain_group_is_assigned_nothing(self):
         assert fused(None, None, None) == [None, None, None]
+
+
+class TestExperts:
+    """Routed experts have kernels of their own, and all of a layer share one mode."""
+
+    @pytest.mark.parametrize(
+        ("of", "expected"),
+        [
+            (INT8_CHANNEL, "W8A16"),
+            (W8A8, "W8A16"),
+            (STATIC_FP8, "FP8"),
+            (BLOCK_FP8, "FP8_BLOCK_SCALES"),
+            (NVFP4_W4A4, "NVFP4 g16"),
+            (MXFP4_A16, "W4A16_MXFP4 g32"),
+            (weight(MXFP4, MXFP4_INPUT, shape=SHAPE), "W4A16_MXFP4 g32"),
+        ],
+        ids=label,
+    )
+    @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
+    def test_modes_that_experts_have(self, of, expected, target):
+        assert [mode(assignment) for assignment in experts(of, of, target=target)] == [expected] * 2
+
+    @pytest.mark.parametrize(
+        ("of", "reason"),
+        [
+            (int4(128), "W4A16_AWQ or W4A16_GPTQ would hold it, and {} has no such expert kernel"),
+            (int4(32), "{} has no expert kernel for int4 group 32 weights"),
+            (int4(None), "W4A16 would hold it, and {} has no such expert kernel"),
+            (ROWWISE_FP8, "FP8_PER_CHANNEL_PER_TOKEN would hold it, and {} has no such expert kernel"),
+        ],
+        ids=label,
+    )
+    @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
+    def test_int4_and_row_wise_fp8_experts_are_dequantized(self, of, reason, target):
+        expected = Assignment(holding=None, reason=reason.format(target.capabilities.name))
+
+        assert experts(of, of, target=target) == [expected] * 2
+
+    @pytest.mark.parametrize(("of", "algo"), [(MXFP8_A8, "MXFP8"), (NVFP4_A16, "W4A16_NVFP4")], ids=label)
+    def test_a_newer_engine_that_has_the_kernel_is_named(self, of, algo):
+        (assignment,) = experts(of)
+
+        assert assignment.reason == f"stock-1.2 has no {algo} expert kernel; stock-1.3 has one"
+
+    def test_mxfp4_is_native_for_experts_only(self):
+        assert mode(alone(MXFP4_A16)) == "dequantized"
+        assert alone(MXFP4_A16).reason == "W4A16_MXFP4 would hold it, and stock-1.2 has no such Linear"
+
+    @pytest.mark.parametrize(("plain", "verb"), [(1, "is"), (4, "are")])
+    def test_one_plain_expert_makes_all_plain(self, plain, verb):
+        first, *_, last = experts(STATIC_FP8, *[None] * plain, STATIC_FP8)
+
+        reason = f"experts has one mode for all its parts, and up_proj {verb} stored plain"
+        assert first == last == Assignment(holding=None, reason=reason)
+
+    def test_experts_of_different_schemes_are_dequantized(self):
+        assert {mode(assignment) for assignment in experts(NVFP4_W4A4, STATIC_FP8)} == {"dequantized"}
+
+
+def inputs_of(args: QuantArgs) -> st.SearchStrategy[QuantArgs | None]:
+    """Activations that writers put beside such weights, and some that they don't."""
+    kinds = [None, FP8_STATIC, FP8_TOKEN, FP8_GROUP, INT8_TOKEN, replace(FP8_STATIC, symmetric=False)]
+    own = {16: [NVFP4_INPUT], 32: [MXFP8_INPUT, MXFP4_INPUT]}.get(args.group_size or 0, [])
+    return st.sampled_from(kinds + own)
+
+
+ARGUMENTS = st.one_of(
+    st.builds(ints, st.integers(1, 8), st.sampled_from([None, 16, 32, 64, 128, 256])),
+    st.builds(ints, st.integers(1, 8), st.none(), st.just(Strategy.TENSOR)),
+    st.sampled_from([FP8_TENSOR, FP8_CHANNEL, blocks(), blocks(64, 128), NVFP4, MXFP4, MXFP6, MXFP8]),
+)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Weight:
+    """A weight of any scheme that the formats store, of any shape that its groups divide."""
+    args = draw(ARGUMENTS)
+    integer = args.type is NumberType.INT
+    columns = draw(st.integers(1, 8)) * (args.group_size or draw(st.sampled_from([8, 16, 64, 96])))
+    return weight(
+        args,
+        draw(inputs_of(args)),
+        shape=(draw(st.sampled_from([8, 16, 24, 128, 200])), columns),
+        has_zero_point=integer and draw(st.booleans()),
+        permuted=integer and args.group_size is not None and draw(st.booleans()),
+        joined=draw(st.booleans()),
+    )
+
+
+def holds(row: LinearMode, of: Weight) -> bool:
+    """Whether a row of the table says that it holds a weight as it is: the slow twin of `holdings`."""
+    args, (rows, columns) = of.args, of.shape
+    asked = activations_of(of.scheme)
+    both_scalars = asked is Activations.FP8_STATIC and args.strategy is Strategy.TENSOR and row.element is Element.E4M3
+    noted = asked in row.other_activations and not both_scalars
+    scale = {"two_level": row.scale is ScaleForm.TWO_LEVEL, "exponent_scale": row.scale is ScaleForm.EXPONENT}
+    return all(
+        [
+            row.element is of.element,
+            args.num_bits in row.bits,
+            args.strategy in row.exact,
+            args.group_size in {None, *row.group_sizes},
+            args.block_structure in {None, row.block},
+            row.zero_point or not of.has_zero_point,
+            not of.permuted,
+            asked is row.activations or noted,
+            rows % (row.joined_row_multiple if of.joined else row.row_multiple) == 0,
+            columns % row.column_multiple == 0,
+            all(getattr(of, name) is wanted for name, wanted in scale.items()),
+        ]
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(of=weights(), target=st.sampled_from([*STOCK, *TARGETS.values()]), expert=st.booleans())
+def test_a_module_is_native_where_the_tables_say_so_and_nowhere_else(of: Weight, target: Target, expert: bool) -> None:
+    """The law behind all of the above: a declared mode whose row holds the weight as it is, or dequantized and why."""
+    able = {row.algo for row in LINEAR_MODES if holds(row, of)} & target.algos(expert=expert)
+
+    assignment = assigned(of, site(expert=expert), target)
+
+    assert (assignment.holding is not None) is bool(able)
+    if assignment.holding is None:
+        assert assignment.reason
+    else:
+        assert assignment.holding.mode.algo in able
+        assert assignment.holding.as_is
+        assert assignment.reason == ""
+        asked, given_ = activations_of(of.scheme), assignment.holding.mode.activations
+        assert bool(assignment.holding.note) is (asked is not given_)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    of=st.lists(st.one_of(st.none(), weights()), min_size=3, max_size=3),
+    target=st.sampled_from([*STOCK, *TARGETS.values()]),
+)
+def test_members_of_a_group_always_end_in_one_mode(of: list[Weight | None], target: Target) -> None:
+    result = fused(*of, target=target)
+
+    assert len({assignment.holding.key if assignment and assignment.holding else None for assignment in result}) == 1
+    for assignment in result:
+        assert assignment is None or assignment.holding is not None or assignment.reason
 
 
 def test_repeated_scales_change_no_value(tmp_path: Path) -> None:

@@ -15,12 +15,22 @@ from trtllm_ct.plan.model import Fate
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
+    from trtllm_ct.plan.model import Plan
+
 ATTENTION = "model.layers.0.self_attn"
 
 
 @pytest.fixture
 def built(tmp_path: Path) -> Built:
     return write_checkpoint(tmp_path, config=tiny_config(layers=2), scheme="fp8-tensor-static", kv=True)
+
+
+def fates(plan: Plan) -> set[tuple[Fate, str]]:
+    """What becomes of the tensors of the first attention module, and why."""
+    names = {f"{ATTENTION}.{letter}_scale" for letter in "kv"}
+    return {(fate.fate, fate.reason) for fate in plan.fates() if fate.name in names}
 
 
 def faults(directory: Path, to: str = "modelopt") -> tuple[Fault, ...]:
@@ -50,7 +60,7 @@ def test_a_plain_target_leaves_the_kv_cache_alone(built: Built) -> None:
     plan = plan_checkpoint(built.directory, "dense")
 
     assert plan.quant_config.kv_cache_quant_algo is None
-    assert {fate.reason for fate in plan.module(ATTENTION).fates} == {"target dense leaves the KV cache alone"}
+    assert fates(plan) == {(Fate.IGNORED, "target dense leaves the KV cache alone")}
 
 
 def test_scales_without_a_scheme_are_left_over_and_ignored(built: Built) -> None:
@@ -60,9 +70,7 @@ def test_scales_without_a_scheme_are_left_over_and_ignored(built: Built) -> None
 
     assert plan.quant_config.kv_cache_quant_algo is None
     assert plan.module(ATTENTION).deliveries == ()
-    assert {(fate.fate, fate.reason) for fate in plan.module(ATTENTION).fates} == {
-        (Fate.IGNORED, "kv_cache_scheme is null: the KV cache is not quantized")
-    }
+    assert fates(plan) == {(Fate.IGNORED, "the configuration leaves the KV cache unquantized, as engines do")}
 
 
 def test_zero_points_of_a_symmetric_scheme_are_ignored(built: Built) -> None:
@@ -72,7 +80,7 @@ def test_zero_points_of_a_symmetric_scheme_are_ignored(built: Built) -> None:
 
     fate = next(fate for fate in plan_checkpoint(built.directory).fates() if fate.name.endswith("k_zero_point"))
 
-    assert (fate.fate, fate.reason) == (Fate.IGNORED, "the scheme is symmetric")
+    assert (fate.fate, fate.reason) == (Fate.IGNORED, "the KV cache is symmetric")
 
 
 @pytest.mark.parametrize("lost", [[f"{ATTENTION}.k_scale"], [f"{ATTENTION}.k_scale", f"{ATTENTION}.v_scale"]])
@@ -113,24 +121,45 @@ def test_one_element_counts_in_any_shape(built: Built, shape: tuple[int, ...]) -
     assert str(plan_checkpoint(built.directory).delivered_specs[f"{ATTENTION}.v_proj.v_scale"]) == "float32 []"
 
 
-@pytest.mark.parametrize(
-    ("scheme", "label"),
-    [
-        (fp8_weights("tensor", type="int"), "int8 tensor"),
-        (fp8_weights("tensor", dynamic=True), "fp8 tensor dynamic"),
-        (fp8_weights("tensor", symmetric=False), "fp8 tensor asymmetric"),
-        (fp8_weights("attn_head"), "fp8 attn_head"),
-    ],
-)
-def test_other_kv_cache_schemes_are_refused_where_the_cache_is_served(
-    built: Built, scheme: dict[str, Any], label: str
-) -> None:
-    set_scheme(built.directory, scheme)
+def test_scales_for_each_head_are_left_out_and_told(built: Built) -> None:
+    """Engines take one scale for all heads; the cache is quantized nevertheless."""
+    set_scheme(built.directory, fp8_weights("attn_head"))
+    names = [name for name in built.stored if name.endswith(("k_scale", "v_scale"))]
+    rewrite(built.directory, lambda stored: stored.update({name: torch.ones(2, 1, 1) for name in names}))
 
-    (fault,) = faults(built.directory)
+    plan = plan_checkpoint(built.directory)
 
-    assert fault.where == "config.json: quantization_config.kv_cache_scheme"
-    assert fault.expected == "fp8, symmetric, static, one scale per tensor"
-    assert fault.found == label
-    assert "remove kv_cache_scheme" in fault.remedy
-    assert plan_checkpoint(built.directory, "dense").quant_config.kv_cache_quant_algo is None
+    assert plan.quant_config.kv_cache_quant_algo == "FP8"
+    assert fates(plan) == {(Fate.IGNORED, "the engine takes one scale for all heads")}
+    assert any("fp8 attn_head" in warning for warning in plan.warnings)
+
+
+def test_a_dynamic_scheme_promises_no_scales(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, scheme="fp8-tensor-static")
+    set_scheme(tmp_path, fp8_weights("tensor", dynamic=True))
+
+    assert plan_checkpoint(tmp_path).quant_config.kv_cache_quant_algo == "FP8"
+
+
+def test_a_cache_that_the_engine_does_not_have_stays_wide_and_is_told(built: Built) -> None:
+    set_scheme(built.directory, fp8_weights("tensor", type="int"))
+
+    plan = plan_checkpoint(built.directory)
+
+    assert plan.quant_config.kv_cache_quant_algo is None
+    assert fates(plan) == {(Fate.IGNORED, "target modelopt leaves the KV cache alone")}
+    assert any("has no int8 tensor cache; it stays 16-bit" in warning for warning in plan.warnings)
+
+
+def test_scales_on_the_projections_are_those_of_early_writers(built: Built) -> None:
+    """compressed-tensors up to 0.5 called them `output_scale`."""
+
+    def rename(stored: dict[str, Tensor]) -> None:
+        for name in [name for name in stored if name.endswith(("self_attn.k_scale", "self_attn.v_scale"))]:
+            attention, _, local = name.rpartition(".")
+            stored[f"{attention}.{local[0]}_proj.output_scale"] = stored.pop(name)
+
+    before = plan_checkpoint(built.directory).delivered_specs
+    rewrite(built.directory, rename)
+
+    assert plan_checkpoint(built.directory).delivered_specs == before

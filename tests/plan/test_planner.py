@@ -84,8 +84,7 @@ class TestLaws:
         """Where the weight is consumed, so are its scale, its zero point and its shape."""
         companions = {"weight_scale", "weight_zero_point", "weight_shape"}
         for module in (module for plan in plans for module in plan.modules if module.weight is not None):
-            stored = {fate.name.rpartition(".")[2] for fate in module.fates}
-            assert companions & stored <= {name.rpartition(".")[2] for name in module.reads}
+            assert companions & module.views.keys() <= {name.rpartition(".")[2] for name in module.reads}
 
     def test_bytes_add_up_and_the_plan_is_json(self, of_every_scheme: Built, plans: list[Plan]):
         for plan in plans:
@@ -149,11 +148,23 @@ class TestIgnored:
 
         plan = plan_checkpoint(tmp_path)
 
-        assert self.fate(plan, "lm_head.weight_packed") == (
-            Fate.IGNORED,
-            "config.json ties it to model.embed_tokens",
-        )
+        for name in ("lm_head.weight_packed", "lm_head.weight_scale"):
+            assert self.fate(plan, name) == (Fate.IGNORED, "config.json ties it to the embeddings")
         assert "lm_head.weight" not in plan.delivered_specs
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            (f"{LAYER}.self_attn.q_scale", "engines don't quantize queries"),
+            (f"{LAYER}.self_attn.q_zero_point", "engines don't quantize queries"),
+            (f"{Q}.output_scale", "engines leave outputs unquantized"),
+            (f"{Q}.output_zero_point", "engines leave outputs unquantized"),
+        ],
+    )
+    def test_scales_of_queries_and_outputs(self, tmp_path: Path, name: str, reason: str):
+        write_checkpoint(tmp_path, edit=lambda stored: stored.update({name: torch.ones(1)}))
+
+        assert self.fate(plan_checkpoint(tmp_path), name) == (Fate.IGNORED, reason)
 
     @pytest.mark.parametrize(
         ("scheme", "reason"),
@@ -222,10 +233,9 @@ class TestFaults:
         [
             "model.layers.7.self_attn.q_proj.weight_scale",
             f"{LAYER}.mlp.experts.0.weight_packed",
+            "model.layers.2.self_attn.q_proj.weight_scale",
             "weight_scale",
-            f"{LAYER}.self_attn.q_scale",
             f"{Q}.weight_global_scale",
-            f"{Q}.output_scale",
         ],
     )
     def test_a_quantization_tensor_without_an_owner_is_named(self, tmp_path: Path, name: str):
@@ -282,8 +292,8 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("block", "where"),
         [
-            ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-            ({"moe_sparsity_config": {"method": "prune", "num_experts": [4]}}, "moe_sparsity_config"),
+            ({"moe_sparsity_config": {"method": "novice", "num_experts": [4]}}, "moe_sparsity_config"),
+            ({"moe_sparsity_config": {"method": "prune", "num_experts": [4, 3]}}, "moe_sparsity_config.num_experts"),
         ],
     )
     def test_a_configuration_that_changes_the_meaning_of_weights_is_refused(
@@ -397,6 +407,6 @@ def test_the_quantized_embedding_and_lm_head_are_dequantized(tmp_path: Path) -> 
 
     for name in ("lm_head", "model.embed_tokens"):
         assert plan.module(name).delivered_mode == "dequantized"
-        assert plan.module(name).reason == f"target modelopt keeps {name} plain"
+        assert plan.module(name).reason == "engines read this module plain"
         assert str(plan.delivered_specs[f"{name}.weight"]) == "bfloat16 [96, 64]"
         assert name in plan.quant_config.exclude_modules

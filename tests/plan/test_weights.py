@@ -197,7 +197,7 @@ UNREADABLE = {
     "float8 e5m2": (
         config_group(fp8_weights(), fp8_inputs()),
         FP8 | {"weight": TensorSpec(DType.F8_E5M2, (32, 64))},
-        "fp8 tensor, input fp8 tensor (weight float8_e5m2, weight_scale bfloat16)",
+        "fp8 tensor, input fp8 tensor, declared pack-quantized (weight float8_e5m2, weight_scale bfloat16)",
     ),
     "codes of integers for floats": (
         config_group(NVFP4, format="nvfp4-pack-quantized"),
@@ -219,7 +219,7 @@ def test_tensors_that_no_format_accepts_are_refused_with_what_they_are(case: str
     fault = refusal(reader(group), specs)
 
     assert fault.where == NAME
-    assert found in fault.found.replace(", declared pack-quantized (weight float8", " (weight float8")
+    assert found in fault.found
     for known in ("pack-quantized", "float-quantized", "nvfp4-pack-quantized", "marlin-24"):
         assert known in fault.expected
     assert "num_bits, type and format" in fault.remedy

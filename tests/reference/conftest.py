@@ -69,6 +69,55 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
+# Mixtures of four experts, in sizes that every format divides.
+MOE = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+LOCAL = {"num_local_experts": 4}
+COUNTED = {"num_experts": 4}
+ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+MLA = {
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+FULL_ATTENTION = {"layer_types": ["full_attention", "full_attention"]}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": LOCAL,
+    "qwen2_moe": {**COUNTED, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**COUNTED, "norm_topk_prob": True},
+    "deepseek_v2": {**ROUTED, **MLA, "topk_method": "greedy"},
+    "deepseek_v3": {**ROUTED, **MLA, "n_group": 2},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_end_index": 1},
+    "exaone_moe": {**COUNTED, "num_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "glm4_moe": {**ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "gpt_oss": {**LOCAL, "layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": LOCAL,
+    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 16},
+    "hy_v3": {**COUNTED, "num_shared_experts": 1},
+    "laguna": {
+        **COUNTED,
+        "num_attention_heads_per_layer": [4, 4],
+        "shared_expert_intermediate_size": 16,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "lfm2_moe": {**COUNTED, **FULL_ATTENTION, "num_dense_layers": 1},
+    "mimo_v2_flash": ROUTED,
+    "minimax": {**LOCAL, **FULL_ATTENTION},
+    "minimax_m2": LOCAL,
+    "phimoe": LOCAL,
+}
+ARCHITECTURES |= {name: {**MOE, "model_type": name, **fields} for name, fields in MIXTURES.items()}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -184,8 +233,9 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         config = AutoConfig.for_model(**(TINY | ARCHITECTURES[architecture] | fields))
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.no_grad():
-            for parameter in model.parameters():  # norms and biases start at one and zero, which hides mistakes
-                parameter.add_(0.1 * torch.randn(parameter.shape))
+            routers = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+            for tensor in [*model.parameters(), *routers]:  # some start at one or zero, which hides mistakes
+                tensor.add_(0.1 * torch.randn(tensor.shape))
         directory = tmp_path / architecture
         model.save_pretrained(directory)
         return directory

@@ -233,12 +233,13 @@ def test_a_config_that_transformers_refuses_is_our_error(wrong: dict[str, Any]) 
         build_model(CONFIG | wrong, None, [], name="tiny")
 
 
-def test_other_kv_caches_are_refused_unless_switched_off(dense: dict[str, Tensor]) -> None:
-    nvfp4 = QuantConfig(kv_cache_quant_algo="NVFP4")
+@pytest.mark.parametrize("algo", ["NVFP4", "INT8"])
+def test_other_kv_caches_are_refused_unless_switched_off(dense: dict[str, Tensor], algo: str) -> None:
+    other = QuantConfig(kv_cache_quant_algo=algo)
 
-    with pytest.raises(PlanError, match="Pass quantize_activations=False"):
-        build(dense, nvfp4)
-    assert torch.equal(logits(build(dense)), logits(build(dense, nvfp4, quantize_activations=False)))
+    with pytest.raises(PlanError, match=f"found {algo}. Pass quantize_activations=False"):
+        build(dense, other)
+    assert torch.equal(logits(build(dense)), logits(build(dense, other, quantize_activations=False)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])

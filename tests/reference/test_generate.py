@@ -119,6 +119,22 @@ def test_nothing_is_printed(directory: Path, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("limit", "threads"), [(2**22, 1), (1, 2)])
+def test_small_models_compute_on_one_thread(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, limit: int, threads: int
+) -> None:
+    """Threads that meet after every tiny operation wait for each other; the caller's number comes back."""
+    before, seen = torch.get_num_threads(), set()
+    monkeypatch.setattr("trtllm_ct.reference.generate._SMALL_MATRIX", limit)
+    torch.set_num_threads(2)
+    try:
+        generate_text(directory, "ab", max_tokens=2, on_token=lambda _: seen.add(torch.get_num_threads()))
+
+        assert (seen, torch.get_num_threads()) == ({threads}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "where"), [("", 4, "prompt"), ("a", 0, "max_tokens"), ("a", -1, "max_tokens")]
 )

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders import DENSE, Built, tiny_config, write_checkpoint
+from builders import ARCHITECTURES, DENSE, Built, tiny_config, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trtllm_ct.convert import convert_checkpoint
 from trtllm_ct.layouts.rounding import round_once
-from trtllm_ct.plan.architectures import ARCHITECTURES
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.schemes import QuantAlgo
 from trtllm_ct.targets.hf_directory import MODELOPT_LAYOUT, hf_quant_config
@@ -21,7 +20,17 @@ from trtllm_ct.targets.hf_directory import MODELOPT_LAYOUT, hf_quant_config
 if TYPE_CHECKING:
     from pathlib import Path
 
-NATIVE = ("int4-g64", "int4-channel", "int8-channel", "int8-plain-channel", "fp8-tensor-static", "fp8-channel-token")
+NATIVE = (
+    "int4-g64",
+    "int4-channel",
+    "int8-channel",
+    "int8-plain-channel",
+    "w8a8",
+    "fp8-tensor-static",
+    "fp8-channel-token",
+    "nvfp4",
+)
+PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @pytest.mark.parametrize("scheme", NATIVE)
@@ -77,7 +86,7 @@ def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, arc
     built = write_checkpoint(
         tmp_path / "source",
         config=tiny_config(architecture, tied=tied),
-        scheme={"q_proj": "int8-g32", "down_proj": "fp8-tensor-static", "up_proj": DENSE},
+        scheme={"q_proj": "int8-g32", "down_proj": "fp8-tensor-static", "w2": "nvfp4", "up_proj": DENSE},
         kv=True,
         shards=2,
     )
@@ -92,6 +101,26 @@ def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, arc
 
 
 def assert_holds(state: dict[str, torch.Tensor], built: Built) -> None:
-    assert state.keys() - {"lm_head.weight"} == built.dense.keys() - {"lm_head.weight"}
-    for name, exact in built.dense.items():
-        assert torch.equal(state[name], round_once(exact, torch.bfloat16)), name
+    expected = as_transformers_has_it(built.dense)
+    assert state.keys() - {"lm_head.weight"} == expected.keys() - {"lm_head.weight"}
+    for name, exact in expected.items():
+        assert torch.equal(state[name], round_once(exact, state[name].dtype)), name
+
+
+def as_transformers_has_it(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Routed experts in one tensor for all of them, gate before up; Mixtral's mixture called `mlp`."""
+    result: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in dense.items():
+        owner, found, expert = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
+        if found:
+            index, projection = expert.split(".")[:2]
+            experts.setdefault(f"{owner}.experts", {})[f"{index}.{PROJECTIONS.get(projection, projection)}"] = tensor
+        else:
+            result[owner] = tensor
+    for name, parts in experts.items():
+        count = len(parts) // 3
+        gate_up = [torch.cat([parts[f"{i}.gate_proj"], parts[f"{i}.up_proj"]]) for i in range(count)]
+        result[f"{name}.gate_up_proj"] = torch.stack(gate_up)
+        result[f"{name}.down_proj"] = torch.stack([parts[f"{i}.down_proj"] for i in range(count)])
+    return result

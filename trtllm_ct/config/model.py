@@ -61,6 +61,29 @@ class Transform:
     head_dim: int | None = None
     precision: str = "float32"
 
+    @property
+    def online(self) -> bool:
+        """Whether it runs with the model; any other is in the stored weights already."""
+        return not self.location.startswith("weight_")
+
+    @property
+    def hadamard(self) -> bool:
+        """Whether its matrix is a Hadamard matrix, stored without the factor 1 / sqrt(n)."""
+        return self.type != "random-matrix"
+
+    @property
+    def permuted(self) -> bool:
+        """Whether rows and columns of the matrix are reordered by a stored permutation."""
+        return self.randomize and self.hadamard
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the matrix, a child of the one that it is applied to."""
+        return f"{self.name}_{self.location}"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.type}, {self.location})"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationConfig:

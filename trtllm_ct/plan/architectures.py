@@ -68,7 +68,7 @@ class Model:
     """What planning needs to know of a model, read from its config.json.
 
     `name` is the architecture that config.json names; `multimodal` whether its text model is a part of something
-    larger, whose other parts are carried along plain.
+    larger, whose other parts are carried along plain. `draft_layers` follow the last layer and predict further tokens.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Model:
     biases: frozenset[str]
     dense_layers: frozenset[int]
     multimodal: bool
+    draft_layers: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
@@ -88,7 +89,8 @@ class Model:
 
         Raises `ConfigError` for an architecture that is no entry of `ARCHITECTURES`, and for sizes that are missing.
         """
-        name = str((config.get("architectures") or ["none"])[0])
+        names = config.get("architectures") or ["none"]
+        name = str(names[0] if isinstance(names, list) else names)
         nested = config.get("text_config")
         text = dict(nested) if isinstance(nested, dict) else config
         family = MODEL_TYPES.get(str(text.get("model_type"))) if text is not config else name
@@ -96,7 +98,7 @@ class Model:
             raise ConfigError(_unknown(name, text if text is not config else None))
         faults = FaultCollector()
         layers = _size(text, "num_hidden_layers", faults)
-        sizes = _sizes(text, faults)
+        sizes = _sizes(text, ARCHITECTURES[family][0], faults)
         architecture = _variant(ARCHITECTURES[family], sizes)
         model = cls(
             name=name,
@@ -109,6 +111,7 @@ class Model:
             biases=frozenset({ALWAYS} | {key for key in _BIASES if text.get(key, _BIAS_DEFAULTS.get(key, False))}),
             dense_layers=_dense_layers(text, layers),
             multimodal=text is not config,
+            draft_layers=_size(text, "num_nextn_predict_layers", faults, default=0, least=0),
         )
         faults.raise_if_any(ConfigError)
         return model
@@ -200,12 +203,12 @@ _EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
 _TIED_BY_DEFAULT = frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"})
 
 
-def _sizes(config: Mapping[str, Any], faults: FaultCollector) -> dict[str, int]:
-    """The sizes that the tables name, as far as config.json has them; `heads` and the like count elements."""
+def _sizes(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
+    """The sizes that the tables of a family name; `heads` and the like count elements."""
     hidden = _size(config, "hidden_size", faults)
     heads = _size(config, "num_attention_heads", faults)
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (hidden // heads if heads else 0)
+    kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
+    head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
     intermediate = _size(config, "intermediate_size", faults)
     sizes = {
         "one": 1,
@@ -217,24 +220,28 @@ def _sizes(config: Mapping[str, Any], faults: FaultCollector) -> dict[str, int]:
         "qkv": (heads + 2 * kv_heads) * head_dim,
         "gate_up": 2 * intermediate,
     }
-    return sizes | _expert_sizes(config) | _latent_sizes(config, heads)
+    if architecture.experts is not None:
+        sizes |= _expert_sizes(config, intermediate, faults)
+    if any(entry.size == "kv_lora_rank" for entry in architecture.norms):
+        sizes |= _latent_sizes(config, heads, faults)
+    return sizes
 
 
-def _expert_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    count = next((config[key] for key in _EXPERT_COUNTS if config.get(key)), None)
-    if count is None:
-        return {}
-    inner = config.get("moe_intermediate_size") or config.get("intermediate_size") or 0
-    shared = config.get("shared_expert_intermediate_size") or inner * (config.get("n_shared_experts") or 1)
-    return {"experts": count, "moe_intermediate": inner, "shared_intermediate": shared}
+def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCollector) -> dict[str, int]:
+    key = next((key for key in _EXPERT_COUNTS if config.get(key) is not None), " or ".join(_EXPERT_COUNTS))
+    inner = _size(config, "moe_intermediate_size", faults, default=intermediate)
+    shared = inner * _size(config, "n_shared_experts", faults, default=1)
+    return {
+        "experts": _size(config, key, faults),
+        "moe_intermediate": inner,
+        "shared_intermediate": _size(config, "shared_expert_intermediate_size", faults, default=shared),
+    }
 
 
-def _latent_sizes(config: Mapping[str, Any], heads: int) -> dict[str, int]:
+def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector) -> dict[str, int]:
     """Multi-head latent attention (DeepSeek): queries and keys have a part with and one without rotary positions."""
-    rank = config.get("kv_lora_rank")
-    if not rank:
-        return {}
-    nope, rope, value = (config.get(key, 0) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    rank, nope, rope, value = (_size(config, key, faults) for key in keys)
     sizes = {
         "kv_lora_rank": rank,
         "kv_a": rank + rope,
@@ -242,7 +249,7 @@ def _latent_sizes(config: Mapping[str, Any], heads: int) -> dict[str, int]:
         "mla_queries": heads * (nope + rope),
         "mla_values": heads * value,
     }
-    return sizes | ({"q_lora_rank": config["q_lora_rank"]} if config.get("q_lora_rank") else {})
+    return sizes | ({"q_lora_rank": _size(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
 
 
 def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Architecture:
@@ -290,13 +297,18 @@ def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
     )
 
 
-def _size(config: Mapping[str, Any], key: str, faults: FaultCollector) -> int:
+def _size(
+    config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None, least: int = 1
+) -> int:
+    """A size; `default` where the key is absent or null."""
     value = config.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if value is None and default is not None:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return value
     faults.add(
         where=f"config.json: {key}",
-        expected="a positive integer",
+        expected="a positive integer" if least else "a count",
         found=repr(value),
         remedy="Take config.json from the model that was quantized.",
     )

@@ -17,12 +17,13 @@ from trtllm_ct.schemes import QuantAlgo
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from trtllm_ct.config.model import Transform
     from trtllm_ct.plan.architectures import Site
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.target import Target
     from trtllm_ct.plan.weights import QuantizedWeight
 
-__all__ = ["Assignment", "Candidate", "assign_modes", "candidate"]
+__all__ = ["Assignment", "Candidate", "assign_modes", "candidate", "fold_reason"]
 
 _ModeKey = tuple[QuantAlgo, int | None]
 
@@ -37,10 +38,11 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A quantized module on its way to a mode."""
+    """A quantized module on its way to a mode. `folded` says why it is plain in any case: what its weight takes in."""
 
     site: Site
     weight: Weight
+    folded: str = ""
 
 
 def candidate(site: Site, module: StoredModule, weight: QuantizedWeight) -> Candidate:
@@ -50,6 +52,7 @@ def candidate(site: Site, module: StoredModule, weight: QuantizedWeight) -> Cand
     scale = module.specs.get("weight_scale")
     return Candidate(
         site=site,
+        folded=fold_reason(module.transforms),
         weight=Weight(
             scheme=weight.scheme,
             element=stored.element,
@@ -77,7 +80,17 @@ def assign_modes(candidates: Mapping[str, Candidate], sites: Iterable[Site], tar
     return assigned
 
 
+def fold_reason(transforms: Sequence[Transform]) -> str:
+    """What transforms that run beside a module have to do with its weight; empty without any."""
+    if not transforms:
+        return ""
+    names = " and ".join(dict.fromkeys(str(transform) for transform in transforms))
+    return f"the online transform {names} is folded into the weight"
+
+
 def _assign_one(module: Candidate, target: Target) -> Assignment:
+    if module.folded:
+        return Assignment(holding=None, reason=module.folded)
     if module.site.plain and target.holds_codes:
         return Assignment(holding=None, reason="engines read this module plain")
     first = next((holding for holding in _held(module, target) if holding.as_is), None)
@@ -96,11 +109,15 @@ def _assign_group(
     plain = [site.module for site in members if site.module not in candidates]
     each = {module: _assign_one(own, target) for module, own in quantized.items()}
     if plain and quantized:
-        reason = f"{name} has one mode for all its parts, and {_some(plain)} is stored plain"
+        reason = f"{name} has one mode for all its parts, and {_some(plain)} stored plain"
         return {module: _plain_because(own, reason) for module, own in each.items()}
     keys = {assignment.holding.key if assignment.holding else None for assignment in each.values()}
     if len(keys) <= 1:
         return each
+    folded = next((own.folded for own in quantized.values() if own.folded), None)
+    if folded:
+        reason = f"{name} has one mode for all its parts, and of another one {folded}"
+        return {module: _plain_because(own, reason) for module, own in each.items()}
     options = {module: {holding.key: holding for holding in _held(own, target)} for module, own in quantized.items()}
     common = set.intersection(*(set(option) for option in options.values()))
     if common:
@@ -150,5 +167,6 @@ def _plain_because(own: Assignment, reason: str) -> Assignment:
 
 
 def _some(modules: Sequence[str]) -> str:
-    leaves = [module.rpartition(".")[2] for module in modules]
-    return ", ".join(leaves[:3]) + (f" and {len(leaves) - 3} more" if len(leaves) > 3 else "")
+    """The last parts of their names, each once, with the verb."""
+    leaves = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+    return ", ".join(leaves) + (" is" if len(modules) == 1 else " are")

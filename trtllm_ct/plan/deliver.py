@@ -16,6 +16,8 @@ from trtllm_ct.ops import (
     Cast,
     Copy,
     Dequantize,
+    FoldPlain,
+    FoldTransform,
     Ones,
     Operation,
     Reciprocal,
@@ -29,6 +31,7 @@ from trtllm_ct.schemes import TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from trtllm_ct.layouts.transforms import Fold
     from trtllm_ct.plan.architectures import Site
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.weights import QuantizedWeight
@@ -51,15 +54,23 @@ class Dtypes:
         return self.model if self.cast_plain and stored.is_wide_float else stored
 
 
-def plain(module: StoredModule, locals_: Iterable[str], dtypes: Dtypes) -> tuple[Delivery, ...]:
-    """Plain tensors under their own names, cast where the whole model is."""
-    return tuple(_plain_tensor(module, local, dtypes) for local in locals_)
+def plain(
+    module: StoredModule, locals_: Iterable[str], dtypes: Dtypes, folds: tuple[Fold, ...] = ()
+) -> tuple[Delivery, ...]:
+    """Plain tensors under their own names, cast where the whole model is, with transforms folded in."""
+    return tuple(_plain_tensor(module, local, dtypes, _folds_in(local, folds)) for local in locals_)
 
 
-def dequantized(module: StoredModule, weight: QuantizedWeight, dtypes: Dtypes) -> tuple[Delivery, ...]:
-    """A plain `weight` instead of the codes."""
+def dequantized(
+    module: StoredModule, weight: QuantizedWeight, dtypes: Dtypes, folds: tuple[Fold, ...] = ()
+) -> tuple[Delivery, ...]:
+    """A plain `weight` instead of the codes, with transforms folded in."""
     spec = TensorSpec(dtypes.dequantized, weight.stored.shape)
-    return (_from_weight(module, weight, "weight", Dequantize(result=spec)),)
+    if not folds:
+        return (_from_weight(module, weight, "weight", Dequantize(result=spec)),)
+    locals_ = (*weight.stored.consumed, *_matrices(folds))
+    operation = FoldTransform(result=spec, folds=folds)
+    return (Delivery(name=module.delivered_name("weight"), operation=operation, sources=module.sources(locals_)),)
 
 
 def native(
@@ -77,12 +88,7 @@ def native(
     if mode.pre_quant_scale and not site.joined:
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
-    if mode.activations is Activations.FP8_STATIC:
-        deliveries.append(_from_one(module, "input_scale", WidenScale(result=_SCALAR, source="input_scale")))
-    if mode.activations is Activations.FP4_LOCAL:
-        divisor = Reciprocal(result=_SCALAR, source="input_global_scale")
-        deliveries.append(_from_one(module, "input_scale", divisor))
-    return tuple(deliveries)
+    return tuple(deliveries + _input_scale(module, mode))
 
 
 def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:
@@ -131,6 +137,15 @@ def _scales(module: StoredModule, weight: QuantizedWeight, holding: Holding) -> 
         yield _from_weight(module, weight, "weight_zero", AdditiveZero(result=TensorSpec(DType.F32, shape)))
 
 
+def _input_scale(module: StoredModule, mode: LinearMode) -> list[Delivery]:
+    """The static scale of the input, where the mode reads one; the planner faults one that is not stored."""
+    if mode.activations is Activations.FP8_STATIC and "input_scale" in module.views:
+        return [_from_one(module, "input_scale", WidenScale(result=_SCALAR, source="input_scale"))]
+    if mode.activations is Activations.FP4_LOCAL and "input_global_scale" in module.views:
+        return [_from_one(module, "input_scale", Reciprocal(result=_SCALAR, source="input_global_scale"))]
+    return []
+
+
 def _scale_shape(holding: Holding, shape: tuple[int, int], stored_shape: tuple[int, int]) -> tuple[int, ...]:
     rows, columns = shape
     match holding.mode.scale:
@@ -144,13 +159,27 @@ def _scale_shape(holding: Holding, shape: tuple[int, int], stored_shape: tuple[i
             return stored_shape
 
 
-def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes) -> Delivery:
+def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes, folds: tuple[Fold, ...] = ()) -> Delivery:
     spec = module.specs[local]
     wanted = dtypes.of_plain(spec.dtype)
     operation: Operation = Copy(result=spec, source=local)
+    if folds:
+        operation = FoldPlain(result=TensorSpec(wanted, spec.shape), source=local, folds=folds)
+        sources = module.sources((local, *_matrices(folds)))
+        return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
     if wanted is not spec.dtype:
         operation = Cast(result=TensorSpec(wanted, spec.shape), source=local)
     return _from_one(module, local, operation)
+
+
+def _folds_in(local: str, folds: tuple[Fold, ...]) -> tuple[Fold, ...]:
+    """Those that change a tensor: a bias is transformed with the rows of its weight, other parameters never."""
+    return {"weight": folds, "bias": tuple(each for each in folds if each.axis == 0)}.get(local, ())
+
+
+def _matrices(folds: tuple[Fold, ...]) -> tuple[str, ...]:
+    """The local names of what folds read, each once."""
+    return tuple(dict.fromkeys(source for each in folds for source in each.sources))
 
 
 def _from_one(module: StoredModule, local: str, operation: Operation) -> Delivery:

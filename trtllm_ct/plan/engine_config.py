@@ -54,7 +54,8 @@ def engine_config(modules: Iterable[ModulePlan], *, kv_cache_quant_algo: str | N
 def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> QuantConfig:
     """The engine's view of a configuration without its tensors: one scheme for all modules.
 
-    Raises `ConfigError` when groups end in different modes or `ignore` holds patterns: both need the names of modules.
+    Raises `ConfigError` when groups end in different modes, `ignore` holds patterns or transforms run with the model:
+    all of them need the names of modules.
     """
     faults = FaultCollector()
     layers = {_layer_of_group(group, target) for group in config.groups if group.scheme.weights is not None}
@@ -63,6 +64,9 @@ def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> Quant
     patterns = [entry for entry in config.ignore if entry.startswith("re:")]
     if patterns:
         _needs_directory(f"{config.origin}.ignore", f"patterns ({', '.join(patterns)})", faults)
+    online = [str(transform) for transform in config.transforms if transform.online]
+    if online:
+        _needs_directory(f"{config.origin}.transform_config", f"the online transform {' and '.join(online)}", faults)
     faults.raise_if_any(ConfigError)
     kv_cache = "FP8" if config.kv_cache_scheme is not None and target.capabilities.kv_cache else None
     return QuantConfig(

@@ -168,13 +168,8 @@ _QWEN2_MOE = replace(
 _QWEN3_MOE = replace(_QWEN3, experts=_QWEN_EXPERTS)
 
 _MLA_OUTPUT = (
-    LinearSite(
-        path="self_attn.kv_a_proj_with_mqa",
-        outputs="kv_a",
-        inputs="hidden",
-        fused="self_attn.fused_a",
-        bias="attention_bias",
-    ),
+    # Engines put it behind q_a_proj by a copy of their own, which takes the weight and no scale of most modes.
+    LinearSite(path="self_attn.kv_a_proj_with_mqa", outputs="kv_a", inputs="hidden", bias="attention_bias", plain=True),
     # Engines split it by head and absorb it into the attention, and read it plain for that.
     LinearSite(path="self_attn.kv_b_proj", outputs="kv_b", inputs="kv_lora_rank", plain=True),
     LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="mla_values", bias="attention_bias"),
@@ -197,11 +192,7 @@ _DEEPSEEK_V2 = replace(
     _DEEPSEEK_LITE,
     attention=(
         LinearSite(
-            path="self_attn.q_a_proj",
-            outputs="q_lora_rank",
-            inputs="hidden",
-            fused="self_attn.fused_a",
-            bias="attention_bias",
+            path="self_attn.q_a_proj", outputs="q_lora_rank", inputs="hidden", bias="attention_bias", plain=True
         ),
         LinearSite(path="self_attn.q_b_proj", outputs="mla_queries", inputs="q_lora_rank"),
         *_MLA_OUTPUT,

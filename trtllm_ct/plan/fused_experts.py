@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from trtllm_ct.plan.families import Experts
 
-__all__ = ["split_fused_experts"]
+__all__ = ["NOT_PER_EXPERT", "split_fused_experts"]
 
 # Fused tensor to the parts of its rows, as positions in (gate, up, down).
 _PARTS = {"gate_up_proj": (0, 1), "w13_weight": (0, 1), "down_proj": (2,), "w2_weight": (2,)}
 # The shape of the fused weight says nothing about one expert; the codes say it.
-_NOT_PER_EXPERT = frozenset({"weight_shape"})
+NOT_PER_EXPERT = frozenset({"weight_shape"})
 
 
 def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> dict[str, StoredModule]:
@@ -38,7 +38,7 @@ def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> d
             rest = {key: view for key, view in module.views.items() if key not in _PARTS}
         elif owner.endswith(f".{experts.path}") and leaf in _PARTS:
             _add(result, owner, leaf, dict(module.views), experts)
-            rest = {key: view for key, view in module.views.items() if key in _NOT_PER_EXPERT}
+            rest = {key: view for key, view in module.views.items() if key in NOT_PER_EXPERT}
         else:
             result[name] = module
             continue
@@ -51,7 +51,7 @@ def _add(result: dict[str, StoredModule], owner: str, fused: str, views: dict[st
     """One module for each expert and each part of a fused tensor."""
     parts = _PARTS[fused]
     for local, view in views.items():
-        if local in _NOT_PER_EXPERT or not isinstance(view, Whole) or not view.spec.shape:
+        if local in NOT_PER_EXPERT or not isinstance(view, Whole) or not view.spec.shape:
             continue
         for expert in range(view.spec.shape[0]):
             for part, piece in zip(parts, _pieces(view, expert, len(parts)), strict=True):

@@ -110,11 +110,13 @@ class KvCache:
         if self.algo is None or args is None or args.strategy is not Strategy.TENSOR or args.dynamic is not False:
             return
         delivered = {delivery.name for module in modules for delivery in module.deliveries}
+        faulty = {fault.where for fault in faults.faults}
         for prefix in prefixes:
             for letter in "kv":
-                if f"{prefix}.{letter}_proj.{letter}_scale" not in delivered:
+                where = f"{prefix}.{letter}_scale"
+                if f"{prefix}.{letter}_proj.{letter}_scale" not in delivered and where not in faulty:
                     faults.add(
-                        where=f"{prefix}.{letter}_scale",
+                        where=where,
                         expected="the scale that kv_cache_scheme promises",
                         found="no such tensor",
                         remedy="Download the checkpoint again, or remove kv_cache_scheme to serve a 16-bit cache.",

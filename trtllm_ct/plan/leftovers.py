@@ -22,7 +22,7 @@ def refuse_leftovers(module: StoredModule, owned: Collection[str | None], model:
             continue
         quantization = local in QUANTIZATION_TENSORS
         faults.add(
-            where=f"{module.stored_name}.{local}",
+            where=module.full_name(local),
             expected="a module that this tensor belongs to" if quantization else f"only tensors of {model}",
             found=f"{spec} without an owner",
             remedy=(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trtllm_ct.config.model import Transform
     from trtllm_ct.dtypes import DType
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.ops import Operation
@@ -84,7 +85,7 @@ class ModulePlan:
     delivered plain; `reason` then says why a quantized module was dequantized.
     `native_mode` is the family of the scheme, whatever the target; `note` says what its mode does otherwise than the
     scheme asks. `joined` names the Linear that an engine makes of it and others, `experts` names the module of all
-    routed experts that it belongs to.
+    routed experts that it belongs to. `transforms` are folded into what is delivered.
     """
 
     name: str
@@ -100,6 +101,7 @@ class ModulePlan:
     note: str = ""
     joined: str | None = None
     experts: str | None = None
+    transforms: tuple[Transform, ...] = ()
 
     @property
     def engine_name(self) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.architectures import Site
+from trtllm_ct.plan.fused_experts import NOT_PER_EXPERT
 from trtllm_ct.plan.leftovers import refuse_leftovers
 from trtllm_ct.plan.model import Delivery, ModulePlan
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trtllm_ct.errors import FaultCollector
     from trtllm_ct.plan.architectures import Model
     from trtllm_ct.plan.kv_cache import KvCache
+    from trtllm_ct.plan.transforms import OnlineTransforms
     from trtllm_ct.plan.weights import WeightReader
 
 __all__ = ["OtherModules"]
@@ -37,6 +39,7 @@ class OtherModules:
     place: tuple[str, str]
     kv_cache: KvCache
     reader: WeightReader
+    transforms: OnlineTransforms
     dtypes: deliver.Dtypes
     faults: FaultCollector
 
@@ -46,7 +49,7 @@ class OtherModules:
         if attention and attention == module.specs.keys():
             deliveries, ignored = self.kv_cache.deliver(module, self.faults)
             return _module_plan(module, "Attention", deliveries, ignored)
-        reason = self._left_out(module.name)
+        reason = self._left_out(module)
         if reason is not None:
             return _module_plan(module, "other", (), dict.fromkeys(module.specs, reason))
         if self._is_another_part(module.name):
@@ -54,32 +57,39 @@ class OtherModules:
         refuse_leftovers(module, (), self.model.name, self.faults)
         return _module_plan(module, "other", (), {})
 
-    def _left_out(self, name: str) -> str | None:
+    def _left_out(self, module: StoredModule) -> str | None:
         """Why a module is not delivered at all."""
+        name = module.name
         if name.rpartition(".")[2] == _RECOMPUTED:
             return "recomputed from config.json by every engine"
         if name == self.place[1] and self.model.tied:
             return "config.json ties it to the embeddings"
         experts = self.model.architecture.experts
-        if experts is not None and name.rpartition(".")[0].endswith(f".{experts.path}"):
+        of_all_experts = experts is not None and name.rpartition(".")[0].endswith(f".{experts.path}")
+        if of_all_experts and module.specs.keys() <= NOT_PER_EXPERT:
             return "the shape of all experts together; the codes tell that of each"
         return None
 
     def _is_another_part(self, name: str) -> bool:
         """Whether a module belongs to a vision tower, a projector or draft layers."""
         body, head = self.place
+        return self._drafts(name) or (self.model.multimodal and not name.startswith(body) and name != head)
+
+    def _drafts(self, name: str) -> bool:
+        """Whether a module belongs to draft layers, beside the model or behind its last layer."""
         if _DRAFT.match(name):
             return True
-        layer = re.match(rf"{re.escape(body)}layers\.(\d+)\.", f"{name}.")
-        if layer is not None:
-            return int(layer[1]) >= self.model.layers
-        return self.model.multimodal and not name.startswith(body) and name != head
+        layer = re.match(rf"{re.escape(self.place[0])}layers\.(\d+)\.", f"{name}.")
+        return layer is not None and 0 <= int(layer[1]) - self.model.layers < self.model.draft_layers
 
     def _another_part(self, module: StoredModule) -> ModulePlan:
         """Carried along under its own names; a quantized weight of unknown place is dequantized."""
+        self.transforms.refuse_on(module, by_class=not self._drafts(module.name))
         if not module.is_quantized:
             known = {local for local in module.specs if local not in QUANTIZATION_TENSORS}
             ignored = dict.fromkeys(module.specs.keys() - known, "the weight beside it is plain")
+            if "weight" not in known:
+                refuse_leftovers(module, known, self.model.name, self.faults)
             return _module_plan(module, "other", deliver.plain(module, sorted(known), self.dtypes), ignored)
         site = Site(module=module.name, class_name="Linear", shape=())
         weight = self.reader.read(module, site)

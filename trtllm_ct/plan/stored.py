@@ -9,9 +9,9 @@ pieces of a sparse one. So later stages see every checkpoint in the one shape th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.formats.sparsity import find_sparse, restore
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.config.model import Transform
     from trtllm_ct.errors import FaultCollector
     from trtllm_ct.formats.sparsity import SparseTensor
     from trtllm_ct.schemes import TensorSpec
 
-__all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "StoredModule", "View", "Whole", "stored_modules"]
+__all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "Shared", "StoredModule", "View", "Whole", "stored_modules"]
 
 QUANTIZATION_TENSORS = frozenset(
     {
@@ -135,25 +136,57 @@ class Sparse(View):
         return restore(self.tensor, {piece: stored[name] for piece, name in self.tensor.parts.items()})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared(View):
+    """A tensor that is stored with another module, which shares it; its bytes are counted there."""
+
+    view: View
+
+    @classmethod
+    def of_view(cls, view: View) -> Self:
+        """What another module has as its own."""
+        return cls(spec=view.spec, view=view)
+
+    @property
+    def stored_bytes(self) -> int:
+        """None here."""
+        return 0
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Those of the other module."""
+        return self.view.sources
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The other module's tensor."""
+        return self.view.of(stored)
+
+
 @dataclass(frozen=True)
 class StoredModule:
     """The tensors of one module by local name.
 
     `name` is the one that it is delivered under, `stored_name` the one that it has in the files, where that differs.
+    `transforms` run beside it; their tensors are the local names with a dot (`R4_input.weight`).
     """
 
     name: str
     views: Mapping[str, View]
     alias: str | None = None
+    transforms: tuple[Transform, ...] = ()
 
     @property
     def stored_name(self) -> str:
         """The name in the files, for messages and for matching targets."""
         return self.alias or self.name
 
+    def full_name(self, local: str) -> str:
+        """The name of a tensor in the files, for messages."""
+        return f"{self.stored_name}.{local}" if self.stored_name else local
+
     def delivered_as(self, name: str) -> StoredModule:
         """The same module under the name that engines read."""
-        return self if name == self.name else StoredModule(name, self.views, self.name)
+        return self if name == self.name else replace(self, name=name, alias=self.name)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -5,29 +5,47 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trtllm_ct.config.model import QuantizationConfig
+    from trtllm_ct.config.model import ExpertSparsity, QuantizationConfig
     from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.plan.architectures import Model
 
 __all__ = ["refuse_unsupported"]
 
-# A transform at these places is already in the stored weights.
-_OFFLINE = frozenset({"weight_input", "weight_output"})
+# A transform at these places rotates what attention keeps and compares; no weight can take it in.
+_OF_ATTENTION = frozenset({"k_cache", "q_attn"})
 
 
-def refuse_unsupported(config: QuantizationConfig, faults: FaultCollector) -> None:
+def refuse_unsupported(config: QuantizationConfig, model: Model, faults: FaultCollector) -> None:
     """Add a fault for every part of a configuration without which the model would be quietly wrong."""
     for transform in config.transforms:
-        if transform.location not in _OFFLINE:
+        if transform.location in _OF_ATTENTION:
             faults.add(
                 where=f"{config.origin}.transform_config.{transform.name}",
-                expected="transforms that are folded into the weights (weight_input, weight_output)",
+                expected="transforms that fold into weights (weight_input, weight_output, input, output)",
                 found=f"a {transform.type} transform applied at run time ({transform.location})",
-                remedy="Without the rotation the model is wrong; quantize again with offline transforms only.",
+                remedy="Without the rotation the model is wrong; quantize again without it.",
             )
-    if config.expert_sparsity is not None and config.expert_sparsity.method != "prune":
+    if config.expert_sparsity is not None:
+        _refuse_expert_sparsity(f"{config.origin}.moe_sparsity_config", config.expert_sparsity, model, faults)
+
+
+def _refuse_expert_sparsity(where: str, sparsity: ExpertSparsity, model: Model, faults: FaultCollector) -> None:
+    """Pruned experts leave an ordinary model when every layer keeps as many as config.json says."""
+    if sparsity.method != "prune":
         faults.add(
-            where=f"{config.origin}.moe_sparsity_config",
+            where=where,
             expected="method prune",
-            found=f"method {config.expert_sparsity.method}",
+            found=f"method {sparsity.method}",
             remedy="Experts that were shrunk instead of removed have no published layout; use the unpruned checkpoint.",
+        )
+        return
+    kept = sorted({count for count in sparsity.num_experts if count is not None})
+    experts = model.sizes.get("experts", 0)
+    if kept and kept != [experts]:
+        faults.add(
+            where=f"{where}.num_experts",
+            expected=f"{experts} experts in every layer, as config.json says",
+            found=f"layers that keep {', '.join(str(count) for count in kept)}",
+            remedy="Engines hold the same number of experts in every layer; prune all layers to one number, or use the "
+            "unpruned checkpoint.",
         )

@@ -72,10 +72,17 @@ def compare_native(got: Tensor, want: Tensor) -> Comparison:
     return _comparison(got, want, allowed, relative)
 
 
-def compare_rounded(got: Tensor, exact: Tensor) -> Comparison:
-    """A plain tensor against the exact float64 one: good when each element is that value rounded once to its dtype."""
+def compare_rounded(got: Tensor, exact: Tensor, *, uncertainty: float = 0.0) -> Comparison:
+    """A plain tensor against the exact float64 one: good when each element is that value rounded once to its dtype.
+
+    `uncertainty` is how far `exact` may itself be off, relative to its largest element: then the rounding of any value
+    that near is good.
+    """
     want = round_once(exact, got.dtype)
     same = (got == want) | (got.isnan() & want.isnan())
+    if uncertainty and exact.numel():
+        slack = uncertainty * exact.abs().max()
+        same |= (round_once(exact - slack, got.dtype) <= got) & (got <= round_once(exact + slack, got.dtype))
     got, want = got.double(), want.double()
     relative = torch.where(same, 0.0, (got - want).abs() / _row_peak(want))
     return _comparison(got, want, same, relative)

@@ -32,7 +32,8 @@ def load_model(
 ) -> nn.Module:
     """A model that computes, on CPU, from the tensors that TensorRT-LLM would be given for `directory`.
 
-    `directory` is a compressed-tensors checkpoint, a ModelOpt one (`hf_quant_config.json`) or an unquantized one.
+    `directory` is a compressed-tensors checkpoint, a ModelOpt one (`hf_quant_config.json`) or an unquantized one. Of a
+    multimodal one, the causal language model of its `text_config` is built; towers and draft layers are left out.
     `dtype` is what modules dequantize and compute in, whatever the checkpoint's. `quantize_activations=False` switches
     the simulation of quantized activations and of the FP8 KV cache off.
     Memory: the delivered tensors, quantized ones as views of the files, and one dequantized weight while it is used.
@@ -65,8 +66,10 @@ def build_model(
 ) -> nn.Module:
     """The causal language model of `config` (a parsed config.json), filled with delivered tensors.
 
+    Names, in `tensors` and `quant_config`, are those of a checkpoint. Of a multimodal one the language part counts.
     Linears that `quant_config` calls quantized become `ReferenceLinear` and keep their tensors as delivered; all other
-    tensors are cast to `dtype`. The model is in eval mode, without gradients, and its `.generate()` works.
+    tensors are cast to `dtype`, but for the few that transformers holds in float32. Experts that come one by one become
+    `ReferenceExperts`. The model is in eval mode, without gradients, and its `.generate()` works.
     `name` stands for the model in messages, and is its `name_or_path`.
 
     Raises `PlanError` with all faults together: a tensor that no module takes, a parameter that none filled, a

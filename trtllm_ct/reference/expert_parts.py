@@ -58,6 +58,11 @@ class ExpertParts:
         self.tensors[int(expert)][projection][name] = tensor
         return True
 
+    def has_linear(self, local: str) -> bool:
+        """Whether tensors arrived for a Linear by its name below `path`, such as `3.gate_proj`."""
+        expert, _, projection = local.partition(".")
+        return expert.isdecimal() and projection in self.tensors.get(int(expert), ())
+
     def build(self, count: int) -> ReferenceExperts | None:
         """The experts, `count` of them; None after adding a fault where they are not whole or not of one kind."""
         spelling = self._spelling()

@@ -40,8 +40,9 @@ _ROUTER_TENSORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mixture:
-    """One layer: the parts of its single experts, the names of its stacks, and of all that counts its experts."""
+    """One layer: its number of experts by config.json, their parts, its stacks, and all that has an entry for each."""
 
+    stated: int
     parts: ExpertParts
     block: str
     stacks: frozenset[str]
@@ -85,8 +86,9 @@ class Mixtures:
         self._counting = {name for mixture in self._mixtures.values() for name in mixture.counting}
 
     def has(self, module: str) -> bool:
-        """Whether a path is that of a layer's experts or of a Linear of one of them."""
-        return module in self._mixtures or module.rsplit(".", 2)[0] in self._mixtures
+        """Whether a path is that of a layer's experts or of what may be a Linear of one of them."""
+        known = self._mixtures.keys() | self._foreign.keys()
+        return module in known or module.rsplit(".", 2)[0] in known
 
     def take(self, path: str, tensor: Tensor) -> bool:
         """Sort in a tensor of a single expert; False for anything else."""
@@ -100,7 +102,9 @@ class Mixtures:
 
     def fits_fewer(self, path: str, tensor: Tensor, slot: Tensor) -> bool:
         """Whether a tensor with an entry for each expert would fit with fewer experts; `finish` counts them."""
-        return path in self._counting and tensor.shape[1:] == slot.shape[1:] and 0 < len(tensor) < len(slot)
+        if path not in self._counting or tensor.dim() != slot.dim() or tensor.shape[1:] != slot.shape[1:]:
+            return False
+        return 0 < len(tensor) < len(slot)
 
     def finish(self, filled: Collection[str]) -> set[str]:
         """Put single experts into the model; `filled` are its tensors that are there.
@@ -126,6 +130,7 @@ class Mixtures:
         if stacked:
             self._check_plain(parts)
             return frozenset()
+        self._check_entries(parts)
         experts = parts.build(count)
         if experts is not None:
             self._model.set_submodule(parts.path, experts)
@@ -135,7 +140,6 @@ class Mixtures:
         """The number of experts by all that has an entry for each, once the router is set to it; None for a fault."""
         parts = mixture.parts
         counts = {name: len(self._tensor(name)) for name in sorted(mixture.counting.intersection(filled))}
-        stated = len(parts.shell.get_parameter("down_proj"))
         if len(set(counts.values())) > 1:
             self._faults.add(
                 where=parts.name,
@@ -146,8 +150,8 @@ class Mixtures:
                 remedy="Prune router and experts of a layer together.",
             )
             return None
-        count = next(iter(counts.values()), stated)
-        return count if count == stated or self._route_to_fewer(mixture, count) else None
+        count = next(iter(counts.values()), mixture.stated)
+        return count if count == mixture.stated or self._route_to_fewer(mixture, count) else None
 
     def _route_to_fewer(self, mixture: _Mixture, count: int) -> bool:
         """Tell the modules of a layer that they have fewer experts; False for a fault."""
@@ -172,8 +176,23 @@ class Mixtures:
         tensor: Tensor = getattr(self._model.get_submodule(owner), local)
         return tensor
 
+    def _entries(self, parts: ExpertParts) -> list[str]:
+        """What `quantized_layers` names below the experts of a layer."""
+        return [name for name in self._quant_config.quantized_layers if name.startswith(f"{parts.path}.")]
+
+    def _check_entries(self, parts: ExpertParts) -> None:
+        for name in self._entries(parts):
+            if not parts.has_linear(name.removeprefix(f"{parts.path}.")):
+                self._faults.add(
+                    where=f"quantized_layers: {parts.name}{name.removeprefix(parts.path)}",
+                    expected="a Linear of an expert, called as its tensors are",
+                    found="no tensors of that name",
+                    remedy="Check the number of the expert and the spelling of its Linears.",
+                )
+
     def _check_plain(self, parts: ExpertParts) -> None:
-        layer = self._layer_of(parts.path)
+        entries = [parts.path, *self._entries(parts)]
+        layer = next((layer for layer in map(self._layer_of, entries) if layer is not None), None)
         if layer is not None:
             self._faults.add(
                 where=parts.name,
@@ -205,4 +224,5 @@ def _mixture(parts: ExpertParts) -> _Mixture:
     block = parts.path.rpartition(".")[0]
     stacks = frozenset(f"{parts.path}.{name}" for name in _STACKS)
     routers = frozenset(f"{block}.{name}" for name in _ROUTER_TENSORS)
-    return _Mixture(parts=parts, block=block, stacks=stacks, counting=stacks | routers)
+    stated = len(parts.shell.get_parameter("down_proj"))
+    return _Mixture(stated=stated, parts=parts, block=block, stacks=stacks, counting=stacks | routers)

@@ -63,6 +63,13 @@ ENGINES: Mapping[str, Capabilities] = {
 DEFAULT_ENGINE = "stock-1.2"
 """The newest stable line."""
 
+
+def _newer(engine: str) -> tuple[Capabilities, ...]:
+    """The sets that come after one."""
+    names = list(ENGINES)
+    return tuple(ENGINES[later] for later in names[names.index(engine) + 1 :])
+
+
 _NOTHING = Capabilities(name="plain", source="plain weights need no capability")
 _EVERYTHING = Capabilities(
     name="reference",
@@ -76,6 +83,7 @@ MODELOPT = Target(
     name="modelopt",
     serves="stock TensorRT-LLM, PyTorch backend, without a plug-in",
     capabilities=ENGINES[DEFAULT_ENGINE],
+    newer=_newer(DEFAULT_ENGINE),
 )
 DENSE = Target(name="dense", serves="anything that reads plain Hugging Face weights", capabilities=_NOTHING)
 REFERENCE = Target(name="reference", serves="the CPU reference engine of this package", capabilities=_EVERYTHING)
@@ -93,9 +101,7 @@ def target_named(name: str, engine: str = DEFAULT_ENGINE) -> Target:
     target = TARGETS[name]
     if target is not MODELOPT:
         return target
-    names = list(ENGINES)
-    newer = tuple(ENGINES[later] for later in names[names.index(engine) + 1 :])
-    return replace(target, capabilities=ENGINES[engine], newer=newer)
+    return replace(target, capabilities=ENGINES[engine], newer=_newer(engine))
 
 
 def _require(where: str, name: str, names: Mapping[str, object]) -> None:

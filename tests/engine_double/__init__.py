@@ -1,0 +1,79 @@
+"""A stand-in for TensorRT-LLM's PyTorch backend, for tests on machines without a GPU.
+
+`installed("old")` or `installed("newest")` puts our own small `tensorrt_llm` on the import path. It imitates, on CPU and
+in float32, what the backend does with a checkpoint from `LLM(...)` to logits: as strict, and as careless. Every
+behaviour names the upstream file that it imitates. None of its code comes from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import ModuleType
+
+__all__ = ["GENERATIONS", "installed"]
+
+GENERATIONS = ("old", "newest")
+"""Releases 1.0 and 1.1, and main of September 2026."""
+
+_HERE = str(Path(__file__).parent)
+
+
+@contextmanager
+def installed(
+    generation: str = "newest",
+    *,
+    in_process: bool = True,
+    quantize_activations: bool = False,
+    gptq: bool = False,
+    ct_parser: str | None = None,
+    sm: int = 90,
+    importers: Sequence[str] = (),
+) -> Iterator[ModuleType]:
+    """Make `import tensorrt_llm` give the double, and give that module; afterwards all is as before.
+
+    `in_process` runs all ranks in this process, one loader copy each; otherwise every rank is a spawned process that
+    gets pickled arguments and the environment variables named TRTLLM* and TLLM* only.
+    `quantize_activations` simulates FP8 activations (per tensor, and per row) instead of computing in float32.
+    `gptq` adds the W4A16_GPTQ Linear method (NVIDIA/TensorRT-LLM pull request 19442); newest only.
+    `ct_parser` is the compressed-tensors parser: A, B (newest's default) or C; the old generation has none.
+    `sm` is the compute capability that limits of kernels are checked against.
+    `importers` are modules that import tensorrt_llm; they are imported afresh inside, and dropped afterwards.
+    """
+    variables = {
+        "TLLM_DOUBLE_GENERATION": generation,
+        "TLLM_DOUBLE_QUANTIZE_ACTIVATIONS": str(int(quantize_activations)),
+        "TLLM_DOUBLE_GPTQ": str(int(gptq)),
+        "TLLM_DOUBLE_CT_PARSER": ct_parser or "",
+        "TLLM_DOUBLE_SM": str(sm),
+        "TLLM_WORKER_USE_SINGLE_PROCESS": str(int(in_process)),
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    hidden = _take_modules(importers)
+    os.environ.update(variables)
+    sys.path.insert(0, _HERE)
+    try:
+        yield importlib.import_module("tensorrt_llm")
+    finally:
+        sys.path.remove(_HERE)
+        _take_modules(importers)
+        sys.modules.update(hidden)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _take_modules(importers: Sequence[str]) -> dict[str, ModuleType]:
+    """Remove the double and whatever imported it, so that the next import runs under the next generation."""
+    roots = ("tensorrt_llm", *importers)
+    names = [name for name in sys.modules if any(name == root or name.startswith(f"{root}.") for root in roots)]
+    return {name: sys.modules.pop(name) for name in names}
