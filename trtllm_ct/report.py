@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["conversion", "faults", "format_bytes", "inspection", "plan", "verification"]
 
 _WRAPPING = frozenset({"stored", "delivered as, or reason"})
-_WIDEST_WRAPPING = 60
+# Long reasons would make a table of hundreds of columns where there is no terminal to fit.
+_WIDEST = {"stored": 60}
 _GAP = 3
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -156,8 +157,8 @@ def _table(*headers: str, title: str | None = None) -> Table:
     """Names and modes stay whole; schemes and reasons wrap."""
     table = _FittedTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
-        wraps = header in _WRAPPING
-        table.add_column(header, no_wrap=not wraps, overflow="fold", max_width=_WIDEST_WRAPPING if wraps else None)
+        no_wrap = header not in _WRAPPING
+        table.add_column(header, no_wrap=no_wrap, overflow="fold", max_width=_WIDEST.get(header))
     return table
 
 

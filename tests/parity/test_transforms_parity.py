@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import library_builder
 import pytest
 import torch
-from builders import tiny_config
+from tiny_models import tiny_config
 from torch import Tensor, nn
 
 from trtllm_ct import CompressedTensorsWeightLoader, convert_checkpoint, verify_checkpoint

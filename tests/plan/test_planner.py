@@ -306,7 +306,7 @@ class TestFaults:
 
     @pytest.mark.parametrize(
         ("location", "online"),
-        [("weight_input", False), ("weight_output", False), ("input", True), ("output", True), ("k_cache", True)],
+        [("weight_input", False), ("weight_output", False), ("k_cache", True), ("q_attn", True)],
     )
     def test_only_transforms_that_are_folded_into_the_weights_are_taken(
         self, tmp_path: Path, location: str, online: bool

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders import ARCHITECTURES, DENSE, Built, tiny_config, write_checkpoint
+from builders import DENSE, Built, tiny_config, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_models import FAMILIES
 
 from trtllm_ct.convert import convert_checkpoint
 from trtllm_ct.layouts.rounding import round_once
@@ -77,7 +78,7 @@ def test_the_quantization_document_has_modelopts_shape() -> None:
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, architecture: str) -> None:
     """Every weight is loaded, none is missing, none is left over, and each is the exact value rounded once."""
     from transformers import AutoModelForCausalLM

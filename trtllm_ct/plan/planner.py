@@ -204,7 +204,8 @@ class _Planner:
                 deliveries += deliver.native(stored, weight, holding, self.dtypes, site)
         deliveries += deliver.plain(stored, [local for local in stored.specs if local in plain], self.dtypes, folds)
         owned: set[str | None] = {*plain, *ignored, *(weight.stored.consumed if weight else ())}
-        owned |= {source for each in folds for source in each.sources}
+        # Matrices of transforms, each of which was claimed or refused before.
+        owned |= {local for local in stored.specs if "." in local}
         owned |= {delivery.operation.source for delivery in deliveries}
         refuse_leftovers(stored, owned, self.model.name, self.faults)
         return ModulePlan(

@@ -100,15 +100,13 @@ class OnlineTransforms:
             return module
         meant = [each for each in self._online if self._matches(each, module.stored_name, (site.class_name,))]
         self._refuse_unused(module, meant)
-        applied: list[Transform] = []
         for transform in meant:
             why_not = self._obstacle(transform, module, site)
             if why_not is not None:
                 self._refuse(transform, module.stored_name, why_not)
-                continue
-            applied.append(transform)
-            module = self._with_matrix(module, transform, site)
-        return replace(module, transforms=tuple(applied))
+            else:
+                module = self._with_transform(module, transform, site)
+        return module
 
     def refuse_on(self, module: StoredModule, *, by_class: bool) -> None:
         """Add a fault for a module outside the text model's layers that has a transform.
@@ -178,8 +176,8 @@ class OnlineTransforms:
 
         return named_by(transform.targets) and not named_by(transform.ignore)
 
-    def _with_matrix(self, module: StoredModule, transform: Transform, site: Site) -> StoredModule:
-        """The module with the tensors of a transform, its own or shared ones; unchanged after a fault."""
+    def _with_transform(self, module: StoredModule, transform: Transform, site: Site) -> StoredModule:
+        """The module with a transform and its tensors, its own or shared ones; unchanged after a fault."""
         length = site.shape[_axis(transform, site.class_name)]
         size = transform.head_dim or length
         where = module.full_name(f"{transform.module}.weight")
@@ -198,11 +196,13 @@ class OnlineTransforms:
                 return module
             views = {f"{transform.module}.{local}": Shared.of_view(view) for local, view in shared[0].views.items()}
             module = replace(module, views={**module.views, **views})
-        self._check_tensors(module, transform, size)
-        return module
+        if not self._are_right(module, transform, size):
+            return module
+        return replace(module, transforms=(*module.transforms, transform))
 
-    def _check_tensors(self, module: StoredModule, transform: Transform, size: int) -> None:
-        """A square matrix of floats, and a permutation exactly where one is due."""
+    def _are_right(self, module: StoredModule, transform: Transform, size: int) -> bool:
+        """Whether there is a square matrix of floats, and a permutation exactly where one is due."""
+        before = len(self.faults.faults)
         expected: dict[str, tuple[int, ...]] = {f"{transform.module}.weight": (size, size)}
         if transform.permuted:
             expected[f"{transform.module}.perm"] = (size,)
@@ -217,6 +217,7 @@ class OnlineTransforms:
                     found=str(spec) if spec else "no such tensor",
                     remedy="transform_config and the tensors belong to different checkpoints; download both again.",
                 )
+        return len(self.faults.faults) == before
 
     def _refuse_missing(
         self, where: str, transform: Transform, size: int, candidates: Collection[StoredModule]
