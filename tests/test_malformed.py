@@ -10,8 +10,8 @@ from builders import fp8_weights
 from damages import (
     ATTENTION,
     DOWN,
-    Q,
     Case,
+    Q,
     assert_refused,
     assert_told,
     block,

@@ -73,7 +73,7 @@ def _newer(engine: str) -> tuple[Capabilities, ...]:
 _NOTHING = Capabilities(name="plain", source="plain weights need no capability")
 _EVERYTHING = Capabilities(
     name="reference",
-    source="trtllm_ct.reference.linear: LAYOUTS",
+    source="trtllm_ct.reference.linear_layouts: LAYOUTS",
     linear=_LINEAR | _NEWEST | {QuantAlgo.W4A16_GPTQ},
     experts=_EXPERTS | _NEWEST,
     kv_cache=_FP8_CACHE,

@@ -1,0 +1,159 @@
+"""Imitates `_torch/modules/linear.py`: Linear methods of small floats with small groups (NVFP4, MXFP4, MXFP8)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from tensorrt_llm._torch.modules.linear_methods import FP8, LinearMethodBase, Weights, frozen, load_kv_scales, still
+from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, cut_shard, load_weight_shard
+from tensorrt_llm.quantization.functional import e2m1_values, e8m0_values
+
+if TYPE_CHECKING:
+    from tensorrt_llm._torch.modules.linear import Linear
+
+__all__ = [
+    "MXFP8LinearMethod",
+    "NVFP4LinearMethod",
+    "W4A8MXFP4FP8LinearMethod",
+    "W4A8MXFP4MXFP8LinearMethod",
+    "W4A8NVFP4FP8LinearMethod",
+    "W4A16NVFP4LinearMethod",
+]
+
+
+class _SmallGroups(LinearMethodBase):
+    """Codes [N, K / `per_byte`] and a scale for every `group` columns."""
+
+    group: int
+    per_byte = 2
+    weight_dtype = torch.uint8
+    scale_dtype = torch.uint8
+
+    def alignment(self, module: Linear) -> int:
+        return 32
+
+    def create_weights(
+        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        assert in_features % self.group == 0, f"in_features {in_features} must be divisible by {self.group}"
+        module.weight = frozen(out_features, in_features // self.per_byte, dtype=self.weight_dtype)
+        module.weight_scale = frozen(out_features, in_features // self.group, dtype=self.scale_dtype)
+        super().create_weights(module, in_features, out_features, bias, dtype)
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        copy_weight(module.weight, torch.cat(self.shards(module, weights, "weight", (1, self.per_byte))))
+        scales = self.shards(module, weights, "weight_scale", (1, self.group))
+        copy_weight(module.weight_scale, torch.cat(scales))
+        self.load_bias(module, weights)
+
+    def dequantize(self, module: Linear) -> Tensor:
+        codes = e2m1_values(module.weight) if self.per_byte == 2 else module.weight.float()
+        of_bytes = self.scale_dtype == torch.uint8
+        scales = e8m0_values(module.weight_scale) if of_bytes else module.weight_scale.float()
+        return codes * scales.repeat_interleave(self.group, dim=1)
+
+
+class NVFP4LinearMethod(_SmallGroups):
+    """Two levels of scales; the scalars of a fused Linear must agree, which is asserted."""
+
+    group = 16
+    scale_dtype = FP8
+    reads_input_scale = True
+
+    def create_weights(
+        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        super().create_weights(module, in_features, out_features, bias, dtype)
+        module.weight_scale_2 = frozen(dtype=torch.float32)
+        module.input_scale = frozen(dtype=torch.float32) if self.reads_input_scale else None
+        module.kv_scales = Parameter(torch.ones(3), requires_grad=False)
+        module.pre_quant_scale = None
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        """Without `input_scale` its memory stays as it came, unless activations are forced to be dynamic."""
+        super().load_shards(module, weights)
+        copy_weight(module.weight_scale_2, self.one_of(weights, "weight_scale_2"))
+        if module.force_dynamic_quantization:
+            module.input_scale = None
+        elif self.reads_input_scale and any("input_scale" in each for each in weights):
+            copy_weight(module.input_scale, self.one_of(weights, "input_scale"))
+        if "pre_quant_scale" in weights[0] and len(weights) < 3:
+            _load_pre_quant_scale(module, weights[0]["pre_quant_scale"])
+        load_kv_scales(module, weights)
+
+    def one_of(self, weights: Weights, name: str) -> Tensor:
+        """The scalar that all shards share, within `allclose`."""
+        scalars = [each[name].reshape([]).float() for each in weights if name in each]
+        for scalar in scalars[1:]:
+            assert torch.allclose(scalar, scalars[0]), f"The {name} should be same for all the weights"
+        return scalars[0]
+
+    def dequantize(self, module: Linear) -> Tensor:
+        return super().dequantize(module) * module.weight_scale_2
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        if module.pre_quant_scale is not None:
+            assert module.pre_quant_scale.dtype == module.dtype, "pre_quant_scale must have the activations' dtype"
+            input = input * module.pre_quant_scale.float()  # noqa: A001
+        return still(super().apply(module, input, bias), module.input_scale)
+
+
+def _load_pre_quant_scale(module: Linear, scale: Tensor) -> None:
+    """It multiplies the input, so it is cut when the weight's columns are."""
+    mode = TensorParallelMode.flip(module.tp_mode) if module.tp_mode else None
+    if mode == TensorParallelMode.COLUMN:
+        scale = cut_shard(module, scale, (1, 1), mode)
+    module.pre_quant_scale = Parameter(scale.clone(), requires_grad=False)
+
+
+class W4A16NVFP4LinearMethod(NVFP4LinearMethod):
+    """As NVFP4, without quantized activations."""
+
+    reads_input_scale = False
+
+
+class W4A8NVFP4FP8LinearMethod(NVFP4LinearMethod):
+    """Groups of 32; scalars must be there and be equal to the bit."""
+
+    group = 32
+
+    def one_of(self, weights: Weights, name: str) -> Tensor:
+        scalars = [each[name].reshape([]).float() for each in weights]
+        assert all(torch.equal(scalar, scalars[0]) for scalar in scalars), f"The {name} should be same"
+        return scalars[0]
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        super().load_shards(module, weights)
+        copy_weight(module.input_scale, self.one_of(weights, "input_scale"))
+
+
+class W4A8MXFP4FP8LinearMethod(_SmallGroups):
+    """E2M1 codes, power-of-two scales per 32 columns."""
+
+    group = 32
+
+
+class W4A8MXFP4MXFP8LinearMethod(W4A8MXFP4FP8LinearMethod):
+    """The same weights, other activations."""
+
+
+class MXFP8LinearMethod(_SmallGroups):
+    """E4M3 codes, power-of-two scales per 32 columns; cut by ceiling division in every release."""
+
+    group = 32
+    per_byte = 1
+    weight_dtype = FP8
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        name = "weight_scale_inv" if "weight_scale_inv" in weights[0] else "weight_scale"
+        super().load_shards(module, [each | {"weight_scale": each[name]} for each in weights])
+
+    @staticmethod
+    def shards(module: Linear, weights: Weights, name: str, spans: tuple[int, int] = (1, 1)) -> list[Tensor]:
+        assert name != "weight" or all(name in each for each in weights), "weight"
+        parallel = (module.tp_size, module.tp_rank, module.tp_mode)
+        return [load_weight_shard(each[name], *parallel) for each in weights]

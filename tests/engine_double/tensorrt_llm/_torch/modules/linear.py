@@ -1,0 +1,213 @@
+"""Imitates `_torch/modules/linear.py`: Linear, and the one function that chooses its method."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorrt_llm._double import RELEASE
+from tensorrt_llm._torch.distributed import allgather, allreduce
+from tensorrt_llm._torch.modules.awq_methods import (
+    W4A8_AWQ_LinearMethod,
+    W4A16_AWQ_LinearMethod,
+    W4A16_GPTQ_LinearMethod,
+    WeightOnlyQuantLinearMethod,
+)
+from tensorrt_llm._torch.modules.fp4_methods import (
+    MXFP8LinearMethod,
+    NVFP4LinearMethod,
+    W4A8MXFP4FP8LinearMethod,
+    W4A8MXFP4MXFP8LinearMethod,
+    W4A8NVFP4FP8LinearMethod,
+    W4A16NVFP4LinearMethod,
+)
+from tensorrt_llm._torch.modules.linear_methods import (
+    FP8BlockScalesLinearMethod,
+    FP8QDQLinearMethod,
+    FP8RowwiseLinearMethod,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from tensorrt_llm._torch.modules.sharding import (
+    TensorParallelMode,
+    bounds,
+    copy_weight,
+    cut_shard,
+    load_weight_shard,
+)
+from tensorrt_llm.mapping import Mapping
+from tensorrt_llm.models.modeling_utils import QuantConfig
+from tensorrt_llm.quantization import QuantAlgo
+
+__all__ = [
+    "Linear",
+    "LinearMethodBase",
+    "TensorParallelMode",
+    "UnquantizedLinearMethod",
+    "W4A16_AWQ_LinearMethod",
+    "WeightMode",
+    "WeightsLoadingConfig",
+    "copy_weight",
+    "get_quant_method",
+    "load_weight_shard",
+]
+
+
+class WeightMode(enum.StrEnum):
+    """How many tensors of the checkpoint make one Linear."""
+
+    VANILLA = "vanilla"
+    FUSED_QKV_LINEAR = "fused_qkv_linear"
+    FUSED_GATE_UP_LINEAR = "fused_gate_up_linear"
+
+
+@dataclass(kw_only=True)
+class WeightsLoadingConfig:
+    """How a Linear is loaded."""
+
+    weight_mode: WeightMode = WeightMode.VANILLA
+
+
+_METHODS: dict[str, type[LinearMethodBase]] = {
+    QuantAlgo.FP8: FP8QDQLinearMethod,
+    QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: FP8RowwiseLinearMethod,
+    QuantAlgo.FP8_BLOCK_SCALES: FP8BlockScalesLinearMethod,
+    QuantAlgo.NVFP4: NVFP4LinearMethod,
+    QuantAlgo.W4A8_NVFP4_FP8: W4A8NVFP4FP8LinearMethod,
+    QuantAlgo.W4A8_MXFP4_FP8: W4A8MXFP4FP8LinearMethod,
+    QuantAlgo.W4A8_MXFP4_MXFP8: W4A8MXFP4MXFP8LinearMethod,
+    QuantAlgo.W8A16: WeightOnlyQuantLinearMethod,
+    QuantAlgo.W4A16: WeightOnlyQuantLinearMethod,
+    QuantAlgo.W4A16_AWQ: W4A16_AWQ_LinearMethod,
+    QuantAlgo.W4A8_AWQ: W4A8_AWQ_LinearMethod,
+}
+if RELEASE.newest_algos:
+    _METHODS |= {
+        QuantAlgo.MXFP8: MXFP8LinearMethod,
+        QuantAlgo.W4A16_NVFP4: W4A16NVFP4LinearMethod,
+        QuantAlgo.NVFP4_ARC: NVFP4LinearMethod,
+    }
+if RELEASE.gptq_method:
+    _METHODS[QuantAlgo.W4A16_GPTQ] = W4A16_GPTQ_LinearMethod
+
+
+def get_quant_method(quant_config: QuantConfig | None = None) -> LinearMethodBase:
+    """The method of an algorithm; ValueError for those that are members of QuantAlgo only."""
+    if quant_config is None or not quant_config.layer_quant_mode.has_any_quant(exclude_kv_cache=True):
+        return UnquantizedLinearMethod()
+    method = _METHODS.get(str(quant_config.layer_quant_mode.algo))
+    if method is None:
+        raise ValueError(f"unsupported quant mode: {quant_config.quant_mode}")
+    return method()
+
+
+class Linear(nn.Module):
+    """Class `Linear`: one or several checkpoint Linears in one, cut over the ranks of a tensor-parallel group."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    quant_method: LinearMethodBase
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        mapping: Mapping | None = None,
+        tensor_parallel_mode: TensorParallelMode | None = None,
+        gather_output: bool = False,
+        quant_config: QuantConfig | None = None,
+        weights_loading_config: WeightsLoadingConfig | None = None,
+        reduce_output: bool = True,
+        skip_create_weights_in_init: bool = False,
+        force_dynamic_quantization: bool = False,
+    ) -> None:
+        super().__init__()
+        self.total_features = (out_features, in_features)
+        self.has_bias = bias
+        self.dtype = dtype or torch.bfloat16
+        self.mapping = mapping or Mapping()
+        self.quant_config = quant_config
+        self.weights_loading_config = weights_loading_config or WeightsLoadingConfig()
+        self.tp_size, self.tp_rank = self.mapping.tp_size, self.mapping.tp_rank
+        self.tp_mode = tensor_parallel_mode
+        self.gather_output = gather_output
+        self.reduce_output = reduce_output
+        self.force_dynamic_quantization = force_dynamic_quantization
+        self._weights_created = False
+        if not skip_create_weights_in_init:
+            self.create_weights()
+
+    @property
+    def is_fused(self) -> bool:
+        return self.weights_loading_config.weight_mode != WeightMode.VANILLA
+
+    def get_quant_method(self, quant_config: QuantConfig | None = None) -> LinearMethodBase:
+        return get_quant_method(quant_config)
+
+    def create_weights(self) -> None:
+        """Choose the method and allocate; the configuration can't be changed afterwards."""
+        if self._weights_created:
+            return
+        self.quant_method = self.get_quant_method(self.quant_config)
+        self.out_features, self.in_features = self._local_features()
+        self.quant_method.create_weights(self, self.in_features, self.out_features, self.has_bias, self.dtype)
+        self._weights_created = True
+
+    def _local_features(self) -> tuple[int, int]:
+        rows, columns = self.total_features
+        if self.tp_mode is None or self.tp_size == 1:
+            return rows, columns
+        cut = self.total_features[TensorParallelMode.split_dim(self.tp_mode)]
+        if not RELEASE.aligned_shards or self.is_fused:
+            assert cut % self.tp_size == 0, f"{cut} features must be divisible by tp_size {self.tp_size}"
+            local = cut // self.tp_size
+            self.local_bounds = (self.tp_rank * local, (self.tp_rank + 1) * local)
+        else:
+            self.local_bounds = bounds(cut, self.quant_method.alignment(self), self.tp_size, self.tp_rank)
+            local = self.local_bounds[1] - self.local_bounds[0]
+        return (rows, local) if self.tp_mode == TensorParallelMode.ROW else (local, columns)
+
+    @property
+    def has_any_quant(self) -> bool:
+        return self.quant_config is not None and self.quant_config.layer_quant_mode.has_any_quant(exclude_kv_cache=True)
+
+    @property
+    def has_fp8_rowwise(self) -> bool:
+        algo = self.quant_config.layer_quant_mode.algo if self.quant_config else None
+        return algo == QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN
+
+    if RELEASE.aligned_shards:
+
+        def load_shard(
+            self,
+            weights: dict[str, Tensor],
+            name: str,
+            device: torch.device | str = "cpu",
+            elm_packing: int = 1,
+            scale_span: int = 1,
+        ) -> Tensor:
+            """This rank's part of one tensor, of which an element along the cut stands for several features."""
+            span = elm_packing * scale_span
+            return cut_shard(self, weights[name].to(device), (span, span))
+
+    def load_weights(self, weights: list[dict[str, Tensor]], allow_partial_loading: bool = False) -> None:
+        """Fill from one dictionary per shard, in the order q, k, v or gate, up."""
+        assert self._weights_created
+        mode = self.weights_loading_config.weight_mode
+        more = {"allow_partial_loading": True} if allow_partial_loading else {}
+        self.quant_method.load_weights(self, weights, mode, **more)
+
+    def forward(self, input: Tensor, **_: Any) -> Tensor:  # noqa: A002 (upstream's name)
+        """Row-parallel results are summed over the group, and rank 0 adds the bias."""
+        if self.tp_mode == TensorParallelMode.ROW:
+            bias = None if self.tp_rank > 0 else self.bias
+            output = self.quant_method.apply(self, input, bias)
+            return allreduce(output, self.mapping.tp_group) if self.reduce_output else output
+        output = self.quant_method.apply(self, input, self.bias)
+        return allgather(output, self.mapping.tp_group) if self.gather_output else output

@@ -1,0 +1,264 @@
+"""Imitates `_torch/modules/linear.py`: the base of Linear methods, the unquantized one and those of FP8.
+
+Methods store what the original stores, in its dtypes, and multiply in float32 from that.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from tensorrt_llm._double import RELEASE
+from tensorrt_llm._torch.modules.sharding import copy_weight, cut_shard
+
+if TYPE_CHECKING:
+    from tensorrt_llm._torch.modules.linear import Linear
+
+__all__ = [
+    "FP8BlockScalesLinearMethod",
+    "FP8QDQLinearMethod",
+    "FP8RowwiseLinearMethod",
+    "LinearMethodBase",
+    "UnquantizedLinearMethod",
+    "frozen",
+    "requantize",
+    "still",
+]
+
+Weights = list[dict[str, Tensor]]
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def frozen(*shape: int, dtype: torch.dtype) -> Parameter:
+    """Memory as it comes; while a model is loaded that is NaN, or all ones for integers."""
+    return Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+def still(output: Tensor, *scales: Tensor | None) -> Tensor:
+    """Unchanged, unless a scale that cancels out of the simulated product was never loaded, or isn't finite."""
+    for scale in scales:
+        if scale is not None:
+            output = output * (scale / scale)
+    return output
+
+
+def quantize_fp8(values: Tensor, scale: Tensor) -> Tensor:
+    """What FP8 with this scale keeps of the values."""
+    return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).float() * scale
+
+
+def requantize(shards: list[Tensor], scales: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Shards under the largest of their scales: multiplied out and divided in the module's dtype, then rounded."""
+    largest = torch.stack(scales).max()
+    parts = [(shard.to(dtype) * scale / largest).to(FP8) for shard, scale in zip(shards, scales, strict=True)]
+    return torch.cat(parts), largest
+
+
+class LinearMethodBase:
+    """Class `LinearMethodBase`; `load_weights` asks one of three methods, which are the same for most algorithms."""
+
+    def alignment(self, module: Linear) -> int:
+        """Features at whose multiples the newest releases cut."""
+        return 1
+
+    def create_weights(
+        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        module.register_parameter("bias", frozen(out_features, dtype=dtype) if bias else None)
+
+    def load_weights(
+        self, module: Linear, weights: Weights, weight_mode: str, allow_partial_loading: bool = False
+    ) -> None:
+        assert not allow_partial_loading, "allow_partial_loading is not supported"
+        getattr(self, f"load_weights_{weight_mode}")(module, weights)
+
+    def load_weights_vanilla(self, module: Linear, weights: Weights) -> None:
+        self.load_shards(module, weights)
+
+    def load_weights_fused_qkv_linear(self, module: Linear, weights: Weights) -> None:
+        self.load_shards(module, weights)
+
+    def load_weights_fused_gate_up_linear(self, module: Linear, weights: Weights) -> None:
+        self.load_shards(module, weights)
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        """Everything of all shards."""
+        raise NotImplementedError
+
+    def dequantize(self, module: Linear) -> Tensor:
+        """The weight [N, K] in float32."""
+        raise NotImplementedError
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        return functional.linear(input.float(), self.dequantize(module), None if bias is None else bias.float())
+
+    def post_load_weights(self, module: Linear) -> None:
+        """Older releases: after all modules of a model are loaded."""
+
+    def transform_weights(self, module: Linear) -> None:
+        """The newest release's name of the same, second of three stages."""
+
+    @staticmethod
+    def shards(module: Linear, weights: Weights, name: str, spans: tuple[int, int] = (1, 1)) -> list[Tensor]:
+        """This rank's part of one tensor of every shard; without the weight nothing goes on."""
+        assert name != "weight" or all(name in each for each in weights), "weight"
+        return [cut_shard(module, each[name].to("cpu"), spans) for each in weights]
+
+    def load_bias(self, module: Linear, weights: Weights) -> None:
+        if module.bias is not None:
+            copy_weight(module.bias, torch.cat(self.shards(module, weights, "bias")))
+
+
+def load_kv_scales(module: Linear, weights: Weights) -> None:
+    """`k_scale` and `v_scale` of a fused qkv Linear become `kv_scales`, which only an NVFP4 cache reads."""
+    default = "1" if RELEASE.kv_scales_by_default else "0"
+    if len(weights) != 3 or os.environ.get("TRTLLM_LOAD_KV_SCALES", default) != "1":
+        return
+    factor = 1.0 if RELEASE.kv_scales_by_default else 6.0
+    for at, name in enumerate(("k_scale", "v_scale"), start=1):
+        found = [each[name].reshape([]).float() for each in weights if name in each]
+        if found:
+            module.kv_scales.data[at] = torch.stack(found).max() * factor
+
+
+class UnquantizedLinearMethod(LinearMethodBase):
+    """Any float weight, cast to the module's dtype."""
+
+    def create_weights(
+        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        module.weight = frozen(out_features, in_features, dtype=dtype)
+        super().create_weights(module, in_features, out_features, bias, dtype)
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        copy_weight(module.weight, torch.cat(self.shards(module, weights, "weight")))
+        self.load_bias(module, weights)
+
+    def dequantize(self, module: Linear) -> Tensor:
+        return module.weight.float()
+
+
+class FP8QDQLinearMethod(LinearMethodBase):
+    """One scale per Linear: shards of a fused one are requantized, and the largest input scale is taken."""
+
+    def create_weights(
+        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        module.weight = frozen(out_features, in_features, dtype=FP8)
+        module.weight_scale = frozen(dtype=torch.float32)
+        module.input_scale = frozen(dtype=torch.float32)
+        module.inv_input_scale = frozen(dtype=torch.float32)
+        module.kv_scales = Parameter(torch.ones(3), requires_grad=False)
+        super().create_weights(module, in_features, out_features, bias, dtype)
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        shards = self.shards(module, weights, "weight")
+        scales = [_scalar(each, "weight_scale") for each in weights]
+        if len(weights) == 1:
+            copy_weight(module.weight, shards[0])
+            copy_weight(module.weight_scale, scales[0])
+        else:
+            weight, scale = requantize(shards, scales, module.dtype)
+            copy_weight(module.weight, weight)
+            copy_weight(module.weight_scale, scale)
+        self._load_input_scale(module, weights)
+        load_kv_scales(module, weights)
+        self.load_bias(module, weights)
+
+    def _load_input_scale(self, module: Linear, weights: Weights) -> None:
+        """Dynamic when no shard has one; when only some have, uninitialized memory takes part in the maximum."""
+        if any("input_scale" in each for each in weights) and not module.force_dynamic_quantization:
+            copy_weight(module.input_scale, torch.stack([_scalar(each, "input_scale") for each in weights]).max())
+            module.inv_input_scale.data = 1 / module.input_scale
+        else:
+            module.input_scale = module.inv_input_scale = None
+
+    def dequantize(self, module: Linear) -> Tensor:
+        return module.weight.float() * module.weight_scale
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        if RELEASE.quantize_activations:
+            scale = input.abs().max() / FP8_MAX if module.input_scale is None else module.input_scale
+            input = quantize_fp8(input, scale)  # noqa: A001
+        return still(super().apply(module, input, bias), module.input_scale)
+
+
+def _scalar(weights: dict[str, Tensor], name: str) -> Tensor:
+    """One element in float32, or memory as it comes where a shard has none."""
+    return weights[name].reshape([]).float() if name in weights else torch.empty(())
+
+
+class FP8RowwiseLinearMethod(LinearMethodBase):
+    """One scale per row, activations per token."""
+
+    def create_weights(
+        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        module.weight = frozen(out_features, in_features, dtype=FP8)
+        module.weight_scale = frozen(out_features, dtype=torch.float32)
+        module.inv_input_scale = Parameter(torch.ones(()), requires_grad=False)
+        super().create_weights(module, in_features, out_features, bias, dtype)
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        """An `input_scale` serves attention only, which divides by it; the GEMM still multiplies by one."""
+        name = "weight_scale_inv" if "weight_scale_inv" in weights[0] else "weight_scale"
+        copy_weight(module.weight, torch.cat(self.shards(module, weights, "weight")))
+        scales = torch.cat(self.shards(module, weights, name))
+        copy_weight(module.weight_scale, scales.reshape(-1) if RELEASE.flattens_row_scale else scales)
+        given = [each["input_scale"].reshape([]).float() for each in weights if "input_scale" in each]
+        if given:
+            module.inv_input_scale.data = 1 / torch.stack(given).max()
+        self.load_bias(module, weights)
+
+    def dequantize(self, module: Linear) -> Tensor:
+        return module.weight.float() * module.weight_scale[:, None]
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        if RELEASE.quantize_activations and input.dtype != FP8:
+            input = quantize_fp8(input, input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX)  # noqa: A001
+        return super().apply(module, input, bias)
+
+
+class FP8BlockScalesLinearMethod(LinearMethodBase):
+    """One scale per block of 128x128."""
+
+    def alignment(self, module: Linear) -> int:
+        return 128
+
+    def create_weights(
+        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        module.weight = frozen(out_features, in_features, dtype=FP8)
+        module.weight_scale = frozen(-(-out_features // 128), -(-in_features // 128), dtype=torch.float32)
+        super().create_weights(module, in_features, out_features, bias, dtype)
+
+    def load_shards(self, module: Linear, weights: Weights) -> None:
+        """Scales go to the block row in which their shard begins, rounded up: right for whole blocks only."""
+        name = "weight_scale_inv" if "weight_scale_inv" in weights[0] else "weight_scale"
+        weights = [each | {name: _two_dimensional(each[name])} for each in weights]
+        shards = self.shards(module, weights, "weight")
+        copy_weight(module.weight, torch.cat(shards))
+        row = 0
+        for shard, scale in zip(shards, self.shards(module, weights, name, (128, 128)), strict=True):
+            first = -(-row // 128)
+            copy_weight(module.weight_scale[first : first + -(-shard.shape[0] // 128)], scale)
+            row += shard.shape[0]
+        self.load_bias(module, weights)
+
+    def dequantize(self, module: Linear) -> Tensor:
+        rows, columns = module.weight.shape
+        scale = module.weight_scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        return module.weight.float() * scale
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        assert module.dtype == torch.bfloat16, "FP8 block scales take bfloat16 activations"
+        return super().apply(module, input, bias)
+
+
+def _two_dimensional(scale: Tensor) -> Tensor:
+    return scale.squeeze(1).squeeze(-1) if scale.dim() == 4 else scale

@@ -1,0 +1,83 @@
+"""Imitates the tensor-parallel part of `_torch/modules/linear.py`: which slice of a tensor a rank takes."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tensorrt_llm._double import RELEASE
+
+if TYPE_CHECKING:
+    from tensorrt_llm._torch.modules.linear import Linear
+
+__all__ = ["TensorParallelMode", "bounds", "copy_weight", "cut_shard", "load_weight_shard"]
+
+
+class TensorParallelMode(enum.StrEnum):
+    """Which dimension of a weight [N, K] is cut."""
+
+    COLUMN = "column"
+    ROW = "row"
+
+    @classmethod
+    def split_dim(cls, mode: TensorParallelMode) -> int:
+        return 1 if mode == cls.ROW else 0
+
+    @classmethod
+    def flip(cls, mode: TensorParallelMode) -> TensorParallelMode:
+        return cls.ROW if mode == cls.COLUMN else cls.COLUMN
+
+
+def copy_weight(dst: Tensor, src: Tensor) -> None:
+    """Cast without a word, then broadcast whatever can be broadcast."""
+    dst.data.copy_(src.to(dst.dtype))
+
+
+def bounds(features: int, alignment: int, size: int, rank: int) -> tuple[int, int]:
+    """Whole blocks of `alignment`, spread as evenly as they go (newest releases)."""
+    assert features % alignment == 0, f"{features} features must be divisible by the alignment {alignment}"
+    each, more = divmod(features // alignment, size)
+    first = rank * each + min(rank, more)
+    return first * alignment, (first + each + (rank < more)) * alignment
+
+
+def load_weight_shard(
+    weight: Tensor,
+    tensor_parallel_size: int = 1,
+    tensor_parallel_rank: int = 0,
+    tensor_parallel_mode: TensorParallelMode | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Ceiling division of the tensor's own width; not along a dimension of 1, nor 1-D tensors in row mode."""
+    weight = weight.to(device)
+    if tensor_parallel_mode is None or tensor_parallel_size <= 1:
+        return weight
+    dim = TensorParallelMode.split_dim(tensor_parallel_mode)
+    if dim >= weight.dim() or weight.shape[dim] == 1:
+        return weight
+    width = -(-weight.shape[dim] // tensor_parallel_size)
+    first = tensor_parallel_rank * width
+    return weight.narrow(dim, min(first, weight.shape[dim]), max(min(width, weight.shape[dim] - first), 0))
+
+
+def cut_shard(module: Linear, weight: Tensor, spans: tuple[int, int], mode: TensorParallelMode | None = None) -> Tensor:
+    """This rank's part of a tensor of which one element stands for `spans` (rows, columns) of the weight.
+
+    Newest releases: fused Linears cut each tensor by its own length, others at boundaries of the method's alignment.
+    """
+    mode = mode or module.tp_mode
+    size, rank = module.tp_size, module.tp_rank
+    if not RELEASE.aligned_shards or mode is None or size == 1:
+        return load_weight_shard(weight, size, rank, mode)
+    dim = TensorParallelMode.split_dim(mode)
+    if dim >= weight.dim() or weight.shape[dim] == 1:
+        return weight
+    if module.is_fused:
+        width = weight.shape[dim] // size
+        return weight.narrow(dim, rank * width, width)
+    first, last = module.local_bounds
+    span = spans[dim]
+    return weight[(slice(None),) * dim + (slice(first // span, -(-last // span)),)]

@@ -1,0 +1,84 @@
+"""Imitates `quantization/functional.py` and `_torch/custom_ops/torch_custom_ops.py`: the mixed-type GEMM and its layout.
+
+The real layout permutes and interleaves by GPU generation. Here it only becomes offset binary, which is enough to show a
+weight that skipped the preparation. The checks of shapes are the real ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tensorrt_llm._double import RELEASE
+
+__all__ = ["e2m1_values", "e8m0_values", "mixed_gemm_values", "preprocess_weights_for_mixed_gemm"]
+
+_INT4, _INT8 = 0x88, 0x80
+
+
+def preprocess_weights_for_mixed_gemm(
+    tensor: Tensor,
+    quant_mode: torch.dtype,
+    act_dtype: torch.dtype,
+    sm_: int = -1,
+    do_weight_interleave: bool = True,
+) -> Tensor:
+    """Signed codes, int8 [K, N] or int4 pairs [K, N / 2], to what the GEMM reads; asserts on shapes it can't hold."""
+    sm = RELEASE.sm if sm_ < 0 else sm_
+    is_int4 = quant_mode == torch.quint4x2
+    rows = 32 if is_int4 else 16
+    if do_weight_interleave and (80 <= sm < 90 or sm >= 120):
+        rows = 128 if act_dtype == torch.float8_e4m3fn else 64
+    assert tensor.shape[-2] % rows == 0, f"K of {tensor.shape[-2]} must be a multiple of {rows}"
+    assert tensor.shape[-1] % 8 == 0, f"the last dimension of {tensor.shape[-1]} must be a multiple of 8"
+    return (tensor.contiguous().view(torch.uint8) ^ (_INT4 if is_int4 else _INT8)).view(torch.int8)
+
+
+def mixed_gemm_values(weight: Tensor, quant_mode: torch.dtype) -> Tensor:
+    """Codes [K, N] in float32, of what `preprocess_weights_for_mixed_gemm` made."""
+    if quant_mode == torch.int8:
+        return (weight.view(torch.uint8) ^ _INT8).view(torch.int8).float()
+    codes = weight.view(torch.uint8)
+    pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return pairs.float() - 8
+
+
+def e2m1_values(packed: Tensor) -> Tensor:
+    """Two E2M1 numbers per byte along the last dimension, the low nibble first, in float32."""
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    return table[torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()]
+
+
+def e8m0_values(exponents: Tensor) -> Tensor:
+    """Powers of two in float32; 255 is NaN."""
+    return exponents.view(torch.float8_e8m0fnu).float()
+
+
+@torch.library.custom_op("trtllm::finegrained_mixed_dtype_gemm", mutates_args=())
+def finegrained_mixed_dtype_gemm(
+    input: Tensor,  # noqa: A002 (the name of the argument)
+    weight: Tensor,
+    scales: Tensor,
+    group_size: int,
+    has_zero_point: bool,
+    output_dtype: torch.dtype,  # noqa: ARG001 (results stay float32 here)
+    alpha: float | None = None,
+    bias: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """`input @ (codes * scales + zeros)`, groups along K; `zeros` are additive and of the layout of `scales` [K/g, N].
+
+    Limits are those of `finegrained_mixed_dtype_gemm` upstream: GPU generation, and zeros when they are announced.
+    Open upstream: whether zeros that are not announced are read; here they are not.
+    """
+    if RELEASE.sm > RELEASE.awq_sm_limit:
+        raise ValueError(f"SM version must be less than or equal to {RELEASE.awq_sm_limit}, got {RELEASE.sm}")
+    assert not has_zero_point or zeros is not None, "Expected 'zeros' tensor when has_zero_point is True"
+    values = mixed_gemm_values(weight, torch.quint4x2) * scales.float().repeat_interleave(group_size, dim=0)
+    if has_zero_point and zeros is not None:
+        values = values + zeros.float().repeat_interleave(group_size, dim=0)
+    output = functional.linear(input.float(), values.T)
+    if alpha is not None:
+        output = output * alpha
+    return output if bias is None else output + bias.float()
