@@ -119,7 +119,7 @@ def assert_says(case: Case, fault: Mapping[str, str]) -> None:
 
 
 def assert_refused(case: Case, tmp_path: Path) -> None:
-    """Refused by name, and neither OUT nor `.OUT.partial` is left; an OUT that was to be overwritten stays as it was."""
+    """Refused by name, and neither OUT nor `.OUT.partial` is left; an OUT that was to be overwritten stays."""
     source, out = write_damaged(case, tmp_path / "source"), tmp_path / "out"
     with pytest.raises(case.error) as caught:
         convert_checkpoint(source, out)

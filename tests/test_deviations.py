@@ -9,6 +9,7 @@ import torch
 from builders import rewrite, rewrite_config, write_checkpoint
 
 from trtllm_ct.convert import convert_checkpoint
+from trtllm_ct.pipeline import plan_checkpoint
 from trtllm_ct.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -65,3 +66,21 @@ def test_ignore_may_be_empty_or_null(tmp_path: Path, ignore: list[str] | None) -
     rewrite_config(built.directory, edit)
 
     assert verify_checkpoint(built.directory).good
+
+
+def test_a_quantized_cache_beside_plain_modules_is_left_to_the_user(tmp_path: Path) -> None:
+    """hf_quant_config.json can't say it, so nothing is delivered that stock would silently not use."""
+    built = write_checkpoint(tmp_path / "source", scheme="int4-g32", kv=True)
+
+    report = convert_checkpoint(built.directory, tmp_path / "out")
+
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert not [name for name in report.plan.delivered_specs if name.endswith(("k_scale", "v_scale"))]
+    assert any("KvCacheConfig(dtype='fp8')" in warning for warning in report.plan.warnings)
+    assert verify_checkpoint(built.directory, tmp_path / "out").good
+
+
+def test_the_reference_engine_takes_a_quantized_cache_alone(tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path / "source", scheme="int4-g32", kv=True)
+
+    assert plan_checkpoint(built.directory, "reference").quant_config.kv_cache_quant_algo == "FP8"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from builders import tiny_config
-from damages import ATTENTION, Q, Case, assert_refused, assert_told, block, config, element, tensors
+from damages import ATTENTION, Case, Q, assert_refused, assert_told, block, config, element, tensors
 
-from trtllm_ct.errors import PayloadError, PlanError
+from trtllm_ct.errors import ConfigError, PayloadError, PlanError
 from trtllm_ct.formats.sparse_24_bitmask import SPARSE_24_BITMASK
 from trtllm_ct.formats.sparse_bitmask import SPARSE_BITMASK
 
@@ -63,9 +63,9 @@ CASES: dict[str, Case] = {
         damage=tensors(lambda stored: stored.pop(f"{Q}.weight_global_scale")),
         error=PlanError,
         where=f"{Q}.weight_global_scale",
-        expected="float32, one element",
+        expected="one float32 element, which the scaled codes are divided by",
         found="no such tensor",
-        remedy="",
+        remedy="Without it the weight is wrong by a factor of hundreds",
     ),
     "NVFP4 without the scale of its input": Case(
         options=NVFP4,
@@ -110,7 +110,7 @@ CASES: dict[str, Case] = {
         where=f"{Q}.weight_scale",
         expected="shape [1, 1] for strategy block",
         found="float32 [2, 1]",
-        remedy="",
+        remedy="Check block_structure in config_groups",
     ),
     "group indices beyond the groups": Case(
         options={"scheme": "int4-g64-actorder", "config": tiny_config(hidden=128)},
@@ -196,15 +196,15 @@ CASES: dict[str, Case] = {
     "a layer more than config.json says": Case(
         damage=config(lambda document: document.update(num_hidden_layers=1)),
         error=PlanError,
-        where="model.layers.1.input_layernorm.weight",
+        where="model.layers.1.mlp.down_proj.weight_",
         expected="only tensors of LlamaForCausalLM",
-        found="bfloat16 [64] without an owner",
-        remedy="Nothing would read it",
+        found=" without an owner",
+        remedy="Nothing would read it; remove it, or check the architecture in config.json",
     ),
     "a mixture without the number of its experts": Case(
         options=MIXTURE,
         damage=config(lambda document: document.pop("num_experts")),
-        error=PlanError,
+        error=ConfigError,
         where="config.json: num_local_experts or n_routed_experts or num_experts",
         expected="a positive integer",
         found="None",

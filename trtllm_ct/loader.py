@@ -75,7 +75,8 @@ class CompressedTensorsWeightLoader:
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The weights of one module after another, as (module name, its tensors by full name); see `load_weights`.
 
-        The plan is made, and faults are raised, before the first module comes. Memory: one module group.
+        The plan is made, its warnings are logged and faults are raised before the first module comes. Memory: one
+        module group.
         """
         _require_choice("layout", layout, ("stored", *_TARGET_OF_LAYOUT))
         if layout == "stored":
@@ -83,6 +84,8 @@ class CompressedTensorsWeightLoader:
         codec = self._codec()
         checkpoint = open_checkpoint(checkpoint_dir)
         plan = checkpoint.plan(_TARGET_OF_LAYOUT[layout])
+        for warning in plan.warnings:
+            logger.warning("%s: %s", checkpoint_dir, warning)
         delivered = stream_delivered(plan, checkpoint.catalog, codec=codec)
         return ((module.name, tensors) for module, tensors in delivered)
 

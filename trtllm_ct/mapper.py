@@ -5,6 +5,7 @@ Every decision was made by the plan; here scales and zero points are checked and
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from trtllm_ct.errors import Fault, FaultCollector, PayloadError
 from trtllm_ct.formats.codecs import NATIVE, Codec
 from trtllm_ct.ops import ModuleTensors
 from trtllm_ct.payload import check_payload
+from trtllm_ct.producers import ValueWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,12 +24,18 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressedTensorsWeightMapper"]
 
+logger = logging.getLogger("trtllm_ct")
+
 
 class CompressedTensorsWeightMapper:
-    """Turns the scales, zero points and codes of compressed-tensors into the engine's Linear layouts."""
+    """Turns the scales, zero points and codes of compressed-tensors into the engine's Linear layouts.
+
+    Values that a producer is known to write wrong are logged once, with the first module that has them.
+    """
 
     def __init__(self, *, codec: Codec = NATIVE) -> None:
         self._codec = codec
+        self._watch = ValueWatch()
 
     def map_module(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The delivered tensors of one module, by full name.
@@ -38,6 +46,8 @@ class CompressedTensorsWeightMapper:
         zero, for a `weight_shape` that contradicts the plan, and for values that the delivered dtype can't hold.
         """
         local = module.local_tensors(stored)
+        for warning in self._watch.look(module, local):
+            logger.warning("%s: %s", module.name, warning)
         faults = FaultCollector()
         check_payload(module, local, faults)
         faults.raise_if_any(PayloadError)

@@ -268,8 +268,8 @@ def _rounded(values: Tensor, dtype: DType) -> Tensor:
     import torch
 
     result = torch.empty(values.shape, dtype=dtype.torch_dtype, device=values.device)
-    for wide, narrow in zip(values.split(_TILE_ROWS), result.split(_TILE_ROWS), strict=True):
-        narrow.copy_(round_once(wide, dtype.torch_dtype))
+    for start in range(0, values.shape[0], _TILE_ROWS):
+        result[start : start + _TILE_ROWS] = round_once(values[start : start + _TILE_ROWS], dtype.torch_dtype)
     return result
 
 

@@ -122,6 +122,8 @@ def verification(report: VerificationReport) -> RenderableType:
             )
     if report.zero_scales:
         lines.append(Text(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
+    if report.warnings:
+        lines.append(_warnings(report.warnings))
     if report.faults:
         lines.append(faults(report.faults))
     return Group(*lines)

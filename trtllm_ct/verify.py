@@ -14,6 +14,7 @@ from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.errors import Fault, FaultCollector, VerificationError
 from trtllm_ct.payload import check_payload, count_zero_scales
 from trtllm_ct.pipeline import open_checkpoint
+from trtllm_ct.producers import ValueWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +30,10 @@ __all__ = ["VerificationReport", "verify_checkpoint"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationReport:
-    """What was checked and every fault that was found. `checks` is empty when only the source was verified."""
+    """What was checked and every fault that was found. `checks` is empty when only the source was verified.
+
+    `warnings` are those of the plan and what the values say of their producer.
+    """
 
     directory: Path
     converted: Path | None
@@ -37,6 +41,7 @@ class VerificationReport:
     zero_scales: int
     checks: tuple[TensorCheck, ...]
     faults: tuple[Fault, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def good(self) -> bool:
@@ -61,6 +66,7 @@ class VerificationReport:
             "modules": self.modules,
             "zero_scales": self.zero_scales,
             "checks": [check.to_dict() for check in self.checks],
+            "warnings": list(self.warnings),
             "faults": [fault.to_dict() for fault in self.faults],
         }
 
@@ -79,7 +85,8 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     checkpoint = open_checkpoint(directory)
     plan = checkpoint.plan("modelopt")
     faults = FaultCollector()
-    zero_scales = _check_source(plan, checkpoint.catalog, faults)
+    watch = ValueWatch()
+    zero_scales = _check_source(plan, checkpoint.catalog, watch, faults)
     checks: tuple[TensorCheck, ...] = ()
     if converted is not None and not faults.faults:
         checks = compare_converted(checkpoint, plan, Path(converted), faults)
@@ -90,6 +97,7 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
         zero_scales=zero_scales,
         checks=checks,
         faults=tuple(faults.faults),
+        warnings=plan.warnings + watch.warnings,
     )
 
 
@@ -97,13 +105,14 @@ def _error(check: TensorCheck) -> float:
     return check.comparison.error
 
 
-def _check_source(plan: Plan, catalog: Catalog, faults: FaultCollector) -> int:
+def _check_source(plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector) -> int:
     """The payload of every module; gives the number of rows or groups that hold zeros only."""
     zeros = 0
     with TensorReader(catalog) as reader:
         for module in plan.modules:
             stored = module.local_tensors({name: reader.read(name) for name in module.reads})
             check_payload(module, stored, faults)
+            watch.look(module, stored)
             zeros += count_zero_scales(module, stored)
             _check_codes(module, stored, faults)
     return zeros

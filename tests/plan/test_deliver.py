@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders import tiny_config, write_checkpoint
+from builders import SCHEMES, tiny_config, write_checkpoint
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.pipeline import plan_checkpoint
+from trtllm_ct.targets import DEFAULT_ENGINE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +21,7 @@ LAYER = "model.layers.0"
 FUSED, ALONE = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.down_proj"
 # What a Linear of [out, in] = [128, 128] is given, by scheme and then by name.
 WORDS, PAIRS = "int8 [128, 128]", "uint8 [64, 128]"
+CODES = "float8_e4m3fn [128, 128]"
 GROUPS_128, GROUPS_64 = "float32 [128, 1]", "float32 [128, 2]"
 LAYOUTS: dict[str, dict[str, str]] = {
     "int4-g128": {"weight": PAIRS, "weight_scale": GROUPS_128, "pre_quant_scale": "bfloat16 [128]"},
@@ -31,20 +33,62 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "int8-channel": {"weight": WORDS, "weight_scale": "float32 [128]"},
     "int8-plain-channel": {"weight": WORDS, "weight_scale": "float32 [128]"},
     "fp8-tensor-static": {
-        "weight": "float8_e4m3fn [128, 128]",
+        "weight": CODES,
         "weight_scale": "float32 []",
         "input_scale": "float32 []",
     },
-    "fp8-channel-token": {"weight": "float8_e4m3fn [128, 128]", "weight_scale": "float32 [128]"},
+    "fp8-channel-token": {"weight": CODES, "weight_scale": "float32 [128]"},
+    "fp8-block": {"weight": CODES, "weight_scale": "float32 [1, 1]"},
+    "nvfp4": {
+        "weight": "uint8 [128, 64]",
+        "weight_scale": "float8_e4m3fn [128, 8]",
+        "weight_scale_2": "float32 []",
+        "input_scale": "float32 []",
+    },
+    "mxfp8": {"weight": CODES, "weight_scale": "uint8 [128, 4]"},
 }
 LAYOUTS["fp8-tensor-naive"] = LAYOUTS["fp8-tensor-static"]
-DEQUANTIZED = ("int4-g32", "int4-g32-asym", "int4-channel-asym", "int8-g32", "int8-plain-g32", "int8-channel-asym")
+LAYOUTS["fp8-tensor-token"] = LAYOUTS["fp8-channel-static"] = LAYOUTS["fp8-channel-token"]
+LAYOUTS["nvfp4a16"] = {name: spec for name, spec in LAYOUTS["nvfp4"].items() if name != "input_scale"}
+LAYOUTS |= dict.fromkeys(
+    ("int6-channel", "int8-plain-tensor", "w8a8", "w8a8-static", "w8a8-static-asym"), LAYOUTS["int8-channel"]
+)
+LAYOUTS |= dict.fromkeys(("int3-g64", "int4-plain-g64", "w4afp8"), LAYOUTS["int4-g64"])
+LAYOUTS |= dict.fromkeys(("int2-channel", "w4a8"), LAYOUTS["int4-channel"])
+NEWEST = ("nvfp4a16", "mxfp8")
+DEQUANTIZED = (
+    "int4-g16",
+    "int4-g32",
+    "int4-g32-asym",
+    "int4-g64-asym",
+    "int4-g64-actorder",
+    "int4-g128-asym",
+    "int4-channel-asym",
+    "int8-g32",
+    "int8-plain-g32",
+    "int8-channel-asym",
+    "int8-plain-channel-asym",
+    "fp8-weight-only",
+    "mxfp4",
+    "mxfp4a16",
+    "mxfp6a8",
+    "mxfp8a16",
+    *NEWEST,
+)
 
 
-def plan(tmp_path: Path, scheme: str, *, to: str = "reference", dtype: DType | None = None, **config: object) -> Plan:
+def plan(
+    tmp_path: Path,
+    scheme: str,
+    *,
+    to: str = "reference",
+    engine: str = DEFAULT_ENGINE,
+    dtype: DType | None = None,
+    **config: object,
+) -> Plan:
     config = {"hidden": 128, "heads": 4, "kv_heads": 4, "layers": 1, **config}
     write_checkpoint(tmp_path, config=tiny_config(**config), scheme=scheme)
-    return plan_checkpoint(tmp_path, to, dtype=dtype)
+    return plan_checkpoint(tmp_path, to, engine=engine, dtype=dtype)
 
 
 def delivered(made: Plan, module: str) -> dict[str, str]:
@@ -58,6 +102,26 @@ def test_each_mode_delivers_the_tensors_that_its_linear_reads(tmp_path: Path, sc
 
     assert delivered(made, ALONE) == LAYOUTS[scheme]
     assert delivered(made, FUSED) == {name: spec for name, spec in LAYOUTS[scheme].items() if name != "pre_quant_scale"}
+
+
+def test_every_scheme_is_delivered_natively_somewhere_or_dequantized_at_stock() -> None:
+    assert SCHEMES.keys() - {"int4-g256"} == {*LAYOUTS, *DEQUANTIZED}
+
+
+@pytest.mark.parametrize("scheme", [name for name in LAYOUTS if not name.endswith("-asym") or name.startswith("w8a8")])
+def test_the_newest_engine_is_given_the_same_tensors(tmp_path: Path, scheme: str) -> None:
+    """Of all that the reference engine reads, stock releases lack the zero points alone."""
+    made = plan(tmp_path, scheme, to="modelopt", engine="stock-1.3")
+
+    assert delivered(made, ALONE) == LAYOUTS[scheme]
+
+
+@pytest.mark.parametrize("scheme", NEWEST)
+def test_what_the_newest_engine_alone_holds_is_dequantized_for_others(tmp_path: Path, scheme: str) -> None:
+    made = plan(tmp_path, scheme, to="modelopt")
+
+    assert delivered(made, ALONE) == {"weight": "bfloat16 [128, 128]"}
+    assert made.module(ALONE).reason.endswith("; stock-1.3 has one")
 
 
 @pytest.mark.parametrize("scheme", DEQUANTIZED)

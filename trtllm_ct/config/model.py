@@ -5,6 +5,7 @@ JSON ends in `trtllm_ct.config.reader`: nothing after it sees a raw dictionary, 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme
 
 __all__ = ["ConfigGroup", "ExpertSparsity", "QuantizationConfig", "SparsityConfig", "Transform"]
+
+_LAST_COMPRESSION_CONFIG = (0, 6, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,17 @@ class QuantizationConfig:
     directory: Path | None = None
     modifiers: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """Major, minor and patch of the release that wrote the block, () when nothing says it.
+
+        Up to 0.6 the block had a key of its own and no version. Releases 0.7 to 0.10.2 lost theirs on saving.
+        """
+        if self.version is None:
+            return _LAST_COMPRESSION_CONFIG if self.origin.endswith("compression_config") else ()
+        numbers = [int(part) for part in re.findall(r"\d+", self.version)[:3]]
+        return (*numbers, *(0,) * (3 - len(numbers))) if numbers else ()
 
     def to_quant_config(self, target: str = "modelopt") -> QuantConfig:
         """What TensorRT-LLM's `QuantConfig` needs for a target, with excluded modules by their full names.

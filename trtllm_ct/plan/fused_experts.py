@@ -22,6 +22,8 @@ __all__ = ["NOT_PER_EXPERT", "split_fused_experts"]
 
 # Fused tensor to the parts of its rows, as positions in (gate, up, down).
 _PARTS = {"gate_up_proj": (0, 1), "w13_weight": (0, 1), "down_proj": (2,), "w2_weight": (2,)}
+# The index of a column's group is that of all rows.
+_PER_COLUMN = frozenset({"weight_g_idx"})
 # The shape of the fused weight says nothing about one expert; the codes say it.
 NOT_PER_EXPERT = frozenset({"weight_shape"})
 
@@ -54,16 +56,17 @@ def _add(result: dict[str, StoredModule], owner: str, fused: str, views: dict[st
         if local in NOT_PER_EXPERT or not isinstance(view, Whole) or not view.spec.shape:
             continue
         for expert in range(view.spec.shape[0]):
-            for part, piece in zip(parts, _pieces(view, expert, len(parts)), strict=True):
+            pieces = _pieces(view, expert, len(parts), cut=local not in _PER_COLUMN)
+            for part, piece in zip(parts, pieces, strict=True):
                 name = f"{owner}.{expert}.{experts.projections[part]}"
                 known = result.get(name)
                 result[name] = StoredModule(name, {**(known.views if known else {}), local: piece})
 
 
-def _pieces(view: Whole, expert: int, count: int) -> Iterator[View]:
+def _pieces(view: Whole, expert: int, count: int, *, cut: bool) -> Iterator[View]:
     """The parts of one expert's rows, or the same whole for each part where rows can't be cut (one scale for all)."""
     shape = view.spec.shape[1:]
-    if count == 1 or not shape or shape[0] % count != 0:
+    if count == 1 or not cut or not shape or shape[0] % count != 0:
         spec = TensorSpec(view.spec.dtype, shape)
         for _ in range(count):
             yield ExpertSlice(name=view.name, spec=spec, expert=expert)

@@ -9,7 +9,7 @@ float32 element each, multiplying the stored fp8 value. Sources: compressed-tens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.deliver import kv_scale
@@ -45,11 +45,16 @@ _IGNORED = {
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """What a checkpoint says about its KV cache, and what of it a target takes."""
+    """What a checkpoint says about its KV cache, and what of it a target takes.
+
+    `alone` when no module is delivered quantized: ModelOpt's configuration has no way to say it of the cache only, and
+    the engine refuses one without an algorithm.
+    """
 
     config: QuantizationConfig
     target: Target
     kv_heads: int
+    alone: bool = False
 
     @property
     def algo(self) -> str | None:
@@ -57,7 +62,10 @@ class KvCache:
         args = self.args
         if args is None or (args.type, args.num_bits) != (NumberType.FLOAT, 8):
             return None
-        return "FP8" if "FP8" in self.target.capabilities.kv_cache else None
+        capabilities = self.target.capabilities
+        if self.alone and not capabilities.kv_cache_alone:
+            return None
+        return "FP8" if "FP8" in capabilities.kv_cache else None
 
     @property
     def args(self) -> QuantArgs | None:
@@ -76,6 +84,10 @@ class KvCache:
         args = self.args
         if args is None or not self.target.holds_codes:
             return ()
+        if self.algo is None and replace(self, alone=False).algo is not None:
+            return (
+                "KV cache: no module is delivered quantized, so the engine must be told: KvCacheConfig(dtype='fp8')",
+            )
         if self.algo is None:
             return (f"KV cache: {self.target.capabilities.name} has no {args.label()} cache; it stays 16-bit",)
         if args.strategy is not Strategy.TENSOR:

@@ -5,7 +5,7 @@ Pure: nothing is read here, and all faults of a checkpoint are raised together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule, stored_mod
 from trtllm_ct.plan.transforms import OnlineTransforms, folds_of
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
+from trtllm_ct.producers import header_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -119,7 +120,13 @@ class _Planner:
             stored={name: tensor.spec for name, tensor in catalog.tensors.items()},
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
-            warnings=self.config.warnings + catalog.warnings + self.reader.warnings + self.kv_cache.warnings,
+            warnings=(
+                *self.config.warnings,
+                *catalog.warnings,
+                *self.reader.warnings,
+                *self.kv_cache.warnings,
+                *header_warnings(self.config, self.model.name, modules),
+            ),
         )
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
@@ -180,6 +187,8 @@ class _Planner:
             if site.module in weights
         }
         assignments = assign_modes(candidates, [site for site, _ in present], self.target)
+        if not any(assignment.holding for assignment in assignments.values()):
+            self.kv_cache = replace(self.kv_cache, alone=True)
         return [
             self._module(module, site, weights.get(site.module), assignments.get(site.module))
             for site, module in present

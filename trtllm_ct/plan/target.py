@@ -15,7 +15,8 @@ __all__ = ["Capabilities", "Target"]
 class Capabilities:
     """What one line of an engine's releases holds; facts with their source, never guesses.
 
-    `linear` are the modes of its Linears, `experts` those of its routed experts, `kv_cache` the KV-cache modes.
+    `linear` are the modes of its Linears, `experts` those of its routed experts, `kv_cache` the KV-cache modes;
+    `kv_cache_alone` says whether one of these can be had without any quantized module.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Capabilities:
     linear: frozenset[QuantAlgo] = frozenset()
     experts: frozenset[QuantAlgo] = frozenset()
     kv_cache: frozenset[str] = frozenset()
+    kv_cache_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats import FORMATS, StoredWeight, format_for
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.plan.architectures import name_variants
+from trtllm_ct.plan.stored import ExpertSlice
 
 if TYPE_CHECKING:
     from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["QuantizedWeight", "WeightReader"]
 
 _FIRST_PACKED_ZERO_POINTS = (0, 9, 4)
-_LAST_COMPRESSION_CONFIG = (0, 6, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +71,13 @@ class WeightReader:
             self._notes[f"declared as {declared}, stored as {weight_format.name}: the tensors decide"] += 1
         expected = (site.shape[0], site.shape[1]) if site.shape else None
         faults = FaultCollector()
-        stored = weight_format.describe(
-            module.name, args, module.specs, expected, faults, version=_release(self.config)
-        )
+        stored = weight_format.describe(module.name, args, module.specs, expected, faults, version=self.config.release)
         self.faults.faults.extend(faults.faults)
         if stored is None or faults.faults:
             return None
         self._check_zero_point(module, args, stored)
-        if weight_format is MARLIN_24 and not _release(self.config) and args.group_size is not None:
+        self._check_blocks(module, stored)
+        if weight_format is MARLIN_24 and not self.config.release and args.group_size is not None:
             self._notes["marlin-24 of an unknown release: group scales read in the order of 0.8.0 and later"] += 1
         return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name)
 
@@ -132,7 +130,7 @@ class WeightReader:
         """An asymmetric weight may lack a zero point only when its writer left out those that are all zero (0.9.3)."""
         if args.symmetric or stored.has_zero_point:
             return
-        if _release(self.config) < _FIRST_PACKED_ZERO_POINTS:
+        if self.config.release < _FIRST_PACKED_ZERO_POINTS:
             self._notes["asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it"] += 1
             return
         self.faults.add(
@@ -142,12 +140,16 @@ class WeightReader:
             remedy="Without them the weight is wrong; download the checkpoint again or look for a lost shard.",
         )
 
-
-def _release(config: QuantizationConfig) -> tuple[int, ...]:
-    """Major, minor, patch of the writer, () when the block does not say; up to 0.6 it had a key of its own."""
-    if config.version is None:
-        return _LAST_COMPRESSION_CONFIG if config.origin.endswith("compression_config") else ()
-    return tuple(int(part) for part in re.findall(r"\d+", config.version)[:3])
+    def _check_blocks(self, module: StoredModule, stored: StoredWeight) -> None:
+        """Gate and up in one tensor must each be whole blocks: else nothing says whose scale the block between is."""
+        scale = module.views[stored.scale]
+        if isinstance(scale, ExpertSlice) and scale.rows is not None and stored.shape[0] % stored.block_rows:
+            self.faults.add(
+                where=scale.name,
+                expected=f"a multiple of {stored.block_rows} rows in each of gate and up",
+                found=f"{stored.shape[0]} rows in blocks of {stored.args.label()}",
+                remedy="Save the experts one by one, as llm-compressor does, or with scales that no block shares.",
+            )
 
 
 def _tensors(module: StoredModule) -> str:

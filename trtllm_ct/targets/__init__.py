@@ -77,6 +77,7 @@ _EVERYTHING = Capabilities(
     linear=_LINEAR | _NEWEST | {QuantAlgo.W4A16_GPTQ},
     experts=_EXPERTS | _NEWEST,
     kv_cache=_FP8_CACHE,
+    kv_cache_alone=True,
 )
 
 MODELOPT = Target(

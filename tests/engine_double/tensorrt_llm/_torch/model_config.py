@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.models.modeling_utils import QuantConfig
@@ -92,9 +91,7 @@ class ModelConfig:
         return dtype
 
     @classmethod
-    def from_pretrained(
-        cls, checkpoint_dir: str | Path, trust_remote_code: bool = False, **kwargs: Any
-    ) -> ModelConfig:
+    def from_pretrained(cls, checkpoint_dir: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> ModelConfig:
         """Read config.json, override it by `model_kwargs` first, then find the quantization."""
         pretrained = PretrainedConfig.from_directory(checkpoint_dir)
         if RELEASE.model_kwargs:

@@ -34,7 +34,9 @@ class CachedModelLoader:
         self._model_dir = _local_directory(self.llm_args.model, self.llm_args.revision)
         given = self.llm_args.quant_config
         if given is not None and given.quant_algo is not None:
-            logger.warning("QuantConfig for pytorch backend is ignored. You can load quantized model with hf_quant_config.json directly.")
+            logger.warning(
+                "QuantConfig for pytorch backend is ignored. You can load quantized model with hf_quant_config.json directly."
+            )
         self._update_from_hf_quant_config()
         return self._model_dir
 
@@ -49,7 +51,7 @@ class CachedModelLoader:
                 quantization = read_modelopt_quant_config(inline) | quantization
             self._apply(quantization)
             return True
-        if inline is None or inline.get("quant_method") is None and not is_modelopt(inline):
+        if inline is None or (inline.get("quant_method") is None and not is_modelopt(inline)):
             return False
         if is_modelopt(inline):
             self._apply(read_modelopt_quant_config(inline))

@@ -24,9 +24,7 @@ _DEFAULTS: dict[str, Any] = {
     "pre_quant_scale": False,
     "exclude_modules": None,
     "mamba_ssm_cache_dtype": None,
-} | (
-    {"mamba_ssm_stochastic_rounding": False, "mamba_ssm_philox_rounds": 10} if RELEASE.strict_quant_config else {}
-)
+} | ({"mamba_ssm_stochastic_rounding": False, "mamba_ssm_philox_rounds": 10} if RELEASE.strict_quant_config else {})
 _CACHED = ("quant_mode", "layer_quant_mode")
 
 

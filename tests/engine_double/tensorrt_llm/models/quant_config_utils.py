@@ -96,9 +96,7 @@ def _several(
             raise ValueError(f"config_groups targets matched no checkpoint module: {group['targets']}")
         algo, size = _group_algo(group, block_format)
         for name in names:
-            layers[name] = QuantConfig(
-                quant_algo=algo, group_size=size, kv_cache_quant_algo=whole.kv_cache_quant_algo
-            )
+            layers[name] = QuantConfig(quant_algo=algo, group_size=size, kv_cache_quant_algo=whole.kv_cache_quant_algo)
     return layers
 
 

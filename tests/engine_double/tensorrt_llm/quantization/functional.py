@@ -7,10 +7,9 @@ weight that skipped the preparation. The checks of shapes are the real ones.
 from __future__ import annotations
 
 import torch
+from tensorrt_llm._double import RELEASE
 from torch import Tensor
 from torch.nn import functional
-
-from tensorrt_llm._double import RELEASE
 
 __all__ = ["e2m1_values", "e8m0_values", "mixed_gemm_values", "preprocess_weights_for_mixed_gemm"]
 
@@ -62,7 +61,7 @@ def finegrained_mixed_dtype_gemm(
     scales: Tensor,
     group_size: int,
     has_zero_point: bool,
-    output_dtype: torch.dtype,  # noqa: ARG001 (results stay float32 here)
+    output_dtype: torch.dtype,
     alpha: float | None = None,
     bias: Tensor | None = None,
     zeros: Tensor | None = None,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
-
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.modules.linear_methods import LinearMethodBase, Weights, frozen, quantize_fp8
 from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, cut_shard
 from tensorrt_llm.quantization.functional import mixed_gemm_values, preprocess_weights_for_mixed_gemm
 from tensorrt_llm.quantization.mode import QuantAlgo
+from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from tensorrt_llm._torch.modules.linear import Linear
@@ -152,7 +151,7 @@ class W4A16_GPTQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
 class W4A8_AWQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
     """As AWQ, with FP8 activations: scales in float16, divided by `weight_scale_2`."""
 
-    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float16
 
     def create_weights(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
-
 from tensorrt_llm._torch.modules.linear_methods import FP8, LinearMethodBase, Weights, frozen, load_kv_scales, still
 from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, cut_shard, load_weight_shard
 from tensorrt_llm.quantization.functional import e2m1_values, e8m0_values
+from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from tensorrt_llm._torch.modules.linear import Linear

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.distributed import allgather, allreduce
 from tensorrt_llm._torch.modules.awq_methods import (
@@ -42,6 +40,7 @@ from tensorrt_llm._torch.modules.sharding import (
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.models.modeling_utils import QuantConfig
 from tensorrt_llm.quantization import QuantAlgo
+from torch import Tensor, nn
 
 __all__ = [
     "Linear",

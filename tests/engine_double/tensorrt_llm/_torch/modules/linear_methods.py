@@ -9,11 +9,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter, functional
-
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.modules.sharding import copy_weight, cut_shard
+from torch import Tensor
+from torch.nn import Parameter, functional
 
 if TYPE_CHECKING:
     from tensorrt_llm._torch.modules.linear import Linear

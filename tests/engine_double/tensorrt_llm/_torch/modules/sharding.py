@@ -6,9 +6,8 @@ import enum
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
 from tensorrt_llm._double import RELEASE
+from torch import Tensor
 
 if TYPE_CHECKING:
     from tensorrt_llm._torch.modules.linear import Linear

@@ -1,0 +1,40 @@
+"""Imitates `checkpoints/hf/weight_loader.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorrt_llm._double import RELEASE
+from tensorrt_llm._torch.models.checkpoints.base_weight_loader import BaseWeightLoader, ConsumableWeightsDict
+from tensorrt_llm._torch.models.modeling_utils import register_checkpoint_weight_loader
+
+if TYPE_CHECKING:
+    from tensorrt_llm.mapping import Mapping
+    from torch import Tensor
+
+__all__ = ["HfWeightLoader"]
+
+
+@register_checkpoint_weight_loader("HF")
+class HfWeightLoader(BaseWeightLoader):
+    """Whole files on every rank, whatever of them is needed; files named consolidated only when there are no others."""
+
+    if RELEASE.mapping_argument:
+
+        def load_weights(self, checkpoint_dir: str, mapping: Mapping, **_: Any) -> Any:
+            return ConsumableWeightsDict(_read(Path(checkpoint_dir)))
+    else:
+
+        def load_weights(self, checkpoint_dir: str, **_: Any) -> Any:  # type: ignore[misc]
+            return _read(Path(checkpoint_dir))
+
+
+def _read(directory: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    files = sorted(directory.glob("*.safetensors"))
+    files = [file for file in files if "consolidated" not in file.name] or files
+    if not files:
+        raise RuntimeError(f"No weight files found in {directory}.")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -1,0 +1,172 @@
+"""Imitates `_torch/pyexecutor/model_loader.py` and, of older releases, `config.py`: one rank's model from a directory."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensorrt_llm._double import RELEASE
+from tensorrt_llm._torch.model_config import ModelConfig
+from tensorrt_llm._torch.models import checkpoints, modeling_decoder
+from tensorrt_llm._torch.models.checkpoints.auto_mapper import AutoCheckpointMapper
+from tensorrt_llm._torch.models.checkpoints.base_checkpoint_loader import BaseCheckpointLoader
+from tensorrt_llm._torch.models.modeling_utils import (
+    MODEL_CLASS_MAPPING,
+    get_checkpoint_weight_loader,
+    get_config_loader,
+)
+from tensorrt_llm.logger import logger
+from tensorrt_llm.quantization import QuantAlgo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
+    from tensorrt_llm.mapping import Mapping
+    from torch import nn
+
+__all__ = ["ModelLoader"]
+
+REGISTERING = (checkpoints, modeling_decoder)
+_STAGES = ("setup_aliases", "transform_weights", "cache_derived_state")
+_CACHE_ALGOS = {"fp8": QuantAlgo.FP8, "nvfp4": QuantAlgo.NVFP4}
+
+
+def _construct_checkpoint_loader(backend: str | None, loader: Any, checkpoint_format: str | None) -> Any:
+    """A given loader as it is; for a format its three registered parts; nothing for AutoDeploy."""
+    if backend == "_autodeploy":
+        return None
+    if loader is not None:
+        return loader
+    assert checkpoint_format is not None
+    return BaseCheckpointLoader.get(
+        checkpoint_format=checkpoint_format,
+        weight_loader=get_checkpoint_weight_loader(checkpoint_format)(),
+        weight_mapper=None,
+        config_loader=get_config_loader(checkpoint_format)(),
+    )
+
+
+@contextmanager
+def uninitialized_memory_is_poison() -> Iterator[None]:
+    """`torch.empty` gives NaN, and all ones for integers, so that what nobody wrote shows in the result."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+class ModelLoader:
+    """Class `ModelLoader`: configuration, modules, weights, mapper, in the order of the release."""
+
+    def __init__(self, llm_args: TorchLlmArgs, mapping: Mapping) -> None:
+        self.args, self.mapping = llm_args, mapping
+
+    def load(self, checkpoint_dir: str) -> tuple[nn.Module, nn.Module | None]:
+        """The model and, with a speculative configuration, the draft model."""
+        # The worker's base class and its model engine construct one each.
+        arguments = (self.args.backend, self.args.checkpoint_loader, self.args.checkpoint_format)
+        _construct_checkpoint_loader(*arguments)
+        loader = _construct_checkpoint_loader(*arguments)
+        with uninitialized_memory_is_poison():
+            config = self._load_config(checkpoint_dir, loader)
+            model = _build(config)
+            self._load_weights(model, config, loader, checkpoint_dir)
+            draft = self._load_draft(loader)
+            for each in filter(None, (model, draft)):
+                _post_load(each)
+        loader.cleanup()
+        return model, draft
+
+    def _load_config(self, checkpoint_dir: str, loader: Any) -> ModelConfig:
+        spec = self.args.speculative_config
+        if RELEASE.defaults_pass:
+            loader.load_config(
+                checkpoint_dir,
+                trust_remote_code=self.args.trust_remote_code,
+                mm_encoder_only=False,
+                mapping=self.mapping,
+                spec_config=spec,
+            )
+        more: dict[str, Any] = {}
+        if RELEASE.force_dynamic_quantization:
+            more["force_dynamic_quantization"] = self.args.force_dynamic_quantization
+        if RELEASE.model_kwargs and self.args.model_kwargs:
+            more["model_kwargs"] = self.args.model_kwargs
+        config: ModelConfig = loader.load_config(
+            checkpoint_dir=checkpoint_dir,
+            trust_remote_code=True,
+            mapping=self.mapping,
+            enable_min_latency=False,
+            use_cuda_graph=False,
+            spec_config=spec,
+            max_num_tokens=self.args.max_num_tokens,
+            max_seq_len=self.args.max_seq_len,
+            moe_backend=self.args.moe_config.backend,
+            moe_max_num_tokens=None,
+            lora_config=None,
+            allreduce_strategy="AUTO",
+            attn_backend="TRTLLM",
+            **more,
+        )
+        self._settle_kv_cache(config)
+        return config
+
+    def _settle_kv_cache(self, config: ModelConfig) -> None:
+        """An explicit dtype that differs from the checkpoint's is an error once, and wins in the newest release."""
+        asked = _CACHE_ALGOS.get(self.args.kv_cache_config.dtype)
+        found = config.quant_config.kv_cache_quant_algo
+        if asked is None or asked == found:
+            return
+        if found is not None and not RELEASE.newest_algos:
+            raise RuntimeError(f"Attempting to override KV cache dtype {found} by {asked}")
+        if found is not None:
+            logger.warning("KV cache dtype %s of the checkpoint is overridden by %s", found, asked)
+        config.quant_config.kv_cache_quant_algo = asked
+
+    def _load_weights(self, model: Any, config: ModelConfig, loader: Any, checkpoint_dir: str) -> None:
+        """The mapper is asked for after the weights are there."""
+        if RELEASE.weight_sessions:
+            more = {"mapping": self.mapping, "model": model, "source_identity": checkpoint_dir}
+            with loader.open_weight_session(checkpoint_dir, **more) as weights:
+                model.load_weights(weights, weight_mapper=loader.get_initialized_weight_mapper(model, config))
+            loader.post_load_apply(model, weights_preloaded=loader.is_weights_preloaded())
+        else:
+            weights = loader.load_weights(checkpoint_dir)
+            model.load_weights(weights, weight_mapper=loader.get_initialized_weight_mapper(model, config))
+
+    def _load_draft(self, loader: Any) -> Any:
+        """Configuration without the loader, weights by the same loader from another directory, mapper by format."""
+        if self.args.speculative_config is None:
+            return None
+        directory = self.args.speculative_config.speculative_model_dir
+        config = ModelConfig.from_pretrained(directory, trust_remote_code=True, mapping=self.mapping)
+        draft = _build(config)
+        weights = loader.load_weights(directory, **({"mapping": self.mapping} if RELEASE.mapping_argument else {}))
+        mapper = AutoCheckpointMapper.get(loader.checkpoint_format, config.pretrained_config.architectures[0])
+        mapper.init_model_and_config(draft, config)
+        draft.load_weights(weights, weight_mapper=mapper)
+        return draft
+
+
+def _build(config: ModelConfig) -> Any:
+    architecture = config.pretrained_config.architectures[0]
+    if architecture not in MODEL_CLASS_MAPPING:
+        raise ValueError(f"Unknown architecture for AutoModelForCausalLM: {architecture}")
+    return MODEL_CLASS_MAPPING[architecture](config)
+
+
+def _post_load(model: nn.Module) -> None:
+    """One call per module once, three stages in the newest release; Linears pass it to their method."""
+    for stage in _STAGES if RELEASE.staged_post_load else ("post_load_weights",):
+        for module in model.modules():
+            for owner in (module, getattr(module, "quant_method", None)):
+                hook = getattr(owner, stage, None)
+                if callable(hook):
+                    hook(*(() if owner is module else (module,)))
