@@ -138,6 +138,7 @@ class _Distant:
 
 def _serve(connection: Connection, payload: bytes) -> None:
     """The life of a worker process; it ends when the parent hangs up."""
+    torch.set_num_threads(1)
     set_peers(_Distant(connection))
     try:
         worker = Worker(*pickle.loads(payload))

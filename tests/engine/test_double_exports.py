@@ -1,0 +1,168 @@
+"""The double against an outside anchor: directories that ModelOpt wrote, and what stock makes of them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import engine_double
+import pytest
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = [pytest.mark.shared, pytest.mark.reference]
+
+TOKENS = list(range(3, 43))
+FUSED = [("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))]
+Module = dict[str, Tensor]
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def bfloat16(scale: Tensor) -> Tensor:
+    return scale.bfloat16().float()
+
+
+def row_pairs(packed: Tensor) -> Tensor:
+    """int4 rows 2i and 2i + 1 in the low and the high nibble of row i."""
+    rows = torch.empty(2 * packed.shape[0], packed.shape[1], dtype=torch.int32)
+    rows[0::2], rows[1::2] = (packed & 15).int(), (packed >> 4).int()
+    return (rows - 16 * (rows > 7).int()).float()
+
+
+def column_pairs(packed: Tensor) -> Tensor:
+    columns = torch.empty(packed.shape[0], 2 * packed.shape[1])
+    columns[:, 0::2], columns[:, 1::2] = E2M1[(packed & 15).long()], E2M1[(packed >> 4).long()]
+    return columns
+
+
+def by_group(scale: Tensor, size: int) -> Tensor:
+    return scale.float().repeat_interleave(size, dim=1)
+
+
+def awq(module: Module, scale: Tensor) -> Tensor:
+    weight = row_pairs(module["weight"]) * by_group(scale, 128)
+    return weight * module["pre_quant_scale"].float() if "pre_quant_scale" in module else weight
+
+
+def float16_divided(module: Module) -> Tensor:
+    second = module["weight_scale_2"]
+    return (module["weight_scale"].half() / second.half()).float() * second
+
+
+WEIGHTS: dict[str, Callable[[Module], Tensor]] = {
+    "FP8_DEFAULT_CFG": lambda m: m["weight"].float() * m["weight_scale"],
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": lambda m: m["weight"].float() * m["weight_scale"][:, None],
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": lambda m: (
+        m["weight"].float() * by_group(m["weight_scale"][:, 0, :, 0], 128).repeat_interleave(128, dim=0)
+    ),
+    "INT8_WEIGHT_ONLY_CFG": lambda m: m["weight"].float() * bfloat16(m["weight_scale"])[:, None],
+    "INT4_AWQ_CFG": lambda m: awq(m, bfloat16(m["weight_scale"])),
+    "W4A8_AWQ_BETA_CFG": lambda m: awq(m, float16_divided(m)),
+    "NVFP4_DEFAULT_CFG": lambda m: column_pairs(m["weight"]) * by_group(m["weight_scale"], 16) * m["weight_scale_2"],
+    "W4A16_NVFP4_CFG": lambda m: column_pairs(m["weight"]) * by_group(m["weight_scale"], 16) * m["weight_scale_2"],
+    "MXFP8_DEFAULT_CFG": lambda m: m["weight"].float() * by_group(2.0 ** (m["weight_scale"].float() - 127), 32),
+}
+"""What each directory's weights are worth after the engine's own roundings: bf16 scales, float16 ones for W4A8."""
+ONLY_NEWEST = {"W4A16_NVFP4_CFG", "MXFP8_DEFAULT_CFG"}
+LOADED = [
+    (generation, export)
+    for export in WEIGHTS
+    for generation in engine_double.GENERATIONS
+    if generation == "newest" or export not in ONLY_NEWEST
+]
+
+
+def dense_logits(directory: Path, weight_of: Callable[[Module], Tensor]) -> Tensor:
+    """Of a plain transformers model that holds the dequantized weights."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = load_file(directory / "model.safetensors")
+    modules: dict[str, Module] = {}
+    for name, tensor in stored.items():
+        module, _, leaf = name.rpartition(".")
+        modules.setdefault(module, {})[leaf] = tensor
+    dense = {
+        f"{name}.weight": weight_of(module) if "weight_scale" in module else module["weight"].float()
+        for name, module in modules.items()
+    }
+    if directory.name == "FP8_DEFAULT_CFG":
+        requantize(dense, modules)
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.load_state_dict(dense)
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([TOKENS])).logits[0]
+    return logits
+
+
+def requantize(dense: dict[str, Tensor], modules: dict[str, Module]) -> None:
+    """Weights of one fused Linear under the largest scale among them."""
+    for layer in range(2):
+        for parent, names in FUSED:
+            members = [f"model.layers.{layer}.{parent}.{name}" for name in names]
+            largest = torch.stack([modules[member]["weight_scale"] for member in members]).max()
+            for member in members:
+                wide = modules[member]["weight"].bfloat16() * modules[member]["weight_scale"]
+                dense[f"{member}.weight"] = (wide / largest).to(torch.float8_e4m3fn).float() * largest
+
+
+def logits_of(engine: Any, directory: Path, **arguments: Any) -> Tensor:
+    with engine.LLM(model=directory, skip_tokenizer_init=True, **arguments) as llm:
+        logits: Tensor = llm.logits(TOKENS)
+    return logits
+
+
+@pytest.mark.parametrize(("generation", "export"), LOADED)
+def test_loads_what_stock_loads_and_computes_what_the_weights_are_worth(
+    shared: Path, generation: str, export: str
+) -> None:
+    directory = shared / "modelopt-exports" / export
+    want = dense_logits(directory, WEIGHTS[export])
+
+    with engine_double.installed(generation) as engine:
+        got = logits_of(engine, directory)
+        cut = logits_of(engine, directory, tensor_parallel_size=2, pipeline_parallel_size=2)
+
+    assert (got - want).abs().max() < 2e-3 * want.std()
+    assert (cut - want).abs().max() < 2e-3 * want.std()
+
+
+REFUSED: dict[str, tuple[type[Exception], str]] = {
+    "INT8_SMOOTHQUANT_CFG": (ValueError, "unsupported quant mode"),
+    "MXFP4_DEFAULT_CFG": (ValueError, "'mxfp4' is not a valid QuantAlgo"),
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": (KeyError, "pre_quant_scale"),
+}
+
+
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS)
+@pytest.mark.parametrize("export", REFUSED)
+def test_refuses_what_stock_refuses(shared: Path, generation: str, export: str) -> None:
+    error, message = REFUSED[export]
+    with engine_double.installed(generation) as engine, pytest.raises(error, match=message):
+        logits_of(engine, shared / "modelopt-exports" / export)
+
+
+@pytest.mark.parametrize("export", sorted(ONLY_NEWEST))
+def test_old_releases_refuse_algorithms_that_came_later(shared: Path, export: str) -> None:
+    algo = json.loads((shared / "modelopt-exports" / export / "hf_quant_config.json").read_text())
+    name = algo["quantization"]["quant_algo"]
+    with engine_double.installed("old") as engine, pytest.raises(ValueError, match=f"'{name}' is not a valid"):
+        logits_of(engine, shared / "modelopt-exports" / export)
+
+
+@pytest.mark.parametrize("export", ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
+def test_quantized_activations_change_logits_a_little(shared: Path, export: str) -> None:
+    directory = shared / "modelopt-exports" / export
+    want = dense_logits(directory, WEIGHTS[export])
+
+    with engine_double.installed(quantize_activations=True) as engine:
+        error = (logits_of(engine, directory) - want).std() / want.std()
+
+    assert 1e-3 < error < 0.2

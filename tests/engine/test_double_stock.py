@@ -1,0 +1,79 @@
+"""What stock makes of compressed-tensors directories, without a plug-in: one line per checkpoint and release."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import engine_double
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.shared
+
+WEIGHT_ONLY = (TypeError, "'NoneType' object is not subscriptable")
+"""The parser reads the strategy of activations that there are none of."""
+
+NEWEST: dict[str, tuple[type[Exception], str]] = {
+    "fp8-static-kv": (ValueError, "Unsupported weights_quant_strategy: tensor"),
+    "mixtral-w4a16": WEIGHT_ONLY,
+    "mxfp4a16": (ValueError, "unsupported quant mode"),
+    "nvfp4": (AssertionError, "weight"),
+    "qwen3moe-nvfp4": (AssertionError, "weight"),
+    "sparse-bitmask": (ValueError, "config_groups is not set"),
+    "sparse24-fp8": (AssertionError, "weight"),
+    "w4a16-actorder-group": WEIGHT_ONLY,
+    "w4a16-g64-asym": WEIGHT_ONLY,
+    "w4a16-gptq": WEIGHT_ONLY,
+    "w8a16-channel": WEIGHT_ONLY,
+    "w8a16-group": WEIGHT_ONLY,
+}
+RIGHT = ["fp8-block", "fp8-dynamic"]
+QUIETLY_WRONG = {"w8a8-dynamic": 0.05, "mixed-fp8-w4": float("nan")}
+"""int8 codes become FP8 ones; of two groups the first is applied to all, and packed Linears are never filled."""
+
+
+def error_of(engine: Any, directory: Path) -> float:
+    """Largest difference to the golden logits, in their standard deviations."""
+    import numpy as np
+
+    with np.load(directory / "golden.npz") as golden:
+        prompt, want = golden["prompt"].tolist(), torch.from_numpy(golden["logits"])
+    with engine.LLM(model=directory, skip_tokenizer_init=True) as llm:
+        return float((llm.logits(prompt)[-8:] - want).abs().max() / want.std())
+
+
+@pytest.mark.parametrize("checkpoint", sorted(NEWEST))
+def test_the_newest_release_refuses(shared: Path, checkpoint: str) -> None:
+    error, message = NEWEST[checkpoint]
+    with engine_double.installed("newest") as engine, pytest.raises(error, match=message):
+        error_of(engine, shared / "checkpoints" / checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", RIGHT)
+def test_the_newest_release_loads(shared: Path, checkpoint: str) -> None:
+    with engine_double.installed("newest") as engine:
+        assert error_of(engine, shared / "checkpoints" / checkpoint) < 2e-3
+
+
+def test_int8_weights_are_quietly_rounded_to_fp8(shared: Path) -> None:
+    """It loads, runs, and says nothing."""
+    with engine_double.installed("newest") as engine:
+        assert 0.02 < error_of(engine, shared / "checkpoints" / "w8a8-dynamic") < 1
+
+
+@pytest.mark.parametrize("checkpoint", sorted({*NEWEST, *RIGHT, "w8a8-dynamic", "mixed-fp8-w4"}))
+def test_old_releases_refuse_every_compressed_tensors_block(shared: Path, checkpoint: str) -> None:
+    with (
+        engine_double.installed("old") as engine,
+        pytest.raises(NotImplementedError, match="Unsupported quantization_config"),
+    ):
+        error_of(engine, shared / "checkpoints" / checkpoint)
+
+
+@pytest.mark.parametrize("parser", ["A", "B", "C"])
+def test_mixed(shared: Path, parser: str) -> None:
+    with engine_double.installed("newest", ct_parser=parser) as engine:
+        print(error_of(engine, shared / "checkpoints" / "mixed-fp8-w4"))
