@@ -21,8 +21,10 @@ from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.detect import Detection, FormatDetector
+from trtllm_ct.errors import ConfigError, Fault
 from trtllm_ct.plan.architectures import Model
 from trtllm_ct.plan.planner import make_plan
+from trtllm_ct.plan.unsupported import MISTRAL_REMEDY
 from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     detection = FormatDetector().detect(directory)
     detection.require_compressed_tensors()
-    hf_config = read_json_object(directory / "config.json")
+    hf_config = _read_hf_config(directory)
     return Checkpoint(
         directory=directory,
         detection=detection,
@@ -77,6 +79,21 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         catalog=Catalog.from_directory(directory),
         model=Model.from_config(hf_config),
         hf_config=hf_config,
+    )
+
+
+def _read_hf_config(directory: Path) -> Mapping[str, Any]:
+    """config.json, parsed; a directory that has params.json instead is in Mistral's own form."""
+    path, params = directory / "config.json", directory / "params.json"
+    if path.is_file() or not params.is_file():
+        return read_json_object(path)
+    raise ConfigError(
+        Fault(
+            where=str(params),
+            expected="a config.json, which describes the model",
+            found="params.json alone, Mistral's own form",
+            remedy=MISTRAL_REMEDY,
+        )
     )
 
 

@@ -51,7 +51,7 @@ def awq(module: Module, scale: Tensor) -> Tensor:
 
 def float16_divided(module: Module) -> Tensor:
     second = module["weight_scale_2"]
-    return (module["weight_scale"].half() / second.half()).float() * second
+    return (module["weight_scale"].half().float() / second).half().float() * second
 
 
 WEIGHTS: dict[str, Callable[[Module], Tensor]] = {
@@ -68,6 +68,7 @@ WEIGHTS: dict[str, Callable[[Module], Tensor]] = {
     "MXFP8_DEFAULT_CFG": lambda m: m["weight"].float() * by_group(2.0 ** (m["weight_scale"].float() - 127), 32),
 }
 """What each directory's weights are worth after the engine's own roundings: bf16 scales, float16 ones for W4A8."""
+BLOCKS = "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"
 ONLY_NEWEST = {"W4A16_NVFP4_CFG", "MXFP8_DEFAULT_CFG"}
 LOADED = [
     (generation, export)
@@ -127,11 +128,39 @@ def test_loads_what_stock_loads_and_computes_what_the_weights_are_worth(
     want = dense_logits(directory, WEIGHTS[export])
 
     with engine_double.installed(generation) as engine:
-        got = logits_of(engine, directory)
-        cut = logits_of(engine, directory, tensor_parallel_size=2, pipeline_parallel_size=2)
+        whole = logits_of(engine, directory)
+        ranks = 1 if export == BLOCKS else 2
+        cut = logits_of(engine, directory, tensor_parallel_size=ranks, pipeline_parallel_size=2)
 
-    assert (got - want).abs().max() < 2e-3 * want.std()
+    assert (whole - want).abs().max() < 2e-3 * want.std()
     assert (cut - want).abs().max() < 2e-3 * want.std()
+
+
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS)
+def test_shards_that_are_no_whole_blocks_take_the_scales_of_their_neighbours(shared: Path, generation: str) -> None:
+    """64 rows of K and of V on each of two ranks, in blocks of 128: nothing complains."""
+    directory = shared / "modelopt-exports" / BLOCKS
+    with engine_double.installed(generation) as engine:
+        whole = logits_of(engine, directory)
+        cut = logits_of(engine, directory, tensor_parallel_size=2)
+
+    assert 0.1 < (cut - whole).abs().max() / whole.std() < 1
+
+
+def test_an_input_scale_of_a_row_wise_o_proj_changes_its_result(shared: Path, tmp_path: Path) -> None:
+    """Attention divides by it, the GEMM is not told; forced dynamic quantization leaves both out."""
+    from safetensors.torch import load_file, save_file
+
+    source = shared / "modelopt-exports" / "FP8_PER_CHANNEL_PER_TOKEN_CFG"
+    for name in ("config.json", "hf_quant_config.json"):
+        (tmp_path / name).write_text((source / name).read_text())
+    scales = {f"model.layers.{layer}.self_attn.o_proj.input_scale": torch.tensor(2.0) for layer in range(2)}
+    save_file(load_file(source / "model.safetensors") | scales, tmp_path / "model.safetensors")
+
+    with engine_double.installed("newest") as engine:
+        want = logits_of(engine, source)
+        assert (logits_of(engine, tmp_path) - want).abs().max() > 0.1 * want.std()
+        assert torch.equal(logits_of(engine, tmp_path, force_dynamic_quantization=True), want)
 
 
 REFUSED: dict[str, tuple[type[Exception], str]] = {

@@ -1,7 +1,7 @@
 """A stand-in for TensorRT-LLM's PyTorch backend, for tests on machines without a GPU.
 
-`installed("old")` or `installed("newest")` puts our own small `tensorrt_llm` on the import path. It imitates, on CPU and
-in float32, what the backend does with a checkpoint from `LLM(...)` to logits: as strict, and as careless. Every
+`installed("old")` or `installed("newest")` puts our own small `tensorrt_llm` on the import path. It imitates, on CPU
+and in float32, what the backend does with a checkpoint from `LLM(...)` to logits: as strict, and as careless. Every
 behaviour names the upstream file that it imitates. None of its code comes from there.
 """
 
@@ -13,6 +13,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,11 +59,15 @@ def installed(
     }
     before = {name: os.environ.get(name) for name in variables}
     hidden = _take_modules(importers)
+    threads = torch.get_num_threads()
+    # Models of tests are so small that threads cost more than they give, on a busy machine a hundred times as much.
+    torch.set_num_threads(1)
     os.environ.update(variables)
     sys.path.insert(0, _HERE)
     try:
         yield importlib.import_module("tensorrt_llm")
     finally:
+        torch.set_num_threads(threads)
         sys.path.remove(_HERE)
         _take_modules(importers)
         sys.modules.update(hidden)

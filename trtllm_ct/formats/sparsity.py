@@ -15,6 +15,7 @@ Source: compressed-tensors 0.6 and 0.14 `compressors/`.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from trtllm_ct.formats.sparse_24_bitmask import SPARSE_24_BITMASK
@@ -80,7 +81,7 @@ def find_sparse(
             remedy = "Files of two checkpoints may lie in one directory: keep those of one of them."
             found_twice = f"it plain and in pieces, as {stem}.compressed"
             faults.add(where=name, expected="it once", found=found_twice, remedy=remedy)
-        elif (sparse := _describe(stem, name, pieces, expected_shape(name), faults)) is not None:
+        elif (sparse := _describe(stem, name, pieces, expected_shape(name) or _full(name, pieces), faults)) is not None:
             found[name] = sparse
     return found
 
@@ -113,6 +114,14 @@ def _stems(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
         if stem and local in _PIECES:
             gathered.setdefault(stem, {})[local] = spec
     return {stem: pieces for stem, pieces in gathered.items() if len(pieces) > 1}
+
+
+def _full(name: str, pieces: StoredSpecs) -> tuple[int, ...] | None:
+    """The shape of a parameter of quantization, which no model knows: unlike weights, most of its values are not 0."""
+    if name.rpartition(".")[2] in {"weight", "bias"} or not {"bitmask", "compressed"} <= pieces.keys():
+        return None
+    rows, values = pieces["bitmask"].shape[:-1], pieces["compressed"].numel
+    return (*rows, max(1, -(-values // prod(rows)))) if prod(rows) else None
 
 
 def _describe(

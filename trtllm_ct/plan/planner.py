@@ -23,7 +23,7 @@ from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule, stored_modules
 from trtllm_ct.plan.transforms import OnlineTransforms, folds_of
-from trtllm_ct.plan.unsupported import refuse_unsupported
+from trtllm_ct.plan.unsupported import refuse_mistral_names, refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 from trtllm_ct.producers import header_warnings
 
@@ -93,6 +93,9 @@ class _Planner:
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather, read, assign, deliver."""
+        refuse_mistral_names(catalog.tensors, self.faults)
+        # Every tensor would be missing or surplus.
+        self.faults.raise_if_any(PlanError)
         refuse_unsupported(self.config, self.model, self.faults)
         # Few checkpoints are sparse, and only they need the shape of every weight by name.
         shapes = cache(lambda: self.model.weight_shapes(catalog.tensors))

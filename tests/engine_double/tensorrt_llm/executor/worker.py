@@ -10,10 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensorrt_llm._torch.distributed import Hub, set_peers
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Executor", "Worker"]
 
 _FORWARDED = ("TRTLLM", "TLLM")
+_starting = threading.Lock()
 _SYSTEM = {"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR"}
 
 
@@ -43,14 +45,6 @@ class Worker:
         assert model is not None
         result: torch.Tensor = model(torch.tensor(tokens))
         return result
-
-
-class _Rank(Protocol):
-    def start(self, hub: Hub) -> None: ...
-
-    def logits(self, hub: Hub, tokens: list[int], draft: bool) -> torch.Tensor: ...
-
-    def stop(self) -> None: ...
 
 
 class _Thread:
@@ -89,7 +83,7 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._payload), daemon=True)
-        with _environment_of_workers():
+        with _starting, _environment_of_workers():
             self._process.start()
         theirs.close()
         self._answer(hub)
@@ -176,13 +170,21 @@ class Executor:
             )
             for rank in range(size)
         ]
-        self.ranks: list[Any]
+        self.ranks: list[_Thread] | list[_Process]
         if self.in_process:
             # One rank gets the very arguments; several get copies, as processes would.
             copies = [llm_args if size == 1 else pickle.loads(pickle.dumps(llm_args)) for _ in mappings]
             self.ranks = [_Thread(each, model_dir, mapping) for each, mapping in zip(copies, mappings, strict=True)]
         else:
             self.ranks = [_Process(llm_args, model_dir, mapping) for mapping in mappings]
+        try:
+            self._start()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _start(self) -> None:
+        """Threads one after the other, since uninitialized memory is poisoned for a whole process."""
         hub = Hub()
         if self.in_process:
             for rank in self.ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tensorrt_llm._torch.model_config import ModelConfig
@@ -18,8 +19,6 @@ def create_input_processor(model_dir: Path, tokenizer: Any, checkpoint_format: s
     Upstream it is open which format is passed when only a loader was given; here it is HF, the stricter case.
     """
     if checkpoint_format in {None, "HF"}:
-        try:
+        with suppress(ValueError, OSError):
             ModelConfig.from_pretrained(model_dir, trust_remote_code=True)
-        except (ValueError, OSError):
-            pass
     return tokenizer

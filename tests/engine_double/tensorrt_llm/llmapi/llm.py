@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tensorrt_llm.executor.worker import Executor
 from tensorrt_llm.inputs.registry import create_input_processor
@@ -83,7 +83,7 @@ class LLM:
         if self.args.backend == "_autodeploy":
             raise NotImplementedError("the double has no AutoDeploy, which would ignore the checkpoint loader")
         model_dir = CachedModelLoader(self.args)()
-        self.tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(model_dir)
+        self.tokenizer: Any = None if skip_tokenizer_init else tokenizer or _tokenizer(model_dir)
         self.input_processor = create_input_processor(model_dir, self.tokenizer, self.args.checkpoint_format)
         self._end_ids = _end_ids(model_dir)
         self._executor = Executor(self.args, str(model_dir))
@@ -107,12 +107,13 @@ class LLM:
     @property
     def models(self) -> list[Any]:
         """For tests with ranks in this process: the modules of every rank."""
-        return [rank.worker.model for rank in self._executor.ranks]
+        ranks: list[Any] = self._executor.ranks
+        return [rank.worker.model for rank in ranks]
 
     def shutdown(self) -> None:
         self._executor.shutdown()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -34,9 +34,7 @@ class CachedModelLoader:
         self._model_dir = _local_directory(self.llm_args.model, self.llm_args.revision)
         given = self.llm_args.quant_config
         if given is not None and given.quant_algo is not None:
-            logger.warning(
-                "QuantConfig for pytorch backend is ignored. You can load quantized model with hf_quant_config.json directly."
-            )
+            logger.warning("QuantConfig for pytorch backend is ignored.")
         self._update_from_hf_quant_config()
         return self._model_dir
 

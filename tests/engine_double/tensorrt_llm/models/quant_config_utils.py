@@ -46,24 +46,32 @@ def _group_algo(group: dict[str, Any], block_format: str | None) -> tuple[QuantA
     inputs = group["input_activations"]
     inputs_strategy = inputs["strategy"]  # TypeError for every weight-only scheme
     if weights["num_bits"] == 4 and weights.get("type") == "float":
-        if inputs_strategy != "tensor_group":
-            raise ValueError(f"Unsupported inputs_quant_strategy for NVFP4: {inputs_strategy}.")
-        if weights.get("group_size") != 16:
-            raise ValueError(f"Unsupported group_size: {weights.get('group_size')}. Supported: 16 for NVFP4.")
-        return QuantAlgo.NVFP4, 16
+        return _nvfp4(weights, inputs_strategy)
     if weights["num_bits"] != 8:
         raise ValueError(f"Unsupported quant_bits: {weights['num_bits']}. Supported: 8 (FP8) or 4 (NVFP4).")
-    if weights["strategy"] == "channel":
-        if inputs_strategy != "token":
-            raise ValueError(f"Unsupported inputs_quant_strategy: {inputs_strategy}.")
+    return _fp8(weights, inputs)
+
+
+def _nvfp4(weights: dict[str, Any], inputs_strategy: str) -> tuple[QuantAlgo, int | None]:
+    if inputs_strategy != "tensor_group":
+        raise ValueError(f"Unsupported inputs_quant_strategy for NVFP4: {inputs_strategy}.")
+    if weights.get("group_size") != 16:
+        raise ValueError(f"Unsupported group_size: {weights.get('group_size')}. Supported: 16 for NVFP4.")
+    return QuantAlgo.NVFP4, 16
+
+
+def _fp8(weights: dict[str, Any], inputs: dict[str, Any]) -> tuple[QuantAlgo, int | None]:
+    """Whatever the type of the weights is."""
+    strategy = weights["strategy"]
+    if strategy == "channel":
+        if inputs["strategy"] != "token":
+            raise ValueError(f"Unsupported inputs_quant_strategy: {inputs['strategy']}.")
         return QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN, None
-    if weights["strategy"] == "block":
+    if strategy == "block":
         if inputs.get("group_size") != 128:
             raise ValueError(f"Unsupported group_size: {inputs.get('group_size')}. Supported: 128.")
         return QuantAlgo.FP8_BLOCK_SCALES, 128
-    raise ValueError(
-        f"Unsupported weights_quant_strategy: {weights['strategy']}. Supported strategies: 'channel', 'block'."
-    )
+    raise ValueError(f"Unsupported weights_quant_strategy: {strategy}. Supported strategies: 'channel', 'block'.")
 
 
 def update_quant_config_from_compressed_tensors(

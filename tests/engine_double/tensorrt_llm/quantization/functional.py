@@ -1,7 +1,7 @@
-"""Imitates `quantization/functional.py` and `_torch/custom_ops/torch_custom_ops.py`: the mixed-type GEMM and its layout.
+"""Imitates `quantization/functional.py` and `_torch/custom_ops/torch_custom_ops.py`: the mixed-type GEMM.
 
-The real layout permutes and interleaves by GPU generation. Here it only becomes offset binary, which is enough to show a
-weight that skipped the preparation. The checks of shapes are the real ones.
+The real layout permutes and interleaves by GPU generation. Here codes only become offset binary, which is enough to
+show a weight that skipped the preparation. The checks of shapes are the real ones.
 """
 
 from __future__ import annotations

@@ -37,10 +37,9 @@ def read_modelopt_quant_config(document: dict[str, Any]) -> dict[str, Any]:
 
 def read_algo(name: str | None) -> QuantAlgo | None:
     """Member of a name; ValueError for a name that is none, such as ModelOpt's `mxfp4`."""
-    nothing = {None, "none", "null"} if RELEASE.any_case_aliases else {None}
-    if name in nothing:
+    if name is None or (RELEASE.any_case_aliases and name in {"none", "null"}):
         return None
-    alias = name.lower() if RELEASE.any_case_aliases and name else name
+    alias = name.lower() if RELEASE.any_case_aliases else name
     return QuantAlgo.FP8_BLOCK_SCALES if alias == "fp8_pb_wo" else QuantAlgo(name)
 
 

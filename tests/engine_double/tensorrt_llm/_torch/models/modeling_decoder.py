@@ -111,9 +111,9 @@ class Attention(nn.Module):
         return self.o_proj(self._quantize_output(seen.transpose(0, 1).flatten(1)))
 
     def _quantize_output(self, values: Tensor) -> Tensor:
-        """Imitates `_torch/modules/attention.py`: the output is scaled for a row-wise FP8 o_proj, whose GEMM isn't told.
+        """Imitates `_torch/modules/attention.py`: a row-wise FP8 o_proj gets quantized values.
 
-        With no input scale delivered that is a fixed scale of 1 instead of one per token.
+        Its GEMM isn't told their scale, and without a delivered input scale that is 1 instead of one per token.
         """
         if not self.o_proj.has_fp8_rowwise or self.o_proj.force_dynamic_quantization:
             return values
@@ -223,11 +223,11 @@ class DecoderModel(nn.Module):
         model, mapping = config.pretrained_config, config.mapping
         mine = mapping.pp_layers(model.num_hidden_layers)
         tied_head = model.tie_word_embeddings and mapping.is_last_pp_rank()
-        self.embed_tokens = Embedding(config) if mapping.is_first_pp_rank() or tied_head else None
+        self.embed_tokens: Any = Embedding(config) if mapping.is_first_pp_rank() or tied_head else None
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) if layer in mine else nn.Identity() for layer in range(model.num_hidden_layers)
         )
-        self.norm = RMSNorm(model.hidden_size, config) if mapping.is_last_pp_rank() else None
+        self.norm: Any = RMSNorm(model.hidden_size, config) if mapping.is_last_pp_rank() else None
 
 
 class Decoder(DecoderModelForCausalLM):

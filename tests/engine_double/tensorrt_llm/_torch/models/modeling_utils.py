@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +12,8 @@ from tensorrt_llm.models.modeling_utils import QuantConfig
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tensorrt_llm._torch.model_config import ModelConfig
     from tensorrt_llm._torch.models.checkpoints.base_weight_mapper import BaseWeightMapper
 
@@ -140,7 +141,10 @@ def _names_of(name: str, module: nn.Module) -> list[str]:
 def _load_weights_impl_v2(
     model: DecoderModelForCausalLM, weights: Any, weight_mapper: BaseWeightMapper, allow_partial_loading: bool = False
 ) -> None:
-    """Every module with parameters takes what is named like it; one without tensors is skipped, leftovers are not seen."""
+    """Every module with parameters takes what is named like it.
+
+    One without tensors is skipped, and leftovers are not seen.
+    """
 
     def load(named: tuple[str, nn.Module]) -> None:
         name, module = named
@@ -165,6 +169,7 @@ def _load_module(name: str, module: Any, weights: Any, mapper: BaseWeightMapper,
             found = mapper.filter_weights(f"{around}.{source}", weights)
             shards += mapper.apply_callbacks(module, source, name.split("."), found)
         module.load_weights(weights=shards, **more)
+        _consumed(weights, *(f"{around}.{source}" for source in mapper.mapping[leaf]))
         return
     own = mapper.filter_weights(name, weights)
     if not own:
@@ -177,3 +182,10 @@ def _load_module(name: str, module: Any, weights: Any, mapper: BaseWeightMapper,
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
                 mapper.handle_manual_copy(name, own, parameter_name, parameter)
+    _consumed(weights, name)
+
+
+def _consumed(weights: Any, *prefixes: str) -> None:
+    """Newer releases let go of what a module has taken."""
+    for prefix in prefixes if hasattr(weights, "mark_consumed") else ():
+        weights.mark_consumed(prefix)

@@ -35,13 +35,10 @@ class WeightOnlyQuantLinearMethod(LinearMethodBase):
     def alignment(self, module: Linear) -> int:
         return 16 if self._codes(module) == torch.int8 else 32
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         per_byte = 1 if self._codes(module) == torch.int8 else 2
         module.weight = frozen(in_features, out_features // per_byte, dtype=torch.int8)
         module.weight_scale = frozen(out_features, dtype=dtype)
-        super().create_weights(module, in_features, out_features, bias, dtype)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         codes = self._codes(module)
@@ -59,6 +56,7 @@ class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
     """int4 with groups along K; Linears that stand alone must have `pre_quant_scale`, fused ones never read it."""
 
     reads_pre_quant_scale = True
+    activations = torch.float16
 
     def alignment(self, module: Linear) -> int:
         return self._group_size(module)
@@ -69,16 +67,13 @@ class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
         assert module.quant_config.group_size is not None
         return module.quant_config.group_size
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         group = self._group_size(module)
         module.weight = frozen(in_features, out_features // 2, dtype=torch.int8)
         if in_features % group != 0:
             raise ValueError(f"in_features ({in_features}) must be divisible by group_size ({group})")
         module.weight_scale = frozen(in_features // group, out_features, dtype=self.scale_dtype(dtype))
         module.pre_quant_scale = None
-        super().create_weights(module, in_features, out_features, bias, dtype)
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Scales are rounded to the module's dtype."""
@@ -86,7 +81,7 @@ class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         codes = torch.cat(self.shards(module, weights, "weight", (2, 1))).to(torch.int8).T.contiguous()
-        copy_weight(module.weight, preprocess_weights_for_mixed_gemm(codes, torch.quint4x2, torch.float16))
+        copy_weight(module.weight, preprocess_weights_for_mixed_gemm(codes, torch.quint4x2, self.activations))
         copy_weight(module.weight_scale, self.grouped(module, weights, "weight_scale"))
         self.load_bias(module, weights)
 
@@ -132,12 +127,10 @@ class W4A16_GPTQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
 
     reads_pre_quant_scale = False
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         if self._group_size(module) not in {64, 128}:
             raise ValueError(f"W4A16_GPTQ group_size must be 64 or 128, got {self._group_size(module)}")
-        super().create_weights(module, in_features, out_features, bias, dtype)
+        super().allocate(module, in_features, out_features, dtype)
         module.weight_zero = frozen(*module.weight_scale.shape, dtype=dtype)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
@@ -151,13 +144,13 @@ class W4A16_GPTQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
 class W4A8_AWQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
     """As AWQ, with FP8 activations: scales in float16, divided by `weight_scale_2`."""
 
+    activations = torch.float8_e4m3fn
+
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float16
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
-        super().create_weights(module, in_features, out_features, bias, dtype)
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().allocate(module, in_features, out_features, dtype)
         module.input_scale = frozen(dtype=torch.float32)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:

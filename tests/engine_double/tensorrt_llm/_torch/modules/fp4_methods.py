@@ -35,13 +35,10 @@ class _SmallGroups(LinearMethodBase):
     def alignment(self, module: Linear) -> int:
         return 32
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         assert in_features % self.group == 0, f"in_features {in_features} must be divisible by {self.group}"
         module.weight = frozen(out_features, in_features // self.per_byte, dtype=self.weight_dtype)
         module.weight_scale = frozen(out_features, in_features // self.group, dtype=self.scale_dtype)
-        super().create_weights(module, in_features, out_features, bias, dtype)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         copy_weight(module.weight, torch.cat(self.shards(module, weights, "weight", (1, self.per_byte))))
@@ -63,10 +60,8 @@ class NVFP4LinearMethod(_SmallGroups):
     scale_dtype = FP8
     reads_input_scale = True
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
-        super().create_weights(module, in_features, out_features, bias, dtype)
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().allocate(module, in_features, out_features, dtype)
         module.weight_scale_2 = frozen(dtype=torch.float32)
         module.input_scale = frozen(dtype=torch.float32) if self.reads_input_scale else None
         module.kv_scales = Parameter(torch.ones(3), requires_grad=False)

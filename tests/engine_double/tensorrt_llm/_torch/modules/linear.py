@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensorrt_llm._double import RELEASE
@@ -38,9 +38,11 @@ from tensorrt_llm._torch.modules.sharding import (
     load_weight_shard,
 )
 from tensorrt_llm.mapping import Mapping
-from tensorrt_llm.models.modeling_utils import QuantConfig
 from tensorrt_llm.quantization import QuantAlgo
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tensorrt_llm.models.modeling_utils import QuantConfig
 
 __all__ = [
     "Linear",
@@ -110,6 +112,16 @@ class Linear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     quant_method: LinearMethodBase
+    local_bounds: tuple[int, int]
+    # What methods add.
+    weight_scale: nn.Parameter
+    weight_scale_2: nn.Parameter
+    weight_zero: nn.Parameter
+    kv_scales: nn.Parameter
+    input_scale: Any
+    inv_input_scale: Any
+    pre_quant_scale: Any
+    alpha_value: float
 
     def __init__(
         self,

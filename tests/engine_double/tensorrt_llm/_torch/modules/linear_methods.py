@@ -68,7 +68,12 @@ class LinearMethodBase:
     def create_weights(
         self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
     ) -> None:
+        self.allocate(module, in_features, out_features, dtype)
         module.register_parameter("bias", frozen(out_features, dtype=dtype) if bias else None)
+
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Everything but the bias."""
+        raise NotImplementedError
 
     def load_weights(
         self, module: Linear, weights: Weights, weight_mode: str, allow_partial_loading: bool = False
@@ -128,11 +133,8 @@ def load_kv_scales(module: Linear, weights: Weights) -> None:
 class UnquantizedLinearMethod(LinearMethodBase):
     """Any float weight, cast to the module's dtype."""
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         module.weight = frozen(out_features, in_features, dtype=dtype)
-        super().create_weights(module, in_features, out_features, bias, dtype)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         copy_weight(module.weight, torch.cat(self.shards(module, weights, "weight")))
@@ -145,15 +147,12 @@ class UnquantizedLinearMethod(LinearMethodBase):
 class FP8QDQLinearMethod(LinearMethodBase):
     """One scale per Linear: shards of a fused one are requantized, and the largest input scale is taken."""
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         module.weight = frozen(out_features, in_features, dtype=FP8)
         module.weight_scale = frozen(dtype=torch.float32)
         module.input_scale = frozen(dtype=torch.float32)
         module.inv_input_scale = frozen(dtype=torch.float32)
         module.kv_scales = Parameter(torch.ones(3), requires_grad=False)
-        super().create_weights(module, in_features, out_features, bias, dtype)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         shards = self.shards(module, weights, "weight")
@@ -195,13 +194,10 @@ def _scalar(weights: dict[str, Tensor], name: str) -> Tensor:
 class FP8RowwiseLinearMethod(LinearMethodBase):
     """One scale per row, activations per token."""
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         module.weight = frozen(out_features, in_features, dtype=FP8)
         module.weight_scale = frozen(out_features, dtype=torch.float32)
         module.inv_input_scale = Parameter(torch.ones(()), requires_grad=False)
-        super().create_weights(module, in_features, out_features, bias, dtype)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         """An `input_scale` serves attention only, which divides by it; the GEMM still multiplies by one."""
@@ -229,12 +225,9 @@ class FP8BlockScalesLinearMethod(LinearMethodBase):
     def alignment(self, module: Linear) -> int:
         return 128
 
-    def create_weights(
-        self, module: Linear, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         module.weight = frozen(out_features, in_features, dtype=FP8)
         module.weight_scale = frozen(-(-out_features // 128), -(-in_features // 128), dtype=torch.float32)
-        super().create_weights(module, in_features, out_features, bias, dtype)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         """Scales go to the block row in which their shard begins, rounded up: right for whole blocks only."""

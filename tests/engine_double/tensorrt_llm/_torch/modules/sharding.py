@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-import torch
 from tensorrt_llm._double import RELEASE
-from torch import Tensor
 
 if TYPE_CHECKING:
+    import torch
     from tensorrt_llm._torch.modules.linear import Linear
+    from torch import Tensor
 
 __all__ = ["TensorParallelMode", "bounds", "copy_weight", "cut_shard", "load_weight_shard"]
 

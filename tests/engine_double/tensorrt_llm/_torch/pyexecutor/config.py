@@ -3,4 +3,4 @@
 from tensorrt_llm._double import RELEASE
 
 if not RELEASE.mapping_argument:
-    from tensorrt_llm._torch.pyexecutor.model_loader import _construct_checkpoint_loader as _construct_checkpoint_loader
+    from tensorrt_llm._torch.pyexecutor.model_loader import _construct_checkpoint_loader  # noqa: F401

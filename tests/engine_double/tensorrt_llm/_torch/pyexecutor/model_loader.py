@@ -1,4 +1,4 @@
-"""Imitates `_torch/pyexecutor/model_loader.py` and, of older releases, `config.py`: one rank's model from a directory."""
+"""Imitates `_torch/pyexecutor/model_loader.py`, in older releases also `config.py`: one rank's model."""
 
 from __future__ import annotations
 

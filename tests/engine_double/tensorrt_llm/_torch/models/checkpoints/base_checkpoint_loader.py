@@ -24,7 +24,7 @@ __all__ = ["BaseCheckpointLoader"]
 
 
 class BaseCheckpointLoader(ABC):
-    """Weight loader, weight mapper and config loader of a format; the newest release asks for more than the abstract."""
+    """Weight loader, weight mapper and config loader of a format; the newest release calls more than is abstract."""
 
     @abstractmethod
     def get_default_weight_loader(self) -> BaseWeightLoader: ...
@@ -84,7 +84,7 @@ class BaseCheckpointLoader(ABC):
     else:
 
         def load_weights(self, checkpoint_dir: str, **kwargs: Any) -> Any:  # type: ignore[misc]
-            return self.weight_loader.load_weights(checkpoint_dir, **kwargs)  # type: ignore[call-arg]
+            return self.weight_loader.load_weights(checkpoint_dir, **kwargs)
 
     if RELEASE.weight_sessions:
 

@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from tensorrt_llm._torch.models.checkpoints.base_weight_loader import ConsumableWeightsDict
 from tensorrt_llm._torch.modules.sharding import copy_weight
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class BaseWeightMapper(ABC):
     def mapping(self) -> dict[str, list[str]]:
         return self._mapping
 
-    def preprocess_weights(self, weights: Weights) -> None:
+    def preprocess_weights(self, weights: Weights) -> None:  # noqa: B027 (as upstream)
         """The general loop never calls it, and this body gives nothing back."""
 
     def rename_by_params_map(self, params_map: dict[str, str], weights: Weights) -> Weights:
@@ -84,4 +85,6 @@ class BaseWeightMapper(ABC):
 
     def filter_weights(self, prefix: str, weights: Any) -> Weights:
         """Keys that start like the prefix, whatever character follows it."""
+        if isinstance(weights, ConsumableWeightsDict):
+            return weights.filter_prefix(prefix)
         return {key[len(prefix) + 1 :]: weights[key] for key in list(weights) if key.startswith(prefix)}

@@ -72,6 +72,12 @@ def _method(quant_config: QuantConfig | None, backend: str) -> methods.ExpertMet
 class MoE(nn.Module):
     """Routed experts of one layer, all under one configuration; each rank holds some of them, or a slice of each."""
 
+    # What methods add.
+    w3_w1_weight: nn.Parameter
+    w2_weight: nn.Parameter
+    w3_w1_scale: Tensor
+    w2_scale: Tensor
+
     def __init__(
         self,
         *,

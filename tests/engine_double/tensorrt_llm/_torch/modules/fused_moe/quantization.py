@@ -219,13 +219,12 @@ class WInt4AFP8Experts(_WithInputScale):
             for part in ("w1", "w3", "w2"):
                 _ = weights[f"{expert}.{part}.pre_quant_scale"], weights[f"{expert}.{part}.weight_scale_2"]
         super().load_weights(module, weights)
-        inputs = {"w3_w1": "w1", "w2": "w2"}
-        for part, name in inputs.items():
-            scales = [
-                self._cut(module, weights, f"{expert}.{name}", "pre_quant_scale")
-                for expert in range(module.num_experts)
-            ]
-            setattr(module, f"{part}_pre_quant_scale", torch.stack(scales).float())
+        # Of the input, so it is cut where w2 is cut along its columns.
+        parallel = (module.mapping.moe_tp_size, module.mapping.moe_tp_rank)
+        for part, name, mode in (("w3_w1", "w1", None), ("w2", "w2", TensorParallelMode.COLUMN)):
+            scales = [weights[f"{expert}.{name}.pre_quant_scale"] for expert in module.expert_ids]
+            cut = [load_weight_shard(scale, *parallel, mode) for scale in scales]
+            setattr(module, f"{part}_pre_quant_scale", torch.stack(cut).float())
 
     def prepare(self, codes: Tensor) -> Tensor:
         signed = codes.to(torch.int8).T.contiguous()
@@ -236,7 +235,7 @@ class WInt4AFP8Experts(_WithInputScale):
         return codes * getattr(module, f"{part}_scale")[at].float().repeat_interleave(128, 1)
 
     def scale_input(self, module: MoE, part: str, at: int, values: Tensor) -> Tensor:
-        scale: Tensor = getattr(module, f"{part}_pre_quant_scale")[module.expert_ids[at]]
+        scale: Tensor = getattr(module, f"{part}_pre_quant_scale")[at]
         return super().scale_input(module, part, at, values) * scale
 
 

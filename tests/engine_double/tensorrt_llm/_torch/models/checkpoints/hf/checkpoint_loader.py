@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorrt_llm._torch.models.checkpoints.base_checkpoint_loader import BaseCheckpointLoader
-from tensorrt_llm._torch.models.checkpoints.base_config_loader import BaseConfigLoader
-from tensorrt_llm._torch.models.checkpoints.base_weight_loader import BaseWeightLoader
-from tensorrt_llm._torch.models.checkpoints.base_weight_mapper import BaseWeightMapper
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
 from tensorrt_llm._torch.models.checkpoints.hf.weight_loader import HfWeightLoader
 from tensorrt_llm._torch.models.modeling_utils import register_checkpoint_loader
+
+if TYPE_CHECKING:
+    from tensorrt_llm._torch.models.checkpoints.base_config_loader import BaseConfigLoader
+    from tensorrt_llm._torch.models.checkpoints.base_weight_loader import BaseWeightLoader
+    from tensorrt_llm._torch.models.checkpoints.base_weight_mapper import BaseWeightMapper
 
 __all__ = ["HfCheckpointLoader"]
 
