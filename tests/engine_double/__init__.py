@@ -3,6 +3,9 @@
 `installed("old")` or `installed("newest")` puts our own small `tensorrt_llm` on the import path. It imitates, on CPU
 and in float32, what the backend does with a checkpoint from `LLM(...)` to logits: as strict, and as careless. Every
 behaviour names the upstream file that it imitates. None of its code comes from there.
+
+For tests only, its `LLM` has `logits(token_ids, draft=False)`, float32 [tokens, vocabulary], and `models`, the modules
+of every rank that runs in this process. Memory that nobody wrote is NaN while a model is loaded (all ones for integers).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from trtllm_ct.pipeline import plan_checkpoint
 from trtllm_ct.plan.model import Fate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -151,15 +152,122 @@ def test_a_cache_that_the_engine_does_not_have_stays_wide_and_is_told(built: Bui
     assert any("has no int8 tensor cache; it stays 16-bit" in warning for warning in plan.warnings)
 
 
-def test_scales_on_the_projections_are_those_of_early_writers(built: Built) -> None:
-    """compressed-tensors up to 0.5 called them `output_scale`."""
+def move(names: dict[str, str]) -> Callable[[dict[str, Tensor]], None]:
+    """Store the KV scales under other names below the attention module."""
 
     def rename(stored: dict[str, Tensor]) -> None:
         for name in [name for name in stored if name.endswith(("self_attn.k_scale", "self_attn.v_scale"))]:
             attention, _, local = name.rpartition(".")
-            stored[f"{attention}.{local[0]}_proj.output_scale"] = stored.pop(name)
+            stored[f"{attention}.{names[local]}"] = stored.pop(name)
 
+    return rename
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"},
+        {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"},
+        {"k_scale": "k_cache.scale", "v_scale": "v_cache.scale"},
+    ],
+    ids=["compressed-tensors up to 0.5", "ModelOpt", "HunYuan"],
+)
+def test_every_generation_of_names(built: Built, names: dict[str, str]) -> None:
     before = plan_checkpoint(built.directory).delivered_specs
-    rewrite(built.directory, rename)
+    rewrite(built.directory, move(names))
 
-    assert plan_checkpoint(built.directory).delivered_specs == before
+    plan = plan_checkpoint(built.directory)
+
+    assert plan.delivered_specs.keys() == before.keys()
+    made = {each.name: each.sources for each in plan.deliveries() if each.name.endswith(("k_scale", "v_scale"))}
+    assert made[f"{ATTENTION}.k_proj.k_scale"] == (f"{ATTENTION}.{names['k_scale']}",)
+    assert made[f"{ATTENTION}.v_proj.v_scale"] == (f"{ATTENTION}.{names['v_scale']}",)
+
+
+def test_one_scale_for_keys_and_values(built: Built) -> None:
+    def join(stored: dict[str, Tensor]) -> None:
+        for name in [name for name in stored if name.endswith("self_attn.k_scale")]:
+            stored[name.replace("k_scale", "kv_scale")] = stored.pop(name)
+            del stored[name.replace("k_scale", "v_scale")]
+
+    rewrite(built.directory, join)
+
+    made = {each.name: each.sources for each in plan_checkpoint(built.directory).deliveries()}
+
+    for letter in "kv":
+        assert made[f"{ATTENTION}.{letter}_proj.{letter}_scale"] == (f"{ATTENTION}.kv_scale",)
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (f"{ATTENTION}.k_proj.output_scale", "another tensor holds this scale of the KV cache"),
+        (f"{ATTENTION}.k_proj.k_scale", "another tensor holds this scale of the KV cache"),
+        (f"{ATTENTION}.kv_scale", "another tensor holds this scale of the KV cache"),
+    ],
+)
+def test_of_several_scales_one_is_delivered(built: Built, second: str, reason: str) -> None:
+    """Quantized outputs put a scale on the projections, beside that of the cache."""
+    rewrite(built.directory, lambda stored: stored.update({second: torch.full((1,), 7.0)}))
+
+    plan = plan_checkpoint(built.directory)
+
+    made = [each.sources for each in plan.deliveries() if each.name == f"{ATTENTION}.k_proj.k_scale"]
+    if second.endswith("k_proj.k_scale"):
+        assert len(made) == 1
+    else:
+        assert made == [(f"{ATTENTION}.k_scale",)]
+        (fate,) = [fate for fate in plan.fates() if fate.name == second]
+        assert (fate.fate, fate.reason) == (Fate.IGNORED, reason)
+
+
+ATTENTION_GROUP = {
+    "targets": ["LlamaAttention"],
+    "weights": None,
+    "input_activations": fp8_weights("tensor"),
+    "output_activations": None,
+}
+
+
+def test_a_group_of_attention_alone_is_a_scheme_of_the_cache(built: Built) -> None:
+    """Its scales of queries are ignored, and it leaves no weight without a group."""
+    want = plan_checkpoint(built.directory)
+
+    def regroup(config: dict[str, Any]) -> None:
+        block = config["quantization_config"]
+        block["kv_cache_scheme"] = None
+        block["config_groups"]["attention"] = ATTENTION_GROUP
+
+    rewrite_config(built.directory, regroup)
+    rewrite(built.directory, lambda stored: stored.update({f"{ATTENTION}.q_scale": torch.ones(1)}))
+
+    plan = plan_checkpoint(built.directory)
+
+    assert plan.delivered_specs == want.delivered_specs
+    assert plan.quant_config == want.quant_config
+    (query,) = [fate for fate in plan.fates() if fate.name.endswith("q_scale")]
+    assert (query.fate, query.reason) == (Fate.IGNORED, "engines don't quantize queries")
+
+
+@pytest.mark.parametrize("local", ["k_zero_point", "v_zero_point"])
+def test_zero_points_of_an_asymmetric_scheme_are_left_out_and_told(built: Built, local: str) -> None:
+    set_scheme(built.directory, fp8_weights("tensor", symmetric=False))
+    rewrite(built.directory, lambda stored: stored.update({f"{ATTENTION}.{local}": torch.ones(1)}))
+
+    plan = plan_checkpoint(built.directory)
+
+    assert any("symmetric" in warning and "zero points" in warning for warning in plan.warnings)
+    assert plan.quant_config.kv_cache_quant_algo == "FP8"
+
+
+@pytest.mark.parametrize("to", ["modelopt", "reference", "dense"])
+@pytest.mark.parametrize("names", [{"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}, None])
+def test_every_scale_has_one_fate(built: Built, names: dict[str, str] | None, to: str) -> None:
+    if names:
+        rewrite(built.directory, move(names))
+    plan = plan_checkpoint(built.directory, to)
+
+    fates = [fate for fate in plan.fates() if fate.name.endswith(("output_scale", "k_scale", "v_scale"))]
+
+    assert len(fates) == len({fate.name for fate in fates}) == 4
+    assert all(bool(fate.by) == (not fate.reason) == (to != "dense") for fate in fates)

@@ -9,7 +9,7 @@ float32 element each, multiplying the stored fp8 value. Sources: compressed-tens
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.deliver import kv_scale
@@ -34,6 +34,8 @@ _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "k_cache": {"scale": ("k",)},
     "v_cache": {"scale": ("v",)},
 }
+# Where a checkpoint has several, the first of these counts: quantized outputs put a scale on projections too.
+_PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
 _IGNORED = {
     "q_scale": "engines don't quantize queries",
     "q_zero_point": "engines don't quantize queries",
@@ -48,13 +50,25 @@ class KvCache:
     """What a checkpoint says about its KV cache, and what of it a target takes.
 
     `alone` when no module is delivered quantized: ModelOpt's configuration has no way to say it of the cache only, and
-    the engine refuses one without an algorithm.
+    the engine refuses one without an algorithm. `chosen` gives the stored tensor of each delivered scale.
     """
 
     config: QuantizationConfig
     target: Target
     kv_heads: int
     alone: bool = False
+    chosen: Mapping[str, str] = field(default_factory=dict)
+
+    def among(self, modules: Iterable[StoredModule]) -> KvCache:
+        """The same, with one stored scale chosen where there are several for one projection."""
+        found: dict[str, tuple[int, str]] = {}
+        for module in modules:
+            for local, letters in _HOLDERS.get(module.name.rpartition(".")[2], {}).items():
+                if local in module.views:
+                    for name in (_delivered_name(module.name, letter) for letter in letters):
+                        place = (_PREFERENCE.index(local), module.delivered_name(local))
+                        found[name] = min(place, found.get(name, place))
+        return replace(self, chosen={name: source for name, (_, source) in found.items()})
 
     @property
     def algo(self) -> str | None:
@@ -90,6 +104,8 @@ class KvCache:
             )
         if self.algo is None:
             return (f"KV cache: {self.target.capabilities.name} has no {args.label()} cache; it stays 16-bit",)
+        if not args.symmetric:
+            return ("KV cache: that of the engine is symmetric, so the scales are used without their zero points",)
         if args.strategy is not Strategy.TENSOR:
             return (f"KV cache: the engine takes one scale for all heads, so those of {args.label()} are left out",)
         return ()
@@ -112,8 +128,12 @@ class KvCache:
             if reason is not None:
                 ignored[local] = reason
                 continue
-            names = (_delivered_name(module.name, letter) for letter in holders[local])
+            full_name = module.delivered_name(local)
+            names = [_delivered_name(module.name, letter) for letter in holders[local]]
+            names = [name for name in names if self.chosen.get(name, full_name) == full_name]
             deliveries.extend(kv_scale(module, local, name) for name in names)
+            if not names:
+                ignored[local] = "another tensor holds this scale of the KV cache"
         return tuple(deliveries), ignored
 
     def check_complete(self, modules: Iterable[ModulePlan], prefixes: Iterable[str], faults: FaultCollector) -> None:

@@ -103,6 +103,7 @@ class _Planner:
         if self.model.architecture.experts is not None:
             stored = split_fused_experts(stored, self.model.architecture.experts)
         stored = self.transforms.attach(stored)
+        self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
