@@ -61,6 +61,33 @@ def test_the_mode_of_a_module() -> None:
 
 
 @pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("model.layers.1.mlp.experts", FP8),
+        ("model.layers.1.mlp.experts.17.down_proj", FP8),
+        ("model.layers.1.mlp.expert", None),
+        ("model.layers.1.mlp.experts_of_another_kind.down_proj", None),
+        ("model.layers.11.mlp.experts.0.up_proj", None),
+        ("model.layers.1.mlp", None),
+        ("experts", None),
+    ],
+)
+def test_a_name_counts_for_the_modules_below_it(module: str, expected: LayerQuantConfig | None) -> None:
+    """All routed experts of a layer are named once; a name is no prefix of letters."""
+    name = "model.layers.1.mlp.experts"
+    everything = QuantConfig(layer=FP8, exclude_modules=(name,))
+
+    assert QuantConfig(quantized_layers={name: FP8}).layer_config(module) == expected
+    assert everything.layer_config(module) == (None if expected else FP8)
+
+
+def test_what_is_excluded_below_a_named_module_is_plain() -> None:
+    config = QuantConfig(quantized_layers={"a": FP8}, exclude_modules=("a.b",))
+
+    assert [config.layer_config(name) for name in ("a", "a.b", "a.b.c", "a.c")] == [FP8, None, None, FP8]
+
+
+@pytest.mark.parametrize(
     ("entry", "layer"),
     [
         (
@@ -76,6 +103,16 @@ def test_the_mode_of_a_module() -> None:
             AWQ,
         ),
         (
+            # nvidia-modelopt 0.47.0, NVFP4_DEFAULT_CFG
+            {
+                "quant_algo": "NVFP4",
+                "kv_cache_quant_algo": None,
+                "group_size": 16,
+                "exclude_modules": ["lm_head", "model.embed_tokens"],
+            },
+            LayerQuantConfig(quant_algo=QuantAlgo.NVFP4, group_size=16),
+        ),
+        (
             # nvidia-modelopt 0.47.0, FP8_DEFAULT_CFG
             {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head", "model.embed_tokens"]},
             FP8,
@@ -87,6 +124,14 @@ def test_what_modelopt_writes_is_read_and_written_alike(entry: dict[str, object]
 
     assert config == QuantConfig(layer=layer, exclude_modules=("lm_head", "model.embed_tokens"))
     assert config.to_dict() == entry
+
+
+@pytest.mark.parametrize("name", ["fp8_pb_wo", "FP8_PB_WO"])
+def test_modelopts_own_name_of_fp8_in_blocks(name: str) -> None:
+    """nvidia-modelopt 0.47.0, FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG."""
+    layer = QuantConfig.from_dict({"quant_algo": name}).layer
+
+    assert layer == LayerQuantConfig(quant_algo=QuantAlgo.FP8_BLOCK_SCALES)
 
 
 @pytest.mark.parametrize("entry", [{}, {"quant_algo": None}, {"quant_algo": None, "exclude_modules": None}])

@@ -5,7 +5,8 @@ and in float32, what the backend does with a checkpoint from `LLM(...)` to logit
 behaviour names the upstream file that it imitates. None of its code comes from there.
 
 For tests only, its `LLM` has `logits(token_ids, draft=False)`, float32 [tokens, vocabulary], and `models`, the modules
-of every rank that runs in this process. Memory that nobody wrote is NaN while a model is loaded (all ones for integers).
+of every rank that runs in this process. While a model is loaded, memory that nobody wrote is NaN, or all ones for
+integers.
 """
 
 from __future__ import annotations

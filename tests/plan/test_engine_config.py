@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import (
+    SCHEMES,
     config_group,
     fp8_inputs,
     fp8_weights,
@@ -21,7 +22,7 @@ from trtllm_ct.pipeline import plan_checkpoint
 from trtllm_ct.plan.engine_config import engine_config_of_scheme
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.schemes import QuantAlgo
-from trtllm_ct.targets import DENSE, MODELOPT, REFERENCE, target_named
+from trtllm_ct.targets import DENSE, ENGINES, MODELOPT, REFERENCE, target_named
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +111,23 @@ class TestOfPlan:
         assert not [name for name in excluded if set(name) & set("*?[]:^$")]
 
 
+# By the name of a scheme: what stock releases hold, and what the newest one adds.
+ALGORITHMS = {
+    "w8a8": "W8A16",
+    "w8a8-static-asym": "W8A16",
+    "int8-plain-tensor": "W8A16",
+    "w4afp8": "W4A16_AWQ",
+    "int3-g64": "W4A16_AWQ",
+    "int4-g64-actorder": None,
+    "fp8-block": "FP8_BLOCK_SCALES",
+    "nvfp4": "NVFP4",
+    "mxfp4a16": None,
+    "mxfp6a8": None,
+    "mxfp8a16": None,
+}
+NEWEST = {"nvfp4a16": "W4A16_NVFP4", "mxfp8": "MXFP8"}
+
+
 class TestOfScheme:
     """A configuration without its tensors."""
 
@@ -143,11 +161,25 @@ class TestOfScheme:
             (config_group(int_weights(4, group_size=128, symmetric=False)), "reference", "W4A16_GPTQ"),
             (config_group(fp8_weights(), fp8_inputs()), "modelopt", "FP8"),
             (config_group(fp8_weights("channel"), fp8_inputs("token")), "modelopt", "FP8_PER_CHANNEL_PER_TOKEN"),
+            (config_group(fp8_weights(), fp8_inputs("token")), "modelopt", "FP8_PER_CHANNEL_PER_TOKEN"),
+            (config_group(fp8_weights()), "modelopt", None),
             (config_group(fp8_weights(), fp8_inputs()), "dense", None),
+            *((SCHEMES[name].group, "modelopt", algo) for name, algo in ALGORITHMS.items()),
+            *((SCHEMES[name].group, "reference", algo) for name, algo in (ALGORITHMS | NEWEST).items()),
+            *((SCHEMES[name].group, "dense", None) for name in ALGORITHMS | NEWEST),
         ],
     )
     def test_the_mode_is_the_one_that_the_target_declares(self, group, to, algo):
         assert self.engine(group, to=to).quant_algo == algo
+
+    @pytest.mark.parametrize("name", NEWEST)
+    def test_what_the_newest_engine_adds(self, name):
+        config = CompressedTensorsConfigReader().read(quantization_block({"group_0": SCHEMES[name].group}))
+
+        found = {
+            engine: engine_config_of_scheme(config, target_named("modelopt", engine)).quant_algo for engine in ENGINES
+        }
+        assert found == {"stock-1.0": None, "stock-1.2": None, "stock-1.3": NEWEST[name]}
 
     def test_groups_of_one_mode_are_one_mode(self):
         same = config_group(int_weights(8, "channel"))
@@ -168,3 +200,21 @@ class TestOfScheme:
         assert (
             self.engine(config_group(fp8_weights(), fp8_inputs()), to=target.name, kv=True).kv_cache_quant_algo == algo
         )
+
+    @pytest.mark.parametrize(
+        ("scheme", "algo"),
+        [
+            (fp8_weights("tensor", type="int"), None),
+            (fp8_weights("attn_head"), "FP8"),
+            (fp8_weights("tensor", dynamic=True), "FP8"),
+        ],
+    )
+    def test_a_cache_that_the_target_does_not_have_is_not_told(self, scheme, algo):
+        config = self.engine(config_group(fp8_weights(), fp8_inputs()), kv_cache_scheme=scheme)
+
+        assert config.kv_cache_quant_algo == algo
+
+    def test_a_group_of_attention_alone_is_a_scheme_of_the_cache(self):
+        attention = config_group(None, fp8_weights(), targets=["LlamaAttention"])
+
+        assert self.engine(config_group(fp8_weights(), fp8_inputs()), attention).kv_cache_quant_algo == "FP8"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.errors import ConfigError, FaultCollector
 from trtllm_ct.modes import Holding, Weight, holdings
+from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.schemes import ActOrder, Element, NumberType, QuantArgs
 
@@ -68,10 +69,9 @@ def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> Quant
     if online:
         _needs_directory(f"{config.origin}.transform_config", f"the online transform {' and '.join(online)}", faults)
     faults.raise_if_any(ConfigError)
-    kv_cache = "FP8" if config.kv_cache_scheme is not None and target.capabilities.kv_cache else None
-    return QuantConfig(
-        layer=layers.pop() if layers else None, kv_cache_quant_algo=kv_cache, exclude_modules=config.ignore
-    )
+    layer = layers.pop() if layers else None
+    kv_cache = KvCache(config, target, kv_heads=0, alone=layer is None)
+    return QuantConfig(layer=layer, kv_cache_quant_algo=kv_cache.algo, exclude_modules=config.ignore)
 
 
 def _layer_of_group(group: ConfigGroup, target: Target) -> LayerQuantConfig | None:

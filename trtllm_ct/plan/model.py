@@ -72,6 +72,7 @@ class Delivery:
             "name": self.name,
             **self.spec.to_dict(),
             "operation": self.operation.label,
+            "exact": self.operation.exact,
             "sources": list(self.sources),
         }
 
