@@ -51,6 +51,21 @@ LINEARS: dict[str, tuple[str, Delivered]] = {
         "FP8_PER_CHANNEL_PER_TOKEN",
         {"weight": (FP8, (32, 256)), "weight_scale": (F32, (32,))},
     ),
+    "fp8-block": ("FP8_BLOCK_SCALES", {"weight": (FP8, (32, 256)), "weight_scale": (F32, (1, 2))}),
+    "nvfp4": (
+        "NVFP4",
+        {
+            "weight": (U8, (32, 128)),
+            "weight_scale": (FP8, (32, 16)),
+            "weight_scale_2": (F32, ()),
+            "input_scale": (F32, ()),
+        },
+    ),
+    "nvfp4a16": (
+        "W4A16_NVFP4",
+        {"weight": (U8, (32, 128)), "weight_scale": (FP8, (32, 16)), "weight_scale_2": (F32, ())},
+    ),
+    "mxfp8": ("MXFP8", {"weight": (FP8, (32, 256)), "weight_scale": (U8, (32, 8))}),
     "int4-g32": ("plain", {"weight": (BF16, (32, 256))}),
     "int4-g32-asym": ("plain", {"weight": (BF16, (32, 256))}),
     "int8-g32": ("plain", {"weight": (BF16, (32, 256))}),
@@ -58,8 +73,18 @@ LINEARS: dict[str, tuple[str, Delivered]] = {
     "int8-channel-asym": ("plain", {"weight": (BF16, (32, 256))}),
     "int8-plain-channel-asym": ("plain", {"weight": (BF16, (32, 256))}),
 }
+LINEARS |= dict.fromkeys(("w8a8", "w8a8-static", "int8-plain-tensor", "int6-channel"), LINEARS["int8-channel"])
+LINEARS |= dict.fromkeys(("fp8-tensor-token", "fp8-channel-static"), LINEARS["fp8-channel-token"])
+LINEARS |= dict.fromkeys(("w4afp8", "int3-g64"), LINEARS["int4-g64"])
+LINEARS |= dict.fromkeys(("w4a8", "int2-channel"), LINEARS["int4-channel"])
+LINEARS |= dict.fromkeys(
+    ("int4-g64-actorder", "fp8-weight-only", "mxfp4", "mxfp4a16", "mxfp6a8", "mxfp8a16"), LINEARS["int4-g32"]
+)
 NARROW = tiny_config(layers=1, hidden=32, heads=2, intermediate=256, vocabulary=16)
 CONFIG = tiny_config(layers=1, hidden=128, intermediate=256, vocabulary=16)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
 def engine_value(tensors: dict[str, Tensor]) -> Tensor:
@@ -68,7 +93,12 @@ def engine_value(tensors: dict[str, Tensor]) -> Tensor:
     if scale is None:
         return weight.double()
     codes = weight.double()
-    if weight.dtype is U8:
+    if "weight_scale_2" in tensors:
+        codes = E2M1[torch.stack([weight % 16, weight >> 4], dim=2).flatten(1).long()]
+        scale = scale.double() * tensors["weight_scale_2"].double()
+    elif scale.dtype is U8:
+        scale = torch.exp2(scale.double() - 127)
+    elif weight.dtype is U8:
         low, high = weight.double() % 16, torch.div(weight, 16, rounding_mode="floor").double()
         nibbles = torch.stack([low, high], dim=1).reshape(-1, weight.shape[1])
         codes = torch.where(nibbles > 7, nibbles - 16, nibbles)
@@ -106,9 +136,9 @@ def test_every_scheme_arrives_whole(
         want = oracles.round_once(want, torch.bfloat16)
         assert torch.equal(engine_value(got), want)
     else:
-        # Only the product of a float32 scale and a zero point is rounded, to float32.
+        # Only the product of a float32 scale and a zero point is rounded, to float32, and the inverse of a divisor.
         assert (engine_value(got) - want).abs().max() <= 1e-6 * want.abs().max()
-        if scale_dtype is not torch.float32:
+        if scale_dtype is not torch.float32 and "weight_scale_2" not in got:
             assert torch.equal(engine_value(got), want)
     assert all(torch.equal(built.stored[name], tensor) for name, tensor in before.items())
 
