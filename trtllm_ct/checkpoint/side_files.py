@@ -22,9 +22,9 @@ _WEIGHT_SUFFIXES = (
     *PICKLE_SUFFIXES, ".safetensors", ".index.json", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
 )  # fmt: skip
 
-# Top level only. The first two are the target's to write. params.json belongs to Mistral's own weight names, which
+# Top level only. The first three are the target's to write. params.json belongs to Mistral's own weight names, which
 # are not carried, and some engines take its presence for their format.
-_TARGET_FILES = {"config.json", "hf_quant_config.json", "params.json"}
+_TARGET_FILES = {"config.json", "hf_quant_config.json", "quant_cfg.json", "params.json"}
 
 
 def carry_side_files(source: Path, out: Path) -> tuple[str, ...]:

@@ -59,6 +59,8 @@ def write_hf_directory(
     _write_json(out / "config.json", portable_config(checkpoint.hf_config, plan.dtype))
     if plan.quant_config.quant_algo is not None:
         _write_json(out / "hf_quant_config.json", hf_quant_config(plan.quant_config))
+    if plan.quant_config.quantized_layers:
+        _write_json(out / "quant_cfg.json", layer_modes(plan.quant_config))
     with ShardedWriter(out, plan.delivered_specs, max_shard_bytes=max_shard_bytes) as writer:
         for _module, tensors in stream_delivered(plan, checkpoint.catalog, codec=codec, device=device):
             for name, tensor in tensors.items():
@@ -75,6 +77,15 @@ def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:
         "converter": {"name": "trtllm-ct", "version": __version__},
         "quantization": quant_config.to_dict(),
     }
+
+
+def layer_modes(quant_config: QuantConfig) -> dict[str, Any]:
+    """What releases before 1.2 read instead of `quantized_layers` in hf_quant_config.json; newer ones lay it over that.
+
+    Source: TensorRT-LLM `_torch/model_config.py`, MIXED_PRECISION.
+    """
+    entry = quant_config.to_dict()
+    return {key: entry[key] for key in ("kv_cache_quant_algo", "quantized_layers")}
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
