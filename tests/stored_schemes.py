@@ -298,7 +298,7 @@ def _nearest(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         codes = values.clamp(-448, 448).to(torch.float8_e4m3fn)
         return codes.double(), codes.view(torch.uint8)
     numbers = _SMALL_FLOATS[bits]
-    index = (values.abs()[..., None] - numbers).abs().argmin(dim=-1)
+    index = torch.bucketize(values.abs(), (numbers[1:] + numbers[:-1]) / 2)
     negative = (values < 0) & (index > 0)
     return torch.where(negative, -numbers[index], numbers[index]), (index + negative * len(numbers)).to(torch.uint8)
 

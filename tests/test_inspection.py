@@ -4,7 +4,8 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import rewrite_config, tiny_config, write_checkpoint
+from builders import SCHEMES, rewrite_config, tiny_config, write_checkpoint
+from fused_experts import fuse_experts
 
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.errors import DetectionError, UsageError
@@ -47,6 +48,39 @@ def test_every_module_is_in_one_row_and_bytes_add_up(tmp_path: Path) -> None:
     assert sorted(name for row in rows for name in row.modules) == sorted(module.name for module in found.plan.modules)
     assert sum(row.stored_bytes for row in rows) == sum(tensor.nbytes for tensor in built.stored.values())
     assert sum(row.delivered_bytes for row in rows) == found.plan.delivered_bytes
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "int4-g64-actorder", "int4-g32", "fp8-tensor-static", "dense"])
+def test_bytes_of_experts_in_one_tensor_add_up(tmp_path: Path, scheme: str) -> None:
+    """Also of a scalar that gate and up share."""
+    config = tiny_config("Qwen3MoeForCausalLM", layers=1)
+    built = write_checkpoint(tmp_path, config=config, scheme=scheme, edit=fuse)
+
+    rows = list(inspect_checkpoint(tmp_path).rows())
+
+    assert sum(row.stored_bytes for row in rows) == sum(tensor.nbytes for tensor in built.stored.values())
+
+
+def fuse(stored: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in stored if name.endswith("up_proj.weight_g_idx")]:
+        stored[name] = stored[name.replace("up_proj", "gate_proj")].clone()
+    fuse_experts(stored)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_has_a_row_that_names_it(tmp_path: Path, scheme: str) -> None:
+    """Never "unknown", and a dequantized one says why."""
+    config = tiny_config(hidden=256, intermediate=256, layers=1, vocabulary=16)
+    write_checkpoint(tmp_path, config=config, scheme=scheme)
+
+    first, *others = inspect_checkpoint(tmp_path).rows()
+
+    assert [row.stored_scheme for row in others] == ["plain"]
+    assert first.stored_scheme.startswith(SCHEMES[scheme].format.replace("naive", "float") + ": ")
+    assert len(first.modules) == 7
+    assert first.native_mode or scheme.startswith("mxfp6")
+    assert bool(first.reason) is (first.delivered_mode == "dequantized")
+    assert "unknown" not in json.dumps(inspect_checkpoint(tmp_path).to_dict())
 
 
 def test_the_recipe_names_the_family(tmp_path: Path) -> None:

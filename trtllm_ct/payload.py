@@ -23,7 +23,7 @@ from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.layouts.scales import scale_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["check_payload", "count_zero_scales"]
 
 _ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale")
+_KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
 _GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 _EXPERT = ".experts."
 
@@ -57,7 +58,7 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
         if weight.group_index is not None:
             _check_group_index(f"{module.name}.{weight.group_index}", weight, stored[weight.group_index], faults)
         _check_codes(f"{module.name}.{weight.codes}", weight, stored[weight.codes], faults)
-    for local in _ACTIVATION_SCALES:
+    for local in dict.fromkeys((*_ACTIVATION_SCALES, *_kv_scales(module))):
         if local in stored:
             _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=False)
     for local in _GLOBAL_SCALES:
@@ -66,6 +67,13 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
             _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=_EXPERT in module.name)
     for transform in module.transforms:
         _check_transform(module.name, transform, stored, faults)
+
+
+def _kv_scales(module: ModulePlan) -> Iterator[str]:
+    """The scales of the KV cache among its tensors, whatever their writer called them."""
+    for delivery in module.deliveries:
+        if delivery.operation.source is not None and delivery.name.endswith(_KV_SCALES):
+            yield delivery.operation.source
 
 
 def count_zero_scales(module: ModulePlan, stored: Mapping[str, Tensor]) -> int:

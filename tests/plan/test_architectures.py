@@ -6,48 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import tiny_config
+from tiny_models import FAMILIES
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import ConfigError, Fault
 from trtllm_ct.plan.architectures import Model, Site
-from trtllm_ct.plan.families import ARCHITECTURES
+from trtllm_ct.plan.families import ARCHITECTURES, MODEL_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LATENT = {
-    "head_dim": None,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 4,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-# What a family's config.json has beside the sizes of `tiny_config`, by architecture.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {},
-    "Qwen3ForCausalLM": {},
-    "GraniteForCausalLM": {"model_type": "granite"},
-    "Gemma2ForCausalLM": {"model_type": "gemma2"},
-    "Gemma3ForCausalLM": {"model_type": "gemma3_text"},
-    "Phi3ForCausalLM": {"model_type": "phi3", "pad_token_id": 0},
-    "MixtralForCausalLM": {"model_type": "mixtral", "num_local_experts": 4},
-    "Qwen2MoeForCausalLM": {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 48, **EXPERTS},
-    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", **EXPERTS},
-    "DeepseekV2ForCausalLM": {"model_type": "deepseek_v2", **LATENT},
-    "DeepseekV3ForCausalLM": {"model_type": "deepseek_v3", **LATENT},
-}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in FAMILIES),
     *((name, {"tied": True}) for name in FAMILIES),
@@ -97,13 +65,33 @@ def test_sites_are_the_modules_that_transformers_builds(architecture: str, optio
     assert found == dict(modules(model, tied=config["tie_word_embeddings"]))
 
 
+# Kimi K2 has the code of DeepSeek-V3 in its own repository; transformers does not know its name.
+TEXT_PARTS = {name: family for name, family in MODEL_TYPES.items() if name != "kimi_k2"}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("model_type", TEXT_PARTS)
+def test_the_text_part_of_a_multimodal_model_has_the_modules_of_its_family(model_type: str) -> None:
+    """Under whatever name transformers knows it; the head belongs to the whole model."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    text = config_of(TEXT_PARTS[model_type], tied=True) | {"model_type": model_type}
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**text))
+
+    whole = {"architectures": ["SomeForConditionalGeneration"], "text_config": text}
+    found = {name: (site.shape, set(site.locals)) for name, site in sites(whole).items()}
+    assert found == {f"model.{name}": module for name, module in modules(model, tied=True)}
+
+
 def modules(model: Any, *, tied: bool) -> Iterator[tuple[str, tuple[tuple[int, ...], set[str]]]]:
     """Name, shape of the weight and further parameters of every module, under the names of files.
 
     transformers 5 joins routed experts into one tensor for all of them and calls Mixtral's `mlp`; files do neither.
     """
     projections = ("gate_proj", "up_proj", "down_proj")
-    mixtral = type(model).__name__ == "MixtralForCausalLM"
+    mixtral = type(model).__name__.startswith("Mixtral")
     for module_name, module in model.named_modules():
         name = module_name.replace(".mlp.", ".block_sparse_moe.") if mixtral else module_name
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}

@@ -295,9 +295,9 @@ class TestFates:
         assert codes.fate is Fate.CONSUMED
         assert {f"{EXPERTS}.{i}.{part}_proj.weight" for i in range(4) for part in ("gate", "up")} <= set(codes.by)
 
-    @pytest.mark.parametrize("scheme", SCHEMES)
+    @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "int4-g256"])
     def test_of_experts_apart(self, tmp_path: Path, scheme: str):
-        built = write(tmp_path, scheme, tiny_config(QWEN, hidden=256, moe_intermediate_size=256, layers=1))
+        built = write(tmp_path, scheme, tiny_config(QWEN, hidden=128, moe_intermediate_size=128, layers=1))
 
         fates = list(plan_checkpoint(tmp_path).fates())
 

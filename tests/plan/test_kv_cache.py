@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from builders import Built, fp8_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
 
-from trtllm_ct.errors import Fault, PlanError
-from trtllm_ct.pipeline import plan_checkpoint
+from trtllm_ct.errors import Fault, PayloadError, PlanError
+from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint, stream_delivered
 from trtllm_ct.plan.model import Fate
 
 if TYPE_CHECKING:
@@ -219,6 +220,24 @@ def test_of_several_scales_one_is_delivered(built: Built, second: str, reason: s
         assert made == [(f"{ATTENTION}.k_scale",)]
         (fate,) = [fate for fate in plan.fates() if fate.name == second]
         assert (fate.fate, fate.reason) == (Fate.IGNORED, reason)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("local", ["k_scale", "k_proj.output_scale", "k_proj.k_scale", "k_cache.scale", "kv_scale"])
+def test_a_bad_number_is_found_under_every_name(built: Built, local: str, value: float) -> None:
+    """Engines would multiply all keys by it."""
+
+    def rename(stored: dict[str, Tensor]) -> None:
+        stored[f"{ATTENTION}.{local}"] = stored.pop(f"{ATTENTION}.k_scale").fill_(value)
+
+    rewrite(built.directory, rename)
+    checkpoint = open_checkpoint(built.directory)
+
+    with pytest.raises(PayloadError) as caught:
+        list(stream_delivered(checkpoint.plan(), checkpoint.catalog))
+
+    assert caught.value.faults[0].where == f"{ATTENTION}.{local}[0]"
+    assert caught.value.faults[0].expected == "a finite scale that is positive"
 
 
 ATTENTION_GROUP = {

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import SCHEMES, Built, config_group, int_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
+from stored_schemes import Writer
 from torch import Tensor
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, PlanError
-from trtllm_ct.pipeline import plan_checkpoint
+from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint, stream_delivered
 from trtllm_ct.plan.model import Fate, Plan
 from trtllm_ct.targets import TARGETS
 
@@ -410,3 +411,25 @@ def test_the_quantized_embedding_and_lm_head_are_dequantized(tmp_path: Path) -> 
         assert plan.module(name).reason == "engines read this module plain"
         assert str(plan.delivered_specs[f"{name}.weight"]) == "bfloat16 [96, 64]"
         assert name in plan.quant_config.exclude_modules
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_quantized_embedding_that_is_also_the_head(tmp_path: Path, both: bool) -> None:
+    """Of tied embeddings some writers store one table, others two: the embedding counts."""
+    tensors, exact = Writer(torch.bfloat16, torch.Generator().manual_seed(1)).store(SCHEMES["int8-channel"], (96, 64))
+
+    def quantize(stored: dict[str, Tensor]) -> None:
+        del stored["model.embed_tokens.weight"]
+        for module in ("model.embed_tokens", "lm_head")[: 1 + both]:
+            stored |= {f"{module}.{local}": tensor.clone() for local, tensor in tensors.items()}
+
+    write_checkpoint(tmp_path, config=tiny_config(tied=True), scheme="int8-channel", edit=quantize)
+    checkpoint = open_checkpoint(tmp_path)
+    plan = checkpoint.plan()
+
+    delivered = dict(item for _, found in stream_delivered(plan, checkpoint.catalog) for item in found.items())
+    assert torch.equal(delivered["model.embed_tokens.weight"].double(), exact.bfloat16().double())
+    assert "lm_head.weight" not in delivered
+    assert {fate.reason for fate in plan.fates() if fate.name.startswith("lm_head.")} == (
+        {"config.json ties it to the embeddings"} if both else set()
+    )

@@ -69,7 +69,7 @@ def _pieces(view: Whole, expert: int, count: int, *, cut: bool) -> Iterator[View
     if count == 1 or not cut or not shape or shape[0] % count != 0:
         spec = TensorSpec(view.spec.dtype, shape)
         for _ in range(count):
-            yield ExpertSlice(name=view.name, spec=spec, expert=expert)
+            yield ExpertSlice(name=view.name, spec=spec, expert=expert, users=count)
         return
     rows = shape[0] // count
     for part in range(count):

@@ -97,11 +97,20 @@ class Whole(View):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSlice(View):
-    """The part of one expert in a tensor whose first axis is experts; `rows` cuts the second axis where it is given."""
+    """The part of one expert in a tensor whose first axis is experts; `rows` cuts the second axis where it is given.
+
+    `users` is how many modules take the same part.
+    """
 
     name: str
     expert: int
     rows: tuple[int, int] | None = None
+    users: int = 1
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the part, divided among its users."""
+        return self.spec.nbytes // self.users
 
     @property
     def sources(self) -> tuple[str, ...]:
