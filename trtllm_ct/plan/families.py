@@ -66,8 +66,8 @@ class Experts:
 class Architecture:
     """A family of decoder-only models by its layer.
 
-    `mlp` is the feed-forward part of dense layers, `experts` that of the others; `layers_with_experts` names the
-    rule that tells them apart (see `Model`).
+    `mlp` is the feed-forward part of dense layers, `experts` that of the others; config.json tells them apart (see
+    `Model.dense_layers`).
     """
 
     attention: tuple[LinearSite, ...]
