@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_config
 
 from trtllm_ct.errors import PayloadError
 from trtllm_ct.joined import JoinedScalars
+from trtllm_ct.plan.architectures import Model
 from trtllm_ct.quant_config import LayerQuantConfig
 from trtllm_ct.schemes import QuantAlgo
 
@@ -48,3 +50,12 @@ def test_layers_are_apart() -> None:
     checker = JoinedScalars()
     checker.check(part("0.q_proj", joined="0.qkv_proj"), scalars("0.q_proj", 0.25))
     checker.check(part("1.q_proj", joined="1.qkv_proj"), scalars("1.q_proj", 0.5))
+
+
+def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
+    config = tiny_config("Qwen3MoeForCausalLM", layers=1)
+    experts = [site for site in Model.from_config(config).sites() if site.expert]
+    shares = {site.module.rpartition("experts.")[2]: site.shares for site in experts}
+
+    assert shares["0.gate_proj"] == shares["0.up_proj"] != shares["1.gate_proj"]
+    assert shares["0.down_proj"] is None

@@ -1,8 +1,8 @@
 """Scalars that the parts of a joined Linear must share.
 
-Engines make one Linear of q/k/v and of gate/up, which has one `weight_scale_2` and one `input_scale`: for NVFP4
-they assert that the parts agree. Only the values tell, so this is checked as modules are delivered. Source:
-TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod.
+Engines make one Linear of q/k/v and of gate/up, in experts too, which has one `weight_scale_2` and one
+`input_scale`: for NVFP4 they assert that the parts agree. Only the values tell, so this is checked as modules are
+delivered. Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod.
 """
 
 from __future__ import annotations

@@ -70,10 +70,11 @@ class LinearMode:
     """What the Linear of one `QuantAlgo` holds.
 
     `bits` are the code widths that it takes. `exact` strategies fit as they are; `widened` ones fit by repeating
-    scales, which changes no value. `group_sizes` are those that the kernel accepts, a group of a multiple is held
-    by repeating. `activations` is what it computes on; schemes with one of `other_activations` are held too, with a
-    note. N must be a multiple of `row_multiple` (`joined_row_multiple` where several Linears are made one) and K of
-    `column_multiple`, or the engine's weight preparation asserts or misplaces scales.
+    scales, which changes no value. `group_sizes` are those that the kernel accepts; groups of the
+    larger are held in the smaller by repeating. `activations` is what it computes on; schemes with one of
+    `other_activations` are held too, with a note. N must be a multiple of `row_multiple` (`joined_row_multiple`
+    where several Linears are made one) and K of `column_multiple`, or the engine's weight preparation asserts or
+    misplaces scales.
     """
 
     algo: QuantAlgo

@@ -48,7 +48,8 @@ class Site:
 
     `shape` is that of its weight, `locals` are its parameters beside a quantized or plain weight.
     `fused` names the group whose members must end in one mode, `joined` whether the engine makes one Linear of them
-    (which then reads no `pre_quant_scale`). A `plain` module is never read quantized by engines; `expert` marks routed
+    (which then reads no `pre_quant_scale`), `shares` the Linear or expert part whose scalars it must share with others.
+    A `plain` module is never read quantized by engines; `expert` marks routed
     experts, whose kernels know fewer modes. `aliases` are other names under which writers have stored it.
     """
 
@@ -57,6 +58,7 @@ class Site:
     shape: tuple[int, ...]
     fused: str | None = None
     joined: bool = False
+    shares: str | None = None
     plain: bool = False
     expert: bool = False
     locals: tuple[str, ...] = ()
@@ -168,6 +170,7 @@ class Model:
             shape=(self.sizes[site.outputs], self.sizes[site.inputs]),
             fused=prefix + site.fused if site.fused else None,
             joined=site.fused is not None,
+            shares=prefix + site.fused if site.fused else None,
             plain=site.plain,
             locals=bias + site.extras,
         )
@@ -190,6 +193,7 @@ class Model:
                     class_name="Linear",
                     shape=shape,
                     fused=prefix + experts.path,
+                    shares=None if projection == down else f"{own}gate_up",
                     expert=True,
                     aliases=other,
                 )

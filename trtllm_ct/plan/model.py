@@ -85,8 +85,9 @@ class ModulePlan:
     `weight` and `scheme` are None for a module that is stored plain. `layer` is its mode at the target, None when it is
     delivered plain; `reason` then says why a quantized module was dequantized.
     `native_mode` is the family of the scheme, whatever the target; `note` says what its mode does otherwise than the
-    scheme asks. `joined` names the Linear that an engine makes of it and others, `experts` names the module of all
-    routed experts that it belongs to. `transforms` are folded into what is delivered.
+    scheme asks. `joined` names the Linear that an engine makes of it and others, whose scalars must agree;
+    `experts` names the module of all routed experts that it belongs to. `transforms` are folded into what is
+    delivered.
     """
 
     name: str

@@ -233,7 +233,7 @@ class _Planner:
             layer=layer_config(holding) if holding else None,
             reason=assignment.reason if assignment else fold_reason(stored.transforms),
             note=holding.note if holding else "",
-            joined=site.fused if site.joined else None,
+            joined=site.shares,
             experts=site.fused if site.expert else None,
             transforms=stored.transforms,
         )
