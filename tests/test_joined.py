@@ -59,3 +59,9 @@ def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
 
     assert shares["0.gate_proj"] == shares["0.up_proj"] != shares["1.gate_proj"]
     assert shares["0.down_proj"] is None
+
+
+def test_an_expert_that_saw_no_data_is_compared_with_nothing() -> None:
+    checker = JoinedScalars()
+    checker.check(part("e.gate_proj", joined="e.gate_up"), scalars("e.gate_proj", 0.25))
+    checker.check(part("e.up_proj", joined="e.gate_up"), scalars("e.up_proj", 0.0))
