@@ -39,12 +39,16 @@ MODES = {
     "mixed-fp8-w4": {"FP8_PER_CHANNEL_PER_TOKEN": 16, "W4A16_AWQ g128": 12},
 }
 CONVERSIONS = [(to, dtype) for to in ("modelopt", "dense") for dtype in ("auto", "float32")]
-# ModelOpt's configuration, and the scheme of compressed-tensors that holds the same kind of weight.
+# ModelOpt's configuration, the scheme of compressed-tensors that holds the same kind of weight, and the first releases
+# of the engine that have its mode.
 EXPORTS = {
-    "FP8_DEFAULT_CFG": "fp8-tensor-static",
-    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "fp8-channel-token",
-    "INT4_AWQ_CFG": "int4-g128",
-    "INT8_WEIGHT_ONLY_CFG": "int8-channel",
+    "FP8_DEFAULT_CFG": ("fp8-tensor-static", "stock-1.0"),
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": ("fp8-channel-token", "stock-1.0"),
+    "INT4_AWQ_CFG": ("int4-g128", "stock-1.0"),
+    "INT8_WEIGHT_ONLY_CFG": ("int8-channel", "stock-1.0"),
+    "NVFP4_DEFAULT_CFG": ("nvfp4", "stock-1.0"),
+    "W4A16_NVFP4_CFG": ("nvfp4a16", "stock-1.3"),
+    "MXFP8_DEFAULT_CFG": ("mxfp8", "stock-1.3"),
 }
 
 
@@ -211,8 +215,9 @@ def test_names_dtypes_and_shapes_are_modelopts(shared: Path, tmp_path: Path, exp
     theirs = shared / "modelopt-exports" / export
     config = json.loads((theirs / "config.json").read_text())
     del config["quantization_config"]
-    write_checkpoint(tmp_path / "source", config=config, scheme=EXPORTS[export])
-    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    scheme, engine = EXPORTS[export]
+    write_checkpoint(tmp_path / "source", config=config, scheme=scheme)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", engine=engine)
 
     assert listing(tmp_path / "out") == listing(theirs)
     ours, quantization = (
@@ -222,6 +227,21 @@ def test_names_dtypes_and_shapes_are_modelopts(shared: Path, tmp_path: Path, exp
     for document in (ours, quantization):
         document["quantization"]["exclude_modules"].sort()
     assert ours["quantization"] == quantization["quantization"]
+
+
+def test_block_scales_differ_from_modelopts_in_axes_of_one_only(shared: Path, tmp_path: Path) -> None:
+    """Engines squeeze ModelOpt's four axes; two are what they compute with."""
+    theirs = shared / "modelopt-exports" / "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"
+    config = json.loads((theirs / "config.json").read_text())
+    del config["quantization_config"]
+    write_checkpoint(tmp_path / "source", config=config, scheme="fp8-block")
+    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+
+    squeezed = {
+        name: (dtype, [shape[0], shape[2]] if len(shape) == 4 else shape)
+        for name, (dtype, shape) in listing(theirs).items()
+    }
+    assert listing(tmp_path / "out") == squeezed
 
 
 def listing(directory: Path) -> dict[str, tuple[str, list[int]]]:
