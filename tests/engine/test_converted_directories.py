@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.shared, pytest.mark.reference]
 
 # Logits in standard deviations: exact modes, modules rounded once to bfloat16, and per-tensor FP8, whose parts the
-# engine itself requantizes to the largest scale of a fused Linear.
+# engine itself requantizes to the largest scale of a fused Linear: 0.097 was measured, and the bound proves only that
+# nothing worse happens.
 EXACT, ROUNDED, REQUANTIZED = 2e-3, 2e-2, 2e-1
 TOLERANCES = {
     "fp8-block": EXACT,
