@@ -51,6 +51,7 @@ class Target(StrEnum):
     """Targets that a plan can be made for."""
 
     MODELOPT = "modelopt"
+    TENSORRT_LLM = "tensorrt_llm"
     DENSE = "dense"
     REFERENCE = "reference"
 

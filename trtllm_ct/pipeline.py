@@ -23,7 +23,9 @@ from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.detect import Detection, FormatDetector
 from trtllm_ct.errors import ConfigError, Fault
 from trtllm_ct.plan.architectures import Model
+from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan.planner import make_plan
+from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.unsupported import MISTRAL_REMEDY
 from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
@@ -49,17 +51,36 @@ class Checkpoint:
     config: QuantizationConfig
     catalog: Catalog
     model: Model
+    probe: Probe
     hf_config: Mapping[str, Any]
 
     def plan(
-        self, to: str = "modelopt", *, engine: str = DEFAULT_ENGINE, dtype: DType | None = None, strict: bool = False
+        self,
+        to: str = "modelopt",
+        *,
+        engine: str = DEFAULT_ENGINE,
+        additive_zeros: bool = True,
+        dtype: DType | None = None,
+        strict: bool = False,
+        parallel: Parallel = ONE_RANK,
+        dense_o_proj: bool = False,
     ) -> Plan:
         """The plan for the target named `to` and the capability set `engine` of stock TensorRT-LLM; see `make_plan`.
 
+        `additive_zeros` matters for target `tensorrt_llm` only, see `target_named`.
         Raises `PlanError`, and `UsageError` for an unknown name.
         """
-        target = target_named(to, engine)
-        return make_plan(self.config, self.catalog, self.model, target, dtype=dtype, strict=strict)
+        return make_plan(
+            self.config,
+            self.catalog,
+            self.model,
+            target_named(to, engine, additive_zeros=additive_zeros),
+            dtype=dtype,
+            strict=strict,
+            parallel=parallel,
+            dense_o_proj=dense_o_proj,
+            probe=self.probe,
+        )
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -72,12 +93,15 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     detection = FormatDetector().detect(directory)
     detection.require_compressed_tensors()
     hf_config = _read_hf_config(directory)
+    config = CompressedTensorsConfigReader().read(directory)
+    catalog = Catalog.from_directory(directory)
     return Checkpoint(
         directory=directory,
         detection=detection,
-        config=CompressedTensorsConfigReader().read(directory),
-        catalog=Catalog.from_directory(directory),
+        config=config,
+        catalog=catalog,
         model=Model.from_config(hf_config),
+        probe=NO_PROBE,
         hf_config=hf_config,
     )
 
@@ -104,9 +128,13 @@ def plan_checkpoint(
     engine: str = DEFAULT_ENGINE,
     dtype: DType | None = None,
     strict: bool = False,
+    parallel: Parallel = ONE_RANK,
+    dense_o_proj: bool = False,
 ) -> Plan:
     """The plan of a directory for the target named `to`; headers only. See `Checkpoint.plan`."""
-    return open_checkpoint(directory).plan(to, engine=engine, dtype=dtype, strict=strict)
+    return open_checkpoint(directory).plan(
+        to, engine=engine, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
+    )
 
 
 def stream_delivered(

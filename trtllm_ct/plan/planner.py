@@ -21,6 +21,8 @@ from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.leftovers import refuse_leftovers
 from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.plan.other_modules import OtherModules
+from trtllm_ct.plan.parallel import ONE_RANK, Parallel
+from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule, stored_modules
 from trtllm_ct.plan.transforms import OnlineTransforms, folds_of
 from trtllm_ct.plan.unsupported import refuse_mistral_names, refuse_unsupported
@@ -51,11 +53,17 @@ def make_plan(
     *,
     dtype: DType | None = None,
     strict: bool = False,
+    parallel: Parallel = ONE_RANK,
+    dense_o_proj: bool = False,
+    probe: Probe = NO_PROBE,
 ) -> Plan:
     """Decide what becomes of every stored tensor and where every delivered tensor comes from.
 
     `dtype` is that of dequantized modules, the model's when None; with float16 plain tensors are cast as well.
     `strict` makes it a fault when a module must be dequantized because the target has no mode for it.
+    `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice. `dense_o_proj`
+    dequantizes the output projection of attention where its mode would quantize attention's output at a fixed scale.
+    `probe` are the few values that decide; without it, the plan takes what holds for all values.
     Raises `PlanError` with all faults: tensors missing, surplus or of a wrong shape, schemes without a way to the
     target.
     """
@@ -65,6 +73,9 @@ def make_plan(
         model=model,
         target=target,
         dtypes=_dtypes(model, target, dtype),
+        parallel=parallel,
+        dense_o_proj=dense_o_proj,
+        probe=probe,
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal),
         kv_cache=KvCache(config, target, model.kv_heads),
@@ -86,6 +97,9 @@ class _Planner:
     model: Model
     target: Target
     dtypes: deliver.Dtypes
+    parallel: Parallel
+    dense_o_proj: bool
+    probe: Probe
     faults: FaultCollector
     reader: WeightReader
     kv_cache: KvCache

@@ -12,7 +12,7 @@ from trtllm_ct.schemes import QuantAlgo
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["DEFAULT_ENGINE", "DENSE", "ENGINES", "MODELOPT", "REFERENCE", "TARGETS", "target_named"]
+__all__ = ["DEFAULT_ENGINE", "DENSE", "ENGINES", "MODELOPT", "REFERENCE", "TARGETS", "TENSORRT_LLM", "target_named"]
 
 _LINEAR = frozenset(
     {
@@ -70,6 +70,11 @@ def _newer(engine: str) -> tuple[Capabilities, ...]:
     return tuple(ENGINES[later] for later in names[names.index(engine) + 1 :])
 
 
+def _with_additive_zeros(stock: Capabilities) -> Capabilities:
+    """A set with the Linear for asymmetric int4 that this package gives the engine where it has none."""
+    return replace(stock, linear=stock.linear | {QuantAlgo.W4A16_GPTQ})
+
+
 _NOTHING = Capabilities(name="plain", source="plain weights need no capability")
 _EVERYTHING = Capabilities(
     name="reference",
@@ -86,23 +91,33 @@ MODELOPT = Target(
     capabilities=ENGINES[DEFAULT_ENGINE],
     newer=_newer(DEFAULT_ENGINE),
 )
+TENSORRT_LLM = Target(
+    name="tensorrt_llm",
+    serves="TensorRT-LLM, PyTorch backend, loaded by this package",
+    capabilities=_with_additive_zeros(ENGINES[DEFAULT_ENGINE]),
+    newer=tuple(map(_with_additive_zeros, _newer(DEFAULT_ENGINE))),
+)
 DENSE = Target(name="dense", serves="anything that reads plain Hugging Face weights", capabilities=_NOTHING)
 REFERENCE = Target(name="reference", serves="the CPU reference engine of this package", capabilities=_EVERYTHING)
 
-TARGETS: Mapping[str, Target] = {target.name: target for target in (MODELOPT, DENSE, REFERENCE)}
+TARGETS: Mapping[str, Target] = {target.name: target for target in (MODELOPT, TENSORRT_LLM, DENSE, REFERENCE)}
 
 
-def target_named(name: str, engine: str = DEFAULT_ENGINE) -> Target:
-    """The entry of `TARGETS`; that for stock TensorRT-LLM with the capability set `engine` of `ENGINES`.
+def target_named(name: str, engine: str = DEFAULT_ENGINE, *, additive_zeros: bool = True) -> Target:
+    """The entry of `TARGETS`; those for TensorRT-LLM with the capability set `engine` of `ENGINES`.
 
+    `additive_zeros` says whether target `tensorrt_llm` may have a Linear for asymmetric int4 (`W4A16_GPTQ`).
     Raises `UsageError` that lists the names.
     """
     _require("target", name, TARGETS)
     _require("--engine", engine, ENGINES)
     target = TARGETS[name]
-    if target is not MODELOPT:
+    if target not in (MODELOPT, TENSORRT_LLM):
         return target
-    return replace(target, capabilities=ENGINES[engine], newer=_newer(engine))
+    sets = (ENGINES[engine], *_newer(engine))
+    if target is TENSORRT_LLM and additive_zeros:
+        sets = tuple(map(_with_additive_zeros, sets))
+    return replace(target, capabilities=sets[0], newer=sets[1:])
 
 
 def _require(where: str, name: str, names: Mapping[str, object]) -> None:
