@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, PayloadError
-from trtllm_ct.layouts.packing import INT8_PLAIN, repack
+from trtllm_ct.layouts.dispatch import additive_zero, repack
+from trtllm_ct.layouts.e4m3 import shift_scale
+from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.layouts.rounding import round_once
-from trtllm_ct.layouts.scales import additive_zero, widen_scale
+from trtllm_ct.layouts.scales import widen_scale
 from trtllm_ct.layouts.transforms import fold
 
 if TYPE_CHECKING:
@@ -42,7 +44,10 @@ __all__ = [
     "Reciprocal",
     "Reinterpret",
     "Repack",
+    "SharedReciprocal",
+    "ShiftScale",
     "WidenScale",
+    "Zeros",
 ]
 
 
@@ -50,10 +55,16 @@ _TILE_ROWS = 256
 
 
 class ModuleTensors:
-    """The stored tensors of one module by local name, and its weight decoded at most once."""
+    """The stored tensors of one module by local name, and its weight decoded at most once.
 
-    def __init__(self, stored: Mapping[str, Tensor], weight: StoredWeight | None, codec: Codec) -> None:
+    Of some rows of a module `first_row` is the first, for messages.
+    """
+
+    def __init__(
+        self, stored: Mapping[str, Tensor], weight: StoredWeight | None, codec: Codec, first_row: int = 0
+    ) -> None:
         self.stored = stored
+        self.first_row = first_row
         self._weight = weight
         self._codec = codec
 
@@ -79,11 +90,13 @@ class Operation(ABC):
     """One step from stored tensors to a delivered tensor of spec `result`.
 
     `source` is the local name of the stored tensor that it reads; None when it reads the module's codes, or nothing.
+    With `same_bytes` the delivered tensor has the bytes of the stored one.
     """
 
     result: TensorSpec
     source: str | None = None
     exact: ClassVar[bool] = True
+    same_bytes: ClassVar[bool] = False
     label: ClassVar[str]
 
     @abstractmethod
@@ -104,6 +117,7 @@ class Operation(ABC):
 class Copy(Operation):
     """The stored tensor itself, perhaps under another name; neither read nor copied here."""
 
+    same_bytes: ClassVar[bool] = True
     label: ClassVar[str] = "copy"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
@@ -122,7 +136,7 @@ class Cast(Operation):
         """The source, rounded once."""
         tensor = self.input(module)
         rounded = round_once(tensor, self.result.dtype.torch_dtype)
-        _refuse_infinite(name, rounded, self.result.dtype, tensor)
+        _refuse_infinite(name, rounded, module.first_row, self.result.dtype, tensor)
         return rounded
 
 
@@ -190,11 +204,79 @@ class Reciprocal(Operation):
 class Reinterpret(Operation):
     """The bytes of a stored tensor under the dtype that they mean; neither read nor copied."""
 
+    same_bytes: ClassVar[bool] = True
     label: ClassVar[str] = "reinterpret"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
         """The source as `result` says."""
         return self.input(module).view(self.result.dtype.torch_dtype).reshape(self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedReciprocal(Reciprocal):
+    """The multiplier of a Linear that engines join of several, float32 []: one for all parts.
+
+    `shared` is the divisor that this part takes with the others; `stored` is its own, by which the plan chose what its
+    group scales become. A file that holds another one is an error.
+    """
+
+    label: ClassVar[str] = "shared reciprocal"
+    stored: float
+    shared: float
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """1 / shared, rounded once."""
+        divisor = self.input(module).double().reshape(())
+        if float(divisor) != self.stored:
+            raise PayloadError(
+                Fault(
+                    where=name,
+                    expected=f"{self.stored:.9g} in {self.source}, as when the plan was made",
+                    found=f"{float(divisor):.9g}",
+                    remedy="The file changed since: wait until it is complete and start again.",
+                )
+            )
+        return (1 / divisor.new_tensor(self.shared)).to(self.result.dtype.torch_dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShiftScale(Reinterpret):
+    """E4M3 group scales times 2^`power`, which the scalar of the weight gives back.
+
+    A result that E4M3 does not have is an error.
+    """
+
+    same_bytes: ClassVar[bool] = False
+    label: ClassVar[str] = "shift scale"
+    power: int
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """float8_e4m3fn, every element exact."""
+        shifted = shift_scale(Reinterpret.run(self, name, module), self.power)
+        if shifted is None:
+            raise PayloadError(
+                Fault(
+                    where=name,
+                    expected=f"group scales that are E4M3 numbers times 2^{self.power} too, as when the plan was made",
+                    found="one that is beyond the range of E4M3 then",
+                    remedy="The file changed since: wait until it is complete and start again.",
+                )
+            )
+        return shifted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Zeros(Operation):
+    """Group scales of zero, for a weight that is zero already: under the scalar of others it would not be."""
+
+    label: ClassVar[str] = "zeros"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """All zeros."""
+        import torch
+
+        spec, device = self.result, self.input(module).device
+        return torch.zeros(spec.shape, dtype=torch.uint8, device=device).view(spec.dtype.torch_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +302,7 @@ class Dequantize(Operation):
     def run(self, name: str, module: ModuleTensors) -> Tensor:
         """The weight in the dtype of `result`."""
         values = module.dequantize(self.result.dtype)
-        _refuse_infinite(name, values, self.result.dtype)
+        _refuse_infinite(name, values, module.first_row, self.result.dtype)
         return values
 
 
@@ -241,7 +323,7 @@ class FoldTransform(Operation):
         for each in self.folds:
             fold(values, each.factor(module.stored), each.axis, normalized=each.normalized)
         rounded = _rounded(values, self.result.dtype).reshape(self.result.shape)
-        _refuse_infinite(name, rounded, self.result.dtype)
+        _refuse_infinite(name, rounded, module.first_row, self.result.dtype)
         return rounded
 
     def values(self, module: ModuleTensors) -> Tensor:
@@ -288,7 +370,7 @@ def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
         )
 
 
-def _refuse_infinite(name: str, delivered: Tensor, dtype: DType, source: Tensor | None = None) -> None:
+def _refuse_infinite(name: str, delivered: Tensor, first_row: int, dtype: DType, source: Tensor | None = None) -> None:
     """Raise when narrowing made an element infinite; `source`, if given, tells what was infinite before."""
     lost = delivered.isinf()
     if source is not None:
@@ -296,11 +378,14 @@ def _refuse_infinite(name: str, delivered: Tensor, dtype: DType, source: Tensor 
     if not bool(lost.any()):
         return
     position = [int(index) for index in lost.nonzero()[0]]
+    found = "one beyond it" if source is None else f"{float(source[tuple(position)]):g}"
+    if position:
+        position[0] += first_row
     raise PayloadError(
         Fault(
             where=f"{name}{position}",
             expected=f"a value within the range of {dtype.torch_name}",
-            found="one beyond it" if source is None else f"{float(source[tuple(position)]):g}",
+            found=found,
             remedy="Convert with --dtype bfloat16 or float32.",
         )
     )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from trtllm_ct.layouts import scales
-from trtllm_ct.layouts.scales import additive_zero, dequantize, widen_scale
+from trtllm_ct.layouts.scales import Scaling, additive_zero, dequantize, widen_scale
 
 SCALE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DENSE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -112,7 +112,8 @@ def test_dequantizing_equals_its_slow_twin(
         zero_point = random_codes(tuple(scale.shape), kind, seed + 1)
     codes = random_codes(shape, kind, seed)
     before = codes.clone()
-    values = dequantize(codes, scale, zero_point, group_size, dtype)
+    scaling = Scaling(scale=scale, zero_point=zero_point, group_columns=group_size)
+    values = dequantize(codes, scaling, dtype)
     assert values.dtype is dtype
     assert values.is_contiguous()
     expected = oracles.dequantize(codes, scale, zero_point, group_size, dtype)
@@ -128,14 +129,15 @@ def test_the_size_of_a_tile_changes_nothing(
     codes = random_codes((7, 8), "int4", seed=1)
     scale = random_scale(scale_rows, groups, torch.float32, seed=2)
     zero_point = random_codes((scale_rows, groups), "int4", seed=3)
-    whole = dequantize(codes, scale, zero_point, 8 // groups, torch.bfloat16)
+    scaling = Scaling(scale=scale, zero_point=zero_point, group_columns=8 // groups)
+    whole = dequantize(codes, scaling, torch.bfloat16)
     monkeypatch.setattr(scales, "_TILE_ELEMENTS", tile_elements)
-    assert torch.equal(dequantize(codes, scale, zero_point, 8 // groups, torch.bfloat16), whole)
+    assert torch.equal(dequantize(codes, scaling, torch.bfloat16), whole)
 
 
 def test_a_zero_scale_gives_zeros_and_nan_stays_nan() -> None:
     codes = torch.tensor([[0x7F, 0x08, 0xFF], [0x7E, 0xFE, 0x01]], dtype=torch.uint8).view(torch.float8_e4m3fn)
-    values = dequantize(codes, torch.tensor([[1.0], [0.0]]), None, None, torch.bfloat16)
+    values = dequantize(codes, Scaling(scale=torch.tensor([[1.0], [0.0]])), torch.bfloat16)
     assert values[0].isnan().tolist() == [True, False, True]
     assert values[1].tolist() == [0.0, 0.0, 0.0]
 
@@ -144,4 +146,4 @@ def test_float32_scales_are_not_rounded_on_the_way() -> None:
     """5 * scale lies above the middle of 1 and the next bfloat16 number by less than float32 can see."""
     scale = torch.tensor([[float.fromhex("0x1.9b3334p-3")]])
     codes = torch.tensor([[5]], dtype=torch.int8)
-    assert dequantize(codes, scale, None, None, torch.bfloat16).item() == 1 + 2**-7
+    assert dequantize(codes, Scaling(scale=scale), torch.bfloat16).item() == 1 + 2**-7

@@ -39,7 +39,8 @@ class StoredWeight:
     scaled values are divided by (NVFP4), `group_index` the tensor that gives the group of each column where groups
     need not be contiguous.
     `consumed` are the local names that belong to the weight; a `weight_zero_point` among them without
-    `has_zero_point` must hold zeros only, which its payload shows.
+    `has_zero_point` must hold zeros only, which its payload shows. `part_of` is the (N, K) of the stored weight where
+    this one is some of its rows.
     """
 
     format: WeightFormat
@@ -54,6 +55,7 @@ class StoredWeight:
     divisor: str | None = None
     group_index: str | None = None
     consumed: tuple[str, ...]
+    part_of: tuple[int, int] | None = None
 
     @property
     def scale_shape(self) -> tuple[int, int]:
@@ -98,6 +100,8 @@ class WeightFormat(ABC):
     """What the support matrix calls it."""
     declared_as: frozenset[CompressionFormat]
     """The names under which configurations declare it."""
+    has_rows: bool = True
+    """Whether the rows of a weight lie one behind the other, so that some can be taken out."""
 
     @abstractmethod
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:

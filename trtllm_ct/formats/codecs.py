@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from trtllm_ct.layouts.floats import element_fields, element_values
-from trtllm_ct.layouts.packing import INT8_PLAIN, pack_fields, unpack_codes, unpack_fields
-from trtllm_ct.layouts.scales import dequantize
+from trtllm_ct.layouts.dispatch import dequantize
+from trtllm_ct.layouts.floats import element_fields
+from trtllm_ct.layouts.packing import INT8_PLAIN, pack_fields
+from trtllm_ct.layouts.scales import Scaling
 from trtllm_ct.schemes import Element
 
 if TYPE_CHECKING:
@@ -44,27 +45,15 @@ class _NativeCodec:
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         codes = self.decode(weight, stored)
-        return dequantize(
-            _values(codes),
-            codes.scale,
-            codes.zero_point,
-            weight.group_columns,
-            dtype,
+        scaling = Scaling(
+            scale=codes.scale,
+            zero_point=codes.zero_point,
+            group_columns=weight.group_columns,
             block_rows=weight.block_rows,
-            group_index_I=codes.group_index,
+            group_index=codes.group_index,
             divisor=codes.divisor,
         )
-
-
-def _values(codes: Codes) -> Tensor:
-    """The codes [N, K] as numbers: int8 or float8 codes as they are, smaller floats by their table in bfloat16."""
-    import torch
-
-    if codes.packing is None:
-        return codes.values
-    if codes.element is Element.INT:
-        return unpack_codes(codes.values, codes.packing, codes.shape)
-    return element_values(unpack_fields(codes.values, codes.packing, codes.shape), codes.element, torch.bfloat16)
+        return dequantize(codes.values, codes.packing, codes.element, codes.shape, scaling, dtype)
 
 
 # The library has had no decoder for these since 0.15, or never had one.

@@ -21,7 +21,8 @@ from trtllm_ct.errors import Fault, PayloadError
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.layouts import marlin_24 as layout
-from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words, repack
+from trtllm_ct.layouts.dispatch import repack
+from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words
 from trtllm_ct.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class _Marlin24(WeightFormat):
 
     name = "marlin-24"
     declared_as = frozenset({CompressionFormat.MARLIN_24})
+    has_rows = False
 
     def __init__(self, *, interleaves: bool) -> None:
         self.interleaves = interleaves

@@ -12,7 +12,7 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.formats.small_floats import check_group_scale, check_group_size, local_scale, logical_shape
-from trtllm_ct.layouts.packing import repack
+from trtllm_ct.layouts.dispatch import repack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

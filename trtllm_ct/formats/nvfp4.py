@@ -30,8 +30,8 @@ from trtllm_ct.formats.small_floats import (
     local_scale,
     logical_shape,
 )
+from trtllm_ct.layouts.dispatch import repack
 from trtllm_ct.layouts.floats import E2M1_PACKED
-from trtllm_ct.layouts.packing import repack
 from trtllm_ct.schemes import CompressionFormat, Element
 
 if TYPE_CHECKING:

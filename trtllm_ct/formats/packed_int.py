@@ -26,7 +26,8 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
-from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words, repack, unpack_codes
+from trtllm_ct.layouts.dispatch import repack, unpack_codes
+from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
 from trtllm_ct.schemes import CompressionFormat, NumberType, Packing, QuantArgs, Strategy
 
 if TYPE_CHECKING:

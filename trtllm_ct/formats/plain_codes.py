@@ -25,7 +25,8 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
-from trtllm_ct.layouts.packing import INT8_PLAIN, repack
+from trtllm_ct.layouts.dispatch import repack
+from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.schemes import CompressionFormat, Element, NumberType, Packing, QuantArgs
 
 if TYPE_CHECKING:

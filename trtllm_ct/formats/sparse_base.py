@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.base import StoredSpecs
     from trtllm_ct.schemes import CompressionFormat, TensorSpec
 
-__all__ = ["SparseFormat", "SparseTensor", "check_pieces", "refuse_piece"]
+__all__ = ["SHAPE_DTYPES", "SparseFormat", "SparseTensor", "check_pieces", "refuse_piece"]
 
 _DAMAGED = "The file was damaged or cut, or its writer broke the format; download the checkpoint again."
-_SHAPE_DTYPES = frozenset({DType.I64, DType.I32})
+SHAPE_DTYPES = frozenset({DType.I64, DType.I32})
+"""What writers store the sizes of a dense tensor in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +64,8 @@ class SparseFormat(ABC):
     ) -> TensorSpec | None:
         """Dtype and shape of the dense tensor; None, with faults added, when the pieces contradict each other.
 
-        `stem` is what the stored names of the pieces begin with; `expected_shape` is what the model's architecture
-        says, where it is known.
+        `stem` is what the stored names of the pieces begin with; `expected_shape` is what `shape` or the model says,
+        where it is known.
         """
 
     @abstractmethod
@@ -96,7 +97,7 @@ def check_pieces(stem: str, pieces: StoredSpecs, faults: FaultCollector) -> bool
     before = len(faults.faults)
     if bitmask.dtype is not DType.U8 or rank == 0:
         faults.add(where=f"{stem}.bitmask", expected="uint8, one bit a column", found=str(bitmask), remedy=_DAMAGED)
-    elif shape.dtype not in _SHAPE_DTYPES or shape.numel != rank:
+    elif shape.dtype not in SHAPE_DTYPES or shape.numel != rank:
         expected = f"int64 [{rank}], the sizes of the dense tensor"
         faults.add(where=f"{stem}.shape", expected=expected, found=str(shape), remedy=_DAMAGED)
     return len(faults.faults) == before

@@ -1,7 +1,7 @@
 """Sparsity as the outermost layer of a file: pieces there, one dense tensor here.
 
-`find_sparse` finds the tensors that are stored in pieces, from headers alone; to everything behind it they are tensors
-like others, with a name, a dtype and a shape. `restore` makes one of them when it is read.
+`find_sparse` finds the tensors that are stored in pieces, from headers and the numbers in `shape`; to everything behind
+it they are tensors like others, with a name, a dtype and a shape. `restore` makes one of them when it is read.
 
 The pieces are called `<stem>.shape`, `<stem>.compressed`, `<stem>.bitmask` and `<stem>.row_offsets`:
 
@@ -15,15 +15,17 @@ Source: compressed-tensors 0.6 and 0.14 `compressors/`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from trtllm_ct.formats.sparse_24_bitmask import SPARSE_24_BITMASK
-from trtllm_ct.formats.sparse_base import SparseFormat, SparseTensor, refuse_piece
+from trtllm_ct.formats.sparse_base import SHAPE_DTYPES, SparseFormat, SparseTensor, refuse_piece
 from trtllm_ct.formats.sparse_bitmask import SPARSE_BITMASK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -31,13 +33,26 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.base import StoredSpecs
     from trtllm_ct.schemes import CompressionFormat, TensorSpec
 
-__all__ = ["SPARSE_FORMATS", "Generation", "SparseTensor", "find_sparse", "restore", "stem_of"]
+__all__ = [
+    "SPARSE_FORMATS",
+    "Generation",
+    "SparseTensor",
+    "StoredShapes",
+    "find_sparse",
+    "restore",
+    "shape_pieces",
+    "stem_of",
+]
 
 SPARSE_FORMATS: tuple[SparseFormat, ...] = (SPARSE_BITMASK, SPARSE_24_BITMASK)
 
 Generation = Literal["0.4", "0.9"]
 """The first release of each generation of names."""
 
+StoredShapes = Mapping[str, tuple[int, ...]]
+"""The numbers in `shape` pieces, by the full names of these."""
+
+_NONE_READ: StoredShapes = MappingProxyType({})
 _REQUIRED = ("shape", "compressed", "bitmask")
 _PIECES = frozenset({*_REQUIRED, "row_offsets"})
 _PARAMETERS = frozenset(
@@ -64,12 +79,14 @@ def find_sparse(
     names_and_specs: Mapping[str, TensorSpec],
     expected_shape: Callable[[str], tuple[int, ...] | None],
     faults: FaultCollector,
+    stored_shapes: StoredShapes = _NONE_READ,
 ) -> dict[str, SparseTensor]:
     """The tensors that are stored in pieces, by the name of the dense tensor, in the order of the file.
 
-    `expected_shape` is asked by that name. Pieces that contradict each other, or of which some are missing, are added
-    to `faults` and are not in the result. `shape` and `compressed` are common words: a tensor of such a name is a piece
-    only where there are others of the same stem.
+    A bitmask tells the last axis only up to eight. `stored_shapes` say it exactly; where they are silent,
+    `expected_shape` is asked by the dense tensor's name. Pieces that contradict each other, or of which some are
+    missing, are added to `faults` and are not in the result. `shape` and `compressed` are common words: a tensor of
+    such a name is a piece only where there are others of the same stem.
     """
     stems = _stems(names_and_specs)
     # The early releases left no tensor out, so one name of theirs tells how to read all the others.
@@ -81,9 +98,28 @@ def find_sparse(
             remedy = "Files of two checkpoints may lie in one directory: keep those of one of them."
             found_twice = f"it plain and in pieces, as {stem}.compressed"
             faults.add(where=name, expected="it once", found=found_twice, remedy=remedy)
-        elif (sparse := _describe(stem, name, pieces, expected_shape(name) or _full(name, pieces), faults)) is not None:
-            found[name] = sparse
+        else:
+            said = stored_shapes.get(f"{stem}.shape")
+            shape = said or expected_shape(name) or _full(name, pieces)
+            sparse = _describe(stem, name, pieces, shape, faults)
+            if sparse is not None and said in (None, sparse.spec.shape):
+                found[name] = sparse
+            elif sparse is not None:
+                made = f"{list(sparse.spec.shape)}, which the other pieces make"
+                refuse_piece(f"{stem}.shape", made, list(said or ()), faults)
     return found
+
+
+def shape_pieces(names_and_specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The `shape` pieces that can be read: a number for each axis of the bitmask beside it."""
+    return [
+        name
+        for name, spec in names_and_specs.items()
+        if name.endswith(".shape")
+        and (bitmask := names_and_specs.get(f"{name.removesuffix('.shape')}.bitmask")) is not None
+        and spec.dtype in SHAPE_DTYPES
+        and spec.numel == len(bitmask.shape)
+    ]
 
 
 def restore(sparse: SparseTensor, pieces: Mapping[str, Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "pack_fields",
     "packed_words",
     "repack",
+    "run_of",
     "unpack_codes",
     "unpack_fields",
 ]
@@ -57,7 +58,7 @@ def unpack_codes(packed_OP: Tensor, packing: Packing, shape: tuple[int, int]) ->
 def unpack_fields(packed_OP: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
     """The bits of each code as they are stored: uint8 of `shape`, in [0, 2^bits - 1]."""
     streams = _byte_streams(packed_OP, packing)
-    fields = _split_bytes(streams, packing) if _fills_bytes(packing.bits) else _split_stream(streams, packing)
+    fields = _split_stream(streams, packing)
     if packing.axis == 0:
         fields = fields.T
     return fields[: shape[0], : shape[1]].contiguous()
@@ -81,7 +82,7 @@ def pack_fields(fields_OI: Tensor, packing: Packing) -> Tensor:
 
     lines = fields_OI if packing.axis == 1 else fields_OI.T
     width = packing.elements(lines.shape[1]) * packing.container.itemsize
-    streams = _join_bytes(lines, packing) if _fills_bytes(packing.bits) else _join_stream(lines, packing)
+    streams = _join_stream(lines, packing)
     whole = torch.zeros((lines.shape[0], width), dtype=torch.uint8, device=lines.device)
     used = min(width, streams.shape[1])
     whole[:, :used] = streams[:, :used]
@@ -130,11 +131,6 @@ def _int4_words_to_row_pairs(packed_OP: Tensor) -> Tensor:
     return result.view(rows // 2, 2 * width)
 
 
-def _fills_bytes(bits: int) -> bool:
-    """Whether codes of this width never straddle two bytes."""
-    return 8 % bits == 0
-
-
 def _byte_streams(packed: Tensor, packing: Packing) -> Tensor:
     """The container as bytes [lines, bytes], one line for each row or column that codes run along.
 
@@ -157,58 +153,50 @@ def _transposed(matrix: Tensor) -> Tensor:
     return matrix.T.clone(memory_format=torch.contiguous_format)
 
 
-def _split_bytes(streams: Tensor, packing: Packing) -> Tensor:
-    """Bytes of whole codes -> fields [lines, bytes * 8 / bits]."""
-    import torch
-
-    bits, mask = packing.bits, (1 << packing.bits) - 1
-    if bits == 8:
-        return streams
-    parts = [(streams >> (bits * i)) & mask for i in range(8 // bits)]
-    return torch.stack(parts, dim=2).flatten(1)
-
-
-def _join_bytes(lines: Tensor, packing: Packing) -> Tensor:
-    """The inverse of `_split_bytes`, the last byte filled up with zero bits."""
-    import torch
-
-    bits, per_byte = packing.bits, 8 // packing.bits
-    whole = torch.nn.functional.pad(lines, (0, -lines.shape[1] % per_byte))
-    parts = whole.reshape(whole.shape[0], -1, per_byte)
-    joined = parts[..., 0].clone()
-    for i in range(1, per_byte):
-        joined |= parts[..., i] << (bits * i)
-    return joined
-
-
 def _split_stream(streams: Tensor, packing: Packing) -> Tensor:
-    """Bytes with codes across their borders -> fields [lines, codes].
+    """Bytes -> fields [lines, codes].
 
-    A run of bytes that begins and ends with a whole code is read as one integer: `bits` bytes of 8 dense codes, or one
-    element of the container with as many padded codes as fit.
+    A field stands in one byte, or in two neighbours: then the low bits are on top of the first one.
     """
     import torch
 
-    run, per_run = _run(packing)
-    whole = torch.nn.functional.pad(streams, (0, -streams.shape[1] % run))
-    numbers = (whole.reshape(whole.shape[0], -1, run).long() << (8 * torch.arange(run))).sum(dim=2)
-    shifts = packing.bits * torch.arange(per_run)
-    return ((numbers[..., None] >> shifts) & ((1 << packing.bits) - 1)).to(torch.uint8).flatten(1)
+    size, count = run_of(packing)
+    if count == 1:
+        return streams
+    whole = torch.nn.functional.pad(streams, (0, -streams.shape[1] % size))
+    runs = whole.reshape(whole.shape[0], whole.shape[1] // size, size)
+    fields = torch.empty((*runs.shape[:2], count), dtype=torch.uint8, device=streams.device)
+    for i in range(count):
+        byte, shift = divmod(i * packing.bits, 8)
+        torch.bitwise_right_shift(runs[..., byte], shift, out=fields[..., i])
+        if shift + packing.bits > 8:
+            fields[..., i] |= runs[..., byte + 1] << (8 - shift)
+    fields &= (1 << packing.bits) - 1
+    return fields.flatten(1)
 
 
 def _join_stream(lines: Tensor, packing: Packing) -> Tensor:
     """The inverse of `_split_stream`, the last run filled up with zero bits."""
     import torch
 
-    run, per_run = _run(packing)
-    whole = torch.nn.functional.pad(lines, (0, -lines.shape[1] % per_run))
-    fields = whole.reshape(whole.shape[0], -1, per_run).long()
-    numbers = (fields << (packing.bits * torch.arange(per_run))).sum(dim=2)
-    return ((numbers[..., None] >> (8 * torch.arange(run))) & 0xFF).to(torch.uint8).flatten(1)
+    size, count = run_of(packing)
+    if count == 1:
+        return lines
+    whole = torch.nn.functional.pad(lines, (0, -lines.shape[1] % count))
+    runs = whole.reshape(whole.shape[0], whole.shape[1] // count, count)
+    joined = torch.zeros((*runs.shape[:2], size), dtype=torch.uint8, device=lines.device)
+    for i in range(count):
+        byte, shift = divmod(i * packing.bits, 8)
+        joined[..., byte] |= runs[..., i] << shift
+        if shift + packing.bits > 8:
+            joined[..., byte + 1] |= runs[..., i] >> (8 - shift)
+    return joined.flatten(1)
 
 
-def _run(packing: Packing) -> tuple[int, int]:
-    """Bytes and codes of the smallest run that holds whole codes only."""
+def run_of(packing: Packing) -> tuple[int, int]:
+    """Bytes and codes of a run that begins and ends with a whole code: a byte, eight dense codes, or an element."""
+    if 8 % packing.bits == 0:
+        return 1, 8 // packing.bits
     if packing.dense:
         return packing.bits, 8
     return packing.container.itemsize, packing.container.bits // packing.bits
