@@ -164,6 +164,7 @@ def test_the_document_has_the_same_keys_with_and_without_problems(tmp_path: Path
     assert document.keys() == {
         "directory",
         "target",
+        "parallel",
         "detection",
         "architecture",
         "schemes",

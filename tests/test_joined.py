@@ -61,7 +61,15 @@ def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
     assert shares["0.down_proj"] is None
 
 
-def test_an_expert_that_saw_no_data_is_compared_with_nothing() -> None:
+def test_zero_is_a_scalar_like_any_other() -> None:
+    """A plan gives the part that saw no data the scalar of the other one; here nobody did, and the engine asserts."""
     checker = JoinedScalars()
     checker.check(part("e.gate_proj", joined="e.gate_up"), scalars("e.gate_proj", 0.25))
-    checker.check(part("e.up_proj", joined="e.gate_up"), scalars("e.up_proj", 0.0))
+    with pytest.raises(PayloadError, match=r"e\.up_proj\.weight_scale_2: expected 0\.25"):
+        checker.check(part("e.up_proj", joined="e.gate_up"), scalars("e.up_proj", 0.0))
+
+
+def test_two_experts_parts_that_saw_no_data_agree() -> None:
+    checker = JoinedScalars()
+    for name in ("e.gate_proj", "e.up_proj"):
+        checker.check(part(name, joined="e.gate_up"), scalars(name, 0.0))

@@ -3,7 +3,8 @@
 Several places may speak: blocks in config.json, params.json of Mistral's own repositories, hf_quant_config.json of
 ModelOpt, and the side files of early GPTQ and AWQ tools. Each is judged by its `quant_method` or producer, never
 by the presence of `config_groups`, which ModelOpt writes too. compressed-tensors goes before ModelOpt, ModelOpt
-before all others; places that disagree are reported, whoever wins.
+before all others; places that disagree are reported, whoever wins. A directory that this package prepared for an
+engine is no checkpoint of its own, and what stands beside its mark isn't asked.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any
 
 from trtllm_ct.config.json_file import not_an_object, read_json_object
 from trtllm_ct.errors import ConfigError, DetectionError, Fault
-from trtllm_ct.quant_methods import COMPRESSED_TENSORS, MODELOPT, UNKNOWN, describe_method
+from trtllm_ct.quant_methods import COMPRESSED_TENSORS, MODELOPT, SIDECAR, UNKNOWN, describe_method
 
-__all__ = ["Detection", "Evidence", "FormatDetector", "unwrap_block"]
+__all__ = ["SIDECAR_FILE", "Detection", "Evidence", "FormatDetector", "unwrap_block"]
+
+SIDECAR_FILE = "trtllm_ct.json"
+"""What makes a directory one that was prepared for an engine, and says from which source."""
 
 _CONFIG = "config.json"
 _PARAMS = "params.json"
@@ -144,6 +148,8 @@ class FormatDetector:
         """
         path = Path(directory)
         _require_checkpoint(path)
+        if (path / SIDECAR_FILE).is_file():
+            return _sidecar(read_json_object(path / SIDECAR_FILE), str(directory))
         names = dict.fromkeys(file for file, _ in _PLACES)
         files = {name: read_json_object(path / name) for name in names if (path / name).is_file()}
         return _decide(files, str(directory))
@@ -172,6 +178,11 @@ def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> De
         block=winner.block,
         directory=directory,
     )
+
+
+def _sidecar(content: Mapping[str, Any], directory: str) -> Detection:
+    source = Evidence(file=SIDECAR_FILE, key="source", found=json.dumps(content.get("source")), read_as=SIDECAR)
+    return Detection(method=SIDECAR, evidence=(source,), origin=SIDECAR_FILE, block=content, directory=directory)
 
 
 def _priority(claim: _Claim) -> int:

@@ -9,6 +9,8 @@
         ├── CatalogError             weight files or their headers are damaged, missing or forbidden
         ├── PlanError                config and stored tensors disagree, or a scheme has no way to the target
         ├── PayloadError             values of a tensor break a promise: NaN scale, wrong shape entry, overflow
+        ├── SidecarError             a directory prepared for the engine is damaged, out of date, or can't be made
+        ├── LoadError                what was loaded is not what the plan promises, or not what the engine reads
         └── VerificationError        a converted directory doesn't equal its source
 
 A fault says where, what was expected, what was found and what to do about it.
@@ -27,9 +29,11 @@ __all__ = [
     "DetectionError",
     "Fault",
     "FaultCollector",
+    "LoadError",
     "MissingDependencyError",
     "PayloadError",
     "PlanError",
+    "SidecarError",
     "TrtllmCtError",
     "UsageError",
     "VerificationError",
@@ -106,6 +110,14 @@ class PlanError(CheckpointError):
 
 class PayloadError(CheckpointError):
     """The values of a tensor break a promise that headers can't show."""
+
+
+class SidecarError(CheckpointError):
+    """A directory that was prepared for the engine is damaged or out of date, or it can't be made."""
+
+
+class LoadError(CheckpointError):
+    """What was loaded is not what the plan promises, or not what the engine reads."""
 
 
 class VerificationError(CheckpointError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.detect import Detection, FormatDetector
 from trtllm_ct.errors import CheckpointError, Fault
 from trtllm_ct.pipeline import open_checkpoint
+from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
@@ -51,11 +52,12 @@ class SchemeRow:
 class Inspection:
     """What was detected, what the plan for a target says, and every problem that keeps the checkpoint from it.
 
-    `plan` is None when there are problems.
+    `parallel` are the sizes that were asked about. `plan` is None when there are problems.
     """
 
     directory: Path
     target: str
+    parallel: Parallel
     detection: Detection
     plan: Plan | None
     problems: tuple[Fault, ...]
@@ -79,6 +81,7 @@ class Inspection:
         return {
             "directory": str(self.directory),
             "target": self.target,
+            "parallel": self.parallel.to_dict(),
             "detection": self.detection.to_dict(),
             "architecture": plan.architecture if plan else None,
             "schemes": [row.to_dict() for row in self.rows()],
@@ -92,10 +95,13 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(directory: str | Path, to: str = "modelopt", *, engine: str = DEFAULT_ENGINE) -> Inspection:
+def inspect_checkpoint(
+    directory: str | Path, to: str = "modelopt", *, engine: str = DEFAULT_ENGINE, parallel: Parallel = ONE_RANK
+) -> Inspection:
     """Inspect a directory as it would be delivered to the target named `to`, for the capability set `engine`.
 
-    Reads headers only and does not import torch. Problems of the checkpoint are gathered in the result.
+    `parallel` are the sizes that the engine will run with; what it can't be cut by is among the problems. Reads headers
+    only and does not import torch. Problems of the checkpoint are gathered in the result.
     Raises `UsageError` for an unknown target, `CheckpointError` when there is nothing that could be detected.
     """
     directory = Path(directory)
@@ -104,10 +110,17 @@ def inspect_checkpoint(directory: str | Path, to: str = "modelopt", *, engine: s
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
     try:
-        plan = open_checkpoint(directory).plan(target.name, engine=engine)
+        plan = open_checkpoint(directory).plan(target.name, engine=engine, parallel=parallel)
     except CheckpointError as error:
         problems = error.faults
-    return Inspection(directory=directory, target=target.name, detection=detection, plan=plan, problems=problems)
+    return Inspection(
+        directory=directory,
+        target=target.name,
+        parallel=parallel,
+        detection=detection,
+        plan=plan,
+        problems=problems,
+    )
 
 
 def _row_key(module: ModulePlan) -> tuple[bool, str, str, str, str, str]:

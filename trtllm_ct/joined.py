@@ -1,8 +1,9 @@
 """Scalars that the parts of a joined Linear must share.
 
 Engines make one Linear of q/k/v and of gate/up, in experts too, which has one `weight_scale_2` and one
-`input_scale`: for NVFP4 they assert that the parts agree. Only the values tell, so this is checked as modules are
-delivered. Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod.
+`input_scale`: for NVFP4 they assert that the parts agree. Plans with a probe see to it (`plan/equalize.py`); only the
+values prove it, so this is checked as modules are delivered.
+Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from math import isclose
 from typing import TYPE_CHECKING
 
 from trtllm_ct.errors import Fault, PayloadError
+from trtllm_ct.plan.equalize import SCALAR_TOLERANCE
 from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["JoinedScalars"]
 
 _SHARED = ("weight_scale_2", "input_scale")
-# Of the same order as the error that any native value may have.
-_TOLERANCE = 1e-6
 _ASSERTING = frozenset({QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4})
 
 
@@ -40,12 +40,11 @@ class JoinedScalars:
             return
         for local in _SHARED:
             tensor = delivered.get(f"{module.name}.{local}")
-            value = 0.0 if tensor is None else float(tensor)
-            # Zero is an expert that calibration never reached; `payload` allows it there and nowhere else.
-            if value == 0:
+            if tensor is None:
                 continue
+            value = float(tensor)
             other, expected = self._seen.setdefault((module.joined, local), (module.name, value))
-            if not isclose(value, expected, rel_tol=_TOLERANCE):
+            if not isclose(value, expected, rel_tol=SCALAR_TOLERANCE):
                 raise PayloadError(
                     Fault(
                         where=f"{module.name}.{local}",

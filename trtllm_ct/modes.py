@@ -11,9 +11,10 @@ Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 from functools import lru_cache
+from math import lcm
 from typing import TYPE_CHECKING
 
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
@@ -21,6 +22,8 @@ from trtllm_ct.schemes import Element, NumberType, Packing, QuantAlgo, QuantArgs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+    from trtllm_ct.slices import Slices
 
 __all__ = [
     "LINEAR_MODES",
@@ -33,6 +36,7 @@ __all__ = [
     "holdings",
     "native_mode",
     "obstacles",
+    "slice_obstacle",
 ]
 
 
@@ -74,7 +78,8 @@ class LinearMode:
     larger are held in the smaller by repeating. `activations` is what it computes on; schemes with one of
     `other_activations` are held too, with a note. N must be a multiple of `row_multiple` (`joined_row_multiple`
     where several Linears are made one) and K of `column_multiple`, or the engine's weight preparation asserts or
-    misplaces scales.
+    misplaces scales; that holds for each rank's slice as well. Newer releases cut Linears that stand alone at multiples
+    of `alignment`, and of the group size where scales are per group.
     """
 
     algo: QuantAlgo
@@ -93,6 +98,7 @@ class LinearMode:
     row_multiple: int = 1
     joined_row_multiple: int = 1
     column_multiple: int = 1
+    alignment: int = 1
 
     @property
     def codes(self) -> str:
@@ -107,7 +113,7 @@ class Weight:
 
     `shape` is None where only a configuration is known. `has_zero_point` says whether a zero point is stored: that
     counts, not `symmetric`. `permuted` groups are not contiguous (activation ordering). `joined` weights become
-    part of one Linear.
+    part of one Linear. `slices` are those of the ranks that share it, None when each has all of it.
     """
 
     scheme: QuantScheme
@@ -118,6 +124,7 @@ class Weight:
     joined: bool = False
     two_level: bool = False
     exponent_scale: bool = False
+    slices: Slices | None = None
 
     @property
     def args(self) -> QuantArgs:
@@ -177,6 +184,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         row_multiple=16,
         joined_row_multiple=16,
         column_multiple=64,
+        alignment=32,
     ),
     LinearMode(
         algo=QuantAlgo.W8A16,
@@ -189,6 +197,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         row_multiple=16,
         joined_row_multiple=16,
         column_multiple=64,
+        alignment=16,
     ),
     LinearMode(
         algo=QuantAlgo.FP8,
@@ -220,6 +229,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         block=(128, 128),
         activations=Activations.FP8_GROUP,
         joined_row_multiple=128,
+        alignment=128,
     ),
     LinearMode(
         algo=QuantAlgo.NVFP4,
@@ -231,6 +241,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         group_sizes=(16,),
         activations=Activations.FP4_LOCAL,
         column_multiple=16,
+        alignment=32,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16_NVFP4,
@@ -241,6 +252,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_SMALL_GROUPS,
         group_sizes=(16,),
         column_multiple=16,
+        alignment=32,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16_MXFP4,
@@ -253,6 +265,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=128,
         column_multiple=128,
+        alignment=32,
     ),
     LinearMode(
         algo=QuantAlgo.MXFP8,
@@ -264,6 +277,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         group_sizes=(32,),
         activations=Activations.MX_FP8,
         column_multiple=32,
+        alignment=32,
     ),
 )
 
@@ -325,6 +339,15 @@ def obstacles(weight: Weight, algos: frozenset[QuantAlgo]) -> tuple[str, ...]:
     return tuple(reason for reason in reasons if reason is not None)
 
 
+@lru_cache(maxsize=256)
+def slice_obstacle(weight: Weight, algos: frozenset[QuantAlgo]) -> str | None:
+    """Why no mode among `algos` holds each rank's slice, where one of them holds the weight as a whole; else None."""
+    if weight.slices is None or any(holding.mode.algo in algos for holding in holdings(weight)):
+        return None
+    whole = (holding.mode for holding in holdings(replace(weight, slices=None)) if holding.mode.algo in algos)
+    return next((_wrong_slices(mode, weight) for mode in whole), None)
+
+
 def activations_of(scheme: QuantScheme) -> Activations:
     """The kind of activations that a scheme asks for."""
     args = scheme.input_activations
@@ -371,7 +394,7 @@ def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
         return f"{mode.algo} holds groups of {' or '.join(str(size) for size in sorted(mode.group_sizes))}"
     if args.strategy is Strategy.BLOCK and args.block_structure != mode.block:
         return f"{mode.algo} holds blocks of 128x128"
-    return _wrong_sizes(mode, weight)
+    return _wrong_sizes(mode, weight) or _wrong_slices(mode, weight)
 
 
 def _takes_activations(mode: LinearMode, weight: Weight) -> bool:
@@ -398,6 +421,39 @@ def _wrong_sizes(mode: LinearMode, weight: Weight) -> str | None:
     return f"{mode.algo} needs out % {rows} == 0 and in % {mode.column_multiple} == 0"
 
 
+def _wrong_slices(mode: LinearMode, weight: Weight, group_size: int | None = None) -> str | None:
+    """None when the kernel takes every rank's slice, else at which tensor-parallel sizes it would.
+
+    Groups are of `group_size`, or of the smallest size that holds the weight's.
+    """
+    if weight.slices is None or weight.shape is None:
+        return None
+    size = group_size or min(_sizes_of_groups(mode, weight), default=1)
+    multiple = _slice_multiple(mode, weight, weight.slices, size)
+    # Of K and V heads engines repeat the codes, and these scales.
+    repeated = mode.scale in {ScaleForm.SCALAR, ScaleForm.TWO_LEVEL}
+    return weight.slices.obstacle(mode.algo, weight.shape, multiple, scales_repeated=repeated)
+
+
+def _slice_multiple(mode: LinearMode, weight: Weight, slices: Slices, group_size: int) -> int:
+    """What the rows or columns of each rank must be a multiple of, when groups are of `group_size`."""
+    if slices.columns:
+        multiples = [mode.column_multiple, group_size]
+    else:
+        multiples = [mode.joined_row_multiple if weight.joined or slices.parts else mode.row_multiple]
+    if mode.block is not None:
+        multiples.append(mode.block[slices.columns])
+    if slices.alone:
+        multiples += [mode.alignment, group_size if mode.scale is ScaleForm.GROUP else 1]
+    return lcm(*multiples)
+
+
+def _sizes_of_groups(mode: LinearMode, weight: Weight) -> tuple[int, ...]:
+    """The group sizes of a mode in which a weight's own groups can be held, by repeating scales if need be."""
+    own = weight.args.group_size
+    return tuple(size for size in mode.group_sizes if own is None or own % size == 0)
+
+
 def _group_sizes(mode: LinearMode, weight: Weight) -> Iterator[Holding]:
     """The group sizes under which a mode holds a weight: its own first, then smaller ones that divide it."""
     args, note = weight.args, _note(mode, weight)
@@ -405,10 +461,8 @@ def _group_sizes(mode: LinearMode, weight: Weight) -> Iterator[Holding]:
         size = mode.group_sizes[0] if mode.group_sizes else None
         yield Holding(mode=mode, group_size=size, as_is=args.strategy in mode.exact, note=note)
         return
-    for size in mode.group_sizes:
-        divides = args.group_size is None or args.group_size % size == 0
-        whole = weight.shape is None or weight.shape[1] % size == 0
-        if divides and whole:
+    for size in _sizes_of_groups(mode, weight):
+        if weight.shape is None or (weight.shape[1] % size == 0 and not _wrong_slices(mode, weight, size)):
             as_is = args.group_size == size and args.strategy in mode.exact
             yield Holding(mode=mode, group_size=size, as_is=as_is, note=note)
 

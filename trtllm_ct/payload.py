@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.model import ModulePlan
     from trtllm_ct.schemes import Packing
 
-__all__ = ["check_payload", "count_zero_scales"]
+__all__ = ["check_payload", "count_zero_scales", "looks_at"]
 
 _ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale")
 _KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
@@ -49,7 +49,7 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
     weight = module.weight
     if weight is not None:
         if "weight_shape" in stored:
-            _check_shape(module.name, stored["weight_shape"], weight.shape, faults)
+            _check_shape(module.name, stored["weight_shape"], weight.part_of or weight.shape, faults)
         zero_allowed = weight.scale_shape != (1, 1)
         scale = _scale_numbers(weight, stored[weight.scale])
         _check_scale(f"{module.name}.{weight.scale}", scale, faults, zero_allowed=zero_allowed)
@@ -67,6 +67,13 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
             _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=_EXPERT in module.name)
     for transform in module.transforms:
         _check_transform(module.name, transform, stored, faults)
+
+
+def looks_at(module: ModulePlan) -> bool:
+    """Whether `check_payload` looks at any value of a module."""
+    scales = (*_ACTIVATION_SCALES, *_GLOBAL_SCALES, *_kv_scales(module))
+    has_scale = any(local in module.views and local not in module.ignored for local in scales)
+    return module.weight is not None or has_scale or bool(module.transforms)
 
 
 def _kv_scales(module: ModulePlan) -> Iterator[str]:

@@ -1,10 +1,11 @@
-"""The pipeline in order: detect, read, plan, load, map, deliver. Read this first.
+"""The pipeline in order: detect, read, catalog, probe, plan, load, map, deliver. Read this first.
 
 | stage   | takes                         | gives                                | tensors read        |
 |---------|-------------------------------|--------------------------------------|---------------------|
 | detect  | a directory                   | `Detection` with its evidence        | none                |
 | read    | the directory                 | `QuantizationConfig`                 | none                |
 | catalog | the directory                 | `Catalog`                            | headers             |
+| probe   | configuration and catalog     | `Probe`: the few values that decide  | a few small ones    |
 | plan    | the three above and a target  | `Plan`                               | none                |
 | load    | the plan's module groups      | stored tensors, one module at a time | one module at a time |
 | map     | a module and its tensors      | delivered tensors                    | the given ones      |
@@ -19,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.config.mistral_params import config_from_params
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.detect import Detection, FormatDetector
-from trtllm_ct.errors import ConfigError, Fault
 from trtllm_ct.plan.architectures import Model
 from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan.planner import make_plan
-from trtllm_ct.plan.probe import NO_PROBE, Probe
-from trtllm_ct.plan.unsupported import MISTRAL_REMEDY
+from trtllm_ct.probing import probe_checkpoint
 from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
@@ -34,17 +34,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.config.model import QuantizationConfig
     from trtllm_ct.dtypes import DType
     from trtllm_ct.formats.codecs import Codec
     from trtllm_ct.plan.model import ModulePlan, Plan
+    from trtllm_ct.plan.probe import Probe
 
 __all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint", "stream_delivered"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A compressed-tensors directory after the stages that read no tensor. `hf_config` is its config.json, parsed."""
+    """A compressed-tensors directory after the stages before planning.
+
+    `hf_config` is its config.json, parsed, or what params.json says in its terms.
+    """
 
     directory: Path
     detection: Detection
@@ -84,7 +89,7 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Detect, read and catalogue a directory; headers only.
+    """Detect, read, catalogue and probe a directory; headers, and the few small tensors whose values decide a mode.
 
     Raises `DetectionError` when it is no compressed-tensors checkpoint, `ConfigError` and `CatalogError` with all
     faults of the stage.
@@ -92,33 +97,28 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     detection = FormatDetector().detect(directory)
     detection.require_compressed_tensors()
-    hf_config = _read_hf_config(directory)
     config = CompressedTensorsConfigReader().read(directory)
     catalog = Catalog.from_directory(directory)
+    hf_config = _read_hf_config(directory, catalog)
+    model = Model.from_config(hf_config)
     return Checkpoint(
         directory=directory,
         detection=detection,
         config=config,
         catalog=catalog,
-        model=Model.from_config(hf_config),
-        probe=NO_PROBE,
+        model=model,
+        probe=probe_checkpoint(config, catalog, model),
         hf_config=hf_config,
     )
 
 
-def _read_hf_config(directory: Path) -> Mapping[str, Any]:
-    """config.json, parsed; a directory that has params.json instead is in Mistral's own form."""
+def _read_hf_config(directory: Path, catalog: Catalog) -> Mapping[str, Any]:
+    """config.json, parsed; in Mistral's own form there may be params.json instead."""
     path, params = directory / "config.json", directory / "params.json"
     if path.is_file() or not params.is_file():
         return read_json_object(path)
-    raise ConfigError(
-        Fault(
-            where=str(params),
-            expected="a config.json, which describes the model",
-            found="params.json alone, Mistral's own form",
-            remedy=MISTRAL_REMEDY,
-        )
-    )
+    stored = {name: tensor.spec for name, tensor in catalog.tensors.items()}
+    return config_from_params(read_json_object(params), stored)
 
 
 def plan_checkpoint(
@@ -131,18 +131,25 @@ def plan_checkpoint(
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
 ) -> Plan:
-    """The plan of a directory for the target named `to`; headers only. See `Checkpoint.plan`."""
+    """The plan of a directory for the target named `to`; reads no weights. See `Checkpoint.plan`."""
     return open_checkpoint(directory).plan(
         to, engine=engine, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
     )
 
 
 def stream_delivered(
-    plan: Plan, catalog: Catalog, *, codec: Codec | None = None, device: str = "cpu"
+    plan: Plan,
+    catalog: Catalog,
+    *,
+    codec: Codec | None = None,
+    device: str = "cpu",
+    reader: TensorReader | None = None,
 ) -> Iterator[tuple[ModulePlan, dict[str, Tensor]]]:
     """Load and map: the delivered tensors of one module after another, in the order of the plan.
 
-    Operations run on `device`; delivered tensors stay there. Stored tensors are views of mapped files.
+    `plan` is that of a whole checkpoint or, by `plan_for_rank`, of one rank. Operations run on `device`; delivered
+    tensors stay there. Stored tensors are views of mapped files. `reader` is one of `catalog` that the caller keeps,
+    for its `bytes_read`; it is closed at the end.
     Memory: one module's delivered tensors, and its int8 codes while it is dequantized.
     """
     from trtllm_ct.checkpoint.reader import TensorReader
@@ -150,12 +157,13 @@ def stream_delivered(
     from trtllm_ct.joined import JoinedScalars
     from trtllm_ct.mapper import CompressedTensorsWeightMapper
 
-    mapper = CompressedTensorsWeightMapper(codec=codec or NATIVE)
+    mapper = CompressedTensorsWeightMapper(codec=codec or NATIVE, device=device)
     joined = JoinedScalars()
-    with TensorReader(catalog) as reader:
+    with reader or TensorReader(catalog) as files:
         for module, following in zip(plan.modules, (*plan.modules[1:], None), strict=True):
             if following is not None:
-                reader.prefetch(following.reads)
-            delivered = mapper.map_module(module, {name: reader.read(name).to(device) for name in module.reads})
+                files.prefetch(following.runs)
+            stored = {run.name: files.read(run.name, run.begin, run.end) for run in module.runs}
+            delivered = mapper.map_module(module, stored)
             joined.check(module, delivered)
             yield module, delivered

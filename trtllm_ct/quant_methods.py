@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["COMPRESSED_TENSORS", "MODELOPT", "UNKNOWN", "QuantMethod", "describe_method"]
+__all__ = ["COMPRESSED_TENSORS", "MODELOPT", "SIDECAR", "UNKNOWN", "QuantMethod", "describe_method"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
 MODELOPT = "modelopt"
+SIDECAR = "trtllm-ct-sidecar"
 UNKNOWN = "unknown"
 
 _REQUANTIZE = (
@@ -40,6 +41,10 @@ _UNQUANTIZED = QuantMethod(
 _METHODS: Mapping[str, QuantMethod] = {
     COMPRESSED_TENSORS: QuantMethod("a compressed-tensors checkpoint", "It loads here as it is."),
     MODELOPT: QuantMethod("a ModelOpt checkpoint", _LOADED_AS_IS),
+    SIDECAR: QuantMethod(
+        "a sidecar of trtllm-ct, which holds no weights",
+        "Give its source; only LLM takes a sidecar, together with CompressedTensorsCheckpointLoader().",
+    ),
     UNKNOWN: QuantMethod(
         "a checkpoint of an unnamed quantization method",
         'If compressed-tensors wrote it, add "quant_method": "compressed-tensors" to the block.',
@@ -62,7 +67,7 @@ _METHODS: Mapping[str, QuantMethod] = {
     "nvfp4": QuantMethod("an NVFP4 checkpoint of transformers", _LOADED_AS_IS),
     "mistral-fp8": QuantMethod(
         "an FP8 checkpoint in Mistral's own form",
-        "Take the Hugging Face twin of the repository, or quantize the original model with llm-compressor.",
+        "TensorRT-LLM reads it with checkpoint_format='mistral'; or quantize the original model with llm-compressor.",
     ),
     "gguf": QuantMethod(
         "a GGUF checkpoint",

@@ -25,6 +25,7 @@ __all__ = [
     "QuantAlgo",
     "QuantArgs",
     "QuantScheme",
+    "RowOrder",
     "Strategy",
     "TensorSpec",
 ]
@@ -82,6 +83,13 @@ class Element(StrEnum):
     E4M3 = "e4m3"
     E2M1 = "e2m1"
     E2M3 = "e2m3"
+
+
+class RowOrder(StrEnum):
+    """In which order the rows of queries and keys lie, head by head: pairs that turn together, or halves."""
+
+    MISTRAL = "mistral"
+    HUGGING_FACE = "hugging_face"
 
 
 class QuantAlgo(StrEnum):

@@ -21,6 +21,7 @@ from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.transforms import effective_bias, effective_table, effective_weight
 from trtllm_ct.schemes import QuantAlgo
+from trtllm_ct.verify_joined import check_joined, input_multipliers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -71,8 +72,10 @@ def compare_converted(
         for module, names in catalog.names_by_module().items()
     }
     with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as delivered:
-        comparison = _Comparison(source, delivered, modules, quant_config, fused, faults)
+        inputs = input_multipliers(plan, source)
+        comparison = _Comparison(source, delivered, modules, quant_config, fused, inputs, faults)
         checks = tuple(check for module in plan.modules for check in comparison.module(module))
+        check_joined(plan, catalog, delivered, quant_config, faults)
     for name in catalog.tensors:
         if name not in comparison.seen:
             faults.add(
@@ -94,6 +97,7 @@ class _Comparison:
         modules: Mapping[str, frozenset[str]],
         quant_config: QuantConfig,
         fused: frozenset[str],
+        inputs: Mapping[str, float],
         faults: FaultCollector,
     ) -> None:
         self._source = source
@@ -101,6 +105,7 @@ class _Comparison:
         self._modules = modules
         self._quant_config = quant_config
         self._fused = fused
+        self._inputs = inputs
         self._faults = faults
         self.seen: set[str] = set()
 
@@ -116,7 +121,7 @@ class _Comparison:
                 continue
             exact = stored[source].double()
             if isinstance(delivery.operation, Reciprocal):
-                exact = torch.where(exact == 0, 0.0, 1 / exact)
+                exact = torch.full_like(exact, self._inputs[plan.name])
             if plan.transforms and source == "bias":
                 exact = effective_bias(exact, plan.transforms, stored)
             yield from self._tensor(delivery.name, exact, _uncertainty(plan))

@@ -63,7 +63,7 @@ class TestViews:
 
     def test_a_slice_of_one_expert_shares_its_memory(self) -> None:
         stored = {"experts.w": torch.arange(24).reshape(2, 4, 3)}
-        view = ExpertSlice(name="experts.w", spec=TensorSpec(DType.I64, (2, 3)), expert=1, rows=(2, 4))
+        view = ExpertSlice(name="experts.w", spec=TensorSpec(DType.I64, (2, 3)), expert=1, size=12, rows=(2, 4))
 
         assert view.sources == ("experts.w",)
         assert view.of(stored).tolist() == [[18, 19, 20], [21, 22, 23]]
@@ -72,7 +72,7 @@ class TestViews:
 
     def test_a_slice_without_rows_is_all_of_the_expert(self) -> None:
         stored = {"experts.scale": torch.tensor([1.0, 2.0])}
-        view = ExpertSlice(name="experts.scale", spec=TensorSpec(DType.F32, ()), expert=1)
+        view = ExpertSlice(name="experts.scale", spec=TensorSpec(DType.F32, ()), expert=1, size=1)
 
         assert view.of(stored).item() == 2
 

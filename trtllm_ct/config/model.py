@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trtllm_ct.quant_config import QuantConfig
-    from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme
+    from trtllm_ct.schemes import CompressionFormat, QuantArgs, QuantScheme, RowOrder
 
 __all__ = ["ConfigGroup", "ExpertSparsity", "QuantizationConfig", "SparsityConfig", "Transform"]
 
@@ -95,6 +95,7 @@ class QuantizationConfig:
     `origin` names file and key that the block came from.
     `directory` is the one that was read, None for a dictionary.
     `modifiers` are the names of the modifiers in `recipe.yaml` beside the weights (`AWQModifier`, ...).
+    `qk_rows` is this package's own key, by which a user says what Mistral's own form leaves open (`plan/row_order.py`).
     `warnings` are things that were read, have no effect here and may surprise: unknown keys above all.
     """
 
@@ -106,6 +107,7 @@ class QuantizationConfig:
     expert_sparsity: ExpertSparsity | None = None
     transforms: tuple[Transform, ...] = ()
     quantization_status: str | None = None
+    qk_rows: RowOrder | None = None
     version: str | None = None
     origin: str = "quantization_config"
     directory: Path | None = None

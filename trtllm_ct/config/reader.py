@@ -21,7 +21,7 @@ from trtllm_ct.config.sparsity import read_expert_sparsity, read_sparsity
 from trtllm_ct.config.transforms import read_transforms
 from trtllm_ct.detect import FormatDetector, unwrap_block
 from trtllm_ct.errors import ConfigError
-from trtllm_ct.schemes import CompressionFormat
+from trtllm_ct.schemes import CompressionFormat, RowOrder
 
 __all__ = ["CompressedTensorsConfigReader"]
 
@@ -36,6 +36,7 @@ _BLOCK_KEYS = (
     "sparsity_config",
     "transform_config",
     "moe_sparsity_config",
+    "qk_rows",
 )
 # Switches of a runtime, statistics, and what other engines keep for themselves: no effect on stored tensors.
 _SILENT_KEYS = (
@@ -100,6 +101,7 @@ def _read_block(block: Mapping[str, Any], origin: str) -> QuantizationConfig:
         expert_sparsity=read_expert_sparsity(root.child("moe_sparsity_config")),
         transforms=read_transforms(root.child("transform_config")),
         quantization_status=root.hint("quantization_status"),
+        qk_rows=root.choice("qk_rows", RowOrder, None),
         version=version,
         origin=origin,
         warnings=tuple(root.findings.warnings),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import ConfigError, Fault, FaultCollector
 from trtllm_ct.plan.families import ALWAYS, ARCHITECTURES, MODEL_TYPES, Architecture, Experts, LinearSite
+from trtllm_ct.plan.parallel import Cut
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -51,6 +52,9 @@ class Site:
     (which then reads no `pre_quant_scale`), `shares` the Linear or expert part whose scalars it must share with others.
     A `plain` module is never read quantized by engines; `expert` marks routed
     experts, whose kernels know fewer modes. `aliases` are other names under which writers have stored it.
+    `cut` says how ranks share the weight: by `heads` of the KV cache where it counts them, and each of `parts` for
+    itself where several Linears lie in one. `attention` marks what attention data parallelism leaves whole; where
+    `ranks_vary`, a rank may get another slice than its number says.
     """
 
     module: str
@@ -63,6 +67,16 @@ class Site:
     expert: bool = False
     locals: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    cut: Cut = Cut.NONE
+    heads: int | None = None
+    parts: tuple[int, ...] = ()
+    attention: bool = False
+    ranks_vary: bool = False
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The names that it may have in the files: its own, an alias, or one level deeper as LoRA wrappers put it."""
+        return (self.module, *self.aliases, f"{self.module}.base_layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +85,7 @@ class Model:
 
     `name` is the architecture that config.json names; `multimodal` whether its text model is a part of something
     larger, whose other parts are carried along plain. `draft_layers` follow the last layer and predict further tokens.
+    `vision_head_dim` are the rows of a head in its vision tower, 0 where config.json doesn't say.
     """
 
     name: str
@@ -84,6 +99,7 @@ class Model:
     dense_layers: frozenset[int]
     multimodal: bool
     draft_layers: int = 0
+    vision_head_dim: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
@@ -114,9 +130,15 @@ class Model:
             dense_layers=_dense_layers(text, layers),
             multimodal=text is not config,
             draft_layers=_size(text, "num_nextn_predict_layers", faults, default=0, least=0),
+            vision_head_dim=_vision_head_dim(config.get("vision_config")),
         )
         faults.raise_if_any(ConfigError)
         return model
+
+    @property
+    def heads(self) -> int:
+        """Heads of attention."""
+        return self.sizes["heads"] // self.sizes["head_dim"]
 
     @property
     def kv_heads(self) -> int:
@@ -145,13 +167,15 @@ class Model:
         """Every module that must have a weight, in the model's own order; a tied head is none. See `place`."""
         body, head = place
         hidden, norm = self.sizes["hidden"], self.architecture.norm_class
-        yield Site(module=f"{body}embed_tokens", class_name="Embedding", shape=(self.vocabulary, hidden), plain=True)
+        table = (self.vocabulary, hidden)
+        cut = self.architecture.embedding
+        yield Site(module=f"{body}embed_tokens", class_name="Embedding", shape=table, plain=True, cut=cut)
         for layer in range(self.layers):
             prefix = f"{body}layers.{layer}."
             for entry in self.architecture.norms:
                 yield Site(module=prefix + entry.path, class_name=norm, shape=(self.sizes[entry.size],))
             for site in self.architecture.attention:
-                yield self._linear(prefix, site)
+                yield self._linear(prefix, site, attention=True)
             experts = self.architecture.experts
             if experts is None or layer in self.dense_layers:
                 for site in self.architecture.mlp:
@@ -160,9 +184,9 @@ class Model:
                 yield from self._experts(prefix, experts)
         yield Site(module=f"{body}norm", class_name=norm, shape=(hidden,))
         if not self.tied:
-            yield Site(module=head, class_name="Linear", shape=(self.vocabulary, hidden), plain=True)
+            yield Site(module=head, class_name="Linear", shape=table, plain=True, cut=Cut.VOCABULARY)
 
-    def _linear(self, prefix: str, site: LinearSite) -> Site:
+    def _linear(self, prefix: str, site: LinearSite, *, attention: bool = False) -> Site:
         bias = ("bias",) if site.bias in self.biases else ()
         return Site(
             module=prefix + site.path,
@@ -173,6 +197,11 @@ class Model:
             shares=prefix + site.fused if site.fused else None,
             plain=site.plain,
             locals=bias + site.extras,
+            cut=site.cut,
+            heads=self.kv_heads if site.cut is Cut.KV_HEADS else None,
+            parts=tuple(self.sizes[part] for part in site.parts),
+            attention=attention,
+            ranks_vary=self.architecture.mlp_ranks_vary and not attention,
         )
 
     def _experts(self, prefix: str, experts: Experts) -> Iterator[Site]:
@@ -196,6 +225,7 @@ class Model:
                     shares=None if projection == down else f"{own}gate_up",
                     expert=True,
                     aliases=other,
+                    cut=Cut.ROW if projection == down else Cut.COLUMN,
                 )
 
 
@@ -254,6 +284,14 @@ def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector)
         "mla_values": heads * value,
     }
     return sizes | ({"q_lora_rank": _size(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
+
+
+def _vision_head_dim(vision: object) -> int:
+    sizes = vision if isinstance(vision, dict) else {}
+    head_dim, hidden, heads = (sizes.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    if isinstance(head_dim, int):
+        return head_dim
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 
 def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Architecture:

@@ -2,16 +2,17 @@
 
 A module alone takes the mode that holds it as it is. Modules that the engine treats as one (q/k/v, gate/up, all routed
 experts of a layer) must end in one mode: scales may be repeated to reach it, since that changes no value; where no
-common mode exists, all of them are dequantized.
+common mode exists, all of them are dequantized. Under tensor parallelism a mode must hold every rank's slice, and
+scales may be repeated for that as well.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.dtypes import DType
-from trtllm_ct.modes import Holding, Weight, holdings, obstacles
+from trtllm_ct.modes import Holding, ScaleForm, Weight, holdings, obstacles, slice_obstacle
 from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.target import Target
     from trtllm_ct.plan.weights import QuantizedWeight
 
-__all__ = ["Assignment", "Candidate", "assign_modes", "candidate", "fold_reason"]
+__all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidate", "dense_outputs", "fold_reason"]
+
+DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
+"""Why row-wise FP8 output projections of attention are dequantized on request."""
 
 _ModeKey = tuple[QuantAlgo, int | None]
 
@@ -38,21 +42,27 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A quantized module on its way to a mode. `folded` says why it is plain in any case: what its weight takes in."""
+    """A quantized module on its way to a mode.
+
+    `folded` says why it is plain in any case: what its weight takes in. `unequal` says why it shares no scalar with the
+    other parts of its Linear, which modes with one for all parts need.
+    """
 
     site: Site
     weight: Weight
     folded: str = ""
+    unequal: str = ""
 
 
-def candidate(site: Site, module: StoredModule, weight: QuantizedWeight) -> Candidate:
-    """What decides the mode of a module, from its place in the model and its stored weight."""
+def candidate(site: Site, module: StoredModule, weight: QuantizedWeight, unequal: str = "") -> Candidate:
+    """What decides the mode of a module, from its place in the model and its stored weight; see `Candidate`."""
     stored = weight.stored
     two_level = stored.divisor is not None
     scale = module.specs.get("weight_scale")
     return Candidate(
         site=site,
         folded=fold_reason(module.transforms),
+        unequal=unequal,
         weight=Weight(
             scheme=weight.scheme,
             element=stored.element,
@@ -80,6 +90,24 @@ def assign_modes(candidates: Mapping[str, Candidate], sites: Iterable[Site], tar
     return assigned
 
 
+def dense_outputs(assignments: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    """The same with every row-wise FP8 output projection of attention dequantized, and nothing else.
+
+    Row-wise FP8 has no input scale; an engine's attention that quantizes its own output then takes 1.
+    Source: TensorRT-LLM `_torch/modules/attention.py` and `linear.py`.
+    """
+    dense = Assignment(holding=None, reason=DENSE_OUTPUT)
+    return {
+        module: dense if module.endswith(".self_attn.o_proj") and _row_wise(assignment) else assignment
+        for module, assignment in assignments.items()
+    }
+
+
+def _row_wise(assignment: Assignment) -> bool:
+    holding = assignment.holding
+    return holding is not None and holding.mode.algo is QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN
+
+
 def fold_reason(transforms: Sequence[Transform]) -> str:
     """What transforms that run beside a module have to do with its weight; empty without any."""
     if not transforms:
@@ -94,7 +122,18 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
     if module.site.plain and target.holds_codes:
         return Assignment(holding=None, reason="engines read this module plain")
     first = next((holding for holding in _held(module, target) if holding.as_is), None)
+    if first is None and module.weight.slices is not None:
+        finer = _in_finer_groups(module, target)
+        if finer is not None:
+            return Assignment(holding=finer, reason="scales repeated so that each rank has whole groups")
     return Assignment(holding=first, reason="" if first else _why_not(module, target))
+
+
+def _in_finer_groups(module: Candidate, target: Target) -> Holding | None:
+    """A mode that holds the whole weight as it is, and slices of it in smaller groups only; None without one."""
+    whole = _held(replace(module, weight=replace(module.weight, slices=None)), target)
+    algos = {holding.mode.algo for holding in whole if holding.as_is}
+    return next((holding for holding in _held(module, target) if holding.mode.algo in algos), None)
 
 
 def _assign_group(
@@ -114,9 +153,10 @@ def _assign_group(
     keys = {assignment.holding.key if assignment.holding else None for assignment in each.values()}
     if len(keys) <= 1:
         return each
-    folded = next((own.folded for own in quantized.values() if own.folded), None)
-    if folded:
-        reason = f"{name} has one mode for all its parts, and of another one {folded}"
+    spoilt = next((own for own in quantized.values() if own.folded or own.unequal), None)
+    if spoilt:
+        why = f"of another one {spoilt.folded}" if spoilt.folded else spoilt.unequal
+        reason = f"{name} has one mode for all its parts, and {why}"
         return {module: _plain_because(own, reason) for module, own in each.items()}
     options = {module: {holding.key: holding for holding in _held(own, target)} for module, own in quantized.items()}
     common = set.intersection(*(set(option) for option in options.values()))
@@ -129,6 +169,10 @@ def _assign_group(
             module: Assignment(holding=option[best], reason="" if option[best].as_is else reason)
             for module, option in options.items()
         }
+    cut = next((why for module, own in quantized.items() if (why := _cut_reason(module, own, target))), None)
+    if cut:
+        reason = f"{name} has one mode for all its parts, and {cut}"
+        return {module: _plain_because(own, reason) for module, own in each.items()}
     schemes = sorted({own.weight.scheme.label() for own in quantized.values()})
     reason = f"{name} has one mode for all its parts, and theirs share none ({'; '.join(schemes)})"
     return {module: _plain_because(own, reason) for module, own in each.items()}
@@ -141,14 +185,20 @@ def _fit(key: _ModeKey, options: Mapping[str, Mapping[_ModeKey, Holding]]) -> in
 def _held(module: Candidate, target: Target) -> list[Holding]:
     """The modes of the target that hold a weight, those that take it as it is first."""
     algos = target.algos(expert=module.site.expert)
-    return [holding for holding in holdings(module.weight) if holding.mode.algo in algos]
+    held = [holding for holding in holdings(module.weight) if holding.mode.algo in algos]
+    return [each for each in held if each.mode.scale is not ScaleForm.TWO_LEVEL] if module.unequal else held
 
 
 def _why_not(module: Candidate, target: Target) -> str:
     """Why no mode of a target holds a weight as it is."""
     if not target.holds_codes:
         return f"target {target.name} holds plain weights only"
+    if module.unequal:
+        return module.unequal
     expert = module.site.expert
+    cut = slice_obstacle(module.weight, target.algos(expert=expert))
+    if cut is not None:
+        return cut
     what = "expert kernel" if expert else "Linear"
     held = [holding.mode.algo for holding in holdings(module.weight) if holding.as_is]
     for later in target.newer:
@@ -159,6 +209,12 @@ def _why_not(module: Candidate, target: Target) -> str:
         return f"{' or '.join(held)} would hold it, and {target.capabilities.name} has no such {what}"
     reasons = obstacles(module.weight, target.algos(expert=expert))
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
+
+
+def _cut_reason(name: str, module: Candidate, target: Target) -> str:
+    """Why no mode holds the slices of a module, with the last part of its name; empty when its slices are no reason."""
+    why = slice_obstacle(module.weight, target.algos(expert=module.site.expert))
+    return f"{name.rpartition('.')[2]}: {why}" if why else ""
 
 
 def _plain_because(own: Assignment, reason: str) -> Assignment:

@@ -23,8 +23,12 @@ from trtllm_ct.ops import (
     Reciprocal,
     Reinterpret,
     Repack,
+    SharedReciprocal,
+    ShiftScale,
     WidenScale,
+    Zeros,
 )
+from trtllm_ct.plan.equalize import OWN
 from trtllm_ct.plan.model import Delivery
 from trtllm_ct.schemes import TensorSpec
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.layouts.transforms import Fold
     from trtllm_ct.plan.architectures import Site
+    from trtllm_ct.plan.equalize import Equalized, Replaced
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.weights import QuantizedWeight
 
@@ -74,21 +79,26 @@ def dequantized(
 
 
 def native(
-    module: StoredModule, weight: QuantizedWeight, holding: Holding, dtypes: Dtypes, site: Site
+    module: StoredModule,
+    weight: QuantizedWeight,
+    holding: Holding,
+    dtypes: Dtypes,
+    site: Site,
+    equalized: Equalized = OWN,
 ) -> tuple[Delivery, ...]:
-    """The tensors that the Linear of a mode reads.
+    """The tensors that the Linear of a mode reads; `equalized` are the scalars that it shares with other parts.
 
     Linears that the engine joins never read a `pre_quant_scale`, the others demand it. Experts read block and MXFP4
     scales under the name `weight_scale_inv` in some releases, so they get both names.
     """
     mode = holding.mode
-    deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding)]
+    deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding, equalized)]
     if site.expert and mode.scale in {ScaleForm.BLOCK, ScaleForm.EXPONENT}:
         deliveries.append(_renamed(module, deliveries[1], "weight_scale_inv"))
     if mode.pre_quant_scale and not site.joined:
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
-    return tuple(deliveries + _input_scale(module, mode))
+    return tuple(deliveries + _input_scale(module, mode, equalized))
 
 
 def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:
@@ -120,15 +130,17 @@ def _codes(module: StoredModule, weight: QuantizedWeight, mode: LinearMode) -> D
     return Delivery(name=module.delivered_name("weight"), operation=operation, sources=module.sources(sources))
 
 
-def _scales(module: StoredModule, weight: QuantizedWeight, holding: Holding) -> Iterator[Delivery]:
+def _scales(
+    module: StoredModule, weight: QuantizedWeight, holding: Holding, equalized: Equalized
+) -> Iterator[Delivery]:
     """`weight_scale` and what else a mode has to turn codes into values."""
     stored, mode = weight.stored, holding.mode
     if mode.scale in {ScaleForm.TWO_LEVEL, ScaleForm.EXPONENT}:
         dtype = DType.F8_E4M3 if mode.scale is ScaleForm.TWO_LEVEL else DType.U8
         spec = TensorSpec(dtype, stored.scale_shape)
-        yield _from_one(module, "weight_scale", Reinterpret(result=spec, source=stored.scale))
+        yield _from_one(module, "weight_scale", _group_scale(spec, stored.scale, equalized.weight))
         if stored.divisor is not None:
-            yield _from_one(module, "weight_scale_2", Reciprocal(result=_SCALAR, source=stored.divisor))
+            yield _from_one(module, "weight_scale_2", _multiplier(stored.divisor, equalized.weight))
         return
     shape = _scale_shape(holding, stored.shape, stored.scale_shape)
     scale = WidenScale(result=TensorSpec(DType.F32, shape))
@@ -137,12 +149,28 @@ def _scales(module: StoredModule, weight: QuantizedWeight, holding: Holding) -> 
         yield _from_weight(module, weight, "weight_zero", AdditiveZero(result=TensorSpec(DType.F32, shape)))
 
 
-def _input_scale(module: StoredModule, mode: LinearMode) -> list[Delivery]:
+def _group_scale(spec: TensorSpec, source: str, replaced: Replaced | None) -> Operation:
+    """Scales of one byte: as they are, or with the power of two by which the scalar of the weight was replaced."""
+    if replaced is None:
+        return Reinterpret(result=spec, source=source)
+    if replaced.stored == 0:
+        return Zeros(result=spec, source=source)
+    return ShiftScale(result=spec, source=source, power=replaced.power)
+
+
+def _multiplier(source: str, replaced: Replaced | None) -> Operation:
+    """A divisor as a multiplier: the module's own, or that of all parts of its Linear."""
+    if replaced is None:
+        return Reciprocal(result=_SCALAR, source=source)
+    return SharedReciprocal(result=_SCALAR, source=source, stored=replaced.stored, shared=replaced.shared)
+
+
+def _input_scale(module: StoredModule, mode: LinearMode, equalized: Equalized) -> list[Delivery]:
     """The static scale of the input, where the mode reads one; the planner faults one that is not stored."""
     if mode.activations is Activations.FP8_STATIC and "input_scale" in module.views:
         return [_from_one(module, "input_scale", WidenScale(result=_SCALAR, source="input_scale"))]
     if mode.activations is Activations.FP4_LOCAL and "input_global_scale" in module.views:
-        return [_from_one(module, "input_scale", Reciprocal(result=_SCALAR, source="input_global_scale"))]
+        return [_from_one(module, "input_scale", _multiplier("input_global_scale", equalized.input))]
     return []
 
 

@@ -3,13 +3,15 @@
 A size is named (`hidden`, `kv_heads`, ...) and looked up in `Model.sizes`.
 Sources: transformers 5.23 `models/*/modeling_*.py` (a test compares every row with the models that transformers
 builds); TensorRT-LLM `_torch/models/checkpoints/hf/*_weight_mapper.py` and `_torch/models/modeling_*.py` for what
-is fused and what is read plain.
+is fused, what is read plain, and how tensor parallelism cuts it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from trtllm_ct.plan.parallel import Cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,12 +26,15 @@ class LinearSite:
     """One Linear of a layer: its path in the layer, its sizes by name, the fused group that it joins.
 
     `bias` is the key of config.json that gives it a bias, or `always`; `extras` are further parameters that it has.
-    A `plain` one is never read quantized by engines.
+    A `plain` one is never read quantized by engines. `cut` says how ranks share it, and `parts` are the sizes of its
+    rows where several Linears are stored in one, which engines take apart before they cut.
     """
 
     path: str
     outputs: str
     inputs: str
+    cut: Cut = Cut.NONE
+    parts: tuple[str, ...] = ()
     fused: str | None = None
     bias: str | None = None
     plain: bool = False
@@ -67,7 +72,9 @@ class Architecture:
     """A family of decoder-only models by its layer.
 
     `mlp` is the feed-forward part of dense layers, `experts` that of the others; config.json tells them apart (see
-    `Model.dense_layers`).
+    `Model.dense_layers`). Ranks share the rows of `embedding` unless it says otherwise. Where `mlp_ranks_vary`, an
+    engine may cut dense and shared feed-forward parts for fewer ranks than there are, and then gives each of the parts
+    to several.
     """
 
     attention: tuple[LinearSite, ...]
@@ -75,24 +82,37 @@ class Architecture:
     norms: tuple[NormSite, ...]
     experts: Experts | None = None
     norm_class: str = "RMSNorm"
+    embedding: Cut = Cut.VOCABULARY
+    mlp_ranks_vary: bool = False
 
 
 def _qkv(bias: str | None = None, output_bias: str | None = None) -> tuple[LinearSite, ...]:
-    fused = "self_attn.qkv_proj"
+    def into(path: str, outputs: str, cut: Cut) -> LinearSite:
+        return LinearSite(path=path, outputs=outputs, inputs="hidden", cut=cut, fused="self_attn.qkv_proj", bias=bias)
+
     return (
-        LinearSite(path="self_attn.q_proj", outputs="heads", inputs="hidden", fused=fused, bias=bias),
-        LinearSite(path="self_attn.k_proj", outputs="kv_heads", inputs="hidden", fused=fused, bias=bias),
-        LinearSite(path="self_attn.v_proj", outputs="kv_heads", inputs="hidden", fused=fused, bias=bias),
-        LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="heads", bias=output_bias),
+        into("self_attn.q_proj", "heads", Cut.COLUMN),
+        into("self_attn.k_proj", "kv_heads", Cut.KV_HEADS),
+        into("self_attn.v_proj", "kv_heads", Cut.KV_HEADS),
+        LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="heads", cut=Cut.ROW, bias=output_bias),
     )
 
 
 def _gated_mlp(path: str = "mlp", size: str = "intermediate", bias: str | None = None) -> tuple[LinearSite, ...]:
-    fused = f"{path}.gate_up_proj"
+    def into(leaf: str) -> LinearSite:
+        return LinearSite(
+            path=f"{path}.{leaf}",
+            outputs=size,
+            inputs="hidden",
+            cut=Cut.COLUMN,
+            fused=f"{path}.gate_up_proj",
+            bias=bias,
+        )
+
     return (
-        LinearSite(path=f"{path}.gate_proj", outputs=size, inputs="hidden", fused=fused, bias=bias),
-        LinearSite(path=f"{path}.up_proj", outputs=size, inputs="hidden", fused=fused, bias=bias),
-        LinearSite(path=f"{path}.down_proj", outputs="hidden", inputs=size, bias=bias),
+        into("gate_proj"),
+        into("up_proj"),
+        LinearSite(path=f"{path}.down_proj", outputs="hidden", inputs=size, cut=Cut.ROW, bias=bias),
     )
 
 
@@ -124,12 +144,24 @@ _GEMMA2 = Architecture(attention=_qkv("attention_bias", "attention_bias"), mlp=_
 _GEMMA3 = replace(_GEMMA2, norms=_SANDWICH_NORMS + _HEAD_NORMS)
 _PHI3 = Architecture(
     attention=(
-        LinearSite(path="self_attn.qkv_proj", outputs="qkv", inputs="hidden"),
-        LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="heads"),
+        LinearSite(
+            path="self_attn.qkv_proj",
+            outputs="qkv",
+            inputs="hidden",
+            cut=Cut.COLUMN,
+            parts=("heads", "kv_heads", "kv_heads"),
+        ),
+        LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="heads", cut=Cut.ROW),
     ),
     mlp=(
-        LinearSite(path="mlp.gate_up_proj", outputs="gate_up", inputs="hidden"),
-        LinearSite(path="mlp.down_proj", outputs="hidden", inputs="intermediate"),
+        LinearSite(
+            path="mlp.gate_up_proj",
+            outputs="gate_up",
+            inputs="hidden",
+            cut=Cut.COLUMN,
+            parts=("intermediate", "intermediate"),
+        ),
+        LinearSite(path="mlp.down_proj", outputs="hidden", inputs="intermediate", cut=Cut.ROW),
     ),
     norms=_PRE_NORMS,
 )
@@ -171,12 +203,15 @@ _MLA_OUTPUT = (
     # Engines put it behind q_a_proj by a copy of their own, which takes the weight and no scale of most modes.
     LinearSite(path="self_attn.kv_a_proj_with_mqa", outputs="kv_a", inputs="hidden", bias="attention_bias", plain=True),
     # Engines split it by head and absorb it into the attention, and read it plain for that.
-    LinearSite(path="self_attn.kv_b_proj", outputs="kv_b", inputs="kv_lora_rank", plain=True),
-    LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="mla_values", bias="attention_bias"),
+    LinearSite(path="self_attn.kv_b_proj", outputs="kv_b", inputs="kv_lora_rank", cut=Cut.COLUMN, plain=True),
+    LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="mla_values", cut=Cut.ROW, bias="attention_bias"),
 )
 _MLA_NORMS = (*_PRE_NORMS, NormSite(path="self_attn.kv_a_layernorm", size="kv_lora_rank"))
 _DEEPSEEK_LITE = Architecture(
-    attention=(LinearSite(path="self_attn.q_proj", outputs="mla_queries", inputs="hidden"), *_MLA_OUTPUT),
+    attention=(
+        LinearSite(path="self_attn.q_proj", outputs="mla_queries", inputs="hidden", cut=Cut.COLUMN),
+        *_MLA_OUTPUT,
+    ),
     mlp=_gated_mlp(),
     norms=_MLA_NORMS,
     experts=Experts(
@@ -187,6 +222,9 @@ _DEEPSEEK_LITE = Architecture(
         router=_router("mlp.gate"),
         shared=_gated_mlp("mlp.shared_experts", "shared_intermediate"),
     ),
+    embedding=Cut.NONE,
+    # By what their scale blocks and one node's GPUs allow.
+    mlp_ranks_vary=True,
 )
 _DEEPSEEK_V2 = replace(
     _DEEPSEEK_LITE,
@@ -194,7 +232,7 @@ _DEEPSEEK_V2 = replace(
         LinearSite(
             path="self_attn.q_a_proj", outputs="q_lora_rank", inputs="hidden", bias="attention_bias", plain=True
         ),
-        LinearSite(path="self_attn.q_b_proj", outputs="mla_queries", inputs="q_lora_rank"),
+        LinearSite(path="self_attn.q_b_proj", outputs="mla_queries", inputs="q_lora_rank", cut=Cut.COLUMN),
         *_MLA_OUTPUT,
     ),
     norms=(*_MLA_NORMS, NormSite(path="self_attn.q_a_layernorm", size="q_lora_rank")),

@@ -8,6 +8,7 @@ Two spellings exist: `experts.gate_up_proj.weight_packed` [E, 2I, W] with `exper
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.stored import ExpertSlice, StoredModule, View, Whole
@@ -66,12 +67,14 @@ def _add(result: dict[str, StoredModule], owner: str, fused: str, views: dict[st
 def _pieces(view: Whole, expert: int, count: int, *, cut: bool) -> Iterator[View]:
     """The parts of one expert's rows, or the same whole for each part where rows can't be cut (one scale for all)."""
     shape = view.spec.shape[1:]
+    size = prod(shape)
     if count == 1 or not cut or not shape or shape[0] % count != 0:
         spec = TensorSpec(view.spec.dtype, shape)
         for _ in range(count):
-            yield ExpertSlice(name=view.name, spec=spec, expert=expert, users=count)
+            yield ExpertSlice(name=view.name, spec=spec, expert=expert, size=size, users=count)
         return
     rows = shape[0] // count
     for part in range(count):
         spec = TensorSpec(view.spec.dtype, (rows, *shape[1:]))
-        yield ExpertSlice(name=view.name, spec=spec, expert=expert, rows=(part * rows, (part + 1) * rows))
+        span = (part * rows, (part + 1) * rows)
+        yield ExpertSlice(name=view.name, spec=spec, expert=expert, size=size, rows=span)

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.plan.parallel import ONE_RANK, Parallel
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
+    from trtllm_ct.checkpoint.reader import Run
     from trtllm_ct.config.model import Transform
     from trtllm_ct.dtypes import DType
     from trtllm_ct.formats.base import StoredWeight
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.schemes import QuantAlgo, QuantScheme, TensorSpec
 
-__all__ = ["Delivery", "Fate", "ModulePlan", "Plan", "StoredFate"]
+__all__ = ["Delivery", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
 
 
 class Fate(StrEnum):
@@ -78,6 +81,30 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank's rows go: `count` rows of a delivered tensor, from `first` on, become rows from `at` on."""
+
+    first: int
+    count: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one rank reads and makes of a module: rows `begin` to `end` of its weight, by the plan `module`.
+
+    Of what that delivers, `places` says by name where it goes in a tensor of full shape whose other rows nobody
+    writes. Tensors in `views` are handed over as they are stored, whole, since that costs nothing; any others as made.
+    """
+
+    begin: int
+    end: int
+    module: ModulePlan
+    places: Mapping[str, Place] = field(default_factory=dict)
+    views: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModulePlan:
     """One module: how it is stored, how it is delivered, and why.
 
@@ -87,7 +114,7 @@ class ModulePlan:
     `native_mode` is the family of the scheme, whatever the target; `note` says what its mode does otherwise than the
     scheme asks. `joined` names the Linear that an engine makes of it and others, whose scalars must agree;
     `experts` names the module of all routed experts that it belongs to. `transforms` are folded into what is
-    delivered.
+    delivered. In the plan of a rank that has a part of the module, `share` is that part.
     """
 
     name: str
@@ -104,6 +131,7 @@ class ModulePlan:
     joined: str | None = None
     experts: str | None = None
     transforms: tuple[Transform, ...] = ()
+    share: Share | None = None
 
     @property
     def engine_name(self) -> str:
@@ -141,10 +169,20 @@ class ModulePlan:
         return sum(delivery.spec.nbytes for delivery in self.deliveries)
 
     @property
+    def runs(self) -> tuple[Run, ...]:
+        """What of the stored tensors delivery or its checks need, each tensor once."""
+        if self.share is not None:
+            return self.share.module.runs
+        runs: dict[str, Run] = {}
+        for local, view in self.views.items():
+            for run in view.runs if local not in self.ignored else ():
+                runs[run.name] = run.joined(runs.get(run.name, run))
+        return tuple(runs.values())
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """The stored tensors, by full name, whose payload delivery or its checks need."""
-        used = (view for local, view in self.views.items() if local not in self.ignored)
-        return tuple(dict.fromkeys(source for view in used for source in view.sources))
+        return tuple(run.name for run in self.runs)
 
     def local_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's tensors by local name, from stored ones by full name; raises `PayloadError`."""
@@ -177,7 +215,7 @@ class Plan:
     """Everything that loading and converting do, decided from configuration and headers.
 
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target; `dense_dtype` that of
-    dequantized modules.
+    dequantized modules. `parallel` are the sizes whose every slice the modes hold.
     """
 
     target: str
@@ -188,6 +226,7 @@ class Plan:
     modules: tuple[ModulePlan, ...]
     quant_config: QuantConfig
     warnings: tuple[str, ...] = ()
+    parallel: Parallel = ONE_RANK
 
     def deliveries(self) -> Iterator[Delivery]:
         """Every delivered tensor, module by module."""
@@ -247,6 +286,7 @@ class Plan:
             "architecture": self.architecture,
             "dtype": self.dtype.torch_name,
             "dense_dtype": self.dense_dtype.torch_name,
+            "parallel": self.parallel.to_dict(),
             "quantization": self.quant_config.to_dict(),
             "modules": [module.to_dict() for module in self.modules],
             "stored": [fate.to_dict() for fate in self.fates()],

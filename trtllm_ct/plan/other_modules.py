@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trtllm_ct.errors import FaultCollector
     from trtllm_ct.plan.architectures import Model
     from trtllm_ct.plan.kv_cache import KvCache
+    from trtllm_ct.plan.row_order import QueryKeyRows
     from trtllm_ct.plan.transforms import OnlineTransforms
     from trtllm_ct.plan.weights import WeightReader
 
@@ -39,6 +40,7 @@ class OtherModules:
     place: tuple[str, str]
     kv_cache: KvCache
     reader: WeightReader
+    rows: QueryKeyRows
     transforms: OnlineTransforms
     dtypes: deliver.Dtypes
     faults: FaultCollector
@@ -86,6 +88,7 @@ class OtherModules:
         """Carried along under its own names; a quantized weight of unknown place is dequantized."""
         self.transforms.refuse_on(module, by_class=not self._drafts(module.name))
         if not module.is_quantized:
+            module = self.rows.ordered(module, None)
             known = {local for local in module.specs if local not in QUANTIZATION_TENSORS}
             ignored = dict.fromkeys(module.specs.keys() - known, "the weight beside it is plain")
             if "weight" not in known:
@@ -95,10 +98,12 @@ class OtherModules:
         weight = self.reader.read(module, site)
         if weight is None:
             return _module_plan(module, "Linear", (), {})
+        module = self.rows.ordered(module, weight.stored)
         consumed = set(weight.stored.consumed)
         ignored = dict.fromkeys(
             (module.specs.keys() & QUANTIZATION_TENSORS) - consumed, "the module is delivered plain"
         )
+        ignored |= weight.idle
         others = sorted(module.specs.keys() - consumed - ignored.keys())
         deliveries = deliver.dequantized(module, weight, self.dtypes) + deliver.plain(module, others, self.dtypes)
         return ModulePlan(

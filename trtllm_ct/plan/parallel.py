@@ -6,6 +6,7 @@ Source: TensorRT-LLM `tensorrt_llm/mapping.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from trtllm_ct.errors import Fault, UsageError
@@ -13,7 +14,22 @@ from trtllm_ct.errors import Fault, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ONE_RANK", "EngineMapping", "Parallel", "Rank"]
+__all__ = ["ONE_RANK", "Cut", "EngineMapping", "Parallel", "Rank"]
+
+
+class Cut(StrEnum):
+    """How an engine divides a weight [N, K] among the ranks of a tensor-parallel group."""
+
+    NONE = auto()
+    """every rank has all of it"""
+    COLUMN = auto()
+    """N is cut, "column parallel" to those who write weights as [in, out]"""
+    ROW = auto()
+    """K is cut"""
+    KV_HEADS = auto()
+    """N is cut by heads of the KV cache, which are repeated for ranks that outnumber them"""
+    VOCABULARY = auto()
+    """N is cut by ceiling division, the last rank's part padded"""
 
 
 class EngineMapping(Protocol):
@@ -104,7 +120,12 @@ class Rank:
 
     @classmethod
     def from_mapping(cls, mapping: EngineMapping, num_layers: int) -> Self:
-        """The rank that the engine's mapping describes, for a model of `num_layers`."""
+        """The rank that the engine's mapping describes, for a model of `num_layers`.
+
+        Raises `UsageError` for kinds of parallelism that cut attention or experts otherwise: context parallelism and
+        clusters of experts.
+        """
+        _refuse_other_kinds(mapping)
         parallel = Parallel(
             tensor=mapping.tp_size,
             pipeline=mapping.pp_size,
@@ -118,3 +139,18 @@ class Rank:
             expert=mapping.moe_ep_rank,
             layers=tuple(mapping.pp_layers(num_layers)),
         )
+
+
+def _refuse_other_kinds(mapping: EngineMapping) -> None:
+    """Ranks of these would take rows that this package has not read."""
+    for name in ("cp_size", "moe_cluster_size"):
+        size = getattr(mapping, name, 1)
+        if size > 1:
+            raise UsageError(
+                Fault(
+                    where=f"mapping.{name}",
+                    expected="1: tensor, pipeline and expert parallelism are served",
+                    found=str(size),
+                    remedy="Leave it out, or convert the checkpoint with `trtllm-ct convert` and load it without this.",
+                )
+            )

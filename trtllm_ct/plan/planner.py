@@ -6,7 +6,6 @@ Pure: nothing is read here, and all faults of a checkpoint are raised together.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING
 
 from trtllm_ct.collector import collector_paused
@@ -14,18 +13,21 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PlanError
 from trtllm_ct.modes import native_mode
 from trtllm_ct.plan import deliver
-from trtllm_ct.plan.assign import Assignment, assign_modes, candidate, fold_reason
+from trtllm_ct.plan.assign import DENSE_OUTPUT, Assignment, assign_modes, candidate, dense_outputs, fold_reason
+from trtllm_ct.plan.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.engine_config import engine_config, layer_config
-from trtllm_ct.plan.fused_experts import split_fused_experts
+from trtllm_ct.plan.equalize import OWN, Equalized, Part, equalize
+from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.leftovers import refuse_leftovers
 from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan.probe import NO_PROBE, Probe
-from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule, stored_modules
+from trtllm_ct.plan.row_order import QueryKeyRows
+from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule
 from trtllm_ct.plan.transforms import OnlineTransforms, folds_of
-from trtllm_ct.plan.unsupported import refuse_mistral_names, refuse_unsupported
+from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 from trtllm_ct.producers import header_warnings
 
@@ -60,7 +62,8 @@ def make_plan(
     """Decide what becomes of every stored tensor and where every delivered tensor comes from.
 
     `dtype` is that of dequantized modules, the model's when None; with float16 plain tensors are cast as well.
-    `strict` makes it a fault when a module must be dequantized because the target has no mode for it.
+    `strict` makes it a fault when a module must be dequantized because the target has no mode for it; what
+    `dense_o_proj` asks for is none.
     `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice. `dense_o_proj`
     dequantizes the output projection of attention where its mode would quantize attention's output at a fixed scale.
     `probe` are the few values that decide; without it, the plan takes what holds for all values.
@@ -77,7 +80,8 @@ def make_plan(
         dense_o_proj=dense_o_proj,
         probe=probe,
         faults=faults,
-        reader=WeightReader(config, faults, multimodal=model.multimodal),
+        reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
+        rows=QueryKeyRows.of_model(config, model),
         kv_cache=KvCache(config, target, model.kv_heads),
         transforms=OnlineTransforms(config, model, faults),
     )
@@ -102,32 +106,30 @@ class _Planner:
     probe: Probe
     faults: FaultCollector
     reader: WeightReader
+    rows: QueryKeyRows
     kv_cache: KvCache
     transforms: OnlineTransforms
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather, read, assign, deliver."""
-        refuse_mistral_names(catalog.tensors, self.faults)
-        # Every tensor would be missing or surplus.
-        self.faults.raise_if_any(PlanError)
         refuse_unsupported(self.config, self.model, self.faults)
-        # Few checkpoints are sparse, and only they need the shape of every weight by name.
-        shapes = cache(lambda: self.model.weight_shapes(catalog.tensors))
-        stored = stored_modules(catalog, lambda name: shapes().get(name), self.faults)
-        if self.model.architecture.experts is not None:
-            stored = split_fused_experts(stored, self.model.architecture.experts)
-        stored = self.transforms.attach(stored)
+        refuse_uneven(self.model, self.parallel, self.faults)
+        stored = self.transforms.attach(gather_modules(catalog, self.model, self.faults, self.probe.shapes))
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
         own = {site.module: self._find(stored, site) for site in sites}
         weights = self._read_weights(own, sites)
+        own = {name: module and self._ordered(module, weights.get(name)) for name, module in own.items()}
         # After faults the plan is of no use; the rest is planned for the faults that it still finds.
         modules = self._modules(own, sites, weights)
         taken = {module.stored_name for module in own.values() if module is not None}
-        others = OtherModules(self.model, place, self.kv_cache, self.reader, self.transforms, self.dtypes, self.faults)
-        modules += [others.plan(module) for name, module in stored.items() if name not in taken]
+        others = OtherModules(
+            self.model, place, self.kv_cache, self.reader, self.rows, self.transforms, self.dtypes, self.faults
+        )
+        modules += [others.plan(module) for module in stored.values() if module.stored_name not in taken]
+        self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         self.faults.raise_if_any(PlanError)
         return Plan(
@@ -138,6 +140,7 @@ class _Planner:
             stored={name: tensor.spec for name, tensor in catalog.tensors.items()},
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
+            parallel=self.parallel,
             warnings=(
                 *self.config.warnings,
                 *catalog.warnings,
@@ -148,8 +151,8 @@ class _Planner:
         )
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
-        """The stored module of a site, under its own name, an alias, or one level deeper as LoRA wrappers put it."""
-        for name in (site.module, *site.aliases, f"{site.module}.base_layer"):
+        """The stored module of a site, under any of the names that it may have."""
+        for name in site.stored_names:
             if name in stored:
                 return self.transforms.claim(stored[name].delivered_as(site.module), site)
         return None
@@ -179,6 +182,12 @@ class _Planner:
                     self._missing(site.module, local)
         return weights
 
+    def _ordered(self, module: StoredModule, weight: QuantizedWeight | None) -> StoredModule:
+        """The module with its rows in the order that engines expect; one that could not be read stays as it is."""
+        if weight is None and module.is_quantized:
+            return module
+        return self.rows.ordered(module, weight.stored if weight else None)
+
     def _missing(self, module: str, local: str) -> None:
         self.faults.add(
             where=f"{module}.{local}",
@@ -199,24 +208,37 @@ class _Planner:
             for site in sites
             if (module := own[site.module]) is not None and (site.module in weights or not module.is_quantized)
         ]
-        candidates = {
-            site.module: candidate(site, module, weights[site.module])
-            for site, module in present
-            if site.module in weights
-        }
+        parts = [Part(site, module, weights[site.module]) for site, module in present if site.module in weights]
+        equalized = equalize(parts, self.probe)
+        whole = {part.site.module: candidate(*part, equalized.get(part.site.module, OWN).obstacle) for part in parts}
+        candidates = with_slices(whole, self.model, self.parallel, self.target)
         assignments = assign_modes(candidates, [site for site, _ in present], self.target)
+        if self.dense_o_proj:
+            assignments = dense_outputs(assignments)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         return [
-            self._module(module, site, weights.get(site.module), assignments.get(site.module))
+            self._module(
+                module,
+                site,
+                weights.get(site.module),
+                assignments.get(site.module),
+                equalized.get(site.module, OWN),
+            )
             for site, module in present
         ]
 
     def _module(
-        self, stored: StoredModule, site: Site, weight: QuantizedWeight | None, assignment: Assignment | None
+        self,
+        stored: StoredModule,
+        site: Site,
+        weight: QuantizedWeight | None,
+        assignment: Assignment | None,
+        equalized: Equalized,
     ) -> ModulePlan:
         """The plan of one module that the architecture knows."""
         holding = assignment.holding if assignment else None
+        shared = equalized if holding else OWN
         deliveries, ignored = self.kv_cache.deliver(stored, self.faults)
         plain = set(site.locals)
         folds = folds_of(stored.transforms, site.class_name)
@@ -224,11 +246,12 @@ class _Planner:
             plain.add("weight")
             ignored |= self._leftover_scales(stored)
         else:
+            ignored |= weight.idle
             ignored |= self._activation_tensors(stored, weight, deliver.input_scale_reason(holding))
             if holding is None:
                 deliveries += deliver.dequantized(stored, weight, self.dtypes, folds)
             else:
-                deliveries += deliver.native(stored, weight, holding, self.dtypes, site)
+                deliveries += deliver.native(stored, weight, holding, self.dtypes, site, shared)
         deliveries += deliver.plain(stored, [local for local in stored.specs if local in plain], self.dtypes, folds)
         owned: set[str | None] = {*plain, *ignored, *(weight.stored.consumed if weight else ())}
         # Matrices of transforms, each of which was claimed or refused before.
@@ -245,8 +268,8 @@ class _Planner:
             scheme=weight.scheme if weight else None,
             native_mode=native_mode(weight.stored.args, self.config.modifiers) if weight else None,
             layer=layer_config(holding) if holding else None,
-            reason=assignment.reason if assignment else fold_reason(stored.transforms),
-            note=holding.note if holding else "",
+            reason=(assignment.reason or shared.reason) if assignment else fold_reason(stored.transforms),
+            note=(holding.note or shared.note) if holding else "",
             joined=site.shares,
             experts=site.fused if site.expert else None,
             transforms=stored.transforms,
@@ -299,7 +322,7 @@ def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes
 
 def _refuse_dequantized(plan: Plan, faults: FaultCollector) -> None:
     for module in plan.modules:
-        if module.dequantized:
+        if module.dequantized and module.reason != DENSE_OUTPUT:
             faults.add(
                 where=module.name,
                 expected=f"a native mode at target {plan.target} (--strict)",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
+from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.formats.sparsity import find_sparse, restore
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.model import Transform
     from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.formats.sparsity import SparseTensor
+    from trtllm_ct.formats.sparsity import SparseTensor, StoredShapes
     from trtllm_ct.schemes import TensorSpec
 
 __all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "Shared", "StoredModule", "View", "Whole", "stored_modules"]
@@ -74,6 +75,18 @@ class View(ABC):
     def sources(self) -> tuple[str, ...]:
         """The stored tensors that it needs, by full name."""
 
+    @property
+    def offset(self) -> int | None:
+        """The element of its one source at which it begins, where it is a run of it; None for anything else."""
+        return None
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """What it needs of its sources."""
+        if self.offset is None:
+            return tuple(Run(source) for source in self.sources)
+        return (Run(self.sources[0], self.offset, self.offset + self.spec.numel),)
+
     @abstractmethod
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The tensor; raises `PayloadError` when the stored ones contradict each other."""
@@ -90,6 +103,11 @@ class Whole(View):
         """The one tensor."""
         return (self.name,)
 
+    @property
+    def offset(self) -> int:
+        """It is all of its source."""
+        return 0
+
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The tensor itself."""
         return stored[self.name]
@@ -99,11 +117,12 @@ class Whole(View):
 class ExpertSlice(View):
     """The part of one expert in a tensor whose first axis is experts; `rows` cuts the second axis where it is given.
 
-    `users` is how many modules take the same part.
+    `size` is the number of elements of each expert, `users` how many modules take the same part.
     """
 
     name: str
     expert: int
+    size: int
     rows: tuple[int, int] | None = None
     users: int = 1
 
@@ -116,6 +135,12 @@ class ExpertSlice(View):
     def sources(self) -> tuple[str, ...]:
         """The tensor of all experts."""
         return (self.name,)
+
+    @property
+    def offset(self) -> int:
+        """Experts lie one behind the other."""
+        per_row = 0 if self.rows is None else self.spec.numel // max(1, self.spec.shape[0])
+        return self.expert * self.size + (self.rows[0] * per_row if self.rows else 0)
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
         """A contiguous view; nothing is copied."""
@@ -165,6 +190,11 @@ class Shared(View):
     def sources(self) -> tuple[str, ...]:
         """Those of the other module."""
         return self.view.sources
+
+    @property
+    def offset(self) -> int | None:
+        """That of the other module's tensor."""
+        return self.view.offset
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The other module's tensor."""
@@ -220,15 +250,19 @@ class StoredModule:
 
 
 def stored_modules(
-    catalog: Catalog, expected_shape: Callable[[str], tuple[int, ...] | None], faults: FaultCollector
+    catalog: Catalog,
+    expected_shape: Callable[[str], tuple[int, ...] | None],
+    faults: FaultCollector,
+    stored_shapes: StoredShapes | None = None,
 ) -> dict[str, StoredModule]:
     """The modules of a checkpoint by name, in the order of the catalog.
 
-    `expected_shape` gives the shape of a tensor by its full name, where the model says it: a bitmask alone tells
-    the last axis only up to eight. Contradictions between the pieces of a sparse tensor are added to `faults`.
+    `stored_shapes` are the shapes that sparse tensors have by their `shape` pieces; where these were not read,
+    `expected_shape` gives that of a tensor by its full name, where the model says it. Contradictions between the
+    pieces of a sparse tensor are added to `faults`.
     """
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
-    sparse = find_sparse(specs, expected_shape, faults)
+    sparse = find_sparse(specs, expected_shape, faults, stored_shapes or {})
     pieces = {piece for tensor in sparse.values() for piece in tensor.parts.values()}
     views: dict[str, View] = {name: Whole(name=name, spec=spec) for name, spec in specs.items() if name not in pieces}
     for name, tensor in sparse.items():

@@ -32,13 +32,15 @@ class Target:
     """A place where weights are delivered, with the capabilities that it is planned for.
 
     `serves` says in a few words who reads the result. `newer` are capabilities that a later release adds, named in
-    reasons.
+    reasons. `repeats_kv_scales` says whether scales of K and V are delivered once for each rank where ranks outnumber
+    heads: engines repeat the codes, and of scales those of NVFP4 alone.
     """
 
     name: str
     serves: str
     capabilities: Capabilities
     newer: tuple[Capabilities, ...] = ()
+    repeats_kv_scales: bool = False
 
     @property
     def holds_codes(self) -> bool:

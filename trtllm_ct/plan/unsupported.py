@@ -1,30 +1,15 @@
-"""What changes the meaning of weights and is not understood here: refused by name.
-
-Parts of a configuration, and Mistral's own form of a checkpoint: `params.json`, and tensors such as
-`layers.0.attention.wq.weight` whose query and key rows are in another order than in the Hugging Face form. Plain
-weights could be renamed and reordered. With quantized ones the files don't tell enough: vLLM
-(`models/llama.py`) and TensorRT-LLM (`_torch/models/checkpoints/mistral/weight_mapper.py`) reorder `weight` and leave
-`weight_scale` and `weight_packed` as they lie, so that writers may have stored these in either order.
-"""
+"""Parts of a configuration that change the meaning of weights and are not understood here: refused by name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from trtllm_ct.config.model import ExpertSparsity, QuantizationConfig
     from trtllm_ct.errors import FaultCollector
     from trtllm_ct.plan.architectures import Model
 
-__all__ = ["MISTRAL_REMEDY", "refuse_mistral_names", "refuse_unsupported"]
-
-MISTRAL_REMEDY = (
-    "Use the Hugging Face form of the model, which has config.json and model*.safetensors: Mistral publishes it in the "
-    "same repository or in a twin. The rows of queries and keys have another order here, and nothing tells whether "
-    "scales and packed codes have it too."
-)
+__all__ = ["refuse_unsupported"]
 
 # A transform at these places rotates what attention keeps and compares; no weight can take it in.
 _OF_ATTENTION = frozenset({"k_cache", "q_attn"})
@@ -42,18 +27,6 @@ def refuse_unsupported(config: QuantizationConfig, model: Model, faults: FaultCo
             )
     if config.expert_sparsity is not None:
         _refuse_expert_sparsity(f"{config.origin}.moe_sparsity_config", config.expert_sparsity, model, faults)
-
-
-def refuse_mistral_names(names: Iterable[str], faults: FaultCollector) -> None:
-    """Add one fault when tensors have the names of Mistral's own form."""
-    first = next((name for name in names if name.startswith("layers.") and ".attention." in name), None)
-    if first is not None:
-        faults.add(
-            where=first,
-            expected="the names of the Hugging Face form, such as model.layers.0.self_attn.q_proj.weight",
-            found="those of Mistral's own form",
-            remedy=MISTRAL_REMEDY,
-        )
 
 
 def _refuse_expert_sparsity(where: str, sparsity: ExpertSparsity, model: Model, faults: FaultCollector) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from trtllm_ct.config.match import Matcher
 from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats import FORMATS, StoredWeight, format_for
+from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.plan.architectures import name_variants
+from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
 from trtllm_ct.plan.stored import ExpertSlice
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
     from trtllm_ct.plan.architectures import Site
     from trtllm_ct.plan.stored import StoredModule
@@ -22,15 +27,20 @@ if TYPE_CHECKING:
 __all__ = ["QuantizedWeight", "WeightReader"]
 
 _FIRST_PACKED_ZERO_POINTS = (0, 9, 4)
+_ZERO_POINT = "weight_zero_point"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
-    """A stored weight with the scheme that the configuration gives it."""
+    """A stored weight with the scheme that the configuration gives it.
+
+    `idle` are its tensors, by local name, whose values turned out to change nothing, with the words for that.
+    """
 
     stored: StoredWeight
     scheme: QuantScheme
     group: str
+    idle: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -38,11 +48,13 @@ class WeightReader:
     """Reads the quantized modules of one checkpoint, gathering faults and, once for many modules, warnings.
 
     `multimodal` allows the names of targets to put the prefix of the text model otherwise than the files do.
+    `probe` tells which zero points and group indices change nothing.
     """
 
     config: QuantizationConfig
     faults: FaultCollector
     multimodal: bool = False
+    probe: Probe = NO_PROBE
     _matcher: Matcher = field(init=False)
     _notes: Counter[str] = field(init=False, default_factory=Counter)
 
@@ -79,12 +91,23 @@ class WeightReader:
         self._check_blocks(module, stored)
         if weight_format is MARLIN_24 and not self.config.release and args.group_size is not None:
             self._notes["marlin-24 of an unknown release: group scales read in the order of 0.8.0 and later"] += 1
-        return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name)
+        idle = self._idle(module, stored)
+        return QuantizedWeight(stored=_without(stored, idle), scheme=group.scheme, group=group.name, idle=idle)
+
+    def _idle(self, module: StoredModule, stored: StoredWeight) -> dict[str, str]:
+        """The companions that a probe found to change nothing. A zero point counts as one unless all of it is zero."""
+        idle = {}
+        symmetric = stored.has_zero_point and stored.args.symmetric
+        if symmetric and probe_key(module.views[_ZERO_POINT]) in self.probe.zero:
+            idle[_ZERO_POINT] = "trivial: all zero, beside a symmetric scheme"
+        if stored.group_index is not None and probe_key(module.views[stored.group_index]) in self.probe.trivial:
+            idle[stored.group_index] = "trivial: it gives contiguous groups, k // group_size, or was never filled"
+        return idle
 
     def _group(self, module: StoredModule, site: Site) -> ConfigGroup | None:
         """The config group of a quantized module: the one that targets it, else the only one whose format fits."""
-        names = name_variants(module.stored_name) if self.multimodal else (module.stored_name,)
-        for name in names:
+        names = dict.fromkeys((module.stored_name, module.name))
+        for name in chain.from_iterable(name_variants(name) if self.multimodal else (name,) for name in names):
             group = self._matcher.scheme_for(name, (site.class_name,))
             if group is not None and group.scheme.weights is not None:
                 return group
@@ -150,6 +173,15 @@ class WeightReader:
                 found=f"{stored.shape[0]} rows in blocks of {stored.args.label()}",
                 remedy="Save the experts one by one, as llm-compressor does, or with scales that no block shares.",
             )
+
+
+def _without(stored: StoredWeight, idle: Mapping[str, str]) -> StoredWeight:
+    """The weight as if these companions were not stored."""
+    if _ZERO_POINT in idle:
+        stored = replace(stored, has_zero_point=False, zero_point_packing=None)
+    if GROUP_INDEX in idle:
+        stored = replace(stored, group_index=None)
+    return replace(stored, consumed=tuple(local for local in stored.consumed if local not in idle)) if idle else stored
 
 
 def _tensors(module: StoredModule) -> str:

@@ -1,0 +1,175 @@
+"""The rows of queries and keys in Mistral's own form, in the order that Hugging Face's form has.
+
+Which tensors lie in which order is what writers and readers of that form make of it:
+
+| tensor of `wq`, `wk`                 | llm-compressor writes | vLLM reads   | here                            |
+|--------------------------------------|-----------------------|--------------|---------------------------------|
+| `weight`, plain or codes             | Mistral's             | Mistral's    | reordered                       |
+| `qscale_weight`, one a row           | Mistral's             | Mistral's    | reordered                       |
+| one number; blocks of whole heads    | any order is the same | as it lies   | as it lies                      |
+| other tensors that have rows, such   | Mistral's             | Hugging      | as `qk_rows` says, else refused |
+| as `weight_packed`, `weight_scale`   |                       | Face's       |                                 |
+
+Where the two contradict each other nothing in the files tells who is right, so the user says it: `"qk_rows"` in the
+quantization block is `mistral` for what was quantized in place, `hugging_face` for what vLLM reads rightly.
+Sources: llm-compressor 0.9 `entrypoints/model_free/` and, before it, `experimental/mistral/fp8_ptpc_quantize.py`; vLLM
+0.15 `model_executor/models/mistral.py` (`maybe_remap_mistral`), and TensorRT-LLM 1.2
+`_torch/models/checkpoints/mistral/weight_mapper.py`, which follows it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Self
+
+from trtllm_ct.formats.marlin_24 import MARLIN_24
+from trtllm_ct.layouts.rotary_rows import halves_of_packed_pairs, halves_of_pairs
+from trtllm_ct.plan.stored import View
+from trtllm_ct.schemes import RowOrder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from trtllm_ct.config.model import QuantizationConfig
+    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.plan.architectures import Model
+    from trtllm_ct.plan.stored import StoredModule
+    from trtllm_ct.schemes import Packing
+
+__all__ = ["QueryKeyRows", "Reordered"]
+
+_AGREED = frozenset({"weight", "qscale_weight"})
+_ZERO_POINT = "weight_zero_point"
+_WITHOUT_ROWS = frozenset({"weight_shape", "weight_g_idx", "weight_global_scale"})
+_HUGGING_FACE_FORM = "Use the Hugging Face form of the model, which has config.json and model*.safetensors."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reordered(View):
+    """A tensor whose rows were pairs that turn together and are halves here, head by head; memory: its size.
+
+    `rows` is N of the weight. With `packing`, several rows lie in one word.
+    """
+
+    view: View
+    rows: int
+    head_dim: int
+    packing: Packing | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Those of the tensor as it lies."""
+        return self.view.stored_bytes
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Those of the tensor as it lies."""
+        return self.view.sources
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The reordered tensor, made anew."""
+        tensor = self.view.of(stored)
+        if self.packing is not None:
+            return halves_of_packed_pairs(tensor, self.packing, self.rows, self.head_dim)
+        return halves_of_pairs(tensor.reshape(self.rows, -1), self.head_dim).reshape(tensor.shape)
+
+
+@dataclass(slots=True, kw_only=True)
+class QueryKeyRows:
+    """Reorders the modules of one checkpoint, and gathers what can't be.
+
+    `head_dim` and `vision_head_dim` are the rows of a head in the text model and in a vision tower, 0 for none.
+    """
+
+    declared: RowOrder | None
+    head_dim: int
+    vision_head_dim: int
+    _undeclared: list[str] = field(default_factory=list)
+    _fixed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @classmethod
+    def of_model(cls, config: QuantizationConfig, model: Model) -> Self:
+        """With what a block declares and the sizes of a model."""
+        return cls(declared=config.qk_rows, head_dim=model.sizes["head_dim"], vision_head_dim=model.vision_head_dim)
+
+    def ordered(self, module: StoredModule, weight: StoredWeight | None) -> StoredModule:
+        """The module as Hugging Face's form has it; itself unless it holds queries or keys of Mistral's.
+
+        `weight` is None for a plain one.
+        """
+        if module.alias is None or not module.alias.endswith((".attention.wq", ".attention.wk")):
+            return module
+        views = {local: self._placed(module, local, weight) for local in module.views}
+        return replace(module, views=views)
+
+    def report(self, faults: FaultCollector) -> None:
+        """Add one fault for all tensors whose order nothing tells, and one for each reason why some can't be moved."""
+        if self._undeclared:
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in self._undeclared}))
+            faults.add(
+                where=self._undeclared[0],
+                expected="rows of queries and keys in an order that is known",
+                found=f"Mistral's own form, in which nothing tells it ({len(self._undeclared)} tensors: {names})",
+                remedy='Add "qk_rows": "mistral" to the quantization block if the model was quantized in this form, as '
+                'llm-compressor does it, or "qk_rows": "hugging_face" if vLLM computes rightly with it. '
+                f"Or better: {_HUGGING_FACE_FORM[0].lower()}{_HUGGING_FACE_FORM[1:]}",
+            )
+        for reason, fixed in self._fixed.items():
+            faults.add(
+                where=fixed[0],
+                expected="rows of queries and keys that can be put into the order of Hugging Face's form",
+                found=f"{reason} ({len(fixed)} tensors)",
+                remedy=_HUGGING_FACE_FORM,
+            )
+
+    def _placed(self, module: StoredModule, local: str, weight: StoredWeight | None) -> View:
+        """One tensor in the right order; as it lies after a fault."""
+        view = module.views[local]
+        head_dim = self._head_dim(module)
+        if not _has_rows(local, view, weight, head_dim):
+            return view
+        agreed = view.sources[0].rpartition(".")[2] in _AGREED
+        if not agreed and self.declared is RowOrder.HUGGING_FACE:
+            return view
+        rows = weight.shape[0] if weight else view.spec.shape[0]
+        obstacle = _obstacle(module, local, weight, rows, head_dim)
+        if obstacle:
+            self._fixed[obstacle].append(view.sources[0])
+        elif not agreed and self.declared is None:
+            self._undeclared.append(view.sources[0])
+        else:
+            packing = weight.zero_point_packing if weight and local == _ZERO_POINT else None
+            return Reordered(spec=view.spec, view=view, rows=rows, head_dim=head_dim, packing=packing)
+        return view
+
+    def _head_dim(self, module: StoredModule) -> int:
+        return self.vision_head_dim if module.stored_name.startswith("vision_encoder.") else self.head_dim
+
+
+def _has_rows(local: str, view: View, weight: StoredWeight | None, head_dim: int) -> bool:
+    """Whether the order of rows inside of heads means something for a tensor."""
+    if weight is None or local == "bias":
+        return local in {"weight", "bias"} and len(view.spec.shape) > 0
+    if local == weight.codes:
+        return True
+    if local not in weight.consumed or local in _WITHOUT_ROWS or weight.scale_shape[0] == 1 or view.spec.numel == 1:
+        return False
+    whole_heads = weight.block_rows > 1 and head_dim > 0 and weight.block_rows % head_dim == 0
+    return not whole_heads
+
+
+def _obstacle(module: StoredModule, local: str, weight: StoredWeight | None, rows: int, head_dim: int) -> str:
+    """Why the rows of a tensor can't be moved; empty when they can."""
+    if any(transform.location == "output" for transform in module.transforms):
+        return "a transform that mixes them"
+    if head_dim <= 0 or head_dim % 2 or rows % head_dim:
+        return f"{rows} rows in heads of {head_dim}"
+    if weight is not None and weight.format.name == MARLIN_24.name:
+        return "marlin-24, whose tiles cross heads"
+    if weight is not None and local != weight.codes and weight.block_rows > 1:
+        return f"blocks of {weight.block_rows} rows that cross heads of {head_dim}"
+    return ""
