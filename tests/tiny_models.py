@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma2ForCausalLM": {"model_type": "gemma2"},
     "Gemma3ForCausalLM": {"model_type": "gemma3_text"},
     "Phi3ForCausalLM": {"model_type": "phi3", "pad_token_id": 0},
-    "MixtralForCausalLM": {"model_type": "mixtral", "num_local_experts": 4},
+    "MixtralForCausalLM": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen2MoeForCausalLM": {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64, **_EXPERTS},
     "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", **_EXPERTS},
     "DeepseekV2ForCausalLM": {"model_type": "deepseek_v2", **_LATENT},

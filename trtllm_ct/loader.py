@@ -9,17 +9,21 @@ import importlib.util
 import logging
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.errors import Fault, UsageError
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
 from trtllm_ct.pipeline import open_checkpoint, stream_delivered
+from trtllm_ct.plan.parallel import Rank
+from trtllm_ct.plan.shard import plan_for_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
+
+    from trtllm_ct.plan.parallel import EngineMapping
 
 __all__ = ["CompressedTensorsWeightLoader", "Decompressor", "Layout"]
 
@@ -56,9 +60,10 @@ class CompressedTensorsWeightLoader:
 
         `layout` is `native` (what a ModelOpt directory holds and the engine's Linears read), `dense` (plain weights
         of the model's dtype) or `stored` (as they lie in the files). `mapping` and further keywords are the
-        engine's; every rank gets tensors of full size, so they change nothing. Memory beyond the result: one module
-        group. Tensors that need no change are views of the mapped files. Raises `CheckpointError` with all faults
-        of the stage that found them.
+        engine's. With a mapping of several ranks the tensors are those that its rank reads: of full size still, but
+        only the rows of its slice are there (see `plan_for_rank`); `stored` tensors are whole in any case.
+        Memory beyond the result: one module group. Tensors that need no change are views of the mapped files. Raises
+        `CheckpointError` with all faults of the stage that found them.
         """
         weights: dict[str, Tensor] = {}
         for _module, tensors in self.stream(checkpoint_dir, mapping, layout=layout, **kwargs):
@@ -68,7 +73,7 @@ class CompressedTensorsWeightLoader:
     def stream(
         self,
         checkpoint_dir: str | Path,
-        mapping: object = None,  # noqa: ARG002 (the engine's argument order)
+        mapping: object = None,
         *,
         layout: Layout = "native",
         **kwargs: Any,  # noqa: ARG002 (engines of different releases pass different ones)
@@ -83,10 +88,11 @@ class CompressedTensorsWeightLoader:
             return _stream_stored(Catalog.from_directory(Path(checkpoint_dir)))
         codec = self._codec()
         checkpoint = open_checkpoint(checkpoint_dir)
-        plan = checkpoint.plan(_TARGET_OF_LAYOUT[layout])
+        rank = _rank(mapping, checkpoint.model.layers)
+        plan = checkpoint.plan(_TARGET_OF_LAYOUT[layout], parallel=rank.parallel)
         for warning in plan.warnings:
             logger.warning("%s: %s", checkpoint_dir, warning)
-        delivered = stream_delivered(plan, checkpoint.catalog, codec=codec)
+        delivered = stream_delivered(plan_for_rank(plan, checkpoint.model, rank), checkpoint.catalog, codec=codec)
         return ((module.name, tensors) for module, tensors in delivered)
 
     def _codec(self) -> Codec:
@@ -98,6 +104,13 @@ class CompressedTensorsWeightLoader:
             _log_missing_library()
             return NATIVE
         return _CODEC_OF_DECOMPRESSOR[self._decompressor]
+
+
+def _rank(mapping: object, layers: int) -> Rank:
+    """The rank that an engine's mapping describes; the only one where there is none, or something else in its place."""
+    if hasattr(mapping, "tp_size"):
+        return Rank.from_mapping(cast("EngineMapping", mapping), layers)
+    return Rank()
 
 
 @cache

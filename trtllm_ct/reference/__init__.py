@@ -13,12 +13,24 @@ if TYPE_CHECKING:
     from trtllm_ct.reference.engine import build_model, load_model
     from trtllm_ct.reference.generate import Generation, generate_text
     from trtllm_ct.reference.linear import ReferenceLinear
+    from trtllm_ct.reference.llm import ReferenceLLM
+    from trtllm_ct.reference.requests import SamplingParams
 
-__all__ = ["Generation", "ReferenceLinear", "build_model", "generate_text", "load_model"]
+__all__ = [
+    "Generation",
+    "ReferenceLLM",
+    "ReferenceLinear",
+    "SamplingParams",
+    "build_model",
+    "generate_text",
+    "load_model",
+]
 
 _HOMES = {
     "Generation": "generate",
+    "ReferenceLLM": "llm",
     "ReferenceLinear": "linear",
+    "SamplingParams": "requests",
     "build_model": "engine",
     "generate_text": "generate",
     "load_model": "engine",

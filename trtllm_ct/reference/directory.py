@@ -11,6 +11,7 @@ from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.detect import FormatDetector
+from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.quant_config import QuantConfig
 from trtllm_ct.quant_methods import COMPRESSED_TENSORS, MODELOPT, describe_method
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["ModelSource", "read_directory", "read_quant_config"]
+__all__ = ["ModelSource", "model_dtype", "read_directory", "read_quant_config"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,15 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
     path = directory / "hf_quant_config.json"
     quant_config = read_quant_config(path, catalog) if detection.method == MODELOPT else None
     return ModelSource(config=config, quant_config=quant_config, tensors=_read_tensors(catalog))
+
+
+def model_dtype(directory: Path) -> torch.dtype:
+    """The dtype that config.json says its model computes in, under its new or old name; bfloat16 without one."""
+    config = read_json_object(directory / "config.json")
+    text = config.get("text_config")
+    blocks = (text, config) if isinstance(text, dict) else (config,)
+    stated = (block[key] for block in blocks for key in ("dtype", "torch_dtype") if block.get(key))
+    return DType.from_torch(next(stated, "bfloat16")).torch_dtype
 
 
 def _read_tensors(catalog: Catalog) -> Iterator[tuple[str, Tensor]]:

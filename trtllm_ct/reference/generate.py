@@ -23,7 +23,9 @@ from trtllm_ct.reference.engine import load_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Generation", "generate_text"]
+    from torch import Tensor
+
+__all__ = ["Generation", "end_tokens_of", "generate_text", "load_tokenizer", "threads_that_pay", "tokens_after"]
 
 _SMALL_MATRIX = 2**22
 
@@ -66,21 +68,23 @@ def generate_text(
         model: Any = directory_or_model
     else:
         model = load_model(directory_or_model, dtype=dtype, quantize_activations=quantize_activations)
-    tokenizer = _load_tokenizer(model.name_or_path)
+    tokenizer = load_tokenizer(model.name_or_path)
     prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
     if not prompt_ids:
         raise _usage_error("prompt", "text of one token or more", repr(prompt), "Give some text to continue.")
     started = perf_counter()
-    end_tokens = _end_tokens(model)
+    end_tokens = end_tokens_of(model)
     token_ids: list[int] = []
     text = ""
-    with _threads_that_pay(model):
-        for token_id in islice(_greedy_tokens(model, prompt_ids, end_tokens), max_tokens):
+    with threads_that_pay(model):
+        for token_id in islice(tokens_after(model, prompt_ids, _largest), max_tokens):
             token_ids.append(token_id)
             complete = _decode(tokenizer, token_ids, final=token_id in end_tokens or len(token_ids) == max_tokens)
             if on_token is not None:
                 on_token(complete[len(text) :])
             text = complete
+            if token_id in end_tokens:
+                break
     return Generation(
         prompt=prompt,
         text=text,
@@ -91,18 +95,25 @@ def generate_text(
 
 
 @torch.inference_mode()
-def _greedy_tokens(model: Any, prompt_ids: list[int], end_tokens: frozenset[int]) -> Iterator[int]:
-    """The most likely next tokens, up to an end token; after the prompt, each step reads one token and the cache."""
-    step, cache, token_id = prompt_ids, None, None
-    while token_id not in end_tokens:
+def tokens_after(model: Any, prompt_ids: list[int], choose: Callable[[Tensor], int]) -> Iterator[int]:
+    """Tokens without end; `choose` takes each from the logits [vocabulary] of the last position.
+
+    After the prompt, each step reads one token and the cache.
+    """
+    step, cache = prompt_ids, None
+    while True:
         output = model(input_ids=torch.tensor([step]), past_key_values=cache, use_cache=True)
-        token_id = int(output.logits[0, -1].argmax())
+        token_id = choose(output.logits[0, -1])
         yield token_id
         step, cache = [token_id], output.past_key_values
 
 
+def _largest(logits: Tensor) -> int:
+    return int(logits.argmax())
+
+
 @contextmanager
-def _threads_that_pay(model: nn.Module) -> Iterator[None]:
+def threads_that_pay(model: nn.Module) -> Iterator[None]:
     """One thread for a model of small matrices, and the caller's number again afterwards.
 
     Threads meet after every operation. Where an operation takes microseconds and other programs use the cores, waiting
@@ -117,7 +128,7 @@ def _threads_that_pay(model: nn.Module) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _end_tokens(model: Any) -> frozenset[int]:
+def end_tokens_of(model: Any) -> frozenset[int]:
     """The tokens after which the model has nothing more to say, by its generation config."""
     stated = model.generation_config.eos_token_id
     if stated is None:
@@ -131,7 +142,8 @@ def _decode(tokenizer: Any, token_ids: list[int], *, final: bool) -> str:
     return text if final else text.rstrip("\ufffd")
 
 
-def _load_tokenizer(directory: str) -> Any:
+def load_tokenizer(directory: str) -> Any:
+    """The tokenizer of a checkpoint directory; raises `UsageError` without a directory, `ConfigError` without one."""
     from transformers import AutoTokenizer
 
     if not directory or not Path(directory).is_dir():

@@ -96,6 +96,7 @@ TENSORRT_LLM = Target(
     serves="TensorRT-LLM, PyTorch backend, loaded by this package",
     capabilities=_with_additive_zeros(ENGINES[DEFAULT_ENGINE]),
     newer=tuple(map(_with_additive_zeros, _newer(DEFAULT_ENGINE))),
+    repeats_kv_scales=True,
 )
 DENSE = Target(name="dense", serves="anything that reads plain Hugging Face weights", capabilities=_NOTHING)
 REFERENCE = Target(name="reference", serves="the CPU reference engine of this package", capabilities=_EVERYTHING)

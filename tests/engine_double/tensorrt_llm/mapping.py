@@ -26,8 +26,10 @@ class Mapping:
                 f"world_size must equal to tp_size * pp_size, but got {self.world_size} != "
                 f"{self.tp_size} * {self.pp_size}"
             )
-        experts = max(self.moe_ep_size, 1)
-        tensors = self.moe_tp_size if self.moe_tp_size > 0 else self.tp_size // experts
+        # One of the two sizes of experts follows from the other; experts are cut by rows where both are unset.
+        rows_told, experts_told = self.moe_tp_size > 0, self.moe_ep_size > 0
+        experts = self.moe_ep_size if experts_told else self.tp_size // self.moe_tp_size if rows_told else 1
+        tensors = self.moe_tp_size if rows_told else self.tp_size // experts
         object.__setattr__(self, "moe_ep_size", experts)
         object.__setattr__(self, "moe_tp_size", tensors)
         if experts * tensors != self.tp_size:

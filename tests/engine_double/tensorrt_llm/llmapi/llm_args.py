@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm.logger import logger
@@ -36,7 +36,12 @@ class DraftTargetDecodingConfig:
 
 @dataclass(kw_only=True)
 class TorchLlmArgs:
-    """Class `TorchLlmArgs`: strict, so an unknown argument is an error (pydantic's is a ValueError)."""
+    """Class `TorchLlmArgs`: strict, so an unknown argument is an error (pydantic's is a ValueError).
+
+    `model_fields` are the arguments that this release has, as pydantic names them.
+    """
+
+    model_fields: ClassVar[dict[str, Any]]
 
     model: str
     tokenizer: Any = None
@@ -67,9 +72,7 @@ class TorchLlmArgs:
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> TorchLlmArgs:
         """Refuse arguments that this release doesn't have, then settle format and loader."""
-        newer = {"force_dynamic_quantization": RELEASE.force_dynamic_quantization, "model_kwargs": RELEASE.model_kwargs}
-        known = {name for name in cls.__dataclass_fields__ if newer.get(name, True)}
-        unknown = kwargs.keys() - known
+        unknown = kwargs.keys() - cls.model_fields.keys()
         if unknown:
             raise ValueError(f"TorchLlmArgs: {', '.join(sorted(unknown))}: Extra inputs are not permitted")
         args = cls(**kwargs)
@@ -80,3 +83,9 @@ class TorchLlmArgs:
         if args.checkpoint_format is None and args.checkpoint_loader is None:
             args.checkpoint_format = "HF"
         return args
+
+
+_NEWER = {"force_dynamic_quantization": RELEASE.force_dynamic_quantization, "model_kwargs": RELEASE.model_kwargs}
+TorchLlmArgs.model_fields = {
+    name: each for name, each in TorchLlmArgs.__dataclass_fields__.items() if _NEWER.get(name, True)
+}

@@ -123,7 +123,7 @@ class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
 
 
 class W4A16_GPTQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
-    """Pull request 19442, which isn't merged: additive zeros in float, no `pre_quant_scale`. Its name is a guess."""
+    """Pull request 19442, which isn't merged: additive zeros in float, no `pre_quant_scale`."""
 
     reads_pre_quant_scale = False
 

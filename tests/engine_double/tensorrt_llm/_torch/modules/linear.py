@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensorrt_llm._double import RELEASE
@@ -12,7 +12,6 @@ from tensorrt_llm._torch.distributed import allgather, allreduce
 from tensorrt_llm._torch.modules.awq_methods import (
     W4A8_AWQ_LinearMethod,
     W4A16_AWQ_LinearMethod,
-    W4A16_GPTQ_LinearMethod,
     WeightOnlyQuantLinearMethod,
 )
 from tensorrt_llm._torch.modules.fp4_methods import (
@@ -38,15 +37,17 @@ from tensorrt_llm._torch.modules.sharding import (
     load_weight_shard,
 )
 from tensorrt_llm.mapping import Mapping
+from tensorrt_llm.models.modeling_utils import QuantConfig
 from tensorrt_llm.quantization import QuantAlgo
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from tensorrt_llm.models.modeling_utils import QuantConfig
+if RELEASE.gptq_method:
+    from tensorrt_llm._torch.modules.awq_methods import W4A16_GPTQ_LinearMethod
 
 __all__ = [
     "Linear",
     "LinearMethodBase",
+    "QuantConfig",
     "TensorParallelMode",
     "UnquantizedLinearMethod",
     "W4A16_AWQ_LinearMethod",
@@ -64,6 +65,13 @@ class WeightMode(enum.StrEnum):
     VANILLA = "vanilla"
     FUSED_QKV_LINEAR = "fused_qkv_linear"
     FUSED_GATE_UP_LINEAR = "fused_gate_up_linear"
+
+    if RELEASE.aligned_shards:
+
+        @property
+        def shard_keys(self) -> list[str] | None:
+            """What the newest releases call the shards."""
+            return {"fused_qkv_linear": ["q", "k", "v"], "fused_gate_up_linear": ["gate", "up"]}.get(self.value)
 
 
 @dataclass(kw_only=True)
@@ -197,15 +205,26 @@ class Linear(nn.Module):
 
         def load_shard(
             self,
-            weights: dict[str, Tensor],
-            name: str,
+            weights: dict[str, Tensor] | Tensor,
+            label: str | None = None,
             device: torch.device | str = "cpu",
+            name: str | None = None,
+            flip_tp: bool = False,
+            scale_span: int | None = None,
             elm_packing: int = 1,
-            scale_span: int = 1,
-        ) -> Tensor:
-            """This rank's part of one tensor, of which an element along the cut stands for several features."""
-            span = elm_packing * scale_span
-            return cut_shard(self, weights[name].to(device), (span, span))
+        ) -> Tensor | None:
+            """This rank's part of one tensor, of which an element along the cut stands for several features.
+
+            `name` is the shard's, which only layouts of ranks that differ need. None for a tensor that isn't there.
+            """
+            if label is not None:
+                if label not in weights:
+                    return None
+                weights = weights[label]
+            assert isinstance(weights, Tensor)
+            span = elm_packing * (scale_span or 1)
+            mode = TensorParallelMode.flip(self.tp_mode) if flip_tp and self.tp_mode else None
+            return cut_shard(self, weights.to(device), (span, span), mode)
 
     def load_weights(self, weights: list[dict[str, Tensor]], allow_partial_loading: bool = False) -> None:
         """Fill from one dictionary per shard, in the order q, k, v or gate, up."""

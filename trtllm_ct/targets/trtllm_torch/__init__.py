@@ -1,0 +1,1 @@
+"""TensorRT-LLM, PyTorch backend: compressed-tensors checkpoints loaded in process."""
