@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# No test needs a network; what asks the hub all the same shall fail at once. Read when huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The same examples in every run; `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -27,12 +32,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "shared": bool(config.getoption("--shared")),
         "library": importlib.util.find_spec("compressed_tensors") is not None,
         "reference": importlib.util.find_spec("transformers") is not None,
+        "mpi": importlib.util.find_spec("mpi4py") is not None and shutil.which("mpirun", path=_programs()) is not None,
     }
     missing = {marker for marker, there in available.items() if not there}
     deselected = [item for item in items if missing & {mark.name for mark in item.iter_markers()}]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+
+
+def _programs() -> str:
+    """Where programs are looked for: beside this Python too, where packages put theirs."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 @pytest.fixture(scope="session")

@@ -315,13 +315,12 @@ class TestReport:
 
         assert plans == [report.plan]
         assert sum(told) == report.plan.delivered_bytes
-        assert len(told) == len(report.plan.delivered_specs)
 
     def test_an_error_of_the_watcher_stops_the_conversion_whole(self, built: Built, tmp_path: Path):
         def stop(nbytes: int) -> None:
-            raise KeyboardInterrupt
+            raise RuntimeError("stop")
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match="stop"):
             convert_checkpoint(built.directory, tmp_path / "out", on_start=lambda plan: stop)
 
         assert not list(tmp_path.iterdir())

@@ -24,6 +24,7 @@ from trtllm_ct.errors import Fault, TrtllmCtError, UsageError
 
 if TYPE_CHECKING:
     from trtllm_ct.plan.model import Plan
+    from trtllm_ct.plan.parallel import Parallel
 
 __all__ = ["SCHEMA", "app", "main"]
 
@@ -38,6 +39,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+cache = typer.Typer(
+    help="Directories that were prepared for TensorRT-LLM.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(cache, name="cache")
 # A pipe or file has no width; the 80 columns that are assumed for it would wrap messages and cut tensor names.
 _NO_WIDTH = 10_000
 stdout = Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
@@ -69,6 +74,12 @@ ForEngine = Annotated[
 ]
 
 
+TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
+PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
+ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse instead of dequantizing a module.")]
+
+
 class ConvertTarget(StrEnum):
     """Targets that are directories."""
 
@@ -85,18 +96,28 @@ class DenseDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class ExecutorName(StrEnum):
+    """Who converts."""
+
+    THREADS = "threads"
+    MPI = "mpi"
+
+
 @app.command()
 def inspect(
     directory: Directory,
     to: Annotated[Target, typer.Option(help="Target that native modes are shown for.")] = Target.MODELOPT,
     engine: ForEngine = Engine.STOCK_1_2,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
     modules: Annotated[bool, typer.Option("--modules", help="One line a module.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is, how it would be delivered and what is wrong with it; reads headers only."""
     from trtllm_ct.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(directory, to, engine=engine)
+    found = inspect_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep))
     if as_json:
         _print_json("inspect", found.to_dict())
     else:
@@ -110,12 +131,16 @@ def plan(
     directory: Directory,
     to: Annotated[Target, typer.Option(help="Target to plan for.", show_default=False)],
     engine: ForEngine = Engine.STOCK_1_2,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Show what becomes of every stored tensor and where every delivered tensor comes from; reads headers only."""
     from trtllm_ct.pipeline import plan_checkpoint
 
-    made = plan_checkpoint(directory, to, engine=engine)
+    made = plan_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep), strict=strict)
     if as_json:
         _print_json("plan", made.to_dict())
     else:
@@ -128,13 +153,22 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False)],
     to: Annotated[ConvertTarget, typer.Option(help="What to make.", show_default=False)],
     engine: ForEngine = Engine.STOCK_1_2,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
     dtype: Annotated[
         DenseDtype, typer.Option(help="Dtype of dequantized modules; float16 casts every plain tensor too.")
     ] = DenseDtype.AUTO,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse instead of dequantizing a module.")] = False,
+    strict: Strict = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
+    executor: Annotated[
+        ExecutorName, typer.Option(help="Who converts: threads of this process, or the ranks that mpirun started.")
+    ] = ExecutorName.THREADS,
+    workers: Annotated[
+        int | None, typer.Option(help="How many threads; one for each core when left out.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint to a ModelOpt directory for stock TensorRT-LLM, or to plain weights."""
@@ -147,13 +181,18 @@ def convert(
             out,
             to=to,
             engine=engine,
+            parallel=_parallel(tp, pp, ep),
             dtype=dtype,
             strict=strict,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
             device=device,
+            executor=executor,
+            workers=workers,
             on_start=on_start,
         )
+    if done is None:
+        return  # another rank of the job reports
     if as_json:
         _print_json("convert", done.to_dict())
     else:
@@ -206,6 +245,55 @@ def generate(
 
 
 @app.command()
+def doctor(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Checkpoint directory to look at.", show_default=False)
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size that DIR is served with.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", help="Expert-parallel size.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Show which engine runs on this machine, what it holds, what is missing, and what it makes of a checkpoint."""
+    from trtllm_ct.doctor import diagnose
+    from trtllm_ct.plan.parallel import Parallel
+
+    found = diagnose(directory, parallel=Parallel(tensor=tp, pipeline=pp, expert=ep))
+    if as_json:
+        _print_json("doctor", found.to_dict())
+    else:
+        stdout.print(report.diagnosis(found))
+    if not found.good:
+        raise typer.Exit(1)
+
+
+@cache.command("list")
+def cache_list(as_json: Json = False) -> None:
+    """List the directories that were prepared for TensorRT-LLM."""
+    from trtllm_ct.targets.trtllm_torch.cache import cache_root
+    from trtllm_ct.targets.trtllm_torch.listing import list_sidecars
+
+    root, listed = cache_root(), list_sidecars()
+    if as_json:
+        _print_json("cache-list", {"root": str(root), "sidecars": [entry.to_dict() for entry in listed]})
+    else:
+        stdout.print(report.sidecars(root, listed))
+
+
+@cache.command("clear")
+def cache_clear(as_json: Json = False) -> None:
+    """Delete those of them that no running process uses."""
+    from trtllm_ct.targets.trtllm_torch.cache import cache_root, clear_sidecars
+
+    root, cleared = cache_root(), clear_sidecars()
+    if as_json:
+        lists = {"removed": cleared.removed, "in_use": cleared.in_use}
+        _print_json("cache-clear", {"root": str(root), **{name: [*map(str, paths)] for name, paths in lists.items()}})
+    else:
+        stdout.print(report.cleared_sidecars(root, cleared))
+
+
+@app.command()
 def demo() -> None:
     """Inspect, convert, verify and run the checkpoint that comes with this package."""
     from trtllm_ct.demo import run_demo
@@ -249,6 +337,13 @@ def parse_size(text: str) -> int:
             )
         )
     return size
+
+
+def _parallel(tp: int, pp: int, ep: int) -> Parallel:
+    """The sizes of three options; raises `UsageError`."""
+    from trtllm_ct.plan.parallel import Parallel
+
+    return Parallel(tensor=tp, pipeline=pp, expert=ep)
 
 
 def _print_json(kind: str, document: dict[str, Any]) -> None:

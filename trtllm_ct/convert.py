@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
+from trtllm_ct.conversion.executors import open_pool, require_executor
+from trtllm_ct.conversion.job import Conversion, Job
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, UsageError
 from trtllm_ct.pipeline import open_checkpoint
 from trtllm_ct.plan.model import Plan
+from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 from trtllm_ct.targets import DEFAULT_ENGINE
 from trtllm_ct.targets.hf_directory import write_hf_directory
 
@@ -24,18 +27,22 @@ DENSE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 Started = Callable[[Plan], Callable[[int], None]]
-"""Called with the plan when writing begins; gives the function that is told of each tensor's bytes."""
+"""Called with the plan when writing begins; gives the function that is told of bytes as they are done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport:
-    """What a conversion did: bytes, seconds, how many modules of each mode, and which were dequantized and why."""
+    """What a conversion did: bytes, seconds, how many modules of each mode, and which were dequantized and why.
+
+    `resumed_bytes` of what was delivered had been written by an earlier run that was stopped.
+    """
 
     source: Path
     out: Path
     plan: Plan
     weight_files: tuple[str, ...]
     carried_files: tuple[str, ...]
+    resumed_bytes: int
     seconds: float
 
     @property
@@ -49,15 +56,55 @@ class ConversionReport:
             "source": str(self.source),
             "out": str(self.out),
             "target": self.plan.target,
+            "parallel": self.plan.parallel.to_dict(),
             "modes": dict(self.modes),
             "dequantized": {module.name: module.reason for module in self.plan.modules if module.dequantized},
             "stored_bytes": self.plan.stored_bytes,
             "delivered_bytes": self.plan.delivered_bytes,
+            "resumed_bytes": self.resumed_bytes,
             "weight_files": list(self.weight_files),
             "carried_files": list(self.carried_files),
             "seconds": self.seconds,
             "warnings": list(self.plan.warnings),
         }
+
+
+@overload
+def convert_checkpoint(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    to: str = ...,
+    engine: str = ...,
+    parallel: Parallel = ...,
+    dtype: str = ...,
+    strict: bool = ...,
+    overwrite: bool = ...,
+    max_shard_bytes: int = ...,
+    device: str = ...,
+    executor: Literal["threads"] = ...,
+    workers: int | None = ...,
+    on_start: Started | None = ...,
+) -> ConversionReport: ...
+
+
+@overload
+def convert_checkpoint(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    to: str = ...,
+    engine: str = ...,
+    parallel: Parallel = ...,
+    dtype: str = ...,
+    strict: bool = ...,
+    overwrite: bool = ...,
+    max_shard_bytes: int = ...,
+    device: str = ...,
+    executor: str,
+    workers: int | None = ...,
+    on_start: Started | None = ...,
+) -> ConversionReport | None: ...
 
 
 def convert_checkpoint(
@@ -66,44 +113,68 @@ def convert_checkpoint(
     *,
     to: str = "modelopt",
     engine: str = DEFAULT_ENGINE,
+    parallel: Parallel = ONE_RANK,
     dtype: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: str = "cpu",
+    executor: str = "threads",
+    workers: int | None = None,
     on_start: Started | None = None,
-) -> ConversionReport:
+) -> ConversionReport | None:
     """Convert a directory for the target `to`, `modelopt` or `dense`.
 
-    `engine` is the capability set of stock TensorRT-LLM that `modelopt` is made for.
+    `engine` is the capability set of stock TensorRT-LLM that `modelopt` is made for, `parallel` the sizes that it will
+    run with: a module of which ranks get slices that its mode doesn't hold is dequantized. The directory is whole.
     `dtype` is that of dequantized modules (auto: the model's); with float16 every plain tensor is cast too, and one
-    that does not fit is an error. Work happens in `.OUT.partial` beside `out`, which becomes `out` at the end and
-    is removed on any error. Memory: one module at a time. Raises `UsageError` before anything is read, and the
-    `CheckpointError` of the stage that found faults.
+    that does not fit is an error.
+
+    The work is cut into units that `executor` runs: `threads`, as many as `workers` says or one for each core, or
+    `mpi`, the ranks of the job, which all call this; None is returned on all of them but the first. The bytes that
+    come out don't depend on it. Work happens in `.OUT.partial` beside `out`, which becomes `out` at the end and is
+    removed on any error. A run that was killed or interrupted leaves it, and the same call goes on from there.
+    Memory: some rows of a tensor for each worker, whatever the size of tensors. Raises `UsageError` before anything is
+    read, and the `CheckpointError` of the stage that found faults.
     """
     directory, out = Path(directory), Path(out)
     _require_one_of("--to", to, CONVERT_TARGETS)
     _require_one_of("--dtype", dtype, DENSE_DTYPES)
     _require_device(device)
     _require_shard_size(max_shard_bytes)
+    require_executor(executor, workers)
     check_output_place(directory, out)
     started = time.perf_counter()
-    # Entered before the source is read: an output that can't be written is refused at once.
-    with replacing_directory(out, overwrite=overwrite) as partial:
-        checkpoint = open_checkpoint(directory)
-        plan = checkpoint.plan(
-            to, engine=engine, dtype=None if dtype == "auto" else DType.from_torch(dtype), strict=strict
-        )
-        progress = on_start(plan) if on_start else _ignore
-        files = write_hf_directory(
-            checkpoint, plan, partial, max_shard_bytes=max_shard_bytes, progress=progress, device=device
-        )
+    options: dict[str, Any] = {
+        "to": to,
+        "engine": engine,
+        "dtype": None if dtype == "auto" else DType.from_torch(dtype),
+        "strict": strict,
+        "parallel": parallel,
+    }
+    with open_pool(executor, workers) as pool:
+        if pool is None:
+            return None
+        # Entered before the source is read: an output that can't be written is refused at once.
+        with replacing_directory(out, overwrite=overwrite) as partial:
+            job = Job(
+                directory=directory.absolute(),
+                options=options,
+                max_shard_bytes=max_shard_bytes,
+                device=device,
+                files=partial,
+            )
+            checkpoint = open_checkpoint(directory)
+            conversion = Conversion(job, checkpoint, checkpoint.plan(**options))
+            progress = on_start(conversion.plan) if on_start else _ignore
+            files = write_hf_directory(conversion, pool, progress=progress)
     return ConversionReport(
         source=directory,
         out=out,
-        plan=plan,
+        plan=conversion.plan,
         weight_files=files.weights,
         carried_files=files.carried,
+        resumed_bytes=files.resumed_bytes,
         seconds=time.perf_counter() - started,
     )
 

@@ -16,14 +16,28 @@ from trtllm_ct.folding import fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from trtllm_ct.convert import ConversionReport
+    from trtllm_ct.doctor import Diagnosis, Machine, Served
     from trtllm_ct.errors import Fault
     from trtllm_ct.inspection import Inspection, SchemeRow
     from trtllm_ct.plan.model import Plan
+    from trtllm_ct.targets.trtllm_torch.cache import ClearedSidecars
+    from trtllm_ct.targets.trtllm_torch.listing import ListedSidecar
     from trtllm_ct.verify import VerificationReport
 
-__all__ = ["conversion", "faults", "format_bytes", "inspection", "plan", "verification"]
+__all__ = [
+    "cleared_sidecars",
+    "conversion",
+    "diagnosis",
+    "faults",
+    "format_bytes",
+    "inspection",
+    "plan",
+    "sidecars",
+    "verification",
+]
 
 _WRAPPING = frozenset({"stored", "delivered as, or reason"})
 # Long reasons would make a table of hundreds of columns where there is no terminal to fit.
@@ -127,6 +141,82 @@ def verification(report: VerificationReport) -> RenderableType:
     if report.faults:
         lines.append(faults(report.faults))
     return Group(*lines)
+
+
+def diagnosis(found: Diagnosis) -> RenderableType:
+    """The engine, its features and modes, what is missing, and what becomes of a checkpoint."""
+    return Group(*_machine(found.machine), *(_served(found.served) if found.served else ()))
+
+
+def sidecars(root: Path, listed: Iterable[ListedSidecar]) -> RenderableType:
+    """A line for each: name, what it was made of, and for which engine and sizes."""
+    table = _table("sidecar", "source", "engine", "tp", "pp", "ep")
+    damaged = []
+    for entry in listed:
+        if entry.sidecar is None:
+            damaged.append(entry.fault)
+            continue
+        options, repository = entry.sidecar.options, entry.sidecar.repository
+        sizes = (options.parallel.tensor, options.parallel.pipeline, options.parallel.expert)
+        source = repository.name if repository else str(entry.sidecar.source)
+        table.add_row(entry.directory.name, escape(source), options.engine, *map(str, sizes))
+    parts: list[RenderableType] = [Text(f"{table.row_count} in {root}")]
+    if table.row_count:
+        parts.append(table)
+    return Group(*parts, faults(fault for fault in damaged if fault is not None))
+
+
+def cleared_sidecars(root: Path, cleared: ClearedSidecars) -> RenderableType:
+    """How many went, and which stayed."""
+    lines = [f"Removed {len(cleared.removed)} from {root}"]
+    lines += [
+        f"  {directory.name} stays: a running process uses it, or it belongs to another user"
+        for directory in cleared.in_use
+    ]
+    return Group(*map(Text, lines))
+
+
+def _machine(machine: Machine) -> Iterable[RenderableType]:
+    held = machine.target.capabilities
+    named = {"tensorrt_llm": "TensorRT-LLM", "reference": "the CPU reference engine"}[machine.engine]
+    yield Text.assemble("LLM runs ", (named, "bold"), f": {machine.why}")
+    if machine.features is not None:
+        for name, value in machine.features.to_dict().items():
+            yield Text(f"  {name}: {_word(value)}")
+    yield Text(f"  capability set: {held.name} ({held.source})")
+    yield Text(f"  Linears: {', '.join(sorted(held.linear))}")
+    yield Text(f"  routed experts: {', '.join(sorted(held.experts))}")
+    if machine.missing:
+        yield Text(f"Missing ({len(machine.missing)}):", style="bold yellow")
+        yield faults(machine.missing)
+
+
+def _served(served: Served) -> Iterable[RenderableType]:
+    sizes = ", ".join(f"{name} {size}" for name, size in served.parallel.to_dict().items() if size > 1)
+    yield Text("")
+    yield Text.assemble(
+        (str(served.directory), "bold"), f" is {served.detection.description}", f" ({sizes})" * bool(sizes)
+    )
+    if served.plan is not None:
+        modes = ", ".join(f"{count} x {mode}" for mode, count in served.native.items()) or "none"
+        yield Text(f"  served natively: {modes}")
+        for reason, modules in served.dequantized.items():
+            yield Text(f"  dequantized {len(modules)} modules: {reason}")
+        yield Text(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
+        yield Text(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
+        yield _warnings(served.plan.warnings)
+    elif not served.problems:
+        yield Text("  it goes to the engine untouched")
+    for title, found in (("Traps", served.traps), ("Problems", served.problems)):
+        if found:
+            yield Text(f"{title} ({len(found)}):", style="bold red")
+            yield faults(found)
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "unknown" if value is None else str(value)
 
 
 def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:

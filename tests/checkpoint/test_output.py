@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
+from trtllm_ct.checkpoint.output import check_output_place, clear, replacing_directory
 from trtllm_ct.errors import UsageError
 
 
@@ -42,17 +42,29 @@ def test_work_happens_beside_and_appears_at_the_end(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_error_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException], existing: bool) -> None:
+def test_an_error_leaves_everything_as_it_was(tmp_path: Path, existing: bool) -> None:
     out = old_directory(tmp_path) if existing else tmp_path / "out"
     before = entries(tmp_path)
 
-    with pytest.raises(error), replacing_directory(out, overwrite=True) as partial:
-        fail_after_writing(partial / "new", error)
+    with pytest.raises(ValueError), replacing_directory(out, overwrite=True) as partial:  # noqa: PT011 (as raised)
+        fail_after_writing(partial / "new", ValueError)
 
     assert entries(tmp_path) == before
     assert not existing or entries(out) == ["old"]
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_leaves_what_was_done_to_the_next_run(tmp_path: Path, interrupt: type[BaseException]) -> None:
+    out = old_directory(tmp_path)
+
+    with pytest.raises(interrupt), replacing_directory(out, overwrite=True) as partial:
+        fail_after_writing(partial / "new", interrupt)
+
+    assert entries(out) == ["old"]
+    with replacing_directory(out, overwrite=True) as partial:
+        assert entries(partial) == ["new"]
+    assert entries(out) == ["new"]
 
 
 def test_an_existing_directory_is_refused_without_overwrite(tmp_path: Path) -> None:
@@ -76,6 +88,16 @@ def test_overwrite_replaces_only_at_the_end(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["out"]
 
 
+def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    with replacing_directory(tmp_path / "out", overwrite=False) as partial:
+        (partial / "new").write_text("new")
+        with pytest.raises(UsageError, match="another process that writes there"):
+            fill(tmp_path / "out")
+
+    assert entries(tmp_path / "out") == ["new"]
+    assert entries(tmp_path) == ["out"]
+
+
 def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
 
@@ -85,14 +107,33 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_what_a_crashed_run_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial/half").write_text("half")
+def test_what_a_crashed_run_left_can_be_cleared_in_part(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial/folder").mkdir(parents=True)
+    for name in ("half", "good", "folder/file"):
+        (tmp_path / ".out.partial" / name).write_text(name)
+
+    with replacing_directory(tmp_path / "out", overwrite=False) as partial:
+        clear(partial, keep={"good"})
+        (partial / "new").write_text("new")
+
+    assert entries(tmp_path / "out") == ["good", "new"]
+    assert entries(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_working_place_that_is_no_directory_is_replaced(tmp_path: Path, kind: str) -> None:
+    """A link is not followed: what it leads to may be somebody's."""
+    (tmp_path / "theirs").mkdir()
+    if kind == "file":
+        (tmp_path / ".out.partial").write_text("")
+    else:
+        (tmp_path / ".out.partial").symlink_to(tmp_path / "theirs")
 
     fill(tmp_path / "out")
 
     assert entries(tmp_path / "out") == ["new"]
-    assert entries(tmp_path) == ["out"]
+    assert not (tmp_path / "out").is_symlink()
+    assert entries(tmp_path) == ["out", "theirs"]
 
 
 def test_what_a_crash_while_replacing_left_is_removed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from trtllm_ct.checkpoint import reader as reader_module
 from trtllm_ct.checkpoint.catalog import Catalog
-from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.checkpoint.reader import Run, TensorReader
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import CatalogError
 
@@ -177,7 +177,7 @@ def test_read_ahead_joins_neighbours(
     start = one_file.tensors["a"].offset
 
     with TensorReader(one_file) as reader:
-        assert reader.prefetch(["e", "b", "f", "a"]) == 30
+        assert reader.prefetch(map(Run, ["e", "b", "f", "a"])) == 30
         assert reader.bytes_read == 0
 
     assert advised == [(start, 20), (start + 40, 10)]
@@ -194,7 +194,7 @@ def test_read_ahead_stays_inside_half_of_the_available_memory(
     allow(monkeypatch, available)
 
     with TensorReader(one_file) as reader:
-        assert reader.prefetch("ecbda") == 10 * count
+        assert reader.prefetch(map(Run, "ecbda")) == 10 * count
 
     assert sum(length for _, length in advised) == 10 * count
 
@@ -204,7 +204,7 @@ def test_read_ahead_is_left_out_where_the_platform_has_none(one_file: Catalog, m
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
 
     with TensorReader(one_file) as reader:
-        assert reader.prefetch("abc") == 0
+        assert reader.prefetch(map(Run, "abc")) == 0
 
 
 def test_read_ahead_of_a_vanished_file_is_not_an_error(shards: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,11 +212,11 @@ def test_read_ahead_of_a_vanished_file_is_not_an_error(shards: Catalog, monkeypa
     (shards.directory / "1.safetensors").unlink()
 
     with TensorReader(shards) as reader:
-        reader.prefetch(["t0", "t1"])
+        reader.prefetch(map(Run, ["t0", "t1"]))
 
 
 def test_read_ahead_works_with_the_real_kernel(one_file: Catalog) -> None:
     with TensorReader(one_file) as reader:
-        reader.prefetch("abcdef")
+        reader.prefetch(map(Run, "abcdef"))
 
         assert torch.equal(reader.read("c"), torch.zeros(10, dtype=torch.uint8))

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from trtllm_ct.checkpoint import writer as writer_module
+from trtllm_ct.checkpoint import transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
-from trtllm_ct.checkpoint.writer import ShardedWriter, encode_header, plan_shards
+from trtllm_ct.checkpoint.write_plan import encode_header, plan_shards
+from trtllm_ct.checkpoint.writer import ShardedWriter
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import UsageError
 from trtllm_ct.schemes import TensorSpec
@@ -193,7 +194,7 @@ def test_a_payload_is_written_in_chunks(tmp_path: Path, monkeypatch: pytest.Monk
         return pwrite(descriptor, data[:7], offset)
 
     monkeypatch.setattr(os, "pwrite", stingy)
-    monkeypatch.setattr(writer_module, "_CHUNK_BYTES", 10)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 10)
     tensor = random_tensor(TensorSpec(DType.BF16, (3, 7)))
 
     write_all(tmp_path, {"a": tensor})

@@ -1,11 +1,12 @@
 """An output directory that is there completely or not at all.
 
 Work happens in `.OUT.partial` beside OUT and is renamed at the end, so that nobody ever loads half a checkpoint and a
-run that fails leaves an old OUT as it was.
+run that fails leaves an old OUT as it was. What a run that was stopped from outside has done stays there.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING
 from trtllm_ct.errors import Fault, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
-__all__ = ["check_output_place", "replacing_directory"]
+__all__ = ["check_output_place", "clear", "replacing_directory"]
 
 
 def check_output_place(source: Path, out: Path) -> None:
@@ -35,33 +36,65 @@ def check_output_place(source: Path, out: Path) -> None:
 
 @contextmanager
 def replacing_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give an empty directory to work in, which becomes `out` when the block ends without an error.
+    """Give a directory to work in, which becomes `out` when the block ends without an error.
 
-    On any error, interrupts included, everything is left as it was. With `overwrite` an existing `out` is
-    replaced at the very end; without, it is refused. What a crashed run left in the working place is removed first;
-    missing parent folders are made. Raises `UsageError` before yielding when `out` can't be written.
+    It holds what an earlier run left that was killed or interrupted: go on with that, or `clear` it. On any error
+    everything is left as it was; an interrupt, which is none, leaves the working place for the next run. With
+    `overwrite` an existing `out` is replaced at the very end; without, it is refused. Missing parent folders are made.
+    Raises `UsageError` before yielding when `out` can't be written, or when another process is at work there.
     """
     out = out.resolve()
     _require_free(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
     made = [folder for folder in partial.parents if not folder.exists()]
     try:
-        _remove(partial)
-        partial.mkdir(parents=True)
+        if partial.is_symlink() or not partial.is_dir():
+            _remove(partial)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         remedy = "Choose an output directory in a place that you can write to."
         raise _unusable(partial, f"{error.strerror or error}".lower(), remedy) from None
+    with _alone_in(partial):
+        try:
+            yield partial
+            _require_free(out, overwrite=overwrite)
+            _install(partial, out)
+        except Exception:
+            _remove(partial)
+            # Nearest first; one that somebody else put something into stays.
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+            raise
+
+
+def clear(directory: Path, *, keep: Collection[str] = ()) -> None:
+    """Delete everything in a directory but the entries that are named; a link is not followed."""
+    for path in directory.iterdir():
+        if path.name not in keep:
+            _remove(path)
+
+
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """A lock on the working place, which the kernel drops however this process ends; none where there are no locks."""
+    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        yield partial
-        _require_free(out, overwrite=overwrite)
-        _install(partial, out)
-    except BaseException:
-        _remove(partial)
-        # Nearest first; one that somebody else put something into stays.
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-        raise
+        with suppress(OSError):  # a file system without locks
+            _lock(descriptor, partial)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, partial: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        remedy = "Wait until it is done, or choose another output."
+        raise _unusable(partial, "another process that writes there", remedy) from None
 
 
 def _require_free(out: Path, *, overwrite: bool) -> None:

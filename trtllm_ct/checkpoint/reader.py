@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.memory import available_memory
@@ -23,10 +24,24 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 
-__all__ = ["TensorReader"]
+__all__ = ["Run", "TensorReader", "file_changed"]
 
 _READ_AHEAD_SHARE = 0.5
 """Of the memory that is available, what read-ahead may fill: the rest is for tensors made from what was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Elements of a stored tensor, in the order in which they lie: from `begin` to `end`, or to the last when None."""
+
+    name: str
+    begin: int = 0
+    end: int | None = None
+
+    def joined(self, other: Run) -> Run:
+        """The shortest run of the same tensor that holds both."""
+        end = None if self.end is None or other.end is None else max(self.end, other.end)
+        return Run(self.name, min(self.begin, other.begin), end)
 
 
 class TensorReader:
@@ -34,7 +49,7 @@ class TensorReader:
 
     Peak memory is what is touched: untouched parts of a tensor take none, and clean pages are file cache.
     Keeps at most `max_open_maps` maps and no file descriptor; a tensor keeps the map that it views alive,
-    also after `close`. `bytes_read` counts the payload of all tensors asked for. For use from one thread.
+    also after `close`. `bytes_read` counts the payload of all runs asked for. For use from one thread.
     """
 
     def __init__(self, catalog: Catalog, *, max_open_maps: int = 16) -> None:
@@ -53,9 +68,11 @@ class TensorReader:
         """Let go of all maps; tensors handed out stay valid, and a later `read` maps again."""
         self._maps.clear()
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """The tensor `name`: contiguous, of the dtype and shape in the catalog, on the CPU.
 
+        Of elements outside of `begin` to `end` the caller promises to look at none; they are not counted, not read,
+        and perhaps not even right.
         A view of a private map: writing to it changes neither the file nor other processes, only what this reader
         returns for the same bytes while it keeps the map. A payload that is not aligned to its item size is copied.
         Its storage is the whole file, so clone a tensor before pickling it or sharing it with another process.
@@ -64,16 +81,17 @@ class TensorReader:
         tensor = self._catalog.tensors[name]
         octets = self._map(tensor)[tensor.offset : tensor.offset + tensor.spec.nbytes]
         if len(octets) < tensor.spec.nbytes:
-            raise _changed(tensor, f"{len(octets)} of them")
-        self.bytes_read += tensor.spec.nbytes
+            raise file_changed(tensor, f"{len(octets)} of them")
+        first, last = _bounds(tensor, begin, end)
+        self.bytes_read += last - first
         if tensor.offset % tensor.spec.dtype.itemsize:
-            octets = octets.clone()
+            octets = _aligned(octets, first, last)
         return octets.view(tensor.spec.dtype.torch_dtype).view(tensor.spec.shape)
 
-    def prefetch(self, names: Iterable[str]) -> int:
-        """Ask the kernel to read these tensors into the file cache, in the background; returns the bytes asked for.
+    def prefetch(self, runs: Iterable[Run]) -> int:
+        """Ask the kernel to read these runs into the file cache, in the background; returns the bytes asked for.
 
-        Names come in the order of their use: the first ones count when not all fit into half of the memory that is
+        Runs come in the order of their use: the first ones count when not all fit into half of the memory that is
         available to this process (control groups included). Does nothing where memory can't be determined or the
         platform has no such call.
         """
@@ -81,10 +99,16 @@ class TensorReader:
         if available is None or not hasattr(os, "posix_fadvise"):
             return 0
         budget = int(available * _READ_AHEAD_SHARE)
-        spans = _first_within(budget, (self._catalog.tensors[name] for name in names))
+        spans = _first_within(budget, (self._place(run) for run in runs))
         for file, ranges in _merge(spans).items():
             self._advise(file, ranges)
         return sum(end - begin for _, begin, end in spans)
+
+    def _place(self, run: Run) -> tuple[str, int, int]:
+        """File, begin and end of a run."""
+        tensor = self._catalog.tensors[run.name]
+        first, last = _bounds(tensor, run.begin, run.end)
+        return tensor.file, tensor.offset + first, tensor.offset + last
 
     def _map(self, tensor: StoredTensor) -> torch.Tensor:
         """All bytes of a tensor's file, mapped now or before; the map used least recently makes room."""
@@ -92,7 +116,7 @@ class TensorReader:
             try:
                 self._maps[tensor.file] = _map_file(self._catalog.directory / tensor.file)
             except (OSError, RuntimeError) as error:
-                raise _changed(tensor, str(error)) from None
+                raise file_changed(tensor, str(error)) from None
             if len(self._maps) > self._max_open_maps:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(tensor.file)
@@ -115,7 +139,8 @@ def _map_file(path: Path) -> torch.Tensor:
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
-def _changed(tensor: StoredTensor, found: str) -> CatalogError:
+def file_changed(tensor: StoredTensor, found: str) -> CatalogError:
+    """The error for a file that is no longer what its header said when it was read."""
     return CatalogError(
         Fault(
             where=f"{tensor.file}: {tensor.name}",
@@ -126,15 +151,30 @@ def _changed(tensor: StoredTensor, found: str) -> CatalogError:
     )
 
 
-def _first_within(budget: int, tensors: Iterable[StoredTensor]) -> list[tuple[str, int, int]]:
-    """File, begin and end of the leading tensors that take no more than `budget` bytes together."""
+def _bounds(tensor: StoredTensor, begin: int, end: int | None) -> tuple[int, int]:
+    """Begin and end of a run in bytes, from the first byte of its tensor."""
+    size = tensor.spec.dtype.itemsize
+    return begin * size, (tensor.spec.numel if end is None else end) * size
+
+
+def _aligned(octets: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """As many bytes in memory of their own, of which `first` to `last` are the same."""
+    import torch
+
+    copy = torch.empty_like(octets)
+    copy[first:last] = octets[first:last]
+    return copy
+
+
+def _first_within(budget: int, places: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The leading places, each with file, begin and end, that take no more than `budget` bytes together."""
     spans = []
-    for tensor in tensors:
-        budget -= tensor.spec.nbytes
+    for file, begin, end in places:
+        budget -= end - begin
         if budget < 0:
             break
-        if tensor.spec.nbytes:
-            spans.append((tensor.file, tensor.offset, tensor.offset + tensor.spec.nbytes))
+        if begin < end:
+            spans.append((file, begin, end))
     return spans
 
 

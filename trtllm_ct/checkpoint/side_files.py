@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["carry_side_files"]
+__all__ = ["carry_side_files", "side_files"]
 
 _WEIGHT_SUFFIXES = (
     *PICKLE_SUFFIXES, ".safetensors", ".index.json", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
@@ -27,15 +27,24 @@ _WEIGHT_SUFFIXES = (
 _TARGET_FILES = {"config.json", "hf_quant_config.json", "quant_cfg.json", "params.json"}
 
 
-def carry_side_files(source: Path, out: Path) -> tuple[str, ...]:
-    """Copy everything but weights and configuration from `source` to `out`; returns the relative names, sorted.
+def side_files(source: Path) -> tuple[str, ...]:
+    """Everything in and below `source` but weights and configuration: relative names of files, sorted.
 
-    Sub-directories keep their place. Links are followed, as a hub cache consists of them: what arrives is files.
-    Raises `CatalogError`, before anything is copied, for links that lead nowhere or in a circle.
+    Links are followed, as a hub cache consists of them. Raises `CatalogError` for those that lead nowhere or in a
+    circle.
     """
     faults = FaultCollector()
     names = tuple(sorted(path.relative_to(source).as_posix() for path in _walk(source, (), faults)))
     faults.raise_if_any(CatalogError)
+    return names
+
+
+def carry_side_files(source: Path, out: Path) -> tuple[str, ...]:
+    """Copy the side files of `source` to `out`; returns their names, see `side_files`.
+
+    Sub-directories keep their place, and what arrives is files. Raises before anything is copied.
+    """
+    names = side_files(source)
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, out / name)

@@ -1,14 +1,14 @@
-"""Sharded safetensors, written as tensors come: headers first, payload in any order, memory bounded.
+"""Safetensors files written as tensors come: headers first, payload in any order, memory bounded.
 
-What will be written is known from a plan, so every file gets its header and its final size before the first tensor
-exists. A payload then goes straight to its place, without waiting for its neighbours in the file.
-Layout follows the safetensors format description and the naming that Hugging Face libraries expect.
+`create_files` makes every file of a plan at its final size. Any number of `TensorWriter`, in threads or processes,
+then put payloads straight into their places, without waiting for neighbours in the file. `ShardedWriter` does both
+for a single caller.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
+import errno
 import os
 import shutil
 from collections import OrderedDict
@@ -16,105 +16,92 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
-from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, list_some
+from trtllm_ct.checkpoint.header import list_some
+from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, checksum, preallocate, read_into, write_all
+from trtllm_ct.checkpoint.write_plan import WritePlan
 from trtllm_ct.errors import Fault, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
 
+    from trtllm_ct.checkpoint.write_plan import PlannedFile
     from trtllm_ct.schemes import TensorSpec
 
-__all__ = ["Shard", "ShardedWriter", "encode_header", "plan_shards"]
+__all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "pieces_are_there", "write_index"]
 
-_CHUNK_BYTES = 16 * 2**20
 _MAX_OPEN_FILES = 16
-_PAYLOAD_ALIGNMENT = 64
-"""Payload begins at a multiple of this, so that in a memory map even wide vector loads are aligned."""
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """One file to be: its name and the tensors in it, in the order they were planned."""
+class Piece:
+    """A run of at most `CHUNK_BYTES` that was written: where, and its `transfer.checksum`."""
 
     file: str
-    specs: Mapping[str, TensorSpec]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of payload."""
-        return sum(spec.nbytes for spec in self.specs.values())
+    offset: int
+    nbytes: int
+    checksum: int
 
 
-def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Distribute tensors, in the given order, over files of at most `max_shard_bytes` of payload each.
+def create_files(directory: Path, plan: WritePlan) -> None:
+    """Make the files of a plan in `directory`, which must exist: headers written, room for all payload reserved.
 
-    A tensor larger than that gets a file of its own. One shard is `model.safetensors`, several are numbered.
-    Without tensors there is one empty shard. Raises `ValueError` for a limit below one byte.
+    A file that has its header and its size already stays as it is, payload included. Raises `UsageError` when the
+    disk is too small.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
-    parts: list[dict[str, TensorSpec]] = [{}]
-    room = max_shard_bytes
-    for name, spec in specs.items():
-        if parts[-1] and spec.nbytes > room:
-            parts.append({})
-            room = max_shard_bytes
-        parts[-1][name] = spec
-        room -= spec.nbytes
-    if len(parts) == 1:
-        return (Shard(file="model.safetensors", specs=parts[0]),)
-    count = len(parts)
-    return tuple(
-        Shard(file=f"model-{number:05d}-of-{count:05d}.safetensors", specs=part)
-        for number, part in enumerate(parts, start=1)
-    )
+    missing = [file for file in plan.files if not _is_there(directory, file)]
+    needed = sum(file.nbytes - len(file.header) for file in missing)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise _no_room(directory, needed, f"{free} bytes free")
+    try:
+        for file in missing:
+            with (directory / file.name).open("wb") as stream:
+                preallocate(stream.fileno(), file.nbytes)
+                stream.write(file.header)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise _no_room(directory, needed, f"{error.strerror}".lower()) from None
 
 
-def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the payload, and where in the file each tensor begins.
-
-    Payloads lie widest items first, otherwise in the given order: so each begins at a multiple of its item size.
-    """
-    if METADATA_KEY in specs:
-        raise ValueError(f"{METADATA_KEY} is no name for a tensor in a safetensors file")
-    header: dict[str, object] = {METADATA_KEY: {"format": "pt"}}
-    begins, begin = {}, 0
-    for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
-        begins[name], end = begin, begin + spec.nbytes
-        header[name] = {"dtype": spec.dtype.header_name, "shape": list(spec.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % _PAYLOAD_ALIGNMENT)
-    start = LENGTH_BYTES + len(text)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, {name: start + begin for name, begin in begins.items()}
+def write_index(directory: Path, plan: WritePlan) -> None:
+    """Write the index where a plan has several files."""
+    if plan.index is not None:
+        (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
 
 
-class ShardedWriter:
-    """Writes the tensors of `specs` into safetensors files in `directory`, which must exist.
+def pieces_are_there(directory: Path, pieces: Iterable[Piece]) -> bool:
+    """Whether the files of `directory` hold all these bytes, as they were when they were written. Reads them."""
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with _OpenFiles(directory, os.O_RDONLY) as files:
+        try:
+            for piece in pieces:
+                octets = buffer[: piece.nbytes]
+                held = read_into(files[piece.file], octets, piece.offset)
+                if held < piece.nbytes or checksum(octets) != piece.checksum:
+                    return False
+        except OSError:
+            return False
+    return True
 
-    The constructor makes all files at their final size, each with its header. `write` streams one tensor to its
-    place and copies nothing; `finish` proves that none is missing and writes the index. Peak memory beside the
-    tensor given is the headers. At most 16 files are open at a time. Leaving the context closes them.
-    Raises `UsageError` when the disk has no room for all of it.
+
+class TensorWriter:
+    """Puts tensors into the files of a plan, which `create_files` made. For use from one thread.
+
+    Many writers may fill the same files at once, each its own tensors. `pieces` are all runs of bytes that were
+    written, in order. At most 16 files are open at a time; leaving the context closes them.
     """
 
-    def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> None:
-        self._directory = directory
-        self._specs = dict(specs)
-        self._shards = plan_shards(self._specs, max_shard_bytes)
-        self._places: dict[str, tuple[str, int]] = {}
-        self._missing = set(self._specs)
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-        _require_room(directory, sum(shard.nbytes for shard in self._shards))
-        for shard in self._shards:
-            header, begins = encode_header(shard.specs)
-            with (directory / shard.file).open("xb") as stream:
-                stream.write(header)
-                stream.truncate(len(header) + shard.nbytes)
-            self._places |= {name: (shard.file, begin) for name, begin in begins.items()}
+    def __init__(self, directory: Path, plan: WritePlan) -> None:
+        self._plan = plan
+        self._files = _OpenFiles(directory, os.O_WRONLY)
+        self._written: dict[str, int] = {}
+        self._buffer: memoryview | None = None
+        self.pieces: list[Piece] = []
 
     def __enter__(self) -> Self:
         return self
@@ -124,63 +111,132 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        self._files.close()
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put the tensor `name` in its place.
+    def write(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
+        """Put the tensor `name` in its place, or some of its rows, of which `row` is the first.
 
-        Raises `ValueError` for a tensor that is not as planned: unknown, written before, of other dtype or shape,
-        not contiguous, not in CPU memory. Each of these is a mistake of the caller, never of a checkpoint.
+        Nothing is copied on the way. Raises `ValueError` for a tensor that is not as planned: unknown, of other dtype
+        or shape, written before, not contiguous, not in CPU memory. Each of these is a mistake of the caller, never of
+        a checkpoint.
         """
-        self._require_planned(name, tensor)
-        file, offset = self._places[name]
-        descriptor = self._descriptor(file)
+        if name not in self._plan.places:
+            raise ValueError(f"{name} is not among the planned tensors")
+        spec = self._plan.places[name].spec
+        shape = spec.shape if row is None else (tensor.shape[0], *spec.shape[1:])
+        if tensor.dtype != spec.dtype.torch_dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} was planned as {spec}, not {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous in CPU memory, not on {tensor.device}, strides {tensor.stride()}"
+            )
         octets = _octets(tensor)
+        begin = row * (spec.nbytes // spec.shape[0]) if row else 0
+        self._claim(name, len(octets))
         while octets:
-            written = os.pwrite(descriptor, octets[:_CHUNK_BYTES], offset)
-            octets, offset = octets[written:], offset + written
-        self._missing.discard(name)
+            self._put(name, begin, octets[:CHUNK_BYTES])
+            octets, begin = octets[CHUNK_BYTES:], begin + CHUNK_BYTES
+
+    def copy(self, name: str, source: int, offset: int) -> None:
+        """Put the bytes from `offset` on of another open file in the place of the tensor `name`; memory: a chunk.
+
+        Raises `EOFError` when that file ends before, and `ValueError` as `write` does.
+        """
+        if name not in self._plan.places:
+            raise ValueError(f"{name} is not among the planned tensors")
+        nbytes = self._plan.places[name].spec.nbytes
+        self._claim(name, nbytes)
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(CHUNK_BYTES))
+        for begin in range(0, nbytes, CHUNK_BYTES):
+            octets = self._buffer[: nbytes - begin]
+            if read_into(source, octets, offset + begin) < len(octets):
+                raise EOFError(f"a file that ends before byte {offset + nbytes}")
+            self._put(name, begin, octets)
+
+    def is_complete(self, name: str) -> bool:
+        """Whether every byte of a tensor was written here."""
+        return self._written.get(name) == self._plan.places[name].spec.nbytes
+
+    def _claim(self, name: str, nbytes: int) -> None:
+        """Count bytes of a tensor that are about to be written; no more than it has."""
+        room = self._plan.places[name].spec.nbytes - self._written.get(name, 0)
+        if nbytes > room or (name in self._written and room == 0):
+            raise ValueError(f"{name} was written before")
+        self._written[name] = self._written.get(name, 0) + nbytes
+
+    def _put(self, name: str, begin: int, octets: memoryview) -> None:
+        place = self._plan.places[name]
+        piece = Piece(file=place.file, offset=place.offset + begin, nbytes=len(octets), checksum=checksum(octets))
+        write_all(self._files[piece.file], octets, piece.offset)
+        self.pieces.append(piece)
+
+
+class ShardedWriter:
+    """Writes the tensors of `specs` into safetensors files in `directory`, which must exist.
+
+    The constructor makes all files at their final size, each with its header. `write` streams one tensor to its
+    place and copies nothing; `finish` proves that none is missing and writes the index. Leaving the context closes
+    all files.
+    """
+
+    def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> None:
+        self._directory = directory
+        self._plan = WritePlan.of(specs, max_shard_bytes)
+        create_files(directory, self._plan)
+        self._writer = TensorWriter(directory, self._plan)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._writer.close()
+
+    def write(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
+        """Put a tensor or some of its rows in their place; see `TensorWriter.write`."""
+        self._writer.write(name, tensor, row)
 
     def finish(self) -> tuple[str, ...]:
         """Close the files, write the index when there are several, and return the names of all files written.
 
         Raises `ValueError` when a planned tensor was not written.
         """
-        if self._missing:
-            raise ValueError(
-                f"{len(self._missing)} planned tensors were not written: {list_some(sorted(self._missing))}"
-            )
+        missing = [name for name in self._plan.places if not self._writer.is_complete(name)]
+        if missing:
+            raise ValueError(f"{len(missing)} planned tensors were not written: {list_some(sorted(missing))}")
         self.close()
-        files = tuple(shard.file for shard in self._shards)
-        if len(files) == 1:
-            return files
-        index = {
-            "metadata": {"total_size": sum(shard.nbytes for shard in self._shards)},
-            "weight_map": {name: file for name, (file, _) in sorted(self._places.items())},
-        }
-        (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        return (*files, INDEX_FILE)
+        write_index(self._directory, self._plan)
+        return self._plan.file_names
 
-    def _require_planned(self, name: str, tensor: torch.Tensor) -> None:
-        if name not in self._specs:
-            raise ValueError(f"{name} is not among the planned tensors")
-        if name not in self._missing:
-            raise ValueError(f"{name} was written before")
-        spec = self._specs[name]
-        if tensor.dtype != spec.dtype.torch_dtype or tuple(tensor.shape) != spec.shape:
-            raise ValueError(f"{name} was planned as {spec}, not {tensor.dtype} {list(tensor.shape)}")
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous in CPU memory, not on {tensor.device}, strides {tensor.stride()}"
-            )
 
-    def _descriptor(self, file: str) -> int:
-        """The open file; the one used least recently makes room."""
+class _OpenFiles:
+    """Descriptors by file name, opened on demand; the one used least recently makes room."""
+
+    def __init__(self, directory: Path, flags: int) -> None:
+        self._directory = directory
+        self._flags = flags
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __getitem__(self, file: str) -> int:
         if file not in self._descriptors:
             if len(self._descriptors) >= _MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[file] = os.open(self._directory / file, os.O_WRONLY)
+            self._descriptors[file] = os.open(self._directory / file, self._flags)
         self._descriptors.move_to_end(file)
         return self._descriptors[file]
 
@@ -194,14 +250,21 @@ def _octets(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
-def _require_room(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise UsageError(
-            Fault(
-                where=str(directory),
-                expected=f"room for {needed} bytes of tensors",
-                found=f"{free} bytes free",
-                remedy="Free some space, or choose an output directory on another disk.",
-            )
+def _is_there(directory: Path, file: PlannedFile) -> bool:
+    """Whether a file was made by the same plan before."""
+    path = directory / file.name
+    if not path.is_file() or path.stat().st_size != file.nbytes:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(file.header)) == file.header
+
+
+def _no_room(directory: Path, needed: int, found: str) -> UsageError:
+    return UsageError(
+        Fault(
+            where=str(directory),
+            expected=f"room for {needed} bytes of tensors",
+            found=found,
+            remedy="Free some space, or choose an output directory on another disk.",
         )
+    )

@@ -12,62 +12,69 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct import __version__
+from trtllm_ct.checkpoint.output import clear
 from trtllm_ct.checkpoint.side_files import carry_side_files
-from trtllm_ct.checkpoint.writer import ShardedWriter
-from trtllm_ct.pipeline import Checkpoint, stream_delivered
+from trtllm_ct.checkpoint.writer import create_files, write_index
+from trtllm_ct.conversion.coordinate import run_units
+from trtllm_ct.conversion.journal import JOURNAL, Journal
 from trtllm_ct.targets.hf_config import portable_config
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trtllm_ct.formats.codecs import Codec
+    from trtllm_ct.conversion.executors import Pool
+    from trtllm_ct.conversion.job import Conversion
+    from trtllm_ct.pipeline import Checkpoint
     from trtllm_ct.plan.model import Plan
     from trtllm_ct.quant_config import QuantConfig
 
-__all__ = ["MODELOPT_LAYOUT", "DeliveredFiles", "write_hf_directory"]
+__all__ = ["MODELOPT_LAYOUT", "DeliveredFiles", "write_configuration", "write_hf_directory"]
 
 MODELOPT_LAYOUT = "0.47.0"
 """The ModelOpt release whose directory layout is written; readers look at the producer's name only."""
 
 Progress = Callable[[int], None]
-"""Called with the number of payload bytes just written."""
+"""Called with the number of payload bytes that are done, as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveredFiles:
-    """What was written: weight files, and side files that were carried along."""
+    """What was written: weight files, and side files that were carried along.
+
+    `resumed_bytes` of the weights had been written by an earlier run.
+    """
 
     weights: tuple[str, ...]
     carried: tuple[str, ...]
+    resumed_bytes: int
 
 
-def write_hf_directory(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    out: Path,
-    *,
-    max_shard_bytes: int,
-    progress: Progress,
-    codec: Codec | None = None,
-    device: str = "cpu",
-) -> DeliveredFiles:
-    """Write the plan's tensors and everything else of a model directory into `out`, an existing empty directory.
+def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress) -> DeliveredFiles:
+    """Write the tensors of a conversion and everything else of a model directory into the place that its job names.
 
-    Memory: one module at a time. Raises `PayloadError` for values that can't be delivered.
+    What an earlier run of the same conversion left there is checked and kept, anything else there is deleted. Memory:
+    that of `run_unit` for each worker. Raises `PayloadError` with all values that can't be delivered, and `UsageError`
+    when the disk is too small.
     """
-    carried = carry_side_files(checkpoint.directory, out)
+    out, write_plan = conversion.job.files, conversion.write_plan
+    with Journal(out / JOURNAL, conversion.digest) as journal:
+        clear(out, keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
+        carried = carry_side_files(conversion.checkpoint.directory, out)
+        write_configuration(conversion.checkpoint, conversion.plan, out)
+        create_files(out, write_plan)
+        resumed = run_units(conversion, pool, journal, progress)
+        write_index(out, write_plan)
+    (out / JOURNAL).unlink()
+    return DeliveredFiles(weights=write_plan.file_names, carried=carried, resumed_bytes=resumed)
+
+
+def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
+    """Write what TensorRT-LLM is told of a model: config.json, and the modes where there are any."""
     _write_json(out / "config.json", portable_config(checkpoint.hf_config, plan.dtype))
     if plan.quant_config.quant_algo is not None:
         _write_json(out / "hf_quant_config.json", hf_quant_config(plan.quant_config))
     if plan.quant_config.quantized_layers:
         _write_json(out / "quant_cfg.json", layer_modes(plan.quant_config))
-    with ShardedWriter(out, plan.delivered_specs, max_shard_bytes=max_shard_bytes) as writer:
-        for _module, tensors in stream_delivered(plan, checkpoint.catalog, codec=codec, device=device):
-            for name, tensor in tensors.items():
-                writer.write(name, tensor.cpu())
-                progress(tensor.nbytes)
-        files = writer.finish()
-    return DeliveredFiles(weights=files, carried=carried)
 
 
 def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""Where every byte of an output goes, decided before a byte of input is read.
+
+Names, dtypes and shapes are known from a plan, so the files, their headers and the place of every tensor are too.
+Tensors can then be written in any order, by any thread or process, and what comes out is the same.
+Layout follows the safetensors format description and the naming that Hugging Face libraries expect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Self
+
+from trtllm_ct.checkpoint.catalog import INDEX_FILE
+from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, StoredTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.schemes import TensorSpec
+
+__all__ = ["PlannedFile", "Shard", "WritePlan", "encode_header", "plan_shards"]
+
+_PAYLOAD_ALIGNMENT = 64
+"""Payload begins at a multiple of this, so that in a memory map even wide vector loads are aligned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One file to be: its name and the tensors in it, in the order they were planned."""
+
+    file: str
+    specs: Mapping[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of payload."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFile:
+    """A file before its payload is there: `header` are its first bytes, `nbytes` counts all of it."""
+
+    name: str
+    header: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritePlan:
+    """The files of an output and the place of each tensor in them. The order of `places` is that of the plan."""
+
+    files: tuple[PlannedFile, ...]
+    places: Mapping[str, StoredTensor]
+
+    @classmethod
+    def of(cls, specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Self:
+        """The plan for tensors in the given order; see `plan_shards` and `encode_header`."""
+        files, places = [], {}
+        for shard in plan_shards(specs, max_shard_bytes):
+            header, begins = encode_header(shard.specs)
+            files.append(PlannedFile(name=shard.file, header=header, nbytes=len(header) + shard.nbytes))
+            for name, spec in shard.specs.items():
+                places[name] = StoredTensor(name=name, spec=spec, file=shard.file, offset=begins[name])
+        return cls(files=tuple(files), places=MappingProxyType(places))
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """All files, the index included."""
+        names = tuple(file.name for file in self.files)
+        return names if self.index is None else (*names, INDEX_FILE)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(place.spec.nbytes for place in self.places.values())
+
+    @property
+    def index(self) -> str | None:
+        """The text of the index; None for a single file, which needs none."""
+        if len(self.files) == 1:
+            return None
+        index = {
+            "metadata": {"total_size": self.payload_bytes},
+            "weight_map": {name: place.file for name, place in sorted(self.places.items())},
+        }
+        return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+
+    def digest(self) -> bytes:
+        """Tells plans apart that write anything elsewhere."""
+        found = hashlib.sha256()
+        for file in self.files:
+            found.update(f"{file.name}\n{file.nbytes}\n".encode() + file.header)
+        return found.digest()
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Distribute tensors, in the given order, over files of at most `max_shard_bytes` of payload each.
+
+    A tensor larger than that gets a file of its own. One shard is `model.safetensors`, several are numbered.
+    Without tensors there is one empty shard. Raises `ValueError` for a limit below one byte.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
+    parts: list[dict[str, TensorSpec]] = [{}]
+    room = max_shard_bytes
+    for name, spec in specs.items():
+        if parts[-1] and spec.nbytes > room:
+            parts.append({})
+            room = max_shard_bytes
+        parts[-1][name] = spec
+        room -= spec.nbytes
+    if len(parts) == 1:
+        return (Shard(file="model.safetensors", specs=parts[0]),)
+    count = len(parts)
+    return tuple(
+        Shard(file=f"model-{number:05d}-of-{count:05d}.safetensors", specs=part)
+        for number, part in enumerate(parts, start=1)
+    )
+
+
+def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the payload, and where in the file each tensor begins.
+
+    Payloads lie widest items first, otherwise in the given order: so each begins at a multiple of its item size.
+    """
+    if METADATA_KEY in specs:
+        raise ValueError(f"{METADATA_KEY} is no name for a tensor in a safetensors file")
+    header: dict[str, object] = {METADATA_KEY: {"format": "pt"}}
+    begins, begin = {}, 0
+    for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+        begins[name], end = begin, begin + spec.nbytes
+        header[name] = {"dtype": spec.dtype.header_name, "shape": list(spec.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % _PAYLOAD_ALIGNMENT)
+    start = LENGTH_BYTES + len(text)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, {name: start + begin for name, begin in begins.items()}

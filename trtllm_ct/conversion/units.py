@@ -1,0 +1,87 @@
+"""Work units: modules that one worker converts together.
+
+Units are small enough to keep many workers busy to the end, and large enough that handing them out costs nothing.
+The parts of a joined Linear are never apart, since their scalars are compared with each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trtllm_ct.payload import looks_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from trtllm_ct.plan.model import Delivery, ModulePlan, Plan
+
+__all__ = ["Unit", "is_copied", "plan_units"]
+
+UNIT_BYTES = 64 * 2**20
+"""Delivered bytes after which a unit is closed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Modules by their positions in the plan, and what they deliver together.
+
+    `copied` says that all of it lies in the source as it is delivered, with no value to look at.
+    """
+
+    number: int
+    modules: tuple[int, ...]
+    nbytes: int
+    copied: bool
+
+
+def plan_units(plan: Plan) -> tuple[Unit, ...]:
+    """All modules of a plan that deliver anything, each in one unit.
+
+    Units that are only copied come first: they need no torch, and go on while it is imported. Otherwise the order is
+    that of the plan.
+    """
+    groups: dict[str, list[int]] = {}
+    for position, module in enumerate(plan.modules):
+        groups.setdefault(module.joined or module.name, []).append(position)
+    copied: list[tuple[int, ...]] = []
+    converted: list[tuple[int, ...]] = []
+    for group in groups.values():
+        only_copied = all(_is_plain(plan.modules[position]) for position in group)
+        (copied if only_copied else converted).append(tuple(group))
+    batches = [(modules, True) for modules in _batches(plan, copied)]
+    batches += [(modules, False) for modules in _batches(plan, converted)]
+    return tuple(
+        Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), copied=is_plain)
+        for number, (modules, is_plain) in enumerate(batches)
+    )
+
+
+def is_copied(delivery: Delivery, module: ModulePlan) -> bool:
+    """Whether a delivered tensor lies in a file as it is delivered."""
+    source = delivery.operation.source
+    return delivery.operation.same_bytes and source is not None and module.views[source].offset is not None
+
+
+def _is_plain(module: ModulePlan) -> bool:
+    """Whether all tensors are copied, and no value of theirs is looked at."""
+    return not looks_at(module) and all(is_copied(delivery, module) for delivery in module.deliveries)
+
+
+def _batches(plan: Plan, groups: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Runs of groups of about `UNIT_BYTES`; what delivers nothing is left out."""
+    batch: list[int] = []
+    room = UNIT_BYTES
+    for group in groups:
+        delivering = [position for position in group if plan.modules[position].deliveries]
+        batch += delivering
+        room -= _nbytes(plan, delivering)
+        if room <= 0:
+            yield tuple(batch)
+            batch, room = [], UNIT_BYTES
+    if batch:
+        yield tuple(batch)
+
+
+def _nbytes(plan: Plan, modules: Iterable[int]) -> int:
+    return sum(plan.modules[position].delivered_bytes for position in modules)
