@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pkgutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from fresh_python import run_python
 
 import trtllm_ct
 
+ENGINE_FILE = "trtllm_ct.targets.trtllm_torch.bindings"
 HEAVY = ("torch", "transformers", "tensorrt_llm", "compressed_tensors", "numpy", "safetensors")
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(trtllm_ct.__path__, "trtllm_ct.") if not info.name.endswith("__main__")
@@ -60,15 +62,26 @@ def test_commands_that_read_headers_only_never_import_torch(tmp_path: Path, argu
 
 def test_every_module_can_be_imported_and_none_imports_the_engine_or_the_library() -> None:
     """Transformers and compressed-tensors too are imported only by calls that need them."""
-    imports = "\n".join(f"import {name}" for name in MODULES)
+    imports = "\n".join(f"import {name}" for name in MODULES if name != ENGINE_FILE)
 
     assert loaded_after(imports) <= {"torch", "numpy"}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_module_says_what_it_is_for(name: str) -> None:
-    parts = name.split(".")
-    path = Path(trtllm_ct.__file__).parent.joinpath(*parts[1:])
-    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+def test_one_file_imports_the_engine(name: str) -> None:
+    """Late imports, inside functions, count as well."""
+    tree = ast.parse(source_of(name))
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
 
-    assert source.startswith('"""')
+    assert any(each.partition(".")[0] == "tensorrt_llm" for each in imported) == (name == ENGINE_FILE)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is_for(name: str) -> None:
+    assert source_of(name).startswith('"""')
+
+
+def source_of(name: str) -> str:
+    path = Path(trtllm_ct.__file__).parent.joinpath(*name.split(".")[1:])
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
