@@ -203,6 +203,8 @@ def _require_shard_size(max_shard_bytes: int) -> None:
 
 
 def _require_device(device: str) -> None:
+    if device == "cpu":
+        return  # torch takes a second to import, in which much can be copied
     import torch
 
     try:

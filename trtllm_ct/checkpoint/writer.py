@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from trtllm_ct.checkpoint.write_plan import PlannedFile
     from trtllm_ct.schemes import TensorSpec
 
-__all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "pieces_are_there", "write_index"]
+__all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "file_locks", "pieces_are_there", "write_index"]
 
 _MAX_OPEN_FILES = 16
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -68,6 +69,11 @@ def create_files(directory: Path, plan: WritePlan) -> None:
         raise _no_room(directory, needed, f"{error.strerror}".lower()) from None
 
 
+def file_locks(plan: WritePlan) -> dict[str, Lock]:
+    """A lock for each file of a plan, for the writers of one process."""
+    return {file.name: Lock() for file in plan.files}
+
+
 def write_index(directory: Path, plan: WritePlan) -> None:
     """Write the index where a plan has several files."""
     if plan.index is not None:
@@ -92,12 +98,15 @@ def pieces_are_there(directory: Path, pieces: Iterable[Piece]) -> bool:
 class TensorWriter:
     """Puts tensors into the files of a plan, which `create_files` made. For use from one thread.
 
-    Many writers may fill the same files at once, each its own tensors. `pieces` are all runs of bytes that were
-    written, in order. At most 16 files are open at a time; leaving the context closes them.
+    Many writers may fill the same files at once, each its own tensors. Those of one process share `locks`, one for each
+    file: the kernel lets one thread at a time write into a file, and others would not sleep until it is their turn but
+    burn a core. `pieces` are all runs of bytes that were written, in order. At most 16 files are open at a time;
+    leaving the context closes them.
     """
 
-    def __init__(self, directory: Path, plan: WritePlan) -> None:
+    def __init__(self, directory: Path, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
         self._plan = plan
+        self._locks = file_locks(plan) if locks is None else locks
         self._files = _OpenFiles(directory, os.O_WRONLY)
         self._written: dict[str, int] = {}
         self._buffer: memoryview | None = None
@@ -168,7 +177,8 @@ class TensorWriter:
     def _put(self, name: str, begin: int, octets: memoryview) -> None:
         place = self._plan.places[name]
         piece = Piece(file=place.file, offset=place.offset + begin, nbytes=len(octets), checksum=checksum(octets))
-        write_all(self._files[piece.file], octets, piece.offset)
+        with self._locks[piece.file]:
+            write_all(self._files[piece.file], octets, piece.offset)
         self.pieces.append(piece)
 
 

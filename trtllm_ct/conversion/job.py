@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trtllm_ct import __version__
 from trtllm_ct.checkpoint.write_plan import WritePlan
+from trtllm_ct.checkpoint.writer import file_locks
 from trtllm_ct.collector import collector_paused
 from trtllm_ct.conversion.units import plan_units
 from trtllm_ct.errors import CatalogError, Fault
@@ -53,6 +54,7 @@ class Conversion:
         with collector_paused():
             self.write_plan = WritePlan.of(plan.delivered_specs, job.max_shard_bytes)
             self.units = plan_units(plan)
+        self.locks = file_locks(self.write_plan)
 
     @classmethod
     def open(cls, job: Job) -> Self:

@@ -50,7 +50,7 @@ def run_unit(
         return UnitResult(record=earlier, resumed=True)
     with (
         TensorReader(conversion.checkpoint.catalog) as reader,
-        TensorWriter(conversion.job.files, conversion.write_plan) as writer,
+        TensorWriter(conversion.job.files, conversion.write_plan, conversion.locks) as writer,
     ):
         following = conversion.units[number + ahead : number + ahead + 1] if ahead else ()
         needed = [module for each in (unit, *following) for module in conversion.modules(each)]
