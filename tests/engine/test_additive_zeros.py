@@ -12,6 +12,8 @@ from oracles import unpack
 from plain_model import deviation, golden_of, plain_logits
 
 from trtllm_ct import open_checkpoint
+from trtllm_ct.conversion.executors import open_pool
+from trtllm_ct.conversion.job import Conversion, Job
 from trtllm_ct.errors import PayloadError, PlanError
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.targets.hf_directory import write_hf_directory
@@ -59,8 +61,11 @@ def planned(source: Path, out: Path, **options: Any) -> Path:
     """What a plan for the engine delivers, as a directory."""
     checkpoint = open_checkpoint(source)
     out.mkdir()
-    plan = checkpoint.plan("tensorrt_llm", **options)
-    write_hf_directory(checkpoint, plan, out, max_shard_bytes=10**9, progress=lambda _: None)
+    options = {"to": "tensorrt_llm", **options}
+    job = Job(directory=source, options=options, max_shard_bytes=10**9, device="cpu", files=out)
+    with open_pool() as pool:
+        assert pool is not None
+        write_hf_directory(Conversion(job, checkpoint, checkpoint.plan(**options)), pool, progress=lambda _: None)
     return out
 
 
