@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
     from trtllm_ct.config.model import Transform
     from trtllm_ct.plan.architectures import Site
-    from trtllm_ct.plan.stored import StoredModule
+    from trtllm_ct.plan.equalize import Equalized, Part
     from trtllm_ct.plan.target import Target
-    from trtllm_ct.plan.weights import QuantizedWeight
 
-__all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidate", "dense_outputs", "fold_reason"]
+__all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidates_of", "dense_outputs", "fold_reason"]
 
 DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
 """Why row-wise FP8 output projections of attention are dequantized on request."""
@@ -54,39 +53,66 @@ class Candidate:
     unequal: str = ""
 
 
-def candidate(site: Site, module: StoredModule, weight: QuantizedWeight, unequal: str = "") -> Candidate:
-    """What decides the mode of a module, from its place in the model and its stored weight; see `Candidate`."""
-    stored = weight.stored
+def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> dict[str, Candidate]:
+    """What decides the mode of each part, from its place in the model and its stored weight, by module.
+
+    Parts that share their `QuantizedWeight` share their `Weight` too.
+    """
+    weights: dict[tuple[int, bool], Weight] = {}
+    found = {}
+    for part in parts:
+        kind = (id(part.weight), part.site.joined)
+        if kind not in weights:
+            weights[kind] = _weight_of(part)
+        found[part.site.module] = Candidate(
+            site=part.site,
+            folded=fold_reason(part.module.transforms),
+            unequal=equalized[part.site.module].obstacle if part.site.module in equalized else "",
+            weight=weights[kind],
+        )
+    return found
+
+
+def _weight_of(part: Part) -> Weight:
+    stored = part.weight.stored
     two_level = stored.divisor is not None
-    scale = module.specs.get("weight_scale")
-    return Candidate(
-        site=site,
-        folded=fold_reason(module.transforms),
-        unequal=unequal,
-        weight=Weight(
-            scheme=weight.scheme,
-            element=stored.element,
-            shape=stored.shape,
-            has_zero_point=stored.has_zero_point,
-            permuted=stored.group_index is not None,
-            joined=site.joined,
-            two_level=two_level,
-            exponent_scale=not two_level and scale is not None and scale.dtype in {DType.U8, DType.F8_E8M0},
-        ),
+    scale = part.module.specs.get("weight_scale")
+    return Weight(
+        scheme=part.weight.scheme,
+        element=stored.element,
+        shape=stored.shape,
+        has_zero_point=stored.has_zero_point,
+        permuted=stored.group_index is not None,
+        joined=part.site.joined,
+        two_level=two_level,
+        exponent_scale=not two_level and scale is not None and scale.dtype in {DType.U8, DType.F8_E8M0},
     )
 
 
 def assign_modes(candidates: Mapping[str, Candidate], sites: Iterable[Site], target: Target) -> dict[str, Assignment]:
     """The assignment of every quantized module by name. `sites` tell which modules must agree."""
+    each = _assigned_alone(candidates, target)
     assigned: dict[str, Assignment] = {}
     groups: dict[str, list[Site]] = {}
     for site in sites:
         if site.fused is not None:
             groups.setdefault(site.fused, []).append(site)
         elif site.module in candidates:
-            assigned[site.module] = _assign_one(candidates[site.module], target)
+            assigned[site.module] = each[site.module]
     for name, members in groups.items():
-        assigned |= _assign_group(name, members, candidates, target)
+        assigned |= _assign_group(name, members, candidates, each, target)
+    return assigned
+
+
+def _assigned_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[str, Assignment]:
+    """The assignment of each candidate as if it were in no group; those with one `Weight` are looked at once."""
+    known: dict[tuple[object, ...], Assignment] = {}
+    assigned = {}
+    for name, own in candidates.items():
+        kind = (id(own.weight), own.folded, own.unequal, own.site.plain, own.site.expert)
+        if kind not in known:
+            known[kind] = _assign_one(own, target)
+        assigned[name] = known[kind]
     return assigned
 
 
@@ -137,16 +163,20 @@ def _in_finer_groups(module: Candidate, target: Target) -> Holding | None:
 
 
 def _assign_group(
-    name: str, members: Sequence[Site], candidates: Mapping[str, Candidate], target: Target
+    name: str,
+    members: Sequence[Site],
+    candidates: Mapping[str, Candidate],
+    alone: Mapping[str, Assignment],
+    target: Target,
 ) -> dict[str, Assignment]:
-    """One mode for all members of a group; nothing when none of them is quantized.
+    """One mode for all members of a group; nothing when none is quantized. `alone` has what each gets by itself.
 
     Reasons name the group by its last part, so that they read the same in every layer.
     """
     name = name.rpartition(".")[2]
     quantized = {site.module: candidates[site.module] for site in members if site.module in candidates}
     plain = [site.module for site in members if site.module not in candidates]
-    each = {module: _assign_one(own, target) for module, own in quantized.items()}
+    each = {module: alone[module] for module in quantized}
     if plain and quantized:
         reason = f"{name} has one mode for all its parts, and {_some(plain)} stored plain"
         return {module: _plain_because(own, reason) for module, own in each.items()}

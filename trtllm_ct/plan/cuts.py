@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.modes import Weight
     from trtllm_ct.plan.architectures import Model, Site
     from trtllm_ct.plan.assign import Candidate
     from trtllm_ct.plan.families import LinearSite
@@ -44,11 +45,16 @@ def with_slices(
     sizes = _even_sizes(model, parallel)
     repeats = target.repeats_kv_scales
 
-    def with_own(candidate: Candidate) -> Candidate:
-        slices = _slices_of(candidate.site, parallel, sizes, repeats_scales=repeats)
-        return replace(candidate, weight=replace(candidate.weight, slices=slices))
-
-    return {name: with_own(own) for name, own in candidates.items()}
+    # Those that share their `Weight` and are cut alike share the new one too.
+    cut: dict[tuple[int, Slices | None], Weight] = {}
+    found = {}
+    for name, own in candidates.items():
+        slices = _slices_of(own.site, parallel, sizes, repeats_scales=repeats)
+        kind = (id(own.weight), slices)
+        if kind not in cut:
+            cut[kind] = replace(own.weight, slices=slices)
+        found[name] = replace(own, weight=cut[kind])
+    return found
 
 
 def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector) -> None:

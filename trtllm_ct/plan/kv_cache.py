@@ -112,9 +112,10 @@ class KvCache:
 
     def holds(self, module: StoredModule) -> frozenset[str]:
         """The local names in a module that belong to the KV cache, or to attention that engines don't quantize."""
-        holders = _HOLDERS.get(module.name.rpartition(".")[2], {})
-        names = module.specs.keys() & (holders.keys() | _IGNORED.keys())
-        return frozenset(names) if holders else frozenset()
+        holders = _HOLDERS.get(module.name.rpartition(".")[2])
+        if holders is None:
+            return frozenset()
+        return frozenset(module.specs.keys() & (holders.keys() | _IGNORED.keys()))
 
     def deliver(self, module: StoredModule, faults: FaultCollector) -> tuple[tuple[Delivery, ...], dict[str, str]]:
         """The KV scales in one module as delivered, and what is ignored with the reason."""

@@ -13,7 +13,7 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PlanError
 from trtllm_ct.modes import native_mode
 from trtllm_ct.plan import deliver
-from trtllm_ct.plan.assign import DENSE_OUTPUT, Assignment, assign_modes, candidate, dense_outputs, fold_reason
+from trtllm_ct.plan.assign import DENSE_OUTPUT, Assignment, assign_modes, candidates_of, dense_outputs, fold_reason
 from trtllm_ct.plan.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.engine_config import engine_config, layer_config
 from trtllm_ct.plan.equalize import OWN, Equalized, Part, equalize
@@ -210,8 +210,7 @@ class _Planner:
         ]
         parts = [Part(site, module, weights[site.module]) for site, module in present if site.module in weights]
         equalized = equalize(parts, self.probe)
-        whole = {part.site.module: candidate(*part, equalized.get(part.site.module, OWN).obstacle) for part in parts}
-        candidates = with_slices(whole, self.model, self.parallel, self.target)
+        candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
         assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
             assignments = dense_outputs(assignments)

@@ -56,10 +56,13 @@ class WeightReader:
     multimodal: bool = False
     probe: Probe = NO_PROBE
     _matcher: Matcher = field(init=False)
+    _release: tuple[int, ...] = field(init=False)
     _notes: Counter[str] = field(init=False, default_factory=Counter)
+    _known: dict[tuple[object, ...], tuple[QuantizedWeight, tuple[str, ...]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._matcher = Matcher(self.config)
+        self._release = self.config.release
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -67,32 +70,54 @@ class WeightReader:
         return tuple(f"{note} ({count} modules)" for note, count in self._notes.items())
 
     def read(self, module: StoredModule, site: Site) -> QuantizedWeight | None:
-        """The quantized weight of a module, or None after adding faults."""
+        """The quantized weight of a module, or None after adding faults.
+
+        Modules that are stored alike get one and the same object: a model may have a hundred thousand of them.
+        """
         group = self._group(module, site)
         if group is None or group.scheme.weights is None:
             return None
-        args = group.scheme.weights
+        kind = (group.name, site.shape, tuple(module.specs.items()))
+        known = self._known.get(kind)
+        if known is None:
+            known = self._described(module, site, group, group.scheme.weights)
+            if known is None:
+                return None
+            self._known[kind] = known
+        weight, notes = known
+        self._notes.update(notes)
+        self._check_blocks(module, weight.stored)
+        idle = self._idle(module, weight.stored)
+        return replace(weight, stored=_without(weight.stored, idle), idle=idle) if idle else weight
+
+    def _described(
+        self, module: StoredModule, site: Site, group: ConfigGroup, args: QuantArgs
+    ) -> tuple[QuantizedWeight, tuple[str, ...]] | None:
+        """What holds for all modules that are stored alike, and what is odd about them; None after adding faults."""
         weight_format = format_for(args, module.specs)
         if weight_format is None:
             self._refuse(module, group.scheme)
             return None
         if not self._has_one_weight(module):
             return None
+        notes = []
         declared = group.scheme.format
         if declared is not None and declared not in weight_format.declared_as:
-            self._notes[f"declared as {declared}, stored as {weight_format.name}: the tensors decide"] += 1
+            notes.append(f"declared as {declared}, stored as {weight_format.name}: the tensors decide")
         expected = (site.shape[0], site.shape[1]) if site.shape else None
         faults = FaultCollector()
-        stored = weight_format.describe(module.name, args, module.specs, expected, faults, version=self.config.release)
+        stored = weight_format.describe(module.name, args, module.specs, expected, faults, version=self._release)
         self.faults.faults.extend(faults.faults)
         if stored is None or faults.faults:
             return None
-        self._check_zero_point(module, args, stored)
-        self._check_blocks(module, stored)
-        if weight_format is MARLIN_24 and not self.config.release and args.group_size is not None:
-            self._notes["marlin-24 of an unknown release: group scales read in the order of 0.8.0 and later"] += 1
-        idle = self._idle(module, stored)
-        return QuantizedWeight(stored=_without(stored, idle), scheme=group.scheme, group=group.name, idle=idle)
+        if not args.symmetric and not stored.has_zero_point:
+            if self._release >= _FIRST_PACKED_ZERO_POINTS:
+                self._miss_zero_point(module)
+                return None
+            notes.append("asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it")
+        if weight_format is MARLIN_24 and not self._release and args.group_size is not None:
+            notes.append("marlin-24 of an unknown release: group scales read in the order of 0.8.0 and later")
+        return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name), tuple(notes)
 
     def _idle(self, module: StoredModule, stored: StoredWeight) -> dict[str, str]:
         """The companions that a probe found to change nothing. A zero point counts as one unless all of it is zero."""
@@ -149,13 +174,8 @@ class WeightReader:
         )
         return False
 
-    def _check_zero_point(self, module: StoredModule, args: QuantArgs, stored: StoredWeight) -> None:
+    def _miss_zero_point(self, module: StoredModule) -> None:
         """An asymmetric weight may lack a zero point only when its writer left out those that are all zero (0.9.3)."""
-        if args.symmetric or stored.has_zero_point:
-            return
-        if self.config.release < _FIRST_PACKED_ZERO_POINTS:
-            self._notes["asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it"] += 1
-            return
         self.faults.add(
             where=f"{module.stored_name}.weight_zero_point",
             expected="the zero points of an asymmetric weight",
