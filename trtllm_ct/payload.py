@@ -15,6 +15,7 @@ are read only where their container has room for what no code can be.
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from trtllm_ct.formats.group_index import is_filled
@@ -104,6 +105,8 @@ def _scale_numbers(weight: StoredWeight, scale: Tensor) -> Tensor:
 
 
 def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allowed: bool) -> None:
+    if scale.numel() and _is_good(*(float(end) for end in scale.aminmax()), zero_allowed=zero_allowed):
+        return
     # In this form NaN, which compares as false, counts as bad; infinity is told apart by the second test.
     good = (scale >= 0 if zero_allowed else scale > 0) & scale.isfinite()
     if bool(good.all()):
@@ -116,6 +119,11 @@ def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allow
         found=f"{float(scale[tuple(position)]):g} ({bad.shape[0]} of {scale.numel()} elements are bad)",
         remedy="The checkpoint was damaged or badly calibrated; download or quantize it again.",
     )
+
+
+def _is_good(least: float, most: float, *, zero_allowed: bool) -> bool:
+    """Whether these ends leave room for good scales only; NaN, which is both ends where it occurs, is none."""
+    return (least >= 0 if zero_allowed else least > 0) and most < inf
 
 
 def _check_transform(module: str, transform: Transform, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:

@@ -8,6 +8,7 @@ may hold only so many of them, so the reader keeps the latest few.
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ __all__ = ["Run", "TensorReader", "file_changed"]
 
 _READ_AHEAD_SHARE = 0.5
 """Of the memory that is available, what read-ahead may fill: the rest is for tensors made from what was read."""
+
+_SECONDS_AN_ANSWER_HOLDS = 1.0
+"""For which a reader believes what it was told about available memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class TensorReader:
         self._catalog = catalog
         self._max_open_maps = max_open_maps
         self._maps: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._available: int | None = None
+        self._asked = -_SECONDS_AN_ANSWER_HOLDS
         self.bytes_read = 0
 
     def __enter__(self) -> Self:
@@ -95,7 +101,7 @@ class TensorReader:
         available to this process (control groups included). Does nothing where memory can't be determined or the
         platform has no such call.
         """
-        available = available_memory()
+        available = self._memory()
         if available is None or not hasattr(os, "posix_fadvise"):
             return 0
         budget = int(available * _READ_AHEAD_SHARE)
@@ -103,6 +109,13 @@ class TensorReader:
         for file, ranges in _merge(spans).items():
             self._advise(file, ranges)
         return sum(end - begin for _, begin, end in spans)
+
+    def _memory(self) -> int | None:
+        """What `available_memory` said a moment ago: asking takes as long as converting a small module."""
+        now = time.monotonic()
+        if now - self._asked >= _SECONDS_AN_ANSWER_HOLDS:
+            self._available, self._asked = available_memory(), now
+        return self._available
 
     def _place(self, run: Run) -> tuple[str, int, int]:
         """File, begin and end of a run."""

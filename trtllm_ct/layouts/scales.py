@@ -47,8 +47,10 @@ def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     wide = scale.to(torch.float32)
+    if len(shape) == 2 and shape[1] != wide.shape[1]:
+        wide = wide.repeat_interleave(shape[1] // wide.shape[1], dim=1)
     if len(shape) == 2:
-        wide = wide.repeat_interleave(shape[1] // wide.shape[1], dim=1).expand(shape)
+        wide = wide.expand(shape)
     elif len(shape) == 1:
         wide = wide.expand(shape[0], 1)
     return wide.reshape(shape).contiguous()
