@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
+from trtllm_ct.collector import collector_paused
 from trtllm_ct.conversion.executors import open_pool, require_executor
 from trtllm_ct.conversion.job import Conversion, Job
 from trtllm_ct.dtypes import DType
@@ -152,7 +153,8 @@ def convert_checkpoint(
         "strict": strict,
         "parallel": parallel,
     }
-    with open_pool(executor, workers) as pool:
+    # Tiles and their plans form no cycles, and walking all that torch brings with it takes half a second.
+    with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
         # Entered before the source is read: an output that can't be written is refused at once.

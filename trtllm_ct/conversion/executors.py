@@ -6,6 +6,7 @@ Both are executors of the standard library's shape (`concurrent.futures`); any o
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["EXECUTORS", "Pool", "available_cores", "open_pool", "require_executor"]
 
 EXECUTORS = ("threads", "mpi")
+
+_SECONDS_OF_A_TURN = 0.0005
 
 
 class Pool(NamedTuple):
@@ -47,8 +50,22 @@ def open_pool(name: str = "threads", workers: int | None = None) -> Iterator[Poo
             yield pool
         return
     count = workers or available_cores()
-    with ThreadPoolExecutor(count, thread_name_prefix="trtllm-ct") as executor:
+    with _short_turns(), ThreadPoolExecutor(count, thread_name_prefix="trtllm-ct") as executor:
         yield Pool(executor, count)
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Threads that come back from the kernel or a loop, a thousand times a second, get the interpreter at once.
+
+    By default they wait 5 ms for one that holds it, for instance while it imports torch.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SECONDS_OF_A_TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

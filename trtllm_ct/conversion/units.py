@@ -38,8 +38,8 @@ class Unit:
 def plan_units(plan: Plan) -> tuple[Unit, ...]:
     """All modules of a plan that deliver anything, each in one unit.
 
-    Units that are only copied come first: they need no torch, and go on while it is imported. Otherwise the order is
-    that of the plan.
+    Units that are only copied come first: they need no torch, and go on while it is imported, for which the second unit
+    is one that is converted. Otherwise the order is that of the plan.
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
@@ -50,7 +50,9 @@ def plan_units(plan: Plan) -> tuple[Unit, ...]:
         only_copied = all(_is_plain(plan.modules[position]) for position in group)
         (copied if only_copied else converted).append(tuple(group))
     batches = [(modules, True) for modules in _batches(plan, copied)]
-    batches += [(modules, False) for modules in _batches(plan, converted)]
+    converting = [(modules, False) for modules in _batches(plan, converted)]
+    batches[1:1] = converting[:1]
+    batches += converting[1:]
     return tuple(
         Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), copied=is_plain)
         for number, (modules, is_plain) in enumerate(batches)
