@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fresh_python import run_python
-from kimi_shape import write_kimi_shape
+
+from trtllm_ct.bench.kimi import KimiShape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +35,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def kimi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory: Path = tmp_path_factory.mktemp("kimi")
-    assert write_kimi_shape(directory) == TENSORS
+    assert KimiShape().write(directory) == TENSORS
     summary: dict[str, Any] = json.loads(run_python(CODE, directory).stdout)
     return summary
 

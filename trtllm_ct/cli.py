@@ -294,6 +294,36 @@ def cache_clear(as_json: Json = False) -> None:
 
 
 @app.command()
+def bench(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Checkpoint to measure on.", show_default=False)
+    ] = None,
+    shape: Annotated[
+        str, typer.Option(help="Synthetic checkpoints instead: 1b, 8b, kimi-k2 or tiny; several with commas.")
+    ] = "",
+    against: Annotated[
+        str, typer.Option(help="Peers, with commas; those that are not installed are left out by name.")
+    ] = "cp,load_file,library,transformers",
+    table: Annotated[str, typer.Option(help="What to measure, with commas.")] = "kernels,load,convert,headers",
+    runs: Annotated[int, typer.Option(help="Runs of each side, of which the median counts.")] = 5,
+    write_docs: Annotated[
+        Path | None, typer.Option(help="Docs folder whose performance page and plots are made.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loops, loading, converting and inspecting beside copies of the same bytes, and other programs."""
+    from trtllm_ct.bench.command import run_command, summary
+
+    done = run_command(
+        directory, shapes=shape, against=against, tables=table, runs=runs, docs=write_docs, on_step=stderr.print
+    )
+    if as_json:
+        _print_json("bench", done.to_dict())
+    else:
+        stdout.print(summary(done))
+
+
+@app.command()
 def demo() -> None:
     """Inspect, convert, verify and run the checkpoint that comes with this package."""
     from trtllm_ct.demo import run_demo
