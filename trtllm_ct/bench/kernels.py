@@ -169,9 +169,12 @@ def _scaling(shape: Shape) -> Scaling:
 
 
 def _random_words(shape: tuple[int, ...]) -> Tensor:
+    """Words in pages of the same size as those of the copy beside it."""
     import torch
 
-    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+    from trtllm_ct.layouts.memory import empty
+
+    return empty(shape, torch.int32).random_(-(2**31), 2**31 - 1)
 
 
 def _warm(shape: tuple[int, ...], dtype: Any) -> Tensor:

@@ -58,8 +58,9 @@ def repack(
     octets, run, flip = _octets(packed[: shape[0]]), _run(source), _flip(source)
     if target == INT8_PLAIN:
         kernels.plain_codes(octets, run, flip, _octets(result))
-    elif source.bits == 4 and shape[0] % 2 == 0 and shape[1] % 2 == 0:
-        kernels.row_pairs_of_nibbles(octets, 0x1111 * (flip ^ 8), _octets(result).view(np.uint16))
+    elif source.bits == 4 and shape[0] % 2 == 0 and shape[1] % 4 == 0:
+        halves = octets[:, : shape[1] // 2].view(np.uint16)
+        kernels.row_pairs_of_nibbles(halves, 0x11111111 * (flip ^ 8), _octets(result).view(np.uint32))
     else:
         kernels.row_pairs(octets, run, flip, _octets(result))
     return result

@@ -71,20 +71,23 @@ def _kernel(loop: Callable[P, R]) -> Callable[P, R]:
 
 
 @_kernel
-def row_pairs_of_nibbles(octets_OB: Bytes, flip: int, lanes_OB: NDArray[np.uint16]) -> None:
-    """Nibbles along K to bytes of two rows: [N, >= K/2] to [N/2, K/2] lanes of 16 bits, which are two such bytes.
+def row_pairs_of_nibbles(halves_OH: NDArray[np.uint16], flip: int, lanes_OH: NDArray[np.uint32]) -> None:
+    """Nibbles along K to bytes of two rows: [N, >= K/4] halves of words to [N/2, K/4] lanes of 32 bits.
 
-    A byte of two columns of the even row and one of the odd row make one lane: each byte's nibbles are spread over the
-    lane's two bytes, those of the odd row go on top. `flip` is 0x8888 for codes in offset binary, which differ from
-    two's complement in the top bit of each nibble.
+    Four nibbles of the even row and four of the odd one make the four bytes of a lane: each row's are spread over it,
+    and those of the odd row go on top. `flip` is 0x88888888 for codes in offset binary, which differ from two's
+    complement in the top bit of each nibble. Lanes of 16 bits would do with fewer steps, but compilers widen those to 64.
     """
-    low, high = u16(0x0F0F), u16(0xF0F0)
-    for pair in range(lanes_OB.shape[0]):
-        even_B, odd_B, lanes_B = octets_OB[2 * pair], octets_OB[2 * pair + 1], lanes_OB[pair]
-        for i in range(lanes_B.shape[0]):
-            even, odd = u16(even_B[i]), u16(odd_B[i])
-            spread = ((even | (even << u16(4))) & low) | (((odd << u16(4)) | (odd << u16(8))) & high)
-            lanes_B[i] = spread ^ u16(flip)
+    bytes_, low, high = u32(0x00FF00FF), u32(0x0F0F0F0F), u32(0xF0F0F0F0)
+    for pair in range(lanes_OH.shape[0]):
+        even_H, odd_H, lanes_H = halves_OH[2 * pair], halves_OH[2 * pair + 1], lanes_OH[pair]
+        for i in range(lanes_H.shape[0]):
+            even, odd = u32(even_H[i]), u32(odd_H[i])
+            even = u32(u32(even | u32(even << u32(8))) & bytes_)
+            even = u32(u32(even | u32(even << u32(4))) & low)
+            odd = u32(u32(odd | u32(odd << u32(8))) & bytes_)
+            odd = u32(u32(u32(odd << u32(4)) | u32(odd << u32(8))) & high)
+            lanes_H[i] = u32(u32(even | odd) ^ u32(flip))
 
 
 @_kernel
@@ -137,10 +140,10 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
         if place % 32 + bits > 32:
             high_G, rest = words_WG[word + 1], u32(32 - place % 32)
             for g in range(codes_G.shape[0]):
-                codes_G[g] = u8((((low_G[g] >> shift) | (high_G[g] << rest)) & mask) - half)
+                codes_G[g] = u8(u32(u32(u32(low_G[g] >> shift) | u32(high_G[g] << rest)) & mask) - half)
         else:
             for g in range(codes_G.shape[0]):
-                codes_G[g] = u8(((low_G[g] >> shift) & mask) - half)
+                codes_G[g] = u8(u32(u32(low_G[g] >> shift) & mask) - half)
 
 
 @_kernel
@@ -151,7 +154,7 @@ def additive_zero(zero_I: NDArray[np.int8], scale_I: NDArray[Any], halves: bool,
     """
     for i in range(offset_I.shape[0]):
         scale = u32(u32(scale_I[i]) << u32(16)).view(np.float32) if halves else f32(scale_I[i])
-        offset_I[i] = -(f32(zero_I[i]) * scale) + f32(0)
+        offset_I[i] = -(f32(i32(zero_I[i])) * scale) + f32(0)
 
 
 @_kernel
@@ -244,7 +247,8 @@ def decode_row(fields_I: Bytes, bits: int, meaning: tuple[int, int, int], number
     if mantissa < 0:
         flip, half = u8(bias), i32(1 << (bits - 1))
         for k in range(fields_I.shape[0]):
-            numbers_I[k] = f32(i32(u8(fields_I[k] ^ flip)) - half)
+            # Narrow again before it becomes a float: processors have no such step for many 64-bit integers at once.
+            numbers_I[k] = f32(i32(i32(u8(fields_I[k] ^ flip)) - half))
         return
     sign, least_normal = u32(1 << (bits - 1)), u32(1 << mantissa)
     # The masks tell the compiler that shifts stay within 32 bits.
@@ -281,8 +285,12 @@ def scale_by_index(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, gro
 
 @_inner
 def round_row(numbers_I: NDArray[Any], kind: int, dense_B: Bytes) -> None:
-    """Numbers rounded to `kind`, to nearest, ties to even."""
-    if kind == _BFLOAT16:
+    """Numbers rounded to `kind`, to nearest, ties to even; those of float32 are rounded once anyway."""
+    if kind == _BFLOAT16 and numbers_I.itemsize == 4:
+        halves_I = dense_B.view(np.uint16)
+        for k in range(numbers_I.shape[0]):
+            halves_I[k] = bfloat16_bits(f32(numbers_I[k]).view(np.uint32))
+    elif kind == _BFLOAT16:
         halves_I = dense_B.view(np.uint16)
         for k in range(numbers_I.shape[0]):
             halves_I[k] = bfloat16_bits(odd_bits(numbers_I[k]))
