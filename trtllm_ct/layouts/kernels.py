@@ -76,7 +76,7 @@ def row_pairs_of_nibbles(halves_OH: NDArray[np.uint16], flip: int, lanes_OH: NDA
 
     Four nibbles of the even row and four of the odd one make the four bytes of a lane: each row's are spread over it,
     and those of the odd row go on top. `flip` is 0x88888888 for codes in offset binary, which differ from two's
-    complement in the top bit of each nibble. Lanes of 16 bits would do with fewer steps, but compilers widen those to 64.
+    complement in the top bit of each nibble. Lanes of 16 bits would take fewer steps; compilers widen those to 64.
     """
     bytes_, low, high = u32(0x00FF00FF), u32(0x0F0F0F0F), u32(0xF0F0F0F0)
     for pair in range(lanes_OH.shape[0]):
