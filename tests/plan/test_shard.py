@@ -40,13 +40,11 @@ def config_for(heads: int, unit: int = 128, **more: Any) -> dict[str, Any]:
     return tiny_config(**{"layers": 1, "vocabulary": 840, **sizes, "head_dim": head_dim, **more})
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
-def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Checkpoint]:
-    """By tensor-parallel size from 1 to 8, a checkpoint of one scheme that so many ranks can share."""
-    folder, made = tmp_path_factory.mktemp("shard"), {}
-    unit = 256 if "g256" in request.param else 128
+def checkpoints(folder: Path, scheme: str) -> dict[int, Checkpoint]:
+    """By tensor-parallel size from 1 to 8, a checkpoint that so many ranks can share."""
+    made, unit = {}, 256 if "g256" in scheme else 128
     for heads in (8, 3, 5, 6, 7):
-        built = write_checkpoint(folder / str(heads), config=config_for(heads, unit), scheme=request.param)
+        built = write_checkpoint(folder / str(heads), config=config_for(heads, unit), scheme=scheme)
         made[heads] = open_checkpoint(built.directory)
     return {tensor: made[8 if 8 % tensor == 0 else tensor] for tensor in SIZES}
 
@@ -78,44 +76,50 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*octets)
 
 
-def test_slices_of_all_ranks_are_the_whole(checkpoints: dict[int, Checkpoint]) -> None:
-    """For every scheme and size, as the target inside of the engine delivers it."""
-    for tensor, checkpoint in checkpoints.items():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_ranks_have_the_slices_of_the_whole_and_read_no_more(tmp_path: Path, scheme: str) -> None:
+    """For every size, as the target inside of the engine delivers it; the bytes are measured in the reader."""
+    counted = 0
+    for tensor, checkpoint in checkpoints(tmp_path, scheme).items():
         plan = checkpoint.plan("tensorrt_llm", parallel=Parallel(tensor=tensor))
         whole, cut = delivered(checkpoint, plan), cuts(checkpoint, plan)
         for rank in ranks_of(plan.parallel):
-            handed = delivered(checkpoint, plan_for_rank(plan, checkpoint.model, rank))
-            assert handed.keys() == whole.keys()
-            for module, tensors in handed.items():
-                ranks = tensor if cut.get(module) in {*COLUMN_CUT, Cut.VOCABULARY} else 1
-                for name, found in tensors.items():
-                    assert found.shape == whole[module][name].shape, name
-                    mine = own_rows(found, rank.tensor % ranks, ranks)
-                    assert same(mine, own_rows(whole[module][name], rank.tensor % ranks, ranks)), (name, rank)
-
-
-def test_a_rank_reads_its_share_of_column_cut_linears(checkpoints: dict[int, Checkpoint]) -> None:
-    """At most 1 / tp and one percent of the bytes, measured in the reader, where slices are whole blocks and words."""
-    counted = 0
-    for tensor, checkpoint in checkpoints.items():
-        plan = checkpoint.plan("tensorrt_llm", parallel=Parallel(tensor=tensor))
-        cut = cuts(checkpoint, plan)
-        for rank in ranks_of(plan.parallel):
-            measured = whole = 0
-            for module, read in bytes_read_by(checkpoint, plan_for_rank(plan, checkpoint.model, rank)):
-                own = plan.module(module)
-                if own.weight is None or cut.get(module) not in COLUMN_CUT:
-                    continue
-                if own.weight.shape[0] // tensor % row_unit(own):
-                    # Slices that begin inside of a block of scales: no mode holds them, and blocks are read whole.
-                    assert own.dequantized
-                    continue
-                # An index of columns is read by every rank: none of its elements belongs to a row.
-                index = own.views["weight_g_idx"].stored_bytes if own.weight.group_index else 0
-                measured, whole = measured + read - index, whole + own.stored_bytes - index
-                counted += 1
-            assert measured <= (1 / tensor + 0.01) * whole, (tensor, rank)
+            own = plan_for_rank(plan, checkpoint.model, rank)
+            assert_slices(delivered(checkpoint, own), whole, cut, rank)
+            counted += assert_share(plan, bytes_read_by(checkpoint, own), cut, tensor)
     assert counted >= sum(SIZES)
+
+
+def assert_slices(
+    handed: dict[str, dict[str, Tensor]], whole: dict[str, dict[str, Tensor]], cut: dict[str, Cut], rank: Rank
+) -> None:
+    """Each rank's rows are those of the whole, in a tensor of its shape."""
+    assert handed.keys() == whole.keys()
+    for module, tensors in handed.items():
+        ranks = rank.parallel.tensor if cut.get(module) in {*COLUMN_CUT, Cut.VOCABULARY} else 1
+        for name, found in tensors.items():
+            assert found.shape == whole[module][name].shape, name
+            mine = own_rows(found, rank.tensor % ranks, ranks)
+            assert same(mine, own_rows(whole[module][name], rank.tensor % ranks, ranks)), (name, rank)
+
+
+def assert_share(plan: Plan, bytes_read: Iterator[tuple[str, int]], cut: dict[str, Cut], tensor: int) -> int:
+    """At most 1 / tp of the bytes and one percent, where slices are whole blocks and words; how many Linears it was."""
+    measured = whole = counted = 0
+    for module, read in bytes_read:
+        own = plan.module(module)
+        if own.weight is None or cut.get(module) not in COLUMN_CUT:
+            continue
+        if own.weight.shape[0] // tensor % row_unit(own):
+            # Slices that begin inside of a block of scales: no mode holds them, and blocks are read whole.
+            assert own.dequantized
+            continue
+        # An index of columns is read by every rank: none of its elements belongs to a row.
+        index = own.views["weight_g_idx"].stored_bytes if own.weight.group_index else 0
+        measured, whole = measured + read - index, whole + own.stored_bytes - index
+        counted += 1
+    assert measured <= (1 / tensor + 0.01) * whole
+    return counted
 
 
 def bytes_read_by(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, int]]:
