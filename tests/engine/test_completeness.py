@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.model import ModulePlan, Plan
 
 CONFIG = tiny_config(hidden=128, intermediate=256, layers=1)
-MIXTRAL = tiny_config("MixtralForCausalLM", hidden=128, intermediate=256, kv_heads=4, layers=2)
+MIXTRAL = tiny_config("MixtralForCausalLM", hidden=128, kv_heads=4)
+ONE_LAYER = MIXTRAL | {"num_hidden_layers": 1}
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 LINEARS: dict[QuantAlgo, str] = {
     QuantAlgo.FP8: "fp8-tensor-static",
@@ -246,7 +247,7 @@ def test_a_plan_that_forgets_what_a_linear_reads_is_refused(tmp_path: Path, algo
 
 @pytest.mark.parametrize(("algo", "scheme"), EXPERTS.items(), ids=EXPERTS)
 def test_a_plan_that_forgets_what_an_expert_reads_is_refused(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
-    shipped = Shipment(tmp_path / "model", config=MIXTRAL | {"num_hidden_layers": 1}, scheme=scheme)
+    shipped = Shipment(tmp_path / "model", config=ONE_LAYER, scheme=scheme)
     expert = "model.layers.0.block_sparse_moe.experts.3.w2"
 
     for local in shipped.locals_of(expert).keys() - {"weight_scale_inv"}:
@@ -293,8 +294,8 @@ def test_codes_that_are_left_beside_a_dequantized_weight_are_refused(tmp_path: P
 
 
 def test_second_names_are_known_and_not_demanded(tmp_path: Path) -> None:
-    shipped = Shipment(tmp_path / "model", config=MIXTRAL, scheme="fp8-block")
-    expert = "model.layers.1.block_sparse_moe.experts.0.w1"
+    shipped = Shipment(tmp_path / "model", config=ONE_LAYER, scheme="fp8-block")
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
     assert shipped.weights[f"{expert}.weight_scale_inv"].equal(shipped.weights[f"{expert}.weight_scale"])
 
     plan = edited(shipped.plan, without(expert, "weight_scale_inv"))
@@ -376,7 +377,7 @@ def test_the_table_of_linears_is_what_the_engine_asks_for(
     tmp_path: Path, algo: QuantAlgo, scheme: str, fused: bool
 ) -> None:
     """And what is called required can't be left out: it is an error, or memory that nobody wrote is in the result."""
-    config = tiny_config("Qwen2ForCausalLM", hidden=128, intermediate=256, layers=1)
+    config = tiny_config("Qwen2ForCausalLM", hidden=128, kv_heads=4, intermediate=128, layers=1)
     shipped = Shipment(tmp_path / "model", config=config, scheme=scheme, kv=True)
     names = [f"{ATTENTION}.{part}_proj" for part in "qkv"] if fused else [f"{MLP}.down_proj"]
     reads = LINEAR_READS[algo]
@@ -400,14 +401,14 @@ def _loads(shipped: Shipment, names: list[str], without: str) -> bool:
 @pytest.mark.parametrize(("algo", "scheme"), EXPERTS.items(), ids=EXPERTS)
 def test_the_table_of_experts_is_what_the_engine_asks_for(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
     """In all releases and kernels together, where some know a scale by its second name only."""
-    shipped = Shipment(tmp_path / "model", config=MIXTRAL, scheme=scheme)
+    shipped = Shipment(tmp_path / "model", config=ONE_LAYER, scheme=scheme)
     home = "model.layers.0.block_sparse_moe.experts"
     weights = {name.removeprefix(f"{home}."): t for name, t in shipped.weights.items() if name.startswith(f"{home}.")}
     reads, asked = EXPERT_READS[algo], set()
 
     for generation in engine_double.GENERATIONS:
-        for backend in ("CUTLASS", "TRTLLM"):
-            with engine_double.installed(generation):
+        with engine_double.installed(generation):
+            for backend in ("CUTLASS", "TRTLLM"):
                 notes = _asked_by_experts(algo, backend, weights)
                 asked |= notes
                 assert notes <= reads.required | reads.aliases
@@ -426,7 +427,7 @@ def _asked_by_experts(algo: QuantAlgo, backend: str, weights: dict[str, Tensor])
         moe_backend=backend,
         quant_config=quant_config,
     )
-    sizes = {"num_experts": 4, "hidden_size": 128, "intermediate_size": 256, "top_k": 2, "renormalize": True}
+    sizes = {"num_experts": 4, "hidden_size": 128, "intermediate_size": 128, "top_k": 2, "renormalize": True}
     experts = interface.MoE(**sizes, model_config=config)
     notes: set[str] = set()
     try:
@@ -466,30 +467,25 @@ SIZES = [
 ]
 
 
-def all_ranks(parallel: Parallel, layers: int = 2) -> list[Rank]:
-    each = layers // parallel.pipeline
-    return [
-        Rank(
-            parallel=parallel,
-            tensor=tensor,
-            pipeline=stage,
-            expert=tensor % parallel.expert,
-            layers=tuple(range(stage * each, (stage + 1) * each)),
-        )
-        for stage in range(parallel.pipeline)
-        for tensor in range(parallel.tensor)
-    ]
+class Place:
+    """A rank, and by the engine's own `Mapping` which modules it computes with."""
+
+    def __init__(self, mapping: Any) -> None:
+        self.rank = Rank.from_mapping(mapping, 2)
+        self._layers, self._experts = mapping.pp_layers(2), mapping.ep_experts(4)
+
+    def computes_with(self, module: ModulePlan) -> bool:
+        layer, expert = (re.search(rf"{kind}\.(\d+)\.", module.name) for kind in ("layers", "experts"))
+        here = layer is None or int(layer[1]) in self._layers
+        return bool(module.deliveries) and here and (expert is None or int(expert[1]) in self._experts)
 
 
-def computes_with(rank: Rank, module: str) -> bool:
-    """Written down apart from the planner: a module's layer is in the stage, and its expert is the rank's."""
-    layer = re.search(r"layers\.(\d+)\.", module)
-    expert = re.search(r"experts\.(\d+)\.", module)
-    if layer and rank.layers is not None and int(layer[1]) not in rank.layers:
-        return False
-    return expert is None or int(expert[1]) in range(4)[rank.expert :: 1][: 4 // rank.parallel.expert] or (
-        int(expert[1]) // (4 // rank.parallel.expert) == rank.expert
-    )
+def places(parallel: Parallel) -> list[Place]:
+    sizes = {"tp_size": parallel.tensor, "pp_size": parallel.pipeline, "moe_ep_size": parallel.expert}
+    world = parallel.tensor * parallel.pipeline
+    with engine_double.installed("newest"):
+        mapping = import_module("tensorrt_llm.mapping").Mapping
+        return [Place(mapping(world_size=world, rank=rank, **sizes)) for rank in range(world)]
 
 
 @pytest.fixture(scope="module", params=["fp8-tensor-static", "int8-channel", "plain experts"])
@@ -504,17 +500,17 @@ def test_a_rank_answers_for_its_own_stage_and_experts_only(experts: Path, parall
     checkpoint = open_checkpoint(experts)
     whole = checkpoint.plan("tensorrt_llm", engine="stock-1.3", parallel=parallel)
 
-    for rank in all_ranks(parallel):
-        own = plan_for_rank(whole, checkpoint.model, rank)
-        refuse_missing_modules(whole, own, checkpoint.model, rank)
-        tensors = stream_delivered(own, checkpoint.catalog)
-        weights = {name: tensor for _, delivered in tensors for name, tensor in delivered.items()}
+    for place in places(parallel):
+        own = plan_for_rank(whole, checkpoint.model, place.rank)
+        refuse_missing_modules(whole, own, checkpoint.model, place.rank)
+        delivered = stream_delivered(own, checkpoint.catalog)
+        weights = {name: tensor for _, tensors in delivered for name, tensor in tensors.items()}
         assert prove_complete(own, weights) == ()
-        codes = {name.rpartition(".")[0] for name in weights if name.endswith(".weight") and "layers." in name}
-        mine = {module.name for module in whole.modules if computes_with(rank, module.name)}
-        assert {name for name in mine if "layers." in name and whole.module(name).deliveries} <= codes
-        beyond = codes - mine
-        assert all(name.endswith(".input_layernorm") for name in beyond), beyond
+        found = {name.rpartition(".")[0] for name in weights if "layers." in name and name.endswith(".weight")}
+        mine = {module.name for module in whole.modules if place.computes_with(module) and "layers." in module.name}
+        assert mine <= found
+        # The norm at the entrance of the next stage is computed with the end of this one.
+        assert all(name.endswith(".input_layernorm") for name in found - mine)
 
 
 @pytest.mark.parametrize("parallel", SIZES, ids=str)
@@ -523,23 +519,25 @@ def test_a_module_that_a_rank_computes_with_is_missed(experts: Path, parallel: P
     checkpoint = open_checkpoint(experts)
     whole = checkpoint.plan("tensorrt_llm", engine="stock-1.3", parallel=parallel)
 
-    for rank in (all_ranks(parallel)[0], all_ranks(parallel)[-1]):
-        own = plan_for_rank(whole, checkpoint.model, rank)
+    for place in places(parallel):
+        own = plan_for_rank(whole, checkpoint.model, place.rank)
         for module in whole.modules:
             left = replace(own, modules=tuple(each for each in own.modules if each.name != module.name))
-            missed = _missed(whole, left, checkpoint.model, rank)
-            assert missed == ({module.name} if computes_with(rank, module.name) and module.deliveries else set())
+            missed = _missed(whole, left, checkpoint.model, place.rank)
+            assert missed == ({module.name} if place.computes_with(module) else set())
 
 
 def _missed(whole: Plan, own: Plan, model: Model, rank: Rank) -> set[str]:
     try:
         refuse_missing_modules(whole, own, model, rank)
     except LoadError as error:
-        assert all(fault.found == "none" and "please report it" in fault.remedy for fault in error.faults)
-        place = f"rank {rank.tensor} of stage {rank.pipeline}"
-        assert all(place in fault.expected for fault in error.faults)
-        return {fault.where for fault in error.faults}
-    return set()
+        faults = error.faults
+    else:
+        faults = ()
+    for fault in faults:
+        assert f"rank {rank.tensor} of stage {rank.pipeline}, which computes with it" in fault.expected
+        assert fault.found == "none"
+    return {fault.where for fault in faults}
 
 
 def test_all_modules_that_are_missing_are_named_together(experts: Path) -> None:

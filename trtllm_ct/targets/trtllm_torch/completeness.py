@@ -141,15 +141,17 @@ def _has_expert(module: ModulePlan, model: Model, rank: Rank) -> bool:
 
 
 def _unread(plan: Plan, weights: Mapping[str, Tensor], faults: FaultCollector) -> Iterator[str]:
-    """Compare the local names that each quantized module got with what its mode reads; plain ones need a weight."""
+    """Compare the local names that each quantized module got with what its mode reads; plain ones read no scales."""
     found: dict[str, set[str]] = {}
     for name in weights:
         owner, _, local = name.rpartition(".")
         found.setdefault(owner, set()).add(local)
     for module in plan.modules:
+        locals_ = found.get(module.name, set())
         if module.weight is None:
+            yield from (f"{module.name}.{local}" for local in sorted(locals_ & _KV_SCALES))
             continue
-        reads, locals_ = _reads_of(module), found.get(module.name, set())
+        reads = _reads_of(module)
         for local in sorted(reads.demanded(module) - locals_):
             _not_read(module, local, "one, which it reads", "none", faults)
         for local in sorted(locals_ - reads.known(module)):
