@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.errors import Fault, UsageError
+from trtllm_ct.schemes import QuantAlgo
 from trtllm_ct.targets import DEFAULT_ENGINE, ENGINES
 
 if TYPE_CHECKING:
@@ -80,11 +81,14 @@ def probe_features(parts: EngineParts) -> EngineFeatures:
     """
     from trtllm_ct.targets.trtllm_torch.additive_zeros import can_install_additive_zeros, has_own_additive_zeros
 
+    members = parts.linear.QuantAlgo.__members__
     mapping_argument = "mapping" in inspect.signature(parts.weight_loader.load_weights).parameters
-    own = has_own_additive_zeros(parts.linear)
+    # Without the algorithm there is nothing that a Linear could be asked for, or be told.
+    known = QuantAlgo.W4A16_GPTQ in members
+    own = known and has_own_additive_zeros(parts.linear)
     return EngineFeatures(
-        engine=_capability_set(set(parts.linear.QuantAlgo.__members__), mapping_argument=mapping_argument),
-        additive_zeros=own or can_install_additive_zeros(parts.linear),
+        engine=_capability_set(set(members), mapping_argument=mapping_argument),
+        additive_zeros=own or (known and can_install_additive_zeros(parts.linear)),
         has_own_gptq=own,
         force_dynamic_quantization="force_dynamic_quantization" in _fields(parts.llm_args),
         mapping_argument=mapping_argument,
