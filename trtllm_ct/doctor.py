@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from trtllm_ct.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.targets import REFERENCE, target_named
 from trtllm_ct.targets.trtllm_torch.features import NO_PATCH
 from trtllm_ct.targets.trtllm_torch.llm_arguments import fixed_scale_fault
-from trtllm_ct.targets.trtllm_torch.sidecar import ServingOptions
+from trtllm_ct.targets.trtllm_torch.sidecar import ServingOptions, Sidecar, is_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,8 +76,8 @@ class Machine:
 class Served:
     """What the engine makes of a directory.
 
-    `plan` is None for what is no compressed-tensors checkpoint, and where `problems` keep it from being served. `traps`
-    are faults with which the model runs, and may be wrong.
+    `plan` is None for what is neither a compressed-tensors checkpoint nor prepared from one, and where `problems` keep
+    it from being served. `traps` are faults with which the model runs, and may be wrong.
     """
 
     directory: Path
@@ -172,7 +172,7 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     plan: Plan | None = None
     trap: Fault | None = None
     problems: tuple[Fault, ...] = ()
-    if detection.method == COMPRESSED_TENSORS:
+    if detection.method == COMPRESSED_TENSORS or is_sidecar(directory):
         try:
             plan = _plan(directory, parallel, machine)
         except CheckpointError as error:
@@ -190,13 +190,16 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
 
 
 def _plan(directory: Path, parallel: Parallel, machine: Machine) -> Plan:
-    checkpoint = open_checkpoint(directory)
+    """Of a prepared directory, that of its source under the options that it was prepared with, as `LLM` takes it."""
+    prepared = Sidecar.open(directory) if is_sidecar(directory) else None
     features = machine.features
     if features is None:
-        return checkpoint.plan(machine.target.name, parallel=parallel)
-    return ServingOptions(engine=features.engine, additive_zeros=features.additive_zeros, parallel=parallel).plan(
-        checkpoint
-    )
+        source = prepared.source if prepared else directory
+        return open_checkpoint(source).plan(machine.target.name, parallel=parallel)
+    if prepared:
+        return replace(prepared.options, parallel=parallel).plan(prepared.checkpoint)
+    options = ServingOptions(engine=features.engine, additive_zeros=features.additive_zeros, parallel=parallel)
+    return options.plan(open_checkpoint(directory))
 
 
 def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Fault]:

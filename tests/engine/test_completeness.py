@@ -477,12 +477,7 @@ def test_no_name_is_demanded_and_optional(reads: Reads) -> None:
 
 # Ranks.
 
-SIZES = [
-    Parallel(pipeline=2),
-    Parallel(tensor=2, expert=2),
-    Parallel(tensor=4, pipeline=2, expert=2),
-    Parallel(tensor=2),
-]
+SIZES = [Parallel(pipeline=2), Parallel(tensor=2, expert=2), Parallel(tensor=4, pipeline=2, expert=2)]
 
 
 class Place:
@@ -506,7 +501,7 @@ def places(parallel: Parallel) -> list[Place]:
         return [Place(mapping(world_size=world, rank=rank, **sizes)) for rank in range(world)]
 
 
-@pytest.fixture(scope="module", params=["fp8-tensor-static", "int8-channel", "plain experts"])
+@pytest.fixture(scope="module", params=["fp8-tensor-static", "plain experts"])
 def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "fp8-tensor-static")
     scheme = attention if request.param == "plain experts" else request.param
