@@ -209,7 +209,7 @@ def _meaning(packing: Packing, element: Element) -> tuple[int, int, int]:
 
 
 def _target(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Where a loop writes, which checks nothing itself."""
+    """Where a result is written: loops check nothing themselves, and torch would convert and repeat."""
     if out is None:
         return empty(shape, dtype)
     if tuple(out.shape) != shape or out.dtype != dtype or _in_a_row(out) is not out:
@@ -219,7 +219,7 @@ def _target(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
     """The result itself, or a copy in `out`."""
-    return result if out is None else out.copy_(result)
+    return result if out is None else _target(out, tuple(result.shape), result.dtype).copy_(result)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
