@@ -150,8 +150,11 @@ class Source:
             return tensors[name]
         # Scales that are repeated so that every rank has whole groups.
         finer = int(mode.rpartition("g")[2]) // int(module.delivered_mode.rpartition("g")[2])
-        repeated = tensors[name][f"{name}.weight_scale"].repeat_interleave(finer, 1)
-        return {**tensors[name], f"{name}.weight_scale": repeated}
+        per_group = (f"{name}.weight_scale", f"{name}.weight_zero")
+        return {
+            full: tensor.repeat_interleave(finer, 1) if full in per_group else tensor
+            for full, tensor in tensors[name].items()
+        }
 
     def spoilt_for_all_but(self, rank: Rank, folder: Path) -> Checkpoint:
         """The same checkpoint, already planned, over files in which nothing is left that only other ranks use."""
@@ -303,7 +306,9 @@ class TestRepeatedHeads:
         by_engine = {"weight"} | ({"weight_scale"} if "NVFP4" in mode else set())
         if local not in by_engine:
             return tensor
-        return tensor.reshape(cls.KV_HEADS, -1, tensor.shape[1]).repeat_interleave(ranks // cls.KV_HEADS, 0).flatten(0, 1)
+        return (
+            tensor.reshape(cls.KV_HEADS, -1, tensor.shape[1]).repeat_interleave(ranks // cls.KV_HEADS, 0).flatten(0, 1)
+        )
 
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_each_rank_has_whole_heads_with_every_companion_of_their_rows(self, tmp_path: Path, scheme: str) -> None:
@@ -322,9 +327,7 @@ class TestRepeatedHeads:
                     module = plan.module(f"model.layers.0.self_attn.{leaf}")
                     self.assert_head(module, handed[module.name], source.whole(module), rank)
 
-    def assert_head(
-        self, module: ModulePlan, handed: dict[str, Tensor], whole: dict[str, Tensor], rank: Rank
-    ) -> None:
+    def assert_head(self, module: ModulePlan, handed: dict[str, Tensor], whole: dict[str, Tensor], rank: Rank) -> None:
         ranks = rank.parallel.tensor
         head = rank.tensor * self.KV_HEADS // ranks
         assert handed.keys() == whole.keys()
@@ -443,9 +446,7 @@ class TestExperts:
                 whole, found = source.whole(module), handed.get(module.name, {})
                 if part_of(module.name, rank, experts=4) is None:
                     locals_ = {name.rpartition(".")[2] for name in found}
-                    assert locals_ == (self.READ_OF_OTHERS[scheme] if scheme != "fp8-tensor-static" else {
-                        "weight_scale", "input_scale"
-                    }), module.name
+                    assert locals_ == self.READ_OF_OTHERS[scheme], module.name
                 else:
                     assert found.keys() == whole.keys()
                 assert all(same(tensor, whole[name]) for name, tensor in found.items())
