@@ -18,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+pytest_plugins = ["engine_fixtures"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import engine_double
 import pytest
 from builders import tiny_config, write_checkpoint
 from command_line import Done, run_cli
+from engine_fixtures import BINDINGS, let_go_of_sidecars
 from fresh_python import run_python
 from hub_cache import COMMIT, HubCache
 from rich.console import Console
@@ -20,37 +20,20 @@ from trtllm_ct import LLM, prepare, report
 from trtllm_ct.hub import Repository
 from trtllm_ct.plan.parallel import Parallel
 from trtllm_ct.targets import DEFAULT_ENGINE
-from trtllm_ct.targets.trtllm_torch import leases, sidecar
 from trtllm_ct.targets.trtllm_torch.listing import list_sidecars
 from trtllm_ct.targets.trtllm_torch.sidecar import SIDECAR_FILE, ServingOptions, make_sidecar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-BINDINGS = ("trtllm_ct.targets.trtllm_torch.bindings",)
 OPTIONS = ServingOptions()
 
-
-@pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own for each test, and no leases or records of other tests."""
-    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sidecar, "_known", {})
-    monkeypatch.setattr(leases, "_held", {})
-    yield tmp_path / "cache"
-    let_go()
+pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", config=tiny_config(hidden=128, layers=1), scheme="int4-g64").directory
-
-
-def let_go() -> None:
-    """As if every process that used one had ended."""
-    while leases._held:
-        os.close(leases._held.popitem()[1])
 
 
 def lines(done: Done) -> list[str]:
@@ -66,35 +49,35 @@ def rows(done: Done) -> set[str]:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_an_empty_cache_is_said_to_be_with_its_place(root: Path, exists: bool) -> None:
+def test_an_empty_cache_is_said_to_be_with_its_place(sidecar_cache: Path, exists: bool) -> None:
     if exists:
-        root.mkdir()
+        sidecar_cache.mkdir()
 
     done = run_cli("cache", "list")
 
     assert (done.code, done.err) == (0, "")
-    assert lines(done) == [f"0 in {root}"]
+    assert lines(done) == [f"0 in {sidecar_cache}"]
     assert run_cli("cache", "list", "--json").document == {
         "schema": 1,
         "kind": "cache-list",
-        "root": str(root),
+        "root": str(sidecar_cache),
         "sidecars": [],
     }
-    assert root.exists() is exists, "looking makes nothing"
+    assert sidecar_cache.exists() is exists, "looking makes nothing"
 
 
-def test_each_is_listed_with_its_source_engine_and_sizes(root: Path, source: Path) -> None:
+def test_each_is_listed_with_its_source_engine_and_sizes(sidecar_cache: Path, source: Path) -> None:
     one = make_sidecar(source, OPTIONS)
     two = make_sidecar(source, replace(OPTIONS, engine="stock-1.3", parallel=Parallel(tensor=4, pipeline=1, expert=2)))
 
     done = run_cli("cache", "list")
 
     assert (done.code, done.err) == (0, "")
-    assert lines(done)[:2] == [f"2 in {root}", "sidecar source engine tp pp ep"]
+    assert lines(done)[:2] == [f"2 in {sidecar_cache}", "sidecar source engine tp pp ep"]
     assert rows(done) == {f"{one.name} {source} {DEFAULT_ENGINE} 1 1 1", f"{two.name} {source} stock-1.3 4 1 2"}
 
 
-def test_the_document_has_every_option(root: Path, source: Path) -> None:
+def test_the_document_has_every_option(sidecar_cache: Path, source: Path) -> None:
     options = replace(OPTIONS, parallel=Parallel(tensor=2), dense_o_proj=True, strict=True)
     made = make_sidecar(source, options)
 
@@ -103,7 +86,7 @@ def test_the_document_has_every_option(root: Path, source: Path) -> None:
     assert document == {
         "schema": 1,
         "kind": "cache-list",
-        "root": str(root),
+        "root": str(sidecar_cache),
         "sidecars": [
             {
                 "directory": str(made),
@@ -118,7 +101,7 @@ def test_the_document_has_every_option(root: Path, source: Path) -> None:
 
 @pytest.mark.parametrize(("generation", "name"), [("old", "stock-1.0"), ("newest", "stock-1.3")])
 def test_what_an_engine_was_given_is_listed_under_its_capability_set(source: Path, generation: str, name: str) -> None:
-    with engine_double.installed(generation, importers=BINDINGS):
+    with engine_double.installed(generation, importers=[BINDINGS]):
         LLM(source, skip_tokenizer_init=True)
         made = prepare(source, tensor_parallel_size=2)
         inside = run_cli("cache", "list")
@@ -177,12 +160,12 @@ def test_a_damaged_one_is_shown_beside_the_others(source: Path, text: str, said:
     assert (entries[str(bad)]["source"], entries[str(bad)]["options"]) == (None, None)
 
 
-def test_only_damaged_ones_make_no_table(source: Path, root: Path) -> None:
+def test_only_damaged_ones_make_no_table(source: Path, sidecar_cache: Path) -> None:
     (make_sidecar(source, OPTIONS) / SIDECAR_FILE).write_text("{}")
 
     done = run_cli("cache", "list")
 
-    assert lines(done)[0] == f"0 in {root}"
+    assert lines(done)[0] == f"0 in {sidecar_cache}"
     assert "sidecar source engine" not in lines(done)
     assert "Delete the directory and call trtllm_ct.prepare again." in done.out
 
@@ -194,20 +177,20 @@ def test_a_source_that_is_gone_is_listed_all_the_same(source: Path) -> None:
     assert rows(run_cli("cache", "list")) == {f"{made.name} {source} {DEFAULT_ENGINE} 1 1 1"}
 
 
-def test_what_is_no_sidecar_is_not_listed(source: Path, root: Path) -> None:
+def test_what_is_no_sidecar_is_not_listed(source: Path, sidecar_cache: Path) -> None:
     made = make_sidecar(source, OPTIONS)
-    (root / "notes").mkdir()
-    (root / "notes" / "readme.md").write_text("mine")
-    shutil.copytree(made, root / f".{made.name}.1234.partial", symlinks=True)
-    (root / SIDECAR_FILE).write_text("{}")
+    (sidecar_cache / "notes").mkdir()
+    (sidecar_cache / "notes" / "readme.md").write_text("mine")
+    shutil.copytree(made, sidecar_cache / f".{made.name}.1234.partial", symlinks=True)
+    (sidecar_cache / SIDECAR_FILE).write_text("{}")
 
     assert rows(run_cli("cache", "list")) == {f"{made.name} {source} {DEFAULT_ENGINE} 1 1 1"}
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_a_narrow_terminal_loses_no_letter(source: Path, root: Path, width: int) -> None:
+def test_a_narrow_terminal_loses_no_letter(source: Path, sidecar_cache: Path, width: int) -> None:
     make_sidecar(source, OPTIONS)
-    wide, narrow = (_letters(report.sidecars(root, list_sidecars()), each) for each in (400, width))
+    wide, narrow = (_letters(report.sidecars(sidecar_cache, list_sidecars()), each) for each in (400, width))
 
     assert narrow == wide
 
@@ -223,50 +206,50 @@ def _letters(renderable: Any, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_there_may_be_nothing_to_clear(root: Path, exists: bool) -> None:
+def test_there_may_be_nothing_to_clear(sidecar_cache: Path, exists: bool) -> None:
     if exists:
-        root.mkdir()
+        sidecar_cache.mkdir()
 
     done = run_cli("cache", "clear")
 
     assert (done.code, done.err) == (0, "")
-    assert lines(done) == [f"Removed 0 from {root}"]
-    assert root.exists() is exists
+    assert lines(done) == [f"Removed 0 from {sidecar_cache}"]
+    assert sidecar_cache.exists() is exists
 
 
-def test_what_nobody_uses_is_removed_and_its_source_stays(source: Path, root: Path) -> None:
+def test_what_nobody_uses_is_removed_and_its_source_stays(source: Path, sidecar_cache: Path) -> None:
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     for tensor in (1, 2):
         make_sidecar(source, replace(OPTIONS, parallel=Parallel(tensor=tensor)))
-    let_go()
+    let_go_of_sidecars()
 
     done = run_cli("cache", "clear")
 
     assert (done.code, done.err) == (0, "")
-    assert lines(done) == [f"Removed 2 from {root}"]
-    assert list(root.iterdir()) == []
+    assert lines(done) == [f"Removed 2 from {sidecar_cache}"]
+    assert list(sidecar_cache.iterdir()) == []
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
-    assert lines(run_cli("cache", "list")) == [f"0 in {root}"]
+    assert lines(run_cli("cache", "list")) == [f"0 in {sidecar_cache}"]
 
 
-def test_what_a_process_uses_stays_and_is_named(source: Path, root: Path) -> None:
+def test_what_a_process_uses_stays_and_is_named(source: Path, sidecar_cache: Path) -> None:
     make_sidecar(source, OPTIONS)
-    let_go()
+    let_go_of_sidecars()
     used = make_sidecar(source, replace(OPTIONS, strict=True))
 
     done = run_cli("cache", "clear")
 
     assert done.code == 0
     assert lines(done) == [
-        f"Removed 1 from {root}",
+        f"Removed 1 from {sidecar_cache}",
         f"{used.name} stays: a running process uses it, or it belongs to another user",
     ]
-    assert [path.name for path in root.iterdir()] == [used.name]
+    assert [path.name for path in sidecar_cache.iterdir()] == [used.name]
 
 
-def test_the_document_names_both_kinds(source: Path, root: Path) -> None:
+def test_the_document_names_both_kinds(source: Path, sidecar_cache: Path) -> None:
     free = make_sidecar(source, OPTIONS)
-    let_go()
+    let_go_of_sidecars()
     used = make_sidecar(source, replace(OPTIONS, strict=True))
 
     document = run_cli("cache", "clear", "--json").document
@@ -274,7 +257,7 @@ def test_the_document_names_both_kinds(source: Path, root: Path) -> None:
     assert document == {
         "schema": 1,
         "kind": "cache-clear",
-        "root": str(root),
+        "root": str(sidecar_cache),
         "removed": [str(free)],
         "in_use": [str(used)],
     }
@@ -282,36 +265,36 @@ def test_the_document_names_both_kinds(source: Path, root: Path) -> None:
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 def test_a_running_model_keeps_its_own(source: Path, generation: str) -> None:
-    with engine_double.installed(generation, importers=BINDINGS):
+    with engine_double.installed(generation, importers=[BINDINGS]):
         llm = LLM(source, skip_tokenizer_init=True)
         document = run_cli("cache", "clear", "--json").document
         assert document["in_use"] == [llm.args.model]
         assert llm.logits([5, 6, 7]).isfinite().all()
 
 
-def test_a_damaged_one_can_be_cleared(source: Path, root: Path) -> None:
+def test_a_damaged_one_can_be_cleared(source: Path, sidecar_cache: Path) -> None:
     """That is what its message asks for."""
     (make_sidecar(source, OPTIONS) / SIDECAR_FILE).write_text("{}")
-    let_go()
+    let_go_of_sidecars()
 
-    assert lines(run_cli("cache", "clear")) == [f"Removed 1 from {root}"]
+    assert lines(run_cli("cache", "clear")) == [f"Removed 1 from {sidecar_cache}"]
 
 
-def test_what_others_put_there_stays(source: Path, root: Path) -> None:
+def test_what_others_put_there_stays(source: Path, sidecar_cache: Path) -> None:
     make_sidecar(source, OPTIONS)
-    let_go()
-    (root / "notes").mkdir()
-    (root / "notes" / "readme.md").write_text("mine")
+    let_go_of_sidecars()
+    (sidecar_cache / "notes").mkdir()
+    (sidecar_cache / "notes" / "readme.md").write_text("mine")
 
     run_cli("cache", "clear")
 
-    assert [path.name for path in root.rglob("*")] == ["notes", "readme.md"]
+    assert [path.name for path in sidecar_cache.rglob("*")] == ["notes", "readme.md"]
 
 
-def test_another_process_clears_what_this_one_let_go(source: Path, root: Path) -> None:
+def test_another_process_clears_what_this_one_let_go(source: Path, sidecar_cache: Path) -> None:
     """And it needs neither torch nor an engine for it."""
     free = make_sidecar(source, OPTIONS)
-    let_go()
+    let_go_of_sidecars()
     used = make_sidecar(source, replace(OPTIONS, strict=True))
     code = """
         import sys

@@ -10,6 +10,7 @@ import engine_double
 import pytest
 from builders import rewrite, tiny_config, write_checkpoint
 from command_line import Done, run_cli
+from engine_fixtures import BINDINGS
 from fresh_python import run_python
 
 from trtllm_ct import prepare
@@ -20,10 +21,8 @@ from trtllm_ct.targets.trtllm_torch.features import NO_PATCH
 from trtllm_ct.targets.trtllm_torch.sidecar import SIDECAR_FILE, Sidecar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-BINDINGS = ("trtllm_ct.targets.trtllm_torch.bindings",)
 CONFIG = tiny_config(hidden=128, intermediate=256)
 MIXED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "int4-g64-asym"),
@@ -37,24 +36,6 @@ ROW_WISE = {"o_proj": "fp8-channel-token", "down_proj": "int8-channel"}
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(NO_PATCH, raising=False)
-
-
-@pytest.fixture(params=engine_double.GENERATIONS)
-def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with engine_double.installed(request.param, importers=BINDINGS) as module:
-        yield module
-
-
-@pytest.fixture
-def newest() -> Iterator[Any]:
-    with engine_double.installed("newest", importers=BINDINGS) as module:
-        yield module
-
-
-@pytest.fixture
-def old() -> Iterator[Any]:
-    with engine_double.installed("old", importers=BINDINGS) as module:
-        yield module
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +89,7 @@ def test_packages_that_are_not_there_are_named_with_what_they_are_for(
     monkeypatch: pytest.MonkeyPatch, package: str, remedy: str, with_engine: bool
 ) -> None:
     if with_engine:
-        with engine_double.installed("newest", importers=BINDINGS):
+        with engine_double.installed("newest", importers=[BINDINGS]):
             monkeypatch.setitem(sys.modules, package, None)
             done = run_cli("doctor", "--json")
     else:
@@ -131,7 +112,7 @@ SEEN = {
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 def test_features_and_modes_of_the_installed_release(generation: str) -> None:
     name, features = SEEN[generation]
-    with engine_double.installed(generation, importers=BINDINGS):
+    with engine_double.installed(generation, importers=[BINDINGS]):
         document = run_cli("doctor", "--json").document
         shown = lines(run_cli("doctor"))
 
@@ -200,7 +181,7 @@ def test_one_that_is_installed_and_broken_is_said_to_be(tmp_path: Path, monkeypa
     (tmp_path / "tensorrt_llm").mkdir()
     (tmp_path / "tensorrt_llm" / "__init__.py").write_text("raise ImportError('libnvinfer.so.10: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, BINDINGS[0], raising=False)
+    monkeypatch.delitem(sys.modules, BINDINGS, raising=False)
 
     done = run_cli("doctor")
 
@@ -290,7 +271,7 @@ def test_a_trap_is_named_and_the_model_is_served(tmp_path: Path, generation: str
     """Attention quantizes its output at a scale of 1 where nothing can tell it otherwise."""
     write_checkpoint(tmp_path / "model", config=CONFIG, scheme=ROW_WISE)
 
-    with engine_double.installed(generation, importers=BINDINGS):
+    with engine_double.installed(generation, importers=[BINDINGS]):
         done = run_cli("doctor", tmp_path / "model")
         traps = run_cli("doctor", tmp_path / "model", "--json").document["served"]["traps"]
 
@@ -306,7 +287,7 @@ def test_every_problem_is_listed_and_the_code_is_1(tmp_path: Path, with_engine: 
     rewrite(directory, lambda tensors: [tensors.pop(f"model.layers.{i}.mlp.up_proj.weight_scale") for i in range(2)])
 
     if with_engine:
-        with engine_double.installed("newest", importers=BINDINGS):
+        with engine_double.installed("newest", importers=[BINDINGS]):
             done, document = run_cli("doctor", directory), run_cli("doctor", directory, "--json")
     else:
         done, document = run_cli("doctor", directory), run_cli("doctor", directory, "--json")
@@ -345,7 +326,7 @@ def test_other_checkpoints_go_to_the_engine(engine: Any, source: Path, tmp_path:
 def test_a_prepared_directory_is_what_its_source_is(source: Path, with_engine: bool) -> None:
     """`LLM` takes one as well, under the options that it was prepared with."""
     if with_engine:
-        with engine_double.installed("newest", importers=BINDINGS):
+        with engine_double.installed("newest", importers=[BINDINGS]):
             made = prepare(source, tensor_parallel_size=2, dense_o_proj=True)
             served = run_cli("doctor", made, "--tp", 2, "--json").document["served"]
         native = [mode for mode, _ in Sidecar.open(made).modes.values() if mode != "dequantized"]

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 from builders import Built, tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
 from fused_experts import fuse_experts
 from plain_model import deviation, plain_logits
 
 from trtllm_ct import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
 
-HOME = "trtllm_ct.targets.trtllm_torch.bindings"
 CONFIG = tiny_config(hidden=128, intermediate=256)
 WIDE = tiny_config(hidden=256, heads=4, intermediate=512)
 EXPERTS = tiny_config("Qwen3MoeForCausalLM", hidden=128, intermediate=256, moe_intermediate_size=128)
@@ -48,22 +47,7 @@ BOUNDS: dict[str, float] = {
     "mixed": EXACT,
 }
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(params=engine_double.GENERATIONS)
-def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with engine_double.installed(request.param, importers=[HOME]) as module:
-        yield module
-
-
-@pytest.fixture
-def newest() -> Iterator[Any]:
-    with engine_double.installed("newest", importers=[HOME]) as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 
 @pytest.fixture
@@ -72,7 +56,7 @@ def built(tmp_path: Path) -> Built:
 
 
 def loader(**arguments: Any) -> Any:
-    return import_module(HOME).CompressedTensorsCheckpointLoader(**arguments)
+    return import_module(BINDINGS).CompressedTensorsCheckpointLoader(**arguments)
 
 
 def logits_of(engine: Any, directory: Path, own: Any = None, *, draft: bool = False, **arguments: Any) -> Tensor:
@@ -131,7 +115,7 @@ def test_two_spawned_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gene
     monkeypatch.setenv("TRTLLM_CT_REPORTS", str(tmp_path / "reports"))
     built = write_checkpoint(tmp_path / "model", config=WIDE, scheme="int4-g64")
 
-    with engine_double.installed(generation, in_process=False, importers=[HOME]) as engine:
+    with engine_double.installed(generation, in_process=False, importers=[BINDINGS]) as engine:
         made = prepare(built.directory, tensor_parallel_size=2)
         logits = logits_of(engine, made, tensor_parallel_size=2)
 

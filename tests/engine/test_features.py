@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 import torch
+from engine_fixtures import BINDINGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,6 @@ from trtllm_ct.targets.trtllm_torch.prepare import installed_features
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-HOME = "trtllm_ct.targets.trtllm_torch.bindings"
 # TensorRT-LLM 1.0 `quantization/mode.py`, those that a checkpoint can be planned for; and what main has beside them.
 FIRST = (
     "W4A16",
@@ -214,8 +214,8 @@ def test_the_switch_forbids_our_linear_and_not_the_engines(
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 def test_the_switch_on_the_double(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
     monkeypatch.setenv(NO_PATCH, "1")
-    with engine_double.installed(generation, importers=[HOME]):
-        features = import_module(HOME).engine_features()
+    with engine_double.installed(generation, importers=[BINDINGS]):
+        features = import_module(BINDINGS).engine_features()
     assert (features.additive_zeros, features.has_own_gptq) == (False, False)
 
 
@@ -233,32 +233,32 @@ NEWEST = EngineFeatures(
 
 @pytest.mark.parametrize(("generation", "expected"), [("old", OLD), ("newest", NEWEST)], ids=engine_double.GENERATIONS)
 def test_the_double_is_the_release_that_it_imitates(generation: str, expected: EngineFeatures) -> None:
-    with engine_double.installed(generation, importers=[HOME]) as engine:
-        features = import_module(HOME).engine_features()
+    with engine_double.installed(generation, importers=[BINDINGS]) as engine:
+        features = import_module(BINDINGS).engine_features()
         assert installed_features() == features
         assert features == expected
         assert features.version == engine.__version__
 
 
 def test_a_release_with_a_method_of_its_own_is_found() -> None:
-    with engine_double.installed("newest", gptq=True, importers=[HOME]):
-        features = import_module(HOME).engine_features()
+    with engine_double.installed("newest", gptq=True, importers=[BINDINGS]):
+        features = import_module(BINDINGS).engine_features()
     assert (features.has_own_gptq, features.additive_zeros) == (True, True)
 
 
 def test_another_version_string_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with engine_double.installed("old", importers=[HOME]) as engine:
+    with engine_double.installed("old", importers=[BINDINGS]) as engine:
         monkeypatch.setattr(engine, "__version__", "99.0.0")
-        features = import_module(HOME).engine_features()
+        features = import_module(BINDINGS).engine_features()
     assert features.engine == "stock-1.0"
     assert features.version == "99.0.0"
 
 
 def test_putting_our_linear_in_does_not_change_what_is_found() -> None:
     """A second `LLM` in a process must be planned as the first one was."""
-    with engine_double.installed("newest", importers=[HOME]):
+    with engine_double.installed("newest", importers=[BINDINGS]):
         linear = import_module("tensorrt_llm._torch.modules.linear")
-        bindings = import_module(HOME)
+        bindings = import_module(BINDINGS)
         before = bindings.engine_features()
         assert bindings.install_additive_zeros(linear)
         assert bindings.engine_features() == before

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 from builders import tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
 from fresh_python import run_python
 
 import trtllm_ct
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEMO = Path(trtllm_ct.__file__).parent / "demo_data"
-BINDINGS = ("trtllm_ct.targets.trtllm_torch.bindings",)
 TOKENS = list(range(5, 25))
 
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=engine_double.GENERATIONS)
 def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with engine_double.installed(request.param, importers=BINDINGS) as module:
+    with engine_double.installed(request.param, importers=[BINDINGS]) as module:
         yield module
         uninstall()
 
@@ -182,7 +182,7 @@ def test_the_documented_import_works_while_it_is_installed(engine: Any) -> None:
 
     assert CompressedTensorsWeightLoader is bindings.CompressedTensorsWeightLoader
     assert CompressedTensorsConfigLoader is bindings.CompressedTensorsConfigLoader
-    assert CompressedTensorsWeightLoader.__module__ == BINDINGS[0]
+    assert CompressedTensorsWeightLoader.__module__ == BINDINGS
     loader_class = importlib.import_module(
         "tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader"
     ).HfCheckpointLoader

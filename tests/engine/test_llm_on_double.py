@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 from builders import Built, rewrite, rewrite_config, tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
 from hub_cache import COMMIT, HubCache
 from plain_model import deviation, plain_logits
 
@@ -23,39 +24,16 @@ from trtllm_ct.plan.parallel import Parallel
 from trtllm_ct.targets.trtllm_torch.sidecar import Sidecar, is_sidecar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = Path(trtllm_ct.__file__).parent / "demo_data"
-BINDINGS = ("trtllm_ct.targets.trtllm_torch.bindings",)
 TOKENS = list(range(5, 25))
 EXACT, DEQUANTIZED = 2e-3, 2e-2
 ROW_WISE = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "fp8-channel-token")
 STATIC_MLP = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "fp8-tensor-static")
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture(params=engine_double.GENERATIONS)
-def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with engine_double.installed(request.param, importers=BINDINGS) as module:
-        yield module
-
-
-@pytest.fixture
-def newest() -> Iterator[Any]:
-    with engine_double.installed("newest", importers=BINDINGS) as module:
-        yield module
-
-
-@pytest.fixture
-def old() -> Iterator[Any]:
-    with engine_double.installed("old", importers=BINDINGS) as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 
 @pytest.fixture
@@ -92,7 +70,7 @@ def test_text_is_that_of_the_reference_engine(engine: Any) -> None:
     [("old", (NotImplementedError, "Unsupported quantization_config")), ("newest", (TypeError, "not subscriptable"))],
 )
 def test_stock_fails_on_what_ours_loads(generation: str, error: tuple[type[Exception], str]) -> None:
-    with engine_double.installed(generation, importers=BINDINGS) as engine:
+    with engine_double.installed(generation, importers=[BINDINGS]) as engine:
         with pytest.raises(error[0], match=error[1]):
             engine.LLM(model=DEMO, skip_tokenizer_init=True)
 
@@ -164,14 +142,16 @@ def test_a_dtype_that_means_nothing_is_refused(newest: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "dense"])
-def test_other_checkpoints_go_to_the_engine_untouched(engine: Any, tmp_path: Path, kind: Any, cache: Path) -> None:
+def test_other_checkpoints_go_to_the_engine_untouched(
+    engine: Any, tmp_path: Path, kind: Any, sidecar_cache: Path
+) -> None:
     convert_checkpoint(DEMO, tmp_path / "out", to=kind)
 
     llm = served(str(tmp_path / "out"), tensor_parallel_size=2)
 
     assert (llm.args.model, llm.args.checkpoint_loader) == (str(tmp_path / "out"), None)
     assert llm.args.checkpoint_format == "HF"
-    assert not cache.exists()
+    assert not sidecar_cache.exists()
 
 
 def test_what_is_no_checkpoint_is_the_engines_to_refuse(engine: Any, tmp_path: Path) -> None:
@@ -291,6 +271,7 @@ def test_another_repository_is_the_engines(engine: Any, tmp_path: Path, monkeypa
 ON_ANOTHER_NODE = """
 import pickle, sys
 import engine_double
+from engine_fixtures import BINDINGS
 with engine_double.installed(sys.argv[1], importers=["trtllm_ct.targets.trtllm_torch.bindings"]):
     loader = pickle.loads(open(sys.argv[2], "rb").read())
     loader.load_config(sys.argv[3], trust_remote_code=True)
@@ -306,7 +287,7 @@ def test_a_node_with_another_cache_finds_the_repository_by_itself(
     """Neither the sidecar nor the snapshot's path exists there, and `main` has moved on."""
     hub = HubCache(tmp_path / "hub", monkeypatch)
     hub.add("org/demo", DEMO)
-    with engine_double.installed(generation, importers=BINDINGS):
+    with engine_double.installed(generation, importers=[BINDINGS]):
         llm = served("org/demo")
         state, model = pickle.dumps(llm.args.checkpoint_loader), llm.args.model
     (tmp_path / "loader.pickle").write_bytes(state)
@@ -425,12 +406,12 @@ def test_dense_o_proj_dequantizes_exactly_these(engine: Any, row_wise: Any, capl
 def test_what_the_fixed_scale_costs_and_what_helps(row_wise: Any) -> None:
     """Attention's output is rounded to multiples of 2^-9, most of it to zero; dense or told, it is right."""
     directory = row_wise()
-    with engine_double.installed("newest", importers=BINDINGS):
+    with engine_double.installed("newest", importers=[BINDINGS]):
         want = served(directory, force_dynamic_quantization=True).logits(TOKENS)
 
     errors = {}
     for generation in engine_double.GENERATIONS:
-        with engine_double.installed(generation, importers=BINDINGS, quantize_activations=True):
+        with engine_double.installed(generation, importers=[BINDINGS], quantize_activations=True):
             for dense in (False, True):
                 errors[generation, dense] = deviation(served(directory, dense_o_proj=dense).logits(TOKENS), want)
 

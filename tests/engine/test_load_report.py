@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 from builders import Built, tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +25,8 @@ from trtllm_ct.targets.trtllm_torch.sidecar import ServingOptions, Sidecar, make
 from trtllm_ct.targets.trtllm_torch.weights import deliver_for_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-HOME = "trtllm_ct.targets.trtllm_torch.bindings"
 CONFIG = tiny_config(hidden=128, intermediate=256)
 MIXED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "int8-plain-channel"),
@@ -37,9 +36,8 @@ MIXED = {
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(sidecar_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, and no reports but where a test asks for them."""
-    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(REPORTS, raising=False)
     return tmp_path / "reports" / "deep"
 
@@ -207,12 +205,6 @@ def test_a_load_of_no_time_has_no_rate() -> None:
 # Told once.
 
 
-@pytest.fixture(params=engine_double.GENERATIONS)
-def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with engine_double.installed(request.param, importers=[HOME]) as engine:
-        yield engine
-
-
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the engine's own log says of this package; its workers' log is the one that people see."""
     return [
@@ -228,7 +220,7 @@ def test_rank_0_alone_logs_it_and_once(
 ) -> None:
     caplog.set_level(logging.INFO, "tensorrt_llm")
     made = make_sidecar(built.directory, ServingOptions(parallel=Parallel(tensor=sizes[0], pipeline=sizes[1])))
-    loader = import_module(HOME).CompressedTensorsCheckpointLoader()
+    loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
     arguments = {"tensor_parallel_size": sizes[0], "pipeline_parallel_size": sizes[1]}
 
     engine.LLM(model=str(made), checkpoint_loader=loader, skip_tokenizer_init=True, **arguments)
@@ -241,7 +233,7 @@ def test_warnings_of_the_plan_are_told_with_it(engine: Any, tmp_path: Path, capl
     caplog.set_level(logging.INFO, "tensorrt_llm")
     built = write_checkpoint(tmp_path / "model", config=CONFIG, scheme="int4-g32", kv=True)
     made = make_sidecar(built.directory, ServingOptions())
-    loader = import_module(HOME).CompressedTensorsCheckpointLoader()
+    loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
 
     engine.LLM(model=str(made), checkpoint_loader=loader, skip_tokenizer_init=True)
 
@@ -256,7 +248,7 @@ def test_what_the_engine_loads_by_itself_is_not_ours_to_report(
 ) -> None:
     caplog.set_level(logging.INFO, "tensorrt_llm")
     convert_checkpoint(built.directory, tmp_path / "dense", to="dense")
-    loader = import_module(HOME).CompressedTensorsCheckpointLoader()
+    loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
 
     engine.LLM(model=str(tmp_path / "dense"), checkpoint_loader=loader, skip_tokenizer_init=True)
 

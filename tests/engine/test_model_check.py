@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import engine_double
 import pytest
 from builders import tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-HOME = "trtllm_ct.targets.trtllm_torch.bindings"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 PLAIN = (None, "NO_QUANT", "MIXED_PRECISION")
 ALGOS = [algo for algo in QuantAlgo if algo is not QuantAlgo.MIXED_PRECISION]
@@ -272,16 +271,9 @@ def test_exactly_the_disagreements_are_named(
 # On the double: somebody changed what the engine is told.
 
 
-@pytest.fixture(params=engine_double.GENERATIONS)
-def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with engine_double.installed(request.param, importers=[HOME]) as engine:
-        yield engine
-
-
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def made(sidecar_cache: Path, tmp_path: Path) -> Callable[..., Path]:
     """A sidecar, after an edit of one of its files."""
-    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
 
     def make(scheme: Any, name: str = "", edit: Callable[[dict[str, Any]], object] = dict) -> Path:
         config = tiny_config(hidden=128, layers=1)
@@ -296,7 +288,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
 
 
 def load(engine: Any, directory: Path) -> None:
-    loader = import_module(HOME).CompressedTensorsCheckpointLoader()
+    loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
     engine.LLM(model=str(directory), checkpoint_loader=loader, skip_tokenizer_init=True)
 
 

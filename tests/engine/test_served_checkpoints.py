@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import engine_double
 import pytest
+from engine_fixtures import BINDINGS
 from fp8_oracle import STATIC_FP8, engine_answers
 from plain_model import Golden, deviation
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.shared, pytest.mark.reference]
 
 GOLDEN_MODES: dict[str, Any] = json.loads(Path(__file__).with_name("golden_parallel.json").read_text())
-BINDINGS = ("trtllm_ct.targets.trtllm_torch.bindings",)
 EXACT, ROUNDED_ZEROS, DEQUANTIZED = 2e-3, 5e-3, 2e-2
 EXACT_IN_BFLOAT16 = {"mxfp4a16"}
 """Powers of two times E2M1: dequantizing loses nothing."""
@@ -65,7 +65,7 @@ def test_golden_answers(shared: Path, name: str, generation: str, tensor: int, p
     directory = shared / "checkpoints" / name
     golden = engine_answers(directory)
 
-    with engine_double.installed(generation, importers=BINDINGS):
+    with engine_double.installed(generation, importers=[BINDINGS]):
         logits = logits_of(directory, golden, tensor, pipeline)
 
     end = len(golden.prompt)
@@ -81,7 +81,7 @@ def test_two_processes_give_the_golden_answers(shared: Path, name: str, generati
     directory = shared / "checkpoints" / name
     golden = engine_answers(directory)
 
-    with engine_double.installed(generation, in_process=False, importers=BINDINGS):
+    with engine_double.installed(generation, in_process=False, importers=[BINDINGS]):
         logits = logits_of(directory, golden, 2, 1)
 
     end = len(golden.prompt)

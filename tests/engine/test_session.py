@@ -10,10 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import engine_double
 import pytest
 import torch
 from builders import Built, rewrite_config, tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
 
 from trtllm_ct.convert import convert_checkpoint
 from trtllm_ct.errors import LoadError, SidecarError, UsageError
@@ -33,13 +33,14 @@ from trtllm_ct.targets.trtllm_torch.sidecar import (
 from trtllm_ct.targets.trtllm_torch.weights import deliver_for_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-HOME = "trtllm_ct.targets.trtllm_torch.bindings"
 CONFIG = tiny_config(hidden=128, layers=1)
 OPTIONS = ServingOptions()
+
+pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,6 @@ class Mapped:
     def pp_layers(self, num_layers: int, /) -> Sequence[int]:
         each = num_layers // self.pp_size
         return range(self.pp_rank * each, (self.pp_rank + 1) * each)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own for each test, and no leases or records of other tests."""
-    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sidecar, "_known", {})
-    monkeypatch.setattr(leases, "_held", {})
-    yield tmp_path / "cache"
-    for descriptor in leases._held.values():
-        os.close(descriptor)
 
 
 @pytest.fixture(scope="module")
@@ -437,14 +427,8 @@ def test_a_model_is_held_against_what_was_loaded_last(made: Path, draft: Path) -
 # As the engine calls it.
 
 
-@pytest.fixture(params=engine_double.GENERATIONS)
-def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with engine_double.installed(request.param, importers=[HOME]) as engine:
-        yield engine
-
-
 def loader(**arguments: Any) -> Any:
-    return import_module(HOME).CompressedTensorsCheckpointLoader(**arguments)
+    return import_module(BINDINGS).CompressedTensorsCheckpointLoader(**arguments)
 
 
 def call(loader: Any, directory: Path, **keywords: Any) -> dict[str, Tensor]:
@@ -520,7 +504,7 @@ def test_a_loader_tells_of_its_sidecars_when_it_is_pickled(engine: Any, made: Pa
 
 def test_the_parts_of_a_loader_travel_alone_too(engine: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the engine's own loader carries them, in the way that its documentation shows."""
-    bindings = import_module(HOME)
+    bindings = import_module(BINDINGS)
     state = pickle.dumps([bindings.CompressedTensorsWeightLoader(), bindings.CompressedTensorsConfigLoader()])
     monkeypatch.setattr(sidecar, "_known", {})
     lose(made)

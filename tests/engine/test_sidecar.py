@@ -43,7 +43,7 @@ from trtllm_ct.targets.trtllm_torch.sidecar import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 CONFIG = tiny_config(hidden=128, intermediate=256)
 OPTIONS = ServingOptions()
@@ -55,16 +55,7 @@ SIDE_FILES = {
 }
 WEIGHTS = ("old/model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 
-
-@pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own for each test, and no leases or records of other tests."""
-    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sidecar, "_known", {})
-    monkeypatch.setattr(leases, "_held", {})
-    yield tmp_path / "cache"
-    for descriptor in leases._held.values():
-        os.close(descriptor)
+pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 
 @pytest.fixture
@@ -243,7 +234,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_switch(source: Path, t
 # Several processes.
 
 
-def test_eight_processes_at_once_make_one(source: Path, root: Path) -> None:
+def test_eight_processes_at_once_make_one(source: Path, sidecar_cache: Path) -> None:
     code = (
         "import sys, time; from trtllm_ct.targets.trtllm_torch.sidecar import *\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time())); print(make_sidecar(sys.argv[1], ServingOptions()))"
@@ -254,11 +245,11 @@ def test_eight_processes_at_once_make_one(source: Path, root: Path) -> None:
 
     assert [racer.returncode for racer in racers] == [0] * 8, done
     assert {out for out, _ in done} == {f"{make_sidecar(source, OPTIONS)}\n"}
-    assert [path.name for path in root.iterdir()] == [make_sidecar(source, OPTIONS).name]
+    assert [path.name for path in sidecar_cache.iterdir()] == [make_sidecar(source, OPTIONS).name]
 
 
 def test_the_loser_of_a_race_uses_what_the_winner_wrote(
-    source: Path, monkeypatch: pytest.MonkeyPatch, root: Path
+    source: Path, monkeypatch: pytest.MonkeyPatch, sidecar_cache: Path
 ) -> None:
     rename = Path.rename
     winners = []
@@ -274,7 +265,7 @@ def test_the_loser_of_a_race_uses_what_the_winner_wrote(
     monkeypatch.setattr(Path, "rename", race)
 
     assert Sidecar.open(make_sidecar(source, OPTIONS)).source == source
-    assert len(list(root.iterdir())) == 1
+    assert len(list(sidecar_cache.iterdir())) == 1
 
 
 def test_what_is_left_of_one_is_replaced(source: Path) -> None:
@@ -285,7 +276,7 @@ def test_what_is_left_of_one_is_replaced(source: Path) -> None:
     assert files_of(made) == {"config.json", "hf_quant_config.json", SIDECAR_FILE, *SIDE_FILES}
 
 
-def test_an_error_leaves_nothing_behind(source: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_nothing_behind(source: Path, sidecar_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -293,7 +284,7 @@ def test_an_error_leaves_nothing_behind(source: Path, root: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         make_sidecar(source, OPTIONS)
 
-    assert list(root.iterdir()) == []
+    assert list(sidecar_cache.iterdir()) == []
 
 
 # What changed since.
@@ -490,14 +481,14 @@ def test_where_locks_are_unknown_everything_counts_as_used(source: Path, monkeyp
     assert clear_sidecars().in_use == (made,)
 
 
-def test_working_places_of_killed_processes_are_cleared_in_time(root: Path) -> None:
+def test_working_places_of_killed_processes_are_cleared_in_time(sidecar_cache: Path) -> None:
     for name, age in ((".a.1234.partial", 2 * cache._SECONDS_OF_WORK), (".b.1234.partial", 0)):
-        (root / name).mkdir(parents=True)
-        os.utime(root / name, (time.time() - age,) * 2)
+        (sidecar_cache / name).mkdir(parents=True)
+        os.utime(sidecar_cache / name, (time.time() - age,) * 2)
 
     clear_sidecars()
 
-    assert [path.name for path in root.iterdir()] == [".b.1234.partial"]
+    assert [path.name for path in sidecar_cache.iterdir()] == [".b.1234.partial"]
 
 
 def _let_go(made: Path) -> None:
