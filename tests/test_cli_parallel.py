@@ -157,7 +157,8 @@ def test_stages_cost_no_mode(source: Path) -> None:
         (("--pp", 3), {"num_hidden_layers"}, "Use a pipeline-parallel size of at most 2."),
         (("--tp", 8, "--pp", 3), {"num_attention_heads", "num_hidden_layers"}, "of at most 2"),
     ],
-    ids=str,
+    # Spelled out: sets have another order in each process, and processes must agree on names.
+    ids=["tp3", "tp8", "pp3", "tp8-pp3"],
 )
 def test_uneven_sizes_are_problems_by_key(source: Path, sizes: tuple[Any, ...], wheres: set[str], remedy: str) -> None:
     inspected, planned = run_cli("inspect", source, *sizes), run_cli("plan", source, "--to", "modelopt", *sizes)
