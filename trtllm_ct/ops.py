@@ -181,7 +181,7 @@ class AdditiveZero(Operation):
         codes = module.codes
         if codes.zero_point is None:
             return torch.zeros(self.result.shape, dtype=torch.float32)
-        return widen_scale(additive_zero(codes.scale, codes.zero_point), self.result.shape)
+        return widen_scale(additive_zero(codes.scale, codes.zero_point, codes.zero_point_packing), self.result.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -189,7 +189,7 @@ def _zero_points_at_the_ends(module: ModulePlan, stored: Mapping[str, Tensor]) -
     weight = module.weight
     if weight is None or not weight.has_zero_point:
         return False
-    zero_point = weight.format.decode(weight, stored).zero_point
+    zero_point = weight.format.decode(weight, stored).plain_zero_point
     if zero_point is None or zero_point.numel() == 0:
         return False
     half = 1 << (weight.args.num_bits - 1)

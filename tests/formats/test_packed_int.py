@@ -129,12 +129,12 @@ def test_a_stored_zero_point_counts_whatever_symmetric_says(args: QuantArgs) -> 
 
 def test_plain_zero_points_of_old_writers_equal_packed_ones() -> None:
     stored = tensors_of(GROUP_32_ASYM, (10, 64), zero_point=True)
-    packed = PACKED_INT.decode(described(GROUP_32_ASYM, specs_of(stored)), stored).zero_point
+    packed = PACKED_INT.decode(described(GROUP_32_ASYM, specs_of(stored)), stored).plain_zero_point
     assert packed is not None
     plain = stored | {"weight_zero_point": packed}
     weight = described(GROUP_32_ASYM, specs_of(plain))
     assert weight.zero_point_packing is None
-    again = PACKED_INT.decode(weight, plain).zero_point
+    again = PACKED_INT.decode(weight, plain).plain_zero_point
     assert again is not None
     assert torch.equal(again, packed)
 

@@ -324,6 +324,62 @@ class TestAdditiveZero:
         assert torch.equal(dispatch.additive_zero(torch.ones(4, 6), zero), torch.full((4, 6), -1.0))
         assert loops == []
 
+    @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+    @settings(max_examples=60, deadline=None)
+    @given(
+        source=st.sampled_from(ALONG_ROWS),
+        rows=st.integers(1, 70),
+        groups=st.integers(1, 5),
+        surplus=st.tuples(st.integers(0, 2), st.integers(0, 3)),
+        seed=st.integers(0, 2**31),
+    )
+    def test_packed_zero_points_equal_plain_ones(
+        self, dtype: torch.dtype, source: Packing, rows: int, groups: int, surplus: tuple[int, int], seed: int
+    ) -> None:
+        """In words of any width, beside columns of garbage; whether codes straddle words or not."""
+        zero = random_codes((rows, groups), source.bits, seed)
+        exact = oracles.pack(zero.long().numpy(), source)
+        words = torch.full((exact.shape[0] + surplus[0], exact.shape[1] + surplus[1]), 0x5A5A5A5A, dtype=torch.int32)
+        words[: exact.shape[0], : exact.shape[1]] = exact
+        scale = torch.randn((rows, groups), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        out, buffer = guarded((rows, groups), torch.float32)
+
+        assert dispatch.additive_zero(scale, words, source, out=out) is out
+
+        assert same_bits(out, scales.additive_zero(scale, zero))
+        assert is_untouched(buffer)
+
+    @pytest.mark.parametrize(
+        ("source", "ran"),
+        [
+            (packed_words(4, axis=0), ["additive_zero_of_words"]),
+            (packed_words(8, axis=0), ["additive_zero_of_words"]),
+            (packed_words(3, axis=0, dense=False), ["additive_zero_of_words"]),
+            (packed_words(3, axis=0), ["plain_codes_along_rows", "additive_zero"]),
+            (packed_words(4), ["additive_zero"]),
+        ],
+        ids=str,
+    )
+    def test_codes_that_are_whole_in_their_words_take_one_pass(
+        self, loops: list[str], source: Packing, ran: list[str]
+    ) -> None:
+        zero = random_codes((20, 6), source.bits, seed=3)
+        words = oracles.pack(zero.long().numpy(), source)
+
+        assert torch.equal(dispatch.additive_zero(torch.ones(20, 6), words, source), -zero.float())
+        assert loops == ran
+
+    @pytest.mark.parametrize("scale", [0.0, float("inf"), float("-inf"), float("nan")])
+    def test_packed_zero_points_under_scales_that_are_no_numbers(self, scale: float) -> None:
+        words = torch.tensor([[-1985229329] * 3], dtype=torch.int32)  # 0x89ABCDEF: zero points 7 to 0
+        scale_OG = torch.full((8, 3), scale)
+
+        found = dispatch.additive_zero(scale_OG, words, packed_words(4, axis=0))
+
+        zero = torch.arange(7, -1, -1, dtype=torch.int8)[:, None].expand(8, 3)
+        assert same_bits(found, scales.additive_zero(scale_OG, zero))
+        assert not (found.signbit() & (found == 0)).any()
+
 
 def exact_numbers(element: Element) -> list[Fraction | None]:
     return [number(field, element) for field in range(256 if element is Element.E4M3 else 1 << FLOATS[element].bits)]
@@ -645,6 +701,8 @@ class TestWhatLoopsDoNotTake:
 
         assert dispatch.unpack_codes(zero, packed_words(4, axis=0), (64, 3)).device.type == "meta"
         assert dispatch.additive_zero(away.float(), away).device.type == "meta"
+        scale = torch.ones(64, 3, device="meta")
+        assert dispatch.additive_zero(scale, zero, packed_words(4, axis=0)).device.type == "meta"
         scaling = Scaling(scale=torch.ones(4, 1, device="meta"))
         found = dispatch.dequantize(away, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.bfloat16)
         assert (found.device.type, found.dtype, found.shape) == ("meta", torch.bfloat16, (4, 8))
@@ -822,12 +880,13 @@ class TestProcesses:
                     for rows in (1, 8, 31, 32, 33, 64, 65):
                         words = at_the_end(along.packed_shape((rows, 3)), torch.int32)
                         dispatch.unpack_codes(words, along, (rows, 3))
-                        count += 1
+                        dispatch.additive_zero(torch.ones(rows, 3), words, along)
+                        count += 2
             print(count)
             """
         )
 
-        assert done.stdout.strip() == str(8 * (3 * 7 * 3 + 2 * 7))
+        assert done.stdout.strip() == str(8 * (3 * 7 * 3 + 2 * 7 * 2))
 
     def test_threads_give_the_same_bits(self) -> None:
         """Loops let go of the interpreter lock; they share nothing."""

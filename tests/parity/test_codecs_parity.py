@@ -125,9 +125,10 @@ def assert_reads(codec: Codec, arguments: dict[str, Any], stored: dict[str, Tens
     assert torch.equal(bits(plain_codes(codes)), bits(written.codes))
     assert torch.equal(codes.scale.flatten(), written.scale.flatten())
     assert codes.scale.dtype is written.scale.dtype
-    assert (codes.zero_point is None) is (written.zero_point is None)
-    if codes.zero_point is not None and written.zero_point is not None:
-        assert torch.equal(codes.zero_point, written.zero_point.reshape(codes.zero_point.shape))
+    zero_point = codes.plain_zero_point
+    assert (zero_point is None) is (written.zero_point is None)
+    if zero_point is not None and written.zero_point is not None:
+        assert torch.equal(zero_point, written.zero_point.reshape(zero_point.shape))
     dense = codec.dequantize(weight, stored, written.dense.dtype)
     assert dense.dtype is written.dense.dtype
     assert torch.equal(dense, written.dense)

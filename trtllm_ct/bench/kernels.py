@@ -104,14 +104,14 @@ def _prepare_zero_points(shape: Shape) -> Prepared:
     """Packed zero points to the offsets that an engine adds, unpacked on the way."""
     import torch
 
-    from trtllm_ct.layouts.dispatch import additive_zero, unpack_codes
+    from trtllm_ct.layouts.dispatch import additive_zero
     from trtllm_ct.layouts.packing import packed_words
 
     groups, source = (shape[0], shape[1] // _GROUP), packed_words(4, axis=0)
     packed = _random_words(source.packed_shape(groups))
     scale = torch.rand(groups).to(torch.bfloat16)
     out = _warm(groups, torch.float32)
-    return lambda: additive_zero(scale, unpack_codes(packed, source, groups), out=out), out.nbytes
+    return lambda: additive_zero(scale, packed, source, out=out), out.nbytes
 
 
 def _prepare_fp8_rows(shape: Shape) -> Prepared:

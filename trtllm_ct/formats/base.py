@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trtllm_ct.layouts.dispatch import unpack_codes
 from trtllm_ct.schemes import CompressionFormat, Element, Packing, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ class Codes:
 
     `values` is still packed as `packing` says; for float8 codes `packing` is None and `values` are [N, K] themselves.
     `scale` is reshaped to (rows, groups): a float of any width, or uint8 for powers of two (E8M0).
-    `zero_point` is int8 of that shape, `divisor` one float32 element, `group_index` an integer for each column; each of
-    them is None when there is none.
+    `zero_point` is int8 of that shape, or still packed as `zero_point_packing` says; `divisor` is one float32 element,
+    `group_index` an integer for each column; each of them is None when there is none.
     """
 
     values: Tensor
@@ -89,8 +90,17 @@ class Codes:
     scale: Tensor
     element: Element = Element.INT
     zero_point: Tensor | None = None
+    zero_point_packing: Packing | None = None
     divisor: Tensor | None = None
     group_index: Tensor | None = None
+
+    @property
+    def plain_zero_point(self) -> Tensor | None:
+        """The zero point as int8 (rows, groups), unpacked where it is packed."""
+        if self.zero_point is None or self.zero_point_packing is None:
+            return self.zero_point
+        rows, groups = self.scale.shape
+        return unpack_codes(self.zero_point, self.zero_point_packing, (rows, groups))
 
 
 class WeightFormat(ABC):

@@ -47,7 +47,7 @@ class _NativeCodec:
         codes = self.decode(weight, stored)
         scaling = Scaling(
             scale=codes.scale,
-            zero_point=codes.zero_point,
+            zero_point=codes.plain_zero_point,
             group_columns=weight.group_columns,
             block_rows=weight.block_rows,
             group_index=codes.group_index,
@@ -79,13 +79,13 @@ class _LibraryCodec:
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
         bits = weight.args.num_bits
-        zero_point = codes.zero_point
+        zero_point = codes.plain_zero_point
         if weight.zero_point_packing is not None:
             # Old writers leave surplus columns behind the groups, which the library does not know.
             packed = stored["weight_zero_point"][:, : weight.scale_shape[1]]
             zero_point = unpack_from_int32(packed, bits, torch.Size(weight.scale_shape), packed_dim=0)
         values = unpack_from_int32(codes.values, bits, torch.Size(weight.shape))
-        return replace(codes, values=values, packing=INT8_PLAIN, zero_point=zero_point)
+        return replace(codes, values=values, packing=INT8_PLAIN, zero_point=zero_point, zero_point_packing=None)
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         codes = self.decode(weight, stored)

@@ -26,7 +26,7 @@ from trtllm_ct.dtypes import DType
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
-from trtllm_ct.layouts.dispatch import repack, unpack_codes
+from trtllm_ct.layouts.dispatch import repack
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
 from trtllm_ct.schemes import CompressionFormat, NumberType, Packing, QuantArgs, Strategy
 
@@ -85,14 +85,11 @@ class _PackedInt(WeightFormat):
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """Words stay packed; zero points are unpacked to int8 (rows, groups)."""
+        """Words stay packed, those of zero points too; plain zero points become int8 (rows, groups)."""
         import torch
 
-        zero_point = None
-        if weight.has_zero_point:
-            zero_point = stored["weight_zero_point"]
-            if weight.zero_point_packing is not None:
-                zero_point = unpack_codes(zero_point, weight.zero_point_packing, weight.scale_shape)
+        zero_point = stored["weight_zero_point"] if weight.has_zero_point else None
+        if zero_point is not None and weight.zero_point_packing is None:
             zero_point = zero_point.reshape(weight.scale_shape).to(torch.int8)
         return Codes(
             values=stored[weight.codes],
@@ -100,6 +97,7 @@ class _PackedInt(WeightFormat):
             shape=weight.shape,
             scale=stored[weight.scale].reshape(weight.scale_shape),
             zero_point=zero_point,
+            zero_point_packing=weight.zero_point_packing,
             group_index=group_of_columns(weight, stored),
         )
 
@@ -113,10 +111,11 @@ class _PackedInt(WeightFormat):
             "weight_scale": codes.scale,
             "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
         }
-        if codes.zero_point is not None:
+        zero_point = codes.plain_zero_point
+        if zero_point is not None:
             packs = args.strategy in _PACKS_ZERO_POINTS
             along_rows = packed_words(args.num_bits, axis=0)
-            tensors["weight_zero_point"] = pack_codes(codes.zero_point, along_rows) if packs else codes.zero_point
+            tensors["weight_zero_point"] = pack_codes(zero_point, along_rows) if packs else zero_point
         if codes.group_index is not None:
             tensors[GROUP_INDEX] = codes.group_index
         return tensors

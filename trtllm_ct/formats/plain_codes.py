@@ -117,8 +117,9 @@ class _PlainCodes(WeightFormat):
         if codes.packing is not None:
             values = repack(values, codes.packing, INT8_PLAIN, codes.shape)
         tensors = {"weight": values, "weight_scale": codes.scale}
-        if codes.zero_point is not None:
-            tensors["weight_zero_point"] = codes.zero_point
+        zero_point = codes.plain_zero_point
+        if zero_point is not None:
+            tensors["weight_zero_point"] = zero_point
         if codes.group_index is not None:
             tensors[GROUP_INDEX] = codes.group_index
         return tensors

@@ -68,13 +68,7 @@ def repack(
 
 def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
     """The signed codes in a container, int8 of `shape`; see `packing.unpack_codes`. The loop is for zero points."""
-    room = packing.packed_shape(shape)
-    known = (
-        (packing.container, packing.axis, packing.offset_binary) == (DType.I32, 0, True)
-        and packed.shape[0] >= room[0]
-        and packed.shape[1] >= room[1]
-    )
-    if not known or not _is_large(shape, packed):
+    if not _has_columns(packed, packing, shape) or not _is_large(shape, packed):
         return plain.unpack_codes(packed, packing, shape)
     import numpy as np
     import torch
@@ -82,25 +76,40 @@ def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Te
     from trtllm_ct.layouts import kernels
 
     codes = torch.empty(shape, dtype=torch.int8)
-    per_word = 0 if packing.dense else packing.container.bits // packing.bits
+    per_word = 0 if packing.dense else _whole_codes(packing)
     kernels.plain_codes_along_rows(_octets(packed).view(np.uint32), packing.bits, per_word, _octets(codes))
     return codes
 
 
-def additive_zero(scale_OG: Tensor, zero_point_OG: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The offset that an engine adds after scaling, float32 [N, G]; see `scales.additive_zero`."""
+def additive_zero(
+    scale_OG: Tensor, zero_point: Tensor, packing: Packing | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """The offset that an engine adds after scaling, float32 [N, G]; see `scales.additive_zero`.
+
+    `zero_point` is int8 [N, G], or packed as `packing` says.
+    """
     import torch
 
-    shape = tuple(scale_OG.shape)
-    known = tuple(zero_point_OG.shape) == shape and zero_point_OG.dtype == torch.int8
-    if not known or not _is_large(shape, scale_OG, zero_point_OG):
-        return _into(out, scales.additive_zero(scale_OG, zero_point_OG))
+    shape = (scale_OG.shape[0], scale_OG.shape[1])
+    straddles = packing is not None and packing.dense and packing.container.bits % packing.bits
+    if packing is not None and (straddles or not _has_columns(zero_point, packing, shape)):
+        zero_point, packing = unpack_codes(zero_point, packing, shape), None
+    known = packing is not None or (zero_point.shape == scale_OG.shape and zero_point.dtype == torch.int8)
+    if not known or not _is_large(shape, scale_OG, zero_point):
+        plain_zero_point = zero_point if packing is None else plain.unpack_codes(zero_point, packing, shape)
+        return _into(out, scales.additive_zero(scale_OG, plain_zero_point))
+    import numpy as np
+
     from trtllm_ct.layouts import kernels
 
     offset = _target(out, shape, torch.float32)
     halves = scale_OG.dtype == torch.bfloat16
-    scale = scale_OG.view(torch.uint16) if halves else scale_OG.to(torch.float32)
-    kernels.additive_zero(_array(zero_point_OG.flatten()), _array(scale.flatten()), halves, _array(offset.view(-1)))
+    scale = _array(scale_OG.view(torch.uint16) if halves else scale_OG.to(torch.float32))
+    if packing is None:
+        kernels.additive_zero(_array(zero_point), scale, halves, _array(offset))
+    else:
+        words = _octets(zero_point).view(np.uint32)
+        kernels.additive_zero_of_words(words, packing.bits, _whole_codes(packing), scale, halves, _array(offset))
     return offset
 
 
@@ -160,6 +169,18 @@ def _tensors(values: Tensor, scaling: Scaling) -> list[Tensor]:
 def _has_rows(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
     """Whether codes lie along the columns, all of them."""
     return packing.axis == 1 and packed.shape[0] >= shape[0] and packed.shape[1] >= packing.elements(shape[1])
+
+
+def _has_columns(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
+    """Whether codes lie along the rows in words, all of them, as zero points do."""
+    rows, columns = packing.packed_shape(shape)
+    along_rows = (packing.container, packing.axis, packing.offset_binary) == (DType.I32, 0, True)
+    return along_rows and packed.shape[0] >= rows and packed.shape[1] >= columns
+
+
+def _whole_codes(packing: Packing) -> int:
+    """How many whole codes a word holds."""
+    return packing.container.bits // packing.bits
 
 
 def _is_known(values: Tensor, packing: Packing | None, shape: tuple[int, int], scaling: Scaling) -> bool:

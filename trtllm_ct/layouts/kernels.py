@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS",
     "additive_zero",
+    "additive_zero_of_words",
     "dequantize",
     "plain_codes",
     "plain_codes_along_rows",
@@ -132,29 +133,51 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
 
     `per_word` codes stand in each word; 0 says that codes are one dense stream and may straddle two words.
     """
-    mask, half = u32((1 << bits) - 1), u32(1 << (bits - 1))
-    for n in range(codes_OG.shape[0]):
+    mask, half, (rows, groups) = u32((1 << bits) - 1), u32(1 << (bits - 1)), codes_OG.shape
+    # Rows are short here: taking them apart as arrays of their own would cost half as much as unpacking them.
+    for n in range(rows):
         place = n // per_word * 32 + n % per_word * bits if per_word else n * bits
         word, shift = place // 32, u32(place % 32)
-        codes_G, low_G = codes_OG[n], words_WG[word]
         if place % 32 + bits > 32:
-            high_G, rest = words_WG[word + 1], u32(32 - place % 32)
-            for g in range(codes_G.shape[0]):
-                codes_G[g] = u8(u32(u32(u32(low_G[g] >> shift) | u32(high_G[g] << rest)) & mask) - half)
+            rest = u32(32 - place % 32)
+            for g in range(groups):
+                field = u32(u32(words_WG[word, g] >> shift) | u32(words_WG[word + 1, g] << rest))
+                codes_OG[n, g] = u8(u32(field & mask) - half)
         else:
-            for g in range(codes_G.shape[0]):
-                codes_G[g] = u8(u32(u32(low_G[g] >> shift) & mask) - half)
+            for g in range(groups):
+                codes_OG[n, g] = u8(u32(u32(words_WG[word, g] >> shift) & mask) - half)
 
 
 @_kernel
-def additive_zero(zero_I: NDArray[np.int8], scale_I: NDArray[Any], halves: bool, offset_I: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
-    """-(zero point) * scale of any number of elements, plus zero for minus zero.
+def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], halves: bool, offset_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
+    """-(zero point) * scale, all [N, G], plus zero for minus zero.
 
-    `scale_I` is float32, or the bits of bfloat16 as uint16: then `halves` says so.
+    `scale_OG` is float32, or the bits of bfloat16 as uint16: then `halves` says so.
     """
-    for i in range(offset_I.shape[0]):
-        scale = u32(u32(scale_I[i]) << u32(16)).view(np.float32) if halves else f32(scale_I[i])
-        offset_I[i] = -(f32(i32(zero_I[i])) * scale) + f32(0)
+    rows, groups = offset_OG.shape
+    for n in range(rows):
+        for g in range(groups):
+            scale = u32(u32(scale_OG[n, g]) << u32(16)).view(np.float32) if halves else f32(scale_OG[n, g])
+            offset_OG[n, g] = -(f32(i32(zero_OG[n, g])) * scale) + f32(0)
+
+
+@_kernel
+def additive_zero_of_words(
+    words_WG: NDArray[np.uint32],
+    bits: int,
+    per_word: int,
+    scale_OG: NDArray[Any],
+    halves: bool,  # noqa: FBT001 (numba has no keywords)
+    offset_OG: Floats,
+) -> None:
+    """The same for zero points that are whole codes along N in words of 32 bits, `per_word` in each."""
+    mask, half, (rows, groups) = u32((1 << bits) - 1), i32(1 << (bits - 1)), offset_OG.shape
+    for n in range(rows):
+        word, shift = n // per_word, u32(n % per_word * bits)
+        for g in range(groups):
+            scale = u32(u32(scale_OG[n, g]) << u32(16)).view(np.float32) if halves else f32(scale_OG[n, g])
+            zero = i32(i32(u32(words_WG[word, g] >> shift) & mask) - half)
+            offset_OG[n, g] = -(f32(zero) * scale) + f32(0)
 
 
 @_kernel
