@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from builders import Built, rewrite_config, tiny_config, write_checkpoint
+from safetensors.torch import save_file
 
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import CatalogError, ConfigError, DetectionError, UsageError
+from trtllm_ct.errors import CatalogError, ConfigError, DetectionError, PayloadError, UsageError
 from trtllm_ct.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint, stream_delivered
+from trtllm_ct.producers import ValueWatch
 from trtllm_ct.targets import ENGINES, TARGETS, target_named
+
+if TYPE_CHECKING:
+    from trtllm_ct.plan.model import ModulePlan
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,98 @@ def test_streaming_equals_mapping_in_memory(built: Built) -> None:
     streamed = {name: tensor for _, part in stream_delivered(plan, checkpoint.catalog) for name, tensor in part.items()}
     assert mapped.keys() == streamed.keys()
     assert all(torch.equal(mapped[name], streamed[name]) for name in mapped)
+
+
+class TestWorkers:
+    @pytest.mark.parametrize("workers", [1, 2, 3, 8, 100])
+    def test_any_number_of_them_gives_the_same(self, built: Built, workers: int):
+        checkpoint = open_checkpoint(built.directory)
+        plan = checkpoint.plan()
+        expected = CompressedTensorsWeightMapper().map_weights(plan, built.stored)
+
+        streamed = list(stream_delivered(plan, checkpoint.catalog, workers=workers))
+
+        assert [module for module, _ in streamed] == list(plan.modules)
+        delivered = {name: tensor for _, part in streamed for name, tensor in part.items()}
+        assert delivered.keys() == expected.keys()
+        assert all(torch.equal(delivered[name], expected[name]) for name in expected)
+
+    def test_a_plan_of_no_modules_gives_nothing(self, built: Built):
+        checkpoint = open_checkpoint(built.directory)
+
+        assert list(stream_delivered(replace(checkpoint.plan(), modules=()), checkpoint.catalog, workers=2)) == []
+
+    @pytest.mark.parametrize(("workers", "ahead"), [(1, 0), (2, 2), (3, 4)])
+    def test_no_more_modules_are_read_ahead_than_they_need(self, built: Built, workers: int, ahead: int):
+        checkpoint = open_checkpoint(built.directory)
+        plan = checkpoint.plan()
+        read: list[str] = []
+
+        class Reader(TensorReader):
+            def read(self, name: str, *run: int | None) -> torch.Tensor:
+                read.append(name)
+                return super().read(name, *run)
+
+        modules = stream_delivered(plan, checkpoint.catalog, reader=Reader(checkpoint.catalog), workers=workers)
+        for number, _ in enumerate(modules, start=1):
+            begun = plan.modules[: number + ahead]
+            assert read == [run.name for module in begun for run in module.runs]
+
+    @pytest.mark.parametrize("workers", [1, 4])
+    def test_the_first_fault_in_the_order_of_the_plan_is_raised(self, tmp_path: Path, workers: int):
+        """However soon later ones are found; what comes before it is delivered."""
+        built = write_checkpoint(tmp_path, scheme="int4-g64")
+        plan = open_checkpoint(tmp_path).plan()
+        modules = [module.name for module in plan.modules]
+        quantized = [module.name for module in plan.modules if module.weight is not None]
+        first, last = quantized[3], quantized[-1]
+        scales = [f"{name}.weight_scale" for name in (first, last)]
+        broken = {name: torch.full_like(built.stored[name], torch.nan) for name in scales}
+        save_file(built.stored | broken, tmp_path / "model.safetensors")
+        checkpoint = open_checkpoint(tmp_path)
+        names: list[str] = []
+
+        def deliver() -> None:
+            for module, _ in stream_delivered(checkpoint.plan(), checkpoint.catalog, workers=workers):
+                names.append(module.name)
+
+        with pytest.raises(PayloadError, match=re.escape(first)) as caught:
+            deliver()
+        assert last not in str(caught.value)
+        assert names == modules[: modules.index(first)]
+
+    def test_whoever_stops_early_waits_for_nothing_but_what_runs(self, built: Built):
+        checkpoint = open_checkpoint(built.directory)
+        modules = stream_delivered(checkpoint.plan(), checkpoint.catalog, workers=4)
+        before = threading.active_count()
+
+        next(modules)
+        modules.close()
+
+        assert threading.active_count() == before
+
+    def test_a_warning_is_told_once_with_the_first_module_of_the_plan(
+        self, built: Built, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ):
+        """Though a later module is looked at first."""
+        checkpoint = open_checkpoint(built.directory)
+        plan = checkpoint.plan()
+        one, other = [module.name for module in plan.modules if module.weight is not None][:2]
+        other_looked = threading.Event()
+
+        def look(_self: ValueWatch, module: ModulePlan, _stored: object) -> tuple[str, ...]:
+            if module.name == one:
+                other_looked.wait(timeout=20)
+            elif module.name == other:
+                other_looked.set()
+            return ("odd values",) if module.name in {one, other} else ()
+
+        monkeypatch.setattr(ValueWatch, "look", look)
+        with caplog.at_level("WARNING"):
+            list(stream_delivered(plan, checkpoint.catalog, workers=2))
+
+        assert other_looked.is_set()
+        assert [record.getMessage() for record in caplog.records] == [f"{one}: odd values"]
 
 
 class TestTargets:

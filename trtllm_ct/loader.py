@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.collector import collector_paused
 from trtllm_ct.errors import Fault, UsageError
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
 from trtllm_ct.pipeline import open_checkpoint, stream_delivered
@@ -62,12 +63,14 @@ class CompressedTensorsWeightLoader:
         of the model's dtype) or `stored` (as they lie in the files). `mapping` and further keywords are the
         engine's. With a mapping of several ranks the tensors are those that its rank reads: of full size still, but
         only the rows of its slice are there (see `plan_for_rank`); `stored` tensors are whole in any case.
-        Memory beyond the result: one module group. Tensors that need no change are views of the mapped files. Raises
-        `CheckpointError` with all faults of the stage that found them.
+        Memory beyond the result: one module group, and where transforms are folded a weight in float64 for each of up
+        to 4 threads. Tensors that need no change are views of the mapped files. Raises `CheckpointError` with all
+        faults of the stage that found them.
         """
         weights: dict[str, Tensor] = {}
-        for _module, tensors in self.stream(checkpoint_dir, mapping, layout=layout, **kwargs):
-            weights |= tensors
+        with collector_paused():
+            for _module, tensors in self.stream(checkpoint_dir, mapping, layout=layout, **kwargs):
+                weights |= tensors
         return weights
 
     def stream(
@@ -80,8 +83,8 @@ class CompressedTensorsWeightLoader:
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The weights of one module after another, as (module name, its tensors by full name); see `load_weights`.
 
-        The plan is made, its warnings are logged and faults are raised before the first module comes. Memory: one
-        module group.
+        The plan is made, its warnings are logged and faults are raised before the first module comes. Memory: of some
+        modules, see `stream_delivered`.
         """
         _require_choice("layout", layout, ("stored", *_TARGET_OF_LAYOUT))
         if layout == "stored":

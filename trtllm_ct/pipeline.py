@@ -14,7 +14,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.mistral_params import config_from_params
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
+from trtllm_ct.cores import available_cores
 from trtllm_ct.detect import Detection, FormatDetector
 from trtllm_ct.plan.architectures import Model
 from trtllm_ct.plan.parallel import ONE_RANK, Parallel
@@ -30,7 +35,8 @@ from trtllm_ct.probing import probe_checkpoint
 from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+    from concurrent.futures import Future
 
     from torch import Tensor
 
@@ -41,7 +47,14 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.model import ModulePlan, Plan
     from trtllm_ct.plan.probe import Probe
 
+    _Mapped = tuple[dict[str, Tensor], list[str]]
+
 __all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint", "stream_delivered"]
+
+logger = logging.getLogger("trtllm_ct")
+
+_MOST_WORKERS = 4
+"""Threads that convert at a time unless more are asked for: about as many fill the memory bus of one processor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,26 +157,57 @@ def stream_delivered(
     codec: Codec | None = None,
     device: str = "cpu",
     reader: TensorReader | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[ModulePlan, dict[str, Tensor]]]:
     """Load and map: the delivered tensors of one module after another, in the order of the plan.
 
     `plan` is that of a whole checkpoint or, by `plan_for_rank`, of one rank. Operations run on `device`; delivered
     tensors stay there. Stored tensors are views of mapped files. `reader` is one of `catalog` that the caller keeps,
     for its `bytes_read`; it is closed at the end.
-    Memory: one module's delivered tensors, and its int8 codes while it is dequantized.
+    `workers` threads convert modules ahead of the one that is waited for: by default one for each core up to 4, and a
+    single one for another device than the CPU.
+    Memory: of twice as many modules as workers, but of a single one with a single worker, their delivered tensors and
+    their int8 codes while they are dequantized.
     """
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.formats.codecs import NATIVE
     from trtllm_ct.joined import JoinedScalars
+
+    count = workers or (min(available_cores(), _MOST_WORKERS) if device == "cpu" else 1)
+    joined, told = JoinedScalars(), set[str]()
+    ahead: deque[tuple[ModulePlan, Future[_Mapped]]] = deque()
+    with reader or TensorReader(catalog) as files, ThreadPoolExecutor(count) as pool:
+        try:
+            for module, following in zip_longest(plan.modules, plan.modules[1:]):
+                if following is not None:
+                    files.prefetch(following.runs)
+                stored = {run.name: files.read(run.name, run.begin, run.end) for run in module.runs}
+                ahead.append((module, pool.submit(_map_module, module, stored, codec or NATIVE, device)))
+                while len(ahead) >= (2 * count - 1 if following is not None else 1):
+                    done, future = ahead.popleft()
+                    delivered, warnings = future.result()
+                    _tell(done, warnings, told)
+                    joined.check(done, delivered)
+                    yield done, delivered
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _map_module(module: ModulePlan, stored: Mapping[str, Tensor], codec: Codec, device: str) -> _Mapped:
+    """What a module delivers, and what its values warn of."""
     from trtllm_ct.mapper import CompressedTensorsWeightMapper
 
-    mapper = CompressedTensorsWeightMapper(codec=codec or NATIVE, device=device)
-    joined = JoinedScalars()
-    with reader or TensorReader(catalog) as files:
-        for module, following in zip(plan.modules, (*plan.modules[1:], None), strict=True):
-            if following is not None:
-                files.prefetch(following.runs)
-            stored = {run.name: files.read(run.name, run.begin, run.end) for run in module.runs}
-            delivered = mapper.map_module(module, stored)
-            joined.check(module, delivered)
-            yield module, delivered
+    warnings: list[str] = []
+    mapper = CompressedTensorsWeightMapper(
+        codec=codec, device=device, on_warning=lambda _module, warning: warnings.append(warning)
+    )
+    return mapper.map_module(module, stored), warnings
+
+
+def _tell(module: ModulePlan, warnings: Iterable[str], told: set[str]) -> None:
+    """Log each warning once, with the first module of the plan that gives rise to it."""
+    for warning in warnings:
+        if warning not in told:
+            told.add(warning)
+            logger.warning("%s: %s", module.name, warning)

@@ -181,10 +181,13 @@ def delivered(checkpoint: Checkpoint, plan: Plan) -> Tensors:
 
 
 def measured(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[ModulePlan, dict[str, Tensor], int]]:
-    """Each module of a plan, what it delivers, and the bytes that the reader was asked for it."""
+    """Each module of a plan, what it delivers, and the bytes that the reader was asked for it.
+
+    One worker: more would have modules read ahead.
+    """
     with TensorReader(checkpoint.catalog) as reader:
         before = reader.bytes_read
-        for module, tensors in stream_delivered(plan, checkpoint.catalog, reader=reader):
+        for module, tensors in stream_delivered(plan, checkpoint.catalog, reader=reader, workers=1):
             yield module, tensors, reader.bytes_read - before
             before = reader.bytes_read
 

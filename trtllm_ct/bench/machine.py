@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trtllm_ct import __version__
-from trtllm_ct.conversion.executors import available_cores
+from trtllm_ct.cores import available_cores
 
 __all__ = ["describe_machine"]
 

@@ -128,8 +128,9 @@ def rank_bytes(directory: str, ranks: str) -> dict[str, Any]:
     read: dict[str, dict[str, int]] = {}
     started, seen = time.perf_counter(), 0
     reader = TensorReader(checkpoint.catalog)
+    # One worker reads a module when it is asked for, and no other before.
     for module, _tensors in stream_delivered(
-        plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel)), checkpoint.catalog, reader=reader
+        plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel)), checkpoint.catalog, reader=reader, workers=1
     ):
         group = read.setdefault(str(cuts.get(module.name, Cut.NONE)), {"read": 0, "stored": 0})
         group["read"] += reader.bytes_read - seen

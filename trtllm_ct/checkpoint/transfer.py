@@ -13,7 +13,7 @@ import os
 
 __all__ = ["CHUNK_BYTES", "checksum", "preallocate", "read_into", "write_all"]
 
-CHUNK_BYTES = 1 * 2**20
+CHUNK_BYTES = 8 * 2**20
 """Bytes that are moved at once."""
 
 _PAGE_WORDS = 512

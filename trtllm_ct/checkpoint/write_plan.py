@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
@@ -17,7 +19,7 @@ from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, StoredTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from trtllm_ct.schemes import TensorSpec
 
@@ -100,26 +102,48 @@ class WritePlan:
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[Shard, ...]:
     """Distribute tensors, in the given order, over files of at most `max_shard_bytes` of payload each.
 
-    A tensor larger than that gets a file of its own. One shard is `model.safetensors`, several are numbered.
-    Without tensors there is one empty shard. Raises `ValueError` for a limit below one byte.
+    There are as few files as that allows, and the largest is as small as it can be: files of one size are written and
+    read side by side to the end. A tensor larger than the limit gets a file of its own. One shard is
+    `model.safetensors`, several are numbered. Without tensors there is one empty shard. Raises `ValueError` for a limit
+    below one byte.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
-    parts: list[dict[str, TensorSpec]] = [{}]
-    room = max_shard_bytes
-    for name, spec in specs.items():
-        if parts[-1] and spec.nbytes > room:
-            parts.append({})
-            room = max_shard_bytes
-        parts[-1][name] = spec
-        room -= spec.nbytes
-    if len(parts) == 1:
-        return (Shard(file="model.safetensors", specs=parts[0]),)
-    count = len(parts)
+    ends = list(accumulate(spec.nbytes for spec in specs.values()))
+    stops = _even_stops(ends, max_shard_bytes)
+    if len(stops) <= 1:
+        return (Shard(file="model.safetensors", specs=specs),)
+    items, count = list(specs.items()), len(stops)
     return tuple(
-        Shard(file=f"model-{number:05d}-of-{count:05d}.safetensors", specs=part)
-        for number, part in enumerate(parts, start=1)
+        Shard(file=f"model-{number:05d}-of-{count:05d}.safetensors", specs=dict(items[start:stop]))
+        for number, (start, stop) in enumerate(pairwise([0, *stops]), start=1)
     )
+
+
+def _even_stops(ends: Sequence[int], limit: int) -> list[int]:
+    """Where runs of tensors stop: as few runs of at most `limit` bytes as there can be, and none larger than it must.
+
+    `ends` are the running totals of bytes.
+    """
+    fewest = len(_stops(ends, limit))
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_stops(ends, middle)) <= fewest else (middle + 1, high)
+    return _stops(ends, high)
+
+
+def _stops(ends: Sequence[int], limit: int) -> list[int]:
+    """The same for runs that are filled one after another; each has a tensor at least."""
+    stops: list[int] = []
+    start = done = 0
+    while start < len(ends):
+        start = max(bisect_right(ends, done + limit, start), start + 1)
+        # A tensor over the limit stands alone, but for empty ones behind it.
+        start = bisect_right(ends, ends[start - 1], start)
+        done = ends[start - 1]
+        stops.append(start)
+    return stops
 
 
 def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:

@@ -5,18 +5,18 @@ Both are executors of the standard library's shape (`concurrent.futures`); any o
 
 from __future__ import annotations
 
-import os
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from trtllm_ct.cores import available_cores
 from trtllm_ct.errors import Fault, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["EXECUTORS", "Pool", "available_cores", "open_pool", "require_executor"]
+__all__ = ["EXECUTORS", "Pool", "open_pool", "require_executor"]
 
 EXECUTORS = ("threads", "mpi")
 
@@ -28,12 +28,6 @@ class Pool(NamedTuple):
 
     executor: Executor
     workers: int
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @contextmanager

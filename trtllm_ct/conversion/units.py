@@ -6,6 +6,7 @@ The parts of a joined Linear are never apart, since their scalars are compared w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,17 @@ from trtllm_ct.payload import looks_at
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from trtllm_ct.checkpoint.write_plan import WritePlan
     from trtllm_ct.plan.model import Delivery, ModulePlan, Plan
 
 __all__ = ["Unit", "is_copied", "plan_units"]
 
 UNIT_BYTES = 64 * 2**20
 """Delivered bytes after which a unit is closed."""
+
+
+FILES_AT_ONCE = 8
+"""Files of an output that are filled side by side: the kernel lets one thread at a time write into each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +41,12 @@ class Unit:
     copied: bool
 
 
-def plan_units(plan: Plan) -> tuple[Unit, ...]:
+def plan_units(plan: Plan, write_plan: WritePlan) -> tuple[Unit, ...]:
     """All modules of a plan that deliver anything, each in one unit.
 
     Units that are only copied come first: they need no torch, and go on while it is imported, for which the second unit
-    is one that is converted. Otherwise the order is that of the plan.
+    is one that is converted. Otherwise the order is that of the plan, dealt in turn to files of the output that are
+    filled side by side.
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
@@ -49,14 +56,29 @@ def plan_units(plan: Plan) -> tuple[Unit, ...]:
     for group in groups.values():
         only_copied = all(_is_plain(plan.modules[position]) for position in group)
         (copied if only_copied else converted).append(tuple(group))
-    batches = [(modules, True) for modules in _batches(plan, copied)]
-    converting = [(modules, False) for modules in _batches(plan, converted)]
+    batches = [(modules, True) for modules in _in_turn(_batches(plan, copied), plan, write_plan)]
+    converting = [(modules, False) for modules in _in_turn(_batches(plan, converted), plan, write_plan)]
     batches[1:1] = converting[:1]
     batches += converting[1:]
     return tuple(
         Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), copied=is_plain)
         for number, (modules, is_plain) in enumerate(batches)
     )
+
+
+def _in_turn(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: WritePlan) -> list[tuple[int, ...]]:
+    """Batches of `FILES_AT_ONCE` files by turns, so that all of them are full at about the same time; then the next."""
+    number_of = {file.name: number for number, file in enumerate(write_plan.files)}
+    by_file: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for batch in batches:
+        first = plan.modules[batch[0]].deliveries[0].name
+        by_file[number_of[write_plan.places[first].file]].append(batch)
+    turns = [
+        (file // FILES_AT_ONCE, (place + 0.5) / len(own), file, batch)
+        for file, own in by_file.items()
+        for place, batch in enumerate(own)
+    ]
+    return [batch for _, _, _, batch in sorted(turns)]
 
 
 def is_copied(delivery: Delivery, module: ModulePlan) -> bool:

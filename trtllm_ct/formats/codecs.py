@@ -41,9 +41,11 @@ class _NativeCodec:
     """The formats of this package; every dequantized element is the exact value rounded once."""
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        """What the weight's format decodes; codes that can stay packed do."""
         return weight.format.decode(weight, stored)
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """[N, K] of `dtype`, rounded once; elements beyond its range become infinite."""
         codes = self.decode(weight, stored)
         scaling = Scaling(
             scale=codes.scale,
@@ -70,6 +72,7 @@ class _LibraryCodec:
     """
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+        """What the library unpacks: integers as int8 [N, K], small floats packed again."""
         codes = weight.format.decode(weight, stored)
         if codes.packing is None or codes.packing == INT8_PLAIN or not codes.packing.dense:
             return codes
@@ -88,6 +91,7 @@ class _LibraryCodec:
         return replace(codes, values=values, packing=INT8_PLAIN, zero_point=zero_point, zero_point_packing=None)
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """[N, K] of `dtype`, computed in the dtype of the scale before that."""
         codes = self.decode(weight, stored)
         if codes.group_index is not None or not _in_whole_groups(weight) or weight.format.name in _DROPPED:
             return NATIVE.dequantize(weight, stored, dtype)

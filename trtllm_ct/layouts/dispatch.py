@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.layouts.scales import Scaling
 
-__all__ = ["additive_zero", "dequantize", "repack", "unpack_codes"]
+__all__ = ["additive_zero", "dequantize", "repack", "unpack_codes", "widen_scale"]
 
 _SMALL = 1 << 16
 """Fewer codes than these take torch about a millisecond; importing numba takes 300."""
@@ -81,6 +81,23 @@ def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Te
     return codes
 
 
+def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale (rows, groups) as float32 in the shape that a Linear reads; see `scales.widen_scale`."""
+    import torch
+
+    grid, (rows, groups) = (*shape, 1, 1)[:2], scale.shape
+    known = rows in {1, grid[0]} and groups and grid[1] % groups == 0
+    is_ready = scale.dtype == torch.float32 and (rows, groups) == grid
+    if is_ready or not known or not _is_large(grid, scale):
+        return scales.widen_scale(scale, shape)
+
+    from trtllm_ct.layouts import kernels
+
+    wide = empty(grid, torch.float32)
+    kernels.widen_scale(*_scale_bits(scale), _array(wide))
+    return wide.view(shape)
+
+
 def additive_zero(
     scale_OG: Tensor, zero_point: Tensor, packing: Packing | None = None, *, out: Tensor | None = None
 ) -> Tensor:
@@ -103,8 +120,7 @@ def additive_zero(
     from trtllm_ct.layouts import kernels
 
     offset = _target(out, shape, torch.float32)
-    halves = scale_OG.dtype == torch.bfloat16
-    scale = _array(scale_OG.view(torch.uint16) if halves else scale_OG.to(torch.float32))
+    scale, halves = _scale_bits(scale_OG)
     if packing is None:
         kernels.additive_zero(_array(zero_point), scale, halves, _array(offset))
     else:
@@ -176,6 +192,15 @@ def _has_columns(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bo
     rows, columns = packing.packed_shape(shape)
     along_rows = (packing.container, packing.axis, packing.offset_binary) == (DType.I32, 0, True)
     return along_rows and packed.shape[0] >= rows and packed.shape[1] >= columns
+
+
+def _scale_bits(scale: Tensor) -> tuple[NDArray[Any], bool]:
+    """A scale as loops take it: the bits of bfloat16, and true, or float32."""
+    import torch
+
+    if scale.dtype == torch.bfloat16:
+        return _array(scale.view(torch.uint16)), True
+    return _array(scale.to(torch.float32)), False
 
 
 def _whole_codes(packing: Packing) -> int:

@@ -37,6 +37,7 @@ __all__ = [
     "plain_codes_along_rows",
     "row_pairs",
     "row_pairs_of_nibbles",
+    "widen_scale",
 ]
 
 P = ParamSpec("P")
@@ -146,6 +147,21 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
         else:
             for g in range(groups):
                 codes_OG[n, g] = u8(u32(u32(words_WG[word, g] >> shift) & mask) - half)
+
+
+@_kernel
+def widen_scale(scale_XY: NDArray[Any], halves: bool, wide_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
+    """Scales [N or 1, Y] as float32 [N, G], where G is a multiple of Y: each is repeated along its row.
+
+    `scale_XY` is float32, or the bits of bfloat16 as uint16: then `halves` says so.
+    """
+    times = wide_OG.shape[1] // scale_XY.shape[1]
+    for n in range(wide_OG.shape[0]):
+        row = 0 if scale_XY.shape[0] == 1 else n
+        for y in range(scale_XY.shape[1]):
+            scale = u32(u32(scale_XY[row, y]) << u32(16)).view(np.float32) if halves else f32(scale_XY[row, y])
+            for g in range(y * times, (y + 1) * times):
+                wide_OG[n, g] = scale
 
 
 @_kernel

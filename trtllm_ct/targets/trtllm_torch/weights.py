@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from trtllm_ct.collector import collector_paused
 from trtllm_ct.pipeline import stream_delivered
 from trtllm_ct.plan.shard import plan_for_rank
 from trtllm_ct.targets.trtllm_torch.completeness import prove_complete, refuse_missing_modules
@@ -44,7 +45,7 @@ def deliver_for_rank(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], L
     started = time.perf_counter()
     plan, catalog = rank_plan(sidecar, rank), sidecar.checkpoint.catalog
     weights: dict[str, Tensor] = {}
-    with TensorReader(catalog) as reader:
+    with collector_paused(), TensorReader(catalog) as reader:
         for _module, tensors in stream_delivered(plan, catalog, reader=reader):
             weights |= tensors
         bytes_read = reader.bytes_read
