@@ -58,10 +58,11 @@ def test_limits_are_those_that_were_promised() -> None:
     } == {700}
     assert limits["load-native", "1b", Metric.BEYOND_RESULT, ""] == 1
     assert limits["rank", "1b", Metric.COLUMN_SHARE, ""] == 26
+    assert limits["node", "1b", Metric.NODE_SHARE, ""] == 101
     assert limits["inspect", "kimi-k2", Metric.SECONDS, ""] == 4
     assert limits["inspect", "8b", Metric.SECONDS, ""] == 1
     assert limits["import", "", Metric.SECONDS, ""] == 0.15
-    assert len(limits) == len(FIGURES) == 19
+    assert len(limits) == len(FIGURES) == 20
 
 
 def test_shapes_and_peers_of_cases_are_known() -> None:

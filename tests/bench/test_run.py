@@ -39,6 +39,7 @@ def test_every_case_of_the_shape_was_measured(document: dict[str, Any]) -> None:
         ("load-native", "tiny"),
         ("load-dense", "tiny"),
         ("rank", "tiny"),
+        ("node", "tiny"),
         ("convert-modelopt", "tiny"),
         ("convert-dense", "tiny"),
         ("inspect", "tiny"),

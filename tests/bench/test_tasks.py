@@ -58,6 +58,18 @@ def test_the_librarys_converter_writes_the_same_dense_weights(tiny: Path, tmp_pa
     assert TINY.dense_bytes < sum(file.stat().st_size for file in files) < 1.01 * TINY.dense_bytes
 
 
+def test_the_ranks_of_a_node_fetch_nothing_twice(tiny: Path) -> None:
+    """What one fetches from the disk is in memory for all; on a file system in memory there is nothing to fetch."""
+    facts = run("node-bytes", tiny, 4)
+
+    stored = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    assert facts["stored"] == stored
+    assert len(facts["ranks"]) == 4
+    assert all(stored / 4 < rank["asked"] < stored for rank in facts["ranks"])
+    assert sum(rank["asked"] for rank in facts["ranks"]) > stored
+    assert sum(rank["fetched"] for rank in facts["ranks"]) < 1.05 * stored
+
+
 def test_a_rank_reads_its_rows_of_what_is_cut_by_columns_and_all_of_what_is_not(tiny: Path) -> None:
     cuts = run("rank-bytes", tiny, 4)["cuts"]
 

@@ -246,6 +246,16 @@ CASES = (
         once=True,
     ),
     Case(
+        name="node",
+        title=f"`load_weights`, all ranks of tp {RANKS} on one node, nothing in the page cache",
+        table=Table.LOAD,
+        clock=Clock.CALL,
+        shapes=_IN_MEMORY,
+        ours=_task("node-bytes", str(RANKS)),
+        peers={},
+        once=True,
+    ),
+    Case(
         name="convert-modelopt",
         title="`convert --to modelopt`",
         table=Table.CONVERT,

@@ -31,6 +31,8 @@ class Metric(StrEnum):
     """anonymous memory beyond what was there before and the result, over the largest group of Linears that are fused"""
     COLUMN_SHARE = auto()
     """bytes read of what stored tensors of column-cut Linears hold"""
+    NODE_SHARE = auto()
+    """bytes that all ranks of a node fetch from its disk, of what the files hold"""
 
 
 _UNITS = {
@@ -39,6 +41,7 @@ _UNITS = {
     Metric.PEAK: "MB",
     Metric.BEYOND_RESULT: "x",
     Metric.COLUMN_SHARE: "%",
+    Metric.NODE_SHARE: "%",
 }
 
 
@@ -91,6 +94,13 @@ FIGURES = (
         shape="1b",
         metric=Metric.COLUMN_SHARE,
         limit=26.0,
+    ),
+    Figure(
+        what=f"bytes that {RANKS} ranks of one node fetch from its disk together, of the files",
+        case="node",
+        shape="1b",
+        metric=Metric.NODE_SHARE,
+        limit=101.0,
     ),
     Figure(
         what="`convert --to modelopt` of 5.7 GB against `cp -r`",
@@ -190,6 +200,9 @@ def _value(figure: Figure, measured: Measurement) -> float | None:
         case Metric.COLUMN_SHARE:
             cuts = ours.facts.get("cuts", {}).get("column")
             return 100 * cuts["read"] / cuts["stored"] if cuts else None
+        case Metric.NODE_SHARE:
+            ranks = ours.facts.get("ranks")
+            return 100 * sum(rank["fetched"] for rank in ranks) / ours.facts["stored"] if ranks else None
 
 
 def _beyond_result(sample: Sample) -> float:

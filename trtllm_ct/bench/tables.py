@@ -50,10 +50,11 @@ def grids(report: Report, table: Table) -> Iterator[Grid]:
     if findings:
         yield _figures(findings)
     measured = [each for each in report.measurements if table_of(each.case) == table]
-    timed = [each for each in measured if "cuts" not in each.ours.facts]
+    timed = [each for each in measured if not {"cuts", "ranks"} & each.ours.facts.keys()]
     if timed:
         yield _sides(timed)
     yield from (_cuts(each) for each in measured if "cuts" in each.ours.facts)
+    yield from (_ranks(each) for each in measured if "ranks" in each.ours.facts)
     if lines := [each for each in report.series if each.table == table]:
         yield Grid(
             columns=("plotted", "sizes", "farthest point from a straight line"),
@@ -161,6 +162,19 @@ def _cuts(measurement: Measurement) -> Grid:
         for kind, found in measurement.ours.facts["cuts"].items()
     )
     return Grid(columns=(f"{_CASE_TITLES[measurement.case]}: modules cut by", "stored", "read", "share"), rows=rows)
+
+
+def _ranks(measurement: Measurement) -> Grid:
+    """What each rank of a node asks for, and what it makes the kernel fetch."""
+    facts = measurement.ours.facts
+    rows = [
+        (f"rank {number}", format_bytes(rank["asked"]), format_bytes(rank["fetched"]))
+        for number, rank in enumerate(facts["ranks"])
+    ]
+    asked, fetched = (sum(rank[key] for rank in facts["ranks"]) for key in ("asked", "fetched"))
+    rows.append((f"together, of {format_bytes(facts['stored'])}", format_bytes(asked), format_bytes(fetched)))
+    columns = (_CASE_TITLES[measurement.case], "asked for", "fetched from the disk")
+    return Grid(columns=columns, rows=tuple(rows))
 
 
 def _throughput(measurement: Measurement, side: Side) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.bench.measure import anonymous_bytes
+from trtllm_ct.bench.node import node_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -153,6 +154,7 @@ TASKS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "library-load": library_load,
     "load-file": load_file,
     "load-weights": load_weights,
+    "node-bytes": node_bytes,
     "rank-bytes": rank_bytes,
     "transformers-load": transformers_load,
 }
