@@ -239,6 +239,18 @@ class TestFused:
 
         assert (got[f"{GATE}.weight_scale"], got[f"{UP}.weight_scale"]) == (5, 6)
 
+    @pytest.mark.parametrize("local", ["weight_scale", "input_scale"])
+    def test_one_scalar_for_all_experts_is_refused_by_name(self, tmp_path: Path, local: str):
+        """No writer is known to make one, and nothing says of what it is the scale."""
+
+        def fuse(stored: dict[str, Tensor]) -> None:
+            fuse_experts(stored)
+            stored[f"{EXPERTS}.gate_up_proj.{local}"] = torch.tensor(2.0)
+
+        write(tmp_path, "fp8-tensor-static", edit=fuse)
+
+        assert f"{EXPERTS}.gate_up_proj.{local}" in {fault.where for fault in faults(tmp_path)}
+
     def test_a_block_of_gate_and_up_together_is_refused(self, tmp_path: Path):
         """96 rows each: the first block reaches into up, and nothing says whether its scale does."""
         config = tiny_config(QWEN, hidden=128, moe_intermediate_size=96)

@@ -9,13 +9,13 @@ Two spellings exist: `experts.gate_up_proj.weight_packed` [E, 2I, W] with `exper
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from trtllm_ct.plan.stored import ExpertSlice, StoredModule, View, Whole
 from trtllm_ct.schemes import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from trtllm_ct.plan.families import Experts
 
@@ -36,12 +36,13 @@ def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> d
         owner, _, leaf = name.rpartition(".")
         if name.endswith(f".{experts.path}"):
             # Plain fused experts: the parameters of the experts module itself.
-            for local in [local for local in module.views if local in _PARTS]:
+            whole = [local for local, view in module.views.items() if local in _PARTS and _is_split("weight", view)]
+            for local in whole:
                 _add(result, name, local, {"weight": module.views[local]}, experts)
-            rest = {key: view for key, view in module.views.items() if key not in _PARTS}
+            rest = {key: view for key, view in module.views.items() if key not in whole}
         elif owner.endswith(f".{experts.path}") and leaf in _PARTS:
-            _add(result, owner, leaf, dict(module.views), experts)
-            rest = {key: view for key, view in module.views.items() if key in NOT_PER_EXPERT}
+            _add(result, owner, leaf, module.views, experts)
+            rest = {key: view for key, view in module.views.items() if not _is_split(key, view)}
         else:
             result[name] = module
             continue
@@ -50,11 +51,16 @@ def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> d
     return result
 
 
-def _add(result: dict[str, StoredModule], owner: str, fused: str, views: dict[str, View], experts: Experts) -> None:
+def _is_split(local: str, view: View) -> TypeGuard[Whole]:
+    """Whether a tensor has an entry for each expert. What has none stays behind, and is refused if nothing takes it."""
+    return local not in NOT_PER_EXPERT and isinstance(view, Whole) and len(view.spec.shape) > 0
+
+
+def _add(result: dict[str, StoredModule], owner: str, fused: str, views: Mapping[str, View], experts: Experts) -> None:
     """One module for each expert and each part of a fused tensor."""
     parts = _PARTS[fused]
     for local, view in views.items():
-        if local in NOT_PER_EXPERT or not isinstance(view, Whole) or not view.spec.shape:
+        if not _is_split(local, view):
             continue
         for expert in range(view.spec.shape[0]):
             pieces = _pieces(view, expert, len(parts), cut=local not in _PER_COLUMN)
