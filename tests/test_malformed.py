@@ -90,6 +90,21 @@ CASES: dict[str, Case] = {
         found="no such tensor",
         remedy="Without them the weight is wrong",
     ),
+    "a norm as codes": Case(
+        damage=tensors(
+            lambda stored: stored.update(
+                {
+                    "model.layers.0.input_layernorm.weight": torch.ones(64, dtype=torch.int8),
+                    "model.layers.0.input_layernorm.weight_scale": torch.ones(1),
+                }
+            )
+        ),
+        error=PlanError,
+        where="model.layers.0.input_layernorm",
+        expected="a plain weight [64]: no scheme is for the vector of a RMSNorm",
+        found="codes (weight int8, weight_scale float32)",
+        remedy="Take the module out of the targets",
+    ),
     "weight and weight_packed": Case(
         damage=tensors(lambda stored: stored.update({f"{Q}.weight": torch.ones(64, 64)})),
         error=PlanError,

@@ -36,6 +36,9 @@ class DType(Enum):
     F32 = ("F32", 32, "float32")
     F64 = ("F64", 64, "float64")
 
+    # Each member is one object: hashing it by its name, as `Enum` does in Python, makes every look-up of a spec slow.
+    __hash__ = object.__hash__
+
     def __init__(self, header_name: str, bits: int, torch_name: str) -> None:
         self.header_name = header_name
         self.bits = bits

@@ -20,8 +20,9 @@ def fold_names(names: Iterable[str]) -> tuple[str, ...]:
     and then, where the folded rest is the same, over the one before.
     """
     folded = tuple(names)
-    positions = max((len(_number_positions(name)) for name in folded), default=0)
-    for number in range(positions - 1, -1, -1):
+    # Spaces end the dotted name: what follows is prose ("..., row 3, columns 0-127").
+    most = max((sum(map(str.isdecimal, name.split("."))) for name in folded), default=0)
+    for number in range(most - 1, -1, -1):
         folded = _fold_once(folded, number)
     return folded
 
@@ -31,7 +32,7 @@ def _fold_once(names: Sequence[str], number: int) -> tuple[str, ...]:
     groups: dict[_Template, list[int]] = {}
     for name in names:
         parts = name.split(".")
-        positions = _number_positions(name)
+        positions = [index for index, part in enumerate(parts) if part.isdecimal()]
         if number < len(positions):
             position = positions[number]
             groups.setdefault((*parts[:position], None, *parts[position + 1 :]), []).append(int(parts[position]))
@@ -53,8 +54,3 @@ def _ranges(numbers: Sequence[int]) -> str:
     ends = [before for before, after in pairwise(ordered) if after != before + 1] + [ordered[-1]]
     runs = (str(start) if start == end else f"{start}..{end}" for start, end in zip(starts, ends, strict=True))
     return "{" + ",".join(runs) + "}"
-
-
-def _number_positions(name: str) -> list[int]:
-    # Spaces end the dotted name: what follows is prose ("..., row 3, columns 0-127").
-    return [index for index, part in enumerate(name.split(".")) if part.isdecimal()]

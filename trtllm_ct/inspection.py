@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,13 @@ from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from trtllm_ct.plan.model import ModulePlan, Plan
 
 __all__ = ["Inspection", "SchemeRow", "inspect_checkpoint"]
+
+_RowKey = tuple[bool, str, str, str, str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +72,17 @@ class Inspection:
         """The modules of the plan, grouped by how they are stored and delivered; quantized ones first."""
         if self.plan is None:
             return
-        modules = sorted(self.plan.modules, key=_row_key)
-        for _key, members in groupby(modules, key=_row_key):
-            yield _row(tuple(members))
+        keys: dict[tuple[int, ...], _RowKey] = {}
+        rows: dict[_RowKey, list[ModulePlan]] = {}
+        for module in self.plan.modules:
+            # A large model has 10^5 modules and few kinds, whose plans share these objects.
+            parts = (module.weight, module.scheme, module.native_mode, module.layer, module.reason, module.note)
+            kind = tuple(map(id, parts))
+            if kind not in keys:
+                keys[kind] = _row_key(module)
+            rows.setdefault(keys[kind], []).append(module)
+        for key in sorted(rows):
+            yield _row(rows[key])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; the parts of the plan are null when there are problems."""
@@ -123,12 +132,12 @@ def inspect_checkpoint(
     )
 
 
-def _row_key(module: ModulePlan) -> tuple[bool, str, str, str, str, str]:
+def _row_key(module: ModulePlan) -> _RowKey:
     native = str(module.native_mode) if module.native_mode else ""
     return (module.weight is None, module.stored_scheme, native, module.delivered_mode, module.reason, module.note)
 
 
-def _row(members: tuple[ModulePlan, ...]) -> SchemeRow:
+def _row(members: Sequence[ModulePlan]) -> SchemeRow:
     first = members[0]
     return SchemeRow(
         modules=tuple(module.name for module in members),

@@ -81,7 +81,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
             Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
-            Text(f"Bytes: {format_bytes(report.plan.stored_bytes)} now, {_after(report.plan)}"),
+            Text(f"Bytes: {_bytes(report.plan)}"),
         ]
     parts.append(_warnings(report.warnings))
     if report.problems:
@@ -270,9 +270,10 @@ def _least_width(column: Column, console: Console, options: ConsoleOptions) -> i
     return max(cell.maximum if column.no_wrap else cell.minimum for cell in measured) + _GAP
 
 
-def _after(made: Plan) -> str:
-    change = made.delivered_bytes - made.stored_bytes
-    return f"{format_bytes(made.delivered_bytes)} after ({'+' if change >= 0 else '-'}{format_bytes(abs(change))})"
+def _bytes(made: Plan) -> str:
+    now, after = made.stored_bytes, made.delivered_bytes
+    change = f"{'+' if after >= now else '-'}{format_bytes(abs(after - now))}"
+    return f"{format_bytes(now)} now, {format_bytes(after)} after ({change})"
 
 
 def _warnings(texts: Iterable[str]) -> RenderableType:

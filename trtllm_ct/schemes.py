@@ -8,7 +8,7 @@ weights are `(out, in)` = (N, K), and scales multiply.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -175,20 +175,22 @@ class QuantScheme:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Dtype and shape of a tensor, without the tensor."""
+    """Dtype and shape of a tensor, without the tensor.
+
+    `nbytes` are the bytes of its payload, counted once: a few specs serve 10^5 tensors, whose sizes are added up.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
+    nbytes: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", self.numel * self.dtype.itemsize)
 
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a zero-dimensional tensor."""
         return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of payload."""
-        return self.numel * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype.torch_name} {list(self.shape)}"

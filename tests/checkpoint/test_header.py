@@ -71,6 +71,16 @@ def test_scalar_and_empty_tensors_are_sound(tmp_path: Path) -> None:
     assert [tensor.spec.shape for tensor in found.tensors.values()] == [(0, 5), (), (0,)]
 
 
+def test_equal_specs_are_one_object_in_all_files(tmp_path: Path) -> None:
+    first, second, other = (
+        read(tmp_path, encode({name: entry(dtype, [2], 0, 8)}, bytes(8))).tensors[name].spec
+        for name, dtype in (("a", "F32"), ("b", "F32"), ("c", "I32"))
+    )
+
+    assert first is second
+    assert (first.nbytes, other) == (8, TensorSpec(DType.I32, (2,)))
+
+
 @pytest.mark.parametrize("dtype", DType, ids=lambda dtype: dtype.name)
 def test_every_dtype_of_the_table_is_read(tmp_path: Path, dtype: DType) -> None:
     header = {"x": entry(dtype.header_name, [3], 0, 3 * dtype.itemsize)}

@@ -13,9 +13,10 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import CatalogError, Fault, FaultCollector
@@ -56,8 +57,7 @@ _SAVE_AGAIN = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in a file: what it is and where its bytes are.
 
     `file` is relative to the checkpoint directory; `offset` counts bytes from the start of the file.
@@ -102,9 +102,7 @@ def _parse(text: bytes, size: int, file: str) -> Header:
     _check_layout(spans, payload_bytes, file, faults, complete=len(spans) == len(entries))
     faults.raise_if_any(CatalogError)
     start = LENGTH_BYTES + len(text)
-    tensors = {
-        name: StoredTensor(name=name, spec=specs[name], file=file, offset=start + begin) for begin, _, name in spans
-    }
+    tensors = {name: StoredTensor(name, specs[name], file, start + begin) for begin, _, name in spans}
     return Header(tensors=tensors, metadata=metadata)
 
 
@@ -251,7 +249,13 @@ def _spec(dtype_name: Any, shape: Any) -> TensorSpec:
     # Zeros don't shrink the product: torch would overflow on the strides of [0, 2^40, 2^40].
     if not sizes_are_counts or prod(size or 1 for size in shape) >= _MAX_NUMEL:
         raise _EntryError("a shape of whole numbers, none negative, fewer than 2^63 elements", _show(shape))
-    return TensorSpec(dtype, tuple(shape))
+    return _one_for_all(TensorSpec(dtype, tuple(shape)))
+
+
+@lru_cache(maxsize=4096)
+def _one_for_all(spec: TensorSpec) -> TensorSpec:
+    """Equal specs of all files as one object, so that comparing the modules of a checkpoint is comparing pointers."""
+    return spec
 
 
 def _check_layout(spans: list[_Span], payload_bytes: int, file: str, faults: FaultCollector, *, complete: bool) -> None:

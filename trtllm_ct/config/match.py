@@ -69,6 +69,7 @@ class _Entries:
         self.patterns = [
             (entry, compile_pattern(entry) or re.compile(re.escape(entry) + r"\Z").match) for entry in late
         ]
+        self._by_classes: dict[frozenset[str], str | None] = {}
 
     def best(self, module: str, classes: frozenset[str]) -> str | None:
         """The entry that decides about this module, None when no entry matches."""
@@ -77,7 +78,9 @@ class _Entries:
         for entry, match in self.patterns:
             if match(module) is not None:
                 return entry
-        return min(self.plain & classes, default=None)
+        if classes not in self._by_classes:
+            self._by_classes[classes] = min(self.plain & classes, default=None)
+        return self._by_classes[classes]
 
 
 class Matcher:

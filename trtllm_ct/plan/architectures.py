@@ -7,7 +7,7 @@ have the sizes of its config.json, is refused before a byte of it is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import ConfigError, Fault, FaultCollector
@@ -43,8 +43,7 @@ def name_variants(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*variants, *(f"{variant}.linear" for variant in variants)]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class Site(NamedTuple):
     """One module that a model must have.
 
     `shape` is that of its weight, `locals` are its parameters beside a quantized or plain weight.
@@ -213,16 +212,18 @@ class Model:
         hidden, inner = self.sizes["hidden"], self.sizes[experts.intermediate]
         shapes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
         aliases = dict(experts.aliases)
+        fused = prefix + experts.path
         for expert in range(self.sizes[experts.count]):
-            own = f"{prefix}{experts.path}.{expert}."
+            own = f"{fused}.{expert}."
+            shares = f"{own}gate_up"
             for projection, shape in shapes.items():
                 other = (own + aliases[projection],) if projection in aliases else ()
                 yield Site(
                     module=own + projection,
                     class_name="Linear",
                     shape=shape,
-                    fused=prefix + experts.path,
-                    shares=None if projection == down else f"{own}gate_up",
+                    fused=fused,
+                    shares=None if projection == down else shares,
                     expert=True,
                     aliases=other,
                     cut=Cut.ROW if projection == down else Cut.COLUMN,

@@ -36,13 +36,13 @@ def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> d
         owner, _, leaf = name.rpartition(".")
         if name.endswith(f".{experts.path}"):
             # Plain fused experts: the parameters of the experts module itself.
-            whole = [local for local, view in module.views.items() if local in _PARTS and _is_split("weight", view)]
+            whole = [local for local, view in module.views.items() if local in _PARTS and _is_split(view, "weight")]
             for local in whole:
                 _add(result, name, local, {"weight": module.views[local]}, experts)
             rest = {key: view for key, view in module.views.items() if key not in whole}
         elif owner.endswith(f".{experts.path}") and leaf in _PARTS:
             _add(result, owner, leaf, module.views, experts)
-            rest = {key: view for key, view in module.views.items() if not _is_split(key, view)}
+            rest = {key: view for key, view in module.views.items() if not _is_split(view, key)}
         else:
             result[name] = module
             continue
@@ -51,7 +51,7 @@ def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> d
     return result
 
 
-def _is_split(local: str, view: View) -> TypeGuard[Whole]:
+def _is_split(view: View, local: str) -> TypeGuard[Whole]:
     """Whether a tensor has an entry for each expert. What has none stays behind, and is refused if nothing takes it."""
     return local not in NOT_PER_EXPERT and isinstance(view, Whole) and len(view.spec.shape) > 0
 
@@ -60,7 +60,7 @@ def _add(result: dict[str, StoredModule], owner: str, fused: str, views: Mapping
     """One module for each expert and each part of a fused tensor."""
     parts = _PARTS[fused]
     for local, view in views.items():
-        if not _is_split(local, view):
+        if not _is_split(view, local):
             continue
         for expert in range(view.spec.shape[0]):
             pieces = _pieces(view, expert, len(parts), cut=local not in _PER_COLUMN)

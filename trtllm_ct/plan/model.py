@@ -161,12 +161,12 @@ class ModulePlan:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors of the module as stored."""
-        return sum(view.stored_bytes for view in self.views.values())
+        return sum([view.stored_bytes for view in self.views.values()])
 
     @property
     def delivered_bytes(self) -> int:
         """Bytes of all tensors of the module as delivered."""
-        return sum(delivery.spec.nbytes for delivery in self.deliveries)
+        return sum([delivery.operation.result.nbytes for delivery in self.deliveries])
 
     @property
     def runs(self) -> tuple[Run, ...]:

@@ -11,22 +11,20 @@ from typing import TYPE_CHECKING
 from trtllm_ct.collector import collector_paused
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import FaultCollector, PlanError
-from trtllm_ct.modes import native_mode
 from trtllm_ct.plan import deliver
-from trtllm_ct.plan.assign import DENSE_OUTPUT, Assignment, assign_modes, candidates_of, dense_outputs, fold_reason
+from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.cuts import refuse_uneven, with_slices
-from trtllm_ct.plan.engine_config import engine_config, layer_config
-from trtllm_ct.plan.equalize import OWN, Equalized, Part, equalize
+from trtllm_ct.plan.engine_config import engine_config
+from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
-from trtllm_ct.plan.leftovers import refuse_leftovers
 from trtllm_ct.plan.model import ModulePlan, Plan
 from trtllm_ct.plan.other_modules import OtherModules
+from trtllm_ct.plan.own_modules import OwnModules
 from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.row_order import QueryKeyRows
-from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule
-from trtllm_ct.plan.transforms import OnlineTransforms, folds_of
+from trtllm_ct.plan.transforms import OnlineTransforms
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 from trtllm_ct.producers import header_warnings
@@ -37,14 +35,10 @@ if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.model import QuantizationConfig
     from trtllm_ct.plan.architectures import Model, Site
+    from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.target import Target
 
 __all__ = ["make_plan"]
-
-_STATIC_INPUT_TENSORS = ("input_scale", "input_global_scale")
-_ACTIVATION_TENSORS = frozenset(
-    {"input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point"}
-)
 
 
 def make_plan(
@@ -164,7 +158,7 @@ class _Planner:
         weights = {}
         for site in sites:
             module = own[site.module]
-            if module is None or not module.specs.keys() & {"weight", "weight_packed"}:
+            if module is None or module.specs.keys().isdisjoint(("weight", "weight_packed")):
                 self._missing(site.module, "weight")
             elif module.is_quantized:
                 weight = self.reader.read(module, site)
@@ -216,8 +210,11 @@ class _Planner:
             assignments = dense_outputs(assignments)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
+        own_modules = OwnModules(
+            config=self.config, model=self.model, kv_cache=self.kv_cache, dtypes=self.dtypes, faults=self.faults
+        )
         return [
-            self._module(
+            own_modules.plan(
                 module,
                 site,
                 weights.get(site.module),
@@ -226,89 +223,6 @@ class _Planner:
             )
             for site, module in present
         ]
-
-    def _module(
-        self,
-        stored: StoredModule,
-        site: Site,
-        weight: QuantizedWeight | None,
-        assignment: Assignment | None,
-        equalized: Equalized,
-    ) -> ModulePlan:
-        """The plan of one module that the architecture knows."""
-        holding = assignment.holding if assignment else None
-        shared = equalized if holding else OWN
-        deliveries, ignored = self.kv_cache.deliver(stored, self.faults)
-        plain = set(site.locals)
-        folds = folds_of(stored.transforms, site.class_name)
-        if weight is None:
-            plain.add("weight")
-            ignored |= self._leftover_scales(stored)
-        else:
-            ignored |= weight.idle
-            ignored |= self._activation_tensors(stored, weight, deliver.input_scale_reason(holding))
-            if holding is None:
-                deliveries += deliver.dequantized(stored, weight, self.dtypes, folds)
-            else:
-                deliveries += deliver.native(stored, weight, holding, self.dtypes, site, shared)
-        deliveries += deliver.plain(stored, [local for local in stored.specs if local in plain], self.dtypes, folds)
-        owned: set[str | None] = {*plain, *ignored, *(weight.stored.consumed if weight else ())}
-        # Matrices of transforms, each of which was claimed or refused before.
-        owned |= {local for local in stored.specs if "." in local}
-        owned |= {delivery.operation.source for delivery in deliveries}
-        refuse_leftovers(stored, owned, self.model.name, self.faults)
-        return ModulePlan(
-            name=site.module,
-            class_name=site.class_name,
-            views=stored.views,
-            deliveries=deliveries,
-            ignored=ignored,
-            weight=weight.stored if weight else None,
-            scheme=weight.scheme if weight else None,
-            native_mode=native_mode(weight.stored.args, self.config.modifiers) if weight else None,
-            layer=layer_config(holding) if holding else None,
-            reason=(assignment.reason or shared.reason) if assignment else fold_reason(stored.transforms),
-            note=(holding.note or shared.note) if holding else "",
-            joined=site.shares,
-            experts=site.fused if site.expert else None,
-            transforms=stored.transforms,
-        )
-
-    def _leftover_scales(self, module: StoredModule) -> dict[str, str]:
-        """Scales beside a plain float weight: leftovers of a fake-quantized save, which must never be applied."""
-        if "weight" not in module.specs:
-            return {}
-        left = (QUANTIZATION_TENSORS & module.specs.keys()) - self.kv_cache.holds(module)
-        return dict.fromkeys(left, "the weight beside it is plain; applying the scale would corrupt it")
-
-    def _activation_tensors(self, module: StoredModule, weight: QuantizedWeight, reason: str) -> dict[str, str]:
-        """Activation parameters of a quantized module: required when static, ignored where the mode takes none."""
-        self._require_static_scale(module, weight)
-        ignored = {}
-        for local in (_ACTIVATION_TENSORS & module.specs.keys()) - self.kv_cache.holds(module):
-            if local.startswith("output"):
-                ignored[local] = "engines leave outputs unquantized"
-            elif reason:
-                ignored[local] = reason
-            elif local not in _STATIC_INPUT_TENSORS:
-                ignored[local] = "the mode has symmetric activations"
-        return ignored
-
-    def _require_static_scale(self, module: StoredModule, weight: QuantizedWeight) -> None:
-        """A scheme with a stored activation scale must have it: engines would compute with an uninitialised one."""
-        inputs = weight.scheme.input_activations
-        if inputs is None:
-            return
-        two_level = weight.stored.divisor is not None
-        local = "input_global_scale" if two_level else "input_scale"
-        spec = module.specs.get(local)
-        if (inputs.dynamic is False or two_level) and (spec is None or spec.numel != 1):
-            self.faults.add(
-                where=f"{module.stored_name}.{local}",
-                expected="one element: the static scale of the module's input",
-                found=str(spec) if spec else "no such tensor",
-                remedy="Download the checkpoint again, or quantize again with dynamic activations.",
-            )
 
 
 def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes:

@@ -9,6 +9,7 @@ pieces of a sparse one. So later stages see every checkpoint in the one shape th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
@@ -227,6 +228,12 @@ class StoredModule:
         """The same module under the name that engines read."""
         return self if name == self.name else replace(self, name=name, alias=self.name)
 
+    @property
+    def unnamed(self) -> StoredModule:
+        """A module that is stored alike and has no name, so that its tensors are called by their local ones."""
+        views = {local: Whole(name=local, spec=spec) for local, spec in self.specs.items()}
+        return StoredModule("", views, transforms=self.transforms)
+
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """What the tensors look like."""
@@ -238,7 +245,7 @@ class StoredModule:
 
     def sources(self, locals_: Iterable[str]) -> tuple[str, ...]:
         """The stored tensors, by full name, that some of the module's tensors are made of."""
-        return tuple(source for local in locals_ for source in self.views[local].sources)
+        return tuple([source for local in locals_ for source in self.views[local].sources])
 
     @property
     def is_quantized(self) -> bool:
@@ -264,12 +271,13 @@ def stored_modules(
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
     sparse = find_sparse(specs, expected_shape, faults, stored_shapes or {})
     pieces = {piece for tensor in sparse.values() for piece in tensor.parts.values()}
-    views: dict[str, View] = {name: Whole(name=name, spec=spec) for name, spec in specs.items() if name not in pieces}
+    modules: defaultdict[str, dict[str, View]] = defaultdict(dict)
+    for name, spec in specs.items():
+        if name not in pieces:
+            module, _, local = name.rpartition(".")
+            modules[module][local] = Whole(name=name, spec=spec)
     for name, tensor in sparse.items():
-        piece_bytes = sum(specs[piece].nbytes for piece in tensor.parts.values())
-        views[name] = Sparse(spec=tensor.spec, tensor=tensor, piece_bytes=piece_bytes)
-    gathered: dict[str, dict[str, View]] = {}
-    for name, view in views.items():
         module, _, local = name.rpartition(".")
-        gathered.setdefault(module, {})[local] = view
-    return {module: StoredModule(module, views) for module, views in gathered.items()}
+        piece_bytes = sum(specs[piece].nbytes for piece in tensor.parts.values())
+        modules[module][local] = Sparse(spec=tensor.spec, tensor=tensor, piece_bytes=piece_bytes)
+    return {module: StoredModule(module, views) for module, views in modules.items()}

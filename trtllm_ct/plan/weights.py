@@ -17,7 +17,7 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
 from trtllm_ct.plan.stored import ExpertSlice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
     from trtllm_ct.plan.architectures import Site
@@ -85,7 +85,8 @@ class WeightReader:
                 return None
             self._known[kind] = known
         weight, notes = known
-        self._notes.update(notes)
+        for note in notes:
+            self._notes[note] += 1
         self._check_blocks(module, weight.stored)
         idle = self._idle(module, weight.stored)
         return replace(weight, stored=_without(weight.stored, idle), idle=idle) if idle else weight
@@ -94,6 +95,9 @@ class WeightReader:
         self, module: StoredModule, site: Site, group: ConfigGroup, args: QuantArgs
     ) -> tuple[QuantizedWeight, tuple[str, ...]] | None:
         """What holds for all modules that are stored alike, and what is odd about them; None after adding faults."""
+        if len(site.shape) == 1:
+            self._refuse_vector(module, site)
+            return None
         weight_format = format_for(args, module.specs)
         if weight_format is None:
             self._refuse(module, group.scheme)
@@ -131,8 +135,10 @@ class WeightReader:
 
     def _group(self, module: StoredModule, site: Site) -> ConfigGroup | None:
         """The config group of a quantized module: the one that targets it, else the only one whose format fits."""
-        names = dict.fromkeys((module.stored_name, module.name))
-        for name in chain.from_iterable(name_variants(name) if self.multimodal else (name,) for name in names):
+        names: Iterable[str] = dict.fromkeys((module.stored_name, module.name))
+        if self.multimodal:
+            names = chain.from_iterable(map(name_variants, names))
+        for name in names:
             group = self._matcher.scheme_for(name, (site.class_name,))
             if group is not None and group.scheme.weights is not None:
                 return group
@@ -161,6 +167,14 @@ class WeightReader:
             expected=f"tensors of one of the formats {names}",
             found=f"{scheme.label()}{declared} ({_tensors(module)})",
             remedy="Check num_bits, type and format in config_groups against the tool that wrote the file.",
+        )
+
+    def _refuse_vector(self, module: StoredModule, site: Site) -> None:
+        self.faults.add(
+            where=module.stored_name,
+            expected=f"a plain weight {list(site.shape)}: no scheme is for the vector of a {site.class_name}",
+            found=f"codes ({_tensors(module)})",
+            remedy="Take the module out of the targets of config_groups, and quantize again.",
         )
 
     def _has_one_weight(self, module: StoredModule) -> bool:
