@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
@@ -36,7 +36,7 @@ from trtllm_ct.targets import DEFAULT_ENGINE, target_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-    from concurrent.futures import Future
+    from concurrent.futures import Executor, Future
 
     from torch import Tensor
 
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.codecs import Codec
     from trtllm_ct.plan.model import ModulePlan, Plan
     from trtllm_ct.plan.probe import Probe
-
-    _Mapped = tuple[dict[str, Tensor], list[str]]
 
 __all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint", "stream_delivered"]
 
@@ -175,34 +173,43 @@ def stream_delivered(
 
     count = workers or (min(available_cores(), _MOST_WORKERS) if device == "cpu" else 1)
     joined, told = JoinedScalars(), set[str]()
-    ahead: deque[tuple[ModulePlan, Future[_Mapped]]] = deque()
+    ahead: deque[_Begun] = deque()
     with reader or TensorReader(catalog) as files, ThreadPoolExecutor(count) as pool:
         try:
             for module, following in zip_longest(plan.modules, plan.modules[1:]):
                 if following is not None:
                     files.prefetch(following.runs)
                 stored = {run.name: files.read(run.name, run.begin, run.end) for run in module.runs}
-                ahead.append((module, pool.submit(_map_module, module, stored, codec or NATIVE, device)))
+                ahead.append(_begin(pool, module, stored, codec or NATIVE, device))
                 while len(ahead) >= (2 * count - 1 if following is not None else 1):
-                    done, future = ahead.popleft()
-                    delivered, warnings = future.result()
-                    _tell(done, warnings, told)
-                    joined.check(done, delivered)
-                    yield done, delivered
+                    begun = ahead.popleft()
+                    try:
+                        delivered = begun.delivered.result()
+                    finally:  # what a fault may come from is told before it
+                        _tell(begun.module, begun.warnings, told)
+                    joined.check(begun.module, delivered)
+                    yield begun.module, delivered
         finally:
-            for _, future in ahead:
-                future.cancel()
+            for begun in ahead:
+                begun.delivered.cancel()
 
 
-def _map_module(module: ModulePlan, stored: Mapping[str, Tensor], codec: Codec, device: str) -> _Mapped:
-    """What a module delivers, and what its values warn of."""
+class _Begun(NamedTuple):
+    """A module that is mapped by another thread; what its values warn of is complete when that has ended."""
+
+    module: ModulePlan
+    delivered: Future[dict[str, Tensor]]
+    warnings: list[str]
+
+
+def _begin(pool: Executor, module: ModulePlan, stored: Mapping[str, Tensor], codec: Codec, device: str) -> _Begun:
     from trtllm_ct.mapper import CompressedTensorsWeightMapper
 
     warnings: list[str] = []
     mapper = CompressedTensorsWeightMapper(
         codec=codec, device=device, on_warning=lambda _module, warning: warnings.append(warning)
     )
-    return mapper.map_module(module, stored), warnings
+    return _Begun(module, pool.submit(mapper.map_module, module, stored), warnings)
 
 
 def _tell(module: ModulePlan, warnings: Iterable[str], told: set[str]) -> None:

@@ -133,3 +133,12 @@ def test_warming_reads_files_and_skips_holes(tmp_path: Path) -> None:
 def test_a_process_that_is_gone_has_no_memory() -> None:
     assert anonymous_bytes() > 0
     assert anonymous_bytes(2**30) == 0
+
+
+def test_bytecode_is_kept_whatever_this_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package is compiled when it is installed; parsing it would count as our time."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+    done = run_job(Job(commands=(python("import json, sys; print(json.dumps({'off': sys.dont_write_bytecode}))"),)))
+
+    assert done.facts == {"off": False}

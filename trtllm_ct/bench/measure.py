@@ -87,6 +87,12 @@ def _run_prepared(job: Job, source: Path | None) -> Sample:
             shutil.rmtree(job.output, ignore_errors=True)
 
 
+def _environment(job: Job) -> dict[str, str]:
+    """That of this process, but with bytecode kept, as it is where packages are installed: parsing is not measured."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, **job.environment}
+
+
 def run_job(job: Job) -> Sample:
     """Run it and measure it. Raises `JobError` that says what a command printed last when it fails."""
     seconds, peak, printed, limit = 0.0, 0, "", int((available_memory() or sys.maxsize) * _MEMORY_SHARE)
@@ -98,7 +104,7 @@ def run_job(job: Job) -> Sample:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, **job.environment},
+                env=_environment(job),
                 text=True,
             ) as process,
             _sampled(process, limit) as peaks,
