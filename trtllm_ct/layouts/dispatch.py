@@ -34,6 +34,9 @@ __all__ = ["additive_zero", "dequantize", "repack", "unpack_codes", "widen_scale
 _SMALL = 1 << 16
 """Fewer codes than these take torch about a millisecond; importing numba takes 300."""
 
+_TARGETS = (INT4_ROW_PAIRS, INT8_PLAIN)
+"""What codes are repacked to by loops."""
+
 _FLOATS = {Element.E4M3: (3, 7, 0x7F), Element.E2M1: (1, 1, -1), Element.E2M3: (3, 1, -1)}
 """Bits of the mantissa, bias of the exponent, and the magnitude that is NaN, or -1 where none is."""
 
@@ -47,7 +50,7 @@ def repack(
     """
     if source == target:
         return packed
-    known = target in {INT4_ROW_PAIRS, INT8_PLAIN} and _has_rows(packed, source, shape)
+    known = target in _TARGETS and _has_rows(packed, source, shape)
     if not known or not _is_large(shape, packed):
         return _into(out, plain.repack(packed, source, target, shape))
     import numpy as np
@@ -55,7 +58,7 @@ def repack(
     from trtllm_ct.layouts import kernels
 
     result = _target(out, target.packed_shape(shape), target.container.torch_dtype)
-    octets, run, flip = _octets(packed[: shape[0]]), _run(source), _flip(source)
+    octets, run, flip = _octets(packed)[: shape[0]], _run(source), _flip(source)
     if target == INT8_PLAIN:
         kernels.plain_codes(octets, run, flip, _octets(result))
     elif source.bits == 4 and shape[0] % 2 == 0 and shape[1] % 4 == 0:
@@ -278,7 +281,8 @@ def _octets(tensor: Tensor) -> NDArray[Any]:
     """The bytes of a matrix, [lines, bytes]."""
     import torch
 
-    return _array(_in_a_row(tensor).view(torch.uint8))
+    array: NDArray[Any] = _in_a_row(tensor).detach().view(torch.uint8).numpy()
+    return array
 
 
 def _in_a_row(tensor: Tensor) -> Tensor:

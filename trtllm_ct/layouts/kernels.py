@@ -76,20 +76,21 @@ def _kernel(loop: Callable[P, R]) -> Callable[P, R]:
 def row_pairs_of_nibbles(halves_OH: NDArray[np.uint16], flip: int, lanes_OH: NDArray[np.uint32]) -> None:
     """Nibbles along K to bytes of two rows: [N, >= K/4] halves of words to [N/2, K/4] lanes of 32 bits.
 
-    Four nibbles of the even row and four of the odd one make the four bytes of a lane: each row's are spread over it,
-    and those of the odd row go on top. `flip` is 0x88888888 for codes in offset binary, which differ from two's
-    complement in the top bit of each nibble. Lanes of 16 bits would take fewer steps; compilers widen those to 64.
+    Four nibbles of the even row and four of the odd one, which go on top, make the four bytes of a lane. `flip` is
+    0x88888888 for codes in offset binary, which differ from two's complement in the top bit of each nibble. Lanes of
+    16 bits would take fewer steps; compilers widen those to 64.
     """
-    bytes_, low, high = u32(0x00FF00FF), u32(0x0F0F0F0F), u32(0xF0F0F0F0)
-    for pair in range(lanes_OH.shape[0]):
-        even_H, odd_H, lanes_H = halves_OH[2 * pair], halves_OH[2 * pair + 1], lanes_OH[pair]
-        for i in range(lanes_H.shape[0]):
-            even, odd = u32(even_H[i]), u32(odd_H[i])
+    bytes_, low, high = u32(0x00FF00FF), u32(0x000F000F), u32(0x00F000F0)
+    pairs, lanes = lanes_OH.shape
+    for pair in range(pairs):
+        for i in range(lanes):
+            even, odd = u32(halves_OH[2 * pair, i]), u32(halves_OH[2 * pair + 1, i])
+            # A byte of each half in every other byte of the lane, then their nibbles side by side.
             even = u32(u32(even | u32(even << u32(8))) & bytes_)
-            even = u32(u32(even | u32(even << u32(4))) & low)
             odd = u32(u32(odd | u32(odd << u32(8))) & bytes_)
-            odd = u32(u32(u32(odd << u32(4)) | u32(odd << u32(8))) & high)
-            lanes_H[i] = u32(u32(even | odd) ^ u32(flip))
+            first = u32(u32(even & low) | u32(u32(odd & low) << u32(4)))
+            second = u32(u32(u32(even & high) << u32(4)) | u32(u32(odd & high) << u32(8)))
+            lanes_OH[pair, i] = u32(u32(first | second) ^ u32(flip))
 
 
 @_kernel
@@ -121,6 +122,12 @@ def plain_codes(octets_OB: Bytes, run: tuple[int, int, int], flip: int, codes_OI
     the code for two's complement.
     """
     half = u8(1 << (run[0] - 1))
+    if run[0] == 8:
+        rows, columns = codes_OI.shape
+        for n in range(rows):
+            for k in range(columns):
+                codes_OI[n, k] = u8(octets_OB[n, k] ^ u8(flip)) - half
+        return
     for n in range(codes_OI.shape[0]):
         codes_I = codes_OI[n]
         unpack_row(octets_OB[n], run, codes_I)
