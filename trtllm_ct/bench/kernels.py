@@ -156,8 +156,8 @@ def _plain_copy(source: Tensor, target: Tensor) -> Callable[[], object]:
     import numpy as np
     import torch
 
-    octets = [tensor.view(torch.uint8).numpy() for tensor in (target, source)]
-    return lambda: np.copyto(*octets)
+    into, octets = (tensor.view(torch.uint8).numpy() for tensor in (target, source))
+    return lambda: np.copyto(into, octets)
 
 
 def _prepare_dequantize(shape: Shape) -> Prepared:

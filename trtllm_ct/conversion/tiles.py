@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TILE_BYTES", "made_tensors"]
 
-TILE_BYTES = 4 * 2**20
+TILE_BYTES = 8 * 2**20
 """Delivered bytes of a tile, about."""
 
 

@@ -89,9 +89,9 @@ def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     grid, (rows, groups) = (*shape, 1, 1)[:2], scale.shape
-    known = rows in {1, grid[0]} and groups and grid[1] % groups == 0
-    is_ready = scale.dtype == torch.float32 and (rows, groups) == grid
-    if is_ready or not known or not _is_large(grid, scale):
+    # torch repeats scales along their rows as fast, and hands on float32 as it is.
+    known = rows in {1, grid[0]} and groups == grid[1] and scale.dtype != torch.float32
+    if not known or not _is_large(grid, scale):
         return scales.widen_scale(scale, shape)
 
     from trtllm_ct.layouts import kernels

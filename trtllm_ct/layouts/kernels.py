@@ -157,18 +157,16 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
 
 
 @_kernel
-def widen_scale(scale_XY: NDArray[Any], halves: bool, wide_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
-    """Scales [N or 1, Y] as float32 [N, G], where G is a multiple of Y: each is repeated along its row.
+def widen_scale(scale_XG: NDArray[Any], halves: bool, wide_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
+    """Scales [N, G], or [1, G] for all rows, as float32 [N, G].
 
-    `scale_XY` is float32, or the bits of bfloat16 as uint16: then `halves` says so.
+    `scale_XG` is float32, or the bits of bfloat16 as uint16: then `halves` says so.
     """
-    times = wide_OG.shape[1] // scale_XY.shape[1]
-    for n in range(wide_OG.shape[0]):
-        row = 0 if scale_XY.shape[0] == 1 else n
-        for y in range(scale_XY.shape[1]):
-            scale = u32(u32(scale_XY[row, y]) << u32(16)).view(np.float32) if halves else f32(scale_XY[row, y])
-            for g in range(y * times, (y + 1) * times):
-                wide_OG[n, g] = scale
+    rows, groups = wide_OG.shape
+    for n in range(rows):
+        row = 0 if scale_XG.shape[0] == 1 else n
+        for g in range(groups):
+            wide_OG[n, g] = float32_of(scale_XG[row, g], halves)
 
 
 @_kernel
@@ -180,8 +178,7 @@ def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], halves: boo
     rows, groups = offset_OG.shape
     for n in range(rows):
         for g in range(groups):
-            scale = u32(u32(scale_OG[n, g]) << u32(16)).view(np.float32) if halves else f32(scale_OG[n, g])
-            offset_OG[n, g] = -(f32(i32(zero_OG[n, g])) * scale) + f32(0)
+            offset_OG[n, g] = -(f32(i32(zero_OG[n, g])) * float32_of(scale_OG[n, g], halves)) + f32(0)
 
 
 @_kernel
@@ -198,9 +195,8 @@ def additive_zero_of_words(
     for n in range(rows):
         word, shift = n // per_word, u32(n % per_word * bits)
         for g in range(groups):
-            scale = u32(u32(scale_OG[n, g]) << u32(16)).view(np.float32) if halves else f32(scale_OG[n, g])
             zero = i32(i32(u32(words_WG[word, g] >> shift) & mask) - half)
-            offset_OG[n, g] = -(f32(zero) * scale) + f32(0)
+            offset_OG[n, g] = -(f32(zero) * float32_of(scale_OG[n, g], halves)) + f32(0)
 
 
 @_kernel
@@ -238,6 +234,12 @@ def dequantize(
             for k in range(numbers_I.shape[0]):
                 numbers_I[k] /= divisor
         round_row(numbers_I, kind, dense_OB[n])
+
+
+@_inner
+def float32_of(scale: Any, halves: bool) -> np.float32:  # noqa: FBT001 (numba has no keywords)
+    """A scale as a number: the bits of bfloat16 with `halves`, else float32 as it is."""
+    return u32(u32(scale) << u32(16)).view(np.float32) if halves else f32(scale)
 
 
 @_inner
