@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.errors import Fault, PayloadError
-from trtllm_ct.layouts.dispatch import additive_zero, repack, widen_scale
+from trtllm_ct.layouts.dispatch import additive_zero, repack
 from trtllm_ct.layouts.e4m3 import shift_scale
 from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts.scales import widen_scale
 from trtllm_ct.layouts.transforms import fold
 
 if TYPE_CHECKING:

@@ -281,51 +281,6 @@ class TestPlainCodesAlongRows:
         assert loops == []
 
 
-class TestWidenScale:
-    @pytest.mark.parametrize(
-        ("stored", "shape"),
-        [((1, 1), ()), ((1, 1), (7,)), ((7, 1), (7,)), ((1, 6), (5, 6)), ((5, 6), (5, 6)), ((1, 9), (1, 9))],
-    )
-    @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-    @pytest.mark.parametrize("how", LYING)
-    def test_any_shape_equals_its_twin_bit_for_bit(
-        self, loops: list[str], stored: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, how: str
-    ) -> None:
-        numbers = torch.randn(stored, generator=torch.Generator().manual_seed(0))
-        sentinels = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40])
-        numbers.view(-1)[:6] = sentinels[: numbers.numel()]
-        scale = strided(numbers.to(dtype).view(torch.int16), how).view(dtype)
-
-        wide = dispatch.widen_scale(scale, shape)
-
-        assert wide.shape == shape
-        assert same_bits(wide.flatten(), scales.widen_scale(scale, shape).flatten())
-        assert wide.is_contiguous()
-        assert loops == ["widen_scale"]
-
-    @pytest.mark.parametrize("stored", [(1, 1), (5, 1), (5, 2), (1, 3)])
-    @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-    def test_repeating_along_rows_is_for_torch(
-        self, loops: list[str], stored: tuple[int, int], dtype: torch.dtype
-    ) -> None:
-        scale = torch.rand(stored).to(dtype)
-
-        wide = dispatch.widen_scale(scale, (5, 6))
-
-        assert torch.equal(wide, scale.float().repeat_interleave(6 // stored[1], 1).expand(5, 6))
-        assert loops == []
-
-    def test_float32_is_handed_on_as_it_is(self, loops: list[str]) -> None:
-        scale = torch.randn(5, 3)
-
-        assert dispatch.widen_scale(scale, (5, 3)).data_ptr() == scale.data_ptr()
-        assert loops == []
-
-    def test_no_scales_at_all_are_none(self) -> None:
-        assert dispatch.widen_scale(torch.ones(0, 3), (0, 3)).shape == (0, 3)
-        assert dispatch.widen_scale(torch.ones(4, 0, dtype=torch.bfloat16), (4, 0)).shape == (4, 0)
-
-
 class TestAdditiveZero:
     @pytest.mark.parametrize("zero", [-128, -8, -1, 0, 1, 7, 127])
     def test_every_bfloat16_scale(self, loops: list[str], zero: int) -> None:

@@ -118,7 +118,7 @@ def _prepare_fp8_rows(shape: Shape) -> Prepared:
     """FP8 codes as they are, and one scale a row, widened."""
     import torch
 
-    from trtllm_ct.layouts.dispatch import widen_scale
+    from trtllm_ct.layouts.scales import widen_scale
 
     codes = _random_words((shape[0], shape[1] // 4)).view(torch.float8_e4m3fn)
     scale = torch.rand(shape[0], 1).to(torch.bfloat16)

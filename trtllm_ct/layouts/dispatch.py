@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.layouts.scales import Scaling
 
-__all__ = ["additive_zero", "dequantize", "repack", "unpack_codes", "widen_scale"]
+__all__ = ["additive_zero", "dequantize", "repack", "unpack_codes"]
 
 _SMALL = 1 << 16
 """Fewer codes than these take torch about a millisecond; importing numba takes 300."""
@@ -82,23 +82,6 @@ def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Te
     per_word = 0 if packing.dense else _whole_codes(packing)
     kernels.plain_codes_along_rows(_octets(packed).view(np.uint32), packing.bits, per_word, _octets(codes))
     return codes
-
-
-def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A scale (rows, groups) as float32 in the shape that a Linear reads; see `scales.widen_scale`."""
-    import torch
-
-    grid, (rows, groups) = (*shape, 1, 1)[:2], scale.shape
-    # torch repeats scales along their rows as fast, and hands on float32 as it is.
-    known = rows in {1, grid[0]} and groups == grid[1] and scale.dtype != torch.float32
-    if not known or not _is_large(grid, scale):
-        return scales.widen_scale(scale, shape)
-
-    from trtllm_ct.layouts import kernels
-
-    wide = empty(grid, torch.float32)
-    kernels.widen_scale(*_scale_bits(scale), _array(wide))
-    return wide.view(shape)
 
 
 def additive_zero(

@@ -37,7 +37,6 @@ __all__ = [
     "plain_codes_along_rows",
     "row_pairs",
     "row_pairs_of_nibbles",
-    "widen_scale",
 ]
 
 P = ParamSpec("P")
@@ -154,19 +153,6 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
         else:
             for g in range(groups):
                 codes_OG[n, g] = u8(u32(u32(words_WG[word, g] >> shift) & mask) - half)
-
-
-@_kernel
-def widen_scale(scale_XG: NDArray[Any], halves: bool, wide_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
-    """Scales [N, G], or [1, G] for all rows, as float32 [N, G].
-
-    `scale_XG` is float32, or the bits of bfloat16 as uint16: then `halves` says so.
-    """
-    rows, groups = wide_OG.shape
-    for n in range(rows):
-        row = 0 if scale_XG.shape[0] == 1 else n
-        for g in range(groups):
-            wide_OG[n, g] = float32_of(scale_XG[row, g], halves)
 
 
 @_kernel
