@@ -123,7 +123,6 @@ def _prepare_fp8_rows(shape: Shape) -> Prepared:
     codes = _random_words((shape[0], shape[1] // 4)).view(torch.float8_e4m3fn)
     scale = torch.rand(shape[0], 1).to(torch.bfloat16)
     out, wide = _warm(shape, torch.float8_e4m3fn), _warm((shape[0],), torch.float32)
-
     copy = _plain_copy(codes, out)
 
     def run() -> None:
@@ -141,7 +140,6 @@ def _prepare_nvfp4(shape: Shape) -> Prepared:
     scales = _random_words((shape[0], shape[1] // 64)).view(torch.float8_e4m3fn)
     out = _warm(tuple(codes.shape), torch.uint8)
     out_scales = _warm(tuple(scales.shape), torch.float8_e4m3fn)
-
     copies = _plain_copy(codes, out), _plain_copy(scales, out_scales)
 
     def run() -> None:

@@ -94,13 +94,12 @@ def additive_zero(
     import torch
 
     shape = (scale_OG.shape[0], scale_OG.shape[1])
-    straddles = packing is not None and packing.dense and packing.container.bits % packing.bits
-    if packing is not None and (straddles or not _has_columns(zero_point, packing, shape)):
+    large = _is_large(shape, scale_OG, zero_point)
+    if packing is not None and not (large and _has_whole_words(zero_point, packing, shape)):
         zero_point, packing = unpack_codes(zero_point, packing, shape), None
     known = packing is not None or (zero_point.shape == scale_OG.shape and zero_point.dtype == torch.int8)
-    if not known or not _is_large(shape, scale_OG, zero_point):
-        plain_zero_point = zero_point if packing is None else plain.unpack_codes(zero_point, packing, shape)
-        return _into(out, scales.additive_zero(scale_OG, plain_zero_point))
+    if not (large and known):
+        return _into(out, scales.additive_zero(scale_OG, zero_point))
     import numpy as np
 
     from trtllm_ct.layouts import kernels
@@ -178,6 +177,12 @@ def _has_columns(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bo
     rows, columns = packing.packed_shape(shape)
     along_rows = (packing.container, packing.axis, packing.offset_binary) == (DType.I32, 0, True)
     return along_rows and packed.shape[0] >= rows and packed.shape[1] >= columns
+
+
+def _has_whole_words(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
+    """The same, and whether no code straddles two words."""
+    straddles = packing.dense and packing.container.bits % packing.bits
+    return not straddles and _has_columns(packed, packing, shape)
 
 
 def _scale_bits(scale: Tensor) -> tuple[NDArray[Any], bool]:
