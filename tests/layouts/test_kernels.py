@@ -8,15 +8,10 @@ small it is.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
-from pathlib import Path
-from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +23,6 @@ from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import trtllm_ct
 from trtllm_ct.dtypes import DType
 from trtllm_ct.layouts import dispatch, kernels, packing, scales
 from trtllm_ct.layouts.floats import E2M1_PACKED, E2M3_PACKED, element_values
@@ -804,41 +798,6 @@ class TestProcesses:
 
         assert done.stdout.strip() == "[]"
 
-    def test_machine_code_is_kept_for_later_processes(self, tmp_path: Path) -> None:
-        """The first one compiles, the second one finds what it left."""
-        program = """
-            import numpy as np
-            from trtllm_ct.layouts import kernels
-
-            codes = np.empty((1, 2), np.uint8)
-            kernels.plain_codes_along_rows(np.zeros((1, 2), np.uint32), 4, 8, codes)
-            stats = kernels.plain_codes_along_rows.stats
-            print(codes.tolist(), sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
-            """
-
-        first, second = (run_with_cache(program, tmp_path / "cache") for _ in range(2))
-
-        assert first == "[[248, 248]] 0 1"
-        assert second == "[[248, 248]] 1 0"
-
-    def test_loops_run_where_no_folder_can_be_written(self) -> None:
-        """There numba refuses to keep code: each process compiles its own."""
-        done = run_python(
-            """
-            import numpy as np
-            from numba.core.caching import FunctionCache
-
-            FunctionCache._impl_class._locator_classes = []
-            from trtllm_ct.layouts import kernels
-
-            codes = np.empty((1, 2), np.uint8)
-            kernels.plain_codes_along_rows(np.zeros((1, 2), np.uint32), 4, 8, codes)
-            print(codes.tolist(), kernels.plain_codes_along_rows.stats.cache_path)
-            """
-        )
-
-        assert done.stdout.strip() == "[[248, 248]] None"
-
     def test_no_byte_behind_the_last_one_is_read(self) -> None:
         """Codes end where a page ends whose neighbour can't be read: one byte further ends the process."""
         done = run_python(
@@ -899,17 +858,3 @@ class TestProcesses:
             together = list(threads.map(lambda each: dispatch.repack(each, SOURCE, INT4_ROW_PAIRS, (64, 256)), words))
 
         assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-
-
-def run_with_cache(code: str, folder: Path) -> str:
-    """What `code` prints in a process whose numba keeps machine code in `folder`."""
-    done = subprocess.run(
-        [sys.executable, "-c", dedent(code)],
-        cwd=Path(trtllm_ct.__file__).parents[1],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()

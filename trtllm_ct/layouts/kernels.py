@@ -1,28 +1,26 @@
 """Loops over CPU memory, compiled: one pass from stored bytes to delivered ones, at about the speed of a copy.
 
-numba compiles a loop when it is first called and keeps the machine code on disk for later processes. Loops release the
+numba compiles a loop once for a machine, later processes load what it made: see `machine_code.py`. Loops release the
 interpreter lock and use one thread; callers run several. torch operations would pass over the same memory once for each
 operation, which is where their time goes. The twin of each loop, of plain torch operations, is in `packing.py` and
 `scales.py`: `dispatch.py` chooses, and tests hold one to the other, bit for bit.
 
-All arrays are numpy's, contiguous along the last axis. Fields are the bits of codes as they are stored. numba makes 64
-bits of integers that meet, so that narrow types are spelled out wherever lanes should stay narrow. Loops that call each
-other must stand in one file: the cache on disk is renewed when the file of the called loop changes, and no other.
+All arrays are numpy's, contiguous along the last axis, and made by the caller. Fields are the bits of codes as they are
+stored. numba makes 64 bits of integers that meet, so that narrow types are spelled out wherever lanes should stay
+narrow. Loops that call each other must stand in one file: when it changes, machine code is made anew, and only then.
 Axis letters: `O` out (rows, N), `I` in (columns, K), `B` bytes, `G` groups, `W` words.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 
 from trtllm_ct.dtypes import DType
+from trtllm_ct.layouts.machine_code import inner, kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     Bytes = NDArray[np.uint8]
@@ -39,11 +37,6 @@ __all__ = [
     "row_pairs_of_nibbles",
 ]
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # of numpy: dividing by 0 is no exception
-
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 i8, i32, f32, f64 = np.int8, np.int32, np.float32, np.float64
 
@@ -52,26 +45,7 @@ KINDS = {DType.BF16: _BFLOAT16, DType.F16: _FLOAT16, DType.F32: _FLOAT32, DType.
 """What `dequantize` can deliver."""
 
 
-def _inner(loop: Callable[P, R]) -> Callable[P, R]:
-    """A loop that only other loops call."""
-    compiled: Callable[P, R] = njit(**_OPTIONS)(loop)
-    return compiled
-
-
-def _kernel(loop: Callable[P, R]) -> Callable[P, R]:
-    """A loop that is called from Python; where no folder can be written, each process compiles it anew.
-
-    numba writes beside this file, or into the user's cache folder where the package is read-only.
-    """
-    compiled: Callable[P, R]
-    try:
-        compiled = njit(cache=True, **_OPTIONS)(loop)
-    except RuntimeError:
-        compiled = njit(**_OPTIONS)(loop)
-    return compiled
-
-
-@_kernel
+@kernel
 def row_pairs_of_nibbles(halves_OH: NDArray[np.uint16], flip: int, lanes_OH: NDArray[np.uint32]) -> None:
     """Nibbles along K to bytes of two rows: [N, >= K/4] halves of words to [N/2, K/4] lanes of 32 bits.
 
@@ -92,15 +66,16 @@ def row_pairs_of_nibbles(halves_OH: NDArray[np.uint16], flip: int, lanes_OH: NDA
             lanes_OH[pair, i] = u32(u32(first | second) ^ u32(flip))
 
 
-@_kernel
-def row_pairs(octets_OB: Bytes, run: tuple[int, int, int], flip: int, pairs_OI: Bytes) -> None:
+@kernel
+def row_pairs(octets_OB: Bytes, run: tuple[int, int, int], flip: int, fields_2I: Bytes, pairs_OI: Bytes) -> None:
     """Codes of any width along K to bytes of two rows: [N, B] to [ceil(N/2), K]; a missing last row is all zero bits.
 
-    `run` is as `unpack_row` takes it, `flip` as `plain_codes` does. Codes wider than a nibble are cut.
+    `run` is as `unpack_row` takes it, `flip` as `plain_codes` does, `fields_2I` is a buffer. Codes wider than a nibble
+    are cut.
     """
     rows, columns = octets_OB.shape[0], pairs_OI.shape[1]
     half = u8(1 << (run[0] - 1))
-    even_I, odd_I = np.empty(columns, u8), np.zeros(columns, u8)
+    even_I, odd_I = fields_2I[0], fields_2I[1]
     for pair in range(pairs_OI.shape[0]):
         pairs_I = pairs_OI[pair]
         unpack_row(octets_OB[2 * pair], run, even_I)
@@ -113,7 +88,7 @@ def row_pairs(octets_OB: Bytes, run: tuple[int, int, int], flip: int, pairs_OI: 
             pairs_I[k] = even | odd
 
 
-@_kernel
+@kernel
 def plain_codes(octets_OB: Bytes, run: tuple[int, int, int], flip: int, codes_OI: Bytes) -> None:
     """Codes of any width along K, to one signed byte each (as uint8): [N, B] to [N, K].
 
@@ -134,7 +109,7 @@ def plain_codes(octets_OB: Bytes, run: tuple[int, int, int], flip: int, codes_OI
             codes_I[k] = u8(codes_I[k] ^ u8(flip)) - half
 
 
-@_kernel
+@kernel
 def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: int, codes_OG: Bytes) -> None:
     """Offset-binary codes along N in words of 32 bits, to one signed byte each (as uint8): [W, >= G] to [N, G].
 
@@ -155,7 +130,7 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
                 codes_OG[n, g] = u8(u32(u32(words_WG[word, g] >> shift) & mask) - half)
 
 
-@_kernel
+@kernel
 def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], halves: bool, offset_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
     """-(zero point) * scale, all [N, G], plus zero for minus zero.
 
@@ -167,7 +142,7 @@ def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], halves: boo
             offset_OG[n, g] = -(f32(i32(zero_OG[n, g])) * float32_of(scale_OG[n, g], halves)) + f32(0)
 
 
-@_kernel
+@kernel
 def additive_zero_of_words(
     words_WG: NDArray[np.uint32],
     bits: int,
@@ -185,7 +160,7 @@ def additive_zero_of_words(
             offset_OG[n, g] = -(f32(zero) * float32_of(scale_OG[n, g], halves)) + f32(0)
 
 
-@_kernel
+@kernel
 def dequantize(
     octets_OB: Bytes,
     run: tuple[int, int, int],
@@ -195,18 +170,19 @@ def dequantize(
     divisor: float,
     block: tuple[int, int],
     group_of_I: NDArray[np.int64],
+    fields_I: Bytes,
     numbers_I: NDArray[Any],
     kind: int,
     dense_OB: Bytes,
 ) -> None:
     """Codes along K to plain numbers of `kind`: [N, B] to [N, K], here as bytes; each is the exact value rounded once.
 
-    value = (code - zero point) * scale / divisor, computed in the dtype of `numbers_I`, a buffer of K elements: float32
-    if its products are exact, else float64. `run` is as `unpack_row` takes it, and `meaning` as `decode_row` does.
+    value = (code - zero point) * scale / divisor, computed in the dtype of `numbers_I`, a buffer as `fields_I` is:
+    float32 if its products are exact, else float64. `run` is as `unpack_row` takes it, and `meaning` as `decode_row`
+    does.
     `block` is the (rows, columns) that share a scale; one row of scales or zero points is that of all rows.
     `group_of_I` gives the group of each column, or is empty where groups are contiguous.
     """
-    fields_I = np.empty(numbers_I.shape[0], u8)
     for n in range(dense_OB.shape[0]):
         scale_G = scale_XG[0 if scale_XG.shape[0] == 1 else n // block[0]]
         zero_G = zero_YG[0 if zero_YG.shape[0] == 1 else n // block[0]]
@@ -222,13 +198,13 @@ def dequantize(
         round_row(numbers_I, kind, dense_OB[n])
 
 
-@_inner
+@inner
 def float32_of(scale: Any, halves: bool) -> np.float32:  # noqa: FBT001 (numba has no keywords)
     """A scale as a number: the bits of bfloat16 with `halves`, else float32 as it is."""
     return u32(u32(scale) << u32(16)).view(np.float32) if halves else f32(scale)
 
 
-@_inner
+@inner
 def unpack_row(octets_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> None:
     """Bytes to the field of each column, lowest bits first.
 
@@ -250,7 +226,7 @@ def unpack_row(octets_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> N
         _unpack_stream(octets_B, run, fields_I)
 
 
-@_inner
+@inner
 def _unpack_stream(octets_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> None:
     """The same for fields across the borders of bytes: runs of eight by one load of eight bytes, others bit by bit."""
     bits, size, count = run
@@ -270,7 +246,7 @@ def _unpack_stream(octets_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) 
         fields_I[k] = u8(u64(pair >> u32(place % 8)) & mask)
 
 
-@_inner
+@inner
 def decode_row(fields_I: Bytes, bits: int, meaning: tuple[int, int, int], numbers_I: NDArray[Any]) -> None:
     """What fields of `bits` bits mean, as floats.
 
@@ -299,7 +275,7 @@ def decode_row(fields_I: Bytes, bits: int, meaning: tuple[int, int, int], number
         numbers_I[k] = u32(wide | u32(u32(field & sign) << u32(to_sign & u32(31)))).view(np.float32)
 
 
-@_inner
+@inner
 def scale_row(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, span: int) -> None:
     """(number - zero point) * scale in place, where each `span` columns share both, the last ones perhaps fewer."""
     for g in range(scale_G.shape[0]):
@@ -309,7 +285,7 @@ def scale_row(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, span: in
             own[k] = (own[k] - zero) * scale
 
 
-@_inner
+@inner
 def scale_by_index(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, group_of_I: NDArray[np.int64]) -> None:
     """The same where an index gives the group of each column."""
     for k in range(numbers_I.shape[0]):
@@ -317,7 +293,7 @@ def scale_by_index(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, gro
         numbers_I[k] = (numbers_I[k] - zero_G[g]) * scale_G[g]
 
 
-@_inner
+@inner
 def round_row(numbers_I: NDArray[Any], kind: int, dense_B: Bytes) -> None:
     """Numbers rounded to `kind`, to nearest, ties to even; those of float32 are rounded once anyway."""
     if kind == _BFLOAT16 and numbers_I.itemsize == 4:
@@ -342,7 +318,7 @@ def round_row(numbers_I: NDArray[Any], kind: int, dense_B: Bytes) -> None:
             doubles_I[k] = numbers_I[k]
 
 
-@_inner
+@inner
 def odd_bits(number: float) -> np.uint32:
     """The bits of a number in float32: exact ones stay, others go to the neighbour whose last bit is one.
 
@@ -355,7 +331,7 @@ def odd_bits(number: float) -> np.uint32:
     return u32(bits + (step if inexact else u32(0)))
 
 
-@_inner
+@inner
 def bfloat16_bits(bits: np.uint32) -> np.uint16:
     """float32 to bfloat16: the upper half, plus one if the lower half is more than half, or half and the upper odd."""
     nearest = u32(bits + u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))
@@ -363,7 +339,7 @@ def bfloat16_bits(bits: np.uint32) -> np.uint16:
     return u16(0x7FC0) if is_nan else u16(nearest >> u32(16))
 
 
-@_inner
+@inner
 def float16_bits(bits: np.uint32) -> np.uint16:
     """float32 to float16; for subnormal results the addition of 0.5 rounds, whose last bit is 2^-24, the least step."""
     size = u32(bits & u32(0x7FFFFFFF))
