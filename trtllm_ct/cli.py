@@ -9,6 +9,7 @@ import atexit
 import gc
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -346,6 +347,8 @@ def main() -> None:
     """Run the command line; faults become a message on stderr and an exit code."""
     # A command makes no cycles to speak of and ends soon: the collector has nothing to find, then and at the exit.
     atexit.register(gc.freeze)
+    # No command multiplies matrices by numpy, whose threads for that would spin beside those that convert.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         with collector_paused():

@@ -129,6 +129,18 @@ class TestChecksum:
 
         assert octets == varied(PAGE + 3)
 
+    @pytest.mark.parametrize("rest", [0, 1, 8, PAGE - 1])
+    @pytest.mark.parametrize("cuts", [[0], [1], [1, 2], [2, 2, 3]])
+    def test_sums_of_parts_add_up(self, cuts: list[int], rest: int) -> None:
+        """Where they were cut between pages; a part may be empty."""
+        octets = memoryview(varied(4 * PAGE + rest))
+        ends = [*cuts, 5]
+        parts = [
+            checksum(octets[begin * PAGE : end * PAGE], begin) for begin, end in zip([0, *cuts], ends, strict=True)
+        ]
+
+        assert sum(parts) % 2**64 == checksum(octets)
+
 
 class TestWriteAll:
     @pytest.mark.parametrize("nbytes", [0, 1, 9, 10, 11, 35])
@@ -136,7 +148,7 @@ class TestWriteAll:
     def test_all_bytes_arrive_however_little_is_taken_at_once(
         self, descriptor: int, nbytes: int, most: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """No more than a chunk is offered, and what lies before and behind stays."""
+        """No more than a block is offered, and what lies before and behind stays."""
         offered = []
         pwrite = os.pwrite
 
@@ -146,7 +158,7 @@ class TestWriteAll:
 
         os.pwrite(descriptor, b"." * 50, 0)
         monkeypatch.setattr(os, "pwrite", stingy)
-        monkeypatch.setattr(transfer, "CHUNK_BYTES", 10)
+        monkeypatch.setattr(transfer, "_WRITE_BYTES", 10)
 
         write_all(descriptor, memoryview(varied(nbytes)), 6)
 

@@ -184,7 +184,7 @@ def test_the_same_tensors_make_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "x/model.safetensors").read_bytes() == (tmp_path / "y/model.safetensors").read_bytes()
 
 
-def test_a_payload_is_written_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_payload_is_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the system takes less than it was offered."""
     sizes = []
     pwrite = os.pwrite
@@ -194,7 +194,7 @@ def test_a_payload_is_written_in_chunks(tmp_path: Path, monkeypatch: pytest.Monk
         return pwrite(descriptor, data[:7], offset)
 
     monkeypatch.setattr(os, "pwrite", stingy)
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(transfer, "_WRITE_BYTES", 10)
     tensor = random_tensor(TensorSpec(DType.BF16, (3, 7)))
 
     write_all(tmp_path, {"a": tensor})

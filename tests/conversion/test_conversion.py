@@ -182,8 +182,7 @@ class TestFaults:
             calls.append(1)
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("trtllm_ct.conversion.worker.TensorWriter.write", full)
-        monkeypatch.setattr("trtllm_ct.conversion.worker.TensorWriter.copy", full)
+        monkeypatch.setattr("trtllm_ct.conversion.worker.TensorWriter.write_octets", full)
 
         with pytest.raises(OSError, match="No space left"):
             convert_checkpoint(built.directory, tmp_path / "out", workers=1)
@@ -329,7 +328,7 @@ def test_few_units_are_handed_out_at_a_time(built: Built, tmp_path: Path, monkey
         return UnitResult(record=UnitRecord(unit=number, pieces=()))
 
     class Conversion:
-        units = tuple(units.Unit(number=number, modules=(), nbytes=1, copied=True) for number in range(100))
+        units = tuple(units.Unit(number=number, modules=(), nbytes=1, needs_torch=False) for number in range(100))
         plan = type("Plan", (), {"modules": ()})
 
     monkeypatch.setattr(coordinate, "run_unit", counted)

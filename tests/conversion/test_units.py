@@ -47,15 +47,23 @@ def test_every_module_that_delivers_is_in_one_unit(
     assert sum(unit.nbytes for unit in found) == plan.delivered_bytes
 
 
-def test_copying_begins_at_once_and_converting_as_the_second(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker copies while the other one imports torch."""
+def test_what_needs_no_torch_begins_at_once_and_the_rest_as_the_second(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker goes ahead while the other one imports torch; on a GPU only what is copied does without."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
-    copied = [unit.copied for unit in plan_units(plan, planned(plan, 1))]
+    needs = [unit.needs_torch for unit in plan_units(plan, planned(plan, 1), device="cuda")]
 
-    number = sum(copied)
+    number = needs.count(False)
     assert number > 2
-    assert copied == [True, False, *[True] * (number - 1), *[False] * (len(copied) - number - 1)]
+    assert needs == [False, True, *[False] * (number - 1), *[True] * (len(needs) - number - 1)]
+
+
+def test_loops_need_no_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+
+    assert not any(unit.needs_torch for unit in plan_units(plan, planned(plan, 1)))
 
 
 @pytest.mark.parametrize("files", [2, 3, 4])
@@ -64,7 +72,7 @@ def test_files_are_full_at_about_the_same_time(plan: Plan, files: int, monkeypat
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     write_plan = planned(plan, files)
 
-    order = [file_of(plan, write_plan, unit) for unit in plan_units(plan, write_plan) if not unit.copied]
+    order = [file_of(plan, write_plan, unit) for unit in plan_units(plan, write_plan)]
 
     total, done = Counter(order), Counter[str]()
     assert len(total) >= files
@@ -79,16 +87,16 @@ def test_few_files_are_open_at_a_time(plan: Plan, monkeypatch: pytest.MonkeyPatc
     write_plan = planned(plan, 4 * FILES_AT_ONCE)
     number_of = {file.name: number for number, file in enumerate(write_plan.files)}
 
-    converting = [unit for unit in plan_units(plan, write_plan) if not unit.copied]
+    found = plan_units(plan, write_plan)
 
-    rounds = [number_of[file_of(plan, write_plan, unit)] // FILES_AT_ONCE for unit in converting]
+    rounds = [number_of[file_of(plan, write_plan, unit)] // FILES_AT_ONCE for unit in found]
     assert rounds == sorted(rounds)
     assert rounds[-1] >= 2
 
 
 def test_the_order_of_the_plan_stays_where_there_is_one_file(plan: Plan) -> None:
-    found = plan_units(plan, planned(plan, 1))
-
-    for copied in (True, False):
-        places = [place for unit in found if unit.copied is copied for place in unit.modules]
-        assert places == sorted(places)
+    for device in ("cpu", "cuda"):
+        found = plan_units(plan, planned(plan, 1), device=device)
+        for needs in (True, False):
+            places = [place for unit in found if unit.needs_torch is needs for place in unit.modules]
+            assert places == sorted(places)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import list_some
-from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, checksum, preallocate, read_into, write_all
+from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
 from trtllm_ct.errors import Fault, UsageError
 
@@ -33,18 +33,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "file_locks", "pieces_are_there", "write_index"]
 
+PIECE_BYTES = 8 * 2**20
+"""Bytes after which a new piece begins: small enough to be read at once, and large enough that journals stay short."""
+
 _MAX_OPEN_FILES = 16
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A run of at most `CHUNK_BYTES` that was written: where, and its `transfer.checksum`."""
+    """A run of at most `PIECE_BYTES` that was written: where, and its `transfer.checksum`."""
 
     file: str
     offset: int
     nbytes: int
     checksum: int
+
+    def goes_on(self, file: str, offset: int, nbytes: int) -> bool:
+        """Whether so many bytes there would be more of this piece."""
+        follows = (file, offset) == (self.file, self.offset + self.nbytes)
+        return follows and self.nbytes % PAGE_BYTES == 0 and self.nbytes + nbytes <= PIECE_BYTES
+
+    def with_more(self, octets: memoryview) -> Piece:
+        """The piece with bytes that follow it."""
+        total = (self.checksum + checksum(octets, self.nbytes // PAGE_BYTES)) % 2**64
+        return Piece(file=self.file, offset=self.offset, nbytes=self.nbytes + len(octets), checksum=total)
 
 
 def create_files(directory: Path, plan: WritePlan) -> None:
@@ -82,7 +95,7 @@ def write_index(directory: Path, plan: WritePlan) -> None:
 
 def pieces_are_there(directory: Path, pieces: Iterable[Piece]) -> bool:
     """Whether the files of `directory` hold all these bytes, as they were when they were written. Reads them."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+    buffer = memoryview(bytearray(PIECE_BYTES))
     with _OpenFiles(directory, os.O_RDONLY) as files:
         try:
             for piece in pieces:
@@ -109,7 +122,6 @@ class TensorWriter:
         self._locks = file_locks(plan) if locks is None else locks
         self._files = _OpenFiles(directory, os.O_WRONLY)
         self._written: dict[str, int] = {}
-        self._buffer: memoryview | None = None
         self.pieces: list[Piece] = []
 
     def __enter__(self) -> Self:
@@ -139,29 +151,19 @@ class TensorWriter:
             raise ValueError(
                 f"{name} must be contiguous in CPU memory, not on {tensor.device}, strides {tensor.stride()}"
             )
-        octets = _octets(tensor)
-        begin = row * (spec.nbytes // spec.shape[0]) if row else 0
+        self.write_octets(name, _octets(tensor), row * (spec.nbytes // spec.shape[0]) if row else 0)
+
+    def write_octets(self, name: str, octets: memoryview, begin: int = 0) -> None:
+        """Put bytes of the tensor `name` in their place, `begin` bytes behind its first one.
+
+        Raises `ValueError` for an unknown tensor, and for more bytes than it has or has left.
+        """
+        if name not in self._plan.places:
+            raise ValueError(f"{name} is not among the planned tensors")
         self._claim(name, len(octets))
         while octets:
             self._put(name, begin, octets[:CHUNK_BYTES])
             octets, begin = octets[CHUNK_BYTES:], begin + CHUNK_BYTES
-
-    def copy(self, name: str, source: int, offset: int) -> None:
-        """Put the bytes from `offset` on of another open file in the place of the tensor `name`; memory: a chunk.
-
-        Raises `EOFError` when that file ends before, and `ValueError` as `write` does.
-        """
-        if name not in self._plan.places:
-            raise ValueError(f"{name} is not among the planned tensors")
-        nbytes = self._plan.places[name].spec.nbytes
-        self._claim(name, nbytes)
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(CHUNK_BYTES))
-        for begin in range(0, nbytes, CHUNK_BYTES):
-            octets = self._buffer[: nbytes - begin]
-            if read_into(source, octets, offset + begin) < len(octets):
-                raise EOFError(f"a file that ends before byte {offset + nbytes}")
-            self._put(name, begin, octets)
 
     def is_complete(self, name: str) -> bool:
         """Whether every byte of a tensor was written here."""
@@ -176,10 +178,14 @@ class TensorWriter:
 
     def _put(self, name: str, begin: int, octets: memoryview) -> None:
         place = self._plan.places[name]
-        piece = Piece(file=place.file, offset=place.offset + begin, nbytes=len(octets), checksum=checksum(octets))
-        with self._locks[piece.file]:
-            write_all(self._files[piece.file], octets, piece.offset)
-        self.pieces.append(piece)
+        file, offset = place.file, place.offset + begin
+        before = self.pieces[-1] if self.pieces else None
+        if before is not None and before.goes_on(file, offset, len(octets)):
+            self.pieces[-1] = before.with_more(octets)
+        else:
+            self.pieces.append(Piece(file=file, offset=offset, nbytes=len(octets), checksum=checksum(octets)))
+        with self._locks[file]:
+            write_all(self._files[file], octets, offset)
 
 
 class ShardedWriter:

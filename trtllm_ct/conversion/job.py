@@ -53,7 +53,7 @@ class Conversion:
         self.plan = plan
         with collector_paused():
             self.write_plan = WritePlan.of(plan.delivered_specs, job.max_shard_bytes)
-            self.units = plan_units(plan, self.write_plan)
+            self.units = plan_units(plan, self.write_plan, device=job.device)
         self.locks = file_locks(self.write_plan)
 
     @classmethod

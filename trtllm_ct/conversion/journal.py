@@ -56,7 +56,9 @@ class Journal:
         self.records = _read(path, digest)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if not self.records:
-            os.ftruncate(self._descriptor, 0)
+            # Closing a file that was ever cut down to nothing waits for the disk on ext4, so one that is new is left.
+            if os.fstat(self._descriptor).st_size:
+                os.ftruncate(self._descriptor, 0)
             self._add(json.dumps({"conversion": digest}))
         else:
             # The last line may be cut short; a line break makes it a line of its own, which means nothing.

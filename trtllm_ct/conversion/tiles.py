@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.conversion.units import is_copied
+from trtllm_ct.conversion.direct import is_copied
 from trtllm_ct.plan.narrow import Rows, can_narrow, narrow, row_unit, rows_in_one, weight_rows
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TILE_BYTES", "made_tensors"]
 
-TILE_BYTES = 8 * 2**20
+TILE_BYTES = 4 * 2**20
 """Delivered bytes of a tile, about."""
 
 

@@ -10,19 +10,19 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trtllm_ct.conversion.direct import is_copied, is_direct
 from trtllm_ct.payload import looks_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from trtllm_ct.checkpoint.write_plan import WritePlan
-    from trtllm_ct.plan.model import Delivery, ModulePlan, Plan
+    from trtllm_ct.plan.model import ModulePlan, Plan
 
-__all__ = ["Unit", "is_copied", "plan_units"]
+__all__ = ["Unit", "plan_units"]
 
 UNIT_BYTES = 64 * 2**20
 """Delivered bytes after which a unit is closed."""
-
 
 FILES_AT_ONCE = 8
 """Files of an output that are filled side by side: the kernel lets one thread at a time write into each."""
@@ -32,37 +32,36 @@ FILES_AT_ONCE = 8
 class Unit:
     """Modules by their positions in the plan, and what they deliver together.
 
-    `copied` says that all of it lies in the source as it is delivered, with no value to look at.
+    `needs_torch` says that some of it is neither copied nor converted by loops alone.
     """
 
     number: int
     modules: tuple[int, ...]
     nbytes: int
-    copied: bool
+    needs_torch: bool
 
 
-def plan_units(plan: Plan, write_plan: WritePlan) -> tuple[Unit, ...]:
-    """All modules of a plan that deliver anything, each in one unit.
+def plan_units(plan: Plan, write_plan: WritePlan, *, device: str = "cpu") -> tuple[Unit, ...]:
+    """All modules of a plan that deliver anything, each in one unit; operations will run on `device`.
 
-    Units that are only copied come first: they need no torch, and go on while it is imported, for which the second unit
-    is one that is converted. Otherwise the order is that of the plan, dealt in turn to files of the output that are
-    filled side by side.
+    Units that need no torch come first, and go on while it is imported, for which the second unit is one that does
+    need it. Otherwise the order is that of the plan, dealt in turn to files of the output that are filled side by side.
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
         groups.setdefault(module.joined or module.name, []).append(position)
-    copied: list[tuple[int, ...]] = []
-    converted: list[tuple[int, ...]] = []
+    without: list[tuple[int, ...]] = []
+    with_torch: list[tuple[int, ...]] = []
     for group in groups.values():
-        only_copied = all(_is_plain(plan.modules[position]) for position in group)
-        (copied if only_copied else converted).append(tuple(group))
-    batches = [(modules, True) for modules in _in_turn(_batches(plan, copied), plan, write_plan)]
-    converting = [(modules, False) for modules in _in_turn(_batches(plan, converted), plan, write_plan)]
-    batches[1:1] = converting[:1]
-    batches += converting[1:]
+        needs = any(_needs_torch(plan.modules[position], device) for position in group)
+        (with_torch if needs else without).append(tuple(group))
+    batches = [(modules, False) for modules in _in_turn(_batches(plan, without), plan, write_plan)]
+    needing = [(modules, True) for modules in _in_turn(_batches(plan, with_torch), plan, write_plan)]
+    batches[1:1] = needing[:1]
+    batches += needing[1:]
     return tuple(
-        Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), copied=is_plain)
-        for number, (modules, is_plain) in enumerate(batches)
+        Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), needs_torch=needs)
+        for number, (modules, needs) in enumerate(batches)
     )
 
 
@@ -81,15 +80,11 @@ def _in_turn(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: WritePl
     return [batch for _, _, _, batch in sorted(turns)]
 
 
-def is_copied(delivery: Delivery, module: ModulePlan) -> bool:
-    """Whether a delivered tensor lies in a file as it is delivered."""
-    source = delivery.operation.source
-    return delivery.operation.same_bytes and source is not None and module.views[source].offset is not None
-
-
-def _is_plain(module: ModulePlan) -> bool:
-    """Whether all tensors are copied, and no value of theirs is looked at."""
-    return not looks_at(module) and all(is_copied(delivery, module) for delivery in module.deliveries)
+def _needs_torch(module: ModulePlan, device: str) -> bool:
+    """Whether operations of torch have a part in it."""
+    if device == "cpu" and is_direct(module):
+        return False
+    return looks_at(module) or not all(is_copied(delivery, module) for delivery in module.deliveries)
 
 
 def _batches(plan: Plan, groups: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:

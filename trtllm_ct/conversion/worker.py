@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trtllm_ct.checkpoint.reader import TensorReader, file_changed
+from trtllm_ct.checkpoint.octets import OctetReader
+from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_there
+from trtllm_ct.conversion.direct import DirectConverter, is_copied, is_direct
 from trtllm_ct.conversion.journal import UnitRecord
 from trtllm_ct.conversion.tiles import made_tensors
-from trtllm_ct.conversion.units import is_copied
 from trtllm_ct.errors import CheckpointError
 from trtllm_ct.joined import JoinedScalars
 from trtllm_ct.mapper import CompressedTensorsWeightMapper
@@ -77,8 +77,12 @@ class _Work:
     seen: list[tuple[str, str]] = field(default_factory=list)
     joined: JoinedScalars = field(default_factory=JoinedScalars)
     mapper: CompressedTensorsWeightMapper = field(init=False)
+    octets: OctetReader = field(init=False)
+    direct: DirectConverter = field(init=False)
 
     def __post_init__(self) -> None:
+        self.octets = OctetReader(self.conversion.checkpoint.catalog)
+        self.direct = DirectConverter(self.octets)
         self.mapper = CompressedTensorsWeightMapper(
             device=self.conversion.job.device, on_warning=lambda module, warning: self.seen.append((module, warning))
         )
@@ -90,7 +94,8 @@ class _Work:
             if self.writer is not None:
                 for delivery in copied:
                     self._copy(self.writer, module, delivery)
-            if looks_at(module) or len(copied) < len(module.deliveries):
+            needs_more = looks_at(module) or len(copied) < len(module.deliveries)
+            if needs_more and not self._convert_directly(module):
                 self._make(module)
         except CheckpointError as error:
             self.errors.append(error)
@@ -104,19 +109,13 @@ class _Work:
     def _copy(self, writer: TensorWriter, module: ModulePlan, delivery: Delivery) -> None:
         """Bytes from file to file."""
         view = module.views[delivery.operation.source or ""]
-        catalog = self.conversion.checkpoint.catalog
-        stored = catalog.tensors[view.sources[0]]
-        begin = stored.offset + (view.offset or 0) * stored.spec.dtype.itemsize
-        try:
-            source = os.open(catalog.directory / stored.file, os.O_RDONLY)
-        except OSError as error:
-            raise file_changed(stored, str(error)) from None
-        try:
-            writer.copy(delivery.name, source, begin)
-        except EOFError as error:
-            raise file_changed(stored, str(error)) from None
-        finally:
-            os.close(source)
+        begin = (view.offset or 0) * view.spec.dtype.itemsize
+        writer.write_octets(delivery.name, self.octets.read(view.sources[0], begin, view.spec.nbytes))
+
+    def _convert_directly(self, module: ModulePlan) -> bool:
+        """Whether that could be done, and was."""
+        on_cpu = self.conversion.job.device == "cpu"
+        return on_cpu and is_direct(module) and self.direct.convert(module, self.writer)
 
     def _make(self, module: ModulePlan) -> None:
         """Values checked and converted."""

@@ -23,13 +23,14 @@ from trtllm_ct.schemes import Element, Packing
 if TYPE_CHECKING:
     from typing import Any
 
+    import numpy as np
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
     from trtllm_ct.layouts.scales import Scaling
 
-__all__ = ["additive_zero", "dequantize", "repack", "unpack_codes"]
+__all__ = ["additive_zero", "can_repack", "dequantize", "repack", "repack_octets", "unpack_codes"]
 
 _SMALL = 1 << 16
 """Fewer codes than these take torch about a millisecond; loading machine code takes 40, and compiling it seconds."""
@@ -50,23 +51,37 @@ def repack(
     """
     if source == target:
         return packed
-    known = target in _TARGETS and _has_rows(packed, source, shape)
-    if not known or not _is_large(shape, packed):
+    if not (_has_loop(packed, source, target, shape) and _is_large(shape, packed)):
         return _into(out, plain.repack(packed, source, target, shape))
+    result = _target(out, target.packed_shape(shape), target.container.torch_dtype)
+    repack_octets(_octets(packed), source, target, shape, _octets(result))
+    return result
+
+
+def repack_octets(
+    octets: NDArray[np.uint8], source: Packing, target: Packing, shape: tuple[int, int], out: NDArray[np.uint8]
+) -> None:
+    """The same by loops, between the bytes of containers, [lines, bytes]; for packings that `can_repack` names.
+
+    Bytes behind the codes of a line, and lines behind the last row, are passed over.
+    """
     import numpy as np
 
     from trtllm_ct.layouts import kernels
 
-    result = _target(out, target.packed_shape(shape), target.container.torch_dtype)
-    octets, run, flip = _octets(packed)[: shape[0]], _run(source), _flip(source)
+    lines, run, flip = octets[: shape[0]], _run(source), _flip(source)
     if target == INT8_PLAIN:
-        kernels.plain_codes(octets, run, flip, _octets(result))
+        kernels.plain_codes(lines, run, flip, out)
     elif source.bits == 4 and shape[0] % 2 == 0 and shape[1] % 4 == 0:
-        halves = octets[:, : shape[1] // 2].view(np.uint16)
-        kernels.row_pairs_of_nibbles(halves, 0x11111111 * (flip ^ 8), _octets(result).view(np.uint32))
+        halves = lines[:, : shape[1] // 2].view(np.uint16)
+        kernels.row_pairs_of_nibbles(halves, 0x11111111 * (flip ^ 8), out.view(np.uint32))
     else:
-        kernels.row_pairs(octets, run, flip, np.empty((2, shape[1]), np.uint8), _octets(result))
-    return result
+        kernels.row_pairs(lines, run, flip, np.empty((2, shape[1]), np.uint8), out)
+
+
+def can_repack(source: Packing, target: Packing) -> bool:
+    """Whether there is a loop from one container to another."""
+    return source.axis == 1 and target in _TARGETS
 
 
 def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
@@ -167,6 +182,10 @@ def _is_large(shape: tuple[int, ...], *tensors: Tensor) -> bool:
 def _tensors(values: Tensor, scaling: Scaling) -> list[Tensor]:
     candidates = (values, scaling.scale, scaling.zero_point, scaling.group_index, scaling.divisor)
     return [tensor for tensor in candidates if tensor is not None]
+
+
+def _has_loop(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int]) -> bool:
+    return can_repack(source, target) and _has_rows(packed, source, shape)
 
 
 def _has_rows(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:

@@ -1,0 +1,41 @@
+"""OctetReader: payload of cataloged tensors as bytes of memory-mapped files, for what needs no torch."""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+from trtllm_ct.checkpoint.reader import file_changed
+
+if TYPE_CHECKING:
+    from trtllm_ct.checkpoint.catalog import Catalog
+
+__all__ = ["OctetReader"]
+
+
+class OctetReader:
+    """Reads runs of bytes of tensors by name: windows on the kernel's page cache, nothing is copied.
+
+    Each file stays mapped, and open, as long as this reader or a window on it lives. For use from one thread.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._files: dict[str, memoryview] = {}
+
+    def read(self, name: str, begin: int, nbytes: int) -> memoryview:
+        """`nbytes` bytes of the tensor `name` from its byte `begin` on, read-only.
+
+        Raises `KeyError` for a name that is not in the catalog, `CatalogError` when the file changed since.
+        """
+        tensor = self._catalog.tensors[name]
+        if tensor.file not in self._files:
+            try:
+                with (self._catalog.directory / tensor.file).open("rb") as file:
+                    self._files[tensor.file] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except (OSError, ValueError) as error:  # ValueError: it is empty now
+                raise file_changed(tensor, str(error)) from None
+        octets = self._files[tensor.file][tensor.offset + begin : tensor.offset + begin + nbytes]
+        if len(octets) < nbytes:
+            raise file_changed(tensor, f"a file that ends before byte {tensor.offset + begin + nbytes}")
+        return octets
