@@ -194,6 +194,6 @@ def test_a_broken_promise_of_the_plan_is_never_delivered(tmp_path: Path) -> None
     built = write_checkpoint(tmp_path, config=CONFIG, scheme="int4-g64")
     module = plan_checkpoint(tmp_path).module("model.norm")
     (delivery,) = module.deliveries
-    lying = replace(delivery, operation=replace(delivery.operation, result=TensorSpec(DType.F32, (128,))))
+    lying = delivery._replace(operation=replace(delivery.operation, result=TensorSpec(DType.F32, (128,))))
     with pytest.raises(AssertionError, match=r"model.norm.weight: the plan promised float32 \[128\], copy gave"):
         CompressedTensorsWeightMapper().map_module(replace(module, deliveries=(lying,)), built.stored)

@@ -139,6 +139,9 @@ def parse_json_object(text: bytes, where: str, *, remedy: str) -> dict[str, Any]
 
     Raises `CatalogError` naming `where` and closing with `remedy`.
     """
+    document = _parse_json(text, where, remedy)
+    if not _may_repeat(text, _count_strings(document)):
+        return document
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,18 +171,40 @@ def _parse_json(
     return document
 
 
+def _may_repeat(text: bytes, strings: int) -> bool:
+    """Whether some key can stand twice in a document that came out with so many strings, keys included.
+
+    Watching every key takes as long as all the rest of parsing. A key that stood twice has left two quotes more.
+    """
+    return b"\\" in text or text.count(b'"') != 2 * strings
+
+
+def _count_strings(document: object) -> int:
+    """Keys and texts in a document."""
+    count, waiting = 0, [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            count += 1
+        elif isinstance(value, dict):
+            count += len(value)
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return count
+
+
 def _entries(text: bytes, file: str) -> dict[str, Any]:
     """The entries of a header; each key stands once in its object.
 
-    Watching every key takes as long as all the rest, so the quotes are counted first: a sound header has those of a
-    name, three keys and a dtype for each tensor, and a key that stood twice would have left two more.
+    A sound header has a name, three keys and a dtype for each tensor.
     """
     entries = _parse_json(text, file, _FETCH_AGAIN)
     metadata = entries.get(METADATA_KEY)
     strings = 5 * len(entries)
     if isinstance(metadata, dict):
         strings += 2 * len(metadata) - 4
-    if b"\\" in text or text.count(b'"') != 2 * strings:
+    if _may_repeat(text, strings):
         return parse_json_object(text, file, remedy=_FETCH_AGAIN)
     return entries
 

@@ -36,6 +36,7 @@ _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 # Where a checkpoint has several, the first of these counts: quantized outputs put a scale on projections too.
 _PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
+_NOTHING = frozenset[str]()
 _IGNORED = {
     "q_scale": "engines don't quantize queries",
     "q_zero_point": "engines don't quantize queries",
@@ -114,7 +115,7 @@ class KvCache:
         """The local names in a module that belong to the KV cache, or to attention that engines don't quantize."""
         holders = _HOLDERS.get(module.name.rpartition(".")[2])
         if holders is None:
-            return frozenset()
+            return _NOTHING
         return frozenset(module.specs.keys() & (holders.keys() | _IGNORED.keys()))
 
     def deliver(self, module: StoredModule, faults: FaultCollector) -> tuple[tuple[Delivery, ...], dict[str, str]]:

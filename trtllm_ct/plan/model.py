@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_ct.plan.parallel import ONE_RANK, Parallel
 
@@ -56,8 +56,7 @@ class StoredFate:
         return entry
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One delivered tensor: the operation that makes it, and the stored tensors by full name that have a part in it."""
 
     name: str

@@ -150,7 +150,7 @@ def _narrow_delivery(delivery: Delivery, module: ModulePlan, changed: set[str], 
     size = rows_in_one(operation, module.weight)
     rows = -(-end // size) - begin // size
     result = TensorSpec(operation.result.dtype, (rows, *shape[1:]))
-    return replace(delivery, operation=replace(operation, result=result))
+    return delivery._replace(operation=replace(operation, result=result))
 
 
 def _rows_of_words(packing: Packing) -> int:

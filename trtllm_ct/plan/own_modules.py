@@ -77,18 +77,21 @@ class OwnModules:
     ) -> ModulePlan:
         """The plan of one module; a fault for each of its tensors that nothing takes, or that it needs and has not."""
         of_cache = self.kv_cache.holds(stored)
-        cache_deliveries, cache_ignored = self.kv_cache.deliver(stored, self.faults) if of_cache else ((), {})
+        cached = self.kv_cache.deliver(stored, self.faults) if of_cache else None
         if weight is not None:
             self._require_static_scale(stored, weight)
         decision = self._decision(stored, site, weight, assignment, equalized, of_cache)
         if not stored.specs.keys() <= decision.owned:
             refuse_leftovers(stored, decision.owned, self.model.name, self.faults)
+        deliveries, ignored = _named(decision.deliveries, stored), decision.ignored
+        if cached is not None:
+            deliveries, ignored = cached[0] + deliveries, {**cached[1], **ignored}
         return ModulePlan(
             name=site.module,
             class_name=site.class_name,
             views=stored.views,
-            deliveries=cache_deliveries + _named(decision.deliveries, stored),
-            ignored={**cache_ignored, **decision.ignored},
+            deliveries=deliveries,
+            ignored=ignored,
             weight=weight.stored if weight else None,
             scheme=weight.scheme if weight else None,
             native_mode=decision.native_mode,
@@ -189,12 +192,7 @@ class OwnModules:
 def _named(deliveries: Iterable[Delivery], module: StoredModule) -> tuple[Delivery, ...]:
     """What was decided under local names, with the names of a module."""
     return tuple(
-        Delivery(
-            name=module.delivered_name(delivery.name),
-            operation=delivery.operation,
-            sources=module.sources(delivery.sources),
-        )
-        for delivery in deliveries
+        [Delivery(module.delivered_name(name), operation, module.sources(own)) for name, operation, own in deliveries]
     )
 
 

@@ -209,4 +209,4 @@ def _with_rows(delivery: Delivery, rows: int) -> Delivery:
     """The same delivery of another number of rows."""
     spec = delivery.spec
     result = TensorSpec(spec.dtype, (rows, *spec.shape[1:]))
-    return replace(delivery, operation=replace(delivery.operation, result=result))
+    return delivery._replace(operation=replace(delivery.operation, result=result))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.reader import Run
@@ -202,18 +201,23 @@ class Shared(View):
         return self.view.of(stored)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredModule:
     """The tensors of one module by local name.
 
     `name` is the one that it is delivered under, `stored_name` the one that it has in the files, where that differs.
-    `transforms` run beside it; their tensors are the local names with a dot (`R4_input.weight`).
+    `transforms` run beside it; their tensors are the local names with a dot (`R4_input.weight`). `specs` say what the
+    tensors look like.
     """
 
     name: str
     views: Mapping[str, View]
     alias: str | None = None
     transforms: tuple[Transform, ...] = ()
+    specs: Mapping[str, TensorSpec] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "specs", {local: view.spec for local, view in self.views.items()})
 
     @property
     def stored_name(self) -> str:
@@ -233,11 +237,6 @@ class StoredModule:
         """A module that is stored alike and has no name, so that its tensors are called by their local ones."""
         views = {local: Whole(name=local, spec=spec) for local, spec in self.specs.items()}
         return StoredModule("", views, transforms=self.transforms)
-
-    @cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        """What the tensors look like."""
-        return {local: view.spec for local, view in self.views.items()}
 
     def delivered_name(self, local: str) -> str:
         """The full name of a delivered tensor."""
