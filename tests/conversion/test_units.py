@@ -82,6 +82,22 @@ def test_files_are_full_at_about_the_same_time(plan: Plan, files: int, monkeypat
         assert all(abs(done[each] - share * total[each]) <= 1 for each in total)
 
 
+def test_large_tensors_come_first(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came last would keep one worker busy, and all others idle; the rest stays in turn."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    usual = [unit.modules for unit in plan_units(plan, planned(plan, 3))]
+    sizes = {modules: sum(plan.modules[place].delivered_bytes for place in modules) for modules in usual}
+    limit = sorted(sizes.values())[-3]
+    assert sizes[usual[0]] < limit
+    monkeypatch.setattr(units, "_LARGE", limit)
+
+    found = [unit.modules for unit in plan_units(plan, planned(plan, 3))]
+
+    large = [modules for modules in usual if sizes[modules] >= limit]
+    assert set(found[: len(large)]) == set(large)
+    assert found[len(large) :] == [modules for modules in usual if modules not in large]
+
+
 def test_few_files_are_open_at_a_time(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     write_plan = planned(plan, 4 * FILES_AT_ONCE)

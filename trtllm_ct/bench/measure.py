@@ -11,6 +11,7 @@ files are left out, and a peak that lasts less than the 5 ms between two samples
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shlex
 import shutil
@@ -142,13 +143,11 @@ def warm(directory: Path) -> None:
 def anonymous_bytes(pid: int | str = "self") -> int:
     """Resident anonymous memory of a process, now; 0 when it is gone or the platform doesn't say."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
+        # One line of numbers, where `status` is fifty of text: two hundred times a second, on a core that is in use.
+        _size, resident, of_files, *_ = Path(f"/proc/{pid}/statm").read_bytes().split()
+    except (OSError, ValueError):
         return 0
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return (int(resident) - int(of_files)) * mmap.PAGESIZE
 
 
 @contextmanager

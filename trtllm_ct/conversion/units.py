@@ -24,6 +24,9 @@ __all__ = ["Unit", "plan_units"]
 UNIT_BYTES = 64 * 2**20
 """Delivered bytes after which a unit is closed."""
 
+_LARGE = 2 * UNIT_BYTES
+"""Bytes of a unit that has a turn of its own, before all others; it is one tensor, which is never taken apart."""
+
 FILES_AT_ONCE = 8
 """Files of an output that are filled side by side: the kernel lets one thread at a time write into each."""
 
@@ -66,18 +69,22 @@ def plan_units(plan: Plan, write_plan: WritePlan, *, device: str = "cpu") -> tup
 
 
 def _in_turn(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: WritePlan) -> list[tuple[int, ...]]:
-    """Batches of `FILES_AT_ONCE` files by turns, so that all of them are full at about the same time; then the next."""
+    """Batches of `FILES_AT_ONCE` files by turns, so that all of them are full at about the same time; then the next.
+
+    Batches of one large tensor come before all others.
+    """
     number_of = {file.name: number for number, file in enumerate(write_plan.files)}
     by_file: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for batch in batches:
         first = plan.modules[batch[0]].deliveries[0].name
         by_file[number_of[write_plan.places[first].file]].append(batch)
-    turns = [
+    turns = sorted(
         (file // FILES_AT_ONCE, (place + 0.5) / len(own), file, batch)
         for file, own in by_file.items()
         for place, batch in enumerate(own)
-    ]
-    return [batch for _, _, _, batch in sorted(turns)]
+    )
+    # A large tensor that came last would keep one worker busy while all others have nothing left to do.
+    return sorted((batch for _, _, _, batch in turns), key=lambda batch: -(_nbytes(plan, batch) // _LARGE))
 
 
 def _needs_torch(module: ModulePlan, device: str) -> bool:
