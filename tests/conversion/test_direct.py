@@ -27,21 +27,27 @@ DIRECT = [
     "fp8-tensor-naive",
     "fp8-tensor-static",
     "fp8-tensor-token",
+    "fp8-weight-only",
     "int2-channel",
     "int3-g64",
     "int4-channel",
     "int4-g128",
+    "int4-g16",
+    "int4-g256",
+    "int4-g32",
     "int4-g64",
     "int4-tensor",
     "int6-channel",
     "int8-channel",
+    "int8-g32",
     "int8-plain-channel",
+    "int8-plain-g32",
     "int8-plain-tensor",
     "w4afp8",
     "w8a8",
     "w8a8-static",
 ]
-"""Schemes of which target modelopt needs no torch."""
+"""Schemes of which no target needs torch."""
 
 CONFIG = tiny_config(hidden=256, intermediate=512, layers=1)
 """Rows that groups of 256 divide."""
@@ -82,11 +88,12 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
-def test_the_bytes_are_the_same(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_are_the_same(scheme: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
 
-    ours, torchs = both(built, tmp_path, monkeypatch)
+    ours, torchs = both(built, tmp_path, monkeypatch, to=to)
 
     assert isinstance(ours, dict)
     assert ours == torchs
@@ -97,14 +104,15 @@ def test_common_schemes_go_this_way_whole(scheme: str, tmp_path: Path) -> None:
     """All of their weights, and of no other scheme all."""
     built = write_checkpoint(tmp_path, scheme=scheme, config=CONFIG)
 
-    quantized = [module for module in plan_checkpoint(built.directory).modules if module.weight is not None]
+    for to in ("modelopt", "dense"):
+        quantized = [module for module in plan_checkpoint(built.directory, to).modules if module.weight is not None]
+        assert len(quantized) > 2
+        assert all(map(is_direct, quantized)) is (scheme in DIRECT), to
 
-    assert len(quantized) > 2
-    assert all(map(is_direct, quantized)) is (scheme in DIRECT)
 
-
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
 @pytest.mark.parametrize("scheme", DIRECT)
-def test_they_convert_without_torch(scheme: str, tmp_path: Path) -> None:
+def test_they_convert_without_torch(scheme: str, to: str, tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
 
     done = run_python(
@@ -112,11 +120,12 @@ def test_they_convert_without_torch(scheme: str, tmp_path: Path) -> None:
         import sys
         from trtllm_ct import convert_checkpoint
 
-        convert_checkpoint(sys.argv[1], sys.argv[2])
+        convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3])
         print("torch" in sys.modules)
         """,
         built.directory,
         tmp_path / "out",
+        to,
     )
 
     assert done.stdout.strip() == "False"
@@ -142,6 +151,51 @@ def test_scales_of_any_dtype_are_widened_bit_for_bit(
 
     assert isinstance(ours, dict)
     assert ours == torchs
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["int4-g32", "int6-channel", "int8-plain-tensor", "fp8-block", "fp8-weight-only"])
+def test_weights_are_rounded_alike(
+    scheme: str, scale_dtype: torch.dtype, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From each dtype of scales to each dtype of weights; float16 is cast by torch where a model has another one."""
+
+    def extreme(stored: dict[str, torch.Tensor]) -> None:
+        flat = stored[SCALE].view(-1)
+        flat[:2] = torch.tensor([torch.finfo(scale_dtype).smallest_normal / 2, 0.0])[: len(flat)]
+
+    config = CONFIG | {"dtype": dtype}
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, config=config, edit=extreme)
+    monkeypatch.setattr(direct.DirectConverter, "_dequantized", noted := Noted(direct.DirectConverter._dequantized))
+
+    ours, torchs = both(built, tmp_path, monkeypatch, to="dense")
+
+    assert isinstance(ours, dict)
+    assert ours == torchs
+    assert noted.calls
+
+
+@pytest.mark.parametrize(("share", "fits"), [(1.0, False), (0.126, False), (0.124, True)])
+@pytest.mark.parametrize(("dtype", "scale_dtype"), [("bfloat16", torch.float32), ("float16", torch.float16)])
+def test_what_may_not_fit_is_left_to_torch(
+    dtype: str, scale_dtype: torch.dtype, share: float, *, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of int4 reach -8, so that a scale above an eighth of the largest number may be too much."""
+    largest = torch.finfo(getattr(torch, dtype)).max
+    built = write_checkpoint(
+        tmp_path / "source", scheme="int4-g32", scale_dtype=scale_dtype, config=CONFIG | {"dtype": dtype}
+    )
+    rewrite(built.directory, lambda stored: stored[SCALE].fill_(share * largest))
+    monkeypatch.setattr(direct.DirectConverter, "_dequantized", noted := Noted(direct.DirectConverter._dequantized))
+    weights = sum(module.weight is not None for module in plan_checkpoint(built.directory, "dense").modules)
+
+    ours, torchs = both(built, tmp_path, monkeypatch, to="dense")
+
+    assert ours == torchs
+    assert isinstance(ours, dict) is fits
+    assert noted.calls == weights - (not fits)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1.0, -1e-30])

@@ -14,9 +14,9 @@ from trtllm_ct.checkpoint.transfer import CHUNK_BYTES
 from trtllm_ct.dtypes import DType
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
-from trtllm_ct.layouts.dispatch import can_repack, repack_octets
+from trtllm_ct.layouts.dispatch import ScalingArrays, can_repack, dequantize_octets, repack_octets
 from trtllm_ct.layouts.packing import INT8_PLAIN
-from trtllm_ct.ops import Ones, Operation, Repack, WidenScale
+from trtllm_ct.ops import Dequantize, Ones, Operation, Repack, WidenScale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -51,18 +51,20 @@ class _Stored(NamedTuple):
 
 
 class _Float(NamedTuple):
-    """A float dtype by its bits: the integer of its width as numpy calls it, infinity, and one."""
+    """A float dtype: the integer of its width as numpy calls it, the bits of infinity and one, the largest number."""
 
     word: str
     infinity: int
     one: int
+    largest: float
 
 
 _FLOATS = {
-    DType.BF16: _Float("<u2", 0x7F80, 0x3F80),
-    DType.F16: _Float("<u2", 0x7C00, 0x3C00),
-    DType.F32: _Float("<u4", 0x7F800000, 0x3F800000),
+    DType.BF16: _Float("<u2", 0x7F80, 0x3F80, 0xFF * 2.0**120),
+    DType.F16: _Float("<u2", 0x7C00, 0x3C00, 65504.0),
+    DType.F32: _Float("<u4", 0x7F800000, 0x3F800000, 0xFFFFFF * 2.0**104),
 }
+_LARGEST_E4M3 = 448.0
 
 
 def is_copied(delivery: Delivery, module: ModulePlan) -> bool:
@@ -121,8 +123,14 @@ def _is_known_fill(operation: Operation, weight: StoredWeight) -> bool:  # noqa:
     return operation.result.dtype in _FLOATS
 
 
+def _is_known_dequantizing(operation: Operation, weight: StoredWeight) -> bool:
+    """Weights of a dtype whose range is known; a block of rows is not cut."""
+    return operation.result.dtype in _FLOATS and operation.result.shape == weight.shape
+
+
 _STEPS: dict[type[Operation], Callable[[Operation, StoredWeight], bool]] = {
     Repack: _is_known_repack,
+    Dequantize: _is_known_dequantizing,
     WidenScale: _is_known_widening,
     Ones: _is_known_fill,
 }
@@ -146,7 +154,8 @@ class DirectConverter:
         if weight is None:
             raise AssertionError("only quantized modules are direct")
         stored = {local: self._stored(view) for local, view in module.views.items()}
-        if not _is_ordinary(weight, stored):
+        operations = [delivery.operation for delivery in module.deliveries]
+        if not (_is_ordinary(weight, stored) and all(_stays_finite(each, weight, stored) for each in operations)):
             return False
         for delivery in module.deliveries:
             if writer is not None and not is_copied(delivery, module):
@@ -165,6 +174,8 @@ class DirectConverter:
         """What an operation delivers: places in it, and the bytes from there on, valid until the next ones."""
         if isinstance(operation, Repack):
             yield from self._repacked(operation, weight, stored[weight.codes].octets)
+        elif isinstance(operation, Dequantize):
+            yield from self._dequantized(operation, weight, stored)
         elif isinstance(operation, WidenScale):
             yield 0, _memory(_widened(stored[operation.source or weight.scale], operation.result.numel))
         else:
@@ -175,14 +186,42 @@ class DirectConverter:
         if weight.packing is None:
             raise AssertionError("float8 codes are copied")
         rows, columns = weight.shape
-        stored_lines, lines = octets.reshape(rows, -1), operation.result.shape[0]
-        line_bytes, rows_in_one = operation.result.nbytes // lines, -(-rows // lines)
-        step = max(1, CHUNK_BYTES // line_bytes)
-        for line in range(0, lines, step):
-            tile = self._room(min(step, lines - line) * line_bytes).reshape(-1, line_bytes)
-            begin, end = line * rows_in_one, min((line + step) * rows_in_one, rows)
+        stored_lines, rows_in_one = octets.reshape(rows, -1), -(-rows // operation.result.shape[0])
+        for place, line, tile in self._tiles(operation.result, 1):
+            begin, end = line * rows_in_one, min((line + len(tile)) * rows_in_one, rows)
             repack_octets(stored_lines[begin:end], weight.packing, operation.packing, (end - begin, columns), tile)
-            yield line * line_bytes, _memory(tile)
+            yield place, _memory(tile)
+
+    def _dequantized(self, operation: Dequantize, weight: StoredWeight, stored: Mapping[str, _Stored]) -> Made:
+        """Plain weights, some rows at a time."""
+        import numpy as np
+
+        own = stored[weight.scale]
+        scale = _widened(own, own.spec.numel).view(np.float32).reshape(weight.scale_shape)
+        lines = stored[weight.codes].octets.reshape(weight.shape[0], -1)
+        for place, begin, tile in self._tiles(operation.result, weight.block_rows):
+            end = begin + len(tile)
+            rows_of_scales = slice(begin // weight.block_rows, -(-end // weight.block_rows))
+            scaling = ScalingArrays(
+                scale=scale if len(scale) == 1 else scale[rows_of_scales],
+                block_rows=weight.block_rows,
+                group_columns=weight.group_columns,
+                # A code times a scale of 16 bits is exact in float32.
+                in_float64=own.spec.dtype is DType.F32,
+            )
+            dequantize_octets(lines[begin:end], weight.packing, weight.element, scaling, operation.result.dtype, tile)
+            yield place, _memory(tile)
+
+    def _tiles(self, spec: TensorSpec, unit: int) -> Iterator[tuple[int, int, Octets]]:
+        """Room for some lines of a tensor at a time, a multiple of `unit`: place of the first byte, first line, lines.
+
+        It is the same room every time.
+        """
+        lines, line_bytes = spec.shape[0], spec.nbytes // spec.shape[0]
+        step = max(1, CHUNK_BYTES // line_bytes // unit) * unit
+        for line in range(0, lines, step):
+            octets = self._room(min(step, lines - line) * line_bytes)
+            yield line * line_bytes, line, octets.reshape(-1, line_bytes)
 
     def _room(self, nbytes: int) -> Octets:
         """So many bytes, the same ones every time unless they are too few."""
@@ -209,6 +248,16 @@ def _is_good(scale: _Stored, *, zero_allowed: bool) -> bool:
     kind = _FLOATS[scale.spec.dtype]
     bits = scale.octets.view(kind.word)
     return bits.size > 0 and int(bits.max()) < kind.infinity and (zero_allowed or int(bits.min()) > 0)
+
+
+def _stays_finite(operation: Operation, weight: StoredWeight, stored: Mapping[str, _Stored]) -> bool:
+    """Whether no number can come out that the delivered dtype does not have: by the largest scale and code."""
+    if not isinstance(operation, Dequantize):
+        return True
+    own = stored[weight.scale]
+    code = _LARGEST_E4M3 if weight.packing is None else 2.0 ** (weight.args.num_bits - 1)
+    largest = float(_widened(own, own.spec.numel).view("<f4").max())
+    return code * largest <= _FLOATS[operation.result.dtype].largest
 
 
 def _widened(scale: _Stored, size: int) -> NDArray[np.generic]:

@@ -10,7 +10,7 @@ loading machine code pays, and has one of the arrangements that checkpoints have
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.dtypes import DType
 from trtllm_ct.layouts import packing as plain
@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 
     from trtllm_ct.layouts.scales import Scaling
 
-__all__ = ["additive_zero", "can_repack", "dequantize", "repack", "repack_octets", "unpack_codes"]
+__all__ = [
+    "ScalingArrays",
+    "additive_zero",
+    "can_repack",
+    "dequantize",
+    "dequantize_octets",
+    "repack",
+    "repack_octets",
+    "unpack_codes",
+]
 
 _SMALL = 1 << 16
 """Fewer codes than these take torch about a millisecond; loading machine code takes 40, and compiling it seconds."""
@@ -148,30 +157,63 @@ def dequantize(
     if not known or not _is_large(shape, *_tensors(values, scaling)):
         numbers = values if packing is None else _numbers(values, packing, element, shape)
         return _into(out, scales.dequantize(numbers, scaling, dtype))
-    import numpy as np
     import torch
+
+    zero_point, index = scaling.zero_point, scaling.group_index if scaling.scale.shape[1] > 1 else None
+    arrays = ScalingArrays(
+        scale=_array(scales.scale_values(scaling.scale, torch.float32)),
+        block_rows=scaling.block_rows,
+        group_columns=scaling.group_columns,
+        in_float64=scales.computing_dtype(scaling, dtype) == torch.float64,
+        zero_point=None if zero_point is None else _array(zero_point.to(torch.float32)),
+        divisor=1.0 if scaling.divisor is None else float(scaling.divisor),
+        group_index=None if index is None else _array(index.long()),
+    )
+    dense = _target(out, shape, dtype)
+    dequantize_octets(_octets(values[: shape[0]]), packing, element, arrays, DType.from_torch(dtype), _octets(dense))
+    return dense
+
+
+class ScalingArrays(NamedTuple):
+    """A `Scaling` for loops: float32 arrays, int64 for the index, and whether products need float64 to be exact."""
+
+    scale: NDArray[np.float32]
+    block_rows: int
+    group_columns: int | None
+    in_float64: bool
+    zero_point: NDArray[np.float32] | None = None
+    divisor: float = 1.0
+    group_index: NDArray[np.int64] | None = None
+
+
+def dequantize_octets(
+    octets: NDArray[np.uint8],
+    packing: Packing | None,
+    element: Element,
+    scaling: ScalingArrays,
+    dtype: DType,
+    out: NDArray[np.uint8],
+) -> None:
+    """The same by the loop, from the bytes of codes [N, B] to those of weights [N, K * itemsize]."""
+    import numpy as np
 
     from trtllm_ct.layouts import kernels
 
-    groups = scaling.scale.shape[1]
-    zero_point = scaling.zero_point if scaling.zero_point is not None else torch.zeros(1, groups)
-    index = scaling.group_index if scaling.group_index is not None and groups > 1 else torch.empty(0)
-    dense = _target(out, shape, dtype)
+    columns, groups = out.shape[1] // dtype.itemsize, scaling.scale.shape[1]
     kernels.dequantize(
-        _octets(values[: shape[0]]),
+        octets,
         (8, 1, 1) if packing is None else _run(packing),
         _FLOATS[Element.E4M3] if packing is None else _meaning(packing, element),
-        _array(scales.scale_values(scaling.scale, torch.float32)),
-        _array(zero_point.to(torch.float32)),
-        1.0 if scaling.divisor is None else float(scaling.divisor),
-        (scaling.block_rows, scaling.group_columns if scaling.group_columns and groups > 1 else shape[1]),
-        _array(index.long()),
-        np.empty(shape[1], np.uint8),
-        _array(torch.empty(shape[1], dtype=scales.computing_dtype(scaling, dtype))),
-        kernels.KINDS[DType.from_torch(dtype)],
-        _octets(dense),
+        scaling.scale,
+        np.zeros((1, groups), np.float32) if scaling.zero_point is None else scaling.zero_point,
+        scaling.divisor,
+        (scaling.block_rows, scaling.group_columns if scaling.group_columns and groups > 1 else columns),
+        np.empty(0, np.int64) if scaling.group_index is None else scaling.group_index,
+        np.empty(columns, np.uint8),
+        np.empty(columns, np.float64 if scaling.in_float64 else np.float32),
+        kernels.KINDS[dtype],
+        out,
     )
-    return dense
 
 
 def _is_large(shape: tuple[int, ...], *tensors: Tensor) -> bool:
