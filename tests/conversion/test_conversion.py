@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -312,6 +313,29 @@ def _count_converted(monkeypatch: pytest.MonkeyPatch, done: list[int]) -> None:
         return result
 
     monkeypatch.setattr(coordinate, "run_unit", counted)
+
+
+@pytest.mark.parametrize("spoiled", [False, True], ids=["good", "bad"])
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+def test_units_leave_no_files_open_and_no_memory_mapped(
+    built: Built, tmp_path: Path, to: str, *, spoiled: bool
+) -> None:
+    """The collector is paused meanwhile, and a large model has thousands of units."""
+    if spoiled:
+        _spoil(built, *(f"model.layers.{layer}.mlp.down_proj.weight_scale" for layer in range(4)))
+    open_files, mapped_files = [], []
+
+    def watch(_nbytes: int) -> None:
+        open_files.append(sum(1 for _ in Path("/proc/self/fd").iterdir()))
+        mapped_files.append(Path("/proc/self/maps").read_text().count(str(built.directory)))
+
+    with suppress(PayloadError):
+        convert_checkpoint(built.directory, tmp_path / "out", to=to, workers=1, on_start=lambda _plan: watch)
+
+    assert len(open_files) > 20
+    # The unit that runs and the one that waits for being told of.
+    assert max(mapped_files) <= 8
+    assert max(open_files) - open_files[0] <= 8
 
 
 def test_few_units_are_handed_out_at_a_time(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

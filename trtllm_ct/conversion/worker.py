@@ -83,8 +83,10 @@ class _Work:
     def __post_init__(self) -> None:
         self.octets = OctetReader(self.conversion.checkpoint.catalog)
         self.direct = DirectConverter(self.octets)
+        # Not by way of `self`: a cycle would live, and hold files, until the collector runs, which is paused.
+        seen = self.seen
         self.mapper = CompressedTensorsWeightMapper(
-            device=self.conversion.job.device, on_warning=lambda module, warning: self.seen.append((module, warning))
+            device=self.conversion.job.device, on_warning=lambda module, warning: seen.append((module, warning))
         )
 
     def convert(self, module: ModulePlan) -> None:
@@ -98,7 +100,7 @@ class _Work:
             if needs_more and not self._convert_directly(module):
                 self._make(module)
         except CheckpointError as error:
-            self.errors.append(error)
+            self.errors.append(error.with_traceback(None))  # whose frames hold files too
             self.writer = None
             return
         if self.writer is not None:
