@@ -282,8 +282,10 @@ class TestGoingOn:
         program = f"""
 import os
 from trtllm_ct.conversion import units
+from trtllm_ct.conversion import journal
 from trtllm_ct.convert import convert_checkpoint
 units.UNIT_BYTES = 1
+journal._SECONDS_IN_MEMORY = 0
 left = [12]
 def watch(nbytes):
     left[0] -= 1
@@ -301,6 +303,38 @@ convert_checkpoint(source, out, max_shard_bytes=100_000, on_start=lambda _: watc
 
         assert report.resumed_bytes > 0
         assert content(tmp_path / "out") == whole
+
+
+class TestJournal:
+    """When its lines reach the file."""
+
+    @pytest.mark.parametrize("seconds", [0, 60])
+    def test_a_short_run_writes_nothing_before_it_ends(
+        self, tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However it ends, unless it is killed."""
+        monkeypatch.setattr("trtllm_ct.conversion.journal._SECONDS_IN_MEMORY", seconds)
+        records = [UnitRecord(unit=number, pieces=()) for number in range(3)]
+
+        with Journal(tmp_path / JOURNAL, "digest") as journal:
+            for record in records:
+                journal.add(record)
+            early = (tmp_path / JOURNAL).read_text().count("\n")
+        with Journal(tmp_path / JOURNAL, "digest") as again:
+            found = again.records
+
+        assert early == (0 if seconds else 4)
+        assert list(found.values()) == records
+
+    def test_what_waited_is_written_when_the_time_is_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Journal(tmp_path / JOURNAL, "digest") as journal:
+            journal.add(UnitRecord(unit=0, pieces=()))
+            monkeypatch.setattr("trtllm_ct.conversion.journal._SECONDS_IN_MEMORY", 0)
+            journal.add(UnitRecord(unit=1, pieces=()))
+
+            assert (tmp_path / JOURNAL).read_text().count("\n") == 3
 
 
 def _count_converted(monkeypatch: pytest.MonkeyPatch, done: list[int]) -> None:

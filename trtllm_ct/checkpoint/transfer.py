@@ -12,8 +12,8 @@ import os
 
 __all__ = ["CHUNK_BYTES", "PAGE_BYTES", "checksum", "preallocate", "read_into", "write_all"]
 
-CHUNK_BYTES = 2**20
-"""Bytes that are made or summed at once: half of the second cache of most processors."""
+CHUNK_BYTES = 2**21
+"""Bytes that are made or summed at once: about the second cache of a core."""
 
 _WRITE_BYTES = 2**17
 """Bytes that the kernel is handed at once.

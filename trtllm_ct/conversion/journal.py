@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -49,11 +50,21 @@ class UnitRecord:
         )
 
 
+_SECONDS_IN_MEMORY = 2.0
+"""For which nothing is written: a run that is killed sooner has little to lose.
+
+The file is deleted at the end, which waits for the disk where the kernel has begun to write it there; of a short run,
+that would be a tenth.
+"""
+
+
 class Journal:
     """The journal at `path`; `records` are the units of an earlier run, by number, that it names. Call `close`."""
 
     def __init__(self, path: Path, digest: str) -> None:
         self.records = _read(path, digest)
+        self._waiting: list[str] = []
+        self._begun = time.monotonic()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if not self.records:
             # Closing a file that was ever cut down to nothing waits for the disk on ext4, so one that is new is left.
@@ -71,15 +82,24 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Write what is still in memory, and close the file."""
+        try:
+            self._write()
+        finally:
+            os.close(self._descriptor)
 
     def add(self, record: UnitRecord) -> None:
         """Note that a unit is complete."""
         self._add(record.to_line())
 
     def _add(self, line: str) -> None:
-        os.write(self._descriptor, f"{line}\n".encode())
+        self._waiting.append(f"{line}\n")
+        if time.monotonic() - self._begun >= _SECONDS_IN_MEMORY:
+            self._write()
+
+    def _write(self) -> None:
+        os.write(self._descriptor, "".join(self._waiting).encode())
+        self._waiting.clear()
 
 
 def _read(path: Path, digest: str) -> dict[int, UnitRecord]:
