@@ -39,7 +39,6 @@ __all__ = ["DirectConverter", "is_copied", "is_direct"]
 _AS_STORED = frozenset({PACKED_INT, INT8, FLOAT8})
 """Formats that decode to the stored tensors themselves, as long as there is neither zero point nor group index."""
 
-
 _INPUT_SCALE = "input_scale"
 
 
