@@ -20,7 +20,7 @@ _WRITE_BYTES = 2**17
 
 It takes memory for all of them in one block if it can. Small blocks are those that were free a moment ago; large ones
 were seldom touched, and a virtual machine has to ask its host for them first: with 1 MiB the kernel takes a third more
-time, measured on ext4 under Firecracker. `cp` has it copy 64 KiB at a time.
+time, measured on ext4 under Firecracker.
 """
 
 PAGE_BYTES = 4096

@@ -123,7 +123,7 @@ def _is_known_fill(operation: Operation, weight: StoredWeight) -> bool:  # noqa:
 
 
 def _is_known_dequantizing(operation: Operation, weight: StoredWeight) -> bool:
-    """Weights of a dtype whose range is known; a block of rows is not cut."""
+    """Weights of a dtype whose range is known."""
     return operation.result.dtype in _FLOATS and operation.result.shape == weight.shape
 
 
