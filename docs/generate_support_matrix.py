@@ -19,21 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trtllm_ct import Catalog, Model, make_plan
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import CheckpointError
+from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
 from trtllm_ct.checkpoint.catalog import StoredTensor
-from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import CheckpointError
+from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
+from trtllm_ct.engine.modes import LINEAR_MODES, LinearMode, ScaleForm, native_mode
+from trtllm_ct.engine.releases import DEFAULT_ENGINE, ENGINES
+from trtllm_ct.engine.target import REFERENCE, TARGETS, target_named
 from trtllm_ct.formats import FORMATS
 from trtllm_ct.formats.base import scale_shape
-from trtllm_ct.formats.sparsity import SPARSE_FORMATS
+from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS
 from trtllm_ct.layouts.packing import packed_words
-from trtllm_ct.modes import LINEAR_MODES, LinearMode, ScaleForm, native_mode
-from trtllm_ct.plan.families import ARCHITECTURES, MODEL_TYPES
-from trtllm_ct.schemes import CompressionFormat, Element, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
-from trtllm_ct.targets import DEFAULT_ENGINE, ENGINES, REFERENCE, TARGETS, target_named
+from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
 
 if TYPE_CHECKING:
-    from trtllm_ct.plan.target import Target
+    from trtllm_ct.engine.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"

@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
-import engine_double  # noqa: E402 (in tests/)
+import engine_double  # noqa: E402
 from fp8_oracle import STATIC_FP8, engine_answers  # noqa: E402
 from golden_parallel import real_checkpoints  # noqa: E402
 from plain_model import golden_of  # noqa: E402
@@ -42,7 +42,7 @@ RELEASES: Mapping[str, tuple[str, str]] = {
 """Generations of the double: how the page calls them, and their capability set."""
 RIGHT = 2e-3
 """Logits this near to the golden ones, in their standard deviations, are right."""
-BINDINGS = ("trtllm_ct.targets.trtllm_torch.bindings",)
+BINDINGS = ("trtllm_ct.serve.bindings",)
 WIDTH = 80
 
 Row = tuple[str, ...]

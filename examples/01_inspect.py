@@ -9,7 +9,7 @@ from pathlib import Path
 import trtllm_ct
 from trtllm_ct import inspect_checkpoint
 
-directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "demo_data"
+directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "cli" / "demo_data"
 
 inspection = inspect_checkpoint(directory, to="modelopt")
 

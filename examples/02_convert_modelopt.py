@@ -10,7 +10,7 @@ from pathlib import Path
 import trtllm_ct
 from trtllm_ct import convert_checkpoint
 
-directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "demo_data"
+directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "cli" / "demo_data"
 
 with tempfile.TemporaryDirectory() as work:
     out = sys.argv[2] if len(sys.argv) > 2 else Path(work) / "converted"

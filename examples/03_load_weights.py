@@ -9,7 +9,7 @@ from pathlib import Path
 import trtllm_ct
 from trtllm_ct import CompressedTensorsConfigLoader, CompressedTensorsWeightLoader
 
-directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "demo_data"
+directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "cli" / "demo_data"
 
 config = CompressedTensorsConfigLoader().load(directory)
 print("quant_algo:", config.quant_config.quant_algo, "excluded:", *config.quant_config.exclude_modules)

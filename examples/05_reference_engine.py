@@ -11,7 +11,7 @@ import torch
 import trtllm_ct
 from trtllm_ct.reference import generate_text, load_model
 
-directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "demo_data"
+directory = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "cli" / "demo_data"
 prompt = sys.argv[2] if len(sys.argv) > 2 else "The import statement combines two operations; it"
 
 model = load_model(directory, dtype=torch.bfloat16)

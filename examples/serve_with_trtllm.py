@@ -13,7 +13,7 @@ from trtllm_ct import LLM, SamplingParams
 
 def main() -> None:
     """Continue two prompts with the model that the command line names, or with the bundled one."""
-    model = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "demo_data"
+    model = sys.argv[1] if len(sys.argv) > 1 else Path(trtllm_ct.__file__).parent / "cli" / "demo_data"
     ranks = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     with LLM(model=model, tensor_parallel_size=ranks) as llm:
         for out in llm.generate(["The import statement", "A class definition"], SamplingParams(max_tokens=32)):

@@ -13,7 +13,7 @@ from fresh_python import run_python
 
 import trtllm_ct
 
-ENGINE_FILE = "trtllm_ct.targets.trtllm_torch.bindings"
+ENGINE_FILE = "trtllm_ct.serve.bindings"
 HEAVY = ("torch", "transformers", "tensorrt_llm", "compressed_tensors", "numpy", "safetensors")
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(trtllm_ct.__path__, "trtllm_ct.") if not info.name.endswith("__main__")
@@ -37,7 +37,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "trtllm_ct.inspect_checkpoint(sys.argv[1]).to_dict()",
         "trtllm_ct.plan_checkpoint(sys.argv[1]).to_dict()",
         "trtllm_ct.CompressedTensorsConfigLoader().load(sys.argv[1])",
-        "trtllm_ct.CompressedTensorsConfigReader().read(sys.argv[1]).to_quant_config()",
+        "trtllm_ct.to_quant_config(trtllm_ct.CompressedTensorsConfigReader().read(sys.argv[1]))",
     ],
 )
 def test_what_reads_headers_only_never_imports_torch(tmp_path: Path, code: str) -> None:
@@ -54,7 +54,7 @@ def test_what_reads_headers_only_never_imports_torch(tmp_path: Path, code: str) 
 def test_commands_that_read_headers_only_never_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     write_checkpoint(tmp_path)
     argv = ["trtllm-ct", *(str(tmp_path) if argument == "DIR" else argument for argument in arguments)]
-    call = "from trtllm_ct.cli import main\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
+    call = "from trtllm_ct.cli.commands import main\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
     run = f"sys.argv = {argv!r}\n{call}"
 
     assert loaded_after(run) == set()

@@ -9,29 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trtllm_ct.base.version import __version__ as __version__
     from trtllm_ct.checkpoint.catalog import Catalog
-    from trtllm_ct.compressed_io import load_compressed, save_compressed
+    from trtllm_ct.cli.doctor import diagnose
+    from trtllm_ct.config.detect import FormatDetector
     from trtllm_ct.config.reader import CompressedTensorsConfigReader
-    from trtllm_ct.config_loader import CompressedTensorsConfigLoader
-    from trtllm_ct.convert import convert_checkpoint
-    from trtllm_ct.detect import FormatDetector
-    from trtllm_ct.doctor import diagnose
-    from trtllm_ct.inspection import inspect_checkpoint
-    from trtllm_ct.installation import install, uninstall
-    from trtllm_ct.llm import LLM, SamplingParams
-    from trtllm_ct.loader import CompressedTensorsWeightLoader
-    from trtllm_ct.mapper import CompressedTensorsWeightMapper
-    from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint
-    from trtllm_ct.plan.architectures import Model
+    from trtllm_ct.convert.convert import convert_checkpoint
+    from trtllm_ct.engine.target import TARGETS
+    from trtllm_ct.formats.sparse.compressed_io import load_compressed, save_compressed
+    from trtllm_ct.pipeline.config_loader import CompressedTensorsConfigLoader, to_quant_config
+    from trtllm_ct.pipeline.inspection import inspect_checkpoint
+    from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
+    from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
+    from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
+    from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.planner import make_plan
-    from trtllm_ct.targets import TARGETS
-    from trtllm_ct.targets.trtllm_torch.bindings import (
-        CompressedTensorsCheckpointLoader as CompressedTensorsCheckpointLoader,
-    )
-    from trtllm_ct.targets.trtllm_torch.prepare import prepare
-    from trtllm_ct.verify import verify_checkpoint
-
-__version__ = "0.1.0"
+    from trtllm_ct.serve.bindings import CompressedTensorsCheckpointLoader as CompressedTensorsCheckpointLoader
+    from trtllm_ct.serve.installation import install, uninstall
+    from trtllm_ct.serve.llm import LLM, SamplingParams
+    from trtllm_ct.serve.prepare import prepare
+    from trtllm_ct.verify.verify import verify_checkpoint
 
 __all__ = [
     "LLM",
@@ -55,36 +52,39 @@ __all__ = [
     "plan_checkpoint",
     "prepare",
     "save_compressed",
+    "to_quant_config",
     "uninstall",
     "verify_checkpoint",
 ]
 
-_ENGINE_HOME = "targets.trtllm_torch.bindings"
+_ENGINE_HOME = "serve.bindings"
 _HOMES = {
-    "LLM": "llm",
-    "TARGETS": "targets",
+    "LLM": "serve.llm",
+    "TARGETS": "engine.target",
     "Catalog": "checkpoint.catalog",
     # Not in `__all__`: it needs TensorRT-LLM.
     "CompressedTensorsCheckpointLoader": _ENGINE_HOME,
-    "CompressedTensorsConfigLoader": "config_loader",
+    "CompressedTensorsConfigLoader": "pipeline.config_loader",
     "CompressedTensorsConfigReader": "config.reader",
-    "CompressedTensorsWeightLoader": "loader",
-    "CompressedTensorsWeightMapper": "mapper",
-    "FormatDetector": "detect",
-    "Model": "plan.architectures",
-    "SamplingParams": "llm",
-    "convert_checkpoint": "convert",
-    "diagnose": "doctor",
-    "inspect_checkpoint": "inspection",
-    "install": "installation",
-    "load_compressed": "compressed_io",
+    "CompressedTensorsWeightLoader": "pipeline.loader",
+    "CompressedTensorsWeightMapper": "pipeline.mapper",
+    "FormatDetector": "config.detect",
+    "Model": "plan.models.sites",
+    "SamplingParams": "serve.llm",
+    "__version__": "base.version",
+    "convert_checkpoint": "convert.convert",
+    "diagnose": "cli.doctor",
+    "inspect_checkpoint": "pipeline.inspection",
+    "install": "serve.installation",
+    "load_compressed": "formats.sparse.compressed_io",
     "make_plan": "plan.planner",
-    "open_checkpoint": "pipeline",
-    "plan_checkpoint": "pipeline",
-    "prepare": "targets.trtllm_torch.prepare",
-    "save_compressed": "compressed_io",
-    "uninstall": "installation",
-    "verify_checkpoint": "verify",
+    "open_checkpoint": "pipeline.open",
+    "plan_checkpoint": "pipeline.open",
+    "prepare": "serve.prepare",
+    "save_compressed": "formats.sparse.compressed_io",
+    "to_quant_config": "pipeline.config_loader",
+    "uninstall": "serve.installation",
+    "verify_checkpoint": "verify.verify",
 }
 
 
@@ -92,7 +92,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOMES[name] == _ENGINE_HOME:
-        import_module(f"{__name__}.llm").require_engine()
+        import_module(f"{__name__}.serve.llm").require_engine()
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

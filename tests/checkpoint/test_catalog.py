@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import CatalogError
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import CatalogError
-from trtllm_ct.schemes import TensorSpec
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4968\n"
 

@@ -7,16 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trtllm_ct.checkpoint.header import (
-    MAX_HEADER_BYTES,
-    StoredTensor,
-    list_some,
-    parse_json_object,
-    read_header,
-)
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import CatalogError
-from trtllm_ct.schemes import TensorSpec
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import CatalogError
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.checkpoint.header import MAX_HEADER_BYTES, StoredTensor, list_some, parse_json_object, read_header
 
 if TYPE_CHECKING:
     from pathlib import Path

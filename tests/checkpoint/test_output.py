@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_ct.base.errors import UsageError
 from trtllm_ct.checkpoint.output import check_output_place, clear, replacing_directory
-from trtllm_ct.errors import UsageError
 
 
 def old_directory(tmp_path: Path) -> Path:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.checkpoint import reader as reader_module
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import Run, TensorReader
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import CatalogError
 
 
 def write_file(path: Path, *tensors: tuple[str, str, list[int], bytes], padding: int = 0) -> None:

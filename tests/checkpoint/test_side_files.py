@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.checkpoint.side_files import carry_side_files
-from trtllm_ct.errors import CatalogError
 
 if TYPE_CHECKING:
     from pathlib import Path

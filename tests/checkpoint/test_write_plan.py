@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.write_plan import Shard, WritePlan, encode_header
-from trtllm_ct.dtypes import DType
-from trtllm_ct.schemes import TensorSpec
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 SPECS = st.dictionaries(
@@ -317,8 +317,8 @@ def test_every_process_finds_the_same_digest() -> None:
         """
         import sys
         from trtllm_ct.checkpoint.write_plan import WritePlan
-        from trtllm_ct.dtypes import DType
-        from trtllm_ct.schemes import TensorSpec
+        from trtllm_ct.base.dtypes import DType
+        from trtllm_ct.base.schemes import TensorSpec
 
         specs = {"a": TensorSpec(DType.U8, (2, 3)), "b": TensorSpec(DType.U8, (6,)), "c": TensorSpec(DType.U8, (1,))}
         print(WritePlan.of(specs, 12).digest().hex(), "torch" in sys.modules)

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import UsageError
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint import transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.write_plan import encode_header, plan_shards
 from trtllm_ct.checkpoint.writer import ShardedWriter
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import UsageError
-from trtllm_ct.schemes import TensorSpec
 
 ONE_BYTE = TensorSpec(DType.U8, (1,))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trtllm_ct.base.errors import ConfigError
+from trtllm_ct.base.schemes import ActOrder, NumberType, QuantArgs, Strategy
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.errors import ConfigError
-from trtllm_ct.schemes import ActOrder, NumberType, QuantArgs, Strategy
 
 INT4 = {"num_bits": 4, "group_size": 128}
 

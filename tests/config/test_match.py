@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trtllm_ct.base.schemes import QuantScheme
 from trtllm_ct.config.match import Matcher, matches
-from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
-from trtllm_ct.schemes import QuantScheme
+from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

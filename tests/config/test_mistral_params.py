@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import ConfigError, Fault
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.mistral_params import config_from_params
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import ConfigError, Fault
-from trtllm_ct.schemes import TensorSpec
 
 # A model of the size of Mistral Small 3, with the keys that Mistral writes.
 SMALL = {

@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_ct.config.model import ConfigGroup, ExpertSparsity, QuantizationConfig, SparsityConfig, Transform
+from trtllm_ct.base.errors import ConfigError, DetectionError
+from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.config.quantization_config import (
+    ConfigGroup,
+    ExpertSparsity,
+    QuantizationConfig,
+    SparsityConfig,
+    Transform,
+)
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.errors import ConfigError, DetectionError
-from trtllm_ct.schemes import CompressionFormat, NumberType, QuantArgs, QuantScheme, Strategy
 
 INT4 = {"num_bits": 4, "group_size": 128}
 BLOCK = {

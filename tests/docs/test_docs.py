@@ -76,7 +76,7 @@ def with_examples() -> Iterator[Any]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the bundled checkpoint as `DIR`."""
-    shutil.copytree(Path(trtllm_ct.__file__).parent / "demo_data", tmp_path / "DIR")
+    shutil.copytree(Path(trtllm_ct.__file__).parent / "cli" / "demo_data", tmp_path / "DIR")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -35,7 +35,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
     """Documents of a kind, made from checkpoints that differ enough to show every field."""
     work = tmp_path_factory.mktemp("json")
     demo = work / "demo"
-    shutil.copytree(Path(trtllm_ct.__file__).parent / "demo_data", demo)
+    shutil.copytree(Path(trtllm_ct.__file__).parent / "cli" / "demo_data", demo)
     # Two native modes, one of them on activations that it leaves alone, one dequantized module and KV-cache scales.
     schemes = {"q_proj": "int4-g128", "k_proj": "int4-g128", "v_proj": "int4-g128"}
     schemes |= {"o_proj": "fp8-tensor-static", "down_proj": "int4-g32"}

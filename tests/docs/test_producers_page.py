@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtllm_ct.producers import PRODUCERS
+from trtllm_ct.plan.producers import PRODUCERS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "producers.md"
 

@@ -111,7 +111,7 @@ def section(title: str) -> re.Match[str]:
 
 @pytest.mark.parametrize("title", CASES)
 def test_messages_are_those_of_the_page(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(Path(trtllm_ct.__file__).parent / "demo_data", tmp_path / "DIR")
+    shutil.copytree(Path(trtllm_ct.__file__).parent / "cli" / "demo_data", tmp_path / "DIR")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     CASES[title](tmp_path)

@@ -23,12 +23,12 @@ from stored_weights import (
 )
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import ActOrder, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.base import Codes, StoredWeight, WeightFormat
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import INT8
 from trtllm_ct.layouts.packing import INT8_PLAIN
-from trtllm_ct.schemes import ActOrder, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from safetensors.torch import load_file
 from stored_weights import assert_fault, described, exact_values, header_faults, payload_faults, specs_of, values
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats import format_for
 from trtllm_ct.formats.base import Codes, WeightFormat
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 from trtllm_ct.layouts.packing import INT8_PLAIN
-from trtllm_ct.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats import FORMATS, format_for
 from trtllm_ct.formats.base import scale_shape
-from trtllm_ct.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 
 ARGUMENTS = [
     *(QuantArgs(num_bits=bits, symmetric=symmetric) for bits, symmetric in product(range(1, 9), (True, False))),

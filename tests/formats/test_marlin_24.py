@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector, PayloadError
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector, PayloadError
+from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats import FORMATS, format_for
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
-from trtllm_ct.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 
 INT4_CHANNEL = QuantArgs(num_bits=4, strategy=Strategy.CHANNEL)
 INT8_CHANNEL = replace(INT4_CHANNEL, num_bits=8)

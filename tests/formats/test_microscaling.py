@@ -21,9 +21,9 @@ from float_modules import (
 from hypothesis import given, settings
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import QuantArgs, TensorSpec
 from trtllm_ct.formats.codecs import NATIVE
-from trtllm_ct.schemes import QuantArgs, TensorSpec
 
 ALL_ARGS = [MXFP4_ARGS, MXFP6_ARGS, MXFP8_ARGS]
 every_format = pytest.mark.parametrize("args", ALL_ARGS, ids=QuantArgs.label)

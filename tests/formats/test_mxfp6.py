@@ -3,10 +3,10 @@ from __future__ import annotations
 import torch
 from float_modules import MXFP4_ARGS, MXFP6_ARGS, assert_one_fault, describe, described, random_module, specs_of
 
+from trtllm_ct.base.schemes import Element
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.mxfp6 import MXFP6
 from trtllm_ct.layouts.floats import E2M3_PACKED
-from trtllm_ct.schemes import Element
 
 
 def test_worked_bytes() -> None:

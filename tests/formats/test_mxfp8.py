@@ -6,10 +6,10 @@ import pytest
 import torch
 from float_modules import MXFP8_ARGS, assert_one_fault, describe, described, random_module, specs_of
 
+from trtllm_ct.base.schemes import Element, Strategy
 from trtllm_ct.formats import format_for
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.mxfp8 import MXFP8
-from trtllm_ct.schemes import Element, Strategy
 
 
 def test_worked_bytes() -> None:

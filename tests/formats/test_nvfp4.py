@@ -17,12 +17,12 @@ from float_modules import (
 from hypothesis import given, settings
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Element, Packing, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.nvfp4 import NVFP4
 from trtllm_ct.layouts.floats import E2M1_PACKED
 from trtllm_ct.layouts.packing import unpack_fields
-from trtllm_ct.schemes import Element, Packing, QuantArgs, Strategy, TensorSpec
 
 THIRD_PARTY_ARGS = replace(NVFP4_ARGS, strategy=Strategy.GROUP, scale_dtype=None)
 MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]

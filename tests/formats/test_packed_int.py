@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, pack_codes, packed_words, unpack_codes
-from trtllm_ct.schemes import QuantArgs, Strategy, TensorSpec
 
 GROUP_32 = QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=32)
 GROUP_32_ASYM = replace(GROUP_32, symmetric=False)

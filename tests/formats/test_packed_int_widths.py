@@ -22,15 +22,15 @@ from stored_weights import (
 )
 from torch import Tensor
 
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats.base import Codes, StoredWeight, Version
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words, unpack_codes
-from trtllm_ct.plan.architectures import Site
+from trtllm_ct.plan.models.sites import Site
 from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import WeightReader
-from trtllm_ct.schemes import QuantArgs, Strategy
 
 ODD = (3, 5, 6, 7)
 CHANNEL = QuantArgs(num_bits=4, strategy=Strategy.CHANNEL)

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from stored_weights import Sized, assert_fault, described, payload_faults, specs_of
 from stored_weights import values as decoded
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.base import Codes, StoredSpecs, WeightFormat
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
-from trtllm_ct.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
 
 INT8_CHANNEL = QuantArgs(num_bits=8, strategy=Strategy.CHANNEL)
 INT8_GROUP = QuantArgs(num_bits=8, strategy=Strategy.GROUP, group_size=4)

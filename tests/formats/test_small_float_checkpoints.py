@@ -11,18 +11,18 @@ import torch
 from float_modules import described
 from safetensors.torch import load_file
 
+from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats.codecs import NATIVE
-from trtllm_ct.payload import check_payload
-from trtllm_ct.plan.model import ModulePlan
+from trtllm_ct.pipeline.payload import check_payload
+from trtllm_ct.plan.plan import ModulePlan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from trtllm_ct.schemes import QuantArgs
+    from trtllm_ct.base.schemes import QuantArgs
 
 pytestmark = pytest.mark.shared
 

@@ -12,8 +12,8 @@ from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trtllm_ct.base.schemes import Element
 from trtllm_ct.layouts.e4m3 import ANY_POWER, exact_powers, shift_scale
-from trtllm_ct.schemes import Element
 
 NUMBERS = {byte: number(byte, Element.E4M3) for byte in range(256)}
 BYTES = {value: byte for byte, value in NUMBERS.items() if value is not None and byte < 0x80}

@@ -8,17 +8,10 @@ import torch
 from float_modules import number
 from torch import Tensor
 
+from trtllm_ct.base.schemes import Element, Packing
 from trtllm_ct.layouts import floats
-from trtllm_ct.layouts.floats import (
-    E2M1_PACKED,
-    E2M3_PACKED,
-    E8M0_NAN,
-    element_fields,
-    element_values,
-    power_of_two,
-)
+from trtllm_ct.layouts.floats import E2M1_PACKED, E2M3_PACKED, E8M0_NAN, element_fields, element_values, power_of_two
 from trtllm_ct.layouts.packing import pack_fields, unpack_fields
-from trtllm_ct.schemes import Element, Packing
 
 WIDTHS = {Element.E2M1: 4, Element.E2M3: 6}
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

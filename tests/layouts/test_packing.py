@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Packing
 from trtllm_ct.layouts import packing as module_under_test
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, pack_codes, packed_words, repack, unpack_codes
-from trtllm_ct.schemes import Packing
 
 PACKINGS = [
     Packing(bits=bits, container=container, axis=axis, offset_binary=offset_binary, dense=dense)

@@ -12,9 +12,9 @@ from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Packing
 from trtllm_ct.layouts.raw_bytes import integers, is_contiguous_index, is_zero, is_zero_packed, number
-from trtllm_ct.schemes import Packing
 
 SCALARS = [DType.F32, DType.F16, DType.BF16]
 INTEGERS = [DType.I32, DType.I64]
@@ -208,7 +208,7 @@ def test_no_heavy_package_is_imported() -> None:
     done = run_python(
         """
         import sys
-        from trtllm_ct.dtypes import DType
+        from trtllm_ct.base.dtypes import DType
         from trtllm_ct.layouts.raw_bytes import integers, is_contiguous_index, is_zero, number
 
         assert number(bytes.fromhex("803f"), DType.BF16) == 1

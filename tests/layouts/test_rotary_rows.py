@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_form import in_pairs, packed_in_pairs
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Packing
 from trtllm_ct.layouts.rotary_rows import halves_of_packed_pairs, halves_of_pairs
-from trtllm_ct.schemes import Packing
 
 
 def test_two_heads_of_six_rows_by_hand() -> None:

@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 
+from trtllm_ct.base.schemes import ActOrder, NumberType, QuantArgs, Strategy
 from trtllm_ct.config.arguments import read_quant_args
 from trtllm_ct.config.json_object import Findings, JsonObject
 from trtllm_ct.config.presets import PRESETS
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.schemes import ActOrder, NumberType, QuantArgs, Strategy
 
 pytestmark = pytest.mark.library
 

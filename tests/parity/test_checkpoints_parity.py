@@ -9,8 +9,8 @@ import torch
 from builders import config_group, fp8_inputs, fp8_weights, int_weights, tiny_config
 from library_builder import write_library_checkpoint
 
-from trtllm_ct.inspection import inspect_checkpoint
-from trtllm_ct.loader import CompressedTensorsWeightLoader
+from trtllm_ct.pipeline.inspection import inspect_checkpoint
+from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
 
 if TYPE_CHECKING:
     from pathlib import Path

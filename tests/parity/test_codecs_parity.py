@@ -12,14 +12,14 @@ from builders import fp8_weights, int_weights
 from hypothesis import given, settings
 from torch import Tensor
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.arguments import read_weight_args
 from trtllm_ct.config.json_object import Findings, JsonObject
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats import format_for
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
 from trtllm_ct.layouts.packing import unpack_codes
-from trtllm_ct.schemes import TensorSpec
 
 if TYPE_CHECKING:
     from trtllm_ct.formats.base import Codes, StoredWeight

@@ -15,10 +15,10 @@ from float_modules import MXFP4_ARGS, MXFP6_ARGS, MXFP8_ARGS, NVFP4_ARGS, descri
 from hypothesis import given, settings
 from torch import Tensor
 
+from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE
 from trtllm_ct.layouts.floats import element_values, power_of_two
 from trtllm_ct.layouts.packing import unpack_fields
-from trtllm_ct.schemes import QuantArgs, Strategy
 
 if TYPE_CHECKING:
     from trtllm_ct.formats.base import Codes

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from stored_weights import described, payload_faults, specs_of
 from torch import Tensor
 
+from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.config.arguments import read_weight_args
 from trtllm_ct.config.json_object import Findings, JsonObject
 from trtllm_ct.formats import format_for
@@ -19,7 +20,6 @@ from trtllm_ct.formats.base import Codes
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words, unpack_codes
-from trtllm_ct.schemes import QuantArgs, Strategy
 
 pytestmark = pytest.mark.library
 

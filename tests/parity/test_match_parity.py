@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trtllm_ct.base.schemes import QuantScheme
 from trtllm_ct.config.match import Matcher, matches
-from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
+from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.schemes import QuantScheme
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -13,13 +13,13 @@ from tiny_models import tiny_config
 from torch import Tensor, nn
 
 from trtllm_ct import CompressedTensorsWeightLoader, convert_checkpoint, verify_checkpoint
-from trtllm_ct.config.model import Transform
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.config.quantization_config import Transform
 from trtllm_ct.formats.codecs import NATIVE
-from trtllm_ct.ops import FoldPlain, ModuleTensors
-from trtllm_ct.plan.transforms import folds_of
-from trtllm_ct.reference.transforms import effective_bias, effective_weight
-from trtllm_ct.schemes import TensorSpec
+from trtllm_ct.plan.online_transforms import folds_of
+from trtllm_ct.plan.ops import FoldPlain, ModuleTensors
+from trtllm_ct.reference.effective_weights import effective_bias, effective_weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -30,18 +30,20 @@ from quantized_weights import (
     weight,
 )
 
-from trtllm_ct.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm, Weight, activations_of
-from trtllm_ct.pipeline import open_checkpoint, stream_delivered
-from trtllm_ct.plan.architectures import Site
+from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, Strategy
+from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm, Weight, activations_of
+from trtllm_ct.engine.releases import ENGINES
+from trtllm_ct.engine.target import DENSE, MODELOPT, REFERENCE, TARGETS, target_named
+from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.assign import Assignment, Candidate, assign_modes
+from trtllm_ct.plan.models.sites import Site
 from trtllm_ct.reference import ReferenceLinear
-from trtllm_ct.schemes import Element, NumberType, QuantArgs, Strategy
-from trtllm_ct.targets import DENSE, ENGINES, MODELOPT, REFERENCE, TARGETS, target_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trtllm_ct.plan.target import Target
+    from trtllm_ct.engine.target import Target
 
 QKV = "model.layers.0.self_attn.qkv_proj"
 EXPERTS = "model.layers.0.mlp.experts"

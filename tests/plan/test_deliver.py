@@ -8,14 +8,14 @@ import pytest
 import torch
 from builders import SCHEMES, tiny_config, write_checkpoint
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.pipeline import plan_checkpoint
-from trtllm_ct.targets import DEFAULT_ENGINE
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.pipeline.open import plan_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trtllm_ct.plan.model import Plan
+    from trtllm_ct.plan.plan import Plan
 
 LAYER = "model.layers.0"
 FUSED, ALONE = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.down_proj"

@@ -16,22 +16,22 @@ from hypothesis import given, settings
 from quantized_weights import NVFP4, NVFP4_INPUT, ints
 from stored_weights import described
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import QuantScheme, TensorSpec
 from trtllm_ct.formats.nvfp4 import NVFP4 as NVFP4_FORMAT
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.e4m3 import exact_powers
-from trtllm_ct.plan.architectures import Site
 from trtllm_ct.plan.equalize import Part, Replaced, equalize, powers_of_two_apart
+from trtllm_ct.plan.models.sites import Site
 from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import QuantizedWeight
-from trtllm_ct.schemes import QuantScheme, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trtllm_ct.base.schemes import QuantArgs
     from trtllm_ct.plan.equalize import Equalized
-    from trtllm_ct.schemes import QuantArgs
 
 NAN, INFINITE = float("nan"), float("inf")
 LINEAR = "model.layers.0.self_attn.qkv_proj"

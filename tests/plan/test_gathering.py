@@ -13,17 +13,17 @@ import pytest
 from mistral_form import native_name
 from tiny_models import FAMILIES, linears, norms, tiny_config
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector, PlanError
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector, PlanError
-from trtllm_ct.plan.architectures import Model
 from trtllm_ct.plan.gathering import gather_modules
-from trtllm_ct.schemes import TensorSpec
+from trtllm_ct.plan.models.sites import Model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trtllm_ct.errors import Fault
+    from trtllm_ct.base.errors import Fault
     from trtllm_ct.plan.stored import StoredModule
 
     Specs = Mapping[str, TensorSpec]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from builders import Built, fp8_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
 
-from trtllm_ct.errors import Fault, PayloadError, PlanError
-from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint, stream_delivered
-from trtllm_ct.plan.model import Fate
+from trtllm_ct.base.errors import Fault, PayloadError, PlanError
+from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
+from trtllm_ct.pipeline.stream import stream_delivered
+from trtllm_ct.plan.plan import Fate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trtllm_ct.plan.model import Plan
+    from trtllm_ct.plan.plan import Plan
 
 ATTENTION = "model.layers.0.self_attn"
 

@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING
 import pytest
 from builders import fp8_inputs, fp8_weights, int_weights, quantization_block, tiny_config
 
-from trtllm_ct.config.model import Transform
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.config.quantization_config import Transform
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
-from trtllm_ct.plan.architectures import Model, Site
+from trtllm_ct.engine.target import MODELOPT
 from trtllm_ct.plan.assign import Assignment, assign_modes, candidates_of
 from trtllm_ct.plan.deliver import Dtypes
 from trtllm_ct.plan.equalize import OWN, Equalized, Part
 from trtllm_ct.plan.kv_cache import KvCache
+from trtllm_ct.plan.models.sites import Model, Site
 from trtllm_ct.plan.own_modules import OwnModules
 from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
-from trtllm_ct.schemes import TensorSpec
-from trtllm_ct.targets import MODELOPT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trtllm_ct.plan.model import ModulePlan
+    from trtllm_ct.plan.plan import ModulePlan
 
 FP8 = {
     "weight": TensorSpec(DType.F8_E4M3, (32, 64)),

@@ -12,12 +12,13 @@ from builders import SCHEMES, Built, config_group, int_weights, rewrite, rewrite
 from stored_schemes import Writer
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import Fault, PlanError
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault, PlanError
+from trtllm_ct.engine.target import TARGETS
 from trtllm_ct.layouts.rounding import round_once
-from trtllm_ct.pipeline import open_checkpoint, plan_checkpoint, stream_delivered
-from trtllm_ct.plan.model import Fate, Plan
-from trtllm_ct.targets import TARGETS
+from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
+from trtllm_ct.pipeline.stream import stream_delivered
+from trtllm_ct.plan.plan import Fate, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable

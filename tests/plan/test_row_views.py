@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from stored_weights import specs_of
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 from trtllm_ct.checkpoint.reader import Run
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
-from trtllm_ct.formats.sparse_bitmask import SPARSE_BITMASK
-from trtllm_ct.plan.narrow import Rows
+from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
+from trtllm_ct.plan.ranks.narrow import Rows
 from trtllm_ct.plan.stored import ExpertSlice, Shared, Whole, stored_modules
-from trtllm_ct.schemes import TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

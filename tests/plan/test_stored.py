@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
-from trtllm_ct.formats.sparse_bitmask import SPARSE_BITMASK
+from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, ExpertSlice, StoredModule, Whole, stored_modules
-from trtllm_ct.schemes import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from builders import config_group, fp8_inputs, fp8_weights, int_weights, quantization_block
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault, FaultCollector
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import Fault, FaultCollector
-from trtllm_ct.plan.architectures import Site
+from trtllm_ct.plan.models.sites import Site
 from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
-from trtllm_ct.schemes import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trtllm_ct.quant_config import LayerQuantConfig
-from trtllm_ct.schemes import QuantAlgo
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.quant_config import LayerQuantConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trtllm_ct.quant_config import QuantConfig
+from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.reference import build_model
 from trtllm_ct.reference.activations import round_to_fp8
 from trtllm_ct.reference.attention import register_fp8_attention

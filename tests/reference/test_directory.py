@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trtllm_ct.errors import CatalogError, ConfigError, DetectionError, PlanError
+from trtllm_ct.base.errors import CatalogError, ConfigError, DetectionError, PlanError
 from trtllm_ct.reference import ReferenceLinear, load_model
 from trtllm_ct.reference.directory import read_directory
 
@@ -186,9 +186,9 @@ def test_compressed_tensors_directories_come_through_their_target(
         asked.append((place, dtype))
         return Delivered(config, None, source.tensors)
 
-    bridge = ModuleType("trtllm_ct.targets.reference")
+    bridge = ModuleType("trtllm_ct.reference.bridge")
     bridge.deliver = deliver  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "trtllm_ct.targets.reference", bridge)
+    monkeypatch.setitem(sys.modules, "trtllm_ct.reference.bridge", bridge)
 
     model = load_model(directory, dtype=torch.float32)
 

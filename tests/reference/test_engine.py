@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trtllm_ct.errors import ConfigError, MissingDependencyError, PlanError, UsageError
-from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.base.errors import ConfigError, MissingDependencyError, PlanError, UsageError
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.reference import ReferenceLinear, build_model, load_model
-from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
     from collections.abc import Callable

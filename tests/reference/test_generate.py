@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from trtllm_ct.errors import ConfigError, UsageError
+from trtllm_ct.base.errors import ConfigError, UsageError
 from trtllm_ct.reference import build_model, generate_text, load_model
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.reference import ReferenceLinear, build_model, load_model
-from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from trtllm_ct.errors import PlanError
-from trtllm_ct.quant_config import LayerQuantConfig
+from trtllm_ct.base.errors import PlanError
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.reference.activations import (
     quantize_mxfp8,
     quantize_nvfp4,
@@ -20,7 +21,6 @@ from trtllm_ct.reference.activations import (
 )
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.linear_layouts import LAYOUTS, unpack_row_pairs
-from trtllm_ct.schemes import QuantAlgo
 
 AWQ = LayerQuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=8)
 GPTQ = LayerQuantConfig(quant_algo=QuantAlgo.W4A16_GPTQ, group_size=8, has_zero_point=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from trtllm_ct.errors import PlanError
-from trtllm_ct.quant_config import LayerQuantConfig
+from trtllm_ct.base.errors import PlanError
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.linear_layouts import unpack_column_pairs
-from trtllm_ct.schemes import QuantAlgo
 
 if TYPE_CHECKING:
     from collections.abc import Callable

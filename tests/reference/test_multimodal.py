@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trtllm_ct.errors import PlanError
+from trtllm_ct.base.errors import PlanError
 from trtllm_ct.reference import ReferenceLinear, load_model
 
 if TYPE_CHECKING:

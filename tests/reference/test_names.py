@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.reference.names import NameMap
-from trtllm_ct.schemes import QuantAlgo
 
 TEXT = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
 W8A16 = LayerQuantConfig(quant_algo=QuantAlgo.W8A16)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from trtllm_ct.errors import ConfigError, UsageError
+from trtllm_ct.base.errors import ConfigError, UsageError
 from trtllm_ct.reference.requests import SamplingParams
 
 if TYPE_CHECKING:

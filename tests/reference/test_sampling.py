@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_ct.errors import PayloadError, UsageError
+from trtllm_ct.base.errors import PayloadError, UsageError
 from trtllm_ct.reference.requests import SamplingParams
 from trtllm_ct.reference.sampling import Sampler, token_probabilities
 

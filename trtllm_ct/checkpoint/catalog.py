@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
+from trtllm_ct.base.collector import collector_paused
+from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
 from trtllm_ct.checkpoint.header import (
     Header,
     StoredTensor,
@@ -26,13 +28,11 @@ from trtllm_ct.checkpoint.header import (
     read_header,
     refuse_lfs_pointer,
 )
-from trtllm_ct.collector import collector_paused
-from trtllm_ct.errors import CatalogError, Fault, FaultCollector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from trtllm_ct.schemes import TensorSpec
+    from trtllm_ct.base.schemes import TensorSpec
 
 __all__ = ["INDEX_FILE", "PICKLE_SUFFIXES", "Catalog", "StoredTensor"]
 

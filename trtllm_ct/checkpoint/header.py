@@ -18,9 +18,9 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import CatalogError, Fault, FaultCollector
-from trtllm_ct.schemes import TensorSpec
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
+from trtllm_ct.base.schemes import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

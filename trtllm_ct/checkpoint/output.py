@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtllm_ct.errors import Fault, UsageError
+from trtllm_ct.base.errors import Fault, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

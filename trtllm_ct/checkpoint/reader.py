@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from trtllm_ct.checkpoint.memory import available_memory
-from trtllm_ct.errors import CatalogError, Fault
+from trtllm_ct.base.errors import CatalogError, Fault
+from trtllm_ct.base.memory_budget import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.errors import CatalogError, FaultCollector
 from trtllm_ct.checkpoint.catalog import PICKLE_SUFFIXES
-from trtllm_ct.errors import CatalogError, FaultCollector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

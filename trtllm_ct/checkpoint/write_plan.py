@@ -21,7 +21,7 @@ from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, StoredTensor
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trtllm_ct.schemes import TensorSpec
+    from trtllm_ct.base.schemes import TensorSpec
 
 __all__ = ["PlannedFile", "Shard", "WritePlan", "encode_header", "plan_shards"]
 

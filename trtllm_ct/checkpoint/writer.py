@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Self
 
+from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import list_some
 from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
-from trtllm_ct.errors import Fault, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.write_plan import PlannedFile
-    from trtllm_ct.schemes import TensorSpec
 
 __all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "file_locks", "pieces_are_there", "write_index"]
 

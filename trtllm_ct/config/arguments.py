@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from trtllm_ct.schemes import ActOrder, NumberType, QuantArgs, Strategy
+from trtllm_ct.base.schemes import ActOrder, NumberType, QuantArgs, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from trtllm_ct.base.schemes import CompressionFormat, QuantScheme
 from trtllm_ct.config.arguments import ARGUMENT_KEYS, read_activation_args, read_weight_args
 from trtllm_ct.config.json_object import JsonObject
-from trtllm_ct.config.model import ConfigGroup
 from trtllm_ct.config.presets import PRESETS, former_meaning, parse_release, preset_scheme
-from trtllm_ct.schemes import CompressionFormat, QuantScheme
+from trtllm_ct.config.quantization_config import ConfigGroup
 
 __all__ = ["read_groups"]
 

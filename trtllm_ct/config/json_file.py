@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.errors import ConfigError, Fault
+from trtllm_ct.base.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,9 +13,9 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.config.match import compile_pattern
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector
 
 __all__ = ["Findings", "JsonObject", "shown"]
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
+    from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 
 __all__ = ["Matcher", "compile_pattern", "matches"]
 

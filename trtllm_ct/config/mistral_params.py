@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.errors import ConfigError, FaultCollector
+from trtllm_ct.base.errors import ConfigError, FaultCollector
 
 if TYPE_CHECKING:
-    from trtllm_ct.schemes import TensorSpec
+    from trtllm_ct.base.schemes import TensorSpec
 
 __all__ = ["config_from_params"]
 

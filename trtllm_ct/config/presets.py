@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.schemes import NumberType, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.base.schemes import NumberType, QuantArgs, QuantScheme, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

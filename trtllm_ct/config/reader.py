@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trtllm_ct.base.errors import ConfigError
+from trtllm_ct.base.schemes import CompressionFormat, RowOrder
 from trtllm_ct.config.arguments import read_activation_args
+from trtllm_ct.config.detect import FormatDetector, unwrap_block
 from trtllm_ct.config.groups import read_groups
 from trtllm_ct.config.json_object import Findings, JsonObject
-from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
+from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 from trtllm_ct.config.recipe import read_modifiers
-from trtllm_ct.config.sparsity import read_expert_sparsity, read_sparsity
-from trtllm_ct.config.transforms import read_transforms
-from trtllm_ct.detect import FormatDetector, unwrap_block
-from trtllm_ct.errors import ConfigError
-from trtllm_ct.schemes import CompressionFormat, RowOrder
+from trtllm_ct.config.sparsity_config import read_expert_sparsity, read_sparsity
+from trtllm_ct.config.transform_config import read_transforms
 
 __all__ = ["CompressedTensorsConfigReader"]
 

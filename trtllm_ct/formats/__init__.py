@@ -14,7 +14,7 @@ from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 
 if TYPE_CHECKING:
-    from trtllm_ct.schemes import QuantArgs
+    from trtllm_ct.base.schemes import QuantArgs
 
 __all__ = ["FORMATS", "Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "format_for"]
 

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.layouts.dispatch import unpack_codes
-from trtllm_ct.schemes import CompressionFormat, Element, Packing, QuantArgs, Strategy, TensorSpec
+from trtllm_ct.base.schemes import CompressionFormat, Element, Packing, QuantArgs, Strategy, TensorSpec
+from trtllm_ct.layouts.loops.dispatch import unpack_codes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
 
 __all__ = ["Codes", "StoredSpecs", "StoredWeight", "Version", "WeightFormat", "scale_shape"]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from trtllm_ct.layouts.dispatch import dequantize
+from trtllm_ct.base.schemes import Element
 from trtllm_ct.layouts.floats import element_fields
+from trtllm_ct.layouts.loops.dispatch import dequantize
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_fields
 from trtllm_ct.layouts.scales import Scaling
-from trtllm_ct.schemes import Element
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trtllm_ct.base.schemes import Packing
     from trtllm_ct.formats.base import Codes, StoredWeight
-    from trtllm_ct.schemes import Packing
 
 __all__ = ["LIBRARY", "NATIVE", "Codec"]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.base import StoredSpecs, scale_shape
-from trtllm_ct.schemes import QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
 
 __all__ = ["check_codes", "check_plain_zero_point", "check_scale", "check_shape", "scale_name"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.formats.base import StoredSpecs, StoredWeight, scale_shape
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.schemes import QuantArgs
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import QuantArgs
 
 __all__ = ["GROUP_INDEX", "check_group_index", "group_of_columns", "is_filled"]
 

@@ -16,21 +16,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import Fault, PayloadError
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault, PayloadError
+from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.layouts import marlin_24 as layout
-from trtllm_ct.layouts.dispatch import repack
+from trtllm_ct.layouts.loops.dispatch import repack
 from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words
-from trtllm_ct.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
 
 __all__ = ["MARLIN_24"]
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, final
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.formats.small_floats import check_group_scale, check_group_size, local_scale, logical_shape
-from trtllm_ct.layouts.dispatch import repack
+from trtllm_ct.layouts.loops.dispatch import repack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.schemes import Element, Packing, QuantArgs
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import Element, Packing, QuantArgs
 
 __all__ = ["MicroscalingFormat"]
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import CompressionFormat, Element
 from trtllm_ct.formats.microscaling import MicroscalingFormat
 from trtllm_ct.formats.small_floats import is_packed_float
 from trtllm_ct.layouts.floats import E2M3_PACKED
-from trtllm_ct.schemes import CompressionFormat, Element
 
 if TYPE_CHECKING:
+    from trtllm_ct.base.schemes import QuantArgs
     from trtllm_ct.formats.base import StoredSpecs
-    from trtllm_ct.schemes import QuantArgs
 
 __all__ = ["MXFP6"]
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType
 from trtllm_ct.formats.microscaling import MicroscalingFormat
-from trtllm_ct.schemes import CompressionFormat, Element, NumberType
 
 if TYPE_CHECKING:
+    from trtllm_ct.base.schemes import QuantArgs
     from trtllm_ct.formats.base import StoredSpecs
-    from trtllm_ct.schemes import QuantArgs
 
 __all__ = ["MXFP8"]
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import CompressionFormat, Element
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.formats.small_floats import (
@@ -30,17 +31,16 @@ from trtllm_ct.formats.small_floats import (
     local_scale,
     logical_shape,
 )
-from trtllm_ct.layouts.dispatch import repack
 from trtllm_ct.layouts.floats import E2M1_PACKED
-from trtllm_ct.schemes import CompressionFormat, Element
+from trtllm_ct.layouts.loops.dispatch import repack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.schemes import QuantArgs
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import QuantArgs
 
 __all__ = ["NVFP4"]
 

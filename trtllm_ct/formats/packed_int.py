@@ -22,20 +22,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import CompressionFormat, NumberType, Packing, QuantArgs, Strategy
 from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
-from trtllm_ct.layouts.dispatch import repack
+from trtllm_ct.layouts.loops.dispatch import repack
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
-from trtllm_ct.schemes import CompressionFormat, NumberType, Packing, QuantArgs, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
 
 __all__ = ["PACKED_INT"]
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import NumberType
 from trtllm_ct.formats.base import scale_shape
-from trtllm_ct.schemes import NumberType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import Packing, QuantArgs, TensorSpec
     from trtllm_ct.formats.base import StoredSpecs, StoredWeight
-    from trtllm_ct.schemes import Packing, QuantArgs, TensorSpec
 
 __all__ = [
     "NVFP4_GROUP",

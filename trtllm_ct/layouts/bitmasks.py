@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Packing
 from trtllm_ct.layouts.packing import pack_fields, unpack_fields
-from trtllm_ct.schemes import Packing
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from __future__ import annotations
 from math import nan
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.schemes import Element, Packing
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Element, Packing
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,10 @@ from array import array
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
 
 if TYPE_CHECKING:
-    from trtllm_ct.schemes import Packing
+    from trtllm_ct.base.schemes import Packing
 
 __all__ = ["integers", "is_contiguous_index", "is_zero", "is_zero_packed", "number"]
 

@@ -18,7 +18,7 @@ from trtllm_ct.layouts.packing import pack_fields, unpack_fields
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trtllm_ct.schemes import Packing
+    from trtllm_ct.base.schemes import Packing
 
 __all__ = ["halves_of_packed_pairs", "halves_of_pairs"]
 

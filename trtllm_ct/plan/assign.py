@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.modes import Holding, ScaleForm, Weight, holdings, obstacles, slice_obstacle
-from trtllm_ct.schemes import QuantAlgo
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.modes import Holding, ScaleForm, Weight, holdings, obstacles, slice_obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from trtllm_ct.config.model import Transform
-    from trtllm_ct.plan.architectures import Site
+    from trtllm_ct.config.quantization_config import Transform
+    from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.equalize import Equalized, Part
-    from trtllm_ct.plan.target import Target
+    from trtllm_ct.plan.models.sites import Site
 
 __all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidates_of", "dense_outputs", "fold_reason"]
 

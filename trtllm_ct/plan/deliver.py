@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
-from trtllm_ct.modes import Activations, Holding, LinearMode, ScaleForm
-from trtllm_ct.ops import (
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.engine.modes import Activations, Holding, LinearMode, ScaleForm
+from trtllm_ct.plan.equalize import OWN
+from trtllm_ct.plan.ops import (
     AdditiveZero,
     Cast,
     Copy,
@@ -28,16 +30,14 @@ from trtllm_ct.ops import (
     WidenScale,
     Zeros,
 )
-from trtllm_ct.plan.equalize import OWN
-from trtllm_ct.plan.model import Delivery
-from trtllm_ct.schemes import TensorSpec
+from trtllm_ct.plan.plan import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from trtllm_ct.layouts.transforms import Fold
-    from trtllm_ct.plan.architectures import Site
+    from trtllm_ct.layouts.folds import Fold
     from trtllm_ct.plan.equalize import Equalized, Replaced
+    from trtllm_ct.plan.models.sites import Site
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.weights import QuantizedWeight
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.errors import ConfigError, FaultCollector
-from trtllm_ct.modes import Holding, Weight, holdings
+from trtllm_ct.base.errors import ConfigError, FaultCollector
+from trtllm_ct.base.schemes import ActOrder, Element, NumberType, QuantArgs
+from trtllm_ct.engine.modes import Holding, Weight, holdings
+from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.plan.kv_cache import KvCache
-from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
-from trtllm_ct.schemes import ActOrder, Element, NumberType, QuantArgs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
-    from trtllm_ct.plan.model import ModulePlan
-    from trtllm_ct.plan.target import Target
+    from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
+    from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.plan import ModulePlan
 
 __all__ = ["engine_config", "engine_config_of_scheme", "layer_config"]
 

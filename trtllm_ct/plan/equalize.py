@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from math import frexp, isclose, isfinite, ldexp
 from typing import TYPE_CHECKING, NamedTuple
 
-from trtllm_ct.modes import Activations, activations_of
+from trtllm_ct.engine.modes import Activations, activations_of
 from trtllm_ct.plan.probe import probe_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from trtllm_ct.plan.architectures import Site
+    from trtllm_ct.plan.models.sites import Site
     from trtllm_ct.plan.probe import Probe
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.weights import QuantizedWeight

@@ -8,15 +8,15 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from trtllm_ct.plan.fused_experts import split_fused_experts
-from trtllm_ct.plan.mistral_names import hugging_face_names
+from trtllm_ct.plan.models.fused_experts import split_fused_experts
+from trtllm_ct.plan.models.mistral_names import hugging_face_names
 from trtllm_ct.plan.stored import stored_modules
 
 if TYPE_CHECKING:
+    from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.checkpoint.catalog import Catalog
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.formats.sparsity import StoredShapes
-    from trtllm_ct.plan.architectures import Model
+    from trtllm_ct.formats.sparse.pieces import StoredShapes
+    from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["gather_modules"]

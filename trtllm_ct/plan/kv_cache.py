@@ -12,17 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
 from trtllm_ct.plan.deliver import kv_scale
-from trtllm_ct.schemes import NumberType, QuantArgs, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from trtllm_ct.config.model import QuantizationConfig
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.plan.model import Delivery, ModulePlan
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.config.quantization_config import QuantizationConfig
+    from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import StoredModule
-    from trtllm_ct.plan.target import Target
 
 __all__ = ["KvCache"]
 

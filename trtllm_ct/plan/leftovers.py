@@ -9,7 +9,7 @@ from trtllm_ct.plan.stored import QUANTIZATION_TENSORS
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["refuse_leftovers"]

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan import deliver
-from trtllm_ct.plan.architectures import Site
-from trtllm_ct.plan.fused_experts import NOT_PER_EXPERT
 from trtllm_ct.plan.leftovers import refuse_leftovers
-from trtllm_ct.plan.model import Delivery, ModulePlan
+from trtllm_ct.plan.models.fused_experts import NOT_PER_EXPERT
+from trtllm_ct.plan.models.sites import Site
+from trtllm_ct.plan.plan import Delivery, ModulePlan
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule
 
 if TYPE_CHECKING:
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.plan.architectures import Model
+    from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.kv_cache import KvCache
+    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.online_transforms import OnlineTransforms
     from trtllm_ct.plan.row_order import QueryKeyRows
-    from trtllm_ct.plan.transforms import OnlineTransforms
     from trtllm_ct.plan.weights import WeightReader
 
 __all__ = ["OtherModules"]

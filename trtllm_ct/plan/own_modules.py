@@ -9,26 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trtllm_ct.modes import native_mode
+from trtllm_ct.engine.modes import native_mode
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import Assignment, fold_reason
 from trtllm_ct.plan.engine_config import layer_config
 from trtllm_ct.plan.equalize import OWN, Equalized
 from trtllm_ct.plan.leftovers import refuse_leftovers
-from trtllm_ct.plan.model import Delivery, ModulePlan
+from trtllm_ct.plan.online_transforms import folds_of
+from trtllm_ct.plan.plan import Delivery, ModulePlan
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule
-from trtllm_ct.plan.transforms import folds_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from trtllm_ct.config.model import QuantizationConfig
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.plan.architectures import Model, Site
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import QuantAlgo
+    from trtllm_ct.config.quantization_config import QuantizationConfig
+    from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.plan.kv_cache import KvCache
+    from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.weights import QuantizedWeight
-    from trtllm_ct.quant_config import LayerQuantConfig
-    from trtllm_ct.schemes import QuantAlgo
 
 __all__ = ["OwnModules"]
 

@@ -8,35 +8,35 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trtllm_ct.collector import collector_paused
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import FaultCollector, PlanError
+from trtllm_ct.base.collector import collector_paused
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector, PlanError
+from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
-from trtllm_ct.plan.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
-from trtllm_ct.plan.model import ModulePlan, Plan
+from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.own_modules import OwnModules
-from trtllm_ct.plan.parallel import ONE_RANK, Parallel
+from trtllm_ct.plan.plan import ModulePlan, Plan
 from trtllm_ct.plan.probe import NO_PROBE, Probe
+from trtllm_ct.plan.producers import header_warnings
+from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.row_order import QueryKeyRows
-from trtllm_ct.plan.transforms import OnlineTransforms
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
-from trtllm_ct.producers import header_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from trtllm_ct.checkpoint.catalog import Catalog
-    from trtllm_ct.config.model import QuantizationConfig
-    from trtllm_ct.plan.architectures import Model, Site
+    from trtllm_ct.config.quantization_config import QuantizationConfig
+    from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.stored import StoredModule
-    from trtllm_ct.plan.target import Target
 
 __all__ = ["make_plan"]
 

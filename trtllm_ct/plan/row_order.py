@@ -23,22 +23,22 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
+from trtllm_ct.base.schemes import RowOrder
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.layouts.rotary_rows import halves_of_packed_pairs, halves_of_pairs
 from trtllm_ct.plan.stored import View
-from trtllm_ct.schemes import RowOrder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from trtllm_ct.config.model import QuantizationConfig
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import Packing
+    from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.formats.base import StoredWeight
-    from trtllm_ct.plan.architectures import Model
+    from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.stored import StoredModule
-    from trtllm_ct.schemes import Packing
 
 __all__ = ["QueryKeyRows", "Reordered"]
 

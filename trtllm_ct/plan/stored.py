@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.reader import Run
-from trtllm_ct.formats.sparsity import find_sparse, restore
+from trtllm_ct.formats.sparse.pieces import find_sparse, restore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
 
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.catalog import Catalog
-    from trtllm_ct.config.model import Transform
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.formats.sparsity import SparseTensor, StoredShapes
-    from trtllm_ct.schemes import TensorSpec
+    from trtllm_ct.config.quantization_config import Transform
+    from trtllm_ct.formats.sparse.pieces import SparseTensor, StoredShapes
 
 __all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "Shared", "StoredModule", "View", "Whole", "stored_modules"]
 

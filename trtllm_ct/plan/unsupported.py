@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trtllm_ct.config.model import ExpertSparsity, QuantizationConfig
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.plan.architectures import Model
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.config.quantization_config import ExpertSparsity, QuantizationConfig
+    from trtllm_ct.plan.models.sites import Model
 
 __all__ = ["refuse_unsupported"]
 

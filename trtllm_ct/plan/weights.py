@@ -7,22 +7,22 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.config.match import Matcher
-from trtllm_ct.errors import FaultCollector
 from trtllm_ct.formats import FORMATS, StoredWeight, format_for
 from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.marlin_24 import MARLIN_24
-from trtllm_ct.plan.architectures import name_variants
+from trtllm_ct.plan.models.sites import name_variants
 from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
 from trtllm_ct.plan.stored import ExpertSlice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from trtllm_ct.config.model import ConfigGroup, QuantizationConfig
-    from trtllm_ct.plan.architectures import Site
+    from trtllm_ct.base.schemes import QuantArgs, QuantScheme
+    from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
+    from trtllm_ct.plan.models.sites import Site
     from trtllm_ct.plan.stored import StoredModule
-    from trtllm_ct.schemes import QuantArgs, QuantScheme
 
 __all__ = ["QuantizedWeight", "WeightReader"]
 

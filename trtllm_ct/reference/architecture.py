@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trtllm_ct.errors import ConfigError, Fault, MissingDependencyError
+from trtllm_ct.base.errors import ConfigError, Fault, MissingDependencyError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trtllm_ct.errors import FaultCollector, PlanError
+from trtllm_ct.base.errors import FaultCollector, PlanError
 from trtllm_ct.reference.architecture import kept_in_float32, tied_parameters
 from trtllm_ct.reference.attention import attach_kv_scales, is_kv_scale
 from trtllm_ct.reference.linear import ReferenceLinear
@@ -20,7 +20,7 @@ from trtllm_ct.reference.mixtures import Mixtures
 from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
 
 if TYPE_CHECKING:
-    from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.reference.names import NameMap
 
 __all__ = ["Assembly"]

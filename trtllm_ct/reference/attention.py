@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.reference.activations import round_to_fp8
 from trtllm_ct.reference.rules import describe, has_dtype, is_one_element
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trtllm_ct.errors import FaultCollector
+    from trtllm_ct.base.errors import FaultCollector
 
 __all__ = ["attach_kv_scales", "is_kv_scale", "kv_scale_names", "register_fp8_attention"]
 

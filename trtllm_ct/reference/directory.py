@@ -7,14 +7,14 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.json_file import read_json_object
-from trtllm_ct.detect import FormatDetector
-from trtllm_ct.dtypes import DType
-from trtllm_ct.errors import ConfigError, DetectionError, Fault
-from trtllm_ct.quant_config import QuantConfig
-from trtllm_ct.quant_methods import COMPRESSED_TENSORS, MODELOPT, describe_method
+from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, describe_method
+from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.reference.linear_layouts import LAYOUTS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
     """
     detection = FormatDetector().detect(directory)
     if detection.method == COMPRESSED_TENSORS:
-        from trtllm_ct.targets.reference import deliver
+        from trtllm_ct.reference.bridge import deliver
 
         delivered = deliver(directory, dtype=dtype)
         return ModelSource(config=delivered.config, quant_config=delivered.quant_config, tensors=delivered.tensors)

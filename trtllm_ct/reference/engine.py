@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from trtllm_ct.errors import Fault, PlanError, UsageError
-from trtllm_ct.quant_config import QuantConfig
+from trtllm_ct.base.errors import Fault, PlanError, UsageError
+from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.reference.architecture import build_shell, read_generation_config, require_transformers
 from trtllm_ct.reference.assembly import Assembly
 from trtllm_ct.reference.attention import kv_scale_names, register_fp8_attention

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trtllm_ct.errors import PlanError
+from trtllm_ct.base.errors import PlanError
 from trtllm_ct.reference.experts import SPELLINGS, ReferenceExpert, ReferenceExperts
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
@@ -21,8 +21,8 @@ from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.quant_config import LayerQuantConfig
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.engine.quant_config import LayerQuantConfig
 
 __all__ = ["ExpertParts"]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from trtllm_ct.errors import ConfigError, Fault, UsageError
+from trtllm_ct.base.errors import ConfigError, Fault, UsageError
 from trtllm_ct.reference.architecture import in_one_line, quiet_transformers, require_transformers
 from trtllm_ct.reference.engine import load_model
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from trtllm_ct.errors import Fault, FaultCollector, PlanError
+from trtllm_ct.base.errors import Fault, FaultCollector, PlanError
 from trtllm_ct.reference.linear_layouts import BIAS, LAYOUTS, LinearLayout, Tensors
 from trtllm_ct.reference.rules import LinearCheck
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trtllm_ct.quant_config import LayerQuantConfig
+    from trtllm_ct.engine.quant_config import LayerQuantConfig
 
 __all__ = ["ReferenceLinear"]
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.reference.activations import (
     quantize_mxfp8,
     quantize_nvfp4,
@@ -23,7 +24,6 @@ from trtllm_ct.reference.activations import (
     quantize_per_token,
 )
 from trtllm_ct.reference.rules import WIDE_FLOATS, TensorRule
-from trtllm_ct.schemes import QuantAlgo
 
 __all__ = ["BIAS", "LAYOUTS", "LinearLayout", "Tensors", "unpack_column_pairs", "unpack_row_pairs"]
 

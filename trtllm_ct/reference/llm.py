@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from trtllm_ct.errors import Fault, UsageError
+from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.reference.directory import model_dtype
 from trtllm_ct.reference.engine import load_model
 from trtllm_ct.reference.generate import end_tokens_of, load_tokenizer, threads_that_pay, tokens_after

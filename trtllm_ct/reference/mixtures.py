@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.reference.names import NameMap
 
 __all__ = ["Mixtures"]

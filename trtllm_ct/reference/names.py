@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trtllm_ct.quant_config import QuantConfig
+    from trtllm_ct.engine.quant_config import QuantConfig
 
 __all__ = ["NameMap"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from trtllm_ct.errors import FaultCollector, UsageError
+from trtllm_ct.base.errors import FaultCollector, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.dtypes import DType
+from trtllm_ct.base.dtypes import DType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
-    from trtllm_ct.errors import FaultCollector
-    from trtllm_ct.quant_config import LayerQuantConfig
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.engine.quant_config import LayerQuantConfig
 
 __all__ = ["WIDE_FLOATS", "LinearCheck", "TensorRule", "describe", "has_dtype", "is_one_element"]
 

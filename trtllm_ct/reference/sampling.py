@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trtllm_ct.errors import Fault, PayloadError
+from trtllm_ct.base.errors import Fault, PayloadError
 
 if TYPE_CHECKING:
     from torch import Tensor

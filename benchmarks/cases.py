@@ -1,0 +1,313 @@
+"""The tables of the benchmark: what is timed, beside whom, on which checkpoints.
+
+A case makes the job of each side for one checkpoint. What a peer needs is looked for, never imported: a peer that is
+not installed is left out and named.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import cycle
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from benchmarks.measure import Job
+from benchmarks.results import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+__all__ = [
+    "CASES",
+    "DIRECTORY",
+    "KERNEL_ROWS",
+    "KERNEL_SHAPE",
+    "NO_SHAPE",
+    "PEERS",
+    "RANKS",
+    "SWEEPS",
+    "Case",
+    "Peer",
+    "Place",
+    "Sweep",
+    "Table",
+    "convert_job",
+    "kernels_job",
+    "table_of",
+]
+
+DIRECTORY = "DIR"
+"""The shape of a checkpoint that the user gave."""
+
+NO_SHAPE = ""
+"""The shape of what needs no checkpoint."""
+
+RANKS = 4
+"""The tensor-parallel size of which one rank loads."""
+
+KERNEL_SHAPE = (4096, 14336)
+"""The weight that kernels are timed on."""
+
+
+class Table(StrEnum):
+    """The tables of docs/performance.md, each with a plot."""
+
+    KERNELS = "kernels"
+    LOAD = "load"
+    CONVERT = "convert"
+    HEADERS = "headers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a case runs: a checkpoint with its size, a folder for what is made, and bytes of payload by target."""
+
+    source: Path
+    work: Path
+    tensors: int
+    stored_bytes: int
+    bytes_of: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is timed: our job, and those of its peers by name.
+
+    `moves` names the target whose bytes come out, by which throughput is counted; empty where nothing is counted.
+    With `once` there is nothing to repeat: what is looked for is no time.
+    """
+
+    name: str
+    title: str
+    table: Table
+    clock: Clock
+    shapes: frozenset[str]
+    ours: Callable[[Place], Job]
+    peers: Mapping[str, Callable[[Place], Job]]
+    moves: str = ""
+    once: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """A case at four sizes of one shape; of its peers those that a plot shows."""
+
+    case: str
+    shape: str
+    layers: tuple[int, ...]
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Who we are compared with; `needs` are packages, and `program` is one that must be on the path."""
+
+    name: str
+    title: str
+    needs: tuple[str, ...] = ()
+    program: str = ""
+
+    @property
+    def missing(self) -> str:
+        """What is not there; empty when everything is."""
+        absent = [package for package in self.needs if importlib.util.find_spec(package) is None]
+        if self.program and shutil.which(self.program) is None:
+            absent.append(self.program)
+        return " and ".join(absent)
+
+
+PEERS: Mapping[str, Peer] = MappingProxyType(
+    {
+        peer.name: peer
+        for peer in (
+            Peer(name="cp", title="`cp`", program="cp"),
+            Peer(name="load_file", title="safetensors `load_file` and `clone`", needs=("safetensors",)),
+            Peer(
+                name="library",
+                title="the compressed-tensors library",
+                needs=("compressed_tensors", "safetensors", "transformers"),
+            ),
+            Peer(
+                name="transformers",
+                title="transformers `from_pretrained`",
+                needs=("transformers", "compressed_tensors"),
+            ),
+        )
+    }
+)
+"""What `--against` knows. memcpy, which the kernels are held to, is always there."""
+
+
+def _python(*arguments: object) -> tuple[str, ...]:
+    return (sys.executable, *(str(argument) for argument in arguments))
+
+
+def _task(name: str, *arguments: str) -> Callable[[Place], Job]:
+    """A task of `tasks.py` on the checkpoint."""
+
+    def make(place: Place) -> Job:
+        return Job(commands=(_python("-m", "benchmarks.tasks", name, place.source, *arguments),))
+
+    return make
+
+
+def convert_job(to: str) -> Callable[[Place], Job]:
+    """The command that users give."""
+
+    def make(place: Place) -> Job:
+        out = place.work / "out"
+        command = _python("-m", "trtllm_ct", "convert", place.source, out, "--to", to, "--json")
+        return Job(commands=(command,), output=out)
+
+    return make
+
+
+def kernels_job(rows: int, columns: int, samples: int) -> Job:
+    """All kernels and memcpy, for a weight of that shape."""
+    return Job(commands=(_python("-m", "benchmarks.tasks", "kernels", rows, columns, samples),))
+
+
+def _library_convert(place: Place) -> Job:
+    out = place.work / "out"
+    return Job(
+        commands=(_python("-m", "benchmarks.tasks", "library-convert", place.source, out),),
+        output=out,
+        environment={"TQDM_DISABLE": "1"},
+    )
+
+
+def _copy(place: Place) -> Job:
+    out = place.work / "out"
+    return Job(commands=(("cp", "-r", str(place.source), str(out)),), output=out)
+
+
+def _copy_output_bytes(place: Place) -> Job:
+    """`cp` of as many bytes as the plain weights have: files of the source, again and again, the last one in part.
+
+    The source lies in the page cache, which a directory of plain weights would not.
+    """
+    out, left = place.work / "out", place.bytes_of["dense"]
+    commands: list[tuple[str, ...]] = [("mkdir", str(out))]
+    for number, file in enumerate(cycle(sorted(place.source.glob("*.safetensors")))):
+        size = file.stat().st_size
+        if left <= size:
+            part = ("dd", f"if={file}", f"of={out / str(number)}", "bs=1M", f"count={left}B", "status=none")
+            return Job(commands=(*commands, part), output=out)
+        commands.append(("cp", str(file), str(out / str(number))))
+        left -= size
+    raise AssertionError("a checkpoint has weight files")
+
+
+def _import(_place: Place) -> Job:
+    code = (
+        "import json, time; started = time.perf_counter(); import trtllm_ct; "
+        "print(json.dumps({'seconds': time.perf_counter() - started}))"
+    )
+    return Job(commands=(_python("-c", code),))
+
+
+_EVERYWHERE = frozenset({"1b", "8b", "tiny", DIRECTORY})
+_IN_MEMORY = frozenset({"1b", "tiny", DIRECTORY})
+
+CASES = (
+    Case(
+        name="load-native",
+        title="`load_weights`, native",
+        table=Table.LOAD,
+        clock=Clock.CALL,
+        shapes=_IN_MEMORY,
+        ours=_task("load-weights", "native"),
+        peers={"load_file": _task("load-file")},
+        moves="modelopt",
+    ),
+    Case(
+        name="load-dense",
+        title="`load_weights`, dense",
+        table=Table.LOAD,
+        clock=Clock.CALL,
+        shapes=_IN_MEMORY,
+        ours=_task("load-weights", "dense"),
+        peers={"library": _task("library-load"), "transformers": _task("transformers-load")},
+        moves="dense",
+    ),
+    Case(
+        name="rank",
+        title=f"`load_weights`, rank 0 of tp {RANKS}",
+        table=Table.LOAD,
+        clock=Clock.CALL,
+        shapes=_IN_MEMORY,
+        ours=_task("rank-bytes", str(RANKS)),
+        peers={},
+        once=True,
+    ),
+    Case(
+        name="node",
+        title=f"`load_weights`, all ranks of tp {RANKS} on one node, nothing in the page cache",
+        table=Table.LOAD,
+        clock=Clock.CALL,
+        shapes=_IN_MEMORY,
+        ours=_task("node-bytes", str(RANKS)),
+        peers={},
+        once=True,
+    ),
+    Case(
+        name="convert-modelopt",
+        title="`convert --to modelopt`",
+        table=Table.CONVERT,
+        clock=Clock.PROCESS,
+        shapes=_EVERYWHERE,
+        ours=convert_job("modelopt"),
+        peers={"cp": _copy},
+        moves="modelopt",
+    ),
+    Case(
+        name="convert-dense",
+        title="`convert --to dense`",
+        table=Table.CONVERT,
+        clock=Clock.PROCESS,
+        shapes=_EVERYWHERE,
+        ours=convert_job("dense"),
+        peers={"cp": _copy_output_bytes, "library": _library_convert},
+        moves="dense",
+    ),
+    Case(
+        name="inspect",
+        title="`inspect`",
+        table=Table.HEADERS,
+        clock=Clock.PROCESS,
+        shapes=_EVERYWHERE | {"kimi-k2"},
+        ours=_task("inspect"),
+        peers={},
+    ),
+    Case(
+        name="import",
+        title="`import trtllm_ct`",
+        table=Table.HEADERS,
+        clock=Clock.PROCESS,
+        shapes=frozenset({NO_SHAPE}),
+        ours=_import,
+        peers={},
+    ),
+)
+"""What is timed in processes of its own; kernels, which share one, are in `kernels.py: KERNELS`."""
+
+SWEEPS = (
+    Sweep(case="load-native", shape="1b", layers=(4, 8, 16, 32), peers=("load_file",)),
+    Sweep(case="convert-modelopt", shape="1b", layers=(4, 8, 16, 32), peers=("cp",)),
+    Sweep(case="convert-dense", shape="1b", layers=(4, 8, 16, 32), peers=("cp",)),
+    Sweep(case="inspect", shape="kimi-k2", layers=(8, 16, 32, 61), peers=()),
+)
+"""Time against size, for the plots."""
+
+KERNEL_ROWS = (1024, 2048, 4096, 8192)
+"""Rows of the weight that kernels are plotted for; it has as many columns as the one of the figures."""
+
+
+def table_of(case: str) -> Table:
+    """The table that a case, or a kernel, belongs to."""
+    return next((known.table for known in CASES if known.name == case), Table.KERNELS)

@@ -1,0 +1,196 @@
+"""Checkpoints to time things on: Llama-shaped, W4A16 in groups of 128, of random but always equal content.
+
+Values don't matter for the time that anything here takes, as long as they are finite and codes are of every kind.
+Each tensor comes from its own name and the seed, one after another, so that writing needs the memory of one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from zlib import crc32
+
+from benchmarks.kimi import KimiShape
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+__all__ = ["DEFAULT_SHAPES", "SHAPES", "LlamaShape", "Shape"]
+
+_BITS = 4
+_GROUP = 128
+_SHARD_BYTES = 5 * 10**9
+_SMALL_POSITIVE = 0x007F, 0x3C00  # bits of bfloat16: any mantissa under one exponent, 2^-7 to 2^-6
+_SMALL = 0x807F, 0x3C80  # the same with either sign, 2^-6 to 2^-5
+
+
+class Shape(Protocol):
+    """A checkpoint that can be written."""
+
+    @property
+    def name(self) -> str:
+        """As `--shape` calls it."""
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What it takes on disk."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """What its weights take when they are converted to plain ones."""
+
+    def with_layers(self, layers: int) -> Self:
+        """The same with another number of layers."""
+
+    def write(self, directory: Path) -> int:
+        """Write it into a directory, which must exist; gives the number of its tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaShape:
+    """Sizes of a Llama, in the words of its config.json."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    shard_bytes: int = _SHARD_BYTES
+    seed: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json."""
+        weights = {"num_bits": _BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": _GROUP}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.hidden // self.heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 8192,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "version": "0.20.0",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "ignore": ["lm_head"],
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            },
+        }
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.specs().values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the same weights in bfloat16."""
+        numbers = sum(rows * columns for _, rows, columns in self._linears())
+        return 2 * numbers + sum(spec.nbytes for spec in self._plain().values())
+
+    def with_layers(self, layers: int) -> Self:
+        """The same with another number of layers."""
+        return replace(self, layers=layers)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor by name, in the order of the files."""
+        specs = self._plain()
+        for module, rows, columns in self._linears():
+            specs[f"{module}.weight_packed"] = TensorSpec(DType.I32, (rows, columns * _BITS // 32))
+            specs[f"{module}.weight_scale"] = TensorSpec(DType.BF16, (rows, columns // _GROUP))
+            specs[f"{module}.weight_shape"] = TensorSpec(DType.I64, (2,))
+        return specs
+
+    def write(self, directory: Path) -> int:
+        """Write the checkpoint in shards of 5 GB; memory: one tensor."""
+        import torch
+
+        from trtllm_ct.checkpoint.writer import ShardedWriter
+
+        specs = self.specs()
+        shapes = {f"{module}.weight_shape": (rows, columns) for module, rows, columns in self._linears()}
+        with ShardedWriter(directory, specs, max_shard_bytes=self.shard_bytes) as writer:
+            for name, spec in specs.items():
+                known = shapes.get(name)
+                writer.write(name, torch.tensor(known) if known else _random(name, spec, self.seed))
+            writer.finish()
+        (directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        return len(specs)
+
+    def _linears(self) -> Iterator[tuple[str, int, int]]:
+        """Name, rows and columns of each quantized Linear."""
+        kv = self.hidden // self.heads * self.kv_heads
+        for layer in range(self.layers):
+            attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            yield f"{attention}.q_proj", self.hidden, self.hidden
+            yield f"{attention}.k_proj", kv, self.hidden
+            yield f"{attention}.v_proj", kv, self.hidden
+            yield f"{attention}.o_proj", self.hidden, self.hidden
+            yield f"{mlp}.gate_proj", self.intermediate, self.hidden
+            yield f"{mlp}.up_proj", self.intermediate, self.hidden
+            yield f"{mlp}.down_proj", self.hidden, self.intermediate
+
+    def _plain(self) -> dict[str, TensorSpec]:
+        """What is not quantized."""
+        table, norm = (TensorSpec(DType.BF16, shape) for shape in ((self.vocabulary, self.hidden), (self.hidden,)))
+        norms = [
+            f"model.layers.{layer}.{local}.weight"
+            for layer in range(self.layers)
+            for local in ("input_layernorm", "post_attention_layernorm")
+        ]
+        tables = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), table)
+        return {**tables, **dict.fromkeys([*norms, "model.norm.weight"], norm)}
+
+
+def _random(name: str, spec: TensorSpec, seed: int) -> Tensor:
+    """A tensor that follows from its name and the seed: any bits as codes, finite numbers as anything else."""
+    import numpy as np
+    import torch
+
+    random = np.random.Generator(np.random.SFC64([seed, crc32(name.encode())]))
+    words = random.integers(0, 2**64 - 1, size=-(-spec.nbytes // 8), dtype=np.uint64, endpoint=True)
+    if spec.dtype is DType.BF16:
+        free, fixed = _SMALL_POSITIVE if name.endswith("weight_scale") else _SMALL
+        words &= np.uint64(free * 0x0001_0001_0001_0001)
+        words |= np.uint64(fixed * 0x0001_0001_0001_0001)
+    octets = torch.from_numpy(words.view(np.uint8)[: spec.nbytes])
+    return octets.view(spec.dtype.torch_dtype).view(spec.shape)
+
+
+_LLAMA = (
+    # 1b and 8b are what the figures to reach are about; tiny runs the whole bench in seconds, and shows nothing.
+    LlamaShape(name="1b", hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=32000),
+    LlamaShape(name="8b", hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256),
+    LlamaShape(
+        name="tiny", hidden=512, intermediate=1024, layers=2, heads=8, kv_heads=4, vocabulary=512, shard_bytes=10**6
+    ),
+)
+
+SHAPES: Mapping[str, Shape] = MappingProxyType({shape.name: shape for shape in (*_LLAMA, KimiShape())})
+"""What `--shape` knows."""
+
+DEFAULT_SHAPES = ("1b",)
+"""Without `--shape` and without a directory: what takes some minutes and 3 GB of disk."""

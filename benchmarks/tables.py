@@ -1,0 +1,193 @@
+"""The tables of a report: for the terminal, and as Markdown for docs/performance.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from benchmarks.cases import CASES, NO_SHAPE, Table, table_of
+from benchmarks.kernels import KERNELS
+from benchmarks.results import Clock
+from trtllm_ct.cli.report import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from rich.console import RenderableType
+
+    from benchmarks.results import Finding, Measurement, Report, Side
+
+__all__ = ["TITLES", "Grid", "grids", "markdown", "summary"]
+
+TITLES = {
+    Table.KERNELS: "Loops over memory",
+    Table.LOAD: "Loading",
+    Table.CONVERT: "Converting",
+    Table.HEADERS: "Commands that read headers only",
+}
+
+_CASE_TITLES = {each.name: each.title for each in (*CASES, *KERNELS)}
+_CLOCKS = {Clock.PROCESS: "process", Clock.CALL: "call", Clock.LOOP: "loop"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Cells of a table: words to the left, numbers to the right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+
+
+def grids(report: Report, table: Table) -> Iterator[Grid]:
+    """What is shown of one table: the figures to reach, the sides of each case, and bytes read where they were."""
+    findings = [finding for finding in report.findings if finding.table == table]
+    if findings:
+        yield _figures(findings)
+    measured = [each for each in report.measurements if table_of(each.case) == table]
+    timed = [each for each in measured if not {"cuts", "ranks"} & each.ours.facts.keys()]
+    if timed:
+        yield _sides(timed)
+    yield from (_cuts(each) for each in measured if "cuts" in each.ours.facts)
+    yield from (_ranks(each) for each in measured if "ranks" in each.ours.facts)
+    if lines := [each for each in report.series if each.table == table]:
+        yield Grid(
+            columns=("plotted", "sizes", "farthest point from a straight line"),
+            rows=tuple((line.label, str(len(line.points)), f"{line.deviation:.0%}") for line in lines),
+        )
+
+
+def summary(report: Report) -> RenderableType:
+    """Everything, for a terminal."""
+    parts: list[RenderableType] = [Text(f"{name}: {words}") for name, words in report.machine.items()]
+    parts += [Text(f"left out: {name}, {why}", style="yellow") for name, why in report.skipped.items()]
+    for table in Table:
+        shown = list(grids(report, table))
+        if shown:
+            parts += [Text(f"\n{TITLES[table]}", style="bold"), *(_rich(grid) for grid in shown)]
+    return Group(*parts)
+
+
+def markdown(grid: Grid) -> str:
+    """A table in Markdown, its last line ended."""
+    rule = ["---" if number < grid.words else "---:" for number in range(len(grid.columns))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (grid.columns, rule, *grid.rows))
+
+
+def _rich(grid: Grid) -> RichTable:
+    table = RichTable(box=box.SIMPLE)
+    for number, column in enumerate(grid.columns):
+        table.add_column(column, justify="left" if number < grid.words else "right")
+    for cells in grid.rows:
+        table.add_row(*(Text(cell.strip("*").replace("`", "")) for cell in cells))
+    return table
+
+
+def _figures(findings: Sequence[Finding]) -> Grid:
+    """The figures to reach."""
+    rows = tuple(
+        (finding.what, f"{_figure(finding.limit)} {finding.unit}", _found(finding), _verdict(finding))
+        for finding in findings
+    )
+    return Grid(columns=("figure", "at most", "measured", "reached"), rows=rows)
+
+
+def _verdict(finding: Finding) -> str:
+    return {True: "yes", False: "**no**", None: "unknown"}[finding.reached]
+
+
+def _found(finding: Finding) -> str:
+    return finding.note or "" if finding.value is None else f"{_figure(finding.value)} {finding.unit}"
+
+
+def _sides(measurements: Iterable[Measurement]) -> Grid:
+    """A row for each side of each case."""
+    rows = tuple(row for measurement in measurements for row in _rows(measurement))
+    columns = ("what", "checkpoint", "side", "clock", "runs", "median", "ours is", "out", "call alone", "peak memory")
+    return _without_empty_columns(Grid(columns=columns, rows=rows, words=4))
+
+
+def _without_empty_columns(grid: Grid) -> Grid:
+    """The columns that have something in a row."""
+    kept = [number for number in range(len(grid.columns)) if any(row[number] for row in grid.rows)]
+    return Grid(
+        columns=tuple(grid.columns[number] for number in kept),
+        rows=tuple(tuple(row[number] for number in kept) for row in grid.rows),
+        words=sum(number < grid.words for number in kept),
+    )
+
+
+def _rows(measurement: Measurement) -> Iterator[tuple[str, ...]]:
+    title = _CASE_TITLES[measurement.case]
+    for side in (measurement.ours, *measurement.peers):
+        ratio = None if side is measurement.ours else measurement.ratio(side.name)
+        yield (
+            title,
+            _checkpoint(measurement),
+            side.name,
+            _CLOCKS[side.clock],
+            str(len(side.samples)),
+            side.failure and "failed" if side.seconds is None else _duration(side.seconds),
+            "" if ratio is None else f"{ratio:.2f} x",
+            _throughput(measurement, side),
+            _duration(side.call_seconds) if side.clock is Clock.PROCESS and side.call_seconds is not None else "",
+            "" if side.peak_anonymous is None else format_bytes(side.peak_anonymous),
+        )
+    for name, why in measurement.skipped.items():
+        yield (title, _checkpoint(measurement), name, why, "0", *[""] * 5)
+
+
+def _checkpoint(measurement: Measurement) -> str:
+    if measurement.shape == NO_SHAPE:
+        return ""
+    size = measurement.size
+    headers_only = table_of(measurement.case) is Table.HEADERS
+    return f"{measurement.shape}, {f'{size:,} tensors'.replace(',', ' ') if headers_only else format_bytes(size)}"
+
+
+def _cuts(measurement: Measurement) -> Grid:
+    """What one rank reads."""
+    rows = tuple(
+        (
+            kind.replace("_", " "),
+            format_bytes(found["stored"]),
+            format_bytes(found["read"]),
+            f"{found['read'] / found['stored']:.1%}" if found["stored"] else "",
+        )
+        for kind, found in measurement.ours.facts["cuts"].items()
+    )
+    return Grid(columns=(f"{_CASE_TITLES[measurement.case]}: modules cut by", "stored", "read", "share"), rows=rows)
+
+
+def _ranks(measurement: Measurement) -> Grid:
+    """What each rank of a node asks for, and what it makes the kernel fetch."""
+    facts = measurement.ours.facts
+    rows = [
+        (f"rank {number}", format_bytes(rank["asked"]), format_bytes(rank["fetched"]))
+        for number, rank in enumerate(facts["ranks"])
+    ]
+    asked, fetched = (sum(rank[key] for rank in facts["ranks"]) for key in ("asked", "fetched"))
+    rows.append((f"together, of {format_bytes(facts['stored'])}", format_bytes(asked), format_bytes(fetched)))
+    columns = (_CASE_TITLES[measurement.case], "asked for", "fetched from the disk")
+    return Grid(columns=columns, rows=tuple(rows))
+
+
+def _throughput(measurement: Measurement, side: Side) -> str:
+    if not measurement.moved_bytes or not side.seconds:
+        return ""
+    return f"{measurement.moved_bytes / side.seconds / 1e9:.2f} GB/s"
+
+
+def _duration(seconds: float) -> str:
+    """`1.23 s` or `4.56 ms`."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{0 if seconds >= 0.1 else 2}f} ms"
+
+
+def _figure(value: float) -> str:
+    """Three digits at most."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

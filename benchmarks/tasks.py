@@ -1,0 +1,208 @@
+"""What one timed process does: `python -m benchmarks.tasks NAME ARGUMENT...`, one line of JSON at the end.
+
+`seconds` in it is the time of the call alone: both sides have imported what they use before the clock starts.
+Whatever a task does besides comes after the clock has stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.measure import anonymous_bytes
+from benchmarks.node import node_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from trtllm_ct.base.schemes import TensorSpec
+    from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.plan import ModulePlan, Plan
+
+__all__ = ["TASKS", "main"]
+
+
+def load_weights(directory: str, layout: str) -> dict[str, Any]:
+    """Ours: every weight in memory."""
+    import torch
+
+    from trtllm_ct.layouts.loops import kernels
+    from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
+    from trtllm_ct.pipeline.open import open_checkpoint
+
+    loader = CompressedTensorsWeightLoader(decompressor="native")
+    _imported(torch, kernels)
+    before, started = anonymous_bytes(), time.perf_counter()
+    weights = loader.load_weights(directory, layout=layout)  # type: ignore[arg-type]
+    facts = _loaded(started, weights)
+    checkpoint = open_checkpoint(directory)
+    plan = checkpoint.plan("dense" if layout == "dense" else "modelopt")
+    return facts | {
+        "before_bytes": before,
+        "mapped_bytes": _mapped_bytes(plan),
+        "group_bytes": _group_bytes(checkpoint, plan),
+    }
+
+
+def load_file(directory: str) -> dict[str, Any]:
+    """The peer: every tensor as it is stored, copied into memory."""
+    from safetensors.torch import load_file as load
+
+    files = sorted(Path(directory).glob("*.safetensors"))
+    started = time.perf_counter()
+    weights = {name: tensor.clone() for file in files for name, tensor in load(file).items()}
+    return _loaded(started, weights)
+
+
+def library_load(directory: str) -> dict[str, Any]:
+    """The peer: the library's dequantizer, in memory."""
+    import torch
+    from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+    from safetensors.torch import load_file as load
+
+    files = sorted(Path(directory).glob("*.safetensors"))
+    started = time.perf_counter()
+    dequantizer = CompressedTensorsDequantizer(directory, dtype=torch.bfloat16)
+    stored = {name: tensor for file in files for name, tensor in load(file).items()}
+    return _loaded(started, dequantizer.process(stored))
+
+
+def library_convert(directory: str, out: str) -> dict[str, Any]:
+    """The peer: the library's converter to a plain directory."""
+    import torch
+    from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer, convert_checkpoint
+
+    started = time.perf_counter()
+    convert_checkpoint(directory, out, CompressedTensorsDequantizer(directory, dtype=torch.bfloat16))
+    return {"seconds": time.perf_counter() - started}
+
+
+def transformers_load(directory: str) -> dict[str, Any]:
+    """The peer: a transformers model with plain weights."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", quantization_config=CompressedTensorsConfig(run_compressed=False)
+    )
+    return _loaded(started, dict(model.named_parameters()))
+
+
+def inspect(directory: str) -> dict[str, Any]:
+    """Ours: the command, its text thrown away."""
+    from trtllm_ct.cli import commands as cli
+
+    started = time.perf_counter()
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.suppress(SystemExit),
+    ):
+        sys.argv = ["trtllm-ct", "inspect", directory]
+        cli.main()
+    return {"seconds": time.perf_counter() - started, "torch_imported": "torch" in sys.modules}
+
+
+def rank_bytes(directory: str, ranks: str) -> dict[str, Any]:
+    """Ours: what the first rank reads of a checkpoint, by how its modules are cut, and what there is to read."""
+    from trtllm_ct.checkpoint.reader import TensorReader
+    from trtllm_ct.engine.parallel import Cut, Parallel, Rank
+    from trtllm_ct.pipeline.open import open_checkpoint
+    from trtllm_ct.pipeline.stream import stream_delivered
+    from trtllm_ct.plan.ranks.cuts import cut_of
+    from trtllm_ct.plan.ranks.shard import plan_for_rank
+
+    checkpoint = open_checkpoint(directory)
+    parallel = Parallel(tensor=int(ranks))
+    plan = checkpoint.plan(parallel=parallel)
+    place = checkpoint.model.place(plan.by_name)
+    cuts = {site.module: cut_of(site, parallel) for site in checkpoint.model.sites(place)}
+    stored = {module.name: sum(spec.nbytes for spec in _stored(module, checkpoint.catalog)) for module in plan.modules}
+    read: dict[str, dict[str, int]] = {}
+    started, seen = time.perf_counter(), 0
+    reader = TensorReader(checkpoint.catalog)
+    # One worker reads a module when it is asked for, and no other before.
+    for module, _tensors in stream_delivered(
+        plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel)), checkpoint.catalog, reader=reader, workers=1
+    ):
+        group = read.setdefault(str(cuts.get(module.name, Cut.NONE)), {"read": 0, "stored": 0})
+        group["read"] += reader.bytes_read - seen
+        group["stored"] += stored[module.name]
+        seen = reader.bytes_read
+    return {"seconds": time.perf_counter() - started, "cuts": read}
+
+
+def kernels(rows: str, columns: str, runs: str) -> dict[str, Any]:
+    """Ours and the peer: loops and memcpy in turn."""
+    from benchmarks.kernels import time_kernels
+
+    return {"kernels": time_kernels(int(rows), int(columns), int(runs))}
+
+
+TASKS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "inspect": inspect,
+    "kernels": kernels,
+    "library-convert": library_convert,
+    "library-load": library_load,
+    "load-file": load_file,
+    "load-weights": load_weights,
+    "node-bytes": node_bytes,
+    "rank-bytes": rank_bytes,
+    "transformers-load": transformers_load,
+}
+"""Every task by name; arguments come as text."""
+
+
+def main() -> None:
+    """Do the task that the command line names."""
+    name, *arguments = sys.argv[1:]
+    print(json.dumps(TASKS[name](*arguments)))
+
+
+def _imported(*_modules: object) -> None:
+    """Modules whose import is not to be timed."""
+
+
+def _loaded(started: float, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What is said of weights in memory; `held_bytes` is the anonymous memory of the process with them in it."""
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "held_bytes": anonymous_bytes(),
+        "weight_bytes": sum(tensor.nbytes for tensor in weights.values()),
+    }
+
+
+def _mapped_bytes(plan: Plan) -> int:
+    """Delivered bytes that stay views of files."""
+    deliveries = (delivery for module in plan.modules for delivery in module.deliveries)
+    return sum(delivery.spec.nbytes for delivery in deliveries if delivery.operation.same_bytes)
+
+
+def _group_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    """The most that is delivered, and no view, of Linears that an engine fuses into one."""
+    place = checkpoint.model.place(plan.by_name)
+    group_of = {site.module: site.fused for site in checkpoint.model.sites(place)}
+    sizes: Counter[str] = Counter()
+    for module in plan.modules:
+        made = (delivery.spec.nbytes for delivery in module.deliveries if not delivery.operation.same_bytes)
+        sizes[group_of.get(module.name) or module.name] += sum(made)
+    return max(sizes.values())
+
+
+def _stored(module: ModulePlan, catalog: Catalog) -> list[TensorSpec]:
+    """Specs of the stored tensors of a module."""
+    return [catalog.tensors[run.name].spec for run in module.runs]
+
+
+if __name__ == "__main__":
+    main()

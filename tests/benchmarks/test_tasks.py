@@ -1,0 +1,79 @@
+"""What timed processes do: both sides come to the same weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.shapes import SHAPES
+from benchmarks.tasks import TASKS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    TINY.write(directory)
+    return directory
+
+
+def run(task: str, directory: Path, *arguments: object) -> dict[str, Any]:
+    facts = TASKS[task](str(directory), *(str(argument) for argument in arguments))
+    assert facts["seconds"] > 0
+    return facts
+
+
+def test_loading_a_file_gives_what_is_stored(tiny: Path) -> None:
+    assert run("load-file", tiny)["weight_bytes"] == TINY.disk_bytes
+
+
+def test_our_dense_weights_are_as_large_as_planned(tiny: Path) -> None:
+    facts = run("load-weights", tiny, "dense")
+
+    assert facts["weight_bytes"] == TINY.dense_bytes
+    assert facts["mapped_bytes"] == 2 * 2 * 512 * 512 + 5 * 2 * 512  # embedding and head, norms
+    assert facts["group_bytes"] == 2 * 2 * 512 * 1024  # gate and up
+
+
+@pytest.mark.library
+@pytest.mark.reference
+@pytest.mark.parametrize("task", ["library-load", "transformers-load"])
+@pytest.mark.filterwarnings("ignore")
+def test_peers_come_to_the_same_dense_weights(tiny: Path, task: str) -> None:
+    assert run(task, tiny)["weight_bytes"] == TINY.dense_bytes
+
+
+@pytest.mark.library
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore")
+def test_the_librarys_converter_writes_the_same_dense_weights(tiny: Path, tmp_path: Path) -> None:
+    run("library-convert", tiny, tmp_path / "out")
+
+    files = (tmp_path / "out").glob("*.safetensors")
+    assert TINY.dense_bytes < sum(file.stat().st_size for file in files) < 1.01 * TINY.dense_bytes
+
+
+def test_the_ranks_of_a_node_fetch_nothing_twice(tiny: Path) -> None:
+    """What one fetches from the disk is in memory for all; on a file system in memory there is nothing to fetch."""
+    facts = run("node-bytes", tiny, 4)
+
+    stored = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    assert facts["stored"] == stored
+    assert len(facts["ranks"]) == 4
+    assert all(stored / 4 < rank["asked"] < stored for rank in facts["ranks"])
+    assert sum(rank["asked"] for rank in facts["ranks"]) > stored
+    assert sum(rank["fetched"] for rank in facts["ranks"]) < 1.05 * stored
+
+
+def test_a_rank_reads_its_rows_of_what_is_cut_by_columns_and_all_of_what_is_not(tiny: Path) -> None:
+    cuts = run("rank-bytes", tiny, 4)["cuts"]
+
+    assert sum(group["stored"] for group in cuts.values()) == TINY.disk_bytes
+    assert cuts["row"]["read"] == cuts["row"]["stored"]
+    assert cuts["column"]["read"] < 0.26 * cuts["column"]["stored"]
+    assert cuts["vocabulary"]["read"] == cuts["vocabulary"]["stored"] / 4

@@ -1,0 +1,311 @@
+"""The command line as scripts and people meet it: exit codes, documents, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from builders import rewrite, tiny_config, write_checkpoint
+from command_line import run_cli
+from fresh_python import run_python
+
+import trtllm_ct
+from trtllm_ct.base.errors import UsageError
+from trtllm_ct.cli.commands import SCHEMA, parse_size
+from trtllm_ct.pipeline.open import plan_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(trtllm_ct.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("source")
+    scheme = {"o_proj": "int4-g64", "down_proj": "int8-g32"}
+    return write_checkpoint(directory, config=tiny_config(layers=1), scheme=scheme, tokenizer=True).directory
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    directory = tmp_path / "broken"
+    return write_checkpoint(directory, edit=lambda stored: stored.pop("model.norm.weight")).directory
+
+
+def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python -m trtllm_ct` in a process of its own, its output in pipes."""
+    command = [sys.executable, "-m", "trtllm_ct", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+class TestExitCodes:
+    def test_0_when_all_is_good(self, source: Path, tmp_path: Path):
+        for arguments in (
+            ("version",),
+            ("inspect", source),
+            ("plan", source, "--to", "dense"),
+            ("convert", source, tmp_path / "out", "--to", "modelopt"),
+            ("verify", source),
+            ("verify", source, tmp_path / "out"),
+        ):
+            done = run_cli(*arguments)
+            assert (done.code, done.err) == (0, "")
+            assert done.out
+
+    @pytest.mark.parametrize("command", ["inspect", "plan", "convert", "verify"])
+    def test_1_when_something_is_wrong_with_the_checkpoint(self, broken: Path, tmp_path: Path, command: str):
+        options = {"plan": ["--to", "modelopt"], "convert": [tmp_path / "out", "--to", "dense"]}.get(command, [])
+
+        done = run_cli(command, broken, *options)
+
+        assert done.code == 1
+        assert "model.norm.weight" in done.out + done.err
+        assert bool(done.out) is (command == "inspect")
+
+    def test_1_when_a_conversion_differs_from_its_source(self, source: Path, tmp_path: Path):
+        run_cli("convert", source, tmp_path / "out", "--to", "modelopt")
+        rewrite(tmp_path / "out", lambda stored: stored["model.norm.weight"].neg_())
+
+        done = run_cli("verify", source, tmp_path / "out")
+
+        assert done.code == 1
+        assert "1 faults" in done.out
+        assert "model.norm.weight" in done.out
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["inspekt", "DIR"],
+            ["inspect"],
+            ["inspect", "DIR", "--to", "gguf"],
+            ["plan", "DIR"],
+            ["convert", "DIR", "OUT"],
+            ["convert", "DIR", "OUT", "--to", "reference"],
+            ["convert", "DIR", "OUT", "--to", "dense", "--dtype", "int8"],
+            ["convert", "DIR", "OUT", "--to", "dense", "--max-shard-size", "many"],
+            ["convert", "DIR", "OUT", "--to", "dense", "--device", "abacus"],
+            ["convert", "DIR", "DIR", "--to", "dense"],
+            ["convert", "DIR", "DIR", "--to", "dense", "--overwrite"],
+            ["generate", "DIR"],
+            ["generate", "DIR", "--prompt", "x", "--max-tokens", "0"],
+        ],
+        ids=" ".join,
+    )
+    def test_2_for_usage(self, source: Path, tmp_path: Path, arguments: list[str]):
+        places = {"DIR": source, "OUT": tmp_path / "out"}
+
+        done = run_cli(*(places.get(argument, argument) for argument in arguments))
+
+        assert done.code == 2
+        assert done.out == ""
+        assert len(done.err.split()) > 5
+        assert not (tmp_path / "out").exists()
+
+    def test_2_for_an_output_that_exists(self, source: Path, tmp_path: Path):
+        (tmp_path / "out").mkdir()
+
+        done = run_cli("convert", source, tmp_path / "out", "--to", "dense")
+
+        assert done.code == 2
+        assert "replace it with --overwrite" in done.err
+        assert run_cli("convert", source, tmp_path / "out", "--to", "dense", "--overwrite").code == 0
+
+    def test_without_arguments_there_is_help(self):
+        done = run_cli()
+
+        assert done.code == 2
+        assert "Usage" in done.out + done.err
+
+
+class TestDocuments:
+    """`--json`: one strict JSON document on stdout, and nothing on stderr."""
+
+    def test_every_command_names_schema_and_kind(self, source: Path, tmp_path: Path):
+        for arguments in (
+            ("inspect", source),
+            ("plan", source, "--to", "modelopt"),
+            ("convert", source, tmp_path / "out", "--to", "modelopt"),
+            ("verify", source),
+            ("verify", source, tmp_path / "out"),
+        ):
+            done = run_cli(*arguments, "--json")
+            assert (done.code, done.err) == (0, "")
+            assert list(done.document)[:2] == ["schema", "kind"]
+            assert (done.document["schema"], done.document["kind"]) == (SCHEMA, arguments[0])
+
+    def test_a_plan_is_the_plan(self, source: Path):
+        done = run_cli("plan", source, "--to", "reference", "--json")
+
+        plan = json.loads(json.dumps(plan_checkpoint(source, "reference").to_dict()))
+        assert done.document == {"schema": SCHEMA, "kind": "plan", **plan}
+
+    def test_inspect_lists_problems_and_still_exits_with_1(self, broken: Path):
+        done = run_cli("inspect", broken, "--json")
+
+        assert done.code == 1
+        assert done.document["kind"] == "inspect"
+        assert [fault["where"] for fault in done.document["problems"]] == ["model.norm.weight"]
+
+    @pytest.mark.parametrize("command", ["plan", "convert", "verify"])
+    def test_errors_are_documents_too(self, broken: Path, tmp_path: Path, command: str):
+        options = {"plan": ["--to", "modelopt"], "convert": [tmp_path / "out", "--to", "dense"]}.get(command, [])
+
+        done = run_cli(command, broken, *options, "--json")
+
+        assert (done.code, done.err) == (1, "")
+        assert done.document["schema"] == SCHEMA
+        assert (done.document["kind"], done.document["error"]) == ("error", "PlanError")
+        (fault,) = done.document["faults"]
+        assert fault.keys() == {"where", "expected", "found", "remedy"}
+
+    def test_a_usage_error_of_ours_is_a_document_with_exit_code_2(self, source: Path):
+        done = run_cli("convert", source, source, "--to", "dense", "--json")
+
+        assert done.code == 2
+        assert done.document["error"] == "UsageError"
+
+    def test_a_verification_that_finds_nan_is_strict_json(self, source: Path, tmp_path: Path):
+        def write(stored: dict[str, torch.Tensor]) -> None:
+            stored["model.layers.0.self_attn.o_proj.weight_scale"][0] = float("nan")
+
+        run_cli("convert", source, tmp_path / "out", "--to", "modelopt")
+        rewrite(tmp_path / "out", write)
+
+        done = run_cli("verify", source, tmp_path / "out", "--json")
+
+        assert done.code == 1
+        assert not done.document["good"]
+
+    def test_names_beyond_ascii_survive(self, source: Path, tmp_path: Path):
+        done = run_cli("convert", source, tmp_path / "größe [1]", "--to", "dense", "--json")
+
+        assert done.document["out"] == str(tmp_path / "größe [1]")
+
+
+class TestConvert:
+    def test_options_reach_the_conversion(self, source: Path, tmp_path: Path):
+        options = ("--dtype", "float16", "--max-shard-size", "20 kB", "--device", "cpu")
+
+        done = run_cli("convert", source, tmp_path / "out", "--to", "modelopt", *options, "--json")
+
+        assert len(done.document["weight_files"]) > 2
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+    def test_strict_names_every_module_and_what_to_do(self, source: Path, tmp_path: Path):
+        done = run_cli("convert", source, tmp_path / "out", "--to", "modelopt", "--strict")
+
+        assert done.code == 1
+        assert "model.layers.0.mlp.down_proj" in done.err
+        assert "Convert without --strict" in done.err
+
+
+class TestStreams:
+    """A process with pipes, as in scripts and continuous integration."""
+
+    def test_python_m_is_the_command(self):
+        done = run_process("version")
+
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{trtllm_ct.__version__}\n", "")
+
+    def test_without_a_terminal_there_is_no_progress_and_no_colour(self, source: Path, tmp_path: Path):
+        done = run_process("convert", source, tmp_path / "out", "--to", "modelopt")
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"Converted to {tmp_path / 'out'} in ")
+        assert "\x1b" not in done.stdout
+
+    def test_piped_output_is_not_wrapped(self, broken: Path):
+        """Names and messages stay on one line however long, so that grep finds them."""
+        made = run_process("plan", broken, "--to", "modelopt")
+        assert (made.returncode, made.stdout) == (1, "")
+        remedy = "Download the checkpoint again; a shard or its entry in the index is lost."
+        assert f"  {remedy}" in made.stderr.splitlines()
+
+        deep = broken.parent / ("long-name-" * 20)
+        shown = run_process("inspect", broken.rename(deep))
+        assert f"{deep} is a compressed-tensors checkpoint" in shown.stdout.splitlines()
+
+    def test_an_error_before_everything_else_is_short(self, tmp_path: Path):
+        """No traceback; the message, and what to do."""
+        done = run_process("inspect", tmp_path / "nowhere")
+
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "no such directory" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == 4
+
+
+def test_logs_go_to_stderr() -> None:
+    done = run_python(
+        """
+        import logging, sys
+
+        from trtllm_ct.cli.commands import main
+
+        sys.argv = ["trtllm-ct", "version"]
+        try:
+            main()
+        except SystemExit:
+            logging.getLogger("trtllm_ct").warning("a log")
+        """
+    )
+
+    assert done.stdout == f"{trtllm_ct.__version__}\n"
+    assert done.stderr == "a log\n"
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [
+            ("4096", 4096),
+            ("5GB", 5 * 10**9),
+            ("5gb", 5 * 10**9),
+            ("5 GB", 5 * 10**9),
+            ("500MiB", 500 * 2**20),
+            ("1.5k", 1500),
+            ("2TiB", 2 * 2**40),
+            ("7B", 7),
+        ],
+    )
+    def test_units_are_decimal_or_binary(self, text: str, size: int):
+        assert parse_size(text) == size
+
+    @pytest.mark.parametrize("text", ["", "0", "GB", "-5GB", "5PB", "5 G B", "0.1", "1e9", "five"])
+    def test_anything_else_is_refused_with_examples(self, text: str):
+        with pytest.raises(UsageError) as caught:
+            parse_size(text)
+
+        (fault,) = caught.value.faults
+        assert fault.where == "--max-shard-size"
+        assert "5GB, 500MiB or 4096" in fault.expected
+        assert fault.found == repr(text)
+
+
+@pytest.mark.reference
+class TestGenerate:
+    @pytest.fixture
+    def converted(self, source: Path, tmp_path: Path) -> Path:
+        run_cli("convert", source, tmp_path / "out", "--to", "modelopt")
+        return tmp_path / "out"
+
+    def test_text_of_a_source_and_of_its_conversion_is_the_same(self, source: Path, converted: Path):
+        texts = [run_cli("generate", place, "--prompt", "abc", "--max-tokens", "5") for place in (source, converted)]
+
+        assert [done.code for done in texts] == [0, 0]
+        assert texts[0].out.startswith("abc")
+        assert texts[0].out == texts[1].out
+
+    def test_the_document(self, source: Path):
+        done = run_cli("generate", source, "--prompt", "abc", "--max-tokens", "3", "--json")
+
+        assert done.document["kind"] == "generate"
+        assert done.document["prompt"] == "abc"
+        assert 1 <= len(done.document["token_ids"]) <= 3
+        assert done.document["finish_reason"] in {"stop", "length"}
+        assert done.document["directory"] == str(source)

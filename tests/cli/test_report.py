@@ -1,0 +1,210 @@
+"""What people see, as text: nothing cut off, nothing said twice."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from builders import tiny_config, write_checkpoint
+from rich.console import Console, RenderableType
+
+from trtllm_ct.base.errors import Fault
+from trtllm_ct.cli import report
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.pipeline.inspection import inspect_checkpoint
+from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.verify.verify import verify_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIXED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "fp8-channel-token"),
+    "o_proj": "int8-g32",
+    **dict.fromkeys(("gate_proj", "up_proj"), "int4-g64"),
+}
+
+
+def text(renderable: RenderableType, width: int = 200) -> str:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def words(renderable: RenderableType, width: int = 200) -> str:
+    """The text on one line, each run of spaces one space."""
+    return " ".join(text(renderable, width).split())
+
+
+def letters(renderable: RenderableType, width: int) -> list[str]:
+    """Every character but white space and rules, which folding neither adds nor takes away."""
+    return sorted(re.sub(r"[\s─]", "", text(renderable, width)))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source", scheme=MIXED, kv=True).directory
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.7e6, "2.7 MB"), (70.5e9, "70.5 GB"), (5e15, "5000.0 TB")],
+)
+def test_bytes_in_decimal_units(count: float, shown: str) -> None:
+    assert report.format_bytes(count) == shown
+
+
+class TestInspection:
+    def test_detection_table_cache_bytes_and_warnings(self, source: Path):
+        shown = words(report.inspection(inspect_checkpoint(source)))
+
+        assert f"{source} is a compressed-tensors checkpoint" in shown
+        assert 'evidence: config.json: quantization_config.quant_method is "compressed-tensors"' in shown
+        assert "architecture: LlamaForCausalLM, bfloat16" in shown
+        assert (
+            "model.layers.{0..1}.self_attn.q_proj float-quantized: fp8 channel, input fp8 token dynamic FP8 "
+            "FP8_PER_CHANNEL_PER_TOKEN" in shown
+        )
+        assert "model.layers.{0..1}.mlp.gate_proj pack-quantized: int4 group 64 W4A16_GPTQ W4A16_AWQ g64" in shown
+        assert "pack-quantized: int8 group 32 W8A16 dequantized" in shown
+        assert "W8A16 holds no scale per group" in shown
+        assert "KV cache: FP8" in shown
+        assert re.search(r"Bytes: [\d.]+ kB now, [\d.]+ kB after \(\+[\d.]+ kB\)", shown)
+        assert shown.endswith("Warnings: none")
+
+    def test_a_reason_is_given_once_below_its_modules(self, source: Path):
+        assert words(report.inspection(inspect_checkpoint(source))).count("W8A16 holds no scale per group") == 1
+
+    def test_one_line_a_module_on_demand(self, source: Path):
+        shown = text(report.inspection(inspect_checkpoint(source), modules=True))
+
+        for module in plan_checkpoint(source).modules:
+            assert len(re.findall(rf"{re.escape(module.name)} ", shown)) == 1
+
+    @pytest.mark.parametrize("width", [60, 80, 100, 120, 140])
+    @pytest.mark.parametrize("modules", [False, True])
+    def test_a_narrow_terminal_loses_no_letter(self, source: Path, width: int, modules: bool):
+        """Cells go on in the next line."""
+        shown = report.inspection(inspect_checkpoint(source), modules=modules)
+
+        assert letters(shown, width) == letters(shown, 400)
+
+    def test_a_plan_that_shrinks_says_so(self, tmp_path: Path):
+        """A tied lm_head that was stored nevertheless is not delivered."""
+        lm_head = torch.zeros(96, 64).bfloat16()
+        config = tiny_config(tied=True)
+        write_checkpoint(
+            tmp_path, config=config, scheme="int4-g64", edit=lambda stored: stored.update({"lm_head.weight": lm_head})
+        )
+
+        assert "after (-" in words(report.inspection(inspect_checkpoint(tmp_path)))
+
+    def test_warnings_and_problems_replace_the_table(self, tmp_path: Path):
+        write_checkpoint(tmp_path, edit=lambda stored: stored.pop("model.norm.weight"))
+        (tmp_path / "model.bin").touch()
+
+        shown = words(report.inspection(inspect_checkpoint(tmp_path)))
+
+        assert "Problems (1): model.norm.weight expected a tensor that LlamaForCausalLM needs" in shown
+        assert "Download the checkpoint again" in shown
+        assert "KV cache" not in shown
+
+
+class TestFaults:
+    FAULT = Fault(where="model.layers.0.q", expected="a", found="b", remedy="Do this.")
+
+    def test_faults_that_differ_in_the_layer_are_folded(self):
+        where = [f"model.layers.{layer}.{name}" for layer in range(3) for name in "qk"]
+        faults = [Fault(where=name, expected="a", found="b", remedy="Do this.") for name in where]
+
+        assert text(report.faults(faults)).splitlines() == [
+            "model.layers.{0..2}.q",
+            "model.layers.{0..2}.k",
+            "  expected a",
+            "  found    b",
+            "  Do this.",
+        ]
+
+    def test_faults_that_differ_otherwise_stay_apart(self):
+        other = Fault(where="model.layers.1.q", expected="a", found="c", remedy="Do this.")
+
+        assert text(report.faults([self.FAULT, other])).count("Do this.") == 2
+
+    def test_brackets_are_text_and_no_markup(self):
+        fault = Fault(where="x[bold]", expected="shape [2, 3]", found="[red]", remedy="See [link].")
+
+        assert words(report.faults([fault])) == "x[bold] expected shape [2, 3] found [red] See [link]."
+
+
+class TestPlan:
+    def test_every_stored_and_every_delivered_tensor_is_named_with_its_fate(self, source: Path):
+        made = plan_checkpoint(source)
+        lines = [" ".join(line.split()) for line in text(report.plan(made), 400).splitlines()]
+
+        for fate in made.fates():
+            assert f"{fate.name} {fate.spec} {fate.fate} {', '.join(fate.by) or fate.reason}" in lines
+        for delivery in made.deliveries():
+            assert f"{delivery.name} {delivery.spec} {delivery.operation.label}" in lines
+        assert "Delivered to modelopt" in lines
+
+    @pytest.mark.parametrize("width", [60, 80, 100, 120, 140])
+    def test_a_narrow_terminal_cuts_no_name(self, source: Path, width: int):
+        shown = report.plan(plan_checkpoint(source))
+
+        assert letters(shown, width) == letters(shown, 400)
+
+
+class TestConversion:
+    def test_modes_bytes_files_and_reasons(self, source: Path, tmp_path: Path):
+        done = convert_checkpoint(source, tmp_path / "out")
+
+        shown = words(report.conversion(done))
+
+        assert f"Converted to {tmp_path / 'out'} in " in shown
+        assert "4 x W4A16_AWQ g64" in shown
+        assert "6 x FP8_PER_CHANNEL_PER_TOKEN" in shown
+        assert "2 x dequantized" in shown
+        assert "files: 1 of weights, 0 carried along" in shown
+        assert "dequantized 2 modules: W8A16 holds no scale per group" in shown
+
+    def test_a_checkpoint_without_quantized_modules(self, tmp_path: Path):
+        write_checkpoint(tmp_path / "source", config=tiny_config(layers=1), scheme="dense", kv=True)
+
+        done = convert_checkpoint(tmp_path / "source", tmp_path / "out", to="dense")
+
+        assert "modules: nothing was quantized" in words(report.conversion(done))
+
+
+class TestVerification:
+    def test_the_worst_of_each_kind_with_its_block_and_both_values(self, source: Path, tmp_path: Path):
+        convert_checkpoint(source, tmp_path / "out")
+
+        shown = words(report.verification(verify_checkpoint(source, tmp_path / "out")))
+
+        assert shown.startswith(f"{tmp_path / 'out'} against {source}: good (")
+        for kind, count in (("native", 10), ("dequantized", 2), ("plain", 13)):
+            value = r"-?[\d.e-]+"
+            assert re.search(
+                rf"{count} {kind} tensors, worst error 0 in [\w.]+, (row \d+, columns \d+-\d+|element \[\d*\]): "
+                rf"{value}, source {value}",
+                shown,
+            )
+
+    def test_a_source_alone_and_its_zero_scales(self, tmp_path: Path):
+        name = "model.layers.0.mlp.up_proj.weight_scale"
+        write_checkpoint(tmp_path, scheme="int8-g32", edit=lambda stored: stored[name][0].zero_())
+
+        shown = words(report.verification(verify_checkpoint(tmp_path)))
+
+        assert shown == f"{tmp_path}: good (21 modules) 2 rows or groups have scale 0 and hold zeros only"
+
+    def test_faults_are_told_after_the_verdict(self, tmp_path: Path):
+        name = "model.layers.0.mlp.up_proj.weight_scale"
+        write_checkpoint(tmp_path, scheme="int8-g32", edit=lambda stored: stored[name][0].fill_(-1))
+
+        shown = words(report.verification(verify_checkpoint(tmp_path)))
+
+        assert shown.startswith(f"{tmp_path}: 1 faults (21 modules) {name}[0, 0] expected a finite scale")

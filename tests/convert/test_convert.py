@@ -1,0 +1,339 @@
+"""convert_checkpoint: a directory that is whole or not there, with everything that a model directory needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import Built, rewrite, tiny_config, write_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trtllm_ct.base.errors import DetectionError, PayloadError, PlanError, UsageError
+from trtllm_ct.base.version import __version__
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
+
+MIXED = {"o_proj": "int8-g32", "down_proj": "int8-channel"}
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Native, dequantized and plain modules beside each other."""
+    return write_checkpoint(tmp_path_factory.mktemp("source"), scheme=MIXED, kv=True, tokenizer=True)
+
+
+def load(out: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def exact(built: Built, names: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: round_once(built.dense[name], dtype) for name in names}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+class TestOutput:
+    def test_a_modelopt_directory_holds_the_native_layout(self, built: Built, tmp_path: Path):
+        convert_checkpoint(built.directory, tmp_path / "out")
+
+        assert same(load(tmp_path / "out"), CompressedTensorsWeightLoader().load_weights(built.directory))
+
+    def test_a_dense_directory_holds_exact_values_rounded_once(self, built: Built, tmp_path: Path):
+        convert_checkpoint(built.directory, tmp_path / "out", to="dense")
+
+        assert same(load(tmp_path / "out"), exact(built, built.dense, torch.bfloat16))
+
+    @pytest.mark.parametrize("as_type", [str, Path])
+    def test_missing_parents_are_made(self, built: Built, tmp_path: Path, as_type: type):
+        report = convert_checkpoint(as_type(built.directory), as_type(tmp_path / "deep" / "out"))
+
+        assert (tmp_path / "deep" / "out" / "config.json").is_file()
+        assert report.out == tmp_path / "deep" / "out"
+
+    def test_hf_quant_config_is_a_modelopt_one(self, built: Built, tmp_path: Path):
+        """Readers look at the producer's name; who really wrote it stands beside."""
+        report = convert_checkpoint(built.directory, tmp_path / "out")
+
+        document = read_json(tmp_path / "out" / "hf_quant_config.json")
+        assert document["producer"]["name"] == "modelopt"
+        assert document["converter"] == {"name": "trtllm-ct", "version": __version__}
+        assert document["quantization"] == report.plan.quant_config.to_dict()
+        assert document["quantization"]["kv_cache_quant_algo"] == "FP8"
+        assert document["quantization"]["quant_algo"] == "W8A16"
+
+    def test_config_json_names_no_compressed_tensors(self, built: Built, tmp_path: Path):
+        convert_checkpoint(built.directory, tmp_path / "out")
+
+        config = read_json(tmp_path / "out" / "config.json")
+        assert "quantization_config" not in config
+        assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+        assert {key: config[key] for key in built.config if key != "quantization_config"} == {
+            key: value for key, value in built.config.items() if key != "quantization_config"
+        }
+
+    @pytest.mark.parametrize(("scheme", "to"), [("int8-channel", "dense"), ("int8-g32", "modelopt")])
+    def test_without_a_native_module_there_is_no_hf_quant_config(self, tmp_path: Path, scheme: str, to: str):
+        write_checkpoint(tmp_path / "source", scheme=scheme)
+
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", to=to)
+
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+    def test_side_files_are_carried_and_weights_in_other_formats_are_not(self, tmp_path: Path):
+        source = write_checkpoint(tmp_path / "source", tokenizer=True).directory
+        for name in ("chat_template.jinja", "generation_config.json", "modeling_x.py", "recipe.yaml", "params.json"):
+            (source / name).write_text("{}")
+        (source / "pytorch_model.bin").touch()
+        (source / "assets").mkdir()
+        (source / "assets" / "vocabulary.txt").touch()
+
+        report = convert_checkpoint(source, tmp_path / "out")
+
+        carried = (
+            "assets/vocabulary.txt",
+            "chat_template.jinja",
+            "generation_config.json",
+            "modeling_x.py",
+            "recipe.yaml",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        )
+        assert report.carried_files == carried
+        assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in carried)
+        assert not (tmp_path / "out" / "params.json").exists()
+        assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+    def test_weights_are_split_at_the_shard_size(self, built: Built, tmp_path: Path):
+        report = convert_checkpoint(built.directory, tmp_path / "out", max_shard_bytes=30_000)
+
+        shards = sorted((tmp_path / "out").glob("*.safetensors"))
+        index = read_json(tmp_path / "out" / "model.safetensors.index.json")
+        assert len(shards) > 2
+        assert report.weight_files == (*(path.name for path in shards), "model.safetensors.index.json")
+        assert all(sum(tensor.nbytes for tensor in load_file(path).values()) <= 30_000 for path in shards)
+        assert index["weight_map"] == {name: path.name for path in shards for name in load_file(path)}
+        assert index["metadata"]["total_size"] == report.plan.delivered_bytes
+        assert same(load(tmp_path / "out"), CompressedTensorsWeightLoader().load_weights(built.directory))
+
+    def test_the_source_is_not_touched(self, built: Built, tmp_path: Path):
+        before = {path.name: path.read_bytes() for path in built.directory.iterdir()}
+
+        convert_checkpoint(built.directory, tmp_path / "out")
+
+        assert {path.name: path.read_bytes() for path in built.directory.iterdir()} == before
+
+
+class TestDtype:
+    @pytest.mark.parametrize(
+        ("dtype", "expected"),
+        [("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)],
+    )
+    @pytest.mark.parametrize("to", ["modelopt", "dense"])
+    def test_dequantized_modules_are_exact_in_the_dtype_asked_for(
+        self, built: Built, tmp_path: Path, to: str, dtype: str, expected: torch.dtype
+    ):
+        convert_checkpoint(built.directory, tmp_path / "out", to=to, dtype=dtype)
+
+        names = [name for name in built.dense if "o_proj" in name]
+        tensors = load(tmp_path / "out")
+        assert same({name: tensors[name] for name in names}, exact(built, names, expected))
+        assert tensors["model.norm.weight"].dtype is torch.bfloat16
+
+    @pytest.mark.parametrize(("to", "expected"), [("modelopt", "bfloat16"), ("dense", "float32")])
+    def test_float32_is_the_dtype_of_a_dense_model_only(self, built: Built, tmp_path: Path, to: str, expected: str):
+        convert_checkpoint(built.directory, tmp_path / "out", to=to, dtype="float32")
+
+        assert read_json(tmp_path / "out" / "config.json")["torch_dtype"] == expected
+
+    @pytest.mark.parametrize("to", ["modelopt", "dense"])
+    def test_float16_casts_every_plain_tensor(self, built: Built, tmp_path: Path, to: str):
+        convert_checkpoint(built.directory, tmp_path / "out", to=to, dtype="float16")
+
+        tensors = load(tmp_path / "out")
+        plain = [name for name in built.dense if name in tensors and tensors[name].dtype is not torch.int8]
+        assert same({name: tensors[name] for name in plain}, exact(built, plain, torch.float16))
+        assert len(plain) == len(built.dense) - (2 if to == "modelopt" else 0)
+        assert read_json(tmp_path / "out" / "config.json")["torch_dtype"] == "float16"
+
+    def test_a_plain_value_beyond_float16_is_named_with_its_index(self, tmp_path: Path):
+        def enlarge(stored: dict[str, Tensor]) -> None:
+            stored["model.layers.1.mlp.up_proj.weight"][5, 7] = 70000
+
+        write_checkpoint(tmp_path / "source", scheme=MIXED, edit=enlarge)
+
+        with pytest.raises(PayloadError) as caught:
+            convert_checkpoint(tmp_path / "source", tmp_path / "out", dtype="float16")
+
+        (fault,) = caught.value.faults
+        assert fault.where == "model.layers.1.mlp.up_proj.weight[5, 7]"
+        assert fault.expected == "a value within the range of float16"
+        assert fault.found == "70144"
+        assert fault.remedy == "Convert with --dtype bfloat16 or float32."
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+    def test_a_dequantized_value_beyond_float16_is_named_with_its_index(self, tmp_path: Path):
+        write_checkpoint(tmp_path / "source", scheme={"down_proj": "int8-plain-g32"})
+
+        def enlarge(stored: dict[str, Tensor]) -> None:
+            stored[f"{DOWN}.weight"][3].zero_()
+            stored[f"{DOWN}.weight"][3, 40] = 100
+            stored[f"{DOWN}.weight_scale"][3, 1] = 1000
+
+        rewrite(tmp_path / "source", enlarge)
+
+        with pytest.raises(
+            PayloadError, match=r"down_proj\.weight\[3, 40\]: expected a value within the range of float16"
+        ):
+            convert_checkpoint(tmp_path / "source", tmp_path / "out", dtype="float16")
+
+    def test_what_was_infinite_before_is_not_a_fault_of_the_cast(self, tmp_path: Path):
+        def enlarge(stored: dict[str, Tensor]) -> None:
+            stored["model.norm.weight"][0] = float("inf")
+
+        write_checkpoint(tmp_path / "source", edit=enlarge)
+
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", dtype="float16")
+
+        assert load(tmp_path / "out")["model.norm.weight"][0].isinf()
+
+
+class TestRefusals:
+    """All before anything is read or written."""
+
+    @pytest.mark.parametrize(
+        ("options", "where", "expected"),
+        [
+            ({"to": "reference"}, "--to", "modelopt or dense"),
+            ({"dtype": "int8"}, "--dtype", "auto or bfloat16 or float16 or float32"),
+            ({"device": "abacus"}, "--device", "cpu, or cuda"),
+            ({"max_shard_bytes": 0}, "--max-shard-size", "at least one byte"),
+        ],
+    )
+    def test_arguments_that_cannot_work(self, tmp_path: Path, options: dict[str, Any], where: str, expected: str):
+        write_checkpoint(tmp_path / "source")
+
+        with pytest.raises(UsageError) as caught:
+            convert_checkpoint(tmp_path / "source", tmp_path / "out", **options)
+
+        (fault,) = caught.value.faults
+        assert fault.where == where
+        assert expected in fault.expected
+        assert not (tmp_path / "out").exists()
+
+    def test_an_existing_output_is_kept(self, built: Built, tmp_path: Path):
+        (tmp_path / "out").mkdir()
+
+        with pytest.raises(UsageError, match="replace it with --overwrite"):
+            convert_checkpoint(built.directory, tmp_path / "out")
+
+        assert not list((tmp_path / "out").iterdir())
+
+    @pytest.mark.parametrize("inside", [".", "out", "deep/out"])
+    def test_the_source_is_no_place_for_the_output(self, tmp_path: Path, inside: str):
+        source = write_checkpoint(tmp_path / "source").directory
+
+        with pytest.raises(UsageError, match="an output directory apart from the source"):
+            convert_checkpoint(source, source / inside, overwrite=True)
+
+        assert (source / "model.safetensors").is_file()
+
+    def test_strict_refuses_to_dequantize(self, built: Built, tmp_path: Path):
+        with pytest.raises(PlanError, match="a native mode at target modelopt"):
+            convert_checkpoint(built.directory, tmp_path / "out", strict=True)
+
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("out", ["out", "deep/deeper/out"])
+    def test_a_source_that_is_not_there(self, tmp_path: Path, out: str):
+        """Parents that were made for the output go with it."""
+        with pytest.raises(DetectionError, match="no such directory"):
+            convert_checkpoint(tmp_path / "nowhere", tmp_path / out)
+
+        assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_replaces_the_whole_directory(built: Built, tmp_path: Path) -> None:
+    """Nothing of the old one stays, or its shards would be read with the new ones."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model-00001-of-00002.safetensors").touch()
+
+    convert_checkpoint(built.directory, out, overwrite=True)
+
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert (out / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_crashed_run_left_is_cleared_away(built: Built, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
+
+    convert_checkpoint(built.directory, tmp_path / "out")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+class TestReport:
+    def test_it_says_what_was_done(self, built: Built, tmp_path: Path):
+        report = convert_checkpoint(built.directory, tmp_path / "out")
+
+        assert report.modes == {"W8A16": 2, "dequantized": 2}
+        document = json.loads(json.dumps(report.to_dict()))
+        assert document["target"] == "modelopt"
+        assert document["modes"] == {"W8A16": 2, "dequantized": 2}
+        assert document["dequantized"] == {
+            f"model.layers.{layer}.self_attn.o_proj": "W8A16 holds no scale per group" for layer in range(2)
+        }
+        assert document["stored_bytes"] == sum(tensor.nbytes for tensor in built.stored.values())
+        assert document["delivered_bytes"] == sum(tensor.nbytes for tensor in load(tmp_path / "out").values())
+        assert document["weight_files"] == ["model.safetensors"]
+        assert document["seconds"] > 0
+
+    def test_progress_is_told_of_every_byte(self, built: Built, tmp_path: Path):
+        told: list[int] = []
+        plans = []
+
+        report = convert_checkpoint(
+            built.directory, tmp_path / "out", on_start=lambda plan: plans.append(plan) or told.append
+        )
+
+        assert plans == [report.plan]
+        assert sum(told) == report.plan.delivered_bytes
+
+    def test_an_error_of_the_watcher_stops_the_conversion_whole(self, built: Built, tmp_path: Path):
+        def stop(nbytes: int) -> None:
+            raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop"):
+            convert_checkpoint(built.directory, tmp_path / "out", on_start=lambda plan: stop)
+
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_same_checkpoint_converts_to_the_same_bytes(tmp_path: Path) -> None:
+    """Shards of the source, their order and the working place leave no trace."""
+    config = tiny_config()
+    for shards in (1, 3):
+        write_checkpoint(tmp_path / f"source{shards}", config=config, scheme="int4-g64", shards=shards)
+        convert_checkpoint(tmp_path / f"source{shards}", tmp_path / f"out{shards}")
+
+    one, three = (
+        {path.name: path.read_bytes() for path in sorted((tmp_path / f"out{shards}").iterdir())} for shards in (1, 3)
+    )
+    assert one == three

@@ -1,0 +1,323 @@
+"""Modules that loops take from file to file: the bytes, the faults and the warnings of the way that torch goes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from builders import Built, rewrite, tiny_config, write_checkpoint
+from fresh_python import run_python
+from stored_schemes import SCHEMES
+
+from trtllm_ct.base.errors import CatalogError, TrtllmCtError
+from trtllm_ct.convert import direct
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.convert.direct import is_direct
+from trtllm_ct.pipeline.open import plan_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DIRECT = [
+    "fp8-block",
+    "fp8-channel-static",
+    "fp8-channel-token",
+    "fp8-tensor-naive",
+    "fp8-tensor-static",
+    "fp8-tensor-token",
+    "fp8-weight-only",
+    "int2-channel",
+    "int3-g64",
+    "int4-channel",
+    "int4-g128",
+    "int4-g16",
+    "int4-g256",
+    "int4-g32",
+    "int4-g64",
+    "int4-tensor",
+    "int6-channel",
+    "int8-channel",
+    "int8-g32",
+    "int8-plain-channel",
+    "int8-plain-g32",
+    "int8-plain-tensor",
+    "w4afp8",
+    "w8a8",
+    "w8a8-static",
+]
+"""Schemes of which no target needs torch."""
+
+CONFIG = tiny_config(hidden=256, intermediate=512, layers=1)
+"""Rows that groups of 256 divide."""
+
+SCALE = "model.layers.0.mlp.down_proj.weight_scale"
+SHAPE = "model.layers.0.mlp.down_proj.weight_shape"
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def converted(built: Built, out: Path, monkeypatch: pytest.MonkeyPatch, *, by_torch: bool, **options: Any) -> Any:
+    """The files of a conversion, or the faults that it ended in."""
+    with monkeypatch.context() as patch:
+        if by_torch:
+            patch.setattr("trtllm_ct.convert.worker.is_direct", lambda _module: False)
+        try:
+            convert_checkpoint(built.directory, out, **options)
+        except TrtllmCtError as error:
+            return type(error), error.faults
+    return content(out)
+
+
+def both(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any]:
+    """What the two ways come to."""
+    ours, torchs = (
+        converted(built, tmp_path / name, monkeypatch, by_torch=name == "torch", **options)
+        for name in ("direct", "torch")
+    )
+    return ours, torchs
+
+
+@pytest.fixture(params=[64, direct.CHUNK_BYTES], ids=["tiles", "whole"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row in each tile, and all rows in one."""
+    monkeypatch.setattr(direct, "CHUNK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_the_bytes_are_the_same(scheme: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
+
+    ours, torchs = both(built, tmp_path, monkeypatch, to=to)
+
+    assert isinstance(ours, dict)
+    assert ours == torchs
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_common_schemes_go_this_way_whole(scheme: str, tmp_path: Path) -> None:
+    """All of their weights, and of no other scheme all."""
+    built = write_checkpoint(tmp_path, scheme=scheme, config=CONFIG)
+
+    for to in ("modelopt", "dense"):
+        quantized = [module for module in plan_checkpoint(built.directory, to).modules if module.weight is not None]
+        assert len(quantized) > 2
+        assert all(map(is_direct, quantized)) is (scheme in DIRECT), to
+
+
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+@pytest.mark.parametrize("scheme", DIRECT)
+def test_they_convert_without_torch(scheme: str, to: str, tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
+
+    done = run_python(
+        """
+        import sys
+        from trtllm_ct import convert_checkpoint
+
+        convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3])
+        print("torch" in sys.modules)
+        """,
+        built.directory,
+        tmp_path / "out",
+        to,
+    )
+
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["int4-g64", "int8-plain-channel", "int4-tensor"])
+def test_scales_of_any_dtype_are_widened_bit_for_bit(
+    scheme: str, scale_dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Subnormal ones, the largest, zero, and zero with a sign, which torch is left to judge."""
+
+    def extreme(stored: dict[str, torch.Tensor]) -> None:
+        flat = stored[SCALE].view(-1)
+        numbers = torch.finfo(scale_dtype)
+        values = [0.0, numbers.smallest_normal / 4, numbers.max / 64, -0.0]
+        flat[:4] = torch.tensor(values if len(flat) > 1 else values[1:2], dtype=torch.float64)
+
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, edit=extreme)
+
+    ours, torchs = both(built, tmp_path, monkeypatch)
+
+    assert isinstance(ours, dict)
+    assert ours == torchs
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["int4-g32", "int6-channel", "int8-plain-tensor", "fp8-block", "fp8-weight-only"])
+def test_weights_are_rounded_alike(
+    scheme: str, scale_dtype: torch.dtype, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From each dtype of scales to each dtype of weights; float16 is cast by torch where a model has another one."""
+
+    def extreme(stored: dict[str, torch.Tensor]) -> None:
+        flat = stored[SCALE].view(-1)
+        flat[:2] = torch.tensor([torch.finfo(scale_dtype).smallest_normal / 2, 0.0])[: len(flat)]
+
+    config = CONFIG | {"dtype": dtype}
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, config=config, edit=extreme)
+    monkeypatch.setattr(direct.DirectConverter, "_dequantized", noted := Noted(direct.DirectConverter._dequantized))
+
+    ours, torchs = both(built, tmp_path, monkeypatch, to="dense")
+
+    assert isinstance(ours, dict)
+    assert ours == torchs
+    assert noted.calls
+
+
+@pytest.mark.parametrize(("share", "fits"), [(1.0, False), (0.126, False), (0.124, True)])
+@pytest.mark.parametrize(("dtype", "scale_dtype"), [("bfloat16", torch.float32), ("float16", torch.float16)])
+def test_what_may_not_fit_is_left_to_torch(
+    dtype: str, scale_dtype: torch.dtype, share: float, *, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of int4 reach -8, so that a scale above an eighth of the largest number may be too much."""
+    largest = torch.finfo(getattr(torch, dtype)).max
+    built = write_checkpoint(
+        tmp_path / "source", scheme="int4-g32", scale_dtype=scale_dtype, config=CONFIG | {"dtype": dtype}
+    )
+    rewrite(built.directory, lambda stored: stored[SCALE].fill_(share * largest))
+    monkeypatch.setattr(direct.DirectConverter, "_dequantized", noted := Noted(direct.DirectConverter._dequantized))
+    weights = sum(module.weight is not None for module in plan_checkpoint(built.directory, "dense").modules)
+
+    ours, torchs = both(built, tmp_path, monkeypatch, to="dense")
+
+    assert ours == torchs
+    assert isinstance(ours, dict) is fits
+    assert noted.calls == weights - (not fits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1.0, -1e-30])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["int4-g64", "fp8-tensor-token", "int8-plain-channel"])
+def test_bad_scales_are_the_same_faults(
+    scheme: str, scale_dtype: torch.dtype, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype)
+
+    def spoil(stored: dict[str, torch.Tensor]) -> None:
+        stored[SCALE].view(-1)[-1] = value
+
+    rewrite(built.directory, spoil)
+    ours, torchs = both(built, tmp_path, monkeypatch)
+
+    assert ours == torchs
+    # In float16 the last one is minus zero.
+    is_zero = scale_dtype is torch.float16 and value == -1e-30
+    assert isinstance(ours, tuple) is (not is_zero or scheme == "fp8-tensor-token")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, -0.0, 1e-5])
+def test_scales_of_inputs_are_looked_at_too(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = write_checkpoint(tmp_path / "source", scheme="fp8-tensor-static")
+    rewrite(built.directory, lambda stored: stored[SCALE.replace("weight", "input")].fill_(value))
+
+    ours, torchs = both(built, tmp_path, monkeypatch)
+
+    assert ours == torchs
+    assert isinstance(ours, dict) is (value == 1e-5)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", ["int4-channel", "fp8-tensor-token"])
+def test_one_scale_of_zero_for_a_whole_weight_is_a_fault(
+    scheme: str, scale_dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one of many is not."""
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype)
+    rewrite(built.directory, lambda stored: stored[SCALE].view(-1)[:1].zero_())
+
+    ours, torchs = both(built, tmp_path, monkeypatch)
+
+    assert ours == torchs
+    assert isinstance(ours, tuple) is (scheme == "fp8-tensor-token")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_wrong_weight_shape_is_the_same_fault(
+    dtype: torch.dtype, change: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = write_checkpoint(tmp_path / "source", scheme="int4-g64")
+
+    def edit(stored: dict[str, torch.Tensor]) -> None:
+        stored[SHAPE] = (stored[SHAPE] + change).to(dtype)
+
+    rewrite(built.directory, edit)
+    with monkeypatch.context() as patch:
+        patch.setattr(direct.DirectConverter, "_made", noted := Noted(direct.DirectConverter._made))
+        ours = converted(built, tmp_path / "direct", monkeypatch, by_torch=False)
+    torchs = converted(built, tmp_path / "torch", monkeypatch, by_torch=True)
+
+    assert ours == torchs
+    assert isinstance(ours, tuple) is bool(change)
+    assert noted.calls
+
+
+class Noted:
+    """A method that counts its calls."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+        self.calls = 0
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+        self.calls += 1
+        return self.method.__get__(instance, owner)
+
+
+def test_payloads_that_are_not_aligned_are_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old writers don't align; loops would read across the borders of words."""
+    built = write_checkpoint(tmp_path / "source", scheme="int4-g64")
+    file = built.directory / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + whole[8 : 8 + length] + b" " + whole[8 + length :])
+    monkeypatch.setattr(direct.DirectConverter, "_made", noted := Noted(direct.DirectConverter._made))
+
+    ours, torchs = both(built, tmp_path, monkeypatch)
+
+    assert isinstance(ours, dict)
+    assert ours == torchs
+    assert not noted.calls
+
+
+def test_a_file_that_was_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path / "source", scheme="int4-g64", config=tiny_config(layers=1))
+    file = built.directory / "model.safetensors"
+
+    def cut(_plan: object) -> Callable[[int], None]:
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size // 2)
+        return lambda _nbytes: None
+
+    with pytest.raises(CatalogError) as raised:
+        convert_checkpoint(built.directory, tmp_path / "out", on_start=cut)
+
+    assert all("model.safetensors: " in fault.where for fault in raised.value.faults)
+    assert "The file changed or vanished" in raised.value.faults[0].remedy
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rows", [2, 6, 10])
+@pytest.mark.parametrize("scheme", ["int4-channel", "int8-channel"])
+@pytest.mark.usefixtures("tiles")
+def test_few_rows_are_enough(rows: int, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than a tile has, and numbers that no power of two divides."""
+    config = tiny_config(layers=1, hidden=16, heads=2, kv_heads=1, intermediate=rows)
+    built = write_checkpoint(tmp_path / "source", scheme=scheme, config=config)
+
+    ours, torchs = both(built, tmp_path, monkeypatch)
+
+    assert ours == torchs

@@ -1,0 +1,127 @@
+"""Converted directories in the hands of others: safetensors, transformers and TensorRT-LLM's view of the files."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from builders import DENSE, Built, tiny_config, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import FAMILIES
+
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.convert.hf_directory import MODELOPT_LAYOUT, hf_quant_config
+from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.layouts.rounding import round_once
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NATIVE = (
+    "int4-g64",
+    "int4-channel",
+    "int8-channel",
+    "int8-plain-channel",
+    "w8a8",
+    "fp8-tensor-static",
+    "fp8-channel-token",
+    "nvfp4",
+)
+PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+@pytest.mark.parametrize("scheme", NATIVE)
+def test_every_tensor_is_read_by_safetensors_as_planned(tmp_path: Path, scheme: str) -> None:
+    write_checkpoint(tmp_path / "source", config=tiny_config(layers=1), scheme=scheme)
+
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "out")
+
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    specs = report.plan.delivered_specs
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == {
+        name: (spec.dtype.torch_dtype, spec.shape) for name, spec in specs.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", NATIVE)
+def test_every_linear_that_is_not_excluded_has_what_its_mode_reads(tmp_path: Path, scheme: str) -> None:
+    """From the files alone: names of hf_quant_config.json and names of tensors fit together."""
+    write_checkpoint(tmp_path / "source", config=tiny_config(layers=1), scheme=scheme, kv=True)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+
+    told = QuantConfig.from_dict(json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    with_scale = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+    linears = {name.removesuffix(".weight") for name in tensors if name.endswith(("_proj.weight", "lm_head.weight"))}
+    assert {name for name in linears if told.layer_config(name)} == with_scale == linears - {"lm_head"}
+    assert "lm_head" in told.exclude_modules
+    assert {"model.layers.0.self_attn.k_proj.k_scale", "model.layers.0.self_attn.v_proj.v_scale"} <= tensors.keys()
+
+
+def test_the_quantization_document_has_modelopts_shape() -> None:
+    config = QuantConfig(layer=LayerQuantConfig(quant_algo=QuantAlgo.FP8), exclude_modules=("lm_head",))
+
+    document = hf_quant_config(config)
+
+    assert document["producer"] == {"name": "modelopt", "version": MODELOPT_LAYOUT}
+    assert document["quantization"] == {
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": None,
+        "exclude_modules": ["lm_head"],
+    }
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, architecture: str) -> None:
+    """Every weight is loaded, none is missing, none is left over, and each is the exact value rounded once."""
+    from transformers import AutoModelForCausalLM
+
+    tied = architecture == "Qwen3ForCausalLM"
+    built = write_checkpoint(
+        tmp_path / "source",
+        config=tiny_config(architecture, tied=tied),
+        scheme={"q_proj": "int8-g32", "down_proj": "fp8-tensor-static", "w2": "nvfp4", "up_proj": DENSE},
+        kv=True,
+        shards=2,
+    )
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", to="dense", max_shard_bytes=100_000)
+
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+
+    assert not any(told.values())
+    assert type(model).__name__ == architecture
+    assert model.dtype is torch.bfloat16
+    assert_holds(model.state_dict(), built)
+
+
+def assert_holds(state: dict[str, torch.Tensor], built: Built) -> None:
+    expected = as_transformers_has_it(built.dense)
+    assert state.keys() - {"lm_head.weight"} == expected.keys() - {"lm_head.weight"}
+    for name, exact in expected.items():
+        assert torch.equal(state[name], round_once(exact, state[name].dtype)), name
+
+
+def as_transformers_has_it(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Routed experts in one tensor for all of them, gate before up; Mixtral's mixture called `mlp`."""
+    result: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in dense.items():
+        owner, found, expert = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
+        if found:
+            index, projection = expert.split(".")[:2]
+            experts.setdefault(f"{owner}.experts", {})[f"{index}.{PROJECTIONS.get(projection, projection)}"] = tensor
+        else:
+            result[owner] = tensor
+    for name, parts in experts.items():
+        count = len(parts) // 3
+        gate_up = [torch.cat([parts[f"{i}.gate_proj"], parts[f"{i}.up_proj"]]) for i in range(count)]
+        result[f"{name}.gate_up_proj"] = torch.stack(gate_up)
+        result[f"{name}.down_proj"] = torch.stack([parts[f"{i}.down_proj"] for i in range(count)])
+    return result

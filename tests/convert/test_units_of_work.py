@@ -1,0 +1,402 @@
+"""Conversions by several workers: the same bytes whoever works, all faults at once, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import Built, rewrite, tiny_config, write_checkpoint
+
+from trtllm_ct.base.errors import MissingDependencyError, PayloadError, UsageError
+from trtllm_ct.convert import units
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.convert.coordinate import run_units
+from trtllm_ct.convert.executors import open_pool
+from trtllm_ct.convert.journal import JOURNAL, Journal, UnitRecord
+from trtllm_ct.convert.worker import UnitResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+# Packages of MPI put their programs beside Python.
+MPIRUN = [shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"), "-n", "2"]
+MANY_UNITS = """
+from trtllm_ct.conversion import units
+units.UNIT_BYTES = 1
+from trtllm_ct.cli.commands import main
+main()
+"""
+MIXED = {"o_proj": "int8-g32", "down_proj": "int8-channel", "q_proj": "nvfp4", "k_proj": "nvfp4", "v_proj": "nvfp4"}
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
+    """A checkpoint of many units, although it is small: every module, or joined group of them, is one."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    return write_checkpoint(tmp_path / "source", config=tiny_config(layers=4), scheme=MIXED, shards=2, tokenizer=True)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def stopped_after(count: int, reason: Callable[[], None]) -> Any:
+    """A watcher that ends the run when so many units are done."""
+    left = [count]
+
+    def watch(_nbytes: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            reason()
+
+    return lambda _plan: watch
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class TestWhoeverDoesTheWork:
+    @pytest.mark.parametrize("to", ["modelopt", "dense"])
+    def test_the_bytes_are_the_same(self, built: Built, tmp_path: Path, to: str) -> None:
+        for workers in (1, 2, 4):
+            convert_checkpoint(
+                built.directory, tmp_path / str(workers), to=to, workers=workers, max_shard_bytes=100_000
+            )
+
+        assert len(names(tmp_path / "1")) > 4
+        assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "4")
+
+    def test_tiles_are_the_whole(self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows of a tensor that are converted apart make the tensor."""
+        from trtllm_ct.convert import tiles
+
+        for to in ("modelopt", "dense"):
+            convert_checkpoint(built.directory, tmp_path / f"{to}-whole", to=to)
+        monkeypatch.setattr(tiles, "TILE_BYTES", 512)
+        for to in ("modelopt", "dense"):
+            convert_checkpoint(built.directory, tmp_path / f"{to}-tiled", to=to)
+
+        assert content(tmp_path / "modelopt-whole") == content(tmp_path / "modelopt-tiled")
+        assert content(tmp_path / "dense-whole") == content(tmp_path / "dense-tiled")
+
+    @pytest.mark.mpi
+    def test_ranks_of_an_mpi_job_give_them_too(self, built: Built, tmp_path: Path) -> None:
+        convert_checkpoint(built.directory, tmp_path / "threads")
+        command = [*MPIRUN, sys.executable, "-c", MANY_UNITS, "convert", str(built.directory)]
+
+        done = subprocess.run(
+            [*command, str(tmp_path / "mpi"), "--to", "modelopt", "--executor", "mpi", "--json"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["delivered_bytes"] > 0  # one document: the other rank prints nothing
+        assert content(tmp_path / "mpi") == content(tmp_path / "threads")
+
+    @pytest.mark.mpi
+    def test_a_fault_ends_an_mpi_job_with_one_message(self, built: Built, tmp_path: Path) -> None:
+        _spoil(built, "model.layers.1.mlp.down_proj.weight_scale")
+        command = [*MPIRUN, sys.executable, "-c", MANY_UNITS, "convert", str(built.directory)]
+
+        done = subprocess.run(
+            [*command, str(tmp_path / "mpi"), "--to", "modelopt", "--executor", "mpi"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+        assert done.returncode != 0
+        assert done.stderr.count("model.layers.1.mlp.down_proj.weight_scale[0, 0]") == 1
+        assert names(tmp_path) == ["source"]
+
+    def test_mpi_without_mpi4py_names_it(self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "mpi4py", None)
+
+        with pytest.raises(MissingDependencyError, match=r"trtllm-ct\[mpi\]"):
+            convert_checkpoint(built.directory, tmp_path / "out", executor="mpi")
+
+        assert names(tmp_path) == ["source"]
+
+    @pytest.mark.parametrize(
+        ("options", "where"),
+        [
+            ({"executor": "processes"}, "--executor"),
+            ({"workers": 0}, "--workers"),
+            ({"executor": "mpi", "workers": 2}, "--workers"),
+        ],
+        ids=["unknown", "no worker", "workers of mpi"],
+    )
+    def test_what_means_nothing_is_refused(self, tmp_path: Path, options: dict[str, Any], where: str) -> None:
+        with pytest.raises(UsageError) as raised:
+            convert_checkpoint(tmp_path / "source", tmp_path / "out", **options)
+
+        assert raised.value.faults[0].where == where
+
+
+def _spoil(built: Built, *scales: str) -> None:
+    def spoil(stored: dict[str, torch.Tensor]) -> None:
+        for name in scales:
+            stored[name].view(-1)[0] = float("nan")
+
+    rewrite(built.directory, spoil)
+
+
+class TestFaults:
+    @pytest.mark.parametrize("workers", [1, 4])
+    def test_all_come_together_in_one_order(self, built: Built, tmp_path: Path, workers: int) -> None:
+        bad = [f"model.layers.{layer}.mlp.down_proj.weight_scale" for layer in range(4)]
+        _spoil(built, *bad)
+
+        with pytest.raises(PayloadError) as raised:
+            convert_checkpoint(built.directory, tmp_path / "out", workers=workers)
+
+        assert [fault.where for fault in raised.value.faults] == [f"{name}[0, 0]" for name in bad]
+        assert names(tmp_path) == ["source"]
+
+    def test_an_error_of_a_worker_stops_the_rest(
+        self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = []
+
+        def full(*_: object, **__: object) -> None:
+            calls.append(1)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("trtllm_ct.convert.worker.TensorWriter.write_octets", full)
+
+        with pytest.raises(OSError, match="No space left"):
+            convert_checkpoint(built.directory, tmp_path / "out", workers=1)
+
+        assert len(calls) < 10
+        assert names(tmp_path) == ["source"]
+
+
+class TestGoingOn:
+    """After a run was killed or interrupted."""
+
+    @pytest.fixture
+    def whole(self, built: Built, tmp_path: Path) -> dict[str, bytes]:
+        convert_checkpoint(built.directory, tmp_path / "whole", max_shard_bytes=100_000)
+        return content(tmp_path / "whole")
+
+    @pytest.fixture
+    def half(self, built: Built, tmp_path: Path) -> Path:
+        """The working place of a run that was interrupted after ten units."""
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(
+                built.directory,
+                tmp_path / "out",
+                max_shard_bytes=100_000,
+                workers=1,
+                on_start=stopped_after(10, interrupt),
+            )
+        assert not (tmp_path / "out").exists()
+        return tmp_path / ".out.partial"
+
+    def test_what_is_there_is_not_done_again(
+        self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done: list[int] = []
+        _count_converted(monkeypatch, done)
+
+        report = convert_checkpoint(built.directory, tmp_path / "out", max_shard_bytes=100_000)
+
+        assert content(tmp_path / "out") == whole
+        assert 0 < report.resumed_bytes < report.plan.delivered_bytes
+        assert report.resumed_bytes + sum(done) == report.plan.delivered_bytes
+        assert not half.exists()
+
+    def test_what_was_damaged_meanwhile_is_done_again(
+        self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path
+    ) -> None:
+        """A crash of the machine leaves pages of zeros: every byte that is kept is compared with its checksum."""
+        journal = Journal(half / JOURNAL, json.loads((half / JOURNAL).read_text().splitlines()[0])["conversion"])
+        journal.close()
+        pieces = [piece for record in journal.records.values() for piece in record.pieces]
+        piece = max(pieces, key=lambda each: each.nbytes)
+        with (half / piece.file).open("r+b") as stream:
+            stream.seek(piece.offset + piece.nbytes // 2)
+            stream.write(bytes([stream.read(1)[0] ^ 1]))
+
+        report = convert_checkpoint(built.directory, tmp_path / "out", max_shard_bytes=100_000)
+
+        assert content(tmp_path / "out") == whole
+        assert report.resumed_bytes > 0
+
+    @pytest.mark.parametrize("damage", ["cut line", "no journal", "a line of nonsense"])
+    def test_a_damaged_journal_costs_time_only(
+        self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path, damage: str
+    ) -> None:
+        path = half / JOURNAL
+        if damage == "cut line":
+            path.write_bytes(path.read_bytes()[:-7])
+        elif damage == "no journal":
+            path.unlink()
+        else:
+            path.write_text(path.read_text() + '{"unit": "seven", "pieces": [[]]}\nnonsense\n')
+
+        convert_checkpoint(built.directory, tmp_path / "out", max_shard_bytes=100_000)
+
+        assert content(tmp_path / "out") == whole
+
+    @pytest.mark.parametrize("change", ["target", "shard size", "source"])
+    def test_another_conversion_begins_anew(self, built: Built, tmp_path: Path, half: Path, change: str) -> None:
+        options: dict[str, Any] = {"max_shard_bytes": 100_000}
+        if change == "target":
+            options["to"] = "dense"
+        elif change == "shard size":
+            options["max_shard_bytes"] = 10**9
+        else:
+            rewrite(built.directory, lambda stored: stored["model.embed_tokens.weight"].zero_())
+
+        report = convert_checkpoint(built.directory, tmp_path / "out", **options)
+
+        convert_checkpoint(built.directory, tmp_path / "fresh", **options)
+        assert report.resumed_bytes == 0
+        assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+    def test_a_killed_process_leaves_the_place_and_the_command_goes_on(
+        self, built: Built, tmp_path: Path, whole: dict[str, bytes]
+    ) -> None:
+        program = f"""
+import os
+from trtllm_ct.conversion import units
+from trtllm_ct.conversion import journal
+from trtllm_ct.convert.convert import convert_checkpoint
+units.UNIT_BYTES = 1
+journal._SECONDS_IN_MEMORY = 0
+left = [12]
+def watch(nbytes):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), 9)
+source, out = {str(built.directory)!r}, {str(tmp_path / "out")!r}
+convert_checkpoint(source, out, max_shard_bytes=100_000, on_start=lambda _: watch)
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        assert done.returncode == -9
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / ".out.partial" / JOURNAL).is_file()
+
+        report = convert_checkpoint(built.directory, tmp_path / "out", max_shard_bytes=100_000)
+
+        assert report.resumed_bytes > 0
+        assert content(tmp_path / "out") == whole
+
+
+class TestJournal:
+    """When its lines reach the file."""
+
+    @pytest.mark.parametrize("seconds", [0, 60])
+    def test_a_short_run_writes_nothing_before_it_ends(
+        self, tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However it ends, unless it is killed."""
+        monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", seconds)
+        records = [UnitRecord(unit=number, pieces=()) for number in range(3)]
+
+        with Journal(tmp_path / JOURNAL, "digest") as journal:
+            for record in records:
+                journal.add(record)
+            early = (tmp_path / JOURNAL).read_text().count("\n")
+        with Journal(tmp_path / JOURNAL, "digest") as again:
+            found = again.records
+
+        assert early == (0 if seconds else 4)
+        assert list(found.values()) == records
+
+    def test_what_waited_is_written_when_the_time_is_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Journal(tmp_path / JOURNAL, "digest") as journal:
+            journal.add(UnitRecord(unit=0, pieces=()))
+            monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", 0)
+            journal.add(UnitRecord(unit=1, pieces=()))
+
+            assert (tmp_path / JOURNAL).read_text().count("\n") == 3
+
+
+def _count_converted(monkeypatch: pytest.MonkeyPatch, done: list[int]) -> None:
+    from trtllm_ct.convert import coordinate, worker
+
+    def counted(conversion: Any, number: int, **options: Any) -> Any:
+        result = worker.run_unit(conversion, number, **options)
+        if not result.resumed:
+            done.append(conversion.units[number].nbytes)
+        return result
+
+    monkeypatch.setattr(coordinate, "run_unit", counted)
+
+
+@pytest.mark.parametrize("spoiled", [False, True], ids=["good", "bad"])
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+def test_units_leave_no_files_open_and_no_memory_mapped(
+    built: Built, tmp_path: Path, to: str, *, spoiled: bool
+) -> None:
+    """The collector is paused meanwhile, and a large model has thousands of units."""
+    if spoiled:
+        _spoil(built, *(f"model.layers.{layer}.mlp.down_proj.weight_scale" for layer in range(4)))
+    open_files, mapped_files = [], []
+
+    def watch(_nbytes: int) -> None:
+        open_files.append(sum(1 for _ in Path("/proc/self/fd").iterdir()))
+        mapped_files.append(Path("/proc/self/maps").read_text().count(str(built.directory)))
+
+    with suppress(PayloadError):
+        convert_checkpoint(built.directory, tmp_path / "out", to=to, workers=1, on_start=lambda _plan: watch)
+
+    assert len(open_files) > 20
+    # The unit that runs and the one that waits for being told of.
+    assert max(mapped_files) <= 8
+    assert max(open_files) - open_files[0] <= 8
+
+
+def test_few_units_are_handed_out_at_a_time(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a fault stops most of them, and a terabyte's results don't wait in memory."""
+    from trtllm_ct.convert import coordinate
+
+    submitted: list[int] = []
+    taken: list[int] = []
+    most = [0]
+
+    def counted(_conversion: Any, number: int, **_: Any) -> UnitResult:
+        submitted.append(number)
+        most[0] = max(most[0], len(submitted) - len(taken))
+        return UnitResult(record=UnitRecord(unit=number, pieces=()))
+
+    class Conversion:
+        units = tuple(units.Unit(number=number, modules=(), nbytes=1, needs_torch=False) for number in range(100))
+        plan = type("Plan", (), {"modules": ()})
+
+    monkeypatch.setattr(coordinate, "run_unit", counted)
+    with open_pool("threads", 2) as pool, Journal(tmp_path / JOURNAL, "digest") as journal:
+        assert pool is not None
+        run_units(Conversion(), pool, journal, partial(_take, taken))  # type: ignore[arg-type]
+
+    assert sorted(submitted) == list(range(100))
+    assert most[0] <= 4 * 2 + 2
+
+
+def _take(taken: list[int], nbytes: int) -> None:
+    taken.append(nbytes)

@@ -1,0 +1,338 @@
+"""The table of the engine's modes: which schemes each one holds as they are, by repeating scales, with a note, or not.
+
+A row's expectation is written out, so that a change of the table shows here as a change of a promise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+from quantized_weights import (
+    FP8_CHANNEL,
+    FP8_GROUP,
+    FP8_STATIC,
+    FP8_TENSOR,
+    FP8_TOKEN,
+    INT8_STATIC,
+    INT8_TOKEN,
+    MXFP4,
+    MXFP4_INPUT,
+    MXFP6,
+    MXFP8,
+    MXFP8_INPUT,
+    NVFP4,
+    NVFP4_INPUT,
+    SHAPE,
+    blocks,
+    ints,
+    weight,
+)
+
+from trtllm_ct.base.schemes import Element, QuantAlgo, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.engine.modes import (
+    LINEAR_MODES,
+    Activations,
+    Holding,
+    Weight,
+    activations_of,
+    holdings,
+    native_mode,
+    obstacles,
+)
+from trtllm_ct.engine.target import MODELOPT, REFERENCE
+
+AWQ = ("AWQModifier", "QuantizationModifier")
+EVERY_ALGO = frozenset(mode.algo for mode in LINEAR_MODES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A weight, its family, and the modes that hold it.
+
+    `=` as it is, `~` by repeating scales, a group size behind the slash, `*` with a note about activations.
+    """
+
+    weight: Weight
+    native: str | None
+    held: str = ""
+
+
+INT4_GROUPS = "=W4A16_AWQ/{0} =W4A16_GPTQ/{0} ~W4A16_AWQ/64 ~W4A16_GPTQ/64"
+INT4_ROWS = "=W4A16 ~W4A16_AWQ/128 ~W4A16_AWQ/64"
+ROWS = {
+    # Integers of up to 4 bits.
+    "int4 g128": Row(weight=weight(ints(4, 128)), native="W4A16_GPTQ", held=INT4_GROUPS.format(128)),
+    "int4 g64": Row(weight=weight(ints(4, 64)), native="W4A16_GPTQ", held="=W4A16_AWQ/64 =W4A16_GPTQ/64"),
+    "int4 g32": Row(weight=weight(ints(4, 32)), native="W4A16_GPTQ"),
+    "int4 g256": Row(weight=weight(ints(4, 256)), native="W4A16_GPTQ"),
+    "int4 channel": Row(weight=weight(ints(4)), native="W4A16_GPTQ", held=INT4_ROWS),
+    "int4 tensor": Row(weight=weight(ints(4, None, Strategy.TENSOR)), native="W4A16_GPTQ", held=INT4_ROWS),
+    "int4 g128 asymmetric": Row(
+        weight=weight(ints(4, 128), has_zero_point=True),
+        native="W4A16_GPTQ",
+        held="=W4A16_GPTQ/128 ~W4A16_GPTQ/64",
+    ),
+    "int4 channel asymmetric": Row(weight=weight(ints(4), has_zero_point=True), native="W4A16_GPTQ"),
+    "int4 g128 permuted": Row(weight=weight(ints(4, 128), permuted=True), native="W4A16_GPTQ"),
+    "int3 g128": Row(weight=weight(ints(3, 128)), native="W4A16_GPTQ", held=INT4_GROUPS.format(128)),
+    "int2 channel": Row(weight=weight(ints(2)), native="W4A16_GPTQ", held=INT4_ROWS),
+    "int1 g64": Row(weight=weight(ints(1, 64)), native="W4A16_GPTQ", held="=W4A16_AWQ/64 =W4A16_GPTQ/64"),
+    "int3 g32": Row(weight=weight(ints(3, 32)), native="W4A16_GPTQ"),
+    "W4AFP8": Row(
+        weight=weight(ints(4, 128), FP8_TOKEN),
+        native="W4A16_GPTQ",
+        held="=W4A16_AWQ/128* =W4A16_GPTQ/128* ~W4A16_AWQ/64* ~W4A16_GPTQ/64*",
+    ),
+    "W4A8": Row(weight=weight(ints(4), INT8_TOKEN), native="W4A16_GPTQ", held="=W4A16* ~W4A16_AWQ/128* ~W4A16_AWQ/64*"),
+    # Integers of 5 to 8 bits.
+    "int8 channel": Row(weight=weight(ints(8)), native="W8A16", held="=W8A16"),
+    "int8 tensor": Row(weight=weight(ints(8, None, Strategy.TENSOR)), native="W8A16", held="=W8A16"),
+    "int6 channel": Row(weight=weight(ints(6)), native="W8A16", held="=W8A16"),
+    "int5 g128": Row(weight=weight(ints(5, 128)), native="W8A16"),
+    "int8 g128": Row(weight=weight(ints(8, 128)), native="W8A16"),
+    "int8 channel asymmetric": Row(weight=weight(ints(8), has_zero_point=True), native="W8A16"),
+    "W8A8 dynamic": Row(weight=weight(ints(8), INT8_TOKEN), native="W8A16", held="=W8A16*"),
+    "W8A8 static": Row(weight=weight(ints(8, None, Strategy.TENSOR), INT8_STATIC), native="W8A16", held="=W8A16*"),
+    "W8A8 asymmetric activations": Row(
+        weight=weight(ints(8), replace(INT8_STATIC, symmetric=False)), native="W8A16", held="=W8A16*"
+    ),
+    "int8 with fp8 tokens": Row(weight=weight(ints(8), FP8_TOKEN), native="W8A16", held="=W8A16*"),
+    # fp8.
+    "fp8 static": Row(weight=weight(FP8_TENSOR, FP8_STATIC), native="FP8", held="=FP8"),
+    "fp8 tensor, tokens": Row(weight=weight(FP8_TENSOR, FP8_TOKEN), native="FP8", held="=FP8_PER_CHANNEL_PER_TOKEN"),
+    "fp8 channel, tokens": Row(weight=weight(FP8_CHANNEL, FP8_TOKEN), native="FP8", held="=FP8_PER_CHANNEL_PER_TOKEN"),
+    "fp8 channel, static input": Row(
+        weight=weight(FP8_CHANNEL, FP8_STATIC), native="FP8", held="=FP8_PER_CHANNEL_PER_TOKEN*"
+    ),
+    "fp8 tensor weight-only": Row(weight=weight(FP8_TENSOR), native="FP8"),
+    "fp8 channel weight-only": Row(weight=weight(FP8_CHANNEL), native="FP8"),
+    "fp8 static asymmetric input": Row(weight=weight(FP8_TENSOR, replace(FP8_STATIC, symmetric=False)), native="FP8"),
+    "fp8 block": Row(weight=weight(blocks(), FP8_GROUP), native="FP8_BLOCK_SCALES", held="=FP8_BLOCK_SCALES"),
+    "fp8 block, odd shape": Row(
+        weight=weight(blocks(), FP8_GROUP, shape=(200, 72)), native="FP8_BLOCK_SCALES", held="=FP8_BLOCK_SCALES"
+    ),
+    "fp8 block weight-only": Row(weight=weight(blocks()), native="FP8_BLOCK_SCALES"),
+    "fp8 block 64x128": Row(weight=weight(blocks(64), FP8_GROUP), native="FP8_BLOCK_SCALES"),
+    "fp8 block, tokens": Row(weight=weight(blocks(), FP8_TOKEN), native="FP8_BLOCK_SCALES"),
+    # Small floats.
+    "NVFP4": Row(weight=weight(NVFP4, NVFP4_INPUT), native="NVFP4", held="=NVFP4/16"),
+    "NVFP4, strategy group": Row(
+        weight=weight(replace(NVFP4, strategy=Strategy.GROUP), replace(NVFP4_INPUT, dynamic=False)),
+        native="NVFP4",
+        held="=NVFP4/16",
+    ),
+    "NVFP4A16": Row(weight=weight(NVFP4), native="NVFP4", held="=W4A16_NVFP4/16"),
+    "NVFP4 with fp8 tokens": Row(weight=weight(NVFP4, FP8_TOKEN), native="NVFP4"),
+    "MXFP4": Row(weight=weight(MXFP4, MXFP4_INPUT), native="W4A16_MXFP4", held="=W4A16_MXFP4/32*"),
+    "MXFP4A16": Row(weight=weight(MXFP4), native="W4A16_MXFP4", held="=W4A16_MXFP4/32"),
+    "MXFP4XFP8": Row(weight=weight(MXFP4, FP8_GROUP), native="W4A16_MXFP4", held="=W4A16_MXFP4/32*"),
+    "MXFP6A8": Row(weight=weight(MXFP6, MXFP8_INPUT), native=None),
+    "MXFP8": Row(weight=weight(MXFP8, MXFP8_INPUT), native="MXFP8", held="=MXFP8/32"),
+    "MXFP8A16": Row(weight=weight(MXFP8), native="MXFP8"),
+}
+
+
+def written(holding: Holding) -> str:
+    size = f"/{holding.group_size}" if holding.group_size else ""
+    return f"{'=' if holding.as_is else '~'}{holding.mode.algo}{size}{'*' if holding.note else ''}"
+
+
+def held(weight: Weight) -> str:
+    return " ".join(written(holding) for holding in holdings(weight))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_family_and_modes_of_every_scheme(row: Row) -> None:
+    native = native_mode(row.weight.args)
+    assert (str(native) if native else None) == row.native
+    assert held(row.weight) == row.held
+
+
+def test_every_mode_holds_some_scheme_as_it_is() -> None:
+    """A row of the table that nothing reaches would be a promise without a test."""
+    assert {algo for algo in EVERY_ALGO if any(f"={algo}" in row.held for row in ROWS.values())} == EVERY_ALGO
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_a_scheme_that_no_mode_holds_comes_with_reasons(row: Row) -> None:
+    reasons = obstacles(row.weight, EVERY_ALGO)
+    if not row.held and row.native is not None:
+        assert reasons
+    assert all(reason.split()[0] in EVERY_ALGO for reason in reasons)
+    assert not {reason.split()[0] for reason in reasons} & {holding.mode.algo for holding in holdings(row.weight)}
+
+
+def test_reasons_are_those_of_the_modes_that_are_asked_about() -> None:
+    asymmetric = ROWS["int4 g128 asymmetric"].weight
+    assert obstacles(asymmetric, frozenset({QuantAlgo.W4A16_AWQ})) == ("W4A16_AWQ holds no zero points",)
+    assert obstacles(asymmetric, frozenset({QuantAlgo.FP8, QuantAlgo.W8A16})) == ()
+
+
+@pytest.mark.parametrize(("bits", "native"), [(3, "W4A16_AWQ"), (4, "W4A16_AWQ"), (8, "W8A16")])
+def test_the_recipe_tells_awq_from_gptq_up_to_4_bits_only(bits: int, native: str) -> None:
+    assert native_mode(ints(bits, 128), AWQ) == native
+    assert native_mode(ints(bits, 128), ("GPTQModifier",)) == native.replace("AWQ", "GPTQ")
+
+
+@pytest.mark.parametrize(
+    ("row", "modelopt", "reference"),
+    [
+        ("int4 g128", "W4A16_AWQ", "W4A16_AWQ"),
+        ("int4 channel", "W4A16", "W4A16"),
+        ("int4 g128 asymmetric", None, "W4A16_GPTQ"),
+        ("int8 g128", None, None),
+        ("W8A8 dynamic", "W8A16", "W8A16"),
+        ("fp8 block", "FP8_BLOCK_SCALES", "FP8_BLOCK_SCALES"),
+        ("NVFP4", "NVFP4", "NVFP4"),
+        ("NVFP4A16", None, "W4A16_NVFP4"),
+        ("MXFP8", None, "MXFP8"),
+        ("MXFP4A16", None, None),
+    ],
+)
+def test_the_first_mode_that_a_target_declares(row: str, modelopt: str | None, reference: str | None) -> None:
+    """Symmetric int4 is W4A16_AWQ whatever made it; asymmetric int4 has a mode only where GPTQ is declared."""
+    for target, expected in ((MODELOPT, modelopt), (REFERENCE, reference)):
+        algos = target.algos(expert=False)
+        first = next((h.mode.algo for h in holdings(ROWS[row].weight) if h.mode.algo in algos), None)
+        assert first == expected
+
+
+def test_the_stored_zero_point_decides_and_not_the_word_symmetric() -> None:
+    assert holdings(weight(ints(4, 128, symmetric=False)))[0].mode.algo is QuantAlgo.W4A16_AWQ
+
+
+TILES: list[tuple[Weight, tuple[int, int], bool]] = [
+    (weight(ints(4, 64)), (16, 64), True),
+    (weight(ints(4, 64)), (8, 64), False),
+    (weight(ints(4, 64)), (24, 128), False),
+    (weight(ints(4)), (16, 96), False),
+    (weight(ints(8)), (16, 64), True),
+    (weight(ints(8)), (16, 32), False),
+    (weight(ints(8)), (24, 64), False),
+    (weight(FP8_TENSOR, FP8_STATIC), (3, 5), True),
+    (weight(FP8_CHANNEL, FP8_TOKEN), (3, 5), True),
+    (weight(blocks(), FP8_GROUP), (130, 5), True),
+    (weight(blocks(), FP8_GROUP, joined=True), (128, 5), True),
+    (weight(blocks(), FP8_GROUP, joined=True), (130, 128), False),
+    (weight(NVFP4, NVFP4_INPUT), (3, 16), True),
+    (weight(NVFP4, NVFP4_INPUT), (3, 24), False),
+    (weight(NVFP4), (3, 24), False),
+    (weight(MXFP4), (128, 128), True),
+    (weight(MXFP4), (64, 128), False),
+    (weight(MXFP4), (128, 160), False),
+    (weight(MXFP8, MXFP8_INPUT), (3, 32), True),
+    (weight(MXFP8, MXFP8_INPUT), (3, 48), False),
+]
+
+
+@pytest.mark.parametrize(("of", "shape", "fits"), TILES, ids=lambda value: "" if isinstance(value, Weight) else None)
+def test_kernels_take_whole_tiles_only(of: Weight, shape: tuple[int, int], fits: bool) -> None:
+    sized = replace(of, shape=shape)
+    assert bool(holdings(sized)) is fits
+    assert any("% " in reason for reason in obstacles(sized, EVERY_ALGO)) is not fits
+
+
+def test_blocks_of_joined_linears_begin_at_a_whole_block() -> None:
+    """The engine puts the scales of q, k and v one behind the other: a cut block would shift those that follow."""
+    joined = weight(blocks(), FP8_GROUP, shape=(192, 256), joined=True)
+    assert "FP8_BLOCK_SCALES needs out % 128 == 0 and in % 1 == 0" in obstacles(joined, EVERY_ALGO)
+    assert held(replace(joined, joined=False)) == "=FP8_BLOCK_SCALES"
+
+
+def test_scales_are_repeated_only_into_whole_groups() -> None:
+    """192 columns are three groups of 64 and no whole number of groups of 128."""
+    assert held(weight(ints(4), shape=(16, 192))) == "=W4A16 ~W4A16_AWQ/64"
+
+
+def test_without_a_shape_the_configuration_alone_is_asked() -> None:
+    assert held(weight(ints(4, 64), shape=None)) == "=W4A16_AWQ/64 =W4A16_GPTQ/64"
+    assert held(weight(blocks(), FP8_GROUP, shape=None)) == "=FP8_BLOCK_SCALES"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("int4 g32", "W4A16_AWQ holds groups of 64 or 128"),
+        ("int8 g128", "W8A16 holds no scale per group"),
+        ("int8 channel asymmetric", "W8A16 holds no zero points"),
+        ("int4 g128 permuted", "W4A16_AWQ holds contiguous groups only, and this weight has activation ordering"),
+        ("fp8 block 64x128", "FP8_BLOCK_SCALES holds blocks of 128x128"),
+        (
+            "fp8 tensor weight-only",
+            "FP8 computes on fp8 static per tensor activations, and the scheme leaves them 16-bit",
+        ),
+        (
+            "NVFP4 with fp8 tokens",
+            "NVFP4 computes on fp4 dynamic per group of 16 activations, and the scheme leaves them fp8 token dynamic",
+        ),
+        (
+            "MXFP8A16",
+            "MXFP8 computes on fp8 dynamic per group of 32 activations, and the scheme leaves them 16-bit",
+        ),
+    ],
+)
+def test_reasons_are_words(row: str, words: str) -> None:
+    assert words in obstacles(ROWS[row].weight, EVERY_ALGO)
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        ("int4 g128", ""),
+        ("W8A8 dynamic", "activations stay 16-bit; the scheme asks for int8 token dynamic"),
+        ("W8A8 asymmetric activations", "activations stay 16-bit; the scheme asks for int8 tensor asymmetric"),
+        ("W4AFP8", "activations stay 16-bit; the scheme asks for fp8 token dynamic"),
+        ("MXFP4", "activations stay 16-bit; the scheme asks for fp4 group 32 dynamic"),
+        ("fp8 tensor, tokens", ""),
+        (
+            "fp8 channel, static input",
+            "activations are fp8 dynamic per token; the static input scale of the scheme is dropped",
+        ),
+    ],
+)
+def test_a_note_says_what_becomes_of_activations(row: str, note: str) -> None:
+    assert {holding.note for holding in holdings(ROWS[row].weight)} == {note}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind"),
+    [
+        (None, Activations.WIDE),
+        (FP8_STATIC, Activations.FP8_STATIC),
+        (FP8_TOKEN, Activations.FP8_TOKEN),
+        (FP8_GROUP, Activations.FP8_GROUP),
+        (MXFP8_INPUT, Activations.MX_FP8),
+        (NVFP4_INPUT, Activations.FP4_LOCAL),
+        (replace(NVFP4_INPUT, dynamic=True), Activations.FP4_LOCAL),
+        (replace(NVFP4_INPUT, dynamic=False, strategy=Strategy.GROUP), Activations.FP4_LOCAL),
+        (replace(FP8_STATIC, symmetric=False), Activations.OTHER),
+        (replace(FP8_STATIC, dynamic=True), Activations.OTHER),
+        (replace(FP8_TOKEN, dynamic=False), Activations.OTHER),
+        (MXFP4_INPUT, Activations.OTHER),
+        (INT8_TOKEN, Activations.OTHER),
+    ],
+    ids=lambda value: value.label() if isinstance(value, QuantArgs) else "",
+)
+def test_the_kind_of_activations_of_a_scheme(inputs: QuantArgs | None, kind: Activations) -> None:
+    assert activations_of(QuantScheme(weights=FP8_TENSOR, input_activations=inputs)) is kind
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(), QuantScheme(input_activations=FP8_TOKEN)], ids=str)
+def test_to_ask_for_the_mode_of_an_unquantized_weight_is_our_own_bug(scheme: QuantScheme) -> None:
+    with pytest.raises(AssertionError, match="a quantized weight has arguments"):
+        holdings(Weight(scheme=scheme, element=Element.INT, shape=SHAPE))
+
+
+def test_every_mode_is_listed_once() -> None:
+    algos = [mode.algo for mode in LINEAR_MODES]
+    assert len(set(algos)) == len(algos)
+    assert QuantAlgo.MIXED_PRECISION not in algos
+
+
+def test_codes_in_words() -> None:
+    words = {mode.algo: mode.codes for mode in LINEAR_MODES}
+    assert words[QuantAlgo.W4A16] == "int1-4"
+    assert words[QuantAlgo.W8A16] == "int5-8"
+    assert words[QuantAlgo.FP8] == words[QuantAlgo.MXFP8] == "fp8"
+    assert words[QuantAlgo.NVFP4] == words[QuantAlgo.W4A16_MXFP4] == "fp4"

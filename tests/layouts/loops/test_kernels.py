@@ -1,0 +1,861 @@
+"""Compiled loops by themselves: what they write is what outsiders compute, and they touch nothing else.
+
+`test_dispatch.py` holds them to their twins of torch operations. Here are the slow twins of `oracles.py`, exact
+fractions, the rounding of numpy and torch, and memory that must not be touched. Every tensor goes to a loop, however
+small it is.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from float_modules import number
+from fresh_python import run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Element, Packing
+from trtllm_ct.layouts import packing, scales
+from trtllm_ct.layouts.floats import E2M1_PACKED, E2M3_PACKED, element_values
+from trtllm_ct.layouts.loops import dispatch, kernels
+from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, packed_words
+from trtllm_ct.layouts.scales import Scaling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+ALONG_COLUMNS = [
+    Packing(bits=bits, container=container, axis=1, offset_binary=offset_binary, dense=dense)
+    for bits, container, offset_binary, dense in product(
+        range(1, 9), (DType.U8, DType.I8, DType.I32), (False, True), (True, False)
+    )
+]
+WORD_LAYOUTS = [packed_words(bits, dense=dense) for bits, dense in product(range(1, 9), (True, False))]
+ALONG_ROWS = [packed_words(bits, axis=0, dense=dense) for bits, dense in product(range(1, 9), (True, False))]
+TARGETS = {"row pairs": INT4_ROW_PAIRS, "int8": INT8_PLAIN}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+NARROW = DTYPES[:2]
+FLOATS = {Element.E4M3: None, Element.E2M1: E2M1_PACKED, Element.E2M3: E2M3_PACKED}
+LOOPS = sorted(set(kernels.__all__) - {"KINDS"})
+GUARD = 96
+"""Bytes before and behind an output that must stay as they were; a multiple of every item size."""
+
+
+@pytest.fixture(autouse=True)
+def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Nothing is too small for a loop; these are the names of those that ran. A test without any proves nothing."""
+    monkeypatch.setattr(dispatch, "_SMALL", 0)
+    with watched() as ran:
+        yield ran
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """The names of the loops that run inside, in order."""
+    ran: list[str] = []
+
+    def noted(name: str, loop: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            ran.append(name)
+            return loop(*arguments)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LOOPS:
+            patch.setattr(kernels, name, noted(name, getattr(kernels, name)))
+        yield ran
+
+
+def random_codes(shape: tuple[int, int], bits: int, seed: int) -> Tensor:
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    codes.view(-1)[0] = -half
+    codes.view(-1)[-1] = half - 1
+    return codes
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """NaN equals NaN, whatever its payload; minus zero is not zero."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or not torch.equal(one.isnan(), other.isnan()):
+        return False
+    one, other = (
+        one.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf),
+        other.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf),
+    )
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An output of a shape in the middle of a buffer of garbage, and that buffer."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = torch.full((GUARD + size + GUARD,), 0xA5, dtype=torch.uint8)
+    return buffer[GUARD : GUARD + size].view(dtype).view(shape), buffer
+
+
+def is_untouched(buffer: Tensor) -> bool:
+    return bool((buffer[:GUARD] == 0xA5).all()) and bool((buffer[-GUARD:] == 0xA5).all())
+
+
+def strided(tensor: Tensor, how: str) -> Tensor:
+    """The same elements, lying otherwise."""
+    if how == "every other row":
+        wide = torch.stack((tensor, ~tensor), dim=1)
+        return wide.flatten(0, 1)[::2]
+    if how == "every other column":
+        wide = torch.stack((tensor, ~tensor), dim=2)
+        return wide.flatten(1, 2)[:, ::2]
+    if how == "transposed":
+        return tensor.T.contiguous().T
+    return tensor
+
+
+LYING = ["in a row", "every other row", "every other column", "transposed"]
+
+
+class TestRepack:
+    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+    @settings(max_examples=100, deadline=None)
+    @given(
+        source=st.sampled_from(ALONG_COLUMNS),
+        rows=st.integers(1, 9),
+        columns=st.integers(1, 70),
+        surplus=st.tuples(st.integers(0, 2), st.integers(0, 3)),
+        how=st.sampled_from(LYING),
+        seed=st.integers(0, 2**31),
+    )
+    def test_any_codes_in_any_container(
+        self,
+        target: Packing,
+        source: Packing,
+        rows: int,
+        columns: int,
+        surplus: tuple[int, int],
+        how: str,
+        seed: int,
+    ) -> None:
+        """Surplus rows and words are garbage; the input stays, and so does what lies around the output.
+
+        A byte has no room for the codes of one that is wider: row pairs keep the low nibble of wider codes.
+        """
+        shape = (rows, columns)
+        codes = random_codes(shape, source.bits, seed)
+        exact = oracles.pack(codes.long().numpy(), source)
+        room = (exact.shape[0] + surplus[0], exact.shape[1] + surplus[1])
+        garbage = torch.randint(-128, 128, room, generator=torch.Generator().manual_seed(seed)).to(exact.dtype)
+        garbage[: exact.shape[0], : exact.shape[1]] = exact
+        packed = strided(garbage, how)
+        out, buffer = guarded(target.packed_shape(shape), target.container.torch_dtype)
+
+        found = dispatch.repack(packed, source, target, shape, out=out)
+
+        if source == target:
+            assert found is packed
+            return
+        kept = codes if target.bits == 8 else (codes << 4) >> 4
+        assert found is out
+        assert torch.equal(out, oracles.pack(kept.long().numpy(), target))
+        assert torch.equal(out, packing.repack(garbage, source, target, shape))
+        assert is_untouched(buffer)
+        assert torch.equal(packed, garbage)
+
+    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+    def test_bits_that_belong_to_no_code_are_not_looked_at(self, loops: list[str], target: Packing) -> None:
+        """The highest bits of padded words, and those behind the last code of a row."""
+        for source in ALONG_COLUMNS:
+            if source.bits > target.bits or source == target:
+                continue
+            codes = random_codes((4, 11), source.bits, seed=source.bits)
+            half = 1 << (source.bits - 1)
+            ends = [oracles.pack(np.full((4, 11), value), source) for value in (-half, half - 1)]
+            spare = ~(ends[0] | ends[1]) if source.offset_binary else ~oracles.pack(np.full((4, 11), -1), source)
+            packed = oracles.pack(codes.long().numpy(), source) | spare
+
+            found = dispatch.repack(packed, source, target, (4, 11))
+
+            assert torch.equal(found, oracles.pack(codes.long().numpy(), target)), source
+        assert set(loops) == ({"row_pairs"} if target == INT4_ROW_PAIRS else {"plain_codes"})
+
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_rows_that_go_on_behind_their_last_code_end_there(self, loops: list[str], bits: int) -> None:
+        """Several codes are taken at once where there are bytes enough, but never more than there are columns."""
+        source = packed_words(bits)
+        for columns in range(1, 20):
+            codes = random_codes((2, columns), bits, seed=columns)
+            packed = torch.nn.functional.pad(oracles.pack(codes.long().numpy(), source), (0, 8), value=-1)
+            out, buffer = guarded((2, columns), torch.int8)
+
+            dispatch.repack(packed, source, INT8_PLAIN, (2, columns), out=out)
+
+            assert torch.equal(out, codes), columns
+            assert is_untouched(buffer), columns
+        assert set(loops) == {"plain_codes"}
+
+    @pytest.mark.parametrize("nibbles", [packed_words(4), E2M1_PACKED], ids=["offset binary", "as they are"])
+    def test_every_pair_of_bytes_is_spread_over_two_rows(self, loops: list[str], nibbles: Packing) -> None:
+        """All values of the halves of words that the fastest loop takes at once, in the even and in the odd row."""
+        halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(1, -1)
+        octets = torch.cat((halves, halves.flip(1)))
+        packed = octets.view(nibbles.container.torch_dtype)
+        shape = (2, 2**18)
+
+        found = dispatch.repack(packed, nibbles, INT4_ROW_PAIRS, shape)
+
+        flip = 0x8 if nibbles.offset_binary else 0
+        fields = torch.stack((octets & 0xF, octets >> 4), dim=2).view(shape) ^ flip
+        assert torch.equal(found, (fields[0] | fields[1] << 4).view(1, -1))
+        assert loops == ["row_pairs_of_nibbles"]
+
+    def test_a_missing_last_row_is_all_zero_bits(self, loops: list[str]) -> None:
+        for source in ALONG_COLUMNS:
+            codes = torch.full((3, 9), -1, dtype=torch.int8)
+            found = dispatch.repack(oracles.pack(codes.long().numpy(), source), source, INT4_ROW_PAIRS, (3, 9))
+
+            assert found.tolist() == [[0xFF] * 9, [0x0F] * 9], source
+        assert set(loops) == {"row_pairs"}
+
+
+class TestPlainCodesAlongRows:
+    @settings(max_examples=100, deadline=None)
+    @given(
+        source=st.sampled_from(ALONG_ROWS),
+        rows=st.integers(1, 70),
+        groups=st.integers(1, 5),
+        surplus=st.tuples(st.integers(0, 2), st.integers(0, 3)),
+        how=st.sampled_from(LYING),
+        seed=st.integers(0, 2**31),
+    )
+    def test_any_zero_points(
+        self, source: Packing, rows: int, groups: int, surplus: tuple[int, int], how: str, seed: int
+    ) -> None:
+        """Dense, where codes straddle words, and so many to a word; beside columns of garbage."""
+        codes = random_codes((rows, groups), source.bits, seed)
+        exact = oracles.pack(codes.long().numpy(), source)
+        garbage = torch.full((exact.shape[0] + surplus[0], exact.shape[1] + surplus[1]), 0x5A5A5A5A, dtype=torch.int32)
+        garbage[: exact.shape[0], : exact.shape[1]] = exact
+        packed = strided(garbage, how)
+
+        found = dispatch.unpack_codes(packed, source, (rows, groups))
+
+        assert torch.equal(found, codes)
+        assert found.is_contiguous()
+        assert torch.equal(packed, garbage)
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            packed_words(4),
+            replace(packed_words(4, axis=0), offset_binary=False),
+            replace(packed_words(4, axis=0), container=DType.U8),
+        ],
+        ids=str,
+    )
+    def test_other_arrangements_are_for_torch(self, loops: list[str], source: Packing) -> None:
+        codes = random_codes((10, 12), 4, seed=1)
+
+        assert torch.equal(dispatch.unpack_codes(oracles.pack(codes.long().numpy(), source), source, (10, 12)), codes)
+        assert loops == []
+
+    def test_too_few_words_are_for_torch_too(self, loops: list[str]) -> None:
+        """Torch sees where they end; a loop would read on."""
+        words = torch.zeros(1, 3, dtype=torch.int32)
+
+        assert dispatch.unpack_codes(words, packed_words(4, axis=0), (10, 3)).shape == (8, 3)
+        assert loops == []
+
+
+class TestAdditiveZero:
+    @pytest.mark.parametrize("zero", [-128, -8, -1, 0, 1, 7, 127])
+    def test_every_bfloat16_scale(self, loops: list[str], zero: int) -> None:
+        """Infinity, NaN and subnormal ones too. Nothing is ever minus zero."""
+        scale = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(256, 256)
+        zeros = torch.full((256, 256), zero, dtype=torch.int8)
+        out, buffer = guarded((256, 256), torch.float32)
+
+        assert dispatch.additive_zero(scale, zeros, out=out) is out
+
+        assert same_bits(out, scales.additive_zero(scale, zeros))
+        with np.errstate(all="ignore"):
+            exact = (-np.float64(zero) * scale.double().numpy() + 0.0).astype(np.float32)
+        assert np.array_equal(out.numpy(), exact, equal_nan=True)
+        assert not (out.signbit() & (out == 0)).any()
+        assert is_untouched(buffer)
+        assert loops == ["additive_zero"]
+
+    @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+    @settings(max_examples=40, deadline=None)
+    @given(
+        shape=st.tuples(st.integers(1, 7), st.integers(1, 7)), seed=st.integers(0, 2**31), how=st.sampled_from(LYING)
+    )
+    def test_any_shape_equals_fractions_rounded_once(
+        self, dtype: torch.dtype, shape: tuple[int, int], seed: int, how: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        scale = (torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-20, 9, shape, generator=generator)).to(
+            dtype
+        )
+        zero = random_codes(shape, 8, seed)
+
+        found = dispatch.additive_zero(scale, strided(zero, how))
+
+        assert torch.equal(found.double(), oracles.additive_zero(scale, zero))
+
+    @pytest.mark.parametrize(
+        "zero", [torch.ones(4, 1, dtype=torch.int8), torch.ones(4, 6, dtype=torch.int32)], ids=["shape", "dtype"]
+    )
+    def test_zero_points_of_another_kind_are_for_torch(self, loops: list[str], zero: Tensor) -> None:
+        assert torch.equal(dispatch.additive_zero(torch.ones(4, 6), zero), torch.full((4, 6), -1.0))
+        assert loops == []
+
+    @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+    @settings(max_examples=60, deadline=None)
+    @given(
+        source=st.sampled_from(ALONG_ROWS),
+        rows=st.integers(1, 70),
+        groups=st.integers(1, 5),
+        surplus=st.tuples(st.integers(0, 2), st.integers(0, 3)),
+        seed=st.integers(0, 2**31),
+    )
+    def test_packed_zero_points_equal_plain_ones(
+        self, dtype: torch.dtype, source: Packing, rows: int, groups: int, surplus: tuple[int, int], seed: int
+    ) -> None:
+        """In words of any width, beside columns of garbage; whether codes straddle words or not."""
+        zero = random_codes((rows, groups), source.bits, seed)
+        exact = oracles.pack(zero.long().numpy(), source)
+        words = torch.full((exact.shape[0] + surplus[0], exact.shape[1] + surplus[1]), 0x5A5A5A5A, dtype=torch.int32)
+        words[: exact.shape[0], : exact.shape[1]] = exact
+        scale = torch.randn((rows, groups), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        out, buffer = guarded((rows, groups), torch.float32)
+
+        assert dispatch.additive_zero(scale, words, source, out=out) is out
+
+        assert same_bits(out, scales.additive_zero(scale, zero))
+        assert is_untouched(buffer)
+
+    @pytest.mark.parametrize(
+        ("source", "ran"),
+        [
+            (packed_words(4, axis=0), ["additive_zero_of_words"]),
+            (packed_words(8, axis=0), ["additive_zero_of_words"]),
+            (packed_words(3, axis=0, dense=False), ["additive_zero_of_words"]),
+            (packed_words(3, axis=0), ["plain_codes_along_rows", "additive_zero"]),
+            (packed_words(4), ["additive_zero"]),
+        ],
+        ids=str,
+    )
+    def test_codes_that_are_whole_in_their_words_take_one_pass(
+        self, loops: list[str], source: Packing, ran: list[str]
+    ) -> None:
+        zero = random_codes((20, 6), source.bits, seed=3)
+        words = oracles.pack(zero.long().numpy(), source)
+
+        assert torch.equal(dispatch.additive_zero(torch.ones(20, 6), words, source), -zero.float())
+        assert loops == ran
+
+    @pytest.mark.parametrize("scale", [0.0, float("inf"), float("-inf"), float("nan")])
+    def test_packed_zero_points_under_scales_that_are_no_numbers(self, scale: float) -> None:
+        words = torch.tensor([[-1985229329] * 3], dtype=torch.int32)  # 0x89ABCDEF: zero points 7 to 0
+        scale_OG = torch.full((8, 3), scale)
+
+        found = dispatch.additive_zero(scale_OG, words, packed_words(4, axis=0))
+
+        zero = torch.arange(7, -1, -1, dtype=torch.int8)[:, None].expand(8, 3)
+        assert same_bits(found, scales.additive_zero(scale_OG, zero))
+        assert not (found.signbit() & (found == 0)).any()
+
+
+def exact_numbers(element: Element) -> list[Fraction | None]:
+    return [number(field, element) for field in range(256 if element is Element.E4M3 else 1 << FLOATS[element].bits)]
+
+
+def stored_fields(fields: Tensor, element: Element) -> Tensor:
+    """Bit patterns [N, K] as they are stored: float8, or packed by the slow twin, which knows no sign."""
+    layout = FLOATS[element]
+    return fields.view(torch.float8_e4m3fn) if layout is None else oracles.pack(fields.long().numpy(), layout)
+
+
+def all_singles(lows: list[int]) -> Tensor:
+    """float32 with all values of the upper half, and these of the lower one."""
+    uppers = np.arange(2**16, dtype=np.uint32) << 16
+    return torch.from_numpy((uppers[:, None] | np.array(lows, dtype=np.uint32)).reshape(-1, 1).view(np.float32))
+
+
+class TestRounding:
+    """One code of 1 and its scale: what comes out is the scale, rounded."""
+
+    LOWS = (0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_numbers_of_all_sizes_as_numpy_and_torch_round_them(self, loops: list[str], dtype: torch.dtype) -> None:
+        """All signs, exponents and leading bits, with ties, their neighbours, subnormal numbers, infinity and NaN."""
+        scale = all_singles(list(self.LOWS))
+        ones = torch.ones(scale.shape, dtype=torch.int8)
+
+        found = dispatch.dequantize(ones, INT8_PLAIN, Element.INT, tuple(scale.shape), Scaling(scale=scale), dtype)
+
+        assert same_bits(found, scale.to(dtype))
+        if dtype != torch.bfloat16:
+            with np.errstate(all="ignore"):
+                theirs = scale.numpy().astype(found.numpy().dtype)
+            assert same_bits(found, torch.from_numpy(theirs))
+        assert loops == ["dequantize"]
+
+    @pytest.mark.parametrize("code", [-128, -3, 0, 7, 113])
+    def test_products_of_more_bits_than_float32_has_are_rounded_once_by_numpy(
+        self, loops: list[str], code: int
+    ) -> None:
+        """As numpy does, which goes from float64 to float16 in one step."""
+        scale = all_singles([0x1111, 0x8001, 0xABCD, 0xFFFF])
+        codes = torch.full(scale.shape, code, dtype=torch.int8)
+
+        found = dispatch.dequantize(
+            codes, INT8_PLAIN, Element.INT, tuple(scale.shape), Scaling(scale=scale), torch.float16
+        )
+
+        with np.errstate(all="ignore"):
+            theirs = (np.float64(code) * scale.double().numpy()).astype(np.float16)
+        assert same_bits(found, torch.from_numpy(theirs))
+        assert loops == ["dequantize"]
+
+    @pytest.mark.parametrize("dtype", NARROW, ids=str)
+    @settings(max_examples=80, deadline=None)
+    @given(pattern=st.integers(0, 2**15 - 2), code=st.integers(1, 127), hair=st.sampled_from([-1, 0, 1]))
+    def test_ties_and_their_neighbours_by_fractions(
+        self, dtype: torch.dtype, pattern: int, code: int, hair: int
+    ) -> None:
+        """Scales that make a product next to the middle of two neighbours, which float32 would take for the middle."""
+        lower, upper = torch.tensor([pattern, pattern + 1], dtype=torch.int16).view(dtype).double().tolist()
+        middle = np.float32((lower + upper) / 2 / code)
+        scale = np.nextafter(middle, np.float32(hair) * np.float32(np.inf)) if hair else middle
+        if not np.isfinite(scale):
+            scale = np.float32(1)
+        codes = torch.tensor([[code, -code]], dtype=torch.int8)
+
+        found = self._dequantize(codes, torch.tensor([[float(scale)]], dtype=torch.float32), dtype)
+
+        want = oracles.round_fraction(code * Fraction(float(scale)), dtype)
+        assert found.double().tolist() == [[want, -want]]
+
+    def _dequantize(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return dispatch.dequantize(codes, INT8_PLAIN, Element.INT, tuple(codes.shape), Scaling(scale=scale), dtype)
+
+
+@st.composite
+def scalings(draw: st.DrawFn, shape: tuple[int, int], element: Element) -> Scaling:
+    """One, one per row, groups, groups by an index, or blocks, of which the last may be cut short; with sentinels."""
+    rows, columns = shape
+    kind = draw(st.sampled_from(["tensor", "row", "groups", "index", "blocks", "columns of blocks"]))
+    size = draw(st.integers(1, columns + 3)) if kind not in {"tensor", "row"} else None
+    block_rows = draw(st.integers(1, rows + 2)) if "blocks" in kind else 1
+    groups = -(-columns // size) if size else 1
+    lines = 1 if kind in {"tensor", "columns of blocks"} else -(-rows // block_rows)
+    stored = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if stored == torch.uint8:  # E8M0: 0 is 2^-127, 255 is NaN
+        scale = torch.randint(100, 140, (lines, groups), dtype=torch.uint8, generator=generator)
+        sentinels = [0, 255, 254, 127]
+    else:
+        scale = (torch.randn(lines, groups, generator=generator).exp() * draw(st.sampled_from([1.0, 2.0**-9]))).to(
+            stored
+        )
+        sentinels = [0.0, float("nan"), torch.finfo(stored).max, torch.finfo(stored).smallest_normal / 4, -1.0]
+        sentinels += [] if stored == torch.float8_e4m3fn else [float("inf"), -float("inf"), torch.finfo(stored).tiny]
+    for place in draw(st.lists(st.integers(0, scale.numel() - 1), max_size=2)):
+        scale.view(-1)[place] = draw(st.sampled_from(sentinels))
+    zero = None
+    if element is Element.INT and draw(st.booleans()):
+        zero = torch.randint(-128, 128, scale.shape, dtype=torch.int8, generator=generator)
+    index = None
+    if kind == "index":
+        index = torch.randint(0, groups, (columns,), generator=generator).to(
+            draw(st.sampled_from([torch.int32, torch.int64]))
+        )
+    divisor = draw(st.sampled_from([None, None, 1.0, 3.0, 2688.0, -0.1, 0.0, float("inf"), 1e-30]))
+    return Scaling(
+        scale=scale,
+        zero_point=zero,
+        group_columns=size,
+        block_rows=block_rows,
+        group_index=index,
+        divisor=None if divisor is None else torch.tensor([divisor]),
+    )
+
+
+class TestDequantize:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @settings(max_examples=80, deadline=None)
+    @given(data=st.data())
+    def test_any_codes_under_any_scales_equal_the_torch_twin(self, dtype: torch.dtype, data: st.DataObject) -> None:
+        """Around the output nothing changes, and no input does."""
+        shape = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 40)))
+        seed = data.draw(st.integers(0, 2**31))
+        element = data.draw(st.sampled_from(list(Element)))
+        source: Packing | None
+        if element is Element.INT:
+            source = data.draw(st.sampled_from(ALONG_COLUMNS))
+            values = oracles.pack(random_codes(shape, source.bits, seed).long().numpy(), source)
+            numbers = packing.unpack_codes(values, source, shape)
+        else:
+            source = FLOATS[element]
+            top = len(exact_numbers(element))
+            fields = torch.randint(0, top, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+            values = stored_fields(fields, element)
+            numbers = values if source is None else element_values(fields, element, torch.bfloat16)
+        scaling = data.draw(scalings(shape, element))
+        before = values.view(torch.uint8).clone()
+        out, buffer = guarded(shape, dtype)
+
+        with watched() as ran:
+            found = dispatch.dequantize(values, source, element, shape, scaling, dtype, out=out)
+
+        assert ran == ["dequantize"]
+        assert found is out
+        assert same_bits(out, scales.dequantize(numbers, scaling, dtype))
+        assert is_untouched(buffer)
+        assert torch.equal(values.view(torch.uint8), before)
+
+    @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+    @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
+    @pytest.mark.parametrize("group", [None, 4, 5, 12], ids=["row", "groups", "cut short", "one group"])
+    def test_integers_equal_fractions_rounded_once(
+        self, loops: list[str], group: int | None, zero: bool, dtype: torch.dtype
+    ) -> None:
+        for source in WORD_LAYOUTS:
+            shape = (2, 12)
+            codes = random_codes(shape, source.bits, seed=source.bits)
+            generator = torch.Generator().manual_seed(source.bits)
+            scale_shape = (2, -(-12 // group) if group else 1)
+            scale = torch.randn(scale_shape, generator=generator) * 2.0 ** torch.randint(
+                -14, 8, scale_shape, generator=generator
+            )
+            zero_point = random_codes(scale_shape, source.bits, seed=7) if zero else None
+            scaling = Scaling(scale=scale, zero_point=zero_point, group_columns=group)
+
+            found = dispatch.dequantize(
+                oracles.pack(codes.long().numpy(), source), source, Element.INT, shape, scaling, dtype
+            )
+
+            assert torch.equal(found.double(), oracles.dequantize(codes, scale, zero_point, group, dtype)), source
+        assert set(loops) == {"dequantize"}
+
+    @pytest.mark.parametrize("element", FLOATS)
+    def test_every_small_float_is_the_number_that_its_bits_spell(self, loops: list[str], element: Element) -> None:
+        """Under a scale of one, in every dtype; minus zero keeps its sign, and E4M3 has a NaN of each sign."""
+        numbers = exact_numbers(element)
+        fields = torch.arange(len(numbers), dtype=torch.uint8).repeat(2, 1)
+        for dtype, computed in product(DTYPES, (torch.bfloat16, torch.float32)):
+            scaling = Scaling(scale=torch.ones(1, 1, dtype=computed))
+
+            found = dispatch.dequantize(
+                stored_fields(fields, element), FLOATS[element], element, tuple(fields.shape), scaling, dtype
+            )
+
+            half = len(numbers) // 2
+            for field, value in enumerate(found[1].double().tolist()):
+                assert math.isnan(value) if numbers[field] is None else Fraction(value) == numbers[field], field
+            signs = found[1].signbit() | found[1].isnan()
+            assert signs[half:].all()
+            assert not (signs & ~found[1].isnan())[:half].any()
+        assert set(loops) == {"dequantize"}
+
+    @pytest.mark.parametrize("element", FLOATS)
+    def test_all_pairs_of_neighbouring_fields(self, element: Element) -> None:
+        """Wherever a field begins in its byte, its neighbours don't leak into it."""
+        top = 1 << (8 if FLOATS[element] is None else FLOATS[element].bits)
+        one, other = (each.flatten() for each in torch.meshgrid(*[torch.arange(top)] * 2, indexing="ij"))
+        fields = torch.stack((one, other, one), dim=1).flatten().to(torch.uint8).view(1, -1)
+        fields = fields[:, : min(fields.shape[1], 3 * 4096)]
+        table = [float("nan") if value is None else float(value) for value in exact_numbers(element)]
+
+        found = dispatch.dequantize(
+            stored_fields(fields, element),
+            FLOATS[element],
+            element,
+            tuple(fields.shape),
+            Scaling(scale=torch.ones(1, 1)),
+            torch.float32,
+        )
+
+        want = torch.tensor(table)[fields.long()]
+        assert ((found == want) | (found.isnan() & want.isnan())).all()
+
+    @pytest.mark.parametrize("divisor", [3.0, 0.1, 2688.0, 2.0**-60])
+    def test_a_quotient_is_that_of_float64(self, loops: list[str], divisor: float) -> None:
+        """Never that of float32, however short the scale is."""
+        codes = random_codes((4, 16), 4, seed=5)
+        scale = torch.tensor([[0.3], [1.7], [448.0], [2.0**-9]]).to(torch.float8_e4m3fn)
+        scaling = Scaling(scale=scale, divisor=torch.tensor([divisor]))
+
+        found = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (4, 16), scaling, torch.float64)
+
+        want = codes.double().numpy() * scale.double().numpy() / np.float64(np.float32(divisor))
+        assert np.array_equal(found.numpy(), want)
+        assert loops == ["dequantize"]
+
+    @pytest.mark.parametrize("how", LYING)
+    def test_codes_and_scales_may_lie_anyhow(self, loops: list[str], how: str) -> None:
+        words = oracles.pack(random_codes((4, 32), 4, seed=1).long().numpy(), packed_words(4))
+        zero = random_codes((4, 4), 4, seed=2)
+        scale = torch.rand(4, 4, generator=torch.Generator().manual_seed(3))
+        plain = Scaling(scale=scale, zero_point=zero, group_columns=8)
+        other = replace(plain, scale=scale.T.contiguous().T, zero_point=strided(zero, how))
+
+        found = [
+            dispatch.dequantize(packed, packed_words(4), Element.INT, (4, 32), scaling, torch.bfloat16)
+            for packed, scaling in ((words, plain), (strided(words, how), other))
+        ]
+
+        assert same_bits(*found)
+        assert loops == ["dequantize"] * 2
+
+    def test_an_index_for_a_single_group_says_nothing(self, loops: list[str]) -> None:
+        codes = random_codes((2, 8), 8, seed=1)
+        scaling = Scaling(scale=torch.full((2, 1), 0.5), group_columns=8, group_index=torch.full((8,), 5))
+
+        found = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (2, 8), scaling, torch.float32)
+
+        assert torch.equal(found, codes * 0.5)
+        assert loops == ["dequantize"]
+
+
+CODES = torch.ones(4, 8, dtype=torch.int8)
+GROUPS = Scaling(scale=torch.full((4, 2), 0.5), group_columns=4)
+UNKNOWN = {
+    "scales of float64": replace(GROUPS, scale=GROUPS.scale.double()),
+    "zero points of int32": replace(GROUPS, zero_point=torch.zeros(4, 2, dtype=torch.int32)),
+    "zero points for all rows": replace(GROUPS, zero_point=torch.zeros(1, 2, dtype=torch.int8)),
+    "an index that counts from the end": replace(GROUPS, group_index=torch.full((8,), -1)),
+}
+CONTRADICTIONS = {
+    "an index beyond the last group": replace(GROUPS, group_index=torch.full((8,), 2)),
+    "an index of too few columns": replace(GROUPS, group_index=torch.zeros(7, dtype=torch.int32)),
+    "too few groups": Scaling(scale=torch.ones(4, 2), group_columns=3),
+    "too few rows of scales": Scaling(scale=torch.ones(3, 2), group_columns=4),
+    "too few blocks": Scaling(scale=torch.ones(2, 2), group_columns=4, block_rows=1),
+}
+
+
+class TestWhatLoopsDoNotTake:
+    """A loop looks nowhere before it reads: what it doesn't know goes to torch, which does or refuses it."""
+
+    @pytest.mark.parametrize("scaling", UNKNOWN.values(), ids=UNKNOWN.keys())
+    def test_other_arrangements_are_for_torch(self, loops: list[str], scaling: Scaling) -> None:
+        found = dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.float32)
+
+        assert torch.equal(found, torch.full((4, 8), 0.5))
+        assert loops == []
+
+    @pytest.mark.parametrize("scaling", CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
+    def test_sizes_that_contradict_each_other_are_refused(self, loops: list[str], scaling: Scaling) -> None:
+        with pytest.raises((IndexError, RuntimeError)):
+            dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.float32)
+        assert loops == []
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.uint8, torch.int8], ids=str)
+    def test_codes_of_another_dtype_are_no_float8(self, loops: list[str], dtype: torch.dtype) -> None:
+        values = torch.ones(4, 8).to(dtype)
+
+        found = dispatch.dequantize(values, None, Element.E4M3, (4, 8), GROUPS, torch.float32)
+
+        assert torch.equal(found, torch.full((4, 8), 0.5))
+        assert loops == []
+
+    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+    def test_a_container_that_is_too_small_is_never_read_past_its_end(self, loops: list[str], target: Packing) -> None:
+        words = torch.zeros(4, 2, dtype=torch.int32)
+
+        for shape in ((5, 16), (4, 17)):
+            assert dispatch.repack(words, packed_words(4), target, shape).shape == target.packed_shape((4, 16))
+        assert loops == []
+
+    def test_codes_along_rows_and_other_targets_are_for_torch(self, loops: list[str]) -> None:
+        codes = random_codes((8, 8), 4, seed=4)
+        pairs = oracles.pack(codes.long().numpy(), INT4_ROW_PAIRS)
+
+        assert torch.equal(dispatch.repack(pairs, INT4_ROW_PAIRS, INT8_PLAIN, (8, 8)), codes)
+        words = dispatch.repack(pairs, INT4_ROW_PAIRS, packed_words(4), (8, 8))
+        assert torch.equal(words, oracles.pack(codes.long().numpy(), packed_words(4)))
+        assert loops == []
+
+    def test_other_devices_are_for_torch(self, loops: list[str]) -> None:
+        """Whichever of the tensors lies there."""
+        away = torch.zeros(4, 8, dtype=torch.int8, device="meta")
+        zero = torch.zeros(8, 3, dtype=torch.int32, device="meta")
+
+        assert dispatch.unpack_codes(zero, packed_words(4, axis=0), (64, 3)).device.type == "meta"
+        assert dispatch.additive_zero(away.float(), away).device.type == "meta"
+        scale = torch.ones(64, 3, device="meta")
+        assert dispatch.additive_zero(scale, zero, packed_words(4, axis=0)).device.type == "meta"
+        scaling = Scaling(scale=torch.ones(4, 1, device="meta"))
+        found = dispatch.dequantize(away, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.bfloat16)
+        assert (found.device.type, found.dtype, found.shape) == ("meta", torch.bfloat16, (4, 8))
+        assert loops == []
+
+    @pytest.mark.parametrize(("columns", "ran"), [(255, []), (256, ["plain_codes"])], ids=["small", "large"])
+    def test_a_loop_takes_tensors_from_65536_codes_on(
+        self, loops: list[str], columns: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dispatch, "_SMALL", 1 << 16)
+        octets = torch.zeros(256, columns, dtype=torch.uint8)
+        source = Packing(bits=8, container=DType.U8, axis=1, offset_binary=True)
+
+        assert torch.equal(dispatch.repack(octets, source, INT8_PLAIN, (256, columns)), octets.view(torch.int8) - 128)
+        assert loops == ran
+
+
+SOURCE = packed_words(4)
+WORDS = torch.zeros(4, 4, dtype=torch.int32)
+WITH_OUT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int], torch.dtype]] = {
+    "repack to row pairs": (
+        lambda out: dispatch.repack(WORDS, SOURCE, INT4_ROW_PAIRS, (4, 32), out=out), (2, 32), torch.uint8,
+    ),
+    "repack to int8": (lambda out: dispatch.repack(WORDS, SOURCE, INT8_PLAIN, (4, 32), out=out), (4, 32), torch.int8),
+    "additive zero": (
+        lambda out: dispatch.additive_zero(torch.ones(4, 3), torch.ones(4, 3, dtype=torch.int8), out=out),
+        (4, 3),
+        torch.float32,
+    ),
+    "dequantize": (
+        lambda out: dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), GROUPS, torch.bfloat16, out=out),
+        (4, 8),
+        torch.bfloat16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "shape", "dtype"), WITH_OUT.values(), ids=WITH_OUT.keys())
+@pytest.mark.parametrize("small", [0, 1 << 16], ids=["loop", "torch"])
+class TestOut:
+    """The same promises whether a loop writes or torch does."""
+
+    @pytest.fixture(autouse=True)
+    def threshold(self, loops: list[str], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatch, "_SMALL", small)
+
+    def test_it_is_written_and_returned(
+        self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        out, buffer = guarded(shape, dtype)
+
+        assert call(out) is out
+        assert torch.equal(out, call(None))
+        assert is_untouched(buffer)
+
+    def test_none_makes_a_new_one(
+        self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        made, again = call(None), call(None)
+
+        assert (tuple(made.shape), made.dtype) == (shape, dtype)
+        assert made.is_contiguous()
+        assert made.data_ptr() != again.data_ptr()
+
+    @pytest.mark.parametrize("wrong", ["rows", "columns", "one more axis", "dtype", "strides"])
+    def test_another_kind_is_refused(
+        self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype, wrong: str
+    ) -> None:
+        """Otherwise torch would convert and repeat without a word, and a loop would write beyond the end."""
+        out = {
+            "rows": torch.zeros(2 * shape[0], shape[1], dtype=dtype),
+            "columns": torch.zeros(shape[0], shape[1] - 1, dtype=dtype),
+            "one more axis": torch.zeros(2, *shape, dtype=dtype),
+            "dtype": torch.zeros(shape, dtype=torch.float64),
+            "strides": torch.zeros(shape[1], shape[0], dtype=dtype).T,
+        }[wrong]
+
+        with pytest.raises(ValueError, match="out must be a contiguous") as raised:
+            call(out)
+
+        assert str(raised.value) == (
+            f"out must be a contiguous {dtype} {list(shape)}, not {out.dtype} {list(out.shape)}"
+        )
+        assert not out.any()
+
+
+class TestProcesses:
+    """What only a process of its own can tell."""
+
+    def test_importing_the_dispatcher_imports_nothing_heavy(self) -> None:
+        done = run_python(
+            """
+            import sys
+            import trtllm_ct.layouts.loops.dispatch
+
+            print(sorted({"numba", "numpy", "torch"} & set(sys.modules)))
+            """
+        )
+
+        assert done.stdout.strip() == "[]"
+
+    def test_no_byte_behind_the_last_one_is_read(self) -> None:
+        """Codes end where a page ends whose neighbour can't be read: one byte further ends the process."""
+        done = run_python(
+            """
+            import ctypes, mmap
+            import torch
+            from trtllm_ct.base.dtypes import DType
+            from trtllm_ct.layouts import dispatch
+            from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, packed_words
+            from trtllm_ct.layouts.scales import Scaling
+            from trtllm_ct.base.schemes import Element, Packing
+
+            dispatch._SMALL = 0
+            page = mmap.PAGESIZE
+            memory = mmap.mmap(-1, 2 * page)
+            own = torch.frombuffer(memory, dtype=torch.uint8)
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.mprotect(ctypes.c_void_p(own.data_ptr() + page), ctypes.c_size_t(page), 0) == 0
+
+            def at_the_end(shape, dtype):
+                size = shape[0] * shape[1] * dtype.itemsize
+                return own[page - size : page].view(dtype).view(shape)
+
+            count = 0
+            for bits in range(1, 9):
+                for container, dense in ((DType.U8, True), (DType.I32, True), (DType.I32, False)):
+                    source = Packing(bits=bits, container=container, axis=1, offset_binary=True, dense=dense)
+                    for columns in (1, 7, 8, 9, 33, 64, 127):
+                        shape = (3, columns)
+                        packed = at_the_end(source.packed_shape(shape), container.torch_dtype)
+                        dispatch.repack(packed, source, INT4_ROW_PAIRS, shape)
+                        if source != INT8_PLAIN:
+                            dispatch.repack(packed, source, INT8_PLAIN, shape)
+                        scaling = Scaling(scale=torch.ones(3, 1))
+                        dispatch.dequantize(packed, source, Element.INT, shape, scaling, torch.bfloat16)
+                        count += 3
+                for dense in (True, False):
+                    along = packed_words(bits, axis=0, dense=dense)
+                    for rows in (1, 8, 31, 32, 33, 64, 65):
+                        words = at_the_end(along.packed_shape((rows, 3)), torch.int32)
+                        dispatch.unpack_codes(words, along, (rows, 3))
+                        dispatch.additive_zero(torch.ones(rows, 3), words, along)
+                        count += 2
+            print(count)
+            """
+        )
+
+        assert done.stdout.strip() == str(8 * (3 * 7 * 3 + 2 * 7 * 2))
+
+    def test_threads_give_the_same_bits(self) -> None:
+        """Loops let go of the interpreter lock; they share nothing."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        words = [oracles.pack(random_codes((64, 256), 4, seed).long().numpy(), SOURCE) for seed in range(16)]
+        alone = [packing.repack(each, SOURCE, INT4_ROW_PAIRS, (64, 256)) for each in words]
+
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(lambda each: dispatch.repack(each, SOURCE, INT4_ROW_PAIRS, (64, 256)), words))
+
+        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))

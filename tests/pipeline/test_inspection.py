@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from builders import SCHEMES, rewrite_config, tiny_config, write_checkpoint
+from fused_experts import fuse_experts
+
+from trtllm_ct.base.errors import DetectionError, UsageError
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.pipeline.inspection import inspect_checkpoint
+from trtllm_ct.pipeline.open import plan_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+MIXED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "int4-g64"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "int8-g32"),
+    "o_proj": "int4-g64",
+    "down_proj": "fp8-channel-token",
+}
+
+
+def test_rows_tell_scheme_family_mode_and_reason_with_bytes(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, scheme=MIXED)
+
+    rows = list(inspect_checkpoint(tmp_path).rows())
+
+    assert [(len(row.modules), row.stored_scheme, row.native_mode, row.delivered_mode, row.reason) for row in rows] == [
+        (2, "float-quantized: fp8 channel, input fp8 token dynamic", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", ""),
+        (8, "pack-quantized: int4 group 64", "W4A16_GPTQ", "W4A16_AWQ g64", ""),
+        (4, "pack-quantized: int8 group 32", "W8A16", "dequantized", "W8A16 holds no scale per group"),
+        (7, "plain", "", "plain", ""),
+    ]
+
+
+def test_every_module_is_in_one_row_and_bytes_add_up(tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path, scheme=MIXED, kv=True)
+
+    found = inspect_checkpoint(tmp_path)
+    rows = list(found.rows())
+
+    assert found.plan is not None
+    assert sorted(name for row in rows for name in row.modules) == sorted(module.name for module in found.plan.modules)
+    assert sum(row.stored_bytes for row in rows) == sum(tensor.nbytes for tensor in built.stored.values())
+    assert sum(row.delivered_bytes for row in rows) == found.plan.delivered_bytes
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "int4-g64-actorder", "int4-g32", "fp8-tensor-static", "dense"])
+def test_bytes_of_experts_in_one_tensor_add_up(tmp_path: Path, scheme: str) -> None:
+    """Also of a scalar that gate and up share."""
+    config = tiny_config("Qwen3MoeForCausalLM", layers=1)
+    built = write_checkpoint(tmp_path, config=config, scheme=scheme, edit=fuse)
+
+    rows = list(inspect_checkpoint(tmp_path).rows())
+
+    assert sum(row.stored_bytes for row in rows) == sum(tensor.nbytes for tensor in built.stored.values())
+
+
+def fuse(stored: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in stored if name.endswith("up_proj.weight_g_idx")]:
+        stored[name] = stored[name.replace("up_proj", "gate_proj")].clone()
+    fuse_experts(stored)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_has_a_row_that_names_it(tmp_path: Path, scheme: str) -> None:
+    """Never "unknown", and a dequantized one says why."""
+    config = tiny_config(hidden=256, intermediate=256, layers=1, vocabulary=16)
+    write_checkpoint(tmp_path, config=config, scheme=scheme)
+
+    first, *others = inspect_checkpoint(tmp_path).rows()
+
+    assert [row.stored_scheme for row in others] == ["plain"]
+    assert first.stored_scheme.startswith(SCHEMES[scheme].format.replace("naive", "float") + ": ")
+    assert len(first.modules) == 7
+    assert first.native_mode or scheme.startswith("mxfp6")
+    assert bool(first.reason) is (first.delivered_mode == "dequantized")
+    assert "unknown" not in json.dumps(inspect_checkpoint(tmp_path).to_dict())
+
+
+def test_the_recipe_names_the_family(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, scheme="int4-g64")
+    (tmp_path / "recipe.yaml").write_text("stage:\n  modifiers:\n    AWQModifier:\n      n: 1\n")
+
+    assert next(inspect_checkpoint(tmp_path).rows()).native_mode == "W4A16_AWQ"
+
+
+def test_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, scheme=MIXED)
+    monkeypatch.setattr(TensorReader, "read", lambda *_: pytest.fail("a tensor was read"))
+
+    assert not inspect_checkpoint(tmp_path).problems
+
+
+@pytest.mark.parametrize("to", ["modelopt", "dense", "reference"])
+def test_the_plan_is_that_of_the_target(tmp_path: Path, to: str) -> None:
+    write_checkpoint(tmp_path)
+
+    assert inspect_checkpoint(tmp_path, to).plan == plan_checkpoint(tmp_path, to)
+
+
+def test_problems_of_every_stage_are_gathered_instead_of_raised(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, edit=lambda stored: [stored.pop("model.norm.weight"), stored.pop("lm_head.weight")])
+
+    found = inspect_checkpoint(tmp_path)
+
+    assert found.plan is None
+    assert list(found.rows()) == []
+    assert [fault.where for fault in found.problems] == ["model.norm.weight", "lm_head.weight"]
+    rewrite_config(tmp_path, lambda config: config.update(architectures=["X"]))
+    assert [fault.where for fault in inspect_checkpoint(tmp_path).problems] == ["config.json: architectures"]
+    (tmp_path / "model.safetensors").unlink()
+    assert [fault.expected for fault in inspect_checkpoint(tmp_path).problems] == ["safetensors files"]
+
+
+def test_what_is_not_ours_is_a_problem_with_evidence(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    rewrite_config(tmp_path, lambda config: config.update(quantization_config={"quant_method": "awq", "bits": 4}))
+
+    found = inspect_checkpoint(tmp_path)
+
+    assert found.detection.method == "awq"
+    (problem,) = found.problems
+    assert problem.found.startswith("an AutoAWQ checkpoint, not compressed-tensors")
+    assert "quant_method" in problem.found
+
+
+def test_nothing_to_detect_and_no_such_target_are_raised(tmp_path: Path) -> None:
+    with pytest.raises(DetectionError):
+        inspect_checkpoint(tmp_path)
+    write_checkpoint(tmp_path)
+    with pytest.raises(UsageError):
+        inspect_checkpoint(tmp_path, "gguf")
+
+
+def test_warnings_are_those_of_detection_and_plan(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    rewrite_config(tmp_path, lambda config: config["quantization_config"].update(unheard_of=1))
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}})
+    )
+
+    first, second = inspect_checkpoint(tmp_path).warnings
+
+    assert "config.json: quantization_config says compressed-tensors, hf_quant_config.json says modelopt" in first
+    assert "unheard_of" in second
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_document_has_the_same_keys_with_and_without_problems(tmp_path: Path, broken: bool) -> None:
+    def edit(stored: dict[str, torch.Tensor]) -> None:
+        if broken:
+            del stored["model.norm.weight"]
+
+    write_checkpoint(tmp_path, config=tiny_config(layers=1), scheme="fp8-tensor-static", kv=True, edit=edit)
+
+    document = json.loads(json.dumps(inspect_checkpoint(tmp_path).to_dict()))
+
+    assert document.keys() == {
+        "directory",
+        "target",
+        "parallel",
+        "detection",
+        "architecture",
+        "schemes",
+        "modules",
+        "quantization",
+        "kv_cache",
+        "stored_bytes",
+        "delivered_bytes",
+        "warnings",
+        "problems",
+    }
+    assert document["detection"]["method"] == "compressed-tensors"
+    assert document["detection"]["evidence"][0]["file"] == "config.json"
+    assert document["kv_cache"] == (None if broken else "FP8")
+    assert (document["modules"] is None) is broken
+    assert len(document["problems"]) == broken

@@ -1,0 +1,292 @@
+"""The plan of some rows of a weight: together the parts deliver what the whole does, and each reads its own rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from planned_modules import PADDED, delivered, octets, plain_module, planned
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import PayloadError
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.formats.marlin_24 import MARLIN_24
+from trtllm_ct.layouts.folds import Fold
+from trtllm_ct.layouts.packing import packed_words
+from trtllm_ct.plan.ops import FoldTransform, Repack
+from trtllm_ct.plan.plan import Delivery
+from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, rows_in_one, weight_rows
+from trtllm_ct.plan.stored import Whole
+
+if TYPE_CHECKING:
+    from planned_modules import Planned
+
+    from trtllm_ct.plan.plan import ModulePlan
+
+# Each way of storing codes, scales and zero points.
+KINDS = (
+    "int4-g32",
+    "int4-g64-asym",
+    "int4-channel-asym",
+    "int4-tensor-asym",
+    "int4-plain-g64",
+    "int4-g64-actorder",
+    "int3-g64-asym",
+    PADDED,
+    "int8-channel-asym",
+    "int8-plain-channel-asym",
+    "w8a8-static-asym",
+    "fp8-tensor-static",
+    "fp8-tensor-token",
+    "fp8-channel-token",
+    "fp8-block",
+    "nvfp4",
+    "mxfp4a16",
+    "mxfp6a8",
+    "mxfp8",
+)
+# What belongs to all rows alike.
+SHARED = {
+    "weight_shape",
+    "weight_g_idx",
+    "weight_global_scale",
+    "input_global_scale",
+    "input_scale",
+    "input_zero_point",
+}
+
+
+def both(name: str) -> list[Planned]:
+    """Dequantized with rows that fill no word, and in its mode with sizes of its kernel; the last block is not full."""
+    if name == "fp8-block":
+        return [planned(name, (300, 128), native=native, bias=True) for native in (False, True)]
+    return [planned(name, (37, 128), bias=True), planned(name, (128, 128), native=True, bias=True)]
+
+
+@cache
+def whole_octets(name: str) -> list[dict[str, bytes]]:
+    """What both deliver."""
+    return [{local: octets(tensor) for local, tensor in delivered(*each).items()} for each in both(name)]
+
+
+def some_rows(data: st.DataObject, plan: ModulePlan) -> list[tuple[int, int]]:
+    """The bounds of parts that make the whole: several ones, unless its rows can't be parted."""
+    rows, unit = weight_rows(plan), row_unit(plan)
+    starts = range(unit, rows, unit)
+    inner = data.draw(st.sets(st.sampled_from(starts), min_size=1, max_size=3)) if starts else set()
+    return list(pairwise([0, *sorted(inner), rows]))
+
+
+class TestParts:
+    @pytest.mark.parametrize("name", KINDS)
+    @settings(max_examples=2, deadline=None)
+    @given(data=st.data())
+    def test_together_they_deliver_the_whole(self, name: str, data: st.DataObject) -> None:
+        for (plan, stored), whole in zip(both(name), whole_octets(name), strict=True):
+            announced = {delivery.name: delivery.spec for delivery in plan.deliveries}
+            parts = [delivered(narrow(plan, *bounds), stored) for bounds in some_rows(data, plan)]
+            for local, want in whole.items():
+                of_parts = [octets(part[local]) for part in parts]
+                if announced[local].numel == 1 or local == "m.pre_quant_scale":
+                    assert set(of_parts) == {want}, local
+                else:
+                    assert b"".join(of_parts) == want, local
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_all_rows_are_the_whole(self, name: str) -> None:
+        for (plan, stored), whole in zip(both(name), whole_octets(name), strict=True):
+            part = narrow(plan, 0, weight_rows(plan))
+
+            assert part.deliveries == plan.deliveries
+            assert part.runs == plan.runs
+            assert {local: octets(tensor) for local, tensor in delivered(part, stored).items()} == whole
+
+    @pytest.mark.parametrize("name", KINDS)
+    @settings(max_examples=3, deadline=None)
+    @given(data=st.data())
+    def test_each_element_is_read_by_one_part(self, name: str, data: st.DataObject) -> None:
+        """But for what belongs to all rows alike, which is read by all parts."""
+        for plan, _ in both(name):
+            parts = [narrow(plan, *bounds) for bounds in some_rows(data, plan)]
+            for local, view in plan.views.items():
+                runs = [part.views[local].runs[0] for part in parts]
+                if local in SHARED or (local.startswith("weight_") and view.spec.numel == 1):
+                    assert runs == [view.runs[0]] * len(parts), local
+                else:
+                    inner = [run.begin for run in runs[1:]]
+                    assert [run.begin for run in runs] == [0, *inner], local
+                    assert [run.end for run in runs] == [*inner, view.spec.numel], local
+
+    @pytest.mark.parametrize("name", ["int4-g32-asym", PADDED, "int8-channel-asym", "fp8-channel-token", "nvfp4"])
+    def test_a_part_looks_at_its_own_rows_only(self, name: str) -> None:
+        """All other bytes are 0xff: NaN as a scale, and a code of -1."""
+        plan, stored = planned(name, (80, 128))
+        part = narrow(plan, 40, 80)
+        spoilt = {}
+        for run in part.runs:
+            tensor = stored[run.name]
+            read = slice(run.begin * tensor.itemsize, (run.end or 0) * tensor.itemsize)
+            raw = bytearray(b"\xff" * tensor.nbytes)
+            raw[read] = octets(tensor)[read]
+            spoilt[run.name] = torch.frombuffer(raw, dtype=tensor.dtype).reshape(tensor.shape)
+
+        assert octets(delivered(part, spoilt)["m.weight"]) == octets(delivered(plan, stored)["m.weight"][40:])
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+    def test_a_bad_scale_is_refused_by_the_part_that_has_its_row(self, bad: float) -> None:
+        plan, stored = planned("int8-channel", (16, 32))
+        scale = stored["m.weight_scale"].clone()
+        scale[5] = bad
+        refused = []
+        for begin in range(0, 16, 4):
+            try:
+                delivered(narrow(plan, begin, begin + 4), stored | {"m.weight_scale": scale})
+            except PayloadError:
+                refused.append(begin)
+
+        assert refused == [4]
+
+    def test_the_stored_shape_is_still_that_of_the_whole(self) -> None:
+        plan, stored = planned("int4-g32", (37, 64))
+        part = narrow(plan, 8, 16)
+
+        assert part.weight is not None
+        assert (part.weight.shape, part.weight.part_of) == ((8, 64), (37, 64))
+        wrong = stored | {"m.weight_shape": torch.tensor([8, 64])}
+        with pytest.raises(PayloadError, match=r"weight_shape: expected \[37, 64\]"):
+            delivered(part, wrong)
+
+    def test_a_part_of_no_rows_reads_nothing_of_a_row(self) -> None:
+        plan, _ = planned("fp8-channel-token", (16, 32), bias=True)
+
+        part = narrow(plan, 0, 0)
+
+        assert {local: view.spec.shape for local, view in part.views.items()} == {
+            "weight": (0, 32),
+            "weight_scale": (0, 1),
+            "bias": (0,),
+        }
+        assert [delivery.spec.shape for delivery in part.deliveries] == [(0, 32), (0,)]
+
+    @pytest.mark.parametrize("form", [(16,), (16, 1), (1, 16)], ids=str)
+    def test_a_scale_per_row_may_lie_along_any_axis(self, form: tuple[int, ...]) -> None:
+        plan, stored = planned("fp8-channel-token", (16, 32))
+        spec = TensorSpec(DType.BF16, form)
+        shaped = replace(plan, views={**plan.views, "weight_scale": Whole(name="m.weight_scale", spec=spec)})
+        scale = stored["m.weight_scale"].reshape(form)
+
+        found = delivered(narrow(shaped, 4, 9), stored | {"m.weight_scale": scale})
+
+        assert octets(found["m.weight"]) == octets(delivered(plan, stored)["m.weight"][4:9])
+
+
+class TestPlain:
+    @pytest.mark.parametrize("dtype", [DType.F32, DType.F16], ids=lambda dtype: dtype.name)
+    @pytest.mark.parametrize(("rows", "bounds"), [(5, (1, 3)), (5, (4, 5)), (1, (0, 1)), (5, (2, 2))])
+    def test_weight_and_bias_have_the_same_rows(self, rows: int, bounds: tuple[int, int], dtype: DType) -> None:
+        plan, stored = plain_module(rows, dtype)
+        whole = delivered(plan, stored)
+
+        part = delivered(narrow(plan, *bounds), stored)
+
+        assert {local: octets(tensor) for local, tensor in part.items()} == {
+            local: octets(tensor[slice(*bounds)]) for local, tensor in whole.items()
+        }
+        assert (weight_rows(plan), row_unit(plan)) == (rows, 1)
+
+    def test_other_parameters_stay_whole(self) -> None:
+        plan, _ = plain_module(4)
+        view = Whole(name="m.k_scale", spec=TensorSpec(DType.F32, (4,)))
+
+        part = narrow(replace(plan, views={**plan.views, "k_scale": view}), 0, 2)
+
+        assert part.views["k_scale"] is view
+
+
+class TestUnits:
+    @pytest.mark.parametrize(
+        ("name", "native", "unit"),
+        [
+            ("int8-channel", False, 1),
+            ("int4-g64", False, 1),
+            ("int4-tensor-asym", False, 1),
+            ("int4-g64-asym", False, 8),
+            ("int4-channel-asym", False, 8),
+            ("int8-g64-asym", False, 4),
+            ("int8-plain-channel-asym", False, 1),
+            # 32 codes of three bits fill three words; of padded ones ten fill one.
+            ("int3-g64-asym", False, 32),
+            (PADDED, False, 10),
+            ("fp8-block", False, 128),
+            ("fp8-channel-token", True, 1),
+            ("fp8-block", True, 128),
+            ("nvfp4", True, 1),
+            # A byte of the engine's int4 holds two rows.
+            ("int4-g64", True, 2),
+            ("int4-g64-asym", True, 8),
+            ("int3-g64", True, 2),
+            ("int8-channel", True, 1),
+        ],
+    )
+    def test_are_the_rows_of_a_word_a_block_and_a_delivered_byte(self, name: str, native: bool, unit: int) -> None:
+        plan, _ = planned(name, (256, 128), native=native)
+
+        assert row_unit(plan) == unit
+
+    def test_words_and_delivered_bytes_are_whole_together(self) -> None:
+        """Ten rows fill a padded word, 32 make whole bytes of a dense stream of 3 bits: 160 do both."""
+        plan, _ = planned(PADDED, (320, 64))
+        assert plan.weight is not None
+        dense = replace(plan, weight=replace(plan.weight, zero_point_packing=packed_words(3, 0)))
+        blocks = replace(plan.weight, args=replace(plan.weight.args, block_structure=(16, 16)))
+
+        assert row_unit(dense) == 32
+        assert row_unit(replace(plan, weight=blocks)) == 80
+
+    @pytest.mark.parametrize(
+        ("name", "rows"),
+        [
+            ("fp8-block", {"weight": 1, "weight_scale": 128}),
+            ("int4-g64", {"weight": 2, "weight_scale": 1, "pre_quant_scale": 1}),
+            ("int8-channel", {"weight": 1, "weight_scale": 1}),
+            ("fp8-tensor-static", {"weight": 1, "weight_scale": 1, "input_scale": 1}),
+        ],
+    )
+    def test_a_delivered_row_stands_for_so_many(self, name: str, rows: dict[str, int]) -> None:
+        plan, _ = planned(name, (256, 256), native=True)
+
+        found = {each.name.rpartition(".")[2]: rows_in_one(each.operation, plan.weight) for each in plan.deliveries}
+        assert found == rows
+
+    def test_of_codes_that_are_packed_along_columns_a_row_is_one(self) -> None:
+        plan, _ = planned("int4-g64", (64, 64))
+        words = packed_words(4)
+
+        repacked = Repack(result=TensorSpec(DType.I32, words.packed_shape((64, 64))), packing=words)
+        assert rows_in_one(repacked, plan.weight) == 1
+
+
+class TestWhatCanNotBeParted:
+    def test_rows_that_lie_in_tiles(self) -> None:
+        plan, _ = planned("int4-g64", (64, 64))
+        assert plan.weight is not None
+
+        assert can_narrow(plan)
+        assert not can_narrow(replace(plan, weight=replace(plan.weight, format=MARLIN_24)))
+
+    @pytest.mark.parametrize(("axes", "possible"), [((), True), ((1,), True), ((0,), False), ((1, 0), False)])
+    def test_rows_that_a_transform_mixes(self, axes: tuple[int, ...], possible: bool) -> None:
+        plan, _ = plain_module(4)
+        folds = tuple(
+            Fold(matrix=f"R{axis}", permutation=None, axis=axis, transposed=False, normalized=True) for axis in axes
+        )
+        folded = FoldTransform(result=TensorSpec(DType.BF16, (4, 3)), folds=folds)
+
+        assert can_narrow(plan)
+        assert can_narrow(replace(plan, deliveries=(Delivery(name="m.weight", operation=folded),))) is possible

@@ -1,0 +1,22 @@
+"""The committed table of modes at every parallel size, held to the planner."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from golden_parallel import GOLDEN_PARALLEL, parallel_table
+
+from trtllm_ct.engine.releases import ENGINES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.shared
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_release_plans_what_the_table_says(shared: Path, engine: str) -> None:
+    """None of the sixteen has a scheme whose mode came with a release. Wrong on purpose? See `golden_parallel.py`."""
+    assert parallel_table(shared / "checkpoints", engine) == json.loads(GOLDEN_PARALLEL.read_text())

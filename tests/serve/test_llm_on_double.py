@@ -1,0 +1,469 @@
+"""`trtllm_ct.LLM` on the double of both releases: what the engine is given, and what comes out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import engine_double
+import pytest
+from builders import Built, rewrite, rewrite_config, tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
+from hub_cache import COMMIT, HubCache
+from plain_model import deviation, plain_logits
+
+import trtllm_ct
+from trtllm_ct import LLM, convert_checkpoint
+from trtllm_ct.base.errors import CheckpointError, PlanError, UsageError
+from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.serve.sidecar import Sidecar, is_sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = Path(trtllm_ct.__file__).parent / "cli" / "demo_data"
+TOKENS = list(range(5, 25))
+EXACT, DEQUANTIZED = 2e-3, 2e-2
+ROW_WISE = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "fp8-channel-token")
+STATIC_MLP = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "fp8-tensor-static")
+
+pytestmark = pytest.mark.usefixtures("sidecar_cache")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Built:
+    return write_checkpoint(tmp_path / "made", config=tiny_config(hidden=128), scheme="int4-g64")
+
+
+def served(model: str | Path, **arguments: Any) -> Any:
+    return LLM(model, **{"skip_tokenizer_init": True, **arguments})
+
+
+def opened(llm: Any) -> Sidecar:
+    """The sidecar that the engine was given."""
+    return Sidecar.open(llm.args.model)
+
+
+@pytest.mark.reference
+def test_text_is_that_of_the_reference_engine(engine: Any) -> None:
+    params = trtllm_ct.SamplingParams(max_tokens=12)
+
+    llm = LLM(model=DEMO, tensor_parallel_size=2)
+
+    assert type(llm) is engine.LLM
+    assert type(params) is engine.SamplingParams
+    ours = LLM(DEMO, engine="reference").generate(["The import statement"], params)
+    for got, want in zip(llm.generate(["The import statement"], params), ours, strict=True):
+        assert (got.prompt, got.prompt_token_ids) == (want.prompt, want.prompt_token_ids)
+        for field in ("text", "token_ids", "finish_reason"):
+            assert getattr(got.outputs[0], field) == getattr(want.outputs[0], field)
+
+
+@pytest.mark.parametrize(
+    ("generation", "error"),
+    [("old", (NotImplementedError, "Unsupported quantization_config")), ("newest", (TypeError, "not subscriptable"))],
+)
+def test_stock_fails_on_what_ours_loads(generation: str, error: tuple[type[Exception], str]) -> None:
+    with engine_double.installed(generation, importers=[BINDINGS]) as engine:
+        with pytest.raises(error[0], match=error[1]):
+            engine.LLM(model=DEMO, skip_tokenizer_init=True)
+
+        assert served(DEMO).logits(TOKENS).isfinite().all()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("scheme", ["int4-g64", "fp8-channel-token", "w8a8"])
+def test_logits_are_those_of_the_exact_weights(engine: Any, tmp_path: Path, scheme: str) -> None:
+    built = write_checkpoint(tmp_path / "made", config=tiny_config(hidden=128), scheme=scheme)
+
+    assert deviation(served(built.directory).logits(TOKENS), plain_logits(built.config, built.dense, TOKENS)) < EXACT
+
+
+def test_the_log_says_which_engine_runs_and_why(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trtllm_ct")
+
+    served(DEMO)
+
+    assert f"TensorRT-LLM {engine.__version__} runs {DEMO}: it is installed" in caplog.messages
+
+
+def test_all_keywords_arrive(engine: Any) -> None:
+    cache_config = engine.KvCacheConfig(free_gpu_memory_fraction=0.5)
+
+    llm = served(DEMO, backend="pytorch", max_seq_len=77, kv_cache_config=cache_config, disable_overlap_scheduler=True)
+
+    args = llm.args
+    assert (args.backend, args.max_seq_len, args.disable_overlap_scheduler) == ("pytorch", 77, True)
+    assert args.kv_cache_config is cache_config
+    with pytest.raises(ValueError, match="no_such_argument"):
+        served(DEMO, no_such_argument=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parallel"),
+    [
+        ({}, Parallel()),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, Parallel(tensor=2, pipeline=2)),
+        ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 2}, Parallel(tensor=4, expert=2)),
+        ({"tensor_parallel_size": 4, "moe_tensor_parallel_size": 1}, Parallel(tensor=4, expert=4)),
+        ({"tensor_parallel_size": 2, "moe_expert_parallel_size": -1}, Parallel(tensor=2)),
+    ],
+    ids=str,
+)
+def test_the_plan_knows_the_sizes(engine: Any, tmp_path: Path, arguments: dict[str, Any], parallel: Parallel) -> None:
+    config = tiny_config("MixtralForCausalLM", hidden=128, kv_heads=4)
+    built = write_checkpoint(tmp_path / "made", config=config, scheme="fp8-tensor-static")
+
+    assert opened(served(built.directory, **arguments)).options.parallel == parallel
+
+
+def test_sizes_of_experts_that_do_not_multiply_are_refused(newest: Any) -> None:
+    with pytest.raises(UsageError, match=r"moe_tensor_parallel_size.*2 and 4"):
+        served(DEMO, tensor_parallel_size=4, moe_expert_parallel_size=2, moe_tensor_parallel_size=4)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("auto", "bfloat16"), ("float16", "float16")])
+def test_the_plan_knows_the_dtype(engine: Any, made: Built, dtype: str, stored: str) -> None:
+    assert opened(served(made.directory, dtype=dtype)).plan.dense_dtype.torch_name == stored
+
+
+def test_a_dtype_that_means_nothing_is_refused(newest: Any) -> None:
+    with pytest.raises(UsageError, match=r"dtype: .*'fp16'"):
+        served(DEMO, dtype="fp16")
+
+
+# What is not ours.
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "dense"])
+def test_other_checkpoints_go_to_the_engine_untouched(
+    engine: Any, tmp_path: Path, kind: Any, sidecar_cache: Path
+) -> None:
+    convert_checkpoint(DEMO, tmp_path / "out", to=kind)
+
+    llm = served(str(tmp_path / "out"), tensor_parallel_size=2)
+
+    assert (llm.args.model, llm.args.checkpoint_loader) == (str(tmp_path / "out"), None)
+    assert llm.args.checkpoint_format == "HF"
+    assert not sidecar_cache.exists()
+
+
+def test_what_is_no_checkpoint_is_the_engines_to_refuse(engine: Any, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"config\.json"):
+        served(tmp_path)
+
+
+def test_a_broken_checkpoint_is_refused_before_the_engine_starts(engine: Any, made: Built) -> None:
+    rewrite(made.directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight_scale"))
+
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight_scale"):
+        served(made.directory)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"backend": "_autodeploy"}, "backend='_autodeploy'"),
+        ({"backend": "tensorrt"}, "backend='tensorrt'"),
+        ({"checkpoint_format": "HF"}, "checkpoint_format='HF'"),
+        ({"checkpoint_loader": object()}, "checkpoint_loader"),
+    ],
+    ids=["autodeploy", "tensorrt backend", "checkpoint format", "checkpoint loader"],
+)
+def test_what_would_drop_our_loader_is_refused_by_name(engine: Any, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        served(DEMO, **arguments)
+
+    assert [fault.where for fault in caught.value.faults] == [named]
+
+
+def test_all_of_it_is_named_together(newest: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        served(DEMO, backend="_autodeploy", checkpoint_format="mistral", checkpoint_loader=3)
+
+    assert len(caught.value.faults) == 3
+
+
+def test_other_models_may_have_a_format_and_a_loader(engine: Any, tmp_path: Path) -> None:
+    convert_checkpoint(DEMO, tmp_path / "out")
+
+    assert served(tmp_path / "out", checkpoint_format="HF").args.checkpoint_format == "HF"
+
+
+# Loaders and prepared directories of the user's own.
+
+
+def test_our_own_loader_may_be_given(engine: Any) -> None:
+    loader = trtllm_ct.CompressedTensorsCheckpointLoader()
+
+    llm = served(DEMO, checkpoint_loader=loader)
+
+    assert llm.args.checkpoint_loader is loader
+    assert loader.report.modes == {"W4A16_AWQ g128": 28}
+
+
+def test_the_engines_loader_with_our_weight_loader_may_be_given(engine: Any) -> None:
+    """The way that TensorRT-LLM documents."""
+    from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
+
+    from trtllm_ct.serve.bindings import CompressedTensorsConfigLoader, CompressedTensorsWeightLoader
+
+    loader = HfCheckpointLoader(
+        weight_loader=CompressedTensorsWeightLoader(), config_loader=CompressedTensorsConfigLoader()
+    )
+
+    assert served(DEMO, checkpoint_loader=loader).logits(TOKENS).isfinite().all()
+
+
+def test_a_prepared_directory_is_taken_as_it_is(engine: Any) -> None:
+    prepared = trtllm_ct.prepare(DEMO, tensor_parallel_size=2, dense_o_proj=True)
+
+    llm = served(prepared, tensor_parallel_size=2)
+
+    assert Path(llm.args.model) == prepared
+
+
+def test_a_directory_that_was_prepared_for_other_sizes_is_prepared_again(engine: Any) -> None:
+    prepared = trtllm_ct.prepare(DEMO, strict=True)
+
+    llm = served(prepared, tensor_parallel_size=2)
+
+    assert Path(llm.args.model) != prepared
+    assert opened(llm).options.parallel == Parallel(tensor=2)
+    assert opened(llm).options.strict
+
+
+# Hugging Face repositories.
+
+
+def test_a_repository_is_served_at_its_commit(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = HubCache(tmp_path / "hub", monkeypatch).add("org/demo", DEMO)
+
+    llm = served("org/demo")
+
+    sidecar = opened(llm)
+    assert sidecar.source == snapshot
+    assert (sidecar.repository.name, sidecar.repository.revision) == ("org/demo", COMMIT)
+    assert llm.logits(TOKENS).isfinite().all()
+
+
+def test_a_revision_is_honoured(newest: Any, tmp_path: Path, made: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = HubCache(tmp_path / "hub", monkeypatch)
+    hub.add("org/demo", DEMO)
+    second = hub.add("org/demo", made.directory, commit="f" * 40, branch="v2")
+
+    assert opened(served("org/demo", revision="v2")).source == second
+
+
+def test_another_repository_is_the_engines(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_checkpoint(DEMO, tmp_path / "out")
+    HubCache(tmp_path / "hub", monkeypatch).add("org/modelopt", tmp_path / "out")
+
+    assert served("org/modelopt").args.model == "org/modelopt"
+
+
+ON_ANOTHER_NODE = """
+import pickle, sys
+import engine_double
+from engine_fixtures import BINDINGS
+with engine_double.installed(sys.argv[1], importers=["trtllm_ct.serve.bindings"]):
+    loader = pickle.loads(open(sys.argv[2], "rb").read())
+    loader.load_config(sys.argv[3], trust_remote_code=True)
+    weights = loader.load_weights(sys.argv[3], **({"mapping": None} if sys.argv[1] == "newest" else {}))
+    print(len(weights), loader.report.source)
+"""
+
+
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS)
+def test_a_node_with_another_cache_finds_the_repository_by_itself(
+    generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the sidecar nor the snapshot's path exists there, and `main` has moved on."""
+    hub = HubCache(tmp_path / "hub", monkeypatch)
+    hub.add("org/demo", DEMO)
+    with engine_double.installed(generation, importers=[BINDINGS]):
+        llm = served("org/demo")
+        state, model = pickle.dumps(llm.args.checkpoint_loader), llm.args.model
+    (tmp_path / "loader.pickle").write_bytes(state)
+    (tmp_path / "hub").rename(tmp_path / "other-hub")
+    (tmp_path / "cache").rename(tmp_path / "lost")
+    (tmp_path / "other-hub" / "models--org--demo" / "refs" / "main").write_text("f" * 40)
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(tmp_path / "other-hub"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-c", ON_ANOTHER_NODE, generation, str(tmp_path / "loader.pickle"), model],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1].startswith(str(tmp_path / "other-hub"))
+    assert is_sidecar(model)
+
+
+# Draft models.
+
+
+def test_a_compressed_tensors_draft_is_prepared_too(engine: Any, tmp_path: Path, made: Built) -> None:
+    from tensorrt_llm.llmapi import DraftTargetDecodingConfig
+
+    draft = write_checkpoint(tmp_path / "draft", config=tiny_config(hidden=128, layers=1), scheme="int8-channel")
+    config = DraftTargetDecodingConfig(speculative_model_dir=str(draft.directory))
+
+    llm = served(made.directory, speculative_config=config, tensor_parallel_size=2)
+
+    assert config.speculative_model_dir == str(draft.directory)
+    sidecar = Sidecar.open(llm.args.speculative_config.speculative_model_dir)
+    assert sidecar.source == draft.directory
+    assert sidecar.options == opened(llm).options
+    assert llm.logits(TOKENS, draft=True).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["plain draft", "plain model"])
+def test_either_of_them_may_be_of_another_kind(engine: Any, tmp_path: Path, made: Built, kind: str) -> None:
+    from tensorrt_llm.llmapi import DraftTargetDecodingConfig
+
+    convert_checkpoint(made.directory, tmp_path / "plain", to="dense")
+    directories = [made.directory, tmp_path / "plain"]
+    model, draft = directories if kind == "plain draft" else reversed(directories)
+
+    llm = served(model, speculative_config=DraftTargetDecodingConfig(speculative_model_dir=str(draft)))
+
+    speculative = llm.args.speculative_config.speculative_model_dir
+    assert (is_sidecar(llm.args.model), is_sidecar(speculative)) == (kind == "plain draft", kind == "plain model")
+    same = llm.logits(TOKENS) - llm.logits(TOKENS, draft=True)
+    assert same.abs().max() < DEQUANTIZED * llm.logits(TOKENS).std()
+
+
+# Row-wise FP8: attention quantizes its output at a fixed scale.
+
+
+@pytest.fixture
+def row_wise(tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint with row-wise FP8 attention, whose values reach o_proj a thousand times smaller than usual."""
+
+    def write(schemes: dict[str, str] | None = None) -> Path:
+        def shrink(tensors: dict[str, Any]) -> None:
+            for name, tensor in tensors.items():
+                if name.endswith("v_proj.weight_scale"):
+                    tensor.mul_(2**-10)
+                if name.endswith("o_proj.weight_scale"):
+                    tensor.mul_(2**10)
+
+        built = write_checkpoint(tmp_path / "row-wise", scheme={**ROW_WISE, **(schemes or {})}, edit=shrink)
+        return built.directory
+
+    return write
+
+
+def test_new_releases_are_told_to_quantize_by_token(newest: Any, row_wise: Any, caplog: Any) -> None:
+    assert served(row_wise()).args.force_dynamic_quantization is True
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_old_releases_cannot_be_told_and_the_user_is(old: Any, row_wise: Any, caplog: Any) -> None:
+    llm = served(row_wise())
+
+    assert llm.args.force_dynamic_quantization is False
+    assert any("2 o_proj in row-wise FP8" in line and "dense_o_proj=True" in line for line in caplog.messages)
+
+
+def test_static_activations_elsewhere_are_not_changed(newest: Any, row_wise: Any, caplog: Any) -> None:
+    llm = served(row_wise(STATIC_MLP))
+
+    assert llm.args.force_dynamic_quantization is False
+    assert any("would change 6 modules with static activation scales" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("wish", [True, False])
+def test_what_the_user_says_stays(newest: Any, row_wise: Any, wish: bool, caplog: Any) -> None:
+    llm = served(row_wise(STATIC_MLP), force_dynamic_quantization=wish)
+
+    assert llm.args.force_dynamic_quantization is wish
+    assert not any("fixed scale" in line for line in caplog.messages)
+
+
+def test_dense_o_proj_dequantizes_exactly_these(engine: Any, row_wise: Any, caplog: Any) -> None:
+    llm = served(row_wise(STATIC_MLP), dense_o_proj=True, strict=True)
+
+    dense = [module.name for module in opened(llm).plan.modules if module.dequantized]
+    assert dense == [f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)]
+    assert llm.args.force_dynamic_quantization is False
+    assert not any("fixed scale" in line for line in caplog.messages)
+
+
+def test_what_the_fixed_scale_costs_and_what_helps(row_wise: Any) -> None:
+    """Attention's output is rounded to multiples of 2^-9, most of it to zero; dense or told, it is right."""
+    directory = row_wise()
+    with engine_double.installed("newest", importers=[BINDINGS]):
+        want = served(directory, force_dynamic_quantization=True).logits(TOKENS)
+
+    errors = {}
+    for generation in engine_double.GENERATIONS:
+        with engine_double.installed(generation, importers=[BINDINGS], quantize_activations=True):
+            for dense in (False, True):
+                errors[generation, dense] = deviation(served(directory, dense_o_proj=dense).logits(TOKENS), want)
+
+    assert errors["old", False] > 3 * errors["old", True]
+    assert errors["newest", False] < 2 * errors["newest", True]
+
+
+def test_strict_refuses_what_the_engine_has_no_mode_for(engine: Any, tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path / "made", scheme="int4-g32")
+
+    with pytest.raises(PlanError, match="--strict"):
+        served(built.directory, strict=True)
+
+
+# Engines.
+
+
+@pytest.mark.reference
+def test_the_reference_engine_runs_beside_an_installed_one(engine: Any) -> None:
+    from trtllm_ct.reference import ReferenceLLM
+
+    llm = LLM(DEMO, engine="reference")
+
+    assert type(llm) is ReferenceLLM
+    assert llm.generate("a", engine.SamplingParams(max_tokens=2, temperature=0.5)).outputs[0].token_ids
+    with pytest.raises(UsageError, match=r"SamplingParams\.ignore_eos"):
+        llm.generate("a", engine.SamplingParams(ignore_eos=True))
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS)
+def test_the_example_runs_as_it_stands_in_two_processes(generation: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "TLLM_DOUBLE_GENERATION": generation,
+        "TLLM_WORKER_USE_SINGLE_PROCESS": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(engine_double.__file__).parent)]),
+    }
+    example = ROOT / "examples" / "serve_with_trtllm.py"
+
+    done = subprocess.run(
+        [sys.executable, str(example), str(DEMO), "2"], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "The import statement\nis semantically equivalent" in done.stdout
+    assert "TensorRT-LLM" in done.stderr
+    assert "runs" in done.stderr
+
+
+def test_text_models_inside_larger_ones_keep_the_others_untouched(newest: Any, made: Built) -> None:
+    """A config.json without a block is none of ours, whatever its weights are called."""
+    rewrite_config(made.directory, lambda config: config.pop("quantization_config"))
+
+    with pytest.raises(AssertionError, match="weight"):
+        served(made.directory)

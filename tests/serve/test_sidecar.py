@@ -1,0 +1,568 @@
+"""What the engine is given in place of a checkpoint: small, whole or not at all, and never half right."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import rewrite, rewrite_config, tiny_config, write_checkpoint
+from fresh_python import run_python
+from hub_cache import HubCache
+from hypothesis import given
+from hypothesis import strategies as st
+
+import trtllm_ct
+from trtllm_ct import FormatDetector, inspect_checkpoint, open_checkpoint, prepare
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import DetectionError, PlanError, SidecarError, UsageError
+from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.releases import DEFAULT_ENGINE, ENGINES
+from trtllm_ct.plan.probe import Probe
+from trtllm_ct.serve import cache, leases, sidecar
+from trtllm_ct.serve.hub import Repository
+from trtllm_ct.serve.sidecar import (
+    SIDECAR_FILE,
+    ServingOptions,
+    Sidecar,
+    cache_root,
+    clear_sidecars,
+    is_sidecar,
+    known_sidecars,
+    list_sidecars,
+    make_sidecar,
+    restore_sidecar,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONFIG = tiny_config(hidden=128, intermediate=256)
+OPTIONS = ServingOptions()
+SIDE_FILES = {
+    "tokenizer.json": "{}",
+    "generation_config.json": "{}",
+    "modeling_tiny.py": "",
+    "templates/chat.jinja": "{{ messages }}",
+}
+WEIGHTS = ("old/model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+
+pytestmark = pytest.mark.usefixtures("sidecar_cache")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "model", config=CONFIG, scheme="int4-g64")
+    for name, text in SIDE_FILES.items():
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text(text, encoding="utf-8")
+    return tmp_path / "model"
+
+
+def files_of(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+
+
+def is_free(directory: Path) -> bool:
+    with leases.unused(directory / SIDECAR_FILE) as free:
+        return free
+
+
+# What is in it.
+
+
+def test_everything_but_the_weights_is_there(source: Path) -> None:
+    """Half of the weights under names that stock knows would be loaded in silence."""
+    for name in WEIGHTS[:2]:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"weights")
+
+    made = make_sidecar(source, OPTIONS)
+
+    own = {"config.json", "hf_quant_config.json", SIDECAR_FILE}
+    assert files_of(made) == own | SIDE_FILES.keys()
+    assert all((made / name).is_symlink() and (made / name).samefile(source / name) for name in SIDE_FILES)
+
+
+def test_the_configuration_is_what_convert_writes(source: Path, tmp_path: Path) -> None:
+    made = make_sidecar(source, OPTIONS)
+
+    trtllm_ct.convert_checkpoint(source, tmp_path / "converted")
+    for name in ("config.json", "hf_quant_config.json"):
+        assert (made / name).read_text() == (tmp_path / "converted" / name).read_text()
+
+
+def test_modes_that_differ_are_told_to_old_releases_too(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "mixed", config=CONFIG, scheme={"o_proj": "int4-g64", "down_proj": "fp8-channel-token"})
+
+    made = make_sidecar(tmp_path / "mixed", OPTIONS)
+
+    layers = json.loads((made / "quant_cfg.json").read_text())["quantized_layers"]
+    assert layers["model.layers.0.mlp.down_proj"]["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
+    assert json.loads((made / "hf_quant_config.json").read_text())["quantization"]["quant_algo"] == "MIXED_PRECISION"
+
+
+def test_a_model_without_native_modules_is_told_to_be_plain(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", config=CONFIG, scheme="int4-g32")
+
+    made = make_sidecar(tmp_path / "model", OPTIONS)
+
+    assert files_of(made) == {"config.json", SIDECAR_FILE}
+    assert "quantization_config" not in json.loads((made / "config.json").read_text())
+
+
+def test_it_holds_every_decision_with_its_reason(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", config=CONFIG, scheme={"o_proj": "int4-g32", "down_proj": "int4-g64"})
+
+    modes = json.loads((make_sidecar(tmp_path / "model", OPTIONS) / SIDECAR_FILE).read_text())["modes"]
+
+    mode, reason = modes["model.layers.1.self_attn.o_proj"]
+    assert mode == "dequantized"
+    assert reason.startswith("W4A16_AWQ holds groups of 64 or 128")
+    assert modes["model.layers.0.mlp.down_proj"] == ["W4A16_AWQ g64", ""]
+
+
+def test_opened_again_it_is_the_same_plan(source: Path) -> None:
+    options = replace(OPTIONS, engine="stock-1.3", parallel=Parallel(tensor=2), dtype=DType.F32)
+
+    opened = Sidecar.open(make_sidecar(source, options))
+
+    assert opened.options == options
+    assert opened.plan.to_dict() == options.plan(open_checkpoint(source)).to_dict()
+
+
+@given(
+    st.builds(
+        ServingOptions,
+        engine=st.sampled_from(sorted(ENGINES)),
+        additive_zeros=st.booleans(),
+        parallel=st.builds(
+            lambda expert, times, **rest: Parallel(tensor=expert * times, expert=expert, **rest),
+            st.integers(1, 8),
+            st.integers(1, 8),
+            pipeline=st.integers(1, 4),
+            attention_dp=st.booleans(),
+        ),
+        dtype=st.sampled_from([None, DType.F16, DType.BF16, DType.F32]),
+        dense_o_proj=st.booleans(),
+        strict=st.booleans(),
+    )
+)
+def test_options_survive_json(options: ServingOptions) -> None:
+    assert ServingOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+
+
+def test_probed_values_survive_json_to_the_last_bit(source: Path) -> None:
+    probe = Probe(
+        scalars={"a": 0.1, "b": float("inf"), "c": 5e-324},
+        powers={"d": (-2, 3)},
+        zero=frozenset("xy"),
+        trivial=frozenset("z"),
+    )
+    made = replace(Sidecar.open(make_sidecar(source, OPTIONS)), probe=probe)
+
+    assert Sidecar.from_dict(made.directory, json.loads(json.dumps(made.to_dict()))) == made
+
+
+# Its name.
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda source: replace(OPTIONS, engine="stock-1.3"),
+        lambda source: replace(OPTIONS, parallel=Parallel(tensor=2)),
+        lambda source: replace(OPTIONS, dtype=DType.F32),
+        lambda source: (source / "added_tokens.json").write_text("{}") and OPTIONS,
+        lambda source: rewrite_config(source, lambda config: config.update(rms_norm_eps=1e-5)) or OPTIONS,
+    ],
+    ids=["engine", "sizes", "dtype", "a new file", "config.json"],
+)
+def test_whatever_it_depends_on_makes_another_one(source: Path, change: Callable[[Path], ServingOptions]) -> None:
+    first = make_sidecar(source, OPTIONS)
+
+    second = make_sidecar(source, change(source))
+
+    assert first != second
+    assert is_sidecar(first)
+    assert is_sidecar(second)
+
+
+def test_another_release_makes_another_one(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_sidecar(source, OPTIONS)
+    monkeypatch.setattr(sidecar, "__version__", "9.9.9")
+
+    assert make_sidecar(source, OPTIONS) != first
+
+
+def test_weights_of_the_same_shape_change_nothing(source: Path) -> None:
+    """They are read when they are loaded."""
+    first = make_sidecar(source, OPTIONS)
+    rewrite(source, lambda tensors: tensors["model.norm.weight"].add_(1))
+
+    assert make_sidecar(source, OPTIONS) == first
+
+
+def test_one_that_is_there_is_used_as_it_is(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written then, so a cache that nobody may write to serves."""
+    first = make_sidecar(source, OPTIONS)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+
+    assert make_sidecar(source, OPTIONS) == first
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_switch(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(SidecarError, match=r"file.*TRTLLM_CT_CACHE"):
+        make_sidecar(source, OPTIONS, root=tmp_path / "file")
+
+
+# Several processes.
+
+
+def test_eight_processes_at_once_make_one(source: Path, sidecar_cache: Path) -> None:
+    code = (
+        "import sys, time; from trtllm_ct.serve.sidecar import *\n"
+        "time.sleep(max(0, float(sys.argv[2]) - time.time())); print(make_sidecar(sys.argv[1], ServingOptions()))"
+    )
+    command = [sys.executable, "-c", code, str(source), str(time.time() + 2)]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
+    done = [racer.communicate() for racer in racers]
+
+    assert [racer.returncode for racer in racers] == [0] * 8, done
+    assert {out for out, _ in done} == {f"{make_sidecar(source, OPTIONS)}\n"}
+    assert [path.name for path in sidecar_cache.iterdir()] == [make_sidecar(source, OPTIONS).name]
+
+
+def test_the_loser_of_a_race_uses_what_the_winner_wrote(
+    source: Path, monkeypatch: pytest.MonkeyPatch, sidecar_cache: Path
+) -> None:
+    rename = Path.rename
+    winners = []
+
+    def race(path: Path, target: Path) -> Path:
+        if not winners:
+            winners.append(path.name)
+            rename(path, target)
+            # The winner's; this process goes on with a directory of its own.
+            (path / "templates").mkdir(parents=True)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", race)
+
+    assert Sidecar.open(make_sidecar(source, OPTIONS)).source == source
+    assert len(list(sidecar_cache.iterdir())) == 1
+
+
+def test_what_is_left_of_one_is_replaced(source: Path) -> None:
+    made = make_sidecar(source, OPTIONS)
+    (made / SIDECAR_FILE).unlink()
+
+    assert make_sidecar(source, OPTIONS) == made
+    assert files_of(made) == {"config.json", "hf_quant_config.json", SIDECAR_FILE, *SIDE_FILES}
+
+
+def test_an_error_leaves_nothing_behind(source: Path, sidecar_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sidecar, "write_configuration", fail)
+    with pytest.raises(KeyboardInterrupt):
+        make_sidecar(source, OPTIONS)
+
+    assert list(sidecar_cache.iterdir()) == []
+
+
+# What changed since.
+
+
+def test_a_source_with_other_tensors_is_refused(source: Path) -> None:
+    made = Sidecar.open(make_sidecar(source, OPTIONS))
+    rewrite(source, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].float()}))
+
+    with pytest.raises(SidecarError, match=r"other headers.*prepare"):
+        made.plan  # noqa: B018
+
+
+def test_a_plan_that_would_be_another_is_refused_by_module(source: Path) -> None:
+    """A worker with another release must not load for an engine that was told otherwise."""
+    made = make_sidecar(source, OPTIONS)
+    entry = json.loads((made / SIDECAR_FILE).read_text())
+    name = "model.layers.0.mlp.down_proj"
+    entry["modes"][name][0] = "W4A16_AWQ g128"
+    (made / SIDECAR_FILE).write_text(json.dumps(entry | {"digest": "0"}))
+
+    with pytest.raises(SidecarError, match=rf"another plan \({name}\).*one release"):
+        Sidecar.open(made).plan  # noqa: B018
+
+
+def test_a_source_that_is_gone_is_named(source: Path) -> None:
+    made = Sidecar.open(make_sidecar(source, OPTIONS))
+    source.rename(source.with_name("elsewhere"))
+
+    with pytest.raises(SidecarError, match=rf"{source}.*no such directory on this node.*same path"):
+        made.plan  # noqa: B018
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"layout": 2}'])
+def test_a_damaged_one_says_so(source: Path, text: str) -> None:
+    made = make_sidecar(source, OPTIONS)
+    (made / SIDECAR_FILE).write_text(text)
+
+    with pytest.raises(SidecarError, match=SIDECAR_FILE):
+        Sidecar.open(made)
+
+
+# Sizes.
+
+
+def test_sizes_under_which_nothing_changes_are_fine(source: Path) -> None:
+    made = Sidecar.open(make_sidecar(source, OPTIONS))
+
+    assert made.plan_for(Parallel(pipeline=2)).quant_config == made.plan.quant_config
+
+
+def test_sizes_that_need_other_modes_are_refused_with_what_to_pass(source: Path) -> None:
+    """Four ranks have 32 columns of o_proj each, half a group."""
+    made = Sidecar.open(make_sidecar(source, OPTIONS))
+
+    with pytest.raises(SidecarError, match=r"o_proj.*tensor_parallel_size=4, pipeline_parallel_size=1"):
+        made.plan_for(Parallel(tensor=4))
+
+
+# On another node.
+
+
+def test_a_node_that_lacks_it_makes_it_again(source: Path) -> None:
+    made = make_sidecar(source, OPTIONS)
+    before = {name: (made / name).read_text() for name in files_of(made)}
+    record = json.loads(json.dumps(known_sidecars()[str(made)]))
+    made.rename(made.with_name("lost"))
+
+    restored = restore_sidecar(made, record)
+
+    assert {name: (made / name).read_text() for name in files_of(made)} == before
+    assert restored.plan.to_dict() == Sidecar.open(made).plan.to_dict()
+
+
+def test_a_node_with_another_source_refuses(source: Path) -> None:
+    made = make_sidecar(source, OPTIONS)
+    record = known_sidecars()[str(made)]
+    made.rename(made.with_name("lost"))
+    rewrite_config(source, lambda config: config.update(rms_norm_eps=1e-5))
+
+    with pytest.raises(SidecarError, match="another config"):
+        restore_sidecar(made, record)
+    assert not made.exists()
+
+
+@pytest.mark.reference
+def test_a_node_that_lacks_the_source_asks_the_hub(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the commit that the sidecar was made from, wherever the cache of that node lies."""
+    shutil.rmtree(source / "templates")
+    hub = HubCache(tmp_path / "hub", monkeypatch)
+    snapshot = hub.add("org/model", source)
+    repository = Repository(name="org/model", revision=snapshot.name)
+    made = make_sidecar(source, OPTIONS, repository=repository)
+    record = known_sidecars()[str(made)]
+    made.rename(made.with_name("lost"))
+    source.rename(source.with_name("elsewhere"))
+
+    restored = restore_sidecar(made, record)
+
+    assert restored.source == snapshot
+    assert restored.directory == made
+    assert len(restored.plan.modules) > 0
+
+
+# The cache.
+
+
+def test_the_cache_is_where_the_switch_says_or_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_root() == tmp_path / "cache"
+    monkeypatch.delenv("TRTLLM_CT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg" / "trtllm-ct"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "trtllm-ct"
+
+
+def test_sidecars_are_listed_with_what_they_were_made_of(source: Path) -> None:
+    made = {make_sidecar(source, OPTIONS), make_sidecar(source, replace(OPTIONS, parallel=Parallel(tensor=2)))}
+    (next(iter(made)).parent / "something else").mkdir()
+
+    assert {each.directory for each in list_sidecars()} == made
+    assert {each.source for each in list_sidecars()} == {source}
+    assert list_sidecars(source / "nowhere") == ()
+
+
+def test_clearing_leaves_what_is_in_use(source: Path) -> None:
+    """This process made one and may have a server that reads from it; nobody else uses the other."""
+    own = make_sidecar(source, OPTIONS)
+    code = """
+        import sys
+        from trtllm_ct.serve.sidecar import *
+        make_sidecar(sys.argv[1], ServingOptions(strict=True))
+    """
+    run_python(code, source)
+
+    cleared = clear_sidecars()
+
+    assert cleared.in_use == (own,)
+    assert len(cleared.removed) == 1
+    assert [each.directory for each in list_sidecars()] == [own]
+    assert [path.name for path in own.parent.iterdir()] == [own.name]
+
+
+def test_a_process_that_opened_one_keeps_it(source: Path) -> None:
+    """Until it ends, however it ends."""
+    code = (
+        "import sys; from pathlib import Path; from trtllm_ct.serve.leases import hold\n"
+        "assert hold(Path(sys.argv[1])); print('holding', flush=True); sys.stdin.read()"
+    )
+    made = make_sidecar(source, OPTIONS)
+    _let_go(made)
+    assert is_free(made)
+    command = [sys.executable, "-c", code, str(made / SIDECAR_FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "holding\n"
+        assert clear_sidecars().in_use == (made,)
+        server.kill()
+
+    assert clear_sidecars().removed == (made,)
+
+
+def test_what_was_cleared_meanwhile_is_made_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking for a sidecar and taking a lease on it, somebody may clear it."""
+    made = make_sidecar(source, OPTIONS)
+    _let_go(made)
+    lock = leases._lock
+
+    def clear_first(descriptor: int, *, exclusive: bool) -> bool:
+        monkeypatch.setattr(leases, "_lock", lock)
+        assert clear_sidecars().removed == (made,)
+        return lock(descriptor, exclusive=exclusive)
+
+    monkeypatch.setattr(leases, "_lock", clear_first)
+
+    assert make_sidecar(source, OPTIONS) == made
+    assert is_sidecar(made)
+    assert clear_sidecars().in_use == (made,)
+
+
+def test_where_locks_are_unknown_everything_counts_as_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    made = make_sidecar(source, OPTIONS)
+    _let_go(made)
+
+    assert clear_sidecars().in_use == (made,)
+
+
+def test_working_places_of_killed_processes_are_cleared_in_time(sidecar_cache: Path) -> None:
+    for name, age in ((".a.1234.partial", 2 * cache._SECONDS_OF_WORK), (".b.1234.partial", 0)):
+        (sidecar_cache / name).mkdir(parents=True)
+        os.utime(sidecar_cache / name, (time.time() - age,) * 2)
+
+    clear_sidecars()
+
+    assert [path.name for path in sidecar_cache.iterdir()] == [".b.1234.partial"]
+
+
+def _let_go(made: Path) -> None:
+    os.close(leases._held.pop(made / SIDECAR_FILE))
+
+
+# What others see in it.
+
+
+def test_the_detector_knows_one_by_its_mark(source: Path) -> None:
+    detection = FormatDetector().detect(make_sidecar(source, OPTIONS))
+
+    assert detection.method == "trtllm-ct-sidecar"
+    assert detection.disagreements == ()
+    assert [str(each) for each in detection.evidence] == [f'{SIDECAR_FILE}: source is "{source}"']
+
+
+def test_it_is_no_checkpoint_to_anybody_else(source: Path) -> None:
+    made = make_sidecar(source, OPTIONS)
+
+    with pytest.raises(DetectionError, match=rf"sidecar of trtllm-ct.*{source}.*Give its source"):
+        open_checkpoint(made)
+    with pytest.raises(DetectionError, match="Give its source"):
+        trtllm_ct.convert_checkpoint(made, made.with_name("out"))
+    assert "sidecar" in str(inspect_checkpoint(made).problems[0])
+
+
+# prepare.
+
+
+def test_prepare_makes_a_sidecar_for_the_sizes(source: Path) -> None:
+    made = prepare(source, tensor_parallel_size=2, pipeline_parallel_size=2, dtype="float16", strict=True)
+
+    options = Sidecar.open(made).options
+    assert options.parallel == Parallel(tensor=2, pipeline=2)
+    assert (options.engine, options.dtype, options.strict) == (DEFAULT_ENGINE, DType.F16, True)
+    assert prepare(str(source), dtype="auto") == make_sidecar(source, OPTIONS)
+
+
+def test_prepare_gives_anything_else_back(source: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "plain", config=CONFIG | {"quantization_config": None}, scheme="dense")
+    trtllm_ct.convert_checkpoint(source, tmp_path / "modelopt")
+
+    for directory in (tmp_path / "plain", tmp_path / "modelopt", prepare(source)):
+        assert prepare(directory) == directory
+    with pytest.raises(DetectionError):
+        prepare(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"dtype": "int8"}, UsageError, "dtype: expected auto or bfloat16"),
+        ({"tensor_parallel_size": 0}, UsageError, "sizes of at least 1"),
+        ({"tensor_parallel_size": 4, "strict": True}, PlanError, "o_proj"),
+    ],
+)
+def test_prepare_refuses_what_cannot_be_served(
+    source: Path, arguments: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        prepare(source, **arguments)
+
+
+def test_prepare_says_what_is_not_as_the_user_may_think(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "trtllm_ct")
+    write_checkpoint(tmp_path / "a", config=CONFIG, scheme="int4-g32")
+    write_checkpoint(tmp_path / "b", config=CONFIG, scheme="fp8-channel-token")
+
+    prepare(tmp_path / "a")
+    prepare(tmp_path / "b", dense_o_proj=True)
+    prepare(tmp_path / "b")
+
+    said = [record.getMessage() for record in caplog.records]
+    assert any("14 modules are dequantized: W4A16_AWQ holds groups of 64 or 128" in each for each in said)
+    assert any("2 modules are dequantized: dense_o_proj" in each for each in said)
+    assert sum("fixed scale of 1; pass force_dynamic_quantization=True" in each for each in said) == 1

@@ -1,0 +1,409 @@
+"""The command line: parse arguments, call the pipeline, print the report.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 good, 1 something is wrong with the checkpoint, 2 usage.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from trtllm_ct.base.collector import collector_paused
+from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
+from trtllm_ct.cli import report
+
+if TYPE_CHECKING:
+    from trtllm_ct.engine.parallel import Parallel
+    from trtllm_ct.plan.plan import Plan
+
+__all__ = ["SCHEMA", "app", "main"]
+
+SCHEMA = 1
+"""Version of the documents that `--json` prints."""
+
+app = typer.Typer(
+    name="trtllm-ct",
+    help="Load compressed-tensors checkpoints into TensorRT-LLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache = typer.Typer(
+    help="Directories that were prepared for TensorRT-LLM.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(cache, name="cache")
+# A pipe or file has no width; the 80 columns that are assumed for it would wrap messages and cut tensor names.
+_NO_WIDTH = 10_000
+stdout = Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
+stderr = Console(width=None if sys.stderr.isatty() else _NO_WIDTH, stderr=True)
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+class Target(StrEnum):
+    """Targets that a plan can be made for."""
+
+    MODELOPT = "modelopt"
+    TENSORRT_LLM = "tensorrt_llm"
+    DENSE = "dense"
+    REFERENCE = "reference"
+
+
+class Engine(StrEnum):
+    """Capability sets of stock TensorRT-LLM."""
+
+    STOCK_1_0 = "stock-1.0"
+    STOCK_1_2 = "stock-1.2"
+    STOCK_1_3 = "stock-1.3"
+
+
+ForEngine = Annotated[
+    Engine, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
+]
+
+
+TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
+PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
+ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse instead of dequantizing a module.")]
+
+
+class ConvertTarget(StrEnum):
+    """Targets that are directories."""
+
+    MODELOPT = "modelopt"
+    DENSE = "dense"
+
+
+class DenseDtype(StrEnum):
+    """Dtypes of dequantized modules."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class ExecutorName(StrEnum):
+    """Who converts."""
+
+    THREADS = "threads"
+    MPI = "mpi"
+
+
+@app.command()
+def inspect(
+    directory: Directory,
+    to: Annotated[Target, typer.Option(help="Target that native modes are shown for.")] = Target.MODELOPT,
+    engine: ForEngine = Engine.STOCK_1_2,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    modules: Annotated[bool, typer.Option("--modules", help="One line a module.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint is, how it would be delivered and what is wrong with it; reads headers only."""
+    from trtllm_ct.pipeline.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep))
+    if as_json:
+        _print_json("inspect", found.to_dict())
+    else:
+        stdout.print(report.inspection(found, modules=modules))
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    directory: Directory,
+    to: Annotated[Target, typer.Option(help="Target to plan for.", show_default=False)],
+    engine: ForEngine = Engine.STOCK_1_2,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Show what becomes of every stored tensor and where every delivered tensor comes from; reads headers only."""
+    from trtllm_ct.pipeline.open import plan_checkpoint
+
+    made = plan_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep), strict=strict)
+    if as_json:
+        _print_json("plan", made.to_dict())
+    else:
+        stdout.print(report.plan(made))
+
+
+@app.command()
+def convert(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False)],
+    to: Annotated[ConvertTarget, typer.Option(help="What to make.", show_default=False)],
+    engine: ForEngine = Engine.STOCK_1_2,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    dtype: Annotated[
+        DenseDtype, typer.Option(help="Dtype of dequantized modules; float16 casts every plain tensor too.")
+    ] = DenseDtype.AUTO,
+    strict: Strict = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
+    executor: Annotated[
+        ExecutorName, typer.Option(help="Who converts: threads of this process, or the ranks that mpirun started.")
+    ] = ExecutorName.THREADS,
+    workers: Annotated[
+        int | None, typer.Option(help="How many threads; one for each core when left out.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint to a ModelOpt directory for stock TensorRT-LLM, or to plain weights."""
+    from trtllm_ct.convert.convert import convert_checkpoint
+
+    max_shard_bytes = parse_size(max_shard_size)
+    with _progress() as on_start:
+        done = convert_checkpoint(
+            directory,
+            out,
+            to=to,
+            engine=engine,
+            parallel=_parallel(tp, pp, ep),
+            dtype=dtype,
+            strict=strict,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            device=device,
+            executor=executor,
+            workers=workers,
+            on_start=on_start,
+        )
+    if done is None:
+        return  # another rank of the job reports
+    if as_json:
+        _print_json("convert", done.to_dict())
+    else:
+        stdout.print(report.conversion(done))
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    converted: Annotated[
+        Path | None, typer.Argument(metavar="CONVERTED", help="A directory converted from DIR.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a checkpoint is sound, and that a converted directory holds exactly its weights."""
+    from trtllm_ct.verify.verify import verify_checkpoint
+
+    done = verify_checkpoint(directory, converted)
+    if as_json:
+        _print_json("verify", done.to_dict())
+    else:
+        stdout.print(report.verification(done))
+    if not done.good:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with the CPU reference engine, from a compressed-tensors or a converted directory."""
+    from trtllm_ct.reference import generate_text
+
+    done = generate_text(directory, prompt, max_tokens=max_tokens)
+    if as_json:
+        document = {
+            "directory": str(directory),
+            "prompt": done.prompt,
+            "text": done.text,
+            "token_ids": list(done.token_ids),
+            "finish_reason": done.finish_reason,
+            "seconds": done.seconds,
+        }
+        _print_json("generate", document)
+    else:
+        stdout.print(done.prompt + done.text, markup=False, highlight=False)
+
+
+@app.command()
+def doctor(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Checkpoint directory to look at.", show_default=False)
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size that DIR is served with.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", help="Expert-parallel size.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Show which engine runs on this machine, what it holds, what is missing, and what it makes of a checkpoint."""
+    from trtllm_ct.cli.doctor import diagnose
+    from trtllm_ct.engine.parallel import Parallel
+
+    found = diagnose(directory, parallel=Parallel(tensor=tp, pipeline=pp, expert=ep))
+    if as_json:
+        _print_json("doctor", found.to_dict())
+    else:
+        stdout.print(report.diagnosis(found))
+    if not found.good:
+        raise typer.Exit(1)
+
+
+@cache.command("list")
+def cache_list(as_json: Json = False) -> None:
+    """List the directories that were prepared for TensorRT-LLM."""
+    from trtllm_ct.serve.cache import cache_root
+    from trtllm_ct.serve.listing import list_sidecars
+
+    root, listed = cache_root(), list_sidecars()
+    if as_json:
+        _print_json("cache-list", {"root": str(root), "sidecars": [entry.to_dict() for entry in listed]})
+    else:
+        stdout.print(report.sidecars(root, listed))
+
+
+@cache.command("clear")
+def cache_clear(as_json: Json = False) -> None:
+    """Delete those of them that no running process uses."""
+    from trtllm_ct.serve.cache import cache_root, clear_sidecars
+
+    root, cleared = cache_root(), clear_sidecars()
+    if as_json:
+        lists = {"removed": cleared.removed, "in_use": cleared.in_use}
+        _print_json("cache-clear", {"root": str(root), **{name: [*map(str, paths)] for name, paths in lists.items()}})
+    else:
+        stdout.print(report.cleared_sidecars(root, cleared))
+
+
+@app.command()
+def bench(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Checkpoint to measure on.", show_default=False)
+    ] = None,
+    shape: Annotated[
+        str, typer.Option(help="Synthetic checkpoints instead: 1b, 8b, kimi-k2 or tiny; several with commas.")
+    ] = "",
+    against: Annotated[
+        str, typer.Option(help="Peers, with commas; those that are not installed are left out by name.")
+    ] = "cp,load_file,library,transformers",
+    table: Annotated[str, typer.Option(help="What to measure, with commas.")] = "kernels,load,convert,headers",
+    runs: Annotated[int, typer.Option(help="Runs of each side, of which the median counts.")] = 5,
+    write_docs: Annotated[
+        Path | None, typer.Option(help="Docs folder whose performance page and plots are made.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loops, loading, converting and inspecting beside copies of the same bytes, and other programs."""
+    from benchmarks.command import run_command, summary
+
+    done = run_command(
+        directory, shapes=shape, against=against, tables=table, runs=runs, docs=write_docs, on_step=stderr.print
+    )
+    if as_json:
+        _print_json("bench", done.to_dict())
+    else:
+        stdout.print(summary(done))
+
+
+@app.command()
+def demo() -> None:
+    """Inspect, convert, verify and run the checkpoint that comes with this package."""
+    from trtllm_ct.cli.demo import run_demo
+
+    run_demo(stdout)
+
+
+@app.command()
+def version() -> None:
+    """Print the version of this package."""
+    from trtllm_ct.base.version import __version__
+
+    stdout.print(__version__, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; faults become a message on stderr and an exit code."""
+    # A command makes no cycles to speak of and ends soon: the collector has nothing to find, then and at the exit.
+    atexit.register(gc.freeze)
+    # No command multiplies matrices by numpy, whose threads for that would spin beside those that convert.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        with collector_paused():
+            app()
+    except TrtllmCtError as error:
+        if "--json" in sys.argv:
+            _print_json("error", {"error": type(error).__name__, "faults": [fault.to_dict() for fault in error.faults]})
+        else:
+            stderr.print(report.faults(error.faults))
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `500 MiB`, `4096`; raises `UsageError`."""
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", text.strip().lower())
+    size = int(float(match[1]) * units[match[2]]) if match else 0
+    if size < 1:
+        raise UsageError(
+            Fault(
+                where="--max-shard-size",
+                expected="a size such as 5GB, 500MiB or 4096",
+                found=repr(text),
+                remedy="Give a number of at least one byte, with or without a unit.",
+            )
+        )
+    return size
+
+
+def _parallel(tp: int, pp: int, ep: int) -> Parallel:
+    """The sizes of three options; raises `UsageError`."""
+    from trtllm_ct.engine.parallel import Parallel
+
+    return Parallel(tensor=tp, pipeline=pp, expert=ep)
+
+
+def _print_json(kind: str, document: dict[str, Any]) -> None:
+    """One document on stdout, never wrapped or coloured."""
+    print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
+    """A progress bar with bytes, speed and time left on stderr; silent when that is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+
+        def on_start(made: Plan) -> Callable[[int], None]:
+            task = progress.add_task("Converting", total=made.delivered_bytes)
+            return lambda nbytes: progress.advance(task, nbytes)
+
+        yield on_start

@@ -1,0 +1,58 @@
+"""`trtllm-ct demo`: the whole path on the checkpoint that comes with this package.
+
+That checkpoint is a Llama of 3.7 million parameters, trained on the text of Python's own documentation topics and
+quantized with llm-compressor (W4A16, GPTQ): small enough to ship, and readable enough to show at a glance that
+nothing was broken.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtllm_ct.cli import report
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.pipeline.inspection import inspect_checkpoint
+from trtllm_ct.reference import generate_text
+from trtllm_ct.verify.verify import verify_checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["run_demo"]
+
+_PROMPT = "The import statement combines two operations; it searches for the named module, then it"
+_TOKENS = 40
+_NEXT = """\
+Next, with a checkpoint of your own:
+  trtllm-ct inspect DIR                          what it is and how it would be served
+  trtllm-ct convert DIR OUT --to modelopt        a directory for stock TensorRT-LLM
+  trtllm-ct verify DIR OUT                       proof that OUT holds the same weights
+  trtllm-serve OUT                               on a machine with TensorRT-LLM"""
+
+
+def run_demo(console: Console) -> None:
+    """Print each step as a user would run it; raises whatever a step raises."""
+    demo_data = resources.files("trtllm_ct") / "cli" / "demo_data"
+    with resources.as_file(demo_data) as source, tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "demo-modelopt"
+        _heading(console, "1. Inspect: what is it, and what would TensorRT-LLM be given?")
+        console.print(report.inspection(inspect_checkpoint(source)))
+        _heading(console, "2. Convert to a directory that stock TensorRT-LLM loads")
+        console.print(report.conversion(convert_checkpoint(source, out)))
+        _heading(console, "3. Verify every weight against the source")
+        verified = verify_checkpoint(source, out)
+        console.print(report.verification(verified))
+        verified.raise_if_bad()
+        _heading(console, f"4. Generate {_TOKENS} tokens from the native layouts, on the CPU reference engine")
+        generation = generate_text(out, _PROMPT, max_tokens=_TOKENS)
+        console.print(f"[bold]{generation.prompt}[/bold]{generation.text}", highlight=False)
+        seconds = generation.seconds
+        console.print(f"({len(generation.token_ids)} tokens in {seconds:.1f} s)\n", highlight=False)
+    console.print(_NEXT, markup=False, highlight=False)
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n[bold cyan]{text}[/bold cyan]", highlight=False)

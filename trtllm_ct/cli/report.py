@@ -1,0 +1,281 @@
+"""What people see: tables for inspections and plans, summaries of what was done, faults folded by layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
+
+from trtllm_ct.cli.folding import fold_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from trtllm_ct.base.errors import Fault
+    from trtllm_ct.cli.doctor import Diagnosis, Machine, Served
+    from trtllm_ct.convert.convert import ConversionReport
+    from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
+    from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.serve.cache import ClearedSidecars
+    from trtllm_ct.serve.listing import ListedSidecar
+    from trtllm_ct.verify.verify import VerificationReport
+
+__all__ = [
+    "cleared_sidecars",
+    "conversion",
+    "diagnosis",
+    "faults",
+    "format_bytes",
+    "inspection",
+    "plan",
+    "sidecars",
+    "verification",
+]
+
+_WRAPPING = frozenset({"stored", "delivered as, or reason"})
+# Long reasons would make a table of hundreds of columns where there is no terminal to fit.
+_WIDEST = {"stored": 60}
+_GAP = 3
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def format_bytes(count: float) -> str:
+    """`2.7 MB`: decimal units, as disks and file managers count."""
+    for unit in _UNITS[:-1]:
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def faults(found: Iterable[Fault]) -> RenderableType:
+    """Every fault once; those that differ only by the layer are folded into one."""
+    by_text: dict[tuple[str, str, str], list[str]] = {}
+    for fault in found:
+        by_text.setdefault((fault.expected, fault.found, fault.remedy), []).append(fault.where)
+    lines = []
+    for (expected, what, remedy), wheres in by_text.items():
+        where = "\n".join(fold_names(wheres))
+        lines.append(
+            Text.assemble((where, "bold red"), f"\n  expected {expected}\n  found    {what}\n  ", (remedy, "italic"))
+        )
+    return Group(*lines)
+
+
+def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
+    """Detection with its evidence, the table of schemes (or of modules), KV cache, bytes, warnings and problems."""
+    parts: list[RenderableType] = [
+        Text.assemble((str(report.directory), "bold"), f" is {report.detection.description}"),
+        *(Text(f"  evidence: {evidence}") for evidence in report.detection.evidence),
+    ]
+    if report.plan is not None:
+        parts += [
+            Text(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
+            Text(""),
+            _modules(report.plan) if modules else _schemes(report.rows(), report.target),
+            Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
+            Text(f"Bytes: {_bytes(report.plan)}"),
+        ]
+    parts.append(_warnings(report.warnings))
+    if report.problems:
+        parts += [Text(f"Problems ({len(report.problems)}):", style="bold red"), faults(report.problems)]
+    return Group(*parts)
+
+
+def plan(made: Plan) -> RenderableType:
+    """Every stored tensor with its fate, then every delivered tensor with its spec and operation."""
+    stored = _table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
+    for fate in made.fates():
+        stored.add_row(escape(fate.name), str(fate.spec), str(fate.fate), escape(", ".join(fate.by) or fate.reason))
+    delivered = _table("delivered tensor", "dtype and shape", "operation", title=f"Delivered to {made.target}")
+    for delivery in made.deliveries():
+        delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
+    return Group(stored, delivered, _warnings(made.warnings))
+
+
+def conversion(report: ConversionReport) -> RenderableType:
+    """Modes with their counts, bytes, time, and why modules were dequantized."""
+    made = report.plan
+    speed = format_bytes(made.delivered_bytes / max(report.seconds, 1e-9))
+    modes = ", ".join(f"{count} x {mode}" for mode, count in report.modes.items()) or "nothing was quantized"
+    dequantized = Counter(module.reason for module in made.modules if module.dequantized)
+    notes = Counter(module.note for module in made.modules if module.note)
+    lines = [
+        Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
+        Text(f"  modules: {modes}"),
+        Text(f"  bytes: {format_bytes(made.stored_bytes)} -> {format_bytes(made.delivered_bytes)}"),
+        Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} carried along"),
+        *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
+        *(Text(f"  {count} modules: {note}") for note, count in notes.items()),
+    ]
+    return Group(*lines, _warnings(made.warnings))
+
+
+def verification(report: VerificationReport) -> RenderableType:
+    """Good or bad, the worst error of each kind of tensor, and every fault."""
+    verdict = ("good", "bold green") if report.good else (f"{len(report.faults)} faults", "bold red")
+    what = f"{report.converted} against {report.directory}" if report.converted else str(report.directory)
+    lines: list[RenderableType] = [Text.assemble(f"{what}: ", verdict, f" ({report.modules} modules)")]
+    for kind in ("native", "dequantized", "plain"):
+        worst = report.worst(kind)
+        if worst is not None:
+            count = sum(check.kind == kind for check in report.checks)
+            error = worst.comparison
+            lines.append(
+                Text(
+                    f"  {count} {kind} tensors, worst error {error.error:.3g} in {worst.name}, {error.block}: "
+                    f"{error.got:.9g}, source {error.want:.9g}"
+                )
+            )
+    if report.zero_scales:
+        lines.append(Text(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
+    if report.warnings:
+        lines.append(_warnings(report.warnings))
+    if report.faults:
+        lines.append(faults(report.faults))
+    return Group(*lines)
+
+
+def diagnosis(found: Diagnosis) -> RenderableType:
+    """The engine, its features and modes, what is missing, and what becomes of a checkpoint."""
+    return Group(*_machine(found.machine), *(_served(found.served) if found.served else ()))
+
+
+def sidecars(root: Path, listed: Iterable[ListedSidecar]) -> RenderableType:
+    """A line for each: name, what it was made of, and for which engine and sizes."""
+    table = _table("sidecar", "source", "engine", "tp", "pp", "ep")
+    damaged = []
+    for entry in listed:
+        if entry.sidecar is None:
+            damaged.append(entry.fault)
+            continue
+        options, repository = entry.sidecar.options, entry.sidecar.repository
+        sizes = (options.parallel.tensor, options.parallel.pipeline, options.parallel.expert)
+        source = repository.name if repository else str(entry.sidecar.source)
+        table.add_row(entry.directory.name, escape(source), options.engine, *map(str, sizes))
+    parts: list[RenderableType] = [Text(f"{table.row_count} in {root}")]
+    if table.row_count:
+        parts.append(table)
+    return Group(*parts, faults(fault for fault in damaged if fault is not None))
+
+
+def cleared_sidecars(root: Path, cleared: ClearedSidecars) -> RenderableType:
+    """How many went, and which stayed."""
+    lines = [f"Removed {len(cleared.removed)} from {root}"]
+    lines += [
+        f"  {directory.name} stays: a running process uses it, or it belongs to another user"
+        for directory in cleared.in_use
+    ]
+    return Group(*map(Text, lines))
+
+
+def _machine(machine: Machine) -> Iterable[RenderableType]:
+    held = machine.target.capabilities
+    named = {"tensorrt_llm": "TensorRT-LLM", "reference": "the CPU reference engine"}[machine.engine]
+    yield Text.assemble("LLM runs ", (named, "bold"), f": {machine.why}")
+    if machine.features is not None:
+        for name, value in machine.features.to_dict().items():
+            yield Text(f"  {name}: {_word(value)}")
+    yield Text(f"  capability set: {held.name} ({held.source})")
+    yield Text(f"  Linears: {', '.join(sorted(held.linear))}")
+    yield Text(f"  routed experts: {', '.join(sorted(held.experts))}")
+    if machine.missing:
+        yield Text(f"Missing ({len(machine.missing)}):", style="bold yellow")
+        yield faults(machine.missing)
+
+
+def _served(served: Served) -> Iterable[RenderableType]:
+    sizes = ", ".join(f"{name} {size}" for name, size in served.parallel.to_dict().items() if size > 1)
+    yield Text("")
+    yield Text.assemble(
+        (str(served.directory), "bold"), f" is {served.detection.description}", f" ({sizes})" * bool(sizes)
+    )
+    if served.plan is not None:
+        modes = ", ".join(f"{count} x {mode}" for mode, count in served.native.items()) or "none"
+        yield Text(f"  served natively: {modes}")
+        for reason, modules in served.dequantized.items():
+            yield Text(f"  dequantized {len(modules)} modules: {reason}")
+        yield Text(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
+        yield Text(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
+        yield _warnings(served.plan.warnings)
+    elif not served.problems:
+        yield Text("  it goes to the engine untouched")
+    for title, found in (("Traps", served.traps), ("Problems", served.problems)):
+        if found:
+            yield Text(f"{title} ({len(found)}):", style="bold red")
+            yield faults(found)
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "unknown" if value is None else str(value)
+
+
+def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
+    """One line for each module of a layer, layers folded; a reason once below the lines that it explains."""
+    table = _table("modules", "stored", "native mode", f"at {target}")
+    for row in rows:
+        for name in fold_names(row.modules):
+            table.add_row(escape(name), row.stored_scheme, row.native_mode, row.delivered_mode)
+        size = f"{len(row.modules)} modules, {format_bytes(row.stored_bytes)} -> {format_bytes(row.delivered_bytes)}"
+        why = "; ".join(text for text in (row.reason, row.note) if text)
+        table.add_row(f"[dim]{size}[/dim]", f"[italic]{escape(why)}[/italic]", "", "", end_section=True)
+    return table
+
+
+def _modules(made: Plan) -> Table:
+    table = _table("module", "stored", "native mode", f"at {made.target}", "now", "after")
+    for module in made.modules:
+        table.add_row(
+            escape(module.name),
+            escape(module.stored_scheme + (f"\n{module.reason}" if module.reason else "")) or "plain",
+            str(module.native_mode or ""),
+            module.delivered_mode,
+            format_bytes(module.stored_bytes),
+            format_bytes(module.delivered_bytes),
+        )
+    return table
+
+
+def _table(*headers: str, title: str | None = None) -> Table:
+    """Names and modes stay whole; schemes and reasons wrap."""
+    table = _FittedTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        no_wrap = header not in _WRAPPING
+        table.add_column(header, no_wrap=no_wrap, overflow="fold", max_width=_WIDEST.get(header))
+    return table
+
+
+class _FittedTable(Table):
+    """A table that loses nothing on a narrow terminal: where whole cells don't fit, every cell wraps."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if sum(_least_width(column, console, options) for column in self.columns) > options.max_width:
+            for column in self.columns:
+                column.no_wrap = False
+        return super().__rich_console__(console, options)
+
+
+def _least_width(column: Column, console: Console, options: ConsoleOptions) -> int:
+    """Cells that may not wrap in full, the longest word of others; the gap to the next column included."""
+    measured = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+    return max(cell.maximum if column.no_wrap else cell.minimum for cell in measured) + _GAP
+
+
+def _bytes(made: Plan) -> str:
+    now, after = made.stored_bytes, made.delivered_bytes
+    change = f"{'+' if after >= now else '-'}{format_bytes(abs(after - now))}"
+    return f"{format_bytes(now)} now, {format_bytes(after)} after ({change})"
+
+
+def _warnings(texts: Iterable[str]) -> RenderableType:
+    lines = [Text(f"  {text}", style="yellow") for text in texts]
+    return Group(Text("Warnings:", style="bold yellow"), *lines) if lines else Text("Warnings: none")

@@ -1,0 +1,134 @@
+"""What TensorRT-LLM is told about a checkpoint: its `QuantConfig`, as a frozen value of ours.
+
+The field names are the engine's (`tensorrt_llm.models.modeling_utils.QuantConfig`), and `to_dict` is the
+`quantization` part of the `hf_quant_config.json` that ModelOpt writes and every release reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.schemes import QuantAlgo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["LayerQuantConfig", "QuantConfig"]
+
+_WITH_ZERO_POINTS = frozenset({QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ})
+# ModelOpt's own name for an algorithm, which TensorRT-LLM reads in any case (`quantization/modelopt_config.py`).
+_ALIASES = {"fp8_pb_wo": QuantAlgo.FP8_BLOCK_SCALES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerQuantConfig:
+    """How one module is quantized, as an entry of `quantized_layers` says it."""
+
+    quant_algo: QuantAlgo
+    group_size: int | None = None
+    has_zero_point: bool = False
+    pre_quant_scale: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without the fields that the algorithm doesn't use."""
+        entry: dict[str, Any] = {"quant_algo": str(self.quant_algo)}
+        if self.group_size is not None:
+            entry["group_size"] = self.group_size
+        if self.quant_algo in _WITH_ZERO_POINTS:
+            entry |= {"has_zero_point": self.has_zero_point, "pre_quant_scale": self.pre_quant_scale}
+        return entry
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> LayerQuantConfig:
+        """Read what `to_dict` or ModelOpt wrote; raises `ValueError` for an unknown algorithm."""
+        return cls(
+            quant_algo=QuantAlgo(_ALIASES.get(str(entry["quant_algo"]).lower(), entry["quant_algo"])),
+            group_size=entry.get("group_size"),
+            has_zero_point=bool(entry.get("has_zero_point", False)),
+            pre_quant_scale=bool(entry.get("pre_quant_scale", False)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantConfig:
+    """The quantization of a whole model.
+
+    `layer` is set when all quantized modules share one mode; otherwise `quantized_layers` names each of them and the
+    global algorithm is MIXED_PRECISION. With neither, no module is quantized.
+    `exclude_modules` are full module names, never patterns: releases differ in how they match patterns.
+    """
+
+    layer: LayerQuantConfig | None = None
+    kv_cache_quant_algo: str | None = None
+    exclude_modules: tuple[str, ...] = ()
+    quantized_layers: Mapping[str, LayerQuantConfig] = field(default_factory=dict)
+
+    @property
+    def quant_algo(self) -> QuantAlgo | None:
+        """The global algorithm, MIXED_PRECISION when modules differ, None when none is quantized."""
+        if self.layer is not None:
+            return self.layer.quant_algo
+        return QuantAlgo.MIXED_PRECISION if self.quantized_layers else None
+
+    @property
+    def group_size(self) -> int | None:
+        """Group size of the one mode; None when modules differ or no groups are used."""
+        return self.layer.group_size if self.layer else None
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether the one mode carries additive zeros."""
+        return self.layer.has_zero_point if self.layer else False
+
+    @property
+    def pre_quant_scale(self) -> bool:
+        """Whether the one mode carries a scale of its input."""
+        return self.layer.pre_quant_scale if self.layer else False
+
+    def layer_config(self, module: str) -> LayerQuantConfig | None:
+        """The mode of one module by its full name, None when it is not quantized.
+
+        An entry counts for the modules below it too, as engines have it: all experts of a layer are named once.
+        """
+        around = tuple(accumulate(module.split("."), "{}.{}".format))
+        if not self._excluded.isdisjoint(around):
+            return None
+        return self.layer or next(
+            (self.quantized_layers[name] for name in around if name in self.quantized_layers), None
+        )
+
+    @property
+    def _excluded(self) -> frozenset[str]:
+        return _as_set(self.exclude_modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization` part of `hf_quant_config.json`."""
+        entry: dict[str, Any] = {
+            "quant_algo": str(self.quant_algo) if self.quant_algo else None,
+            "kv_cache_quant_algo": self.kv_cache_quant_algo,
+        }
+        if self.layer is not None:
+            entry |= self.layer.to_dict()
+        if self.quantized_layers:
+            entry["quantized_layers"] = {name: layer.to_dict() for name, layer in self.quantized_layers.items()}
+        return entry | {"exclude_modules": list(self.exclude_modules)}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> QuantConfig:
+        """Read what `to_dict` or ModelOpt wrote; raises `ValueError` for an unknown algorithm."""
+        layers = entry.get("quantized_layers") or {}
+        return cls(
+            layer=None if layers or not entry.get("quant_algo") else LayerQuantConfig.from_dict(entry),
+            kv_cache_quant_algo=entry.get("kv_cache_quant_algo"),
+            exclude_modules=tuple(entry.get("exclude_modules") or ()),
+            quantized_layers={name: LayerQuantConfig.from_dict(layer) for name, layer in layers.items()},
+        )
+
+
+@lru_cache(maxsize=8)
+def _as_set(names: tuple[str, ...]) -> frozenset[str]:
+    """Looked up for every module of a model, so hashed once."""
+    return frozenset(names)

@@ -1,0 +1,134 @@
+"""The pipeline in order: detect, read, catalog, probe, plan, load, map, deliver. Read this first.
+
+| stage   | takes                         | gives                                | tensors read        |
+|---------|-------------------------------|--------------------------------------|---------------------|
+| detect  | a directory                   | `Detection` with its evidence        | none                |
+| read    | the directory                 | `QuantizationConfig`                 | none                |
+| catalog | the directory                 | `Catalog`                            | headers             |
+| probe   | configuration and catalog     | `Probe`: the few values that decide  | a few small ones    |
+| plan    | the three above and a target  | `Plan`                               | none                |
+| load    | the plan's module groups      | stored tensors, one module at a time | one module at a time |
+| map     | a module and its tensors      | delivered tensors                    | the given ones      |
+| deliver | delivered tensors             | a directory, a dictionary, a model   | the given ones      |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.config.detect import Detection, FormatDetector
+from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.config.mistral_params import config_from_params
+from trtllm_ct.config.reader import CompressedTensorsConfigReader
+from trtllm_ct.engine.parallel import ONE_RANK, Parallel
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import target_named
+from trtllm_ct.pipeline.probing import probe_checkpoint
+from trtllm_ct.plan.models.sites import Model
+from trtllm_ct.plan.planner import make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.config.quantization_config import QuantizationConfig
+    from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.plan.probe import Probe
+
+__all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A compressed-tensors directory after the stages before planning.
+
+    `hf_config` is its config.json, parsed, or what params.json says in its terms.
+    """
+
+    directory: Path
+    detection: Detection
+    config: QuantizationConfig
+    catalog: Catalog
+    model: Model
+    probe: Probe
+    hf_config: Mapping[str, Any]
+
+    def plan(
+        self,
+        to: str = "modelopt",
+        *,
+        engine: str = DEFAULT_ENGINE,
+        additive_zeros: bool = True,
+        dtype: DType | None = None,
+        strict: bool = False,
+        parallel: Parallel = ONE_RANK,
+        dense_o_proj: bool = False,
+    ) -> Plan:
+        """The plan for the target named `to` and the capability set `engine` of stock TensorRT-LLM; see `make_plan`.
+
+        `additive_zeros` matters for target `tensorrt_llm` only, see `target_named`.
+        Raises `PlanError`, and `UsageError` for an unknown name.
+        """
+        return make_plan(
+            self.config,
+            self.catalog,
+            self.model,
+            target_named(to, engine, additive_zeros=additive_zeros),
+            dtype=dtype,
+            strict=strict,
+            parallel=parallel,
+            dense_o_proj=dense_o_proj,
+            probe=self.probe,
+        )
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Detect, read, catalogue and probe a directory; headers, and the few small tensors whose values decide a mode.
+
+    Raises `DetectionError` when it is no compressed-tensors checkpoint, `ConfigError` and `CatalogError` with all
+    faults of the stage.
+    """
+    directory = Path(directory)
+    detection = FormatDetector().detect(directory)
+    detection.require_compressed_tensors()
+    config = CompressedTensorsConfigReader().read(directory)
+    catalog = Catalog.from_directory(directory)
+    hf_config = _read_hf_config(directory, catalog)
+    model = Model.from_config(hf_config)
+    return Checkpoint(
+        directory=directory,
+        detection=detection,
+        config=config,
+        catalog=catalog,
+        model=model,
+        probe=probe_checkpoint(config, catalog, model),
+        hf_config=hf_config,
+    )
+
+
+def _read_hf_config(directory: Path, catalog: Catalog) -> Mapping[str, Any]:
+    """config.json, parsed; in Mistral's own form there may be params.json instead."""
+    path, params = directory / "config.json", directory / "params.json"
+    if path.is_file() or not params.is_file():
+        return read_json_object(path)
+    stored = {name: tensor.spec for name, tensor in catalog.tensors.items()}
+    return config_from_params(read_json_object(params), stored)
+
+
+def plan_checkpoint(
+    directory: str | Path,
+    to: str = "modelopt",
+    *,
+    engine: str = DEFAULT_ENGINE,
+    dtype: DType | None = None,
+    strict: bool = False,
+    parallel: Parallel = ONE_RANK,
+    dense_o_proj: bool = False,
+) -> Plan:
+    """The plan of a directory for the target named `to`; reads no weights. See `Checkpoint.plan`."""
+    return open_checkpoint(directory).plan(
+        to, engine=engine, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
+    )

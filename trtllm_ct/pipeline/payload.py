@@ -1,0 +1,251 @@
+"""What headers can't show: the numbers in scales, shapes, zero points and indices, checked before they are used.
+
+| tensor                    | NaN, inf, negative | zero                                        |
+|---------------------------|--------------------|---------------------------------------------|
+| scale of a whole tensor   | fault              | fault: the whole weight would vanish        |
+| scale of a row or a group | fault              | allowed and counted: the group is all zeros |
+| E8M0 exponent of a group  | 255, its NaN       | none: exponent 0 is 2^-127                  |
+| global scale (NVFP4)      | fault              | fault; in a routed expert the weight is 0   |
+| `input_scale`, KV scales  | fault              | fault                                       |
+
+Zero points are integers in the signed range of the codes, and all zero beside float codes; a group index names groups
+that exist. The matrix of a transform is finite, that of a Hadamard one all 1 and -1, and a permutation is one. Codes
+are read only where their container has room for what no code can be.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+from trtllm_ct.formats.group_index import is_filled
+from trtllm_ct.formats.small_floats import local_scale
+from trtllm_ct.layouts.packing import INT8_PLAIN
+from trtllm_ct.layouts.scales import scale_values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import Packing
+    from trtllm_ct.config.quantization_config import Transform
+    from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.plan.plan import ModulePlan
+
+__all__ = ["check_payload", "count_zero_scales", "looks_at"]
+
+_ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale")
+_KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
+_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
+_EXPERT = ".experts."
+
+
+def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
+    """Add a fault for every promise that the tensors of a module break; `stored` holds them by local name.
+
+    Reads the small tensors; of the codes only those of fewer than 8 bits in a byte each, and those in padded words.
+    """
+    weight = module.weight
+    if weight is not None:
+        if "weight_shape" in stored:
+            _check_shape(module.name, stored["weight_shape"], weight.part_of or weight.shape, faults)
+        zero_allowed = weight.scale_shape != (1, 1)
+        scale = _scale_numbers(weight, stored[weight.scale])
+        _check_scale(f"{module.name}.{weight.scale}", scale, faults, zero_allowed=zero_allowed)
+        if "weight_zero_point" in stored and weight.zero_point_packing is None:
+            _check_zero_point(f"{module.name}.weight_zero_point", weight, stored["weight_zero_point"], faults)
+        if weight.group_index is not None:
+            _check_group_index(f"{module.name}.{weight.group_index}", weight, stored[weight.group_index], faults)
+        _check_codes(f"{module.name}.{weight.codes}", weight, stored[weight.codes], faults)
+    for local in dict.fromkeys((*_ACTIVATION_SCALES, *_kv_scales(module))):
+        if local in stored:
+            _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=False)
+    for local in _GLOBAL_SCALES:
+        if local in stored:
+            # Calibration may never have reached an expert, and some writers leave 0 then.
+            _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=_EXPERT in module.name)
+    for transform in module.transforms:
+        _check_transform(module.name, transform, stored, faults)
+
+
+def looks_at(module: ModulePlan) -> bool:
+    """Whether `check_payload` looks at any value of a module."""
+    scales = (*_ACTIVATION_SCALES, *_GLOBAL_SCALES, *_kv_scales(module))
+    has_scale = any(local in module.views and local not in module.ignored for local in scales)
+    return module.weight is not None or has_scale or bool(module.transforms)
+
+
+def _kv_scales(module: ModulePlan) -> Iterator[str]:
+    """The scales of the KV cache among its tensors, whatever their writer called them."""
+    for delivery in module.deliveries:
+        if delivery.operation.source is not None and delivery.name.endswith(_KV_SCALES):
+            yield delivery.operation.source
+
+
+def count_zero_scales(module: ModulePlan, stored: Mapping[str, Tensor]) -> int:
+    """How many rows or groups of a weight have scale zero, that is, hold zeros only; all under a global scale of 0."""
+    weight = module.weight
+    if weight is None:
+        return 0
+    scale = _scale_numbers(weight, stored[weight.scale])
+    if weight.divisor is not None and not bool(stored[weight.divisor].any()):
+        return scale.numel()
+    return int((scale == 0).sum())
+
+
+def _scale_numbers(weight: StoredWeight, scale: Tensor) -> Tensor:
+    """A scale as numbers that compare: wide floats as they are, one-byte scales as float32."""
+    import torch
+
+    if scale.element_size() > 1:
+        return scale
+    return scale_values(local_scale(weight, scale), torch.float32)
+
+
+def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allowed: bool) -> None:
+    if scale.numel() and _is_good(*(float(end) for end in scale.aminmax()), zero_allowed=zero_allowed):
+        return
+    # In this form NaN, which compares as false, counts as bad; infinity is told apart by the second test.
+    good = (scale >= 0 if zero_allowed else scale > 0) & scale.isfinite()
+    if bool(good.all()):
+        return
+    bad = (~good).nonzero()
+    position = [int(index) for index in bad[0]]
+    faults.add(
+        where=f"{name}{position or ''}",
+        expected="a finite scale that is " + ("not negative" if zero_allowed else "positive"),
+        found=f"{float(scale[tuple(position)]):g} ({bad.shape[0]} of {scale.numel()} elements are bad)",
+        remedy="The checkpoint was damaged or badly calibrated; download or quantize it again.",
+    )
+
+
+def _is_good(least: float, most: float, *, zero_allowed: bool) -> bool:
+    """Whether these ends leave room for good scales only; NaN, which is both ends where it occurs, is none."""
+    return (least >= 0 if zero_allowed else least > 0) and most < inf
+
+
+def _check_transform(module: str, transform: Transform, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
+    """The matrix of a transform, and the permutation of a randomized one."""
+    name = f"{transform.module}.weight"
+    matrix = stored[name]
+    good = matrix.abs() == 1 if transform.hadamard else matrix.isfinite()
+    if not bool(good.all()):
+        row, column = (int(index) for index in (~good).nonzero()[0])
+        faults.add(
+            where=f"{module}.{name}[{row}, {column}]",
+            expected="1 or -1, which are divided by the root of their number" if transform.hadamard else "a number",
+            found=f"{float(matrix[row, column]):g} ({int((~good).sum())} of {matrix.numel()} elements are bad)",
+            remedy="The matrix was damaged, or its writer scales it otherwise; download or quantize the model again.",
+        )
+    if transform.permuted:
+        name = f"{transform.module}.perm"
+        order = stored[name].sort().values.tolist()
+        if order != list(range(len(order))):
+            faults.add(
+                where=f"{module}.{name}",
+                expected=f"each number from 0 to {len(order) - 1} once",
+                found=f"numbers from {order[0]} to {order[-1]}, {len(set(order))} different ones",
+                remedy="The file was damaged; download the checkpoint again.",
+            )
+
+
+def _check_shape(module: str, stored_shape: Tensor, shape: tuple[int, int], faults: FaultCollector) -> None:
+    found = [int(size) for size in stored_shape.flatten()]
+    if found != list(shape):
+        faults.add(
+            where=f"{module}.weight_shape",
+            expected=f"{list(shape)}, which the packed codes and config.json make",
+            found=str(found),
+            remedy="Codes and shape belong to different weights; download the checkpoint again.",
+        )
+
+
+def _check_zero_point(name: str, weight: StoredWeight, zero_point: Tensor, faults: FaultCollector) -> None:
+    """Plain zero points: integers in the signed range of the codes; of float codes, leftovers that are zero."""
+    if not weight.has_zero_point:
+        _check_leftover_zero_point(name, zero_point, faults)
+        return
+    half = 1 << (weight.args.num_bits - 1)
+    wide = zero_point.float()
+    fraction = (wide != wide.round()) | wide.isinf()
+    if bool(fraction.any()):
+        faults.add(
+            where=name,
+            expected="integers, which are subtracted from the codes before scaling",
+            found=f"{float(wide[fraction][0]):g} ({int(fraction.sum())} of {zero_point.numel()} are no integers)",
+            remedy="This writer's zero points mean something else, perhaps an offset after scaling; quantize again.",
+        )
+        return
+    low, high = int(zero_point.min()), int(zero_point.max())
+    if low < -half or high >= half:
+        faults.add(
+            where=name,
+            expected=f"signed zero points in [{-half}, {half - 1}]",
+            found=f"values from {low} to {high}",
+            remedy="The writer stored unsigned zero points; quantize again with a current release of it.",
+        )
+
+
+def _check_leftover_zero_point(name: str, zero_point: Tensor, faults: FaultCollector) -> None:
+    """Early writers stored zero points for float codes too, always zero: no release computes with them."""
+    nonzero = int((zero_point.float() != 0).sum())
+    if nonzero:
+        faults.add(
+            where=name,
+            expected="zeros only, since float codes have no zero point",
+            found=f"{nonzero} of {zero_point.numel()} elements that are not zero",
+            remedy="No release defines such a weight; find out what its writer meant, or quantize the model again.",
+        )
+
+
+def _check_group_index(name: str, weight: StoredWeight, index: Tensor, faults: FaultCollector) -> None:
+    """Each column's group is one of those that have a scale; an index that was never filled counts as absent."""
+    groups = weight.scale_shape[1]
+    bad = (index < 0) | (index >= groups)
+    if is_filled(index) and bool(bad.any()):
+        column = int(bad.nonzero()[0])
+        faults.add(
+            where=f"{name}[{column}]",
+            expected=f"a group from 0 to {groups - 1}, those that weight_scale has",
+            found=f"{int(index[column])} ({int(bad.sum())} of {index.numel()} elements are bad)",
+            remedy="Index and scale belong to different weights; download the checkpoint again.",
+        )
+
+
+def _check_codes(name: str, weight: StoredWeight, codes: Tensor, faults: FaultCollector) -> None:
+    """Codes fit their width wherever the container is wider than it."""
+    packing = weight.packing
+    if packing is None:
+        return
+    if packing == INT8_PLAIN and weight.args.num_bits < packing.bits:
+        _check_code_range(name, codes, weight.args.num_bits, faults)
+    if not packing.dense:
+        _check_spare_bits(name, codes, packing, faults)
+
+
+def _check_code_range(name: str, codes: Tensor, bits: int, faults: FaultCollector) -> None:
+    """Signed codes of `bits` bits that lie in a byte each."""
+    half = 1 << (bits - 1)
+    low, high = (int(end) for end in codes.aminmax())
+    if low < -half or high >= half:
+        faults.add(
+            where=name,
+            expected=f"codes of {bits} bits, from {-half} to {half - 1}",
+            found=f"codes from {low} to {high}",
+            remedy="num_bits in config_groups is too small for this weight, or its writer stored unsigned codes.",
+        )
+
+
+def _check_spare_bits(name: str, words: Tensor, packing: Packing, faults: FaultCollector) -> None:
+    """The bits that padded words leave over are zero; dense words of the same number would use them."""
+    used = packing.bits * (packing.container.bits // packing.bits)
+    spare = words >> used
+    if bool(spare.any()):
+        faults.add(
+            where=name,
+            expected=f"words padded to {used} used bits, as compressed-tensors up to 0.17.1 writes {packing.bits} bits",
+            found=f"{int(spare.count_nonzero())} of {words.numel()} words that use more",
+            remedy="A newer release packed this weight; set `version` in the configuration to that of its writer.",
+        )

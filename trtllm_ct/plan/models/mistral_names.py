@@ -1,0 +1,151 @@
+"""Modules of Mistral's own form under the names that they have in Hugging Face's.
+
+`hugging_face_names` runs on the modules of a checkpoint, so that to all behind it a consolidated file is one with other
+names: `StoredModule.stored_name` stays that of the file, for messages and for targets.
+Scales have names of their own there too: `qscale_weight`, `qscale_act` and `k_fake_quantizer.qscale_act`.
+Sources: transformers 4.53 `models/mistral/convert_mistral_weights_to_hf.py` and
+`models/mistral3/convert_mistral3_weights_to_hf.py`; vLLM 0.15 `model_executor/models/mistral.py`; mistral-inference 1.6
+`moe.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.errors import PlanError
+from trtllm_ct.checkpoint.header import list_some
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.plan.models.families import Experts
+    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.stored import StoredModule, View
+
+__all__ = ["hugging_face_names"]
+
+_NATIVE = re.compile(r"layers\.\d+\.attention\.")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_VISION_LAYER = re.compile(r"vision_encoder\.(transformer\.layers\.\d+)\.(.+)")
+_EXPERT = re.compile(r"(?:feed_forward\.)?experts\.(\d+)\.(w[123])")
+_GATES = frozenset({"gate", "feed_forward.gate"})
+
+# Where the text model is delivered: prefix of its body and name of its head, alone and inside of something larger.
+_ALONE = ("model.", "lm_head")
+_INSIDE = ("language_model.model.", "language_model.lm_head")
+
+_OF_LAYER = {
+    "attention": "self_attn",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_fake_quantizer": "self_attn",
+    "attention.k_fake_quantizer": "self_attn",
+    "attention.v_fake_quantizer": "self_attn",
+    "attention.kv_fake_quantizer": "self_attn",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+_OF_VISION_LAYER = {
+    "attention.wq": "attention.q_proj",
+    "attention.wk": "attention.k_proj",
+    "attention.wv": "attention.v_proj",
+    "attention.wo": "attention.o_proj",
+    "attention_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "feed_forward.gate_proj",
+    "feed_forward.w2": "feed_forward.down_proj",
+    "feed_forward.w3": "feed_forward.up_proj",
+}
+_BESIDE_THE_TEXT = {
+    "vision_encoder.patch_conv": "vision_tower.patch_conv",
+    "vision_encoder.ln_pre": "vision_tower.ln_pre",
+    "vision_language_adapter.w_in": "multi_modal_projector.linear_1",
+    "vision_language_adapter.w_out": "multi_modal_projector.linear_2",
+    "patch_merger.merging_layer": "multi_modal_projector.patch_merger.merging_layer",
+    "pre_mm_projector_norm": "multi_modal_projector.norm",
+}
+# w1 is the gate, w3 what it is multiplied with, w2 leads back.
+_PART_OF_EXPERT = {"w1": 0, "w3": 1, "w2": 2}
+_LOCALS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
+
+
+def hugging_face_names(
+    modules: dict[str, StoredModule], model: Model, faults: FaultCollector
+) -> dict[str, StoredModule]:
+    """The modules under Hugging Face names where they have Mistral's, unchanged where they don't.
+
+    Adds a fault for each tensor that is there twice. Raises `PlanError` with all faults when the model has no name for
+    some modules: all their tensors would be surplus, and others missing.
+    """
+    if not any(_NATIVE.match(f"{name}.") for name in modules):
+        return modules
+    renamed: dict[str, StoredModule] = {}
+    unknown = []
+    for own, module in modules.items():
+        name = _hugging_face_name(own, model)
+        if name is None:
+            unknown.append(own)
+            continue
+        views = {_local(own, local, module.views): view for local, view in module.views.items()}
+        known = renamed.get(name)
+        for local in known.views.keys() & views.keys() if known else ():
+            faults.add(
+                where=module.full_name(local),
+                expected=f"one tensor that makes {name}.{local}",
+                found="another one that does",
+                remedy="Files of two checkpoints may lie in one directory: keep those of one of them.",
+            )
+        renamed[name] = replace(module.delivered_as(name), views={**(known.views if known else {}), **views})
+    if unknown:
+        faults.add(
+            where=unknown[0],
+            expected=f"the modules that a {model.name} has in Mistral's own form",
+            found=f"{len(unknown)} others: {list_some(unknown)}",
+            remedy="Use the Hugging Face form of the model, which has model*.safetensors.",
+        )
+        faults.raise_if_any(PlanError)
+    return renamed
+
+
+def _hugging_face_name(own: str, model: Model) -> str | None:
+    """The name of a module; None when the model has none that corresponds."""
+    body, head = _INSIDE if model.multimodal else _ALONE
+    whole = {"tok_embeddings": f"{body}embed_tokens", "norm": f"{body}norm", "output": head}
+    if model.multimodal:
+        whole |= _BESIDE_THE_TEXT
+    if own in whole:
+        return whole[own]
+    if layer := _LAYER.fullmatch(own):
+        inner = _of_layer(layer[2], model.architecture.experts)
+        return f"{body}layers.{layer[1]}.{inner}" if inner else None
+    if model.multimodal and (layer := _VISION_LAYER.fullmatch(own)):
+        inner = _OF_VISION_LAYER.get(layer[2])
+        return f"vision_tower.{layer[1]}.{inner}" if inner else None
+    return None
+
+
+def _of_layer(own: str, experts: Experts | None) -> str | None:
+    """The path of a module in its layer."""
+    if experts is None:
+        return _OF_LAYER.get(own)
+    if own in _GATES:
+        return experts.router.path
+    if expert := _EXPERT.fullmatch(own):
+        return f"{experts.path}.{expert[1]}.{experts.projections[_PART_OF_EXPERT[expert[2]]]}"
+    return _OF_LAYER.get(own)
+
+
+def _local(module: str, own: str, beside: Mapping[str, View]) -> str:
+    """The local name of a tensor; one that is there under the other name already keeps its own, and has no owner."""
+    if module.endswith("_fake_quantizer") and own == "qscale_act":
+        return f"{module.rpartition('.')[2].removesuffix('_fake_quantizer')}_scale"
+    name = _LOCALS.get(own, own)
+    return own if name in beside else name

@@ -1,0 +1,376 @@
+"""Which modules a model must have: its family's tables filled in with the sizes of its config.json.
+
+The planner takes nothing about a model from its weights alone: a checkpoint that lacks a module, or whose weights don't
+have the sizes of its config.json, is refused before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import ConfigError, Fault, FaultCollector
+from trtllm_ct.engine.parallel import Cut
+from trtllm_ct.plan.models.families import ALWAYS, ARCHITECTURES, MODEL_TYPES, Architecture, Experts, LinearSite
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+__all__ = ["Model", "Site", "name_variants"]
+
+# Where the text model lies in a checkpoint: the prefix of its body and the name of its head. The first whose embedding
+# or first layer is stored counts; writers and releases of transformers have used each of them.
+_PLACES = (
+    ("model.", "lm_head"),
+    ("language_model.model.", "language_model.lm_head"),
+    ("model.language_model.", "lm_head"),
+    ("model.language_model.model.", "model.language_model.lm_head"),
+)
+
+
+def name_variants(name: str) -> tuple[str, ...]:
+    """A module's name, then the names that it has where the text model lies elsewhere.
+
+    transformers 4.52 moved text models, so targets and `ignore` may say `language_model.model.layers` of what the files
+    call `model.language_model.layers`; some wrappers put the Linear into a child called `linear`.
+    """
+    variants = [name]
+    for own_body, own_head in _PLACES:
+        if name == own_head or name.startswith(own_body):
+            for body, head in _PLACES:
+                variants.append(head if name == own_head else body + name.removeprefix(own_body))
+    return tuple(dict.fromkeys([*variants, *(f"{variant}.linear" for variant in variants)]))
+
+
+class Site(NamedTuple):
+    """One module that a model must have.
+
+    `shape` is that of its weight, `locals` are its parameters beside a quantized or plain weight.
+    `fused` names the group whose members must end in one mode, `joined` whether the engine makes one Linear of them
+    (which then reads no `pre_quant_scale`), `shares` the Linear or expert part whose scalars it must share with others.
+    A `plain` module is never read quantized by engines; `expert` marks routed
+    experts, whose kernels know fewer modes. `aliases` are other names under which writers have stored it.
+    `cut` says how ranks share the weight: by `heads` of the KV cache where it counts them, and each of `parts` for
+    itself where several Linears lie in one. `attention` marks what attention data parallelism leaves whole; where
+    `ranks_vary`, a rank may get another slice than its number says.
+    """
+
+    module: str
+    class_name: str
+    shape: tuple[int, ...]
+    fused: str | None = None
+    joined: bool = False
+    shares: str | None = None
+    plain: bool = False
+    expert: bool = False
+    locals: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    cut: Cut = Cut.NONE
+    heads: int | None = None
+    parts: tuple[int, ...] = ()
+    attention: bool = False
+    ranks_vary: bool = False
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The names that it may have in the files: its own, an alias, or one level deeper as LoRA wrappers put it."""
+        return (self.module, *self.aliases, f"{self.module}.base_layer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What planning needs to know of a model, read from its config.json.
+
+    `name` is the architecture that config.json names; `multimodal` whether its text model is a part of something
+    larger, whose other parts are carried along plain. `draft_layers` follow the last layer and predict further tokens.
+    `vision_head_dim` are the rows of a head in its vision tower, 0 where config.json doesn't say.
+    """
+
+    name: str
+    architecture: Architecture
+    dtype: DType
+    layers: int
+    sizes: Mapping[str, int]
+    vocabulary: int
+    tied: bool
+    biases: frozenset[str]
+    dense_layers: frozenset[int]
+    multimodal: bool
+    draft_layers: int = 0
+    vision_head_dim: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Model:
+        """Read config.json (parsed).
+
+        Raises `ConfigError` for an architecture that is no entry of `ARCHITECTURES`, and for sizes that are missing.
+        """
+        names = config.get("architectures") or ["none"]
+        name = str(names[0] if isinstance(names, list) else names)
+        nested = config.get("text_config")
+        text = dict(nested) if isinstance(nested, dict) else config
+        family = MODEL_TYPES.get(str(text.get("model_type"))) if text is not config else name
+        if family is None or family not in ARCHITECTURES:
+            raise ConfigError(_unknown(name, text if text is not config else None))
+        faults = FaultCollector()
+        layers = _size(text, "num_hidden_layers", faults)
+        sizes = _sizes(text, ARCHITECTURES[family][0], faults)
+        architecture = _variant(ARCHITECTURES[family], sizes)
+        model = cls(
+            name=name,
+            architecture=architecture,
+            dtype=_model_dtype({**config, **text} if text is not config else config, faults),
+            layers=layers,
+            sizes=sizes,
+            vocabulary=_size(text, "vocab_size", faults),
+            tied=_tied(config, text, family),
+            biases=frozenset({ALWAYS} | {key for key in _BIASES if text.get(key, _BIAS_DEFAULTS.get(key, False))}),
+            dense_layers=_dense_layers(text, layers),
+            multimodal=text is not config,
+            draft_layers=_size(text, "num_nextn_predict_layers", faults, default=0, least=0),
+            vision_head_dim=_vision_head_dim(config.get("vision_config")),
+        )
+        faults.raise_if_any(ConfigError)
+        return model
+
+    @property
+    def heads(self) -> int:
+        """Heads of attention."""
+        return self.sizes["heads"] // self.sizes["head_dim"]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the KV cache."""
+        return self.sizes["kv_heads"] // self.sizes["head_dim"]
+
+    def attentions(self, place: tuple[str, str]) -> Iterator[str]:
+        """The attention module of every layer, by full name."""
+        return (f"{place[0]}layers.{layer}.self_attn" for layer in range(self.layers))
+
+    def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight by its full name, for checkpoints whose files don't show it plainly."""
+        bodies = [place for place in _PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
+        return {f"{site.module}.weight": site.shape for site in self.sites((bodies or _PLACES)[0])}
+
+    def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
+        """Prefix of the text model's body and name of its head, by the modules that are stored."""
+        for body, head in _PLACES:
+            if any(
+                f"{body}{probe}" in stored_modules for probe in ("embed_tokens", "layers.0.input_layernorm", "norm")
+            ):
+                return body, head
+        return _PLACES[0]
+
+    def sites(self, place: tuple[str, str] = _PLACES[0]) -> Iterator[Site]:
+        """Every module that must have a weight, in the model's own order; a tied head is none. See `place`."""
+        body, head = place
+        hidden, norm = self.sizes["hidden"], self.architecture.norm_class
+        table = (self.vocabulary, hidden)
+        cut = self.architecture.embedding
+        yield Site(module=f"{body}embed_tokens", class_name="Embedding", shape=table, plain=True, cut=cut)
+        for layer in range(self.layers):
+            prefix = f"{body}layers.{layer}."
+            for entry in self.architecture.norms:
+                yield Site(module=prefix + entry.path, class_name=norm, shape=(self.sizes[entry.size],))
+            for site in self.architecture.attention:
+                yield self._linear(prefix, site, attention=True)
+            experts = self.architecture.experts
+            if experts is None or layer in self.dense_layers:
+                for site in self.architecture.mlp:
+                    yield self._linear(prefix, site)
+            else:
+                yield from self._experts(prefix, experts)
+        yield Site(module=f"{body}norm", class_name=norm, shape=(hidden,))
+        if not self.tied:
+            yield Site(module=head, class_name="Linear", shape=table, plain=True, cut=Cut.VOCABULARY)
+
+    def _linear(self, prefix: str, site: LinearSite, *, attention: bool = False) -> Site:
+        bias = ("bias",) if site.bias in self.biases else ()
+        return Site(
+            module=prefix + site.path,
+            class_name="Linear",
+            shape=(self.sizes[site.outputs], self.sizes[site.inputs]),
+            fused=prefix + site.fused if site.fused else None,
+            joined=site.fused is not None,
+            shares=prefix + site.fused if site.fused else None,
+            plain=site.plain,
+            locals=bias + site.extras,
+            cut=site.cut,
+            heads=self.kv_heads if site.cut is Cut.KV_HEADS else None,
+            parts=tuple(self.sizes[part] for part in site.parts),
+            attention=attention,
+            ranks_vary=self.architecture.mlp_ranks_vary and not attention,
+        )
+
+    def _experts(self, prefix: str, experts: Experts) -> Iterator[Site]:
+        """Router and shared experts, then the routed ones: all of a layer's must end in one mode."""
+        yield self._linear(prefix, experts.router)
+        for site in experts.shared:
+            yield self._linear(prefix, site)
+        gate, up, down = experts.projections
+        hidden, inner = self.sizes["hidden"], self.sizes[experts.intermediate]
+        shapes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
+        aliases = dict(experts.aliases)
+        fused = prefix + experts.path
+        for expert in range(self.sizes[experts.count]):
+            own = f"{fused}.{expert}."
+            shares = f"{own}gate_up"
+            for projection, shape in shapes.items():
+                other = (own + aliases[projection],) if projection in aliases else ()
+                yield Site(
+                    module=own + projection,
+                    class_name="Linear",
+                    shape=shape,
+                    fused=fused,
+                    shares=None if projection == down else shares,
+                    expert=True,
+                    aliases=other,
+                    cut=Cut.ROW if projection == down else Cut.COLUMN,
+                )
+
+
+_BIASES = ("attention_bias", "mlp_bias", "qkv_bias")
+# transformers gives Qwen2-MoE its attention biases unless config.json takes them away.
+_BIAS_DEFAULTS = {"qkv_bias": True}
+_EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
+# transformers ties the embeddings of these unless config.json says otherwise.
+_TIED_BY_DEFAULT = frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"})
+
+
+def _sizes(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
+    """The sizes that the tables of a family name; `heads` and the like count elements."""
+    hidden = _size(config, "hidden_size", faults)
+    heads = _size(config, "num_attention_heads", faults)
+    kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
+    head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
+    intermediate = _size(config, "intermediate_size", faults)
+    sizes = {
+        "one": 1,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "heads": heads * head_dim,
+        "kv_heads": kv_heads * head_dim,
+        "head_dim": head_dim,
+        "qkv": (heads + 2 * kv_heads) * head_dim,
+        "gate_up": 2 * intermediate,
+    }
+    if architecture.experts is not None:
+        sizes |= _expert_sizes(config, intermediate, faults)
+    if any(entry.size == "kv_lora_rank" for entry in architecture.norms):
+        sizes |= _latent_sizes(config, heads, faults)
+    return sizes
+
+
+def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCollector) -> dict[str, int]:
+    key = next((key for key in _EXPERT_COUNTS if config.get(key) is not None), " or ".join(_EXPERT_COUNTS))
+    inner = _size(config, "moe_intermediate_size", faults, default=intermediate)
+    shared = inner * _size(config, "n_shared_experts", faults, default=1)
+    return {
+        "experts": _size(config, key, faults),
+        "moe_intermediate": inner,
+        "shared_intermediate": _size(config, "shared_expert_intermediate_size", faults, default=shared),
+    }
+
+
+def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector) -> dict[str, int]:
+    """Multi-head latent attention (DeepSeek): queries and keys have a part with and one without rotary positions."""
+    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    rank, nope, rope, value = (_size(config, key, faults) for key in keys)
+    sizes = {
+        "kv_lora_rank": rank,
+        "kv_a": rank + rope,
+        "kv_b": heads * (nope + value),
+        "mla_queries": heads * (nope + rope),
+        "mla_values": heads * value,
+    }
+    return sizes | ({"q_lora_rank": _size(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
+
+
+def _vision_head_dim(vision: object) -> int:
+    sizes = vision if isinstance(vision, dict) else {}
+    head_dim, hidden, heads = (sizes.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    if isinstance(head_dim, int):
+        return head_dim
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
+
+
+def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Architecture:
+    """The first variant whose sizes are all there, the last one otherwise."""
+    for variant in variants[:-1]:
+        if all({site.outputs, site.inputs} <= sizes.keys() for site in variant.attention):
+            return variant
+    return variants[-1]
+
+
+def _dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
+    """The layers without routed experts in a model that has some.
+
+    DeepSeek counts the first ones (`first_k_dense_replace`), Qwen names them (`mlp_only_layers`) or takes every n-th
+    (`decoder_sparse_step`).
+    """
+    step = config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1
+    offset = 1 if config.get("decoder_sparse_step") else 0
+    first = config.get("first_k_dense_replace") or 0
+    named = set(config.get("mlp_only_layers") or ())
+    rule = step if isinstance(step, int) else 1
+    return frozenset(
+        layer for layer in range(layers) if layer < first or layer in named or (layer + offset) % rule != 0
+    )
+
+
+def _tied(config: Mapping[str, Any], text: Mapping[str, Any], family: str) -> bool:
+    for source in (text, config):
+        if source.get("tie_word_embeddings") is not None:
+            return bool(source["tie_word_embeddings"])
+    return family in _TIED_BY_DEFAULT
+
+
+def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
+    known = ", ".join(sorted(ARCHITECTURES))
+    found = name
+    if text is not None:
+        found = f"{name} with a text model of type {text.get('model_type')}"
+        known += f"; or a text_config of type {', '.join(sorted(MODEL_TYPES))}"
+    return Fault(
+        where="config.json: architectures",
+        expected=f"one of {known}",
+        found=found,
+        remedy="This model family is not supported; nothing is guessed about where its weights belong.",
+    )
+
+
+def _size(
+    config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None, least: int = 1
+) -> int:
+    """A size; `default` where the key is absent or null."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    faults.add(
+        where=f"config.json: {key}",
+        expected="a positive integer" if least else "a count",
+        found=repr(value),
+        remedy="Take config.json from the model that was quantized.",
+    )
+    return 0
+
+
+def _model_dtype(config: Mapping[str, Any], faults: FaultCollector) -> DType:
+    """`dtype` (transformers 5) or `torch_dtype` (transformers 4); bfloat16 where neither is there."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    try:
+        dtype = DType.from_torch(name)
+    except KeyError:
+        dtype = None
+    if dtype is not None and dtype.is_wide_float:
+        return dtype
+    faults.add(
+        where="config.json: dtype",
+        expected="bfloat16, float16 or float32",
+        found=repr(name),
+        remedy="Set the dtype that the model computes in.",
+    )
+    return DType.BF16

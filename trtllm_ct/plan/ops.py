@@ -1,0 +1,395 @@
+"""The closed set of operations by which stored tensors become delivered ones.
+
+A plan holds operations as frozen data; each says what comes out (`result`) before a byte is read, and later does it
+(`run`). Running makes no decision. An operation is `exact` when the delivered tensor holds every value of the
+stored one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from typing import TYPE_CHECKING, ClassVar
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault, PayloadError
+from trtllm_ct.layouts.e4m3 import shift_scale
+from trtllm_ct.layouts.folds import fold
+from trtllm_ct.layouts.loops.dispatch import additive_zero, repack
+from trtllm_ct.layouts.packing import INT8_PLAIN
+from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts.scales import widen_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from trtllm_ct.base.schemes import Packing, TensorSpec
+    from trtllm_ct.formats.base import Codes, StoredWeight
+    from trtllm_ct.formats.codecs import Codec
+    from trtllm_ct.layouts.folds import Fold
+
+__all__ = [
+    "AdditiveZero",
+    "Cast",
+    "Copy",
+    "Dequantize",
+    "FoldPlain",
+    "FoldTransform",
+    "ModuleTensors",
+    "Ones",
+    "Operation",
+    "Reciprocal",
+    "Reinterpret",
+    "Repack",
+    "SharedReciprocal",
+    "ShiftScale",
+    "WidenScale",
+    "Zeros",
+]
+
+
+_TILE_ROWS = 256
+
+
+class ModuleTensors:
+    """The stored tensors of one module by local name, and its weight decoded at most once.
+
+    Of some rows of a module `first_row` is the first, for messages.
+    """
+
+    def __init__(
+        self, stored: Mapping[str, Tensor], weight: StoredWeight | None, codec: Codec, first_row: int = 0
+    ) -> None:
+        self.stored = stored
+        self.first_row = first_row
+        self._weight = weight
+        self._codec = codec
+
+    @property
+    def weight(self) -> StoredWeight:
+        """What the module's headers promised."""
+        if self._weight is None:
+            raise AssertionError("only a quantized module has codes")
+        return self._weight
+
+    @cached_property
+    def codes(self) -> Codes:
+        """The weight as codes."""
+        return self._codec.decode(self.weight, self.stored)
+
+    def dequantize(self, dtype: DType) -> Tensor:
+        """The weight as plain values [N, K], each rounded once to `dtype`."""
+        return self._codec.dequantize(self.weight, self.stored, dtype.torch_dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(ABC):
+    """One step from stored tensors to a delivered tensor of spec `result`.
+
+    `source` is the local name of the stored tensor that it reads; None when it reads the module's codes, or nothing.
+    With `same_bytes` the delivered tensor has the bytes of the stored one.
+    """
+
+    result: TensorSpec
+    source: str | None = None
+    exact: ClassVar[bool] = True
+    same_bytes: ClassVar[bool] = False
+    label: ClassVar[str]
+
+    @abstractmethod
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The delivered tensor; `name` is its name, for errors.
+
+        Raises `PayloadError` when a value can't be delivered.
+        """
+
+    def input(self, module: ModuleTensors) -> Tensor:
+        """The stored tensor that `source` names."""
+        if self.source is None:
+            raise AssertionError(f"{self.label} needs a source")
+        return module.stored[self.source]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy(Operation):
+    """The stored tensor itself, perhaps under another name; neither read nor copied here."""
+
+    same_bytes: ClassVar[bool] = True
+    label: ClassVar[str] = "copy"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """The source."""
+        return self.input(module)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast(Operation):
+    """A plain float tensor in another float dtype; an element that would become infinite is an error."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "cast"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The source, rounded once."""
+        tensor = self.input(module)
+        rounded = round_once(tensor, self.result.dtype.torch_dtype)
+        _refuse_infinite(name, rounded, module.first_row, self.result.dtype, tensor)
+        return rounded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repack(Operation):
+    """Integer codes in another container, bit for bit; codes that are too wide for it are an error."""
+
+    label: ClassVar[str] = "repack"
+    packing: Packing
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The codes in `packing`."""
+        codes = module.codes
+        source = codes.packing or INT8_PLAIN
+        if source.bits > self.packing.bits:
+            _refuse_wide_codes(name, codes.values, self.packing.bits)
+        return repack(codes.values, source, self.packing, codes.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidenScale(Operation):
+    """A scale as float32 in the shape that a Linear reads: the weight's own, or the one element that `source` names."""
+
+    label: ClassVar[str] = "widen scale"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """float32, values unchanged."""
+        scale = module.codes.scale if self.source is None else self.input(module).reshape(1, 1)
+        return widen_scale(scale, self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdditiveZero(Operation):
+    """-(zero point) * scale, float32 [N, G]; zeros where no zero point is stored."""
+
+    label: ClassVar[str] = "additive zero"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """The offset that the engine adds after scaling."""
+        import torch
+
+        codes = module.codes
+        if codes.zero_point is None:
+            return torch.zeros(self.result.shape, dtype=torch.float32)
+        return widen_scale(additive_zero(codes.scale, codes.zero_point, codes.zero_point_packing), self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reciprocal(Operation):
+    """A stored divisor as the multiplier that engines read, float32 []; the 0 of an expert that saw no data stays 0."""
+
+    label: ClassVar[str] = "reciprocal"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """1 / divisor, rounded once."""
+        import torch
+
+        divisor = self.input(module).double().reshape(())
+        # A plain 1 / 0 would be infinite, and the maximum that engines take over experts would carry it into all of
+        # them.
+        return torch.where(divisor == 0, 0.0, 1 / divisor).to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reinterpret(Operation):
+    """The bytes of a stored tensor under the dtype that they mean; neither read nor copied."""
+
+    same_bytes: ClassVar[bool] = True
+    label: ClassVar[str] = "reinterpret"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """The source as `result` says."""
+        return self.input(module).view(self.result.dtype.torch_dtype).reshape(self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedReciprocal(Reciprocal):
+    """The multiplier of a Linear that engines join of several, float32 []: one for all parts.
+
+    `shared` is the divisor that this part takes with the others; `stored` is its own, by which the plan chose what its
+    group scales become. A file that holds another one is an error.
+    """
+
+    label: ClassVar[str] = "shared reciprocal"
+    stored: float
+    shared: float
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """1 / shared, rounded once."""
+        divisor = self.input(module).double().reshape(())
+        if float(divisor) != self.stored:
+            raise PayloadError(
+                Fault(
+                    where=name,
+                    expected=f"{self.stored:.9g} in {self.source}, as when the plan was made",
+                    found=f"{float(divisor):.9g}",
+                    remedy="The file changed since: wait until it is complete and start again.",
+                )
+            )
+        return (1 / divisor.new_tensor(self.shared)).to(self.result.dtype.torch_dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShiftScale(Reinterpret):
+    """E4M3 group scales times 2^`power`, which the scalar of the weight gives back.
+
+    A result that E4M3 does not have is an error.
+    """
+
+    same_bytes: ClassVar[bool] = False
+    label: ClassVar[str] = "shift scale"
+    power: int
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """float8_e4m3fn, every element exact."""
+        shifted = shift_scale(Reinterpret.run(self, name, module), self.power)
+        if shifted is None:
+            raise PayloadError(
+                Fault(
+                    where=name,
+                    expected=f"group scales that are E4M3 numbers times 2^{self.power} too, as when the plan was made",
+                    found="one that is beyond the range of E4M3 then",
+                    remedy="The file changed since: wait until it is complete and start again.",
+                )
+            )
+        return shifted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Zeros(Operation):
+    """Group scales of zero, for a weight that is zero already: under the scalar of others it would not be."""
+
+    label: ClassVar[str] = "zeros"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """All zeros."""
+        import torch
+
+        spec, device = self.result, self.input(module).device
+        return torch.zeros(spec.shape, dtype=torch.uint8, device=device).view(spec.dtype.torch_dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ones(Operation):
+    """A neutral `pre_quant_scale`, which the engine demands and the checkpoint does not have."""
+
+    label: ClassVar[str] = "ones"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """All ones."""
+        import torch
+
+        return torch.ones(self.result.shape, dtype=self.result.dtype.torch_dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dequantize(Operation):
+    """Plain weights [N, K], each the exact value of its code rounded once; an infinite element is an error."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "dequantize"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The weight in the dtype of `result`."""
+        values = module.dequantize(self.result.dtype)
+        _refuse_infinite(name, values, module.first_row, self.result.dtype)
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldTransform(Operation):
+    """Plain weights [N, K] with the transforms beside them folded in, computed in float64 and rounded once.
+
+    Memory: the result and the weight in float64. An infinite element is an error.
+    """
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "dequantize and fold"
+    folds: tuple[Fold, ...]
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """The weight in the dtype of `result`."""
+        values = self.values(module)
+        for each in self.folds:
+            fold(values, each.factor(module.stored), each.axis, normalized=each.normalized)
+        rounded = _rounded(values, self.result.dtype).reshape(self.result.shape)
+        _refuse_infinite(name, rounded, module.first_row, self.result.dtype)
+        return rounded
+
+    def values(self, module: ModuleTensors) -> Tensor:
+        """What is folded: float64 of two axes, free to be changed."""
+        return module.dequantize(DType.F64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldPlain(FoldTransform):
+    """The same for a stored plain weight [N, K], or for a bias [N], which is one column."""
+
+    label: ClassVar[str] = "fold"
+
+    def values(self, module: ModuleTensors) -> Tensor:
+        """A copy of the source."""
+        import torch
+
+        plain = self.input(module)
+        return plain.to(torch.float64, copy=True).reshape(plain.shape[0], -1)
+
+
+def _rounded(values: Tensor, dtype: DType) -> Tensor:
+    """float64 [N, K] rounded once, some rows at a time: rounding needs room for several copies."""
+    import torch
+
+    result = torch.empty(values.shape, dtype=dtype.torch_dtype, device=values.device)
+    for start in range(0, values.shape[0], _TILE_ROWS):
+        result[start : start + _TILE_ROWS] = round_once(values[start : start + _TILE_ROWS], dtype.torch_dtype)
+    return result
+
+
+def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
+    """Raise when a plain int8 code needs more than `bits` bits: packing would cut it."""
+    half = 1 << (bits - 1)
+    low, high = int(codes.min()), int(codes.max())
+    if low < -half or high >= half:
+        raise PayloadError(
+            Fault(
+                where=name,
+                expected=f"codes of {bits} bits, from {-half} to {half - 1}",
+                found=f"codes from {low} to {high}",
+                remedy="The weight is wider than num_bits in config_groups says; correct that, or quantize again.",
+            )
+        )
+
+
+def _refuse_infinite(name: str, delivered: Tensor, first_row: int, dtype: DType, source: Tensor | None = None) -> None:
+    """Raise when narrowing made an element infinite; `source`, if given, tells what was infinite before."""
+    # One pass that makes nothing, and nearly always the only one. NaN, which is both ends where it occurs, goes on.
+    if delivered.numel() and all(-inf < float(end) < inf for end in delivered.aminmax()):
+        return
+    lost = delivered.isinf()
+    if source is not None:
+        lost &= source.isfinite()
+    if not bool(lost.any()):
+        return
+    position = [int(index) for index in lost.nonzero()[0]]
+    found = "one beyond it" if source is None else f"{float(source[tuple(position)]):g}"
+    if position:
+        position[0] += first_row
+    raise PayloadError(
+        Fault(
+            where=f"{name}{position}",
+            expected=f"a value within the range of {dtype.torch_name}",
+            found=found,
+            remedy="Convert with --dtype bfloat16 or float32.",
+        )
+    )

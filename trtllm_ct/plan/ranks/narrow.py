@@ -1,0 +1,160 @@
+"""`narrow`: of a module's plan, the plan of some rows of its weight.
+
+The result is a plan like any other: its tensors are views of fewer elements, and what it delivers is shorter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd, lcm
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.plan.ops import FoldTransform, Ones, Repack
+from trtllm_ct.plan.stored import View
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from trtllm_ct.base.schemes import Packing
+    from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.plan.ops import Operation
+    from trtllm_ct.plan.plan import Delivery, ModulePlan
+
+__all__ = ["Rows", "can_narrow", "narrow", "row_unit", "rows_in_one", "weight_rows"]
+
+_ZERO_POINT = "weight_zero_point"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows(View):
+    """Some of the elements of another view, from `begin` on: whole rows, in the order in which they lie."""
+
+    view: View
+    begin: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Those of the rows, or of everything that has to be read to get at them."""
+        return self.spec.nbytes if self.offset is not None else self.view.stored_bytes
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Those of the whole; none where no rows are left of something that is made anew."""
+        return () if self._nothing else self.view.sources
+
+    @property
+    def offset(self) -> int | None:
+        """Behind the rows before."""
+        return None if self.view.offset is None else self.view.offset + self.begin
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The rows; a view where the whole is one."""
+        if self._nothing:
+            import torch
+
+            return torch.empty(self.spec.shape, dtype=self.spec.dtype.torch_dtype)
+        return self.of_whole(self.view.of(stored))
+
+    def of_whole(self, whole: Tensor) -> Tensor:
+        """The rows of the tensor that the other view makes."""
+        return whole.reshape(-1)[self.begin : self.begin + self.spec.numel].view(self.spec.shape)
+
+    @property
+    def _nothing(self) -> bool:
+        return self.view.offset is None and self.spec.numel == 0
+
+
+def weight_rows(module: ModulePlan) -> int:
+    """N of a module's weight, stored quantized or plain."""
+    return module.weight.shape[0] if module.weight else module.views["weight"].spec.shape[0]
+
+
+def can_narrow(module: ModulePlan) -> bool:
+    """Whether rows can be taken out: not of tiles that hold many, and not before they are mixed."""
+    if module.weight is not None and not module.weight.format.has_rows:
+        return False
+    folds = [delivery.operation for delivery in module.deliveries if isinstance(delivery.operation, FoldTransform)]
+    return not any(fold.axis == 0 for operation in folds for fold in operation.folds)
+
+
+def row_unit(module: ModulePlan) -> int:
+    """The rows that can only be taken together: of one block, of one word of zero points, of one delivered byte."""
+    weight = module.weight
+    units = [rows_in_one(delivery.operation, weight) for delivery in module.deliveries]
+    if weight is not None:
+        units.append(weight.block_rows)
+        if weight.zero_point_packing is not None:
+            units.append(_rows_of_words(weight.zero_point_packing))
+    return lcm(*units)
+
+
+def rows_in_one(operation: Operation, weight: StoredWeight | None) -> int:
+    """How many rows of the weight one row of a delivered tensor stands for."""
+    if isinstance(operation, Repack):
+        packing = operation.packing
+        return packing.container.bits // packing.bits if packing.axis == 0 else 1
+    if weight is None or weight.block_rows == 1 or operation.result.shape[:1] != weight.scale_shape[:1]:
+        return 1
+    return weight.block_rows
+
+
+def narrow(module: ModulePlan, begin: int, end: int) -> ModulePlan:
+    """The plan of rows `begin` to `end`, each a multiple of `row_unit` or the last row; see `can_narrow`."""
+    views = {local: _narrow_view(module, local, view, begin, end) for local, view in module.views.items()}
+    changed = {local for local, view in views.items() if view is not module.views[local]}
+    weight = module.weight
+    return replace(
+        module,
+        views=views,
+        weight=weight and replace(weight, shape=(end - begin, weight.shape[1]), part_of=weight.shape),
+        deliveries=tuple(_narrow_delivery(each, module, changed, begin, end) for each in module.deliveries),
+    )
+
+
+def _narrow_view(module: ModulePlan, local: str, view: View, begin: int, end: int) -> View:
+    """The rows of one tensor; itself where it has none."""
+    weight = module.weight
+    if weight is None:
+        return _cut(view, (begin, end), weight_rows(module)) if local in {"weight", "bias"} else view
+    rows, scale_rows = weight.shape[0], weight.scale_shape[0]
+    if local in {weight.codes, "bias"}:
+        return _cut(view, (begin, end), rows)
+    if local == _ZERO_POINT and weight.zero_point_packing is not None:
+        elements = weight.zero_point_packing.elements
+        return _cut(view, (elements(begin), elements(end)), elements(rows))
+    if local in {weight.scale, _ZERO_POINT} and scale_rows > 1:
+        size = weight.block_rows
+        return _cut(view, (begin // size, -(-end // size)), scale_rows)
+    return view
+
+
+def _cut(view: View, bounds: tuple[int, int], rows: int) -> View:
+    """Rows of a tensor that has `rows` of them along its first axis, or along another one while the first is 1."""
+    per_row = view.spec.numel // rows
+    count = bounds[1] - bounds[0]
+    shape = view.spec.shape
+    narrowed = (count, *shape[1:]) if shape[0] == rows else (count, per_row)
+    return Rows(view=view, begin=bounds[0] * per_row, spec=TensorSpec(view.spec.dtype, narrowed))
+
+
+def _narrow_delivery(delivery: Delivery, module: ModulePlan, changed: set[str], begin: int, end: int) -> Delivery:
+    """The same with fewer rows, where what it is made from has fewer."""
+    operation = delivery.operation
+    from_codes = operation.source is None and not isinstance(operation, Ones)
+    shape = operation.result.shape
+    if not shape or not (from_codes or operation.source in changed):
+        return delivery
+    size = rows_in_one(operation, module.weight)
+    rows = -(-end // size) - begin // size
+    result = TensorSpec(operation.result.dtype, (rows, *shape[1:]))
+    return delivery._replace(operation=replace(operation, result=result))
+
+
+def _rows_of_words(packing: Packing) -> int:
+    """The fewest rows that fill whole words."""
+    if not packing.dense:
+        return packing.container.bits // packing.bits
+    return packing.container.bits // gcd(packing.container.bits, packing.bits)

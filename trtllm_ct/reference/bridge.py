@@ -1,0 +1,45 @@
+"""The bridge to the CPU reference engine: a source directory as the tensors that the engine would be given.
+
+The only file that knows both sides; the reference engine itself never sees a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.pipeline.stream import stream_delivered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from trtllm_ct.engine.quant_config import QuantConfig
+
+__all__ = ["Delivered", "deliver"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """config.json (parsed), the modes of the modules, and the delivered tensors as an iterator to be read once."""
+
+    config: Mapping[str, Any]
+    quant_config: QuantConfig
+    tensors: Iterator[tuple[str, Tensor]]
+
+
+def deliver(directory: str | Path, *, dtype: torch.dtype) -> Delivered:
+    """A compressed-tensors directory in native layouts; modules without one are dequantized to `dtype`."""
+    checkpoint = open_checkpoint(directory)
+    plan = checkpoint.plan("reference", dtype=DType.from_torch(dtype))
+    streamed = stream_delivered(plan, checkpoint.catalog)
+    return Delivered(
+        config=checkpoint.hf_config,
+        quant_config=plan.quant_config,
+        tensors=(item for _module, tensors in streamed for item in tensors.items()),
+    )

@@ -1,0 +1,264 @@
+"""What TensorRT-LLM's `LLM` is called with for a compressed-tensors model: a sidecar in place of it, and our loader.
+
+`LLM` reads config.json in the parent process before it asks any loader, so the loader alone would come too late. What
+is not compressed-tensors passes through untouched, and what the user wrote is never changed in place.
+Source: TensorRT-LLM `llmapi/llm_args.py`, `llmapi/llm_utils.py` and `mapping.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.config.detect import FormatDetector
+from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.serve.hub import Repository, repository_named
+from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trtllm_ct.plan.plan import ModulePlan, Plan
+    from trtllm_ct.serve.features import EngineFeatures
+
+__all__ = ["fixed_scale_fault", "parallel_of", "served_arguments"]
+
+logger = logging.getLogger("trtllm_ct")
+
+# The name of the field that holds a draft model, newest first.
+_DRAFT_FIELDS = ("speculative_model", "speculative_model_dir")
+_OTHER_BACKENDS = ("_autodeploy", "tensorrt")
+_FORCE_DYNAMIC = "force_dynamic_quantization"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A compressed-tensors checkpoint on this machine, and the repository that it came from, at its commit."""
+
+    directory: Path
+    repository: Repository | None = None
+
+
+def served_arguments(
+    arguments: Mapping[str, Any],
+    features: EngineFeatures,
+    loaders: tuple[type, ...],
+    *,
+    dense_o_proj: bool = False,
+    strict: bool = False,
+) -> Mapping[str, Any]:
+    """The arguments of `LLM`, `model` among them, as the engine must be given them.
+
+    `loaders` are this package's checkpoint loader, of which an instance is put in, and whatever else of it a user may
+    have put into a loader of the engine. Without a compressed-tensors model or draft the arguments are given back.
+    Raises `UsageError` for arguments under which the engine would drop our loader, and what planning raises.
+    """
+    model = _source(arguments.get("model"), arguments.get("revision"))
+    draft_field, draft_model = _draft(arguments.get("speculative_config"))
+    draft = _source(draft_model, None)
+    if model is None and draft is None:
+        return arguments
+    _refuse_conflicts(arguments, loaders)
+    options = ServingOptions(
+        engine=features.engine,
+        additive_zeros=features.additive_zeros,
+        parallel=parallel_of(arguments),
+        dtype=_dtype(arguments.get("dtype")),
+        dense_o_proj=dense_o_proj,
+        strict=strict,
+    )
+    given = dict(arguments)
+    sidecars = []
+    if model is not None:
+        sidecars.append(_sidecar(model, options))
+        given["model"] = str(sidecars[-1].directory)
+    if draft is not None:
+        sidecars.append(_sidecar(draft, options))
+        given["speculative_config"] = _with_field(
+            arguments["speculative_config"], draft_field, str(sidecars[-1].directory)
+        )
+    if given.get("checkpoint_loader") is None:
+        # Its own sidecars and no others: a node makes those that it lacks, and may have to download them.
+        records = {str(sidecar.directory): sidecar.record() for sidecar in sidecars}
+        given["checkpoint_loader"] = loaders[0](sidecars=records)
+    return given | _dynamic_outputs([sidecar.plan for sidecar in sidecars], arguments, features)
+
+
+def parallel_of(arguments: Mapping[str, Any]) -> Parallel:
+    """The sizes that `LLM` will run with; where one of the two sizes of experts is missing, the other decides.
+
+    Raises `UsageError` for sizes that don't fit together.
+    """
+    tensor, pipeline = (int(arguments.get(f"{name}_parallel_size") or 1) for name in ("tensor", "pipeline"))
+    expert = _size(arguments, "moe_expert_parallel_size")
+    expert_tensor = _size(arguments, "moe_tensor_parallel_size")
+    if expert is None:
+        expert = tensor // expert_tensor if expert_tensor else 1
+    if expert_tensor is not None and expert * expert_tensor != tensor:
+        raise UsageError(
+            Fault(
+                where="moe_expert_parallel_size, moe_tensor_parallel_size",
+                expected=f"sizes whose product is tensor_parallel_size ({tensor})",
+                found=f"{expert} and {expert_tensor}",
+                remedy="Leave one of them out; it follows from the other.",
+            )
+        )
+    attention_dp = bool(arguments.get("enable_attention_dp"))
+    return Parallel(tensor=tensor, pipeline=pipeline, expert=expert, attention_dp=attention_dp)
+
+
+def _size(arguments: Mapping[str, Any], name: str) -> int | None:
+    """A size that the engine takes as unset when it is None or -1."""
+    value = arguments.get(name)
+    return int(value) if value is not None and int(value) > 0 else None
+
+
+def _source(model: Any, revision: str | None) -> _Source | None:
+    """The checkpoint that `model` means when it is compressed-tensors or a sidecar; everything else is the engine's."""
+    if not isinstance(model, (str, Path)):
+        return None
+    repository = repository_named(model, revision)
+    try:
+        directory = repository.configuration() if repository else Path(model)
+        if not is_sidecar(directory) and FormatDetector().detect(directory).method != COMPRESSED_TENSORS:
+            return None
+    except CheckpointError as error:
+        logger.debug("%s is left to TensorRT-LLM: %s", model, error)
+        return None
+    if repository is None:
+        return _Source(directory=directory)
+    directory = repository.checkpoint()
+    return _Source(directory=directory, repository=repository.pinned(directory))
+
+
+def _sidecar(source: _Source, options: ServingOptions) -> Sidecar:
+    """The sidecar of a checkpoint; one that was prepared stays, or is made again for the sizes that are asked for."""
+    if not is_sidecar(source.directory):
+        return Sidecar.open(make_sidecar(source.directory, options, repository=source.repository))
+    prepared = Sidecar.open(source.directory)
+    if prepared.options.parallel == options.parallel:
+        return prepared
+    wanted = replace(prepared.options, parallel=options.parallel)
+    return Sidecar.open(make_sidecar(prepared.source, wanted, repository=prepared.repository))
+
+
+def _draft(config: Any) -> tuple[str, Any]:
+    """The field of a speculative configuration that holds the draft model, and its value; None without one."""
+    for name in _DRAFT_FIELDS:
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if value is not None:
+            return name, value
+    return _DRAFT_FIELDS[0], None
+
+
+def _with_field(config: Any, name: str, value: str) -> Any:
+    """A copy of a configuration with another value in one field."""
+    if isinstance(config, Mapping):
+        return {**config, name: value}
+    changed = copy.copy(config)
+    setattr(changed, name, value)
+    return changed
+
+
+def _dtype(dtype: Any) -> DType | None:
+    """The dtype asked for; None for the model's own."""
+    if dtype is None or dtype == "auto":
+        return None
+    try:
+        return DType.from_torch(dtype)
+    except KeyError:
+        raise UsageError(
+            Fault(
+                where="dtype",
+                expected="auto, bfloat16, float16 or float32",
+                found=repr(dtype),
+                remedy="Leave it out for the model's own dtype.",
+            )
+        ) from None
+
+
+def _refuse_conflicts(arguments: Mapping[str, Any], loaders: tuple[type, ...]) -> None:
+    """Arguments under which the engine drops our loader, mostly without a word."""
+    faults = FaultCollector()
+    backend, loader = arguments.get("backend"), arguments.get("checkpoint_loader")
+    if backend in _OTHER_BACKENDS:
+        faults.add(
+            where=f"backend={backend!r}",
+            expected="the PyTorch backend, the only one that asks a checkpoint loader",
+            found=f"backend={backend!r} with a compressed-tensors model",
+            remedy="Leave backend out; or run `trtllm-ct convert DIR OUT --to dense` and serve OUT with it.",
+        )
+    if arguments.get("checkpoint_format") is not None:
+        faults.add(
+            where=f"checkpoint_format={arguments['checkpoint_format']!r}",
+            expected="no checkpoint_format beside this package's loader",
+            found="one, with which TensorRT-LLM drops the loader",
+            remedy="Leave checkpoint_format out: a compressed-tensors model is recognized by its files.",
+        )
+    if loader is not None and not any(isinstance(part, loaders) for part in (loader, _weight_loader(loader))):
+        faults.add(
+            where="checkpoint_loader",
+            expected="this package's loader, or none",
+            found=f"{type(loader).__module__}.{type(loader).__qualname__}",
+            remedy="Leave checkpoint_loader out; no other loader reads compressed-tensors weights.",
+        )
+    faults.raise_if_any(UsageError)
+
+
+def _weight_loader(loader: Any) -> Any:
+    return getattr(loader, "weight_loader", None)
+
+
+def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], features: EngineFeatures) -> dict[str, Any]:
+    """`force_dynamic_quantization` where row-wise FP8 needs it and the user said nothing; else a warning."""
+    if arguments.get(_FORCE_DYNAMIC) is not None or not any(map(_row_wise_outputs, plans)):
+        return {}
+    fault = fixed_scale_fault(plans, features)
+    if fault is not None:
+        logger.warning("%s", fault)
+        return {}
+    logger.info("%s=True, for o_proj in row-wise FP8", _FORCE_DYNAMIC)
+    return {_FORCE_DYNAMIC: True}
+
+
+def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures) -> Fault | None:
+    """What is wrong where an engine can't be kept from quantizing attention's output at a scale of 1.
+
+    Attention quantizes its own output when `o_proj` is FP8. Row-wise FP8 has no scale for that, and 1 is taken unless
+    activations are forced to be dynamic, which would change modules that bring static scales.
+    Source: TensorRT-LLM `_torch/modules/attention.py`.
+    """
+    row_wise = sum(len(_row_wise_outputs(plan)) for plan in plans)
+    static = sum(_has_static_activations(module) for plan in plans for module in plan.modules)
+    if not row_wise or (features.force_dynamic_quantization and not static):
+        return None
+    why = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
+    return Fault(
+        where=f"{row_wise} o_proj in row-wise FP8",
+        expected="activations quantized with one scale a token",
+        found="attention that quantizes its output at a fixed scale of 1, and "
+        + (why if features.force_dynamic_quantization else f"no {_FORCE_DYNAMIC} in this TensorRT-LLM"),
+        remedy="Look at the text before you trust it, or pass dense_o_proj=True to have these modules dequantized.",
+    )
+
+
+def _row_wise_outputs(plan: Plan) -> list[str]:
+    """The output projections of attention that are delivered row-wise FP8."""
+    algo = QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN
+    return [
+        module.name
+        for module in plan.modules
+        if module.name.endswith(".self_attn.o_proj") and module.layer is not None and module.layer.quant_algo is algo
+    ]
+
+
+def _has_static_activations(module: ModulePlan) -> bool:
+    return any(delivery.name.endswith(".input_scale") for delivery in module.deliveries)

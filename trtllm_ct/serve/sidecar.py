@@ -1,0 +1,387 @@
+"""Sidecars: small directories that TensorRT-LLM is given in place of a compressed-tensors checkpoint.
+
+The engine's parent process parses config.json before it asks any plug-in, and raises for most schemes. So it is given a
+directory whose configuration is in ModelOpt's form and whose weights are missing, since stock would half-load them in
+silence; everything else is linked. `trtllm_ct.json` in it names the source and holds what was decided. Every process
+makes the plan of a sidecar from the source's headers again, which is exact because planning is pure, and holds it to
+what is written there.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import ConfigError, Fault, SidecarError
+from trtllm_ct.base.version import __version__
+from trtllm_ct.checkpoint.header import list_some
+from trtllm_ct.checkpoint.side_files import side_files
+from trtllm_ct.config.detect import SIDECAR_FILE
+from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.convert.hf_directory import write_configuration
+from trtllm_ct.engine.parallel import ONE_RANK, Parallel
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
+from trtllm_ct.plan.probe import NO_PROBE, Probe
+from trtllm_ct.serve.cache import cache_root, cached_sidecars, clear_sidecars, place_of
+from trtllm_ct.serve.hub import Repository
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.plan.plan import Plan
+
+__all__ = [
+    "SIDECAR_FILE",
+    "ServingOptions",
+    "Sidecar",
+    "cache_root",
+    "clear_sidecars",
+    "is_sidecar",
+    "known_sidecars",
+    "list_sidecars",
+    "make_sidecar",
+    "restore_sidecar",
+]
+
+_LAYOUT = 1
+"""Of `trtllm_ct.json`."""
+
+_known: dict[str, dict[str, Any]] = {}
+"""The records of the sidecars that this process made or found, by directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """What decides a plan beside the checkpoint; see `make_plan` and `target_named`."""
+
+    engine: str = DEFAULT_ENGINE
+    additive_zeros: bool = True
+    parallel: Parallel = ONE_RANK
+    dtype: DType | None = None
+    dense_o_proj: bool = False
+    strict: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "engine": self.engine,
+            "additive_zeros": self.additive_zeros,
+            "parallel": self.parallel.to_dict(),
+            "dtype": self.dtype.torch_name if self.dtype else None,
+            "dense_o_proj": self.dense_o_proj,
+            "strict": self.strict,
+        }
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` gave."""
+        dtype = entry["dtype"]
+        return cls(
+            **{
+                **entry,
+                "parallel": Parallel(**entry["parallel"]),
+                "dtype": DType.from_torch(dtype) if dtype is not None else None,
+            }
+        )
+
+    def plan(self, checkpoint: Checkpoint) -> Plan:
+        """The plan of a checkpoint under these options; raises `PlanError`."""
+        return checkpoint.plan(
+            "tensorrt_llm",
+            engine=self.engine,
+            additive_zeros=self.additive_zeros,
+            dtype=self.dtype,
+            strict=self.strict,
+            parallel=self.parallel,
+            dense_o_proj=self.dense_o_proj,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """A sidecar directory, and what its `trtllm_ct.json` says.
+
+    `fingerprint` is that of the source's config.json and headers, `digest` that of the plan's decisions. `modes` are
+    mode and reason of every quantized module. `probe` holds the stored values that were read for the plan, so that no
+    process reads them again. `repository` is where the source came from, if from the Hugging Face hub.
+    """
+
+    directory: Path
+    source: Path
+    options: ServingOptions
+    fingerprint: str
+    digest: str
+    probe: Probe = NO_PROBE
+    modes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    repository: Repository | None = None
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Self:
+        """Read a sidecar's own file; raises `SidecarError` when it can't be read as one."""
+        path = Path(directory) / SIDECAR_FILE
+        try:
+            return cls.from_dict(Path(directory), read_json_object(path))
+        except ConfigError as error:
+            raise SidecarError(*error.faults) from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise SidecarError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+
+    @classmethod
+    def from_dict(cls, directory: Path, entry: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` or `record` gave; raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        if entry["layout"] != _LAYOUT:
+            raise ValueError(f"layout {entry['layout']!r}")
+        repository = entry["repository"]
+        return cls(
+            directory=directory,
+            source=Path(entry["source"]),
+            options=ServingOptions.from_dict(entry["options"]),
+            fingerprint=entry["fingerprint"],
+            digest=entry["digest"],
+            probe=_probe_from_dict(entry["probe"]),
+            modes={module: (mode, reason) for module, (mode, reason) in entry.get("modes", {}).items()},
+            repository=Repository(**repository) if repository else None,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What another node needs to make the sidecar again: strings, numbers, lists and dictionaries."""
+        repository = self.repository
+        return {
+            "layout": _LAYOUT,
+            "version": __version__,
+            "source": str(self.source),
+            "repository": {"name": repository.name, "revision": repository.revision} if repository else None,
+            "options": self.options.to_dict(),
+            "fingerprint": self.fingerprint,
+            "digest": self.digest,
+            "probe": _probe_to_dict(self.probe),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, the content of `trtllm_ct.json`: the record, and mode and reason of every quantized module."""
+        return self.record() | {"modes": {module: list(entry) for module, entry in self.modes.items()}}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The source, with the values that were read for its plan.
+
+        Raises `SidecarError` when it is gone or changed, and what `open_checkpoint` raises.
+        """
+        if not self.source.is_dir():
+            raise SidecarError(
+                Fault(
+                    where=str(self.source),
+                    expected=f"the checkpoint that {self.directory} was made for",
+                    found="no such directory on this node",
+                    remedy="Put it at the same path on every node, or give the id of a Hugging Face repository.",
+                )
+            )
+        checkpoint = replace(open_checkpoint(self.source), probe=self.probe)
+        if fingerprint_of(checkpoint) != self.fingerprint:
+            raise SidecarError(self._changed("another config.json, or other headers of its weights"))
+        return checkpoint
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan for the options of this sidecar; raises `SidecarError` when it isn't the one that was written."""
+        plan = self.options.plan(self.checkpoint)
+        if digest_of(plan) != self.digest:
+            changed = [name for name, entry in modes_of(plan).items() if entry[0] != self.modes.get(name, entry)[0]]
+            raise SidecarError(self._changed(f"another plan ({list_some(changed) or 'of the model as a whole'})"))
+        return plan
+
+    def plan_for(self, parallel: Parallel) -> Plan:
+        """The plan for the sizes that an engine really runs with.
+
+        Raises `SidecarError` when they would need other modes than the engine was told.
+        """
+        if parallel == self.options.parallel:
+            return self.plan
+        if parallel not in self._other_plans:
+            self._other_plans[parallel] = self._plan_anew(parallel)
+        return self._other_plans[parallel]
+
+    @cached_property
+    def _other_plans(self) -> dict[Parallel, Plan]:
+        return {}
+
+    def _plan_anew(self, parallel: Parallel) -> Plan:
+        plan = replace(self.options, parallel=parallel).plan(self.checkpoint)
+        if digest_of(plan) != self.digest:
+            before, after = modes_of(self.plan), modes_of(plan)
+            changed = [name for name in after if after[name][0] != before.get(name, ("", ""))[0]]
+            raise SidecarError(
+                Fault(
+                    where=str(self.directory),
+                    expected=f"the sizes that it was made for ({_sizes(self.options.parallel)})",
+                    found=f"{_sizes(parallel)}, where other modes are needed for {list_some(changed)}",
+                    remedy=f"Call trtllm_ct.prepare with the sizes that LLM is given: {_arguments(parallel)}.",
+                )
+            )
+        return plan
+
+    def _changed(self, found: str) -> Fault:
+        return Fault(
+            where=str(self.source),
+            expected=f"the checkpoint as it was when {self.directory} was made from it",
+            found=found,
+            remedy="Call trtllm_ct.prepare again, in the process that starts the engine; all nodes need one release.",
+        )
+
+
+def is_sidecar(directory: str | Path) -> bool:
+    """Whether a directory is a sidecar, damaged or not."""
+    return (Path(directory) / SIDECAR_FILE).is_file()
+
+
+def make_sidecar(
+    source: str | Path, options: ServingOptions, *, root: Path | None = None, repository: Repository | None = None
+) -> Path:
+    """The sidecar of a compressed-tensors directory: the one that is there, or a new one; reads headers only.
+
+    It lies in `root`, `cache_root()` when None, under a name that changes with whatever it depends on: source,
+    decisions, options and release. It is there completely or not at all, also when several processes make it at
+    once, and nothing deletes it while this process lives. `repository` lets nodes that lack the source fetch it.
+    Raises `CheckpointError` for a source that can't be read or planned, `SidecarError` when nothing can be written.
+    """
+    source = Path(source).resolve()
+    checkpoint = open_checkpoint(source)
+    plan = options.plan(checkpoint)
+    sidecar = Sidecar(
+        directory=Path(),
+        source=source,
+        options=options,
+        fingerprint=fingerprint_of(checkpoint),
+        digest=digest_of(plan),
+        probe=checkpoint.probe,
+        modes=modes_of(plan),
+        repository=repository,
+    )
+    names = side_files(source)
+    sidecar = replace(sidecar, directory=(root or cache_root()).absolute() / _key(sidecar.record(), names))
+    _install(sidecar, checkpoint, plan, names)
+    return sidecar.directory
+
+
+def restore_sidecar(directory: Path, record: Mapping[str, Any]) -> Sidecar:
+    """Make a sidecar again at the very place that the engine was told, on a node that lacks it.
+
+    `record` is what `Sidecar.record` gave in the process that made it. Raises as `make_sidecar` does, and
+    `SidecarError` when source or plan are others here.
+    """
+    sidecar = Sidecar.from_dict(directory, record)
+    if not sidecar.source.is_dir() and sidecar.repository is not None:
+        sidecar = replace(sidecar, source=sidecar.repository.checkpoint().resolve())
+    plan = sidecar.plan
+    _install(replace(sidecar, modes=modes_of(plan)), sidecar.checkpoint, plan, side_files(sidecar.source))
+    return Sidecar.open(directory)
+
+
+def known_sidecars() -> dict[str, dict[str, Any]]:
+    """The records of the sidecars that this process made or found, by directory: what loaders tell other nodes."""
+    return dict(_known)
+
+
+def list_sidecars(root: Path | None = None) -> tuple[Sidecar, ...]:
+    """The sidecars in `root`, `cache_root()` when None; those that another release wrote otherwise are left out."""
+    found = []
+    for directory in cached_sidecars(root):
+        with suppress(SidecarError):
+            found.append(Sidecar.open(directory))
+    return tuple(found)
+
+
+def modes_of(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Mode and reason of every quantized module: what was decided about it."""
+    return {module.name: (module.delivered_mode, module.reason) for module in plan.modules if module.weight is not None}
+
+
+def digest_of(plan: Plan) -> str:
+    """Of everything that the engine is told, and of every module's mode; words may change without it."""
+    decisions = {
+        "dtype": plan.dtype.torch_name,
+        "dequantized": plan.dense_dtype.torch_name,
+        "quantization": plan.quant_config.to_dict(),
+        "modes": {module: mode for module, (mode, _) in modes_of(plan).items()},
+    }
+    return _hash(decisions)
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """Of a source's config.json and of all its headers; weights themselves are not read."""
+    headers = [
+        (tensor.file, name, tensor.spec.dtype.header_name, tensor.spec.shape, tensor.offset)
+        for name, tensor in checkpoint.catalog.tensors.items()
+    ]
+    return _hash([checkpoint.hf_config, headers])
+
+
+def _probe_to_dict(probe: Probe) -> dict[str, Any]:
+    return {
+        "scalars": dict(probe.scalars),
+        "powers": {name: list(powers) for name, powers in probe.powers.items()},
+        "zero": sorted(probe.zero),
+        "trivial": sorted(probe.trivial),
+    }
+
+
+def _probe_from_dict(entry: Mapping[str, Any]) -> Probe:
+    return Probe(
+        scalars=entry["scalars"],
+        powers={name: (least, largest) for name, (least, largest) in entry["powers"].items()},
+        zero=frozenset(entry["zero"]),
+        trivial=frozenset(entry["trivial"]),
+    )
+
+
+def _key(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The name of a sidecar. New files beside the weights make another one, which links to them."""
+    return _hash([record, names])[:32]
+
+
+def _hash(value: object) -> str:
+    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _install(sidecar: Sidecar, checkpoint: Checkpoint, plan: Plan, names: tuple[str, ...]) -> None:
+    """Write a sidecar, unless it is there."""
+    with place_of(sidecar.directory) as place:
+        if place is not None:
+            for name in names:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (place / name).symlink_to(sidecar.source / name)
+            write_configuration(checkpoint, plan, place)
+            (place / SIDECAR_FILE).write_text(json.dumps(sidecar.to_dict(), indent=1) + "\n", encoding="utf-8")
+    _known[str(sidecar.directory)] = sidecar.record()
+
+
+def _sizes(parallel: Parallel) -> str:
+    sizes = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"expert {parallel.expert}"]
+    return ", ".join([*sizes, *(["attention data parallel"] if parallel.attention_dp else [])])
+
+
+def _arguments(parallel: Parallel) -> str:
+    """The sizes as arguments of `prepare`, under the names that `LLM` gives them."""
+    arguments = {
+        "tensor_parallel_size": parallel.tensor,
+        "pipeline_parallel_size": parallel.pipeline,
+        "moe_expert_parallel_size": parallel.expert,
+        "enable_attention_dp": parallel.attention_dp,
+    }
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
+
+
+def _damaged(path: Path, found: str) -> Fault:
+    return Fault(
+        where=str(path),
+        expected="what this release of trtllm-ct writes there",
+        found=found,
+        remedy="Delete the directory and call trtllm_ct.prepare again.",
+    )

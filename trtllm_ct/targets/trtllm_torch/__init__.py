@@ -1,1 +1,0 @@
-"""TensorRT-LLM, PyTorch backend: compressed-tensors checkpoints loaded in process."""

@@ -1,0 +1,260 @@
+"""A converted directory against its source, tensor by tensor in float64.
+
+The source is dequantized by its stored format, the converted side by the reference engine's reading of native layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trtllm_ct.base.errors import CheckpointError, FaultCollector
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
+from trtllm_ct.formats.codecs import NATIVE
+from trtllm_ct.plan.ops import Reciprocal
+from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
+from trtllm_ct.reference.directory import read_quant_config
+from trtllm_ct.reference.effective_weights import effective_bias, effective_table, effective_weight
+from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.verify.fused_scalars import check_joined, input_multipliers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.plan import ModulePlan, Plan
+
+__all__ = ["TensorCheck", "compare_converted"]
+
+# Sums of float64 products, taken in another order: invisible in any delivered dtype but for values between two of them.
+_FOLD_UNCERTAINTY = 1e-10
+
+# The modes whose experts have their scale under two names, for engines of different releases.
+_TWICE = frozenset({QuantAlgo.FP8_BLOCK_SCALES, QuantAlgo.MXFP8, QuantAlgo.W4A16_MXFP4})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorCheck:
+    """One delivered value compared with the source; `kind` is `native`, `dequantized` or `plain`."""
+
+    name: str
+    kind: str
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"name": self.name, "kind": self.kind, **self.comparison.to_dict()}
+
+
+def compare_converted(
+    checkpoint: Checkpoint, plan: Plan, converted: Path, faults: FaultCollector
+) -> tuple[TensorCheck, ...]:
+    """Every value of a converted directory against the source; differences, losses and surplus are added to `faults`.
+
+    `plan` is any plan of the source. Raises `CheckpointError` when the converted directory can't be read.
+    """
+    catalog = Catalog.from_directory(converted)
+    quant_config = QuantConfig()
+    if (converted / "hf_quant_config.json").is_file():
+        quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
+    model = checkpoint.model
+    fused = frozenset(site.module for site in model.sites(model.place(plan.by_name)) if site.joined)
+    modules = {
+        module: frozenset(name.rpartition(".")[2] for name in names)
+        for module, names in catalog.names_by_module().items()
+    }
+    with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as delivered:
+        inputs = input_multipliers(plan, source)
+        comparison = _Comparison(source, delivered, modules, quant_config, fused, inputs, faults)
+        checks = tuple(check for module in plan.modules for check in comparison.module(module))
+        check_joined(plan, catalog, delivered, quant_config, faults)
+    for name in catalog.tensors:
+        if name not in comparison.seen:
+            faults.add(
+                where=f"{converted}: {name}",
+                expected="only tensors that come from the source",
+                found="one without a source",
+                remedy="Convert again into an empty directory.",
+            )
+    return checks
+
+
+class _Comparison:
+    """The state of one comparison; `seen` are the converted tensors that some module accounted for."""
+
+    def __init__(
+        self,
+        source: TensorReader,
+        delivered: TensorReader,
+        modules: Mapping[str, frozenset[str]],
+        quant_config: QuantConfig,
+        fused: frozenset[str],
+        inputs: Mapping[str, float],
+        faults: FaultCollector,
+    ) -> None:
+        self._source = source
+        self._delivered = delivered
+        self._modules = modules
+        self._quant_config = quant_config
+        self._fused = fused
+        self._inputs = inputs
+        self._faults = faults
+        self.seen: set[str] = set()
+
+    def module(self, plan: ModulePlan) -> Iterator[TensorCheck]:
+        """The checks of one module: its weight, then every other tensor that was delivered from it."""
+        stored = plan.local_tensors({name: self._source.read(name) for name in plan.reads})
+        if any(delivery.name == f"{plan.name}.weight" for delivery in plan.deliveries):
+            yield from self._weight(plan, stored)
+        consumed = plan.weight.consumed if plan.weight else ("weight",)
+        for delivery in plan.deliveries:
+            source = delivery.operation.source
+            if source is None or source in consumed:
+                continue
+            exact = stored[source].double()
+            if isinstance(delivery.operation, Reciprocal):
+                exact = torch.full_like(exact, self._inputs[plan.name])
+            if plan.transforms and source == "bias":
+                exact = effective_bias(exact, plan.transforms, stored)
+            yield from self._tensor(delivery.name, exact, _uncertainty(plan))
+
+    def _weight(self, plan: ModulePlan, stored: dict[str, Tensor]) -> Iterator[TensorCheck]:
+        name = f"{plan.name}.weight"
+        # The configuration speaks of Linears; norms are named nowhere.
+        layer = self._quant_config.layer_config(plan.name) if plan.class_name == "Linear" else None
+        tensors = self._read_weight(plan.name, layer)
+        if "weight" not in tensors:
+            self._missing(name)
+            return
+        exact = _exact_weight(plan, stored)
+        if layer is None:
+            kind = "plain" if plan.weight is None else "dequantized"
+            yield from self._plain(name, kind, tensors["weight"], exact, _uncertainty(plan))
+            return
+        if layer.quant_algo is QuantAlgo.W4A16_AWQ:
+            self._check_pre_quant_scale(plan.name, tensors)
+        second = "weight_scale_inv"
+        if plan.experts and layer.quant_algo in _TWICE and second not in self._modules.get(plan.name, frozenset()):
+            self._missing(f"{plan.name}.{second}")
+        try:
+            value = _native_value(plan.name, tensors, layer, exact)
+        except CheckpointError as error:
+            self._faults.faults.extend(error.faults)
+            return
+        yield self._judged(TensorCheck(name=name, kind="native", comparison=compare_native(value, exact)))
+
+    def _check_pre_quant_scale(self, module: str, tensors: dict[str, Tensor]) -> None:
+        """Engines demand the scale of the input where a Linear stands alone, and never read it where it is fused."""
+        name = f"{module}.pre_quant_scale"
+        if module not in self._fused and "pre_quant_scale" not in tensors:
+            self._missing(name)
+        if module in self._fused and "pre_quant_scale" in tensors:
+            self._faults.add(
+                where=name,
+                expected="no such tensor, since engines don't read it in a fused Linear",
+                found="one that would be lost",
+                remedy="Convert again; the weights must do without it.",
+            )
+
+    def _tensor(self, name: str, source: Tensor, uncertainty: float) -> Iterator[TensorCheck]:
+        """A bias or an activation or KV scale. Scales that a plain module does not need may be absent."""
+        module, _, local = name.rpartition(".")
+        delivered = self._modules.get(module, frozenset())
+        if local not in delivered:
+            if local == "bias" or self._needs(module, local):
+                self._missing(name)
+            return
+        self.seen.add(name)
+        yield from self._plain(name, "plain", self._delivered.read(name), source.double(), uncertainty)
+
+    def _needs(self, module: str, local: str) -> bool:
+        """Whether a converted directory of this configuration must have a scale."""
+        if local == "input_scale":
+            return self._quant_config.layer_config(module) is not None
+        return self._quant_config.kv_cache_quant_algo is not None
+
+    def _plain(self, name: str, kind: str, got: Tensor, exact: Tensor, uncertainty: float) -> Iterator[TensorCheck]:
+        exact = exact.reshape(got.shape) if exact.numel() == got.numel() == 1 else exact
+        if not got.is_floating_point() or got.itemsize == 1 or got.shape != exact.shape:
+            self._faults.add(
+                where=name,
+                expected=f"plain float values {list(exact.shape)}, since hf_quant_config.json gives it no mode",
+                found=f"{got.dtype} {list(got.shape)}",
+                remedy="Convert again; configuration and weights of this directory don't belong together.",
+            )
+            return
+        comparison = compare_rounded(got, exact, uncertainty=uncertainty)
+        yield self._judged(TensorCheck(name=name, kind=kind, comparison=comparison))
+
+    def _read_weight(self, module: str, layer: LayerQuantConfig | None) -> dict[str, Tensor]:
+        """The converted tensors that make a weight, by local name: all that a mode has, or the plain weight."""
+        delivered = self._modules.get(module, frozenset())
+        apart = {"bias", "k_scale", "v_scale", "e_score_correction_bias"}
+        names = delivered - apart if layer else delivered & {"weight"}
+        tensors = {local: self._delivered.read(f"{module}.{local}") for local in names}
+        self.seen |= {f"{module}.{local}" for local in names - {"input_scale"}}
+        if {"weight_scale", "weight_scale_inv"} <= tensors.keys():
+            self._check_second_name(module, tensors["weight_scale"], tensors.pop("weight_scale_inv"))
+        return tensors
+
+    def _check_second_name(self, module: str, scale: Tensor, again: Tensor) -> None:
+        """Experts carry their scale under two names for engines of different releases; both must say the same."""
+        if scale.shape != again.shape or not torch.equal(scale, again):
+            self._faults.add(
+                where=f"{module}.weight_scale_inv",
+                expected="the same values as weight_scale",
+                found="others",
+                remedy="Convert again; an engine would read either of them.",
+            )
+
+    def _judged(self, check: TensorCheck) -> TensorCheck:
+        """The check itself, after adding a fault when it is bad."""
+        comparison = check.comparison
+        if not comparison.good:
+            self._faults.add(
+                where=f"{check.name}, {comparison.block}",
+                expected=f"{comparison.want:.9g}",
+                found=f"{comparison.got:.9g}, the worst of {comparison.differing} elements",
+                remedy="The converted weight is wrong; convert again, and report it if it stays.",
+            )
+        return check
+
+    def _missing(self, name: str) -> None:
+        self._faults.add(
+            where=name,
+            expected="a tensor made from the source",
+            found="no such tensor in the converted directory",
+            remedy="Convert again; the directory is not complete.",
+        )
+
+
+def _exact_weight(plan: ModulePlan, stored: Mapping[str, Tensor]) -> Tensor:
+    """What a module's weight is worth in float64, with the transforms that run beside it."""
+    exact = stored["weight"].double() if plan.weight is None else NATIVE.dequantize(plan.weight, stored, torch.float64)
+    if not plan.transforms:
+        return exact
+    effective = effective_table if plan.class_name == "Embedding" else effective_weight
+    return effective(exact, plan.transforms, stored)
+
+
+def _uncertainty(plan: ModulePlan) -> float:
+    """How far the exact values of a module may be off, relative to the largest."""
+    return _FOLD_UNCERTAINTY if plan.transforms else 0.0
+
+
+def _native_value(module: str, tensors: dict[str, Tensor], layer: LayerQuantConfig, exact: Tensor) -> Tensor:
+    """The float64 weight that a native Linear multiplies its input with, a scale of the input included."""
+    rows, columns = exact.shape
+    linear = ReferenceLinear(tensors, layer=layer, in_features=columns, out_features=rows, name=module)
+    value = linear.dequantized_weight(torch.float64)
+    if "pre_quant_scale" in tensors:
+        value = value * tensors["pre_quant_scale"].double()
+    return value
