@@ -30,6 +30,7 @@ test: $(venv)/.dev-installed
 lint: $(venv)/.dev-installed
 	$(venv)/bin/ruff check .
 	$(venv)/bin/ruff format --check .
+	$(venv)/bin/lint-imports --no-cache
 
 types: $(venv)/.dev-installed
 	$(venv)/bin/mypy

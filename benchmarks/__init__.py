@@ -1,4 +1,4 @@
-"""`trtllm-ct bench`: how long things take beside what can't be beaten, a copy of the same bytes, on the same machine.
+"""`python -m benchmarks`, from a checkout: time and memory beside a copy of the same bytes on the same machine.
 
 | file          | what it holds                                                             |
 |---------------|---------------------------------------------------------------------------|
@@ -15,5 +15,5 @@
 | `plots.py`    | time against size, as SVG                                                 |
 | `page.py`     | puts tables and plots into docs/performance.md                            |
 | `machine.py`  | what the numbers were measured on                                         |
-| `command.py`  | the command of that name                                                  |
+| `__main__.py` | the command: options as text, the report as tables or JSON                |
 """

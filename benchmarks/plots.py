@@ -29,7 +29,7 @@ def require_matplotlib() -> Any:
                 where="--write-docs",
                 expected="matplotlib, for plots",
                 found="no such package",
-                remedy="Install it with: pip install 'trtllm-ct[bench]'.",
+                remedy="Run: pip install matplotlib",
             )
         ) from None
     # Equal numbers make equal files: elements are not named at random.

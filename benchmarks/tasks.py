@@ -191,7 +191,7 @@ def _mapped_bytes(plan: Plan) -> int:
 def _group_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     """The most that is delivered, and no view, of Linears that an engine fuses into one."""
     place = checkpoint.model.place(plan.by_name)
-    group_of = {site.module: site.fused for site in checkpoint.model.sites(place)}
+    group_of = {site.module: site.mode_group for site in checkpoint.model.sites(place)}
     sizes: Counter[str] = Counter()
     for module in plan.modules:
         made = (delivery.spec.nbytes for delivery in module.deliveries if not delivery.operation.same_bytes)

@@ -11,6 +11,7 @@ import pytest
 from command_line import run_cli
 
 from benchmarks import cases, page
+from benchmarks.__main__ import main
 from benchmarks.cases import Table
 from benchmarks.page import PAGE, write_page
 from benchmarks.results import Clock, Measurement, Point, Report, Sample, Series, Side
@@ -27,7 +28,7 @@ FREE = namedtuple("FREE", "total used free")  # noqa: PYI024 (as shutil.disk_usa
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run from end to end; peers that take seconds to be imported have a test of their own."""
     options = ("--table", "load,convert,headers", "--against", "cp,load_file", "--runs", 1, "--json")
-    done = run_cli("bench", "--shape", "tiny", *options)
+    done = run_cli("--shape", "tiny", *options, main=main)
     assert done.code == 0
     return done.document
 
@@ -108,7 +109,7 @@ def test_a_peer_that_is_not_installed_is_left_out_by_name(monkeypatch: pytest.Mo
     ],
 )
 def test_what_can_not_be_measured_is_refused(arguments: list[str], found: str) -> None:
-    done = run_cli("bench", *arguments)
+    done = run_cli(*arguments, main=main)
 
     assert done.code == 2
     assert found in done.err_words
@@ -124,7 +125,7 @@ def test_a_disk_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_plots_without_matplotlib_are_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
 
-    with pytest.raises(MissingDependencyError, match=r"trtllm-ct\[bench\]"):
+    with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
         page.require_page(DOCS)
 
 
@@ -192,18 +193,18 @@ def test_the_page_gets_what_was_measured_and_keeps_the_rest(docs: Path) -> None:
     before = (docs / PAGE).read_text(encoding="utf-8")
     page.require_page(docs)
 
-    write_page(report(), docs, "trtllm-ct bench --shape 8b")
+    write_page(report(), docs, "python -m benchmarks --shape 8b")
 
     after = (docs / PAGE).read_text(encoding="utf-8")
     assert outside(after) == outside(before)
-    assert "trtllm-ct bench --shape 8b\n" in after
+    assert "python -m benchmarks --shape 8b\n" in after
     assert "| 1.20 x |" in after
     assert "(performance/convert.svg)" in after
 
 
 def test_equal_numbers_make_an_equal_page_and_plot(docs: Path) -> None:
     def written() -> list[bytes]:
-        write_page(report(), docs, "trtllm-ct bench")
+        write_page(report(), docs, "python -m benchmarks")
         return [(docs / PAGE).read_bytes(), (docs / "performance" / "convert.svg").read_bytes()]
 
     assert written() == written()

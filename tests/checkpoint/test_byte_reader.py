@@ -14,7 +14,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint import writer
-from trtllm_ct.checkpoint.byte_reader import OctetReader
+from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.transfer import PAGE_BYTES, checksum
 from trtllm_ct.checkpoint.write_plan import WritePlan
@@ -40,18 +40,18 @@ class TestOctetReader:
     def test_runs_of_bytes_are_those_of_the_tensor(self, catalog: Catalog, begin: int, nbytes: int) -> None:
         whole = torch.arange(10, dtype=torch.int16).numpy().tobytes()
 
-        assert OctetReader(catalog).read("a", begin, nbytes) == whole[begin : begin + nbytes]
+        assert ByteReader(catalog).read("a", begin, nbytes) == whole[begin : begin + nbytes]
 
     def test_they_can_only_be_read(self, catalog: Catalog) -> None:
-        assert OctetReader(catalog).read("z", 0, 256).readonly
+        assert ByteReader(catalog).read("z", 0, 256).readonly
 
     def test_windows_outlive_their_reader(self, catalog: Catalog) -> None:
-        octets = OctetReader(catalog).read("z", 0, 256)
+        octets = ByteReader(catalog).read("z", 0, 256)
 
         assert octets == bytes(range(256))
 
     def test_an_empty_tensor_has_none(self, catalog: Catalog) -> None:
-        assert OctetReader(catalog).read("none", 0, 0) == b""
+        assert ByteReader(catalog).read("none", 0, 0) == b""
 
     @pytest.mark.parametrize("left", [None, 0, 1, -1])
     def test_a_file_that_changed_is_named(self, catalog: Catalog, left: int | None) -> None:
@@ -63,14 +63,14 @@ class TestOctetReader:
             file.write_bytes(file.read_bytes()[:left])
 
         with pytest.raises(CatalogError) as raised:
-            OctetReader(catalog).read("z", 0, 256)
+            ByteReader(catalog).read("z", 0, 256)
 
         assert raised.value.faults[0].where == "model.safetensors: z"
         assert "wait until it is complete" in raised.value.faults[0].remedy
 
     def test_an_unknown_name_is_our_own_bug(self, catalog: Catalog) -> None:
         with pytest.raises(KeyError):
-            OctetReader(catalog).read("b", 0, 1)
+            ByteReader(catalog).read("b", 0, 1)
 
 
 class TestPieces:
@@ -91,7 +91,7 @@ class TestPieces:
             patch.setattr(writer, "CHUNK_BYTES", PAGE_BYTES)
             ends = sorted({*cuts, size} - {0})
             for begin, end in zip([0, *ends], ends, strict=False):
-                each.write_octets("a", octets[begin:end], begin)
+                each.write_bytes("a", octets[begin:end], begin)
             pieces = each.pieces
         begin = plan.places["a"].offset
 
@@ -110,7 +110,7 @@ class TestPieces:
         create_files(tmp_path, plan)
         with TensorWriter(tmp_path, plan) as each:
             for page in range(8):
-                each.write_octets("a", memoryview(bytes(PAGE_BYTES)), page * PAGE_BYTES)
+                each.write_bytes("a", memoryview(bytes(PAGE_BYTES)), page * PAGE_BYTES)
 
             assert len(each.pieces) == 1
 

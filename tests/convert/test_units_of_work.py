@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Packages of MPI put their programs beside Python.
 MPIRUN = [shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"), "-n", "2"]
 MANY_UNITS = """
-from trtllm_ct.conversion import units
+from trtllm_ct.convert import units
 units.UNIT_BYTES = 1
 from trtllm_ct.cli.commands import main
 main()
@@ -183,7 +183,7 @@ class TestFaults:
             calls.append(1)
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("trtllm_ct.convert.worker.TensorWriter.write_octets", full)
+        monkeypatch.setattr("trtllm_ct.convert.worker.TensorWriter.write_bytes", full)
 
         with pytest.raises(OSError, match="No space left"):
             convert_checkpoint(built.directory, tmp_path / "out", workers=1)
@@ -281,8 +281,8 @@ class TestGoingOn:
     ) -> None:
         program = f"""
 import os
-from trtllm_ct.conversion import units
-from trtllm_ct.conversion import journal
+from trtllm_ct.convert import units
+from trtllm_ct.convert import journal
 from trtllm_ct.convert.convert import convert_checkpoint
 units.UNIT_BYTES = 1
 journal._SECONDS_IN_MEMORY = 0

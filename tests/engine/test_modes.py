@@ -213,8 +213,8 @@ TILES: list[tuple[Weight, tuple[int, int], bool]] = [
     (weight(FP8_TENSOR, FP8_STATIC), (3, 5), True),
     (weight(FP8_CHANNEL, FP8_TOKEN), (3, 5), True),
     (weight(blocks(), FP8_GROUP), (130, 5), True),
-    (weight(blocks(), FP8_GROUP, joined=True), (128, 5), True),
-    (weight(blocks(), FP8_GROUP, joined=True), (130, 128), False),
+    (weight(blocks(), FP8_GROUP, fused=True), (128, 5), True),
+    (weight(blocks(), FP8_GROUP, fused=True), (130, 128), False),
     (weight(NVFP4, NVFP4_INPUT), (3, 16), True),
     (weight(NVFP4, NVFP4_INPUT), (3, 24), False),
     (weight(NVFP4), (3, 24), False),
@@ -235,9 +235,9 @@ def test_kernels_take_whole_tiles_only(of: Weight, shape: tuple[int, int], fits:
 
 def test_blocks_of_joined_linears_begin_at_a_whole_block() -> None:
     """The engine puts the scales of q, k and v one behind the other: a cut block would shift those that follow."""
-    joined = weight(blocks(), FP8_GROUP, shape=(192, 256), joined=True)
+    joined = weight(blocks(), FP8_GROUP, shape=(192, 256), fused=True)
     assert "FP8_BLOCK_SCALES needs out % 128 == 0 and in % 1 == 0" in obstacles(joined, EVERY_ALGO)
-    assert held(replace(joined, joined=False)) == "=FP8_BLOCK_SCALES"
+    assert held(replace(joined, fused=False)) == "=FP8_BLOCK_SCALES"
 
 
 def test_scales_are_repeated_only_into_whole_groups() -> None:

@@ -12,12 +12,14 @@ from tiny_models import tiny_config
 from trtllm_ct.base.errors import PayloadError
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.quant_config import LayerQuantConfig
-from trtllm_ct.pipeline.fused_scalars import JoinedScalars
+from trtllm_ct.pipeline.fused_scalars import FusedScalars
 from trtllm_ct.plan.models.sites import Model
 
 
-def part(name: str, algo: QuantAlgo | None = QuantAlgo.NVFP4, joined: str | None = "attn.qkv_proj") -> Any:
-    return SimpleNamespace(name=name, joined=joined, layer=LayerQuantConfig(quant_algo=algo) if algo else None)
+def part(name: str, algo: QuantAlgo | None = QuantAlgo.NVFP4, fused_linear: str | None = "attn.qkv_proj") -> Any:
+    return SimpleNamespace(
+        name=name, fused_linear=fused_linear, layer=LayerQuantConfig(quant_algo=algo) if algo else None
+    )
 
 
 def scalars(name: str, scale: float, input_scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -25,31 +27,31 @@ def scalars(name: str, scale: float, input_scale: float = 1.0) -> dict[str, torc
 
 
 def test_equal_scalars_pass() -> None:
-    checker = JoinedScalars()
+    checker = FusedScalars()
     for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj"):
         checker.check(part(name), scalars(name, 0.25))
 
 
 @pytest.mark.parametrize(("scale", "input_scale", "where"), [(0.5, 1.0, "weight_scale_2"), (0.25, 2.0, "input_scale")])
 def test_a_part_that_differs_is_refused_by_name(scale: float, input_scale: float, where: str) -> None:
-    checker = JoinedScalars()
+    checker = FusedScalars()
     checker.check(part("attn.q_proj"), scalars("attn.q_proj", 0.25))
     with pytest.raises(PayloadError, match=rf"attn.k_proj.{where}: expected .* as attn.q_proj has it.*--to dense"):
         checker.check(part("attn.k_proj"), scalars("attn.k_proj", scale, input_scale))
 
 
-@pytest.mark.parametrize("module", [part("a", None), part("a", QuantAlgo.FP8), part("a", joined=None)])
+@pytest.mark.parametrize("module", [part("a", None), part("a", QuantAlgo.FP8), part("a", fused_linear=None)])
 def test_other_modules_may_differ(module: Any) -> None:
     """FP8 scales are requantized to the largest by the engine; plain and single modules have nothing to share."""
-    checker = JoinedScalars()
+    checker = FusedScalars()
     checker.check(part("b"), scalars("b", 0.25))
     checker.check(module, scalars("a", 0.5))
 
 
 def test_layers_are_apart() -> None:
-    checker = JoinedScalars()
-    checker.check(part("0.q_proj", joined="0.qkv_proj"), scalars("0.q_proj", 0.25))
-    checker.check(part("1.q_proj", joined="1.qkv_proj"), scalars("1.q_proj", 0.5))
+    checker = FusedScalars()
+    checker.check(part("0.q_proj", fused_linear="0.qkv_proj"), scalars("0.q_proj", 0.25))
+    checker.check(part("1.q_proj", fused_linear="1.qkv_proj"), scalars("1.q_proj", 0.5))
 
 
 def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
@@ -63,13 +65,13 @@ def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
 
 def test_zero_is_a_scalar_like_any_other() -> None:
     """A plan gives the part that saw no data the scalar of the other one; here nobody did, and the engine asserts."""
-    checker = JoinedScalars()
-    checker.check(part("e.gate_proj", joined="e.gate_up"), scalars("e.gate_proj", 0.25))
+    checker = FusedScalars()
+    checker.check(part("e.gate_proj", fused_linear="e.gate_up"), scalars("e.gate_proj", 0.25))
     with pytest.raises(PayloadError, match=r"e\.up_proj\.weight_scale_2: expected 0\.25"):
-        checker.check(part("e.up_proj", joined="e.gate_up"), scalars("e.up_proj", 0.0))
+        checker.check(part("e.up_proj", fused_linear="e.gate_up"), scalars("e.up_proj", 0.0))
 
 
 def test_two_experts_parts_that_saw_no_data_agree() -> None:
-    checker = JoinedScalars()
+    checker = FusedScalars()
     for name in ("e.gate_proj", "e.up_proj"):
-        checker.check(part(name, joined="e.gate_up"), scalars(name, 0.0))
+        checker.check(part(name, fused_linear="e.gate_up"), scalars(name, 0.0))

@@ -54,10 +54,10 @@ STOCK = tuple(target_named("modelopt", engine) for engine in ENGINES)
 
 
 def int4(
-    group_size: int | None = 128, *, strategy: Strategy | None = None, zeros: bool = False, joined: bool = False
+    group_size: int | None = 128, *, strategy: Strategy | None = None, zeros: bool = False, fused: bool = False
 ) -> Weight:
     args = ints(4, group_size, strategy, symmetric=not zeros)
-    return weight(args, shape=SHAPE, has_zero_point=zeros, joined=joined)
+    return weight(args, shape=SHAPE, has_zero_point=zeros, fused=fused)
 
 
 INT8_CHANNEL = weight(ints(8), shape=SHAPE)
@@ -99,13 +99,13 @@ def members(weights: dict[str, Weight | None], sites: list[Site], target: Target
 def fused(*weights: Weight | None, target: Target = MODELOPT) -> list[Assignment | None]:
     """The assignments of q, k and v."""
     names = dict(zip((Q, K, V), weights, strict=True))
-    return members(names, [site(name, fused=QKV, joined=True) for name in names], target)
+    return members(names, [site(name, mode_group=QKV, fused=True) for name in names], target)
 
 
 def experts(*weights: Weight | None, target: Target = MODELOPT) -> list[Assignment | None]:
     """The assignments of the Linears of a layer's routed experts."""
     names = {f"{EXPERTS}.{i}.up_proj": of for i, of in enumerate(weights)}
-    return members(names, [site(name, fused=EXPERTS, expert=True) for name in names], target)
+    return members(names, [site(name, mode_group=EXPERTS, expert=True) for name in names], target)
 
 
 def mode(assignment: Assignment | None) -> str:
@@ -389,7 +389,7 @@ def weights(draw: st.DrawFn) -> Weight:
         shape=(draw(st.sampled_from([8, 16, 24, 128, 200])), columns),
         has_zero_point=integer and draw(st.booleans()),
         permuted=integer and args.group_size is not None and draw(st.booleans()),
-        joined=draw(st.booleans()),
+        fused=draw(st.booleans()),
     )
 
 
@@ -410,7 +410,7 @@ def holds(row: LinearMode, of: Weight) -> bool:
             row.zero_point or not of.has_zero_point,
             not of.permuted,
             asked is row.activations or noted,
-            rows % (row.joined_row_multiple if of.joined else row.row_multiple) == 0,
+            rows % (row.fused_row_multiple if of.fused else row.row_multiple) == 0,
             columns % row.column_multiple == 0,
             all(getattr(of, name) is wanted for name, wanted in scale.items()),
         ]

@@ -296,7 +296,7 @@ def test_a_node_with_another_cache_finds_the_repository_by_itself(
     (tmp_path / "other-hub" / "models--org--demo" / "refs" / "main").write_text("f" * 40)
     environment = os.environ | {
         "HF_HUB_CACHE": str(tmp_path / "other-hub"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]),
     }
 
     done = subprocess.run(

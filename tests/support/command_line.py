@@ -7,10 +7,13 @@ import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from trtllm_ct.cli.commands import main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +39,8 @@ class Done:
         return " ".join(self.err.split())
 
 
-def run_cli(*arguments: object) -> Done:
+def run_cli(*arguments: object, main: Callable[[], None] = main) -> Done:
+    """What `main` leaves when it is called with these arguments."""
     out, err = io.StringIO(), io.StringIO()
     argv = ["trtllm-ct", *(str(argument) for argument in arguments)]
     code: Any = 0

@@ -1,4 +1,4 @@
-"""OctetReader: payload of cataloged tensors as bytes of memory-mapped files, for what needs no torch."""
+"""ByteReader: payload of cataloged tensors as bytes of memory-mapped files, for what needs no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from trtllm_ct.checkpoint.reader import file_changed
 if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog
 
-__all__ = ["OctetReader"]
+__all__ = ["ByteReader"]
 
 
-class OctetReader:
+class ByteReader:
     """Reads runs of bytes of tensors by name: windows on the kernel's page cache, nothing is copied.
 
     Each file stays mapped, and open, as long as this reader or a window on it lives. For use from one thread.

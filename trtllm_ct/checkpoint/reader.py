@@ -42,7 +42,7 @@ class Run:
     begin: int = 0
     end: int | None = None
 
-    def joined(self, other: Run) -> Run:
+    def union(self, other: Run) -> Run:
         """The shortest run of the same tensor that holds both."""
         end = None if self.end is None or other.end is None else max(self.end, other.end)
         return Run(self.name, min(self.begin, other.begin), end)

@@ -151,9 +151,9 @@ class TensorWriter:
             raise ValueError(
                 f"{name} must be contiguous in CPU memory, not on {tensor.device}, strides {tensor.stride()}"
             )
-        self.write_octets(name, _octets(tensor), row * (spec.nbytes // spec.shape[0]) if row else 0)
+        self.write_bytes(name, _octets(tensor), row * (spec.nbytes // spec.shape[0]) if row else 0)
 
-    def write_octets(self, name: str, octets: memoryview, begin: int = 0) -> None:
+    def write_bytes(self, name: str, octets: memoryview, begin: int = 0) -> None:
         """Put bytes of the tensor `name` in their place, `begin` bytes behind its first one.
 
         Raises `ValueError` for an unknown tensor, and for more bytes than it has or has left.

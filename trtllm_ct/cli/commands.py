@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.plan.plan import Plan
 
-__all__ = ["SCHEMA", "app", "main"]
+__all__ = ["SCHEMA", "app", "main", "print_json", "run_app", "stderr", "stdout"]
 
 SCHEMA = 1
 """Version of the documents that `--json` prints."""
@@ -123,7 +123,7 @@ def inspect(
 
     found = inspect_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep))
     if as_json:
-        _print_json("inspect", found.to_dict())
+        print_json("inspect", found.to_dict())
     else:
         stdout.print(report.inspection(found, modules=modules))
     if found.problems:
@@ -146,7 +146,7 @@ def plan(
 
     made = plan_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep), strict=strict)
     if as_json:
-        _print_json("plan", made.to_dict())
+        print_json("plan", made.to_dict())
     else:
         stdout.print(report.plan(made))
 
@@ -198,7 +198,7 @@ def convert(
     if done is None:
         return  # another rank of the job reports
     if as_json:
-        _print_json("convert", done.to_dict())
+        print_json("convert", done.to_dict())
     else:
         stdout.print(report.conversion(done))
 
@@ -216,7 +216,7 @@ def verify(
 
     done = verify_checkpoint(directory, converted)
     if as_json:
-        _print_json("verify", done.to_dict())
+        print_json("verify", done.to_dict())
     else:
         stdout.print(report.verification(done))
     if not done.good:
@@ -243,7 +243,7 @@ def generate(
             "finish_reason": done.finish_reason,
             "seconds": done.seconds,
         }
-        _print_json("generate", document)
+        print_json("generate", document)
     else:
         stdout.print(done.prompt + done.text, markup=False, highlight=False)
 
@@ -264,7 +264,7 @@ def doctor(
 
     found = diagnose(directory, parallel=Parallel(tensor=tp, pipeline=pp, expert=ep))
     if as_json:
-        _print_json("doctor", found.to_dict())
+        print_json("doctor", found.to_dict())
     else:
         stdout.print(report.diagnosis(found))
     if not found.good:
@@ -279,7 +279,7 @@ def cache_list(as_json: Json = False) -> None:
 
     root, listed = cache_root(), list_sidecars()
     if as_json:
-        _print_json("cache-list", {"root": str(root), "sidecars": [entry.to_dict() for entry in listed]})
+        print_json("cache-list", {"root": str(root), "sidecars": [entry.to_dict() for entry in listed]})
     else:
         stdout.print(report.sidecars(root, listed))
 
@@ -292,39 +292,9 @@ def cache_clear(as_json: Json = False) -> None:
     root, cleared = cache_root(), clear_sidecars()
     if as_json:
         lists = {"removed": cleared.removed, "in_use": cleared.in_use}
-        _print_json("cache-clear", {"root": str(root), **{name: [*map(str, paths)] for name, paths in lists.items()}})
+        print_json("cache-clear", {"root": str(root), **{name: [*map(str, paths)] for name, paths in lists.items()}})
     else:
         stdout.print(report.cleared_sidecars(root, cleared))
-
-
-@app.command()
-def bench(
-    directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Checkpoint to measure on.", show_default=False)
-    ] = None,
-    shape: Annotated[
-        str, typer.Option(help="Synthetic checkpoints instead: 1b, 8b, kimi-k2 or tiny; several with commas.")
-    ] = "",
-    against: Annotated[
-        str, typer.Option(help="Peers, with commas; those that are not installed are left out by name.")
-    ] = "cp,load_file,library,transformers",
-    table: Annotated[str, typer.Option(help="What to measure, with commas.")] = "kernels,load,convert,headers",
-    runs: Annotated[int, typer.Option(help="Runs of each side, of which the median counts.")] = 5,
-    write_docs: Annotated[
-        Path | None, typer.Option(help="Docs folder whose performance page and plots are made.", show_default=False)
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure loops, loading, converting and inspecting beside copies of the same bytes, and other programs."""
-    from benchmarks.command import run_command, summary
-
-    done = run_command(
-        directory, shapes=shape, against=against, tables=table, runs=runs, docs=write_docs, on_step=stderr.print
-    )
-    if as_json:
-        _print_json("bench", done.to_dict())
-    else:
-        stdout.print(summary(done))
 
 
 @app.command()
@@ -345,6 +315,11 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line; faults become a message on stderr and an exit code."""
+    run_app(app)
+
+
+def run_app(commands: typer.Typer) -> None:
+    """Run the commands of an app; faults become a message on stderr, or a JSON document, and an exit code."""
     # A command makes no cycles to speak of and ends soon: the collector has nothing to find, then and at the exit.
     atexit.register(gc.freeze)
     # No command multiplies matrices by numpy, whose threads for that would spin beside those that convert.
@@ -352,10 +327,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         with collector_paused():
-            app()
+            commands()
     except TrtllmCtError as error:
         if "--json" in sys.argv:
-            _print_json("error", {"error": type(error).__name__, "faults": [fault.to_dict() for fault in error.faults]})
+            print_json("error", {"error": type(error).__name__, "faults": [fault.to_dict() for fault in error.faults]})
         else:
             stderr.print(report.faults(error.faults))
         sys.exit(2 if isinstance(error, UsageError) else 1)
@@ -385,7 +360,7 @@ def _parallel(tp: int, pp: int, ep: int) -> Parallel:
     return Parallel(tensor=tp, pipeline=pp, expert=ep)
 
 
-def _print_json(kind: str, document: dict[str, Any]) -> None:
+def print_json(kind: str, document: dict[str, Any]) -> None:
     """One document on stdout, never wrapped or coloured."""
     print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
 

@@ -14,7 +14,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.checkpoint.transfer import CHUNK_BYTES
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
-from trtllm_ct.layouts.loops.dispatch import ScalingArrays, can_repack, dequantize_octets, repack_octets
+from trtllm_ct.layouts.loops.dispatch import ScalingArrays, can_repack, dequantize_bytes, repack_bytes
 from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.plan.ops import Dequantize, Ones, Operation, Repack, WidenScale
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtllm_ct.base.schemes import TensorSpec
-    from trtllm_ct.checkpoint.byte_reader import OctetReader
+    from trtllm_ct.checkpoint.byte_reader import ByteReader
     from trtllm_ct.checkpoint.writer import TensorWriter
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.plan.plan import Delivery, ModulePlan
@@ -139,7 +139,7 @@ _STEPS: dict[type[Operation], Callable[[Operation, StoredWeight], bool]] = {
 class DirectConverter:
     """Converts direct modules, one after another; memory: a tile, and the scales of a weight."""
 
-    def __init__(self, reader: OctetReader) -> None:
+    def __init__(self, reader: ByteReader) -> None:
         self._reader = reader
         self._tile: Octets | None = None
 
@@ -159,7 +159,7 @@ class DirectConverter:
         for delivery in module.deliveries:
             if writer is not None and not is_copied(delivery, module):
                 for begin, octets in self._made(delivery.operation, weight, stored):
-                    writer.write_octets(delivery.name, octets, begin)
+                    writer.write_bytes(delivery.name, octets, begin)
         return True
 
     def _stored(self, view: View) -> _Stored:
@@ -188,7 +188,7 @@ class DirectConverter:
         stored_lines, rows_in_one = octets.reshape(rows, -1), -(-rows // operation.result.shape[0])
         for place, line, tile in self._tiles(operation.result, 1):
             begin, end = line * rows_in_one, min((line + len(tile)) * rows_in_one, rows)
-            repack_octets(stored_lines[begin:end], weight.packing, operation.packing, (end - begin, columns), tile)
+            repack_bytes(stored_lines[begin:end], weight.packing, operation.packing, (end - begin, columns), tile)
             yield place, _memory(tile)
 
     def _dequantized(self, operation: Dequantize, weight: StoredWeight, stored: Mapping[str, _Stored]) -> Made:
@@ -208,7 +208,7 @@ class DirectConverter:
                 # A code times a scale of 16 bits is exact in float32.
                 in_float64=own.spec.dtype is DType.F32,
             )
-            dequantize_octets(lines[begin:end], weight.packing, weight.element, scaling, operation.result.dtype, tile)
+            dequantize_bytes(lines[begin:end], weight.packing, weight.element, scaling, operation.result.dtype, tile)
             yield place, _memory(tile)
 
     def _tiles(self, spec: TensorSpec, unit: int) -> Iterator[tuple[int, int, Octets]]:

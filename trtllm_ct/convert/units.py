@@ -52,7 +52,7 @@ def plan_units(plan: Plan, write_plan: WritePlan, *, device: str = "cpu") -> tup
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
-        groups.setdefault(module.joined or module.name, []).append(position)
+        groups.setdefault(module.fused_linear or module.name, []).append(position)
     without: list[tuple[int, ...]] = []
     with_torch: list[tuple[int, ...]] = []
     for group in groups.values():

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CheckpointError
-from trtllm_ct.checkpoint.byte_reader import OctetReader
+from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_there
 from trtllm_ct.convert.direct import DirectConverter, is_copied, is_direct
 from trtllm_ct.convert.journal import UnitRecord
 from trtllm_ct.convert.tiles import made_tensors
-from trtllm_ct.pipeline.fused_scalars import JoinedScalars
+from trtllm_ct.pipeline.fused_scalars import FusedScalars
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.payload import looks_at
 
@@ -75,13 +75,13 @@ class _Work:
     writer: TensorWriter | None
     errors: list[CheckpointError] = field(default_factory=list)
     seen: list[tuple[str, str]] = field(default_factory=list)
-    joined: JoinedScalars = field(default_factory=JoinedScalars)
+    fused_scalars: FusedScalars = field(default_factory=FusedScalars)
     mapper: CompressedTensorsWeightMapper = field(init=False)
-    octets: OctetReader = field(init=False)
+    octets: ByteReader = field(init=False)
     direct: DirectConverter = field(init=False)
 
     def __post_init__(self) -> None:
-        self.octets = OctetReader(self.conversion.checkpoint.catalog)
+        self.octets = ByteReader(self.conversion.checkpoint.catalog)
         self.direct = DirectConverter(self.octets)
         # Not by way of `self`: a cycle would live, and hold files, until the collector runs, which is paused.
         seen = self.seen
@@ -112,7 +112,7 @@ class _Work:
         """Bytes from file to file."""
         view = module.views[delivery.operation.source or ""]
         begin = (view.offset or 0) * view.spec.dtype.itemsize
-        writer.write_octets(delivery.name, self.octets.read(view.sources[0], begin, view.spec.nbytes))
+        writer.write_bytes(delivery.name, self.octets.read(view.sources[0], begin, view.spec.nbytes))
 
     def _convert_directly(self, module: ModulePlan) -> bool:
         """Whether that could be done, and was."""
@@ -129,4 +129,4 @@ class _Work:
                 scalars[name] = tensor
             if self.writer is not None:
                 self.writer.write(name, tensor.cpu(), row)
-        self.joined.check(module, scalars)
+        self.fused_scalars.check(module, scalars)

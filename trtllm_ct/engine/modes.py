@@ -76,7 +76,7 @@ class LinearMode:
     `bits` are the code widths that it takes. `exact` strategies fit as they are; `widened` ones fit by repeating
     scales, which changes no value. `group_sizes` are those that the kernel accepts; groups of the
     larger are held in the smaller by repeating. `activations` is what it computes on; schemes with one of
-    `other_activations` are held too, with a note. N must be a multiple of `row_multiple` (`joined_row_multiple`
+    `other_activations` are held too, with a note. N must be a multiple of `row_multiple` (`fused_row_multiple`
     where several Linears are made one) and K of `column_multiple`, or the engine's weight preparation asserts or
     misplaces scales; that holds for each rank's slice as well. Newer releases cut Linears that stand alone at multiples
     of `alignment`, and of the group size where scales are per group.
@@ -96,7 +96,7 @@ class LinearMode:
     activations: Activations = Activations.WIDE
     other_activations: frozenset[Activations] = frozenset()
     row_multiple: int = 1
-    joined_row_multiple: int = 1
+    fused_row_multiple: int = 1
     column_multiple: int = 1
     alignment: int = 1
 
@@ -112,7 +112,7 @@ class Weight:
     """What of a stored weight decides its mode.
 
     `shape` is None where only a configuration is known. `has_zero_point` says whether a zero point is stored: that
-    counts, not `symmetric`. `permuted` groups are not contiguous (activation ordering). `joined` weights become
+    counts, not `symmetric`. `permuted` groups are not contiguous (activation ordering). `fused` weights become
     part of one Linear. `slices` are those of the ranks that share it, None when each has all of it.
     """
 
@@ -121,7 +121,7 @@ class Weight:
     shape: tuple[int, int] | None = None
     has_zero_point: bool = False
     permuted: bool = False
-    joined: bool = False
+    fused: bool = False
     two_level: bool = False
     exponent_scale: bool = False
     slices: Slices | None = None
@@ -156,7 +156,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         pre_quant_scale=True,
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
-        joined_row_multiple=16,
+        fused_row_multiple=16,
         column_multiple=64,
     ),
     LinearMode(
@@ -170,7 +170,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         zero_point=True,
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
-        joined_row_multiple=16,
+        fused_row_multiple=16,
         column_multiple=64,
     ),
     LinearMode(
@@ -182,7 +182,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_CHANNEL | _TENSOR,
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
-        joined_row_multiple=16,
+        fused_row_multiple=16,
         column_multiple=64,
         alignment=32,
     ),
@@ -195,7 +195,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_CHANNEL | _TENSOR,
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
-        joined_row_multiple=16,
+        fused_row_multiple=16,
         column_multiple=64,
         alignment=16,
     ),
@@ -228,7 +228,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_BLOCK,
         block=(128, 128),
         activations=Activations.FP8_GROUP,
-        joined_row_multiple=128,
+        fused_row_multiple=128,
         alignment=128,
     ),
     LinearMode(
@@ -415,7 +415,7 @@ def _wrong_sizes(mode: LinearMode, weight: Weight) -> str | None:
     """None when the kernel takes a weight of this shape, else which sizes it would take."""
     if weight.shape is None:
         return None
-    rows = mode.joined_row_multiple if weight.joined else mode.row_multiple
+    rows = mode.fused_row_multiple if weight.fused else mode.row_multiple
     if weight.shape[0] % rows == 0 and weight.shape[1] % mode.column_multiple == 0:
         return None
     return f"{mode.algo} needs out % {rows} == 0 and in % {mode.column_multiple} == 0"
@@ -440,7 +440,7 @@ def _slice_multiple(mode: LinearMode, weight: Weight, slices: Slices, group_size
     if slices.columns:
         multiples = [mode.column_multiple, group_size]
     else:
-        multiples = [mode.joined_row_multiple if weight.joined or slices.parts else mode.row_multiple]
+        multiples = [mode.fused_row_multiple if weight.fused or slices.parts else mode.row_multiple]
     if mode.block is not None:
         multiples.append(mode.block[slices.columns])
     if slices.alone:

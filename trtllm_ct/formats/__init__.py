@@ -1,4 +1,20 @@
-"""The table of weight formats: its entries are the support list, and exactly one must accept a quantized module."""
+"""The table of weight formats: its entries are the support list, and exactly one must accept a quantized module.
+
+base.py           the contract of a format, and Codes, where formats and targets meet
+codecs.py         who decodes: this package, or the compressed-tensors library
+companions.py     checks of scales and zero points that formats share
+group_index.py    `weight_g_idx`: activation ordering
+packed_int.py     `pack-quantized`
+plain_codes.py    `int-quantized`, `float-quantized`, `naive-quantized`
+marlin_24.py      `marlin-24`
+small_floats.py   what formats of small floats share
+nvfp4.py          `nvfp4-pack-quantized`
+microscaling.py   what MXFP4, MXFP6 and MXFP8 share
+mxfp4.py          `mxfp4-pack-quantized`
+mxfp6.py          `mxfp6-pack-quantized`
+mxfp8.py          `mxfp8-quantized`
+sparse/           sparse tensors, around any of these
+"""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from trtllm_ct.plan.plan import ModulePlan
 
-__all__ = ["JoinedScalars"]
+__all__ = ["FusedScalars"]
 
 _SHARED = ("weight_scale_2", "input_scale")
 _ASSERTING = frozenset({QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4})
 
 
-class JoinedScalars:
+class FusedScalars:
     """Remembers the scalars of each joined Linear and refuses a part that differs from the one before."""
 
     def __init__(self) -> None:
@@ -36,14 +36,14 @@ class JoinedScalars:
 
     def check(self, module: ModulePlan, delivered: Mapping[str, Tensor]) -> None:
         """Raise `PayloadError` when a scalar of this module differs from that of another part of its Linear."""
-        if module.joined is None or module.layer is None or module.layer.quant_algo not in _ASSERTING:
+        if module.fused_linear is None or module.layer is None or module.layer.quant_algo not in _ASSERTING:
             return
         for local in _SHARED:
             tensor = delivered.get(f"{module.name}.{local}")
             if tensor is None:
                 continue
             value = float(tensor)
-            other, expected = self._seen.setdefault((module.joined, local), (module.name, value))
+            other, expected = self._seen.setdefault((module.fused_linear, local), (module.name, value))
             if not isclose(value, expected, rel_tol=SCALAR_TOLERANCE):
                 raise PayloadError(
                     Fault(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PlanError
-from trtllm_ct.checkpoint.byte_ranges import read_runs
+from trtllm_ct.checkpoint.runs import read_runs
 from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.sparse.pieces import shape_pieces
 from trtllm_ct.layouts.e4m3 import exact_powers

@@ -50,10 +50,10 @@ def stream_delivered(
     """
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.formats.codecs import NATIVE
-    from trtllm_ct.pipeline.fused_scalars import JoinedScalars
+    from trtllm_ct.pipeline.fused_scalars import FusedScalars
 
     count = workers or (min(available_cores(), _MOST_WORKERS) if device == "cpu" else 1)
-    joined, told = JoinedScalars(), set[str]()
+    fused_scalars, told = FusedScalars(), set[str]()
     ahead: deque[_Begun] = deque()
     with reader or TensorReader(catalog) as files, ThreadPoolExecutor(count) as pool:
         try:
@@ -68,7 +68,7 @@ def stream_delivered(
                         delivered = begun.delivered.result()
                     finally:  # what a fault may come from is told before it
                         _tell(begun.module, begun.warnings, told)
-                    joined.check(begun.module, delivered)
+                    fused_scalars.check(begun.module, delivered)
                     yield begun.module, delivered
         finally:
             for begun in ahead:

@@ -61,7 +61,7 @@ def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> 
     weights: dict[tuple[int, bool], Weight] = {}
     found = {}
     for part in parts:
-        kind = (id(part.weight), part.site.joined)
+        kind = (id(part.weight), part.site.fused)
         if kind not in weights:
             weights[kind] = _weight_of(part)
         found[part.site.module] = Candidate(
@@ -83,7 +83,7 @@ def _weight_of(part: Part) -> Weight:
         shape=stored.shape,
         has_zero_point=stored.has_zero_point,
         permuted=stored.group_index is not None,
-        joined=part.site.joined,
+        fused=part.site.fused,
         two_level=two_level,
         exponent_scale=not two_level and scale is not None and scale.dtype in {DType.U8, DType.F8_E8M0},
     )
@@ -95,8 +95,8 @@ def assign_modes(candidates: Mapping[str, Candidate], sites: Iterable[Site], tar
     assigned: dict[str, Assignment] = {}
     groups: dict[str, list[Site]] = {}
     for site in sites:
-        if site.fused is not None:
-            groups.setdefault(site.fused, []).append(site)
+        if site.mode_group is not None:
+            groups.setdefault(site.mode_group, []).append(site)
         elif site.module in candidates:
             assigned[site.module] = each[site.module]
     for name, members in groups.items():

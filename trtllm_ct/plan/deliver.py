@@ -95,7 +95,7 @@ def native(
     deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding, equalized)]
     if site.expert and mode.scale in {ScaleForm.BLOCK, ScaleForm.EXPONENT}:
         deliveries.append(_renamed(module, deliveries[1], "weight_scale_inv"))
-    if mode.pre_quant_scale and not site.joined:
+    if mode.pre_quant_scale and not site.fused:
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
     return tuple(deliveries + _input_scale(module, mode, equalized))

@@ -111,7 +111,7 @@ class ModulePlan:
     `weight` and `scheme` are None for a module that is stored plain. `layer` is its mode at the target, None when it is
     delivered plain; `reason` then says why a quantized module was dequantized.
     `native_mode` is the family of the scheme, whatever the target; `note` says what its mode does otherwise than the
-    scheme asks. `joined` names the Linear that an engine makes of it and others, whose scalars must agree;
+    scheme asks. `fused_linear` names the Linear that an engine makes of it and others, whose scalars must agree;
     `experts` names the module of all routed experts that it belongs to. `transforms` are folded into what is
     delivered. In the plan of a rank that has a part of the module, `share` is that part.
     """
@@ -127,7 +127,7 @@ class ModulePlan:
     layer: LayerQuantConfig | None = None
     reason: str = ""
     note: str = ""
-    joined: str | None = None
+    fused_linear: str | None = None
     experts: str | None = None
     transforms: tuple[Transform, ...] = ()
     share: Share | None = None
@@ -175,7 +175,7 @@ class ModulePlan:
         runs: dict[str, Run] = {}
         for local, view in self.views.items():
             for run in view.runs if local not in self.ignored else ():
-                runs[run.name] = run.joined(runs.get(run.name, run))
+                runs[run.name] = run.union(runs.get(run.name, run))
         return tuple(runs.values())
 
     @property

@@ -18,9 +18,9 @@ from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
+from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
-from trtllm_ct.plan.own_modules import OwnModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
 from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
@@ -210,11 +210,11 @@ class _Planner:
             assignments = dense_outputs(assignments)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
-        own_modules = OwnModules(
+        model_modules = ModelModules(
             config=self.config, model=self.model, kv_cache=self.kv_cache, dtypes=self.dtypes, faults=self.faults
         )
         return [
-            own_modules.plan(
+            model_modules.plan(
                 module,
                 site,
                 weights.get(site.module),

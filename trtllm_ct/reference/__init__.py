@@ -2,6 +2,27 @@
 
 It is the outsider that conversion is proved against, so it shares no code with planning, mapping or targets.
 Names resolve on first use: importing this package loads neither torch nor transformers.
+
+engine.py             load_model and build_model
+architecture.py       transformers' model, without weights
+directory.py          where delivered tensors come from
+bridge.py             the one file that knows plans: a source directory, delivered
+assembly.py           delivered tensors put into the model
+names.py              checkpoint names to module paths
+linear.py             a Linear that computes from delivered tensors
+linear_layouts.py     how each algorithm stores a Linear
+rules.py              what delivered tensors must look like
+activations.py        quantized activations, simulated
+effective_weights.py  what a Linear and the transforms beside it amount to
+attention.py          an FP8 KV cache, simulated
+mixtures.py           mixture-of-experts layers
+expert_parts.py       the tensors of one layer's experts, gathered
+experts.py            routed experts that compute from delivered tensors
+compare.py            a delivered weight beside the exact one
+generate.py           text from a directory
+llm.py                ReferenceLLM: the surface of TensorRT-LLM's LLM
+requests.py           what goes into it and comes out
+sampling.py           the next token
 """
 
 from __future__ import annotations

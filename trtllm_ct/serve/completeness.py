@@ -46,7 +46,7 @@ class Reads:
 
     def demanded(self, module: ModulePlan) -> frozenset[str]:
         """What one module must have."""
-        return self.required if module.joined else self.required | self.alone
+        return self.required if module.fused_linear else self.required | self.alone
 
     def known(self, module: ModulePlan) -> frozenset[str]:
         """What one module may have."""

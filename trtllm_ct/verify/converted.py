@@ -21,7 +21,7 @@ from trtllm_ct.reference.compare import Comparison, compare_native, compare_roun
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.effective_weights import effective_bias, effective_table, effective_weight
 from trtllm_ct.reference.linear import ReferenceLinear
-from trtllm_ct.verify.fused_scalars import check_joined, input_multipliers
+from trtllm_ct.verify.fused_scalars import check_fused_scalars, input_multipliers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -66,7 +66,7 @@ def compare_converted(
     if (converted / "hf_quant_config.json").is_file():
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
     model = checkpoint.model
-    fused = frozenset(site.module for site in model.sites(model.place(plan.by_name)) if site.joined)
+    fused = frozenset(site.module for site in model.sites(model.place(plan.by_name)) if site.fused)
     modules = {
         module: frozenset(name.rpartition(".")[2] for name in names)
         for module, names in catalog.names_by_module().items()
@@ -75,7 +75,7 @@ def compare_converted(
         inputs = input_multipliers(plan, source)
         comparison = _Comparison(source, delivered, modules, quant_config, fused, inputs, faults)
         checks = tuple(check for module in plan.modules for check in comparison.module(module))
-        check_joined(plan, catalog, delivered, quant_config, faults)
+        check_fused_scalars(plan, catalog, delivered, quant_config, faults)
     for name in catalog.tensors:
         if name not in comparison.seen:
             faults.add(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.quant_config import QuantConfig
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
-__all__ = ["check_joined", "input_multipliers"]
+__all__ = ["check_fused_scalars", "input_multipliers"]
 
 _ALGOS = frozenset({QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4})
 _SCALARS = ("weight_scale_2", "input_scale")
@@ -44,7 +44,7 @@ def input_multipliers(plan: Plan, source: TensorReader) -> dict[str, float]:
         divisor = _input_divisor(module, source)
         if divisor is not None:
             own[module.name] = 1 / divisor if divisor else 0.0
-            linears.setdefault(module.joined or module.name, []).append(module.name)
+            linears.setdefault(module.fused_linear or module.name, []).append(module.name)
     return {
         name: shared if own[name] == 0 or frexp(own[name])[0] == frexp(shared)[0] else own[name]
         for names, shared in ((names, max(own[name] for name in names)) for names in linears.values())
@@ -52,7 +52,7 @@ def input_multipliers(plan: Plan, source: TensorReader) -> dict[str, float]:
     }
 
 
-def check_joined(
+def check_fused_scalars(
     plan: Plan, catalog: Catalog, delivered: TensorReader, quant_config: QuantConfig, faults: FaultCollector
 ) -> None:
     """Add a fault for each scalar of a converted part that differs from that of another part of its Linear.
@@ -63,8 +63,8 @@ def check_joined(
     linears: dict[str, list[str]] = {}
     for module in plan.modules:
         layer = quant_config.layer_config(module.name)
-        if module.joined is not None and layer is not None and layer.quant_algo in _ALGOS:
-            linears.setdefault(module.joined, []).append(module.name)
+        if module.fused_linear is not None and layer is not None and layer.quant_algo in _ALGOS:
+            linears.setdefault(module.fused_linear, []).append(module.name)
     for names in linears.values():
         if any(where.startswith(name) for where in faulty for name in names):
             continue

@@ -806,7 +806,7 @@ class TestProcesses:
             import ctypes, mmap
             import torch
             from trtllm_ct.base.dtypes import DType
-            from trtllm_ct.layouts import dispatch
+            from trtllm_ct.layouts.loops import dispatch
             from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, packed_words
             from trtllm_ct.layouts.scales import Scaling
             from trtllm_ct.base.schemes import Element, Packing

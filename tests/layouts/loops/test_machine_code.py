@@ -25,7 +25,7 @@ NOWHERE = "/dev/null/no-folder"
 PROGRAM = """
     import json, sys
     import numpy as np
-    from trtllm_ct.layouts import kernels
+    from trtllm_ct.layouts.loops import kernels
 
     codes = np.empty((1, 2), np.uint8)
     kernels.plain_codes_along_rows(np.zeros((1, 2), np.uint32), 4, 8, codes)

@@ -125,17 +125,17 @@ def test_modules_that_must_agree_are_in_one_group(architecture: str, fused: dict
     """q/k/v, gate/up and all routed experts of a layer."""
     members: dict[str, list[str]] = {}
     for name, site in sites(config_of(architecture)).items():
-        if site.fused is not None and name.startswith("model.layers.0."):
-            members.setdefault(site.fused.removeprefix("model.layers.0."), []).append(name.rpartition(".")[2])
+        if site.mode_group is not None and name.startswith("model.layers.0."):
+            members.setdefault(site.mode_group.removeprefix("model.layers.0."), []).append(name.rpartition(".")[2])
 
     assert members == fused
 
 
-def test_only_routed_experts_are_experts_and_are_not_joined() -> None:
+def test_only_routed_experts_are_experts_and_are_not_fused() -> None:
     """An engine makes one Linear of q/k/v; of experts it makes one kernel, which reads them apart."""
     for name, site in sites(config_of("Qwen2MoeForCausalLM")).items():
         assert site.expert is (".experts." in name)
-        assert site.joined is (site.fused is not None and not site.expert)
+        assert site.fused is (site.mode_group is not None and not site.expert)
 
 
 def test_routers_embeddings_and_heads_are_read_plain() -> None:

@@ -35,9 +35,9 @@ __all__ = [
     "additive_zero",
     "can_repack",
     "dequantize",
-    "dequantize_octets",
+    "dequantize_bytes",
     "repack",
-    "repack_octets",
+    "repack_bytes",
     "unpack_codes",
 ]
 
@@ -63,11 +63,11 @@ def repack(
     if not (_has_loop(packed, source, target, shape) and _is_large(shape, packed)):
         return _into(out, plain.repack(packed, source, target, shape))
     result = _target(out, target.packed_shape(shape), target.container.torch_dtype)
-    repack_octets(_octets(packed), source, target, shape, _octets(result))
+    repack_bytes(_octets(packed), source, target, shape, _octets(result))
     return result
 
 
-def repack_octets(
+def repack_bytes(
     octets: NDArray[np.uint8], source: Packing, target: Packing, shape: tuple[int, int], out: NDArray[np.uint8]
 ) -> None:
     """The same by loops, between the bytes of containers, [lines, bytes]; for packings that `can_repack` names.
@@ -170,7 +170,7 @@ def dequantize(
         group_index=None if index is None else _array(index.long()),
     )
     dense = _target(out, shape, dtype)
-    dequantize_octets(_octets(values[: shape[0]]), packing, element, arrays, DType.from_torch(dtype), _octets(dense))
+    dequantize_bytes(_octets(values[: shape[0]]), packing, element, arrays, DType.from_torch(dtype), _octets(dense))
     return dense
 
 
@@ -186,7 +186,7 @@ class ScalingArrays(NamedTuple):
     group_index: NDArray[np.int64] | None = None
 
 
-def dequantize_octets(
+def dequantize_bytes(
     octets: NDArray[np.uint8],
     packing: Packing | None,
     element: Element,

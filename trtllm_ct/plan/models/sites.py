@@ -47,7 +47,7 @@ class Site(NamedTuple):
     """One module that a model must have.
 
     `shape` is that of its weight, `locals` are its parameters beside a quantized or plain weight.
-    `fused` names the group whose members must end in one mode, `joined` whether the engine makes one Linear of them
+    `mode_group` names the group whose members must end in one mode, `fused` whether the engine makes one Linear of them
     (which then reads no `pre_quant_scale`), `shares` the Linear or expert part whose scalars it must share with others.
     A `plain` module is never read quantized by engines; `expert` marks routed
     experts, whose kernels know fewer modes. `aliases` are other names under which writers have stored it.
@@ -59,8 +59,8 @@ class Site(NamedTuple):
     module: str
     class_name: str
     shape: tuple[int, ...]
-    fused: str | None = None
-    joined: bool = False
+    mode_group: str | None = None
+    fused: bool = False
     shares: str | None = None
     plain: bool = False
     expert: bool = False
@@ -191,8 +191,8 @@ class Model:
             module=prefix + site.path,
             class_name="Linear",
             shape=(self.sizes[site.outputs], self.sizes[site.inputs]),
-            fused=prefix + site.fused if site.fused else None,
-            joined=site.fused is not None,
+            mode_group=prefix + site.fused if site.fused else None,
+            fused=site.fused is not None,
             shares=prefix + site.fused if site.fused else None,
             plain=site.plain,
             locals=bias + site.extras,
@@ -212,9 +212,9 @@ class Model:
         hidden, inner = self.sizes["hidden"], self.sizes[experts.intermediate]
         shapes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
         aliases = dict(experts.aliases)
-        fused = prefix + experts.path
+        mode_group = prefix + experts.path
         for expert in range(self.sizes[experts.count]):
-            own = f"{fused}.{expert}."
+            own = f"{mode_group}.{expert}."
             shares = f"{own}gate_up"
             for projection, shape in shapes.items():
                 other = (own + aliases[projection],) if projection in aliases else ()
@@ -222,7 +222,7 @@ class Model:
                     module=own + projection,
                     class_name="Linear",
                     shape=shape,
-                    fused=fused,
+                    mode_group=mode_group,
                     shares=None if projection == down else shares,
                     expert=True,
                     aliases=other,

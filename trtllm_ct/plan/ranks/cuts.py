@@ -114,7 +114,7 @@ def _slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeat
         parts=site.parts,
         heads=site.heads,
         repeats_scales=repeats_scales,
-        alone=not (site.joined or site.expert or site.parts),
+        alone=not (site.fused or site.expert or site.parts),
         sizes=sizes,
     )
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.weights import QuantizedWeight
 
-__all__ = ["OwnModules"]
+__all__ = ["ModelModules"]
 
 _STATIC_INPUT_TENSORS = ("input_scale", "input_global_scale")
 _ACTIVATION_TENSORS = frozenset(
@@ -57,7 +57,7 @@ class _Decision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnModules:
+class ModelModules:
     """Plans what `Model.sites` names."""
 
     config: QuantizationConfig
@@ -98,8 +98,8 @@ class OwnModules:
             layer=decision.layer,
             reason=decision.reason,
             note=decision.note,
-            joined=site.shares,
-            experts=site.fused if site.expert else None,
+            fused_linear=site.shares,
+            experts=site.mode_group if site.expert else None,
             transforms=stored.transforms,
         )
 
@@ -122,7 +122,7 @@ class OwnModules:
             id(assignment),
             id(equalized),
             of_cache,
-            (site.class_name, site.locals, site.joined, site.expert),
+            (site.class_name, site.locals, site.fused, site.expert),
             stored.transforms,
         )
         decision = self._decided.get(kind)

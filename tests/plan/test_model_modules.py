@@ -17,8 +17,8 @@ from trtllm_ct.plan.assign import Assignment, assign_modes, candidates_of
 from trtllm_ct.plan.deliver import Dtypes
 from trtllm_ct.plan.equalize import OWN, Equalized, Part
 from trtllm_ct.plan.kv_cache import KvCache
+from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.sites import Model, Site
-from trtllm_ct.plan.own_modules import OwnModules
 from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 
@@ -66,7 +66,7 @@ class Planning:
         model = Model.from_config(tiny_config())
         self.faults = FaultCollector()
         self.reader = WeightReader(config, self.faults)
-        self.modules = OwnModules(
+        self.modules = ModelModules(
             config=config,
             model=model,
             kv_cache=KvCache(config, MODELOPT, model.kv_heads),
@@ -135,7 +135,7 @@ OTHERS = {
     "assignment": lambda planning: planning.plan(FP8, plain=True),
     "equalized": lambda planning: planning.plan(FP8, equalized=Equalized(note="note", reason="reason")),
     "alone": lambda planning: planning.plan(INT4, INT4_SITE),
-    "joined": lambda planning: planning.plan(INT4, INT4_SITE._replace(joined=True)),
+    "fused": lambda planning: planning.plan(INT4, INT4_SITE._replace(fused=True)),
     "no expert": lambda planning: planning.plan(BLOCKS, BLOCKS_SITE),
     "expert": lambda planning: planning.plan(BLOCKS, BLOCKS_SITE._replace(expert=True)),
     "cache": lambda planning: planning.plan(

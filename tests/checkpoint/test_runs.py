@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
-from trtllm_ct.checkpoint.byte_ranges import read_runs
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import Run
+from trtllm_ct.checkpoint.runs import read_runs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -252,7 +252,7 @@ def test_no_heavy_package_is_imported(catalog: Catalog) -> None:
         from pathlib import Path
         from trtllm_ct.checkpoint.catalog import Catalog
         from trtllm_ct.checkpoint.reader import Run
-        from trtllm_ct.checkpoint.byte_ranges import read_runs
+        from trtllm_ct.checkpoint.runs import read_runs
 
         catalog = Catalog.from_directory(Path(sys.argv[1]))
         print([data for _, data in read_runs(catalog, [Run("early.bytes", 0, 2)])])
