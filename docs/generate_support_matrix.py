@@ -24,9 +24,10 @@ from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
 from trtllm_ct.checkpoint.catalog import StoredTensor
 from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
-from trtllm_ct.engine.modes import LINEAR_MODES, LinearMode, ScaleForm, native_mode
-from trtllm_ct.engine.releases import DEFAULT_ENGINE, ENGINES
-from trtllm_ct.engine.target import REFERENCE, TARGETS, target_named
+from trtllm_ct.engine.holdings import native_mode
+from trtllm_ct.engine.modes import LINEAR_MODES, LinearMode, ScaleForm
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import ENGINES, REFERENCE, TARGETS, target_named
 from trtllm_ct.formats import FORMATS
 from trtllm_ct.formats.base import scale_shape
 from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS

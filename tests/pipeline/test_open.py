@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, ConfigError, DetectionError, PayloadError, UsageError
 from trtllm_ct.checkpoint.reader import TensorReader
-from trtllm_ct.engine.releases import ENGINES
-from trtllm_ct.engine.target import TARGETS, target_named
+from trtllm_ct.engine.target import ENGINES, TARGETS, target_named
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered

@@ -31,9 +31,9 @@ from quantized_weights import (
 )
 
 from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, Strategy
-from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm, Weight, activations_of
-from trtllm_ct.engine.releases import ENGINES
-from trtllm_ct.engine.target import DENSE, MODELOPT, REFERENCE, TARGETS, target_named
+from trtllm_ct.engine.holdings import Weight, activations_of
+from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm
+from trtllm_ct.engine.target import DENSE, ENGINES, MODELOPT, REFERENCE, TARGETS, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.assign import Assignment, Candidate, assign_modes

@@ -20,8 +20,7 @@ from trtllm_ct.base.errors import ConfigError
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
-from trtllm_ct.engine.releases import ENGINES
-from trtllm_ct.engine.target import DENSE, MODELOPT, REFERENCE, target_named
+from trtllm_ct.engine.target import DENSE, ENGINES, MODELOPT, REFERENCE, target_named
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan.engine_config import engine_config_of_scheme
 

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from trtllm_ct.base.errors import LoadError
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel, Rank
-from trtllm_ct.engine.releases import ENGINES
-from trtllm_ct.engine.target import target_named
+from trtllm_ct.engine.target import ENGINES, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.plan import Delivery

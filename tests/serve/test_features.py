@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trtllm_ct.base.errors import UsageError
-from trtllm_ct.engine.releases import DEFAULT_ENGINE, ENGINES
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import ENGINES
 from trtllm_ct.serve.features import (
     DEFAULT_FEATURES,
     EngineFeatures,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from golden_parallel import GOLDEN_PARALLEL, parallel_table
 
-from trtllm_ct.engine.releases import ENGINES
+from trtllm_ct.engine.target import ENGINES
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,8 @@ from trtllm_ct import FormatDetector, inspect_checkpoint, open_checkpoint, prepa
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import DetectionError, PlanError, SidecarError, UsageError
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.engine.releases import DEFAULT_ENGINE, ENGINES
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import ENGINES
 from trtllm_ct.plan.probe import Probe
 from trtllm_ct.serve import cache, leases, sidecar
 from trtllm_ct.serve.hub import Repository
@@ -482,7 +483,7 @@ def test_where_locks_are_unknown_everything_counts_as_used(source: Path, monkeyp
 
 
 def test_working_places_of_killed_processes_are_cleared_in_time(sidecar_cache: Path) -> None:
-    for name, age in ((".a.1234.partial", 2 * cache._SECONDS_OF_WORK), (".b.1234.partial", 0)):
+    for name, age in ((".a.1234.partial", 2 * cache._STALE_SECONDS), (".b.1234.partial", 0)):
         (sidecar_cache / name).mkdir(parents=True)
         os.utime(sidecar_cache / name, (time.time() - age,) * 2)
 

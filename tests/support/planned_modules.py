@@ -16,7 +16,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.engine.modes import holdings
+from trtllm_ct.engine.holdings import holdings
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.plan import deliver

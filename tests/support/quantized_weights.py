@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, QuantScheme, Strategy
-from trtllm_ct.engine.modes import Weight
+from trtllm_ct.engine.holdings import Weight
 
 SHAPE = (256, 512)
 

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept out of the way while very many small objects are made."""
+"""A context manager that pauses Python's garbage collector while very many small objects are created."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ __all__ = ["collector_paused"]
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keep the garbage collector from walking 10^6 fresh objects again and again: that doubles the time."""
+    """Disable the garbage collector inside the block, and restore its previous state afterwards.
+
+    Creating 10^6 objects makes the collector traverse them again and again, which doubles the time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -8,6 +8,6 @@ __all__ = ["available_cores"]
 
 
 def available_cores() -> int:
-    """The cores that this process may use, at least 1."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """Return the number of cores that this process may use, at least 1."""
+    affinity = getattr(os, "sched_getaffinity", None)  # exists on Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1

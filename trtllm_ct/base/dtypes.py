@@ -1,7 +1,7 @@
-"""The one dtype table: how a dtype is called in a safetensors header and in torch, and how wide it is.
+"""The dtype table: the name of each dtype in a safetensors header and in torch, and its width in bits.
 
-No torch is imported here; `DType.torch_dtype` resolves the torch dtype on first use, so that everything
-that reads headers only (detect, inspect, plan) stays light.
+This module does not import torch: `DType.torch_dtype` imports it when it is read. Stages that read only headers
+(detect, inspect, plan) therefore stay light.
 Source of the names: the safetensors format description and `safetensors.torch._TYPES`, 0.8.
 """
 
@@ -17,7 +17,7 @@ __all__ = ["DType"]
 
 
 class DType(Enum):
-    """A stored element type: (name in a safetensors header, bits per element, name in torch)."""
+    """The element type of a stored tensor: (name in a safetensors header, bits per element, name in torch)."""
 
     BOOL = ("BOOL", 8, "bool")
     U8 = ("U8", 8, "uint8")
@@ -36,7 +36,8 @@ class DType(Enum):
     F32 = ("F32", 32, "float32")
     F64 = ("F64", 64, "float64")
 
-    # Each member is one object: hashing it by its name, as `Enum` does in Python, makes every look-up of a spec slow.
+    # `Enum` hashes a member by its name in Python code, which slows down every look-up of a spec. Each member is a
+    # single object, so the hash of its identity is enough.
     __hash__ = object.__hash__
 
     def __init__(self, header_name: str, bits: int, torch_name: str) -> None:
@@ -59,19 +60,19 @@ class DType(Enum):
 
     @property
     def is_wide_float(self) -> bool:
-        """Whether weights of this dtype are plain numbers, to which no scale belongs."""
+        """Whether this is a float of 16 bits or more: weights of such a dtype are unquantized and have no scale."""
         return self in _WIDE_FLOATS
 
     @classmethod
     def from_header(cls, name: str) -> DType | None:
-        """The dtype that a safetensors header calls `name`, or None for one we don't know."""
+        """Return the dtype with this name in safetensors headers, or None for an unknown name."""
         return cls.__members__.get(name)
 
     @classmethod
     def from_torch(cls, dtype: torch.dtype | str) -> DType:
-        """The dtype of a torch dtype or of its name, with or without the `torch.` prefix.
+        """Return the dtype for a torch dtype or for its name, with or without the `torch.` prefix.
 
-        Raises `KeyError` for a name that is no entry of the table.
+        Raises `KeyError` when the table has no such torch dtype.
         """
         return _BY_TORCH_NAME[str(dtype).removeprefix("torch.")]
 

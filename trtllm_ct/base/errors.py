@@ -1,20 +1,20 @@
-"""Everything this package raises on purpose.
+"""The exceptions that this package raises, and the faults that they carry.
 
-    TrtllmCtError                    the root; carries one or more faults
-    ├── UsageError                   arguments that can't work; nothing was read (exit code 2)
-    │   └── MissingDependencyError   an optional package is needed and not installed
-    └── CheckpointError              something is wrong with, or unsupported in, a checkpoint (exit code 1)
-        ├── DetectionError           no compressed-tensors checkpoint here; says what was found
-        ├── ConfigError              config.json or its quantization block can't be read as meant
+    TrtllmCtError                    the base class; carries one or more faults
+    ├── UsageError                   invalid arguments; nothing was read or written (exit code 2)
+    │   └── MissingDependencyError   a required optional package is not installed
+    └── CheckpointError              a checkpoint is faulty or not supported (exit code 1)
+        ├── DetectionError           the directory holds no compressed-tensors checkpoint; says what it holds instead
+        ├── ConfigError              config.json or its quantization block can't be interpreted
         ├── CatalogError             weight files or their headers are damaged, missing or forbidden
-        ├── PlanError                config and stored tensors disagree, or a scheme has no way to the target
-        ├── PayloadError             values of a tensor break a promise: NaN scale, wrong shape entry, overflow
-        ├── SidecarError             a directory prepared for the engine is damaged, out of date, or can't be made
-        ├── LoadError                what was loaded is not what the plan promises, or not what the engine reads
+        ├── PlanError                config and stored tensors disagree, or the target does not support a scheme
+        ├── PayloadError             tensor values are invalid: NaN scale, wrong shape entry, overflow
+        ├── SidecarError             a directory prepared for the engine is damaged, out of date, or can't be created
+        ├── LoadError                loaded tensors differ from the plan, or from what the engine reads
         └── VerificationError        a converted directory doesn't equal its source
 
-A fault says where, what was expected, what was found and what to do about it.
-One stage collects all its faults and raises them together.
+A fault names the place, what was expected, what was found, and what to do about it.
+Each stage collects all its faults and raises them in one exception.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that is wrong.
+    """One problem that a stage reports.
 
-    `where` names file, module or tensor; `expected` and `found` complete "expected ..., found ...";
+    `where` names the file, module or tensor. `expected` and `found` complete the message "expected ..., found ...".
     `remedy` is a full sentence that says what to do.
     """
 
@@ -57,7 +57,7 @@ class Fault:
         return f"{self.where}: expected {self.expected}, found {self.found}. {self.remedy}"
 
     def to_dict(self) -> dict[str, str]:
-        """JSON form: the four fields by name."""
+        """Return the four fields by name, for JSON output."""
         return {
             "where": self.where,
             "expected": self.expected,
@@ -67,10 +67,10 @@ class Fault:
 
 
 class TrtllmCtError(Exception):
-    """Root of all errors of this package; `faults` holds every fault that one stage found."""
+    """Base class of all errors of this package; `faults` holds every fault that one stage found."""
 
     def __init__(self, *faults: Fault) -> None:
-        # The faults are the exception's args, so that errors survive pickling between processes.
+        # Passing the faults as the exception's args lets errors be pickled between processes.
         super().__init__(*faults)
         self.faults = faults
 
@@ -81,15 +81,15 @@ class TrtllmCtError(Exception):
 
 
 class UsageError(TrtllmCtError):
-    """Arguments that can't work; nothing was read or written."""
+    """The arguments are invalid; nothing was read or written."""
 
 
 class MissingDependencyError(UsageError):
-    """An optional package is needed for this and is not installed."""
+    """The operation needs an optional package that is not installed."""
 
 
 class CheckpointError(TrtllmCtError):
-    """Something is wrong with a checkpoint, or it holds what this package can't load."""
+    """A checkpoint is faulty, or holds something that this package can't load."""
 
 
 class DetectionError(CheckpointError):
@@ -97,7 +97,7 @@ class DetectionError(CheckpointError):
 
 
 class ConfigError(CheckpointError):
-    """The configuration can't be read as meant."""
+    """The file config.json or its quantization block can't be interpreted."""
 
 
 class CatalogError(CheckpointError):
@@ -105,19 +105,19 @@ class CatalogError(CheckpointError):
 
 
 class PlanError(CheckpointError):
-    """Configuration and stored tensors disagree, or a scheme has no way to the target."""
+    """Configuration and stored tensors disagree, or the target does not support a scheme."""
 
 
 class PayloadError(CheckpointError):
-    """The values of a tensor break a promise that headers can't show."""
+    """The values of a tensor are invalid in a way that the headers do not show."""
 
 
 class SidecarError(CheckpointError):
-    """A directory that was prepared for the engine is damaged or out of date, or it can't be made."""
+    """A directory prepared for the engine is damaged or out of date, or can't be created."""
 
 
 class LoadError(CheckpointError):
-    """What was loaded is not what the plan promises, or not what the engine reads."""
+    """The loaded tensors differ from the plan, or from what the engine reads."""
 
 
 class VerificationError(CheckpointError):
@@ -129,7 +129,7 @@ Error = TypeVar("Error", bound=TrtllmCtError)
 
 @dataclass(slots=True)
 class FaultCollector:
-    """Gathers the faults of one stage, so that a user sees all of them at once."""
+    """Collects the faults of one stage, so that the user sees all of them at once."""
 
     faults: list[Fault] = field(default_factory=list)
 
@@ -138,6 +138,6 @@ class FaultCollector:
         self.faults.append(Fault(where=where, expected=expected, found=found, remedy=remedy))
 
     def raise_if_any(self, error: type[Error]) -> None:
-        """Raise `error` with everything gathered; return quietly when there is nothing."""
+        """Raise `error` with all recorded faults; do nothing when there are none."""
         if self.faults:
             raise error(*self.faults)

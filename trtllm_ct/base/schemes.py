@@ -1,9 +1,9 @@
-"""The shared vocabulary: how weights and activations are quantized, and what a tensor looks like.
+"""How weights and activations are quantized, and the dtypes, shapes and packings of tensors.
 
-Frozen values without behaviour that needs torch.
-Names and meanings are those of compressed-tensors (`QuantizationArgs`, `QuantizationScheme`, 0.20.0)
-and of TensorRT-LLM (`QuantAlgo`); inside this package `value = (code - zero_point) * scale`,
-weights are `(out, in)` = (N, K), and scales multiply.
+Everything here is an enum or a frozen dataclass, and works without torch.
+Names and meanings follow compressed-tensors (`QuantizationArgs`, `QuantizationScheme`, 0.20.0)
+and TensorRT-LLM (`QuantAlgo`). Inside this package `value = (code - zero_point) * scale`: scales multiply.
+Weights are `(out, in)` = (N, K).
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class Strategy(StrEnum):
 
 
 class NumberType(StrEnum):
-    """What kind of number a code is."""
+    """Whether codes are integers or floats (`QuantizationType` upstream)."""
 
     INT = "int"
     FLOAT = "float"
 
 
 class ActOrder(StrEnum):
-    """Activation ordering; upstream's aliases `dynamic` and `static` are read as these two."""
+    """Activation ordering (`ActivationOrdering` upstream); upstream's aliases `dynamic` and `static` map to these."""
 
     GROUP = "group"
     WEIGHT = "weight"
 
 
 class CompressionFormat(StrEnum):
-    """How a module's weight lies on disk, by the name that compressed-tensors gives it."""
+    """The storage format of a module's weight, by its name in compressed-tensors."""
 
     DENSE = "dense"
     FAKEQUANT = "fakequant"
@@ -77,7 +77,7 @@ class CompressionFormat(StrEnum):
 
 
 class Element(StrEnum):
-    """What the bits of one code mean: a signed integer, or a small float without infinities (OCP FP8 and MX)."""
+    """How the bits of a code are decoded: a signed integer, or a small float without infinities (OCP FP8 and MX)."""
 
     INT = "int"
     E4M3 = "e4m3"
@@ -86,14 +86,18 @@ class Element(StrEnum):
 
 
 class RowOrder(StrEnum):
-    """In which order the rows of queries and keys lie, head by head: pairs that turn together, or halves."""
+    """The order of the rows of query and key weights within each head.
+
+    `MISTRAL`: the two rows of a rotary pair are neighbours.
+    `HUGGING_FACE`: all first rows of the pairs, then all second rows (two halves).
+    """
 
     MISTRAL = "mistral"
     HUGGING_FACE = "hugging_face"
 
 
 class QuantAlgo(StrEnum):
-    """TensorRT-LLM's name of a quantization mode (`tensorrt_llm.quantization.QuantAlgo`)."""
+    """TensorRT-LLM's names of quantization modes (`tensorrt_llm.quantization.QuantAlgo`)."""
 
     W4A16 = "W4A16"
     W4A16_AWQ = "W4A16_AWQ"
@@ -111,9 +115,9 @@ class QuantAlgo(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantArgs:
-    """How one tensor is quantized; `QuantizationArgs` upstream, with every default filled in.
+    """How one tensor is quantized: `QuantizationArgs` upstream, with all defaults filled in.
 
-    `group_size` is set for group and tensor_group strategies only.
+    `group_size` is set only for the strategies group and tensor_group.
     `block_structure` is (rows, columns) = (along N, along K).
     `dynamic` is True or "local" for activations whose scale is computed at run time.
     """
@@ -131,11 +135,11 @@ class QuantArgs:
 
     @property
     def number(self) -> str:
-        """`int4`, `fp8`: number type and width in the field's short form."""
+        """Number type and width in short form, such as `int4` or `fp8`."""
         return f"{'int' if self.type is NumberType.INT else 'fp'}{self.num_bits}"
 
     def label(self) -> str:
-        """A short name for tables, such as `int4 group 128 asymmetric` or `fp8 token dynamic`."""
+        """Return a short name for tables, such as `int4 group 128 asymmetric` or `fp8 token dynamic`."""
         granularity = str(self.strategy)
         if self.group_size is not None:
             granularity += f" {self.group_size}"
@@ -153,9 +157,9 @@ class QuantArgs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantScheme:
-    """What one config group says about the modules that it targets.
+    """How one config group quantizes the modules that it targets.
 
-    `format` is the format declared for the group, or for the whole checkpoint; None when neither says.
+    `format` is the format declared for the group, or else for the whole checkpoint; None when neither declares one.
     """
 
     weights: QuantArgs | None = None
@@ -164,7 +168,7 @@ class QuantScheme:
     format: CompressionFormat | None = None
 
     def label(self) -> str:
-        """A short name for tables, such as `int4 group 128` or `fp8 channel, input fp8 token dynamic`."""
+        """Return a short name for tables, such as `int4 group 128` or `fp8 channel, input fp8 token dynamic`."""
         parts = [self.weights.label() if self.weights else "weights unquantized"]
         if self.input_activations:
             parts.append(f"input {self.input_activations.label()}")
@@ -175,9 +179,10 @@ class QuantScheme:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Dtype and shape of a tensor, without the tensor.
+    """Dtype and shape of a tensor, without its values.
 
-    `nbytes` are the bytes of its payload, counted once: a few specs serve 10^5 tensors, whose sizes are added up.
+    `nbytes` is the size of the payload in bytes. It is computed once per spec, because 10^5 tensors share a few specs
+    and their sizes are summed.
     """
 
     dtype: DType
@@ -196,18 +201,19 @@ class TensorSpec:
         return f"{self.dtype.torch_name} {list(self.shape)}"
 
     def to_dict(self) -> dict[str, object]:
-        """JSON form."""
+        """Return dtype and shape for JSON output."""
         return {"dtype": self.dtype.torch_name, "shape": list(self.shape)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How codes of `bits` bits lie in the elements of a container.
+    """How codes of `bits` bits are packed into the elements of a container tensor.
 
-    Codes are taken along `axis` (0 = rows, 1 = columns), lowest bits first. `dense` codes are one stream of bits,
-    in which a code may straddle two elements; others lie `container.bits // bits` to an element with the highest
-    bits left over. The two differ for widths that don't divide the container's. `offset_binary` codes are stored as
-    code + 2^(bits - 1), others in two's complement, or as they are when they are floats.
+    Codes are packed along `axis` (0 = down the rows, 1 = along the columns), lowest bits first. With `dense`, the codes
+    form one stream of bits, in which a code may straddle two elements. Without it, each element holds
+    `container.bits // bits` whole codes and its highest bits are unused. The two differ only where `bits` does not
+    divide the width of the container. With `offset_binary`, a code is stored as code + 2^(bits - 1). Without it,
+    integers are stored in two's complement and floats as their bit patterns.
     """
 
     bits: int
@@ -217,13 +223,13 @@ class Packing:
     dense: bool = True
 
     def elements(self, count: int) -> int:
-        """How many elements of the container `count` codes take, the last one perhaps not full."""
+        """Return how many elements of the container `count` codes take; the last element may be partly filled."""
         if self.dense:
             return -(-count * self.bits // self.container.bits)
         return -(-count // (self.container.bits // self.bits))
 
     def packed_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Shape of the container for codes of `shape`, the packed axis rounded up to whole elements."""
+        """Return the shape of the container for codes of `shape`; the packed axis is rounded up to whole elements."""
         rows, columns = shape
         if self.axis == 0:
             return self.elements(rows), columns
@@ -231,5 +237,5 @@ class Packing:
 
     def __str__(self) -> str:
         along = "rows" if self.axis == 0 else "columns"
-        kind = ("offset binary" if self.offset_binary else "signed") + ("" if self.dense else " padded")
-        return f"{self.bits}-bit {kind} in {self.container.torch_name} along {along}"
+        encoding = ("offset binary" if self.offset_binary else "signed") + ("" if self.dense else " padded")
+        return f"{self.bits}-bit {encoding} in {self.container.torch_name} along {along}"

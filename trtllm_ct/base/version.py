@@ -1,3 +1,3 @@
-"""The version of this package, where every layer can read it."""
+"""The version of this package, in the lowest layer so that every layer can import it."""
 
 __version__ = "0.1.0"

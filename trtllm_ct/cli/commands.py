@@ -25,6 +25,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.cli import report
+from trtllm_ct.convert.executors import EXECUTORS
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.parallel import Parallel
@@ -56,39 +59,28 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint direc
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
-class Target(StrEnum):
-    """Targets that a plan can be made for."""
+if TYPE_CHECKING:
+    TargetName = str
+    DirectoryTarget = str
+    EngineName = str
+    ExecutorName = str
+else:  # Typer offers the members of an enumeration; these are the names of the tables.
+    TargetName = StrEnum("TargetName", {name: name for name in TARGETS})
+    DirectoryTarget = StrEnum("DirectoryTarget", {name: name for name in DIRECTORY_TARGETS})
+    EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
+    ExecutorName = StrEnum("ExecutorName", {name: name for name in EXECUTORS})
 
-    MODELOPT = "modelopt"
-    TENSORRT_LLM = "tensorrt_llm"
-    DENSE = "dense"
-    REFERENCE = "reference"
-
-
-class Engine(StrEnum):
-    """Capability sets of stock TensorRT-LLM."""
-
-    STOCK_1_0 = "stock-1.0"
-    STOCK_1_2 = "stock-1.2"
-    STOCK_1_3 = "stock-1.3"
-
+_MODELOPT = TargetName(MODELOPT.name)
+_ENGINE = EngineName(DEFAULT_ENGINE)
+_THREADS = ExecutorName(EXECUTORS[0])
 
 ForEngine = Annotated[
-    Engine, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
+    EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
 ]
-
-
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
 ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse instead of dequantizing a module.")]
-
-
-class ConvertTarget(StrEnum):
-    """Targets that are directories."""
-
-    MODELOPT = "modelopt"
-    DENSE = "dense"
 
 
 class DenseDtype(StrEnum):
@@ -100,18 +92,11 @@ class DenseDtype(StrEnum):
     FLOAT32 = "float32"
 
 
-class ExecutorName(StrEnum):
-    """Who converts."""
-
-    THREADS = "threads"
-    MPI = "mpi"
-
-
 @app.command()
 def inspect(
     directory: Directory,
-    to: Annotated[Target, typer.Option(help="Target that native modes are shown for.")] = Target.MODELOPT,
-    engine: ForEngine = Engine.STOCK_1_2,
+    to: Annotated[TargetName, typer.Option(help="Target that native modes are shown for.")] = _MODELOPT,
+    engine: ForEngine = _ENGINE,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -133,8 +118,8 @@ def inspect(
 @app.command()
 def plan(
     directory: Directory,
-    to: Annotated[Target, typer.Option(help="Target to plan for.", show_default=False)],
-    engine: ForEngine = Engine.STOCK_1_2,
+    to: Annotated[TargetName, typer.Option(help="Target to plan for.", show_default=False)],
+    engine: ForEngine = _ENGINE,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -155,8 +140,8 @@ def plan(
 def convert(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False)],
-    to: Annotated[ConvertTarget, typer.Option(help="What to make.", show_default=False)],
-    engine: ForEngine = Engine.STOCK_1_2,
+    to: Annotated[DirectoryTarget, typer.Option(help="What to make.", show_default=False)],
+    engine: ForEngine = _ENGINE,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -169,7 +154,7 @@ def convert(
     device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
     executor: Annotated[
         ExecutorName, typer.Option(help="Who converts: threads of this process, or the ranks that mpirun started.")
-    ] = ExecutorName.THREADS,
+    ] = _THREADS,
     workers: Annotated[
         int | None, typer.Option(help="How many threads; one for each core when left out.", show_default=False)
     ] = None,

@@ -18,12 +18,12 @@ from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import DIRECTORY_TARGETS
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.plan import Plan
 
-__all__ = ["CONVERT_TARGETS", "DENSE_DTYPES", "ConversionReport", "convert_checkpoint"]
+__all__ = ["DENSE_DTYPES", "ConversionReport", "convert_checkpoint"]
 
-CONVERT_TARGETS = ("modelopt", "dense")
 DENSE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -139,7 +139,7 @@ def convert_checkpoint(
     read, and the `CheckpointError` of the stage that found faults.
     """
     directory, out = Path(directory), Path(out)
-    _require_one_of("--to", to, CONVERT_TARGETS)
+    _require_one_of("--to", to, DIRECTORY_TARGETS)
     _require_one_of("--dtype", dtype, DENSE_DTYPES)
     _require_device(device)
     _require_shard_size(max_shard_bytes)

@@ -1,43 +1,32 @@
-"""TensorRT-LLM's quantization modes: what each one's Linear holds, and which of them hold a given scheme.
+"""TensorRT-LLM's quantization modes as one table: everything that is known of the Linear of each `QuantAlgo`.
 
-Two questions are kept apart.
-`native_mode` names the family that a scheme belongs to, whoever is going to serve it.
-`holdings` lists the modes whose Linear reproduces the weights exactly; a target then takes the first that it declares.
+A fact about a mode is a field of its entry here, and nowhere else. Two modules write the tensors of a mode down once
+more, on purpose, so that they can prove what this table leads to: `serve/completeness.py` and
+`reference/linear_layouts.py`.
 
 Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods of each LinearMethod),
-`fused_moe/quantization.py` for experts, and `tensorrt_llm/quantization/functional.py`
-(`preprocess_weights_for_mixed_gemm`, for the multiples).
+`fused_moe/quantization.py` for experts, `tensorrt_llm/quantization/functional.py` (`preprocess_weights_for_mixed_gemm`,
+for the multiples), `_torch/models/modeling_utils.py` (`duplicate_kv_weight`, for repeated K/V heads),
+`_torch/modules/attention.py` (for the output of attention) and `quantization/modelopt_config.py` (for aliases).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum, auto
-from functools import lru_cache
-from math import lcm
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.schemes import Element, NumberType, Packing, QuantAlgo, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Element, Packing, QuantAlgo, Strategy
+from trtllm_ct.engine.releases import STOCK_1_0, STOCK_1_3
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Mapping
 
-    from trtllm_ct.engine.slices import Slices
+    from trtllm_ct.engine.releases import Release
 
-__all__ = [
-    "LINEAR_MODES",
-    "Activations",
-    "Holding",
-    "LinearMode",
-    "ScaleForm",
-    "Weight",
-    "activations_of",
-    "holdings",
-    "native_mode",
-    "obstacles",
-    "slice_obstacle",
-]
+__all__ = ["LINEAR_MODES", "MODES_BY_ALGO", "Activations", "LinearMode", "ScaleForm"]
 
 
 class ScaleForm(StrEnum):
@@ -56,6 +45,16 @@ class ScaleForm(StrEnum):
     EXPONENT = auto()
     """`weight_scale` uint8 (E8M0) [N, K / 32]"""
 
+    @property
+    def dtype(self) -> DType:
+        """The dtype of `weight_scale`."""
+        return {ScaleForm.TWO_LEVEL: DType.F8_E4M3, ScaleForm.EXPONENT: DType.U8}.get(self, DType.F32)
+
+    @property
+    def one_byte(self) -> bool:
+        """Whether a scale is one byte, delivered as it is stored and never widened."""
+        return self.dtype is not DType.F32
+
 
 class Activations(StrEnum):
     """What happens to the input of a Linear; the value is how it reads in a sentence."""
@@ -71,15 +70,36 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearMode:
-    """What the Linear of one `QuantAlgo` holds.
+    """What the Linear of one `QuantAlgo` holds, and how the engine treats it.
 
-    `bits` are the code widths that it takes. `exact` strategies fit as they are; `widened` ones fit by repeating
-    scales, which changes no value. `group_sizes` are those that the kernel accepts; groups of the
-    larger are held in the smaller by repeating. `activations` is what it computes on; schemes with one of
-    `other_activations` are held too, with a note. N must be a multiple of `row_multiple` (`fused_row_multiple`
-    where several Linears are made one) and K of `column_multiple`, or the engine's weight preparation asserts or
-    misplaces scales; that holds for each rank's slice as well. Newer releases cut Linears that stand alone at multiples
-    of `alignment`, and of the group size where scales are per group.
+    Codes and scales:
+    `bits` are the code widths that it takes, in the container `packing` (None for codes that are floats themselves).
+    `exact` strategies fit as they are; `widened` ones fit by repeating scales, which changes no value.
+    `group_sizes` are those that the kernel accepts; larger groups are held in smaller ones by repeating scales.
+    `block` is the (rows, columns) of a block, `zero_point` whether it has additive zeros.
+
+    Inputs:
+    `activations` is what it computes on; schemes with one of `other_activations` are held too, with a note.
+    `pre_quant_scale` says that a Linear which is not fused demands a scale of its input. `input_scale` is the stored
+    tensor that its `input_scale` is made from, None when it reads none. `unscaled_attention_output` marks a mode
+    without input scale for whose `o_proj` attention may quantize its own output at a scale of 1.
+
+    Sizes:
+    N must be a multiple of `row_multiple` (`fused_row_multiple` where several Linears are fused) and K of
+    `column_multiple`, or the engine's weight preparation asserts or misplaces scales; that holds for each rank's slice
+    as well. Newer releases cut Linears that are not fused at multiples of `alignment`, and of the group size where
+    scales are per group.
+
+    Names in the engine:
+    `shared_scalars` are the tensors that the parts of a fused Linear must have equal; the engine asserts it.
+    `read_of_all_experts` are the scalars that every rank reads of all experts. `repeated_with_kv_heads` are the tensors
+    that the engine repeats when ranks outnumber K/V heads. `expert_scale_alias` is a second name of an expert's
+    `weight_scale`, which some releases read. `config_fields` are keys that its entry in `hf_quant_config.json` has
+    beside algorithm and group size, `aliases` other names of the algorithm there (in lower case).
+
+    Releases:
+    `linear_since` and `experts_since` are the first releases whose Linears and routed experts have the mode, None when
+    none does. `plug_in` marks a Linear that this package gives to an engine that has none.
     """
 
     algo: QuantAlgo
@@ -92,13 +112,28 @@ class LinearMode:
     group_sizes: tuple[int, ...] = ()
     block: tuple[int, int] | None = None
     zero_point: bool = False
-    pre_quant_scale: bool = False
+
     activations: Activations = Activations.WIDE
     other_activations: frozenset[Activations] = frozenset()
+    pre_quant_scale: bool = False
+    input_scale: str | None = None
+    unscaled_attention_output: bool = False
+
     row_multiple: int = 1
     fused_row_multiple: int = 1
     column_multiple: int = 1
     alignment: int = 1
+
+    shared_scalars: frozenset[str] = frozenset()
+    read_of_all_experts: frozenset[str] = frozenset()
+    repeated_with_kv_heads: frozenset[str] = frozenset({"weight", "bias"})
+    expert_scale_alias: str | None = None
+    config_fields: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
+
+    linear_since: Release | None = None
+    experts_since: Release | None = None
+    plug_in: bool = False
 
     @property
     def codes(self) -> str:
@@ -106,32 +141,28 @@ class LinearMode:
         widths = "-".join(str(bits) for bits in sorted({min(self.bits), max(self.bits)}))
         return f"{'int' if self.element is Element.INT else 'fp'}{widths}"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """What of a stored weight decides its mode.
-
-    `shape` is None where only a configuration is known. `has_zero_point` says whether a zero point is stored: that
-    counts, not `symmetric`. `permuted` groups are not contiguous (activation ordering). `fused` weights become
-    part of one Linear. `slices` are those of the ranks that share it, None when each has all of it.
-    """
-
-    scheme: QuantScheme
-    element: Element
-    shape: tuple[int, int] | None = None
-    has_zero_point: bool = False
-    permuted: bool = False
-    fused: bool = False
-    two_level: bool = False
-    exponent_scale: bool = False
-    slices: Slices | None = None
+    @property
+    def entry_group_size(self) -> int | None:
+        """The `group_size` of its entry in `hf_quant_config.json`, where the mode alone decides it; else None."""
+        return self.block[1] if self.block else None
 
     @property
-    def args(self) -> QuantArgs:
-        """The arguments of the weight."""
-        if self.scheme.weights is None:
-            raise AssertionError("a quantized weight has arguments")
-        return self.scheme.weights
+    def scales_follow_kv_heads(self) -> bool:
+        """Whether scales of K/V heads need no copy for each rank: a single scalar, or repeated by the engine."""
+        return self.scale is ScaleForm.SCALAR or "weight_scale" in self.repeated_with_kv_heads
+
+    def scale_shape(self, shape: tuple[int, int], group_size: int | None) -> tuple[int, ...]:
+        """The shape of `weight_scale` for a weight [N, K] in groups of `group_size`."""
+        rows, columns = shape
+        match self.scale:
+            case ScaleForm.SCALAR:
+                return ()
+            case ScaleForm.ROW:
+                return (rows,)
+            case ScaleForm.BLOCK if self.block is not None:
+                return -(-rows // self.block[0]), -(-columns // self.block[1])
+            case _:
+                return rows, -(-columns // (group_size or columns))
 
 
 _GROUP = frozenset({Strategy.GROUP})
@@ -142,6 +173,9 @@ _SMALL_GROUPS = frozenset({Strategy.GROUP, Strategy.TENSOR_GROUP})
 _UP_TO_4 = frozenset({1, 2, 3, 4})
 _UP_TO_8 = frozenset({5, 6, 7, 8})
 _ANY_ACTIVATIONS = frozenset(Activations) - {Activations.WIDE}
+_ZERO_POINT_FIELDS = frozenset({"has_zero_point", "pre_quant_scale"})
+_NVFP4_SCALARS = frozenset({"weight_scale_2", "input_scale"})
+_WEIGHT_AND_SCALE = frozenset({"weight", "bias", "weight_scale"})
 
 LINEAR_MODES: tuple[LinearMode, ...] = (
     LinearMode(
@@ -158,6 +192,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         row_multiple=16,
         fused_row_multiple=16,
         column_multiple=64,
+        linear_since=STOCK_1_0,
+        config_fields=_ZERO_POINT_FIELDS,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16_GPTQ,
@@ -172,6 +208,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         row_multiple=16,
         fused_row_multiple=16,
         column_multiple=64,
+        plug_in=True,
+        config_fields=_ZERO_POINT_FIELDS,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16,
@@ -185,6 +223,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         fused_row_multiple=16,
         column_multiple=64,
         alignment=32,
+        linear_since=STOCK_1_0,
     ),
     LinearMode(
         algo=QuantAlgo.W8A16,
@@ -198,6 +237,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         fused_row_multiple=16,
         column_multiple=64,
         alignment=16,
+        linear_since=STOCK_1_0,
+        experts_since=STOCK_1_0,
     ),
     LinearMode(
         algo=QuantAlgo.FP8,
@@ -207,6 +248,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         scale=ScaleForm.SCALAR,
         exact=_TENSOR,
         activations=Activations.FP8_STATIC,
+        linear_since=STOCK_1_0,
+        experts_since=STOCK_1_0,
+        input_scale="input_scale",
+        read_of_all_experts=frozenset({"weight_scale", "input_scale"}),
     ),
     LinearMode(
         algo=QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN,
@@ -218,6 +263,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         activations=Activations.FP8_TOKEN,
         # A static scale beside row scales is dropped; one beside a single scale is what mode FP8 is for.
         other_activations=frozenset({Activations.FP8_STATIC}),
+        linear_since=STOCK_1_0,
+        unscaled_attention_output=True,
     ),
     LinearMode(
         algo=QuantAlgo.FP8_BLOCK_SCALES,
@@ -230,6 +277,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         activations=Activations.FP8_GROUP,
         fused_row_multiple=128,
         alignment=128,
+        linear_since=STOCK_1_0,
+        experts_since=STOCK_1_0,
+        aliases=("fp8_pb_wo",),
+        expert_scale_alias="weight_scale_inv",
     ),
     LinearMode(
         algo=QuantAlgo.NVFP4,
@@ -242,6 +293,12 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         activations=Activations.FP4_LOCAL,
         column_multiple=16,
         alignment=32,
+        linear_since=STOCK_1_0,
+        experts_since=STOCK_1_0,
+        input_scale="input_global_scale",
+        shared_scalars=_NVFP4_SCALARS,
+        read_of_all_experts=_NVFP4_SCALARS,
+        repeated_with_kv_heads=_WEIGHT_AND_SCALE,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16_NVFP4,
@@ -253,6 +310,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         group_sizes=(16,),
         column_multiple=16,
         alignment=32,
+        linear_since=STOCK_1_3,
+        experts_since=STOCK_1_3,
+        shared_scalars=_NVFP4_SCALARS,
+        repeated_with_kv_heads=_WEIGHT_AND_SCALE,
     ),
     LinearMode(
         algo=QuantAlgo.W4A16_MXFP4,
@@ -266,6 +327,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         row_multiple=128,
         column_multiple=128,
         alignment=32,
+        experts_since=STOCK_1_0,
+        expert_scale_alias="weight_scale_inv",
     ),
     LinearMode(
         algo=QuantAlgo.MXFP8,
@@ -278,199 +341,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         activations=Activations.MX_FP8,
         column_multiple=32,
         alignment=32,
+        linear_since=STOCK_1_3,
+        experts_since=STOCK_1_3,
+        expert_scale_alias="weight_scale_inv",
     ),
 )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
-    """A mode that holds a weight exactly, with the group size that its Linear would use.
-
-    `as_is` when the weight fits without repeating scales for the sake of others; only a fused group that must agree
-    takes another. `note` says what the mode does otherwise than the scheme asks, about activations only.
-    """
-
-    mode: LinearMode
-    group_size: int | None
-    as_is: bool
-    note: str = ""
-
-    @property
-    def key(self) -> tuple[QuantAlgo, int | None]:
-        """What the members of a fused group must share."""
-        return self.mode.algo, self.group_size
-
-
-def native_mode(args: QuantArgs, modifiers: Iterable[str] = ()) -> QuantAlgo | None:
-    """The family of a weight scheme, or None for one that no mode of the engine belongs to.
-
-    int4 weights came from AWQ when `recipe.yaml` names the AWQ modifier, and count as GPTQ otherwise.
-    """
-    if args.type is NumberType.INT:
-        if args.num_bits in _UP_TO_8:
-            return QuantAlgo.W8A16
-        return QuantAlgo.W4A16_AWQ if "AWQModifier" in modifiers else QuantAlgo.W4A16_GPTQ
-    in_powers_of_two = args.group_size == 32
-    families = {
-        (8, False): QuantAlgo.FP8_BLOCK_SCALES if args.strategy is Strategy.BLOCK else QuantAlgo.FP8,
-        (8, True): QuantAlgo.MXFP8,
-        (4, False): QuantAlgo.NVFP4,
-        (4, True): QuantAlgo.W4A16_MXFP4,
-    }
-    return families.get((args.num_bits, in_powers_of_two))
-
-
-@lru_cache(maxsize=256)
-def holdings(weight: Weight) -> tuple[Holding, ...]:
-    """Every mode that holds the weight exactly, those that fit as it is first.
-
-    Remembered, since a model has few kinds of weights and some have 70 000 of a kind.
-    """
-    found = [
-        holding for mode in LINEAR_MODES if _obstacle(mode, weight) is None for holding in _group_sizes(mode, weight)
-    ]
-    return tuple(sorted(found, key=lambda holding: not holding.as_is))
-
-
-@lru_cache(maxsize=256)
-def obstacles(weight: Weight, algos: frozenset[QuantAlgo]) -> tuple[str, ...]:
-    """Why the modes among `algos` for codes of this kind don't take the weight; empty when none has such codes."""
-    reasons = (_obstacle(mode, weight) for mode in LINEAR_MODES if mode.algo in algos and _holds_codes(mode, weight))
-    return tuple(reason for reason in reasons if reason is not None)
-
-
-@lru_cache(maxsize=256)
-def slice_obstacle(weight: Weight, algos: frozenset[QuantAlgo]) -> str | None:
-    """Why no mode among `algos` holds each rank's slice, where one of them holds the weight as a whole; else None."""
-    if weight.slices is None or any(holding.mode.algo in algos for holding in holdings(weight)):
-        return None
-    whole = (holding.mode for holding in holdings(replace(weight, slices=None)) if holding.mode.algo in algos)
-    return next((_wrong_slices(mode, weight) for mode in whole), None)
-
-
-def activations_of(scheme: QuantScheme) -> Activations:
-    """The kind of activations that a scheme asks for."""
-    args = scheme.input_activations
-    if args is None:
-        return Activations.WIDE
-    if args.type is not NumberType.FLOAT or not args.symmetric:
-        return Activations.OTHER
-    kinds: Mapping[tuple[int, Strategy, int | None, object], Activations] = {
-        (8, Strategy.TENSOR, None, False): Activations.FP8_STATIC,
-        (8, Strategy.TOKEN, None, True): Activations.FP8_TOKEN,
-        (8, Strategy.GROUP, 128, True): Activations.FP8_GROUP,
-        (8, Strategy.GROUP, 32, True): Activations.MX_FP8,
-    }
-    if args.num_bits == 4 and args.group_size == 16:
-        # Writers say "local", True or False for the same thing: a stored global scale and local ones at run time.
-        return Activations.FP4_LOCAL
-    return kinds.get((args.num_bits, args.strategy, args.group_size, args.dynamic), Activations.OTHER)
-
-
-def _holds_codes(mode: LinearMode, weight: Weight) -> bool:
-    """Whether the mode's codes are of the weight's kind, scales of small groups included."""
-    if mode.element is not weight.element or weight.args.num_bits not in mode.bits:
-        return False
-    small_groups = {ScaleForm.TWO_LEVEL: weight.two_level, ScaleForm.EXPONENT: weight.exponent_scale}
-    if weight.two_level or weight.exponent_scale:
-        return small_groups.get(mode.scale, False)
-    return mode.scale not in small_groups
-
-
-def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
-    """The first thing that keeps a weight out of a mode, or None."""
-    args = weight.args
-    if not _holds_codes(mode, weight):
-        return f"{mode.algo} holds {mode.codes} codes"
-    if weight.permuted:
-        return f"{mode.algo} holds contiguous groups only, and this weight has activation ordering"
-    if args.strategy not in mode.exact | mode.widened:
-        return f"{mode.algo} holds no scale per {args.strategy}"
-    if weight.has_zero_point and not mode.zero_point:
-        return f"{mode.algo} holds no zero points"
-    if not _takes_activations(mode, weight):
-        return f"{mode.algo} computes on {mode.activations} activations, and the scheme leaves them {_asked(weight)}"
-    if args.group_size is not None and args.group_size not in mode.group_sizes:
-        return f"{mode.algo} holds groups of {' or '.join(str(size) for size in sorted(mode.group_sizes))}"
-    if args.strategy is Strategy.BLOCK and args.block_structure != mode.block:
-        return f"{mode.algo} holds blocks of 128x128"
-    return _wrong_sizes(mode, weight) or _wrong_slices(mode, weight)
-
-
-def _takes_activations(mode: LinearMode, weight: Weight) -> bool:
-    asked = activations_of(weight.scheme)
-    if asked is mode.activations:
-        return True
-    # One scale for the whole weight and a static one for its input are exactly what mode FP8 holds.
-    static_tensor = asked is Activations.FP8_STATIC and weight.args.strategy is Strategy.TENSOR
-    return asked in mode.other_activations and not (static_tensor and mode.element is Element.E4M3)
-
-
-def _asked(weight: Weight) -> str:
-    args = weight.scheme.input_activations
-    return "16-bit" if args is None else args.label()
-
-
-def _wrong_sizes(mode: LinearMode, weight: Weight) -> str | None:
-    """None when the kernel takes a weight of this shape, else which sizes it would take."""
-    if weight.shape is None:
-        return None
-    rows = mode.fused_row_multiple if weight.fused else mode.row_multiple
-    if weight.shape[0] % rows == 0 and weight.shape[1] % mode.column_multiple == 0:
-        return None
-    return f"{mode.algo} needs out % {rows} == 0 and in % {mode.column_multiple} == 0"
-
-
-def _wrong_slices(mode: LinearMode, weight: Weight, group_size: int | None = None) -> str | None:
-    """None when the kernel takes every rank's slice, else at which tensor-parallel sizes it would.
-
-    Groups are of `group_size`, or of the smallest size that holds the weight's.
-    """
-    if weight.slices is None or weight.shape is None:
-        return None
-    size = group_size or min(_sizes_of_groups(mode, weight), default=1)
-    multiple = _slice_multiple(mode, weight, weight.slices, size)
-    # Of K and V heads engines repeat the codes, and these scales.
-    repeated = mode.scale in {ScaleForm.SCALAR, ScaleForm.TWO_LEVEL}
-    return weight.slices.obstacle(mode.algo, weight.shape, multiple, scales_repeated=repeated)
-
-
-def _slice_multiple(mode: LinearMode, weight: Weight, slices: Slices, group_size: int) -> int:
-    """What the rows or columns of each rank must be a multiple of, when groups are of `group_size`."""
-    if slices.columns:
-        multiples = [mode.column_multiple, group_size]
-    else:
-        multiples = [mode.fused_row_multiple if weight.fused or slices.parts else mode.row_multiple]
-    if mode.block is not None:
-        multiples.append(mode.block[slices.columns])
-    if slices.alone:
-        multiples += [mode.alignment, group_size if mode.scale is ScaleForm.GROUP else 1]
-    return lcm(*multiples)
-
-
-def _sizes_of_groups(mode: LinearMode, weight: Weight) -> tuple[int, ...]:
-    """The group sizes of a mode in which a weight's own groups can be held, by repeating scales if need be."""
-    own = weight.args.group_size
-    return tuple(size for size in mode.group_sizes if own is None or own % size == 0)
-
-
-def _group_sizes(mode: LinearMode, weight: Weight) -> Iterator[Holding]:
-    """The group sizes under which a mode holds a weight: its own first, then smaller ones that divide it."""
-    args, note = weight.args, _note(mode, weight)
-    if mode.scale is not ScaleForm.GROUP:
-        size = mode.group_sizes[0] if mode.group_sizes else None
-        yield Holding(mode=mode, group_size=size, as_is=args.strategy in mode.exact, note=note)
-        return
-    for size in _sizes_of_groups(mode, weight):
-        if weight.shape is None or (weight.shape[1] % size == 0 and not _wrong_slices(mode, weight, size)):
-            as_is = args.group_size == size and args.strategy in mode.exact
-            yield Holding(mode=mode, group_size=size, as_is=as_is, note=note)
-
-
-def _note(mode: LinearMode, weight: Weight) -> str:
-    """What becomes of activations that the scheme wants otherwise than the mode computes."""
-    if activations_of(weight.scheme) is mode.activations:
-        return ""
-    if mode.activations is Activations.WIDE:
-        return f"activations stay 16-bit; the scheme asks for {_asked(weight)}"
-    return f"activations are {mode.activations}; the static input scale of the scheme is dropped"
+MODES_BY_ALGO: Mapping[QuantAlgo, LinearMode] = {mode.algo: mode for mode in LINEAR_MODES}

@@ -12,15 +12,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.modes import LINEAR_MODES, MODES_BY_ALGO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["LayerQuantConfig", "QuantConfig"]
 
-_WITH_ZERO_POINTS = frozenset({QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ})
-# ModelOpt's own name for an algorithm, which TensorRT-LLM reads in any case (`quantization/modelopt_config.py`).
-_ALIASES = {"fp8_pb_wo": QuantAlgo.FP8_BLOCK_SCALES}
+# Names of ModelOpt's own, which TensorRT-LLM reads in upper and lower case (`quantization/modelopt_config.py`).
+_ALIASES = {alias: mode.algo for mode in LINEAR_MODES for alias in mode.aliases}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,9 @@ class LayerQuantConfig:
         entry: dict[str, Any] = {"quant_algo": str(self.quant_algo)}
         if self.group_size is not None:
             entry["group_size"] = self.group_size
-        if self.quant_algo in _WITH_ZERO_POINTS:
-            entry |= {"has_zero_point": self.has_zero_point, "pre_quant_scale": self.pre_quant_scale}
-        return entry
+        fields = {"has_zero_point": self.has_zero_point, "pre_quant_scale": self.pre_quant_scale}
+        mode = MODES_BY_ALGO.get(self.quant_algo)
+        return entry | {key: value for key, value in fields.items() if mode is not None and key in mode.config_fields}
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> LayerQuantConfig:

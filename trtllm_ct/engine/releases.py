@@ -1,79 +1,42 @@
-"""The releases of TensorRT-LLM as capability sets: which modes their Linears, routed experts and KV caches have."""
+"""The releases of TensorRT-LLM that checkpoints are made for, oldest first.
+
+Which modes a release has is said by the modes (`engine/modes.py`: `linear_since`, `experts_since`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from trtllm_ct.base.schemes import QuantAlgo
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-__all__ = ["DEFAULT_ENGINE", "ENGINES", "Capabilities"]
+__all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", "Release"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Capabilities:
-    """What one line of an engine's releases holds; facts with their source, never guesses.
+class Release:
+    """One line of releases.
 
-    `linear` are the modes of its Linears, `experts` those of its routed experts, `kv_cache` the KV-cache modes;
-    `kv_cache_alone` says whether one of these can be had without any quantized module.
+    `name` is what `--engine` calls it, `source` the code that its facts were read from. `kv_cache` are the modes of its
+    KV cache.
     """
 
     name: str
     source: str
-    linear: frozenset[QuantAlgo] = frozenset()
-    experts: frozenset[QuantAlgo] = frozenset()
-    kv_cache: frozenset[str] = frozenset()
-    kv_cache_alone: bool = False
+    kv_cache: frozenset[str] = frozenset({"FP8"})
 
 
-_LINEAR = frozenset(
-    {
-        QuantAlgo.W4A16,
-        QuantAlgo.W4A16_AWQ,
-        QuantAlgo.W8A16,
-        QuantAlgo.FP8,
-        QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN,
-        QuantAlgo.FP8_BLOCK_SCALES,
-        QuantAlgo.NVFP4,
-    }
+STOCK_1_0 = Release(
+    name="stock-1.0",
+    source="TensorRT-LLM late 2025, _torch/modules/linear.py and fused_moe/quantization.py",
 )
-# int4 weight-only and row-wise fp8 experts have no kernel: the first demands activation scales, the second is refused.
-_EXPERTS = frozenset(
-    {QuantAlgo.W8A16, QuantAlgo.FP8, QuantAlgo.FP8_BLOCK_SCALES, QuantAlgo.NVFP4, QuantAlgo.W4A16_MXFP4}
+STOCK_1_2 = Release(
+    name="stock-1.2",
+    source="TensorRT-LLM early 2026, _torch/modules/linear.py and fused_moe/fused_moe_cutlass.py",
 )
-_NEWEST = frozenset({QuantAlgo.MXFP8, QuantAlgo.W4A16_NVFP4})
-_FP8_CACHE = frozenset({"FP8"})
+STOCK_1_3 = Release(
+    name="stock-1.3",
+    source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
+)
 
-ENGINES: Mapping[str, Capabilities] = {
-    entry.name: entry
-    for entry in (
-        Capabilities(
-            name="stock-1.0",
-            source="TensorRT-LLM late 2025, _torch/modules/linear.py and fused_moe/quantization.py",
-            linear=_LINEAR,
-            experts=_EXPERTS,
-            kv_cache=_FP8_CACHE,
-        ),
-        Capabilities(
-            name="stock-1.2",
-            source="TensorRT-LLM early 2026, _torch/modules/linear.py and fused_moe/fused_moe_cutlass.py",
-            linear=_LINEAR,
-            experts=_EXPERTS,
-            kv_cache=_FP8_CACHE,
-        ),
-        Capabilities(
-            name="stock-1.3",
-            source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
-            linear=_LINEAR | _NEWEST,
-            experts=_EXPERTS | _NEWEST,
-            kv_cache=_FP8_CACHE,
-        ),
-    )
-}
-"""Capability sets by name, oldest first. No release has a W4A16_GPTQ Linear."""
+RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)
 
-DEFAULT_ENGINE = "stock-1.2"
+DEFAULT_ENGINE = STOCK_1_2.name
 """The newest stable line."""

@@ -12,7 +12,7 @@ from math import isclose
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, PayloadError
-from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.plan.equalize import SCALAR_TOLERANCE
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedScalars"]
 
-_SHARED = ("weight_scale_2", "input_scale")
-_ASSERTING = frozenset({QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4})
-
 
 class FusedScalars:
     """Remembers the scalars of each joined Linear and refuses a part that differs from the one before."""
@@ -36,9 +33,9 @@ class FusedScalars:
 
     def check(self, module: ModulePlan, delivered: Mapping[str, Tensor]) -> None:
         """Raise `PayloadError` when a scalar of this module differs from that of another part of its Linear."""
-        if module.fused_linear is None or module.layer is None or module.layer.quant_algo not in _ASSERTING:
+        if module.fused_linear is None or module.layer is None:
             return
-        for local in _SHARED:
+        for local in sorted(MODES_BY_ALGO[module.layer.quant_algo].shared_scalars):
             tensor = delivered.get(f"{module.name}.{local}")
             if tensor is None:
                 continue

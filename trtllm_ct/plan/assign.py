@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import QuantAlgo
-from trtllm_ct.engine.modes import Holding, ScaleForm, Weight, holdings, obstacles, slice_obstacle
+from trtllm_ct.engine.holdings import Holding, Weight, holdings, obstacles, slice_obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -131,7 +131,7 @@ def dense_outputs(assignments: Mapping[str, Assignment]) -> dict[str, Assignment
 
 def _row_wise(assignment: Assignment) -> bool:
     holding = assignment.holding
-    return holding is not None and holding.mode.algo is QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN
+    return holding is not None and holding.mode.unscaled_attention_output
 
 
 def fold_reason(transforms: Sequence[Transform]) -> str:
@@ -216,7 +216,7 @@ def _held(module: Candidate, target: Target) -> list[Holding]:
     """The modes of the target that hold a weight, those that take it as it is first."""
     algos = target.algos(expert=module.site.expert)
     held = [holding for holding in holdings(module.weight) if holding.mode.algo in algos]
-    return [each for each in held if each.mode.scale is not ScaleForm.TWO_LEVEL] if module.unequal else held
+    return [holding for holding in held if not holding.mode.shared_scalars] if module.unequal else held
 
 
 def _why_not(module: Candidate, target: Target) -> str:

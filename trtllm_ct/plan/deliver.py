@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.engine.modes import Activations, Holding, LinearMode, ScaleForm
 from trtllm_ct.plan.equalize import OWN
 from trtllm_ct.plan.ops import (
     AdditiveZero,
@@ -35,6 +34,8 @@ from trtllm_ct.plan.plan import Delivery
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from trtllm_ct.engine.holdings import Holding
+    from trtllm_ct.engine.modes import LinearMode
     from trtllm_ct.layouts.folds import Fold
     from trtllm_ct.plan.equalize import Equalized, Replaced
     from trtllm_ct.plan.models.sites import Site
@@ -93,8 +94,8 @@ def native(
     """
     mode = holding.mode
     deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding, equalized)]
-    if site.expert and mode.scale in {ScaleForm.BLOCK, ScaleForm.EXPONENT}:
-        deliveries.append(_renamed(module, deliveries[1], "weight_scale_inv"))
+    if site.expert and mode.expert_scale_alias:
+        deliveries.append(_renamed(module, deliveries[1], mode.expert_scale_alias))
     if mode.pre_quant_scale and not site.fused:
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
@@ -111,7 +112,7 @@ def input_scale_reason(holding: Holding | None) -> str:
     """Why a stored activation scale is not delivered; empty when the mode takes it."""
     if holding is None:
         return "the module is delivered plain; its activations are not quantized"
-    if holding.mode.activations in {Activations.FP8_STATIC, Activations.FP4_LOCAL}:
+    if holding.mode.input_scale is not None:
         return ""
     return f"{holding.mode.algo} computes on {holding.mode.activations} activations"
 
@@ -135,18 +136,15 @@ def _scales(
 ) -> Iterator[Delivery]:
     """`weight_scale` and what else a mode has to turn codes into values."""
     stored, mode = weight.stored, holding.mode
-    if mode.scale in {ScaleForm.TWO_LEVEL, ScaleForm.EXPONENT}:
-        dtype = DType.F8_E4M3 if mode.scale is ScaleForm.TWO_LEVEL else DType.U8
-        spec = TensorSpec(dtype, stored.scale_shape)
+    spec = TensorSpec(mode.scale.dtype, mode.scale_shape(stored.shape, holding.group_size))
+    if mode.scale.one_byte:
         yield _from_one(module, "weight_scale", _group_scale(spec, stored.scale, equalized.weight))
         if stored.divisor is not None:
             yield _from_one(module, "weight_scale_2", _multiplier(stored.divisor, equalized.weight))
         return
-    shape = _scale_shape(holding, stored.shape, stored.scale_shape)
-    scale = WidenScale(result=TensorSpec(DType.F32, shape))
-    yield _from_weight(module, weight, "weight_scale", scale)
+    yield _from_weight(module, weight, "weight_scale", WidenScale(result=spec))
     if mode.zero_point:
-        yield _from_weight(module, weight, "weight_zero", AdditiveZero(result=TensorSpec(DType.F32, shape)))
+        yield _from_weight(module, weight, "weight_zero", AdditiveZero(result=spec))
 
 
 def _group_scale(spec: TensorSpec, source: str, replaced: Replaced | None) -> Operation:
@@ -167,24 +165,12 @@ def _multiplier(source: str, replaced: Replaced | None) -> Operation:
 
 def _input_scale(module: StoredModule, mode: LinearMode, equalized: Equalized) -> list[Delivery]:
     """The static scale of the input, where the mode reads one; the planner faults one that is not stored."""
-    if mode.activations is Activations.FP8_STATIC and "input_scale" in module.views:
-        return [_from_one(module, "input_scale", WidenScale(result=_SCALAR, source="input_scale"))]
-    if mode.activations is Activations.FP4_LOCAL and "input_global_scale" in module.views:
-        return [_from_one(module, "input_scale", _multiplier("input_global_scale", equalized.input))]
-    return []
-
-
-def _scale_shape(holding: Holding, shape: tuple[int, int], stored_shape: tuple[int, int]) -> tuple[int, ...]:
-    rows, columns = shape
-    match holding.mode.scale:
-        case ScaleForm.SCALAR:
-            return ()
-        case ScaleForm.ROW:
-            return (rows,)
-        case ScaleForm.GROUP:
-            return rows, columns // (holding.group_size or columns)
-        case _:
-            return stored_shape
+    source = mode.input_scale
+    if source is None or source not in module.views:
+        return []
+    if source == "input_scale":
+        return [_from_one(module, "input_scale", WidenScale(result=_SCALAR, source=source))]
+    return [_from_one(module, "input_scale", _multiplier(source, equalized.input))]
 
 
 def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes, folds: tuple[Fold, ...] = ()) -> Delivery:

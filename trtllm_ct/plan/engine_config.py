@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.base.schemes import ActOrder, Element, NumberType, QuantArgs
-from trtllm_ct.engine.modes import Holding, Weight, holdings
+from trtllm_ct.engine.holdings import Holding, Weight, holdings
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.plan.kv_cache import KvCache
 
@@ -27,7 +27,7 @@ def layer_config(holding: Holding) -> LayerQuantConfig:
     mode = holding.mode
     return LayerQuantConfig(
         quant_algo=mode.algo,
-        group_size=mode.block[1] if mode.block else holding.group_size,
+        group_size=mode.entry_group_size or holding.group_size,
         has_zero_point=mode.zero_point,
         pre_quant_scale=mode.pre_quant_scale,
     )

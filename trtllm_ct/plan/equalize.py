@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from math import frexp, isclose, isfinite, ldexp
 from typing import TYPE_CHECKING, NamedTuple
 
-from trtllm_ct.engine.modes import Activations, activations_of
+from trtllm_ct.engine.holdings import activations_of
+from trtllm_ct.engine.modes import Activations
 from trtllm_ct.plan.probe import probe_key
 
 if TYPE_CHECKING:

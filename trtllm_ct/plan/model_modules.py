@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trtllm_ct.engine.modes import native_mode
+from trtllm_ct.engine.holdings import native_mode
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import Assignment, fold_reason
 from trtllm_ct.plan.engine_config import layer_config

@@ -1,28 +1,28 @@
-"""The reference engine: delivered tensors, multiplied on CPU in plain torch.
+"""The reference engine: runs a model on the CPU, in plain torch, from the tensors that an engine would be given.
 
-It is the outsider that conversion is proved against, so it shares no code with planning, mapping or targets.
-Names resolve on first use: importing this package loads neither torch nor transformers.
+Conversion is verified against this engine, so it shares no code with planning, mapping or targets.
+Names are imported on first use: importing this package loads neither torch nor transformers.
 
 engine.py             load_model and build_model
-architecture.py       transformers' model, without weights
-directory.py          where delivered tensors come from
-bridge.py             the one file that knows plans: a source directory, delivered
-assembly.py           delivered tensors put into the model
-names.py              checkpoint names to module paths
+architecture.py       builds transformers' model without weights
+directory.py          reads a model directory: config, quantization and tensors
+bridge.py             the one file that uses plans: streams the delivered tensors of a source directory
+assembly.py           puts delivered tensors into the model
+names.py              maps checkpoint names to module paths
 linear.py             a Linear that computes from delivered tensors
 linear_layouts.py     how each algorithm stores a Linear
-rules.py              what delivered tensors must look like
-activations.py        quantized activations, simulated
-effective_weights.py  what a Linear and the transforms beside it amount to
-attention.py          an FP8 KV cache, simulated
+rules.py              checks the dtypes and shapes of delivered tensors
+activations.py        simulates quantized activations
+effective_weights.py  the weight that equals a Linear together with its transforms
+attention.py          simulates an FP8 KV cache
 mixtures.py           mixture-of-experts layers
-expert_parts.py       the tensors of one layer's experts, gathered
+expert_parts.py       collects the tensors of one layer's experts
 experts.py            routed experts that compute from delivered tensors
-compare.py            a delivered weight beside the exact one
-generate.py           text from a directory
-llm.py                ReferenceLLM: the surface of TensorRT-LLM's LLM
-requests.py           what goes into it and comes out
-sampling.py           the next token
+compare.py            compares a delivered weight with the exact one
+generate.py           generates text from a directory
+llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM
+requests.py           the parameters and results of ReferenceLLM
+sampling.py           chooses the next token
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What transformers supplies: the model's architecture as an empty shell, without weights.
+"""Build a model of transformers as an empty shell: the architecture without weights.
 
-transformers is an optional package. It is imported inside functions only, and only in this folder.
+transformers is an optional dependency. It is imported inside functions only, and only in this folder.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 _QUANTIZATION_BLOCKS = frozenset({"quantization_config", "compression_config"})
-_GIVEN_OTHERWISE = frozenset({"model_type", "dtype", "torch_dtype"})
+_PASSED_SEPARATELY = frozenset({"model_type", "dtype", "torch_dtype"})
 
-# Model types without a causal language model of their own in transformers: the type whose code computes the same, and
-# what that type must be told. The text models of Qwen-VL differ in rotary embeddings, and in these for images only:
-# text has one position on all three axes.
-_SAME_MODEL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+# Model types for which transformers has no causal language model: the model type whose code computes the same, and the
+# config fields to set for it. The text models of Qwen-VL differ only in their rotary embeddings, and there only for
+# images: a text token has the same position on all three axes.
+_EQUIVALENT_MODEL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kimi_k2": ("deepseek_v3", {}),
     "qwen2_vl_text": ("qwen2", {}),
     "qwen2_5_vl_text": ("qwen2", {}),
@@ -61,7 +61,7 @@ def require_transformers() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence what transformers logs below errors, and put its level back afterwards."""
+    """Let transformers log errors only, and restore its log level afterwards."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -73,12 +73,12 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str | None, name: str) -> nn.Module:
-    """The causal language model of `config` (a parsed config.json) with every parameter on the meta device.
+    """Build the causal language model of `config` (a parsed config.json) with every parameter on the meta device.
 
-    Of a multimodal model it is the one of `text_config`. Buffers, such as the frequencies of rotary embeddings, are
-    real. Quantization blocks of `config` are left out. `attention` names a registered attention function; None means
-    transformers' own choice. `name` becomes the model's `name_or_path`.
-    Raises `ConfigError` when transformers can't make a causal language model of it.
+    For a multimodal model, this is the language model of its `text_config`. Buffers, such as the frequencies of rotary
+    embeddings, are real tensors. Quantization blocks of `config` are ignored. `attention` names a registered attention
+    function; with None, transformers chooses. `name` becomes the model's `name_or_path`.
+    Raises `ConfigError` when transformers can't build a causal language model from `config`.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
@@ -101,7 +101,10 @@ def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str
 
 
 def _language_config(config: Mapping[str, Any]) -> Any:
-    """The typed config of the language model; a multimodal model's own says whether its embeddings are tied."""
+    """The typed config of the language model.
+
+    For a multimodal model, `tie_word_embeddings` is read from the outer config first, then from its `text_config`.
+    """
     typed = _typed_config(config)
     text = typed.get_text_config(decoder=True)
     if text is typed:
@@ -109,7 +112,7 @@ def _language_config(config: Mapping[str, Any]) -> Any:
     blocks = (config, config.get("text_config") or {})
     stated = (block["tie_word_embeddings"] for block in blocks if "tie_word_embeddings" in block)
     tied = next(stated, typed.tie_word_embeddings)
-    if text.model_type in _SAME_MODEL:
+    if text.model_type in _EQUIVALENT_MODEL:
         text = _typed_config(text.to_dict())
     text.tie_word_embeddings = tied
     return text
@@ -118,13 +121,16 @@ def _language_config(config: Mapping[str, Any]) -> Any:
 def _typed_config(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    model_type, told = _SAME_MODEL.get(str(config.get("model_type")), (config.get("model_type"), {}))
-    fields = {key: value for key, value in config.items() if key not in _GIVEN_OTHERWISE}
-    return AutoConfig.for_model(model_type, **{**fields, **told})
+    model_type, overrides = _EQUIVALENT_MODEL.get(str(config.get("model_type")), (config.get("model_type"), {}))
+    fields = {key: value for key, value in config.items() if key not in _PASSED_SEPARATELY}
+    return AutoConfig.for_model(model_type, **{**fields, **overrides})
 
 
 def read_generation_config(model: nn.Module, directory: Path) -> None:
-    """Give the model the `generation_config.json` of its directory (end tokens above all), where there is one."""
+    """Set the model's generation config, which names the end tokens, from `generation_config.json` if it exists.
+
+    Raises `ConfigError` when transformers can't read the file.
+    """
     from transformers import GenerationConfig
 
     path = directory / "generation_config.json"
@@ -145,17 +151,20 @@ def read_generation_config(model: nn.Module, directory: Path) -> None:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are one object with an earlier one, with that one's name: `lm_head.weight` above all."""
-    first: dict[int, str] = {}
+    """Map the name of each tied parameter, such as `lm_head.weight`, to the name of the parameter it is tied to.
+
+    Two parameters are tied when they are the same object. The first of them in the model is the one it is tied to.
+    """
+    first_name: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
-    owners = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    owners = {name: first_name.setdefault(id(parameter), name) for name, parameter in named}
     return {name: owner for name, owner in owners.items() if name != owner}
 
 
 def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str]:
-    """What to search for in the name of a tensor that transformers holds in float32 though it computes in `dtype`.
+    """A pattern that finds the names of tensors that transformers keeps in float32 although it computes in `dtype`.
 
-    Such are the biases of routers, whose differences are smaller than the steps of bfloat16.
+    The biases of routers are an example: their differences are smaller than the steps of bfloat16.
     """
     kept: set[str] = set()
     if dtype in {torch.bfloat16, torch.float16}:
@@ -166,12 +175,15 @@ def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str]:
 
 
 def in_one_line(error: Exception) -> str:
-    """A transformers error for a message of ours, cut where it goes on with the names of all architectures."""
+    """The type and text of an error on one line of at most 200 characters.
+
+    Errors of transformers can be long: some list the names of all architectures.
+    """
     return textwrap.shorten(f"{type(error).__name__}: {error}", width=200)
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without quantization blocks at any depth (multimodal models keep one in `text_config`)."""
+    """A copy of `config` without quantization blocks, at any depth: multimodal models keep one in `text_config`."""
     return {
         key: _without_quantization(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -181,16 +193,17 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Send each parameter to the meta device as a module registers it; buffers stay where they are.
+    """Move each parameter to the meta device when a module registers it; buffers stay where they are.
 
-    This is torch's own hook and depends on nothing in transformers. The memory of a large parameter is reserved but
-    never written, because initialization comes after registration. Modules made by other threads meanwhile are caught.
+    The hook is torch's own and depends on nothing in transformers. The memory of a large parameter is reserved but
+    never written, because initialization comes after registration. The hook is global: it also moves the parameters of
+    modules that other threads create meanwhile.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
-            return None  # keeps the object, and with it ties between parameters
+            return None  # None keeps the parameter object, so tied parameters stay tied
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     handle = register_module_parameter_registration_hook(to_meta)

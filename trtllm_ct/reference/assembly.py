@@ -1,7 +1,8 @@
-"""Puts delivered tensors into the shell of a model, and proves that the result is whole.
+"""Put delivered tensors into the shell of a model, and prove that the result is complete.
 
-Two sources must agree for each Linear: the quantization configuration says which algorithm it has, and the tensors that
-arrive prove it. What disagrees, is left over or stays empty is a fault; all faults are raised together.
+Two sources must agree for each Linear: the algorithm that the quantization configuration names, and the tensors that
+are delivered. A disagreement, a tensor without a place and a parameter without a tensor are faults; all faults are
+raised together.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Assembly"]
 
-# Checkpoints of older transformers store this in every layer; all architectures compute it from config.json.
-_COMPUTED = ".rotary_emb.inv_freq"
+# Older releases of transformers store this buffer in every layer; all architectures compute it from config.json.
+_COMPUTED_BUFFER = ".rotary_emb.inv_freq"
 
 
 class Assembly:
-    """Takes delivered tensors one by one, puts each where it belongs, and gathers faults until `finish`.
+    """Takes delivered tensors one by one, puts each where it belongs, and collects faults until `finish`.
 
-    `names` translates names of the checkpoint, in tensors and `quant_config`, to paths of the model.
+    `names` translates names of the checkpoint, both tensor names and those in `quant_config`, to paths in the model.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Assembly:
         self._float32 = kept_in_float32(model, dtype)
         self._faults = FaultCollector()
         self._tied = tied_parameters(model)
-        # Subclasses of Linear are routers: they answer with more than a product, and are never quantized.
+        # Subclasses of Linear are routers: they return more than a product, and are never quantized.
         self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
         self._mixtures = Mixtures(
             model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations, faults=self._faults
@@ -67,7 +68,10 @@ class Assembly:
         self._kv_scales: dict[str, Tensor] = {}
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Sort in one delivered tensor by its full name."""
+        """Store one delivered tensor at the place that its full name belongs to.
+
+        Tensors of parts that the model does not have, such as a vision tower, are ignored.
+        """
         path = self._names.path(name)
         if path is None:
             return
@@ -83,11 +87,14 @@ class Assembly:
             self._parts[owner][local] = tensor
         elif path in self._slots:
             self._fill_dense(path, tensor)
-        elif not self._mixtures.take(path, tensor) and not path.endswith(_COMPUTED):
+        elif not self._mixtures.take(path, tensor) and not path.endswith(_COMPUTED_BUFFER):
             self._refuse(path, name, tensor)
 
     def finish(self) -> None:
-        """Make the quantized Linears and experts, tie what is tied, prove that nothing is empty; raises `PlanError`."""
+        """Build the quantized Linears and experts, restore tied parameters and check that every parameter is filled.
+
+        Raises `PlanError` with all faults.
+        """
         for name, layer in self._quantized.items():
             self._build_linear(name, layer)
         not_needed = self._mixtures.finish(self._filled)
@@ -105,7 +112,11 @@ class Assembly:
         self._faults.raise_if_any(PlanError)
 
     def _find_quantized(self, quant_config: QuantConfig) -> dict[str, LayerQuantConfig]:
-        """The Linears that the configuration calls quantized; one that is tied to an embedding is dense like it."""
+        """The quantized Linears by path, with their configuration.
+
+        A Linear that is tied to an embedding is unquantized, like the embedding. Adds a fault for every entry of
+        `quantized_layers` that is neither another Linear of the model nor part of a mixture-of-experts layer.
+        """
         tied = self._tied.keys() | set(self._tied.values())
         linears = {name for name in self._linears if f"{name}.weight" not in tied}
         for name in sorted(quant_config.quantized_layers.keys() - linears):
@@ -138,7 +149,11 @@ class Assembly:
             self._model.set_submodule(name, linear)
 
     def _fill_dense(self, name: str, tensor: Tensor) -> None:
-        """Put an unquantized tensor into its parameter or buffer, in the dtype that the model holds there."""
+        """Put an unquantized tensor into its parameter or buffer.
+
+        A float is cast to the dtype of its place, or to float32 where transformers keeps it in float32. A tensor that
+        `NameMap.transposed` names is transposed when its shape differs. Adds a fault for a wrong shape or dtype.
+        """
         slot = self._slots[name]
         self._filled.add(name)
         if tensor.shape != slot.shape and name.endswith(self._names.transposed):
@@ -164,7 +179,7 @@ class Assembly:
         setattr(module, local, tensor)
 
     def _tie(self, alias: str, owner: str) -> None:
-        """Make two parameters one object again, whichever of them was delivered; both may be if they are equal."""
+        """Make two tied parameters one object again. Either may be delivered, or both if their values are equal."""
         delivered = [name for name in (owner, alias) if name in self._filled] or [owner]
         parameters = [self._model.get_parameter(name) for name in delivered]
         if not any(parameter.is_meta for parameter in parameters) and not torch.equal(parameters[0], parameters[-1]):
@@ -179,6 +194,7 @@ class Assembly:
         self._filled.add(owner if delivered == [alias] else alias)
 
     def _refuse(self, path: str, name: str, tensor: Tensor) -> None:
+        """Add a fault for a tensor that has no place in the model."""
         owner = path.rpartition(".")[0]
         if is_kv_scale(path):
             expected = "no KV-cache scale, because kv_cache_quant_algo is not set"

@@ -1,11 +1,12 @@
-"""An FP8 KV cache, simulated where attention reads keys and values.
+"""Simulate an FP8 KV cache at the point where attention reads keys and values.
 
-The simulation is an attention function of transformers, not a `Cache`: keys and values pass it in every call, after
-the rotary embedding, whether or not there is a cache and whichever class of cache `generate` chooses. The cache itself
-keeps the unrounded values; rounding is element by element, so rounding what comes out equals rounding what went in.
-A model that is built without the simulation never sees this function.
+The simulation is an attention function of transformers, not a `Cache`. Keys and values pass through it in every call,
+after the rotary embedding, with or without a cache and with any cache class that `generate` chooses. The cache itself
+keeps the unrounded values: rounding is elementwise, so rounding on read gives the same values as rounding on write.
+A model that is built without the simulation never calls this function.
 
-Scales lie where ModelOpt puts them: `...k_proj.k_scale` and `...v_proj.v_scale`, multipliers of one float32 element.
+Scales have the names that ModelOpt gives them: `...k_proj.k_scale` and `...v_proj.v_scale`. They are multipliers with
+one float32 element.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _SCALES = (("k_proj", "k_scale"), ("v_proj", "v_scale"))
 
 
 def register_fp8_attention() -> str:
-    """Make the simulation known to transformers; returns the name to ask for as `attn_implementation`.
+    """Register the simulation with transformers; return its name, to be passed as `attn_implementation`.
 
-    Its masks are those of `sdpa`, to which it hands the rounded keys and values.
+    The simulation calls `sdpa` with the rounded keys and values, so it uses the masks of `sdpa` too.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -43,12 +44,12 @@ def register_fp8_attention() -> str:
 
 
 def is_kv_scale(name: str) -> bool:
-    """Whether a tensor's full name is that of a KV-cache scale."""
+    """Whether `name`, the full name of a tensor, is the name of a KV-cache scale."""
     return any(name.endswith(f".{projection}.{local}") for projection, local in _SCALES)
 
 
 def kv_scale_names(model: nn.Module) -> list[str]:
-    """Names of all scales that the model's attention modules can have."""
+    """The full names of all KV-cache scales that the model's attention modules can have."""
     return [
         f"{module_name}.{projection}.{local}"
         for module_name, module in model.named_modules()
@@ -58,9 +59,10 @@ def kv_scale_names(model: nn.Module) -> list[str]:
 
 
 def attach_kv_scales(model: nn.Module, scales: Mapping[str, Tensor], faults: FaultCollector) -> None:
-    """Register the delivered scales as buffers of their projections, under their own names.
+    """Register the delivered scales as buffers of their projections, under their delivered names.
 
-    With no scale at all each is 1, which is what the engine assumes. Otherwise every attention module must have both.
+    If no scale is delivered, every scale is 1, which is what the engine assumes. Otherwise every attention module must
+    have both scales. Adds a fault for a missing scale, an unusable scale and a scale without an attention module.
     """
     names = kv_scale_names(model)
     for name in names:
@@ -86,6 +88,7 @@ def attach_kv_scales(model: nn.Module, scales: Mapping[str, Tensor], faults: Fau
 
 
 def _is_usable(name: str, scale: Tensor, faults: FaultCollector) -> bool:
+    """Whether a scale is one positive finite float32 element; adds a fault if not."""
     usable = (
         has_dtype(scale, [DType.F32]) and is_one_element(scale) and bool(scale.isfinite().all() and scale.gt(0).all())
     )
@@ -102,7 +105,7 @@ def _is_usable(name: str, scale: Tensor, faults: FaultCollector) -> bool:
 def _fp8_kv_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """`sdpa`, with keys and values [batch, heads, tokens, head_dim] as they come back from a float8 cache."""
+    """Run `sdpa` on keys and values [batch, heads, tokens, head_dim] that are rounded as by a float8 cache."""
     from transformers import AttentionInterface
 
     key = round_to_fp8(key, module.get_buffer("k_proj.k_scale"))

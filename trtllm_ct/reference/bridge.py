@@ -1,6 +1,6 @@
-"""The bridge to the CPU reference engine: a source directory as the tensors that the engine would be given.
+"""The bridge from the pipeline to the reference engine: streams the delivered tensors of a source directory.
 
-The only file that knows both sides; the reference engine itself never sees a plan.
+This is the only file that imports both sides. The reference engine itself never sees a plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ __all__ = ["Delivered", "deliver"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivered:
-    """config.json (parsed), the modes of the modules, and the delivered tensors as an iterator to be read once."""
+    """What the reference engine needs to run a converted checkpoint.
+
+    `config` is the parsed config.json, `quant_config` holds the mode of every quantized module, and `tensors` yields
+    the delivered tensors with their full names. The iterator can be read once.
+    """
 
     config: Mapping[str, Any]
     quant_config: QuantConfig
@@ -34,7 +38,10 @@ class Delivered:
 
 
 def deliver(directory: str | Path, *, dtype: torch.dtype) -> Delivered:
-    """A compressed-tensors directory in native layouts; modules without one are dequantized to `dtype`."""
+    """Plan a compressed-tensors directory for the `reference` target and stream its delivered tensors.
+
+    Modules get a native layout where one exists; all others are dequantized to `dtype`.
+    """
     checkpoint = open_checkpoint(directory)
     plan = checkpoint.plan("reference", dtype=DType.from_torch(dtype))
     streamed = stream_delivered(plan, checkpoint.catalog)

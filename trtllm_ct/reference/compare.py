@@ -1,4 +1,4 @@
-"""Compare a delivered weight with the exact one, and say where it differs most so that a human can act on it."""
+"""Compare a delivered weight with the exact weight, and report where the two differ most."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NATIVE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """How a delivered tensor compares with what it should be.
+    """The result of comparing a delivered tensor with the values it should have.
 
-    `error` is the largest |got - want| relative to the largest |want| of the same row, infinite for NaN and beside a
-    row of zeros; `differing` counts elements that are off by more than allowed. `position`, `got` and `want` belong to
-    the largest error; `block` is its run of 128 columns.
+    `error` is the largest |got - want| relative to the largest |want| of the same row. It is infinite where a value is
+    NaN, and where a row of zeros in `want` is not zero in `got`. `differing` counts the elements that are off by more
+    than allowed. `position`, `got` and `want` describe the element with the largest error.
     """
 
     good: bool
@@ -39,7 +39,10 @@ class Comparison:
 
     @property
     def block(self) -> str:
-        """Row and columns of the worst block, such as `row 17, columns 128-255`; the index for other ranks."""
+        """The row and the 128 columns that hold the worst element, such as `row 17, columns 128-255`.
+
+        For a tensor that is not 2-D, the index of the element, such as `element [3]`.
+        """
         if len(self.position) != 2:
             return f"element {list(self.position)}"
         row, column = self.position
@@ -47,7 +50,7 @@ class Comparison:
         return f"row {row}, columns {start}-{start + _BLOCK - 1}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; a number that is not finite becomes the text `nan`, `inf` or `-inf`."""
+        """JSON form; a number that is not finite becomes the string `nan`, `inf` or `-inf`."""
         return {
             "good": self.good,
             "error": _json_number(self.error),
@@ -63,20 +66,24 @@ def _json_number(value: float) -> float | str:
 
 
 def compare_native(got: Tensor, want: Tensor) -> Comparison:
-    """Two float64 weights [N, K] of native codes: good when no row is off by more than 1e-6 of its largest value."""
+    """Compare two float64 weights [N, K] that were dequantized from native codes.
+
+    Good when no element is off by more than 1e-6 of the largest magnitude in its row of `want`.
+    """
     row_peak = _row_peak(want)
     difference = (got - want).abs()
-    # A row of zeros allows no difference; NaN in either place never passes.
+    # A row of zeros allows no difference; a NaN in `got` or `want` never passes.
     allowed = difference <= _NATIVE_TOLERANCE * row_peak
     relative = torch.where(difference == 0, 0.0, difference / row_peak)
     return _comparison(got, want, allowed, relative)
 
 
 def compare_rounded(got: Tensor, exact: Tensor, *, uncertainty: float = 0.0) -> Comparison:
-    """A plain tensor against the exact float64 one: good when each element is that value rounded once to its dtype.
+    """Compare an unquantized tensor with the exact float64 one.
 
-    `uncertainty` is how far `exact` may itself be off, relative to its largest element: then the rounding of any value
-    that near is good.
+    Good when each element of `got` is the exact value, rounded once to the dtype of `got`. NaN equals NaN.
+    `uncertainty` is the possible error of `exact` itself, relative to its largest magnitude. If it is not zero, any
+    value is good that lies between the roundings of exact - error and exact + error.
     """
     want = round_once(exact, got.dtype)
     same = (got == want) | (got.isnan() & want.isnan())
@@ -89,14 +96,14 @@ def compare_rounded(got: Tensor, exact: Tensor, *, uncertainty: float = 0.0) -> 
 
 
 def _row_peak(want: Tensor) -> Tensor:
-    """The largest magnitude of each row, to be broadcast; the magnitudes themselves where there are no rows."""
+    """The largest magnitude of each row, shaped [..., 1]; the magnitudes themselves for a scalar or an empty tensor."""
     return want.abs().amax(dim=-1, keepdim=True) if want.numel() and want.dim() else want.abs()
 
 
 def _comparison(got: Tensor, want: Tensor, allowed: Tensor, relative: Tensor) -> Comparison:
     if got.numel() == 0:
         return Comparison(good=True, error=0.0, differing=0, position=(), got=0.0, want=0.0)
-    # NaN would hide behind any number in a maximum.
+    # Count NaN, such as that of inf - inf, as an infinite error.
     relative = relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
     flat = int(relative.flatten().argmax())
     return Comparison(
@@ -110,7 +117,10 @@ def _comparison(got: Tensor, want: Tensor, allowed: Tensor, relative: Tensor) ->
 
 
 def _position(flat: int, shape: Iterable[int]) -> tuple[int, ...]:
-    """The index of an element by its number; `torch.unravel_index` would import sympy, which takes half a second."""
+    """Convert a flat index to an index per axis.
+
+    `torch.unravel_index` does the same but imports sympy, which takes half a second.
+    """
     position = []
     for size in reversed(tuple(shape)):
         flat, index = divmod(flat, size)

@@ -1,10 +1,11 @@
-"""The Linear for asymmetric int4 (W4A16_GPTQ), put into engines that have the GEMM for it and no method that uses it.
+"""A Linear method for asymmetric int4 (W4A16_GPTQ), for engines that have the GEMM but no method that uses its zeros.
 
-The engine's grouped int4 GEMM computes `x @ (codes * scales + zeros)`, but its AWQ method never hands it any zeros.
-A class derived from that method when it is there adds one parameter, `weight_zero`: additive, in the module's dtype,
-cut, joined and transposed as the scales are. It gets to Linears by the one function that chooses their methods.
-Nothing here imports the engine; its module `_torch.modules.linear` is an argument.
-It has not run on a GPU yet.
+The engine's grouped int4 GEMM computes `x @ (codes * scales + zeros)`, but the engine's AWQ method never passes zeros.
+This module derives a class from that AWQ method at run time and adds one parameter, `weight_zero`: an additive zero
+for each scale, in the dtype of the scales. It is sliced, fused and transposed in the same way as the scales.
+The class is installed by replacing `get_quant_method`, the one function that chooses the method of a Linear.
+This module does not import the engine: the engine's module `_torch.modules.linear` is passed as an argument.
+The method has not run on a GPU yet.
 
 Sources: TensorRT-LLM `_torch/modules/linear.py` (W4A16_AWQ_LinearMethod, get_quant_method, Linear.load_shard) of late
 2025 to September 2026, `_torch/custom_ops/torch_custom_ops.py` (finegrained_mixed_dtype_gemm) and its unit test, which
@@ -47,7 +48,10 @@ Weights = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """In place of the engine's `get_quant_method`: `method` for asymmetric int4, the engine's choice for all else."""
+    """A replacement for the engine's `get_quant_method`.
+
+    It returns an instance of `method` for W4A16_GPTQ, and the result of `stock`, the engine's function, otherwise.
+    """
 
     stock: Callable[..., Any]
     method: type
@@ -59,10 +63,11 @@ class _Selection:
 
 
 def install_additive_zeros(linear_module: Any) -> bool:
-    """Give the engine a Linear method for W4A16_GPTQ; False where it has one of its own, which then serves.
+    """Install a Linear method for W4A16_GPTQ in the engine; return False if the engine has its own, which stays.
 
-    Must run in every process that builds a model, before it does; a second call changes nothing. Raises `PlanError`
-    that names what the engine lacks, or the switch that forbids it.
+    Call it in every process that builds a model, before the model is built. A second call changes nothing.
+    Raises `PlanError` when `TRTLLM_CT_NO_PATCH` forbids it, or when the engine lacks a part that the method needs; the
+    faults name each missing part.
     """
     if isinstance(linear_module.get_quant_method, _Selection):
         return True
@@ -76,7 +81,7 @@ def install_additive_zeros(linear_module: Any) -> bool:
             found=f"{NO_PATCH} set",
             remedy=f"Unset {NO_PATCH}, or plan again with it set: asymmetric int4 is dequantized then.",
         )
-    _find_missing_parts(linear_module, faults)
+    _add_missing_parts(linear_module, faults)
     faults.raise_if_any(PlanError)
     linear_module.get_quant_method = _Selection(
         stock=linear_module.get_quant_method, method=_method_class(linear_module)
@@ -85,9 +90,9 @@ def install_additive_zeros(linear_module: Any) -> bool:
 
 
 def uninstall_additive_zeros(linear_module: Any) -> None:
-    """Give the engine its own choice back. Models that exist keep their methods.
+    """Restore the engine's own `get_quant_method`. Models that were already built keep their methods.
 
-    Where somebody has put another function over ours since, that one stays, and ours under it.
+    If another library has wrapped this package's replacement meanwhile, nothing is changed.
     """
     selection = linear_module.get_quant_method
     if isinstance(selection, _Selection):
@@ -95,29 +100,32 @@ def uninstall_additive_zeros(linear_module: Any) -> None:
 
 
 def has_own_additive_zeros(linear_module: Any) -> bool:
-    """Whether the engine itself chooses a method for W4A16_GPTQ; found by asking it."""
+    """Whether the engine itself has a Linear method for W4A16_GPTQ.
+
+    Calls the engine's `get_quant_method` with such a config. An error, or the AWQ method as its answer, means no.
+    """
     select = linear_module.get_quant_method
     if isinstance(select, _Selection):
         select = select.stock
-    asked = linear_module.QuantConfig(
+    config = linear_module.QuantConfig(
         quant_algo=linear_module.QuantAlgo.W4A16_GPTQ, group_size=128, has_zero_point=True
     )
     try:
-        chosen = type(select(asked))
+        chosen = type(select(config))
     except (ValueError, NotImplementedError):
         return False
     return chosen is not getattr(linear_module, _BASE, None)
 
 
 def can_install_additive_zeros(linear_module: Any) -> bool:
-    """Whether `install_additive_zeros` would succeed where the engine has no method of its own."""
+    """Whether `install_additive_zeros` would succeed on an engine that has no method of its own."""
     faults = FaultCollector()
-    _find_missing_parts(linear_module, faults)
+    _add_missing_parts(linear_module, faults)
     return patch_allowed() and not faults.faults
 
 
-def _find_missing_parts(linear_module: Any, faults: FaultCollector) -> None:
-    """A fault for everything that the method builds on and the engine doesn't have as we know it."""
+def _add_missing_parts(linear_module: Any, faults: FaultCollector) -> None:
+    """Add a fault for each method, argument or function that the Linear method needs and the engine lacks."""
     base: Any = getattr(linear_module, _BASE, None)
     linear: Any = getattr(linear_module, "Linear", None)
     missing = [f"{_BASE}.{name}" for name in _METHODS if not callable(getattr(base, name, None))]
@@ -138,7 +146,7 @@ def _find_missing_parts(linear_module: Any, faults: FaultCollector) -> None:
 
 
 def _gemm_arguments() -> frozenset[str]:
-    """The names of the GEMM's arguments, none where it isn't registered."""
+    """The names of the GEMM's arguments; empty when the operator isn't registered."""
     import torch
 
     packet = getattr(torch.ops.trtllm, _GEMM, None)
@@ -148,16 +156,16 @@ def _gemm_arguments() -> frozenset[str]:
 
 
 def _method_class(linear_module: Any) -> type:
-    """The engine's AWQ method with additive zeros.
+    """Derive the Linear method with additive zeros from the engine's AWQ method.
 
-    The base loads codes, scales and bias in its own way; the zeros follow, and are held against what it did.
+    The base class loads codes, scales and bias in its own way. The zeros are loaded afterwards, see `_load_zeros`.
     """
     import torch
 
     base: Any = getattr(linear_module, _BASE)
 
-    class AdditiveZerosLinearMethod(base):  # type: ignore[misc] # the class exists at run time only
-        """int4 with a scale and an additive zero for each group: W = code * scale + zero."""
+    class AdditiveZerosLinearMethod(base):  # type: ignore[misc] # the base class exists at run time only
+        """int4 with a scale and an additive zero per group: W = code * scale + zero."""
 
         def create_weights(self, module: Any, *args: Any, **kwargs: Any) -> None:
             super().create_weights(module, *args, **kwargs)
@@ -168,8 +176,10 @@ def _method_class(linear_module: Any) -> type:
             return _multiply(module, values, bias)
 
         def load_weights_vanilla(self, module: Any, weights: Weights, *args: Any, **kwargs: Any) -> None:
-            # The base demands a scale of the input here, and reads none in fused Linears; there is none in this mode.
-            super().load_weights_vanilla(module, [_with_unit_input_scale(each) for each in weights], *args, **kwargs)
+            # The base class demands a `pre_quant_scale` for Linears that aren't fused. This mode has none, so the base
+            # class gets ones, and its parameter is dropped afterwards.
+            scaled = [_with_unit_input_scale(tensors) for tensors in weights]
+            super().load_weights_vanilla(module, scaled, *args, **kwargs)
             module.pre_quant_scale = None
             _load_zeros(linear_module, module, weights)
 
@@ -200,10 +210,10 @@ def _require_half(dtype: torch.dtype) -> None:
 
 
 def _multiply(module: Any, values: Tensor, bias: Tensor | None) -> Tensor:
-    """`values @ W.T + bias`, [tokens, N] in the module's dtype.
+    """Return `values @ W.T + bias`, [tokens, N] in the module's dtype.
 
-    Values are handed over as they come, in the module's dtype: the GEMM refuses others, and rounding them here would
-    hide that the model computes in another one.
+    `values` are passed on without a cast. The GEMM refuses any dtype but the module's, and a cast here would hide that
+    the model computes in another dtype.
     """
     import torch
 
@@ -221,7 +231,10 @@ def _multiply(module: Any, values: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _with_unit_input_scale(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with a `pre_quant_scale` [K] of ones; the base's own message stands where there is no weight."""
+    """Return a copy of a shard's tensors with a `pre_quant_scale` [K] of ones.
+
+    A shard without `weight` is copied unchanged, so that the base class reports the missing weight itself.
+    """
     import torch
 
     if "weight" not in weights:
@@ -230,14 +243,15 @@ def _with_unit_input_scale(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_zeros(linear_module: Any, module: Any, weights: Weights) -> None:
-    """Fill `weight_zero` [K / g, N] from `weight_zero` [N, K / g] of each shard.
+    """Fill the module's `weight_zero` [K / g, N] from `weight_zero` [N, K / g] of each shard.
 
-    The scales are cut in the same way once more: only if they are what the base has loaded do the zeros belong to them.
+    To prove that zeros and scales are laid out alike, the scales are sliced here as well and compared with the scales
+    that the base class loaded. Raises `PayloadError` when they differ, or when a shard has no zeros of the right shape.
     """
     import torch
 
     _require_zeros(weights)
-    scales = _as_loaded(linear_module, module, weights, "weight_scale").to(module.weight_scale.dtype)
+    scales = _rank_slice(linear_module, module, weights, "weight_scale").to(module.weight_scale.dtype)
     if not torch.equal(scales, module.weight_scale.detach()):
         raise PayloadError(
             Fault(
@@ -247,14 +261,17 @@ def _load_zeros(linear_module: Any, module: Any, weights: Weights) -> None:
                 remedy=_REPORT,
             )
         )
-    module.weight_zero.data.copy_(_as_loaded(linear_module, module, weights, "weight_zero"))
+    module.weight_zero.data.copy_(_rank_slice(linear_module, module, weights, "weight_zero"))
 
 
 def _require_zeros(weights: Sequence[Mapping[str, Any]]) -> None:
-    """Each shard has zeros of the shape of its scales: copying would broadcast anything else in silence."""
+    """Raise `PayloadError` unless each shard has zeros of the shape of its scales.
+
+    Without this check, copying would silently broadcast zeros of another shape.
+    """
     faults = FaultCollector()
-    for shard, each in enumerate(weights):
-        scale, zero = each["weight_scale"], each.get("weight_zero")
+    for shard, tensors in enumerate(weights):
+        scale, zero = tensors["weight_scale"], tensors.get("weight_zero")
         if zero is None or zero.shape != scale.shape:
             faults.add(
                 where=f"weight_zero of shard {shard} of {len(weights)}",
@@ -265,10 +282,11 @@ def _require_zeros(weights: Sequence[Mapping[str, Any]]) -> None:
     faults.raise_if_any(PayloadError)
 
 
-def _as_loaded(linear_module: Any, module: Any, weights: Weights, name: str) -> Tensor:
-    """This rank's part of one [N, K / g] tensor of all shards, joined and transposed as the GEMM reads it: [K / g, N].
+def _rank_slice(linear_module: Any, module: Any, weights: Weights, name: str) -> Tensor:
+    """Return this rank's slice of the tensor `name`, [N, K / g] in each shard, as the GEMM reads it: [K / g, N].
 
-    Releases of 2026 cut by a method of the Linear, older ones by a function.
+    The slices of all shards are concatenated along N and transposed. Releases of 2026 slice with the method
+    `Linear.load_shard`, older ones with the function `load_weight_shard`.
     """
     import torch
 
@@ -277,11 +295,11 @@ def _as_loaded(linear_module: Any, module: Any, weights: Weights, name: str) -> 
         keys = getattr(module.weights_loading_config.weight_mode, "shard_keys", None) or [None] * len(weights)
         span = module.quant_config.group_size if module.tp_mode == "row" else 1
         parts = [
-            module.load_shard(each, name, device=device, name=key, scale_span=span)
-            for each, key in zip(weights, keys, strict=True)
+            module.load_shard(tensors, name, device=device, name=key, scale_span=span)
+            for tensors, key in zip(weights, keys, strict=True)
         ]
     else:
-        cut = (module.tp_size, module.tp_rank, module.tp_mode, device)
-        parts = [linear_module.load_weight_shard(each[name], *cut) for each in weights]
-    # GPUs that share the host's memory leave parts on the CPU.
+        sharding = (module.tp_size, module.tp_rank, module.tp_mode, device)
+        parts = [linear_module.load_weight_shard(tensors[name], *sharding) for tensors in weights]
+    # On GPUs that share the host's memory, the engine leaves the slices on the CPU.
     return torch.cat(parts).T.contiguous().to(device)

@@ -1,7 +1,7 @@
-"""This package's loaders as TensorRT-LLM's own classes, and what else is asked of it: the one file that imports it.
+"""This package's loaders as subclasses of TensorRT-LLM's classes; the only file that imports TensorRT-LLM.
 
-A subclass of `HfCheckpointLoader` that keeps its format inherits the weight mapper of every architecture. It must not
-be more than that: what loads is in `session.py`, and knows nothing of the engine.
+A subclass of `HfCheckpointLoader` with the same checkpoint format inherits the weight mapper of every architecture.
+The classes here stay thin: the loading itself is in `session.py`, which does not import the engine.
 Source: TensorRT-LLM `_torch/models/checkpoints/` (base classes), `_torch/pyexecutor/model_loader.py` (call order).
 """
 
@@ -40,12 +40,15 @@ __all__ = [
     "engine_sampling_params",
 ]
 
-# Newer releases let go of the tensors that a module has taken, when they come in this.
+# With this dictionary, newer releases free the tensors of a module as soon as the module has copied them.
 _consumable = getattr(base_weight_loader, "ConsumableWeightsDict", dict)
 
 
 class CompressedTensorsConfigLoader(HfConfigLoader):  # type: ignore[misc]
-    """The engine's own config loader; before it reads a sidecar, that is there and fits, and so does the engine."""
+    """The engine's config loader, which first makes sure that the sidecar exists and fits the engine.
+
+    When the sidecar has modules of W4A16_GPTQ, it also installs the Linear method for them.
+    """
 
     def __init__(self, session: LoadSession | None = None) -> None:
         super().__init__()
@@ -55,7 +58,11 @@ class CompressedTensorsConfigLoader(HfConfigLoader):  # type: ignore[misc]
         return type(self), (self._session,)
 
     def load(self, checkpoint_dir: str, **kwargs: Any) -> Any:
-        """The engine's `ModelConfig` of a directory, with all keywords handed on; raises as `configure` does."""
+        """Return the engine's `ModelConfig` of a directory.
+
+        All keywords are passed on to the engine.
+        Raises what `LoadSession.configure` and `install_additive_zeros` raise.
+        """
         self._session.configure(checkpoint_dir, kwargs)
         if self._session.needs(QuantAlgo.W4A16_GPTQ):
             install_additive_zeros(linear)
@@ -63,7 +70,7 @@ class CompressedTensorsConfigLoader(HfConfigLoader):  # type: ignore[misc]
 
 
 class CompressedTensorsWeightLoader(HfWeightLoader):  # type: ignore[misc]
-    """Loads sidecars; any other directory, such as a plain draft model, as the engine does."""
+    """Loads the weights of sidecars; leaves any other directory, such as a plain draft model, to the engine's loader."""
 
     def __init__(self, session: LoadSession | None = None) -> None:
         super().__init__()
@@ -73,18 +80,22 @@ class CompressedTensorsWeightLoader(HfWeightLoader):  # type: ignore[misc]
         return type(self), (self._session,)
 
     def load_weights(self, checkpoint_dir: str, mapping: EngineMapping | None = None, **kwargs: Any) -> Any:
-        """One rank's weights by Hugging Face name; keywords differ between releases and are for the engine alone.
+        """Return one rank's weights by Hugging Face name.
 
-        Raises as `LoadSession.load` does.
+        `kwargs` differ between releases; they are only passed to the engine's loader, for directories that are not
+        sidecars. Raises what `LoadSession.load` raises.
         """
         weights = self._session.load(checkpoint_dir, mapping)
         if weights is not None:
-            self._tell(checkpoint_dir)
+            self._log_report(checkpoint_dir)
             return _consumable(weights)
         return super().load_weights(checkpoint_dir, **(kwargs if mapping is None else {**kwargs, "mapping": mapping}))
 
-    def _tell(self, checkpoint_dir: str) -> None:
-        """One line on one rank, in the engine's log: nobody configures Python's in its workers."""
+    def _log_report(self, checkpoint_dir: str) -> None:
+        """Log the load report and its warnings on rank 0.
+
+        It uses the engine's logger, because Python's `logging` is not configured in the engine's workers.
+        """
         report = self._session.reports[str(checkpoint_dir)]
         if report.rank == 0:
             logger.info(f"trtllm-ct: {report}")
@@ -93,10 +104,12 @@ class CompressedTensorsWeightLoader(HfWeightLoader):  # type: ignore[misc]
 
 
 class CompressedTensorsCheckpointLoader(HfCheckpointLoader):  # type: ignore[misc]
-    """The `checkpoint_loader` of `LLM` for models that `trtllm_ct.prepare` prepared, and for their drafts of any kind.
+    """The `checkpoint_loader` of `LLM` for models that `trtllm_ct.prepare` prepared, and for their draft models.
 
-    It may be made and used any number of times. `sidecars` are what it is pickled as: records by directory, from which
-    a node that lacks a sidecar makes it again; when None, those of all that were prepared in this process.
+    A draft model may be a sidecar or any directory that the engine loads by itself. The loader can be created and used
+    any number of times.
+    `sidecars` maps directories to records (`Sidecar.record`), from which a node that lacks a sidecar makes it again;
+    None means the records of all sidecars that this process knows. Pickling keeps these records and nothing else.
     """
 
     def __init__(self, *, sidecars: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -108,45 +121,45 @@ class CompressedTensorsCheckpointLoader(HfCheckpointLoader):  # type: ignore[mis
 
     @property
     def report(self) -> LoadReport | None:
-        """What was loaded for the model in this process; None before that, and where workers load in their own."""
+        """The load report of the model; None before loading, and in a process whose workers load instead."""
         return self._session.report
 
     @property
     def reports(self) -> dict[str, LoadReport]:
-        """As `report`, of every directory that was loaded in this process, drafts included."""
+        """The load reports of all directories loaded in this process, by directory; includes draft models."""
         return self._session.reports
 
     def get_default_weight_loader(self) -> CompressedTensorsWeightLoader:
-        """The part that loads weights."""
+        """Return a new weight loader that shares this loader's session."""
         return CompressedTensorsWeightLoader(self._session)
 
     def get_default_config_loader(self) -> CompressedTensorsConfigLoader:
-        """The part that loads configurations."""
+        """Return a new config loader that shares this loader's session."""
         return CompressedTensorsConfigLoader(self._session)
 
     @property
     def weight_loader(self) -> Any:
-        """The part that loads weights; a new one after `cleanup`, which drops it."""
+        """The weight loader; a new one after the engine's `cleanup`, which drops it."""
         return super().weight_loader or self.get_default_weight_loader()
 
     @property
     def config_loader(self) -> Any:
-        """The part that loads configurations; a new one after `cleanup`, which drops it."""
+        """The config loader; a new one after the engine's `cleanup`, which drops it."""
         return super().config_loader or self.get_default_config_loader()
 
     def get_initialized_weight_mapper(self, model: Any, config: Any) -> Any:
-        """The engine's mapper for the model, which is first held against what was loaded for it; see `check_model`."""
+        """Return the engine's weight mapper, after checking the built model against the loaded plan (`check_model`)."""
         mapper = super().get_initialized_weight_mapper(model, config)
         self._session.check(model, mapper.mapping)
         return mapper
 
 
 LOADERS = (CompressedTensorsCheckpointLoader, CompressedTensorsWeightLoader)
-"""What a user may pass: a whole loader, or the engine's with this part in it."""
+"""The classes that a user may pass: this package's checkpoint loader, or its weight loader inside one of the engine."""
 
 
 def engine_features() -> EngineFeatures:
-    """What the installed engine can do; see `probe_features`."""
+    """Return the features of the installed engine; see `probe_features`."""
     return probe_features(
         EngineParts(
             linear=linear,
@@ -159,10 +172,10 @@ def engine_features() -> EngineFeatures:
 
 
 def engine_llm() -> Any:
-    """The engine's class `LLM`."""
+    """Return the engine's class `LLM`."""
     return tensorrt_llm.LLM
 
 
 def engine_sampling_params() -> Any:
-    """The engine's class `SamplingParams`."""
+    """Return the engine's class `SamplingParams`."""
     return tensorrt_llm.SamplingParams

@@ -1,4 +1,4 @@
-"""The directory of sidecars: how one gets its place whole, and how unused ones are cleared away."""
+"""The directory of sidecars: new sidecars appear in it atomically, and unused ones can be deleted."""
 
 from __future__ import annotations
 
@@ -24,77 +24,84 @@ __all__ = ["CACHE", "ClearedSidecars", "cache_root", "cached_sidecars", "clear_s
 CACHE = "TRTLLM_CT_CACHE"
 """Environment variable: the directory of sidecars."""
 
-_SECONDS_OF_WORK = 3600
-"""After which a working place was left behind by a process that was killed; writing a sidecar takes milliseconds."""
+_STALE_SECONDS = 3600
+"""The age at which a temporary directory counts as left behind by a killed process.
+
+Writing a sidecar takes milliseconds.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClearedSidecars:
-    """What `clear_sidecars` deleted, and what it left because it is in use or belongs to another user."""
+    """The directories that `clear_sidecars` deleted, and those it kept because they are in use or not writable."""
 
     removed: tuple[Path, ...]
     in_use: tuple[Path, ...]
 
 
 def cache_root() -> Path:
-    """Where sidecars lie: `TRTLLM_CT_CACHE`, else `trtllm-ct` in the user's cache directory."""
-    own = os.environ.get(CACHE)
-    if own:
-        return Path(own)
+    """Return the directory of sidecars: `TRTLLM_CT_CACHE`, or `trtllm-ct` in the user's cache directory."""
+    configured = os.environ.get(CACHE)
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-ct"
 
 
 def cached_sidecars(root: Path | None = None) -> tuple[Path, ...]:
-    """The sidecar directories in `root`, `cache_root()` when None, by name."""
+    """Return the sidecar directories in `root`, sorted by name. `root` defaults to `cache_root()`."""
     return tuple(sorted(path.parent for path in (root or cache_root()).glob(f"[!.]*/{SIDECAR_FILE}")))
 
 
 def clear_sidecars(root: Path | None = None) -> ClearedSidecars:
-    """Delete the sidecars in `root`, `cache_root()` when None, that no living process made or loaded from."""
+    """Delete the sidecars in `root` that no running process made or loaded. `root` defaults to `cache_root()`.
+
+    Also deletes temporary directories that killed processes left behind.
+    """
     root = root or cache_root()
     removed: list[Path] = []
     in_use: list[Path] = []
     for directory in cached_sidecars(root):
         with unused(directory / SIDECAR_FILE) as free:
             if free:
-                # Away first, in one step: nobody ever finds half a sidecar.
-                away = _beside(directory)
-                directory.rename(away)
-                shutil.rmtree(away, ignore_errors=True)
+                # Renaming is atomic, so no process ever sees a partly deleted sidecar.
+                trash = _temporary_path(directory)
+                directory.rename(trash)
+                shutil.rmtree(trash, ignore_errors=True)
             (removed if free else in_use).append(directory)
-    for left in root.glob(".*.partial"):
-        if time.time() - left.stat().st_mtime > _SECONDS_OF_WORK:
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in root.glob(".*.partial"):
+        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
     return ClearedSidecars(removed=tuple(removed), in_use=tuple(in_use))
 
 
 @contextmanager
 def place_of(directory: Path) -> Iterator[Path | None]:
-    """Give an empty directory to write a sidecar in, which then becomes `directory`; None when that is there already.
+    """Yield an empty temporary directory to write a sidecar in, and rename it to `directory` afterwards.
 
-    Several processes may do so at once: one of them wins, the others use what it wrote. In any case this process has
-    a lease on it afterwards. Raises `SidecarError` when nothing can be written there.
+    Yields None when `directory` is a sidecar already. Several processes may write the same sidecar at once: the first
+    one to rename wins, and the others use what it wrote. In every case this process holds a lease on `directory`
+    afterwards (`leases.hold`). Raises `SidecarError` when the directory can't be written.
     """
     if hold(directory / SIDECAR_FILE):
         yield None
         return
-    place = _beside(directory)
+    temporary = _temporary_path(directory)
     try:
-        place.mkdir(parents=True)
-        yield place
-        hold(place / SIDECAR_FILE, named=directory / SIDECAR_FILE)
-        _install(place, directory)
+        temporary.mkdir(parents=True)
+        yield temporary
+        hold(temporary / SIDECAR_FILE, named=directory / SIDECAR_FILE)
+        _rename_or_adopt(temporary, directory)
     except OSError as error:
         raise SidecarError(_unwritable(directory.parent, error)) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _install(place: Path, directory: Path) -> None:
-    """Give a finished sidecar its name, or take a lease on the one that was quicker."""
+def _rename_or_adopt(temporary: Path, directory: Path) -> None:
+    """Rename a finished sidecar to `directory`, or take a lease on the sidecar that another process put there first."""
     while True:
         try:
-            place.rename(directory)
+            temporary.rename(directory)
         except OSError as error:
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
                 raise
@@ -103,14 +110,15 @@ def _install(place: Path, directory: Path) -> None:
         if hold(directory / SIDECAR_FILE):
             return
         if not (directory / SIDECAR_FILE).exists():
-            # What is left of one that somebody deleted by hand; where it was cleared meanwhile, nothing is there.
+            # The directory is the rest of a sidecar that somebody deleted by hand: remove it and try again.
+            # If another process cleared the sidecar in the meantime, the directory doesn't exist any more.
             with suppress(FileNotFoundError):
-                directory.rename(away := _beside(directory))
-                shutil.rmtree(away, ignore_errors=True)
+                directory.rename(trash := _temporary_path(directory))
+                shutil.rmtree(trash, ignore_errors=True)
 
 
-def _beside(directory: Path) -> Path:
-    """A name in the same folder that nobody else has."""
+def _temporary_path(directory: Path) -> Path:
+    """Return a unique hidden path in the same folder, for a directory that is being written or deleted."""
     return directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
 
 

@@ -1,8 +1,8 @@
-"""What the engine reads, mode by mode, and the proof that a rank was delivered all of it and nothing else.
+"""The tensors that the engine reads in each mode, and the check that a rank got all of them and nothing else.
 
-The engine skips a module that finds no tensors, and never reports a tensor that nobody read: a wrong name leaves
-uninitialised memory and no error. So the names are written down here once more, from the engine's source and apart from
-`plan/deliver.py`, and what was really delivered is held against them.
+The engine skips a module without tensors, and never reports a tensor that it did not read. A wrong tensor name would
+therefore leave memory uninitialised without any error. To catch that, this file lists the names a second time, taken
+from the engine's source and independently of `plan/deliver.py`. The loaded tensors are compared with this list.
 Sources: TensorRT-LLM `_torch/modules/linear.py` (the load methods of each LinearMethod), `fused_moe/quantization.py`.
 """
 
@@ -33,10 +33,12 @@ _KV_SCALES = frozenset({"k_scale", "v_scale"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
-    """The tensors of a module that the engine reads in one mode, by local name.
+    """The tensors of a module that the engine reads in one mode, by their name within the module.
 
-    `required` are always read, `alone` only by a Linear that the engine doesn't make one with others, which demands
-    them. `optional` may be absent. `aliases` are second names of required ones, for releases that read those.
+    `required` tensors are always read.
+    `alone` tensors are required by a Linear that the engine does not fuse with others, and are not read by a fused one.
+    `optional` tensors are read if they are present.
+    `aliases` are second names of required tensors, which some releases read instead.
     """
 
     required: frozenset[str]
@@ -45,11 +47,11 @@ class Reads:
     aliases: frozenset[str] = frozenset()
 
     def demanded(self, module: ModulePlan) -> frozenset[str]:
-        """What one module must have."""
+        """Return the names of the tensors that a module must have."""
         return self.required if module.fused_linear else self.required | self.alone
 
     def known(self, module: ModulePlan) -> frozenset[str]:
-        """What one module may have."""
+        """Return the names of all tensors that a module may have."""
         return self.demanded(module) | self.optional | self.aliases
 
 
@@ -60,10 +62,10 @@ _SECOND_NAME = frozenset({"weight_scale_inv"})
 PLAIN_READS = Reads(required=frozenset({"weight"}))
 LINEAR_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.FP8: Reads(required=_CODES_AND_SCALE, optional=_BIAS | _KV_SCALES | {"input_scale"}),
-    # An input scale would be read, and make attention divide by what the GEMM doesn't multiply with.
+    # No input_scale: the engine's attention would divide by it, and the GEMM would not multiply by it.
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: Reads(required=_CODES_AND_SCALE),
     QuantAlgo.FP8_BLOCK_SCALES: Reads(required=_CODES_AND_SCALE),
-    # Without an input scale its memory would stay uninitialised.
+    # Without an input_scale, the engine's parameter for it would stay uninitialised.
     QuantAlgo.NVFP4: Reads(required=_CODES_AND_SCALE | {"weight_scale_2", "input_scale"}, optional=_BIAS | _KV_SCALES),
     QuantAlgo.W4A16_NVFP4: Reads(required=_CODES_AND_SCALE | {"weight_scale_2"}, optional=_BIAS | _KV_SCALES),
     QuantAlgo.MXFP8: Reads(required=_CODES_AND_SCALE),
@@ -72,7 +74,7 @@ LINEAR_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.W4A16_AWQ: Reads(required=_CODES_AND_SCALE, alone=frozenset({"pre_quant_scale"})),
     QuantAlgo.W4A16_GPTQ: Reads(required=_CODES_AND_SCALE | {"weight_zero"}),
 }
-"""What Linears read. Tensors of the KV cache lie beside k and v, and only some modes read them."""
+"""The tensors that Linears read. KV-cache scales are stored in k_proj and v_proj, and only some modes read them."""
 
 EXPERT_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.FP8: Reads(required=_CODES_AND_SCALE | {"input_scale"}),
@@ -83,14 +85,15 @@ EXPERT_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.W4A16_MXFP4: Reads(required=_CODES_AND_SCALE, aliases=_SECOND_NAME),
     QuantAlgo.W8A16: Reads(required=_CODES_AND_SCALE),
 }
-"""What routed experts read."""
+"""The tensors that routed experts read."""
 
 
 def prove_complete(plan: Plan, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Hold what was delivered against a rank's plan and against what the engine reads.
+    """Check the loaded tensors of a rank against its plan and against what the engine reads.
 
-    Returns the names of tensors that are delivered for the sake of other modes or releases and not read in this one.
-    Raises `LoadError` with a fault for every tensor that is missing, of another dtype or shape, or read by nobody.
+    Returns the names of the loaded KV-cache scales that the engine does not read in the mode of their module.
+    Raises `LoadError` with a fault for every tensor that is missing, has another dtype or shape than planned, is not
+    in the plan, is delivered by more than one module, or is not read by the engine.
     """
     faults = FaultCollector()
     specs = plan.delivered_specs
@@ -106,22 +109,27 @@ def prove_complete(plan: Plan, weights: Mapping[str, Tensor]) -> tuple[str, ...]
     for name, times in Counter(delivery.name for delivery in plan.deliveries()).items():
         if times > 1:
             faults.add(where=name, expected="one module that delivers it", found=f"{times} of them", remedy=_REPORT)
-    unread = tuple(_unread(plan, weights, faults))
+    unread = tuple(_unread_scales(plan, weights, faults))
     faults.raise_if_any(LoadError)
     return unread
 
 
 def refuse_missing_modules(whole: Plan, own: Plan, model: Model, rank: Rank) -> None:
-    """Raise `LoadError` for every module that a rank's plan lacks though the rank has its layer and its expert."""
+    """Raise `LoadError` when the plan of a rank lacks a module that the rank computes with.
+
+    `whole` is the plan of the whole model, `own` the plan of the rank. A module may be absent from `own` only if it
+    delivers nothing, if its layer belongs to another pipeline stage, or if its expert belongs to another rank.
+    The error has one fault per missing module.
+    """
     faults = FaultCollector()
     layers = re.compile(re.escape(model.place(whole.by_name)[0]) + r"layers\.(\d+)\.")
-    there = {module.name for module in own.modules}
+    present = {module.name for module in own.modules}
     for module in whole.modules:
-        if module.name in there or not module.deliveries:
+        if module.name in present or not module.deliveries:
             continue
         layer = layers.match(module.name)
-        elsewhere = layer is not None and rank.layers is not None and int(layer[1]) not in rank.layers
-        if not elsewhere and _has_expert(module, model, rank):
+        on_other_stage = layer is not None and rank.layers is not None and int(layer[1]) not in rank.layers
+        if not on_other_stage and _has_expert(module, model, rank):
             faults.add(
                 where=module.name,
                 expected=f"a part in the plan of rank {rank.tensor} of stage {rank.pipeline}, which computes with it",
@@ -132,33 +140,37 @@ def refuse_missing_modules(whole: Plan, own: Plan, model: Model, rank: Rank) -> 
 
 
 def _has_expert(module: ModulePlan, model: Model, rank: Rank) -> bool:
-    """Whether the rank has this module's expert; every rank has what is no routed expert."""
+    """Whether the module belongs to an expert of this rank; true for every module outside the routed experts."""
     if module.experts is None:
         return True
     experts = model.architecture.experts
-    count = model.sizes[experts.count] // rank.parallel.expert if experts else 1
-    return int(module.name.removeprefix(f"{module.experts}.").partition(".")[0]) // count == rank.expert
+    experts_per_rank = model.sizes[experts.count] // rank.parallel.expert if experts else 1
+    return int(module.name.removeprefix(f"{module.experts}.").partition(".")[0]) // experts_per_rank == rank.expert
 
 
-def _unread(plan: Plan, weights: Mapping[str, Tensor], faults: FaultCollector) -> Iterator[str]:
-    """Compare the local names that each quantized module got with what its mode reads; plain ones read no scales."""
-    found: dict[str, set[str]] = {}
+def _unread_scales(plan: Plan, weights: Mapping[str, Tensor], faults: FaultCollector) -> Iterator[str]:
+    """Yield the names of KV-cache scales that the engine does not read in the mode of their module.
+
+    Adds a fault for every tensor that a quantized module lacks, and for any other tensor that its mode does not read.
+    In modules that the checkpoint stores unquantized, only KV-cache scales are looked at.
+    """
+    loaded: dict[str, set[str]] = {}
     for name in weights:
-        owner, _, local = name.rpartition(".")
-        found.setdefault(owner, set()).add(local)
+        module_name, _, tensor_name = name.rpartition(".")
+        loaded.setdefault(module_name, set()).add(tensor_name)
     for module in plan.modules:
-        locals_ = found.get(module.name, set())
+        tensor_names = loaded.get(module.name, set())
         if module.weight is None:
-            yield from (f"{module.name}.{local}" for local in sorted(locals_ & _KV_SCALES))
+            yield from (f"{module.name}.{name}" for name in sorted(tensor_names & _KV_SCALES))
             continue
         reads = _reads_of(module)
-        for local in sorted(reads.demanded(module) - locals_):
-            _not_read(module, local, "one, which it reads", "none", faults)
-        for local in sorted(locals_ - reads.known(module)):
-            if local in _KV_SCALES:
-                yield f"{module.name}.{local}"
+        for name in sorted(reads.demanded(module) - tensor_names):
+            _add_fault(module, name, "one, which it reads", "none", faults)
+        for name in sorted(tensor_names - reads.known(module)):
+            if name in _KV_SCALES:
+                yield f"{module.name}.{name}"
             else:
-                _not_read(module, local, "none, as it reads none", "one", faults)
+                _add_fault(module, name, "none, as it reads none", "one", faults)
 
 
 def _reads_of(module: ModulePlan) -> Reads:
@@ -168,7 +180,7 @@ def _reads_of(module: ModulePlan) -> Reads:
     return table[module.layer.quant_algo]
 
 
-def _not_read(module: ModulePlan, local: str, expected: str, found: str, faults: FaultCollector) -> None:
-    kind = "expert" if module.experts else "Linear"
-    where = f"{module.name}.{local}"
-    faults.add(where=where, expected=f"{expected} ({module.delivered_mode} {kind})", found=found, remedy=_REPORT)
+def _add_fault(module: ModulePlan, tensor_name: str, expected: str, found: str, faults: FaultCollector) -> None:
+    reader = "expert" if module.experts else "Linear"
+    where = f"{module.name}.{tensor_name}"
+    faults.add(where=where, expected=f"{expected} ({module.delivered_mode} {reader})", found=found, remedy=_REPORT)

@@ -1,6 +1,6 @@
-"""What an installed engine can do, found by looking at its modules, never by its version string.
+"""Probes what an installed TensorRT-LLM can do, by looking at its modules instead of its version string.
 
-Probing takes the engine's objects as arguments, so nothing here imports it; `bindings.engine_features` hands them in.
+The engine's objects are arguments, so this module does not import the engine; `bindings.engine_features` passes them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.schemes import QuantAlgo
-from trtllm_ct.engine.releases import DEFAULT_ENGINE, ENGINES
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import ENGINES
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -23,13 +24,15 @@ _STOCK_PARSER = "update_quant_config_from_compressed_tensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFeatures:
-    """What of an engine decides how a checkpoint is planned and loaded.
+    """The properties of an engine that decide how a checkpoint is planned and loaded.
 
-    `engine` is the capability set, a name in `targets.ENGINES`. `additive_zeros` says whether asymmetric int4 has a
-    Linear: the engine's own (`has_own_gptq`), or the one that this package may put in. `force_dynamic_quantization` and
-    `mapping_argument` say whether `LLM` and the weight loaders take an argument of that name,
-    `compressed_tensors_parser` whether the engine reads some compressed-tensors configurations by itself. `version` is
-    shown and decides nothing.
+    - `engine`: the name of its capability set, a key of `trtllm_ct.engine.target.ENGINES`.
+    - `additive_zeros`: whether there is a Linear method for asymmetric int4 (W4A16_GPTQ), either the engine's own
+      (`has_own_gptq`) or the one that this package can install.
+    - `force_dynamic_quantization`: whether `LLM` takes the argument of this name.
+    - `mapping_argument`: whether the engine's weight loaders take the argument `mapping`.
+    - `compressed_tensors_parser`: whether the engine parses some compressed-tensors configurations by itself.
+    - `version`: the engine's version string. It is only shown; no decision depends on it.
     """
 
     engine: str = DEFAULT_ENGINE
@@ -41,21 +44,23 @@ class EngineFeatures:
     version: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: the fields by name."""
+        """Return the fields by name, for JSON output."""
         return asdict(self)
 
 
 DEFAULT_FEATURES = EngineFeatures()
-"""Where no engine is installed: the newest stable line, with this package in it."""
+"""The features assumed when no engine is installed: the newest stable release line, with this package's method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
-    """The objects of an engine that are looked at, by the names of their homes in TensorRT-LLM.
+    """The objects of the engine that `probe_features` looks at.
 
-    `linear` is the module `_torch.modules.linear`, with `QuantAlgo`, `QuantConfig` and `get_quant_method` in it;
-    `llm_args` is `llmapi.llm_args.TorchLlmArgs`, `llm_utils` the module `llmapi.llm_utils`, and `weight_loader`
-    `_torch.models.checkpoints.base_weight_loader.BaseWeightLoader`.
+    - `linear`: the module `_torch.modules.linear`, which has `QuantAlgo`, `QuantConfig` and `get_quant_method`.
+    - `llm_args`: the class `llmapi.llm_args.TorchLlmArgs`.
+    - `llm_utils`: the module `llmapi.llm_utils`.
+    - `weight_loader`: the class `_torch.models.checkpoints.base_weight_loader.BaseWeightLoader`.
+    - `version`: the engine's version string, if it has one.
     """
 
     linear: Any
@@ -66,21 +71,22 @@ class EngineParts:
 
 
 def probe_features(parts: EngineParts) -> EngineFeatures:
-    """The features of an engine, from signatures, members and the one function that chooses a Linear's method.
+    """Return the features of an engine.
 
-    Raises `UsageError` for an engine that lacks an algorithm which every supported release has.
+    They are found from signatures, from enum members, and by calling `get_quant_method`, the function that chooses the
+    method of a Linear. Raises `UsageError` when the engine lacks an algorithm that every supported release has.
     """
     from trtllm_ct.serve.additive_zeros import can_install_additive_zeros, has_own_additive_zeros
 
-    members = parts.linear.QuantAlgo.__members__
+    algorithms = parts.linear.QuantAlgo.__members__
     mapping_argument = "mapping" in inspect.signature(parts.weight_loader.load_weights).parameters
-    # Without the algorithm there is nothing that a Linear could be asked for, or be told.
-    known = QuantAlgo.W4A16_GPTQ in members
-    own = known and has_own_additive_zeros(parts.linear)
+    # An engine without this member of QuantAlgo can't be configured for it, so no method could be chosen.
+    has_gptq = QuantAlgo.W4A16_GPTQ in algorithms
+    has_own_gptq = has_gptq and has_own_additive_zeros(parts.linear)
     return EngineFeatures(
-        engine=_capability_set(set(members), mapping_argument=mapping_argument),
-        additive_zeros=own or (known and can_install_additive_zeros(parts.linear)),
-        has_own_gptq=own,
+        engine=_capability_set(set(algorithms), mapping_argument=mapping_argument),
+        additive_zeros=has_own_gptq or (has_gptq and can_install_additive_zeros(parts.linear)),
+        has_own_gptq=has_own_gptq,
         force_dynamic_quantization="force_dynamic_quantization" in _fields(parts.llm_args),
         mapping_argument=mapping_argument,
         compressed_tensors_parser=hasattr(parts.llm_utils, _STOCK_PARSER),
@@ -88,12 +94,15 @@ def probe_features(parts: EngineParts) -> EngineFeatures:
     )
 
 
-def _capability_set(members: Collection[str], *, mapping_argument: bool) -> str:
-    """The newest set all of whose algorithms exist; loaders that are not told the mapping are those of 1.0 and 1.1."""
-    known = [name for name, each in ENGINES.items() if each.linear | each.experts <= set(members)]
-    if not known:
+def _capability_set(algorithms: Collection[str], *, mapping_argument: bool) -> str:
+    """Return the name of the newest capability set whose algorithms the engine has all.
+
+    An engine whose weight loaders don't take `mapping` is release 1.0 or 1.1, so it gets the oldest set.
+    """
+    supported = [name for name, engine in ENGINES.items() if engine.linear | engine.experts <= set(algorithms)]
+    if not supported:
         oldest = next(iter(ENGINES.values()))
-        missing = sorted((oldest.linear | oldest.experts) - set(members))
+        missing = sorted((oldest.linear | oldest.experts) - set(algorithms))
         raise UsageError(
             Fault(
                 where="tensorrt_llm.quantization.QuantAlgo",
@@ -102,10 +111,10 @@ def _capability_set(members: Collection[str], *, mapping_argument: bool) -> str:
                 remedy="Install TensorRT-LLM 1.0 or newer.",
             )
         )
-    return known[-1] if mapping_argument else known[0]
+    return supported[-1] if mapping_argument else supported[0]
 
 
 def _fields(arguments: type) -> Collection[str]:
-    """The names of the arguments that a model of `LLM`'s arguments takes: pydantic's, else its constructor's."""
+    """Return the names of the arguments that `arguments` takes: pydantic fields, or its constructor's parameters."""
     fields: Collection[str] | None = getattr(arguments, "model_fields", None)
     return inspect.signature(arguments).parameters if fields is None else fields

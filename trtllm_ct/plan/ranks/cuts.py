@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trtllm_ct.base.errors import FaultCollector
-    from trtllm_ct.engine.modes import Weight
+    from trtllm_ct.engine.holdings import Weight
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.assign import Candidate

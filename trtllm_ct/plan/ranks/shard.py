@@ -22,7 +22,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.schemes import QuantAlgo, TensorSpec
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.ops import Copy, Reinterpret
 from trtllm_ct.plan.plan import ModulePlan, Place, Share
@@ -38,15 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_for_rank"]
 
-_READ_OF_ALL_EXPERTS: Mapping[QuantAlgo, frozenset[str]] = {
-    QuantAlgo.FP8: frozenset({"weight_scale", "input_scale"}),
-    QuantAlgo.NVFP4: frozenset({"weight_scale_2", "input_scale"}),
-}
-"""Scalars of experts on other ranks that engines read, by local name."""
-
-_REPEATED_BY_ENGINES = frozenset({"weight", "bias"})
-_REPEATED_SCALES = frozenset({QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4})
-"""Modes of which engines repeat `weight_scale` with the K/V heads; of all other modes they repeat no scales."""
+_PLAIN_REPEATED = frozenset({"weight", "bias"})
+"""Tensors of plain modules that engines repeat when ranks outnumber K/V heads."""
 
 _VIEWS = (Copy, Reinterpret)
 """Operations that hand on what is stored."""
@@ -148,7 +142,7 @@ class _Shard:
 
 def _scalars_of_expert(module: ModulePlan) -> Iterator[ModulePlan]:
     """What engines read of an expert on another rank; its codes are not read."""
-    names = _READ_OF_ALL_EXPERTS.get(module.layer.quant_algo, frozenset()) if module.layer else frozenset()
+    names = MODES_BY_ALGO[module.layer.quant_algo].read_of_all_experts if module.layer else frozenset()
     kept = tuple(each for each in module.deliveries if each.name.rpartition(".")[2] in names)
     if kept:
         whole = replace(module, deliveries=kept)
@@ -199,10 +193,8 @@ def _is_view(delivery: Delivery, module: ModulePlan) -> bool:
 def _is_left_unrepeated(delivery: Delivery, module: ModulePlan) -> bool:
     """Whether a tensor has rows of K or V heads that engines don't repeat for ranks that outnumber the heads."""
     local = delivery.name.rpartition(".")[2]
-    by_engine = _REPEATED_BY_ENGINES
-    if module.layer is not None and module.layer.quant_algo in _REPEATED_SCALES:
-        by_engine |= {"weight_scale"}
-    return bool(delivery.spec.shape) and local not in by_engine
+    repeated = MODES_BY_ALGO[module.layer.quant_algo].repeated_with_kv_heads if module.layer else _PLAIN_REPEATED
+    return bool(delivery.spec.shape) and local not in repeated
 
 
 def _with_rows(delivery: Delivery, rows: int) -> Delivery:

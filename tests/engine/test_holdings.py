@@ -30,16 +30,8 @@ from quantized_weights import (
 )
 
 from trtllm_ct.base.schemes import Element, QuantAlgo, QuantArgs, QuantScheme, Strategy
-from trtllm_ct.engine.modes import (
-    LINEAR_MODES,
-    Activations,
-    Holding,
-    Weight,
-    activations_of,
-    holdings,
-    native_mode,
-    obstacles,
-)
+from trtllm_ct.engine.holdings import Holding, Weight, activations_of, holdings, native_mode, obstacles
+from trtllm_ct.engine.modes import LINEAR_MODES, Activations
 from trtllm_ct.engine.target import MODELOPT, REFERENCE
 
 AWQ = ("AWQModifier", "QuantizationModifier")
