@@ -1,11 +1,11 @@
-"""Write docs/why.md: what stock TensorRT-LLM makes of real checkpoints, and what it makes of them with this package.
+"""Write docs/why.md: how TensorRT-LLM loads real checkpoints, without this package and with it.
 
-Every cell is a load of a checkpoint on the double of TensorRT-LLM (tests/engine_double), which needs no GPU, and a
-comparison of logits with the checkpoint's golden ones. The argument is the folder of real checkpoints that the tests
-marked `shared` use.
+For every result, the script loads a checkpoint with the double of TensorRT-LLM (tests/engine_double), which needs no
+GPU, and compares the logits with the checkpoint's golden logits. The argument is the folder of real checkpoints that
+the tests marked `shared` use.
 
     python docs/generate_why.py FOLDER           writes the page
-    python docs/generate_why.py FOLDER --check   fails when the page is not what would be written
+    python docs/generate_why.py FOLDER --check   fails if the page is not up to date
 """
 
 from __future__ import annotations
@@ -39,18 +39,22 @@ RELEASES: Mapping[str, tuple[str, str]] = {
     "old": ("1.0 and 1.1", "stock-1.0"),
     "newest": ("main of September 2026", "stock-1.3"),
 }
-"""Generations of the double: how the page calls them, and their capability set."""
+"""The generations of the double: the name of each release on the page, and its capability set."""
 RIGHT = 2e-3
-"""Logits this near to the golden ones, in their standard deviations, are right."""
+"""Logits are right if they differ by less than this from the golden logits, in standard deviations of these."""
 BINDINGS = ("trtllm_ct.serve.bindings",)
-WIDTH = 80
+MAX_MESSAGE_WIDTH = 80
 
 Row = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One load: `error` in standard deviations of the golden logits, or the `refusal`; `note` explains an error."""
+    """The result of loading one checkpoint.
+
+    `error` is the largest error of the logits, in standard deviations of the golden logits; None if loading failed.
+    `refusal` is then the text of the exception. `note` explains an error.
+    """
 
     error: float | None = None
     refusal: str = ""
@@ -58,12 +62,12 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether it loads, and nothing of the weights is lost."""
+        """Whether the checkpoint loads and its logits are right."""
         return self.error is not None and self.error < RIGHT
 
     @property
     def cell(self) -> str:
-        """As the page shows it."""
+        """The text of the table cell."""
         if self.error is None:
             return self.refusal
         return "right" if self.right else f"off by {self.error:.1g}{self.note}"
@@ -71,66 +75,66 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One checkpoint: outcomes by generation without and with this package, and the modes that it gets."""
+    """The outcomes of one checkpoint by generation: `stock` without this package, `with_package` with it."""
 
     directory: Path
     stock: Mapping[str, Outcome]
-    ours: Mapping[str, Outcome]
+    with_package: Mapping[str, Outcome]
 
     @property
     def cells(self) -> Row:
-        """Its row."""
-        outcomes = (side[generation].cell for generation in RELEASES for side in (self.stock, self.ours))
+        """The checkpoint's row of the table."""
+        outcomes = (side[generation].cell for generation in RELEASES for side in (self.stock, self.with_package))
         return (f"`{self.directory.name}`", *outcomes, modes_of(self.directory))
 
 
 def compare(directory: Path) -> Comparison:
-    """Load a checkpoint four times."""
+    """Load a checkpoint four times: with each generation, without and with this package."""
     return Comparison(
         directory=directory,
-        stock={generation: stock(directory, generation) for generation in RELEASES},
-        ours={generation: ours(directory, generation) for generation in RELEASES},
+        stock={generation: load_stock(directory, generation) for generation in RELEASES},
+        with_package={generation: load_with_package(directory, generation) for generation in RELEASES},
     )
 
 
-def stock(directory: Path, generation: str) -> Outcome:
-    """A release by itself: whatever it raises is an outcome."""
+def load_stock(directory: Path, generation: str) -> Outcome:
+    """Load a checkpoint without this package; any exception is an outcome."""
     golden = golden_of(directory)
     with engine_double.installed(generation) as engine:
         try:
             llm = engine.LLM(model=directory, skip_tokenizer_init=True)
-        except Exception as error:  # noqa: BLE001 (see above)
+        except Exception as error:  # noqa: BLE001 (any exception is an outcome)
             return Outcome(refusal=f"`{type(error).__name__}: {first_line(str(error))}`")
         with llm:
             return Outcome(error=golden.error(llm.logits(golden.prompt)))
 
 
-def ours(directory: Path, generation: str) -> Outcome:
-    """The same release with this package, which must load every one of them."""
+def load_with_package(directory: Path, generation: str) -> Outcome:
+    """Load a checkpoint with this package; an exception ends the script, since every checkpoint must load."""
     golden = golden_of(directory)
     with (
         engine_double.installed(generation, importers=BINDINGS),
         trtllm_ct.LLM(directory, engine="tensorrt_llm", skip_tokenizer_init=True) as llm,
     ):
         logits = llm.logits(golden.prompt)
-    return Outcome(error=golden.error(logits), note=reason(directory, logits))
+    return Outcome(error=golden.error(logits), note=error_note(directory, logits))
 
 
-def reason(directory: Path, logits: Tensor) -> str:
-    """Why logits differ from the golden ones."""
+def error_note(directory: Path, logits: Tensor) -> str:
+    """Why the logits differ from the golden logits, if they do; empty if no reason is known."""
     if directory.name == STATIC_FP8 and engine_answers(directory).error(logits) < RIGHT:
-        return ", all of it by the engine's own rounding of joined FP8 weights"
-    return " by rounding to bfloat16" if "dequantized" in modes_of(directory) else ""
+        return ", all of it from the engine's own rounding of fused FP8 weights"
+    return ", from rounding to bfloat16" if "dequantized" in modes_of(directory) else ""
 
 
 def first_line(message: str) -> str:
-    """As much of a message as a table can bear, without the documents that some quote."""
+    """The first line of a message, shortened to 80 characters and without the JSON that some messages quote."""
     line = message.partition("\n")[0].partition("{")[0].rstrip(" :").replace("|", "\\|")
-    return line if len(line) <= WIDTH else f"{line[:WIDTH].rpartition(' ')[0]} ..."
+    return line if len(line) <= MAX_MESSAGE_WIDTH else f"{line[:MAX_MESSAGE_WIDTH].rpartition(' ')[0]} ..."
 
 
 def modes_of(directory: Path) -> str:
-    """How many quantized modules the newest release serves in which mode."""
+    """The number of modules by the mode in which the newest release serves them, for all quantized modules."""
     plan = open_checkpoint(directory).plan("tensorrt_llm", engine=RELEASES["newest"][1])
     modes = Counter(module.delivered_mode for module in plan.modules if module.weight is not None)
     return ", ".join(f"{count} {_code(mode)}" for mode, count in modes.items()) or "none is quantized"
@@ -141,7 +145,7 @@ def _code(mode: str) -> str:
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """A Markdown table."""
+    """The Markdown table of all checkpoints."""
     sides = (f"{side} {release}" for release, _ in RELEASES.values() for side in ("stock", "with trtllm-ct on"))
     header = ("checkpoint", *sides, "modules with trtllm-ct")
     lines = [header, tuple("---" for _ in header), *(comparison.cells for comparison in comparisons)]
@@ -149,62 +153,69 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
-    """How many load, and how many of those are right."""
+    """Count the checkpoints that load and the checkpoints that are right, as a Markdown list."""
     lines = []
     for generation, (release, _) in RELEASES.items():
         for name, outcomes in (
             ("Stock", [comparison.stock[generation] for comparison in comparisons]),
-            ("With trtllm-ct", [comparison.ours[generation] for comparison in comparisons]),
+            ("With trtllm-ct", [comparison.with_package[generation] for comparison in comparisons]),
         ):
             loaded = [outcome for outcome in outcomes if outcome.error is not None]
             worst = max((outcome.error or 0 for outcome in loaded), default=0)
             right = sum(outcome.right for outcome in loaded)
             off = f"; the others are off by {worst:.1g} at most" if right < len(loaded) else ""
-            lines.append(f"- {name}, {release}: {len(loaded)} of {len(outcomes)} load, {right} of them right{off}.\n")
+            lines.append(f"- {name}, {release}: {len(loaded)} of {len(outcomes)} load, {right} are right{off}.\n")
     return "".join(lines)
 
 
 def page(comparisons: Sequence[Comparison]) -> str:
-    """docs/why.md."""
+    """The text of docs/why.md."""
     return f"""# Why
 
-Sixteen checkpoints that llm-compressor and compressed-tensors wrote, loaded by TensorRT-LLM's PyTorch backend without \
-this package and with it.
+This page shows what happens when TensorRT-LLM's PyTorch backend loads sixteen checkpoints that llm-compressor and \
+compressed-tensors wrote, first without this package and then with it.
 
 {summary(comparisons)}
 {table(comparisons)}
 ## How to read it
 
-- `right`: logits at the last eight positions of a prompt are within {RIGHT} of those of the stored weights.
-- `off by`: the largest difference of a logit; the unit of all differences is the standard deviation of the logits.
-- The stored weights' logits are those of a transformers model in float32, with every weight dequantized in float32 \
-from the codes in the files; neither activations nor the KV cache are quantized.
-- Anything else is what loading raises.
-- `AssertionError: weight` means that a Linear found none of its tensors: they have the names of compressed-tensors.
-- One GPU is assumed; more of them change modes where a slice is no whole number of groups or blocks.
+- `right`: the logits at the last eight positions of a prompt differ by less than {RIGHT} from the reference logits.
+- `off by`: the largest difference of a logit from its reference logit.
+- The unit of all differences is the standard deviation of the reference logits.
+- The reference logits come from a transformers model in float32.
+- Every weight of it is dequantized in float32 from the codes in the files; neither activations nor the KV cache are \
+quantized.
+- Any other cell is the error that loading raises.
+- `AssertionError: weight` means that a Linear found none of its tensors, because they have the names of \
+compressed-tensors.
+- All results are for one GPU.
+- With tensor parallelism, the mode of a module can change where its slice is not a whole number of groups or blocks.
 
 ## How it was made
 
-TensorRT-LLM needs a GPU, and none was used: `tests/engine_double` imitates from its source what it does with a \
-checkpoint between `LLM(...)` and logits, in two generations, and computes in float32.
-The double loads the directories that ModelOpt exports and stock serves, and refuses those that stock refuses.
-`docs/generate_why.py` writes this page, and a test holds it to what the script would write.
+TensorRT-LLM needs a GPU, but none was used here.
+Instead, `tests/engine_double` imitates TensorRT-LLM: it does what the source code of two releases does with a \
+checkpoint between `LLM(...)` and the logits, and computes in float32.
+The double loads the ModelOpt exports that stock TensorRT-LLM serves, and refuses the directories that stock refuses.
+`docs/generate_why.py` writes this page, and a test checks that the page is up to date.
 """
 
 
 def generate(folder: Path) -> str:
-    """The page of all checkpoints in a folder; sidecars go to a place that is deleted."""
+    """Compare all checkpoints in a folder and return the page; sidecars go to a temporary directory."""
     with TemporaryDirectory() as cache:
         os.environ["TRTLLM_CT_CACHE"] = cache
         return page([compare(directory) for directory in real_checkpoints(folder)])
 
 
 def main() -> None:
-    """Write, or with `--check` only compare."""
+    """Write the page, or with `--check` only compare it."""
     text = generate(Path(sys.argv[1]))
     if "--check" in sys.argv[2:]:
-        there = PAGE.read_text("utf-8") if PAGE.is_file() else ""
-        sys.exit(0 if there == text else "docs/why.md is not what the script writes. Run: python docs/generate_why.py")
+        existing = PAGE.read_text("utf-8") if PAGE.is_file() else ""
+        sys.exit(
+            0 if existing == text else "docs/why.md is not what the script writes. Run: python docs/generate_why.py"
+        )
     PAGE.write_text(text, encoding="utf-8")
 
 

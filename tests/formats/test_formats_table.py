@@ -8,7 +8,7 @@ import pytest
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats import FORMATS, format_for
+from trtllm_ct.formats import FORMATS, WEIGHT_TENSORS, Axis, WeightFormat, format_for
 from trtllm_ct.formats.base import scale_shape
 
 ARGUMENTS = [
@@ -171,3 +171,17 @@ def test_names_are_unique() -> None:
 def test_how_many_scales_a_weight_has(args: QuantArgs, shape: tuple[int, int]) -> None:
     """For a weight of 300 rows and 200 columns; a last group or block may be short."""
     assert scale_shape(args, (300, 200)) == shape
+
+
+@pytest.mark.parametrize("entry", FORMATS, ids=lambda entry: entry.name)
+def test_a_format_says_what_each_of_its_tensors_belongs_to(entry: WeightFormat) -> None:
+    """Tiles, ranks and fused experts cut by it."""
+    assert entry.axes[entry.codes] in {Axis.ROWS, Axis.TILES}
+    assert set(entry.axes) <= set(WEIGHT_TENSORS)
+
+
+def test_formats_agree_on_a_tensor_but_for_tiles() -> None:
+    """Fused experts are cut before their format is known, by names alone."""
+    shared = {name: axes - {Axis.TILES} for name, axes in WEIGHT_TENSORS.items()}
+
+    assert all(len(axes) <= 1 for axes in shared.values())

@@ -106,7 +106,7 @@ def test_the_global_generator_is_not_touched() -> None:
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1)], ids=["greedy", "drawn"])
 def test_logits_that_are_no_numbers_are_refused(params: SamplingParams) -> None:
-    with pytest.raises(PayloadError, match="1 of 3 that are none"):
+    with pytest.raises(PayloadError, match="1 of 3 that are NaN"):
         Sampler(params)(torch.tensor([0.0, torch.nan, 1.0]))
 
 

@@ -47,7 +47,7 @@ def test_the_log_says_which_engine_runs_and_why(caplog: pytest.LogCaptureFixture
     LLM(DEMO, engine=engine, tensor_parallel_size=2, kv_cache_config=None, dtype="bfloat16")
 
     why = "TensorRT-LLM is not installed here" if engine == "auto" else "engine='reference'"
-    line = f"The CPU reference engine runs {DEMO}: {why}; it makes nothing of tensor_parallel_size, kv_cache_config"
+    line = f"The CPU reference engine runs {DEMO}: {why}; it ignores tensor_parallel_size, kv_cache_config"
     assert (line, level) in [(record.getMessage(), record.levelno) for record in caplog.records]
 
 

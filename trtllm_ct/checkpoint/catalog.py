@@ -7,7 +7,7 @@ Which files belong to the checkpoint: the ones that `model.safetensors.index.jso
 decide, because libraries add shards under names of their own, such as `model_mtp.safetensors`. Without an index, every
 `*.safetensors` file of the directory belongs to the checkpoint.
 `consolidated*` files are a second copy of the weights under Mistral's own tensor names. They are read only when there
-are no other weights.
+are no other safetensors files.
 This module does not import torch and reads no payload.
 """
 

@@ -1,10 +1,11 @@
-"""One safetensors header, read and proved: which tensors a file holds and where their bytes lie.
+"""Read and validate one safetensors header: which tensors a file holds and where their bytes lie.
 
-A file is an 8-byte little-endian length, that many bytes of JSON, then the payload. Everything later trusts the
-header blindly (tensors are views of mapped memory), so every promise of the format is checked here, before any
-payload is touched: the ranges cover the payload once without holes, and each is as long as its dtype and shape say.
-Source: the format description and `safetensors/src/tensor.rs` of safetensors 0.8. Where that library stops at
-the first fault, all faults of the file are gathered.
+A file is an 8-byte little-endian length, that many bytes of JSON, then the payload. Later stages trust the header
+without further checks (tensors are views of mapped memory). So every rule of the format is checked here, before any
+payload is read: the byte ranges of the tensors cover the payload exactly once, without holes, and each range is as long
+as its dtype and shape require.
+Source: the format description and `safetensors/src/tensor.rs` of safetensors 0.8. That library stops at the first
+fault; this module collects all faults of a file.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ __all__ = [
 ]
 
 LENGTH_BYTES = 8
-"""Bytes of the length in front of the JSON."""
+"""Size of the length field in front of the JSON."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""Longest header that the safetensors library accepts; more is damage or an attack."""
+"""Longest header that the safetensors library accepts; a longer one means damage or an attack."""
 
 METADATA_KEY = "__metadata__"
-"""The one key of a header that names no tensor."""
+"""The one key of a header that does not name a tensor."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -58,7 +59,7 @@ _SAVE_AGAIN = (
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: what it is and where its bytes are.
+    """A tensor in a file: its name, its dtype and shape, and where its bytes are.
 
     `file` is relative to the checkpoint directory; `offset` counts bytes from the start of the file.
     """
@@ -71,31 +72,33 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What one file holds: tensors by name in the order of their bytes, and the free text of `__metadata__`."""
+    """The content of one header: tensors by name, in the order of their bytes, and the strings of `__metadata__`."""
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
 
 
 _Span = tuple[int, int, str]
-"""Where the payload of the named tensor begins and ends, counted from the start of all payload."""
+"""Where a tensor's payload begins and ends, counted from the start of all payload, and the tensor's name."""
 
 
 def read_header(path: Path, file: str) -> Header:
-    """Read and prove the header of the safetensors file at `path`, which messages and tensors call `file`.
+    """Read and validate the header of the safetensors file at `path`; the payload is not read.
 
-    Reads the header only. Raises `CatalogError` with every fault of the file.
+    `file` is the name of the file in messages and in the returned tensors. Raises `CatalogError` with every fault of
+    the file.
     """
     text, size = _read_text(path, file)
     try:
         return _parse(text, size, file)
-    except RecursionError:  # what the parser could just nest, a message about it may not be able to
+    except RecursionError:  # JSON that the parser could just handle may be nested too deeply to be shown in a message
         _refuse(file, "a header of three levels", "JSON nested without end", _FETCH_AGAIN)
 
 
 def _parse(text: bytes, size: int, file: str) -> Header:
+    """Parse and validate the JSON `text` of a header; `size` is the size of the whole file in bytes."""
     faults = FaultCollector()
-    entries = _entries(text, file)
+    entries = _load_entries(text, file)
     metadata = _metadata(entries.pop(METADATA_KEY, {}), file, faults)
     specs, spans = _parse_entries(entries, file, faults)
     payload_bytes = size - LENGTH_BYTES - len(text)
@@ -107,7 +110,7 @@ def _parse(text: bytes, size: int, file: str) -> Header:
 
 
 def _read_text(path: Path, file: str) -> tuple[bytes, int]:
-    """The JSON bytes of the header and the size of the file."""
+    """Return the JSON bytes of the header and the size of the file in bytes."""
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(len(_LFS_POINTER))
@@ -128,112 +131,123 @@ def _read_text(path: Path, file: str) -> tuple[bytes, int]:
 
 
 def refuse_lfs_pointer(start: bytes, file: str) -> None:
-    """Raise `CatalogError` when a file's first bytes are those of a Git LFS pointer."""
+    """Raise `CatalogError` when `start`, the first bytes of a file, are those of a Git LFS pointer."""
     if start.startswith(_LFS_POINTER):
         remedy = "The file was never downloaded: this is an LFS pointer, run git lfs pull."
         _refuse(file, "the content of the file", "a Git LFS pointer to it", remedy)
 
 
 def parse_json_object(text: bytes, where: str, *, remedy: str) -> dict[str, Any]:
-    """The JSON object that `text` holds in UTF-8; a key may stand only once in each object.
+    """Parse `text`, a JSON object in UTF-8, and refuse objects that contain a key more than once.
 
-    Raises `CatalogError` naming `where` and closing with `remedy`.
+    Raises `CatalogError` that names `where`. Its remedy is `remedy`, except for repeated keys, which have a remedy of
+    their own.
     """
     document = _parse_json(text, where, remedy)
-    if not _may_repeat(text, _count_strings(document)):
+    if not _may_repeat_keys(text, _count_strings(document)):
         return document
     repeated: list[str] = []
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def note_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry = dict(pairs)
         if len(entry) != len(pairs):
             repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return entry
 
-    document = _parse_json(text, where, remedy, unique)
+    document = _parse_json(text, where, remedy, note_repeated_keys)
     if repeated:
         _refuse(where, "each name once", f"more than once: {list_some(repeated)}", _SAVE_AGAIN)
     return document
 
 
 def _parse_json(
-    text: bytes, where: str, remedy: str, unique: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None
+    text: bytes,
+    where: str,
+    remedy: str,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The JSON object that `text` holds in UTF-8; `unique`, if given, makes each object of its pairs."""
+    """Parse `text`, a JSON object in UTF-8; `object_pairs_hook` is passed on to `json.loads`."""
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        if b"\\u" in text:  # an escape can smuggle in half a surrogate pair, which no message could print
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=object_pairs_hook)
+        if b"\\u" in text:  # an escape may be half of a surrogate pair, which can't be printed in a message
             json.dumps(document, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # ValueError covers broken UTF-8 and integers of absurd length
+    except (ValueError, RecursionError) as error:  # ValueError: also for invalid UTF-8 and overlong integers
         _refuse(where, "a JSON object in UTF-8", f"text that can't be parsed ({error})", remedy)
     if not isinstance(document, dict):
         _refuse(where, "a JSON object", f"a JSON {type(document).__name__}", remedy)
     return document
 
 
-def _may_repeat(text: bytes, strings: int) -> bool:
-    """Whether some key can stand twice in a document that came out with so many strings, keys included.
+def _may_repeat_keys(text: bytes, string_count: int) -> bool:
+    """Whether `text`, which parsed to `string_count` strings (keys included), may repeat a key within an object.
 
-    Watching every key takes as long as all the rest of parsing. A key that stood twice has left two quotes more.
+    Checking every key with a hook takes as long as all the rest of parsing. A repeated key is dropped in parsing, so
+    the text then has two quotes more than the parsed strings account for. Backslashes may escape quotes, so a text with
+    backslashes always counts as one that may repeat keys.
     """
-    return b"\\" in text or text.count(b'"') != 2 * strings
+    return b"\\" in text or text.count(b'"') != 2 * string_count
 
 
 def _count_strings(document: object) -> int:
-    """Keys and texts in a document."""
-    count, waiting = 0, [document]
-    while waiting:
-        value = waiting.pop()
+    """Count the strings of a parsed document, keys included."""
+    count, pending = 0, [document]
+    while pending:
+        value = pending.pop()
         if isinstance(value, str):
             count += 1
         elif isinstance(value, dict):
             count += len(value)
-            waiting += value.values()
+            pending += value.values()
         elif isinstance(value, list):
-            waiting += value
+            pending += value
     return count
 
 
-def _entries(text: bytes, file: str) -> dict[str, Any]:
-    """The entries of a header; each key stands once in its object.
+def _load_entries(text: bytes, file: str) -> dict[str, Any]:
+    """Parse the JSON of a header; raises `CatalogError` when an object repeats a key.
 
-    A sound header has a name, three keys and a dtype for each tensor.
+    The number of strings is computed, not counted: a valid header has five strings per tensor, which are its name,
+    three keys and a dtype. Where the text does not fit that number, it is parsed again with a check of every key.
     """
     entries = _parse_json(text, file, _FETCH_AGAIN)
     metadata = entries.get(METADATA_KEY)
-    strings = 5 * len(entries)
+    string_count = 5 * len(entries)
     if isinstance(metadata, dict):
-        strings += 2 * len(metadata) - 4
-    if _may_repeat(text, strings):
+        string_count += 2 * len(metadata) - 4
+    if _may_repeat_keys(text, string_count):
         return parse_json_object(text, file, remedy=_FETCH_AGAIN)
     return entries
 
 
-def _metadata(found: object, file: str, faults: FaultCollector) -> dict[str, str]:
-    if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-        return found
-    faults.add(where=f"{file}: {METADATA_KEY}", expected="an object of texts", found=_show(found), remedy=_SAVE_AGAIN)
+def _metadata(value: object, file: str, faults: FaultCollector) -> dict[str, str]:
+    """Return `__metadata__` when it maps strings to strings; otherwise add a fault and return an empty dictionary."""
+    if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+        return value
+    faults.add(where=f"{file}: {METADATA_KEY}", expected="an object of texts", found=_show(value), remedy=_SAVE_AGAIN)
     return {}
 
 
 def _parse_entries(
     entries: Mapping[str, Any], file: str, faults: FaultCollector
 ) -> tuple[dict[str, TensorSpec], list[_Span]]:
-    """Specs by name, and the spans in the order of the payload; entries without a usable span have neither."""
+    """Return the specs by name, and the spans sorted by their place in the payload.
+
+    An entry without valid `data_offsets` has neither a spec nor a span.
+    """
     specs: dict[str, TensorSpec] = {}
     spans: list[_Span] = []
-    # A large checkpoint has 10^5 tensors but few kinds of them: equal dtype and shape share one proved spec.
-    known: dict[str, tuple[TensorSpec, int]] = {}
+    # A large checkpoint has 10^5 tensors but few distinct dtypes and shapes: equal ones share one validated spec.
+    specs_by_key: dict[str, tuple[TensorSpec, int]] = {}
     for name, entry in entries.items():
         try:
             begin, end = _offsets(entry)
             spans.append((begin, end, name))
-            # The text is the key because [True], [1] and [1.0] are equal and only [1] is a shape.
-            kind = repr((entry["dtype"], entry["shape"]))
-            if kind not in known:
+            # The key is a string because [True], [1] and [1.0] are equal, and only [1] is a valid shape.
+            key = repr((entry["dtype"], entry["shape"]))
+            if key not in specs_by_key:
                 spec = _spec(entry["dtype"], entry["shape"])
-                known[kind] = spec, spec.nbytes
-            specs[name], nbytes = known[kind]
+                specs_by_key[key] = spec, spec.nbytes
+            specs[name], nbytes = specs_by_key[key]
         except _EntryError as error:
             faults.add(where=f"{file}: {name}", expected=error.expected, found=error.found, remedy=error.remedy)
             continue
@@ -245,7 +259,7 @@ def _parse_entries(
 
 
 class _EntryError(Exception):
-    """What is wrong with one entry; the caller knows its name."""
+    """The fault of one header entry; the caller adds the entry's name."""
 
     def __init__(self, expected: str, found: str, remedy: str = _SAVE_AGAIN) -> None:
         super().__init__(expected, found, remedy)
@@ -259,7 +273,7 @@ def _offsets(entry: Any) -> tuple[int, int]:
         begin, end = entry["data_offsets"]
     except (TypeError, ValueError):
         begin = end = None
-    # Not isinstance: true and false are no offsets.
+    # type() and not isinstance(): true and false are not offsets.
     if type(begin) is int and type(end) is int and 0 <= begin <= end:
         return begin, end
     raise _EntryError("data_offsets [begin, end] with 0 <= begin <= end", _show(entry["data_offsets"]))
@@ -271,22 +285,25 @@ def _spec(dtype_name: Any, shape: Any) -> TensorSpec:
         remedy = "Save the tensor in one of the expected dtypes; this package can't interpret any other."
         raise _EntryError(f"one of the dtypes {', '.join(DType.__members__)}", _show(dtype_name), remedy)
     sizes_are_counts = type(shape) is list and all(type(size) is int and size >= 0 for size in shape)
-    # Zeros don't shrink the product: torch would overflow on the strides of [0, 2^40, 2^40].
+    # Zeros count as 1 in the product: torch would overflow on the strides of [0, 2^40, 2^40].
     if not sizes_are_counts or prod(size or 1 for size in shape) >= _MAX_NUMEL:
         raise _EntryError("a shape of whole numbers, none negative, fewer than 2^63 elements", _show(shape))
-    return _one_for_all(TensorSpec(dtype, tuple(shape)))
+    return _interned(TensorSpec(dtype, tuple(shape)))
 
 
 @lru_cache(maxsize=4096)
-def _one_for_all(spec: TensorSpec) -> TensorSpec:
-    """Equal specs of all files as one object, so that comparing the modules of a checkpoint is comparing pointers."""
+def _interned(spec: TensorSpec) -> TensorSpec:
+    """Return the same object for all equal specs, in whatever file they are.
+
+    Comparing the modules of a checkpoint then means comparing pointers.
+    """
     return spec
 
 
 def _check_layout(spans: list[_Span], payload_bytes: int, file: str, faults: FaultCollector, *, complete: bool) -> None:
-    """Prove that spans, sorted, cover the payload from its first to its last byte, each byte once.
+    """Check that `spans`, which are sorted, cover the payload from its first to its last byte, each byte once.
 
-    Without `complete` (some entry had no usable span) bytes that nobody claims mean nothing.
+    `complete` is False when some entry had no usable span. Bytes that no span covers are then not reported.
     """
     covered, previous = 0, "the header"
     for begin, end, name in spans:
@@ -311,7 +328,7 @@ def _check_layout(spans: list[_Span], payload_bytes: int, file: str, faults: Fau
 
 
 def list_some(names: Iterable[str], limit: int = 5) -> str:
-    """The first names and how many more there are, for a message: `a, b, c and 12 more`."""
+    """Format the first `limit` names and the number of all others for a message: `a, b, c and 12 more`."""
     remaining = iter(names)
     text = ", ".join(islice(remaining, limit))
     more = sum(1 for _ in remaining)
@@ -319,7 +336,7 @@ def list_some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _show(value: object, limit: int = 80) -> str:
-    """A value from JSON, as JSON, cut to a length that a message can bear."""
+    """Return a JSON value as JSON text for a message, cut to `limit` characters."""
     text = json.dumps(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 

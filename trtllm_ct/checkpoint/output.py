@@ -1,7 +1,8 @@
-"""An output directory that is there completely or not at all.
+"""An output directory that appears complete or not at all.
 
-Work happens in `.OUT.partial` beside OUT and is renamed at the end, so that nobody ever loads half a checkpoint and a
-run that fails leaves an old OUT as it was. What a run that was stopped from outside has done stays there.
+Work happens in `.OUT.partial` beside OUT, which is renamed to OUT at the end. So nobody can load half a checkpoint, and
+a run that fails leaves an existing OUT unchanged. When a run is killed or interrupted, its work so far stays in
+`.OUT.partial`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["check_output_place", "clear", "replacing_directory"]
 
 
 def check_output_place(source: Path, out: Path) -> None:
-    """Raise `UsageError` when one of the two directories is, or lies in, the other; links are followed."""
+    """Raise `UsageError` when the directories are the same or one is inside the other; links are followed."""
     source, out = source.resolve(), out.resolve()
     if source == out or source in out.parents or out in source.parents:
         raise UsageError(
@@ -36,17 +37,18 @@ def check_output_place(source: Path, out: Path) -> None:
 
 @contextmanager
 def replacing_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a directory to work in, which becomes `out` when the block ends without an error.
+    """Yield a working directory, which becomes `out` when the block ends without an error.
 
-    It holds what an earlier run left that was killed or interrupted: go on with that, or `clear` it. On any error
-    everything is left as it was; an interrupt, which is none, leaves the working place for the next run. With
-    `overwrite` an existing `out` is replaced at the very end; without, it is refused. Missing parent folders are made.
-    Raises `UsageError` before yielding when `out` can't be written, or when another process is at work there.
+    The directory holds what an earlier run left there when it was killed or interrupted: the caller may resume that
+    work, or call `clear`. On an error, the working directory is deleted and everything is left as it was before. On an
+    interrupt, which is not an `Exception`, the working directory stays for the next run. With `overwrite`, an existing
+    `out` is replaced at the very end; without it, an existing `out` is refused. Missing parent folders are created.
+    Raises `UsageError` before yielding when `out` can't be written, or when another process works there.
     """
     out = out.resolve()
     _require_free(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
-    made = [folder for folder in partial.parents if not folder.exists()]
+    created_folders = [folder for folder in partial.parents if not folder.exists()]
     try:
         if partial.is_symlink() or not partial.is_dir():
             _remove(partial)
@@ -54,30 +56,33 @@ def replacing_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         remedy = "Choose an output directory in a place that you can write to."
         raise _unusable(partial, f"{error.strerror or error}".lower(), remedy) from None
-    with _alone_in(partial):
+    with _locked(partial):
         try:
             yield partial
             _require_free(out, overwrite=overwrite)
             _install(partial, out)
         except Exception:
             _remove(partial)
-            # Nearest first; one that somebody else put something into stays.
+            # Innermost folder first; rmdir fails for a folder in which somebody else put something.
             with suppress(OSError):
-                for folder in made:
+                for folder in created_folders:
                     folder.rmdir()
             raise
 
 
 def clear(directory: Path, *, keep: Collection[str] = ()) -> None:
-    """Delete everything in a directory but the entries that are named; a link is not followed."""
+    """Delete everything in a directory except the entries named in `keep`; links are deleted but not followed."""
     for path in directory.iterdir():
         if path.name not in keep:
             _remove(path)
 
 
 @contextmanager
-def _alone_in(partial: Path) -> Iterator[None]:
-    """A lock on the working place, which the kernel drops however this process ends; none where there are no locks."""
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold a lock on the working directory; raises `UsageError` when another process holds it.
+
+    The kernel releases the lock however this process ends. On file systems without locks, none is taken.
+    """
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # a file system without locks
@@ -98,6 +103,7 @@ def _lock(descriptor: int, partial: Path) -> None:
 
 
 def _require_free(out: Path, *, overwrite: bool) -> None:
+    """Raise `UsageError` unless a new directory may be put at `out`."""
     remedy = "Choose another place for the output."
     if not out.name:
         found = "the root of the file system"
@@ -106,7 +112,7 @@ def _require_free(out: Path, *, overwrite: bool) -> None:
     elif out.exists() and not overwrite:
         found, remedy = "a directory of that name", "Choose another name, or replace it with --overwrite."
     elif out.exists() and any(place == out or out in place.parents for place in (Path.cwd(), Path.home())):
-        # Replacing means deleting what is there; these two are named by mistake.
+        # Replacing deletes the old content, and nobody names these two directories on purpose.
         found = "a directory that holds the current or the home directory"
     else:
         return
@@ -118,7 +124,7 @@ def _unusable(out: Path, found: str, remedy: str) -> UsageError:
 
 
 def _install(partial: Path, out: Path) -> None:
-    """Put the finished directory in place; the old one, if any, is deleted only after that."""
+    """Rename the finished directory to `out`; an existing `out` is deleted only after that."""
     if not out.exists():
         partial.rename(out)
         return
@@ -130,12 +136,12 @@ def _install(partial: Path, out: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
-    # The new directory is in place: what can't be deleted of the old one is no reason to fail.
+    # The new directory is in place, so leftovers of the old one are no reason to fail.
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
-    """Delete a directory, a file or a link, whichever it is; a link is not followed."""
+    """Delete a directory, a file or a link, whichever `path` is; a link is not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,8 +1,8 @@
-"""TensorReader: payload of cataloged tensors, as views of memory-mapped files.
+"""TensorReader: the payload of cataloged tensors, as views of memory-mapped files.
 
-Nothing is copied: a tensor is a window on the kernel's page cache, its bytes come from disk when they are first
-touched, and they can be dropped again under memory pressure. A map costs address space, not memory, but a process
-may hold only so many of them, so the reader keeps the latest few.
+Nothing is copied. A tensor is a view of the kernel's page cache: its bytes are read from disk when they are first
+touched, and the kernel can drop them again under memory pressure. A map costs address space, not memory, but a process
+may hold only a limited number of maps, so the reader keeps the most recently used ones.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 __all__ = ["Run", "TensorReader", "file_changed"]
 
 _READ_AHEAD_SHARE = 0.5
-"""Of the memory that is available, what read-ahead may fill: the rest is for tensors made from what was read."""
+"""Share of the available memory that read-ahead may fill; the rest is for tensors made from what was read."""
 
-_SECONDS_AN_ANSWER_HOLDS = 1.0
-"""For which a reader believes what it was told about available memory."""
+_MEMORY_CHECK_SECONDS = 1.0
+"""How long a reader reuses its last measurement of available memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Elements of a stored tensor, in the order in which they lie: from `begin` to `end`, or to the last when None."""
+    """Consecutive elements of a stored tensor: from `begin` up to but not including `end`, or to the last if None."""
 
     name: str
     begin: int = 0
     end: int | None = None
 
     def union(self, other: Run) -> Run:
-        """The shortest run of the same tensor that holds both."""
+        """Return the shortest run of the same tensor that contains both."""
         end = None if self.end is None or other.end is None else max(self.end, other.end)
         return Run(self.name, min(self.begin, other.begin), end)
 
@@ -51,9 +51,10 @@ class Run:
 class TensorReader:
     """Reads tensors of a catalog by name.
 
-    Peak memory is what is touched: untouched parts of a tensor take none, and clean pages are file cache.
-    Keeps at most `max_open_maps` maps and no file descriptor; a tensor keeps the map that it views alive,
-    also after `close`. `bytes_read` counts the payload of all runs asked for. For use from one thread.
+    Only the parts of a tensor that are touched take memory, and clean pages are file cache.
+    Keeps at most `max_open_maps` maps and no file descriptor. A tensor keeps the map that it views alive, even after
+    `close`. `bytes_read` counts the payload bytes of all ranges that `read` was called for. Use a reader from one
+    thread only.
     """
 
     def __init__(self, catalog: Catalog, *, max_open_maps: int = 16) -> None:
@@ -61,7 +62,7 @@ class TensorReader:
         self._max_open_maps = max_open_maps
         self._maps: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._available: int | None = None
-        self._asked = -_SECONDS_AN_ANSWER_HOLDS
+        self._measured_at = -_MEMORY_CHECK_SECONDS
         self.bytes_read = 0
 
     def __enter__(self) -> Self:
@@ -71,35 +72,38 @@ class TensorReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of all maps; tensors handed out stay valid, and a later `read` maps again."""
+        """Release all maps; tensors that were returned stay valid, and a later `read` maps the file again."""
         self._maps.clear()
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """The tensor `name`: contiguous, of the dtype and shape in the catalog, on the CPU.
+        """Return the tensor `name`: contiguous, of the dtype and shape in the catalog, on the CPU.
 
-        Of elements outside of `begin` to `end` the caller promises to look at none; they are not counted, not read,
-        and perhaps not even right.
-        A view of a private map: writing to it changes neither the file nor other processes, only what this reader
-        returns for the same bytes while it keeps the map. A payload that is not aligned to its item size is copied.
-        Its storage is the whole file, so clone a tensor before pickling it or sharing it with another process.
-        Raises `KeyError` for a name that is not in the catalog, `CatalogError` when the file changed since.
+        `begin` and `end` are element indices. The caller promises to use no element outside of that range: the others
+        are not counted in `bytes_read`, are not read, and may even hold wrong values.
+        The tensor is a view of a private map. Writing to it changes neither the file nor other processes, but it does
+        change what this reader returns for the same bytes while it keeps the map. A payload that is not aligned to its
+        item size is copied.
+        The storage of the tensor is the whole file, so clone a tensor before pickling it or sharing it with another
+        process.
+        Raises `KeyError` for a name that is not in the catalog, and `CatalogError` when the file changed since the
+        catalog was read.
         """
         tensor = self._catalog.tensors[name]
-        octets = self._map(tensor)[tensor.offset : tensor.offset + tensor.spec.nbytes]
-        if len(octets) < tensor.spec.nbytes:
-            raise file_changed(tensor, f"{len(octets)} of them")
+        data = self._map(tensor)[tensor.offset : tensor.offset + tensor.spec.nbytes]
+        if len(data) < tensor.spec.nbytes:
+            raise file_changed(tensor, f"{len(data)} of them")
         first, last = _bounds(tensor, begin, end)
         self.bytes_read += last - first
         if tensor.offset % tensor.spec.dtype.itemsize:
-            octets = _aligned(octets, first, last)
-        return octets.view(tensor.spec.dtype.torch_dtype).view(tensor.spec.shape)
+            data = _aligned(data, first, last)
+        return data.view(tensor.spec.dtype.torch_dtype).view(tensor.spec.shape)
 
     def prefetch(self, runs: Iterable[Run]) -> int:
-        """Ask the kernel to read these runs into the file cache, in the background; returns the bytes asked for.
+        """Ask the kernel to read runs into the file cache in the background; returns the number of bytes requested.
 
-        Runs come in the order of their use: the first ones count when not all fit into half of the memory that is
-        available to this process (control groups included). Does nothing where memory can't be determined or the
-        platform has no such call.
+        Pass the runs in the order of their use. When not all of them fit into half of the memory that is available to
+        this process (control groups included), only the first ones are requested. Does nothing where the available
+        memory can't be determined or the platform has no `posix_fadvise`.
         """
         available = self._memory()
         if available is None or not hasattr(os, "posix_fadvise"):
@@ -111,20 +115,26 @@ class TensorReader:
         return sum(end - begin for _, begin, end in spans)
 
     def _memory(self) -> int | None:
-        """What `available_memory` said a moment ago: asking takes as long as converting a small module."""
+        """Return the available memory in bytes, or None when unknown; measured at most once a second.
+
+        Measuring takes as long as converting a small module.
+        """
         now = time.monotonic()
-        if now - self._asked >= _SECONDS_AN_ANSWER_HOLDS:
-            self._available, self._asked = available_memory(), now
+        if now - self._measured_at >= _MEMORY_CHECK_SECONDS:
+            self._available, self._measured_at = available_memory(), now
         return self._available
 
     def _place(self, run: Run) -> tuple[str, int, int]:
-        """File, begin and end of a run."""
+        """Return the file of a run, and its begin and end in bytes from the start of the file."""
         tensor = self._catalog.tensors[run.name]
         first, last = _bounds(tensor, run.begin, run.end)
         return tensor.file, tensor.offset + first, tensor.offset + last
 
     def _map(self, tensor: StoredTensor) -> torch.Tensor:
-        """All bytes of a tensor's file, mapped now or before; the map used least recently makes room."""
+        """Return all bytes of the file that holds `tensor`, memory-mapped.
+
+        Reuses an existing map; a new one replaces the least recently used map when there are too many.
+        """
         if tensor.file not in self._maps:
             try:
                 self._maps[tensor.file] = _map_file(self._catalog.directory / tensor.file)
@@ -136,7 +146,7 @@ class TensorReader:
         return self._maps[tensor.file]
 
     def _advise(self, file: str, ranges: list[tuple[int, int]]) -> None:
-        with suppress(OSError):  # only advice: what is wrong with the file will show when it is read
+        with suppress(OSError):  # only a hint: an error of the file will show when the file is read
             descriptor = os.open(self._catalog.directory / file, os.O_RDONLY)
             try:
                 for begin, end in ranges:
@@ -146,14 +156,17 @@ class TensorReader:
 
 
 def _map_file(path: Path) -> torch.Tensor:
-    """The bytes of a file; unlike `mmap.mmap`, torch closes the file, and with shared=False writing copies pages."""
+    """Map a file into memory and return its bytes.
+
+    Unlike `mmap.mmap`, torch closes the file. With shared=False, writing to a page copies it.
+    """
     import torch
 
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
 def file_changed(tensor: StoredTensor, found: str) -> CatalogError:
-    """The error for a file that is no longer what its header said when it was read."""
+    """Return the error for a file that no longer matches the header that was read from it."""
     return CatalogError(
         Fault(
             where=f"{tensor.file}: {tensor.name}",
@@ -165,22 +178,25 @@ def file_changed(tensor: StoredTensor, found: str) -> CatalogError:
 
 
 def _bounds(tensor: StoredTensor, begin: int, end: int | None) -> tuple[int, int]:
-    """Begin and end of a run in bytes, from the first byte of its tensor."""
+    """Return begin and end of a range of elements, in bytes from the start of the tensor."""
     size = tensor.spec.dtype.itemsize
     return begin * size, (tensor.spec.numel if end is None else end) * size
 
 
-def _aligned(octets: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """As many bytes in memory of their own, of which `first` to `last` are the same."""
+def _aligned(data: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return a copy in memory of its own, in which only the bytes from `first` up to `last` are filled in."""
     import torch
 
-    copy = torch.empty_like(octets)
-    copy[first:last] = octets[first:last]
+    copy = torch.empty_like(data)
+    copy[first:last] = data[first:last]
     return copy
 
 
 def _first_within(budget: int, places: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """The leading places, each with file, begin and end, that take no more than `budget` bytes together."""
+    """Return the leading places that take at most `budget` bytes together, without empty ones.
+
+    A place is a file, a begin and an end, in bytes from the start of the file.
+    """
     spans = []
     for file, begin, end in places:
         budget -= end - begin
@@ -192,7 +208,7 @@ def _first_within(budget: int, places: Iterable[tuple[str, int, int]]) -> list[t
 
 
 def _merge(spans: Iterable[tuple[str, int, int]]) -> dict[str, list[tuple[int, int]]]:
-    """Ranges by file, sorted, with those that touch made one."""
+    """Return the byte ranges by file, sorted; ranges that touch or overlap become one."""
     merged: dict[str, list[tuple[int, int]]] = {}
     for file, begin, end in sorted(spans):
         ranges = merged.setdefault(file, [])

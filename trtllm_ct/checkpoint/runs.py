@@ -1,7 +1,7 @@
-"""`read_runs`: a few bytes of a few tensors, read without torch and without mapping a file.
+"""`read_runs`: short runs of many tensors, read without torch and without memory-mapping a file.
 
-`TensorReader` is for weights; this is for stages that look at single values of thousands of tensors and must stay
-light.
+`TensorReader` is for whole weights. `read_runs` is for stages that look at single values of thousands of tensors and
+must stay light.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["read_runs"]
 
 
 def read_runs(catalog: Catalog, runs: Iterable[Run]) -> Iterator[tuple[Run, bytes]]:
-    """The runs with their bytes, in the order of files and offsets; one run is in memory at a time.
+    """Yield the runs with their bytes, in the order of files and offsets; one run is in memory at a time.
 
-    Raises `CatalogError` when a file is gone or shorter than its header said.
+    Raises `CatalogError` when a file is gone or shorter than its header says.
     """
     by_file: dict[str, list[_Place]] = {}
     for run in runs:
@@ -47,22 +47,23 @@ def read_runs(catalog: Catalog, runs: Iterable[Run]) -> Iterator[tuple[Run, byte
 
 
 _Place = tuple[int, int, Run]
-"""Offset in the file, number of bytes, and which run these are."""
+"""The offset of a run in its file, its size in bytes, and the run itself."""
 
 
 def _place(run: Run, tensor: StoredTensor) -> _Place:
+    """Convert a run, which counts elements, to its place in the file, which counts bytes."""
     size = tensor.spec.dtype.itemsize
     end = tensor.spec.numel if run.end is None else run.end
     return tensor.offset + run.begin * size, (end - run.begin) * size, run
 
 
 def _advise(descriptor: int, places: Iterable[_Place]) -> None:
-    """Announce all reads before the first, so that the kernel does many at once.
+    """Announce all reads to the kernel before the first one, so that it does many of them at once.
 
-    Without it each scalar is waited for alone: 48 000 of them from a cold disk took six times as long.
+    Without it, each scalar is a separate wait: reading 48 000 of them from a cold disk took six times as long.
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    with suppress(OSError):  # only advice
+    with suppress(OSError):  # only a hint
         for offset, nbytes, _ in places:
             os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)

@@ -1,7 +1,7 @@
-"""What lies beside the weights and goes along unchanged: tokenizer, chat template, generation config, code, licence.
+"""Files beside the weights that are copied unchanged: tokenizer, chat template, generation config, code, licence.
 
-Everything is carried but what the target writes itself, weights in any format, and hidden files and caches: a
-list of what to leave out ages better than one of what to take, as tokenizers keep inventing files.
+Everything is copied except files that the target writes itself, weights in any format, hidden files and caches. A list
+of exclusions ages better than a list of inclusions, because tokenizers keep adding new files.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _WEIGHT_SUFFIXES = (
     *PICKLE_SUFFIXES, ".safetensors", ".index.json", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
 )  # fmt: skip
 
-# Top level only. The first three are the target's to write. params.json belongs to Mistral's own weight names, which
-# are not carried, and some engines take its presence for their format.
+# Excluded at the top level only. The target writes the first three itself. params.json belongs to Mistral's own weight
+# names, which are not copied, and some engines detect their format by its presence.
 _TARGET_FILES = {"config.json", "hf_quant_config.json", "quant_cfg.json", "params.json"}
 
 
 def side_files(source: Path) -> tuple[str, ...]:
-    """Everything in and below `source` but weights and configuration: relative names of files, sorted.
+    """Return the relative names of all files in and below `source` except weights and configuration, sorted.
 
-    Links are followed, as a hub cache consists of them. Raises `CatalogError` for those that lead nowhere or in a
+    Links are followed, because a hub cache consists of links. Raises `CatalogError` for links that lead nowhere or in a
     circle.
     """
     faults = FaultCollector()
@@ -40,9 +40,9 @@ def side_files(source: Path) -> tuple[str, ...]:
 
 
 def carry_side_files(source: Path, out: Path) -> tuple[str, ...]:
-    """Copy the side files of `source` to `out`; returns their names, see `side_files`.
+    """Copy the side files of `source` to `out` and return their names; see `side_files`.
 
-    Sub-directories keep their place, and what arrives is files. Raises before anything is copied.
+    Sub-directories are kept, and links are copied as files. Raises `CatalogError` before anything is copied.
     """
     names = side_files(source)
     for name in names:
@@ -52,13 +52,13 @@ def carry_side_files(source: Path, out: Path) -> tuple[str, ...]:
 
 
 def _walk(folder: Path, above: tuple[Path, ...], faults: FaultCollector) -> Iterator[Path]:
-    """The files to carry in and below `folder`; `above` are the folders that were walked through to get here."""
-    way = (*above, folder.resolve())
+    """Yield the files to copy in and below `folder`; `above` are the resolved folders on the path down to it."""
+    path_down = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):
-        if _stays(path, at_top=not above):
+        if _is_excluded(path, at_top=not above):
             continue
-        if path.is_dir() and not _encloses(path.resolve(), way):
-            yield from _walk(path, way, faults)
+        if path.is_dir() and not _leads_back(path.resolve(), path_down):
+            yield from _walk(path, path_down, faults)
         elif path.is_file():
             yield path
         else:
@@ -67,12 +67,12 @@ def _walk(folder: Path, above: tuple[Path, ...], faults: FaultCollector) -> Iter
             faults.add(where=str(path), expected="a file or a directory", found=found, remedy=remedy)
 
 
-def _stays(path: Path, *, at_top: bool) -> bool:
-    """Whether something is left behind: hidden, a cache, weights, or for the target to write."""
+def _is_excluded(path: Path, *, at_top: bool) -> bool:
+    """Whether an entry is not copied: hidden, a cache, weights, or a file that the target writes itself."""
     hidden = path.name.startswith(".") or path.name == "__pycache__"
     return hidden or path.name.endswith(_WEIGHT_SUFFIXES) or (at_top and path.name in _TARGET_FILES)
 
 
-def _encloses(folder: Path, way: tuple[Path, ...]) -> bool:
-    """Whether walking `folder` would lead back to a place on the way to it."""
-    return any(folder == place or folder in place.parents for place in way)
+def _leads_back(folder: Path, path_down: tuple[Path, ...]) -> bool:
+    """Whether `folder` is, or contains, one of the folders on the path down to it, so that a walk would not end."""
+    return any(folder == ancestor or folder in ancestor.parents for ancestor in path_down)

@@ -1,7 +1,8 @@
-"""Bytes between files and memory: reserved, written, read and summed up, in chunks that stay in the cache.
+"""Reserve, write, read and checksum bytes of files, in chunks that stay in the processor's cache.
 
-A chunk that was just converted or summed is still in the processor's cache when the kernel copies it into its own. What
-is only copied is written out of the map of its source, which saves reading it into memory first.
+A chunk that was just converted or summed is still in the processor's cache when the kernel copies it into the page
+cache. Data that is only copied is written straight from the memory map of its source, which saves reading it into
+memory first.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ import os
 __all__ = ["CHUNK_BYTES", "PAGE_BYTES", "checksum", "preallocate", "read_into", "write_all"]
 
 CHUNK_BYTES = 2**21
-"""Bytes that are made or summed at once: about the second cache of a core."""
+"""How many bytes are converted or summed at once: about the size of a core's second-level cache."""
 
 _WRITE_BYTES = 2**17
-"""Bytes that the kernel is handed at once.
+"""How many bytes are passed to the kernel in one call.
 
-It takes memory for all of them in one block if it can. Small blocks are those that were free a moment ago; large ones
-were seldom touched, and a virtual machine has to ask its host for them first: with 1 MiB the kernel takes a third more
-time, measured on ext4 under Firecracker.
+The kernel allocates memory for all of them in one block if it can. Small blocks were in use a moment ago; large ones
+were seldom touched, and a virtual machine has to request them from its host first. With 1 MiB the kernel takes a third
+more time, measured on ext4 under Firecracker.
 """
 
 PAGE_BYTES = 4096
-"""Bytes that count together in a `checksum`."""
+"""Bytes of a page: `checksum` multiplies all words of a page by the same number."""
 
 _PAGE_WORDS = PAGE_BYTES // 8
 _NO_SUCH_CALL = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def preallocate(descriptor: int, nbytes: int) -> None:
-    """Give a file its final size, on blocks that are reserved now where the file system can do that.
+    """Give a file its final size, and reserve its blocks where the file system can do that.
 
-    Writing is faster then, and a disk that is too small shows before the work. Raises `OSError`.
-    `os.posix_fallocate` would do, but where the file system can't, the C library writes a byte into every block.
+    Writing is then faster, and a disk that is too small is noticed before the work starts. Raises `OSError`.
+    `os.posix_fallocate` is not used: where the file system can't reserve blocks, the C library writes a byte into each.
     """
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     while nbytes and fallocate is not None:
@@ -48,37 +49,39 @@ def preallocate(descriptor: int, nbytes: int) -> None:
     os.ftruncate(descriptor, nbytes)
 
 
-def write_all(descriptor: int, octets: memoryview, offset: int) -> None:
-    """Write all of `octets` at a place of a file, however little of it the system takes at once."""
-    while octets:
-        written = os.pwrite(descriptor, octets[:_WRITE_BYTES], offset)
-        octets, offset = octets[written:], offset + written
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` to a file at `offset`; repeats the call as long as the system accepts only a part."""
+    while data:
+        written = os.pwrite(descriptor, data[:_WRITE_BYTES], offset)
+        data, offset = data[written:], offset + written
 
 
-def read_into(descriptor: int, octets: memoryview, offset: int) -> int:
-    """Fill `octets` from a place of a file; returns how many bytes there were before its end."""
-    held = 0
-    while held < len(octets):
-        count = os.preadv(descriptor, [octets[held:]], offset + held)
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from a file at `offset`; returns the bytes read, which are fewer only at the end of the file."""
+    filled = 0
+    while filled < len(buffer):
+        count = os.preadv(descriptor, [buffer[filled:]], offset + filled)
         if count == 0:
             break
-        held += count
-    return held
+        filled += count
+    return filled
 
 
-def checksum(octets: memoryview, page: int = 0) -> int:
-    """64 bits that tell whether a chunk is the one that was written, at the speed of memory.
+def checksum(data: memoryview, page: int = 0) -> int:
+    """Return 64 bits that show whether a chunk is still what was written; computed at the speed of memory.
 
-    The sum of all 64-bit words, each page of 4 KiB times an odd number of its own: it shows pages that were lost or
-    changed places, which is what a crash does to a file. It is no proof against intent. Sums of chunks that follow one
-    another add up, modulo 2^64, where all but the last are whole pages and `page` is the number of each one's first.
+    The checksum is the sum of all 64-bit words, where the words of each 4 KiB page are multiplied by an odd number that
+    only this page has. It detects pages that were lost or that changed places, which is what a crash does to a file. It
+    does not protect against deliberate changes.
+    The checksums of consecutive chunks add up, modulo 2^64, to the checksum of all of them together. For that, every
+    chunk but the last must consist of whole pages, and `page` must be the number of the chunk's first page.
     """
     import numpy as np
 
-    whole = len(octets) // PAGE_BYTES
-    pages = np.frombuffer(octets, np.uint64, whole * _PAGE_WORDS).reshape(whole, _PAGE_WORDS).sum(axis=1)
+    whole = len(data) // PAGE_BYTES
+    pages = np.frombuffer(data, np.uint64, whole * _PAGE_WORDS).reshape(whole, _PAGE_WORDS).sum(axis=1)
     total = int(pages @ np.arange(2 * page + 1, 2 * (page + whole), 2, dtype=np.uint64))
-    rest = octets[whole * PAGE_BYTES :]
+    rest = data[whole * PAGE_BYTES :]
     if rest:
         words = np.frombuffer(rest, np.uint64, len(rest) // 8)
         total += (int(words.sum()) + int.from_bytes(rest[8 * len(words) :], "little")) * (2 * (page + whole) + 1)

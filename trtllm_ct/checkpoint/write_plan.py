@@ -1,8 +1,9 @@
-"""Where every byte of an output goes, decided before a byte of input is read.
+"""Plan the position of every byte of an output before any byte of the input is read.
 
-Names, dtypes and shapes are known from a plan, so the files, their headers and the place of every tensor are too.
-Tensors can then be written in any order, by any thread or process, and what comes out is the same.
-Layout follows the safetensors format description and the naming that Hugging Face libraries expect.
+Names, dtypes and shapes of all output tensors are known in advance, so the files, their headers and the position of
+every tensor are known too. Tensors can then be written in any order, by any thread or process, and the result is the
+same.
+The layout follows the safetensors format description and the naming that Hugging Face libraries expect.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ if TYPE_CHECKING:
 __all__ = ["PlannedFile", "Shard", "WritePlan", "encode_header", "plan_shards"]
 
 _PAYLOAD_ALIGNMENT = 64
-"""Payload begins at a multiple of this, so that in a memory map even wide vector loads are aligned."""
+"""The payload begins at a multiple of this, so that even wide vector loads from a memory map are aligned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One file to be: its name and the tensors in it, in the order they were planned."""
+    """A file to write: its name and its tensors, in the order in which they were planned."""
 
     file: str
     specs: Mapping[str, TensorSpec]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of payload."""
+        """The size of the payload in bytes."""
         return sum(spec.nbytes for spec in self.specs.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """A file before its payload is there: `header` are its first bytes, `nbytes` counts all of it."""
+    """A file without its payload: `header` holds its first bytes, `nbytes` is the size of the whole file."""
 
     name: str
     header: bytes
@@ -53,14 +54,17 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritePlan:
-    """The files of an output and the place of each tensor in them. The order of `places` is that of the plan."""
+    """The files of an output and the place of each tensor in them.
+
+    The order of `places` is the order in which the tensors were given.
+    """
 
     files: tuple[PlannedFile, ...]
     places: Mapping[str, StoredTensor]
 
     @classmethod
     def of(cls, specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Self:
-        """The plan for tensors in the given order; see `plan_shards` and `encode_header`."""
+        """Plan the files for tensors in the given order; see `plan_shards` and `encode_header`."""
         files, places = [], {}
         for shard in plan_shards(specs, max_shard_bytes):
             header, begins = encode_header(shard.specs)
@@ -71,18 +75,18 @@ class WritePlan:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """All files, the index included."""
+        """The names of all files, the index included."""
         names = tuple(file.name for file in self.files)
         return names if self.index is None else (*names, INDEX_FILE)
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(place.spec.nbytes for place in self.places.values())
 
     @property
     def index(self) -> str | None:
-        """The text of the index; None for a single file, which needs none."""
+        """The text of the index; None for a single file, which needs no index."""
         if len(self.files) == 1:
             return None
         index = {
@@ -92,20 +96,20 @@ class WritePlan:
         return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
     def digest(self) -> bytes:
-        """Tells plans apart that write anything elsewhere."""
-        found = hashlib.sha256()
+        """Return a hash of the plan; plans differ in it when they write anything to another place."""
+        sha256 = hashlib.sha256()
         for file in self.files:
-            found.update(f"{file.name}\n{file.nbytes}\n".encode() + file.header)
-        return found.digest()
+            sha256.update(f"{file.name}\n{file.nbytes}\n".encode() + file.header)
+        return sha256.digest()
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[Shard, ...]:
     """Distribute tensors, in the given order, over files of at most `max_shard_bytes` of payload each.
 
-    There are as few files as that allows, and the largest is as small as it can be: files of one size are written and
-    read side by side to the end. A tensor larger than the limit gets a file of its own. One shard is
-    `model.safetensors`, several are numbered. Without tensors there is one empty shard. Raises `ValueError` for a limit
-    below one byte.
+    The number of files is the smallest possible, and the largest file is as small as possible: files of equal size can
+    be written and read in parallel to the end. A tensor larger than the limit gets a file of its own. One shard is
+    called `model.safetensors`; several are numbered. Without tensors there is one empty shard. Raises `ValueError` for
+    a limit below one byte.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
@@ -121,25 +125,28 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[
 
 
 def _even_stops(ends: Sequence[int], limit: int) -> list[int]:
-    """Where runs of tensors stop: as few runs of at most `limit` bytes as there can be, and none larger than it must.
+    """Return the index after the last tensor of each run: the fewest runs of at most `limit` bytes.
 
-    `ends` are the running totals of bytes.
+    The largest run is as small as possible. `ends` are the cumulative sizes of the tensors in bytes.
     """
-    fewest = len(_stops(ends, limit))
+    fewest = len(_greedy_stops(ends, limit))
     low, high = 1, limit
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_stops(ends, middle)) <= fewest else (middle + 1, high)
-    return _stops(ends, high)
+        low, high = (low, middle) if len(_greedy_stops(ends, middle)) <= fewest else (middle + 1, high)
+    return _greedy_stops(ends, high)
 
 
-def _stops(ends: Sequence[int], limit: int) -> list[int]:
-    """The same for runs that are filled one after another; each has a tensor at least."""
+def _greedy_stops(ends: Sequence[int], limit: int) -> list[int]:
+    """Return the index after the last tensor of each run, where each run is filled before the next one starts.
+
+    Every run has at least one tensor, so a run exceeds `limit` when a single tensor does.
+    """
     stops: list[int] = []
     start = done = 0
     while start < len(ends):
         start = max(bisect_right(ends, done + limit, start), start + 1)
-        # A tensor over the limit stands alone, but for empty ones behind it.
+        # A tensor over the limit gets a run of its own, together with empty tensors directly after it.
         start = bisect_right(ends, ends[start - 1], start)
         done = ends[start - 1]
         stops.append(start)
@@ -147,9 +154,10 @@ def _stops(ends: Sequence[int], limit: int) -> list[int]:
 
 
 def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the payload, and where in the file each tensor begins.
+    """Return the bytes before the payload, and the offset of each tensor in the file.
 
-    Payloads lie widest items first, otherwise in the given order: so each begins at a multiple of its item size.
+    Payloads are sorted by item size, largest first, and otherwise keep the given order, so that each begins at a
+    multiple of its item size. Raises `ValueError` for a tensor named `__metadata__`.
     """
     if METADATA_KEY in specs:
         raise ValueError(f"{METADATA_KEY} is no name for a tensor in a safetensors file")

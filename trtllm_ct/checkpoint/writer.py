@@ -1,8 +1,8 @@
-"""Safetensors files written as tensors come: headers first, payload in any order, memory bounded.
+"""Write safetensors files: headers first, then the payload in any order, with bounded memory.
 
-`create_files` makes every file of a plan at its final size. Any number of `TensorWriter`, in threads or processes,
-then put payloads straight into their places, without waiting for neighbours in the file. `ShardedWriter` does both
-for a single caller.
+`create_files` creates every file of a plan at its final size. Any number of `TensorWriter` objects, in threads or
+processes, then write payloads directly to their places, without waiting for their neighbours in the file.
+`ShardedWriter` does both for a single caller.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "file_locks", "pieces_are_there", "write_index"]
 
 PIECE_BYTES = 8 * 2**20
-"""Bytes after which a new piece begins: small enough to be read at once, and large enough that journals stay short."""
+"""Largest size of a piece: small enough to be read at once, and large enough to keep journals short."""
 
 _MAX_OPEN_FILES = 16
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,7 +42,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A run of at most `PIECE_BYTES` that was written: where, and its `transfer.checksum`."""
+    """A contiguous range of at most `PIECE_BYTES` that was written: its place, and its `transfer.checksum`."""
 
     file: str
     offset: int
@@ -50,23 +50,27 @@ class Piece:
     checksum: int
 
     def goes_on(self, file: str, offset: int, nbytes: int) -> bool:
-        """Whether so many bytes there would be more of this piece."""
+        """Whether `nbytes` bytes at `offset` of `file` can be added to this piece.
+
+        They must follow it directly, it must end with a whole page so that checksums add up, and the result must not be
+        longer than `PIECE_BYTES`.
+        """
         follows = (file, offset) == (self.file, self.offset + self.nbytes)
         return follows and self.nbytes % PAGE_BYTES == 0 and self.nbytes + nbytes <= PIECE_BYTES
 
-    def with_more(self, octets: memoryview) -> Piece:
-        """The piece with bytes that follow it."""
-        total = (self.checksum + checksum(octets, self.nbytes // PAGE_BYTES)) % 2**64
-        return Piece(file=self.file, offset=self.offset, nbytes=self.nbytes + len(octets), checksum=total)
+    def with_more(self, data: memoryview) -> Piece:
+        """Return this piece extended by `data`, the bytes that follow it."""
+        total = (self.checksum + checksum(data, self.nbytes // PAGE_BYTES)) % 2**64
+        return Piece(file=self.file, offset=self.offset, nbytes=self.nbytes + len(data), checksum=total)
 
 
 def create_files(directory: Path, plan: WritePlan) -> None:
-    """Make the files of a plan in `directory`, which must exist: headers written, room for all payload reserved.
+    """Create the files of a plan in `directory`, which must exist: write headers, reserve room for all payload.
 
-    A file that has its header and its size already stays as it is, payload included. Raises `UsageError` when the
+    A file that already has its header and its final size stays as it is, payload included. Raises `UsageError` when the
     disk is too small.
     """
-    missing = [file for file in plan.files if not _is_there(directory, file)]
+    missing = [file for file in plan.files if not _is_created(directory, file)]
     needed = sum(file.nbytes - len(file.header) for file in missing)
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -83,25 +87,25 @@ def create_files(directory: Path, plan: WritePlan) -> None:
 
 
 def file_locks(plan: WritePlan) -> dict[str, Lock]:
-    """A lock for each file of a plan, for the writers of one process."""
+    """Return a lock for each file of a plan, to be shared by the writers of one process."""
     return {file.name: Lock() for file in plan.files}
 
 
 def write_index(directory: Path, plan: WritePlan) -> None:
-    """Write the index where a plan has several files."""
+    """Write the index if the plan has several files."""
     if plan.index is not None:
         (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
 
 
 def pieces_are_there(directory: Path, pieces: Iterable[Piece]) -> bool:
-    """Whether the files of `directory` hold all these bytes, as they were when they were written. Reads them."""
+    """Whether the files of `directory` still hold all pieces unchanged; reads them and compares checksums."""
     buffer = memoryview(bytearray(PIECE_BYTES))
     with _OpenFiles(directory, os.O_RDONLY) as files:
         try:
             for piece in pieces:
-                octets = buffer[: piece.nbytes]
-                held = read_into(files[piece.file], octets, piece.offset)
-                if held < piece.nbytes or checksum(octets) != piece.checksum:
+                data = buffer[: piece.nbytes]
+                nbytes = read_into(files[piece.file], data, piece.offset)
+                if nbytes < piece.nbytes or checksum(data) != piece.checksum:
                     return False
         except OSError:
             return False
@@ -109,12 +113,12 @@ def pieces_are_there(directory: Path, pieces: Iterable[Piece]) -> bool:
 
 
 class TensorWriter:
-    """Puts tensors into the files of a plan, which `create_files` made. For use from one thread.
+    """Writes tensors into the files of a plan, which `create_files` created. Use a writer from one thread only.
 
-    Many writers may fill the same files at once, each its own tensors. Those of one process share `locks`, one for each
-    file: the kernel lets one thread at a time write into a file, and others would not sleep until it is their turn but
-    burn a core. `pieces` are all runs of bytes that were written, in order. At most 16 files are open at a time;
-    leaving the context closes them.
+    Several writers may fill the same files at once, each with its own tensors. Writers of one process share `locks`,
+    one lock per file: the kernel lets only one thread at a time write to a file, and without locks the other threads
+    would not sleep while they wait but keep a core busy. `pieces` holds all ranges of bytes that were written, in
+    order. At most 16 files are open at a time; leaving the context closes them.
     """
 
     def __init__(self, directory: Path, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
@@ -135,11 +139,11 @@ class TensorWriter:
         self._files.close()
 
     def write(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
-        """Put the tensor `name` in its place, or some of its rows, of which `row` is the first.
+        """Write the tensor `name` to its place, or some of its rows, of which `row` is the first.
 
-        Nothing is copied on the way. Raises `ValueError` for a tensor that is not as planned: unknown, of other dtype
-        or shape, written before, not contiguous, not in CPU memory. Each of these is a mistake of the caller, never of
-        a checkpoint.
+        Nothing is copied on the way. Raises `ValueError` for a tensor that does not fit the plan: unknown, of another
+        dtype or shape, already written, not contiguous, or not in CPU memory. Each of these is a mistake of the caller,
+        never of a checkpoint.
         """
         if name not in self._plan.places:
             raise ValueError(f"{name} is not among the planned tensors")
@@ -151,12 +155,12 @@ class TensorWriter:
             raise ValueError(
                 f"{name} must be contiguous in CPU memory, not on {tensor.device}, strides {tensor.stride()}"
             )
-        self.write_bytes(name, _octets(tensor), row * (spec.nbytes // spec.shape[0]) if row else 0)
+        self.write_bytes(name, _tensor_bytes(tensor), row * (spec.nbytes // spec.shape[0]) if row else 0)
 
     def write_bytes(self, name: str, octets: memoryview, begin: int = 0) -> None:
-        """Put bytes of the tensor `name` in their place, `begin` bytes behind its first one.
+        """Write bytes of the tensor `name` to their place, starting `begin` bytes after the tensor's first one.
 
-        Raises `ValueError` for an unknown tensor, and for more bytes than it has or has left.
+        Raises `ValueError` for an unknown tensor, and for more bytes than are left to be written.
         """
         if name not in self._plan.places:
             raise ValueError(f"{name} is not among the planned tensors")
@@ -166,34 +170,35 @@ class TensorWriter:
             octets, begin = octets[CHUNK_BYTES:], begin + CHUNK_BYTES
 
     def is_complete(self, name: str) -> bool:
-        """Whether every byte of a tensor was written here."""
+        """Whether every byte of a tensor was written by this writer."""
         return self._written.get(name) == self._plan.places[name].spec.nbytes
 
     def _claim(self, name: str, nbytes: int) -> None:
-        """Count bytes of a tensor that are about to be written; no more than it has."""
+        """Count bytes of a tensor that are about to be written; raises `ValueError` when it has fewer left."""
         room = self._plan.places[name].spec.nbytes - self._written.get(name, 0)
         if nbytes > room or (name in self._written and room == 0):
             raise ValueError(f"{name} was written before")
         self._written[name] = self._written.get(name, 0) + nbytes
 
-    def _put(self, name: str, begin: int, octets: memoryview) -> None:
+    def _put(self, name: str, begin: int, data: memoryview) -> None:
+        """Write bytes of a tensor at `begin`, and record them in `pieces`."""
         place = self._plan.places[name]
         file, offset = place.file, place.offset + begin
-        before = self.pieces[-1] if self.pieces else None
-        if before is not None and before.goes_on(file, offset, len(octets)):
-            self.pieces[-1] = before.with_more(octets)
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and last.goes_on(file, offset, len(data)):
+            self.pieces[-1] = last.with_more(data)
         else:
-            self.pieces.append(Piece(file=file, offset=offset, nbytes=len(octets), checksum=checksum(octets)))
+            self.pieces.append(Piece(file=file, offset=offset, nbytes=len(data), checksum=checksum(data)))
         with self._locks[file]:
-            write_all(self._files[file], octets, offset)
+            write_all(self._files[file], data, offset)
 
 
 class ShardedWriter:
     """Writes the tensors of `specs` into safetensors files in `directory`, which must exist.
 
-    The constructor makes all files at their final size, each with its header. `write` streams one tensor to its
-    place and copies nothing; `finish` proves that none is missing and writes the index. Leaving the context closes
-    all files.
+    The constructor creates all files at their final size, each with its header. `write` streams one tensor to its place
+    and copies nothing. `finish` checks that no tensor is missing and writes the index. Leaving the context closes all
+    files.
     """
 
     def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> None:
@@ -213,7 +218,7 @@ class ShardedWriter:
         self._writer.close()
 
     def write(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
-        """Put a tensor or some of its rows in their place; see `TensorWriter.write`."""
+        """Write a tensor, or some of its rows, to its place; see `TensorWriter.write`."""
         self._writer.write(name, tensor, row)
 
     def finish(self) -> tuple[str, ...]:
@@ -230,7 +235,7 @@ class ShardedWriter:
 
 
 class _OpenFiles:
-    """Descriptors by file name, opened on demand; the one used least recently makes room."""
+    """File descriptors by file name, opened on demand; the least recently used one is closed to make room."""
 
     def __init__(self, directory: Path, flags: int) -> None:
         self._directory = directory
@@ -244,7 +249,7 @@ class _OpenFiles:
         self.close()
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all descriptors."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -257,17 +262,17 @@ class _OpenFiles:
         return self._descriptors[file]
 
 
-def _octets(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied; valid only while the tensor lives.
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor as a view, which is valid only while the tensor is alive.
 
-    By address, because NumPy has no name for bfloat16 and float8.
+    The view is made from the tensor's address, because NumPy has no dtype for bfloat16 and float8.
     """
     size = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
-def _is_there(directory: Path, file: PlannedFile) -> bool:
-    """Whether a file was made by the same plan before."""
+def _is_created(directory: Path, file: PlannedFile) -> bool:
+    """Whether a file with the planned header and the planned size exists already."""
     path = directory / file.name
     if not path.is_file() or path.stat().st_size != file.nbytes:
         return False

@@ -1,8 +1,9 @@
-"""JSON of one `QuantizationArgs` -> `QuantArgs`: defaults, aliases and what can't be meant.
+"""Read the JSON of one `QuantizationArgs` as `QuantArgs`: fill in defaults, resolve aliases, refuse invalid values.
 
-Defaults and combination rules are those of compressed-tensors 0.20 quantization/quant_args.py. We differ where the
-library is too strict for older files (`actorder: group`, which 0.19 removed; unknown keys) and where it accepts what no
-format can store (integer widths above 8 bits, group size 0, words and numbers for booleans).
+Defaults and combination rules are those of compressed-tensors 0.20 quantization/quant_args.py. This reader differs in
+two ways. It is more lenient where the library is too strict for older files (`actorder: group`, which 0.19 removed;
+unknown keys). It is stricter where the library accepts what no format can store (integer widths above 8 bits, group
+size 0, strings and numbers as booleans).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ARGUMENT_KEYS = (
     "scale_dtype",
     "zp_dtype",
 )
-_SILENT_KEYS = ("observer", "observer_kwargs")
+_IGNORED_KEYS = ("observer", "observer_kwargs")
 
 _WIDTHS = {NumberType.INT: range(1, 9), NumberType.FLOAT: (4, 6, 8)}
 _ACT_ORDERS = {
@@ -40,39 +41,39 @@ _ACT_ORDERS = {
     "weight": ActOrder.WEIGHT,
     "static": ActOrder.WEIGHT,
 }
-_GROUPED = (Strategy.GROUP, Strategy.TENSOR_GROUP)
-_WEIGHTS = (Strategy.TENSOR, Strategy.CHANNEL, Strategy.GROUP, Strategy.BLOCK, Strategy.TENSOR_GROUP)
-_ACTIVATIONS = (Strategy.TOKEN, Strategy.TENSOR, Strategy.GROUP, Strategy.TENSOR_GROUP, Strategy.ATTN_HEAD)
-_DYNAMIC = (Strategy.TOKEN, Strategy.TENSOR, Strategy.TENSOR_GROUP, Strategy.GROUP)
+_GROUP_STRATEGIES = (Strategy.GROUP, Strategy.TENSOR_GROUP)
+_WEIGHT_STRATEGIES = (Strategy.TENSOR, Strategy.CHANNEL, Strategy.GROUP, Strategy.BLOCK, Strategy.TENSOR_GROUP)
+_ACTIVATION_STRATEGIES = (Strategy.TOKEN, Strategy.TENSOR, Strategy.GROUP, Strategy.TENSOR_GROUP, Strategy.ATTN_HEAD)
+_DYNAMIC_STRATEGIES = (Strategy.TOKEN, Strategy.TENSOR, Strategy.TENSOR_GROUP, Strategy.GROUP)
 _ZERO_POINT_DTYPE = {NumberType.INT: "int8", NumberType.FLOAT: "float8_e4m3fn"}
 
 
 def read_weight_args(source: JsonObject | None) -> QuantArgs | None:
-    """Read the arguments of stored weights; None when there are none or a fault was recorded."""
+    """Read the arguments of stored weights; None when `source` is None or a fault was recorded in reading them."""
     args = read_quant_args(source) if source else None
     if source is None or args is None:
         return None
-    if args.strategy not in _WEIGHTS:
-        source.fault("strategy", expected=f"one of {', '.join(_WEIGHTS)} for weights")
+    if args.strategy not in _WEIGHT_STRATEGIES:
+        source.fault("strategy", expected=f"one of {', '.join(_WEIGHT_STRATEGIES)} for weights")
     elif args.dynamic is not False:
         source.fault("dynamic", expected="false for weights, whose scales are stored")
     return args
 
 
 def read_activation_args(source: JsonObject | None) -> QuantArgs | None:
-    """Read the arguments of activations or of the KV cache; None when there are none or a fault was recorded."""
+    """Read the arguments of activations or of the KV cache; None when `source` is None or reading recorded a fault."""
     args = read_quant_args(source) if source else None
     if source is None or args is None:
         return None
-    if args.strategy not in _ACTIVATIONS:
-        source.fault("strategy", expected=f"one of {', '.join(_ACTIVATIONS)} for activations")
+    if args.strategy not in _ACTIVATION_STRATEGIES:
+        source.fault("strategy", expected=f"one of {', '.join(_ACTIVATION_STRATEGIES)} for activations")
     if args.actorder is not None:
         source.fault("actorder", expected="null for activations, which have no columns to reorder")
     return args
 
 
 def read_quant_args(source: JsonObject) -> QuantArgs | None:
-    """Read arguments as the library's `QuantizationArgs` does; None when a fault was recorded."""
+    """Read arguments as the library's `QuantizationArgs` does; returns None when a fault was recorded."""
     faults_before = source.findings.fault_count
     number = source.choice("type", NumberType, NumberType.INT) or NumberType.INT
     symmetric = source.boolean("symmetric", default=True)
@@ -89,7 +90,7 @@ def read_quant_args(source: JsonObject) -> QuantArgs | None:
         scale_dtype=source.dtype("scale_dtype"),
         zp_dtype=_zp_dtype(source, number, symmetric=symmetric),
     )
-    source.warn_unknown(ARGUMENT_KEYS, _SILENT_KEYS)
+    source.warn_unknown(ARGUMENT_KEYS, _IGNORED_KEYS)
     if source.findings.fault_count == faults_before:
         _check_combination(source, args)
     return args if source.findings.fault_count == faults_before else None
@@ -112,13 +113,17 @@ def _group_size(source: JsonObject) -> int | None:
 
 
 def _implied_strategy(group_size: int | None) -> Strategy:
+    """The strategy that the library assumes when the config names none."""
     if group_size is None:
         return Strategy.TENSOR
     return Strategy.CHANNEL if group_size == -1 else Strategy.GROUP
 
 
 def _block_structure(source: JsonObject) -> tuple[int, int] | None:
-    """Rows and columns of a block: a list since 0.11, before that a string such as "128x128"."""
+    """Read the rows and columns of a block.
+
+    The value is a list since compressed-tensors 0.11, and before that a string such as "128x128".
+    """
     value = source.raw.get("block_structure")
     if value is None:
         return None
@@ -154,14 +159,14 @@ def _actorder(source: JsonObject) -> ActOrder | None:
 
 
 def _zp_dtype(source: JsonObject, number: NumberType, *, symmetric: bool) -> str | None:
-    """The dtype of zero points as stored; none exist for symmetric arguments, whatever they declare."""
+    """The dtype of the stored zero points. Symmetric arguments have none, whatever dtype they declare."""
     declared = source.dtype("zp_dtype")
     return None if symmetric else declared or _ZERO_POINT_DTYPE[number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rule:
-    """Two fields that can't be meant together; `key` is the one to look at."""
+    """A check of one combination of fields; `key` names the field to which the fault is attached."""
 
     key: str
     broken: Callable[[QuantArgs], bool]
@@ -171,12 +176,12 @@ class _Rule:
 _RULES = (
     _Rule(
         key="group_size",
-        broken=lambda args: args.strategy in _GROUPED and args.group_size is None,
+        broken=lambda args: args.strategy in _GROUP_STRATEGIES and args.group_size is None,
         expected="a positive group size for a group strategy",
     ),
     _Rule(
         key="group_size",
-        broken=lambda args: args.strategy not in _GROUPED and args.group_size is not None,
+        broken=lambda args: args.strategy not in _GROUP_STRATEGIES and args.group_size is not None,
         expected="null unless the strategy is group or tensor_group",
     ),
     _Rule(
@@ -191,8 +196,8 @@ _RULES = (
     ),
     _Rule(
         key="strategy",
-        broken=lambda args: args.dynamic is not False and args.strategy not in _DYNAMIC,
-        expected=f"one of {', '.join(_DYNAMIC)} for dynamic quantization",
+        broken=lambda args: args.dynamic is not False and args.strategy not in _DYNAMIC_STRATEGIES,
+        expected=f"one of {', '.join(_DYNAMIC_STRATEGIES)} for dynamic quantization",
     ),
     _Rule(
         key="dynamic",

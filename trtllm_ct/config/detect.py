@@ -1,10 +1,11 @@
-"""Which quantization format a checkpoint directory holds, and on what evidence. JSON is read, tensors are not.
+"""Detect which quantization format a checkpoint directory holds, and on what evidence. Only JSON is read, no tensors.
 
-Several places may speak: blocks in config.json, params.json of Mistral's own repositories, hf_quant_config.json of
-ModelOpt, and the side files of early GPTQ and AWQ tools. Each is judged by its `quant_method` or producer, never
-by the presence of `config_groups`, which ModelOpt writes too. compressed-tensors goes before ModelOpt, ModelOpt
-before all others; places that disagree are reported, whoever wins. A directory that this package prepared for an
-engine is no checkpoint of its own, and what stands beside its mark isn't asked.
+A quantization block can be in several places: in config.json, in the params.json of Mistral's own repositories, in
+ModelOpt's hf_quant_config.json, and in the side files of early GPTQ and AWQ tools. A block is recognized by its
+`quant_method` or producer, never by the presence of `config_groups`, which ModelOpt writes too. compressed-tensors has
+priority over ModelOpt, and ModelOpt over all others. Places that disagree are reported, whichever has priority.
+A directory that this package prepared for an engine (a sidecar) is not a checkpoint of its own: where the sidecar file
+is present, no other file is read.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, SIDECAR
 __all__ = ["SIDECAR_FILE", "Detection", "Evidence", "FormatDetector", "unwrap_block"]
 
 SIDECAR_FILE = "trtllm_ct.json"
-"""What makes a directory one that was prepared for an engine, and says from which source."""
+"""The file that marks a directory as prepared for an engine, and names the source checkpoint."""
 
 _CONFIG = "config.json"
 _PARAMS = "params.json"
 _MODELOPT_CONFIG = "hf_quant_config.json"
 _GPTQ_CONFIG = "quantize_config.json"
 _AWQ_CONFIG = "quant_config.json"
-_MOST_NAMED = 8
+_MAX_NAMES = 8
 
-# Where a block may stand: file and keys. Among places that name the same method the first one counts.
+# Where a block can be: file and keys. Among places that indicate the same method, the first one decides.
 _PLACES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_CONFIG, ("quantization_config",)),
     (_CONFIG, ("text_config", "quantization_config")),
@@ -45,16 +46,16 @@ _PLACES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_GPTQ_CONFIG, ()),
     (_AWQ_CONFIG, ()),
 )
-# What a block without a name says instead: a key that only one method has,
-_TELLING_KEYS = {
+# A block without a method name is recognized in one of three ways: by a key that only one method has,
+_METHOD_OF_KEY = {
     "quant_algo": MODELOPT,
     "qformat_weight": "mistral-fp8",
     "load_in_4bit": "bitsandbytes",
     "load_in_8bit": "bitsandbytes",
 }
-# nothing but sparsity, as compressed-tensors 0.6 wrote it,
-_SPARSE_ONLY = frozenset({"sparsity_config", "version"})
-# or a place that only one method uses.
+# by holding nothing but sparsity, as compressed-tensors 0.6 wrote it,
+_SPARSITY_ONLY = frozenset({"sparsity_config", "version"})
+# or by its place, when only one method uses that place.
 _METHOD_OF_PLACE = {
     f"{_CONFIG}: compression_config": COMPRESSED_TENSORS,
     f"{_CONFIG}: text_config.compression_config": COMPRESSED_TENSORS,
@@ -67,7 +68,10 @@ _METHOD_OF_PLACE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """One thing that was seen: file, key, value, and the method that it was read as (None: no quantization)."""
+    """One observation: file, key and value, and the method that it indicates.
+
+    `read_as` is None where it indicates a checkpoint without quantization.
+    """
 
     file: str
     key: str
@@ -78,16 +82,17 @@ class Evidence:
         return f"{self.file}: {self.key} is {self.found}"
 
     def to_dict(self) -> dict[str, object]:
-        """JSON form: the four fields by name."""
+        """Return the JSON form: the four fields by name."""
         return {"file": self.file, "key": self.key, "found": self.found, "read_as": self.read_as}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detection:
-    """What a checkpoint is.
+    """The detected quantization method of a checkpoint.
 
-    `method` is None for a checkpoint without quantization. `origin` names file and key of the deciding block, and
-    `block` is that block as it was read; both are None when there is none.
+    `method` is None for a checkpoint without quantization. `origin` names file and key of the block that decided, and
+    `block` is that block as it was read; both are None when there is no block. `disagreements` are messages about other
+    blocks that contradict it.
     """
 
     method: str | None
@@ -99,12 +104,15 @@ class Detection:
 
     @property
     def description(self) -> str:
-        """A noun phrase that says what this is, such as `an AutoGPTQ checkpoint, not compressed-tensors`."""
+        """A noun phrase for the checkpoint, such as `an AutoGPTQ checkpoint, not compressed-tensors`."""
         name = describe_method(self.method).name
         return name if self.method == COMPRESSED_TENSORS else f"{name}, not compressed-tensors"
 
     def require_compressed_tensors(self) -> Mapping[str, Any]:
-        """The compressed-tensors block; raises `DetectionError` that says what the checkpoint is instead."""
+        """Return the compressed-tensors block.
+
+        Raises `DetectionError` when there is none; the message says what the checkpoint is instead.
+        """
         if self.method == COMPRESSED_TENSORS and self.block is not None:
             return self.block
         raise DetectionError(
@@ -117,7 +125,7 @@ class Detection:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """JSON form, without the block."""
+        """Return the JSON form, without the block."""
         return {
             "method": self.method,
             "description": self.description,
@@ -129,7 +137,7 @@ class Detection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Claim:
-    """A block that was found, and the method that it names."""
+    """A quantization block, and the method that it indicates."""
 
     method: str
     origin: str
@@ -138,36 +146,39 @@ class _Claim:
 
 
 class FormatDetector:
-    """Looks for quantization blocks and decides whose checkpoint this is."""
+    """Looks for quantization blocks and decides which method a checkpoint is quantized with."""
 
     def detect(self, directory: str | Path) -> Detection:
-        """Decide for a checkpoint directory.
+        """Detect the method of a checkpoint directory.
 
-        Raises `DetectionError` when this is no checkpoint directory, and `ConfigError` when a configuration
-        file is no JSON object.
+        Raises `DetectionError` when `directory` is not a checkpoint directory, and `ConfigError` when a configuration
+        file is not a JSON object.
         """
         path = Path(directory)
         _require_checkpoint(path)
         if (path / SIDECAR_FILE).is_file():
-            return _sidecar(read_json_object(path / SIDECAR_FILE), str(directory))
+            return _detect_sidecar(read_json_object(path / SIDECAR_FILE), str(directory))
         names = dict.fromkeys(file for file, _ in _PLACES)
         files = {name: read_json_object(path / name) for name in names if (path / name).is_file()}
         return _decide(files, str(directory))
 
     def detect_config(self, config: Mapping[str, Any]) -> Detection:
-        """Decide for the dictionary of a config.json alone; raises `ConfigError` when a block is no JSON object."""
+        """Detect the method from the dictionary of a config.json alone.
+
+        Raises `ConfigError` when a block is not a JSON object.
+        """
         return _decide({_CONFIG: config}, None)
 
 
 def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> Detection:
     claims = [claim for file, keys in _PLACES if file in files for claim in _claims_at(files[file], file, keys)]
     if not claims:
-        nothing = [
+        evidence = [
             Evidence(file=file, key="quantization_config", found="absent", read_as=None)
             for file in (_CONFIG, _PARAMS)
             if file in files
         ]
-        return Detection(method=None, evidence=tuple(nothing), directory=directory)
+        return Detection(method=None, evidence=tuple(evidence), directory=directory)
     claims.sort(key=_priority)
     winner = claims[0]
     return Detection(
@@ -180,18 +191,20 @@ def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> De
     )
 
 
-def _sidecar(content: Mapping[str, Any], directory: str) -> Detection:
+def _detect_sidecar(content: Mapping[str, Any], directory: str) -> Detection:
+    """Return the detection for a directory whose sidecar file has this content."""
     source = Evidence(file=SIDECAR_FILE, key="source", found=json.dumps(content.get("source")), read_as=SIDECAR)
     return Detection(method=SIDECAR, evidence=(source,), origin=SIDECAR_FILE, block=content, directory=directory)
 
 
 def _priority(claim: _Claim) -> int:
+    """The rank of a claim: the claim with the lowest number decides."""
     order = {COMPRESSED_TENSORS: 0, MODELOPT: 1, UNKNOWN: 3}
     return order.get(claim.method, 2)
 
 
 def _claims_at(content: Mapping[str, Any], file: str, keys: tuple[str, ...]) -> list[_Claim]:
-    """The claim of one place: a list of one, or empty when nothing stands there."""
+    """Return the claims of one place: one claim, or none when there is no block."""
     block: Any = content
     for depth, key in enumerate(keys, start=1):
         block = block.get(key)
@@ -204,15 +217,15 @@ def _claims_at(content: Mapping[str, Any], file: str, keys: tuple[str, ...]) -> 
     block = unwrap_block(block)
     path = ".".join(keys)
     origin = f"{file}: {path}" if path else file
-    method, key, found = _judge(block, origin)
+    method, key, found = _identify(block, origin)
     evidence = Evidence(file=file, key=f"{path}.{key}" if path else key, found=found, read_as=method)
     return [_Claim(method=method, origin=origin, block=block, evidence=evidence)]
 
 
 def unwrap_block(block: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The block without the extra `quantization_config` level that the first transformers integration wrote.
+    """Return the block without the extra `quantization_config` level that the first transformers integration wrote.
 
-    It stored `{"quantization_config": {...}, "sparsity_config": {...}}` in place of the block.
+    That integration stored `{"quantization_config": {...}, "sparsity_config": {...}}` in place of the block.
     """
     if "quantization_config" not in block:
         return block
@@ -221,8 +234,8 @@ def unwrap_block(block: Mapping[str, Any]) -> Mapping[str, Any]:
     return outer | dict(inner) if isinstance(inner, Mapping) else outer
 
 
-def _judge(block: Mapping[str, Any], origin: str) -> tuple[str, str, str]:
-    """Whose block this is: the method, the key that says so, and what stands there."""
+def _identify(block: Mapping[str, Any], origin: str) -> tuple[str, str, str]:
+    """Return the method that a block indicates, the key that indicates it, and the value of the key for messages."""
     producer = block.get("producer")
     names = {
         "quant_method": block.get("quant_method"),
@@ -231,10 +244,10 @@ def _judge(block: Mapping[str, Any], origin: str) -> tuple[str, str, str]:
     for key, name in names.items():
         if isinstance(name, str):
             return _method_named(name), key, json.dumps(name)
-    for key, method in _TELLING_KEYS.items():
+    for key, method in _METHOD_OF_KEY.items():
         if key in block:
             return method, key, json.dumps(block[key])
-    if block.keys() <= _SPARSE_ONLY:
+    if block.keys() <= _SPARSITY_ONLY:
         return COMPRESSED_TENSORS, "quant_method", "absent beside sparsity_config, as in releases up to 0.6"
     if origin in _METHOD_OF_PLACE:
         return _METHOD_OF_PLACE[origin], "quant_method", "absent, as usual in this place"
@@ -242,7 +255,7 @@ def _judge(block: Mapping[str, Any], origin: str) -> tuple[str, str, str]:
 
 
 def _method_named(name: str) -> str:
-    """The method by its usual spelling; early releases of compressed-tensors called it sparseml."""
+    """Return the usual spelling of a method name; early releases of compressed-tensors wrote sparseml."""
     lowered = name.strip().lower()
     if lowered.replace("_", "-") in (COMPRESSED_TENSORS, "sparseml"):
         return COMPRESSED_TENSORS
@@ -259,27 +272,27 @@ def _disagreements(winner: _Claim, other: _Claim) -> list[str]:
     return [f"{winner.origin} and {other.origin} are both {winner.method} but differ in {keys}; the first one counts"]
 
 
-def _differing_keys(one: _Claim, other: _Claim) -> list[str]:
-    if one.evidence.file in _METHOD_OF_PLACE or other.evidence.file in _METHOD_OF_PLACE:
-        # A side file and a block in config.json have different shapes; ModelOpt's must agree in the algorithm.
-        algorithms = {_modelopt_algorithm(one.block), _modelopt_algorithm(other.block)}
+def _differing_keys(winner: _Claim, other: _Claim) -> list[str]:
+    if winner.evidence.file in _METHOD_OF_PLACE or other.evidence.file in _METHOD_OF_PLACE:
+        # The blocks of side files have another structure than those of config.json, so only ModelOpt's key is compared.
+        algorithms = {_modelopt_algorithm(winner.block), _modelopt_algorithm(other.block)}
         return ["quant_algo"] if len(algorithms) > 1 else []
-    keys = dict.fromkeys((*one.block, *other.block))
-    return [key for key in keys if one.block.get(key) != other.block.get(key)]
+    keys = dict.fromkeys((*winner.block, *other.block))
+    return [key for key in keys if winner.block.get(key) != other.block.get(key)]
 
 
 def _modelopt_algorithm(block: Mapping[str, Any]) -> str:
     quantization = block.get("quantization")
-    holder = quantization if isinstance(quantization, Mapping) else block
-    return str(holder.get("quant_algo")).upper()
+    settings = quantization if isinstance(quantization, Mapping) else block
+    return str(settings.get("quant_algo")).upper()
 
 
 def _require_checkpoint(path: Path) -> None:
-    """Raise unless this is a directory with a model configuration."""
+    """Raise `DetectionError` unless `path` is a directory with a model configuration."""
     if path.is_dir():
         if any((path / name).is_file() for name in (_CONFIG, _PARAMS)):
             return
-        found, remedy = _what_else(path)
+        found, remedy = _describe_directory(path)
     elif path.exists():
         found, remedy = "a file", f"Give the directory that holds {_CONFIG} and the weights."
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -292,14 +305,14 @@ def _require_checkpoint(path: Path) -> None:
     )
 
 
-def _what_else(path: Path) -> tuple[str, str]:
-    """What a directory without a model configuration seems to be, and what to do."""
+def _describe_directory(path: Path) -> tuple[str, str]:
+    """Return what a directory without a model configuration holds instead, and the remedy."""
     if any(path.glob("*.gguf")):
         return describe_method("gguf").name, describe_method("gguf").remedy
     if (path / "adapter_config.json").is_file():
         return "a LoRA adapter", "Merge the adapter into its base model, or give the directory of the base model."
-    inner = sorted(found.parent.name for found in path.glob(f"*/{_CONFIG}"))
+    inner = sorted(config.parent.name for config in path.glob(f"*/{_CONFIG}"))
     if inner:
-        named = ", ".join(inner[:_MOST_NAMED]) + (", ..." if len(inner) > _MOST_NAMED else "")
+        named = ", ".join(inner[:_MAX_NAMES]) + (", ..." if len(inner) > _MAX_NAMES else "")
         return "neither of them here", f"Give one of the directories inside instead: {named}"
     return "neither of them", "Give the directory of a whole checkpoint; an interrupted download may lack files."

@@ -1,4 +1,8 @@
-"""JSON of `config_groups` -> `ConfigGroup`: full schemes, preset names and the short form of TensorRT-LLM's docs."""
+"""Read the JSON of `config_groups` as `ConfigGroup` values.
+
+A group is written in one of three forms: a full scheme, a preset name, or the short form of TensorRT-LLM's
+documentation.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +28,21 @@ def read_groups(
     global_format: CompressionFormat | None,
     version: str | None,
 ) -> tuple[ConfigGroup, ...]:
-    """Read all groups, in the order of the config; `version` is the release that wrote it, if known."""
-    # "mixed-precision" says that each group has its own format.
+    """Read all groups, in the order of the config; `version` is that of the release that wrote them, if known."""
+    # "mixed-precision" means that each group has its own format.
     inherited = None if global_format is CompressionFormat.MIXED_PRECISION else global_format
-    found = tuple(
+    config_groups = tuple(
         _read_group(groups, name, inherited)
         if isinstance(value, Mapping)
         else _read_preset(groups, name, inherited, version)
         for name, value in groups.raw.items()
     )
-    _warn_of_shared_targets(groups, found)
-    return found
+    _warn_of_shared_targets(groups, config_groups)
+    return config_groups
 
 
 def _read_group(groups: JsonObject, name: str, inherited: CompressionFormat | None) -> ConfigGroup:
+    """Read a group that is a JSON object; `inherited` is the format of groups that declare none."""
     group = JsonObject(groups.raw[name], groups.path(name), groups.findings)
     short = _short_weights(group)
     if not short:
@@ -52,7 +57,10 @@ def _read_group(groups: JsonObject, name: str, inherited: CompressionFormat | No
 
 
 def _short_weights(group: JsonObject) -> JsonObject | None:
-    """In the short form of TensorRT-LLM's documentation the arguments of the weights stand in the group itself."""
+    """Return the weight arguments of a group in short form, or None for a group in any other form.
+
+    In the short form of TensorRT-LLM's documentation, the arguments of the weights are in the group itself.
+    """
     if any(key in group.raw for key in _ARGUMENTS) or not any(key in group.raw for key in ARGUMENT_KEYS):
         return None
     arguments = {key: value for key, value in group.raw.items() if key not in _GROUP_KEYS}
@@ -60,6 +68,7 @@ def _short_weights(group: JsonObject) -> JsonObject | None:
 
 
 def _declared_format(group: JsonObject) -> CompressionFormat | None:
+    """Return the group's own format; mixed-precision is a fault, because it is not the format of a group."""
     declared = group.choice("format", CompressionFormat, None)
     if declared is CompressionFormat.MIXED_PRECISION:
         group.fault("format", expected="the format of this group; mixed-precision is a label of whole checkpoints")
@@ -67,7 +76,7 @@ def _declared_format(group: JsonObject) -> CompressionFormat | None:
 
 
 def _targets(groups: JsonObject, group: JsonObject) -> tuple[str, ...]:
-    """The targets of a group; a sole group that declares none can only mean every Linear."""
+    """Return the targets of a group; a group that is alone and declares none targets every Linear."""
     if group.raw.get("targets") is not None:
         return _read_targets(group, "targets")
     if len(groups.raw) > 1:
@@ -85,7 +94,7 @@ def _read_targets(source: JsonObject, key: str) -> tuple[str, ...]:
     targets = source.patterns(key)
     if not source.raw[key]:
         source.warn(f"{key} is empty, so the group applies to no module")
-    # TensorRT-LLM's documentation targets "weight" where the library says "Linear".
+    # TensorRT-LLM's documentation writes the target "weight" where the library writes "Linear".
     return tuple(_LINEAR if target == "weight" else target for target in targets)
 
 
@@ -95,7 +104,7 @@ def _read_preset(
     inherited: CompressionFormat | None,
     version: str | None,
 ) -> ConfigGroup:
-    """A group whose name is a preset and whose value is its target list."""
+    """Read a group whose name is a preset and whose value is a list of targets."""
     release = parse_release(version)
     scheme = preset_scheme(name, release)
     if scheme is None or groups.raw[name] is None:
@@ -115,9 +124,10 @@ def _read_preset(
     return ConfigGroup(name=name, targets=_read_targets(groups, name), scheme=replace(scheme, format=inherited))
 
 
-def _warn_of_shared_targets(groups: JsonObject, found: tuple[ConfigGroup, ...]) -> None:
+def _warn_of_shared_targets(groups: JsonObject, config_groups: tuple[ConfigGroup, ...]) -> None:
+    """Warn about targets that several groups declare."""
     owners: dict[str, str] = {}
-    for group in found:
+    for group in config_groups:
         for target in dict.fromkeys(group.targets):
             if target in owners:
                 groups.warn(f"{owners[target]} and {group.name} both target {target!r}; the last one counts")

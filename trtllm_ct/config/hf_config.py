@@ -1,8 +1,9 @@
-"""config.json of a converted directory: no compressed-tensors block, and both spellings of what transformers renamed.
+"""config.json of a converted directory: without a compressed-tensors block, and in both spellings of renamed keys.
 
-transformers 5 writes `dtype` and `rope_parameters`, transformers 4 reads `torch_dtype`, `rope_theta` and
-`rope_scaling`; it silently falls back to theta 10000 where it finds none. TensorRT-LLM releases are built with
-either, so both are written. Source: transformers 5.23 `modeling_rope_utils.py`, 4.57 `configuration_utils.py`.
+transformers 5 writes `dtype` and `rope_parameters`. transformers 4 reads `torch_dtype`, `rope_theta` and
+`rope_scaling`, and silently uses theta 10000 where it finds no theta. TensorRT-LLM releases are built with either
+version, so both spellings are written. Source: transformers 5.23 `modeling_rope_utils.py`, 4.57
+`configuration_utils.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _TEXT = "text_config"
 
 
 def portable_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
-    """A config.json (parsed) without quantization, of the given model dtype, for readers of both generations.
+    """Return a parsed config.json without quantization, with the given model dtype, for transformers 4 and 5.
 
-    The source is not changed. A nested `text_config` is treated alike.
+    `config` is not changed. A nested `text_config` is converted in the same way.
     """
     portable = {key: value for key, value in config.items() if key not in _QUANTIZATION_BLOCKS}
     portable |= {"dtype": dtype.torch_name, "torch_dtype": dtype.torch_name}
@@ -33,9 +34,10 @@ def portable_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
 
 
 def _both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary keys that are missing, made from those that are there.
+    """Return the rotary keys that are missing in `config`, derived from those that are present.
 
-    Parameters that differ by layer type (a dictionary for each) have no older spelling and stay as they are.
+    Parameters that differ by layer type (a dictionary for each type) have no older spelling, so nothing is added for
+    them.
     """
     parameters = config.get("rope_parameters")
     if isinstance(parameters, Mapping):

@@ -1,4 +1,4 @@
-"""A JSON file of a checkpoint directory, or a fault that says why it can't be read."""
+"""Read a JSON file of a checkpoint directory, or raise a fault that says why it can't be read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["not_an_object", "read_json_object"]
 
 
 def read_json_object(path: Path) -> Mapping[str, Any]:
-    """The object in a JSON file, in UTF-8 with or without a byte order mark.
+    """Return the object in a JSON file, which is UTF-8 with or without a byte order mark.
 
-    Raises `ConfigError` for a file that is missing, unreadable, damaged, a Git LFS pointer, or no JSON object.
+    Raises `ConfigError` for a file that is missing, unreadable, damaged, a Git LFS pointer, or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -29,7 +29,7 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
 
 
 def not_an_object(where: str, content: object) -> Fault:
-    """The fault of a JSON value that should be an object."""
+    """Return the fault for a JSON value that should be an object."""
     return Fault(
         where=where,
         expected="a JSON object",

@@ -1,7 +1,7 @@
 """Typed access to one JSON object of the quantization block; every fault names its JSON path.
 
-Null is legal exactly where the default is null. A getter that finds something else records a fault and returns the
-default, so that one reading reports all faults of a block.
+Null is valid exactly where the default is None. A getter that reads an invalid value records a fault and returns the
+default, so that one pass reports all faults of a block.
 """
 
 from __future__ import annotations
@@ -21,52 +21,56 @@ __all__ = ["Findings", "JsonObject", "shown"]
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
-_LONGEST_SHOWN = 80
-_SPELL_IT = "Correct the value, or quantize again with a current llm-compressor."
+_MAX_SHOWN_CHARACTERS = 80
+_CORRECT_VALUE = "Correct the value, or quantize again with a current llm-compressor."
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut to a length that fits a message."""
+    """Return a value as JSON text, cut to a length that fits a message."""
     text = json.dumps(value, default=repr)
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Faults and warnings of one reading."""
+    """The faults and warnings of reading one block."""
 
     collector: FaultCollector = field(default_factory=FaultCollector)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def fault_count(self) -> int:
-        """Faults so far."""
+        """The number of faults recorded so far."""
         return len(self.collector.faults)
 
 
 @dataclass(frozen=True, slots=True)
 class JsonObject:
-    """One JSON object, where it stands (`config.json: quantization_config.config_groups`), and the findings so far."""
+    """One JSON object of a block.
+
+    `raw` is its content, and `where` its path, such as `config.json: quantization_config.config_groups`. All objects of
+    a block share their `findings`.
+    """
 
     raw: Mapping[str, Any]
     where: str
     findings: Findings
 
     def path(self, key: str) -> str:
-        """Where the value of `key` stands."""
+        """Return the JSON path of `key`."""
         return f"{self.where}.{key}"
 
-    def fault(self, key: str, *, expected: str, remedy: str = _SPELL_IT) -> None:
-        """Record that the value of `key` isn't what it should be."""
+    def fault(self, key: str, *, expected: str, remedy: str = _CORRECT_VALUE) -> None:
+        """Record that the value of `key` is not what is expected."""
         found = shown(self.raw[key]) if key in self.raw else "nothing"
         self.findings.collector.add(where=self.path(key), expected=expected, found=found, remedy=remedy)
 
     def warn(self, message: str) -> None:
-        """Record something that has no effect and may surprise."""
+        """Record a warning about something that is accepted but may surprise the user."""
         self.findings.warnings.append(f"{self.where}: {message}")
 
     def integer(self, key: str, default: int | None) -> int | None:
-        """An integer; 4.0 is read as 4, because some JSON writers have no integers."""
+        """Return an integer; 4.0 is read as 4, because some JSON writers have no integers."""
         value = self.raw.get(key, default)
         if isinstance(value, float) and value.is_integer():
             return int(value)
@@ -76,7 +80,7 @@ class JsonObject:
         return default
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        """True or false; numbers and words are not taken for them."""
+        """Return true or false; numbers and strings are faults."""
         value = self.raw.get(key, default)
         if isinstance(value, bool):
             return value
@@ -84,7 +88,7 @@ class JsonObject:
         return default
 
     def choice(self, key: str, choices: type[Choice], default: Choice | None) -> Choice | None:
-        """A member of an enumeration by its value, in any case."""
+        """Return the member of an enumeration that has this value; upper and lower case are equal."""
         value = self.raw.get(key, default)
         if value is None and default is None:
             return None
@@ -95,14 +99,14 @@ class JsonObject:
         return default
 
     def required_choice(self, key: str, choices: type[Choice]) -> Choice | None:
-        """A member of an enumeration that has no default; None when a fault was recorded."""
+        """Return the member of an enumeration; None when a fault was recorded, as for a key that is null or absent."""
         if self.raw.get(key) is not None:
             return self.choice(key, choices, None)
         self.fault(key, expected=f"one of {', '.join(choices)}")
         return None
 
     def hint(self, key: str) -> str | None:
-        """A string that nothing depends on: of another type it is ignored with a warning."""
+        """Return a string that loading does not depend on; a value of another type is ignored with a warning."""
         value = self.raw.get(key)
         if value is None or isinstance(value, str):
             return value
@@ -110,7 +114,7 @@ class JsonObject:
         return None
 
     def dtype(self, key: str) -> str | None:
-        """A dtype by its torch name, with or without the `torch.` prefix; returned without it."""
+        """Read the torch name of a dtype, with or without the `torch.` prefix, and return it without the prefix."""
         value = self.raw.get(key)
         if value is None:
             return None
@@ -121,7 +125,10 @@ class JsonObject:
             return None
 
     def patterns(self, key: str) -> tuple[str, ...]:
-        """Names, classes and `re:` patterns; one string counts as a list of one, null as an empty list."""
+        """Return a list of module names, class names and `re:` patterns.
+
+        A single string counts as a list of one, and null as an empty list. An invalid regular expression is a fault.
+        """
         value = self.raw.get(key)
         names = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -143,7 +150,7 @@ class JsonObject:
             )
 
     def child(self, key: str) -> JsonObject | None:
-        """The object under `key`; None when it is null or absent."""
+        """Return the object under `key`; None when it is null or absent."""
         value = self.raw.get(key)
         if value is None:
             return None
@@ -153,7 +160,7 @@ class JsonObject:
         return None
 
     def children(self, key: str) -> list[JsonObject]:
-        """The objects of a list; empty when it is null or absent."""
+        """Return the objects of the list under `key`; an empty list when it is null or absent."""
         value = self.raw.get(key)
         if value is None:
             return []
@@ -163,7 +170,7 @@ class JsonObject:
         return [JsonObject(item, f"{self.path(key)}[{index}]", self.findings) for index, item in enumerate(value)]
 
     def warn_unknown(self, known: Iterable[str], silent: Collection[str] = ()) -> None:
-        """Warn of keys that are neither read nor known to have no effect on loading."""
+        """Warn about keys that are neither in `known` nor in `silent`, the keys that never affect loading."""
         known = tuple(known)
         unknown = [key for key in self.raw if key not in known and key not in silent]
         if unknown:

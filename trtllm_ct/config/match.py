@@ -1,13 +1,13 @@
-"""Which config group a module belongs to, by exactly the rules of the compressed-tensors library.
+"""Find the config group that a module belongs to, by exactly the rules of the compressed-tensors library.
 
-A target or ignore entry is one of three kinds (compressed-tensors 0.20 utils/match.py):
-`re:PATTERN`, tried against the full dotted module name and anchored at its start only; a full module name;
-or the name of the module's class or of one of its bases. There is no suffix, prefix or substring matching, and
-names carry no parameter suffix.
+A target or ignore entry has one of three forms (compressed-tensors 0.20 utils/match.py): `re:PATTERN`, which is matched
+against the full dotted module name and anchored only at its start; a full module name; or the name of the module's
+class or of one of its base classes. There is no suffix, prefix or substring matching, and names have no parameter
+suffix.
 
-When several entries match one module, names win over patterns and patterns over classes; entries of one kind are
-tried in the order of their strings, not in that of the config; of two groups with the same entry the last counts.
-`ignore` goes before everything.
+When several entries match a module, names have priority over patterns, and patterns over classes. Entries of the same
+form are tried in the sorted order of their strings, not in the order of the config. When two groups have the same
+entry, the last group counts. `ignore` has priority over all targets.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Match = Callable[[str], object]
 
 
 def compile_pattern(pattern: str) -> Match | None:
-    """The test of a pattern against full module names; None for an entry that is a plain name.
+    """Return a function that matches full module names against a `re:` pattern; None for a plain name.
 
-    Raises `ValueError` for an expression that doesn't compile.
+    Raises `ValueError` for a regular expression that does not compile.
     """
     if not pattern.startswith(_REGEX):
         return None
@@ -42,9 +42,9 @@ def compile_pattern(pattern: str) -> Match | None:
 
 
 def matches(name: str, pattern: str, class_names: Iterable[str] = _LINEAR) -> bool:
-    """Whether one target or ignore entry means the module of this name and class.
+    """Whether one target or ignore entry matches the module of this name and class.
 
-    `class_names` holds the names of the module's class and of its bases.
+    `class_names` holds the names of the module's class and of its base classes.
     """
     match = compile_pattern(pattern)
     if match is not None:
@@ -54,25 +54,26 @@ def matches(name: str, pattern: str, class_names: Iterable[str] = _LINEAR) -> bo
 
 @lru_cache(maxsize=1024)
 def _all_classes(class_names: tuple[str, ...]) -> frozenset[str]:
+    """Return the class names together with the classes that the library adds to them."""
     # Every module derives from torch.nn.Module, and the library counts vLLM's LinearBase as Linear.
-    also = ("Module", "Linear") if "LinearBase" in class_names else ("Module",)
-    return frozenset((*class_names, *also))
+    added = ("Module", "Linear") if "LinearBase" in class_names else ("Module",)
+    return frozenset((*class_names, *added))
 
 
 class _Entries:
-    """The entries of `ignore`, or the targets of all groups, sorted by kind for fast look-up."""
+    """The entries of `ignore`, or the targets of all groups, sorted by their form for fast look-up."""
 
     def __init__(self, entries: Collection[str]) -> None:
-        # The library sorts by `"re:" in entry`, so a plain name that holds "re:" elsewhere waits among the patterns.
-        late = sorted(entry for entry in entries if _REGEX in entry)
+        # The library sorts by `"re:" in entry`, so a plain name with "re:" inside is tried together with the patterns.
+        with_regex_mark = sorted(entry for entry in entries if _REGEX in entry)
         self.plain = frozenset(entry for entry in entries if _REGEX not in entry)
         self.patterns = [
-            (entry, compile_pattern(entry) or re.compile(re.escape(entry) + r"\Z").match) for entry in late
+            (entry, compile_pattern(entry) or re.compile(re.escape(entry) + r"\Z").match) for entry in with_regex_mark
         ]
         self._by_classes: dict[frozenset[str], str | None] = {}
 
     def best(self, module: str, classes: frozenset[str]) -> str | None:
-        """The entry that decides about this module, None when no entry matches."""
+        """Return the entry that has priority among those that match this module; None when no entry matches."""
         if module in self.plain:
             return module
         for entry, match in self.patterns:
@@ -84,10 +85,11 @@ class _Entries:
 
 
 class Matcher:
-    """A config's targets and ignore list, compiled once.
+    """The targets and the ignore list of a config, compiled once.
 
-    A class target can only be judged with the module's class names: give the class and its bases as
-    the producing framework names them. Modules of quantized weights are Linears unless known otherwise.
+    An entry that names a class matches by the module's class names: pass the names of its class and base classes, as
+    the framework that wrote the checkpoint names them. The default is Linear, the class of modules with quantized
+    weights.
     """
 
     def __init__(self, config: QuantizationConfig) -> None:
@@ -96,14 +98,14 @@ class Matcher:
         self._ignore = _Entries(config.ignore)
 
     def is_ignored(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> bool:
-        """Whether `ignore` names this module."""
+        """Whether an entry of `ignore` matches this module."""
         return self._ignore.best(module, _all_classes(class_names)) is not None
 
     def scheme_for(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> ConfigGroup | None:
-        """The group whose scheme applies to this module, None when it is ignored or not targeted.
+        """Return the group whose scheme applies to this module; None when it is ignored or not targeted.
 
-        The library applies schemes to Linears and Embeddings, and to attention modules for KV-cache quantization;
-        it is the caller's part not to ask for others.
+        The library applies schemes only to Linears and Embeddings, and to attention modules for KV-cache quantization.
+        The caller must not ask for other modules.
         """
         classes = _all_classes(class_names)
         if self._ignore.best(module, classes) is not None:

@@ -1,7 +1,7 @@
-"""Preset schemes: what a bare name such as W4A16 stands for.
+"""Preset schemes: the meaning of a bare scheme name such as W4A16.
 
-Writers expand presets into full arguments, so a bare name on disk was written by hand. The table is that of
-compressed-tensors 0.20 quantization/quant_scheme.py; two names had another meaning in earlier releases.
+Writers expand presets to full arguments, so a bare name in a file was written by hand. The table is that of
+compressed-tensors 0.20 quantization/quant_scheme.py. Two names had another meaning in earlier releases.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ PRESETS: Mapping[str, QuantScheme] = {"UNQUANTIZED": QuantScheme(), **_INT_PRESE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormerMeaning:
-    """What a preset meant to writers older than release `until`."""
+    """The meaning of a preset in releases before `until`."""
 
     until: tuple[int, int]
     scheme: QuantScheme
@@ -114,9 +114,9 @@ _FORMER_MEANINGS: Mapping[str, FormerMeaning] = {
 
 
 def preset_scheme(name: str, release: tuple[int, int] | None) -> QuantScheme | None:
-    """The scheme of a preset name, in any case, as writers of that release meant it; None when it is no preset.
+    """Return the scheme that writers of a release meant by a preset name, in any case; None for an unknown name.
 
-    With an unknown release the newest meaning is taken; ask `former_meaning` whether there is another.
+    For an unknown release, the newest meaning is returned; `former_meaning` says whether there is another one.
     """
     former = former_meaning(name)
     if former and release and release < former.until:
@@ -125,11 +125,14 @@ def preset_scheme(name: str, release: tuple[int, int] | None) -> QuantScheme | N
 
 
 def former_meaning(name: str) -> FormerMeaning | None:
-    """The earlier meaning of a preset name, None when it always meant the same."""
+    """Return the earlier meaning of a preset name; None when its meaning never changed."""
     return _FORMER_MEANINGS.get(name.upper())
 
 
 def parse_release(version: str | None) -> tuple[int, int] | None:
-    """Major and minor number of a version such as `0.14.0.1` or `0.12.3.a20251114`; None when there are none."""
+    """Return major and minor number of a version such as `0.14.0.1` or `0.12.3.a20251114`.
+
+    Returns None when the version is None or has no such numbers.
+    """
     numbers = re.match(r"v?(\d+)\.(\d+)", version or "")
     return (int(numbers[1]), int(numbers[2])) if numbers else None

@@ -1,7 +1,8 @@
-"""Quantization methods by the names that configurations give them: what they are called, and what to do with them.
+"""Quantization methods by the names that configurations use: a noun phrase for each, and what to do with it.
 
-Names are those of `QuantizationMethod` in transformers 5.23 and of the registries of vLLM, with a few of our own
-for blocks that carry no name. Advice about TensorRT-LLM is what its PyTorch backend loads by itself.
+The names are those of `QuantizationMethod` in transformers 5.23 and of the registries of vLLM, plus a few names of this
+package for blocks without a name. A remedy that mentions TensorRT-LLM refers to what its PyTorch backend loads by
+itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ _LOADED_AS_IS = "Give the directory to TensorRT-LLM as it is; it loads this form
 
 @dataclass(frozen=True, slots=True)
 class QuantMethod:
-    """A method: a noun phrase for the checkpoint, and a sentence that says what to do instead of loading it here."""
+    """A quantization method.
+
+    `name` is a noun phrase for its checkpoints, and `remedy` a sentence that says what to do instead of loading them
+    here.
+    """
 
     name: str
     remedy: str = _REQUANTIZE
@@ -101,7 +106,10 @@ _METHODS: Mapping[str, QuantMethod] = {
 
 
 def describe_method(method: str | None) -> QuantMethod:
-    """The entry of a method, spelled with dashes or underscores; None is a checkpoint without quantization."""
+    """Return the entry of a method; its name may be spelled with dashes or underscores.
+
+    None stands for a checkpoint without quantization. A method that is not known gets an entry made from its name.
+    """
     if method is None:
         return _UNQUANTIZED
     known = _METHODS.get(method.replace("_", "-").removeprefix("intel/"))

@@ -1,6 +1,7 @@
-"""A checkpoint's quantization configuration as frozen values.
+"""The quantization configuration of a checkpoint as frozen values.
 
-JSON ends in `trtllm_ct.config.reader`: nothing after it sees a raw dictionary, an alias or a missing default.
+`trtllm_ct.config.reader` converts the JSON: code that uses these values sees no raw dictionary, no alias and no missing
+default.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ConfigGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparsityConfig:
-    """The `sparsity_config` block of releases 0.4 to 0.14, when it holds anything."""
+    """The `sparsity_config` block of releases 0.4 to 0.14, for checkpoints that have sparse weights."""
 
     format: CompressionFormat
     targets: tuple[str, ...] = ()
@@ -40,7 +41,10 @@ class SparsityConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSparsity:
-    """The `moe_sparsity_config` block: layers that hold fewer experts, renumbered from 0; None for a dense layer."""
+    """The `moe_sparsity_config` block: the number of experts in each decoder layer, after some were removed.
+
+    The experts of a layer are renumbered from 0. `num_experts` is None for a dense layer.
+    """
 
     method: str
     num_experts: tuple[int | None, ...]
@@ -48,9 +52,9 @@ class ExpertSparsity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """One `apply` entry of `transform_config`: a rotation, where it sits and what it targets.
+    """One `apply` entry of `transform_config`: a rotation, its location and its targets.
 
-    `precision` is the torch name of the dtype that online rotations are computed in.
+    `precision` is the torch name of the dtype in which online rotations are computed.
     """
 
     name: str
@@ -65,12 +69,12 @@ class Transform:
 
     @property
     def online(self) -> bool:
-        """Whether it runs with the model; any other is in the stored weights already."""
+        """Whether the rotation is computed at run time; any other one is already part of the stored weights."""
         return not self.location.startswith("weight_")
 
     @property
     def hadamard(self) -> bool:
-        """Whether its matrix is a Hadamard matrix, stored without the factor 1 / sqrt(n)."""
+        """Whether the matrix is a Hadamard matrix, which is stored without the factor 1 / sqrt(n)."""
         return self.type != "random-matrix"
 
     @property
@@ -80,7 +84,7 @@ class Transform:
 
     @property
     def module(self) -> str:
-        """The name of the module that holds the matrix, a child of the one that it is applied to."""
+        """The name of the module that holds the matrix, a child of the module to which it is applied."""
         return f"{self.name}_{self.location}"
 
     def __str__(self) -> str:
@@ -89,13 +93,14 @@ class Transform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationConfig:
-    """Everything that a compressed-tensors block says, with defaults filled in and aliases resolved.
+    """The content of a compressed-tensors block, with defaults filled in and aliases resolved.
 
-    `origin` names file and key that the block came from.
-    `directory` is the one that was read, None for a dictionary.
+    `origin` names the file and key of the block.
+    `directory` is the checkpoint directory; None when a dictionary was read.
     `modifiers` are the names of the modifiers in `recipe.yaml` beside the weights (`AWQModifier`, ...).
-    `qk_rows` is this package's own key, by which a user says what Mistral's own form leaves open (`plan/row_order.py`).
-    `warnings` are things that were read, have no effect here and may surprise: unknown keys above all.
+    `qk_rows` is a key of this package. With it, a user states the row order of queries and keys, which Mistral's own
+    form leaves open (`plan/row_order.py`).
+    `warnings` report what was read, has no effect here and may surprise the user, above all unknown keys.
     """
 
     groups: tuple[ConfigGroup, ...]
@@ -115,9 +120,10 @@ class QuantizationConfig:
 
     @property
     def release(self) -> tuple[int, ...]:
-        """Major, minor and patch of the release that wrote the block, () when nothing says it.
+        """Major, minor and patch number of the release that wrote the block; () when it is unknown.
 
-        Up to 0.6 the block had a key of its own and no version. Releases 0.7 to 0.10.2 lost theirs on saving.
+        Up to 0.6 the block had no version, but a key of its own (`compression_config`), so 0.6.0 is returned for it.
+        Releases 0.7 to 0.10.2 lost their version on saving.
         """
         if self.version is None:
             return _LAST_COMPRESSION_CONFIG if self.origin.endswith("compression_config") else ()

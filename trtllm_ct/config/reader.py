@@ -1,7 +1,7 @@
-"""The compressed-tensors block of a checkpoint -> `QuantizationConfig`. JSON ends here.
+"""Read the compressed-tensors block of a checkpoint as a `QuantizationConfig`.
 
-Unknown keys are warned of; unknown meaning is an error. All faults of a block are raised together, each with
-its JSON path. The reader reads whatever the library knows: whether a scheme can be loaded is the plan's business.
+An unknown key gives a warning; a value whose meaning is unknown is an error. All faults of a block are raised together,
+each with its JSON path. The reader accepts whatever the library knows; the plan decides whether a scheme can be loaded.
 Sources: compressed-tensors 0.4 to 0.20 quantization/quant_config.py, and transformers utils/quantization_config.py.
 """
 
@@ -38,8 +38,8 @@ _BLOCK_KEYS = (
     "moe_sparsity_config",
     "qk_rows",
 )
-# Switches of a runtime, statistics, and what other engines keep for themselves: no effect on stored tensors.
-_SILENT_KEYS = (
+# Runtime switches, statistics, and keys that only other engines use. They have no effect on stored tensors.
+_IGNORED_KEYS = (
     "global_compression_ratio",
     "run_compressed",
     "dequantize",
@@ -50,10 +50,11 @@ _SILENT_KEYS = (
     "total_num_kv_heads",
     "registry_requires_subclass",
 )
-# A dictionary with one of these is a block itself; no config.json has them at its top level.
-_MARKS_OF_A_BLOCK = ("quant_method", "config_groups", "sparsity_config", "kv_cache_scheme")
-# Any of these without groups is a checkpoint of its own kind: sparse only, quantized KV cache only, rotated only.
-_ENOUGH_WITHOUT_GROUPS = ("sparsity_config", "kv_cache_scheme", "transform_config")
+# A dictionary with one of these keys is a block; no config.json has them at its top level.
+_BLOCK_MARKERS = ("quant_method", "config_groups", "sparsity_config", "kv_cache_scheme")
+# A block with one of these keys needs no groups: the checkpoint is only sparse, only rotated, or has only a quantized
+# KV cache.
+_SUFFICIENT_WITHOUT_GROUPS = ("sparsity_config", "kv_cache_scheme", "transform_config")
 
 
 class CompressedTensorsConfigReader:
@@ -62,9 +63,9 @@ class CompressedTensorsConfigReader:
     def read(self, source: str | Path | Mapping[str, Any]) -> QuantizationConfig:
         """Read a checkpoint directory, the dictionary of a whole config.json, or the quantization block itself.
 
-        Only a directory can tell which modifiers made the checkpoint (`recipe.yaml`).
-        Raises `DetectionError` when there is no compressed-tensors block, saying what was found instead, and
-        `ConfigError` with every fault when there is one that can't be read as meant.
+        The modifiers that made the checkpoint (`recipe.yaml`) are known only when `source` is a directory.
+        Raises `DetectionError` when there is no compressed-tensors block; the message says what was found instead.
+        Raises `ConfigError` with every fault of a block that can't be read.
         """
         if isinstance(source, Mapping):
             block, origin = _find_block(source)
@@ -77,8 +78,11 @@ class CompressedTensorsConfigReader:
 
 
 def _find_block(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """The block in a dictionary, and its origin; a bare block without a method is taken at the caller's word."""
-    if not any(mark in source for mark in _MARKS_OF_A_BLOCK):
+    """Return the block in a dictionary, and its origin.
+
+    A block without a method name is assumed to be a compressed-tensors block when it is passed alone.
+    """
+    if not any(key in source for key in _BLOCK_MARKERS):
         detection = FormatDetector().detect_config(source)
         return detection.require_compressed_tensors(), detection.origin or ""
     block = unwrap_block(source)
@@ -89,7 +93,7 @@ def _find_block(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 
 def _read_block(block: Mapping[str, Any], origin: str) -> QuantizationConfig:
     root = JsonObject(block, origin, Findings())
-    root.warn_unknown(_BLOCK_KEYS, _SILENT_KEYS)
+    root.warn_unknown(_BLOCK_KEYS, _IGNORED_KEYS)
     declared_format = root.choice("format", CompressionFormat, None)
     version = root.hint("version")
     config = QuantizationConfig(
@@ -115,10 +119,11 @@ def _read_groups(
     declared_format: CompressionFormat | None,
     version: str | None,
 ) -> tuple[ConfigGroup, ...]:
+    """Read `config_groups`; records a fault when it is missing and no other key makes up for it."""
     groups = root.child("config_groups")
     if groups is not None:
         return read_groups(groups, global_format=declared_format, version=version)
-    if root.raw.get("config_groups") is None and not any(root.raw.get(key) for key in _ENOUGH_WITHOUT_GROUPS):
+    if root.raw.get("config_groups") is None and not any(root.raw.get(key) for key in _SUFFICIENT_WITHOUT_GROUPS):
         root.fault(
             "config_groups",
             expected="a JSON object that says how modules are quantized",

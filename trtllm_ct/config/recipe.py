@@ -1,7 +1,7 @@
-"""Names of the modifiers in an llm-compressor `recipe.yaml`.
+"""Read the names of the modifiers in an llm-compressor `recipe.yaml`.
 
-The recipe is the only witness of how weights were calibrated: AWQ and GPTQ checkpoints have the same format.
-Nothing but names is needed, and no YAML parser is worth a dependency for that.
+Only the recipe shows how weights were calibrated: AWQ and GPTQ checkpoints have the same format. The names alone are
+needed, and they are not worth a dependency on a YAML parser.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MODIFIER_KEY = re.compile(r"""(?<![\w.])(\w+Modifier)["']?\s*:(?!\S)""")
 
 
 def read_modifiers(directory: Path) -> tuple[str, ...]:
-    """Names that end in "Modifier" and are used as mapping keys, each once, in the order of the file.
+    """Return the mapping keys that end in "Modifier", without repetitions, in the order of the file.
 
     Empty when the directory holds no recipe.
     """

@@ -1,4 +1,4 @@
-"""JSON of `sparsity_config` and `moe_sparsity_config` -> what of the weights is not stored.
+"""Read the JSON of `sparsity_config` and `moe_sparsity_config`: which weights and experts are not stored.
 
 Sources: compressed-tensors 0.14 config/*.py (weights) and 0.20 config/expert_sparsity.py (experts).
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["read_expert_sparsity", "read_sparsity"]
 
 _KEYS = ("format", "targets", "ignore", "sparsity_structure")
-_SILENT_KEYS = ("global_sparsity", "registry_requires_subclass")
+_IGNORED_KEYS = ("global_sparsity", "registry_requires_subclass")
 _EXPERT_KEYS = ("method", "num_experts")
 
 
@@ -33,10 +33,13 @@ class _Method(StrEnum):
 
 
 def read_sparsity(config: JsonObject | None) -> SparsityConfig | None:
-    """The sparse layer on disk; None for an empty block and for format dense, whose zeros are stored like any value."""
+    """Return how sparse weights are stored; None when there are none.
+
+    That is the case for an empty block, and for format dense, which stores zeros like any other value.
+    """
     if config is None or not config.raw:
         return None
-    config.warn_unknown(_KEYS, _SILENT_KEYS)
+    config.warn_unknown(_KEYS, _IGNORED_KEYS)
     declared = config.required_choice("format", _Format)
     targets = config.patterns("targets")
     ignore = config.patterns("ignore")
@@ -52,7 +55,7 @@ def read_sparsity(config: JsonObject | None) -> SparsityConfig | None:
 
 
 def read_expert_sparsity(config: JsonObject | None) -> ExpertSparsity | None:
-    """Which layers hold fewer experts than the model's configuration says; None when all are there."""
+    """Return how many experts each layer holds when some were removed; None when the block is missing or invalid."""
     if config is None:
         return None
     config.warn_unknown(_EXPERT_KEYS)

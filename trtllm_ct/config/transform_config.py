@@ -1,4 +1,4 @@
-"""JSON of `transform_config` -> `Transform`: rotations, folded into the weights or stored beside them.
+"""Read the JSON of `transform_config` as `Transform` values: rotations, folded into the weights or stored beside them.
 
 Fields and defaults are those of compressed-tensors 0.20 transform/transform_scheme.py and transform_args.py.
 """
@@ -17,7 +17,7 @@ __all__ = ["read_transforms"]
 
 _CONFIG_KEYS = ("config_groups",)
 _SCHEME_KEYS = ("type", "apply", "randomize", "head_dim", "precision")
-_SCHEME_SILENT_KEYS = ("requires_grad",)
+_SCHEME_IGNORED_KEYS = ("requires_grad",)
 _APPLY_KEYS = ("targets", "location", "inverse", "ignore")
 
 
@@ -37,7 +37,7 @@ class _Location(StrEnum):
 
 
 def read_transforms(config: JsonObject | None) -> tuple[Transform, ...]:
-    """One `Transform` per `apply` entry of each transform; none for null and for an empty object."""
+    """Return one `Transform` per `apply` entry of each transform; none for null and for an empty object."""
     if config is None or not config.raw:
         return ()
     config.warn_unknown(_CONFIG_KEYS)
@@ -50,18 +50,19 @@ def read_transforms(config: JsonObject | None) -> tuple[Transform, ...]:
 
 
 def _read_scheme(name: str, scheme: JsonObject) -> list[Transform]:
-    kind = scheme.required_choice("type", _Type)
+    """Return one `Transform` per `apply` entry of the transform called `name`."""
+    transform_type = scheme.required_choice("type", _Type)
     randomize = scheme.boolean("randomize", default=False)
     head_dim = scheme.integer("head_dim", None)
     precision = scheme.dtype("precision") or "float32"
-    scheme.warn_unknown(_SCHEME_KEYS, _SCHEME_SILENT_KEYS)
-    found = []
+    scheme.warn_unknown(_SCHEME_KEYS, _SCHEME_IGNORED_KEYS)
+    transforms = []
     for entry in scheme.children("apply"):
         entry.warn_unknown(_APPLY_KEYS)
-        found.append(
+        transforms.append(
             Transform(
                 name=name,
-                type=str(kind),
+                type=str(transform_type),
                 location=str(entry.required_choice("location", _Location)),
                 targets=entry.patterns("targets"),
                 ignore=entry.patterns("ignore"),
@@ -71,4 +72,4 @@ def _read_scheme(name: str, scheme: JsonObject) -> list[Transform]:
                 precision=precision,
             )
         )
-    return found
+    return transforms

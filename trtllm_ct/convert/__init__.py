@@ -1,13 +1,13 @@
-"""From directory to directory: a compressed-tensors checkpoint in, a ModelOpt or plain one out.
+"""Convert a directory with a compressed-tensors checkpoint into a directory with a ModelOpt or plain checkpoint.
 
-convert.py       convert_checkpoint, and its report
-hf_directory.py  the files of the output, in order
-job.py           a conversion as its workers see it
-units.py         modules that one worker converts together
-coordinate.py    units handed out, recorded, and their faults gathered
-executors.py     threads, or the ranks of an MPI job
-worker.py        one unit: read, checked, converted, written
-tiles.py         a module's large tensors, some rows at a time
-direct.py        modules that loops convert without torch
-journal.py       what is done, for a run that resumes
+convert.py       convert_checkpoint and its report
+hf_directory.py  writes the files of the output directory
+job.py           describes a conversion for its workers
+units.py         groups modules into units of work
+coordinate.py    submits the units, records the finished ones and collects their faults
+executors.py     run the units: threads, or the ranks of an MPI job
+worker.py        reads, checks, converts and writes one unit
+tiles.py         converts the large tensors of a module a few rows at a time
+direct.py        converts modules with compiled loops, without torch
+journal.py       records the finished units, so that a stopped run can resume
 """

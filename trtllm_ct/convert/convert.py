@@ -1,4 +1,7 @@
-"""`convert_checkpoint`: a compressed-tensors directory in, a ModelOpt or plain directory out, whole or not at all."""
+"""`convert_checkpoint`: convert a compressed-tensors directory into a ModelOpt or plain directory.
+
+The output directory appears only when the conversion is complete.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,24 @@ DENSE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 Started = Callable[[Plan], Callable[[int], None]]
-"""Called with the plan when writing begins; gives the function that is told of bytes as they are done."""
+"""Called with the plan before the first byte is written; returns a progress callback.
+
+The progress callback is called with a number of delivered bytes each time a unit is finished.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport:
-    """What a conversion did: bytes, seconds, how many modules of each mode, and which were dequantized and why.
+    """The result of a conversion.
 
-    `resumed_bytes` of what was delivered had been written by an earlier run that was stopped.
+    Attributes:
+        source: The directory that was converted.
+        out: The directory that was written.
+        plan: The plan, which holds the mode of each module and the reasons of dequantized ones.
+        weight_files: Names of the weight files in `out`, with the index if there is one.
+        carried_files: Names of the side files (tokenizer and so on) that were copied from `source`.
+        resumed_bytes: Delivered bytes that an earlier, interrupted run had already written.
+        seconds: Wall time of the conversion.
     """
 
     source: Path
@@ -48,11 +61,11 @@ class ConversionReport:
 
     @property
     def modes(self) -> Counter[str]:
-        """Delivered mode to number of modules, quantized modules only."""
+        """The number of modules for each delivered mode; counts only modules that are stored quantized."""
         return Counter(module.delivered_mode for module in self.plan.modules if module.weight is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the report as a JSON object."""
         return {
             "source": str(self.source),
             "out": str(self.out),
@@ -124,19 +137,23 @@ def convert_checkpoint(
     workers: int | None = None,
     on_start: Started | None = None,
 ) -> ConversionReport | None:
-    """Convert a directory for the target `to`, `modelopt` or `dense`.
+    """Convert a checkpoint directory for the target `to`, which is `modelopt` or `dense`.
 
-    `engine` is the capability set of stock TensorRT-LLM that `modelopt` is made for, `parallel` the sizes that it will
-    run with: a module of which ranks get slices that its mode doesn't hold is dequantized. The directory is whole.
-    `dtype` is that of dequantized modules (auto: the model's); with float16 every plain tensor is cast too, and one
-    that does not fit is an error.
+    `engine` names the release of stock TensorRT-LLM whose capabilities a `modelopt` directory is made for. `parallel`
+    gives the parallel sizes that the engine will run with: a module is dequantized when its mode can't represent the
+    slices that the ranks get. The output directory itself is not split by rank. `dtype` is the dtype of dequantized
+    modules; `auto` is the dtype of the model. With `float16` all plain tensors are cast as well, and a value that
+    overflows is an error.
 
-    The work is cut into units that `executor` runs: `threads`, as many as `workers` says or one for each core, or
-    `mpi`, the ranks of the job, which all call this; None is returned on all of them but the first. The bytes that
-    come out don't depend on it. Work happens in `.OUT.partial` beside `out`, which becomes `out` at the end and is
-    removed on any error. A run that was killed or interrupted leaves it, and the same call goes on from there.
-    Memory: some rows of a tensor for each worker, whatever the size of tensors. Raises `UsageError` before anything is
-    read, and the `CheckpointError` of the stage that found faults.
+    `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
+    `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
+    output bytes are the same for every executor and number of workers. The output is written to `.OUT.partial` beside
+    `out`, which is renamed to `out` at the end and removed on any error. A run that is killed or interrupted leaves
+    `.OUT.partial` in place, and the same call resumes from it. Memory: a few rows of a tensor for each worker,
+    independent of the size of the tensors.
+
+    Raises `UsageError` for invalid arguments, before anything is read, and the `CheckpointError` of the stage that
+    finds faults in the checkpoint.
     """
     directory, out = Path(directory), Path(out)
     _require_one_of("--to", to, DIRECTORY_TARGETS)
@@ -153,11 +170,12 @@ def convert_checkpoint(
         "strict": strict,
         "parallel": parallel,
     }
-    # Tiles and their plans form no cycles, and walking all that torch brings with it takes half a second.
+    # The collector finds nothing to free: tiles and their plans form no reference cycles. One pass over all objects
+    # that torch creates takes half a second.
     with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
-        # Entered before the source is read: an output that can't be written is refused at once.
+        # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite) as partial:
             job = Job(
                 directory=directory.absolute(),
@@ -182,7 +200,7 @@ def convert_checkpoint(
 
 
 def _ignore(nbytes: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress; used when the caller passes no `on_start`."""
 
 
 def _require_one_of(option: str, value: str, values: tuple[str, ...]) -> None:
@@ -206,7 +224,7 @@ def _require_shard_size(max_shard_bytes: int) -> None:
 
 def _require_device(device: str) -> None:
     if device == "cpu":
-        return  # torch takes a second to import, in which much can be copied
+        return  # Don't import torch: the import takes a second, in which many bytes can be copied.
     import torch
 
     try:

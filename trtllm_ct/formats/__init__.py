@@ -1,26 +1,28 @@
-"""The table of weight formats: its entries are the support list, and exactly one must accept a quantized module.
+"""The weight formats that this package reads, in the table `FORMATS`.
 
-base.py           the contract of a format, and Codes, where formats and targets meet
-codecs.py         who decodes: this package, or the compressed-tensors library
-companions.py     checks of scales and zero points that formats share
+The table is the support list: exactly one of its entries must accept a quantized module.
+
+base.py           the interface of a format, and Codes, the form that formats hand to targets
+codecs.py         the two decoders: this package and the compressed-tensors library
+companions.py     checks of codes, scales and zero points for integer and float8 formats
 group_index.py    `weight_g_idx`: activation ordering
 packed_int.py     `pack-quantized`
 plain_codes.py    `int-quantized`, `float-quantized`, `naive-quantized`
 marlin_24.py      `marlin-24`
-small_floats.py   what formats of small floats share
+small_floats.py   checks and helpers that NVFP4 and the MX formats share
 nvfp4.py          `nvfp4-pack-quantized`
-microscaling.py   what MXFP4, MXFP6 and MXFP8 share
+microscaling.py   the base class of MXFP4, MXFP6 and MXFP8
 mxfp4.py          `mxfp4-pack-quantized`
 mxfp6.py          `mxfp6-pack-quantized`
 mxfp8.py          `mxfp8-quantized`
-sparse/           sparse tensors, around any of these
+sparse/           sparse storage of tensors, which wraps any of these formats
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, WeightFormat
+from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, WeightFormat
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.formats.mxfp4 import MXFP4
 from trtllm_ct.formats.mxfp6 import MXFP6
@@ -30,9 +32,21 @@ from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trtllm_ct.base.schemes import QuantArgs
 
-__all__ = ["FORMATS", "Codes", "StoredSpecs", "StoredWeight", "WeightFormat", "format_for"]
+__all__ = [
+    "FORMATS",
+    "PACKED_CODES",
+    "WEIGHT_TENSORS",
+    "Axis",
+    "Codes",
+    "StoredSpecs",
+    "StoredWeight",
+    "WeightFormat",
+    "format_for",
+]
 
 FORMATS: tuple[WeightFormat, ...] = (
     PACKED_INT,
@@ -45,10 +59,20 @@ FORMATS: tuple[WeightFormat, ...] = (
     MXFP8,
 )
 
+WEIGHT_TENSORS: Mapping[str, frozenset[Axis]] = {
+    name: frozenset(entry.axes[name] for entry in FORMATS if name in entry.axes)
+    for name in dict.fromkeys(name for entry in FORMATS for name in entry.axes)
+}
+"""Every tensor that a quantized weight may have, by local name, with what its elements belong to in some format."""
+
+PACKED_CODES = frozenset(entry.codes for entry in FORMATS) - {"weight"}
+"""Local names of codes that are no `weight`: a module that has one is quantized, whatever dtype it is of."""
+
 
 def format_for(args: QuantArgs, stored: StoredSpecs) -> WeightFormat | None:
-    """The one format that accepts these arguments and tensors, or None.
+    """Return the format that accepts a module with these arguments and tensors, or None if there is none.
 
-    Entries exclude each other (a test walks the grid of arguments and tensors), so their order has no meaning.
+    No two entries accept the same module (a test tries the grid of arguments and tensors), so the order of the table
+    does not matter.
     """
     return next((entry for entry in FORMATS if entry.accepts(args, stored)), None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import CompressionFormat, Element, Packing, QuantArgs, Strategy, TensorSpec
@@ -21,13 +22,30 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import FaultCollector
 
-__all__ = ["Codes", "StoredSpecs", "StoredWeight", "Version", "WeightFormat", "scale_shape"]
+__all__ = ["Axis", "Codes", "StoredSpecs", "StoredWeight", "Version", "WeightFormat", "scale_shape"]
 
 StoredSpecs = Mapping[str, TensorSpec]
 """The tensors of one module by their local names (`weight_packed`, `weight_scale`, ...)."""
 
 Version = tuple[int, ...]
 """The release of compressed-tensors that wrote a file, as (major, minor, patch); empty where nobody says."""
+
+
+class Axis(StrEnum):
+    """What the elements of a stored tensor belong to. Tiles, ranks, heads and fused experts cut a tensor by it."""
+
+    ROWS = auto()
+    """Each row of the weight has its own elements, one row after the other: codes, or a number for each row."""
+    SCALE_ROWS = auto()
+    """As the scale: a row of elements for each row of the weight or each block of rows, or a single one for all."""
+    COLUMNS = auto()
+    """The columns of the weight; all rows share them (`weight_g_idx`)."""
+    TILES = auto()
+    """Tiles that hold many rows, so that no rows can be taken out."""
+    SCALAR = auto()
+    """The whole weight (`weight_global_scale`)."""
+    SHAPE = auto()
+    """The shape of the whole weight as numbers (`weight_shape`), which is not that of a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +57,9 @@ class StoredWeight:
     `zero_point_packing` is None when there is no zero point or it is stored plain. `divisor` names a scalar that the
     scaled values are divided by (NVFP4), `group_index` the tensor that gives the group of each column where groups
     need not be contiguous.
-    `consumed` are the local names that belong to the weight; a `weight_zero_point` among them without
-    `has_zero_point` must hold zeros only, which its payload shows. `part_of` is the (N, K) of the stored weight where
-    this one is some of its rows.
+    `axes` has every stored tensor that belongs to the weight, by local name, and says what its elements belong to. A
+    `weight_zero_point` among them without `has_zero_point` must hold zeros only, which its payload shows. `part_of` is
+    the (N, K) of the stored weight where this one is some of its rows.
     """
 
     format: WeightFormat
@@ -55,8 +73,18 @@ class StoredWeight:
     zero_point_packing: Packing | None = None
     divisor: str | None = None
     group_index: str | None = None
-    consumed: tuple[str, ...]
+    axes: Mapping[str, Axis]
     part_of: tuple[int, int] | None = None
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """The local names of the stored tensors that belong to the weight."""
+        return tuple(self.axes)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows of the weight lie one after the other, so that some of them can be taken out."""
+        return Axis.TILES not in self.axes.values()
 
     @property
     def scale_shape(self) -> tuple[int, int]:
@@ -110,8 +138,10 @@ class WeightFormat(ABC):
     """What the support matrix calls it."""
     declared_as: frozenset[CompressionFormat]
     """The names under which configurations declare it."""
-    has_rows: bool = True
-    """Whether the rows of a weight lie one behind the other, so that some can be taken out."""
+    codes: str
+    """The local name of the tensor that holds the codes."""
+    axes: Mapping[str, Axis]
+    """Every tensor that a weight of this format may have, by local name, with what its elements belong to."""
 
     @abstractmethod
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:

@@ -1,7 +1,7 @@
-"""Who decodes: this package's own codecs, or the compressed-tensors library.
+"""The two codecs that decode stored weights: `NATIVE` (this package) and `LIBRARY` (compressed-tensors).
 
-Both answer the same two calls, so that a plan runs with either and tests compare them.
-The library is imported when its codec is first used and not before: that costs seconds.
+Both have the same two methods, so that a plan can run with either and tests can compare them.
+The compressed-tensors library is imported when its codec is first used, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ __all__ = ["LIBRARY", "NATIVE", "Codec"]
 
 
 class Codec(Protocol):
-    """Turns the stored tensors of one module (by local name) into codes or into plain weights."""
+    """Decodes the stored tensors of one module, given by local name, to codes or to plain weights."""
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """Codes, scale and zero point."""
+        """Return the codes, scale and zero point of the weight."""
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Plain weights [N, K] of `dtype`."""
+        """Return the dequantized weight, [N, K] of `dtype`."""
 
 
 class _NativeCodec:
-    """The formats of this package; every dequantized element is the exact value rounded once."""
+    """Decodes with the formats of this package; a dequantized element is the exact value, rounded once."""
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """What the weight's format decodes; codes that can stay packed do."""
+        """Return what the format of the weight decodes; codes stay packed where the format allows it."""
         return weight.format.decode(weight, stored)
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """[N, K] of `dtype`, rounded once; elements beyond its range become infinite."""
+        """Return the weight, [N, K] of `dtype`, rounded once; elements beyond the range of `dtype` become infinite."""
         codes = self.decode(weight, stored)
         scaling = Scaling(
             scale=codes.scale,
@@ -58,74 +58,78 @@ class _NativeCodec:
         return dequantize(codes.values, codes.packing, codes.element, codes.shape, scaling, dtype)
 
 
-# The library has had no decoder for these since 0.15, or never had one.
-_DROPPED = frozenset({"marlin-24"})
+# Formats that the library can't decode: it has had no decoder for them since 0.15, or never had one.
+_NOT_IN_LIBRARY = frozenset({"marlin-24"})
 
 
 class _LibraryCodec:
-    """The compressed-tensors package: its bit unpacking for codes, its decompressors for plain weights.
+    """Decodes with the compressed-tensors package: its bit unpacking for codes, its decompressors for plain weights.
 
-    Its decompressors compute in the dtype of the scale; that result is then converted to `dtype`.
-    What release 0.20 misreads or refuses (padded words, group indices, a last group that is not whole) is left to this
-    package's own codecs.
+    The decompressors compute in the dtype of the scale; the result is then converted to the requested dtype.
+    `NATIVE` decodes what release 0.20 of the library misreads or refuses: padded words, group indices, and weights
+    whose last group is not full.
     Source: compressed-tensors 0.20 `compressors/base.py`, `compressors/pack_quantized/helpers.py`.
     """
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """What the library unpacks: integers as int8 [N, K], small floats packed again."""
+        """Return codes that the library unpacked: integers as int8 [N, K]; small floats are then packed again.
+
+        Codes that are not packed, or that the library can't unpack, come from the format of this package.
+        """
         codes = weight.format.decode(weight, stored)
         if codes.packing is None or codes.packing == INT8_PLAIN or not codes.packing.dense:
             return codes
         if codes.element is not Element.INT:
-            return replace(codes, values=_library_fields(codes, codes.packing)) if _in_whole_groups(weight) else codes
+            return replace(codes, values=_library_fields(codes, codes.packing)) if _has_full_groups(weight) else codes
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
         bits = weight.args.num_bits
         zero_point = codes.plain_zero_point
         if weight.zero_point_packing is not None:
-            # Old writers leave surplus columns behind the groups, which the library does not know.
+            # Old writers stored surplus columns after the last group; the library does not expect them.
             packed = stored["weight_zero_point"][:, : weight.scale_shape[1]]
             zero_point = unpack_from_int32(packed, bits, torch.Size(weight.scale_shape), packed_dim=0)
         values = unpack_from_int32(codes.values, bits, torch.Size(weight.shape))
         return replace(codes, values=values, packing=INT8_PLAIN, zero_point=zero_point, zero_point_packing=None)
 
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """[N, K] of `dtype`, computed in the dtype of the scale before that."""
+        """Return the weight, [N, K] of `dtype`; the library computes in the dtype of the scale."""
         codes = self.decode(weight, stored)
-        if codes.group_index is not None or not _in_whole_groups(weight) or weight.format.name in _DROPPED:
+        if codes.group_index is not None or not _has_full_groups(weight) or weight.format.name in _NOT_IN_LIBRARY:
             return NATIVE.dequantize(weight, stored, dtype)
         from compressed_tensors.compressors import BaseCompressor
 
         compressor = BaseCompressor.get_value_from_registry(weight.format.name)
-        # The library insists on weight_shape and on the shapes that its own writer gives.
+        # The library requires weight_shape, and the tensor shapes that its own writer produces.
         tensors = weight.format.encode(codes, weight.args)
         if weight.divisor is not None and codes.divisor is not None:
-            # It would make NaN of the 0 of an expert without calibration; by infinity it divides.
+            # An expert that calibration never reached has a stored divisor of 0. The library would turn that into
+            # NaN; with the infinite divisor that decode returns, it computes zeros.
             tensors[weight.divisor] = codes.divisor
-        dense: Tensor = compressor.decompress(tensors, _library_scheme(weight))["weight"]
-        return dense.to(dtype)
+        plain: Tensor = compressor.decompress(tensors, _library_scheme(weight))["weight"]
+        return plain.to(dtype)
 
 
-def _in_whole_groups(weight: StoredWeight) -> bool:
-    """Whether the last group is whole too, as the library demands."""
+def _has_full_groups(weight: StoredWeight) -> bool:
+    """Whether the last group of a row is full too, as the library requires."""
     return weight.shape[1] % (weight.args.group_size or 1) == 0
 
 
 def _library_fields(codes: Codes, packing: Packing) -> Tensor:
-    """Packed codes of small floats, unpacked to values by the library and packed again here."""
+    """Return packed codes of small floats, which the library unpacked to values and this function packed again."""
     rows, columns = codes.shape
     if codes.element is Element.E2M3:
         from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8 as unpack
     else:
         from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8 as unpack
-    held = codes.values.shape[1] * packing.container.bits // packing.bits
-    values = unpack(codes.values, rows, held)[:, :columns]
+    capacity = codes.values.shape[1] * packing.container.bits // packing.bits
+    values = unpack(codes.values, rows, capacity)[:, :columns]
     return pack_fields(element_fields(values, codes.element), packing)
 
 
 def _library_scheme(weight: StoredWeight) -> object:
-    """The library's scheme object for one weight."""
+    """Return the `QuantizationScheme` object of the library for one weight."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     args = weight.args

@@ -1,8 +1,8 @@
-"""Checks that all integer and float8 formats share: is every companion of the codes there, in the right shape?
+"""Header checks that integer and float8 formats share: are the codes, scale and zero point there, in the right shape?
 
-A scale is judged by its number of elements where at most one axis counts, else by the axes longer than one: writers
-have stored a scale per tensor as [], [1] and [1, 1], a scale per row as [N], [N, 1] and [1, N], and a scale per block
-as [A, B] and [A, 1, B, 1].
+Writers have stored a scale per tensor as [], [1] and [1, 1], a scale per row as [N], [N, 1] and [1, N], and a scale per
+block as [A, B] and [A, 1, B, 1]. So a scale whose expected shape has at most one axis longer than 1 is checked by its
+number of elements; any other scale is checked by its axes longer than 1.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _PLAIN_ZERO_POINT_DTYPES = _SCALE_DTYPES | {DType.I8}
 
 
 def scale_name(stored: StoredSpecs) -> str:
-    """`weight_scale`, or `weight_scale_inv` where only that is stored.
+    """Return the local name of the scale: `weight_scale`, or `weight_scale_inv` if only that is stored.
 
-    The latter is how DeepSeek and Qwen call the same multiplier; partial conversions leave it beside a
-    compressed-tensors configuration. Source: compressed-tensors 0.20
+    DeepSeek and Qwen use `weight_scale_inv` for the same multiplier; partial conversions leave this name in checkpoints
+    with a compressed-tensors configuration. Source: compressed-tensors 0.20
     `entrypoints/convert/converters/fp8block_dequantizer.py`.
     """
     return "weight_scale_inv" if "weight_scale_inv" in stored and "weight_scale" not in stored else "weight_scale"
 
 
 def check_codes(module: str, name: str, spec: TensorSpec, dtype: DType, faults: FaultCollector) -> bool:
-    """Whether the codes are a matrix of the right dtype."""
+    """Return whether the codes are a matrix of `dtype`; add a fault if they are not."""
     if spec.dtype is dtype and len(spec.shape) == 2:
         return True
     faults.add(
@@ -46,7 +46,7 @@ def check_codes(module: str, name: str, spec: TensorSpec, dtype: DType, faults: 
 
 
 def check_shape(module: str, found: tuple[int, int], expected: tuple[int, int] | None, faults: FaultCollector) -> None:
-    """Whether the stored weight has the (N, K) that the model's configuration asks for."""
+    """Add a fault if the (N, K) of the stored weight differs from what the model's configuration expects."""
     if expected is not None and found != expected:
         faults.add(
             where=module,
@@ -59,15 +59,18 @@ def check_shape(module: str, found: tuple[int, int], expected: tuple[int, int] |
 def check_scale(
     module: str, args: QuantArgs, stored: StoredSpecs, shape: tuple[int, int], faults: FaultCollector
 ) -> None:
-    """Whether the scale is there, a float, and holds as many elements as strategy and shape ask for."""
+    """Add a fault if the scale is missing, not bfloat16, float16 or float32, or of the wrong size.
+
+    The strategy in `args` and the `shape` (N, K) of the weight determine the size.
+    """
     expected = scale_shape(args, shape)
     name = scale_name(stored)
     spec = stored.get(name)
-    wanted = f"{list(expected)} for strategy {args.strategy}{_granularity(args, shape)}"
+    description = f"{list(expected)} for strategy {args.strategy}{_granularity(args, shape)}"
     if spec is None:
         faults.add(
             where=f"{module}.{name}",
-            expected=f"a scale of shape {wanted}",
+            expected=f"a scale of shape {description}",
             found="no such tensor",
             remedy="Without its scale the weight has no value; download the checkpoint again or look for a lost shard.",
         )
@@ -78,10 +81,10 @@ def check_scale(
             found=str(spec),
             remedy="Scales of this dtype belong to another format; check `format` in config_groups.",
         )
-    elif not _fits(spec, expected, args):
+    elif not _has_size(spec, expected, args):
         faults.add(
             where=f"{module}.{name}",
-            expected=f"shape {wanted}",
+            expected=f"shape {description}",
             found=str(spec),
             remedy=_scale_remedy(args, spec, shape),
         )
@@ -90,12 +93,13 @@ def check_scale(
 def check_plain_zero_point(
     module: str, args: QuantArgs, spec: TensorSpec, shape: tuple[int, int], faults: FaultCollector
 ) -> None:
-    """Whether an unpacked `weight_zero_point` has one element for each scale.
+    """Add a fault if an unpacked `weight_zero_point` has the wrong dtype, or not one element per scale.
 
-    compressed-tensors writes int8; forks of MoE-Quant write floats, whose values must turn out to be integers.
+    compressed-tensors writes int8. Forks of MoE-Quant write floats, so bfloat16, float16 and float32 are accepted too;
+    their values must be integers, which headers can't show.
     """
     expected = scale_shape(args, shape)
-    if spec.dtype not in _PLAIN_ZERO_POINT_DTYPES or not _fits(spec, expected, args):
+    if spec.dtype not in _PLAIN_ZERO_POINT_DTYPES or not _has_size(spec, expected, args):
         faults.add(
             where=f"{module}.weight_zero_point",
             expected=f"int8 {list(expected)}, one for each scale",
@@ -104,15 +108,18 @@ def check_plain_zero_point(
         )
 
 
-def _fits(spec: TensorSpec, expected: tuple[int, int], args: QuantArgs) -> bool:
-    """By element count where at most one axis counts, by the axes longer than one where two do."""
+def _has_size(spec: TensorSpec, expected: tuple[int, int], args: QuantArgs) -> bool:
+    """Whether a tensor has the size of `expected` (rows, columns), whatever axes of length 1 its shape has.
+
+    The number of elements decides if at most one axis of `expected` is longer than 1, else the axes longer than 1 do.
+    """
     if args.strategy is Strategy.TENSOR or 1 in expected:
         return spec.numel == expected[0] * expected[1]
     return tuple(size for size in spec.shape if size != 1) == expected
 
 
 def _granularity(args: QuantArgs, shape: tuple[int, int]) -> str:
-    """How large the parts are that share a scale, where the strategy alone does not say it."""
+    """Return the block or group size as words for a message; empty for strategies that have none."""
     if args.block_structure is not None:
         return f" {args.block_structure[0]}x{args.block_structure[1]} over {list(shape)}"
     if args.group_size is not None:
@@ -121,6 +128,7 @@ def _granularity(args: QuantArgs, shape: tuple[int, int]) -> str:
 
 
 def _scale_remedy(args: QuantArgs, spec: TensorSpec, shape: tuple[int, int]) -> str:
+    """Return the remedy for a scale of the wrong size; it names the group size that the scale would fit, if any."""
     rows, columns = shape
     if args.strategy is Strategy.BLOCK:
         return "Check block_structure in config_groups ([rows, columns]) against the tool that wrote the file."

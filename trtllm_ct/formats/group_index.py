@@ -1,11 +1,11 @@
-"""`weight_g_idx`: which group each column belongs to, under activation ordering by group.
+"""`weight_g_idx`: the group of each column, under activation ordering by group (`actorder: group`).
 
-Columns are stored in their original order; what the ordering permutes are the groups, so that column k takes scale
-and zero point of group `weight_g_idx[k]` instead of k // g. Ordering by weight ("static") stores nothing and has
-contiguous groups.
+Columns are stored in their original order, but groups are not contiguous: column k takes the scale and zero point of
+group `weight_g_idx[k]` instead of k // g. Ordering by weight ("static") stores no such tensor and has contiguous
+groups.
 
-Releases 0.6 to 0.18 write and read it; 0.19 refuses the configuration, and ignores the tensor where a user has
-removed `actorder` from it. Source: compressed-tensors 0.18 `quantization/lifecycle/{initialize,forward}.py`.
+Releases 0.6 to 0.18 of compressed-tensors write and read the tensor. Release 0.19 refuses a configuration with
+`actorder: group`; it ignores the tensor if a user has removed `actorder` from the configuration. Source: compressed-tensors 0.18 `quantization/lifecycle/{initialize,forward}.py`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _INTEGERS = frozenset({DType.I32, DType.I64})
 def check_group_index(
     module: str, args: QuantArgs, stored: StoredSpecs, shape: tuple[int, int], faults: FaultCollector
 ) -> str | None:
-    """The name of the tensor that gives each column's group, after checking that it is [K] and integer.
+    """Return the local name of the group index; add a fault if it is not int32 or int64 of shape [K].
 
-    None where none is stored, or where a row has one scale and every column the same group.
+    Returns None if no group index is stored, or if a row has only one scale, so that all columns are in one group.
     """
     spec = stored.get(GROUP_INDEX)
     if spec is None:
@@ -51,9 +51,9 @@ def check_group_index(
 
 
 def group_of_columns(weight: StoredWeight, stored: Mapping[str, Tensor]) -> Tensor | None:
-    """The group of each column, [K]; None where groups are contiguous after all.
+    """Return the group of each column, [K], or None if the groups are contiguous.
 
-    That is so when the writer never filled the index, or when it holds k // g.
+    Groups are contiguous if the weight has no group index, if the writer never filled it, or if it holds k // g.
     """
     import torch
 
@@ -67,5 +67,5 @@ def group_of_columns(weight: StoredWeight, stored: Mapping[str, Tensor]) -> Tens
 
 
 def is_filled(index: Tensor) -> bool:
-    """Whether a writer has filled the index; -1 stands in one that it left as it was."""
+    """Whether the writer has filled the index; it is initialized with -1."""
     return not bool((index == -1).any())

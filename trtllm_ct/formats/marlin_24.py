@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PayloadError
 from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
+from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.layouts import marlin_24 as layout
 from trtllm_ct.layouts.loops.dispatch import repack
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["MARLIN_24"]
 
 _FIRST_INTERLEAVED = (0, 8)
-_NAMES = ("weight_packed", "scale_packed", "meta")
 
 
 class _Marlin24(WeightFormat):
@@ -43,7 +42,8 @@ class _Marlin24(WeightFormat):
 
     name = "marlin-24"
     declared_as = frozenset({CompressionFormat.MARLIN_24})
-    has_rows = False
+    codes = "weight_packed"
+    axes: Mapping[str, Axis] = dict.fromkeys(("weight_packed", "scale_packed", "meta"), Axis.TILES)
 
     def __init__(self, *, interleaves: bool) -> None:
         self.interleaves = interleaves
@@ -68,7 +68,7 @@ class _Marlin24(WeightFormat):
         An unknown `version` counts as a new one: most files are of 0.8 or later.
         """
         words = stored["weight_packed"]
-        if not _check_args(module, args, faults) or not check_codes(module, _NAMES[0], words, DType.I32, faults):
+        if not _check_args(module, args, faults) or not check_codes(module, self.codes, words, DType.I32, faults):
             return None
         shape = words.shape[1] * 2 // args.num_bits, words.shape[0] * 32
         check_shape(module, shape, expected_shape, faults)
@@ -83,7 +83,7 @@ class _Marlin24(WeightFormat):
             codes="weight_packed",
             packing=packed_words(args.num_bits),
             scale="scale_packed",
-            consumed=tuple(name for name in _NAMES if name in stored),
+            axes={name: axis for name, axis in self.axes.items() if name in stored},
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:

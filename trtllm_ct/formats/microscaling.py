@@ -9,7 +9,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, final
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
+from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.formats.small_floats import check_group_scale, check_group_size, local_scale, logical_shape
 from trtllm_ct.layouts.loops.dispatch import repack
@@ -22,15 +22,19 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import Element, Packing, QuantArgs
 
-__all__ = ["MicroscalingFormat"]
+__all__ = ["MicroscalingFormat", "axes_with"]
 
 _GROUP = 32
+
+
+def axes_with(codes: str) -> Mapping[str, Axis]:
+    """The tensors of a format whose codes have the local name `codes`."""
+    return {codes: Axis.ROWS, "weight_scale": Axis.SCALE_ROWS, "weight_zero_point": Axis.SCALE_ROWS}
 
 
 class MicroscalingFormat(WeightFormat):
     """Codes of one element type with E8M0 scales; formats differ in where the codes are and how they are packed."""
 
-    codes: str
     code_dtype: DType
     element: Element
     packing: Packing | None
@@ -65,7 +69,7 @@ class MicroscalingFormat(WeightFormat):
             codes=self.codes,
             packing=self.packing,
             element=self.element,
-            consumed=tuple(name for name in (self.codes, "weight_scale", "weight_zero_point") if name in stored),
+            axes={name: axis for name, axis in self.axes.items() if name in stored},
         )
 
     @final

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, Element
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
+from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.formats.small_floats import (
     NVFP4_GROUP,
@@ -44,13 +44,19 @@ if TYPE_CHECKING:
 
 __all__ = ["NVFP4"]
 
-_NAMES = ("weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point")
 _GLOBAL_SCALE_DTYPES = frozenset({DType.BF16, DType.F16, DType.F32})
 
 
 class _NVFP4(WeightFormat):
     name = "nvfp4-pack-quantized"
     declared_as = frozenset({CompressionFormat.NVFP4_PACK_QUANTIZED})
+    codes = "weight_packed"
+    axes: Mapping[str, Axis] = {
+        "weight_packed": Axis.ROWS,
+        "weight_scale": Axis.SCALE_ROWS,
+        "weight_global_scale": Axis.SCALAR,
+        "weight_zero_point": Axis.SCALE_ROWS,
+    }
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
         """4-bit floats in bytes with E4M3 scales."""
@@ -82,7 +88,7 @@ class _NVFP4(WeightFormat):
             packing=E2M1_PACKED,
             element=Element.E2M1,
             divisor="weight_global_scale",
-            consumed=tuple(name for name in _NAMES if name in stored),
+            axes={name: axis for name, axis in self.axes.items() if name in stored},
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:

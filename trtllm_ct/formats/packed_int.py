@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, NumberType, Packing, QuantArgs, Strategy
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
+from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
 from trtllm_ct.layouts.loops.dispatch import repack
@@ -46,6 +46,15 @@ _PACKS_ZERO_POINTS = frozenset({Strategy.GROUP, Strategy.CHANNEL})
 class _PackedInt(WeightFormat):
     name = "pack-quantized"
     declared_as = frozenset({CompressionFormat.PACK_QUANTIZED})
+    codes = "weight_packed"
+    axes: Mapping[str, Axis] = {
+        "weight_packed": Axis.ROWS,
+        "weight_scale": Axis.SCALE_ROWS,
+        "weight_scale_inv": Axis.SCALE_ROWS,
+        "weight_shape": Axis.SHAPE,
+        "weight_zero_point": Axis.SCALE_ROWS,
+        GROUP_INDEX: Axis.COLUMNS,
+    }
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
         """Integer arguments and int32 words, which are not those of marlin-24."""
@@ -81,7 +90,7 @@ class _PackedInt(WeightFormat):
             has_zero_point="weight_zero_point" in stored,
             zero_point_packing=_zero_point_packing(module, args, stored, shape, packing, faults),
             group_index=check_group_index(module, args, stored, shape, faults),
-            consumed=tuple(name for name in names if name in stored),
+            axes={name: self.axes[name] for name in names if name in stored},
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType, Packing, QuantArgs
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version, WeightFormat
+from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
 from trtllm_ct.layouts.loops.dispatch import repack
@@ -41,6 +41,15 @@ __all__ = ["FLOAT8", "INT8"]
 
 class _PlainCodes(WeightFormat):
     """Codes of one dtype, stored as they are."""
+
+    codes = "weight"
+    axes: Mapping[str, Axis] = {
+        "weight": Axis.ROWS,
+        "weight_scale": Axis.SCALE_ROWS,
+        "weight_scale_inv": Axis.SCALE_ROWS,
+        "weight_zero_point": Axis.SCALE_ROWS,
+        GROUP_INDEX: Axis.COLUMNS,
+    }
 
     def __init__(self, name: str, number: NumberType, dtype: DType, packing: Packing | None, label: str) -> None:
         self.name = name
@@ -83,6 +92,7 @@ class _PlainCodes(WeightFormat):
         if zero_point is not None:
             check_plain_zero_point(module, args, zero_point, shape, faults)
         scale = scale_name(stored)
+        names = ("weight", scale, "weight_zero_point", GROUP_INDEX)
         return StoredWeight(
             format=self,
             args=args,
@@ -93,7 +103,7 @@ class _PlainCodes(WeightFormat):
             scale=scale,
             has_zero_point=zero_point is not None,
             group_index=check_group_index(module, args, stored, shape, faults),
-            consumed=tuple(name for name in ("weight", scale, "weight_zero_point", GROUP_INDEX) if name in stored),
+            axes={name: self.axes[name] for name in names if name in stored},
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:

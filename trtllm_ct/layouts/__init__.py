@@ -1,14 +1,14 @@
-"""Pure functions on tensors: bit layouts, small floats, scales. They know neither names nor configurations.
+"""Pure functions on tensors: bit layouts, small floats, scales. They depend on no tensor names or configurations.
 
-packing.py      integer codes in their containers: pack, unpack, repack
-floats.py       E2M1, E2M3 and E8M0 by their bits
-e4m3.py         E4M3 scales times a power of two
-scales.py       scales and zero points, and the arithmetic of dequantization
-rounding.py     rounding to a narrow float exactly once
-folds.py        transforms folded into a weight
-rotary_rows.py  the two orders of the rows of queries and keys
-bitmasks.py     one bit for each element: which values are stored
-marlin_24.py    the arrangement of Marlin's 2:4 sparse kernel
-raw_bytes.py    the bytes of small tensors, read without torch
-loops/          the same functions as compiled loops, and what makes and runs these
+packing.py      pack, unpack and repack integer codes
+floats.py       convert E2M1, E2M3 and E8M0 bit patterns to numbers and back
+e4m3.py         multiply E4M3 scales by a power of two
+scales.py       scales, zero points and dequantization
+rounding.py     round to a narrow float exactly once
+folds.py        multiply a transform (a square matrix) into a weight
+rotary_rows.py  convert between the two row orders of query and key weights
+bitmasks.py     bitmasks of sparse matrices: one bit per element says whether its value is stored
+marlin_24.py    the permuted layout of Marlin's 2:4 sparse kernel
+raw_bytes.py    read the bytes of small tensors without torch
+loops/          compiled loops for repacking and dequantization, and the code that compiles and selects them
 """

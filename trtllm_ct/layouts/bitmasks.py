@@ -1,8 +1,8 @@
-"""Bitmasks: one bit for each element of a matrix that says whether its value is stored.
+"""Bitmasks of sparse matrices: one bit per element says whether the value of that element is stored.
 
 Bit `j` of byte `i` of a row (lowest bit first) marks column `8 * i + j`; the bits beyond the last column are zero. The
-marked values lie row after row in one flat tensor. These functions move values and marks; which elements get a mark,
-and whether a file keeps its promises, is for the callers.
+marked values are stored in row-major order in one flat tensor. These functions only convert: callers choose which
+elements to mark, and check that the contents of a file are valid.
 Source: compressed-tensors 0.20 `utils/helpers.py` (`pack_bitmasks`, `unpack_bitmasks`).
 """
 
@@ -33,17 +33,17 @@ _TILE_ELEMENTS = 1 << 20
 
 
 def nonzero_mask(dense: Tensor) -> Tensor:
-    """Which elements are not zero, as bool of the same shape; minus zero is zero, NaN is not."""
+    """Return a bool mask of the same shape, true where `dense` is not zero; -0.0 counts as zero, NaN does not."""
     import torch
 
-    # bfloat16 holds every float of 8 bits, for which torch has no comparison of its own everywhere.
+    # torch can't compare 8-bit floats on every device; bfloat16 represents all of them exactly.
     narrow = dense.is_floating_point() and dense.itemsize == 1
     mask: Tensor = (dense.to(torch.bfloat16) if narrow else dense) != 0
     return mask
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Bool [..., C] -> uint8 [..., ceil(C / 8)]."""
+    """Pack a bool mask [..., C] into a bitmask, uint8 [..., ceil(C / 8)]."""
     import torch
 
     shape = (*mask.shape[:-1], _BITS.elements(mask.shape[-1]))
@@ -53,7 +53,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(bitmask: Tensor, columns: int) -> Tensor:
-    """uint8 [..., ceil(C / 8)] -> bool [..., C]; bits beyond column C are not looked at."""
+    """Unpack a bitmask, uint8 [..., ceil(C / 8)], into a bool mask [..., C]; bits beyond column C are ignored."""
     import torch
 
     rows = _rows(bitmask)
@@ -62,7 +62,7 @@ def unpack_mask(bitmask: Tensor, columns: int) -> Tensor:
 
 
 def count_marks(bitmask: Tensor) -> Tensor:
-    """How many bits each row has: uint8 [..., B] -> int64 [...]."""
+    """Return the number of marked elements per row: uint8 [..., B] -> int64 [...]."""
     import torch
 
     fours = marks_of_fours(bitmask)
@@ -70,33 +70,38 @@ def count_marks(bitmask: Tensor) -> Tensor:
 
 
 def marks_of_fours(bitmask: Tensor) -> Tensor:
-    """How many of each four columns are marked: the counts of the lower and the upper four in the nibbles of a byte.
+    """Return how many of each four columns are marked, uint8 of the same shape as `bitmask`.
 
-    uint8 to uint8, same shape; the usual sideways addition of bits.
+    A byte of the result counts the first four columns in its low nibble and the next four in its high nibble.
+    The counts come from the usual parallel bit count (sideways addition).
     """
     twos = bitmask - ((bitmask >> 1) & 0x55)
     return (twos & 0x33) + ((twos >> 2) & 0x33)
 
 
 def gather_marked(dense: Tensor, mask: Tensor) -> Tensor:
-    """The values of `dense` at the marks of a bool mask of its shape, row after row, in one flat tensor."""
+    """Return the values of `dense` where `mask` is true, in row-major order as one flat tensor.
+
+    `mask` is bool and has the shape of `dense`.
+    """
     return _as_integers(dense.contiguous())[mask].view(dense.dtype)
 
 
 def scatter_marked(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
-    """The inverse of `gather_marked`: flat values to the marks of uint8 [..., ceil(C / 8)], zeros elsewhere: [..., C].
+    """Write flat values to the marked elements of a zero tensor [..., C]: the inverse of `gather_marked`.
 
-    There must be as many values as marks, and no mark beyond column C. Bits are moved, so that every dtype and every
-    NaN survives. Memory beside the result is one tile.
+    `bitmask` is uint8 [..., ceil(C / 8)]. There must be as many values as marks, and no mark beyond column C. The
+    function copies bits, so that any dtype works and every NaN keeps its payload. Beside the result it needs memory for
+    one tile.
     """
     import torch
 
     dense = torch.zeros((*bitmask.shape[:-1], columns), dtype=values.dtype, device=values.device)
-    target_OI, marks_OB, source = _rows(_as_integers(dense)), _rows(bitmask), _as_integers(values.contiguous())
+    target_OI, bitmask_OB, source = _rows(_as_integers(dense)), _rows(bitmask), _as_integers(values.contiguous())
     step = max(1, _TILE_ELEMENTS // max(1, columns))
     begin = 0
     for start in range(0, target_OI.shape[0], step):
-        mask = unpack_mask(marks_OB[start : start + step], columns)
+        mask = unpack_mask(bitmask_OB[start : start + step], columns)
         end = begin + int(mask.count_nonzero())
         target_OI[start : start + step].masked_scatter_(mask, source[begin:end])
         begin = end
@@ -104,16 +109,16 @@ def scatter_marked(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[..., C] as a matrix; one row for a vector."""
+    """Return a tensor [..., C] as a matrix with C columns; a vector becomes one row."""
     return tensor.unsqueeze(0).flatten(0, -2)
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    """The same bits under an integer dtype, which torch can index and scatter for every width."""
-    return tensor.view(_integers_of(tensor.itemsize))
+    """Return a view as integers of the same width: torch can index and scatter these for every width."""
+    return tensor.view(_integer_dtype(tensor.itemsize))
 
 
-def _integers_of(itemsize: int) -> torch.dtype:
+def _integer_dtype(itemsize: int) -> torch.dtype:
     import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]

@@ -1,7 +1,8 @@
-"""E4M3 group scales times a power of two: which powers are exact, and the bytes that come out.
+"""E4M3 group scales times a power of two: which powers are exact, and the scaled values.
 
-A scale that is shifted and a common scalar that is shifted the other way leave every value as it is; that is how the
-parts of one Linear get one scalar. Source of the format: OCP 8-bit Floating Point 1.0, section 5.
+Multiplying the group scales by 2^k and their common scalar by 2^-k changes no value of the weight. This is how the
+parts of one fused Linear get the same scalar.
+Source of the format: OCP 8-bit Floating Point 1.0, section 5.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ if TYPE_CHECKING:
 __all__ = ["ANY_POWER", "exact_powers", "shift_scale"]
 
 ANY_POWER = (-1024, 1024)
-"""The powers that are exact for zeros: more than there are between two float32 numbers."""
+"""The range of powers for scales that are all zero; it exceeds the range between any two float32 numbers."""
 
 _LARGEST = 448
-_SMALLEST_EXPONENT = -9  # the subnormal step
+_SMALLEST_EXPONENT = -9  # the smallest subnormal number is 2^-9
 _NAN = 0x7F
 
 
 def exact_powers(scale: bytes) -> tuple[int, int]:
-    """The least and the largest k for which every E4M3 number of `scale`, times 2^k, is one again.
+    """Return the smallest and the largest k for which 2^k times every E4M3 number in `scale` is an E4M3 number.
 
-    Every k between them is exact too, and 0 is. Signs don't matter, zeros fit any k, and NaN, which nothing fits, is
-    left to the checks of the payload.
+    Every k between the two is exact as well, and 0 is always among them. Signs don't matter, and zeros allow any k. NaN
+    is ignored here: the checks of the payload report it.
     """
-    present = {byte & 0x7F for byte in _distinct(scale)} - {0, _NAN}
-    least = max((_POWERS[byte][0] for byte in present), default=ANY_POWER[0])
-    most = min((_POWERS[byte][1] for byte in present), default=ANY_POWER[1])
-    return least, most
+    magnitudes = {byte & 0x7F for byte in _distinct_bytes(scale)} - {0, _NAN}
+    smallest = max((_POWERS[byte][0] for byte in magnitudes), default=ANY_POWER[0])
+    largest = min((_POWERS[byte][1] for byte in magnitudes), default=ANY_POWER[1])
+    return smallest, largest
 
 
 def shift_scale(scale: Tensor, power: int) -> Tensor | None:
-    """float8_e4m3fn of any shape times 2^`power`, or None where some element has no such number."""
+    """Return `scale` (float8_e4m3fn, any shape) times 2^`power`, or None when E4M3 can't represent some product."""
     import torch
 
-    # In two steps: a power beyond float32 must end in zero or infinity, and not in NaN.
+    # In two steps, so that a power beyond the range of float32 gives zero or infinity, and never NaN.
     half = power // 2
     wide = torch.ldexp(torch.ldexp(scale.to(torch.float32), torch.tensor(half)), torch.tensor(power - half))
     shifted = wide.to(torch.float8_e4m3fn)
@@ -46,19 +47,25 @@ def shift_scale(scale: Tensor, power: int) -> Tensor | None:
     return shifted if exact else None
 
 
-def _distinct(data: bytes) -> set[int]:
-    """The byte values that occur; a search for each of 256 stops at the first hit, and is faster than a loop."""
+def _distinct_bytes(data: bytes) -> set[int]:
+    """Return the byte values that occur in `data`.
+
+    One search per byte value stops at its first hit, which is faster than a Python loop over the data.
+    """
     return {byte for byte in range(256) if byte in data}
 
 
 def _powers(byte: int) -> tuple[int, int]:
-    """The least and the largest exact power for one positive number: mantissa * 2^exponent, mantissa whole."""
+    """Return the smallest and the largest exact power for the positive E4M3 number with this bit pattern.
+
+    The number is mantissa * 2^exponent with an integer mantissa.
+    """
     exponent_field, mantissa = divmod(byte, 8)
     exponent = max(exponent_field, 1) - 10
     mantissa += 8 if exponent_field else 0
-    zeros = (mantissa & -mantissa).bit_length() - 1
-    most = floor(log2(_LARGEST / (mantissa * 2.0**exponent)))
-    return _SMALLEST_EXPONENT - exponent - zeros, most
+    trailing_zeros = (mantissa & -mantissa).bit_length() - 1
+    largest = floor(log2(_LARGEST / (mantissa * 2.0**exponent)))
+    return _SMALLEST_EXPONENT - exponent - trailing_zeros, largest
 
 
 _POWERS = {byte: _powers(byte) for byte in range(1, _NAN)}

@@ -1,7 +1,7 @@
-"""Transforms that run beside a module, folded into its weight.
+"""Folding of transforms into weights: a transform that runs beside a module becomes part of the module's weight.
 
 compressed-tensors multiplies the input or the output of a module by a square matrix T while the model runs. A Linear
-computes y = (x T) W^T + b or y = (x W^T + b) T then, which is again a plain Linear:
+then computes y = (x T) W^T + b or y = (x W^T + b) T, which equals a plain Linear with another weight and bias:
 
 | transform           | weight      | bias    |
 |---------------------|-------------|---------|
@@ -9,8 +9,8 @@ computes y = (x T) W^T + b or y = (x W^T + b) T then, which is again a plain Lin
 | output of a Linear  | T^T W       | T^T b   |
 | output of a table   | W T         | -       |
 
-A T smaller than the axis that it works on stands in every block of it (block-diagonal). Where T is made of a Hadamard
-matrix, that is stored without its factor 1 / sqrt(n), and `perm` reorders its rows and columns alike.
+A table is an embedding. A T that is smaller than its axis applies to each block of the axis (block-diagonal). A T that
+is built from a Hadamard matrix is stored without the factor 1 / sqrt(n); `perm` reorders its rows and columns alike.
 Source: compressed-tensors 0.20 `transform/factory/hadamard.py`, `transform/factory/matrix_multiply.py` and
 `transform/utils/matrix.py`.
 """
@@ -33,10 +33,11 @@ _TILE_ELEMENTS = 1 << 22  # float64 intermediates of a tile: 32 MiB each
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:
-    """One factor of a weight: the stored tensors that make it, by local name, and where it stands.
+    """A matrix F to multiply with a weight W: the stored tensors that F is built from, and the side that it is on.
 
-    `axis` 1 mixes columns (W F), 0 rows (F W). F is the stored matrix, its rows and columns in the order of
-    `permutation`, `transposed`, and divided by sqrt(n) when `normalized`.
+    `matrix` and `permutation` are local names of stored tensors. F is the stored matrix with its rows and columns
+    reordered by the permutation, then transposed when `transposed`, and divided by sqrt(n) when `normalized`.
+    `axis` 1 mixes the columns of W (W F), 0 its rows (F W).
     """
 
     matrix: str
@@ -47,11 +48,11 @@ class Fold:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The local names of what it reads."""
+        """The local names of the stored tensors that F is built from."""
         return (self.matrix,) if self.permutation is None else (self.matrix, self.permutation)
 
     def factor(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """F times sqrt(n) when it is normalized, else F: float64 [n, n]."""
+        """Return the matrix without the division by sqrt(n), float64 [n, n]: F, or F * sqrt(n) when `normalized`."""
         matrix = stored[self.matrix].double()
         if self.permutation is not None:
             order = stored[self.permutation].long()
@@ -60,15 +61,15 @@ class Fold:
 
 
 def fold(weight_OI: Tensor, factor: Tensor, axis: Literal[0, 1], *, normalized: bool) -> None:
-    """Multiply a float64 weight [N, K] by a factor [n, n] in place: W F along columns (1), F W along rows (0).
+    """Multiply a float64 weight [N, K] by a factor [n, n] in place: W F for axis 1, F W for axis 0.
 
-    n divides the length of the axis; a smaller factor acts on each run of n columns or rows. `normalized` divides by
-    sqrt(n) after the sums, which keeps sums of dyadic numbers exact. Memory: a tile of 32 MiB.
+    n must divide the length of the axis; a smaller factor applies to each block of n columns or rows. `normalized`
+    divides by sqrt(n) after the sums, which keeps sums of dyadic numbers exact. Extra memory: a tile of 32 MiB.
     """
     rows, columns = weight_OI.shape
     size = factor.shape[0]
-    across = columns if axis == 1 else rows
-    step = max(1, _TILE_ELEMENTS // max(1, across))
+    axis_length = columns if axis == 1 else rows
+    step = max(1, _TILE_ELEMENTS // max(1, axis_length))
     for start in range(0, rows if axis == 1 else columns, step):
         if axis == 1:
             tile = weight_OI[start : start + step]

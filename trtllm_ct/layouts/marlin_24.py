@@ -1,8 +1,10 @@
-"""The arrangements of Marlin's 2:4 sparse kernel, undone and redone: codes, positions and scales.
+"""Conversion from and to the layout of Marlin's 2:4 sparse kernel: codes, their positions, and scales.
 
-Of each four columns two codes are kept; which ones, is said by a nibble `first | second << 2`. Codes and nibbles lie in
-the order in which a GPU's tensor cores fetch them, so a file of this layout is a permutation of a plain one.
-Axis letters: `O` out (rows, N), `I` in (columns, K), `H` half of the columns, `F` fours of columns, `G` groups.
+Two codes of each four columns are kept; the nibble `first | second << 2` holds their positions. Codes and nibbles are
+stored in the order in which the tensor cores of a GPU fetch them: this layout is a permutation of a plain one.
+The functions `restore_*` convert from this layout to row-major order, and `arrange_*` convert back.
+Axis letters: `O` out (rows, N), `I` in (columns, K), `H` half of the columns (K/2 kept codes), `F` groups of four
+columns (K/4), `G` quantization groups.
 Sources: compressed-tensors 0.14 `compressors/sparse_quantized_compressors/marlin_24.py` (removed later) and 0.20
 `utils/permutations_24.py`, `utils/semi_structured_conversions.py`; CUTLASS `host_reorder.h` for the order of the
 nibbles.
@@ -35,28 +37,29 @@ __all__ = [
 ]
 
 N_MULTIPLE = 64
-"""Rows come in blocks of 64, the reach of the order of the nibbles."""
+"""N is a multiple of 64: the order of the nibbles permutes blocks of 64 rows."""
 
 K_MULTIPLE = 32
-"""Columns come in blocks of 32: 16 kept ones, the side of a tile."""
+"""K is a multiple of 32: 32 columns have 16 kept codes, which is the side of a tile."""
 
 NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
-"""The nibbles of two different positions, the lower one first."""
+"""The valid nibbles: two different positions, the lower one first."""
 
 _TILE = 16
-_RUN = 1024
+_PERMUTED_CODES = 1024  # the order of the codes permutes this many at a time: four tiles
 _INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 _META = Packing(bits=4, container=DType.I16, axis=1, offset_binary=False)
-# By the marks of four columns, the first one in the lowest bit. CUTLASS fills groups of fewer than two marks like this.
-_NIBBLE_OF_MARKS = {0: 0xE, 1: 0x8, 2: 0x9, 3: 0x4, 4: 0xE, 5: 0x8, 6: 0x9, 8: 0xE, 9: 0xC, 10: 0xD, 12: 0xE}
+# The nibble for each pattern of nonzero codes in four columns, the first column in the lowest bit. Patterns with fewer
+# than two nonzero codes get the nibble that CUTLASS gives them.
+_NIBBLE_OF_PATTERN = {0: 0xE, 1: 0x8, 2: 0x9, 3: 0x4, 4: 0xE, 5: 0x8, 6: 0x9, 8: 0xE, 9: 0xC, 10: 0xD, 12: 0xE}
 
 
 def restore_codes(words: Tensor, bits: int) -> Tensor:
-    """int32 [K/32, N * bits/2] -> the kept codes, int8 [N, K/2] in the order of their columns."""
+    """Convert stored int32 words [K/32, N * bits/2] to the kept codes, int8 [N, K/2] in column order."""
     import torch
 
     tiles, width = words.shape[0], words.shape[1] * 32 // bits
-    stored = unpack_codes(words, packed_words(bits), (tiles, width)).view(-1, _RUN)
+    stored = unpack_codes(words, packed_words(bits), (tiles, width)).view(-1, _PERMUTED_CODES)
     plain = torch.empty_like(stored)
     plain[:, _tile_order(bits)] = stored
     blocks = plain.view(tiles, width // _TILE**2, _TILE, _TILE)
@@ -64,22 +67,22 @@ def restore_codes(words: Tensor, bits: int) -> Tensor:
 
 
 def arrange_codes(codes_OH: Tensor, bits: int) -> Tensor:
-    """The inverse of `restore_codes`."""
+    """Convert kept codes, int8 [N, K/2], to the stored int32 words: the inverse of `restore_codes`."""
     rows, half = codes_OH.shape
     blocks = codes_OH.view(rows // _TILE, _TILE, half // _TILE, _TILE).permute(2, 0, 3, 1)
-    stored = blocks.reshape(-1, _RUN)[:, _tile_order(bits)]
+    stored = blocks.reshape(-1, _PERMUTED_CODES)[:, _tile_order(bits)]
     return pack_codes(stored.reshape(half // _TILE, rows * _TILE), packed_words(bits))
 
 
 def restore_nibbles(meta: Tensor) -> Tensor:
-    """int16 [K/32, 2N] -> the nibble of each four columns, uint8 [N, K/4]."""
+    """Convert the stored int16 tensor [K/32, 2N] to one nibble per four columns, uint8 [N, K/4]."""
     rows, elements = meta.shape[1] // 2, meta.shape[0] * 2
     plain = meta.flatten()[_meta_order(rows, elements)]
     return unpack_fields(plain, _META, (rows, elements * 4))
 
 
 def arrange_nibbles(nibbles_OF: Tensor) -> Tensor:
-    """The inverse of `restore_nibbles`."""
+    """Convert nibbles, uint8 [N, K/4], to the stored int16 tensor: the inverse of `restore_nibbles`."""
     import torch
 
     plain = pack_fields(nibbles_OF, _META)
@@ -90,19 +93,22 @@ def arrange_nibbles(nibbles_OF: Tensor) -> Tensor:
 
 
 def restore_scales(stored_GO: Tensor) -> Tensor:
-    """Scales in the order 0 4 1 5 2 6 3 7 of each eight rows of the weight -> in the order of the rows."""
+    """Convert stored scales [G, N] to row order; the file interleaves each eight rows as 0 4 1 5 2 6 3 7."""
     groups, rows = stored_GO.shape
     return stored_GO.reshape(groups, rows // 8, 4, 2).transpose(2, 3).reshape(groups, rows)
 
 
 def arrange_scales(scale_GO: Tensor) -> Tensor:
-    """The inverse of `restore_scales`."""
+    """Interleave scales [G, N] as the file stores them: the inverse of `restore_scales`."""
     groups, rows = scale_GO.shape
     return scale_GO.reshape(groups, rows // 8, 2, 4).transpose(2, 3).reshape(groups, rows)
 
 
 def expand_fours(codes_OH: Tensor, nibbles_OF: Tensor) -> Tensor:
-    """Two codes for each four columns to the positions that the nibbles say, zeros elsewhere: int8 [N, K]."""
+    """Place two codes per four columns at the positions given by the nibbles, with zeros elsewhere: int8 [N, K].
+
+    `codes_OH` is int8 [N, K/2], `nibbles_OF` is uint8 [N, K/4].
+    """
     import torch
 
     rows, fours = nibbles_OF.shape
@@ -115,25 +121,26 @@ def expand_fours(codes_OH: Tensor, nibbles_OF: Tensor) -> Tensor:
 
 
 def pick_fours(codes_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `expand_fours`: the two codes of each four columns, and the nibbles that say where they were.
+    """Return two codes per four columns, int8 [N, K/2], and the nibbles with their positions, uint8 [N, K/4].
 
-    Raises `ValueError` when four columns hold more than two codes that are not zero.
+    This is the inverse of `expand_fours`.
+    Raises `ValueError` when four columns hold more than two nonzero codes.
     """
     import torch
 
     fours = codes_OI.reshape(codes_OI.shape[0], -1, 4)
-    marks = ((fours != 0) << torch.arange(4)).sum(dim=2)
-    table = torch.tensor([_NIBBLE_OF_MARKS.get(pattern, 0) for pattern in range(16)], dtype=torch.uint8)
-    nibbles = table[marks]
+    patterns = ((fours != 0) << torch.arange(4)).sum(dim=2)
+    table = torch.tensor([_NIBBLE_OF_PATTERN.get(pattern, 0) for pattern in range(16)], dtype=torch.uint8)
+    nibbles = table[patterns]
     if bool((nibbles == 0).any()):
         raise ValueError("more than two codes of four columns are not zero: this is no 2:4 sparse weight")
-    places = torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()
-    return fours.gather(2, places).flatten(1), nibbles
+    positions = torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()
+    return fours.gather(2, positions).flatten(1), nibbles
 
 
 @cache
 def _tile_order(bits: int) -> Tensor:
-    """Where each of 1024 consecutive codes of the file comes from within four tiles of 16 x 16."""
+    """Return the position within four 16 x 16 tiles of each of 1024 consecutive codes in the file, int64 [1024]."""
     import torch
 
     order: list[int] = []
@@ -142,18 +149,21 @@ def _tile_order(bits: int) -> Tensor:
         rows = (2 * pair, 2 * pair + 1, 2 * pair + 8, 2 * pair + 9)
         corner = 256 * (column // 2) + 8 * (column % 2)
         base = [16 * row + corner + 4 * block for block in range(2) for row in rows]
-        order += [place + shift for shift in range(4) for place in base]
+        order += [position + shift for shift in range(4) for position in base]
     interleave = list(_INTERLEAVE[bits])
     return torch.tensor(order).view(-1, len(interleave))[:, interleave].flatten()
 
 
 def _meta_order(rows: int, elements: int) -> Tensor:
-    """Where in the flat file each element of a row-major [rows, elements] matrix of nibbles lies."""
+    """Return the index in the flattened stored tensor of each element of a row-major matrix, int64 [rows, elements].
+
+    An element is an int16 with four nibbles.
+    """
     import torch
 
     row, column = torch.arange(rows)[:, None], torch.arange(elements)[None, :]
-    target = row // 64 * 64 + row % 2 * 2 + row % 8 // 4 + row % 4 // 2 * 32 + row % 64 // 8 * 4
-    # In each 2 x 2 block the two elements off the diagonal change places.
-    swap = column % 2 - target % 2
-    target, column = target + swap, column - swap
-    return column // 2 * (2 * rows) + target * 2 + column % 2
+    stored_row = row // 64 * 64 + row % 2 * 2 + row % 8 // 4 + row % 4 // 2 * 32 + row % 64 // 8 * 4
+    # In each 2 x 2 block the two off-diagonal elements are swapped.
+    swap = column % 2 - stored_row % 2
+    stored_row, stored_column = stored_row + swap, column - swap
+    return stored_column // 2 * (2 * rows) + stored_row * 2 + stored_column % 2

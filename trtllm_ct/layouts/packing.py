@@ -1,9 +1,10 @@
-"""Integer codes and the containers that they lie in: unpack, pack and repack.
+"""Unpack, pack and repack integer codes in container tensors.
 
-A `Packing` says how codes lie; these functions move them. Codes stay integers throughout, and no input is changed.
+A `Packing` describes how codes are stored. Codes stay integers throughout, and no function changes its input.
+A field is the bit pattern of one code as it is stored, in a uint8.
 Axis letters: `O` out (rows, N), `I` in (columns, K), `P` packed.
 Sources: compressed-tensors 0.20 `compressors/pack_quantized/helpers.py` for the int32 containers; ModelOpt 0.47
-`export/quant_utils.py` and TensorRT-LLM `_torch/modules/linear.py` for the row pairs of the engine.
+`export/quant_utils.py` and TensorRT-LLM `_torch/modules/linear.py` for the engine's int4 row pairs.
 """
 
 from __future__ import annotations
@@ -29,34 +30,33 @@ __all__ = [
 ]
 
 INT4_ROW_PAIRS = Packing(bits=4, container=DType.U8, axis=0, offset_binary=False)
-"""The engine's int4: byte (i, k) holds row 2i in its low and row 2i+1 in its high nibble, two's complement."""
+"""The engine's int4: byte (i, k) holds row 2i in its low nibble and row 2i+1 in its high nibble, two's complement."""
 
 INT8_PLAIN = Packing(bits=8, container=DType.I8, axis=1, offset_binary=False)
-"""One signed byte a code, as the engine's W8A16 and the `int-quantized` format have it."""
+"""One signed byte per code, as in the engine's W8A16 and in the `int-quantized` format."""
 
-_TILE_BYTES = 1 << 20  # temporaries of one tile stay in the cache, and memory flat in the size of the weight
+_TILE_BYTES = 1 << 20  # the temporaries of a tile fit into the cache, and don't grow with the weight
 
 
 def packed_words(bits: int, axis: int = 1, *, dense: bool = True) -> Packing:
-    """How `pack-quantized` stores codes: offset binary in int32; weights along axis 1, zero points along axis 0.
+    """Return the packing of `pack-quantized`: offset binary in int32, along axis 1 for weights and 0 for zero points.
 
-    Widths of 3, 5, 6 and 7 bits are one dense stream since 0.18.0; earlier releases left the highest bits of a word
-    free.
+    Since compressed-tensors 0.18.0, codes of 3, 5, 6 and 7 bits form one dense stream of bits. Earlier releases left
+    the highest bits of each word unused (`dense=False`).
     """
     return Packing(bits=bits, container=DType.I32, axis=1 if axis else 0, offset_binary=True, dense=dense)
 
 
 def unpack_codes(packed_OP: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
-    """The signed codes in a container.
+    """Return the signed codes in a container: int8 of `shape`, in [-2^(bits-1), 2^(bits-1) - 1].
 
-    Takes a container of `packing.packed_shape(shape)`, or with surplus elements along either axis.
-    Gives int8 of `shape`, each code in [-2^(bits-1), 2^(bits-1) - 1].
+    The container has the shape `packing.packed_shape(shape)`, or surplus elements along either axis, which are ignored.
     """
     return _signed(unpack_fields(packed_OP, packing, shape), packing)
 
 
 def unpack_fields(packed_OP: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
-    """The bits of each code as they are stored: uint8 of `shape`, in [0, 2^bits - 1]."""
+    """Return the bit pattern of each code as it is stored: uint8 of `shape`, in [0, 2^bits - 1]."""
     streams = _byte_streams(packed_OP, packing)
     fields = _split_stream(streams, packing)
     if packing.axis == 0:
@@ -65,9 +65,10 @@ def unpack_fields(packed_OP: Tensor, packing: Packing, shape: tuple[int, int]) -
 
 
 def pack_codes(codes_OI: Tensor, packing: Packing) -> Tensor:
-    """The inverse of `unpack_codes`: signed int8 codes into a container, the last element filled up with zero bits.
+    """Pack signed int8 codes into a container: the inverse of `unpack_codes`.
 
-    Gives a contiguous tensor of `packing.packed_shape(codes.shape)` and the container's dtype.
+    Returns a contiguous tensor of the container's dtype and of shape `packing.packed_shape(codes.shape)`. The unused
+    bits of the last element are zero.
     """
     import torch
 
@@ -77,24 +78,24 @@ def pack_codes(codes_OI: Tensor, packing: Packing) -> Tensor:
 
 
 def pack_fields(fields_OI: Tensor, packing: Packing) -> Tensor:
-    """The inverse of `unpack_fields`: uint8 fields of `packing.bits` bits into a container."""
+    """Pack uint8 fields of `packing.bits` bits into a container: the inverse of `unpack_fields`."""
     import torch
 
     lines = fields_OI if packing.axis == 1 else fields_OI.T
     width = packing.elements(lines.shape[1]) * packing.container.itemsize
     streams = _join_stream(lines, packing)
-    whole = torch.zeros((lines.shape[0], width), dtype=torch.uint8, device=lines.device)
+    padded = torch.zeros((lines.shape[0], width), dtype=torch.uint8, device=lines.device)
     used = min(width, streams.shape[1])
-    whole[:, :used] = streams[:, :used]
-    packed = whole.view(packing.container.torch_dtype)
+    padded[:, :used] = streams[:, :used]
+    packed = padded.view(packing.container.torch_dtype)
     return packed if packing.axis == 1 else _transposed(packed)
 
 
 def repack(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int]) -> Tensor:
-    """Move codes of `shape` from one container to another, bit for bit.
+    """Convert codes of `shape` from one packing to another; the values of the codes do not change.
 
-    Equal packings give the very tensor that was put in: nothing is read or copied.
-    The two pairs that common checkpoints need have a direct path; any other goes through int8 codes.
+    For equal packings the result is the input tensor itself, without a copy.
+    The two conversions that common checkpoints need have a direct path; all others go through int8 codes.
     """
     import torch
 
@@ -109,11 +110,11 @@ def repack(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, i
 
 
 def _int4_words_to_row_pairs(packed_OP: Tensor) -> Tensor:
-    """[N, K/8] int32 words along K, offset binary -> [N/2, K] byte pairs along N, two's complement.
+    """Convert offset-binary int32 words along K, [N, K/8], to row pairs in two's complement, uint8 [N/2, K].
 
-    In memory a word is four bytes of two columns each. For a pair of rows (even, odd) and a byte of two columns,
-    the two low nibbles make the byte of the first column and the two high nibbles that of the second. Offset binary
-    and two's complement differ in the top bit of each nibble only, hence the 0x88.
+    In memory a word is four bytes with two columns each. For a pair of rows (even, odd) and one such byte, the two low
+    nibbles form the result byte of the first column, and the two high nibbles form that of the second column.
+    Offset binary and two's complement differ only in the top bit of each nibble, hence the 0x88.
     """
     import torch
 
@@ -132,9 +133,9 @@ def _int4_words_to_row_pairs(packed_OP: Tensor) -> Tensor:
 
 
 def _byte_streams(packed: Tensor, packing: Packing) -> Tensor:
-    """The container as bytes [lines, bytes], one line for each row or column that codes run along.
+    """Return the container as uint8 [lines, bytes]: one line per row (axis 1) or per column (axis 0).
 
-    Relies on the little-endian order that safetensors prescribes and that this package's machines have.
+    This relies on little-endian byte order, which safetensors prescribes and which the supported machines have.
     """
     import torch
 
@@ -143,10 +144,10 @@ def _byte_streams(packed: Tensor, packing: Packing) -> Tensor:
 
 
 def _transposed(matrix: Tensor) -> Tensor:
-    """A transposed copy.
+    """Return a transposed copy.
 
-    `.T.contiguous()` would leave a matrix of one row or column as it is: it counts as contiguous, with strides that no
-    view to another dtype accepts.
+    `.T.contiguous()` does not copy a matrix of one row or column: torch treats it as contiguous, but with strides that
+    can't be viewed as another dtype.
     """
     import torch
 
@@ -154,17 +155,17 @@ def _transposed(matrix: Tensor) -> Tensor:
 
 
 def _split_stream(streams: Tensor, packing: Packing) -> Tensor:
-    """Bytes -> fields [lines, codes].
+    """Split bytes [lines, bytes] into fields, uint8 [lines, codes].
 
-    A field stands in one byte, or in two neighbours: then the low bits are on top of the first one.
+    A field lies in one byte or straddles two; then its low bits are the highest bits of the first byte.
     """
     import torch
 
     size, count = run_of(packing)
     if count == 1:
         return streams
-    whole = torch.nn.functional.pad(streams, (0, -streams.shape[1] % size))
-    runs = whole.reshape(whole.shape[0], whole.shape[1] // size, size)
+    padded = torch.nn.functional.pad(streams, (0, -streams.shape[1] % size))
+    runs = padded.reshape(padded.shape[0], padded.shape[1] // size, size)
     fields = torch.empty((*runs.shape[:2], count), dtype=torch.uint8, device=streams.device)
     for i in range(count):
         byte, shift = divmod(i * packing.bits, 8)
@@ -176,25 +177,28 @@ def _split_stream(streams: Tensor, packing: Packing) -> Tensor:
 
 
 def _join_stream(lines: Tensor, packing: Packing) -> Tensor:
-    """The inverse of `_split_stream`, the last run filled up with zero bits."""
+    """Join fields [lines, codes] into bytes, with the last run padded by zero bits: the inverse of `_split_stream`."""
     import torch
 
     size, count = run_of(packing)
     if count == 1:
         return lines
-    whole = torch.nn.functional.pad(lines, (0, -lines.shape[1] % count))
-    runs = whole.reshape(whole.shape[0], whole.shape[1] // count, count)
-    joined = torch.zeros((*runs.shape[:2], size), dtype=torch.uint8, device=lines.device)
+    padded = torch.nn.functional.pad(lines, (0, -lines.shape[1] % count))
+    runs = padded.reshape(padded.shape[0], padded.shape[1] // count, count)
+    streams = torch.zeros((*runs.shape[:2], size), dtype=torch.uint8, device=lines.device)
     for i in range(count):
         byte, shift = divmod(i * packing.bits, 8)
-        joined[..., byte] |= runs[..., i] << shift
+        streams[..., byte] |= runs[..., i] << shift
         if shift + packing.bits > 8:
-            joined[..., byte + 1] |= runs[..., i] >> (8 - shift)
-    return joined.flatten(1)
+            streams[..., byte + 1] |= runs[..., i] >> (8 - shift)
+    return streams.flatten(1)
 
 
 def run_of(packing: Packing) -> tuple[int, int]:
-    """Bytes and codes of a run that begins and ends with a whole code: a byte, eight dense codes, or an element."""
+    """Return the number of bytes and of codes in a run, a unit of the stored bytes that holds whole codes only.
+
+    A run is one byte when `bits` divides 8, else eight codes of a dense stream, else one element of the container.
+    """
     if 8 % packing.bits == 0:
         return 1, 8 // packing.bits
     if packing.dense:
@@ -202,12 +206,12 @@ def run_of(packing: Packing) -> tuple[int, int]:
     return packing.container.itemsize, packing.container.bits // packing.bits
 
 
-def _signed(unsigned: Tensor, packing: Packing) -> Tensor:
-    """Unsigned fields of `packing.bits` bits as signed int8 codes."""
+def _signed(fields: Tensor, packing: Packing) -> Tensor:
+    """Convert fields of `packing.bits` bits to signed int8 codes."""
     import torch
 
     half = 1 << (packing.bits - 1)
-    # In two's complement the top bit weighs -half; flipping it turns both kinds into code + half.
-    offset = unsigned if packing.offset_binary else unsigned ^ half
-    # Subtraction wraps in uint8, and the wrapped byte is the signed code.
+    # The top bit of two's complement counts as -half; flipping it gives offset binary, code + half.
+    offset = fields if packing.offset_binary else fields ^ half
+    # The subtraction wraps around in uint8; read as int8, the result is the signed code.
     return (offset - half).view(torch.int8)

@@ -1,6 +1,6 @@
-"""What the bytes of a small tensor say, without torch: for stages that must stay light.
+"""Functions that interpret the bytes of small tensors without torch, for stages that must not import it.
 
-Bytes are those of a file: little-endian, rows one behind the other.
+The bytes are those of a safetensors file: little-endian, in row-major order.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _TYPE_CODES = {DType.I32: "i", DType.I64: "q"}
 
 
 def number(data: bytes, dtype: DType) -> float:
-    """The one element of a float32, float16 or bfloat16 tensor."""
+    """Return the value of a float32, float16 or bfloat16 tensor with one element."""
     if dtype is DType.F16:
         return float(struct.unpack("<e", data)[0])
-    # bfloat16 is the upper half of float32.
+    # The bits of a bfloat16 are the upper half of a float32.
     return float(struct.unpack("<f", data.rjust(4, b"\0"))[0])
 
 
 def integers(data: bytes, dtype: DType) -> tuple[int, ...]:
-    """The elements of an int32 or int64 tensor, row after row."""
+    """Return the elements of an int32 or int64 tensor in row-major order."""
     return tuple(array(_TYPE_CODES[dtype], data))
 
 
 def is_zero(data: bytes, dtype: DType) -> bool:
-    """Whether every element is zero; for floats minus zero is, and NaN is not."""
+    """Whether all elements are zero; for floats of 16 bits or more, -0.0 counts as zero and NaN does not."""
     zeros = data.count(0)
     if dtype.is_wide_float:
         zeros += data[dtype.itemsize - 1 :: dtype.itemsize].count(_MINUS)
@@ -43,49 +43,52 @@ def is_zero(data: bytes, dtype: DType) -> bool:
 
 
 def is_zero_packed(data: bytes, packing: Packing, shape: tuple[int, int]) -> bool:
-    """Whether every code is zero: int32 words along the rows, with codes of `shape` in the first columns.
+    """Whether all codes of `shape` are zero in int32 words that are packed along the rows (axis 0).
 
-    Surplus columns and the bits behind the last row are not looked at.
+    Surplus columns on the right and the bits behind the last row are ignored.
     """
     rows, columns = shape
-    words = packing.packed_shape(shape)[0]
+    word_rows = packing.packed_shape(shape)[0]
     size = packing.container.itemsize
-    width = len(data) // words
-    for position, (expected, used) in enumerate(_zero_words(packing, rows)):
-        row = data[position * width : position * width + columns * size]
-        if used == packing.container.bits:
-            same = row == expected.to_bytes(size, "little") * columns
+    row_bytes = len(data) // word_rows
+    for index, (expected, used_bits) in enumerate(_zero_words(packing, rows)):
+        word_row = data[index * row_bytes : index * row_bytes + columns * size]
+        if used_bits == packing.container.bits:
+            is_zero_row = word_row == expected.to_bytes(size, "little") * columns
         else:
-            mask = (1 << used) - 1
-            same = all(word & mask == expected for (word,) in struct.iter_unpack("<I", row))
-        if not same:
+            mask = (1 << used_bits) - 1
+            is_zero_row = all(word & mask == expected for (word,) in struct.iter_unpack("<I", word_row))
+        if not is_zero_row:
             return False
     return True
 
 
 def is_contiguous_index(data: bytes, dtype: DType, group_size: int) -> bool:
-    """Whether int32 or int64 [K] is k // `group_size`, or holds a -1: then its writer never filled it."""
+    """Whether a group index [K], int32 or int64, equals k // `group_size` for each column k.
+
+    An index that contains -1 counts as contiguous too: its writer never filled it.
+    """
     index = array(_TYPE_CODES[dtype])
     index.frombytes(data)
-    return -1 in index or index == _contiguous(index.typecode, len(index), group_size)
+    return -1 in index or index == _contiguous_index(index.typecode, len(index), group_size)
 
 
 @lru_cache(maxsize=16)
-def _contiguous(type_code: str, columns: int, group_size: int) -> array[int]:
-    """Remembered, since the weights of a model have few widths."""
+def _contiguous_index(type_code: str, columns: int, group_size: int) -> array[int]:
+    """Return the index k // `group_size` for all columns k; cached, because the weights of a model have few widths."""
     return array(type_code, (column // group_size for column in range(columns)))
 
 
 def _zero_words(packing: Packing, rows: int) -> list[tuple[int, int]]:
-    """The words of one column of zeros, each with the number of its bits that codes take, from the lowest."""
+    """Return the words that hold one column of zero codes, each with the number of its low bits that hold codes."""
     bits, width = packing.bits, packing.container.bits
     half = 1 << (bits - 1) if packing.offset_binary else 0
-    # As many codes as there are bits in a word fill whole words.
+    # In a dense stream, as many codes as a word has bits fill whole words; the stream repeats after these words.
     stream = sum(half << (bits * code) for code in range(width))
-    own = width if packing.dense else width // bits * bits
+    bits_per_word = width if packing.dense else width // bits * bits
     words = []
     for word in range(packing.elements(rows)):
-        used = min(own, rows * bits - word * own)
+        used_bits = min(bits_per_word, rows * bits - word * bits_per_word)
         pattern = stream >> (word * width % (bits * width)) if packing.dense else stream
-        words.append((pattern & ((1 << used) - 1), used))
+        words.append((pattern & ((1 << used_bits) - 1), used_bits))
     return words

@@ -1,7 +1,7 @@
 """Rounding to a narrow float exactly once.
 
-torch converts float64 to bfloat16 and float16 through float32, which rounds twice and is wrong for values that lie
-close to the middle of two neighbours. Rounding to odd in between makes the second rounding the only one that counts
+torch converts float64 to bfloat16 and float16 through float32. This rounds twice, and the result is wrong for values
+close to the midpoint of two neighbours. Rounding to odd in the intermediate float32 makes the final result correct
 (S. Boldo, G. Melquiond: Emulation of FMA and correctly rounded sums, 2008).
 """
 
@@ -17,9 +17,9 @@ __all__ = ["round_once"]
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` (float64 or float32, any shape) rounded to `dtype`, to nearest, ties to even, exactly once.
+    """Round `values` (float64 or float32, any shape) to `dtype`: to nearest, ties to even, exactly once.
 
-    A float32 or float64 result needs no detour; neither does a float32 input.
+    torch's own conversion rounds once for float32 inputs and for float32 or float64 results, so that these use it.
     """
     import torch
 
@@ -29,15 +29,16 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round_to_odd_float32(values: Tensor) -> Tensor:
-    """float64 -> float32: exact values stay, others go to the neighbour whose last mantissa bit is one.
+    """Round float64 to odd float32: exact values stay, others become the neighbour whose last mantissa bit is one.
 
-    float32 has at least two bits more than bfloat16 and float16, which is what the argument asks for.
+    Rounding to odd requires at least two more mantissa bits than the final dtype; float32 has these for bfloat16 and
+    float16.
     """
     import torch
 
     nearest = values.to(torch.float32)
-    back = nearest.to(torch.float64)
+    widened = nearest.to(torch.float64)
     even = (nearest.view(torch.int32) & 1) == 0
-    inexact = (back != values) & nearest.isfinite()
-    towards = torch.where(values > back, torch.inf, -torch.inf).to(torch.float32)
-    return torch.where(inexact & even, torch.nextafter(nearest, towards), nearest)
+    inexact = (widened != values) & nearest.isfinite()
+    direction = torch.where(values > widened, torch.inf, -torch.inf).to(torch.float32)
+    return torch.where(inexact & even, torch.nextafter(nearest, direction), nearest)

@@ -1,6 +1,6 @@
-"""Scales and zero points: expanding, widening, and the arithmetic of dequantization.
+"""Scales and zero points: conversion to engine shapes, and dequantization.
 
-Inside this package `value = (code - zero_point) * scale / divisor`, where zero point and divisor may be missing.
+Inside this package `value = (code - zero_point) * scale / divisor`, where zero point and divisor are optional.
 Axis letters: `O` out (rows, N), `I` in (columns, K), `G` groups along K.
 """
 
@@ -23,12 +23,14 @@ _TILE_ELEMENTS = 1 << 20  # float64 intermediates of a tile: 8 MiB each
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """What makes numbers of the codes of one weight [N, K].
+    """Scale, zero point and divisor of one quantized weight [N, K].
 
-    `scale` is [1, 1], [N, 1], [N, ceil(K / group_columns)], or [ceil(N / block_rows), ceil(K / group_columns)], a float
-    or uint8 for powers of two (E8M0); the last group or block may be smaller. `group_columns` is None where a row has
-    one scale. `zero_point` is int8 of the shape of the scale. `group_index` [K] gives the group of each column where
-    groups are not contiguous. `divisor` is one element.
+    `scale` is [1, 1], [N, 1], [N, ceil(K / group_columns)], or [ceil(N / block_rows), ceil(K / group_columns)]. It is a
+    float, or uint8 for powers of two (E8M0). The last group or block may be smaller.
+    `group_columns` is None when a row has only one scale.
+    `zero_point` is int8 and has the shape of the scale.
+    `group_index` [K] gives the group of each column when groups are not contiguous.
+    `divisor` has one element.
     """
 
     scale: Tensor
@@ -40,9 +42,10 @@ class Scaling:
 
 
 def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A scale (rows, groups) as float32 in the shape that an engine's Linear reads; repeating changes no value.
+    """Return a scale [rows, groups] as float32 in the shape that the engine's Linear reads, by repeating its values.
 
-    `shape` is [] for one scalar, [N] for one per row, or [N, G] with N and G multiples of the stored rows and groups.
+    `shape` is [] for a scalar, [N] for one scale per row, or [N, G], where N and G are multiples of the stored rows and
+    groups.
     """
     import torch
 
@@ -57,10 +60,10 @@ def widen_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def additive_zero(scale_OG: Tensor, zero_point_OG: Tensor) -> Tensor:
-    """The offset that an engine adds after scaling: -(zero_point) * scale, float32 [N, G].
+    """Return the offset that the engine adds after scaling: -(zero_point) * scale, float32 [N, G].
 
     (code - zero_point) * scale == code * scale + additive_zero. The product of a 16-bit scale and a code is exact in
-    float32. Minus zero is turned into zero, so that a zero point of 0 leaves no trace.
+    float32. A zero point of 0 gives +0.0, never -0.0.
     """
     import torch
 
@@ -68,18 +71,19 @@ def additive_zero(scale_OG: Tensor, zero_point_OG: Tensor) -> Tensor:
 
 
 def scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stored scale as numbers of `dtype`, float32 or float64: floats as they are, uint8 as powers of two (E8M0)."""
+    """Return a stored scale as float32 or float64 (`dtype`): floats are cast, uint8 is decoded as E8M0."""
     import torch
 
     return power_of_two(scale, dtype) if scale.dtype == torch.uint8 else scale.to(dtype)
 
 
 def computing_dtype(scaling: Scaling, dtype: torch.dtype) -> torch.dtype:
-    """In which dtype products of scales and codes are exact before they are rounded to `dtype`, if they can be.
+    """Return the dtype in which to multiply scales and codes before the result is rounded to `dtype`.
 
-    A scale of at most 16 bits times a code of at most 9 is exact in float32; anything else needs the wider product.
-    Powers of two reach the end of float32, where a product may pass it; float64 as a result has room for it.
-    The quotient by a divisor is taken in float64, whose error is far below what a delivered dtype can show.
+    It is float32 when the products are exact there: a scale of at most 16 bits times a code of at most 9 bits. Other
+    products are computed in float64, and so are all products for a float64 result: E8M0 scales reach the limit of
+    float32, so that a product may exceed it.
+    Division by a divisor is done in float64, whose error is far below the precision of a delivered dtype.
     """
     import torch
 
@@ -88,38 +92,39 @@ def computing_dtype(scaling: Scaling, dtype: torch.dtype) -> torch.dtype:
 
 
 def dequantize(values_OI: Tensor, scaling: Scaling, dtype: torch.dtype) -> Tensor:
-    """Codes (int8, float8 or values already, [N, K]) to weights of `dtype`, each the exact value rounded once.
+    """Dequantize codes [N, K] to weights of `dtype`; each is the exact value, rounded once.
 
+    `values_OI` holds int8 or float8 codes, or numbers that are already decoded to a wider float.
     Peak memory: the result plus a tile of float64.
     """
     import torch
 
     rows, columns = values_OI.shape
     result = torch.empty((rows, columns), dtype=dtype, device=values_OI.device)
-    wide, span = computing_dtype(scaling, dtype), scaling.group_columns or columns
+    working_dtype, group_columns = computing_dtype(scaling, dtype), scaling.group_columns or columns
     group_of_column = scaling.group_index.long() if scaling.group_index is not None else None
     step = max(1, _TILE_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
-        tile = torch.arange(start, min(start + step, rows), device=values_OI.device)
+        tile_rows = torch.arange(start, min(start + step, rows), device=values_OI.device)
 
-        def spread(per_group: Tensor, tile: Tensor = tile) -> Tensor:
-            own = per_group if per_group.shape[0] == 1 else per_group[tile // scaling.block_rows]
-            return _per_column(scale_values(own, wide), span, columns, group_of_column)
+        def expand(per_group: Tensor, tile_rows: Tensor = tile_rows) -> Tensor:
+            per_row = per_group if per_group.shape[0] == 1 else per_group[tile_rows // scaling.block_rows]
+            return _per_column(scale_values(per_row, working_dtype), group_columns, columns, group_of_column)
 
-        values = values_OI[start : start + step].to(wide, copy=True)
+        values = values_OI[start : start + step].to(working_dtype, copy=True)
         if scaling.zero_point is not None:
-            values -= spread(scaling.zero_point)
-        values *= spread(scaling.scale)
+            values -= expand(scaling.zero_point)
+        values *= expand(scaling.scale)
         if scaling.divisor is not None:
-            values /= scaling.divisor.to(wide)
+            values /= scaling.divisor.to(working_dtype)
         result[start : start + step] = round_once(values, dtype)
     return result
 
 
-def _per_column(per_group: Tensor, span: int, columns: int, group_of_column: Tensor | None) -> Tensor:
-    """One value per column from one per group; a single group broadcasts by itself."""
+def _per_column(per_group: Tensor, group_columns: int, columns: int, group_of_column: Tensor | None) -> Tensor:
+    """Expand values per group [rows, G] to values per column [rows, K]; a single group stays [rows, 1] to broadcast."""
     if per_group.shape[1] == 1:
         return per_group
     if group_of_column is not None:
         return per_group[:, group_of_column]
-    return per_group.repeat_interleave(span, dim=1)[:, :columns]
+    return per_group.repeat_interleave(group_columns, dim=1)[:, :columns]

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.base.schemes import RowOrder
-from trtllm_ct.formats.marlin_24 import MARLIN_24
+from trtllm_ct.formats.base import Axis
 from trtllm_ct.layouts.rotary_rows import halves_of_packed_pairs, halves_of_pairs
 from trtllm_ct.plan.stored import View
 
@@ -44,7 +44,7 @@ __all__ = ["QueryKeyRows", "Reordered"]
 
 _AGREED = frozenset({"weight", "qscale_weight"})
 _ZERO_POINT = "weight_zero_point"
-_WITHOUT_ROWS = frozenset({"weight_shape", "weight_g_idx", "weight_global_scale"})
+_WITH_ROWS = frozenset({Axis.ROWS, Axis.TILES})
 _HUGGING_FACE_FORM = "Use the Hugging Face form of the model, which has config.json and model*.safetensors."
 
 
@@ -154,9 +154,10 @@ def _has_rows(local: str, view: View, weight: StoredWeight | None, head_dim: int
     """Whether the order of rows inside of heads means something for a tensor."""
     if weight is None or local == "bias":
         return local in {"weight", "bias"} and len(view.spec.shape) > 0
-    if local == weight.codes:
+    axis = weight.axes.get(local)
+    if axis in _WITH_ROWS:
         return True
-    if local not in weight.consumed or local in _WITHOUT_ROWS or weight.scale_shape[0] == 1 or view.spec.numel == 1:
+    if axis is not Axis.SCALE_ROWS or weight.scale_shape[0] == 1 or view.spec.numel == 1:
         return False
     whole_heads = weight.block_rows > 1 and head_dim > 0 and weight.block_rows % head_dim == 0
     return not whole_heads
@@ -168,8 +169,8 @@ def _obstacle(module: StoredModule, local: str, weight: StoredWeight | None, row
         return "a transform that mixes them"
     if head_dim <= 0 or head_dim % 2 or rows % head_dim:
         return f"{rows} rows in heads of {head_dim}"
-    if weight is not None and weight.format.name == MARLIN_24.name:
-        return "marlin-24, whose tiles cross heads"
+    if weight is not None and not weight.has_rows:
+        return f"{weight.format.name}, whose tiles cross heads"
     if weight is not None and local != weight.codes and weight.block_rows > 1:
         return f"blocks of {weight.block_rows} rows that cross heads of {head_dim}"
     return ""

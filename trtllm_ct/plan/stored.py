@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.checkpoint.reader import Run
+from trtllm_ct.formats import PACKED_CODES, WEIGHT_TENSORS
 from trtllm_ct.formats.sparse.pieces import find_sparse, restore
 
 if TYPE_CHECKING:
@@ -29,32 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "Shared", "StoredModule", "View", "Whole", "stored_modules"]
 
-QUANTIZATION_TENSORS = frozenset(
-    {
-        "weight_packed",
-        "weight_scale",
-        "weight_scale_inv",
-        "weight_zero_point",
-        "weight_shape",
-        "weight_g_idx",
-        "weight_global_scale",
-        "input_scale",
-        "input_zero_point",
-        "input_global_scale",
-        "output_scale",
-        "output_zero_point",
-        "k_scale",
-        "k_zero_point",
-        "v_scale",
-        "v_zero_point",
-        "q_scale",
-        "q_zero_point",
-        "scale_packed",
-        "meta",
-        "compressed",
-        "bitmask",
-        "row_offsets",
-    }
+_ACTIVATION_AND_CACHE_TENSORS = frozenset(
+    f"{tensor}_{parameter}" for tensor in ["input", "output", "q", "k", "v"] for parameter in ("scale", "zero_point")
+)
+_SPARSE_PIECES = frozenset({"compressed", "bitmask", "row_offsets"})
+QUANTIZATION_TENSORS = (
+    frozenset(WEIGHT_TENSORS) - {"weight"} | _ACTIVATION_AND_CACHE_TENSORS | _SPARSE_PIECES | {"input_global_scale"}
 )
 """Local names that compressed-tensors gives to parameters of quantization or sparsity (0.4 to 0.20)."""
 
@@ -249,7 +230,7 @@ class StoredModule:
     @property
     def is_quantized(self) -> bool:
         """Whether the weight is stored as codes: packed, or of a dtype that no plain weight has."""
-        if "weight_packed" in self.views:
+        if not PACKED_CODES.isdisjoint(self.views):
             return True
         weight = self.views.get("weight")
         return weight is not None and not weight.spec.dtype.is_wide_float

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.config.match import Matcher
-from trtllm_ct.formats import FORMATS, StoredWeight, format_for
+from trtllm_ct.formats import FORMATS, PACKED_CODES, StoredWeight, format_for
 from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.plan.models.sites import name_variants
@@ -178,11 +178,12 @@ class WeightReader:
         )
 
     def _has_one_weight(self, module: StoredModule) -> bool:
-        if not {"weight", "weight_packed"} <= module.specs.keys():
+        codes = sorted(PACKED_CODES & module.specs.keys())
+        if not codes or "weight" not in module.specs:
             return True
         self.faults.add(
             where=module.stored_name,
-            expected="either weight or weight_packed",
+            expected=f"either weight or {codes[0]}",
             found="both",
             remedy="No writer stores both; find out which one is meant and remove the other.",
         )
@@ -215,7 +216,11 @@ def _without(stored: StoredWeight, idle: Mapping[str, str]) -> StoredWeight:
         stored = replace(stored, has_zero_point=False, zero_point_packing=None)
     if GROUP_INDEX in idle:
         stored = replace(stored, group_index=None)
-    return replace(stored, consumed=tuple(local for local in stored.consumed if local not in idle)) if idle else stored
+    return (
+        replace(stored, axes={local: axis for local, axis in stored.axes.items() if local not in idle})
+        if idle
+        else stored
+    )
 
 
 def _tensors(module: StoredModule) -> str:

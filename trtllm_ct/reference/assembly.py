@@ -97,12 +97,12 @@ class Assembly:
         """
         for name, layer in self._quantized.items():
             self._build_linear(name, layer)
-        not_needed = self._mixtures.finish(self._filled)
+        may_stay_empty = self._mixtures.finish(self._filled)
         if self._has_kv_scales:
             attach_kv_scales(self._model, self._kv_scales, self._faults)
         for name, owner in self._tied.items():
             self._tie(name, owner)
-        for name in sorted(self._slots.keys() - self._filled - not_needed):
+        for name in sorted(self._slots.keys() - self._filled - may_stay_empty):
             self._faults.add(
                 where=self._names.stored(name),
                 expected=f"a tensor {list(self._slots[name].shape)} for this part of the model",
@@ -115,7 +115,7 @@ class Assembly:
         """The quantized Linears by path, with their configuration.
 
         A Linear that is tied to an embedding is unquantized, like the embedding. Adds a fault for every entry of
-        `quantized_layers` that is neither another Linear of the model nor part of a mixture-of-experts layer.
+        `quantized_layers` that names neither an untied Linear of the model nor a part of a mixture-of-experts layer.
         """
         tied = self._tied.keys() | set(self._tied.values())
         linears = {name for name in self._linears if f"{name}.weight" not in tied}

@@ -25,9 +25,9 @@ _NATIVE_TOLERANCE = 1e-6
 class Comparison:
     """The result of comparing a delivered tensor with the values it should have.
 
-    `error` is the largest |got - want| relative to the largest |want| of the same row. It is infinite where a value is
-    NaN, and where a row of zeros in `want` is not zero in `got`. `differing` counts the elements that are off by more
-    than allowed. `position`, `got` and `want` describe the element with the largest error.
+    `error` is the largest |got - want| relative to the largest |want| of the same row. It is infinite for an
+    unexpected NaN, and where a row of zeros in `want` is not zero in `got`. `differing` counts the elements that are
+    off by more than allowed. `position`, `got` and `want` describe the element with the largest error.
     """
 
     good: bool

@@ -1,4 +1,8 @@
-"""Where the tensors of a directory come from: read as they are, or delivered by the `reference` target."""
+"""Read a model directory: its config.json, its quantization and its tensors.
+
+Tensors of ModelOpt and unquantized directories are read as they are stored. Those of a compressed-tensors directory are
+delivered by the `reference` target.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,10 @@ __all__ = ["ModelSource", "model_dtype", "read_directory", "read_quant_config"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """What a model is built of: a parsed config.json, its quantization and a stream of delivered tensors."""
+    """What `build_model` needs: the parsed config.json, the quantization (None if unquantized) and the tensors.
+
+    `tensors` yields full names and delivered tensors, and can be read once.
+    """
 
     config: Mapping[str, Any]
     quant_config: QuantConfig | None
@@ -39,7 +46,7 @@ class ModelSource:
 def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
     """Open a compressed-tensors, ModelOpt or unquantized directory.
 
-    `dtype` is that of the modules which a compressed-tensors checkpoint has to dequantize.
+    `dtype` is the dtype of the modules of a compressed-tensors checkpoint that have to be dequantized.
     Raises `DetectionError` for a checkpoint of another quantization method, `ConfigError` for JSON that can't be read.
     """
     detection = FormatDetector().detect(directory)
@@ -65,12 +72,15 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
 
 
 def model_dtype(directory: Path) -> torch.dtype:
-    """The dtype that config.json says its model computes in, under its new or old name; bfloat16 without one."""
+    """The dtype that config.json names for computation; bfloat16 if it names none.
+
+    Reads `dtype`, then the older key `torch_dtype`; `text_config` is read before the outer config.
+    """
     config = read_json_object(directory / "config.json")
     text = config.get("text_config")
     blocks = (text, config) if isinstance(text, dict) else (config,)
-    stated = (block[key] for block in blocks for key in ("dtype", "torch_dtype") if block.get(key))
-    return DType.from_torch(next(stated, "bfloat16")).torch_dtype
+    dtype_names = (block[key] for block in blocks for key in ("dtype", "torch_dtype") if block.get(key))
+    return DType.from_torch(next(dtype_names, "bfloat16")).torch_dtype
 
 
 def _read_tensors(catalog: Catalog) -> Iterator[tuple[str, Tensor]]:
@@ -80,7 +90,11 @@ def _read_tensors(catalog: Catalog) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:
-    """The `quantization` part of a ModelOpt directory, excluded modules by their full names."""
+    """Read the `quantization` block of a ModelOpt `hf_quant_config.json`.
+
+    The patterns of `exclude_modules` are expanded to the full names of the modules of `catalog` that they match.
+    Raises `ConfigError` when the block is missing or malformed, or names an algorithm that the engine doesn't know.
+    """
     content = read_json_object(path)
     try:
         quant_config = QuantConfig.from_dict(content["quantization"])
@@ -98,7 +112,7 @@ def read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:
 
 
 def _excluded_modules(patterns: Iterable[str], tensor_names: Iterable[str]) -> tuple[str, ...]:
-    """Modules that a pattern matches, by their own name or that of a module around them; then the patterns themselves.
+    """The modules that a pattern matches, by their own name or by the name of an enclosing module; then the patterns.
 
     Source: TensorRT-LLM `models/modeling_utils.py`, `QuantConfig.is_module_excluded_from_quantization`.
     """
@@ -113,4 +127,5 @@ def _excluded_modules(patterns: Iterable[str], tensor_names: Iterable[str]) -> t
 
 
 def _with_ancestors(module: str) -> Iterator[str]:
+    """The names of all modules that enclose `module`, outermost first, and its own name last."""
     return accumulate(module.split("."), "{}.{}".format)

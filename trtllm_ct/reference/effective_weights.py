@@ -1,8 +1,9 @@
-"""Transforms that run beside a Linear, by running them: what weight and bias does the whole amount to?
+"""Compute the weight and bias that a Linear has together with its online transforms.
 
-The planner folds matrices into weights. This is the other way to the same numbers: unit vectors go in, pass the
-transforms and the Linear in the order in which the library's hooks run, and what comes out are the columns of the
-weight that would do it alone. Source: compressed-tensors 0.20 `transform/factory/base.py`.
+The planner folds transform matrices into weights. This module gets the same numbers in another way, by running the
+transforms. Unit vectors pass through the transforms and the Linear in the order in which the library's hooks run. The
+outputs are the columns of the effective weight: a plain Linear with this weight computes the same without transforms.
+Source: compressed-tensors 0.20 `transform/factory/base.py`.
 """
 
 from __future__ import annotations
@@ -21,41 +22,44 @@ if TYPE_CHECKING:
 
 __all__ = ["effective_bias", "effective_table", "effective_weight"]
 
-_CHUNK = 256
+_VECTORS_PER_CHUNK = 256
 
 
 def effective_weight(weight: Tensor, transforms: Sequence[Transform], stored: Mapping[str, Tensor]) -> Tensor:
-    """The weight [N, K] of the plain Linear that equals this one with its transforms, in float64.
+    """The weight [N, K], in float64, of the plain Linear that equals this Linear with its transforms.
 
-    `stored` holds their tensors by local name. Memory: the result and 256 vectors.
+    `stored` holds the tensors of the transforms by local name. Memory: the result and 256 vectors.
     """
     columns = weight.shape[1]
-    # Hooks on an input are prepended: the last one that is registered runs first.
-    before = [_matrix(each, stored) for each in reversed(transforms) if each.location == "input"]
-    after = [_matrix(each, stored) for each in transforms if each.location == "output"]
+    # Input hooks are prepended when they are registered: the hook that is registered last runs first.
+    before = [_matrix(transform, stored) for transform in reversed(transforms) if transform.location == "input"]
+    after = [_matrix(transform, stored) for transform in transforms if transform.location == "output"]
     result = torch.empty_like(weight, dtype=torch.float64)
-    for start in range(0, columns, _CHUNK):
-        stop = min(start + _CHUNK, columns)
-        x = torch.zeros(stop - start, columns, dtype=torch.float64)
-        x[:, start:stop].fill_diagonal_(1)
-        y = _through(_through(x, before) @ weight.double().T, after)
-        result[:, start:stop] = y.T
+    for start in range(0, columns, _VECTORS_PER_CHUNK):
+        stop = min(start + _VECTORS_PER_CHUNK, columns)
+        unit_vectors = torch.zeros(stop - start, columns, dtype=torch.float64)
+        unit_vectors[:, start:stop].fill_diagonal_(1)
+        outputs = _apply(_apply(unit_vectors, before) @ weight.double().T, after)
+        result[:, start:stop] = outputs.T
     return result
 
 
 def effective_bias(bias: Tensor, transforms: Sequence[Transform], stored: Mapping[str, Tensor]) -> Tensor:
-    """The bias [N] of that Linear: what comes out when zero goes in."""
-    after = [_matrix(each, stored) for each in transforms if each.location == "output"]
-    return _through(bias.double()[None], after)[0]
+    """The bias [N], in float64, of the plain Linear that equals this Linear with its transforms: its output for zero.
+
+    `stored` holds the tensors of the transforms by local name.
+    """
+    after = [_matrix(transform, stored) for transform in transforms if transform.location == "output"]
+    return _apply(bias.double()[None], after)[0]
 
 
 def effective_table(table: Tensor, transforms: Sequence[Transform], stored: Mapping[str, Tensor]) -> Tensor:
-    """The table [V, H] of the plain embedding that equals this one with the transforms of its output."""
-    return _through(table.double(), [_matrix(each, stored) for each in transforms])
+    """The table [V, H], in float64, of the plain embedding that equals this embedding with its output transforms."""
+    return _apply(table.double(), [_matrix(transform, stored) for transform in transforms])
 
 
 def _matrix(transform: Transform, stored: Mapping[str, Tensor]) -> Tensor:
-    """The matrix that vectors are multiplied with from the right."""
+    """The float64 matrix M of a transform: it maps a row vector v to v @ M."""
     matrix = stored[f"{transform.module}.weight"].double()
     if transform.type == "random-matrix":
         return matrix
@@ -66,8 +70,8 @@ def _matrix(transform: Transform, stored: Mapping[str, Tensor]) -> Tensor:
     return matrix.T if transform.inverse else matrix
 
 
-def _through(vectors: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Vectors [M, n] multiplied with each matrix in turn, block by block where a matrix is smaller."""
+def _apply(vectors: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Multiply vectors [M, n] with each matrix in turn; a matrix smaller than n multiplies block by block."""
     for matrix in matrices:
         vectors = (vectors.reshape(len(vectors), -1, len(matrix)) @ matrix).reshape(vectors.shape)
     return vectors

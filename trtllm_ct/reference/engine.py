@@ -1,8 +1,9 @@
-"""A transformers model whose quantized Linears hold the delivered tensors and compute from them.
+"""Build a transformers model whose quantized Linears hold the delivered tensors and compute from them.
 
-`build_model` puts delivered tensors into an architecture and proves that nothing is left over or left empty.
-`load_model` finds the tensors of a directory: ModelOpt and dense ones as they are, a compressed-tensors one through the
-`reference` target, which is the only code of the conversion that this package ever meets, and only there.
+`build_model` puts delivered tensors into an architecture. It proves that no tensor is left over and that no parameter
+is left empty.
+`load_model` reads the tensors of a directory: a ModelOpt or unquantized directory as it is, a compressed-tensors
+directory through the `reference` target. This is the only place where this package uses code of the conversion.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ __all__ = ["build_model", "load_model"]
 def load_model(
     directory: str | Path, *, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True
 ) -> nn.Module:
-    """A model that computes, on CPU, from the tensors that TensorRT-LLM would be given for `directory`.
+    """Load a model that computes, on the CPU, from the tensors that TensorRT-LLM would be given for `directory`.
 
-    `directory` is a compressed-tensors checkpoint, a ModelOpt one (`hf_quant_config.json`) or an unquantized one. Of a
-    multimodal one, the causal language model of its `text_config` is built; towers and draft layers are left out.
-    `dtype` is what modules dequantize and compute in, whatever the checkpoint's. `quantize_activations=False` switches
-    the simulation of quantized activations and of the FP8 KV cache off.
-    Memory: the delivered tensors, quantized ones as views of the files, and one dequantized weight while it is used.
-    Raises `MissingDependencyError` without transformers, `CheckpointError` for a directory that can't be loaded whole.
+    `directory` is a compressed-tensors, ModelOpt (`hf_quant_config.json`) or unquantized checkpoint. For a multimodal
+    checkpoint, the causal language model of its `text_config` is built, without towers and draft layers.
+    Modules dequantize and compute in `dtype`, whatever dtype the checkpoint has. `quantize_activations=False` switches
+    off the simulation of quantized activations and of the FP8 KV cache.
+    Memory: the delivered tensors, of which quantized ones are views of the files, and one dequantized weight while it
+    is used.
+    Raises `MissingDependencyError` without transformers, and `CheckpointError` for a directory that can't be loaded
+    completely.
     """
     require_transformers()
     _require_compute_dtype(dtype)
@@ -64,15 +67,16 @@ def build_model(
     quantize_activations: bool = True,
     name: str,
 ) -> nn.Module:
-    """The causal language model of `config` (a parsed config.json), filled with delivered tensors.
+    """Build the causal language model of `config` (a parsed config.json) and fill it with delivered tensors.
 
-    Names, in `tensors` and `quant_config`, are those of a checkpoint. Of a multimodal one the language part counts.
-    Linears that `quant_config` calls quantized become `ReferenceLinear` and keep their tensors as delivered; all other
-    tensors are cast to `dtype`, but for the few that transformers holds in float32. Experts that come one by one become
-    `ReferenceExperts`. The model is in eval mode, without gradients, and its `.generate()` works.
-    `name` stands for the model in messages, and is its `name_or_path`.
+    Names in `tensors` and `quant_config` are the names of the checkpoint. Only the language model of a multimodal
+    checkpoint is built. Linears that `quant_config` calls quantized become `ReferenceLinear` and keep their tensors as
+    delivered. All other floating-point tensors are cast to `dtype`, except for the few that transformers keeps in
+    float32. Experts that are delivered one by one become `ReferenceExperts`. The model is in eval mode, without
+    gradients, and its `.generate()` works.
+    `name` is the name of the model in messages, and its `name_or_path`.
 
-    Raises `PlanError` with all faults together: a tensor that no module takes, a parameter that none filled, a
+    Raises `PlanError` with all faults together: a tensor that no module takes, a parameter that no tensor fills, a
     quantized module without its tensors, quantized tensors of an excluded module, a wrong dtype or shape.
     Raises `ConfigError` for an architecture that transformers doesn't know.
     """
@@ -105,7 +109,7 @@ def _require_compute_dtype(dtype: torch.dtype) -> None:
 
 
 def _kv_cache_attention(quant_config: QuantConfig, name: str) -> str | None:
-    """The attention function that simulates the KV cache which `quant_config` asks for."""
+    """The name of the attention function that simulates the KV cache of `quant_config`; None for an unquantized one."""
     algo = quant_config.kv_cache_quant_algo
     if algo is None:
         return None

@@ -1,7 +1,7 @@
-"""Gathers the tensors of one layer's experts as they arrive, and proves that they make whole experts of one kind.
+"""Collect the tensors of one layer's experts as they arrive, and check that the experts are complete and uniform.
 
 The engine gives all experts of a layer one algorithm (TensorRT-LLM `_torch/models/modeling_utils.py`,
-`apply_layerwise_quant_config`), so that a layer of several kinds is a fault here.
+`apply_layerwise_quant_config`), so a layer whose experts have several algorithms is a fault here.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 __all__ = ["ExpertParts"]
 
 _PROJECTIONS = frozenset(name for spelling in SPELLINGS for name in spelling)
-_MOST_NAMED = 4
+_MAX_LISTED_NAMES = 4
 
 
 @dataclass(slots=True, kw_only=True)
 class ExpertParts:
-    """What arrived for the experts of one layer.
+    """The tensors that arrived for the experts of one layer.
 
-    `path` is that of `shell`, transformers' experts module; `name` is what messages call it. `layer_of` tells the mode
-    of a Linear by its path, None for a plain one. `dtype` is that of plain weights.
+    `shell` is transformers' experts module, `path` its path in the model and `name` its name in messages. `layer_of`
+    returns the quantization of a Linear by its path, None for an unquantized Linear. `dtype` is the dtype of
+    unquantized weights. `tensors` holds what arrived, by expert, projection and local name.
     """
 
     path: str
@@ -50,7 +51,10 @@ class ExpertParts:
     )
 
     def take(self, local: str, tensor: Tensor) -> bool:
-        """Sort in a tensor by its name below `path`, such as `3.gate_proj.weight`; False for what no expert has."""
+        """Store a tensor by its name below `path`, such as `3.gate_proj.weight`.
+
+        Returns False, and stores nothing, if this is not the name of a tensor of an expert.
+        """
         expert, _, rest = local.partition(".")
         projection, _, name = rest.partition(".")
         if not expert.isdecimal() or projection not in _PROJECTIONS or not name or "." in name:
@@ -59,14 +63,17 @@ class ExpertParts:
         return True
 
     def has_linear(self, local: str) -> bool:
-        """Whether tensors arrived for a Linear by its name below `path`, such as `3.gate_proj`."""
+        """Whether tensors arrived for the Linear with this name below `path`, such as `3.gate_proj`."""
         expert, _, projection = local.partition(".")
         return expert.isdecimal() and projection in self.tensors.get(int(expert), ())
 
     def build(self, count: int) -> ReferenceExperts | None:
-        """The experts, `count` of them; None after adding a fault where they are not whole or not of one kind."""
+        """Build the module of all `count` experts.
+
+        Returns None, after adding a fault, if experts are missing, surplus, incomplete or of several algorithms.
+        """
         spelling = self._spelling()
-        if spelling is None or not self._is_complete(count, spelling) or not self._is_of_one_mode():
+        if spelling is None or not self._is_complete(count, spelling) or not self._has_one_mode():
             return None
         experts = [
             ReferenceExpert({projection: self._linear(expert, projection, spelling) for projection in spelling})
@@ -75,7 +82,7 @@ class ExpertParts:
         return ReferenceExperts(experts, replaced=self.shell)
 
     def _spelling(self) -> tuple[str, str, str] | None:
-        """The names of gate, up and down in this layer; a layer that mixes them leaves open what is what."""
+        """The names of gate, up and down in this layer; None, after adding a fault, if experts use different names."""
         used = {projection for expert in self.tensors.values() for projection in expert}
         for spelling in SPELLINGS:
             if used <= set(spelling):
@@ -88,6 +95,7 @@ class ExpertParts:
         return None
 
     def _is_complete(self, count: int, spelling: tuple[str, str, str]) -> bool:
+        """Whether the experts 0 to `count` - 1 have all their Linears, and no other expert has tensors."""
         missing = [
             f"{expert}.{projection}"
             for expert in range(count)
@@ -109,22 +117,29 @@ class ExpertParts:
             )
         return not missing and not surplus
 
-    def _is_of_one_mode(self) -> bool:
-        first: dict[LayerQuantConfig | None, str] = {}
+    def _has_one_mode(self) -> bool:
+        """Whether all Linears of all experts have the same quantization; adds a fault if not."""
+        first_of_mode: dict[LayerQuantConfig | None, str] = {}
         for expert in sorted(self.tensors):
             for projection in self.tensors[expert]:
-                first.setdefault(self.layer_of(f"{self.path}.{expert}.{projection}"), f"{expert}.{projection}")
-        if len(first) < 2:
+                layer = self.layer_of(f"{self.path}.{expert}.{projection}")
+                first_of_mode.setdefault(layer, f"{expert}.{projection}")
+        if len(first_of_mode) < 2:
             return True
         self._fault(
             expected="one algorithm for all experts of the layer",
-            found=", ".join(f"{layer.quant_algo if layer else 'none'} for {name}" for layer, name in first.items()),
+            found=", ".join(
+                f"{layer.quant_algo if layer else 'none'} for {name}" for layer, name in first_of_mode.items()
+            ),
             remedy="Quantize all experts of a layer alike or leave all of them plain: they share one kernel.",
         )
         return False
 
     def _linear(self, expert: int, projection: str, spelling: tuple[str, str, str]) -> nn.Module:
-        """One Linear; after adding a fault, where its tensors don't fit, an empty one."""
+        """Build one Linear of an expert.
+
+        If its tensors don't fit, adds a fault and returns a placeholder: an `nn.Identity` or a Linear without weight.
+        """
         _experts, outputs, inputs = self.shell.get_parameter("down_proj").shape
         if projection != spelling[-1]:
             outputs, inputs = inputs, outputs
@@ -146,6 +161,7 @@ class ExpertParts:
             return nn.Identity()
 
     def _plain(self, name: str, tensors: dict[str, Tensor], outputs: int, inputs: int) -> nn.Module:
+        """Build an unquantized Linear; a tensor that is not its weight of the right shape and dtype is a fault."""
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         for local, tensor in tensors.items():
             if local == "weight" and list(tensor.shape) == [outputs, inputs] and has_dtype(tensor, WIDE_FLOATS):
@@ -164,7 +180,7 @@ class ExpertParts:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first four names, and the number of the others."""
     names = list(names)
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_LISTED_NAMES
+    return ", ".join(names[:_MAX_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,8 @@
-"""Routed experts that compute from the tensors of each expert, in place of transformers' one module for all of them.
+"""Routed experts that compute from the tensors of each single expert.
 
-transformers 5 stacks the weights of a layer's experts into two parameters of three axes; the engine is given every
-expert's own tensors, quantized or not. Routing stays transformers' own, and so does what lies between the Linears of
-an expert: only where the products come from changes.
+transformers 5 stacks the weights of a layer's experts into two 3-D parameters of one module. An engine is given the
+tensors of each expert separately, quantized or not. `ReferenceExperts` replaces the module of transformers. Routing and
+the gated activation between the Linears of an expert stay transformers' own code; only the Linears are replaced.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["SPELLINGS", "ReferenceExpert", "ReferenceExperts", "is_stack_of_experts", "replaceable"]
 
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""What checkpoints call the Linears of an expert: gate, up, down."""
+"""The names that checkpoints give to the Linears of an expert, in the order gate, up, down."""
 
-# What transformers declares of an experts module (`integrations/moe.py`, `use_experts_implementation`), and what each
-# must be for down(gated(gate, up)) to be the whole of an expert. An older release that lacks one has no such case.
-_DECLARED = {
+# The flags that transformers declares on an experts module (`integrations/moe.py`, `use_experts_implementation`), with
+# the values for which an expert is exactly down(gated(gate, up)). An older release without one of these flags has no
+# experts of another value.
+_REQUIRED_FLAGS = {
     "has_gate": True,
     "has_bias": False,
     "is_transposed": False,
@@ -32,19 +33,19 @@ _DECLARED = {
 
 
 def is_stack_of_experts(module: nn.Module) -> bool:
-    """Whether a module holds the weights of several experts: a parameter of three axes that projects down."""
+    """Whether a module holds the stacked weights of several experts: its `down_proj` is a 3-D parameter."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.dim() == 3
 
 
 def replaceable(module: nn.Module) -> bool:
-    """Whether `ReferenceExperts` computes the same as this module of transformers."""
-    declared = all(getattr(module, flag, wanted) is wanted for flag, wanted in _DECLARED.items())
-    return is_stack_of_experts(module) and hasattr(module, "_apply_gate") and declared
+    """Whether `ReferenceExperts` can replace this module of transformers and compute the same."""
+    has_required_flags = all(getattr(module, flag, value) is value for flag, value in _REQUIRED_FLAGS.items())
+    return is_stack_of_experts(module) and hasattr(module, "_apply_gate") and has_required_flags
 
 
 class ReferenceExpert(nn.Module):
-    """One expert: Linears for gate, up and down, in this order, under the names that the checkpoint gives them."""
+    """One expert. `linears` are its gate, up and down Linears, in this order, by the names in the checkpoint."""
 
     def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -53,24 +54,24 @@ class ReferenceExpert(nn.Module):
             self.add_module(name, linear)
 
     def forward(self, x: Tensor, apply_gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """[tokens, H] -> [tokens, H]; `apply_gate` makes [tokens, I] of the two halves gate and up [tokens, 2 I]."""
+        """[tokens, H] -> [tokens, H]; `apply_gate` maps gate and up, concatenated to [tokens, 2 I], to [tokens, I]."""
         gate, up, down = (self.get_submodule(name) for name in self._names)
         output: Tensor = down(apply_gate(torch.cat((gate(x), up(x)), dim=-1)))
         return output
 
 
 class ReferenceExperts(nn.ModuleList):
-    """The experts of one layer, called as transformers calls its own; `replaced` is the module that they stand for."""
+    """The experts of one layer, with the call signature of transformers' experts module `replaced`."""
 
     def __init__(self, experts: Iterable[ReferenceExpert], *, replaced: nn.Module) -> None:
         super().__init__(experts)
-        self._apply_gate = replaced._apply_gate  # noqa: SLF001 - what transformers hands to an implementation
+        self._apply_gate = replaced._apply_gate  # noqa: SLF001 - transformers passes it to implementations too
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Mix the outputs of the experts that were chosen for each token.
+        """Compute the weighted sum of the outputs of the experts that were chosen for each token.
 
-        `hidden_states` [tokens, H]; `top_k_index` and `top_k_weights` [tokens, k]. Sums are in the wider dtype of
-        states and weights, the result is in that of the states.
+        `hidden_states` is [tokens, H]; `top_k_index` and `top_k_weights` are [tokens, k]. Sums are taken in the wider
+        of the dtypes of states and weights; the result has the dtype of the states.
         """
         wide = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         total = torch.zeros_like(hidden_states, dtype=wide)

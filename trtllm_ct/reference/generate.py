@@ -1,7 +1,7 @@
-"""Text from a directory or model: greedy decoding with the reference engine.
+"""Generate text from a directory or model: greedy decoding with the reference engine.
 
-The loop is written out rather than left to transformers' `generate`: it takes the largest logit and nothing else,
-whatever sampling settings and penalties lie beside the weights, and it can tell of each token as it comes.
+The decoding loop does not use transformers' `generate`. It always takes the largest logit, whatever sampling settings
+and penalties the checkpoint has, and it can report each token as soon as it is generated.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "end_tokens_of", "generate_text", "load_tokenizer", "threads_that_pay", "tokens_after"]
 
-_SMALL_MATRIX = 2**22
+# A model without a tensor of at least this many elements runs on one thread.
+_MIN_ELEMENTS_FOR_THREADS = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What was generated after a prompt.
+    """The text that was generated after a prompt.
 
-    `token_ids` are the new tokens, an end token included; `text` is what they decode to, without special tokens.
-    `finish_reason` is "stop" after an end token, "length" after `max_tokens`. `seconds` count decoding, not loading.
+    `token_ids` are the new tokens, including the end token if there is one. `text` is the decoded text without special
+    tokens. `finish_reason` is "stop" after an end token, "length" after `max_tokens`. `seconds` is the time of
+    decoding, without loading.
     """
 
     prompt: str
@@ -54,12 +56,14 @@ def generate_text(
     quantize_activations: bool = True,
     on_token: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue `prompt` greedily by at most `max_tokens` tokens; nothing is fetched from a network.
+    """Continue `prompt` greedily by at most `max_tokens` tokens; nothing is downloaded.
 
-    `directory_or_model` is a checkpoint directory, or a model from `load_model`, which remembers its directory; `dtype`
-    and `quantize_activations` are then the model's own. The tokenizer is the directory's.
-    `on_token` is called after each token with the text that it completes; joined, the pieces are the whole text.
-    Raises what `load_model` raises, `UsageError` for a prompt without tokens, `ConfigError` without a tokenizer.
+    `directory_or_model` is a checkpoint directory, or a model from `load_model`, which remembers its directory. For a
+    model, `dtype` and `quantize_activations` are ignored. The tokenizer is loaded from the directory.
+    `on_token` is called after each token with the text that the token completes; concatenated, these pieces are the
+    whole text.
+    Raises what `load_model` raises, `UsageError` for a prompt without tokens and for `max_tokens` below 1, and
+    `ConfigError` without a tokenizer.
     """
     require_transformers()
     if max_tokens < 1:
@@ -96,9 +100,9 @@ def generate_text(
 
 @torch.inference_mode()
 def tokens_after(model: Any, prompt_ids: list[int], choose: Callable[[Tensor], int]) -> Iterator[int]:
-    """Tokens without end; `choose` takes each from the logits [vocabulary] of the last position.
+    """Yield new tokens without end; `choose` picks each from the logits [vocabulary] of the last position.
 
-    After the prompt, each step reads one token and the cache.
+    The first step runs the whole prompt; each further step runs one token with the KV cache.
     """
     step, cache = prompt_ids, None
     while True:
@@ -114,13 +118,13 @@ def _largest(logits: Tensor) -> int:
 
 @contextmanager
 def threads_that_pay(model: nn.Module) -> Iterator[None]:
-    """One thread for a model of small matrices, and the caller's number again afterwards.
+    """Run a model of small matrices on one thread, and restore the number of threads afterwards.
 
-    Threads meet after every operation. Where an operation takes microseconds and other programs use the cores, waiting
-    for each other takes ten times as long as computing.
+    Threads synchronize after every operation. Where an operation takes microseconds and other programs use the cores,
+    synchronization takes ten times as long as the computation.
     """
     threads = torch.get_num_threads()
-    if max((tensor.numel() for tensor in model.state_dict().values()), default=0) < _SMALL_MATRIX:
+    if max((tensor.numel() for tensor in model.state_dict().values()), default=0) < _MIN_ELEMENTS_FOR_THREADS:
         torch.set_num_threads(1)
     try:
         yield
@@ -129,25 +133,31 @@ def threads_that_pay(model: nn.Module) -> Iterator[None]:
 
 
 def end_tokens_of(model: Any) -> frozenset[int]:
-    """The tokens after which the model has nothing more to say, by its generation config."""
-    stated = model.generation_config.eos_token_id
-    if stated is None:
+    """The ids of the tokens that end a text, from the model's generation config; empty if it names none."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
         return frozenset()
-    return frozenset([stated] if isinstance(stated, int) else stated)
+    return frozenset([eos] if isinstance(eos, int) else eos)
 
 
 def _decode(tokenizer: Any, token_ids: list[int], *, final: bool) -> str:
-    """The text of the tokens; unless it is final, without a character whose bytes are not all there."""
+    """Decode the tokens to text without special tokens.
+
+    Unless `final`, a last character whose bytes are still incomplete is removed.
+    """
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
     return text if final else text.rstrip("\ufffd")
 
 
 def load_tokenizer(directory: str) -> Any:
-    """The tokenizer of a checkpoint directory; raises `UsageError` without a directory, `ConfigError` without one."""
+    """Load the tokenizer of a checkpoint directory.
+
+    Raises `UsageError` when there is no such directory, `ConfigError` when it holds no tokenizer that can be loaded.
+    """
     from transformers import AutoTokenizer
 
     if not directory or not Path(directory).is_dir():
-        found = f"one of name_or_path {directory!r}"
+        found = f"one with name_or_path {directory!r}"
         raise _usage_error("model", "one that load_model made", found, "Give the checkpoint directory instead.")
     try:
         with quiet_transformers():

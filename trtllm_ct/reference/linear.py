@@ -1,4 +1,4 @@
-"""A Linear that holds delivered tensors as they are and computes from them."""
+"""A Linear that holds the delivered tensors unchanged and computes from them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ __all__ = ["ReferenceLinear"]
 
 
 class ReferenceLinear(nn.Module):
-    """y = x @ W^T + bias, with W computed anew from the delivered tensors at every call.
+    """Compute y = x @ W^T + bias; W is dequantized from the delivered tensors in every call.
 
-    The tensors are buffers under their delivered names and stay as given: neither cast, copied nor changed, not even by
-    `.to(dtype)` of the model. Computation is in the dtype of the input: W is dequantized in float32 (float64 for a
-    float64 input) and rounded once.
+    The tensors are buffers under their delivered names. They are never cast, copied or changed, not even by
+    `.to(dtype)` of the model. The product is computed in the dtype of the input: W is dequantized in float32 (float64
+    for a float64 input) and rounded once.
 
-    `layer` names algorithm and group size, `bias` says whether the architecture has one, `name` is for messages.
-    Raises `PlanError` with a fault for every tensor that is missing, surplus, or of a wrong dtype or shape.
+    `layer` names the algorithm and the group size. `bias` says whether the architecture has a bias here. `name` is used
+    in messages.
+    Raises `PlanError` with a fault for every tensor that is missing, surplus, or of a wrong dtype or shape, and for an
+    algorithm or group size that the reference engine can't compute.
     """
 
     def __init__(
@@ -55,23 +57,23 @@ class ReferenceLinear(nn.Module):
         for local, tensor in tensors.items():
             self.register_buffer(local, tensor)
         names = ((rule.name, rule.name_among(tensors)) for rule in rules)
-        self._delivered_names = {own: name for own, name in names if name is not None}
+        self._delivered_names = {rule_name: name for rule_name, name in names if name is not None}
 
     @property
     def delivered(self) -> dict[str, Tensor]:
-        """The delivered tensors by the names of `LAYOUTS`, whichever of two names they came under."""
-        return {own: getattr(self, name) for own, name in self._delivered_names.items()}
+        """The delivered tensors by their names in `LAYOUTS`, also those that were delivered under an alias."""
+        return {rule_name: getattr(self, name) for rule_name, name in self._delivered_names.items()}
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in `dtype`: computed in float32, or in float64 for float64, and rounded once.
 
-        A `pre_quant_scale` belongs to the input and is not part of it.
+        A `pre_quant_scale` multiplies the input, so it is not part of the weight.
         """
         wide = torch.promote_types(dtype, torch.float32)
         return self._layout.dequantize(self.delivered, wide).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in the dtype of `x`."""
+        """Map `x` [..., K] to [..., N], in the dtype of `x`."""
         tensors = self.delivered
         if "pre_quant_scale" in tensors:
             x = x * tensors["pre_quant_scale"].to(x.dtype)
@@ -81,11 +83,11 @@ class ReferenceLinear(nn.Module):
         return nn.functional.linear(x, self.dequantized_weight(x.dtype), bias)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows between the parentheses."""
+        """The text that `print(model)` shows in parentheses after the class name."""
         return f"{self.in_features}, {self.out_features}, {self.layer.quant_algo}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - nn.Module's
-        """Follow `.to(device)` but no cast: a code or scale in another dtype is another number."""
+        """Apply a device change such as `.to(device)`, but ignore casts, which would change codes and scales."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -96,6 +98,7 @@ class ReferenceLinear(nn.Module):
 
 
 def _layout_of(layer: LayerQuantConfig, name: str) -> LinearLayout:
+    """The layout of a layer's algorithm; raises `PlanError` for an unknown algorithm or a wrong group size."""
     layout = LAYOUTS.get(layer.quant_algo)
     if layout is None:
         raise PlanError(

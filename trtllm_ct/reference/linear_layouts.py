@@ -1,8 +1,9 @@
-"""How each algorithm stores a Linear: one table, `LAYOUTS`, with the tensors, the way to a weight and to an input.
+"""How each algorithm stores a Linear: the table `LAYOUTS`.
 
-A new algorithm is one row and one function.
-Axis letters: `N` out, `K` in, `g` group size. Scales multiply. In one expression the product of a code and its own
-scale comes first: it is exact wherever both are small floats, so that a weight is rounded once.
+For each algorithm, the table holds the rules for the delivered tensors, the function that dequantizes the weight and
+the function that quantizes the input. A new algorithm needs one row and one function.
+Axis letters: `N` output features, `K` input features, `g` group size. All scales are multipliers. Each function first
+multiplies a code with its own scale: this product is exact where both are small floats, so a weight is rounded once.
 Sources: TensorRT-LLM `_torch/modules/linear.py` (main, September 2026) and the exports of ModelOpt 0.47.
 """
 
@@ -29,8 +30,8 @@ __all__ = ["BIAS", "LAYOUTS", "LinearLayout", "Tensors", "unpack_column_pairs", 
 
 Tensors = Mapping[str, Tensor]
 
-_E2M1_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_VALUES = (*_E2M1_SIZES, *(-size for size in _E2M1_SIZES))
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_VALUES = (*_E2M1_MAGNITUDES, *(-magnitude for magnitude in _E2M1_MAGNITUDES))
 _BLOCK = 128
 
 
@@ -38,9 +39,10 @@ _BLOCK = 128
 class LinearLayout:
     """How one algorithm stores a Linear.
 
-    `dequantize(tensors, dtype)` gives the weight [N, K], computed in `dtype`, which is float32 or float64.
-    `quantize_input(x, tensors)` gives the input as the kernel sees it; None when activations stay as they are.
-    `group_size` is the one that the format has, None where a checkpoint chooses it or has none.
+    `tensors` are the rules for the delivered tensors.
+    `dequantize(tensors, dtype)` returns the weight [N, K], computed in `dtype`, which is float32 or float64.
+    `quantize_input(x, tensors)` returns the input as the kernel sees it; None when activations are not quantized.
+    `group_size` is the fixed group size of the format; None if the checkpoint chooses it or if there are no groups.
     """
 
     tensors: tuple[TensorRule, ...]
@@ -50,17 +52,21 @@ class LinearLayout:
 
 
 def dequantize_rows(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """One code an element (int8 or float8 [N, K]), one scale a row ([N])."""
+    """Dequantize int8 or float8 codes [N, K] with one scale per row ([N])."""
     return tensors["weight"].to(dtype) * tensors["weight_scale"].to(dtype)[:, None]
 
 
 def dequantize_tensor(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """One code an element ([N, K]), one scale for all."""
+    """Dequantize codes [N, K] with one scale for the whole tensor."""
     return tensors["weight"].to(dtype) * tensors["weight_scale"].to(dtype)
 
 
 def dequantize_blocks(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """One code an element ([N, K]), one scale a block of 128 x 128; blocks at the lower and right edge may be cut."""
+    """Dequantize codes [N, K] with one scale per block of 128 x 128 codes.
+
+    The scale is [ceil(N/128), ceil(K/128)], or the same with four axes, [ceil(N/128), 1, ceil(K/128), 1]. Blocks at the
+    lower and right edge may be partial.
+    """
     codes, scale = tensors["weight"].to(dtype), tensors["weight_scale"].to(dtype)
     if scale.dim() == 4:
         scale = scale[:, 0, :, 0]
@@ -69,66 +75,77 @@ def dequantize_blocks(tensors: Tensors, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_int4_rows(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Row pairs of int4 codes ([N/2, K]), one scale a row ([N])."""
+    """Dequantize int4 codes, packed as row pairs [N/2, K], with one scale per row ([N])."""
     return unpack_row_pairs(tensors["weight"]).to(dtype) * tensors["weight_scale"].to(dtype)[:, None]
 
 
 def dequantize_int4_groups(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Row pairs of int4 codes ([N/2, K]), one scale for g neighbours along K ([N, K/g])."""
+    """Dequantize int4 codes, packed as row pairs [N/2, K], with one scale per group of g codes along K ([N, K/g])."""
     scale = tensors["weight_scale"].to(dtype)
     return (_in_groups(unpack_row_pairs(tensors["weight"]).to(dtype), scale) * scale[:, :, None]).flatten(1)
 
 
 def dequantize_int4_groups_with_zero(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """As `dequantize_int4_groups`, plus a `weight_zero` that is added to the scaled code: W = code * scale + zero."""
+    """Like `dequantize_int4_groups`, but add `weight_zero` [N, K/g] to the scaled code: W = code * scale + zero."""
     zero = tensors["weight_zero"].to(dtype)
     return (_in_groups(dequantize_int4_groups(tensors, dtype), zero) + zero[:, :, None]).flatten(1)
 
 
 def dequantize_nvfp4(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Column pairs of E2M1 codes ([N, K/2]), a float8 scale for 16 neighbours ([N, K/16]), a float32 one for all."""
+    """Dequantize E2M1 codes, packed as column pairs [N, K/2], with two scales.
+
+    `weight_scale` is one float8 scale per group of 16 codes along K ([N, K/16]); `weight_scale_2` is one float32 scale
+    for the whole tensor.
+    """
     scale = tensors["weight_scale"].to(dtype)
     codes = _decode_e2m1(tensors["weight"], dtype)
     return (_in_groups(codes, scale) * scale[:, :, None]).flatten(1) * tensors["weight_scale_2"].to(dtype)
 
 
 def dequantize_mxfp8(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """One float8 code an element ([N, K]), one power of two for 32 neighbours ([N, K/32])."""
+    """Dequantize float8 codes [N, K] with one power-of-two scale per group of 32 codes along K ([N, K/32])."""
     scale = _decode_e8m0(tensors["weight_scale"], dtype)
     return (_in_groups(tensors["weight"].to(dtype), scale) * scale[:, :, None]).flatten(1)
 
 
 def dequantize_mxfp4(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Column pairs of E2M1 codes ([N, K/2]), one power of two for 32 neighbours ([N, K/32])."""
+    """Dequantize E2M1 codes, packed as column pairs [N, K/2], with one power-of-two scale per 32 codes ([N, K/32])."""
     scale = _decode_e8m0(tensors["weight_scale"], dtype)
     return (_in_groups(_decode_e2m1(tensors["weight"], dtype), scale) * scale[:, :, None]).flatten(1)
 
 
 def unpack_row_pairs(packed: Tensor) -> Tensor:
-    """[N/2, K] bytes -> signed int8 codes [N, K]; byte (i, k) is row 2i (low nibble) and row 2i + 1 (high nibble)."""
-    # Shifting to the left puts the sign of the low nibble where an arithmetic shift to the right finds it.
+    """Unpack bytes [N/2, K] to signed int4 codes [N, K] in int8.
+
+    Byte (i, k) holds row 2i in the low nibble and row 2i + 1 in the high nibble.
+    """
+    # The shift to the left moves the sign bit of the low nibble to bit 7; the arithmetic shift back extends the sign.
     low = (packed.view(torch.uint8) << 4).view(torch.int8) >> 4
     high = packed.view(torch.int8) >> 4
     return torch.stack((low, high), dim=1).flatten(0, 1)
 
 
 def unpack_column_pairs(packed: Tensor) -> Tensor:
-    """[N, K/2] bytes -> 4-bit codes [N, K]; byte (n, i) is column 2i (low nibble) and column 2i + 1 (high nibble)."""
+    """Unpack bytes [N, K/2] to 4-bit codes [N, K].
+
+    Byte (n, i) holds column 2i in the low nibble and column 2i + 1 in the high nibble.
+    """
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
 
 
 def _decode_e2m1(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unpack column pairs [N, K/2] of E2M1 codes to their values [N, K]."""
     codes = unpack_column_pairs(packed)
     return torch.tensor(_E2M1_VALUES, dtype=dtype).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Byte e -> 2^(e - 127); 255 is NaN."""
+    """Decode E8M0 bytes: byte e is 2^(e - 127), byte 255 is NaN."""
     return codes.view(torch.float8_e8m0fnu).to(dtype)
 
 
 def _in_groups(values: Tensor, per_group: Tensor) -> Tensor:
-    """[N, K] -> [N, K/g, g], to meet an entry [N, K/g] for each group."""
+    """Reshape [N, K] to [N, K/g, g], so that it broadcasts with one entry per group, `per_group` [N, K/g]."""
     return values.reshape(*per_group.shape, -1)
 
 
@@ -140,8 +157,8 @@ def _input_nvfp4(x: Tensor, tensors: Tensors) -> Tensor:
     return quantize_nvfp4(x, tensors["input_scale"])
 
 
-def _input_alone(quantize: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensors], Tensor]:
-    """For activations whose scales come from themselves."""
+def _dynamic_input(quantize: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensors], Tensor]:
+    """A `quantize_input` for dynamic activation scales: it ignores the delivered tensors."""
     return lambda x, _tensors: quantize(x)
 
 
@@ -156,7 +173,7 @@ _TENSOR_SCALE = TensorRule(name="weight_scale", dtypes=_F32, shape=())
 _ROW_SCALE = TensorRule(name="weight_scale", dtypes=_F32, shape=("N",))
 _GROUP_SCALE = TensorRule(name="weight_scale", dtypes=_F32, shape=("N", "K/g"))
 _GROUP_ZERO = TensorRule(name="weight_zero", dtypes=_F32, shape=("N", "K/g"))
-# The engine's Linear reads the first name, its experts the second; ModelOpt writes a scale of four axes.
+# The engine's Linear reads `weight_scale`, its experts read `weight_scale_inv`. ModelOpt writes a scale of four axes.
 _BLOCK_SCALE = TensorRule(
     name="weight_scale",
     alias="weight_scale_inv",
@@ -189,12 +206,12 @@ LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: LinearLayout(
         tensors=(_FP8_CODES, _ROW_SCALE),
         dequantize=dequantize_rows,
-        quantize_input=_input_alone(quantize_per_token),
+        quantize_input=_dynamic_input(quantize_per_token),
     ),
     QuantAlgo.FP8_BLOCK_SCALES: LinearLayout(
         tensors=(_FP8_CODES, _BLOCK_SCALE),
         dequantize=dequantize_blocks,
-        quantize_input=_input_alone(quantize_per_block),
+        quantize_input=_dynamic_input(quantize_per_block),
         group_size=128,
     ),
     QuantAlgo.NVFP4: LinearLayout(
@@ -211,7 +228,7 @@ LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
     QuantAlgo.MXFP8: LinearLayout(
         tensors=(_FP8_CODES, _MX_SCALE),
         dequantize=dequantize_mxfp8,
-        quantize_input=_input_alone(quantize_mxfp8),
+        quantize_input=_dynamic_input(quantize_mxfp8),
         group_size=32,
     ),
     QuantAlgo.W4A16_MXFP4: LinearLayout(

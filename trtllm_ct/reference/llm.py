@@ -1,6 +1,7 @@
-"""`ReferenceLLM`: the reference engine behind the surface of TensorRT-LLM's `LLM`, for machines without a GPU.
+"""`ReferenceLLM`: the reference engine with the interface of TensorRT-LLM's `LLM`, for machines without a GPU.
 
-Prompts run one after another, each from its own seed, so that a result doesn't depend on its neighbours.
+Prompts run one after another, each with its own random generator, so the result of a prompt doesn't depend on the other
+prompts.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 class ReferenceLLM:
-    """A model on the CPU with `generate`, as `tensorrt_llm.LLM` has it.
+    """A model on the CPU with the `generate` method of `tensorrt_llm.LLM`.
 
-    `model` is a compressed-tensors, ModelOpt or unquantized directory. `dtype` is what modules dequantize and compute
-    in, the checkpoint's own for "auto". `tokenizer` is an object that replaces the directory's, or a directory;
-    `skip_tokenizer_init` goes without one, for prompts of token ids.
+    `model` is a compressed-tensors, ModelOpt or unquantized directory. Modules dequantize and compute in `dtype`;
+    "auto" is the dtype of the checkpoint. `tokenizer` is a tokenizer object, or a directory to load the tokenizer from;
+    with None it is loaded from `model`. `skip_tokenizer_init` loads no tokenizer: prompts must then be token ids.
     Raises what `load_model` raises, and `ConfigError` without a tokenizer.
     """
 
@@ -45,34 +46,35 @@ class ReferenceLLM:
         self._model: Any = load_model(model, dtype=_compute_dtype(model, dtype))
         self.tokenizer: Any = None
         if not skip_tokenizer_init:
-            given = tokenizer is not None and not isinstance(tokenizer, (str, PathLike))
-            self.tokenizer = tokenizer if given else load_tokenizer(str(tokenizer or model))
+            is_object = tokenizer is not None and not isinstance(tokenizer, (str, PathLike))
+            self.tokenizer = tokenizer if is_object else load_tokenizer(str(tokenizer or model))
 
     def generate(
         self,
         inputs: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         sampling_params: object = None,
         *,
-        use_tqdm: bool = True,  # noqa: ARG002 (the engine's keyword; there is no bar here)
+        use_tqdm: bool = True,  # noqa: ARG002 (the engine's keyword; no progress bar here)
     ) -> Any:
-        """Continue prompts: a `RequestOutput` for one (a string, or token ids), a list of them for a list of prompts.
+        """Continue one prompt or a list of prompts; a prompt is a string or a sequence of token ids.
 
-        `sampling_params` are for all prompts, or a list with one entry a prompt.
+        Returns a `RequestOutput` for one prompt, a list of them for a list of prompts.
+        `sampling_params` applies to all prompts, or is a list with one entry per prompt.
         Raises `UsageError` for a prompt without tokens, and for stop strings without a tokenizer.
         """
-        one = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
-        prompts: Sequence[Any] = [inputs] if one else inputs
-        one_each = isinstance(sampling_params, Sequence)
-        given: Sequence[object] = sampling_params if one_each else [sampling_params] * len(prompts)  # type: ignore[assignment]
-        if len(given) != len(prompts):
-            raise _usage_error("sampling_params", f"{len(prompts)}, one a prompt", str(len(given)))
-        params = [SamplingParams.of(each) for each in given]
+        is_single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
+        prompts: Sequence[Any] = [inputs] if is_single else inputs
+        one_per_prompt = isinstance(sampling_params, Sequence)
+        entries: Sequence[object] = sampling_params if one_per_prompt else [sampling_params] * len(prompts)  # type: ignore[assignment]
+        if len(entries) != len(prompts):
+            raise _usage_error("sampling_params", f"{len(prompts)}, one a prompt", str(len(entries)))
+        all_params = [SamplingParams.of(entry) for entry in entries]
         with threads_that_pay(self._model):
-            results = [self._complete(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
-        return results[0] if one else results
+            results = [self._complete(prompt, params) for prompt, params in zip(prompts, all_params, strict=True)]
+        return results[0] if is_single else results
 
     def shutdown(self) -> None:
-        """Let go of the model; `generate` can't be called any more."""
+        """Release the model; `generate` can't be called any more."""
         self._model = None
 
     def __enter__(self) -> Self:
@@ -86,8 +88,8 @@ class ReferenceLLM:
             raise _usage_error("SamplingParams.stop", "a tokenizer to see the strings with", "skip_tokenizer_init")
         prompt_ids = self._prompt_ids(prompt)
         output = self._continue(prompt_ids, params)
-        words = prompt if isinstance(prompt, str) else None
-        return RequestOutput(prompt=words, prompt_token_ids=prompt_ids, outputs=[output])
+        text = prompt if isinstance(prompt, str) else None
+        return RequestOutput(prompt=text, prompt_token_ids=prompt_ids, outputs=[output])
 
     def _continue(self, prompt_ids: list[int], params: SamplingParams) -> CompletionOutput:
         end_tokens = end_tokens_of(self._model)
@@ -98,17 +100,17 @@ class ReferenceLLM:
             text = self._decode(token_ids)
             stop = min((stop for stop in params.stops if stop in text), key=text.index, default=None)
             if stop is not None:
-                return self._before(stop, text, token_ids)
+                return self._cut_at_stop(stop, text, token_ids)
             if token_id in end_tokens:
                 return CompletionOutput(index=0, text=text, token_ids=token_ids, finish_reason="stop")
         return CompletionOutput(index=0, text=text, token_ids=token_ids, finish_reason="length")
 
-    def _before(self, stop: str, text: str, token_ids: list[int]) -> CompletionOutput:
-        """The part of a text that ends before a stop string; a token that holds both goes with the string."""
+    def _cut_at_stop(self, stop: str, text: str, token_ids: list[int]) -> CompletionOutput:
+        """Cut text and tokens before the stop string; a token that overlaps the stop string is dropped."""
         end = text.index(stop)
-        kept = next(n for n in range(len(token_ids), -1, -1) if len(self._decode(token_ids[:n])) <= end)
+        count = next(n for n in range(len(token_ids), -1, -1) if len(self._decode(token_ids[:n])) <= end)
         return CompletionOutput(
-            index=0, text=text[:end], token_ids=token_ids[:kept], finish_reason="stop", stop_reason=stop
+            index=0, text=text[:end], token_ids=token_ids[:count], finish_reason="stop", stop_reason=stop
         )
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:

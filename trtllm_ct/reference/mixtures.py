@@ -1,7 +1,7 @@
-"""The mixture-of-experts layers of a model while it is assembled: their experts, and how many their routers know.
+"""Assemble the mixture-of-experts layers of a model: their experts and the number of experts in their routers.
 
-A layer gets its experts one by one or, plain, as the two stacks that transformers itself has; the names that arrive
-decide. A layer may have fewer experts than config.json says when its router has as few rows.
+A layer gets its experts one by one, or unquantized as the two stacked tensors that transformers itself uses; the names
+of the delivered tensors decide. A layer may have fewer experts than config.json says if its router has as few rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Mixtures"]
 
 _STACKS = ("gate_up_proj", "down_proj")
 _ROUTERS = ("gate", "router")
-# What lies beside the experts and has one entry for each of them along its first axis.
+# Tensors beside the experts that have one entry per expert along their first axis.
 _ROUTER_TENSORS = (
     "gate.weight",
     "gate.bias",
@@ -40,17 +40,22 @@ _ROUTER_TENSORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mixture:
-    """One layer: its number of experts by config.json, their parts, its stacks, and all that has an entry for each."""
+    """One mixture-of-experts layer.
 
-    stated: int
+    `config_count` is the number of experts that config.json gives. `parts` collects the tensors of single experts.
+    `block` is the path of the module that holds experts and router. `stacks` are the full names of the two stacked
+    tensors. `per_expert` are the full names of all tensors with one entry per expert: the stacks and the router's.
+    """
+
+    config_count: int
     parts: ExpertParts
     block: str
     stacks: frozenset[str]
-    counting: frozenset[str]
+    per_expert: frozenset[str]
 
 
 class Mixtures:
-    """Every mixture-of-experts layer of `model`; faults go to `faults`."""
+    """All mixture-of-experts layers of `model`; faults are added to `faults`."""
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class Mixtures:
         self._faults = faults
         self._reported: set[str] = set()
         experts = {path: module for path, module in model.named_modules() if is_stack_of_experts(module)}
-        self._foreign = {path: type(module).__name__ for path, module in experts.items() if not replaceable(module)}
+        self._unsupported = {path: type(module).__name__ for path, module in experts.items() if not replaceable(module)}
         self._mixtures = {
             path: _mixture(
                 ExpertParts(
@@ -81,19 +86,25 @@ class Mixtures:
                 )
             )
             for path, module in experts.items()
-            if path not in self._foreign
+            if path not in self._unsupported
         }
-        self._counting = {name for mixture in self._mixtures.values() for name in mixture.counting}
+        self._per_expert = {name for mixture in self._mixtures.values() for name in mixture.per_expert}
 
     def has(self, module: str) -> bool:
-        """Whether a path is that of a layer's experts or of what may be a Linear of one of them."""
-        known = self._mixtures.keys() | self._foreign.keys()
+        """Whether `module` is the path of a layer's experts module, or a path two levels below one.
+
+        A Linear of an expert is two levels below: the number of the expert, then the projection.
+        """
+        known = self._mixtures.keys() | self._unsupported.keys()
         return module in known or module.rsplit(".", 2)[0] in known
 
     def take(self, path: str, tensor: Tensor) -> bool:
-        """Sort in a tensor of a single expert; False for anything else."""
+        """Store a tensor of a single expert; return False for any other tensor.
+
+        Adds one fault per layer for single experts of an architecture that supports stacks only.
+        """
         experts = path.rsplit(".", 3)[0]
-        if experts in self._foreign:
+        if experts in self._unsupported:
             self._refuse_once(experts, tensor)
             return True
         return experts in self._mixtures and self._mixtures[experts].parts.take(
@@ -101,19 +112,24 @@ class Mixtures:
         )
 
     def fits_fewer(self, path: str, tensor: Tensor, slot: Tensor) -> bool:
-        """Whether a tensor with an entry for each expert would fit with fewer experts; `finish` counts them."""
-        if path not in self._counting or tensor.dim() != slot.dim() or tensor.shape[1:] != slot.shape[1:]:
+        """Whether a tensor with one entry per expert has the shape of `slot` except for fewer experts.
+
+        `finish` then checks that all tensors of the layer have the same number of experts.
+        """
+        if path not in self._per_expert or tensor.dim() != slot.dim() or tensor.shape[1:] != slot.shape[1:]:
             return False
         return 0 < len(tensor) < len(slot)
 
     def finish(self, filled: Collection[str]) -> set[str]:
-        """Put single experts into the model; `filled` are its tensors that are there.
+        """Put single experts into the model; `filled` are the names of the model's tensors that were delivered.
 
-        Returns the names of the stacks that are not needed: single experts take their place, or a fault says it all.
+        Returns the names of the stacked tensors that may stay empty: single experts replace them, or a fault has been
+        added for their layer.
         """
         return {name for mixture in self._mixtures.values() for name in self._finish(mixture, filled)}
 
     def _finish(self, mixture: _Mixture, filled: Collection[str]) -> frozenset[str]:
+        """Finish one layer; returns the names of its stacked tensors that may stay empty."""
         parts = mixture.parts
         stacked = mixture.stacks.intersection(filled)
         if bool(parts.tensors) == bool(stacked):
@@ -137,9 +153,12 @@ class Mixtures:
         return mixture.stacks
 
     def _count(self, mixture: _Mixture, filled: Collection[str]) -> int | None:
-        """The number of experts by all that has an entry for each, once the router is set to it; None for a fault."""
+        """Count the experts of a layer by its tensors with one entry per expert, and set the router to that number.
+
+        Returns None after adding a fault: when the tensors disagree, or when the router can't work with the number.
+        """
         parts = mixture.parts
-        counts = {name: len(self._tensor(name)) for name in sorted(mixture.counting.intersection(filled))}
+        counts = {name: len(self._tensor(name)) for name in sorted(mixture.per_expert.intersection(filled))}
         if len(set(counts.values())) > 1:
             self._faults.add(
                 where=parts.name,
@@ -150,11 +169,15 @@ class Mixtures:
                 remedy="Prune router and experts of a layer together.",
             )
             return None
-        count = next(iter(counts.values()), mixture.stated)
-        return count if count == mixture.stated or self._route_to_fewer(mixture, count) else None
+        count = next(iter(counts.values()), mixture.config_count)
+        return count if count == mixture.config_count or self._route_to_fewer(mixture, count) else None
 
     def _route_to_fewer(self, mixture: _Mixture, count: int) -> bool:
-        """Tell the modules of a layer that they have fewer experts; False for a fault."""
+        """Set `num_experts` of the modules of a layer to `count`.
+
+        Returns False after adding a fault if the router needs more experts, or if `count` is not a multiple of the
+        number of its groups.
+        """
         block = self._model.get_submodule(mixture.block)
         for module in (mixture.parts.shell, *(getattr(block, name, None) for name in _ROUTERS)):
             if module is None:
@@ -177,10 +200,11 @@ class Mixtures:
         return tensor
 
     def _entries(self, parts: ExpertParts) -> list[str]:
-        """What `quantized_layers` names below the experts of a layer."""
+        """The entries of `quantized_layers` below the experts module of a layer."""
         return [name for name in self._quant_config.quantized_layers if name.startswith(f"{parts.path}.")]
 
     def _check_entries(self, parts: ExpertParts) -> None:
+        """Add a fault for each entry of `quantized_layers` that names a Linear of an expert without tensors."""
         for name in self._entries(parts):
             if not parts.has_linear(name.removeprefix(f"{parts.path}.")):
                 self._faults.add(
@@ -191,6 +215,7 @@ class Mixtures:
                 )
 
     def _check_plain(self, parts: ExpertParts) -> None:
+        """Add a fault if `quant_config` calls experts quantized that arrived as unquantized stacks."""
         entries = [parts.path, *self._entries(parts)]
         layer = next((layer for layer in map(self._layer_of, entries) if layer is not None), None)
         if layer is not None:
@@ -202,19 +227,23 @@ class Mixtures:
             )
 
     def _layer_of(self, path: str) -> LayerQuantConfig | None:
-        """The mode of a layer's experts or of a Linear of one; an entry for the layer speaks for all of them."""
+        """The quantization of an experts module, or of a Linear of one expert; None for an unquantized one.
+
+        An entry of `quantized_layers` for the experts module applies to all Linears of its experts.
+        """
         layer = self._quant_config.layer_config(path)
         if layer is None and path not in self._quant_config.exclude_modules:
             layer = self._quant_config.quantized_layers.get(path.rsplit(".", 2)[0])
         return layer
 
     def _refuse_once(self, experts: str, tensor: Tensor) -> None:
+        """Add a fault for single experts of an unsupported architecture, once per layer."""
         if experts in self._reported:
             return
         self._reported.add(experts)
         self._faults.add(
             where=experts,
-            expected=f"the two stacks of {self._foreign[experts]}, which computes more than gate, up and down",
+            expected=f"the two stacks of {self._unsupported[experts]}, which computes more than gate, up and down",
             found=f"tensors of single experts, such as {describe(tensor)}",
             remedy="The reference engine can't take the experts of this architecture one by one; deliver plain stacks.",
         )
@@ -224,5 +253,5 @@ def _mixture(parts: ExpertParts) -> _Mixture:
     block = parts.path.rpartition(".")[0]
     stacks = frozenset(f"{parts.path}.{name}" for name in _STACKS)
     routers = frozenset(f"{block}.{name}" for name in _ROUTER_TENSORS)
-    stated = len(parts.shell.get_parameter("down_proj"))
-    return _Mixture(stated=stated, parts=parts, block=block, stacks=stacks, counting=stacks | routers)
+    config_count = len(parts.shell.get_parameter("down_proj"))
+    return _Mixture(config_count=config_count, parts=parts, block=block, stacks=stacks, per_expert=stacks | routers)

@@ -1,7 +1,7 @@
-"""From the names of a checkpoint to the paths of modules and tensors in a transformers model.
+"""Map the names of a checkpoint to the paths of modules and tensors in a transformers model.
 
-Checkpoints keep the names that their publishers gave them; transformers 5 has renamed modules since, and a multimodal
-checkpoint wraps its language model in prefixes that differ between generations. Both are tables here.
+Checkpoints keep the names that their publishers gave them, but transformers 5 has renamed modules since. A multimodal
+checkpoint puts its language model behind a prefix that differs between generations. Both are tables in this file.
 Source: transformers 5.23 `conversion_mapping.py`.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NameMap"]
 
-# By model type: parts of dotted names in checkpoints, and what transformers calls them, applied in this order.
+# By model type: parts of dotted names in checkpoints, and their names in transformers. They are replaced in this order.
 _MIXTRAL = (("block_sparse_moe", "mlp"),)
 _GRANITE = (
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
@@ -45,11 +45,11 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "phimoe": (*_MIXTRAL, ("mlp.gate", "mlp.router")),
 }
 
-# By model type: plain stacks of experts that were published as [E, in, out], where transformers writes [E, out, in].
+# By model type: unquantized stacks of experts that were published as [E, in, out], where transformers has [E, out, in].
 _TRANSPOSED: Mapping[str, tuple[str, ...]] = {"qwen3_vl_moe_text": (".experts.gate_up_proj", ".experts.down_proj")}
 
-# Where multimodal checkpoints keep the language model, and what its parts are called in a model of text alone. The
-# first prefix that fits counts; what none fits belongs to a tower, a projector or a draft model.
+# The prefixes of the language model in multimodal checkpoints, and the matching prefixes in a text-only model. The
+# first prefix that matches counts. A name that no prefix matches belongs to a tower, a projector or a draft model.
 _LANGUAGE = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
@@ -60,17 +60,18 @@ _LANGUAGE = (
     ("lm_head.", "lm_head."),
 )
 
-# Layers that predict several tokens at once; text is generated without them.
+# Prefixes of layers for multi-token prediction; the reference engine generates text without them.
 _DRAFT = ("mtp.", "model.mtp.", "model.mtp_layers.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameMap:
-    """Where the tensors and modules of one checkpoint belong.
+    """Maps the names of one checkpoint to paths in the model.
 
-    `renamed` are parts of names and what replaces them. `language` is the table of prefixes of a multimodal
-    checkpoint, empty for a language model. `ignored` are prefixes, in terms of the model, of what it does not have.
-    `transposed` are ends of paths of tensors that may be there as [E, in, out] where the model has [E, out, in].
+    `renamed` are pairs: a part of a checkpoint name and its replacement. `language` is the prefix table of a multimodal
+    checkpoint; it is empty for a text-only checkpoint. `ignored` are prefixes, as model paths, of modules that the
+    model does not have. `transposed` are suffixes of the paths of tensors that may be stored as [E, in, out] where the
+    model has [E, out, in].
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
@@ -80,42 +81,45 @@ class NameMap:
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any], *, model_type: str) -> NameMap:
-        """The map for a parsed config.json; `model_type` is that of the language model which it becomes."""
+        """The map for a parsed config.json; `model_type` is the type of the language model that is built from it."""
         text = config.get("text_config") or config
-        drafts = text.get("num_nextn_predict_layers") or 0
-        behind = text.get("num_hidden_layers") or 0
+        draft_layers = text.get("num_nextn_predict_layers") or 0
+        layers = text.get("num_hidden_layers") or 0
         return cls(
             renamed=_RENAMED.get(model_type, ()),
             language=_LANGUAGE if text is not config else (),
-            ignored=_DRAFT + tuple(f"model.layers.{layer}." for layer in range(behind, behind + drafts)),
+            ignored=_DRAFT + tuple(f"model.layers.{layer}." for layer in range(layers, layers + draft_layers)),
             transposed=_TRANSPOSED.get(text.get("model_type", ""), ()),
         )
 
     def path(self, name: str) -> str | None:
-        """The path in the model of a tensor or module; None for what belongs to other parts of the checkpoint."""
+        """The path in the model of the tensor or module `name`; None if the model has no such part."""
         dotted = f"{name}."
         if self.language:
-            fitting = ((stored, wanted) for stored, wanted in self.language if dotted.startswith(stored))
-            stored, wanted = next(fitting, ("", ""))
+            matching = ((stored, target) for stored, target in self.language if dotted.startswith(stored))
+            stored, target = next(matching, ("", ""))
             if not stored:
                 return None
-            dotted = wanted + dotted.removeprefix(stored)
+            dotted = target + dotted.removeprefix(stored)
         if dotted.startswith(self.ignored):
             return None
         dotted = f".{dotted}"
-        for stored, wanted in self.renamed:
-            dotted = dotted.replace(f".{stored}.", f".{wanted}.")
+        for stored, target in self.renamed:
+            dotted = dotted.replace(f".{stored}.", f".{target}.")
         return dotted.strip(".")
 
     def stored(self, path: str) -> str:
-        """What the checkpoint calls a path of the model, for messages; without the prefix of a multimodal one."""
+        """The checkpoint's name for a path in the model, for messages.
+
+        The prefix of a multimodal checkpoint is not restored.
+        """
         dotted = f".{path}."
-        for stored, wanted in reversed(self.renamed):
-            dotted = dotted.replace(f".{wanted}.", f".{stored}.")
+        for stored, target in reversed(self.renamed):
+            dotted = dotted.replace(f".{target}.", f".{stored}.")
         return dotted.strip(".")
 
     def translate(self, quant_config: QuantConfig) -> QuantConfig:
-        """The same configuration with the modules called as in the model, without those that it does not have."""
+        """`quant_config` with module names translated to model paths; modules that the model lacks are left out."""
         excluded = (self.path(name) for name in quant_config.exclude_modules)
         quantized = ((self.path(name), layer) for name, layer in quant_config.quantized_layers.items())
         return replace(

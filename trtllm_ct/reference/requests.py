@@ -1,6 +1,6 @@
-"""What goes into the reference engine's `LLM` and what comes out; torch is not imported here.
+"""The parameters and results of `ReferenceLLM`; this module does not import torch.
 
-Names and meanings are those of TensorRT-LLM's LLM API, so that a program runs on either engine.
+Names and meanings are the same as in TensorRT-LLM's LLM API, so that a program runs on either engine.
 Source: TensorRT-LLM `sampling_params.py` and `executor/result.py`.
 """
 
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 
 __all__ = ["CompletionOutput", "RequestOutput", "SamplingParams"]
 
-_SEEDS = 2**64
+_SEED_COUNT = 2**64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens after a prompt are chosen, and when to stop.
 
-    `max_tokens` is the most tokens to generate. The largest logit wins (greedy decoding) where nothing else is given,
-    and for `temperature=0`, `top_k=1` and `top_p=0`. Otherwise a token is drawn: logits are divided by `temperature`
-    (1 when None); `top_k` leaves the k most likely tokens (0 and None leave all), and of these `top_p` the fewest that
-    together have that share of the probability. The same `seed` draws the same tokens; None is 0.
-    `stop` is one or several strings: the text ends before the first of them.
-    Raises `UsageError` with every value that has no meaning.
+    `max_tokens` is the largest number of tokens to generate. Decoding is greedy (the largest logit wins) when
+    `temperature`, `top_p` and `top_k` are all None, and for `temperature=0`, `top_k=1` and `top_p=0`. Otherwise tokens
+    are sampled: logits are divided by `temperature` (1 if None); `top_k` keeps the k most likely tokens (0 and None
+    keep all); of these, `top_p` keeps the smallest number of most likely tokens whose probabilities add up to at
+    least `top_p`. The same `seed` gives the same tokens; None is 0.
+    `stop` is one string or several: the text ends before the one that occurs first.
+    Raises `UsageError` that lists every value out of its range.
     """
 
     max_tokens: int = 32
@@ -45,13 +46,13 @@ class SamplingParams:
             ("temperature", float, 0, inf, "a number of at least 0"),
             ("top_p", float, 0, 1, "a number between 0 and 1"),
             ("top_k", int, 0, inf, "an integer of at least 0"),
-            ("seed", int, 0, _SEEDS - 1, "an integer between 0 and 2^64 - 1"),
+            ("seed", int, 0, _SEED_COUNT - 1, "an integer between 0 and 2^64 - 1"),
         )
         faults = FaultCollector()
-        for name, kind, low, high, expected in ranges:
+        for name, number_type, low, high, expected in ranges:
             value = getattr(self, name)
-            optional = value is None and name != "max_tokens"
-            if not optional and not _within(value, kind, low, high):
+            is_default = value is None and name != "max_tokens"
+            if not is_default and not _is_in_range(value, number_type, low, high):
                 remedy = "Leave it out for the default, or give a value in this range."
                 faults.add(where=f"SamplingParams.{name}", expected=expected, found=repr(value), remedy=remedy)
         if not all(isinstance(stop, str) and stop for stop in self.stops):
@@ -61,20 +62,23 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is left to chance."""
-        drawing = (self.temperature, self.top_p, self.top_k)
-        return drawing == (None, None, None) or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+        """Whether the most likely token is always chosen, without sampling."""
+        settings = (self.temperature, self.top_p, self.top_k)
+        return settings == (None, None, None) or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
+        """The stop strings as a tuple; empty if there are none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @classmethod
     def of(cls, params: object) -> Self:
-        """`params` itself, defaults for None, or TensorRT-LLM's own class read field by field.
+        """Convert `params` to this class.
 
-        Raises `UsageError` for a field of that class that the reference engine lacks and that isn't at its default.
+        An instance of this class is returned as it is. None gives the defaults. An instance of TensorRT-LLM's own
+        `SamplingParams` is read field by field.
+        Raises `UsageError` for any other object, and for each field that the reference engine lacks and whose value is
+        not the default.
         """
         if params is None:
             return cls()
@@ -98,30 +102,34 @@ class SamplingParams:
         return cls(**{name: getattr(params, name) for name in names if hasattr(params, name)})
 
 
-def _within(value: object, kind: type, low: float, high: float) -> bool:
-    number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    return number and low <= value <= high and value != inf  # type: ignore[operator]
+def _is_in_range(value: object, number_type: type, low: float, high: float) -> bool:
+    """Whether `value` is a finite number of the type from `low` to `high`; an int is also accepted as a float."""
+    is_number = isinstance(value, (int, float) if number_type is float else int) and not isinstance(value, bool)
+    return is_number and low <= value <= high and value != inf  # type: ignore[operator]
 
 
 def _changed_fields(params: Any) -> dict[str, Any]:
-    """Public fields that differ from those of an instance made without arguments, which settles some by others."""
-    plain = type(params)()
+    """The public fields of a dataclass instance that differ from those of an instance made without arguments.
+
+    Values are compared with an instance because TensorRT-LLM's class sets some of its fields from others when created.
+    """
+    default = type(params)()
     public = [field.name for field in fields(params) if not field.name.startswith("_")]
-    changed = {name: getattr(params, name) for name in public}
-    return {name: value for name, value in changed.items() if not _same(value, getattr(plain, name))}
+    values = {name: getattr(params, name) for name in public}
+    return {name: value for name, value in values.items() if not _is_same(value, getattr(default, name))}
 
 
-def _same(one: object, other: object) -> bool:
-    return one is other or (type(one) is type(other) and one == other)
+def _is_same(left: object, right: object) -> bool:
+    return left is right or (type(left) is type(right) and left == right)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
     """One continuation of a prompt.
 
-    `token_ids` are the new tokens, an end token included, those of a stop string not; `text` is what they decode to,
-    without special tokens. `finish_reason` is "stop" after an end token or a stop string, which is then `stop_reason`,
-    and "length" after `max_tokens`.
+    `token_ids` are the new tokens, including an end token but without the tokens of a stop string. `text` is the
+    decoded text without special tokens; it ends before a stop string. `finish_reason` is "stop" after an end token or a
+    stop string, and "length" after `max_tokens`. `stop_reason` is the stop string, if one ended the text.
     """
 
     index: int
@@ -133,7 +141,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A prompt, None where token ids were given, and its continuations, of which there is one."""
+    """A prompt and its continuation. `prompt` is None if token ids were given; `outputs` has one element."""
 
     prompt: str | None
     prompt_token_ids: list[int]

@@ -1,7 +1,7 @@
-"""What the delivered tensors of a Linear must look like, and the comparison that says what differs.
+"""Rules for the dtypes and shapes of the delivered tensors of a Linear, and the check that reports every violation.
 
-The engine's own loader casts without a word and lets a tensor of one element fill a row of scales; here every dtype and
-every length is compared before anything is computed.
+The engine's own loader casts silently and broadcasts a tensor of one element to a row of scales. Here every dtype and
+every shape is compared before anything is computed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ WIDE_FLOATS = tuple(dtype for dtype in DType if dtype.is_wide_float)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRule:
-    """One delivered tensor of a Linear.
+    """The rule for one delivered tensor of a Linear.
 
-    `shape` is written in axis letters (N out, K in, g group size), such as `("N/2", "K/g")`; `//` rounds up, and an
-    empty shape means a single element, with or without an axis. `or_shape` is a second one that the engine accepts.
-    `alias` is a second name that the engine reads it under; both may be there if they hold the same values.
+    `dtypes` are the accepted dtypes. `shape` is written in axis letters (N output features, K input features, g group
+    size), such as `("N/2", "K/g")`. A division by `//` rounds up. An empty shape means a single element, of shape [] or
+    [1]. `or_shape` is an alternative shape that the engine also accepts. `alias` is a second name under which the
+    engine reads the tensor; both names may be delivered if they hold the same values.
     """
 
     name: str
@@ -42,17 +43,17 @@ class TensorRule:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that it may have, its own first."""
+        """The names that the tensor may have: `name` first, then `alias`."""
         return (self.name,) if self.alias is None else (self.name, self.alias)
 
     def name_among(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """The name that it has among the tensors of a module; None when it is not there."""
+        """The name under which the tensor occurs in the tensors of a module; None if it does not occur."""
         return next((name for name in self.names if name in tensors), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCheck:
-    """Compares the tensors of the module `name` with rules, and gathers in `faults` what differs."""
+    """Compares the tensors of the module `name` with rules, and adds every violation to `faults`."""
 
     name: str
     layer: LayerQuantConfig
@@ -61,7 +62,7 @@ class LinearCheck:
     faults: FaultCollector
 
     def check(self, tensors: Mapping[str, Tensor], rules: Sequence[TensorRule]) -> None:
-        """Check that all required tensors are there, no other ones, each of its dtype and shape."""
+        """Check that all required tensors exist, that there are no unknown ones, and every dtype and shape."""
         self._check_missing(rules, tensors)
         self._check_surplus(rules, tensors)
         for rule in rules:
@@ -135,22 +136,25 @@ class LinearCheck:
         return f"shape [{', '.join(shape)}] in whole numbers" if None in sizes else f"shape {sizes}"
 
     def _size_of(self, axis: str) -> int | None:
-        """Length of an axis such as `1`, `N`, `K/g` or `N//128`; None for no whole number or an unknown group_size."""
+        """The length of an axis such as `1`, `N`, `K/g` or `N//128`.
+
+        None if a `/` division leaves a remainder, or if the axis needs a group size that is not known.
+        """
         if axis.isdecimal():
             return int(axis)
         letter, _, divisor = axis.partition("/")
         size = self.out_features if letter == "N" else self.in_features
-        parts = self.layer.group_size if divisor == "g" else int(divisor.removeprefix("/") or 1)
-        if not parts:
+        divisor_value = self.layer.group_size if divisor == "g" else int(divisor.removeprefix("/") or 1)
+        if not divisor_value:
             return None
-        whole, rest = divmod(size, parts)
-        if rest and not divisor.startswith("/"):
+        quotient, remainder = divmod(size, divisor_value)
+        if remainder and not divisor.startswith("/"):
             return None
-        return whole + bool(rest)
+        return quotient + bool(remainder)
 
 
 def describe(tensor: Tensor) -> str:
-    """Dtype and shape for messages, such as `float32 [4, 2]`."""
+    """The dtype and shape of a tensor for messages, such as `float32 [4, 2]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
@@ -160,5 +164,5 @@ def has_dtype(tensor: Tensor, dtypes: Iterable[DType]) -> bool:
 
 
 def is_one_element(tensor: Tensor) -> bool:
-    """Whether the tensor is a scalar, written as [] or as [1]."""
+    """Whether the tensor has exactly one element and the shape [] or [1]."""
     return tensor.dim() <= 1 and tensor.numel() == 1

@@ -1,8 +1,8 @@
-"""The next token, from logits and sampling parameters.
+"""Choose the next token from logits and sampling parameters.
 
-Temperature, then top-k, then top-p among what is left, each on probabilities that sum to one: the order of TensorRT-LLM
-`_torch/pyexecutor/sampler.py`. Its random numbers are those of another generator, so drawn texts differ between
-engines; greedy ones don't.
+The order is temperature, then top-k, then top-p among the remaining tokens, each on probabilities that sum to one. This
+is the order of TensorRT-LLM `_torch/pyexecutor/sampler.py`. TensorRT-LLM uses another random generator, so sampled
+texts differ between the engines; greedy texts don't.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ __all__ = ["Sampler", "token_probabilities"]
 
 
 class Sampler:
-    """Chooses the tokens of one prompt; the same parameters choose the same tokens, whatever else runs meanwhile."""
+    """Chooses the tokens of one prompt.
+
+    The random generator belongs to the sampler: the same parameters give the same tokens, whatever else runs.
+    """
 
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
         self._generator = torch.Generator().manual_seed(params.seed or 0)
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token from logits [vocabulary]; raises `PayloadError` when one of them is no number."""
+        """Choose the next token from logits [vocabulary]; raises `PayloadError` if a logit is NaN."""
         if bool(logits.isnan().any()):
             raise PayloadError(
                 Fault(
                     where="logits",
                     expected="numbers",
-                    found=f"{int(logits.isnan().sum())} of {logits.numel()} that are none",
+                    found=f"{int(logits.isnan().sum())} of {logits.numel()} that are NaN",
                     remedy="Run `trtllm-ct verify` on the checkpoint; float16 overflows where bfloat16 does not.",
                 )
             )
@@ -51,20 +54,20 @@ class Sampler:
 def token_probabilities(
     logits: Tensor, *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """What each token is drawn with: float64 [vocabulary], of sum 1.
+    """The probability with which each token is sampled: float64 [vocabulary], with sum 1.
 
-    `temperature` (above 0) divides `logits`; `top_k` leaves the k most likely tokens, and of these `top_p` (above 0)
-    the fewest whose probabilities together reach it. Of equal tokens the first go before the others. None and, for
-    `top_k`, 0 leave everything.
+    `temperature` (above 0) divides `logits`. `top_k` keeps the k most likely tokens. Of these, `top_p` (above 0) keeps
+    the smallest number of most likely tokens whose probabilities add up to at least `top_p`. Tokens with equal logits
+    are ranked by their ids. None turns a step off; so does 0 for `top_k`.
     """
     ordered, order = logits.double().sort(descending=True, stable=True)
-    # Subtracting the largest first keeps a tiny temperature from making infinities of all of them.
+    # Subtract the largest logit first, so that a tiny temperature can't turn all logits into infinities.
     probabilities = ((ordered - ordered[0]) / (temperature or 1.0)).softmax(0)
     if top_k:
         probabilities[top_k:] = 0
         probabilities /= probabilities.sum()
     if top_p is not None:
-        before = probabilities.cumsum(0) - probabilities
-        probabilities[before >= top_p] = 0
+        sum_before = probabilities.cumsum(0) - probabilities
+        probabilities[sum_before >= top_p] = 0
         probabilities /= probabilities.sum()
     return torch.zeros_like(probabilities).scatter(0, order, probabilities)

@@ -70,7 +70,7 @@ class CompressedTensorsConfigLoader(HfConfigLoader):  # type: ignore[misc]
 
 
 class CompressedTensorsWeightLoader(HfWeightLoader):  # type: ignore[misc]
-    """Loads the weights of sidecars; leaves any other directory, such as a plain draft model, to the engine's loader."""
+    """Loads the weights of sidecars; leaves other directories, such as plain draft models, to the engine's loader."""
 
     def __init__(self, session: LoadSession | None = None) -> None:
         super().__init__()

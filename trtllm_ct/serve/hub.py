@@ -1,7 +1,7 @@
-"""Hugging Face repositories: which directory on this machine holds a model that is called by its repository's id.
+"""Hugging Face repositories: resolves the id of a repository to a directory on this machine.
 
-A repository is resolved to one commit, and that commit is what other nodes are told: `main` may have moved when they
-look. Configuration comes first and weights only for a checkpoint that this package loads, so that any other one is left
+A repository is pinned to one commit, and other nodes download the same commit, because `main` may move in between.
+The JSON files are downloaded first, and weights only for a checkpoint that this package loads. Any other model is left
 to the engine's own download.
 """
 
@@ -22,7 +22,8 @@ __all__ = ["Repository", "repository_named"]
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CONFIGURATION = ("*.json",)
-# Weights in other formats than the one that is read, and copies of them in the originals' own.
+# Weights in other formats than safetensors, and the copies in the author's format that some repositories keep in
+# `original/`.
 _OTHER_WEIGHTS = (
     "*.bin",
     "*.pt",
@@ -39,25 +40,25 @@ _OTHER_WEIGHTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """A repository of the Hugging Face hub at a revision: a branch, tag or commit; its main branch when None."""
+    """A repository of the Hugging Face hub. `revision` is a branch, tag or commit; None means the main branch."""
 
     name: str
     revision: str | None = None
 
     def configuration(self) -> Path:
-        """A directory with the repository's JSON files; from the local cache, or downloaded.
+        """Return a directory with the repository's JSON files, from the local cache or downloaded.
 
-        Raises `DetectionError` when the hub has no such repository or can't be asked, `MissingDependencyError` without
-        huggingface_hub.
+        Raises `DetectionError` when the repository doesn't exist or the hub can't be reached, and
+        `MissingDependencyError` when huggingface_hub is not installed.
         """
         return self._snapshot(allow_patterns=_CONFIGURATION)
 
     def checkpoint(self) -> Path:
-        """A directory with everything that loading needs; raises as `configuration` does."""
+        """Return a directory with everything that loading needs. Raises what `configuration` raises."""
         return self._snapshot(ignore_patterns=_OTHER_WEIGHTS)
 
     def pinned(self, snapshot: Path) -> Repository:
-        """The repository at the commit of a directory that it was found in."""
+        """Return this repository pinned to the commit after which the hub's cache named the directory `snapshot`."""
         return Repository(name=self.name, revision=snapshot.name)
 
     def _snapshot(self, **patterns: tuple[str, ...]) -> Path:
@@ -65,7 +66,8 @@ class Repository:
         download: Callable[..., str] = hub.snapshot_download
         try:
             return Path(download(self.name, revision=self.revision, **{key: list(p) for key, p in patterns.items()}))
-        # Its errors for absent, gated and unreachable repositories share these two bases only.
+        # These are the only common base classes of huggingface_hub's errors for missing, gated and unreachable
+        # repositories.
         except (OSError, ValueError) as error:
             raise DetectionError(
                 Fault(
@@ -78,7 +80,7 @@ class Repository:
 
 
 def repository_named(model: str | Path, revision: str | None = None) -> Repository | None:
-    """The repository that `model` means; None for a directory, a file, and for what can't be the id of one."""
+    """Return the repository with the id `model`; None for an existing path, a `Path`, or anything that is not an id."""
     if isinstance(model, Path) or Path(model).exists() or _ID.fullmatch(model) is None:
         return None
     return Repository(name=model, revision=revision)

@@ -1,7 +1,8 @@
-"""Who uses a directory: locks that processes hold on one file in it, so that nobody deletes it behind a server's back.
+"""Leases: file locks that mark a directory as in use, so that it is not deleted while a server needs it.
 
-A lease is a shared `flock` that the kernel drops when the process ends, however it ends, so none is ever stale.
-File systems without locks give none; there nobody can prove that a directory is unused, and it counts as used.
+A lease is a shared `flock` on one file of the directory. The kernel releases it when the process ends for any reason,
+so there are no stale leases. On a file system without locks nobody can prove that a directory is unused, so a directory
+there always counts as in use.
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ if TYPE_CHECKING:
 __all__ = ["hold", "unused"]
 
 _held: dict[Path, int] = {}
-"""Descriptors by file, open as long as this process lives."""
+"""The open file descriptors that hold this process's leases, by file; they stay open until the process ends."""
 
 
 def hold(file: Path, *, named: Path | None = None) -> bool:
-    """Take a lease on a file's directory until this process ends; False when the file isn't there any more.
+    """Take a lease on the directory of `file` until this process ends; return False when the file does not exist.
 
-    `named` is what the file will be called, when its directory is about to get its name. Needs no permission to write.
-    Taking a lease twice is taking it once.
+    `named` is the future path of the file, for a directory that is about to be renamed. Read permission is enough.
+    A second call for the same file changes nothing.
     """
     named = named or file
-    if named in _held and _is_called(_held[named], named):
+    if named in _held and _is_same_file(_held[named], named):
         return True
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return False
     _lock(descriptor, exclusive=False)
-    # Whoever deletes a directory has the exclusive lock while it moves it away: after ours it is away, or stays.
-    if not _is_called(descriptor, file):
+    # A process that deletes the directory holds the exclusive lock while it renames it. So once the shared lock is
+    # granted, the directory has either been renamed, which the next line detects, or it stays.
+    if not _is_same_file(descriptor, file):
         os.close(descriptor)
         return False
     if named in _held:
@@ -46,9 +48,10 @@ def hold(file: Path, *, named: Path | None = None) -> bool:
 
 @contextmanager
 def unused(file: Path) -> Iterator[bool]:
-    """Whether no process, this one included, holds a lease; while the block runs none gets one.
+    """Yield whether no process holds a lease on the directory of `file`; this process counts too.
 
-    False as well for a file that this user can't write, and where nobody can tell.
+    If it yields True, no process can take a lease until the block ends. It also yields False when this user can't write
+    the file, and on a file system without locks.
     """
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
@@ -61,8 +64,8 @@ def unused(file: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _is_called(descriptor: int, file: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+def _is_same_file(descriptor: int, file: Path) -> bool:
+    """Whether the path `file` still leads to the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except (FileNotFoundError, NotADirectoryError):
@@ -70,11 +73,14 @@ def _is_called(descriptor: int, file: Path) -> bool:
 
 
 def _lock(descriptor: int, *, exclusive: bool) -> bool:
-    """Lock an open file; a shared lock is waited for, an exclusive one is had at once or not at all."""
+    """Lock an open file and return whether it worked.
+
+    Waits for a shared lock. Does not wait for an exclusive lock: returns False when any other lock is held.
+    """
     import fcntl
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
-    except OSError:  # held by somebody, or a file system without locks
+    except OSError:  # another process holds a lock, or the file system has no locks
         return False
     return True

@@ -1,7 +1,7 @@
-"""`LLM` and `SamplingParams`: one program for a machine with TensorRT-LLM and for one without.
+"""`LLM` and `SamplingParams`: the same program runs on machines with and without TensorRT-LLM.
 
-With TensorRT-LLM, `LLM` gives a real `tensorrt_llm.LLM`, and `SamplingParams` is its own class. Without it, the CPU
-reference engine answers behind the same names. A log line says which one runs, and why.
+With TensorRT-LLM, `LLM` returns a real `tensorrt_llm.LLM`, and `SamplingParams` is the class of TensorRT-LLM. Without
+it, both come from the CPU reference engine. A log line says which engine runs, and why.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["LLM", "Engine", "SamplingParams", "engine_installed", "require_engin
 Engine = Literal["auto", "tensorrt_llm", "reference"]
 
 _ENGINES = ("auto", "tensorrt_llm", "reference")
-# What the reference engine takes of the arguments of `LLM`.
+# The arguments of `LLM` that the reference engine uses.
 _REFERENCE_ARGUMENTS = ("tokenizer", "skip_tokenizer_init", "dtype")
 
 logger = logging.getLogger("trtllm_ct")
 
 
-def LLM(  # noqa: N802 (it stands where TensorRT-LLM has a class, and gives an instance of it)
+def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an instance)
     model: str | Path,
     *,
     engine: Engine = "auto",
@@ -36,14 +36,17 @@ def LLM(  # noqa: N802 (it stands where TensorRT-LLM has a class, and gives an i
     strict: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """A model that generates text: `tensorrt_llm.LLM`, or a `ReferenceLLM` with the same `generate`.
+    """Return a model that generates text: a `tensorrt_llm.LLM`, or a `ReferenceLLM` with the same `generate`.
 
-    `model` is a checkpoint directory or the id of a Hugging Face repository; one that isn't compressed-tensors goes to
-    the engine untouched. `engine` chooses; "auto" means TensorRT-LLM where it is installed. `kwargs` are those of
-    `tensorrt_llm.LLM`, all of which it gets. `dense_o_proj` dequantizes row-wise FP8 output projections of attention,
-    `strict` refuses to dequantize what the engine has no mode for; both for compressed-tensors models only.
+    `model` is a checkpoint directory or the id of a Hugging Face repository. A model that isn't compressed-tensors is
+    passed to the engine unchanged. `engine` chooses the engine; "auto" means TensorRT-LLM if it is installed, and the
+    CPU reference engine otherwise. `kwargs` are the other arguments of `tensorrt_llm.LLM`, which gets all of them.
 
-    Raises `UsageError` for arguments that can't work together, `CheckpointError` with every fault of a checkpoint, and
+    Two options apply to compressed-tensors models in TensorRT-LLM only: `dense_o_proj` dequantizes `o_proj` of
+    attention where it is row-wise FP8, and `strict` raises instead of dequantizing a module for which the engine has no
+    mode.
+
+    Raises `UsageError` for arguments that can't work together, `CheckpointError` with all faults of a checkpoint, and
     whatever the engine raises.
     """
     if engine not in _ENGINES:
@@ -60,12 +63,13 @@ def LLM(  # noqa: N802 (it stands where TensorRT-LLM has a class, and gives an i
     features = engine_features()
     why = "it is installed" if engine == "auto" else "engine='tensorrt_llm'"
     logger.info("TensorRT-LLM %s runs %s: %s", features.version or "of unknown release", model, why)
-    given = served_arguments({"model": model, **kwargs}, features, LOADERS, dense_o_proj=dense_o_proj, strict=strict)
-    return engine_llm()(**given)
+    arguments = {"model": model, **kwargs}
+    prepared = served_arguments(arguments, features, LOADERS, dense_o_proj=dense_o_proj, strict=strict)
+    return engine_llm()(**prepared)
 
 
 def engine_installed() -> bool:
-    """Whether TensorRT-LLM is installed; it is not imported for this."""
+    """Whether TensorRT-LLM is installed. Does not import it."""
     return importlib.util.find_spec("tensorrt_llm") is not None
 
 
@@ -88,9 +92,9 @@ def _reference_llm(model: str | Path, arguments: dict[str, Any], why: str, *, le
     from trtllm_ct.reference.llm import ReferenceLLM
     from trtllm_ct.serve.sidecar import Sidecar, is_sidecar
 
-    idle = [name for name in arguments if name not in (*_REFERENCE_ARGUMENTS, "revision")]
-    without = f"; it makes nothing of {', '.join(idle)}" if idle else ""
-    logger.log(level, "The CPU reference engine runs %s: %s%s", model, why, without)
+    ignored = [name for name in arguments if name not in (*_REFERENCE_ARGUMENTS, "revision")]
+    ignored_note = f"; it ignores {', '.join(ignored)}" if ignored else ""
+    logger.log(level, "The CPU reference engine runs %s: %s%s", model, why, ignored_note)
     repository = repository_named(model, arguments.get("revision"))
     directory = repository.checkpoint() if repository else Path(model)
     if is_sidecar(directory):
@@ -99,7 +103,10 @@ def _reference_llm(model: str | Path, arguments: dict[str, Any], why: str, *, le
 
 
 def __getattr__(name: str) -> Any:
-    """`SamplingParams` of the engine that "auto" means; not kept, as tests change what is installed."""
+    """Return `SamplingParams` of the engine that `engine="auto"` chooses.
+
+    The class is not stored in the module, because tests change what is installed.
+    """
     if name != "SamplingParams":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not engine_installed():

@@ -1,7 +1,7 @@
-"""What TensorRT-LLM's `LLM` is called with for a compressed-tensors model: a sidecar in place of it, and our loader.
+"""The arguments of TensorRT-LLM's `LLM` for a compressed-tensors model: a sidecar as `model`, and a checkpoint loader.
 
-`LLM` reads config.json in the parent process before it asks any loader, so the loader alone would come too late. What
-is not compressed-tensors passes through untouched, and what the user wrote is never changed in place.
+A loader alone is not enough, because `LLM` reads config.json in the parent process before it calls any loader.
+The arguments for a model that is not compressed-tensors are passed on unchanged. The user's objects are never modified.
 Source: TensorRT-LLM `llmapi/llm_args.py`, `llmapi/llm_utils.py` and `mapping.py`.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["fixed_scale_fault", "parallel_of", "served_arguments"]
 
 logger = logging.getLogger("trtllm_ct")
 
-# The name of the field that holds a draft model, newest first.
+# The names of the field that holds a draft model, from the newest release to the oldest.
 _DRAFT_FIELDS = ("speculative_model", "speculative_model_dir")
 _OTHER_BACKENDS = ("_autodeploy", "tensorrt")
 _FORCE_DYNAMIC = "force_dynamic_quantization"
@@ -41,7 +41,7 @@ _FORCE_DYNAMIC = "force_dynamic_quantization"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A compressed-tensors checkpoint on this machine, and the repository that it came from, at its commit."""
+    """A compressed-tensors checkpoint on this machine, and the repository that it came from, pinned to a commit."""
 
     directory: Path
     repository: Repository | None = None
@@ -55,14 +55,16 @@ def served_arguments(
     dense_o_proj: bool = False,
     strict: bool = False,
 ) -> Mapping[str, Any]:
-    """The arguments of `LLM`, `model` among them, as the engine must be given them.
+    """Return the arguments to pass to the engine's `LLM`, given the user's arguments, `model` among them.
 
-    `loaders` are this package's checkpoint loader, of which an instance is put in, and whatever else of it a user may
-    have put into a loader of the engine. Without a compressed-tensors model or draft the arguments are given back.
-    Raises `UsageError` for arguments under which the engine would drop our loader, and what planning raises.
+    A compressed-tensors model or draft model is replaced by its sidecar, and a checkpoint loader is added unless the
+    user passed one. If neither is compressed-tensors, `arguments` itself is returned.
+    `loaders` are the classes in `bindings.LOADERS`: the first is this package's checkpoint loader, which is added; the
+    others are parts of it that a user may have put into one of the engine's loaders.
+    Raises `UsageError` for arguments with which the engine would ignore the loader, and what planning raises.
     """
     model = _source(arguments.get("model"), arguments.get("revision"))
-    draft_field, draft_model = _draft(arguments.get("speculative_config"))
+    draft_field, draft_model = _draft_model(arguments.get("speculative_config"))
     draft = _source(draft_model, None)
     if model is None and draft is None:
         return arguments
@@ -75,26 +77,28 @@ def served_arguments(
         dense_o_proj=dense_o_proj,
         strict=strict,
     )
-    given = dict(arguments)
+    prepared = dict(arguments)
     sidecars = []
     if model is not None:
         sidecars.append(_sidecar(model, options))
-        given["model"] = str(sidecars[-1].directory)
+        prepared["model"] = str(sidecars[-1].directory)
     if draft is not None:
         sidecars.append(_sidecar(draft, options))
-        given["speculative_config"] = _with_field(
+        prepared["speculative_config"] = _with_field(
             arguments["speculative_config"], draft_field, str(sidecars[-1].directory)
         )
-    if given.get("checkpoint_loader") is None:
-        # Its own sidecars and no others: a node makes those that it lacks, and may have to download them.
+    if prepared.get("checkpoint_loader") is None:
+        # Pass only the sidecars of this LLM, because a node makes every sidecar that it lacks and may have to download
+        # its checkpoint.
         records = {str(sidecar.directory): sidecar.record() for sidecar in sidecars}
-        given["checkpoint_loader"] = loaders[0](sidecars=records)
-    return given | _dynamic_outputs([sidecar.plan for sidecar in sidecars], arguments, features)
+        prepared["checkpoint_loader"] = loaders[0](sidecars=records)
+    return prepared | _dynamic_outputs([sidecar.plan for sidecar in sidecars], arguments, features)
 
 
 def parallel_of(arguments: Mapping[str, Any]) -> Parallel:
-    """The sizes that `LLM` will run with; where one of the two sizes of experts is missing, the other decides.
+    """Return the parallel sizes that `LLM` will run with.
 
+    If one of `moe_expert_parallel_size` and `moe_tensor_parallel_size` is missing, it follows from the other.
     Raises `UsageError` for sizes that don't fit together.
     """
     tensor, pipeline = (int(arguments.get(f"{name}_parallel_size") or 1) for name in ("tensor", "pipeline"))
@@ -116,13 +120,17 @@ def parallel_of(arguments: Mapping[str, Any]) -> Parallel:
 
 
 def _size(arguments: Mapping[str, Any], name: str) -> int | None:
-    """A size that the engine takes as unset when it is None or -1."""
+    """Return a size as an integer; None if it is unset. The engine treats None and -1 as unset."""
     value = arguments.get(name)
     return int(value) if value is not None and int(value) > 0 else None
 
 
 def _source(model: Any, revision: str | None) -> _Source | None:
-    """The checkpoint that `model` means when it is compressed-tensors or a sidecar; everything else is the engine's."""
+    """Return the checkpoint that `model` names if it is compressed-tensors or a sidecar.
+
+    Returns None for anything else, which is left to the engine. The weights of a repository are downloaded only if its
+    configuration is compressed-tensors.
+    """
     if not isinstance(model, (str, Path)):
         return None
     repository = repository_named(model, revision)
@@ -140,18 +148,21 @@ def _source(model: Any, revision: str | None) -> _Source | None:
 
 
 def _sidecar(source: _Source, options: ServingOptions) -> Sidecar:
-    """The sidecar of a checkpoint; one that was prepared stays, or is made again for the sizes that are asked for."""
+    """Return the sidecar of a checkpoint, and make it if needed.
+
+    If the source is a sidecar itself, it is returned, or made again for the parallel sizes in `options`.
+    """
     if not is_sidecar(source.directory):
         return Sidecar.open(make_sidecar(source.directory, options, repository=source.repository))
     prepared = Sidecar.open(source.directory)
     if prepared.options.parallel == options.parallel:
         return prepared
-    wanted = replace(prepared.options, parallel=options.parallel)
-    return Sidecar.open(make_sidecar(prepared.source, wanted, repository=prepared.repository))
+    resized = replace(prepared.options, parallel=options.parallel)
+    return Sidecar.open(make_sidecar(prepared.source, resized, repository=prepared.repository))
 
 
-def _draft(config: Any) -> tuple[str, Any]:
-    """The field of a speculative configuration that holds the draft model, and its value; None without one."""
+def _draft_model(config: Any) -> tuple[str, Any]:
+    """Return the name and the value of the field that holds the draft model; the value is None without a draft."""
     for name in _DRAFT_FIELDS:
         value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         if value is not None:
@@ -160,7 +171,7 @@ def _draft(config: Any) -> tuple[str, Any]:
 
 
 def _with_field(config: Any, name: str, value: str) -> Any:
-    """A copy of a configuration with another value in one field."""
+    """Return a copy of a configuration, a mapping or an object, with another value in one field."""
     if isinstance(config, Mapping):
         return {**config, name: value}
     changed = copy.copy(config)
@@ -169,7 +180,7 @@ def _with_field(config: Any, name: str, value: str) -> Any:
 
 
 def _dtype(dtype: Any) -> DType | None:
-    """The dtype asked for; None for the model's own."""
+    """Return the requested dtype; None means the dtype of the model. Raises `UsageError` for an unknown name."""
     if dtype is None or dtype == "auto":
         return None
     try:
@@ -186,7 +197,7 @@ def _dtype(dtype: Any) -> DType | None:
 
 
 def _refuse_conflicts(arguments: Mapping[str, Any], loaders: tuple[type, ...]) -> None:
-    """Arguments under which the engine drops our loader, mostly without a word."""
+    """Raise `UsageError` for arguments with which the engine ignores this package's loader, mostly silently."""
     faults = FaultCollector()
     backend, loader = arguments.get("backend"), arguments.get("checkpoint_loader")
     if backend in _OTHER_BACKENDS:
@@ -218,7 +229,10 @@ def _weight_loader(loader: Any) -> Any:
 
 
 def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], features: EngineFeatures) -> dict[str, Any]:
-    """`force_dynamic_quantization` where row-wise FP8 needs it and the user said nothing; else a warning."""
+    """Return `force_dynamic_quantization=True` if row-wise FP8 needs it and the user didn't set the argument.
+
+    Where the engine can't be given the argument, logs a warning and returns nothing to add; see `fixed_scale_fault`.
+    """
     if arguments.get(_FORCE_DYNAMIC) is not None or not any(map(_row_wise_outputs, plans)):
         return {}
     fault = fixed_scale_fault(plans, features)
@@ -230,28 +244,29 @@ def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], featur
 
 
 def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures) -> Fault | None:
-    """What is wrong where an engine can't be kept from quantizing attention's output at a scale of 1.
+    """Return a fault if the engine will quantize the output of attention with a fixed scale of 1; else None.
 
-    Attention quantizes its own output when `o_proj` is FP8. Row-wise FP8 has no scale for that, and 1 is taken unless
-    activations are forced to be dynamic, which would change modules that bring static scales.
+    The engine's attention quantizes its own output when `o_proj` is FP8. Row-wise FP8 has no scale for that, so the
+    engine uses 1, unless `force_dynamic_quantization` is set. That argument would also change modules with static
+    activation scales, so it can't be used when a plan has such modules.
     Source: TensorRT-LLM `_torch/modules/attention.py`.
     """
     row_wise = sum(len(_row_wise_outputs(plan)) for plan in plans)
     static = sum(_has_static_activations(module) for plan in plans for module in plan.modules)
     if not row_wise or (features.force_dynamic_quantization and not static):
         return None
-    why = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
+    conflict = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
     return Fault(
         where=f"{row_wise} o_proj in row-wise FP8",
         expected="activations quantized with one scale a token",
         found="attention that quantizes its output at a fixed scale of 1, and "
-        + (why if features.force_dynamic_quantization else f"no {_FORCE_DYNAMIC} in this TensorRT-LLM"),
+        + (conflict if features.force_dynamic_quantization else f"no {_FORCE_DYNAMIC} in this TensorRT-LLM"),
         remedy="Look at the text before you trust it, or pass dense_o_proj=True to have these modules dequantized.",
     )
 
 
 def _row_wise_outputs(plan: Plan) -> list[str]:
-    """The output projections of attention that are delivered row-wise FP8."""
+    """Return the names of the `o_proj` modules of attention that are delivered in row-wise FP8."""
     algo = QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN
     return [
         module.name

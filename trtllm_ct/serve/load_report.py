@@ -1,4 +1,4 @@
-"""LoadReport: what one rank was given and what that took."""
+"""LoadReport: what was loaded for one rank, with bytes, seconds and memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ __all__ = ["LoadReport", "peak_memory", "report_of"]
 class LoadReport:
     """What was loaded for one rank.
 
-    `modes` counts the quantized modules by the mode that they are delivered in, `dequantized` those that became plain
-    by the reason why. `bytes_read` is payload asked of files, `bytes_delivered` that of the tensors handed to the
-    engine, which may be views of files that the engine alone will read to the end: `seconds` is the time until all of
-    them were ready to be read. `peak_memory` is that of the whole process so far, in bytes, mapped files included.
-    `unread` names delivered tensors that the engine's Linears don't ask for.
+    - `source`: the checkpoint directory. `rank`: the number of the rank in the engine's world.
+    - `modes`: the number of quantized modules per mode. `dequantized`: the number of dequantized modules per reason.
+    - `modules`, `tensors`: how many of them were loaded.
+    - `bytes_read`: the payload read from files. `bytes_delivered`: the payload of the tensors passed to the engine.
+    - `seconds`: the time until all tensors were ready. Some are views of memory-mapped files, whose pages are read only
+      when the engine copies them, after this time.
+    - `peak_memory`: the peak resident memory of the whole process so far, in bytes, memory-mapped files included.
+    - `unread`: the names of loaded KV-cache scales that the engine doesn't read, see `completeness.prove_complete`.
+    - `warnings`: the warnings of the plan.
     """
 
     source: str
@@ -43,11 +47,11 @@ class LoadReport:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Payload asked of files a second, in 10^9 bytes."""
+        """The payload read from files per second, in 10^9 bytes; 0 when no time was measured."""
         return self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: the fields by name, and the rate."""
+        """Return the fields by name and `gigabytes_per_second`, for JSON output."""
         entry = asdict(self)
         return entry | {
             "unread": list(self.unread),
@@ -68,7 +72,7 @@ class LoadReport:
 def report_of(
     plan: Plan, rank: Rank, *, source: Path, bytes_read: int, seconds: float, unread: tuple[str, ...]
 ) -> LoadReport:
-    """The report of a rank whose plan was delivered in full."""
+    """Return the report of a rank for which everything in `plan` was loaded."""
     quantized = [module for module in plan.modules if module.weight is not None]
     return LoadReport(
         source=str(source),
@@ -87,11 +91,11 @@ def report_of(
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had resident, in bytes; 0 where that can't be told."""
+    """Return the peak resident memory of this process in bytes; 0 on systems without the `resource` module."""
     try:
         import resource
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kibibytes on Linux, bytes on macOS.
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
     return peak if sys.platform == "darwin" else peak * 1024

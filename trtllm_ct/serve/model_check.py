@@ -1,8 +1,9 @@
-"""Whether the model that the engine built is the one that was planned: the last look before its weights are loaded.
+"""Checks that the model that the engine built matches the plan, before weights are loaded into it.
 
-Names decide what the engine quantizes and what it loads, and a name that matches nothing is no error there. So each
-Linear of the plan is looked up in the model as the engine will do it, and the two must agree on its mode.
-Nothing here imports the engine: a model is what has `named_modules`, a mapper what has `mapping`.
+The engine decides by module names what it quantizes and what it loads, and silently ignores a name that matches
+nothing. So each Linear of the plan is looked up in the model in the same way as the engine does it, and plan and model
+must agree on its mode.
+This module does not import the engine. It needs `named_modules` of a model and `mapping` of a weight mapper.
 Source: TensorRT-LLM `_torch/models/modeling_utils.py` (apply_layerwise_quant_config, _load_weights_impl_v2).
 """
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_MODEL_CHECK", "check_model"]
 
 NO_MODEL_CHECK = "TRTLLM_CT_NO_MODEL_CHECK"
-"""Environment variable: 1 makes warnings of what `check_model` finds."""
+"""Environment variable: with 1, `check_model` logs warnings instead of raising."""
 
 _GENERIC_LOOP = "modeling_utils"
 _NO_MODES = frozenset({"None", "NO_QUANT", "MIXED_PRECISION"})
@@ -35,26 +36,27 @@ logger = logging.getLogger("trtllm_ct")
 
 
 def check_model(model: Any, fused: Mapping[str, Sequence[str]], plan: Plan) -> None:
-    """Hold a rank's plan against the model that the engine built for that rank.
+    """Check a rank's plan against the model that the engine built for that rank.
 
-    `fused` are the parts of fused Linears by the leaf of their name, as the engine's weight mapper has them.
-    Raises `LoadError` with a fault for every Linear of another mode than planned, and for every quantized one that the
-    model doesn't have; a model with a loading loop of its own may have such ones under another name, so there they are
-    logged.
+    `fused` maps the last component of a fused Linear's name to the names of its parts, as the engine's weight mapper
+    has it; for instance `qkv_proj` to `q_proj`, `k_proj` and `v_proj`.
+    Raises `LoadError` with a fault for every Linear whose mode differs from the plan, and for every quantized Linear
+    that the model doesn't have. If the model class has its own loading loop, it may hold a missing Linear under another
+    name; missing Linears are then only logged. `TRTLLM_CT_NO_MODEL_CHECK=1` turns all these errors into warnings.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    around = {part: leaf for leaf, parts in fused.items() for part in parts}
+    fused_of = {part: fused_leaf for fused_leaf, parts in fused.items() for part in parts}
     faults, absent = FaultCollector(), FaultCollector()
     for module in plan.modules:
         if module.class_name != "Linear" or not module.deliveries:
             continue
-        name = _name_in(modules, module, around)
+        name = _engine_name(modules, module, fused_of)
         if name is None:
             _add_absent(module, absent)
         else:
-            _compare(module, name, modules[name], faults)
-    own_loop = not type(model).load_weights.__module__.endswith(_GENERIC_LOOP)
-    if own_loop:
+            _compare_modes(module, name, modules[name], faults)
+    has_own_loop = not type(model).load_weights.__module__.endswith(_GENERIC_LOOP)
+    if has_own_loop:
         _log(absent)
     else:
         faults.faults += absent.faults
@@ -63,12 +65,15 @@ def check_model(model: Any, fused: Mapping[str, Sequence[str]], plan: Plan) -> N
     _log(faults)
 
 
-def _name_in(modules: Mapping[str, Any], module: ModulePlan, around: Mapping[str, str]) -> str | None:
-    """The engine's name of the module that takes a Linear: its own, that of a fused one, or that of all experts."""
+def _engine_name(modules: Mapping[str, Any], module: ModulePlan, fused_of: Mapping[str, str]) -> str | None:
+    """Return the name of the engine's module that loads a Linear; None if the model has no such module.
+
+    This is `engine_name` of the plan, or the name of the fused Linear of which it is a part.
+    """
     if module.engine_name in modules:
         return module.engine_name
     prefix, _, leaf = module.name.rpartition(".")
-    fused = f"{prefix}.{around.get(leaf, leaf)}"
+    fused = f"{prefix}.{fused_of.get(leaf, leaf)}"
     return fused if fused in modules else None
 
 
@@ -82,18 +87,18 @@ def _add_absent(module: ModulePlan, absent: FaultCollector) -> None:
         )
 
 
-def _compare(module: ModulePlan, name: str, engine: Any, faults: FaultCollector) -> None:
-    """One mode in the plan and in the engine; modules that have none to ask for are left out."""
-    if not hasattr(engine, "quant_config"):
+def _compare_modes(module: ModulePlan, name: str, engine_module: Any, faults: FaultCollector) -> None:
+    """Add a fault if plan and engine differ in the mode of a module; skip engine modules without `quant_config`."""
+    if not hasattr(engine_module, "quant_config"):
         return
-    algo = str(getattr(engine.quant_config, "quant_algo", None))
-    found = None if algo in _NO_MODES else algo
+    algo = str(getattr(engine_module.quant_config, "quant_algo", None))
+    built = None if algo in _NO_MODES else algo
     planned = str(module.layer.quant_algo) if module.layer else None
-    if found != planned:
+    if built != planned:
         faults.add(
             where=module.name,
             expected=f"{planned or 'a plain Linear'}, as it is delivered",
-            found=f"{found or 'a plain Linear'} in TensorRT-LLM's {name}",
+            found=f"{built or 'a plain Linear'} in TensorRT-LLM's {name}",
             remedy=_REMEDY,
         )
 

@@ -1,4 +1,4 @@
-"""The switch by which a user keeps this package out of the engine's own modules."""
+"""The environment variable with which a user forbids this package to patch the engine's modules."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 __all__ = ["NO_PATCH", "patch_allowed"]
 
 NO_PATCH = "TRTLLM_CT_NO_PATCH"
-"""Environment variable: 1 forbids this package to put anything into the engine's own modules."""
+"""Environment variable: 1 forbids this package to change anything in the engine's modules."""
 
 
 def patch_allowed() -> bool:
-    """Whether the user leaves the engine's modules to this package (`TRTLLM_CT_NO_PATCH`)."""
+    """Whether this package may patch the engine's modules: `TRTLLM_CT_NO_PATCH` is unset, empty or 0."""
     return os.environ.get(NO_PATCH, "") in {"", "0"}

@@ -1,4 +1,4 @@
-"""`prepare`: what to give TensorRT-LLM's `LLM` as its model in place of a compressed-tensors directory."""
+"""`prepare`: makes the directory to pass to TensorRT-LLM's `LLM` in place of a compressed-tensors directory."""
 
 from __future__ import annotations
 
@@ -38,13 +38,16 @@ def prepare(
     dense_o_proj: bool = False,
     strict: bool = False,
 ) -> Path:
-    """The directory to pass to `LLM` as model, together with `CompressedTensorsCheckpointLoader()`; headers only.
+    """Return the directory to pass to `LLM` as `model`, together with `CompressedTensorsCheckpointLoader()`.
 
-    For a compressed-tensors checkpoint it is a sidecar in the cache, planned for the sizes, which are those that `LLM`
-    is given, and for the installed TensorRT-LLM. Any other directory is given back as it is. `dtype` is that of
-    dequantized modules, the model's own when None or "auto"; `dense_o_proj` and `strict` are those of `make_plan`.
-    Raises `DetectionError` when this is no checkpoint directory, `CheckpointError` with all faults of one that can't be
-    served, `SidecarError` when the cache can't be written, and `UsageError` for arguments that mean nothing.
+    For a compressed-tensors checkpoint this is a sidecar in the cache, planned for the installed TensorRT-LLM and for
+    the given parallel sizes; pass `LLM` the same sizes. Any other directory is returned unchanged. Reads headers only.
+    `dtype` is the dtype of dequantized modules; None or "auto" means the dtype of the model. `dense_o_proj` and
+    `strict` are passed to `make_plan`. Logs a warning for modules that are dequantized.
+
+    Raises `DetectionError` when `model_dir` is not a checkpoint directory, `CheckpointError` with all faults of a
+    checkpoint that can't be served, `SidecarError` when the cache can't be written, and `UsageError` for invalid
+    arguments.
     """
     if FormatDetector().detect(model_dir).method != COMPRESSED_TENSORS:
         return Path(model_dir)
@@ -63,15 +66,15 @@ def prepare(
         strict=strict,
     )
     sidecar = Sidecar.open(make_sidecar(model_dir, options))
-    for remark in _remarks(sidecar):
-        logger.warning("%s: %s", model_dir, remark)
+    for warning in _warnings(sidecar):
+        logger.warning("%s: %s", model_dir, warning)
     return sidecar.directory
 
 
 def installed_features() -> EngineFeatures:
-    """The features of the installed TensorRT-LLM, or `DEFAULT_FEATURES` without one.
+    """Return the features of the installed TensorRT-LLM, or `DEFAULT_FEATURES` if it is not installed.
 
-    Imports it; raises `MissingDependencyError` when it is installed and can't be imported.
+    Imports TensorRT-LLM. Raises `MissingDependencyError` when it is installed but can't be imported.
     """
     if not engine_installed():
         return DEFAULT_FEATURES
@@ -81,8 +84,8 @@ def installed_features() -> EngineFeatures:
     return engine_features()
 
 
-def _remarks(sidecar: Sidecar) -> Iterator[str]:
-    """What a user should know before the model answers."""
+def _warnings(sidecar: Sidecar) -> Iterator[str]:
+    """Yield warnings about dequantized modules and about `o_proj` in row-wise FP8."""
     reasons = Counter(reason for mode, reason in sidecar.modes.values() if mode == "dequantized")
     for reason, count in reasons.items():
         yield f"{count} modules are dequantized: {reason}"

@@ -1,4 +1,4 @@
-"""`deliver_for_rank`: everything that one rank of the engine is handed, proved to be complete."""
+"""`deliver_for_rank`: loads all tensors of one rank of the engine and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ __all__ = ["deliver_for_rank", "rank_plan"]
 
 
 def rank_plan(sidecar: Sidecar, rank: Rank) -> Plan:
-    """The plan of one rank of the engine's own sizes.
+    """Return the plan of one rank, for the parallel sizes in `rank.parallel`.
 
-    Raises `SidecarError` when the source changed or the sizes need other modes than the engine was told, `LoadError`
-    when the plan lacks a module that the rank computes with.
+    Raises `SidecarError` when the source changed, or when these sizes need other modes than the engine was configured
+    with. Raises `LoadError` when the plan lacks a module that the rank computes with.
     """
-    whole, model = sidecar.plan_for(rank.parallel), sidecar.checkpoint.model
-    own = plan_for_rank(whole, model, rank)
-    refuse_missing_modules(whole, own, model, rank)
-    return own
+    whole_plan, model = sidecar.plan_for(rank.parallel), sidecar.checkpoint.model
+    plan = plan_for_rank(whole_plan, model, rank)
+    refuse_missing_modules(whole_plan, plan, model, rank)
+    return plan
 
 
 def deliver_for_rank(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of one rank by Hugging Face name, on the CPU, of full logical shape, and what loading them took.
+    """Load the tensors of one rank. Returns them by Hugging Face name, with a report.
 
-    Tensors that need no change are views of mapped files; the next module is read ahead while one is converted.
-    Memory: the result, and one module. Raises `PayloadError` for bad values, `LoadError` when what was delivered is not
-    what the plan promised and the engine reads, and what `rank_plan` raises.
+    The tensors are on the CPU and have the shape of the whole tensor, not of the rank's slice. Tensors that need no
+    conversion are views of memory-mapped files. The next module is read ahead while one is converted.
+    Memory: the result, and one module.
+    Raises `PayloadError` for invalid values, `LoadError` when the loaded tensors differ from the plan or from what the
+    engine reads, and what `rank_plan` raises.
     """
     from trtllm_ct.checkpoint.reader import TensorReader
 

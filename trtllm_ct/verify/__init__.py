@@ -1,6 +1,6 @@
-"""Is a checkpoint sound, and does a converted directory hold the same weights?
+"""Verify a checkpoint, and check that a converted directory holds the same weights.
 
-verify.py         verify_checkpoint, and its report
-converted.py      a converted directory against its source, tensor by tensor
-fused_scalars.py  the scalars that the parts of one Linear share in a result
+verify.py         verify_checkpoint and its report
+converted.py      compares a converted directory with its source, tensor by tensor
+fused_scalars.py  checks the scalars that the parts of a fused Linear share
 """

@@ -1,6 +1,7 @@
-"""A converted directory against its source, tensor by tensor in float64.
+"""Compare a converted directory with its source, tensor by tensor in float64.
 
-The source is dequantized by its stored format, the converted side by the reference engine's reading of native layouts.
+The source is dequantized by the codec of its stored format. The converted side is dequantized by the reference engine,
+which reads the native layouts.
 """
 
 from __future__ import annotations
@@ -34,16 +35,20 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorCheck", "compare_converted"]
 
-# Sums of float64 products, taken in another order: invisible in any delivered dtype but for values between two of them.
+# The planner and this module sum the same float64 products in different orders. The difference is invisible after
+# rounding to a delivered dtype, except for values halfway between two numbers of that dtype.
 _FOLD_UNCERTAINTY = 1e-10
 
-# The modes whose experts have their scale under two names, for engines of different releases.
-_TWICE = frozenset({QuantAlgo.FP8_BLOCK_SCALES, QuantAlgo.MXFP8, QuantAlgo.W4A16_MXFP4})
+# The modes whose experts store their scale under two names, for engines of different releases.
+_TWO_SCALE_NAMES = frozenset({QuantAlgo.FP8_BLOCK_SCALES, QuantAlgo.MXFP8, QuantAlgo.W4A16_MXFP4})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorCheck:
-    """One delivered value compared with the source; `kind` is `native`, `dequantized` or `plain`."""
+    """The comparison of one delivered weight or tensor with the source.
+
+    `kind` is `native` (quantized on both sides), `dequantized` (quantized only in the source) or `plain`.
+    """
 
     name: str
     kind: str
@@ -57,9 +62,10 @@ class TensorCheck:
 def compare_converted(
     checkpoint: Checkpoint, plan: Plan, converted: Path, faults: FaultCollector
 ) -> tuple[TensorCheck, ...]:
-    """Every value of a converted directory against the source; differences, losses and surplus are added to `faults`.
+    """Compare every tensor of a converted directory with the source.
 
-    `plan` is any plan of the source. Raises `CheckpointError` when the converted directory can't be read.
+    Tensors that differ, are missing or have no source are added to `faults`. `plan` may be a plan for any target.
+    Raises `CheckpointError` when the converted directory can't be read.
     """
     catalog = Catalog.from_directory(converted)
     quant_config = QuantConfig()
@@ -73,8 +79,8 @@ def compare_converted(
     }
     with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as delivered:
         inputs = input_multipliers(plan, source)
-        comparison = _Comparison(source, delivered, modules, quant_config, fused, inputs, faults)
-        checks = tuple(check for module in plan.modules for check in comparison.module(module))
+        comparison = _DirectoryComparison(source, delivered, modules, quant_config, fused, inputs, faults)
+        checks = tuple(check for module in plan.modules for check in comparison.check_module(module))
         check_fused_scalars(plan, catalog, delivered, quant_config, faults)
     for name in catalog.tensors:
         if name not in comparison.seen:
@@ -87,8 +93,13 @@ def compare_converted(
     return checks
 
 
-class _Comparison:
-    """The state of one comparison; `seen` are the converted tensors that some module accounted for."""
+class _DirectoryComparison:
+    """The comparison of one converted directory with its source.
+
+    `modules` are the local names of the converted tensors by module. `fused` are the modules that engines fuse with
+    others to one Linear. `inputs` are the expected values of NVFP4 input scales by module. `seen` collects the names of
+    the converted tensors that belong to a module of the plan.
+    """
 
     def __init__(
         self,
@@ -109,11 +120,11 @@ class _Comparison:
         self._faults = faults
         self.seen: set[str] = set()
 
-    def module(self, plan: ModulePlan) -> Iterator[TensorCheck]:
-        """The checks of one module: its weight, then every other tensor that was delivered from it."""
+    def check_module(self, plan: ModulePlan) -> Iterator[TensorCheck]:
+        """Check one module: its weight, then every other tensor that is delivered for it."""
         stored = plan.local_tensors({name: self._source.read(name) for name in plan.reads})
         if any(delivery.name == f"{plan.name}.weight" for delivery in plan.deliveries):
-            yield from self._weight(plan, stored)
+            yield from self._check_weight(plan, stored)
         consumed = plan.weight.consumed if plan.weight else ("weight",)
         for delivery in plan.deliveries:
             source = delivery.operation.source
@@ -124,38 +135,42 @@ class _Comparison:
                 exact = torch.full_like(exact, self._inputs[plan.name])
             if plan.transforms and source == "bias":
                 exact = effective_bias(exact, plan.transforms, stored)
-            yield from self._tensor(delivery.name, exact, _uncertainty(plan))
+            yield from self._check_tensor(delivery.name, exact, _uncertainty(plan))
 
-    def _weight(self, plan: ModulePlan, stored: dict[str, Tensor]) -> Iterator[TensorCheck]:
+    def _check_weight(self, plan: ModulePlan, stored: dict[str, Tensor]) -> Iterator[TensorCheck]:
         name = f"{plan.name}.weight"
-        # The configuration speaks of Linears; norms are named nowhere.
+        # hf_quant_config.json names Linears only; it never names norms and embeddings.
         layer = self._quant_config.layer_config(plan.name) if plan.class_name == "Linear" else None
         tensors = self._read_weight(plan.name, layer)
         if "weight" not in tensors:
-            self._missing(name)
+            self._report_missing(name)
             return
         exact = _exact_weight(plan, stored)
         if layer is None:
             kind = "plain" if plan.weight is None else "dequantized"
-            yield from self._plain(name, kind, tensors["weight"], exact, _uncertainty(plan))
+            yield from self._check_unquantized(name, kind, tensors["weight"], exact, _uncertainty(plan))
             return
         if layer.quant_algo is QuantAlgo.W4A16_AWQ:
             self._check_pre_quant_scale(plan.name, tensors)
-        second = "weight_scale_inv"
-        if plan.experts and layer.quant_algo in _TWICE and second not in self._modules.get(plan.name, frozenset()):
-            self._missing(f"{plan.name}.{second}")
+        alias = "weight_scale_inv"
+        has_alias = alias in self._modules.get(plan.name, frozenset())
+        if plan.experts and layer.quant_algo in _TWO_SCALE_NAMES and not has_alias:
+            self._report_missing(f"{plan.name}.{alias}")
         try:
             value = _native_value(plan.name, tensors, layer, exact)
         except CheckpointError as error:
             self._faults.faults.extend(error.faults)
             return
-        yield self._judged(TensorCheck(name=name, kind="native", comparison=compare_native(value, exact)))
+        yield self._record(TensorCheck(name=name, kind="native", comparison=compare_native(value, exact)))
 
     def _check_pre_quant_scale(self, module: str, tensors: dict[str, Tensor]) -> None:
-        """Engines demand the scale of the input where a Linear stands alone, and never read it where it is fused."""
+        """Check that `pre_quant_scale` exists for a Linear that is not fused, and only there.
+
+        Engines require it for a Linear that stands alone, and never read it for a fused Linear.
+        """
         name = f"{module}.pre_quant_scale"
         if module not in self._fused and "pre_quant_scale" not in tensors:
-            self._missing(name)
+            self._report_missing(name)
         if module in self._fused and "pre_quant_scale" in tensors:
             self._faults.add(
                 where=name,
@@ -164,24 +179,30 @@ class _Comparison:
                 remedy="Convert again; the weights must do without it.",
             )
 
-    def _tensor(self, name: str, source: Tensor, uncertainty: float) -> Iterator[TensorCheck]:
-        """A bias or an activation or KV scale. Scales that a plain module does not need may be absent."""
+    def _check_tensor(self, name: str, source: Tensor, uncertainty: float) -> Iterator[TensorCheck]:
+        """Check a bias, an activation scale or a KV scale.
+
+        A scale that the configuration of the converted directory doesn't need may be absent.
+        """
         module, _, local = name.rpartition(".")
         delivered = self._modules.get(module, frozenset())
         if local not in delivered:
-            if local == "bias" or self._needs(module, local):
-                self._missing(name)
+            if local == "bias" or self._needs_scale(module, local):
+                self._report_missing(name)
             return
         self.seen.add(name)
-        yield from self._plain(name, "plain", self._delivered.read(name), source.double(), uncertainty)
+        yield from self._check_unquantized(name, "plain", self._delivered.read(name), source.double(), uncertainty)
 
-    def _needs(self, module: str, local: str) -> bool:
-        """Whether a converted directory of this configuration must have a scale."""
+    def _needs_scale(self, module: str, local: str) -> bool:
+        """Whether the configuration of the converted directory requires this input or KV scale."""
         if local == "input_scale":
             return self._quant_config.layer_config(module) is not None
         return self._quant_config.kv_cache_quant_algo is not None
 
-    def _plain(self, name: str, kind: str, got: Tensor, exact: Tensor, uncertainty: float) -> Iterator[TensorCheck]:
+    def _check_unquantized(
+        self, name: str, kind: str, got: Tensor, exact: Tensor, uncertainty: float
+    ) -> Iterator[TensorCheck]:
+        """Compare an unquantized tensor with the exact values; adds a fault for a quantized dtype or another shape."""
         exact = exact.reshape(got.shape) if exact.numel() == got.numel() == 1 else exact
         if not got.is_floating_point() or got.itemsize == 1 or got.shape != exact.shape:
             self._faults.add(
@@ -192,22 +213,26 @@ class _Comparison:
             )
             return
         comparison = compare_rounded(got, exact, uncertainty=uncertainty)
-        yield self._judged(TensorCheck(name=name, kind=kind, comparison=comparison))
+        yield self._record(TensorCheck(name=name, kind=kind, comparison=comparison))
 
     def _read_weight(self, module: str, layer: LayerQuantConfig | None) -> dict[str, Tensor]:
-        """The converted tensors that make a weight, by local name: all that a mode has, or the plain weight."""
+        """Read the converted tensors that form a weight, by local name.
+
+        For a quantized module these are all its tensors except biases and KV scales; otherwise only `weight`. A scale
+        under a second name is compared with the first and left out.
+        """
         delivered = self._modules.get(module, frozenset())
-        apart = {"bias", "k_scale", "v_scale", "e_score_correction_bias"}
-        names = delivered - apart if layer else delivered & {"weight"}
+        not_of_weight = {"bias", "k_scale", "v_scale", "e_score_correction_bias"}
+        names = delivered - not_of_weight if layer else delivered & {"weight"}
         tensors = {local: self._delivered.read(f"{module}.{local}") for local in names}
         self.seen |= {f"{module}.{local}" for local in names - {"input_scale"}}
         if {"weight_scale", "weight_scale_inv"} <= tensors.keys():
             self._check_second_name(module, tensors["weight_scale"], tensors.pop("weight_scale_inv"))
         return tensors
 
-    def _check_second_name(self, module: str, scale: Tensor, again: Tensor) -> None:
-        """Experts carry their scale under two names for engines of different releases; both must say the same."""
-        if scale.shape != again.shape or not torch.equal(scale, again):
+    def _check_second_name(self, module: str, scale: Tensor, second_scale: Tensor) -> None:
+        """Check that both names of an expert's scale, one for each release of the engine, hold the same values."""
+        if scale.shape != second_scale.shape or not torch.equal(scale, second_scale):
             self._faults.add(
                 where=f"{module}.weight_scale_inv",
                 expected="the same values as weight_scale",
@@ -215,8 +240,8 @@ class _Comparison:
                 remedy="Convert again; an engine would read either of them.",
             )
 
-    def _judged(self, check: TensorCheck) -> TensorCheck:
-        """The check itself, after adding a fault when it is bad."""
+    def _record(self, check: TensorCheck) -> TensorCheck:
+        """Add a fault if the check failed; return the check."""
         comparison = check.comparison
         if not comparison.good:
             self._faults.add(
@@ -227,7 +252,7 @@ class _Comparison:
             )
         return check
 
-    def _missing(self, name: str) -> None:
+    def _report_missing(self, name: str) -> None:
         self._faults.add(
             where=name,
             expected="a tensor made from the source",
@@ -237,7 +262,7 @@ class _Comparison:
 
 
 def _exact_weight(plan: ModulePlan, stored: Mapping[str, Tensor]) -> Tensor:
-    """What a module's weight is worth in float64, with the transforms that run beside it."""
+    """The dequantized weight of a source module in float64, with its online transforms applied."""
     exact = stored["weight"].double() if plan.weight is None else NATIVE.dequantize(plan.weight, stored, torch.float64)
     if not plan.transforms:
         return exact
@@ -246,12 +271,12 @@ def _exact_weight(plan: ModulePlan, stored: Mapping[str, Tensor]) -> Tensor:
 
 
 def _uncertainty(plan: ModulePlan) -> float:
-    """How far the exact values of a module may be off, relative to the largest."""
+    """The possible error of a module's exact values, relative to the largest: zero for a module without transforms."""
     return _FOLD_UNCERTAINTY if plan.transforms else 0.0
 
 
 def _native_value(module: str, tensors: dict[str, Tensor], layer: LayerQuantConfig, exact: Tensor) -> Tensor:
-    """The float64 weight that a native Linear multiplies its input with, a scale of the input included."""
+    """The float64 weight that a native Linear multiplies its input with, including `pre_quant_scale`."""
     rows, columns = exact.shape
     linear = ReferenceLinear(tensors, layer=layer, in_features=columns, out_features=rows, name=module)
     value = linear.dequantized_weight(torch.float64)

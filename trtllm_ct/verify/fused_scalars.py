@@ -1,8 +1,9 @@
-"""What the parts of one NVFP4 Linear share in a converted directory: judged by values of the source, not by its plan.
+"""Check the scalars that the parts of a fused NVFP4 Linear share in a converted directory.
 
-Engines make one Linear of q/k/v and of gate and up, and assert that its scalars are equal. `verify_converted` proves
-that weights are what they were under whatever scalar; here is the rest: the scale of the input, which may be that of
-another part, and that all parts agree.
+Engines fuse q/k/v, and gate and up, into one Linear each, and assert that the scalars of all parts are equal.
+`compare_converted` already proves that the weights have the right values with whatever scalar. This file does the rest:
+it computes the expected scale of the input, which may be the scale of another part, and checks that all parts agree.
+The expected values come from the tensors of the source, not from the deliveries of the plan.
 """
 
 from __future__ import annotations
@@ -33,21 +34,24 @@ _SCALARS = ("weight_scale_2", "input_scale")
 
 
 def input_multipliers(plan: Plan, source: TensorReader) -> dict[str, float]:
-    """What `input_scale` must be, by module, in float64.
+    """The expected value of `input_scale` by module, in float64.
 
-    That is 1 / `input_global_scale`, and 0 for the 0 of an expert that calibration never reached. Parts of one Linear
-    take the largest where theirs is a power of two below it, or 0.
+    This is 1 / `input_global_scale`, or 0 if that is 0, as for an expert that calibration never reached. A part of a
+    fused Linear has the largest value of all parts instead, if its own value is 0 or differs from the largest by a
+    power of two.
     """
-    own: dict[str, float] = {}
+    multipliers: dict[str, float] = {}
     linears: dict[str, list[str]] = {}
     for module in plan.modules:
         divisor = _input_divisor(module, source)
         if divisor is not None:
-            own[module.name] = 1 / divisor if divisor else 0.0
+            multipliers[module.name] = 1 / divisor if divisor else 0.0
             linears.setdefault(module.fused_linear or module.name, []).append(module.name)
     return {
-        name: shared if own[name] == 0 or frexp(own[name])[0] == frexp(shared)[0] else own[name]
-        for names, shared in ((names, max(own[name] for name in names)) for names in linears.values())
+        name: largest
+        if multipliers[name] == 0 or frexp(multipliers[name])[0] == frexp(largest)[0]
+        else multipliers[name]
+        for names, largest in ((names, max(multipliers[name] for name in names)) for names in linears.values())
         for name in names
     }
 
@@ -55,26 +59,26 @@ def input_multipliers(plan: Plan, source: TensorReader) -> dict[str, float]:
 def check_fused_scalars(
     plan: Plan, catalog: Catalog, delivered: TensorReader, quant_config: QuantConfig, faults: FaultCollector
 ) -> None:
-    """Add a fault for each scalar of a converted part that differs from that of another part of its Linear.
+    """Add a fault for each scalar of a converted part that differs from the scalar of the first part of its Linear.
 
-    Linears with a part that has a fault already are left out: the fault says where they begin to differ.
+    Skips every Linear with a part that already has a fault: the differing scalar may only follow from it.
     """
-    faulty = [fault.where for fault in faults.faults]
+    fault_places = [fault.where for fault in faults.faults]
     linears: dict[str, list[str]] = {}
     for module in plan.modules:
         layer = quant_config.layer_config(module.name)
         if module.fused_linear is not None and layer is not None and layer.quant_algo in _ALGOS:
             linears.setdefault(module.fused_linear, []).append(module.name)
     for names in linears.values():
-        if any(where.startswith(name) for where in faulty for name in names):
+        if any(place.startswith(name) for place in fault_places for name in names):
             continue
         for local in _SCALARS:
-            having = [name for name in names if f"{name}.{local}" in catalog]
-            _check_equal({name: delivered.read(f"{name}.{local}").reshape(()) for name in having}, local, faults)
+            parts = [name for name in names if f"{name}.{local}" in catalog]
+            _check_equal({name: delivered.read(f"{name}.{local}").reshape(()) for name in parts}, local, faults)
 
 
 def _input_divisor(module: ModulePlan, source: TensorReader) -> float | None:
-    """The stored divisor of a module's input, where a native mode takes it."""
+    """The stored `input_global_scale` of a module; None if no `input_scale` is delivered as its reciprocal."""
     for delivery in module.deliveries:
         if isinstance(delivery.operation, Reciprocal) and delivery.name == f"{module.name}.input_scale":
             view = module.views[str(delivery.operation.source)]
@@ -83,10 +87,11 @@ def _input_divisor(module: ModulePlan, source: TensorReader) -> float | None:
 
 
 def _check_equal(scalars: Mapping[str, Tensor], local: str, faults: FaultCollector) -> None:
+    """Add a fault for each scalar, by module name, that differs from the first."""
     first = next(iter(scalars), "")
     for name, value in scalars.items():
         wanted = scalars[first]
-        # As the engine asserts it.
+        # The engine asserts equality with the same function.
         if not torch.allclose(value, wanted):
             faults.add(
                 where=f"{name}.{local}",

@@ -1,7 +1,7 @@
-"""`verify_checkpoint`: is a checkpoint sound, and does a converted directory hold the same weights?
+"""`verify_checkpoint`: verify a checkpoint, and check that a converted directory holds the same weights.
 
-The two sides are dequantized by different code: the source by its stored format, the converted one by the reference
-engine's reading of native layouts. Neither the mapper nor the targets take part.
+The two sides are dequantized by different code: the source by the codec of its stored format, the converted directory
+by the reference engine, which reads the native layouts. Neither the mapper nor the targets take part.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ __all__ = ["VerificationReport", "verify_checkpoint"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationReport:
-    """What was checked and every fault that was found. `checks` is empty when only the source was verified.
+    """The result of a verification: what was checked, and all faults.
 
-    `warnings` are those of the plan and what the values say of their producer.
+    `modules` is the number of modules in the plan. `zero_scales` is the number of rows or groups with a scale of zero.
+    `checks` is empty if only the source was verified. `warnings` are the warnings of the plan, and warnings about the
+    checkpoint's producer that follow from the values.
     """
 
     directory: Path
@@ -46,11 +48,11 @@ class VerificationReport:
 
     @property
     def good(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no faults."""
         return not self.faults
 
     def worst(self, kind: str) -> TensorCheck | None:
-        """The check with the largest error among those of a kind."""
+        """The check of this kind with the largest error; None if there is no check of this kind."""
         return max((check for check in self.checks if check.kind == kind), key=_error, default=None)
 
     def raise_if_bad(self) -> None:
@@ -75,16 +77,19 @@ class VerificationReport:
 def verify_checkpoint(directory: str | Path, converted: str | Path | None = None) -> VerificationReport:
     """Verify a compressed-tensors directory, and a directory converted from it when one is given.
 
-    Alone: structure and companions (by planning), finite and positive scales, zero points in range, no NaN codes.
-    With `converted`: every weight is dequantized on both sides in float64. A native one is good when no row is off
-    by more than 1e-6 of its largest value, a dequantized or plain one when each element is the exact value rounded
-    once to its dtype. Weights that differ are faults of the report; a directory that can't be read raises the
-    `CheckpointError` of its stage. Memory: one module in float64, twice.
+    Without `converted`, these are checked: the structure and the companion tensors (by planning), that scales are
+    finite and positive, that zero points are in range and that no code is NaN. With `converted`, every weight is also
+    dequantized on both sides in float64. A native weight is good when no element is off by more than 1e-6 of the
+    largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded once to
+    its dtype.
+    Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
+    stage that fails. Memory: two copies of one module in float64.
     """
     from trtllm_ct.verify.converted import compare_converted
 
     checkpoint = open_checkpoint(directory)
-    # Of what a probe found only shapes: zero points and group indices that change nothing prove it here.
+    # Keep only the shapes from the probe. The plan then still reads zero points and group indices that the probe found
+    # to have no effect, so that this verification proves it.
     checkpoint = replace(checkpoint, probe=replace(NO_PROBE, shapes=checkpoint.probe.shapes))
     plan = checkpoint.plan("modelopt")
     faults = FaultCollector()
@@ -109,29 +114,29 @@ def _error(check: TensorCheck) -> float:
 
 
 def _check_source(plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector) -> int:
-    """The payload of every module; gives the number of rows or groups that hold zeros only."""
-    zeros = 0
+    """Check the payload of every module; return the number of rows or groups with a scale of zero."""
+    zero_scales = 0
     with TensorReader(catalog) as reader:
         for module in plan.modules:
             stored = module.local_tensors({name: reader.read(name) for name in module.reads})
             check_payload(module, stored, faults)
             watch.look(module, stored)
-            zeros += count_zero_scales(module, stored)
+            zero_scales += count_zero_scales(module, stored)
             _check_codes(module, stored, faults)
-    return zeros
+    return zero_scales
 
 
 def _check_codes(module: ModulePlan, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
-    """No float8 code may be NaN."""
+    """Add a fault if a float8 code of the module's weight is NaN."""
     weight = module.weight
     if weight is None or weight.packing is not None:
         return
-    lost = stored[weight.codes].float().isnan()
-    if bool(lost.any()):
-        position = [int(index) for index in lost.nonzero()[0]]
+    is_nan = stored[weight.codes].float().isnan()
+    if bool(is_nan.any()):
+        position = [int(index) for index in is_nan.nonzero()[0]]
         faults.add(
             where=f"{module.name}.{weight.codes}{position}",
             expected="finite codes",
-            found=f"{int(lost.sum())} fp8 codes that are no number (NaN)",
+            found=f"{int(is_nan.sum())} fp8 codes that are no number (NaN)",
             remedy="The weight was damaged or quantized with a scale that is too small; quantize it again.",
         )

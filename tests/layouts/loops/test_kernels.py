@@ -56,7 +56,7 @@ GUARD = 96
 @pytest.fixture(autouse=True)
 def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Nothing is too small for a loop; these are the names of those that ran. A test without any proves nothing."""
-    monkeypatch.setattr(dispatch, "_SMALL", 0)
+    monkeypatch.setattr(dispatch, "_MIN_CODES", 0)
     with watched() as ran:
         yield ran
 
@@ -707,7 +707,7 @@ class TestWhatLoopsDoNotTake:
     def test_a_loop_takes_tensors_from_65536_codes_on(
         self, loops: list[str], columns: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(dispatch, "_SMALL", 1 << 16)
+        monkeypatch.setattr(dispatch, "_MIN_CODES", 1 << 16)
         octets = torch.zeros(256, columns, dtype=torch.uint8)
         source = Packing(bits=8, container=DType.U8, axis=1, offset_binary=True)
 
@@ -742,7 +742,7 @@ class TestOut:
 
     @pytest.fixture(autouse=True)
     def threshold(self, loops: list[str], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatch, "_SMALL", small)
+        monkeypatch.setattr(dispatch, "_MIN_CODES", small)
 
     def test_it_is_written_and_returned(
         self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype
@@ -811,7 +811,7 @@ class TestProcesses:
             from trtllm_ct.layouts.scales import Scaling
             from trtllm_ct.base.schemes import Element, Packing
 
-            dispatch._SMALL = 0
+            dispatch._MIN_CODES = 0
             page = mmap.PAGESIZE
             memory = mmap.mmap(-1, 2 * page)
             own = torch.frombuffer(memory, dtype=torch.uint8)

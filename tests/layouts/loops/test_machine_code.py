@@ -192,11 +192,11 @@ class TestArguments:
 
     def test_threads_that_come_first_together_compile_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[str] = []
-        compiled = machine_code._compiled
-        monkeypatch.setattr(machine_code, "_read", lambda _path, _stamp: None)
-        monkeypatch.setattr(machine_code, "_keep", lambda *_: None)
+        compile_ = machine_code._compile
+        monkeypatch.setattr(machine_code, "_read_cached", lambda _path, _stamp: None)
+        monkeypatch.setattr(machine_code, "_write_cached", lambda *_: None)
         monkeypatch.setattr(
-            machine_code, "_compiled", lambda loop, kinds: (made.append(loop.__name__), compiled(loop, kinds))[1]
+            machine_code, "_compile", lambda loop, types: (made.append(loop.__name__), compile_(loop, types))[1]
         )
         loop = kernel(scaled.__wrapped__)  # type: ignore[attr-defined]
         results = np.empty((8, 4))

@@ -278,7 +278,7 @@ class TestWhatCanNotBeParted:
         assert plan.weight is not None
 
         assert can_narrow(plan)
-        assert not can_narrow(replace(plan, weight=replace(plan.weight, format=MARLIN_24)))
+        assert not can_narrow(replace(plan, weight=replace(plan.weight, axes=MARLIN_24.axes)))
 
     @pytest.mark.parametrize(("axes", "possible"), [((), True), ((1,), True), ((0,), False), ((1, 0), False)])
     def test_rows_that_a_transform_mixes(self, axes: tuple[int, ...], possible: bool) -> None:

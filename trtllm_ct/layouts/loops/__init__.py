@@ -1,7 +1,7 @@
-"""Compiled loops over CPU memory, each with a slow twin among the tensor functions of the folder above.
+"""Compiled loops over CPU memory; each has a slower equivalent made of torch operations in the folder above.
 
-dispatch.py      compiled loop or torch operation, chosen for each call
-kernels.py       the loops: one pass from stored bytes to delivered ones
-machine_code.py  loops as object files, compiled once for a kind of processor
-huge_pages.py    memory for results, in huge pages where the kernel gives them
+dispatch.py      chooses between a compiled loop and torch operations for each call
+kernels.py       the loops: one pass over memory from stored bytes to delivered bytes
+machine_code.py  compiles each loop once per processor type, and caches it as an object file
+huge_pages.py    allocates result tensors, in huge pages where the kernel provides them
 """

@@ -1,10 +1,11 @@
-"""Which code runs: compiled loops for large CPU tensors, torch operations for all others. The bits are the same.
+"""Repacking and dequantization by compiled loops for large CPU tensors, and by torch operations for all others.
 
-Formats and operations call the functions here. A loop takes a tensor when it lies in CPU memory, is large enough that
-loading machine code pays, and has one of the arrangements that checkpoints have. What is left goes to `packing.py` and
-`scales.py`, which know every arrangement and every device and refuse sizes that contradict each other.
+Formats and operations call the functions of this module. Both implementations give the same bits. A loop runs when all
+tensors are in CPU memory, the weight is large enough to justify loading machine code, and its layout is one that
+checkpoints use. All other calls go to `packing.py` and `scales.py`, which support every layout and device, and reject
+sizes that contradict each other.
 
-`out` is a contiguous tensor of the shape and dtype of the result, which is then written there and returned.
+`out` is a contiguous tensor with the shape and dtype of the result; the function writes to it and returns it.
 """
 
 from __future__ import annotations
@@ -41,61 +42,68 @@ __all__ = [
     "unpack_codes",
 ]
 
-_SMALL = 1 << 16
-"""Fewer codes than these take torch about a millisecond; loading machine code takes 40, and compiling it seconds."""
+_MIN_CODES = 1 << 16
+"""Loops run from this number of codes on.
+
+For fewer codes torch takes about a millisecond, while loading machine code takes 40 and compiling it takes seconds.
+"""
 
 _TARGETS = (INT4_ROW_PAIRS, INT8_PLAIN)
-"""What codes are repacked to by loops."""
+"""The packings that loops can repack to."""
 
 _FLOATS = {Element.E4M3: (3, 7, 0x7F), Element.E2M1: (1, 1, -1), Element.E2M3: (3, 1, -1)}
-"""Bits of the mantissa, bias of the exponent, and the magnitude that is NaN, or -1 where none is."""
+"""Per small float: mantissa bits, exponent bias, and the magnitude bits of NaN (-1 when the format has no NaN)."""
 
 
 def repack(
     packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int], *, out: Tensor | None = None
 ) -> Tensor:
-    """Move codes of `shape` from one container to another, bit for bit; see `packing.repack`.
+    """Convert codes of `shape` from one packing to another; see `packing.repack`.
 
-    Equal packings hand on the input.
+    For equal packings the result is the input tensor itself, and `out` is ignored.
     """
     if source == target:
         return packed
     if not (_has_loop(packed, source, target, shape) and _is_large(shape, packed)):
-        return _into(out, plain.repack(packed, source, target, shape))
-    result = _target(out, target.packed_shape(shape), target.container.torch_dtype)
-    repack_bytes(_octets(packed), source, target, shape, _octets(result))
+        return _copied_to(out, plain.repack(packed, source, target, shape))
+    result = _result_tensor(out, target.packed_shape(shape), target.container.torch_dtype)
+    repack_bytes(_bytes_of(packed), source, target, shape, _bytes_of(result))
     return result
 
 
 def repack_bytes(
     octets: NDArray[np.uint8], source: Packing, target: Packing, shape: tuple[int, int], out: NDArray[np.uint8]
 ) -> None:
-    """The same by loops, between the bytes of containers, [lines, bytes]; for packings that `can_repack` names.
+    """Repack codes of `shape` by a loop, from the bytes of one container to the bytes of another.
 
-    Bytes behind the codes of a line, and lines behind the last row, are passed over.
+    `octets` is [lines, bytes], and `out` holds the bytes of the result. `can_repack(source, target)` must be true.
+    Surplus bytes at the end of a line, and lines behind the last row, are ignored.
     """
     import numpy as np
 
     from trtllm_ct.layouts.loops import kernels
 
-    lines, run, flip = octets[: shape[0]], _run(source), _flip(source)
+    lines, run, flip = octets[: shape[0]], _run(source), _sign_flip(source)
     if target == INT8_PLAIN:
         kernels.plain_codes(lines, run, flip, out)
     elif source.bits == 4 and shape[0] % 2 == 0 and shape[1] % 4 == 0:
-        halves = lines[:, : shape[1] // 2].view(np.uint16)
-        kernels.row_pairs_of_nibbles(halves, 0x11111111 * (flip ^ 8), out.view(np.uint32))
+        half_words = lines[:, : shape[1] // 2].view(np.uint16)
+        kernels.row_pairs_of_nibbles(half_words, 0x11111111 * (flip ^ 8), out.view(np.uint32))
     else:
         kernels.row_pairs(lines, run, flip, np.empty((2, shape[1]), np.uint8), out)
 
 
 def can_repack(source: Packing, target: Packing) -> bool:
-    """Whether there is a loop from one container to another."""
+    """Whether a loop can repack codes from `source` to `target`."""
     return source.axis == 1 and target in _TARGETS
 
 
 def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Tensor:
-    """The signed codes in a container, int8 of `shape`; see `packing.unpack_codes`. The loop is for zero points."""
-    if not _has_columns(packed, packing, shape) or not _is_large(shape, packed):
+    """Return the signed codes in a container, int8 of `shape`; see `packing.unpack_codes`.
+
+    The loop handles zero points: offset binary in int32 words along the rows.
+    """
+    if not _is_packed_along_rows(packed, packing, shape) or not _is_large(shape, packed):
         return plain.unpack_codes(packed, packing, shape)
     import numpy as np
     import torch
@@ -104,37 +112,37 @@ def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Te
 
     codes = torch.empty(shape, dtype=torch.int8)
     per_word = 0 if packing.dense else _whole_codes(packing)
-    kernels.plain_codes_along_rows(_octets(packed).view(np.uint32), packing.bits, per_word, _octets(codes))
+    kernels.plain_codes_along_rows(_bytes_of(packed).view(np.uint32), packing.bits, per_word, _bytes_of(codes))
     return codes
 
 
 def additive_zero(
     scale_OG: Tensor, zero_point: Tensor, packing: Packing | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """The offset that an engine adds after scaling, float32 [N, G]; see `scales.additive_zero`.
+    """Return the offset that the engine adds after scaling, float32 [N, G]; see `scales.additive_zero`.
 
-    `zero_point` is int8 [N, G], or packed as `packing` says.
+    `zero_point` is int8 [N, G], or a container when `packing` is given.
     """
     import torch
 
     shape = (scale_OG.shape[0], scale_OG.shape[1])
     large = _is_large(shape, scale_OG, zero_point)
-    if packing is not None and not (large and _has_whole_words(zero_point, packing, shape)):
+    if packing is not None and not (large and _has_whole_codes(zero_point, packing, shape)):
         zero_point, packing = unpack_codes(zero_point, packing, shape), None
-    known = packing is not None or (zero_point.shape == scale_OG.shape and zero_point.dtype == torch.int8)
-    if not (large and known):
-        return _into(out, scales.additive_zero(scale_OG, zero_point))
+    supported = packing is not None or (zero_point.shape == scale_OG.shape and zero_point.dtype == torch.int8)
+    if not (large and supported):
+        return _copied_to(out, scales.additive_zero(scale_OG, zero_point))
     import numpy as np
 
     from trtllm_ct.layouts.loops import kernels
 
-    offset = _target(out, shape, torch.float32)
-    scale, halves = _scale_bits(scale_OG)
+    offset = _result_tensor(out, shape, torch.float32)
+    scale, is_bfloat16 = _scale_array(scale_OG)
     if packing is None:
-        kernels.additive_zero(_array(zero_point), scale, halves, _array(offset))
+        kernels.additive_zero(_array(zero_point), scale, is_bfloat16, _array(offset))
     else:
-        words = _octets(zero_point).view(np.uint32)
-        kernels.additive_zero_of_words(words, packing.bits, _whole_codes(packing), scale, halves, _array(offset))
+        words = _bytes_of(zero_point).view(np.uint32)
+        kernels.additive_zero_of_words(words, packing.bits, _whole_codes(packing), scale, is_bfloat16, _array(offset))
     return offset
 
 
@@ -148,15 +156,15 @@ def dequantize(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Codes of `shape` in a container to weights of `dtype`, each the exact value rounded once.
+    """Dequantize codes of `shape` in a container to weights of `dtype`; each is the exact value, rounded once.
 
-    `packing` is None for float8 codes [N, K] in the dtype of torch that says so. Peak memory: the result and a row;
-    with torch operations also the codes as int8 and a tile.
+    `packing` is None for float8 codes [N, K], stored with a float8 dtype of torch. Peak memory: the result and one row;
+    with torch operations also the codes as int8, and a tile.
     """
-    known = _is_known(values, packing, shape, scaling) and DType.from_torch(dtype).is_wide_float
-    if not known or not _is_large(shape, *_tensors(values, scaling)):
-        numbers = values if packing is None else _numbers(values, packing, element, shape)
-        return _into(out, scales.dequantize(numbers, scaling, dtype))
+    supported = _loop_supports(values, packing, shape, scaling) and DType.from_torch(dtype).is_wide_float
+    if not supported or not _is_large(shape, *_tensors(values, scaling)):
+        numbers = values if packing is None else _decoded(values, packing, element, shape)
+        return _copied_to(out, scales.dequantize(numbers, scaling, dtype))
     import torch
 
     zero_point, index = scaling.zero_point, scaling.group_index if scaling.scale.shape[1] > 1 else None
@@ -169,13 +177,16 @@ def dequantize(
         divisor=1.0 if scaling.divisor is None else float(scaling.divisor),
         group_index=None if index is None else _array(index.long()),
     )
-    dense = _target(out, shape, dtype)
-    dequantize_bytes(_octets(values[: shape[0]]), packing, element, arrays, DType.from_torch(dtype), _octets(dense))
+    dense = _result_tensor(out, shape, dtype)
+    dequantize_bytes(_bytes_of(values[: shape[0]]), packing, element, arrays, DType.from_torch(dtype), _bytes_of(dense))
     return dense
 
 
 class ScalingArrays(NamedTuple):
-    """A `Scaling` for loops: float32 arrays, int64 for the index, and whether products need float64 to be exact."""
+    """A `Scaling` as numpy arrays for the loops.
+
+    `in_float64` says whether products of codes and scales must be computed in float64 to be exact.
+    """
 
     scale: NDArray[np.float32]
     block_rows: int
@@ -194,7 +205,10 @@ def dequantize_bytes(
     dtype: DType,
     out: NDArray[np.uint8],
 ) -> None:
-    """The same by the loop, from the bytes of codes [N, B] to those of weights [N, K * itemsize]."""
+    """Dequantize by the loop: from the bytes of the codes [N, B] to the bytes of the weights [N, K * itemsize].
+
+    `packing` is None for float8 E4M3 codes, one per byte.
+    """
     import numpy as np
 
     from trtllm_ct.layouts.loops import kernels
@@ -203,7 +217,7 @@ def dequantize_bytes(
     kernels.dequantize(
         octets,
         (8, 1, 1) if packing is None else _run(packing),
-        _FLOATS[Element.E4M3] if packing is None else _meaning(packing, element),
+        _FLOATS[Element.E4M3] if packing is None else _decoding(packing, element),
         scaling.scale,
         np.zeros((1, groups), np.float32) if scaling.zero_point is None else scaling.zero_point,
         scaling.divisor,
@@ -217,39 +231,47 @@ def dequantize_bytes(
 
 
 def _is_large(shape: tuple[int, ...], *tensors: Tensor) -> bool:
-    """Whether compiled loops can run, and are worth being loaded."""
-    return prod(shape) >= _SMALL and all(tensor.device.type == "cpu" for tensor in tensors)
+    """Whether all tensors are in CPU memory, and `shape` has enough codes to justify loading a loop."""
+    return prod(shape) >= _MIN_CODES and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _tensors(values: Tensor, scaling: Scaling) -> list[Tensor]:
+    """Return all tensors that dequantization reads."""
     candidates = (values, scaling.scale, scaling.zero_point, scaling.group_index, scaling.divisor)
     return [tensor for tensor in candidates if tensor is not None]
 
 
 def _has_loop(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int]) -> bool:
-    return can_repack(source, target) and _has_rows(packed, source, shape)
+    """Whether a loop can repack this container."""
+    return can_repack(source, target) and _is_packed_along_columns(packed, source, shape)
 
 
-def _has_rows(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
-    """Whether codes lie along the columns, all of them."""
+def _is_packed_along_columns(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
+    """Whether codes are packed along axis 1, and the container is large enough for codes of `shape`."""
     return packing.axis == 1 and packed.shape[0] >= shape[0] and packed.shape[1] >= packing.elements(shape[1])
 
 
-def _has_columns(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
-    """Whether codes lie along the rows in words, all of them, as zero points do."""
+def _is_packed_along_rows(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
+    """Whether codes are packed as zero points are, and the container is large enough for codes of `shape`.
+
+    Zero points are offset binary in int32 words along axis 0.
+    """
     rows, columns = packing.packed_shape(shape)
     along_rows = (packing.container, packing.axis, packing.offset_binary) == (DType.I32, 0, True)
     return along_rows and packed.shape[0] >= rows and packed.shape[1] >= columns
 
 
-def _has_whole_words(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
-    """The same, and whether no code straddles two words."""
+def _has_whole_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> bool:
+    """Whether codes are packed as zero points are, and no code straddles two words."""
     straddles = packing.dense and packing.container.bits % packing.bits
-    return not straddles and _has_columns(packed, packing, shape)
+    return not straddles and _is_packed_along_rows(packed, packing, shape)
 
 
-def _scale_bits(scale: Tensor) -> tuple[NDArray[Any], bool]:
-    """A scale as loops take it: the bits of bfloat16, and true, or float32."""
+def _scale_array(scale: Tensor) -> tuple[NDArray[Any], bool]:
+    """Return a scale in the form that loops read, and whether that form is the bits of bfloat16 as uint16.
+
+    All other dtypes are converted to float32.
+    """
     import torch
 
     if scale.dtype == torch.bfloat16:
@@ -258,18 +280,18 @@ def _scale_bits(scale: Tensor) -> tuple[NDArray[Any], bool]:
 
 
 def _whole_codes(packing: Packing) -> int:
-    """How many whole codes a word holds."""
+    """Return how many whole codes one element of the container holds."""
     return packing.container.bits // packing.bits
 
 
-def _is_known(values: Tensor, packing: Packing | None, shape: tuple[int, int], scaling: Scaling) -> bool:
-    """Whether the loop reads this arrangement, and sizes agree: it doesn't look where it reads."""
+def _loop_supports(values: Tensor, packing: Packing | None, shape: tuple[int, int], scaling: Scaling) -> bool:
+    """Whether the loop can dequantize this layout, and all sizes agree; the loop itself checks no bounds."""
     import torch
 
     if packing is None:
         if values.dtype != torch.float8_e4m3fn or tuple(values.shape) != shape:
             return False
-    elif not _has_rows(values, packing, shape):
+    elif not _is_packed_along_columns(values, packing, shape):
         return False
     scale, zero_point, index = scaling.scale, scaling.zero_point, scaling.group_index
     rows, groups = scale.shape
@@ -284,8 +306,8 @@ def _is_known(values: Tensor, packing: Packing | None, shape: tuple[int, int], s
     return groups == -(-shape[1] // (scaling.group_columns or shape[1]))
 
 
-def _numbers(values: Tensor, packing: Packing, element: Element, shape: tuple[int, int]) -> Tensor:
-    """The codes [N, K] as numbers: int8 codes, or small floats by their table in bfloat16."""
+def _decoded(values: Tensor, packing: Packing, element: Element, shape: tuple[int, int]) -> Tensor:
+    """Unpack codes [N, K] to numbers: integer codes to int8, small floats to bfloat16."""
     import torch
 
     if element is Element.INT:
@@ -294,52 +316,56 @@ def _numbers(values: Tensor, packing: Packing, element: Element, shape: tuple[in
 
 
 def _run(packing: Packing) -> tuple[int, int, int]:
-    """Bits of a code, and bytes and codes of a run, as the loops take them."""
+    """Return (bits of a code, bytes of a run, codes of a run), which the loops take as `run`."""
     return (packing.bits, *run_of(packing))
 
 
-def _flip(packing: Packing) -> int:
-    """What makes offset binary of a field: its top bit, unless it is that already."""
+def _sign_flip(packing: Packing) -> int:
+    """Return the XOR mask that turns a field into offset binary: its top bit for two's complement, else 0."""
     return 0 if packing.offset_binary else 1 << (packing.bits - 1)
 
 
-def _meaning(packing: Packing, element: Element) -> tuple[int, int, int]:
-    """As `kernels.decode_row` takes it."""
-    return (-1, _flip(packing), 0) if element is Element.INT else _FLOATS[element]
+def _decoding(packing: Packing, element: Element) -> tuple[int, int, int]:
+    """Return the `decoding` parameter of `kernels.decode_row`."""
+    return (-1, _sign_flip(packing), 0) if element is Element.INT else _FLOATS[element]
 
 
-def _target(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Where a result is written: loops check nothing themselves, and torch would convert and repeat."""
+def _result_tensor(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the tensor to write a result to: `out`, or a new one.
+
+    Raises `ValueError` when `out` does not fit: loops check no bounds, and torch would cast or broadcast silently.
+    """
     if out is None:
         return empty(shape, dtype)
-    if tuple(out.shape) != shape or out.dtype != dtype or _in_a_row(out) is not out:
+    if tuple(out.shape) != shape or out.dtype != dtype or _contiguous(out) is not out:
         raise ValueError(f"out must be a contiguous {dtype} {list(shape)}, not {out.dtype} {list(out.shape)}")
     return out
 
 
-def _into(out: Tensor | None, result: Tensor) -> Tensor:
-    """The result itself, or a copy in `out`."""
-    return result if out is None else _target(out, tuple(result.shape), result.dtype).copy_(result)
+def _copied_to(out: Tensor | None, result: Tensor) -> Tensor:
+    """Copy the result to `out` and return that; return the result itself when `out` is None."""
+    return result if out is None else _result_tensor(out, tuple(result.shape), result.dtype).copy_(result)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """The memory of a tensor; of a copy, where its elements are not one behind the other."""
-    array: NDArray[Any] = _in_a_row(tensor).detach().numpy()
+    """Return a tensor as a numpy array that shares its memory; a tensor that is not contiguous is copied."""
+    array: NDArray[Any] = _contiguous(tensor).detach().numpy()
     return array
 
 
-def _octets(tensor: Tensor) -> NDArray[Any]:
-    """The bytes of a matrix, [lines, bytes]."""
+def _bytes_of(tensor: Tensor) -> NDArray[Any]:
+    """Return the bytes of a matrix, uint8 [lines, bytes]; they share its memory if the matrix is contiguous."""
     import torch
 
-    array: NDArray[Any] = _in_a_row(tensor).detach().view(torch.uint8).numpy()
+    array: NDArray[Any] = _contiguous(tensor).detach().view(torch.uint8).numpy()
     return array
 
 
-def _in_a_row(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy whose last axis has stride 1.
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor itself when it is contiguous and its last axis has stride 1, else a contiguous copy.
 
-    A matrix of one column counts as contiguous with any stride, and no view to another dtype takes it then.
+    torch treats a matrix of one column as contiguous with any stride, but can't view it as another dtype unless the
+    stride is 1.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Memory for results: in huge pages where the kernel gives them.
+"""Allocation of result tensors, in huge pages where the kernel provides them.
 
-Fresh memory costs more than what is written to it: with pages of 4 KiB the kernel is entered thousands of times for one
-weight, and a repack into a new tensor takes five times as long as into one that is in use; with huge pages, twice.
-numpy asks for them for all arrays of 4 MiB or more (`NUMPY_MADVISE_HUGEPAGE`), torch does not.
+Writing to fresh memory is expensive: with 4 KiB pages, one weight causes thousands of page faults, and a repack into a
+new tensor takes five times as long as a repack into a tensor that is already in use. With huge pages it takes twice as
+long. numpy requests huge pages for arrays of 4 MiB or more (`NUMPY_MADVISE_HUGEPAGE`); torch does not.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["empty"]
 
-_LARGE = 1 << 22
-_ALIGNMENT = 64  # a cache line, as torch's own tensors begin
+_LARGE = 1 << 22  # bytes: numpy requests huge pages from this size on
+_ALIGNMENT = 64  # bytes: a cache line, which is the alignment of torch's own tensors
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous CPU tensor whose elements are yet to be written; it owns its memory and nothing else."""
+    """Return an uninitialized contiguous CPU tensor; nothing else uses or keeps its memory."""
     import torch
 
     size = prod(shape) * dtype.itemsize
@@ -29,6 +29,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     import numpy as np
 
-    octets = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-    start = -octets.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(octets[start : start + size]).view(dtype).view(shape)
+    buffer = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(buffer[start : start + size]).view(dtype).view(shape)

@@ -1,14 +1,15 @@
-"""Loops over CPU memory, compiled: one pass from stored bytes to delivered ones, at about the speed of a copy.
+"""Compiled loops over CPU memory: one pass from stored bytes to delivered bytes, at about the speed of a copy.
 
-numba compiles a loop once for a machine, later processes load what it made: see `machine_code.py`. Loops release the
-interpreter lock and use one thread; callers run several. torch operations would pass over the same memory once for each
-operation, which is where their time goes. The twin of each loop, of plain torch operations, is in `packing.py` and
-`scales.py`: `dispatch.py` chooses, and tests hold one to the other, bit for bit.
+numba compiles each loop once per processor type, and later processes load the machine code: see `machine_code.py`.
+Loops release the GIL and use one thread; callers run several threads. torch operations are slower because each of them
+makes its own pass over the memory. Every loop has an equivalent made of torch operations in `packing.py` or
+`scales.py`. `dispatch.py` chooses between the two, and the tests check that both give the same bits.
 
-All arrays are numpy's, contiguous along the last axis, and made by the caller. Fields are the bits of codes as they are
-stored. numba makes 64 bits of integers that meet, so that narrow types are spelled out wherever lanes should stay
-narrow. Loops that call each other must stand in one file: when it changes, machine code is made anew, and only then.
-Axis letters: `O` out (rows, N), `I` in (columns, K), `B` bytes, `G` groups, `W` words.
+The caller allocates all arrays; they are numpy arrays and contiguous along the last axis. A field is the bit pattern of
+one code as it is stored. numba widens the result of integer arithmetic to 64 bits, so narrow types are spelled out
+wherever SIMD lanes should stay narrow. Loops that call each other must be in the same file, because only a change of
+this file (or of `machine_code.py`) triggers a new compilation.
+Axis letters: `O` out (rows, N), `I` in (columns, K), `B` bytes, `G` groups, `W` words, `H` half-words or lanes.
 """
 
 from __future__ import annotations
@@ -42,86 +43,87 @@ i8, i32, f32, f64 = np.int8, np.int32, np.float32, np.float64
 
 _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64 = range(4)
 KINDS = {DType.BF16: _BFLOAT16, DType.F16: _FLOAT16, DType.F32: _FLOAT32, DType.F64: _FLOAT64}
-"""What `dequantize` can deliver."""
+"""The output dtypes of `dequantize`, and the number that stands for each of them in the loops."""
 
 
 @kernel
-def row_pairs_of_nibbles(halves_OH: NDArray[np.uint16], flip: int, lanes_OH: NDArray[np.uint32]) -> None:
-    """Nibbles along K to bytes of two rows: [N, >= K/4] halves of words to [N/2, K/4] lanes of 32 bits.
+def row_pairs_of_nibbles(half_words_OH: NDArray[np.uint16], flip: int, lanes_OH: NDArray[np.uint32]) -> None:
+    """Repack 4-bit codes along K to row pairs: [N, >= K/4] half-words of 16 bits to [N/2, K/4] lanes of 32 bits.
 
-    Four nibbles of the even row and four of the odd one, which go on top, make the four bytes of a lane. `flip` is
-    0x88888888 for codes in offset binary, which differ from two's complement in the top bit of each nibble. Lanes of
-    16 bits would take fewer steps; compilers widen those to 64.
+    A lane is four bytes: four nibbles of the even row in the low halves of the bytes, and four nibbles of the odd row
+    in the high halves. `flip` is XORed into each lane: 0x88888888 for codes in offset binary, which differ from two's
+    complement in the top bit of each nibble, else 0. Lanes of 16 bits would take fewer steps, but compilers widen these
+    to 64 bits.
     """
-    bytes_, low, high = u32(0x00FF00FF), u32(0x000F000F), u32(0x00F000F0)
+    byte_mask, low, high = u32(0x00FF00FF), u32(0x000F000F), u32(0x00F000F0)
     pairs, lanes = lanes_OH.shape
     for pair in range(pairs):
         for i in range(lanes):
-            even, odd = u32(halves_OH[2 * pair, i]), u32(halves_OH[2 * pair + 1, i])
-            # A byte of each half in every other byte of the lane, then their nibbles side by side.
-            even = u32(u32(even | u32(even << u32(8))) & bytes_)
-            odd = u32(u32(odd | u32(odd << u32(8))) & bytes_)
+            even, odd = u32(half_words_OH[2 * pair, i]), u32(half_words_OH[2 * pair + 1, i])
+            # Spread the two bytes of each half-word over every other byte of the lane, then combine the nibbles.
+            even = u32(u32(even | u32(even << u32(8))) & byte_mask)
+            odd = u32(u32(odd | u32(odd << u32(8))) & byte_mask)
             first = u32(u32(even & low) | u32(u32(odd & low) << u32(4)))
             second = u32(u32(u32(even & high) << u32(4)) | u32(u32(odd & high) << u32(8)))
             lanes_OH[pair, i] = u32(u32(first | second) ^ u32(flip))
 
 
 @kernel
-def row_pairs(octets_OB: Bytes, run: tuple[int, int, int], flip: int, fields_2I: Bytes, pairs_OI: Bytes) -> None:
-    """Codes of any width along K to bytes of two rows: [N, B] to [ceil(N/2), K]; a missing last row is all zero bits.
+def row_pairs(stored_OB: Bytes, run: tuple[int, int, int], flip: int, fields_2I: Bytes, pairs_OI: Bytes) -> None:
+    """Repack codes of any width along K to int4 row pairs: [N, B] to [ceil(N/2), K].
 
-    `run` is as `unpack_row` takes it, `flip` as `plain_codes` does, `fields_2I` is a buffer. Codes wider than a nibble
-    are cut.
+    When N is odd, the missing last row is all zero bits. `run` is described in `unpack_row`, `flip` in `plain_codes`;
+    `fields_2I` is a buffer. Only the low four bits of wider codes are kept.
     """
-    rows, columns = octets_OB.shape[0], pairs_OI.shape[1]
+    rows, columns = stored_OB.shape[0], pairs_OI.shape[1]
     half = u8(1 << (run[0] - 1))
     even_I, odd_I = fields_2I[0], fields_2I[1]
     for pair in range(pairs_OI.shape[0]):
         pairs_I = pairs_OI[pair]
-        unpack_row(octets_OB[2 * pair], run, even_I)
-        whole = 2 * pair + 1 < rows
-        if whole:
-            unpack_row(octets_OB[2 * pair + 1], run, odd_I)
+        unpack_row(stored_OB[2 * pair], run, even_I)
+        has_odd = 2 * pair + 1 < rows
+        if has_odd:
+            unpack_row(stored_OB[2 * pair + 1], run, odd_I)
         for k in range(columns):
             even = u8(u8(even_I[k] ^ u8(flip)) - half) & u8(0x0F)
-            odd = u8(u8(u8(odd_I[k] ^ u8(flip)) - half) << u8(4)) if whole else u8(0)
+            odd = u8(u8(u8(odd_I[k] ^ u8(flip)) - half) << u8(4)) if has_odd else u8(0)
             pairs_I[k] = even | odd
 
 
 @kernel
-def plain_codes(octets_OB: Bytes, run: tuple[int, int, int], flip: int, codes_OI: Bytes) -> None:
-    """Codes of any width along K, to one signed byte each (as uint8): [N, B] to [N, K].
+def plain_codes(stored_OB: Bytes, run: tuple[int, int, int], flip: int, codes_OI: Bytes) -> None:
+    """Unpack codes of any width along K to one signed byte each, stored as uint8: [N, B] to [N, K].
 
-    `run` is as `unpack_row` takes it. `flip` makes offset binary of a field: 0 where it is that already, the top bit of
-    the code for two's complement.
+    `run` is described in `unpack_row`. `flip` is XORed into each field to turn it into offset binary: 0 for fields that
+    are offset binary already, the top bit of the code for two's complement.
     """
     half = u8(1 << (run[0] - 1))
     if run[0] == 8:
         rows, columns = codes_OI.shape
         for n in range(rows):
             for k in range(columns):
-                codes_OI[n, k] = u8(octets_OB[n, k] ^ u8(flip)) - half
+                codes_OI[n, k] = u8(stored_OB[n, k] ^ u8(flip)) - half
         return
     for n in range(codes_OI.shape[0]):
         codes_I = codes_OI[n]
-        unpack_row(octets_OB[n], run, codes_I)
+        unpack_row(stored_OB[n], run, codes_I)
         for k in range(codes_I.shape[0]):
             codes_I[k] = u8(codes_I[k] ^ u8(flip)) - half
 
 
 @kernel
 def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: int, codes_OG: Bytes) -> None:
-    """Offset-binary codes along N in words of 32 bits, to one signed byte each (as uint8): [W, >= G] to [N, G].
+    """Unpack offset-binary codes along N in 32-bit words to one signed byte each, stored as uint8: [W, >= G] to [N, G].
 
-    `per_word` codes stand in each word; 0 says that codes are one dense stream and may straddle two words.
+    Each word holds `per_word` codes; 0 means that the codes form one dense stream and may straddle two words.
     """
     mask, half, (rows, groups) = u32((1 << bits) - 1), u32(1 << (bits - 1)), codes_OG.shape
-    # Rows are short here: taking them apart as arrays of their own would cost half as much as unpacking them.
+    # Rows are short here: slicing each row into an array of its own would cost half as much as unpacking it.
     for n in range(rows):
-        place = n // per_word * 32 + n % per_word * bits if per_word else n * bits
-        word, shift = place // 32, u32(place % 32)
-        if place % 32 + bits > 32:
-            rest = u32(32 - place % 32)
+        first_bit = n // per_word * 32 + n % per_word * bits if per_word else n * bits
+        word, shift = first_bit // 32, u32(first_bit % 32)
+        if first_bit % 32 + bits > 32:
+            rest = u32(32 - first_bit % 32)
             for g in range(groups):
                 field = u32(u32(words_WG[word, g] >> shift) | u32(words_WG[word + 1, g] << rest))
                 codes_OG[n, g] = u8(u32(field & mask) - half)
@@ -131,15 +133,15 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
 
 
 @kernel
-def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], halves: bool, offset_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
-    """-(zero point) * scale, all [N, G], plus zero for minus zero.
+def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], is_bfloat16: bool, offset_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
+    """Compute -(zero point) * scale, all [N, G]; the result is never -0.0.
 
-    `scale_OG` is float32, or the bits of bfloat16 as uint16: then `halves` says so.
+    `scale_OG` is float32, or the bits of bfloat16 as uint16 when `is_bfloat16` is true.
     """
     rows, groups = offset_OG.shape
     for n in range(rows):
         for g in range(groups):
-            offset_OG[n, g] = -(f32(i32(zero_OG[n, g])) * float32_of(scale_OG[n, g], halves)) + f32(0)
+            offset_OG[n, g] = -(f32(i32(zero_OG[n, g])) * float32_of(scale_OG[n, g], is_bfloat16)) + f32(0)
 
 
 @kernel
@@ -148,23 +150,26 @@ def additive_zero_of_words(
     bits: int,
     per_word: int,
     scale_OG: NDArray[Any],
-    halves: bool,  # noqa: FBT001 (numba has no keywords)
+    is_bfloat16: bool,  # noqa: FBT001 (numba has no keywords)
     offset_OG: Floats,
 ) -> None:
-    """The same for zero points that are whole codes along N in words of 32 bits, `per_word` in each."""
+    """Compute `additive_zero` for packed zero points.
+
+    They are offset-binary codes along N in 32-bit words; each word holds `per_word` whole codes.
+    """
     mask, half, (rows, groups) = u32((1 << bits) - 1), i32(1 << (bits - 1)), offset_OG.shape
     for n in range(rows):
         word, shift = n // per_word, u32(n % per_word * bits)
         for g in range(groups):
             zero = i32(i32(u32(words_WG[word, g] >> shift) & mask) - half)
-            offset_OG[n, g] = -(f32(zero) * float32_of(scale_OG[n, g], halves)) + f32(0)
+            offset_OG[n, g] = -(f32(zero) * float32_of(scale_OG[n, g], is_bfloat16)) + f32(0)
 
 
 @kernel
 def dequantize(
-    octets_OB: Bytes,
+    stored_OB: Bytes,
     run: tuple[int, int, int],
-    meaning: tuple[int, int, int],
+    decoding: tuple[int, int, int],
     scale_XG: Floats,
     zero_YG: Floats,
     divisor: float,
@@ -175,19 +180,21 @@ def dequantize(
     kind: int,
     dense_OB: Bytes,
 ) -> None:
-    """Codes along K to plain numbers of `kind`: [N, B] to [N, K], here as bytes; each is the exact value rounded once.
+    """Dequantize codes along K: bytes [N, B] to the bytes of weights [N, K]; each is the exact value, rounded once.
 
-    value = (code - zero point) * scale / divisor, computed in the dtype of `numbers_I`, a buffer as `fields_I` is:
-    float32 if its products are exact, else float64. `run` is as `unpack_row` takes it, and `meaning` as `decode_row`
-    does.
-    `block` is the (rows, columns) that share a scale; one row of scales or zero points is that of all rows.
-    `group_of_I` gives the group of each column, or is empty where groups are contiguous.
+    value = (code - zero point) * scale / divisor.
+    `run` is described in `unpack_row`, `decoding` in `decode_row`. `kind` is the output dtype, one of `KINDS`.
+    `block` is the number of (rows, columns) that share a scale. When scales or zero points have only one row, all rows
+    of the weight use it.
+    `group_of_I` gives the group of each column, and is empty when groups are contiguous.
+    `fields_I` and `numbers_I` are buffers. The dtype of `numbers_I` is the one to compute in: float32 if products are
+    exact there, else float64.
     """
     for n in range(dense_OB.shape[0]):
         scale_G = scale_XG[0 if scale_XG.shape[0] == 1 else n // block[0]]
         zero_G = zero_YG[0 if zero_YG.shape[0] == 1 else n // block[0]]
-        unpack_row(octets_OB[n], run, fields_I)
-        decode_row(fields_I, run[0], meaning, numbers_I)
+        unpack_row(stored_OB[n], run, fields_I)
+        decode_row(fields_I, run[0], decoding, numbers_I)
         if group_of_I.shape[0]:
             scale_by_index(numbers_I, scale_G, zero_G, group_of_I)
         else:
@@ -199,95 +206,102 @@ def dequantize(
 
 
 @inner
-def float32_of(scale: Any, halves: bool) -> np.float32:  # noqa: FBT001 (numba has no keywords)
-    """A scale as a number: the bits of bfloat16 with `halves`, else float32 as it is."""
-    return u32(u32(scale) << u32(16)).view(np.float32) if halves else f32(scale)
+def float32_of(scale: Any, is_bfloat16: bool) -> np.float32:  # noqa: FBT001 (numba has no keywords)
+    """Return a scale as float32; it is float32 already, or the bits of bfloat16 when `is_bfloat16` is true."""
+    return u32(u32(scale) << u32(16)).view(np.float32) if is_bfloat16 else f32(scale)
 
 
 @inner
-def unpack_row(octets_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> None:
-    """Bytes to the field of each column, lowest bits first.
+def unpack_row(stored_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> None:
+    """Unpack bytes to one field per column, lowest bits first.
 
-    `run` is (bits of a field, bytes of a run, fields of a run), where a run is the least number of bytes that begins
-    and ends with a whole field; the last one may be cut short.
+    `run` is (bits of a field, bytes of a run, fields of a run). A run is a unit of bytes that holds whole fields only
+    (see `packing.run_of`); the last run may be cut short.
     """
     bits, size, count = run
     columns = fields_I.shape[0]
     if bits == 8:
         for k in range(columns):
-            fields_I[k] = octets_B[k]
+            fields_I[k] = stored_B[k]
     elif bits == 4 and count == 2 * size:
         for i in range(columns // 2):
-            fields_I[2 * i] = octets_B[i] & u8(0x0F)
-            fields_I[2 * i + 1] = octets_B[i] >> u8(4)
+            fields_I[2 * i] = stored_B[i] & u8(0x0F)
+            fields_I[2 * i + 1] = stored_B[i] >> u8(4)
         if columns % 2:
-            fields_I[columns - 1] = octets_B[columns // 2] & u8(0x0F)
+            fields_I[columns - 1] = stored_B[columns // 2] & u8(0x0F)
     else:
-        _unpack_stream(octets_B, run, fields_I)
+        _unpack_stream(stored_B, run, fields_I)
 
 
 @inner
-def _unpack_stream(octets_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> None:
-    """The same for fields across the borders of bytes: runs of eight by one load of eight bytes, others bit by bit."""
+def _unpack_stream(stored_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> None:
+    """Unpack fields that may straddle two bytes.
+
+    Runs of eight fields are read by one load of eight bytes, all other fields one by one.
+    """
     bits, size, count = run
     mask = u64((1 << bits) - 1)
-    fast = min(fields_I.shape[0] // 8, (octets_B.shape[0] - 8) // size) if count == 8 else 0
-    for start in range(fast):
-        octets_8, fields_8 = octets_B[start * size : start * size + 8], fields_I[start * 8 : start * 8 + 8]
+    fast_runs = min(fields_I.shape[0] // 8, (stored_B.shape[0] - 8) // size) if count == 8 else 0
+    for start in range(fast_runs):
+        stored_8, fields_8 = stored_B[start * size : start * size + 8], fields_I[start * 8 : start * 8 + 8]
         stream = u64(0)
         for i in range(8):
-            stream |= u64(octets_8[i]) << u64(8 * i)
+            stream |= u64(stored_8[i]) << u64(8 * i)
         for i in range(8):
             fields_8[i] = u8((stream >> u64((bits * i) & 63)) & mask)
-    for k in range(max(fast, 0) * 8, fields_I.shape[0]):
-        place = k // count * size * 8 + k % count * bits
-        first, second = place // 8, min(place // 8 + 1, octets_B.shape[0] - 1)
-        pair = u32(octets_B[first]) | u32(u32(octets_B[second]) << u32(8))
-        fields_I[k] = u8(u64(pair >> u32(place % 8)) & mask)
+    for k in range(max(fast_runs, 0) * 8, fields_I.shape[0]):
+        first_bit = k // count * size * 8 + k % count * bits
+        first, second = first_bit // 8, min(first_bit // 8 + 1, stored_B.shape[0] - 1)
+        pair = u32(stored_B[first]) | u32(u32(stored_B[second]) << u32(8))
+        fields_I[k] = u8(u64(pair >> u32(first_bit % 8)) & mask)
 
 
 @inner
-def decode_row(fields_I: Bytes, bits: int, meaning: tuple[int, int, int], numbers_I: NDArray[Any]) -> None:
-    """What fields of `bits` bits mean, as floats.
+def decode_row(fields_I: Bytes, bits: int, decoding: tuple[int, int, int], numbers_I: NDArray[Any]) -> None:
+    """Decode fields of `bits` bits to numbers.
 
-    `meaning` is (-1, flip, -) for integers, where `flip` is that of `plain_codes`; for floats it is (bits of the
-    mantissa, bias of the exponent, the magnitude that is NaN or -1). A float has a sign bit on top and no infinity.
+    For integers, `decoding` is (-1, flip, unused), where `flip` is described in `plain_codes`. For small floats it is
+    (mantissa bits, exponent bias, magnitude bits of NaN), with -1 when the format has no NaN. The highest bit of a
+    small float is its sign, and it has no infinity.
     """
-    mantissa, bias, not_a_number = meaning
+    mantissa, bias, nan_magnitude = decoding
     if mantissa < 0:
         flip, half = u8(bias), i32(1 << (bits - 1))
         for k in range(fields_I.shape[0]):
-            # Narrow again before it becomes a float: processors have no such step for many 64-bit integers at once.
+            # Narrow the integer to 32 bits first: processors can't convert vectors of 64-bit integers to float.
             numbers_I[k] = f32(i32(i32(u8(fields_I[k] ^ flip)) - half))
         return
     sign, least_normal = u32(1 << (bits - 1)), u32(1 << mantissa)
-    # The masks tell the compiler that shifts stay within 32 bits.
+    # The masks (& 31) below show the compiler that shifts stay within 32 bits.
     to_sign, to_mantissa = u32(32 - bits), u32(23 - mantissa)
-    rebias, subnormal = u32((127 - bias) << 23), f32(2.0 ** (1 - bias - mantissa))
+    rebias, subnormal_step = u32((127 - bias) << 23), f32(2.0 ** (1 - bias - mantissa))
     for k in range(fields_I.shape[0]):
         field = u32(fields_I[k])
-        size = u32(field & u32(sign - u32(1)))
-        wide = u32(u32(size << u32(to_mantissa & u32(31))) + rebias)
-        if size < least_normal:
-            wide = f32(f32(i32(size)) * subnormal).view(np.uint32)
-        if i32(size) == not_a_number:
-            wide = u32(0x7FC00000)
-        numbers_I[k] = u32(wide | u32(u32(field & sign) << u32(to_sign & u32(31)))).view(np.float32)
+        magnitude = u32(field & u32(sign - u32(1)))
+        float_bits = u32(u32(magnitude << u32(to_mantissa & u32(31))) + rebias)
+        if magnitude < least_normal:
+            float_bits = f32(f32(i32(magnitude)) * subnormal_step).view(np.uint32)
+        if i32(magnitude) == nan_magnitude:
+            float_bits = u32(0x7FC00000)
+        numbers_I[k] = u32(float_bits | u32(u32(field & sign) << u32(to_sign & u32(31)))).view(np.float32)
 
 
 @inner
 def scale_row(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, span: int) -> None:
-    """(number - zero point) * scale in place, where each `span` columns share both, the last ones perhaps fewer."""
+    """Compute (number - zero point) * scale in place.
+
+    Each `span` columns share a scale and a zero point; the last group may have fewer columns.
+    """
     for g in range(scale_G.shape[0]):
         scale, zero = scale_G[g], zero_G[g]
-        own = numbers_I[g * span : (g + 1) * span]
-        for k in range(own.shape[0]):
-            own[k] = (own[k] - zero) * scale
+        group_I = numbers_I[g * span : (g + 1) * span]
+        for k in range(group_I.shape[0]):
+            group_I[k] = (group_I[k] - zero) * scale
 
 
 @inner
 def scale_by_index(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, group_of_I: NDArray[np.int64]) -> None:
-    """The same where an index gives the group of each column."""
+    """Compute (number - zero point) * scale in place, where `group_of_I` gives the group of each column."""
     for k in range(numbers_I.shape[0]):
         g = group_of_I[k]
         numbers_I[k] = (numbers_I[k] - zero_G[g]) * scale_G[g]
@@ -295,45 +309,53 @@ def scale_by_index(numbers_I: NDArray[Any], scale_G: Floats, zero_G: Floats, gro
 
 @inner
 def round_row(numbers_I: NDArray[Any], kind: int, dense_B: Bytes) -> None:
-    """Numbers rounded to `kind`, to nearest, ties to even; those of float32 are rounded once anyway."""
+    """Round numbers to the output dtype `kind`: to nearest, ties to even.
+
+    float64 numbers are rounded to odd float32 before they become 16 bits wide, so that they are rounded only once.
+    """
     if kind == _BFLOAT16 and numbers_I.itemsize == 4:
-        halves_I = dense_B.view(np.uint16)
+        half_words_I = dense_B.view(np.uint16)
         for k in range(numbers_I.shape[0]):
-            halves_I[k] = bfloat16_bits(f32(numbers_I[k]).view(np.uint32))
+            half_words_I[k] = bfloat16_bits(f32(numbers_I[k]).view(np.uint32))
     elif kind == _BFLOAT16:
-        halves_I = dense_B.view(np.uint16)
+        half_words_I = dense_B.view(np.uint16)
         for k in range(numbers_I.shape[0]):
-            halves_I[k] = bfloat16_bits(odd_bits(numbers_I[k]))
+            half_words_I[k] = bfloat16_bits(odd_bits(numbers_I[k]))
     elif kind == _FLOAT16:
-        halves_I = dense_B.view(np.uint16)
+        half_words_I = dense_B.view(np.uint16)
         for k in range(numbers_I.shape[0]):
-            halves_I[k] = float16_bits(odd_bits(numbers_I[k]))
+            half_words_I[k] = float16_bits(odd_bits(numbers_I[k]))
     elif kind == _FLOAT32:
-        singles_I = dense_B.view(np.float32)
+        float32_I = dense_B.view(np.float32)
         for k in range(numbers_I.shape[0]):
-            singles_I[k] = numbers_I[k]
+            float32_I[k] = numbers_I[k]
     else:
-        doubles_I = dense_B.view(np.float64)
+        float64_I = dense_B.view(np.float64)
         for k in range(numbers_I.shape[0]):
-            doubles_I[k] = numbers_I[k]
+            float64_I[k] = numbers_I[k]
 
 
 @inner
 def odd_bits(number: float) -> np.uint32:
-    """The bits of a number in float32: exact ones stay, others go to the neighbour whose last bit is one.
+    """Round a float64 number to odd float32 and return its bits.
 
-    Rounding these once more to fewer bits is rounding the number once; see `rounding.py`.
+    Exact numbers stay; others become the neighbour whose last bit is one. Rounding the result again to fewer bits gives
+    the same as rounding the original number once; see `rounding.py`.
     """
     bits = f32(number).view(np.uint32)
-    back = f64(f32(number))
-    inexact = (back != number) & ((bits & u32(1)) == u32(0)) & (abs(back) < np.inf)
-    step = u32(1) if abs(number) > abs(back) else u32(0xFFFFFFFF)
-    return u32(bits + (step if inexact else u32(0)))
+    nearest = f64(f32(number))
+    must_move = (nearest != number) & ((bits & u32(1)) == u32(0)) & (abs(nearest) < np.inf)
+    step = u32(1) if abs(number) > abs(nearest) else u32(0xFFFFFFFF)
+    return u32(bits + (step if must_move else u32(0)))
 
 
 @inner
 def bfloat16_bits(bits: np.uint32) -> np.uint16:
-    """float32 to bfloat16: the upper half, plus one if the lower half is more than half, or half and the upper odd."""
+    """Round the bits of a float32 to the bits of a bfloat16: to nearest, ties to even.
+
+    The result is the upper 16 bits, plus one if the lower 16 bits are more than half of their range, or if they are
+    exactly half and the upper bits are odd.
+    """
     nearest = u32(bits + u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))
     is_nan = u32(bits & u32(0x7FFFFFFF)) > u32(0x7F800000)
     return u16(0x7FC0) if is_nan else u16(nearest >> u32(16))
@@ -341,14 +363,18 @@ def bfloat16_bits(bits: np.uint32) -> np.uint16:
 
 @inner
 def float16_bits(bits: np.uint32) -> np.uint16:
-    """float32 to float16; for subnormal results the addition of 0.5 rounds, whose last bit is 2^-24, the least step."""
-    size = u32(bits & u32(0x7FFFFFFF))
-    nearest = u32(size - u32(112 << 23) + u32(0xFFF) + u32(u32(size >> u32(13)) & u32(1)))
+    """Round the bits of a float32 to the bits of a float16: to nearest, ties to even.
+
+    For subnormal results, the addition of 0.5 does the rounding: the last bit of 0.5 as a float32 is 2^-24, which is
+    the step of subnormal float16 numbers.
+    """
+    magnitude = u32(bits & u32(0x7FFFFFFF))
+    nearest = u32(magnitude - u32(112 << 23) + u32(0xFFF) + u32(u32(magnitude >> u32(13)) & u32(1)))
     half = u32(nearest >> u32(13))
-    if size < u32(0x38800000):
-        half = u32(f32(u32(size).view(np.float32) + f32(0.5)).view(np.uint32) - u32(0x3F000000))
-    if size >= u32(0x477FF000):
+    if magnitude < u32(0x38800000):
+        half = u32(f32(u32(magnitude).view(np.float32) + f32(0.5)).view(np.uint32) - u32(0x3F000000))
+    if magnitude >= u32(0x477FF000):
         half = u32(0x7C00)
-    if size > u32(0x7F800000):
+    if magnitude > u32(0x7F800000):
         half = u32(0x7E00)
     return u16(half | u32(u32(bits >> u32(16)) & u32(0x8000)))

@@ -1,14 +1,16 @@
-"""Loops as object files: numba compiles each once for a kind of processor, later processes only load machine code.
+"""A cache of compiled loops: numba compiles each loop once per processor type, later processes load the object file.
 
-Called through numba, a compiled loop costs every process half a second and 40 MB: numba's own modules, and the tables
-of its compiler. llvmlite alone, which numba is built on, loads the object file in 40 ms. So a loop keeps its own files:
-one for each kind of arguments and each kind of processor, beside Python's bytecode or, where that folder is read-only,
-in the user's cache folder. A file that was made by another source, by another llvmlite, or not written to its end is
-made anew; where no folder can be written, each process compiles for itself.
+Calling a loop through numba costs every process half a second and 40 MB, for numba's modules and the tables of its
+compiler. llvmlite, the library below numba, loads an object file in 40 ms. Therefore this module caches object files:
+one for each loop, combination of argument types, and processor type. They are stored beside Python's bytecode, or in
+the user's cache folder where the bytecode folder is read-only. A file is compiled again when the source code or the
+version of llvmlite has changed, or when the file is incomplete. Where no folder is writable, each process compiles for
+itself.
 
-Loops take arrays of numpy, numbers and tuples of numbers, and return nothing. They own no memory: callers make all
-buffers. What a compiled loop expects of its arguments is numba's layout of arrays and calling convention of native
-functions, both in its developers' manual; a file was made by the numba that chose them, and holds no call back into it.
+Loops take numpy arrays, numbers and tuples of numbers, and return nothing. They allocate no memory: callers allocate
+all buffers. Arguments are passed in numba's array layout and with its calling convention for native functions; both are
+documented in numba's developer manual. The same numba that compiled an object file determined them, and the file
+contains no calls into numba.
 """
 
 from __future__ import annotations
@@ -40,64 +42,67 @@ R = TypeVar("R")
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
-    "error_model": "numpy",  # dividing by 0 is no exception
-    "_nrt": False,  # no loop owns memory, and none counts who does
+    "error_model": "numpy",  # a division by 0 raises no exception
+    "_nrt": False,  # loops allocate no memory, so they need no reference counts
 }
 _SYMBOL = "trtllm_ct_loop"
-"""What is called in each object file."""
+"""The name of the entry point in each object file."""
 
 _LLVM_TYPES = {"P": "ptr", "q": "i64", "d": "double"}
 
 _WRAPPERS = re.compile(r"^define [^\n]*@(?:cfunc\.|_ZN7cpython)[^\n]*\{\n.*?^\}\n", re.MULTILINE | re.DOTALL)
-"""Functions beside the loop that call back into Python and numba."""
+"""The wrapper functions that numba adds, which call into Python and numba."""
 
 _FUNCTION = re.compile(r"^define (?!linkonce)[^\n@]*@([\w.$]+)\(", re.MULTILINE)
 
-_COMPILING = threading.RLock()
+_COMPILE_LOCK = threading.RLock()
 
-Kind = tuple[str, int, bool]
-"""Of an argument: dtype in a letter of numpy's, axes, and whether its elements are one behind the other.
+ArgumentType = tuple[str, int, bool]
+"""The type of an argument: numpy's character code of the dtype, number of axes, and whether it is C-contiguous.
 
-Numbers are arrays of no axes here, and tuples of n numbers have -n axes.
+A number has 0 axes, and a tuple of n numbers has -n axes.
 """
 
 
 def inner(loop: Callable[P, R]) -> Callable[P, R]:
-    """A loop that only other loops of its file call."""
+    """Mark a loop that only other loops of the same file call."""
     loop.is_inner = True  # type: ignore[attr-defined]
     return loop
 
 
 def kernel(loop: Callable[P, None]) -> Callable[P, None]:
-    """A loop that is called from Python, by position; other threads run meanwhile."""
+    """Make a loop callable from Python, with positional arguments; it releases the GIL while it runs."""
     return cast("Callable[P, None]", functools.update_wrapper(_Kernel(loop), loop))
 
 
 class _Kernel:
-    """Machine code of a loop, for each kind of arguments loaded or made when it is first called with them."""
+    """A loop that is callable from Python.
+
+    The first call with each combination of argument types loads or compiles the machine code.
+    """
 
     def __init__(self, loop: Callable[..., None]) -> None:
         self._loop = loop
-        self._loaded: dict[tuple[Kind, ...], _Loaded] = {}
+        self._loaded: dict[tuple[ArgumentType, ...], _Loaded] = {}
 
     def __call__(self, *arguments: Any) -> None:
-        kinds: list[Kind] = []
+        argument_types: list[ArgumentType] = []
         values: list[float] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
-                kinds.append((argument.dtype.char, argument.ndim, argument.flags.c_contiguous))
-                # Without an owner or a parent.
+                argument_types.append((argument.dtype.char, argument.ndim, argument.flags.c_contiguous))
+                # The first two fields of numba's array layout, memory info and parent object, are null.
                 address, _ = argument.__array_interface__["data"]
                 values += (0, 0, argument.size, argument.itemsize, address, *argument.shape, *argument.strides)
             elif isinstance(argument, tuple):
-                kinds.append(("q", -len(argument), True))
+                argument_types.append(("q", -len(argument), True))
                 values += argument
             else:
-                kinds.append(("d" if isinstance(argument, float) else "q", 0, True))
+                argument_types.append(("d" if isinstance(argument, float) else "q", 0, True))
                 values.append(argument)
-        key = tuple(kinds)
+        key = tuple(argument_types)
         if key not in self._loaded:
-            with _COMPILING:
+            with _COMPILE_LOCK:
                 if key not in self._loaded:
                     self._loaded[key] = _load(self._loop, key)
         loaded = self._loaded[key]
@@ -106,70 +111,79 @@ class _Kernel:
 
 
 class _Loaded(NamedTuple):
-    """A loop in memory, which the engine keeps: it takes the address of its parameters, packed, and returns 0."""
+    """A loop that is loaded into memory.
+
+    `function` takes the address of the parameters, packed as `parameters` describes, and returns 0.
+    `engine` owns the machine code and must outlive `function`.
+    """
 
     function: Callable[[bytes], int]
     parameters: Struct
     engine: llvm.ExecutionEngine
 
 
-def _load(loop: Callable[..., None], kinds: tuple[Kind, ...]) -> _Loaded:
-    """The loop for arguments of these kinds."""
+def _load(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]) -> _Loaded:
+    """Load the loop for these argument types from the cache, or else compile it and write it to the cache."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    name, stamp, folders = _file_name(loop, kinds), _stamp(loop), _folders(loop)
-    code = next((found for folder in folders if (found := _read(folder / name, stamp))), None)
+    name, stamp, folders = _file_name(loop, argument_types), _stamp(loop), _folders(loop)
+    code = next((cached for folder in folders if (cached := _read_cached(folder / name, stamp))), None)
     if code is None:
-        code = _compiled(loop, kinds)
-        _keep(code, stamp, folders, name)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+        code = _compile(loop, argument_types)
+        _write_cached(code, stamp, folders, name)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p)
-    parameters = Struct("".join(_parameters(kinds)))
+    parameters = Struct("".join(_parameters(argument_types)))
     return _Loaded(prototype(engine.get_function_address(_SYMBOL)), parameters, engine)
 
 
-def _parameters(kinds: Iterable[Kind]) -> Iterator[str]:
-    """What numba makes of arguments of these kinds, as `Struct` spells it, with `P` for what an address is."""
-    for dtype, axes, _ in kinds:
+def _parameters(argument_types: Iterable[ArgumentType]) -> Iterator[str]:
+    """Yield the native parameters that numba passes for each argument, as format characters of `Struct`.
+
+    `P` is an address.
+    """
+    for dtype, axes, _ in argument_types:
         yield "PPqqP" + 2 * axes * "q" if axes > 0 else dtype * max(-axes, 1)
 
 
-def _compiled(loop: Callable[..., None], kinds: tuple[Kind, ...]) -> bytes:
-    """An object file with the loop, and all that it calls but for the C library."""
+def _compile(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]) -> bytes:
+    """Compile the loop to an object file that includes everything that it calls, except the C library."""
     from numba import njit, types
 
-    # The same functions once more, in a module of their own where those that are called are compiled ones.
-    functions = cast("FunctionType", loop)
-    namespace = dict(functions.__globals__)
-    for name, value in functions.__globals__.items():
+    # Copy the functions into a new namespace, in which the inner loops are compiled functions: a compiled loop can only
+    # call those.
+    function = cast("FunctionType", loop)
+    namespace = dict(function.__globals__)
+    for name, value in function.__globals__.items():
         if getattr(value, "is_inner", False):
             namespace[name] = njit(**_OPTIONS)(FunctionType(value.__code__, namespace, name))
-    dispatcher = njit(**_OPTIONS)(FunctionType(functions.__code__, namespace, functions.__name__))
-    signature = types.void(*map(_numba_type, kinds))
+    dispatcher = njit(**_OPTIONS)(FunctionType(function.__code__, namespace, function.__name__))
+    signature = types.void(*map(_numba_type, argument_types))
     dispatcher.compile(signature)
     text = _WRAPPERS.sub("", dispatcher.inspect_llvm(dispatcher.signatures[0]))
     (native,) = _FUNCTION.findall(text)
-    object_file: bytes = _machine().emit_object(llvm.parse_assembly(text + _entry(native, kinds)))
+    object_file: bytes = _target_machine().emit_object(llvm.parse_assembly(text + _entry_point(native, argument_types)))
     return object_file
 
 
-def _entry(native: str, kinds: Iterable[Kind]) -> str:
-    """A function that calls `native` with its parameters out of memory: ctypes takes long to hand over thirty of them.
+def _entry_point(native: str, argument_types: Iterable[ArgumentType]) -> str:
+    """Return LLVM assembly of a function that reads its parameters from memory and calls `native` with them.
 
-    Where `native` writes that it returns None, and would write what it raises, nobody reads.
+    It exists because ctypes is slow at passing thirty parameters. `native` also takes two pointers to write its return
+    value (None) and its exception to; both point to memory that is never read.
     """
-    types = [_LLVM_TYPES[parameter] for parameter in "".join(_parameters(kinds))]
+    llvm_types = [_LLVM_TYPES[parameter] for parameter in "".join(_parameters(argument_types))]
     loads = [
-        f"%p{i} = getelementptr i64, ptr %parameters, i64 {i}\n%v{i} = load {each}, ptr %p{i}"
-        for i, each in enumerate(types)
+        f"%p{i} = getelementptr i64, ptr %parameters, i64 {i}\n%v{i} = load {llvm_type}, ptr %p{i}"
+        for i, llvm_type in enumerate(llvm_types)
     ]
-    values = ["ptr %nobodys", "ptr %nobodys", *(f"{each} %v{i}" for i, each in enumerate(types))]
+    values = ["ptr %unread", "ptr %unread", *(f"{llvm_type} %v{i}" for i, llvm_type in enumerate(llvm_types))]
     return "\n".join(
         (
             f"define i32 @{_SYMBOL}(ptr %parameters) {{",
-            "%nobodys = alloca ptr",
+            "%unread = alloca ptr",
             *loads,
             f"%status = call i32 @{native}({', '.join(values)})",
             "ret i32 %status",
@@ -178,18 +192,22 @@ def _entry(native: str, kinds: Iterable[Kind]) -> str:
     )
 
 
-def _numba_type(kind: Kind) -> Any:
+def _numba_type(argument_type: ArgumentType) -> Any:
+    """Return the numba type of an argument."""
     from numba import from_dtype, types
 
-    dtype, axes, in_a_row = kind
+    dtype, axes, is_contiguous = argument_type
     item = from_dtype(np.dtype(dtype))
     if axes > 0:
-        return types.Array(item, axes, "C" if in_a_row else "A")
+        return types.Array(item, axes, "C" if is_contiguous else "A")
     return types.UniTuple(item, -axes) if axes else item
 
 
-def _machine() -> llvm.TargetMachine:
-    """This processor, with all that it can do; an engine keeps its own. Relocations are those that numba asks for."""
+def _target_machine() -> llvm.TargetMachine:
+    """Return a new target machine for this processor with all its features; each engine needs its own.
+
+    The relocation model is the one that numba uses.
+    """
     triple = llvm.get_process_triple()
     return llvm.Target.from_triple(triple).create_target_machine(
         cpu=llvm.get_host_cpu_name(),
@@ -200,30 +218,33 @@ def _machine() -> llvm.TargetMachine:
     )
 
 
-def _file_name(loop: Callable[..., None], kinds: tuple[Kind, ...]) -> str:
-    """One for each loop, kind of arguments and kind of processor: nodes of a cluster share a folder."""
+def _file_name(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]) -> str:
+    """Return the file name for a loop, its argument types and this processor type.
+
+    The processor type is part of the name because the nodes of a cluster may share a folder.
+    """
     processor = f"{llvm.get_process_triple()} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-    tag = hashlib.sha256(f"{kinds} {processor}".encode()).hexdigest()[:16]
+    tag = hashlib.sha256(f"{argument_types} {processor}".encode()).hexdigest()[:16]
     return f"{loop.__module__.rpartition('.')[2]}.{loop.__name__}.{tag}.o"
 
 
 def _stamp(loop: Callable[..., None]) -> bytes:
-    """32 bytes that differ when the code would: by the sources, and by the compiler."""
-    made_by = hashlib.sha256(llvmlite.__version__.encode())
+    """Return a hash of 32 bytes that changes with the source files and with the version of llvmlite."""
+    stamp = hashlib.sha256(llvmlite.__version__.encode())
     for source in (cast("FunctionType", loop).__code__.co_filename, __file__):
-        made_by.update(Path(source).read_bytes())
-    return made_by.digest()
+        stamp.update(Path(source).read_bytes())
+    return stamp.digest()
 
 
 def _folders(loop: Callable[..., None]) -> tuple[Path, ...]:
-    """Where machine code is looked for: beside bytecode first, then with the user."""
+    """Return the cache folders in order of preference: the bytecode folder, then the user's cache folder."""
     source = cast("FunctionType", loop).__code__.co_filename
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (Path raises without a home)
     return Path(cache_from_source(source)).parent, Path(home) / "trtllm_ct"
 
 
-def _read(path: Path, stamp: bytes) -> bytes | None:
-    """The object file at `path`; None where there is none that is whole and up to date."""
+def _read_cached(path: Path, stamp: bytes) -> bytes | None:
+    """Return the object code in the file at `path`, or None when the file is missing, incomplete or out of date."""
     with suppress(OSError):
         content = path.read_bytes()
         code = content[64:]
@@ -232,8 +253,11 @@ def _read(path: Path, stamp: bytes) -> bytes | None:
     return None
 
 
-def _keep(code: bytes, stamp: bytes, folders: tuple[Path, ...], name: str) -> None:
-    """Write the object file into the first folder that can be written, whole or not at all."""
+def _write_cached(code: bytes, stamp: bytes, folders: tuple[Path, ...], name: str) -> None:
+    """Write the object code atomically to a file in the first writable folder; do nothing when there is none.
+
+    The file starts with 64 bytes: the stamp, and the SHA-256 hash of the object code.
+    """
     for folder in folders:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

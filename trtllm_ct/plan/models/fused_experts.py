@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, TypeGuard
 
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.formats import WEIGHT_TENSORS, Axis
 from trtllm_ct.plan.stored import ExpertSlice, StoredModule, View, Whole
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ __all__ = ["NOT_PER_EXPERT", "split_fused_experts"]
 
 # Fused tensor to the parts of its rows, as positions in (gate, up, down).
 _PARTS = {"gate_up_proj": (0, 1), "w13_weight": (0, 1), "down_proj": (2,), "w2_weight": (2,)}
-# The index of a column's group is that of all rows.
-_PER_COLUMN = frozenset({"weight_g_idx"})
+# All rows share a tensor that belongs to the columns.
+_PER_COLUMN = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis.COLUMNS in axes)
 # The shape of the fused weight says nothing about one expert; the codes say it.
-NOT_PER_EXPERT = frozenset({"weight_shape"})
+NOT_PER_EXPERT = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis.SHAPE in axes)
 
 
 def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> dict[str, StoredModule]:

@@ -10,6 +10,7 @@ from math import gcd, lcm
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.formats.base import Axis
 from trtllm_ct.plan.ops import FoldTransform, Ones, Repack
 from trtllm_ct.plan.stored import View
 
@@ -74,7 +75,7 @@ def weight_rows(module: ModulePlan) -> int:
 
 def can_narrow(module: ModulePlan) -> bool:
     """Whether rows can be taken out: not of tiles that hold many, and not before they are mixed."""
-    if module.weight is not None and not module.weight.format.has_rows:
+    if module.weight is not None and not module.weight.has_rows:
         return False
     folds = [delivery.operation for delivery in module.deliveries if isinstance(delivery.operation, FoldTransform)]
     return not any(fold.axis == 0 for operation in folds for fold in operation.folds)
@@ -120,12 +121,13 @@ def _narrow_view(module: ModulePlan, local: str, view: View, begin: int, end: in
     if weight is None:
         return _cut(view, (begin, end), weight_rows(module)) if local in {"weight", "bias"} else view
     rows, scale_rows = weight.shape[0], weight.scale_shape[0]
-    if local in {weight.codes, "bias"}:
+    axis = Axis.ROWS if local == "bias" else weight.axes.get(local)
+    if axis is Axis.ROWS:
         return _cut(view, (begin, end), rows)
-    if local == _ZERO_POINT and weight.zero_point_packing is not None:
+    if axis is Axis.SCALE_ROWS and local == _ZERO_POINT and weight.zero_point_packing is not None:
         elements = weight.zero_point_packing.elements
         return _cut(view, (elements(begin), elements(end)), elements(rows))
-    if local in {weight.scale, _ZERO_POINT} and scale_rows > 1:
+    if axis is Axis.SCALE_ROWS and scale_rows > 1:
         size = weight.block_rows
         return _cut(view, (begin // size, -(-end // size)), scale_rows)
     return view
