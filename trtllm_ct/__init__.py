@@ -1,6 +1,7 @@
 """Load compressed-tensors checkpoints into TensorRT-LLM.
 
-Public names resolve on first use: importing this package loads neither torch nor transformers nor TensorRT-LLM.
+Public names are imported on first use, so that `import trtllm_ct` imports neither torch nor transformers nor
+TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _HOMES = {
     "LLM": "serve.llm",
     "TARGETS": "engine.target",
     "Catalog": "checkpoint.catalog",
-    # Not in `__all__`: it needs TensorRT-LLM.
+    # Not in `__all__`, because it needs TensorRT-LLM.
     "CompressedTensorsCheckpointLoader": _ENGINE_HOME,
     "CompressedTensorsConfigLoader": "pipeline.config_loader",
     "CompressedTensorsConfigReader": "config.reader",

@@ -1,4 +1,4 @@
-"""`python -m trtllm_ct`: the same as `trtllm-ct`."""
+"""Lets `python -m trtllm_ct` run the command line `trtllm-ct`."""
 
 from trtllm_ct.cli.commands import main
 

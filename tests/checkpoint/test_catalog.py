@@ -130,7 +130,7 @@ def test_an_index_of_another_name_counts_when_it_is_the_only_one(tmp_path: Path)
     assert "backbone.safetensors.index.json does not name them: stray.safetensors" in catalog.warnings[0]
 
 
-def test_the_index_of_the_usual_name_wins(tmp_path: Path) -> None:
+def test_the_index_of_the_usual_name_has_priority(tmp_path: Path) -> None:
     write_shard(tmp_path / "model.safetensors", "a")
     write_index(tmp_path, {"a": "model.safetensors"})
     write_index(tmp_path, {"b": "gone.safetensors"}, "adapter.safetensors.index.json")
@@ -170,7 +170,7 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_found_with_a_warning(t
     assert catalog.warnings == ("in another file than the index says, read from there: moved",)
 
 
-def test_pickle_beside_safetensors_is_left_alone_with_a_warning(tmp_path: Path) -> None:
+def test_pickle_beside_safetensors_is_not_read_but_gives_a_warning(tmp_path: Path) -> None:
     write_shard(tmp_path / "model.safetensors", "a")
     (tmp_path / "training_args.bin").write_bytes(b"\x80")
 
@@ -178,7 +178,7 @@ def test_pickle_beside_safetensors_is_left_alone_with_a_warning(tmp_path: Path) 
 
 
 def test_a_hub_cache_of_links_is_read(tmp_path: Path) -> None:
-    """Snapshots link to ../../blobs: the path in the index is judged, not where its link leads."""
+    """Snapshots link to ../../blobs: the path in the index is checked, not where its link leads."""
     write_shard(tmp_path / "blobs/0123", "a")
     snapshot = tmp_path / "snapshots/main"
     snapshot.mkdir(parents=True)

@@ -57,7 +57,7 @@ def test_tensors_come_in_the_order_of_their_bytes_with_absolute_offsets(tmp_path
     assert found.metadata == {"format": "pt"}
 
 
-def test_scalar_and_empty_tensors_are_sound(tmp_path: Path) -> None:
+def test_scalar_and_empty_tensors_are_valid(tmp_path: Path) -> None:
     header = {"none": entry("F32", [0, 5], 0, 0), "scalar": entry("F32", [], 0, 4), "end": entry("U8", [0], 4, 4)}
 
     found = read(tmp_path, encode(header, bytes(4)))
@@ -65,7 +65,7 @@ def test_scalar_and_empty_tensors_are_sound(tmp_path: Path) -> None:
     assert [tensor.spec.shape for tensor in found.tensors.values()] == [(0, 5), (), (0,)]
 
 
-def test_equal_specs_are_one_object_in_all_files(tmp_path: Path) -> None:
+def test_equal_specs_of_all_files_are_the_same_object(tmp_path: Path) -> None:
     first, second, other = (
         read(tmp_path, encode({name: entry(dtype, [2], 0, 8)}, bytes(8))).tensors[name].spec
         for name, dtype in (("a", "F32"), ("b", "F32"), ("c", "I32"))
@@ -82,7 +82,7 @@ def test_every_dtype_of_the_table_is_read(tmp_path: Path, dtype: DType) -> None:
     assert read(tmp_path, encode(header, bytes(3 * dtype.itemsize))).tensors["x"].spec == TensorSpec(dtype, (3,))
 
 
-def test_a_header_without_tensors_is_sound(tmp_path: Path) -> None:
+def test_a_header_without_tensors_is_valid(tmp_path: Path) -> None:
     assert read(tmp_path, encode({})).tensors == {}
 
 
@@ -225,7 +225,7 @@ def test_no_depth_of_nesting_breaks_the_message_about_it(tmp_path: Path, place: 
         refusal(tmp_path, encode((place % ("[" * depth + "]" * depth)).encode()))
 
 
-def test_names_in_a_message_are_counted_not_poured_out() -> None:
+def test_a_long_list_of_names_is_cut_and_counted_in_a_message() -> None:
     assert list_some(["a", "b"]) == "a, b"
     assert list_some(map(str, range(17))) == "0, 1, 2, 3, 4 and 12 more"
     assert list_some([]) == ""

@@ -30,7 +30,7 @@ def fail_after_writing(path: Path, error: type[BaseException]) -> None:
     raise error
 
 
-def test_work_happens_beside_and_appears_at_the_end(tmp_path: Path) -> None:
+def test_work_happens_in_a_directory_beside_the_output_and_is_renamed_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     with replacing_directory(out, overwrite=False) as partial:
@@ -55,7 +55,7 @@ def test_an_error_leaves_everything_as_it_was(tmp_path: Path, existing: bool) ->
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_leaves_what_was_done_to_the_next_run(tmp_path: Path, interrupt: type[BaseException]) -> None:
+def test_an_interrupt_keeps_the_work_for_the_next_run(tmp_path: Path, interrupt: type[BaseException]) -> None:
     out = old_directory(tmp_path)
 
     with pytest.raises(interrupt), replacing_directory(out, overwrite=True) as partial:
@@ -88,7 +88,7 @@ def test_overwrite_replaces_only_at_the_end(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["out"]
 
 
-def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_second_run_at_once_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     with replacing_directory(tmp_path / "out", overwrite=False) as partial:
         (partial / "new").write_text("new")
         with pytest.raises(UsageError, match="another process that writes there"):
@@ -107,7 +107,7 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_what_a_crashed_run_left_can_be_cleared_in_part(tmp_path: Path) -> None:
+def test_leftovers_of_a_crashed_run_can_be_cleared_in_part(tmp_path: Path) -> None:
     (tmp_path / ".out.partial/folder").mkdir(parents=True)
     for name in ("half", "good", "folder/file"):
         (tmp_path / ".out.partial" / name).write_text(name)
@@ -121,8 +121,8 @@ def test_what_a_crashed_run_left_can_be_cleared_in_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_a_working_place_that_is_no_directory_is_replaced(tmp_path: Path, kind: str) -> None:
-    """A link is not followed: what it leads to may be somebody's."""
+def test_a_working_directory_path_that_is_no_directory_is_replaced(tmp_path: Path, kind: str) -> None:
+    """A link is not followed: its target may belong to somebody else."""
     (tmp_path / "theirs").mkdir()
     if kind == "file":
         (tmp_path / ".out.partial").write_text("")
@@ -136,7 +136,7 @@ def test_a_working_place_that_is_no_directory_is_replaced(tmp_path: Path, kind: 
     assert entries(tmp_path) == ["out", "theirs"]
 
 
-def test_what_a_crash_while_replacing_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_crash_while_replacing_are_removed(tmp_path: Path) -> None:
     out = old_directory(tmp_path)
     (tmp_path / ".out.replaced").mkdir()
     (tmp_path / ".out.replaced/older").write_text("older")
@@ -239,7 +239,7 @@ def test_source_and_output_may_not_lie_in_each_other(tmp_path: Path, source: str
 
 
 @pytest.mark.parametrize("out", ["b", "a-out", "missing/out"])
-def test_apart_is_fine(tmp_path: Path, out: str) -> None:
+def test_separate_source_and_output_are_accepted(tmp_path: Path, out: str) -> None:
     (tmp_path / "a").mkdir()
 
     check_output_place(tmp_path / "a", tmp_path / out)

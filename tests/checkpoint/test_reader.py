@@ -42,7 +42,7 @@ def open_descriptors() -> int:
 @pytest.mark.parametrize("dtype", DType, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("padding", [0, 1], ids=["aligned", "misaligned"])
 def test_every_dtype_is_read_bit_for_bit(tmp_path: Path, dtype: DType, padding: int) -> None:
-    """Zero and one have the same bits in every place, so they are legal payload for bool too."""
+    """The payload consists of bytes 0 and 1, which are valid for bool too."""
     payload = bytes([1, 0, 1] * 2 * dtype.itemsize)
     write_file(tmp_path / "model.safetensors", ("x", dtype.header_name, [2, 3], payload), padding=padding)
 
@@ -106,7 +106,7 @@ def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog) -> None:
     assert [int(tensor) for tensor in tensors] == [0, 1, 0, 2, 3, 4]
 
 
-def test_the_map_used_least_recently_goes_first(shards: Catalog) -> None:
+def test_the_least_recently_used_map_is_dropped_first(shards: Catalog) -> None:
     with TensorReader(shards, max_open_maps=2) as reader:
         for number in (0, 1, 0, 2):
             reader.read(f"t{number}")
@@ -114,7 +114,7 @@ def test_the_map_used_least_recently_goes_first(shards: Catalog) -> None:
         assert list(reader._maps) == ["0.safetensors", "2.safetensors"]
 
 
-def test_tensors_outlive_the_reader_which_can_read_on(shards: Catalog) -> None:
+def test_tensors_stay_valid_after_close_and_the_reader_can_read_again(shards: Catalog) -> None:
     with TensorReader(shards) as reader:
         tensor = reader.read("t3")
 
@@ -122,7 +122,7 @@ def test_tensors_outlive_the_reader_which_can_read_on(shards: Catalog) -> None:
     assert int(reader.read("t4")) == 4
 
 
-def test_bytes_read_counts_what_was_asked_for(shards: Catalog) -> None:
+def test_bytes_read_counts_the_requested_bytes(shards: Catalog) -> None:
     with TensorReader(shards) as reader:
         reader.read("t0")
         reader.read("t0")
@@ -170,7 +170,7 @@ def allow(monkeypatch: pytest.MonkeyPatch, available: int | None) -> None:
     monkeypatch.setattr(reader_module, "available_memory", lambda: available)
 
 
-def test_read_ahead_joins_neighbours(
+def test_read_ahead_merges_neighbouring_ranges(
     one_file: Catalog, advised: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allow(monkeypatch, 10**6)
@@ -199,7 +199,7 @@ def test_read_ahead_stays_inside_half_of_the_available_memory(
     assert sum(length for _, length in advised) == 10 * count
 
 
-def test_read_ahead_is_left_out_where_the_platform_has_none(one_file: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_read_ahead_on_platforms_without_it(one_file: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     allow(monkeypatch, 10**6)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
 

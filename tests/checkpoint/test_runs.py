@@ -1,4 +1,4 @@
-"""A few bytes of a few tensors: those that were asked for, in the order of the files, and no others."""
+"""read_runs returns the bytes of the requested runs, in the order of the files, and reads no others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def octets(tensor: torch.Tensor) -> bytes:
+def raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
@@ -59,7 +59,7 @@ def test_a_whole_tensor_is_the_bytes_in_the_file(catalog: Catalog) -> None:
     found = {run.name: data for run, data in read_runs(catalog, [Run(name) for name in catalog.tensors])}
 
     stored = {name: tensor for file in catalog.files for name, tensor in load_file(catalog.directory / file).items()}
-    assert found == {name: octets(tensor) for name, tensor in stored.items()}
+    assert found == {name: raw_bytes(tensor) for name, tensor in stored.items()}
     assert struct.unpack("<f", found["early.scalar"]) == (2.5,)
     assert found["early.empty"] == b""
 
@@ -75,8 +75,8 @@ def test_a_whole_tensor_is_the_bytes_in_the_file(catalog: Catalog) -> None:
     ],
     ids=str,
 )
-def test_a_run_is_counted_in_elements(catalog: Catalog, run: Run, elements: list[int]) -> None:
-    """In the order in which they lie, whatever the shape; up to the last one where no end is given."""
+def test_begin_and_end_of_a_run_count_elements(catalog: Catalog, run: Run, elements: list[int]) -> None:
+    """Elements count in storage order, whatever the shape; without an end the run goes up to the last element."""
     ((same, data),) = read_runs(catalog, [run])
 
     assert same is run
@@ -84,7 +84,7 @@ def test_a_run_is_counted_in_elements(catalog: Catalog, run: Run, elements: list
 
 
 def test_runs_come_in_the_order_of_files_and_offsets(catalog: Catalog) -> None:
-    """Whatever the order in which they are asked for: that is the cheapest to read."""
+    """In whatever order they are requested: this order is the cheapest to read."""
     runs = [Run("late.words", 8), Run("late.scale"), Run("early.bytes"), Run("late.words", 0, 2), Run("early.scalar")]
 
     order = [run for run, _ in read_runs(catalog, runs)]
@@ -95,20 +95,20 @@ def test_runs_come_in_the_order_of_files_and_offsets(catalog: Catalog) -> None:
     assert sorted(order, key=str) == sorted(runs, key=str)
 
 
-def test_what_is_asked_for_twice_comes_twice(catalog: Catalog) -> None:
+def test_a_run_requested_twice_is_returned_twice(catalog: Catalog) -> None:
     first, second = read_runs(catalog, [Run("late.words", 1, 3), Run("late.words", 1, 3)])
 
     assert first == second
 
 
-def test_no_runs_open_no_file(catalog: Catalog) -> None:
+def test_without_runs_no_file_is_opened(catalog: Catalog) -> None:
     for file in catalog.files:
         (catalog.directory / file).unlink()
 
     assert list(read_runs(catalog, [])) == []
 
 
-def test_a_name_that_is_not_there_is_our_own_bug(catalog: Catalog) -> None:
+def test_an_unknown_name_is_a_key_error(catalog: Catalog) -> None:
     with pytest.raises(KeyError, match=r"missing\.scale"):
         list(read_runs(catalog, [Run("early.bytes"), Run("missing.scale")]))
 
@@ -137,14 +137,14 @@ def test_any_run_of_any_tensor_is_a_slice_of_what_the_safetensors_library_reads(
 
     assert sorted(str(run) for run, _ in found) == sorted(map(str, runs))
     for run, data_ in found:
-        assert data_ == octets(stored[run.name][run.begin : run.end])
+        assert data_ == raw_bytes(stored[run.name][run.begin : run.end])
 
 
 # Files that changed since their headers were read.
 
 
 def test_a_shorter_file_is_named_with_the_tensor(catalog: Catalog) -> None:
-    """Bytes before its end are given all the same: the error comes with the run that passes it."""
+    """Runs before the end of the file are still returned: the error is raised at the run that passes it."""
     path = catalog.directory / "b.safetensors"
     words = catalog.tensors["late.words"]
     os.truncate(path, words.offset + 20)
@@ -213,7 +213,7 @@ def test_all_reads_of_a_file_are_announced_before_the_first(catalog: Catalog, mo
 
 
 @pytest.mark.parametrize("missing", [True, False], ids=["no such call", "a call that fails"])
-def test_advice_that_cannot_be_given_changes_nothing(
+def test_read_ahead_that_is_not_available_changes_nothing(
     catalog: Catalog, missing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -230,11 +230,11 @@ def test_advice_that_cannot_be_given_changes_nothing(
 
 
 def test_files_are_closed_one_after_the_other_and_at_the_end(catalog: Catalog) -> None:
-    """Also when nobody wants the rest."""
-    own = {(catalog.directory / file).resolve() for file in catalog.files}
+    """Also when the caller does not read the remaining runs."""
+    weight_files = {(catalog.directory / file).resolve() for file in catalog.files}
 
     def still_open() -> int:
-        return sum(Path(os.path.realpath(entry)) in own for entry in Path("/proc/self/fd").iterdir())
+        return sum(Path(os.path.realpath(entry)) in weight_files for entry in Path("/proc/self/fd").iterdir())
 
     reads = read_runs(catalog, [Run(name) for name in catalog.tensors])
     assert max(still_open() for _ in reads) == 1

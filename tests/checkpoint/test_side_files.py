@@ -65,7 +65,7 @@ def make(directory: Path, *names: str) -> Path:
     return directory
 
 
-def test_everything_is_carried_but_weights_configuration_and_what_is_hidden(source: Path, tmp_path: Path) -> None:
+def test_everything_is_copied_except_weights_configuration_and_hidden_files(source: Path, tmp_path: Path) -> None:
     make(source, *CARRIED, *LEFT)
     out = tmp_path / "out"
 
@@ -76,7 +76,7 @@ def test_everything_is_carried_but_weights_configuration_and_what_is_hidden(sour
     assert all((out / name).read_text() == name for name in CARRIED)
 
 
-def test_nothing_to_carry_is_fine(source: Path, tmp_path: Path) -> None:
+def test_a_directory_without_side_files_is_accepted(source: Path, tmp_path: Path) -> None:
     assert carry_side_files(source, tmp_path / "out") == ()
 
 

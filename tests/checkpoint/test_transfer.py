@@ -1,4 +1,4 @@
-"""Bytes between files and memory: all of them, in their places, and sums that tell when they are not."""
+"""Bytes between files and memory: all of them arrive in their places, and the checksum changes when they do not."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def varied(nbytes: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(nbytes).replace(b"\0", b"\1")
 
 
-def slow_checksum(octets: bytes) -> int:
-    """Word by word, by the definition: each page's sum times 1, 3, 5 and so on; the rest is one page more."""
-    words = [int.from_bytes(octets[place : place + 8], "little") for place in range(0, len(octets), 8)]
-    whole_pages = len(octets) // PAGE
+def slow_checksum(payload: bytes) -> int:
+    """Compute the checksum word by word, by its definition: page sums times 1, 3, 5, ...; the rest counts as a page."""
+    words = [int.from_bytes(payload[place : place + 8], "little") for place in range(0, len(payload), 8)]
+    whole_pages = len(payload) // PAGE
     return sum(word * (2 * min(place // 512, whole_pages) + 1) for place, word in enumerate(words)) % 2**64
 
 
@@ -52,18 +52,20 @@ class TestChecksum:
     @pytest.mark.parametrize("nbytes", LENGTHS)
     def test_it_is_the_weighted_sum_of_the_words(self, nbytes: int) -> None:
         """The bytes of a last word that is not whole count as one with zeros on top."""
-        octets = varied(nbytes)
+        payload = varied(nbytes)
 
-        assert checksum(memoryview(octets)) == slow_checksum(octets)
-        assert 0 <= checksum(memoryview(octets)) < 2**64
+        assert checksum(memoryview(payload)) == slow_checksum(payload)
+        assert 0 <= checksum(memoryview(payload)) < 2**64
 
     @settings(max_examples=40, deadline=None)
     @given(head=st.binary(max_size=40), pages=st.integers(0, 4), octet=st.integers(0, 255), tail=st.binary(max_size=30))
-    def test_any_bytes_equal_the_slow_twin(self, head: bytes, pages: int, octet: int, tail: bytes) -> None:
+    def test_any_bytes_have_the_checksum_of_the_slow_reference(
+        self, head: bytes, pages: int, octet: int, tail: bytes
+    ) -> None:
         """All ones too, whose sums pass 64 bits many times."""
-        octets = head + bytes([octet]) * (pages * PAGE) + tail
+        payload = head + bytes([octet]) * (pages * PAGE) + tail
 
-        assert checksum(memoryview(octets)) == slow_checksum(octets)
+        assert checksum(memoryview(payload)) == slow_checksum(payload)
 
     def test_it_is_the_same_on_every_machine(self) -> None:
         """A journal of one process is read by another: the numbers must never change."""
@@ -74,26 +76,26 @@ class TestChecksum:
 
     @settings(max_examples=60, deadline=None)
     @given(nbytes=st.sampled_from(LENGTHS[1:]), data=st.data())
-    def test_a_flipped_bit_shows(self, nbytes: int, data: st.DataObject) -> None:
+    def test_a_flipped_bit_changes_the_checksum(self, nbytes: int, data: st.DataObject) -> None:
         """Any bit, the last one of an odd length included."""
-        octets = bytearray(varied(nbytes))
-        before = checksum(memoryview(octets))
+        payload = bytearray(varied(nbytes))
+        before = checksum(memoryview(payload))
         place = data.draw(st.one_of(st.just(8 * nbytes - 1), st.integers(0, 8 * nbytes - 1)))
-        octets[place // 8] ^= 1 << place % 8
+        payload[place // 8] ^= 1 << place % 8
 
-        assert checksum(memoryview(octets)) != before
+        assert checksum(memoryview(payload)) != before
 
     @pytest.mark.parametrize("lost", range(5))
     @pytest.mark.parametrize("rest", [0, 1, 100])
-    def test_a_lost_page_shows(self, lost: int, rest: int) -> None:
+    def test_a_lost_page_changes_the_checksum(self, lost: int, rest: int) -> None:
         """A crash leaves zeros where a page was not written."""
-        octets = varied(5 * PAGE + rest)
-        torn = octets[: lost * PAGE] + bytes(PAGE) + octets[(lost + 1) * PAGE :]
+        payload = varied(5 * PAGE + rest)
+        torn = payload[: lost * PAGE] + bytes(PAGE) + payload[(lost + 1) * PAGE :]
 
-        assert checksum(memoryview(torn)) != checksum(memoryview(octets))
+        assert checksum(memoryview(torn)) != checksum(memoryview(payload))
 
     @pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 3), (1, 3), (2, 3)])
-    def test_pages_that_changed_places_show(self, one: int, other: int) -> None:
+    def test_swapped_pages_change_the_checksum(self, one: int, other: int) -> None:
         """Also pages of equal bytes, all but one."""
         for fill in (varied(4 * PAGE), b"".join(bytes([number]) + bytes(PAGE - 1) for number in range(4))):
             pages = [fill[place : place + PAGE] for place in range(0, 4 * PAGE, PAGE)]
@@ -101,60 +103,60 @@ class TestChecksum:
 
             assert checksum(memoryview(b"".join(pages))) != checksum(memoryview(fill))
 
-    def test_a_page_written_twice_shows(self) -> None:
-        octets = varied(4 * PAGE)
+    def test_a_page_written_twice_changes_the_checksum(self) -> None:
+        payload = varied(4 * PAGE)
 
-        assert checksum(memoryview(octets[:PAGE] * 2 + octets[2 * PAGE :])) != checksum(memoryview(octets))
+        assert checksum(memoryview(payload[:PAGE] * 2 + payload[2 * PAGE :])) != checksum(memoryview(payload))
 
     @settings(max_examples=60, deadline=None)
     @given(order=st.permutations(range(5)))
-    def test_any_other_order_of_pages_shows(self, order: list[int]) -> None:
+    def test_any_other_order_of_pages_changes_the_checksum(self, order: list[int]) -> None:
         assume(order != sorted(order))
-        octets = varied(5 * PAGE)
-        moved = b"".join(octets[page * PAGE : (page + 1) * PAGE] for page in order)
+        payload = varied(5 * PAGE)
+        moved = b"".join(payload[page * PAGE : (page + 1) * PAGE] for page in order)
 
-        assert checksum(memoryview(moved)) != checksum(memoryview(octets))
+        assert checksum(memoryview(moved)) != checksum(memoryview(payload))
 
-    def test_the_place_in_memory_is_nothing_to_it(self) -> None:
+    def test_the_checksum_does_not_depend_on_the_place_in_memory(self) -> None:
         """Payloads begin at any byte of a buffer."""
-        octets = varied(2 * PAGE + 5)
+        payload = varied(2 * PAGE + 5)
         for shift in range(1, 9):
-            assert checksum(memoryview(bytes(shift) + octets)[shift:]) == checksum(memoryview(octets))
+            assert checksum(memoryview(bytes(shift) + payload)[shift:]) == checksum(memoryview(payload))
 
     @pytest.mark.parametrize("kind", [bytes, bytearray], ids=["read-only", "writable"])
     def test_memory_is_only_read(self, kind: Callable[[bytes], bytes | bytearray]) -> None:
-        octets = kind(varied(PAGE + 3))
+        payload = kind(varied(PAGE + 3))
 
-        checksum(memoryview(octets))
+        checksum(memoryview(payload))
 
-        assert octets == varied(PAGE + 3)
+        assert payload == varied(PAGE + 3)
 
     @pytest.mark.parametrize("rest", [0, 1, 8, PAGE - 1])
     @pytest.mark.parametrize("cuts", [[0], [1], [1, 2], [2, 2, 3]])
-    def test_sums_of_parts_add_up(self, cuts: list[int], rest: int) -> None:
+    def test_checksums_of_parts_add_up(self, cuts: list[int], rest: int) -> None:
         """Where they were cut between pages; a part may be empty."""
-        octets = memoryview(varied(4 * PAGE + rest))
+        payload = memoryview(varied(4 * PAGE + rest))
         ends = [*cuts, 5]
         parts = [
-            checksum(octets[begin * PAGE : end * PAGE], begin) for begin, end in zip([0, *cuts], ends, strict=True)
+            checksum(payload[begin * PAGE : end * PAGE], begin) for begin, end in zip([0, *cuts], ends, strict=True)
         ]
 
-        assert sum(parts) % 2**64 == checksum(octets)
+        assert sum(parts) % 2**64 == checksum(payload)
 
 
 class TestWriteAll:
     @pytest.mark.parametrize("nbytes", [0, 1, 9, 10, 11, 35])
     @pytest.mark.parametrize("most", [1, 3, 10, 100])
-    def test_all_bytes_arrive_however_little_is_taken_at_once(
+    def test_all_bytes_are_written_when_the_system_accepts_few_at_once(
         self, descriptor: int, nbytes: int, most: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """No more than a block is offered, and what lies before and behind stays."""
+        """At most a block is passed at once, and the bytes before and after stay as they were."""
         offered = []
         pwrite = os.pwrite
 
-        def stingy(descriptor: int, octets: memoryview, offset: int) -> int:
-            offered.append(len(octets))
-            return pwrite(descriptor, octets[:most], offset)
+        def stingy(descriptor: int, payload: memoryview, offset: int) -> int:
+            offered.append(len(payload))
+            return pwrite(descriptor, payload[:most], offset)
 
         os.pwrite(descriptor, b"." * 50, 0)
         monkeypatch.setattr(os, "pwrite", stingy)
@@ -165,14 +167,14 @@ class TestWriteAll:
         assert content(descriptor) == b"." * 6 + varied(nbytes) + b"." * (44 - nbytes)
         assert max(offered, default=0) <= 10
 
-    def test_the_place_of_the_file_is_left_alone(self, descriptor: int) -> None:
+    def test_the_file_position_is_not_moved(self, descriptor: int) -> None:
         """Several writers share a descriptor only when none of them moves it."""
         write_all(descriptor, memoryview(b"abc"), 2)
 
         assert os.lseek(descriptor, 0, os.SEEK_CUR) == 0
         assert content(descriptor) == b"\0\0abc"
 
-    def test_a_full_disk_is_no_silence(self, descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk_is_an_error(self, descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -188,7 +190,7 @@ class TestReadInto:
     def test_short_reads_are_continued(
         self, descriptor: int, offset: int, nbytes: int, most: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A file system may give less than it was asked for."""
+        """A file system may return fewer bytes than were requested."""
         os.pwrite(descriptor, varied(100), 0)
         preadv = os.preadv
 
@@ -196,21 +198,21 @@ class TestReadInto:
             return preadv(descriptor, [buffers[0][:most]], offset)
 
         monkeypatch.setattr(os, "preadv", stingy)
-        octets = bytearray(nbytes)
+        payload = bytearray(nbytes)
 
-        assert read_into(descriptor, memoryview(octets), offset) == nbytes
-        assert octets == varied(100)[offset : offset + nbytes]
+        assert read_into(descriptor, memoryview(payload), offset) == nbytes
+        assert payload == varied(100)[offset : offset + nbytes]
 
     @pytest.mark.parametrize(("offset", "held"), [(0, 10), (4, 6), (9, 1), (10, 0), (50, 0)])
-    def test_the_end_of_the_file_shows(self, descriptor: int, offset: int, held: int) -> None:
-        """What lies in the buffer behind it stays as it was."""
+    def test_fewer_bytes_are_read_at_the_end_of_the_file(self, descriptor: int, offset: int, held: int) -> None:
+        """The rest of the buffer stays as it was."""
         os.pwrite(descriptor, varied(10), 0)
-        octets = bytearray(b"." * 20)
+        payload = bytearray(b"." * 20)
 
-        assert read_into(descriptor, memoryview(octets), offset) == held
-        assert octets == varied(10)[offset:] + b"." * (20 - held)
+        assert read_into(descriptor, memoryview(payload), offset) == held
+        assert payload == varied(10)[offset:] + b"." * (20 - held)
 
-    def test_a_file_that_cannot_be_read_is_no_end_of_it(self, tmp_path: Path) -> None:
+    def test_a_file_that_cannot_be_read_is_an_error_and_no_end_of_file(self, tmp_path: Path) -> None:
         descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
         try:
             with pytest.raises(OSError, match="Bad file descriptor"):
@@ -218,14 +220,14 @@ class TestReadInto:
         finally:
             os.close(descriptor)
 
-    def test_what_was_written_is_read(self, descriptor: int) -> None:
+    def test_bytes_written_are_read_back(self, descriptor: int) -> None:
         """More than a chunk, an odd number of bytes, at an odd place."""
-        octets = varied(PAGE) * (CHUNK_BYTES // PAGE) + varied(PAGE + 13)
-        write_all(descriptor, memoryview(octets), 7)
-        back = bytearray(len(octets))
+        payload = varied(PAGE) * (CHUNK_BYTES // PAGE) + varied(PAGE + 13)
+        write_all(descriptor, memoryview(payload), 7)
+        back = bytearray(len(payload))
 
-        assert read_into(descriptor, memoryview(back), 7) == len(octets)
-        assert back == octets
+        assert read_into(descriptor, memoryview(back), 7) == len(payload)
+        assert back == payload
 
 
 class FakeLibrary:
@@ -283,15 +285,15 @@ class TestPreallocate:
         assert content(descriptor) == bytes(100)
         assert len(fake.calls) == 1
 
-    def test_a_library_without_the_call_will_do(self, descriptor: int, library: Callable[..., Any]) -> None:
+    def test_a_library_without_fallocate_is_accepted(self, descriptor: int, library: Callable[..., Any]) -> None:
         library(object())
 
         preallocate(descriptor, 100)
 
         assert content(descriptor) == bytes(100)
 
-    def test_no_bytes_are_not_asked_for(self, descriptor: int, library: Callable[..., Any]) -> None:
-        """The system refuses to reserve none."""
+    def test_no_call_is_made_for_zero_bytes(self, descriptor: int, library: Callable[..., Any]) -> None:
+        """The system refuses to reserve zero bytes."""
         fake = library(FakeLibrary(errno.EBADF))
 
         preallocate(descriptor, 0)
@@ -307,8 +309,10 @@ class TestPreallocate:
         assert len(fake.calls) == 3
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF], ids=errno.errorcode.get)
-    def test_a_full_disk_shows_before_the_work(self, descriptor: int, library: Callable[..., Any], code: int) -> None:
-        """And is not taken for a file system that can't reserve: the file stays as it was."""
+    def test_a_full_disk_is_noticed_before_the_work(
+        self, descriptor: int, library: Callable[..., Any], code: int
+    ) -> None:
+        """It is not mistaken for a file system that can't reserve blocks: the file stays as it was."""
         library(FakeLibrary(code))
 
         with pytest.raises(OSError, match=os.strerror(code)) as raised:

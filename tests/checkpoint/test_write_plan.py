@@ -1,4 +1,4 @@
-"""Where every byte of an output goes: in the places that the safetensors library, which did not plan, reads it from."""
+"""Where every byte of an output goes: exactly where the safetensors library, which did not plan it, reads it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def deserialized(path: Path) -> list[tuple[str, dict[str, object]]]:
     return safetensors.deserialize(path.read_bytes())
 
 
-def test_its_dtypes_are_those_of_torch(tmp_path: Path) -> None:
+def test_the_dtypes_in_the_header_are_those_of_torch(tmp_path: Path) -> None:
     specs = {dtype.name: TensorSpec(dtype, (3,)) for dtype in DType}
     fill(tmp_path, WritePlan.of(specs, 10**6))
 
@@ -94,7 +94,7 @@ def test_its_dtypes_are_those_of_torch(tmp_path: Path) -> None:
 
 
 def test_a_catalog_agrees_with_the_plan(tmp_path: Path) -> None:
-    """On files, offsets, dtypes and shapes, and has nothing to say about the index."""
+    """On files, offsets, dtypes and shapes; the index causes no warnings."""
     plan = WritePlan.of(MIXED, 25)
     fill(tmp_path, plan)
 
@@ -118,10 +118,10 @@ def test_places_fill_each_file_from_its_header_to_its_end(specs: dict[str, Tenso
 
     assert list(plan.places) == list(specs)
     for file in plan.files:
-        own = sorted((place.offset, place.spec.nbytes) for place in plan.places.values() if place.file == file.name)
+        extents = sorted((place.offset, place.spec.nbytes) for place in plan.places.values() if place.file == file.name)
         end = len(file.header)
         assert end % 64 == 0
-        for offset, nbytes in own:
+        for offset, nbytes in extents:
             assert offset == end
             end += nbytes
         assert file.nbytes == end
@@ -180,8 +180,11 @@ def smallest_largest_run(sizes: tuple[int, ...], runs: int) -> int:
 
 @given(specs=SPECS, limit=st.integers(1, 150))
 @settings(max_examples=80, deadline=None)
-def test_files_are_as_few_as_the_limit_allows_and_as_even_as_can_be(specs: dict[str, TensorSpec], limit: int) -> None:
-    """None is beyond it, but for a tensor that is; and no other split into as many runs has a smaller largest one."""
+def test_files_are_as_few_as_the_limit_allows_and_as_even_as_possible(specs: dict[str, TensorSpec], limit: int) -> None:
+    """No file is over the limit, except for a tensor that is over the limit itself.
+
+    No other split into as many runs has a smaller largest run.
+    """
     plan = WritePlan.of(specs, limit)
     held = {file.name: file.nbytes - len(file.header) for file in plan.files}
     by_file: dict[str, list[str]] = {file.name: [] for file in plan.files}
@@ -236,12 +239,12 @@ def test_without_tensors_there_is_one_empty_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_holds_nothing_is_refused(limit: int) -> None:
+def test_a_limit_below_one_byte_is_refused(limit: int) -> None:
     with pytest.raises(ValueError, match=f"max_shard_bytes must be at least 1, not {limit}"):
         WritePlan.of(MIXED, limit)
 
 
-def test_the_name_of_metadata_is_refused_wherever_it_stands() -> None:
+def test_the_metadata_key_is_refused_as_a_tensor_name_in_any_position() -> None:
     """A reader would take the tensor for the metadata."""
     with pytest.raises(ValueError, match="__metadata__ is no name for a tensor"):
         WritePlan.of(MIXED | {"__metadata__": TensorSpec(DType.U8, (1,))}, 5)
@@ -275,11 +278,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("specs", "limit"), OTHERS.values(), ids=OTHERS.keys())
-def test_a_plan_that_writes_anything_elsewhere_has_another_digest(specs: dict[str, TensorSpec], limit: int) -> None:
+def test_a_plan_that_writes_anything_to_another_place_has_another_digest(
+    specs: dict[str, TensorSpec], limit: int
+) -> None:
     assert WritePlan.of(specs, limit).digest() != WritePlan.of(PLAIN, 12).digest()
 
 
-def test_all_other_plans_have_digests_of_their_own() -> None:
+def test_all_plans_that_differ_have_different_digests() -> None:
     assert len({WritePlan.of(specs, limit).digest() for specs, limit in OTHERS.values()}) == len(OTHERS)
 
 
@@ -295,7 +300,7 @@ def test_digests_are_equal_exactly_where_all_bytes_go_to_the_same_places(
 
 
 def test_a_limit_that_changes_no_file_changes_no_digest() -> None:
-    """A conversion may go on under another limit when it writes the same files."""
+    """A conversion may be resumed with another limit when it writes the same files."""
     assert WritePlan.of(PLAIN, 12).digest() == WritePlan.of(PLAIN, 12).digest()
     assert WritePlan.of(PLAIN, 100).digest() == WritePlan.of(PLAIN, 13).digest()
 
@@ -311,8 +316,8 @@ def test_a_changed_file_changes_the_digest() -> None:
         assert replace(plan, files=(file, *rest)).digest() != plan.digest()
 
 
-def test_every_process_finds_the_same_digest() -> None:
-    """Conversions are taken up by other processes, whose hashes of texts differ."""
+def test_the_digest_is_the_same_in_every_process() -> None:
+    """Conversions are resumed by other processes, whose string hashes differ."""
     done = run_python(
         """
         import sys

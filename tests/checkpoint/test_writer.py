@@ -31,7 +31,7 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def octets(tensor: torch.Tensor) -> torch.Tensor:
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
@@ -68,7 +68,7 @@ def test_an_empty_tensor_never_begins_a_shard() -> None:
     assert shard_names([4, 0, 0, 4], 4) == [["t0", "t1", "t2"], ["t3"]]
 
 
-def test_one_shard_is_called_model_and_several_are_numbered() -> None:
+def test_a_single_shard_is_called_model_and_several_are_numbered() -> None:
     specs = {"a": ONE_BYTE, "b": ONE_BYTE}
 
     assert [shard.file for shard in plan_shards(specs, 2)] == ["model.safetensors"]
@@ -120,7 +120,7 @@ def test_tensors_of_equal_width_keep_their_order() -> None:
     assert list(begins) == ["c", "a", "b"]
 
 
-def test_the_key_of_metadata_is_no_name_for_a_tensor() -> None:
+def test_the_metadata_key_is_refused_as_a_tensor_name() -> None:
     with pytest.raises(ValueError, match="__metadata__"):
         encode_header({"__metadata__": ONE_BYTE})
 
@@ -149,7 +149,7 @@ def test_what_is_written_reads_back_bit_for_bit_here_and_in_the_safetensors_libr
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype
             assert found[name].shape == tensor.shape
-            assert torch.equal(octets(found[name]), octets(tensor))
+            assert torch.equal(raw_bytes(found[name]), raw_bytes(tensor))
 
 
 def test_the_safetensors_library_opens_a_shard(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_the_same_tensors_make_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_payload_is_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when the system takes less than it was offered."""
+    """Also when the system accepts fewer bytes than were passed."""
     sizes = []
     pwrite = os.pwrite
 
@@ -200,7 +200,7 @@ def test_a_payload_is_written_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     write_all(tmp_path, {"a": tensor})
 
     assert max(sizes) == 10
-    assert torch.equal(octets(load_file(tmp_path / "model.safetensors")["a"]), octets(tensor))
+    assert torch.equal(raw_bytes(load_file(tmp_path / "model.safetensors")["a"]), raw_bytes(tensor))
 
 
 def test_open_files_are_capped(tmp_path: Path) -> None:
@@ -231,12 +231,12 @@ WRONG_TENSORS = {
 
 
 @pytest.mark.parametrize(("tensor", "said"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
-def test_a_tensor_that_is_not_as_planned_is_our_own_bug(tmp_path: Path, tensor: torch.Tensor, said: str) -> None:
+def test_a_tensor_that_differs_from_the_plan_is_a_value_error(tmp_path: Path, tensor: torch.Tensor, said: str) -> None:
     with ShardedWriter(tmp_path, {"a": PLANNED}, max_shard_bytes=99) as writer, pytest.raises(ValueError, match=said):
         writer.write("a", tensor)
 
 
-def test_an_unplanned_name_is_our_own_bug(tmp_path: Path) -> None:
+def test_an_unplanned_name_is_a_value_error(tmp_path: Path) -> None:
     tensor = torch.zeros(1, dtype=torch.uint8)
 
     with (
@@ -246,14 +246,14 @@ def test_an_unplanned_name_is_our_own_bug(tmp_path: Path) -> None:
         writer.write("b", tensor)
 
 
-def test_writing_twice_is_our_own_bug(tmp_path: Path) -> None:
+def test_writing_a_tensor_twice_is_a_value_error(tmp_path: Path) -> None:
     with ShardedWriter(tmp_path, {"a": ONE_BYTE}, max_shard_bytes=9) as writer:
         writer.write("a", torch.zeros(1, dtype=torch.uint8))
         with pytest.raises(ValueError, match="a was written before"):
             writer.write("a", torch.zeros(1, dtype=torch.uint8))
 
 
-def test_a_tensor_left_out_is_our_own_bug(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_a_value_error(tmp_path: Path) -> None:
     with ShardedWriter(tmp_path, {"a": ONE_BYTE, "b": ONE_BYTE}, max_shard_bytes=9) as writer:
         writer.write("a", torch.zeros(1, dtype=torch.uint8))
         with pytest.raises(ValueError, match="1 planned tensors were not written: b"):
@@ -261,7 +261,7 @@ def test_a_tensor_left_out_is_our_own_bug(tmp_path: Path) -> None:
 
 
 def test_leaving_the_context_closes_every_file(tmp_path: Path) -> None:
-    """Also by way of an error."""
+    """Also when the context is left by an error."""
     before = open_descriptors()
 
     def fail() -> None:

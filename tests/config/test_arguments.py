@@ -1,4 +1,4 @@
-"""Arguments inside a block: defaults, aliases, and combinations that can't be meant."""
+"""Arguments inside a block: defaults, aliases, and combinations that are invalid."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def faulty_keys(key: str, arguments: dict[str, object]) -> set[str]:
     return {fault.where.removeprefix(prefix) for fault in caught.value.faults}
 
 
-def test_nothing_but_defaults():
+def test_empty_arguments_have_all_defaults():
     assert read_weights() == QuantArgs(num_bits=8)
 
 
@@ -154,7 +154,7 @@ def test_local_scales_are_dynamic_within_tensor_groups():
     ],
     ids=repr,
 )
-def test_what_cannot_be_meant_is_a_fault_at_its_key(given, key):
+def test_an_invalid_value_is_a_fault_at_its_key(given, key):
     assert faulty_keys("weights", given) == {key}
 
 

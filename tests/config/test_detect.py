@@ -1,4 +1,4 @@
-"""Detection: what a directory is, on what evidence, and what to do when it isn't ours."""
+"""Detection: the format of a directory, the evidence for it, and the advice when it is not compressed-tensors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_block_is_found_wherever_producers_put_it(tmp_path, files, origin):
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "compressed_tensors", "Compressed-Tensors", " sparseml "])
-def test_every_spelling_of_the_method_is_ours(tmp_path, name):
+def test_every_spelling_of_the_method_is_compressed_tensors(tmp_path, name):
     write(tmp_path, config={"quantization_config": {"quant_method": name}})
     assert FormatDetector().detect(tmp_path).method == "compressed-tensors"
 
@@ -63,7 +63,7 @@ def test_every_spelling_of_the_method_is_ours(tmp_path, name):
         ("quantization_config", {"sparsity_config": {"format": "sparse-bitmask"}, "version": "0.6.0"}),
     ],
 )
-def test_early_blocks_without_a_method_are_ours(tmp_path, key, block):
+def test_early_blocks_without_a_method_are_compressed_tensors(tmp_path, key, block):
     assert FormatDetector().detect(write(tmp_path, config={key: block})).method == "compressed-tensors"
 
 
@@ -93,7 +93,7 @@ def test_the_extra_level_of_the_first_transformers_integration_is_removed(tmp_pa
         ({"config": {}, "quant_config": {"w_bit": 4}}, "awq", "AutoAWQ"),
     ],
 )
-def test_what_is_not_ours_is_named_and_comes_with_advice(tmp_path, files, method, phrase):
+def test_another_method_is_named_and_comes_with_advice(tmp_path, files, method, phrase):
     detection = FormatDetector().detect(write(tmp_path, **files))
     assert detection.method == method
     assert phrase in detection.description
@@ -114,7 +114,7 @@ def test_what_is_not_ours_is_named_and_comes_with_advice(tmp_path, files, method
         {"quantization_config": {"quant_algo": "NVFP4"}},
     ],
 )
-def test_config_groups_do_not_make_a_modelopt_block_ours(tmp_path, config):
+def test_config_groups_do_not_make_a_modelopt_block_compressed_tensors(tmp_path, config):
     assert FormatDetector().detect(write(tmp_path, config=config)).method == "modelopt"
 
 
@@ -136,7 +136,7 @@ def test_no_block_means_no_quantization(tmp_path, config):
         detection.require_compressed_tensors()
 
 
-def test_compressed_tensors_goes_before_modelopt_before_others_and_all_disagreements_are_told(tmp_path):
+def test_priorities_of_methods_and_all_disagreements_are_reported(tmp_path):
     write(
         tmp_path,
         config={"quantization_config": GPTQ, "text_config": {"quantization_config": CT}},
@@ -153,9 +153,9 @@ def test_compressed_tensors_goes_before_modelopt_before_others_and_all_disagreem
     assert FormatDetector().detect(tmp_path).method == "modelopt"
 
 
-def test_two_blocks_of_ours_that_differ_are_told_and_the_first_counts(tmp_path):
-    other = {**CT, "format": "pack-quantized", "ignore": ["lm_head"]}
-    write(tmp_path, config={"quantization_config": CT, "text_config": {"quantization_config": other}})
+def test_two_compressed_tensors_blocks_that_differ_are_reported_and_the_first_counts(tmp_path):
+    text_block = {**CT, "format": "pack-quantized", "ignore": ["lm_head"]}
+    write(tmp_path, config={"quantization_config": CT, "text_config": {"quantization_config": text_block}})
     detection = FormatDetector().detect(tmp_path)
     assert detection.block == CT
     assert detection.disagreements[0].endswith("differ in format, ignore; the first one counts")
@@ -202,7 +202,7 @@ def test_the_json_form_is_complete_and_leaves_the_block_out(tmp_path):
         ("parent", r"inside instead: one, two$"),
     ],
 )
-def test_what_is_no_checkpoint_directory_is_refused_with_advice(tmp_path, name, remedy):
+def test_a_path_that_is_no_checkpoint_directory_is_refused_with_advice(tmp_path, name, remedy):
     (tmp_path / "file.txt").write_text("")
     for folder in ("empty", "gguf", "lora", "parent/one", "parent/two"):
         (tmp_path / folder).mkdir(parents=True)
@@ -252,7 +252,7 @@ def test_detection_and_reading_import_no_torch():
 
 @pytest.mark.shared
 def test_real_directories_are_recognised(shared):
-    """Every checkpoint and every ModelOpt export is what its folder says; no place disagrees."""
+    """Every checkpoint and every ModelOpt export has the format that its folder name says; no blocks disagree."""
     for directory in sorted((shared / "checkpoints").glob("*/config.json")):
         detection = FormatDetector().detect(directory.parent)
         assert detection.method == (None if directory.parent.name == "_base" else "compressed-tensors")

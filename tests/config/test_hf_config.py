@@ -1,4 +1,4 @@
-"""config.json for readers of both transformers generations."""
+"""A config.json that transformers 4 and transformers 5 both read."""
 
 from __future__ import annotations
 
@@ -48,34 +48,34 @@ def portable(**entries: Any) -> dict[str, Any]:
     return portable_config(entries, DType.BF16)
 
 
-@pytest.mark.parametrize("kind", ROPE)
-def test_the_older_spelling_is_made_of_the_newer(kind: str) -> None:
-    newer, older = ROPE[kind]
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_the_older_spelling_is_derived_from_the_newer(rope_type: str) -> None:
+    newer, older = ROPE[rope_type]
 
     assert portable(**newer) | newer | older == portable(**newer)
 
 
-@pytest.mark.parametrize("kind", ROPE)
-def test_the_newer_spelling_is_made_of_the_older(kind: str) -> None:
-    newer, older = ROPE[kind]
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_the_newer_spelling_is_derived_from_the_older(rope_type: str) -> None:
+    newer, older = ROPE[rope_type]
 
     assert portable(**older) | newer | older == portable(**older)
 
 
-def test_the_oldest_spelling_calls_the_type_type() -> None:
+def test_the_oldest_spelling_of_rope_type_is_type() -> None:
     made = portable(rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 2.0})
 
     assert made["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
     assert made["rope_scaling"] == {"type": "linear", "factor": 2.0}
 
 
-def test_a_type_that_is_not_named_is_the_default() -> None:
+def test_a_missing_rope_type_is_the_default() -> None:
     assert portable(rope_parameters={"rope_theta": 5.0})["rope_scaling"] is None
     assert portable(rope_theta=5.0)["rope_parameters"] == {"rope_theta": 5.0, "rope_type": "default"}
 
 
-def test_what_is_there_already_is_not_overwritten() -> None:
-    """Two spellings that differ are the writer's business; neither is silently corrected."""
+def test_existing_keys_are_not_overwritten() -> None:
+    """Two spellings that differ are left to the writer; neither is corrected silently."""
     made = portable(rope_theta=7.0, rope_parameters={"rope_theta": 5.0, "rope_type": "default"})
 
     assert made["rope_theta"] == 7.0
@@ -97,7 +97,7 @@ def test_a_model_without_rotary_keys_gets_none(entries: dict[str, Any]) -> None:
     assert "rope_theta" not in portable(**entries)
 
 
-def test_a_partial_rotary_factor_stands_in_both_places() -> None:
+def test_a_partial_rotary_factor_is_in_both_places() -> None:
     made = portable(rope_parameters={"rope_theta": 5.0, "rope_type": "default", "partial_rotary_factor": 0.5})
 
     assert made["partial_rotary_factor"] == 0.5
@@ -141,21 +141,21 @@ def test_the_source_is_not_changed() -> None:
 
 @pytest.mark.reference
 @pytest.mark.parametrize("spelling", [0, 1], ids=["newer", "older"])
-@pytest.mark.parametrize("kind", ROPE)
-def test_transformers_reads_the_same_rotary_embedding_from_all(tmp_path: Path, kind: str, spelling: int) -> None:
-    """From the source, and from what was made of either spelling."""
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_transformers_reads_the_same_rotary_embedding_from_all(tmp_path: Path, rope_type: str, spelling: int) -> None:
+    """From the source config, and from the portable config made of either spelling."""
     from transformers import AutoConfig
 
     found = []
     for name, document in {
-        "source": config(ROPE[kind][0]),
-        "portable": portable_config(config(ROPE[kind][spelling]), DType.BF16),
-        "older": config(ROPE[kind][1]),
+        "source": config(ROPE[rope_type][0]),
+        "portable": portable_config(config(ROPE[rope_type][spelling]), DType.BF16),
+        "older": config(ROPE[rope_type][1]),
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(document))
         found.append(AutoConfig.from_pretrained(tmp_path / name))
 
     assert found[0].rope_parameters == found[1].rope_parameters == found[2].rope_parameters
-    assert found[0].rope_parameters["rope_theta"] == ROPE[kind][1]["rope_theta"]
+    assert found[0].rope_parameters["rope_theta"] == ROPE[rope_type][1]["rope_theta"]
     assert found[0].dtype == found[1].dtype

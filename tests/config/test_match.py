@@ -1,4 +1,4 @@
-"""Matching: which module an entry means, and which of several entries decides."""
+"""Matching: which modules an entry matches, and which of several entries decides."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def chosen(groups: dict[str, tuple[str, ...]], module: str = Q_PROJ) -> str | No
         ("", "re:.*", True),
     ],
 )
-def test_what_an_entry_means(name, pattern, expected):
+def test_which_modules_an_entry_matches(name, pattern, expected):
     assert matches(name, pattern) is expected
     assert (matcher({"group": (pattern,)}).scheme_for(name) is not None) is expected
     assert matcher({}, ignore=(pattern,)).is_ignored(name) is expected
@@ -73,7 +73,7 @@ def test_which_of_several_groups_decides(groups, expected):
 
 
 @pytest.mark.parametrize("ignore", [Q_PROJ, "re:.*q_proj$", "Linear", "Module"])
-def test_ignore_goes_before_the_most_exact_target(ignore):
+def test_ignore_has_priority_over_the_most_exact_target(ignore):
     judge = matcher({"group": (Q_PROJ,)}, ignore=("lm_head", ignore))
     assert judge.is_ignored(Q_PROJ)
     assert judge.scheme_for(Q_PROJ) is None

@@ -1,4 +1,4 @@
-"""params.json of Mistral's own form as the config.json that Hugging Face's form has."""
+"""params.json of Mistral's own form, converted to the config.json of Hugging Face's form."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_vision_tower_makes_it_mistral_3(bias: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "theirs", "read"),
+    ("key", "value", "hf_key", "read"),
     [
         ("sliding_window", 4096, "sliding_window", 4096),
         ("sliding_window", "4096", "sliding_window", 4096),
@@ -95,18 +95,18 @@ def test_a_vision_tower_makes_it_mistral_3(bias: bool) -> None:
         ("norm_eps", 1, "rms_norm_eps", 1.0),
     ],
 )
-def test_spellings(key: str, value: object, theirs: str, read: object) -> None:
-    assert config_from_params(SMALL | {key: value}, {})[theirs] == read
+def test_spellings(key: str, value: object, hf_key: str, read: object) -> None:
+    assert config_from_params(SMALL | {key: value}, {})[hf_key] == read
 
 
 def test_a_window_without_a_theta_is_mistral_7b() -> None:
-    """Every other model says its theta, and readers disagree about what its absence means."""
+    """Every other model gives its theta, and readers disagree about the default."""
     assert config_from_params(without("rope_theta") | {"sliding_window": 4096}, {})["rope_theta"] == 10000.0
     assert [fault.where for fault in faults(without("rope_theta"))] == ["params.json: rope_theta"]
 
 
 @pytest.mark.parametrize("key", [key for key in SMALL if key not in {"n_kv_heads", "head_dim"}])
-def test_what_is_missing_is_named(key: str) -> None:
+def test_a_missing_key_is_named(key: str) -> None:
     (fault,) = faults(without(key))
 
     assert fault.where == f"params.json: {key}"
@@ -151,7 +151,7 @@ def test_keys_that_change_nothing(more: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_may_change_the_model_is_refused_by_name(more: dict[str, Any], where: str, named: str) -> None:
+def test_a_key_that_may_change_the_model_is_refused_by_name(more: dict[str, Any], where: str, named: str) -> None:
     (fault,) = faults(SMALL | more)
 
     assert fault.where == where
@@ -177,7 +177,7 @@ def test_what_may_change_the_model_is_refused_by_name(more: dict[str, Any], wher
         ),
     ],
 )
-def test_what_cannot_be_said_in_a_config_json(more: dict[str, Any], where: str, expected: str) -> None:
+def test_values_that_a_config_json_cannot_express_are_refused(more: dict[str, Any], where: str, expected: str) -> None:
     assert (where, expected) in [(fault.where, fault.expected) for fault in faults(SMALL | more)]
 
 

@@ -1,4 +1,4 @@
-"""Presets: bare names, and what the release that wrote them meant."""
+"""Presets: bare names, and their meaning in the release that wrote them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_other_names_are_no_presets():
         ("INT8", "0.4.0", "int8 channel, input int8 token dynamic"),
     ],
 )
-def test_a_name_means_what_its_writer_meant(name, version, label):
+def test_a_name_has_the_meaning_of_the_release_that_wrote_it(name, version, label):
     scheme = preset_scheme(name, parse_release(version))
     assert scheme is not None
     assert scheme.label() == label
@@ -57,5 +57,5 @@ def test_names_that_changed_their_meaning_are_known():
 
 
 @pytest.mark.parametrize("version", [None, "", "main", "7"])
-def test_a_version_without_numbers_dates_nothing(version):
+def test_a_version_without_numbers_gives_no_release(version):
     assert parse_release(version) is None

@@ -1,4 +1,4 @@
-"""The reader: every spelling of a block becomes one typed model, and what can't be meant is refused."""
+"""The reader: every spelling of a block becomes one typed value, and invalid blocks are refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TestSources:
         assert config.format is CompressionFormat.PACK_QUANTIZED
 
     @pytest.mark.parametrize("as_type", [str, Path])
-    def test_a_directory_also_tells_the_modifiers(self, tmp_path, as_type):
+    def test_the_modifiers_are_read_from_a_directory(self, tmp_path, as_type):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": BLOCK}))
         assert CompressedTensorsConfigReader().read(as_type(tmp_path)).modifiers == ()
         (tmp_path / "recipe.yaml").write_text("default_stage:\n  default_modifiers:\n    AWQModifier:\n      n: 1\n")
@@ -90,7 +90,7 @@ class TestSources:
             {},
         ],
     )
-    def test_what_is_not_ours_is_refused(self, source):
+    def test_other_methods_are_refused(self, source):
         with pytest.raises(DetectionError, match="not compressed-tensors"):
             read(source)
 
@@ -145,7 +145,7 @@ class TestGroups:
             (None, "marlin-24", "marlin-24"),
         ],
     )
-    def test_the_format_of_the_group_goes_before_that_of_the_checkpoint(self, declared, whole, expected):
+    def test_the_format_of_the_group_has_priority_over_that_of_the_checkpoint(self, declared, whole, expected):
         group = read_group({"targets": ["Linear"], "weights": INT4, "format": declared}, format=whole)
         assert group.scheme.format == expected
 
@@ -172,7 +172,7 @@ class TestGroups:
     def test_one_target_may_be_a_string(self):
         assert read_group({"targets": "Linear", "weights": INT4}).targets == ("Linear",)
 
-    def test_a_sole_group_without_targets_means_every_linear_and_says_so(self):
+    def test_a_single_group_without_targets_means_every_linear_with_a_warning(self):
         config = read({"config_groups": {"g": {"weights": INT4}}})
         assert config.groups[0].targets == ("Linear",)
         assert "declares no targets" in config.warnings[0]
@@ -285,7 +285,7 @@ class TestBlock:
     @settings(max_examples=200, deadline=None)
     @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=6))
     def test_no_json_makes_the_reader_crash(self, block):
-        """Whatever stands in a block, it is read or refused with a path."""
+        """Whatever a block contains, it is either read or refused with a path."""
         block.pop("quant_method", None)
         try:
             read({"config_groups": None, **block})

@@ -1,4 +1,4 @@
-"""Tiny models: delivered tensors made at random, and the plain weights that they stand for, decoded the slow way."""
+"""Tiny models: random delivered tensors, and a slow decoder that computes the weights they encode."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYERS = {
     QuantAlgo.MXFP8: LayerQuantConfig(quant_algo=QuantAlgo.MXFP8, group_size=32),
     QuantAlgo.W4A16_MXFP4: LayerQuantConfig(quant_algo=QuantAlgo.W4A16_MXFP4),
 }
-# Columns that share a scale; 128 rows do as well under FP8_BLOCK_SCALES.
+# The number of columns that share a scale; in FP8_BLOCK_SCALES, 128 rows share it too.
 GROUPS = {
     QuantAlgo.W4A16_AWQ: GROUP,
     QuantAlgo.W4A16_GPTQ: GROUP,
@@ -122,13 +122,13 @@ ARCHITECTURES |= {name: {**MOE, "model_type": name, **fields} for name, fields i
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tiny tensors gain nothing from threads, and on busy cores their waiting for each other costs minutes."""
+    """Run on one thread: tiny tensors gain nothing from more, and on busy cores synchronization costs minutes."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def random_linear() -> Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]:
-    """`random_linear(algo, N, K)`: a layer config and random delivered tensors, their scales off any grid."""
+    """`random_linear(algo, N, K)` returns a layer config and random delivered tensors with arbitrary scales."""
 
     def build(algo: QuantAlgo, rows: int, columns: int, seed: int = 0) -> tuple[LayerQuantConfig, dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -178,7 +178,7 @@ def random_linear() -> Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]
 
 
 def decode_code(algo: QuantAlgo, weight: Tensor, row: int, column: int) -> float:
-    """One code as a number, from its bits."""
+    """The value of one code, decoded from its bits."""
     if algo in ROW_PAIRS:
         byte = int(weight.view(torch.uint8)[row // 2, column])
         nibble = byte % 16 if row % 2 == 0 else byte // 16
@@ -187,13 +187,13 @@ def decode_code(algo: QuantAlgo, weight: Tensor, row: int, column: int) -> float
         byte = int(weight[row, column // 2])
         nibble = byte % 16 if column % 2 == 0 else byte // 16
         sign, exponent, mantissa = nibble // 8, nibble // 2 % 4, nibble % 2
-        size = 0.5 * mantissa if exponent == 0 else (1 + 0.5 * mantissa) * 2 ** (exponent - 1)
-        return -size if sign else size
+        magnitude = 0.5 * mantissa if exponent == 0 else (1 + 0.5 * mantissa) * 2 ** (exponent - 1)
+        return -magnitude if sign else magnitude
     return float(weight[row, column])
 
 
 def decode_scale(algo: QuantAlgo, tensors: dict[str, Tensor], row: int, column: int) -> float:
-    """What a code is multiplied with."""
+    """The scale that the code at this position is multiplied with."""
     scale = tensors["weight_scale"]
     if algo is QuantAlgo.FP8:
         return float(scale)
@@ -207,7 +207,7 @@ def decode_scale(algo: QuantAlgo, tensors: dict[str, Tensor], row: int, column: 
 
 @pytest.fixture
 def decode_slowly() -> Callable[[QuantAlgo, dict[str, Tensor]], Tensor]:
-    """`decode_slowly(algo, tensors)`: the weight in float64, element by element from the published layout."""
+    """`decode_slowly(algo, tensors)` returns the float64 weight, decoded element by element from the layout."""
 
     def element(algo: QuantAlgo, tensors: dict[str, Tensor], row: int, column: int) -> float:
         zero = float(tensors["weight_zero"][row, column // GROUP]) if "weight_zero" in tensors else 0.0
@@ -224,7 +224,7 @@ def decode_slowly() -> Callable[[QuantAlgo, dict[str, Tensor]], Tensor]:
 
 @pytest.fixture
 def save_tiny(tmp_path: Path) -> Callable[..., Path]:
-    """`save_tiny("qwen2")`: a directory with a random model of that architecture, written by transformers."""
+    """`save_tiny("qwen2")` returns a directory with a random model of that architecture, written by transformers."""
 
     def save(architecture: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -234,7 +234,7 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.no_grad():
             routers = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-            for tensor in [*model.parameters(), *routers]:  # some start at one or zero, which hides mistakes
+            for tensor in [*model.parameters(), *routers]:  # some are initialized to one or zero, which hides mistakes
                 tensor.add_(0.1 * torch.randn(tensor.shape))
         directory = tmp_path / architecture
         model.save_pretrained(directory)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WIDE = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALF = torch.tensor(0.5)
-# value -> value after rounding to E2M1; the middle of two goes to the even code.
+# value -> value after rounding to E2M1; a value halfway between two neighbours goes to the even code.
 E2M1_ROUNDINGS = (
     {value: value for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
     | {0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0}
@@ -55,7 +55,7 @@ def test_known_roundings() -> None:
     assert rounded.tolist() == [16.0, 20.0, 448.0, 448.0, 448.0, -448.0, 0.0, 2.0**-8]
 
 
-def test_a_static_scale_clips_what_lies_beyond_it() -> None:
+def test_a_static_scale_clips_larger_values() -> None:
     values = torch.tensor([[1.0, 100.0], [-100.0, 0.5]])
 
     clipped = quantize_per_tensor(values, torch.tensor(0.125))
@@ -86,8 +86,7 @@ def test_each_token_has_its_own_scale() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_inputs_stay_visible(bad: float) -> None:
-    """NaN and inf must not come out as ordinary numbers."""
+def test_nan_and_inf_do_not_become_ordinary_numbers(bad: float) -> None:
     values = torch.tensor([[1.0, bad]])
 
     assert not quantize_per_token(values).isfinite().all()
@@ -115,7 +114,7 @@ def test_dynamic_scales_never_clip(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", WIDE)
-def test_float4_takes_the_nearest_value_and_the_even_code_between_two(dtype: torch.dtype) -> None:
+def test_float4_rounds_to_nearest_and_halfway_values_to_the_even_code(dtype: torch.dtype) -> None:
     values, wanted = (torch.tensor(list(side), dtype=dtype) for side in (E2M1_ROUNDINGS, E2M1_ROUNDINGS.values()))
 
     assert torch.equal(wanted, round_to_e2m1(values))
@@ -144,7 +143,7 @@ def test_nvfp4_by_hand() -> None:
     assert torch.equal(torch.cat(wanted)[None], quantize_nvfp4(torch.cat(groups)[None], HALF))
 
 
-def test_nvfp4_of_an_expert_that_saw_no_input_is_zero() -> None:
+def test_nvfp4_with_the_zero_scale_of_an_expert_without_calibration_is_zero() -> None:
     assert torch.equal(torch.zeros(2, 16), quantize_nvfp4(torch.ones(2, 16), torch.zeros(1)))
 
 
@@ -181,8 +180,8 @@ def test_groups_keep_shape_and_dtype(quantize: Callable[[Tensor], Tensor], dtype
     assert torch.equal(quantize(torch.zeros(1, 32, dtype=dtype)), torch.zeros(1, 32, dtype=dtype))
 
 
-def test_nan_stays_visible_in_groups() -> None:
-    """An infinity in E8M0 has no scale at all; a static scale saturates it, as hardware does."""
+def test_nan_stays_nan_in_groups() -> None:
+    """An infinity has no E8M0 scale and becomes NaN; a static scale saturates it, as hardware does."""
     values = torch.zeros(1, 32)
     for bad in (torch.nan, torch.inf):
         values[0, 3] = bad

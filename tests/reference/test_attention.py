@@ -65,8 +65,8 @@ def test_a_quantized_cache_changes_the_result(weights: dict[str, Tensor]) -> Non
     assert not torch.equal(logits(plain(weights)), logits(build(weights, *SCALES)))
 
 
-def test_switched_off_the_result_is_bit_for_bit_the_plain_one(weights: dict[str, Tensor]) -> None:
-    """The scales are still held, under their delivered names."""
+def test_without_simulation_the_result_is_bit_identical_to_the_unquantized_model(weights: dict[str, Tensor]) -> None:
+    """The scales are still part of the model, under their delivered names."""
     model = build(weights, *SCALES, quantize_activations=False)
 
     assert torch.equal(logits(plain(weights)), logits(model))
@@ -75,7 +75,7 @@ def test_switched_off_the_result_is_bit_for_bit_the_plain_one(weights: dict[str,
 
 
 class AttentionStub(torch.nn.Module):
-    """What the attention function needs of an attention module: two query heads share one key head."""
+    """The attributes of an attention module that the attention function reads; two query heads share one key head."""
 
     num_key_value_groups = 2
     is_causal = True

@@ -1,4 +1,4 @@
-"""Comparisons that verification rests on: what passes, what doesn't, and where the worst element is said to be."""
+"""The comparisons that verification uses: what passes, what fails, and the reported position of the worst element."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TestNative:
     @settings(max_examples=25)
     @given(st.integers(0, 3), st.integers(0, 299), st.sampled_from([nan, inf, -inf, 1e3]))
     def test_the_worst_element_is_found_wherever_it_is(self, row: int, column: int, value: float):
-        """A NaN hides behind no number."""
+        """A NaN is found too, although another element differs as well."""
         want = random(4, 300)
         got = changed(want, (0, 0), float(want[0, 0]) + 1e-3)
 
@@ -62,7 +62,7 @@ class TestNative:
         assert comparison.error > 1
 
     @pytest.mark.parametrize("value", [nan, inf])
-    def test_what_the_source_has_no_number_for_never_passes(self, value: float):
+    def test_nan_and_inf_in_the_source_never_pass(self, value: float):
         odd = changed(random(2, 8), (1, 1), value)
 
         assert not compare_native(odd, odd.clone()).good
@@ -94,7 +94,7 @@ class TestRounded:
         assert (comparison.good, comparison.error) == (True, 0.0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_one_unit_in_the_last_place_is_not(self, dtype: torch.dtype):
+    def test_one_unit_in_the_last_place_is_bad(self, dtype: torch.dtype):
         exact = random(8, 64)
         integer = torch.int32 if dtype is torch.float32 else torch.int16
         got = round_once(exact, dtype)
@@ -106,8 +106,8 @@ class TestRounded:
         assert (comparison.position, comparison.differing) == ((6, 60), 1)
         assert comparison.want == float(round_once(exact, dtype)[6, 60])
 
-    def test_a_value_that_was_rounded_twice_is_not(self):
-        """1 + 2^-8 + 2^-40 lies above the middle of two bfloat16; float32 in between rounds it to the middle."""
+    def test_a_value_that_was_rounded_twice_is_bad(self):
+        """1 + 2^-8 + 2^-40 is just above the midpoint of two bfloat16; rounding to float32 first gives the midpoint."""
         exact = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)
 
         assert compare_rounded(torch.tensor([1 + 2.0**-7]).bfloat16(), exact).good
@@ -136,7 +136,7 @@ class TestRounded:
         assert (comparison.good, comparison.position) == (True, ())
 
 
-def test_json_has_text_for_what_it_has_no_number_for() -> None:
+def test_json_has_strings_for_nan_and_inf() -> None:
     comparison = compare_native(changed(random(1, 4), (0, 2), nan), random(1, 4))
 
     document = comparison.to_dict()

@@ -44,7 +44,7 @@ def logits(model: Any) -> Tensor:
 
 
 def quantize_gates(directory: Path, **quantization: Any) -> None:
-    """Make a ModelOpt directory of a dense one: gate_proj in int8 with one scale a row."""
+    """Turn an unquantized directory into a ModelOpt directory with gate_proj in int8, one scale per row."""
     tensors = load_file(directory / "model.safetensors")
     for name in [name for name in tensors if name.endswith("gate_proj.weight")]:
         scale = tensors[name].abs().amax(1).float() / 127
@@ -77,7 +77,7 @@ def test_exclude_modules_are_patterns_for_a_module_or_its_parents(
 
 
 def test_tensors_prove_what_the_configuration_says(save_tiny: Callable[..., Path]) -> None:
-    """A pattern that excludes too much or too little is a fault, never a guess."""
+    """A pattern that excludes too many or too few modules is a fault."""
     directory = save_tiny("llama")
     quantize_gates(directory, exclude_modules=["lm_head", "*self_attn*", "*.up_proj"])
 
@@ -90,7 +90,7 @@ def test_tensors_prove_what_the_configuration_says(save_tiny: Callable[..., Path
         load_model(directory)
 
 
-def test_modelopt_has_a_name_of_its_own_for_blocks(save_tiny: Callable[..., Path]) -> None:
+def test_modelopts_name_for_block_scales_is_read(save_tiny: Callable[..., Path]) -> None:
     """`fp8_pb_wo` is what ModelOpt writes for FP8_BLOCK_SCALES, and the engine reads it in any case."""
     directory = save_tiny("llama")
     quantize_gates(directory, quant_algo="FP8_pb_wo", exclude_modules=["lm_head"])
@@ -119,7 +119,7 @@ def test_single_layers_may_be_quantized(save_tiny: Callable[..., Path]) -> None:
         ({"producer": {"name": "modelopt"}}, "'quantization'"),
     ],
 )
-def test_a_configuration_that_cannot_be_meant_is_refused(
+def test_an_invalid_configuration_is_refused(
     save_tiny: Callable[..., Path], content: dict[str, Any], found: str
 ) -> None:
     directory = save_tiny("llama")
@@ -129,7 +129,7 @@ def test_a_configuration_that_cannot_be_meant_is_refused(
         load_model(directory)
 
 
-def test_modelopt_without_its_own_file_is_refused(save_tiny: Callable[..., Path]) -> None:
+def test_modelopt_without_hf_quant_config_is_refused(save_tiny: Callable[..., Path]) -> None:
     directory = save_tiny("llama")
     config = json.loads((directory / "config.json").read_text()) | {"quantization_config": {"quant_method": "modelopt"}}
     (directory / "config.json").write_text(json.dumps(config))
@@ -148,7 +148,9 @@ def test_other_methods_are_refused_by_name(save_tiny: Callable[..., Path]) -> No
 
 
 @pytest.mark.parametrize(("missing", "error"), [("config.json", DetectionError), ("model.safetensors", CatalogError)])
-def test_missing_files_are_our_errors(save_tiny: Callable[..., Path], missing: str, error: type[Exception]) -> None:
+def test_missing_files_raise_errors_of_this_package(
+    save_tiny: Callable[..., Path], missing: str, error: type[Exception]
+) -> None:
     directory = save_tiny("llama")
     (directory / missing).unlink()
 
@@ -168,13 +170,13 @@ def test_a_loaded_model_outlives_its_directory(save_tiny: Callable[..., Path]) -
 def test_compressed_tensors_directories_come_through_their_target(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bridge is crossed for that method only, with the directory and the computing dtype."""
+    """The bridge is called once, for that method only, with the directory and the compute dtype."""
     directory = save_tiny("llama")
     source = read_directory(directory, dtype=torch.float32)
     config = json.loads((directory / "config.json").read_text())
     marked = config | {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}
     (directory / "config.json").write_text(json.dumps(marked))
-    asked = []
+    calls = []
 
     @dataclass(frozen=True)
     class Delivered:
@@ -182,8 +184,8 @@ def test_compressed_tensors_directories_come_through_their_target(
         quant_config: None
         tensors: Any
 
-    def deliver(place: Path, *, dtype: torch.dtype) -> Delivered:
-        asked.append((place, dtype))
+    def deliver(directory: Path, *, dtype: torch.dtype) -> Delivered:
+        calls.append((directory, dtype))
         return Delivered(config, None, source.tensors)
 
     bridge = ModuleType("trtllm_ct.reference.bridge")
@@ -192,7 +194,7 @@ def test_compressed_tensors_directories_come_through_their_target(
 
     model = load_model(directory, dtype=torch.float32)
 
-    assert asked == [(directory, torch.float32)]
+    assert calls == [(directory, torch.float32)]
     assert logits(model).isfinite().all()
 
 
@@ -218,23 +220,23 @@ def test_modelopt_exports_load_as_delivered(shared: Path, export: str, dtype: to
 
 @pytest.mark.shared
 def test_modelopt_exports_agree_with_each_other(shared: Path) -> None:
-    """All were made of one model, so that their logits may differ by quantization only."""
-    results = [logits(load_model(shared / "modelopt-exports" / each, dtype=torch.float32)) for each in EXPORTS]
+    """All exports come from one model, so their logits differ by quantization only."""
+    results = [logits(load_model(shared / "modelopt-exports" / export, dtype=torch.float32)) for export in EXPORTS]
 
     for result in results[1:]:
         assert (result - results[0]).std() < 0.25 * results[0].std()
 
 
-def pairs(packed: Any, axis: int) -> Any:
-    """The nibbles of each byte, low one first, as neighbours along an axis."""
+def unpack_nibbles(packed: Any, axis: int) -> Any:
+    """Unpack the nibbles of each byte, the low one first, to neighbours along an axis."""
     import numpy as np
 
     low_and_high = np.stack((packed & 15, packed >> 4), axis + 1)
-    return low_and_high.reshape([size * (2 if each == axis else 1) for each, size in enumerate(packed.shape)])
+    return low_and_high.reshape([size * (2 if index == axis else 1) for index, size in enumerate(packed.shape)])
 
 
 def decode_int4(stored: dict[str, Any]) -> Any:
-    codes = pairs(stored["weight"], 0).astype(int)
+    codes = unpack_nibbles(stored["weight"], 0).astype(int)
     codes[codes > 7] -= 16
     groups = codes.reshape(*stored["weight_scale"].shape, -1)
     return (groups * stored["weight_scale"][..., None]).reshape(codes.shape)
@@ -243,9 +245,9 @@ def decode_int4(stored: dict[str, Any]) -> Any:
 def decode_nvfp4(stored: dict[str, Any]) -> Any:
     import numpy as np
 
-    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    codes = pairs(stored["weight"], 1)
-    values = np.where(codes > 7, -sizes[codes & 7], sizes[codes & 7])
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = unpack_nibbles(stored["weight"], 1)
+    values = np.where(codes > 7, -magnitudes[codes & 7], magnitudes[codes & 7])
     return values * np.kron(stored["weight_scale"], np.ones((1, 16))) * stored["weight_scale_2"]
 
 
@@ -273,7 +275,7 @@ DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.shared
 @pytest.mark.parametrize("export", DECODERS)
 def test_exports_equal_an_independent_decoding(shared: Path, export: str) -> None:
-    """Weights through numpy in float64, rounded once, and a model of plain Linears to compare with."""
+    """Weights are decoded with numpy in float64 and rounded once; the logits are those of a model of plain Linears."""
     from transformers import AutoModelForCausalLM
 
     directory = shared / "modelopt-exports" / export
@@ -281,12 +283,12 @@ def test_exports_equal_an_independent_decoding(shared: Path, export: str) -> Non
     model: Any = load_model(directory, dtype=torch.float32, quantize_activations=False)
     dense = {name: tensor.float() for name, tensor in stored.items() if f"{name}_scale" not in stored}
     for name in [name for name in stored if f"{name}_scale" in stored]:
-        own = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(name)}
-        numbers = {
+        tensors = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(name)}
+        arrays = {
             key: tensor.numpy() if tensor.dtype == torch.uint8 else tensor.double().numpy()
-            for key, tensor in own.items()
+            for key, tensor in tensors.items()
         }
-        dense[name] = torch.from_numpy(DECODERS[export](numbers)).float()
+        dense[name] = torch.from_numpy(DECODERS[export](arrays)).float()
         assert torch.equal(dense[name], model.get_submodule(name[:-7]).dequantized_weight(torch.float32))
 
     model.config.name_or_path = ""

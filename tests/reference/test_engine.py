@@ -77,7 +77,7 @@ def quantize_all(
     random_linear: Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]],
     modes: dict[str, QuantAlgo] = MIXED,
 ) -> tuple[QuantConfig, dict[str, Tensor]]:
-    """Every Linear of `modes` with random delivered tensors in place of its weight."""
+    """Replace the weight of every Linear in `modes` by random delivered tensors."""
     tensors, layers = dict(dense), {}
     for seed, (module, algo) in enumerate(modes.items()):
         rows, columns = tensors.pop(f"{module}.weight").shape
@@ -90,13 +90,13 @@ def quantize_all(
 def test_a_mixed_model_equals_the_dense_model_of_its_decoded_weights(
     dense: dict[str, Tensor], random_linear: Any, decode_slowly: Any, modes: dict[str, QuantAlgo]
 ) -> None:
-    """Every algorithm, several in one model, against transformers' own Linears with weights from the slow decoder."""
+    """Models with several algorithms are compared with transformers' own Linears and weights of the slow decoder."""
     quant_config, tensors = quantize_all(dense, random_linear, modes)
     decoded = dict(dense)
     for module, algo in modes.items():
-        own = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.rpartition(".")[0] == module}
-        weight = decode_slowly(algo, own)
-        decoded[f"{module}.weight"] = (weight * own.get("pre_quant_scale", torch.ones(1)).double()).float()
+        delivered = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.rpartition(".")[0] == module}
+        weight = decode_slowly(algo, delivered)
+        decoded[f"{module}.weight"] = (weight * delivered.get("pre_quant_scale", torch.ones(1)).double()).float()
 
     got = build(tensors, quant_config, quantize_activations=False)
 
@@ -114,7 +114,7 @@ def test_activation_quantization_can_be_switched_off(dense: dict[str, Tensor], r
 
 
 def test_the_state_is_exactly_what_was_delivered(dense: dict[str, Tensor], random_linear: Any) -> None:
-    """With float32 as the computing dtype, nothing at all is cast: same names, dtypes and values."""
+    """With float32 as the compute dtype, nothing is cast: names, dtypes and values stay the same."""
     quant_config, tensors = quantize_all(dense, random_linear)
 
     state = build(tensors, quant_config).state_dict()
@@ -205,7 +205,7 @@ def test_disagreements_are_faults_that_name_the_tensor(
     assert any(remedy in fault.remedy for fault in caught.value.faults)
 
 
-def test_all_faults_come_together(dense: dict[str, Tensor]) -> None:
+def test_all_faults_are_raised_together(dense: dict[str, Tensor]) -> None:
     tensors = {name: tensor for name, tensor in dense.items() if "layernorm" not in name}
     tensors |= {f"{DOWN}.weight_scale": torch.ones(3), "surplus": torch.ones(1)}
 
@@ -222,24 +222,24 @@ def test_each_name_is_delivered_once(dense: dict[str, Tensor]) -> None:
         build_model(CONFIG, None, twice, name="tiny")
 
 
-def test_a_wrong_architecture_is_told_apart_from_wrong_weights(dense: dict[str, Tensor]) -> None:
+def test_an_unknown_architecture_is_a_config_error(dense: dict[str, Tensor]) -> None:
     with pytest.raises(ConfigError, match="model_type 'no_such_model'"):
         build_model(CONFIG | {"model_type": "no_such_model"}, None, dense.items(), name="tiny")
 
 
 @pytest.mark.parametrize("wrong", [{"hidden_size": "many"}, {"hidden_act": "none"}, {"model_type": "clip"}], ids=str)
-def test_a_config_that_transformers_refuses_is_our_error(wrong: dict[str, Any]) -> None:
+def test_a_config_that_transformers_refuses_is_a_config_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"tiny: config\.json"):
         build_model(CONFIG | wrong, None, [], name="tiny")
 
 
 @pytest.mark.parametrize("algo", ["NVFP4", "INT8"])
 def test_other_kv_caches_are_refused_unless_switched_off(dense: dict[str, Tensor], algo: str) -> None:
-    other = QuantConfig(kv_cache_quant_algo=algo)
+    quant_config = QuantConfig(kv_cache_quant_algo=algo)
 
     with pytest.raises(PlanError, match=f"found {algo}. Pass quantize_activations=False"):
-        build(dense, other)
-    assert torch.equal(logits(build(dense)), logits(build(dense, other, quantize_activations=False)))
+        build(dense, quant_config)
+    assert torch.equal(logits(build(dense)), logits(build(dense, quant_config, quantize_activations=False)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
@@ -270,7 +270,7 @@ def test_tied_embeddings_may_be_delivered_once_or_twice(save_tiny: Callable[...,
 
 
 def test_a_tied_head_is_dense_whatever_the_configuration_says(save_tiny: Callable[..., Path]) -> None:
-    """A global algorithm that forgets to exclude `lm_head` means the Linears that have weights of their own."""
+    """A global algorithm applies only to Linears with a weight of their own, even if `lm_head` is not excluded."""
     directory = save_tiny("llama_tied", num_hidden_layers=0)
     config = json.loads((directory / "config.json").read_text())
     weights = load_model(directory).state_dict()
@@ -285,7 +285,7 @@ def test_a_tied_head_is_dense_whatever_the_configuration_says(save_tiny: Callabl
 def test_dense_directories_equal_transformers(
     save_tiny: Callable[..., Path], architecture: str, dtype: torch.dtype
 ) -> None:
-    """Bit for bit, whatever dtype the file has: same modules, same tensors, same buffers."""
+    """Modules, tensors and buffers are the same, so logits are bit-identical whatever dtype the file has."""
     from transformers import AutoModelForCausalLM
 
     directory = save_tiny(architecture)
@@ -309,8 +309,8 @@ def test_both_spellings_of_rotary_parameters_mean_the_same(save_tiny: Callable[.
     without = {key: value for key, value in config.items() if key != "rope_parameters"}
 
     models = [
-        build_model(each, None, weights.items(), dtype=torch.float32, name="tiny")
-        for each in (config, config | older, without | older)
+        build_model(variant, None, weights.items(), dtype=torch.float32, name="tiny")
+        for variant in (config, config | older, without | older)
     ]
 
     assert torch.equal(logits(models[0]), logits(models[1]))
@@ -325,7 +325,7 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
 
 
 def test_parameters_take_no_memory_before_they_are_delivered(dense: dict[str, Tensor]) -> None:
-    """A model of 700 MB is described without touching a page; that nothing was delivered for it is the only fault."""
+    """Building a model of 700 MB without any tensor writes no memory; the only faults are the missing tensors."""
     large = CONFIG | {"vocab_size": 10**7, "intermediate_size": 10**6}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -344,7 +344,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", refuse)
 
 
-def test_loading_opens_no_socket_and_says_nothing(
+def test_loading_opens_no_socket_and_prints_nothing(
     save_tiny: Callable[..., Path], no_network: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     directory = save_tiny("qwen3")
@@ -359,7 +359,7 @@ def test_loading_opens_no_socket_and_says_nothing(
     assert model.generation_config.eos_token_id == [1, 2]
 
 
-def test_a_broken_generation_config_is_our_error(save_tiny: Callable[..., Path]) -> None:
+def test_a_broken_generation_config_is_a_config_error(save_tiny: Callable[..., Path]) -> None:
     directory = save_tiny("llama")
     (directory / "generation_config.json").write_text("{")
 

@@ -10,14 +10,14 @@ from trtllm_ct.reference.experts import ReferenceExpert, ReferenceExperts, repla
 
 
 class Stack(nn.Module):
-    """What transformers says of an experts module, as its decorator leaves it."""
+    """An experts module with the flags that the decorator of transformers sets."""
 
     def __init__(self, **flags: Any) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(2, 6, 4))
         self.down_proj = nn.Parameter(torch.empty(2, 4, 3))
-        declared = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-        for name, flag in (declared | flags).items():
+        default_flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+        for name, flag in (default_flags | flags).items():
             setattr(self, name, flag)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class Stack(nn.Module):
 
 
 def expert(gate: float, up: float, down: float, dtype: torch.dtype = torch.float32) -> ReferenceExpert:
-    """An expert of one channel; its Linears multiply by these numbers."""
+    """An expert of one channel whose Linears multiply by the given numbers."""
     linears = {}
     for name, factor in {"w1": gate, "w3": up, "w2": down}.items():
         linears[name] = nn.Linear(1, 1, bias=False, dtype=dtype)
@@ -35,7 +35,7 @@ def expert(gate: float, up: float, down: float, dtype: torch.dtype = torch.float
 
 
 def test_tokens_get_the_weighted_sum_of_their_experts() -> None:
-    """An expert gives (gate + 10 * up) * down times its input: 42 and 66 here; the third one is never asked."""
+    """An expert multiplies its input by (gate + 10 * up) * down: 42 and 66 here. The third expert is never chosen."""
     experts = ReferenceExperts([expert(1, 2, 2), expert(3, 3, 2), expert(9, 9, 9)], replaced=Stack())
     states, index = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0, 1], [1, 0]])
     weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
@@ -46,7 +46,7 @@ def test_tokens_get_the_weighted_sum_of_their_experts() -> None:
 
 
 def test_sums_are_as_wide_as_the_routing_weights() -> None:
-    """256 + 1 is no bfloat16: rounded after each expert it would be 256 once and for all."""
+    """257 is not a bfloat16 number: with rounding after each expert, the sum would stay at 256."""
     experts = ReferenceExperts([expert(1, 0, 1, torch.bfloat16) for _ in range(3)], replaced=Stack())
     states, index = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[0, 1, 2]])
 
@@ -62,7 +62,7 @@ def test_names_of_the_checkpoint_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "whole"),
+    ("flags", "expected"),
     [
         ({}, True),
         ({"has_post_expert_norm": False}, True),
@@ -75,5 +75,5 @@ def test_names_of_the_checkpoint_stay() -> None:
         ({"down_proj": nn.Parameter(torch.empty(4, 3))}, False),
     ],
 )
-def test_only_experts_of_gate_up_and_down_are_replaced(flags: dict[str, Any], whole: bool) -> None:
-    assert replaceable(Stack(**flags)) == whole
+def test_only_experts_of_gate_up_and_down_are_replaced(flags: dict[str, Any], expected: bool) -> None:
+    assert replaceable(Stack(**flags)) == expected

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.reference
 
-# Two bytes of a character are two tokens; <end> is special and no text.
+# The two bytes of a character are two tokens; <end> is a special token without text.
 VOCABULARY = ["<end>", "a", "b", "c", " ", "<0xC3>", "<0xA9>", "x"]
 
 
@@ -34,7 +34,7 @@ def directory(save_tiny: Callable[..., Path]) -> Path:
 
 
 def follow(model: Any, *token_ids: int) -> Any:
-    """Make the model say these tokens, whatever came before: its last layer reads the position alone."""
+    """Make the model generate these tokens after any prompt: its last layer depends on the position only."""
     order = iter(token_ids)
 
     class Script(torch.nn.Module):
@@ -65,7 +65,7 @@ def test_the_longest_text_has_max_tokens(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [2, 9])
-def test_an_end_token_stops_and_is_no_text(directory: Path, max_tokens: int) -> None:
+def test_an_end_token_stops_and_is_not_part_of_the_text(directory: Path, max_tokens: int) -> None:
     got = generate_text(follow(load_model(directory), 1, 0, 3), "a", max_tokens=max_tokens)
 
     assert (got.text, got.token_ids, got.finish_reason) == ("a", (1, 0), "stop")
@@ -85,8 +85,8 @@ def test_a_model_without_end_token_runs_on(directory: Path) -> None:
     assert generate_text(model, "a", max_tokens=3).token_ids == (1, 0, 3)
 
 
-def test_pieces_arrive_whole_and_join_to_the_text(directory: Path) -> None:
-    """A character of two tokens comes with the second one."""
+def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text(directory: Path) -> None:
+    """A character of two tokens is reported with the second token."""
     pieces: list[str] = []
 
     got = generate_text(follow(load_model(directory), 1, 5, 6, 2), "a", max_tokens=4, on_token=pieces.append)
@@ -95,7 +95,7 @@ def test_pieces_arrive_whole_and_join_to_the_text(directory: Path) -> None:
     assert got.text == "aéb"
 
 
-def test_half_a_character_at_the_end_is_shown_as_such(directory: Path) -> None:
+def test_an_incomplete_character_at_the_end_is_a_replacement_character(directory: Path) -> None:
     pieces: list[str] = []
 
     got = generate_text(follow(load_model(directory), 1, 5), "a", max_tokens=2, on_token=pieces.append)
@@ -123,9 +123,9 @@ def test_nothing_is_printed(directory: Path, capfd: pytest.CaptureFixture[str]) 
 def test_small_models_compute_on_one_thread(
     directory: Path, monkeypatch: pytest.MonkeyPatch, limit: int, threads: int
 ) -> None:
-    """Threads that meet after every tiny operation wait for each other; the caller's number comes back."""
+    """Synchronization after every tiny operation costs more than it saves; the number of threads is restored."""
     before, seen = torch.get_num_threads(), set()
-    monkeypatch.setattr("trtllm_ct.reference.generate._SMALL_MATRIX", limit)
+    monkeypatch.setattr("trtllm_ct.reference.generate._MIN_ELEMENTS_FOR_THREADS", limit)
     torch.set_num_threads(2)
     try:
         generate_text(directory, "ab", max_tokens=2, on_token=lambda _: seen.add(torch.get_num_threads()))
@@ -145,14 +145,14 @@ def test_useless_arguments_are_usage_errors(directory: Path, prompt: str, max_to
     assert caught.value.faults[0].where == where
 
 
-def test_a_directory_without_tokenizer_is_our_error(save_tiny: Callable[..., Path]) -> None:
+def test_a_directory_without_tokenizer_is_a_config_error(save_tiny: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         generate_text(save_tiny("llama"), "a", max_tokens=1)
 
 
 @pytest.mark.parametrize("name", ["", "no/such/place"])
 def test_a_model_without_directory_has_no_tokenizer(directory: Path, name: str) -> None:
-    """Least of all the one that happens to lie in the current directory."""
+    """A tokenizer in the current directory is not used either."""
     config = json.loads((directory / "config.json").read_text())
     model = build_model(config, None, load_model(directory).state_dict().items(), name=name)
 

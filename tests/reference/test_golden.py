@@ -1,4 +1,4 @@
-"""Real checkpoints against the answers that their producers' own library gives."""
+"""Real checkpoints give the results that the libraries of their producers give."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ CHECKPOINTS = [
     *("fp8-static-kv", "fp8-dynamic", "fp8-block", "mixed-fp8-w4", "nvfp4", "mxfp4a16"),
     *("sparse-bitmask", "sparse24-fp8", "mixtral-w4a16", "qwen3moe-nvfp4"),
 ]
-# How far quantized activations may move the logits, as a share of their spread; none where they stay wide.
-MOVED = {"fp8": 0.1, "nvfp4": 0.25}
+# The largest change of the logits by quantized activations, as a fraction of their standard deviation. All other
+# checkpoints have unquantized activations.
+MAX_CHANGE = {"fp8": 0.1, "nvfp4": 0.25}
 
 
 def load_golden(directory: Path) -> dict[str, torch.Tensor]:
@@ -61,7 +62,7 @@ def test_logits_tokens_and_weights_are_the_golden_ones(shared: Path, checkpoint:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_quantized_activations_stay_near_the_golden_logits(shared: Path, checkpoint: str) -> None:
-    """A wrong scale is an error of the size of the logits; rounding to three mantissa bits is a fraction of it."""
+    """A wrong scale causes an error as large as the logits; rounding to three mantissa bits causes a fraction of it."""
     directory = shared / "checkpoints" / checkpoint
     golden = load_golden(directory)
 
@@ -70,7 +71,7 @@ def test_quantized_activations_stay_near_the_golden_logits(shared: Path, checkpo
     with torch.no_grad():
         difference = model(golden["prompt"][None]).logits[0, -8:] - golden["logits"]
     spread = golden["logits"].std()
-    limit = next((share for name, share in MOVED.items() if name in checkpoint), None)
+    limit = next((fraction for name, fraction in MAX_CHANGE.items() if name in checkpoint), None)
     if limit is None:
         assert difference.abs().max() < 2e-3 * spread
     else:
@@ -92,7 +93,7 @@ def assert_golden(model: Any, directory: Path) -> None:
 
 
 def test_nvfp4_experts_give_the_golden_logits(shared: Path) -> None:
-    """The producer's codes and group scales under the engine's names, and the reciprocals of its global scales."""
+    """Codes and group scales are the producer's, under the engine's names; global scales are inverted."""
     directory = shared / "checkpoints" / "qwen3moe-nvfp4"
     local_names = {
         "weight_packed": "weight",
@@ -114,7 +115,7 @@ def test_nvfp4_experts_give_the_golden_logits(shared: Path) -> None:
 
 
 def test_experts_by_the_producers_names_give_the_golden_logits(shared: Path) -> None:
-    """Mixtral with gate_proj and so on: eight codes to an int32, lowest first, offset by 8, in groups of 128."""
+    """Mixtral with gate_proj, up_proj and down_proj; eight codes per int32, lowest first, offset 8, groups of 128."""
     directory = shared / "checkpoints" / "mixtral-w4a16"
     stored = load_file(directory / "model.safetensors")
     tensors = {name: tensor for name, tensor in stored.items() if name.endswith(".weight")}

@@ -31,12 +31,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_reference_shares_no_code_with_what_it_proves(source: Path) -> None:
-    """It may know vocabulary, files and configurations; the bridge alone knows the pipeline."""
+    """It may import vocabulary, file readers and configurations; only the bridge may import the pipeline."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    ours = {name.split(".")[1] for name in imported if name.startswith("trtllm_ct.")}
+    folders = {name.split(".")[1] for name in imported if name.startswith("trtllm_ct.")}
 
     vocabulary = {"base", "engine", "reference"}
     files = {"checkpoint", "config"}
-    more = {"directory": files, "bridge": {"pipeline"}, "compare": {"layouts"}, "effective_weights": {"config"}}
-    assert ours <= vocabulary | more.get(source.stem, set())
+    extra = {"directory": files, "bridge": {"pipeline"}, "compare": {"layouts"}, "effective_weights": {"config"}}
+    assert folders <= vocabulary | extra.get(source.stem, set())

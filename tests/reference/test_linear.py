@@ -87,13 +87,13 @@ def test_weights_equal_the_slow_decoder(algo: QuantAlgo, random_linear: RandomLi
 
     want = decode_slowly(algo, tensors)
     assert torch.equal(want, module.dequantized_weight(torch.float64))
-    # One float32 multiplication, and for GPTQ one addition of a number of the same size.
+    # The error of one float32 multiplication, and for GPTQ of one addition of a number of the same size.
     assert torch.allclose(module.dequantized_weight(torch.float32).double(), want, rtol=2e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("algo", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_weights_are_the_float32_ones_rounded_once(
+def test_16_bit_weights_are_the_float32_weights_rounded_once(
     algo: QuantAlgo, dtype: torch.dtype, random_linear: RandomLinear
 ) -> None:
     layer, tensors = random_linear(algo, *SHAPE)
@@ -157,7 +157,7 @@ def test_fp8_without_input_scale_takes_the_scale_of_the_input(random_linear: Ran
 def test_delivered_tensors_outlive_casts(
     algo: QuantAlgo, cast: Callable[[ReferenceLinear], ReferenceLinear], random_linear: RandomLinear
 ) -> None:
-    """A cast of the model must not touch codes or scales; it only decides what is computed in."""
+    """A cast of the model does not change codes and scales."""
     layer, tensors = random_linear(algo, *SHAPE)
 
     state = cast(build(tensors, layer, SHAPE)).state_dict()
@@ -180,9 +180,9 @@ def test_a_scalar_scale_may_have_an_axis(random_linear: RandomLinear) -> None:
     layer, tensors = random_linear(QuantAlgo.FP8, 6, 8)
     flat = tensors | {"weight_scale": tensors["weight_scale"].reshape(1)}
 
-    one, other = build(tensors, layer, (6, 8)), build(flat, layer, (6, 8))
+    scalar, vector = build(tensors, layer, (6, 8)), build(flat, layer, (6, 8))
 
-    assert torch.equal(one.dequantized_weight(torch.float32), other.dequantized_weight(torch.float32))
+    assert torch.equal(scalar.dequantized_weight(torch.float32), vector.dequantized_weight(torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_odd_rows_have_no_pairs() -> None:
         build(tensors, LayerQuantConfig(quant_algo=QuantAlgo.W4A16), (7, 8))
 
 
-def test_all_faults_of_a_module_come_together() -> None:
+def test_all_faults_of_a_module_are_raised_together() -> None:
     tensors = {"weight": torch.zeros(6, 8), "weight_scale": torch.ones(5), "g_idx": torch.zeros(8)}
 
     with pytest.raises(PlanError) as caught:

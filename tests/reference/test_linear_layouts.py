@@ -1,4 +1,4 @@
-"""The layouts of small floats and blocks, with bytes and numbers worked out by hand."""
+"""The layouts of small floats and of block scales, with bytes and values computed by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# All sixteen codes in their order: byte i holds code 2i (low nibble) and code 2i + 1 (high nibble).
+# All sixteen codes in order: byte i holds code 2i (low nibble) and code 2i + 1 (high nibble).
 ALL_CODES = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]], dtype=torch.uint8)
 E2M1 = torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]])
 FP4 = [QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4]
@@ -50,7 +50,7 @@ def test_nvfp4_is_code_times_both_scales(algo: QuantAlgo) -> None:
 
 
 def test_mxfp4_scales_are_exponents() -> None:
-    """Byte 127 is one, 130 is eight; 0 is the smallest, 2^-127, which float32 still tells from zero."""
+    """Byte 127 is 1, byte 130 is 8; byte 0 is 2^-127, which is not zero in float32."""
     tensors = {"weight": ALL_CODES.repeat(1, 6), "weight_scale": torch.tensor([[127, 130, 0]], dtype=torch.uint8)}
 
     weight = build(tensors, QuantAlgo.W4A16_MXFP4, 1, 96).dequantized_weight(torch.float32)
@@ -75,8 +75,8 @@ def blocks(scale: Tensor, name: str = "weight_scale") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
 @pytest.mark.parametrize("axes", [2, 4])
-def test_blocks_at_the_edges_are_cut(name: str, axes: int) -> None:
-    """130 rows and 260 columns have 2 x 3 blocks of 128; ModelOpt gives the scale two axes of length one more."""
+def test_blocks_at_the_edges_are_partial(name: str, axes: int) -> None:
+    """130 rows and 260 columns have 2 x 3 blocks of 128; ModelOpt's scale has two more axes of length 1."""
     scale = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     stored = scale if axes == 2 else scale[:, None, :, None]
 
@@ -155,7 +155,7 @@ def test_a_weight_only_linear_may_have_an_input_scale_and_ignores_it(
 
 
 @pytest.mark.parametrize(("algo", "size"), [*((algo, 16) for algo in FP4), *((algo, 32) for algo in MX)])
-def test_formats_with_one_group_size_know_no_other(
+def test_formats_with_a_fixed_group_size_refuse_others(
     algo: QuantAlgo, size: int, random_linear: Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]
 ) -> None:
     _, tensors = random_linear(algo, 4, 64)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: tiny random models of many families, delivered in every form that experts come in."""
+"""Mixture-of-experts models: tiny random models of many families, with experts delivered in every form."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def build(directory: Path, tensors: dict[str, Tensor], quant_config: QuantConfig | None = None, **fields: Any) -> Any:
-    """A model of a directory's configuration, with `fields` in place of its own, and of other tensors."""
+    """Build a model from a directory's config, with `fields` replaced, and from `tensors`."""
     config = read_config(directory) | fields
     return build_model(
         config, quant_config, tensors.items(), dtype=torch.float32, quantize_activations=False, name="tiny"
@@ -75,13 +75,13 @@ def test_dense_mixtures_equal_transformers(save_tiny: Callable[..., Path], famil
     assert torch.allclose(logits(transformers_model(directory)), logits(got), atol=1e-6)
 
 
-def test_every_family_with_other_names_is_among_them() -> None:
+def test_every_family_with_renamed_modules_is_tested() -> None:
     assert set(name_tables._RENAMED) <= set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_the_router_is_as_exact_as_in_transformers(save_tiny: Callable[..., Path], family: str) -> None:
-    """In bfloat16 the bias of DeepSeek's router stays float32, as every tensor has transformers' dtype."""
+    """Every tensor has the dtype that transformers gives it; the bias of DeepSeek's router stays in float32."""
     directory = save_tiny(family)
 
     want, got = transformers_model(directory, torch.bfloat16), load_model(directory, dtype=torch.bfloat16)
@@ -94,12 +94,12 @@ def test_the_router_is_as_exact_as_in_transformers(save_tiny: Callable[..., Path
 def quantize_experts(
     tensors: dict[str, Tensor], random_linear: Any, algo: QuantAlgo = QuantAlgo.W8A16
 ) -> tuple[dict[str, Tensor], dict[str, LayerQuantConfig]]:
-    """The tensors with every expert's Linears quantized at random, and the modes of these."""
+    """Replace the weights of all experts by random quantized tensors; return all tensors and the experts' modes."""
     quantized, layers = dict(tensors), {}
     for seed, name in enumerate(expert_linears(tensors)):
         shape = quantized.pop(f"{name}.weight").shape
-        layers[name], own = random_linear(algo, *shape, seed)
-        quantized |= {f"{name}.{local}": tensor for local, tensor in own.items()}
+        layers[name], delivered = random_linear(algo, *shape, seed)
+        quantized |= {f"{name}.{local}": tensor for local, tensor in delivered.items()}
     return quantized, layers
 
 
@@ -112,12 +112,12 @@ def test_quantized_experts_equal_the_model_of_their_decoded_weights(
     dense = read_tensors(directory)
     tensors, layers = quantize_experts(dense, random_linear, algo)
     for name in layers:
-        own = {
+        delivered = {
             local: tensors[f"{name}.{local}"]
             for local in ("weight", "weight_scale", "weight_scale_2")
             if f"{name}.{local}" in tensors
         }
-        dense[f"{name}.weight"] = decode_slowly(algo, own).float()
+        dense[f"{name}.weight"] = decode_slowly(algo, delivered).float()
     save_file(dense, directory / "model.safetensors", {"format": "pt"})
 
     got = build(directory, tensors, QuantConfig(quantized_layers=layers))
@@ -125,18 +125,18 @@ def test_quantized_experts_equal_the_model_of_their_decoded_weights(
     want = logits(transformers_model(directory))
     assert torch.allclose(want, logits(got), atol=1e-5 * want.abs().max())
     experts = [module for module in got.modules() if isinstance(module, ReferenceExperts)]
-    assert sum(isinstance(module, ReferenceLinear) for each in experts for module in each.modules()) == len(layers)
+    assert sum(isinstance(linear, ReferenceLinear) for stack in experts for linear in stack.modules()) == len(layers)
 
 
-def test_one_entry_may_speak_for_all_experts_of_a_layer(save_tiny: Callable[..., Path], random_linear: Any) -> None:
+def test_one_entry_may_name_all_experts_of_a_layer(save_tiny: Callable[..., Path], random_linear: Any) -> None:
     directory = save_tiny("qwen3_moe")
     tensors, layers = quantize_experts(read_tensors(directory), random_linear)
-    of_layers = {f"model.layers.{layer}.mlp.experts": W8A16 for layer in range(2)}
-    everywhere = {name.removesuffix(".weight") for name in tensors if name.removesuffix(".weight") not in layers}
+    layer_entries = {f"model.layers.{layer}.mlp.experts": W8A16 for layer in range(2)}
+    not_experts = {name.removesuffix(".weight") for name in tensors if name.removesuffix(".weight") not in layers}
 
     one_by_one = build(directory, tensors, QuantConfig(quantized_layers=layers))
-    by_layer = build(directory, tensors, QuantConfig(quantized_layers=of_layers))
-    by_exclusion = build(directory, tensors, QuantConfig(layer=W8A16, exclude_modules=tuple(everywhere)))
+    by_layer = build(directory, tensors, QuantConfig(quantized_layers=layer_entries))
+    by_exclusion = build(directory, tensors, QuantConfig(layer=W8A16, exclude_modules=tuple(not_experts)))
 
     assert torch.equal(logits(one_by_one), logits(by_layer))
     assert torch.equal(logits(one_by_one), logits(by_exclusion))
@@ -174,8 +174,8 @@ def test_both_spellings_mean_the_same_in_every_family(
     old, new = (gate_up_down, stored) if stored else (("w1", "w3", "w2"), gate_up_down)
     tensors = {}
     for name, tensor in read_tensors(directory).items():
-        for one, other in zip(old, new, strict=True):
-            name = name.replace(f".{one}.weight", f".{other}.weight") if ".experts." in name else name  # noqa: PLW2901
+        for old_name, new_name in zip(old, new, strict=True):
+            name = name.replace(f".{old_name}.weight", f".{new_name}.weight") if ".experts." in name else name  # noqa: PLW2901
         tensors[name] = tensor
 
     assert torch.equal(logits(load_model(directory, dtype=torch.float32)), logits(build(directory, tensors)))
@@ -188,7 +188,7 @@ def test_both_spellings_mean_the_same_in_every_family(
 def test_pruned_experts_need_a_pruned_router(
     save_tiny: Callable[..., Path], family: str, experts: str, kept: int, stacked: bool
 ) -> None:
-    """A layer with fewer experts than config.json says is the layer of a model that has as many everywhere."""
+    """A model whose layers and routers have fewer experts than config.json says equals one whose config is right."""
     directory = save_tiny(family, **{experts: kept})
     tensors = transformers_model(directory).state_dict() if stacked else read_tensors(directory)
 
@@ -242,7 +242,7 @@ ALL_MODES = {f"{EXPERT}.{expert}.{name}": W8A16 for expert in range(4) for name 
         ("experts.", STACKS | {f"{MIXTRAL}.gate.weight": torch.zeros(3, 32)}, {}, EXPERT, "3 in gate", "together"),
     ],
 )  # fmt: skip
-def test_experts_that_are_not_whole_are_faults_in_the_names_of_the_file(
+def test_incomplete_experts_are_faults_that_name_the_tensors_of_the_file(
     save_tiny: Callable[..., Path],
     removed: str | None,
     added: dict[str, Tensor | None],
@@ -270,7 +270,7 @@ def test_groups_of_experts_must_stay_equal(save_tiny: Callable[..., Path]) -> No
 
 
 def test_experts_with_more_than_gate_up_and_down_are_refused_once_a_layer(save_tiny: Callable[..., Path]) -> None:
-    """gpt-oss has biases and interleaves gate and up; its plain stacks are transformers' own matter."""
+    """gpt-oss has biases and interleaves gate and up; its unquantized stacks are left to transformers."""
     directory = save_tiny("gpt_oss")
     tensors = read_tensors(directory)
     singles = {f"model.layers.0.mlp.experts.{e}.gate_proj.weight": torch.zeros(32, 32) for e in range(4)}
@@ -289,7 +289,7 @@ def test_kimi_k2_is_deepseek_v3_under_another_name(save_tiny: Callable[..., Path
 
 
 def test_layers_that_predict_several_tokens_are_left_out(save_tiny: Callable[..., Path]) -> None:
-    """DeepSeek stores them behind the last layer, Qwen under `mtp`; a layer that is no such stays a fault."""
+    """DeepSeek stores them after the last layer, Qwen under `mtp`; any other surplus layer is a fault."""
     directory = save_tiny("deepseek_v3")
     tensors = read_tensors(directory)
     drafts = {"model.layers.2.eh_proj.weight": torch.zeros(1), "mtp.layers.0.mlp.up_proj.weight": torch.zeros(1)}

@@ -1,4 +1,4 @@
-"""Multimodal checkpoints: the causal language model of `text_config`, from the tensors of the language part."""
+"""Multimodal checkpoints: the causal language model of `text_config` is built from the language model's tensors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_vl": pieces(INTERLEAVED, QWEN_VISION),
     "qwen3_vl_moe": pieces(INTERLEAVED, QWEN_VISION),
 }
-# What the same part was called before transformers 4.52 and since; Qwen-VL had no prefix of its own before.
+# The prefixes of the language model before transformers 4.52 and since; Qwen-VL had no separate prefix before.
 GENERATIONS = [
     ("language_model.model.", "language_model.lm_head."),
     ("model.language_model.", "lm_head."),
@@ -77,7 +77,7 @@ GENERATIONS = [
 
 @pytest.fixture
 def save_multimodal(tmp_path: Path) -> Callable[..., Path]:
-    """`save_multimodal("mistral3")`: a directory with a random model of that type, written by transformers."""
+    """`save_multimodal("mistral3")` returns a directory with a random model of that type, saved by transformers."""
 
     def save(model_type: str, **fields: Any) -> Path:
         from transformers import AutoConfig, AutoModelForImageTextToText
@@ -136,7 +136,7 @@ def test_every_generation_of_names_is_read(save_multimodal: Callable[..., Path],
 
 
 def test_published_stacks_of_qwen3_vl_are_transposed(save_multimodal: Callable[..., Path]) -> None:
-    """[E, in, out] in the repositories of its makers, [E, out, in] where transformers 5 wrote it."""
+    """Its publishers store [E, in, out]; transformers 5 writes [E, out, in]."""
     directory = save_multimodal("qwen3_vl_moe", text_config=TEXT | INTERLEAVED | {"moe_intermediate_size": 24})
     want = logits(load_model(directory, dtype=torch.float32))
 
@@ -146,7 +146,7 @@ def test_published_stacks_of_qwen3_vl_are_transposed(save_multimodal: Callable[.
 
 
 def test_a_quantized_language_part_beside_a_plain_tower(save_multimodal: Callable[..., Path]) -> None:
-    """Names in `hf_quant_config.json` are those of the file, prefixes and all."""
+    """`hf_quant_config.json` uses the names of the checkpoint, including prefixes."""
     directory = save_multimodal("mistral3")
 
     def quantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def test_a_quantized_language_part_beside_a_plain_tower(save_multimodal: Callabl
     assert quantized == {f"model.layers.{layer}.mlp.up_proj" for layer in range(2)}
 
 
-def test_the_language_part_must_be_whole(save_multimodal: Callable[..., Path]) -> None:
+def test_the_language_part_must_be_complete(save_multimodal: Callable[..., Path]) -> None:
     directory = save_multimodal("mistral3")
     rewrite(directory, lambda tensors: {name: tensor for name, tensor in tensors.items() if "up_proj" not in name})
 

@@ -30,7 +30,7 @@ def names(model_type: str = "llama", **config: Any) -> NameMap:
         ("mixtral", "lm_head", "lm_head"),
     ],
 )
-def test_names_of_a_family_lead_to_paths_and_back(model_type: str, stored: str, path: str) -> None:
+def test_names_of_a_family_map_to_paths_and_back(model_type: str, stored: str, path: str) -> None:
     assert names(model_type).path(stored) == path
     assert names(model_type).stored(path) == stored
 
@@ -66,7 +66,7 @@ def test_the_language_part_of_a_multimodal_checkpoint_is_found(stored: str, path
 
 
 def test_a_language_model_has_no_prefixes() -> None:
-    """There, a name that fits nowhere must stay a fault."""
+    """A name that fits nowhere must stay a fault in a text-only checkpoint."""
     for config in ({}, {"text_config": None}, {"text_config": {}}):
         assert names(**config).path("visual.blocks.0.weight") == "visual.blocks.0.weight"
 

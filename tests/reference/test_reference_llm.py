@@ -40,7 +40,7 @@ def llm(directory: Path) -> Any:
 
 
 def follow(llm: Any, *token_ids: int) -> None:
-    """Make the model say these tokens, whatever came before."""
+    """Make the model generate these tokens after any prompt."""
     order = iter(token_ids)
 
     class Script(torch.nn.Module):
@@ -78,7 +78,7 @@ def test_one_prompt_gives_one_result_and_a_list_a_list(llm: Any) -> None:
     assert llm.generate([], params) == []
 
 
-def test_without_parameters_it_says_32_tokens(llm: Any) -> None:
+def test_without_parameters_it_generates_32_tokens(llm: Any) -> None:
     follow(llm, *[A] * 40)
 
     assert llm.generate("b").outputs[0].token_ids == [A] * 32
@@ -90,7 +90,7 @@ def test_each_prompt_may_have_parameters_of_its_own(llm: Any) -> None:
     assert [len(result.outputs[0].token_ids) for result in got] == [1, 3]
 
 
-def test_a_drawn_text_depends_on_its_seed_and_not_on_its_neighbours(llm: Any) -> None:
+def test_a_sampled_text_depends_on_its_seed_and_not_on_other_prompts(llm: Any) -> None:
     drawn = SamplingParams(max_tokens=12, temperature=20.0, seed=5)
 
     alone = llm.generate("ab", drawn).outputs[0]
@@ -127,7 +127,7 @@ def test_a_text_ends_before_a_stop_string(llm: Any, stop: str | list[str], text:
     assert output.stop_reason in ([stop] if isinstance(stop, str) else stop)
 
 
-def test_a_token_that_holds_the_stop_string_and_more_goes_with_it(llm: Any) -> None:
+def test_a_token_that_overlaps_the_stop_string_is_dropped(llm: Any) -> None:
     follow(llm, A, BC, A)
 
     output = llm.generate("a", SamplingParams(max_tokens=6, stop="c")).outputs[0]
@@ -143,7 +143,7 @@ def test_a_character_of_two_tokens_is_waited_for(llm: Any) -> None:
     assert (output.text, output.token_ids, output.stop_reason) == ("", [], "é")
 
 
-def test_token_ids_do_without_a_tokenizer(directory: Path) -> None:
+def test_token_ids_need_no_tokenizer(directory: Path) -> None:
     from trtllm_ct.reference import ReferenceLLM
 
     (directory / "tokenizer.json").unlink()
@@ -190,7 +190,7 @@ def test_a_prompt_without_tokens_or_with_unknown_ones_is_refused(llm: Any, promp
         llm.generate([prompt] if prompt == [] else prompt)
 
 
-def test_as_many_parameters_as_prompts(llm: Any) -> None:
+def test_the_number_of_parameters_must_equal_the_number_of_prompts(llm: Any) -> None:
     with pytest.raises(UsageError, match="expected 2, one a prompt, found 3"):
         llm.generate(["a", "b"], [SamplingParams()] * 3)
 

@@ -27,7 +27,7 @@ def test_without_a_cut_it_is_the_softmax(logits: torch.Tensor, temperature: floa
 
 @settings(deadline=None)
 @given(logits_of_tokens, temperatures, st.integers(1, 40), shares)
-def test_what_is_left_keeps_its_order_and_sums_to_one(
+def test_kept_tokens_keep_their_order_and_sum_to_one(
     logits: torch.Tensor, temperature: float, top_k: int, top_p: float
 ) -> None:
     got = token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -41,7 +41,7 @@ def test_what_is_left_keeps_its_order_and_sums_to_one(
 
 @settings(deadline=None)
 @given(logits_of_tokens, shares)
-def test_top_p_leaves_the_fewest_tokens_that_reach_it(logits: torch.Tensor, top_p: float) -> None:
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(logits: torch.Tensor, top_p: float) -> None:
     whole = token_probabilities(logits)
 
     left = token_probabilities(logits, top_p=top_p) > 0
@@ -50,8 +50,8 @@ def test_top_p_leaves_the_fewest_tokens_that_reach_it(logits: torch.Tensor, top_
     assert float(whole[left].sum() - whole[left].min()) < top_p + 1e-9
 
 
-def test_top_p_counts_among_what_top_k_left() -> None:
-    """Of 0.4, 0.3, 0.3 the first two are 4/7 and 3/7: 0.5 needs the first alone."""
+def test_top_p_applies_to_the_tokens_that_top_k_keeps() -> None:
+    """With top_k=2, the probabilities 0.4, 0.3, 0.3 become 4/7 and 3/7; for top_p=0.5 the first token is enough."""
     logits = torch.tensor([0.4, 0.3, 0.3]).log()
 
     assert token_probabilities(logits, top_k=2, top_p=0.5).tolist() == [1, 0, 0]
@@ -84,16 +84,16 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"), [(3, 3, True), (3, 4, False), (None, 0, True), (2**64 - 1, 5, False)]
+    ("first", "second", "same"), [(3, 3, True), (3, 4, False), (None, 0, True), (2**64 - 1, 5, False)]
 )
-def test_a_seed_decides_what_is_drawn(one: int | None, other: int | None, same: bool) -> None:
+def test_a_seed_decides_what_is_drawn(first: int | None, second: int | None, same: bool) -> None:
     logits = torch.zeros(1000)
 
     def drawn(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1.0, seed=seed))
         return [sampler(logits) for _ in range(8)]
 
-    assert (drawn(one) == drawn(other)) is same
+    assert (drawn(first) == drawn(second)) is same
 
 
 def test_the_global_generator_is_not_touched() -> None:
@@ -105,7 +105,7 @@ def test_the_global_generator_is_not_touched() -> None:
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1)], ids=["greedy", "drawn"])
-def test_logits_that_are_no_numbers_are_refused(params: SamplingParams) -> None:
+def test_nan_logits_are_refused(params: SamplingParams) -> None:
     with pytest.raises(PayloadError, match="1 of 3 that are NaN"):
         Sampler(params)(torch.tensor([0.0, torch.nan, 1.0]))
 
@@ -131,12 +131,12 @@ def test_logits_that_are_no_numbers_are_refused(params: SamplingParams) -> None:
         ("stop", [7]),
     ],
 )
-def test_values_without_a_meaning_are_refused_by_name(name: str, value: object) -> None:
+def test_values_out_of_range_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"SamplingParams\.{name}: "):
         SamplingParams(**{name: value})
 
 
-def test_all_of_them_are_named_together() -> None:
+def test_all_values_out_of_range_are_reported_together() -> None:
     with pytest.raises(UsageError) as caught:
         SamplingParams(max_tokens=-1, top_p=2, seed=-3)
 
@@ -146,8 +146,8 @@ def test_all_of_them_are_named_together() -> None:
 
 
 @dataclass(kw_only=True)
-class TheirParams:
-    """Like TensorRT-LLM's class: more fields, some of which are settled by others."""
+class EngineParams:
+    """Like TensorRT-LLM's class: it has more fields, and derives some of them from others."""
 
     max_tokens: int = 32
     temperature: float | None = None
@@ -163,15 +163,15 @@ class TheirParams:
 
 
 def test_the_engines_own_class_is_read_field_by_field() -> None:
-    theirs = TheirParams(max_tokens=7, temperature=0.5, stop="x")
-    theirs._words = [1]
+    engine_params = EngineParams(max_tokens=7, temperature=0.5, stop="x")
+    engine_params._words = [1]
 
-    assert SamplingParams.of(theirs) == SamplingParams(max_tokens=7, temperature=0.5, stop="x")
+    assert SamplingParams.of(engine_params) == SamplingParams(max_tokens=7, temperature=0.5, stop="x")
 
 
-def test_what_the_reference_engine_lacks_is_refused_by_name() -> None:
+def test_fields_that_the_reference_engine_lacks_are_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
-        SamplingParams.of(TheirParams(n=2, logprobs=1, embedding_bias=torch.zeros(2)))
+        SamplingParams.of(EngineParams(n=2, logprobs=1, embedding_bias=torch.zeros(2)))
 
     assert [fault.where.partition(".")[2] for fault in caught.value.faults] == [
         "n",
@@ -181,7 +181,7 @@ def test_what_the_reference_engine_lacks_is_refused_by_name() -> None:
     ]
 
 
-@pytest.mark.parametrize("params", [{"max_tokens": 3}, 32, TheirParams])
-def test_anything_else_is_no_sampling_params(params: object) -> None:
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, 32, EngineParams])
+def test_other_types_are_refused(params: object) -> None:
     with pytest.raises(UsageError, match=r"trtllm_ct\.SamplingParams"):
         SamplingParams.of(params)

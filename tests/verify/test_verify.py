@@ -1,4 +1,4 @@
-"""verify_checkpoint: sound sources and faithful conversions pass, every kind of damage is caught where it is."""
+"""verify_checkpoint: valid sources and correct conversions pass; every kind of damage is reported with its place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Change = Callable[[dict[str, Tensor]], object]
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Built, Path]:
-    """A checkpoint of four native modes, dequantized and plain modules, and its conversion."""
+    """A checkpoint with native, dequantized and unquantized modules, and the directory converted from it."""
     config = tiny_config("Qwen2ForCausalLM", hidden=128, intermediate=256, layers=1)
     built = write_checkpoint(tmp_path / "source", config=config, scheme=MIXED, kv=True)
     convert_checkpoint(built.directory, tmp_path / "out")
@@ -70,7 +70,7 @@ class TestSource:
         with pytest.raises(PlanError, match="weight_scale"):
             verify_checkpoint(tmp_path)
 
-    def test_bad_scales_of_all_modules_are_told_together(self, tmp_path: Path):
+    def test_bad_scales_of_all_modules_are_reported_together(self, tmp_path: Path):
         def break_scales(stored: dict[str, Tensor]) -> None:
             stored[f"{Q}.weight_scale"][5] = -1
             stored[f"{K}.weight_scale"][3] = float("nan")
@@ -90,7 +90,7 @@ class TestSource:
         assert caught.value.faults == report.faults
 
     @pytest.mark.parametrize("code", [0x7F, 0xFF])
-    def test_a_code_that_is_no_number_is_a_fault_with_its_index(self, tmp_path: Path, code: int):
+    def test_a_nan_code_is_a_fault_with_its_index(self, tmp_path: Path, code: int):
         def write(stored: dict[str, Tensor]) -> None:
             stored[f"{DOWN}.weight"].view(torch.uint8)[7, 30] = code
 
@@ -102,7 +102,7 @@ class TestSource:
         assert (fault.expected, fault.found) == ("finite codes", "1 fp8 codes that are no number (NaN)")
 
     def test_scales_of_zero_are_allowed_and_counted(self, tmp_path: Path):
-        """A group that is all zero has no scale worth speaking of; the largest code would do no harm either."""
+        """A scale of zero makes a whole row or group zero, whatever its codes are; this is legitimate."""
 
         def write(stored: dict[str, Tensor]) -> None:
             stored[f"{Q}.weight_scale"][3, 1] = 0
@@ -198,7 +198,7 @@ class TestConversion:
 
         assert any(name in fault.where for fault in report.faults)
 
-    def test_a_wrong_scale_of_the_input_is_a_wrong_weight(self, pair: tuple[Built, Path]):
+    def test_a_wrong_pre_quant_scale_is_a_wrong_weight(self, pair: tuple[Built, Path]):
         def double(stored: dict[str, Tensor]) -> None:
             stored[f"{O}.pre_quant_scale"][100] = 2
 
@@ -208,14 +208,14 @@ class TestConversion:
         assert comparison.position[1] == 100
         assert comparison.got == 2 * comparison.want
 
-    def test_a_scale_of_the_input_that_no_engine_reads_is_named(self, pair: tuple[Built, Path]):
-        """A fused Linear ignores it, so even one that belongs to the weights would be lost."""
+    def test_a_pre_quant_scale_that_no_engine_reads_is_named(self, pair: tuple[Built, Path]):
+        """A fused Linear ignores `pre_quant_scale`, so its effect would be lost."""
         report = damaged(pair, lambda stored: stored.update({f"{Q}.pre_quant_scale": torch.ones(128).bfloat16()}))
 
         assert only_fault(report).where == f"{Q}.pre_quant_scale"
 
     @pytest.mark.parametrize("name", [f"{GATE}.weight", f"{Q}.weight_scale"])
-    def test_a_value_that_is_no_number_is_the_worst(self, pair: tuple[Built, Path], name: str):
+    def test_a_nan_value_is_the_worst(self, pair: tuple[Built, Path], name: str):
         def write(stored: dict[str, Tensor]) -> None:
             if stored[name].dtype is torch.float8_e4m3fn:
                 stored[name].view(torch.uint8)[9, 70] = 0x7F
@@ -250,10 +250,10 @@ class TestConversion:
 
 
 class TestConfiguration:
-    """hf_quant_config.json says how the tensors are read, so a wrong word in it is a wrong weight."""
+    """hf_quant_config.json says how the tensors are read, so a mistake in it makes weights wrong."""
 
     @staticmethod
-    def told_otherwise(pair: tuple[Built, Path], change: Callable[[dict[str, Any]], object]) -> VerificationReport:
+    def with_changed_config(pair: tuple[Built, Path], change: Callable[[dict[str, Any]], object]) -> VerificationReport:
         built, out = pair
         path = out / "hf_quant_config.json"
         document = json.loads(path.read_text())
@@ -264,37 +264,43 @@ class TestConfiguration:
         return report
 
     def test_a_quantized_module_that_is_excluded(self, pair: tuple[Built, Path]):
-        report = self.told_otherwise(pair, lambda told: told["exclude_modules"].append(O))
+        report = self.with_changed_config(pair, lambda quantization: quantization["exclude_modules"].append(O))
 
-        found = {fault.where: fault for fault in report.faults}
-        assert "since hf_quant_config.json gives it no mode" in found[f"{O}.weight"].expected
-        assert found[f"{O}.weight"].found == "torch.uint8 [64, 128]"
+        faults = {fault.where: fault for fault in report.faults}
+        assert "since hf_quant_config.json gives it no mode" in faults[f"{O}.weight"].expected
+        assert faults[f"{O}.weight"].found == "torch.uint8 [64, 128]"
 
     def test_a_plain_module_that_is_given_a_mode(self, pair: tuple[Built, Path]):
-        def add(told: dict[str, Any]) -> None:
-            told["quantized_layers"]["lm_head"] = {"quant_algo": "FP8"}
-            told["exclude_modules"].remove("lm_head")
+        def add(quantization: dict[str, Any]) -> None:
+            quantization["quantized_layers"]["lm_head"] = {"quant_algo": "FP8"}
+            quantization["exclude_modules"].remove("lm_head")
 
-        report = self.told_otherwise(pair, add)
+        report = self.with_changed_config(pair, add)
 
         assert {fault.where.partition(".")[0] for fault in report.faults} == {"lm_head"}
 
-    def test_the_exclude_list_of_one_mode(self, tmp_path: Path):
+    def test_an_empty_exclude_list(self, tmp_path: Path):
         built = write_checkpoint(tmp_path / "source", config=tiny_config(layers=1), scheme="int4-g64")
         convert_checkpoint(built.directory, tmp_path / "out")
 
-        report = self.told_otherwise((built, tmp_path / "out"), lambda told: told.update(exclude_modules=[]))
+        report = self.with_changed_config(
+            (built, tmp_path / "out"), lambda quantization: quantization.update(exclude_modules=[])
+        )
 
         assert {fault.where.partition(".")[0] for fault in report.faults} == {"lm_head"}
 
     def test_another_group_size(self, pair: tuple[Built, Path]):
-        report = self.told_otherwise(pair, lambda told: told["quantized_layers"][O].update(group_size=128))
+        report = self.with_changed_config(
+            pair, lambda quantization: quantization["quantized_layers"][O].update(group_size=128)
+        )
 
         assert only_fault(report).where == f"{O}.weight_scale"
         assert "group_size 128" in only_fault(report).expected
 
     def test_another_algorithm(self, pair: tuple[Built, Path]):
-        report = self.told_otherwise(pair, lambda told: told["quantized_layers"][O].update(quant_algo="W4A16"))
+        report = self.with_changed_config(
+            pair, lambda quantization: quantization["quantized_layers"][O].update(quant_algo="W4A16")
+        )
 
         assert all(fault.where.startswith(O) for fault in report.faults)
 
@@ -324,7 +330,7 @@ def test_a_conversion_that_cannot_be_read_is_raised(pair: tuple[Built, Path], tm
         verify_checkpoint(pair[0].directory, tmp_path / name)
 
 
-def test_the_document_tells_every_check(pair: tuple[Built, Path]) -> None:
+def test_the_json_document_holds_every_check(pair: tuple[Built, Path]) -> None:
     built, out = pair
 
     document = json.loads(json.dumps(verify_checkpoint(built.directory, out).to_dict(), allow_nan=False))

@@ -1,4 +1,4 @@
-"""Conversions of every scheme and of experts: faithful ones pass, damage to what their modes read is found."""
+"""Conversions of every scheme and of experts: correct ones pass, and damage to any tensor of a mode is found."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_experts_are_converted_faithfully(tmp_path: Path, scheme: str, edit: Cha
 
 
 def flip(name: str, bit: int = 0x10) -> Change:
-    """Change one bit of one byte."""
+    """Flip `bit` in the last byte of a tensor."""
 
     def change(stored: dict[str, Tensor]) -> None:
         stored[name].reshape(-1).view(torch.uint8)[-1] ^= bit
@@ -132,8 +132,8 @@ def test_both_names_of_an_experts_scale_must_agree(tmp_path: Path, scheme: str) 
 
 
 @pytest.mark.parametrize("scheme", ["fp8-block", "mxfp4a16"])
-def test_the_second_name_is_demanded(tmp_path: Path, scheme: str) -> None:
-    """An engine that reads it would else compute with an uninitialised scale."""
+def test_the_second_name_of_an_experts_scale_is_required(tmp_path: Path, scheme: str) -> None:
+    """An engine that reads the second name would otherwise compute with an uninitialised scale."""
     report = damaged(
         converted(tmp_path, config=MIXTURE, scheme=scheme), lambda stored: stored.pop(f"{UP}.weight_scale_inv")
     )
@@ -141,14 +141,14 @@ def test_the_second_name_is_demanded(tmp_path: Path, scheme: str) -> None:
     assert [fault.where for fault in report.faults] == [f"{UP}.weight_scale_inv"]
 
 
-def test_an_expert_that_saw_no_data_is_zero_and_counted(tmp_path: Path) -> None:
-    """Some writers leave a divisor of 0 then; the multiplier is 0, and no infinity reaches the other experts."""
+def test_an_expert_without_calibration_data_is_zero_and_counted(tmp_path: Path) -> None:
+    """Some writers store a divisor of 0; the multiplier is then 0, and no infinity reaches the other experts."""
 
-    def never_reached(stored: dict[str, Tensor]) -> None:
+    def set_zero(stored: dict[str, Tensor]) -> None:
         for local in ("weight_global_scale", "input_global_scale"):
             stored[f"{UP}.{local}"] = torch.zeros(1)
 
-    source, out = converted(tmp_path, config=MIXTURE, scheme="nvfp4", edit=never_reached)
+    source, out = converted(tmp_path, config=MIXTURE, scheme="nvfp4", edit=set_zero)
 
     report = verify_checkpoint(source, out)
 

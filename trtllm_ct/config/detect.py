@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Detection:
 
     `method` is None for a checkpoint without quantization. `origin` names file and key of the block that decided, and
     `block` is that block as it was read; both are None when there is no block. `disagreements` are messages about other
-    blocks that contradict it.
+    blocks that contradict it. `files` are the JSON files that were read, parsed, by name.
     """
 
     method: str | None
@@ -101,6 +101,7 @@ class Detection:
     origin: str | None = None
     block: Mapping[str, Any] | None = None
     directory: str | None = None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def description(self) -> str:
@@ -178,7 +179,7 @@ def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> De
             for file in (_CONFIG, _PARAMS)
             if file in files
         ]
-        return Detection(method=None, evidence=tuple(evidence), directory=directory)
+        return Detection(method=None, evidence=tuple(evidence), directory=directory, files=files)
     claims.sort(key=_priority)
     winner = claims[0]
     return Detection(
@@ -188,6 +189,7 @@ def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> De
         origin=winner.origin,
         block=winner.block,
         directory=directory,
+        files=files,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from trtllm_ct.base.errors import ConfigError
 from trtllm_ct.base.schemes import CompressionFormat, RowOrder
 from trtllm_ct.config.arguments import read_activation_args
-from trtllm_ct.config.detect import FormatDetector, unwrap_block
+from trtllm_ct.config.detect import Detection, FormatDetector, unwrap_block
 from trtllm_ct.config.groups import read_groups
 from trtllm_ct.config.json_object import Findings, JsonObject
 from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
@@ -60,8 +60,10 @@ _SUFFICIENT_WITHOUT_GROUPS = ("sparsity_config", "kv_cache_scheme", "transform_c
 class CompressedTensorsConfigReader:
     """Reads the compressed-tensors configuration of a directory, of a config.json or of the block alone."""
 
-    def read(self, source: str | Path | Mapping[str, Any]) -> QuantizationConfig:
+    def read(self, source: str | Path | Mapping[str, Any] | Detection) -> QuantizationConfig:
         """Read a checkpoint directory, the dictionary of a whole config.json, or the quantization block itself.
+
+        A `Detection` stands for the directory that it was made from, whose JSON files are not read again.
 
         The modifiers that made the checkpoint (`recipe.yaml`) are known only when `source` is a directory.
         Raises `DetectionError` when there is no compressed-tensors block; the message says what was found instead.
@@ -70,10 +72,11 @@ class CompressedTensorsConfigReader:
         if isinstance(source, Mapping):
             block, origin = _find_block(source)
             return _read_block(block, origin)
-        detection = FormatDetector().detect(source)
-        block = detection.require_compressed_tensors()
-        directory = Path(source)
-        config = _read_block(block, detection.origin or "")
+        detection = source if isinstance(source, Detection) else FormatDetector().detect(source)
+        config = _read_block(detection.require_compressed_tensors(), detection.origin or "")
+        if detection.directory is None:
+            return config
+        directory = Path(detection.directory)
         return replace(config, directory=directory, modifiers=read_modifiers(directory))
 
 

@@ -139,9 +139,9 @@ def convert_checkpoint(
 ) -> ConversionReport | None:
     """Convert a checkpoint directory for the target `to`, which is `modelopt` or `dense`.
 
-    `engine` names the release of stock TensorRT-LLM whose capabilities a `modelopt` directory is made for. `parallel`
-    gives the parallel sizes that the engine will run with: a module is dequantized when its mode can't represent the
-    slices that the ranks get. The output directory itself is not split by rank. `dtype` is the dtype of dequantized
+    `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for. `parallel` gives
+    the parallel sizes that the engine will run with: a module is dequantized when its mode can't represent the slices
+    that the ranks get. The output directory itself is not split by rank. `dtype` is the dtype of dequantized
     modules; `auto` is the dtype of the model. With `float16` all plain tensors are cast as well, and a value that
     overflows is an error.
 

@@ -1,4 +1,4 @@
-"""All units of a conversion through an executor: handed out, journaled, and their faults gathered."""
+"""`run_units`: run all units of a conversion in an executor, record them in the journal and collect their faults."""
 
 from __future__ import annotations
 
@@ -24,67 +24,72 @@ __all__ = ["run_units"]
 logger = logging.getLogger("trtllm_ct")
 
 _IN_FLIGHT = 4
-"""Units that are handed out at a time, for each worker: none waits for the next one, and a fault stops most of them."""
+"""Units that are submitted at a time for each worker.
+
+Enough that no worker waits for its next unit, and few enough that a fault can still keep most units from being written.
+"""
 
 
 def run_units(conversion: Conversion, pool: Pool, journal: Journal, progress: Callable[[int], object]) -> int:
-    """Convert every unit that no earlier run has converted; returns the bytes that one had.
+    """Convert every unit that no earlier run has converted; return the bytes that an earlier run had converted.
 
-    `progress` is told of bytes as units are done. After a fault the rest is only checked, so that all faults come
-    together, and the same ones whatever the order. Raises the `CheckpointError` that the values of the checkpoint
-    deserve; any other error of a worker at once, after the units that run have ended.
+    `progress` is called with the delivered bytes of each finished unit. After a fault, the remaining units are only
+    checked and not written, so that all faults are reported together, independent of the order in which units run.
+
+    Raises a `CheckpointError` with all faults in the values of the checkpoint. Any other error of a worker is raised at
+    once, after the running units have ended.
     """
     coordinator = _Coordinator(conversion, pool, journal, progress)
     coordinator.run()
-    coordinator.tell_warnings()
+    coordinator.log_warnings()
     coordinator.raise_faults()
     return coordinator.resumed_bytes
 
 
 class _Coordinator:
-    """What is known of the units while they run; all of it happens in one thread."""
+    """Submits units and collects their results; used from one thread only."""
 
     def __init__(self, conversion: Conversion, pool: Pool, journal: Journal, progress: Callable[[int], object]) -> None:
         self._conversion = conversion
         self._pool = pool
         self._journal = journal
         self._progress = progress
-        self._earlier = dict(journal.records)
+        self._earlier_records = dict(journal.records)
         self._results: dict[int, UnitResult] = {}
-        self._sound = True
+        self._no_fault_yet = True
         self.resumed_bytes = 0
 
     def run(self) -> None:
-        """Hand out all units, few at a time, and take what comes back in whatever order."""
-        waiting = iter(self._conversion.units)
+        """Submit all units, a few at a time, and process the results as they complete, in any order."""
+        units = iter(self._conversion.units)
         running: dict[Future[UnitResult], int] = {}
-        room = _IN_FLIGHT * self._pool.workers
+        max_running = _IN_FLIGHT * self._pool.workers
         try:
             while True:
-                for unit in islice(waiting, room - len(running)):
+                for unit in islice(units, max_running - len(running)):
                     running[self._submit(unit.number)] = unit.number
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    self._take(running.pop(future), future.result())
+                    self._process_result(running.pop(future), future.result())
         except BaseException:
             for future in running:
                 future.cancel()
             wait(running)
             raise
 
-    def tell_warnings(self) -> None:
-        """Log what values warn of, once each, with the first module in the order of the plan that shows it."""
-        position = {module.name: place for place, module in enumerate(self._conversion.plan.modules)}
-        told: set[str] = set()
-        seen = [entry for result in self._results.values() for entry in result.record.seen]
-        for module, warning in sorted(seen, key=lambda entry: position[entry[0]]):
-            if warning not in told:
-                told.add(warning)
+    def log_warnings(self) -> None:
+        """Log each warning about values once, with the first module in plan order that it applies to."""
+        position_of = {module.name: position for position, module in enumerate(self._conversion.plan.modules)}
+        logged: set[str] = set()
+        warnings = [entry for result in self._results.values() for entry in result.record.seen]
+        for module, warning in sorted(warnings, key=lambda entry: position_of[entry[0]]):
+            if warning not in logged:
+                logged.add(warning)
                 logger.warning("%s: %s", module, warning)
 
     def raise_faults(self) -> None:
-        """Raise all faults as one error, in the order of the units; of the type of the first."""
+        """Raise one error, of the type of the first error, with all faults in the order of the units."""
         errors: list[CheckpointError] = []
         for number in sorted(self._results):
             errors += self._results[number].errors
@@ -96,18 +101,18 @@ class _Coordinator:
             run_unit,
             self._conversion,
             number,
-            earlier=self._earlier.get(number),
+            earlier=self._earlier_records.get(number),
             ahead=self._pool.workers,
-            writes=self._sound,
+            writes=self._no_fault_yet,
         )
 
-    def _take(self, number: int, result: UnitResult) -> None:
+    def _process_result(self, number: int, result: UnitResult) -> None:
         nbytes = self._conversion.units[number].nbytes
         self._results[number] = result
         if result.errors:
-            self._sound = False
+            self._no_fault_yet = False
         elif result.resumed:
             self.resumed_bytes += nbytes
-        elif self._sound:
+        elif self._no_fault_yet:
             self._journal.add(result.record)
         self._progress(nbytes)

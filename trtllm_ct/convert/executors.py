@@ -1,6 +1,6 @@
-"""Who runs the units of a conversion: threads of this process, or the ranks of an MPI job.
+"""Executors that run the units of a conversion: threads of this process, or the ranks of an MPI job.
 
-Both are executors of the standard library's shape (`concurrent.futures`); any other one does as well.
+Both have the interface of `concurrent.futures.Executor`; any other executor with that interface works as well.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["EXECUTORS", "Pool", "open_pool", "require_executor"]
 
 EXECUTORS = ("threads", "mpi")
 
-_SECONDS_OF_A_TURN = 0.0005
+_SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 class Pool(NamedTuple):
-    """An executor, and how many units it runs at once."""
+    """An executor and the number of units that it runs at the same time."""
 
     executor: Executor
     workers: int
@@ -32,11 +32,11 @@ class Pool(NamedTuple):
 
 @contextmanager
 def open_pool(name: str = "threads", workers: int | None = None) -> Iterator[Pool | None]:
-    """The executor `name`, with `workers` threads (one for each core when None).
+    """Open the executor `name`, with `workers` threads (one for each core when None).
 
-    With `mpi` every rank of the job calls this. Rank 0 hands out work to all others, which get None when all of it is
-    done; alone, it works itself. Raises `UsageError` for an unknown name or number, `MissingDependencyError` without
-    mpi4py.
+    With `mpi`, every rank of the job must call this. Rank 0 gets the pool and submits work to the other ranks; these
+    get None after all work is done. A single rank runs the work itself. Raises `UsageError` for an unknown executor or
+    an invalid number of workers, and `MissingDependencyError` when mpi4py or an MPI library is missing.
     """
     require_executor(name, workers)
     if name == "mpi":
@@ -44,18 +44,19 @@ def open_pool(name: str = "threads", workers: int | None = None) -> Iterator[Poo
             yield pool
         return
     count = workers or available_cores()
-    with _short_turns(), ThreadPoolExecutor(count, thread_name_prefix="trtllm-ct") as executor:
+    with _short_switch_interval(), ThreadPoolExecutor(count, thread_name_prefix="trtllm-ct") as executor:
         yield Pool(executor, count)
 
 
 @contextmanager
-def _short_turns() -> Iterator[None]:
-    """Threads that come back from the kernel or a loop, a thousand times a second, get the interpreter at once.
+def _short_switch_interval() -> Iterator[None]:
+    """Shorten the interpreter's switch interval, so that worker threads get the interpreter lock back quickly.
 
-    By default they wait 5 ms for one that holds it, for instance while it imports torch.
+    Worker threads return from system calls and compiled loops about a thousand times a second. With the default
+    interval each would wait 5 ms for a thread that holds the lock, for instance one that imports torch.
     """
     before = sys.getswitchinterval()
-    sys.setswitchinterval(_SECONDS_OF_A_TURN)
+    sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     try:
         yield
     finally:
@@ -67,7 +68,7 @@ def _mpi_pool() -> Iterator[Pool | None]:
     try:
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, and no MPI library
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
         raise MissingDependencyError(
             Fault(
                 where="--executor mpi",
@@ -78,12 +79,12 @@ def _mpi_pool() -> Iterator[Pool | None]:
         ) from None
     ranks = MPI.COMM_WORLD.Get_size()
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        # It has the methods of an Executor, and no common ancestor.
+        # MPICommExecutor gives an object with the methods of an Executor that is no subclass of it.
         yield None if executor is None else Pool(cast("Executor", executor), max(1, ranks - 1))
 
 
 def require_executor(name: str, workers: int | None) -> None:
-    """Raise `UsageError` for an unknown executor, and for a number of workers that it can't have."""
+    """Raise `UsageError` for an unknown executor, or a number of workers that the executor does not accept."""
     if name not in EXECUTORS:
         expected, found, remedy = " or ".join(EXECUTORS), repr(name), "Choose one of these."
         raise UsageError(Fault(where="--executor", expected=expected, found=found, remedy=remedy))

@@ -1,7 +1,7 @@
-"""Deliver a plan as a Hugging Face directory, for stock TensorRT-LLM (`modelopt`) or any reader (`dense`).
+"""Write the delivered tensors of a plan as a Hugging Face directory.
 
-The two differ in what their plans deliver and in one file: `hf_quant_config.json`, from which TensorRT-LLM takes
-the modes.
+The directory is for stock TensorRT-LLM (target `modelopt`) or for any reader (target `dense`). The two targets differ
+in what their plans deliver, and in `hf_quant_config.json`, from which TensorRT-LLM reads the modes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 __all__ = ["MODELOPT_LAYOUT", "DeliveredFiles", "write_configuration", "write_hf_directory"]
 
 MODELOPT_LAYOUT = "0.47.0"
-"""The ModelOpt release whose directory layout is written; readers look at the producer's name only."""
+"""The ModelOpt release whose directory layout is written; readers check only the name of the producer."""
 
 Progress = Callable[[int], None]
-"""Called with the number of payload bytes that are done, as they are."""
+"""Called with the number of payload bytes of each unit that is finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveredFiles:
-    """What was written: weight files, and side files that were carried along.
+    """The names of the files that were written: weight files (with the index), and copied side files.
 
-    `resumed_bytes` of the weights had been written by an earlier run.
+    `resumed_bytes` is the part of the weights that an earlier run had already written.
     """
 
     weights: tuple[str, ...]
@@ -50,11 +50,11 @@ class DeliveredFiles:
 
 
 def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress) -> DeliveredFiles:
-    """Write the tensors of a conversion and everything else of a model directory into the place that its job names.
+    """Write all files of the output, weights and side files, into the working directory `conversion.job.files`.
 
-    What an earlier run of the same conversion left there is checked and kept, anything else there is deleted. Memory:
-    that of `run_unit` for each worker. Raises `PayloadError` with all values that can't be delivered, and `UsageError`
-    when the disk is too small.
+    Files that an earlier run of the same conversion left there are checked and kept; everything else there is deleted.
+    Memory: see `run_unit`, once for each worker. Raises `PayloadError` with all values that can't be delivered, and
+    `UsageError` when the disk is too small.
     """
     out, write_plan = conversion.job.files, conversion.write_plan
     with Journal(out / JOURNAL, conversion.digest) as journal:
@@ -69,7 +69,7 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
 
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
-    """Write what TensorRT-LLM is told of a model: config.json, and the modes where there are any."""
+    """Write config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes."""
     _write_json(out / "config.json", portable_config(checkpoint.hf_config, plan.dtype))
     if plan.quant_config.quant_algo is not None:
         _write_json(out / "hf_quant_config.json", hf_quant_config(plan.quant_config))
@@ -78,7 +78,10 @@ def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
 
 
 def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:
-    """The document that TensorRT-LLM reads before config.json; `producer.name` is what makes it a ModelOpt one."""
+    """Return the content of hf_quant_config.json, which TensorRT-LLM reads before config.json.
+
+    `producer.name` marks it as the configuration of a ModelOpt checkpoint.
+    """
     return {
         "producer": {"name": "modelopt", "version": MODELOPT_LAYOUT},
         "converter": {"name": "trtllm-ct", "version": __version__},
@@ -87,8 +90,10 @@ def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:
 
 
 def layer_modes(quant_config: QuantConfig) -> dict[str, Any]:
-    """What releases before 1.2 read instead of `quantized_layers` in hf_quant_config.json; newer ones lay it over that.
+    """Return the content of quant_cfg.json, the modes of the quantized layers.
 
+    TensorRT-LLM releases before 1.2 read it instead of `quantized_layers` in hf_quant_config.json; newer releases
+    overlay it on `quantized_layers`.
     Source: TensorRT-LLM `_torch/model_config.py`, MIXED_PRECISION.
     """
     entry = quant_config.to_dict()

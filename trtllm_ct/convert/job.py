@@ -1,4 +1,8 @@
-"""A conversion as its workers see it: what to do in a few words, and everything that these words stand for."""
+"""The description of a conversion for its workers.
+
+A `Job` holds the arguments of a conversion and is small enough to send to another process. A `Conversion` holds
+everything that is derived from a job: the opened checkpoint, the plan, the write plan and the units of work.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +32,10 @@ __all__ = ["Conversion", "Job"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to convert and where to: all that another process has to be told.
+    """The arguments of a conversion; everything that another process needs to take part in it.
 
-    `options` are the keywords of `Checkpoint.plan`; `files` is the directory that the weight files are written to.
+    `directory` is the source, `options` are the keyword arguments of `Checkpoint.plan`, and `files` is the directory
+    that the weight files are written to.
     """
 
     directory: Path
@@ -41,10 +46,10 @@ class Job:
 
 
 class Conversion:
-    """A job with its plan, its write plan and its units of work.
+    """A job with its checkpoint, its plan, its write plan and its units of work.
 
-    Pickled, it is the job alone: another process opens the checkpoint for itself, once, and refuses to take part when
-    it does not come to the same plan.
+    Pickling keeps only the job and the digest. A process that unpickles it opens the checkpoint itself, once, and
+    raises `CatalogError` when the conversion that it gets has another digest.
     """
 
     def __init__(self, job: Job, checkpoint: Checkpoint, plan: Plan) -> None:
@@ -58,39 +63,43 @@ class Conversion:
 
     @classmethod
     def open(cls, job: Job) -> Self:
-        """Read headers and plan. Raises the `CheckpointError` of the stage that found faults."""
+        """Open the checkpoint of a job, reading headers only, and plan its conversion.
+
+        Raises the `CheckpointError` of the stage that finds faults.
+        """
         checkpoint = open_checkpoint(job.directory)
         return cls(job, checkpoint, checkpoint.plan(**job.options))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.job, self.digest)
+        return _unpickle, (self.job, self.digest)
 
     def modules(self, unit: Unit) -> list[ModulePlan]:
-        """The plans of a unit's modules."""
+        """Return the plans of the modules in a unit."""
         return [self.plan.modules[position] for position in unit.modules]
 
     @cached_property
     def digest(self) -> str:
-        """Tells conversions apart that could write another byte anywhere: by version, source, operations and places.
+        """A hash of everything that decides the output bytes: version, source files, operations, places of tensors.
 
-        Of the source's files name, size and time of the last change count; their payload is not read.
+        Two conversions with the same digest write the same bytes. Source files are identified by name, size and
+        modification time; their payload is not read.
         """
-        found = hashlib.sha256(__version__.encode())
+        digest = hashlib.sha256(__version__.encode())
         for file in self.checkpoint.catalog.files:
             status = (self.checkpoint.directory / file).stat()
-            found.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
         for module in self.plan.modules:
-            found.update(_described(module).encode())
-        found.update(self.write_plan.digest())
-        return found.hexdigest()
+            digest.update(_module_description(module).encode())
+        digest.update(self.write_plan.digest())
+        return digest.hexdigest()
 
 
-_opened: dict[str, Conversion] = {}
+_conversions: dict[str, Conversion] = {}
 
 
-def _reopened(job: Job, digest: str) -> Conversion:
-    """The conversion in a process that was sent it; the latest is kept."""
-    if digest not in _opened:
+def _unpickle(job: Job, digest: str) -> Conversion:
+    """Return the conversion of a pickled job; the latest one is kept for the next call in this process."""
+    if digest not in _conversions:
         conversion = Conversion.open(job)
         if conversion.digest != digest:
             raise CatalogError(
@@ -101,13 +110,13 @@ def _reopened(job: Job, digest: str) -> Conversion:
                     remedy="Let all machines use one file system and one installation, and start again.",
                 )
             )
-        _opened.clear()
-        _opened[digest] = conversion
-    return _opened[digest]
+        _conversions.clear()
+        _conversions[digest] = conversion
+    return _conversions[digest]
 
 
-def _described(module: ModulePlan) -> str:
-    """What decides the bytes that a module delivers, as text."""
+def _module_description(module: ModulePlan) -> str:
+    """Return a text with everything in a module's plan that decides the bytes that it delivers."""
     lines = [f"{module.name} {module.stored_scheme}"]
     if module.weight is not None:
         weight = module.weight

@@ -1,8 +1,9 @@
-"""The journal of a conversion: what is done, for the run that goes on after this one was killed.
+"""The journal of a conversion: it records the finished units, so that a run can resume after an earlier one was killed.
 
-A text file of one JSON object a line. The first names the conversion by its digest; each other one names a unit, the
-runs of bytes that were written for it with their checksums, and what was seen in its values. A line is added when
-the unit is complete. Nothing is trusted blindly: a later run reads the bytes and compares the sums.
+The journal is a text file with one JSON object per line. The first line identifies the conversion by its digest. Each
+following line names a unit, the byte ranges that were written for it with their checksums, and the warnings about its
+values. A line is added when the unit is complete. A later run verifies the records: it reads the bytes and compares
+their checksums.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ if TYPE_CHECKING:
 __all__ = ["JOURNAL", "Journal", "UnitRecord"]
 
 JOURNAL = ".trtllm_ct.journal"
-"""Its name in the working place."""
+"""The name of the journal in the directory of a partial output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitRecord:
-    """What is known of a finished unit; `seen` are pairs of a module and what its values warn of."""
+    """The record of a finished unit: its number, the pieces of files that it wrote, and its warnings.
+
+    `seen` holds pairs of a module name and a warning about the values of this module.
+    """
 
     unit: int
     pieces: tuple[Piece, ...]
     seen: tuple[tuple[str, str], ...] = ()
 
     def to_line(self) -> str:
-        """The record as a line of the journal."""
+        """Return the record as a line of the journal, without a line break."""
         pieces = [[piece.file, piece.offset, piece.nbytes, piece.checksum] for piece in self.pieces]
         return json.dumps({"unit": self.unit, "pieces": pieces, "seen": self.seen}, separators=(",", ":"))
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
-        """The record of a line's object; raises `KeyError`, `TypeError` or `ValueError` for one that is none."""
+        """Return the record of the JSON object in a line.
+
+        Raises `KeyError`, `TypeError` or `ValueError` when the object is not a record.
+        """
         return cls(
             unit=entry["unit"],
             pieces=tuple(
@@ -51,28 +58,33 @@ class UnitRecord:
 
 
 _SECONDS_IN_MEMORY = 2.0
-"""For which nothing is written: a run that is killed sooner has little to lose.
+"""Time from the start of a run during which lines are only kept in memory.
 
-The file is deleted at the end, which waits for the disk where the kernel has begun to write it there; of a short run,
-that would be a tenth.
+A run that is killed within this time loses little work. A short run is faster without writes: the journal is deleted at
+the end of a run, and the deletion waits for the disk if the kernel has begun to write the file back. That wait would be
+a tenth of a short run.
 """
 
 
 class Journal:
-    """The journal at `path`; `records` are the units of an earlier run, by number, that it names. Call `close`."""
+    """The journal at `path`, opened for appending; use it as a context manager or call `close`.
+
+    `records` holds the units of an earlier run of the same conversion, by number. A journal of another conversion is
+    discarded.
+    """
 
     def __init__(self, path: Path, digest: str) -> None:
         self.records = _read(path, digest)
-        self._waiting: list[str] = []
-        self._begun = time.monotonic()
+        self._unwritten_lines: list[str] = []
+        self._start_time = time.monotonic()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if not self.records:
-            # Closing a file that was ever cut down to nothing waits for the disk on ext4, so one that is new is left.
+            # On ext4, closing a file that was ever truncated to zero waits for the disk: don't truncate an empty file.
             if os.fstat(self._descriptor).st_size:
                 os.ftruncate(self._descriptor, 0)
             self._add(json.dumps({"conversion": digest}))
         else:
-            # The last line may be cut short; a line break makes it a line of its own, which means nothing.
+            # The last line may be cut short. A line break ends it, so that it is skipped when the journal is read.
             self._add("")
 
     def __enter__(self) -> Self:
@@ -82,40 +94,40 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Write what is still in memory, and close the file."""
+        """Write the lines that are still in memory, and close the file."""
         try:
             self._write()
         finally:
             os.close(self._descriptor)
 
     def add(self, record: UnitRecord) -> None:
-        """Note that a unit is complete."""
+        """Record that a unit is complete."""
         self._add(record.to_line())
 
     def _add(self, line: str) -> None:
-        self._waiting.append(f"{line}\n")
-        if time.monotonic() - self._begun >= _SECONDS_IN_MEMORY:
+        self._unwritten_lines.append(f"{line}\n")
+        if time.monotonic() - self._start_time >= _SECONDS_IN_MEMORY:
             self._write()
 
     def _write(self) -> None:
-        os.write(self._descriptor, "".join(self._waiting).encode())
-        self._waiting.clear()
+        os.write(self._descriptor, "".join(self._unwritten_lines).encode())
+        self._unwritten_lines.clear()
 
 
 def _read(path: Path, digest: str) -> dict[int, UnitRecord]:
-    """The records of an earlier run of the same conversion; none of another one's."""
+    """Return the records of an earlier run by unit; empty if the journal is missing or is of another conversion."""
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
-        if json.loads(first) != {"conversion": digest}:
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        if json.loads(header) != {"conversion": digest}:
             return {}
     except (OSError, ValueError):
         return {}
-    records = (_record(line) for line in lines)
+    records = (_parse_record(line) for line in lines)
     return {record.unit: record for record in records if record is not None}
 
 
-def _record(line: str) -> UnitRecord | None:
-    """The record of a line; None for one that was cut short."""
+def _parse_record(line: str) -> UnitRecord | None:
+    """Return the record of a line, or None if the line was cut short."""
     try:
         return UnitRecord.from_entry(json.loads(line))
     except (KeyError, TypeError, ValueError):

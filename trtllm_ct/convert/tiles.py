@@ -1,7 +1,8 @@
-"""Tiles: a module's large tensors converted some rows at a time.
+"""Tiles: convert the large tensors of a module a few rows at a time.
 
-What is made stays in the processor's cache until it is written, and memory does not grow with the size of a tensor. A
-tile is the plan of some rows of a weight, as the ranks of an engine have them.
+The result of a tile stays in the processor's cache until it is written, and memory does not grow with the size of a
+tensor. A tile is the plan of some rows of a weight (`plan/ranks/narrow.py`), like the row slices for the ranks of an
+engine.
 """
 
 from __future__ import annotations
@@ -22,63 +23,68 @@ if TYPE_CHECKING:
 __all__ = ["TILE_BYTES", "made_tensors"]
 
 TILE_BYTES = 4 * 2**20
-"""Delivered bytes of a tile, about."""
+"""Approximate delivered bytes of one tile."""
 
 
 def made_tensors(
     module: ModulePlan, local: Mapping[str, Tensor], mapper: CompressedTensorsWeightMapper
 ) -> Iterator[tuple[str, Tensor, int | None]]:
-    """What a module delivers and is not copied: name, tensor, and the first row where that is a part.
+    """Yield the delivered tensors of a module that are converted rather than copied.
 
-    `local` are the module's tensors by local name, checked. Raises `PayloadError` for values that can't be delivered.
+    Each item is the name of a delivered tensor, a tensor, and the first delivered row that the tensor holds; the row is
+    None when the tensor is whole. `local` holds the stored tensors of the module by local name; their values must have
+    been checked. Raises `PayloadError` for values that can't be delivered.
     """
-    made = [delivery for delivery in module.deliveries if not is_copied(delivery, module)]
-    tiles = _tiles(module, sum(delivery.spec.nbytes for delivery in made))
-    in_tiles = _narrowed(module, *tiles[0]) if tiles else frozenset()
-    whole = mapper.tensors(module, local)
-    for delivery in made:
-        if delivery.name not in in_tiles:
-            yield delivery.name, mapper.run(module, delivery, whole), None
+    converted = [delivery for delivery in module.deliveries if not is_copied(delivery, module)]
+    tiles = _tile_bounds(module, sum(delivery.spec.nbytes for delivery in converted))
+    tiled_names = _tiled_names(module, *tiles[0]) if tiles else frozenset()
+    module_tensors = mapper.tensors(module, local)
+    for delivery in converted:
+        if delivery.name not in tiled_names:
+            yield delivery.name, mapper.run(module, delivery, module_tensors), None
     for begin, end in tiles:
-        part = narrow(module, begin, end)
-        tensors = mapper.tensors(part, _rows_of(part, local), begin)
-        for delivery in part.deliveries:
-            if delivery.name in in_tiles:
-                first = begin // rows_in_one(delivery.operation, module.weight)
-                yield delivery.name, mapper.run(part, delivery, tensors), first
+        tile = narrow(module, begin, end)
+        tile_tensors = mapper.tensors(tile, _tensors_of_tile(tile, local), begin)
+        for delivery in tile.deliveries:
+            if delivery.name in tiled_names:
+                first_row = begin // rows_in_one(delivery.operation, module.weight)
+                yield delivery.name, mapper.run(tile, delivery, tile_tensors), first_row
 
 
-def _tiles(module: ModulePlan, nbytes: int) -> list[tuple[int, int]]:
-    """First and last row of each tile; none where a module is small, or can only be converted whole."""
-    if nbytes <= TILE_BYTES or not can_narrow(module) or not _has_weight(module):
+def _tile_bounds(module: ModulePlan, nbytes: int) -> list[tuple[int, int]]:
+    """Return begin and end row of each tile; an empty list if a module is small or can only be converted whole.
+
+    `nbytes` are the delivered bytes that are converted.
+    """
+    if nbytes <= TILE_BYTES or not can_narrow(module) or not _has_weight_rows(module):
         return []
     rows, unit = weight_rows(module), row_unit(module)
     step = max(1, TILE_BYTES * rows // nbytes // unit) * unit
     return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
-def _has_weight(module: ModulePlan) -> bool:
-    """Whether rows mean something for all tensors that would be cut."""
+def _has_weight_rows(module: ModulePlan) -> bool:
+    """Whether a module has a weight, and all tensors that a tile would slice have as many rows as the weight."""
     if module.weight is not None:
         return True
     lengths = {view.spec.shape[:1] for local, view in module.views.items() if local in {"weight", "bias"}}
     return "weight" in module.views and len(lengths) == 1 and lengths != {()}
 
 
-def _narrowed(module: ModulePlan, begin: int, end: int) -> frozenset[str]:
-    """The delivered tensors that are made, and of which a tile makes some rows."""
-    part = narrow(module, begin, end)
+def _tiled_names(module: ModulePlan, begin: int, end: int) -> frozenset[str]:
+    """Return the names of the converted tensors that a tile delivers in part; all others are delivered whole."""
+    tile = narrow(module, begin, end)
     return frozenset(
-        whole.name
-        for whole, some in zip(module.deliveries, part.deliveries, strict=True)
-        if some is not whole and not is_copied(whole, module)
+        delivery.name
+        for delivery, tile_delivery in zip(module.deliveries, tile.deliveries, strict=True)
+        if tile_delivery is not delivery and not is_copied(delivery, module)
     )
 
 
-def _rows_of(part: ModulePlan, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a tile, views of those of the whole."""
+def _tensors_of_tile(tile: ModulePlan, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the stored tensors of a tile by local name, as views of the stored tensors of the module."""
     return {
         name: view.of_whole(local[name]) if isinstance(view, Rows) else local[name]
-        for name, view in part.views.items()
+        for name, view in tile.views.items()
         if name in local
     }

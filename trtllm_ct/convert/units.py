@@ -1,7 +1,7 @@
 """Work units: modules that one worker converts together.
 
-Units are small enough to keep many workers busy to the end, and large enough that handing them out costs nothing.
-The parts of a joined Linear are never apart, since their scalars are compared with each other.
+Units are small enough to keep many workers busy to the end, and large enough that the cost of submitting them does not
+matter. The parts of a fused Linear are always in the same unit, because their scalars are compared with each other.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ UNIT_BYTES = 64 * 2**20
 """Delivered bytes after which a unit is closed."""
 
 _LARGE = 2 * UNIT_BYTES
-"""Bytes of a unit that has a turn of its own, before all others; it is one tensor, which is never taken apart."""
+"""Delivered bytes from which a unit is moved before all others; such a unit holds one large tensor."""
 
 FILES_AT_ONCE = 8
-"""Files of an output that are filled side by side: the kernel lets one thread at a time write into each."""
+"""Output files that are filled at the same time: the kernel lets only one thread at a time write into a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Modules by their positions in the plan, and what they deliver together.
+    """Modules, by their positions in the plan, and the number of bytes that they deliver together.
 
-    `needs_torch` says that some of it is neither copied nor converted by loops alone.
+    `needs_torch` is true when some of their tensors are neither copied nor converted by compiled loops alone.
     """
 
     number: int
@@ -45,66 +45,67 @@ class Unit:
 
 
 def plan_units(plan: Plan, write_plan: WritePlan, *, device: str = "cpu") -> tuple[Unit, ...]:
-    """All modules of a plan that deliver anything, each in one unit; operations will run on `device`.
+    """Group all modules of a plan that deliver anything into units; operations will run on `device`.
 
-    Units that need no torch come first, and go on while it is imported, for which the second unit is one that does
-    need it. Otherwise the order is that of the plan, dealt in turn to files of the output that are filled side by side.
+    Each module is in exactly one unit. Units that don't need torch come first, except that the second unit is one that
+    needs torch: it starts the import, and the units without torch are converted in the meantime. Otherwise units follow
+    the order of the plan, interleaved over `FILES_AT_ONCE` output files that are filled at the same time.
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
         groups.setdefault(module.fused_linear or module.name, []).append(position)
-    without: list[tuple[int, ...]] = []
-    with_torch: list[tuple[int, ...]] = []
+    groups_without_torch: list[tuple[int, ...]] = []
+    groups_with_torch: list[tuple[int, ...]] = []
     for group in groups.values():
-        needs = any(_needs_torch(plan.modules[position], device) for position in group)
-        (with_torch if needs else without).append(tuple(group))
-    batches = [(modules, False) for modules in _in_turn(_batches(plan, without), plan, write_plan)]
-    needing = [(modules, True) for modules in _in_turn(_batches(plan, with_torch), plan, write_plan)]
-    batches[1:1] = needing[:1]
-    batches += needing[1:]
+        needs_torch = any(_needs_torch(plan.modules[position], device) for position in group)
+        (groups_with_torch if needs_torch else groups_without_torch).append(tuple(group))
+    batches = [(modules, False) for modules in _interleave(_batches(plan, groups_without_torch), plan, write_plan)]
+    torch_batches = [(modules, True) for modules in _interleave(_batches(plan, groups_with_torch), plan, write_plan)]
+    batches[1:1] = torch_batches[:1]
+    batches += torch_batches[1:]
     return tuple(
-        Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), needs_torch=needs)
-        for number, (modules, needs) in enumerate(batches)
+        Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), needs_torch=needs_torch)
+        for number, (modules, needs_torch) in enumerate(batches)
     )
 
 
-def _in_turn(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: WritePlan) -> list[tuple[int, ...]]:
-    """Batches of `FILES_AT_ONCE` files by turns, so that all of them are full at about the same time; then the next.
+def _interleave(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: WritePlan) -> list[tuple[int, ...]]:
+    """Order batches so that `FILES_AT_ONCE` output files fill up evenly, then the next `FILES_AT_ONCE`, and so on.
 
-    Batches of one large tensor come before all others.
+    Batches of at least `_LARGE` bytes come before all others, larger ones first.
     """
-    number_of = {file.name: number for number, file in enumerate(write_plan.files)}
-    by_file: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    file_numbers = {file.name: number for number, file in enumerate(write_plan.files)}
+    batches_by_file: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for batch in batches:
-        first = plan.modules[batch[0]].deliveries[0].name
-        by_file[number_of[write_plan.places[first].file]].append(batch)
-    turns = sorted(
-        (file // FILES_AT_ONCE, (place + 0.5) / len(own), file, batch)
-        for file, own in by_file.items()
-        for place, batch in enumerate(own)
+        first_tensor = plan.modules[batch[0]].deliveries[0].name
+        batches_by_file[file_numbers[write_plan.places[first_tensor].file]].append(batch)
+    interleaved = sorted(
+        (file // FILES_AT_ONCE, (position + 0.5) / len(file_batches), file, batch)
+        for file, file_batches in batches_by_file.items()
+        for position, batch in enumerate(file_batches)
     )
-    # A large tensor that came last would keep one worker busy while all others have nothing left to do.
-    return sorted((batch for _, _, _, batch in turns), key=lambda batch: -(_nbytes(plan, batch) // _LARGE))
+    # A large tensor at the end would keep one worker busy while all others have nothing left to do.
+    return sorted((batch for _, _, _, batch in interleaved), key=lambda batch: -(_nbytes(plan, batch) // _LARGE))
 
 
 def _needs_torch(module: ModulePlan, device: str) -> bool:
-    """Whether operations of torch have a part in it."""
+    """Whether checking or converting a module runs torch operations."""
     if device == "cpu" and is_direct(module):
         return False
     return looks_at(module) or not all(is_copied(delivery, module) for delivery in module.deliveries)
 
 
 def _batches(plan: Plan, groups: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """Runs of groups of about `UNIT_BYTES`; what delivers nothing is left out."""
+    """Combine consecutive groups into batches of about `UNIT_BYTES`; modules that deliver nothing are left out."""
     batch: list[int] = []
-    room = UNIT_BYTES
+    remaining = UNIT_BYTES
     for group in groups:
         delivering = [position for position in group if plan.modules[position].deliveries]
         batch += delivering
-        room -= _nbytes(plan, delivering)
-        if room <= 0:
+        remaining -= _nbytes(plan, delivering)
+        if remaining <= 0:
             yield tuple(batch)
-            batch, room = [], UNIT_BYTES
+            batch, remaining = [], UNIT_BYTES
     if batch:
         yield tuple(batch)
 

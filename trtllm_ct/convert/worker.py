@@ -1,4 +1,4 @@
-"""One unit of a conversion: read, checked, converted and written by one worker, in a thread or a process of its own."""
+"""`run_unit`: read, check, convert and write one unit of a conversion, in a worker thread or worker process."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["UnitResult", "run_unit"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitResult:
-    """What became of a unit: its record, or what is wrong with its values.
+    """The result of a unit: its record, and the errors that its values caused.
 
-    `resumed` says that an earlier run had written it.
+    `resumed` is true when an earlier run had written the unit.
     """
 
     record: UnitRecord
@@ -39,11 +39,11 @@ class UnitResult:
 def run_unit(
     conversion: Conversion, number: int, *, earlier: UnitRecord | None = None, ahead: int = 0, writes: bool = True
 ) -> UnitResult:
-    """Convert a unit, or only check its values when `writes` is false.
+    """Convert the unit `number`, or only check its values when `writes` is false.
 
-    `earlier` is what an earlier run says to have written: where it is found in the files, nothing is left to do. The
-    unit `ahead` places further on is asked of the disk meanwhile. Memory: one tile, and what can't be tiled.
-    Raises `OSError` when files can't be written.
+    `earlier` is the record of an earlier run. If the files still hold the bytes of this record, the unit is not
+    converted again. The stored tensors of the unit `ahead` positions later are prefetched from disk. Memory: one tile,
+    and the tensors that can't be tiled. Raises `OSError` when files can't be written.
     """
     unit = conversion.units[number]
     if earlier is not None and _is_whole(unit, earlier) and pieces_are_there(conversion.job.files, earlier.pieces):
@@ -53,13 +53,13 @@ def run_unit(
         TensorWriter(conversion.job.files, conversion.write_plan, conversion.locks) as writer,
     ):
         following = conversion.units[number + ahead : number + ahead + 1] if ahead else ()
-        needed = [module for each in (unit, *following) for module in conversion.modules(each)]
-        reader.prefetch(run for module in needed for run in module.runs)
-        work = _Work(conversion, reader, writer if writes else None)
+        to_prefetch = [module for needed in (unit, *following) for module in conversion.modules(needed)]
+        reader.prefetch(run for module in to_prefetch for run in module.runs)
+        converter = _UnitConverter(conversion, reader, writer if writes else None)
         for module in conversion.modules(unit):
-            work.convert(module)
-        record = UnitRecord(unit=number, pieces=tuple(writer.pieces), seen=tuple(work.seen))
-    return UnitResult(record=record, errors=tuple(work.errors))
+            converter.convert(module)
+        record = UnitRecord(unit=number, pieces=tuple(writer.pieces), seen=tuple(converter.seen))
+    return UnitResult(record=record, errors=tuple(converter.errors))
 
 
 def _is_whole(unit: Unit, record: UnitRecord) -> bool:
@@ -67,8 +67,11 @@ def _is_whole(unit: Unit, record: UnitRecord) -> bool:
 
 
 @dataclass(slots=True)
-class _Work:
-    """What the modules of one unit share; without a writer their values are only checked."""
+class _UnitConverter:
+    """Converts the modules of one unit; without a writer it only checks their values.
+
+    `errors` and `seen` collect the errors and the warnings (pairs of module name and text) of all modules.
+    """
 
     conversion: Conversion
     reader: TensorReader
@@ -77,50 +80,52 @@ class _Work:
     seen: list[tuple[str, str]] = field(default_factory=list)
     fused_scalars: FusedScalars = field(default_factory=FusedScalars)
     mapper: CompressedTensorsWeightMapper = field(init=False)
-    octets: ByteReader = field(init=False)
+    byte_reader: ByteReader = field(init=False)
     direct: DirectConverter = field(init=False)
 
     def __post_init__(self) -> None:
-        self.octets = ByteReader(self.conversion.checkpoint.catalog)
-        self.direct = DirectConverter(self.octets)
-        # Not by way of `self`: a cycle would live, and hold files, until the collector runs, which is paused.
+        self.byte_reader = ByteReader(self.conversion.checkpoint.catalog)
+        self.direct = DirectConverter(self.byte_reader)
+        # The callback must not refer to `self`: the reference cycle would keep files open until the garbage collector
+        # runs, and the collector is paused during a conversion.
         seen = self.seen
         self.mapper = CompressedTensorsWeightMapper(
             device=self.conversion.job.device, on_warning=lambda module, warning: seen.append((module, warning))
         )
 
     def convert(self, module: ModulePlan) -> None:
-        """Deliver one module; what is wrong with its values is gathered, and nothing more is written then."""
+        """Convert and write one module; if its values are wrong, keep the error and write nothing more."""
         try:
             copied = [delivery for delivery in module.deliveries if is_copied(delivery, module)]
             if self.writer is not None:
                 for delivery in copied:
                     self._copy(self.writer, module, delivery)
-            needs_more = looks_at(module) or len(copied) < len(module.deliveries)
-            if needs_more and not self._convert_directly(module):
-                self._make(module)
+            copying_is_not_enough = looks_at(module) or len(copied) < len(module.deliveries)
+            if copying_is_not_enough and not self._convert_directly(module):
+                self._convert_with_torch(module)
         except CheckpointError as error:
-            self.errors.append(error.with_traceback(None))  # whose frames hold files too
+            self.errors.append(error.with_traceback(None))  # The frames of a traceback keep files open.
             self.writer = None
             return
         if self.writer is not None:
-            missing = [each.name for each in module.deliveries if not self.writer.is_complete(each.name)]
+            names = [delivery.name for delivery in module.deliveries]
+            missing = [name for name in names if not self.writer.is_complete(name)]
             if missing:
                 raise AssertionError(f"{module.name}: {missing} were not written in full")
 
     def _copy(self, writer: TensorWriter, module: ModulePlan, delivery: Delivery) -> None:
-        """Bytes from file to file."""
+        """Copy the bytes of a delivered tensor from file to file."""
         view = module.views[delivery.operation.source or ""]
         begin = (view.offset or 0) * view.spec.dtype.itemsize
-        writer.write_bytes(delivery.name, self.octets.read(view.sources[0], begin, view.spec.nbytes))
+        writer.write_bytes(delivery.name, self.byte_reader.read(view.sources[0], begin, view.spec.nbytes))
 
     def _convert_directly(self, module: ModulePlan) -> bool:
-        """Whether that could be done, and was."""
+        """Convert a module without torch, if that is possible; return whether it was converted."""
         on_cpu = self.conversion.job.device == "cpu"
         return on_cpu and is_direct(module) and self.direct.convert(module, self.writer)
 
-    def _make(self, module: ModulePlan) -> None:
-        """Values checked and converted."""
+    def _convert_with_torch(self, module: ModulePlan) -> None:
+        """Check the values of a module, and convert and write all tensors that are not copied."""
         stored = {run.name: self.reader.read(run.name, run.begin, run.end) for run in module.runs}
         local = self.mapper.checked(module, stored)
         scalars = {}

@@ -5,7 +5,8 @@ group `weight_g_idx[k]` instead of k // g. Ordering by weight ("static") stores 
 groups.
 
 Releases 0.6 to 0.18 of compressed-tensors write and read the tensor. Release 0.19 refuses a configuration with
-`actorder: group`; it ignores the tensor if a user has removed `actorder` from the configuration. Source: compressed-tensors 0.18 `quantization/lifecycle/{initialize,forward}.py`.
+`actorder: group`; it ignores the tensor if a user has removed `actorder` from the configuration.
+Source: compressed-tensors 0.18 `quantization/lifecycle/{initialize,forward}.py`.
 """
 
 from __future__ import annotations

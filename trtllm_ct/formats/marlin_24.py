@@ -1,14 +1,16 @@
-"""`marlin-24`: 4 or 8 bit codes of a 2:4 sparse weight, arranged for one GPU kernel.
+"""`marlin-24`: 4-bit or 8-bit codes of a 2:4 sparse weight, in the layout of the Marlin 2:4 GPU kernel.
 
 | local name      | dtype   | shape                                                                  |
 |-----------------|---------|------------------------------------------------------------------------|
 | `weight_packed` | int32   | [K / 32, 2 N] for 4 bits, [K / 32, 4 N] for 8: code + 2^(b-1)          |
 | `scale_packed`  | float16 | [G, N], or [1, N] for strategy channel                                 |
-| `meta`          | int16   | [K / 32, 2 N]: which two of each four columns are kept, a nibble each  |
+| `meta`          | int16   | [K / 32, 2 N]: a nibble for each four columns, with the two kept ones  |
 
-Symmetric only; N is a multiple of 64 and K one of 32. No release could read what it wrote: here the permutations are
-undone, and the codes that were left out are zeros. Scales by group are interleaved when a group is shorter than half
-of K, but only since 0.8.0; earlier writers forgot it. Nothing in the tensors tells, so the version must.
+The codes are symmetric; N is a multiple of 64 and K is a multiple of 32. No release of compressed-tensors could read
+this format back. This module undoes the permutations and restores the codes that were left out as zeros.
+
+Since 0.8.0 writers interleave scales per group if the group size is less than K / 2; earlier writers forgot to do so.
+The tensors do not show whether scales are interleaved, so the version of the writer decides.
 Source: compressed-tensors 0.6 and 0.14 `compressors/.../marlin_24.py`; later releases have no such code.
 """
 
@@ -38,7 +40,7 @@ _FIRST_INTERLEAVED = (0, 8)
 
 
 class _Marlin24(WeightFormat):
-    """The format as one generation of writers has it: with scales by group interleaved, or not."""
+    """The format of one generation of writers, which interleave scales per group or do not."""
 
     name = "marlin-24"
     declared_as = frozenset({CompressionFormat.MARLIN_24})
@@ -49,7 +51,7 @@ class _Marlin24(WeightFormat):
         self.interleaves = interleaves
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """Integer arguments, and int32 words with a scale that is packed too."""
+        """Accept integer arguments with int32 words in `weight_packed` and a `scale_packed`."""
         packed = stored.get("weight_packed")
         is_words = packed is not None and packed.dtype is DType.I32
         return args.type is NumberType.INT and is_words and "scale_packed" in stored
@@ -63,9 +65,10 @@ class _Marlin24(WeightFormat):
         faults: FaultCollector,
         version: Version = (),
     ) -> StoredWeight | None:
-        """See the table above; `packing` says how wide the codes are, but not the order that they lie in.
+        """Return the weight that the tensors in the table above make up.
 
-        An unknown `version` counts as a new one: most files are of 0.8 or later.
+        The `packing` of the result gives the width of the codes, but not their order. A weight whose `version` is
+        unknown counts as written by 0.8.0 or later, as most files are.
         """
         words = stored["weight_packed"]
         if not _check_args(module, args, faults) or not check_codes(module, self.codes, words, DType.I32, faults):
@@ -77,7 +80,7 @@ class _Marlin24(WeightFormat):
         _check_companion(module, "scale_packed", stored, TensorSpec(DType.F16, (groups, shape[0])), faults)
         _check_companion(module, "meta", stored, TensorSpec(DType.I16, (words.shape[0], 2 * shape[0])), faults)
         return StoredWeight(
-            format=_EARLY if version and version < _FIRST_INTERLEAVED else self,
+            format=_MARLIN_24_BEFORE_0_8 if version and version < _FIRST_INTERLEAVED else self,
             args=args,
             shape=shape,
             codes="weight_packed",
@@ -87,14 +90,14 @@ class _Marlin24(WeightFormat):
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """Plain int8 codes [N, K] with the zeros put back, and scales [N, G].
+        """Return int8 codes [N, K], with zeros for the columns that were left out, and scales [N, G].
 
-        Raises `PayloadError` where `meta` does not name two different positions of four.
+        Raises `PayloadError` where `meta` does not give two different positions for four columns.
         """
         nibbles = layout.restore_nibbles(stored["meta"])
         _check_nibbles(nibbles)
         scale = stored["scale_packed"]
-        if self._interleaved(weight.args, weight.shape):
+        if self._has_interleaved_scales(weight.args, weight.shape):
             scale = layout.restore_scales(scale)
         return Codes(
             values=layout.expand_fours(layout.restore_codes(stored["weight_packed"], weight.args.num_bits), nibbles),
@@ -104,7 +107,10 @@ class _Marlin24(WeightFormat):
         )
 
     def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:
-        """What the library wrote up to 0.14; raises `ValueError` for codes that are not 2:4 or have zero points."""
+        """Return the tensors by local name, as the library wrote them up to 0.14.
+
+        Raises `ValueError` if the codes are not 2:4 sparse or have zero points.
+        """
         import torch
 
         if codes.zero_point is not None:
@@ -114,20 +120,24 @@ class _Marlin24(WeightFormat):
         scale = codes.scale.to(torch.float16).T.contiguous()
         return {
             "weight_packed": layout.arrange_codes(kept, args.num_bits),
-            "scale_packed": layout.arrange_scales(scale) if self._interleaved(args, codes.shape) else scale,
+            "scale_packed": layout.arrange_scales(scale) if self._has_interleaved_scales(args, codes.shape) else scale,
             "meta": layout.arrange_nibbles(nibbles),
         }
 
-    def _interleaved(self, args: QuantArgs, shape: tuple[int, int]) -> bool:
-        """Writers compared the group size, which counts all columns, with the number of kept ones."""
+    def _has_interleaved_scales(self, args: QuantArgs, shape: tuple[int, int]) -> bool:
+        """Whether the stored scales are interleaved.
+
+        The group size counts all columns, but the writers compared it with the number of kept columns, K / 2.
+        """
         return self.interleaves and args.group_size is not None and args.group_size < shape[1] // 2
 
 
 MARLIN_24 = _Marlin24(interleaves=True)
-_EARLY = _Marlin24(interleaves=False)
+_MARLIN_24_BEFORE_0_8 = _Marlin24(interleaves=False)
 
 
 def _check_args(module: str, args: QuantArgs, faults: FaultCollector) -> bool:
+    """Return whether marlin-24 can store codes with these arguments; add a fault if not."""
     if args.num_bits in {4, 8} and args.symmetric and args.strategy in {Strategy.GROUP, Strategy.CHANNEL}:
         return True
     faults.add(
@@ -140,7 +150,7 @@ def _check_args(module: str, args: QuantArgs, faults: FaultCollector) -> bool:
 
 
 def _check_multiples(module: str, args: QuantArgs, words: TensorSpec, faults: FaultCollector) -> None:
-    """Whether the words make whole blocks of 64 rows; whole blocks of columns they always make."""
+    """Add a fault if N is not a multiple of 64; K always is a multiple of 32, the columns that a row of words holds."""
     step = layout.N_MULTIPLE * args.num_bits // 2
     if words.shape[1] % step:
         faults.add(
@@ -152,25 +162,27 @@ def _check_multiples(module: str, args: QuantArgs, words: TensorSpec, faults: Fa
 
 
 def _check_companion(module: str, name: str, stored: StoredSpecs, wanted: TensorSpec, faults: FaultCollector) -> None:
-    found = stored.get(name)
-    if found == wanted:
+    """Add a fault if the tensor `name` is missing or differs from `wanted`."""
+    spec = stored.get(name)
+    if spec == wanted:
         return
     remedy = "Check num_bits, strategy and group_size in config_groups against the tool that wrote the file."
     faults.add(
         where=f"{module}.{name}",
         expected=f"{wanted} beside the codes",
-        found=str(found) if found else "no such tensor",
-        remedy=remedy if found else "Without it the weight has no value; look for a lost shard.",
+        found=str(spec) if spec else "no such tensor",
+        remedy=remedy if spec else "Without it the weight has no value; look for a lost shard.",
     )
 
 
 def _check_nibbles(nibbles_OF: Tensor) -> None:
+    """Raise `PayloadError` for the first invalid nibble in `nibbles_OF`, [N, K / 4]."""
     import torch
 
-    bad = torch.isin(nibbles_OF, torch.tensor(layout.NIBBLES, dtype=torch.uint8), invert=True)
-    if not bool(bad.any()):
+    invalid = torch.isin(nibbles_OF, torch.tensor(layout.NIBBLES, dtype=torch.uint8), invert=True)
+    if not bool(invalid.any()):
         return
-    row, four = (int(index) for index in bad.nonzero()[0])
+    row, four = (int(index) for index in invalid.nonzero()[0])
     raise PayloadError(
         Fault(
             where="meta",

@@ -1,5 +1,6 @@
-"""What MXFP4, MXFP6 and MXFP8 share: groups of 32 columns, each scaled by a power of two, and nothing else.
+"""The base class of the MX formats MXFP4, MXFP6 and MXFP8: small floats in groups of 32 columns.
 
+The scale of a group is a power of two (E8M0). There is no scale for the whole tensor; a stored `weight_zero_point` must hold zeros only.
 Source: OCP Microscaling Formats 1.0; compressed-tensors 0.20 `compressors/mx_utils.py`.
 """
 
@@ -33,7 +34,10 @@ def axes_with(codes: str) -> Mapping[str, Axis]:
 
 
 class MicroscalingFormat(WeightFormat):
-    """Codes of one element type with E8M0 scales; formats differ in where the codes are and how they are packed."""
+    """Codes of one element type with E8M0 scales.
+
+    The formats differ in the element type, the local name and dtype of the codes, and the packing.
+    """
 
     code_dtype: DType
     element: Element
@@ -41,7 +45,7 @@ class MicroscalingFormat(WeightFormat):
 
     @abstractmethod
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """See the format."""
+        """Return whether a module with these arguments and tensors is stored in this format."""
 
     @final
     def describe(
@@ -53,7 +57,7 @@ class MicroscalingFormat(WeightFormat):
         faults: FaultCollector,
         version: Version = (),  # noqa: ARG002 (no release differs)
     ) -> StoredWeight | None:
-        """See the table of the format."""
+        """Return the weight that the tensors in the table of the format's module make up."""
         spec = stored[self.codes]
         is_matrix = check_codes(module, self.codes, spec, self.code_dtype, faults)
         if not check_group_size(module, args, _GROUP, faults) or not is_matrix:
@@ -74,7 +78,7 @@ class MicroscalingFormat(WeightFormat):
 
     @final
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """The stored tensors themselves; scales as uint8 exponents."""
+        """Return the stored tensors without a copy; scales are viewed as uint8 exponents."""
         return Codes(
             values=stored[self.codes],
             packing=self.packing,
@@ -85,7 +89,10 @@ class MicroscalingFormat(WeightFormat):
 
     @final
     def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
-        """What the library writes; packed `codes` may come in any packing, scales are uint8 exponents."""
+        """Return the tensors by local name, as the library writes them.
+
+        Packed `codes` may have any packing; their scales must be uint8 exponents.
+        """
         values = codes.values
         if codes.packing is not None and self.packing is not None:
             values = repack(values, codes.packing, self.packing, codes.shape)
@@ -93,7 +100,7 @@ class MicroscalingFormat(WeightFormat):
 
 
 def _refuse_global_scale(module: str, stored: StoredSpecs, faults: FaultCollector) -> None:
-    """A scale for the whole tensor has no meaning here; it is neither applied nor passed over."""
+    """Add a fault if there is a scale for the whole tensor: MX formats have none, and it must not be ignored either."""
     if "weight_global_scale" in stored:
         faults.add(
             where=f"{module}.weight_global_scale",

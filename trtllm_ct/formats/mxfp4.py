@@ -1,11 +1,12 @@
-"""`mxfp4-pack-quantized`: E2M1 codes, two to a byte, and a power of two for each 32 columns.
+"""`mxfp4-pack-quantized`: E2M1 codes, two per byte, with a power-of-two scale for each 32 columns.
 
 | local name      | dtype                    | shape                                        |
 |-----------------|--------------------------|----------------------------------------------|
-| `weight_packed` | uint8                    | [N, K/2], the even column in the low nibble  |
-| `weight_scale`  | uint8 or float8_e8m0fnu  | [N, K/32], e for 2^(e - 127); 255 is NaN     |
+| `weight_packed` | uint8                    | [N, K/2], even columns in the low nibble     |
+| `weight_scale`  | uint8 or float8_e8m0fnu  | [N, K/32], e means 2^(e - 127); 255 is NaN   |
 
-Releases 0.13 to 0.17 may declare a `weight_global_scale`, but none writes it: one that exists is refused.
+Releases 0.13 to 0.17 may declare a `weight_global_scale`, but no release writes it. If the tensor exists, it is a
+fault.
 Source: compressed-tensors 0.20 `compressors/mxfp4/base.py`.
 """
 
@@ -36,7 +37,7 @@ class _MXFP4(MicroscalingFormat):
     packing = E2M1_PACKED
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """4-bit floats in bytes whose scales are not those of NVFP4."""
+        """Accept 4-bit floats packed in uint8 whose scales are not E4M3; those are NVFP4."""
         return is_packed_float(args, stored, bits=4) and not has_e4m3_scales(args, stored)
 
 

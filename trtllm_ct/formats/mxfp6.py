@@ -1,11 +1,11 @@
-"""`mxfp6-pack-quantized`: E2M3 codes, four in three bytes, and a power of two for each 32 columns.
+"""`mxfp6-pack-quantized`: E2M3 codes, four in three bytes, with a power-of-two scale for each 32 columns.
 
-| local name      | dtype                    | shape                                                     |
-|-----------------|--------------------------|-----------------------------------------------------------|
+| local name      | dtype                    | shape                                                        |
+|-----------------|--------------------------|--------------------------------------------------------------|
 | `weight_packed` | uint8                    | [N, 3K/4], a little-endian stream: code k in bits 6k to 6k+5 |
-| `weight_scale`  | uint8 or float8_e8m0fnu  | [N, K/32], e for 2^(e - 127); 255 is NaN                  |
+| `weight_scale`  | uint8 or float8_e8m0fnu  | [N, K/32], e means 2^(e - 127); 255 is NaN                   |
 
-A code is sign, two bits of exponent (bias 1), three of mantissa. Written since 0.20.
+A code has a sign bit, two exponent bits (bias 1) and three mantissa bits. Releases since 0.20 write this format.
 Source: compressed-tensors 0.20 `compressors/mxfp6/{base,helpers}.py`.
 """
 
@@ -36,7 +36,7 @@ class _MXFP6(MicroscalingFormat):
     packing = E2M3_PACKED
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """6-bit floats in bytes."""
+        """Accept 6-bit floats packed in uint8."""
         return is_packed_float(args, stored, bits=6)
 
 

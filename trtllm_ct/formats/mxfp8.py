@@ -1,11 +1,11 @@
-"""`mxfp8-quantized`: float8 codes in the weight's own shape, and a power of two for each 32 columns.
+"""`mxfp8-quantized`: float8 codes in the shape of the weight, with a power-of-two scale for each 32 columns.
 
-| local name     | dtype                    | shape                                    |
-|----------------|--------------------------|------------------------------------------|
-| `weight`       | float8_e4m3fn            | [N, K]                                   |
-| `weight_scale` | uint8 or float8_e8m0fnu  | [N, K/32], e for 2^(e - 127); 255 is NaN |
+| local name     | dtype                    | shape                                      |
+|----------------|--------------------------|--------------------------------------------|
+| `weight`       | float8_e4m3fn            | [N, K]                                     |
+| `weight_scale` | uint8 or float8_e8m0fnu  | [N, K/32], e means 2^(e - 127); 255 is NaN |
 
-The dtype of the scale tells it from `float-quantized`. Written since 0.15.
+The dtype of the scale distinguishes this format from `float-quantized`. Releases since 0.15 write it.
 Source: compressed-tensors 0.20 `compressors/mxfp8/base.py`.
 """
 
@@ -34,7 +34,7 @@ class _MXFP8(MicroscalingFormat):
     packing = None
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """8-bit floats with scales that have an exponent only."""
+        """Accept float8_e4m3fn weights whose scales are uint8 or float8_e8m0fnu."""
         weight, scale = stored.get("weight"), stored.get("weight_scale")
         return (
             args.type is NumberType.FLOAT

@@ -1,16 +1,18 @@
-"""`nvfp4-pack-quantized`: E2M1 codes, two to a byte, a local E4M3 scale for each 16 columns and one global divisor.
+"""`nvfp4-pack-quantized`: E2M1 codes, two per byte, with an E4M3 scale for each 16 columns and one global divisor.
 
 | local name            | dtype                   | shape                                             |
 |-----------------------|-------------------------|---------------------------------------------------|
-| `weight_packed`       | uint8                   | [N, K/2], the even column in the low nibble       |
-| `weight_scale`        | float8_e4m3fn           | [N, K/16]; as uint8 it holds the same bytes       |
+| `weight_packed`       | uint8                   | [N, K/2], even columns in the low nibble          |
+| `weight_scale`        | float8_e4m3fn           | [N, K/16]; uint8 with the same bytes is read too  |
 | `weight_global_scale` | float32                 | one element: 448 * 6 / largest absolute weight    |
-| `input_global_scale`  | float32                 | one element, W4A4 only; belongs to the activation |
+| `input_global_scale`  | float32                 | one element, W4A4 only; scales the activations    |
 
-A weight is `code * local / global`: the global scale divides, where ModelOpt's `weight_scale_2` multiplies. The library
-reads a missing one as 1, which is wrong by a factor of hundreds; here it is a fault.
-A global scale of 0 belongs to an expert that calibration never reached. Its weight is zero, which is what division by
-infinity makes of it: so it is handed on as an infinite divisor.
+A weight is `code * weight_scale / weight_global_scale`. The global scale divides; ModelOpt's `weight_scale_2`
+multiplies. The library reads a missing global scale as 1, which makes the weight wrong by a factor of hundreds; this
+package reports a fault.
+
+A global scale of 0 belongs to an expert that calibration never reached; its weight is zero. `decode` returns an
+infinite divisor for it, so that the division gives zero.
 Source: compressed-tensors 0.20 `compressors/nvfp4/{base,helpers}.py`; releases since 0.10 write the same bytes.
 """
 
@@ -59,7 +61,7 @@ class _NVFP4(WeightFormat):
     }
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """4-bit floats in bytes with E4M3 scales."""
+        """Accept 4-bit floats packed in uint8 with E4M3 scales."""
         return is_packed_float(args, stored, bits=4) and has_e4m3_scales(args, stored)
 
     def describe(
@@ -71,7 +73,7 @@ class _NVFP4(WeightFormat):
         faults: FaultCollector,
         version: Version = (),  # noqa: ARG002 (no release differs)
     ) -> StoredWeight | None:
-        """See the table above."""
+        """Return the weight that the tensors in the table above make up."""
         packed = stored["weight_packed"]
         is_matrix = check_codes(module, "weight_packed", packed, DType.U8, faults)
         if not check_group_size(module, args, NVFP4_GROUP, faults) or not is_matrix:
@@ -92,7 +94,10 @@ class _NVFP4(WeightFormat):
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """The stored tensors themselves; the divisor as one float32 element, infinite where 0 is stored."""
+        """Return the stored codes and scales without a copy, and the divisor as one float32 element.
+
+        The divisor is infinite if 0 is stored.
+        """
         import torch
 
         divisor = stored["weight_global_scale"].reshape(1).to(torch.float32)
@@ -106,7 +111,10 @@ class _NVFP4(WeightFormat):
         )
 
     def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
-        """What the library writes; `codes` may come in any packing, with E4M3 scales and a divisor."""
+        """Return the tensors by local name, as the library writes them.
+
+        `codes` may have any packing; they need E4M3 scales and a divisor.
+        """
         import torch
 
         if codes.packing is None or codes.divisor is None:
@@ -122,7 +130,7 @@ NVFP4 = _NVFP4()
 
 
 def _check_global_scale(module: str, stored: StoredSpecs, faults: FaultCollector) -> None:
-    """Whether the divisor is there and is one number."""
+    """Add a fault if the divisor is missing, not bfloat16, float16 or float32, or not one element."""
     spec = stored.get("weight_global_scale")
     if spec is not None and spec.dtype in _GLOBAL_SCALE_DTYPES and spec.numel == 1:
         return

@@ -1,19 +1,21 @@
-"""`pack-quantized`: integer codes of b bits, 1 to 8, in int32 words along K.
+"""`pack-quantized`: integer codes of b bits (1 to 8), packed along K in int32 words.
 
 | local name          | dtype                  | shape                                                                |
 |---------------------|------------------------|----------------------------------------------------------------------|
 | `weight_packed`     | int32                  | [N, ceil(K * b / 32)] dense, [N, ceil(K / (32 // b))] padded         |
 | `weight_scale`      | bf16, f16, f32         | [N, ceil(K / g)], [N, 1] or one element                              |
 | `weight_shape`      | int64 (int32)          | [2]: the numbers N, K                                                |
-| `weight_zero_point` | int32; int8, bf16, ... | [ceil(N * b / 32), G] packed along the rows, or plain, as the scale  |
+| `weight_zero_point` | int32; int8, bf16, ... | [ceil(N * b / 32), G] packed along N, or plain in the scale's shape  |
 | `weight_g_idx`      | int32                  | [K]: the group of each column                                        |
 
-A code is stored as code + 2^(b-1). For 3, 5, 6 and 7 bits there are two layouts under the same names: up to 0.17.1
-words are padded, each holding 32 // b whole codes; since 0.18 codes are one dense stream of bits and straddle words.
-A zero point follows the layout of its weight.
+b is the number of bits, g the group size and G = ceil(K / g). A code is stored as code + 2^(b-1).
 
-A zero point counts whenever the tensor exists, whatever `symmetric` says. Writers up to 0.9.3 store it as plain
-int8 and leave it out when all of it is zero; for a whole tensor it is plain in every release.
+For 3, 5, 6 and 7 bits there are two layouts under the same names. Up to 0.17.1 words are padded: each holds 32 // b
+whole codes. Since 0.18 the codes are one dense bit stream, in which a code may straddle two words. A packed zero point
+has the same layout as its weight.
+
+A zero point is applied whenever the tensor exists, whatever `symmetric` says. Writers up to 0.9.3 store it as plain
+int8, and omit it if it is all zeros. For strategy tensor every release stores it plain.
 Source: compressed-tensors 0.20 and 0.17.1 `compressors/pack_quantized/{base,helpers}.py`.
 """
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["PACKED_INT"]
 
 _FIRST_DENSE = (0, 18)
-_PACKS_ZERO_POINTS = frozenset({Strategy.GROUP, Strategy.CHANNEL})
+_STRATEGIES_WITH_PACKED_ZERO_POINTS = frozenset({Strategy.GROUP, Strategy.CHANNEL})
 
 
 class _PackedInt(WeightFormat):
@@ -57,7 +59,7 @@ class _PackedInt(WeightFormat):
     }
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """Integer arguments and int32 words, which are not those of marlin-24."""
+        """Accept integer arguments with int32 words in `weight_packed`, unless a `scale_packed` shows marlin-24."""
         packed = stored.get("weight_packed")
         is_words = packed is not None and packed.dtype is DType.I32
         return args.type is NumberType.INT and is_words and "scale_packed" not in stored
@@ -71,7 +73,10 @@ class _PackedInt(WeightFormat):
         faults: FaultCollector,
         version: Version = (),
     ) -> StoredWeight | None:
-        """See the table above; words don't tell K to the last column, so `expected_shape` and the groups help."""
+        """Return the weight that the tensors in the table above make up.
+
+        The number of words does not determine K exactly; `expected_shape` or the number of groups does.
+        """
         if not check_codes(module, "weight_packed", stored["weight_packed"], DType.I32, faults):
             return None
         packing = _packing(args, stored, expected_shape, version)
@@ -94,7 +99,7 @@ class _PackedInt(WeightFormat):
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """Words stay packed, those of zero points too; plain zero points become int8 (rows, groups)."""
+        """Return the codes and packed zero points still packed; plain zero points become int8 (rows, groups)."""
         import torch
 
         zero_point = stored["weight_zero_point"] if weight.has_zero_point else None
@@ -111,7 +116,10 @@ class _PackedInt(WeightFormat):
         )
 
     def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:
-        """What the library writes since 0.18, and the index that it wrote before; `codes` may come in any packing."""
+        """Return the tensors by local name, as the library has written them since 0.18; `codes` may have any packing.
+
+        A group index is included if `codes` have one, although the library stopped writing it after 0.18.
+        """
         import torch
 
         words = packed_words(args.num_bits)
@@ -122,9 +130,9 @@ class _PackedInt(WeightFormat):
         }
         zero_point = codes.plain_zero_point
         if zero_point is not None:
-            packs = args.strategy in _PACKS_ZERO_POINTS
-            along_rows = packed_words(args.num_bits, axis=0)
-            tensors["weight_zero_point"] = pack_codes(zero_point, along_rows) if packs else zero_point
+            is_packed = args.strategy in _STRATEGIES_WITH_PACKED_ZERO_POINTS
+            words_along_rows = packed_words(args.num_bits, axis=0)
+            tensors["weight_zero_point"] = pack_codes(zero_point, words_along_rows) if is_packed else zero_point
         if codes.group_index is not None:
             tensors[GROUP_INDEX] = codes.group_index
         return tensors
@@ -134,32 +142,32 @@ PACKED_INT = _PackedInt()
 
 
 def _packing(args: QuantArgs, stored: StoredSpecs, expected_shape: tuple[int, int] | None, version: Version) -> Packing:
-    """Which of the two layouts the words have.
+    """Return the packing of the words: dense or padded.
 
-    The number of words along K decides, then that of the zero point's words along N. Where both layouts ask for the
-    same numbers (K = 12, or 40 at 3 bits; never a multiple of 32), the writer's version does. An unknown one counts as
-    old: configurations name it reliably from 0.11 on.
+    The number of words along K decides, then the number of words of the zero point along N. If both packings need the
+    same numbers of words (K = 12, or 40 at 3 bits; never a multiple of 32), the writer's version decides. An unknown
+    version counts as older than 0.18, because configurations name the version reliably only since 0.11.
     """
     dense, padded = (packed_words(args.num_bits, dense=dense) for dense in (True, False))
     if 32 % args.num_bits == 0:
         return dense
     packed, zero_point = stored["weight_packed"], stored.get("weight_zero_point")
     columns = _known_columns(args, stored, expected_shape)
-    zero_words = zero_point.shape[:1] if zero_point is not None and zero_point.dtype is DType.I32 else ()
+    zero_point_words = zero_point.shape[:1] if zero_point is not None and zero_point.dtype is DType.I32 else ()
 
     def fit(packing: Packing) -> tuple[bool, bool]:
-        rows_fit = zero_words in {(), (packing.elements(packed.shape[0]),)}
+        rows_fit = zero_point_words in {(), (packing.elements(packed.shape[0]),)}
         return columns is None or packing.elements(columns) == packed.shape[1], rows_fit
 
-    # Of equal fits the first is taken.
+    # If both fit equally well, max returns the first.
     return max((dense, padded) if version >= _FIRST_DENSE else (padded, dense), key=fit)
 
 
 def _columns(args: QuantArgs, stored: StoredSpecs, expected_shape: tuple[int, int] | None, packing: Packing) -> int:
-    """K of the codes: the number that is known from elsewhere if the words hold just that, else as many as fit them.
+    """Return K: the known number of columns if it needs exactly these words, else as many columns as fit in them.
 
-    W words hold any K of a whole range, the last word perhaps not full. Loading compares the result with the numbers
-    in `weight_shape`.
+    A number of words fits a range of K, because the last word need not be full. When the tensors are loaded, the result
+    is compared with the numbers in `weight_shape`.
     """
     words = stored["weight_packed"].shape[1]
     known = _known_columns(args, stored, expected_shape)
@@ -169,7 +177,7 @@ def _columns(args: QuantArgs, stored: StoredSpecs, expected_shape: tuple[int, in
 
 
 def _known_columns(args: QuantArgs, stored: StoredSpecs, expected_shape: tuple[int, int] | None) -> int | None:
-    """K by the model, or by the number of groups if they are whole; None when neither says."""
+    """Return K as the model gives it, else G * g, which is K if the last group is full; None if neither is known."""
     if expected_shape is not None:
         return expected_shape[1]
     scale = stored.get(scale_name(stored))
@@ -181,9 +189,10 @@ def _known_columns(args: QuantArgs, stored: StoredSpecs, expected_shape: tuple[i
 def _zero_point_packing(
     module: str, args: QuantArgs, stored: StoredSpecs, shape: tuple[int, int], words: Packing, faults: FaultCollector
 ) -> Packing | None:
-    """How the zero point is packed: as the words of the weight, along the rows; None when there is none or it is plain.
+    """Return the packing of the zero point: that of the weight, but along the rows.
 
-    Writers 0.9.4 to 0.10.2 add surplus columns when N does not fill the last word; the first G are valid.
+    Returns None if there is no zero point or it is plain. Adds a fault if the zero point has the wrong shape or dtype.
+    Writers 0.9.4 to 0.10.2 add surplus columns if N does not fill the last word; only the first G columns are valid.
     """
     spec = stored.get("weight_zero_point")
     if spec is None:

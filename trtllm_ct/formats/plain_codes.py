@@ -1,19 +1,20 @@
-"""`int-quantized`, `float-quantized`, `naive-quantized`: one code an element, in the weight's own shape.
+"""`int-quantized`, `float-quantized`, `naive-quantized`: one unpacked code per element, in the shape of the weight.
 
 | local name          | dtype                 | shape                                                              |
 |---------------------|-----------------------|--------------------------------------------------------------------|
 | `weight`            | int8 or float8_e4m3fn | [N, K]                                                             |
 | `weight_scale`      | bf16, f16, f32        | one element, [N, 1], [N, ceil(K / g)] or [ceil(N / A), ceil(K / B)] |
-| `weight_zero_point` | int8                  | as the scale, never packed                                         |
+| `weight_zero_point` | int8                  | the shape of the scale; never packed                               |
 | `weight_g_idx`      | int32                 | [K]: the group of each column                                      |
 
-The three names share one codec upstream, and 2024's writers label the same bytes now one way, now another; what tells
-integers from floats is the dtype of `weight`. Integers of fewer than 8 bits lie here too, one in a byte: weights that
-go with quantized activations (W4A8, W4AFP8) are not packed unless the producer asks for it. Blocks of A rows and B
-columns at the lower and right edge may be smaller.
+A x B are the rows and columns of a block; blocks at the lower and right edge may be smaller. g is the group size.
 
-A zero point of integers counts whenever it exists, whatever `symmetric` says. One beside float8 codes is a leftover
-of 2024's writers and must be all zeros.
+The three names share one codec in compressed-tensors, and writers of 2024 use different names for the same bytes. The
+dtype of `weight` distinguishes integers from floats. Integers of fewer than 8 bits are also stored like this, one per
+byte: weights for quantized activations (W4A8, W4AFP8) are not packed unless the producer asks for it.
+
+A zero point of integer codes is applied whenever it exists, whatever `symmetric` says. A zero point of float8 codes is
+a leftover of writers of 2024 and must be all zeros.
 Source: compressed-tensors 0.20 `compressors/naive_quantized/base.py`, `compressors/format.py`.
 """
 
@@ -40,7 +41,7 @@ __all__ = ["FLOAT8", "INT8"]
 
 
 class _PlainCodes(WeightFormat):
-    """Codes of one dtype, stored as they are."""
+    """Unpacked codes of one dtype."""
 
     codes = "weight"
     axes: Mapping[str, Axis] = {
@@ -60,9 +61,9 @@ class _PlainCodes(WeightFormat):
         self.declared_as = frozenset({CompressionFormat(label), CompressionFormat.NAIVE_QUANTIZED})
 
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """Arguments of the number type, and a `weight` of the dtype with a float scale, if it has one.
+        """Accept arguments of this number type with a `weight` of this dtype.
 
-        A float8 weight with an exponent-only scale is MXFP8 and not this format.
+        A weight with a uint8 or float8_e8m0fnu scale (powers of two) is not accepted: it is MXFP8.
         """
         weight, scale = stored.get("weight"), stored.get(scale_name(stored))
         return (
@@ -81,7 +82,7 @@ class _PlainCodes(WeightFormat):
         faults: FaultCollector,
         version: Version = (),  # noqa: ARG002 (the contract names it; no release differs here)
     ) -> StoredWeight | None:
-        """See the table above."""
+        """Return the weight that the tensors in the table above make up."""
         spec = stored["weight"]
         if not check_codes(module, "weight", spec, self.dtype, faults):
             return None
@@ -107,7 +108,7 @@ class _PlainCodes(WeightFormat):
         )
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """The stored tensors themselves, reshaped."""
+        """Return the stored codes and scale without a copy, the scale as (rows, groups), and zero points as int8."""
         import torch
 
         zero_point = stored["weight_zero_point"] if weight.has_zero_point else None
@@ -122,7 +123,7 @@ class _PlainCodes(WeightFormat):
         )
 
     def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
-        """One code an element; `codes` may come in any packing."""
+        """Return the tensors by local name, with one code per element; `codes` may have any packing."""
         values = codes.values
         if codes.packing is not None:
             values = repack(values, codes.packing, INT8_PLAIN, codes.shape)

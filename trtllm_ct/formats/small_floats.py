@@ -1,8 +1,8 @@
-"""What the formats of small floats share: groups of 16 or 32 columns, and a scale of one byte for each group.
+"""Checks and helpers for small floats (NVFP4 and MX): groups of 16 or 32 columns with a one-byte scale per group.
 
-NVFP4 scales with E4M3 and a second scale for the whole tensor, the microscaling (MX) formats with powers of two (E8M0).
-Some writers store either byte under another dtype of the same width, so tensors say how many scales there are and,
-where the dtype does not, arguments say what they mean.
+NVFP4 has E4M3 scales and a second scale for the whole tensor; the microscaling (MX) formats have powers of two (E8M0).
+Some writers store these bytes under another dtype of the same width. If the dtype does not tell what the scales are,
+the group size in the arguments does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NVFP4_GROUP = 16
 
 
 def is_packed_float(args: QuantArgs, stored: StoredSpecs, bits: int) -> bool:
-    """Whether a module holds floats of this width packed in bytes."""
+    """Whether a module stores floats of `bits` bits packed in uint8."""
     packed = stored.get("weight_packed")
     return args.type is NumberType.FLOAT and args.num_bits == bits and packed is not None and packed.dtype is DType.U8
 
@@ -42,8 +42,8 @@ def is_packed_float(args: QuantArgs, stored: StoredSpecs, bits: int) -> bool:
 def has_e4m3_scales(args: QuantArgs, stored: StoredSpecs) -> bool:
     """Whether the scales of 4-bit floats are E4M3 (NVFP4) rather than E8M0 (MXFP4).
 
-    The dtype says so; for plain bytes, and for scales that are missing or of a dtype that neither has, the group
-    size of the arguments does.
+    The dtype of the scale decides if it is float8_e4m3fn or float8_e8m0fnu. For any other dtype, such as uint8, and for
+    a missing scale, the group size of the arguments decides.
     """
     scale = stored.get("weight_scale")
     if scale is not None and scale.dtype in {DType.F8_E4M3, DType.F8_E8M0}:
@@ -52,7 +52,7 @@ def has_e4m3_scales(args: QuantArgs, stored: StoredSpecs) -> bool:
 
 
 def local_scale(weight: StoredWeight, scale: Tensor) -> Tensor:
-    """A stored one-byte scale under its true dtype: float8_e4m3fn beside a divisor, uint8 exponents without one."""
+    """Return a view of a stored one-byte scale: float8_e4m3fn if the weight has a divisor (NVFP4), else uint8 (E8M0)."""
     import torch
 
     return scale.view(torch.uint8 if weight.divisor is None else torch.float8_e4m3fn)
@@ -61,7 +61,7 @@ def local_scale(weight: StoredWeight, scale: Tensor) -> Tensor:
 def logical_shape(
     packed: TensorSpec, packing: Packing | None, expected_shape: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """(N, K) of the codes: the model's own K where it fills just these bytes, else all that they hold."""
+    """Return (N, K): the model's K if it needs exactly the stored bytes, else as many columns as the bytes hold."""
     rows, width = packed.shape
     if packing is None:
         return rows, width
@@ -71,7 +71,7 @@ def logical_shape(
 
 
 def check_group_size(module: str, args: QuantArgs, group_size: int, faults: FaultCollector) -> bool:
-    """Whether the arguments ask for the one group size that the format has."""
+    """Return whether the arguments have the group size that the format requires; add a fault if not."""
     if args.group_size == group_size:
         return True
     faults.add(
@@ -91,7 +91,7 @@ def check_group_scale(
     dtypes: tuple[DType, ...],
     faults: FaultCollector,
 ) -> None:
-    """Whether `weight_scale` is there, of one of `dtypes`, and has one element for each row and group."""
+    """Add a fault if `weight_scale` is missing, has none of `dtypes`, or not one element for each row and group."""
     expected = list(scale_shape(args, shape))
     spec = stored.get("weight_scale")
     names = " or ".join(dtype.torch_name for dtype in dtypes)

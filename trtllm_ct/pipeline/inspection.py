@@ -120,7 +120,7 @@ def inspect_checkpoint(
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
     try:
-        plan = open_checkpoint(directory).plan(target.name, engine=engine, parallel=parallel)
+        plan = open_checkpoint(directory, detection).plan(target.name, engine=engine, parallel=parallel)
     except CheckpointError as error:
         problems = error.faults
     return Inspection(

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.detect import Detection, FormatDetector
-from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.mistral_params import config_from_params
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
@@ -85,18 +84,19 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Detect, read, catalogue and probe a directory; headers, and the few small tensors whose values decide a mode.
+def open_checkpoint(directory: str | Path, detection: Detection | None = None) -> Checkpoint:
+    """Detect, read, catalog and probe a directory.
 
-    Raises `DetectionError` when it is no compressed-tensors checkpoint, `ConfigError` and `CatalogError` with all
-    faults of the stage.
+    Reads JSON files, headers, and the few small tensors whose values decide a mode. `detection` is that of the
+    directory, where it was made before.
+    Raises `DetectionError` when the directory is no compressed-tensors checkpoint, `ConfigError` and `CatalogError`
+    with all faults of the stage.
     """
     directory = Path(directory)
-    detection = FormatDetector().detect(directory)
-    detection.require_compressed_tensors()
-    config = CompressedTensorsConfigReader().read(directory)
+    detection = detection or FormatDetector().detect(directory)
+    config = CompressedTensorsConfigReader().read(detection)
     catalog = Catalog.from_directory(directory)
-    hf_config = _read_hf_config(directory, catalog)
+    hf_config = _hf_config(detection, catalog)
     model = Model.from_config(hf_config)
     return Checkpoint(
         directory=directory,
@@ -109,13 +109,12 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     )
 
 
-def _read_hf_config(directory: Path, catalog: Catalog) -> Mapping[str, Any]:
-    """config.json, parsed; in Mistral's own form there may be params.json instead."""
-    path, params = directory / "config.json", directory / "params.json"
-    if path.is_file() or not params.is_file():
-        return read_json_object(path)
+def _hf_config(detection: Detection, catalog: Catalog) -> Mapping[str, Any]:
+    """Return config.json, parsed; in Mistral's own form, where only params.json exists, the same in its terms."""
+    if "config.json" in detection.files:
+        return detection.files["config.json"]
     stored = {name: tensor.spec for name, tensor in catalog.tensors.items()}
-    return config_from_params(read_json_object(params), stored)
+    return config_from_params(detection.files["params.json"], stored)
 
 
 def plan_checkpoint(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.holdings import Holding, Weight, holdings, obstacles, slice_obstacle
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ __all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidate
 
 DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
 """Why row-wise FP8 output projections of attention are dequantized on request."""
-
-_ModeKey = tuple[QuantAlgo, int | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,39 +174,58 @@ def _assign_group(
     quantized = {site.module: candidates[site.module] for site in members if site.module in candidates}
     plain = [site.module for site in members if site.module not in candidates]
     each = {module: alone[module] for module in quantized}
-    if plain and quantized:
-        reason = f"{name} has one mode for all its parts, and {_some(plain)} stored plain"
-        return {module: _plain_because(own, reason) for module, own in each.items()}
-    keys = {assignment.holding.key if assignment.holding else None for assignment in each.values()}
-    if len(keys) <= 1:
+    agree = len({assignment.holding.key if assignment.holding else None for assignment in each.values()}) <= 1
+    if agree and not plain:
         return each
-    spoilt = next((own for own in quantized.values() if own.folded or own.unequal), None)
-    if spoilt:
-        why = f"of another one {spoilt.folded}" if spoilt.folded else spoilt.unequal
-        reason = f"{name} has one mode for all its parts, and {why}"
-        return {module: _plain_because(own, reason) for module, own in each.items()}
-    options = {module: {holding.key: holding for holding in _held(own, target)} for module, own in quantized.items()}
-    common = set.intersection(*(set(option) for option in options.values()))
-    if common:
-        # The mode that the most members hold as they are; LINEAR_MODES and its group sizes break ties.
-        first = next(iter(options.values()))
-        best = max((key for key in first if key in common), key=lambda key: _fit(key, options))
-        reason = f"scales repeated so that {name} has one mode"
-        return {
-            module: Assignment(holding=option[best], reason="" if option[best].as_is else reason)
-            for module, option in options.items()
-        }
-    cut = next((why for module, own in quantized.items() if (why := _cut_reason(module, own, target))), None)
-    if cut:
-        reason = f"{name} has one mode for all its parts, and {cut}"
-        return {module: _plain_because(own, reason) for module, own in each.items()}
-    schemes = sorted({own.weight.scheme.label() for own in quantized.values()})
-    reason = f"{name} has one mode for all its parts, and theirs share none ({'; '.join(schemes)})"
-    return {module: _plain_because(own, reason) for module, own in each.items()}
+    obstacle = _group_obstacle(plain, quantized)
+    if not obstacle:
+        common = _common_mode(name, quantized, target)
+        if common:
+            return common
+        obstacle = _no_common_mode(quantized, target)
+    reason = f"{name} has one mode for all its parts, and {obstacle}"
+    return {module: _plain_because(assignment, reason) for module, assignment in each.items()}
 
 
-def _fit(key: _ModeKey, options: Mapping[str, Mapping[_ModeKey, Holding]]) -> int:
-    return sum(option[key].as_is for option in options.values())
+def _group_obstacle(plain: Sequence[str], quantized: Mapping[str, Candidate]) -> str:
+    """Why the members of a group can't share a quantized mode, whatever modes there are; empty when they may."""
+    if plain:
+        return f"{_some(plain)} stored plain"
+    for candidate in quantized.values():
+        if candidate.folded or candidate.unequal:
+            return f"of another one {candidate.folded}" if candidate.folded else candidate.unequal
+    return ""
+
+
+def _common_mode(name: str, quantized: Mapping[str, Candidate], target: Target) -> dict[str, Assignment]:
+    """The mode that every member can be held in and that the most hold as they are; nothing when there is none.
+
+    Ties are broken by the order of LINEAR_MODES and of the group sizes in it.
+    """
+    options = {
+        module: {holding.key: holding for holding in _held(candidate, target)}
+        for module, candidate in quantized.items()
+    }
+    first = next(iter(options.values()))
+    common = [key for key in first if all(key in option for option in options.values())]
+    if not common:
+        return {}
+    best = max(common, key=lambda key: sum(option[key].as_is for option in options.values()))
+    reason = f"scales repeated so that {name} has one mode"
+    return {
+        module: Assignment(holding=option[best], reason="" if option[best].as_is else reason)
+        for module, option in options.items()
+    }
+
+
+def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
+    """Why the members of a group share no mode: the slices of one of them, or their schemes."""
+    for module, candidate in quantized.items():
+        slices = slice_obstacle(candidate.weight, target.algos(expert=candidate.site.expert))
+        if slices:
+            return f"{module.rpartition('.')[2]}: {slices}"
+    schemes = sorted({candidate.weight.scheme.label() for candidate in quantized.values()})
+    return f"theirs share none ({'; '.join(schemes)})"
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
@@ -239,12 +255,6 @@ def _why_not(module: Candidate, target: Target) -> str:
         return f"{' or '.join(held)} would hold it, and {target.capabilities.name} has no such {what}"
     reasons = obstacles(module.weight, target.algos(expert=expert))
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
-
-
-def _cut_reason(name: str, module: Candidate, target: Target) -> str:
-    """Why no mode holds the slices of a module, with the last part of its name; empty when its slices are no reason."""
-    why = slice_obstacle(module.weight, target.algos(expert=module.site.expert))
-    return f"{name.rpartition('.')[2]}: {why}" if why else ""
 
 
 def _plain_because(own: Assignment, reason: str) -> Assignment:

@@ -68,7 +68,8 @@ def check_model(model: Any, fused: Mapping[str, Sequence[str]], plan: Plan) -> N
 def _engine_name(modules: Mapping[str, Any], module: ModulePlan, fused_of: Mapping[str, str]) -> str | None:
     """Return the name of the engine's module that loads a Linear; None if the model has no such module.
 
-    This is `engine_name` of the plan, or the name of the fused Linear of which it is a part.
+    This is the module's own name, that of the module of all experts for a routed expert, or that of the fused Linear
+    that it is a part of.
     """
     if module.engine_name in modules:
         return module.engine_name

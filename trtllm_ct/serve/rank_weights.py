@@ -37,8 +37,8 @@ def deliver_for_rank(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], L
     """Load the tensors of one rank. Returns them by Hugging Face name, with a report.
 
     The tensors are on the CPU and have the shape of the whole tensor, not of the rank's slice. Tensors that need no
-    conversion are views of memory-mapped files. The next module is read ahead while one is converted.
-    Memory: the result, and one module.
+    conversion are views of memory-mapped files. Modules are read ahead while others are converted.
+    Memory: the result, and the modules that are being converted, see `stream_delivered`.
     Raises `PayloadError` for invalid values, `LoadError` when the loaded tensors differ from the plan or from what the
     engine reads, and what `rank_plan` raises.
     """

@@ -1,8 +1,8 @@
-"""LoadSession: what the parts of one checkpoint loader share, from the parent process to a worker's loaded model.
+"""LoadSession: the state that the parts of one checkpoint loader share, in the parent process and in the workers.
 
-The engine hands loaders a directory and little else, makes them often, pickles them, and in some releases tells them
-the mapping only when it asks for the configuration. So what is needed later is remembered here. Nothing here imports
-the engine.
+The engine passes a loader little more than a directory, creates loaders often, and pickles them. Some releases pass
+the parallel mapping only when they load the configuration. A `LoadSession` keeps what is needed later.
+This module does not import the engine.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ if TYPE_CHECKING:
 __all__ = ["REPORTS", "LoadSession"]
 
 REPORTS = "TRTLLM_CT_REPORTS"
-"""Environment variable: a directory in which every rank leaves its load reports as JSON."""
+"""Environment variable: a directory in which every rank writes its load reports as JSON."""
 
 logger = logging.getLogger("trtllm_ct")
 
 
 class LoadSession:
-    """The directories that a loader was handed, and the rank that it loads for.
+    """The sidecars that a loader has opened, the mapping that it was given, and the reports of what it loaded.
 
-    `sidecars` are the records that other processes are told, by directory: those of one `LLM`'s model and draft; when
-    None, those of every sidecar that this process knows. Cheap to make; pickled as these records and nothing else.
+    `sidecars` maps the directories of one `LLM`'s model and draft model to their records (`Sidecar.record`), from which
+    another node can make them again. None means the records of all sidecars that this process knows.
+    A session is cheap to create. Pickling keeps these records and nothing else.
     """
 
     def __init__(self, sidecars: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        self._told = None if sidecars is None else dict(sidecars)
+        self._sidecars = None if sidecars is None else dict(sidecars)
         self._opened: dict[Path, Sidecar] = {}
         self._mapping: EngineMapping | None = None
         self._model: Path | None = None
@@ -59,34 +60,36 @@ class LoadSession:
         return LoadSession, (self.records(),)
 
     def records(self) -> dict[str, Any]:
-        """The sidecars that may be loaded, by directory, as another node needs them to make them again."""
-        return dict(known_sidecars() if self._told is None else self._told)
+        """Return the records of the sidecars that may be loaded, by directory; another node makes them from these."""
+        return dict(known_sidecars() if self._sidecars is None else self._sidecars)
 
     @property
     def reports(self) -> dict[str, LoadReport]:
-        """What was loaded in this process, by directory, in order."""
+        """The reports of everything loaded in this process, by directory, in the order of loading."""
         return {str(directory): report for directory, report in self._reports.items()}
 
     @property
     def report(self) -> LoadReport | None:
-        """What was loaded for the model whose configuration was asked for last; None before that."""
+        """The report of the model whose configuration was loaded last; None before its weights are loaded."""
         return None if self._model is None else self._reports.get(self._model)
 
     def configure(self, directory: str | Path, arguments: Mapping[str, Any]) -> None:
-        """What comes before the engine reads a configuration with these arguments.
+        """Prepare and check everything before the engine reads the configuration in `directory`.
 
-        Sidecars that this node lacks are made, also those of drafts, whose configuration the engine reads without
-        asking. Raises `SidecarError` for one that can't be made or is out of date, and `UsageError` for a directory
-        that should have been prepared and for arguments under which experts lie elsewhere.
+        `arguments` are the keywords with which the engine loads the configuration; a `mapping` among them is kept for
+        `load`. Sidecars that this node lacks are made. This includes those of draft models, because the engine reads
+        their configuration without calling a loader.
+        Raises `SidecarError` when the sidecar can't be made or is out of date, and `UsageError` when `directory` is a
+        compressed-tensors checkpoint instead of its sidecar, or when a `moe_load_balancer` would move experts.
         """
         if arguments.get("mapping") is not None:
             self._mapping = arguments["mapping"]
         self._model = Path(directory)
-        for other in (self._told or {}).keys() - {str(directory)}:
-            # Another model's trouble shows when that model is loaded.
+        for path in (self._sidecars or {}).keys() - {str(directory)}:
+            # An error of another model is raised when that model is loaded.
             with suppress(CheckpointError):
-                self._sidecar(Path(other))
-        sidecar = self._sidecar(self._model)
+                self._open_sidecar(Path(path))
+        sidecar = self._open_sidecar(self._model)
         if sidecar is None:
             return
         if arguments.get("moe_load_balancer") is not None:
@@ -94,35 +97,40 @@ class LoadSession:
         sidecar.plan_for(self._rank(sidecar, self._mapping).parallel if self._mapping else sidecar.options.parallel)
 
     def needs(self, algo: QuantAlgo) -> bool:
-        """Whether a module of any sidecar that was opened so far is delivered in a mode."""
+        """Whether any sidecar opened so far has a module in the mode `algo`."""
         modes = (mode for sidecar in self._opened.values() for mode, _ in sidecar.modes.values())
         return any(mode.partition(" ")[0] == algo for mode in modes)
 
     def load(self, directory: str | Path, mapping: EngineMapping | None = None) -> dict[str, Tensor] | None:
-        """The weights in a sidecar for one rank, see `deliver_for_rank`; None for what the engine loads by itself.
+        """Return one rank's weights of a sidecar, see `deliver_for_rank`; None for a directory that is not a sidecar.
 
-        `mapping` is the engine's; without it the one that came with the configuration counts. Raises as `configure`
-        and `deliver_for_rank` do.
+        `mapping` is the engine's mapping; None means the mapping that was passed with the configuration.
+        Writes the load report to the directory in `TRTLLM_CT_REPORTS`, if it is set.
+        Raises `UsageError` without a mapping when the sidecar was made for several ranks, and what `configure` and
+        `deliver_for_rank` raise.
         """
-        sidecar = self._sidecar(Path(directory))
+        sidecar = self._open_sidecar(Path(directory))
         if sidecar is None:
             return None
         rank = self._rank(sidecar, mapping or self._mapping)
         weights, report = deliver_for_rank(sidecar, rank)
         self._latest = sidecar, rank
         self._reports[sidecar.directory] = report
-        _leave(report, sidecar.directory.name)
+        _write_report(report, sidecar.directory.name)
         return weights
 
     def check(self, model: Any, fused: Mapping[str, Sequence[str]]) -> None:
-        """Hold the model that the engine built against the plan of what was loaded last; see `check_model`."""
+        """Check the model that the engine built against the plan that was loaded last; see `check_model`."""
         if self._latest is not None:
             check_model(model, fused, rank_plan(*self._latest))
 
-    def _sidecar(self, directory: Path) -> Sidecar | None:
-        """The sidecar in a directory, opened once and in use from now on; None for what the engine loads by itself."""
+    def _open_sidecar(self, directory: Path) -> Sidecar | None:
+        """Return the sidecar in a directory; None for a directory that the engine loads by itself.
+
+        A sidecar that is missing is made from its record. It is opened once, and this process takes a lease on it.
+        """
         if directory not in self._opened or not is_sidecar(directory):
-            record = (self._told or {}).get(str(directory))
+            record = (self._sidecars or {}).get(str(directory))
             if not is_sidecar(directory) and record is not None:
                 restore_sidecar(directory, record)
             if not is_sidecar(directory):
@@ -134,6 +142,7 @@ class LoadSession:
 
     @staticmethod
     def _rank(sidecar: Sidecar, mapping: EngineMapping | None) -> Rank:
+        """Return the rank that a mapping describes; without a mapping, the only rank of a sidecar made for one rank."""
         if mapping is not None:
             return Rank.from_mapping(mapping, sidecar.checkpoint.model.layers)
         if sidecar.options.parallel != Parallel():
@@ -149,7 +158,7 @@ class LoadSession:
 
 
 def _refuse_unprepared(directory: Path) -> None:
-    """Raise `UsageError` for a compressed-tensors checkpoint itself: stock would load it wrong, or in parts."""
+    """Raise `UsageError` for a compressed-tensors checkpoint, which the engine itself loads wrongly or in parts."""
     try:
         detection = FormatDetector().detect(directory)
     except CheckpointError:
@@ -174,8 +183,8 @@ def _balanced_experts() -> Fault:
     )
 
 
-def _leave(report: LoadReport, name: str) -> None:
-    """Write a report where the user wants reports; a directory that can't be written stops no server."""
+def _write_report(report: LoadReport, name: str) -> None:
+    """Write a report to the directory in `TRTLLM_CT_REPORTS`; only log a warning when it can't be written."""
     folder = os.environ.get(REPORTS)
     if not folder:
         return

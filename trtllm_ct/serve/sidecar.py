@@ -1,10 +1,11 @@
 """Sidecars: small directories that TensorRT-LLM is given in place of a compressed-tensors checkpoint.
 
-The engine's parent process parses config.json before it asks any plug-in, and raises for most schemes. So it is given a
-directory whose configuration is in ModelOpt's form and whose weights are missing, since stock would half-load them in
-silence; everything else is linked. `trtllm_ct.json` in it names the source and holds what was decided. Every process
-makes the plan of a sidecar from the source's headers again, which is exact because planning is pure, and holds it to
-what is written there.
+The engine's parent process parses config.json before it calls any plug-in, and raises an error for most schemes. So the
+engine gets a sidecar, a directory whose configuration is in ModelOpt's form. It has no weights, because stock
+TensorRT-LLM would silently load a part of them. All other files are symbolic links to the source.
+
+The file `trtllm_ct.json` in a sidecar names the source and records the decisions of the plan. Every process plans again
+from the source's headers and compares the result with this record. Planning is pure, so both must be equal.
 """
 
 from __future__ import annotations
@@ -51,15 +52,15 @@ __all__ = [
 ]
 
 _LAYOUT = 1
-"""Of `trtllm_ct.json`."""
+"""The version of the layout of `trtllm_ct.json`."""
 
 _known: dict[str, dict[str, Any]] = {}
-"""The records of the sidecars that this process made or found, by directory."""
+"""The records of the sidecars that this process made or reused, by directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingOptions:
-    """What decides a plan beside the checkpoint; see `make_plan` and `target_named`."""
+    """The options that decide a plan together with the checkpoint; see `make_plan` and `target_named`."""
 
     engine: str = DEFAULT_ENGINE
     additive_zeros: bool = True
@@ -69,7 +70,7 @@ class ServingOptions:
     strict: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the fields by name, for JSON output."""
         return {
             "engine": self.engine,
             "additive_zeros": self.additive_zeros,
@@ -81,7 +82,7 @@ class ServingOptions:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` gave."""
+        """Create the options from the output of `to_dict`."""
         dtype = entry["dtype"]
         return cls(
             **{
@@ -92,7 +93,7 @@ class ServingOptions:
         )
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
-        """The plan of a checkpoint under these options; raises `PlanError`."""
+        """Return the plan of a checkpoint for target `tensorrt_llm` with these options. Raises `PlanError`."""
         return checkpoint.plan(
             "tensorrt_llm",
             engine=self.engine,
@@ -106,11 +107,15 @@ class ServingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """A sidecar directory, and what its `trtllm_ct.json` says.
+    """A sidecar directory and the content of its `trtllm_ct.json`.
 
-    `fingerprint` is that of the source's config.json and headers, `digest` that of the plan's decisions. `modes` are
-    mode and reason of every quantized module. `probe` holds the stored values that were read for the plan, so that no
-    process reads them again. `repository` is where the source came from, if from the Hugging Face hub.
+    - `source`: the checkpoint directory that it was made from.
+    - `options`: the options that it was planned with.
+    - `fingerprint`: a hash of the source's config.json and headers, see `fingerprint_of`.
+    - `digest`: a hash of the plan's decisions, see `digest_of`.
+    - `probe`: the stored values that were read for the plan, so that no other process has to read them again.
+    - `modes`: mode and reason of every quantized module, by module name.
+    - `repository`: the Hugging Face repository of the source, if it was downloaded from one.
     """
 
     directory: Path
@@ -124,7 +129,7 @@ class Sidecar:
 
     @classmethod
     def open(cls, directory: str | Path) -> Self:
-        """Read a sidecar's own file; raises `SidecarError` when it can't be read as one."""
+        """Read the `trtllm_ct.json` of a sidecar. Raises `SidecarError` when it is missing or damaged."""
         path = Path(directory) / SIDECAR_FILE
         try:
             return cls.from_dict(Path(directory), read_json_object(path))
@@ -135,7 +140,10 @@ class Sidecar:
 
     @classmethod
     def from_dict(cls, directory: Path, entry: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` or `record` gave; raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        """Create a sidecar from the output of `to_dict` or `record`.
+
+        Raises `KeyError`, `TypeError` or `ValueError` for anything else.
+        """
         if entry["layout"] != _LAYOUT:
             raise ValueError(f"layout {entry['layout']!r}")
         repository = entry["repository"]
@@ -151,7 +159,7 @@ class Sidecar:
         )
 
     def record(self) -> dict[str, Any]:
-        """What another node needs to make the sidecar again: strings, numbers, lists and dictionaries."""
+        """Return everything that another node needs to make the sidecar again, in JSON types."""
         repository = self.repository
         return {
             "layout": _LAYOUT,
@@ -165,14 +173,14 @@ class Sidecar:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, the content of `trtllm_ct.json`: the record, and mode and reason of every quantized module."""
+        """Return the content of `trtllm_ct.json`: the record, and mode and reason of every quantized module."""
         return self.record() | {"modes": {module: list(entry) for module, entry in self.modes.items()}}
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The source, with the values that were read for its plan.
+        """The opened source, with the stored `probe` instead of one that is read again.
 
-        Raises `SidecarError` when it is gone or changed, and what `open_checkpoint` raises.
+        Raises `SidecarError` when the source is missing or changed, and what `open_checkpoint` raises.
         """
         if not self.source.is_dir():
             raise SidecarError(
@@ -190,7 +198,7 @@ class Sidecar:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan for the options of this sidecar; raises `SidecarError` when it isn't the one that was written."""
+        """The plan for the options of this sidecar; raises `SidecarError` when it differs from the recorded plan."""
         plan = self.options.plan(self.checkpoint)
         if digest_of(plan) != self.digest:
             changed = [name for name, entry in modes_of(plan).items() if entry[0] != self.modes.get(name, entry)[0]]
@@ -198,21 +206,22 @@ class Sidecar:
         return plan
 
     def plan_for(self, parallel: Parallel) -> Plan:
-        """The plan for the sizes that an engine really runs with.
+        """Return the plan for the parallel sizes that the engine actually runs with.
 
-        Raises `SidecarError` when they would need other modes than the engine was told.
+        Raises `SidecarError` when these sizes need other modes than the sidecar configures the engine for.
         """
         if parallel == self.options.parallel:
             return self.plan
         if parallel not in self._other_plans:
-            self._other_plans[parallel] = self._plan_anew(parallel)
+            self._other_plans[parallel] = self._make_plan(parallel)
         return self._other_plans[parallel]
 
     @cached_property
     def _other_plans(self) -> dict[Parallel, Plan]:
+        """The plans for other sizes than those of the options, as far as they were made."""
         return {}
 
-    def _plan_anew(self, parallel: Parallel) -> Plan:
+    def _make_plan(self, parallel: Parallel) -> Plan:
         plan = replace(self.options, parallel=parallel).plan(self.checkpoint)
         if digest_of(plan) != self.digest:
             before, after = modes_of(self.plan), modes_of(plan)
@@ -237,19 +246,21 @@ class Sidecar:
 
 
 def is_sidecar(directory: str | Path) -> bool:
-    """Whether a directory is a sidecar, damaged or not."""
+    """Whether a directory is a sidecar, intact or damaged: it contains `trtllm_ct.json`."""
     return (Path(directory) / SIDECAR_FILE).is_file()
 
 
 def make_sidecar(
     source: str | Path, options: ServingOptions, *, root: Path | None = None, repository: Repository | None = None
 ) -> Path:
-    """The sidecar of a compressed-tensors directory: the one that is there, or a new one; reads headers only.
+    """Return the directory of the sidecar of a compressed-tensors checkpoint; make it if it doesn't exist.
 
-    It lies in `root`, `cache_root()` when None, under a name that changes with whatever it depends on: source,
-    decisions, options and release. It is there completely or not at all, also when several processes make it at
-    once, and nothing deletes it while this process lives. `repository` lets nodes that lack the source fetch it.
-    Raises `CheckpointError` for a source that can't be read or planned, `SidecarError` when nothing can be written.
+    Reads headers only. The sidecar is in `root`, which defaults to `cache_root()`. Its name is a hash of everything
+    that it depends on: source, decisions, options and the release of this package. It appears atomically, also when
+    several processes make it at once, and is not cleared while this process runs. With `repository`, nodes that lack
+    the source can download it.
+    Raises `CheckpointError` for a source that can't be read or planned, and `SidecarError` when the sidecar can't be
+    written.
     """
     source = Path(source).resolve()
     checkpoint = open_checkpoint(source)
@@ -266,45 +277,51 @@ def make_sidecar(
     )
     names = side_files(source)
     sidecar = replace(sidecar, directory=(root or cache_root()).absolute() / _key(sidecar.record(), names))
-    _install(sidecar, checkpoint, plan, names)
+    _write(sidecar, checkpoint, plan, names)
     return sidecar.directory
 
 
 def restore_sidecar(directory: Path, record: Mapping[str, Any]) -> Sidecar:
-    """Make a sidecar again at the very place that the engine was told, on a node that lacks it.
+    """Make a sidecar again on a node that lacks it, at the path that the engine was given.
 
-    `record` is what `Sidecar.record` gave in the process that made it. Raises as `make_sidecar` does, and
-    `SidecarError` when source or plan are others here.
+    `record` is the output of `Sidecar.record` in the process that made the sidecar. Raises what `make_sidecar` raises,
+    and `SidecarError` when the source or the plan differs on this node.
     """
     sidecar = Sidecar.from_dict(directory, record)
     if not sidecar.source.is_dir() and sidecar.repository is not None:
         sidecar = replace(sidecar, source=sidecar.repository.checkpoint().resolve())
     plan = sidecar.plan
-    _install(replace(sidecar, modes=modes_of(plan)), sidecar.checkpoint, plan, side_files(sidecar.source))
+    _write(replace(sidecar, modes=modes_of(plan)), sidecar.checkpoint, plan, side_files(sidecar.source))
     return Sidecar.open(directory)
 
 
 def known_sidecars() -> dict[str, dict[str, Any]]:
-    """The records of the sidecars that this process made or found, by directory: what loaders tell other nodes."""
+    """Return the records of the sidecars that this process made or reused, by directory.
+
+    Loaders are pickled with these records, from which other nodes make the sidecars again.
+    """
     return dict(_known)
 
 
 def list_sidecars(root: Path | None = None) -> tuple[Sidecar, ...]:
-    """The sidecars in `root`, `cache_root()` when None; those that another release wrote otherwise are left out."""
-    found = []
+    """Return the sidecars in `root`, which defaults to `cache_root()`; skip those with a damaged or unknown layout."""
+    sidecars = []
     for directory in cached_sidecars(root):
         with suppress(SidecarError):
-            found.append(Sidecar.open(directory))
-    return tuple(found)
+            sidecars.append(Sidecar.open(directory))
+    return tuple(sidecars)
 
 
 def modes_of(plan: Plan) -> dict[str, tuple[str, str]]:
-    """Mode and reason of every quantized module: what was decided about it."""
+    """Return the mode of every quantized module and the reason for it, by module name."""
     return {module.name: (module.delivered_mode, module.reason) for module in plan.modules if module.weight is not None}
 
 
 def digest_of(plan: Plan) -> str:
-    """Of everything that the engine is told, and of every module's mode; words may change without it."""
+    """Return a hash of the plan's decisions: dtypes, the engine's quantization configuration, and all modes.
+
+    The reasons are not part of it, so their wording may change.
+    """
     decisions = {
         "dtype": plan.dtype.torch_name,
         "dequantized": plan.dense_dtype.torch_name,
@@ -315,7 +332,7 @@ def digest_of(plan: Plan) -> str:
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """Of a source's config.json and of all its headers; weights themselves are not read."""
+    """Return a hash of a checkpoint's config.json and all headers of its weight files. Payloads are not read."""
     headers = [
         (tensor.file, name, tensor.spec.dtype.header_name, tensor.spec.shape, tensor.offset)
         for name, tensor in checkpoint.catalog.tensors.items()
@@ -342,7 +359,10 @@ def _probe_from_dict(entry: Mapping[str, Any]) -> Probe:
 
 
 def _key(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """The name of a sidecar. New files beside the weights make another one, which links to them."""
+    """Return the name of a sidecar, a hash of its record and of the names of the files that it links to.
+
+    A new file in the source therefore leads to a new sidecar, which links to it.
+    """
     return _hash([record, names])[:32]
 
 
@@ -350,25 +370,26 @@ def _hash(value: object) -> str:
     return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _install(sidecar: Sidecar, checkpoint: Checkpoint, plan: Plan, names: tuple[str, ...]) -> None:
-    """Write a sidecar, unless it is there."""
-    with place_of(sidecar.directory) as place:
-        if place is not None:
+def _write(sidecar: Sidecar, checkpoint: Checkpoint, plan: Plan, names: tuple[str, ...]) -> None:
+    """Write a sidecar unless it exists, take a lease on it, and remember its record. `names` are the files to link."""
+    with place_of(sidecar.directory) as folder:
+        if folder is not None:
             for name in names:
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                (place / name).symlink_to(sidecar.source / name)
-            write_configuration(checkpoint, plan, place)
-            (place / SIDECAR_FILE).write_text(json.dumps(sidecar.to_dict(), indent=1) + "\n", encoding="utf-8")
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(sidecar.source / name)
+            write_configuration(checkpoint, plan, folder)
+            (folder / SIDECAR_FILE).write_text(json.dumps(sidecar.to_dict(), indent=1) + "\n", encoding="utf-8")
     _known[str(sidecar.directory)] = sidecar.record()
 
 
 def _sizes(parallel: Parallel) -> str:
+    """Return the sizes in words, for an error message."""
     sizes = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"expert {parallel.expert}"]
     return ", ".join([*sizes, *(["attention data parallel"] if parallel.attention_dp else [])])
 
 
 def _arguments(parallel: Parallel) -> str:
-    """The sizes as arguments of `prepare`, under the names that `LLM` gives them."""
+    """Return the sizes as keyword arguments of `prepare`, which are those of `LLM`, for an error message."""
     arguments = {
         "tensor_parallel_size": parallel.tensor,
         "pipeline_parallel_size": parallel.pipeline,

@@ -1,8 +1,7 @@
-"""Compiled loops by themselves: what they write is what outsiders compute, and they touch nothing else.
+"""Compiled loops compute the same bits as independent implementations, and touch no other memory.
 
-`test_dispatch.py` holds them to their twins of torch operations. Here are the slow twins of `oracles.py`, exact
-fractions, the rounding of numpy and torch, and memory that must not be touched. Every tensor goes to a loop, however
-small it is.
+The references are the torch operations of `packing.py` and `scales.py`, the slow implementations of `oracles.py`, exact
+fractions, and the rounding of numpy and torch. The tests set the size limit to 0, so that loops handle small tensors too.
 """
 
 from __future__ import annotations
@@ -50,12 +49,15 @@ NARROW = DTYPES[:2]
 FLOATS = {Element.E4M3: None, Element.E2M1: E2M1_PACKED, Element.E2M3: E2M3_PACKED}
 LOOPS = sorted(set(kernels.__all__) - {"KINDS"})
 GUARD = 96
-"""Bytes before and behind an output that must stay as they were; a multiple of every item size."""
+"""Number of bytes before and behind an output that must not change; a multiple of every item size."""
 
 
 @pytest.fixture(autouse=True)
 def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Nothing is too small for a loop; these are the names of those that ran. A test without any proves nothing."""
+    """Let loops handle tensors of any size, and yield the names of the loops that ran.
+
+    Tests check these names, because a test in which no loop ran proves nothing.
+    """
     monkeypatch.setattr(dispatch, "_MIN_CODES", 0)
     with watched() as ran:
         yield ran
@@ -63,10 +65,10 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """The names of the loops that run inside, in order."""
+    """Yield a list that collects the names of the loops that run inside the block, in order."""
     ran: list[str] = []
 
-    def noted(name: str, loop: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name: str, loop: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             ran.append(name)
             return loop(*arguments)
@@ -75,7 +77,7 @@ def watched() -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in LOOPS:
-            patch.setattr(kernels, name, noted(name, getattr(kernels, name)))
+            patch.setattr(kernels, name, recorded(name, getattr(kernels, name)))
         yield ran
 
 
@@ -88,7 +90,7 @@ def random_codes(shape: tuple[int, int], bits: int, seed: int) -> Tensor:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """NaN equals NaN, whatever its payload; minus zero is not zero."""
+    """Whether all bits are equal, except that any NaN equals any other NaN; -0.0 differs from +0.0."""
     if (one.dtype, one.shape) != (other.dtype, other.shape) or not torch.equal(one.isnan(), other.isnan()):
         return False
     one, other = (
@@ -99,18 +101,19 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An output of a shape in the middle of a buffer of garbage, and that buffer."""
+    """Return an output tensor that lies between guard bytes, and the buffer that contains both."""
     size = int(np.prod(shape)) * dtype.itemsize
     buffer = torch.full((GUARD + size + GUARD,), 0xA5, dtype=torch.uint8)
     return buffer[GUARD : GUARD + size].view(dtype).view(shape), buffer
 
 
 def is_untouched(buffer: Tensor) -> bool:
+    """Whether the guard bytes of a buffer are unchanged."""
     return bool((buffer[:GUARD] == 0xA5).all()) and bool((buffer[-GUARD:] == 0xA5).all())
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:
-    """The same elements, lying otherwise."""
+    """Return the same elements with other strides."""
     if how == "every other row":
         wide = torch.stack((tensor, ~tensor), dim=1)
         return wide.flatten(0, 1)[::2]
@@ -122,7 +125,7 @@ def strided(tensor: Tensor, how: str) -> Tensor:
     return tensor
 
 
-LYING = ["in a row", "every other row", "every other column", "transposed"]
+STRIDES = ["contiguous", "every other row", "every other column", "transposed"]
 
 
 class TestRepack:
@@ -133,7 +136,7 @@ class TestRepack:
         rows=st.integers(1, 9),
         columns=st.integers(1, 70),
         surplus=st.tuples(st.integers(0, 2), st.integers(0, 3)),
-        how=st.sampled_from(LYING),
+        how=st.sampled_from(STRIDES),
         seed=st.integers(0, 2**31),
     )
     def test_any_codes_in_any_container(
@@ -146,9 +149,9 @@ class TestRepack:
         how: str,
         seed: int,
     ) -> None:
-        """Surplus rows and words are garbage; the input stays, and so does what lies around the output.
+        """Surplus rows and words are ignored; neither the input nor the memory around the output changes.
 
-        A byte has no room for the codes of one that is wider: row pairs keep the low nibble of wider codes.
+        Row pairs keep only the low nibble of codes that are wider than 4 bits.
         """
         shape = (rows, columns)
         codes = random_codes(shape, source.bits, seed)
@@ -172,7 +175,7 @@ class TestRepack:
         assert torch.equal(packed, garbage)
 
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-    def test_bits_that_belong_to_no_code_are_not_looked_at(self, loops: list[str], target: Packing) -> None:
+    def test_bits_that_belong_to_no_code_are_ignored(self, loops: list[str], target: Packing) -> None:
         """The highest bits of padded words, and those behind the last code of a row."""
         for source in ALONG_COLUMNS:
             if source.bits > target.bits or source == target:
@@ -189,8 +192,8 @@ class TestRepack:
         assert set(loops) == ({"row_pairs"} if target == INT4_ROW_PAIRS else {"plain_codes"})
 
     @pytest.mark.parametrize("bits", range(1, 9))
-    def test_rows_that_go_on_behind_their_last_code_end_there(self, loops: list[str], bits: int) -> None:
-        """Several codes are taken at once where there are bytes enough, but never more than there are columns."""
+    def test_surplus_words_at_the_end_of_a_row_are_ignored(self, loops: list[str], bits: int) -> None:
+        """Loops unpack several codes at once when enough bytes are left, but never write more codes than columns."""
         source = packed_words(bits)
         for columns in range(1, 20):
             codes = random_codes((2, columns), bits, seed=columns)
@@ -203,18 +206,18 @@ class TestRepack:
             assert is_untouched(buffer), columns
         assert set(loops) == {"plain_codes"}
 
-    @pytest.mark.parametrize("nibbles", [packed_words(4), E2M1_PACKED], ids=["offset binary", "as they are"])
-    def test_every_pair_of_bytes_is_spread_over_two_rows(self, loops: list[str], nibbles: Packing) -> None:
-        """All values of the halves of words that the fastest loop takes at once, in the even and in the odd row."""
+    @pytest.mark.parametrize("nibbles", [packed_words(4), E2M1_PACKED], ids=["offset binary", "unchanged bits"])
+    def test_row_pairs_of_all_possible_half_words(self, loops: list[str], nibbles: Packing) -> None:
+        """The fastest loop reads half-words of 16 bits; all 2^16 values occur in the even row and in the odd row."""
         halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(1, -1)
-        octets = torch.cat((halves, halves.flip(1)))
-        packed = octets.view(nibbles.container.torch_dtype)
+        data = torch.cat((halves, halves.flip(1)))
+        packed = data.view(nibbles.container.torch_dtype)
         shape = (2, 2**18)
 
         found = dispatch.repack(packed, nibbles, INT4_ROW_PAIRS, shape)
 
         flip = 0x8 if nibbles.offset_binary else 0
-        fields = torch.stack((octets & 0xF, octets >> 4), dim=2).view(shape) ^ flip
+        fields = torch.stack((data & 0xF, data >> 4), dim=2).view(shape) ^ flip
         assert torch.equal(found, (fields[0] | fields[1] << 4).view(1, -1))
         assert loops == ["row_pairs_of_nibbles"]
 
@@ -234,13 +237,13 @@ class TestPlainCodesAlongRows:
         rows=st.integers(1, 70),
         groups=st.integers(1, 5),
         surplus=st.tuples(st.integers(0, 2), st.integers(0, 3)),
-        how=st.sampled_from(LYING),
+        how=st.sampled_from(STRIDES),
         seed=st.integers(0, 2**31),
     )
     def test_any_zero_points(
         self, source: Packing, rows: int, groups: int, surplus: tuple[int, int], how: str, seed: int
     ) -> None:
-        """Dense, where codes straddle words, and so many to a word; beside columns of garbage."""
+        """Dense codes that straddle words, and whole codes per word; surplus columns are ignored."""
         codes = random_codes((rows, groups), source.bits, seed)
         exact = oracles.pack(codes.long().numpy(), source)
         garbage = torch.full((exact.shape[0] + surplus[0], exact.shape[1] + surplus[1]), 0x5A5A5A5A, dtype=torch.int32)
@@ -262,14 +265,14 @@ class TestPlainCodesAlongRows:
         ],
         ids=str,
     )
-    def test_other_arrangements_are_for_torch(self, loops: list[str], source: Packing) -> None:
+    def test_other_layouts_go_to_torch(self, loops: list[str], source: Packing) -> None:
         codes = random_codes((10, 12), 4, seed=1)
 
         assert torch.equal(dispatch.unpack_codes(oracles.pack(codes.long().numpy(), source), source, (10, 12)), codes)
         assert loops == []
 
-    def test_too_few_words_are_for_torch_too(self, loops: list[str]) -> None:
-        """Torch sees where they end; a loop would read on."""
+    def test_containers_with_too_few_words_go_to_torch(self, loops: list[str]) -> None:
+        """torch checks bounds; a loop would read beyond the end."""
         words = torch.zeros(1, 3, dtype=torch.int32)
 
         assert dispatch.unpack_codes(words, packed_words(4, axis=0), (10, 3)).shape == (8, 3)
@@ -279,7 +282,7 @@ class TestPlainCodesAlongRows:
 class TestAdditiveZero:
     @pytest.mark.parametrize("zero", [-128, -8, -1, 0, 1, 7, 127])
     def test_every_bfloat16_scale(self, loops: list[str], zero: int) -> None:
-        """Infinity, NaN and subnormal ones too. Nothing is ever minus zero."""
+        """Also infinity, NaN and subnormal scales. No result is -0.0."""
         scale = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(256, 256)
         zeros = torch.full((256, 256), zero, dtype=torch.int8)
         out, buffer = guarded((256, 256), torch.float32)
@@ -297,7 +300,7 @@ class TestAdditiveZero:
     @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
     @settings(max_examples=40, deadline=None)
     @given(
-        shape=st.tuples(st.integers(1, 7), st.integers(1, 7)), seed=st.integers(0, 2**31), how=st.sampled_from(LYING)
+        shape=st.tuples(st.integers(1, 7), st.integers(1, 7)), seed=st.integers(0, 2**31), how=st.sampled_from(STRIDES)
     )
     def test_any_shape_equals_fractions_rounded_once(
         self, dtype: torch.dtype, shape: tuple[int, int], seed: int, how: str
@@ -315,7 +318,7 @@ class TestAdditiveZero:
     @pytest.mark.parametrize(
         "zero", [torch.ones(4, 1, dtype=torch.int8), torch.ones(4, 6, dtype=torch.int32)], ids=["shape", "dtype"]
     )
-    def test_zero_points_of_another_kind_are_for_torch(self, loops: list[str], zero: Tensor) -> None:
+    def test_zero_points_of_another_shape_or_dtype_go_to_torch(self, loops: list[str], zero: Tensor) -> None:
         assert torch.equal(dispatch.additive_zero(torch.ones(4, 6), zero), torch.full((4, 6), -1.0))
         assert loops == []
 
@@ -331,7 +334,7 @@ class TestAdditiveZero:
     def test_packed_zero_points_equal_plain_ones(
         self, dtype: torch.dtype, source: Packing, rows: int, groups: int, surplus: tuple[int, int], seed: int
     ) -> None:
-        """In words of any width, beside columns of garbage; whether codes straddle words or not."""
+        """Codes of any width, with surplus columns, whether or not codes straddle words."""
         zero = random_codes((rows, groups), source.bits, seed)
         exact = oracles.pack(zero.long().numpy(), source)
         words = torch.full((exact.shape[0] + surplus[0], exact.shape[1] + surplus[1]), 0x5A5A5A5A, dtype=torch.int32)
@@ -355,7 +358,7 @@ class TestAdditiveZero:
         ],
         ids=str,
     )
-    def test_codes_that_are_whole_in_their_words_take_one_pass(
+    def test_codes_that_do_not_straddle_words_take_one_pass(
         self, loops: list[str], source: Packing, ran: list[str]
     ) -> None:
         zero = random_codes((20, 6), source.bits, seed=3)
@@ -365,7 +368,7 @@ class TestAdditiveZero:
         assert loops == ran
 
     @pytest.mark.parametrize("scale", [0.0, float("inf"), float("-inf"), float("nan")])
-    def test_packed_zero_points_under_scales_that_are_no_numbers(self, scale: float) -> None:
+    def test_packed_zero_points_with_zero_infinite_and_nan_scales(self, scale: float) -> None:
         words = torch.tensor([[-1985229329] * 3], dtype=torch.int32)  # 0x89ABCDEF: zero points 7 to 0
         scale_OG = torch.full((8, 3), scale)
 
@@ -377,23 +380,24 @@ class TestAdditiveZero:
 
 
 def exact_numbers(element: Element) -> list[Fraction | None]:
+    """Return the exact value of every bit pattern; None is NaN."""
     return [number(field, element) for field in range(256 if element is Element.E4M3 else 1 << FLOATS[element].bits)]
 
 
 def stored_fields(fields: Tensor, element: Element) -> Tensor:
-    """Bit patterns [N, K] as they are stored: float8, or packed by the slow twin, which knows no sign."""
+    """Return bit patterns [N, K] as they are stored: as float8, or packed by the slow reference."""
     layout = FLOATS[element]
     return fields.view(torch.float8_e4m3fn) if layout is None else oracles.pack(fields.long().numpy(), layout)
 
 
 def all_singles(lows: list[int]) -> Tensor:
-    """float32 with all values of the upper half, and these of the lower one."""
+    """Return float32 numbers [R, 1] with all values of the upper 16 bits, combined with the given lower 16 bits."""
     uppers = np.arange(2**16, dtype=np.uint32) << 16
     return torch.from_numpy((uppers[:, None] | np.array(lows, dtype=np.uint32)).reshape(-1, 1).view(np.float32))
 
 
 class TestRounding:
-    """One code of 1 and its scale: what comes out is the scale, rounded."""
+    """Most tests dequantize a code of 1, so that the result is the rounded scale."""
 
     LOWS = (0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
 
@@ -413,10 +417,8 @@ class TestRounding:
         assert loops == ["dequantize"]
 
     @pytest.mark.parametrize("code", [-128, -3, 0, 7, 113])
-    def test_products_of_more_bits_than_float32_has_are_rounded_once_by_numpy(
-        self, loops: list[str], code: int
-    ) -> None:
-        """As numpy does, which goes from float64 to float16 in one step."""
+    def test_products_that_are_inexact_in_float32_are_rounded_once(self, loops: list[str], code: int) -> None:
+        """numpy is the reference: it converts float64 to float16 in one step."""
         scale = all_singles([0x1111, 0x8001, 0xABCD, 0xFFFF])
         codes = torch.full(scale.shape, code, dtype=torch.int8)
 
@@ -435,7 +437,7 @@ class TestRounding:
     def test_ties_and_their_neighbours_by_fractions(
         self, dtype: torch.dtype, pattern: int, code: int, hair: int
     ) -> None:
-        """Scales that make a product next to the middle of two neighbours, which float32 would take for the middle."""
+        """The products lie so close to a midpoint of two neighbours that float32 would round them to the midpoint."""
         lower, upper = torch.tensor([pattern, pattern + 1], dtype=torch.int16).view(dtype).double().tolist()
         middle = np.float32((lower + upper) / 2 / code)
         scale = np.nextafter(middle, np.float32(hair) * np.float32(np.inf)) if hair else middle
@@ -454,13 +456,16 @@ class TestRounding:
 
 @st.composite
 def scalings(draw: st.DrawFn, shape: tuple[int, int], element: Element) -> Scaling:
-    """One, one per row, groups, groups by an index, or blocks, of which the last may be cut short; with sentinels."""
+    """Draw a scaling: per tensor, per row, by groups, by groups with an index, or by blocks.
+
+    The last group or block may be smaller. Some scales are replaced by special values, such as 0, NaN and infinity.
+    """
     rows, columns = shape
-    kind = draw(st.sampled_from(["tensor", "row", "groups", "index", "blocks", "columns of blocks"]))
-    size = draw(st.integers(1, columns + 3)) if kind not in {"tensor", "row"} else None
-    block_rows = draw(st.integers(1, rows + 2)) if "blocks" in kind else 1
+    strategy = draw(st.sampled_from(["tensor", "row", "groups", "index", "blocks", "columns of blocks"]))
+    size = draw(st.integers(1, columns + 3)) if strategy not in {"tensor", "row"} else None
+    block_rows = draw(st.integers(1, rows + 2)) if "blocks" in strategy else 1
     groups = -(-columns // size) if size else 1
-    lines = 1 if kind in {"tensor", "columns of blocks"} else -(-rows // block_rows)
+    lines = 1 if strategy in {"tensor", "columns of blocks"} else -(-rows // block_rows)
     stored = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     if stored == torch.uint8:  # E8M0: 0 is 2^-127, 255 is NaN
@@ -472,13 +477,13 @@ def scalings(draw: st.DrawFn, shape: tuple[int, int], element: Element) -> Scali
         )
         sentinels = [0.0, float("nan"), torch.finfo(stored).max, torch.finfo(stored).smallest_normal / 4, -1.0]
         sentinels += [] if stored == torch.float8_e4m3fn else [float("inf"), -float("inf"), torch.finfo(stored).tiny]
-    for place in draw(st.lists(st.integers(0, scale.numel() - 1), max_size=2)):
-        scale.view(-1)[place] = draw(st.sampled_from(sentinels))
+    for position in draw(st.lists(st.integers(0, scale.numel() - 1), max_size=2)):
+        scale.view(-1)[position] = draw(st.sampled_from(sentinels))
     zero = None
     if element is Element.INT and draw(st.booleans()):
         zero = torch.randint(-128, 128, scale.shape, dtype=torch.int8, generator=generator)
     index = None
-    if kind == "index":
+    if strategy == "index":
         index = torch.randint(0, groups, (columns,), generator=generator).to(
             draw(st.sampled_from([torch.int32, torch.int64]))
         )
@@ -497,8 +502,10 @@ class TestDequantize:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @settings(max_examples=80, deadline=None)
     @given(data=st.data())
-    def test_any_codes_under_any_scales_equal_the_torch_twin(self, dtype: torch.dtype, data: st.DataObject) -> None:
-        """Around the output nothing changes, and no input does."""
+    def test_any_codes_with_any_scales_equal_the_torch_operations(
+        self, dtype: torch.dtype, data: st.DataObject
+    ) -> None:
+        """Neither the memory around the output nor any input changes."""
         shape = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 40)))
         seed = data.draw(st.integers(0, 2**31))
         element = data.draw(st.sampled_from(list(Element)))
@@ -551,8 +558,8 @@ class TestDequantize:
         assert set(loops) == {"dequantize"}
 
     @pytest.mark.parametrize("element", FLOATS)
-    def test_every_small_float_is_the_number_that_its_bits_spell(self, loops: list[str], element: Element) -> None:
-        """Under a scale of one, in every dtype; minus zero keeps its sign, and E4M3 has a NaN of each sign."""
+    def test_every_small_float_is_decoded_exactly(self, loops: list[str], element: Element) -> None:
+        """With a scale of 1, in every dtype. -0.0 keeps its sign, and E4M3 has a NaN of each sign."""
         numbers = exact_numbers(element)
         fields = torch.arange(len(numbers), dtype=torch.uint8).repeat(2, 1)
         for dtype, computed in product(DTYPES, (torch.bfloat16, torch.float32)):
@@ -572,9 +579,9 @@ class TestDequantize:
 
     @pytest.mark.parametrize("element", FLOATS)
     def test_all_pairs_of_neighbouring_fields(self, element: Element) -> None:
-        """Wherever a field begins in its byte, its neighbours don't leak into it."""
+        """The bits of neighbouring fields don't leak into a field, wherever it starts in its byte."""
         top = 1 << (8 if FLOATS[element] is None else FLOATS[element].bits)
-        one, other = (each.flatten() for each in torch.meshgrid(*[torch.arange(top)] * 2, indexing="ij"))
+        one, other = (grid.flatten() for grid in torch.meshgrid(*[torch.arange(top)] * 2, indexing="ij"))
         fields = torch.stack((one, other, one), dim=1).flatten().to(torch.uint8).view(1, -1)
         fields = fields[:, : min(fields.shape[1], 3 * 4096)]
         table = [float("nan") if value is None else float(value) for value in exact_numbers(element)]
@@ -592,8 +599,8 @@ class TestDequantize:
         assert ((found == want) | (found.isnan() & want.isnan())).all()
 
     @pytest.mark.parametrize("divisor", [3.0, 0.1, 2688.0, 2.0**-60])
-    def test_a_quotient_is_that_of_float64(self, loops: list[str], divisor: float) -> None:
-        """Never that of float32, however short the scale is."""
+    def test_division_is_done_in_float64(self, loops: list[str], divisor: float) -> None:
+        """Even when the scale has few bits."""
         codes = random_codes((4, 16), 4, seed=5)
         scale = torch.tensor([[0.3], [1.7], [448.0], [2.0**-9]]).to(torch.float8_e4m3fn)
         scaling = Scaling(scale=scale, divisor=torch.tensor([divisor]))
@@ -604,8 +611,8 @@ class TestDequantize:
         assert np.array_equal(found.numpy(), want)
         assert loops == ["dequantize"]
 
-    @pytest.mark.parametrize("how", LYING)
-    def test_codes_and_scales_may_lie_anyhow(self, loops: list[str], how: str) -> None:
+    @pytest.mark.parametrize("how", STRIDES)
+    def test_codes_and_scales_may_have_any_strides(self, loops: list[str], how: str) -> None:
         words = oracles.pack(random_codes((4, 32), 4, seed=1).long().numpy(), packed_words(4))
         zero = random_codes((4, 4), 4, seed=2)
         scale = torch.rand(4, 4, generator=torch.Generator().manual_seed(3))
@@ -620,7 +627,7 @@ class TestDequantize:
         assert same_bits(*found)
         assert loops == ["dequantize"] * 2
 
-    def test_an_index_for_a_single_group_says_nothing(self, loops: list[str]) -> None:
+    def test_an_index_for_a_single_group_is_ignored(self, loops: list[str]) -> None:
         codes = random_codes((2, 8), 8, seed=1)
         scaling = Scaling(scale=torch.full((2, 1), 0.5), group_columns=8, group_index=torch.full((8,), 5))
 
@@ -648,10 +655,10 @@ CONTRADICTIONS = {
 
 
 class TestWhatLoopsDoNotTake:
-    """A loop looks nowhere before it reads: what it doesn't know goes to torch, which does or refuses it."""
+    """Loops check no bounds: all layouts that they don't support go to torch, which handles or rejects them."""
 
     @pytest.mark.parametrize("scaling", UNKNOWN.values(), ids=UNKNOWN.keys())
-    def test_other_arrangements_are_for_torch(self, loops: list[str], scaling: Scaling) -> None:
+    def test_other_layouts_go_to_torch(self, loops: list[str], scaling: Scaling) -> None:
         found = dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.float32)
 
         assert torch.equal(found, torch.full((4, 8), 0.5))
@@ -680,7 +687,7 @@ class TestWhatLoopsDoNotTake:
             assert dispatch.repack(words, packed_words(4), target, shape).shape == target.packed_shape((4, 16))
         assert loops == []
 
-    def test_codes_along_rows_and_other_targets_are_for_torch(self, loops: list[str]) -> None:
+    def test_codes_along_rows_and_other_targets_go_to_torch(self, loops: list[str]) -> None:
         codes = random_codes((8, 8), 4, seed=4)
         pairs = oracles.pack(codes.long().numpy(), INT4_ROW_PAIRS)
 
@@ -689,29 +696,29 @@ class TestWhatLoopsDoNotTake:
         assert torch.equal(words, oracles.pack(codes.long().numpy(), packed_words(4)))
         assert loops == []
 
-    def test_other_devices_are_for_torch(self, loops: list[str]) -> None:
-        """Whichever of the tensors lies there."""
-        away = torch.zeros(4, 8, dtype=torch.int8, device="meta")
+    def test_other_devices_go_to_torch(self, loops: list[str]) -> None:
+        """Even when only one of the tensors is on another device."""
+        codes = torch.zeros(4, 8, dtype=torch.int8, device="meta")
         zero = torch.zeros(8, 3, dtype=torch.int32, device="meta")
 
         assert dispatch.unpack_codes(zero, packed_words(4, axis=0), (64, 3)).device.type == "meta"
-        assert dispatch.additive_zero(away.float(), away).device.type == "meta"
+        assert dispatch.additive_zero(codes.float(), codes).device.type == "meta"
         scale = torch.ones(64, 3, device="meta")
         assert dispatch.additive_zero(scale, zero, packed_words(4, axis=0)).device.type == "meta"
         scaling = Scaling(scale=torch.ones(4, 1, device="meta"))
-        found = dispatch.dequantize(away, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.bfloat16)
+        found = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.bfloat16)
         assert (found.device.type, found.dtype, found.shape) == ("meta", torch.bfloat16, (4, 8))
         assert loops == []
 
     @pytest.mark.parametrize(("columns", "ran"), [(255, []), (256, ["plain_codes"])], ids=["small", "large"])
-    def test_a_loop_takes_tensors_from_65536_codes_on(
+    def test_loops_run_from_65536_codes_on(
         self, loops: list[str], columns: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(dispatch, "_MIN_CODES", 1 << 16)
-        octets = torch.zeros(256, columns, dtype=torch.uint8)
+        codes = torch.zeros(256, columns, dtype=torch.uint8)
         source = Packing(bits=8, container=DType.U8, axis=1, offset_binary=True)
 
-        assert torch.equal(dispatch.repack(octets, source, INT8_PLAIN, (256, columns)), octets.view(torch.int8) - 128)
+        assert torch.equal(dispatch.repack(codes, source, INT8_PLAIN, (256, columns)), codes.view(torch.int8) - 128)
         assert loops == ran
 
 
@@ -736,13 +743,13 @@ WITH_OUT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int], torch.dty
 
 
 @pytest.mark.parametrize(("call", "shape", "dtype"), WITH_OUT.values(), ids=WITH_OUT.keys())
-@pytest.mark.parametrize("small", [0, 1 << 16], ids=["loop", "torch"])
+@pytest.mark.parametrize("min_codes", [0, 1 << 16], ids=["loop", "torch"])
 class TestOut:
-    """The same promises whether a loop writes or torch does."""
+    """`out` works in the same way whether a loop or torch computes the result."""
 
     @pytest.fixture(autouse=True)
-    def threshold(self, loops: list[str], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatch, "_MIN_CODES", small)
+    def threshold(self, loops: list[str], min_codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatch, "_MIN_CODES", min_codes)
 
     def test_it_is_written_and_returned(
         self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype
@@ -763,10 +770,10 @@ class TestOut:
         assert made.data_ptr() != again.data_ptr()
 
     @pytest.mark.parametrize("wrong", ["rows", "columns", "one more axis", "dtype", "strides"])
-    def test_another_kind_is_refused(
+    def test_an_output_that_does_not_fit_is_refused(
         self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype, wrong: str
     ) -> None:
-        """Otherwise torch would convert and repeat without a word, and a loop would write beyond the end."""
+        """Otherwise torch would cast or broadcast silently, and a loop would write beyond the end."""
         out = {
             "rows": torch.zeros(2 * shape[0], shape[1], dtype=dtype),
             "columns": torch.zeros(shape[0], shape[1] - 1, dtype=dtype),
@@ -785,7 +792,7 @@ class TestOut:
 
 
 class TestProcesses:
-    """What only a process of its own can tell."""
+    """Tests that need a fresh process, or several threads."""
 
     def test_importing_the_dispatcher_imports_nothing_heavy(self) -> None:
         done = run_python(
@@ -799,8 +806,8 @@ class TestProcesses:
 
         assert done.stdout.strip() == "[]"
 
-    def test_no_byte_behind_the_last_one_is_read(self) -> None:
-        """Codes end where a page ends whose neighbour can't be read: one byte further ends the process."""
+    def test_loops_read_no_byte_behind_the_container(self) -> None:
+        """The container ends at a page boundary, and the next page is not readable: reading one more byte crashes."""
         done = run_python(
             """
             import ctypes, mmap
@@ -814,13 +821,13 @@ class TestProcesses:
             dispatch._MIN_CODES = 0
             page = mmap.PAGESIZE
             memory = mmap.mmap(-1, 2 * page)
-            own = torch.frombuffer(memory, dtype=torch.uint8)
+            buffer = torch.frombuffer(memory, dtype=torch.uint8)
             libc = ctypes.CDLL(None, use_errno=True)
-            assert libc.mprotect(ctypes.c_void_p(own.data_ptr() + page), ctypes.c_size_t(page), 0) == 0
+            assert libc.mprotect(ctypes.c_void_p(buffer.data_ptr() + page), ctypes.c_size_t(page), 0) == 0
 
             def at_the_end(shape, dtype):
                 size = shape[0] * shape[1] * dtype.itemsize
-                return own[page - size : page].view(dtype).view(shape)
+                return buffer[page - size : page].view(dtype).view(shape)
 
             count = 0
             for bits in range(1, 9):
@@ -849,13 +856,15 @@ class TestProcesses:
         assert done.stdout.strip() == str(8 * (3 * 7 * 3 + 2 * 7 * 2))
 
     def test_threads_give_the_same_bits(self) -> None:
-        """Loops let go of the interpreter lock; they share nothing."""
+        """Loops release the GIL, and share no state."""
         from concurrent.futures import ThreadPoolExecutor
 
         words = [oracles.pack(random_codes((64, 256), 4, seed).long().numpy(), SOURCE) for seed in range(16)]
-        alone = [packing.repack(each, SOURCE, INT4_ROW_PAIRS, (64, 256)) for each in words]
+        alone = [packing.repack(packed, SOURCE, INT4_ROW_PAIRS, (64, 256)) for packed in words]
 
         with ThreadPoolExecutor(8) as threads:
-            together = list(threads.map(lambda each: dispatch.repack(each, SOURCE, INT4_ROW_PAIRS, (64, 256)), words))
+            together = list(
+                threads.map(lambda packed: dispatch.repack(packed, SOURCE, INT4_ROW_PAIRS, (64, 256)), words)
+            )
 
         assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))

@@ -204,7 +204,7 @@ def _numba_type(argument_type: ArgumentType) -> Any:
 
 
 def _target_machine() -> llvm.TargetMachine:
-    """Return a new target machine for this processor with all its features; each engine needs its own.
+    """Return a new target machine for this processor with all its features; an execution engine takes ownership of it.
 
     The relocation model is the one that numba uses.
     """
