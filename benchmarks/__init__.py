@@ -1,19 +1,19 @@
-"""`python -m benchmarks`, from a checkout: time and memory beside a copy of the same bytes on the same machine.
+"""`python -m benchmarks`, from a checkout: measure time and memory, compared with a copy of the same bytes.
 
 | file          | what it holds                                                             |
 |---------------|---------------------------------------------------------------------------|
-| `cases.py`    | the tables: what is timed, beside whom, on which checkpoints              |
-| `figures.py`  | the figures to reach, and what was measured of them                       |
-| `shapes.py`   | checkpoints to time it on: seeded, written tensor by tensor               |
-| `kimi.py`     | the one that is too large to exist: real headers, payloads of holes       |
-| `tasks.py`    | what one timed process does                                               |
-| `kernels.py`  | loops over memory against memcpy, inside one process                      |
-| `measure.py`  | runs processes in turn: seconds, and peak of anonymous memory             |
-| `results.py`  | what comes out, as values                                                 |
-| `run.py`      | `run_bench`: all of it in order                                           |
-| `tables.py`   | Markdown tables, for the terminal and for docs/performance.md             |
-| `plots.py`    | time against size, as SVG                                                 |
-| `page.py`     | puts tables and plots into docs/performance.md                            |
-| `machine.py`  | what the numbers were measured on                                         |
-| `__main__.py` | the command: options as text, the report as tables or JSON                |
+| `cases.py`    | the cases: what is timed, against which peers, on which checkpoints       |
+| `figures.py`  | the target figures, and their measured values                             |
+| `shapes.py`   | synthetic checkpoints: seeded, written tensor by tensor                   |
+| `kimi.py`     | a checkpoint too large to write: real headers, sparse files as payload    |
+| `tasks.py`    | the tasks that run in a timed process                                     |
+| `kernels.py`  | compiled loops against memcpy, in one process                             |
+| `measure.py`  | runs processes in turn; measures seconds and peak anonymous memory        |
+| `results.py`  | the results as dataclasses                                                |
+| `run.py`      | `run_bench`: runs the whole benchmark                                     |
+| `tables.py`   | formats the tables, for the terminal and for docs/performance.md          |
+| `plots.py`    | plots time against size, as SVG                                           |
+| `page.py`     | writes tables and plots into docs/performance.md                          |
+| `machine.py`  | describes the machine of the measurements                                 |
+| `__main__.py` | the command line; prints the report as tables or JSON                     |
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: options as text, the report as tables or JSON, and the page of the documentation."""
+"""The command `python -m benchmarks`: print the report as tables or JSON, or write it into the documentation."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ def bench(
         Path | None, typer.Argument(metavar="DIR", help="Checkpoint to measure on.", show_default=False)
     ] = None,
     shape: Annotated[
-        str, typer.Option(help="Synthetic checkpoints instead: 1b, 8b, kimi-k2 or tiny; several with commas.")
+        str, typer.Option(help="Synthetic checkpoints to use instead of DIR: 1b, 8b, kimi-k2, tiny (comma-separated).")
     ] = "",
     against: Annotated[
-        str, typer.Option(help="Peers, with commas; those that are not installed are left out by name.")
+        str, typer.Option(help="Peers, comma-separated; a peer that is not installed is left out and reported.")
     ] = "cp,load_file,library,transformers",
-    table: Annotated[str, typer.Option(help="What to measure, with commas.")] = "kernels,load,convert,headers",
-    runs: Annotated[int, typer.Option(help="Runs of each side, of which the median counts.")] = 5,
+    table: Annotated[str, typer.Option(help="What to measure, comma-separated.")] = "kernels,load,convert,headers",
+    runs: Annotated[int, typer.Option(help="Runs of each side; the median is reported.")] = 5,
     write_docs: Annotated[
-        Path | None, typer.Option(help="Docs folder whose performance page and plots are made.", show_default=False)
+        Path | None,
+        typer.Option(help="Docs folder in which to update the performance page and plots.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Measure loops, loading, converting and inspecting beside copies of the same bytes, and other programs."""
+    """Measure loops, loading, converting and inspecting, compared with copies of the same bytes and other programs."""
     if write_docs is not None:
         require_page(write_docs)
-    with _ends_in_order():
+    with _exit_on_sigterm():
         report = run_bench(
             directory,
             shapes=_names(shape),
             against=_names(against),
             tables=_names(table),
             runs=runs,
-            # A plot needs several sizes.
+            # The plots of the page need measurements at several sizes.
             sweep=write_docs is not None,
             on_step=stderr.print,
         )
@@ -63,8 +64,8 @@ def bench(
 
 
 @contextmanager
-def _ends_in_order() -> Iterator[None]:
-    """Gigabytes of temporary files are removed too when this process is asked to end."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit, so that gigabytes of temporary files are removed."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -77,7 +78,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Run the command; faults become a message on stderr and an exit code."""
+    """Run the command; an error is printed to stderr and becomes an exit code."""
     run_app(app)
 
 

@@ -1,7 +1,7 @@
-"""The tables of the benchmark: what is timed, beside whom, on which checkpoints.
+"""The cases of the benchmark: what is timed, against which peers, on which checkpoints.
 
-A case makes the job of each side for one checkpoint. What a peer needs is looked for, never imported: a peer that is
-not installed is left out and named.
+A case creates the job of each side, this package and its peers, for one checkpoint. The packages that a peer needs are
+searched for but not imported here. A peer that is not installed is left out and reported.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ __all__ = [
 ]
 
 DIRECTORY = "DIR"
-"""The shape of a checkpoint that the user gave."""
+"""The shape name of a checkpoint that the user gave."""
 
 NO_SHAPE = ""
-"""The shape of what needs no checkpoint."""
+"""The shape name of cases that need no checkpoint."""
 
 RANKS = 4
-"""The tensor-parallel size of which one rank loads."""
+"""The tensor-parallel size in the cases that load slices for ranks."""
 
 KERNEL_SHAPE = (4096, 14336)
-"""The weight that kernels are timed on."""
+"""The shape [N, K] of the weight that kernels are timed on."""
 
 
 class Table(StrEnum):
@@ -65,7 +65,11 @@ class Table(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a case runs: a checkpoint with its size, a folder for what is made, and bytes of payload by target."""
+    """Where a case runs: a checkpoint, its size, and a folder for output.
+
+    `tensors` and `stored_bytes` are the size of the checkpoint `source`. `bytes_of` maps a target to the payload bytes
+    that the checkpoint has when it is delivered to this target. Outputs are written in `work`.
+    """
 
     source: Path
     work: Path
@@ -76,10 +80,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is timed: our job, and those of its peers by name.
+    """What is timed: the job of this package (`ours`), and the jobs of the peers by name.
 
-    `moves` names the target whose bytes come out, by which throughput is counted; empty where nothing is counted.
-    With `once` there is nothing to repeat: what is looked for is no time.
+    `moves` names the target whose delivered bytes are used to compute throughput; it is empty if no throughput is
+    computed. A case with `once` runs only once, because its result is not a time.
     """
 
     name: str
@@ -95,7 +99,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """A case at four sizes of one shape; of its peers those that a plot shows."""
+    """A case measured at four sizes of one shape, for a plot; `peers` are the peers that the plot shows."""
 
     case: str
     shape: str
@@ -105,7 +109,10 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """Who we are compared with; `needs` are packages, and `program` is one that must be on the path."""
+    """A program that this package is compared with.
+
+    `needs` are the Python packages that it needs, and `program` is an executable that must be on the path.
+    """
 
     name: str
     title: str
@@ -114,7 +121,7 @@ class Peer:
 
     @property
     def missing(self) -> str:
-        """What is not there; empty when everything is."""
+        """The requirements that are not installed, as text; empty if all are."""
         absent = [package for package in self.needs if importlib.util.find_spec(package) is None]
         if self.program and shutil.which(self.program) is None:
             absent.append(self.program)
@@ -140,7 +147,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
         )
     }
 )
-"""What `--against` knows. memcpy, which the kernels are held to, is always there."""
+"""The peers that `--against` accepts. memcpy, the peer of the kernels, is always available."""
 
 
 def _python(*arguments: object) -> tuple[str, ...]:
@@ -148,7 +155,7 @@ def _python(*arguments: object) -> tuple[str, ...]:
 
 
 def _task(name: str, *arguments: str) -> Callable[[Place], Job]:
-    """A task of `tasks.py` on the checkpoint."""
+    """Return a function that creates the job of a task of `tasks.py` on a checkpoint."""
 
     def make(place: Place) -> Job:
         return Job(commands=(_python("-m", "benchmarks.tasks", name, place.source, *arguments),))
@@ -157,7 +164,7 @@ def _task(name: str, *arguments: str) -> Callable[[Place], Job]:
 
 
 def convert_job(to: str) -> Callable[[Place], Job]:
-    """The command that users give."""
+    """Return a function that creates the job of the command `trtllm-ct convert --to TO`."""
 
     def make(place: Place) -> Job:
         out = place.work / "out"
@@ -168,7 +175,7 @@ def convert_job(to: str) -> Callable[[Place], Job]:
 
 
 def kernels_job(rows: int, columns: int, samples: int) -> Job:
-    """All kernels and memcpy, for a weight of that shape."""
+    """Return the job that times all kernels and memcpy for a weight of this shape."""
     return Job(commands=(_python("-m", "benchmarks.tasks", "kernels", rows, columns, samples),))
 
 
@@ -187,19 +194,20 @@ def _copy(place: Place) -> Job:
 
 
 def _copy_output_bytes(place: Place) -> Job:
-    """`cp` of as many bytes as the plain weights have: files of the source, again and again, the last one in part.
+    """Return the job that copies as many bytes with `cp` as the plain weights have.
 
-    The source lies in the page cache, which a directory of plain weights would not.
+    It copies the files of the source, repeatedly, and the last file in part. The source is used because it is in the
+    page cache, which a directory of plain weights would not be.
     """
-    out, left = place.work / "out", place.bytes_of["dense"]
+    out, remaining = place.work / "out", place.bytes_of["dense"]
     commands: list[tuple[str, ...]] = [("mkdir", str(out))]
     for number, file in enumerate(cycle(sorted(place.source.glob("*.safetensors")))):
         size = file.stat().st_size
-        if left <= size:
-            part = ("dd", f"if={file}", f"of={out / str(number)}", "bs=1M", f"count={left}B", "status=none")
+        if remaining <= size:
+            part = ("dd", f"if={file}", f"of={out / str(number)}", "bs=1M", f"count={remaining}B", "status=none")
             return Job(commands=(*commands, part), output=out)
         commands.append(("cp", str(file), str(out / str(number))))
-        left -= size
+        remaining -= size
     raise AssertionError("a checkpoint has weight files")
 
 
@@ -294,7 +302,7 @@ CASES = (
         peers={},
     ),
 )
-"""What is timed in processes of its own; kernels, which share one, are in `kernels.py: KERNELS`."""
+"""The cases that are timed in separate processes; the kernels (`kernels.py: KERNELS`) share one process."""
 
 SWEEPS = (
     Sweep(case="load-native", shape="1b", layers=(4, 8, 16, 32), peers=("load_file",)),
@@ -302,12 +310,12 @@ SWEEPS = (
     Sweep(case="convert-dense", shape="1b", layers=(4, 8, 16, 32), peers=("cp",)),
     Sweep(case="inspect", shape="kimi-k2", layers=(8, 16, 32, 61), peers=()),
 )
-"""Time against size, for the plots."""
+"""The measurements of time against size, for the plots."""
 
 KERNEL_ROWS = (1024, 2048, 4096, 8192)
-"""Rows of the weight that kernels are plotted for; it has as many columns as the one of the figures."""
+"""Rows of the weights that kernels are plotted for; they have as many columns as `KERNEL_SHAPE`."""
 
 
 def table_of(case: str) -> Table:
-    """The table that a case, or a kernel, belongs to."""
-    return next((known.table for known in CASES if known.name == case), Table.KERNELS)
+    """Return the table that a case or a kernel belongs to, given its name."""
+    return next((candidate.table for candidate in CASES if candidate.name == case), Table.KERNELS)

@@ -1,4 +1,4 @@
-"""The figures to reach, and what was measured of them."""
+"""The target figures of the benchmark, and their measured values."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["FIGURES", "Figure", "Metric", "find"]
 
 
 class Metric(StrEnum):
-    """Which number of a measurement a figure takes."""
+    """Which number of a measurement a figure uses."""
 
     RATIO = auto()
-    """our median over that of the peer"""
+    """the median time of this package divided by the median time of the peer"""
     SECONDS = auto()
-    """our median"""
+    """the median time of this package"""
     PEAK = auto()
-    """highest anonymous memory of our process"""
+    """the highest anonymous memory of this package's process"""
     BEYOND_RESULT = auto()
-    """anonymous memory beyond what was there before and the result, over the largest group of Linears that are fused"""
+    """anonymous memory in addition to the memory before and the result, over the largest group of fused Linears"""
     COLUMN_SHARE = auto()
-    """bytes read of what stored tensors of column-cut Linears hold"""
+    """the share of the stored bytes of column-parallel Linears that a rank reads"""
     NODE_SHARE = auto()
-    """bytes that all ranks of a node fetch from its disk, of what the files hold"""
+    """the bytes that all ranks of a node fetch from its disk, as a share of the bytes of the files"""
 
 
 _UNITS = {
@@ -47,7 +47,7 @@ _UNITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One number to reach."""
+    """One target figure: the limit for a metric of a case on a shape; `what` describes it in the tables."""
 
     what: str
     case: str
@@ -163,7 +163,7 @@ FIGURES = (
 
 
 def find(measurements: Sequence[Measurement], tables: Collection[Table], shapes: Sequence[str]) -> tuple[Finding, ...]:
-    """A finding for each figure of the tables and shapes that were asked for."""
+    """Return a finding for each figure of the given tables and shapes, also for figures that were not measured."""
     by_case = {(measurement.case, measurement.shape): measurement for measurement in measurements}
     return tuple(
         _finding(figure, by_case.get((figure.case, figure.shape)))
@@ -186,7 +186,7 @@ def _finding(figure: Figure, measured: Measurement | None) -> Finding:
 
 
 def _value(figure: Figure, measured: Measurement) -> float | None:
-    """The number that a figure is about; None where it was not measured."""
+    """Return the value of a figure in its unit, or None if it was not measured."""
     ours = measured.ours
     match figure.metric:
         case Metric.RATIO:
@@ -206,7 +206,7 @@ def _value(figure: Figure, measured: Measurement) -> float | None:
 
 
 def _beyond_result(sample: Sample) -> float:
-    """Anonymous memory that loading took for itself, over the largest group of Linears that are fused."""
+    """Return the temporary anonymous memory of loading, divided by the bytes of the largest group of fused Linears."""
     facts = sample.facts
     result = facts["weight_bytes"] - facts["mapped_bytes"]
     beyond: float = ((sample.peak_anonymous or 0) - facts["before_bytes"] - result) / facts["group_bytes"]
@@ -214,7 +214,7 @@ def _beyond_result(sample: Sample) -> float:
 
 
 def _note(figure: Figure, measured: Measurement) -> str:
-    """Why a figure has no value."""
+    """Return the reason why a figure has no value, or an empty text."""
     if measured.ours.failure:
         return measured.ours.failure
     if figure.peer in measured.skipped:

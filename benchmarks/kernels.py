@@ -1,7 +1,7 @@
-"""Loops over memory against memcpy of their output, in one process and on one thread.
+"""Time compiled loops against memcpy of as many bytes as they output, in one process and on one thread.
 
-All buffers are in use before the clock starts: what is timed is the loop, and not the kernel of the system that hands
-out memory. memcpy copies from a third buffer, so that neither side finds its input in the cache because of the other.
+All buffers are touched before the clock starts, so that the time to allocate memory is not measured. memcpy copies
+from a third buffer, so that neither side finds its input in the cache because of the other.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = ["KERNELS", "Kernel", "time_kernels"]
 
 _GROUP = 128
 _LEAST_SECONDS = 0.002
-"""What one sample takes at least; a loop that takes less is repeated, and the sample divided."""
+"""The minimum time of one sample; a shorter loop is repeated, and the time divided by the number of calls."""
 
 Shape = tuple[int, int]
 Prepared = tuple[Callable[[], object], int]
-"""A loop with its buffers, and how many bytes it puts out."""
+"""A function that runs a loop on prepared buffers, and the number of bytes that it outputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """A loop: what it is, and how to prepare it for a weight [N, K]."""
+    """A loop: its name, its title in the tables, and a function that prepares it for a weight [N, K]."""
 
     name: str
     title: str
@@ -38,7 +38,7 @@ class Kernel:
 
 
 def time_kernels(rows: int, columns: int, runs: int) -> dict[str, Any]:
-    """Seconds of each kernel and of memcpy, in turn, for a weight of that shape."""
+    """Return the seconds of each kernel and of memcpy, measured alternately, for a weight of this shape."""
     import torch
 
     torch.set_num_threads(1)
@@ -49,27 +49,27 @@ def time_kernels(rows: int, columns: int, runs: int) -> dict[str, Any]:
 def _time_kernel(kernel: Kernel, shape: Shape, runs: int) -> dict[str, Any]:
     run, nbytes = kernel.prepare(shape)
     copy = _prepare_memcpy(nbytes)
-    ours, memcpy = _repeats(run), _repeats(copy)
-    samples = [(_sample(run, ours), _sample(copy, memcpy)) for _ in range(runs)]
+    run_calls, copy_calls = _calls_per_sample(run), _calls_per_sample(copy)
+    samples = [(_sample(run, run_calls), _sample(copy, copy_calls)) for _ in range(runs)]
     return {"bytes": nbytes, "ours": [sample[0] for sample in samples], "memcpy": [sample[1] for sample in samples]}
 
 
-def _sample(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of one call, over several of them."""
+def _sample(run: Callable[[], object], calls: int) -> float:
+    """Return the mean seconds of one call."""
     started = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(calls):
         run()
-    return (time.perf_counter() - started) / repeats
+    return (time.perf_counter() - started) / calls
 
 
-def _repeats(run: Callable[[], object]) -> int:
-    """How many calls make a sample; the first call, which loads machine code and touches memory, does not count."""
+def _calls_per_sample(run: Callable[[], object]) -> int:
+    """Return how many calls a sample needs; the first call is not timed: it loads machine code and touches memory."""
     run()
     return max(1, round(_LEAST_SECONDS / _sample(run, 3)))
 
 
 def _prepare_memcpy(nbytes: int) -> Callable[[], object]:
-    """A copy by the C library between two buffers, in pages of the size that results get."""
+    """Return a memcpy between two buffers, whose memory is allocated like that of the loops' results."""
     import torch
 
     from trtllm_ct.layouts.loops.huge_pages import empty
@@ -96,12 +96,12 @@ def _prepare_repack(shape: Shape, bits: int, target: Any) -> Prepared:
 
     source = packed_words(bits)
     packed = _random_words(source.packed_shape(shape))
-    out = _warm(target.packed_shape(shape), target.container.torch_dtype)
+    out = _touched(target.packed_shape(shape), target.container.torch_dtype)
     return lambda: repack(packed, source, target, shape, out=out), out.nbytes
 
 
 def _prepare_zero_points(shape: Shape) -> Prepared:
-    """Packed zero points to the offsets that an engine adds, unpacked on the way."""
+    """Unpack zero points and compute the float32 offsets that an engine adds."""
     import torch
 
     from trtllm_ct.layouts.loops.dispatch import additive_zero
@@ -110,19 +110,19 @@ def _prepare_zero_points(shape: Shape) -> Prepared:
     groups, source = (shape[0], shape[1] // _GROUP), packed_words(4, axis=0)
     packed = _random_words(source.packed_shape(groups))
     scale = torch.rand(groups).to(torch.bfloat16)
-    out = _warm(groups, torch.float32)
+    out = _touched(groups, torch.float32)
     return lambda: additive_zero(scale, packed, source, out=out), out.nbytes
 
 
 def _prepare_fp8_rows(shape: Shape) -> Prepared:
-    """FP8 codes as they are, and one scale a row, widened."""
+    """Copy FP8 codes unchanged, and widen one scale per row to float32."""
     import torch
 
     from trtllm_ct.layouts.scales import widen_scale
 
     codes = _random_words((shape[0], shape[1] // 4)).view(torch.float8_e4m3fn)
     scale = torch.rand(shape[0], 1).to(torch.bfloat16)
-    out, wide = _warm(shape, torch.float8_e4m3fn), _warm((shape[0],), torch.float32)
+    out, wide = _touched(shape, torch.float8_e4m3fn), _touched((shape[0],), torch.float32)
     copy = _plain_copy(codes, out)
 
     def run() -> None:
@@ -133,13 +133,13 @@ def _prepare_fp8_rows(shape: Shape) -> Prepared:
 
 
 def _prepare_nvfp4(shape: Shape) -> Prepared:
-    """NVFP4 codes and the scales of groups of 16, both as they are."""
+    """Copy NVFP4 codes and the scales of groups of 16, both unchanged."""
     import torch
 
     codes = _random_words((shape[0], shape[1] // 8)).view(torch.uint8)
     scales = _random_words((shape[0], shape[1] // 64)).view(torch.float8_e4m3fn)
-    out = _warm(tuple(codes.shape), torch.uint8)
-    out_scales = _warm(tuple(scales.shape), torch.float8_e4m3fn)
+    out = _touched(tuple(codes.shape), torch.uint8)
+    out_scales = _touched(tuple(scales.shape), torch.float8_e4m3fn)
     copies = _plain_copy(codes, out), _plain_copy(scales, out_scales)
 
     def run() -> None:
@@ -150,12 +150,12 @@ def _prepare_nvfp4(shape: Shape) -> Prepared:
 
 
 def _plain_copy(source: Tensor, target: Tensor) -> Callable[[], object]:
-    """What is delivered as it is goes from file to file, or is a view: no operation of torch touches it."""
+    """Return a copy with numpy: tensors that are delivered unchanged are copied as bytes, without torch."""
     import numpy as np
     import torch
 
-    into, octets = (tensor.view(torch.uint8).numpy() for tensor in (target, source))
-    return lambda: np.copyto(into, octets)
+    target_bytes, source_bytes = (tensor.view(torch.uint8).numpy() for tensor in (target, source))
+    return lambda: np.copyto(target_bytes, source_bytes)
 
 
 def _prepare_dequantize(shape: Shape) -> Prepared:
@@ -167,7 +167,7 @@ def _prepare_dequantize(shape: Shape) -> Prepared:
 
     source, scaling = packed_words(4), _scaling(shape)
     packed = _random_words(source.packed_shape(shape))
-    out = _warm(shape, torch.bfloat16)
+    out = _touched(shape, torch.bfloat16)
     return lambda: dequantize(packed, source, Element.INT, shape, scaling, torch.bfloat16, out=out), out.nbytes
 
 
@@ -180,7 +180,7 @@ def _scaling(shape: Shape) -> Scaling:
 
 
 def _random_words(shape: tuple[int, ...]) -> Tensor:
-    """Words in pages of the same size as those of the copy beside it."""
+    """Return random int32 words, in memory pages of the same size as those of the memcpy."""
     import torch
 
     from trtllm_ct.layouts.loops.huge_pages import empty
@@ -188,8 +188,8 @@ def _random_words(shape: tuple[int, ...]) -> Tensor:
     return empty(shape, torch.int32).random_(-(2**31), 2**31 - 1)
 
 
-def _warm(shape: tuple[int, ...], dtype: Any) -> Tensor:
-    """A buffer in use, of the kind of memory that results get."""
+def _touched(shape: tuple[int, ...], dtype: Any) -> Tensor:
+    """Return a buffer whose memory was written to once, allocated like the results of the loops."""
     import torch
 
     from trtllm_ct.layouts.loops.huge_pages import empty

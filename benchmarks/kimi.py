@@ -1,6 +1,6 @@
-"""A directory of the shape of Kimi K2: 62 shards, 208 215 tensors, 600 GB of holes with real headers.
+"""A directory with the tensors of Kimi K2: 62 shards, 208 215 tensors, 600 GB of sparse files with real headers.
 
-Commands that read headers only can't tell it from the real one.
+The payload is never written. Commands that read only headers treat it like the real checkpoint.
 """
 
 from __future__ import annotations
@@ -61,37 +61,40 @@ _CONFIG: Mapping[str, Any] = {
 }
 
 _HEADER_BYTES = 200
-"""What a tensor takes on disk, in a header and in the index, at most."""
+"""The most bytes on disk for one tensor, in a header and in the index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KimiShape:
-    """The model with so many of its 61 layers: a shard for each, and one for the embedding and the head."""
+    """Kimi K2 with `layers` of its 61 layers; one shard per layer, and one for the embedding and the head."""
 
     name: str = "kimi-k2"
     layers: int = 61
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config.json."""
+        """The content of config.json."""
         return {**_CONFIG, "num_hidden_layers": self.layers}
 
     @property
     def disk_bytes(self) -> int:
-        """What the directory takes on disk, at most: holes take nothing."""
+        """The most bytes that the directory needs on disk; the payload is sparse and needs none."""
         return _HEADER_BYTES * sum(1 for _ in self.tensors())
 
     @property
     def dense_bytes(self) -> int:
-        """Nothing is converted: there is nothing in the holes."""
+        """Zero, since this checkpoint is never converted: its payload is missing."""
         return 0
 
     def with_layers(self, layers: int) -> Self:
-        """The same with another number of layers."""
+        """Return this shape with another number of layers."""
         return replace(self, layers=layers)
 
     def tensors(self) -> Iterator[tuple[int, str, TensorSpec]]:
-        """Shard, name and spec of each tensor: routed experts as int4 in groups of 32, everything else in bfloat16."""
+        """Yield the shard, name and spec of each tensor.
+
+        Routed experts are int4 in groups of 32; other weights are bfloat16.
+        """
         for site in Model.from_config(self.config).sites():
             parts = site.module.split(".")
             shard = int(parts[2]) + 1 if parts[1:2] == ["layers"] else 0
@@ -106,14 +109,14 @@ class KimiShape:
             yield shard, f"{site.module}.weight_shape", TensorSpec(DType.I64, (2,))
 
     def write(self, directory: Path) -> int:
-        """Write the directory, which must exist, and give the number of its tensors; takes seconds."""
+        """Write the files into `directory`, which must exist; return the number of tensors. Takes seconds."""
         shards: dict[int, dict[str, TensorSpec]] = defaultdict(dict)
         for shard, name, spec in self.tensors():
             shards[shard][name] = spec
         weight_map: dict[str, str] = {}
         for shard, specs in shards.items():
             file = f"model-{shard + 1:05d}-of-{len(shards):05d}.safetensors"
-            _write_holes(directory / file, specs)
+            _write_sparse_file(directory / file, specs)
             weight_map |= dict.fromkeys(specs, file)
         index = {"metadata": {}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -121,8 +124,8 @@ class KimiShape:
         return len(weight_map)
 
 
-def _write_holes(path: Path, specs: Mapping[str, TensorSpec]) -> None:
-    """A safetensors file of the right size whose payload was never written."""
+def _write_sparse_file(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Write a safetensors file with a real header and the right size, whose payload is a hole."""
     header, end = {}, 0
     for name, spec in specs.items():
         begin, end = end, end + spec.nbytes

@@ -1,4 +1,4 @@
-"""What numbers were measured on, in words."""
+"""`describe_machine`: describe the machine and the software of a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "numpy", "numba", "safetensors", "compressed-tensors", "tr
 
 
 def describe_machine() -> dict[str, str]:
-    """Processor, cores, memory, system and the versions of packages that have a part in the numbers."""
+    """Return the processor, cores, memory, system, and the versions of packages that affect the measurements."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": _processor(),
@@ -25,7 +25,7 @@ def describe_machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "trtllm-ct": __version__,
-        **{name: found for name in _PACKAGES if (found := _version(name))},
+        **{package: number for package in _PACKAGES if (number := _version(package))},
     }
 
 

@@ -1,11 +1,11 @@
-"""Runs processes one after another and measures them: seconds from outside, and the peak of anonymous memory.
+"""Run processes one after another and measure their wall time and their peak anonymous memory.
 
-Sides of a case take turns, so that what changes on a machine in the meantime hits all of them; every other round runs
-backwards. Before each run, outside of its time, the output of the last one is deleted, what is still to be written
-goes to disk, and every byte of the source is read once, so that it lies in the page cache.
+The sides of a case run alternately, so that changes of the machine over time affect all of them; every other round runs
+in reverse order. Before each run, outside the timed part, the output of the previous run is deleted, dirty pages are
+written to disk, and every byte of the source is read once, so that it is in the page cache.
 
-Linux keeps no record of the highest anonymous memory of a process, so it is sampled while the process runs: mapped
-files are left out, and a peak that lasts less than the 5 ms between two samples can be missed.
+Linux does not record the highest anonymous memory of a process, so it is sampled while the process runs. Memory-mapped
+files are not included, and a peak that is shorter than the 5 ms between two samples can be missed.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "JobError", "anonymous_bytes", "measure_in_turn", "run_job", "warm"]
 
-_INTERVAL = 0.005
+_SAMPLING_SECONDS = 0.005
 _SLOW = 60.0
-"""A side that takes longer than this is run once: more would say little more, and take minutes."""
+"""A side that takes more seconds than this runs only once: more runs would take minutes and add little."""
 _CHUNK = 1 << 24
 _MEMORY_SHARE = 0.85
-"""Of the memory that is available, what a process may take: beyond it, it is ended here, and not by the system."""
+"""The share of the available memory that a process may use; it is killed beyond that, before the system does it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Commands that run one after another, all of which count; what they make in `output` is deleted afterwards.
+    """Commands that run one after another and are timed together; their directory `output` is deleted afterwards.
 
-    The last line on stdout of the last command may be a JSON object: what it says of itself. `seconds` in it is the
-    time of the call alone.
+    The last command may print a JSON object with facts about its run, as all of its stdout or as the last line. The
+    key `seconds` in it is the time of the call alone, without the start of the process.
     """
 
     commands: tuple[tuple[str, ...], ...]
@@ -55,16 +55,16 @@ class Job:
 
 
 class JobError(TrtllmCtError):
-    """A command failed, or took too much memory."""
+    """A command failed or used too much memory."""
 
 
 def measure_in_turn(jobs: Mapping[str, Job], clock: Clock, runs: int, source: Path | None = None) -> tuple[Side, ...]:
-    """Run the jobs `runs` times in turn; one that fails, or takes over a minute, is not run again."""
+    """Run the jobs alternately, `runs` times each; a job that fails or takes over a minute is not run again."""
     samples: dict[str, list[Sample]] = {name: [] for name in jobs}
     failures: dict[str, str] = {}
-    for turn in range(runs):
-        for name in list(jobs)[:: -1 if turn % 2 else 1]:
-            if name in failures or any((done.process_seconds or 0) > _SLOW for done in samples[name]):
+    for round_number in range(runs):
+        for name in list(jobs)[:: -1 if round_number % 2 else 1]:
+            if name in failures or any((sample.process_seconds or 0) > _SLOW for sample in samples[name]):
                 continue
             try:
                 samples[name].append(_run_prepared(jobs[name], source))
@@ -89,14 +89,17 @@ def _run_prepared(job: Job, source: Path | None) -> Sample:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """That of this process, but with bytecode kept, as it is where packages are installed: parsing is not measured."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, **job.environment}
+    """Return the environment of this process and the job, with Python's bytecode cache enabled.
+
+    Installed packages have cached bytecode as well, so the time to parse source files is not measured.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, **job.environment}
 
 
 def run_job(job: Job) -> Sample:
-    """Run it and measure it. Raises `JobError` that says what a command printed last when it fails."""
-    seconds, peak, printed, limit = 0.0, 0, "", int((available_memory() or sys.maxsize) * _MEMORY_SHARE)
+    """Run and measure a job; raises `JobError` with the last line that a failing command printed."""
+    seconds, peak, stdout, limit = 0.0, 0, "", int((available_memory() or sys.maxsize) * _MEMORY_SHARE)
     for command in job.commands:
         started = time.perf_counter()
         with (
@@ -108,17 +111,17 @@ def run_job(job: Job) -> Sample:
                 env=_environment(job),
                 text=True,
             ) as process,
-            _sampled(process, limit) as peaks,
+            _memory_sampled(process, limit) as peaks,
         ):
-            printed, complaints = process.communicate()
+            stdout, stderr = process.communicate()
             seconds += time.perf_counter() - started
         peak = max(peak, *peaks)
         if peak > limit:
             raise _failed(command, f"more than the {limit / 1e9:.1f} GB of memory that were free")
         if process.returncode:
-            last = (complaints.strip() or printed.strip() or "nothing printed").splitlines()[-1]
-            raise _failed(command, f"exit code {process.returncode}: {last[:200]}")
-    facts = _facts(printed)
+            last_line = (stderr.strip() or stdout.strip() or "nothing printed").splitlines()[-1]
+            raise _failed(command, f"exit code {process.returncode}: {last_line[:200]}")
+    facts = _facts(stdout)
     return Sample(
         process_seconds=seconds, call_seconds=facts.pop("seconds", None), peak_anonymous=peak or None, facts=facts
     )
@@ -130,7 +133,7 @@ def _failed(command: tuple[str, ...], found: str) -> JobError:
 
 
 def warm(directory: Path) -> None:
-    """Read every file once, so that it lies in the page cache; holes are skipped."""
+    """Read every file of a directory once, so that it is in the page cache; sparse files are skipped."""
     for path in sorted(directory.iterdir()):
         if not path.is_file() or path.stat().st_blocks * 512 < path.stat().st_size // 2:
             continue
@@ -141,22 +144,26 @@ def warm(directory: Path) -> None:
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """Resident anonymous memory of a process, now; 0 when it is gone or the platform doesn't say."""
+    """Return the current resident anonymous memory of a process; 0 if it has ended or the platform can't report it."""
     try:
-        # One line of numbers, where `status` is fifty of text: two hundred times a second, on a core that is in use.
-        _size, resident, of_files, *_ = Path(f"/proc/{pid}/statm").read_bytes().split()
+        # `statm` is one line of numbers and cheaper to read than the fifty lines of `status`. That matters: it is read
+        # 200 times a second, on a core that is in use.
+        _size, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_bytes().split()
     except (OSError, ValueError):
         return 0
-    return (int(resident) - int(of_files)) * mmap.PAGESIZE
+    return (int(resident) - int(shared)) * mmap.PAGESIZE
 
 
 @contextmanager
-def _sampled(process: subprocess.Popen[str], limit: int) -> Iterator[list[int]]:
-    """A list whose only entry is the highest anonymous memory that was seen so far; beyond `limit` the process ends."""
-    peaks, over = [0], threading.Event()
+def _memory_sampled(process: subprocess.Popen[str], limit: int) -> Iterator[list[int]]:
+    """Sample the anonymous memory of a process, and kill it when it uses more than `limit` bytes.
+
+    Yields a list whose only entry is the highest value so far.
+    """
+    peaks, finished = [0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(_INTERVAL):
+        while not finished.wait(_SAMPLING_SECONDS):
             peaks[0] = max(peaks[0], anonymous_bytes(process.pid))
             if peaks[0] > limit:
                 process.kill()
@@ -166,17 +173,17 @@ def _sampled(process: subprocess.Popen[str], limit: int) -> Iterator[list[int]]:
     try:
         yield peaks
     finally:
-        over.set()
+        finished.set()
         watcher.join()
 
 
-def _facts(printed: str) -> dict[str, Any]:
-    """The JSON object that a command printed, in one line at the end or over all lines."""
-    for text in (printed, *printed.splitlines()[-1:]):
+def _facts(stdout: str) -> dict[str, Any]:
+    """Return the JSON object that is all of a command's output or its last line; empty if there is none."""
+    for text in (stdout, *stdout.splitlines()[-1:]):
         try:
-            found = json.loads(text)
+            document = json.loads(text)
         except ValueError:
             continue
-        if isinstance(found, dict):
-            return found
+        if isinstance(document, dict):
+            return document
     return {}

@@ -1,8 +1,8 @@
-"""What the ranks of one node read from its disk, all at the same time, when nothing of a checkpoint is in memory.
+"""Measure the bytes that the ranks of one node read from its disk when all load at once, from a cold page cache.
 
-The files are dropped from the page cache first. The kernel counts what each process made it fetch from the disk; what
-another one had fetched already, or is just fetching, costs nothing and is not counted. File systems in memory have no
-disk, and count nothing.
+The files are dropped from the page cache first. The kernel counts the bytes that it fetched from the disk for each
+process. Bytes that another process has fetched already, or is fetching at the moment, are not counted again. On file
+systems in memory, all counts are zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ __all__ = ["node_bytes"]
 
 
 def node_bytes(directory: str, ranks: str) -> dict[str, Any]:
-    """Ours: every rank loads its slices in a process of its own; bytes stored, asked for and fetched from the disk."""
+    """Load the slices of every rank, each in its own process.
+
+    Returns the seconds, the bytes that the files store, and for each rank the bytes that it asked for and the bytes
+    that were fetched from the disk for it.
+    """
     files = sorted(Path(directory).glob("*.safetensors"))
     for file in files:
         _drop_from_cache(file)
@@ -33,7 +37,7 @@ def node_bytes(directory: str, ranks: str) -> dict[str, Any]:
     printed = [process.communicate()[0] for process in processes]
     failed = [rank for rank, process in enumerate(processes) if process.returncode]
     if failed:
-        raise RuntimeError(f"ranks {failed} failed; what they say of it stands above")
+        raise RuntimeError(f"ranks {failed} failed; their messages are above")
     return {
         "seconds": time.perf_counter() - started,
         "stored": sum(file.stat().st_size for file in files),
@@ -42,7 +46,7 @@ def node_bytes(directory: str, ranks: str) -> dict[str, Any]:
 
 
 def _rank_load(directory: str, ranks: str, rank: str) -> dict[str, int]:
-    """One of the ranks: all that it is handed, looked at once."""
+    """Load the slices of one rank and read every delivered byte once; return the bytes asked for and fetched."""
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.engine.parallel import Parallel, Rank
     from trtllm_ct.pipeline.open import open_checkpoint
@@ -57,7 +61,7 @@ def _rank_load(directory: str, ranks: str, rank: str) -> dict[str, int]:
         for _delivered in stream_delivered(plan, checkpoint.catalog, reader=reader):
             pass
         asked = reader.bytes_read
-        # What is handed on as it is lies in mapped files, and is fetched when it is looked at.
+        # Tensors that are delivered unchanged are views of memory-mapped files, which are fetched when they are read.
         for module in plan.modules:
             for run in module.runs:
                 reader.read(run.name, run.begin, run.end).view(-1)[run.begin : run.end].clone()
@@ -65,7 +69,7 @@ def _rank_load(directory: str, ranks: str, rank: str) -> dict[str, int]:
 
 
 def _drop_from_cache(file: Path) -> None:
-    """Have the kernel forget the pages of a file."""
+    """Drop the pages of a file from the kernel's page cache."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,7 +79,7 @@ def _drop_from_cache(file: Path) -> None:
 
 
 def _fetched_bytes() -> int:
-    """Bytes that this process made the kernel fetch from a disk."""
+    """Return the bytes that the kernel has fetched from a disk for this process."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
     return int(fields["read_bytes"])
 

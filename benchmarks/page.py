@@ -1,4 +1,4 @@
-"""Puts tables and plots into docs/performance.md; what stands outside of the markers is left as it is."""
+"""Write tables and plots into docs/performance.md; text outside the markers is left unchanged."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PAGE = "performance.md"
 
 
 def require_page(docs: Path) -> None:
-    """Raise `UsageError` when the page or its markers are not there, and `MissingDependencyError` without matplotlib.
+    """Raise `UsageError` if the page or a marker is missing, and `MissingDependencyError` if matplotlib is missing.
 
-    To be called first: measuring takes minutes.
+    Call this before measuring, which takes minutes.
     """
     require_matplotlib()
     text = (docs / PAGE).read_text(encoding="utf-8") if (docs / PAGE).is_file() else ""
@@ -40,12 +40,12 @@ def require_page(docs: Path) -> None:
 
 
 def write_page(report: Report, docs: Path, command: str) -> None:
-    """Put everything that was measured between the markers of its table, with the command, and draw its plot."""
+    """Write each measured table between its markers, with the command that measured it, and draw its plot."""
     page = docs / PAGE
     text = page.read_text(encoding="utf-8")
     for table in Table:
         if any(True for _ in grids(report, table)):
-            text = _replaced(text, table, _section(report, table, command))
+            text = _replace_section(text, table, _section(report, table, command))
             _draw(report, table, docs)
     page.write_text(text, encoding="utf-8")
 
@@ -54,18 +54,18 @@ def _block(table: Table) -> re.Pattern[str]:
     return re.compile(rf"(<!-- bench {table}: begin -->\n).*?(<!-- bench {table}: end -->)", re.DOTALL)
 
 
-def _replaced(text: str, table: Table, section: str) -> str:
-    """The page with another text between the markers of a table."""
-    return _block(table).sub(lambda found: f"{found[1]}{section}{found[2]}", text)
+def _replace_section(text: str, table: Table, section: str) -> str:
+    """Return the page `text` with `section` between the markers of a table."""
+    return _block(table).sub(lambda match: f"{match[1]}{section}{match[2]}", text)
 
 
 def _section(report: Report, table: Table, command: str) -> str:
-    """What stands between the markers."""
-    machine = ", ".join(f"{name} {words}" for name, words in report.machine.items())
+    """Return the text for between the markers of a table."""
+    machine = ", ".join(f"{name} {value}" for name, value in report.machine.items())
     parts = [
         f"<!-- not run: takes minutes -->\n```bash\n{command}\n```\n",
         f"Measured on: {machine}.\n",
-        *(f"Left out: {name}, {why}.\n" for name, why in report.skipped.items()),
+        *(f"Left out: {name}, {reason}.\n" for name, reason in report.skipped.items()),
         *(markdown(grid) for grid in grids(report, table)),
     ]
     if any(series.table == table for series in report.series):
@@ -74,8 +74,8 @@ def _section(report: Report, table: Table, command: str) -> str:
 
 
 def _draw(report: Report, table: Table, docs: Path) -> None:
-    series = [each for each in report.series if each.table == table]
-    if series:
+    table_series = [series for series in report.series if series.table == table]
+    if table_series:
         plots = docs / "performance"
         plots.mkdir(exist_ok=True)
-        draw(series, plots / f"{table}.svg", counts_tensors=table is Table.HEADERS)
+        draw(table_series, plots / f"{table}.svg", counts_tensors=table is Table.HEADERS)

@@ -1,4 +1,4 @@
-"""Time against size as SVG: points that were measured, and the straight line through them."""
+"""Plot time against size as SVG: the measured points and the least-squares line through them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "require_matplotlib"]
 
-_BYTES = 1e9, "GB"
-_COUNT = 1e3, "thousand tensors"
+_UNIT_OF_BYTES = 1e9, "GB"
+_UNIT_OF_TENSORS = 1e3, "thousand tensors"
 
 
 def require_matplotlib() -> Any:
-    """The `Figure` of matplotlib, which needs no display. Raises `MissingDependencyError`."""
+    """Return matplotlib's class `Figure`, which needs no display; raises `MissingDependencyError` if it is missing."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -32,22 +32,25 @@ def require_matplotlib() -> Any:
                 remedy="Run: pip install matplotlib",
             )
         ) from None
-    # Equal numbers make equal files: elements are not named at random.
+    # A fixed salt makes the ids of SVG elements reproducible, so that the same numbers give the same file.
     mpl.rcParams["svg.hashsalt"] = "trtllm-ct"
     return Figure
 
 
 def draw(series: Sequence[Series], path: Path, *, counts_tensors: bool) -> None:
-    """One plot of all series; a line's label says what a unit of size costs."""
+    """Draw one plot of all series to `path`; the label of a line gives the seconds per unit of size.
+
+    The unit is a thousand tensors if `counts_tensors`, otherwise a GB.
+    """
     figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    unit, name = _COUNT if counts_tensors else _BYTES
-    for number, each in enumerate(series):
-        start, slope = each.line
-        sizes = [point.size for point in each.points]
+    unit, name = _UNIT_OF_TENSORS if counts_tensors else _UNIT_OF_BYTES
+    for number, one_series in enumerate(series):
+        start, slope = one_series.line
+        sizes = [point.size for point in one_series.points]
         colour = f"C{number}"
-        axes.plot([size / unit for size in sizes], [point.seconds for point in each.points], "o", color=colour)
-        label = f"{each.label}: {start:.3g} s + {slope * unit:.3g} s per {name}"
+        axes.plot([size / unit for size in sizes], [point.seconds for point in one_series.points], "o", color=colour)
+        label = f"{one_series.label}: {start:.3g} s + {slope * unit:.3g} s per {name}"
         axes.plot([size / unit for size in sizes], [start + slope * size for size in sizes], color=colour, label=label)
     axes.set_xlabel(name)
     axes.set_ylabel("seconds")

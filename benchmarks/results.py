@@ -1,4 +1,4 @@
-"""What a benchmark comes to, as values: samples of one side, measurements of a case, figures, series for plots."""
+"""The results of a benchmark: samples of one side, measurements of a case, findings for figures, series for plots."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from enum import StrEnum
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.json_form import json_object
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -14,19 +16,22 @@ __all__ = ["Clock", "Finding", "Measurement", "Point", "Report", "Sample", "Seri
 
 
 class Clock(StrEnum):
-    """Which time counts."""
+    """Which time of a run is reported."""
 
     PROCESS = "process"
-    """from the start of a process to its end, imports included"""
+    """from the start of a process to its end, including imports"""
     CALL = "call"
-    """of the call alone, in a process of its own, after imports"""
+    """only the call, in a separate process, after imports"""
     LOOP = "loop"
-    """of one loop over memory that is in use already, in one process for both sides"""
+    """one loop over memory that was touched before, in one process for both sides"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One run. Seconds are missing where a clock does not apply; `facts` are what the task itself found out."""
+    """One run of one side.
+
+    The seconds of a clock that does not apply are None. `facts` are the results that the task itself reported.
+    """
 
     process_seconds: float | None = None
     call_seconds: float | None = None
@@ -36,7 +41,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """All runs of one side of a case: `ours`, or a peer by name. `failure` says why there are none, or fewer."""
+    """All runs of one side of a case.
+
+    `name` is `ours` for this package, or the name of a peer. `failure` is the reason why runs are missing, if any.
+    """
 
     name: str
     clock: Clock
@@ -45,50 +53,53 @@ class Side:
 
     @property
     def seconds(self) -> float | None:
-        """Median by the clock of the case."""
+        """The median of the runs, by the clock of the case."""
         return self.process_seconds if self.clock is Clock.PROCESS else self.call_seconds
 
     @property
     def process_seconds(self) -> float | None:
-        """Median from start to end of the process."""
+        """The median time from start to end of the process."""
         return _median(sample.process_seconds for sample in self.samples)
 
     @property
     def call_seconds(self) -> float | None:
-        """Median of the call alone."""
+        """The median time of the call alone."""
         return _median(sample.call_seconds for sample in self.samples)
 
     @property
     def peak_anonymous(self) -> int | None:
-        """The highest peak of all runs."""
+        """The highest peak of anonymous memory in all runs, in bytes."""
         return max(
             (sample.peak_anonymous for sample in self.samples if sample.peak_anonymous is not None), default=None
         )
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Those of the last run."""
+        """The facts of the last run."""
         return self.samples[-1].facts if self.samples else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: medians, and the runs by themselves."""
-        return {
-            "name": self.name,
-            "clock": str(self.clock),
-            "seconds": self.seconds,
-            "process_seconds": [sample.process_seconds for sample in self.samples],
-            "call_seconds": [sample.call_seconds for sample in self.samples],
-            "peak_anonymous_bytes": self.peak_anonymous,
-            "facts": dict(self.facts),
-            "failure": self.failure,
-        }
+        """Return the side as a JSON object, with the median and the single runs."""
+        return json_object(
+            {
+                "name": self.name,
+                "clock": self.clock,
+                "seconds": self.seconds,
+                "process_seconds": [sample.process_seconds for sample in self.samples],
+                "call_seconds": [sample.call_seconds for sample in self.samples],
+                "peak_anonymous_bytes": self.peak_anonymous,
+                "facts": self.facts,
+                "failure": self.failure,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """A case on one checkpoint: both sides, and the bytes that come out, by which throughput is counted.
+    """A case measured on one checkpoint: this package and its peers.
 
-    `size` is what the case grows with, bytes or a number of tensors; `skipped` are peers by name, with the reason.
+    `size` is the size of the checkpoint that the plots use, in bytes or as a number of tensors. `moved_bytes` are the
+    output bytes that throughput is computed from, or None. `skipped` maps peers that were not run to the reason.
     """
 
     case: str
@@ -100,33 +111,35 @@ class Measurement:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def peer(self, name: str) -> Side | None:
-        """A peer that was measured."""
+        """Return a peer by name, or None if it was not measured."""
         return next((side for side in self.peers if side.name == name and side.samples), None)
 
     def ratio(self, peer: str) -> float | None:
-        """Our median over that of a peer."""
-        other = self.peer(peer)
-        if other is None or not other.seconds or self.ours.seconds is None:
+        """Return the median of this package divided by the median of a peer; None if one of them was not measured."""
+        peer_side = self.peer(peer)
+        if peer_side is None or not peer_side.seconds or self.ours.seconds is None:
             return None
-        return self.ours.seconds / other.seconds
+        return self.ours.seconds / peer_side.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "case": self.case,
-            "shape": self.shape,
-            "size": self.size,
-            "moved_bytes": self.moved_bytes,
-            "ours": self.ours.to_dict(),
-            "peers": [side.to_dict() for side in self.peers],
-            "ratios": {side.name: self.ratio(side.name) for side in self.peers},
-            "skipped": dict(self.skipped),
-        }
+        """Return the JSON form."""
+        return json_object(
+            {
+                "case": self.case,
+                "shape": self.shape,
+                "size": self.size,
+                "moved_bytes": self.moved_bytes,
+                "ours": self.ours,
+                "peers": self.peers,
+                "ratios": {side.name: self.ratio(side.name) for side in self.peers},
+                "skipped": self.skipped,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A figure to reach and what was found; `value` is None where nothing was measured, and `note` says why."""
+    """The result for one target figure; `value` is None if it was not measured, and `note` is then the reason."""
 
     what: str
     table: str
@@ -137,25 +150,27 @@ class Finding:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the value is within its limit; None where there is no value."""
+        """Whether the value is within its limit; None if there is no value."""
         return None if self.value is None else self.value <= self.limit
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "what": self.what,
-            "table": self.table,
-            "unit": self.unit,
-            "limit": self.limit,
-            "value": self.value,
-            "reached": self.reached,
-            "note": self.note,
-        }
+        """Return the JSON form."""
+        return json_object(
+            {
+                "what": self.what,
+                "table": self.table,
+                "unit": self.unit,
+                "limit": self.limit,
+                "value": self.value,
+                "reached": self.reached,
+                "note": self.note,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """Seconds at one size."""
+    """One point of a plot: the median seconds at one size."""
 
     size: int
     seconds: float
@@ -163,7 +178,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One line of a plot."""
+    """The points of one line in the plot of a table."""
 
     table: str
     label: str
@@ -171,32 +186,35 @@ class Series:
 
     @property
     def line(self) -> tuple[float, float]:
-        """Seconds at size 0, and seconds for each unit of size: the straight line of least squares."""
+        """The least-squares line: seconds at size 0, and seconds per unit of size."""
         sizes, seconds = [point.size for point in self.points], [point.seconds for point in self.points]
-        middle, height = sum(sizes) / len(sizes), sum(seconds) / len(seconds)
-        spread = sum((size - middle) ** 2 for size in sizes)
-        slope = sum((point.size - middle) * (point.seconds - height) for point in self.points) / (spread or 1)
-        return height - slope * middle, slope
+        mean_size, mean_seconds = sum(sizes) / len(sizes), sum(seconds) / len(seconds)
+        spread = sum((size - mean_size) ** 2 for size in sizes)
+        covariance = sum((point.size - mean_size) * (point.seconds - mean_seconds) for point in self.points)
+        slope = covariance / (spread or 1)
+        return mean_seconds - slope * mean_size, slope
 
     @property
     def deviation(self) -> float:
-        """How far a point lies from the line at most, as a share of its seconds."""
+        """The largest deviation of a point from the line, as a share of the point's seconds."""
         start, slope = self.line
         return max(abs(point.seconds - start - slope * point.size) / point.seconds for point in self.points)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "table": self.table,
-            "label": self.label,
-            "points": [[point.size, point.seconds] for point in self.points],
-            "largest_deviation_from_line": self.deviation,
-        }
+        """Return the JSON form."""
+        return json_object(
+            {
+                "table": self.table,
+                "label": self.label,
+                "points": [[point.size, point.seconds] for point in self.points],
+                "largest_deviation_from_line": self.deviation,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All of it. `skipped` are peers that were asked for and are not there, with the reason."""
+    """The result of a whole benchmark; `skipped` maps requested peers that are not installed to the reason."""
 
     machine: Mapping[str, str]
     runs: int
@@ -206,17 +224,19 @@ class Report:
     series: tuple[Series, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "machine": dict(self.machine),
-            "runs": self.runs,
-            "skipped": dict(self.skipped),
-            "figures": [finding.to_dict() for finding in self.findings],
-            "measurements": [measurement.to_dict() for measurement in self.measurements],
-            "series": [series.to_dict() for series in self.series],
-        }
+        """Return the JSON form."""
+        return json_object(
+            {
+                "machine": self.machine,
+                "runs": self.runs,
+                "skipped": self.skipped,
+                "figures": self.findings,
+                "measurements": self.measurements,
+                "series": self.series,
+            }
+        )
 
 
 def _median(values: Any) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
+    present = [value for value in values if value is not None]
+    return median(present) if present else None

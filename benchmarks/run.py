@@ -1,4 +1,4 @@
-"""`run_bench`: write checkpoints, time every case on them beside its peers, compare with the figures to reach."""
+"""`run_bench`: write checkpoints, time every case and its peers on them, and compare with the target figures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["run_bench"]
 
 DEFAULT_RUNS = 5
 _KERNEL_SAMPLES = 5
-"""Samples of a kernel for each run that was asked for: they take milliseconds, and scatter more."""
+"""Samples of a kernel per requested run: a sample takes only milliseconds, and its time varies more."""
 
 OnStep = Callable[[str], None]
 
@@ -58,11 +58,14 @@ def run_bench(
     sweep: bool = False,
     on_step: OnStep = lambda _step: None,
 ) -> Report:
-    """Time everything in `tables` on a checkpoint of the user's, or on synthetic ones of `shapes` (1b when empty).
+    """Time the cases of `tables` on the checkpoint `directory`, or on synthetic checkpoints.
 
-    `against` names the peers; those that are not installed are left out and named in the report. `sweep` adds runs at
-    four sizes each, for plots. Checkpoints and outputs lie in a temporary directory, which is removed at the end.
-    Raises `UsageError` before anything is written. A side that fails is reported as failed.
+    `shapes` names the synthetic checkpoints (1b if empty). `against` names the peers; peers that are not installed are
+    left out and named in the report. `runs` is the number of runs of each side. `sweep` adds runs at four sizes for
+    each plot. `on_step` is called with a text before each step. Checkpoints and outputs are written to a temporary
+    directory, which is removed at the end. A side that fails is reported as failed.
+
+    Raises `UsageError` before anything is written.
     """
     _require_known("--shape", shapes, SHAPES)
     _require_known("--against", against, PEERS)
@@ -101,7 +104,7 @@ def run_bench(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bench:
-    """What all steps of one benchmark share."""
+    """The steps of one benchmark, and the options that they share."""
 
     work: Path
     tables: frozenset[Table]
@@ -111,36 +114,39 @@ class _Bench:
     on_step: OnStep
 
     def without_checkpoint(self) -> Iterator[Measurement]:
-        """Kernels, and cases that need no checkpoint; before them, numba compiles what later processes only load."""
+        """Measure the kernels and the cases that need no checkpoint.
+
+        Before that, all loops are compiled by numba, so that later processes only load the machine code.
+        """
         if self.tables - {Table.HEADERS}:
             self._compile()
         if Table.KERNELS in self.tables:
             yield from self._kernels(KERNEL_SHAPE[0])
-        yield from self._measured(self._cases(NO_SHAPE), NO_SHAPE, _nowhere(self.work))
+        yield from self._measured(self._cases(NO_SHAPE), NO_SHAPE, _no_checkpoint(self.work))
 
     def on_checkpoint(self, source: Path, shape: str) -> Iterator[Measurement]:
-        """All cases on one checkpoint."""
+        """Measure all cases of this shape on one checkpoint."""
         cases = self._cases(shape)
         if cases:
             yield from self._measured(cases, shape, self._place(source, cases))
 
     def series(self) -> Iterator[Series]:
-        """Everything again at four sizes, for the plots of the tables."""
-        lines: dict[tuple[Table, str], list[Point]] = defaultdict(list)
+        """Measure the cases of `SWEEPS` and the kernels at four sizes, for the plots of the tables."""
+        points_by_line: dict[tuple[Table, str], list[Point]] = defaultdict(list)
         if Table.KERNELS in self.tables:
             for rows in KERNEL_ROWS:
-                _add_points(lines, Table.KERNELS, _with_one_memcpy(self._kernels(rows)))
+                _add_points(points_by_line, Table.KERNELS, _with_one_memcpy(self._kernels(rows)))
         for name, layers, sweeps in _by_checkpoint(self.tables):
             with self.written(SHAPES[name].with_layers(layers)) as source:
                 for sweep in sweeps:
-                    case = _limited(sweep)
-                    _add_points(lines, case.table, self._measured([case], name, self._place(source, [case])))
-        for (table, label), points in lines.items():
+                    case = _swept_case(sweep)
+                    _add_points(points_by_line, case.table, self._measured([case], name, self._place(source, [case])))
+        for (table, label), points in points_by_line.items():
             yield Series(table=str(table), label=label, points=tuple(points))
 
     @contextmanager
     def written(self, shape: Shape) -> Iterator[Path]:
-        """A directory with a synthetic checkpoint, removed at the end."""
+        """Write a synthetic checkpoint and yield its directory, which is removed at the end."""
         self.on_step(f"writing {shape.name} with {shape.layers} layers")
         source = self.work / "source"
         source.mkdir()
@@ -151,7 +157,7 @@ class _Bench:
             shutil.rmtree(source)
 
     def require_room(self, shapes: Sequence[Shape]) -> None:
-        """Raise `UsageError` when the disk can't hold a checkpoint and what is made of it."""
+        """Raise `UsageError` when the disk is too small for the largest checkpoint and its converted output."""
         converts = Table.CONVERT in self.tables
         needed = max((shape.disk_bytes + converts * shape.dense_bytes for shape in shapes), default=0)
         free = shutil.disk_usage(self.work).free
@@ -174,15 +180,15 @@ class _Bench:
             self.on_step(" ".join(part for part in (case.title, shape, *(f"against {name}" for name in peers)) if part))
             jobs = {"ours": case.ours(place), **{name: make(place) for name, make in peers.items()}}
             source = place.source if case.shapes != {NO_SHAPE} else None
-            ours, *others = measure_in_turn(jobs, case.clock, 1 if case.once else self.runs, source)
+            ours, *peer_sides = measure_in_turn(jobs, case.clock, 1 if case.once else self.runs, source)
             yield Measurement(
                 case=case.name,
                 shape=shape,
                 size=place.tensors if case.table is Table.HEADERS else place.stored_bytes,
                 moved_bytes=place.bytes_of.get(case.moves),
                 ours=ours,
-                peers=tuple(others),
-                skipped={name: why for name, why in self.skipped.items() if name in case.peers},
+                peers=tuple(peer_sides),
+                skipped={name: reason for name, reason in self.skipped.items() if name in case.peers},
             )
 
     def _place(self, source: Path, cases: Sequence[Case]) -> Place:
@@ -197,9 +203,9 @@ class _Bench:
         )
 
     def _compile(self) -> None:
-        """Run every loop once, on a small checkpoint."""
+        """Run every compiled loop once, on a small checkpoint, so that its machine code is cached on disk."""
         with self.written(SHAPES["tiny"]) as source:
-            place = replace(_nowhere(self.work), source=source)
+            place = replace(_no_checkpoint(self.work), source=source)
             for to in ("modelopt", "dense"):
                 job = convert_job(to)(place)
                 run_job(job)
@@ -210,57 +216,59 @@ class _Bench:
         self.on_step(f"kernels against memcpy, {rows} x {columns}")
         timed = run_job(kernels_job(rows, columns, self.runs * _KERNEL_SAMPLES)).facts["kernels"]
         for kernel in KERNELS:
-            found = timed[kernel.name]
+            timing = timed[kernel.name]
             yield Measurement(
                 case=kernel.name,
                 shape=NO_SHAPE,
-                size=found["bytes"],
-                moved_bytes=found["bytes"],
-                ours=_loop_side("ours", found["ours"]),
-                peers=(_loop_side("memcpy", found["memcpy"]),),
+                size=timing["bytes"],
+                moved_bytes=timing["bytes"],
+                ours=_loop_side("ours", timing["ours"]),
+                peers=(_loop_side("memcpy", timing["memcpy"]),),
             )
 
 
 def _with_one_memcpy(kernels: Iterable[Measurement]) -> Iterator[Measurement]:
-    """Kernels without their peers but for the first: lines of memcpy would lie on each other."""
+    """Yield the kernels, with the peer memcpy only for the first: the lines of memcpy would overlap in a plot."""
     for number, kernel in enumerate(kernels):
         yield replace(kernel, peers=()) if number else kernel
 
 
 def _loop_side(name: str, seconds: Sequence[float]) -> Side:
-    return Side(name=name, clock=Clock.LOOP, samples=tuple(Sample(call_seconds=each) for each in seconds))
+    return Side(name=name, clock=Clock.LOOP, samples=tuple(Sample(call_seconds=value) for value in seconds))
 
 
-def _nowhere(work: Path) -> Place:
+def _no_checkpoint(work: Path) -> Place:
     return Place(source=work, work=work, tensors=0, stored_bytes=0, bytes_of={})
 
 
-def _add_points(lines: dict[tuple[Table, str], list[Point]], table: Table, measurements: Iterable[Measurement]) -> None:
-    """A point of each side that was measured."""
+def _add_points(
+    points_by_line: dict[tuple[Table, str], list[Point]], table: Table, measurements: Iterable[Measurement]
+) -> None:
+    """Add a point for each side that was measured; a line is known by its table and label."""
     for measurement in measurements:
         for side in (measurement.ours, *measurement.peers):
             if side.seconds is not None:
-                label = measurement.case if side.name == "ours" else _label_of_peer(measurement, side)
-                lines[table, label].append(Point(size=measurement.size, seconds=side.seconds))
+                label = measurement.case if side.name == "ours" else _peer_label(measurement, side)
+                points_by_line[table, label].append(Point(size=measurement.size, seconds=side.seconds))
 
 
-def _label_of_peer(measurement: Measurement, side: Side) -> str:
+def _peer_label(measurement: Measurement, side: Side) -> str:
     return side.name if side.clock is Clock.LOOP else f"{side.name} beside {measurement.case}"
 
 
 def _by_checkpoint(tables: frozenset[Table]) -> Iterator[tuple[str, int, list[Sweep]]]:
-    """The sweeps of these tables by shape and number of layers, so that each checkpoint is written once."""
+    """Yield the sweeps of these tables, grouped by shape and number of layers: each checkpoint is written only once."""
     grouped: dict[tuple[str, int], list[Sweep]] = defaultdict(list)
     for sweep in SWEEPS:
-        if _limited(sweep).table in tables:
+        if _swept_case(sweep).table in tables:
             for layers in sweep.layers:
                 grouped[sweep.shape, layers].append(sweep)
     for (name, layers), sweeps in sorted(grouped.items()):
         yield name, layers, sweeps
 
 
-def _limited(sweep: Sweep) -> Case:
-    """The case of a sweep, with the peers that are plotted."""
+def _swept_case(sweep: Sweep) -> Case:
+    """Return the case of a sweep, with only the peers that are plotted."""
     case = next(case for case in CASES if case.name == sweep.case)
     return replace(case, peers={name: make for name, make in case.peers.items() if name in sweep.peers})
 

@@ -1,7 +1,7 @@
-"""Checkpoints to time things on: Llama-shaped, W4A16 in groups of 128, of random but always equal content.
+"""Synthetic checkpoints to measure on: Llama shapes, W4A16 in groups of 128, with reproducible random values.
 
-Values don't matter for the time that anything here takes, as long as they are finite and codes are of every kind.
-Each tensor comes from its own name and the seed, one after another, so that writing needs the memory of one.
+The values don't affect the measured times, as long as scales are finite and all codes occur. Each tensor is generated
+from its name and the seed, one after another, so that writing needs the memory of one tensor.
 """
 
 from __future__ import annotations
@@ -27,39 +27,40 @@ __all__ = ["DEFAULT_SHAPES", "SHAPES", "LlamaShape", "Shape"]
 _BITS = 4
 _GROUP = 128
 _SHARD_BYTES = 5 * 10**9
-_SMALL_POSITIVE = 0x007F, 0x3C00  # bits of bfloat16: any mantissa under one exponent, 2^-7 to 2^-6
-_SMALL = 0x807F, 0x3C80  # the same with either sign, 2^-6 to 2^-5
+# Random and fixed bits of bfloat16 numbers: a random mantissa and a fixed exponent.
+_SMALL_POSITIVE = 0x007F, 0x3C00  # 2^-7 to 2^-6
+_SMALL = 0x807F, 0x3C80  # 2^-6 to 2^-5, with a random sign
 
 
 class Shape(Protocol):
-    """A checkpoint that can be written."""
+    """A synthetic checkpoint that can be written."""
 
     @property
     def name(self) -> str:
-        """As `--shape` calls it."""
+        """The name for `--shape`."""
 
     @property
     def layers(self) -> int:
-        """How many layers it has."""
+        """The number of decoder layers."""
 
     @property
     def disk_bytes(self) -> int:
-        """What it takes on disk."""
+        """The bytes that it needs on disk."""
 
     @property
     def dense_bytes(self) -> int:
-        """What its weights take when they are converted to plain ones."""
+        """The bytes of its weights after conversion to plain weights."""
 
     def with_layers(self, layers: int) -> Self:
-        """The same with another number of layers."""
+        """Return this shape with another number of layers."""
 
     def write(self, directory: Path) -> int:
-        """Write it into a directory, which must exist; gives the number of its tensors."""
+        """Write the checkpoint into `directory`, which must exist; return the number of tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaShape:
-    """Sizes of a Llama, in the words of its config.json."""
+    """A checkpoint with the tensors of a Llama model; the sizes are those of its config.json."""
 
     name: str
     hidden: int
@@ -73,7 +74,7 @@ class LlamaShape:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config.json."""
+        """The content of config.json."""
         weights = {"num_bits": _BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": _GROUP}
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -107,16 +108,16 @@ class LlamaShape:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the same weights in bfloat16."""
-        numbers = sum(rows * columns for _, rows, columns in self._linears())
-        return 2 * numbers + sum(spec.nbytes for spec in self._plain().values())
+        """Bytes of all tensors after dequantizing to bfloat16."""
+        elements = sum(rows * columns for _, rows, columns in self._linears())
+        return 2 * elements + sum(spec.nbytes for spec in self._plain().values())
 
     def with_layers(self, layers: int) -> Self:
-        """The same with another number of layers."""
+        """Return this shape with another number of layers."""
         return replace(self, layers=layers)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor by name, in the order of the files."""
+        """Return the specs of all tensors by name, in the order in which they are written."""
         specs = self._plain()
         for module, rows, columns in self._linears():
             specs[f"{module}.weight_packed"] = TensorSpec(DType.I32, (rows, columns * _BITS // 32))
@@ -125,7 +126,10 @@ class LlamaShape:
         return specs
 
     def write(self, directory: Path) -> int:
-        """Write the checkpoint in shards of 5 GB; memory: one tensor."""
+        """Write the checkpoint in shards of `shard_bytes` into `directory`; return the number of tensors.
+
+        Memory: one tensor.
+        """
         import torch
 
         from trtllm_ct.checkpoint.writer import ShardedWriter
@@ -134,27 +138,27 @@ class LlamaShape:
         shapes = {f"{module}.weight_shape": (rows, columns) for module, rows, columns in self._linears()}
         with ShardedWriter(directory, specs, max_shard_bytes=self.shard_bytes) as writer:
             for name, spec in specs.items():
-                known = shapes.get(name)
-                writer.write(name, torch.tensor(known) if known else _random(name, spec, self.seed))
+                shape = shapes.get(name)
+                writer.write(name, torch.tensor(shape) if shape else _random_tensor(name, spec, self.seed))
             writer.finish()
         (directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         return len(specs)
 
     def _linears(self) -> Iterator[tuple[str, int, int]]:
-        """Name, rows and columns of each quantized Linear."""
-        kv = self.hidden // self.heads * self.kv_heads
+        """Yield name, rows and columns of each quantized Linear."""
+        kv_rows = self.hidden // self.heads * self.kv_heads
         for layer in range(self.layers):
             attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
             yield f"{attention}.q_proj", self.hidden, self.hidden
-            yield f"{attention}.k_proj", kv, self.hidden
-            yield f"{attention}.v_proj", kv, self.hidden
+            yield f"{attention}.k_proj", kv_rows, self.hidden
+            yield f"{attention}.v_proj", kv_rows, self.hidden
             yield f"{attention}.o_proj", self.hidden, self.hidden
             yield f"{mlp}.gate_proj", self.intermediate, self.hidden
             yield f"{mlp}.up_proj", self.intermediate, self.hidden
             yield f"{mlp}.down_proj", self.hidden, self.intermediate
 
     def _plain(self) -> dict[str, TensorSpec]:
-        """What is not quantized."""
+        """Return the specs of the tensors that are not quantized: embedding, head and norms."""
         table, norm = (TensorSpec(DType.BF16, shape) for shape in ((self.vocabulary, self.hidden), (self.hidden,)))
         norms = [
             f"model.layers.{layer}.{local}.weight"
@@ -165,23 +169,23 @@ class LlamaShape:
         return {**tables, **dict.fromkeys([*norms, "model.norm.weight"], norm)}
 
 
-def _random(name: str, spec: TensorSpec, seed: int) -> Tensor:
-    """A tensor that follows from its name and the seed: any bits as codes, finite numbers as anything else."""
+def _random_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:
+    """Return a tensor that depends only on its name and the seed: random bits as codes, finite numbers otherwise."""
     import numpy as np
     import torch
 
     random = np.random.Generator(np.random.SFC64([seed, crc32(name.encode())]))
     words = random.integers(0, 2**64 - 1, size=-(-spec.nbytes // 8), dtype=np.uint64, endpoint=True)
     if spec.dtype is DType.BF16:
-        free, fixed = _SMALL_POSITIVE if name.endswith("weight_scale") else _SMALL
-        words &= np.uint64(free * 0x0001_0001_0001_0001)
-        words |= np.uint64(fixed * 0x0001_0001_0001_0001)
-    octets = torch.from_numpy(words.view(np.uint8)[: spec.nbytes])
-    return octets.view(spec.dtype.torch_dtype).view(spec.shape)
+        random_bits, fixed_bits = _SMALL_POSITIVE if name.endswith("weight_scale") else _SMALL
+        words &= np.uint64(random_bits * 0x0001_0001_0001_0001)
+        words |= np.uint64(fixed_bits * 0x0001_0001_0001_0001)
+    data = torch.from_numpy(words.view(np.uint8)[: spec.nbytes])
+    return data.view(spec.dtype.torch_dtype).view(spec.shape)
 
 
 _LLAMA = (
-    # 1b and 8b are what the figures to reach are about; tiny runs the whole bench in seconds, and shows nothing.
+    # The target figures are for 1b and 8b. With tiny, the whole benchmark runs in seconds; its times say nothing.
     LlamaShape(name="1b", hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=32000),
     LlamaShape(name="8b", hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256),
     LlamaShape(
@@ -190,7 +194,7 @@ _LLAMA = (
 )
 
 SHAPES: Mapping[str, Shape] = MappingProxyType({shape.name: shape for shape in (*_LLAMA, KimiShape())})
-"""What `--shape` knows."""
+"""The checkpoints that `--shape` accepts."""
 
 DEFAULT_SHAPES = ("1b",)
-"""Without `--shape` and without a directory: what takes some minutes and 3 GB of disk."""
+"""The shapes that are used without `--shape` and without a directory; they take some minutes and 3 GB of disk."""

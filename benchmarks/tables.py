@@ -1,4 +1,4 @@
-"""The tables of a report: for the terminal, and as Markdown for docs/performance.md."""
+"""Format a report as tables, for the terminal and as Markdown for docs/performance.md."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TITLES = {
     Table.HEADERS: "Commands that read headers only",
 }
 
-_CASE_TITLES = {each.name: each.title for each in (*CASES, *KERNELS)}
+_CASE_TITLES = {case.name: case.title for case in (*CASES, *KERNELS)}
 _CLOCKS = {Clock.PROCESS: "process", Clock.CALL: "call", Clock.LOOP: "loop"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Cells of a table: words to the left, numbers to the right."""
+    """The cells of a table; the first `words` columns are aligned left, and the others, numbers, right."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -45,17 +45,17 @@ class Grid:
 
 
 def grids(report: Report, table: Table) -> Iterator[Grid]:
-    """What is shown of one table: the figures to reach, the sides of each case, and bytes read where they were."""
+    """Yield the grids of one table: target figures, the sides of each case, bytes read by ranks, plotted lines."""
     findings = [finding for finding in report.findings if finding.table == table]
     if findings:
         yield _figures(findings)
-    measured = [each for each in report.measurements if table_of(each.case) == table]
-    timed = [each for each in measured if not {"cuts", "ranks"} & each.ours.facts.keys()]
+    measurements = [measurement for measurement in report.measurements if table_of(measurement.case) == table]
+    timed = [measurement for measurement in measurements if not {"cuts", "ranks"} & measurement.ours.facts.keys()]
     if timed:
         yield _sides(timed)
-    yield from (_cuts(each) for each in measured if "cuts" in each.ours.facts)
-    yield from (_ranks(each) for each in measured if "ranks" in each.ours.facts)
-    if lines := [each for each in report.series if each.table == table]:
+    yield from (_cuts(measurement) for measurement in measurements if "cuts" in measurement.ours.facts)
+    yield from (_ranks(measurement) for measurement in measurements if "ranks" in measurement.ours.facts)
+    if lines := [series for series in report.series if series.table == table]:
         yield Grid(
             columns=("plotted", "sizes", "farthest point from a straight line"),
             rows=tuple((line.label, str(len(line.points)), f"{line.deviation:.0%}") for line in lines),
@@ -63,23 +63,23 @@ def grids(report: Report, table: Table) -> Iterator[Grid]:
 
 
 def summary(report: Report) -> RenderableType:
-    """Everything, for a terminal."""
-    parts: list[RenderableType] = [Text(f"{name}: {words}") for name, words in report.machine.items()]
-    parts += [Text(f"left out: {name}, {why}", style="yellow") for name, why in report.skipped.items()]
+    """Format a whole report for a terminal."""
+    parts: list[RenderableType] = [Text(f"{name}: {value}") for name, value in report.machine.items()]
+    parts += [Text(f"left out: {name}, {reason}", style="yellow") for name, reason in report.skipped.items()]
     for table in Table:
-        shown = list(grids(report, table))
-        if shown:
-            parts += [Text(f"\n{TITLES[table]}", style="bold"), *(_rich(grid) for grid in shown)]
+        table_grids = list(grids(report, table))
+        if table_grids:
+            parts += [Text(f"\n{TITLES[table]}", style="bold"), *(_rich_table(grid) for grid in table_grids)]
     return Group(*parts)
 
 
 def markdown(grid: Grid) -> str:
-    """A table in Markdown, its last line ended."""
+    """Format a grid as a Markdown table that ends with a line break."""
     rule = ["---" if number < grid.words else "---:" for number in range(len(grid.columns))]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (grid.columns, rule, *grid.rows))
 
 
-def _rich(grid: Grid) -> RichTable:
+def _rich_table(grid: Grid) -> RichTable:
     table = RichTable(box=box.SIMPLE)
     for number, column in enumerate(grid.columns):
         table.add_column(column, justify="left" if number < grid.words else "right")
@@ -89,9 +89,9 @@ def _rich(grid: Grid) -> RichTable:
 
 
 def _figures(findings: Sequence[Finding]) -> Grid:
-    """The figures to reach."""
+    """Return the grid of the target figures."""
     rows = tuple(
-        (finding.what, f"{_figure(finding.limit)} {finding.unit}", _found(finding), _verdict(finding))
+        (finding.what, f"{_three_digits(finding.limit)} {finding.unit}", _measured_value(finding), _verdict(finding))
         for finding in findings
     )
     return Grid(columns=("figure", "at most", "measured", "reached"), rows=rows)
@@ -101,19 +101,19 @@ def _verdict(finding: Finding) -> str:
     return {True: "yes", False: "**no**", None: "unknown"}[finding.reached]
 
 
-def _found(finding: Finding) -> str:
-    return finding.note or "" if finding.value is None else f"{_figure(finding.value)} {finding.unit}"
+def _measured_value(finding: Finding) -> str:
+    return finding.note or "" if finding.value is None else f"{_three_digits(finding.value)} {finding.unit}"
 
 
 def _sides(measurements: Iterable[Measurement]) -> Grid:
-    """A row for each side of each case."""
+    """Return the grid with a row for each side of each case."""
     rows = tuple(row for measurement in measurements for row in _rows(measurement))
     columns = ("what", "checkpoint", "side", "clock", "runs", "median", "ours is", "out", "call alone", "peak memory")
     return _without_empty_columns(Grid(columns=columns, rows=rows, words=4))
 
 
 def _without_empty_columns(grid: Grid) -> Grid:
-    """The columns that have something in a row."""
+    """Return a grid without the columns that are empty in all rows."""
     kept = [number for number in range(len(grid.columns)) if any(row[number] for row in grid.rows)]
     return Grid(
         columns=tuple(grid.columns[number] for number in kept),
@@ -138,8 +138,8 @@ def _rows(measurement: Measurement) -> Iterator[tuple[str, ...]]:
             _duration(side.call_seconds) if side.clock is Clock.PROCESS and side.call_seconds is not None else "",
             "" if side.peak_anonymous is None else format_bytes(side.peak_anonymous),
         )
-    for name, why in measurement.skipped.items():
-        yield (title, _checkpoint(measurement), name, why, "0", *[""] * 5)
+    for name, reason in measurement.skipped.items():
+        yield (title, _checkpoint(measurement), name, reason, "0", *[""] * 5)
 
 
 def _checkpoint(measurement: Measurement) -> str:
@@ -151,21 +151,21 @@ def _checkpoint(measurement: Measurement) -> str:
 
 
 def _cuts(measurement: Measurement) -> Grid:
-    """What one rank reads."""
+    """Return the grid of the bytes that one rank reads, by how modules are sliced."""
     rows = tuple(
         (
-            kind.replace("_", " "),
-            format_bytes(found["stored"]),
-            format_bytes(found["read"]),
-            f"{found['read'] / found['stored']:.1%}" if found["stored"] else "",
+            cut.replace("_", " "),
+            format_bytes(nbytes["stored"]),
+            format_bytes(nbytes["read"]),
+            f"{nbytes['read'] / nbytes['stored']:.1%}" if nbytes["stored"] else "",
         )
-        for kind, found in measurement.ours.facts["cuts"].items()
+        for cut, nbytes in measurement.ours.facts["cuts"].items()
     )
     return Grid(columns=(f"{_CASE_TITLES[measurement.case]}: modules cut by", "stored", "read", "share"), rows=rows)
 
 
 def _ranks(measurement: Measurement) -> Grid:
-    """What each rank of a node asks for, and what it makes the kernel fetch."""
+    """Return the grid of the bytes that each rank of a node asks for, and that are fetched from the disk for it."""
     facts = measurement.ours.facts
     rows = [
         (f"rank {number}", format_bytes(rank["asked"]), format_bytes(rank["fetched"]))
@@ -184,10 +184,10 @@ def _throughput(measurement: Measurement, side: Side) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """`1.23 s` or `4.56 ms`."""
+    """Format seconds as `1.23 s` or `4.56 ms`."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{0 if seconds >= 0.1 else 2}f} ms"
 
 
-def _figure(value: float) -> str:
-    """Three digits at most."""
+def _three_digits(value: float) -> str:
+    """Format a number with at most three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,7 +1,7 @@
-"""What one timed process does: `python -m benchmarks.tasks NAME ARGUMENT...`, one line of JSON at the end.
+"""The tasks of the timed processes: `python -m benchmarks.tasks NAME ARGUMENT...` prints one line of JSON at the end.
 
-`seconds` in it is the time of the call alone: both sides have imported what they use before the clock starts.
-Whatever a task does besides comes after the clock has stopped.
+`seconds` in this JSON object is the time of the call alone: every task imports what it uses before the clock starts.
+Anything else that a task does happens after the clock has stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["TASKS", "main"]
 
 
 def load_weights(directory: str, layout: str) -> dict[str, Any]:
-    """Ours: every weight in memory."""
+    """This package: load all weights into memory."""
     import torch
 
     from trtllm_ct.layouts.loops import kernels
@@ -40,10 +40,10 @@ def load_weights(directory: str, layout: str) -> dict[str, Any]:
     from trtllm_ct.pipeline.open import open_checkpoint
 
     loader = CompressedTensorsWeightLoader(decompressor="native")
-    _imported(torch, kernels)
+    _keep_imported(torch, kernels)
     before, started = anonymous_bytes(), time.perf_counter()
     weights = loader.load_weights(directory, layout=layout)  # type: ignore[arg-type]
-    facts = _loaded(started, weights)
+    facts = _load_facts(started, weights)
     checkpoint = open_checkpoint(directory)
     plan = checkpoint.plan("dense" if layout == "dense" else "modelopt")
     return facts | {
@@ -54,17 +54,17 @@ def load_weights(directory: str, layout: str) -> dict[str, Any]:
 
 
 def load_file(directory: str) -> dict[str, Any]:
-    """The peer: every tensor as it is stored, copied into memory."""
+    """Peer `load_file`: copy all tensors into memory as they are stored."""
     from safetensors.torch import load_file as load
 
     files = sorted(Path(directory).glob("*.safetensors"))
     started = time.perf_counter()
     weights = {name: tensor.clone() for file in files for name, tensor in load(file).items()}
-    return _loaded(started, weights)
+    return _load_facts(started, weights)
 
 
 def library_load(directory: str) -> dict[str, Any]:
-    """The peer: the library's dequantizer, in memory."""
+    """Peer `library`: dequantize all weights in memory with the compressed-tensors library."""
     import torch
     from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
     from safetensors.torch import load_file as load
@@ -73,11 +73,11 @@ def library_load(directory: str) -> dict[str, Any]:
     started = time.perf_counter()
     dequantizer = CompressedTensorsDequantizer(directory, dtype=torch.bfloat16)
     stored = {name: tensor for file in files for name, tensor in load(file).items()}
-    return _loaded(started, dequantizer.process(stored))
+    return _load_facts(started, dequantizer.process(stored))
 
 
 def library_convert(directory: str, out: str) -> dict[str, Any]:
-    """The peer: the library's converter to a plain directory."""
+    """Peer `library`: convert to a plain directory with the compressed-tensors library."""
     import torch
     from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer, convert_checkpoint
 
@@ -87,24 +87,24 @@ def library_convert(directory: str, out: str) -> dict[str, Any]:
 
 
 def transformers_load(directory: str) -> dict[str, Any]:
-    """The peer: a transformers model with plain weights."""
+    """Peer `transformers`: load a transformers model with plain weights."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", quantization_config=CompressedTensorsConfig(run_compressed=False)
     )
-    return _loaded(started, dict(model.named_parameters()))
+    return _load_facts(started, dict(model.named_parameters()))
 
 
 def inspect(directory: str) -> dict[str, Any]:
-    """Ours: the command, its text thrown away."""
+    """This package: run the command `inspect` and discard its output."""
     from trtllm_ct.cli import commands as cli
 
     started = time.perf_counter()
     with (
-        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
+        Path(os.devnull).open("w", encoding="utf-8") as null,
+        contextlib.redirect_stdout(null),
         contextlib.suppress(SystemExit),
     ):
         sys.argv = ["trtllm-ct", "inspect", directory]
@@ -113,7 +113,7 @@ def inspect(directory: str) -> dict[str, Any]:
 
 
 def rank_bytes(directory: str, ranks: str) -> dict[str, Any]:
-    """Ours: what the first rank reads of a checkpoint, by how its modules are cut, and what there is to read."""
+    """This package: the bytes that rank 0 reads of a checkpoint, and the bytes stored, by how modules are sliced."""
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.engine.parallel import Cut, Parallel, Rank
     from trtllm_ct.pipeline.open import open_checkpoint
@@ -125,24 +125,26 @@ def rank_bytes(directory: str, ranks: str) -> dict[str, Any]:
     parallel = Parallel(tensor=int(ranks))
     plan = checkpoint.plan(parallel=parallel)
     place = checkpoint.model.place(plan.by_name)
-    cuts = {site.module: cut_of(site, parallel) for site in checkpoint.model.sites(place)}
-    stored = {module.name: sum(spec.nbytes for spec in _stored(module, checkpoint.catalog)) for module in plan.modules}
-    read: dict[str, dict[str, int]] = {}
-    started, seen = time.perf_counter(), 0
+    cut_by_module = {site.module: cut_of(site, parallel) for site in checkpoint.model.sites(place)}
+    stored_bytes = {
+        module.name: sum(spec.nbytes for spec in _stored_specs(module, checkpoint.catalog)) for module in plan.modules
+    }
+    cuts: dict[str, dict[str, int]] = {}
+    started, read_before = time.perf_counter(), 0
     reader = TensorReader(checkpoint.catalog)
-    # One worker reads a module when it is asked for, and no other before.
+    # A single worker does not read ahead, so that the bytes read since the last module are those of this module.
     for module, _tensors in stream_delivered(
         plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel)), checkpoint.catalog, reader=reader, workers=1
     ):
-        group = read.setdefault(str(cuts.get(module.name, Cut.NONE)), {"read": 0, "stored": 0})
-        group["read"] += reader.bytes_read - seen
-        group["stored"] += stored[module.name]
-        seen = reader.bytes_read
-    return {"seconds": time.perf_counter() - started, "cuts": read}
+        nbytes = cuts.setdefault(str(cut_by_module.get(module.name, Cut.NONE)), {"read": 0, "stored": 0})
+        nbytes["read"] += reader.bytes_read - read_before
+        nbytes["stored"] += stored_bytes[module.name]
+        read_before = reader.bytes_read
+    return {"seconds": time.perf_counter() - started, "cuts": cuts}
 
 
 def kernels(rows: str, columns: str, runs: str) -> dict[str, Any]:
-    """Ours and the peer: loops and memcpy in turn."""
+    """This package and its peer memcpy: time loops and memcpy alternately."""
     from benchmarks.kernels import time_kernels
 
     return {"kernels": time_kernels(int(rows), int(columns), int(runs))}
@@ -159,21 +161,24 @@ TASKS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "rank-bytes": rank_bytes,
     "transformers-load": transformers_load,
 }
-"""Every task by name; arguments come as text."""
+"""All tasks by name; their arguments are strings."""
 
 
 def main() -> None:
-    """Do the task that the command line names."""
+    """Run the task that the command line names and print its result as JSON."""
     name, *arguments = sys.argv[1:]
     print(json.dumps(TASKS[name](*arguments)))
 
 
-def _imported(*_modules: object) -> None:
-    """Modules whose import is not to be timed."""
+def _keep_imported(*_modules: object) -> None:
+    """Use modules that a task imports only so that their import is not timed."""
 
 
-def _loaded(started: float, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What is said of weights in memory; `held_bytes` is the anonymous memory of the process with them in it."""
+def _load_facts(started: float, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the facts about loaded weights: seconds since `started`, their bytes, and the memory of the process.
+
+    `held_bytes` is the anonymous memory of the process while the weights are in memory.
+    """
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
@@ -183,24 +188,24 @@ def _loaded(started: float, weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _mapped_bytes(plan: Plan) -> int:
-    """Delivered bytes that stay views of files."""
+    """Return the delivered bytes that are views of memory-mapped files."""
     deliveries = (delivery for module in plan.modules for delivery in module.deliveries)
     return sum(delivery.spec.nbytes for delivery in deliveries if delivery.operation.same_bytes)
 
 
 def _group_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
-    """The most that is delivered, and no view, of Linears that an engine fuses into one."""
+    """Return the bytes of the largest group of Linears that an engine fuses, without tensors that are views."""
     place = checkpoint.model.place(plan.by_name)
     group_of = {site.module: site.mode_group for site in checkpoint.model.sites(place)}
     sizes: Counter[str] = Counter()
     for module in plan.modules:
-        made = (delivery.spec.nbytes for delivery in module.deliveries if not delivery.operation.same_bytes)
-        sizes[group_of.get(module.name) or module.name] += sum(made)
+        converted = (delivery.spec.nbytes for delivery in module.deliveries if not delivery.operation.same_bytes)
+        sizes[group_of.get(module.name) or module.name] += sum(converted)
     return max(sizes.values())
 
 
-def _stored(module: ModulePlan, catalog: Catalog) -> list[TensorSpec]:
-    """Specs of the stored tensors of a module."""
+def _stored_specs(module: ModulePlan, catalog: Catalog) -> list[TensorSpec]:
+    """Return the specs of the stored tensors of a module."""
     return [catalog.tensors[run.name].spec for run in module.runs]
 
 

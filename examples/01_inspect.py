@@ -1,6 +1,6 @@
-"""What is this checkpoint, and how would TensorRT-LLM be given it? Reads headers only and does not import torch.
+"""Show what a checkpoint is and how it would be delivered to TensorRT-LLM; reads headers only, without torch.
 
-python examples/01_inspect.py [DIR]    DIR is a compressed-tensors directory; the bundled one when left out
+python examples/01_inspect.py [DIR]    DIR is a compressed-tensors directory; by default the bundled checkpoint
 """
 
 import sys

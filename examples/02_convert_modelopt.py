@@ -1,6 +1,6 @@
 """Convert a checkpoint to a directory that stock TensorRT-LLM loads.
 
-python examples/02_convert_modelopt.py [DIR [OUT]]    a temporary OUT when it is left out
+python examples/02_convert_modelopt.py [DIR [OUT]]    OUT is by default a temporary directory
 """
 
 import sys

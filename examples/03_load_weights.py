@@ -1,4 +1,6 @@
-"""Weights in memory, under Hugging Face names, as an engine's Linears read them; one module at a time.
+"""Load weights into memory, one module at a time.
+
+The tensors have Hugging Face names and the layouts that the Linear modules of an engine read.
 
 python examples/03_load_weights.py [DIR]
 """

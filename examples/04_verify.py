@@ -1,6 +1,6 @@
 """Prove that a converted directory holds the weights of its source.
 
-python examples/04_verify.py [DIR [CONVERTED]]    DIR is converted first when CONVERTED is left out
+python examples/04_verify.py [DIR [CONVERTED]]    without CONVERTED, DIR is converted first
 """
 
 import sys

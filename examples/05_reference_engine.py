@@ -1,4 +1,4 @@
-"""Text from the native layouts, on the CPU: the reference engine computes from the tensors that an engine would get.
+"""Generate text on the CPU with the reference engine, which computes from the same tensors as TensorRT-LLM.
 
 python examples/05_reference_engine.py [DIR [PROMPT]]    needs the extra `reference`
 """

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 MEMINFO = "MemTotal:        8000 kB\nMemAvailable:    4000 kB\n"
 
 
-def make(root: Path, files: dict[str, str]) -> Path:
+def write_files(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
 
 
-def test_nothing_readable_means_no_answer(tmp_path: Path) -> None:
+def test_the_result_is_none_when_nothing_can_be_read(tmp_path: Path) -> None:
     assert available_memory(tmp_path) is None
 
 
-def test_the_machine_counts_where_no_group_has_a_limit(tmp_path: Path) -> None:
-    root = make(
+def test_the_machine_is_the_limit_when_no_group_has_one(tmp_path: Path) -> None:
+    root = write_files(
         tmp_path,
         {
             "proc/meminfo": MEMINFO,
@@ -37,8 +37,8 @@ def test_the_machine_counts_where_no_group_has_a_limit(tmp_path: Path) -> None:
     assert available_memory(root) == 4000 * 1024
 
 
-def test_the_tightest_group_above_counts(tmp_path: Path) -> None:
-    root = make(
+def test_the_tightest_parent_group_is_the_limit(tmp_path: Path) -> None:
+    root = write_files(
         tmp_path,
         {
             "proc/meminfo": MEMINFO,
@@ -54,7 +54,7 @@ def test_the_tightest_group_above_counts(tmp_path: Path) -> None:
 
 
 def test_file_cache_that_can_be_dropped_is_available(tmp_path: Path) -> None:
-    root = make(
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "0::/\n",
@@ -67,8 +67,8 @@ def test_file_cache_that_can_be_dropped_is_available(tmp_path: Path) -> None:
     assert available_memory(root) == 800
 
 
-def test_version_1_is_read_by_its_own_names(tmp_path: Path) -> None:
-    root = make(
+def test_cgroup_version_1_has_its_own_file_names(tmp_path: Path) -> None:
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "9:name=systemd:/\n5:cpu,memory:/pod/job\n0::/\n",
@@ -84,7 +84,7 @@ def test_version_1_is_read_by_its_own_names(tmp_path: Path) -> None:
 
 
 def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
-    root = make(
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "0::/\n",
@@ -97,7 +97,7 @@ def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cgroup", ["0::/../../elsewhere\n", "nonsense\n", "\n"])
-def test_a_group_out_of_sight_is_passed_over(tmp_path: Path, cgroup: str) -> None:
-    root = make(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": cgroup})
+def test_a_group_that_is_not_visible_is_ignored(tmp_path: Path, cgroup: str) -> None:
+    root = write_files(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": cgroup})
 
     assert available_memory(root) == 4000 * 1024

@@ -256,7 +256,7 @@ def test_a_wrong_weight_shape_is_the_same_fault(
 
     rewrite(built.directory, edit)
     with monkeypatch.context() as patch:
-        patch.setattr(direct.DirectConverter, "_made", noted := Noted(direct.DirectConverter._made))
+        patch.setattr(direct.DirectConverter, "_result_chunks", noted := Noted(direct.DirectConverter._result_chunks))
         ours = converted(built, tmp_path / "direct", monkeypatch, by_torch=False)
     torchs = converted(built, tmp_path / "torch", monkeypatch, by_torch=True)
 
@@ -284,7 +284,7 @@ def test_payloads_that_are_not_aligned_are_left_to_torch(tmp_path: Path, monkeyp
     whole = file.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     file.write_bytes((length + 1).to_bytes(8, "little") + whole[8 : 8 + length] + b" " + whole[8 + length :])
-    monkeypatch.setattr(direct.DirectConverter, "_made", noted := Noted(direct.DirectConverter._made))
+    monkeypatch.setattr(direct.DirectConverter, "_result_chunks", noted := Noted(direct.DirectConverter._result_chunks))
 
     ours, torchs = both(built, tmp_path, monkeypatch)
 

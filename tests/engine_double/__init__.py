@@ -1,12 +1,11 @@
 """A stand-in for TensorRT-LLM's PyTorch backend, for tests on machines without a GPU.
 
-`installed("old")` or `installed("newest")` puts our own small `tensorrt_llm` on the import path. It imitates, on CPU
-and in float32, what the backend does with a checkpoint from `LLM(...)` to logits: as strict, and as careless. Every
-behaviour names the upstream file that it imitates. None of its code comes from there.
+`installed("old")` or `installed("newest")` puts this folder's small `tensorrt_llm` on the import path. It imitates, on
+the CPU and in float32, what the backend does with a checkpoint from `LLM(...)` to logits. It is as strict as the
+backend, and as careless. Every file names the upstream file that it imitates. None of the code comes from upstream.
 
 For tests only, its `LLM` has `logits(token_ids, draft=False)`, float32 [tokens, vocabulary], and `models`, the modules
-of every rank that runs in this process. While a model is loaded, memory that nobody wrote is NaN, or all ones for
-integers.
+of every rank that runs in this process. While a model is loaded, uninitialized memory is NaN, or all ones for integers.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def installed(
     sm: int = 90,
     importers: Sequence[str] = (),
 ) -> Iterator[ModuleType]:
-    """Make `import tensorrt_llm` give the double, and give that module; afterwards all is as before.
+    """Make `import tensorrt_llm` import the double, yield that module, and undo everything afterwards.
 
     `in_process` runs all ranks in this process, one loader copy each; otherwise every rank is a spawned process that
     gets pickled arguments and the environment variables named TRTLLM* and TLLM* only.
@@ -51,7 +50,7 @@ def installed(
     `gptq` adds the W4A16_GPTQ Linear method (NVIDIA/TensorRT-LLM pull request 19442); newest only.
     `ct_parser` is the compressed-tensors parser: A, B (newest's default) or C; the old generation has none.
     `sm` is the compute capability that limits of kernels are checked against.
-    `importers` are modules that import tensorrt_llm; they are imported afresh inside, and dropped afterwards.
+    `importers` are modules that import tensorrt_llm; they are imported again inside, and removed afterwards.
     """
     variables = {
         "TLLM_DOUBLE_GENERATION": generation,
@@ -64,7 +63,7 @@ def installed(
     before = {name: os.environ.get(name) for name in variables}
     hidden = _take_modules(importers)
     threads = torch.get_num_threads()
-    # Models of tests are so small that threads cost more than they give, on a busy machine a hundred times as much.
+    # The models of tests are so small that threads only slow them down, on a busy machine a hundred times.
     torch.set_num_threads(1)
     os.environ.update(variables)
     sys.path.insert(0, _HERE)
@@ -83,7 +82,7 @@ def installed(
 
 
 def _take_modules(importers: Sequence[str]) -> dict[str, ModuleType]:
-    """Remove the double and whatever imported it, so that the next import runs under the next generation."""
+    """Remove the double and all modules that imported it, so that the next import loads the next generation."""
     roots = ("tensorrt_llm", *importers)
     names = [name for name in sys.modules if any(name == root or name.startswith(f"{root}.") for root in roots)]
     return {name: sys.modules.pop(name) for name in names}

@@ -1,4 +1,4 @@
-"""Activation ordering by group: `weight_g_idx` gives the group of each column, or turns out to say nothing."""
+"""Activation ordering by group: `weight_g_idx` gives the group of each column, or stands for contiguous groups."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def stored_weight(
 
 
 def test_worked_bytes() -> None:
-    """compressed-tensors 0.6, 0.10 and 0.18 agree on this one."""
+    """compressed-tensors 0.6, 0.10 and 0.18 all read these bytes as these values."""
     tensors = {
         "weight_packed": torch.frombuffer(bytearray.fromhex("f0a9cbed98badcfe"), dtype=torch.int32).reshape(2, 1),
         "weight_scale": torch.tensor([[0.5, 1.0], [0.5, 1.0]], dtype=torch.bfloat16),
@@ -77,14 +77,14 @@ def test_each_column_takes_scale_and_zero_point_of_its_group(
     weight, tensors, codes = stored_weight(entry, index, zero_point=zero_point, seed=seed)
     exact = exact_values(codes.values, codes.scale, codes.zero_point, group_index=index)
     assert torch.equal(values(weight, tensors), exact)
-    again = entry.encode(entry.decode(weight, tensors), weight.args)
+    encoded = entry.encode(entry.decode(weight, tensors), weight.args)
     if index != CONTIGUOUS:
-        assert torch.equal(again["weight_g_idx"], tensors["weight_g_idx"])
+        assert torch.equal(encoded["weight_g_idx"], tensors["weight_g_idx"])
 
 
 @pytest.mark.parametrize("entry", [PACKED_INT, INT8], ids=lambda entry: entry.name)
 @pytest.mark.parametrize("index", [CONTIGUOUS, [-1] * 12, [2] * 11 + [-1]], ids=["k // g", "unfilled", "part filled"])
-def test_an_index_that_says_nothing_leaves_groups_contiguous(entry: WeightFormat, index: list[int]) -> None:
+def test_an_unfilled_or_contiguous_index_leaves_groups_contiguous(entry: WeightFormat, index: list[int]) -> None:
     weight, tensors, codes = stored_weight(entry, index)
     assert "weight_g_idx" in weight.consumed
     assert entry.decode(weight, tensors).group_index is None
@@ -100,7 +100,7 @@ def test_the_last_group_of_a_contiguous_index_may_be_short() -> None:
 
 @pytest.mark.parametrize("args", [replace(GROUPED, group_size=12), QuantArgs(num_bits=4, strategy=Strategy.CHANNEL)])
 def test_columns_of_one_group_need_no_index(args: QuantArgs) -> None:
-    """So a target may take such a weight as it is; the tensor is accounted for all the same."""
+    """A target may take such a weight without dequantizing it; the index still counts as consumed."""
     stored = {
         "weight": TensorSpec(DType.I8, (5, 12)),
         "weight_scale": TensorSpec(DType.BF16, (5, 1)),
@@ -130,7 +130,7 @@ def test_an_index_names_groups_that_exist(entry: WeightFormat, bad: int) -> None
 
 @pytest.mark.shared
 def test_the_values_of_a_real_checkpoint(shared: Path) -> None:
-    """Written by compressed-tensors 0.10.2 with random orders; its golden products were computed without our code."""
+    """compressed-tensors 0.10.2 wrote it with random orders; the golden products were computed without this package."""
     directory = shared / "checkpoints" / "w4a16-actorder-group"
     stored, golden = load_file(directory / "model.safetensors"), np.load(directory / "golden.npz")
     args = replace(GROUPED, group_size=128)

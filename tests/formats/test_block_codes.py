@@ -1,4 +1,4 @@
-"""float8 codes with one scale a block of rows and columns, whole or cut off at the edge of the weight."""
+"""float8 codes with one scale per block of rows and columns; blocks at the edge of the weight may be cut off."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LARGE = blocks(128, 128)
 
 
 def test_worked_bytes() -> None:
-    """compressed-tensors 0.20: 1 to 15 in blocks of two by two, the last row and the last column cut off."""
+    """Bytes of compressed-tensors 0.20: 1 to 15 in blocks of 2 x 2, with blocks cut off at the last row and column."""
     raw = bytearray.fromhex("38404c505a4c4e5859624b4c55565f")
     tensors = {
         "weight": torch.frombuffer(raw, dtype=torch.float8_e4m3fn).reshape(3, 5),
@@ -52,7 +52,7 @@ def test_worked_bytes() -> None:
 def test_each_element_takes_the_scale_of_its_block(
     entry: WeightFormat, shape: tuple[int, int], block: tuple[int, int], seed: int
 ) -> None:
-    """Any shape and any block; a block larger than the weight is one block. What was decoded encodes to the same."""
+    """Holds for any shape and block, also a block larger than the weight; encoding the decoded codes gives the bytes."""
     is_float = entry is FLOAT8
     args = blocks(*block, NumberType.FLOAT if is_float else NumberType.INT)
     generator = torch.Generator().manual_seed(seed)
@@ -67,8 +67,8 @@ def test_each_element_takes_the_scale_of_its_block(
     tensors = entry.encode(codes, args)
     weight = described(entry, args, specs_of(tensors), shape)
     assert torch.equal(values(weight, tensors), exact_values(codes.values.float(), codes.scale, block=block))
-    again = entry.encode(entry.decode(weight, tensors), args)
-    assert all(torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors)
+    encoded = entry.encode(entry.decode(weight, tensors), args)
+    assert all(torch.equal(encoded[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors)
 
 
 @pytest.mark.parametrize("form", [(3, 2), (3, 1, 2, 1), (1, 3, 2), (3, 2, 1)], ids=str)
@@ -96,7 +96,7 @@ def test_a_scale_under_its_second_name_is_checked_like_the_first() -> None:
 @pytest.mark.parametrize("form", [(2, 3), (3, 3), (6,), (1, 3, 1, 3), (300, 1)], ids=str)
 @pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
 def test_a_scale_of_other_blocks_is_a_fault(form: tuple[int, ...], name: str) -> None:
-    """A transposed one has as many elements as the right one."""
+    """This includes a transposed scale, which has the right number of elements."""
     stored = {"weight": WEIGHT, name: TensorSpec(DType.F32, form)}
     (fault,) = header_faults(FLOAT8, LARGE, stored, (300, 200))
     assert_fault(
@@ -112,7 +112,7 @@ def test_scales_that_are_powers_of_two_belong_to_mxfp8_under_either_name(dtype: 
 
 @pytest.mark.shared
 def test_the_values_of_a_real_checkpoint(shared: Path) -> None:
-    """Written by llm-compressor; its golden products were computed without our code."""
+    """llm-compressor wrote it; the golden products were computed without this package."""
     directory = shared / "checkpoints" / "fp8-block"
     stored, golden = load_file(directory / "model.safetensors"), np.load(directory / "golden.npz")
     modules = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]

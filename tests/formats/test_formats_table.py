@@ -1,4 +1,4 @@
-"""The table of formats as a whole: what it takes, and that no two entries ever take the same module."""
+"""The table of formats as a whole: which modules it accepts, and that no two entries accept the same module."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def stored(names: dict[str, DType]) -> dict[str, TensorSpec]:
 
 
 def stored_modules() -> list[dict[str, TensorSpec]]:
-    """Codes of any dtype under either name, or under both; scales of any dtype, or none."""
+    """Modules with codes of any dtype under either name, or under both, and with scales of any dtype, or none."""
     codes = [{name: dtype} for name, dtype in product(NAMES, DType)]
-    codes += [{"weight": one, "weight_packed": other} for one, other in product((DType.I8, DType.F8_E4M3), DType)]
+    codes += [{"weight": plain, "weight_packed": packed} for plain, packed in product((DType.I8, DType.F8_E4M3), DType)]
     return [stored(entry | ({"weight_scale": scale} if scale else {})) for entry in codes for scale in (*DType, None)]
 
 
-def test_no_module_is_taken_by_two_formats() -> None:
+def test_no_module_is_accepted_by_two_formats() -> None:
     modules = stored_modules()
     both = {"weight", "weight_packed"}
     for args, module in product(ARGUMENTS, modules):
-        takers = [entry.name for entry in FORMATS if entry.accepts(args, module)]
+        accepting = [entry.name for entry in FORMATS if entry.accepts(args, module)]
         # A module with both names is refused before its format matters.
         if not both <= module.keys():
-            assert len(takers) <= 1, (args.label(), module, takers)
+            assert len(accepting) <= 1, (args.label(), module, accepting)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_no_module_is_taken_by_two_formats() -> None:
     ],
     ids=["int4 words", "int8 words", "int8", "int4 in bytes", "fp8"],
 )
-def test_what_each_format_takes(args: QuantArgs, tensors: dict[str, DType], name: str) -> None:
+def test_which_format_accepts_a_module(args: QuantArgs, tensors: dict[str, DType], name: str) -> None:
     entry = format_for(args, stored(tensors))
     assert entry is not None
     assert entry.name == name
@@ -96,7 +96,7 @@ def test_what_each_format_takes(args: QuantArgs, tensors: dict[str, DType], name
         "none",
     ],
 )
-def test_what_none_takes(args: QuantArgs, tensors: dict[str, DType]) -> None:
+def test_modules_that_no_format_accepts(args: QuantArgs, tensors: dict[str, DType]) -> None:
     assert format_for(args, stored(tensors)) is None
 
 
@@ -105,7 +105,7 @@ def fp(bits: int, group_size: int) -> QuantArgs:
 
 
 def packed_floats() -> list[dict[str, TensorSpec]]:
-    """16 rows of 64 columns: 4 or 6 bits, groups of 16 or 32, a scale of any dtype or none, a global scale or none."""
+    """Modules of 16 x 64: 4 or 6 bits, groups of 16 or 32, a scale of any dtype or none, a global scale or none."""
     return [
         {"weight_packed": TensorSpec(DType.U8, (16, width))}
         | ({"weight_scale": TensorSpec(scale, (16, groups))} if scale else {})
@@ -115,14 +115,14 @@ def packed_floats() -> list[dict[str, TensorSpec]]:
 
 
 @pytest.mark.parametrize("args", ARGUMENTS, ids=QuantArgs.label)
-def test_packed_floats_are_taken_by_one_format_under_arguments_of_their_widths_and_by_none_under_others(
+def test_one_format_accepts_packed_floats_if_the_arguments_are_4_or_6_bit_floats_and_no_format_otherwise(
     args: QuantArgs,
 ) -> None:
-    """So whatever else is wrong with such a module, one format describes it and says what."""
+    """So if anything else is wrong with such a module, one format describes it and reports the fault."""
     wanted = 1 if args.type is NumberType.FLOAT and args.num_bits in {4, 6} else 0
     for module in packed_floats():
-        takers = [entry.name for entry in FORMATS if entry.accepts(args, module)]
-        assert len(takers) == wanted, (module, takers)
+        accepting = [entry.name for entry in FORMATS if entry.accepts(args, module)]
+        assert len(accepting) == wanted, (module, accepting)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_packed_floats_are_taken_by_one_format_under_arguments_of_their_widths_a
         (fp(8, 32), DType.F8_E4M3, DType.F32, "float-quantized"),
     ],
 )
-def test_the_dtype_of_the_scale_tells_small_floats_apart_and_where_it_does_not_the_group_size_does(
+def test_the_dtype_of_the_scale_selects_the_small_float_format_or_else_the_group_size_does(
     args: QuantArgs, codes: DType, scale: DType, name: str
 ) -> None:
     local = "weight" if args.num_bits == 8 else "weight_packed"
@@ -169,7 +169,7 @@ def test_names_are_unique() -> None:
     ids=lambda value: value.label() if isinstance(value, QuantArgs) else None,
 )
 def test_how_many_scales_a_weight_has(args: QuantArgs, shape: tuple[int, int]) -> None:
-    """For a weight of 300 rows and 200 columns; a last group or block may be short."""
+    """The weight has 300 rows and 200 columns, so that the last group or block may be short."""
     assert scale_shape(args, (300, 200)) == shape
 
 

@@ -29,7 +29,7 @@ Sized = tuple[DType, tuple[int, ...]]
 
 
 def specs(**tensors: Sized | None) -> StoredSpecs:
-    """An int4 weight [128, 512] with groups of 128, with changes; None leaves a tensor out."""
+    """Headers of an int4 weight [128, 512] with groups of 128, with changes; None leaves a tensor out."""
     whole: dict[str, Sized | None] = {
         "weight_packed": (DType.I32, (16, 256)),
         "scale_packed": (DType.F16, (4, 128)),
@@ -56,7 +56,7 @@ def decoded(args: QuantArgs, tensors: dict[str, Tensor], version: Version = NEW)
 
 
 def random_codes(args: QuantArgs, shape: tuple[int, int], seed: int = 0) -> Codes:
-    """Codes of which each four columns hold at most two, with scales that all differ."""
+    """Codes with at most two nonzero values in each four columns, and scales that all differ."""
     generator = torch.Generator().manual_seed(seed)
     half = 2 ** (args.num_bits - 1)
     kept = torch.rand((shape[0], shape[1] // 4, 4), generator=generator).argsort(dim=2) < 2
@@ -127,8 +127,10 @@ def test_worked_positions_and_scales() -> None:
     ],
     ids=["0.14", "0.8", "unknown", "0.7", "0.6", "half of K", "channel", "int8"],
 )
-def test_the_order_of_scales_is_the_writers(args: QuantArgs, columns: int, version: Version, start: list[int]) -> None:
-    """scale[n] = n + 1: groups shorter than half of K are interleaved since 0.8.0."""
+def test_the_order_of_scales_depends_on_the_writer(
+    args: QuantArgs, columns: int, version: Version, start: list[int]
+) -> None:
+    """With scale[n] = n + 1: since 0.8.0 scales are interleaved if groups are shorter than K / 2."""
     groups = columns // (args.group_size or columns)
     scale = torch.arange(1.0, 65.0)[:, None].expand(64, groups).to(torch.float16)
     codes = replace(random_codes(args, (64, columns)), scale=scale)
@@ -148,20 +150,20 @@ def test_the_order_of_scales_is_the_writers(args: QuantArgs, columns: int, versi
     st.integers(0, 2**32),
 )
 @settings(max_examples=25, deadline=None)
-def test_encoding_and_back(args: QuantArgs, shape: tuple[int, int], version: Version, seed: int) -> None:
+def test_decoding_inverts_encoding(args: QuantArgs, shape: tuple[int, int], version: Version, seed: int) -> None:
     codes = random_codes(args, shape, seed)
     entry = described(args, specs_of(MARLIN_24.encode(codes, args)), version).format
 
-    back = decoded(args, entry.encode(codes, args), version)
+    restored = decoded(args, entry.encode(codes, args), version)
 
-    assert back.packing == INT8_PLAIN
-    assert back.shape == shape
-    assert back.zero_point is None
-    assert torch.equal(back.values, codes.values)
-    assert torch.equal(back.scale, codes.scale)
-    assert back.scale.dtype == torch.float16
-    assert back.values.is_contiguous()
-    assert back.scale.is_contiguous()
+    assert restored.packing == INT8_PLAIN
+    assert restored.shape == shape
+    assert restored.zero_point is None
+    assert torch.equal(restored.values, codes.values)
+    assert torch.equal(restored.scale, codes.scale)
+    assert restored.scale.dtype == torch.float16
+    assert restored.values.is_contiguous()
+    assert restored.scale.is_contiguous()
 
 
 def test_codes_may_come_packed() -> None:
@@ -182,7 +184,7 @@ def test_dequantizing_multiplies_codes_by_scales() -> None:
     assert torch.equal(values, codes.values.float() * codes.scale.float().repeat_interleave(128, dim=1))
 
 
-def test_what_headers_say() -> None:
+def test_the_description_from_headers() -> None:
     weight = described(INT4_GROUP, specs())
     assert weight.format is MARLIN_24
     assert weight.shape == (128, 512)
@@ -194,7 +196,7 @@ def test_what_headers_say() -> None:
 
 @pytest.mark.parametrize("args", [INT4_CHANNEL, INT8_GROUP], ids=QuantArgs.label)
 def test_the_words_of_pack_quantized_are_another_format(args: QuantArgs) -> None:
-    """Both call them `weight_packed`; only one packs its scale."""
+    """Both formats call the words `weight_packed`; only marlin-24 has a `scale_packed`."""
     plain = {"weight_packed": TensorSpec(DType.I32, (64, 8)), "weight_scale": TensorSpec(DType.F16, (64, 1))}
     for stored, name in ((plain, "pack-quantized"), (specs(), "marlin-24"), (specs(meta=None), "marlin-24")):
         assert [entry.name for entry in FORMATS if entry.accepts(args, stored)] == [name]

@@ -1,4 +1,4 @@
-"""What MXFP4, MXFP6 and MXFP8 have in common: groups of 32 columns and powers of two for scales."""
+"""Tests of what MXFP4, MXFP6 and MXFP8 have in common: groups of 32 columns with power-of-two scales."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def module_of(args: QuantArgs, columns: int = 64) -> dict[str, Tensor]:
 
 
 @every_format
-def test_tensors_are_handed_on_as_they_are(args: QuantArgs) -> None:
+def test_stored_tensors_are_returned_without_a_copy(args: QuantArgs) -> None:
     stored = module_of(args)
     weight = described(args, stored, (6, 64))
     codes = weight.format.decode(weight, stored)
@@ -58,7 +58,7 @@ def test_tensors_are_handed_on_as_they_are(args: QuantArgs) -> None:
 def test_every_element_is_the_exact_value(
     args: QuantArgs, rows: int, columns: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """Sizes that fill no byte and no group among them; NaN codes of float8 stay NaN."""
+    """The sizes include some that fill no byte and no group; NaN codes of float8 stay NaN."""
     stored = random_module(args, (rows, columns), seed)
     values = NATIVE.dequantize(described(args, stored, (rows, columns)), stored, dtype)
     assert values.dtype is dtype
@@ -80,7 +80,7 @@ def test_encoding_inverts_decoding(args: QuantArgs, rows: int, groups: int, seed
 
 @every_format
 def test_scales_stored_as_e8m0_are_the_same_bytes(args: QuantArgs) -> None:
-    """The library takes this dtype for numbers, and is wrong without a word."""
+    """The library treats this dtype as numbers, and gives wrong values without an error."""
     stored = module_of(args)
     typed = stored | {"weight_scale": stored["weight_scale"].view(torch.float8_e8m0fnu)}
     weight = described(args, typed)
@@ -90,7 +90,7 @@ def test_scales_stored_as_e8m0_are_the_same_bytes(args: QuantArgs) -> None:
 @pytest.mark.parametrize("exponent", [0, 1, 126, 127, 128, 254])
 @every_format
 def test_each_exponent_has_its_power_of_two(args: QuantArgs, exponent: int) -> None:
-    """0 is 2^-127, below the normal numbers of float32; a result beyond its range needs float64."""
+    """Exponent 0 is 2^-127, a subnormal number of float32; results beyond the range of float32 need float64."""
     stored = module_of(args)
     stored["weight_scale"].fill_(exponent)
     values = NATIVE.dequantize(described(args, stored), stored, torch.float64)

@@ -10,7 +10,7 @@ from trtllm_ct.layouts.floats import E2M1_PACKED
 
 
 def test_worked_bytes() -> None:
-    """compressed-tensors 0.20: the same 32 codes with scales 1 and 4."""
+    """Bytes of compressed-tensors 0.20: the same 32 codes with scales 1 and 4."""
     row = list(bytes.fromhex("10325476" * 4))
     stored = {
         "weight_packed": torch.tensor([row, row], dtype=torch.uint8),
@@ -23,8 +23,8 @@ def test_worked_bytes() -> None:
     assert NATIVE.dequantize(weight, stored, torch.float32).tolist() == [values, [4 * value for value in values]]
 
 
-def test_codes_of_six_bits_are_told_from_those_of_four() -> None:
-    """Read as 4-bit codes, the bytes would hold half as many columns again as the scales have groups for."""
+def test_codes_of_six_bits_are_not_read_as_four() -> None:
+    """Read as 4-bit codes, the bytes hold 1.5 times as many columns as the scales have groups for."""
     six = specs_of(random_module(MXFP6_ARGS, (6, 64), seed=3))
     _, faults = describe(MXFP4_ARGS, six, None)
     assert_one_fault(faults, "lin.weight_scale", "[6, 3]", "[6, 2]", "another width or group size")

@@ -13,7 +13,7 @@ from trtllm_ct.formats.mxfp8 import MXFP8
 
 
 def test_worked_bytes() -> None:
-    """compressed-tensors 0.20, scale 1/4: 1 to 16, and the same negative."""
+    """Bytes of compressed-tensors 0.20 with scale 1/4: 1 to 16 and -1 to -16."""
     positive = bytes.fromhex("485054585a5c5e606162636465666768")
     row = [*positive, *(code | 0x80 for code in positive)]
     stored = {

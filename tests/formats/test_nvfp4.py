@@ -35,7 +35,7 @@ def module() -> dict[str, Tensor]:
 
 
 def test_worked_bytes() -> None:
-    """compressed-tensors 0.20, local and global scale 448; the global one divides."""
+    """Bytes of compressed-tensors 0.20 with local and global scale 448; the global scale divides."""
     stored = {
         "weight_packed": torch.tensor([list(bytes.fromhex("1032547690badcfe"))], dtype=torch.uint8),
         "weight_scale": torch.tensor([[0x7E]], dtype=torch.uint8).view(torch.float8_e4m3fn),
@@ -57,12 +57,12 @@ def test_a_whole_weight_is_described_by_its_headers(args: QuantArgs, module: dic
     assert weight.consumed == ("weight_packed", "weight_scale", "weight_global_scale")
 
 
-def test_the_scale_of_the_input_belongs_to_others(module: dict[str, Tensor]) -> None:
+def test_the_scale_of_the_input_is_not_consumed_by_the_weight(module: dict[str, Tensor]) -> None:
     weight = described(NVFP4_ARGS, module | {"input_global_scale": torch.ones(1)})
     assert "input_global_scale" not in weight.consumed
 
 
-def test_codes_and_scales_are_handed_on_as_they_are(module: dict[str, Tensor]) -> None:
+def test_codes_and_scales_are_returned_without_a_copy(module: dict[str, Tensor]) -> None:
     codes = NVFP4.decode(described(NVFP4_ARGS, module), module)
     assert codes.values is module["weight_packed"]
     assert codes.scale.data_ptr() == module["weight_scale"].data_ptr()
@@ -78,7 +78,7 @@ def test_codes_and_scales_are_handed_on_as_they_are(module: dict[str, Tensor]) -
     seed=st.integers(0, 2**31),
 )
 def test_every_element_is_the_exact_value_rounded_once(rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
-    """Sizes that fill no byte and no group among them."""
+    """The sizes include some that fill no byte and no group."""
     stored = random_module(NVFP4_ARGS, (rows, columns), seed)
     weight = described(NVFP4_ARGS, stored, (rows, columns))
     values = NATIVE.dequantize(weight, stored, dtype)
@@ -107,7 +107,7 @@ def test_encoding_takes_codes_of_another_packing(module: dict[str, Tensor]) -> N
 
 
 def test_local_scales_stored_as_plain_bytes_are_e4m3_all_the_same(module: dict[str, Tensor]) -> None:
-    """The library takes such bytes for integers, and is wrong without a word."""
+    """The library treats such bytes as integers, and gives wrong values without an error."""
     as_bytes = module | {"weight_scale": module["weight_scale"].view(torch.uint8)}
     for args in (NVFP4_ARGS, THIRD_PARTY_ARGS):
         weight = described(args, as_bytes)
@@ -138,7 +138,7 @@ def test_an_expert_without_calibration_is_zero(module: dict[str, Tensor]) -> Non
 
 
 def test_a_leftover_zero_point_is_consumed(module: dict[str, Tensor]) -> None:
-    """Nothing computes with it; loading checks that it is zero."""
+    """It is not used in any computation; loading checks that it is zero."""
     weight = described(NVFP4_ARGS, module | {"weight_zero_point": torch.zeros(6, 2)})
     assert "weight_zero_point" in weight.consumed
     assert not weight.has_zero_point
@@ -198,7 +198,7 @@ def test_a_contradiction_is_named_with_its_remedy(
 
 
 def test_arguments_of_another_group_size_are_a_fault(module: dict[str, Tensor]) -> None:
-    """The tensors are those of NVFP4, so the wrong config group was found for the module."""
+    """The tensors are those of NVFP4, so the wrong config group targets the module."""
     weight, faults = describe(replace(THIRD_PARTY_ARGS, group_size=32), specs_of(module), (6, 32))
     assert weight is None
     assert_one_fault(faults, "lin", "group_size 16", "fp4 group 32", "config group targets this module")

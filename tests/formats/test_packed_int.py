@@ -29,7 +29,7 @@ SHAPE = (DType.I64, (2,))
 
 
 def specs(**tensors: Sized | None) -> StoredSpecs:
-    """A weight of 10 rows and 64 columns in groups of 32, with changes; None leaves a tensor out."""
+    """Headers of a weight of 10 rows and 64 columns in groups of 32, with changes; None leaves a tensor out."""
     whole = {"weight_packed": WORDS, "weight_scale": SCALE, "weight_shape": SHAPE} | tensors
     return {name: TensorSpec(*entry) for name, entry in whole.items() if entry is not None}
 
@@ -49,7 +49,7 @@ def described(args: QuantArgs, stored: StoredSpecs, expected: tuple[int, int] | 
 
 
 def tensors_of(args: QuantArgs, shape: tuple[int, int], *, zero_point: bool, seed: int = 0) -> dict[str, Tensor]:
-    """What `encode` makes of random codes."""
+    """The tensors that `encode` returns for random codes."""
     half = 1 << (args.num_bits - 1)
     generator = torch.Generator().manual_seed(seed)
     group = args.group_size or shape[1]
@@ -78,8 +78,8 @@ def test_a_whole_weight_is_described_by_its_headers() -> None:
 
 
 @pytest.mark.parametrize("expected", [(10, 64), (10, 57), None])
-def test_the_last_word_may_be_part_full_when_the_model_says_so(expected: tuple[int, int] | None) -> None:
-    """8 words hold 57 to 64 codes; headers alone can't tell which, and full words are taken when nobody can."""
+def test_the_last_word_need_not_be_full_if_the_model_gives_the_columns(expected: tuple[int, int] | None) -> None:
+    """8 words hold 57 to 64 codes; headers alone can't show how many, so by default all words count as full."""
     assert described(CHANNEL, specs(weight_scale=(DType.BF16, (10, 1))), expected).shape == (expected or (10, 64))
 
 
@@ -134,9 +134,9 @@ def test_plain_zero_points_of_old_writers_equal_packed_ones() -> None:
     plain = stored | {"weight_zero_point": packed}
     weight = described(GROUP_32_ASYM, specs_of(plain))
     assert weight.zero_point_packing is None
-    again = PACKED_INT.decode(weight, plain).plain_zero_point
-    assert again is not None
-    assert torch.equal(again, packed)
+    plain_zero_point = PACKED_INT.decode(weight, plain).plain_zero_point
+    assert plain_zero_point is not None
+    assert torch.equal(plain_zero_point, packed)
 
 
 def test_surplus_columns_of_packed_zero_points_are_left_out() -> None:
@@ -150,13 +150,13 @@ def test_surplus_columns_of_packed_zero_points_are_left_out() -> None:
 
 
 def test_words_of_marlin_24_have_another_format() -> None:
-    """They go by the same name and dtype; `scale_packed` beside them tells."""
+    """They have the same name and dtype; only `scale_packed` distinguishes them."""
     stored = specs()
     assert PACKED_INT.accepts(GROUP_32, stored)
     assert not PACKED_INT.accepts(GROUP_32, {**stored, "scale_packed": TensorSpec(DType.F16, (2, 10))})
 
 
-def test_words_stay_packed_until_somebody_needs_the_codes() -> None:
+def test_words_stay_packed_when_decoded() -> None:
     stored = tensors_of(GROUP_32, (10, 64), zero_point=False)
     codes = PACKED_INT.decode(described(GROUP_32, specs_of(stored)), stored)
     assert codes.values is stored["weight_packed"]
@@ -173,17 +173,17 @@ def test_words_stay_packed_until_somebody_needs_the_codes() -> None:
 def test_decoding_inverts_encoding(
     bits: int, grouping: Strategy | int, shape: tuple[int, int], zero_point: bool, seed: int
 ) -> None:
-    """For any size, odd ones included; encoding what was decoded gives the very bytes again."""
+    """Holds for any size, odd ones included; encoding the decoded codes gives the same bytes."""
     strategy, size = (Strategy.GROUP, grouping) if isinstance(grouping, int) else (grouping, None)
     args = QuantArgs(num_bits=bits, strategy=strategy, group_size=size, symmetric=not zero_point)
     stored = tensors_of(args, shape, zero_point=zero_point, seed=seed)
     weight = described(args, specs_of(stored), shape)
     codes = PACKED_INT.decode(weight, stored)
-    again = PACKED_INT.encode(codes, args)
-    assert again.keys() == stored.keys()
+    encoded = PACKED_INT.encode(codes, args)
+    assert encoded.keys() == stored.keys()
     for name, tensor in stored.items():
-        assert torch.equal(again[name], tensor), name
-        assert again[name].dtype is tensor.dtype, name
+        assert torch.equal(encoded[name], tensor), name
+        assert encoded[name].dtype is tensor.dtype, name
     assert stored["weight_shape"].tolist() == list(shape)
 
 

@@ -1,4 +1,4 @@
-"""`pack-quantized` of every width: the two layouts of 3, 5, 6 and 7 bits, and zero points in all their forms."""
+"""`pack-quantized` with every width: the two layouts of 3, 5, 6 and 7 bits, and all forms of zero points."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ODD = (3, 5, 6, 7)
 CHANNEL = QuantArgs(num_bits=4, strategy=Strategy.CHANNEL)
 OLD: Version = (0, 17, 1)
 
-# compressed-tensors 0.20 and 0.10: twelve codes of one row, counting up from the lowest, and their bytes in the file.
+# Bytes that compressed-tensors 0.20 and 0.10 store for twelve codes of one row, which count up from the lowest code.
 EVEN_BYTES = {1: "aa0a0000", 2: "e4e4e400", 8: "808182838485868788898a8b"}
 EVEN_CODES = {1: [-1, 0] * 6, 2: [-2, -1, 0, 1] * 3, 8: list(range(12))}
 DENSE_BYTES = {
@@ -54,7 +54,7 @@ PADDED_BYTES = {
 
 
 def counting(bits: int) -> list[int]:
-    """Twelve codes from the lowest up, starting over after the highest; the bytes above stand for these."""
+    """The twelve codes of the bytes above: from the lowest up, starting over after the highest."""
     return [i % (1 << bits) - (1 << (bits - 1)) for i in range(12)]
 
 
@@ -88,7 +88,7 @@ def test_widths_that_divide_a_word_have_one_layout(bits: int, version: Version) 
     ids=str,
 )
 def test_the_version_decides_where_both_layouts_take_the_same_words(bits: int, version: Version, dense: bool) -> None:
-    """Twelve codes do; releases since 0.18 pack them densely, and older ones did not always say who they are."""
+    """Twelve codes do; releases since 0.18 pack them densely, and older ones did not always store their version."""
     args, tensors = one_row(bits, (DENSE_BYTES if dense else PADDED_BYTES)[bits])
     weight = described(PACKED_INT, args, specs_of(tensors), (1, 12), version)
     assert weight.packing == packed_words(bits, dense=dense)
@@ -112,10 +112,10 @@ def test_the_version_is_that_of_the_configuration(version: str | None, dense: bo
 @pytest.mark.parametrize("version", [(), OLD, NEWEST], ids=str)
 @pytest.mark.parametrize("columns", [32, 96, 128, 4096])
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "padded"])
-def test_the_packed_width_tells_the_layouts_of_real_models_apart(
+def test_the_packed_width_shows_the_layout_for_real_models(
     bits: int, version: Version, columns: int, dense: bool
 ) -> None:
-    """For every K that is a multiple of 32, whatever the version says."""
+    """Holds for every K that is a multiple of 32, whatever the version is."""
     packing = packed_words(bits, dense=dense)
     stored = specs_of(
         {
@@ -130,7 +130,7 @@ def test_the_packed_width_tells_the_layouts_of_real_models_apart(
 
 @pytest.mark.parametrize("bits", ODD)
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "padded"])
-def test_packed_zero_points_tell_the_layout_where_the_words_of_the_weight_do_not(bits: int, dense: bool) -> None:
+def test_packed_zero_points_show_the_layout_if_the_words_of_the_weight_do_not(bits: int, dense: bool) -> None:
     packing = packed_words(bits, dense=dense)
     zero_points = torch.empty(replace(packing, axis=0).packed_shape((64, 1)), dtype=torch.int32)
     stored = specs_of(
@@ -148,7 +148,7 @@ def test_packed_zero_points_tell_the_layout_where_the_words_of_the_weight_do_not
 
 @pytest.mark.parametrize("bits", ODD)
 def test_dense_words_are_never_read_as_padded_ones(bits: int) -> None:
-    """Padded words leave their highest bits free; a wrong or missing version shows in them."""
+    """The highest bits of padded words are unused, so they show a wrong or missing version."""
     args, tensors = one_row(bits, DENSE_BYTES[bits])
     weight = described(PACKED_INT, args, specs_of(tensors), (1, 12), ())
     (fault,) = payload_faults(weight, tensors)
@@ -163,7 +163,7 @@ def test_words_of_neither_layout_contradict_the_model() -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size", "groups", "columns"), [(4, 20, 3, 60), (3, 64, 2, 128), (8, 5, 3, 15)])
-def test_whole_groups_tell_the_columns_where_the_model_does_not(
+def test_full_groups_give_the_columns_if_the_model_does_not(
     bits: int, group_size: int, groups: int, columns: int
 ) -> None:
     args = QuantArgs(num_bits=bits, strategy=Strategy.GROUP, group_size=group_size)
@@ -173,7 +173,7 @@ def test_whole_groups_tell_the_columns_where_the_model_does_not(
 
 
 @pytest.mark.parametrize(("version", "columns"), [(OLD, 130), (NEWEST, 138)], ids=str)
-def test_words_count_as_full_where_nobody_tells_the_columns(version: Version, columns: int) -> None:
+def test_words_count_as_full_if_the_columns_are_unknown(version: Version, columns: int) -> None:
     stored = specs_of({"weight_packed": torch.empty(4, 13, dtype=torch.int32), "weight_scale": torch.empty(4, 1)})
     assert described(PACKED_INT, replace(CHANNEL, num_bits=3), stored, None, version).shape == (4, columns)
 
@@ -187,10 +187,10 @@ def test_words_count_as_full_where_nobody_tells_the_columns(version: Version, co
     zero_point=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_every_width_and_layout_has_the_values_of_its_slow_twin(
+def test_every_width_and_layout_has_the_values_of_plain_arithmetic(
     bits: int, dense: bool, grouping: Strategy | int, shape: tuple[int, int], zero_point: bool, seed: int
 ) -> None:
-    """Words packed by plain arithmetic come back exactly; encoding them gives the words that are written today."""
+    """Words packed by plain arithmetic are decoded exactly; encoding gives the words that 0.18 and later write."""
     size = grouping if isinstance(grouping, int) else None
     strategy = Strategy.GROUP if isinstance(grouping, int) else grouping
     args = QuantArgs(num_bits=bits, strategy=strategy, group_size=size, symmetric=not zero_point)
@@ -214,9 +214,9 @@ def test_every_width_and_layout_has_the_values_of_its_slow_twin(
     assert torch.equal(codes_of(weight, tensors), codes)
     block = (shape[0] if strategy is Strategy.TENSOR else 1, size or shape[1])
     assert torch.equal(values(weight, tensors), exact_values(codes, scale, zeros if zero_point else None, block=block))
-    again = PACKED_INT.encode(PACKED_INT.decode(weight, tensors), args)
-    assert torch.equal(again["weight_packed"], oracles.pack(codes.long().numpy(), packed_words(bits)))
-    assert again["weight_shape"].tolist() == list(shape)
+    encoded = PACKED_INT.encode(PACKED_INT.decode(weight, tensors), args)
+    assert torch.equal(encoded["weight_packed"], oracles.pack(codes.long().numpy(), packed_words(bits)))
+    assert encoded["weight_shape"].tolist() == list(shape)
 
 
 ZERO_POINT_BYTES = {
@@ -229,7 +229,7 @@ ZERO_POINT_BYTES = {
 
 @pytest.mark.parametrize(("bits", "numbers", "packed", "version"), ZERO_POINT_BYTES.values(), ids=ZERO_POINT_BYTES)
 def test_zero_points_are_packed_along_the_rows(bits: int, numbers: list[int], packed: str, version: Version) -> None:
-    """The bytes are the library's; zero points of odd widths have the layout of their weight."""
+    """The library wrote these bytes; zero points of 3, 5, 6 and 7 bits have the layout of their weight."""
     rows = len(numbers)
     args = replace(CHANNEL, num_bits=bits, symmetric=False)
     layout = packed_words(bits, dense=version == NEWEST)
@@ -254,7 +254,7 @@ def asymmetric(zero_point: Tensor) -> tuple[StoredWeight, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_plain_zero_points_may_be_floats_that_are_integers(dtype: torch.dtype) -> None:
-    """int8 by early writers, floats by forks of MoE-Quant."""
+    """Early writers store int8, forks of MoE-Quant store floats."""
     numbers = torch.arange(-8, 8, 2).reshape(4, 2)
     weight, tensors = asymmetric(numbers.to(dtype))
     zero_point = PACKED_INT.decode(weight, tensors).plain_zero_point

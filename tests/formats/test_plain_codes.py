@@ -24,12 +24,12 @@ FP8_CHANNEL = replace(FP8_TENSOR, strategy=Strategy.CHANNEL)
 
 
 def specs(**tensors: Sized | None) -> StoredSpecs:
-    """An int8 weight [6, 12] with one scale a row, with changes; None leaves a tensor out."""
+    """Headers of an int8 weight [6, 12] with one scale per row, with changes; None leaves a tensor out."""
     whole = {"weight": (DType.I8, (6, 12)), "weight_scale": (DType.BF16, (6, 1))} | tensors
     return {name: TensorSpec(*entry) for name, entry in whole.items() if entry is not None}
 
 
-# compressed-tensors 0.20: bytes in the file, scale, zero point and the values that they stand for.
+# From compressed-tensors 0.20: stored bytes, scale, zero point, and the values that they stand for.
 WORKED = {
     "int8 channel": (INT8, INT8_CHANNEL, "02fc077f", 0.5, None, [1, -2, 3.5, 63.5]),
     "int8 tensor asymmetric": (INT8, QuantArgs(num_bits=8, symmetric=False), "fff90411", 0.5, -3, [1, -2, 3.5, 10]),
@@ -74,7 +74,7 @@ def test_a_tensor_scale_comes_in_any_shape(form: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("zero_point", [None, -1], ids=["symmetric", "asymmetric"])
 def test_narrow_integers_lie_one_in_a_byte(bits: int, zero_point: int | None) -> None:
-    """W4A8 and W4AFP8 store them so, unlike weight-only int4."""
+    """W4A8 and W4AFP8 store them like this, unlike weight-only int4."""
     half = 1 << (bits - 1)
     tensors = {"weight": torch.arange(-half, half, dtype=torch.int8)[None], "weight_scale": torch.tensor([[0.5]])}
     if zero_point is not None:
@@ -100,7 +100,7 @@ def test_a_code_beyond_its_width_is_a_fault(bits: int, code: int) -> None:
 def test_zero_points_that_early_writers_left_beside_float_codes_are_zero(
     form: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """They belong to the weight and change nothing; any other number is a fault."""
+    """They count as consumed and change nothing; any number but 0 is a fault."""
     tensors = {
         "weight": torch.ones(6, 12).to(torch.float8_e4m3fn),
         "weight_scale": torch.ones(6, 1),
@@ -132,7 +132,7 @@ def test_a_zero_point_of_integers_counts_whatever_symmetric_says(number: int, dt
     assert (decoded(weight, tensors) == 1 - number).all()
 
 
-def test_codes_are_handed_on_as_they_are() -> None:
+def test_codes_are_returned_without_a_copy() -> None:
     tensors = {"weight": torch.zeros(6, 12, dtype=torch.int8), "weight_scale": torch.ones(6, 1)}
     codes = INT8.decode(described(INT8, INT8_CHANNEL, specs_of(tensors)), tensors)
     assert codes.values is tensors["weight"]

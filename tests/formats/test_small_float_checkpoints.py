@@ -1,4 +1,4 @@
-"""Real NVFP4 and MXFP4 checkpoints: every quantized weight against the answers that came with them."""
+"""Real NVFP4 and MXFP4 checkpoints: every quantized weight is compared with the golden values stored with them."""
 
 from __future__ import annotations
 

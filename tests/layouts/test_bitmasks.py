@@ -26,14 +26,14 @@ def random_mask(shape: tuple[int, ...], seed: int = 0, share: float = 0.5) -> Te
 
 
 def slow_bytes(mask: Tensor) -> list[list[int]]:
-    """Bit j of byte i of a row is column 8 * i + j."""
+    """Return the bytes of each row: bit j of byte i is column 8 * i + j."""
     columns = mask.shape[-1]
     rows: list[list[bool]] = mask.reshape(mask.numel() // columns, columns).tolist()
     return [[sum(2**j for j, mark in enumerate(row[i : i + 8]) if mark) for i in range(0, columns, 8)] for row in rows]
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if 0 not in shape], ids=str)
-def test_a_mask_lies_lowest_bit_first(shape: tuple[int, ...]) -> None:
+def test_a_mask_is_packed_lowest_bit_first(shape: tuple[int, ...]) -> None:
     mask = random_mask(shape)
 
     packed = pack_mask(mask)
@@ -44,7 +44,7 @@ def test_a_mask_lies_lowest_bit_first(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packing_a_mask_and_back(shape: tuple[int, ...], share: float) -> None:
+def test_unpacking_undoes_packing(shape: tuple[int, ...], share: float) -> None:
     mask = random_mask(shape, share=share)
 
     packed = pack_mask(mask)
@@ -54,12 +54,12 @@ def test_packing_a_mask_and_back(shape: tuple[int, ...], share: float) -> None:
     assert torch.equal(count_marks(packed), mask.sum(dim=-1))
 
 
-def test_marks_of_every_byte() -> None:
-    every = torch.arange(256, dtype=torch.uint8)
+def test_marks_are_counted_in_every_byte() -> None:
+    all_bytes = torch.arange(256, dtype=torch.uint8)
     low, high = ([f"{byte >> shift & 15:b}".count("1") for byte in range(256)] for shift in (0, 4))
-    assert (marks_of_fours(every) & 15).tolist() == low
-    assert (marks_of_fours(every) >> 4).tolist() == high
-    assert count_marks(every).item() == sum(low) + sum(high)
+    assert (marks_of_fours(all_bytes) & 15).tolist() == low
+    assert (marks_of_fours(all_bytes) >> 4).tolist() == high
+    assert count_marks(all_bytes).item() == sum(low) + sum(high)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +77,9 @@ def test_scattering_undoes_gathering(shape: tuple[int, ...], dtype: torch.dtype)
 
 @given(st.integers(0, 40), st.integers(1, 40), st.sampled_from([1, 7, 64, 1 << 20]), st.integers(0, 2**32), st.data())
 @settings(max_examples=40, deadline=None)
-def test_the_size_of_a_tile_changes_nothing(rows: int, columns: int, tile: int, seed: int, data: st.DataObject) -> None:
+def test_the_tile_size_does_not_change_the_result(
+    rows: int, columns: int, tile: int, seed: int, data: st.DataObject
+) -> None:
     mask = random_mask((rows, columns), seed, share=data.draw(st.sampled_from([0, 0.1, 0.9, 1])))
     dense = torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +89,7 @@ def test_the_size_of_a_tile_changes_nothing(rows: int, columns: int, tile: int, 
 
 
 def test_nan_payloads_survive() -> None:
-    """Bits are moved, not numbers: a signalling NaN stays one."""
+    """The functions copy bits, so that a signalling NaN stays one."""
     bits = torch.tensor([0x7F81, 0x7FC1, -0x7F, 0x7F80], dtype=torch.int16)
     mask = torch.tensor([True, True, True, True])
     restored = scatter_marked(gather_marked(bits.view(torch.bfloat16), mask), pack_mask(mask), 4)
@@ -112,7 +114,7 @@ def test_what_counts_as_zero_among_bytes(dtype: torch.dtype, zeros: list[int], o
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_counts_as_zero_among_floats(dtype: torch.dtype) -> None:
-    """Minus zero does; the smallest subnormal and NaN don't."""
+    """-0.0 counts as zero; the smallest subnormal number and NaN do not."""
     smallest = torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype))
     values = torch.tensor([0.0, -0.0, smallest.item(), -smallest.item(), torch.nan, -torch.inf], dtype=dtype)
     assert nonzero_mask(values).tolist() == [False, False, True, True, True, True]

@@ -23,8 +23,8 @@ def all_fields(element: Element) -> Tensor:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("element", WIDTHS)
-def test_each_field_is_the_number_that_its_bits_spell(element: Element, dtype: torch.dtype) -> None:
-    """Sign, exponent, mantissa; exact in every float of 16 bits."""
+def test_each_field_is_decoded_exactly(element: Element, dtype: torch.dtype) -> None:
+    """The values follow from sign, exponent and mantissa, and are exact in every float of 16 bits or more."""
     values = element_values(all_fields(element), element, dtype)
     assert values.dtype is dtype
     assert [Fraction(value) for value in values.tolist()] == [number(i, element) for i in range(len(values))]
@@ -39,21 +39,21 @@ def test_range_and_smallest_step(element: Element, largest: float, step: float) 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("element", WIDTHS)
-def test_values_have_their_fields_back(element: Element, dtype: torch.dtype) -> None:
-    """Minus zero too, which is a field of its own."""
+def test_values_are_converted_back_to_their_fields(element: Element, dtype: torch.dtype) -> None:
+    """Also -0.0, which has its own field."""
     fields = all_fields(element).reshape(2, -1)
     assert torch.equal(element_fields(element_values(fields, element, dtype), element), fields)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_exponents_are_powers_of_two_down_to_zero_and_255_is_nan(dtype: torch.dtype) -> None:
+def test_exponents_are_powers_of_two_and_255_is_nan(dtype: torch.dtype) -> None:
     values = power_of_two(torch.arange(256, dtype=torch.uint8), dtype)
     assert values.dtype is dtype
     assert values[:E8M0_NAN].tolist() == [math.ldexp(1, exponent - 127) for exponent in range(255)]
     assert values[E8M0_NAN].isnan()
 
 
-def test_torch_means_the_same_by_e8m0() -> None:
+def test_torch_decodes_e8m0_in_the_same_way() -> None:
     exponents = torch.arange(256, dtype=torch.uint8)
     theirs = exponents.view(torch.float8_e8m0fnu).to(torch.float32)
     torch.testing.assert_close(power_of_two(exponents, torch.float32), theirs, rtol=0, atol=0, equal_nan=True)
@@ -61,7 +61,7 @@ def test_torch_means_the_same_by_e8m0() -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("tile_elements", [1, 4, 1 << 20])
-def test_any_shape_and_any_size_of_a_tile(
+def test_any_shape_and_any_tile_size(
     shape: tuple[int, ...], tile_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(floats, "_TILE_ELEMENTS", tile_elements)
@@ -73,7 +73,7 @@ def test_any_shape_and_any_size_of_a_tile(
     assert tuple(power_of_two(fields, torch.float32).shape) == shape
 
 
-# compressed-tensors 0.20: the bytes in the file and what they stand for.
+# Bytes that compressed-tensors 0.20 writes, and the numbers that they encode.
 PACKED = {
     "e2m1": (
         E2M1_PACKED,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from trtllm_ct.layouts import folds as transforms
+from trtllm_ct.layouts import folds
 from trtllm_ct.layouts.folds import Fold, fold
 
 HADAMARD = torch.tensor([[1, 1], [1, -1]])
@@ -20,7 +20,7 @@ def random_matrix(*shape: int, seed: int = 0) -> Tensor:
 
 
 def slow_fold(weight: Tensor, factor: Tensor, axis: int, *, normalized: bool) -> Tensor:
-    """The slow twin: a factor for the whole axis, zero outside its blocks, and one product after another."""
+    """Slow reference: build the block-diagonal factor for the whole axis, and compute each sum by itself."""
     size = len(factor)
     whole = torch.zeros(weight.shape[axis], weight.shape[axis], dtype=torch.float64)
     for i in range(len(whole)):
@@ -41,29 +41,29 @@ def slow_fold(weight: Tensor, factor: Tensor, axis: int, *, normalized: bool) ->
 @given(
     blocks=st.integers(1, 3),
     size=st.integers(1, 4),
-    other=st.integers(1, 5),
+    other_length=st.integers(1, 5),
     axis=st.sampled_from([0, 1]),
     normalized=st.booleans(),
     tile=st.sampled_from([1, 7, 1 << 22]),
     seed=st.integers(0, 2**31),
 )
-def test_folding_equals_its_slow_twin(
-    blocks: int, size: int, other: int, axis: Literal[0, 1], normalized: bool, tile: int, seed: int
+def test_folding_equals_the_slow_reference(
+    blocks: int, size: int, other_length: int, axis: Literal[0, 1], normalized: bool, tile: int, seed: int
 ) -> None:
-    """Blocks of any size along either axis, whatever the tiles."""
-    shape = (other, blocks * size) if axis == 1 else (blocks * size, other)
+    """Blocks of any size along either axis, with any tile size."""
+    shape = (other_length, blocks * size) if axis == 1 else (blocks * size, other_length)
     weight, factor = random_matrix(*shape, seed=seed), random_matrix(size, size, seed=seed + 1)
     want = slow_fold(weight, factor, axis, normalized=normalized)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transforms, "_TILE_ELEMENTS", tile)
+        patch.setattr(folds, "_TILE_ELEMENTS", tile)
         fold(weight, factor, axis, normalized=normalized)
 
     torch.testing.assert_close(weight, want, atol=1e-12, rtol=1e-12)
 
 
-def test_a_hadamard_matrix_and_its_transpose_cancel_exactly_where_the_root_is_whole() -> None:
-    """Sums of dyadic numbers are exact, and so is a division by 4: nothing is left to rounding."""
+def test_a_hadamard_matrix_and_its_transpose_cancel_exactly() -> None:
+    """Sums of dyadic numbers and the division by sqrt(16) = 4 are exact, so that nothing is rounded."""
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(4):
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
@@ -94,16 +94,16 @@ def test_a_permutation_reorders_rows_and_columns_before_the_matrix_is_transposed
     if permutation is not None:
         stored["R.perm"] = torch.tensor(permutation)
     name = "R.perm" if permutation is not None else None
-    each = Fold(matrix="R.weight", permutation=name, axis=1, transposed=transposed, normalized=False)
+    fold_ = Fold(matrix="R.weight", permutation=name, axis=1, transposed=transposed, normalized=False)
 
-    factor = each.factor(stored)
+    factor = fold_.factor(stored)
 
     assert factor.dtype == torch.float64
     assert factor.tolist() == want
-    assert each.sources == (("R.weight",) if permutation is None else ("R.weight", "R.perm"))
+    assert fold_.sources == (("R.weight",) if permutation is None else ("R.weight", "R.perm"))
 
 
-def test_one_element_and_no_rows_are_folded_too() -> None:
+def test_weights_with_one_element_or_no_rows() -> None:
     single, empty = torch.tensor([[3.0]], dtype=torch.float64), torch.empty(0, 2, dtype=torch.float64)
     fold(single, torch.tensor([[-1.0]], dtype=torch.float64), 0, normalized=True)
     fold(empty, HADAMARD.double(), 1, normalized=True)

@@ -1,4 +1,4 @@
-"""The arrangements against plain loops here, and against what is left of them in the library."""
+"""Conversions of the Marlin 2:4 layout, checked here and against the helpers that compressed-tensors still has."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random_codes(shape: tuple[int, int], bits: int, seed: int = 0) -> Tensor:
 
 
 def sparse_codes(shape: tuple[int, int], seed: int, share: float = 1.0) -> Tensor:
-    """Codes of which each four columns hold at most two that are not zero."""
+    """Return codes [N, K] in which at most two of each four columns are not zero."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand((*shape,), generator=generator).view(-1, 4).argsort(dim=1)
     kept = (order < 2) & (torch.rand(order.shape, generator=generator) < share)
@@ -40,7 +40,7 @@ def sparse_codes(shape: tuple[int, int], seed: int, share: float = 1.0) -> Tenso
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_codes_and_back(size: tuple[int, int], bits: int) -> None:
+def test_restoring_undoes_arranging_codes(size: tuple[int, int], bits: int) -> None:
     rows, columns = size
     codes = random_codes((rows, columns // 2), bits)
 
@@ -52,7 +52,7 @@ def test_codes_and_back(size: tuple[int, int], bits: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_nibbles_and_back(size: tuple[int, int]) -> None:
+def test_restoring_undoes_arranging_nibbles(size: tuple[int, int]) -> None:
     rows, columns = size
     nibbles = torch.randint(0, 16, (rows, columns // 4), dtype=torch.uint8)
 
@@ -63,7 +63,7 @@ def test_nibbles_and_back(size: tuple[int, int]) -> None:
     assert torch.equal(restore_nibbles(meta), nibbles)
 
 
-def test_scales_lie_in_an_order_of_eight() -> None:
+def test_scales_are_interleaved_by_eight() -> None:
     """compressed-tensors 0.14, N = 64, scale[n] = n + 1."""
     scales = torch.arange(1, 65, dtype=torch.float16)[None]
 
@@ -75,7 +75,7 @@ def test_scales_lie_in_an_order_of_eight() -> None:
 
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=25, deadline=None)
-def test_picking_and_expanding(seed: int, share: float) -> None:
+def test_expanding_undoes_picking(seed: int, share: float) -> None:
     codes = sparse_codes((3, 16), seed, share)
 
     kept, nibbles = pick_fours(codes)

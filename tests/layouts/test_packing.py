@@ -28,7 +28,7 @@ FIXED = [
     (packed_words(8), packed_words(8, axis=0)),
 ]
 
-# compressed-tensors 0.20: codes along K, and the bytes of the int32 words in the file.
+# Codes along K, and the bytes of the int32 words that compressed-tensors 0.20 writes for them.
 PACKED_WORDS = {
     "int4 rising": (4, range(-8, 8), "1032547698badcfe"),
     "int4 falling": (4, range(7, -9, -1), "efcdab8967452301"),
@@ -40,7 +40,7 @@ PACKED_WORDS = {
     "int6": (6, range(-32, -20), "40200c44611c48a22c000000"),
     "int7": (7, range(-64, -52), "8080604028180e8884620100"),
 }
-# The same codes as releases up to 0.17.1 write them: 10, 6, 5, 4 to a word, its highest bits free.
+# The same codes as releases up to 0.17.1 write them: 10, 6, 5 or 4 codes per word, the highest bits unused.
 PADDED_WORDS = {
     "int3": (3, (*range(-4, 4), *range(-4, 0)), "88c6fa081a000000"),
     "int5": (5, range(-16, -4), "2088410ae6a0a416"),
@@ -63,12 +63,13 @@ def random_codes(shape: tuple[int, int], bits: int, seed: int) -> Tensor:
     half = 1 << (bits - 1)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-half, half, shape, generator=generator, dtype=torch.int8)
-    codes.view(-1)[0] = -half  # the ends of the range are where offsets and signs go wrong
+    codes.view(-1)[0] = -half  # errors in offsets and signs show at the ends of the range
     codes.view(-1)[-1] = half - 1
     return codes
 
 
 def in_file(tensor: Tensor) -> str:
+    """Return the bytes of a tensor in a file, as hexadecimal digits."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes().hex()
 
 
@@ -81,7 +82,7 @@ def test_words_have_the_bytes_that_the_library_writes(bits: int, codes: range, s
 
 
 @pytest.mark.parametrize(("bits", "codes", "stored"), PADDED_WORDS.values(), ids=PADDED_WORDS.keys())
-def test_older_releases_left_the_highest_bits_of_a_word_free(bits: int, codes: range, stored: str) -> None:
+def test_older_releases_left_the_highest_bits_of_a_word_unused(bits: int, codes: range, stored: str) -> None:
     plain = torch.tensor([list(codes)], dtype=torch.int8)
     packing = packed_words(bits, dense=False)
     assert in_file(pack_codes(plain, packing)) == stored
@@ -109,7 +110,7 @@ def test_row_pairs_have_the_bytes_that_the_engine_reads() -> None:
 @given(
     packing=st.sampled_from(PACKINGS), rows=st.integers(1, 19), columns=st.integers(1, 19), seed=st.integers(0, 2**31)
 )
-def test_packing_equals_its_slow_twin(packing: Packing, rows: int, columns: int, seed: int) -> None:
+def test_packing_equals_the_slow_reference(packing: Packing, rows: int, columns: int, seed: int) -> None:
     codes = random_codes((rows, columns), packing.bits, seed)
     packed = pack_codes(codes, packing)
     assert packed.shape == packing.packed_shape((rows, columns))
@@ -123,8 +124,8 @@ def test_packing_equals_its_slow_twin(packing: Packing, rows: int, columns: int,
 
 @settings(max_examples=50, deadline=None)
 @given(packing=st.sampled_from(PACKINGS), surplus=st.tuples(st.integers(0, 3), st.integers(0, 3)), seed=st.integers(0))
-def test_surplus_elements_of_a_container_are_left_out(packing: Packing, surplus: tuple[int, int], seed: int) -> None:
-    """Writers 0.9.4 to 0.10.2 leave surplus columns of garbage beside packed zero points."""
+def test_surplus_elements_of_a_container_are_ignored(packing: Packing, surplus: tuple[int, int], seed: int) -> None:
+    """Releases 0.9.4 to 0.10.2 write surplus columns of garbage beside packed zero points."""
     codes = random_codes((10, 3), packing.bits, seed % 2**31)
     packed = pack_codes(codes, packing)
     wider = torch.full((packed.shape[0] + surplus[0], packed.shape[1] + surplus[1]), 77, dtype=packed.dtype)
@@ -152,19 +153,19 @@ def test_repacking_there_and_back_changes_nothing(
     codes = random_codes(shape, min(source.bits, target.bits), seed)
     packed = pack_codes(codes, source)
     before = packed.clone()
-    there = repack(packed, source, target, shape)
-    assert torch.equal(there, oracles.pack(codes.long().numpy(), target))
-    assert there.is_contiguous()
-    assert torch.equal(repack(there, target, source, shape), packed)
+    repacked = repack(packed, source, target, shape)
+    assert torch.equal(repacked, oracles.pack(codes.long().numpy(), target))
+    assert repacked.is_contiguous()
+    assert torch.equal(repack(repacked, target, source, shape), packed)
     assert torch.equal(packed, before)
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 24, 1 << 20])
 @pytest.mark.parametrize("shape", [(2, 8), (6, 8), (10, 40), (64, 128)])
-def test_direct_paths_equal_the_way_through_codes(
+def test_direct_paths_equal_repacking_through_codes(
     shape: tuple[int, int], tile_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However small the tiles are; a container with surplus words takes the way through codes."""
+    """With any tile size. A container with surplus words is repacked through codes."""
     monkeypatch.setattr(module_under_test, "_TILE_BYTES", tile_bytes)
     for source, target in FIXED[:2]:
         words = pack_codes(random_codes(shape, source.bits, seed=1), source)
@@ -175,7 +176,7 @@ def test_direct_paths_equal_the_way_through_codes(
 
 
 @pytest.mark.parametrize("packing", [packed_words(4), INT4_ROW_PAIRS, INT8_PLAIN], ids=str)
-def test_repacking_to_the_same_packing_hands_the_tensor_on(packing: Packing) -> None:
+def test_repacking_to_the_same_packing_returns_the_input(packing: Packing) -> None:
     packed = pack_codes(random_codes((4, 8), packing.bits, seed=2), packing)
     assert repack(packed, packing, packing, (4, 8)) is packed
 

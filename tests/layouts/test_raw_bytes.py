@@ -1,4 +1,4 @@
-"""What the bytes of small tensors say, held to torch, which writes them here, and to the slow twin that packs codes."""
+"""Reading the bytes of small tensors without torch, checked against torch and against a slow packer of codes."""
 
 from __future__ import annotations
 
@@ -26,44 +26,45 @@ ZERO_POINTS = [
 
 
 def in_file(tensor: torch.Tensor) -> bytes:
+    """Return the bytes of a tensor in a file."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 class TestNumber:
     @pytest.mark.parametrize("dtype", SCALARS, ids=str)
     @given(data=st.data())
-    def test_any_bits_are_the_number_that_torch_sees_in_them(self, dtype: DType, data: st.DataObject) -> None:
-        """Infinity, NaN and subnormal numbers among them; the sign of zero stays."""
+    def test_any_bits_are_read_as_torch_reads_them(self, dtype: DType, data: st.DataObject) -> None:
+        """Also infinity, NaN and subnormal numbers; the sign of zero stays."""
         stored = data.draw(st.binary(min_size=dtype.itemsize, max_size=dtype.itemsize))
         want = torch.frombuffer(bytearray(stored), dtype=dtype.torch_dtype).item()
 
-        found = number(stored, dtype)
+        value_read = number(stored, dtype)
 
         assert (
-            math.isnan(found)
+            math.isnan(value_read)
             if math.isnan(want)
-            else (found, math.copysign(1, found)) == (want, math.copysign(1, want))
+            else (value_read, math.copysign(1, value_read)) == (want, math.copysign(1, want))
         )
 
     @pytest.mark.parametrize("dtype", SCALARS, ids=str)
     @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.5, math.inf, -math.inf, 2.0**-14])
-    def test_sentinels(self, dtype: DType, value: float) -> None:
-        found = number(in_file(torch.tensor(value, dtype=dtype.torch_dtype)), dtype)
+    def test_special_values(self, dtype: DType, value: float) -> None:
+        value_read = number(in_file(torch.tensor(value, dtype=dtype.torch_dtype)), dtype)
 
-        assert (found, math.copysign(1, found)) == (value, math.copysign(1, value))
+        assert (value_read, math.copysign(1, value_read)) == (value, math.copysign(1, value))
 
 
 class TestIntegers:
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
     @given(data=st.data())
-    def test_the_elements_row_after_row(self, dtype: DType, data: st.DataObject) -> None:
+    def test_all_elements_are_read(self, dtype: DType, data: st.DataObject) -> None:
         top = 1 << (dtype.bits - 1)
         values = data.draw(st.lists(st.integers(-top, top - 1), max_size=8))
 
         assert integers(in_file(torch.tensor(values, dtype=dtype.torch_dtype)), dtype) == tuple(values)
 
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-    def test_rows_lie_one_behind_the_other(self, dtype: DType) -> None:
+    def test_elements_are_in_row_major_order(self, dtype: DType) -> None:
         stored = torch.tensor([[1, -2, 3], [4, 5, -6]], dtype=dtype.torch_dtype)
 
         assert integers(in_file(stored), dtype) == (1, -2, 3, 4, 5, -6)
@@ -72,19 +73,19 @@ class TestIntegers:
 class TestIsZero:
     @pytest.mark.parametrize("dtype", DType, ids=str)
     @pytest.mark.parametrize("count", [0, 1, 7])
-    def test_zeros_are_in_every_dtype(self, dtype: DType, count: int) -> None:
+    def test_zeros_of_every_dtype(self, dtype: DType, count: int) -> None:
         assert is_zero(bytes(count * dtype.itemsize), dtype)
 
     @pytest.mark.parametrize("dtype", DType, ids=str)
-    def test_one_bit_anywhere_makes_it_another(self, dtype: DType) -> None:
-        """But for the sign of a float: minus zero is zero."""
+    def test_any_single_bit_makes_it_nonzero(self, dtype: DType) -> None:
+        """Except the sign bit of a float, because -0.0 is zero."""
         zeros = bytes(3 * dtype.itemsize)
-        for place in range(8 * len(zeros)):
+        for bit in range(8 * len(zeros)):
             data = bytearray(zeros)
-            data[place // 8] |= 1 << place % 8
+            data[bit // 8] |= 1 << bit % 8
 
-            sign = dtype in WIDE and place % dtype.bits == dtype.bits - 1
-            assert is_zero(bytes(data), dtype) is sign, place
+            is_sign = dtype in WIDE and bit % dtype.bits == dtype.bits - 1
+            assert is_zero(bytes(data), dtype) is is_sign, bit
 
     @pytest.mark.parametrize("dtype", WIDE, ids=str)
     @pytest.mark.parametrize(
@@ -99,19 +100,19 @@ class TestIsZero:
         ],
         ids=str,
     )
-    def test_sentinels_of_floats(self, dtype: DType, values: list[float], zero: bool) -> None:
+    def test_special_values_of_floats(self, dtype: DType, values: list[float], zero: bool) -> None:
         assert is_zero(in_file(torch.tensor(values, dtype=dtype.torch_dtype)), dtype) is zero
 
     @pytest.mark.parametrize("dtype", [DType.I8, DType.U8, DType.I32], ids=str)
-    def test_the_least_integer_is_no_minus_zero(self, dtype: DType) -> None:
+    def test_the_smallest_integer_is_not_negative_zero(self, dtype: DType) -> None:
         assert not is_zero(bytes(dtype.itemsize - 1) + b"\x80", dtype)
 
     @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32, DType.I8, DType.I32], ids=str)
     @given(data=st.data())
-    def test_torch_says_the_same_of_any_bytes(self, dtype: DType, data: st.DataObject) -> None:
-        octet = st.sampled_from([0, 0, 0, 0x80, 1])
+    def test_any_bytes_are_zero_if_torch_says_so(self, dtype: DType, data: st.DataObject) -> None:
+        byte = st.sampled_from([0, 0, 0, 0x80, 1])
         count = data.draw(st.integers(1, 3))
-        stored = bytes(data.draw(st.lists(octet, min_size=count * dtype.itemsize, max_size=count * dtype.itemsize)))
+        stored = bytes(data.draw(st.lists(byte, min_size=count * dtype.itemsize, max_size=count * dtype.itemsize)))
 
         tensor = torch.frombuffer(bytearray(stored), dtype=dtype.torch_dtype)
 
@@ -121,8 +122,8 @@ class TestIsZero:
 class TestIsZeroPacked:
     @pytest.mark.parametrize("rows", [1, 7, 8, 10, 31, 32, 33, 64, 70])
     @pytest.mark.parametrize("packing", ZERO_POINTS, ids=str)
-    def test_packed_zeros_are_and_one_code_that_differs_is_not(self, packing: Packing, rows: int) -> None:
-        """In the first row, the last one, and where a code straddles two words."""
+    def test_one_nonzero_code_is_seen_anywhere(self, packing: Packing, rows: int) -> None:
+        """In the first row, in the last row, and where a code straddles two words."""
         codes = torch.zeros(rows, 3, dtype=torch.int64).numpy()
 
         assert is_zero_packed(in_file(oracles.pack(codes, packing)), packing, (rows, 3))
@@ -135,10 +136,10 @@ class TestIsZeroPacked:
 
     @settings(max_examples=80, deadline=None)
     @given(packing=st.sampled_from(ZERO_POINTS), rows=st.integers(1, 40), surplus=st.integers(0, 3), data=st.data())
-    def test_garbage_beside_and_behind_the_codes_is_not_looked_at(
+    def test_garbage_beside_and_behind_the_codes_is_ignored(
         self, packing: Packing, rows: int, surplus: int, data: st.DataObject
     ) -> None:
-        """Surplus columns, the bits behind the last row, and the highest bits of words that codes don't fill."""
+        """Garbage in surplus columns, in the bits behind the last row, and in the unused highest bits of words."""
         columns = 2
         words = oracles.pack(torch.zeros(rows, columns, dtype=torch.int64).numpy(), packing)
         wide = torch.randint(-(2**31), 2**31, (words.shape[0], columns + surplus), generator=seeded(data)).int()
@@ -152,7 +153,7 @@ def seeded(data: st.DataObject) -> torch.Generator:
 
 
 def spare_bits(packing: Packing, rows: int) -> torch.Tensor:
-    """The bits of each word of a column that belong to no code, int32 [W, 1]."""
+    """Return a mask of the bits in each word of a column that belong to no code, int32 [W, 1]."""
     half = 1 << (packing.bits - 1)
     ends = [torch.full((rows, 1), value, dtype=torch.int64).numpy() for value in (-half, half - 1)]
     none, all_ = (oracles.pack(codes, packing) for codes in ends)
@@ -162,15 +163,15 @@ def spare_bits(packing: Packing, rows: int) -> torch.Tensor:
 class TestIsContiguousIndex:
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
     @pytest.mark.parametrize(("columns", "group"), [(1, 1), (8, 8), (8, 128), (12, 4), (10, 4), (0, 4)])
-    def test_columns_in_order(self, dtype: DType, columns: int, group: int) -> None:
-        """One group, several, and a last one that is cut short."""
+    def test_contiguous_groups(self, dtype: DType, columns: int, group: int) -> None:
+        """One group, several groups, and a last group that has fewer columns."""
         index = torch.arange(columns, dtype=dtype.torch_dtype) // group
 
         assert is_contiguous_index(in_file(index), dtype, group)
 
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
     @pytest.mark.parametrize("place", [0, 5, 11])
-    def test_one_column_in_another_group_is_another_order(self, dtype: DType, place: int) -> None:
+    def test_one_column_in_another_group_is_not_contiguous(self, dtype: DType, place: int) -> None:
         index = torch.arange(12, dtype=dtype.torch_dtype) // 4
         index[place] = (index[place] + 1) % 3
 
@@ -178,19 +179,19 @@ class TestIsContiguousIndex:
 
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
     @pytest.mark.parametrize("group", [2, 3, 8])
-    def test_groups_of_another_size_are_another_order(self, dtype: DType, group: int) -> None:
+    def test_groups_of_another_size_are_not_contiguous(self, dtype: DType, group: int) -> None:
         assert not is_contiguous_index(in_file(torch.arange(12, dtype=dtype.torch_dtype) // 4), dtype, group)
 
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-    def test_minus_one_says_that_nobody_filled_it(self, dtype: DType) -> None:
+    def test_an_index_with_minus_one_was_never_filled(self, dtype: DType) -> None:
         index = torch.full((12,), -1, dtype=dtype.torch_dtype)
         assert is_contiguous_index(in_file(index), dtype, 4)
         index[:11] = 2
         assert is_contiguous_index(in_file(index), dtype, 4)
 
     @pytest.mark.parametrize("value", [-2, 2**31 - 1, 255 << 8])
-    def test_other_numbers_that_are_no_group_are_another_order(self, value: int) -> None:
-        """Bytes of 0xff inside of a number are no -1."""
+    def test_other_invalid_groups_are_not_contiguous(self, value: int) -> None:
+        """A byte 0xff inside a number does not count as -1."""
         index = torch.zeros(4, dtype=torch.int32)
         index[2] = value
 

@@ -1,4 +1,4 @@
-"""The rows of a head as pairs that turn together, and as halves."""
+"""Conversion of the rows of a head from the order of pairs to the order of halves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trtllm_ct.layouts.rotary_rows import halves_of_packed_pairs, halves_of_pair
 
 
 def test_two_heads_of_six_rows_by_hand() -> None:
-    """Rows 0 and 1 turn together in pairs; in halves the partner of row 0 is row 3."""
+    """In pairs, rows 0 and 1 rotate together; in halves, row 0 rotates with row 3."""
     pairs = torch.tensor([[0], [30], [1], [31], [2], [32], [100], [130], [101], [131], [102], [132]])
 
     halves = halves_of_pairs(pairs, 6)
@@ -25,7 +25,9 @@ def test_two_heads_of_six_rows_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.int32, torch.uint8])
 @pytest.mark.parametrize("trailing", [(), (1,), (5,), (2, 1), (0,)])
-def test_it_undoes_the_published_order_for_every_dtype_and_shape(dtype: torch.dtype, trailing: tuple[int, ...]) -> None:
+def test_it_undoes_the_published_permutation_for_every_dtype_and_shape(
+    dtype: torch.dtype, trailing: tuple[int, ...]
+) -> None:
     rows = torch.randint(0, 100, (24, *trailing), generator=torch.Generator().manual_seed(0)).to(dtype)
 
     back = halves_of_pairs(in_pairs(rows, 8), 8)
@@ -38,7 +40,7 @@ def test_it_undoes_the_published_order_for_every_dtype_and_shape(dtype: torch.dt
 @settings(max_examples=40, deadline=None)
 @given(bits=st.integers(1, 8), heads=st.integers(1, 3), half=st.integers(1, 9), dense=st.booleans(), data=st.data())
 def test_packed_rows_keep_every_bit(bits: int, heads: int, half: int, dense: bool, data: st.DataObject) -> None:
-    """Widths that straddle words and rows that don't fill the last one are none the worse."""
+    """Also when codes straddle words, and when the rows don't fill the last word."""
     packing = Packing(bits=bits, container=DType.I32, axis=0, offset_binary=True, dense=dense)
     rows = 2 * half * heads
     codes = data.draw(st.lists(st.integers(-(1 << bits - 1), (1 << bits - 1) - 1), min_size=rows, max_size=rows))

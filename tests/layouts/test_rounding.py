@@ -17,7 +17,7 @@ INTEGERS = {16: torch.int16, 32: torch.int32}
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Equal, NaN to NaN, and zeros of one sign."""
+    """Whether all numbers are equal, with equal signs of zero; NaN equals NaN."""
     return torch.equal(got.isnan(), want.isnan()) and bool(
         ((got == want) & (got.signbit() == want.signbit()) | got.isnan()).all()
     )
@@ -25,15 +25,15 @@ def same(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 @st.composite
 def near_ties(draw: st.DrawFn, dtype: torch.dtype) -> float:
-    """The middle of two neighbours of a dtype, or a hair beside it."""
+    """Draw the midpoint of two neighbouring numbers of a dtype, or a number very close to it."""
     bits = BITS[dtype]
     pattern = draw(st.integers(0, 2 ** (bits - 1) - 2))
     lower, upper = torch.tensor([pattern, pattern + 1]).to(INTEGERS[bits]).view(dtype).double().tolist()
     if not math.isfinite(upper):
         return draw(st.sampled_from([lower, -lower, math.inf, math.nan]))
     middle = (lower + upper) / 2
-    hair = middle * draw(st.floats(1, 2)) * 2.0 ** -draw(st.integers(20, 60))
-    return draw(st.sampled_from([-1, 1])) * (middle + draw(st.sampled_from([-1, 0, 1])) * hair)
+    distance = middle * draw(st.floats(1, 2)) * 2.0 ** -draw(st.integers(20, 60))
+    return draw(st.sampled_from([-1, 1])) * (middle + draw(st.sampled_from([-1, 0, 1])) * distance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

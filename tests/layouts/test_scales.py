@@ -15,17 +15,17 @@ DENSE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def random_scale(rows: int, groups: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Scales over many powers of two, off any grid."""
+    """Return random scales over many powers of two, which are not on any coarse grid."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.randint(-12, 4, (rows, groups), generator=generator)
     return (torch.rand((rows, groups), generator=generator) * 2.0**exponents).to(dtype)
 
 
-def random_codes(shape: tuple[int, int], kind: str, seed: int) -> Tensor:
+def random_codes(shape: tuple[int, int], dtype: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    if kind == "fp8":
+    if dtype == "fp8":
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    half = {"int4": 8, "int8": 128}[kind]
+    half = {"int4": 8, "int8": 128}[dtype]
     return torch.randint(-half, half, shape, generator=generator, dtype=torch.int8)
 
 
@@ -43,7 +43,7 @@ def random_codes(shape: tuple[int, int], kind: str, seed: int) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("dtype", SCALE_DTYPES, ids=str)
-def test_widening_repeats_scales_and_changes_none(
+def test_widening_repeats_scales_and_changes_no_value(
     stored: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     scale = random_scale(*stored, dtype, seed=0)
@@ -56,14 +56,14 @@ def test_widening_repeats_scales_and_changes_none(
     assert torch.equal(scale, before)
 
 
-def test_widening_does_not_hand_out_views_of_a_repeated_element() -> None:
-    """An expanded tensor can be neither saved nor written to."""
+def test_widened_scales_are_no_expanded_views() -> None:
+    """An expanded view can neither be saved nor written to."""
     wide = widen_scale(torch.tensor([[2.0]]), (3, 4))
     wide[0, 0] = 7
     assert wide[0, 1] == 2
 
 
-def test_additive_zero_of_the_worked_example() -> None:
+def test_additive_zero_of_a_worked_example() -> None:
     scale = torch.tensor([[0.5], [0.25], [1.0], [2.0]])
     zero_point = torch.tensor([[3], [-8], [0], [7]], dtype=torch.int8)
     zero = additive_zero(scale, zero_point)
@@ -75,7 +75,7 @@ def test_additive_zero_of_the_worked_example() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(dtype=st.sampled_from(SCALE_DTYPES), seed=st.integers(0, 2**31))
-def test_additive_zero_equals_its_slow_twin(dtype: torch.dtype, seed: int) -> None:
+def test_additive_zero_equals_the_slow_reference(dtype: torch.dtype, seed: int) -> None:
     scale = random_scale(3, 4, dtype, seed)
     zero_point = random_codes((3, 4), "int8", seed)
     zero = additive_zero(scale, zero_point)
@@ -85,7 +85,7 @@ def test_additive_zero_equals_its_slow_twin(dtype: torch.dtype, seed: int) -> No
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=st.sampled_from(["int4", "int8", "fp8"]),
+    code_dtype=st.sampled_from(["int4", "int8", "fp8"]),
     scale_dtype=st.sampled_from(SCALE_DTYPES),
     dtype=st.sampled_from(DENSE_DTYPES),
     shape=st.tuples(st.integers(1, 5), st.integers(1, 13)),
@@ -93,8 +93,8 @@ def test_additive_zero_equals_its_slow_twin(dtype: torch.dtype, seed: int) -> No
     with_zero_point=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_dequantizing_equals_its_slow_twin(
-    kind: str,
+def test_dequantizing_equals_the_slow_reference(
+    code_dtype: str,
     scale_dtype: torch.dtype,
     dtype: torch.dtype,
     shape: tuple[int, int],
@@ -102,15 +102,15 @@ def test_dequantizing_equals_its_slow_twin(
     with_zero_point: bool,
     seed: int,
 ) -> None:
-    """Every element is the exact value rounded once; the last group may be short."""
+    """Every element is the exact value, rounded once; the last group may have fewer columns."""
     rows, columns = shape
     group_size = strategy if isinstance(strategy, int) else None
     groups = -(-columns // group_size) if group_size else 1
     scale = random_scale(1 if strategy == "tensor" else rows, groups, scale_dtype, seed)
     zero_point = None
-    if with_zero_point and kind != "fp8":
-        zero_point = random_codes(tuple(scale.shape), kind, seed + 1)
-    codes = random_codes(shape, kind, seed)
+    if with_zero_point and code_dtype != "fp8":
+        zero_point = random_codes(tuple(scale.shape), code_dtype, seed + 1)
+    codes = random_codes(shape, code_dtype, seed)
     before = codes.clone()
     scaling = Scaling(scale=scale, zero_point=zero_point, group_columns=group_size)
     values = dequantize(codes, scaling, dtype)
@@ -123,7 +123,7 @@ def test_dequantizing_equals_its_slow_twin(
 
 @pytest.mark.parametrize("tile_elements", [1, 24, 1 << 20])
 @pytest.mark.parametrize(("scale_rows", "groups"), [(1, 1), (7, 1), (7, 2)])
-def test_the_size_of_a_tile_changes_nothing(
+def test_the_tile_size_does_not_change_the_result(
     scale_rows: int, groups: int, tile_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = random_codes((7, 8), "int4", seed=1)
@@ -142,8 +142,8 @@ def test_a_zero_scale_gives_zeros_and_nan_stays_nan() -> None:
     assert values[1].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_float32_scales_are_not_rounded_on_the_way() -> None:
-    """5 * scale lies above the middle of 1 and the next bfloat16 number by less than float32 can see."""
+def test_float32_scales_are_not_rounded_in_between() -> None:
+    """5 * scale exceeds the midpoint of 1 and the next bfloat16 number by less than the precision of float32."""
     scale = torch.tensor([[float.fromhex("0x1.9b3334p-3")]])
     codes = torch.tensor([[5]], dtype=torch.int8)
     assert dequantize(codes, Scaling(scale=scale), torch.bfloat16).item() == 1 + 2**-7

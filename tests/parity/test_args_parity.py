@@ -46,7 +46,7 @@ OTHERS = (
     {"zp_dtype": "integer"},
     {"observer": "mse", "observer_kwargs": {"maxshrink": 0.2}},
 )
-# We refuse what the library accepts, because no format can store it or its meaning is open.
+# This package refuses these arguments although the library accepts them: no format stores them, or they are ambiguous.
 STRICTER = (
     {"num_bits": 16},
     {"num_bits": 0},
@@ -56,7 +56,7 @@ STRICTER = (
     {"symmetric": "true"},
     {"dynamic": 1},
 )
-# We read what 0.20 refuses: older releases wrote it, and its meaning is known.
+# This package reads these arguments although 0.20 refuses them: older releases wrote them, and their meaning is known.
 LOOSER = (
     ({"actorder": "group", "group_size": 64}, "int4 group 64 actorder group"),
     ({"actorder": "dynamic", "group_size": 64}, "int4 group 64 actorder group"),
@@ -80,7 +80,7 @@ def theirs(given: dict[str, object]):
 
 
 def as_ours(args) -> QuantArgs:
-    """The library's value in our words: no group size without groups, no zero-point dtype without zero points."""
+    """The library's arguments as `QuantArgs`: no group size without groups, no zero-point dtype without zero points."""
     return QuantArgs(
         num_bits=args.num_bits,
         type=NumberType(args.type),
@@ -101,7 +101,7 @@ def grid() -> list[dict[str, object]]:
 
 
 def test_every_point_of_the_grid_is_read_or_refused_alike():
-    """Field by field where the library accepts, refused where it refuses."""
+    """All fields are equal if the library accepts the arguments; if it refuses them, so does this package."""
     points = grid()
     differing = []
     accepted = 0

@@ -1,4 +1,4 @@
-"""Our codecs against the library that writes the files: equal codes, scales, zero points and plain weights."""
+"""Codecs compared with the library that writes the files: equal codes, scales, zero points and plain weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What the library was given, what it stored, and what it makes of that itself."""
+    """The codes and scales that the library was given, the tensors that it stored, and its own decompressed weights."""
 
     codes: Tensor
     scale: Tensor
@@ -62,7 +62,7 @@ class Written:
 def write(
     compression: str, arguments: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype, seed: int
 ) -> Written:
-    """Random weights with random scales and zero points through the library's compressor and back."""
+    """Compress and decompress random weights with random scales and zero points, with the library."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.lifecycle.forward import quantize
@@ -78,7 +78,7 @@ def write(
     zero_point = None
     if not args.symmetric:
         zero_point = torch.randint(-half, half, grid, generator=generator, dtype=torch.int8)
-    # Half of the range is exceeded now and then, so that codes at both ends occur.
+    # Some weights exceed the range of the codes, so that the lowest and the highest code occur.
     top = 448 if args.type == "float" else half
     weight = (torch.randn(shape, generator=generator) * top * scale.double().mean() * 0.5).to(dtype)
     state = {"weight": weight, "weight_scale": scale} | (
@@ -114,7 +114,7 @@ def plain_codes(codes: Codes) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """For comparisons that tell NaN codes and signed zeros apart."""
+    """The bits of a tensor, for comparisons that distinguish NaN codes and signed zeros."""
     return tensor.flatten().view(torch.uint8)
 
 
@@ -152,7 +152,7 @@ def test_both_codecs_read_what_the_library_writes(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Any size, rows and columns that fill no whole word among them; dense weights in the library's output dtype."""
+    """Sizes include rows and columns that do not fill a word; plain weights have the library's output dtype."""
     if arguments["strategy"] == GROUP:
         arguments = arguments | {"group_size": group_size}
         columns = group_size * (1 + columns % 3)  # the library takes whole groups only
@@ -179,7 +179,7 @@ def surplus_columns(stored: dict[str, Tensor]) -> None:
 
 
 def plain_zero_point(stored: dict[str, Tensor]) -> None:
-    """As releases up to 0.9.3 store it."""
+    """Store the zero point plain, as releases up to 0.9.3 do."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     stored["weight_zero_point"] = unpack_from_int32(
@@ -201,8 +201,8 @@ def no_shape(stored: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("codec", [NATIVE, LIBRARY], ids=["native", "library"])
 @pytest.mark.parametrize("deviate", [surplus_columns, plain_zero_point, flat_scale, lying_scale, no_shape])
-def test_both_codecs_read_what_other_writers_make_of_the_format(deviate: Any, codec: Codec) -> None:
-    """The library alone refuses these, or misreads them."""
+def test_both_codecs_read_the_variants_of_other_writers(deviate: Any, codec: Codec) -> None:
+    """The library without this package refuses or misreads these variants."""
     compression, arguments = SCHEMES["int4 channel asymmetric"]
     written = write(compression, arguments, (10, 64), torch.bfloat16, seed=2)
     deviating = dict(written.stored)
@@ -212,7 +212,7 @@ def test_both_codecs_read_what_other_writers_make_of_the_format(deviate: Any, co
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantizing_to_another_dtype_starts_from_exact_values(dtype: torch.dtype) -> None:
-    """The library rounds to the dtype of the scale first; ours rounds once, so it is never further from the value."""
+    """The library rounds to the dtype of the scale first; this package rounds once, so its error is never larger."""
     compression, arguments = SCHEMES["int8 packed group"]
     written = write(compression, arguments, (10, 64), torch.bfloat16, seed=3)
     weight = describe(arguments, written.stored, (10, 64))

@@ -33,7 +33,7 @@ every_mx_format = pytest.mark.parametrize(("name", "args"), MX.items(), ids=MX.k
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What the library quantized a weight to, what it stored, and what it makes of that itself."""
+    """The codes and scales that the library made of a weight, the tensors that it stored, and what it decompressed."""
 
     codes: Tensor
     scale: Tensor
@@ -61,7 +61,7 @@ def compressor_of(name: str) -> Any:
 
 
 def write(name: str, args: QuantArgs, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Written:
-    """Random weights, calibrated by minimum and maximum, through the library's compressor and back."""
+    """Compress and decompress random weights, calibrated by minimum and maximum, with the library."""
     from compressed_tensors.quantization.lifecycle.forward import quantize
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
@@ -95,7 +95,7 @@ def numbers(codes: Codes) -> tuple[Tensor, Tensor]:
 
 
 def half_a_step(values: Tensor) -> Tensor:
-    """Half the distance of neighbours in bfloat16, which has eight bits of precision."""
+    """Half the distance between neighbouring bfloat16 numbers, which have eight bits of precision."""
     _, exponent = torch.frexp(values)
     return torch.ldexp(torch.ones_like(values), exponent - 9)
 
@@ -132,7 +132,7 @@ def test_both_codecs_read_what_the_library_writes(
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_dense_values_of_mx_are_equal(name: str, args: QuantArgs, rows: int, groups: int, seed: int) -> None:
-    """Any bytes: NaN codes of float8 and signed zeros too."""
+    """The bytes include NaN codes of float8 and signed zeros."""
     stored = random_module(args, (rows, 32 * groups), seed)
     dense = compressor_of(name).decompress(stored, scheme_of(args))["weight"]
     ours = NATIVE.dequantize(described(args, stored), stored, torch.bfloat16)
@@ -143,7 +143,7 @@ def test_dense_values_of_mx_are_equal(name: str, args: QuantArgs, rows: int, gro
 
 @every_mx_format
 def test_every_exponent_but_nan_is_read_as_the_library_reads_it(name: str, args: QuantArgs) -> None:
-    """Products at both ends of bfloat16 too; of 255, NaN by the standard, the library makes infinity."""
+    """Products reach both ends of bfloat16. 255 is NaN by the standard, but the library reads it as infinity."""
     stored = random_module(args, (256, 32), seed=6)
     stored["weight_scale"] = torch.arange(256, dtype=torch.uint8).reshape(256, 1)
     dense = compressor_of(name).decompress(stored, scheme_of(args))["weight"]
@@ -165,12 +165,12 @@ def test_encoding_gives_the_very_tensors_that_the_library_writes(name: str, args
 
 
 def scalar_global_scale(stored: dict[str, Tensor]) -> None:
-    """The library divides in bfloat16 then."""
+    """Store a scalar global scale; the library then divides in bfloat16."""
     stored["weight_global_scale"] = stored["weight_global_scale"].reshape(())
 
 
 def scale_bytes(stored: dict[str, Tensor]) -> None:
-    """The library takes E4M3 bytes for integers."""
+    """Store the E4M3 scales as uint8; the library treats these bytes as integers."""
     stored["weight_scale"] = stored["weight_scale"].view(torch.uint8)
 
 
@@ -208,7 +208,7 @@ def test_third_parties_call_the_strategy_group() -> None:
 
 
 def test_an_expert_without_calibration_is_zero_for_both() -> None:
-    """The library alone divides zero by zero."""
+    """The library without this package divides zero by zero."""
     stored = random_module(NVFP4_ARGS, (6, 64), seed=5) | {"weight_global_scale": torch.zeros(1)}
     weight = described(NVFP4_ARGS, stored)
     for codec in (NATIVE, LIBRARY):
@@ -216,8 +216,8 @@ def test_an_expert_without_calibration_is_zero_for_both() -> None:
 
 
 @every_format
-def test_a_last_group_that_is_not_whole_is_left_to_our_own_codec(name: str, args: QuantArgs) -> None:
-    """No release writes one, and the library refuses it."""
+def test_a_last_group_that_is_not_full_is_left_to_the_native_codec(name: str, args: QuantArgs) -> None:
+    """No release writes such a group, and the library refuses it."""
     columns = (args.group_size or 0) + 7
     stored = random_module(args, (3, columns), seed=7)
     weight = described(args, stored, (3, columns))

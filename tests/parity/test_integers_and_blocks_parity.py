@@ -1,4 +1,4 @@
-"""Integers of every width and float8 blocks: what the library writes over random legal arguments is read alike."""
+"""Integers of every width and float8 blocks, written by the library with random legal arguments, are read alike."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Arguments that the library takes, and a weight for them; `grid` is the shape of the scale."""
+    """Arguments that the library accepts, and a weight for them; `grid` is the shape of the scale."""
 
     compression: str
     arguments: dict[str, Any]
@@ -41,7 +41,7 @@ class Case:
 
 @st.composite
 def integer_cases(draw: st.DrawFn, compression: str) -> Case:
-    """Any width, strategy and symmetry; whole groups only, which is all that the library takes."""
+    """Cases of any width, strategy and symmetry, with full groups only: the library accepts no other groups."""
     strategy = draw(st.sampled_from(["tensor", "channel", "group"]))
     size = draw(st.sampled_from([1, 3, 8, 32, 64]))
     rows = draw(st.integers(1, 40))
@@ -66,7 +66,7 @@ def integer_cases(draw: st.DrawFn, compression: str) -> Case:
 
 @st.composite
 def block_cases(draw: st.DrawFn) -> Case:
-    """Float8 blocks of any size, larger than the weight or cut off by its edges among them."""
+    """Cases of float8 blocks of any size, including blocks larger than the weight or cut off at its edges."""
     rows, columns = shape = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
     height, width = block = draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
     return Case(
@@ -80,7 +80,7 @@ def block_cases(draw: st.DrawFn) -> Case:
 
 
 def compressed(case: Case) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """What the library stores of a random weight, what it makes of that itself, and the scale and zero point it got."""
+    """What the library stores for a random weight, what it decompresses from it, and the scale and zero point used."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -91,11 +91,11 @@ def compressed(case: Case) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]
     given = {"weight_scale": (0.01 + torch.rand(case.grid, generator=generator)).to(case.dtype)}
     if not symmetric:
         given["weight_zero_point"] = torch.randint(-half, half, case.grid, generator=generator, dtype=torch.int8)
-    # Weights beyond the range occur, so that codes at both ends do too.
+    # Some weights exceed the range of the codes, so that the lowest and the highest code occur.
     weight = (torch.randn(case.shape, generator=generator) * top * 0.5).to(case.dtype)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**case.arguments))
     compressor = BaseCompressor.get_value_from_registry(case.compression)
-    # As they come from a file: the library can't read its own zero points of one word while they are a transposed view.
+    # Contiguous, as if read from a file: the library can't read its own zero points of one word as a transposed view.
     stored = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in compressor.compress({"weight": weight, **given}, scheme).items()
@@ -109,7 +109,7 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 def assert_read_alike(case: Case) -> None:
-    """Codes, scale, zero point and plain weights by both codecs; and encoding gives the library's bytes."""
+    """Both codecs give the codes, scale, zero point and plain weights; encoding gives the library's bytes."""
     stored, dense, given = compressed(case)
     args = read_weight_args(JsonObject(case.arguments, "weights", Findings()))
     assert args is not None
@@ -147,7 +147,7 @@ def test_packed_integers(case: Case) -> None:
 @settings(max_examples=60, deadline=None)
 @given(case=integer_cases("int-quantized"))
 def test_integers_in_bytes(case: Case) -> None:
-    """Eight bits, and fewer of them as W4A8 stores them."""
+    """The codes have eight bits, or fewer bits as W4A8 stores them."""
     assert_read_alike(case)
 
 
@@ -163,8 +163,10 @@ def test_float8_blocks(case: Case) -> None:
     deviation=st.sampled_from(["padded", "index", "ragged"]),
     seed=st.integers(0, 2**31),
 )
-def test_what_the_library_misreads_its_codec_leaves_to_ours(bits: int, deviation: str, seed: int) -> None:
-    """Padded words and group indices it would read wrong in silence, a last group that is not whole it refuses."""
+def test_the_library_codec_leaves_what_the_library_misreads_to_the_native_codec(
+    bits: int, deviation: str, seed: int
+) -> None:
+    """The library silently misreads padded words and group indices, and refuses a last group that is not full."""
     half = 1 << (bits - 1)
     generator = torch.Generator().manual_seed(seed)
     args = QuantArgs(num_bits=bits, strategy=Strategy.GROUP, group_size=24 if deviation == "ragged" else 32)

@@ -1,4 +1,4 @@
-"""Matching equals the compressed-tensors library's own, over a pool of names, classes and entries."""
+"""Matching selects the same modules as the compressed-tensors library, for a pool of names, classes and entries."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def library() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model():
-    """Nested modules under the names above, one of them of a subclass; an embedding and a norm."""
+    """A model of nested modules with the names above: one Linear of a subclass, an embedding and a norm."""
     import torch
 
     class MyLinear(torch.nn.Linear):
@@ -112,25 +112,25 @@ def test_one_entry_means_the_same_modules(library, model, entry):
 @settings(max_examples=60, deadline=None)
 @given(targets=POOL, ignore=POOL)
 def test_targets_and_ignore_select_the_same_modules(library, model, targets, ignore):
-    judge = Matcher(QuantizationConfig(groups=(group("one", targets),), ignore=tuple(ignore)))
+    matcher = Matcher(QuantizationConfig(groups=(group("one", targets),), ignore=tuple(ignore)))
     selected = [
-        name for name, module in model.named_modules() if judge.scheme_for(name, class_names(module)) is not None
+        name for name, module in model.named_modules() if matcher.scheme_for(name, class_names(module)) is not None
     ]
     assert selected == [name for name, _ in library.match_named_modules(model, targets, ignore)]
-    ignored = [name for name, module in model.named_modules() if judge.is_ignored(name, class_names(module))]
+    ignored = [name for name, module in model.named_modules() if matcher.is_ignored(name, class_names(module))]
     assert ignored == [name for name, module in model.named_modules() if library.is_match(name, module, ignore)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(POOL, max_size=3))
 def test_the_same_target_decides(library, model, target_lists):
-    """The library picks the first of `match_targets`; a target of several groups belongs to the last of them."""
+    """The library takes the first target of `match_targets`; a target of several groups belongs to the last group."""
     groups = tuple(group(str(index), targets) for index, targets in enumerate(target_lists))
-    judge = Matcher(QuantizationConfig(groups=groups))
-    owner = {target: found.name for found in groups for target in found.targets}
+    matcher = Matcher(QuantizationConfig(groups=groups))
+    owner = {target: group.name for group in groups for target in group.targets}
     for name, module in model.named_modules():
         decisive = library.match_targets(name, module, list(owner))
-        chosen = judge.scheme_for(name, class_names(module))
+        chosen = matcher.scheme_for(name, class_names(module))
         assert (chosen.name if chosen else None) == (owner[decisive[0]] if decisive else None), name
 
 
@@ -147,7 +147,7 @@ def test_the_same_target_decides(library, model, target_lists):
     ],
 )
 def test_whole_configs_apply_the_same_schemes(model, targets, ignore):
-    """Against `apply_quantization_config` itself, on a copy of the model; groups are told apart by their widths."""
+    """Compared with `apply_quantization_config` on a copy of the model; their widths distinguish the groups."""
     import copy
 
     from compressed_tensors.quantization import QuantizationConfig as LibraryConfig
@@ -161,12 +161,12 @@ def test_whole_configs_apply_the_same_schemes(model, targets, ignore):
         "ignore": ignore,
         "quantization_status": "compressed",
     }
-    judge = Matcher(CompressedTensorsConfigReader().read(block))
+    matcher = Matcher(CompressedTensorsConfigReader().read(block))
     theirs = copy.deepcopy(model)
     apply_quantization_config(theirs, LibraryConfig.model_validate(block), show_progress=False)
     for name, module in theirs.named_modules():
         if not {"Linear", "Embedding"} & set(class_names(module)):
             continue
         scheme = getattr(module, "quantization_scheme", None)
-        chosen = judge.scheme_for(name, class_names(module))
+        chosen = matcher.scheme_for(name, class_names(module))
         assert (chosen and chosen.scheme.weights.num_bits) == (scheme and scheme.weights.num_bits), name

@@ -1,4 +1,4 @@
-"""Folded weights against the library's own online transforms: one Linear of each kind, then whole checkpoints."""
+"""Folded weights compared with the library's online transforms: one Linear per transform, then whole checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def transform(kind: str = "hadamard", location: str = "input", name: str = "R", 
 
 
 def library_linear(transforms: Sequence[Transform], rows: int = ROWS, columns: int = COLUMNS) -> nn.Module:
-    """A Linear with random weights, to which the library applies the transforms in their order."""
+    """A Linear with random weights, to which the library applies the transforms in the given order."""
     from compressed_tensors.transform import apply_transform_config
 
     torch.manual_seed(0)
@@ -51,15 +51,15 @@ def library_config(transforms: Sequence[Transform], **more: Any) -> Any:
     from compressed_tensors.transform import TransformConfig
 
     groups: dict[str, dict[str, Any]] = {}
-    for each in transforms:
-        scheme = {"type": each.type, "randomize": each.randomize, "head_dim": each.head_dim, "apply": [], **more}
-        places = groups.setdefault(each.name, scheme)["apply"]
+    for entry in transforms:
+        scheme = {"type": entry.type, "randomize": entry.randomize, "head_dim": entry.head_dim, "apply": [], **more}
+        places = groups.setdefault(entry.name, scheme)["apply"]
         places.append(
             {
-                "targets": list(each.targets),
-                "ignore": list(each.ignore),
-                "location": each.location,
-                "inverse": each.inverse,
+                "targets": list(entry.targets),
+                "ignore": list(entry.ignore),
+                "location": entry.location,
+                "inverse": entry.inverse,
             }
         )
     return TransformConfig.model_validate({"config_groups": groups})
@@ -67,7 +67,7 @@ def library_config(transforms: Sequence[Transform], **more: Any) -> Any:
 
 def folded(stored: Mapping[str, Tensor], transforms: Sequence[Transform], local: str) -> Tensor:
     """A stored tensor of a Linear with its transforms folded in, in float64."""
-    folds = tuple(each for each in folds_of(transforms, "Linear") if local == "weight" or each.axis == 0)
+    folds = tuple(fold for fold in folds_of(transforms, "Linear") if local == "weight" or fold.axis == 0)
     spec = TensorSpec(DType.F64, tuple(stored[local].shape))
     return FoldPlain(result=spec, source=local, folds=folds).run(local, ModuleTensors(stored, None, NATIVE))
 
@@ -90,7 +90,7 @@ def cases() -> Iterator[tuple[Transform, ...]]:
 
 @pytest.mark.parametrize("transforms", list(cases()), ids=lambda each: " ".join(str(one) for one in each))
 def test_a_folded_linear_gives_what_the_library_computes(transforms: tuple[Transform, ...]) -> None:
-    """Every type, place and option: weight and bias in float64 against hooks in float64."""
+    """For every type, location and option, folded weight and bias in float64 equal the library's hooks in float64."""
     model = library_linear(transforms)
     stored = {name.removeprefix("0."): tensor.detach() for name, tensor in model.state_dict().items()}
     x = torch.randn(5, COLUMNS, dtype=torch.float64)
@@ -132,7 +132,7 @@ RECIPES: dict[str, tuple[Transform, ...]] = {
 def test_a_checkpoint_with_online_transforms_gives_the_librarys_logits(
     tmp_path: Path, recipe: str, model_type: str
 ) -> None:
-    """Matrices that modules share are stored once; Qwen2 has biases to rotate. float32, to 1e-5."""
+    """Shared matrices are stored once; Qwen2 has biases to rotate. Compared in float32 with a tolerance of 1e-5."""
     config = CONFIG | {"llama": {}, "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}}[model_type]
     tokens = torch.tensor([[1, 5, 7, 11, 13, 2]])
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_with_online_transforms_gives_the_librarys_logits(
 def write_transformed(
     directory: Path, config: dict[str, Any], transforms: Sequence[Transform], tokens: Tensor
 ) -> Tensor:
-    """A random model that the library rotates, quantizes to int8 and saves; gives its logits with hooks at work."""
+    """Save a random model that the library rotated and quantized to int8; return its logits, computed with hooks."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.transform import apply_transform_config
@@ -175,7 +175,7 @@ def write_transformed(
 
 
 def plain_logits(config: Mapping[str, Any], weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """What a plain transformers model computes with these weights."""
+    """The logits of a plain transformers model with these weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()

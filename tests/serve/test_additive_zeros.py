@@ -1,4 +1,4 @@
-"""Asymmetric int4 on engines without a Linear method for it: one is put in, and nothing else is touched."""
+"""Asymmetric int4 on engines without a Linear method for it: one is installed, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TOKENS = list(range(5, 25))
 EXACT, ROUNDED_ZEROS = 2e-3, 5e-3
-"""Logits in standard deviations: the same weights, and zeros that are rounded to bfloat16."""
+"""Bounds on logits, in standard deviations: for equal weights, and for zeros that are rounded to bfloat16."""
 
 
 @pytest.fixture(params=engine_double.GENERATIONS)
@@ -43,7 +43,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def linears(engine: Any) -> Any:
-    """The engine's module of Linears."""
+    """The engine's module `_torch.modules.linear`."""
     from tensorrt_llm._torch.modules import linear
 
     return linear
@@ -51,14 +51,14 @@ def linears(engine: Any) -> Any:
 
 @pytest.fixture
 def served(linears: Any) -> Iterator[Any]:
-    """The same with the method in it."""
+    """The engine's module `_torch.modules.linear`, with the method installed."""
     install_additive_zeros(linears)
     yield linears
     uninstall_additive_zeros(linears)
 
 
 def planned(source: Path, out: Path, **options: Any) -> Path:
-    """What a plan for the engine delivers, as a directory."""
+    """Write what a plan for the engine delivers to a directory."""
     checkpoint = open_checkpoint(source)
     out.mkdir()
     options = {"to": "tensorrt_llm", **options}
@@ -101,7 +101,7 @@ def test_logits_are_those_of_the_stored_weights_with_zeros_in_the_models_dtype(
 
 
 def with_rounded_zeros(built: Built, group_size: int) -> dict[str, Tensor]:
-    """Exact weights, but for their additive zeros, -zero_point * scale, in the model's dtype; all fit float32."""
+    """Return exact float32 weights, but with additive zeros (-zero_point * scale) rounded to the model's dtype."""
     weights = built.state_dict(torch.float32)
     for name, packed in built.stored.items():
         module, _, local = name.rpartition(".")
@@ -125,7 +125,7 @@ def test_a_real_checkpoint_gives_its_golden_logits(
     assert golden.error(found) < ROUNDED_ZEROS
 
 
-def test_it_computes_what_the_engines_own_method_would(tmp_path: Path) -> None:
+def test_it_computes_the_same_as_the_engines_own_method(tmp_path: Path) -> None:
     """Pull request 19442; the parameters are the same as well, bit by bit."""
     directory = planned(write_checkpoint(tmp_path / "source", **asymmetric(64)).directory, tmp_path / "out")
     found = {}
@@ -141,7 +141,7 @@ def test_it_computes_what_the_engines_own_method_would(tmp_path: Path) -> None:
     assert all(torch.equal(found[True][name], found[False][name]) for name in found[True])
 
 
-def test_ranks_have_the_slices_of_the_whole(engine: Any, served: Any, tmp_path: Path) -> None:
+def test_ranks_have_the_slices_of_the_whole_tensor(engine: Any, served: Any, tmp_path: Path) -> None:
     """[K / g, N]: columns of fused Linears by shard, groups of the others by rank."""
     directory = planned(write_checkpoint(tmp_path / "source", **asymmetric(64)).directory, tmp_path / "out")
     zeros = {}
@@ -163,14 +163,14 @@ def test_ranks_have_the_slices_of_the_whole(engine: Any, served: Any, tmp_path: 
     assert len(whole) == 2 * 4
 
 
-# Putting in and taking out.
+# Installing and uninstalling.
 
 
 def asymmetric_config(linears: Any) -> Any:
     return linears.QuantConfig(quant_algo="W4A16_GPTQ", group_size=64, has_zero_point=True)
 
 
-def test_it_is_put_in_once_and_taken_out_without_a_trace(linears: Any) -> None:
+def test_it_is_installed_once_and_uninstalled_completely(linears: Any) -> None:
     stock = linears.get_quant_method
     assert install_additive_zeros(linears)
     first = linears.get_quant_method
@@ -194,7 +194,7 @@ def test_every_other_mode_keeps_the_engines_choice(linears: Any, algo: str | Non
     assert type(linears.get_quant_method(config)) is stock
 
 
-def test_an_engine_with_a_method_of_its_own_is_left_alone() -> None:
+def test_an_engine_with_its_own_method_is_not_changed() -> None:
     with engine_double.installed("newest", gptq=True):
         from tensorrt_llm._torch.modules import linear
 
@@ -204,24 +204,24 @@ def test_an_engine_with_a_method_of_its_own_is_left_alone() -> None:
         assert linear.get_quant_method is stock
 
 
-def test_ours_is_not_taken_for_the_engines_own(served: Any) -> None:
+def test_the_installed_method_does_not_count_as_the_engines_own(served: Any) -> None:
     assert not has_own_additive_zeros(served)
 
 
-# What forbids or prevents it.
+# The environment variable, and engines that lack something.
 
 
-def test_the_switch_forbids_it(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_forbids_it(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRTLLM_CT_NO_PATCH", "1")
     stock = linears.get_quant_method
     assert not can_install_additive_zeros(linears)
-    with pytest.raises(PlanError, match="TRTLLM_CT_NO_PATCH: expected leave to give TensorRT-LLM a Linear method"):
+    with pytest.raises(PlanError, match="TRTLLM_CT_NO_PATCH: expected permission to install a Linear method"):
         install_additive_zeros(linears)
     assert linears.get_quant_method is stock
 
 
 @pytest.mark.reference
-def test_without_it_the_plan_dequantizes(engine: Any, tmp_path: Path) -> None:
+def test_without_the_method_the_plan_dequantizes(engine: Any, tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "source", **asymmetric(64))
     rounded = {name: tensor.float().bfloat16() for name, tensor in built.dense.items()}
 
@@ -238,7 +238,7 @@ def test_without_it_the_plan_dequantizes(engine: Any, tmp_path: Path) -> None:
         (None, "W4A16_AWQ_LinearMethod", r"W4A16_AWQ_LinearMethod\.create_weights"),
     ],
 )
-def test_an_engine_without_its_parts_is_named(
+def test_missing_parts_of_the_engine_are_named(
     linears: Any, monkeypatch: pytest.MonkeyPatch, owner: str | None, name: str, named: str
 ) -> None:
     monkeypatch.setattr(getattr(linears, owner) if owner else linears, name, None)
@@ -248,7 +248,7 @@ def test_an_engine_without_its_parts_is_named(
     assert all("TRTLLM_CT_NO_PATCH=1" in fault.remedy for fault in caught.value.faults)
 
 
-def test_an_engine_that_cuts_in_another_way_is_named(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_slicing_function_is_named(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears.Linear, "load_shard", lambda self, weights, label, device: None, raising=False)
     with pytest.raises(PlanError, match=r"argument scale_span of Linear\.load_shard"):
         install_additive_zeros(linears)
@@ -258,7 +258,7 @@ def test_an_engine_that_cuts_in_another_way_is_named(linears: Any, monkeypatch: 
         install_additive_zeros(linears)
 
 
-def test_an_engine_whose_gemm_takes_no_zeros_is_named(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gemm_without_zeros_is_named(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     older = SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=[])))
@@ -267,7 +267,7 @@ def test_an_engine_whose_gemm_takes_no_zeros_is_named(linears: Any, monkeypatch:
         install_additive_zeros(linears)
 
 
-def test_float32_models_are_refused(served: Any) -> None:
+def test_float32_models_raise(served: Any) -> None:
     with pytest.raises(PlanError, match=r"expected float16 or bfloat16.*, found torch\.float32"):
         served.Linear(64, 32, bias=False, dtype=torch.float32, quant_config=asymmetric_config(served))
 
@@ -299,7 +299,7 @@ def test_zeros_are_added_to_scaled_codes(served: Any) -> None:
     assert output[0, 32:].eq(5.0 * 128).all()
 
 
-def test_a_linear_that_stands_alone_keeps_no_scale_of_its_input(served: Any) -> None:
+def test_an_unfused_linear_keeps_no_pre_quant_scale(served: Any) -> None:
     module = served.Linear(128, 32, bias=False, quant_config=asymmetric_config(served))
     module.load_weights([shard()])
     assert module.pre_quant_scale is None
@@ -309,13 +309,13 @@ def test_a_linear_that_stands_alone_keeps_no_scale_of_its_input(served: Any) -> 
 @pytest.mark.parametrize(
     ("zero", "found"), [(None, "none"), (torch.full((32, 1), 1.0), r"\(32, 1\)"), (torch.ones(1, 1), r"\(1, 1\)")]
 )
-def test_missing_zeros_and_those_that_would_be_spread_are_refused(served: Any, zero: Tensor | None, found: str) -> None:
+def test_missing_zeros_and_zeros_that_would_be_broadcast_raise(served: Any, zero: Tensor | None, found: str) -> None:
     with pytest.raises(PayloadError, match=rf"shard 1 of 2: expected one .*\(32, 2\), found {found}"):
         fused(served).load_weights([shard(), shard(weight_zero=zero)])
 
 
-def test_scales_that_the_engine_lays_out_otherwise_are_noticed(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The zeros would lie beside the wrong rows."""
+def test_scales_that_the_engine_lays_out_differently_raise(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the zeros would belong to the wrong rows."""
     base = served.W4A16_AWQ_LinearMethod
     stock = base.load_weights_fused_gate_up_linear
 

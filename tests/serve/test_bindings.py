@@ -1,4 +1,4 @@
-"""Our loader in the engine, on both releases: every scheme, any rank, any number of times, and never quietly wrong."""
+"""This package's loader in the engine, on both generations of releases: all schemes, several ranks, repeated loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIXED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "fp8-block"),
 }
 EXACT, ROUNDED = 2e-3, 2e-2
-"""In standard deviations of the logits: every value as stored, and weights rounded to the dtype of the model."""
+"""Bounds in standard deviations of the logits: for exact weights, and for weights rounded to the model's dtype."""
 BOUNDS: dict[str, float] = {
     "int4-g64": EXACT,
     "int4-g128": EXACT,
@@ -76,7 +76,7 @@ def mapping(**parts: int) -> Any:
 @pytest.mark.reference
 @pytest.mark.parametrize("scheme", BOUNDS)
 def test_every_scheme_gives_the_logits_of_its_values(engine: Any, tmp_path: Path, scheme: str) -> None:
-    # Additive zeros are rounded as they are, up to eight steps large: in bfloat16 that alone would be 0.03.
+    # Additive zeros are up to eight quantization steps large; rounding them to bfloat16 alone would give 0.03.
     config = WIDE | ({"dtype": "float16"} if scheme.endswith("asym") else {})
     built = write_checkpoint(tmp_path / "model", config=config, scheme=MIXED if scheme == "mixed" else scheme)
 
@@ -111,7 +111,7 @@ def test_ranks_in_one_process(engine: Any, tmp_path: Path, sizes: tuple[int, int
 @pytest.mark.reference
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 def test_two_spawned_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
-    """They get pickled arguments and few environment variables, and each leaves its report."""
+    """Workers get pickled arguments and few environment variables, and each one writes its report."""
     monkeypatch.setenv("TRTLLM_CT_REPORTS", str(tmp_path / "reports"))
     built = write_checkpoint(tmp_path / "model", config=WIDE, scheme="int4-g64")
 

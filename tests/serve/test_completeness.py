@@ -1,6 +1,6 @@
-"""What a rank is handed is what its plan promises and what the engine reads: one tensor more or less is an error.
+"""The loaded tensors of a rank must match its plan and what the engine reads; any missing or surplus tensor raises.
 
-The names that modes read are held against the engine double, whose Linears and experts say what they ask for.
+The tables of names are compared with the engine double, whose Linears and experts record which tensors they read.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ EXPERTS: dict[QuantAlgo, str] = {
 
 
 class Shipment:
-    """A checkpoint, its plan for one rank of the newest releases, and what that rank is handed."""
+    """A checkpoint, its plan for one rank of the newest releases, and the tensors loaded for that rank."""
 
     def __init__(self, directory: Path, rank: Rank = Rank(), **written: Any) -> None:  # noqa: B008 (frozen)
         write_checkpoint(directory, **written)
@@ -98,7 +98,7 @@ def edited(plan: Plan, edit: Callable[[ModulePlan], ModulePlan]) -> Plan:
 
 
 def without(module: str, local: str) -> Callable[[ModulePlan], ModulePlan]:
-    """An edit that has a plan forget one tensor."""
+    """Return an edit that removes one tensor from a plan."""
 
     def edit(each: ModulePlan) -> ModulePlan:
         kept = tuple(delivery for delivery in each.deliveries if delivery.name != f"{module}.{local}")
@@ -108,7 +108,7 @@ def without(module: str, local: str) -> Callable[[ModulePlan], ModulePlan]:
 
 
 def renamed(module: str, local: str, name: str) -> Callable[[ModulePlan], ModulePlan]:
-    """An edit that has a plan deliver one tensor a second time, under another name."""
+    """Return an edit that makes a plan deliver one tensor again under another name."""
 
     def edit(each: ModulePlan) -> ModulePlan:
         found = [delivery for delivery in each.deliveries if delivery.name == f"{module}.{local}"]
@@ -133,11 +133,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Shipment:
     return Shipment(tmp_path_factory.mktemp("mixed") / "model", config=CONFIG, scheme=scheme, kv=True)
 
 
-def test_what_was_delivered_as_planned_passes(mixed: Shipment) -> None:
+def test_tensors_as_planned_pass(mixed: Shipment) -> None:
     assert prove_complete(mixed.plan, mixed.weights) == ()
 
 
-def test_a_tensor_that_is_missing_is_named_with_what_was_promised(mixed: Shipment) -> None:
+def test_a_missing_tensor_is_named_with_its_spec(mixed: Shipment) -> None:
     name = f"{ATTENTION}.o_proj.weight_scale"
     weights = {each: tensor for each, tensor in mixed.weights.items() if each != name}
 
@@ -163,7 +163,7 @@ def test_a_tensor_that_is_missing_is_named_with_what_was_promised(mixed: Shipmen
     ],
     ids=["dtype", "one row less", "no rows", "one element in a vector", "sign of bytes", "transposed"],
 )
-def test_another_dtype_or_shape_is_named_with_both(
+def test_a_different_dtype_or_shape_is_named(
     mixed: Shipment, name: str, change: Callable[[Tensor], Tensor], found: str
 ) -> None:
     changed = change(mixed.weights[name])
@@ -181,7 +181,7 @@ def test_another_dtype_or_shape_is_named_with_both(
     ["model.norm.bias", "lm_head.weight_scale", "weight", "", f"{ATTENTION}.qkv_proj.weight", f"{MLP}.down_proj.zero"],
     ids=str,
 )
-def test_a_tensor_that_nobody_planned_is_named(mixed: Shipment, name: str) -> None:
+def test_a_tensor_outside_the_plan_is_named(mixed: Shipment, name: str) -> None:
     with pytest.raises(LoadError, match="expected a tensor of the plan, found one that it doesn't have") as caught:
         prove_complete(mixed.plan, {**mixed.weights, name: torch.tensor(float("nan"))})
 
@@ -189,7 +189,7 @@ def test_a_tensor_that_nobody_planned_is_named(mixed: Shipment, name: str) -> No
 
 
 def test_a_tensor_that_two_modules_deliver_is_named(mixed: Shipment) -> None:
-    """The later one would replace the other in silence."""
+    """The later tensor would silently replace the earlier one."""
     norm = mixed.plan.module("model.norm")
     twice = replace(mixed.plan, modules=(*mixed.plan.modules, replace(norm, name="model.norm_too")))
 
@@ -199,7 +199,7 @@ def test_a_tensor_that_two_modules_deliver_is_named(mixed: Shipment) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_all_that_is_wrong_is_named_together_and_nothing_else(mixed: Shipment, data: st.DataObject) -> None:
+def test_all_faults_are_named_together_and_nothing_else(mixed: Shipment, data: st.DataObject) -> None:
     names = st.sets(st.sampled_from(sorted(mixed.weights)), max_size=4)
     lost, cast, cut = data.draw(names), data.draw(names), data.draw(names)
     added = data.draw(st.sets(st.text("ab.", max_size=5), max_size=3))
@@ -221,11 +221,11 @@ def test_all_that_is_wrong_is_named_together_and_nothing_else(mixed: Shipment, d
     assert wheres(caught) == wrong
 
 
-# What the engine reads: the second table against a plan that is wrong in itself.
+# What the engine reads: plans that are wrong themselves are found by the tables of names.
 
 
 @pytest.mark.parametrize(("algo", "scheme"), LINEARS.items(), ids=LINEARS)
-def test_a_plan_that_forgets_what_a_linear_reads_is_refused(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
+def test_a_plan_without_a_tensor_that_a_linear_reads_raises(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
     shipped = Shipment(tmp_path / "model", config=CONFIG, scheme=scheme)
     demanded = shipped.locals_of(f"{MLP}.down_proj").keys() - ({"input_scale"} if algo is QuantAlgo.FP8 else set())
 
@@ -241,7 +241,7 @@ def test_a_plan_that_forgets_what_a_linear_reads_is_refused(tmp_path: Path, algo
 
 
 @pytest.mark.parametrize(("algo", "scheme"), EXPERTS.items(), ids=EXPERTS)
-def test_a_plan_that_forgets_what_an_expert_reads_is_refused(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
+def test_a_plan_without_a_tensor_that_an_expert_reads_raises(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
     shipped = Shipment(tmp_path / "model", config=ONE_LAYER, scheme=scheme)
     expert = "model.layers.0.block_sparse_moe.experts.3.w2"
 
@@ -254,8 +254,8 @@ def test_a_plan_that_forgets_what_an_expert_reads_is_refused(tmp_path: Path, alg
         assert re.fullmatch(rf"one, which it reads \({algo}.* expert\)", fault.expected)
 
 
-def test_linears_that_are_made_one_need_no_scale_of_their_input(tmp_path: Path) -> None:
-    """The engine demands `pre_quant_scale` of a Linear that stands alone, and never reads it in a fused one."""
+def test_fused_linears_need_no_pre_quant_scale(tmp_path: Path) -> None:
+    """The engine requires `pre_quant_scale` of an unfused Linear, and never reads it in a fused one."""
     shipped = Shipment(tmp_path / "model", config=CONFIG, scheme="int4-g64")
 
     assert prove_complete(shipped.plan, shipped.weights) == ()
@@ -265,8 +265,8 @@ def test_linears_that_are_made_one_need_no_scale_of_their_input(tmp_path: Path) 
         prove_complete(plan, shipped.delivered(plan))
 
 
-def test_a_scale_that_would_spoil_attention_is_refused(tmp_path: Path) -> None:
-    """Row-wise FP8 reads an `input_scale`: attention divides by it, and the GEMM doesn't multiply."""
+def test_an_input_scale_of_row_wise_fp8_raises(tmp_path: Path) -> None:
+    """In row-wise FP8, attention would divide by an `input_scale`, and the GEMM would not multiply by it."""
     shipped = Shipment(tmp_path / "model", config=CONFIG, scheme="fp8-channel-token")
     name = f"{ATTENTION}.o_proj.input_scale"
     plan = edited(shipped.plan, renamed(f"{ATTENTION}.o_proj", "weight_scale", name))
@@ -279,7 +279,7 @@ def test_a_scale_that_would_spoil_attention_is_refused(tmp_path: Path) -> None:
     assert fault.expected == "none, as it reads none (FP8_PER_CHANNEL_PER_TOKEN Linear)"
 
 
-def test_codes_that_are_left_beside_a_dequantized_weight_are_refused(tmp_path: Path) -> None:
+def test_codes_next_to_a_dequantized_weight_raise(tmp_path: Path) -> None:
     shipped = Shipment(tmp_path / "model", config=CONFIG, scheme="int4-g32")
     name = f"{MLP}.up_proj.weight_scale"
     plan = edited(shipped.plan, renamed(f"{MLP}.up_proj", "weight", name))
@@ -288,7 +288,7 @@ def test_codes_that_are_left_beside_a_dequantized_weight_are_refused(tmp_path: P
         prove_complete(plan, shipped.delivered(plan))
 
 
-def test_second_names_are_known_and_not_demanded(tmp_path: Path) -> None:
+def test_aliases_are_accepted_and_not_required(tmp_path: Path) -> None:
     shipped = Shipment(tmp_path / "model", config=ONE_LAYER, scheme="fp8-block")
     expert = "model.layers.0.block_sparse_moe.experts.0.w1"
     assert shipped.weights[f"{expert}.weight_scale_inv"].equal(shipped.weights[f"{expert}.weight_scale"])
@@ -312,8 +312,8 @@ def test_second_names_are_known_and_not_demanded(tmp_path: Path) -> None:
     ],
     ids=["fp8", "nvfp4", "nvfp4 weights", "int4", "row-wise", "plain attention", "dequantized attention"],
 )
-def test_cache_scales_that_this_mode_does_not_read_are_marked(tmp_path: Path, scheme: Any, read: bool) -> None:
-    """They are delivered for the sake of other modes, and do no harm."""
+def test_unread_kv_cache_scales_are_returned(tmp_path: Path, scheme: Any, read: bool) -> None:
+    """They are delivered because other modes read them, and are harmless."""
     shipped = Shipment(tmp_path / "model", config=CONFIG, scheme=scheme, kv=True)
     scales = {f"{ATTENTION}.k_proj.k_scale", f"{ATTENTION}.v_proj.v_scale"}
     assert scales <= shipped.weights.keys()
@@ -321,11 +321,11 @@ def test_cache_scales_that_this_mode_does_not_read_are_marked(tmp_path: Path, sc
     assert set(prove_complete(shipped.plan, shipped.weights)) == (set() if read else scales)
 
 
-# The second table itself, against the double.
+# The tables themselves, compared with the double.
 
 
 class Recorder(dict[str, Any]):
-    """Notes which tensors are asked for and there; a union keeps the notes."""
+    """A dictionary that records which of its tensors are read; a union with it keeps the record."""
 
     def __init__(self, tensors: dict[str, Any], notes: set[str]) -> None:
         super().__init__(tensors)
@@ -340,7 +340,10 @@ class Recorder(dict[str, Any]):
 
 
 def load_linear(shipped: Shipment, names: Iterable[str], without: str | None = None) -> tuple[set[str], bool]:
-    """What a Linear of the double asks for, and whether its output has a value; `names` are one or its parts."""
+    """Return the tensors that a Linear of the double reads, and whether its output is finite.
+
+    `names` are a module, or the parts of a fused Linear.
+    """
     linear = import_module("tensorrt_llm._torch.modules.linear")
     poison = import_module("tensorrt_llm._torch.pyexecutor.model_loader").uninitialized_memory_is_poison
     parts = [shipped.plan.module(name) for name in names]
@@ -374,10 +377,10 @@ def newest() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("algo", "scheme"), LINEARS.items(), ids=LINEARS)
 @pytest.mark.parametrize("fused", [False, True], ids=["alone", "fused"])
-def test_the_table_of_linears_is_what_the_engine_asks_for(
+def test_the_table_of_linears_is_what_the_engine_reads(
     newest: Any, tmp_path: Path, algo: QuantAlgo, scheme: str, fused: bool
 ) -> None:
-    """And what is called required can't be left out: it is an error, or memory that nobody wrote is in the result."""
+    """Without a required tensor there is an error, or uninitialized memory in the result."""
     config = tiny_config("Qwen2ForCausalLM", hidden=128, kv_heads=4, intermediate=128, layers=1)
     shipped = Shipment(tmp_path / "model", config=config, scheme=scheme, kv=True)
     names = [f"{ATTENTION}.{part}_proj" for part in "qkv"] if fused else [f"{MLP}.down_proj"]
@@ -400,7 +403,7 @@ def _loads(shipped: Shipment, names: list[str], without: str) -> bool:
 
 @pytest.fixture(scope="module")
 def asked_of_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[QuantAlgo, set[str]]:
-    """In all releases and kernels together, where some know a scale by its second name only."""
+    """All releases and kernels together, because some read a scale only under its second name."""
     home = "model.layers.0.block_sparse_moe.experts."
     shipped = {
         algo: Shipment(tmp_path_factory.mktemp("experts") / "model", config=ONE_LAYER, scheme=scheme).weights
@@ -417,7 +420,7 @@ def asked_of_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[QuantAlgo
 
 
 @pytest.mark.parametrize("algo", EXPERTS)
-def test_the_table_of_experts_is_what_the_engine_asks_for(
+def test_the_table_of_experts_is_what_the_engine_reads(
     asked_of_experts: dict[QuantAlgo, set[str]], algo: QuantAlgo
 ) -> None:
     reads, asked = EXPERT_READS[algo], asked_of_experts[algo]
@@ -427,7 +430,7 @@ def test_the_table_of_experts_is_what_the_engine_asks_for(
 
 
 def _asked_by_experts(algo: QuantAlgo, backend: str, weights: dict[str, Tensor]) -> set[str]:
-    """Local names, of every expert the same; nothing where the release has no such experts."""
+    """Return the tensor names, the same for every expert; empty if the release has no such experts."""
     interface = import_module("tensorrt_llm._torch.modules.fused_moe.interface")
     quant_config = import_module("tensorrt_llm.models.modeling_utils").QuantConfig(quant_algo=str(algo))
     config = SimpleNamespace(
@@ -465,7 +468,7 @@ def test_every_mode_that_an_engine_has_is_in_the_tables() -> None:
     [*LINEAR_READS.values(), *EXPERT_READS.values()],
     ids=[*(f"Linear {algo}" for algo in LINEAR_READS), *(f"expert {algo}" for algo in EXPERT_READS)],
 )
-def test_no_name_is_demanded_and_optional(reads: Reads) -> None:
+def test_no_name_is_both_required_and_optional(reads: Reads) -> None:
     kinds = (reads.required, reads.alone, reads.optional, reads.aliases)
     assert sum(map(len, kinds)) == len(frozenset().union(*kinds))
 
@@ -476,7 +479,7 @@ SIZES = [Parallel(pipeline=2), Parallel(tensor=2, expert=2), Parallel(tensor=4, 
 
 
 class Place:
-    """A rank, and by the engine's own `Mapping` which modules it computes with."""
+    """A rank, and the modules that it computes with according to the engine's `Mapping`."""
 
     def __init__(self, mapping: Any) -> None:
         self.rank = Rank.from_mapping(mapping, 2)
@@ -504,7 +507,7 @@ def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("parallel", SIZES, ids=str)
-def test_a_rank_answers_for_its_own_stage_and_experts_only(experts: Path, parallel: Parallel) -> None:
+def test_a_rank_needs_only_its_own_stage_and_experts(experts: Path, parallel: Parallel) -> None:
     checkpoint = open_checkpoint(experts)
     whole = checkpoint.plan("tensorrt_llm", engine="stock-1.3", parallel=parallel)
 
@@ -517,13 +520,13 @@ def test_a_rank_answers_for_its_own_stage_and_experts_only(experts: Path, parall
         found = {name.rpartition(".")[0] for name in weights if "layers." in name and name.endswith(".weight")}
         mine = {module.name for module in whole.modules if place.computes_with(module) and "layers." in module.name}
         assert mine <= found
-        # The norm at the entrance of the next stage is computed with the end of this one.
+        # The first norm of the next stage is computed at the end of this stage.
         assert all(name.endswith(".input_layernorm") for name in found - mine)
 
 
 @pytest.mark.parametrize("parallel", SIZES, ids=str)
-def test_a_module_that_a_rank_computes_with_is_missed(experts: Path, parallel: Parallel) -> None:
-    """Each of them, whichever it is; and none that another rank computes with."""
+def test_a_missing_module_of_the_rank_raises(experts: Path, parallel: Parallel) -> None:
+    """This holds for every module of the rank, and for no module of another rank."""
     checkpoint = open_checkpoint(experts)
     whole = checkpoint.plan("tensorrt_llm", engine="stock-1.3", parallel=parallel)
 
@@ -548,7 +551,7 @@ def _missed(whole: Plan, own: Plan, model: Model, rank: Rank) -> set[str]:
     return {fault.where for fault in faults}
 
 
-def test_all_modules_that_are_missing_are_named_together(experts: Path) -> None:
+def test_all_missing_modules_are_named_together(experts: Path) -> None:
     checkpoint = open_checkpoint(experts)
     whole = checkpoint.plan("tensorrt_llm", engine="stock-1.3", parallel=ONE_RANK)
 
@@ -557,7 +560,7 @@ def test_all_modules_that_are_missing_are_named_together(experts: Path) -> None:
     assert missed == {module.name for module in whole.modules if module.deliveries}
 
 
-def test_what_another_stage_loads_is_surplus_here(tmp_path: Path) -> None:
+def test_a_tensor_of_another_stage_is_surplus(tmp_path: Path) -> None:
     parallel = Parallel(pipeline=2)
     first, last = (Rank(parallel=parallel, pipeline=stage, layers=(stage,)) for stage in range(2))
     shipped = Shipment(tmp_path / "model", first, config=tiny_config(hidden=128), scheme="int4-g64")

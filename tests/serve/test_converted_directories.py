@@ -1,4 +1,4 @@
-"""Directories that `convert --to modelopt` made, loaded as stock TensorRT-LLM of both generations loads them."""
+"""Directories written by `convert --to modelopt`, loaded by stock TensorRT-LLM of both generations."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.shared, pytest.mark.reference]
 
-# Logits in standard deviations: exact modes, and modules rounded once to bfloat16. Parts of a fused Linear in static
-# FP8 are rounded once more by the engine; that one is held to an oracle which does the same.
+# Bounds on logits in standard deviations: for exact modes, and for modules rounded once to bfloat16. The engine
+# requantizes the parts of a fused Linear in static FP8; they are compared with an oracle that does the same.
 EXACT, ROUNDED = 2e-3, 2e-2
 TOLERANCES = {
     "fp8-block": EXACT,
@@ -36,7 +36,7 @@ TOLERANCES = {
     "w8a16-group": ROUNDED,
     "w8a8-dynamic": EXACT,
 }
-# Row-wise scales of [N, 1] and whatever else the old one refuses is gone after conversion, so both take all of them.
+# Conversion removes row-wise scales of [N, 1] and everything else that the old generation refuses, so both load all.
 GENERATIONS = engine_double.GENERATIONS
 
 

@@ -60,7 +60,7 @@ def read(directory: Path, **keywords: Any) -> Any:
     return ModelConfig.from_pretrained(directory, **keywords)
 
 
-def test_generations_leave_no_trace() -> None:
+def test_generations_are_removed_completely() -> None:
     import importlib.util
 
     with engine_double.installed("old") as first:
@@ -72,7 +72,7 @@ def test_generations_leave_no_trace() -> None:
     assert importlib.util.find_spec("tensorrt_llm") is None
 
 
-def test_releases_can_be_told_apart_by_what_they_have() -> None:
+def test_releases_differ_in_their_members() -> None:
     import inspect
 
     seen = {}
@@ -86,7 +86,7 @@ def test_releases_can_be_told_apart_by_what_they_have() -> None:
     assert seen == {"old": (False, False), "newest": (True, True)}
 
 
-def test_a_format_beside_a_loader_drops_the_loader(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_format_drops_the_loader(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
     from tensorrt_llm.llmapi import TorchLlmArgs
 
     args = TorchLlmArgs.from_kwargs(model="m", checkpoint_loader=object(), checkpoint_format="HF")
@@ -96,12 +96,12 @@ def test_a_format_beside_a_loader_drops_the_loader(engine: Any, caplog: pytest.L
     assert TorchLlmArgs.from_kwargs(model="m", checkpoint_loader=object()).checkpoint_format is None
 
 
-def test_unknown_arguments_are_refused(old: Any) -> None:
+def test_unknown_arguments_raise(old: Any) -> None:
     with pytest.raises(ValueError, match="force_dynamic_quantization"):
         old.LLM(model=DEMO, force_dynamic_quantization=True)
 
 
-def test_the_parent_fails_before_any_loader_is_asked(newest: Any) -> None:
+def test_the_parent_fails_before_any_loader_is_called(newest: Any) -> None:
     with pytest.raises(TypeError, match="NoneType"):
         newest.LLM(model=DEMO, checkpoint_loader=object())
 
@@ -125,7 +125,7 @@ def test_a_loaded_configuration_is_frozen(engine: Any, tmp_path: Path) -> None:
     config.quant_config = config.quant_config
 
 
-def test_layers_of_mixed_precision_came_from_a_file_of_their_own(tmp_path: Path) -> None:
+def test_old_releases_read_mixed_precision_from_quant_cfg(tmp_path: Path) -> None:
     layers = {"model.layers.0.mlp.down_proj": {"quant_algo": "W4A16_AWQ", "group_size": 64, "has_zero_point": False}}
     whole = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": layers}
     directory = directory_with(tmp_path, whole)
@@ -167,7 +167,7 @@ def test_unknown_fields_of_a_quant_config(old: Any) -> None:
             StrictQuantConfig().actorder = "group"
 
 
-def test_the_mode_of_a_config_is_remembered_from_its_first_use(engine: Any) -> None:
+def test_the_mode_of_a_config_is_cached_on_first_use(engine: Any) -> None:
     from tensorrt_llm.models.modeling_utils import QuantConfig
 
     config = QuantConfig()
@@ -177,7 +177,7 @@ def test_the_mode_of_a_config_is_remembered_from_its_first_use(engine: Any) -> N
 
 
 def modules_of(engine: Any, directory: Path, **layers: str) -> dict[str, bool]:
-    """Which Linears of one layer are quantized when entries with these keys (dots as __) say so."""
+    """Return the Linears of one layer that are quantized by entries with these keys (`__` stands for a dot)."""
     from tensorrt_llm._torch.models.modeling_decoder import Decoder
     from tensorrt_llm._torch.modules.linear import Linear
 
@@ -192,7 +192,7 @@ def modules_of(engine: Any, directory: Path, **layers: str) -> dict[str, bool]:
     return {name.rpartition(".")[2]: module.has_any_quant for name, module in named if isinstance(module, Linear)}
 
 
-def test_prefixes_of_entries_are_tolerated_by_fused_linears_only(engine: Any, converted: Path) -> None:
+def test_only_fused_linears_accept_prefixes_in_entries(engine: Any, converted: Path) -> None:
     names = {"q_proj": "self_attn", "o_proj": "self_attn", "gate_proj": "mlp", "down_proj": "mlp"}
     entries = {f"language_model__model__layers__0__{parent}__{leaf}": "FP8" for leaf, parent in names.items()}
     quantized = modules_of(engine, plain(converted), **entries)
@@ -200,7 +200,7 @@ def test_prefixes_of_entries_are_tolerated_by_fused_linears_only(engine: Any, co
 
 
 def plain(converted: Path) -> Path:
-    """The same model without a word on quantization."""
+    """The same model without any quantization config."""
     directory = converted.parent / "plain"
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text((converted / "config.json").read_text())
@@ -266,7 +266,7 @@ def test_only_the_last_parser_reads_several_groups_and_only_with_module_names() 
             update(QuantConfig(), {"config_groups": groups}, module_names=["a.q_proj"])
 
 
-def test_a_linear_method_can_be_put_in_by_the_one_selecting_function(
+def test_a_linear_method_can_be_installed_in_get_quant_method(
     newest: Any, converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tensorrt_llm._torch.modules import linear

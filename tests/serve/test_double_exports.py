@@ -1,4 +1,4 @@
-"""The double against an outside anchor: directories that ModelOpt wrote, and what stock makes of them."""
+"""The double, compared with directories that ModelOpt wrote and with what stock TensorRT-LLM does with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bfloat16(scale: Tensor) -> Tensor:
 
 
 def row_pairs(packed: Tensor) -> Tensor:
-    """int4 rows 2i and 2i + 1 in the low and the high nibble of row i."""
+    """Unpack int4: row i holds row 2i in the low nibble and row 2i + 1 in the high nibble."""
     rows = torch.empty(2 * packed.shape[0], packed.shape[1], dtype=torch.int32)
     rows[0::2], rows[1::2] = (packed & 15).int(), (packed >> 4).int()
     return (rows - 16 * (rows > 7).int()).float()
@@ -67,7 +67,7 @@ WEIGHTS: dict[str, Callable[[Module], Tensor]] = {
     "W4A16_NVFP4_CFG": lambda m: column_pairs(m["weight"]) * by_group(m["weight_scale"], 16) * m["weight_scale_2"],
     "MXFP8_DEFAULT_CFG": lambda m: m["weight"].float() * by_group(2.0 ** (m["weight_scale"].float() - 127), 32),
 }
-"""What each directory's weights are worth after the engine's own roundings: bf16 scales, float16 ones for W4A8."""
+"""Return the dequantized weights of a directory after the engine rounds scales: to bf16, for W4A8 to float16."""
 BLOCKS = "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"
 ONLY_NEWEST = {"W4A16_NVFP4_CFG", "MXFP8_DEFAULT_CFG"}
 LOADED = [
@@ -79,7 +79,7 @@ LOADED = [
 
 
 def dense_logits(directory: Path, weight_of: Callable[[Module], Tensor]) -> Tensor:
-    """Of a plain transformers model that holds the dequantized weights."""
+    """Return the logits of a plain transformers model with the dequantized weights."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -104,7 +104,7 @@ def dense_logits(directory: Path, weight_of: Callable[[Module], Tensor]) -> Tens
 
 
 def requantize(dense: dict[str, Tensor], modules: dict[str, Module]) -> None:
-    """Weights of one fused Linear under the largest scale among them."""
+    """Return the weights of one fused Linear, requantized to the largest of their scales."""
     for layer in range(2):
         for parent, names in FUSED:
             members = [f"model.layers.{layer}.{parent}.{name}" for name in names]
@@ -121,9 +121,7 @@ def logits_of(engine: Any, directory: Path, **arguments: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("generation", "export"), LOADED)
-def test_loads_what_stock_loads_and_computes_what_the_weights_are_worth(
-    shared: Path, generation: str, export: str
-) -> None:
+def test_logits_are_those_of_the_dequantized_weights(shared: Path, generation: str, export: str) -> None:
     directory = shared / "modelopt-exports" / export
     want = dense_logits(directory, WEIGHTS[export])
 
@@ -137,8 +135,8 @@ def test_loads_what_stock_loads_and_computes_what_the_weights_are_worth(
 
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
-def test_shards_that_are_no_whole_blocks_take_the_scales_of_their_neighbours(shared: Path, generation: str) -> None:
-    """64 rows of K and of V on each of two ranks, in blocks of 128: nothing complains."""
+def test_shards_of_partial_blocks_get_scales_of_their_neighbours(shared: Path, generation: str) -> None:
+    """64 rows of K and of V on each of two ranks, in blocks of 128, raise no error."""
     directory = shared / "modelopt-exports" / BLOCKS
     with engine_double.installed(generation) as engine:
         whole = logits_of(engine, directory)
@@ -148,7 +146,7 @@ def test_shards_that_are_no_whole_blocks_take_the_scales_of_their_neighbours(sha
 
 
 def test_an_input_scale_of_a_row_wise_o_proj_changes_its_result(shared: Path, tmp_path: Path) -> None:
-    """Attention divides by it, the GEMM is not told; forced dynamic quantization leaves both out."""
+    """Attention divides by it, the GEMM does not multiply; with forced dynamic quantization neither happens."""
     from safetensors.torch import load_file, save_file
 
     source = shared / "modelopt-exports" / "FP8_PER_CHANNEL_PER_TOKEN_CFG"
@@ -172,14 +170,14 @@ REFUSED: dict[str, tuple[type[Exception], str]] = {
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize("export", REFUSED)
-def test_refuses_what_stock_refuses(shared: Path, generation: str, export: str) -> None:
+def test_it_raises_where_stock_raises(shared: Path, generation: str, export: str) -> None:
     error, message = REFUSED[export]
     with engine_double.installed(generation) as engine, pytest.raises(error, match=message):
         logits_of(engine, shared / "modelopt-exports" / export)
 
 
 @pytest.mark.parametrize("export", sorted(ONLY_NEWEST))
-def test_old_releases_refuse_algorithms_that_came_later(shared: Path, export: str) -> None:
+def test_old_releases_raise_for_later_algorithms(shared: Path, export: str) -> None:
     algo = json.loads((shared / "modelopt-exports" / export / "hf_quant_config.json").read_text())
     name = algo["quantization"]["quant_algo"]
     with engine_double.installed("old") as engine, pytest.raises(ValueError, match=f"'{name}' is not a valid"):

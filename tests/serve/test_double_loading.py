@@ -1,4 +1,4 @@
-"""The double loads as strictly and as carelessly as the original: where it corrupts in silence, so does this."""
+"""The double loads as strictly and as carelessly as the original: it silently corrupts weights in the same cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYER = "model.layers.0"
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint, int4 with groups of 128, as stock reads it."""
+    """The demo checkpoint, int4 with groups of 128, converted for stock TensorRT-LLM."""
     out = tmp_path_factory.mktemp("double") / "demo"
     convert_checkpoint(Path(trtllm_ct.__file__).parent / "cli" / "demo_data", out)
     return out
@@ -49,7 +49,7 @@ def logits_of(engine: Any, directory: Path, **arguments: Any) -> Tensor:
 
 
 def edited(source: Path, out: Path, edit: Callable[[dict[str, Tensor]], object], **config: Any) -> Path:
-    """A copy with other tensors, and other values in config.json (None removes a key)."""
+    """Return a copy with changed tensors and changed values in config.json; None removes a key."""
     out.mkdir()
     tensors = load_file(source / "model.safetensors")
     edit(tensors)
@@ -76,7 +76,9 @@ def test_a_converted_directory_gives_the_logits_of_the_reference_engine(
     assert (got - want).abs().max() < 2e-3 * want.std()
 
 
-def test_a_linear_without_tensors_is_skipped_and_stays_poison(engine: Any, converted: Path, tmp_path: Path) -> None:
+def test_a_linear_without_tensors_is_skipped_and_stays_uninitialized(
+    engine: Any, converted: Path, tmp_path: Path
+) -> None:
     def misname(tensors: dict[str, Tensor]) -> None:
         for leaf in ("weight", "weight_scale", "pre_quant_scale"):
             tensors[f"{LAYER}.self_attn.out_proj.{leaf}"] = tensors.pop(f"{LAYER}.self_attn.o_proj.{leaf}")
@@ -90,7 +92,7 @@ def test_a_fused_linear_without_a_member_is_an_error(engine: Any, converted: Pat
         logits_of(engine, directory)
 
 
-def test_tensors_that_nobody_takes_are_not_reported(engine: Any, converted: Path, tmp_path: Path) -> None:
+def test_unread_tensors_are_not_reported(engine: Any, converted: Path, tmp_path: Path) -> None:
     extra = edited(converted, tmp_path / "out", lambda tensors: tensors.update(stray=torch.ones(1)))
     assert torch.equal(logits_of(engine, extra), logits_of(engine, converted))
 
@@ -134,7 +136,7 @@ def linear(algo: str, rows: int = 64, columns: int = 256, fused: str = "", rank:
 
 
 def load(module: Any, *weights: dict[str, Tensor]) -> Tensor:
-    """Fill a Linear and multiply ones by it."""
+    """Load a Linear and return its output for ones."""
     from tensorrt_llm._torch.pyexecutor.model_loader import uninitialized_memory_is_poison
 
     with uninitialized_memory_is_poison():
@@ -156,14 +158,14 @@ def test_row_scales_with_two_dimensions_are_flattened_by_newer_releases_only() -
         load(linear("FP8_PER_CHANNEL_PER_TOKEN"), weights)
 
 
-def test_int8_codes_are_cast_to_fp8_without_a_word(engine: Any) -> None:
+def test_int8_codes_are_silently_cast_to_fp8(engine: Any) -> None:
     codes = torch.full((64, 256), 101, dtype=torch.int8)
     assert (
         load(linear("FP8_PER_CHANNEL_PER_TOKEN"), {"weight": codes, "weight_scale": torch.ones(64)}).eq(104 * 256).all()
     )
 
 
-def test_a_single_scale_is_spread_over_all_rows(engine: Any) -> None:
+def test_a_single_scale_is_broadcast_to_all_rows(engine: Any) -> None:
     weights = {"weight": torch.ones(64, 256, dtype=torch.int8), "weight_scale": torch.tensor([2.0])}
     assert load(linear("W8A16"), weights).eq(512).all()
 
@@ -178,7 +180,9 @@ def test_shards_of_a_per_tensor_linear_are_requantized_to_the_larger_scale(engin
 
 
 @pytest.mark.parametrize(("given", "poisoned"), [((True, True), False), ((False, False), False), ((True, False), True)])
-def test_input_scales_of_some_shards_only_are_poison(engine: Any, given: tuple[bool, bool], poisoned: bool) -> None:
+def test_input_scales_of_only_some_shards_use_uninitialized_memory(
+    engine: Any, given: tuple[bool, bool], poisoned: bool
+) -> None:
     shards = [fp8(weight_scale=1.0, **({"input_scale": 1.0} if there else {})) for there in given]
     assert load(linear("FP8", rows=128, fused="GATE_UP"), *shards).isnan().all() == poisoned
 
@@ -198,7 +202,7 @@ def test_scalars_of_one_fused_nvfp4_linear_must_agree(engine: Any) -> None:
         )
 
 
-def test_a_missing_nvfp4_input_scale_is_poison_unless_activations_are_dynamic(engine: Any) -> None:
+def test_a_missing_nvfp4_input_scale_is_uninitialized_unless_dynamic(engine: Any) -> None:
     assert load(linear("NVFP4"), nvfp4(weight_scale_2=1.0)).isnan().all()
     assert load(linear("NVFP4", force_dynamic_quantization=True), nvfp4(weight_scale_2=1.0)).eq(256).all()
 
@@ -245,7 +249,7 @@ def test_blocks_are_spread_as_evenly_as_they_go(newest: Any) -> None:
 
 
 @pytest.mark.parametrize(("generation", "widths"), [("newest", [2, 2, 1]), ("old", None)])
-def test_ranks_may_take_uneven_parts_in_newer_releases_only(generation: str, widths: list[int] | None) -> None:
+def test_only_newer_releases_allow_uneven_slices(generation: str, widths: list[int] | None) -> None:
     from contextlib import nullcontext
 
     with engine_double.installed(generation):
@@ -333,7 +337,7 @@ def test_experts_have_no_row_wise_fp8(engine: Any) -> None:
         experts("FP8_PER_CHANNEL_PER_TOKEN")
 
 
-def test_weight_only_int4_experts_lack_what_their_method_demands(engine: Any) -> None:
+def test_weight_only_int4_experts_lack_required_tensors(engine: Any) -> None:
     packed = {
         f"{expert}.{part}.{leaf}": tensor
         for expert in range(4)
@@ -351,7 +355,7 @@ def test_weight_only_int4_experts_lack_what_their_method_demands(engine: Any) ->
     ("algo", "companion", "missing"),
     [("FP8", "weight_scale", "input_scale"), ("FP8_BLOCK_SCALES", "weight_scale", "weight_scale_inv")],
 )
-def test_experts_name_what_they_lack(engine: Any, algo: str, companion: str, missing: str) -> None:
+def test_experts_name_missing_tensors(engine: Any, algo: str, companion: str, missing: str) -> None:
     weights = expert_weights(**{companion: lambda n, k: torch.ones(-(-n // 128), -(-k // 128))})
     with pytest.raises(KeyError, match=missing):
         experts(algo)[0].load_weights([weights])

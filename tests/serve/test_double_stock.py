@@ -1,4 +1,4 @@
-"""What stock makes of compressed-tensors directories, without a plug-in: one line per checkpoint and release."""
+"""How stock TensorRT-LLM without a plug-in handles compressed-tensors directories, per checkpoint and release."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.shared
 
 WEIGHT_ONLY = (TypeError, "'NoneType' object is not subscriptable")
-"""The parser reads the strategy of activations that there are none of."""
+"""The error of the parser, which reads the strategy of activations also where there are none."""
 MISSING = (AssertionError, "^weight$")
-"""A fused Linear without `weight`: its tensors have the names of compressed-tensors."""
+"""The error of a fused Linear that finds no `weight`, because its tensors have compressed-tensors names."""
 
 NEWEST: dict[str, tuple[type[Exception], str]] = {
     "fp8-static-kv": (ValueError, "Unsupported weights_quant_strategy: tensor"),
@@ -37,7 +37,7 @@ RIGHT = ["fp8-block", "fp8-dynamic"]
 
 
 def error_of(engine: Any, directory: Path) -> float:
-    """Largest difference to the golden logits, in their standard deviations."""
+    """Return the largest difference from the golden logits, in standard deviations of the golden logits."""
     import numpy as np
 
     with np.load(directory / "golden.npz") as golden:
@@ -60,7 +60,7 @@ def test_the_newest_release_loads(shared: Path, checkpoint: str) -> None:
 
 
 def test_int8_weights_are_quietly_rounded_to_fp8(shared: Path) -> None:
-    """It loads, runs, and says nothing."""
+    """It loads and runs without any warning."""
     with engine_double.installed("newest") as engine:
         assert 0.02 < error_of(engine, shared / "checkpoints" / "w8a8-dynamic") < 1
 

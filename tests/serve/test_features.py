@@ -1,4 +1,4 @@
-"""What an engine can do is found by its signatures and members, in any combination, and never by its version."""
+"""Features are found from signatures and members of the engine, in any combination, and never from its version."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trtllm_ct.serve.prepare import installed_features
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-# TensorRT-LLM 1.0 `quantization/mode.py`, those that a checkpoint can be planned for; and what main has beside them.
+# The algorithms of TensorRT-LLM 1.0 (`quantization/mode.py`) that can be planned for, and those that main adds.
 FIRST = (
     "W4A16",
     "W4A16_AWQ",
@@ -45,7 +45,7 @@ GEMM = ("input", "weight", "scales", "group_size", "has_zero_point", "output_dty
 
 
 class Method:
-    """An AWQ method with all that ours builds on."""
+    """An AWQ method with everything that the installed method needs."""
 
     create_weights = apply = load_weights_vanilla = lambda self: None
     load_weights_fused_qkv_linear = load_weights_fused_gate_up_linear = lambda self: None
@@ -62,7 +62,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gemm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Collection[str]], None]:
-    """The grouped GEMM is registered, as it is in every release; called, it is one with other arguments."""
+    """Register the grouped GEMM, as every release does; call the fixture to register it with other arguments."""
 
     def register(names: Collection[str]) -> None:
         arguments = [SimpleNamespace(name=name) for name in names]
@@ -83,7 +83,7 @@ def parts(
     buildable: bool = True,
     version: str | None = None,
 ) -> EngineParts:
-    """An engine with these parts; `dynamic` says whether fields or a constructor have the argument, or neither."""
+    """Return an engine with these parts; `dynamic` says where `force_dynamic_quantization` is found, if anywhere."""
     algos = SimpleNamespace(__members__={name: name for name in members}, **{name: name for name in members})
 
     def get_quant_method(config: Any) -> Any:
@@ -91,9 +91,9 @@ def parts(
             return OwnGptq()
         raise ValueError(f"unsupported quant mode: {config.quant_algo}")
 
-    def told(self: Any, checkpoint_dir: str, mapping: Any, **kwargs: Any) -> None: ...
+    def with_mapping(self: Any, checkpoint_dir: str, mapping: Any, **kwargs: Any) -> None: ...
 
-    def untold(self: Any, checkpoint_dir: str, **kwargs: Any) -> None: ...
+    def without_mapping(self: Any, checkpoint_dir: str, **kwargs: Any) -> None: ...
 
     def fields(name: str) -> dict[str, Any]:
         return {"model_fields": {"model": 0, **({"force_dynamic_quantization": 0} if dynamic == name else {})}}
@@ -110,7 +110,7 @@ def parts(
         linear=linear,
         llm_args=type("TorchLlmArgs", (), constructor or fields("fields")),
         llm_utils=SimpleNamespace(**({"update_quant_config_from_compressed_tensors": print} if parser else {})),
-        weight_loader=type("BaseWeightLoader", (), {"load_weights": told if mapping else untold}),
+        weight_loader=type("BaseWeightLoader", (), {"load_weights": with_mapping if mapping else without_mapping}),
         version=version,
     )
 
@@ -126,7 +126,7 @@ def parts(
     buildable=st.booleans(),
     version=st.none() | st.sampled_from(["0.9", "1.0.0", "99.0rc1", "main", ""]),
 )
-def test_each_feature_is_found_by_its_own_sign(gemm: Any, later: set[str], more: set[str], **signs: Any) -> None:
+def test_each_feature_is_found_independently(gemm: Any, later: set[str], more: set[str], **signs: Any) -> None:
     features = probe_features(parts({*FIRST, *later, *more}, **signs))
 
     newest = "stock-1.3" if later == set(LATER) else "stock-1.2"
@@ -151,7 +151,7 @@ def test_the_version_is_shown_and_decides_nothing(gemm: Any, version: str | None
 
 
 @pytest.mark.parametrize("lost", FIRST)
-def test_an_engine_that_is_too_old_is_refused_by_what_it_lacks(gemm: Any, lost: str) -> None:
+def test_an_engine_that_is_too_old_raises_and_names_what_it_lacks(gemm: Any, lost: str) -> None:
     members = {*FIRST, *LATER, "W4A16_GPTQ"} - {lost}
 
     with pytest.raises(UsageError) as caught:
@@ -163,43 +163,41 @@ def test_an_engine_that_is_too_old_is_refused_by_what_it_lacks(gemm: Any, lost: 
     assert fault.remedy == "Install TensorRT-LLM 1.0 or newer."
 
 
-def test_all_that_it_lacks_is_named_together() -> None:
+def test_all_missing_algorithms_are_named_together() -> None:
     with pytest.raises(UsageError) as caught:
         probe_features(parts({"FP8"}))
 
     assert caught.value.faults[0].found == f"no {', '.join(sorted({*FIRST} - {'FP8'}))}"
 
 
-def test_the_first_names_are_those_of_the_oldest_set() -> None:
-    """The sets in the table are what the names above say, so that these tests mean something."""
+def test_the_first_names_are_the_oldest_set() -> None:
+    """The names above must match the sets in the table; otherwise these tests would prove nothing."""
     sets = {name: {str(algo) for algo in each.linear | each.experts} for name, each in ENGINES.items()}
 
     assert sets == {"stock-1.0": {*FIRST}, "stock-1.2": {*FIRST}, "stock-1.3": {*FIRST, *LATER}}
 
 
 @pytest.mark.parametrize("lost", range(len(GEMM)), ids=GEMM)
-def test_a_gemm_without_an_argument_gives_no_place_for_zeros(
-    lost: int, gemm: Callable[[Collection[str]], None]
-) -> None:
+def test_a_gemm_without_an_argument_means_no_additive_zeros(lost: int, gemm: Callable[[Collection[str]], None]) -> None:
     gemm(GEMM[:lost] + GEMM[lost + 1 :])
 
     assert probe_features(parts()).additive_zeros is (GEMM[lost] == "alpha")
     assert probe_features(parts(own_gptq=True)).additive_zeros
 
 
-def test_a_gemm_that_is_not_registered_gives_none_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unregistered_gemm_means_no_additive_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.trtllm, "finegrained_mixed_dtype_gemm", None, raising=False)
 
     assert not probe_features(parts()).additive_zeros
 
 
-# The switch.
+# The environment variable.
 
 
 @pytest.mark.parametrize(
     ("value", "allowed"), [(None, True), ("", True), ("0", True), ("1", False), ("true", False), (" ", False)]
 )
-def test_the_switch_forbids_our_linear_and_not_the_engines(
+def test_the_environment_variable_forbids_only_this_packages_method(
     gemm: Any, monkeypatch: pytest.MonkeyPatch, value: str | None, allowed: bool
 ) -> None:
     if value is not None:
@@ -212,7 +210,7 @@ def test_the_switch_forbids_our_linear_and_not_the_engines(
 
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
-def test_the_switch_on_the_double(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
+def test_the_environment_variable_on_the_double(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
     monkeypatch.setenv(NO_PATCH, "1")
     with engine_double.installed(generation, importers=[BINDINGS]):
         features = import_module(BINDINGS).engine_features()
@@ -240,7 +238,7 @@ def test_the_double_is_the_release_that_it_imitates(generation: str, expected: E
         assert features.version == engine.__version__
 
 
-def test_a_release_with_a_method_of_its_own_is_found() -> None:
+def test_a_release_with_its_own_method_is_found() -> None:
     with engine_double.installed("newest", gptq=True, importers=[BINDINGS]):
         features = import_module(BINDINGS).engine_features()
     assert (features.has_own_gptq, features.additive_zeros) == (True, True)
@@ -254,8 +252,8 @@ def test_another_version_string_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     assert features.version == "99.0.0"
 
 
-def test_putting_our_linear_in_does_not_change_what_is_found() -> None:
-    """A second `LLM` in a process must be planned as the first one was."""
+def test_installing_the_method_does_not_change_the_features() -> None:
+    """A second `LLM` in a process must be planned in the same way as the first."""
     with engine_double.installed("newest", importers=[BINDINGS]):
         linear = import_module("tensorrt_llm._torch.modules.linear")
         bindings = import_module(BINDINGS)
@@ -264,7 +262,7 @@ def test_putting_our_linear_in_does_not_change_what_is_found() -> None:
         assert bindings.engine_features() == before
 
 
-def test_without_an_engine_it_is_the_newest_stable_line() -> None:
+def test_without_an_engine_the_newest_stable_line_is_assumed() -> None:
     assert installed_features() is DEFAULT_FEATURES
     assert DEFAULT_FEATURES.engine == DEFAULT_ENGINE
     assert DEFAULT_FEATURES.additive_zeros

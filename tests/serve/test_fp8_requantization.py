@@ -1,6 +1,6 @@
-"""Static per-tensor FP8 in fused Linears: the engine rounds its weights once more, and so does the oracle.
+"""Static per-tensor FP8 in fused Linears: the engine requantizes the weights, and so does the oracle.
 
-Both releases do it in the same way, in one process and over ranks; nothing else is lost on the way.
+Both generations do it in the same way, in one process and over ranks. No other precision is lost.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_a_real_checkpoint_gives_the_logits_of_the_oracle(
 @pytest.mark.shared
 @pytest.mark.reference
 def test_the_engines_rounding_is_what_the_golden_logits_lack(shared: Path) -> None:
-    """So a bound on the golden logits that lets static FP8 pass would let much else pass."""
+    """A bound on the golden logits that is wide enough for static FP8 would miss many other errors."""
     source = shared / "checkpoints" / STATIC_FP8
     assert 0.05 < deviation(engine_answers(source).logits, golden_of(source).logits) < 0.2
 
@@ -103,7 +103,7 @@ def test_equal_scales_change_nothing() -> None:
 
 
 def test_smaller_scales_lose_what_fp8_has_no_room_for() -> None:
-    """1 and 1.125 at a third of the largest scale: 1 / 3 and 0.375 in steps of 1 / 32."""
+    """1 and 1.125 with a third of the largest scale become 1 / 3 and 0.375, in steps of 1 / 32."""
     small, large = torch.tensor([1.0, 1.125]), torch.tensor([2.0])
     codes = [values.to(torch.float8_e4m3fn) for values in (small, large)]
     weights = requantized(codes, [torch.tensor([1.0]), torch.tensor([3.0])], torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The committed table of modes at every parallel size, held to the planner."""
+"""The committed table of modes at every parallel size, compared with the planner."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ pytestmark = pytest.mark.shared
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_release_plans_what_the_table_says(shared: Path, engine: str) -> None:
-    """None of the sixteen has a scheme whose mode came with a release. Wrong on purpose? See `golden_parallel.py`."""
+    """No checkpoint has a scheme whose mode depends on the release. To update the table, see `golden_parallel.py`."""
     assert parallel_table(shared / "checkpoints", engine) == json.loads(GOLDEN_PARALLEL.read_text())

@@ -39,7 +39,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def fails(engine: Any) -> bool:
-    """Whether the engine refuses the demo checkpoint, as stock does."""
+    """Whether the engine raises for the demo checkpoint, as stock TensorRT-LLM does."""
     try:
         engine.LLM(DEMO, skip_tokenizer_init=True)
     except (NotImplementedError, TypeError):
@@ -47,7 +47,7 @@ def fails(engine: Any) -> bool:
     return False
 
 
-def test_the_engines_own_llm_takes_a_directory_as_it_stands(engine: Any) -> None:
+def test_the_engines_llm_loads_a_compressed_tensors_directory(engine: Any) -> None:
     assert fails(engine)
 
     install()
@@ -59,7 +59,7 @@ def test_the_engines_own_llm_takes_a_directory_as_it_stands(engine: Any) -> None
     assert llm.logits(TOKENS).equal(trtllm_ct.LLM(DEMO, skip_tokenizer_init=True).logits(TOKENS))
 
 
-def test_every_name_of_the_class_and_its_subclasses_are_served(engine: Any) -> None:
+def test_all_imports_and_subclasses_of_the_class_are_patched(engine: Any) -> None:
     class Mine(engine.LLM):
         def __init__(self, model: Path) -> None:
             super().__init__(model, None, "auto", True)
@@ -71,7 +71,7 @@ def test_every_name_of_the_class_and_its_subclasses_are_served(engine: Any) -> N
     assert is_sidecar(Mine(DEMO).args.model)
 
 
-def test_arguments_by_position_arrive_where_they_belong(engine: Any) -> None:
+def test_positional_arguments_are_passed_on(engine: Any) -> None:
     install()
 
     args = engine.LLM(DEMO, None, "auto", True, False, 2, "float16", max_seq_len=99).args
@@ -101,7 +101,7 @@ def test_uninstall_leaves_the_class_as_it_was(engine: Any) -> None:
 
 def test_an_inherited_constructor_is_inherited_again(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Outer(engine.LLM):
-        """As releases have it whose LLM adds nothing to the constructor of its base class."""
+        """In some releases, LLM inherits the constructor of its base class."""
 
     monkeypatch.setattr("tensorrt_llm.LLM", Outer)
     install()
@@ -113,7 +113,7 @@ def test_an_inherited_constructor_is_inherited_again(engine: Any, monkeypatch: p
     assert fails(engine)
 
 
-def test_a_wrapper_that_came_later_stays_and_ours_is_idle(engine: Any) -> None:
+def test_a_later_wrapper_stays_after_uninstall(engine: Any) -> None:
     install()
     ours, calls = engine.LLM.__init__, []
 
@@ -129,7 +129,7 @@ def test_a_wrapper_that_came_later_stays_and_ours_is_idle(engine: Any) -> None:
     assert len(calls) == 1
 
 
-def test_our_own_llm_may_be_called_meanwhile(engine: Any) -> None:
+def test_this_packages_llm_works_while_installed(engine: Any) -> None:
     install()
 
     llm = trtllm_ct.LLM(DEMO, skip_tokenizer_init=True, tensor_parallel_size=2)
@@ -148,7 +148,7 @@ def test_other_models_are_not_touched(engine: Any, tmp_path: Path, kind: Any) ->
     assert (args.model, args.checkpoint_loader, args.checkpoint_format) == (str(tmp_path / "out"), None, "HF")
 
 
-def test_what_would_drop_our_loader_is_refused(engine: Any) -> None:
+def test_arguments_that_drop_the_loader_raise(engine: Any) -> None:
     install()
 
     with pytest.raises(UsageError, match="checkpoint_format='HF'"):
@@ -198,7 +198,7 @@ def test_the_documented_import_works_while_it_is_installed(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("imported_before", [True, False])
-def test_a_module_of_that_name_that_the_engine_brings_is_never_hidden(
+def test_a_module_of_that_name_in_the_engine_is_not_hidden(
     engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported_before: bool
 ) -> None:
     (tmp_path / "compressed_tensors.py").write_text("UPSTREAM = True\n")
@@ -214,7 +214,7 @@ def test_a_module_of_that_name_that_the_engine_brings_is_never_hidden(
     assert importlib.import_module(DOCUMENTED_MODULE).UPSTREAM
 
 
-def test_without_the_engine_it_says_so() -> None:
+def test_install_raises_without_the_engine() -> None:
     with pytest.raises(MissingDependencyError, match="tensorrt_llm"):
         install()
     uninstall()

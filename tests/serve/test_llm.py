@@ -1,4 +1,4 @@
-"""`LLM` on a machine without TensorRT-LLM; tests/engine has those with it."""
+"""`LLM` on a machine without TensorRT-LLM; `test_llm_on_double.py` tests it with the engine double."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_five_lines_of_the_readme_run() -> None:
 
 @pytest.mark.parametrize(("engine", "level"), [("auto", logging.WARNING), ("reference", logging.INFO)])
 def test_the_log_says_which_engine_runs_and_why(caplog: pytest.LogCaptureFixture, engine: Any, level: int) -> None:
-    """Louder where nobody asked for an engine that is a thousand times slower."""
+    """It is a warning if the user didn't choose the reference engine, which is a thousand times slower."""
     caplog.set_level(logging.INFO, "trtllm_ct")
 
     LLM(DEMO, engine=engine, tensor_parallel_size=2, kv_cache_config=None, dtype="bfloat16")
@@ -67,7 +67,7 @@ def test_drawing_is_seeded() -> None:
     assert text_of(llm, stop="equivalent") == "\nis semantically "
 
 
-def test_a_converted_directory_says_the_same(tmp_path: Path) -> None:
+def test_a_converted_directory_gives_the_same_text(tmp_path: Path) -> None:
     convert_checkpoint(DEMO, tmp_path / "out")
 
     assert text_of(LLM(tmp_path / "out")) == text_of(LLM(DEMO))
@@ -79,7 +79,7 @@ def test_plain_weights_run_too(tmp_path: Path) -> None:
     assert text_of(LLM(str(tmp_path / "dense"))) == text_of(LLM(DEMO))
 
 
-def test_a_prepared_directory_means_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sidecar_loads_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
 
     assert text_of(LLM(trtllm_ct.prepare(DEMO))) == text_of(LLM(DEMO))
@@ -104,12 +104,12 @@ def test_another_quantization_method_is_named(tmp_path: Path) -> None:
         LLM(directory)
 
 
-def test_tensorrt_llm_is_wanted_and_not_there() -> None:
+def test_a_missing_tensorrt_llm_raises() -> None:
     with pytest.raises(MissingDependencyError, match="engine='reference'"):
         LLM(DEMO, engine="tensorrt_llm")
 
 
-def test_an_unknown_engine_is_refused() -> None:
+def test_an_unknown_engine_raises() -> None:
     with pytest.raises(UsageError, match="auto or tensorrt_llm or reference"):
         LLM(DEMO, engine="vllm")  # type: ignore[arg-type]
 

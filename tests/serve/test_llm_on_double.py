@@ -1,4 +1,4 @@
-"""`trtllm_ct.LLM` on the double of both releases: what the engine is given, and what comes out."""
+"""`trtllm_ct.LLM` on the double of both generations: the arguments that the engine gets, and its output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def served(model: str | Path, **arguments: Any) -> Any:
 
 
 def opened(llm: Any) -> Sidecar:
-    """The sidecar that the engine was given."""
+    """Return the sidecar that the engine was given."""
     return Sidecar.open(llm.args.model)
 
 
@@ -69,7 +69,7 @@ def test_text_is_that_of_the_reference_engine(engine: Any) -> None:
     ("generation", "error"),
     [("old", (NotImplementedError, "Unsupported quantization_config")), ("newest", (TypeError, "not subscriptable"))],
 )
-def test_stock_fails_on_what_ours_loads(generation: str, error: tuple[type[Exception], str]) -> None:
+def test_stock_fails_on_what_this_package_loads(generation: str, error: tuple[type[Exception], str]) -> None:
     with engine_double.installed(generation, importers=[BINDINGS]) as engine:
         with pytest.raises(error[0], match=error[1]):
             engine.LLM(model=DEMO, skip_tokenizer_init=True)
@@ -93,7 +93,7 @@ def test_the_log_says_which_engine_runs_and_why(engine: Any, caplog: pytest.LogC
     assert f"TensorRT-LLM {engine.__version__} runs {DEMO}: it is installed" in caplog.messages
 
 
-def test_all_keywords_arrive(engine: Any) -> None:
+def test_all_keywords_are_passed_on(engine: Any) -> None:
     cache_config = engine.KvCacheConfig(free_gpu_memory_fraction=0.5)
 
     llm = served(DEMO, backend="pytorch", max_seq_len=77, kv_cache_config=cache_config, disable_overlap_scheduler=True)
@@ -123,7 +123,7 @@ def test_the_plan_knows_the_sizes(engine: Any, tmp_path: Path, arguments: dict[s
     assert opened(served(built.directory, **arguments)).options.parallel == parallel
 
 
-def test_sizes_of_experts_that_do_not_multiply_are_refused(newest: Any) -> None:
+def test_inconsistent_expert_sizes_raise(newest: Any) -> None:
     with pytest.raises(UsageError, match=r"moe_tensor_parallel_size.*2 and 4"):
         served(DEMO, tensor_parallel_size=4, moe_expert_parallel_size=2, moe_tensor_parallel_size=4)
 
@@ -133,16 +133,16 @@ def test_the_plan_knows_the_dtype(engine: Any, made: Built, dtype: str, stored: 
     assert opened(served(made.directory, dtype=dtype)).plan.dense_dtype.torch_name == stored
 
 
-def test_a_dtype_that_means_nothing_is_refused(newest: Any) -> None:
+def test_an_invalid_dtype_raises(newest: Any) -> None:
     with pytest.raises(UsageError, match=r"dtype: .*'fp16'"):
         served(DEMO, dtype="fp16")
 
 
-# What is not ours.
+# Models that are left to the engine.
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "dense"])
-def test_other_checkpoints_go_to_the_engine_untouched(
+def test_other_checkpoints_go_to_the_engine_unchanged(
     engine: Any, tmp_path: Path, kind: Any, sidecar_cache: Path
 ) -> None:
     convert_checkpoint(DEMO, tmp_path / "out", to=kind)
@@ -154,12 +154,12 @@ def test_other_checkpoints_go_to_the_engine_untouched(
     assert not sidecar_cache.exists()
 
 
-def test_what_is_no_checkpoint_is_the_engines_to_refuse(engine: Any, tmp_path: Path) -> None:
+def test_other_directories_are_left_to_the_engine(engine: Any, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"config\.json"):
         served(tmp_path)
 
 
-def test_a_broken_checkpoint_is_refused_before_the_engine_starts(engine: Any, made: Built) -> None:
+def test_a_broken_checkpoint_raises_before_the_engine_starts(engine: Any, made: Built) -> None:
     rewrite(made.directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight_scale"))
 
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight_scale"):
@@ -176,14 +176,14 @@ def test_a_broken_checkpoint_is_refused_before_the_engine_starts(engine: Any, ma
     ],
     ids=["autodeploy", "tensorrt backend", "checkpoint format", "checkpoint loader"],
 )
-def test_what_would_drop_our_loader_is_refused_by_name(engine: Any, arguments: dict[str, Any], named: str) -> None:
+def test_arguments_that_drop_the_loader_raise(engine: Any, arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError) as caught:
         served(DEMO, **arguments)
 
     assert [fault.where for fault in caught.value.faults] == [named]
 
 
-def test_all_of_it_is_named_together(newest: Any) -> None:
+def test_all_conflicting_arguments_are_named_together(newest: Any) -> None:
     with pytest.raises(UsageError) as caught:
         served(DEMO, backend="_autodeploy", checkpoint_format="mistral", checkpoint_loader=3)
 
@@ -196,10 +196,10 @@ def test_other_models_may_have_a_format_and_a_loader(engine: Any, tmp_path: Path
     assert served(tmp_path / "out", checkpoint_format="HF").args.checkpoint_format == "HF"
 
 
-# Loaders and prepared directories of the user's own.
+# Loaders and prepared directories that the user passes.
 
 
-def test_our_own_loader_may_be_given(engine: Any) -> None:
+def test_this_packages_loader_may_be_passed(engine: Any) -> None:
     loader = trtllm_ct.CompressedTensorsCheckpointLoader()
 
     llm = served(DEMO, checkpoint_loader=loader)
@@ -208,8 +208,8 @@ def test_our_own_loader_may_be_given(engine: Any) -> None:
     assert loader.report.modes == {"W4A16_AWQ g128": 28}
 
 
-def test_the_engines_loader_with_our_weight_loader_may_be_given(engine: Any) -> None:
-    """The way that TensorRT-LLM documents."""
+def test_the_engines_loader_with_this_packages_weight_loader_may_be_passed(engine: Any) -> None:
+    """TensorRT-LLM's documentation shows this way."""
     from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
 
     from trtllm_ct.serve.bindings import CompressedTensorsConfigLoader, CompressedTensorsWeightLoader
@@ -221,7 +221,7 @@ def test_the_engines_loader_with_our_weight_loader_may_be_given(engine: Any) -> 
     assert served(DEMO, checkpoint_loader=loader).logits(TOKENS).isfinite().all()
 
 
-def test_a_prepared_directory_is_taken_as_it_is(engine: Any) -> None:
+def test_a_prepared_directory_is_used_unchanged(engine: Any) -> None:
     prepared = trtllm_ct.prepare(DEMO, tensor_parallel_size=2, dense_o_proj=True)
 
     llm = served(prepared, tensor_parallel_size=2)
@@ -261,7 +261,7 @@ def test_a_revision_is_honoured(newest: Any, tmp_path: Path, made: Built, monkey
     assert opened(served("org/demo", revision="v2")).source == second
 
 
-def test_another_repository_is_the_engines(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_repository_is_left_to_the_engine(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert_checkpoint(DEMO, tmp_path / "out")
     HubCache(tmp_path / "hub", monkeypatch).add("org/modelopt", tmp_path / "out")
 
@@ -281,10 +281,10 @@ with engine_double.installed(sys.argv[1], importers=["trtllm_ct.serve.bindings"]
 
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
-def test_a_node_with_another_cache_finds_the_repository_by_itself(
+def test_a_node_with_another_cache_downloads_the_repository(
     generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the sidecar nor the snapshot's path exists there, and `main` has moved on."""
+    """Neither the sidecar nor the path of the snapshot exists on that node, and `main` has moved."""
     hub = HubCache(tmp_path / "hub", monkeypatch)
     hub.add("org/demo", DEMO)
     with engine_double.installed(generation, importers=[BINDINGS]):
@@ -331,7 +331,7 @@ def test_a_compressed_tensors_draft_is_prepared_too(engine: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["plain draft", "plain model"])
-def test_either_of_them_may_be_of_another_kind(engine: Any, tmp_path: Path, made: Built, kind: str) -> None:
+def test_model_or_draft_may_be_plain(engine: Any, tmp_path: Path, made: Built, kind: str) -> None:
     from tensorrt_llm.llmapi import DraftTargetDecodingConfig
 
     convert_checkpoint(made.directory, tmp_path / "plain", to="dense")
@@ -367,19 +367,19 @@ def row_wise(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_new_releases_are_told_to_quantize_by_token(newest: Any, row_wise: Any, caplog: Any) -> None:
+def test_new_releases_get_force_dynamic_quantization(newest: Any, row_wise: Any, caplog: Any) -> None:
     assert served(row_wise()).args.force_dynamic_quantization is True
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_old_releases_cannot_be_told_and_the_user_is(old: Any, row_wise: Any, caplog: Any) -> None:
+def test_old_releases_cause_a_warning(old: Any, row_wise: Any, caplog: Any) -> None:
     llm = served(row_wise())
 
     assert llm.args.force_dynamic_quantization is False
     assert any("2 o_proj in row-wise FP8" in line and "dense_o_proj=True" in line for line in caplog.messages)
 
 
-def test_static_activations_elsewhere_are_not_changed(newest: Any, row_wise: Any, caplog: Any) -> None:
+def test_static_activations_prevent_force_dynamic_quantization(newest: Any, row_wise: Any, caplog: Any) -> None:
     llm = served(row_wise(STATIC_MLP))
 
     assert llm.args.force_dynamic_quantization is False
@@ -387,14 +387,14 @@ def test_static_activations_elsewhere_are_not_changed(newest: Any, row_wise: Any
 
 
 @pytest.mark.parametrize("wish", [True, False])
-def test_what_the_user_says_stays(newest: Any, row_wise: Any, wish: bool, caplog: Any) -> None:
+def test_the_users_argument_is_kept(newest: Any, row_wise: Any, wish: bool, caplog: Any) -> None:
     llm = served(row_wise(STATIC_MLP), force_dynamic_quantization=wish)
 
     assert llm.args.force_dynamic_quantization is wish
     assert not any("fixed scale" in line for line in caplog.messages)
 
 
-def test_dense_o_proj_dequantizes_exactly_these(engine: Any, row_wise: Any, caplog: Any) -> None:
+def test_dense_o_proj_dequantizes_only_o_proj(engine: Any, row_wise: Any, caplog: Any) -> None:
     llm = served(row_wise(STATIC_MLP), dense_o_proj=True, strict=True)
 
     dense = [module.name for module in opened(llm).plan.modules if module.dequantized]
@@ -404,7 +404,7 @@ def test_dense_o_proj_dequantizes_exactly_these(engine: Any, row_wise: Any, capl
 
 
 def test_what_the_fixed_scale_costs_and_what_helps(row_wise: Any) -> None:
-    """Attention's output is rounded to multiples of 2^-9, most of it to zero; dense or told, it is right."""
+    """The output of attention is rounded to multiples of 2^-9, most of it to zero; both remedies avoid that."""
     directory = row_wise()
     with engine_double.installed("newest", importers=[BINDINGS]):
         want = served(directory, force_dynamic_quantization=True).logits(TOKENS)
@@ -419,7 +419,7 @@ def test_what_the_fixed_scale_costs_and_what_helps(row_wise: Any) -> None:
     assert errors["newest", False] < 2 * errors["newest", True]
 
 
-def test_strict_refuses_what_the_engine_has_no_mode_for(engine: Any, tmp_path: Path) -> None:
+def test_strict_raises_where_the_engine_has_no_mode(engine: Any, tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "made", scheme="int4-g32")
 
     with pytest.raises(PlanError, match="--strict"):
@@ -430,7 +430,7 @@ def test_strict_refuses_what_the_engine_has_no_mode_for(engine: Any, tmp_path: P
 
 
 @pytest.mark.reference
-def test_the_reference_engine_runs_beside_an_installed_one(engine: Any) -> None:
+def test_the_reference_engine_runs_although_an_engine_is_installed(engine: Any) -> None:
     from trtllm_ct.reference import ReferenceLLM
 
     llm = LLM(DEMO, engine="reference")
@@ -443,7 +443,7 @@ def test_the_reference_engine_runs_beside_an_installed_one(engine: Any) -> None:
 
 @pytest.mark.reference
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
-def test_the_example_runs_as_it_stands_in_two_processes(generation: str, tmp_path: Path) -> None:
+def test_the_example_runs_unchanged_in_two_processes(generation: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "TLLM_DOUBLE_GENERATION": generation,
         "TLLM_WORKER_USE_SINGLE_PROCESS": "0",
@@ -461,8 +461,8 @@ def test_the_example_runs_as_it_stands_in_two_processes(generation: str, tmp_pat
     assert "runs" in done.stderr
 
 
-def test_text_models_inside_larger_ones_keep_the_others_untouched(newest: Any, made: Built) -> None:
-    """A config.json without a block is none of ours, whatever its weights are called."""
+def test_a_config_without_a_quantization_block_is_left_to_the_engine(newest: Any, made: Built) -> None:
+    """A config.json without a quantization block is left to the engine, whatever the names of the weights."""
     rewrite_config(made.directory, lambda config: config.pop("quantization_config"))
 
     with pytest.raises(AssertionError, match="weight"):

@@ -1,4 +1,4 @@
-"""What a load took and gave: counted as the files count it, kept as JSON, and told once."""
+"""Load reports: their counts, their JSON form, and that each one is logged once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MIXED = {
 
 @pytest.fixture(autouse=True)
 def folder(sidecar_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, and no reports but where a test asks for them."""
+    """Each test has its own cache, and writes no reports unless it asks for them."""
     monkeypatch.delenv(REPORTS, raising=False)
     return tmp_path / "reports" / "deep"
 
@@ -51,10 +51,10 @@ def sidecar_of(built: Built, **sizes: int) -> Sidecar:
     return Sidecar.open(make_sidecar(built.directory, ServingOptions(parallel=Parallel(**sizes))))
 
 
-# What is counted.
+# Counts.
 
 
-def test_bytes_are_those_of_the_files_and_of_the_tensors(built: Built) -> None:
+def test_bytes_of_files_and_tensors_are_counted(built: Built) -> None:
     """Every stored tensor of this scheme is needed, each once."""
     weights, report = deliver_for_rank(sidecar_of(built), Rank())
 
@@ -82,7 +82,7 @@ def test_modes_and_reasons_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_plain_rank_counts_no_modes(tmp_path: Path) -> None:
-    """The last stage of a model whose quantized layer lies in the first."""
+    """The last pipeline stage of a model whose only quantized layer is in the first stage."""
     config = tiny_config(hidden=128, layers=2)
     built = write_checkpoint(tmp_path / "model", config=config, scheme={"model.layers.0.mlp.down_proj": "int4-g64"})
     parallel = Parallel(pipeline=2)
@@ -93,7 +93,7 @@ def test_a_plain_rank_counts_no_modes(tmp_path: Path) -> None:
     assert "no quantized modules; " in str(report)
 
 
-def test_ranks_are_numbered_as_the_engine_does(built: Built) -> None:
+def test_ranks_have_the_engines_numbers(built: Built) -> None:
     sizes = {"tensor": 2, "pipeline": 2}
     sidecar, parallel = sidecar_of(built, **sizes), Parallel(**sizes)
     with engine_double.installed("newest"):
@@ -120,13 +120,13 @@ def test_peak_memory_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch
     assert peak_memory() == 5 * unit
 
 
-def test_a_system_that_cannot_tell_gives_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_zero_without_the_resource_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
 
     assert peak_memory() == 0
 
 
-def test_peak_memory_covers_what_this_process_holds() -> None:
+def test_peak_memory_covers_the_memory_of_this_process() -> None:
     held = bytearray(b"x" * (64 << 20))
 
     assert peak_memory() > len(held)
@@ -184,7 +184,7 @@ def test_it_reads_as_one_line() -> None:
     )
 
 
-def test_a_load_of_no_time_has_no_rate() -> None:
+def test_without_a_measured_time_the_rate_is_zero() -> None:
     report = LoadReport(
         source="",
         rank=0,
@@ -202,11 +202,11 @@ def test_a_load_of_no_time_has_no_rate() -> None:
     assert "(0.00 GB/s)" in str(report)
 
 
-# Told once.
+# The log.
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the engine's own log says of this package; its workers' log is the one that people see."""
+    """Return the lines of this package in the engine's log, which is the log that users of its workers see."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -215,7 +215,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=str)
-def test_rank_0_alone_logs_it_and_once(
+def test_only_rank_0_logs_the_report_and_only_once(
     engine: Any, built: Built, caplog: pytest.LogCaptureFixture, sizes: tuple[int, int]
 ) -> None:
     caplog.set_level(logging.INFO, "tensorrt_llm")
@@ -229,7 +229,9 @@ def test_rank_0_alone_logs_it_and_once(
     assert line.startswith(f"trtllm-ct: {built.directory}: {14 // sizes[1]} x W8A16; ")
 
 
-def test_warnings_of_the_plan_are_told_with_it(engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_of_the_plan_are_logged_with_the_report(
+    engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "tensorrt_llm")
     built = write_checkpoint(tmp_path / "model", config=CONFIG, scheme="int4-g32", kv=True)
     made = make_sidecar(built.directory, ServingOptions())
@@ -243,7 +245,7 @@ def test_warnings_of_the_plan_are_told_with_it(engine: Any, tmp_path: Path, capl
     assert list(loader.report.warnings) == [warning.removeprefix(f"trtllm-ct: {built.directory}: ")]
 
 
-def test_what_the_engine_loads_by_itself_is_not_ours_to_report(
+def test_the_engines_own_loads_are_not_reported(
     engine: Any, built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tensorrt_llm")
@@ -256,10 +258,10 @@ def test_what_the_engine_loads_by_itself_is_not_ours_to_report(
     assert (loader.report, loader.reports) == (None, {})
 
 
-# Left in a directory.
+# Report files.
 
 
-def test_every_rank_leaves_its_report(built: Built, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_writes_its_report(built: Built, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REPORTS, str(folder))
     made = make_sidecar(built.directory, ServingOptions(parallel=Parallel(tensor=2, pipeline=2)))
     with engine_double.installed("newest"):
@@ -285,7 +287,7 @@ def test_a_later_load_replaces_the_report(built: Built, folder: Path, monkeypatc
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_nobody_who_wants_none_gets_one(
+def test_without_the_environment_variable_no_report_is_written(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     if value is not None:
@@ -297,7 +299,7 @@ def test_nobody_who_wants_none_gets_one(
     assert list(tmp_path.rglob("*rank*")) == []
 
 
-def test_a_directory_that_cannot_be_written_stops_no_server(
+def test_a_directory_that_cannot_be_written_only_causes_a_warning(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")

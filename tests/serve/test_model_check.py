@@ -1,4 +1,4 @@
-"""The model that the engine built is held against the plan: a Linear of another mode, or none, is an error by name."""
+"""The check of the engine's model against the plan: a Linear that is missing or has another mode raises."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALGOS = [algo for algo in QuantAlgo if algo is not QuantAlgo.MIXED_PRECISION]
 
 @dataclass(frozen=True)
 class Engine:
-    """A module of the engine's model; without a `quant_config`, it is a norm or the like."""
+    """A module of the engine's model; one without `quant_config` stands for a norm or the like."""
 
     quant_config: Any = None
 
@@ -104,7 +104,7 @@ def found(model: Model, *modules: ModulePlan) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("algo", ALGOS)
-def test_the_same_mode_is_fine_and_any_other_is_not(algo: QuantAlgo) -> None:
+def test_only_the_same_mode_passes(algo: QuantAlgo) -> None:
     planned = module("a.o_proj", algo)
     others = [str(other) for other in ALGOS if other is not algo]
 
@@ -115,7 +115,7 @@ def test_the_same_mode_is_fine_and_any_other_is_not(algo: QuantAlgo) -> None:
         }
 
 
-def test_a_fault_says_what_was_planned_what_is_there_and_what_to_do() -> None:
+def test_a_fault_names_both_modes_and_a_remedy() -> None:
     with pytest.raises(LoadError) as caught:
         check_model(Model({"a.o_proj": quantized("FP8")}), FUSED, plan_of(module("a.o_proj", QuantAlgo.W4A16_AWQ)))
 
@@ -129,7 +129,7 @@ def test_a_fault_says_what_was_planned_what_is_there_and_what_to_do() -> None:
 
 @pytest.mark.parametrize("algo", PLAIN)
 def test_a_linear_that_the_engine_forgot_to_quantize_is_named(algo: str | None) -> None:
-    """A name that matches nothing is no error there: codes would be copied into a plain weight."""
+    """The engine ignores a name that matches nothing, and would copy codes into a plain weight."""
     model = Model({"a.o_proj": quantized(algo)})
 
     assert found(model, module("a.o_proj", QuantAlgo.FP8)) == {"a.o_proj": "a plain Linear in TensorRT-LLM's a.o_proj"}
@@ -152,8 +152,8 @@ def test_members_of_an_enumeration_are_compared_by_value() -> None:
     assert found(Model({"a.o_proj": quantized(QuantAlgo.FP8)}), module("a.o_proj", QuantAlgo.FP8)) == {}
 
 
-def test_a_module_that_has_no_mode_to_ask_for_is_left_out() -> None:
-    """Such as a router that the engine wrote as something else than a Linear."""
+def test_a_module_without_quant_config_is_skipped() -> None:
+    """An example is a router that the engine does not implement as a Linear."""
     assert found(Model({"a.gate": object()}), module("a.gate", QuantAlgo.FP8), module("a.gate")) == {}
 
 
@@ -178,13 +178,13 @@ def test_the_fused_linear_of_another_layer_does_not_count() -> None:
     }
 
 
-def test_a_part_that_stands_by_itself_is_taken_before_a_fused_one() -> None:
+def test_an_unfused_part_takes_precedence_over_a_fused_linear() -> None:
     model = Model({"a.q_proj": quantized("FP8"), "a.qkv_proj": quantized("W8A16")})
 
     assert found(model, module("a.q_proj", QuantAlgo.FP8)) == {}
 
 
-def test_experts_are_found_in_the_module_of_all() -> None:
+def test_experts_are_found_in_the_module_of_all_experts() -> None:
     expert = module("a.experts.3.up_proj", QuantAlgo.NVFP4, experts="a.experts")
 
     assert found(Model({"a.experts": quantized("NVFP4")}), expert) == {}
@@ -193,21 +193,21 @@ def test_experts_are_found_in_the_module_of_all() -> None:
     }
 
 
-def test_a_plain_linear_may_lie_anywhere() -> None:
-    """A tied head has no module of its own; what is plain is copied by name and no mode is at stake."""
+def test_a_missing_plain_linear_passes() -> None:
+    """A tied head has no module of its own. Plain weights are copied by name, so their mode can't be wrong."""
     assert found(Model({}), module("lm_head")) == {}
 
 
 @pytest.mark.parametrize("more", [{"class_name": "RMSNorm"}, {"deliveries": ()}], ids=["no Linear", "not this rank's"])
-def test_what_this_rank_does_not_load_as_a_linear_is_not_looked_for(more: dict[str, Any]) -> None:
+def test_modules_that_this_rank_does_not_load_are_skipped(more: dict[str, Any]) -> None:
     assert found(Model({"a.o_proj": quantized("FP8")}), module("a.o_proj", **more), module("a.x", **more)) == {}
 
 
-# Models that load themselves, and the switch.
+# Models with their own loading loop, and the environment variable.
 
 
 def test_a_model_with_a_loop_of_its_own_may_use_other_names(caplog: pytest.LogCaptureFixture) -> None:
-    """Then the absence is said and no error; a mode that differs is one all the same."""
+    """A missing Linear is then only logged; a different mode is still an error."""
     absent, other = module("a.o_proj", QuantAlgo.FP8), module("a.down_proj", QuantAlgo.FP8)
     model = OwnLoop({"a.down_proj": quantized("W8A16")})
 
@@ -217,13 +217,13 @@ def test_a_model_with_a_loop_of_its_own_may_use_other_names(caplog: pytest.LogCa
     assert line.startswith("a.o_proj: expected a module of TensorRT-LLM's model that loads it (FP8), found none")
 
 
-def test_the_same_absence_is_an_error_in_the_engines_loop(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_linear_raises_in_the_engines_loop(caplog: pytest.LogCaptureFixture) -> None:
     assert found(Model({}), module("a.o_proj", QuantAlgo.FP8)).keys() == {"a.o_proj"}
     assert caplog.messages == []
 
 
 @pytest.mark.parametrize(("value", "off"), [(None, False), ("", False), ("0", False), ("1", True), ("yes", True)])
-def test_the_switch_makes_warnings_of_errors(
+def test_the_environment_variable_turns_errors_into_warnings(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str | None, off: bool
 ) -> None:
     monkeypatch.delenv(NO_MODEL_CHECK, raising=False)
@@ -238,7 +238,7 @@ def test_the_switch_makes_warnings_of_errors(
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
-# All together, against a table of what may lie where.
+# All cases together, against a table of planned and built modes.
 
 MODES = st.sampled_from([None, QuantAlgo.FP8, QuantAlgo.W4A16_AWQ])
 ABSENT = "absent"
@@ -253,7 +253,7 @@ ABSENT = "absent"
     ),
     own_loop=st.booleans(),
 )
-def test_exactly_the_disagreements_are_named(
+def test_exactly_the_differences_are_named(
     planned: dict[str, QuantAlgo | None], there: dict[str, Any], own_loop: bool
 ) -> None:
     kind = OwnLoop if own_loop else Model
@@ -268,12 +268,12 @@ def test_exactly_the_disagreements_are_named(
     assert found(model, *(module(name, algo) for name, algo in planned.items())).keys() == wrong
 
 
-# On the double: somebody changed what the engine is told.
+# On the double: the configuration that the engine reads was changed.
 
 
 @pytest.fixture
 def made(sidecar_cache: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A sidecar, after an edit of one of its files."""
+    """Return a sidecar after an edit of one of its files."""
 
     def make(scheme: Any, name: str = "", edit: Callable[[dict[str, Any]], object] = dict) -> Path:
         config = tiny_config(hidden=128, layers=1)
@@ -292,7 +292,7 @@ def load(engine: Any, directory: Path) -> None:
     engine.LLM(model=str(directory), checkpoint_loader=loader, skip_tokenizer_init=True)
 
 
-def test_an_exclusion_that_the_plan_does_not_have_stops_the_load(engine: Any, made: Callable[..., Path]) -> None:
+def test_an_exclusion_outside_the_plan_raises(engine: Any, made: Callable[..., Path]) -> None:
     def exclude(document: dict[str, Any]) -> None:
         document["quantization"]["exclude_modules"].append("model.layers.0.self_attn.k_proj")
 
@@ -304,8 +304,8 @@ def test_an_exclusion_that_the_plan_does_not_have_stops_the_load(engine: Any, ma
     assert {fault.found for fault in caught.value.faults} == {f"a plain Linear in TensorRT-LLM's {home}.qkv_proj"}
 
 
-def test_a_layer_that_the_engine_was_not_told_of_stops_the_load(engine: Any, made: Callable[..., Path]) -> None:
-    """Without its entry it would be a plain Linear, and take int8 codes for values."""
+def test_a_layer_without_an_entry_raises(engine: Any, made: Callable[..., Path]) -> None:
+    """Without its entry the layer would be a plain Linear, and load int8 codes as values."""
     scheme = {"o_proj": "fp8-channel-token", "down_proj": "int8-channel"}
 
     def forget(document: dict[str, Any]) -> None:
@@ -326,5 +326,5 @@ def test_a_layer_that_the_engine_was_not_told_of_stops_the_load(engine: Any, mad
     ["int8-channel", {"o_proj": "fp8-channel-token", "down_proj": "int8-channel"}, "int4-g32"],
     ids=["one mode", "several", "none"],
 )
-def test_what_nobody_changed_passes(engine: Any, made: Callable[..., Path], scheme: Any) -> None:
+def test_an_unchanged_sidecar_passes(engine: Any, made: Callable[..., Path], scheme: Any) -> None:
     load(engine, made(scheme))

@@ -1,7 +1,7 @@
-"""All sixteen real checkpoints on both releases, by `trtllm_ct.LLM` and nothing else: golden logits and golden tokens.
+"""All sixteen real checkpoints on both generations, loaded by `trtllm_ct.LLM`: golden logits and golden tokens.
 
-What a bound is depends on what the committed table of modes says of a checkpoint at these sizes: exact, zeros rounded
-to bfloat16, or modules rounded to it. Static FP8 is held to an oracle that rounds as the engine does.
+The bound for a checkpoint follows from the committed table of modes at these sizes: exact, zeros rounded to bfloat16,
+or modules rounded to bfloat16. Static FP8 is compared with an oracle that rounds as the engine does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.shared, pytest.mark.reference]
 GOLDEN_MODES: dict[str, Any] = json.loads(Path(__file__).with_name("golden_parallel.json").read_text())
 EXACT, ROUNDED_ZEROS, DEQUANTIZED = 2e-3, 5e-3, 2e-2
 EXACT_IN_BFLOAT16 = {"mxfp4a16"}
-"""Powers of two times E2M1: dequantizing loses nothing."""
+"""Their values are powers of two times E2M1, so dequantizing loses nothing."""
 SIZES = [(1, 1), (2, 1), (4, 1), (2, 2)]
 """Tensor and pipeline parallel."""
 SPAWNED = ["mixed-fp8-w4", "qwen3moe-nvfp4", "w4a16-g64-asym"]
@@ -45,7 +45,7 @@ def bound(name: str, tensor: int, pipeline: int) -> float:
 
 
 def logits_of(directory: Path, golden: Golden, tensor: int, pipeline: int) -> Tensor:
-    """For the golden prompt and its continuation."""
+    """Return the logits for the golden prompt and its continuation."""
     with trtllm_ct.LLM(
         directory,
         engine="tensorrt_llm",
@@ -61,7 +61,7 @@ def logits_of(directory: Path, golden: Golden, tensor: int, pipeline: int) -> Te
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize("name", sorted(GOLDEN_MODES))
 def test_golden_answers(shared: Path, name: str, generation: str, tensor: int, pipeline: int) -> None:
-    """Each golden token is the likeliest after those before it, so they are what the model generates."""
+    """Each golden token has the largest logit after the tokens before it, so the model generates the golden text."""
     directory = shared / "checkpoints" / name
     golden = engine_answers(directory)
 
@@ -77,7 +77,7 @@ def test_golden_answers(shared: Path, name: str, generation: str, tensor: int, p
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize("name", SPAWNED)
 def test_two_processes_give_the_golden_answers(shared: Path, name: str, generation: str) -> None:
-    """Workers get pickled arguments and an environment of their own."""
+    """Workers get pickled arguments and their own environment."""
     directory = shared / "checkpoints" / name
     golden = engine_answers(directory)
 

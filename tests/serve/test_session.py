@@ -1,4 +1,4 @@
-"""What the parts of one loader share, from the parent process to a worker: told, remembered, made again, or refused."""
+"""The state that the parts of one loader share: pickled records, restored sidecars, remembered mappings, and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 @dataclass(frozen=True)
 class Mapped:
-    """What is read of an engine's mapping."""
+    """The attributes of an engine's mapping that this package reads."""
 
     tp_size: int = 1
     pp_size: int = 1
@@ -56,7 +56,7 @@ class Mapped:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Built, Built]:
-    """A model and a draft, of which each test gets copies."""
+    """A model and a draft model; each test gets copies of them."""
     folder = tmp_path_factory.mktemp("written")
     small = tiny_config(hidden=64, layers=1)
     return (
@@ -89,13 +89,13 @@ def record_of(directory: Path) -> dict[str, Any]:
 
 
 def lose(*directories: Path) -> None:
-    """As on a node that never had them."""
+    """Delete the directories, as if this were a node that never had them."""
     for directory in directories:
         shutil.rmtree(directory)
 
 
 def elsewhere(session: LoadSession, monkeypatch: pytest.MonkeyPatch) -> LoadSession:
-    """The session as another process gets it, which has prepared nothing."""
+    """Return the unpickled session, as in another process that has prepared nothing."""
     state = pickle.dumps(session)
     monkeypatch.setattr(sidecar, "_known", {})
     loaded: LoadSession = pickle.loads(state)
@@ -108,13 +108,13 @@ def same(one: Mapping[str, Tensor] | None, other: Mapping[str, Tensor] | None) -
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# Whom it tells of what.
+# Which records are pickled.
 
 
-def test_one_that_was_given_sidecars_tells_of_those_only(
+def test_a_session_with_given_records_pickles_only_those(
     made: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A node makes those that it lacks, and may have to download a model for each."""
+    """A node makes every sidecar that it lacks, and may have to download a model for each of them."""
     own = {str(made): record_of(made)}
     session = LoadSession(own)
 
@@ -122,7 +122,7 @@ def test_one_that_was_given_sidecars_tells_of_those_only(
     assert elsewhere(session, monkeypatch).records() == own
 
 
-def test_one_that_was_given_none_tells_of_all_that_this_process_prepared(
+def test_a_session_without_records_pickles_all_that_this_process_prepared(
     made: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = LoadSession()
@@ -132,7 +132,7 @@ def test_one_that_was_given_none_tells_of_all_that_this_process_prepared(
     assert elsewhere(session, monkeypatch).records() == records
 
 
-def test_what_is_prepared_after_the_loader_was_made_is_told_too(built: Built, draft: Path) -> None:
+def test_a_sidecar_prepared_after_the_loader_is_included(built: Built, draft: Path) -> None:
     session = LoadSession()
 
     later = make_sidecar(built.directory, OPTIONS)
@@ -140,15 +140,15 @@ def test_what_is_prepared_after_the_loader_was_made_is_told_too(built: Built, dr
     assert session.records().keys() == {str(draft), str(later)}
 
 
-def test_one_that_was_given_an_empty_list_tells_of_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_with_empty_records_pickles_none(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = LoadSession({})
 
     assert session.records() == {}
     assert elsewhere(session, monkeypatch).records() == {}
 
 
-def test_what_travels_is_records_and_nothing_else(made: Path) -> None:
-    """No tensors, open files or plans, however far it got; workers are sent one copy each."""
+def test_only_the_records_are_pickled(made: Path) -> None:
+    """No tensors, open files or plans are pickled, even after loading, because every worker gets a copy."""
     session = LoadSession({str(made): record_of(made)})
     before = pickle.dumps(session)
 
@@ -159,7 +159,7 @@ def test_what_travels_is_records_and_nothing_else(made: Path) -> None:
     assert pickle.loads(before).reports == {}
 
 
-def test_its_records_are_a_copy(made: Path) -> None:
+def test_records_are_copied(made: Path) -> None:
     given = {str(made): record_of(made)}
     session = LoadSession(given)
 
@@ -173,84 +173,86 @@ def test_its_records_are_a_copy(made: Path) -> None:
 
 
 @pytest.mark.parametrize("told", ["its own", "all"])
-def test_a_node_that_lacks_it_makes_it_before_the_configuration_is_read(
+def test_a_missing_sidecar_is_made_before_the_configuration_is_read(
     made: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     want = LoadSession().load(made)
     session = LoadSession({str(made): record_of(made)} if told == "its own" else None)
-    there = elsewhere(session, monkeypatch)
+    other_process = elsewhere(session, monkeypatch)
     lose(made)
 
-    there.configure(str(made), {})
+    other_process.configure(str(made), {})
 
     assert (made / "config.json").is_file()
-    assert same(there.load(made), want)
+    assert same(other_process.load(made), want)
 
 
-def test_weights_alone_make_it_too(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_weights_alone_also_makes_a_missing_sidecar(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Releases differ in whether a process reads the configuration before it loads weights."""
-    there = elsewhere(LoadSession(), monkeypatch)
+    other_process = elsewhere(LoadSession(), monkeypatch)
     lose(made)
 
-    assert there.load(str(made))
+    assert other_process.load(str(made))
     assert is_sidecar(made)
 
 
-def test_a_draft_is_made_with_the_model(made: Path, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine reads a draft's configuration without asking the loader."""
-    there = elsewhere(LoadSession(), monkeypatch)
+def test_a_missing_draft_sidecar_is_made_with_the_model(
+    made: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine reads the configuration of a draft model without calling the loader."""
+    other_process = elsewhere(LoadSession(), monkeypatch)
     lose(made, draft)
 
-    there.configure(made, {})
+    other_process.configure(made, {})
 
     assert (draft / "config.json").is_file()
 
 
-def test_one_that_goes_away_meanwhile_is_made_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = elsewhere(LoadSession(), monkeypatch)
-    want = there.load(made)
+def test_a_sidecar_that_is_deleted_meanwhile_is_made_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_process = elsewhere(LoadSession(), monkeypatch)
+    want = other_process.load(made)
     lose(made)
 
-    assert same(there.load(made), want)
+    assert same(other_process.load(made), want)
     assert is_sidecar(made)
 
 
-def test_the_trouble_of_another_model_waits_until_that_is_loaded(
+def test_an_error_of_another_model_is_raised_when_that_model_is_loaded(
     made: Path, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = elsewhere(LoadSession(), monkeypatch)
+    other_process = elsewhere(LoadSession(), monkeypatch)
     lose(draft)
     (tmp_path / "draft").rename(tmp_path / "gone")
 
-    there.configure(made, {})
+    other_process.configure(made, {})
 
-    assert there.load(made)
+    assert other_process.load(made)
     with pytest.raises(SidecarError, match=rf"{tmp_path / 'draft'}: .*no such directory on this node.*same path"):
-        there.load(draft)
+        other_process.load(draft)
 
 
-def test_a_node_with_another_source_refuses(made: Path, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = elsewhere(LoadSession(), monkeypatch)
+def test_a_node_with_a_different_source_raises(made: Path, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_process = elsewhere(LoadSession(), monkeypatch)
     lose(made)
     rewrite_config(built.directory, lambda config: config.update(rms_norm_eps=1e-5))
 
     with pytest.raises(SidecarError, match=r"another config\.json.*prepare again"):
-        there.configure(made, {})
+        other_process.configure(made, {})
     assert not made.exists()
 
 
-def test_what_it_was_not_told_of_it_does_not_make(made: Path, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = elsewhere(LoadSession({str(made): record_of(made)}), monkeypatch)
+def test_a_sidecar_outside_the_records_is_not_made(made: Path, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_process = elsewhere(LoadSession({str(made): record_of(made)}), monkeypatch)
     lose(made, draft)
 
-    there.configure(made, {})
+    other_process.configure(made, {})
 
     assert is_sidecar(made)
     assert not draft.exists()
 
 
-def test_what_it_loads_from_is_in_use(made: Path) -> None:
-    """Nobody clears it away behind a server's back."""
+def test_a_loaded_sidecar_is_in_use(made: Path) -> None:
+    """The cache must not be cleared while a server uses the sidecar."""
     os.close(leases._held.pop(made / SIDECAR_FILE))
     assert is_free(made)
 
@@ -268,7 +270,7 @@ def is_free(directory: Path) -> bool:
 
 
 def test_the_mapping_of_the_configuration_is_remembered(built: Built) -> None:
-    """Releases up to 1.1 call `load_weights(directory)`, without it."""
+    """Releases up to 1.1 call `load_weights(directory)` without a mapping."""
     parallel = Parallel(tensor=2)
     made = make_sidecar(built.directory, replace(OPTIONS, parallel=parallel))
     session = LoadSession()
@@ -283,7 +285,7 @@ def test_the_mapping_of_the_configuration_is_remembered(built: Built) -> None:
     assert session.report.bytes_read == want.bytes_read
 
 
-def test_a_mapping_that_comes_with_the_call_counts(built: Built) -> None:
+def test_a_mapping_passed_to_load_takes_precedence(built: Built) -> None:
     made = make_sidecar(built.directory, replace(OPTIONS, parallel=Parallel(tensor=2)))
     session = LoadSession()
 
@@ -294,7 +296,7 @@ def test_a_mapping_that_comes_with_the_call_counts(built: Built) -> None:
     assert session.report.rank == 0
 
 
-def test_without_any_it_is_the_only_rank_or_refused(built: Built, made: Path) -> None:
+def test_without_a_mapping_only_one_rank_is_supported(built: Built, made: Path) -> None:
     assert LoadSession().load(made)
     two = make_sidecar(built.directory, replace(OPTIONS, parallel=Parallel(tensor=2)))
 
@@ -307,13 +309,13 @@ def test_without_any_it_is_the_only_rank_or_refused(built: Built, made: Path) ->
     assert "CompressedTensorsCheckpointLoader()" in fault.remedy
 
 
-def test_sizes_that_need_other_modes_are_refused_before_anything_is_built(made: Path) -> None:
-    """Four ranks have half a group of o_proj each; the engine was told that it is native."""
+def test_sizes_that_need_other_modes_raise_before_the_model_is_built(made: Path) -> None:
+    """With four ranks, each has half a group of o_proj, but the engine was configured for a native mode."""
     with pytest.raises(SidecarError, match=r"o_proj.*prepare with the sizes that LLM is given: tensor_parallel_size=4"):
         LoadSession().configure(made, {"mapping": Mapped(tp_size=4)})
 
 
-def test_experts_that_move_between_ranks_are_refused(made: Path) -> None:
+def test_a_moe_load_balancer_raises(made: Path) -> None:
     with pytest.raises(UsageError, match=r"moe_load_balancer: expected none.*trtllm-ct convert") as caught:
         LoadSession().configure(made, {"moe_load_balancer": object()})
     assert len(caught.value.faults) == 1
@@ -321,16 +323,16 @@ def test_experts_that_move_between_ranks_are_refused(made: Path) -> None:
     LoadSession().configure(made, {"moe_load_balancer": None})
 
 
-def test_parallelism_of_another_kind_is_refused(made: Path) -> None:
+def test_unsupported_kinds_of_parallelism_raise(made: Path) -> None:
     with pytest.raises(UsageError, match=r"mapping\.cp_size: expected 1: .*found 2"):
         LoadSession().load(made, Mapped(cp_size=2))
 
 
-# Directories that are no sidecars.
+# Directories that are not sidecars.
 
 
-def test_a_checkpoint_that_was_not_prepared_is_refused(built: Built) -> None:
-    """Stock would load it wrong, or half of it."""
+def test_a_checkpoint_that_was_not_prepared_raises(built: Built) -> None:
+    """Stock TensorRT-LLM would load it wrongly, or only a part of it."""
     for call in (lambda session: session.load(built.directory), lambda session: session.configure(built.directory, {})):
         with pytest.raises(UsageError) as caught:
             call(LoadSession())
@@ -342,7 +344,7 @@ def test_a_checkpoint_that_was_not_prepared_is_refused(built: Built) -> None:
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "dense", "empty", "missing"])
-def test_anything_else_is_left_to_the_engine(built: Built, tmp_path: Path, kind: str) -> None:
+def test_other_directories_are_left_to_the_engine(built: Built, tmp_path: Path, kind: str) -> None:
     directory = tmp_path / "other"
     if kind in {"modelopt", "dense"}:
         convert_checkpoint(built.directory, directory, to=kind)
@@ -356,18 +358,18 @@ def test_anything_else_is_left_to_the_engine(built: Built, tmp_path: Path, kind:
     assert (session.report, session.reports) == (None, {})
 
 
-def test_a_damaged_sidecar_is_no_checkpoint_of_another_kind(made: Path) -> None:
+def test_a_damaged_sidecar_raises_instead_of_going_to_the_engine(made: Path) -> None:
     (made / SIDECAR_FILE).write_text("{}")
 
     with pytest.raises(SidecarError, match=rf"{SIDECAR_FILE}.*prepare again"):
         LoadSession().load(made)
 
 
-# What is known afterwards.
+# What a session knows after configuring and loading.
 
 
-def test_modes_are_known_when_the_configuration_is(made: Path, draft: Path) -> None:
-    """In time to give the engine a Linear that it lacks, before it builds one."""
+def test_modes_are_known_after_configure(made: Path, draft: Path) -> None:
+    """The Linear method that the engine lacks must be installed before the engine builds the model."""
     session = LoadSession({str(made): record_of(made), str(draft): record_of(draft)})
     assert not session.needs(QuantAlgo.W4A16_AWQ)
 
@@ -379,7 +381,7 @@ def test_modes_are_known_when_the_configuration_is(made: Path, draft: Path) -> N
     assert not session.needs(QuantAlgo.W4A16_GPTQ)
 
 
-def test_reports_are_kept_by_directory_and_the_models_is_apart(made: Path, draft: Path) -> None:
+def test_reports_are_kept_by_directory(made: Path, draft: Path) -> None:
     session = LoadSession()
     session.configure(made, {})
     assert session.report is None
@@ -394,7 +396,7 @@ def test_reports_are_kept_by_directory_and_the_models_is_apart(made: Path, draft
 
 
 class BuiltModel:
-    """As the engine has it after its weights are there, with a Linear that it left plain."""
+    """A model of the engine after loading, with a Linear that the engine left unquantized."""
 
     @staticmethod
     def named_modules(*, remove_duplicate: bool) -> list[tuple[str, Any]]:
@@ -406,7 +408,7 @@ class BuiltModel:
 BuiltModel.load_weights.__module__ = "modeling_utils"
 
 
-def test_a_model_is_held_against_what_was_loaded_last(made: Path, draft: Path) -> None:
+def test_the_model_is_checked_against_the_plan_loaded_last(made: Path, draft: Path) -> None:
     session = LoadSession()
     session.check(BuiltModel(), {})
     for directory in (made, draft):
@@ -417,7 +419,7 @@ def test_a_model_is_held_against_what_was_loaded_last(made: Path, draft: Path) -
         assert {fault.where for fault in caught.value.faults} == {each.name for each in plan.modules if each.weight}
 
 
-# As the engine calls it.
+# Calls in the order of the engine.
 
 
 def loader(**arguments: Any) -> Any:
@@ -425,14 +427,14 @@ def loader(**arguments: Any) -> Any:
 
 
 def call(loader: Any, directory: Path, **keywords: Any) -> dict[str, Tensor]:
-    """Weights as either release asks for them."""
+    """Load weights with the arguments that the imitated release passes."""
     told = import_module("tensorrt_llm._double").RELEASE.mapping_argument
     mapping = import_module("tensorrt_llm.mapping").Mapping()
     return dict(loader.load_weights(str(directory), **({"mapping": mapping} if told else {}), **keywords))
 
 
-def test_it_goes_on_after_cleanup_as_often_as_it_is_asked(engine: Any, made: Path, draft: Path) -> None:
-    """The engine drops all parts of a loader when a model is loaded, and asks the same loader again."""
+def test_the_loader_works_again_after_cleanup(engine: Any, made: Path, draft: Path) -> None:
+    """The engine drops all parts of a loader when a model is loaded, and then uses the same loader again."""
     own = loader()
     want = {directory: call(own, directory) for directory in (made, draft)}
 
@@ -447,7 +449,7 @@ def test_it_goes_on_after_cleanup_as_often_as_it_is_asked(engine: Any, made: Pat
     assert own.reports.keys() == {str(made), str(draft)}
 
 
-def test_a_mapping_that_came_before_cleanup_is_remembered(engine: Any, built: Built) -> None:
+def test_the_mapping_survives_cleanup(engine: Any, built: Built) -> None:
     made = make_sidecar(built.directory, replace(OPTIONS, parallel=Parallel(tensor=2)))
     mapping = import_module("tensorrt_llm.mapping").Mapping(world_size=2, rank=1, tp_size=2)
     own = loader()
@@ -460,7 +462,7 @@ def test_a_mapping_that_came_before_cleanup_is_remembered(engine: Any, built: Bu
     assert own.report.rank == 1
 
 
-def test_keywords_of_later_releases_do_no_harm(engine: Any, made: Path) -> None:
+def test_unknown_keywords_of_later_releases_are_accepted(engine: Any, made: Path) -> None:
     own, want = loader(), LoadSession().load(made)
 
     weights = call(own, made, model=object(), source_identity="x", use_consolidated=True, never_heard_of=1)
@@ -468,8 +470,8 @@ def test_keywords_of_later_releases_do_no_harm(engine: Any, made: Path) -> None:
     assert same(weights, want)
 
 
-def test_a_plain_draft_is_the_engines_with_all_its_keywords(engine: Any, built: Built, tmp_path: Path) -> None:
-    """Ours hands on exactly what it was called with: other releases refuse or need one or the other."""
+def test_a_plain_draft_goes_to_the_engine_with_all_keywords(engine: Any, built: Built, tmp_path: Path) -> None:
+    """The loader passes on exactly the keywords that it got, because releases differ in what they accept."""
     convert_checkpoint(built.directory, tmp_path / "dense", to="dense")
     stock = import_module("tensorrt_llm._torch.models.checkpoints.hf.weight_loader").HfWeightLoader
     heard = []
@@ -488,15 +490,15 @@ def test_a_plain_draft_is_the_engines_with_all_its_keywords(engine: Any, built: 
     assert weights.keys() == built.dense.keys()
 
 
-def test_a_loader_tells_of_its_sidecars_when_it_is_pickled(engine: Any, made: Path, draft: Path) -> None:
+def test_a_pickled_loader_contains_its_records(engine: Any, made: Path, draft: Path) -> None:
     own = {str(made): record_of(made)}
 
     assert pickle.loads(pickle.dumps(loader(sidecars=own)))._session.records() == own
     assert pickle.loads(pickle.dumps(loader()))._session.records().keys() == {str(made), str(draft)}
 
 
-def test_the_parts_of_a_loader_travel_alone_too(engine: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the engine's own loader carries them, in the way that its documentation shows."""
+def test_the_parts_of_a_loader_can_be_pickled_alone(engine: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's own loader can hold this package's parts, as TensorRT-LLM's documentation shows."""
     bindings = import_module(BINDINGS)
     state = pickle.dumps([bindings.CompressedTensorsWeightLoader(), bindings.CompressedTensorsConfigLoader()])
     monkeypatch.setattr(sidecar, "_known", {})

@@ -1,4 +1,4 @@
-"""What the engine is given in place of a checkpoint: small, whole or not at all, and never half right."""
+"""Sidecars: their content, name and cache, several processes and nodes, and outdated sources."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from trtllm_ct.engine.target import ENGINES
 from trtllm_ct.plan.probe import Probe
 from trtllm_ct.serve import cache, leases, sidecar
 from trtllm_ct.serve.hub import Repository
+from trtllm_ct.serve.listing import list_sidecars
 from trtllm_ct.serve.sidecar import (
     SIDECAR_FILE,
     ServingOptions,
@@ -38,7 +39,6 @@ from trtllm_ct.serve.sidecar import (
     clear_sidecars,
     is_sidecar,
     known_sidecars,
-    list_sidecars,
     make_sidecar,
     restore_sidecar,
 )
@@ -77,11 +77,11 @@ def is_free(directory: Path) -> bool:
         return free
 
 
-# What is in it.
+# Content.
 
 
-def test_everything_but_the_weights_is_there(source: Path) -> None:
-    """Half of the weights under names that stock knows would be loaded in silence."""
+def test_all_files_but_the_weights_are_linked(source: Path) -> None:
+    """If weights were there, stock TensorRT-LLM would silently load those whose names it knows."""
     for name in WEIGHTS[:2]:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"weights")
@@ -101,7 +101,7 @@ def test_the_configuration_is_what_convert_writes(source: Path, tmp_path: Path) 
         assert (made / name).read_text() == (tmp_path / "converted" / name).read_text()
 
 
-def test_modes_that_differ_are_told_to_old_releases_too(tmp_path: Path) -> None:
+def test_mixed_modes_are_also_written_for_old_releases(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "mixed", config=CONFIG, scheme={"o_proj": "int4-g64", "down_proj": "fp8-channel-token"})
 
     made = make_sidecar(tmp_path / "mixed", OPTIONS)
@@ -111,7 +111,7 @@ def test_modes_that_differ_are_told_to_old_releases_too(tmp_path: Path) -> None:
     assert json.loads((made / "hf_quant_config.json").read_text())["quantization"]["quant_algo"] == "MIXED_PRECISION"
 
 
-def test_a_model_without_native_modules_is_told_to_be_plain(tmp_path: Path) -> None:
+def test_a_model_without_native_modules_gets_a_plain_configuration(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", config=CONFIG, scheme="int4-g32")
 
     made = make_sidecar(tmp_path / "model", OPTIONS)
@@ -120,7 +120,7 @@ def test_a_model_without_native_modules_is_told_to_be_plain(tmp_path: Path) -> N
     assert "quantization_config" not in json.loads((made / "config.json").read_text())
 
 
-def test_it_holds_every_decision_with_its_reason(tmp_path: Path) -> None:
+def test_it_records_every_mode_with_its_reason(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", config=CONFIG, scheme={"o_proj": "int4-g32", "down_proj": "int4-g64"})
 
     modes = json.loads((make_sidecar(tmp_path / "model", OPTIONS) / SIDECAR_FILE).read_text())["modes"]
@@ -131,7 +131,7 @@ def test_it_holds_every_decision_with_its_reason(tmp_path: Path) -> None:
     assert modes["model.layers.0.mlp.down_proj"] == ["W4A16_AWQ g64", ""]
 
 
-def test_opened_again_it_is_the_same_plan(source: Path) -> None:
+def test_a_reopened_sidecar_has_the_same_plan(source: Path) -> None:
     options = replace(OPTIONS, engine="stock-1.3", parallel=Parallel(tensor=2), dtype=DType.F32)
 
     opened = Sidecar.open(make_sidecar(source, options))
@@ -173,7 +173,7 @@ def test_probed_values_survive_json_to_the_last_bit(source: Path) -> None:
     assert Sidecar.from_dict(made.directory, json.loads(json.dumps(made.to_dict()))) == made
 
 
-# Its name.
+# The name.
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_probed_values_survive_json_to_the_last_bit(source: Path) -> None:
     ],
     ids=["engine", "sizes", "dtype", "a new file", "config.json"],
 )
-def test_whatever_it_depends_on_makes_another_one(source: Path, change: Callable[[Path], ServingOptions]) -> None:
+def test_every_dependency_changes_the_name(source: Path, change: Callable[[Path], ServingOptions]) -> None:
     first = make_sidecar(source, OPTIONS)
 
     second = make_sidecar(source, change(source))
@@ -197,23 +197,23 @@ def test_whatever_it_depends_on_makes_another_one(source: Path, change: Callable
     assert is_sidecar(second)
 
 
-def test_another_release_makes_another_one(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_release_changes_the_name(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_sidecar(source, OPTIONS)
     monkeypatch.setattr(sidecar, "__version__", "9.9.9")
 
     assert make_sidecar(source, OPTIONS) != first
 
 
-def test_weights_of_the_same_shape_change_nothing(source: Path) -> None:
-    """They are read when they are loaded."""
+def test_other_weights_of_the_same_shape_keep_the_name(source: Path) -> None:
+    """Payloads are not part of the name, because they are read only when they are loaded."""
     first = make_sidecar(source, OPTIONS)
     rewrite(source, lambda tensors: tensors["model.norm.weight"].add_(1))
 
     assert make_sidecar(source, OPTIONS) == first
 
 
-def test_one_that_is_there_is_used_as_it_is(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written then, so a cache that nobody may write to serves."""
+def test_an_existing_sidecar_is_reused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written then, so a read-only cache works."""
     first = make_sidecar(source, OPTIONS)
 
     def refuse(*_: object, **__: object) -> None:
@@ -259,7 +259,7 @@ def test_the_loser_of_a_race_uses_what_the_winner_wrote(
         if not winners:
             winners.append(path.name)
             rename(path, target)
-            # The winner's; this process goes on with a directory of its own.
+            # This is the file of the process that won the race; this process still has its own directory.
             (path / "templates").mkdir(parents=True)
         return rename(path, target)
 
@@ -269,7 +269,7 @@ def test_the_loser_of_a_race_uses_what_the_winner_wrote(
     assert len(list(sidecar_cache.iterdir())) == 1
 
 
-def test_what_is_left_of_one_is_replaced(source: Path) -> None:
+def test_the_rest_of_a_deleted_sidecar_is_replaced(source: Path) -> None:
     made = make_sidecar(source, OPTIONS)
     (made / SIDECAR_FILE).unlink()
 
@@ -288,10 +288,10 @@ def test_an_error_leaves_nothing_behind(source: Path, sidecar_cache: Path, monke
     assert list(sidecar_cache.iterdir()) == []
 
 
-# What changed since.
+# Changes since the sidecar was made.
 
 
-def test_a_source_with_other_tensors_is_refused(source: Path) -> None:
+def test_a_source_with_other_tensors_raises(source: Path) -> None:
     made = Sidecar.open(make_sidecar(source, OPTIONS))
     rewrite(source, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].float()}))
 
@@ -299,8 +299,8 @@ def test_a_source_with_other_tensors_is_refused(source: Path) -> None:
         made.plan  # noqa: B018
 
 
-def test_a_plan_that_would_be_another_is_refused_by_module(source: Path) -> None:
-    """A worker with another release must not load for an engine that was told otherwise."""
+def test_a_different_plan_raises_and_names_the_modules(source: Path) -> None:
+    """A worker with another release must not load with a plan that differs from the engine's configuration."""
     made = make_sidecar(source, OPTIONS)
     entry = json.loads((made / SIDECAR_FILE).read_text())
     name = "model.layers.0.mlp.down_proj"
@@ -311,7 +311,7 @@ def test_a_plan_that_would_be_another_is_refused_by_module(source: Path) -> None
         Sidecar.open(made).plan  # noqa: B018
 
 
-def test_a_source_that_is_gone_is_named(source: Path) -> None:
+def test_a_missing_source_is_named(source: Path) -> None:
     made = Sidecar.open(make_sidecar(source, OPTIONS))
     source.rename(source.with_name("elsewhere"))
 
@@ -320,7 +320,7 @@ def test_a_source_that_is_gone_is_named(source: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"layout": 2}'])
-def test_a_damaged_one_says_so(source: Path, text: str) -> None:
+def test_a_damaged_sidecar_raises(source: Path, text: str) -> None:
     made = make_sidecar(source, OPTIONS)
     (made / SIDECAR_FILE).write_text(text)
 
@@ -328,17 +328,17 @@ def test_a_damaged_one_says_so(source: Path, text: str) -> None:
         Sidecar.open(made)
 
 
-# Sizes.
+# Parallel sizes.
 
 
-def test_sizes_under_which_nothing_changes_are_fine(source: Path) -> None:
+def test_sizes_that_need_the_same_modes_are_accepted(source: Path) -> None:
     made = Sidecar.open(make_sidecar(source, OPTIONS))
 
     assert made.plan_for(Parallel(pipeline=2)).quant_config == made.plan.quant_config
 
 
-def test_sizes_that_need_other_modes_are_refused_with_what_to_pass(source: Path) -> None:
-    """Four ranks have 32 columns of o_proj each, half a group."""
+def test_sizes_that_need_other_modes_raise_with_the_right_arguments(source: Path) -> None:
+    """With four ranks, each has 32 columns of o_proj, which is half a group."""
     made = Sidecar.open(make_sidecar(source, OPTIONS))
 
     with pytest.raises(SidecarError, match=r"o_proj.*tensor_parallel_size=4, pipeline_parallel_size=1"):
@@ -348,7 +348,7 @@ def test_sizes_that_need_other_modes_are_refused_with_what_to_pass(source: Path)
 # On another node.
 
 
-def test_a_node_that_lacks_it_makes_it_again(source: Path) -> None:
+def test_a_missing_sidecar_is_restored_from_its_record(source: Path) -> None:
     made = make_sidecar(source, OPTIONS)
     before = {name: (made / name).read_text() for name in files_of(made)}
     record = json.loads(json.dumps(known_sidecars()[str(made)]))
@@ -360,7 +360,7 @@ def test_a_node_that_lacks_it_makes_it_again(source: Path) -> None:
     assert restored.plan.to_dict() == Sidecar.open(made).plan.to_dict()
 
 
-def test_a_node_with_another_source_refuses(source: Path) -> None:
+def test_restoring_from_a_different_source_raises(source: Path) -> None:
     made = make_sidecar(source, OPTIONS)
     record = known_sidecars()[str(made)]
     made.rename(made.with_name("lost"))
@@ -372,10 +372,10 @@ def test_a_node_with_another_source_refuses(source: Path) -> None:
 
 
 @pytest.mark.reference
-def test_a_node_that_lacks_the_source_asks_the_hub(
+def test_a_missing_source_is_downloaded_from_the_hub(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the commit that the sidecar was made from, wherever the cache of that node lies."""
+    """The node downloads the commit that the sidecar was made from, into its own cache."""
     shutil.rmtree(source / "templates")
     hub = HubCache(tmp_path / "hub", monkeypatch)
     snapshot = hub.add("org/model", source)
@@ -395,7 +395,7 @@ def test_a_node_that_lacks_the_source_asks_the_hub(
 # The cache.
 
 
-def test_the_cache_is_where_the_switch_says_or_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_directory_is_the_variables_or_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_root() == tmp_path / "cache"
     monkeypatch.delenv("TRTLLM_CT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -405,17 +405,17 @@ def test_the_cache_is_where_the_switch_says_or_the_users(monkeypatch: pytest.Mon
     assert cache_root() == tmp_path / ".cache" / "trtllm-ct"
 
 
-def test_sidecars_are_listed_with_what_they_were_made_of(source: Path) -> None:
+def test_sidecars_are_listed_with_their_source(source: Path) -> None:
     made = {make_sidecar(source, OPTIONS), make_sidecar(source, replace(OPTIONS, parallel=Parallel(tensor=2)))}
     (next(iter(made)).parent / "something else").mkdir()
 
     assert {each.directory for each in list_sidecars()} == made
-    assert {each.source for each in list_sidecars()} == {source}
+    assert {listed.sidecar and listed.sidecar.source for listed in list_sidecars()} == {source}
     assert list_sidecars(source / "nowhere") == ()
 
 
-def test_clearing_leaves_what_is_in_use(source: Path) -> None:
-    """This process made one and may have a server that reads from it; nobody else uses the other."""
+def test_clearing_keeps_sidecars_in_use(source: Path) -> None:
+    """This process made one of the sidecars, so it is in use; no process uses the other."""
     own = make_sidecar(source, OPTIONS)
     code = """
         import sys
@@ -432,8 +432,8 @@ def test_clearing_leaves_what_is_in_use(source: Path) -> None:
     assert [path.name for path in own.parent.iterdir()] == [own.name]
 
 
-def test_a_process_that_opened_one_keeps_it(source: Path) -> None:
-    """Until it ends, however it ends."""
+def test_a_sidecar_opened_by_another_process_is_kept(source: Path) -> None:
+    """The lease lasts until the process ends for any reason."""
     code = (
         "import sys; from pathlib import Path; from trtllm_ct.serve.leases import hold\n"
         "assert hold(Path(sys.argv[1])); print('holding', flush=True); sys.stdin.read()"
@@ -451,8 +451,8 @@ def test_a_process_that_opened_one_keeps_it(source: Path) -> None:
     assert clear_sidecars().removed == (made,)
 
 
-def test_what_was_cleared_meanwhile_is_made_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between looking for a sidecar and taking a lease on it, somebody may clear it."""
+def test_a_sidecar_cleared_meanwhile_is_made_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may clear a sidecar after it was found and before the lease on it is taken."""
     made = make_sidecar(source, OPTIONS)
     _let_go(made)
     lock = leases._lock
@@ -469,7 +469,7 @@ def test_what_was_cleared_meanwhile_is_made_again(source: Path, monkeypatch: pyt
     assert clear_sidecars().in_use == (made,)
 
 
-def test_where_locks_are_unknown_everything_counts_as_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_every_sidecar_counts_as_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     def unsupported(*_: object) -> None:
@@ -482,7 +482,7 @@ def test_where_locks_are_unknown_everything_counts_as_used(source: Path, monkeyp
     assert clear_sidecars().in_use == (made,)
 
 
-def test_working_places_of_killed_processes_are_cleared_in_time(sidecar_cache: Path) -> None:
+def test_temporary_directories_of_killed_processes_are_cleared(sidecar_cache: Path) -> None:
     for name, age in ((".a.1234.partial", 2 * cache._STALE_SECONDS), (".b.1234.partial", 0)):
         (sidecar_cache / name).mkdir(parents=True)
         os.utime(sidecar_cache / name, (time.time() - age,) * 2)
@@ -496,10 +496,10 @@ def _let_go(made: Path) -> None:
     os.close(leases._held.pop(made / SIDECAR_FILE))
 
 
-# What others see in it.
+# Sidecars as input of other commands.
 
 
-def test_the_detector_knows_one_by_its_mark(source: Path) -> None:
+def test_the_detector_recognizes_a_sidecar(source: Path) -> None:
     detection = FormatDetector().detect(make_sidecar(source, OPTIONS))
 
     assert detection.method == "trtllm-ct-sidecar"
@@ -507,7 +507,7 @@ def test_the_detector_knows_one_by_its_mark(source: Path) -> None:
     assert [str(each) for each in detection.evidence] == [f'{SIDECAR_FILE}: source is "{source}"']
 
 
-def test_it_is_no_checkpoint_to_anybody_else(source: Path) -> None:
+def test_other_commands_refuse_a_sidecar(source: Path) -> None:
     made = make_sidecar(source, OPTIONS)
 
     with pytest.raises(DetectionError, match=rf"sidecar of trtllm-ct.*{source}.*Give its source"):
@@ -529,7 +529,7 @@ def test_prepare_makes_a_sidecar_for_the_sizes(source: Path) -> None:
     assert prepare(str(source), dtype="auto") == make_sidecar(source, OPTIONS)
 
 
-def test_prepare_gives_anything_else_back(source: Path, tmp_path: Path) -> None:
+def test_prepare_returns_other_directories_unchanged(source: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "plain", config=CONFIG | {"quantization_config": None}, scheme="dense")
     trtllm_ct.convert_checkpoint(source, tmp_path / "modelopt")
 
@@ -547,14 +547,16 @@ def test_prepare_gives_anything_else_back(source: Path, tmp_path: Path) -> None:
         ({"tensor_parallel_size": 4, "strict": True}, PlanError, "o_proj"),
     ],
 )
-def test_prepare_refuses_what_cannot_be_served(
+def test_prepare_raises_for_what_cannot_be_served(
     source: Path, arguments: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
         prepare(source, **arguments)
 
 
-def test_prepare_says_what_is_not_as_the_user_may_think(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_prepare_warns_about_dequantized_modules_and_row_wise_o_proj(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING, "trtllm_ct")
     write_checkpoint(tmp_path / "a", config=CONFIG, scheme="int4-g32")
     write_checkpoint(tmp_path / "b", config=CONFIG, scheme="fp8-channel-token")

@@ -1,9 +1,9 @@
 """The command line.
 
-commands.py  `trtllm-ct`: arguments, exit codes, JSON
-report.py    what the commands print
-folding.py   `layers.{0..31}` instead of 32 lines
-doctor.py    diagnose: which engine this machine has, and what it serves
+commands.py  the commands of `trtllm-ct`: arguments, exit codes, JSON output
+report.py    formats what the commands print
+folding.py   folds names of repeated modules: `layers.{0..31}` instead of 32 lines
+doctor.py    diagnose: find out which engine this machine has and how it would serve a checkpoint
 demo.py      `trtllm-ct demo`
-demo_data/   the checkpoint that it runs on
+demo_data/   the checkpoint that the demo runs on
 """

@@ -1,6 +1,7 @@
 """The command line: parse arguments, call the pipeline, print the report.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 good, 1 something is wrong with the checkpoint, 2 usage.
+Results go to stdout, everything else to stderr. Exit codes: 0 for success, 1 for a fault in the checkpoint (or any
+error but the next), 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "app", "main", "print_json", "run_app", "stderr", "stdout"]
 
 SCHEMA = 1
-"""Version of the documents that `--json` prints."""
+"""Version of the schema of the documents that `--json` prints."""
 
 app = typer.Typer(
     name="trtllm-ct",
@@ -50,7 +51,7 @@ cache = typer.Typer(
     help="Directories that were prepared for TensorRT-LLM.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(cache, name="cache")
-# A pipe or file has no width; the 80 columns that are assumed for it would wrap messages and cut tensor names.
+# A pipe or file has no width. The 80 columns that rich assumes for it would wrap messages and cut tensor names.
 _NO_WIDTH = 10_000
 stdout = Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
 stderr = Console(width=None if sys.stderr.isatty() else _NO_WIDTH, stderr=True)
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     DirectoryTarget = str
     EngineName = str
     ExecutorName = str
-else:  # Typer offers the members of an enumeration; these are the names of the tables.
+else:  # Typer offers the members of an enumeration as choices, so these are made from the names in the tables.
     TargetName = StrEnum("TargetName", {name: name for name in TARGETS})
     DirectoryTarget = StrEnum("DirectoryTarget", {name: name for name in DIRECTORY_TARGETS})
     EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
@@ -80,11 +81,11 @@ ForEngine = Annotated[
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
 ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse instead of dequantizing a module.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
 
 
 class DenseDtype(StrEnum):
-    """Dtypes of dequantized modules."""
+    """Choices for the dtype of dequantized modules."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"
@@ -100,18 +101,18 @@ def inspect(
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
-    modules: Annotated[bool, typer.Option("--modules", help="One line a module.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is, how it would be delivered and what is wrong with it; reads headers only."""
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep))
+    inspection = inspect_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep))
     if as_json:
-        print_json("inspect", found.to_dict())
+        print_json("inspect", inspection.to_dict())
     else:
-        stdout.print(report.inspection(found, modules=modules))
-    if found.problems:
+        stdout.print(report.inspection(inspection, modules=modules))
+    if inspection.problems:
         raise typer.Exit(1)
 
 
@@ -126,21 +127,21 @@ def plan(
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Show what becomes of every stored tensor and where every delivered tensor comes from; reads headers only."""
+    """Show how every stored tensor is used and what every delivered tensor is made from; reads headers only."""
     from trtllm_ct.pipeline.open import plan_checkpoint
 
-    made = plan_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep), strict=strict)
+    checkpoint_plan = plan_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep), strict=strict)
     if as_json:
-        print_json("plan", made.to_dict())
+        print_json("plan", checkpoint_plan.to_dict())
     else:
-        stdout.print(report.plan(made))
+        stdout.print(report.plan(checkpoint_plan))
 
 
 @app.command()
 def convert(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False)],
-    to: Annotated[DirectoryTarget, typer.Option(help="What to make.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory to create.", show_default=False)],
+    to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.", show_default=False)],
     engine: ForEngine = _ENGINE,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
@@ -153,10 +154,10 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
     executor: Annotated[
-        ExecutorName, typer.Option(help="Who converts: threads of this process, or the ranks that mpirun started.")
+        ExecutorName, typer.Option(help="Run the work in threads of this process, or in the ranks that mpirun started.")
     ] = _THREADS,
     workers: Annotated[
-        int | None, typer.Option(help="How many threads; one for each core when left out.", show_default=False)
+        int | None, typer.Option(help="Number of threads; by default one for each core.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -165,7 +166,7 @@ def convert(
 
     max_shard_bytes = parse_size(max_shard_size)
     with _progress() as on_start:
-        done = convert_checkpoint(
+        conversion = convert_checkpoint(
             directory,
             out,
             to=to,
@@ -180,12 +181,12 @@ def convert(
             workers=workers,
             on_start=on_start,
         )
-    if done is None:
-        return  # another rank of the job reports
+    if conversion is None:
+        return  # This is not rank 0 of an MPI job; rank 0 prints the report.
     if as_json:
-        print_json("convert", done.to_dict())
+        print_json("convert", conversion.to_dict())
     else:
-        stdout.print(report.conversion(done))
+        stdout.print(report.conversion(conversion))
 
 
 @app.command()
@@ -199,12 +200,12 @@ def verify(
     """Check that a checkpoint is sound, and that a converted directory holds exactly its weights."""
     from trtllm_ct.verify.verify import verify_checkpoint
 
-    done = verify_checkpoint(directory, converted)
+    verification = verify_checkpoint(directory, converted)
     if as_json:
-        print_json("verify", done.to_dict())
+        print_json("verify", verification.to_dict())
     else:
-        stdout.print(report.verification(done))
-    if not done.good:
+        stdout.print(report.verification(verification))
+    if not verification.good:
         raise typer.Exit(1)
 
 
@@ -212,47 +213,47 @@ def verify(
 def generate(
     directory: Directory,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 40,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the CPU reference engine, from a compressed-tensors or a converted directory."""
     from trtllm_ct.reference import generate_text
 
-    done = generate_text(directory, prompt, max_tokens=max_tokens)
+    generation = generate_text(directory, prompt, max_tokens=max_tokens)
     if as_json:
         document = {
             "directory": str(directory),
-            "prompt": done.prompt,
-            "text": done.text,
-            "token_ids": list(done.token_ids),
-            "finish_reason": done.finish_reason,
-            "seconds": done.seconds,
+            "prompt": generation.prompt,
+            "text": generation.text,
+            "token_ids": list(generation.token_ids),
+            "finish_reason": generation.finish_reason,
+            "seconds": generation.seconds,
         }
         print_json("generate", document)
     else:
-        stdout.print(done.prompt + done.text, markup=False, highlight=False)
+        stdout.print(generation.prompt + generation.text, markup=False, highlight=False)
 
 
 @app.command()
 def doctor(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Checkpoint directory to look at.", show_default=False)
+        Path | None, typer.Argument(metavar="DIR", help="Checkpoint directory to examine.", show_default=False)
     ] = None,
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size that DIR is served with.")] = 1,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
     ep: Annotated[int, typer.Option("--ep", help="Expert-parallel size.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Show which engine runs on this machine, what it holds, what is missing, and what it makes of a checkpoint."""
+    """Show which engine this machine has, what it supports, what is missing, and how it would serve a checkpoint."""
     from trtllm_ct.cli.doctor import diagnose
     from trtllm_ct.engine.parallel import Parallel
 
-    found = diagnose(directory, parallel=Parallel(tensor=tp, pipeline=pp, expert=ep))
+    diagnosis = diagnose(directory, parallel=Parallel(tensor=tp, pipeline=pp, expert=ep))
     if as_json:
-        print_json("doctor", found.to_dict())
+        print_json("doctor", diagnosis.to_dict())
     else:
-        stdout.print(report.diagnosis(found))
-    if not found.good:
+        stdout.print(report.diagnosis(diagnosis))
+    if not diagnosis.good:
         raise typer.Exit(1)
 
 
@@ -262,22 +263,23 @@ def cache_list(as_json: Json = False) -> None:
     from trtllm_ct.serve.cache import cache_root
     from trtllm_ct.serve.listing import list_sidecars
 
-    root, listed = cache_root(), list_sidecars()
+    root, sidecars = cache_root(), list_sidecars()
     if as_json:
-        print_json("cache-list", {"root": str(root), "sidecars": [entry.to_dict() for entry in listed]})
+        print_json("cache-list", {"root": str(root), "sidecars": [sidecar.to_dict() for sidecar in sidecars]})
     else:
-        stdout.print(report.sidecars(root, listed))
+        stdout.print(report.sidecars(root, sidecars))
 
 
 @cache.command("clear")
 def cache_clear(as_json: Json = False) -> None:
-    """Delete those of them that no running process uses."""
+    """Delete the prepared directories that no running process uses."""
     from trtllm_ct.serve.cache import cache_root, clear_sidecars
 
     root, cleared = cache_root(), clear_sidecars()
     if as_json:
-        lists = {"removed": cleared.removed, "in_use": cleared.in_use}
-        print_json("cache-clear", {"root": str(root), **{name: [*map(str, paths)] for name, paths in lists.items()}})
+        directories = {"removed": cleared.removed, "in_use": cleared.in_use}
+        paths = {name: [*map(str, directories[name])] for name in directories}
+        print_json("cache-clear", {"root": str(root), **paths})
     else:
         stdout.print(report.cleared_sidecars(root, cleared))
 
@@ -299,15 +301,20 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; faults become a message on stderr and an exit code."""
+    """Run the command line `trtllm-ct`; see `run_app` for errors."""
     run_app(app)
 
 
 def run_app(commands: typer.Typer) -> None:
-    """Run the commands of an app; faults become a message on stderr, or a JSON document, and an exit code."""
-    # A command makes no cycles to speak of and ends soon: the collector has nothing to find, then and at the exit.
+    """Run the commands of an app.
+
+    A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
+    `UsageError`, and 1 for any other error.
+    """
+    # A command makes hardly any reference cycles and ends soon. Freezing all objects keeps the garbage collector from
+    # walking them at the exit.
     atexit.register(gc.freeze)
-    # No command multiplies matrices by numpy, whose threads for that would spin beside those that convert.
+    # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -322,7 +329,7 @@ def run_app(commands: typer.Typer) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `500 MiB`, `4096`; raises `UsageError`."""
+    """Return the number of bytes in a text such as `5GB`, `500 MiB` or `4096`; raises `UsageError` for other text."""
     units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", text.strip().lower())
     size = int(float(match[1]) * units[match[2]]) if match else 0
@@ -339,20 +346,23 @@ def parse_size(text: str) -> int:
 
 
 def _parallel(tp: int, pp: int, ep: int) -> Parallel:
-    """The sizes of three options; raises `UsageError`."""
+    """Return the parallel sizes of the options `--tp`, `--pp` and `--ep`; raises `UsageError` if they don't fit."""
     from trtllm_ct.engine.parallel import Parallel
 
     return Parallel(tensor=tp, pipeline=pp, expert=ep)
 
 
 def print_json(kind: str, document: dict[str, Any]) -> None:
-    """One document on stdout, never wrapped or coloured."""
+    """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it."""
     print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
-    """A progress bar with bytes, speed and time left on stderr; silent when that is no terminal."""
+    """Show a progress bar on stderr, with bytes, speed and remaining time; nothing if stderr is not a terminal.
+
+    Yields the function for `on_start` of `convert_checkpoint`.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -362,8 +372,8 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
     )
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
 
-        def on_start(made: Plan) -> Callable[[int], None]:
-            task = progress.add_task("Converting", total=made.delivered_bytes)
+        def on_start(plan: Plan) -> Callable[[int], None]:
+            task = progress.add_task("Converting", total=plan.delivered_bytes)
             return lambda nbytes: progress.advance(task, nbytes)
 
         yield on_start

@@ -1,8 +1,8 @@
-"""`trtllm-ct demo`: the whole path on the checkpoint that comes with this package.
+"""`trtllm-ct demo`: inspect, convert, verify and run the checkpoint that comes with this package.
 
-That checkpoint is a Llama of 3.7 million parameters, trained on the text of Python's own documentation topics and
-quantized with llm-compressor (W4A16, GPTQ): small enough to ship, and readable enough to show at a glance that
-nothing was broken.
+The checkpoint is a Llama model of 3.7 million parameters. It was trained on the text of Python's own documentation
+topics and quantized with llm-compressor (W4A16, GPTQ). It is small enough to ship, and the text that it generates is
+readable enough to show at a glance that nothing was broken.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Next, with a checkpoint of your own:
 
 
 def run_demo(console: Console) -> None:
-    """Print each step as a user would run it; raises whatever a step raises."""
+    """Run all steps and print the report of each one; raises the error of a step that fails."""
     demo_data = resources.files("trtllm_ct") / "cli" / "demo_data"
     with resources.as_file(demo_data) as source, tempfile.TemporaryDirectory() as work:
         out = Path(work) / "demo-modelopt"

@@ -1,7 +1,7 @@
-"""`diagnose`: which engine `LLM` runs on this machine, what of it decides plans, and what it makes of a directory.
+"""`diagnose`: report which engine `LLM` runs on this machine, its features, and how it would serve a directory.
 
-Everything is found by looking: packages by whether they are there, features of the engine by its signatures and
-members. Release numbers are shown and decide nothing.
+Everything is probed: packages by whether they can be found, features of the engine by its signatures and members.
+Release numbers are shown, but nothing depends on them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault
+from trtllm_ct.base.json_form import json_form, json_object
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
@@ -42,10 +43,14 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The engine that `LLM` runs here and why, what it holds, and what is missing.
+    """The engine that `LLM` runs on this machine.
 
-    `engine` is `tensorrt_llm` or `reference`, `target` what checkpoints are planned for. `features` are those of
-    TensorRT-LLM, None without it.
+    Attributes:
+        engine: `tensorrt_llm` or `reference`.
+        why: The reason for this choice of engine.
+        target: The target that checkpoints are planned for.
+        features: The features of TensorRT-LLM; None when it is not installed.
+        missing: Packages and features that are missing, with the consequence and the remedy.
     """
 
     engine: str
@@ -55,29 +60,32 @@ class Machine:
     missing: tuple[Fault, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        held = self.target.capabilities
-        return {
-            "engine": self.engine,
-            "why": self.why,
-            "features": self.features.to_dict() if self.features else None,
-            "capabilities": {
-                "name": held.name,
-                "source": held.source,
-                "linear": sorted(held.linear),
-                "experts": sorted(held.experts),
-                "kv_cache": sorted(held.kv_cache),
-            },
-            "missing": [fault.to_dict() for fault in self.missing],
-        }
+        """Return the machine as a JSON object."""
+        capabilities = self.target.capabilities
+        return json_object(
+            {
+                "engine": self.engine,
+                "why": self.why,
+                "features": self.features,
+                "capabilities": {
+                    "name": capabilities.name,
+                    "source": capabilities.source,
+                    "linear": capabilities.linear,
+                    "experts": capabilities.experts,
+                    "kv_cache": capabilities.kv_cache,
+                },
+                "missing": self.missing,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What the engine makes of a directory.
+    """How the engine would serve a directory.
 
-    `plan` is None for what is neither a compressed-tensors checkpoint nor prepared from one, and where `problems` keep
-    it from being served. `traps` are faults with which the model runs, and may be wrong.
+    `plan` is None if the directory is neither a compressed-tensors checkpoint nor prepared from one, or if `problems`
+    prevent it from being served. `traps` are faults that don't prevent the model from running, but may make its output
+    wrong.
     """
 
     directory: Path
@@ -89,13 +97,13 @@ class Served:
 
     @property
     def native(self) -> dict[str, int]:
-        """How many modules keep their codes, by mode."""
+        """The number of modules that are delivered quantized, by mode."""
         modules = self.plan.modules if self.plan else ()
         return dict(Counter(module.delivered_mode for module in modules if module.layer))
 
     @property
     def dequantized(self) -> dict[str, tuple[str, ...]]:
-        """Modules that are dequantized, by reason."""
+        """The names of the modules that are dequantized, by reason."""
         reasons: dict[str, tuple[str, ...]] = {}
         for module in self.plan.modules if self.plan else ():
             if module.dequantized:
@@ -103,58 +111,63 @@ class Served:
         return reasons
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the plan's summary and the faults as a JSON object."""
         plan = self.plan
-        return {
-            "directory": str(self.directory),
-            "parallel": self.parallel.to_dict(),
-            "description": self.detection.description,
-            "native": self.native,
-            "dequantized": {reason: list(modules) for reason, modules in self.dequantized.items()},
-            "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
-            "delivered_bytes": plan.delivered_bytes if plan else None,
-            "warnings": list(plan.warnings) if plan else [],
-            "traps": [fault.to_dict() for fault in self.traps],
-            "problems": [fault.to_dict() for fault in self.problems],
-        }
+        return json_object(
+            {
+                "directory": self.directory,
+                "parallel": self.parallel,
+                "description": self.detection.description,
+                "native": self.native,
+                "dequantized": self.dequantized,
+                "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
+                "delivered_bytes": plan.delivered_bytes if plan else None,
+                "warnings": plan.warnings if plan else (),
+                "traps": self.traps,
+                "problems": self.problems,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """The machine, and a directory on it when one was named."""
+    """The result of `diagnose`: the machine, and how a directory would be served if one was given."""
 
     machine: Machine
     served: Served | None
 
     @property
     def good(self) -> bool:
-        """Whether nothing keeps the directory from being served."""
+        """Whether no directory was given, or the directory has no problems that prevent it from being served."""
         return self.served is None or not self.served.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return self.machine.to_dict() | {"served": self.served.to_dict() if self.served else None}
+        """Return the diagnosis as a JSON object: the machine's, with the directory as `served`."""
+        return self.machine.to_dict() | {"served": json_form(self.served)}
 
 
 def diagnose(directory: str | Path | None = None, *, parallel: Parallel = ONE_RANK) -> Diagnosis:
-    """Look at this machine, and at a checkpoint as its engine would serve it with these sizes; headers only.
+    """Report the engine of this machine and, if `directory` is given, how it would serve that checkpoint.
 
-    Raises `MissingDependencyError` for a TensorRT-LLM that is installed and can't be imported, `DetectionError` for
-    what is no checkpoint directory.
+    `parallel` are the parallel sizes that the checkpoint would be served with. Reads headers only. Raises
+    `MissingDependencyError` if TensorRT-LLM is installed but can't be imported, and `DetectionError` if `directory` is
+    not a checkpoint directory.
     """
     machine = look_at_machine()
     return Diagnosis(machine=machine, served=_serve(Path(directory), parallel, machine) if directory else None)
 
 
 def look_at_machine() -> Machine:
-    """The machine alone; raises `MissingDependencyError` as `diagnose` does."""
-    missing = [_not_installed(name, use, f"Run: {command}") for name, use, command in _PACKAGES if not _there(name)]
+    """Report the engine of this machine; raises `MissingDependencyError` as `diagnose` does."""
+    missing = [
+        _not_installed(name, use, f"Run: {command}") for name, use, command in _PACKAGES if not _is_installed(name)
+    ]
     if not engine_installed():
         use = "without it the CPU reference engine runs"
         missing.insert(0, _not_installed("tensorrt_llm", use, "Run: pip install 'trtllm-ct[tensorrt-llm]'"))
         why = "TensorRT-LLM is not installed"
         return Machine(engine="reference", why=why, target=REFERENCE, features=None, missing=tuple(missing))
-    # It greets on stdout when it is imported, where a document may be expected.
+    # TensorRT-LLM prints a greeting to stdout when it is imported, which must not get into a JSON document there.
     with redirect_stdout(sys.stderr):
         require_engine()
         from trtllm_ct.serve.bindings import engine_features
@@ -190,7 +203,10 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
 
 
 def _plan(directory: Path, parallel: Parallel, machine: Machine) -> Plan:
-    """Of a prepared directory, that of its source under the options that it was prepared with, as `LLM` takes it."""
+    """Return the plan by which `LLM` would serve a directory.
+
+    For a prepared directory, this is the plan of its source with the options that the directory was prepared with.
+    """
     prepared = Sidecar.open(directory) if is_sidecar(directory) else None
     features = machine.features
     if features is None:
@@ -203,12 +219,12 @@ def _plan(directory: Path, parallel: Parallel, machine: Machine) -> Plan:
 
 
 def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Fault]:
-    """What later releases, or this one with other settings, would add."""
-    held, newest = target.capabilities, (target.newer or (target.capabilities,))[-1]
-    algos = sorted((newest.linear | newest.experts) - (held.linear | held.experts))
+    """Yield the features that a later release, or this release with other settings, would have."""
+    current, newest = target.capabilities, (target.newer or (target.capabilities,))[-1]
+    algos = sorted((newest.linear | newest.experts) - (current.linear | current.experts))
     if algos:
         yield Fault(
-            where=f"capability set {held.name}",
+            where=f"capability set {current.name}",
             expected=f"the modes of {newest.name}",
             found=f"no {', '.join(algos)}",
             remedy="Modules that need one of them are dequantized; a newer TensorRT-LLM has them.",
@@ -229,7 +245,7 @@ def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Faul
         )
 
 
-def _there(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 

@@ -1,4 +1,4 @@
-"""Names of repeated modules folded into one: `model.layers.{0..31}.mlp.down_proj`."""
+"""`fold_names`: fold the names of repeated modules into one, such as `model.layers.{0..31}.mlp.down_proj`."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ if TYPE_CHECKING:
 __all__ = ["fold_names"]
 
 _Template = tuple[str | None, ...]
+"""The components of a dotted name, with None in place of the number that is folded."""
 
 
 def fold_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Dotted names, those that differ in one number only folded into one entry; order of first appearance.
+    """Return dotted names, with names that differ only in one number folded into one entry.
 
-    Numbers are path components of digits. Names with several numbers (layer and expert) fold over the last one first
-    and then, where the folded rest is the same, over the one before.
+    The result is in the order of first appearance. A number is a component of a name that consists of digits. Names
+    with several numbers (layer and expert) are folded over the last number first, and then over the number before it if
+    the folded names are otherwise equal.
     """
     folded = tuple(names)
-    # Spaces end the dotted name: what follows is prose ("..., row 3, columns 0-127").
-    most = max((sum(map(str.isdecimal, name.split("."))) for name in folded), default=0)
-    for number in range(most - 1, -1, -1):
-        folded = _fold_once(folded, number)
+    # A name may be followed by text ("..., row 3, columns 0-127"). Its numbers are not folded: the spaces around them
+    # make their component of the split name something else than digits.
+    most_numbers = max((sum(map(str.isdecimal, name.split("."))) for name in folded), default=0)
+    for nth in range(most_numbers - 1, -1, -1):
+        folded = _fold_once(folded, nth)
     return folded
 
 
-def _fold_once(names: Sequence[str], number: int) -> tuple[str, ...]:
-    """Fold over the component that is the `number`-th of digits in each name."""
+def _fold_once(names: Sequence[str], nth: int) -> tuple[str, ...]:
+    """Fold names over the `nth` number in each of them, counted from 0."""
     groups: dict[_Template, list[int]] = {}
     for name in names:
         parts = name.split(".")
         positions = [index for index, part in enumerate(parts) if part.isdecimal()]
-        if number < len(positions):
-            position = positions[number]
+        if nth < len(positions):
+            position = positions[nth]
             groups.setdefault((*parts[:position], None, *parts[position + 1 :]), []).append(int(parts[position]))
         else:
             groups.setdefault(tuple(parts), [])
@@ -46,7 +49,7 @@ def _join(template: _Template, numbers: Sequence[int]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`{0..3,7}`; a single number stays bare."""
+    """Return numbers in the form `{0..3,7}`; a single number has no braces."""
     ordered = sorted(set(numbers))
     if len(ordered) == 1:
         return str(ordered[0])

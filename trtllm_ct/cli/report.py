@@ -1,4 +1,4 @@
-"""What people see: tables for inspections and plans, summaries of what was done, faults folded by layer."""
+"""Formats what the commands print: tables of inspections and plans, summaries of results, faults folded by layer."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ __all__ = [
     "verification",
 ]
 
-_WRAPPING = frozenset({"stored", "delivered as, or reason"})
-# Long reasons would make a table of hundreds of columns where there is no terminal to fit.
-_WIDEST = {"stored": 60}
-_GAP = 3
+_WRAPPED_COLUMNS = frozenset({"stored", "delivered as, or reason"})
+# Without a terminal width to fit, long reasons would make this column hundreds of characters wide.
+_MAX_WIDTHS = {"stored": 60}
+_COLUMN_GAP = 3
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def format_bytes(count: float) -> str:
-    """`2.7 MB`: decimal units, as disks and file managers count."""
+    """Return a number of bytes as a text such as `2.7 MB`, in decimal units, as disks and file managers do."""
     for unit in _UNITS[:-1]:
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -55,22 +55,26 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} {_UNITS[-1]}"
 
 
-def faults(found: Iterable[Fault]) -> RenderableType:
-    """Every fault once; those that differ only by the layer are folded into one."""
-    by_text: dict[tuple[str, str, str], list[str]] = {}
-    for fault in found:
-        by_text.setdefault((fault.expected, fault.found, fault.remedy), []).append(fault.where)
+def faults(all_faults: Iterable[Fault]) -> RenderableType:
+    """Format faults; faults with the same text are shown once, with the names that they apply to folded."""
+    names_by_text: dict[tuple[str, str, str], list[str]] = {}
+    for fault in all_faults:
+        names_by_text.setdefault((fault.expected, fault.found, fault.remedy), []).append(fault.where)
     lines = []
-    for (expected, what, remedy), wheres in by_text.items():
-        where = "\n".join(fold_names(wheres))
+    for (expected, found, remedy), names in names_by_text.items():
+        where = "\n".join(fold_names(names))
         lines.append(
-            Text.assemble((where, "bold red"), f"\n  expected {expected}\n  found    {what}\n  ", (remedy, "italic"))
+            Text.assemble((where, "bold red"), f"\n  expected {expected}\n  found    {found}\n  ", (remedy, "italic"))
         )
     return Group(*lines)
 
 
 def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
-    """Detection with its evidence, the table of schemes (or of modules), KV cache, bytes, warnings and problems."""
+    """Format an inspection.
+
+    Shows the detected format with its evidence, the table of schemes (of modules with `modules`), the KV cache, bytes,
+    warnings and problems.
+    """
     parts: list[RenderableType] = [
         Text.assemble((str(report.directory), "bold"), f" is {report.detection.description}"),
         *(Text(f"  evidence: {evidence}") for evidence in report.detection.evidence),
@@ -89,37 +93,39 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     return Group(*parts)
 
 
-def plan(made: Plan) -> RenderableType:
-    """Every stored tensor with its fate, then every delivered tensor with its spec and operation."""
+def plan(checkpoint_plan: Plan) -> RenderableType:
+    """Format a plan: every stored tensor with its fate, then every delivered tensor with its spec and operation."""
     stored = _table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
-    for fate in made.fates():
+    for fate in checkpoint_plan.fates():
         stored.add_row(escape(fate.name), str(fate.spec), str(fate.fate), escape(", ".join(fate.by) or fate.reason))
-    delivered = _table("delivered tensor", "dtype and shape", "operation", title=f"Delivered to {made.target}")
-    for delivery in made.deliveries():
+    delivered = _table(
+        "delivered tensor", "dtype and shape", "operation", title=f"Delivered to {checkpoint_plan.target}"
+    )
+    for delivery in checkpoint_plan.deliveries():
         delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
-    return Group(stored, delivered, _warnings(made.warnings))
+    return Group(stored, delivered, _warnings(checkpoint_plan.warnings))
 
 
 def conversion(report: ConversionReport) -> RenderableType:
-    """Modes with their counts, bytes, time, and why modules were dequantized."""
-    made = report.plan
-    speed = format_bytes(made.delivered_bytes / max(report.seconds, 1e-9))
+    """Format the report of a conversion: time, modes with counts, bytes, files, why modules were dequantized."""
+    plan = report.plan
+    speed = format_bytes(plan.delivered_bytes / max(report.seconds, 1e-9))
     modes = ", ".join(f"{count} x {mode}" for mode, count in report.modes.items()) or "nothing was quantized"
-    dequantized = Counter(module.reason for module in made.modules if module.dequantized)
-    notes = Counter(module.note for module in made.modules if module.note)
+    dequantized = Counter(module.reason for module in plan.modules if module.dequantized)
+    notes = Counter(module.note for module in plan.modules if module.note)
     lines = [
         Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
         Text(f"  modules: {modes}"),
-        Text(f"  bytes: {format_bytes(made.stored_bytes)} -> {format_bytes(made.delivered_bytes)}"),
+        Text(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
         Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} carried along"),
         *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
         *(Text(f"  {count} modules: {note}") for note, count in notes.items()),
     ]
-    return Group(*lines, _warnings(made.warnings))
+    return Group(*lines, _warnings(plan.warnings))
 
 
 def verification(report: VerificationReport) -> RenderableType:
-    """Good or bad, the worst error of each kind of tensor, and every fault."""
+    """Format a verification: the verdict, the worst error of each kind of tensor, warnings and every fault."""
     verdict = ("good", "bold green") if report.good else (f"{len(report.faults)} faults", "bold red")
     what = f"{report.converted} against {report.directory}" if report.converted else str(report.directory)
     lines: list[RenderableType] = [Text.assemble(f"{what}: ", verdict, f" ({report.modules} modules)")]
@@ -143,13 +149,13 @@ def verification(report: VerificationReport) -> RenderableType:
     return Group(*lines)
 
 
-def diagnosis(found: Diagnosis) -> RenderableType:
-    """The engine, its features and modes, what is missing, and what becomes of a checkpoint."""
-    return Group(*_machine(found.machine), *(_served(found.served) if found.served else ()))
+def diagnosis(report: Diagnosis) -> RenderableType:
+    """Format a diagnosis: the engine, its features and modes, what is missing, and how a checkpoint would be served."""
+    return Group(*_machine(report.machine), *(_served(report.served) if report.served else ()))
 
 
 def sidecars(root: Path, listed: Iterable[ListedSidecar]) -> RenderableType:
-    """A line for each: name, what it was made of, and for which engine and sizes."""
+    """Format the prepared directories below `root`: name, source, engine and parallel sizes; then the faults."""
     table = _table("sidecar", "source", "engine", "tp", "pp", "ep")
     damaged = []
     for entry in listed:
@@ -167,7 +173,7 @@ def sidecars(root: Path, listed: Iterable[ListedSidecar]) -> RenderableType:
 
 
 def cleared_sidecars(root: Path, cleared: ClearedSidecars) -> RenderableType:
-    """How many went, and which stayed."""
+    """Format the result of `cache clear`: how many directories were removed, and which ones were kept."""
     lines = [f"Removed {len(cleared.removed)} from {root}"]
     lines += [
         f"  {directory.name} stays: a running process uses it, or it belongs to another user"
@@ -177,15 +183,15 @@ def cleared_sidecars(root: Path, cleared: ClearedSidecars) -> RenderableType:
 
 
 def _machine(machine: Machine) -> Iterable[RenderableType]:
-    held = machine.target.capabilities
-    named = {"tensorrt_llm": "TensorRT-LLM", "reference": "the CPU reference engine"}[machine.engine]
-    yield Text.assemble("LLM runs ", (named, "bold"), f": {machine.why}")
+    capabilities = machine.target.capabilities
+    engine = {"tensorrt_llm": "TensorRT-LLM", "reference": "the CPU reference engine"}[machine.engine]
+    yield Text.assemble("LLM runs ", (engine, "bold"), f": {machine.why}")
     if machine.features is not None:
         for name, value in machine.features.to_dict().items():
-            yield Text(f"  {name}: {_word(value)}")
-    yield Text(f"  capability set: {held.name} ({held.source})")
-    yield Text(f"  Linears: {', '.join(sorted(held.linear))}")
-    yield Text(f"  routed experts: {', '.join(sorted(held.experts))}")
+            yield Text(f"  {name}: {_feature_text(value)}")
+    yield Text(f"  capability set: {capabilities.name} ({capabilities.source})")
+    yield Text(f"  Linears: {', '.join(sorted(capabilities.linear))}")
+    yield Text(f"  routed experts: {', '.join(sorted(capabilities.experts))}")
     if machine.missing:
         yield Text(f"Missing ({len(machine.missing)}):", style="bold yellow")
         yield faults(machine.missing)
@@ -207,20 +213,20 @@ def _served(served: Served) -> Iterable[RenderableType]:
         yield _warnings(served.plan.warnings)
     elif not served.problems:
         yield Text("  it goes to the engine untouched")
-    for title, found in (("Traps", served.traps), ("Problems", served.problems)):
-        if found:
-            yield Text(f"{title} ({len(found)}):", style="bold red")
-            yield faults(found)
+    for title, served_faults in (("Traps", served.traps), ("Problems", served.problems)):
+        if served_faults:
+            yield Text(f"{title} ({len(served_faults)}):", style="bold red")
+            yield faults(served_faults)
 
 
-def _word(value: object) -> str:
+def _feature_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "unknown" if value is None else str(value)
 
 
 def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
-    """One line for each module of a layer, layers folded; a reason once below the lines that it explains."""
+    """Return the table of schemes: the modules of each scheme, folded over layers, with the reason below them."""
     table = _table("modules", "stored", "native mode", f"at {target}")
     for row in rows:
         for name in fold_names(row.modules):
@@ -231,9 +237,9 @@ def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
     return table
 
 
-def _modules(made: Plan) -> Table:
-    table = _table("module", "stored", "native mode", f"at {made.target}", "now", "after")
-    for module in made.modules:
+def _modules(plan: Plan) -> Table:
+    table = _table("module", "stored", "native mode", f"at {plan.target}", "now", "after")
+    for module in plan.modules:
         table.add_row(
             escape(module.name),
             escape(module.stored_scheme + (f"\n{module.reason}" if module.reason else "")) or "plain",
@@ -246,32 +252,35 @@ def _modules(made: Plan) -> Table:
 
 
 def _table(*headers: str, title: str | None = None) -> Table:
-    """Names and modes stay whole; schemes and reasons wrap."""
+    """Return an empty table with these columns; names and modes don't wrap, schemes and reasons do."""
     table = _FittedTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
-        no_wrap = header not in _WRAPPING
-        table.add_column(header, no_wrap=no_wrap, overflow="fold", max_width=_WIDEST.get(header))
+        no_wrap = header not in _WRAPPED_COLUMNS
+        table.add_column(header, no_wrap=no_wrap, overflow="fold", max_width=_MAX_WIDTHS.get(header))
     return table
 
 
 class _FittedTable(Table):
-    """A table that loses nothing on a narrow terminal: where whole cells don't fit, every cell wraps."""
+    """A table that shows all text on a narrow terminal: if the cells that should not wrap don't fit, all cells wrap."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if sum(_least_width(column, console, options) for column in self.columns) > options.max_width:
+        if sum(_min_width(column, console, options) for column in self.columns) > options.max_width:
             for column in self.columns:
                 column.no_wrap = False
         return super().__rich_console__(console, options)
 
 
-def _least_width(column: Column, console: Console, options: ConsoleOptions) -> int:
-    """Cells that may not wrap in full, the longest word of others; the gap to the next column included."""
-    measured = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
-    return max(cell.maximum if column.no_wrap else cell.minimum for cell in measured) + _GAP
+def _min_width(column: Column, console: Console, options: ConsoleOptions) -> int:
+    """Return the least width of a column, with the gap to the next one.
+
+    That is its longest cell if the column does not wrap, and its longest word if it does.
+    """
+    sizes = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+    return max(size.maximum if column.no_wrap else size.minimum for size in sizes) + _COLUMN_GAP
 
 
-def _bytes(made: Plan) -> str:
-    now, after = made.stored_bytes, made.delivered_bytes
+def _bytes(plan: Plan) -> str:
+    now, after = plan.stored_bytes, plan.delivered_bytes
     change = f"{'+' if after >= now else '-'}{format_bytes(abs(after - now))}"
     return f"{format_bytes(now)} now, {format_bytes(after)} after ({change})"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
+from trtllm_ct.base.json_form import fields_form, json_object
 from trtllm_ct.config.json_file import not_an_object, read_json_object
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, SIDECAR, UNKNOWN, describe_method
 
@@ -83,7 +84,7 @@ class Evidence:
 
     def to_dict(self) -> dict[str, object]:
         """Return the JSON form: the four fields by name."""
-        return {"file": self.file, "key": self.key, "found": self.found, "read_as": self.read_as}
+        return fields_form(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,13 +128,15 @@ class Detection:
 
     def to_dict(self) -> dict[str, object]:
         """Return the JSON form, without the block."""
-        return {
-            "method": self.method,
-            "description": self.description,
-            "origin": self.origin,
-            "evidence": [entry.to_dict() for entry in self.evidence],
-            "disagreements": list(self.disagreements),
-        }
+        return json_object(
+            {
+                "method": self.method,
+                "description": self.description,
+                "origin": self.origin,
+                "evidence": self.evidence,
+                "disagreements": self.disagreements,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

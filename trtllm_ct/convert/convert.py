@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 from trtllm_ct.convert.executors import open_pool, require_executor
 from trtllm_ct.convert.hf_directory import write_hf_directory
@@ -66,21 +67,23 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
-        return {
-            "source": str(self.source),
-            "out": str(self.out),
-            "target": self.plan.target,
-            "parallel": self.plan.parallel.to_dict(),
-            "modes": dict(self.modes),
-            "dequantized": {module.name: module.reason for module in self.plan.modules if module.dequantized},
-            "stored_bytes": self.plan.stored_bytes,
-            "delivered_bytes": self.plan.delivered_bytes,
-            "resumed_bytes": self.resumed_bytes,
-            "weight_files": list(self.weight_files),
-            "carried_files": list(self.carried_files),
-            "seconds": self.seconds,
-            "warnings": list(self.plan.warnings),
-        }
+        return json_object(
+            {
+                "source": self.source,
+                "out": self.out,
+                "target": self.plan.target,
+                "parallel": self.plan.parallel,
+                "modes": self.modes,
+                "dequantized": {module.name: module.reason for module in self.plan.modules if module.dequantized},
+                "stored_bytes": self.plan.stored_bytes,
+                "delivered_bytes": self.plan.delivered_bytes,
+                "resumed_bytes": self.resumed_bytes,
+                "weight_files": self.weight_files,
+                "carried_files": self.carried_files,
+                "seconds": self.seconds,
+                "warnings": self.plan.warnings,
+            }
+        )
 
 
 @overload

@@ -1,8 +1,10 @@
-"""Modules that loops take from file to file without torch, whose import takes longer than converting a small model.
+"""Direct conversion: convert modules from file to file with compiled loops, without torch.
 
-What headers can tell `is_direct` decides: integer codes that a loop repacks, scales that are widened, ones, and what is
-copied anyway. That is all of most checkpoints. Values are looked at here too, but not judged: where one is out of the
-ordinary nothing is written, and the module goes the way of all others, which knows what it means and how to say it.
+The import of torch takes longer than the conversion of a small model. `is_direct` decides from headers alone whether a
+module can be converted here: integer codes that a loop repacks or dequantizes, scales that are widened to float32,
+tensors of ones, and tensors that are copied. That covers all modules of most checkpoints. The values are checked here
+too, but faults are not reported: when a value is unusual, nothing is written, and the caller converts the module with
+torch, where each case has its check and its error message.
 """
 
 from __future__ import annotations
@@ -31,26 +33,30 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import View
 
-    Octets = NDArray[np.uint8]
-    Made = Iterator[tuple[int, memoryview]]
+    ByteArray = NDArray[np.uint8]
+    Chunks = Iterator[tuple[int, memoryview]]
 
 __all__ = ["DirectConverter", "is_copied", "is_direct"]
 
 _AS_STORED = frozenset({PACKED_INT, INT8, FLOAT8})
-"""Formats that decode to the stored tensors themselves, as long as there is neither zero point nor group index."""
+"""Formats whose stored tensors are the codes and scales themselves, if there is no zero point and no group index."""
 
 _INPUT_SCALE = "input_scale"
 
 
 class _Stored(NamedTuple):
-    """A stored tensor: what it is, and its bytes as a window on its file."""
+    """A stored tensor: its dtype and shape, and its bytes as a view of the memory-mapped file."""
 
     spec: TensorSpec
-    octets: Octets
+    data: ByteArray
 
 
-class _Float(NamedTuple):
-    """A float dtype: the integer of its width as numpy calls it, the bits of infinity and one, the largest number."""
+class _FloatFormat(NamedTuple):
+    """The encoding of a float dtype.
+
+    `word` is the numpy name of the unsigned integer of the same width, `infinity` and `one` are the bits of these
+    values, and `largest` is the largest finite number.
+    """
 
     word: str
     infinity: int
@@ -58,52 +64,53 @@ class _Float(NamedTuple):
     largest: float
 
 
-_FLOATS = {
-    DType.BF16: _Float("<u2", 0x7F80, 0x3F80, 0xFF * 2.0**120),
-    DType.F16: _Float("<u2", 0x7C00, 0x3C00, 65504.0),
-    DType.F32: _Float("<u4", 0x7F800000, 0x3F800000, 0xFFFFFF * 2.0**104),
+_FLOAT_FORMATS = {
+    DType.BF16: _FloatFormat("<u2", 0x7F80, 0x3F80, 0xFF * 2.0**120),
+    DType.F16: _FloatFormat("<u2", 0x7C00, 0x3C00, 65504.0),
+    DType.F32: _FloatFormat("<u4", 0x7F800000, 0x3F800000, 0xFFFFFF * 2.0**104),
 }
 _LARGEST_E4M3 = 448.0
 
 
 def is_copied(delivery: Delivery, module: ModulePlan) -> bool:
-    """Whether a delivered tensor lies in a file as it is delivered."""
+    """Whether a delivered tensor has the same bytes as one contiguous range of a stored tensor."""
     source = delivery.operation.source
     return delivery.operation.same_bytes and source is not None and module.views[source].offset is not None
 
 
 def is_direct(module: ModulePlan) -> bool:
-    """Whether loops alone make what a module delivers, and know all values that have to be looked at."""
+    """Whether compiled loops and copies can make all delivered tensors of a module and check all its values."""
     weight = module.weight
     if weight is None or weight.format not in _AS_STORED or module.share is not None or module.transforms:
         return False
     if weight.has_zero_point or weight.group_index is not None or not _every_code_fits(weight):
         return False
-    known = {weight.codes, weight.scale, _INPUT_SCALE, "weight_shape", "bias"}
+    supported = {weight.codes, weight.scale, _INPUT_SCALE, "weight_shape", "bias"}
     return (
-        all(local in known and view.offset is not None for local, view in module.views.items())
-        and all(module.views[local].spec.dtype in _FLOATS for local in _scales(weight, module.views))
-        and all(is_copied(each, module) or _is_step(each.operation, weight) for each in module.deliveries)
+        all(local in supported and view.offset is not None for local, view in module.views.items())
+        and all(module.views[local].spec.dtype in _FLOAT_FORMATS for local in _scales(weight, module.views))
+        and all(is_copied(delivery, module) or _has_loop(delivery.operation, weight) for delivery in module.deliveries)
     )
 
 
 def _every_code_fits(weight: StoredWeight) -> bool:
-    """Whether the container has no room for what no code can be."""
+    """Whether every bit pattern of the container is a valid code, so that codes need no check."""
     packing = weight.packing
     return packing is None or (packing.dense and (packing != INT8_PLAIN or weight.args.num_bits == packing.bits))
 
 
 def _scales(weight: StoredWeight, stored: Iterable[str]) -> list[str]:
-    """The scales among the tensors of a module, by local name."""
+    """Return the local names of the scales in `stored`, the local names of a module's tensors."""
     return [local for local in stored if local in {weight.scale, _INPUT_SCALE}]
 
 
-def _is_step(operation: Operation, weight: StoredWeight) -> bool:
-    test = _STEPS.get(type(operation))
-    return test is not None and test(operation, weight)
+def _has_loop(operation: Operation, weight: StoredWeight) -> bool:
+    """Whether an operation on a weight can run here."""
+    is_supported = _SUPPORT_TESTS.get(type(operation))
+    return is_supported is not None and is_supported(operation, weight)
 
 
-def _is_known_repack(operation: Operation, weight: StoredWeight) -> bool:
+def _is_supported_repack(operation: Operation, weight: StoredWeight) -> bool:
     return (
         isinstance(operation, Repack)
         and weight.packing is not None
@@ -112,174 +119,188 @@ def _is_known_repack(operation: Operation, weight: StoredWeight) -> bool:
     )
 
 
-def _is_known_widening(operation: Operation, weight: StoredWeight) -> bool:
-    """The scale of the weight itself, as it is or one for all rows; or that of its inputs, which is one."""
+def _is_supported_widening(operation: Operation, weight: StoredWeight) -> bool:
+    """Whether the source is the weight's scale or `input_scale`, and has the delivered number of elements or one."""
     size = prod(weight.scale_shape) if operation.source is None else 1
     return operation.source in {None, _INPUT_SCALE} and size in {1, operation.result.numel}
 
 
-def _is_known_fill(operation: Operation, weight: StoredWeight) -> bool:  # noqa: ARG001 (one of several tests)
-    return operation.result.dtype in _FLOATS
+def _is_supported_fill(operation: Operation, weight: StoredWeight) -> bool:  # noqa: ARG001 (see _SUPPORT_TESTS)
+    return operation.result.dtype in _FLOAT_FORMATS
 
 
-def _is_known_dequantizing(operation: Operation, weight: StoredWeight) -> bool:
-    """Weights of a dtype whose range is known."""
-    return operation.result.dtype in _FLOATS and operation.result.shape == weight.shape
+def _is_supported_dequantization(operation: Operation, weight: StoredWeight) -> bool:
+    """Whether the delivered dtype has a known range and the delivered tensor the shape of the weight."""
+    return operation.result.dtype in _FLOAT_FORMATS and operation.result.shape == weight.shape
 
 
-_STEPS: dict[type[Operation], Callable[[Operation, StoredWeight], bool]] = {
-    Repack: _is_known_repack,
-    Dequantize: _is_known_dequantizing,
-    WidenScale: _is_known_widening,
-    Ones: _is_known_fill,
+_SUPPORT_TESTS: dict[type[Operation], Callable[[Operation, StoredWeight], bool]] = {
+    Repack: _is_supported_repack,
+    Dequantize: _is_supported_dequantization,
+    WidenScale: _is_supported_widening,
+    Ones: _is_supported_fill,
 }
-"""Operations that are known here, and which of them."""
+"""For each type of operation that can run here, the test whether an operation on a weight is supported."""
 
 
 class DirectConverter:
-    """Converts direct modules, one after another; memory: a tile, and the scales of a weight."""
+    """Converts direct modules, one after another. Memory: one tile, and the scales of one weight."""
 
     def __init__(self, reader: ByteReader) -> None:
         self._reader = reader
-        self._tile: Octets | None = None
+        self._tile_buffer: ByteArray | None = None
 
     def convert(self, module: ModulePlan, writer: TensorWriter | None) -> bool:
-        """Deliver what is not copied, or only look at the values when there is no writer.
+        """Write the delivered tensors of a module that are not copied, or only check its values if `writer` is None.
 
-        Returns false, with nothing written, when a value is not as it should be. Raises `CatalogError` for a file that
-        changed since.
+        Returns false, and writes nothing, when a value is unusual: the module must then be converted with torch.
+        Raises `CatalogError` when a file has changed since it was cataloged.
         """
         weight = module.weight
         if weight is None:
             raise AssertionError("only quantized modules are direct")
         stored = {local: self._stored(view) for local, view in module.views.items()}
         operations = [delivery.operation for delivery in module.deliveries]
-        if not (_is_ordinary(weight, stored) and all(_stays_finite(each, weight, stored) for each in operations)):
+        if not (_are_values_usual(weight, stored) and all(_stays_finite(step, weight, stored) for step in operations)):
             return False
         for delivery in module.deliveries:
             if writer is not None and not is_copied(delivery, module):
-                for begin, octets in self._made(delivery.operation, weight, stored):
-                    writer.write_bytes(delivery.name, octets, begin)
+                for begin, data in self._result_chunks(delivery.operation, weight, stored):
+                    writer.write_bytes(delivery.name, data, begin)
         return True
 
     def _stored(self, view: View) -> _Stored:
         import numpy as np
 
         begin = (view.offset or 0) * view.spec.dtype.itemsize
-        octets = self._reader.read(view.sources[0], begin, view.spec.nbytes)
-        return _Stored(view.spec, np.frombuffer(octets, np.uint8))
+        data = self._reader.read(view.sources[0], begin, view.spec.nbytes)
+        return _Stored(view.spec, np.frombuffer(data, np.uint8))
 
-    def _made(self, operation: Operation, weight: StoredWeight, stored: Mapping[str, _Stored]) -> Made:
-        """What an operation delivers: places in it, and the bytes from there on, valid until the next ones."""
+    def _result_chunks(self, operation: Operation, weight: StoredWeight, stored: Mapping[str, _Stored]) -> Chunks:
+        """Yield the delivered tensor of an operation in chunks: byte offset in the tensor, and bytes.
+
+        The bytes of a chunk are valid only until the next chunk is requested.
+        """
         if isinstance(operation, Repack):
-            yield from self._repacked(operation, weight, stored[weight.codes].octets)
+            yield from self._repacked(operation, weight, stored[weight.codes].data)
         elif isinstance(operation, Dequantize):
             yield from self._dequantized(operation, weight, stored)
         elif isinstance(operation, WidenScale):
-            yield 0, _memory(_widened(stored[operation.source or weight.scale], operation.result.numel))
+            yield 0, _as_bytes(_widened(stored[operation.source or weight.scale], operation.result.numel))
         else:
-            yield 0, _memory(_ones(operation.result))
+            yield 0, _as_bytes(_ones(operation.result))
 
-    def _repacked(self, operation: Repack, weight: StoredWeight, octets: Octets) -> Made:
-        """Codes, some rows at a time; what is made stays in the processor's cache until it is written."""
+    def _repacked(self, operation: Repack, weight: StoredWeight, codes: ByteArray) -> Chunks:
+        """Yield the repacked codes, a few rows at a time, so that they stay in the processor's cache until written."""
         if weight.packing is None:
             raise AssertionError("float8 codes are copied")
         rows, columns = weight.shape
-        stored_lines, rows_in_one = octets.reshape(rows, -1), -(-rows // operation.result.shape[0])
-        for place, line, tile in self._tiles(operation.result, 1):
-            begin, end = line * rows_in_one, min((line + len(tile)) * rows_in_one, rows)
-            repack_bytes(stored_lines[begin:end], weight.packing, operation.packing, (end - begin, columns), tile)
-            yield place, _memory(tile)
+        stored_rows = codes.reshape(rows, -1)
+        rows_per_line = -(-rows // operation.result.shape[0])  # A word of the delivered packing may hold several rows.
+        for offset, line, tile in self._tiles(operation.result, 1):
+            begin, end = line * rows_per_line, min((line + len(tile)) * rows_per_line, rows)
+            repack_bytes(stored_rows[begin:end], weight.packing, operation.packing, (end - begin, columns), tile)
+            yield offset, _as_bytes(tile)
 
-    def _dequantized(self, operation: Dequantize, weight: StoredWeight, stored: Mapping[str, _Stored]) -> Made:
-        """Plain weights, some rows at a time."""
+    def _dequantized(self, operation: Dequantize, weight: StoredWeight, stored: Mapping[str, _Stored]) -> Chunks:
+        """Yield the dequantized weight, a few rows at a time."""
         import numpy as np
 
-        own = stored[weight.scale]
-        scale = _widened(own, own.spec.numel).view(np.float32).reshape(weight.scale_shape)
-        lines = stored[weight.codes].octets.reshape(weight.shape[0], -1)
-        for place, begin, tile in self._tiles(operation.result, weight.block_rows):
+        stored_scale = stored[weight.scale]
+        scale = _widened(stored_scale, stored_scale.spec.numel).view(np.float32).reshape(weight.scale_shape)
+        stored_rows = stored[weight.codes].data.reshape(weight.shape[0], -1)
+        for offset, begin, tile in self._tiles(operation.result, weight.block_rows):
             end = begin + len(tile)
-            rows_of_scales = slice(begin // weight.block_rows, -(-end // weight.block_rows))
+            scale_rows = slice(begin // weight.block_rows, -(-end // weight.block_rows))
             scaling = ScalingArrays(
-                scale=scale if len(scale) == 1 else scale[rows_of_scales],
+                scale=scale if len(scale) == 1 else scale[scale_rows],
                 block_rows=weight.block_rows,
                 group_columns=weight.group_columns,
-                # A code times a scale of 16 bits is exact in float32.
-                in_float64=own.spec.dtype is DType.F32,
+                # The product of a code and a 16-bit scale is exact in float32; with a float32 scale it may not be.
+                in_float64=stored_scale.spec.dtype is DType.F32,
             )
-            dequantize_bytes(lines[begin:end], weight.packing, weight.element, scaling, operation.result.dtype, tile)
-            yield place, _memory(tile)
+            dtype = operation.result.dtype
+            dequantize_bytes(stored_rows[begin:end], weight.packing, weight.element, scaling, dtype, tile)
+            yield offset, _as_bytes(tile)
 
-    def _tiles(self, spec: TensorSpec, unit: int) -> Iterator[tuple[int, int, Octets]]:
-        """Room for some lines of a tensor at a time, a multiple of `unit`: place of the first byte, first line, lines.
+    def _tiles(self, spec: TensorSpec, unit: int) -> Iterator[tuple[int, int, ByteArray]]:
+        """Yield an output buffer for every few lines of a delivered tensor: byte offset, first line, buffer.
 
-        It is the same room every time.
+        A line is one index of the tensor's first axis; the buffer has shape [lines, bytes]. Each tile but the last has
+        a multiple of `unit` lines. All tiles share one buffer.
         """
         lines, line_bytes = spec.shape[0], spec.nbytes // spec.shape[0]
         step = max(1, CHUNK_BYTES // line_bytes // unit) * unit
         for line in range(0, lines, step):
-            octets = self._room(min(step, lines - line) * line_bytes)
-            yield line * line_bytes, line, octets.reshape(-1, line_bytes)
+            buffer = self._buffer(min(step, lines - line) * line_bytes)
+            yield line * line_bytes, line, buffer.reshape(-1, line_bytes)
 
-    def _room(self, nbytes: int) -> Octets:
-        """So many bytes, the same ones every time unless they are too few."""
+    def _buffer(self, nbytes: int) -> ByteArray:
+        """Return the first `nbytes` of the shared buffer, which is replaced if it is too small."""
         import numpy as np
 
-        if self._tile is None or len(self._tile) < nbytes:
-            self._tile = np.empty(max(nbytes, CHUNK_BYTES), np.uint8)
-        return self._tile[:nbytes]
+        if self._tile_buffer is None or len(self._tile_buffer) < nbytes:
+            self._tile_buffer = np.empty(max(nbytes, CHUNK_BYTES), np.uint8)
+        return self._tile_buffer[:nbytes]
 
 
-def _is_ordinary(weight: StoredWeight, stored: Mapping[str, _Stored]) -> bool:
-    """Whether `weight_shape` and the scales say nothing that has to be thought about, and all elements lie aligned."""
-    if any(each.octets.__array_interface__["data"][0] % each.spec.dtype.itemsize for each in stored.values()):
-        return False
+def _are_values_usual(weight: StoredWeight, stored: Mapping[str, _Stored]) -> bool:
+    """Whether `weight_shape` and the scales are valid, and all tensors are aligned to their items in memory."""
+    for tensor in stored.values():
+        if tensor.data.__array_interface__["data"][0] % tensor.spec.dtype.itemsize:
+            return False
     shape = stored.get("weight_shape")
-    if shape is not None and shape.octets.view(f"<i{shape.spec.dtype.itemsize}").tolist() != list(weight.shape):
+    if shape is not None and shape.data.view(f"<i{shape.spec.dtype.itemsize}").tolist() != list(weight.shape):
         return False
-    many = {weight.scale} if weight.scale_shape != (1, 1) else frozenset[str]()
-    return all(_is_good(stored[local], zero_allowed=local in many) for local in _scales(weight, stored))
+    # A row or group may have scale zero, since all its codes are then zeros; a whole tensor may not.
+    zero_allowed = {weight.scale} if weight.scale_shape != (1, 1) else frozenset[str]()
+    return all(
+        _are_scales_valid(stored[local], zero_allowed=local in zero_allowed) for local in _scales(weight, stored)
+    )
 
 
-def _is_good(scale: _Stored, *, zero_allowed: bool) -> bool:
-    """Whether all scales are finite and not negative: of such floats the bits compare as the numbers do."""
-    kind = _FLOATS[scale.spec.dtype]
-    bits = scale.octets.view(kind.word)
-    return bits.size > 0 and int(bits.max()) < kind.infinity and (zero_allowed or int(bits.min()) > 0)
+def _are_scales_valid(scale: _Stored, *, zero_allowed: bool) -> bool:
+    """Whether all scales are finite and positive, or zero where `zero_allowed`.
+
+    The bits are compared as unsigned integers: non-negative floats have the same order as their bits, and NaN and
+    negative numbers have larger bits than infinity.
+    """
+    encoding = _FLOAT_FORMATS[scale.spec.dtype]
+    bits = scale.data.view(encoding.word)
+    return bits.size > 0 and int(bits.max()) < encoding.infinity and (zero_allowed or int(bits.min()) > 0)
 
 
 def _stays_finite(operation: Operation, weight: StoredWeight, stored: Mapping[str, _Stored]) -> bool:
-    """Whether no number can come out that the delivered dtype does not have: by the largest scale and code."""
+    """Whether the largest scale times the largest code does not overflow the delivered dtype."""
     if not isinstance(operation, Dequantize):
         return True
-    own = stored[weight.scale]
-    code = _LARGEST_E4M3 if weight.packing is None else 2.0 ** (weight.args.num_bits - 1)
-    largest = float(_widened(own, own.spec.numel).view("<f4").max())
-    return code * largest <= _FLOATS[operation.result.dtype].largest
+    scale = stored[weight.scale]
+    largest_code = _LARGEST_E4M3 if weight.packing is None else 2.0 ** (weight.args.num_bits - 1)
+    largest_scale = float(_widened(scale, scale.spec.numel).view("<f4").max())
+    return largest_code * largest_scale <= _FLOAT_FORMATS[operation.result.dtype].largest
 
 
 def _widened(scale: _Stored, size: int) -> NDArray[np.generic]:
-    """`size` scales as float32, bit for bit; one may stand for all."""
+    """Return `size` scales as float32 (as an array of float32 or of its bits); a single stored scale is repeated."""
     import numpy as np
 
     wide: NDArray[np.generic]
     if scale.spec.dtype is DType.BF16:
-        wide = scale.octets.view("<u2").astype(np.uint32) << 16
+        wide = scale.data.view("<u2").astype(np.uint32) << 16
     elif scale.spec.dtype is DType.F16:
-        wide = scale.octets.view("<f2").astype(np.float32)
+        wide = scale.data.view("<f2").astype(np.float32)
     else:
-        wide = scale.octets.view(np.float32)
+        wide = scale.data.view(np.float32)
     return wide if wide.size == size else np.repeat(wide, size)
 
 
 def _ones(spec: TensorSpec) -> NDArray[np.generic]:
     import numpy as np
 
-    kind = _FLOATS[spec.dtype]
-    return np.full(spec.numel, kind.one, kind.word)
+    encoding = _FLOAT_FORMATS[spec.dtype]
+    return np.full(spec.numel, encoding.one, encoding.word)
 
 
-def _memory(array: NDArray[np.generic]) -> memoryview:
-    """The bytes of an array whose elements lie one behind the other."""
+def _as_bytes(array: NDArray[np.generic]) -> memoryview:
+    """Return the memory of a contiguous array."""
     return array.reshape(-1).view("u1").data

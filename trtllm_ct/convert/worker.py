@@ -46,7 +46,7 @@ def run_unit(
     and the tensors that can't be tiled. Raises `OSError` when files can't be written.
     """
     unit = conversion.units[number]
-    if earlier is not None and _is_whole(unit, earlier) and pieces_are_there(conversion.job.files, earlier.pieces):
+    if earlier is not None and _has_all_bytes(unit, earlier) and pieces_are_there(conversion.job.files, earlier.pieces):
         return UnitResult(record=earlier, resumed=True)
     with (
         TensorReader(conversion.checkpoint.catalog) as reader,
@@ -62,7 +62,8 @@ def run_unit(
     return UnitResult(record=record, errors=tuple(converter.errors))
 
 
-def _is_whole(unit: Unit, record: UnitRecord) -> bool:
+def _has_all_bytes(unit: Unit, record: UnitRecord) -> bool:
+    """Whether the pieces of a record add up to all delivered bytes of a unit."""
     return sum(piece.nbytes for piece in record.pieces) == unit.nbytes
 
 

@@ -124,7 +124,7 @@ class LinearMode:
     column_multiple: int = 1
     alignment: int = 1
 
-    shared_scalars: frozenset[str] = frozenset()
+    shared_scalars: tuple[str, ...] = ()
     read_of_all_experts: frozenset[str] = frozenset()
     repeated_with_kv_heads: frozenset[str] = frozenset({"weight", "bias"})
     expert_scale_alias: str | None = None
@@ -174,7 +174,7 @@ _UP_TO_4 = frozenset({1, 2, 3, 4})
 _UP_TO_8 = frozenset({5, 6, 7, 8})
 _ANY_ACTIVATIONS = frozenset(Activations) - {Activations.WIDE}
 _ZERO_POINT_FIELDS = frozenset({"has_zero_point", "pre_quant_scale"})
-_NVFP4_SCALARS = frozenset({"weight_scale_2", "input_scale"})
+_NVFP4_SCALARS = ("weight_scale_2", "input_scale")
 _WEIGHT_AND_SCALE = frozenset({"weight", "bias", "weight_scale"})
 
 LINEAR_MODES: tuple[LinearMode, ...] = (
@@ -297,7 +297,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         experts_since=STOCK_1_0,
         input_scale="input_global_scale",
         shared_scalars=_NVFP4_SCALARS,
-        read_of_all_experts=_NVFP4_SCALARS,
+        read_of_all_experts=frozenset(_NVFP4_SCALARS),
         repeated_with_kv_heads=_WEIGHT_AND_SCALE,
     ),
     LinearMode(

@@ -10,6 +10,7 @@ from enum import StrEnum, auto
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.json_form import fields_form
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,12 +90,7 @@ class Parallel:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {
-            "tensor": self.tensor,
-            "pipeline": self.pipeline,
-            "expert": self.expert,
-            "attention_dp": self.attention_dp,
-        }
+        return fields_form(self)
 
 
 ONE_RANK = Parallel()

@@ -1,6 +1,7 @@
 """The base class of the MX formats MXFP4, MXFP6 and MXFP8: small floats in groups of 32 columns.
 
-The scale of a group is a power of two (E8M0). There is no scale for the whole tensor; a stored `weight_zero_point` must hold zeros only.
+The scale of a group is a power of two (E8M0). There is no scale for the whole tensor, and a `weight_zero_point` must
+hold zeros only.
 Source: OCP Microscaling Formats 1.0; compressed-tensors 0.20 `compressors/mx_utils.py`.
 """
 

@@ -52,7 +52,7 @@ def has_e4m3_scales(args: QuantArgs, stored: StoredSpecs) -> bool:
 
 
 def local_scale(weight: StoredWeight, scale: Tensor) -> Tensor:
-    """Return a view of a stored one-byte scale: float8_e4m3fn if the weight has a divisor (NVFP4), else uint8 (E8M0)."""
+    """Return a view of a stored one-byte scale: float8_e4m3fn if the weight has a divisor (NVFP4), else uint8 (MX)."""
     import torch
 
     return scale.view(torch.uint8 if weight.divisor is None else torch.float8_e4m3fn)

@@ -92,7 +92,7 @@ def pack_fields(fields_OI: Tensor, packing: Packing) -> Tensor:
 
 
 def repack(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int]) -> Tensor:
-    """Convert codes of `shape` from one packing to another; the values of the codes do not change.
+    """Convert codes of `shape` from one packing to another; a target with fewer bits keeps the low bits of each code.
 
     For equal packings the result is the input tensor itself, without a copy.
     The two conversions that common checkpoints need have a direct path; all others go through int8 codes.

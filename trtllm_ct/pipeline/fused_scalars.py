@@ -35,7 +35,7 @@ class FusedScalars:
         """Raise `PayloadError` when a scalar of this module differs from that of another part of its Linear."""
         if module.fused_linear is None or module.layer is None:
             return
-        for local in sorted(MODES_BY_ALGO[module.layer.quant_algo].shared_scalars):
+        for local in MODES_BY_ALGO[module.layer.quant_algo].shared_scalars:
             tensor = delivered.get(f"{module.name}.{local}")
             if tensor is None:
                 continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -38,16 +39,18 @@ class SchemeRow:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {
-            "modules": list(self.modules),
-            "scheme": self.stored_scheme,
-            "native_mode": self.native_mode,
-            "mode": self.delivered_mode,
-            "reason": self.reason,
-            "note": self.note,
-            "stored_bytes": self.stored_bytes,
-            "delivered_bytes": self.delivered_bytes,
-        }
+        return json_object(
+            {
+                "modules": self.modules,
+                "scheme": self.stored_scheme,
+                "native_mode": self.native_mode,
+                "mode": self.delivered_mode,
+                "reason": self.reason,
+                "note": self.note,
+                "stored_bytes": self.stored_bytes,
+                "delivered_bytes": self.delivered_bytes,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,21 +91,23 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """JSON form; the parts of the plan are null when there are problems."""
         plan = self.plan
-        return {
-            "directory": str(self.directory),
-            "target": self.target,
-            "parallel": self.parallel.to_dict(),
-            "detection": self.detection.to_dict(),
-            "architecture": plan.architecture if plan else None,
-            "schemes": [row.to_dict() for row in self.rows()],
-            "modules": [module.to_dict() for module in plan.modules] if plan else None,
-            "quantization": plan.quant_config.to_dict() if plan else None,
-            "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
-            "stored_bytes": plan.stored_bytes if plan else None,
-            "delivered_bytes": plan.delivered_bytes if plan else None,
-            "warnings": list(self.warnings),
-            "problems": [fault.to_dict() for fault in self.problems],
-        }
+        return json_object(
+            {
+                "directory": self.directory,
+                "target": self.target,
+                "parallel": self.parallel,
+                "detection": self.detection,
+                "architecture": plan.architecture if plan else None,
+                "schemes": list(self.rows()),
+                "modules": plan.modules if plan else None,
+                "quantization": plan.quant_config if plan else None,
+                "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
+                "stored_bytes": plan.stored_bytes if plan else None,
+                "delivered_bytes": plan.delivered_bytes if plan else None,
+                "warnings": self.warnings,
+                "problems": self.problems,
+            }
+        )
 
 
 def inspect_checkpoint(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 
 if TYPE_CHECKING:
@@ -280,20 +281,22 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with every stored and every delivered tensor."""
-        return {
-            "target": self.target,
-            "architecture": self.architecture,
-            "dtype": self.dtype.torch_name,
-            "dense_dtype": self.dense_dtype.torch_name,
-            "parallel": self.parallel.to_dict(),
-            "quantization": self.quant_config.to_dict(),
-            "modules": [module.to_dict() for module in self.modules],
-            "stored": [fate.to_dict() for fate in self.fates()],
-            "delivered": [delivery.to_dict() for delivery in self.deliveries()],
-            "stored_bytes": self.stored_bytes,
-            "delivered_bytes": self.delivered_bytes,
-            "warnings": list(self.warnings),
-        }
+        return json_object(
+            {
+                "target": self.target,
+                "architecture": self.architecture,
+                "dtype": self.dtype,
+                "dense_dtype": self.dense_dtype,
+                "parallel": self.parallel,
+                "quantization": self.quant_config,
+                "modules": self.modules,
+                "stored": tuple(self.fates()),
+                "delivered": tuple(self.deliveries()),
+                "stored_bytes": self.stored_bytes,
+                "delivered_bytes": self.delivered_bytes,
+                "warnings": self.warnings,
+            }
+        )
 
 
 def _fate(name: str, made: list[Delivery]) -> Fate:

@@ -110,8 +110,8 @@ def _language_config(config: Mapping[str, Any]) -> Any:
     if text is typed:
         return typed
     blocks = (config, config.get("text_config") or {})
-    stated = (block["tie_word_embeddings"] for block in blocks if "tie_word_embeddings" in block)
-    tied = next(stated, typed.tie_word_embeddings)
+    flags = (block["tie_word_embeddings"] for block in blocks if "tie_word_embeddings" in block)
+    tied = next(flags, typed.tie_word_embeddings)
     if text.model_type in _EQUIVALENT_MODEL:
         text = _typed_config(text.to_dict())
     text.tie_word_embeddings = tied

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.layouts.rounding import round_once
 
 if TYPE_CHECKING:
@@ -51,18 +51,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; a number that is not finite becomes the string `nan`, `inf` or `-inf`."""
-        return {
-            "good": self.good,
-            "error": _json_number(self.error),
-            "differing": self.differing,
-            "position": list(self.position),
-            "got": _json_number(self.got),
-            "want": _json_number(self.want),
-        }
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+        return fields_form(self)
 
 
 def compare_native(got: Tensor, want: Tensor) -> Comparison:

@@ -86,7 +86,7 @@ def build_model(
     attention = _kv_cache_attention(quant_config, name) if quantize_activations else None
     model: Any = build_shell(config, dtype=dtype, attention=attention, name=name)
     if attention is not None and not kv_scale_names(model):
-        _refuse_kv_cache(name, "attention with k_proj and v_proj, of which a cache holds the results", "none such")
+        _refuse_kv_cache(name, "attention with k_proj and v_proj, whose outputs an FP8 cache holds", "other attention")
     names = NameMap.of_checkpoint(config, model_type=model.config.model_type)
     assembly = Assembly(model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations)
     for tensor_name, tensor in tensors:

@@ -85,7 +85,7 @@ class ReferenceLLM:
 
     def _complete(self, prompt: str | Sequence[int], params: SamplingParams) -> RequestOutput:
         if params.stops and self.tokenizer is None:
-            raise _usage_error("SamplingParams.stop", "a tokenizer to see the strings with", "skip_tokenizer_init")
+            raise _usage_error("SamplingParams.stop", "a tokenizer, which stop strings need", "skip_tokenizer_init")
         prompt_ids = self._prompt_ids(prompt)
         output = self._continue(prompt_ids, params)
         text = prompt if isinstance(prompt, str) else None

@@ -77,7 +77,7 @@ def install_additive_zeros(linear_module: Any) -> bool:
     if not patch_allowed():
         faults.add(
             where=NO_PATCH,
-            expected=f"leave to give TensorRT-LLM a Linear method for {QuantAlgo.W4A16_GPTQ}, which this plan needs",
+            expected=f"permission to install a Linear method for {QuantAlgo.W4A16_GPTQ}, which this plan needs",
             found=f"{NO_PATCH} set",
             remedy=f"Unset {NO_PATCH}, or plan again with it set: asymmetric int4 is dequantized then.",
         )

@@ -6,10 +6,11 @@ The engine's objects are arguments, so this module does not import the engine; `
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import ENGINES
@@ -45,7 +46,7 @@ class EngineFeatures:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON output."""
-        return asdict(self)
+        return fields_form(self)
 
 
 DEFAULT_FEATURES = EngineFeatures()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, SidecarError
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.serve.cache import cached_sidecars
 from trtllm_ct.serve.sidecar import Sidecar
 
@@ -26,13 +27,15 @@ class ListedSidecar:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         sidecar = self.sidecar
-        return {
-            "directory": str(self.directory),
-            "source": str(sidecar.source) if sidecar else None,
-            "repository": sidecar.repository.name if sidecar and sidecar.repository else None,
-            "options": sidecar.options.to_dict() if sidecar else None,
-            "fault": self.fault.to_dict() if self.fault else None,
-        }
+        return json_object(
+            {
+                "directory": self.directory,
+                "source": sidecar.source if sidecar else None,
+                "repository": sidecar.repository.name if sidecar and sidecar.repository else None,
+                "options": sidecar.options if sidecar else None,
+                "fault": self.fault,
+            }
+        )
 
 
 def list_sidecars(root: Path | None = None) -> tuple[ListedSidecar, ...]:

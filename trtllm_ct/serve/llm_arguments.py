@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
-from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.serve.hub import Repository, repository_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
@@ -267,11 +267,12 @@ def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures) -> Fault 
 
 def _row_wise_outputs(plan: Plan) -> list[str]:
     """Return the names of the `o_proj` modules of attention that are delivered in row-wise FP8."""
-    algo = QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN
     return [
         module.name
         for module in plan.modules
-        if module.name.endswith(".self_attn.o_proj") and module.layer is not None and module.layer.quant_algo is algo
+        if module.name.endswith(".self_attn.o_proj")
+        and module.layer is not None
+        and MODES_BY_ALGO[module.layer.quant_algo].unscaled_attention_output
     ]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.json_form import fields_form
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,12 +54,7 @@ class LoadReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name and `gigabytes_per_second`, for JSON output."""
-        entry = asdict(self)
-        return entry | {
-            "unread": list(self.unread),
-            "warnings": list(self.warnings),
-            "gigabytes_per_second": self.gigabytes_per_second,
-        }
+        return fields_form(self) | {"gigabytes_per_second": self.gigabytes_per_second}
 
     def __str__(self) -> str:
         modes = ", ".join(f"{count} x {mode}" for mode, count in self.modes.items()) or "no quantized modules"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, UsageError
-from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures
 from trtllm_ct.serve.llm import engine_installed, require_engine
@@ -89,11 +89,11 @@ def _warnings(sidecar: Sidecar) -> Iterator[str]:
     reasons = Counter(reason for mode, reason in sidecar.modes.values() if mode == "dequantized")
     for reason, count in reasons.items():
         yield f"{count} modules are dequantized: {reason}"
-    row_wise = str(QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN)
-    if any(module.endswith(".self_attn.o_proj") and mode == row_wise for module, (mode, _) in sidecar.modes.items()):
+    unscaled = {str(mode.algo) for mode in LINEAR_MODES if mode.unscaled_attention_output}
+    if any(module.endswith(".self_attn.o_proj") and mode in unscaled for module, (mode, _) in sidecar.modes.items()):
         yield (
             "o_proj is row-wise FP8, for which TensorRT-LLM's attention quantizes its output at a fixed scale of 1; "
-            "pass force_dynamic_quantization=True to LLM where it knows that, or dense_o_proj=True to prepare"
+            "pass force_dynamic_quantization=True to LLM if it has that argument, or dense_o_proj=True to prepare"
         )
 
 

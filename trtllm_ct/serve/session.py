@@ -151,7 +151,7 @@ class LoadSession:
                     where="load_weights",
                     expected="a mapping, which says which rank's weights to load",
                     found="none, neither here nor with a configuration",
-                    remedy="Pass a CompressedTensorsCheckpointLoader() to LLM; its parts know of each other.",
+                    remedy="Pass a CompressedTensorsCheckpointLoader() to LLM; its parts share the mapping.",
                 )
             )
         return Rank()
@@ -179,7 +179,7 @@ def _balanced_experts() -> Fault:
         where="moe_load_balancer",
         expected="none, since a rank loads the experts that its number gives it",
         found="one, which moves experts between ranks",
-        remedy="Leave it out, or run `trtllm-ct convert DIR OUT --to modelopt` and serve OUT, of which all is loaded.",
+        remedy="Leave it out, or run `trtllm-ct convert DIR OUT --to modelopt` and serve OUT, which every rank reads completely.",
     )
 
 

@@ -11,7 +11,6 @@ from the source's headers and compares the result with this record. Planning is 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, SidecarError
+from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.header import list_some
 from trtllm_ct.checkpoint.side_files import side_files
@@ -30,7 +30,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE, Probe
-from trtllm_ct.serve.cache import cache_root, cached_sidecars, clear_sidecars, place_of
+from trtllm_ct.serve.cache import cache_root, clear_sidecars, place_of
 from trtllm_ct.serve.hub import Repository
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ __all__ = [
     "clear_sidecars",
     "is_sidecar",
     "known_sidecars",
-    "list_sidecars",
     "make_sidecar",
     "restore_sidecar",
 ]
@@ -71,14 +70,7 @@ class ServingOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON output."""
-        return {
-            "engine": self.engine,
-            "additive_zeros": self.additive_zeros,
-            "parallel": self.parallel.to_dict(),
-            "dtype": self.dtype.torch_name if self.dtype else None,
-            "dense_o_proj": self.dense_o_proj,
-            "strict": self.strict,
-        }
+        return fields_form(self)
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Self:
@@ -301,15 +293,6 @@ def known_sidecars() -> dict[str, dict[str, Any]]:
     Loaders are pickled with these records, from which other nodes make the sidecars again.
     """
     return dict(_known)
-
-
-def list_sidecars(root: Path | None = None) -> tuple[Sidecar, ...]:
-    """Return the sidecars in `root`, which defaults to `cache_root()`; skip those with a damaged or unknown layout."""
-    sidecars = []
-    for directory in cached_sidecars(root):
-        with suppress(SidecarError):
-            sidecars.append(Sidecar.open(directory))
-    return tuple(sidecars)
 
 
 def modes_of(plan: Plan) -> dict[str, tuple[str, str]]:

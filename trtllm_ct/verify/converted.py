@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtllm_ct.base.errors import CheckpointError, FaultCollector
-from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.plan.ops import Reciprocal
@@ -35,12 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorCheck", "compare_converted"]
 
-# The planner and this module sum the same float64 products in different orders. The difference is invisible after
+# The conversion and this module sum the same float64 products in different orders. The difference is invisible after
 # rounding to a delivered dtype, except for values halfway between two numbers of that dtype.
 _FOLD_UNCERTAINTY = 1e-10
-
-# The modes whose experts store their scale under two names, for engines of different releases.
-_TWO_SCALE_NAMES = frozenset({QuantAlgo.FP8_BLOCK_SCALES, QuantAlgo.MXFP8, QuantAlgo.W4A16_MXFP4})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +147,11 @@ class _DirectoryComparison:
             kind = "plain" if plan.weight is None else "dequantized"
             yield from self._check_unquantized(name, kind, tensors["weight"], exact, _uncertainty(plan))
             return
-        if layer.quant_algo is QuantAlgo.W4A16_AWQ:
+        mode = MODES_BY_ALGO.get(layer.quant_algo)
+        if mode is not None and mode.pre_quant_scale:
             self._check_pre_quant_scale(plan.name, tensors)
-        alias = "weight_scale_inv"
-        has_alias = alias in self._modules.get(plan.name, frozenset())
-        if plan.experts and layer.quant_algo in _TWO_SCALE_NAMES and not has_alias:
+        alias = mode.expert_scale_alias if mode is not None and plan.experts else None
+        if alias and alias not in self._modules.get(plan.name, frozenset()):
             self._report_missing(f"{plan.name}.{alias}")
         try:
             value = _native_value(plan.name, tensors, layer, exact)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.plan.ops import Reciprocal
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
 __all__ = ["check_fused_scalars", "input_multipliers"]
-
-_ALGOS = frozenset({QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4})
-_SCALARS = ("weight_scale_2", "input_scale")
 
 
 def input_multipliers(plan: Plan, source: TensorReader) -> dict[str, float]:
@@ -64,15 +61,16 @@ def check_fused_scalars(
     Skips every Linear with a part that already has a fault: the differing scalar may only follow from it.
     """
     fault_places = [fault.where for fault in faults.faults]
-    linears: dict[str, list[str]] = {}
+    linears: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for module in plan.modules:
         layer = quant_config.layer_config(module.name)
-        if module.fused_linear is not None and layer is not None and layer.quant_algo in _ALGOS:
-            linears.setdefault(module.fused_linear, []).append(module.name)
-    for names in linears.values():
+        mode = MODES_BY_ALGO.get(layer.quant_algo) if layer is not None else None
+        if module.fused_linear is not None and mode is not None:
+            linears.setdefault((module.fused_linear, mode.shared_scalars), []).append(module.name)
+    for (_, scalars), names in linears.items():
         if any(place.startswith(name) for place in fault_places for name in names):
             continue
-        for local in _SCALARS:
+        for local in scalars:
             parts = [name for name in names if f"{name}.{local}" in catalog]
             _check_equal({name: delivered.read(f"{name}.{local}").reshape(()) for name in parts}, local, faults)
 
@@ -90,12 +88,12 @@ def _check_equal(scalars: Mapping[str, Tensor], local: str, faults: FaultCollect
     """Add a fault for each scalar, by module name, that differs from the first."""
     first = next(iter(scalars), "")
     for name, value in scalars.items():
-        wanted = scalars[first]
+        expected = scalars[first]
         # The engine asserts equality with the same function.
-        if not torch.allclose(value, wanted):
+        if not torch.allclose(value, expected):
             faults.add(
                 where=f"{name}.{local}",
-                expected=f"{float(wanted):.9g}, as {first} has it: the engine makes one Linear of both",
+                expected=f"{float(expected):.9g}, as {first} has it: the engine makes one Linear of both",
                 found=f"{float(value):.9g}",
                 remedy="Convert again; the engine would refuse the weights, or take one of the two for both.",
             )

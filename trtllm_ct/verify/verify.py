@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, FaultCollector, VerificationError
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.payload import check_payload, count_zero_scales
@@ -34,8 +35,8 @@ class VerificationReport:
     """The result of a verification: what was checked, and all faults.
 
     `modules` is the number of modules in the plan. `zero_scales` is the number of rows or groups with a scale of zero.
-    `checks` is empty if only the source was verified. `warnings` are the warnings of the plan, and warnings about the
-    checkpoint's producer that follow from the values.
+    `checks` is empty if only the source was verified, or if the source has faults. `warnings` are the warnings of the
+    plan, and warnings about the checkpoint's producer that follow from the values.
     """
 
     directory: Path
@@ -62,16 +63,18 @@ class VerificationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {
-            "directory": str(self.directory),
-            "converted": str(self.converted) if self.converted else None,
-            "good": self.good,
-            "modules": self.modules,
-            "zero_scales": self.zero_scales,
-            "checks": [check.to_dict() for check in self.checks],
-            "warnings": list(self.warnings),
-            "faults": [fault.to_dict() for fault in self.faults],
-        }
+        return json_object(
+            {
+                "directory": self.directory,
+                "converted": self.converted,
+                "good": self.good,
+                "modules": self.modules,
+                "zero_scales": self.zero_scales,
+                "checks": self.checks,
+                "warnings": self.warnings,
+                "faults": self.faults,
+            }
+        )
 
 
 def verify_checkpoint(directory: str | Path, converted: str | Path | None = None) -> VerificationReport:

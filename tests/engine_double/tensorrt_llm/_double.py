@@ -1,7 +1,7 @@
-"""Which release is imitated: one value that everything asks, read from the environment when it is imported.
+"""The release that the double imitates: `RELEASE`, read from the environment when this module is imported.
 
-The environment carries it because spawned workers must imitate the same release, and only variables that are named
-TRTLLM* or TLLM* reach them (`llmapi/mpi_session.py`).
+It is an environment variable because spawned workers must imitate the same release. Only variables named TRTLLM* or
+TLLM* reach them (`llmapi/mpi_session.py`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ __all__ = ["RELEASE", "Release"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """What differs between releases, one field per fact."""
+    """The differences between releases, one field per difference."""
 
     version: str
     mapping_argument: bool
-    """Loaders are called `load_weights(directory, mapping, ...)`, not `load_weights(directory)`."""
+    """Loaders are called as `load_weights(directory, mapping, ...)`, not as `load_weights(directory)`."""
     weight_sessions: bool
     """Loaders have the newer, non-abstract methods, and get `model` and `source_identity`."""
     defaults_pass: bool
@@ -28,17 +28,17 @@ class Release:
     strict_quant_config: bool
     """QuantConfig is a pydantic model that rejects unknown fields, not a dataclass."""
     layers_in_hf_quant_config: bool
-    """`quantized_layers` may stand in hf_quant_config.json; before, quant_cfg.json was required."""
+    """`quantized_layers` may be in hf_quant_config.json; older releases require quant_cfg.json."""
     any_case_aliases: bool
     exclude_patterns: bool
     """`exclude_modules` matches `re:` patterns and ancestors, not only fnmatch on the full name."""
     quantized_lm_head: bool
     rope_parameters: bool
-    """transformers 5 is underneath: `rope_parameters` and `dtype` are read beside their older spellings."""
+    """The release uses transformers 5: `rope_parameters` and `dtype` are read as well as their older spellings."""
     flattens_row_scale: bool
     """FP8 row-wise scales of shape [N, 1] are flattened."""
     aligned_shards: bool
-    """Linears cut at multiples of their method's alignment; before, each tensor by ceiling division."""
+    """Linears are sliced at multiples of their method's alignment; older releases use ceiling division per tensor."""
     newest_algos: bool
     """MXFP8 and W4A16_NVFP4 exist."""
     force_dynamic_quantization: bool

@@ -1,4 +1,4 @@
-"""Imitates `mapping.py`: which part of a model a rank holds."""
+"""Imitates `mapping.py`: the part of a model that a rank holds."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Mapping:
                 f"{self.tp_size} * {self.pp_size}"
             )
         # One of the two sizes of experts follows from the other; experts are cut by rows where both are unset.
-        rows_told, experts_told = self.moe_tp_size > 0, self.moe_ep_size > 0
-        experts = self.moe_ep_size if experts_told else self.tp_size // self.moe_tp_size if rows_told else 1
-        tensors = self.moe_tp_size if rows_told else self.tp_size // experts
+        has_tensor_size, has_expert_size = self.moe_tp_size > 0, self.moe_ep_size > 0
+        experts = self.moe_ep_size if has_expert_size else self.tp_size // self.moe_tp_size if has_tensor_size else 1
+        tensors = self.moe_tp_size if has_tensor_size else self.tp_size // experts
         object.__setattr__(self, "moe_ep_size", experts)
         object.__setattr__(self, "moe_tp_size", tensors)
         if experts * tensors != self.tp_size:

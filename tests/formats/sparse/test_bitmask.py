@@ -48,7 +48,7 @@ def refusal(stored: StoredSpecs, expected_shape: tuple[int, ...] | None = None) 
 
 
 def restored(pieces: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Through the headers and back to the tensor."""
+    """The dense tensor, described from headers and restored from the pieces."""
     faults = FaultCollector()
     spec = SPARSE_BITMASK.describe("m.lin", specs_of(pieces), shape, faults)
     assert not faults.faults
@@ -73,7 +73,7 @@ def raw(tensor: Tensor) -> str:
 
 
 def test_worked_bytes_of_a_matrix() -> None:
-    """compressed-tensors 0.6 and 0.10.2 write the same."""
+    """compressed-tensors 0.6 and 0.10.2 write these bytes."""
     pieces = SPARSE_BITMASK.encode(worked_matrix())
 
     assert list(pieces) == PIECES
@@ -99,7 +99,7 @@ def test_worked_bytes_of_a_vector() -> None:
 @pytest.mark.parametrize(
     "shape", [(5,), (8,), (1, 1), (1, 20), (4, 16), (7, 13), (2, 3, 9), (0,), (0, 8), (3, 0)], ids=str
 )
-def test_encoding_and_back(shape: tuple[int, ...], share: float, dtype: torch.dtype) -> None:
+def test_decoding_inverts_encoding(shape: tuple[int, ...], share: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     dense = torch.randint(1, 100, shape, generator=generator).float() * (torch.rand(shape, generator=generator) < share)
     dense = dense.to(dtype)
@@ -112,13 +112,13 @@ def test_encoding_and_back(shape: tuple[int, ...], share: float, dtype: torch.dt
 
 @given(st.integers(0, 6), st.integers(1, 30), st.binary(min_size=180, max_size=180))
 @settings(max_examples=50, deadline=None)
-def test_any_bytes_come_back_but_for_minus_zero(rows: int, columns: int, content: bytes) -> None:
-    """float8 of every bit pattern, NaN included."""
-    octets = torch.frombuffer(bytearray(content), dtype=torch.uint8)[: rows * columns].view(rows, columns)
+def test_any_bytes_are_restored_except_minus_zero(rows: int, columns: int, content: bytes) -> None:
+    """The values are float8 with any bit pattern, NaN included."""
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)[: rows * columns].view(rows, columns)
 
-    back = restored(SPARSE_BITMASK.encode(octets.view(torch.float8_e4m3fn)), (rows, columns))
+    dense = restored(SPARSE_BITMASK.encode(data.view(torch.float8_e4m3fn)), (rows, columns))
 
-    assert torch.equal(back.view(torch.uint8), octets.masked_fill(octets == 0x80, 0))
+    assert torch.equal(dense.view(torch.uint8), data.masked_fill(data == 0x80, 0))
 
 
 def test_a_scalar_has_no_rows() -> None:
@@ -142,7 +142,7 @@ def test_a_scalar_has_no_rows() -> None:
     ],
     ids=str,
 )
-def test_columns_come_from_the_model_where_they_fit(expected: tuple[int, ...] | None, shape: tuple[int, ...]) -> None:
+def test_columns_come_from_the_model_if_they_fit(expected: tuple[int, ...] | None, shape: tuple[int, ...]) -> None:
     spec = SPARSE_BITMASK.describe("m.lin", specs(), expected, FaultCollector())
     assert spec == TensorSpec(DType.BF16, shape)
 
@@ -210,14 +210,14 @@ def spoiled(name: str, change: str) -> dict[str, Tensor]:
         ("row_offsets", "swapped", "m.lin.row_offsets: expected the offsets that the bitmask makes"),
     ],
 )
-def test_values_that_break_a_promise(name: str, change: str, message: str) -> None:
+def test_values_that_contradict_each_other(name: str, change: str, message: str) -> None:
     with pytest.raises(PayloadError) as caught:
         restored(spoiled(name, change), (3, 10))
     assert any(str(fault).startswith(message) for fault in caught.value.faults)
 
 
-def test_a_last_byte_that_was_taken_as_full_is_found_out() -> None:
-    """Without the model's sizes the headers only say that there are 9 to 16 columns."""
+def test_a_last_byte_that_is_not_full_is_a_fault_if_the_model_is_unknown() -> None:
+    """Without the model's sizes the headers only show that there are 9 to 16 columns, so the bytes count as full."""
     pieces = SPARSE_BITMASK.encode(worked_matrix())
     with pytest.raises(PayloadError, match=r"expected \[3, 16\].*found \[3, 10\]"):
         SPARSE_BITMASK.decode(sparse(TensorSpec(DType.BF16, (3, 16))), pieces)

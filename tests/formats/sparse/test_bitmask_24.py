@@ -38,7 +38,7 @@ def specs_of(pieces: dict[str, Tensor]) -> StoredSpecs:
 
 
 def restored(pieces: dict[str, Tensor]) -> Tensor:
-    """Through the headers and back to the tensor."""
+    """The dense tensor, described from headers and restored from the pieces."""
     faults = FaultCollector()
     spec = SPARSE_24_BITMASK.describe("m.lin", specs_of(pieces), None, faults)
     assert not faults.faults
@@ -50,7 +50,7 @@ def restored(pieces: dict[str, Tensor]) -> Tensor:
 
 
 def two_of_four(shape: tuple[int, int], seed: int = 0) -> Tensor:
-    """Whole numbers, at most two of each four not zero."""
+    """Random integers, of which at most two in each four columns are not zero."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand((shape[0], shape[1] // 4, 4), generator=generator).argsort(dim=2) < 2
     return torch.randint(-8, 9, shape, generator=generator) * kept.view(shape)
@@ -61,7 +61,7 @@ def raw(tensor: Tensor) -> str:
 
 
 def test_worked_bytes() -> None:
-    """compressed-tensors 0.10.2; zeros are stored where a group has fewer than two values."""
+    """Bytes of compressed-tensors 0.10.2, which stores zeros if four columns have fewer than two nonzero values."""
     dense = torch.tensor(
         [[0, 1, -2, 0, 3, 0, 0, 4], [5, 6, 0, 0, 0, 0, 0, 7], [0, 0, 3, 4, 0, 0, 0, 0]], dtype=torch.bfloat16
     )
@@ -92,7 +92,7 @@ def test_a_last_byte_may_be_half_full() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 4), (3, 12), (16, 64), (5, 20), (0, 8), (3, 0)], ids=str)
-def test_encoding_and_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_decoding_inverts_encoding(shape: tuple[int, int], dtype: torch.dtype) -> None:
     dense = two_of_four(shape).to(dtype)
 
     pieces = SPARSE_24_BITMASK.encode(dense)
@@ -105,19 +105,19 @@ def test_encoding_and_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @given(st.lists(st.sampled_from([0, 1, -1, 2, -3, 7, -128, 127]), min_size=4, max_size=4))
 @settings(max_examples=80, deadline=None)
-def test_of_more_than_two_the_largest_stay(group: list[int]) -> None:
+def test_the_two_largest_of_four_integers_are_kept(group: list[int]) -> None:
     """-128 is the largest magnitude of int8, although its absolute value does not fit."""
     dense = torch.tensor([group], dtype=torch.int8)
 
-    back = restored(SPARSE_24_BITMASK.encode(dense))[0].tolist()
+    values = restored(SPARSE_24_BITMASK.encode(dense))[0].tolist()
 
-    assert all(value in {0, stored} for value, stored in zip(back, group, strict=True))
-    assert sorted(map(abs, back)) == [0, 0, *sorted(map(abs, group))[2:]]
-    assert SPARSE_24_BITMASK.holds(dense) == (back == group)
+    assert all(value in {0, stored} for value, stored in zip(values, group, strict=True))
+    assert sorted(map(abs, values)) == [0, 0, *sorted(map(abs, group))[2:]]
+    assert SPARSE_24_BITMASK.holds(dense) == (values == group)
 
 
-def test_of_float8_the_largest_numbers_stay() -> None:
-    """The bytes of negative numbers are large, whatever the number."""
+def test_the_two_largest_of_four_float8_numbers_are_kept() -> None:
+    """Comparing bytes would be wrong: the byte of a negative number is large, whatever the number."""
     dense = torch.tensor([[-0.5, 3.0, -4.0, 1.0]]).to(torch.float8_e4m3fn)
     assert restored(SPARSE_24_BITMASK.encode(dense)).float().tolist() == [[0, 3, -4, 0]]
 
@@ -131,7 +131,7 @@ def test_only_matrices_of_whole_groups_are_held(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("column", range(8))
-def test_three_of_four_are_not_held(column: int) -> None:
+def test_three_values_in_four_columns_are_not_held(column: int) -> None:
     dense = torch.tensor([[1.0, 0, 0, 1, 1, 1, 0, 0]])
     dense[0, column] = 1
     assert SPARSE_24_BITMASK.holds(dense) == (column in {0, 3, 4, 5})
@@ -171,7 +171,7 @@ def test_headers_that_contradict_each_other(change: dict[str, Sized], message: s
     ],
     ids=["too few", "one and three", "three and two", "beyond the end"],
 )
-def test_marks_that_break_a_promise(bitmask: list[int], message: str) -> None:
+def test_marks_that_are_not_two_of_four(bitmask: list[int], message: str) -> None:
     pieces = {
         "shape": torch.tensor([[1], [12]]),
         "compressed": torch.ones((1, 6), dtype=torch.int8),

@@ -39,11 +39,11 @@ def model() -> dict[str, Tensor]:
     return {"lin.weight": SPARSE, "lin.bias": BIAS, "norm.weight": NORM, "head.weight": FULL, "scale": SCALAR}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(loaded: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
 
 
 def stored_names(path: Path) -> list[str]:
@@ -51,8 +51,8 @@ def stored_names(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "generation"), CASES)
-def test_what_is_saved_comes_back(tmp_path: Path, name: str, generation: Generation) -> None:
-    """From the file and from its directory; nothing else is left there."""
+def test_saved_tensors_are_loaded(tmp_path: Path, name: str, generation: Generation) -> None:
+    """They are loaded from the file and from its directory; saving leaves no other file there."""
     path = tmp_path / "model.safetensors"
 
     save_compressed(model(), path, name, generation=generation)
@@ -79,7 +79,7 @@ def test_names_in_the_file(
 
 
 def test_weights_that_are_not_2_of_4_stay_plain(tmp_path: Path) -> None:
-    """The library cut them to two of four; here no value is lost."""
+    """The library dropped all but two of four values; here no value is lost."""
     path = tmp_path / "model.safetensors"
     save_compressed(model(), path, "sparse-24-bitmask")
     assert stored_names(path) == [
@@ -99,10 +99,10 @@ def test_codes_of_a_quantized_weight_stay_codes(tmp_path: Path) -> None:
 
     save_compressed(tensors, path, "sparse-24-bitmask")
 
-    found = dict(load_compressed(path))
-    assert found["lin.weight"].dtype == torch.float8_e4m3fn
-    assert torch.equal(found["lin.weight"].view(torch.uint8), tensors["lin.weight"].view(torch.uint8))
-    assert torch.equal(found["lin.weight_scale"], tensors["lin.weight_scale"])
+    loaded = dict(load_compressed(path))
+    assert loaded["lin.weight"].dtype == torch.float8_e4m3fn
+    assert torch.equal(loaded["lin.weight"].view(torch.uint8), tensors["lin.weight"].view(torch.uint8))
+    assert torch.equal(loaded["lin.weight_scale"], tensors["lin.weight_scale"])
 
 
 @given(
@@ -111,7 +111,7 @@ def test_codes_of_a_quantized_weight_stay_codes(tmp_path: Path) -> None:
     st.integers(0, 2**32),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_shapes_come_back(
+def test_tensors_of_any_shape_are_loaded(
     tmp_path_factory: pytest.TempPathFactory,
     shapes: list[tuple[int, int]],
     case: tuple[str, Generation],
@@ -141,7 +141,7 @@ def test_views_and_parameters_are_saved_by_value(tmp_path: Path) -> None:
         assert torch.equal(dict(load_compressed(path))["lin.weight"], weight)
 
 
-def test_a_file_that_is_there_is_replaced(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_compressed({"old": NORM}, path)
     save_compressed({"new": BIAS}, path)
@@ -193,7 +193,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
         "late name",
     ],
 )
-def test_what_can_not_be_saved(
+def test_tensors_that_can_not_be_saved(
     tmp_path: Path, tensors: dict[str, Tensor], name: str, generation: Generation, message: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -203,15 +203,15 @@ def test_what_can_not_be_saved(
 
 
 @pytest.mark.parametrize("place", ["missing/model.safetensors", "."])
-def test_where_no_file_can_be(tmp_path: Path, place: str) -> None:
+def test_paths_that_can_not_be_written(tmp_path: Path, place: str) -> None:
     with pytest.raises(UsageError, match="a place for a file"):
         save_compressed(model(), tmp_path / place)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("place", ["nowhere", "nowhere.safetensors", "empty"])
-def test_nothing_to_load(tmp_path: Path, place: str) -> None:
-    """The call itself says so, before anything is iterated."""
+def test_paths_that_can_not_be_read(tmp_path: Path, place: str) -> None:
+    """The call itself raises the error, before the first iteration."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(CatalogError):
         load_compressed(tmp_path / place)
@@ -235,7 +235,7 @@ def test_a_piece_that_is_missing(tmp_path: Path) -> None:
     "shape", [torch.tensor([2, 3]), torch.tensor([2, -8]), torch.tensor([2, 17]), torch.tensor([8, 2])], ids=str
 )
 def test_a_shape_that_contradicts_the_bitmask(tmp_path: Path, shape: Tensor) -> None:
-    """A shape within the last byte is believed; then the values tell."""
+    """Headers can't disprove a shape that ends within the last byte of a row; the values do."""
     dense = torch.ones((2, 8))
     pieces = {f"lin.{name}": tensor for name, tensor in SPARSE_BITMASK.encode(dense).items()}
     save_file(pieces | {"lin.shape": shape}, tmp_path / "model.safetensors")
@@ -267,7 +267,7 @@ def test_real_files_have_the_names_of_a_plain_model(shared: Path, checkpoint: st
 @pytest.mark.shared
 @pytest.mark.parametrize("checkpoint", ["sparse-bitmask", "sparse24-fp8"])
 def test_saving_a_real_file_again_gives_its_pieces(shared: Path, checkpoint: str, tmp_path: Path) -> None:
-    """Byte for byte what the library wrote, wherever it wrote pieces."""
+    """The pieces are byte for byte those that the library wrote."""
     directory = shared / "checkpoints" / checkpoint
     original = load_file(directory / "model.safetensors")
     path = tmp_path / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Sparsity as a layer: which tensors are stored in pieces, what they are called, and real files of it."""
+"""Sparsity as a layer: which tensors are stored in pieces, how the pieces are named, and real sparse files."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def restored(sparse: SparseTensor, stored: dict[str, Tensor]) -> Tensor:
 def test_names_since_0_9_mean_the_weight_of_a_module() -> None:
     stored = {**stored_as("m.0.lin", MATRIX), "m.0.lin.bias": VECTOR, "m.0.lin.weight_scale": VECTOR}
 
-    found, faults = find(stored)
+    sparse_tensors, faults = find(stored)
 
     assert not faults
-    assert list(found) == ["m.0.lin.weight"]
-    sparse = found["m.0.lin.weight"]
+    assert list(sparse_tensors) == ["m.0.lin.weight"]
+    sparse = sparse_tensors["m.0.lin.weight"]
     assert sparse.name == "m.0.lin.weight"
     assert sparse.kind is CompressionFormat.SPARSE_BITMASK
     assert sparse.spec == TensorSpec(DType.BF16, (2, 8))
@@ -69,53 +69,53 @@ def test_names_before_0_9_are_those_of_tensors() -> None:
     dense = {name: VECTOR if index % 2 else MATRIX for index, name in enumerate(names)}
     stored = {full: tensor for name in names for full, tensor in stored_as(name, dense[name]).items()}
 
-    found, faults = find(stored, lambda name: tuple(dense[name].shape))
+    sparse_tensors, faults = find(stored, lambda name: tuple(dense[name].shape))
 
     assert not faults
-    assert list(found) == names
-    for name, sparse in found.items():
+    assert list(sparse_tensors) == names
+    for name, sparse in sparse_tensors.items():
         assert torch.equal(restored(sparse, stored), dense[name])
 
 
-def test_both_kinds_in_one_file() -> None:
+def test_both_sparse_formats_in_one_file() -> None:
     stored = {**stored_as("a", MATRIX), **stored_as("b", MATRIX, SPARSE_24_BITMASK)}
 
-    found, faults = find(stored)
+    sparse_tensors, faults = find(stored)
 
     assert not faults
-    assert {name: sparse.kind for name, sparse in found.items()} == {
+    assert {name: sparse.kind for name, sparse in sparse_tensors.items()} == {
         "a.weight": CompressionFormat.SPARSE_BITMASK,
         "b.weight": CompressionFormat.SPARSE_24_BITMASK,
     }
-    for sparse in found.values():
+    for sparse in sparse_tensors.values():
         assert torch.equal(restored(sparse, stored), MATRIX)
 
 
 @pytest.mark.parametrize("entry", SPARSE_FORMATS, ids=lambda entry: entry.name)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_codes_of_a_quantized_weight_come_back_as_codes(entry: SparseFormat, dtype: torch.dtype) -> None:
+def test_codes_of_a_quantized_weight_are_restored_as_codes(entry: SparseFormat, dtype: torch.dtype) -> None:
     codes = MATRIX.to(dtype)
     stored = {**stored_as("lin", codes, entry), "lin.weight_scale": torch.ones(2, 1)}
 
-    found, _ = find(stored)
+    sparse_tensors, _ = find(stored)
 
-    assert list(found) == ["lin.weight"]
-    back = restored(found["lin.weight"], stored)
-    assert back.dtype == dtype
-    assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
+    assert list(sparse_tensors) == ["lin.weight"]
+    dense = restored(sparse_tensors["lin.weight"], stored)
+    assert dense.dtype == dtype
+    assert torch.equal(dense.view(torch.uint8), codes.view(torch.uint8))
 
 
-def test_the_model_is_asked_by_the_dense_name() -> None:
+def test_the_expected_shape_is_looked_up_by_the_dense_name() -> None:
     asked: list[str] = []
 
     def expected(name: str) -> tuple[int, ...]:
         asked.append(name)
         return (2, 5)
 
-    found, _ = find(stored_as("lin", MATRIX[:, :5]), expected)
+    sparse_tensors, _ = find(stored_as("lin", MATRIX[:, :5]), expected)
 
     assert asked == ["lin.weight"]
-    assert found["lin.weight"].spec.shape == (2, 5)
+    assert sparse_tensors["lin.weight"].spec.shape == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_model_is_asked_by_the_dense_name() -> None:
     ids=str,
 )
 def test_common_words_alone_are_no_pieces(names: list[str]) -> None:
-    """A model may call its own tensors so."""
+    """A model may use these names for its own tensors."""
     assert find(dict.fromkeys(names, VECTOR)) == ({}, [])
 
 
@@ -141,28 +141,28 @@ def test_a_missing_piece_is_named(missing: str) -> None:
     stored = stored_as("m.lin", MATRIX)
     del stored[f"m.lin.{missing}"]
 
-    found, (fault,) = find(stored)
+    sparse_tensors, (fault,) = find(stored)
 
-    assert not found
+    assert not sparse_tensors
     assert fault.where == f"m.lin.{missing}"
     assert fault.found == "none"
     assert "download" in fault.remedy
 
 
-def test_a_tensor_that_is_plain_too() -> None:
+def test_a_tensor_that_is_stored_plain_too() -> None:
     stored = {**stored_as("m.lin", MATRIX), "m.lin.weight": MATRIX}
 
-    found, (fault,) = find(stored)
+    sparse_tensors, (fault,) = find(stored)
 
-    assert not found
+    assert not sparse_tensors
     assert str(fault).startswith("m.lin.weight: expected it once, found it plain and in pieces, as m.lin.compressed")
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3, 2)], ids=str)
-def test_values_of_no_known_rank(shape: tuple[int, ...]) -> None:
+def test_values_of_an_unknown_rank(shape: tuple[int, ...]) -> None:
     stored = stored_as("m.lin", MATRIX) | {"m.lin.compressed": torch.ones(shape)}
-    found, (fault,) = find(stored)
-    assert not found
+    sparse_tensors, (fault,) = find(stored)
+    assert not sparse_tensors
     assert fault.expected == "values in one or two dimensions"
 
 
@@ -174,8 +174,8 @@ def test_faults_of_all_tensors_are_gathered() -> None:
         "b.bitmask": torch.zeros((9, 1), dtype=torch.uint8),
         **stored_as("c", MATRIX),
     }
-    found, faults = find(stored)
-    assert list(found) == ["c.weight"]
+    sparse_tensors, faults = find(stored)
+    assert list(sparse_tensors) == ["c.weight"]
     assert [fault.where for fault in faults] == ["a.bitmask", "b.bitmask"]
 
 
@@ -192,15 +192,15 @@ def test_stems_by_generation(name: str, generation: Generation, stem: str) -> No
 
 
 def dense_weights(directory: Path) -> dict[str, Tensor]:
-    """Every matrix of a checkpoint in float64: restored, and multiplied by its row scales where it has any."""
+    """Every matrix of a checkpoint in float64: restored, and multiplied by its row scales if it has any."""
     catalog = Catalog.from_directory(directory)
     faults = FaultCollector()
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
-    found = find_sparse(specs, lambda name: None, faults)
+    sparse_tensors = find_sparse(specs, lambda name: None, faults)
     assert not faults.faults
     with TensorReader(catalog) as reader:
         weights = {name: reader.read(name).double() for name in specs if name.endswith(".weight")}
-        for name, sparse in found.items():
+        for name, sparse in sparse_tensors.items():
             weights[name] = restore(sparse, {piece: reader.read(part) for piece, part in sparse.parts.items()}).double()
             if f"{name}_scale" in catalog:
                 weights[name] *= reader.read(f"{name}_scale").double()

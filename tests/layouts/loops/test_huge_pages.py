@@ -58,7 +58,7 @@ def test_a_pickle_holds_the_tensor_and_little_else(allocator: None) -> None:
 
 @pytest.mark.parametrize(("nbytes", "by_numpy"), [(memory._LARGE - 1, False), (memory._LARGE, True)])
 def test_numpy_allocates_large_tensors_only(nbytes: int, by_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy requests huge pages; for a small tensor, importing numpy would cost more than it saves."""
+    """With numpy, memory lies in huge pages; for a small tensor, importing numpy would cost more than it saves."""
     import numpy as np
 
     requests: list[object] = []

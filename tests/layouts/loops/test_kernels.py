@@ -1,7 +1,7 @@
 """Compiled loops compute the same bits as independent implementations, and touch no other memory.
 
 The references are the torch operations of `packing.py` and `scales.py`, the slow implementations of `oracles.py`, exact
-fractions, and the rounding of numpy and torch. The tests set the size limit to 0, so that loops handle small tensors too.
+fractions, and the rounding of numpy and torch. The tests set the size limit to 0, so that loops run on small tensors.
 """
 
 from __future__ import annotations
@@ -162,13 +162,13 @@ class TestRepack:
         packed = strided(garbage, how)
         out, buffer = guarded(target.packed_shape(shape), target.container.torch_dtype)
 
-        found = dispatch.repack(packed, source, target, shape, out=out)
+        result = dispatch.repack(packed, source, target, shape, out=out)
 
         if source == target:
-            assert found is packed
+            assert result is packed
             return
         kept = codes if target.bits == 8 else (codes << 4) >> 4
-        assert found is out
+        assert result is out
         assert torch.equal(out, oracles.pack(kept.long().numpy(), target))
         assert torch.equal(out, packing.repack(garbage, source, target, shape))
         assert is_untouched(buffer)
@@ -186,9 +186,9 @@ class TestRepack:
             spare = ~(ends[0] | ends[1]) if source.offset_binary else ~oracles.pack(np.full((4, 11), -1), source)
             packed = oracles.pack(codes.long().numpy(), source) | spare
 
-            found = dispatch.repack(packed, source, target, (4, 11))
+            result = dispatch.repack(packed, source, target, (4, 11))
 
-            assert torch.equal(found, oracles.pack(codes.long().numpy(), target)), source
+            assert torch.equal(result, oracles.pack(codes.long().numpy(), target)), source
         assert set(loops) == ({"row_pairs"} if target == INT4_ROW_PAIRS else {"plain_codes"})
 
     @pytest.mark.parametrize("bits", range(1, 9))
@@ -214,19 +214,19 @@ class TestRepack:
         packed = data.view(nibbles.container.torch_dtype)
         shape = (2, 2**18)
 
-        found = dispatch.repack(packed, nibbles, INT4_ROW_PAIRS, shape)
+        result = dispatch.repack(packed, nibbles, INT4_ROW_PAIRS, shape)
 
         flip = 0x8 if nibbles.offset_binary else 0
         fields = torch.stack((data & 0xF, data >> 4), dim=2).view(shape) ^ flip
-        assert torch.equal(found, (fields[0] | fields[1] << 4).view(1, -1))
+        assert torch.equal(result, (fields[0] | fields[1] << 4).view(1, -1))
         assert loops == ["row_pairs_of_nibbles"]
 
     def test_a_missing_last_row_is_all_zero_bits(self, loops: list[str]) -> None:
         for source in ALONG_COLUMNS:
             codes = torch.full((3, 9), -1, dtype=torch.int8)
-            found = dispatch.repack(oracles.pack(codes.long().numpy(), source), source, INT4_ROW_PAIRS, (3, 9))
+            result = dispatch.repack(oracles.pack(codes.long().numpy(), source), source, INT4_ROW_PAIRS, (3, 9))
 
-            assert found.tolist() == [[0xFF] * 9, [0x0F] * 9], source
+            assert result.tolist() == [[0xFF] * 9, [0x0F] * 9], source
         assert set(loops) == {"row_pairs"}
 
 
@@ -250,10 +250,10 @@ class TestPlainCodesAlongRows:
         garbage[: exact.shape[0], : exact.shape[1]] = exact
         packed = strided(garbage, how)
 
-        found = dispatch.unpack_codes(packed, source, (rows, groups))
+        result = dispatch.unpack_codes(packed, source, (rows, groups))
 
-        assert torch.equal(found, codes)
-        assert found.is_contiguous()
+        assert torch.equal(result, codes)
+        assert result.is_contiguous()
         assert torch.equal(packed, garbage)
 
     @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ class TestPlainCodesAlongRows:
         assert loops == []
 
     def test_containers_with_too_few_words_go_to_torch(self, loops: list[str]) -> None:
-        """torch checks bounds; a loop would read beyond the end."""
+        """Only torch checks bounds; a loop would read beyond the end."""
         words = torch.zeros(1, 3, dtype=torch.int32)
 
         assert dispatch.unpack_codes(words, packed_words(4, axis=0), (10, 3)).shape == (8, 3)
@@ -311,9 +311,9 @@ class TestAdditiveZero:
         )
         zero = random_codes(shape, 8, seed)
 
-        found = dispatch.additive_zero(scale, strided(zero, how))
+        result = dispatch.additive_zero(scale, strided(zero, how))
 
-        assert torch.equal(found.double(), oracles.additive_zero(scale, zero))
+        assert torch.equal(result.double(), oracles.additive_zero(scale, zero))
 
     @pytest.mark.parametrize(
         "zero", [torch.ones(4, 1, dtype=torch.int8), torch.ones(4, 6, dtype=torch.int32)], ids=["shape", "dtype"]
@@ -372,11 +372,11 @@ class TestAdditiveZero:
         words = torch.tensor([[-1985229329] * 3], dtype=torch.int32)  # 0x89ABCDEF: zero points 7 to 0
         scale_OG = torch.full((8, 3), scale)
 
-        found = dispatch.additive_zero(scale_OG, words, packed_words(4, axis=0))
+        result = dispatch.additive_zero(scale_OG, words, packed_words(4, axis=0))
 
         zero = torch.arange(7, -1, -1, dtype=torch.int8)[:, None].expand(8, 3)
-        assert same_bits(found, scales.additive_zero(scale_OG, zero))
-        assert not (found.signbit() & (found == 0)).any()
+        assert same_bits(result, scales.additive_zero(scale_OG, zero))
+        assert not (result.signbit() & (result == 0)).any()
 
 
 def exact_numbers(element: Element) -> list[Fraction | None]:
@@ -407,28 +407,28 @@ class TestRounding:
         scale = all_singles(list(self.LOWS))
         ones = torch.ones(scale.shape, dtype=torch.int8)
 
-        found = dispatch.dequantize(ones, INT8_PLAIN, Element.INT, tuple(scale.shape), Scaling(scale=scale), dtype)
+        result = dispatch.dequantize(ones, INT8_PLAIN, Element.INT, tuple(scale.shape), Scaling(scale=scale), dtype)
 
-        assert same_bits(found, scale.to(dtype))
+        assert same_bits(result, scale.to(dtype))
         if dtype != torch.bfloat16:
             with np.errstate(all="ignore"):
-                theirs = scale.numpy().astype(found.numpy().dtype)
-            assert same_bits(found, torch.from_numpy(theirs))
+                theirs = scale.numpy().astype(result.numpy().dtype)
+            assert same_bits(result, torch.from_numpy(theirs))
         assert loops == ["dequantize"]
 
     @pytest.mark.parametrize("code", [-128, -3, 0, 7, 113])
     def test_products_that_are_inexact_in_float32_are_rounded_once(self, loops: list[str], code: int) -> None:
-        """numpy is the reference: it converts float64 to float16 in one step."""
+        """The reference is numpy, which converts float64 to float16 in one step."""
         scale = all_singles([0x1111, 0x8001, 0xABCD, 0xFFFF])
         codes = torch.full(scale.shape, code, dtype=torch.int8)
 
-        found = dispatch.dequantize(
+        result = dispatch.dequantize(
             codes, INT8_PLAIN, Element.INT, tuple(scale.shape), Scaling(scale=scale), torch.float16
         )
 
         with np.errstate(all="ignore"):
             theirs = (np.float64(code) * scale.double().numpy()).astype(np.float16)
-        assert same_bits(found, torch.from_numpy(theirs))
+        assert same_bits(result, torch.from_numpy(theirs))
         assert loops == ["dequantize"]
 
     @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -445,10 +445,10 @@ class TestRounding:
             scale = np.float32(1)
         codes = torch.tensor([[code, -code]], dtype=torch.int8)
 
-        found = self._dequantize(codes, torch.tensor([[float(scale)]], dtype=torch.float32), dtype)
+        result = self._dequantize(codes, torch.tensor([[float(scale)]], dtype=torch.float32), dtype)
 
         want = oracles.round_fraction(code * Fraction(float(scale)), dtype)
-        assert found.double().tolist() == [[want, -want]]
+        assert result.double().tolist() == [[want, -want]]
 
     def _dequantize(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return dispatch.dequantize(codes, INT8_PLAIN, Element.INT, tuple(codes.shape), Scaling(scale=scale), dtype)
@@ -525,10 +525,10 @@ class TestDequantize:
         out, buffer = guarded(shape, dtype)
 
         with watched() as ran:
-            found = dispatch.dequantize(values, source, element, shape, scaling, dtype, out=out)
+            result = dispatch.dequantize(values, source, element, shape, scaling, dtype, out=out)
 
         assert ran == ["dequantize"]
-        assert found is out
+        assert result is out
         assert same_bits(out, scales.dequantize(numbers, scaling, dtype))
         assert is_untouched(buffer)
         assert torch.equal(values.view(torch.uint8), before)
@@ -550,11 +550,11 @@ class TestDequantize:
             zero_point = random_codes(scale_shape, source.bits, seed=7) if zero else None
             scaling = Scaling(scale=scale, zero_point=zero_point, group_columns=group)
 
-            found = dispatch.dequantize(
+            result = dispatch.dequantize(
                 oracles.pack(codes.long().numpy(), source), source, Element.INT, shape, scaling, dtype
             )
 
-            assert torch.equal(found.double(), oracles.dequantize(codes, scale, zero_point, group, dtype)), source
+            assert torch.equal(result.double(), oracles.dequantize(codes, scale, zero_point, group, dtype)), source
         assert set(loops) == {"dequantize"}
 
     @pytest.mark.parametrize("element", FLOATS)
@@ -565,16 +565,16 @@ class TestDequantize:
         for dtype, computed in product(DTYPES, (torch.bfloat16, torch.float32)):
             scaling = Scaling(scale=torch.ones(1, 1, dtype=computed))
 
-            found = dispatch.dequantize(
+            result = dispatch.dequantize(
                 stored_fields(fields, element), FLOATS[element], element, tuple(fields.shape), scaling, dtype
             )
 
             half = len(numbers) // 2
-            for field, value in enumerate(found[1].double().tolist()):
+            for field, value in enumerate(result[1].double().tolist()):
                 assert math.isnan(value) if numbers[field] is None else Fraction(value) == numbers[field], field
-            signs = found[1].signbit() | found[1].isnan()
+            signs = result[1].signbit() | result[1].isnan()
             assert signs[half:].all()
-            assert not (signs & ~found[1].isnan())[:half].any()
+            assert not (signs & ~result[1].isnan())[:half].any()
         assert set(loops) == {"dequantize"}
 
     @pytest.mark.parametrize("element", FLOATS)
@@ -586,7 +586,7 @@ class TestDequantize:
         fields = fields[:, : min(fields.shape[1], 3 * 4096)]
         table = [float("nan") if value is None else float(value) for value in exact_numbers(element)]
 
-        found = dispatch.dequantize(
+        result = dispatch.dequantize(
             stored_fields(fields, element),
             FLOATS[element],
             element,
@@ -596,7 +596,7 @@ class TestDequantize:
         )
 
         want = torch.tensor(table)[fields.long()]
-        assert ((found == want) | (found.isnan() & want.isnan())).all()
+        assert ((result == want) | (result.isnan() & want.isnan())).all()
 
     @pytest.mark.parametrize("divisor", [3.0, 0.1, 2688.0, 2.0**-60])
     def test_division_is_done_in_float64(self, loops: list[str], divisor: float) -> None:
@@ -605,10 +605,10 @@ class TestDequantize:
         scale = torch.tensor([[0.3], [1.7], [448.0], [2.0**-9]]).to(torch.float8_e4m3fn)
         scaling = Scaling(scale=scale, divisor=torch.tensor([divisor]))
 
-        found = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (4, 16), scaling, torch.float64)
+        result = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (4, 16), scaling, torch.float64)
 
         want = codes.double().numpy() * scale.double().numpy() / np.float64(np.float32(divisor))
-        assert np.array_equal(found.numpy(), want)
+        assert np.array_equal(result.numpy(), want)
         assert loops == ["dequantize"]
 
     @pytest.mark.parametrize("how", STRIDES)
@@ -619,21 +619,21 @@ class TestDequantize:
         plain = Scaling(scale=scale, zero_point=zero, group_columns=8)
         other = replace(plain, scale=scale.T.contiguous().T, zero_point=strided(zero, how))
 
-        found = [
+        result = [
             dispatch.dequantize(packed, packed_words(4), Element.INT, (4, 32), scaling, torch.bfloat16)
             for packed, scaling in ((words, plain), (strided(words, how), other))
         ]
 
-        assert same_bits(*found)
+        assert same_bits(*result)
         assert loops == ["dequantize"] * 2
 
     def test_an_index_for_a_single_group_is_ignored(self, loops: list[str]) -> None:
         codes = random_codes((2, 8), 8, seed=1)
         scaling = Scaling(scale=torch.full((2, 1), 0.5), group_columns=8, group_index=torch.full((8,), 5))
 
-        found = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (2, 8), scaling, torch.float32)
+        result = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (2, 8), scaling, torch.float32)
 
-        assert torch.equal(found, codes * 0.5)
+        assert torch.equal(result, codes * 0.5)
         assert loops == ["dequantize"]
 
 
@@ -659,9 +659,9 @@ class TestWhatLoopsDoNotTake:
 
     @pytest.mark.parametrize("scaling", UNKNOWN.values(), ids=UNKNOWN.keys())
     def test_other_layouts_go_to_torch(self, loops: list[str], scaling: Scaling) -> None:
-        found = dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.float32)
+        result = dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.float32)
 
-        assert torch.equal(found, torch.full((4, 8), 0.5))
+        assert torch.equal(result, torch.full((4, 8), 0.5))
         assert loops == []
 
     @pytest.mark.parametrize("scaling", CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
@@ -674,9 +674,9 @@ class TestWhatLoopsDoNotTake:
     def test_codes_of_another_dtype_are_no_float8(self, loops: list[str], dtype: torch.dtype) -> None:
         values = torch.ones(4, 8).to(dtype)
 
-        found = dispatch.dequantize(values, None, Element.E4M3, (4, 8), GROUPS, torch.float32)
+        result = dispatch.dequantize(values, None, Element.E4M3, (4, 8), GROUPS, torch.float32)
 
-        assert torch.equal(found, torch.full((4, 8), 0.5))
+        assert torch.equal(result, torch.full((4, 8), 0.5))
         assert loops == []
 
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -706,8 +706,8 @@ class TestWhatLoopsDoNotTake:
         scale = torch.ones(64, 3, device="meta")
         assert dispatch.additive_zero(scale, zero, packed_words(4, axis=0)).device.type == "meta"
         scaling = Scaling(scale=torch.ones(4, 1, device="meta"))
-        found = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.bfloat16)
-        assert (found.device.type, found.dtype, found.shape) == ("meta", torch.bfloat16, (4, 8))
+        result = dispatch.dequantize(codes, INT8_PLAIN, Element.INT, (4, 8), scaling, torch.bfloat16)
+        assert (result.device.type, result.dtype, result.shape) == ("meta", torch.bfloat16, (4, 8))
         assert loops == []
 
     @pytest.mark.parametrize(("columns", "ran"), [(255, []), (256, ["plain_codes"])], ids=["small", "large"])

@@ -1,4 +1,4 @@
-"""Machine code of loops: compiled once, loaded by later processes without numba, and compiled again when out of date."""
+"""Machine code of loops: compiled once, loaded by later processes without numba, recompiled when out of date."""
 
 from __future__ import annotations
 

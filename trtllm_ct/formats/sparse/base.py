@@ -1,9 +1,10 @@
-"""What a sparse format is: how the pieces of one tensor, values and marks, make the dense tensor.
+"""The interface of a sparse format, which stores a dense tensor in pieces: values, a bitmask and a shape.
 
-Sparsity is a layer of its own, outside of the weight formats: what comes out is the tensor that would have been stored
-without it, be it bfloat16, or the int8 or float8 codes of a quantized weight.
-The questions and their order are those of a weight format: `accepts` and `describe` from headers, `decode` from
-tensors, and `encode`, the inverse of `decode`.
+Sparsity is a layer of its own around the weight formats. Decoding the pieces gives the tensor that would have been
+stored without sparsity: plain values such as bfloat16, or the int8 or float8 codes of a quantized weight.
+
+The interface resembles that of a weight format: `accepts` and `describe` need headers only, `decode` needs the tensors,
+and `encode` is the inverse of `decode`. A mark is a set bit of the bitmask: the element has a stored value.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ __all__ = ["SHAPE_DTYPES", "SparseFormat", "SparseTensor", "check_pieces", "refu
 
 _DAMAGED = "The file was damaged or cut, or its writer broke the format; download the checkpoint again."
 SHAPE_DTYPES = frozenset({DType.I64, DType.I32})
-"""What writers store the sizes of a dense tensor in."""
+"""The dtypes in which writers store the shape of a dense tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseTensor:
-    """A dense tensor that a file holds in pieces, known from headers.
+    """A dense tensor that a file stores in pieces, as described by the headers.
 
-    `name` and `spec` are those of the dense tensor; `parts` gives the stored name of each piece (`compressed`, ...).
+    `name` and `spec` belong to the dense tensor, `kind` is its sparse format. `parts` maps the local name of a piece
+    (`compressed`, ...) to the full name under which it is stored.
     """
 
     name: str
@@ -45,14 +47,14 @@ class SparseTensor:
 
 
 class SparseFormat(ABC):
-    """The contract of one sparse format; a final class per file, one instance in `SPARSE_FORMATS`."""
+    """The interface of one sparse format. Each file has one final subclass, with one instance in `SPARSE_FORMATS`."""
 
     name: CompressionFormat
     """The name under which a `sparsity_config` declares it."""
 
     @abstractmethod
     def accepts(self, pieces: StoredSpecs) -> bool:
-        """Whether these pieces, by their local names, are of this format."""
+        """Return whether these pieces, by local name, are stored in this format."""
 
     @abstractmethod
     def describe(
@@ -62,26 +64,29 @@ class SparseFormat(ABC):
         expected_shape: tuple[int, ...] | None,
         faults: FaultCollector,
     ) -> TensorSpec | None:
-        """Dtype and shape of the dense tensor; None, with faults added, when the pieces contradict each other.
+        """Return the dtype and shape of the dense tensor.
 
-        `stem` is what the stored names of the pieces begin with; `expected_shape` is what `shape` or the model says,
-        where it is known.
+        If the pieces contradict each other, adds faults and returns None. `stem` is the common beginning of the stored
+        names of the pieces. `expected_shape` is the shape that the `shape` piece or the model gives, or None.
         """
 
     @abstractmethod
     def holds(self, dense: Tensor) -> bool:
-        """Whether `encode` keeps every value of a tensor; the sign of zero does not count."""
+        """Return whether this format can store every value of the tensor, apart from the sign of zeros."""
 
     @abstractmethod
     def encode(self, dense: Tensor) -> dict[str, Tensor]:
-        """The pieces of a dense tensor by local name, byte for byte as compressed-tensors wrote them."""
+        """Return the pieces of a dense tensor by local name, byte for byte as compressed-tensors wrote them."""
 
     @abstractmethod
     def check_marks(self, sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
-        """Add a fault where the marks break a promise of this format that headers can't show."""
+        """Add a fault if the marks break a rule of this format that can't be checked from headers."""
 
     def decode(self, sparse: SparseTensor, pieces: Mapping[str, Tensor]) -> Tensor:
-        """The dense tensor, from its pieces by local name; see `restore`."""
+        """Return the dense tensor, from its pieces by local name.
+
+        Raises `PayloadError` if the pieces contradict each other; see `restore` in `pieces.py`.
+        """
         faults = FaultCollector()
         _check_shape(sparse, pieces["shape"], faults)
         _check_counts(sparse, pieces, faults)
@@ -91,24 +96,25 @@ class SparseFormat(ABC):
 
 
 def check_pieces(stem: str, pieces: StoredSpecs, faults: FaultCollector) -> bool:
-    """Whether bitmask and shape are of the dtypes and ranks that both formats share."""
+    """Return whether `bitmask` and `shape` have the dtypes and ranks that both formats require; add a fault if not."""
     bitmask, shape = pieces["bitmask"], pieces["shape"]
     rank = len(bitmask.shape)
-    before = len(faults.faults)
+    faults_before = len(faults.faults)
     if bitmask.dtype is not DType.U8 or rank == 0:
         faults.add(where=f"{stem}.bitmask", expected="uint8, one bit a column", found=str(bitmask), remedy=_DAMAGED)
     elif shape.dtype not in SHAPE_DTYPES or shape.numel != rank:
         expected = f"int64 [{rank}], the sizes of the dense tensor"
         faults.add(where=f"{stem}.shape", expected=expected, found=str(shape), remedy=_DAMAGED)
-    return len(faults.faults) == before
+    return len(faults.faults) == faults_before
 
 
 def refuse_piece(name: str, expected: str, found: object, faults: FaultCollector) -> None:
-    """Add the fault of one piece."""
+    """Add the fault that one piece is damaged."""
     faults.add(where=name, expected=expected, found=str(found), remedy=_DAMAGED)
 
 
 def _check_shape(sparse: SparseTensor, stored: Tensor, faults: FaultCollector) -> None:
+    """Add a fault if the numbers in the `shape` piece differ from the shape of the dense tensor."""
     sizes = [int(size) for size in stored.flatten()]
     if sizes != list(sparse.spec.shape):
         faults.add(
@@ -120,7 +126,7 @@ def _check_shape(sparse: SparseTensor, stored: Tensor, faults: FaultCollector) -
 
 
 def _check_counts(sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
-    """As many values as marks, and none of the marks beyond the last column."""
+    """Add a fault if the numbers of values and marks differ, and one if there are marks beyond the last column."""
     bitmask, values = pieces["bitmask"], pieces["compressed"].numel()
     marks = int(count_marks(bitmask).sum())
     if marks != values:

@@ -1,15 +1,15 @@
-"""`sparse-bitmask`: the values that are not zero, and one bit for each element.
+"""`sparse-bitmask`: the nonzero values, and one bit per element.
 
-| piece         | dtype      | matrix [R, C]             | vector [n]      |
-|---------------|------------|---------------------------|-----------------|
-| `compressed`  | the values | [nnz], row after row      | [nnz]           |
-| `bitmask`     | uint8      | [R, ceil(C / 8)]          | [ceil(n / 8)]   |
-| `row_offsets` | int64      | [R]: values before a row  | []: the number 0 |
-| `shape`       | int64      | [2]: the numbers R, C     | [1]             |
+| piece         | dtype          | matrix [R, C]                      | vector [n]       |
+|---------------|----------------|------------------------------------|------------------|
+| `compressed`  | as when dense  | [nnz], in row-major order          | [nnz]            |
+| `bitmask`     | uint8          | [R, ceil(C / 8)]                   | [ceil(n / 8)]    |
+| `row_offsets` | int64          | [R]: number of values before a row | []: the number 0 |
+| `shape`       | int64          | [2]: the numbers R, C              | [1]              |
 
-Bits are lowest first. Minus zero counts as zero and loses its sign. Row offsets follow from the bitmask, so a file may
-lack them; where they are, they must agree. Tensors of more axes are stored like matrices, with offsets that count
-along the first axis.
+nnz is the number of nonzero values. The lowest bit of a byte comes first. Minus zero counts as zero and loses its sign.
+Row offsets follow from the bitmask, so a file may omit them; if they are stored, they must agree with the bitmask.
+Tensors of more than two axes are stored like matrices, with offsets that accumulate along the first axis.
 Source: compressed-tensors 0.6 and 0.14 `compressors/.../sparse_bitmask.py`; later releases have no such code.
 """
 
@@ -37,7 +37,7 @@ class _SparseBitmask(SparseFormat):
     name = CompressionFormat.SPARSE_BITMASK
 
     def accepts(self, pieces: StoredSpecs) -> bool:
-        """Values in one flat tensor."""
+        """Accept pieces whose values are one flat tensor."""
         return len(pieces["compressed"].shape) == 1
 
     def describe(
@@ -47,9 +47,11 @@ class _SparseBitmask(SparseFormat):
         expected_shape: tuple[int, ...] | None,
         faults: FaultCollector,
     ) -> TensorSpec | None:
-        """See the table above; the last byte of a row may not be full, so `expected_shape` settles the columns.
+        """Return the dtype and shape of the dense tensor; None, with faults added, if the pieces contradict each other.
 
-        Without one that fits, the bytes count as full; `decode` compares that with the numbers in `shape`.
+        The last byte of a row of the bitmask need not be full, so `expected_shape` determines the number of columns. If
+        it is unknown or does not fit, the number of columns is 8 per byte; `decode` compares the result with the
+        numbers in `shape`.
         """
         if not check_pieces(stem, pieces, faults):
             return None
@@ -66,11 +68,11 @@ class _SparseBitmask(SparseFormat):
         return spec
 
     def holds(self, dense: Tensor) -> bool:
-        """Everything but a scalar, which has no rows."""
+        """Return True for any tensor but a scalar, which has no rows."""
         return dense.dim() > 0
 
     def encode(self, dense: Tensor) -> dict[str, Tensor]:
-        """The four pieces. Raises `ValueError` for a scalar."""
+        """Return the four pieces by local name. Raises `ValueError` for a scalar."""
         import torch
 
         if not self.holds(dense):
@@ -80,15 +82,15 @@ class _SparseBitmask(SparseFormat):
             "shape": torch.tensor(dense.shape, dtype=torch.int64),
             "compressed": gather_marked(dense, mask),
             "bitmask": pack_mask(mask),
-            "row_offsets": _offsets(mask.sum(dim=-1)),
+            "row_offsets": _row_offsets(mask.sum(dim=-1)),
         }
 
     def check_marks(self, sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
-        """Row offsets, where they are stored, must be those that the bitmask makes."""
+        """Add a fault if row offsets are stored and differ from those that follow from the bitmask."""
         import torch
 
         stored = pieces.get("row_offsets")
-        if stored is not None and not torch.equal(stored.long(), _offsets(count_marks(pieces["bitmask"]))):
+        if stored is not None and not torch.equal(stored.long(), _row_offsets(count_marks(pieces["bitmask"]))):
             refuse_piece(sparse.parts["row_offsets"], "the offsets that the bitmask makes", "others", faults)
 
 
@@ -96,6 +98,7 @@ SPARSE_BITMASK = _SparseBitmask()
 
 
 def _check_row_offsets(stem: str, pieces: StoredSpecs, rows: tuple[int, ...], faults: FaultCollector) -> bool:
+    """Return whether row offsets are absent, or int64 or int32 of shape `rows`; add a fault if not."""
     offsets = pieces.get("row_offsets")
     if offsets is None or (offsets.dtype in {DType.I64, DType.I32} and offsets.shape == rows):
         return True
@@ -103,6 +106,9 @@ def _check_row_offsets(stem: str, pieces: StoredSpecs, rows: tuple[int, ...], fa
     return False
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    """Values before each row, from the values in each; summed along the first axis, as the library does."""
+def _row_offsets(counts: Tensor) -> Tensor:
+    """Return the number of values before each row, from the number of values in each row.
+
+    For more than one axis of rows, the sum runs along the first axis only, as in the library.
+    """
     return counts.cumsum(dim=0) - counts

@@ -1,13 +1,13 @@
-"""`sparse-24-bitmask`: two values of each four columns, and one bit for each element.
+"""`sparse-24-bitmask`: two values of each four columns, and one bit per element.
 
-| piece        | dtype      | shape                                        |
-|--------------|------------|----------------------------------------------|
-| `compressed` | the values | [R, C / 2]                                   |
-| `bitmask`    | uint8      | [R, ceil(C / 8)], lowest bit first           |
-| `shape`      | int64      | [2, 1]: the numbers R, C                     |
+| piece        | dtype         | shape                              |
+|--------------|---------------|------------------------------------|
+| `compressed` | as when dense | [R, C / 2]                         |
+| `bitmask`    | uint8         | [R, ceil(C / 8)], lowest bit first |
+| `shape`      | int64         | [2, 1]: the numbers R, C           |
 
-Exactly two of each four columns are marked, so that zeros are stored where a group has fewer than two values.
-Written by releases 0.9 to 0.14, often on top of int8 or float8 codes.
+Exactly two of each four columns are marked: if four columns have fewer than two nonzero values, zeros are stored too.
+Releases 0.9 to 0.14 wrote this format, often for int8 or float8 codes.
 Source: compressed-tensors 0.14 `compressors/sparse_compressors/sparse_24_bitmask.py`; later releases have no such code.
 """
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPARSE_24_BITMASK"]
 
+# Counts of marks for eight columns, as `marks_of_fours` returns them: the first four columns in the low nibble.
 _TWO_AND_TWO = 0x22
 _TWO_AND_NONE = 0x02
 
@@ -37,7 +38,7 @@ class _Sparse24Bitmask(SparseFormat):
     name = CompressionFormat.SPARSE_24_BITMASK
 
     def accepts(self, pieces: StoredSpecs) -> bool:
-        """Values in a matrix."""
+        """Accept pieces whose values are a matrix."""
         return len(pieces["compressed"].shape) == 2
 
     def describe(
@@ -47,7 +48,10 @@ class _Sparse24Bitmask(SparseFormat):
         expected_shape: tuple[int, ...] | None,  # noqa: ARG002 (the contract names it)
         faults: FaultCollector,
     ) -> TensorSpec | None:
-        """See the table above; half of the columns are there to be counted, so nothing is left open."""
+        """Return the dtype and shape of the dense tensor; None, with faults added, if the pieces contradict each other.
+
+        The number of columns is twice that of `compressed`, so `expected_shape` is not needed.
+        """
         if not check_pieces(stem, pieces, faults):
             return None
         compressed, bitmask = pieces["compressed"], pieces["bitmask"]
@@ -62,22 +66,23 @@ class _Sparse24Bitmask(SparseFormat):
         return None
 
     def holds(self, dense: Tensor) -> bool:
-        """A matrix with no more than two values in each four columns."""
-        if not _has_fours(dense):
+        """Return True for a matrix with a multiple of 4 columns and at most two nonzero values in each four columns."""
+        if not _is_matrix_of_fours(dense):
             return False
         counts = marks_of_fours(pack_mask(nonzero_mask(dense)))
         return bool(((counts & 0x0F) <= 2).all() and ((counts >> 4) <= 2).all())
 
     def encode(self, dense: Tensor) -> dict[str, Tensor]:
-        """The three pieces; of more than two values in four columns, the two largest magnitudes stay.
+        """Return the three pieces by local name; of each four columns, the two values of largest magnitude are stored.
 
-        Equal magnitudes, among them the zeros that fill a group up, are taken as `torch.topk` takes them, which is what
-        the library called. It compared the bytes of float8 codes and lost -128; here magnitudes are what they are.
-        Raises `ValueError` when the tensor is no matrix of whole groups.
+        Among equal magnitudes, such as the zeros of four columns with fewer than two nonzero values, `torch.topk`
+        chooses, as it did in the library. The library compared the bytes of float8 codes and lost int8 codes of -128;
+        this function compares true magnitudes.
+        Raises `ValueError` if the tensor is not a matrix with a multiple of 4 columns.
         """
         import torch
 
-        if not _has_fours(dense):
+        if not _is_matrix_of_fours(dense):
             raise ValueError(f"2:4 sparsity needs a matrix with a multiple of 4 columns, not {list(dense.shape)}")
         kept = _magnitudes(dense).reshape(-1, 4).topk(2, dim=1).indices
         mask = torch.zeros((kept.shape[0], 4), dtype=torch.bool, device=dense.device).scatter_(1, kept, value=True)
@@ -89,23 +94,24 @@ class _Sparse24Bitmask(SparseFormat):
         }
 
     def check_marks(self, sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
-        """Two marks in each four columns."""
+        """Add a fault if not exactly two of each four columns are marked."""
         counts = marks_of_fours(pieces["bitmask"])
-        whole = sparse.spec.shape[1] // 8
-        good = (counts[:, :whole] == _TWO_AND_TWO).all() and (counts[:, whole:] == _TWO_AND_NONE).all()
-        if not bool(good):
+        full_bytes = sparse.spec.shape[1] // 8
+        valid = (counts[:, :full_bytes] == _TWO_AND_TWO).all() and (counts[:, full_bytes:] == _TWO_AND_NONE).all()
+        if not bool(valid):
             refuse_piece(sparse.parts["bitmask"], "two marks in each four columns", "more or fewer in some", faults)
 
 
 SPARSE_24_BITMASK = _Sparse24Bitmask()
 
 
-def _has_fours(dense: Tensor) -> bool:
+def _is_matrix_of_fours(dense: Tensor) -> bool:
+    """Whether a tensor is a matrix with a multiple of 4 columns."""
     return dense.dim() == 2 and dense.shape[1] % 4 == 0
 
 
 def _magnitudes(dense: Tensor) -> Tensor:
-    """Absolute values, in a dtype in which none overflows and that orders them as they are."""
+    """Return the absolute values, in a dtype in which none of them overflows and in which their order is kept."""
     import torch
 
     if dense.itemsize == 1:

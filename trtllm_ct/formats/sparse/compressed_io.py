@@ -1,8 +1,8 @@
-"""Sparse files without a model: `save_compressed` and `load_compressed`.
+"""`save_compressed` and `load_compressed`: write and read sparse safetensors files without a model.
 
-compressed-tensors had two functions of these names up to 0.15 and dropped the sparse formats with them. Here they live
-on, for tensors and files alone: no configuration is read or written. Quantized weights stay what they are, codes
-beside scales; quantizing is llm-compressor's job, and dequantizing that of `convert_checkpoint`.
+compressed-tensors had two functions of these names up to 0.15, and then dropped them together with the sparse formats.
+The functions in this module only deal with tensors and files: they read and write no configuration. They leave
+quantized weights as codes and scales. Use llm-compressor to quantize, and `convert_checkpoint` to dequantize.
 Source: compressed-tensors 0.4 to 0.15 `compressors/helpers.py`.
 """
 
@@ -43,28 +43,31 @@ def save_compressed(
     *,
     generation: Generation = "0.9",
 ) -> None:
-    """Write tensors by name to one safetensors file, those that the format suits without their zeros.
+    """Write tensors, given by name, to one safetensors file in a sparse format.
 
-    `format` is `dense`, `sparse-bitmask` or `sparse-24-bitmask`. `generation` is the first release whose names are
-    used: since 0.9 weights are stored as `<module>.compressed` and so on, and all other tensors plain; 0.4 to 0.8
-    store every tensor, as `<tensor>.compressed`. `sparse-24-bitmask` exists since 0.9.
+    `format` is `dense`, `sparse-bitmask` or `sparse-24-bitmask`. `generation` selects the names of the stored pieces by
+    the first release that used them. With "0.9", weights are stored as `<module>.compressed` and so on, and all other
+    tensors are stored plain. With "0.4" (releases 0.4 to 0.8), every tensor is stored as `<tensor>.compressed` and so
+    on. `sparse-24-bitmask` exists since 0.9.
 
-    Every value is kept, but a minus zero becomes zero: a scalar, or with `sparse-24-bitmask` a weight with more than
-    two values in four columns, is stored plain. The file appears at once when it is complete and replaces one of that
-    name. Memory: the compressed tensors. Raises `UsageError` when there are no tensors, for an unknown format or
-    generation, for a dtype that safetensors lacks, for names that clash or that reading would change, and when `path`
-    can't be written.
+    Every value is kept, except that minus zero becomes zero. A tensor that the format can't store is stored plain: a
+    scalar, or with `sparse-24-bitmask` a weight that is not a matrix with at most two nonzero values in each four
+    columns. The file is written under a temporary name and renamed when it is complete; it replaces an existing file.
+    Memory: the compressed tensors.
+
+    Raises `UsageError` if there are no tensors, for an unknown format or generation, for a dtype that safetensors does
+    not have, for names that clash or that `load_compressed` would not give back, and if `path` can't be written.
     """
     path = Path(path)
-    entry = _chosen(format, generation)
+    entry = _sparse_format(format, generation)
     if not tensors:
-        raise _refusal("tensors", "at least one tensor", "none", "Give tensors by name, such as a state dict.")
+        raise _usage_error("tensors", "at least one tensor", "none", "Give tensors by name, such as a state dict.")
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         pieces = _pieces(name, tensor.detach().cpu().contiguous(), entry, generation)
         clash = min(stored.keys() & pieces.keys(), default=None)
         if clash is not None:
-            raise _refusal(clash, "each name once", f"it a second time, for {name}", "Rename one of the tensors.")
+            raise _usage_error(clash, "each name once", f"it a second time, for {name}", "Rename one of the tensors.")
         stored |= pieces
     specs = {name: _spec(name, tensor) for name, tensor in stored.items()}
     _require_names(tensors, specs)
@@ -72,18 +75,20 @@ def save_compressed(
         _write(path, specs, stored)
     except OSError as error:
         remedy = "Choose a file in a directory that exists and that you can write to."
-        raise _refusal(str(path), "a place for a file", f"{error.strerror or error}".lower(), remedy) from None
+        raise _usage_error(str(path), "a place for a file", f"{error.strerror or error}".lower(), remedy) from None
 
 
 def load_compressed(path: str | PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the (name, dense tensor) pairs of a safetensors file or of a checkpoint directory.
+    """Iterate over the (name, dense tensor) pairs of a safetensors file or a checkpoint directory.
 
-    Tensors that are stored in pieces, by either generation of names, come first, whole and under their own names; then
-    the others as they are stored. Formats are told from the tensors themselves. Memory: one tensor; those that need no
-    change are views of the mapped file. Raises `CatalogError` at once for files or pieces that are missing or
-    damaged, `PayloadError` on the way for pieces whose values contradict each other.
+    Tensors that are stored in pieces come first, under the names of the dense tensors; then all other tensors follow
+    as they are stored. The tensors themselves show the sparse format and the generation of names. Memory: one tensor;
+    tensors that are stored plain are views of the memory-mapped file.
+
+    Raises `CatalogError` immediately for files or pieces that are missing or damaged, and `PayloadError` during the
+    iteration for pieces whose values contradict each other.
     """
-    catalog = _catalog(Path(path))
+    catalog = _open_catalog(Path(path))
     reader = TensorReader(catalog)
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
     faults = FaultCollector()
@@ -92,49 +97,59 @@ def load_compressed(path: str | PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     return _dense_tensors(reader, specs, sparse)
 
 
-def _chosen(format: str, generation: str) -> SparseFormat | None:  # noqa: A002
-    """The entry of the table; None for dense."""
+def _sparse_format(format: str, generation: str) -> SparseFormat | None:  # noqa: A002
+    """Return the sparse format of that name, or None for `dense`.
+
+    Raises `UsageError` for an unknown format or generation, and for `sparse-24-bitmask` with names of 0.4.
+    """
     if format not in _FORMATS:
         remedy = f"Choose one of {', '.join(_FORMATS)}; quantized formats are written by llm-compressor."
-        raise _refusal("format", "a format without arguments", repr(str(format)), remedy)
+        raise _usage_error("format", "a format without arguments", repr(str(format)), remedy)
     if generation not in _GENERATIONS:
         remedy = "Leave it out for the names that current files have."
-        raise _refusal("generation", " or ".join(_GENERATIONS), repr(generation), remedy)
+        raise _usage_error("generation", " or ".join(_GENERATIONS), repr(generation), remedy)
     if format == CompressionFormat.SPARSE_24_BITMASK and generation == "0.4":
-        raise _refusal("generation", "0.9 for sparse-24-bitmask", "0.4", "That format did not exist before 0.9.")
+        raise _usage_error("generation", "0.9 for sparse-24-bitmask", "0.4", "That format did not exist before 0.9.")
     return next((entry for entry in SPARSE_FORMATS if entry.name == format), None)
 
 
 def _pieces(name: str, tensor: Tensor, entry: SparseFormat | None, generation: Generation) -> dict[str, Tensor]:
-    """What a tensor is stored as: its pieces, or itself."""
-    meant = generation == "0.4" or name.endswith(".weight")
-    if entry is None or not meant or not entry.holds(tensor):
+    """Return what is stored for one tensor, by full name: its pieces, or the tensor itself if it is stored plain."""
+    is_candidate = generation == "0.4" or name.endswith(".weight")
+    if entry is None or not is_candidate or not entry.holds(tensor):
         return {name: tensor}
     stem = stem_of(name, generation)
-    return {f"{stem}.{piece}": part for piece, part in entry.encode(tensor).items()}
+    return {f"{stem}.{local_name}": piece for local_name, piece in entry.encode(tensor).items()}
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    """Return dtype and shape. Raises `UsageError` for a name or dtype that a safetensors file can't have."""
     if name == METADATA_KEY:
-        raise _refusal(name, "a name for a tensor", "the one that safetensors reserves", "Rename the tensor.")
+        raise _usage_error(name, "a name for a tensor", "the one that safetensors reserves", "Rename the tensor.")
     try:
         return TensorSpec(DType.from_torch(tensor.dtype), tuple(tensor.shape))
     except KeyError:
         remedy = "Save it in another dtype."
-        raise _refusal(name, "a dtype that safetensors has", str(tensor.dtype), remedy) from None
+        raise _usage_error(name, "a dtype that safetensors has", str(tensor.dtype), remedy) from None
 
 
 def _require_names(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Raise where names of pieces say something else than they should: early names look like late ones and back."""
-    found = find_sparse(specs, lambda name: tuple(tensors[name].shape) if name in tensors else None, FaultCollector())
+    """Raise `UsageError` if reading the stored tensors would not give back the names of `tensors`.
+
+    This can happen because names of pieces are ambiguous: some names of generation 0.4 look like those of 0.9, and vice
+    versa.
+    """
+    sparse = find_sparse(specs, lambda name: tuple(tensors[name].shape) if name in tensors else None, FaultCollector())
     for name in tensors:
-        if name not in specs and name not in found:
+        if name not in specs and name not in sparse:
             remedy = "Rename it, or save it with the other generation of names."
-            raise _refusal(name, "a name that reading gives back", "one that early or late names can't tell", remedy)
+            raise _usage_error(
+                name, "a name that reading gives back", "one that early or late names can't tell", remedy
+            )
 
 
 def _write(path: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]) -> None:
-    """One file under a temporary name, then the name it is meant to have."""
+    """Write one file under a temporary name, then rename it to `path`."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as partial:
         with ShardedWriter(Path(partial), specs, max_shard_bytes=sys.maxsize) as writer:
             for name, tensor in tensors.items():
@@ -143,8 +158,8 @@ def _write(path: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Te
         (Path(partial) / file).replace(path)
 
 
-def _catalog(path: Path) -> Catalog:
-    """The catalog of a directory, or of one file as if it were alone in its directory."""
+def _open_catalog(path: Path) -> Catalog:
+    """Return the catalog of a directory, or of one file. Raises `CatalogError` if the file can't be read."""
     if path.is_dir():
         return Catalog.from_directory(path)
     try:
@@ -157,7 +172,10 @@ def _catalog(path: Path) -> Catalog:
 
 
 def _stored_shapes(reader: TensorReader, specs: Mapping[str, TensorSpec]) -> Callable[[str], tuple[int, ...] | None]:
-    """What the `shape` piece of a tensor says: without a model's configuration nothing else knows the columns."""
+    """Return a function that reads the shape of a dense tensor, given by name, from its `shape` piece.
+
+    Without a model's configuration only this piece gives the exact number of columns.
+    """
 
     def shape_of(name: str) -> tuple[int, ...] | None:
         for stem in (name, name.removesuffix(".weight")):
@@ -172,14 +190,16 @@ def _stored_shapes(reader: TensorReader, specs: Mapping[str, TensorSpec]) -> Cal
 def _dense_tensors(
     reader: TensorReader, specs: Mapping[str, TensorSpec], sparse: Mapping[str, SparseTensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    parts = {part for tensor in sparse.values() for part in tensor.parts.values()}
+    """Yield the restored sparse tensors, then the stored tensors that are not pieces of one."""
+    piece_names = {full_name for tensor in sparse.values() for full_name in tensor.parts.values()}
     with reader:
         for name, tensor in sparse.items():
-            yield name, restore(tensor, {piece: reader.read(part) for piece, part in tensor.parts.items()})
+            yield name, restore(tensor, {piece: reader.read(full_name) for piece, full_name in tensor.parts.items()})
         for name in specs:
-            if name not in parts:
+            if name not in piece_names:
                 yield name, reader.read(name)
 
 
-def _refusal(where: str, expected: str, found: str, remedy: str) -> UsageError:
+def _usage_error(where: str, expected: str, found: str, remedy: str) -> UsageError:
+    """Return a `UsageError` with one fault."""
     return UsageError(Fault(where=where, expected=expected, found=found, remedy=remedy))

@@ -1,14 +1,15 @@
-"""Sparsity as the outermost layer of a file: pieces there, one dense tensor here.
+"""Sparsity as the outermost layer of a file: finds the pieces of sparse tensors, and restores the dense tensors.
 
-`find_sparse` finds the tensors that are stored in pieces, from headers and the numbers in `shape`; to everything behind
-it they are tensors like others, with a name, a dtype and a shape. `restore` makes one of them when it is read.
+`find_sparse` finds the tensors that are stored in pieces, from headers and the numbers in `shape`. All later stages see
+them as ordinary tensors with a name, a dtype and a shape. `restore` makes a dense tensor from its pieces when it is
+read.
 
 The pieces are called `<stem>.shape`, `<stem>.compressed`, `<stem>.bitmask` and `<stem>.row_offsets`:
 
-| release     | stem                                                     | which tensors                          |
-|-------------|----------------------------------------------------------|----------------------------------------|
-| up to 0.8.1 | the name of the tensor (`model.norm.weight`)             | all of them, biases and norms included |
-| 0.9 to 0.14 | the name of the module (`...q_proj`), meaning its weight | weights, of targeted modules or of all |
+| release     | stem                                           | tensors stored in pieces                       |
+|-------------|------------------------------------------------|------------------------------------------------|
+| up to 0.8.1 | the name of the tensor (`model.norm.weight`)   | all, biases and norms included                 |
+| 0.9 to 0.14 | the module of the weight (`...q_proj`)         | weights, of targeted modules or of all         |
 
 Source: compressed-tensors 0.6 and 0.14 `compressors/`.
 """
@@ -47,12 +48,12 @@ __all__ = [
 SPARSE_FORMATS: tuple[SparseFormat, ...] = (SPARSE_BITMASK, SPARSE_24_BITMASK)
 
 Generation = Literal["0.4", "0.9"]
-"""The first release of each generation of names."""
+"""The generations of names of pieces, each given by the first release that used it."""
 
 StoredShapes = Mapping[str, tuple[int, ...]]
-"""The numbers in `shape` pieces, by the full names of these."""
+"""The numbers in `shape` pieces, by the full name of the piece."""
 
-_NONE_READ: StoredShapes = MappingProxyType({})
+_NO_SHAPES: StoredShapes = MappingProxyType({})
 _REQUIRED = ("shape", "compressed", "bitmask")
 _PIECES = frozenset({*_REQUIRED, "row_offsets"})
 _PARAMETERS = frozenset(
@@ -72,46 +73,46 @@ _PARAMETERS = frozenset(
         "v_scale",
     }
 )
-"""Last components of names by which a tensor is told from a module; those that existed before 0.9."""
+"""Last components of names that show that a stem is the name of a tensor, not of a module; all existed before 0.9."""
 
 
 def find_sparse(
     names_and_specs: Mapping[str, TensorSpec],
     expected_shape: Callable[[str], tuple[int, ...] | None],
     faults: FaultCollector,
-    stored_shapes: StoredShapes = _NONE_READ,
+    stored_shapes: StoredShapes = _NO_SHAPES,
 ) -> dict[str, SparseTensor]:
-    """The tensors that are stored in pieces, by the name of the dense tensor, in the order of the file.
+    """Return the tensors that are stored in pieces, by the name of the dense tensor, in the order of the file.
 
-    A bitmask tells the last axis only up to eight. `stored_shapes` say it exactly; where they are silent,
-    `expected_shape` is asked by the dense tensor's name. Pieces that contradict each other, or of which some are
-    missing, are added to `faults` and are not in the result. `shape` and `compressed` are common words: a tensor of
-    such a name is a piece only where there are others of the same stem.
+    A bitmask gives the number of columns only up to a multiple of eight. `stored_shapes` gives it exactly; if it has no
+    entry, `expected_shape` is called with the name of the dense tensor. For pieces that are incomplete or contradict
+    each other, a fault is added and the tensor is left out of the result. `shape` and `compressed` are common words: a
+    tensor with such a name counts as a piece only if another piece has the same stem.
     """
     stems = _stems(names_and_specs)
-    # The early releases left no tensor out, so one name of theirs tells how to read all the others.
-    names_tensors = any(stem.rpartition(".")[2] in _PARAMETERS for stem in stems)
-    found: dict[str, SparseTensor] = {}
+    # Releases before 0.9 stored every tensor in pieces, so one tensor name among the stems shows that all are.
+    stems_are_tensor_names = any(stem.rpartition(".")[2] in _PARAMETERS for stem in stems)
+    sparse_tensors: dict[str, SparseTensor] = {}
     for stem, pieces in stems.items():
-        name = stem if names_tensors else f"{stem}.weight"
+        name = stem if stems_are_tensor_names else f"{stem}.weight"
         if name in names_and_specs:
             remedy = "Files of two checkpoints may lie in one directory: keep those of one of them."
-            found_twice = f"it plain and in pieces, as {stem}.compressed"
-            faults.add(where=name, expected="it once", found=found_twice, remedy=remedy)
+            duplicate = f"it plain and in pieces, as {stem}.compressed"
+            faults.add(where=name, expected="it once", found=duplicate, remedy=remedy)
         else:
-            said = stored_shapes.get(f"{stem}.shape")
-            shape = said or expected_shape(name) or _full(name, pieces)
+            stored_shape = stored_shapes.get(f"{stem}.shape")
+            shape = stored_shape or expected_shape(name) or _quantization_parameter_shape(name, pieces)
             sparse = _describe(stem, name, pieces, shape, faults)
-            if sparse is not None and said in (None, sparse.spec.shape):
-                found[name] = sparse
+            if sparse is not None and stored_shape in (None, sparse.spec.shape):
+                sparse_tensors[name] = sparse
             elif sparse is not None:
-                made = f"{list(sparse.spec.shape)}, which the other pieces make"
-                refuse_piece(f"{stem}.shape", made, list(said or ()), faults)
-    return found
+                expected = f"{list(sparse.spec.shape)}, which the other pieces make"
+                refuse_piece(f"{stem}.shape", expected, list(stored_shape or ()), faults)
+    return sparse_tensors
 
 
 def shape_pieces(names_and_specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The `shape` pieces that can be read: a number for each axis of the bitmask beside it."""
+    """Return the names of the `shape` pieces that can be read: those with one integer per axis of their bitmask."""
     return [
         name
         for name, spec in names_and_specs.items()
@@ -123,37 +124,43 @@ def shape_pieces(names_and_specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def restore(sparse: SparseTensor, pieces: Mapping[str, Tensor]) -> Tensor:
-    """The dense tensor of `sparse.spec`, contiguous; `pieces` by their local names (`compressed`, ...).
+    """Return the contiguous dense tensor of `sparse.spec`; `pieces` are given by local name (`compressed`, ...).
 
-    Bits are moved, never values. Memory beside the result is one tile. Raises `PayloadError` when there are not as many
-    values as marks, a mark lies beyond the last column, `shape` is not that of the spec, row offsets disagree with the
-    marks, or a group of a 2:4 tensor does not have two of them.
+    The function copies bits, so every NaN keeps its payload. Memory beside the result is one tile.
+
+    Raises `PayloadError` if the number of values differs from the number of marks (set bits of the bitmask), a mark
+    lies beyond the last column, the `shape` piece differs from the shape of the spec, row offsets disagree with the
+    marks, or four columns of a 2:4 tensor do not have exactly two marks.
     """
     return _sparse_format(sparse.kind).decode(sparse, pieces)
 
 
 def _sparse_format(kind: CompressionFormat) -> SparseFormat:
-    """The entry of the table of that name."""
+    """Return the entry of `SPARSE_FORMATS` of that name."""
     return next(entry for entry in SPARSE_FORMATS if entry.name is kind)
 
 
 def stem_of(name: str, generation: Generation) -> str:
-    """What the names of the pieces of a tensor begin with: the inverse of the rule of `find_sparse`."""
+    """Return the stem of the pieces of a tensor: the inverse of the rule by which `find_sparse` names tensors."""
     return name.removesuffix(".weight") if generation == "0.9" else name
 
 
 def _stems(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
-    """The pieces by stem and local name, where a stem has more than one of them."""
-    gathered: dict[str, dict[str, TensorSpec]] = {}
+    """Return the pieces by stem and local name; a stem with only one piece is left out."""
+    pieces_by_stem: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in specs.items():
         stem, _, local = name.rpartition(".")
         if stem and local in _PIECES:
-            gathered.setdefault(stem, {})[local] = spec
-    return {stem: pieces for stem, pieces in gathered.items() if len(pieces) > 1}
+            pieces_by_stem.setdefault(stem, {})[local] = spec
+    return {stem: pieces for stem, pieces in pieces_by_stem.items() if len(pieces) > 1}
 
 
-def _full(name: str, pieces: StoredSpecs) -> tuple[int, ...] | None:
-    """The shape of a parameter of quantization, which no model knows: unlike weights, most of its values are not 0."""
+def _quantization_parameter_shape(name: str, pieces: StoredSpecs) -> tuple[int, ...] | None:
+    """Return the shape of a quantization parameter, such as a scale, as its number of values suggests.
+
+    The model does not give this shape. Unlike in a weight, most values of such a parameter are not zero, so the number
+    of stored values per row is a good estimate of the number of columns. Returns None for weights and biases.
+    """
     if name.rpartition(".")[2] in {"weight", "bias"} or not {"bitmask", "compressed"} <= pieces.keys():
         return None
     rows, values = pieces["bitmask"].shape[:-1], pieces["compressed"].numel
@@ -163,7 +170,7 @@ def _full(name: str, pieces: StoredSpecs) -> tuple[int, ...] | None:
 def _describe(
     stem: str, name: str, pieces: StoredSpecs, expected_shape: tuple[int, ...] | None, faults: FaultCollector
 ) -> SparseTensor | None:
-    """The tensor that pieces make; None, with faults added, when they make none."""
+    """Return the sparse tensor of these pieces; None, with faults added, if they are incomplete or contradictory."""
     missing = [piece for piece in _REQUIRED if piece not in pieces]
     if missing:
         refuse_piece(f"{stem}.{missing[0]}", f"a tensor beside {stem}.{next(iter(pieces))}", "none", faults)

@@ -45,7 +45,8 @@ __all__ = [
 _MIN_CODES = 1 << 16
 """Loops run from this number of codes on.
 
-For fewer codes torch takes about a millisecond, while loading machine code takes 40 and compiling it takes seconds.
+For fewer codes torch takes about a millisecond, while loading machine code takes 40 ms, and compiling
+it takes seconds.
 """
 
 _TARGETS = (INT4_ROW_PAIRS, INT8_PLAIN)

@@ -1,4 +1,4 @@
-"""Imitates `_torch/distributed/`: ranks that meet. Everything is built on one exchange of values within a group."""
+"""Imitates `_torch/distributed/`: collectives, all built on one exchange of values within a group."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["Hub", "Peers", "allgather", "allreduce", "here", "set_peers"]
 
 
 class Peers(Protocol):
-    """How a rank reaches the others."""
+    """How a rank communicates with the other ranks."""
 
     def exchange(self, group: tuple[int, ...], value: Any) -> list[Any]:
-        """Give a value, and get those of all ranks of the group, in its order."""
+        """Send a value to the group, and return the values of all its ranks in order."""
         ...
 
 
 class Hub:
-    """Where the ranks of one model meet; when one of them failed, the others are released by an error."""
+    """The exchange between the ranks of one model; when a rank fails, waiting ranks get an error."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -49,7 +49,7 @@ _of_thread = threading.local()
 
 
 def set_peers(peers: Peers) -> None:
-    """Tell this thread, which is one rank, how it reaches the others."""
+    """Set how this thread, which is one rank, communicates with the others."""
     _of_thread.peers = peers
 
 
@@ -59,7 +59,7 @@ def here() -> Peers:
 
 
 def allreduce(value: Tensor, group: list[int]) -> Tensor:
-    """The sum over a group."""
+    """Return the sum over a group."""
     if len(group) == 1:
         return value
     parts = here().exchange(tuple(group), value)
@@ -68,7 +68,7 @@ def allreduce(value: Tensor, group: list[int]) -> Tensor:
 
 
 def allgather(value: Tensor, group: list[int]) -> Tensor:
-    """The parts of a group, joined along the last dimension."""
+    """Return the tensors of a group, concatenated along the last dimension."""
     import torch
 
     return value if len(group) == 1 else torch.cat(here().exchange(tuple(group), value), dim=-1)

@@ -51,7 +51,7 @@ class PretrainedConfig(SimpleNamespace):
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Class `ModelConfig`; frozen once it is loaded, but for three fields. Unknown keywords are a TypeError."""
+    """Class `ModelConfig`; frozen after loading except for three fields. Unknown keywords raise TypeError."""
 
     pretrained_config: Any = None
     mapping: Mapping = field(default_factory=Mapping)
@@ -84,7 +84,7 @@ class ModelConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The model's dtype, bfloat16 where config.json doesn't say it in words that this release knows."""
+        """Return the model's dtype; bfloat16 if config.json has no spelling of it that this release knows."""
         names = ("dtype", "torch_dtype") if RELEASE.rope_parameters else ("torch_dtype",)
         said = next((value for name in names if (value := getattr(self.pretrained_config, name, None))), "bfloat16")
         dtype: torch.dtype = getattr(torch, str(said).removeprefix("torch."))
@@ -92,7 +92,7 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> ModelConfig:
-        """Read config.json, override it by `model_kwargs` first, then find the quantization."""
+        """Read config.json, apply `model_kwargs`, then find the quantization."""
         pretrained = PretrainedConfig.from_directory(checkpoint_dir)
         if RELEASE.model_kwargs:
             for name, value in (kwargs.pop("model_kwargs", None) or {}).items():
@@ -104,7 +104,7 @@ class ModelConfig:
 
 
 def _quantization(directory: Path, pretrained: PretrainedConfig) -> Quantization:
-    """hf_quant_config.json outranks config.json; an inline compressed-tensors block beside it is not even compared."""
+    """hf_quant_config.json takes precedence over config.json; a compressed-tensors block there is not compared."""
     inline = getattr(pretrained, "quantization_config", None)
     path = directory / "hf_quant_config.json"
     if path.exists():
@@ -123,7 +123,7 @@ def _quantization(directory: Path, pretrained: PretrainedConfig) -> Quantization
 
 
 def _other_quantization(block: dict[str, Any]) -> Quantization:
-    """`load_hf_quant_config`: a method without a branch leaves the model unquantized, without a word."""
+    """`load_hf_quant_config`: an unknown quantization method silently leaves the model unquantized."""
     method, skipped = block.get("quant_method"), list(block.get("modules_to_not_convert") or [])
     config = QuantConfig()
     if method == "fp8" and (block.get("weight_block_size") or block.get("activation_scheme") == "static"):
@@ -149,7 +149,7 @@ def _other_quantization(block: dict[str, Any]) -> Quantization:
 
 
 def mxfp4_algo() -> QuantAlgo:
-    """The MXFP4 algorithm of this GPU, or that of OVERRIDE_QUANT_ALGO."""
+    """Return the MXFP4 algorithm of this GPU, or the one in OVERRIDE_QUANT_ALGO."""
     forced = os.environ.get("OVERRIDE_QUANT_ALGO")
     if forced:
         return QuantAlgo(forced)

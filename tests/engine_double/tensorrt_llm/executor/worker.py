@@ -1,7 +1,7 @@
-"""Imitates `executor/worker.py`, `executor/proxy.py` and `llmapi/mpi_session.py`: ranks, and where they run.
+"""Imitates `executor/worker.py`, `executor/proxy.py` and `llmapi/mpi_session.py`: ranks in threads or processes.
 
-By default each rank is a spawned process. What reaches it: arguments, pickled; the parent's `sys.path`; its `__main__`
-module, imported once more; and environment variables named TRTLLM* and TLLM*.
+By default each rank is a spawned process. It gets the pickled arguments, the parent's `sys.path`, the parent's
+`__main__` module, imported again, and the environment variables named TRTLLM* and TLLM*.
 With TLLM_WORKER_USE_SINGLE_PROCESS=1 ranks are threads, loaded one after the other.
 """
 
@@ -35,7 +35,7 @@ _SYSTEM = {"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR"}
 
 
 class Worker:
-    """One rank: its models, and how it reaches the others."""
+    """One rank: its models, and its communication with the other ranks."""
 
     def __init__(self, llm_args: TorchLlmArgs, model_dir: str, mapping: Mapping) -> None:
         self.model, self.draft_model = ModelLoader(llm_args, mapping).load(model_dir)
@@ -48,7 +48,7 @@ class Worker:
 
 
 class _Thread:
-    """A rank in this process; `worker` is there for tests to look into."""
+    """A rank in this process; `worker` is an attribute so that tests can inspect it."""
 
     def __init__(self, llm_args: TorchLlmArgs, model_dir: str, mapping: Mapping) -> None:
         self._arguments, self._rank = (llm_args, model_dir, mapping), mapping.rank
@@ -74,7 +74,7 @@ class _Neighbour:
 
 
 class _Process:
-    """A rank in a process of its own; a call serves its exchanges until the answer comes."""
+    """A rank in its own process; a call serves its exchanges until the result arrives."""
 
     def __init__(self, llm_args: TorchLlmArgs, model_dir: str, mapping: Mapping) -> None:
         self._payload, self._rank = pickle.dumps((llm_args, model_dir, mapping)), mapping.rank
@@ -120,7 +120,7 @@ def _environment_of_workers() -> Iterator[None]:
 
 
 class _Distant:
-    """How a spawned rank reaches the others: through the parent."""
+    """The communication of a spawned rank with the others, through the parent."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -131,7 +131,7 @@ class _Distant:
 
 
 def _serve(connection: Connection, payload: bytes) -> None:
-    """The life of a worker process; it ends when the parent hangs up."""
+    """The main loop of a worker process; it ends when the parent closes the connection."""
     torch.set_num_threads(1)
     set_peers(_Distant(connection))
     try:
@@ -172,7 +172,7 @@ class Executor:
         ]
         self.ranks: list[_Thread] | list[_Process]
         if self.in_process:
-            # One rank gets the very arguments; several get copies, as processes would.
+            # A single rank gets the arguments themselves; several ranks get copies, as processes would.
             copies = [llm_args if size == 1 else pickle.loads(pickle.dumps(llm_args)) for _ in mappings]
             self.ranks = [_Thread(each, model_dir, mapping) for each, mapping in zip(copies, mappings, strict=True)]
         else:
@@ -184,7 +184,7 @@ class Executor:
             raise
 
     def _start(self) -> None:
-        """Threads one after the other, since uninitialized memory is poisoned for a whole process."""
+        """Load threads one after the other, because uninitialized memory is poisoned for the whole process."""
         hub = Hub()
         if self.in_process:
             for rank in self.ranks:
@@ -193,7 +193,7 @@ class Executor:
             self._together(hub, [partial(rank.start, hub) for rank in self.ranks])
 
     def logits(self, tokens: list[int], draft: bool = False) -> torch.Tensor:
-        """Float32 logits [tokens, vocabulary]."""
+        """Return float32 logits [tokens, vocabulary]."""
         hub = Hub()
         results: list[torch.Tensor] = self._together(
             hub, [partial(rank.logits, hub, tokens, draft) for rank in self.ranks]
@@ -202,7 +202,7 @@ class Executor:
 
     @staticmethod
     def _together(hub: Hub, calls: list[Any]) -> list[Any]:
-        """All ranks at once; the first failure releases the others, and is raised."""
+        """Run all ranks at once; after the first failure the others get an error, and the failure is raised."""
 
         def run(call: Any) -> Any:
             try:

@@ -1,4 +1,4 @@
-"""Imitates `inputs/registry.py`: preparation of prompts, for which the parent reads the configuration once more."""
+"""Imitates `inputs/registry.py`: the preparation of prompts, for which the parent reads the configuration again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imitates `llmapi/llm.py`, `executor/result.py` and `sampling_params.py`: LLM and what it gives back."""
+"""Imitates `llmapi/llm.py`, `executor/result.py` and `sampling_params.py`: LLM and its results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CompletionOutput:
 
 @dataclass(kw_only=True)
 class RequestOutput:
-    """A prompt and its continuations, of which there is one."""
+    """A prompt and its one continuation."""
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -94,7 +94,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         use_tqdm: bool = True,
     ) -> Any:
-        """One result for one prompt (a string, or token ids), a list for several."""
+        """Return one result for one prompt (a string or token ids), or a list for several prompts."""
         one = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
         prompts: Sequence[Any] = [inputs] if one else inputs
         results = [self._complete(prompt, sampling_params or SamplingParams()) for prompt in prompts]

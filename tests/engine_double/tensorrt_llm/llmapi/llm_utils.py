@@ -1,4 +1,4 @@
-"""Imitates `llmapi/llm_utils.py`: what the parent process reads before any loader is asked."""
+"""Imitates `llmapi/llm_utils.py`: what the parent process reads before any loader is called."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["CachedModelLoader"]
 
 
 class CachedModelLoader:
-    """Class `CachedModelLoader`: finds the directory, then parses its quantization whatever loader was given."""
+    """Class `CachedModelLoader`: finds the directory, and parses its quantization even if a loader was given."""
 
     def __init__(self, llm_args: TorchLlmArgs) -> None:
         self.llm_args = llm_args
         self._model_dir = Path()
 
     def __call__(self) -> Path:
-        """The local directory; raises what the configuration can't be read for."""
+        """Return the local directory; raises if its configuration can't be read."""
         self._model_dir = _local_directory(self.llm_args.model, self.llm_args.revision)
         given = self.llm_args.quant_config
         if given is not None and given.quant_algo is not None:
@@ -39,7 +39,7 @@ class CachedModelLoader:
         return self._model_dir
 
     def _update_from_hf_quant_config(self) -> bool:
-        """Whether the checkpoint is quantized; called without condition, so its failures come first."""
+        """Whether the checkpoint is quantized; it is always called, so its errors come first."""
         inline = self._inline_block()
         path = self._model_dir / "hf_quant_config.json"
         if path.exists():
@@ -65,7 +65,7 @@ class CachedModelLoader:
         return block
 
     def _apply(self, quantization: dict[str, Any]) -> None:
-        """Every key becomes an attribute; the newest release warns about those that are no fields."""
+        """Set every key as an attribute; the newest release warns about keys that aren't fields."""
         algo = read_algo(quantization.pop("quant_algo", None))
         if algo is None:
             raise ValueError("Pre-quantized checkpoint must have quant_algo.")
@@ -82,7 +82,7 @@ class CachedModelLoader:
 
 
 def _other_quantization(block: dict[str, Any]) -> QuantConfig:
-    """What the worker's twin does silently or otherwise: unknown methods are refused here."""
+    """The parent's variant of the worker's function: it raises for unknown quantization methods."""
     method, config = block.get("quant_method"), QuantConfig()
     if method == "fp8" and block.get("weight_block_size"):
         config.quant_algo, config.exclude_modules = QuantAlgo.FP8_BLOCK_SCALES, ["*eh_proj"]

@@ -29,9 +29,10 @@ _CACHED = ("quant_mode", "layer_quant_mode")
 
 
 class QuantConfig:
-    """Class `QuantConfig`: a dataclass once, a strict pydantic model in the newest release.
+    """Class `QuantConfig`: a dataclass in older releases, a strict pydantic model in the newest.
 
-    Unknown fields: TypeError and silent attributes once, ValueError in the newest (pydantic's ValidationError is one).
+    Unknown fields: TypeError, or silently set attributes, in older releases; ValueError in the newest (pydantic's
+    ValidationError is a ValueError).
     """
 
     quant_algo: str | None
@@ -55,7 +56,7 @@ class QuantConfig:
 
     @cached_property
     def quant_mode(self) -> QuantMode:
-        """Cached: fields that are set later don't change it."""
+        """The mode; it is cached, so fields that are set later don't change it."""
         return QuantMode(self.quant_algo, self.kv_cache_quant_algo)
 
     @cached_property

@@ -2,7 +2,7 @@
 
 Generation A reads `config_groups["group_0"]` and its activations first; B (after pull request 17269) knows MXFP4
 before it reads activations; C (pull request 17725) reads several groups when it is given module names.
-None looks at the type of 8-bit weights, symmetry, activation order, block structure, sparsity or transforms.
+No generation looks at the type of 8-bit weights, symmetry, activation order, block structure, sparsity or transforms.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _nvfp4(weights: dict[str, Any], inputs_strategy: str) -> tuple[QuantAlgo, in
 
 
 def _fp8(weights: dict[str, Any], inputs: dict[str, Any]) -> tuple[QuantAlgo, int | None]:
-    """Whatever the type of the weights is."""
+    """The type of the weights is not checked."""
     strategy = weights["strategy"]
     if strategy == "channel":
         if inputs["strategy"] != "token":

@@ -1,4 +1,4 @@
-"""Imitates `quantization/mode.py`: names of algorithms, and what of a model they quantize."""
+"""Imitates `quantization/mode.py`: the names of algorithms, and which tensors of a model they quantize."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["QuantAlgo", "QuantMode"]
 
 
 class QuantAlgo(StrEnum):
-    """Every member exists whether or not a Linear method does."""
+    """The algorithms; a member does not mean that there is a Linear method."""
 
     W8A16 = "W8A16"
     W4A16 = "W4A16"
@@ -48,7 +48,7 @@ _NO_MODE = frozenset({None, QuantAlgo.MIXED_PRECISION, QuantAlgo.NO_QUANT})
 
 @dataclass(frozen=True)
 class QuantMode:
-    """What the original keeps as bit flags; mixed precision and no quantization have none of a weight."""
+    """The bit flags of the original; mixed precision and no quantization have no weight flag."""
 
     algo: str | None
     kv_cache_algo: str | None

@@ -1,4 +1,4 @@
-"""Imitates `quantization/modelopt_config.py` and its elder in `_torch/model_config.py`: what ModelOpt wrote."""
+"""Imitates `quantization/modelopt_config.py`, earlier in `_torch/model_config.py`: configurations of ModelOpt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LAYER_FIELDS = ("has_zero_point", "pre_quant_scale")
 
 
 def is_modelopt(block: dict[str, Any]) -> bool:
-    """Whether an inline `quantization_config` is ModelOpt's; only newer releases ask."""
+    """Whether an inline `quantization_config` is ModelOpt's; only newer releases check this."""
     by_modelopt = (block.get("producer") or {}).get("name") == "modelopt"
     return RELEASE.newest_algos and (by_modelopt or str(block.get("quant_method")).startswith("modelopt"))
 
@@ -36,7 +36,7 @@ def read_modelopt_quant_config(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_algo(name: str | None) -> QuantAlgo | None:
-    """Member of a name; ValueError for a name that is none, such as ModelOpt's `mxfp4`."""
+    """Return the member with a name; raises ValueError for other names, such as ModelOpt's `mxfp4`."""
     if name is None or (RELEASE.any_case_aliases and name in {"none", "null"}):
         return None
     alias = name.lower() if RELEASE.any_case_aliases else name
@@ -46,7 +46,7 @@ def read_algo(name: str | None) -> QuantAlgo | None:
 def build_quant_config(
     quantization: dict[str, Any], directory: Path
 ) -> tuple[QuantConfig, dict[str, QuantConfig] | None]:
-    """The worker's reading: group_size is None where it isn't said, and 128 then for FP8 blocks."""
+    """Read it as the worker does: a missing group_size is None, or 128 for FP8 blocks."""
     config = QuantConfig(
         quant_algo=read_algo(quantization.get("quant_algo")),
         kv_cache_quant_algo=read_algo(quantization.get("kv_cache_quant_algo")),
@@ -64,7 +64,7 @@ def build_quant_config(
 
 
 def _layers(whole: QuantConfig, quantization: dict[str, Any], directory: Path) -> dict[str, QuantConfig]:
-    """Per-module entries: from quant_cfg.json, which older releases require with both of its keys."""
+    """Return the entries per module, from quant_cfg.json, which older releases require with both of its keys."""
     path = directory / "quant_cfg.json"
     overlay: dict[str, Any] = {}
     if path.exists() or not RELEASE.layers_in_hf_quant_config:

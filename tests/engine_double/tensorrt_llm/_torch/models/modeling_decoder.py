@@ -1,4 +1,4 @@
-"""Stands for `_torch/models/modeling_llama.py`, `_qwen`, `_qwen3`, `_qwen3_moe`, `_mixtral` and the modules they share.
+"""Imitates `_torch/models/modeling_llama.py`, `_qwen`, `_qwen3`, `_qwen3_moe`, `_mixtral` and the modules they share.
 
 One decoder with the module names of TensorRT-LLM: fused `qkv_proj` and `gate_up_proj`, experts in one module. It
 computes in float32, without a KV cache.
@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Never quantized; each rank holds some rows, and gives zeros for the others."""
+    """Never quantized; each rank holds some rows, and returns zeros for the others."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Heads are spread over the ranks; K and V heads are repeated where there are fewer than ranks."""
+    """Heads are distributed over the ranks; K and V heads are repeated when there are fewer heads than ranks."""
 
     def __init__(self, config: ModelConfig, head_norms: bool) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Attention(nn.Module):
     def _quantize_output(self, values: Tensor) -> Tensor:
         """Imitates `_torch/modules/attention.py`: a row-wise FP8 o_proj gets quantized values.
 
-        Its GEMM isn't told their scale, and without a delivered input scale that is 1 instead of one per token.
+        The GEMM does not know their scale. Without an input scale it is 1, instead of one scale per token.
         """
         if not self.o_proj.has_fp8_rowwise or self.o_proj.force_dynamic_quantization:
             return values
@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
 
 def _frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """Angles per position, by the parameters that the release found."""
+    """Return the angles per position, from the rotary parameters that the release reads."""
     base = rope.get("rope_theta", 10000.0) ** -(torch.arange(0, head_dim, 2).double() / head_dim)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -190,7 +190,7 @@ class SparseMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward part, under the name that the architecture gives it."""
+    """Attention and a feed-forward part, which has the name that the architecture uses."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def _is_sparse(model: PretrainedConfig, layer: int) -> bool:
 
 
 class DecoderModel(nn.Module):
-    """Embedding, layers and the last norm; a pipeline stage holds its own layers only."""
+    """Embedding, layers and the last norm; a pipeline stage holds only its own layers."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class DecoderModel(nn.Module):
 
 
 class Decoder(DecoderModelForCausalLM):
-    """The model of a rank: `forward` takes token ids and gives float32 logits, on every rank."""
+    """The model of a rank: `forward` takes token ids and returns float32 logits, on every rank."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ _FUSED = {
 
 
 def _registering(registry: dict[str, Any], key: str) -> Callable[[Class], Class]:
-    """The last registration wins, without a word."""
+    """The last registration silently replaces earlier ones."""
 
     def register(cls: Class) -> Class:
         registry[key] = cls
@@ -90,7 +90,7 @@ class DecoderModelForCausalLM(nn.Module):
         return self.model_config.pretrained_config
 
     def apply_layerwise_quant_config(self) -> None:
-        """The first entry that matches; fused Linears and experts by substring, others by equality."""
+        """Return the first entry that matches: fused Linears and experts by substring, others by equality."""
         entries = self.model_config.quant_config_dict
         for name, module in self.named_modules() if entries is not None else ():
             if isinstance(module, MoE):
@@ -131,7 +131,7 @@ def _layer_test(name: str, module: Linear) -> Callable[[str], bool]:
 
 
 def _names_of(name: str, module: nn.Module) -> list[str]:
-    """The module's name, and those of its members where it is fused."""
+    """Return the module's name, and the names of its parts if it is fused."""
     if not isinstance(module, Linear) or module.weights_loading_config.weight_mode not in _FUSED:
         return [name]
     fused, members = _FUSED[module.weights_loading_config.weight_mode]
@@ -141,9 +141,9 @@ def _names_of(name: str, module: nn.Module) -> list[str]:
 def _load_weights_impl_v2(
     model: DecoderModelForCausalLM, weights: Any, weight_mapper: BaseWeightMapper, allow_partial_loading: bool = False
 ) -> None:
-    """Every module with parameters takes what is named like it.
+    """Load into every module with parameters the tensors that have its name as prefix.
 
-    One without tensors is skipped, and leftovers are not seen.
+    A module without tensors is skipped, and unread tensors are not noticed.
     """
 
     def load(named: tuple[str, nn.Module]) -> None:
@@ -186,6 +186,6 @@ def _load_module(name: str, module: Any, weights: Any, mapper: BaseWeightMapper,
 
 
 def _consumed(weights: Any, *prefixes: str) -> None:
-    """Newer releases let go of what a module has taken."""
+    """Newer releases free the tensors that a module has copied."""
     for prefix in prefixes if hasattr(weights, "mark_consumed") else ():
         weights.mark_consumed(prefix)

@@ -53,7 +53,7 @@ class WeightOnlyQuantLinearMethod(LinearMethodBase):
 
 
 class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
-    """int4 with groups along K; Linears that stand alone must have `pre_quant_scale`, fused ones never read it."""
+    """int4 with groups along K; unfused Linears require `pre_quant_scale`, fused ones never read it."""
 
     reads_pre_quant_scale = True
     activations = torch.float16
@@ -91,14 +91,14 @@ class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
             self.load_pre_quant_scale(module, weights[0]["pre_quant_scale"])
 
     def load_pre_quant_scale(self, module: Linear, scale: Tensor) -> None:
-        """[K] of the input, cut when the weight's columns are."""
+        """Load the `pre_quant_scale` [K], sliced if the weight's columns are sliced."""
         if module.tp_mode == TensorParallelMode.ROW:
             scale = cut_shard(module, scale, (1, 1), TensorParallelMode.COLUMN)
         module.pre_quant_scale = Parameter(torch.ones(module.in_features, dtype=scale.dtype), requires_grad=False)
         copy_weight(module.pre_quant_scale, scale)
 
     def grouped(self, module: Linear, weights: Weights, name: str) -> Tensor:
-        """[N, K / g] of all shards as the GEMM reads it, [K / g, N]."""
+        """Return a tensor [N, K / g] of all shards as the GEMM reads it, [K / g, N]."""
         return torch.cat(self.shards(module, weights, name, (1, self._group_size(module)))).T.contiguous()
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
@@ -107,7 +107,7 @@ class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
         return self.multiply(module, input, bias)
 
     def multiply(self, module: Linear, values: Tensor, bias: Tensor | None, **more: Any) -> Tensor:
-        """The GEMM; only the method for zero points gives it any."""
+        """Call the GEMM; only the method for zero points passes zeros."""
         assert module.quant_config is not None
         output: Tensor = torch.ops.trtllm.finegrained_mixed_dtype_gemm(
             input=values,

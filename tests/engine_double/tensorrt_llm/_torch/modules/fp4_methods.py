@@ -68,7 +68,7 @@ class NVFP4LinearMethod(_SmallGroups):
         module.pre_quant_scale = None
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
-        """Without `input_scale` its memory stays as it came, unless activations are forced to be dynamic."""
+        """Without `input_scale` its memory stays uninitialized, unless activations are forced to be dynamic."""
         super().load_shards(module, weights)
         copy_weight(module.weight_scale_2, self.one_of(weights, "weight_scale_2"))
         if module.force_dynamic_quantization:
@@ -80,7 +80,7 @@ class NVFP4LinearMethod(_SmallGroups):
         load_kv_scales(module, weights)
 
     def one_of(self, weights: Weights, name: str) -> Tensor:
-        """The scalar that all shards share, within `allclose`."""
+        """Return the scalar that all shards share, compared with `allclose`."""
         scalars = [each[name].reshape([]).float() for each in weights if name in each]
         for scalar in scalars[1:]:
             assert torch.allclose(scalar, scalars[0]), f"The {name} should be same for all the weights"
@@ -97,7 +97,7 @@ class NVFP4LinearMethod(_SmallGroups):
 
 
 def _load_pre_quant_scale(module: Linear, scale: Tensor) -> None:
-    """It multiplies the input, so it is cut when the weight's columns are."""
+    """It multiplies the input, so it is sliced if the weight's columns are sliced."""
     mode = TensorParallelMode.flip(module.tp_mode) if module.tp_mode else None
     if mode == TensorParallelMode.COLUMN:
         scale = cut_shard(module, scale, (1, 1), mode)
@@ -111,7 +111,7 @@ class W4A16NVFP4LinearMethod(NVFP4LinearMethod):
 
 
 class W4A8NVFP4FP8LinearMethod(NVFP4LinearMethod):
-    """Groups of 32; scalars must be there and be equal to the bit."""
+    """Groups of 32; the scalars are required and must be bitwise equal."""
 
     group = 32
 

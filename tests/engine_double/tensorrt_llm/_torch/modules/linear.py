@@ -60,7 +60,7 @@ __all__ = [
 
 
 class WeightMode(enum.StrEnum):
-    """How many tensors of the checkpoint make one Linear."""
+    """Which Linears of the checkpoint are fused into one Linear."""
 
     VANILLA = "vanilla"
     FUSED_QKV_LINEAR = "fused_qkv_linear"
@@ -70,7 +70,7 @@ class WeightMode(enum.StrEnum):
 
         @property
         def shard_keys(self) -> list[str] | None:
-            """What the newest releases call the shards."""
+            """The names of the shards in the newest releases."""
             return {"fused_qkv_linear": ["q", "k", "v"], "fused_gate_up_linear": ["gate", "up"]}.get(self.value)
 
 
@@ -105,7 +105,7 @@ if RELEASE.gptq_method:
 
 
 def get_quant_method(quant_config: QuantConfig | None = None) -> LinearMethodBase:
-    """The method of an algorithm; ValueError for those that are members of QuantAlgo only."""
+    """Return the method of an algorithm; raises ValueError for members of QuantAlgo without a method."""
     if quant_config is None or not quant_config.layer_quant_mode.has_any_quant(exclude_kv_cache=True):
         return UnquantizedLinearMethod()
     method = _METHODS.get(str(quant_config.layer_quant_mode.algo))
@@ -115,13 +115,13 @@ def get_quant_method(quant_config: QuantConfig | None = None) -> LinearMethodBas
 
 
 class Linear(nn.Module):
-    """Class `Linear`: one or several checkpoint Linears in one, cut over the ranks of a tensor-parallel group."""
+    """Class `Linear`: one or several Linears of the checkpoint, sliced over the ranks of a tensor-parallel group."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     quant_method: LinearMethodBase
     local_bounds: tuple[int, int]
-    # What methods add.
+    # Attributes that the methods add.
     weight_scale: nn.Parameter
     weight_scale_2: nn.Parameter
     weight_zero: nn.Parameter
@@ -170,7 +170,7 @@ class Linear(nn.Module):
         return get_quant_method(quant_config)
 
     def create_weights(self) -> None:
-        """Choose the method and allocate; the configuration can't be changed afterwards."""
+        """Choose the method and allocate the parameters; the configuration can't be changed afterwards."""
         if self._weights_created:
             return
         self.quant_method = self.get_quant_method(self.quant_config)

@@ -34,7 +34,7 @@ FP8_MAX = 448.0
 
 
 def frozen(*shape: int, dtype: torch.dtype) -> Parameter:
-    """Memory as it comes; while a model is loaded that is NaN, or all ones for integers."""
+    """Return uninitialized memory; while a model is loaded it is NaN, or all ones for integers."""
     return Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
@@ -47,22 +47,22 @@ def still(output: Tensor, *scales: Tensor | None) -> Tensor:
 
 
 def quantize_fp8(values: Tensor, scale: Tensor) -> Tensor:
-    """What FP8 with this scale keeps of the values."""
+    """Return the values after rounding to FP8 with this scale."""
     return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).float() * scale
 
 
 def requantize(shards: list[Tensor], scales: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Shards under the largest of their scales: multiplied out and divided in the module's dtype, then rounded."""
+    """Requantize shards to the largest of their scales: dequantize and divide in the module's dtype, then round."""
     largest = torch.stack(scales).max()
     parts = [(shard.to(dtype) * scale / largest).to(FP8) for shard, scale in zip(shards, scales, strict=True)]
     return torch.cat(parts), largest
 
 
 class LinearMethodBase:
-    """Class `LinearMethodBase`; `load_weights` asks one of three methods, which are the same for most algorithms."""
+    """Class `LinearMethodBase`; `load_weights` calls one of three methods, which are the same for most algorithms."""
 
     def alignment(self, module: Linear) -> int:
-        """Features at whose multiples the newest releases cut."""
+        """The newest releases slice at multiples of this number of features."""
         return 1
 
     def create_weights(
@@ -72,7 +72,7 @@ class LinearMethodBase:
         module.register_parameter("bias", frozen(out_features, dtype=dtype) if bias else None)
 
     def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        """Everything but the bias."""
+        """Create all parameters except the bias."""
         raise NotImplementedError
 
     def load_weights(
@@ -91,7 +91,7 @@ class LinearMethodBase:
         self.load_shards(module, weights)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
-        """Everything of all shards."""
+        """Load all tensors of all shards."""
         raise NotImplementedError
 
     def dequantize(self, module: Linear) -> Tensor:
@@ -102,14 +102,14 @@ class LinearMethodBase:
         return functional.linear(input.float(), self.dequantize(module), None if bias is None else bias.float())
 
     def post_load_weights(self, module: Linear) -> None:
-        """Older releases: after all modules of a model are loaded."""
+        """Older releases call it after all modules of a model are loaded."""
 
     def transform_weights(self, module: Linear) -> None:
-        """The newest release's name of the same, second of three stages."""
+        """The newest release's name of `post_load_weights`, the second of three stages."""
 
     @staticmethod
     def shards(module: Linear, weights: Weights, name: str, spans: tuple[int, int] = (1, 1)) -> list[Tensor]:
-        """This rank's part of one tensor of every shard; without the weight nothing goes on."""
+        """Return this rank's slice of one tensor of every shard; raises when the weight is missing."""
         assert name != "weight" or all(name in each for each in weights), "weight"
         return [cut_shard(module, each[name].to("cpu"), spans) for each in weights]
 
@@ -169,7 +169,7 @@ class FP8QDQLinearMethod(LinearMethodBase):
         self.load_bias(module, weights)
 
     def _load_input_scale(self, module: Linear, weights: Weights) -> None:
-        """Dynamic when no shard has one; when only some have, uninitialized memory takes part in the maximum."""
+        """Dynamic when no shard has one; when only some have, the maximum includes uninitialized memory."""
         if any("input_scale" in each for each in weights) and not module.force_dynamic_quantization:
             copy_weight(module.input_scale, torch.stack([_scalar(each, "input_scale") for each in weights]).max())
             module.inv_input_scale.data = 1 / module.input_scale
@@ -187,7 +187,7 @@ class FP8QDQLinearMethod(LinearMethodBase):
 
 
 def _scalar(weights: dict[str, Tensor], name: str) -> Tensor:
-    """One element in float32, or memory as it comes where a shard has none."""
+    """Return one element in float32, or uninitialized memory if a shard has none."""
     return weights[name].reshape([]).float() if name in weights else torch.empty(())
 
 
@@ -200,7 +200,7 @@ class FP8RowwiseLinearMethod(LinearMethodBase):
         module.inv_input_scale = Parameter(torch.ones(()), requires_grad=False)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
-        """An `input_scale` serves attention only, which divides by it; the GEMM still multiplies by one."""
+        """Only attention uses an `input_scale`, and divides by it; the GEMM still multiplies by 1."""
         name = "weight_scale_inv" if "weight_scale_inv" in weights[0] else "weight_scale"
         copy_weight(module.weight, torch.cat(self.shards(module, weights, "weight")))
         scales = torch.cat(self.shards(module, weights, name))
@@ -230,7 +230,7 @@ class FP8BlockScalesLinearMethod(LinearMethodBase):
         module.weight_scale = frozen(-(-out_features // 128), -(-in_features // 128), dtype=torch.float32)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
-        """Scales go to the block row in which their shard begins, rounded up: right for whole blocks only."""
+        """Scales go to the block row in which their shard begins, rounded up; this is right only for whole blocks."""
         name = "weight_scale_inv" if "weight_scale_inv" in weights[0] else "weight_scale"
         weights = [each | {name: _two_dimensional(each[name])} for each in weights]
         shards = self.shards(module, weights, "weight")

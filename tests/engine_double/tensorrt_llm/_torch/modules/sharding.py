@@ -31,12 +31,12 @@ class TensorParallelMode(enum.StrEnum):
 
 
 def copy_weight(dst: Tensor, src: Tensor) -> None:
-    """Cast without a word, then broadcast whatever can be broadcast."""
+    """Cast silently, then broadcast whatever can be broadcast."""
     dst.data.copy_(src.to(dst.dtype))
 
 
 def bounds(features: int, alignment: int, size: int, rank: int) -> tuple[int, int]:
-    """Whole blocks of `alignment`, spread as evenly as they go (newest releases)."""
+    """Whole blocks of `alignment`, distributed as evenly as possible (newest releases)."""
     assert features % alignment == 0, f"{features} features must be divisible by the alignment {alignment}"
     each, more = divmod(features // alignment, size)
     first = rank * each + min(rank, more)
@@ -63,9 +63,9 @@ def load_weight_shard(
 
 
 def cut_shard(module: Linear, weight: Tensor, spans: tuple[int, int], mode: TensorParallelMode | None = None) -> Tensor:
-    """This rank's part of a tensor of which one element stands for `spans` (rows, columns) of the weight.
+    """Return this rank's slice of a tensor in which one element covers `spans` (rows, columns) of the weight.
 
-    Newest releases: fused Linears cut each tensor by its own length, others at boundaries of the method's alignment.
+    In the newest releases, fused Linears slice each tensor by its own length, others at the method's alignment.
     """
     mode = mode or module.tp_mode
     size, rank = module.tp_size, module.tp_rank

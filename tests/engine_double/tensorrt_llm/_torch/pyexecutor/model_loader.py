@@ -34,7 +34,7 @@ _CACHE_ALGOS = {"fp8": QuantAlgo.FP8, "nvfp4": QuantAlgo.NVFP4}
 
 
 def _construct_checkpoint_loader(backend: str | None, loader: Any, checkpoint_format: str | None) -> Any:
-    """A given loader as it is; for a format its three registered parts; nothing for AutoDeploy."""
+    """Return the given loader, or one from the three registered parts of a format; None for AutoDeploy."""
     if backend == "_autodeploy":
         return None
     if loader is not None:
@@ -50,7 +50,7 @@ def _construct_checkpoint_loader(backend: str | None, loader: Any, checkpoint_fo
 
 @contextmanager
 def uninitialized_memory_is_poison() -> Iterator[None]:
-    """`torch.empty` gives NaN, and all ones for integers, so that what nobody wrote shows in the result."""
+    """Let `torch.empty` return NaN, or all ones for integers, so that uninitialized memory shows in the result."""
     fills = torch.utils.deterministic.fill_uninitialized_memory
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -69,7 +69,7 @@ class ModelLoader:
         self.args, self.mapping = llm_args, mapping
 
     def load(self, checkpoint_dir: str) -> tuple[nn.Module, nn.Module | None]:
-        """The model and, with a speculative configuration, the draft model."""
+        """Load the model and, with a speculative configuration, the draft model."""
         # The worker's base class and its model engine construct one each.
         arguments = (self.args.backend, self.args.checkpoint_loader, self.args.checkpoint_format)
         _construct_checkpoint_loader(*arguments)
@@ -119,7 +119,7 @@ class ModelLoader:
         return config
 
     def _settle_kv_cache(self, config: ModelConfig) -> None:
-        """An explicit dtype that differs from the checkpoint's is an error once, and wins in the newest release."""
+        """A dtype that differs from the checkpoint's raises in older releases, and takes precedence in the newest."""
         asked = _CACHE_ALGOS.get(self.args.kv_cache_config.dtype)
         found = config.quant_config.kv_cache_quant_algo
         if asked is None or asked == found:
@@ -131,7 +131,7 @@ class ModelLoader:
         config.quant_config.kv_cache_quant_algo = asked
 
     def _load_weights(self, model: Any, config: ModelConfig, loader: Any, checkpoint_dir: str) -> None:
-        """The mapper is asked for after the weights are there."""
+        """The mapper is requested after the weights are loaded."""
         if RELEASE.weight_sessions:
             more = {"mapping": self.mapping, "model": model, "source_identity": checkpoint_dir}
             with loader.open_weight_session(checkpoint_dir, **more) as weights:
@@ -142,7 +142,7 @@ class ModelLoader:
             model.load_weights(weights, weight_mapper=loader.get_initialized_weight_mapper(model, config))
 
     def _load_draft(self, loader: Any) -> Any:
-        """Configuration without the loader, weights by the same loader from another directory, mapper by format."""
+        """Read the configuration without the loader, weights with the same loader, and get the mapper by format."""
         if self.args.speculative_config is None:
             return None
         directory = self.args.speculative_config.speculative_model_dir
@@ -163,7 +163,7 @@ def _build(config: ModelConfig) -> Any:
 
 
 def _post_load(model: nn.Module) -> None:
-    """One call per module once, three stages in the newest release; Linears pass it to their method."""
+    """One call per module in older releases, three in the newest; a Linear passes each call on to its method."""
     for stage in _STAGES if RELEASE.staged_post_load else ("post_load_weights",):
         for module in model.modules():
             for owner in (module, getattr(module, "quant_method", None)):

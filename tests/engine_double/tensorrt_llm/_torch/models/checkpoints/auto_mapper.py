@@ -13,11 +13,11 @@ __all__ = ["AutoCheckpointMapper"]
 
 
 class AutoCheckpointMapper:
-    """A mapper by format and architecture."""
+    """Finds a mapper by format and architecture."""
 
     @staticmethod
     def get(format: str, name: str | None = None) -> BaseWeightMapper:  # noqa: A002 (upstream's name)
-        """That of the architecture, else the format's; KeyError where a format has registered none."""
+        """Return the mapper of the architecture, else of the format; raises KeyError if none is registered."""
         mappers = MODEL_CLASS_MAPPER_MAPPING
         key = f"{name}_{format}"
         mapper: BaseWeightMapper = mappers[key if key in mappers else format]()

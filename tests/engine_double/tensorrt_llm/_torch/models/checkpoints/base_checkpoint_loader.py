@@ -69,7 +69,7 @@ class BaseCheckpointLoader(ABC):
         return loader
 
     def get_initialized_weight_mapper(self, model: nn.Module, config: ModelConfig) -> BaseWeightMapper:
-        """The loader's own, else that of the architecture, which the loader then keeps."""
+        """Return the loader's mapper, or that of the architecture, which the loader then keeps."""
         mapper = self.weight_mapper
         if mapper is None:
             mapper = AutoCheckpointMapper.get(self.checkpoint_format, config.pretrained_config.architectures[0])
@@ -90,7 +90,7 @@ class BaseCheckpointLoader(ABC):
 
         @contextmanager
         def open_weight_session(self, checkpoint_dir: str, mapping: Mapping, **kwargs: Any) -> Iterator[Any]:
-            """The weights, for as long as the block lasts; HF's own read-ahead is not imitated."""
+            """Yield the weights until the block ends; the read-ahead of the HF loader is not imitated."""
             yield self.load_weights(checkpoint_dir, mapping=mapping, **kwargs)
 
         def activate_weight_session(

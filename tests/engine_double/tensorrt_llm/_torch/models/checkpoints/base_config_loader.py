@@ -12,7 +12,7 @@ __all__ = ["BaseConfigLoader"]
 
 
 class BaseConfigLoader(ABC):
-    """Directory to ModelConfig."""
+    """Loads a ModelConfig from a directory."""
 
     @abstractmethod
     def load(self, checkpoint_dir: str, **kwargs: Any) -> ModelConfig: ...

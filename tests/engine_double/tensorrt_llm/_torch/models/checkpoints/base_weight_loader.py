@@ -1,4 +1,4 @@
-"""Imitates `checkpoints/base_weight_loader.py`: the type of weight loaders, and of what newer ones give back."""
+"""Imitates `checkpoints/base_weight_loader.py`: the base class, and the dictionary that newer loaders return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BaseWeightLoader", "ConsumableWeightsDict"]
 
 
 class ConsumableWeightsDict(MutableMapping[str, "Tensor"]):
-    """No subclass of dict; iteration gives snapshots, and entries go away once a module has taken them."""
+    """Not a subclass of dict; iteration uses snapshots, and entries are removed once a module has copied them."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._weights = dict(weights)
@@ -57,7 +57,7 @@ class ConsumableWeightsDict(MutableMapping[str, "Tensor"]):
 
 
 class BaseWeightLoader(ABC):  # noqa: B024 (its abstract method is one of two)
-    """Directory to tensors; releases differ in whether they tell the mapping."""
+    """Loads tensors from a directory; releases differ in whether they pass the mapping."""
 
     if RELEASE.mapping_argument:
 

@@ -21,7 +21,7 @@ Weights = dict[str, "Tensor"]
 
 
 class BaseWeightMapper(ABC):
-    """From names of a checkpoint to modules of a model."""
+    """Maps the names of a checkpoint to the modules of a model."""
 
     def __init__(self) -> None:
         self._callbacks: list[Callable[[nn.Module, str, Weights], Weights]] = []
@@ -56,7 +56,7 @@ class BaseWeightMapper(ABC):
         return self._mapping
 
     def preprocess_weights(self, weights: Weights) -> None:  # noqa: B027 (as upstream)
-        """The general loop never calls it, and this body gives nothing back."""
+        """The general loop never calls it, and it returns None."""
 
     def rename_by_params_map(self, params_map: dict[str, str], weights: Weights) -> Weights:
         renamed = {}
@@ -84,7 +84,7 @@ class BaseWeightMapper(ABC):
         self._skip_modules.extend(value)
 
     def filter_weights(self, prefix: str, weights: Any) -> Weights:
-        """Keys that start like the prefix, whatever character follows it."""
+        """Return the keys that start with the prefix, whatever character follows it."""
         if isinstance(weights, ConsumableWeightsDict):
             return weights.filter_prefix(prefix)
         return {key[len(prefix) + 1 :]: weights[key] for key in list(weights) if key.startswith(prefix)}

@@ -21,7 +21,7 @@ __all__ = ["MoE", "MoEWeightLoadingMode"]
 
 
 class MoEWeightLoadingMode(enum.IntEnum):
-    """How a model's checkpoint names experts; models here deliver them one by one."""
+    """How a checkpoint stores experts; the models here store each expert separately."""
 
     VANILLA = 0
     FUSED_GATE_UP_PROJ = 1
@@ -51,7 +51,7 @@ _TRTLLM: Methods = {
 if RELEASE.newest_algos:
     _CUTLASS |= {QuantAlgo.W4A16_NVFP4: methods.W4A16NVFP4Experts, QuantAlgo.MXFP8: methods.MXFP8Experts}
 if RELEASE.gptq_method:
-    # Any int4 with groups goes the same way.
+    # All int4 modes with groups use the same method.
     _CUTLASS[QuantAlgo.W4A16_GPTQ] = methods.WInt4AFP8Experts
 
 
@@ -70,9 +70,9 @@ def _method(quant_config: QuantConfig | None, backend: str) -> methods.ExpertMet
 
 
 class MoE(nn.Module):
-    """Routed experts of one layer, all under one configuration; each rank holds some of them, or a slice of each."""
+    """The routed experts of one layer, with one configuration; each rank holds some of them, or a slice of each."""
 
-    # What methods add.
+    # Attributes that the methods add.
     w3_w1_weight: nn.Parameter
     w2_weight: nn.Parameter
     w3_w1_scale: Tensor
@@ -101,20 +101,20 @@ class MoE(nn.Module):
         self._weights_created = False
 
     def create_weights(self) -> None:
-        """Allocate, once the configuration of the layer is known."""
+        """Allocate the parameters once the configuration of the layer is known."""
         if not self._weights_created:
             self.quant_method = _method(self.quant_config, self.moe_backend)
             self.quant_method.create_weights(self)
             self._weights_created = True
 
     def load_weights(self, weights: list[dict[str, Tensor]], allow_partial_loading: bool = False) -> None:
-        """Fill from one dictionary with keys such as `0.w1.weight`."""
+        """Load from one dictionary with keys such as `0.w1.weight`."""
         assert not allow_partial_loading
         assert len(weights) == 1
         self.quant_method.load_weights(self, weights[0])
 
     def forward(self, hidden: Tensor, router_logits: Tensor) -> Tensor:
-        """[tokens, hidden] through the experts that the router prefers."""
+        """Return [tokens, hidden] of the experts that the router chooses."""
         shares, chosen = router_logits.softmax(-1).topk(self.top_k, dim=-1)
         if self.renormalize:
             shares = shares / shares.sum(-1, keepdim=True)

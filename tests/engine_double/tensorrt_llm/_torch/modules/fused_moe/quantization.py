@@ -1,7 +1,7 @@
-"""Imitates `fused_moe/quantization.py`: what experts read per algorithm, and how they store it.
+"""Imitates `fused_moe/quantization.py`: the tensors that experts read per algorithm, and how they are stored.
 
-w3 and w1 (up, then gate) are one weight [experts, 2 x intermediate, hidden]; each tensor is cut by ceiling division of
-its own width, w1 and w3 along rows, w2 along columns.
+w3 and w1 (up, then gate) are one weight [experts, 2 x intermediate, hidden]. Each tensor is sliced by ceiling division
+of its own width, w1 and w3 along rows, w2 along columns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Weights = dict[str, Tensor]
 
 
 class ExpertMethod:
-    """Codes and, where `scale_key` is set, scales of which one stands for `scale_spans` (rows, columns) of a weight."""
+    """Codes and, if `scale_key` is set, scales; one scale covers `scale_spans` (rows, columns) of a weight."""
 
     weight_dtype: torch.dtype | None = None
     packing = (1, 1)
@@ -51,7 +51,7 @@ class ExpertMethod:
     scale_spans = (1, 1)
 
     def create_weights(self, module: MoE) -> None:
-        """None as a dtype is that of the model."""
+        """A dtype of None means the dtype of the model."""
         inner = module.intermediate_size_per_partition
         for part, rows, columns in (("w3_w1", 2 * inner, module.hidden_size), ("w2", module.hidden_size, inner)):
             self._create(module, f"{part}_weight", rows, columns, self.packing, self.weight_dtype)
@@ -66,7 +66,7 @@ class ExpertMethod:
         module.register_parameter(name, frozen(len(module.expert_ids), *shape, dtype=dtype or module.dtype))
 
     def load_weights(self, module: MoE, weights: Weights) -> None:
-        """KeyError for whatever an expert lacks."""
+        """Load the experts; raises KeyError for a missing tensor."""
         for at, expert in enumerate(module.expert_ids):
             w1, w3, w2 = (self._cut(module, weights, f"{expert}.{part}", "weight") for part in ("w1", "w3", "w2"))
             copy_weight(module.w3_w1_weight[at], self.prepare(torch.cat([w3, w1])))
@@ -85,11 +85,11 @@ class ExpertMethod:
         return load_weight_shard(weights[f"{expert}.{key}"], *parallel)
 
     def prepare(self, codes: Tensor) -> Tensor:
-        """Codes as they are stored."""
+        """Return the codes as they are stored."""
         return codes
 
     def dequantize(self, module: MoE, part: str, at: int) -> Tensor:
-        """One weight [N, K] in float32; `part` is w3_w1 or w2."""
+        """Return one weight [N, K] in float32; `part` is w3_w1 or w2."""
         weight = getattr(module, f"{part}_weight")[at]
         values = e2m1_values(weight) if self.packing == (1, 2) else weight.float()
         if self.scale_key is None:
@@ -101,7 +101,7 @@ class ExpertMethod:
         return values * scale[: values.shape[0], : max(values.shape[1], 1)]
 
     def scale_input(self, module: MoE, part: str, at: int, values: Tensor) -> Tensor:
-        """What happens to the input before a weight."""
+        """Transform the input before it is multiplied by a weight."""
         return values
 
 
@@ -110,7 +110,7 @@ class UnquantizedExperts(ExpertMethod):
 
 
 class _WithInputScale(ExpertMethod):
-    """The largest input scale of all experts, of those on other ranks as well, serves a layer."""
+    """A layer uses the largest input scale of all experts, including those on other ranks."""
 
     def load_input_scales(self, module: MoE, weights: Weights) -> None:
         for part, names in (("w3_w1", ("w1", "w3")), ("w2", ("w2",))):
@@ -126,7 +126,7 @@ class _WithInputScale(ExpertMethod):
 
 
 class FP8Experts(_WithInputScale):
-    """One scale per weight; w1 and w3 are requantized to the larger of theirs."""
+    """One scale per weight; w1 and w3 are requantized to the larger of their two scales."""
 
     weight_dtype = FP8
 
@@ -204,7 +204,7 @@ class Int8Experts(ExpertMethod):
 
 
 class WInt4AFP8Experts(_WithInputScale):
-    """int4 in groups of 128; asks for activation scales that weight-only checkpoints don't have."""
+    """int4 in groups of 128; requires activation scales that weight-only checkpoints don't have."""
 
     weight_dtype = torch.int8
     packing = (2, 1)
@@ -219,7 +219,7 @@ class WInt4AFP8Experts(_WithInputScale):
             for part in ("w1", "w3", "w2"):
                 _ = weights[f"{expert}.{part}.pre_quant_scale"], weights[f"{expert}.{part}.weight_scale_2"]
         super().load_weights(module, weights)
-        # Of the input, so it is cut where w2 is cut along its columns.
+        # It scales the input, so it is sliced where w2 is sliced along its columns.
         parallel = (module.mapping.moe_tp_size, module.mapping.moe_tp_rank)
         for part, name, mode in (("w3_w1", "w1", None), ("w2", "w2", TensorParallelMode.COLUMN)):
             scales = [weights[f"{expert}.{name}.pre_quant_scale"] for expert in module.expert_ids]
@@ -240,7 +240,7 @@ class WInt4AFP8Experts(_WithInputScale):
 
 
 class MXFP4Experts(ExpertMethod):
-    """E2M1 codes and power-of-two scales per 32 columns; before the newest release sizes are not padded."""
+    """E2M1 codes and power-of-two scales per 32 columns; only the newest release pads sizes."""
 
     weight_dtype = torch.uint8
     packing = (1, 2)
@@ -255,7 +255,7 @@ class MXFP4Experts(ExpertMethod):
 
 
 class CutlassMXFP4Experts(MXFP4Experts):
-    """The same under CUTLASS's name of the scale."""
+    """As `MXFP4Experts`, with the name that CUTLASS uses for the scale."""
 
     scale_key = "weight_scale_inv"
 

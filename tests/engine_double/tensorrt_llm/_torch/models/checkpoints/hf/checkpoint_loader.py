@@ -19,7 +19,7 @@ __all__ = ["HfCheckpointLoader"]
 
 @register_checkpoint_loader("HF")
 class HfCheckpointLoader(BaseCheckpointLoader):
-    """Built with parts by keyword; `cleanup` drops all of them."""
+    """Takes its parts by keyword; `cleanup` drops all of them."""
 
     def __init__(
         self,

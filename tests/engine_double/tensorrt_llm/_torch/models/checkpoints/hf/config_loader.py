@@ -13,7 +13,7 @@ __all__ = ["HfConfigLoader"]
 
 @register_config_loader("HF")
 class HfConfigLoader(BaseConfigLoader):
-    """config.json, by ModelConfig."""
+    """Loads config.json with ModelConfig."""
 
     def load(self, checkpoint_dir: str, **kwargs: Any) -> ModelConfig:
         return ModelConfig.from_pretrained(checkpoint_dir, **kwargs)

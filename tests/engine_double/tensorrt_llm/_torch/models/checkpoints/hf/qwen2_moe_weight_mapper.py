@@ -20,7 +20,7 @@ _PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 @register_mapper("HF", "Qwen2MoeForCausalLM")
 class Qwen2MoeHfWeightMapper(HfWeightMapper):
-    """Experts under the names w1, w3 and w2, by replacing words; tensors of all experts are taken apart first."""
+    """Renames experts to w1, w3 and w2 by replacing words; tensors of all experts are split first."""
 
     def is_special_instance_module(self, module: nn.Module) -> bool:
         return isinstance(module, MoE)
@@ -58,4 +58,4 @@ class Qwen3MoeHfWeightMapper(Qwen2MoeHfWeightMapper):
 
 @register_mapper("HF", "MixtralForCausalLM")
 class MixtralHfWeightMapper(Qwen2MoeHfWeightMapper):
-    """Its checkpoints say w1, w3 and w2 already."""
+    """Its checkpoints already use w1, w3 and w2."""

@@ -18,7 +18,7 @@ __all__ = ["HfWeightLoader"]
 
 @register_checkpoint_weight_loader("HF")
 class HfWeightLoader(BaseWeightLoader):
-    """Whole files on every rank, whatever of them is needed; files named consolidated only when there are no others."""
+    """Loads whole files on every rank; files named consolidated only if there are no other files."""
 
     if RELEASE.mapping_argument:
 

@@ -19,7 +19,7 @@ _NVFP4 = {QuantAlgo.NVFP4, "W4A16_NVFP4", "NVFP4_ARC"}
 
 @register_mapper("HF")
 class HfWeightMapper(BaseWeightMapper):
-    """q, k, v and gate, up make fused Linears; K and V heads are repeated for ranks that outnumber them."""
+    """Fuses q, k, v and gate, up; repeats K and V heads when there are more ranks than heads."""
 
     def init_model_and_config(self, model: Any, config: ModelConfig) -> None:
         super().init_model_and_config(model, config)
@@ -38,7 +38,7 @@ class HfWeightMapper(BaseWeightMapper):
         return [weights]
 
     def repeated_keys(self, module: Any) -> set[str]:
-        """`weight_scale` of NVFP4 only: per-row scales of other algorithms keep their length."""
+        """Of scales, only `weight_scale` of NVFP4 is repeated: per-row scales of other algorithms keep their length."""
         algo = module.quant_config.layer_quant_mode.algo if module.quant_config else None
         return {"weight", "bias", "weight_scale"} if algo in _NVFP4 else {"weight", "bias"}
 
@@ -52,7 +52,7 @@ class HfWeightMapper(BaseWeightMapper):
 
 
 def _repeat(tensor: Tensor, heads: int, times: int) -> Tensor:
-    """Blocks of rows, one per head; 1-D tensors element by element, which mixes rows within a head."""
+    """Repeat blocks of rows, one per head; 1-D tensors element by element, which mixes rows within a head."""
     if tensor.dim() == 1:
         return tensor.repeat_interleave(times)
     assert tensor.shape[0] % heads == 0

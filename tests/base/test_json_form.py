@@ -1,0 +1,62 @@
+"""One rule by which reports and records become JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault
+from trtllm_ct.base.json_form import fields_form, json_form
+from trtllm_ct.base.schemes import QuantAlgo, TensorSpec
+
+FAULT = Fault(where="here", expected="a", found="b", remedy="c")
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        (None, None),
+        (True, True),
+        (0, 0),
+        (0.5, 0.5),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        ("text", "text"),
+        (Path("a/b"), "a/b"),
+        (QuantAlgo.FP8, "FP8"),
+        (DType.BF16, "bfloat16"),
+        ((1, (2, 3)), [1, [2, 3]]),
+        ({"b", "a"}, ["a", "b"]),
+        (MappingProxyType({QuantAlgo.FP8: (1,)}), {"FP8": [1]}),
+        (TensorSpec(DType.F32, (2,)), {"dtype": "float32", "shape": [2]}),
+        ([FAULT], [{"where": "here", "expected": "a", "found": "b", "remedy": "c"}]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_become_what_json_knows(value: Any, form: Any) -> None:
+    assert json_form(value) == form
+    assert json.loads(json.dumps(json_form(value))) == form
+
+
+def test_an_enumeration_is_a_plain_string() -> None:
+    assert type(json_form(QuantAlgo.FP8)) is str
+
+
+def test_an_object_without_a_form_is_refused() -> None:
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        json_form([object()])
+
+
+def test_a_dataclass_is_its_fields_by_name() -> None:
+    @dataclass(frozen=True)
+    class Report:
+        path: Path
+        dtype: DType | None = None
+
+    assert fields_form(Report(Path("a"))) == {"path": "a", "dtype": None}
