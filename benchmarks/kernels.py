@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
-
-    from trtllm_ct.layouts.scales import Scaling
 
 __all__ = ["KERNELS", "Kernel", "time_kernels"]
 
@@ -91,27 +91,28 @@ def _prepare_int8(shape: Shape) -> Prepared:
 
 
 def _prepare_repack(shape: Shape, bits: int, target: Any) -> Prepared:
-    from trtllm_ct.layouts.loops.dispatch import repack
+    from trtllm_ct.layouts.loops.dispatch import repack_bytes
     from trtllm_ct.layouts.packing import packed_words
 
     source = packed_words(bits)
-    packed = _random_words(source.packed_shape(shape))
-    out = _touched(target.packed_shape(shape), target.container.torch_dtype)
-    return lambda: repack(packed, source, target, shape, out=out), out.nbytes
+    packed = _bytes_of(_random_words(source.packed_shape(shape)))
+    out = _bytes_of(_touched(target.packed_shape(shape), target.container.torch_dtype))
+    return lambda: repack_bytes(packed, source, target, shape, out), out.nbytes
 
 
 def _prepare_zero_points(shape: Shape) -> Prepared:
     """Unpack zero points and compute the float32 offsets that an engine adds."""
+    import numpy as np
     import torch
 
-    from trtllm_ct.layouts.loops.dispatch import additive_zero
+    from trtllm_ct.layouts.loops.kernels import additive_zero_of_words
     from trtllm_ct.layouts.packing import packed_words
 
-    groups, source = (shape[0], shape[1] // _GROUP), packed_words(4, axis=0)
-    packed = _random_words(source.packed_shape(groups))
-    scale = torch.rand(groups).to(torch.bfloat16)
-    out = _touched(groups, torch.float32)
-    return lambda: additive_zero(scale, packed, source, out=out), out.nbytes
+    groups, bits = (shape[0], shape[1] // _GROUP), 4
+    words = _bytes_of(_random_words(packed_words(bits, axis=0).packed_shape(groups))).view(np.uint32)
+    scale, is_bfloat16 = torch.rand(groups).to(torch.bfloat16).view(torch.uint16).numpy(), True
+    out = _touched(groups, torch.float32).numpy()
+    return lambda: additive_zero_of_words(words, bits, 32 // bits, scale, is_bfloat16, out), out.nbytes
 
 
 def _prepare_fp8_rows(shape: Shape) -> Prepared:
@@ -152,31 +153,32 @@ def _prepare_nvfp4(shape: Shape) -> Prepared:
 def _plain_copy(source: Tensor, target: Tensor) -> Callable[[], object]:
     """Return a copy with numpy: tensors that are delivered unchanged are copied as bytes, without torch."""
     import numpy as np
-    import torch
 
-    target_bytes, source_bytes = (tensor.view(torch.uint8).numpy() for tensor in (target, source))
+    target_bytes, source_bytes = _bytes_of(target), _bytes_of(source)
     return lambda: np.copyto(target_bytes, source_bytes)
 
 
 def _prepare_dequantize(shape: Shape) -> Prepared:
+    """Widen the bfloat16 scales to float32, as each call of `dispatch.dequantize` does, and dequantize int4 codes."""
     import torch
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.schemes import Element
-    from trtllm_ct.layouts.loops.dispatch import dequantize
+    from trtllm_ct.layouts.loops.dispatch import ScalingArrays, dequantize_bytes
     from trtllm_ct.layouts.packing import packed_words
+    from trtllm_ct.layouts.scales import scale_values
 
-    source, scaling = packed_words(4), _scaling(shape)
-    packed = _random_words(source.packed_shape(shape))
-    out = _touched(shape, torch.bfloat16)
-    return lambda: dequantize(packed, source, Element.INT, shape, scaling, torch.bfloat16, out=out), out.nbytes
+    source = packed_words(4)
+    packed = _bytes_of(_random_words(source.packed_shape(shape)))
+    scale = torch.rand(shape[0], shape[1] // _GROUP).to(torch.bfloat16)
+    out = _bytes_of(_touched(shape, torch.bfloat16))
 
+    def run() -> None:
+        wide = scale_values(scale, torch.float32).numpy()
+        scaling = ScalingArrays(scale=wide, block_rows=1, group_columns=_GROUP, in_float64=False)
+        dequantize_bytes(packed, source, Element.INT, scaling, DType.BF16, out)
 
-def _scaling(shape: Shape) -> Scaling:
-    import torch
-
-    from trtllm_ct.layouts.scales import Scaling
-
-    return Scaling(scale=torch.rand(shape[0], shape[1] // _GROUP).to(torch.bfloat16), group_columns=_GROUP)
+    return run, out.nbytes
 
 
 def _random_words(shape: tuple[int, ...]) -> Tensor:
@@ -186,6 +188,14 @@ def _random_words(shape: tuple[int, ...]) -> Tensor:
     from trtllm_ct.layouts.loops.huge_pages import empty
 
     return empty(shape, torch.int32).random_(-(2**31), 2**31 - 1)
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes of a contiguous tensor, uint8 [..., bytes of the last axis], which share its memory."""
+    import torch
+
+    data: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
+    return data
 
 
 def _touched(shape: tuple[int, ...], dtype: Any) -> Tensor:

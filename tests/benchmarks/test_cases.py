@@ -1,4 +1,4 @@
-"""The tables: every figure of the issue has a case, and no case or kernel stands beside them unused."""
+"""The tables of the benchmark: every figure has a case, and every task and kernel is used."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def test_names_are_unique() -> None:
-    names = [each.name for each in (*CASES, *KERNELS)]
+    names = [case.name for case in (*CASES, *KERNELS)]
 
     assert len(set(names)) == len(names)
 
 
-def test_every_figure_takes_its_number_from_a_case_that_measures_it() -> None:
+def test_every_figure_uses_a_case_that_measures_it() -> None:
     for figure in FIGURES:
         if table_of(figure.case) is Table.KERNELS:
             assert figure.case in {kernel.name for kernel in KERNELS}
@@ -38,10 +38,10 @@ def test_every_figure_takes_its_number_from_a_case_that_measures_it() -> None:
 
 
 def test_every_kernel_has_its_limit() -> None:
-    assert {kernel.name for kernel in KERNELS} == {each.case for each in FIGURES if each.peer == "memcpy"}
+    assert {kernel.name for kernel in KERNELS} == {figure.case for figure in FIGURES if figure.peer == "memcpy"}
 
 
-def test_limits_are_those_that_were_promised() -> None:
+def test_limits() -> None:
     limits = {(figure.case, figure.shape, figure.metric, figure.peer): figure.limit for figure in FIGURES}
 
     assert limits["int4-repack", "", Metric.RATIO, "memcpy"] == 1.2
@@ -86,7 +86,7 @@ def test_sweeps_are_of_four_sizes_and_every_table_has_one() -> None:
     assert {table_of(sweep.case) for sweep in SWEEPS} == set(Table) - {Table.KERNELS}
 
 
-def test_cp_writes_as_many_bytes_as_come_out(tmp_path: Path) -> None:
+def test_cp_writes_as_many_bytes_as_the_conversion(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "model-1.safetensors").write_bytes(b"abcdef")
@@ -106,7 +106,7 @@ def test_a_peer_that_is_not_installed_is_named() -> None:
     assert importlib.util.find_spec("no_such_package") is None
 
 
-def test_kernels_and_memcpy_are_sampled_as_often() -> None:
+def test_kernels_and_memcpy_have_equally_many_samples() -> None:
     timed = time_kernels(64, 2048, 2)
 
     assert timed.keys() == {kernel.name for kernel in KERNELS}
@@ -127,21 +127,21 @@ def convert_of_8b(*peers: Side, **skipped: str) -> Measurement:
 
 
 @pytest.mark.parametrize(("seconds", "reached"), [(2.0, False), (2.5, True)])
-def test_a_ratio_is_held_to_its_limit(seconds: float, reached: bool) -> None:
+def test_a_ratio_is_compared_with_its_limit(seconds: float, reached: bool) -> None:
     found = find([convert_of_8b(side("cp", seconds))], [Table.CONVERT], ["8b"])[0]
 
     assert found.value == 3.0 / seconds
     assert found.reached is reached
 
 
-def test_memory_is_held_to_its_limit() -> None:
+def test_memory_is_compared_with_its_limit() -> None:
     found = find([convert_of_8b()], [Table.CONVERT], ["8b"])
     peak = next(each for each in found if each.unit == "MB" and each.value is not None)
 
     assert (peak.value, peak.reached) == (800, False)
 
 
-def test_what_could_not_be_measured_says_why() -> None:
+def test_a_figure_that_was_not_measured_has_a_reason() -> None:
     found = find([convert_of_8b(cp="cp not installed")], [Table.CONVERT], ["8b"])[0]
 
     assert (found.value, found.reached, found.note) == (None, None, "cp: cp not installed")
@@ -155,7 +155,7 @@ def test_an_inspect_that_imports_torch_does_not_reach_its_figure() -> None:
     assert (found.value, found.note) == (None, "torch was imported")
 
 
-def test_memory_beyond_the_result_is_what_was_neither_there_before_nor_is_delivered() -> None:
+def test_memory_beyond_the_result_excludes_earlier_and_delivered_memory() -> None:
     facts = {"before_bytes": 100, "weight_bytes": 900, "mapped_bytes": 200, "group_bytes": 40}
     sample = Sample(call_seconds=1.0, peak_anonymous=100 + 700 + 60, facts=facts)
     ours = Side(name="ours", clock=Clock.CALL, samples=(sample,))
@@ -166,7 +166,7 @@ def test_memory_beyond_the_result_is_what_was_neither_there_before_nor_is_delive
     assert (found.value, found.unit, found.reached) == (1.5, "x", False)
 
 
-def test_a_peer_that_was_not_asked_for_leaves_its_figure_open() -> None:
+def test_the_figure_of_a_peer_that_was_not_requested_is_unknown() -> None:
     found = find([convert_of_8b()], [Table.CONVERT], ["8b"])[0]
 
     assert (found.value, found.note) == (None, "cp: not asked for")

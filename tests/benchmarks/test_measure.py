@@ -1,4 +1,4 @@
-"""The runner: sides take turns, outputs are gone before the next run, what fails is said and not repeated."""
+"""Measuring processes: sides alternate, outputs are deleted between runs, a failure is reported and not repeated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def noting(name: str, log: Path) -> Job:
     return Job(commands=(("sh", "-c", f"echo {name} >> {log}"),))
 
 
-def test_sides_take_turns_and_every_other_round_runs_backwards(tmp_path: Path) -> None:
+def test_sides_alternate_and_every_other_round_is_reversed(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     sides = measure_in_turn({name: noting(name, log) for name in ("ours", "cp", "library")}, Clock.PROCESS, 3)
@@ -33,7 +33,7 @@ def test_sides_take_turns_and_every_other_round_runs_backwards(tmp_path: Path) -
     assert [(side.name, len(side.samples)) for side in sides] == [("ours", 3), ("cp", 3), ("library", 3)]
 
 
-def test_an_output_is_not_there_when_a_run_starts_and_gone_at_the_end(tmp_path: Path) -> None:
+def test_an_output_is_deleted_before_and_after_each_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Job(commands=(("mkdir", str(out)),), output=out)
 
@@ -52,7 +52,7 @@ def test_all_commands_of_a_job_count(tmp_path: Path) -> None:
     assert done.process_seconds >= 0.2
 
 
-def test_what_a_command_says_of_itself_is_kept() -> None:
+def test_the_facts_that_a_command_prints_are_kept() -> None:
     done = run_job(Job(commands=(python("print('noise'); print('{\"seconds\": 1.5, \"a\": 2}')"),)))
 
     assert (done.call_seconds, done.facts) == (1.5, {"a": 2})
@@ -64,7 +64,7 @@ def test_a_document_of_many_lines_is_read_too() -> None:
     assert run_job(Job(commands=(python("import sys; print(sys.argv[1])", text),))).call_seconds == 2.0
 
 
-def test_the_peak_of_anonymous_memory_is_seen() -> None:
+def test_the_peak_of_anonymous_memory_is_measured() -> None:
     code = "import time; held = bytearray(b'1') * (1 << 26); time.sleep(0.2)"
 
     done = run_job(Job(commands=(python(code),)))
@@ -73,7 +73,7 @@ def test_the_peak_of_anonymous_memory_is_seen() -> None:
     assert 1 << 26 <= done.peak_anonymous < 1 << 27
 
 
-def test_mapped_files_are_no_anonymous_memory(tmp_path: Path) -> None:
+def test_mapped_files_are_not_counted_as_anonymous_memory(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 26))
     code = """
 import mmap, sys, time
@@ -104,7 +104,7 @@ def test_a_command_that_fails_alone_is_an_error_with_the_command() -> None:
         run_job(Job(commands=(("false",),)))
 
 
-def test_a_command_that_takes_the_machines_memory_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_uses_too_much_memory_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "available_memory", lambda: 1 << 25)
     code = "import time; held = bytearray(b'1') * (1 << 26); time.sleep(30)"
 
@@ -121,7 +121,7 @@ def test_a_slow_side_is_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert (len(ours.samples), len(peer.samples)) == (3, 1)
 
 
-def test_warming_reads_files_and_skips_holes(tmp_path: Path) -> None:
+def test_warming_reads_files_and_skips_sparse_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"1" * 100_000)
     (tmp_path / "folder").mkdir()
     with (tmp_path / "hole").open("wb") as stream:
@@ -130,13 +130,13 @@ def test_warming_reads_files_and_skips_holes(tmp_path: Path) -> None:
     warm(tmp_path)
 
 
-def test_a_process_that_is_gone_has_no_memory() -> None:
+def test_a_process_that_has_ended_has_no_memory() -> None:
     assert anonymous_bytes() > 0
     assert anonymous_bytes(2**30) == 0
 
 
-def test_bytecode_is_kept_whatever_this_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package is compiled when it is installed; parsing it would count as our time."""
+def test_the_bytecode_cache_is_always_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package has cached bytecode; otherwise parsing would count as time of this package."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
     done = run_job(Job(commands=(python("import json, sys; print(json.dumps({'off': sys.dont_write_bytecode}))"),)))

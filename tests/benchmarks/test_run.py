@@ -1,4 +1,4 @@
-"""The whole bench on a tiny checkpoint, and what it prints, writes and refuses."""
+"""The whole benchmark on a tiny checkpoint: its results, output, documentation page and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FREE = namedtuple("FREE", "total used free")  # noqa: PYI024 (as shutil.disk_usa
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run from end to end; peers that take seconds to be imported have a test of their own."""
+    """The JSON document of a whole benchmark; peers that take seconds to import have separate tests."""
     options = ("--table", "load,convert,headers", "--against", "cp,load_file", "--runs", 1, "--json")
     done = run_cli("--shape", "tiny", *options, main=main)
     assert done.code == 0
@@ -50,7 +50,7 @@ def test_every_case_of_the_shape_was_measured(document: dict[str, Any]) -> None:
         assert each["ours"]["seconds"] > 0
 
 
-def test_peers_stand_beside_them(document: dict[str, Any]) -> None:
+def test_peers_were_measured(document: dict[str, Any]) -> None:
     peers = {each["case"]: {side["name"]: side for side in each["peers"]} for each in document["measurements"]}
 
     assert peers["load-native"].keys() == {"load_file"}
@@ -108,7 +108,7 @@ def test_a_peer_that_is_not_installed_is_left_out_by_name(monkeypatch: pytest.Mo
         (["--write-docs", "no-such-folder"], "no such file"),
     ],
 )
-def test_what_can_not_be_measured_is_refused(arguments: list[str], found: str) -> None:
+def test_invalid_arguments_are_refused(arguments: list[str], found: str) -> None:
     done = run_cli(*arguments, main=main)
 
     assert done.code == 2
@@ -130,7 +130,7 @@ def test_plots_without_matplotlib_are_refused_before_anything_is_measured(monkey
 
 
 def report() -> Report:
-    """Numbers that nobody measured, for what is made of them."""
+    """Return a report with made-up numbers, to test its output."""
 
     def side(name: str, seconds: float) -> Side:
         sample = Sample(process_seconds=seconds, call_seconds=seconds / 2, peak_anonymous=123_000_000)
@@ -165,7 +165,7 @@ def test_every_row_has_a_cell_in_each_column() -> None:
         assert {len(row) for row in grid.rows} == {len(grid.columns)}
 
 
-def test_both_sides_and_those_left_out_have_a_row() -> None:
+def test_both_sides_and_skipped_peers_have_a_row() -> None:
     rows = next(grids(report(), Table.CONVERT)).rows
 
     assert [(row[1], row[2], row[5], row[6], row[7]) for row in rows] == [
@@ -175,7 +175,7 @@ def test_both_sides_and_those_left_out_have_a_row() -> None:
     ]
 
 
-def test_a_straight_line_is_found() -> None:
+def test_the_least_squares_line() -> None:
     line = report().series[0]
 
     assert line.line == pytest.approx((1.0, 1e-9))
@@ -189,7 +189,7 @@ def docs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_gets_what_was_measured_and_keeps_the_rest(docs: Path) -> None:
+def test_the_page_gets_the_measured_tables_and_keeps_other_text(docs: Path) -> None:
     before = (docs / PAGE).read_text(encoding="utf-8")
     page.require_page(docs)
 
@@ -202,7 +202,7 @@ def test_the_page_gets_what_was_measured_and_keeps_the_rest(docs: Path) -> None:
     assert "(performance/convert.svg)" in after
 
 
-def test_equal_numbers_make_an_equal_page_and_plot(docs: Path) -> None:
+def test_the_same_numbers_give_the_same_page_and_plot(docs: Path) -> None:
     def written() -> list[bytes]:
         write_page(report(), docs, "python -m benchmarks")
         return [(docs / PAGE).read_bytes(), (docs / "performance" / "convert.svg").read_bytes()]
@@ -212,7 +212,7 @@ def test_equal_numbers_make_an_equal_page_and_plot(docs: Path) -> None:
 
 
 def outside(text: str) -> list[str]:
-    """The page without what stands between markers."""
+    """Return the page without the text between markers."""
     kept: list[str] = []
     inside = False
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints are what they say: always the same bytes, and sound by our own plan."""
+"""Synthetic checkpoints: reproducible bytes, and valid for planning and verification."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def digest(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def test_a_shape_is_written_the_same_every_time(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_shape_gives_the_same_bytes_every_time(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     again = tmp_path_factory.mktemp("again")
     TINY.write(again)
 
@@ -46,14 +46,14 @@ def test_another_seed_is_another_checkpoint(tiny: Path, tmp_path_factory: pytest
     assert digest(other)["model-00001-of-00005.safetensors"] != digest(tiny)["model-00001-of-00005.safetensors"]
 
 
-def test_it_lies_in_shards_with_an_index(tiny: Path) -> None:
+def test_it_has_shards_and_an_index(tiny: Path) -> None:
     index = json.loads((tiny / "model.safetensors.index.json").read_text(encoding="utf-8"))
 
     assert len(set(index["weight_map"].values())) == 5
     assert index["metadata"]["total_size"] == TINY.disk_bytes
 
 
-def test_our_plan_accepts_it_and_delivers_natively(tiny: Path) -> None:
+def test_it_can_be_planned_and_is_delivered_natively(tiny: Path) -> None:
     plan = plan_checkpoint(tiny, "modelopt")
 
     assert inspect_checkpoint(tiny).problems == ()
@@ -62,7 +62,7 @@ def test_our_plan_accepts_it_and_delivers_natively(tiny: Path) -> None:
     assert plan_checkpoint(tiny, "dense").delivered_bytes == TINY.dense_bytes
 
 
-def test_its_scales_are_sound(tiny: Path) -> None:
+def test_its_scales_are_valid(tiny: Path) -> None:
     assert verify_checkpoint(tiny).good
 
 
@@ -71,14 +71,14 @@ def test_the_shapes_of_the_figures_have_their_sizes(name: str, nbytes: float) ->
     assert SHAPES[name].disk_bytes == pytest.approx(nbytes, rel=0.01)
 
 
-def test_a_shape_of_fewer_layers_has_less_of_everything_but_tables() -> None:
+def test_disk_bytes_grow_with_layers_except_for_embedding_and_head() -> None:
     shape = SHAPES["1b"]
     half, tables = shape.with_layers(8), 2 * 2 * 32000 * 2048
 
     assert 2 * (half.disk_bytes - tables) == pytest.approx(shape.disk_bytes - tables, rel=1e-4)
 
 
-def test_the_kimi_shape_of_a_few_layers_takes_next_to_no_disk(tmp_path: Path) -> None:
+def test_the_kimi_shape_with_few_layers_needs_almost_no_disk(tmp_path: Path) -> None:
     shape = KimiShape().with_layers(2)
     tensors = shape.write(tmp_path)
 

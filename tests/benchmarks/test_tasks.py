@@ -1,4 +1,4 @@
-"""What timed processes do: both sides come to the same weights."""
+"""The tasks of timed processes: both sides load the same weights."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def run(task: str, directory: Path, *arguments: object) -> dict[str, Any]:
     return facts
 
 
-def test_loading_a_file_gives_what_is_stored(tiny: Path) -> None:
+def test_load_file_loads_the_stored_bytes(tiny: Path) -> None:
     assert run("load-file", tiny)["weight_bytes"] == TINY.disk_bytes
 
 
-def test_our_dense_weights_are_as_large_as_planned(tiny: Path) -> None:
+def test_dense_weights_have_the_planned_size(tiny: Path) -> None:
     facts = run("load-weights", tiny, "dense")
 
     assert facts["weight_bytes"] == TINY.dense_bytes
@@ -44,7 +44,7 @@ def test_our_dense_weights_are_as_large_as_planned(tiny: Path) -> None:
 @pytest.mark.reference
 @pytest.mark.parametrize("task", ["library-load", "transformers-load"])
 @pytest.mark.filterwarnings("ignore")
-def test_peers_come_to_the_same_dense_weights(tiny: Path, task: str) -> None:
+def test_peers_load_equally_many_bytes(tiny: Path, task: str) -> None:
     assert run(task, tiny)["weight_bytes"] == TINY.dense_bytes
 
 
@@ -58,8 +58,8 @@ def test_the_librarys_converter_writes_the_same_dense_weights(tiny: Path, tmp_pa
     assert TINY.dense_bytes < sum(file.stat().st_size for file in files) < 1.01 * TINY.dense_bytes
 
 
-def test_the_ranks_of_a_node_fetch_nothing_twice(tiny: Path) -> None:
-    """What one fetches from the disk is in memory for all; on a file system in memory there is nothing to fetch."""
+def test_the_ranks_of_a_node_fetch_each_byte_once(tiny: Path) -> None:
+    """Bytes that one rank fetched are in the page cache for all; on a file system in memory, nothing is fetched."""
     facts = run("node-bytes", tiny, 4)
 
     stored = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
@@ -70,7 +70,7 @@ def test_the_ranks_of_a_node_fetch_nothing_twice(tiny: Path) -> None:
     assert sum(rank["fetched"] for rank in facts["ranks"]) < 1.05 * stored
 
 
-def test_a_rank_reads_its_rows_of_what_is_cut_by_columns_and_all_of_what_is_not(tiny: Path) -> None:
+def test_a_rank_reads_slices_of_column_parallel_linears_and_all_of_row_parallel_linears(tiny: Path) -> None:
     cuts = run("rank-bytes", tiny, 4)["cuts"]
 
     assert sum(group["stored"] for group in cuts.values()) == TINY.disk_bytes

@@ -1,4 +1,4 @@
-"""`trtllm-ct cache`: what was prepared, for whom, and that clearing takes nothing away from a running server."""
+"""`trtllm-ct cache`: list the prepared directories, and clear those that no running process uses."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def lines(done: Done) -> list[str]:
 
 
 def rows(done: Done) -> set[str]:
-    """The lines of the table, below its header and rule."""
+    """Return the rows of the table, below the header and the rule."""
     return set(lines(done)[3:])
 
 
-# list.
+# cache list.
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_an_empty_cache_is_said_to_be_with_its_place(sidecar_cache: Path, exists: bool) -> None:
+def test_an_empty_cache_is_reported_with_its_directory(sidecar_cache: Path, exists: bool) -> None:
     if exists:
         sidecar_cache.mkdir()
 
@@ -67,7 +67,7 @@ def test_an_empty_cache_is_said_to_be_with_its_place(sidecar_cache: Path, exists
     assert sidecar_cache.exists() is exists, "looking makes nothing"
 
 
-def test_each_is_listed_with_its_source_engine_and_sizes(sidecar_cache: Path, source: Path) -> None:
+def test_directories_are_listed_with_source_engine_and_sizes(sidecar_cache: Path, source: Path) -> None:
     one = make_sidecar(source, OPTIONS)
     two = make_sidecar(source, replace(OPTIONS, engine="stock-1.3", parallel=Parallel(tensor=4, pipeline=1, expert=2)))
 
@@ -101,7 +101,9 @@ def test_the_document_has_every_option(sidecar_cache: Path, source: Path) -> Non
 
 
 @pytest.mark.parametrize(("generation", "name"), [("old", "stock-1.0"), ("newest", "stock-1.3")])
-def test_what_an_engine_was_given_is_listed_under_its_capability_set(source: Path, generation: str, name: str) -> None:
+def test_a_directory_made_for_an_engine_is_listed_with_its_capability_set(
+    source: Path, generation: str, name: str
+) -> None:
     with engine_double.installed(generation, importers=[BINDINGS]):
         LLM(source, skip_tokenizer_init=True)
         made = prepare(source, tensor_parallel_size=2)
@@ -124,7 +126,7 @@ def test_a_repository_is_listed_by_its_name(source: Path, tmp_path: Path, monkey
     assert (entry["repository"], entry["source"]) == ("org/model", str(snapshot))
 
 
-def test_names_that_look_like_markup_are_names(source: Path) -> None:
+def test_names_that_look_like_markup_are_shown_unchanged(source: Path) -> None:
     place = source.rename(source.with_name("[bold]größe [1] ["))
     made = make_sidecar(place, OPTIONS)
 
@@ -142,7 +144,7 @@ def test_names_that_look_like_markup_are_names(source: Path) -> None:
         ('{"layout": 1, "repository": null}', "KeyError: 'source'"),
     ],
 )
-def test_a_damaged_one_is_shown_beside_the_others(source: Path, text: str, said: str) -> None:
+def test_a_damaged_directory_is_reported_and_the_others_are_listed(source: Path, text: str, said: str) -> None:
     good = make_sidecar(source, OPTIONS)
     bad = make_sidecar(source, replace(OPTIONS, strict=True))
     (bad / SIDECAR_FILE).write_text(text)
@@ -161,7 +163,7 @@ def test_a_damaged_one_is_shown_beside_the_others(source: Path, text: str, said:
     assert (entries[str(bad)]["source"], entries[str(bad)]["options"]) == (None, None)
 
 
-def test_only_damaged_ones_make_no_table(source: Path, sidecar_cache: Path) -> None:
+def test_without_intact_directories_there_is_no_table(source: Path, sidecar_cache: Path) -> None:
     (make_sidecar(source, OPTIONS) / SIDECAR_FILE).write_text("{}")
 
     done = run_cli("cache", "list")
@@ -171,14 +173,14 @@ def test_only_damaged_ones_make_no_table(source: Path, sidecar_cache: Path) -> N
     assert "Delete the directory and call trtllm_ct.prepare again." in done.out
 
 
-def test_a_source_that_is_gone_is_listed_all_the_same(source: Path) -> None:
+def test_a_directory_whose_source_is_missing_is_listed(source: Path) -> None:
     made = make_sidecar(source, OPTIONS)
     shutil.rmtree(source)
 
     assert rows(run_cli("cache", "list")) == {f"{made.name} {source} {DEFAULT_ENGINE} 1 1 1"}
 
 
-def test_what_is_no_sidecar_is_not_listed(source: Path, sidecar_cache: Path) -> None:
+def test_other_files_in_the_cache_are_not_listed(source: Path, sidecar_cache: Path) -> None:
     made = make_sidecar(source, OPTIONS)
     (sidecar_cache / "notes").mkdir()
     (sidecar_cache / "notes" / "readme.md").write_text("mine")
@@ -203,11 +205,11 @@ def _letters(renderable: Any, width: int) -> list[str]:
     return sorted(letter for letter in capture.get() if not letter.isspace() and letter != "─")
 
 
-# clear.
+# cache clear.
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_there_may_be_nothing_to_clear(sidecar_cache: Path, exists: bool) -> None:
+def test_an_empty_cache_can_be_cleared(sidecar_cache: Path, exists: bool) -> None:
     if exists:
         sidecar_cache.mkdir()
 
@@ -218,7 +220,7 @@ def test_there_may_be_nothing_to_clear(sidecar_cache: Path, exists: bool) -> Non
     assert sidecar_cache.exists() is exists
 
 
-def test_what_nobody_uses_is_removed_and_its_source_stays(source: Path, sidecar_cache: Path) -> None:
+def test_an_unused_directory_is_removed_and_its_source_is_kept(source: Path, sidecar_cache: Path) -> None:
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     for tensor in (1, 2):
         make_sidecar(source, replace(OPTIONS, parallel=Parallel(tensor=tensor)))
@@ -233,7 +235,7 @@ def test_what_nobody_uses_is_removed_and_its_source_stays(source: Path, sidecar_
     assert lines(run_cli("cache", "list")) == [f"0 in {sidecar_cache}"]
 
 
-def test_what_a_process_uses_stays_and_is_named(source: Path, sidecar_cache: Path) -> None:
+def test_a_directory_in_use_is_kept_and_named(source: Path, sidecar_cache: Path) -> None:
     make_sidecar(source, OPTIONS)
     let_go_of_sidecars()
     used = make_sidecar(source, replace(OPTIONS, strict=True))
@@ -248,7 +250,7 @@ def test_what_a_process_uses_stays_and_is_named(source: Path, sidecar_cache: Pat
     assert [path.name for path in sidecar_cache.iterdir()] == [used.name]
 
 
-def test_the_document_names_both_kinds(source: Path, sidecar_cache: Path) -> None:
+def test_the_document_lists_removed_and_used_directories(source: Path, sidecar_cache: Path) -> None:
     free = make_sidecar(source, OPTIONS)
     let_go_of_sidecars()
     used = make_sidecar(source, replace(OPTIONS, strict=True))
@@ -265,7 +267,7 @@ def test_the_document_names_both_kinds(source: Path, sidecar_cache: Path) -> Non
 
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
-def test_a_running_model_keeps_its_own(source: Path, generation: str) -> None:
+def test_the_directory_of_a_running_model_is_kept(source: Path, generation: str) -> None:
     with engine_double.installed(generation, importers=[BINDINGS]):
         llm = LLM(source, skip_tokenizer_init=True)
         document = run_cli("cache", "clear", "--json").document
@@ -273,15 +275,15 @@ def test_a_running_model_keeps_its_own(source: Path, generation: str) -> None:
         assert llm.logits([5, 6, 7]).isfinite().all()
 
 
-def test_a_damaged_one_can_be_cleared(source: Path, sidecar_cache: Path) -> None:
-    """That is what its message asks for."""
+def test_a_damaged_directory_can_be_cleared(source: Path, sidecar_cache: Path) -> None:
+    """The message about a damaged directory asks the user to do this."""
     (make_sidecar(source, OPTIONS) / SIDECAR_FILE).write_text("{}")
     let_go_of_sidecars()
 
     assert lines(run_cli("cache", "clear")) == [f"Removed 1 from {sidecar_cache}"]
 
 
-def test_what_others_put_there_stays(source: Path, sidecar_cache: Path) -> None:
+def test_foreign_files_are_kept(source: Path, sidecar_cache: Path) -> None:
     make_sidecar(source, OPTIONS)
     let_go_of_sidecars()
     (sidecar_cache / "notes").mkdir()
@@ -292,8 +294,8 @@ def test_what_others_put_there_stays(source: Path, sidecar_cache: Path) -> None:
     assert [path.name for path in sidecar_cache.rglob("*")] == ["notes", "readme.md"]
 
 
-def test_another_process_clears_what_this_one_let_go(source: Path, sidecar_cache: Path) -> None:
-    """And it needs neither torch nor an engine for it."""
+def test_another_process_can_clear_a_released_directory(source: Path, sidecar_cache: Path) -> None:
+    """Clearing needs neither torch nor an engine."""
     free = make_sidecar(source, OPTIONS)
     let_go_of_sidecars()
     used = make_sidecar(source, replace(OPTIONS, strict=True))
@@ -319,7 +321,7 @@ def test_another_process_clears_what_this_one_let_go(source: Path, sidecar_cache
 
 
 @pytest.mark.parametrize("arguments", [("cache",), ("cache", "purge"), ("cache", "list", "DIR")], ids=" ".join)
-def test_anything_else_is_a_usage_error(arguments: tuple[str, ...]) -> None:
+def test_unknown_subcommands_and_options_are_usage_errors(arguments: tuple[str, ...]) -> None:
     done = run_cli(*arguments)
 
     assert done.code == 2

@@ -1,4 +1,4 @@
-"""The command line as scripts and people meet it: exit codes, documents, and what goes to which stream."""
+"""The command line: exit codes, JSON documents, and the output on stdout and stderr."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def broken(tmp_path: Path) -> Path:
 
 
 def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """`python -m trtllm_ct` in a process of its own, its output in pipes."""
+    """Run `python -m trtllm_ct` in a separate process, with its output in pipes."""
     command = [sys.executable, "-m", "trtllm_ct", *(str(argument) for argument in arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 class TestExitCodes:
-    def test_0_when_all_is_good(self, source: Path, tmp_path: Path):
+    def test_0_for_success(self, source: Path, tmp_path: Path):
         for arguments in (
             ("version",),
             ("inspect", source),
@@ -58,7 +58,7 @@ class TestExitCodes:
             assert done.out
 
     @pytest.mark.parametrize("command", ["inspect", "plan", "convert", "verify"])
-    def test_1_when_something_is_wrong_with_the_checkpoint(self, broken: Path, tmp_path: Path, command: str):
+    def test_1_for_a_faulty_checkpoint(self, broken: Path, tmp_path: Path, command: str):
         options = {"plan": ["--to", "modelopt"], "convert": [tmp_path / "out", "--to", "dense"]}.get(command, [])
 
         done = run_cli(command, broken, *options)
@@ -96,7 +96,7 @@ class TestExitCodes:
         ],
         ids=" ".join,
     )
-    def test_2_for_usage(self, source: Path, tmp_path: Path, arguments: list[str]):
+    def test_2_for_usage_errors(self, source: Path, tmp_path: Path, arguments: list[str]):
         places = {"DIR": source, "OUT": tmp_path / "out"}
 
         done = run_cli(*(places.get(argument, argument) for argument in arguments))
@@ -106,7 +106,7 @@ class TestExitCodes:
         assert len(done.err.split()) > 5
         assert not (tmp_path / "out").exists()
 
-    def test_2_for_an_output_that_exists(self, source: Path, tmp_path: Path):
+    def test_2_for_an_existing_output(self, source: Path, tmp_path: Path):
         (tmp_path / "out").mkdir()
 
         done = run_cli("convert", source, tmp_path / "out", "--to", "dense")
@@ -138,7 +138,7 @@ class TestDocuments:
             assert list(done.document)[:2] == ["schema", "kind"]
             assert (done.document["schema"], done.document["kind"]) == (SCHEMA, arguments[0])
 
-    def test_a_plan_is_the_plan(self, source: Path):
+    def test_a_plan_document_holds_the_plan(self, source: Path):
         done = run_cli("plan", source, "--to", "reference", "--json")
 
         plan = json.loads(json.dumps(plan_checkpoint(source, "reference").to_dict()))
@@ -163,7 +163,7 @@ class TestDocuments:
         (fault,) = done.document["faults"]
         assert fault.keys() == {"where", "expected", "found", "remedy"}
 
-    def test_a_usage_error_of_ours_is_a_document_with_exit_code_2(self, source: Path):
+    def test_a_usage_error_of_this_package_is_a_document_with_exit_code_2(self, source: Path):
         done = run_cli("convert", source, source, "--to", "dense", "--json")
 
         assert done.code == 2
@@ -205,7 +205,7 @@ class TestConvert:
 
 
 class TestStreams:
-    """A process with pipes, as in scripts and continuous integration."""
+    """Commands that run in a process with pipes, as in scripts and continuous integration."""
 
     def test_python_m_is_the_command(self):
         done = run_process("version")
@@ -220,7 +220,7 @@ class TestStreams:
         assert "\x1b" not in done.stdout
 
     def test_piped_output_is_not_wrapped(self, broken: Path):
-        """Names and messages stay on one line however long, so that grep finds them."""
+        """Long names and messages stay on one line, so that grep finds them."""
         made = run_process("plan", broken, "--to", "modelopt")
         assert (made.returncode, made.stdout) == (1, "")
         remedy = "Download the checkpoint again; a shard or its entry in the index is lost."
@@ -230,8 +230,8 @@ class TestStreams:
         shown = run_process("inspect", broken.rename(deep))
         assert f"{deep} is a compressed-tensors checkpoint" in shown.stdout.splitlines()
 
-    def test_an_error_before_everything_else_is_short(self, tmp_path: Path):
-        """No traceback; the message, and what to do."""
+    def test_an_error_is_short(self, tmp_path: Path):
+        """The output has no traceback, only the message and the remedy."""
         done = run_process("inspect", tmp_path / "nowhere")
 
         assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""The demo: what a visitor sees first, on a checkpoint that ships with the package."""
+"""`trtllm-ct demo`, which runs all steps on the bundled checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TestRun:
         places = [done.out.index(step) for step in steps]
         assert places == sorted(places)
 
-    def test_it_shows_evidence_modes_proof_and_speed(self, done: Done):
+    def test_it_shows_evidence_modes_verification_and_speed(self, done: Done):
         assert 'quant_method is "compressed-tensors"' in done.out
         assert "model.layers.{0..3}.self_attn.q_proj" in done.out
         assert "W4A16_AWQ g128" in done.out
@@ -38,14 +38,14 @@ class TestRun:
         assert "(40 tokens in " in done.out
 
     def test_it_writes_readable_text(self, done: Done):
-        """Words of the text that the model was trained on; a broken layout gives noise."""
+        """The generated words are from the training text; with a broken layout they would be noise."""
         start = done.out.index("The import statement combines two operations")
         text = done.out[start : done.out.index("(40 tokens in ")]
         words = text.split()
         assert len(words) > 25
         assert "module" in text.split("then it", 1)[1]
 
-    def test_it_ends_with_commands_for_ones_own_checkpoint(self, done: Done):
+    def test_it_ends_with_commands_for_the_users_own_checkpoint(self, done: Done):
         end = done.out[done.out.index("Next, with") :]
         for command in ("trtllm-ct inspect DIR", "trtllm-ct convert DIR OUT --to modelopt", "trtllm-ct verify DIR OUT"):
             assert command in end

@@ -1,4 +1,4 @@
-"""`trtllm-ct doctor`: which engine a machine has, found by looking, and what becomes of a checkpoint on it."""
+"""`trtllm-ct doctor`: which engine a machine has, and how it would serve a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lines(done: Done) -> list[str]:
 
 
 def missing(done: Done) -> dict[str, str]:
-    """What is missing, by where."""
+    """Return the faults about missing packages and features, by their `where`."""
     return {fault["where"]: fault["found"] for fault in done.document["missing"]}
 
 
@@ -85,7 +85,7 @@ def test_without_tensorrt_llm_there_are_no_features() -> None:
     [("transformers", "pip install 'trtllm-ct[reference]'"), ("huggingface_hub", "pip install huggingface_hub")],
 )
 @pytest.mark.parametrize("with_engine", [False, True])
-def test_packages_that_are_not_there_are_named_with_what_they_are_for(
+def test_missing_packages_are_named_with_their_purpose(
     monkeypatch: pytest.MonkeyPatch, package: str, remedy: str, with_engine: bool
 ) -> None:
     if with_engine:
@@ -128,7 +128,7 @@ def test_features_and_modes_of_the_installed_release(generation: str) -> None:
     assert f"routed experts: {', '.join(document['capabilities']['experts'])}" in shown
 
 
-def test_a_release_that_does_not_say_its_version_is_unknown(newest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_without_a_version_is_unknown(newest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(newest, "__version__")
 
     done = run_cli("doctor")
@@ -138,7 +138,7 @@ def test_a_release_that_does_not_say_its_version_is_unknown(newest: Any, monkeyp
     assert run_cli("doctor", "--json").document["features"]["version"] is None
 
 
-def test_what_a_later_release_would_add_is_missing(old: Any) -> None:
+def test_modes_of_later_releases_are_reported_as_missing(old: Any) -> None:
     assert missing(run_cli("doctor", "--json")) == {
         "capability set stock-1.0": "no MXFP8, W4A16_NVFP4",
         "LLM(force_dynamic_quantization=...)": "none in this TensorRT-LLM",
@@ -152,7 +152,7 @@ def test_the_newest_release_lacks_nothing(newest: Any) -> None:
     assert "Missing" not in done.out
 
 
-def test_the_switch_is_named_where_it_costs_a_mode(engine: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_is_named_if_it_disables_a_mode(engine: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(NO_PATCH, "1")
 
     document = run_cli("doctor", source, "--json").document
@@ -164,10 +164,10 @@ def test_the_switch_is_named_where_it_costs_a_mode(engine: Any, source: Path, mo
     assert document["served"]["native"] == {"W4A16_AWQ g64": 2}
 
 
-def test_tensorrt_llm_greets_and_the_document_stays_one(
+def test_the_greeting_of_tensorrt_llm_does_not_break_the_document(
     newest: Any, monkeypatch: pytest.MonkeyPatch, source: Path
 ) -> None:
-    """It prints its version on stdout when it is imported."""
+    """TensorRT-LLM prints its version to stdout when it is imported."""
     monkeypatch.setattr("trtllm_ct.cli.doctor.require_engine", lambda: print("[TensorRT-LLM] version: 1.4"))
 
     done = run_cli("doctor", source, "--json")
@@ -176,8 +176,8 @@ def test_tensorrt_llm_greets_and_the_document_stays_one(
     assert done.err == "[TensorRT-LLM] version: 1.4\n"
 
 
-def test_one_that_is_installed_and_broken_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as one without its CUDA libraries: to run the reference engine instead would hide it."""
+def test_a_broken_installation_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example is an installation without its CUDA libraries; using the reference engine instead would hide it."""
     (tmp_path / "tensorrt_llm").mkdir()
     (tmp_path / "tensorrt_llm" / "__init__.py").write_text("raise ImportError('libnvinfer.so.10: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -192,12 +192,12 @@ def test_one_that_is_installed_and_broken_is_said_to_be(tmp_path: Path, monkeypa
     assert (document["kind"], document["error"]) == ("error", "MissingDependencyError")
 
 
-# A checkpoint on it.
+# A checkpoint on the machine.
 
 
 @pytest.mark.parametrize("sizes", [Parallel(), Parallel(tensor=2), Parallel(tensor=4), Parallel(pipeline=2)], ids=str)
-def test_it_says_what_prepare_decides(engine: Any, source: Path, sizes: Parallel) -> None:
-    """Module by module, mode and reason; the sidecar is what the engine is really told."""
+def test_it_reports_the_plan_of_prepare(engine: Any, source: Path, sizes: Parallel) -> None:
+    """Modes and reasons are compared for each module; the prepared directory is what the engine loads."""
     served = run_cli("doctor", source, "--tp", sizes.tensor, "--pp", sizes.pipeline, "--json").document["served"]
 
     made = prepare(source, tensor_parallel_size=sizes.tensor, pipeline_parallel_size=sizes.pipeline)
@@ -229,7 +229,7 @@ def test_modes_reasons_and_bytes_in_words(newest: Any, source: Path) -> None:
     assert shown[-1] == "Warnings: none" or shown[-2] == "Warnings: none"
 
 
-def test_sizes_are_said_and_those_that_would_keep_a_mode(newest: Any, source: Path) -> None:
+def test_sizes_are_shown_with_sizes_that_would_keep_a_mode(newest: Any, source: Path) -> None:
     done = run_cli("doctor", source, "--tp", 4, "--pp", 2)
 
     assert f"{source} is a compressed-tensors checkpoint (tensor 4, pipeline 2)" in lines(done)
@@ -267,8 +267,8 @@ def test_a_model_with_nothing_native_says_so(old: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("generation", "trapped"), [("old", True), ("newest", False)])
-def test_a_trap_is_named_and_the_model_is_served(tmp_path: Path, generation: str, trapped: bool) -> None:
-    """Attention quantizes its output at a scale of 1 where nothing can tell it otherwise."""
+def test_a_trap_is_reported_and_the_model_is_served(tmp_path: Path, generation: str, trapped: bool) -> None:
+    """Attention quantizes its output with a scale of 1 if the engine has no option against it."""
     write_checkpoint(tmp_path / "model", config=CONFIG, scheme=ROW_WISE)
 
     with engine_double.installed(generation, importers=[BINDINGS]):
@@ -311,7 +311,7 @@ def test_sizes_that_the_model_cannot_be_cut_by_are_problems(newest: Any, source:
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "dense"])
-def test_other_checkpoints_go_to_the_engine(engine: Any, source: Path, tmp_path: Path, kind: str) -> None:
+def test_other_checkpoints_are_passed_to_the_engine(engine: Any, source: Path, tmp_path: Path, kind: str) -> None:
     convert_checkpoint(source, tmp_path / "out", to=kind)
 
     done = run_cli("doctor", tmp_path / "out")
@@ -323,8 +323,8 @@ def test_other_checkpoints_go_to_the_engine(engine: Any, source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("with_engine", [False, True])
-def test_a_prepared_directory_is_what_its_source_is(source: Path, with_engine: bool) -> None:
-    """`LLM` takes one as well, under the options that it was prepared with."""
+def test_a_prepared_directory_is_served_like_its_source(source: Path, with_engine: bool) -> None:
+    """`LLM` accepts a prepared directory as well, with the options that it was prepared with."""
     if with_engine:
         with engine_double.installed("newest", importers=[BINDINGS]):
             made = prepare(source, tensor_parallel_size=2, dense_o_proj=True)
@@ -338,8 +338,8 @@ def test_a_prepared_directory_is_what_its_source_is(source: Path, with_engine: b
     assert "sidecar" in served["description"]
 
 
-def test_a_prepared_directory_is_looked_at_for_the_sizes_that_are_asked_for(newest: Any, source: Path) -> None:
-    """`LLM` prepares it again for other sizes."""
+def test_a_prepared_directory_is_planned_for_the_requested_sizes(newest: Any, source: Path) -> None:
+    """`LLM` prepares the checkpoint again for other sizes."""
     made = prepare(source, tensor_parallel_size=2)
 
     for tensor in (2, 4):
@@ -360,7 +360,7 @@ def test_a_prepared_directory_whose_source_is_gone_is_a_problem(newest: Any, tmp
     assert "found    no such directory on this node" in lines(done)
 
 
-def test_a_damaged_prepared_directory_is_one(newest: Any, source: Path) -> None:
+def test_a_damaged_prepared_directory_is_a_problem(newest: Any, source: Path) -> None:
     made = prepare(source)
     (made / SIDECAR_FILE).write_text("{}")
 
@@ -374,7 +374,7 @@ def test_a_damaged_prepared_directory_is_one(newest: Any, source: Path) -> None:
 # Usage.
 
 
-def test_a_directory_that_is_none_is_an_error_with_code_1(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_directory_is_an_error_with_code_1(tmp_path: Path) -> None:
     done = run_cli("doctor", tmp_path / "nowhere")
 
     assert (done.code, done.out) == (1, "")
@@ -388,15 +388,15 @@ def test_a_directory_that_is_none_is_an_error_with_code_1(tmp_path: Path) -> Non
     [("--tp", 0), ("--pp", 0), ("--ep", 0), ("--tp", -2), ("--ep", 2), ("--tp", 3, "--ep", 2), ("--tp", "two")],
     ids=str,
 )
-def test_sizes_that_mean_nothing_are_usage_errors(source: Path, options: tuple[Any, ...]) -> None:
+def test_invalid_sizes_are_usage_errors(source: Path, options: tuple[Any, ...]) -> None:
     done = run_cli("doctor", source, *options)
 
     assert (done.code, done.out) == (2, "")
     assert len(done.err.split()) > 5
 
 
-def test_the_machine_is_looked_at_without_torch() -> None:
-    """It answers in a blink, and on machines where torch is broken too."""
+def test_the_machine_is_examined_without_torch() -> None:
+    """The command answers quickly, also on machines where torch is broken."""
     code = """
         import sys
         from trtllm_ct.cli.doctor import diagnose
@@ -407,7 +407,7 @@ def test_the_machine_is_looked_at_without_torch() -> None:
     assert run_python(code).stdout == "[]\n"
 
 
-def test_looking_prepares_nothing(newest: Any, source: Path, tmp_path: Path) -> None:
+def test_nothing_is_prepared(newest: Any, source: Path, tmp_path: Path) -> None:
     run_cli("doctor", source, "--tp", 2)
 
     assert not (tmp_path / "cache").exists()

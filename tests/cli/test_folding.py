@@ -12,7 +12,7 @@ PATHS = st.lists(st.sampled_from(["layers", "mlp", "experts", "0", "1", "2", "3"
 
 
 def unfold(name: str) -> list[str]:
-    """The names that a folded one stands for, brace by brace."""
+    """Return all names that a folded name stands for."""
     if "{" not in name:
         return [name]
     before, _, rest = name.partition("{")
@@ -54,7 +54,7 @@ def test_names_that_differ_in_one_number_become_one(names: list[str], folded: tu
 
 @settings(max_examples=200)
 @given(st.lists(PATHS, max_size=12))
-def test_nothing_is_lost_and_nothing_invented(names: list[str]) -> None:
+def test_folded_names_stand_for_exactly_the_given_names(names: list[str]) -> None:
     folded = fold_names(names)
 
     assert sorted({unfolded for name in folded for unfolded in unfold(name)}) == sorted(set(names))

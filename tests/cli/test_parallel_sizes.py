@@ -1,4 +1,4 @@
-"""`--tp`, `--pp`, `--ep`, `--strict`: what sizes cost is said before anything is loaded, with sizes that cost less."""
+"""`--tp`, `--pp`, `--ep`, `--strict`: modules that parallel sizes force to be dequantized are reported in advance."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experts of 256 rows: whole blocks of 128 for two slices and no more."""
+    """A checkpoint with experts of 256 rows, which two slices cut into whole blocks of 128, and more slices do not."""
     config = tiny_config("MixtralForCausalLM", hidden=128, kv_heads=4, intermediate=256)
     return write_checkpoint(tmp_path_factory.mktemp("experts") / "model", config=config, scheme="fp8-block").directory
 
@@ -62,7 +62,7 @@ def in_words(done: Done) -> str:
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("to", ["modelopt", "tensorrt_llm"])
-def test_a_plan_is_that_of_the_sizes(experts: Path, to: str, sizes: tuple[int, int, int]) -> None:
+def test_a_plan_document_is_made_for_the_sizes(experts: Path, to: str, sizes: tuple[int, int, int]) -> None:
     done = run_cli("plan", experts, "--to", to, *options(sizes), "--json")
 
     assert (done.code, done.err) == (0, "")
@@ -72,7 +72,7 @@ def test_a_plan_is_that_of_the_sizes(experts: Path, to: str, sizes: tuple[int, i
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_an_inspection_is_that_of_the_sizes(experts: Path, sizes: tuple[int, int, int]) -> None:
+def test_an_inspection_document_is_made_for_the_sizes(experts: Path, sizes: tuple[int, int, int]) -> None:
     done = run_cli("inspect", experts, *options(sizes), "--json")
 
     assert (done.code, done.err) == (0, "")
@@ -91,7 +91,7 @@ def test_without_sizes_it_is_one_rank(source: Path, command: str) -> None:
     assert "dequantized" not in modes(document).values()
 
 
-# What sizes cost.
+# Modules that sizes force to be dequantized.
 
 
 @pytest.mark.parametrize(("tensor", "lost"), [(1, set()), (2, set()), (4, {"o_proj"})])
@@ -116,8 +116,8 @@ def test_the_reason_names_the_slice_and_sizes_that_work(source: Path) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "plan"])
 @pytest.mark.parametrize("place", ["source", "experts"])
-def test_sizes_that_are_said_to_work_do(request: pytest.FixtureRequest, command: str, place: str) -> None:
-    """And no other size does that the model can be cut by."""
+def test_the_sizes_that_a_reason_recommends_work(request: pytest.FixtureRequest, command: str, place: str) -> None:
+    """No other valid size works."""
     directory = request.getfixturevalue(place)
     made = run_cli(command, directory, "--to", "modelopt", "--tp", 4, "--json").document
     said = [module for module in made["modules"] if "work" in module.get("reason", "")]
@@ -132,7 +132,7 @@ def test_sizes_that_are_said_to_work_do(request: pytest.FixtureRequest, command:
 
 
 def test_experts_that_stay_whole_keep_their_mode(experts: Path) -> None:
-    """Four ranks cut each of them into 64 rows, half a block; four that share them out cut nothing."""
+    """Tensor parallelism 4 slices experts into 64 rows, half a block; expert parallelism slices nothing."""
     expert = "model.layers.0.block_sparse_moe.experts.0.w1"
     cut, whole = (run_cli("inspect", experts, "--tp", 4, "--ep", ep, "--json").document for ep in (1, 4))
 
@@ -140,13 +140,13 @@ def test_experts_that_stay_whole_keep_their_mode(experts: Path) -> None:
     assert modes(whole)[expert] == "FP8_BLOCK_SCALES g128"
 
 
-def test_stages_cost_no_mode(source: Path) -> None:
+def test_pipeline_parallelism_changes_no_mode(source: Path) -> None:
     one, two = (run_cli("inspect", source, "--pp", size, "--json").document for size in (1, 2))
 
     assert modes(one) == modes(two)
 
 
-# What a model can't be cut by.
+# Sizes that don't divide the model.
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_stages_cost_no_mode(source: Path) -> None:
         (("--pp", 3), {"num_hidden_layers"}, "Use a pipeline-parallel size of at most 2."),
         (("--tp", 8, "--pp", 3), {"num_attention_heads", "num_hidden_layers"}, "of at most 2"),
     ],
-    # Spelled out: sets have another order in each process, and processes must agree on names.
+    # Explicit ids: the order of sets differs between processes, and test processes must agree on the ids.
     ids=["tp3", "tp8", "pp3", "tp8-pp3"],
 )
 def test_uneven_sizes_are_problems_by_key(source: Path, sizes: tuple[Any, ...], wheres: set[str], remedy: str) -> None:
@@ -196,9 +196,7 @@ def test_experts_that_ranks_cannot_share_are_a_problem(experts: Path) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("command", ["inspect", "plan", "convert"])
-def test_sizes_that_mean_nothing_are_usage_errors(
-    source: Path, tmp_path: Path, command: str, sizes: tuple[Any, ...]
-) -> None:
+def test_invalid_sizes_are_usage_errors(source: Path, tmp_path: Path, command: str, sizes: tuple[Any, ...]) -> None:
     places = {"inspect": [], "plan": ["--to", "modelopt"], "convert": [tmp_path / "out", "--to", "modelopt"]}
 
     done = run_cli(command, source, *places[command], *sizes)
@@ -221,14 +219,14 @@ def test_sizes_that_do_not_fit_together_are_named_with_the_rule(source: Path) ->
 # --strict.
 
 
-def test_strict_plans_what_keeps_its_modes(source: Path) -> None:
+def test_strict_accepts_a_plan_that_keeps_all_modes(source: Path) -> None:
     for tensor in (1, 2):
         strict = run_cli("plan", source, "--to", "modelopt", "--tp", tensor, "--strict", "--json")
         assert (strict.code, strict.err) == (0, "")
         assert strict.document == run_cli("plan", source, "--to", "modelopt", "--tp", tensor, "--json").document
 
 
-def test_strict_refuses_by_module_what_sizes_would_cost(source: Path) -> None:
+def test_strict_names_the_modules_that_sizes_would_dequantize(source: Path) -> None:
     done = run_cli("plan", source, "--to", "modelopt", "--tp", 4, "--strict")
 
     assert (done.code, done.out) == (1, "")
@@ -251,8 +249,8 @@ def test_strict_refuses_exactly_what_would_be_dequantized(experts: Path, to: str
     assert {fault["where"] for fault in strict.document["faults"]} == dense
 
 
-def test_strict_and_a_broken_checkpoint_are_not_mixed_up(tmp_path: Path) -> None:
-    """What is wrong with the files comes first; of modes nothing can be said then."""
+def test_strict_reports_a_broken_checkpoint_as_such(tmp_path: Path) -> None:
+    """Faults of the files are reported first; modes can't be determined then."""
     directory = write_checkpoint(tmp_path / "model", config=CONFIG, scheme=SCHEME).directory
     rewrite(directory, lambda tensors: tensors.pop("model.norm.weight"))
 

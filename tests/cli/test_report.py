@@ -1,4 +1,4 @@
-"""What people see, as text: nothing cut off, nothing said twice."""
+"""The printed reports: nothing is cut off, and nothing is printed twice."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def text(renderable: RenderableType, width: int = 200) -> str:
 
 
 def words(renderable: RenderableType, width: int = 200) -> str:
-    """The text on one line, each run of spaces one space."""
+    """Return the text on one line, with each run of white space as one space."""
     return " ".join(text(renderable, width).split())
 
 
 def letters(renderable: RenderableType, width: int) -> list[str]:
-    """Every character but white space and rules, which folding neither adds nor takes away."""
+    """Return all characters except white space and rules; wrapping a cell does not change them."""
     return sorted(re.sub(r"[\s─]", "", text(renderable, width)))
 
 
@@ -78,7 +78,7 @@ class TestInspection:
     def test_a_reason_is_given_once_below_its_modules(self, source: Path):
         assert words(report.inspection(inspect_checkpoint(source))).count("W8A16 holds no scale per group") == 1
 
-    def test_one_line_a_module_on_demand(self, source: Path):
+    def test_one_line_per_module_on_demand(self, source: Path):
         shown = text(report.inspection(inspect_checkpoint(source), modules=True))
 
         for module in plan_checkpoint(source).modules:
@@ -86,14 +86,14 @@ class TestInspection:
 
     @pytest.mark.parametrize("width", [60, 80, 100, 120, 140])
     @pytest.mark.parametrize("modules", [False, True])
-    def test_a_narrow_terminal_loses_no_letter(self, source: Path, width: int, modules: bool):
-        """Cells go on in the next line."""
+    def test_a_narrow_terminal_cuts_off_no_text(self, source: Path, width: int, modules: bool):
+        """Cells wrap to the next line."""
         shown = report.inspection(inspect_checkpoint(source), modules=modules)
 
         assert letters(shown, width) == letters(shown, 400)
 
-    def test_a_plan_that_shrinks_says_so(self, tmp_path: Path):
-        """A tied lm_head that was stored nevertheless is not delivered."""
+    def test_a_smaller_output_is_shown(self, tmp_path: Path):
+        """The checkpoint stores a tied lm_head, which is not delivered."""
         lm_head = torch.zeros(96, 64).bfloat16()
         config = tiny_config(tied=True)
         write_checkpoint(
@@ -128,12 +128,12 @@ class TestFaults:
             "  Do this.",
         ]
 
-    def test_faults_that_differ_otherwise_stay_apart(self):
+    def test_other_faults_are_listed_separately(self):
         other = Fault(where="model.layers.1.q", expected="a", found="c", remedy="Do this.")
 
         assert text(report.faults([self.FAULT, other])).count("Do this.") == 2
 
-    def test_brackets_are_text_and_no_markup(self):
+    def test_brackets_are_shown_as_text(self):
         fault = Fault(where="x[bold]", expected="shape [2, 3]", found="[red]", remedy="See [link].")
 
         assert words(report.faults([fault])) == "x[bold] expected shape [2, 3] found [red] See [link]."
@@ -201,7 +201,7 @@ class TestVerification:
 
         assert shown == f"{tmp_path}: good (21 modules) 2 rows or groups have scale 0 and hold zeros only"
 
-    def test_faults_are_told_after_the_verdict(self, tmp_path: Path):
+    def test_faults_follow_the_verdict(self, tmp_path: Path):
         name = "model.layers.0.mlp.up_proj.weight_scale"
         write_checkpoint(tmp_path, scheme="int8-g32", edit=lambda stored: stored[name][0].fill_(-1))
 

@@ -1,4 +1,4 @@
-"""convert_checkpoint: a directory that is whole or not there, with everything that a model directory needs."""
+"""convert_checkpoint writes a complete model directory or nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Native, dequantized and plain modules beside each other."""
+    """A checkpoint with native, dequantized and plain modules."""
     return write_checkpoint(tmp_path_factory.mktemp("source"), scheme=MIXED, kv=True, tokenizer=True)
 
 
@@ -58,14 +58,14 @@ class TestOutput:
         assert same(load(tmp_path / "out"), exact(built, built.dense, torch.bfloat16))
 
     @pytest.mark.parametrize("as_type", [str, Path])
-    def test_missing_parents_are_made(self, built: Built, tmp_path: Path, as_type: type):
+    def test_missing_parent_directories_are_created(self, built: Built, tmp_path: Path, as_type: type):
         report = convert_checkpoint(as_type(built.directory), as_type(tmp_path / "deep" / "out"))
 
         assert (tmp_path / "deep" / "out" / "config.json").is_file()
         assert report.out == tmp_path / "deep" / "out"
 
-    def test_hf_quant_config_is_a_modelopt_one(self, built: Built, tmp_path: Path):
-        """Readers look at the producer's name; who really wrote it stands beside."""
+    def test_hf_quant_config_names_modelopt_as_producer(self, built: Built, tmp_path: Path):
+        """Readers check the name of the producer; the real writer is named under `converter`."""
         report = convert_checkpoint(built.directory, tmp_path / "out")
 
         document = read_json(tmp_path / "out" / "hf_quant_config.json")
@@ -144,7 +144,7 @@ class TestDtype:
         [("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)],
     )
     @pytest.mark.parametrize("to", ["modelopt", "dense"])
-    def test_dequantized_modules_are_exact_in_the_dtype_asked_for(
+    def test_dequantized_modules_are_exact_in_the_requested_dtype(
         self, built: Built, tmp_path: Path, to: str, dtype: str, expected: torch.dtype
     ):
         convert_checkpoint(built.directory, tmp_path / "out", to=to, dtype=dtype)
@@ -201,7 +201,7 @@ class TestDtype:
         ):
             convert_checkpoint(tmp_path / "source", tmp_path / "out", dtype="float16")
 
-    def test_what_was_infinite_before_is_not_a_fault_of_the_cast(self, tmp_path: Path):
+    def test_an_infinite_stored_value_is_not_a_fault_of_the_cast(self, tmp_path: Path):
         def enlarge(stored: dict[str, Tensor]) -> None:
             stored["model.norm.weight"][0] = float("inf")
 
@@ -213,7 +213,7 @@ class TestDtype:
 
 
 class TestRefusals:
-    """All before anything is read or written."""
+    """Arguments that are refused before anything is read or written."""
 
     @pytest.mark.parametrize(
         ("options", "where", "expected"),
@@ -244,7 +244,7 @@ class TestRefusals:
         assert not list((tmp_path / "out").iterdir())
 
     @pytest.mark.parametrize("inside", [".", "out", "deep/out"])
-    def test_the_source_is_no_place_for_the_output(self, tmp_path: Path, inside: str):
+    def test_an_output_inside_the_source_is_refused(self, tmp_path: Path, inside: str):
         source = write_checkpoint(tmp_path / "source").directory
 
         with pytest.raises(UsageError, match="an output directory apart from the source"):
@@ -259,8 +259,8 @@ class TestRefusals:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("out", ["out", "deep/deeper/out"])
-    def test_a_source_that_is_not_there(self, tmp_path: Path, out: str):
-        """Parents that were made for the output go with it."""
+    def test_a_missing_source_is_refused(self, tmp_path: Path, out: str):
+        """Parent directories that were created for the output are removed."""
         with pytest.raises(DetectionError, match="no such directory"):
             convert_checkpoint(tmp_path / "nowhere", tmp_path / out)
 
@@ -268,7 +268,7 @@ class TestRefusals:
 
 
 def test_overwrite_replaces_the_whole_directory(built: Built, tmp_path: Path) -> None:
-    """Nothing of the old one stays, or its shards would be read with the new ones."""
+    """No file of the old directory stays; otherwise its shards would be loaded together with the new ones."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "model-00001-of-00002.safetensors").touch()
@@ -280,7 +280,7 @@ def test_overwrite_replaces_the_whole_directory(built: Built, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_crashed_run_left_is_cleared_away(built: Built, tmp_path: Path) -> None:
+def test_the_files_of_a_crashed_run_are_removed(built: Built, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
 
@@ -290,7 +290,7 @@ def test_what_a_crashed_run_left_is_cleared_away(built: Built, tmp_path: Path) -
 
 
 class TestReport:
-    def test_it_says_what_was_done(self, built: Built, tmp_path: Path):
+    def test_modes_bytes_files_and_reasons(self, built: Built, tmp_path: Path):
         report = convert_checkpoint(built.directory, tmp_path / "out")
 
         assert report.modes == {"W8A16": 2, "dequantized": 2}
@@ -305,18 +305,18 @@ class TestReport:
         assert document["weight_files"] == ["model.safetensors"]
         assert document["seconds"] > 0
 
-    def test_progress_is_told_of_every_byte(self, built: Built, tmp_path: Path):
-        told: list[int] = []
+    def test_progress_counts_every_delivered_byte(self, built: Built, tmp_path: Path):
+        progress: list[int] = []
         plans = []
 
         report = convert_checkpoint(
-            built.directory, tmp_path / "out", on_start=lambda plan: plans.append(plan) or told.append
+            built.directory, tmp_path / "out", on_start=lambda plan: plans.append(plan) or progress.append
         )
 
         assert plans == [report.plan]
-        assert sum(told) == report.plan.delivered_bytes
+        assert sum(progress) == report.plan.delivered_bytes
 
-    def test_an_error_of_the_watcher_stops_the_conversion_whole(self, built: Built, tmp_path: Path):
+    def test_an_error_in_the_progress_callback_stops_the_conversion(self, built: Built, tmp_path: Path):
         def stop(nbytes: int) -> None:
             raise RuntimeError("stop")
 
@@ -327,7 +327,7 @@ class TestReport:
 
 
 def test_the_same_checkpoint_converts_to_the_same_bytes(tmp_path: Path) -> None:
-    """Shards of the source, their order and the working place leave no trace."""
+    """The output does not depend on the shards of the source, their order or the directories."""
     config = tiny_config()
     for shards in (1, 3):
         write_checkpoint(tmp_path / f"source{shards}", config=config, scheme="int4-g64", shards=shards)

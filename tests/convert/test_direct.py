@@ -1,4 +1,4 @@
-"""Modules that loops take from file to file: the bytes, the faults and the warnings of the way that torch goes."""
+"""Direct conversion with compiled loops gives the same bytes and faults as conversion with torch."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ DIRECT = [
     "w8a8",
     "w8a8-static",
 ]
-"""Schemes of which no target needs torch."""
+"""Schemes that are converted without torch for every target."""
 
 CONFIG = tiny_config(hidden=256, intermediate=512, layers=1)
-"""Rows that groups of 256 divide."""
+"""A model whose rows are multiples of 256, for groups of 256."""
 
 SCALE = "model.layers.0.mlp.down_proj.weight_scale"
 SHAPE = "model.layers.0.mlp.down_proj.weight_shape"
@@ -61,7 +61,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def converted(built: Built, out: Path, monkeypatch: pytest.MonkeyPatch, *, by_torch: bool, **options: Any) -> Any:
-    """The files of a conversion, or the faults that it ended in."""
+    """Convert and return the files of the output, or the type and the faults of the error."""
     with monkeypatch.context() as patch:
         if by_torch:
             patch.setattr("trtllm_ct.convert.worker.is_direct", lambda _module: False)
@@ -73,17 +73,17 @@ def converted(built: Built, out: Path, monkeypatch: pytest.MonkeyPatch, *, by_to
 
 
 def both(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any]:
-    """What the two ways come to."""
-    ours, torchs = (
+    """Return the results of direct conversion and of conversion with torch."""
+    direct_result, torch_result = (
         converted(built, tmp_path / name, monkeypatch, by_torch=name == "torch", **options)
         for name in ("direct", "torch")
     )
-    return ours, torchs
+    return direct_result, torch_result
 
 
 @pytest.fixture(params=[64, direct.CHUNK_BYTES], ids=["tiles", "whole"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in each tile, and all rows in one."""
+    """Run a test with one row per tile, and with all rows in one tile."""
     monkeypatch.setattr(direct, "CHUNK_BYTES", request.param)
 
 
@@ -93,15 +93,15 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_bytes_are_the_same(scheme: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
 
-    ours, torchs = both(built, tmp_path, monkeypatch, to=to)
+    direct_result, torch_result = both(built, tmp_path, monkeypatch, to=to)
 
-    assert isinstance(ours, dict)
-    assert ours == torchs
+    assert isinstance(direct_result, dict)
+    assert direct_result == torch_result
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
-def test_common_schemes_go_this_way_whole(scheme: str, tmp_path: Path) -> None:
-    """All of their weights, and of no other scheme all."""
+def test_all_weights_of_common_schemes_are_direct(scheme: str, tmp_path: Path) -> None:
+    """For every other scheme, at least one weight needs torch."""
     built = write_checkpoint(tmp_path, scheme=scheme, config=CONFIG)
 
     for to in ("modelopt", "dense"):
@@ -137,7 +137,7 @@ def test_they_convert_without_torch(scheme: str, to: str, tmp_path: Path) -> Non
 def test_scales_of_any_dtype_are_widened_bit_for_bit(
     scheme: str, scale_dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Subnormal ones, the largest, zero, and zero with a sign, which torch is left to judge."""
+    """Subnormal and very large scales, zero, and negative zero, which is left to torch."""
 
     def extreme(stored: dict[str, torch.Tensor]) -> None:
         flat = stored[SCALE].view(-1)
@@ -147,20 +147,20 @@ def test_scales_of_any_dtype_are_widened_bit_for_bit(
 
     built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, edit=extreme)
 
-    ours, torchs = both(built, tmp_path, monkeypatch)
+    direct_result, torch_result = both(built, tmp_path, monkeypatch)
 
-    assert isinstance(ours, dict)
-    assert ours == torchs
+    assert isinstance(direct_result, dict)
+    assert direct_result == torch_result
 
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", ["int4-g32", "int6-channel", "int8-plain-tensor", "fp8-block", "fp8-weight-only"])
-def test_weights_are_rounded_alike(
+def test_weights_are_rounded_in_the_same_way(
     scheme: str, scale_dtype: torch.dtype, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From each dtype of scales to each dtype of weights; float16 is cast by torch where a model has another one."""
+    """For every dtype of scales and every dtype of weights."""
 
     def extreme(stored: dict[str, torch.Tensor]) -> None:
         flat = stored[SCALE].view(-1)
@@ -168,34 +168,38 @@ def test_weights_are_rounded_alike(
 
     config = CONFIG | {"dtype": dtype}
     built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, config=config, edit=extreme)
-    monkeypatch.setattr(direct.DirectConverter, "_dequantized", noted := Noted(direct.DirectConverter._dequantized))
+    monkeypatch.setattr(
+        direct.DirectConverter, "_dequantized", counter := CallCounter(direct.DirectConverter._dequantized)
+    )
 
-    ours, torchs = both(built, tmp_path, monkeypatch, to="dense")
+    direct_result, torch_result = both(built, tmp_path, monkeypatch, to="dense")
 
-    assert isinstance(ours, dict)
-    assert ours == torchs
-    assert noted.calls
+    assert isinstance(direct_result, dict)
+    assert direct_result == torch_result
+    assert counter.calls
 
 
 @pytest.mark.parametrize(("share", "fits"), [(1.0, False), (0.126, False), (0.124, True)])
 @pytest.mark.parametrize(("dtype", "scale_dtype"), [("bfloat16", torch.float32), ("float16", torch.float16)])
-def test_what_may_not_fit_is_left_to_torch(
+def test_a_weight_that_may_overflow_is_left_to_torch(
     dtype: str, scale_dtype: torch.dtype, share: float, *, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes of int4 reach -8, so that a scale above an eighth of the largest number may be too much."""
+    """Codes of int4 reach -8, so a scale above an eighth of the largest number may overflow."""
     largest = torch.finfo(getattr(torch, dtype)).max
     built = write_checkpoint(
         tmp_path / "source", scheme="int4-g32", scale_dtype=scale_dtype, config=CONFIG | {"dtype": dtype}
     )
     rewrite(built.directory, lambda stored: stored[SCALE].fill_(share * largest))
-    monkeypatch.setattr(direct.DirectConverter, "_dequantized", noted := Noted(direct.DirectConverter._dequantized))
+    monkeypatch.setattr(
+        direct.DirectConverter, "_dequantized", counter := CallCounter(direct.DirectConverter._dequantized)
+    )
     weights = sum(module.weight is not None for module in plan_checkpoint(built.directory, "dense").modules)
 
-    ours, torchs = both(built, tmp_path, monkeypatch, to="dense")
+    direct_result, torch_result = both(built, tmp_path, monkeypatch, to="dense")
 
-    assert ours == torchs
-    assert isinstance(ours, dict) is fits
-    assert noted.calls == weights - (not fits)
+    assert direct_result == torch_result
+    assert isinstance(direct_result, dict) is fits
+    assert counter.calls == weights - (not fits)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1.0, -1e-30])
@@ -210,38 +214,38 @@ def test_bad_scales_are_the_same_faults(
         stored[SCALE].view(-1)[-1] = value
 
     rewrite(built.directory, spoil)
-    ours, torchs = both(built, tmp_path, monkeypatch)
+    direct_result, torch_result = both(built, tmp_path, monkeypatch)
 
-    assert ours == torchs
-    # In float16 the last one is minus zero.
+    assert direct_result == torch_result
+    # In float16, -1e-30 rounds to minus zero.
     is_zero = scale_dtype is torch.float16 and value == -1e-30
-    assert isinstance(ours, tuple) is (not is_zero or scheme == "fp8-tensor-token")
+    assert isinstance(direct_result, tuple) is (not is_zero or scheme == "fp8-tensor-token")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, -0.0, 1e-5])
-def test_scales_of_inputs_are_looked_at_too(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_scales_are_checked_too(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = write_checkpoint(tmp_path / "source", scheme="fp8-tensor-static")
     rewrite(built.directory, lambda stored: stored[SCALE.replace("weight", "input")].fill_(value))
 
-    ours, torchs = both(built, tmp_path, monkeypatch)
+    direct_result, torch_result = both(built, tmp_path, monkeypatch)
 
-    assert ours == torchs
-    assert isinstance(ours, dict) is (value == 1e-5)
+    assert direct_result == torch_result
+    assert isinstance(direct_result, dict) is (value == 1e-5)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scheme", ["int4-channel", "fp8-tensor-token"])
-def test_one_scale_of_zero_for_a_whole_weight_is_a_fault(
+def test_a_zero_scale_is_a_fault_only_for_a_whole_weight(
     scheme: str, scale_dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And one of many is not."""
+    """A zero scale of one row is allowed."""
     built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype)
     rewrite(built.directory, lambda stored: stored[SCALE].view(-1)[:1].zero_())
 
-    ours, torchs = both(built, tmp_path, monkeypatch)
+    direct_result, torch_result = both(built, tmp_path, monkeypatch)
 
-    assert ours == torchs
-    assert isinstance(ours, tuple) is (scheme == "fp8-tensor-token")
+    assert direct_result == torch_result
+    assert isinstance(direct_result, tuple) is (scheme == "fp8-tensor-token")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -256,17 +260,19 @@ def test_a_wrong_weight_shape_is_the_same_fault(
 
     rewrite(built.directory, edit)
     with monkeypatch.context() as patch:
-        patch.setattr(direct.DirectConverter, "_result_chunks", noted := Noted(direct.DirectConverter._result_chunks))
-        ours = converted(built, tmp_path / "direct", monkeypatch, by_torch=False)
-    torchs = converted(built, tmp_path / "torch", monkeypatch, by_torch=True)
+        patch.setattr(
+            direct.DirectConverter, "_result_chunks", counter := CallCounter(direct.DirectConverter._result_chunks)
+        )
+        direct_result = converted(built, tmp_path / "direct", monkeypatch, by_torch=False)
+    torch_result = converted(built, tmp_path / "torch", monkeypatch, by_torch=True)
 
-    assert ours == torchs
-    assert isinstance(ours, tuple) is bool(change)
-    assert noted.calls
+    assert direct_result == torch_result
+    assert isinstance(direct_result, tuple) is bool(change)
+    assert counter.calls
 
 
-class Noted:
-    """A method that counts its calls."""
+class CallCounter:
+    """A wrapper of a method that counts its calls."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self.method = method
@@ -278,22 +284,24 @@ class Noted:
 
 
 def test_payloads_that_are_not_aligned_are_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old writers don't align; loops would read across the borders of words."""
+    """Old writers don't align payloads; loops would read across word boundaries."""
     built = write_checkpoint(tmp_path / "source", scheme="int4-g64")
     file = built.directory / "model.safetensors"
     whole = file.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     file.write_bytes((length + 1).to_bytes(8, "little") + whole[8 : 8 + length] + b" " + whole[8 + length :])
-    monkeypatch.setattr(direct.DirectConverter, "_result_chunks", noted := Noted(direct.DirectConverter._result_chunks))
+    monkeypatch.setattr(
+        direct.DirectConverter, "_result_chunks", counter := CallCounter(direct.DirectConverter._result_chunks)
+    )
 
-    ours, torchs = both(built, tmp_path, monkeypatch)
+    direct_result, torch_result = both(built, tmp_path, monkeypatch)
 
-    assert isinstance(ours, dict)
-    assert ours == torchs
-    assert not noted.calls
+    assert isinstance(direct_result, dict)
+    assert direct_result == torch_result
+    assert not counter.calls
 
 
-def test_a_file_that_was_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
+def test_a_file_that_was_truncated_during_the_conversion_is_named(tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "source", scheme="int4-g64", config=tiny_config(layers=1))
     file = built.directory / "model.safetensors"
 
@@ -314,10 +322,10 @@ def test_a_file_that_was_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int4-channel", "int8-channel"])
 @pytest.mark.usefixtures("tiles")
 def test_few_rows_are_enough(rows: int, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer than a tile has, and numbers that no power of two divides."""
+    """Fewer rows than a tile has, and numbers of rows that are not powers of two."""
     config = tiny_config(layers=1, hidden=16, heads=2, kv_heads=1, intermediate=rows)
     built = write_checkpoint(tmp_path / "source", scheme=scheme, config=config)
 
-    ours, torchs = both(built, tmp_path, monkeypatch)
+    direct_result, torch_result = both(built, tmp_path, monkeypatch)
 
-    assert ours == torchs
+    assert direct_result == torch_result

@@ -1,4 +1,4 @@
-"""Converted directories in the hands of others: safetensors, transformers and TensorRT-LLM's view of the files."""
+"""Converted directories as other software reads them: safetensors, transformers and TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def test_every_tensor_is_read_by_safetensors_as_planned(tmp_path: Path, scheme: 
 
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     specs = report.plan.delivered_specs
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == {
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
         name: (spec.dtype.torch_dtype, spec.shape) for name, spec in specs.items()
     }
 
 
 @pytest.mark.parametrize("scheme", NATIVE)
-def test_every_linear_that_is_not_excluded_has_what_its_mode_reads(tmp_path: Path, scheme: str) -> None:
-    """From the files alone: names of hf_quant_config.json and names of tensors fit together."""
+def test_every_linear_that_is_not_excluded_has_the_tensors_of_its_mode(tmp_path: Path, scheme: str) -> None:
+    """Checked with the files alone: the names in hf_quant_config.json match the names of tensors."""
     write_checkpoint(tmp_path / "source", config=tiny_config(layers=1), scheme=scheme, kv=True)
     convert_checkpoint(tmp_path / "source", tmp_path / "out")
 
-    told = QuantConfig.from_dict(json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"])
+    config = QuantConfig.from_dict(json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"])
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     with_scale = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
     linears = {name.removesuffix(".weight") for name in tensors if name.endswith(("_proj.weight", "lm_head.weight"))}
-    assert {name for name in linears if told.layer_config(name)} == with_scale == linears - {"lm_head"}
-    assert "lm_head" in told.exclude_modules
+    assert {name for name in linears if config.layer_config(name)} == with_scale == linears - {"lm_head"}
+    assert "lm_head" in config.exclude_modules
     assert {"model.layers.0.self_attn.k_proj.k_scale", "model.layers.0.self_attn.v_proj.v_scale"} <= tensors.keys()
 
 
@@ -80,7 +80,7 @@ def test_the_quantization_document_has_modelopts_shape() -> None:
 @pytest.mark.reference
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, architecture: str) -> None:
-    """Every weight is loaded, none is missing, none is left over, and each is the exact value rounded once."""
+    """All weights are loaded, none is missing or unexpected, and each is the exact value rounded once."""
     from transformers import AutoModelForCausalLM
 
     tied = architecture == "Qwen3ForCausalLM"
@@ -93,9 +93,9 @@ def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, arc
     )
     convert_checkpoint(tmp_path / "source", tmp_path / "out", to="dense", max_shard_bytes=100_000)
 
-    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    model, loading_info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
 
-    assert not any(told.values())
+    assert not any(loading_info.values())
     assert type(model).__name__ == architecture
     assert model.dtype is torch.bfloat16
     assert_holds(model.state_dict(), built)
@@ -109,12 +109,15 @@ def assert_holds(state: dict[str, torch.Tensor], built: Built) -> None:
 
 
 def as_transformers_has_it(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Routed experts in one tensor for all of them, gate before up; Mixtral's mixture called `mlp`."""
+    """Return the weights under the names of transformers.
+
+    All routed experts are in one tensor, gate before up, and the expert module of Mixtral is called `mlp`.
+    """
     result: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in dense.items():
-        owner, found, expert = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
-        if found:
+        owner, is_expert, expert = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
+        if is_expert:
             index, projection = expert.split(".")[:2]
             experts.setdefault(f"{owner}.experts", {})[f"{index}.{PROJECTIONS.get(projection, projection)}"] = tensor
         else:

@@ -1,4 +1,4 @@
-"""Units of work: every module in one, in an order that fills files side by side."""
+"""Units of work: every module is in one unit, and the order of units fills several files evenly."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 def file_of(plan: Plan, write_plan: WritePlan, unit: Unit) -> str:
-    """The file that the first tensor of a unit lies in."""
+    """Return the name of the file that holds the first tensor of a unit."""
     return write_plan.places[plan.modules[unit.modules[0]].deliveries[0].name].file
 
 
 def planned(plan: Plan, files: int) -> WritePlan:
-    """The write plan with about so many files."""
+    """Return a write plan with about `files` files."""
     return WritePlan.of(plan.delivered_specs, -(-plan.delivered_bytes // files))
 
 
@@ -39,25 +39,23 @@ def test_every_module_that_delivers_is_in_one_unit(
 ) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
 
-    found = plan_units(plan, planned(plan, files))
+    planned_units = plan_units(plan, planned(plan, files))
 
     delivering = [place for place, module in enumerate(plan.modules) if module.deliveries]
-    assert Counter(place for unit in found for place in unit.modules) == Counter(delivering)
-    assert [unit.number for unit in found] == list(range(len(found)))
-    assert sum(unit.nbytes for unit in found) == plan.delivered_bytes
+    assert Counter(place for unit in planned_units for place in unit.modules) == Counter(delivering)
+    assert [unit.number for unit in planned_units] == list(range(len(planned_units)))
+    assert sum(unit.nbytes for unit in planned_units) == plan.delivered_bytes
 
 
-def test_what_needs_no_torch_begins_at_once_and_the_rest_as_the_second(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One worker goes ahead while the other one imports torch; on a GPU only what is copied does without."""
+def test_units_without_torch_come_first_except_for_the_second_unit(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker converts while another imports torch; on a GPU, only copied modules need no torch."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
-    needs = [unit.needs_torch for unit in plan_units(plan, planned(plan, 1), device="cuda")]
+    needs_torch = [unit.needs_torch for unit in plan_units(plan, planned(plan, 1), device="cuda")]
 
-    number = needs.count(False)
-    assert number > 2
-    assert needs == [False, True, *[False] * (number - 1), *[True] * (len(needs) - number - 1)]
+    count = needs_torch.count(False)
+    assert count > 2
+    assert needs_torch == [False, True, *[False] * (count - 1), *[True] * (len(needs_torch) - count - 1)]
 
 
 def test_loops_need_no_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +65,8 @@ def test_loops_need_no_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("files", [2, 3, 4])
-def test_files_are_full_at_about_the_same_time(plan: Plan, files: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any time no file is more than one unit ahead of its share."""
+def test_files_fill_up_evenly(plan: Plan, files: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any time, each file is within one unit of its share."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     write_plan = planned(plan, files)
 
@@ -79,11 +77,11 @@ def test_files_are_full_at_about_the_same_time(plan: Plan, files: int, monkeypat
     for place, file in enumerate(order, start=1):
         done[file] += 1
         share = place / len(order)
-        assert all(abs(done[each] - share * total[each]) <= 1 for each in total)
+        assert all(abs(done[name] - share * total[name]) <= 1 for name in total)
 
 
 def test_large_tensors_come_first(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that came last would keep one worker busy, and all others idle; the rest stays in turn."""
+    """A large tensor at the end would keep one worker busy and leave the others idle; other units keep their order."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     usual = [unit.modules for unit in plan_units(plan, planned(plan, 3))]
     sizes = {modules: sum(plan.modules[place].delivered_bytes for place in modules) for modules in usual}
@@ -91,28 +89,28 @@ def test_large_tensors_come_first(plan: Plan, monkeypatch: pytest.MonkeyPatch) -
     assert sizes[usual[0]] < limit
     monkeypatch.setattr(units, "_LARGE", limit)
 
-    found = [unit.modules for unit in plan_units(plan, planned(plan, 3))]
+    planned_units = [unit.modules for unit in plan_units(plan, planned(plan, 3))]
 
     large = [modules for modules in usual if sizes[modules] >= limit]
-    assert set(found[: len(large)]) == set(large)
-    assert found[len(large) :] == [modules for modules in usual if modules not in large]
+    assert set(planned_units[: len(large)]) == set(large)
+    assert planned_units[len(large) :] == [modules for modules in usual if modules not in large]
 
 
-def test_few_files_are_open_at_a_time(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_files_are_filled_at_a_time(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     write_plan = planned(plan, 4 * FILES_AT_ONCE)
     number_of = {file.name: number for number, file in enumerate(write_plan.files)}
 
-    found = plan_units(plan, write_plan)
+    planned_units = plan_units(plan, write_plan)
 
-    rounds = [number_of[file_of(plan, write_plan, unit)] // FILES_AT_ONCE for unit in found]
+    rounds = [number_of[file_of(plan, write_plan, unit)] // FILES_AT_ONCE for unit in planned_units]
     assert rounds == sorted(rounds)
     assert rounds[-1] >= 2
 
 
-def test_the_order_of_the_plan_stays_where_there_is_one_file(plan: Plan) -> None:
+def test_with_one_file_units_keep_the_order_of_the_plan(plan: Plan) -> None:
     for device in ("cpu", "cuda"):
-        found = plan_units(plan, planned(plan, 1), device=device)
+        planned_units = plan_units(plan, planned(plan, 1), device=device)
         for needs in (True, False):
-            places = [place for unit in found if unit.needs_torch is needs for place in unit.modules]
+            places = [place for unit in planned_units if unit.needs_torch is needs for place in unit.modules]
             assert places == sorted(places)

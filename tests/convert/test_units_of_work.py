@@ -1,4 +1,4 @@
-"""Conversions by several workers: the same bytes whoever works, all faults at once, and going on after a kill."""
+"""Conversions with several workers: same bytes for any executor, all faults at once, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-# Packages of MPI put their programs beside Python.
+# Python packages of MPI install their programs in the same folder as the Python interpreter.
 MPIRUN = [shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"), "-n", "2"]
 MANY_UNITS = """
 from trtllm_ct.convert import units
@@ -41,7 +41,7 @@ MIXED = {"o_proj": "int8-g32", "down_proj": "int8-channel", "q_proj": "nvfp4", "
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
-    """A checkpoint of many units, although it is small: every module, or joined group of them, is one."""
+    """A small checkpoint with many units: every module, or group of fused modules, is a unit."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     return write_checkpoint(tmp_path / "source", config=tiny_config(layers=4), scheme=MIXED, shards=2, tokenizer=True)
 
@@ -57,12 +57,12 @@ def names(directory: Path) -> list[str]:
 
 
 def stopped_after(count: int, reason: Callable[[], None]) -> Any:
-    """A watcher that ends the run when so many units are done."""
-    left = [count]
+    """Return an `on_start` function that calls `reason` when `count` units are done."""
+    remaining = [count]
 
     def watch(_nbytes: int) -> None:
-        left[0] -= 1
-        if left[0] == 0:
+        remaining[0] -= 1
+        if remaining[0] == 0:
             reason()
 
     return lambda _plan: watch
@@ -72,7 +72,7 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-class TestWhoeverDoesTheWork:
+class TestExecutors:
     @pytest.mark.parametrize("to", ["modelopt", "dense"])
     def test_the_bytes_are_the_same(self, built: Built, tmp_path: Path, to: str) -> None:
         for workers in (1, 2, 4):
@@ -83,8 +83,10 @@ class TestWhoeverDoesTheWork:
         assert len(names(tmp_path / "1")) > 4
         assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "4")
 
-    def test_tiles_are_the_whole(self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Rows of a tensor that are converted apart make the tensor."""
+    def test_tiles_give_the_same_bytes_as_whole_tensors(
+        self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Rows that are converted separately give the same tensor."""
         from trtllm_ct.convert import tiles
 
         for to in ("modelopt", "dense"):
@@ -97,7 +99,7 @@ class TestWhoeverDoesTheWork:
         assert content(tmp_path / "dense-whole") == content(tmp_path / "dense-tiled")
 
     @pytest.mark.mpi
-    def test_ranks_of_an_mpi_job_give_them_too(self, built: Built, tmp_path: Path) -> None:
+    def test_an_mpi_job_writes_the_same_bytes(self, built: Built, tmp_path: Path) -> None:
         convert_checkpoint(built.directory, tmp_path / "threads")
         command = [*MPIRUN, sys.executable, "-c", MANY_UNITS, "convert", str(built.directory)]
 
@@ -110,7 +112,7 @@ class TestWhoeverDoesTheWork:
         )
 
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["delivered_bytes"] > 0  # one document: the other rank prints nothing
+        assert json.loads(done.stdout)["delivered_bytes"] > 0  # One document: the other rank prints nothing.
         assert content(tmp_path / "mpi") == content(tmp_path / "threads")
 
     @pytest.mark.mpi
@@ -147,7 +149,9 @@ class TestWhoeverDoesTheWork:
         ],
         ids=["unknown", "no worker", "workers of mpi"],
     )
-    def test_what_means_nothing_is_refused(self, tmp_path: Path, options: dict[str, Any], where: str) -> None:
+    def test_invalid_executors_and_workers_are_refused(
+        self, tmp_path: Path, options: dict[str, Any], where: str
+    ) -> None:
         with pytest.raises(UsageError) as raised:
             convert_checkpoint(tmp_path / "source", tmp_path / "out", **options)
 
@@ -164,7 +168,7 @@ def _spoil(built: Built, *scales: str) -> None:
 
 class TestFaults:
     @pytest.mark.parametrize("workers", [1, 4])
-    def test_all_come_together_in_one_order(self, built: Built, tmp_path: Path, workers: int) -> None:
+    def test_all_faults_are_reported_in_plan_order(self, built: Built, tmp_path: Path, workers: int) -> None:
         bad = [f"model.layers.{layer}.mlp.down_proj.weight_scale" for layer in range(4)]
         _spoil(built, *bad)
 
@@ -192,8 +196,8 @@ class TestFaults:
         assert names(tmp_path) == ["source"]
 
 
-class TestGoingOn:
-    """After a run was killed or interrupted."""
+class TestResume:
+    """Resuming after a run that was killed or interrupted."""
 
     @pytest.fixture
     def whole(self, built: Built, tmp_path: Path) -> dict[str, bytes]:
@@ -202,7 +206,7 @@ class TestGoingOn:
 
     @pytest.fixture
     def half(self, built: Built, tmp_path: Path) -> Path:
-        """The working place of a run that was interrupted after ten units."""
+        """The working directory of a run that was interrupted after ten units."""
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(
                 built.directory,
@@ -214,7 +218,7 @@ class TestGoingOn:
         assert not (tmp_path / "out").exists()
         return tmp_path / ".out.partial"
 
-    def test_what_is_there_is_not_done_again(
+    def test_finished_units_are_not_converted_again(
         self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         done: list[int] = []
@@ -227,14 +231,14 @@ class TestGoingOn:
         assert report.resumed_bytes + sum(done) == report.plan.delivered_bytes
         assert not half.exists()
 
-    def test_what_was_damaged_meanwhile_is_done_again(
+    def test_damaged_units_are_converted_again(
         self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path
     ) -> None:
-        """A crash of the machine leaves pages of zeros: every byte that is kept is compared with its checksum."""
+        """After a crash of the machine, pages may hold zeros, so kept bytes are verified by their checksums."""
         journal = Journal(half / JOURNAL, json.loads((half / JOURNAL).read_text().splitlines()[0])["conversion"])
         journal.close()
         pieces = [piece for record in journal.records.values() for piece in record.pieces]
-        piece = max(pieces, key=lambda each: each.nbytes)
+        piece = max(pieces, key=lambda candidate: candidate.nbytes)
         with (half / piece.file).open("r+b") as stream:
             stream.seek(piece.offset + piece.nbytes // 2)
             stream.write(bytes([stream.read(1)[0] ^ 1]))
@@ -245,7 +249,7 @@ class TestGoingOn:
         assert report.resumed_bytes > 0
 
     @pytest.mark.parametrize("damage", ["cut line", "no journal", "a line of nonsense"])
-    def test_a_damaged_journal_costs_time_only(
+    def test_a_damaged_journal_does_not_change_the_output(
         self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path, damage: str
     ) -> None:
         path = half / JOURNAL
@@ -261,7 +265,7 @@ class TestGoingOn:
         assert content(tmp_path / "out") == whole
 
     @pytest.mark.parametrize("change", ["target", "shard size", "source"])
-    def test_another_conversion_begins_anew(self, built: Built, tmp_path: Path, half: Path, change: str) -> None:
+    def test_another_conversion_does_not_resume(self, built: Built, tmp_path: Path, half: Path, change: str) -> None:
         options: dict[str, Any] = {"max_shard_bytes": 100_000}
         if change == "target":
             options["to"] = "dense"
@@ -276,7 +280,7 @@ class TestGoingOn:
         assert report.resumed_bytes == 0
         assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
-    def test_a_killed_process_leaves_the_place_and_the_command_goes_on(
+    def test_a_killed_process_leaves_its_files_and_the_next_run_resumes(
         self, built: Built, tmp_path: Path, whole: dict[str, bytes]
     ) -> None:
         program = f"""
@@ -306,13 +310,13 @@ convert_checkpoint(source, out, max_shard_bytes=100_000, on_start=lambda _: watc
 
 
 class TestJournal:
-    """When its lines reach the file."""
+    """When the lines of the journal are written to the file."""
 
     @pytest.mark.parametrize("seconds", [0, 60])
     def test_a_short_run_writes_nothing_before_it_ends(
         self, tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """However it ends, unless it is killed."""
+        """At the end all lines are written, unless the process was killed."""
         monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", seconds)
         records = [UnitRecord(unit=number, pieces=()) for number in range(3)]
 
@@ -320,13 +324,13 @@ class TestJournal:
             for record in records:
                 journal.add(record)
             early = (tmp_path / JOURNAL).read_text().count("\n")
-        with Journal(tmp_path / JOURNAL, "digest") as again:
-            found = again.records
+        with Journal(tmp_path / JOURNAL, "digest") as reopened:
+            read_records = reopened.records
 
         assert early == (0 if seconds else 4)
-        assert list(found.values()) == records
+        assert list(read_records.values()) == records
 
-    def test_what_waited_is_written_when_the_time_is_over(
+    def test_lines_in_memory_are_written_when_the_time_is_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with Journal(tmp_path / JOURNAL, "digest") as journal:
@@ -354,7 +358,7 @@ def _count_converted(monkeypatch: pytest.MonkeyPatch, done: list[int]) -> None:
 def test_units_leave_no_files_open_and_no_memory_mapped(
     built: Built, tmp_path: Path, to: str, *, spoiled: bool
 ) -> None:
-    """The collector is paused meanwhile, and a large model has thousands of units."""
+    """The garbage collector is paused during a conversion, and a large model has thousands of units."""
     if spoiled:
         _spoil(built, *(f"model.layers.{layer}.mlp.down_proj.weight_scale" for layer in range(4)))
     open_files, mapped_files = [], []
@@ -367,13 +371,13 @@ def test_units_leave_no_files_open_and_no_memory_mapped(
         convert_checkpoint(built.directory, tmp_path / "out", to=to, workers=1, on_start=lambda _plan: watch)
 
     assert len(open_files) > 20
-    # The unit that runs and the one that waits for being told of.
+    # At most the files of the running unit, and of a finished unit whose result was not yet processed.
     assert max(mapped_files) <= 8
     assert max(open_files) - open_files[0] <= 8
 
 
-def test_few_units_are_handed_out_at_a_time(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a fault stops most of them, and a terabyte's results don't wait in memory."""
+def test_few_units_are_submitted_at_a_time(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This way a fault stops most units, and few results wait in memory."""
     from trtllm_ct.convert import coordinate
 
     submitted: list[int] = []

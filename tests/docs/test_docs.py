@@ -2,7 +2,7 @@
 
 Examples of a page run in order, in a folder where `DIR` is the bundled checkpoint: ```python blocks share one
 namespace, and each line of a ```bash block is a command. A block after a comment `<!-- not run: why -->` is left out;
-```text and ```json are no code.
+```text, ```json and ```diff are no code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
-LANGUAGES = {"python", "bash", "json", "text"}
+LANGUAGES = {"python", "bash", "json", "text", "diff"}
 NEEDS_TRANSFORMERS = ("trtllm-ct generate", "trtllm_ct.reference")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -52,7 +52,7 @@ def test_worked_bytes() -> None:
 def test_each_element_takes_the_scale_of_its_block(
     entry: WeightFormat, shape: tuple[int, int], block: tuple[int, int], seed: int
 ) -> None:
-    """Holds for any shape and block, also a block larger than the weight; encoding the decoded codes gives the bytes."""
+    """Holds for any shape and block, also a block larger than the weight; encoding inverts decoding."""
     is_float = entry is FLOAT8
     args = blocks(*block, NumberType.FLOAT if is_float else NumberType.INT)
     generator = torch.Generator().manual_seed(seed)

@@ -88,7 +88,7 @@ def cases() -> Iterator[tuple[Transform, ...]]:
     yield (transform("hadamard", randomize=True), transform("hadamard", randomize=True, inverse=True))
 
 
-@pytest.mark.parametrize("transforms", list(cases()), ids=lambda each: " ".join(str(one) for one in each))
+@pytest.mark.parametrize("transforms", list(cases()), ids=lambda case: " ".join(str(entry) for entry in case))
 def test_a_folded_linear_gives_what_the_library_computes(transforms: tuple[Transform, ...]) -> None:
     """For every type, location and option, folded weight and bias in float64 equal the library's hooks in float64."""
     model = library_linear(transforms)

@@ -105,11 +105,6 @@ class Catalog:
         """Return dtype and shape of a tensor; raises `KeyError` when no tensor has that name."""
         return self.tensors[name].spec
 
-    @property
-    def total_bytes(self) -> int:
-        """The payload size of all tensors, in bytes."""
-        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Selection:

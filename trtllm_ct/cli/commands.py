@@ -1,7 +1,7 @@
 """The command line: parse arguments, call the pipeline, print the report.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 for success, 1 for a fault in the checkpoint (or any
-error but the next), 2 for wrong usage.
+Results go to stdout, everything else to stderr. Exit codes: 0 for success, 2 for wrong usage, 1 for a faulty
+checkpoint or any other error.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def run_unit(
     """Convert the unit `number`, or only check its values when `writes` is false.
 
     `earlier` is the record of an earlier run. If the files still hold the bytes of this record, the unit is not
-    converted again. The stored tensors of the unit `ahead` positions later are prefetched from disk. Memory: one tile,
-    and the tensors that can't be tiled. Raises `OSError` when files can't be written.
+    converted again. The stored tensors of this unit and of the unit `ahead` positions later are prefetched from disk.
+    Memory: one tile, and the tensors that can't be tiled. Raises `OSError` when files can't be written.
     """
     unit = conversion.units[number]
     if earlier is not None and _has_all_bytes(unit, earlier) and pieces_are_there(conversion.job.files, earlier.pieces):

@@ -63,10 +63,10 @@ WEIGHT_TENSORS: Mapping[str, frozenset[Axis]] = {
     name: frozenset(entry.axes[name] for entry in FORMATS if name in entry.axes)
     for name in dict.fromkeys(name for entry in FORMATS for name in entry.axes)
 }
-"""Every tensor that a quantized weight may have, by local name, with what its elements belong to in some format."""
+"""The tensors that a quantized weight may have, by local name, with the axes that the formats give for each."""
 
 PACKED_CODES = frozenset(entry.codes for entry in FORMATS) - {"weight"}
-"""Local names of codes that are no `weight`: a module that has one is quantized, whatever dtype it is of."""
+"""Local names of codes other than `weight`. A module with such a tensor is quantized, whatever the tensor's dtype."""
 
 
 def format_for(args: QuantArgs, stored: StoredSpecs) -> WeightFormat | None:

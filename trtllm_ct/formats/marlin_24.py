@@ -73,7 +73,7 @@ class _Marlin24(WeightFormat):
         words = stored["weight_packed"]
         if not _check_args(module, args, faults) or not check_codes(module, self.codes, words, DType.I32, faults):
             return None
-        shape = words.shape[1] * 2 // args.num_bits, words.shape[0] * 32
+        shape = words.shape[1] * 2 // args.num_bits, words.shape[0] * layout.K_MULTIPLE
         check_shape(module, shape, expected_shape, faults)
         _check_multiples(module, args, words, faults)
         groups = scale_shape(args, shape)[1]

@@ -30,7 +30,7 @@ _GROUP = 32
 
 
 def axes_with(codes: str) -> Mapping[str, Axis]:
-    """The tensors of a format whose codes have the local name `codes`."""
+    """Return the `axes` of an MX format whose codes have the local name `codes`."""
     return {codes: Axis.ROWS, "weight_scale": Axis.SCALE_ROWS, "weight_zero_point": Axis.SCALE_ROWS}
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "E2M1_PACKED",
     "E2M3_PACKED",
-    "E8M0_BIAS",
-    "E8M0_NAN",
     "element_fields",
     "element_values",
     "power_of_two",
@@ -33,8 +31,8 @@ E2M1_PACKED = Packing(bits=4, container=DType.U8, axis=1, offset_binary=False)
 E2M3_PACKED = Packing(bits=6, container=DType.U8, axis=1, offset_binary=False)
 """MXFP6: four codes in three bytes along K, a little-endian stream of bits."""
 
-E8M0_BIAS = 127
-E8M0_NAN = 255
+_E8M0_BIAS = 127
+_E8M0_NAN = 255
 
 _E2M1_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Exponent 0 holds the subnormal numbers, in steps of 1/8 below 1; the others are (1 + mantissa/8) * 2^(exponent - 1).
@@ -44,7 +42,7 @@ _E2M3_POSITIVE = tuple(
     for mantissa in range(8)
 )
 _POSITIVE = {Element.E2M1: _E2M1_POSITIVE, Element.E2M3: _E2M3_POSITIVE}
-_E8M0 = (*(2.0 ** (exponent - E8M0_BIAS) for exponent in range(E8M0_NAN)), nan)
+_E8M0 = (*(2.0 ** (exponent - _E8M0_BIAS) for exponent in range(_E8M0_NAN)), nan)
 
 _TILE_ELEMENTS = 1 << 20  # torch needs int32 indices: tiles limit them to 4 MiB for a weight of any size
 

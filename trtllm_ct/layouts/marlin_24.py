@@ -40,7 +40,7 @@ N_MULTIPLE = 64
 """N is a multiple of 64: the order of the nibbles permutes blocks of 64 rows."""
 
 K_MULTIPLE = 32
-"""K is a multiple of 32: 32 columns have 16 kept codes, which is the side of a tile."""
+"""K is a multiple of 32: a row of stored words holds 32 columns, whose 16 kept codes are the side of a tile."""
 
 NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
 """The valid nibbles: two different positions, the lower one first."""

@@ -1,9 +1,9 @@
-"""Which mode each quantized module gets at a target.
+"""Assign a mode to each quantized module for a target.
 
-A module alone takes the mode that holds it as it is. Modules that the engine treats as one (q/k/v, gate/up, all routed
-experts of a layer) must end in one mode: scales may be repeated to reach it, since that changes no value; where no
-common mode exists, all of them are dequantized. Under tensor parallelism a mode must hold every rank's slice, and
-scales may be repeated for that as well.
+A module that is in no group gets the first mode that holds its weight unchanged. Modules that the engine treats as one
+(q/k/v, gate/up, all routed experts of a layer) form a group and must get the same mode. Scales may be repeated to reach
+a common mode, since that changes no value; where no common mode exists, the whole group is dequantized. Under tensor
+parallelism a mode must hold every rank's slice, and scales may be repeated for that as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidates_of", "dense_outputs", "fold_reason"]
 
 DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
-"""Why row-wise FP8 output projections of attention are dequantized on request."""
+"""The reason that is given for row-wise FP8 output projections of attention which are dequantized on request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +38,11 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A quantized module on its way to a mode.
+    """A quantized module, and what decides its mode.
 
-    `folded` says why it is plain in any case: what its weight takes in. `unequal` says why it shares no scalar with the
-    other parts of its Linear, which modes with one for all parts need.
+    `folded` names the transforms that are folded into the weight, which is then dequantized whatever the target; empty
+    without any. `unequal` says why the module's global scale can't be made equal to that of the other parts of its
+    fused Linear; modes with `shared_scalars` are then ruled out. It is empty when nothing prevents it.
     """
 
     site: Site
@@ -51,29 +52,30 @@ class Candidate:
 
 
 def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> dict[str, Candidate]:
-    """What decides the mode of each part, from its place in the model and its stored weight, by module.
+    """Return the candidate for each part by module name, made from its site and its stored weight.
 
-    Parts that share their `QuantizedWeight` share their `Weight` too.
+    Parts that share one `QuantizedWeight` object also share one `Weight` object, if both are fused or both are not.
     """
     weights: dict[tuple[int, bool], Weight] = {}
-    found = {}
+    candidates = {}
     for part in parts:
-        kind = (id(part.weight), part.site.fused)
-        if kind not in weights:
-            weights[kind] = _weight_of(part)
-        found[part.site.module] = Candidate(
+        key = (id(part.weight), part.site.fused)
+        if key not in weights:
+            weights[key] = _weight_of(part)
+        candidates[part.site.module] = Candidate(
             site=part.site,
             folded=fold_reason(part.module.transforms),
             unequal=equalized[part.site.module].obstacle if part.site.module in equalized else "",
-            weight=weights[kind],
+            weight=weights[key],
         )
-    return found
+    return candidates
 
 
 def _weight_of(part: Part) -> Weight:
+    """Return the properties of a stored weight that decide its mode."""
     stored = part.weight.stored
     two_level = stored.divisor is not None
-    scale = part.module.specs.get("weight_scale")
+    scale = part.module.specs.get(stored.scale)
     return Weight(
         scheme=part.weight.scheme,
         element=stored.element,
@@ -87,36 +89,43 @@ def _weight_of(part: Part) -> Weight:
 
 
 def assign_modes(candidates: Mapping[str, Candidate], sites: Iterable[Site], target: Target) -> dict[str, Assignment]:
-    """The assignment of every quantized module by name. `sites` tell which modules must agree."""
-    each = _assigned_alone(candidates, target)
+    """Return the assignment of every quantized module by name.
+
+    Sites with the same `mode_group` get one mode.
+    """
+    alone = _assign_alone(candidates, target)
     assigned: dict[str, Assignment] = {}
     groups: dict[str, list[Site]] = {}
     for site in sites:
         if site.mode_group is not None:
             groups.setdefault(site.mode_group, []).append(site)
         elif site.module in candidates:
-            assigned[site.module] = each[site.module]
+            assigned[site.module] = alone[site.module]
     for name, members in groups.items():
-        assigned |= _assign_group(name, members, candidates, each, target)
+        assigned |= _assign_group(name, members, candidates, alone, target)
     return assigned
 
 
-def _assigned_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[str, Assignment]:
-    """The assignment of each candidate as if it were in no group; those with one `Weight` are looked at once."""
-    known: dict[tuple[object, ...], Assignment] = {}
+def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[str, Assignment]:
+    """Return the assignment that each candidate would get if it were in no group.
+
+    Candidates that share their `Weight` object and their other properties are decided once.
+    """
+    decided: dict[tuple[object, ...], Assignment] = {}
     assigned = {}
-    for name, own in candidates.items():
-        kind = (id(own.weight), own.folded, own.unequal, own.site.plain, own.site.expert)
-        if kind not in known:
-            known[kind] = _assign_one(own, target)
-        assigned[name] = known[kind]
+    for name, candidate in candidates.items():
+        site = candidate.site
+        key = (id(candidate.weight), candidate.folded, candidate.unequal, site.plain, site.expert)
+        if key not in decided:
+            decided[key] = _assign_one(candidate, target)
+        assigned[name] = decided[key]
     return assigned
 
 
 def dense_outputs(assignments: Mapping[str, Assignment]) -> dict[str, Assignment]:
-    """The same with every row-wise FP8 output projection of attention dequantized, and nothing else.
+    """Return the assignments with every row-wise FP8 output projection of attention dequantized; the rest is unchanged.
 
-    Row-wise FP8 has no input scale; an engine's attention that quantizes its own output then takes 1.
+    Row-wise FP8 has no input scale. An engine whose attention quantizes its own output then uses a scale of 1.
     Source: TensorRT-LLM `_torch/modules/attention.py` and `linear.py`.
     """
     dense = Assignment(holding=None, reason=DENSE_OUTPUT)
@@ -127,12 +136,13 @@ def dense_outputs(assignments: Mapping[str, Assignment]) -> dict[str, Assignment
 
 
 def _row_wise(assignment: Assignment) -> bool:
+    """Whether the mode is one for which attention may quantize its output at a scale of 1."""
     holding = assignment.holding
     return holding is not None and holding.mode.unscaled_attention_output
 
 
 def fold_reason(transforms: Sequence[Transform]) -> str:
-    """What transforms that run beside a module have to do with its weight; empty without any."""
+    """Return why online transforms force a module to be dequantized; empty without transforms."""
     if not transforms:
         return ""
     names = " and ".join(dict.fromkeys(str(transform) for transform in transforms))
@@ -140,6 +150,7 @@ def fold_reason(transforms: Sequence[Transform]) -> str:
 
 
 def _assign_one(module: Candidate, target: Target) -> Assignment:
+    """Return the assignment of a module that is in no group."""
     if module.folded:
         return Assignment(holding=None, reason=module.folded)
     if module.site.plain and target.holds_codes:
@@ -153,7 +164,7 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
 
 
 def _in_finer_groups(module: Candidate, target: Target) -> Holding | None:
-    """A mode that holds the whole weight as it is, and slices of it in smaller groups only; None without one."""
+    """Return a mode that holds the whole weight unchanged, but each rank's slice only in smaller groups; else None."""
     whole = _held(replace(module, weight=replace(module.weight, slices=None)), target)
     algos = {holding.mode.algo for holding in whole if holding.as_is}
     return next((holding for holding in _held(module, target) if holding.mode.algo in algos), None)
@@ -166,17 +177,18 @@ def _assign_group(
     alone: Mapping[str, Assignment],
     target: Target,
 ) -> dict[str, Assignment]:
-    """One mode for all members of a group; nothing when none is quantized. `alone` has what each gets by itself.
+    """Return the assignments of a group's quantized members, all with one mode; empty when none is quantized.
 
-    Reasons name the group by its last part, so that they read the same in every layer.
+    `alone` has the assignments that the members would get outside of a group. Reasons name the group by the last part
+    of its name, so that they are the same in every layer.
     """
     name = name.rpartition(".")[2]
     quantized = {site.module: candidates[site.module] for site in members if site.module in candidates}
     plain = [site.module for site in members if site.module not in candidates]
-    each = {module: alone[module] for module in quantized}
-    agree = len({assignment.holding.key if assignment.holding else None for assignment in each.values()}) <= 1
-    if agree and not plain:
-        return each
+    assignments = {module: alone[module] for module in quantized}
+    keys = {assignment.holding.key if assignment.holding else None for assignment in assignments.values()}
+    if len(keys) <= 1 and not plain:
+        return assignments
     obstacle = _group_obstacle(plain, quantized)
     if not obstacle:
         common = _common_mode(name, quantized, target)
@@ -184,13 +196,13 @@ def _assign_group(
             return common
         obstacle = _no_common_mode(quantized, target)
     reason = f"{name} has one mode for all its parts, and {obstacle}"
-    return {module: _plain_because(assignment, reason) for module, assignment in each.items()}
+    return {module: _plain_because(assignment, reason) for module, assignment in assignments.items()}
 
 
 def _group_obstacle(plain: Sequence[str], quantized: Mapping[str, Candidate]) -> str:
-    """Why the members of a group can't share a quantized mode, whatever modes there are; empty when they may."""
+    """Return why the members of a group can't share any quantized mode, whatever the target; empty if they may."""
     if plain:
-        return f"{_some(plain)} stored plain"
+        return f"{_leaves_with_verb(plain)} stored plain"
     for candidate in quantized.values():
         if candidate.folded or candidate.unequal:
             return f"of another one {candidate.folded}" if candidate.folded else candidate.unequal
@@ -198,9 +210,10 @@ def _group_obstacle(plain: Sequence[str], quantized: Mapping[str, Candidate]) ->
 
 
 def _common_mode(name: str, quantized: Mapping[str, Candidate], target: Target) -> dict[str, Assignment]:
-    """The mode that every member can be held in and that the most hold as they are; nothing when there is none.
+    """Return assignments with a mode that holds every member; empty when there is none.
 
-    Ties are broken by the order of LINEAR_MODES and of the group sizes in it.
+    Of several such modes the one is taken that holds the most members unchanged. Ties are broken by the order of
+    LINEAR_MODES and of the group sizes in each mode.
     """
     options = {
         module: {holding.key: holding for holding in _held(candidate, target)}
@@ -219,7 +232,7 @@ def _common_mode(name: str, quantized: Mapping[str, Candidate], target: Target) 
 
 
 def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
-    """Why the members of a group share no mode: the slices of one of them, or their schemes."""
+    """Return why the members of a group share no mode: because of one member's slices, or of their schemes."""
     for module, candidate in quantized.items():
         slices = slice_obstacle(candidate.weight, target.algos(expert=candidate.site.expert))
         if slices:
@@ -229,14 +242,14 @@ def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
-    """The modes of the target that hold a weight, those that take it as it is first."""
+    """Return the modes of the target that hold a weight; those that hold it unchanged come first."""
     algos = target.algos(expert=module.site.expert)
     held = [holding for holding in holdings(module.weight) if holding.mode.algo in algos]
     return [holding for holding in held if not holding.mode.shared_scalars] if module.unequal else held
 
 
 def _why_not(module: Candidate, target: Target) -> str:
-    """Why no mode of a target holds a weight as it is."""
+    """Return why no mode of a target holds a weight unchanged."""
     if not target.holds_codes:
         return f"target {target.name} holds plain weights only"
     if module.unequal:
@@ -257,12 +270,15 @@ def _why_not(module: Candidate, target: Target) -> str:
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
 
 
-def _plain_because(own: Assignment, reason: str) -> Assignment:
-    """Dequantized for the sake of a group, unless the module had a reason of its own."""
-    return Assignment(holding=None, reason=reason if own.holding is not None else own.reason)
+def _plain_because(alone: Assignment, reason: str) -> Assignment:
+    """Return the assignment of a member that is dequantized because of its group.
+
+    A member that would be dequantized outside of the group too keeps the reason for that.
+    """
+    return Assignment(holding=None, reason=reason if alone.holding is not None else alone.reason)
 
 
-def _some(modules: Sequence[str]) -> str:
-    """The last parts of their names, each once, with the verb."""
+def _leaves_with_verb(modules: Sequence[str]) -> str:
+    """Return the last parts of the modules' names, each once, followed by "is" or "are"."""
     leaves = dict.fromkeys(module.rpartition(".")[2] for module in modules)
     return ", ".join(leaves) + (" is" if len(modules) == 1 else " are")

@@ -1,4 +1,4 @@
-"""Which tensors a module delivers, and by which operations: here live the names of the engine's Linear tensors.
+"""Which tensors a module delivers, and which operation makes each. The names are those of the engine's Linears.
 
 Source of names, dtypes and shapes: TensorRT-LLM `_torch/modules/linear.py` and `fused_moe/quantization.py`, and what
 ModelOpt 0.47 exports.
@@ -49,32 +49,36 @@ _SCALAR = TensorSpec(DType.F32, ())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dtypes:
-    """The dtypes of a delivery: the model's, that of dequantized modules, and whether plain tensors are cast."""
+    """The dtypes of delivered tensors.
+
+    `model` is the model's dtype, `dequantized` the dtype of dequantized modules; with `cast_plain` plain float tensors
+    are cast to `model`.
+    """
 
     model: DType
     dequantized: DType
     cast_plain: bool
 
     def of_plain(self, stored: DType) -> DType:
-        """The dtype in which a plain tensor is delivered; integers stay what they are."""
+        """Return the dtype in which a plain tensor of dtype `stored` is delivered; integers keep theirs."""
         return self.model if self.cast_plain and stored.is_wide_float else stored
 
 
 def plain(
     module: StoredModule, locals_: Iterable[str], dtypes: Dtypes, folds: tuple[Fold, ...] = ()
 ) -> tuple[Delivery, ...]:
-    """Plain tensors under their own names, cast where the whole model is, with transforms folded in."""
+    """Return deliveries of plain tensors: names unchanged, cast if the whole model is, with transforms folded in."""
     return tuple(_plain_tensor(module, local, dtypes, _folds_in(local, folds)) for local in locals_)
 
 
 def dequantized(
     module: StoredModule, weight: QuantizedWeight, dtypes: Dtypes, folds: tuple[Fold, ...] = ()
 ) -> tuple[Delivery, ...]:
-    """A plain `weight` instead of the codes, with transforms folded in."""
+    """Return the delivery of a dequantized `weight`, with transforms folded in."""
     spec = TensorSpec(dtypes.dequantized, weight.stored.shape)
     if not folds:
         return (_from_weight(module, weight, "weight", Dequantize(result=spec)),)
-    locals_ = (*weight.stored.consumed, *_matrices(folds))
+    locals_ = (*weight.stored.consumed, *_fold_sources(folds))
     operation = FoldTransform(result=spec, folds=folds)
     return (Delivery(name=module.delivered_name("weight"), operation=operation, sources=module.sources(locals_)),)
 
@@ -87,10 +91,11 @@ def native(
     site: Site,
     equalized: Equalized = OWN,
 ) -> tuple[Delivery, ...]:
-    """The tensors that the Linear of a mode reads; `equalized` are the scalars that it shares with other parts.
+    """Return deliveries of the tensors that the Linear of a mode reads.
 
-    Linears that the engine joins never read a `pre_quant_scale`, the others demand it. Experts read block and MXFP4
-    scales under the name `weight_scale_inv` in some releases, so they get both names.
+    `equalized` has the scalars that replace the stored ones, so that all parts of a fused Linear have the same.
+    Fused Linears never read a `pre_quant_scale`; other Linears of a mode that has one require it. Some releases read
+    the scales of experts under the name `weight_scale_inv` in some modes, so these are delivered under both names.
     """
     mode = holding.mode
     deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding, equalized)]
@@ -103,13 +108,13 @@ def native(
 
 
 def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:
-    """A KV-cache scale under the name that engines read: float32, one element."""
+    """Return the delivery of a KV-cache scale under the name that engines read: float32, one element."""
     scalar = WidenScale(result=_SCALAR, source=local)
     return Delivery(name=name, operation=scalar, sources=module.sources((local,)))
 
 
 def input_scale_reason(holding: Holding | None) -> str:
-    """Why a stored activation scale is not delivered; empty when the mode takes it."""
+    """Return why a stored activation scale is not delivered; empty when the mode reads it."""
     if holding is None:
         return "the module is delivered plain; its activations are not quantized"
     if holding.mode.input_scale is not None:
@@ -118,7 +123,7 @@ def input_scale_reason(holding: Holding | None) -> str:
 
 
 def _codes(module: StoredModule, weight: QuantizedWeight, mode: LinearMode) -> Delivery:
-    """The codes in the mode's container; the stored tensor itself where the bytes are the same."""
+    """Return the delivery of the codes in the mode's packing; a copy where the stored packing is the same."""
     stored = weight.stored
     operation: Operation
     if mode.packing is None or mode.packing == stored.packing:
@@ -126,15 +131,15 @@ def _codes(module: StoredModule, weight: QuantizedWeight, mode: LinearMode) -> D
     else:
         spec = TensorSpec(mode.packing.container, mode.packing.packed_shape(stored.shape))
         operation = Repack(result=spec, packing=mode.packing)
-    apart = {stored.scale, stored.divisor, "weight_zero_point" if stored.has_zero_point else None}
-    sources = [local for local in stored.consumed if local not in apart]
+    not_codes = {stored.scale, stored.divisor, "weight_zero_point" if stored.has_zero_point else None}
+    sources = [local for local in stored.consumed if local not in not_codes]
     return Delivery(name=module.delivered_name("weight"), operation=operation, sources=module.sources(sources))
 
 
 def _scales(
     module: StoredModule, weight: QuantizedWeight, holding: Holding, equalized: Equalized
 ) -> Iterator[Delivery]:
-    """`weight_scale` and what else a mode has to turn codes into values."""
+    """Yield `weight_scale`, and `weight_scale_2` or `weight_zero` where the mode has them."""
     stored, mode = weight.stored, holding.mode
     spec = TensorSpec(mode.scale.dtype, mode.scale_shape(stored.shape, holding.group_size))
     if mode.scale.one_byte:
@@ -148,7 +153,11 @@ def _scales(
 
 
 def _group_scale(spec: TensorSpec, source: str, replaced: Replaced | None) -> Operation:
-    """Scales of one byte: as they are, or with the power of two by which the scalar of the weight was replaced."""
+    """Return the operation for one-byte scales.
+
+    They are delivered unchanged, unless the global scale of the weight (a divisor) is replaced by itself times a power
+    of two. Then the scales are multiplied by the same power. They become zero where the stored global scale is 0.
+    """
     if replaced is None:
         return Reinterpret(result=spec, source=source)
     if replaced.stored == 0:
@@ -157,14 +166,17 @@ def _group_scale(spec: TensorSpec, source: str, replaced: Replaced | None) -> Op
 
 
 def _multiplier(source: str, replaced: Replaced | None) -> Operation:
-    """A divisor as a multiplier: the module's own, or that of all parts of its Linear."""
+    """Return the operation that turns a stored divisor, or the shared one that replaces it, into a multiplier."""
     if replaced is None:
         return Reciprocal(result=_SCALAR, source=source)
     return SharedReciprocal(result=_SCALAR, source=source, stored=replaced.stored, shared=replaced.shared)
 
 
 def _input_scale(module: StoredModule, mode: LinearMode, equalized: Equalized) -> list[Delivery]:
-    """The static scale of the input, where the mode reads one; the planner faults one that is not stored."""
+    """Return the static scale of the input, where the mode reads one and it is stored.
+
+    A scale that is required but not stored is a fault elsewhere (`ModelModules`).
+    """
     source = mode.input_scale
     if source is None or source not in module.views:
         return []
@@ -174,12 +186,13 @@ def _input_scale(module: StoredModule, mode: LinearMode, equalized: Equalized) -
 
 
 def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes, folds: tuple[Fold, ...] = ()) -> Delivery:
+    """Return the delivery of one plain tensor: copied, cast, or with transforms folded in."""
     spec = module.specs[local]
     wanted = dtypes.of_plain(spec.dtype)
     operation: Operation = Copy(result=spec, source=local)
     if folds:
         operation = FoldPlain(result=TensorSpec(wanted, spec.shape), source=local, folds=folds)
-        sources = module.sources((local, *_matrices(folds)))
+        sources = module.sources((local, *_fold_sources(folds)))
         return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
     if wanted is not spec.dtype:
         operation = Cast(result=TensorSpec(wanted, spec.shape), source=local)
@@ -187,27 +200,27 @@ def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes, folds: tuple
 
 
 def _folds_in(local: str, folds: tuple[Fold, ...]) -> tuple[Fold, ...]:
-    """Those that change a tensor: a bias is transformed with the rows of its weight, other parameters never."""
-    return {"weight": folds, "bias": tuple(each for each in folds if each.axis == 0)}.get(local, ())
+    """Return the folds that change a tensor: all for a weight, those of its rows for a bias, none for anything else."""
+    return {"weight": folds, "bias": tuple(fold for fold in folds if fold.axis == 0)}.get(local, ())
 
 
-def _matrices(folds: tuple[Fold, ...]) -> tuple[str, ...]:
-    """The local names of what folds read, each once."""
-    return tuple(dict.fromkeys(source for each in folds for source in each.sources))
+def _fold_sources(folds: tuple[Fold, ...]) -> tuple[str, ...]:
+    """Return the local names of the tensors that folds read, each once."""
+    return tuple(dict.fromkeys(source for fold in folds for source in fold.sources))
 
 
 def _from_one(module: StoredModule, local: str, operation: Operation) -> Delivery:
-    """A delivered tensor made from the one tensor that its operation names."""
+    """Return the delivery of a tensor that is made from the one stored tensor that its operation names."""
     sources = () if operation.source is None else module.sources((operation.source,))
     return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
 
 
 def _from_weight(module: StoredModule, weight: QuantizedWeight, local: str, operation: Operation) -> Delivery:
-    """A delivered tensor made from all tensors of the weight."""
+    """Return the delivery of a tensor that is made from all stored tensors of the weight."""
     sources = module.sources(weight.stored.consumed)
     return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
 
 
 def _renamed(module: StoredModule, delivery: Delivery, local: str) -> Delivery:
-    """The same tensor under a second name."""
+    """Return the delivery of the same tensor under a second name."""
     return Delivery(name=module.delivered_name(local), operation=delivery.operation, sources=delivery.sources)

@@ -1,4 +1,4 @@
-"""The engine's view of a plan: `QuantConfig` with explicit module names."""
+"""Make the engine's `QuantConfig`, with explicit module names, from a plan or from a configuration alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WITH_WEIGHTS = frozenset({"Linear", "Embedding"})
 
 
 def layer_config(holding: Holding) -> LayerQuantConfig:
-    """One module's entry."""
+    """Return the configuration entry of a module that is delivered in this mode."""
     mode = holding.mode
     return LayerQuantConfig(
         quant_algo=mode.algo,
@@ -34,7 +34,11 @@ def layer_config(holding: Holding) -> LayerQuantConfig:
 
 
 def engine_config(modules: Iterable[ModulePlan], *, kv_cache_quant_algo: str | None) -> QuantConfig:
-    """One mode with the plain modules excluded by name, or MIXED_PRECISION with an entry for every quantized module."""
+    """Return the `QuantConfig` of a plan's modules.
+
+    With a single mode it names that mode. Otherwise it is MIXED_PRECISION with an entry for every quantized module.
+    Linears and embeddings that are delivered plain are excluded by name, if any module is quantized.
+    """
     layers: dict[str, LayerQuantConfig] = {}
     excluded: dict[str, None] = {}
     for module in modules:
@@ -53,10 +57,10 @@ def engine_config(modules: Iterable[ModulePlan], *, kv_cache_quant_algo: str | N
 
 
 def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> QuantConfig:
-    """The engine's view of a configuration without its tensors: one scheme for all modules.
+    """Return the `QuantConfig` of a configuration without a directory: one mode for all modules.
 
-    Raises `ConfigError` when groups end in different modes, `ignore` holds patterns or transforms run with the model:
-    all of them need the names of modules.
+    Raises `ConfigError` when groups get different modes, when `ignore` holds patterns, and when transforms run with
+    the model: each of these needs the names of modules.
     """
     faults = FaultCollector()
     layers = {_layer_of_group(group, target) for group in config.groups if group.scheme.weights is not None}
@@ -75,6 +79,7 @@ def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> Quant
 
 
 def _layer_of_group(group: ConfigGroup, target: Target) -> LayerQuantConfig | None:
+    """Return the mode of a group's modules; None if the group is not quantized or the target has no mode for it."""
     args = group.scheme.weights
     if args is None:
         return None
@@ -88,17 +93,19 @@ def _layer_of_group(group: ConfigGroup, target: Target) -> LayerQuantConfig | No
         exponent_scale=exponents,
     )
     algos = target.algos(expert=False)
-    held = (hold for hold in holdings(weight) if hold.as_is and hold.mode.algo in algos)
-    return next((layer_config(hold) for hold in held), None)
+    held = (holding for holding in holdings(weight) if holding.as_is and holding.mode.algo in algos)
+    return next((layer_config(holding) for holding in held), None)
 
 
 def _element(args: QuantArgs) -> Element:
+    """Return what the codes of these arguments mean; floats of any other width count as E4M3."""
     if args.type is NumberType.INT:
         return Element.INT
     return {4: Element.E2M1, 6: Element.E2M3}.get(args.num_bits, Element.E4M3)
 
 
 def _needs_directory(where: str, found: str, faults: FaultCollector) -> None:
+    """Add the fault of a configuration whose meaning depends on the names of modules."""
     faults.add(
         where=where,
         expected="one mode for modules that are named",

@@ -1,9 +1,10 @@
-"""Equal scalars for the parts of a Linear that engines join: exactly, or not at all.
+"""Make the scalars of the parts of a fused Linear equal, if that is possible without changing any weight.
 
-Engines make one Linear of q/k/v, and of gate and up in every expert too. An NVFP4 Linear has one `weight_scale_2` and
-one `input_scale`. Writers link the global scales that these come from; where they did not, and the scales are
-powers of two apart, one of them serves all parts: a power of two moves from the scalar into the E4M3 group scales,
-and every value stays what it is, bit for bit. Other parts have no common scalar, and are dequantized.
+Engines fuse q/k/v into one Linear, and gate and up too, also in every expert. An NVFP4 Linear has one `weight_scale_2`
+and one `input_scale`, which are made from the stored global scales. Most writers give the parts the same global scales.
+Where a writer did not and the global scales are powers of two apart, one of them serves all parts: the E4M3 group
+scales are multiplied by the power of two between the two global scales, and every value stays the same, bit for bit.
+Parts whose global scales differ otherwise have no common scalar and are dequantized.
 A global scale of 0 in an expert means that calibration never reached it: its weight is zero under any scalar.
 Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod, and `fused_moe/quantization.py`.
 """
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["OWN", "SCALAR_TOLERANCE", "Equalized", "Part", "Replaced", "equalize", "powers_of_two_apart"]
 
 SCALAR_TOLERANCE = 1e-6
-"""Scalars that differ by less count as equal, relatively: of the same order as the error that any native value may
-have."""
+"""Scalars whose relative difference is at most this count as equal. It is of the order of the relative error that
+any natively delivered value may have."""
 
 _WEIGHT, _INPUT = "weight_global_scale", "input_global_scale"
 
@@ -45,22 +46,23 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replaced:
-    """A stored global scale, and the one that the module takes instead, as all parts of its Linear do."""
+    """A stored global scale, and the shared one that replaces it in all parts of the fused Linear."""
 
     stored: float
     shared: float
 
     @property
     def power(self) -> int:
-        """K of shared = stored * 2^k; where 0 is stored there is none, and 0 stands for it."""
+        """The k in shared = stored * 2^k; 0 if the stored global scale is 0, since no k exists then."""
         return frexp(self.shared)[1] - frexp(self.stored)[1] if self.stored else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Equalized:
-    """What a module takes so that its scalars are those of the other parts of its Linear; None where they are.
+    """The global scales that a module uses so that they equal those of the other parts of its fused Linear.
 
-    `reason` and `note` say so, about the weight and about the input. `obstacle` says why nothing makes them equal.
+    `weight` and `input` are None where the stored global scale is kept. `reason` describes the change of the weight's
+    global scale, `note` that of the input's. `obstacle` says why the scales can't be made equal; empty if they can.
     """
 
     weight: Replaced | None = None
@@ -71,60 +73,66 @@ class Equalized:
 
 
 OWN = Equalized()
-"""A module that keeps what is stored."""
+"""The value for a module that keeps its stored global scales."""
 
 
 def equalize(parts: Iterable[Part], probe: Probe) -> dict[str, Equalized]:
-    """By module name, what parts of joined NVFP4 Linears take instead of their own scalars; others are left out.
+    """Return, by module name, the global scales that parts of fused NVFP4 Linears use instead of the stored ones.
 
-    Nothing is said about scalars that were not probed or that are refused when they are read: NaN, infinite, negative,
-    and zero outside of routed experts.
+    Modules that keep their stored global scales are left out. Nothing is decided from scales that were not probed, nor
+    from those that are refused when they are loaded: NaN, infinite, negative, and zero outside of routed experts.
     """
-    joined: dict[str, list[Part]] = {}
+    linears: dict[str, list[Part]] = {}
     for part in parts:
         if part.site.shares is not None and part.weight.stored.divisor is not None:
-            joined.setdefault(part.site.shares, []).append(part)
-    return {name: own for members in joined.values() for name, own in _of_linear(members, probe).items()}
-
-
-def powers_of_two_apart(divisors: Sequence[float]) -> bool:
-    """Whether positive numbers differ, and by powers of two only; zeros among them don't count."""
-    live = [divisor for divisor in divisors if divisor]
-    return not _same(live) and len({frexp(divisor)[0] for divisor in live}) == 1
-
-
-def _of_linear(members: Sequence[Part], probe: Probe) -> dict[str, Equalized]:
-    """The parts of one Linear that change, or all of them with what is in the way."""
-    weights, obstacle = _shared(members, _WEIGHT, probe)
-    inputs: Sequence[Replaced | None] = [None] * len(members)
-    if all(activations_of(part.weight.scheme) is Activations.FP4_LOCAL for part in members):
-        inputs, another = _shared(members, _INPUT, probe)
-        obstacle = obstacle or another
-    if obstacle:
-        return {part.site.module: Equalized(obstacle=obstacle) for part in members}
+            linears.setdefault(part.site.shares, []).append(part)
     return {
-        part.site.module: _told(Equalized(weight=weight, input=of_input), part.site)
-        for part, weight, of_input in zip(members, weights, inputs, strict=True)
-        if weight or of_input
+        name: equalized for members in linears.values() for name, equalized in _equalize_linear(members, probe).items()
     }
 
 
-def _shared(members: Sequence[Part], local: str, probe: Probe) -> tuple[list[Replaced | None], str]:
-    """For each member the replacement of one scalar, None where it stays; or what is in the way."""
+def powers_of_two_apart(divisors: Sequence[float]) -> bool:
+    """Whether the divisors differ, and by powers of two only; zeros are ignored."""
+    nonzero = [divisor for divisor in divisors if divisor]
+    return not _all_equal(nonzero) and len({frexp(divisor)[0] for divisor in nonzero}) == 1
+
+
+def _equalize_linear(members: Sequence[Part], probe: Probe) -> dict[str, Equalized]:
+    """Return the parts of one fused Linear whose global scales change, or all parts with the obstacle."""
+    weights, obstacle = _replacements(members, _WEIGHT, probe)
+    inputs: Sequence[Replaced | None] = [None] * len(members)
+    if all(activations_of(part.weight.scheme) is Activations.FP4_LOCAL for part in members):
+        inputs, input_obstacle = _replacements(members, _INPUT, probe)
+        obstacle = obstacle or input_obstacle
+    if obstacle:
+        return {part.site.module: Equalized(obstacle=obstacle) for part in members}
+    return {
+        part.site.module: _with_reasons(Equalized(weight=weight, input=input_), part.site)
+        for part, weight, input_ in zip(members, weights, inputs, strict=True)
+        if weight or input_
+    }
+
+
+def _replacements(members: Sequence[Part], local: str, probe: Probe) -> tuple[list[Replaced | None], str]:
+    """Return the replacement of one global scale for each member, and the obstacle to making them equal.
+
+    A replacement is None where the stored global scale is kept. The obstacle is empty if there is none.
+    """
     kept: list[Replaced | None] = [None] * len(members)
     divisors = [_divisor(part, local, probe) for part in members]
     known = [divisor for divisor in divisors if divisor is not None]
-    live = [divisor for divisor in known if divisor]
-    if len(known) < len(members) or not live:
+    nonzero = [divisor for divisor in known if divisor]
+    if len(known) < len(members) or not nonzero:
         return kept, ""
     shared: float | None = None
-    if _same(live):
-        shared = live[0]
-    elif not powers_of_two_apart(live):
+    if _all_equal(nonzero):
+        shared = nonzero[0]
+    elif not powers_of_two_apart(nonzero):
         return kept, _obstacle(members, known, local, "no power of two apart")
     elif local == _INPUT:
-        # Group scales of activations are computed at run time: under the largest scalar none of them is cut off.
-        shared = min(live)
+        # The engine computes the group scales of activations at run time. The smallest divisor is the largest
+        # multiplier, and under that no group scale is clipped.
+        shared = min(nonzero)
     else:
         shared = _exact_divisor(members, known, probe)
     if shared is None:
@@ -133,7 +141,7 @@ def _shared(members: Sequence[Part], local: str, probe: Probe) -> tuple[list[Rep
 
 
 def _divisor(part: Part, local: str, probe: Probe) -> float | None:
-    """A stored global scale; None where it was not probed or is none that an engine may be given."""
+    """Return a stored global scale; None if it was not probed or is refused when it is loaded."""
     view = part.module.views.get(local)
     value = None if view is None else probe.scalars.get(probe_key(view))
     if value is None or not isfinite(value) or value < 0 or (value == 0 and not part.site.expert):
@@ -141,20 +149,21 @@ def _divisor(part: Part, local: str, probe: Probe) -> float | None:
     return value
 
 
-def _same(live: Sequence[float]) -> bool:
-    return all(isclose(divisor, live[0], rel_tol=SCALAR_TOLERANCE) for divisor in live)
+def _all_equal(divisors: Sequence[float]) -> bool:
+    return all(isclose(divisor, divisors[0], rel_tol=SCALAR_TOLERANCE) for divisor in divisors)
 
 
 def _replaced(stored: float, shared: float) -> Replaced | None:
-    """None for a scale that serves as it is."""
-    same = isclose(stored, shared, rel_tol=SCALAR_TOLERANCE)
-    return None if same else Replaced(stored=stored, shared=shared)
+    """Return the replacement of a stored global scale; None if it equals the shared one."""
+    equal = isclose(stored, shared, rel_tol=SCALAR_TOLERANCE)
+    return None if equal else Replaced(stored=stored, shared=shared)
 
 
 def _exact_divisor(members: Sequence[Part], divisors: Sequence[float], probe: Probe) -> float | None:
-    """The divisor that all group scales can be shifted to without loss and that leaves the most of them as they are.
+    """Return a divisor to which the group scales of all members can be shifted without loss; None if none exists.
 
-    None when there is none. Zeros fit any divisor.
+    Of several such divisors the one is taken that equals the stored divisor of the most members. Members with a stored
+    divisor of 0 fit any divisor.
     """
     exponents, least, most = [], [], []
     for part, divisor in zip(members, divisors, strict=True):
@@ -163,36 +172,40 @@ def _exact_divisor(members: Sequence[Part], divisors: Sequence[float], probe: Pr
             exponents.append(frexp(divisor)[1])
             least.append(exponents[-1] + powers[0])
             most.append(exponents[-1] + powers[1])
-    # Every range holds its own exponent, so what they share lies between the exponents if it is no wider.
+    # The range of each member contains its stored exponent. So if the ranges intersect, they do so between the least
+    # and the greatest stored exponent.
     fitting = range(max(*least, min(exponents)), min(*most, max(exponents)) + 1)
     if not fitting:
         return None
     mantissa = frexp(next(divisor for divisor in divisors if divisor))[0]
-    return ldexp(mantissa, min(fitting, key=lambda shared: sum(shared != own for own in exponents)))
+    return ldexp(mantissa, min(fitting, key=lambda shared: sum(shared != exponent for exponent in exponents)))
 
 
-def _told(own: Equalized, site: Site) -> Equalized:
-    """With the words for what changes."""
+def _with_reasons(equalized: Equalized, site: Site) -> Equalized:
+    """Return the value with the `reason` and the `note` that describe its replacements."""
     linear = (site.shares or "").rpartition(".")[2]
     reason = note = ""
-    if own.weight is not None and own.weight.stored:
+    if equalized.weight is not None and equalized.weight.stored:
         reason = f"group scales times a power of two, so that {linear} has one scalar"
-    elif own.weight is not None:
+    elif equalized.weight is not None:
         reason = f"calibration never reached it: group scales of zero under the scalar of {linear}"
-    if own.input is not None and own.input.stored:
+    if equalized.input is not None and equalized.input.stored:
         note = f"the input scale is the largest of {linear}, a power of two above its own"
-    return replace(own, reason=reason, note=note)
+    return replace(equalized, reason=reason, note=note)
 
 
 def _obstacle(members: Sequence[Part], divisors: Sequence[float], local: str, why: str) -> str:
-    """Names two parts whose scalars differ, and both values; no power of two apart where there are such."""
+    """Return the reason why the members share no scalar: it names two of them and their global scales.
+
+    The two differ by no power of two, if there are such members.
+    """
     values = [(part.site, divisor) for part, divisor in zip(members, divisors, strict=True) if divisor]
-    first, value = values[0]
-    other, another = max(values, key=lambda each: (frexp(each[1])[0] != frexp(value)[0], each[1] != value))
-    names = [site.module.rpartition(".")[2] for site in (first, other)]
-    *_, owner, linear = (first.shares or "").split(".")
-    whole = f"expert {owner}" if first.expert else linear
+    first_site, first = values[0]
+    second_site, second = max(values, key=lambda entry: (frexp(entry[1])[0] != frexp(first)[0], entry[1] != first))
+    names = [site.module.rpartition(".")[2] for site in (first_site, second_site)]
+    *_, parent, linear = (first_site.shares or "").split(".")
+    whole = f"expert {parent}" if first_site.expert else linear
     return (
-        f"the parts of {whole} share no scalar: {local} is {value:.9g} in {names[0]} and {another:.9g} in {names[1]}, "
+        f"the parts of {whole} share no scalar: {local} is {first:.9g} in {names[0]} and {second:.9g} in {names[1]}, "
         f"{why}"
     )

@@ -1,6 +1,7 @@
-"""The modules of a checkpoint as planning sees them, whatever form their tensors have in the files.
+"""Gather the modules of a checkpoint in one form, whatever form their tensors have in the files.
 
-Sparse tensors are one, names are those of Hugging Face, and experts are apart.
+The pieces of a sparse tensor become one tensor, modules get their Hugging Face names, and fused experts are split into
+one module per expert and projection.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ __all__ = ["gather_modules"]
 def gather_modules(
     catalog: Catalog, model: Model, faults: FaultCollector, shapes: StoredShapes | None = None
 ) -> dict[str, StoredModule]:
-    """The modules by name, in the order of the catalog; contradictions between tensors are added to `faults`.
+    """Return the modules by name, in the order of the catalog; contradictions between tensors are added to `faults`.
 
-    `shapes` are those that sparse tensors say they have; without them the model tells that of its own weights. Raises
-    `PlanError` where most names mean nothing.
+    `shapes` are the stored shapes of sparse tensors. For a sparse weight without one the shape follows from the model.
+    Raises `PlanError` when a checkpoint in Mistral's native format has modules that the model has no name for.
     """
-    # Few checkpoints are sparse, and only they need the shape of every weight by name.
-    of_model = cache(lambda: model.weight_shapes(catalog.tensors))
-    stored = stored_modules(catalog, lambda name: of_model().get(name), faults, shapes)
+    # Only sparse checkpoints, which are rare, need the shape of every weight by name.
+    model_shapes = cache(lambda: model.weight_shapes(catalog.tensors))
+    stored = stored_modules(catalog, lambda name: model_shapes().get(name), faults, shapes)
     stored = hugging_face_names(stored, model, faults)
     if model.architecture.experts is not None:
         stored = split_fused_experts(stored, model.architecture.experts)

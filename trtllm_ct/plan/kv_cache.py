@@ -1,8 +1,8 @@
-"""KV-cache scales: under which names writers have stored them, which a target takes, and under which names.
+"""KV-cache scales: the names under which writers store them, which of them a target reads, and under which names.
 
-compressed-tensors keeps them on the attention module (`self_attn.k_scale`, since 0.6) or once kept them on the
-projections (`k_proj.output_scale`); engines read them beside the projections (`self_attn.k_proj.k_scale`): one
-float32 element each, multiplying the stored fp8 value. Sources: compressed-tensors 0.5 and 0.20
+compressed-tensors stores them in the attention module (`self_attn.k_scale`, since 0.6); earlier releases stored them in
+the projections (`k_proj.output_scale`). Engines read them in the projections (`self_attn.k_proj.k_scale`): one float32
+element each, which the stored fp8 value is multiplied by. Sources: compressed-tensors 0.5 and 0.20
 `quantization/lifecycle/initialize.py`; vLLM 0.33 `model_loader/weight_utils.py` for other writers; TensorRT-LLM
 `_torch/modules/linear.py`.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KvCache"]
 
-# Leaf of the module that holds a scale -> local name -> the projections that it belongs to.
+# Last part of the module's name -> local name of the scale -> the projections that the scale belongs to.
 _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "self_attn": {"k_scale": ("k",), "v_scale": ("v",), "kv_scale": ("k", "v")},
     "k_proj": {"output_scale": ("k",), "k_scale": ("k",)},
@@ -34,9 +34,10 @@ _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "k_cache": {"scale": ("k",)},
     "v_cache": {"scale": ("v",)},
 }
-# Where a checkpoint has several, the first of these counts: quantized outputs put a scale on projections too.
+# If a checkpoint has several scales for one projection, the first of these is used. There may be several because
+# quantized outputs have a scale on the projections too.
 _PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
-_NOTHING = frozenset[str]()
+_NO_NAMES = frozenset[str]()
 _IGNORED = {
     "q_scale": "engines don't quantize queries",
     "q_zero_point": "engines don't quantize queries",
@@ -48,10 +49,11 @@ _IGNORED = {
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """What a checkpoint says about its KV cache, and what of it a target takes.
+    """How a checkpoint quantizes its KV cache, and which of that a target supports.
 
-    `alone` when no module is delivered quantized: ModelOpt's configuration has no way to say it of the cache only, and
-    the engine refuses one without an algorithm. `chosen` gives the stored tensor of each delivered scale.
+    `alone` is set when no module is delivered quantized: ModelOpt's configuration can't describe a quantized cache
+    without quantized modules, and the engine refuses one without an algorithm. `chosen` maps the name of each delivered
+    scale to the stored tensor that it is made from.
     """
 
     config: QuantizationConfig
@@ -61,15 +63,15 @@ class KvCache:
     chosen: Mapping[str, str] = field(default_factory=dict)
 
     def among(self, modules: Iterable[StoredModule]) -> KvCache:
-        """The same, with one stored scale chosen where there are several for one projection."""
-        found: dict[str, tuple[int, str]] = {}
+        """Return this value with `chosen` filled in: one stored scale of these modules for each projection."""
+        best: dict[str, tuple[int, str]] = {}
         for module in modules:
             for local, letters in _HOLDERS.get(module.name.rpartition(".")[2], {}).items():
                 if local in module.views:
                     for name in (_delivered_name(module.name, letter) for letter in letters):
-                        place = (_PREFERENCE.index(local), module.delivered_name(local))
-                        found[name] = min(place, found.get(name, place))
-        return replace(self, chosen={name: source for name, (_, source) in found.items()})
+                        ranked = (_PREFERENCE.index(local), module.delivered_name(local))
+                        best[name] = min(ranked, best.get(name, ranked))
+        return replace(self, chosen={name: source for name, (_, source) in best.items()})
 
     @property
     def algo(self) -> str | None:
@@ -84,7 +86,7 @@ class KvCache:
 
     @property
     def args(self) -> QuantArgs | None:
-        """The scheme of the cache: `kv_cache_scheme`, or that of a group that targets attention alone."""
+        """The scheme of the cache: `kv_cache_scheme`, or the inputs of a group that targets only attention modules."""
         if self.config.kv_cache_scheme is not None:
             return self.config.kv_cache_scheme
         for group in self.config.groups:
@@ -95,7 +97,7 @@ class KvCache:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the target can't use of the scheme."""
+        """Warnings about what the target can't use of the cache's scheme."""
         args = self.args
         if args is None or not self.target.holds_codes:
             return ()
@@ -112,15 +114,18 @@ class KvCache:
         return ()
 
     def holds(self, module: StoredModule) -> frozenset[str]:
-        """The local names in a module that belong to the KV cache, or to attention that engines don't quantize."""
-        holders = _HOLDERS.get(module.name.rpartition(".")[2])
-        if holders is None:
-            return _NOTHING
-        return frozenset(module.specs.keys() & (holders.keys() | _IGNORED.keys()))
+        """Return the local names of a module's tensors that belong to the KV cache or to quantized attention.
+
+        Engines don't quantize attention; its tensors are ignored.
+        """
+        scales = _HOLDERS.get(module.name.rpartition(".")[2])
+        if scales is None:
+            return _NO_NAMES
+        return frozenset(module.specs.keys() & (scales.keys() | _IGNORED.keys()))
 
     def deliver(self, module: StoredModule, faults: FaultCollector) -> tuple[tuple[Delivery, ...], dict[str, str]]:
-        """The KV scales in one module as delivered, and what is ignored with the reason."""
-        holders = _HOLDERS.get(module.name.rpartition(".")[2], {})
+        """Return the deliveries of a module's KV-cache scales, and its ignored tensors with the reason for each."""
+        scales = _HOLDERS.get(module.name.rpartition(".")[2], {})
         deliveries: list[Delivery] = []
         ignored: dict[str, str] = {}
         for local in sorted(self.holds(module)):
@@ -131,7 +136,7 @@ class KvCache:
                 ignored[local] = reason
                 continue
             full_name = module.delivered_name(local)
-            names = [_delivered_name(module.name, letter) for letter in holders[local]]
+            names = [_delivered_name(module.name, letter) for letter in scales[local]]
             names = [name for name in names if self.chosen.get(name, full_name) == full_name]
             deliveries.extend(kv_scale(module, local, name) for name in names)
             if not names:
@@ -139,7 +144,10 @@ class KvCache:
         return tuple(deliveries), ignored
 
     def check_complete(self, modules: Iterable[ModulePlan], prefixes: Iterable[str], faults: FaultCollector) -> None:
-        """Both scales in every layer, or a fault for each that is missing: engines would leave theirs uninitialised."""
+        """Add a fault for each scale that is missing in a layer; engines would leave it uninitialised.
+
+        `prefixes` are the names of the attention modules of all layers.
+        """
         args = self.args
         if self.algo is None or args is None or args.strategy is not Strategy.TENSOR or args.dynamic is not False:
             return
@@ -157,7 +165,7 @@ class KvCache:
                     )
 
     def _unused(self, local: str) -> str | None:
-        """Why no scale of this checkpoint is delivered; None when they are."""
+        """Return why a scale of this local name is not delivered, whatever the module; None if it may be."""
         if self.args is None:
             what = "outputs" if local == "output_scale" else "the KV cache"
             return f"the configuration leaves {what} unquantized, as engines do"
@@ -166,6 +174,10 @@ class KvCache:
         return None
 
     def _wrong_size(self, module: StoredModule, local: str, faults: FaultCollector) -> str | None:
+        """Return why a scale of this shape is not delivered; None for one element.
+
+        A scale per head is ignored if the scheme asks for it. Any other shape is a fault.
+        """
         spec = module.specs[local]
         if spec.numel == 1:
             return None
@@ -181,6 +193,9 @@ class KvCache:
 
 
 def _delivered_name(module: str, letter: str) -> str:
-    """`...self_attn.k_proj.k_scale` for a scale that is stored at the attention module or below it."""
+    """Return the name that engines read, such as `...self_attn.k_proj.k_scale`.
+
+    `module` is the attention module, or a module inside of it, that stores the scale; `letter` is k or v.
+    """
     attention = module.rpartition("self_attn")[0] + "self_attn"
     return f"{attention}.{letter}_proj.{letter}_scale"

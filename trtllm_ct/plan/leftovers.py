@@ -1,4 +1,4 @@
-"""Tensors that no module owns: a fault each, never a silent pass-through."""
+"""Refuse tensors that the plan has no use for: each is a fault, and none is passed through silently."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ __all__ = ["refuse_leftovers"]
 
 
 def refuse_leftovers(module: StoredModule, owned: Collection[str | None], model: str, faults: FaultCollector) -> None:
-    """Add a fault for each tensor of a module whose local name is not in `owned`; `model` is for the message."""
-    # Where nothing of a module is owned, codes and scales and all, no tensor was lost: the model has no such module.
-    whole = not owned and module.is_quantized and len(module.specs) > 1
+    """Add a fault for each tensor of a module whose local name is not in `owned`.
+
+    `owned` are the local names that the plan delivers, ignores or reads; `model` names the architecture in messages.
+    """
+    # A quantized module without any owned tensor is complete, so no tensor was lost: the model has no such module.
+    unknown_module = not owned and module.is_quantized and len(module.specs) > 1
     for local, spec in module.specs.items():
         if local in owned:
             continue
-        quantization = local in QUANTIZATION_TENSORS and not whole
+        quantization = local in QUANTIZATION_TENSORS and not unknown_module
         faults.add(
             where=module.full_name(local),
             expected="a module that this tensor belongs to" if quantization else f"only tensors of {model}",

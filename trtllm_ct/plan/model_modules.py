@@ -1,7 +1,7 @@
-"""Stored modules that the text model's tables name: how each of them is delivered.
+"""Plan the stored modules that the text model's tables name: decide how each of them is delivered.
 
-A large model has 10^5 of them and few kinds. What becomes of a module's tensors does not depend on what it is called,
-so it is decided once for each kind, by local names, and every module of the kind gets it under its own names.
+A large model has 10^5 such modules, but few of them differ in more than their names. So the decision is made once for
+all modules that are alike, with local tensor names, and is then written down with the names of each module.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ _ACTIVATION_TENSORS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Decision:
-    """What becomes of the tensors of all modules of one kind, under local names; those of the KV cache are left out.
+    """What happens to the tensors of all modules that are alike, under local names and without the KV cache's tensors.
 
-    `owned` are the tensors that have an owner, the KV cache included; any other is a fault. `of` are the objects whose
-    identity tells the kind, which therefore must not die before it.
+    `owned` are the local names of all tensors that are delivered, ignored or read, those of the KV cache included; any
+    other tensor is a fault. `of` keeps the objects alive whose `id` is a part of the key under which the decision is
+    remembered.
     """
 
     deliveries: tuple[Delivery, ...]
@@ -58,7 +59,7 @@ class _Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelModules:
-    """Plans what `Model.sites` names."""
+    """Plans the stored modules that `Model.sites` names."""
 
     config: QuantizationConfig
     model: Model
@@ -75,17 +76,20 @@ class ModelModules:
         assignment: Assignment | None,
         equalized: Equalized,
     ) -> ModulePlan:
-        """The plan of one module; a fault for each of its tensors that nothing takes, or that it needs and has not."""
-        of_cache = self.kv_cache.holds(stored)
-        cached = self.kv_cache.deliver(stored, self.faults) if of_cache else None
+        """Return the plan of one module.
+
+        Adds a fault for each tensor that the plan has no use for, and for a static activation scale that is missing.
+        """
+        cache_tensors = self.kv_cache.holds(stored)
+        cache_plan = self.kv_cache.deliver(stored, self.faults) if cache_tensors else None
         if weight is not None:
             self._require_static_scale(stored, weight)
-        decision = self._decision(stored, site, weight, assignment, equalized, of_cache)
+        decision = self._decision(stored, site, weight, assignment, equalized, cache_tensors)
         if not stored.specs.keys() <= decision.owned:
             refuse_leftovers(stored, decision.owned, self.model.name, self.faults)
         deliveries, ignored = _named(decision.deliveries, stored), decision.ignored
-        if cached is not None:
-            deliveries, ignored = cached[0] + deliveries, {**cached[1], **ignored}
+        if cache_plan is not None:
+            deliveries, ignored = cache_plan[0] + deliveries, {**cache_plan[1], **ignored}
         return ModulePlan(
             name=site.module,
             class_name=site.class_name,
@@ -110,25 +114,25 @@ class ModelModules:
         weight: QuantizedWeight | None,
         assignment: Assignment | None,
         equalized: Equalized,
-        of_cache: frozenset[str],
+        cache_tensors: frozenset[str],
     ) -> _Decision:
-        """That of the module's kind, made with the first module of it.
+        """Return the decision for this module and all that are alike; it is made for the first of them.
 
-        Weights are compared by identity, which stands for all specs of a module (see `WeightReader.read`), and so is
-        what was assigned to them: hashing such objects takes longer than deciding anew.
+        Weights, assignments and equalized scalars are compared by identity: hashing them takes longer than deciding
+        again. Modules with the same weight object have the same tensor specs (see `WeightReader.read`).
         """
-        kind = (
+        key = (
             tuple(stored.specs.items()) if weight is None else id(weight),
             id(assignment),
             id(equalized),
-            of_cache,
+            cache_tensors,
             (site.class_name, site.locals, site.fused, site.expert),
             stored.transforms,
         )
-        decision = self._decided.get(kind)
+        decision = self._decided.get(key)
         if decision is None:
-            decision = self._decide(stored.unnamed, site, weight, assignment, equalized, of_cache)
-            self._decided[kind] = decision
+            decision = self._decide(stored.unnamed, site, weight, assignment, equalized, cache_tensors)
+            self._decided[key] = decision
         return decision
 
     def _decide(
@@ -138,9 +142,9 @@ class ModelModules:
         weight: QuantizedWeight | None,
         assignment: Assignment | None,
         equalized: Equalized,
-        of_cache: frozenset[str],
+        cache_tensors: frozenset[str],
     ) -> _Decision:
-        """What becomes of a module's tensors, apart from those that belong to the KV cache."""
+        """Decide how a module's tensors are delivered, except those of the KV cache."""
         holding = assignment.holding if assignment else None
         shared = equalized if holding else OWN
         plain = set(site.locals)
@@ -148,17 +152,17 @@ class ModelModules:
         deliveries: tuple[Delivery, ...] = ()
         if weight is None:
             plain.add("weight")
-            ignored = _leftover_scales(module, of_cache)
+            ignored = _leftover_scales(module, cache_tensors)
         else:
-            unread = _activation_tensors(module, of_cache, deliver.input_scale_reason(holding))
+            unread = _unread_activation_tensors(module, cache_tensors, deliver.input_scale_reason(holding))
             ignored = {**weight.idle, **unread}
             if holding is None:
                 deliveries = deliver.dequantized(module, weight, self.dtypes, folds)
             else:
                 deliveries = deliver.native(module, weight, holding, self.dtypes, site, shared)
         deliveries += deliver.plain(module, [local for local in module.specs if local in plain], self.dtypes, folds)
-        owned: set[str | None] = {*plain, *ignored, *of_cache, *(weight.stored.consumed if weight else ())}
-        # Matrices of transforms, each of which was claimed or refused before.
+        owned: set[str | None] = {*plain, *ignored, *cache_tensors, *(weight.stored.consumed if weight else ())}
+        # Local names with a dot are matrices of transforms; `OnlineTransforms` has claimed or refused each of them.
         owned |= {local for local in module.specs if "." in local}
         owned |= {delivery.operation.source for delivery in deliveries}
         return _Decision(
@@ -173,7 +177,10 @@ class ModelModules:
         )
 
     def _require_static_scale(self, module: StoredModule, weight: QuantizedWeight) -> None:
-        """A scheme with a stored activation scale must have it: engines would compute with an uninitialised one."""
+        """Add a fault if the static activation scale that the scheme asks for is missing or has more than one element.
+
+        Engines would compute with an uninitialised scale.
+        """
         inputs = weight.scheme.input_activations
         if inputs is None:
             return
@@ -190,24 +197,33 @@ class ModelModules:
 
 
 def _named(deliveries: Iterable[Delivery], module: StoredModule) -> tuple[Delivery, ...]:
-    """What was decided under local names, with the names of a module."""
+    """Return deliveries with local names as deliveries with the full names of a module."""
     return tuple(
-        [Delivery(module.delivered_name(name), operation, module.sources(own)) for name, operation, own in deliveries]
+        [
+            Delivery(module.delivered_name(local), operation, module.sources(sources))
+            for local, operation, sources in deliveries
+        ]
     )
 
 
-def _leftover_scales(module: StoredModule, of_cache: frozenset[str]) -> dict[str, str]:
-    """Scales beside a plain float weight: leftovers of a fake-quantized save, which must never be applied."""
+def _leftover_scales(module: StoredModule, cache_tensors: frozenset[str]) -> dict[str, str]:
+    """Return the quantization tensors beside a plain float weight, with the reason why they are ignored.
+
+    They are left over from a fake-quantized save and must never be applied.
+    """
     if "weight" not in module.specs:
         return {}
-    left = (QUANTIZATION_TENSORS & module.specs.keys()) - of_cache
-    return dict.fromkeys(left, "the weight beside it is plain; applying the scale would corrupt it")
+    leftovers = (QUANTIZATION_TENSORS & module.specs.keys()) - cache_tensors
+    return dict.fromkeys(leftovers, "the weight beside it is plain; applying the scale would corrupt it")
 
 
-def _activation_tensors(module: StoredModule, of_cache: frozenset[str], reason: str) -> dict[str, str]:
-    """Activation parameters of a quantized module that its mode does not take, for `reason` or one of their own."""
+def _unread_activation_tensors(module: StoredModule, cache_tensors: frozenset[str], reason: str) -> dict[str, str]:
+    """Return the activation parameters of a quantized module that its mode does not read, with the reason for each.
+
+    `reason` is why the mode reads no input scale; empty if it reads one.
+    """
     ignored = {}
-    for local in (_ACTIVATION_TENSORS & module.specs.keys()) - of_cache:
+    for local in (_ACTIVATION_TENSORS & module.specs.keys()) - cache_tensors:
         if local.startswith("output"):
             ignored[local] = "engines leave outputs unquantized"
         elif reason:

@@ -281,7 +281,7 @@ def _kind(transform: Transform, size: int) -> _Kind:
 def _is_child(name: str, stored: Mapping[str, StoredModule], known: Collection[str]) -> bool:
     """Whether a stored module holds a matrix: by the name that the configuration gives it, or below a weight."""
     owner, _, leaf = name.rpartition(".")
-    return leaf in known or (owner in stored and not stored[owner].specs.keys().isdisjoint(("weight", "weight_packed")))
+    return leaf in known or (owner in stored and stored[owner].has_weight)
 
 
 def _children(module: StoredModule) -> set[str]:

@@ -1,8 +1,8 @@
-"""The closed set of operations by which stored tensors become delivered ones.
+"""The closed set of operations that turn stored tensors into delivered ones.
 
-A plan holds operations as frozen data; each says what comes out (`result`) before a byte is read, and later does it
-(`run`). Running makes no decision. An operation is `exact` when the delivered tensor holds every value of the
-stored one.
+A plan holds operations as frozen data. Each states the dtype and shape of its result (`result`) before a byte is read,
+and later makes the tensor (`run`). Running an operation makes no decision. An operation is `exact` when the delivered
+tensor holds every value of the stored one.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ _TILE_ROWS = 256
 
 
 class ModuleTensors:
-    """The stored tensors of one module by local name, and its weight decoded at most once.
+    """The stored tensors of one module by local name, and its weight, which is decoded at most once.
 
-    Of some rows of a module `first_row` is the first, for messages.
+    If the tensors hold only some rows of a module, `first_row` is the number of the first one; messages use it.
     """
 
     def __init__(
@@ -71,27 +71,27 @@ class ModuleTensors:
 
     @property
     def weight(self) -> StoredWeight:
-        """What the module's headers promised."""
+        """The weight as the headers describe it; only a quantized module has one."""
         if self._weight is None:
             raise AssertionError("only a quantized module has codes")
         return self._weight
 
     @cached_property
     def codes(self) -> Codes:
-        """The weight as codes."""
+        """The decoded weight: codes that are still packed, with scales and zero points."""
         return self._codec.decode(self.weight, self.stored)
 
     def dequantize(self, dtype: DType) -> Tensor:
-        """The weight as plain values [N, K], each rounded once to `dtype`."""
+        """Return the weight as plain values [N, K], each rounded once to `dtype`."""
         return self._codec.dequantize(self.weight, self.stored, dtype.torch_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation(ABC):
-    """One step from stored tensors to a delivered tensor of spec `result`.
+    """Makes one delivered tensor, with dtype and shape `result`, from the stored tensors of a module.
 
-    `source` is the local name of the stored tensor that it reads; None when it reads the module's codes, or nothing.
-    With `same_bytes` the delivered tensor has the bytes of the stored one.
+    `source` is the local name of the stored tensor that is read; None when the operation reads the module's codes, or
+    reads nothing. With `same_bytes` the delivered tensor has exactly the bytes of the stored one.
     """
 
     result: TensorSpec
@@ -102,13 +102,13 @@ class Operation(ABC):
 
     @abstractmethod
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """The delivered tensor; `name` is its name, for errors.
+        """Return the delivered tensor; `name` is its name for error messages.
 
         Raises `PayloadError` when a value can't be delivered.
         """
 
     def input(self, module: ModuleTensors) -> Tensor:
-        """The stored tensor that `source` names."""
+        """Return the stored tensor that `source` names."""
         if self.source is None:
             raise AssertionError(f"{self.label} needs a source")
         return module.stored[self.source]
@@ -116,25 +116,25 @@ class Operation(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy(Operation):
-    """The stored tensor itself, perhaps under another name; neither read nor copied here."""
+    """Delivers the stored tensor itself, perhaps under another name; it is neither read nor copied here."""
 
     same_bytes: ClassVar[bool] = True
     label: ClassVar[str] = "copy"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
-        """The source."""
+        """Return the source."""
         return self.input(module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cast(Operation):
-    """A plain float tensor in another float dtype; an element that would become infinite is an error."""
+    """Casts a plain float tensor to another float dtype; an element that would become infinite is an error."""
 
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "cast"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """The source, rounded once."""
+        """Return the source, each element rounded once."""
         tensor = self.input(module)
         rounded = round_once(tensor, self.result.dtype.torch_dtype)
         _refuse_infinite(name, rounded, module.first_row, self.result.dtype, tensor)
@@ -143,13 +143,13 @@ class Cast(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repack(Operation):
-    """Integer codes in another container, bit for bit; codes that are too wide for it are an error."""
+    """Packs integer codes in another layout, bit for bit; codes that are too wide for it are an error."""
 
     label: ClassVar[str] = "repack"
     packing: Packing
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """The codes in `packing`."""
+        """Return the codes in the layout `packing`."""
         codes = module.codes
         source = codes.packing or INT8_PLAIN
         if source.bits > self.packing.bits:
@@ -159,24 +159,27 @@ class Repack(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WidenScale(Operation):
-    """A scale as float32 in the shape that a Linear reads: the weight's own, or the one element that `source` names."""
+    """Delivers a scale as float32 in the shape that a Linear reads.
+
+    It is the scale of the module's codes, or the scale of one element that `source` names.
+    """
 
     label: ClassVar[str] = "widen scale"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
-        """float32, values unchanged."""
+        """Return the scale as float32, values unchanged."""
         scale = module.codes.scale if self.source is None else self.input(module).reshape(1, 1)
         return widen_scale(scale, self.result.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdditiveZero(Operation):
-    """-(zero point) * scale, float32 [N, G]; zeros where no zero point is stored."""
+    """Delivers -(zero point) * scale as float32 [N, G]; zeros where no zero point is stored."""
 
     label: ClassVar[str] = "additive zero"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
-        """The offset that the engine adds after scaling."""
+        """Return the offset that the engine adds after scaling."""
         import torch
 
         codes = module.codes
@@ -187,38 +190,40 @@ class AdditiveZero(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reciprocal(Operation):
-    """A stored divisor as the multiplier that engines read, float32 []; the 0 of an expert that saw no data stays 0."""
+    """Delivers a stored divisor as the multiplier that engines read, float32 [].
+
+    A divisor of 0, which an expert has that saw no data in calibration, stays 0.
+    """
 
     label: ClassVar[str] = "reciprocal"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
-        """1 / divisor, rounded once."""
+        """Return 1 / divisor, rounded once."""
         import torch
 
         divisor = self.input(module).double().reshape(())
-        # A plain 1 / 0 would be infinite, and the maximum that engines take over experts would carry it into all of
-        # them.
+        # 1 / 0 would be infinite, and engines take the maximum over all experts, so that every expert would get it.
         return torch.where(divisor == 0, 0.0, 1 / divisor).to(torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reinterpret(Operation):
-    """The bytes of a stored tensor under the dtype that they mean; neither read nor copied."""
+    """Delivers the bytes of a stored tensor under the dtype of `result`; they are neither read nor copied."""
 
     same_bytes: ClassVar[bool] = True
     label: ClassVar[str] = "reinterpret"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
-        """The source as `result` says."""
+        """Return the source with the dtype and shape of `result`."""
         return self.input(module).view(self.result.dtype.torch_dtype).reshape(self.result.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedReciprocal(Reciprocal):
-    """The multiplier of a Linear that engines join of several, float32 []: one for all parts.
+    """Delivers the multiplier that all parts of a fused Linear share, float32 [].
 
-    `shared` is the divisor that this part takes with the others; `stored` is its own, by which the plan chose what its
-    group scales become. A file that holds another one is an error.
+    `shared` is the divisor that replaces the stored one in all parts. `stored` is the stored divisor that the plan was
+    made with, and from which it follows how the group scales change. A file that now holds another value is an error.
     """
 
     label: ClassVar[str] = "shared reciprocal"
@@ -226,7 +231,7 @@ class SharedReciprocal(Reciprocal):
     shared: float
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """1 / shared, rounded once."""
+        """Return 1 / shared, rounded once."""
         divisor = self.input(module).double().reshape(())
         if float(divisor) != self.stored:
             raise PayloadError(
@@ -242,9 +247,9 @@ class SharedReciprocal(Reciprocal):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShiftScale(Reinterpret):
-    """E4M3 group scales times 2^`power`, which the scalar of the weight gives back.
+    """Multiplies E4M3 group scales by 2^`power`; the global scale of the weight changes to compensate for it.
 
-    A result that E4M3 does not have is an error.
+    A product that is no E4M3 number is an error.
     """
 
     same_bytes: ClassVar[bool] = False
@@ -252,7 +257,7 @@ class ShiftScale(Reinterpret):
     power: int
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """float8_e4m3fn, every element exact."""
+        """Return the scales as float8_e4m3fn, every element exact."""
         shifted = shift_scale(Reinterpret.run(self, name, module), self.power)
         if shifted is None:
             raise PayloadError(
@@ -268,12 +273,15 @@ class ShiftScale(Reinterpret):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zeros(Operation):
-    """Group scales of zero, for a weight that is zero already: under the scalar of others it would not be."""
+    """Delivers group scales of zero, for a weight that is zero because its stored global scale is 0.
+
+    Under the global scale that it shares with other parts it would not be zero without this.
+    """
 
     label: ClassVar[str] = "zeros"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
-        """All zeros."""
+        """Return zeros."""
         import torch
 
         spec, device = self.result, self.input(module).device
@@ -282,12 +290,12 @@ class Zeros(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ones(Operation):
-    """A neutral `pre_quant_scale`, which the engine demands and the checkpoint does not have."""
+    """Delivers a neutral `pre_quant_scale`, which the engine requires and the checkpoint does not have."""
 
     label: ClassVar[str] = "ones"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
-        """All ones."""
+        """Return ones."""
         import torch
 
         return torch.ones(self.result.shape, dtype=self.result.dtype.torch_dtype)
@@ -295,13 +303,13 @@ class Ones(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dequantize(Operation):
-    """Plain weights [N, K], each the exact value of its code rounded once; an infinite element is an error."""
+    """Dequantizes a weight [N, K]: each element is its exact value rounded once; an infinite one is an error."""
 
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "dequantize"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """The weight in the dtype of `result`."""
+        """Return the weight in the dtype of `result`."""
         values = module.dequantize(self.result.dtype)
         _refuse_infinite(name, values, module.first_row, self.result.dtype)
         return values
@@ -309,7 +317,7 @@ class Dequantize(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldTransform(Operation):
-    """Plain weights [N, K] with the transforms beside them folded in, computed in float64 and rounded once.
+    """Dequantizes a weight [N, K] and folds the module's transforms in, in float64, with one rounding at the end.
 
     Memory: the result and the weight in float64. An infinite element is an error.
     """
@@ -319,27 +327,27 @@ class FoldTransform(Operation):
     folds: tuple[Fold, ...]
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """The weight in the dtype of `result`."""
+        """Return the weight in the dtype of `result`."""
         values = self.values(module)
-        for each in self.folds:
-            fold(values, each.factor(module.stored), each.axis, normalized=each.normalized)
+        for transform in self.folds:
+            fold(values, transform.factor(module.stored), transform.axis, normalized=transform.normalized)
         rounded = _rounded(values, self.result.dtype).reshape(self.result.shape)
         _refuse_infinite(name, rounded, module.first_row, self.result.dtype)
         return rounded
 
     def values(self, module: ModuleTensors) -> Tensor:
-        """What is folded: float64 of two axes, free to be changed."""
+        """Return the values before folding: a new float64 tensor with two axes, which folding changes in place."""
         return module.dequantize(DType.F64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldPlain(FoldTransform):
-    """The same for a stored plain weight [N, K], or for a bias [N], which is one column."""
+    """Folds transforms into a stored plain weight [N, K], or into a bias [N], which is treated as one column."""
 
     label: ClassVar[str] = "fold"
 
     def values(self, module: ModuleTensors) -> Tensor:
-        """A copy of the source."""
+        """Return a float64 copy of the source with two axes."""
         import torch
 
         plain = self.input(module)
@@ -347,7 +355,7 @@ class FoldPlain(FoldTransform):
 
 
 def _rounded(values: Tensor, dtype: DType) -> Tensor:
-    """float64 [N, K] rounded once, some rows at a time: rounding needs room for several copies."""
+    """Round float64 [N, K] once, some rows at a time, because rounding needs memory for several copies."""
     import torch
 
     result = torch.empty(values.shape, dtype=dtype.torch_dtype, device=values.device)
@@ -357,7 +365,7 @@ def _rounded(values: Tensor, dtype: DType) -> Tensor:
 
 
 def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
-    """Raise when a plain int8 code needs more than `bits` bits: packing would cut it."""
+    """Raise `PayloadError` when an int8 code needs more than `bits` bits; packing would cut its high bits off."""
     half = 1 << (bits - 1)
     low, high = int(codes.min()), int(codes.max())
     if low < -half or high >= half:
@@ -372,16 +380,21 @@ def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
 
 
 def _refuse_infinite(name: str, delivered: Tensor, first_row: int, dtype: DType, source: Tensor | None = None) -> None:
-    """Raise when narrowing made an element infinite; `source`, if given, tells what was infinite before."""
-    # One pass that makes nothing, and nearly always the only one. NaN, which is both ends where it occurs, goes on.
-    if delivered.numel() and all(-inf < float(end) < inf for end in delivered.aminmax()):
+    """Raise `PayloadError` when rounding to a narrower dtype made an element infinite.
+
+    Elements that were infinite in `source`, if that is given, are accepted. `first_row` is added to the row in the
+    message.
+    """
+    # This pass allocates nothing and is nearly always the only one. With a NaN, minimum and maximum are NaN, and the
+    # check continues below.
+    if delivered.numel() and all(-inf < float(extreme) < inf for extreme in delivered.aminmax()):
         return
-    lost = delivered.isinf()
+    overflowed = delivered.isinf()
     if source is not None:
-        lost &= source.isfinite()
-    if not bool(lost.any()):
+        overflowed &= source.isfinite()
+    if not bool(overflowed.any()):
         return
-    position = [int(index) for index in lost.nonzero()[0]]
+    position = [int(index) for index in overflowed.nonzero()[0]]
     found = "one beyond it" if source is None else f"{float(source[tuple(position)]):g}"
     if position:
         position[0] += first_row

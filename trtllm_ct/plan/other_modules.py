@@ -1,7 +1,7 @@
-"""Stored modules that the text model's tables don't name.
+"""Plan the stored modules that the text model's tables don't name.
 
-They are attention with its KV scales, other parts of a larger model, and what is left out for a reason.
-Anything else has no owner and is a fault.
+They are attention modules with KV-cache scales, modules outside of the text model, and modules that are left out for a
+known reason. Any other module is a fault.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ if TYPE_CHECKING:
 __all__ = ["OtherModules"]
 
 _RECOMPUTED = "rotary_emb"
-# Multi-token prediction: layers that draft the next tokens, beside the model or behind its last layer.
+# Layers for multi-token prediction, which draft the next tokens. They are stored under a name of their own, or they
+# follow the last layer of the model.
 _DRAFT = re.compile(r"(model\.)?mtp(_|\.)")
 
 
 @dataclass(frozen=True, slots=True)
 class OtherModules:
-    """Plans what `Model.sites` does not name."""
+    """Plans the stored modules that `Model.sites` does not name.
+
+    `place` is the prefix of the text model's body and the name of its head, see `Model.place`.
+    """
 
     model: Model
     place: tuple[str, str]
@@ -46,7 +50,7 @@ class OtherModules:
     faults: FaultCollector
 
     def plan(self, module: StoredModule) -> ModulePlan:
-        """The plan of one module; a fault for each of its tensors that nothing takes."""
+        """Return the plan of one module; adds a fault for each of its tensors that the plan has no use for."""
         attention = self.kv_cache.holds(module)
         if attention and attention == module.specs.keys():
             deliveries, ignored = self.kv_cache.deliver(module, self.faults)
@@ -54,13 +58,13 @@ class OtherModules:
         reason = self._left_out(module)
         if reason is not None:
             return _module_plan(module, "other", (), dict.fromkeys(module.specs, reason))
-        if self._is_another_part(module.name):
-            return self._another_part(module)
+        if self._is_outside_text_model(module.name):
+            return self._outside_text_model(module)
         refuse_leftovers(module, (), self.model.name, self.faults)
         return _module_plan(module, "other", (), {})
 
     def _left_out(self, module: StoredModule) -> str | None:
-        """Why a module is not delivered at all."""
+        """Return why a module is left out entirely; None if it is not."""
         name = module.name
         if name.rpartition(".")[2] == _RECOMPUTED:
             return "recomputed from config.json by every engine"
@@ -72,28 +76,31 @@ class OtherModules:
             return "the shape of all experts together; the codes tell that of each"
         return None
 
-    def _is_another_part(self, name: str) -> bool:
+    def _is_outside_text_model(self, name: str) -> bool:
         """Whether a module belongs to a vision tower, a projector or draft layers."""
         body, head = self.place
         return self._drafts(name) or (self.model.multimodal and not name.startswith(body) and name != head)
 
     def _drafts(self, name: str) -> bool:
-        """Whether a module belongs to draft layers, beside the model or behind its last layer."""
+        """Whether a module belongs to draft layers, by its prefix or by a layer number after the model's last layer."""
         if _DRAFT.match(name):
             return True
         layer = re.match(rf"{re.escape(self.place[0])}layers\.(\d+)\.", f"{name}.")
         return layer is not None and 0 <= int(layer[1]) - self.model.layers < self.model.draft_layers
 
-    def _another_part(self, module: StoredModule) -> ModulePlan:
-        """Carried along under its own names; a quantized weight of unknown place is dequantized."""
+    def _outside_text_model(self, module: StoredModule) -> ModulePlan:
+        """Return the plan of a module outside of the text model.
+
+        It is delivered under its stored names, and a quantized weight is dequantized.
+        """
         self.transforms.refuse_on(module, by_class=not self._drafts(module.name))
         if not module.is_quantized:
             module = self.rows.ordered(module, None)
-            known = {local for local in module.specs if local not in QUANTIZATION_TENSORS}
-            ignored = dict.fromkeys(module.specs.keys() - known, "the weight beside it is plain")
-            if "weight" not in known:
-                refuse_leftovers(module, known, self.model.name, self.faults)
-            return _module_plan(module, "other", deliver.plain(module, sorted(known), self.dtypes), ignored)
+            plain = {local for local in module.specs if local not in QUANTIZATION_TENSORS}
+            ignored = dict.fromkeys(module.specs.keys() - plain, "the weight beside it is plain")
+            if "weight" not in plain:
+                refuse_leftovers(module, plain, self.model.name, self.faults)
+            return _module_plan(module, "other", deliver.plain(module, sorted(plain), self.dtypes), ignored)
         site = Site(module=module.name, class_name="Linear", shape=())
         weight = self.reader.read(module, site)
         if weight is None:
@@ -104,8 +111,8 @@ class OtherModules:
             (module.specs.keys() & QUANTIZATION_TENSORS) - consumed, "the module is delivered plain"
         )
         ignored |= weight.idle
-        others = sorted(module.specs.keys() - consumed - ignored.keys())
-        deliveries = deliver.dequantized(module, weight, self.dtypes) + deliver.plain(module, others, self.dtypes)
+        rest = sorted(module.specs.keys() - consumed - ignored.keys())
+        deliveries = deliver.dequantized(module, weight, self.dtypes) + deliver.plain(module, rest, self.dtypes)
         return ModulePlan(
             name=module.name,
             class_name="Linear",
@@ -121,6 +128,7 @@ class OtherModules:
 def _module_plan(
     module: StoredModule, class_name: str, deliveries: tuple[Delivery, ...], ignored: dict[str, str]
 ) -> ModulePlan:
+    """Return the plan of a module without a quantized weight."""
     return ModulePlan(
         name=module.name, class_name=class_name, views=module.views, deliveries=deliveries, ignored=ignored
     )

@@ -1,6 +1,6 @@
-"""A plan as data: what becomes of every stored tensor and where every delivered tensor comes from.
+"""The result of planning: what happens to every stored tensor, and where every delivered tensor comes from.
 
-Everything here is frozen, printable and JSON-able; nothing here reads a tensor.
+All values are frozen, can be printed and have a JSON form. Nothing here reads a tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Delivery", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFa
 
 
 class Fate(StrEnum):
-    """What becomes of a stored tensor."""
+    """What happens to a stored tensor: it is changed or renamed, delivered unchanged, or not delivered."""
 
     CONSUMED = "consumed"
     COPIED = "copied"
@@ -39,7 +39,10 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFate:
-    """One stored tensor: `by` names the delivered tensors made from it, `reason` says why it is ignored."""
+    """The fate of one stored tensor.
+
+    `by` names the delivered tensors that are made from it; `reason` says why an ignored one is ignored.
+    """
 
     name: str
     spec: TensorSpec
@@ -58,7 +61,7 @@ class StoredFate:
 
 
 class Delivery(NamedTuple):
-    """One delivered tensor: the operation that makes it, and the stored tensors by full name that have a part in it."""
+    """One delivered tensor: its name, the operation that makes it, and the full names of the stored tensors it uses."""
 
     name: str
     operation: Operation
@@ -82,7 +85,7 @@ class Delivery(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a rank's rows go: `count` rows of a delivered tensor, from `first` on, become rows from `at` on."""
+    """Where a rank's rows go: rows `first` to `first + count` of what is made become rows `at` to `at + count`."""
 
     first: int
     count: int
@@ -91,10 +94,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What one rank reads and makes of a module: rows `begin` to `end` of its weight, by the plan `module`.
+    """The part of a module that one rank reads and converts: rows `begin` to `end` of the weight.
 
-    Of what that delivers, `places` says by name where it goes in a tensor of full shape whose other rows nobody
-    writes. Tensors in `views` are handed over as they are stored, whole, since that costs nothing; any others as made.
+    `module` is the plan of these rows. `places` says, by the name of a delivered tensor, which rows of a tensor of full
+    shape the converted rows become; its other rows are never written. Tensors in `views` are delivered whole, as views
+    of the file, since that costs nothing. Any other tensor is delivered as `module` makes it.
     """
 
     begin: int
@@ -106,15 +110,17 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModulePlan:
-    """One module: how it is stored, how it is delivered, and why.
+    """The plan of one module: how it is stored, how it is delivered, and why.
 
-    `views` make the module's tensors, by local name, from stored ones; `ignored` says why some of them are left out.
-    `weight` and `scheme` are None for a module that is stored plain. `layer` is its mode at the target, None when it is
-    delivered plain; `reason` then says why a quantized module was dequantized.
-    `native_mode` is the family of the scheme, whatever the target; `note` says what its mode does otherwise than the
-    scheme asks. `fused_linear` names the Linear that an engine makes of it and others, whose scalars must agree;
-    `experts` names the module of all routed experts that it belongs to. `transforms` are folded into what is
-    delivered. In the plan of a rank that has a part of the module, `share` is that part.
+    `views` are the module's tensors by local name; `ignored` gives the reason for each of them that is not delivered.
+    `weight` and `scheme` describe the quantized weight and are None for a module that is stored plain.
+    `layer` is the module's mode at the target, None when it is delivered plain. `reason` says why a quantized module is
+    dequantized, or why its scales are changed; `note` says where the mode computes differently from the scheme.
+    `native_mode` is the family of the scheme, independent of the target.
+    `fused_linear` names the fused Linear that the module is a part of, and whose parts must have equal scalars.
+    `experts` names the module of all routed experts that the module belongs to.
+    `transforms` are folded into the delivered tensors. In the plan of one rank, `share` is the part of the module that
+    the rank reads and converts, None if it is the whole module.
     """
 
     name: str
@@ -135,12 +141,12 @@ class ModulePlan:
 
     @property
     def engine_name(self) -> str:
-        """The name under which an engine's configuration knows the module: that of all experts for one of them."""
+        """The module's name in the engine's configuration; an expert has the name of the module of all experts."""
         return self.experts or self.name
 
     @property
     def dequantized(self) -> bool:
-        """Whether a quantized weight is delivered as a plain one."""
+        """Whether the weight is stored quantized and delivered plain."""
         return self.weight is not None and self.layer is None
 
     @property
@@ -160,17 +166,17 @@ class ModulePlan:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors of the module as stored."""
+        """The bytes of all stored tensors of the module."""
         return sum([view.stored_bytes for view in self.views.values()])
 
     @property
     def delivered_bytes(self) -> int:
-        """Bytes of all tensors of the module as delivered."""
+        """The bytes of all delivered tensors of the module."""
         return sum([delivery.operation.result.nbytes for delivery in self.deliveries])
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """What of the stored tensors delivery or its checks need, each tensor once."""
+        """The runs of stored tensors that have to be read for delivery and its checks; each tensor occurs once."""
         if self.share is not None:
             return self.share.module.runs
         runs: dict[str, Run] = {}
@@ -181,11 +187,14 @@ class ModulePlan:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The stored tensors, by full name, whose payload delivery or its checks need."""
+        """The full names of the stored tensors that have to be read for delivery and its checks."""
         return tuple(run.name for run in self.runs)
 
     def local_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The module's tensors by local name, from stored ones by full name; raises `PayloadError`."""
+        """Return the module's tensors by local name, given the stored tensors by full name.
+
+        Ignored tensors are left out. Raises `PayloadError` when stored tensors contradict each other.
+        """
         return {local: view.of(stored) for local, view in self.views.items() if local not in self.ignored}
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,10 +221,10 @@ class ModulePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that loading and converting do, decided from configuration and headers.
+    """Everything that loading and converting will do, decided from configuration, headers and a few probed values.
 
-    `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target; `dense_dtype` that of
-    dequantized modules. `parallel` are the sizes whose every slice the modes hold.
+    `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
+    dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
     """
 
     target: str
@@ -229,16 +238,16 @@ class Plan:
     parallel: Parallel = ONE_RANK
 
     def deliveries(self) -> Iterator[Delivery]:
-        """Every delivered tensor, module by module."""
+        """Yield every delivered tensor, module by module."""
         for module in self.modules:
             yield from module.deliveries
 
     def fates(self) -> Iterator[StoredFate]:
-        """Every stored tensor once, in the order of the files."""
-        makes: dict[str, list[Delivery]] = {}
+        """Yield the fate of every stored tensor, in the order of the files."""
+        made_from: dict[str, list[Delivery]] = {}
         for delivery in self.deliveries():
             for source in delivery.sources:
-                makes.setdefault(source, []).append(delivery)
+                made_from.setdefault(source, []).append(delivery)
         reasons = {
             source: reason
             for module in self.modules
@@ -246,37 +255,37 @@ class Plan:
             for source in module.views[local].sources
         }
         for name, spec in self.stored.items():
-            made = makes.get(name, [])
+            deliveries = made_from.get(name, [])
             yield StoredFate(
                 name=name,
                 spec=spec,
-                fate=_fate(name, made),
-                by=tuple(delivery.name for delivery in made),
-                reason="" if made else reasons.get(name, ""),
+                fate=_fate(name, deliveries),
+                by=tuple(delivery.name for delivery in deliveries),
+                reason="" if deliveries else reasons.get(name, ""),
             )
 
     @property
     def delivered_specs(self) -> dict[str, TensorSpec]:
-        """Name to dtype and shape of every delivered tensor, in delivery order."""
+        """Dtype and shape of every delivered tensor by name, in the order of delivery."""
         return {delivery.name: delivery.spec for delivery in self.deliveries()}
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of payload in the checkpoint."""
+        """The bytes of all tensors in the checkpoint."""
         return sum(spec.nbytes for spec in self.stored.values())
 
     @property
     def delivered_bytes(self) -> int:
-        """Bytes of payload after delivery."""
+        """The bytes of all delivered tensors."""
         return sum(module.delivered_bytes for module in self.modules)
 
     def module(self, name: str) -> ModulePlan:
-        """The plan of one module; raises `KeyError`."""
+        """Return the plan of one module; raises `KeyError` if there is none of this name."""
         return self.by_name[name]
 
     @property
     def by_name(self) -> Mapping[str, ModulePlan]:
-        """Modules by full name."""
+        """The plans of all modules by full name."""
         return {module.name: module for module in self.modules}
 
     def to_dict(self) -> dict[str, Any]:
@@ -299,8 +308,9 @@ class Plan:
         )
 
 
-def _fate(name: str, made: list[Delivery]) -> Fate:
-    if not made:
+def _fate(name: str, deliveries: list[Delivery]) -> Fate:
+    """Return the fate of a stored tensor, given the deliveries that it is a source of."""
+    if not deliveries:
         return Fate.IGNORED
-    untouched = len(made) == 1 and made[0].name == name and made[0].operation.label == "copy"
-    return Fate.COPIED if untouched else Fate.CONSUMED
+    unchanged = len(deliveries) == 1 and deliveries[0].name == name and deliveries[0].operation.label == "copy"
+    return Fate.COPIED if unchanged else Fate.CONSUMED

@@ -1,6 +1,6 @@
-"""`make_plan`: configuration, headers, model and target in; every decision out.
+"""`make_plan`: makes every decision about a checkpoint, given its configuration, headers and model, and a target.
 
-Pure: nothing is read here, and all faults of a checkpoint are raised together.
+Nothing is read here: the same values always give the same plan. All faults of a checkpoint are raised together.
 """
 
 from __future__ import annotations
@@ -53,16 +53,17 @@ def make_plan(
     dense_o_proj: bool = False,
     probe: Probe = NO_PROBE,
 ) -> Plan:
-    """Decide what becomes of every stored tensor and where every delivered tensor comes from.
+    """Decide what happens to every stored tensor, and where every delivered tensor comes from.
 
-    `dtype` is that of dequantized modules, the model's when None; with float16 plain tensors are cast as well.
-    `strict` makes it a fault when a module must be dequantized because the target has no mode for it; what
-    `dense_o_proj` asks for is none.
-    `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice. `dense_o_proj`
-    dequantizes the output projection of attention where its mode would quantize attention's output at a fixed scale.
-    `probe` are the few values that decide; without it, the plan takes what holds for all values.
-    Raises `PlanError` with all faults: tensors missing, surplus or of a wrong shape, schemes without a way to the
-    target.
+    `dtype` is the dtype of dequantized modules; None means the model's dtype. With float16, plain tensors are cast too.
+    `strict` makes it a fault when a module has to be dequantized because the target has no mode for it. Modules that
+    `dense_o_proj` dequantizes are no fault.
+    `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
+    `dense_o_proj` dequantizes the output projections of attention whose mode would make attention quantize its output
+    at a fixed scale.
+    `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
+    Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
+    be delivered to the target.
     """
     faults = FaultCollector()
     planner = _Planner(
@@ -89,7 +90,7 @@ def make_plan(
 
 @dataclass(slots=True, kw_only=True)
 class _Planner:
-    """What the steps of one planning share."""
+    """The values that the steps of planning one checkpoint share."""
 
     config: QuantizationConfig
     model: Model
@@ -105,7 +106,7 @@ class _Planner:
     transforms: OnlineTransforms
 
     def plan(self, catalog: Catalog) -> Plan:
-        """Gather, read, assign, deliver."""
+        """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unsupported(self.config, self.model, self.faults)
         refuse_uneven(self.model, self.parallel, self.faults)
         stored = self.transforms.attach(gather_modules(catalog, self.model, self.faults, self.probe.shapes))
@@ -113,16 +114,16 @@ class _Planner:
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
-        own = {site.module: self._find(stored, site) for site in sites}
-        weights = self._read_weights(own, sites)
-        own = {name: module and self._ordered(module, weights.get(name)) for name, module in own.items()}
-        # After faults the plan is of no use; the rest is planned for the faults that it still finds.
-        modules = self._modules(own, sites, weights)
-        taken = {module.stored_name for module in own.values() if module is not None}
-        others = OtherModules(
+        found = {site.module: self._find(stored, site) for site in sites}
+        weights = self._read_weights(found, sites)
+        found = {name: module and self._ordered(module, weights.get(name)) for name, module in found.items()}
+        # Planning goes on after a fault, to find the others: the plan itself is then of no use.
+        modules = self._model_modules(found, sites, weights)
+        planned = {module.stored_name for module in found.values() if module is not None}
+        other_modules = OtherModules(
             self.model, place, self.kv_cache, self.reader, self.rows, self.transforms, self.dtypes, self.faults
         )
-        modules += [others.plan(module) for module in stored.values() if module.stored_name not in taken]
+        modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         self.faults.raise_if_any(PlanError)
@@ -145,20 +146,23 @@ class _Planner:
         )
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
-        """The stored module of a site, under any of the names that it may have."""
+        """Return the stored module of a site, under any of the site's stored names; None if it is not stored."""
         for name in site.stored_names:
             if name in stored:
                 return self.transforms.claim(stored[name].delivered_as(site.module), site)
         return None
 
     def _read_weights(
-        self, own: Mapping[str, StoredModule | None], sites: Iterable[Site]
+        self, found: Mapping[str, StoredModule | None], sites: Iterable[Site]
     ) -> dict[str, QuantizedWeight]:
-        """The quantized weights of the model by module; faults for modules that are missing or have another shape."""
+        """Return the quantized weights of the model by module.
+
+        Adds a fault for each module or tensor that is missing, and for each plain weight of a wrong shape.
+        """
         weights = {}
         for site in sites:
-            module = own[site.module]
-            if module is None or module.specs.keys().isdisjoint(("weight", "weight_packed")):
+            module = found[site.module]
+            if module is None or not module.has_weight:
                 self._missing(site.module, "weight")
             elif module.is_quantized:
                 weight = self.reader.read(module, site)
@@ -177,7 +181,10 @@ class _Planner:
         return weights
 
     def _ordered(self, module: StoredModule, weight: QuantizedWeight | None) -> StoredModule:
-        """The module with its rows in the order that engines expect; one that could not be read stays as it is."""
+        """Return the module with its rows in the order that engines expect.
+
+        A quantized module whose weight could not be read is returned unchanged.
+        """
         if weight is None and module.is_quantized:
             return module
         return self.rows.ordered(module, weight.stored if weight else None)
@@ -190,17 +197,17 @@ class _Planner:
             remedy="Download the checkpoint again; a shard or its entry in the index is lost.",
         )
 
-    def _modules(
+    def _model_modules(
         self,
-        own: Mapping[str, StoredModule | None],
+        found: Mapping[str, StoredModule | None],
         sites: Iterable[Site],
         weights: Mapping[str, QuantizedWeight],
     ) -> list[ModulePlan]:
-        """The plans of the modules that the architecture knows, in the model's order."""
+        """Return the plans of the stored modules that the architecture names, in the model's order."""
         present = [
             (site, module)
             for site in sites
-            if (module := own[site.module]) is not None and (site.module in weights or not module.is_quantized)
+            if (module := found[site.module]) is not None and (site.module in weights or not module.is_quantized)
         ]
         parts = [Part(site, module, weights[site.module]) for site, module in present if site.module in weights]
         equalized = equalize(parts, self.probe)
@@ -226,14 +233,19 @@ class _Planner:
 
 
 def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes:
-    """float16 kernels need float16 throughout, a dense model is of the dtype asked for, else the model's stays."""
-    wanted = dtype or model.dtype
-    cast_plain = wanted is DType.F16
+    """Return the dtypes of delivered tensors, for the requested dtype or the model's.
+
+    float16 applies to the whole model, because float16 kernels need float16 throughout. At a target for plain weights
+    the requested dtype is the model's as well. Otherwise the model keeps its dtype.
+    """
+    requested = dtype or model.dtype
+    cast_plain = requested is DType.F16
     whole_model = cast_plain or not target.holds_codes
-    return deliver.Dtypes(model=wanted if whole_model else model.dtype, dequantized=wanted, cast_plain=cast_plain)
+    return deliver.Dtypes(model=requested if whole_model else model.dtype, dequantized=requested, cast_plain=cast_plain)
 
 
 def _refuse_dequantized(plan: Plan, faults: FaultCollector) -> None:
+    """Add a fault for each dequantized module, except those that were dequantized on request."""
     for module in plan.modules:
         if module.dequantized and module.reason != DENSE_OUTPUT:
             faults.add(

@@ -1,7 +1,8 @@
-"""The few stored values that decide a mode, read before planning, so that planning itself stays pure.
+"""The few stored values that decide a mode. They are read before planning, so that planning itself reads nothing.
 
-Headers say almost everything. Values decide where writers store what changes nothing: zero points that are all zero,
-group indices that are k // group_size; and where parts of one Linear may or may not share a scalar (NVFP4).
+Almost every decision follows from headers alone. Values decide in two cases: where a stored tensor may change nothing
+(zero points that are all zero, group indices that equal k // group_size), and where the parts of one fused Linear must
+share a scalar (NVFP4).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ __all__ = ["NO_PROBE", "Probe", "probe_key"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Values by `probe_key`: the full name of the stored tensor, and which part of it where it holds all experts.
+    """The probed values, each under the key that `probe_key` gives for its tensor.
 
-    `scalars` are the global scales of NVFP4 (weights and inputs, divisors as stored) that parts of one Linear must
-    share. `powers` tell by which powers of two the group scales of NVFP4 can be multiplied and stay exact, from the
-    least to the largest, where those scalars are powers of two apart. `zero` are the zero points, of weights that their
-    scheme calls symmetric, all of whose elements are zero; `trivial` the group indices that are k // group_size, or
-    that were never filled. `shapes` are the numbers in the `shape` pieces of sparse tensors.
+    `scalars` are the global scales of NVFP4, of weights and of inputs, that the parts of one fused Linear must share;
+    they are divisors, as stored. `powers` are the least and the greatest power of two by which NVFP4 group scales can
+    be multiplied exactly; they are probed where the global scales of the parts are powers of two apart.
+    `zero` names the zero points that are all zero, of weights that their scheme calls symmetric. `trivial` names the
+    group indices that equal k // group_size or that were never filled. `shapes` are the numbers in the `shape` pieces
+    of sparse tensors.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -38,11 +40,15 @@ class Probe:
 
 
 NO_PROBE = Probe()
-"""Nothing was read: a plan then takes what holds for all values."""
+"""The probe of a plan for which nothing was read: the plan then makes only decisions that hold for all values."""
 
 
 def probe_key(view: View) -> str:
-    """How a probe calls a module's tensor: by its stored name, with expert and rows where those cut it out."""
+    """Return the key of a module's tensor in a probe.
+
+    It is the full name of the stored tensor, followed by expert and rows if the view is a part of a tensor of all
+    experts.
+    """
     name = view.sources[0]
     if not isinstance(view, ExpertSlice):
         return name

@@ -1,8 +1,8 @@
-"""Producers that are known to write wrong or surprising numbers, and what to tell a user who meets one.
+"""Producers that are known to write wrong or surprising numbers, and the warning that a user gets for each.
 
-A checkpoint of theirs is read as it is written: nothing here changes a number. A row speaks by the release that wrote
-the checkpoint together with what the headers show, or by the values alone. Where a value can't be meant at all it is a
-fault as well (`trtllm_ct.pipeline.payload`); then the row says where it came from.
+Nothing here changes a number: such a checkpoint is read as it was written. An entry of `PRODUCERS` applies because of
+the release that wrote the checkpoint together with its headers, or because of its values alone. A value that can't be
+right at all is also a fault (`trtllm_ct.pipeline.payload`); the warning then says where it came from.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ _OFFSET_NORMS = ("Gemma",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headers:
-    """What is known of a checkpoint before its values are read."""
+    """What is known about a checkpoint before its values are read."""
 
     config: QuantizationConfig
     architecture: str
     modules: Sequence[ModulePlan]
 
     def count(self, test: Callable[[ModulePlan], bool]) -> int:
-        """How many modules pass a test."""
+        """Return how many modules pass a test."""
         return sum(map(test, self.modules))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Producer:
-    """One thing that some releases write: `since` the first that does, up to `fixed`, the first that does not.
+    """One defect or oddity of some releases: `since` is the first with it, `fixed` the first without it again.
 
-    `in_headers` gives the number of modules in which it shows, `in_values` tells it from the tensors of one module;
-    one of them is set. `warning` says what it means and what to do.
+    `in_headers` returns the number of modules that are affected, judged from headers. `in_values` says whether one
+    module is affected, judged from its tensors. Exactly one of the two is set. `warning` says what the defect means and
+    what to do; `source` is the evidence.
     """
 
     name: str
@@ -65,46 +66,55 @@ class Producer:
     in_values: ValueTest | None = None
 
     def covers(self, release: Release) -> bool:
-        """Whether a release writes it; of a checkpoint without a release, whether one that loses its version does."""
+        """Whether a release has the defect.
+
+        For a checkpoint that names no release: whether the defect is as old as the last release that could leave its
+        version out (0.10.2).
+        """
         if not release:
             return self.since <= _LAST_WITHOUT_VERSION
         return self.since <= release and (self.fixed is None or release < self.fixed)
 
 
 def header_warnings(config: QuantizationConfig, architecture: str, modules: Sequence[ModulePlan]) -> tuple[str, ...]:
-    """What is to be said of a checkpoint by its release and its headers, each with the number of modules concerned."""
+    """Return the warnings that follow from a checkpoint's release and headers, with the number of affected modules."""
     headers = Headers(config=config, architecture=architecture, modules=modules)
-    told = []
+    warnings = []
     for producer in PRODUCERS:
         if producer.in_headers is not None and producer.covers(config.release):
             count = producer.in_headers(headers)
             if count:
-                told.append(_told(producer, count))
-    return tuple(told)
+                warnings.append(_with_count(producer, count))
+    return tuple(warnings)
 
 
 @dataclass(slots=True)
 class ValueWatch:
-    """Looks for the values of known producers in one module after another."""
+    """Looks for the values that known producers write, in one module after another."""
 
     _seen: Counter[str] = field(init=False, default_factory=Counter)
 
     def look(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """The warnings that a module gives rise to and no module before did; `stored` by local name.
+        """Return the warnings for a module that no module before it gave; `stored` has its tensors by local name.
 
-        Reads the small tensors only.
+        Only small tensors are read.
         """
-        found = [each for each in PRODUCERS if each.in_values is not None and each.in_values(module, stored)]
-        self._seen.update(producer.name for producer in found)
-        return tuple(producer.warning for producer in found if self._seen[producer.name] == 1)
+        producers = [
+            producer for producer in PRODUCERS if producer.in_values is not None and producer.in_values(module, stored)
+        ]
+        self._seen.update(producer.name for producer in producers)
+        return tuple(producer.warning for producer in producers if self._seen[producer.name] == 1)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Everything that was seen, with the number of modules."""
-        return tuple(_told(producer, self._seen[producer.name]) for producer in PRODUCERS if self._seen[producer.name])
+        """All warnings so far, each with the number of affected modules."""
+        return tuple(
+            _with_count(producer, self._seen[producer.name]) for producer in PRODUCERS if self._seen[producer.name]
+        )
 
 
-def _told(producer: Producer, count: int) -> str:
+def _with_count(producer: Producer, count: int) -> str:
+    """Return the producer's warning with the number of affected modules."""
     return f"{producer.warning} ({count} module{'s' if count > 1 else ''})"
 
 
@@ -123,16 +133,16 @@ def _static_kv_scales(headers: Headers) -> int:
 
 
 def _rotated_with_bias(headers: Headers) -> int:
-    """Linears with a bias whose weight was turned at its output."""
-    turns = [each for each in headers.config.transforms if each.location == "weight_output"]
+    """Count the Linears with a bias whose weight was rotated at its output."""
+    rotations = [transform for transform in headers.config.transforms if transform.location == "weight_output"]
 
-    def turned(module: ModulePlan) -> bool:
+    def rotated(module: ModulePlan) -> bool:
         def named(entries: Collection[str]) -> bool:
             return any(matches(module.name, entry) for entry in entries)
 
-        return any(named(each.targets) and not named(each.ignore) for each in turns)
+        return any(named(rotation.targets) and not named(rotation.ignore) for rotation in rotations)
 
-    return headers.count(lambda module: module.class_name == "Linear" and "bias" in module.views and turned(module))
+    return headers.count(lambda module: module.class_name == "Linear" and "bias" in module.views and rotated(module))
 
 
 def _surplus_zero_points(headers: Headers) -> int:
@@ -146,7 +156,10 @@ def _surplus_zero_points(headers: Headers) -> int:
 
 
 def _marlin_24_groups(headers: Headers) -> int:
-    """Of a known release: what an unknown one is read as, the reader of weights says."""
+    """Count the marlin-24 modules with group scales in a checkpoint that names its release.
+
+    For a checkpoint without a release, `WeightReader` warns instead about how it is read.
+    """
 
     def grouped(module: ModulePlan) -> bool:
         weight = module.weight
@@ -156,16 +169,19 @@ def _marlin_24_groups(headers: Headers) -> int:
 
 
 def _undated_odd_widths(headers: Headers) -> int:
-    """Words of 3, 5, 6 or 7 bits that both layouts would fill alike, in a checkpoint without a release."""
+    """Count the modules with codes of 3, 5, 6 or 7 bits whose words would have the same shape in both layouts.
 
-    def undecided(module: ModulePlan) -> bool:
+    The count is 0 for a checkpoint that names its release, which decides the layout.
+    """
+
+    def ambiguous(module: ModulePlan) -> bool:
         weight = module.weight
         if weight is None or weight.packing is None or weight.packing.container.bits % weight.packing.bits == 0:
             return False
-        other = replace(weight.packing, dense=not weight.packing.dense)
-        return weight.packing.packed_shape(weight.shape) == other.packed_shape(weight.shape)
+        other_layout = replace(weight.packing, dense=not weight.packing.dense)
+        return weight.packing.packed_shape(weight.shape) == other_layout.packed_shape(weight.shape)
 
-    return 0 if headers.config.release else headers.count(undecided)
+    return 0 if headers.config.release else headers.count(ambiguous)
 
 
 def _smoothed_experts(headers: Headers) -> int:
@@ -185,7 +201,10 @@ def _kv_scale_of_zero(module: ModulePlan, stored: Mapping[str, Tensor]) -> bool:
 
 
 def _zero_points_at_the_ends(module: ModulePlan, stored: Mapping[str, Tensor]) -> bool:
-    """Most zero points in the outer quarter of their range: a group of weights on both sides of zero has none there."""
+    """Whether most zero points lie in the outer quarter of their range.
+
+    A group of weights with values on both sides of zero has no zero point there.
+    """
     weight = module.weight
     if weight is None or not weight.has_zero_point:
         return False
@@ -198,7 +217,10 @@ def _zero_points_at_the_ends(module: ModulePlan, stored: Mapping[str, Tensor]) -
 
 
 def _global_scale_below_one(module: ModulePlan, stored: Mapping[str, Tensor]) -> bool:
-    """The divisor is 2688 over the largest weight: below one, that weight would be larger than 2688."""
+    """Whether the divisor is below one.
+
+    The divisor is 2688 / (largest weight), so that weight would be larger than 2688.
+    """
     weight = module.weight
     if weight is None or weight.divisor is None:
         return False
@@ -323,4 +345,4 @@ PRODUCERS: tuple[Producer, ...] = (
         source="compressed-tensors 0.20 entrypoints/convert/converters/modelopt_nvfp4.py",
     ),
 )
-"""Every row, in the order in which warnings are given."""
+"""All known producers, in the order in which warnings are given."""

@@ -1,9 +1,9 @@
-"""The stored tensors of a checkpoint, gathered by module, with the quantized weights told from the plain ones.
+"""The stored tensors of a checkpoint, gathered by module; a module knows whether its weight is quantized.
 
-What a module is gets decided by the tensors that exist; the configuration only gives the parameters. Status fields,
-`ignore` and even `targets` disagree with the files often enough.
-A module's tensors are views: of a stored tensor as it is, of one expert in a tensor that holds all of them, or of the
-pieces of a sparse one. So later stages see every checkpoint in the one shape that most have anyway.
+The tensors that exist decide whether a module is quantized; the configuration only gives the parameters. Status fields,
+`ignore` and even `targets` often disagree with the files.
+A module's tensors are views: of a whole stored tensor, of one expert in a tensor of all experts, or of the pieces of a
+sparse tensor. So later stages see every checkpoint in the same form, which is the form that most checkpoints have.
 """
 
 from __future__ import annotations
@@ -37,68 +37,72 @@ _SPARSE_PIECES = frozenset({"compressed", "bitmask", "row_offsets"})
 QUANTIZATION_TENSORS = (
     frozenset(WEIGHT_TENSORS) - {"weight"} | _ACTIVATION_AND_CACHE_TENSORS | _SPARSE_PIECES | {"input_global_scale"}
 )
-"""Local names that compressed-tensors gives to parameters of quantization or sparsity (0.4 to 0.20)."""
+"""Local names of all tensors that compressed-tensors 0.4 to 0.20 stores for quantization or sparsity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View(ABC):
-    """How a module's tensor is made from stored ones; `spec` is what it looks like to later stages."""
+    """How a module's tensor is made from stored tensors; `spec` is the dtype and shape that later stages see."""
 
     spec: TensorSpec
 
     @property
     def stored_bytes(self) -> int:
-        """Its share of the bytes in the files."""
+        """The bytes in the files that count for this view."""
         return self.spec.nbytes
 
     @property
     @abstractmethod
     def sources(self) -> tuple[str, ...]:
-        """The stored tensors that it needs, by full name."""
+        """The full names of the stored tensors that the view is made from."""
 
     @property
     def offset(self) -> int | None:
-        """The element of its one source at which it begins, where it is a run of it; None for anything else."""
+        """The first element of the view in its source, if it is one run of one stored tensor; otherwise None."""
         return None
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """What it needs of its sources."""
+        """The runs of the stored tensors that have to be read."""
         if self.offset is None:
             return tuple(Run(source) for source in self.sources)
         return (Run(self.sources[0], self.offset, self.offset + self.spec.numel),)
 
     @abstractmethod
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The tensor; raises `PayloadError` when the stored ones contradict each other."""
+        """Return the tensor, given the stored tensors by full name.
+
+        Raises `PayloadError` when the stored tensors contradict each other.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole(View):
-    """A stored tensor as it is."""
+    """A whole stored tensor, unchanged; `name` is its full name."""
 
     name: str
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The one tensor."""
+        """The name of the one tensor."""
         return (self.name,)
 
     @property
     def offset(self) -> int:
-        """It is all of its source."""
+        """0: the view begins where the tensor begins."""
         return 0
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The tensor itself."""
+        """Return the stored tensor."""
         return stored[self.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSlice(View):
-    """The part of one expert in a tensor whose first axis is experts; `rows` cuts the second axis where it is given.
+    """The part of one expert in a tensor whose first axis are the experts.
 
-    `size` is the number of elements of each expert, `users` how many modules take the same part.
+    `rows` (begin, end) selects a range of the second axis, if it is given. `size` is the number of elements of each
+    expert. `users` is the number of modules that use the same part.
     """
 
     name: str
@@ -109,76 +113,82 @@ class ExpertSlice(View):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the part, divided among its users."""
+        """The bytes of the part, divided by the number of modules that use it."""
         return self.spec.nbytes // self.users
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The tensor of all experts."""
+        """The name of the tensor of all experts."""
         return (self.name,)
 
     @property
     def offset(self) -> int:
-        """Experts lie one behind the other."""
+        """The first element of the part; the experts are stored one after another."""
         per_row = 0 if self.rows is None else self.spec.numel // max(1, self.spec.shape[0])
         return self.expert * self.size + (self.rows[0] * per_row if self.rows else 0)
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """A contiguous view; nothing is copied."""
+        """Return a contiguous view of the stored tensor; nothing is copied."""
         part = stored[self.name][self.expert]
         return part if self.rows is None else part[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparse(View):
-    """A tensor whose values lie packed behind a bitmask; `spec` is that of the dense one."""
+    """A tensor that is stored sparse, as a bitmask and the values that it selects; `spec` describes the dense tensor.
+
+    `piece_bytes` is the size of all pieces in the files.
+    """
 
     tensor: SparseTensor
     piece_bytes: int
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the pieces."""
+        """The bytes of the pieces."""
         return self.piece_bytes
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The pieces."""
+        """The names of the pieces."""
         return tuple(self.tensor.parts.values())
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The dense tensor, made anew; memory: its size."""
+        """Return the dense tensor; memory: its size."""
         return restore(self.tensor, {piece: stored[name] for piece, name in self.tensor.parts.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared(View):
-    """A tensor that is stored with another module, which shares it; its bytes are counted there."""
+    """A tensor that is stored with another module and shared with it; its bytes are counted there.
+
+    `view` is the other module's view of the tensor.
+    """
 
     view: View
 
     @classmethod
     def of_view(cls, view: View) -> Self:
-        """What another module has as its own."""
+        """Return the shared view of a tensor that another module has stored."""
         return cls(spec=view.spec, view=view)
 
     @property
     def stored_bytes(self) -> int:
-        """None here."""
+        """0: the bytes are counted with the other module."""
         return 0
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Those of the other module."""
+        """The sources of the other module's view."""
         return self.view.sources
 
     @property
     def offset(self) -> int | None:
-        """That of the other module's tensor."""
+        """The offset of the other module's view."""
         return self.view.offset
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The other module's tensor."""
+        """Return the other module's tensor."""
         return self.view.of(stored)
 
 
@@ -186,9 +196,9 @@ class Shared(View):
 class StoredModule:
     """The tensors of one module by local name.
 
-    `name` is the one that it is delivered under, `stored_name` the one that it has in the files, where that differs.
-    `transforms` run beside it; their tensors are the local names with a dot (`R4_input.weight`). `specs` say what the
-    tensors look like.
+    The module is delivered under `name`; `alias` is its name in the files if that differs. `transforms` are the online
+    transforms that are applied to the module; their tensors have local names with a dot (`R4_input.weight`). `specs`
+    has dtype and shape of each tensor.
     """
 
     name: str
@@ -202,34 +212,39 @@ class StoredModule:
 
     @property
     def stored_name(self) -> str:
-        """The name in the files, for messages and for matching targets."""
+        """The module's name in the files; it is used in messages and to match targets."""
         return self.alias or self.name
 
     def full_name(self, local: str) -> str:
-        """The name of a tensor in the files, for messages."""
+        """Return the name of a tensor in the files, for messages."""
         return f"{self.stored_name}.{local}" if self.stored_name else local
 
     def delivered_as(self, name: str) -> StoredModule:
-        """The same module under the name that engines read."""
+        """Return the module under the name that it is delivered with."""
         return self if name == self.name else replace(self, name=name, alias=self.name)
 
     @property
     def unnamed(self) -> StoredModule:
-        """A module that is stored alike and has no name, so that its tensors are called by their local ones."""
+        """A module with the same tensor specs and transforms but no name: its tensors are named by their local names."""
         views = {local: Whole(name=local, spec=spec) for local, spec in self.specs.items()}
         return StoredModule("", views, transforms=self.transforms)
 
     def delivered_name(self, local: str) -> str:
-        """The full name of a delivered tensor."""
+        """Return the full name of a delivered tensor."""
         return f"{self.name}.{local}" if self.name else local
 
     def sources(self, locals_: Iterable[str]) -> tuple[str, ...]:
-        """The stored tensors, by full name, that some of the module's tensors are made of."""
+        """Return the full names of the stored tensors that the given tensors of the module are made from."""
         return tuple([source for local in locals_ for source in self.views[local].sources])
 
     @property
+    def has_weight(self) -> bool:
+        """Whether a weight is stored, plain or as codes."""
+        return "weight" in self.views or not PACKED_CODES.isdisjoint(self.views)
+
+    @property
     def is_quantized(self) -> bool:
-        """Whether the weight is stored as codes: packed, or of a dtype that no plain weight has."""
+        """Whether the weight is stored as codes: packed, or with a dtype that no plain weight has."""
         if not PACKED_CODES.isdisjoint(self.views):
             return True
         weight = self.views.get("weight")
@@ -242,11 +257,11 @@ def stored_modules(
     faults: FaultCollector,
     stored_shapes: StoredShapes | None = None,
 ) -> dict[str, StoredModule]:
-    """The modules of a checkpoint by name, in the order of the catalog.
+    """Return the modules of a checkpoint by name, in the order of the catalog.
 
-    `stored_shapes` are the shapes that sparse tensors have by their `shape` pieces; where these were not read,
-    `expected_shape` gives that of a tensor by its full name, where the model says it. Contradictions between the
-    pieces of a sparse tensor are added to `faults`.
+    `stored_shapes` are the shapes that the `shape` pieces of sparse tensors give. For a sparse tensor without one,
+    `expected_shape` returns the shape by the tensor's full name, or None if the model doesn't tell it. Contradictions
+    between the pieces of a sparse tensor are added to `faults`.
     """
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
     sparse = find_sparse(specs, expected_shape, faults, stored_shapes or {})

@@ -1,4 +1,4 @@
-"""Parts of a configuration that change the meaning of weights and are not understood here: refused by name."""
+"""Refuse the parts of a configuration that change the meaning of weights and that this package does not support."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 __all__ = ["refuse_unsupported"]
 
-# A transform at these places rotates what attention keeps and compares; no weight can take it in.
-_OF_ATTENTION = frozenset({"k_cache", "q_attn"})
+# A transform at these locations rotates queries or cached keys inside attention. It can't be folded into a weight.
+_INSIDE_ATTENTION = frozenset({"k_cache", "q_attn"})
 
 
 def refuse_unsupported(config: QuantizationConfig, model: Model, faults: FaultCollector) -> None:
-    """Add a fault for every part of a configuration without which the model would be quietly wrong."""
+    """Add a fault for every unsupported part of a configuration; ignoring it would make the model silently wrong."""
     for transform in config.transforms:
-        if transform.location in _OF_ATTENTION:
+        if transform.location in _INSIDE_ATTENTION:
             faults.add(
                 where=f"{config.origin}.transform_config.{transform.name}",
                 expected="transforms that fold into weights (weight_input, weight_output, input, output)",
@@ -30,7 +30,10 @@ def refuse_unsupported(config: QuantizationConfig, model: Model, faults: FaultCo
 
 
 def _refuse_expert_sparsity(where: str, sparsity: ExpertSparsity, model: Model, faults: FaultCollector) -> None:
-    """Pruned experts leave an ordinary model when every layer keeps as many as config.json says."""
+    """Add a fault unless experts were pruned and every layer keeps as many as config.json says.
+
+    Such a model is an ordinary one with fewer experts.
+    """
     if sparsity.method != "prune":
         faults.add(
             where=where,

@@ -1,4 +1,7 @@
-"""Which scheme and which format a quantized module has: its tensors decide, the configuration gives the parameters."""
+"""Find the scheme and the format of each quantized module.
+
+The module's tensors decide the format; the configuration gives the parameters of the scheme.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,9 @@ _ZERO_POINT = "weight_zero_point"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
-    """A stored weight with the scheme that the configuration gives it.
+    """A stored weight, its scheme, and the name of the config group that the scheme is from.
 
-    `idle` are its tensors, by local name, whose values turned out to change nothing, with the words for that.
+    `idle` are the weight's tensors, by local name, whose values were probed and change nothing, with the reason.
     """
 
     stored: StoredWeight
@@ -45,10 +48,10 @@ class QuantizedWeight:
 
 @dataclass(slots=True)
 class WeightReader:
-    """Reads the quantized modules of one checkpoint, gathering faults and, once for many modules, warnings.
+    """Reads the quantized modules of one checkpoint; collects faults, and warnings with the number of modules.
 
-    `multimodal` allows the names of targets to put the prefix of the text model otherwise than the files do.
-    `probe` tells which zero points and group indices change nothing.
+    With `multimodal`, targets may name modules under another prefix of the text model than the files do.
+    `probe` says which zero points and group indices change nothing.
     """
 
     config: QuantizationConfig
@@ -66,24 +69,25 @@ class WeightReader:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was odd but unambiguous, with the number of modules that it was seen in."""
+        """Warnings about what was unusual but unambiguous, each with the number of modules."""
         return tuple(f"{note} ({count} modules)" for note, count in self._notes.items())
 
     def read(self, module: StoredModule, site: Site) -> QuantizedWeight | None:
-        """The quantized weight of a module, or None after adding faults.
+        """Return the quantized weight of a module, or None after adding faults.
 
-        Modules that are stored alike get one and the same object: a model may have a hundred thousand of them.
+        Modules with the same tensor specs, config group and shape get the same object: a model may have a hundred
+        thousand of them.
         """
         group = self._group(module, site)
         if group is None or group.scheme.weights is None:
             return None
-        kind = (group.name, site.shape, tuple(module.specs.items()))
-        known = self._known.get(kind)
+        key = (group.name, site.shape, tuple(module.specs.items()))
+        known = self._known.get(key)
         if known is None:
-            known = self._described(module, site, group, group.scheme.weights)
+            known = self._describe(module, site, group, group.scheme.weights)
             if known is None:
                 return None
-            self._known[kind] = known
+            self._known[key] = known
         weight, notes = known
         for note in notes:
             self._notes[note] += 1
@@ -91,10 +95,10 @@ class WeightReader:
         idle = self._idle(module, weight.stored)
         return replace(weight, stored=_without(weight.stored, idle), idle=idle) if idle else weight
 
-    def _described(
+    def _describe(
         self, module: StoredModule, site: Site, group: ConfigGroup, args: QuantArgs
     ) -> tuple[QuantizedWeight, tuple[str, ...]] | None:
-        """What holds for all modules that are stored alike, and what is odd about them; None after adding faults."""
+        """Return the weight of all modules that are stored like this one, and notes about it; None after a fault."""
         if len(site.shape) == 1:
             self._refuse_vector(module, site)
             return None
@@ -116,7 +120,7 @@ class WeightReader:
             return None
         if not args.symmetric and not stored.has_zero_point:
             if self._release >= _FIRST_PACKED_ZERO_POINTS:
-                self._miss_zero_point(module)
+                self._refuse_missing_zero_point(module)
                 return None
             notes.append("asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it")
         if weight_format is MARLIN_24 and not self._release and args.group_size is not None:
@@ -124,7 +128,10 @@ class WeightReader:
         return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name), tuple(notes)
 
     def _idle(self, module: StoredModule, stored: StoredWeight) -> dict[str, str]:
-        """The companions that a probe found to change nothing. A zero point counts as one unless all of it is zero."""
+        """Return the companions that change nothing according to the probe, with the reason for each.
+
+        They are zero points of symmetric schemes that are all zero, and trivial group indices.
+        """
         idle = {}
         symmetric = stored.has_zero_point and stored.args.symmetric
         if symmetric and probe_key(module.views[_ZERO_POINT]) in self.probe.zero:
@@ -134,7 +141,10 @@ class WeightReader:
         return idle
 
     def _group(self, module: StoredModule, site: Site) -> ConfigGroup | None:
-        """The config group of a quantized module: the one that targets it, else the only one whose format fits."""
+        """Return the config group of a quantized module: the one that targets it, or the only one whose format fits.
+
+        Adds a fault and returns None if no group targets it and not exactly one fits.
+        """
         names: Iterable[str] = dict.fromkeys((module.stored_name, module.name))
         if self.multimodal:
             names = chain.from_iterable(map(name_variants, names))
@@ -160,6 +170,7 @@ class WeightReader:
         return None
 
     def _refuse(self, module: StoredModule, scheme: QuantScheme) -> None:
+        """Add the fault of a module that no format accepts."""
         declared = f", declared {scheme.format}" if scheme.format else ""
         names = ", ".join(sorted({entry.name for entry in FORMATS}))
         self.faults.add(
@@ -170,6 +181,7 @@ class WeightReader:
         )
 
     def _refuse_vector(self, module: StoredModule, site: Site) -> None:
+        """Add the fault of a quantized module whose weight should be a vector."""
         self.faults.add(
             where=module.stored_name,
             expected=f"a plain weight {list(site.shape)}: no scheme is for the vector of a {site.class_name}",
@@ -178,6 +190,7 @@ class WeightReader:
         )
 
     def _has_one_weight(self, module: StoredModule) -> bool:
+        """Whether a module stores not both `weight` and packed codes; adds a fault if it does."""
         codes = sorted(PACKED_CODES & module.specs.keys())
         if not codes or "weight" not in module.specs:
             return True
@@ -189,8 +202,11 @@ class WeightReader:
         )
         return False
 
-    def _miss_zero_point(self, module: StoredModule) -> None:
-        """An asymmetric weight may lack a zero point only when its writer left out those that are all zero (0.9.3)."""
+    def _refuse_missing_zero_point(self, module: StoredModule) -> None:
+        """Add the fault of an asymmetric weight without a zero point.
+
+        It is none for writers up to 0.9.3, which left out zero points that are all zero.
+        """
         self.faults.add(
             where=f"{module.stored_name}.weight_zero_point",
             expected="the zero points of an asymmetric weight",
@@ -199,7 +215,10 @@ class WeightReader:
         )
 
     def _check_blocks(self, module: StoredModule, stored: StoredWeight) -> None:
-        """Gate and up in one tensor must each be whole blocks: else nothing says whose scale the block between is."""
+        """Add a fault if gate and up are stored in one tensor and don't consist of whole blocks each.
+
+        A block that contains rows of both would have one scale for both.
+        """
         scale = module.views[stored.scale]
         if isinstance(scale, ExpertSlice) and scale.rows is not None and stored.shape[0] % stored.block_rows:
             self.faults.add(
@@ -211,7 +230,7 @@ class WeightReader:
 
 
 def _without(stored: StoredWeight, idle: Mapping[str, str]) -> StoredWeight:
-    """The weight as if these companions were not stored."""
+    """Return the weight without its idle companions, as if they were not stored."""
     if _ZERO_POINT in idle:
         stored = replace(stored, has_zero_point=False, zero_point_packing=None)
     if GROUP_INDEX in idle:
@@ -224,5 +243,5 @@ def _without(stored: StoredWeight, idle: Mapping[str, str]) -> StoredWeight:
 
 
 def _tensors(module: StoredModule) -> str:
-    """Names and dtypes, without shapes: so the same fault reads the same in every module."""
+    """Return names and dtypes of a module's tensors, without shapes, so that a fault is the same in every module."""
     return ", ".join(f"{local} {module.specs[local].dtype.torch_name}" for local in sorted(module.specs))

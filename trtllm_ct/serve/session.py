@@ -179,7 +179,7 @@ def _balanced_experts() -> Fault:
         where="moe_load_balancer",
         expected="none, since a rank loads the experts that its number gives it",
         found="one, which moves experts between ranks",
-        remedy="Leave it out, or run `trtllm-ct convert DIR OUT --to modelopt` and serve OUT, which every rank reads completely.",
+        remedy="Leave it out, or run `trtllm-ct convert DIR OUT --to modelopt` and serve OUT, which is loaded whole.",
     )
 
 

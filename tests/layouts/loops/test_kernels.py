@@ -100,16 +100,27 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return an output tensor that lies between guard bytes, and the buffer that contains both."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    buffer = torch.full((GUARD + size + GUARD,), 0xA5, dtype=torch.uint8)
-    return buffer[GUARD : GUARD + size].view(dtype).view(shape), buffer
+@contextmanager
+def guarded() -> Iterator[list[Tensor]]:
+    """Place the results of loops between guard bytes, and check at the end of the block that these are unchanged.
 
+    Yields a list that collects the tensors that loops wrote to, in order.
+    """
+    results: list[Tensor] = []
+    buffers: list[Tensor] = []
 
-def is_untouched(buffer: Tensor) -> bool:
-    """Whether the guard bytes of a buffer are unchanged."""
-    return bool((buffer[:GUARD] == 0xA5).all()) and bool((buffer[-GUARD:] == 0xA5).all())
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        buffers.append(torch.full((GUARD + size + GUARD,), 0xA5, dtype=torch.uint8))
+        results.append(buffers[-1][GUARD : GUARD + size].view(dtype).view(shape))
+        return results[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "empty", empty)
+        yield results
+    for buffer in buffers:
+        assert (buffer[:GUARD] == 0xA5).all()
+        assert (buffer[-GUARD:] == 0xA5).all()
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:
@@ -160,18 +171,18 @@ class TestRepack:
         garbage = torch.randint(-128, 128, room, generator=torch.Generator().manual_seed(seed)).to(exact.dtype)
         garbage[: exact.shape[0], : exact.shape[1]] = exact
         packed = strided(garbage, how)
-        out, buffer = guarded(target.packed_shape(shape), target.container.torch_dtype)
 
-        result = dispatch.repack(packed, source, target, shape, out=out)
+        with guarded() as written:
+            result = dispatch.repack(packed, source, target, shape)
 
         if source == target:
             assert result is packed
             return
         kept = codes if target.bits == 8 else (codes << 4) >> 4
-        assert result is out
-        assert torch.equal(out, oracles.pack(kept.long().numpy(), target))
-        assert torch.equal(out, packing.repack(garbage, source, target, shape))
-        assert is_untouched(buffer)
+        assert len(written) == 1
+        assert result is written[0]
+        assert torch.equal(result, oracles.pack(kept.long().numpy(), target))
+        assert torch.equal(result, packing.repack(garbage, source, target, shape))
         assert torch.equal(packed, garbage)
 
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -198,12 +209,12 @@ class TestRepack:
         for columns in range(1, 20):
             codes = random_codes((2, columns), bits, seed=columns)
             packed = torch.nn.functional.pad(oracles.pack(codes.long().numpy(), source), (0, 8), value=-1)
-            out, buffer = guarded((2, columns), torch.int8)
 
-            dispatch.repack(packed, source, INT8_PLAIN, (2, columns), out=out)
+            with guarded() as written:
+                result = dispatch.repack(packed, source, INT8_PLAIN, (2, columns))
 
-            assert torch.equal(out, codes), columns
-            assert is_untouched(buffer), columns
+            assert torch.equal(result, codes), columns
+            assert result is written[0], columns
         assert set(loops) == {"plain_codes"}
 
     @pytest.mark.parametrize("nibbles", [packed_words(4), E2M1_PACKED], ids=["offset binary", "unchanged bits"])
@@ -285,16 +296,16 @@ class TestAdditiveZero:
         """Also infinity, NaN and subnormal scales. No result is -0.0."""
         scale = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(256, 256)
         zeros = torch.full((256, 256), zero, dtype=torch.int8)
-        out, buffer = guarded((256, 256), torch.float32)
 
-        assert dispatch.additive_zero(scale, zeros, out=out) is out
+        with guarded() as written:
+            result = dispatch.additive_zero(scale, zeros)
 
-        assert same_bits(out, scales.additive_zero(scale, zeros))
+        assert result is written[0]
+        assert same_bits(result, scales.additive_zero(scale, zeros))
         with np.errstate(all="ignore"):
             exact = (-np.float64(zero) * scale.double().numpy() + 0.0).astype(np.float32)
-        assert np.array_equal(out.numpy(), exact, equal_nan=True)
-        assert not (out.signbit() & (out == 0)).any()
-        assert is_untouched(buffer)
+        assert np.array_equal(result.numpy(), exact, equal_nan=True)
+        assert not (result.signbit() & (result == 0)).any()
         assert loops == ["additive_zero"]
 
     @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -340,12 +351,12 @@ class TestAdditiveZero:
         words = torch.full((exact.shape[0] + surplus[0], exact.shape[1] + surplus[1]), 0x5A5A5A5A, dtype=torch.int32)
         words[: exact.shape[0], : exact.shape[1]] = exact
         scale = torch.randn((rows, groups), generator=torch.Generator().manual_seed(seed)).to(dtype)
-        out, buffer = guarded((rows, groups), torch.float32)
 
-        assert dispatch.additive_zero(scale, words, source, out=out) is out
+        with guarded() as written:
+            result = dispatch.additive_zero(scale, words, source)
 
-        assert same_bits(out, scales.additive_zero(scale, zero))
-        assert is_untouched(buffer)
+        assert result is written[0]
+        assert same_bits(result, scales.additive_zero(scale, zero))
 
     @pytest.mark.parametrize(
         ("source", "ran"),
@@ -522,15 +533,13 @@ class TestDequantize:
             numbers = values if source is None else element_values(fields, element, torch.bfloat16)
         scaling = data.draw(scalings(shape, element))
         before = values.view(torch.uint8).clone()
-        out, buffer = guarded(shape, dtype)
 
-        with watched() as ran:
-            result = dispatch.dequantize(values, source, element, shape, scaling, dtype, out=out)
+        with watched() as ran, guarded() as written:
+            result = dispatch.dequantize(values, source, element, shape, scaling, dtype)
 
         assert ran == ["dequantize"]
-        assert result is out
-        assert same_bits(out, scales.dequantize(numbers, scaling, dtype))
-        assert is_untouched(buffer)
+        assert result is written[0]
+        assert same_bits(result, scales.dequantize(numbers, scaling, dtype))
         assert torch.equal(values.view(torch.uint8), before)
 
     @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -724,71 +733,42 @@ class TestWhatLoopsDoNotTake:
 
 SOURCE = packed_words(4)
 WORDS = torch.zeros(4, 4, dtype=torch.int32)
-WITH_OUT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int], torch.dtype]] = {
-    "repack to row pairs": (
-        lambda out: dispatch.repack(WORDS, SOURCE, INT4_ROW_PAIRS, (4, 32), out=out), (2, 32), torch.uint8,
-    ),
-    "repack to int8": (lambda out: dispatch.repack(WORDS, SOURCE, INT8_PLAIN, (4, 32), out=out), (4, 32), torch.int8),
+CALLS: dict[str, tuple[Callable[[], Tensor], tuple[int, int], torch.dtype]] = {
+    "repack to row pairs": (lambda: dispatch.repack(WORDS, SOURCE, INT4_ROW_PAIRS, (4, 32)), (2, 32), torch.uint8),
+    "repack to int8": (lambda: dispatch.repack(WORDS, SOURCE, INT8_PLAIN, (4, 32)), (4, 32), torch.int8),
     "additive zero": (
-        lambda out: dispatch.additive_zero(torch.ones(4, 3), torch.ones(4, 3, dtype=torch.int8), out=out),
+        lambda: dispatch.additive_zero(torch.ones(4, 3), torch.ones(4, 3, dtype=torch.int8)),
         (4, 3),
         torch.float32,
     ),
     "dequantize": (
-        lambda out: dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), GROUPS, torch.bfloat16, out=out),
+        lambda: dispatch.dequantize(CODES, INT8_PLAIN, Element.INT, (4, 8), GROUPS, torch.bfloat16),
         (4, 8),
         torch.bfloat16,
     ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("call", "shape", "dtype"), WITH_OUT.values(), ids=WITH_OUT.keys())
+@pytest.mark.parametrize(("call", "shape", "dtype"), CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("min_codes", [0, 1 << 16], ids=["loop", "torch"])
-class TestOut:
-    """`out` works in the same way whether a loop or torch computes the result."""
+def test_each_call_returns_a_new_contiguous_tensor(
+    call: Callable[[], Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    min_codes: int,
+    loops: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether a loop or torch computes the result."""
+    monkeypatch.setattr(dispatch, "_MIN_CODES", min_codes)
 
-    @pytest.fixture(autouse=True)
-    def threshold(self, loops: list[str], min_codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatch, "_MIN_CODES", min_codes)
+    first, second = call(), call()
 
-    def test_it_is_written_and_returned(
-        self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> None:
-        out, buffer = guarded(shape, dtype)
-
-        assert call(out) is out
-        assert torch.equal(out, call(None))
-        assert is_untouched(buffer)
-
-    def test_none_makes_a_new_one(
-        self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> None:
-        made, again = call(None), call(None)
-
-        assert (tuple(made.shape), made.dtype) == (shape, dtype)
-        assert made.is_contiguous()
-        assert made.data_ptr() != again.data_ptr()
-
-    @pytest.mark.parametrize("wrong", ["rows", "columns", "one more axis", "dtype", "strides"])
-    def test_an_output_that_does_not_fit_is_refused(
-        self, call: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype, wrong: str
-    ) -> None:
-        """Otherwise torch would cast or broadcast silently, and a loop would write beyond the end."""
-        out = {
-            "rows": torch.zeros(2 * shape[0], shape[1], dtype=dtype),
-            "columns": torch.zeros(shape[0], shape[1] - 1, dtype=dtype),
-            "one more axis": torch.zeros(2, *shape, dtype=dtype),
-            "dtype": torch.zeros(shape, dtype=torch.float64),
-            "strides": torch.zeros(shape[1], shape[0], dtype=dtype).T,
-        }[wrong]
-
-        with pytest.raises(ValueError, match="out must be a contiguous") as raised:
-            call(out)
-
-        assert str(raised.value) == (
-            f"out must be a contiguous {dtype} {list(shape)}, not {out.dtype} {list(out.shape)}"
-        )
-        assert not out.any()
+    assert (tuple(first.shape), first.dtype) == (shape, dtype)
+    assert first.is_contiguous()
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, second)
+    assert len(loops) == (2 if min_codes == 0 else 0)
 
 
 class TestProcesses:

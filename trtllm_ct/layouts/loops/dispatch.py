@@ -4,8 +4,6 @@ Formats and operations call the functions of this module. Both implementations g
 tensors are in CPU memory, the weight is large enough to justify loading machine code, and its layout is one that
 checkpoints use. All other calls go to `packing.py` and `scales.py`, which support every layout and device, and reject
 sizes that contradict each other.
-
-`out` is a contiguous tensor with the shape and dtype of the result; the function writes to it and returns it.
 """
 
 from __future__ import annotations
@@ -56,35 +54,33 @@ _FLOATS = {Element.E4M3: (3, 7, 0x7F), Element.E2M1: (1, 1, -1), Element.E2M3: (
 """Per small float: mantissa bits, exponent bias, and the magnitude bits of NaN (-1 when the format has no NaN)."""
 
 
-def repack(
-    packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int], *, out: Tensor | None = None
-) -> Tensor:
+def repack(packed: Tensor, source: Packing, target: Packing, shape: tuple[int, int]) -> Tensor:
     """Convert codes of `shape` from one packing to another; see `packing.repack`.
 
-    For equal packings the result is the input tensor itself, and `out` is ignored.
+    For equal packings the result is the input tensor itself.
     """
     if source == target:
         return packed
     if not (_has_loop(packed, source, target, shape) and _is_large(shape, packed)):
-        return _copied_to(out, plain.repack(packed, source, target, shape))
-    result = _result_tensor(out, target.packed_shape(shape), target.container.torch_dtype)
+        return plain.repack(packed, source, target, shape)
+    result = empty(target.packed_shape(shape), target.container.torch_dtype)
     repack_bytes(_bytes_of(packed), source, target, shape, _bytes_of(result))
     return result
 
 
 def repack_bytes(
-    octets: NDArray[np.uint8], source: Packing, target: Packing, shape: tuple[int, int], out: NDArray[np.uint8]
+    packed: NDArray[np.uint8], source: Packing, target: Packing, shape: tuple[int, int], out: NDArray[np.uint8]
 ) -> None:
     """Repack codes of `shape` by a loop, from the bytes of one container to the bytes of another.
 
-    `octets` is [lines, bytes], and `out` holds the bytes of the result. `can_repack(source, target)` must be true.
+    `packed` is [lines, bytes], and `out` holds the bytes of the result. `can_repack(source, target)` must be true.
     Surplus bytes at the end of a line, and lines behind the last row, are ignored.
     """
     import numpy as np
 
     from trtllm_ct.layouts.loops import kernels
 
-    lines, run, flip = octets[: shape[0]], _run(source), _sign_flip(source)
+    lines, run, flip = packed[: shape[0]], _run(source), _sign_flip(source)
     if target == INT8_PLAIN:
         kernels.plain_codes(lines, run, flip, out)
     elif source.bits == 4 and shape[0] % 2 == 0 and shape[1] % 4 == 0:
@@ -117,9 +113,7 @@ def unpack_codes(packed: Tensor, packing: Packing, shape: tuple[int, int]) -> Te
     return codes
 
 
-def additive_zero(
-    scale_OG: Tensor, zero_point: Tensor, packing: Packing | None = None, *, out: Tensor | None = None
-) -> Tensor:
+def additive_zero(scale_OG: Tensor, zero_point: Tensor, packing: Packing | None = None) -> Tensor:
     """Return the offset that the engine adds after scaling, float32 [N, G]; see `scales.additive_zero`.
 
     `zero_point` is int8 [N, G], or a container when `packing` is given.
@@ -132,12 +126,12 @@ def additive_zero(
         zero_point, packing = unpack_codes(zero_point, packing, shape), None
     supported = packing is not None or (zero_point.shape == scale_OG.shape and zero_point.dtype == torch.int8)
     if not (large and supported):
-        return _copied_to(out, scales.additive_zero(scale_OG, zero_point))
+        return scales.additive_zero(scale_OG, zero_point)
     import numpy as np
 
     from trtllm_ct.layouts.loops import kernels
 
-    offset = _result_tensor(out, shape, torch.float32)
+    offset = empty(shape, torch.float32)
     scale, is_bfloat16 = _scale_array(scale_OG)
     if packing is None:
         kernels.additive_zero(_array(zero_point), scale, is_bfloat16, _array(offset))
@@ -154,8 +148,6 @@ def dequantize(
     shape: tuple[int, int],
     scaling: Scaling,
     dtype: torch.dtype,
-    *,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Dequantize codes of `shape` in a container to weights of `dtype`; each is the exact value, rounded once.
 
@@ -165,7 +157,7 @@ def dequantize(
     supported = _loop_supports(values, packing, shape, scaling) and DType.from_torch(dtype).is_wide_float
     if not supported or not _is_large(shape, *_tensors(values, scaling)):
         numbers = values if packing is None else _decoded(values, packing, element, shape)
-        return _copied_to(out, scales.dequantize(numbers, scaling, dtype))
+        return scales.dequantize(numbers, scaling, dtype)
     import torch
 
     zero_point, index = scaling.zero_point, scaling.group_index if scaling.scale.shape[1] > 1 else None
@@ -178,7 +170,7 @@ def dequantize(
         divisor=1.0 if scaling.divisor is None else float(scaling.divisor),
         group_index=None if index is None else _array(index.long()),
     )
-    dense = _result_tensor(out, shape, dtype)
+    dense = empty(shape, dtype)
     dequantize_bytes(_bytes_of(values[: shape[0]]), packing, element, arrays, DType.from_torch(dtype), _bytes_of(dense))
     return dense
 
@@ -199,7 +191,7 @@ class ScalingArrays(NamedTuple):
 
 
 def dequantize_bytes(
-    octets: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
     packing: Packing | None,
     element: Element,
     scaling: ScalingArrays,
@@ -216,7 +208,7 @@ def dequantize_bytes(
 
     columns, groups = out.shape[1] // dtype.itemsize, scaling.scale.shape[1]
     kernels.dequantize(
-        octets,
+        codes,
         (8, 1, 1) if packing is None else _run(packing),
         _FLOATS[Element.E4M3] if packing is None else _decoding(packing, element),
         scaling.scale,
@@ -329,23 +321,6 @@ def _sign_flip(packing: Packing) -> int:
 def _decoding(packing: Packing, element: Element) -> tuple[int, int, int]:
     """Return the `decoding` parameter of `kernels.decode_row`."""
     return (-1, _sign_flip(packing), 0) if element is Element.INT else _FLOATS[element]
-
-
-def _result_tensor(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the tensor to write a result to: `out`, or a new one.
-
-    Raises `ValueError` when `out` does not fit: loops check no bounds, and torch would cast or broadcast silently.
-    """
-    if out is None:
-        return empty(shape, dtype)
-    if tuple(out.shape) != shape or out.dtype != dtype or _contiguous(out) is not out:
-        raise ValueError(f"out must be a contiguous {dtype} {list(shape)}, not {out.dtype} {list(out.shape)}")
-    return out
-
-
-def _copied_to(out: Tensor | None, result: Tensor) -> Tensor:
-    """Copy the result to `out` and return that; return the result itself when `out` is None."""
-    return result if out is None else _result_tensor(out, tuple(result.shape), result.dtype).copy_(result)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
