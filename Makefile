@@ -15,9 +15,9 @@ install := $(python) -m pip install --quiet --disable-pip-version-check -c const
 help:
 	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
 	@echo "make test    install what tests need and run the whole suite"
-	@echo "make lint    check style and formatting"
+	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
-	@echo "make docs    write the support matrix and the messages of docs/troubleshooting.md anew"
+	@echo "make docs    write the generated pages anew: support matrix, troubleshooting, why"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(venv)/.demo-installed
@@ -35,9 +35,13 @@ lint: $(venv)/.dev-installed
 types: $(venv)/.dev-installed
 	$(venv)/bin/mypy
 
+# docs/why.md is made from real checkpoints, docs/performance.md from measurements (`python -m benchmarks`).
 docs: $(venv)/.dev-installed
 	$(python) docs/generate_support_matrix.py
 	TRTLLM_CT_WRITE_DOCS=1 $(python) -m pytest -q tests/docs/test_troubleshooting.py
+ifdef TRTLLM_CT_SHARED
+	$(python) docs/generate_why.py $(TRTLLM_CT_SHARED)/checkpoints
+endif
 
 $(venv)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -95,10 +95,11 @@ def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog) -> None:
+def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtllm_ct.checkpoint.reader._MAX_OPEN_MAPS", 2)
     before = open_descriptors()
 
-    with TensorReader(shards, max_open_maps=2) as reader:
+    with TensorReader(shards) as reader:
         tensors = [reader.read(f"t{number}") for number in (0, 1, 0, 2, 3, 4)]
         assert len(reader._maps) == 2
         assert open_descriptors() == before
@@ -106,8 +107,9 @@ def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog) -> None:
     assert [int(tensor) for tensor in tensors] == [0, 1, 0, 2, 3, 4]
 
 
-def test_the_least_recently_used_map_is_dropped_first(shards: Catalog) -> None:
-    with TensorReader(shards, max_open_maps=2) as reader:
+def test_the_least_recently_used_map_is_dropped_first(shards: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtllm_ct.checkpoint.reader._MAX_OPEN_MAPS", 2)
+    with TensorReader(shards) as reader:
         for number in (0, 1, 0, 2):
             reader.read(f"t{number}")
 

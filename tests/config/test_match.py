@@ -45,7 +45,7 @@ def chosen(groups: dict[str, tuple[str, ...]], module: str = Q_PROJ) -> str | No
 def test_which_modules_an_entry_matches(name, pattern, expected):
     assert matches(name, pattern) is expected
     assert (matcher({"group": (pattern,)}).scheme_for(name) is not None) is expected
-    assert matcher({}, ignore=(pattern,)).is_ignored(name) is expected
+    assert (matcher({"all": ("re:",)}, ignore=(pattern,)).scheme_for(name) is None) is expected
 
 
 def test_class_names_are_those_of_the_module_and_its_bases():
@@ -75,7 +75,6 @@ def test_which_of_several_groups_decides(groups, expected):
 @pytest.mark.parametrize("ignore", [Q_PROJ, "re:.*q_proj$", "Linear", "Module"])
 def test_ignore_has_priority_over_the_most_exact_target(ignore):
     judge = matcher({"group": (Q_PROJ,)}, ignore=("lm_head", ignore))
-    assert judge.is_ignored(Q_PROJ)
     assert judge.scheme_for(Q_PROJ) is None
 
 

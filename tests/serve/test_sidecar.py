@@ -167,6 +167,7 @@ def test_probed_values_survive_json_to_the_last_bit(source: Path) -> None:
         powers={"d": (-2, 3)},
         zero=frozenset("xy"),
         trivial=frozenset("z"),
+        shapes={"e": (2, 3)},
     )
     made = replace(Sidecar.open(make_sidecar(source, OPTIONS)), probe=probe)
 

@@ -327,18 +327,18 @@ def _check_layout(spans: list[_Span], payload_bytes: int, file: str, faults: Fau
         faults.add(where=file, expected=f"{covered} bytes of payload", found=found, remedy=_FETCH_AGAIN)
 
 
-def list_some(names: Iterable[str], limit: int = 5) -> str:
-    """Format the first `limit` names and the number of all others for a message: `a, b, c and 12 more`."""
+def list_some(names: Iterable[str]) -> str:
+    """Format the first five names and the number of all others for a message: `a, b, c and 12 more`."""
     remaining = iter(names)
-    text = ", ".join(islice(remaining, limit))
+    text = ", ".join(islice(remaining, 5))
     more = sum(1 for _ in remaining)
     return f"{text} and {more} more" if more else text
 
 
-def _show(value: object, limit: int = 80) -> str:
-    """Return a JSON value as JSON text for a message, cut to `limit` characters."""
+def _show(value: object) -> str:
+    """Return a JSON value as JSON text for a message, cut to 80 characters."""
     text = json.dumps(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _refuse(where: str, expected: str, found: str, remedy: str) -> NoReturn:

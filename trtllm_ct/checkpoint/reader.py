@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "TensorReader", "file_changed"]
 
+_MAX_OPEN_MAPS = 16
+
 _READ_AHEAD_SHARE = 0.5
 """Share of the available memory that read-ahead may fill; the rest is for tensors made from what was read."""
 
@@ -52,14 +54,13 @@ class TensorReader:
     """Reads tensors of a catalog by name.
 
     Only the parts of a tensor that are touched take memory, and clean pages are file cache.
-    Keeps at most `max_open_maps` maps and no file descriptor. A tensor keeps the map that it views alive, even after
+    Keeps at most `_MAX_OPEN_MAPS` maps and no file descriptor. A tensor keeps the map that it views alive, even after
     `close`. `bytes_read` counts the payload bytes of all ranges that `read` was called for. Use a reader from one
     thread only.
     """
 
-    def __init__(self, catalog: Catalog, *, max_open_maps: int = 16) -> None:
+    def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._max_open_maps = max_open_maps
         self._maps: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._available: int | None = None
         self._measured_at = -_MEMORY_CHECK_SECONDS
@@ -140,7 +141,7 @@ class TensorReader:
                 self._maps[tensor.file] = _map_file(self._catalog.directory / tensor.file)
             except (OSError, RuntimeError) as error:
                 raise file_changed(tensor, str(error)) from None
-            if len(self._maps) > self._max_open_maps:
+            if len(self._maps) > _MAX_OPEN_MAPS:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(tensor.file)
         return self._maps[tensor.file]

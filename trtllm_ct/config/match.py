@@ -97,10 +97,6 @@ class Matcher:
         self._targets = _Entries(self._groups)
         self._ignore = _Entries(config.ignore)
 
-    def is_ignored(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> bool:
-        """Whether an entry of `ignore` matches this module."""
-        return self._ignore.best(module, _all_classes(class_names)) is not None
-
     def scheme_for(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> ConfigGroup | None:
         """Return the group whose scheme applies to this module; None when it is ignored or not targeted.
 

@@ -68,8 +68,8 @@ class Producer:
     def covers(self, release: Release) -> bool:
         """Whether a release has the defect.
 
-        For a checkpoint that names no release: whether the defect is as old as the last release that could leave its
-        version out (0.10.2).
+        For a checkpoint that names no release: whether the defect existed by 0.10.2, the last release whose checkpoints
+        may lack a version.
         """
         if not release:
             return self.since <= _LAST_WITHOUT_VERSION

@@ -1,17 +1,19 @@
-"""The rows of queries and keys in Mistral's own form, in the order that Hugging Face's form has.
+"""Reorder the rows of query and key weights in Mistral's native format to the order of the Hugging Face format.
 
-Which tensors lie in which order is what writers and readers of that form make of it:
+The native format does not say in which of the two orders the rows of a tensor are stored. It follows from what the
+writers and readers of the format do:
 
-| tensor of `wq`, `wk`                 | llm-compressor writes | vLLM reads   | here                            |
+| tensor of `wq`, `wk`                 | llm-compressor writes | vLLM reads   | this package                    |
 |--------------------------------------|-----------------------|--------------|---------------------------------|
-| `weight`, plain or codes             | Mistral's             | Mistral's    | reordered                       |
-| `qscale_weight`, one a row           | Mistral's             | Mistral's    | reordered                       |
-| one number; blocks of whole heads    | any order is the same | as it lies   | as it lies                      |
-| other tensors that have rows, such   | Mistral's             | Hugging      | as `qk_rows` says, else refused |
-| as `weight_packed`, `weight_scale`   |                       | Face's       |                                 |
+| `weight`, plain or codes             | Mistral's order       | Mistral's    | reorders                        |
+| `qscale_weight`, one per row         | Mistral's order       | Mistral's    | reorders                        |
+| one number; blocks of whole heads    | no difference         | unchanged    | keeps unchanged                 |
+| other tensors with rows, such as     | Mistral's order       | Hugging      | does what `qk_rows` says, or    |
+| `weight_packed`, `weight_scale`      |                       | Face's       | refuses without it              |
 
-Where the two contradict each other nothing in the files tells who is right, so the user says it: `"qk_rows"` in the
-quantization block is `mistral` for what was quantized in place, `hugging_face` for what vLLM reads rightly.
+Where writer and reader contradict each other, nothing in the files tells which order is right, so the user has to say
+it with the key `"qk_rows"` in the quantization block: `mistral` for a model that was quantized in the native format,
+`hugging_face` for a model that vLLM reads correctly.
 Sources: llm-compressor 0.9 `entrypoints/model_free/` and, before it, `experimental/mistral/fp8_ptpc_quantize.py`; vLLM
 0.15 `model_executor/models/mistral.py` (`maybe_remap_mistral`), and TensorRT-LLM 1.2
 `_torch/models/checkpoints/mistral/weight_mapper.py`, which follows it.
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QueryKeyRows", "Reordered"]
 
-_AGREED = frozenset({"weight", "qscale_weight"})
+_ALWAYS_MISTRALS_ORDER = frozenset({"weight", "qscale_weight"})
 _ZERO_POINT = "weight_zero_point"
 _WITH_ROWS = frozenset({Axis.ROWS, Axis.TILES})
 _HUGGING_FACE_FORM = "Use the Hugging Face form of the model, which has config.json and model*.safetensors."
@@ -50,9 +52,11 @@ _HUGGING_FACE_FORM = "Use the Hugging Face form of the model, which has config.j
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reordered(View):
-    """A tensor whose rows were pairs that turn together and are halves here, head by head; memory: its size.
+    """A tensor whose rows are reordered within each head; memory: its size.
 
-    `rows` is N of the weight. With `packing`, several rows lie in one word.
+    In the stored tensor the two rows that rotary embeddings rotate together are neighbours. Here one of them is in the
+    first half of the head and the other one in the second half. `rows` is N of the weight. With `packing`, several rows
+    are packed into one word.
     """
 
     view: View
@@ -62,16 +66,16 @@ class Reordered(View):
 
     @property
     def stored_bytes(self) -> int:
-        """Those of the tensor as it lies."""
+        """The bytes of the stored tensor."""
         return self.view.stored_bytes
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Those of the tensor as it lies."""
+        """The sources of the stored tensor."""
         return self.view.sources
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The reordered tensor, made anew."""
+        """Return a reordered copy of the tensor."""
         tensor = self.view.of(stored)
         if self.packing is not None:
             return halves_of_packed_pairs(tensor, self.packing, self.rows, self.head_dim)
@@ -80,34 +84,36 @@ class Reordered(View):
 
 @dataclass(slots=True, kw_only=True)
 class QueryKeyRows:
-    """Reorders the modules of one checkpoint, and gathers what can't be.
+    """Reorders the query and key modules of one checkpoint, and collects the tensors that can't be reordered.
 
-    `head_dim` and `vision_head_dim` are the rows of a head in the text model and in a vision tower, 0 for none.
+    `declared` is the order that the quantization block gives, None without one. `head_dim` and `vision_head_dim` are
+    the number of rows per head in the text model and in a vision tower, 0 if there are none.
     """
 
     declared: RowOrder | None
     head_dim: int
     vision_head_dim: int
     _undeclared: list[str] = field(default_factory=list)
-    _fixed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _immovable: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
     def of_model(cls, config: QuantizationConfig, model: Model) -> Self:
-        """With what a block declares and the sizes of a model."""
+        """Return the value for a quantization block and the sizes of a model."""
         return cls(declared=config.qk_rows, head_dim=model.sizes["head_dim"], vision_head_dim=model.vision_head_dim)
 
     def ordered(self, module: StoredModule, weight: StoredWeight | None) -> StoredModule:
-        """The module as Hugging Face's form has it; itself unless it holds queries or keys of Mistral's.
+        """Return the module with the row order of the Hugging Face format.
 
-        `weight` is None for a plain one.
+        A module without queries or keys in Mistral's native format is returned unchanged. `weight` is None for a plain
+        module.
         """
         if module.alias is None or not module.alias.endswith((".attention.wq", ".attention.wk")):
             return module
-        views = {local: self._placed(module, local, weight) for local in module.views}
+        views = {local: self._ordered_view(module, local, weight) for local in module.views}
         return replace(module, views=views)
 
     def report(self, faults: FaultCollector) -> None:
-        """Add one fault for all tensors whose order nothing tells, and one for each reason why some can't be moved."""
+        """Add one fault for all tensors of unknown order, and one for each reason why tensors can't be reordered."""
         if self._undeclared:
             names = ", ".join(sorted({name.rpartition(".")[2] for name in self._undeclared}))
             faults.add(
@@ -118,28 +124,28 @@ class QueryKeyRows:
                 'llm-compressor does it, or "qk_rows": "hugging_face" if vLLM computes rightly with it. '
                 f"Or better: {_HUGGING_FACE_FORM[0].lower()}{_HUGGING_FACE_FORM[1:]}",
             )
-        for reason, fixed in self._fixed.items():
+        for reason, tensors in self._immovable.items():
             faults.add(
-                where=fixed[0],
+                where=tensors[0],
                 expected="rows of queries and keys that can be put into the order of Hugging Face's form",
-                found=f"{reason} ({len(fixed)} tensors)",
+                found=f"{reason} ({len(tensors)} tensors)",
                 remedy=_HUGGING_FACE_FORM,
             )
 
-    def _placed(self, module: StoredModule, local: str, weight: StoredWeight | None) -> View:
-        """One tensor in the right order; as it lies after a fault."""
+    def _ordered_view(self, module: StoredModule, local: str, weight: StoredWeight | None) -> View:
+        """Return one tensor in the order of the Hugging Face format; unchanged if it can't be reordered."""
         view = module.views[local]
         head_dim = self._head_dim(module)
         if not _has_rows(local, view, weight, head_dim):
             return view
-        agreed = view.sources[0].rpartition(".")[2] in _AGREED
-        if not agreed and self.declared is RowOrder.HUGGING_FACE:
+        always_mistrals = view.sources[0].rpartition(".")[2] in _ALWAYS_MISTRALS_ORDER
+        if not always_mistrals and self.declared is RowOrder.HUGGING_FACE:
             return view
         rows = weight.shape[0] if weight else view.spec.shape[0]
         obstacle = _obstacle(module, local, weight, rows, head_dim)
         if obstacle:
-            self._fixed[obstacle].append(view.sources[0])
-        elif not agreed and self.declared is None:
+            self._immovable[obstacle].append(view.sources[0])
+        elif not always_mistrals and self.declared is None:
             self._undeclared.append(view.sources[0])
         else:
             packing = weight.zero_point_packing if weight and local == _ZERO_POINT else None
@@ -147,11 +153,12 @@ class QueryKeyRows:
         return view
 
     def _head_dim(self, module: StoredModule) -> int:
+        """Return the number of rows per head of a module in the text model or in the vision tower."""
         return self.vision_head_dim if module.stored_name.startswith("vision_encoder.") else self.head_dim
 
 
 def _has_rows(local: str, view: View, weight: StoredWeight | None, head_dim: int) -> bool:
-    """Whether the order of rows inside of heads means something for a tensor."""
+    """Whether a tensor depends on the order of the rows within heads."""
     if weight is None or local == "bias":
         return local in {"weight", "bias"} and len(view.spec.shape) > 0
     axis = weight.axes.get(local)
@@ -164,7 +171,7 @@ def _has_rows(local: str, view: View, weight: StoredWeight | None, head_dim: int
 
 
 def _obstacle(module: StoredModule, local: str, weight: StoredWeight | None, rows: int, head_dim: int) -> str:
-    """Why the rows of a tensor can't be moved; empty when they can."""
+    """Return why the rows of a tensor can't be reordered; empty if they can."""
     if any(transform.location == "output" for transform in module.transforms):
         return "a transform that mixes them"
     if head_dim <= 0 or head_dim % 2 or rows % head_dim:

@@ -225,7 +225,7 @@ class StoredModule:
 
     @property
     def unnamed(self) -> StoredModule:
-        """A module with the same tensor specs and transforms but no name: its tensors are named by their local names."""
+        """A module with the same tensor specs and transforms but without a name; tensors are named by local names."""
         views = {local: Whole(name=local, spec=spec) for local, spec in self.specs.items()}
         return StoredModule("", views, transforms=self.transforms)
 

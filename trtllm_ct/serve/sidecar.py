@@ -329,6 +329,7 @@ def _probe_to_dict(probe: Probe) -> dict[str, Any]:
         "powers": {name: list(powers) for name, powers in probe.powers.items()},
         "zero": sorted(probe.zero),
         "trivial": sorted(probe.trivial),
+        "shapes": {name: list(shape) for name, shape in probe.shapes.items()},
     }
 
 
@@ -338,6 +339,7 @@ def _probe_from_dict(entry: Mapping[str, Any]) -> Probe:
         powers={name: (least, largest) for name, (least, largest) in entry["powers"].items()},
         zero=frozenset(entry["zero"]),
         trivial=frozenset(entry["trivial"]),
+        shapes={name: tuple(shape) for name, shape in entry.get("shapes", {}).items()},
     )
 
 

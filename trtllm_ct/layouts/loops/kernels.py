@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
-i8, i32, f32, f64 = np.int8, np.int32, np.float32, np.float64
+i32, f32, f64 = np.int32, np.float32, np.float64
 
 _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64 = range(4)
 KINDS = {DType.BF16: _BFLOAT16, DType.F16: _FLOAT16, DType.F32: _FLOAT32, DType.F64: _FLOAT64}

@@ -1,7 +1,7 @@
-"""Which modules a model has: tables of families, filled in with the sizes of a config.json.
+"""Which modules a model has: tables of model families, filled in with the sizes in a config.json.
 
 families.py       the tables: Linears, norms and experts of a layer, and what the engine fuses
-sites.py          Model and Site: a family with the sizes of one model
-fused_experts.py  experts that are stored together in 3-D tensors
-mistral_names.py  Mistral's own names of modules
+sites.py          Model and Site: the modules of one model, with their sizes
+fused_experts.py  splits 3-D tensors that hold all experts of a layer
+mistral_names.py  renames the modules of Mistral's native format
 """

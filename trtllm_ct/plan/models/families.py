@@ -1,6 +1,6 @@
-"""Model families as tables: which modules a layer has, of which sizes, and which of them an engine fuses.
+"""Tables of model families: which modules a layer has, with which sizes, and which of them an engine fuses.
 
-A size is named (`hidden`, `kv_heads`, ...) and looked up in `Model.sizes`.
+Sizes are given by name (`hidden`, `kv_heads`, ...) and looked up in `Model.sizes`.
 Sources: transformers 5.23 `models/*/modeling_*.py` (a test compares every row with the models that transformers
 builds); TensorRT-LLM `_torch/models/checkpoints/hf/*_weight_mapper.py` and `_torch/models/modeling_*.py` for what
 is fused, what is read plain, and how tensor parallelism cuts it.
@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["ALWAYS", "ARCHITECTURES", "MODEL_TYPES", "Architecture", "Experts", "LinearSite", "NormSite"]
 
 ALWAYS = "always"
+"""In place of a key of config.json: the Linear has a bias in every model of the family."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSite:
-    """One Linear of a layer: its path in the layer, its sizes by name, the fused group that it joins.
+    """One Linear of a layer: its path in the layer and its sizes by name.
 
-    `bias` is the key of config.json that gives it a bias, or `always`; `extras` are further parameters that it has.
-    A `plain` one is never read quantized by engines. `cut` says how ranks share it, and `parts` are the sizes of its
-    rows where several Linears are stored in one, which engines take apart before they cut.
+    `fused` is the path of the fused Linear that it becomes a part of. `bias` is the key of config.json that gives it a
+    bias, or `always`; `extras` are the local names of its other parameters. Engines never read a `plain` Linear
+    quantized. `cut` says how ranks divide the weight. `parts` names the numbers of rows of each Linear if several are
+    stored as one; engines split these before they slice.
     """
 
     path: str
@@ -43,7 +45,7 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormSite:
-    """One norm of a layer by its path in the layer and the size of its weight."""
+    """One norm of a layer: its path in the layer, and the size of its weight by name."""
 
     path: str
     size: str = "hidden"
@@ -53,9 +55,9 @@ class NormSite:
 class Experts:
     """The routed experts of a layer.
 
-    Each expert is `{path}.{index}.{projection}`, projections as (gate, up, down) under the names that engines read.
-    `aliases` are spellings that writers have used instead of a projection's name.
-    `count` and `intermediate` name the sizes, `router` and `shared` are the Linears beside the experts.
+    The modules are called `{path}.{index}.{projection}`; `projections` are the names of (gate, up, down) that engines
+    read. `aliases` are pairs of a projection's name and another name that writers have used for it. `count` and
+    `intermediate` name the sizes. `router` and `shared` are the other Linears of the layer's feed-forward part.
     """
 
     path: str
@@ -69,12 +71,12 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A family of decoder-only models by its layer.
+    """The layer of a family of decoder-only models.
 
-    `mlp` is the feed-forward part of dense layers, `experts` that of the others; config.json tells them apart (see
-    `Model.dense_layers`). Ranks share the rows of `embedding` unless it says otherwise. Where `mlp_ranks_vary`, an
-    engine may cut dense and shared feed-forward parts for fewer ranks than there are, and then gives each of the parts
-    to several.
+    `mlp` is the feed-forward part of dense layers and `experts` the one of all other layers; `Model.dense_layers` tells
+    which layers are dense. `embedding` says how ranks divide the rows of the embedding. With `mlp_ranks_vary` an engine
+    may slice dense and shared feed-forward parts for fewer ranks than there are; several ranks then have the same
+    slice.
     """
 
     attention: tuple[LinearSite, ...]
@@ -87,19 +89,23 @@ class Architecture:
 
 
 def _qkv(bias: str | None = None, output_bias: str | None = None) -> tuple[LinearSite, ...]:
-    def into(path: str, outputs: str, cut: Cut) -> LinearSite:
+    """Return the Linears of attention: q, k and v, which engines fuse, and the output projection."""
+
+    def linear(path: str, outputs: str, cut: Cut) -> LinearSite:
         return LinearSite(path=path, outputs=outputs, inputs="hidden", cut=cut, fused="self_attn.qkv_proj", bias=bias)
 
     return (
-        into("self_attn.q_proj", "heads", Cut.COLUMN),
-        into("self_attn.k_proj", "kv_heads", Cut.KV_HEADS),
-        into("self_attn.v_proj", "kv_heads", Cut.KV_HEADS),
+        linear("self_attn.q_proj", "heads", Cut.COLUMN),
+        linear("self_attn.k_proj", "kv_heads", Cut.KV_HEADS),
+        linear("self_attn.v_proj", "kv_heads", Cut.KV_HEADS),
         LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="heads", cut=Cut.ROW, bias=output_bias),
     )
 
 
 def _gated_mlp(path: str = "mlp", size: str = "intermediate", bias: str | None = None) -> tuple[LinearSite, ...]:
-    def into(leaf: str) -> LinearSite:
+    """Return the Linears of a gated feed-forward part: gate and up, which engines fuse, and down."""
+
+    def linear(leaf: str) -> LinearSite:
         return LinearSite(
             path=f"{path}.{leaf}",
             outputs=size,
@@ -110,13 +116,14 @@ def _gated_mlp(path: str = "mlp", size: str = "intermediate", bias: str | None =
         )
 
     return (
-        into("gate_proj"),
-        into("up_proj"),
+        linear("gate_proj"),
+        linear("up_proj"),
         LinearSite(path=f"{path}.down_proj", outputs="hidden", inputs=size, cut=Cut.ROW, bias=bias),
     )
 
 
 def _router(path: str, extras: tuple[str, ...] = ()) -> LinearSite:
+    """Return the Linear that selects experts; engines read it plain."""
     return LinearSite(path=path, outputs="experts", inputs="hidden", plain=True, extras=extras)
 
 
@@ -175,7 +182,7 @@ _MIXTRAL = Architecture(
         count="experts",
         intermediate="intermediate",
         router=_router("block_sparse_moe.gate"),
-        # llm-compressor 0.14 names Mixtral's experts after the dense layer.
+        # llm-compressor 0.14 gives the projections of Mixtral's experts the names of a dense layer.
         aliases=(("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")),
     ),
 )
@@ -200,9 +207,9 @@ _QWEN2_MOE = replace(
 _QWEN3_MOE = replace(_QWEN3, experts=_QWEN_EXPERTS)
 
 _MLA_OUTPUT = (
-    # Engines put it behind q_a_proj by a copy of their own, which takes the weight and no scale of most modes.
+    # Engines concatenate it with q_a_proj in code of their own, which copies the weight but not the scales of most modes.
     LinearSite(path="self_attn.kv_a_proj_with_mqa", outputs="kv_a", inputs="hidden", bias="attention_bias", plain=True),
-    # Engines split it by head and absorb it into the attention, and read it plain for that.
+    # Engines split it by head and absorb it into attention; for that they read it plain.
     LinearSite(path="self_attn.kv_b_proj", outputs="kv_b", inputs="kv_lora_rank", cut=Cut.COLUMN, plain=True),
     LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="mla_values", cut=Cut.ROW, bias="attention_bias"),
 )
@@ -223,7 +230,7 @@ _DEEPSEEK_LITE = Architecture(
         shared=_gated_mlp("mlp.shared_experts", "shared_intermediate"),
     ),
     embedding=Cut.NONE,
-    # By what their scale blocks and one node's GPUs allow.
+    # Engines choose the number of ranks by the scale blocks and by the number of GPUs in one node.
     mlp_ranks_vary=True,
 )
 _DEEPSEEK_V2 = replace(
@@ -240,7 +247,7 @@ _DEEPSEEK_V2 = replace(
 
 
 def _with_score_correction(architecture: Architecture) -> Architecture:
-    """DeepSeek-V3 and what is built like it: routers carry a bias that corrects their scores."""
+    """Return the architecture with a router bias that corrects its scores, as DeepSeek-V3 and models like it have."""
     if architecture.experts is None:
         raise AssertionError("only routers have score corrections")
     router = replace(architecture.experts.router, extras=("e_score_correction_bias",))
@@ -259,11 +266,13 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
     "MixtralForCausalLM": (_MIXTRAL,),
     "Qwen2MoeForCausalLM": (_QWEN2_MOE,),
     "Qwen3MoeForCausalLM": (_QWEN3_MOE,),
-    # With and without a low-rank query projection: `q_lora_rank` in config.json tells.
+    # The variants with and without a low-rank projection of queries; `q_lora_rank` in config.json decides.
     "DeepseekV2ForCausalLM": (_DEEPSEEK_V2, _DEEPSEEK_LITE),
     "DeepseekV3ForCausalLM": (_with_score_correction(_DEEPSEEK_V2), _with_score_correction(_DEEPSEEK_LITE)),
 }
-"""Architecture by the name in config.json; where there are two, the first needs sizes that the second does not."""
+"""The variants of each architecture by its name in config.json.
+
+If there are two, the first one needs sizes that the second one does not need."""
 
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -282,4 +291,4 @@ MODEL_TYPES: Mapping[str, str] = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
 }
-"""The text part of a multimodal model, by `text_config.model_type`."""
+"""The architecture of the text model in a multimodal model, by `text_config.model_type`."""

@@ -1,8 +1,8 @@
-"""Experts that are stored together in 3-D tensors, seen as one module for each expert and projection.
+"""Split 3-D tensors that hold all experts of a layer into one module for each expert and projection.
 
 Two spellings exist: `experts.gate_up_proj.weight_packed` [E, 2I, W] with `experts.down_proj`, and
-`experts.w13_weight` with `experts.w2_weight`; plain experts have no parameter name behind (`experts.gate_up_proj`
-[E, 2I, H]). Gate comes before up. Source: llm-compressor issues 3183 and 3200; transformers 5.23
+`experts.w13_weight` with `experts.w2_weight`. Plain experts have no parameter name at the end
+(`experts.gate_up_proj` [E, 2I, H]). The rows of gate come before those of up. Source: llm-compressor issues 3183 and 3200; transformers 5.23
 `modeling_qwen3_moe.py`.
 """
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_PER_EXPERT", "split_fused_experts"]
 
-# Fused tensor to the parts of its rows, as positions in (gate, up, down).
+# Name of a fused tensor -> the projections whose rows it holds, as positions in (gate, up, down).
 _PARTS = {"gate_up_proj": (0, 1), "w13_weight": (0, 1), "down_proj": (2,), "w2_weight": (2,)}
-# All rows share a tensor that belongs to the columns.
+# Tensors that belong to the columns of a weight; all rows share them.
 _PER_COLUMN = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis.COLUMNS in axes)
-# The shape of the fused weight says nothing about one expert; the codes say it.
+# Tensors that hold the shape of the fused weight. The shape of one expert follows from its codes.
 NOT_PER_EXPERT = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis.SHAPE in axes)
 
 
 def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> dict[str, StoredModule]:
-    """The modules with every fused experts tensor replaced by its experts; anything else stays as it is."""
+    """Return the modules, with every tensor of all experts replaced by its experts; other modules are unchanged."""
     result: dict[str, StoredModule] = {}
     for name, module in modules.items():
-        owner, _, leaf = name.rpartition(".")
+        parent, _, leaf = name.rpartition(".")
         if name.endswith(f".{experts.path}"):
-            # Plain fused experts: the parameters of the experts module itself.
-            whole = [local for local, view in module.views.items() if local in _PARTS and _is_split(view, "weight")]
-            for local in whole:
-                _add(result, name, local, {"weight": module.views[local]}, experts)
-            rest = {key: view for key, view in module.views.items() if key not in whole}
-        elif owner.endswith(f".{experts.path}") and leaf in _PARTS:
-            _add(result, owner, leaf, module.views, experts)
-            rest = {key: view for key, view in module.views.items() if not _is_split(view, key)}
+            # Plain fused experts are parameters of the experts module itself.
+            fused = [local for local, view in module.views.items() if local in _PARTS and _has_experts(view, "weight")]
+            for local in fused:
+                _add_experts(result, name, local, {"weight": module.views[local]}, experts)
+            rest = {local: view for local, view in module.views.items() if local not in fused}
+        elif parent.endswith(f".{experts.path}") and leaf in _PARTS:
+            _add_experts(result, parent, leaf, module.views, experts)
+            rest = {local: view for local, view in module.views.items() if not _has_experts(view, local)}
         else:
             result[name] = module
             continue
@@ -52,27 +52,39 @@ def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> d
     return result
 
 
-def _is_split(view: View, local: str) -> TypeGuard[Whole]:
-    """Whether a tensor has an entry for each expert. What has none stays behind, and is refused if nothing takes it."""
+def _has_experts(view: View, local: str) -> TypeGuard[Whole]:
+    """Whether a tensor has an entry for each expert.
+
+    Other tensors stay with the fused module, and are refused later if the plan has no use for them.
+    """
     return local not in NOT_PER_EXPERT and isinstance(view, Whole) and len(view.spec.shape) > 0
 
 
-def _add(result: dict[str, StoredModule], owner: str, fused: str, views: Mapping[str, View], experts: Experts) -> None:
-    """One module for each expert and each part of a fused tensor."""
+def _add_experts(
+    result: dict[str, StoredModule], parent: str, fused: str, views: Mapping[str, View], experts: Experts
+) -> None:
+    """Add to `result` one module for each expert and each projection in a fused module's tensors.
+
+    `parent` is the name of the experts module, `fused` the name of the fused module or parameter in it.
+    """
     parts = _PARTS[fused]
     for local, view in views.items():
-        if not _is_split(view, local):
+        if not _has_experts(view, local):
             continue
         for expert in range(view.spec.shape[0]):
             pieces = _pieces(view, expert, len(parts), cut=local not in _PER_COLUMN)
             for part, piece in zip(parts, pieces, strict=True):
-                name = f"{owner}.{expert}.{experts.projections[part]}"
+                name = f"{parent}.{expert}.{experts.projections[part]}"
                 known = result.get(name)
                 result[name] = StoredModule(name, {**(known.views if known else {}), local: piece})
 
 
 def _pieces(view: Whole, expert: int, count: int, *, cut: bool) -> Iterator[View]:
-    """The parts of one expert's rows, or the same whole for each part where rows can't be cut (one scale for all)."""
+    """Yield one view for each of `count` projections of one expert.
+
+    Each is a range of the expert's rows. If the rows can't be divided, for example of one scale for all rows, each is
+    the whole part of the expert.
+    """
     shape = view.spec.shape[1:]
     size = prod(shape)
     if count == 1 or not cut or not shape or shape[0] % count != 0:

@@ -1,8 +1,8 @@
-"""Modules of Mistral's own form under the names that they have in Hugging Face's.
+"""Rename the modules of Mistral's native format to their Hugging Face names.
 
-`hugging_face_names` runs on the modules of a checkpoint, so that to all behind it a consolidated file is one with other
-names: `StoredModule.stored_name` stays that of the file, for messages and for targets.
-Scales have names of their own there too: `qscale_weight`, `qscale_act` and `k_fake_quantizer.qscale_act`.
+After `hugging_face_names` a checkpoint in the native format (`consolidated*.safetensors`) looks like any other one.
+`StoredModule.stored_name` remains the name in the file, for messages and for targets.
+Scales have other names in the native format too: `qscale_weight`, `qscale_act` and `k_fake_quantizer.qscale_act`.
 Sources: transformers 4.53 `models/mistral/convert_mistral_weights_to_hf.py` and
 `models/mistral3/convert_mistral3_weights_to_hf.py`; vLLM 0.15 `model_executor/models/mistral.py`; mistral-inference 1.6
 `moe.py`.
@@ -31,11 +31,11 @@ _NATIVE = re.compile(r"layers\.\d+\.attention\.")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _VISION_LAYER = re.compile(r"vision_encoder\.(transformer\.layers\.\d+)\.(.+)")
 _EXPERT = re.compile(r"(?:feed_forward\.)?experts\.(\d+)\.(w[123])")
-_GATES = frozenset({"gate", "feed_forward.gate"})
+_ROUTERS = frozenset({"gate", "feed_forward.gate"})
 
-# Where the text model is delivered: prefix of its body and name of its head, alone and inside of something larger.
-_ALONE = ("model.", "lm_head")
-_INSIDE = ("language_model.model.", "language_model.lm_head")
+# The prefix of the text model's body and the name of its head, for a text model and for a multimodal model.
+_TEXT_MODEL = ("model.", "lm_head")
+_IN_MULTIMODAL_MODEL = ("language_model.model.", "language_model.lm_head")
 
 _OF_LAYER = {
     "attention": "self_attn",
@@ -72,29 +72,29 @@ _BESIDE_THE_TEXT = {
     "patch_merger.merging_layer": "multi_modal_projector.patch_merger.merging_layer",
     "pre_mm_projector_norm": "multi_modal_projector.norm",
 }
-# w1 is the gate, w3 what it is multiplied with, w2 leads back.
-_PART_OF_EXPERT = {"w1": 0, "w3": 1, "w2": 2}
+# Positions in `Experts.projections`: w1 is the gate, w3 is up, w2 is down.
+_PROJECTION_OF_EXPERT = {"w1": 0, "w3": 1, "w2": 2}
 _LOCALS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
 
 
 def hugging_face_names(
     modules: dict[str, StoredModule], model: Model, faults: FaultCollector
 ) -> dict[str, StoredModule]:
-    """The modules under Hugging Face names where they have Mistral's, unchanged where they don't.
+    """Return the modules under Hugging Face names; they are unchanged if they don't have Mistral's native names.
 
-    Adds a fault for each tensor that is there twice. Raises `PlanError` with all faults when the model has no name for
-    some modules: all their tensors would be surplus, and others missing.
+    Adds a fault for each tensor that two stored tensors make. Raises `PlanError` with all faults if the model has no
+    name for some modules, instead of later faults for each surplus and each missing tensor.
     """
     if not any(_NATIVE.match(f"{name}.") for name in modules):
         return modules
     renamed: dict[str, StoredModule] = {}
     unknown = []
-    for own, module in modules.items():
-        name = _hugging_face_name(own, model)
+    for native, module in modules.items():
+        name = _hugging_face_name(native, model)
         if name is None:
-            unknown.append(own)
+            unknown.append(native)
             continue
-        views = {_local(own, local, module.views): view for local, view in module.views.items()}
+        views = {_hugging_face_local(native, local, module.views): view for local, view in module.views.items()}
         known = renamed.get(name)
         for local in known.views.keys() & views.keys() if known else ():
             faults.add(
@@ -115,37 +115,40 @@ def hugging_face_names(
     return renamed
 
 
-def _hugging_face_name(own: str, model: Model) -> str | None:
-    """The name of a module; None when the model has none that corresponds."""
-    body, head = _INSIDE if model.multimodal else _ALONE
-    whole = {"tok_embeddings": f"{body}embed_tokens", "norm": f"{body}norm", "output": head}
+def _hugging_face_name(native: str, model: Model) -> str | None:
+    """Return the Hugging Face name of a module; None if the model has no such module."""
+    body, head = _IN_MULTIMODAL_MODEL if model.multimodal else _TEXT_MODEL
+    outside_layers = {"tok_embeddings": f"{body}embed_tokens", "norm": f"{body}norm", "output": head}
     if model.multimodal:
-        whole |= _BESIDE_THE_TEXT
-    if own in whole:
-        return whole[own]
-    if layer := _LAYER.fullmatch(own):
+        outside_layers |= _BESIDE_THE_TEXT
+    if native in outside_layers:
+        return outside_layers[native]
+    if layer := _LAYER.fullmatch(native):
         inner = _of_layer(layer[2], model.architecture.experts)
         return f"{body}layers.{layer[1]}.{inner}" if inner else None
-    if model.multimodal and (layer := _VISION_LAYER.fullmatch(own)):
+    if model.multimodal and (layer := _VISION_LAYER.fullmatch(native)):
         inner = _OF_VISION_LAYER.get(layer[2])
         return f"vision_tower.{layer[1]}.{inner}" if inner else None
     return None
 
 
-def _of_layer(own: str, experts: Experts | None) -> str | None:
-    """The path of a module in its layer."""
+def _of_layer(native: str, experts: Experts | None) -> str | None:
+    """Return the Hugging Face path of a module within its layer; None if there is no such module."""
     if experts is None:
-        return _OF_LAYER.get(own)
-    if own in _GATES:
+        return _OF_LAYER.get(native)
+    if native in _ROUTERS:
         return experts.router.path
-    if expert := _EXPERT.fullmatch(own):
-        return f"{experts.path}.{expert[1]}.{experts.projections[_PART_OF_EXPERT[expert[2]]]}"
-    return _OF_LAYER.get(own)
+    if expert := _EXPERT.fullmatch(native):
+        return f"{experts.path}.{expert[1]}.{experts.projections[_PROJECTION_OF_EXPERT[expert[2]]]}"
+    return _OF_LAYER.get(native)
 
 
-def _local(module: str, own: str, beside: Mapping[str, View]) -> str:
-    """The local name of a tensor; one that is there under the other name already keeps its own, and has no owner."""
-    if module.endswith("_fake_quantizer") and own == "qscale_act":
+def _hugging_face_local(module: str, native: str, siblings: Mapping[str, View]) -> str:
+    """Return the Hugging Face local name of a tensor; `siblings` are all tensors of its module.
+
+    If the module already has a tensor of that name, the native name is kept, and the tensor is refused later.
+    """
+    if module.endswith("_fake_quantizer") and native == "qscale_act":
         return f"{module.rpartition('.')[2].removesuffix('_fake_quantizer')}_scale"
-    name = _LOCALS.get(own, own)
-    return own if name in beside else name
+    name = _LOCALS.get(native, native)
+    return native if name in siblings else name

@@ -1,7 +1,7 @@
-"""Which modules a model must have: its family's tables filled in with the sizes of its config.json.
+"""Which modules a model must have: the tables of its family, filled in with the sizes in its config.json.
 
-The planner takes nothing about a model from its weights alone: a checkpoint that lacks a module, or whose weights don't
-have the sizes of its config.json, is refused before a byte of it is read.
+The planner infers nothing about a model from its weights. So a checkpoint that lacks a module, or whose weights don't
+have the sizes in its config.json, is refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "Site", "name_variants"]
 
-# Where the text model lies in a checkpoint: the prefix of its body and the name of its head. The first whose embedding
-# or first layer is stored counts; writers and releases of transformers have used each of them.
+# The places that the text model may have in a checkpoint: the prefix of its body and the name of its head. Writers and
+# releases of transformers have used each of them. A checkpoint has the first place for which the embedding, the first
+# layer or the last norm is stored.
 _PLACES = (
     ("model.", "lm_head"),
     ("language_model.model.", "language_model.lm_head"),
@@ -30,30 +31,32 @@ _PLACES = (
 
 
 def name_variants(name: str) -> tuple[str, ...]:
-    """A module's name, then the names that it has where the text model lies elsewhere.
+    """Return a module's name, followed by the names that it has if the text model is in another place.
 
-    transformers 4.52 moved text models, so targets and `ignore` may say `language_model.model.layers` of what the files
-    call `model.language_model.layers`; some wrappers put the Linear into a child called `linear`.
+    transformers 4.52 moved text models, so targets and `ignore` may name `language_model.model.layers` where the files
+    have `model.language_model.layers`. Some wrappers put the Linear into a child called `linear`.
     """
     variants = [name]
-    for own_body, own_head in _PLACES:
-        if name == own_head or name.startswith(own_body):
+    for this_body, this_head in _PLACES:
+        if name == this_head or name.startswith(this_body):
             for body, head in _PLACES:
-                variants.append(head if name == own_head else body + name.removeprefix(own_body))
+                variants.append(head if name == this_head else body + name.removeprefix(this_body))
     return tuple(dict.fromkeys([*variants, *(f"{variant}.linear" for variant in variants)]))
 
 
 class Site(NamedTuple):
     """One module that a model must have.
 
-    `shape` is that of its weight, `locals` are its parameters beside a quantized or plain weight.
-    `mode_group` names the group whose members must end in one mode, `fused` whether the engine makes one Linear of them
-    (which then reads no `pre_quant_scale`), `shares` the Linear or expert part whose scalars it must share with others.
-    A `plain` module is never read quantized by engines; `expert` marks routed
-    experts, whose kernels know fewer modes. `aliases` are other names under which writers have stored it.
-    `cut` says how ranks share the weight: by `heads` of the KV cache where it counts them, and each of `parts` for
-    itself where several Linears lie in one. `attention` marks what attention data parallelism leaves whole; where
-    `ranks_vary`, a rank may get another slice than its number says.
+    `shape` is the shape of its weight; `locals` are the local names of its parameters beside the weight.
+    `mode_group` names the group whose members must get the same mode. `fused` says whether the engine fuses the group
+    into one Linear, which then reads no `pre_quant_scale`. `shares` names the fused Linear, or the gate and up part of
+    an expert, whose members must have equal scalars.
+    Engines never read a `plain` module quantized. `expert` marks routed experts, whose kernels support fewer modes.
+    `aliases` are other names under which writers have stored the module.
+    `cut` says how ranks divide the weight. `heads` is the number of K/V heads if they divide it by heads. `parts` are
+    the rows of each Linear if several are stored in one weight, each of which is divided for itself.
+    `attention` marks modules of attention, which attention data parallelism does not divide. With `ranks_vary` the
+    engine may give a rank another slice than the one that its number suggests.
     """
 
     module: str
@@ -74,17 +77,23 @@ class Site(NamedTuple):
 
     @property
     def stored_names(self) -> tuple[str, ...]:
-        """The names that it may have in the files: its own, an alias, or one level deeper as LoRA wrappers put it."""
+        """The names that the module may have in the files.
+
+        They are its name, its aliases, and its name with `base_layer` appended, which LoRA wrappers use.
+        """
         return (self.module, *self.aliases, f"{self.module}.base_layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What planning needs to know of a model, read from its config.json.
+    """What planning needs to know about a model, read from its config.json.
 
-    `name` is the architecture that config.json names; `multimodal` whether its text model is a part of something
-    larger, whose other parts are carried along plain. `draft_layers` follow the last layer and predict further tokens.
-    `vision_head_dim` are the rows of a head in its vision tower, 0 where config.json doesn't say.
+    `name` is the architecture that config.json names. `tied` says whether the head uses the weight of the embedding.
+    `biases` are the keys of config.json that give Linears a bias, and `always`. `dense_layers` are the numbers of the
+    layers without routed experts.
+    `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
+    `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
+    number of rows per head in the vision tower, 0 if config.json doesn't give it.
     """
 
     name: str
@@ -102,9 +111,9 @@ class Model:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
-        """Read config.json (parsed).
+        """Return the model that a parsed config.json describes.
 
-        Raises `ConfigError` for an architecture that is no entry of `ARCHITECTURES`, and for sizes that are missing.
+        Raises `ConfigError` for an architecture that is not in `ARCHITECTURES`, and for sizes that are missing.
         """
         names = config.get("architectures") or ["none"]
         name = str(names[0] if isinstance(names, list) else names)
@@ -136,25 +145,25 @@ class Model:
 
     @property
     def heads(self) -> int:
-        """Heads of attention."""
+        """The number of attention heads."""
         return self.sizes["heads"] // self.sizes["head_dim"]
 
     @property
     def kv_heads(self) -> int:
-        """Heads of the KV cache."""
+        """The number of K/V heads."""
         return self.sizes["kv_heads"] // self.sizes["head_dim"]
 
     def attentions(self, place: tuple[str, str]) -> Iterator[str]:
-        """The attention module of every layer, by full name."""
+        """Return the full names of the attention modules of all layers."""
         return (f"{place[0]}layers.{layer}.self_attn" for layer in range(self.layers))
 
     def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight by its full name, for checkpoints whose files don't show it plainly."""
-        bodies = [place for place in _PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
-        return {f"{site.module}.weight": site.shape for site in self.sites((bodies or _PLACES)[0])}
+        """Return the shape of every weight by its full name, for checkpoints whose headers don't show the shapes."""
+        places = [place for place in _PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
+        return {f"{site.module}.weight": site.shape for site in self.sites((places or _PLACES)[0])}
 
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
-        """Prefix of the text model's body and name of its head, by the modules that are stored."""
+        """Return the prefix of the text model's body and the name of its head, given the names of stored modules."""
         for body, head in _PLACES:
             if any(
                 f"{body}{probe}" in stored_modules for probe in ("embed_tokens", "layers.0.input_layernorm", "norm")
@@ -163,7 +172,10 @@ class Model:
         return _PLACES[0]
 
     def sites(self, place: tuple[str, str] = _PLACES[0]) -> Iterator[Site]:
-        """Every module that must have a weight, in the model's own order; a tied head is none. See `place`."""
+        """Yield every module that must have a weight, in the order of the model; a tied head has none.
+
+        `place` is what the method `place` returns.
+        """
         body, head = place
         hidden, norm = self.sizes["hidden"], self.architecture.norm_class
         table = (self.vocabulary, hidden)
@@ -186,6 +198,7 @@ class Model:
             yield Site(module=head, class_name="Linear", shape=table, plain=True, cut=Cut.VOCABULARY)
 
     def _linear(self, prefix: str, site: LinearSite, *, attention: bool = False) -> Site:
+        """Return the site of a Linear in the layer with this prefix."""
         bias = ("bias",) if site.bias in self.biases else ()
         return Site(
             module=prefix + site.path,
@@ -204,7 +217,10 @@ class Model:
         )
 
     def _experts(self, prefix: str, experts: Experts) -> Iterator[Site]:
-        """Router and shared experts, then the routed ones: all of a layer's must end in one mode."""
+        """Yield the sites of a layer's router, shared experts and routed experts, in this order.
+
+        All routed experts of a layer are in one mode group.
+        """
         yield self._linear(prefix, experts.router)
         for site in experts.shared:
             yield self._linear(prefix, site)
@@ -214,32 +230,35 @@ class Model:
         aliases = dict(experts.aliases)
         mode_group = prefix + experts.path
         for expert in range(self.sizes[experts.count]):
-            own = f"{mode_group}.{expert}."
-            shares = f"{own}gate_up"
+            expert_prefix = f"{mode_group}.{expert}."
+            shares = f"{expert_prefix}gate_up"
             for projection, shape in shapes.items():
-                other = (own + aliases[projection],) if projection in aliases else ()
+                alias = (expert_prefix + aliases[projection],) if projection in aliases else ()
                 yield Site(
-                    module=own + projection,
+                    module=expert_prefix + projection,
                     class_name="Linear",
                     shape=shape,
                     mode_group=mode_group,
                     shares=None if projection == down else shares,
                     expert=True,
-                    aliases=other,
+                    aliases=alias,
                     cut=Cut.ROW if projection == down else Cut.COLUMN,
                 )
 
 
 _BIASES = ("attention_bias", "mlp_bias", "qkv_bias")
-# transformers gives Qwen2-MoE its attention biases unless config.json takes them away.
+# transformers gives Qwen2-MoE biases in attention unless config.json sets `qkv_bias` to false.
 _BIAS_DEFAULTS = {"qkv_bias": True}
 _EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
-# transformers ties the embeddings of these unless config.json says otherwise.
+# transformers ties the embeddings of these architectures unless config.json says otherwise.
 _TIED_BY_DEFAULT = frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"})
 
 
 def _sizes(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
-    """The sizes that the tables of a family name; `heads` and the like count elements."""
+    """Return the sizes that the tables of a family use by name.
+
+    Sizes such as `heads` and `kv_heads` are numbers of elements (heads times head_dim), not of heads.
+    """
     hidden = _size(config, "hidden_size", faults)
     heads = _size(config, "num_attention_heads", faults)
     kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
@@ -263,6 +282,7 @@ def _sizes(config: Mapping[str, Any], architecture: Architecture, faults: FaultC
 
 
 def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCollector) -> dict[str, int]:
+    """Return the number of routed experts and the intermediate sizes of routed and shared experts."""
     key = next((key for key in _EXPERT_COUNTS if config.get(key) is not None), " or ".join(_EXPERT_COUNTS))
     inner = _size(config, "moe_intermediate_size", faults, default=intermediate)
     shared = inner * _size(config, "n_shared_experts", faults, default=1)
@@ -274,7 +294,10 @@ def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCol
 
 
 def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector) -> dict[str, int]:
-    """Multi-head latent attention (DeepSeek): queries and keys have a part with and one without rotary positions."""
+    """Return the sizes of multi-head latent attention (DeepSeek).
+
+    Queries and keys have a part with rotary positions (rope) and one without (nope).
+    """
     keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     rank, nope, rope, value = (_size(config, key, faults) for key in keys)
     sizes = {
@@ -288,6 +311,7 @@ def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector)
 
 
 def _vision_head_dim(vision: object) -> int:
+    """Return the head size of a vision tower, given `vision_config` of a config.json; 0 if it can't be determined."""
     sizes = vision if isinstance(vision, dict) else {}
     head_dim, hidden, heads = (sizes.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
     if isinstance(head_dim, int):
@@ -296,7 +320,7 @@ def _vision_head_dim(vision: object) -> int:
 
 
 def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Architecture:
-    """The first variant whose sizes are all there, the last one otherwise."""
+    """Return the first variant of a family for which all sizes of attention are given; otherwise the last variant."""
     for variant in variants[:-1]:
         if all({site.outputs, site.inputs} <= sizes.keys() for site in variant.attention):
             return variant
@@ -304,22 +328,23 @@ def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Ar
 
 
 def _dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
-    """The layers without routed experts in a model that has some.
+    """Return the numbers of the layers without routed experts in a model that has some.
 
-    DeepSeek counts the first ones (`first_k_dense_replace`), Qwen names them (`mlp_only_layers`) or takes every n-th
-    (`decoder_sparse_step`).
+    In DeepSeek these are the first `first_k_dense_replace` layers. In Qwen they are listed (`mlp_only_layers`), or only
+    every n-th layer has experts (`decoder_sparse_step`).
     """
     step = config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1
     offset = 1 if config.get("decoder_sparse_step") else 0
     first = config.get("first_k_dense_replace") or 0
-    named = set(config.get("mlp_only_layers") or ())
-    rule = step if isinstance(step, int) else 1
+    listed = set(config.get("mlp_only_layers") or ())
+    period = step if isinstance(step, int) else 1
     return frozenset(
-        layer for layer in range(layers) if layer < first or layer in named or (layer + offset) % rule != 0
+        layer for layer in range(layers) if layer < first or layer in listed or (layer + offset) % period != 0
     )
 
 
 def _tied(config: Mapping[str, Any], text: Mapping[str, Any], family: str) -> bool:
+    """Whether the head uses the weight of the embedding; `text` is the part of config.json for the text model."""
     for source in (text, config):
         if source.get("tie_word_embeddings") is not None:
             return bool(source["tie_word_embeddings"])
@@ -327,6 +352,7 @@ def _tied(config: Mapping[str, Any], text: Mapping[str, Any], family: str) -> bo
 
 
 def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
+    """Return the fault of an unsupported architecture; `text` is the text_config of a multimodal model."""
     known = ", ".join(sorted(ARCHITECTURES))
     found = name
     if text is not None:
@@ -343,7 +369,7 @@ def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
 def _size(
     config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None, least: int = 1
 ) -> int:
-    """A size; `default` where the key is absent or null."""
+    """Return the size under a key, or `default` if it is absent or null; adds a fault if it is below `least`."""
     value = config.get(key)
     if value is None and default is not None:
         return default
@@ -359,7 +385,7 @@ def _size(
 
 
 def _model_dtype(config: Mapping[str, Any], faults: FaultCollector) -> DType:
-    """`dtype` (transformers 5) or `torch_dtype` (transformers 4); bfloat16 where neither is there."""
+    """Return `dtype` (transformers 5) or `torch_dtype` (transformers 4); bfloat16 if config.json has neither."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     try:
         dtype = DType.from_torch(name)

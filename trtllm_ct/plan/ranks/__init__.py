@@ -1,6 +1,6 @@
-"""Parts of a plan: the slices of tensor-parallel ranks, and tiles of some rows.
+"""Plans for a part of a checkpoint: for one rank, or for a range of a module's rows.
 
 cuts.py    whether parallel sizes fit a model, and which slices its modules get
-narrow.py  the plan of some rows of a module
-shard.py   the plan of one rank
+narrow.py  restricts the plan of a module to a range of rows
+shard.py   restricts a plan to one rank
 """

@@ -1,4 +1,4 @@
-"""What parallel sizes mean for a model: whether an engine can cut it by them, and which slices its modules get.
+"""Whether an engine can divide a model by given parallel sizes, and which slices the model's modules then get.
 
 Source: TensorRT-LLM `_torch/modules/attention.py`, `gated_mlp.py`, `embedding.py` and `fused_moe/interface.py`; for
 repeated K/V heads `_torch/models/modeling_utils.py` (`duplicate_kv_weight`).
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["cut_of", "refuse_uneven", "with_slices"]
 
 _LARGEST_SIZE = 16
-"""Sizes that would work are looked for up to here, or up to the one that was asked for."""
+"""Tensor-parallel sizes that work are searched up to this one, or up to the requested one if that is larger."""
 
 
 def cut_of(site: Site, parallel: Parallel) -> Cut:
-    """How ranks share a module; under attention data parallelism each has all of attention and of the vocabulary."""
+    """Return how ranks divide a module.
+
+    Under attention data parallelism every rank has the whole attention and the whole vocabulary.
+    """
     if parallel.attention_dp and (site.attention or site.cut is Cut.VOCABULARY):
         return Cut.NONE
     return site.cut
@@ -39,26 +42,29 @@ def cut_of(site: Site, parallel: Parallel) -> Cut:
 def with_slices(
     candidates: Mapping[str, Candidate], model: Model, parallel: Parallel, target: Target
 ) -> Mapping[str, Candidate]:
-    """The candidates with the slices that their modes must hold."""
+    """Return the candidates with the slices that their modes must hold."""
     if parallel == ONE_RANK:
         return candidates
     sizes = _even_sizes(model, parallel)
     repeats = target.repeats_kv_scales
 
-    # Those that share their `Weight` and are cut alike share the new one too.
-    cut: dict[tuple[int, Slices | None], Weight] = {}
-    found = {}
-    for name, own in candidates.items():
-        slices = _slices_of(own.site, parallel, sizes, repeats_scales=repeats)
-        kind = (id(own.weight), slices)
-        if kind not in cut:
-            cut[kind] = replace(own.weight, slices=slices)
-        found[name] = replace(own, weight=cut[kind])
-    return found
+    # Candidates that share their `Weight` object and have the same slices share the new object too.
+    sliced: dict[tuple[int, Slices | None], Weight] = {}
+    result = {}
+    for name, candidate in candidates.items():
+        slices = _slices_of(candidate.site, parallel, sizes, repeats_scales=repeats)
+        key = (id(candidate.weight), slices)
+        if key not in sliced:
+            sliced[key] = replace(candidate.weight, slices=slices)
+        result[name] = replace(candidate, weight=sliced[key])
+    return result
 
 
 def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector) -> None:
-    """Add a fault for everything in a model that ranks of these sizes can't share, by its key in config.json."""
+    """Add a fault for each size of a model that the ranks can't divide evenly, by its key in config.json.
+
+    More pipeline stages than layers, and K/V biases that engines would repeat wrongly, are faults too.
+    """
     if parallel == ONE_RANK:
         return
     sizes = ", ".join(str(size) for size in _even_sizes(model, parallel))
@@ -80,7 +86,10 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector) -> N
 
 
 def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultCollector) -> None:
-    """Ranks that outnumber K/V heads get repeated ones, and most releases repeat a bias element by element then."""
+    """Add a fault for each K or V Linear with a bias, if there are more ranks than K/V heads.
+
+    Engines repeat K/V heads then, but most releases repeat a bias element by element instead of head by head.
+    """
     for site in _repeated_biases(model, parallel, parallel.tensor):
         faults.add(
             where=f"{site.path}.bias",
@@ -91,17 +100,17 @@ def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultColle
 
 
 def _repeated_biases(model: Model, parallel: Parallel, tensor: int) -> list[LinearSite]:
-    """The K and V Linears with a bias, where a group of that size has more ranks than there are heads."""
+    """Return the K and V Linears with a bias, if a tensor-parallel group of this size has more ranks than K/V heads."""
     if parallel.attention_dp or tensor <= model.kv_heads:
         return []
     return [site for site in model.architecture.attention if site.cut is Cut.KV_HEADS and site.bias in model.biases]
 
 
 def _slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeats_scales: bool) -> Slices | None:
-    """The slices that a mode must hold; None where every rank has all of the weight.
+    """Return the slices that a mode must hold; None if every rank has the whole weight.
 
-    Where an engine may cut for fewer ranks, these are the slices for all of them: what holds the smallest slices holds
-    larger ones.
+    An engine may divide some modules among fewer ranks. The slices are then those for all ranks, because a mode that
+    holds the smallest slices also holds larger ones.
     """
     cut = cut_of(site, parallel)
     ranks = parallel.expert_tensor if site.expert else parallel.tensor
@@ -120,7 +129,10 @@ def _slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeat
 
 
 def _even_sizes(model: Model, parallel: Parallel) -> tuple[int, ...]:
-    """The tensor-parallel sizes, in ascending order, by which an engine can cut the model, all else as it is."""
+    """Return the tensor-parallel sizes by which an engine can divide the model, in ascending order.
+
+    The other parallel sizes stay the same.
+    """
     sizes = range(parallel.expert, max(_LARGEST_SIZE, parallel.tensor) + 1, parallel.expert)
     return tuple(
         size for size in sizes if not _uneven(model, parallel, size) and not _repeated_biases(model, parallel, size)
@@ -128,7 +140,10 @@ def _even_sizes(model: Model, parallel: Parallel) -> tuple[int, ...]:
 
 
 def _uneven(model: Model, parallel: Parallel, tensor: int) -> list[tuple[str, int, int]]:
-    """What a group of that size can't share: its key in config.json, its value, and the ranks among which it goes."""
+    """Return the sizes that a tensor-parallel group of this size can't divide evenly.
+
+    Each is given as its key in config.json, its value, and the number of ranks that have to divide it.
+    """
     sizes, architecture, experts = model.sizes, model.architecture, model.architecture.experts
     shared = [] if parallel.attention_dp else [("num_attention_heads", model.heads, tensor)]
     if not parallel.attention_dp and not _shares_kv_heads(model, tensor):
@@ -145,7 +160,7 @@ def _uneven(model: Model, parallel: Parallel, tensor: int) -> list[tuple[str, in
 
 
 def _shares_kv_heads(model: Model, tensor: int) -> bool:
-    """Whether K/V heads go evenly among ranks, or ranks among heads where engines repeat them."""
+    """Whether the ranks can divide the K/V heads evenly, or can repeat each head for the same number of ranks."""
     cuts = {site.cut for site in model.architecture.attention}
     if Cut.KV_HEADS in cuts:
         return model.kv_heads % tensor == 0 or tensor % model.kv_heads == 0

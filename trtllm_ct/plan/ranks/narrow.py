@@ -1,6 +1,7 @@
-"""`narrow`: of a module's plan, the plan of some rows of its weight.
+"""`narrow`: restricts the plan of a module to a range of the rows of its weight.
 
-The result is a plan like any other: its tensors are views of fewer elements, and what it delivers is shorter.
+The result is a plan like any other: its tensors are views with fewer elements, and its delivered tensors have fewer
+rows.
 """
 
 from __future__ import annotations
@@ -31,50 +32,54 @@ _ZERO_POINT = "weight_zero_point"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows(View):
-    """Some of the elements of another view, from `begin` on: whole rows, in the order in which they lie."""
+    """Consecutive whole rows of another view; `begin` is their first element in it."""
 
     view: View
     begin: int
 
     @property
     def stored_bytes(self) -> int:
-        """Those of the rows, or of everything that has to be read to get at them."""
+        """The bytes of the rows, or of the whole view if all of it has to be read to get the rows."""
         return self.spec.nbytes if self.offset is not None else self.view.stored_bytes
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Those of the whole; none where no rows are left of something that is made anew."""
-        return () if self._nothing else self.view.sources
+        """The sources of the whole view; none if there are no rows and the whole view is no run of a stored tensor."""
+        return () if self._needs_nothing else self.view.sources
 
     @property
     def offset(self) -> int | None:
-        """Behind the rows before."""
+        """The first element of the rows in the stored tensor; None if the whole view is no run of one."""
         return None if self.view.offset is None else self.view.offset + self.begin
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The rows; a view where the whole is one."""
-        if self._nothing:
+        """Return the rows; nothing is copied if the whole view needs no copy."""
+        if self._needs_nothing:
             import torch
 
             return torch.empty(self.spec.shape, dtype=self.spec.dtype.torch_dtype)
         return self.of_whole(self.view.of(stored))
 
     def of_whole(self, whole: Tensor) -> Tensor:
-        """The rows of the tensor that the other view makes."""
+        """Return the rows of `whole`, the tensor that the whole view makes."""
         return whole.reshape(-1)[self.begin : self.begin + self.spec.numel].view(self.spec.shape)
 
     @property
-    def _nothing(self) -> bool:
+    def _needs_nothing(self) -> bool:
+        """Whether there are no rows, and making the whole view for them would read and copy its sources for nothing."""
         return self.view.offset is None and self.spec.numel == 0
 
 
 def weight_rows(module: ModulePlan) -> int:
-    """N of a module's weight, stored quantized or plain."""
+    """Return N, the number of rows of a module's weight, whether it is stored quantized or plain."""
     return module.weight.shape[0] if module.weight else module.views["weight"].spec.shape[0]
 
 
 def can_narrow(module: ModulePlan) -> bool:
-    """Whether rows can be taken out: not of tiles that hold many, and not before they are mixed."""
+    """Whether a module can be restricted to some rows.
+
+    It can't if the codes are stored in tiles of many rows, nor if a transform mixes the rows.
+    """
     if module.weight is not None and not module.weight.has_rows:
         return False
     folds = [delivery.operation for delivery in module.deliveries if isinstance(delivery.operation, FoldTransform)]
@@ -82,18 +87,21 @@ def can_narrow(module: ModulePlan) -> bool:
 
 
 def row_unit(module: ModulePlan) -> int:
-    """The rows that can only be taken together: of one block, of one word of zero points, of one delivered byte."""
+    """Return the number of rows that can only be taken together.
+
+    They share a block of scales, a word of packed zero points, or a delivered byte.
+    """
     weight = module.weight
     units = [rows_in_one(delivery.operation, weight) for delivery in module.deliveries]
     if weight is not None:
         units.append(weight.block_rows)
         if weight.zero_point_packing is not None:
-            units.append(_rows_of_words(weight.zero_point_packing))
+            units.append(_rows_in_whole_words(weight.zero_point_packing))
     return lcm(*units)
 
 
 def rows_in_one(operation: Operation, weight: StoredWeight | None) -> int:
-    """How many rows of the weight one row of a delivered tensor stands for."""
+    """Return how many rows of the weight correspond to one row of a delivered tensor."""
     if isinstance(operation, Repack):
         packing = operation.packing
         return packing.container.bits // packing.bits if packing.axis == 0 else 1
@@ -103,7 +111,10 @@ def rows_in_one(operation: Operation, weight: StoredWeight | None) -> int:
 
 
 def narrow(module: ModulePlan, begin: int, end: int) -> ModulePlan:
-    """The plan of rows `begin` to `end`, each a multiple of `row_unit` or the last row; see `can_narrow`."""
+    """Return the plan of rows `begin` up to but not including `end` of a module.
+
+    Both must be multiples of `row_unit`; `end` may also be the number of rows. `can_narrow` must be true.
+    """
     views = {local: _narrow_view(module, local, view, begin, end) for local, view in module.views.items()}
     changed = {local for local, view in views.items() if view is not module.views[local]}
     weight = module.weight
@@ -111,12 +122,12 @@ def narrow(module: ModulePlan, begin: int, end: int) -> ModulePlan:
         module,
         views=views,
         weight=weight and replace(weight, shape=(end - begin, weight.shape[1]), part_of=weight.shape),
-        deliveries=tuple(_narrow_delivery(each, module, changed, begin, end) for each in module.deliveries),
+        deliveries=tuple(_narrow_delivery(entry, module, changed, begin, end) for entry in module.deliveries),
     )
 
 
 def _narrow_view(module: ModulePlan, local: str, view: View, begin: int, end: int) -> View:
-    """The rows of one tensor; itself where it has none."""
+    """Return the rows of one tensor; the whole tensor if it doesn't belong to rows."""
     weight = module.weight
     if weight is None:
         return _cut(view, (begin, end), weight_rows(module)) if local in {"weight", "bias"} else view
@@ -134,7 +145,10 @@ def _narrow_view(module: ModulePlan, local: str, view: View, begin: int, end: in
 
 
 def _cut(view: View, bounds: tuple[int, int], rows: int) -> View:
-    """Rows of a tensor that has `rows` of them along its first axis, or along another one while the first is 1."""
+    """Return the rows within `bounds` of a tensor with `rows` rows.
+
+    If the first axis of the tensor is not the rows, the result has the shape [rows, elements per row].
+    """
     per_row = view.spec.numel // rows
     count = bounds[1] - bounds[0]
     shape = view.spec.shape
@@ -143,7 +157,7 @@ def _cut(view: View, bounds: tuple[int, int], rows: int) -> View:
 
 
 def _narrow_delivery(delivery: Delivery, module: ModulePlan, changed: set[str], begin: int, end: int) -> Delivery:
-    """The same with fewer rows, where what it is made from has fewer."""
+    """Return a delivery with fewer rows if the tensors that it is made from have fewer; otherwise unchanged."""
     operation = delivery.operation
     from_codes = operation.source is None and not isinstance(operation, Ones)
     shape = operation.result.shape
@@ -155,8 +169,8 @@ def _narrow_delivery(delivery: Delivery, module: ModulePlan, changed: set[str], 
     return delivery._replace(operation=replace(operation, result=result))
 
 
-def _rows_of_words(packing: Packing) -> int:
-    """The fewest rows that fill whole words."""
+def _rows_in_whole_words(packing: Packing) -> int:
+    """Return the smallest number of packed rows that fills whole words."""
     if not packing.dense:
         return packing.container.bits // packing.bits
     return packing.container.bits // gcd(packing.container.bits, packing.bits)

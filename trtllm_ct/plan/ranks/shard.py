@@ -1,17 +1,19 @@
-"""`plan_for_rank`: of a plan for all ranks, what one of them reads, converts and is handed.
+"""`plan_for_rank`: restricts a plan for all ranks to what one rank reads, converts and receives.
 
-Engines cut every Linear themselves and want tensors of full logical shape. So a rank is handed those, but only the rows
-that it will take out of them are read and converted; the rest is memory that nobody touches.
+Engines slice every Linear themselves and expect tensors of full logical shape. So a rank receives tensors of full
+shape, but only the rows of its slice are read and converted. The other rows are allocated and never touched, so they
+take no memory.
 
-| module                            | read and converted         | handed over                                  |
-|-----------------------------------|----------------------------|----------------------------------------------|
-| cut along N                       | the rank's rows            | full shape; a tensor that stays as it is, as |
-| K and V with fewer heads than ranks | the rows of its head     | a view of the file                           |
-| cut along K, or not cut           | all of it                  | all of it                                    |
-| of other stages, other experts    | nothing                    | nothing, but see below                       |
-| embedding, head                   | the rank's rows of a view  | all of it                                    |
+| module                              | read and converted        | delivered to the engine                      |
+|-------------------------------------|---------------------------|----------------------------------------------|
+| sliced along N                      | the rank's rows           | tensors of full shape; those that need no    |
+| K and V with fewer heads than ranks | the rows of its head      | change are views of the file                 |
+| sliced along K, or not sliced       | all of it                 | all of it                                    |
+| in another stage, or another expert | nothing                   | nothing, with the exceptions below           |
+| embedding, head                     | the rank's rows of a view | all of it                                    |
 
-Engines read some scalars of every expert, and fuse the last layer of a stage with the first norm of the next one.
+The exceptions: engines read some scalars of every expert, and they fuse the last layer of a stage with the first norm
+of the next one.
 Source: TensorRT-LLM `_torch/models/modeling_utils.py` (`__pp_init__`, `duplicate_kv_weight`),
 `checkpoints/hf/weight_mapper.py`, `_torch/modules/fused_moe/quantization.py`.
 """
@@ -40,17 +42,18 @@ if TYPE_CHECKING:
 __all__ = ["plan_for_rank"]
 
 _PLAIN_REPEATED = frozenset({"weight", "bias"})
-"""Tensors of plain modules that engines repeat when ranks outnumber K/V heads."""
+"""Tensors of plain modules that engines repeat when there are more ranks than K/V heads."""
 
 _VIEWS = (Copy, Reinterpret)
-"""Operations that hand on what is stored."""
+"""Operations whose result is a view of the stored tensor."""
 
 
 def plan_for_rank(plan: Plan, model: Model, rank: Rank) -> Plan:
-    """The plan of one rank: the modules that it uses, with what it reads of them and what it is handed.
+    """Return the plan of one rank: the modules that it uses, restricted to what it reads and receives of them.
 
-    `plan` was made for the rank's parallel sizes. Delivered tensors keep their names, and their shapes but for K and V
-    with fewer heads than ranks: scales that engines don't repeat have a head for each rank.
+    `plan` must have been made for the rank's parallel sizes. Delivered tensors keep their names. They keep their shapes
+    too, except for K and V when there are more ranks than heads: scales that engines don't repeat then have the rows of
+    one head for each rank.
     """
     if plan.parallel != rank.parallel:
         raise AssertionError(f"the plan holds slices for {plan.parallel}, and not for {rank.parallel}")
@@ -59,7 +62,7 @@ def plan_for_rank(plan: Plan, model: Model, rank: Rank) -> Plan:
 
 @dataclass(slots=True)
 class _Shard:
-    """What the modules of one rank's plan share."""
+    """Makes the module plans of one rank."""
 
     plan: Plan
     model: Model
@@ -79,7 +82,7 @@ class _Shard:
             self._in_expert = re.compile(rf"{layer}{re.escape(self.model.architecture.experts.path)}\.(\d+)\.")
 
     def modules(self) -> Iterator[ModulePlan]:
-        """The plans of the rank's modules, in the order of the whole."""
+        """Yield the plans of the rank's modules, in the order of the whole plan."""
         for module in self.plan.modules:
             if not self._in_stage(module):
                 continue
@@ -89,42 +92,42 @@ class _Shard:
             elif site is not None and cut_of(site, self.rank.parallel) is Cut.VOCABULARY:
                 yield self._table(module)
             else:
-                yield module if site is None else self._cut(module, site)
+                yield module if site is None else self._slice(module, site)
 
     def _in_stage(self, module: ModulePlan) -> bool:
-        """Whether a module lies in the rank's pipeline stage; what is in no layer of the model is in every stage."""
-        found = self._in_layer.match(module.name)
+        """Whether the rank's pipeline stage uses a module; a module in no layer of the model is in every stage."""
+        match = self._in_layer.match(module.name)
         layers = self.rank.layers
-        if found is None or layers is None or int(found[1]) >= self.model.layers:
+        if match is None or layers is None or int(match[1]) >= self.model.layers:
             return True
-        # The norm at the entrance of the next stage is computed with the end of this one.
-        return int(found[1]) in layers or (int(found[1]) - 1 in layers and module.name.endswith(".input_layernorm"))
+        # Engines compute the first norm of the next stage together with the last layer of this one.
+        return int(match[1]) in layers or (int(match[1]) - 1 in layers and module.name.endswith(".input_layernorm"))
 
     def _has_expert(self, module: ModulePlan) -> bool:
-        """Whether a module is no routed expert, or one of the rank's."""
-        found = self._in_expert.match(module.name) if self._in_expert else None
-        if found is None or self.model.architecture.experts is None:
+        """Whether a module is one of the rank's routed experts, or no routed expert at all."""
+        match = self._in_expert.match(module.name) if self._in_expert else None
+        if match is None or self.model.architecture.experts is None:
             return True
-        each = self.model.sizes[self.model.architecture.experts.count] // self.rank.parallel.expert
-        return int(found[2]) // each == self.rank.expert
+        experts_per_rank = self.model.sizes[self.model.architecture.experts.count] // self.rank.parallel.expert
+        return int(match[2]) // experts_per_rank == self.rank.expert
 
-    def _cut(self, module: ModulePlan, site: Site) -> ModulePlan:
-        """The rank's rows of a module, or all of it where it is not cut along N."""
+    def _slice(self, module: ModulePlan, site: Site) -> ModulePlan:
+        """Return the plan of the rank's rows of a module, or of the whole module if it is not sliced along N."""
         cut = cut_of(site, self.rank.parallel)
         ranks = self.rank.parallel.expert_tensor if site.expert else self.rank.parallel.tensor
-        own = self.rank.expert_tensor if site.expert else self.rank.tensor
+        index = self.rank.expert_tensor if site.expert else self.rank.tensor
         vary = site.ranks_vary or (self.rank.parallel.attention_dp and not site.expert)
         if ranks == 1 or cut not in {Cut.COLUMN, Cut.KV_HEADS} or site.parts or vary:
             return module
         rows = weight_rows(module)
         repeats = max(1, ranks // site.heads) if site.heads else 1
         size = rows * repeats // ranks
-        return _share(module, own // repeats * size, size, repeats, own)
+        return _share(module, index // repeats * size, size, repeats, index)
 
     def _table(self, module: ModulePlan) -> ModulePlan:
-        """The embedding or the head: handed over whole, since engines of some releases don't cut it."""
+        """Return the plan of the embedding or the head; it is delivered whole, since some releases don't slice it."""
         if not all(_is_view(delivery, module) for delivery in module.deliveries):
-            return module if self._uses_table(module) else _left_to_others(module)
+            return module if self._uses_table(module) else _without_tensors(module)
         rows = weight_rows(module)
         size = -(-rows // self.rank.parallel.tensor) if self._uses_table(module) else 0
         begin = min(self.rank.tensor * size, rows)
@@ -133,7 +136,11 @@ class _Shard:
         return replace(module, share=Share(begin=begin, end=end, module=narrow(module, begin, end), views=views))
 
     def _uses_table(self, module: ModulePlan) -> bool:
-        """Whether the stage computes with it: the first with the embedding, the last with the head or what it ties."""
+        """Whether the rank's stage computes with the embedding or the head.
+
+        The first stage uses the embedding and the last one the head. The last stage uses the embedding too if it is
+        tied to the head or if the model has draft layers.
+        """
         first, last = self.rank.pipeline == 0, self.rank.pipeline == self.rank.parallel.pipeline - 1
         if module.name == self._head:
             return last
@@ -141,21 +148,24 @@ class _Shard:
 
 
 def _scalars_of_expert(module: ModulePlan) -> Iterator[ModulePlan]:
-    """What engines read of an expert on another rank; its codes are not read."""
+    """Yield the plan of the scalars that every rank reads of an expert of another rank; nothing if there are none."""
     names = MODES_BY_ALGO[module.layer.quant_algo].read_of_all_experts if module.layer else frozenset()
-    kept = tuple(each for each in module.deliveries if each.name.rpartition(".")[2] in names)
-    if kept:
-        whole = replace(module, deliveries=kept)
+    scalars = tuple(delivery for delivery in module.deliveries if delivery.name.rpartition(".")[2] in names)
+    if scalars:
+        whole = replace(module, deliveries=scalars)
         yield replace(whole, weight=None, share=Share(begin=0, end=0, module=narrow(whole, 0, 0)))
 
 
-def _left_to_others(module: ModulePlan) -> ModulePlan:
-    """A module of which this rank reads nothing and is handed nothing."""
+def _without_tensors(module: ModulePlan) -> ModulePlan:
+    """Return the plan of a module of which this rank reads and receives nothing."""
     return replace(module, views={}, ignored={}, deliveries=(), weight=None)
 
 
-def _share(module: ModulePlan, begin: int, size: int, repeats: int, own: int) -> ModulePlan:
-    """The module with the share of rank `own`: `size` rows from `begin` on, which `repeats` ranks have in common."""
+def _share(module: ModulePlan, begin: int, size: int, repeats: int, index: int) -> ModulePlan:
+    """Return the module's plan with the share of one rank: the `size` rows from `begin` on.
+
+    `index` is the number of the rank among those that divide the module. `repeats` ranks have the same rows.
+    """
     rows, unit = weight_rows(module), row_unit(module)
     first, last = (
         (begin // unit * unit, min(-(-(begin + size) // unit) * unit, rows)) if can_narrow(module) else (0, rows)
@@ -166,8 +176,8 @@ def _share(module: ModulePlan, begin: int, size: int, repeats: int, own: int) ->
         in_one = rows_in_one(delivery.operation, module.weight)
         if repeats > 1 and _is_left_unrepeated(delivery, module):
             deliveries.append(_with_rows(delivery, rows * repeats // in_one))
-            taken = Place(first=(begin - first) // in_one, count=size // in_one, at=own * size // in_one)
-            places[delivery.name] = taken
+            place = Place(first=(begin - first) // in_one, count=size // in_one, at=index * size // in_one)
+            places[delivery.name] = place
             continue
         deliveries.append(delivery)
         if narrowed is delivery:
@@ -183,7 +193,7 @@ def _share(module: ModulePlan, begin: int, size: int, repeats: int, own: int) ->
 
 
 def _is_view(delivery: Delivery, module: ModulePlan) -> bool:
-    """Whether a delivered tensor is a stored one as it lies in the file."""
+    """Whether a delivered tensor is a view of one stored tensor in the file."""
     operation = delivery.operation
     return (
         type(operation) in _VIEWS and operation.source is not None and module.views[operation.source].offset is not None
@@ -191,14 +201,14 @@ def _is_view(delivery: Delivery, module: ModulePlan) -> bool:
 
 
 def _is_left_unrepeated(delivery: Delivery, module: ModulePlan) -> bool:
-    """Whether a tensor has rows of K or V heads that engines don't repeat for ranks that outnumber the heads."""
+    """Whether a tensor of a K or V module has rows that engines don't repeat when there are more ranks than heads."""
     local = delivery.name.rpartition(".")[2]
     repeated = MODES_BY_ALGO[module.layer.quant_algo].repeated_with_kv_heads if module.layer else _PLAIN_REPEATED
     return bool(delivery.spec.shape) and local not in repeated
 
 
 def _with_rows(delivery: Delivery, rows: int) -> Delivery:
-    """The same delivery of another number of rows."""
+    """Return the delivery with another number of rows."""
     spec = delivery.spec
     result = TensorSpec(spec.dtype, (rows, *spec.shape[1:]))
     return delivery._replace(operation=replace(delivery.operation, result=result))
