@@ -96,7 +96,7 @@ def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtllm_ct.checkpoint.reader._MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr(reader_module, "_MAX_OPEN_MAPS", 2)
     before = open_descriptors()
 
     with TensorReader(shards) as reader:
@@ -108,7 +108,7 @@ def test_maps_are_capped_and_hold_no_descriptor(shards: Catalog, monkeypatch: py
 
 
 def test_the_least_recently_used_map_is_dropped_first(shards: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtllm_ct.checkpoint.reader._MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr(reader_module, "_MAX_OPEN_MAPS", 2)
     with TensorReader(shards) as reader:
         for number in (0, 1, 0, 2):
             reader.read(f"t{number}")

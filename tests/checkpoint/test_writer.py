@@ -6,7 +6,7 @@ import resource
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,8 +21,11 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint import transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
-from trtllm_ct.checkpoint.write_plan import encode_header, plan_shards
-from trtllm_ct.checkpoint.writer import ShardedWriter
+from trtllm_ct.checkpoint.write_plan import WritePlan, encode_header, plan_shards
+from trtllm_ct.checkpoint.writer import ShardedWriter, TensorWriter, create_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ONE_BYTE = TensorSpec(DType.U8, (1,))
 
@@ -308,3 +311,49 @@ def test_memory_stays_bounded_by_the_tensor(tmp_path: Path) -> None:
 def _anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+FOUR_ROWS = {"first": TensorSpec(DType.U8, (4, 8)), "second": TensorSpec(DType.U8, (4, 8))}
+
+
+@pytest.fixture
+def rows_writer(tmp_path: Path) -> Iterator[TensorWriter]:
+    """A writer of two tensors of four rows, one behind the other in a file."""
+    plan = WritePlan.of(FOUR_ROWS, 10**9)
+    create_files(tmp_path, plan)
+    with TensorWriter(tmp_path, plan) as writer:
+        yield writer
+
+
+@pytest.mark.parametrize(("row", "count"), [(4, 1), (5, 2), (3, 2), (-1, 1)])
+def test_rows_outside_a_tensor_are_refused(rows_writer: TensorWriter, tmp_path: Path, row: int, count: int) -> None:
+    """They would land in the neighbour."""
+    with pytest.raises(ValueError, match=r"first has 32 bytes, and .* lie outside"):
+        rows_writer.write("first", torch.ones(count, 8, dtype=torch.uint8), row)
+
+    assert rows_writer.pieces == []
+    assert not (load_file(tmp_path / "model.safetensors")["second"]).any()
+
+
+@pytest.mark.parametrize(("rows", "again"), [((0, 2), (1, 2)), ((1, 2), (0, 2)), ((0, 4), (3, 1)), ((2, 1), (2, 1))])
+def test_rows_that_were_written_are_refused(
+    rows_writer: TensorWriter, rows: tuple[int, int], again: tuple[int, int]
+) -> None:
+    rows_writer.write("second", torch.ones(rows[1], 8, dtype=torch.uint8), rows[0])
+
+    with pytest.raises(ValueError, match="second was written before"):
+        rows_writer.write("second", torch.ones(again[1], 8, dtype=torch.uint8), again[0])
+
+
+@given(order=st.permutations(range(4)))
+@settings(max_examples=24)
+def test_a_tensor_is_complete_when_each_row_was_written_once(order: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        plan = WritePlan.of(FOUR_ROWS, 10**9)
+        create_files(Path(place), plan)
+        with TensorWriter(Path(place), plan) as writer:
+            for row in order:
+                assert not writer.is_complete("first")
+                writer.write("first", torch.full((1, 8), row + 1, dtype=torch.uint8), row)
+            assert writer.is_complete("first")
+        assert load_file(Path(place) / "model.safetensors")["first"][:, 0].tolist() == [1, 2, 3, 4]

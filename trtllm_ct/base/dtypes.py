@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DType"]
+__all__ = ["DENSE_DTYPES", "DType"]
 
 
 class DType(Enum):
@@ -79,3 +79,7 @@ class DType(Enum):
 
 _WIDE_FLOATS = frozenset({DType.F16, DType.BF16, DType.F32, DType.F64})
 _BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DType}
+
+
+DENSE_DTYPES = ("auto", DType.BF16.torch_name, DType.F16.torch_name, DType.F32.torch_name)
+"""The names by which users choose the dtype of dequantized weights; "auto" is the dtype of the model."""

@@ -125,7 +125,7 @@ class TensorWriter:
         self._plan = plan
         self._locks = file_locks(plan) if locks is None else locks
         self._files = _OpenFiles(directory, os.O_WRONLY)
-        self._written: dict[str, int] = {}
+        self._written: dict[str, list[tuple[int, int]]] = {}
         self.pieces: list[Piece] = []
 
     def __enter__(self) -> Self:
@@ -160,25 +160,32 @@ class TensorWriter:
     def write_bytes(self, name: str, octets: memoryview, begin: int = 0) -> None:
         """Write bytes of the tensor `name` to their place, starting `begin` bytes after the tensor's first one.
 
-        Raises `ValueError` for an unknown tensor, and for more bytes than are left to be written.
+        Raises `ValueError` for an unknown tensor, for bytes outside the tensor, and for bytes that were written before.
         """
         if name not in self._plan.places:
             raise ValueError(f"{name} is not among the planned tensors")
-        self._claim(name, len(octets))
+        self._claim(name, begin, begin + len(octets))
         while octets:
             self._put(name, begin, octets[:CHUNK_BYTES])
             octets, begin = octets[CHUNK_BYTES:], begin + CHUNK_BYTES
 
     def is_complete(self, name: str) -> bool:
         """Whether every byte of a tensor was written by this writer."""
-        return self._written.get(name) == self._plan.places[name].spec.nbytes
+        return self._written.get(name) == [(0, self._plan.places[name].spec.nbytes)]
 
-    def _claim(self, name: str, nbytes: int) -> None:
-        """Count bytes of a tensor that are about to be written; raises `ValueError` when it has fewer left."""
-        room = self._plan.places[name].spec.nbytes - self._written.get(name, 0)
-        if nbytes > room or (name in self._written and room == 0):
+    def _claim(self, name: str, begin: int, end: int) -> None:
+        """Record the bytes of a tensor that are about to be written.
+
+        Raises `ValueError` for bytes outside the tensor, which belong to its neighbours in the file, and for bytes that
+        were written before.
+        """
+        size = self._plan.places[name].spec.nbytes
+        if not 0 <= begin <= end <= size:
+            raise ValueError(f"{name} has {size} bytes, and {begin} to {end} lie outside")
+        written = self._written.get(name, [])
+        if any((first < end and begin < last) or (begin, end) == (first, last) for first, last in written):
             raise ValueError(f"{name} was written before")
-        self._written[name] = self._written.get(name, 0) + nbytes
+        self._written[name] = _merged([*written, (begin, end)])
 
     def _put(self, name: str, begin: int, data: memoryview) -> None:
         """Write bytes of a tensor at `begin`, and record them in `pieces`."""
@@ -191,6 +198,17 @@ class TensorWriter:
             self.pieces.append(Piece(file=file, offset=offset, nbytes=len(data), checksum=checksum(data)))
         with self._locks[file]:
             write_all(self._files[file], data, offset)
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return disjoint ranges in ascending order, those that touch made one."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and merged[-1][1] == begin:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((begin, end))
+    return merged
 
 
 class ShardedWriter:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from trtllm_ct.base.collector import collector_paused
+from trtllm_ct.base.dtypes import DENSE_DTYPES
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.cli import report
 from trtllm_ct.convert.executors import EXECUTORS
@@ -65,15 +66,18 @@ if TYPE_CHECKING:
     DirectoryTarget = str
     EngineName = str
     ExecutorName = str
+    DenseDtype = str
 else:  # Typer offers the members of an enumeration as choices, so these are made from the names in the tables.
     TargetName = StrEnum("TargetName", {name: name for name in TARGETS})
     DirectoryTarget = StrEnum("DirectoryTarget", {name: name for name in DIRECTORY_TARGETS})
     EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
     ExecutorName = StrEnum("ExecutorName", {name: name for name in EXECUTORS})
+    DenseDtype = StrEnum("DenseDtype", {name: name for name in DENSE_DTYPES})
 
 _MODELOPT = TargetName(MODELOPT.name)
 _ENGINE = EngineName(DEFAULT_ENGINE)
 _THREADS = ExecutorName(EXECUTORS[0])
+_AUTO = DenseDtype(DENSE_DTYPES[0])
 
 ForEngine = Annotated[
     EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
@@ -82,15 +86,6 @@ TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size 
 PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
 ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
-
-
-class DenseDtype(StrEnum):
-    """Choices for the dtype of dequantized modules."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 @app.command()
@@ -148,7 +143,7 @@ def convert(
     ep: ExpertParallel = 1,
     dtype: Annotated[
         DenseDtype, typer.Option(help="Dtype of dequantized modules; float16 casts every plain tensor too.")
-    ] = DenseDtype.AUTO,
+    ] = _AUTO,
     strict: Strict = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
@@ -239,16 +234,15 @@ def doctor(
     directory: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Checkpoint directory to examine.", show_default=False)
     ] = None,
-    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size that DIR is served with.")] = 1,
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
-    ep: Annotated[int, typer.Option("--ep", help="Expert-parallel size.")] = 1,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
     as_json: Json = False,
 ) -> None:
     """Show which engine this machine has, what it supports, what is missing, and how it would serve a checkpoint."""
     from trtllm_ct.cli.doctor import diagnose
-    from trtllm_ct.engine.parallel import Parallel
 
-    diagnosis = diagnose(directory, parallel=Parallel(tensor=tp, pipeline=pp, expert=ep))
+    diagnosis = diagnose(directory, parallel=_parallel(tp, pp, ep))
     if as_json:
         print_json("doctor", diagnosis.to_dict())
     else:

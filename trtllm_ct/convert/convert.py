@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from trtllm_ct.base.collector import collector_paused
-from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
@@ -26,9 +26,8 @@ from trtllm_ct.engine.target import DIRECTORY_TARGETS
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.plan import Plan
 
-__all__ = ["DENSE_DTYPES", "ConversionReport", "convert_checkpoint"]
+__all__ = ["ConversionReport", "convert_checkpoint"]
 
-DENSE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 Started = Callable[[Plan], Callable[[int], None]]

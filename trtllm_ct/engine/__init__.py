@@ -1,10 +1,10 @@
 """Facts about TensorRT-LLM, each with its source. The engine is never imported here.
 
-releases.py      the lines of releases, oldest first
-modes.py         one table: what the Linear of each QuantAlgo holds, and since which release
-slices.py        which slice of a weight a rank gets, and whether a kernel takes it
+releases.py      the supported release lines, oldest first
+modes.py         one table: what the Linear of each QuantAlgo holds, and since which release it exists
+slices.py        which slice of a weight each rank gets, and whether a kernel accepts it
 holdings.py      which modes hold a weight exactly, and why the others do not
-target.py        the targets, and the modes that each release gives them
-parallel.py      tensor, pipeline and expert parallel sizes, and which rank one is
+target.py        the targets, and the modes that each has by the release that it is planned for
+parallel.py      sizes of tensor, pipeline and expert parallelism, and the place of one rank
 quant_config.py  the engine's QuantConfig as a frozen value
 """

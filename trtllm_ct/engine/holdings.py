@@ -1,8 +1,8 @@
 """Which modes hold a weight exactly, and why the others don't.
 
-Two questions are kept apart.
-`native_mode` names the family that a scheme belongs to, whatever engine is going to serve it.
-`holdings` lists the modes whose Linear reproduces the weights exactly; a target then takes the first one that it has.
+A mode *holds* a weight if its Linear computes with exactly the values of the stored weight. `holdings` lists these
+modes; planning then takes the first one that the target has. `native_mode` answers another question: it names the
+family that a scheme belongs to, independent of any engine.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ __all__ = ["Holding", "Weight", "activations_of", "holdings", "native_mode", "ob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """What of a stored weight decides its mode.
+    """The properties of a stored weight that decide its mode.
 
-    `shape` is None where only a configuration is known. `has_zero_point` says whether a zero point is stored: that
-    counts, not `symmetric`. `permuted` groups are not contiguous (activation ordering). `fused` weights become
-    part of one Linear. `slices` are those of the ranks that share it, None when each has all of it.
+    `shape` is (N, K), None if only a configuration is known. `has_zero_point` says whether a zero point is stored; that
+    counts, not the scheme's `symmetric`. `permuted` says that groups are not contiguous (activation ordering). A
+    `fused` weight becomes a part of a fused Linear. `two_level` weights have a global scale besides group scales
+    (NVFP4), those with `exponent_scale` have E8M0 scales (MX formats). `slices` are the ranks' slices, None if every
+    rank has the whole weight.
     """
 
     scheme: QuantScheme
@@ -44,7 +46,7 @@ class Weight:
 
     @property
     def args(self) -> QuantArgs:
-        """The arguments of the weight."""
+        """The quantization arguments of the weight in its scheme."""
         if self.scheme.weights is None:
             raise AssertionError("a quantized weight has arguments")
         return self.scheme.weights
@@ -52,10 +54,11 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """A mode that holds a weight exactly, with the group size that its Linear would use.
+    """A mode that holds a weight exactly, with the group size that its Linear uses.
 
-    `as_is` when the weight fits without repeating scales for the sake of others; only a fused group that must agree
-    takes another. `note` says what the mode does otherwise than the scheme asks, about activations only.
+    `as_is` says that scales need not be repeated for smaller groups than the weight's. Holdings without it are used
+    only where modules must share a mode, or where ranks need whole groups. `note` says how the mode treats activations
+    differently from the scheme; empty if it doesn't.
     """
 
     mode: LinearMode
@@ -65,51 +68,54 @@ class Holding:
 
     @property
     def key(self) -> tuple[QuantAlgo, int | None]:
-        """What the members of a fused group must share."""
+        """Algorithm and group size, which the members of a mode group must have in common."""
         return self.mode.algo, self.group_size
 
 
 def native_mode(args: QuantArgs, modifiers: Iterable[str] = ()) -> QuantAlgo | None:
-    """The family of a weight scheme, or None for one that no mode of the engine belongs to.
+    """Return the family of a weight scheme; None if the engine has no mode for it.
 
-    int4 weights came from AWQ when `recipe.yaml` names the AWQ modifier, and count as GPTQ otherwise.
+    int4 weights count as AWQ if `modifiers` (from `recipe.yaml`) names the AWQ modifier, and as GPTQ otherwise.
     """
     if args.type is NumberType.INT:
         if args.num_bits > 4:
             return QuantAlgo.W8A16
         return QuantAlgo.W4A16_AWQ if "AWQModifier" in modifiers else QuantAlgo.W4A16_GPTQ
-    in_powers_of_two = args.group_size == 32
+    microscaling = args.group_size == 32
     families = {
         (8, False): QuantAlgo.FP8_BLOCK_SCALES if args.strategy is Strategy.BLOCK else QuantAlgo.FP8,
         (8, True): QuantAlgo.MXFP8,
         (4, False): QuantAlgo.NVFP4,
         (4, True): QuantAlgo.W4A16_MXFP4,
     }
-    return families.get((args.num_bits, in_powers_of_two))
+    return families.get((args.num_bits, microscaling))
 
 
 @lru_cache(maxsize=256)
 def holdings(weight: Weight) -> tuple[Holding, ...]:
-    """Every mode that holds the weight exactly, those that fit as it is first.
+    """Return every mode that holds the weight exactly; those with `as_is` come first.
 
-    Remembered, since a model has few kinds of weights and some have 70 000 of a kind.
+    Results are cached: a model has few distinct weights, some of them 70 000 times.
     """
-    found = [
-        holding for mode in LINEAR_MODES if _obstacle(mode, weight) is None for holding in _group_sizes(mode, weight)
+    held = [
+        holding
+        for mode in LINEAR_MODES
+        if _obstacle(mode, weight) is None
+        for holding in _holdings_of_mode(mode, weight)
     ]
-    return tuple(sorted(found, key=lambda holding: not holding.as_is))
+    return tuple(sorted(held, key=lambda holding: not holding.as_is))
 
 
 @lru_cache(maxsize=256)
 def obstacles(weight: Weight, algos: frozenset[QuantAlgo]) -> tuple[str, ...]:
-    """Why the modes among `algos` for codes of this kind don't take the weight; empty when none has such codes."""
+    """Return why the modes among `algos` that have such codes don't hold the weight; empty if none has such codes."""
     reasons = (_obstacle(mode, weight) for mode in LINEAR_MODES if mode.algo in algos and _holds_codes(mode, weight))
     return tuple(reason for reason in reasons if reason is not None)
 
 
 @lru_cache(maxsize=256)
 def slice_obstacle(weight: Weight, algos: frozenset[QuantAlgo]) -> str | None:
-    """Why no mode among `algos` holds each rank's slice, where one of them holds the weight as a whole; else None."""
+    """Return why no mode among `algos` holds each rank's slice, if one of them holds the whole weight; else None."""
     if weight.slices is None or any(holding.mode.algo in algos for holding in holdings(weight)):
         return None
     whole = (holding.mode for holding in holdings(replace(weight, slices=None)) if holding.mode.algo in algos)
@@ -117,7 +123,7 @@ def slice_obstacle(weight: Weight, algos: frozenset[QuantAlgo]) -> str | None:
 
 
 def activations_of(scheme: QuantScheme) -> Activations:
-    """The kind of activations that a scheme asks for."""
+    """Return the kind of activations that a scheme asks for."""
     args = scheme.input_activations
     if args is None:
         return Activations.WIDE
@@ -130,13 +136,14 @@ def activations_of(scheme: QuantScheme) -> Activations:
         (8, Strategy.GROUP, 32, True): Activations.MX_FP8,
     }
     if args.num_bits == 4 and args.group_size == 16:
-        # Writers say "local", True or False for the same thing: a stored global scale and local ones at run time.
+        # Writers set `dynamic` to "local", True or False, and mean the same: the global scale is stored, and the scales
+        # of groups are computed at run time.
         return Activations.FP4_LOCAL
     return kinds.get((args.num_bits, args.strategy, args.group_size, args.dynamic), Activations.OTHER)
 
 
 def _holds_codes(mode: LinearMode, weight: Weight) -> bool:
-    """Whether the mode's codes are of the weight's kind, scales of small groups included."""
+    """Whether the mode has codes and scales of the weight's kind."""
     if mode.element is not weight.element or weight.args.num_bits not in mode.bits:
         return False
     small_groups = {ScaleForm.TWO_LEVEL: weight.two_level, ScaleForm.EXPONENT: weight.exponent_scale}
@@ -146,7 +153,7 @@ def _holds_codes(mode: LinearMode, weight: Weight) -> bool:
 
 
 def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
-    """The first thing that keeps a weight out of a mode, or None."""
+    """Return the first reason why a mode doesn't hold a weight; None if it holds it."""
     args = weight.args
     if not _holds_codes(mode, weight):
         return f"{mode.algo} holds {mode.codes} codes"
@@ -157,7 +164,9 @@ def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
     if weight.has_zero_point and not mode.zero_point:
         return f"{mode.algo} holds no zero points"
     if not _takes_activations(mode, weight):
-        return f"{mode.algo} computes on {mode.activations} activations, and the scheme leaves them {_asked(weight)}"
+        return (
+            f"{mode.algo} computes on {mode.activations} activations, and the scheme leaves them {_input_label(weight)}"
+        )
     if args.group_size is not None and args.group_size not in mode.group_sizes:
         return f"{mode.algo} holds groups of {' or '.join(str(size) for size in sorted(mode.group_sizes))}"
     if args.strategy is Strategy.BLOCK and args.block_structure != mode.block:
@@ -166,21 +175,24 @@ def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
 
 
 def _takes_activations(mode: LinearMode, weight: Weight) -> bool:
+    """Whether the mode accepts schemes with these activations, exactly or with a note."""
     asked = activations_of(weight.scheme)
     if asked is mode.activations:
         return True
-    # One scale for the whole weight and a static one for its input are exactly what mode FP8 holds.
+    # A weight with one scale and a static input scale is exactly what mode FP8 holds; another FP8 mode would drop the
+    # input scale.
     static_tensor = asked is Activations.FP8_STATIC and weight.args.strategy is Strategy.TENSOR
     return asked in mode.other_activations and not (static_tensor and mode.element is Element.E4M3)
 
 
-def _asked(weight: Weight) -> str:
+def _input_label(weight: Weight) -> str:
+    """Return the activations that the scheme asks for, in words."""
     args = weight.scheme.input_activations
     return "16-bit" if args is None else args.label()
 
 
 def _wrong_sizes(mode: LinearMode, weight: Weight) -> str | None:
-    """None when the kernel takes a weight of this shape, else which sizes it would take."""
+    """Return which sizes the kernel requires, if it doesn't accept a weight of this shape; else None."""
     if weight.shape is None:
         return None
     rows = mode.fused_row_multiple if weight.fused else mode.row_multiple
@@ -190,19 +202,19 @@ def _wrong_sizes(mode: LinearMode, weight: Weight) -> str | None:
 
 
 def _wrong_slices(mode: LinearMode, weight: Weight, group_size: int | None = None) -> str | None:
-    """None when the kernel takes every rank's slice, else at which tensor-parallel sizes it would.
+    """Return why the kernel doesn't accept every rank's slice, and at which sizes it would; None if it does.
 
-    Groups are of `group_size`, or of the smallest size that holds the weight's.
+    The Linear's groups have `group_size` columns, or the smallest size in which the mode can hold the weight's groups.
     """
     if weight.slices is None or weight.shape is None:
         return None
-    size = group_size or min(_sizes_of_groups(mode, weight), default=1)
+    size = group_size or min(_usable_group_sizes(mode, weight), default=1)
     multiple = _slice_multiple(mode, weight, weight.slices, size)
     return weight.slices.obstacle(mode.algo, weight.shape, multiple, scales_repeated=mode.scales_follow_kv_heads)
 
 
 def _slice_multiple(mode: LinearMode, weight: Weight, slices: Slices, group_size: int) -> int:
-    """What the rows or columns of each rank must be a multiple of, when groups are of `group_size`."""
+    """Return the number that each rank's rows or columns must be a multiple of, with groups of `group_size`."""
     if slices.columns:
         multiples = [mode.column_multiple, group_size]
     else:
@@ -214,29 +226,32 @@ def _slice_multiple(mode: LinearMode, weight: Weight, slices: Slices, group_size
     return lcm(*multiples)
 
 
-def _sizes_of_groups(mode: LinearMode, weight: Weight) -> tuple[int, ...]:
-    """The group sizes of a mode in which a weight's own groups can be held, by repeating scales if need be."""
-    own = weight.args.group_size
-    return tuple(size for size in mode.group_sizes if own is None or own % size == 0)
+def _usable_group_sizes(mode: LinearMode, weight: Weight) -> tuple[int, ...]:
+    """Return the group sizes of a mode that divide the weight's group size; scales are repeated for smaller ones."""
+    stored = weight.args.group_size
+    return tuple(size for size in mode.group_sizes if stored is None or stored % size == 0)
 
 
-def _group_sizes(mode: LinearMode, weight: Weight) -> Iterator[Holding]:
-    """The group sizes under which a mode holds a weight: its own first, then smaller ones that divide it."""
+def _holdings_of_mode(mode: LinearMode, weight: Weight) -> Iterator[Holding]:
+    """Yield one holding for each group size in which a mode holds a weight, the largest first.
+
+    Modes without groups of several sizes yield one holding.
+    """
     args, note = weight.args, _note(mode, weight)
     if mode.scale is not ScaleForm.GROUP:
         size = mode.group_sizes[0] if mode.group_sizes else None
         yield Holding(mode=mode, group_size=size, as_is=args.strategy in mode.exact, note=note)
         return
-    for size in _sizes_of_groups(mode, weight):
+    for size in _usable_group_sizes(mode, weight):
         if weight.shape is None or (weight.shape[1] % size == 0 and not _wrong_slices(mode, weight, size)):
             as_is = args.group_size == size and args.strategy in mode.exact
             yield Holding(mode=mode, group_size=size, as_is=as_is, note=note)
 
 
 def _note(mode: LinearMode, weight: Weight) -> str:
-    """What becomes of activations that the scheme wants otherwise than the mode computes."""
+    """Return how the mode treats activations differently from the scheme; empty if it doesn't."""
     if activations_of(weight.scheme) is mode.activations:
         return ""
     if mode.activations is Activations.WIDE:
-        return f"activations stay 16-bit; the scheme asks for {_asked(weight)}"
+        return f"activations stay 16-bit; the scheme asks for {_input_label(weight)}"
     return f"activations are {mode.activations}; the static input scale of the scheme is dropped"

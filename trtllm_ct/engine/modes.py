@@ -1,8 +1,8 @@
-"""TensorRT-LLM's quantization modes as one table: everything that is known of the Linear of each `QuantAlgo`.
+"""One table of TensorRT-LLM's quantization modes: all facts about the Linear of each `QuantAlgo`.
 
-A fact about a mode is a field of its entry here, and nowhere else. Two modules write the tensors of a mode down once
-more, on purpose, so that they can prove what this table leads to: `serve/completeness.py` and
-`reference/linear_layouts.py`.
+Each fact about a mode is a field of its entry in `LINEAR_MODES`, and is written down nowhere else. There are two
+deliberate exceptions: `serve/completeness.py` and `reference/linear_layouts.py` list the tensors of each mode again, so
+that they can check the results of this table independently.
 
 Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods of each LinearMethod),
 `fused_moe/quantization.py` for experts, `tensorrt_llm/quantization/functional.py` (`preprocess_weights_for_mixed_gemm`,
@@ -52,12 +52,12 @@ class ScaleForm(StrEnum):
 
     @property
     def one_byte(self) -> bool:
-        """Whether a scale is one byte, delivered as it is stored and never widened."""
+        """Whether a scale is one byte; it is then delivered as stored and never widened to float32."""
         return self.dtype is not DType.F32
 
 
 class Activations(StrEnum):
-    """What happens to the input of a Linear; the value is how it reads in a sentence."""
+    """How the input of a Linear is quantized; the values are the words for it in messages."""
 
     WIDE = "16-bit"
     FP8_STATIC = "fp8 static per tensor"
@@ -73,33 +73,35 @@ class LinearMode:
     """What the Linear of one `QuantAlgo` holds, and how the engine treats it.
 
     Codes and scales:
-    `bits` are the code widths that it takes, in the container `packing` (None for codes that are floats themselves).
-    `exact` strategies fit as they are; `widened` ones fit by repeating scales, which changes no value.
-    `group_sizes` are those that the kernel accepts; larger groups are held in smaller ones by repeating scales.
-    `block` is the (rows, columns) of a block, `zero_point` whether it has additive zeros.
+    `bits` are the accepted code widths; `packing` is the layout of the codes, None for codes that are floats.
+    `exact` are the strategies whose scales are delivered unchanged; for those in `widened` scales are repeated, which
+    changes no value. `group_sizes` are the group sizes that the kernel accepts; for larger groups scales are repeated.
+    `block` is the size of a block as (rows, columns). `zero_point` says whether the mode has additive zeros.
 
     Inputs:
-    `activations` is what it computes on; schemes with one of `other_activations` are held too, with a note.
-    `pre_quant_scale` says that a Linear which is not fused demands a scale of its input. `input_scale` is the stored
-    tensor that its `input_scale` is made from, None when it reads none. `unscaled_attention_output` marks a mode
-    without input scale for whose `o_proj` attention may quantize its own output at a scale of 1.
+    `activations` is the kind of activations that the Linear computes on. Schemes with one of `other_activations` are
+    held too, with a note. `pre_quant_scale` says that a Linear that is not fused requires a `pre_quant_scale` for its
+    input. `input_scale` is the stored tensor that the delivered `input_scale` is made from, None if the Linear reads
+    none. `unscaled_attention_output` marks a mode without an input scale for which attention may quantize the input of
+    `o_proj` at a scale of 1.
 
     Sizes:
-    N must be a multiple of `row_multiple` (`fused_row_multiple` where several Linears are fused) and K of
-    `column_multiple`, or the engine's weight preparation asserts or misplaces scales; that holds for each rank's slice
-    as well. Newer releases cut Linears that are not fused at multiples of `alignment`, and of the group size where
-    scales are per group.
+    N must be a multiple of `row_multiple` (`fused_row_multiple` if several Linears are fused) and K a multiple of
+    `column_multiple`; otherwise the engine's weight preparation asserts or misplaces scales. This applies to each
+    rank's slice too. Newer releases slice Linears that are not fused at multiples of `alignment`, and of the group size
+    if scales are per group.
 
     Names in the engine:
-    `shared_scalars` are the tensors that the parts of a fused Linear must have equal; the engine asserts it.
+    `shared_scalars` are the tensors that must be equal in all parts of a fused Linear; the engine asserts it.
     `read_of_all_experts` are the scalars that every rank reads of all experts. `repeated_with_kv_heads` are the tensors
-    that the engine repeats when ranks outnumber K/V heads. `expert_scale_alias` is a second name of an expert's
-    `weight_scale`, which some releases read. `config_fields` are keys that its entry in `hf_quant_config.json` has
-    beside algorithm and group size, `aliases` other names of the algorithm there (in lower case).
+    that the engine repeats when there are more ranks than K/V heads. `expert_scale_alias` is a second name of an
+    expert's `weight_scale` that some releases read. `config_fields` are the keys of the mode's entry in
+    `hf_quant_config.json` besides algorithm and group size. `aliases` are other names of the algorithm in that file, in
+    lower case.
 
     Releases:
-    `linear_since` and `experts_since` are the first releases whose Linears and routed experts have the mode, None when
-    none does. `plug_in` marks a Linear that this package gives to an engine that has none.
+    `linear_since` and `experts_since` are the first releases whose Linears and routed experts have the mode, None if no
+    release has it. `plug_in` marks a mode whose Linear this package adds to an engine.
     """
 
     algo: QuantAlgo
@@ -137,22 +139,22 @@ class LinearMode:
 
     @property
     def codes(self) -> str:
-        """The codes that it holds, in words."""
+        """The codes in words, such as `int1-4` or `fp8`."""
         widths = "-".join(str(bits) for bits in sorted({min(self.bits), max(self.bits)}))
         return f"{'int' if self.element is Element.INT else 'fp'}{widths}"
 
     @property
     def entry_group_size(self) -> int | None:
-        """The `group_size` of its entry in `hf_quant_config.json`, where the mode alone decides it; else None."""
+        """The `group_size` in `hf_quant_config.json`, if the mode alone determines it; else None."""
         return self.block[1] if self.block else None
 
     @property
     def scales_follow_kv_heads(self) -> bool:
-        """Whether scales of K/V heads need no copy for each rank: a single scalar, or repeated by the engine."""
+        """Whether scales of K/V heads need no copy for each rank: they are one scalar, or the engine repeats them."""
         return self.scale is ScaleForm.SCALAR or "weight_scale" in self.repeated_with_kv_heads
 
     def scale_shape(self, shape: tuple[int, int], group_size: int | None) -> tuple[int, ...]:
-        """The shape of `weight_scale` for a weight [N, K] in groups of `group_size`."""
+        """Return the shape of `weight_scale` for a weight [N, K] in groups of `group_size`."""
         rows, columns = shape
         match self.scale:
             case ScaleForm.SCALAR:
@@ -261,7 +263,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         scale=ScaleForm.ROW,
         exact=_CHANNEL | _TENSOR,
         activations=Activations.FP8_TOKEN,
-        # A static scale beside row scales is dropped; one beside a single scale is what mode FP8 is for.
+        # A static input scale is dropped if the weight has row scales. A weight with a single scale and a static input
+        # scale belongs to mode FP8.
         other_activations=frozenset({Activations.FP8_STATIC}),
         linear_since=STOCK_1_0,
         unscaled_attention_output=True,

@@ -1,4 +1,4 @@
-"""How an engine spreads a model over ranks, and which rank one is; `plan/ranks/shard.py` makes a rank's plan of it.
+"""How an engine distributes a model among ranks; `plan/ranks/shard.py` makes the plan of one rank from it.
 
 Source: TensorRT-LLM `tensorrt_llm/mapping.py`.
 """
@@ -22,19 +22,19 @@ class Cut(StrEnum):
     """How an engine divides a weight [N, K] among the ranks of a tensor-parallel group."""
 
     NONE = auto()
-    """every rank has all of it"""
+    """Every rank has the whole weight."""
     COLUMN = auto()
-    """N is cut, "column parallel" to those who write weights as [in, out]"""
+    """N is divided. The engine calls it column parallel, because it thinks of weights as [in, out]."""
     ROW = auto()
-    """K is cut"""
+    """K is divided."""
     KV_HEADS = auto()
-    """N is cut by heads of the KV cache, which are repeated for ranks that outnumber them"""
+    """N is divided by K/V heads; if there are more ranks than heads, the heads are repeated."""
     VOCABULARY = auto()
-    """N is cut by ceiling division, the last rank's part padded"""
+    """N is divided with ceiling division; the last rank's part is padded."""
 
 
 class EngineMapping(Protocol):
-    """What is read of the engine's `Mapping`."""
+    """The attributes of the engine's `Mapping` that are read."""
 
     tp_size: int
     pp_size: int
@@ -43,7 +43,7 @@ class EngineMapping(Protocol):
 
     @property
     def tp_rank(self) -> int:
-        """Rank within its pipeline stage."""
+        """The number of the rank within its pipeline stage."""
 
     @property
     def pp_rank(self) -> int:
@@ -51,18 +51,18 @@ class EngineMapping(Protocol):
 
     @property
     def moe_ep_rank(self) -> int:
-        """Which share of the routed experts this rank has."""
+        """The number of the rank's share of the routed experts."""
 
     def pp_layers(self, num_layers: int, /) -> Sequence[int]:
-        """The layers of this rank's stage."""
+        """Return the numbers of the layers in the rank's stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
     """Sizes of tensor, pipeline and expert parallelism.
 
-    Routed experts are divided among `expert` ranks and each of them is cut into `tensor // expert`. With
-    `attention_dp` every rank of a stage has all of attention.
+    The routed experts are divided among `expert` ranks, and each expert is sliced for `tensor // expert` ranks. With
+    `attention_dp` every rank of a stage has the whole attention.
     Raises `UsageError` for sizes below 1, and for an `expert` that doesn't divide `tensor`.
     """
 
@@ -85,7 +85,7 @@ class Parallel:
 
     @property
     def expert_tensor(self) -> int:
-        """Into how many slices each routed expert is cut."""
+        """The number of slices of each routed expert."""
         return self.tensor // self.expert
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,13 +94,14 @@ class Parallel:
 
 
 ONE_RANK = Parallel()
+"""The sizes of an engine that runs on a single rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """One rank: its place in each kind of parallelism.
+    """The position of one rank in each kind of parallelism.
 
-    `layers` are those of its pipeline stage, by number; None for all of them.
+    `layers` are the numbers of the layers in its pipeline stage, None for all layers.
     """
 
     parallel: Parallel = ONE_RANK
@@ -111,15 +112,15 @@ class Rank:
 
     @property
     def expert_tensor(self) -> int:
-        """Which slice of each routed expert it has: expert ranks are neighbours."""
+        """The number of the rank's slice of each routed expert; the ranks of an expert group are neighbours."""
         return self.tensor // self.parallel.expert
 
     @classmethod
     def from_mapping(cls, mapping: EngineMapping, num_layers: int) -> Self:
-        """The rank that the engine's mapping describes, for a model of `num_layers`.
+        """Return the rank that the engine's mapping describes, for a model with `num_layers` layers.
 
-        Raises `UsageError` for kinds of parallelism that cut attention or experts otherwise: context parallelism and
-        clusters of experts.
+        Raises `UsageError` for context parallelism and clusters of experts, which divide attention or experts in other
+        ways.
         """
         _refuse_other_kinds(mapping)
         parallel = Parallel(
@@ -138,7 +139,7 @@ class Rank:
 
 
 def _refuse_other_kinds(mapping: EngineMapping) -> None:
-    """Ranks of these would take rows that this package has not read."""
+    """Raise `UsageError` for unsupported kinds of parallelism: their ranks would use rows that were not read."""
     for name in ("cp_size", "moe_cluster_size"):
         size = getattr(mapping, name, 1)
         if size > 1:

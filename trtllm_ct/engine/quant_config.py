@@ -1,4 +1,4 @@
-"""What TensorRT-LLM is told about a checkpoint: its `QuantConfig`, as a frozen value of ours.
+"""TensorRT-LLM's `QuantConfig` as a frozen value: how the engine is to read a delivered checkpoint.
 
 The field names are the engine's (`tensorrt_llm.models.modeling_utils.QuantConfig`), and `to_dict` is the
 `quantization` part of the `hf_quant_config.json` that ModelOpt writes and every release reads.
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerQuantConfig", "QuantConfig"]
 
-# Names of ModelOpt's own, which TensorRT-LLM reads in upper and lower case (`quantization/modelopt_config.py`).
+# ModelOpt's names for some algorithms. TensorRT-LLM reads them in upper and lower case
+# (`quantization/modelopt_config.py`).
 _ALIASES = {alias: mode.algo for mode in LINEAR_MODES for alias in mode.aliases}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerQuantConfig:
-    """How one module is quantized, as an entry of `quantized_layers` says it."""
+    """How one module is quantized: an entry of `quantized_layers`."""
 
     quant_algo: QuantAlgo
     group_size: int | None = None
@@ -33,7 +34,7 @@ class LayerQuantConfig:
     pre_quant_scale: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, without the fields that the algorithm doesn't use."""
+        """Return the JSON form, without the fields that the algorithm doesn't use."""
         entry: dict[str, Any] = {"quant_algo": str(self.quant_algo)}
         if self.group_size is not None:
             entry["group_size"] = self.group_size
@@ -43,7 +44,7 @@ class LayerQuantConfig:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> LayerQuantConfig:
-        """Read what `to_dict` or ModelOpt wrote; raises `ValueError` for an unknown algorithm."""
+        """Return the value of a JSON form by `to_dict` or ModelOpt; raises `ValueError` for an unknown algorithm."""
         return cls(
             quant_algo=QuantAlgo(_ALIASES.get(str(entry["quant_algo"]).lower(), entry["quant_algo"])),
             group_size=entry.get("group_size"),
@@ -56,8 +57,8 @@ class LayerQuantConfig:
 class QuantConfig:
     """The quantization of a whole model.
 
-    `layer` is set when all quantized modules share one mode; otherwise `quantized_layers` names each of them and the
-    global algorithm is MIXED_PRECISION. With neither, no module is quantized.
+    `layer` is set when all quantized modules have the same mode. Otherwise `quantized_layers` has the mode of each
+    quantized module by name, and the global algorithm is MIXED_PRECISION. If both are empty, no module is quantized.
     `exclude_modules` are full module names, never patterns: releases differ in how they match patterns.
     """
 
@@ -75,29 +76,30 @@ class QuantConfig:
 
     @property
     def group_size(self) -> int | None:
-        """Group size of the one mode; None when modules differ or no groups are used."""
+        """Group size of the common mode; None if modules differ or the mode has no groups."""
         return self.layer.group_size if self.layer else None
 
     @property
     def has_zero_point(self) -> bool:
-        """Whether the one mode carries additive zeros."""
+        """Whether the common mode has additive zeros; False if modules differ."""
         return self.layer.has_zero_point if self.layer else False
 
     @property
     def pre_quant_scale(self) -> bool:
-        """Whether the one mode carries a scale of its input."""
+        """Whether the common mode reads a `pre_quant_scale`; False if modules differ."""
         return self.layer.pre_quant_scale if self.layer else False
 
     def layer_config(self, module: str) -> LayerQuantConfig | None:
-        """The mode of one module by its full name, None when it is not quantized.
+        """Return the mode of one module by its full name, None if it is not quantized.
 
-        An entry counts for the modules below it too, as engines have it: all experts of a layer are named once.
+        An entry applies to all modules inside of the named one too, as it does in the engine: one entry is enough for
+        all experts of a layer.
         """
-        around = tuple(accumulate(module.split("."), "{}.{}".format))
-        if not self._excluded.isdisjoint(around):
+        names = tuple(accumulate(module.split("."), "{}.{}".format))
+        if not self._excluded.isdisjoint(names):
             return None
         return self.layer or next(
-            (self.quantized_layers[name] for name in around if name in self.quantized_layers), None
+            (self.quantized_layers[name] for name in names if name in self.quantized_layers), None
         )
 
     @property
@@ -105,7 +107,7 @@ class QuantConfig:
         return _as_set(self.exclude_modules)
 
     def to_dict(self) -> dict[str, Any]:
-        """The `quantization` part of `hf_quant_config.json`."""
+        """Return the `quantization` part of `hf_quant_config.json`."""
         entry: dict[str, Any] = {
             "quant_algo": str(self.quant_algo) if self.quant_algo else None,
             "kv_cache_quant_algo": self.kv_cache_quant_algo,
@@ -118,7 +120,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> QuantConfig:
-        """Read what `to_dict` or ModelOpt wrote; raises `ValueError` for an unknown algorithm."""
+        """Return the value of a JSON form by `to_dict` or ModelOpt; raises `ValueError` for an unknown algorithm."""
         layers = entry.get("quantized_layers") or {}
         return cls(
             layer=None if layers or not entry.get("quant_algo") else LayerQuantConfig.from_dict(entry),
@@ -130,5 +132,5 @@ class QuantConfig:
 
 @lru_cache(maxsize=8)
 def _as_set(names: tuple[str, ...]) -> frozenset[str]:
-    """Looked up for every module of a model, so hashed once."""
+    """Return the names as a set; it is cached because it is needed for every module of a model."""
     return frozenset(names)

@@ -1,6 +1,6 @@
-"""The releases of TensorRT-LLM that checkpoints are made for, oldest first.
+"""The release lines of TensorRT-LLM that checkpoints can be converted for, oldest first.
 
-Which modes a release has is said by the modes (`engine/modes.py`: `linear_since`, `experts_since`).
+The entry of each mode says since which release it exists (`engine/modes.py`: `linear_since`, `experts_since`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ __all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", 
 class Release:
     """One line of releases.
 
-    `name` is what `--engine` calls it, `source` the code that its facts were read from. `kv_cache` are the modes of its
-    KV cache.
+    `name` is its name for `--engine`. `source` is the engine's code that the facts were read from. `kv_cache` are the
+    modes of its KV cache.
     """
 
     name: str
@@ -37,6 +37,7 @@ STOCK_1_3 = Release(
 )
 
 RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)
+"""All supported lines, oldest first."""
 
 DEFAULT_ENGINE = STOCK_1_2.name
-"""The newest stable line."""
+"""The name of the newest stable line."""

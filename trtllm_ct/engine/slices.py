@@ -1,9 +1,9 @@
-"""Which slice of a weight each rank of a tensor-parallel group gets, and whether a mode's kernel takes it.
+"""Which slice of a weight each rank of a tensor-parallel group gets, and whether a mode's kernel accepts it.
 
-Engines cut every Linear themselves. Where slices don't begin and end with whole groups, whole blocks and whole tiles of
-the kernel, they assert, or shift scales against codes without a word. Releases differ as well: up to 2025 they cut by
-ceiling division of each tensor, since 2026 at multiples of an alignment that the mode has. They agree on slices that
-are equal and aligned, so nothing else counts as held.
+Engines slice every Linear themselves. If a slice does not begin and end with whole groups, whole blocks and whole tiles
+of the kernel, the engine asserts, or it silently shifts scales against codes. Releases differ too: until 2025 they
+sliced each tensor by ceiling division, since 2026 they slice at multiples of an alignment that depends on the mode. All
+releases agree on slices that are equal and aligned, so a mode holds only such slices.
 Source: TensorRT-LLM `_torch/modules/linear.py` (`Linear.load_shard`, `load_weight_shard`).
 """
 
@@ -16,14 +16,15 @@ __all__ = ["Slices"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slices:
-    """How the ranks of a tensor-parallel group share a weight [N, K].
+    """How the ranks of a tensor-parallel group divide a weight [N, K].
 
-    `columns` says that K is cut, and not N. `tensor` is the size of the group; each of its `expert` parts has other
-    routed experts, which are cut into `tensor // expert`. `parts` are the rows of parts that lie in one weight and are
-    cut one by one. `heads` are those of a K or V weight, which engines repeat for ranks that outnumber them, and
-    `repeats_scales` says whether scales come repeated. `alone` says that newer releases cut at multiples of the mode's
-    alignment: not so for experts and parts of a joined Linear. `sizes` are the tensor-parallel sizes that the model as
-    a whole can be cut by.
+    `columns` says that K is divided instead of N. `tensor` is the size of the group. It consists of `expert` subgroups,
+    each of which has other routed experts and slices them for `tensor // expert` ranks. `parts` are the numbers of rows
+    of several Linears that are stored in one weight, each of which is sliced for itself.
+    `heads` is the number of heads in a K or V weight. Engines repeat the heads if there are more ranks;
+    `repeats_scales` says whether the scales are delivered repeated then.
+    `alone` says that newer releases slice the weight at multiples of the mode's alignment, which they don't for experts
+    and parts of a fused Linear. `sizes` are the tensor-parallel sizes by which the whole model can be divided.
     """
 
     columns: bool = False
@@ -36,26 +37,27 @@ class Slices:
     sizes: tuple[int, ...] = (1,)
 
     def obstacle(self, algo: str, shape: tuple[int, int], multiple: int, *, scales_repeated: bool = True) -> str | None:
-        """Why a mode doesn't hold the slices, and at which sizes it would; None when it does.
+        """Return why a mode doesn't hold the slices, and at which sizes it would; None if it holds them.
 
-        Each rank's must be a multiple of `multiple`. `scales_repeated` says whether engines repeat the scales of the
-        mode with K/V heads.
+        Rows or columns of each rank must be a multiple of `multiple`. `scales_repeated` says whether engines repeat the
+        mode's scales together with K/V heads.
         """
 
-        def found(tensor: int) -> str:
+        def problem(tensor: int) -> str:
             return self._bad_rows(shape, multiple, tensor) or self._bad_repeats(tensor, scales_repeated=scales_repeated)
 
-        why = found(self.tensor)
-        if not why:
+        reason = problem(self.tensor)
+        if not reason:
             return None
         within = f", expert parallel {self.expert}" if self.expert > 1 else ""
-        work = [str(size) for size in self.sizes if size % self.expert == 0 and not found(size)]
-        verb = "works" if len(work) == 1 else "work"
-        remedy = f"size{'s' if len(work) > 1 else ''} {', '.join(work)} {verb}" if work else "no size works"
-        return f"{algo} at tensor parallel {self.tensor}{within}: {why}; {remedy}"
+        good_sizes = [str(size) for size in self.sizes if size % self.expert == 0 and not problem(size)]
+        verb = "works" if len(good_sizes) == 1 else "work"
+        plural = "s" if len(good_sizes) > 1 else ""
+        remedy = f"size{plural} {', '.join(good_sizes)} {verb}" if good_sizes else "no size works"
+        return f"{algo} at tensor parallel {self.tensor}{within}: {reason}; {remedy}"
 
     def _bad_rows(self, shape: tuple[int, int], multiple: int, tensor: int) -> str:
-        """What is wrong with the slices in a group of that size; empty for nothing."""
+        """Return what is wrong with the slices in a group of this size; empty if nothing is."""
         axis = "columns" if self.columns else "rows"
         ranks = tensor // self.expert
         if self.heads is not None:
@@ -68,7 +70,7 @@ class Slices:
         return ""
 
     def _bad_repeats(self, tensor: int, *, scales_repeated: bool) -> str:
-        """What is wrong with K/V heads in a group of that size; empty for nothing."""
+        """Return what is wrong with repeated K/V heads in a group of this size; empty if nothing is."""
         if self.heads is None or self.heads >= tensor or self.repeats_scales or scales_repeated:
             return ""
         return f"engines repeat its {self.heads} K/V heads for ranks that outnumber them, but not their scales"

@@ -1,4 +1,4 @@
-"""Targets: the places where weights are delivered, with the capabilities that each of them is planned for."""
+"""Targets: the programs and formats that weights are delivered to, and what each of them can hold."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What one line of an engine's releases holds; facts with their source, never guesses.
+    """What one release line of an engine can hold; `source` says where these facts were read.
 
-    `linear` are the modes of its Linears, `experts` those of its routed experts, `kv_cache` the modes of its KV cache;
-    `kv_cache_alone` says whether one of these can be had without any quantized module.
+    `linear` are the modes of its Linears, `experts` the modes of its routed experts and `kv_cache` the modes of its KV
+    cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A place where weights are delivered, with the capabilities that it is planned for.
+    """A program or format that weights are delivered to, with the capabilities that plans for it assume.
 
-    `serves` says in a few words which program reads the result. `newer` are the capabilities of later releases, which
-    reasons mention. `repeats_kv_scales` says whether scales of K and V are delivered once for each rank where ranks
-    outnumber heads; engines repeat the codes, but the scales in some modes only. `directory` marks a target that
-    `convert_checkpoint` writes.
+    `serves` says in a few words which program reads the result. `newer` are the capabilities of later releases; the
+    reasons why a module is dequantized mention them. `repeats_kv_scales` says whether scales of K and V are delivered
+    once for each rank if there are more ranks than heads: engines repeat the codes, but the scales only in some modes.
+    `directory` marks a target that `convert_checkpoint` can write.
     """
 
     name: str
@@ -64,16 +64,16 @@ class Target:
 
     @property
     def holds_codes(self) -> bool:
-        """Whether anything is delivered quantized."""
+        """Whether the target can hold quantized weights."""
         return bool(self.capabilities.linear)
 
     def algos(self, *, expert: bool) -> frozenset[QuantAlgo]:
-        """The modes that a module may be delivered in."""
+        """Return the modes in which a module may be delivered."""
         return self.capabilities.experts if expert else self.capabilities.linear
 
 
 def _capabilities(release: Release) -> Capabilities:
-    """The modes that a release or one before it introduced."""
+    """Return the capabilities of a release: the modes that it or an earlier release introduced."""
     until = RELEASES[: RELEASES.index(release) + 1]
     return Capabilities(
         name=release.name,
@@ -85,19 +85,19 @@ def _capabilities(release: Release) -> Capabilities:
 
 
 ENGINES: Mapping[str, Capabilities] = {release.name: _capabilities(release) for release in RELEASES}
-"""Capability sets of stock TensorRT-LLM by name, oldest first."""
+"""The capabilities of each release line of stock TensorRT-LLM by name, oldest first."""
 
 _PLUG_INS = frozenset(mode.algo for mode in LINEAR_MODES if mode.plug_in)
 
 
 def _newer(engine: str) -> tuple[Capabilities, ...]:
-    """The capability sets that come after one."""
+    """Return the capabilities of the release lines after this one."""
     names = list(ENGINES)
     return tuple(ENGINES[later] for later in names[names.index(engine) + 1 :])
 
 
 def _with_plug_ins(stock: Capabilities) -> Capabilities:
-    """A set with the Linears that this package gives the engine where it has none."""
+    """Return the capabilities together with the modes whose Linears this package adds to the engine."""
     return replace(stock, linear=stock.linear | _PLUG_INS)
 
 
@@ -133,26 +133,27 @@ REFERENCE = Target(name="reference", serves="the CPU reference engine of this pa
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (MODELOPT, TENSORRT_LLM, DENSE, REFERENCE)}
 DIRECTORY_TARGETS = tuple(name for name, target in TARGETS.items() if target.directory)
-"""The names of those that `convert_checkpoint` writes."""
+"""The names of the targets that `convert_checkpoint` can write."""
 
 
 def target_named(name: str, engine: str = DEFAULT_ENGINE, *, additive_zeros: bool = True) -> Target:
-    """The entry of `TARGETS`; those for TensorRT-LLM with the capability set `engine` of `ENGINES`.
+    """Return a target by name; targets for TensorRT-LLM get the capabilities of `engine`, a key of `ENGINES`.
 
-    `additive_zeros` says whether target `tensorrt_llm` may have a Linear for asymmetric int4 (`W4A16_GPTQ`).
-    Raises `UsageError` that lists the names.
+    `additive_zeros` says whether target `tensorrt_llm` may use the Linear of this package for asymmetric int4
+    (`W4A16_GPTQ`). Raises `UsageError` for an unknown name, with the known ones.
     """
     _require("target", name, TARGETS)
     _require("--engine", engine, ENGINES)
     target = TARGETS[name]
     if target not in (MODELOPT, TENSORRT_LLM):
         return target
-    sets = (ENGINES[engine], *_newer(engine))
+    lines = (ENGINES[engine], *_newer(engine))
     if target is TENSORRT_LLM and additive_zeros:
-        sets = tuple(map(_with_plug_ins, sets))
-    return replace(target, capabilities=sets[0], newer=sets[1:])
+        lines = tuple(map(_with_plug_ins, lines))
+    return replace(target, capabilities=lines[0], newer=lines[1:])
 
 
 def _require(where: str, name: str, names: Mapping[str, object]) -> None:
+    """Raise `UsageError` if `name` is not among `names`."""
     if name not in names:
         raise UsageError(Fault(where=where, expected=" or ".join(names), found=repr(name), remedy="Name one of these."))

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["installed_features", "prepare"]
 
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -100,8 +99,8 @@ def _warnings(sidecar: Sidecar) -> Iterator[str]:
 def _dtype(name: str | None) -> DType | None:
     if name is None or name == "auto":
         return None
-    if name not in _DTYPES:
+    if name not in DENSE_DTYPES:
         raise UsageError(
-            Fault(where="dtype", expected=" or ".join(_DTYPES), found=repr(name), remedy="Choose one of these.")
+            Fault(where="dtype", expected=" or ".join(DENSE_DTYPES), found=repr(name), remedy="Choose one of these.")
         )
     return DType.from_torch(name)

@@ -207,7 +207,7 @@ _QWEN2_MOE = replace(
 _QWEN3_MOE = replace(_QWEN3, experts=_QWEN_EXPERTS)
 
 _MLA_OUTPUT = (
-    # Engines concatenate it with q_a_proj in code of their own, which copies the weight but not the scales of most modes.
+    # Engines append it to q_a_proj by code that copies the weight, but not the scales of most modes.
     LinearSite(path="self_attn.kv_a_proj_with_mqa", outputs="kv_a", inputs="hidden", bias="attention_bias", plain=True),
     # Engines split it by head and absorb it into attention; for that they read it plain.
     LinearSite(path="self_attn.kv_b_proj", outputs="kv_b", inputs="kv_lora_rank", cut=Cut.COLUMN, plain=True),

@@ -2,8 +2,8 @@
 
 Two spellings exist: `experts.gate_up_proj.weight_packed` [E, 2I, W] with `experts.down_proj`, and
 `experts.w13_weight` with `experts.w2_weight`. Plain experts have no parameter name at the end
-(`experts.gate_up_proj` [E, 2I, H]). The rows of gate come before those of up. Source: llm-compressor issues 3183 and 3200; transformers 5.23
-`modeling_qwen3_moe.py`.
+(`experts.gate_up_proj` [E, 2I, H]). The rows of gate come before those of up.
+Source: llm-compressor issues 3183 and 3200; transformers 5.23 `modeling_qwen3_moe.py`.
 """
 
 from __future__ import annotations
