@@ -170,6 +170,18 @@ class TestDtype:
         assert len(plain) == len(built.dense) - (2 if to == "modelopt" else 0)
         assert read_json(tmp_path / "out" / "config.json")["torch_dtype"] == "float16"
 
+    @pytest.mark.parametrize("to", ["modelopt", "dense"])
+    def test_float16_casts_plain_tensors_that_are_stored_wider(self, tmp_path: Path, to: str):
+        def widened(stored: dict[str, Tensor]) -> None:
+            stored["model.norm.weight"] = stored["model.norm.weight"].float() + 2**-20
+
+        built = write_checkpoint(tmp_path / "in", scheme="int4-g64", edit=widened)
+        convert_checkpoint(built.directory, tmp_path / "out", to=to, dtype="float16")
+
+        norm = load(tmp_path / "out")["model.norm.weight"]
+        assert norm.dtype is torch.float16
+        assert torch.equal(norm, built.stored["model.norm.weight"].to(torch.float16))
+
     def test_a_plain_value_beyond_float16_is_named_with_its_index(self, tmp_path: Path):
         def enlarge(stored: dict[str, Tensor]) -> None:
             stored["model.layers.1.mlp.up_proj.weight"][5, 7] = 70000

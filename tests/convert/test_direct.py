@@ -8,6 +8,8 @@ import pytest
 import torch
 from builders import Built, rewrite, tiny_config, write_checkpoint
 from fresh_python import run_python
+from oracles import round_once
+from safetensors.torch import load_file
 from stored_schemes import SCHEMES
 
 from trtllm_ct.base.errors import CatalogError, TrtllmCtError
@@ -97,6 +99,19 @@ def test_the_bytes_are_the_same(scheme: str, to: str, tmp_path: Path, monkeypatc
 
     assert isinstance(direct_result, dict)
     assert direct_result == torch_result
+
+
+@pytest.mark.usefixtures("tiles")
+def test_a_last_block_that_is_not_whole_has_its_own_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 rows are one block of 128 and a part of the next, whose row of scales the last tile must reach."""
+    built = write_checkpoint(tmp_path / "source", scheme="fp8-block", config=tiny_config(intermediate=200))
+
+    direct_result, torch_result = both(built, tmp_path, monkeypatch, to="dense")
+
+    assert direct_result == torch_result
+    name = "model.layers.0.mlp.gate_proj.weight"
+    dense = load_file(tmp_path / "direct" / "model.safetensors")[name]
+    assert torch.equal(dense, round_once(built.dense[name], torch.bfloat16))
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))

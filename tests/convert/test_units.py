@@ -32,6 +32,10 @@ def planned(plan: Plan, files: int) -> WritePlan:
     return WritePlan.of(plan.delivered_specs, -(-plan.delivered_bytes // files))
 
 
+def needs_torch(plan: Plan, unit: Unit, device: str) -> bool:
+    return any(units._needs_torch(plan.modules[position], device) for position in unit.modules)
+
+
 @pytest.mark.parametrize("unit_bytes", [1, 10_000, 10**9])
 @pytest.mark.parametrize("files", [1, 2, 30])
 def test_every_module_that_delivers_is_in_one_unit(
@@ -51,17 +55,18 @@ def test_units_without_torch_come_first_except_for_the_second_unit(plan: Plan, m
     """One worker converts while another imports torch; on a GPU, only copied modules need no torch."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
-    needs_torch = [unit.needs_torch for unit in plan_units(plan, planned(plan, 1), device="cuda")]
+    planned_units = plan_units(plan, planned(plan, 1), device="cuda")
 
-    count = needs_torch.count(False)
+    needs = [needs_torch(plan, unit, "cuda") for unit in planned_units]
+    count = needs.count(False)
     assert count > 2
-    assert needs_torch == [False, True, *[False] * (count - 1), *[True] * (len(needs_torch) - count - 1)]
+    assert needs == [False, True, *[False] * (count - 1), *[True] * (len(needs) - count - 1)]
 
 
 def test_loops_need_no_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
-    assert not any(unit.needs_torch for unit in plan_units(plan, planned(plan, 1)))
+    assert not any(needs_torch(plan, unit, "cpu") for unit in plan_units(plan, planned(plan, 1)))
 
 
 @pytest.mark.parametrize("files", [2, 3, 4])
@@ -112,5 +117,6 @@ def test_with_one_file_units_keep_the_order_of_the_plan(plan: Plan) -> None:
     for device in ("cpu", "cuda"):
         planned_units = plan_units(plan, planned(plan, 1), device=device)
         for needs in (True, False):
-            places = [place for unit in planned_units if unit.needs_torch is needs for place in unit.modules]
+            alike = [unit for unit in planned_units if needs_torch(plan, unit, device) is needs]
+            places = [place for unit in alike for place in unit.modules]
             assert places == sorted(places)

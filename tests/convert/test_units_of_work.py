@@ -390,7 +390,7 @@ def test_few_units_are_submitted_at_a_time(built: Built, tmp_path: Path, monkeyp
         return UnitResult(record=UnitRecord(unit=number, pieces=()))
 
     class Conversion:
-        units = tuple(units.Unit(number=number, modules=(), nbytes=1, needs_torch=False) for number in range(100))
+        units = tuple(units.Unit(number=number, modules=(), nbytes=1) for number in range(100))
         plan = type("Plan", (), {"modules": ()})
 
     monkeypatch.setattr(coordinate, "run_unit", counted)

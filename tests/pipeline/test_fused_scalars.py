@@ -48,7 +48,7 @@ def test_other_modules_may_differ(module: Any) -> None:
     checker.check(module, scalars("a", 0.5))
 
 
-def test_layers_are_apart() -> None:
+def test_layers_are_independent() -> None:
     checker = FusedScalars()
     checker.check(part("0.q_proj", fused_linear="0.qkv_proj"), scalars("0.q_proj", 0.25))
     checker.check(part("1.q_proj", fused_linear="1.qkv_proj"), scalars("1.q_proj", 0.5))
@@ -63,7 +63,7 @@ def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
     assert shares["0.down_proj"] is None
 
 
-def test_zero_is_a_scalar_like_any_other() -> None:
+def test_zero_is_compared_like_any_other_scalar() -> None:
     """A plan gives the part that saw no data the scalar of the other one; here nobody did, and the engine asserts."""
     checker = FusedScalars()
     checker.check(part("e.gate_proj", fused_linear="e.gate_up"), scalars("e.gate_proj", 0.25))

@@ -25,7 +25,7 @@ MIXED = {
 }
 
 
-def test_rows_tell_scheme_family_mode_and_reason_with_bytes(tmp_path: Path) -> None:
+def test_rows_have_scheme_family_mode_reason_and_bytes(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, scheme=MIXED)
 
     rows = list(inspect_checkpoint(tmp_path).rows())
@@ -83,7 +83,7 @@ def test_every_scheme_has_a_row_that_names_it(tmp_path: Path, scheme: str) -> No
     assert "unknown" not in json.dumps(inspect_checkpoint(tmp_path).to_dict())
 
 
-def test_the_recipe_names_the_family(tmp_path: Path) -> None:
+def test_the_recipe_decides_the_family(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, scheme="int4-g64")
     (tmp_path / "recipe.yaml").write_text("stage:\n  modifiers:\n    AWQModifier:\n      n: 1\n")
 
@@ -98,13 +98,13 @@ def test_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("to", ["modelopt", "dense", "reference"])
-def test_the_plan_is_that_of_the_target(tmp_path: Path, to: str) -> None:
+def test_the_plan_is_for_the_given_target(tmp_path: Path, to: str) -> None:
     write_checkpoint(tmp_path)
 
     assert inspect_checkpoint(tmp_path, to).plan == plan_checkpoint(tmp_path, to)
 
 
-def test_problems_of_every_stage_are_gathered_instead_of_raised(tmp_path: Path) -> None:
+def test_problems_of_every_stage_are_collected_instead_of_raised(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, edit=lambda stored: [stored.pop("model.norm.weight"), stored.pop("lm_head.weight")])
 
     found = inspect_checkpoint(tmp_path)
@@ -118,7 +118,7 @@ def test_problems_of_every_stage_are_gathered_instead_of_raised(tmp_path: Path) 
     assert [fault.expected for fault in inspect_checkpoint(tmp_path).problems] == ["safetensors files"]
 
 
-def test_what_is_not_ours_is_a_problem_with_evidence(tmp_path: Path) -> None:
+def test_another_quantization_format_is_a_problem_with_evidence(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     rewrite_config(tmp_path, lambda config: config.update(quantization_config={"quant_method": "awq", "bits": 4}))
 
@@ -130,7 +130,7 @@ def test_what_is_not_ours_is_a_problem_with_evidence(tmp_path: Path) -> None:
     assert "quant_method" in problem.found
 
 
-def test_nothing_to_detect_and_no_such_target_are_raised(tmp_path: Path) -> None:
+def test_a_directory_without_checkpoint_and_an_unknown_target_are_raised(tmp_path: Path) -> None:
     with pytest.raises(DetectionError):
         inspect_checkpoint(tmp_path)
     write_checkpoint(tmp_path)
@@ -138,7 +138,7 @@ def test_nothing_to_detect_and_no_such_target_are_raised(tmp_path: Path) -> None
         inspect_checkpoint(tmp_path, "gguf")
 
 
-def test_warnings_are_those_of_detection_and_plan(tmp_path: Path) -> None:
+def test_warnings_of_detection_and_plan_are_included(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     rewrite_config(tmp_path, lambda config: config["quantization_config"].update(unheard_of=1))
     (tmp_path / "hf_quant_config.json").write_text(

@@ -77,7 +77,7 @@ class TestLayouts:
         assert_equal(weights, exact(built, weights))
         assert weights.keys() == built.dense.keys()
 
-    def test_stored_is_what_lies_in_the_files(self, built: Built):
+    def test_stored_returns_the_tensors_of_the_files(self, built: Built):
         weights = load(built.directory, layout="stored")
 
         assert weights.keys() == built.stored.keys()
@@ -88,7 +88,7 @@ class TestLayouts:
         assert all(tensor.is_contiguous() for tensor in load(built.directory, layout=layout).values())
 
     @pytest.mark.parametrize("layout", ["native", "dense", "stored"])
-    def test_streaming_hands_over_the_same_weights_module_by_module(self, built: Built, layout: str):
+    def test_streaming_yields_the_same_weights_module_by_module(self, built: Built, layout: str):
         streamed = list(CompressedTensorsWeightLoader().stream(built.directory, layout=layout))
 
         assert len({module for module, _ in streamed}) == len(streamed)
@@ -145,14 +145,14 @@ class TestArguments:
 
 
 class TestDecompressors:
-    def test_native_and_auto_are_the_same_for_formats_that_we_have(self, built: Built):
+    def test_native_and_auto_are_the_same_for_formats_of_this_package(self, built: Built):
         for layout in ("native", "dense"):
             native = CompressedTensorsWeightLoader(decompressor="native").load_weights(built.directory, layout=layout)
             assert_equal(load(built.directory, layout=layout), native)
 
     @pytest.mark.library
     @pytest.mark.parametrize("scheme", SCHEMES)
-    def test_the_library_agrees_with_us(self, tmp_path: Path, scheme: str):
+    def test_the_library_agrees_with_this_package(self, tmp_path: Path, scheme: str):
         """Equal codes, scales and zero points; equal plain values after one rounding to its dtype, the scale's."""
         config = tiny_config(intermediate=256, layers=1)
         built = write_checkpoint(tmp_path, config=config, scheme={"down_proj": scheme})
@@ -181,7 +181,7 @@ class TestMissingLibrary:
         loader_module._log_missing_library.cache_clear()
 
     @pytest.mark.parametrize("decompressor", ["auto", "library"])
-    def test_it_is_logged_once_in_these_words_and_loading_goes_on(
+    def test_it_is_logged_once_and_loading_continues(
         self, built: Built, without_library: None, caplog: pytest.LogCaptureFixture, decompressor: str
     ):
         native = CompressedTensorsWeightLoader(decompressor="native").load_weights(built.directory)
@@ -195,7 +195,7 @@ class TestMissingLibrary:
         assert {record.name for record in caplog.records} == {"trtllm_ct"}
 
     @pytest.mark.parametrize("options", [{"decompressor": "native"}, {"layout": "stored"}])
-    def test_nothing_is_logged_where_nobody_wants_the_library(
+    def test_nothing_is_logged_if_the_library_is_not_requested(
         self, built: Built, without_library: None, caplog: pytest.LogCaptureFixture, options: dict[str, str]
     ):
         decompressor = options.get("decompressor", "auto")
@@ -257,7 +257,7 @@ class TestMemory:
         (tmp_path / "config.json").write_text(json.dumps(config))
         return tmp_path
 
-    def test_beyond_the_result_it_takes_about_one_module(self, large: Path):
+    def test_it_takes_about_one_module_in_addition_to_the_result(self, large: Path):
         """The module's plain weight and the tiles in which it is computed, while 152 MB pass through."""
         done = run_python(
             """

@@ -116,7 +116,7 @@ def local(tensors: dict[str, Tensor], module: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("scheme", "algo", "delivered"), [(name, *row) for name, row in LINEARS.items()])
-def test_every_scheme_arrives_whole(
+def test_every_scheme_is_delivered_exactly(
     scheme: str, algo: str, delivered: Delivered, scale_dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Names, dtypes and shapes are the engine's, values the checkpoint's, and stored tensors stay untouched."""
@@ -160,7 +160,7 @@ def test_codes_that_fit_are_neither_read_nor_copied(scheme: str, tmp_path: Path)
         assert got[name] is built.stored[name]
 
 
-def test_a_fused_group_of_different_scales_ends_in_one_mode_without_loss(tmp_path: Path) -> None:
+def test_a_fused_group_of_different_scales_gets_one_mode_without_loss(tmp_path: Path) -> None:
     names = {f"{LAYER}.self_attn.{leaf}_proj": scheme for leaf, scheme in (("q", "int4-g64"), ("k", "int4-g128"))}
     built = write_checkpoint(tmp_path, config=CONFIG, scheme=names | {f"{LAYER}.self_attn.v_proj": "int4-channel"})
     plan = plan_checkpoint(tmp_path)
@@ -172,7 +172,7 @@ def test_a_fused_group_of_different_scales_ends_in_one_mode_without_loss(tmp_pat
         assert torch.equal(engine_value(got), built.dense[f"{module.name}.weight"])
 
 
-def test_kv_scales_arrive_raw_beside_the_projections(tmp_path: Path) -> None:
+def test_kv_scales_are_delivered_unchanged_in_the_projections(tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path, config=CONFIG, scheme="fp8-tensor-static", kv=True)
     got = CompressedTensorsWeightMapper().map_weights(plan_checkpoint(tmp_path), built.stored)
     for letter in "kv":
@@ -182,7 +182,7 @@ def test_kv_scales_arrive_raw_beside_the_projections(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["modelopt", "dense", "reference"])
-def test_a_whole_plan_delivers_what_it_announced(target: str, tmp_path: Path) -> None:
+def test_a_plan_delivers_the_specs_that_it_promised(target: str, tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path, config=CONFIG, scheme="int4-g64-asym")
     plan = plan_checkpoint(tmp_path, target)
     got = CompressedTensorsWeightMapper().map_weights(plan, built.stored)
@@ -190,7 +190,7 @@ def test_a_whole_plan_delivers_what_it_announced(target: str, tmp_path: Path) ->
     assert specs == plan.delivered_specs
 
 
-def test_a_broken_promise_of_the_plan_is_never_delivered(tmp_path: Path) -> None:
+def test_a_tensor_that_contradicts_the_plan_is_never_delivered(tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path, config=CONFIG, scheme="int4-g64")
     module = plan_checkpoint(tmp_path).module("model.norm")
     (delivery,) = module.deliveries

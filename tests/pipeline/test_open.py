@@ -45,7 +45,7 @@ def test_opening_reads_no_tensor(built: Built, as_type: type, monkeypatch: pytes
     assert checkpoint.hf_config == built.config
 
 
-def test_a_byte_order_mark_in_config_json_is_no_fault(tmp_path: Path) -> None:
+def test_a_byte_order_mark_in_config_json_is_accepted(tmp_path: Path) -> None:
     """Editors of one operating system write it."""
     write_checkpoint(tmp_path)
     config = tmp_path / "config.json"
@@ -85,7 +85,7 @@ def test_a_plan_of_a_directory_is_the_plan_of_its_checkpoint(built: Built) -> No
     assert plan_checkpoint(built.directory, "dense", dtype=DType.F16) == checkpoint.plan("dense", dtype=DType.F16)
 
 
-def test_delivered_tensors_come_in_the_order_and_as_the_plan_says(built: Built) -> None:
+def test_delivered_tensors_have_the_order_and_the_specs_of_the_plan(built: Built) -> None:
     checkpoint = open_checkpoint(built.directory)
     plan = checkpoint.plan()
 
@@ -112,7 +112,7 @@ def test_streaming_equals_mapping_in_memory(built: Built) -> None:
 
 class TestWorkers:
     @pytest.mark.parametrize("workers", [1, 2, 3, 8, 100])
-    def test_any_number_of_them_gives_the_same(self, built: Built, workers: int):
+    def test_any_number_of_workers_gives_the_same_tensors(self, built: Built, workers: int):
         checkpoint = open_checkpoint(built.directory)
         plan = checkpoint.plan()
         expected = CompressedTensorsWeightMapper().map_weights(plan, built.stored)
@@ -124,13 +124,13 @@ class TestWorkers:
         assert delivered.keys() == expected.keys()
         assert all(torch.equal(delivered[name], expected[name]) for name in expected)
 
-    def test_a_plan_of_no_modules_gives_nothing(self, built: Built):
+    def test_a_plan_without_modules_yields_nothing(self, built: Built):
         checkpoint = open_checkpoint(built.directory)
 
         assert list(stream_delivered(replace(checkpoint.plan(), modules=()), checkpoint.catalog, workers=2)) == []
 
     @pytest.mark.parametrize(("workers", "ahead"), [(1, 0), (2, 2), (3, 4)])
-    def test_no_more_modules_are_read_ahead_than_they_need(self, built: Built, workers: int, ahead: int):
+    def test_no_more_modules_are_read_ahead_than_the_workers_need(self, built: Built, workers: int, ahead: int):
         checkpoint = open_checkpoint(built.directory)
         plan = checkpoint.plan()
         read: list[str] = []
@@ -168,7 +168,7 @@ class TestWorkers:
         assert last not in str(caught.value)
         assert names == modules[: modules.index(first)]
 
-    def test_whoever_stops_early_waits_for_nothing_but_what_runs(self, built: Built):
+    def test_stopping_early_waits_only_for_running_conversions(self, built: Built):
         checkpoint = open_checkpoint(built.directory)
         modules = stream_delivered(checkpoint.plan(), checkpoint.catalog, workers=4)
         before = threading.active_count()
@@ -178,7 +178,7 @@ class TestWorkers:
 
         assert threading.active_count() == before
 
-    def test_a_warning_is_told_once_with_the_first_module_of_the_plan(
+    def test_a_warning_is_logged_once_for_the_first_module_of_the_plan(
         self, built: Built, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ):
         """Though a later module is looked at first."""

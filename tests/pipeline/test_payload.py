@@ -102,7 +102,7 @@ def test_scales_of_activations_are_positive(
 
 @pytest.mark.parametrize("numbers", [[64, 63], [63, 64], [64], [1, 64, 64]])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-def test_weight_shape_says_what_the_codes_and_the_config_make(
+def test_weight_shape_must_match_the_codes_and_the_config(
     numbers: list[int], dtype: torch.dtype, one_module: Callable[..., Module]
 ) -> None:
     module, stored = one_module("int4-g32")
@@ -113,7 +113,7 @@ def test_weight_shape_says_what_the_codes_and_the_config_make(
     assert fault.found == str(numbers)
 
 
-def test_unsigned_zero_points_are_told_from_signed_ones(tmp_path: Path) -> None:
+def test_unsigned_zero_points_are_distinguished_from_signed_ones(tmp_path: Path) -> None:
     """Some writers stored 0 to 15 where the format has -8 to 7."""
 
     def plain(stored: dict[str, Tensor]) -> None:

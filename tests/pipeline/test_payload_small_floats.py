@@ -72,7 +72,7 @@ def test_a_local_scale_of_zero_is_allowed_and_counted(bits: int) -> None:
 
 @pytest.mark.parametrize("as_e8m0", [False, True], ids=["bytes", "e8m0"])
 @pytest.mark.parametrize("args", MX_ARGS, ids=QuantArgs.label)
-def test_an_exponent_of_255_is_no_number(args: QuantArgs, as_e8m0: bool) -> None:
+def test_an_exponent_of_255_is_a_fault(args: QuantArgs, as_e8m0: bool) -> None:
     """The library makes infinity of it."""
     stored = stored_module(args)
     stored["weight_scale"][3, 1] = 255
@@ -107,7 +107,7 @@ def test_a_global_scale_is_finite_and_not_negative(name: str, bad: float, local:
 
 @pytest.mark.parametrize("local", ["weight_global_scale", "input_global_scale"])
 @pytest.mark.parametrize("name", [DENSE, SHARED_EXPERT])
-def test_a_global_scale_of_zero_is_a_fault_where_every_token_passes(name: str, local: str) -> None:
+def test_a_global_scale_of_zero_is_a_fault_outside_of_experts(name: str, local: str) -> None:
     stored = stored_module(NVFP4_ARGS) | {local: torch.zeros(())}
     assert_one_fault(faults_of(name, NVFP4_ARGS, stored), f"{name}.{local}", "positive", "0 (1 of 1", "")
 
@@ -119,7 +119,7 @@ def test_an_expert_that_saw_no_calibration_is_counted_as_zeros() -> None:
     assert count_zero_scales(plan_of(EXPERT, NVFP4_ARGS, stored), stored) == 24
 
 
-def test_a_leftover_zero_point_holds_zeros() -> None:
+def test_a_leftover_zero_point_must_hold_zeros() -> None:
     stored = stored_module(NVFP4_ARGS) | {"weight_zero_point": torch.zeros(6, 4).to(torch.float8_e4m3fn)}
     assert faults_of(DENSE, NVFP4_ARGS, stored) == []
     stored["weight_zero_point"] = torch.ones(6, 4, dtype=torch.int8)

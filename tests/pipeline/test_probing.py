@@ -85,7 +85,7 @@ class TestNothingToRead:
 
 
 class TestScalars:
-    def test_are_those_of_parts_that_share_theirs(self, tmp_path: Path) -> None:
+    def test_are_read_for_parts_that_must_share_them(self, tmp_path: Path) -> None:
         def number(stored: dict[str, Tensor]) -> None:
             for i, name in enumerate(name for name in stored if name.endswith("global_scale")):
                 stored[name] = torch.tensor([1.5 + i])
@@ -109,7 +109,7 @@ class TestScalars:
         assert found.scalars[f"{Q}.weight_global_scale"] == float(scalar)
 
     @pytest.mark.parametrize("bad", ["nan", "inf", "-inf", "-1.0", "0.0"])
-    def test_are_not_judged_here(self, tmp_path: Path, bad: str) -> None:
+    def test_are_not_validated_here(self, tmp_path: Path, bad: str) -> None:
         found = probed(tmp_path, edit=update(input_global_scale=torch.tensor([float(bad)])))
 
         assert str(found.scalars[f"{Q}.input_global_scale"]) == bad
@@ -117,7 +117,7 @@ class TestScalars:
     @pytest.mark.parametrize(
         "other", [torch.ones(2), torch.ones(0), torch.ones(1, dtype=torch.int32), torch.ones(1).double()], ids=str
     )
-    def test_what_is_no_scalar_is_left_to_the_planner(self, tmp_path: Path, other: Tensor) -> None:
+    def test_tensors_that_are_no_scalar_are_left_to_the_planner(self, tmp_path: Path, other: Tensor) -> None:
         found = probed(tmp_path, edit=update(weight_global_scale=other))
 
         assert f"{Q}.weight_global_scale" not in found.scalars
@@ -136,7 +136,7 @@ class TestPowers:
         return min(powers), max(powers)
 
     @pytest.mark.parametrize("stored_as", [torch.float8_e4m3fn, torch.uint8], ids=str)
-    def test_are_told_where_scalars_are_powers_of_two_apart(self, tmp_path: Path, stored_as: torch.dtype) -> None:
+    def test_are_read_if_scalars_are_powers_of_two_apart(self, tmp_path: Path, stored_as: torch.dtype) -> None:
         def apart(stored: dict[str, Tensor]) -> None:
             stored[f"{Q}.weight_global_scale"] *= 4
             stored[f"{GATE}.weight_global_scale"] *= 3
@@ -151,12 +151,12 @@ class TestPowers:
         assert found == {name: self.exact(scale.view(torch.float8_e4m3fn)) for name, scale in scales.items()}
         assert found[f"{Q}.weight_scale"] == (-7, 2)
 
-    def test_are_not_asked_for_where_all_are_equal(self, tmp_path: Path) -> None:
+    def test_are_not_read_if_all_scalars_are_equal(self, tmp_path: Path) -> None:
         assert probed(tmp_path).powers == {}
 
 
 class TestZeroPoints:
-    def test_that_are_all_zero_are_told_where_the_scheme_is_symmetric(self, tmp_path: Path) -> None:
+    def test_that_are_all_zero_are_in_the_probe_if_the_scheme_is_symmetric(self, tmp_path: Path) -> None:
         """Packed ones: half of the range stands for zero."""
         zeros = oracles.pack(torch.zeros(64, 2).long().numpy(), packed_words(4, 0))
 
@@ -191,12 +191,12 @@ class TestZeroPoints:
 
         assert found.zero == frozenset()
 
-    def test_of_an_asymmetric_scheme_are_zero_points_whatever_they_hold(self, tmp_path: Path) -> None:
+    def test_of_an_asymmetric_scheme_are_never_in_the_probe(self, tmp_path: Path) -> None:
         zeros = oracles.pack(torch.zeros(64, 2).long().numpy(), packed_words(4, 0))
 
         assert probed(tmp_path, "int4-g32-asym", update(weight_zero_point=zeros)) == NO_PROBE
 
-    def test_of_an_asymmetric_scheme_are_not_told_beside_a_symmetric_one(self, tmp_path: Path) -> None:
+    def test_of_an_asymmetric_scheme_are_not_in_the_probe_beside_a_symmetric_one(self, tmp_path: Path) -> None:
         zeros = oracles.pack(torch.zeros(64, 2).long().numpy(), packed_words(4, 0))
 
         found = probed(tmp_path, {"q_proj": "int4-g32-asym", "k_proj": "int4-g32"}, update(weight_zero_point=zeros))
@@ -209,7 +209,7 @@ class TestGroupIndices:
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
     @pytest.mark.parametrize("kind", ["in order", "never filled", "one group for all", "swapped"])
-    def test_that_leave_groups_as_they_are_are_told(self, tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
+    def test_that_keep_groups_contiguous_are_in_the_probe(self, tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
         index = {
             "in order": torch.arange(128) // 64,
             "never filled": torch.full((128,), -1),
@@ -222,7 +222,7 @@ class TestGroupIndices:
         trivial = frozenset({f"{Q}.weight_g_idx"} if kind in {"in order", "never filled"} else ())
         assert found == Probe(trivial=trivial)
 
-    def test_of_one_group_are_not_asked_for(self, tmp_path: Path) -> None:
+    def test_of_one_group_are_not_read(self, tmp_path: Path) -> None:
         """Every column has the same group, whatever the index says."""
         in_order = torch.zeros(64, dtype=torch.int32)
 
@@ -230,14 +230,14 @@ class TestGroupIndices:
 
 
 class TestDamage:
-    def test_a_file_that_is_gone_is_told(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_reported(self, tmp_path: Path) -> None:
         headers = read_of(write_checkpoint(tmp_path, config=LLAMA, scheme="nvfp4").directory)
         (tmp_path / FILE).unlink()
 
         with pytest.raises(CatalogError, match=FILE):
             probe_checkpoint(*headers)
 
-    def test_a_file_that_became_shorter_is_told(self, tmp_path: Path) -> None:
+    def test_a_truncated_file_is_reported(self, tmp_path: Path) -> None:
         headers = read_of(write_checkpoint(tmp_path, config=LLAMA, scheme="nvfp4").directory)
         first = min(tensor.offset for tensor in headers[1].tensors.values())
         (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:first])
@@ -245,7 +245,7 @@ class TestDamage:
         with pytest.raises(CatalogError, match="a file that ends before byte"):
             probe_checkpoint(*headers)
 
-    def test_names_that_mean_nothing_are_left_to_the_planner(self, tmp_path: Path) -> None:
+    def test_unknown_names_are_left_to_the_planner(self, tmp_path: Path) -> None:
         config = tiny_config("MistralForCausalLM", layers=1)
         other = {"layers.0.mamba.weight": torch.ones(1)}
         write_native(tmp_path, "nvfp4", config=config, edit=lambda stored: stored.update(other))

@@ -65,7 +65,7 @@ class TestExperts:
         assert found == {f"{experts}.{leaf}.{kind}" for leaf in ("gate_proj", "w3") for kind in kinds}
 
 
-def test_mistrals_own_form_is_named_as_in_the_file(tmp_path: Path) -> None:
+def test_mistrals_native_format_is_named_as_in_the_file(tmp_path: Path) -> None:
     config = tiny_config("MistralForCausalLM", layers=1)
     write_native(tmp_path, "nvfp4", config=config)
 
@@ -75,7 +75,7 @@ def test_mistrals_own_form_is_named_as_in_the_file(tmp_path: Path) -> None:
     assert found == {f"layers.0.{leaf}.weight_global_scale" for leaf in leaves}
 
 
-def test_targets_of_a_multimodal_model_may_put_the_prefix_otherwise(tmp_path: Path) -> None:
+def test_targets_of_a_multimodal_model_may_have_another_prefix(tmp_path: Path) -> None:
     """Of two groups that would fit the tensors, the target tells which one is meant."""
 
     def place(stored: dict[str, Tensor]) -> None:
@@ -116,7 +116,7 @@ class TestSparse:
         shapes = {name.replace(".weight", ".shape"): tuple(tensor.shape) for name, tensor in built.stored.items()}
         assert open_checkpoint(tmp_path).probe == Probe(shapes=shapes, scalars=scalars)
 
-    def test_a_value_that_is_stored_in_pieces_is_not_read(self, tmp_path: Path) -> None:
+    def test_a_sparse_scalar_is_not_read(self, tmp_path: Path) -> None:
         """Releases up to 0.8.1 compressed every tensor; where a value lies is not known from headers then."""
         built = write_checkpoint(tmp_path, config=LLAMA, scheme="nvfp4")
         plain = {f"{Q}.weight_global_scale": built.stored.pop(f"{Q}.weight_global_scale")}
@@ -125,7 +125,7 @@ class TestSparse:
 
         assert open_checkpoint(tmp_path).probe.scalars == {name: float(scalar) for name, scalar in plain.items()}
 
-    def test_a_shape_that_was_read_tells_whose_zero_point_is_looked_at(self, tmp_path: Path) -> None:
+    def test_a_shape_that_was_read_decides_which_zero_points_are_read(self, tmp_path: Path) -> None:
         """Half of the words are 0 and not stored, so that values alone make fewer columns."""
         group = SCHEMES["int4-g32-asym"].group
         block = quantization_block({"group_0": group | {"weights": group["weights"] | {"symmetric": True}}})
