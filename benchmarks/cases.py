@@ -115,7 +115,6 @@ class Peer:
     """
 
     name: str
-    title: str
     needs: tuple[str, ...] = ()
     program: str = ""
 
@@ -132,18 +131,10 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
     {
         peer.name: peer
         for peer in (
-            Peer(name="cp", title="`cp`", program="cp"),
-            Peer(name="load_file", title="safetensors `load_file` and `clone`", needs=("safetensors",)),
-            Peer(
-                name="library",
-                title="the compressed-tensors library",
-                needs=("compressed_tensors", "safetensors", "transformers"),
-            ),
-            Peer(
-                name="transformers",
-                title="transformers `from_pretrained`",
-                needs=("transformers", "compressed_tensors"),
-            ),
+            Peer(name="cp", program="cp"),
+            Peer(name="load_file", needs=("safetensors",)),
+            Peer(name="library", needs=("compressed_tensors", "safetensors", "transformers")),
+            Peer(name="transformers", needs=("transformers", "compressed_tensors")),
         )
     }
 )

@@ -100,7 +100,7 @@ def test_cp_writes_as_many_bytes_as_the_conversion(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_is_not_installed_is_named() -> None:
-    peer = Peer(name="nobody", title="", needs=("json", "no_such_package"), program="no-such-program")
+    peer = Peer(name="nobody", needs=("json", "no_such_package"), program="no-such-program")
 
     assert peer.missing == "no_such_package and no-such-program"
     assert importlib.util.find_spec("no_such_package") is None

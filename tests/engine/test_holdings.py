@@ -1,6 +1,6 @@
-"""The table of the engine's modes: which schemes each one holds as they are, by repeating scales, with a note, or not.
+"""The table of modes: the schemes that each holds unchanged, by repeating scales, with a note, or not at all.
 
-A row's expectation is written out, so that a change of the table shows here as a change of a promise.
+The expected values are written out, so that a change of the table changes an expectation here.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def test_family_and_modes_of_every_scheme(row: Row) -> None:
     assert held(row.weight) == row.held
 
 
-def test_every_mode_holds_some_scheme_as_it_is() -> None:
-    """A row of the table that nothing reaches would be a promise without a test."""
+def test_every_mode_holds_some_scheme_unchanged() -> None:
+    """An entry of the table that no scheme uses would be untested."""
     assert {algo for algo in EVERY_ALGO if any(f"={algo}" in row.held for row in ROWS.values())} == EVERY_ALGO
 
 
@@ -155,14 +155,14 @@ def test_a_scheme_that_no_mode_holds_comes_with_reasons(row: Row) -> None:
     assert not {reason.split()[0] for reason in reasons} & {holding.mode.algo for holding in holdings(row.weight)}
 
 
-def test_reasons_are_those_of_the_modes_that_are_asked_about() -> None:
+def test_reasons_are_about_the_given_modes_only() -> None:
     asymmetric = ROWS["int4 g128 asymmetric"].weight
     assert obstacles(asymmetric, frozenset({QuantAlgo.W4A16_AWQ})) == ("W4A16_AWQ holds no zero points",)
     assert obstacles(asymmetric, frozenset({QuantAlgo.FP8, QuantAlgo.W8A16})) == ()
 
 
 @pytest.mark.parametrize(("bits", "native"), [(3, "W4A16_AWQ"), (4, "W4A16_AWQ"), (8, "W8A16")])
-def test_the_recipe_tells_awq_from_gptq_up_to_4_bits_only(bits: int, native: str) -> None:
+def test_the_recipe_distinguishes_awq_and_gptq_up_to_4_bits_only(bits: int, native: str) -> None:
     assert native_mode(ints(bits, 128), AWQ) == native
     assert native_mode(ints(bits, 128), ("GPTQModifier",)) == native.replace("AWQ", "GPTQ")
 
@@ -182,15 +182,17 @@ def test_the_recipe_tells_awq_from_gptq_up_to_4_bits_only(bits: int, native: str
         ("MXFP4A16", None, None),
     ],
 )
-def test_the_first_mode_that_a_target_declares(row: str, modelopt: str | None, reference: str | None) -> None:
-    """Symmetric int4 is W4A16_AWQ whatever made it; asymmetric int4 has a mode only where GPTQ is declared."""
+def test_each_scheme_gets_the_first_mode_that_the_target_has(
+    row: str, modelopt: str | None, reference: str | None
+) -> None:
+    """Symmetric int4 gets W4A16_AWQ whichever tool wrote it; asymmetric int4 needs a target with W4A16_GPTQ."""
     for target, expected in ((MODELOPT, modelopt), (REFERENCE, reference)):
         algos = target.algos(expert=False)
         first = next((h.mode.algo for h in holdings(ROWS[row].weight) if h.mode.algo in algos), None)
         assert first == expected
 
 
-def test_the_stored_zero_point_decides_and_not_the_word_symmetric() -> None:
+def test_the_stored_zero_point_decides_and_not_symmetric() -> None:
     assert holdings(weight(ints(4, 128, symmetric=False)))[0].mode.algo is QuantAlgo.W4A16_AWQ
 
 
@@ -219,14 +221,14 @@ TILES: list[tuple[Weight, tuple[int, int], bool]] = [
 
 
 @pytest.mark.parametrize(("of", "shape", "fits"), TILES, ids=lambda value: "" if isinstance(value, Weight) else None)
-def test_kernels_take_whole_tiles_only(of: Weight, shape: tuple[int, int], fits: bool) -> None:
+def test_kernels_accept_whole_tiles_only(of: Weight, shape: tuple[int, int], fits: bool) -> None:
     sized = replace(of, shape=shape)
     assert bool(holdings(sized)) is fits
     assert any("% " in reason for reason in obstacles(sized, EVERY_ALGO)) is not fits
 
 
-def test_blocks_of_joined_linears_begin_at_a_whole_block() -> None:
-    """The engine puts the scales of q, k and v one behind the other: a cut block would shift those that follow."""
+def test_fused_linears_begin_at_a_whole_block() -> None:
+    """The engine concatenates the scales of q, k and v: a partial block would shift the scales that follow."""
     joined = weight(blocks(), FP8_GROUP, shape=(192, 256), fused=True)
     assert "FP8_BLOCK_SCALES needs out % 128 == 0 and in % 1 == 0" in obstacles(joined, EVERY_ALGO)
     assert held(replace(joined, fused=False)) == "=FP8_BLOCK_SCALES"
@@ -237,7 +239,7 @@ def test_scales_are_repeated_only_into_whole_groups() -> None:
     assert held(weight(ints(4), shape=(16, 192))) == "=W4A16 ~W4A16_AWQ/64"
 
 
-def test_without_a_shape_the_configuration_alone_is_asked() -> None:
+def test_without_a_shape_the_configuration_alone_decides() -> None:
     assert held(weight(ints(4, 64), shape=None)) == "=W4A16_AWQ/64 =W4A16_GPTQ/64"
     assert held(weight(blocks(), FP8_GROUP, shape=None)) == "=FP8_BLOCK_SCALES"
 
@@ -264,7 +266,7 @@ def test_without_a_shape_the_configuration_alone_is_asked() -> None:
         ),
     ],
 )
-def test_reasons_are_words(row: str, words: str) -> None:
+def test_reasons_name_the_obstacle(row: str, words: str) -> None:
     assert words in obstacles(ROWS[row].weight, EVERY_ALGO)
 
 
@@ -283,7 +285,7 @@ def test_reasons_are_words(row: str, words: str) -> None:
         ),
     ],
 )
-def test_a_note_says_what_becomes_of_activations(row: str, note: str) -> None:
+def test_a_note_says_how_activations_differ_from_the_scheme(row: str, note: str) -> None:
     assert {holding.note for holding in holdings(ROWS[row].weight)} == {note}
 
 
@@ -311,7 +313,7 @@ def test_the_kind_of_activations_of_a_scheme(inputs: QuantArgs | None, kind: Act
 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(), QuantScheme(input_activations=FP8_TOKEN)], ids=str)
-def test_to_ask_for_the_mode_of_an_unquantized_weight_is_our_own_bug(scheme: QuantScheme) -> None:
+def test_an_unquantized_weight_raises_an_assertion_error(scheme: QuantScheme) -> None:
     with pytest.raises(AssertionError, match="a quantized weight has arguments"):
         holdings(Weight(scheme=scheme, element=Element.INT, shape=SHAPE))
 
@@ -322,7 +324,7 @@ def test_every_mode_is_listed_once() -> None:
     assert QuantAlgo.MIXED_PRECISION not in algos
 
 
-def test_codes_in_words() -> None:
+def test_codes_are_described_in_words() -> None:
     words = {mode.algo: mode.codes for mode in LINEAR_MODES}
     assert words[QuantAlgo.W4A16] == "int1-4"
     assert words[QuantAlgo.W8A16] == "int5-8"

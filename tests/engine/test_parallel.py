@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
-    """What is read of an engine's `Mapping`: ranks of a stage are neighbours, and so are expert ranks."""
+    """An engine's `Mapping`: the ranks of a stage are neighbours, and so are the ranks of an expert group."""
 
     rank: int = 0
     tp_size: int = 1
@@ -40,7 +40,7 @@ class Mapped:
         return self.tp_rank % max(self.moe_ep_size, 1)
 
     def pp_layers(self, num_layers: int, /) -> Sequence[int]:
-        """The first stages have one more where layers don't divide."""
+        """The first stages have one layer more if the layers can't be divided evenly."""
         return range(num_layers)[self._first(num_layers, self.pp_rank) : self._first(num_layers, self.pp_rank + 1)]
 
     def _first(self, num_layers: int, stage: int) -> int:
@@ -95,7 +95,7 @@ class TestSizes:
             ({"tensor": 2, "expert": 4}, "tensor 2, pipeline 1, expert 4"),
         ],
     )
-    def test_what_can_not_be_is_said_with_all_of_them(self, sizes: dict[str, int], found: str) -> None:
+    def test_impossible_sizes_are_refused_with_all_sizes(self, sizes: dict[str, int], found: str) -> None:
         with pytest.raises(UsageError) as caught:
             Parallel(**sizes)
 
@@ -103,7 +103,7 @@ class TestSizes:
         assert (fault.where, fault.found) == ("parallel sizes", found)
         assert "divides the tensor-parallel one" in fault.expected
 
-    def test_nothing_said_is_one_rank(self) -> None:
+    def test_the_default_is_one_rank(self) -> None:
         assert Parallel(tensor=1, pipeline=1, expert=1, attention_dp=False) == ONE_RANK
 
     @given(SIZES)
@@ -118,18 +118,18 @@ class TestSizes:
 class TestRanks:
     @settings(deadline=None)
     @given(SIZES, st.integers(0, 7))
-    def test_of_one_stage_share_everything_exactly_once(self, parallel: Parallel, layers: int) -> None:
-        """Each slice of a Linear, and each slice of each share of the experts, has one rank."""
+    def test_of_one_stage_divide_everything_exactly_once(self, parallel: Parallel, layers: int) -> None:
+        """Each slice of a Linear, and each slice of each share of the experts, belongs to one rank."""
         ranks = ranks_of(parallel, layers)
         for stage in range(parallel.pipeline):
-            own = [rank for rank in ranks if rank.pipeline == stage]
+            in_stage = [rank for rank in ranks if rank.pipeline == stage]
             shares = [(expert, part) for expert in range(parallel.expert) for part in range(parallel.expert_tensor)]
-            assert sorted(rank.tensor for rank in own) == list(range(parallel.tensor))
-            assert sorted((rank.expert, rank.expert_tensor) for rank in own) == shares
+            assert sorted(rank.tensor for rank in in_stage) == list(range(parallel.tensor))
+            assert sorted((rank.expert, rank.expert_tensor) for rank in in_stage) == shares
 
     @settings(deadline=None)
     @given(SIZES, st.integers(0, 7))
-    def test_every_layer_lies_in_one_stage(self, parallel: Parallel, layers: int) -> None:
+    def test_every_layer_is_in_one_stage(self, parallel: Parallel, layers: int) -> None:
         """Uneven stages and those without a layer too."""
         stages = [rank.layers or () for rank in ranks_of(parallel, layers) if rank.tensor == 0]
 
@@ -142,13 +142,13 @@ class TestRanks:
 
         assert (rank.expert, rank.expert_tensor) == (share, part)
 
-    def test_a_rank_of_which_nothing_is_said_has_every_layer(self) -> None:
+    def test_the_default_rank_has_every_layer(self) -> None:
         assert Rank() == Rank(parallel=ONE_RANK, tensor=0, pipeline=0, expert=0, layers=None)
         assert Rank().expert_tensor == 0
 
 
 class TestMapping:
-    def test_every_number_of_it_counts(self) -> None:
+    def test_every_attribute_is_read(self) -> None:
         mapping = Mapped(rank=11, tp_size=8, pp_size=2, moe_ep_size=2, enable_attention_dp=True)
 
         assert Rank.from_mapping(mapping, 3) == Rank(
@@ -165,8 +165,8 @@ class TestMapping:
 
         assert (rank.parallel.expert, rank.expert, rank.expert_tensor) == (1, 0, 1)
 
-    def test_an_attention_size_that_is_no_boolean_becomes_one(self) -> None:
-        """Engines leave None where nobody asked; sizes of two plans are compared."""
+    def test_attention_dp_becomes_a_boolean(self) -> None:
+        """Engines use None for an option that was not set; the sizes of two plans have to compare equal."""
         mapping = Mapped(enable_attention_dp=None)  # type: ignore[arg-type]
 
         assert Rank.from_mapping(mapping, 1).parallel.attention_dp is False
@@ -178,5 +178,5 @@ class TestMapping:
 
         assert [(fault.where, fault.found) for fault in caught.value.faults] == [(f"mapping.{kind}", "2")]
 
-    def test_an_engine_that_has_them_and_uses_none_is_served(self) -> None:
+    def test_an_engine_that_has_other_kinds_and_uses_none_is_accepted(self) -> None:
         assert Rank.from_mapping(MappedOtherwise(), 1) == Rank.from_mapping(Mapped(), 1)

@@ -52,7 +52,7 @@ def test_the_fields_of_one_mode_are_those_of_the_whole_model() -> None:
 
 
 def test_the_mode_of_a_module() -> None:
-    """Excluded modules have none; a mixed configuration knows those that it names."""
+    """Excluded modules have no mode; in a mixed configuration only the named modules have one."""
     one = QuantConfig(layer=AWQ, exclude_modules=("lm_head",))
     mixed = QuantConfig(quantized_layers={"a": FP8, "b": AWQ}, exclude_modules=("b",))
 
@@ -72,8 +72,8 @@ def test_the_mode_of_a_module() -> None:
         ("experts", None),
     ],
 )
-def test_a_name_counts_for_the_modules_below_it(module: str, expected: LayerQuantConfig | None) -> None:
-    """All routed experts of a layer are named once; a name is no prefix of letters."""
+def test_a_name_applies_to_the_modules_inside_of_it(module: str, expected: LayerQuantConfig | None) -> None:
+    """All routed experts of a layer are named once; names are compared by whole parts, not as strings."""
     name = "model.layers.1.mlp.experts"
     everything = QuantConfig(layer=FP8, exclude_modules=(name,))
 
@@ -81,7 +81,7 @@ def test_a_name_counts_for_the_modules_below_it(module: str, expected: LayerQuan
     assert everything.layer_config(module) == (None if expected else FP8)
 
 
-def test_what_is_excluded_below_a_named_module_is_plain() -> None:
+def test_an_excluded_module_inside_of_a_named_one_is_plain() -> None:
     config = QuantConfig(quantized_layers={"a": FP8}, exclude_modules=("a.b",))
 
     assert [config.layer_config(name) for name in ("a", "a.b", "a.b.c", "a.c")] == [FP8, None, None, FP8]
@@ -119,7 +119,7 @@ def test_what_is_excluded_below_a_named_module_is_plain() -> None:
         ),
     ],
 )
-def test_what_modelopt_writes_is_read_and_written_alike(entry: dict[str, object], layer: LayerQuantConfig) -> None:
+def test_entries_of_modelopt_are_read_and_written_unchanged(entry: dict[str, object], layer: LayerQuantConfig) -> None:
     config = QuantConfig.from_dict(entry)
 
     assert config == QuantConfig(layer=layer, exclude_modules=("lm_head", "model.embed_tokens"))
@@ -127,7 +127,7 @@ def test_what_modelopt_writes_is_read_and_written_alike(entry: dict[str, object]
 
 
 @pytest.mark.parametrize("name", ["fp8_pb_wo", "FP8_PB_WO"])
-def test_modelopts_own_name_of_fp8_in_blocks(name: str) -> None:
+def test_the_name_that_modelopt_has_for_fp8_in_blocks(name: str) -> None:
     """nvidia-modelopt 0.47.0, FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG."""
     layer = QuantConfig.from_dict({"quant_algo": name}).layer
 
@@ -135,7 +135,7 @@ def test_modelopts_own_name_of_fp8_in_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize("entry", [{}, {"quant_algo": None}, {"quant_algo": None, "exclude_modules": None}])
-def test_nothing_quantized_reads_as_nothing(entry: dict[str, object]) -> None:
+def test_an_entry_without_quantization_gives_an_empty_configuration(entry: dict[str, object]) -> None:
     assert QuantConfig.from_dict(entry) == QuantConfig()
 
 
@@ -143,6 +143,6 @@ def test_nothing_quantized_reads_as_nothing(entry: dict[str, object]) -> None:
     "entry",
     [{"quant_algo": "W3A16"}, {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "?"}}}],
 )
-def test_an_unknown_algorithm_is_no_algorithm(entry: dict[str, object]) -> None:
+def test_an_unknown_algorithm_is_refused(entry: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="is not a valid QuantAlgo"):
         QuantConfig.from_dict(entry)

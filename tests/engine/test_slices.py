@@ -1,4 +1,4 @@
-"""Slices that a mode holds: equal ones, of whole multiples, with K/V heads and the scales that engines repeat."""
+"""The slices that a mode holds: equal, whole multiples, with K/V heads and scales that engines repeat."""
 
 from __future__ import annotations
 
@@ -56,23 +56,23 @@ class TestRows:
             (Slices(tensor=4, columns=True), 64, "each rank's 32 columns are no multiple of 64"),
         ],
     )
-    def test_the_obstacle_names_them_and_the_size(self, slices: Slices, multiple: int, words: str) -> None:
+    def test_the_obstacle_names_slices_and_size(self, slices: Slices, multiple: int, words: str) -> None:
         found = obstacle(slices, multiple=multiple)
 
         assert found is not None
         assert found.startswith(f"MODE at tensor parallel {slices.tensor}: {words}; ")
 
-    def test_one_rank_has_whole_multiples_too(self) -> None:
+    def test_one_rank_needs_whole_multiples_too(self) -> None:
         assert obstacle(Slices(tensor=1), rows=64, multiple=64) is None
         assert "each rank's 64 rows are no multiple of 48" in (obstacle(Slices(tensor=1), multiple=48) or "")
 
-    def test_of_no_rows_every_rank_has_none(self) -> None:
+    def test_a_weight_without_rows_has_empty_slices(self) -> None:
         assert obstacle(Slices(tensor=8), rows=0, multiple=16) is None
 
 
 class TestExperts:
     @pytest.mark.parametrize(("expert", "slices"), [(1, 8), (2, 4), (4, 2), (8, 1)])
-    def test_are_cut_by_the_ranks_that_share_one(self, expert: int, slices: int) -> None:
+    def test_are_sliced_for_the_ranks_that_share_an_expert(self, expert: int, slices: int) -> None:
         of_experts = Slices(tensor=8, expert=expert)
 
         assert obstacle(of_experts, rows=16 * slices, multiple=16) is None
@@ -83,7 +83,7 @@ class TestExperts:
 
 
 class TestParts:
-    def test_each_is_cut_for_itself(self) -> None:
+    def test_each_part_is_sliced_for_itself(self) -> None:
         """128 rows are whole multiples for 4 ranks, but those of keys alone are not."""
         parts = Slices(tensor=4, parts=(64, 32, 32))
 
@@ -96,30 +96,32 @@ class TestParts:
         tensor=st.integers(1, 6),
         multiple=st.integers(1, 4),
     )
-    def test_they_are_held_where_each_alone_is(self, parts: tuple[int, ...], tensor: int, multiple: int) -> None:
+    def test_parts_are_held_if_each_part_alone_is(self, parts: tuple[int, ...], tensor: int, multiple: int) -> None:
         joined = obstacle(Slices(tensor=tensor, parts=parts), rows=sum(parts), multiple=multiple)
         alone = [obstacle(Slices(tensor=tensor), rows=part, multiple=multiple) for part in parts]
 
         assert (joined is None) is all(each is None for each in alone)
 
-    def test_columns_have_none(self) -> None:
+    def test_columns_have_no_parts(self) -> None:
         assert obstacle(Slices(tensor=2, columns=True, parts=(3, 5)), columns=128) is None
 
 
 class TestHeads:
     @pytest.mark.parametrize(("heads", "tensor"), [(8, 2), (8, 8), (2, 8), (1, 16), (1, 1)])
     def test_a_rank_has_whole_heads_at_least_one(self, heads: int, tensor: int) -> None:
-        """Ranks that outnumber the heads have one of them in common."""
+        """If there are more ranks than heads, several ranks have the same head."""
         slices = Slices(tensor=tensor, heads=heads)
 
         assert obstacle(slices, rows=16 * heads, multiple=16) is None
-        own = max(1, heads // tensor)
-        assert f"each rank's {8 * own} rows are" in (obstacle(slices, rows=8 * heads, multiple=16 * own) or "")
+        heads_per_rank = max(1, heads // tensor)
+        assert f"each rank's {8 * heads_per_rank} rows are" in (
+            obstacle(slices, rows=8 * heads, multiple=16 * heads_per_rank) or ""
+        )
 
     @pytest.mark.parametrize("target_repeats", [True, False])
     @pytest.mark.parametrize("engine_repeats", [True, False])
     @pytest.mark.parametrize(("heads", "tensor"), [(2, 4), (1, 16)])
-    def test_repeated_ones_need_scales_that_somebody_repeats(
+    def test_repeated_heads_need_repeated_scales(
         self, heads: int, tensor: int, target_repeats: bool, engine_repeats: bool
     ) -> None:
         slices = Slices(tensor=tensor, heads=heads, repeats_scales=target_repeats)
@@ -131,12 +133,12 @@ class TestHeads:
         assert found is None or words in found
 
     @pytest.mark.parametrize("heads", [4, 8, None])
-    def test_nothing_is_repeated_for_ranks_that_have_their_own(self, heads: int | None) -> None:
+    def test_nothing_is_repeated_if_there_are_enough_heads(self, heads: int | None) -> None:
         assert obstacle(Slices(tensor=4, heads=heads, repeats_scales=False), scales_repeated=False) is None
 
 
 class TestSizes:
-    """What the obstacle says of other sizes of the same model."""
+    """What the obstacle says about other sizes for the same model."""
 
     @pytest.mark.parametrize(
         ("sizes", "remedy"),
@@ -147,7 +149,7 @@ class TestSizes:
             ((1, 2, 4, 8), "sizes 1, 2, 4 work"),
         ],
     )
-    def test_are_named_where_they_work(self, sizes: tuple[int, ...], remedy: str) -> None:
+    def test_sizes_that_work_are_named(self, sizes: tuple[int, ...], remedy: str) -> None:
         found = obstacle(Slices(tensor=8, sizes=sizes), rows=64, multiple=16)
 
         assert found == f"MODE at tensor parallel 8: each rank's 8 rows are no multiple of 16; {remedy}"
@@ -159,7 +161,7 @@ class TestSizes:
         multiple=st.sampled_from([1, 4, 16]),
         heads=st.none() | st.integers(1, 4),
     )
-    def test_those_that_are_named_work_and_no_others(
+    def test_exactly_the_sizes_that_work_are_named(
         self, group: tuple[int, int], rows: int, multiple: int, heads: int | None
     ) -> None:
         def at(tensor: int) -> str | None:

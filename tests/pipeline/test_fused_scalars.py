@@ -1,4 +1,4 @@
-"""Parts of one Linear share their scalars, or the conversion stops."""
+"""The parts of a fused Linear have equal scalars, or the conversion stops."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
 
 
 def test_zero_is_compared_like_any_other_scalar() -> None:
-    """A plan gives the part that saw no data the scalar of the other one; here nobody did, and the engine asserts."""
+    """A plan gives a part that saw no data the scalar of the other part. Without a plan the engine would assert."""
     checker = FusedScalars()
     checker.check(part("e.gate_proj", fused_linear="e.gate_up"), scalars("e.gate_proj", 0.25))
     with pytest.raises(PayloadError, match=r"e\.up_proj\.weight_scale_2: expected 0\.25"):

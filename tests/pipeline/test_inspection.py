@@ -69,7 +69,7 @@ def fuse(stored: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_has_a_row_that_names_it(tmp_path: Path, scheme: str) -> None:
-    """Never "unknown", and a dequantized one says why."""
+    """No row is "unknown", and a dequantized one has a reason."""
     config = tiny_config(hidden=256, intermediate=256, layers=1, vocabulary=16)
     write_checkpoint(tmp_path, config=config, scheme=scheme)
 

@@ -1,4 +1,4 @@
-"""CompressedTensorsWeightLoader: layouts, decompressors, what it logs, and how much memory it takes."""
+"""CompressedTensorsWeightLoader: layouts, decompressors, log messages and memory."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TestLayouts:
         )
 
     def test_weights_outlive_the_stream_that_they_came_from(self, tmp_path: Path):
-        """A view of a mapped file must not go with the reader."""
+        """A view of a memory-mapped file must stay valid after the reader is closed."""
         built = write_checkpoint(tmp_path, scheme="int8-plain-channel")
         name = "model.layers.1.mlp.down_proj.weight"
 
@@ -172,7 +172,7 @@ class TestDecompressors:
 class TestMissingLibrary:
     @pytest.fixture
     def without_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The package is looked for, not imported, so hiding it from the search is enough."""
+        """The package is searched for but not imported, so hiding it from the search is enough."""
         found = importlib.util.find_spec
         hidden = "compressed_tensors"
         monkeypatch.setattr(
@@ -206,7 +206,7 @@ class TestMissingLibrary:
         assert not caplog.records
 
     def test_the_main_path_works_where_the_library_cannot_be_imported(self, built: Built, tmp_path: Path):
-        """Neither installed nor importable: inspect, load, convert and verify in a process of its own."""
+        """Inspect, load, convert and verify in a new process where it is neither installed nor importable."""
         done = run_python(
             """
             import importlib.util, sys
@@ -239,7 +239,7 @@ class TestMissingLibrary:
 
 
 class TestMemory:
-    """Measured in a process of its own, as anonymous memory: pages of mapped files can be dropped at any time."""
+    """Measured in a new process, as anonymous memory: pages of memory-mapped files can be dropped at any time."""
 
     @pytest.fixture
     def large(self, tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Delivered tensors, decoded by the engine's rules, are worth what the builder says that the stored ones are worth."""
+"""Delivered tensors, decoded by the engine's rules, have the values that the builder gave the stored tensors."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def local(tensors: dict[str, Tensor], module: str) -> dict[str, Tensor]:
 def test_every_scheme_is_delivered_exactly(
     scheme: str, algo: str, delivered: Delivered, scale_dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Names, dtypes and shapes are the engine's, values the checkpoint's, and stored tensors stay untouched."""
+    """Names, dtypes and shapes are the engine's, values are the checkpoint's, and stored tensors are not changed."""
     built = write_checkpoint(tmp_path, config=NARROW, scheme={ALONE: scheme}, scale_dtype=scale_dtype)
     before = {name: tensor.clone() for name, tensor in built.stored.items()}
     plan = plan_checkpoint(tmp_path, "reference")
@@ -145,7 +145,7 @@ def test_every_scheme_is_delivered_exactly(
 
 @pytest.mark.parametrize("module", [FUSED, ALONE], ids=["fused", "alone"])
 def test_only_linears_that_are_not_fused_get_a_pre_quant_scale(module: str, tmp_path: Path) -> None:
-    """The engine demands it of the others and never reads it for q/k/v and gate/up."""
+    """The engine requires it for these and never reads it for q/k/v and gate/up."""
     built = write_checkpoint(tmp_path, config=CONFIG, scheme="int4-g64")
     plan = plan_checkpoint(tmp_path)
     got = CompressedTensorsWeightMapper().map_weights(plan, built.stored)

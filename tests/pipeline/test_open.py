@@ -1,4 +1,4 @@
-"""The stages in order: what each gives, and who refuses what."""
+"""The stages in order: the result of each, and the errors that each raises."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_opening_reads_no_tensor(built: Built, as_type: type, monkeypatch: pytes
 
 
 def test_a_byte_order_mark_in_config_json_is_accepted(tmp_path: Path) -> None:
-    """Editors of one operating system write it."""
+    """Some editors write one."""
     write_checkpoint(tmp_path)
     config = tmp_path / "config.json"
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
@@ -67,7 +67,7 @@ def test_each_stage_refuses_with_its_own_error(tmp_path: Path) -> None:
 
 
 def test_mistral_weight_names_without_config_json_are_refused_by_name(tmp_path: Path) -> None:
-    """params.json may hold a block that is ours, but its model is described nowhere that we read."""
+    """params.json may hold a compressed-tensors block, but nothing that is read describes its model."""
     write_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "params.json").write_text(
@@ -147,7 +147,7 @@ class TestWorkers:
 
     @pytest.mark.parametrize("workers", [1, 4])
     def test_the_first_fault_in_the_order_of_the_plan_is_raised(self, tmp_path: Path, workers: int):
-        """However soon later ones are found; what comes before it is delivered."""
+        """Even if a later one is found sooner; modules before the fault are delivered."""
         built = write_checkpoint(tmp_path, scheme="int4-g64")
         plan = open_checkpoint(tmp_path).plan()
         modules = [module.name for module in plan.modules]
@@ -181,7 +181,7 @@ class TestWorkers:
     def test_a_warning_is_logged_once_for_the_first_module_of_the_plan(
         self, built: Built, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ):
-        """Though a later module is looked at first."""
+        """Even if a later module is converted first."""
         checkpoint = open_checkpoint(built.directory)
         plan = checkpoint.plan()
         one, other = [module.name for module in plan.modules if module.weight is not None][:2]

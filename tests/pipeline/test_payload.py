@@ -1,4 +1,4 @@
-"""Values that headers can't show: every broken promise is named, all of a module together."""
+"""Invalid values that headers don't show: each is named, and all faults of a module are raised together."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_a_local_scale_of_zero_is_allowed_and_counted(bits: int) -> None:
 @pytest.mark.parametrize("as_e8m0", [False, True], ids=["bytes", "e8m0"])
 @pytest.mark.parametrize("args", MX_ARGS, ids=QuantArgs.label)
 def test_an_exponent_of_255_is_a_fault(args: QuantArgs, as_e8m0: bool) -> None:
-    """The library makes infinity of it."""
+    """The library would decode it as infinity."""
     stored = stored_module(args)
     stored["weight_scale"][3, 1] = 255
     if as_e8m0:

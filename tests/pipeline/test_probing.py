@@ -1,6 +1,6 @@
-"""The few values that are read before planning: which tensors they are of, and what is told of them.
+"""The few values that are read before planning: of which tensors, and what the probe contains.
 
-Files are written by safetensors; what a probe says is compared with the tensors that were saved.
+Files are written by safetensors; the probe is compared with the saved tensors.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def probed(
 
 
 def update(**tensors: Tensor) -> Edit:
-    """An edit that stores these for `q_proj`."""
+    """Return an edit that stores these tensors for `q_proj`."""
     return lambda stored: stored.update({f"{Q}.{local}": tensor for local, tensor in tensors.items()})
 
 
 def read_of(directory: Path) -> tuple[QuantizationConfig, Catalog, Model]:
-    """What a probe is made of."""
+    """Return the probe of an edited checkpoint."""
     checkpoint = open_checkpoint(directory)
     return checkpoint.config, checkpoint.catalog, checkpoint.model
 
@@ -77,7 +77,7 @@ class TestNothingToRead:
 
     @pytest.mark.parametrize("scheme", ["int4-g32", "int4-g32-asym", "int8-channel-asym", "dense"])
     def test_no_file_is_opened_then(self, tmp_path: Path, scheme: str) -> None:
-        """Zero points of asymmetric weights count whatever they hold."""
+        """Zero points of asymmetric weights are used whatever their values."""
         headers = read_of(write_checkpoint(tmp_path, config=LLAMA, scheme=scheme).directory)
         (tmp_path / FILE).unlink()
 
@@ -127,7 +127,7 @@ class TestScalars:
 class TestPowers:
     @staticmethod
     def exact(scale: Tensor) -> tuple[int, int]:
-        """The least and the largest of the powers under which every scale stays what it is, all tried."""
+        """Return the least and the greatest power under which every scale is exact, by trying all."""
         powers = [
             power
             for power in range(-30, 30)
@@ -157,7 +157,7 @@ class TestPowers:
 
 class TestZeroPoints:
     def test_that_are_all_zero_are_in_the_probe_if_the_scheme_is_symmetric(self, tmp_path: Path) -> None:
-        """Packed ones: half of the range stands for zero."""
+        """In packed zero points, zero is stored as half of the range."""
         zeros = oracles.pack(torch.zeros(64, 2).long().numpy(), packed_words(4, 0))
 
         found = probed(tmp_path, "int4-g32-asym", update(weight_zero_point=zeros), symmetric("int4-g32-asym"))

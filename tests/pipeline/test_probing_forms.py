@@ -65,7 +65,7 @@ class TestExperts:
         assert found == {f"{experts}.{leaf}.{kind}" for leaf in ("gate_proj", "w3") for kind in kinds}
 
 
-def test_mistrals_native_format_is_named_as_in_the_file(tmp_path: Path) -> None:
+def test_mistrals_own_form_is_named_as_in_the_file(tmp_path: Path) -> None:
     config = tiny_config("MistralForCausalLM", layers=1)
     write_native(tmp_path, "nvfp4", config=config)
 
@@ -76,7 +76,7 @@ def test_mistrals_native_format_is_named_as_in_the_file(tmp_path: Path) -> None:
 
 
 def test_targets_of_a_multimodal_model_may_have_another_prefix(tmp_path: Path) -> None:
-    """Of two groups that would fit the tensors, the target tells which one is meant."""
+    """If two groups fit the tensors, the target decides."""
 
     def place(stored: dict[str, Tensor]) -> None:
         for name in [name for name in stored if name.startswith("model.")]:
@@ -117,7 +117,7 @@ class TestSparse:
         assert open_checkpoint(tmp_path).probe == Probe(shapes=shapes, scalars=scalars)
 
     def test_a_sparse_scalar_is_not_read(self, tmp_path: Path) -> None:
-        """Releases up to 0.8.1 compressed every tensor; where a value lies is not known from headers then."""
+        """Releases up to 0.8.1 compressed every tensor; headers then don't show the position of a value."""
         built = write_checkpoint(tmp_path, config=LLAMA, scheme="nvfp4")
         plain = {f"{Q}.weight_global_scale": built.stored.pop(f"{Q}.weight_global_scale")}
         save_compressed(built.stored, tmp_path / FILE, "sparse-bitmask", generation="0.4")
@@ -126,7 +126,7 @@ class TestSparse:
         assert open_checkpoint(tmp_path).probe.scalars == {name: float(scalar) for name, scalar in plain.items()}
 
     def test_a_shape_that_was_read_decides_which_zero_points_are_read(self, tmp_path: Path) -> None:
-        """Half of the words are 0 and not stored, so that values alone make fewer columns."""
+        """Half of the words are 0 and not stored, so that the values alone would suggest fewer columns."""
         group = SCHEMES["int4-g32-asym"].group
         block = quantization_block({"group_0": group | {"weights": group["weights"] | {"symmetric": True}}})
 

@@ -1,4 +1,4 @@
-"""`stream_delivered`: what is delivered module by module is held to what fused Linears demand."""
+"""`stream_delivered` checks that the parts of fused Linears have equal scalars."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ K_PROJ = "model.layers.0.self_attn.k_proj"
 
 
 def test_parts_of_a_fused_linear_with_different_scalars_are_refused(tmp_path: Path) -> None:
-    """A plan without probed values can't know of them; what is delivered shows them."""
+    """A plan without a probe can't know them; the delivered values show them."""
     built = write_checkpoint(tmp_path, scheme="nvfp4")
 
     def tripled(stored: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Which mode each module gets: alone, fused with equals, fused with others, among experts, and at every target."""
+"""Which mode each module gets: alone, in a fused group of equal or different schemes, as an expert, at every target."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def alone(of: Weight, *, target: Target = MODELOPT, plain: bool = False) -> Assi
 
 
 def members(weights: dict[str, Weight | None], sites: list[Site], target: Target) -> list[Assignment | None]:
-    """The assignments of a fused group; None is a plain member, which gets none."""
+    """Return the assignments of a fused group; None stands for a plain member, which gets no assignment."""
     candidates = {at.module: Candidate(site=at, weight=of) for at in sites if (of := weights[at.module]) is not None}
     result = assign_modes(candidates, sites, target)
     assert result.keys() == candidates.keys()
@@ -141,7 +141,7 @@ class TestAlone:
         ids=label,
     )
     @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
-    def test_the_mode_that_holds_the_weight_as_it_is(self, of, expected, target):
+    def test_it_gets_the_mode_that_holds_the_weight_unchanged(self, of, expected, target):
         assignment = alone(of, target=target)
 
         assert mode(assignment) == expected
@@ -162,7 +162,7 @@ class TestAlone:
         ],
         ids=label,
     )
-    def test_exact_weights_with_other_activations_are_native_and_said_so(self, of, expected, note):
+    def test_exact_weights_with_other_activations_are_native_with_a_note(self, of, expected, note):
         assignment = alone(of)
 
         assert mode(assignment) == expected
@@ -182,7 +182,7 @@ class TestAlone:
         ],
         ids=label,
     )
-    def test_a_weight_that_no_mode_holds_is_dequantized_and_says_why(self, of, reason):
+    def test_a_weight_that_no_mode_holds_is_dequantized_with_a_reason(self, of, reason):
         assignment = alone(of)
 
         assert mode(assignment) == "dequantized"
@@ -205,8 +205,8 @@ class TestAlone:
         assert "needs out % 16 == 0 and in % 64 == 0" in assignment.reason
 
     @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
-    def test_what_engines_read_plain_is_dequantized_whatever_the_target_holds(self, target):
-        """Embeddings, lm_head, routers, and what a model splits while it loads."""
+    def test_modules_that_engines_read_plain_are_dequantized_at_every_target(self, target):
+        """They are embeddings, lm_head, routers, and weights that a model splits when it loads them."""
         expected = Assignment(holding=None, reason="engines read this module plain")
         assert alone(int4(128), plain=True, target=target) == expected
 
@@ -220,20 +220,20 @@ class TestEngines:
 
     @pytest.mark.parametrize(("of", "algo"), [(MXFP8_A8, "MXFP8"), (NVFP4_A16, "W4A16_NVFP4")], ids=label)
     @pytest.mark.parametrize("engine", ["stock-1.0", "stock-1.2"])
-    def test_the_engine_that_has_the_linear_is_named(self, of, algo, engine):
+    def test_the_reason_names_the_engine_that_has_the_linear(self, of, algo, engine):
         expected = f"{engine} has no {algo} Linear; stock-1.3 has one"
 
         assert alone(of, target=target_named("modelopt", engine)) == Assignment(holding=None, reason=expected)
 
     @pytest.mark.parametrize(("of", "expected"), [(MXFP8_A8, "MXFP8 g32"), (NVFP4_A16, "W4A16_NVFP4 g16")], ids=label)
-    def test_that_engine_holds_it(self, of, expected):
+    def test_the_newest_engine_holds_it(self, of, expected):
         assert mode(alone(of, target=target_named("modelopt", "stock-1.3"))) == expected
 
     def test_the_default_is_the_newest_stable_line(self):
         assert target_named("modelopt") == target_named("modelopt", "stock-1.2") == MODELOPT == TARGETS["modelopt"]
         assert MODELOPT.capabilities.name == "stock-1.2"
 
-    def test_engines_only_ever_learn(self):
+    def test_newer_engines_have_all_modes_of_older_ones(self):
         """What a release holds, later ones hold: a reason never names an older one."""
         for older, newer in pairwise(ENGINES.values()):
             assert older.linear <= newer.linear
@@ -250,31 +250,31 @@ class TestFused:
     def test_equal_members_keep_their_mode(self, of):
         assert set(fused(of, of, of)) == {alone(of)}
 
-    def test_channel_joins_groups_by_repeating_its_scales(self):
+    def test_channel_scales_are_repeated_for_a_group_with_group_scales(self):
         q, k, v = fused(int4(128), int4(None), int4(128))
 
         assert [mode(q), mode(k), mode(v)] == ["W4A16_AWQ g128"] * 3
         assert [q.reason, k.reason, v.reason] == ["", "scales repeated so that qkv_proj has one mode", ""]
 
     @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
-    def test_groups_of_128_join_groups_of_64(self, order):
+    def test_groups_of_128_and_64_get_the_mode_with_groups_of_64(self, order):
         weights = [int4(128), int4(64), int4(128)]
 
         result = fused(*(weights[i] for i in order))
 
         assert {mode(assignment) for assignment in result} == {"W4A16_AWQ g64"}
 
-    def test_tensor_and_channel_scales_meet_in_scales_per_row(self):
+    def test_tensor_and_channel_scales_get_a_mode_with_row_scales(self):
         q, k, v = fused(int4(None, strategy=Strategy.TENSOR), int4(None), int4(None))
 
         assert [mode(q), mode(k), mode(v)] == ["W4A16"] * 3
 
-    def test_fp8_per_tensor_and_per_channel_meet_in_rows_where_activations_agree(self):
+    def test_fp8_per_tensor_and_per_channel_get_row_scales_if_activations_are_equal(self):
         result = fused(weight(FP8_TENSOR, FP8_TOKEN, shape=SHAPE), ROWWISE_FP8, ROWWISE_FP8)
 
         assert [mode(assignment) for assignment in result] == ["FP8_PER_CHANNEL_PER_TOKEN"] * 3
 
-    def test_members_without_a_common_mode_are_dequantized_and_all_schemes_named(self):
+    def test_members_without_a_common_mode_are_dequantized_and_the_reason_names_all_schemes(self):
         result = fused(ROWWISE_FP8, int4(128), int4(128))
 
         reason = (
@@ -283,31 +283,31 @@ class TestFused:
         )
         assert result == [Assignment(holding=None, reason=reason)] * 3
 
-    def test_zero_points_in_one_member_part_the_group_where_the_target_lacks_them(self):
+    def test_zero_points_in_one_member_dequantize_the_group_if_the_target_has_no_zero_points(self):
         q, k, v = fused(int4(128), int4(128, zeros=True), int4(128))
 
         assert [mode(q), mode(k), mode(v)] == ["dequantized"] * 3
         assert "theirs share none" in q.reason
         assert k.reason == "W4A16_GPTQ would hold it, and stock-1.2 has no such Linear"
 
-    def test_zero_points_in_one_member_make_a_mode_with_zero_points_of_all(self):
+    def test_zero_points_in_one_member_give_all_members_a_mode_with_zero_points(self):
         q, k, v = fused(int4(128), int4(128, zeros=True), int4(128), target=REFERENCE)
 
         assert [mode(q), mode(k), mode(v)] == ["W4A16_GPTQ g128"] * 3
 
-    def test_a_plain_member_makes_the_group_plain(self):
+    def test_a_plain_member_makes_the_whole_group_plain(self):
         q, k, v = fused(int4(128), None, INT8_GROUP)
 
         assert k is None
         assert q.reason == "qkv_proj has one mode for all its parts, and k_proj is stored plain"
         assert v.reason == "W8A16 holds no scale per group"
 
-    def test_a_plain_group_is_assigned_nothing(self):
+    def test_a_plain_group_gets_no_assignments(self):
         assert fused(None, None, None) == [None, None, None]
 
 
 class TestExperts:
-    """Routed experts have kernels of their own, and all of a layer share one mode."""
+    """Routed experts have other kernels than Linears, and all experts of a layer share one mode."""
 
     @pytest.mark.parametrize(
         ("of", "expected"),
@@ -323,7 +323,7 @@ class TestExperts:
         ids=label,
     )
     @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
-    def test_modes_that_experts_have(self, of, expected, target):
+    def test_experts_get_the_modes_that_expert_kernels_have(self, of, expected, target):
         assert [mode(assignment) for assignment in experts(of, of, target=target)] == [expected] * 2
 
     @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ class TestExperts:
         assert experts(of, of, target=target) == [expected] * 2
 
     @pytest.mark.parametrize(("of", "algo"), [(MXFP8_A8, "MXFP8"), (NVFP4_A16, "W4A16_NVFP4")], ids=label)
-    def test_a_newer_engine_that_has_the_kernel_is_named(self, of, algo):
+    def test_the_reason_names_a_newer_engine_that_has_the_kernel(self, of, algo):
         (assignment,) = experts(of)
 
         assert assignment.reason == f"stock-1.2 has no {algo} expert kernel; stock-1.3 has one"
@@ -394,7 +394,7 @@ def weights(draw: st.DrawFn) -> Weight:
 
 
 def holds(row: LinearMode, of: Weight) -> bool:
-    """Whether a row of the table says that it holds a weight as it is: the slow twin of `holdings`."""
+    """Whether an entry of the table holds a weight unchanged; a slow and simple version of `holdings`."""
     args, (rows, columns) = of.args, of.shape
     asked = activations_of(of.scheme)
     both_scalars = asked is Activations.FP8_STATIC and args.strategy is Strategy.TENSOR and row.element is Element.E4M3
@@ -419,8 +419,8 @@ def holds(row: LinearMode, of: Weight) -> bool:
 
 @settings(max_examples=400, deadline=None)
 @given(of=weights(), target=st.sampled_from([*STOCK, *TARGETS.values()]), expert=st.booleans())
-def test_a_module_is_native_where_the_tables_say_so_and_nowhere_else(of: Weight, target: Target, expert: bool) -> None:
-    """The law behind all of the above: a declared mode whose row holds the weight as it is, or dequantized and why."""
+def test_a_module_is_native_exactly_if_the_tables_say_so(of: Weight, target: Target, expert: bool) -> None:
+    """The general rule: a mode of the target that holds the weight unchanged, or dequantized with a reason."""
     able = {row.algo for row in LINEAR_MODES if holds(row, of)} & target.algos(expert=expert)
 
     assignment = assigned(of, site(expert=expert), target)
@@ -441,7 +441,7 @@ def test_a_module_is_native_where_the_tables_say_so_and_nowhere_else(of: Weight,
     of=st.lists(st.one_of(st.none(), weights()), min_size=3, max_size=3),
     target=st.sampled_from([*STOCK, *TARGETS.values()]),
 )
-def test_members_of_a_group_always_end_in_one_mode(of: list[Weight | None], target: Target) -> None:
+def test_members_of_a_group_always_get_one_mode(of: list[Weight | None], target: Target) -> None:
     result = fused(*of, target=target)
 
     assert len({assignment.holding.key if assignment and assignment.holding else None for assignment in result}) == 1
@@ -450,7 +450,7 @@ def test_members_of_a_group_always_end_in_one_mode(of: list[Weight | None], targ
 
 
 def test_repeated_scales_change_no_value(tmp_path: Path) -> None:
-    """One qkv of groups and channels becomes one W4A16_AWQ, whose every weight is still exact."""
+    """A qkv with group and channel scales becomes one W4A16_AWQ Linear, and every weight is still exact."""
     schemes = {"q_proj": "int4-g64", "k_proj": "int4-channel", "v_proj": "int4-g128"}
     built = write_checkpoint(tmp_path, config=tiny_config(hidden=128, layers=1), scheme=schemes)
     checkpoint = open_checkpoint(tmp_path)

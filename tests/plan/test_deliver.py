@@ -1,4 +1,4 @@
-"""Names, dtypes and shapes of what each mode delivers: the contract with the engine's Linears."""
+"""Names, dtypes and shapes of the tensors that each mode delivers: the contract with the engine's Linears."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def delivered(made: Plan, module: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("scheme", LAYOUTS)
 def test_each_mode_delivers_the_tensors_that_its_linear_reads(tmp_path: Path, scheme: str) -> None:
-    """A fused Linear never reads `pre_quant_scale`, any other demands it."""
+    """A fused Linear never reads `pre_quant_scale`, any other Linear requires it."""
     made = plan(tmp_path, scheme)
 
     assert delivered(made, ALONE) == LAYOUTS[scheme]
@@ -109,15 +109,15 @@ def test_every_scheme_is_delivered_natively_somewhere_or_dequantized_at_stock() 
 
 
 @pytest.mark.parametrize("scheme", [name for name in LAYOUTS if not name.endswith("-asym") or name.startswith("w8a8")])
-def test_the_newest_engine_is_given_the_same_tensors(tmp_path: Path, scheme: str) -> None:
-    """Of all that the reference engine reads, stock releases lack the zero points alone."""
+def test_the_newest_engine_gets_the_same_tensors(tmp_path: Path, scheme: str) -> None:
+    """Of the modes that the reference engine has, stock releases lack only the one with zero points."""
     made = plan(tmp_path, scheme, to="modelopt", engine="stock-1.3")
 
     assert delivered(made, ALONE) == LAYOUTS[scheme]
 
 
 @pytest.mark.parametrize("scheme", NEWEST)
-def test_what_the_newest_engine_alone_holds_is_dequantized_for_others(tmp_path: Path, scheme: str) -> None:
+def test_modes_that_only_the_newest_engine_has_are_dequantized_for_others(tmp_path: Path, scheme: str) -> None:
     made = plan(tmp_path, scheme, to="modelopt")
 
     assert delivered(made, ALONE) == {"weight": "bfloat16 [128, 128]"}
@@ -132,8 +132,8 @@ def test_a_module_without_a_mode_delivers_one_plain_weight(tmp_path: Path, schem
 
 
 @pytest.mark.parametrize("scheme", LAYOUTS)
-def test_a_plain_target_is_given_plain_weights_only(tmp_path: Path, scheme: str) -> None:
-    """Above all no `input_scale`, which the library's own dequantizer leaves behind."""
+def test_a_plain_target_gets_plain_weights_only(tmp_path: Path, scheme: str) -> None:
+    """In particular no `input_scale`, which the dequantizer of the library leaves in the file."""
     made = plan(tmp_path, scheme, to="dense")
 
     assert {name.rpartition(".")[2] for name in made.delivered_specs} == {"weight"}
@@ -141,14 +141,14 @@ def test_a_plain_target_is_given_plain_weights_only(tmp_path: Path, scheme: str)
 
 
 @pytest.mark.parametrize("scheme", ["int4-g128", "int8-channel", "fp8-tensor-static", "int8-g32"])
-def test_a_bias_goes_along_in_its_own_dtype(tmp_path: Path, scheme: str) -> None:
+def test_a_bias_is_delivered_in_its_stored_dtype(tmp_path: Path, scheme: str) -> None:
     made = plan(tmp_path, scheme, to="modelopt", architecture="Qwen2ForCausalLM")
 
     assert delivered(made, FUSED)["bias"] == "bfloat16 [128]"
     assert "bias" not in delivered(made, ALONE)
 
 
-def test_the_scale_of_the_input_is_of_the_dtype_that_the_model_computes_in(tmp_path: Path) -> None:
+def test_pre_quant_scale_has_the_dtype_of_the_model(tmp_path: Path) -> None:
     assert delivered(plan(tmp_path, "int4-g128", dtype=DType.F16), ALONE)["pre_quant_scale"] == "float16 [128]"
 
 
@@ -162,7 +162,7 @@ class TestDtypes:
         assert made.dtype is made.dense_dtype is DType.F16
 
     @pytest.mark.parametrize("scheme", LAYOUTS)
-    def test_float16_leaves_codes_and_their_scales_alone(self, tmp_path: Path, scheme: str) -> None:
+    def test_float16_does_not_change_codes_and_their_scales(self, tmp_path: Path, scheme: str) -> None:
         made = plan(tmp_path, scheme, dtype=DType.F16)
         expected = {name: spec.replace("bfloat16", "float16") for name, spec in LAYOUTS[scheme].items()}
 
@@ -170,7 +170,7 @@ class TestDtypes:
         assert delivered(made, "model.norm") == {"weight": "float16 [128]"}
 
     @pytest.mark.parametrize("dtype", [None, DType.BF16, DType.F32])
-    def test_other_dtypes_are_those_of_dequantized_modules_alone(self, tmp_path: Path, dtype: DType | None) -> None:
+    def test_other_dtypes_apply_to_dequantized_modules_only(self, tmp_path: Path, dtype: DType | None) -> None:
         made = plan(tmp_path, "int8-g32", to="modelopt", dtype=dtype)
         expected = dtype or DType.BF16
 
@@ -179,13 +179,13 @@ class TestDtypes:
         assert (made.dtype, made.dense_dtype) == (DType.BF16, expected)
 
     @pytest.mark.parametrize(("dtype", "of_model"), [(None, DType.BF16), (DType.F32, DType.F32)])
-    def test_a_dense_model_is_of_the_dtype_that_was_asked_for(
-        self, tmp_path: Path, dtype: DType | None, of_model: DType
-    ) -> None:
+    def test_a_dense_model_has_the_requested_dtype(self, tmp_path: Path, dtype: DType | None, of_model: DType) -> None:
         assert plan(tmp_path, "int8-g32", to="dense", dtype=dtype).dtype is of_model
 
     @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_scales_are_float32_whatever_they_were(self, tmp_path: Path, scale_dtype: torch.dtype) -> None:
+    def test_scales_are_delivered_as_float32_whatever_their_stored_dtype(
+        self, tmp_path: Path, scale_dtype: torch.dtype
+    ) -> None:
         """float32 holds each of them exactly."""
         write_checkpoint(tmp_path, scheme="int8-channel", scale_dtype=scale_dtype)
 

@@ -1,4 +1,4 @@
-"""What TensorRT-LLM's QuantConfig is told: one mode, or an entry for each module, and names instead of patterns."""
+"""TensorRT-LLM's QuantConfig of a plan: one mode, or an entry for each module, with names instead of patterns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TestOfPlan:
             layer=AWQ, exclude_modules=("model.embed_tokens", "lm_head")
         )
 
-    def test_zero_points_are_told_where_the_target_takes_them(self, tmp_path):
+    def test_zero_points_are_in_the_configuration_if_the_target_has_them(self, tmp_path):
         config = planned(tmp_path, "int4-g64-asym", to="reference")
 
         assert config.layer == LayerQuantConfig(
@@ -68,7 +68,7 @@ class TestOfPlan:
             "lm_head",
         )
 
-    def test_several_modes_are_told_module_by_module(self, tmp_path):
+    def test_several_modes_give_one_entry_for_each_module(self, tmp_path):
         config = planned(tmp_path, {"o_proj": "int4-g64", "down_proj": "fp8-tensor-static"}, kv=True)
 
         assert config.quant_algo is QuantAlgo.MIXED_PRECISION
@@ -92,11 +92,11 @@ class TestOfPlan:
         assert "model.layers.0.mlp.down_proj" in config.exclude_modules
 
     @pytest.mark.parametrize(("scheme", "to"), [("int4-g32", "modelopt"), ("int4-g64", "dense"), ("dense", "modelopt")])
-    def test_without_a_quantized_module_nothing_is_told(self, tmp_path, scheme, to):
+    def test_without_a_quantized_module_the_configuration_is_empty(self, tmp_path, scheme, to):
         assert planned(tmp_path, scheme, to=to) == QuantConfig()
 
     def test_patterns_of_ignore_become_names(self, tmp_path):
-        """Releases differ in how they match patterns, and old ones quantize what a `re:` entry should keep plain."""
+        """Releases match patterns differently, and old ones quantize modules that a `re:` entry should keep plain."""
         group = config_group(int_weights(4, group_size=64), targets=["Linear"])
         block = quantization_block({"group_0": group}, ignore=["re:.*attn.*", "lm_head"])
         write_checkpoint(
@@ -169,11 +169,11 @@ class TestOfScheme:
             *((SCHEMES[name].group, "dense", None) for name in ALGORITHMS | NEWEST),
         ],
     )
-    def test_the_mode_is_the_one_that_the_target_declares(self, group, to, algo):
+    def test_the_mode_is_one_that_the_target_has(self, group, to, algo):
         assert self.engine(group, to=to).quant_algo == algo
 
     @pytest.mark.parametrize("name", NEWEST)
-    def test_what_the_newest_engine_adds(self, name):
+    def test_the_newest_engine_adds_modes(self, name):
         config = CompressedTensorsConfigReader().read(quantization_block({"group_0": SCHEMES[name].group}))
 
         found = {
@@ -186,7 +186,7 @@ class TestOfScheme:
 
         assert self.engine(same, same | {"targets": ["lm_head"]}).quant_algo is QuantAlgo.W8A16
 
-    def test_names_and_patterns_that_only_tensors_can_settle_are_refused_together(self):
+    def test_configurations_that_need_module_names_are_refused_with_all_faults(self):
         with pytest.raises(ConfigError) as caught:
             self.engine(
                 config_group(int_weights(8, "channel")), config_group(fp8_weights(), fp8_inputs()), ignore=["re:.*mlp"]
@@ -196,7 +196,7 @@ class TestOfScheme:
         assert found == {"config_groups": "groups of 2 different modes", "ignore": "patterns (re:.*mlp)"}
 
     @pytest.mark.parametrize(("target", "algo"), [(MODELOPT, "FP8"), (DENSE, None)])
-    def test_a_quantized_kv_cache_is_told_where_the_target_takes_scales(self, target, algo):
+    def test_a_quantized_kv_cache_is_in_the_configuration_if_the_target_has_one(self, target, algo):
         assert (
             self.engine(config_group(fp8_weights(), fp8_inputs()), to=target.name, kv=True).kv_cache_quant_algo == algo
         )
@@ -209,12 +209,12 @@ class TestOfScheme:
             (fp8_weights("tensor", dynamic=True), "FP8"),
         ],
     )
-    def test_a_cache_that_the_target_does_not_have_is_not_told(self, scheme, algo):
+    def test_a_cache_that_the_target_does_not_have_is_left_out(self, scheme, algo):
         config = self.engine(config_group(fp8_weights(), fp8_inputs()), kv_cache_scheme=scheme)
 
         assert config.kv_cache_quant_algo == algo
 
-    def test_a_group_of_attention_alone_is_a_scheme_of_the_cache(self):
+    def test_a_group_that_targets_only_attention_is_the_scheme_of_the_cache(self):
         attention = config_group(None, fp8_weights(), targets=["LlamaAttention"])
 
         assert self.engine(config_group(fp8_weights(), fp8_inputs()), attention).kv_cache_quant_algo == "FP8"

@@ -1,4 +1,4 @@
-"""One scalar for the parts of a Linear that engines join: without a change of any value, or not at all.
+"""One scalar for the parts of a fused Linear: without changing any value, or not at all.
 
 Group scales are the numbers of E4M3 from a table made here; that a shift loses nothing is shown with fractions.
 """
@@ -70,7 +70,7 @@ def probe(
     inputs: Sequence[float | None] = (),
     scales: Sequence[bytes] = (),
 ) -> Probe:
-    """What was read of these members; None for what was not."""
+    """Return a probe with the values of these members; None stands for a value that was not read."""
     scalars = {
         f"{part.site.module}.{local}": value
         for local, values in ((WEIGHT, weights), (INPUT, inputs or [1.0] * len(members)))
@@ -87,7 +87,7 @@ def equalized(
     scales: Sequence[bytes] = (),
     linear: str = LINEAR,
 ) -> list[Equalized | None]:
-    """What each member takes, None where it keeps its own."""
+    """Return the replacement of each member, None if it keeps its scalars."""
     members = parts(len(weights), linear)
     found = equalize(members, probe(members, weights, inputs, scales))
     assert found.keys() <= {part.site.module for part in members}
@@ -99,7 +99,7 @@ def fits(scales: bytes, power: int) -> bool:
 
 
 ONE, SMALLEST, LARGEST = b"\x38", b"\x01", b"\x7e"
-"""1, which may be shifted both ways, and what can only be shifted up or down."""
+"""Group scales: 1, which can be shifted both ways, and others that can only be shifted up or down."""
 SCALES = st.lists(st.integers(0, 0x7E), min_size=1, max_size=3).map(bytes)
 
 
@@ -118,7 +118,7 @@ class TestPowersOfTwo:
         assert not powers_of_two_apart([*numbers, mantissa * 1.125])
 
     @pytest.mark.parametrize("numbers", [[], [0.0], [0.0, 0.0], [3.0], [3.0, 3.0], [0.0, 3.0], [1.0, 3.0]])
-    def test_others(self, numbers: list[float]) -> None:
+    def test_numbers_that_are_equal_or_differ_otherwise(self, numbers: list[float]) -> None:
         assert not powers_of_two_apart(numbers)
 
     @given(stored=st.floats(2.0**-100, 2.0**100, width=32), power=st.integers(-20, 20))
@@ -130,10 +130,10 @@ class TestPowersOfTwo:
 class TestWeights:
     @settings(max_examples=80, deadline=None)
     @given(members=st.lists(st.tuples(st.integers(-5, 5), SCALES), min_size=1, max_size=3))
-    def test_no_value_changes_and_the_fewest_parts_do_wherever_there_is_a_common_scalar(
+    def test_a_common_scalar_changes_no_value_and_as_few_parts_as_possible(
         self, members: list[tuple[int, bytes]]
     ) -> None:
-        """Of all that there could be."""
+        """The chosen scalar is compared with all possible ones."""
         own, scales = [2000 * 2.0**exponent for exponent, _ in members], [each for _, each in members]
         tried = [2000 * 2.0**exponent for exponent in range(-40, 40)]
         common = [
@@ -155,7 +155,7 @@ class TestWeights:
             shifted = [E4M3[byte] * Fraction(2) ** (each.power if each else 0) for byte in codes]
             assert [number / Fraction(scalar) for number in shifted] == [E4M3[byte] / Fraction(mine) for byte in codes]
 
-    def test_the_order_of_the_parts_has_no_meaning(self) -> None:
+    def test_the_order_of_the_parts_does_not_matter(self) -> None:
         members = parts(3)
         told = probe(members, [8.0, 2.0, 4.0], scales=[ONE, ONE, ONE])
         first = equalize(members, told)
@@ -163,7 +163,7 @@ class TestWeights:
         assert first
         assert all(equalize(order, told) == first for order in permutations(members))
 
-    def test_a_part_that_changes_says_so(self) -> None:
+    def test_a_part_that_changes_has_a_reason(self) -> None:
         first, second = equalized([4.0, 8.0], scales=[ONE, SMALLEST])
 
         assert second is None
@@ -173,7 +173,7 @@ class TestWeights:
         assert (first.note, first.obstacle) == ("", "")
 
     @pytest.mark.parametrize("scales", [(), (SMALLEST + LARGEST,) * 2], ids=["not probed", "of the whole range"])
-    def test_scales_that_can_not_be_shifted_are_in_the_way(self, scales: Sequence[bytes]) -> None:
+    def test_scales_that_can_not_be_shifted_are_an_obstacle(self, scales: Sequence[bytes]) -> None:
         found = equalized([4.0, 8.0], scales=scales)
 
         words = "weight_global_scale is 4 in p0 and 8 in p1, and E4M3 group scales can't take up the difference"
@@ -181,7 +181,7 @@ class TestWeights:
             f"the parts of qkv_proj share no scalar: {words}"
         ]
 
-    def test_other_numbers_are_in_the_way_of_all_parts_and_named(self) -> None:
+    def test_scalars_that_differ_otherwise_are_an_obstacle_for_all_parts_and_named(self) -> None:
         found = equalized([4.0, 8.0, 6.5], scales=[ONE] * 3)
 
         assert [each.obstacle if each else "" for each in found] == 3 * [
@@ -193,13 +193,13 @@ class TestWeights:
         assert (equalized([2000.0, 2000.0 * (1 + apart)]) == [None, None]) is equal
 
     @pytest.mark.parametrize("bad", [NAN, INFINITE, -4.0, 0.0, None], ids=str)
-    def test_nothing_is_said_of_scalars_that_are_refused_later_or_were_not_read(self, bad: float | None) -> None:
+    def test_nothing_is_decided_from_scalars_that_are_refused_later_or_were_not_read(self, bad: float | None) -> None:
         assert equalized([4.0, bad], scales=[ONE, ONE]) == [None, None]
         assert equalized([4.0, 4.0], inputs=[3.0, bad]) == [None, None]
 
 
 class TestWhoShares:
-    def test_each_linear_for_itself(self) -> None:
+    def test_each_linear_is_decided_for_itself(self) -> None:
         first, second = parts(2), parts(2, EXPERT)
         told = [probe(first, [4.0, 8.0], scales=[ONE, ONE]), probe(second, [16.0, 16.0], scales=[ONE, ONE])]
         both = Probe(scalars={**told[0].scalars, **told[1].scalars}, powers={**told[0].powers, **told[1].powers})
@@ -209,18 +209,18 @@ class TestWhoShares:
         assert found == equalize(first, told[0])
         assert found.keys() <= {part.site.module for part in first}
 
-    def test_a_linear_of_its_own_keeps_its_scalar(self) -> None:
+    def test_a_linear_that_is_not_fused_keeps_its_scalar(self) -> None:
         alone = parts(2, None)
 
         assert equalize(alone, probe(alone, [4.0, 6.5])) == {}
 
-    def test_weights_without_a_scalar_keep_what_they_have(self) -> None:
+    def test_weights_without_a_global_scale_are_unchanged(self) -> None:
         weight = QuantizedWeight(stored=described(PACKED_INT, ints(4), INT4), scheme=QuantScheme(), group="g")
         members = [part._replace(weight=weight) for part in parts(2)]
 
         assert equalize(members, probe(members, [4.0, 6.5])) == {}
 
-    def test_without_a_probe_nothing_is_said(self) -> None:
+    def test_without_a_probe_nothing_is_decided(self) -> None:
         assert equalize(parts(3), NO_PROBE) == {}
 
 
@@ -246,46 +246,47 @@ class TestInputs:
         assert first.reason
         assert first.note
 
-    def test_other_numbers_are_in_the_way(self) -> None:
+    def test_scalars_that_differ_otherwise_are_an_obstacle(self) -> None:
         found = equalized([4.0, 4.0], inputs=[3.0, 5.0])
 
         assert {each.obstacle for each in found if each} == {
             "the parts of qkv_proj share no scalar: input_global_scale is 3 in p0 and 5 in p1, no power of two apart"
         }
 
-    def test_of_two_obstacles_that_of_the_weight_is_told(self) -> None:
+    def test_of_two_obstacles_the_one_of_the_weight_is_reported(self) -> None:
         assert all(each and WEIGHT in each.obstacle for each in equalized([4.0, 6.5], inputs=[3.0, 5.0]))
 
-    def test_do_not_count_where_activations_stay_wide(self) -> None:
+    def test_do_not_matter_if_activations_stay_16_bit(self) -> None:
         members = parts(2, inputs=None)
 
         assert equalize(members, probe(members, [4.0, 4.0], inputs=[3.0, 5.0])) == {}
 
 
 class TestExpertsWithoutCalibration:
-    """A global scale of 0 says that a weight is zero, and it is that under any scalar."""
+    """A global scale of 0 means that the weight is zero, which it is under any scalar."""
 
     @pytest.mark.parametrize(("weights", "shared"), [([0.0, 5.0], 5.0), ([0.0, 2.0, 8.0], 8.0), ([0.0, 3.0, 0.0], 3.0)])
     def test_take_the_scalar_of_the_others(self, weights: list[float], shared: float) -> None:
         found = equalized(weights, scales=[ONE, ONE, SMALLEST], linear=EXPERT)
 
-        for own, each in zip(weights, found, strict=True):
-            if own == shared:
-                assert each is None
+        for stored, member in zip(weights, found, strict=True):
+            if stored == shared:
+                assert member is None
                 continue
-            assert each is not None
-            assert each.weight == Replaced(stored=own, shared=shared)
-            assert each.reason.startswith("calibration never reached it" if own == 0 else "group scales times a power")
-            assert "scalar of gate_up" in each.reason or own != 0
+            assert member is not None
+            assert member.weight == Replaced(stored=stored, shared=shared)
+            reason = "calibration never reached it" if stored == 0 else "group scales times a power"
+            assert member.reason.startswith(reason)
+            assert "scalar of gate_up" in member.reason or stored != 0
 
-    def test_have_no_other_input_scale_either(self) -> None:
+    def test_get_the_shared_input_scale_too(self) -> None:
         first, second = equalized([4.0, 4.0], inputs=[0.0, 3.0], linear=EXPERT)
 
         assert second is None
         assert first is not None
         assert (first.input, first.note, first.reason) == (Replaced(stored=0.0, shared=3.0), "", "")
 
-    def test_stay_as_they_are_where_no_part_has_a_scalar(self) -> None:
+    def test_are_unchanged_if_no_part_has_a_scalar(self) -> None:
         assert equalized([0.0, 0.0], inputs=[0.0, 0.0], linear=EXPERT) == [None, None]
 
     def test_obstacles_name_the_expert_and_parts_that_have_one(self) -> None:

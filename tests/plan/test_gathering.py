@@ -77,7 +77,7 @@ def sparse(name: str, rows: int, columns: int, values: int) -> dict[str, TensorS
 
 class TestHuggingFaceNames:
     @pytest.mark.parametrize("architecture", FAMILIES)
-    def test_every_module_comes_under_its_own_name_in_the_order_of_the_files(self, architecture: str) -> None:
+    def test_every_module_has_its_stored_name_in_the_order_of_the_files(self, architecture: str) -> None:
         config = tiny_config(architecture)
         specs = specs_of(config)
 
@@ -85,14 +85,14 @@ class TestHuggingFaceNames:
 
         assert list(found) == list(dict.fromkeys(name.rpartition(".")[0] for name in specs))
         assert {
-            f"{name}.{local}": view.spec for name, own in found.items() for local, view in own.views.items()
+            f"{name}.{local}": view.spec for name, module in found.items() for local, view in module.views.items()
         } == specs
-        assert all(own.name == own.stored_name == name for name, own in found.items())
+        assert all(module.name == module.stored_name == name for name, module in found.items())
 
     def test_a_checkpoint_without_tensors_has_no_modules(self) -> None:
         assert modules(tiny_config(), {}) == {}
 
-    def test_a_tensor_without_a_module_belongs_to_the_one_without_a_name(self) -> None:
+    def test_a_tensor_without_a_module_belongs_to_the_module_with_an_empty_name(self) -> None:
         assert list(modules(tiny_config(), {"scale": SCALE})) == [""]
 
 
@@ -101,28 +101,28 @@ class TestMistralNames:
     def test_become_those_of_hugging_face_and_messages_keep_them(self, architecture: str) -> None:
         config = tiny_config(architecture)
         specs = specs_of(config)
-        own = {native_name(name): each for name, each in specs.items() if ".experts." not in name}
+        native = {native_name(name): spec_ for name, spec_ in specs.items() if ".experts." not in name}
 
-        found = modules(config, own)
+        found = modules(config, native)
 
         want = [name for name in modules(config, specs) if ".experts." not in name]
         assert list(found) == want
         assert [module.stored_name for module in found.values()] == [native_name(f"{name}.")[:-1] for name in want]
 
     def test_experts_get_the_names_of_the_architecture(self) -> None:
-        own = {f"layers.0.feed_forward.experts.1.w{i}.weight": spec(4, 4) for i in (1, 2, 3)}
-        own["layers.0.attention.wq.weight"] = spec(4, 4)
+        native = {f"layers.0.feed_forward.experts.1.w{i}.weight": spec(4, 4) for i in (1, 2, 3)}
+        native["layers.0.attention.wq.weight"] = spec(4, 4)
 
-        found = modules(tiny_config(QWEN), own)
+        found = modules(tiny_config(QWEN), native)
 
         assert set(found) == {Q, *(f"{EXPERTS}.1.{leaf}_proj" for leaf in ("gate", "up", "down"))}
         assert found[f"{EXPERTS}.1.up_proj"].stored_name == "layers.0.feed_forward.experts.1.w3"
 
-    def test_modules_that_the_model_has_no_name_for_are_named_and_end_it(self) -> None:
-        own = {"layers.0.attention.wq.weight": spec(4, 4), "layers.0.mamba.in_proj.weight": spec(4, 4)}
+    def test_modules_that_the_model_has_no_name_for_are_listed_and_raised(self) -> None:
+        native = {"layers.0.attention.wq.weight": spec(4, 4), "layers.0.mamba.in_proj.weight": spec(4, 4)}
 
         with pytest.raises(PlanError) as caught:
-            gathered(tiny_config(MISTRAL), own)
+            gathered(tiny_config(MISTRAL), native)
 
         assert [fault.where for fault in caught.value.faults] == ["layers.0.mamba.in_proj"]
 
@@ -151,7 +151,7 @@ class TestFusedExperts:
         }
         assert found[f"{EXPERTS}.2.down_proj"].specs == {"weight": spec(4, 4)}
 
-    def test_together_they_are_every_element_once(self) -> None:
+    def test_the_parts_contain_every_element_once(self) -> None:
         elements: dict[str, Counter[int]] = {name: Counter() for name in self.FUSED}
         for module in modules(tiny_config(QWEN), self.FUSED).values():
             for view in module.views.values():
@@ -160,10 +160,10 @@ class TestFusedExperts:
 
         assert elements == {name: Counter(range(each.numel)) for name, each in self.FUSED.items()}
 
-    def test_a_model_without_experts_has_them_as_they_are_stored(self) -> None:
+    def test_a_model_without_experts_keeps_them_as_stored(self) -> None:
         assert list(modules(tiny_config(LLAMA), self.FUSED)) == [f"{EXPERTS}.gate_up_proj", EXPERTS]
 
-    def test_other_modules_stay_where_they_are(self) -> None:
+    def test_other_modules_are_unchanged(self) -> None:
         beside = {f"{Q}.weight": spec(4, 4), f"{EXPERTS}.0.gate_proj.bias": spec(4)}
 
         found = modules(tiny_config(QWEN), {**beside, **self.FUSED})
@@ -175,26 +175,26 @@ class TestFusedExperts:
 class TestSparse:
     CONFIG = tiny_config(LLAMA, hidden=36, heads=3, kv_heads=3)
 
-    def test_pieces_are_one_tensor_of_the_shape_that_the_model_has(self) -> None:
+    def test_pieces_become_one_tensor_with_the_shape_from_the_model(self) -> None:
         """A bitmask of five bytes a row holds 33 to 40 columns."""
         found = modules(self.CONFIG, sparse(Q, 36, 36, values=50))
 
         assert found[Q].specs == {"weight": spec(36, 36)}
         assert set(found[Q].views["weight"].sources) == sparse(Q, 36, 36, values=50).keys()
 
-    def test_shapes_that_were_read_count_before_those_of_the_model(self) -> None:
+    def test_shapes_that_were_read_take_precedence_over_the_model(self) -> None:
         found, faults = gathered(self.CONFIG, sparse(Q, 36, 36, values=50), {f"{Q}.shape": (36, 39)})
 
         assert found[Q].specs == {"weight": spec(36, 39)}
         assert faults == []
 
-    def test_pieces_that_contradict_the_shape_are_a_fault_and_no_weight(self) -> None:
+    def test_pieces_that_contradict_the_shape_are_a_fault_and_make_no_weight(self) -> None:
         found, faults = gathered(self.CONFIG, sparse(Q, 36, 36, values=50), {f"{Q}.shape": (36, 50)})
 
         assert "weight" not in found[Q].views
         assert [fault.where.rpartition(".")[0] for fault in faults] == [Q]
 
-    def test_a_tensor_that_is_plain_too_is_a_fault(self) -> None:
+    def test_a_tensor_that_is_stored_plain_as_well_is_a_fault(self) -> None:
         _, faults = gathered(self.CONFIG, {f"{Q}.weight": spec(36, 36), **sparse(Q, 36, 36, values=50)})
 
         assert [(fault.where, fault.found) for fault in faults] == [
@@ -202,7 +202,7 @@ class TestSparse:
         ]
 
     @pytest.mark.parametrize("body", ["model.", "language_model.model.", "model.language_model."])
-    def test_the_model_is_looked_for_where_it_lies(self, body: str) -> None:
+    def test_the_text_model_is_found_under_every_prefix(self, body: str) -> None:
         config = {"architectures": ["Wrapper"], "text_config": self.CONFIG, "dtype": "bfloat16"}
         name = Q.replace("model.", body)
 

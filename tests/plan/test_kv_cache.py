@@ -1,4 +1,4 @@
-"""KV-cache scales: from the attention module, where compressed-tensors keeps them, to where engines look."""
+"""KV-cache scales: from the attention module, where compressed-tensors stores them, to the projections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def built(tmp_path: Path) -> Built:
 
 
 def fates(plan: Plan) -> set[tuple[Fate, str]]:
-    """What becomes of the tensors of the first attention module, and why."""
+    """Return the fates and reasons of the tensors of the first attention module."""
     names = {f"{ATTENTION}.{letter}_scale" for letter in "kv"}
     return {(fate.fate, fate.reason) for fate in plan.fates() if fate.name in names}
 
@@ -47,7 +47,7 @@ def set_scheme(directory: Path, scheme: dict[str, Any] | None) -> None:
 
 
 @pytest.mark.parametrize("to", ["modelopt", "reference"])
-def test_scales_move_to_the_projections_as_one_float32_each(built: Built, to: str) -> None:
+def test_scales_are_delivered_in_the_projections_as_one_float32_each(built: Built, to: str) -> None:
     plan = plan_checkpoint(built.directory, to)
 
     scales = {name: str(spec) for name, spec in plan.delivered_specs.items() if name.endswith(("k_scale", "v_scale"))}
@@ -59,14 +59,14 @@ def test_scales_move_to_the_projections_as_one_float32_each(built: Built, to: st
     assert plan.quant_config.kv_cache_quant_algo == "FP8"
 
 
-def test_a_plain_target_leaves_the_kv_cache_alone(built: Built) -> None:
+def test_a_plain_target_ignores_the_kv_cache(built: Built) -> None:
     plan = plan_checkpoint(built.directory, "dense")
 
     assert plan.quant_config.kv_cache_quant_algo is None
     assert fates(plan) == {(Fate.IGNORED, "target dense leaves the KV cache alone")}
 
 
-def test_scales_without_a_scheme_are_left_over_and_ignored(built: Built) -> None:
+def test_scales_without_a_scheme_are_ignored(built: Built) -> None:
     set_scheme(built.directory, None)
 
     plan = plan_checkpoint(built.directory)
@@ -108,7 +108,7 @@ def test_a_scheme_without_any_scales_names_every_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1, 1), (0,)])
-def test_a_scale_for_each_head_is_no_scale_of_a_tensor(built: Built, shape: tuple[int, ...]) -> None:
+def test_a_scale_per_head_is_refused_for_strategy_tensor(built: Built, shape: tuple[int, ...]) -> None:
     rewrite(built.directory, lambda stored: stored.update({f"{ATTENTION}.v_scale": torch.ones(shape)}))
 
     (fault,) = faults(built.directory)
@@ -118,13 +118,13 @@ def test_a_scale_for_each_head_is_no_scale_of_a_tensor(built: Built, shape: tupl
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
-def test_one_element_counts_in_any_shape(built: Built, shape: tuple[int, ...]) -> None:
+def test_one_element_is_accepted_in_any_shape(built: Built, shape: tuple[int, ...]) -> None:
     rewrite(built.directory, lambda stored: stored.update({f"{ATTENTION}.v_scale": torch.ones(shape)}))
 
     assert str(plan_checkpoint(built.directory).delivered_specs[f"{ATTENTION}.v_proj.v_scale"]) == "float32 []"
 
 
-def test_scales_for_each_head_are_left_out_and_told(built: Built) -> None:
+def test_scales_per_head_are_left_out_with_a_warning(built: Built) -> None:
     """Engines take one scale for all heads; the cache is quantized nevertheless."""
     set_scheme(built.directory, fp8_weights("attn_head"))
     names = [name for name in built.stored if name.endswith(("k_scale", "v_scale"))]
@@ -137,14 +137,14 @@ def test_scales_for_each_head_are_left_out_and_told(built: Built) -> None:
     assert any("fp8 attn_head" in warning for warning in plan.warnings)
 
 
-def test_a_dynamic_scheme_promises_no_scales(tmp_path: Path) -> None:
+def test_a_dynamic_scheme_needs_no_scales(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, scheme="fp8-tensor-static")
     set_scheme(tmp_path, fp8_weights("tensor", dynamic=True))
 
     assert plan_checkpoint(tmp_path).quant_config.kv_cache_quant_algo == "FP8"
 
 
-def test_a_cache_that_the_engine_does_not_have_stays_wide_and_is_told(built: Built) -> None:
+def test_a_cache_that_the_engine_does_not_have_stays_16_bit_with_a_warning(built: Built) -> None:
     set_scheme(built.directory, fp8_weights("tensor", type="int"))
 
     plan = plan_checkpoint(built.directory)
@@ -174,7 +174,7 @@ def move(names: dict[str, str]) -> Callable[[dict[str, Tensor]], None]:
     ],
     ids=["compressed-tensors up to 0.5", "ModelOpt", "HunYuan"],
 )
-def test_every_generation_of_names(built: Built, names: dict[str, str]) -> None:
+def test_the_names_of_every_generation_are_read(built: Built, names: dict[str, str]) -> None:
     before = plan_checkpoint(built.directory).delivered_specs
     rewrite(built.directory, move(names))
 
@@ -249,7 +249,7 @@ ATTENTION_GROUP = {
 }
 
 
-def test_a_group_of_attention_alone_is_a_scheme_of_the_cache(built: Built) -> None:
+def test_a_group_that_targets_only_attention_is_the_scheme_of_the_cache(built: Built) -> None:
     """Its scales of queries are ignored, and it leaves no weight without a group."""
     want = plan_checkpoint(built.directory)
 
@@ -270,7 +270,7 @@ def test_a_group_of_attention_alone_is_a_scheme_of_the_cache(built: Built) -> No
 
 
 @pytest.mark.parametrize("local", ["k_zero_point", "v_zero_point"])
-def test_zero_points_of_an_asymmetric_scheme_are_left_out_and_told(built: Built, local: str) -> None:
+def test_zero_points_of_an_asymmetric_scheme_are_left_out_with_a_warning(built: Built, local: str) -> None:
     set_scheme(built.directory, fp8_weights("tensor", symmetric=False))
     rewrite(built.directory, lambda stored: stored.update({f"{ATTENTION}.{local}": torch.ones(1)}))
 

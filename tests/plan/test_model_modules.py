@@ -1,4 +1,4 @@
-"""Modules that are alike are decided once, under local names; whatever tells two of them apart, they are two kinds."""
+"""Modules that are alike are decided once, with local names; modules that differ in anything are decided separately."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ DEQUANTIZED = Assignment(holding=None, reason="why")
 
 
 class Planning:
-    """A planner of modules with what it is given: the weight and the mode of every module that is stored alike."""
+    """A planner of modules with its input: the weight and the mode of all modules that are stored alike."""
 
     def __init__(self) -> None:
         config = CompressedTensorsConfigReader().read(quantization_block(GROUPS))
@@ -95,7 +95,7 @@ class Planning:
         equalized: Equalized = OWN,
         transforms: tuple[Transform, ...] = (),
     ) -> ModulePlan:
-        """The plan of a module of these tensors; dequantized for `plain`."""
+        """Return the plan of a module with these tensors; it is dequantized with `plain`."""
         views = {local: Whole(name=f"{site.module}.{local}", spec=spec) for local, spec in specs.items()}
         stored = StoredModule(site.module, views, transforms=transforms)
         weight = self.weight(stored, site)
@@ -108,7 +108,7 @@ def named(number: int) -> Site:
 
 
 @pytest.mark.parametrize("specs", [FP8, PLAIN], ids=["quantized", "plain"])
-def test_modules_of_one_kind_share_what_is_decided_and_keep_their_names(specs: dict[str, TensorSpec]) -> None:
+def test_modules_that_are_alike_share_one_decision_and_keep_their_names(specs: dict[str, TensorSpec]) -> None:
     planning = Planning()
 
     first, second = (planning.plan(specs, named(number)) for number in (0, 1))
@@ -153,8 +153,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["in order", "reversed"])
-def test_modules_that_differ_in_one_thing_are_decided_apart(order: int) -> None:
-    """Whichever of them comes first: each gets the plan that it gets alone."""
+def test_modules_that_differ_in_one_property_are_decided_separately(order: int) -> None:
+    """Each gets the plan that it gets alone, whichever of them comes first."""
     planning = Planning()
     names = list(OTHERS)[::order]
 
@@ -164,7 +164,7 @@ def test_modules_that_differ_in_one_thing_are_decided_apart(order: int) -> None:
     assert not planning.faults.faults
 
 
-def test_a_fault_is_told_of_each_module_under_its_own_name() -> None:
+def test_a_fault_is_reported_for_each_module_under_its_name() -> None:
     planning = Planning()
     without_scale = {local: spec for local, spec in FP8.items() if local != "input_scale"}
 
@@ -175,7 +175,7 @@ def test_a_fault_is_told_of_each_module_under_its_own_name() -> None:
     assert wheres == [f"{named(number).module}.{local}" for number in (0, 1) for local in ("input_scale", "odd")]
 
 
-def test_a_tensor_that_another_module_owns_is_no_excuse() -> None:
+def test_a_tensor_that_only_another_module_may_have_is_a_fault() -> None:
     planning = Planning()
 
     planning.plan(FP8 | BIAS, named(0)._replace(locals=("bias",)))
@@ -185,7 +185,7 @@ def test_a_tensor_that_another_module_owns_is_no_excuse() -> None:
     assert [fault.where for fault in planning.faults.faults] == [f"{named(1).module}.bias"]
 
 
-def test_modules_without_names_have_local_ones() -> None:
+def test_modules_without_a_name_have_tensors_with_local_names() -> None:
     views = {local: Whole(name=f"a.b.{local}", spec=spec) for local, spec in FP8.items()}
     unnamed = StoredModule("a.b", views, transforms=ROTATED).unnamed
 

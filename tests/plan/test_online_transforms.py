@@ -1,4 +1,4 @@
-"""Online transforms in a plan: who has one, which tensors make it, what is refused, and what arrives."""
+"""Online transforms in a plan: which modules have one, its tensors, refusals, and the delivered values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write(
     scheme: str | dict[str, str] = "int8-channel",
     config: dict[str, Any] = ONE_LAYER,
 ) -> Built:
-    """A checkpoint whose configuration has these transforms and whose files these tensors beside the model's."""
+    """Write a checkpoint with these transforms in its configuration and these tensors besides those of the model."""
     built = write_checkpoint(directory, config=config, scheme=scheme, edit=lambda stored: stored.update(tensors))
     block = {"config_groups": dict(groups)}
     rewrite_config(directory, lambda config: config["quantization_config"].update(transform_config=block))
@@ -78,7 +78,7 @@ class TestDelivery:
         assert weights[f"{DOWN}.weight"].dtype == torch.bfloat16
         assert torch.equal(weights[f"{DOWN}.weight"].double(), round_once(exact, torch.bfloat16))
 
-    def test_the_plan_says_so(self, tmp_path: Path):
+    def test_the_plan_gives_the_reason(self, tmp_path: Path):
         write(tmp_path, {"R4": group()}, {f"{R4}.weight": hadamard(128)})
 
         plan = plan_checkpoint(tmp_path)
@@ -110,7 +110,7 @@ class TestDelivery:
         assert "R4" in module.reason
         assert torch.equal(weights[f"{DOWN}.weight"].double(), round_once(exact, torch.bfloat16))
 
-    def test_a_bias_turns_with_the_output(self, tmp_path: Path):
+    def test_a_bias_is_rotated_with_the_output(self, tmp_path: Path):
         config = tiny_config(layers=1, mlp_bias=True)
         built = write(tmp_path, {"U": group("output")}, {f"{DOWN}.U_output.weight": hadamard(64)}, config=config)
 
@@ -121,7 +121,7 @@ class TestDelivery:
             exact = factor @ built.dense[f"{DOWN}.{local}"]
             assert torch.equal(weights[f"{DOWN}.{local}"].double(), round_once(exact, torch.bfloat16))
 
-    def test_the_output_of_embeddings_turns_their_rows(self, tmp_path: Path):
+    def test_a_transform_of_an_embeddings_output_rotates_its_rows(self, tmp_path: Path):
         transforms = {"E": group("output", "Embedding", inverse=True)}
         built = write(tmp_path, transforms, {"model.embed_tokens.E_output.weight": hadamard(64)})
 
@@ -155,7 +155,7 @@ class TestDelivery:
         )
         assert plan.module(GATE).reason == "the online transform R (hadamard, input) is folded into the weight"
 
-    def test_offline_transforms_need_nothing(self, tmp_path: Path):
+    def test_offline_transforms_are_ignored(self, tmp_path: Path):
         transforms = {"R1": group("weight_input", "Linear"), "R2": group("weight_output", "Linear")}
         write(tmp_path, transforms, {})
         assert plan_checkpoint(tmp_path).module(DOWN).delivered_mode == "W8A16"
@@ -182,7 +182,7 @@ class TestRefusals:
         assert fault.found == "no such tensor"
         assert "the weight is wrong" in fault.remedy
 
-    def test_a_matrix_of_another_size_is_nobodys(self, tmp_path: Path):
+    def test_a_matrix_of_another_size_is_not_shared(self, tmp_path: Path):
         write(tmp_path, {"R4": group(targets="re:.*(down|up)_proj$")}, {f"{R4}.weight": hadamard(128)})
         assert [fault.where for fault in faults(tmp_path)] == [f"{UP}.R4_input.weight"]
 
@@ -263,13 +263,15 @@ class TestRefusals:
             (group(head_dim=48), f"{R4}.weight", "48"),
         ],
     )
-    def test_places_that_no_weight_can_take_in(self, tmp_path: Path, transform: dict[str, Any], where: str, found: str):
+    def test_transforms_that_can_not_be_folded_into_a_weight(
+        self, tmp_path: Path, transform: dict[str, Any], where: str, found: str
+    ):
         write(tmp_path, {"R4": transform}, {})
         told = {fault.where: fault.found for fault in faults(tmp_path)}
         assert found in told[where]
 
     @pytest.mark.parametrize(("targets", "where"), [("Embedding", "model.embed_tokens"), ("lm_head", "lm_head")])
-    def test_a_weight_that_two_modules_share_is_not_turned_for_one_of_them(
+    def test_a_weight_that_two_modules_share_is_not_rotated_for_one_of_them(
         self, tmp_path: Path, targets: str, where: str
     ):
         config = tiny_config(layers=1, tied=True)
@@ -282,7 +284,7 @@ class TestRefusals:
         write(tmp_path, {"M": {"type": "random-matrix", "apply": places}}, {f"{DOWN}.M_input.weight": torch.eye(128)})
         assert {fault.found for fault in faults(tmp_path)} == {"one stored matrix for several transforms"}
 
-    def test_a_dictionary_alone_does_not_say_which_modules_are_turned(self):
+    def test_a_dictionary_alone_does_not_tell_which_modules_are_rotated(self):
         block = {
             "quant_method": "compressed-tensors",
             "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}},
@@ -316,7 +318,7 @@ class TestMixturesAndOtherParts:
         assert sum(len(module.transforms) for module in plan.modules) == 4 + 2 * 3
 
     def test_plain_routers_and_experts_that_only_a_class_targets_are_refused(self, tmp_path: Path):
-        """Transformers 5 builds neither as a Linear, and shared matrices don't tell where they belong."""
+        """Release 5 of transformers builds neither as a Linear, and a shared matrix does not show its users."""
         transforms = {"V": group("input", "Linear", ignore=["lm_head"])}
         tensors = {"model.layers.0.self_attn.q_proj.V_input.weight": hadamard(64)}
         write(tmp_path, transforms, tensors, scheme={"o_proj": "int8-channel"}, config=self.CONFIG)
@@ -329,14 +331,14 @@ class TestMixturesAndOtherParts:
         }
         assert all("only its class is targeted" in fault.found for fault in found)
 
-    def test_drafting_layers_are_no_linears_of_the_model_that_was_rotated(self, tmp_path: Path):
+    def test_class_targets_do_not_apply_to_draft_layers(self, tmp_path: Path):
         """compressed-tensors copies them from the original files."""
         transforms = {"R4": group("input", "Linear", ignore=["lm_head", "re:.*([qkvo]|up|gate)_proj"])}
         tensors = {f"{R4}.weight": hadamard(128), "mtp.fc.weight": torch.ones(64, 128).bfloat16()}
         write(tmp_path, transforms, tensors)
         assert plan_checkpoint(tmp_path).module("mtp.fc").delivered_mode == "plain"
 
-    def test_a_matrix_at_a_drafting_layer_is_refused(self, tmp_path: Path):
+    def test_a_matrix_at_a_draft_layer_is_refused(self, tmp_path: Path):
         tensors = {
             f"{R4}.weight": hadamard(128),
             "mtp.fc.weight": torch.ones(64, 128).bfloat16(),
@@ -345,7 +347,7 @@ class TestMixturesAndOtherParts:
         write(tmp_path, {"R4": group("input", "re:(.*down_proj$|mtp.fc)")}, tensors)
         assert {"mtp.fc"} == {fault.where for fault in faults(tmp_path)}
 
-    def test_class_names_reach_vision_towers_and_are_refused_there(self, tmp_path: Path):
+    def test_class_targets_apply_to_vision_towers_and_are_refused_there(self, tmp_path: Path):
         def nest(stored: dict[str, Tensor]) -> None:
             for name in [name for name in stored if name.startswith("model.")]:
                 stored[name.replace("model.", "model.language_model.", 1)] = stored.pop(name)
@@ -376,7 +378,7 @@ class TestValues:
             (group(randomize=True), "perm", torch.zeros(128).long(), "numbers from 0 to 0, 1 different ones"),
         ],
     )
-    def test_a_matrix_that_can_not_be_meant_is_refused(
+    def test_an_invalid_matrix_is_refused(
         self, tmp_path: Path, transform: dict[str, Any], local: str, tensor: Tensor, found: str
     ):
         tensors = {f"{R4}.weight": hadamard(128), f"{R4}.perm": torch.arange(128)}
@@ -415,7 +417,7 @@ class TestVerification:
 
     @pytest.mark.parametrize("to", ["modelopt", "dense"])
     @pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
-    def test_a_conversion_is_good(self, tmp_path: Path, to: str, dtype: str):
+    def test_a_conversion_verifies(self, tmp_path: Path, to: str, dtype: str):
         self.write(tmp_path / "in")
         convert_checkpoint(tmp_path / "in", tmp_path / "out", to=to, dtype=dtype)
         report = verify_checkpoint(tmp_path / "in", tmp_path / "out")
@@ -437,14 +439,14 @@ class TestVerification:
         (fault,) = verify_checkpoint(tmp_path / "in", tmp_path / "out").faults
         assert fault.where.startswith(name)
 
-    def test_sums_in_another_order_may_round_the_other_way(self):
+    def test_another_order_of_summation_may_round_differently(self):
         """A value between two of the dtype's; without doubt about it only the even neighbour is right."""
         exact, odd = torch.tensor([1 + 2**-8], dtype=torch.float64), torch.tensor([1 + 2**-7]).bfloat16()
         assert not compare_rounded(odd, exact).good
         assert compare_rounded(odd, exact, uncertainty=1e-10).good
         assert not compare_rounded(odd, exact - 1e-8, uncertainty=1e-10).good
 
-    def test_a_fold_the_wrong_way_round_is_found(self, tmp_path: Path):
+    def test_a_transposed_fold_is_found(self, tmp_path: Path):
         """Verification does not repeat the planner's choice: it runs the transform that the configuration names."""
         self.write(tmp_path / "in")
         convert_checkpoint(tmp_path / "in", tmp_path / "out")

@@ -60,7 +60,7 @@ def plain_module(**stored: Tensor) -> ModuleTensors:
     return ModuleTensors(stored, None, NATIVE)
 
 
-def test_copy_hands_the_tensor_on() -> None:
+def test_copy_returns_the_stored_tensor() -> None:
     bias = torch.randn(3)
     operation = Copy(result=TensorSpec(DType.F32, (3,)), source="bias")
     assert operation.run("lin.bias", plain_module(bias=bias)) is bias
@@ -78,8 +78,8 @@ def test_cast_rounds_once(stored: torch.dtype) -> None:
     assert cast[4].isposinf()
 
 
-def test_cast_refuses_what_becomes_infinite() -> None:
-    """What was infinite before is no news; the first element that gets lost is named with its value."""
+def test_cast_refuses_values_that_become_infinite() -> None:
+    """Elements that were infinite before are accepted; the first one that overflows is named with its value."""
     tensor = torch.tensor([[1.0, math.inf], [2.0, -70000.0]])
     operation = Cast(result=TensorSpec(DType.F16, (2, 2)), source="weight")
     with pytest.raises(PayloadError) as caught:
@@ -99,7 +99,7 @@ def test_repack_moves_codes_bit_for_bit(entry: WeightFormat) -> None:
 
 
 @pytest.mark.parametrize("code", [8, -9, 127, -128])
-def test_repack_refuses_codes_that_it_would_cut(code: int) -> None:
+def test_repack_refuses_codes_that_are_too_wide(code: int) -> None:
     codes = plain_codes()
     codes[3, 3] = code
     operation = Repack(result=TensorSpec(DType.U8, (2, 16)), packing=INT4_ROW_PAIRS)
@@ -141,7 +141,7 @@ def test_reciprocal_turns_a_divisor_into_a_multiplier(
     assert got.shape == ()
 
 
-def test_reinterpret_reads_no_byte_anew() -> None:
+def test_reinterpret_copies_no_byte() -> None:
     """E4M3 scales that a writer stored as bytes; memory is shared, values are those of the bits."""
     stored = torch.tensor([[0x38, 0x40], [0x08, 0x7E]], dtype=torch.uint8)
     operation = Reinterpret(result=TensorSpec(DType.F8_E4M3, (2, 2)), source="weight_scale")
@@ -173,7 +173,7 @@ def test_dequantize_gives_plain_weights(entry: WeightFormat) -> None:
     assert torch.equal(values, (plain_codes() - 2) * torch.tensor(0.5, dtype=torch.bfloat16))
 
 
-def test_dequantize_refuses_what_becomes_infinite() -> None:
+def test_dequantize_refuses_values_that_become_infinite() -> None:
     operation = Dequantize(result=TensorSpec(DType.F16, SHAPE))
     with pytest.raises(PayloadError, match=r"lin.weight\[0, 0\]: expected a value within the range of float16"):
         operation.run("lin.weight", quantized_module(scale=30000.0))
@@ -202,7 +202,7 @@ def test_a_module_decodes_its_weight_at_most_once() -> None:
     ],
     ids=["no source", "no codes"],
 )
-def test_a_plan_that_makes_no_sense_is_our_own_bug(operation: Operation, words: str) -> None:
+def test_an_inconsistent_plan_raises_an_assertion_error(operation: Operation, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         operation.run("lin.weight", plain_module())
 

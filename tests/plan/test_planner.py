@@ -98,12 +98,12 @@ class TestLaws:
             assert {entry["name"] for entry in document["stored"]} == of_every_scheme.stored.keys()
             assert document["modules"][0]["name"] == plan.modules[0].name == "model.embed_tokens"
 
-    def test_fused_modules_end_in_one_mode(self, plans: list[Plan]):
+    def test_fused_modules_get_one_mode(self, plans: list[Plan]):
         for plan in plans:
             for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
                 assert len({mod.layer for mod in plan.modules if mod.name.rpartition(".")[2] in names}) == 1
 
-    def test_a_dequantized_module_says_why(self, plans: list[Plan]):
+    def test_a_dequantized_module_has_a_reason(self, plans: list[Plan]):
         assert all(module.reason for plan in plans for module in plan.modules if module.dequantized)
 
 
@@ -177,7 +177,7 @@ class TestIgnored:
             ("int4-g32", "the module is delivered plain; its activations are not quantized"),
         ],
     )
-    def test_an_activation_scale_that_the_mode_does_not_take(self, tmp_path: Path, scheme: str, reason: str):
+    def test_an_activation_scale_that_the_mode_does_not_read(self, tmp_path: Path, scheme: str, reason: str):
         write_checkpoint(
             tmp_path, scheme=scheme, edit=lambda stored: stored.update({f"{DOWN}.input_scale": torch.ones(1)})
         )
@@ -204,7 +204,7 @@ class TestFaults:
 
         assert list(faults(tmp_path)) == [f"{Q}.bias"]
 
-    def test_a_bias_that_the_architecture_has_no_place_for_is_named(self, tmp_path: Path):
+    def test_a_bias_that_the_architecture_does_not_have_is_named(self, tmp_path: Path):
         write_checkpoint(tmp_path, edit=lambda stored: stored.update({f"{Q}.bias": torch.ones(64)}))
 
         fault = faults(tmp_path)[f"{Q}.bias"]
@@ -241,7 +241,7 @@ class TestFaults:
             f"{Q}.weight_global_scale",
         ],
     )
-    def test_a_quantization_tensor_without_an_owner_is_named(self, tmp_path: Path, name: str):
+    def test_a_quantization_tensor_without_a_module_is_named(self, tmp_path: Path, name: str):
         write_checkpoint(tmp_path, edit=lambda stored: stored.update({name: torch.ones(1)}))
 
         fault = faults(tmp_path)[name]
@@ -269,7 +269,7 @@ class TestFaults:
         assert all("config.json and the weights belong to different models" in fault.remedy for fault in found.values())
 
     def test_faults_of_all_kinds_and_places_are_raised_together(self, tmp_path: Path):
-        """One repair after the other would cost one download after the other."""
+        """If faults were reported one by one, each repair might cost another download."""
 
         def break_everything(stored: dict[str, Tensor]) -> None:
             del stored["model.norm.weight"]
@@ -311,9 +311,7 @@ class TestFaults:
         ("location", "online"),
         [("weight_input", False), ("weight_output", False), ("k_cache", True), ("q_attn", True)],
     )
-    def test_only_transforms_that_are_folded_into_the_weights_are_taken(
-        self, tmp_path: Path, location: str, online: bool
-    ):
+    def test_only_transforms_that_fold_into_weights_are_accepted(self, tmp_path: Path, location: str, online: bool):
         apply = [{"targets": ["Linear"], "location": location}]
         transforms = {"config_groups": {"R1": {"type": "hadamard", "apply": apply}}}
         write_checkpoint(tmp_path)
@@ -372,7 +370,7 @@ class TestWarnings:
             ),
         ],
     )
-    def test_oddities_of_files_configuration_and_weights_are_told(
+    def test_oddities_of_files_configuration_and_weights_give_warnings(
         self, tmp_path: Path, damage: Callable[[Path], object], warning: str
     ):
         write_checkpoint(tmp_path)
@@ -417,7 +415,7 @@ def test_the_quantized_embedding_and_lm_head_are_dequantized(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_a_quantized_embedding_that_is_also_the_head(tmp_path: Path, both: bool) -> None:
-    """Of tied embeddings some writers store one table, others two: the embedding counts."""
+    """For tied embeddings some writers store one table and others two; the embedding is used."""
     tensors, exact = Writer(torch.bfloat16, torch.Generator().manual_seed(1)).store(SCHEMES["int8-channel"], (96, 64))
 
     def quantize(stored: dict[str, Tensor]) -> None:

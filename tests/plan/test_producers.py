@@ -1,4 +1,4 @@
-"""Every row of the table of producers: what it needs to see, what it says, and what it leaves alone."""
+"""Every entry of the table of producers: when it applies, its warning, and when it does not apply."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def said(directory: Path, version: str | None) -> set[str]:
 
 
 class TestTable:
-    def test_rows_have_a_name_of_their_own_a_source_and_one_way_to_be_seen(self):
+    def test_entries_have_a_unique_name_a_source_and_one_test(self):
         assert len(ROWS) == len(PRODUCERS)
         for row in PRODUCERS:
             assert row.source
             assert (row.in_headers is None) != (row.in_values is None)
 
     @pytest.mark.parametrize("name", ROWS)
-    def test_a_warning_says_what_to_do_or_what_was_done(self, name: str):
+    def test_a_warning_says_what_to_do_or_how_the_values_are_read(self, name: str):
         words = ("quantize the model again", "calibrate", "set version", "are read", "convert the model again")
         assert any(word in ROWS[name].warning for word in words)
         assert not ROWS[name].warning.endswith(".")
@@ -71,7 +71,7 @@ class TestTable:
             ((), True, False),
         ],
     )
-    def test_a_checkpoint_without_a_version_counts_as_of_the_releases_that_lost_it(
+    def test_a_checkpoint_without_a_version_counts_as_one_of_the_releases_that_lose_it(
         self, release: tuple[int, ...], early: bool, late: bool
     ):
         first = Producer(name="", warning="", source="", since=(0, 9, 4), fixed=(0, 11, 0))
@@ -102,7 +102,7 @@ class TestHeaders:
         write_checkpoint(tmp_path, config=tiny_config(layers=1), scheme="mxfp4a16")
         assert said(tmp_path, version) == ({"mxfp4-exponents"} if wrong else set())
 
-    def test_the_number_of_modules_is_told(self, tmp_path: Path):
+    def test_the_warning_has_the_number_of_modules(self, tmp_path: Path):
         write_checkpoint(
             tmp_path, config=tiny_config(layers=1), scheme={"o_proj": "mxfp4a16", "down_proj": "fp8-block"}
         )
@@ -220,7 +220,7 @@ class TestHeaders:
 
 
 class TestValues:
-    """At load a row is logged once; verification counts it."""
+    """A warning is logged once at load; verification counts the modules."""
 
     @pytest.fixture
     def logged(self, caplog: pytest.LogCaptureFixture) -> Callable[[Path], list[str]]:
@@ -232,7 +232,7 @@ class TestValues:
         return load
 
     def test_kv_scales_of_zero(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-        """They are refused, and the row says whose they are."""
+        """They are refused, and the warning says who wrote them."""
 
         def forget(stored: dict[str, Tensor]) -> None:
             for name, tensor in stored.items():
@@ -277,7 +277,7 @@ class TestValues:
         assert verify_checkpoint(tmp_path).warnings == (f"{row.warning} (1 module)",)
 
     @pytest.mark.parametrize("scheme", ["int4-g32-asym", "int8-plain-channel-asym", "nvfp4", "fp8-tensor-static"])
-    def test_ordinary_values_say_nothing(self, tmp_path: Path, scheme: str, logged: Callable[[Path], list[str]]):
+    def test_ordinary_values_give_no_warning(self, tmp_path: Path, scheme: str, logged: Callable[[Path], list[str]]):
         write_checkpoint(tmp_path, scheme=scheme, kv=scheme in {"nvfp4", "fp8-tensor-static"})
         assert logged(tmp_path) == []
         assert verify_checkpoint(tmp_path).warnings == ()

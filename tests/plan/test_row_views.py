@@ -1,4 +1,4 @@
-"""`Rows`: some rows of a tensor, whichever way the tensor is stored."""
+"""`Rows`: some rows of a tensor, for every way in which a tensor can be stored."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sparse(tmp_path: Path) -> tuple[View, dict[str, torch.Tensor], torch.Tensor]
 
 
 @given(bounds=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted))
-def test_they_are_a_run_of_the_stored_tensor_and_share_its_memory(bounds: list[int]) -> None:
+def test_rows_are_a_run_of_the_stored_tensor_and_share_its_memory(bounds: list[int]) -> None:
     begin, end = bounds
     view = rows(whole(), begin, end)
 
@@ -67,12 +67,12 @@ def test_they_are_a_run_of_the_stored_tensor_and_share_its_memory(bounds: list[i
     assert begin == end or view.of(STORED).data_ptr() == WHOLE[begin].data_ptr()
 
 
-def test_all_rows_are_read_as_the_whole_is() -> None:
+def test_all_rows_are_read_like_the_whole_tensor() -> None:
     assert rows(whole(), 0, 5).runs == whole().runs
 
 
 @given(bounds=st.tuples(st.integers(0, 3), st.integers(0, 3)).map(sorted))
-def test_of_an_expert_they_begin_behind_the_experts_and_rows_before(bounds: list[int]) -> None:
+def test_rows_of_an_expert_begin_after_the_experts_and_rows_before(bounds: list[int]) -> None:
     begin, end = bounds
     view = rows(expert(), begin, end)
 
@@ -81,14 +81,14 @@ def test_of_an_expert_they_begin_behind_the_experts_and_rows_before(bounds: list
     assert EXPERTS.reshape(-1)[run.begin : run.end].tolist() == view.of(STORED).reshape(-1).tolist()
 
 
-def test_rows_of_rows_are_those_of_the_whole() -> None:
+def test_rows_of_rows_are_rows_of_the_whole_tensor() -> None:
     twice = rows(rows(whole(), 1, 5), 1, 3)
 
     assert twice.of(STORED).tolist() == WHOLE[2:4].tolist()
     assert twice.runs == (Run("m.weight", 8, 16),)
 
 
-def test_of_a_tensor_of_another_module_they_lie_there() -> None:
+def test_rows_of_a_shared_tensor_are_read_from_the_other_module() -> None:
     shared = rows(Shared.of_view(whole()), 2, 3)
 
     assert shared.sources == ("m.weight",)
@@ -97,10 +97,10 @@ def test_of_a_tensor_of_another_module_they_lie_there() -> None:
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 1), (1, 3), (3, 4), (0, 4)])
-def test_of_a_sparse_tensor_every_piece_is_read_whole(
+def test_for_rows_of_a_sparse_tensor_every_piece_is_read_whole(
     sparse: tuple[View, dict[str, torch.Tensor], torch.Tensor], begin: int, end: int
 ) -> None:
-    """Where the values of a row begin is not known before those of the rows before it are counted."""
+    """The position of a row's values is known only after the values of all rows before it were counted."""
     view, pieces, dense = sparse
 
     part = rows(view, begin, end)
@@ -111,7 +111,7 @@ def test_of_a_sparse_tensor_every_piece_is_read_whole(
     assert part.stored_bytes == view.stored_bytes == sum(piece.nbytes for piece in pieces.values())
 
 
-def test_of_a_sparse_tensor_no_rows_need_no_piece(
+def test_no_rows_of_a_sparse_tensor_need_no_piece(
     sparse: tuple[View, dict[str, torch.Tensor], torch.Tensor],
 ) -> None:
     view, _, _ = sparse
@@ -123,7 +123,7 @@ def test_of_a_sparse_tensor_no_rows_need_no_piece(
     assert nothing.of({}).dtype is torch.bfloat16
 
 
-def test_the_rows_of_a_tensor_that_was_made_before_are_a_view_of_it() -> None:
+def test_rows_of_a_restored_tensor_are_a_view_of_it() -> None:
     made = WHOLE.clone()
 
     part = rows(whole(), 3, 5).of_whole(made)

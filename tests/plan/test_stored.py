@@ -56,7 +56,7 @@ def test_sources_are_the_names_of_the_file() -> None:
 class TestViews:
     """Every tensor of a module looks like one stored 2-D tensor, however it is stored."""
 
-    def test_whole_is_the_stored_tensor_itself(self) -> None:
+    def test_whole_returns_the_stored_tensor_itself(self) -> None:
         stored = {"a.weight": torch.ones(2, 4)}
 
         assert Whole(name="a.weight", spec=SPEC).of(stored) is stored["a.weight"]
@@ -77,7 +77,7 @@ class TestViews:
         assert view.of(stored).item() == 2
 
     @pytest.mark.parametrize("stem", ["m", "m.weight"], ids=["since 0.9", "up to 0.8.1"])
-    def test_the_pieces_of_a_sparse_tensor_are_the_dense_one(self, stem: str) -> None:
+    def test_the_pieces_of_a_sparse_tensor_become_the_dense_tensor(self, stem: str) -> None:
         weight = torch.zeros(3, 10, dtype=torch.bfloat16)
         weight[0, 1], weight[2, 9] = 5, -7
         stored = {f"{stem}.{piece}": tensor for piece, tensor in SPARSE_BITMASK.encode(weight).items()}
@@ -136,5 +136,5 @@ def test_the_dtype_of_the_weight_decides_whether_a_module_is_quantized(
     assert module(**dtypes).is_quantized is quantized
 
 
-def test_plain_parameters_are_no_quantization_tensors() -> None:
+def test_plain_parameters_are_not_listed_as_quantization_tensors() -> None:
     assert not QUANTIZATION_TENSORS & {"weight", "bias", "inv_freq", "shape"}

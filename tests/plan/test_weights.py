@@ -76,7 +76,7 @@ def test_the_group_that_targets_a_module_gives_its_parameters() -> None:
     [{"ignore": [NAME]}, {"ignore": ["re:.*mlp.*"]}],
     ids=["ignored by name", "ignored by pattern"],
 )
-def test_a_module_that_is_quantized_in_spite_of_ignore_is_read_with_a_warning(block: dict[str, Any]) -> None:
+def test_a_quantized_module_that_is_ignored_is_read_with_a_warning(block: dict[str, Any]) -> None:
     weights = reader(config_group(int_weights(4, group_size=32)), **block)
 
     assert read(weights, INT4).group == "group_0"
@@ -85,7 +85,7 @@ def test_a_module_that_is_quantized_in_spite_of_ignore_is_read_with_a_warning(bl
     )
 
 
-def test_the_only_group_whose_format_fits_is_taken_for_an_untargeted_module() -> None:
+def test_an_untargeted_module_gets_the_only_group_whose_format_fits() -> None:
     fours = config_group(int_weights(4, group_size=32), targets=["elsewhere"])
     floats = config_group(fp8_weights(), fp8_inputs(), targets=["elsewhere"])
 
@@ -93,7 +93,7 @@ def test_the_only_group_whose_format_fits_is_taken_for_an_untargeted_module() ->
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_an_untargeted_module_that_none_or_several_groups_fit_is_a_fault(count: int) -> None:
+def test_an_untargeted_module_that_fits_none_or_several_groups_is_a_fault(count: int) -> None:
     fitting = [config_group(int_weights(4, group_size=size), targets=["elsewhere"]) for size in (32, 64)]
     other = config_group(fp8_weights(), targets=["elsewhere"])
 
@@ -114,7 +114,7 @@ def test_the_format_that_a_group_declares_never_overrules_the_tensors() -> None:
 
 
 @pytest.mark.parametrize("declared", ["float-quantized", "naive-quantized"])
-def test_both_names_of_float8_codes_are_taken_without_a_warning(declared: str) -> None:
+def test_both_names_of_float8_codes_are_accepted_without_a_warning(declared: str) -> None:
     weights = reader(config_group(fp8_weights(), fp8_inputs(), format=declared))
 
     assert read(weights, FP8).stored.format.name == "float-quantized"
@@ -234,7 +234,7 @@ def test_nvfp4_without_its_divisor_is_a_fault_and_never_a_divisor_of_one() -> No
 
 
 class TestNames:
-    """Of a multimodal model: targets and ignore may put the prefix of the text model otherwise than the files do."""
+    """In a multimodal model, targets and ignore may have another prefix of the text model than the files."""
 
     STORED = ("model.language_model.layers.0.mlp.down_proj", "language_model.model.layers.0.mlp.down_proj")
 
@@ -322,7 +322,7 @@ def test_a_stored_zero_point_counts_whatever_the_configuration_says(symmetric: b
 
 
 def test_faults_of_the_tensors_are_reported_and_leave_no_weight() -> None:
-    """Missing scale, one fault; the reader passes on what the format finds."""
+    """A missing scale is one fault: the reader adds the faults of the format."""
     fault = refusal(reader(config_group(int_weights(8, "channel"))), {"weight_packed": INT8_WORDS["weight_packed"]})
 
     assert fault.where == f"{NAME}.weight_scale"

@@ -33,23 +33,20 @@ FILES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Modules, by their positions in the plan, and the number of bytes that they deliver together.
-
-    `needs_torch` is true when some of their tensors are neither copied nor converted by compiled loops alone.
-    """
+    """Modules, by their positions in the plan, and the number of bytes that they deliver together."""
 
     number: int
     modules: tuple[int, ...]
     nbytes: int
-    needs_torch: bool
 
 
 def plan_units(plan: Plan, write_plan: WritePlan, *, device: str = "cpu") -> tuple[Unit, ...]:
     """Group all modules of a plan that deliver anything into units; operations will run on `device`.
 
-    Each module is in exactly one unit. Units that don't need torch come first, except that the second unit is one that
-    needs torch: it starts the import, and the units without torch are converted in the meantime. Otherwise units follow
-    the order of the plan, interleaved over `FILES_AT_ONCE` output files that are filled at the same time.
+    Each module is in exactly one unit. A unit needs torch when some of its tensors are neither copied nor converted by
+    compiled loops alone. Units that don't need torch come first, except that the second unit is one that needs torch:
+    it starts the import, and the units without torch are converted in the meantime. Otherwise units follow the order of
+    the plan, interleaved over `FILES_AT_ONCE` output files that are filled at the same time.
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
@@ -59,13 +56,12 @@ def plan_units(plan: Plan, write_plan: WritePlan, *, device: str = "cpu") -> tup
     for group in groups.values():
         needs_torch = any(_needs_torch(plan.modules[position], device) for position in group)
         (groups_with_torch if needs_torch else groups_without_torch).append(tuple(group))
-    batches = [(modules, False) for modules in _interleave(_batches(plan, groups_without_torch), plan, write_plan)]
-    torch_batches = [(modules, True) for modules in _interleave(_batches(plan, groups_with_torch), plan, write_plan)]
+    batches = _interleave(_batches(plan, groups_without_torch), plan, write_plan)
+    torch_batches = _interleave(_batches(plan, groups_with_torch), plan, write_plan)
     batches[1:1] = torch_batches[:1]
     batches += torch_batches[1:]
     return tuple(
-        Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules), needs_torch=needs_torch)
-        for number, (modules, needs_torch) in enumerate(batches)
+        Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules)) for number, modules in enumerate(batches)
     )
 
 

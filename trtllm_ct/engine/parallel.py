@@ -24,7 +24,7 @@ class Cut(StrEnum):
     NONE = auto()
     """Every rank has the whole weight."""
     COLUMN = auto()
-    """N is divided. The engine calls it column parallel, because it thinks of weights as [in, out]."""
+    """N is divided. The name follows from writing weights as [in, out], where N is the number of columns."""
     ROW = auto()
     """K is divided."""
     KV_HEADS = auto()

@@ -1,9 +1,9 @@
-"""What a weight format is: how the tensors of one module make a weight of codes.
+"""The interface of a weight format: how the stored tensors of one module represent a quantized weight.
 
-A format answers three questions, in the order of the pipeline:
-`accepts` (is this module stored in my format?) and `describe` (which tensors, which shape?) from headers alone, then
-`decode` from the tensors. `encode` is the inverse of `decode`; tests prove one with the other.
-Formats meet targets in `Codes`, so N formats and M targets need N + M pieces of code.
+A format has four methods. `accepts` says whether a module is stored in the format, and `describe` says which weight its
+tensors represent; both need headers only. `decode` converts the tensors to `Codes`, and `encode` is the inverse of
+`decode`; tests check one with the other.
+`Codes` is the common form between formats and targets, so N formats and M targets need N + M conversions.
 """
 
 from __future__ import annotations
@@ -28,38 +28,42 @@ StoredSpecs = Mapping[str, TensorSpec]
 """The tensors of one module by their local names (`weight_packed`, `weight_scale`, ...)."""
 
 Version = tuple[int, ...]
-"""The release of compressed-tensors that wrote a file, as (major, minor, patch); empty where nobody says."""
+"""The release of compressed-tensors that wrote a file, as (major, minor, patch); empty if it is unknown."""
 
 
 class Axis(StrEnum):
-    """What the elements of a stored tensor belong to. Tiles, ranks, heads and fused experts cut a tensor by it."""
+    """What the elements of a stored tensor belong to: rows, columns or the whole weight.
+
+    This decides how a tensor is divided when only some rows of its weight are needed: for tiles, ranks, heads and fused
+    experts.
+    """
 
     ROWS = auto()
-    """Each row of the weight has its own elements, one row after the other: codes, or a number for each row."""
+    """The rows of the weight, one after another: codes, or one number per row."""
     SCALE_ROWS = auto()
-    """As the scale: a row of elements for each row of the weight or each block of rows, or a single one for all."""
+    """The rows of the scale: one per row of the weight, one per block of rows, or a single one for all rows."""
     COLUMNS = auto()
-    """The columns of the weight; all rows share them (`weight_g_idx`)."""
+    """The columns of the weight; all rows share the elements (`weight_g_idx`)."""
     TILES = auto()
-    """Tiles that hold many rows, so that no rows can be taken out."""
+    """Tiles that contain many rows each, so that single rows can't be selected."""
     SCALAR = auto()
     """The whole weight (`weight_global_scale`)."""
     SHAPE = auto()
-    """The shape of the whole weight as numbers (`weight_shape`), which is not that of a part."""
+    """The shape of the whole weight, as numbers (`weight_shape`); it doesn't apply to some of its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeight:
-    """One quantized weight as it lies on disk, known from headers.
+    """One quantized weight as it is stored, described from headers.
 
-    `shape` is the logical (N, K). `packing` says how the codes lie in the tensor named `codes`, None where its elements
-    are float8 codes themselves; `element` says what they mean. `scale` is the local name of the scale.
-    `zero_point_packing` is None when there is no zero point or it is stored plain. `divisor` names a scalar that the
-    scaled values are divided by (NVFP4), `group_index` the tensor that gives the group of each column where groups
-    need not be contiguous.
-    `axes` has every stored tensor that belongs to the weight, by local name, and says what its elements belong to. A
-    `weight_zero_point` among them without `has_zero_point` must hold zeros only, which its payload shows. `part_of` is
-    the (N, K) of the stored weight where this one is some of its rows.
+    `shape` is the logical shape (N, K). `codes` is the local name of the tensor with the codes. `packing` is the layout
+    of the codes in it, None if its elements are float8 codes; `element` says what a code means. `scale` is the local
+    name of the scale. `zero_point_packing` is None if there is no zero point or it is stored unpacked. `divisor` names
+    a scalar that the scaled values are divided by (NVFP4). `group_index` names the tensor with the group of each
+    column, if groups may not be contiguous.
+    `axes` has every stored tensor of the weight by local name, with what its elements belong to. If it contains
+    `weight_zero_point` but `has_zero_point` is False, the zero points must all be zero, which is checked when they are
+    loaded. If this weight is some rows of a stored one, `part_of` is the shape (N, K) of the stored one.
     """
 
     format: WeightFormat
@@ -83,22 +87,22 @@ class StoredWeight:
 
     @property
     def has_rows(self) -> bool:
-        """Whether the rows of the weight lie one after the other, so that some of them can be taken out."""
+        """Whether the rows of the weight are stored one after another, so that some of them can be selected."""
         return Axis.TILES not in self.axes.values()
 
     @property
     def scale_shape(self) -> tuple[int, int]:
-        """The scale as (rows, groups); 1 where rows or columns share it."""
+        """The shape of the scale as (rows, groups); 1 if all rows or all columns share a scale."""
         return scale_shape(self.args, self.shape)
 
     @property
     def block_rows(self) -> int:
-        """Rows that share one row of scales."""
+        """The number of rows that share one row of scales."""
         return self.args.block_structure[0] if self.args.block_structure else 1
 
     @property
     def group_columns(self) -> int | None:
-        """Columns that share one scale; None when all of a row do."""
+        """The number of columns that share one scale; None if all columns of a row do."""
         return self.args.block_structure[1] if self.args.block_structure else self.args.group_size
 
 
@@ -106,10 +110,10 @@ class StoredWeight:
 class Codes:
     """A weight between stored and delivered form: `value = (code - zero_point) * scale / divisor`.
 
-    `values` is still packed as `packing` says; for float8 codes `packing` is None and `values` are [N, K] themselves.
-    `scale` is reshaped to (rows, groups): a float of any width, or uint8 for powers of two (E8M0).
-    `zero_point` is int8 of that shape, or still packed as `zero_point_packing` says; `divisor` is one float32 element,
-    `group_index` an integer for each column; each of them is None when there is none.
+    `values` are the codes, packed as `packing` says; for float8 codes `packing` is None and `values` has shape [N, K].
+    `scale` has shape (rows, groups); it is a float of any width, or uint8 for powers of two (E8M0).
+    `zero_point` is int8 of the same shape, or packed as `zero_point_packing` says. `divisor` is one float32 element.
+    `group_index` has an integer for each column. Each of these three is None if the weight has none.
     """
 
     values: Tensor
@@ -124,7 +128,7 @@ class Codes:
 
     @property
     def plain_zero_point(self) -> Tensor | None:
-        """The zero point as int8 (rows, groups), unpacked where it is packed."""
+        """The zero point as int8 (rows, groups), unpacked if it is stored packed."""
         if self.zero_point is None or self.zero_point_packing is None:
             return self.zero_point
         rows, groups = self.scale.shape
@@ -132,12 +136,12 @@ class Codes:
 
 
 class WeightFormat(ABC):
-    """The contract of one weight format; a final class per file, one instance in `FORMATS`."""
+    """The interface of one weight format; each format is a class with one instance in `FORMATS`."""
 
     name: str
-    """What the support matrix calls it."""
+    """The name of the format in the support matrix."""
     declared_as: frozenset[CompressionFormat]
-    """The names under which configurations declare it."""
+    """The values of `format` in configurations that declare this format."""
     codes: str
     """The local name of the tensor that holds the codes."""
     axes: Mapping[str, Axis]
@@ -145,7 +149,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def accepts(self, args: QuantArgs, stored: StoredSpecs) -> bool:
-        """Whether a module with these arguments and tensors is stored in this format."""
+        """Whether a module with these quantization arguments and tensors is stored in this format."""
 
     @abstractmethod
     def describe(
@@ -157,23 +161,24 @@ class WeightFormat(ABC):
         faults: FaultCollector,
         version: Version = (),
     ) -> StoredWeight | None:
-        """What the module's tensors make, with every contradiction added to `faults`; None when nothing can be said.
+        """Return the weight that a module's tensors represent, or None if that can't be determined.
 
-        `expected_shape` is what the model's architecture says, where it is known; it settles what headers leave open.
-        `version` is the writer's; it counts only where releases differ and the tensors look the same.
+        Every contradiction is added to `faults`. `expected_shape` is the shape by the model's architecture, if it is
+        known; it decides what headers leave open. `version` is the release that wrote the file; it is used only if
+        releases differ and the tensors look the same.
         """
 
     @abstractmethod
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """The stored tensors as `Codes`, without unpacking what can stay packed."""
+        """Return the stored tensors as `Codes`; whatever can stay packed is not unpacked."""
 
     @abstractmethod
     def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:
-        """The inverse of `decode`: tensors by local name, as compressed-tensors writes them."""
+        """Return tensors by local name, as compressed-tensors writes them; this is the inverse of `decode`."""
 
 
 def scale_shape(args: QuantArgs, shape: tuple[int, int]) -> tuple[int, int]:
-    """How many scales a weight of `shape` has, as (rows, columns).
+    """Return the shape of the scale of a weight (N, K), as (rows, columns).
 
     tensor (1, 1); channel (N, 1); group (N, ceil(K / g)); block (ceil(N / rows), ceil(K / columns)).
     Source: compressed-tensors 0.20 `quantization/lifecycle/initialize.py`.

@@ -1,12 +1,12 @@
-"""The stages in order, and the whole path in memory. Begin with open.py.
+"""Run the stages in order, from a directory to delivered tensors in memory. Start reading with open.py.
 
-open.py           detect, read, catalog, probe and plan a directory
-probing.py        the stage that reads the few values which decide a mode
-payload.py        checks of the numbers in scales, zero points and indices
-mapper.py         CompressedTensorsWeightMapper: one module's plan, run
-stream.py         load and map, module after module, on several threads
-fused_scalars.py  scalars that the parts of a fused Linear must share
-loader.py         CompressedTensorsWeightLoader: weights in memory
-config_loader.py  the configuration in the engine's terms
-inspection.py     inspect_checkpoint: what headers say about a directory
+open.py           detects, reads, catalogs, probes and plans a directory
+probing.py        reads the few stored values that decide a mode
+payload.py        checks the numbers in scales, zero points and indices
+mapper.py         CompressedTensorsWeightMapper: runs the plan of one module
+stream.py         loads and maps one module after another, on several threads
+fused_scalars.py  checks the scalars that the parts of a fused Linear must share
+loader.py         CompressedTensorsWeightLoader: loads the weights of a directory into memory
+config_loader.py  the configuration of a checkpoint as the engine's QuantConfig
+inspection.py     inspect_checkpoint: reports what the headers of a directory say
 """

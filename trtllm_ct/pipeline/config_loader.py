@@ -1,6 +1,6 @@
-"""A configuration in the engine's terms: `CompressedTensorsConfigLoader` and `to_quant_config`.
+"""`CompressedTensorsConfigLoader` and `to_quant_config`: the configuration of a checkpoint as the engine's QuantConfig.
 
-The loader uses the engine's verb (`load(checkpoint_dir)`); both work without the engine.
+The loader has the interface of the engine's config loaders (`load(checkpoint_dir)`). Both work without the engine.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ __all__ = ["CompressedTensorsConfigLoader", "EngineConfig", "to_quant_config"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """A model's configuration in the engine's terms.
+    """A model's configuration as the engine needs it; the fields correspond to those of the engine's `ModelConfig`.
 
-    `pretrained_config` is config.json without quantization; `quant_config` the global modes; `quant_config_dict`
-    the mode of every quantized module by name when modules differ, None otherwise, as the engine's `ModelConfig`
-    has it.
+    `pretrained_config` is config.json without the quantization block. `quant_config` has the modes of the whole model.
+    `quant_config_dict` has the mode of every quantized module by name; it is None unless modules differ.
     """
 
     pretrained_config: Mapping[str, Any]
@@ -38,13 +37,13 @@ class EngineConfig:
 
 
 class CompressedTensorsConfigLoader:
-    """Reads the configuration of a compressed-tensors checkpoint."""
+    """Loads the configuration of a compressed-tensors checkpoint for a target."""
 
     def __init__(self, *, target: str = "modelopt") -> None:
         self._target = target
 
     def load(self, checkpoint_dir: str | Path, **kwargs: Any) -> EngineConfig:  # noqa: ARG002 (engines pass their own)
-        """The configuration of a directory for the target; headers only.
+        """Return the configuration of a directory for the target; no weights are read.
 
         Raises `CheckpointError` with all faults of the stage that found them.
         """
@@ -58,11 +57,12 @@ class CompressedTensorsConfigLoader:
 
 
 def to_quant_config(config: QuantizationConfig, target: str = "modelopt") -> QuantConfig:
-    """What TensorRT-LLM's `QuantConfig` needs for the target of that name, with excluded modules by their full names.
+    """Return the `QuantConfig` of a configuration for the target of this name, with full names of excluded modules.
 
-    A configuration that was read from a directory is planned with the tensors that exist there. A dictionary alone
-    gives the scheme only: one mode for all modules, and the excluded ones as far as `ignore` names them. Raises
-    `PlanError` for a directory that can't be delivered, and `ConfigError` where a dictionary does not say enough.
+    If the configuration was read from a directory, the directory is planned, so the result depends on the tensors that
+    exist there. If it was read from a dictionary, only the scheme is known: the result has one mode for all modules,
+    and excludes the modules that `ignore` names. Raises `PlanError` for a directory that can't be delivered, and
+    `ConfigError` if a dictionary is not sufficient.
     """
     if config.directory is not None:
         return plan_checkpoint(config.directory, target).quant_config

@@ -1,8 +1,8 @@
-"""Scalars that the parts of a joined Linear must share.
+"""Check the scalars that the parts of a fused Linear must share.
 
-Engines make one Linear of q/k/v and of gate/up, in experts too, which has one `weight_scale_2` and one
-`input_scale`: for NVFP4 they assert that the parts agree. Plans with a probe see to it (`plan/equalize.py`); only the
-values prove it, so this is checked as modules are delivered.
+Engines fuse q/k/v and gate/up into one Linear, also in experts. An NVFP4 Linear has one `weight_scale_2` and one
+`input_scale`, and the engine asserts that they are equal in all parts. Planning with a probe makes them equal
+(`plan/equalize.py`). Only the delivered values prove it, so they are checked when modules are delivered.
 Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod.
 """
 
@@ -26,13 +26,13 @@ __all__ = ["FusedScalars"]
 
 
 class FusedScalars:
-    """Remembers the scalars of each joined Linear and refuses a part that differs from the one before."""
+    """Remembers the scalars of each fused Linear, and refuses a part whose scalars differ."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], tuple[str, float]] = {}
 
     def check(self, module: ModulePlan, delivered: Mapping[str, Tensor]) -> None:
-        """Raise `PayloadError` when a scalar of this module differs from that of another part of its Linear."""
+        """Raise `PayloadError` if a scalar of this module differs from the one of the first part that was checked."""
         if module.fused_linear is None or module.layer is None:
             return
         for local in MODES_BY_ALGO[module.layer.quant_algo].shared_scalars:
@@ -40,12 +40,12 @@ class FusedScalars:
             if tensor is None:
                 continue
             value = float(tensor)
-            other, expected = self._seen.setdefault((module.fused_linear, local), (module.name, value))
+            first_module, expected = self._seen.setdefault((module.fused_linear, local), (module.name, value))
             if not isclose(value, expected, rel_tol=SCALAR_TOLERANCE):
                 raise PayloadError(
                     Fault(
                         where=f"{module.name}.{local}",
-                        expected=f"{expected:g}, as {other} has it: the engine makes one Linear of both",
+                        expected=f"{expected:g}, as {first_module} has it: the engine makes one Linear of both",
                         found=f"{value:g}",
                         remedy="Quantize again with a current llm-compressor, which links them, or use --to dense.",
                     )

@@ -1,4 +1,4 @@
-"""`inspect_checkpoint`: everything that can be said about a directory from its headers."""
+"""`inspect_checkpoint`: reports everything that the headers of a directory tell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _RowKey = tuple[bool, str, str, str, str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemeRow:
-    """Modules that share stored scheme, native mode, delivery and reason, with their bytes now and after."""
+    """Modules with the same stored scheme, native mode, delivered mode, reason and note.
+
+    `stored_bytes` and `delivered_bytes` are the sums over these modules.
+    """
 
     modules: tuple[str, ...]
     stored_scheme: str
@@ -55,9 +58,9 @@ class SchemeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What was detected, what the plan for a target says, and every problem that keeps the checkpoint from it.
+    """The result of an inspection: what was detected, the plan for a target, and the problems that prevent delivery.
 
-    `parallel` are the sizes that were asked about. `plan` is None when there are problems.
+    `parallel` are the parallel sizes that the plan was made for. `plan` is None if there are problems.
     """
 
     directory: Path
@@ -69,27 +72,28 @@ class Inspection:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Oddities that change nothing: of detection, configuration, files and plan."""
+        """Warnings about detection, configuration, files and plan; they don't prevent delivery."""
         return self.detection.disagreements + (self.plan.warnings if self.plan else ())
 
     def rows(self) -> Iterator[SchemeRow]:
-        """The modules of the plan, grouped by how they are stored and delivered; quantized ones first."""
+        """Yield the modules of the plan, grouped by how they are stored and delivered; quantized ones come first."""
         if self.plan is None:
             return
         keys: dict[tuple[int, ...], _RowKey] = {}
         rows: dict[_RowKey, list[ModulePlan]] = {}
         for module in self.plan.modules:
-            # A large model has 10^5 modules and few kinds, whose plans share these objects.
+            # Computing the key for each of 10^5 modules would be slow. The plans of modules that are alike share these
+            # objects, so their identity is looked up first.
             parts = (module.weight, module.scheme, module.native_mode, module.layer, module.reason, module.note)
-            kind = tuple(map(id, parts))
-            if kind not in keys:
-                keys[kind] = _row_key(module)
-            rows.setdefault(keys[kind], []).append(module)
+            identity = tuple(map(id, parts))
+            if identity not in keys:
+                keys[identity] = _row_key(module)
+            rows.setdefault(keys[identity], []).append(module)
         for key in sorted(rows):
             yield _row(rows[key])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; the parts of the plan are null when there are problems."""
+        """JSON form; everything from the plan is null if there are problems."""
         plan = self.plan
         return json_object(
             {
@@ -113,11 +117,11 @@ class Inspection:
 def inspect_checkpoint(
     directory: str | Path, to: str = "modelopt", *, engine: str = DEFAULT_ENGINE, parallel: Parallel = ONE_RANK
 ) -> Inspection:
-    """Inspect a directory as it would be delivered to the target named `to`, for the capability set `engine`.
+    """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
 
-    `parallel` are the sizes that the engine will run with; what it can't be cut by is among the problems. Reads headers
-    only and does not import torch. Problems of the checkpoint are gathered in the result.
-    Raises `UsageError` for an unknown target, `CheckpointError` when there is nothing that could be detected.
+    `parallel` are the sizes that the engine will run with; sizes that can't divide the model are problems. No weights
+    are read, and torch is not imported. Problems of the checkpoint are collected in the result.
+    Raises `UsageError` for an unknown target, and `CheckpointError` if no checkpoint is detected.
     """
     directory = Path(directory)
     target = target_named(to, engine)
@@ -139,11 +143,13 @@ def inspect_checkpoint(
 
 
 def _row_key(module: ModulePlan) -> _RowKey:
+    """Return what the modules of one row have in common; keys of quantized modules sort first."""
     native = str(module.native_mode) if module.native_mode else ""
     return (module.weight is None, module.stored_scheme, native, module.delivered_mode, module.reason, module.note)
 
 
 def _row(members: Sequence[ModulePlan]) -> SchemeRow:
+    """Return the row of modules that have the same key."""
     first = members[0]
     return SchemeRow(
         modules=tuple(module.name for module in members),

@@ -1,6 +1,7 @@
-"""CompressedTensorsWeightLoader: a checkpoint directory in, weights in memory out.
+"""CompressedTensorsWeightLoader: loads the weights of a checkpoint directory into memory.
 
-It uses the engine's verb and argument order (`load_weights(checkpoint_dir, mapping)`) and works without the engine.
+It has the interface of the engine's weight loaders (`load_weights(checkpoint_dir, mapping)`) and works without the
+engine.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ logger = logging.getLogger("trtllm_ct")
 class CompressedTensorsWeightLoader:
     """Loads compressed-tensors weights under Hugging Face names.
 
-    `decompressor` says who decodes: `native` this package's codecs, `library` the compressed-tensors package
-    (imported only then; it takes seconds), `auto` this package's codecs for every format that it has. Where the
-    package is wanted and not installed, that is logged once and loading goes on without it.
+    `decompressor` selects the decoder. `native` is the one of this package. `library` is the compressed-tensors
+    package, which is imported only then; that takes seconds. `auto` uses this package's decoder for every format that
+    it has.
+    Unless `native` is chosen, a missing compressed-tensors package is logged once, and this package's decoder is used.
     """
 
     def __init__(self, *, decompressor: Decompressor = "auto") -> None:
@@ -58,15 +60,16 @@ class CompressedTensorsWeightLoader:
         layout: Layout = "native",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """All weights of a directory by Hugging Face name, contiguous, on the CPU.
+        """Return all weights of a directory by Hugging Face name, contiguous, on the CPU.
 
-        `layout` is `native` (what a ModelOpt directory holds and the engine's Linears read), `dense` (plain weights
-        of the model's dtype) or `stored` (as they lie in the files). `mapping` and further keywords are the
-        engine's. With a mapping of several ranks the tensors are those that its rank reads: of full size still, but
-        only the rows of its slice are there (see `plan_for_rank`); `stored` tensors are whole in any case.
-        Memory beyond the result: one module group, and where transforms are folded a weight in float64 for each of up
-        to 4 threads. Tensors that need no change are views of the mapped files. Raises `CheckpointError` with all
-        faults of the stage that found them.
+        `layout` is `native` (the tensors of a ModelOpt directory, which the engine's Linears read), `dense` (plain
+        weights in the model's dtype) or `stored` (the tensors of the files, unchanged). `mapping` and further keyword
+        arguments are passed by the engine. With a mapping of several ranks, the result has the tensors that its rank
+        reads. They have full size, but only the rows of the rank's slice are filled (see `plan_for_rank`); `stored`
+        tensors are always complete.
+        Memory in addition to the result: the modules that are being converted (see `stream_delivered`), and if
+        transforms are folded a weight in float64 for each of up to 4 threads. Tensors that need no change are views of
+        memory-mapped files. Raises `CheckpointError` with all faults of the stage that found them.
         """
         weights: dict[str, Tensor] = {}
         with collector_paused():
@@ -82,10 +85,10 @@ class CompressedTensorsWeightLoader:
         layout: Layout = "native",
         **kwargs: Any,  # noqa: ARG002 (engines of different releases pass different ones)
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The weights of one module after another, as (module name, its tensors by full name); see `load_weights`.
+        """Return an iterator over (module name, its tensors by full name); see `load_weights` for the arguments.
 
-        The plan is made, its warnings are logged and faults are raised before the first module comes. Memory: of some
-        modules, see `stream_delivered`.
+        The plan is made, its warnings are logged and its faults are raised before this returns. Memory: a few modules
+        at a time, see `stream_delivered`.
         """
         _require_choice("layout", layout, ("stored", *_TARGET_OF_LAYOUT))
         if layout == "stored":
@@ -100,10 +103,10 @@ class CompressedTensorsWeightLoader:
         return ((module.name, tensors) for module, tensors in delivered)
 
     def _codec(self) -> Codec:
-        """The codec of the decompressor; this package's own where the library is missing."""
+        """Return the codec of the chosen decompressor; the one of this package if the library is not installed."""
         if self._decompressor == "native":
             return NATIVE
-        # Looking for the package does not import it.
+        # `find_spec` does not import the package.
         if importlib.util.find_spec("compressed_tensors") is None:
             _log_missing_library()
             return NATIVE
@@ -111,7 +114,7 @@ class CompressedTensorsWeightLoader:
 
 
 def _rank(mapping: object, layers: int) -> Rank:
-    """The rank that an engine's mapping describes; the only one where there is none, or something else in its place."""
+    """Return the rank that an engine's mapping describes; a single rank if `mapping` is None or no mapping."""
     if hasattr(mapping, "tp_size"):
         return Rank.from_mapping(cast("EngineMapping", mapping), layers)
     return Rank()
@@ -119,13 +122,13 @@ def _rank(mapping: object, layers: int) -> Rank:
 
 @cache
 def _log_missing_library() -> None:
-    """Once a process."""
+    """Log that the compressed-tensors library is not installed, once per process."""
     logger.warning("compressed-tensors library not found. Will attempt to load weights as standard safetensors.")
     logger.warning("Install with: pip install compressed-tensors")
 
 
 def _stream_stored(catalog: Catalog) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of each module as they lie in the files."""
+    """Yield the tensors of each module as they are stored in the files."""
     from trtllm_ct.checkpoint.reader import TensorReader
 
     with TensorReader(catalog) as reader:
@@ -134,6 +137,7 @@ def _stream_stored(catalog: Catalog) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `UsageError` if `value` is not among `choices`; `name` is the name of the argument."""
     names = tuple(choices)
     if value not in names:
         raise UsageError(

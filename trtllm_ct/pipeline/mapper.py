@@ -1,6 +1,6 @@
-"""CompressedTensorsWeightMapper: the tensors of one module in, the tensors that the engine's Linear reads out.
+"""CompressedTensorsWeightMapper: converts the stored tensors of one module to the tensors that an engine reads.
 
-Every decision was made by the plan; here scales and zero points are checked and operations run.
+The plan has made every decision. The mapper checks scales and zero points and runs the operations of the plan.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ logger = logging.getLogger("trtllm_ct")
 
 
 class CompressedTensorsWeightMapper:
-    """Turns the scales, zero points and codes of compressed-tensors into the engine's Linear layouts.
+    """Converts codes, scales and zero points of compressed-tensors to the layouts of the engine's Linears.
 
-    Values that a producer is known to write wrong are told once, with the first module that has them: to `on_warning`
-    if that is given, else to the log.
+    Values that a producer is known to write wrong give a warning, once, for the first module that has them. It goes to
+    `on_warning(module name, warning)` if that is given, otherwise to the log.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class CompressedTensorsWeightMapper:
         self._watch = ValueWatch()
 
     def map_module(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The delivered tensors of one module, by full name.
+        """Return the delivered tensors of one module, by full name.
 
-        `stored` holds what `module.reads` lists, by full name; contiguous, as stored. Inputs are never changed, and
-        a tensor that needs no change is handed on as it is. Memory: the delivered tensors, and for a dequantized
-        weight its int8 codes. Raises `PayloadError` for scales that are NaN, infinite, negative or (one per tensor)
-        zero, for a `weight_shape` that contradicts the plan, and for values that the delivered dtype can't hold.
-        Operations run on the device of the mapper and leave their results there, but what a rank is handed a share of
-        is on the CPU.
+        `stored` has the tensors that `module.reads` lists, by full name, contiguous and as stored. Inputs are never
+        changed, and a tensor that needs no change is returned itself. Memory: the delivered tensors, and for a
+        dequantized weight its int8 codes. Raises `PayloadError` for scales that are NaN, infinite, negative or (one per
+        tensor) zero, for a `weight_shape` that contradicts the plan, and for values that the delivered dtype can't
+        hold. Operations run on the device of the mapper and their results stay there. A tensor of which a rank has
+        only some rows is on the CPU.
         """
         if module.share is None:
             return self._map(module, stored)
@@ -60,9 +60,12 @@ class CompressedTensorsWeightMapper:
         except PayloadError as error:
             rows = f", in rows {module.share.begin} to {module.share.end}"
             raise PayloadError(*(replace(fault, found=fault.found + rows) for fault in error.faults)) from None
-        return {each.name: self._handed_over(each, module, module.share, made, stored) for each in module.deliveries}
+        return {
+            delivery.name: self._full_tensor(delivery, module, module.share, made, stored)
+            for delivery in module.deliveries
+        }
 
-    def _handed_over(
+    def _full_tensor(
         self,
         delivery: Delivery,
         module: ModulePlan,
@@ -70,7 +73,10 @@ class CompressedTensorsWeightMapper:
         made: Mapping[str, Tensor],
         stored: Mapping[str, Tensor],
     ) -> Tensor:
-        """A tensor of full shape, of which only the rows of a rank are there."""
+        """Return a delivered tensor of full shape, of which only the rows of the rank's share are filled.
+
+        `made` are the tensors that the plan of the share delivers.
+        """
         source, place = delivery.operation.source, share.places.get(delivery.name)
         if delivery.name in share.views and source is not None:
             whole = {source: module.views[source].of(stored)}
@@ -78,15 +84,16 @@ class CompressedTensorsWeightMapper:
         return made[delivery.name] if place is None else _placed(delivery.spec, made[delivery.name], place)
 
     def _map(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a module delivers, or its rows where it is a part of one."""
+        """Return the delivered tensors of a module without a share; the module may be some rows of another one."""
         local = self.checked(module, stored)
         tensors = self.tensors(module, local)
         return {delivery.name: self.run(module, delivery, tensors) for delivery in module.deliveries}
 
     def checked(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a module by local name, on the mapper's device; `stored` as `map_module` takes it.
+        """Return the checked tensors of a module by local name, on the mapper's device.
 
-        Raises `PayloadError` for values that may not be delivered.
+        `stored` has the tensors by full name, as for `map_module`. Raises `PayloadError` for values that may not be
+        delivered.
         """
         local = {name: tensor.to(self._device) for name, tensor in module.local_tensors(stored).items()}
         for warning in self._watch.look(module, local):
@@ -97,18 +104,21 @@ class CompressedTensorsWeightMapper:
         return local
 
     def tensors(self, module: ModulePlan, local: Mapping[str, Tensor], first_row: int = 0) -> ModuleTensors:
-        """What the operations of a module run on; `first_row` is where it begins if it is some rows of another one."""
+        """Return the input of a module's operations.
+
+        If the module is some rows of another one, `first_row` is the number of the first of them there.
+        """
         return ModuleTensors(local, module.weight, self._codec, first_row)
 
     def run(self, module: ModulePlan, delivery: Delivery, tensors: ModuleTensors) -> Tensor:
-        """One delivered tensor; raises `PayloadError` for values that it can't hold."""
+        """Return one delivered tensor; raises `PayloadError` for values that it can't hold."""
         try:
             return _run(delivery, tensors)
         except PayloadError as error:
             raise PayloadError(*(_located(fault, module.name) for fault in error.faults)) from None
 
     def map_weights(self, plan: Plan, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`map_module` over all modules of a plan, for weights that are in memory already."""
+        """Return the delivered tensors of all modules of a plan, for stored tensors that are in memory already."""
         delivered: dict[str, Tensor] = {}
         for module in plan.modules:
             delivered |= self.map_module(module, {name: stored[name] for name in module.reads})
@@ -120,7 +130,10 @@ def _log_warning(module: str, warning: str) -> None:
 
 
 def _placed(spec: TensorSpec, rows: Tensor, place: Place) -> Tensor:
-    """Rows in a tensor of shape `spec` whose other rows are never written, so that they take no memory."""
+    """Return a tensor with dtype and shape `spec` that has `rows` at `place`.
+
+    Its other rows are never written, so that they take no memory.
+    """
     import torch
 
     whole = torch.empty(spec.shape, dtype=spec.dtype.torch_dtype)
@@ -129,12 +142,12 @@ def _placed(spec: TensorSpec, rows: Tensor, place: Place) -> Tensor:
 
 
 def _located(fault: Fault, module: str) -> Fault:
-    """The fault with the module's name before a local one: formats and layouts know no names."""
+    """Return the fault with the module's name added if it has only a local name; formats and layouts know no others."""
     return fault if fault.where.startswith(module) else replace(fault, where=f"{module}.{fault.where}")
 
 
 def _run(delivery: Delivery, tensors: ModuleTensors) -> Tensor:
-    """One operation, held to its promise: the spec that the plan announced, contiguous."""
+    """Run one operation and check its result: contiguous, with the dtype and shape that the plan promised."""
     tensor = delivery.operation.run(delivery.name, tensors)
     spec = delivery.spec
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype.torch_dtype or not tensor.is_contiguous():

@@ -1,15 +1,17 @@
-"""The pipeline in order: detect, read, catalog, probe, plan, load, map, deliver. Read this first.
+"""The stages of the pipeline in order: detect, read, catalog, probe, plan, load, map, deliver. Read this file first.
 
-| stage   | takes                         | gives                                | tensors read        |
-|---------|-------------------------------|--------------------------------------|---------------------|
-| detect  | a directory                   | `Detection` with its evidence        | none                |
-| read    | the directory                 | `QuantizationConfig`                 | none                |
-| catalog | the directory                 | `Catalog`                            | headers             |
-| probe   | configuration and catalog     | `Probe`: the few values that decide  | a few small ones    |
-| plan    | the three above and a target  | `Plan`                               | none                |
-| load    | the plan's module groups      | stored tensors, one module at a time | one module at a time |
-| map     | a module and its tensors      | delivered tensors                    | the given ones      |
-| deliver | delivered tensors             | a directory, a dictionary, a model   | the given ones      |
+| stage   | input                            | output                               | tensors read         |
+|---------|----------------------------------|--------------------------------------|----------------------|
+| detect  | a directory                      | `Detection` with its evidence        | none                 |
+| read    | the directory                    | `QuantizationConfig`                 | none                 |
+| catalog | the directory                    | `Catalog`                            | headers              |
+| probe   | configuration, catalog and model | `Probe`: the few values that decide  | a few small ones     |
+| plan    | these three, probe and target    | `Plan`                               | none                 |
+| load    | the modules of the plan          | stored tensors, one module at a time | one module at a time |
+| map     | a module and its tensors         | delivered tensors                    | the given ones       |
+| deliver | delivered tensors                | a directory, a dictionary, a model   | the given ones       |
+
+This file has the stages up to planning.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ __all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A compressed-tensors directory after the stages before planning.
+    """A compressed-tensors directory, with the results of all stages before planning.
 
-    `hf_config` is its config.json, parsed, or what params.json says in its terms.
+    `hf_config` is its parsed config.json, or params.json (Mistral's own form) converted to that form.
     """
 
     directory: Path
@@ -66,10 +68,10 @@ class Checkpoint:
         parallel: Parallel = ONE_RANK,
         dense_o_proj: bool = False,
     ) -> Plan:
-        """The plan for the target named `to` and the capability set `engine` of stock TensorRT-LLM; see `make_plan`.
+        """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
-        `additive_zeros` matters for target `tensorrt_llm` only, see `target_named`.
-        Raises `PlanError`, and `UsageError` for an unknown name.
+        `additive_zeros` affects only target `tensorrt_llm`, see `target_named`.
+        Raises `PlanError` with all faults, and `UsageError` for an unknown name.
         """
         return make_plan(
             self.config,
@@ -87,9 +89,9 @@ class Checkpoint:
 def open_checkpoint(directory: str | Path, detection: Detection | None = None) -> Checkpoint:
     """Detect, read, catalog and probe a directory.
 
-    Reads JSON files, headers, and the few small tensors whose values decide a mode. `detection` is that of the
-    directory, where it was made before.
-    Raises `DetectionError` when the directory is no compressed-tensors checkpoint, `ConfigError` and `CatalogError`
+    Reads JSON files, headers, and the few small tensors whose values decide a mode. `detection` is the detection of the
+    directory, if it was made before.
+    Raises `DetectionError` if the directory is no compressed-tensors checkpoint, and `ConfigError` or `CatalogError`
     with all faults of the stage.
     """
     directory = Path(directory)
@@ -110,7 +112,7 @@ def open_checkpoint(directory: str | Path, detection: Detection | None = None) -
 
 
 def _hf_config(detection: Detection, catalog: Catalog) -> Mapping[str, Any]:
-    """Return config.json, parsed; in Mistral's own form, where only params.json exists, the same in its terms."""
+    """Return the parsed config.json; if only params.json exists, return that, converted to the form of config.json."""
     if "config.json" in detection.files:
         return detection.files["config.json"]
     stored = {name: tensor.spec for name, tensor in catalog.tensors.items()}
@@ -127,7 +129,7 @@ def plan_checkpoint(
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
 ) -> Plan:
-    """The plan of a directory for the target named `to`; reads no weights. See `Checkpoint.plan`."""
+    """Return the plan of a directory for the target named `to`; no weights are read. See `Checkpoint.plan`."""
     return open_checkpoint(directory).plan(
         to, engine=engine, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
     )

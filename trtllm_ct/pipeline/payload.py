@@ -1,16 +1,16 @@
-"""What headers can't show: the numbers in scales, shapes, zero points and indices, checked before they are used.
+"""Check the numbers in scales, shapes, zero points and indices before they are used; headers don't show them.
 
 | tensor                    | NaN, inf, negative | zero                                        |
 |---------------------------|--------------------|---------------------------------------------|
-| scale of a whole tensor   | fault              | fault: the whole weight would vanish        |
+| scale of a whole tensor   | fault              | fault: the whole weight would be zero       |
 | scale of a row or a group | fault              | allowed and counted: the group is all zeros |
-| E8M0 exponent of a group  | 255, its NaN       | none: exponent 0 is 2^-127                  |
-| global scale (NVFP4)      | fault              | fault; in a routed expert the weight is 0   |
+| E8M0 exponent of a group  | 255 (NaN): fault   | can't occur: exponent 0 is 2^-127           |
+| global scale (NVFP4)      | fault              | fault; allowed in experts: the weight is 0  |
 | `input_scale`, KV scales  | fault              | fault                                       |
 
-Zero points are integers in the signed range of the codes, and all zero beside float codes; a group index names groups
-that exist. The matrix of a transform is finite, that of a Hadamard one all 1 and -1, and a permutation is one. Codes
-are read only where their container has room for what no code can be.
+Zero points must be integers in the signed range of the codes, and all zero if the codes are floats. A group index must
+name groups that exist. The matrix of a transform must be finite, and a Hadamard matrix must consist of 1 and -1. A
+permutation must contain each index once. Codes are read only if their container can hold values that are no codes.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ _EXPERT = ".experts."
 
 
 def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
-    """Add a fault for every promise that the tensors of a module break; `stored` holds them by local name.
+    """Add a fault for every tensor of a module with invalid values; `stored` has the tensors by local name.
 
-    Reads the small tensors; of the codes only those of fewer than 8 bits in a byte each, and those in padded words.
+    Codes are read only if they have fewer than 8 bits and are stored in one byte each, or if they are in padded words.
+    Of the other tensors only small ones are read.
     """
     weight = module.weight
     if weight is not None:
@@ -64,28 +65,31 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
             _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=False)
     for local in _GLOBAL_SCALES:
         if local in stored:
-            # Calibration may never have reached an expert, and some writers leave 0 then.
+            # Some writers store 0 for an expert that calibration never reached.
             _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=_EXPERT in module.name)
     for transform in module.transforms:
         _check_transform(module.name, transform, stored, faults)
 
 
 def looks_at(module: ModulePlan) -> bool:
-    """Whether `check_payload` looks at any value of a module."""
+    """Whether `check_payload` reads any value of a module."""
     scales = (*_ACTIVATION_SCALES, *_GLOBAL_SCALES, *_kv_scales(module))
     has_scale = any(local in module.views and local not in module.ignored for local in scales)
     return module.weight is not None or has_scale or bool(module.transforms)
 
 
 def _kv_scales(module: ModulePlan) -> Iterator[str]:
-    """The scales of the KV cache among its tensors, whatever their writer called them."""
+    """Yield the local names of a module's KV-cache scales, whatever name their writer gave them."""
     for delivery in module.deliveries:
         if delivery.operation.source is not None and delivery.name.endswith(_KV_SCALES):
             yield delivery.operation.source
 
 
 def count_zero_scales(module: ModulePlan, stored: Mapping[str, Tensor]) -> int:
-    """How many rows or groups of a weight have scale zero, that is, hold zeros only; all under a global scale of 0."""
+    """Return how many rows or groups of a weight have a scale of zero, so that all their values are zero.
+
+    Under a global scale of 0 these are all groups.
+    """
     weight = module.weight
     if weight is None:
         return 0
@@ -96,7 +100,7 @@ def count_zero_scales(module: ModulePlan, stored: Mapping[str, Tensor]) -> int:
 
 
 def _scale_numbers(weight: StoredWeight, scale: Tensor) -> Tensor:
-    """A scale as numbers that compare: wide floats as they are, one-byte scales as float32."""
+    """Return a scale in a dtype that supports comparisons: wide floats unchanged, one-byte scales as float32."""
     import torch
 
     if scale.element_size() > 1:
@@ -105,9 +109,10 @@ def _scale_numbers(weight: StoredWeight, scale: Tensor) -> Tensor:
 
 
 def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allowed: bool) -> None:
-    if scale.numel() and _is_good(*(float(end) for end in scale.aminmax()), zero_allowed=zero_allowed):
+    """Add a fault if a scale has elements that are NaN, infinite, negative, or zero without being allowed to."""
+    if scale.numel() and _is_good_range(*(float(bound) for bound in scale.aminmax()), zero_allowed=zero_allowed):
         return
-    # In this form NaN, which compares as false, counts as bad; infinity is told apart by the second test.
+    # Comparisons with NaN are false, so NaN counts as bad here. Infinity needs the second condition.
     good = (scale >= 0 if zero_allowed else scale > 0) & scale.isfinite()
     if bool(good.all()):
         return
@@ -121,13 +126,13 @@ def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allow
     )
 
 
-def _is_good(least: float, most: float, *, zero_allowed: bool) -> bool:
-    """Whether these ends leave room for good scales only; NaN, which is both ends where it occurs, is none."""
-    return (least >= 0 if zero_allowed else least > 0) and most < inf
+def _is_good_range(least: float, greatest: float, *, zero_allowed: bool) -> bool:
+    """Whether all scales between these bounds are valid; if a scale is NaN, both bounds are NaN and this is False."""
+    return (least >= 0 if zero_allowed else least > 0) and greatest < inf
 
 
 def _check_transform(module: str, transform: Transform, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
-    """The matrix of a transform, and the permutation of a randomized one."""
+    """Add a fault for an invalid matrix of a transform, and for an invalid permutation of a randomized one."""
     name = f"{transform.module}.weight"
     matrix = stored[name]
     good = matrix.abs() == 1 if transform.hadamard else matrix.isfinite()
@@ -152,18 +157,22 @@ def _check_transform(module: str, transform: Transform, stored: Mapping[str, Ten
 
 
 def _check_shape(module: str, stored_shape: Tensor, shape: tuple[int, int], faults: FaultCollector) -> None:
-    found = [int(size) for size in stored_shape.flatten()]
-    if found != list(shape):
+    """Add a fault if `weight_shape` is not the shape in the plan."""
+    sizes = [int(size) for size in stored_shape.flatten()]
+    if sizes != list(shape):
         faults.add(
             where=f"{module}.weight_shape",
             expected=f"{list(shape)}, which the packed codes and config.json make",
-            found=str(found),
+            found=str(sizes),
             remedy="Codes and shape belong to different weights; download the checkpoint again.",
         )
 
 
 def _check_zero_point(name: str, weight: StoredWeight, zero_point: Tensor, faults: FaultCollector) -> None:
-    """Plain zero points: integers in the signed range of the codes; of float codes, leftovers that are zero."""
+    """Add a fault for unpacked zero points that are no integers in the signed range of the codes.
+
+    If the weight has no zero point, they must all be zero.
+    """
     if not weight.has_zero_point:
         _check_leftover_zero_point(name, zero_point, faults)
         return
@@ -189,7 +198,10 @@ def _check_zero_point(name: str, weight: StoredWeight, zero_point: Tensor, fault
 
 
 def _check_leftover_zero_point(name: str, zero_point: Tensor, faults: FaultCollector) -> None:
-    """Early writers stored zero points for float codes too, always zero: no release computes with them."""
+    """Add a fault for zero points of float codes that are not zero.
+
+    Early writers stored zero points for float codes too, but always zero. No release computes with them.
+    """
     nonzero = int((zero_point.float() != 0).sum())
     if nonzero:
         faults.add(
@@ -201,7 +213,7 @@ def _check_leftover_zero_point(name: str, zero_point: Tensor, faults: FaultColle
 
 
 def _check_group_index(name: str, weight: StoredWeight, index: Tensor, faults: FaultCollector) -> None:
-    """Each column's group is one of those that have a scale; an index that was never filled counts as absent."""
+    """Add a fault if a column's group has no scale; an index that was never filled is accepted, it counts as absent."""
     groups = weight.scale_shape[1]
     bad = (index < 0) | (index >= groups)
     if is_filled(index) and bool(bad.any()):
@@ -215,7 +227,7 @@ def _check_group_index(name: str, weight: StoredWeight, index: Tensor, faults: F
 
 
 def _check_codes(name: str, weight: StoredWeight, codes: Tensor, faults: FaultCollector) -> None:
-    """Codes fit their width wherever the container is wider than it."""
+    """Add a fault for codes that don't fit their width, if the container is wider."""
     packing = weight.packing
     if packing is None:
         return
@@ -226,9 +238,9 @@ def _check_codes(name: str, weight: StoredWeight, codes: Tensor, faults: FaultCo
 
 
 def _check_code_range(name: str, codes: Tensor, bits: int, faults: FaultCollector) -> None:
-    """Signed codes of `bits` bits that lie in a byte each."""
+    """Add a fault for int8 codes outside the signed range of `bits` bits."""
     half = 1 << (bits - 1)
-    low, high = (int(end) for end in codes.aminmax())
+    low, high = (int(bound) for bound in codes.aminmax())
     if low < -half or high >= half:
         faults.add(
             where=name,
@@ -239,7 +251,10 @@ def _check_code_range(name: str, codes: Tensor, bits: int, faults: FaultCollecto
 
 
 def _check_spare_bits(name: str, words: Tensor, packing: Packing, faults: FaultCollector) -> None:
-    """The bits that padded words leave over are zero; dense words of the same number would use them."""
+    """Add a fault if the padding bits of padded words are not zero.
+
+    The words were then written in the dense layout, which may need the same number of words.
+    """
     used = packing.bits * (packing.container.bits // packing.bits)
     spare = words >> used
     if bool(spare.any()):

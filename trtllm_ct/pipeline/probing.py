@@ -1,16 +1,16 @@
-"""`probe_checkpoint`: the few values of a checkpoint that decide a mode, read before it is planned.
+"""`probe_checkpoint`: reads the few stored values that decide a mode, before a checkpoint is planned.
 
-| tensor                                      | read of                                   | tells               |
-|---------------------------------------------|-------------------------------------------|---------------------|
-| `weight_global_scale`, `input_global_scale` | parts of one Linear                       | what they can share |
-| `weight_scale` of NVFP4                     | such parts, powers of two apart           | what a shift loses  |
-| `weight_zero_point`                         | weights that their scheme calls symmetric | whether it is zero  |
-| `weight_g_idx`                              | weights with several groups               | whether to reorder  |
-| `shape`                                     | tensors that are stored sparse            | the last axis       |
+| tensor                                      | read for                                    | decides                 |
+|---------------------------------------------|---------------------------------------------|-------------------------|
+| `weight_global_scale`, `input_global_scale` | parts of a fused Linear                     | which scalar they share |
+| `weight_scale` of NVFP4                     | parts whose scalars are powers of two apart | which shifts are exact  |
+| `weight_zero_point`                         | weights that their scheme calls symmetric   | whether it is all zero  |
+| `weight_g_idx`                              | weights with several groups                 | whether to reorder      |
+| `shape`                                     | tensors that are stored sparse              | size of the last axis   |
 
-One pass over the names tells whether there is anything to read; most checkpoints have nothing. Bytes are read where
-headers say that they lie, and neither torch nor numpy is imported. Whether values are good is not asked here: a NaN is
-carried along as one, and refused when the tensor is loaded.
+One pass over the tensor names finds out if there is anything to read; in most checkpoints there is nothing. Bytes are
+read at the positions that the headers give, and neither torch nor numpy is imported. Values are not validated here: a
+NaN is kept, and refused when the tensor is loaded.
 """
 
 from __future__ import annotations
@@ -50,38 +50,38 @@ _SCALARS = ("weight_global_scale", "input_global_scale")
 _SCALAR_DTYPES = frozenset({DType.BF16, DType.F16, DType.F32})
 _GROUP_SCALE_DTYPES = frozenset({DType.F8_E4M3, DType.U8})
 
-_Own = tuple["Site", "StoredModule"]
+_SiteModule = tuple["Site", "StoredModule"]
 
 
 def probe_checkpoint(config: QuantizationConfig, catalog: Catalog, model: Model) -> Probe:
-    """Read the values that decide a mode; `NO_PROBE` where a checkpoint has no such tensor.
+    """Read the values that decide a mode; returns `NO_PROBE` if a checkpoint has no such tensor.
 
-    Memory: one tensor at a time. Contradictions in headers are left to the planner, which names them. Raises
-    `CatalogError` when a file is gone or shorter than its header said.
+    Memory: one tensor at a time. Contradictions in headers are ignored here; the planner reports them. Raises
+    `CatalogError` when a file is missing or shorter than its header says.
     """
     shapes = _read_shapes(catalog)
     symmetric = any(group.scheme.weights is not None and group.scheme.weights.symmetric for group in config.groups)
-    ends = (*_SCALARS, GROUP_INDEX, *((_ZERO_POINT,) if symmetric else ()))
-    if not any(name.endswith(ends) for name in catalog.tensors):
+    suffixes = (*_SCALARS, GROUP_INDEX, *((_ZERO_POINT,) if symmetric else ()))
+    if not any(name.endswith(suffixes) for name in catalog.tensors):
         return replace(NO_PROBE, shapes=shapes)
-    own = _own_modules(catalog, model, shapes)
-    scalars = _read_scalars(own, catalog)
+    modules = _model_modules(catalog, model, shapes)
+    scalars = _read_scalars(modules, catalog)
     reader = WeightReader(config, FaultCollector(), multimodal=model.multimodal)
-    zero, trivial = _read_idle(own, reader, catalog)
-    powers = _read_powers(own, scalars, catalog)
+    zero, trivial = _read_idle(modules, reader, catalog)
+    powers = _read_powers(modules, scalars, catalog)
     return Probe(scalars=scalars, powers=powers, zero=zero, trivial=trivial, shapes=shapes)
 
 
 def _read_shapes(catalog: Catalog) -> dict[str, tuple[int, ...]]:
-    """The sizes that sparse tensors say they have: their bitmasks leave the last axis open."""
+    """Return the numbers in the `shape` pieces of sparse tensors; a bitmask doesn't determine the last axis."""
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items() if name.endswith((".shape", ".bitmask"))}
     views = [Whole(name=name, spec=specs[name]) for name in shape_pieces(specs)]
     return {view.sources[0]: integers(data, view.spec.dtype) for view, data in _read(views, catalog)}
 
 
-def _own_modules(catalog: Catalog, model: Model, shapes: StoredShapes) -> list[_Own]:
-    """The modules of the model as the planner finds them, each with its site."""
-    with suppress(PlanError), collector_paused():  # the planner raises it again
+def _model_modules(catalog: Catalog, model: Model, shapes: StoredShapes) -> list[_SiteModule]:
+    """Return the stored modules of the model, as the planner finds them, each with its site."""
+    with suppress(PlanError), collector_paused():  # The planner will raise the same error.
         stored = gather_modules(catalog, model, FaultCollector(), shapes)
         return [
             (site, stored[name])
@@ -91,11 +91,11 @@ def _own_modules(catalog: Catalog, model: Model, shapes: StoredShapes) -> list[_
     return []
 
 
-def _read_scalars(own: Iterable[_Own], catalog: Catalog) -> dict[str, float]:
-    """The global scales of parts that share theirs with others."""
+def _read_scalars(modules: Iterable[_SiteModule], catalog: Catalog) -> dict[str, float]:
+    """Return the global scales of modules that must share them with other parts of a fused Linear."""
     views = [
         view
-        for site, module in own
+        for site, module in modules
         if site.shares is not None
         for local in _SCALARS
         if (view := module.views.get(local)) is not None and _is_scalar(view)
@@ -104,13 +104,19 @@ def _read_scalars(own: Iterable[_Own], catalog: Catalog) -> dict[str, float]:
 
 
 def _is_scalar(view: View) -> bool:
+    """Whether a tensor has one element of a wide float dtype."""
     return view.spec.numel == 1 and view.spec.dtype in _SCALAR_DTYPES
 
 
-def _read_powers(own: Iterable[_Own], scalars: Mapping[str, float], catalog: Catalog) -> dict[str, tuple[int, int]]:
-    """How far the group scales of those parts can be shifted whose global scales are powers of two apart."""
+def _read_powers(
+    modules: Iterable[_SiteModule], scalars: Mapping[str, float], catalog: Catalog
+) -> dict[str, tuple[int, int]]:
+    """Return by which powers of two group scales can be multiplied exactly, as (least, greatest).
+
+    They are read for the parts of a fused Linear whose global scales are powers of two apart.
+    """
     linears: dict[str | None, list[tuple[float, StoredModule]]] = {}
-    for site, module in own:
+    for site, module in modules:
         view = module.views.get(_SCALARS[0])
         scalar = None if view is None else scalars.get(probe_key(view))
         if scalar is not None:
@@ -125,11 +131,16 @@ def _read_powers(own: Iterable[_Own], scalars: Mapping[str, float], catalog: Cat
     return {probe_key(view): exact_powers(data) for view, data in _read(views, catalog)}
 
 
-def _read_idle(own: Iterable[_Own], reader: WeightReader, catalog: Catalog) -> tuple[frozenset[str], frozenset[str]]:
-    """The zero points of symmetric weights that are all zero, and the group indices that leave groups as they are."""
+def _read_idle(
+    modules: Iterable[_SiteModule], reader: WeightReader, catalog: Catalog
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the keys of zero points that are all zero, and of group indices that keep groups contiguous.
+
+    Zero points are read only for weights that their scheme calls symmetric.
+    """
     zero_points: dict[View, StoredWeight] = {}
     indices: dict[View, StoredWeight] = {}
-    for site, module in own:
+    for site, module in modules:
         if not module.is_quantized or module.views.keys().isdisjoint({_ZERO_POINT, GROUP_INDEX}):
             continue
         weight = reader.read(module, site)
@@ -138,15 +149,17 @@ def _read_idle(own: Iterable[_Own], reader: WeightReader, catalog: Catalog) -> t
         if weight is not None and weight.stored.group_index is not None:
             indices[module.views[weight.stored.group_index]] = weight.stored
     zero = {view for view, data in _read(zero_points, catalog) if _is_zero(view, zero_points[view], data)}
-    trivial = {view for view, data in _read(indices, catalog) if _is_in_order(view, indices[view], data)}
+    trivial = {view for view, data in _read(indices, catalog) if _is_contiguous(view, indices[view], data)}
     return frozenset(map(probe_key, zero)), frozenset(map(probe_key, trivial))
 
 
-def _is_in_order(view: View, weight: StoredWeight, data: bytes) -> bool:
+def _is_contiguous(view: View, weight: StoredWeight, data: bytes) -> bool:
+    """Whether a group index gives contiguous groups; `data` are its bytes."""
     return is_contiguous_index(data, view.spec.dtype, weight.group_columns or 1)
 
 
 def _is_zero(view: View, weight: StoredWeight, data: bytes) -> bool:
+    """Whether all zero points are zero, packed or not; `data` are their bytes."""
     if weight.zero_point_packing is None:
         return is_zero(data, view.spec.dtype)
     rows, groups = weight.scale_shape
@@ -154,7 +167,7 @@ def _is_zero(view: View, weight: StoredWeight, data: bytes) -> bool:
 
 
 def _read(views: Iterable[View], catalog: Catalog) -> Iterator[tuple[View, bytes]]:
-    """The bytes of each view once, in the order of the files; of those that are one run of a stored tensor."""
+    """Yield each view and its bytes, in the order of the files; skips views that are no run of a stored tensor."""
     runs = {view.runs[0]: view for view in views if view.offset is not None}
     for run, data in read_runs(catalog, runs):
         yield runs[run], data

@@ -1,4 +1,4 @@
-"""`stream_delivered`: load and map, one module after another, on several threads."""
+"""`stream_delivered`: loads and maps one module after another, on several threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["stream_delivered"]
 logger = logging.getLogger("trtllm_ct")
 
 _MOST_WORKERS = 4
-"""Threads that convert at a time unless more are asked for: about as many fill the memory bus of one processor."""
+"""The largest default number of threads; about as many saturate the memory bus of one processor."""
 
 
 def stream_delivered(
@@ -38,22 +38,22 @@ def stream_delivered(
     reader: TensorReader | None = None,
     workers: int | None = None,
 ) -> Iterator[tuple[ModulePlan, dict[str, Tensor]]]:
-    """Load and map: the delivered tensors of one module after another, in the order of the plan.
+    """Yield each module with its delivered tensors, in the order of the plan.
 
-    `plan` is that of a whole checkpoint or, by `plan_for_rank`, of one rank. Operations run on `device`; delivered
-    tensors stay there. Stored tensors are views of mapped files. `reader` is one of `catalog` that the caller keeps,
-    for its `bytes_read`; it is closed at the end.
-    `workers` threads convert modules ahead of the one that is waited for: by default one for each core up to 4, and a
-    single one for another device than the CPU.
-    Memory: of twice as many modules as workers, but of a single one with a single worker, their delivered tensors and
-    their int8 codes while they are dequantized.
+    `plan` is the plan of a whole checkpoint, or the plan of one rank from `plan_for_rank`. Operations run on `device`,
+    and delivered tensors stay there. Stored tensors are views of memory-mapped files. `reader` may be given by a caller
+    that needs its `bytes_read`; it must be a reader of `catalog`, and it is closed at the end.
+    `workers` threads convert modules ahead of the one that is yielded next. The default is one thread per core, but at
+    most 4, and a single thread for any device other than the CPU.
+    Memory: the delivered tensors of up to twice as many modules as workers (of one module with one worker), and the
+    int8 codes of those that are being dequantized.
     """
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.formats.codecs import NATIVE
     from trtllm_ct.pipeline.fused_scalars import FusedScalars
 
     count = workers or (min(available_cores(), _MOST_WORKERS) if device == "cpu" else 1)
-    fused_scalars, told = FusedScalars(), set[str]()
+    fused_scalars, logged = FusedScalars(), set[str]()
     ahead: deque[_Begun] = deque()
     with reader or TensorReader(catalog) as files, ThreadPoolExecutor(count) as pool:
         try:
@@ -66,8 +66,8 @@ def stream_delivered(
                     begun = ahead.popleft()
                     try:
                         delivered = begun.delivered.result()
-                    finally:  # what a fault may come from is told before it
-                        _tell(begun.module, begun.warnings, told)
+                    finally:  # A warning may explain a fault, so it is logged before the fault is raised.
+                        _log_new(begun.module, begun.warnings, logged)
                     fused_scalars.check(begun.module, delivered)
                     yield begun.module, delivered
         finally:
@@ -76,7 +76,7 @@ def stream_delivered(
 
 
 class _Begun(NamedTuple):
-    """A module that is mapped by another thread; what its values warn of is complete when that has ended."""
+    """A module that another thread maps; `warnings` is complete when `delivered` is done."""
 
     module: ModulePlan
     delivered: Future[dict[str, Tensor]]
@@ -84,6 +84,7 @@ class _Begun(NamedTuple):
 
 
 def _begin(pool: Executor, module: ModulePlan, stored: Mapping[str, Tensor], codec: Codec, device: str) -> _Begun:
+    """Start to map a module in a thread of the pool."""
     from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 
     warnings: list[str] = []
@@ -93,9 +94,9 @@ def _begin(pool: Executor, module: ModulePlan, stored: Mapping[str, Tensor], cod
     return _Begun(module, pool.submit(mapper.map_module, module, stored), warnings)
 
 
-def _tell(module: ModulePlan, warnings: Iterable[str], told: set[str]) -> None:
-    """Log each warning once, with the first module of the plan that gives rise to it."""
+def _log_new(module: ModulePlan, warnings: Iterable[str], logged: set[str]) -> None:
+    """Log the warnings that are not in `logged`, and add them to it."""
     for warning in warnings:
-        if warning not in told:
-            told.add(warning)
+        if warning not in logged:
+            logged.add(warning)
             logger.warning("%s: %s", module.name, warning)

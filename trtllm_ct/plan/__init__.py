@@ -14,7 +14,7 @@ deliver.py            which tensors a module delivers, under the engine's names
 ops.py                the operations that make delivered tensors
 kv_cache.py           scales of the KV cache
 online_transforms.py  transforms that run with the model
-row_order.py          the row order of queries and keys in Mistral's native format
+row_order.py          the row order of queries and keys in Mistral's own form
 unsupported.py        refuses parts of a configuration that are not supported
 leftovers.py          refuses tensors that belong to no module
 engine_config.py      the plan as the engine's QuantConfig

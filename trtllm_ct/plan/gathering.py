@@ -29,7 +29,7 @@ def gather_modules(
     """Return the modules by name, in the order of the catalog; contradictions between tensors are added to `faults`.
 
     `shapes` are the stored shapes of sparse tensors. For a sparse weight without one the shape follows from the model.
-    Raises `PlanError` when a checkpoint in Mistral's native format has modules that the model has no name for.
+    Raises `PlanError` when a checkpoint in Mistral's own form has modules that the model has no name for.
     """
     # Only sparse checkpoints, which are rare, need the shape of every weight by name.
     model_shapes = cache(lambda: model.weight_shapes(catalog.tensors))

@@ -122,7 +122,7 @@ class OnlineTransforms:
         """Add a fault for each transform of a module that is outside the text model's layers.
 
         `by_class` says whether targets that name a class apply to the module too. They don't apply to draft layers,
-        which were no modules of the model that was quantized.
+        which were never Linears of the model that was quantized.
         """
         weight = module.specs.get("weight")
         is_matrix = module.is_quantized or (weight is not None and len(weight.shape) == 2)
@@ -177,9 +177,9 @@ class OnlineTransforms:
         return None
 
     def _may_be_no_linear(self, transform: Transform, module: StoredModule, site: Site) -> bool:
-        """Whether it is open if a module was a Linear, and thus a target by its class, when it was quantized.
+        """Whether a module may have been no Linear when the model was quantized, and only its class is targeted.
 
-        Routers and plain experts are Linears only in some releases of transformers.
+        That holds for routers and plain experts, which are Linears only in some releases of transformers.
         """
         experts = self.model.architecture.experts
         if experts is None or module.is_quantized or transform.module in _children(module):

@@ -114,12 +114,14 @@ class _Planner:
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
-        found = {site.module: self._find(stored, site) for site in sites}
-        weights = self._read_weights(found, sites)
-        found = {name: module and self._ordered(module, weights.get(name)) for name, module in found.items()}
+        site_modules = {site.module: self._find(stored, site) for site in sites}
+        weights = self._read_weights(site_modules, sites)
+        site_modules = {
+            name: module and self._ordered(module, weights.get(name)) for name, module in site_modules.items()
+        }
         # Planning goes on after a fault, to find the others: the plan itself is then of no use.
-        modules = self._model_modules(found, sites, weights)
-        planned = {module.stored_name for module in found.values() if module is not None}
+        modules = self._model_modules(site_modules, sites, weights)
+        planned = {module.stored_name for module in site_modules.values() if module is not None}
         other_modules = OtherModules(
             self.model, place, self.kv_cache, self.reader, self.rows, self.transforms, self.dtypes, self.faults
         )
@@ -153,7 +155,7 @@ class _Planner:
         return None
 
     def _read_weights(
-        self, found: Mapping[str, StoredModule | None], sites: Iterable[Site]
+        self, site_modules: Mapping[str, StoredModule | None], sites: Iterable[Site]
     ) -> dict[str, QuantizedWeight]:
         """Return the quantized weights of the model by module.
 
@@ -161,7 +163,7 @@ class _Planner:
         """
         weights = {}
         for site in sites:
-            module = found[site.module]
+            module = site_modules[site.module]
             if module is None or not module.has_weight:
                 self._missing(site.module, "weight")
             elif module.is_quantized:
@@ -199,7 +201,7 @@ class _Planner:
 
     def _model_modules(
         self,
-        found: Mapping[str, StoredModule | None],
+        site_modules: Mapping[str, StoredModule | None],
         sites: Iterable[Site],
         weights: Mapping[str, QuantizedWeight],
     ) -> list[ModulePlan]:
@@ -207,7 +209,7 @@ class _Planner:
         present = [
             (site, module)
             for site in sites
-            if (module := found[site.module]) is not None and (site.module in weights or not module.is_quantized)
+            if (module := site_modules[site.module]) is not None and (site.module in weights or not module.is_quantized)
         ]
         parts = [Part(site, module, weights[site.module]) for site, module in present if site.module in weights]
         equalized = equalize(parts, self.probe)

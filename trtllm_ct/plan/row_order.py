@@ -1,7 +1,7 @@
-"""Reorder the rows of query and key weights in Mistral's native format to the order of the Hugging Face format.
+"""Reorder the rows of query and key weights in Mistral's own form to the order of the Hugging Face form.
 
-The native format does not say in which of the two orders the rows of a tensor are stored. It follows from what the
-writers and readers of the format do:
+This form does not say in which of the two orders the rows of a tensor are stored. It follows from what the
+writers and readers of the form do:
 
 | tensor of `wq`, `wk`                 | llm-compressor writes | vLLM reads   | this package                    |
 |--------------------------------------|-----------------------|--------------|---------------------------------|
@@ -12,7 +12,7 @@ writers and readers of the format do:
 | `weight_packed`, `weight_scale`      |                       | Face's       | refuses without it              |
 
 Where writer and reader contradict each other, nothing in the files tells which order is right, so the user has to say
-it with the key `"qk_rows"` in the quantization block: `mistral` for a model that was quantized in the native format,
+it with the key `"qk_rows"` in the quantization block: `mistral` for a model that was quantized in Mistral's form,
 `hugging_face` for a model that vLLM reads correctly.
 Sources: llm-compressor 0.9 `entrypoints/model_free/` and, before it, `experimental/mistral/fp8_ptpc_quantize.py`; vLLM
 0.15 `model_executor/models/mistral.py` (`maybe_remap_mistral`), and TensorRT-LLM 1.2
@@ -102,9 +102,9 @@ class QueryKeyRows:
         return cls(declared=config.qk_rows, head_dim=model.sizes["head_dim"], vision_head_dim=model.vision_head_dim)
 
     def ordered(self, module: StoredModule, weight: StoredWeight | None) -> StoredModule:
-        """Return the module with the row order of the Hugging Face format.
+        """Return the module with the row order of the Hugging Face form.
 
-        A module without queries or keys in Mistral's native format is returned unchanged. `weight` is None for a plain
+        A module without queries or keys in Mistral's own form is returned unchanged. `weight` is None for a plain
         module.
         """
         if module.alias is None or not module.alias.endswith((".attention.wq", ".attention.wk")):
@@ -133,7 +133,7 @@ class QueryKeyRows:
             )
 
     def _ordered_view(self, module: StoredModule, local: str, weight: StoredWeight | None) -> View:
-        """Return one tensor in the order of the Hugging Face format; unchanged if it can't be reordered."""
+        """Return one tensor in the order of the Hugging Face form; unchanged if it can't be reordered."""
         view = module.views[local]
         head_dim = self._head_dim(module)
         if not _has_rows(local, view, weight, head_dim):

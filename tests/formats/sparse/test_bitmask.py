@@ -58,7 +58,7 @@ def restored(pieces: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
 
 def sparse(spec: TensorSpec) -> SparseTensor:
     parts = {piece: f"m.lin.{piece}" for piece in PIECES}
-    return SparseTensor(name="m.lin.weight", spec=spec, kind=SPARSE_BITMASK.name, parts=parts)
+    return SparseTensor(spec=spec, kind=SPARSE_BITMASK.name, parts=parts)
 
 
 def worked_matrix() -> Tensor:

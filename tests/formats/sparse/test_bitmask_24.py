@@ -44,9 +44,7 @@ def restored(pieces: dict[str, Tensor]) -> Tensor:
     assert not faults.faults
     assert spec is not None
     parts = {piece: f"m.lin.{piece}" for piece in PIECES}
-    return SPARSE_24_BITMASK.decode(
-        SparseTensor(name="m.lin.weight", spec=spec, kind=SPARSE_24_BITMASK.name, parts=parts), pieces
-    )
+    return SPARSE_24_BITMASK.decode(SparseTensor(spec=spec, kind=SPARSE_24_BITMASK.name, parts=parts), pieces)
 
 
 def two_of_four(shape: tuple[int, int], seed: int = 0) -> Tensor:

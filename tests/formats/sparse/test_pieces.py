@@ -56,7 +56,6 @@ def test_names_since_0_9_mean_the_weight_of_a_module() -> None:
     assert not faults
     assert list(sparse_tensors) == ["m.0.lin.weight"]
     sparse = sparse_tensors["m.0.lin.weight"]
-    assert sparse.name == "m.0.lin.weight"
     assert sparse.kind is CompressionFormat.SPARSE_BITMASK
     assert sparse.spec == TensorSpec(DType.BF16, (2, 8))
     assert sparse.parts == {piece: f"m.0.lin.{piece}" for piece in ("shape", "compressed", "bitmask", "row_offsets")}

@@ -1,4 +1,4 @@
-"""Mixtures of experts: names, what their kernels read, how engines are told, and every way of storing them."""
+"""Mixtures of experts: names, the tensors of their kernels, the engine's configuration, and all ways to store them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class TestKernels:
         assert {str(specs(plan, module)) for module in (GATE, UP, DOWN)} == {str(NATIVE[scheme])}
 
     @pytest.mark.parametrize("scheme", ["mxfp8", "nvfp4a16"])
-    def test_kernels_of_the_newest_engine(self, tmp_path: Path, scheme: str):
+    def test_the_newest_engine_has_more_kernels(self, tmp_path: Path, scheme: str):
         write(tmp_path, scheme)
 
         assert plan_checkpoint(tmp_path).module(UP).delivered_mode == "dequantized"
@@ -123,12 +123,12 @@ class TestKernels:
             assert "expert kernel" in plan.module(module).reason
         assert plan.module(f"{LAYER}.self_attn.o_proj").dequantized is (scheme == "int4-g32")
 
-    def test_no_pre_quant_scale_of_an_expert(self, tmp_path: Path):
+    def test_an_expert_gets_no_pre_quant_scale(self, tmp_path: Path):
         write(tmp_path, "w8a8")
 
         assert not [name for name in plan_checkpoint(tmp_path).delivered_specs if name.endswith("pre_quant_scale")]
 
-    def test_both_names_of_a_scale_are_the_same_values(self, tmp_path: Path):
+    def test_both_names_of_a_scale_have_the_same_values(self, tmp_path: Path):
         write(tmp_path, "fp8-block")
 
         delivered = mapped(tmp_path)
@@ -148,10 +148,10 @@ class TestNames:
     @pytest.mark.parametrize("scheme", ["int8-channel", "nvfp4", "int4-g32"])
     def test_both_spellings_of_mixtral_are_delivered_as_engines_read_them(self, tmp_path: Path, scheme: str):
         config = tiny_config(MIXTRAL)
-        write(tmp_path / "own", scheme, config)
-        write(tmp_path / "other", scheme, config, edit=self.as_dense_layers_are_called)
+        write(tmp_path / "engine_names", scheme, config)
+        write(tmp_path / "aliases", scheme, config, edit=self.as_dense_layers_are_called)
 
-        got, want = mapped(tmp_path / "other"), mapped(tmp_path / "own")
+        got, want = mapped(tmp_path / "aliases"), mapped(tmp_path / "engine_names")
 
         assert_same(got, want)
         assert f"{LAYER}.block_sparse_moe.experts.0.w1.weight" in got
@@ -180,11 +180,11 @@ FUSED = ("int4-g32", "int4-g64-asym", "int8-channel", "fp8-tensor-static", "fp8-
 
 
 class TestFused:
-    """Experts in tensors of all of them are planned and delivered as if each had its own."""
+    """Experts in tensors of all experts are planned and delivered as if each were stored separately."""
 
     @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda names: names[0])
     @pytest.mark.parametrize("scheme", [*FUSED, "dense", "w8a8", "mxfp8", "fp8-channel-token", "int4-g64-actorder"])
-    def test_they_are_delivered_like_experts_of_their_own(self, tmp_path: Path, scheme: str, spelling: tuple[str, str]):
+    def test_they_are_delivered_like_separate_experts(self, tmp_path: Path, scheme: str, spelling: tuple[str, str]):
         write(tmp_path / "apart", scheme, edit=one_index)
         write(tmp_path / "fused", scheme, edit=lambda stored: [one_index(stored), fuse_experts(stored, spelling)])
 
@@ -206,7 +206,7 @@ class TestFused:
 
     @pytest.mark.parametrize("entries", [2, 3])
     def test_the_shape_of_all_experts_is_ignored_with_a_reason(self, tmp_path: Path, entries: int):
-        """[2I, H] or [E, 2I, H]: writers differ, and the codes tell that of each."""
+        """[2I, H] or [E, 2I, H]: writers differ; the shape of one expert follows from the codes."""
         write(tmp_path, "int4-g32", edit=lambda stored: fuse_experts(stored, plain_shape=entries))
 
         fates = {fate.name: fate for fate in plan_checkpoint(tmp_path).fates()}
@@ -229,7 +229,7 @@ class TestFused:
         for module in (GATE, UP, DOWN):
             assert got[f"{module}.weight_scale_2"] == got[f"{module}.input_scale"] == torch.tensor(1 / 3)
 
-    def test_a_scalar_of_its_own_for_gate_and_for_up(self, tmp_path: Path):
+    def test_separate_scalars_for_gate_and_up(self, tmp_path: Path):
         def fuse(stored: dict[str, Tensor]) -> None:
             fuse_experts(stored)
             stored[f"{EXPERTS}.gate_up_proj.weight_scale"] = torch.arange(1.0, 9).reshape(4, 2)
@@ -242,7 +242,7 @@ class TestFused:
 
     @pytest.mark.parametrize("local", ["weight_scale", "input_scale"])
     def test_one_scalar_for_all_experts_is_refused_by_name(self, tmp_path: Path, local: str):
-        """No writer is known to make one, and nothing says of what it is the scale."""
+        """No known writer stores one, and its meaning is unknown."""
 
         def fuse(stored: dict[str, Tensor]) -> None:
             fuse_experts(stored)
@@ -253,7 +253,7 @@ class TestFused:
         assert f"{EXPERTS}.gate_up_proj.{local}" in {fault.where for fault in faults(tmp_path)}
 
     def test_a_block_of_gate_and_up_together_is_refused(self, tmp_path: Path):
-        """96 rows each: the first block reaches into up, and nothing says whether its scale does."""
+        """96 rows each: a block contains rows of both, and it is unknown if its scale is for both."""
         config = tiny_config(QWEN, hidden=128, moe_intermediate_size=96)
 
         def fuse(stored: dict[str, Tensor]) -> None:
@@ -283,13 +283,13 @@ class TestFused:
 
 
 def one_index(stored: dict[str, Tensor]) -> None:
-    """Gate and up of one tensor share the order of their columns."""
+    """Gate and up of one tensor have the same order of columns."""
     for name in [name for name in stored if ".experts." in name and name.endswith("up_proj.weight_g_idx")]:
         stored[name] = stored[name.replace("up_proj", "gate_proj")].clone()
 
 
 class TestFates:
-    """Every stored tensor once, however many experts share it."""
+    """Every stored tensor is counted once, however many experts share it."""
 
     @pytest.mark.parametrize("scheme", [*FUSED, "dense"])
     @pytest.mark.parametrize("to", ["modelopt", "dense", "reference"])
@@ -310,7 +310,7 @@ class TestFates:
         assert {f"{EXPERTS}.{i}.{part}_proj.weight" for i in range(4) for part in ("gate", "up")} <= set(codes.by)
 
     @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "int4-g256"])
-    def test_of_experts_apart(self, tmp_path: Path, scheme: str):
+    def test_of_separate_experts(self, tmp_path: Path, scheme: str):
         built = write(tmp_path, scheme, tiny_config(QWEN, hidden=128, moe_intermediate_size=128, layers=1))
 
         fates = list(plan_checkpoint(tmp_path).fates())
@@ -359,7 +359,7 @@ class TestEngineConfig:
             if module.class_name == "Linear":
                 assert plan.quant_config.layer_config(module.name) == module.layer, module.name
 
-    def test_shared_experts_are_linears_of_their_own(self, tmp_path: Path):
+    def test_shared_experts_are_ordinary_linears(self, tmp_path: Path):
         write(tmp_path, "fp8-channel-token", tiny_config("Qwen2MoeForCausalLM"))
 
         plan = plan_checkpoint(tmp_path)
@@ -387,7 +387,7 @@ class TestDeepseek:
             assert plan.module(name).delivered_mode == "NVFP4 g16"
         assert plan.module("model.layers.0.mlp.up_proj").delivered_mode == "NVFP4 g16"
 
-    def test_the_correction_of_scores_stays_what_it_is(self, tmp_path: Path):
+    def test_the_correction_of_scores_is_unchanged(self, tmp_path: Path):
         built = write(tmp_path, "nvfp4", tiny_config(DEEPSEEK))
         name = f"{LAYER}.mlp.gate.e_score_correction_bias"
 
@@ -438,7 +438,7 @@ class TestKimi:
         rewrite_config(tmp_path, as_kimi_writes_it)
         return tmp_path
 
-    def test_experts_are_dequantized_and_say_why(self, directory: Path):
+    def test_experts_are_dequantized_with_a_reason(self, directory: Path):
         plan = plan_checkpoint(directory)
 
         modes = Counter(module.delivered_mode for module in plan.modules if module.weight is not None)
@@ -448,7 +448,7 @@ class TestKimi:
         assert plan.warnings == ()
 
     @pytest.mark.parametrize("to", ["modelopt", "dense", "reference"])
-    def test_a_router_is_plain_though_nothing_says_so(self, directory: Path, to: str):
+    def test_a_router_is_plain_although_the_configuration_does_not_say_so(self, directory: Path, to: str):
         """It is stored in bfloat16, matches the target Linear and is not in `ignore`."""
         plan = plan_checkpoint(directory, to)
 
@@ -481,7 +481,7 @@ class TestPruned:
 
         return declare
 
-    def test_experts_pruned_alike_make_an_ordinary_model(self, tmp_path: Path):
+    def test_experts_pruned_evenly_make_an_ordinary_model(self, tmp_path: Path):
         write(tmp_path, "nvfp4", tiny_config(QWEN, num_experts=3))
         want = plan_checkpoint(tmp_path)
         rewrite_config(tmp_path, self.pruned([3, 3]))
@@ -499,7 +499,7 @@ class TestPruned:
         assert "same number of experts" in fault.remedy
 
 
-def test_the_mapper_alone_gives_what_was_announced(tmp_path: Path) -> None:
+def test_the_mapper_delivers_the_specs_that_the_plan_promised(tmp_path: Path) -> None:
     built = write(tmp_path, "nvfp4", edit=fuse_experts)
     plan = plan_checkpoint(tmp_path)
 

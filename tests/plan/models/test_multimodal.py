@@ -1,4 +1,4 @@
-"""Models that are more than their text: prefixes, vision towers, projectors and layers that draft tokens."""
+"""Models with more than a text model: prefixes, vision towers, projectors and draft layers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MIXED = {
 
 
 def renamed(name: str, body: str) -> str:
-    """A name of a model that is text alone, where the text model is a part."""
+    """Return the name that a module of a text model has inside of a multimodal model."""
     if name.startswith("model."):
         return body + name.removeprefix("model.")
     return PLACES[body] + name.removeprefix("lm_head") if name.startswith("lm_head") else name
@@ -90,7 +90,7 @@ def faults(directory: Path) -> list[Fault]:
 
 class TestPrefixes:
     @pytest.mark.parametrize("body", PLACES)
-    def test_the_text_model_is_found_wherever_it_lies(self, tmp_path: Path, body: str):
+    def test_the_text_model_is_found_under_every_prefix(self, tmp_path: Path, body: str):
         built = write_multimodal(tmp_path, body)
 
         plan = plan_checkpoint(tmp_path)
@@ -107,7 +107,7 @@ class TestPrefixes:
 
     @pytest.mark.parametrize("body", PLACES)
     @pytest.mark.parametrize("spelled", PLACES)
-    def test_targets_and_ignore_may_put_the_prefix_otherwise(self, tmp_path: Path, body: str, spelled: str):
+    def test_targets_and_ignore_may_have_another_prefix(self, tmp_path: Path, body: str, spelled: str):
         write_multimodal(tmp_path, body)
         want = plan_checkpoint(tmp_path)
 
@@ -122,7 +122,7 @@ class TestPrefixes:
 
         assert plan_checkpoint(tmp_path) == want
 
-    def test_kv_scales_move_below_the_prefix(self, tmp_path: Path):
+    def test_kv_scales_are_delivered_under_the_prefix(self, tmp_path: Path):
         write_multimodal(tmp_path, "model.language_model.", scheme="fp8-tensor-static", kv=True)
 
         plan = plan_checkpoint(tmp_path)
@@ -148,10 +148,10 @@ class TestPrefixes:
         assert "model.language_model.layers.1.mlp.gate" in plan.quant_config.exclude_modules
 
     @pytest.mark.parametrize("model_type", MODEL_TYPES)
-    def test_every_text_part_is_a_family(self, model_type: str):
+    def test_every_text_model_belongs_to_a_family(self, model_type: str):
         assert MODEL_TYPES[model_type] in ARCHITECTURES
 
-    def test_an_unknown_text_part_is_named_beside_the_known_ones(self, tmp_path: Path):
+    def test_an_unknown_text_model_is_named_with_the_known_ones(self, tmp_path: Path):
         write_multimodal(tmp_path, "language_model.model.")
         rewrite_config(tmp_path, lambda document: document["text_config"].update(model_type="grok"))
 
@@ -165,15 +165,15 @@ class TestPrefixes:
 
 class TestOtherParts:
     @pytest.mark.parametrize("to", ["modelopt", "dense", "reference"])
-    def test_a_plain_vision_tower_is_carried_along(self, tmp_path: Path, to: str):
+    def test_a_plain_vision_tower_is_delivered_unchanged(self, tmp_path: Path, to: str):
         write_multimodal(tmp_path, "language_model.model.")
 
         fates = {fate.name: fate for fate in plan_checkpoint(tmp_path, to).fates()}
 
         assert {(str(fates[name].fate), fates[name].by) for name in VISION} == {("copied", (name,)) for name in VISION}
 
-    def test_a_quantized_part_is_dequantized_and_says_why(self, tmp_path: Path):
-        """Nothing is known about the place that it has in an engine."""
+    def test_a_quantized_part_is_dequantized_with_a_reason(self, tmp_path: Path):
+        """It is unknown how an engine uses it."""
         name = "vision_tower.blocks.0.attn.proj"
         tensors, exact = Writer(torch.bfloat16, torch.Generator().manual_seed(3)).store(SCHEMES["w8a8"], (16, 8))
         write_multimodal(tmp_path / "source", "language_model.model.", scheme="w8a8")
@@ -200,27 +200,27 @@ class TestOtherParts:
 
         assert (str(fate.fate), fate.reason) == ("ignored", "the weight beside it is plain")
 
-    def test_a_scale_without_a_weight_is_a_fault_there_too(self, tmp_path: Path):
+    def test_a_scale_without_a_weight_is_a_fault_outside_of_the_text_model_too(self, tmp_path: Path):
         write_multimodal(tmp_path, "language_model.model.")
         scale = "vision_tower.blocks.1.attn.qkv.weight_scale"
         rewrite(tmp_path, lambda stored: stored.update({scale: torch.ones(24, 1)}))
 
         assert [fault.where for fault in faults(tmp_path)] == [scale]
 
-    def test_without_a_text_config_a_vision_tower_is_nobodys(self, tmp_path: Path):
+    def test_without_a_text_config_a_vision_tower_is_a_fault(self, tmp_path: Path):
         write_checkpoint(tmp_path, edit=lambda stored: stored.update({"vision_tower.x.weight": torch.ones(2)}))
 
         assert [fault.where for fault in faults(tmp_path)] == ["vision_tower.x.weight"]
 
 
 class TestDraftLayers:
-    """Layers that predict further tokens: carried along, and never taken for a layer of the model."""
+    """Layers that predict further tokens are delivered, and never mistaken for layers of the model."""
 
     NAMES = ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight", "model.mtp.norm.weight", "mtp_block.0.weight")
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_plain_ones_are_carried_along(self, tmp_path: Path, name: str):
-        """Though the target Linear matches them: writers copy them from the original files."""
+    def test_plain_draft_layers_are_delivered_unchanged(self, tmp_path: Path, name: str):
+        """Even if the target Linear matches them: writers copy them from the original files."""
         write_checkpoint(tmp_path, edit=lambda stored: stored.update({name: torch.ones(64, 64).bfloat16()}))
 
         plan = plan_checkpoint(tmp_path)
@@ -229,7 +229,7 @@ class TestDraftLayers:
         assert plan.warnings == ()
 
     @pytest.mark.parametrize("scheme", ["int4-g32", "fp8-block", "nvfp4", "mxfp8"])
-    def test_quantized_ones_are_dequantized(self, tmp_path: Path, scheme: str):
+    def test_quantized_draft_layers_are_dequantized(self, tmp_path: Path, scheme: str):
         tensors, exact = Writer(torch.bfloat16, torch.Generator().manual_seed(3)).store(SCHEMES[scheme], (64, 64))
         more = {f"mtp.layers.0.mlp.up_proj.{local}": tensor for local, tensor in tensors.items()}
         write_checkpoint(tmp_path / "source", scheme=scheme, edit=lambda stored: stored.update(more))
@@ -244,7 +244,7 @@ class TestDraftLayers:
     def test_layers_behind_the_last_one_are_those_that_config_json_declares(
         self, tmp_path: Path, declared: int | None, known: bool
     ):
-        """Any other layer too many means that config.json is of another model."""
+        """Any other surplus layer means that config.json belongs to another model."""
         config = tiny_config("DeepseekV3ForCausalLM", num_nextn_predict_layers=declared)
         more = {f"model.layers.2.{name}.weight": torch.ones(4, 4).bfloat16() for name in ("eh_proj", "enorm")}
         write_checkpoint(tmp_path, config=config, scheme="nvfp4", edit=lambda stored: stored.update(more))
@@ -254,7 +254,7 @@ class TestDraftLayers:
         else:
             assert {fault.where for fault in faults(tmp_path)} == more.keys()
 
-    def test_only_so_many_of_them(self, tmp_path: Path):
+    def test_there_are_no_more_draft_layers_than_config_json_declares(self, tmp_path: Path):
         config = tiny_config("DeepseekV3ForCausalLM", num_nextn_predict_layers=1)
         more = {f"model.layers.{layer}.enorm.weight": torch.ones(4).bfloat16() for layer in (2, 3)}
         write_checkpoint(tmp_path, config=config, scheme="nvfp4", edit=lambda stored: stored.update(more))
@@ -263,7 +263,7 @@ class TestDraftLayers:
 
 
 class TestGolden:
-    """One checkpoint with all of it: prefixes, mixed schemes, a vision tower, and drafts in a file of their own."""
+    """One checkpoint with everything: prefixes, mixed schemes, a vision tower, and draft layers in a separate file."""
 
     BODY = "model.language_model."
 
@@ -330,8 +330,8 @@ class TestGolden:
 
         delivered = load_file(tmp_path / "out" / "model.safetensors")
         for name, exact in built.dense.items():
-            own = name if name.startswith("mtp") else renamed(name, self.BODY)
-            assert torch.equal(delivered[own], round_once(exact, torch.bfloat16)), own
+            stored_name = name if name.startswith("mtp") else renamed(name, self.BODY)
+            assert torch.equal(delivered[stored_name], round_once(exact, torch.bfloat16)), stored_name
         assert VISION.keys() | {"mtp.fc.weight"} <= delivered.keys()
 
     def test_inspect_names_every_row(self, built: Built):
@@ -339,7 +339,7 @@ class TestGolden:
 
         assert "unknown" not in json.dumps(report.to_dict())
 
-    def test_drafts_that_several_groups_fit_are_not_guessed(self, built: Built):
+    def test_draft_layers_that_fit_several_groups_are_a_fault(self, built: Built):
         rewrite_config(built.directory, lambda document: document["quantization_config"]["config_groups"].pop("drafts"))
 
         (fault,) = faults(built.directory)

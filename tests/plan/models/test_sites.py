@@ -1,4 +1,4 @@
-"""The tables of model families against transformers' own modules, and config.json against the tables."""
+"""Compare the tables of model families with the modules of transformers, and config.json with the tables."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_every_family_is_compared() -> None:
 
 @pytest.mark.reference
 @pytest.mark.parametrize(("architecture", "options"), VARIANTS)
-def test_sites_are_the_modules_that_transformers_builds(architecture: str, options: dict[str, Any]) -> None:
-    """Same names, shapes and further parameters: the tables neither lack nor invent a module."""
+def test_sites_are_exactly_the_modules_that_transformers_builds(architecture: str, options: dict[str, Any]) -> None:
+    """Names, shapes and other parameters are equal: the tables have no module too few and none too many."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ GATE_UP = {"mlp.gate_up_proj": ["gate_proj", "up_proj"]}
         ("DeepseekV3ForCausalLM", GATE_UP),
     ],
 )
-def test_modules_that_must_agree_are_in_one_group(architecture: str, fused: dict[str, list[str]]) -> None:
+def test_modules_that_must_share_a_mode_are_in_one_group(architecture: str, fused: dict[str, list[str]]) -> None:
     """q/k/v, gate/up and all routed experts of a layer."""
     members: dict[str, list[str]] = {}
     for name, site in sites(config_of(architecture)).items():
@@ -132,7 +132,7 @@ def test_modules_that_must_agree_are_in_one_group(architecture: str, fused: dict
 
 
 def test_only_routed_experts_are_experts_and_are_not_fused() -> None:
-    """An engine makes one Linear of q/k/v; of experts it makes one kernel, which reads them apart."""
+    """An engine fuses q/k/v into one Linear; experts have one kernel, which reads them separately."""
     for name, site in sites(config_of("Qwen2MoeForCausalLM")).items():
         assert site.expert is (".experts." in name)
         assert site.fused is (site.mode_group is not None and not site.expert)
@@ -160,7 +160,7 @@ def test_head_sizes_that_config_leaves_out_are_derived(absent: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("names", [["GrokForCausalLM"], [], None, "GrokForCausalLM", ["LlamaModel", "X"]])
-def test_an_unknown_architecture_is_named_beside_the_known_ones(names: object) -> None:
+def test_an_unknown_architecture_is_named_with_the_known_ones(names: object) -> None:
     config = tiny_config() | {"architectures": names}
 
     with pytest.raises(ConfigError) as caught:
@@ -201,7 +201,7 @@ def test_a_size_that_is_no_positive_integer_is_a_fault(key: str, value: object) 
         ("DeepseekV3ForCausalLM", "v_head_dim", "v_head_dim"),
     ],
 )
-def test_the_sizes_that_a_family_needs_beside_the_common_ones(architecture: str, absent: str, where: str) -> None:
+def test_sizes_that_only_some_families_need_are_required_for_them(architecture: str, absent: str, where: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Model.from_config(config_of(architecture, **{absent: None}))
 
@@ -240,7 +240,7 @@ def test_all_missing_sizes_are_reported_together() -> None:
     ],
 )
 def test_both_spellings_of_the_model_dtype(spelling: dict[str, Any], dtype: DType) -> None:
-    """`dtype` counts before `torch_dtype`, and bfloat16 where there is neither."""
+    """`dtype` takes precedence over `torch_dtype`; without either it is bfloat16."""
     assert Model.from_config(tiny_config(**spelling)).dtype is dtype
 
 

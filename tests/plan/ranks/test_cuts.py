@@ -1,4 +1,4 @@
-"""What parallel sizes mean for a model: which of them work, and which slices each kind of module gets."""
+"""Parallel sizes for a model: which of them work, and which slices each kind of module gets."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def sites(of: Model) -> dict[str, Site]:
 
 
 def faults(of: Model, **sizes: Any) -> dict[str, Fault]:
-    """What ranks of these sizes can't share, by where that is said."""
+    """Return the faults for these sizes, by their `where`."""
     collector = FaultCollector()
     refuse_uneven(of, Parallel(**sizes), collector)
     return {fault.where.removeprefix("config.json: "): fault for fault in collector.faults}
 
 
 def candidates(of: Model) -> dict[str, Candidate]:
-    """Every Linear as int8 codes; those of one shape share what is known of them, as the planner has it."""
+    """Return every Linear with int8 codes; Linears of one shape share their `Weight`, as in the planner."""
     known = {shape: weight(ints(8), shape=shape) for shape in dict.fromkeys(site.shape for site in of.sites())}
     return {
         name: Candidate(site=site, weight=known[site.shape])
@@ -72,7 +72,7 @@ class TestWhichCut:
             assert cut_of(site, spread) is (Cut.NONE if whole else site.cut), name
             assert cut_of(site, replace(spread, attention_dp=False)) is site.cut, name
 
-    def test_heads_of_the_cache_are_cut_as_such(self) -> None:
+    def test_kv_heads_are_sliced_by_heads(self) -> None:
         cuts = {name: cut_of(site, Parallel(tensor=2)) for name, site in sites(model()).items()}
 
         assert [cuts[f"{ATTENTION}.{leaf}_proj"] for leaf in "qkvo"] == [
@@ -90,7 +90,7 @@ class TestSlices:
 
         assert with_slices(given_ones, model(), ONE_RANK, MODELOPT) is given_ones
 
-    def test_of_a_dense_model(self) -> None:
+    def test_slices_of_a_dense_model(self) -> None:
         found = slices(model(heads=8, kv_heads=4), tensor=2)
 
         common = {"tensor": 2, "repeats_scales": False, "sizes": (1, 2, 4, 8)}
@@ -107,8 +107,8 @@ class TestSlices:
             "lm_head": None,
         }
 
-    def test_of_linears_that_are_stored_as_one(self) -> None:
-        """Each part is cut for itself, and newer engines cut none of them at an alignment."""
+    def test_slices_of_linears_that_are_stored_as_one(self) -> None:
+        """Each part is sliced for itself, and newer engines slice none of them at an alignment."""
         found = slices(model("Phi3ForCausalLM", hidden=64, heads=4, kv_heads=2), tensor=2)
 
         qkv, gate_up = found[f"{ATTENTION}.qkv_proj"], found[f"{MLP}.gate_up_proj"]
@@ -117,7 +117,7 @@ class TestSlices:
         assert (qkv.parts, qkv.alone, qkv.heads) == ((64, 32, 32), False, None)
         assert (gate_up.parts, gate_up.alone) == ((128, 128), False)
 
-    def test_experts_are_cut_among_the_ranks_that_share_them(self) -> None:
+    def test_experts_are_sliced_for_the_ranks_that_share_them(self) -> None:
         found = slices(model(MIXTRAL), tensor=4, expert=2)
         experts = {name: own for name, own in found.items() if ".experts." in name}
 
@@ -128,29 +128,29 @@ class TestSlices:
         assert attention is not None
         assert (attention.tensor, attention.expert) == (4, 1)
 
-    def test_whole_experts_have_none(self) -> None:
+    def test_whole_experts_have_no_slices(self) -> None:
         found = slices(model(MIXTRAL), tensor=4, expert=4)
 
         assert {own for name, own in found.items() if ".experts." in name} == {None}
         assert found[f"{ATTENTION}.q_proj"] is not None
 
-    def test_attention_data_parallelism_cuts_the_rest(self) -> None:
+    def test_attention_data_parallelism_slices_the_other_modules(self) -> None:
         found = slices(model(), tensor=2, attention_dp=True)
 
         assert {name for name, own in found.items() if own} == {f"{MLP}.{leaf}_proj" for leaf in ("gate", "up", "down")}
 
-    def test_stages_alone_cut_nothing(self) -> None:
+    def test_pipeline_stages_alone_slice_nothing(self) -> None:
         assert set(slices(model(layers=2), pipeline=2).values()) == {None}
 
     @pytest.mark.parametrize("target", [MODELOPT, TENSORRT_LLM], ids=lambda target: target.name)
-    def test_the_target_says_whether_scales_come_repeated(self, target: Any) -> None:
+    def test_the_target_says_whether_scales_are_delivered_repeated(self, target: Any) -> None:
         keys = slices(model(), target, tensor=4)[f"{ATTENTION}.k_proj"]
 
         assert keys is not None
         assert keys.repeats_scales is target.repeats_kv_scales
 
-    def test_weights_that_are_cut_alike_are_one_object_still(self) -> None:
-        """Modes are found for each object once, and a model has a hundred thousand weights."""
+    def test_weights_with_the_same_slices_are_still_one_object(self) -> None:
+        """Modes are decided once for each object, and a model has a hundred thousand weights."""
         of = model(layers=2)
         cut: Mapping[str, Candidate] = with_slices(candidates(of), of, Parallel(tensor=2), MODELOPT)
 
@@ -173,20 +173,20 @@ COUNTS = st.sampled_from([1, 2, 3, 4, 6, 8, 24])
 
 
 def can_share(heads: int, kv_heads: int, intermediate: int, ranks: int) -> bool:
-    """Whether equal ranks have whole heads and rows, and of K/V either whole heads or as many ranks to each head."""
+    """Whether each rank has whole heads and rows, and K/V heads are divided or repeated evenly."""
     begin_of_ranks, begin_of_heads = ({Fraction(i, count) for i in range(count)} for count in (ranks, kv_heads))
     whole_kv = begin_of_ranks <= begin_of_heads or begin_of_heads <= begin_of_ranks
     return heads % ranks == 0 and intermediate % ranks == 0 and whole_kv
 
 
 class TestUneven:
-    def test_one_rank_shares_with_nobody(self) -> None:
+    def test_one_rank_can_have_any_model(self) -> None:
         assert faults(model(heads=4, kv_heads=3, intermediate=127)) == {}
 
     @settings(max_examples=150, deadline=None)
     @given(heads=COUNTS, kv_heads=COUNTS, intermediate=COUNTS, tensor=st.sampled_from([2, 3, 4, 6, 8, 32]))
     @example(heads=24, kv_heads=24, intermediate=24, tensor=32)
-    def test_sizes_that_work_are_those_that_are_not_refused(
+    def test_sizes_that_work_are_exactly_those_that_are_not_refused(
         self, heads: int, kv_heads: int, intermediate: int, tensor: int
     ) -> None:
         of = model(hidden=8 * heads, heads=heads, kv_heads=kv_heads, intermediate=intermediate)
@@ -211,49 +211,51 @@ class TestUneven:
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    def test_what_can_not_be_shared_is_named(self, of: Model, sizes: dict[str, int], where: str, found: str) -> None:
+    def test_sizes_that_can_not_be_divided_are_named(
+        self, of: Model, sizes: dict[str, int], where: str, found: str
+    ) -> None:
         assert {key: fault.found for key, fault in faults(of, **sizes).items()} == {where: found}
 
     @pytest.mark.parametrize(("kv_heads", "tensor", "even"), [(2, 8, True), (1, 8, True), (3, 8, False), (8, 8, True)])
-    def test_ranks_go_evenly_among_fewer_heads(self, kv_heads: int, tensor: int, even: bool) -> None:
+    def test_more_ranks_than_heads_must_be_a_multiple(self, kv_heads: int, tensor: int, even: bool) -> None:
         of = model(heads=24, hidden=192, kv_heads=kv_heads)
 
         assert ("num_key_value_heads" not in faults(of, tensor=tensor)) is even
 
-    def test_heads_that_are_stored_with_queries_are_not_repeated(self) -> None:
+    def test_kv_heads_that_are_stored_with_queries_are_not_repeated(self) -> None:
         of = model("Phi3ForCausalLM", heads=4, kv_heads=2)
 
         assert faults(of, tensor=2) == {}
         assert faults(of, tensor=4).keys() == {"num_key_value_heads"}
 
-    def test_latent_attention_has_no_heads_of_the_cache(self) -> None:
+    def test_latent_attention_has_no_kv_heads(self) -> None:
         of = model(DEEPSEEK, kv_lora_rank=33, num_key_value_heads=3)
 
         assert faults(of, tensor=4) == {}
 
-    def test_where_ranks_vary_dense_parts_may_be_uneven(self) -> None:
+    def test_dense_parts_may_be_uneven_if_ranks_vary(self) -> None:
         of = model(DEEPSEEK, layers=2, intermediate=130, n_shared_experts=1)
 
         assert faults(of, tensor=4) == {}
 
-    def test_a_model_of_experts_alone_has_no_dense_part(self) -> None:
+    def test_a_model_with_experts_only_has_no_dense_part(self) -> None:
         assert faults(model(QWEN, intermediate=130), tensor=4) == {}
         with_dense_layer = model(QWEN, layers=2, intermediate=130, mlp_only_layers=[0])
         assert faults(with_dense_layer, tensor=4).keys() == {"intermediate_size"}
 
-    def test_experts_are_shared_by_the_ranks_of_one_part(self) -> None:
+    def test_experts_are_divided_by_the_ranks_of_one_expert_group(self) -> None:
         of = model(QWEN, moe_intermediate_size=66, num_experts=6)
 
         assert faults(of, tensor=4, expert=2) == {}
         fault = faults(of, tensor=4)["intermediate size of experts"]
         assert fault.expected == "a number that 4 ranks can share evenly"
 
-    def test_where_no_tensor_parallel_size_works_the_other_is_to_be_changed(self) -> None:
+    def test_if_no_tensor_parallel_size_works_the_remedy_is_another_expert_parallel_size(self) -> None:
         fault = faults(model(QWEN, num_experts=3), tensor=2, expert=2)["number of experts"]
 
         assert fault.remedy == "Use another expert-parallel size."
 
-    def test_attention_data_parallelism_leaves_experts_to_share(self) -> None:
+    def test_attention_data_parallelism_still_divides_experts(self) -> None:
         of = model(QWEN, heads=3, hidden=48, kv_heads=3, moe_intermediate_size=65)
 
         assert faults(of, tensor=2, attention_dp=True).keys() == {"intermediate size of experts"}
@@ -265,11 +267,11 @@ class TestUneven:
 
 
 class TestRepeatedBiases:
-    """Of repeated K/V heads engines repeat a bias element by element."""
+    """Engines repeat the bias of repeated K/V heads element by element."""
 
     BIASED = model("Qwen2ForCausalLM", heads=4, kv_heads=2)
 
-    def test_they_are_refused_for_ranks_that_outnumber_heads(self) -> None:
+    def test_biases_are_refused_for_more_ranks_than_heads(self) -> None:
         found = faults(self.BIASED, tensor=4)
 
         assert list(found) == ["self_attn.k_proj.bias", "self_attn.v_proj.bias"]
@@ -287,10 +289,10 @@ class TestRepeatedBiases:
         ],
         ids=["as many ranks as heads", "attention data parallelism", "no bias", "as many heads as ranks"],
     )
-    def test_nothing_is_refused_where_none_is_repeated(self, of: Model, sizes: dict[str, Any]) -> None:
+    def test_nothing_is_refused_if_no_bias_is_repeated(self, of: Model, sizes: dict[str, Any]) -> None:
         assert faults(of, **sizes) == {}
 
-    def test_a_size_that_would_repeat_them_is_not_said_to_work(self) -> None:
+    def test_a_size_that_would_repeat_biases_is_not_listed_as_working(self) -> None:
         fault = faults(self.BIASED, tensor=3)["num_attention_heads"]
 
         assert fault.remedy == "Tensor-parallel sizes that work: 1, 2."

@@ -1,4 +1,4 @@
-"""The plan of some rows of a weight: together the parts deliver what the whole does, and each reads its own rows."""
+"""Plans of some rows of a weight: together they deliver the whole weight, and each reads only its rows."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def both(name: str) -> list[Planned]:
 
 @cache
 def whole_octets(name: str) -> list[dict[str, bytes]]:
-    """What both deliver."""
+    """Return the delivered tensors."""
     return [{local: octets(tensor) for local, tensor in delivered(*each).items()} for each in both(name)]
 
 
 def some_rows(data: st.DataObject, plan: ModulePlan) -> list[tuple[int, int]]:
-    """The bounds of parts that make the whole: several ones, unless its rows can't be parted."""
+    """Return bounds of parts that make the whole; there are several, unless the rows can't be divided."""
     rows, unit = weight_rows(plan), row_unit(plan)
     starts = range(unit, rows, unit)
     inner = data.draw(st.sets(st.sampled_from(starts), min_size=1, max_size=3)) if starts else set()
@@ -87,7 +87,7 @@ class TestParts:
     @pytest.mark.parametrize("name", KINDS)
     @settings(max_examples=2, deadline=None)
     @given(data=st.data())
-    def test_together_they_deliver_the_whole(self, name: str, data: st.DataObject) -> None:
+    def test_the_parts_together_deliver_the_whole_module(self, name: str, data: st.DataObject) -> None:
         for (plan, stored), whole in zip(both(name), whole_octets(name), strict=True):
             announced = {delivery.name: delivery.spec for delivery in plan.deliveries}
             parts = [delivered(narrow(plan, *bounds), stored) for bounds in some_rows(data, plan)]
@@ -99,7 +99,7 @@ class TestParts:
                     assert b"".join(of_parts) == want, local
 
     @pytest.mark.parametrize("name", KINDS)
-    def test_all_rows_are_the_whole(self, name: str) -> None:
+    def test_all_rows_deliver_the_whole_module(self, name: str) -> None:
         for (plan, stored), whole in zip(both(name), whole_octets(name), strict=True):
             part = narrow(plan, 0, weight_rows(plan))
 
@@ -111,7 +111,7 @@ class TestParts:
     @settings(max_examples=3, deadline=None)
     @given(data=st.data())
     def test_each_element_is_read_by_one_part(self, name: str, data: st.DataObject) -> None:
-        """But for what belongs to all rows alike, which is read by all parts."""
+        """Except elements that belong to all rows, which every part reads."""
         for plan, _ in both(name):
             parts = [narrow(plan, *bounds) for bounds in some_rows(data, plan)]
             for local, view in plan.views.items():
@@ -124,7 +124,7 @@ class TestParts:
                     assert [run.end for run in runs] == [*inner, view.spec.numel], local
 
     @pytest.mark.parametrize("name", ["int4-g32-asym", PADDED, "int8-channel-asym", "fp8-channel-token", "nvfp4"])
-    def test_a_part_looks_at_its_own_rows_only(self, name: str) -> None:
+    def test_a_part_reads_only_its_rows(self, name: str) -> None:
         """All other bytes are 0xff: NaN as a scale, and a code of -1."""
         plan, stored = planned(name, (80, 128))
         part = narrow(plan, 40, 80)
@@ -152,7 +152,7 @@ class TestParts:
 
         assert refused == [4]
 
-    def test_the_stored_shape_is_still_that_of_the_whole(self) -> None:
+    def test_weight_shape_is_compared_with_the_shape_of_the_whole_weight(self) -> None:
         plan, stored = planned("int4-g32", (37, 64))
         part = narrow(plan, 8, 16)
 
@@ -162,7 +162,7 @@ class TestParts:
         with pytest.raises(PayloadError, match=r"weight_shape: expected \[37, 64\]"):
             delivered(part, wrong)
 
-    def test_a_part_of_no_rows_reads_nothing_of_a_row(self) -> None:
+    def test_a_part_without_rows_reads_no_row(self) -> None:
         plan, _ = planned("fp8-channel-token", (16, 32), bias=True)
 
         part = narrow(plan, 0, 0)
@@ -175,7 +175,7 @@ class TestParts:
         assert [delivery.spec.shape for delivery in part.deliveries] == [(0, 32), (0,)]
 
     @pytest.mark.parametrize("form", [(16,), (16, 1), (1, 16)], ids=str)
-    def test_a_scale_per_row_may_lie_along_any_axis(self, form: tuple[int, ...]) -> None:
+    def test_a_scale_per_row_may_be_on_any_axis(self, form: tuple[int, ...]) -> None:
         plan, stored = planned("fp8-channel-token", (16, 32))
         spec = TensorSpec(DType.BF16, form)
         shaped = replace(plan, views={**plan.views, "weight_scale": Whole(name="m.weight_scale", spec=spec)})
@@ -234,12 +234,12 @@ class TestUnits:
             ("int8-channel", True, 1),
         ],
     )
-    def test_are_the_rows_of_a_word_a_block_and_a_delivered_byte(self, name: str, native: bool, unit: int) -> None:
+    def test_are_multiples_of_a_word_a_block_and_a_delivered_byte(self, name: str, native: bool, unit: int) -> None:
         plan, _ = planned(name, (256, 128), native=native)
 
         assert row_unit(plan) == unit
 
-    def test_words_and_delivered_bytes_are_whole_together(self) -> None:
+    def test_words_and_delivered_bytes_must_both_be_whole(self) -> None:
         """Ten rows fill a padded word, 32 make whole bytes of a dense stream of 3 bits: 160 do both."""
         plan, _ = planned(PADDED, (320, 64))
         assert plan.weight is not None
@@ -258,13 +258,13 @@ class TestUnits:
             ("fp8-tensor-static", {"weight": 1, "weight_scale": 1, "input_scale": 1}),
         ],
     )
-    def test_a_delivered_row_stands_for_so_many(self, name: str, rows: dict[str, int]) -> None:
+    def test_a_delivered_row_has_this_number_of_rows(self, name: str, rows: dict[str, int]) -> None:
         plan, _ = planned(name, (256, 256), native=True)
 
         found = {each.name.rpartition(".")[2]: rows_in_one(each.operation, plan.weight) for each in plan.deliveries}
         assert found == rows
 
-    def test_of_codes_that_are_packed_along_columns_a_row_is_one(self) -> None:
+    def test_codes_that_are_packed_along_columns_have_single_rows(self) -> None:
         plan, _ = planned("int4-g64", (64, 64))
         words = packed_words(4)
 
@@ -273,7 +273,7 @@ class TestUnits:
 
 
 class TestWhatCanNotBeParted:
-    def test_rows_that_lie_in_tiles(self) -> None:
+    def test_rows_in_tiles_can_not_be_selected(self) -> None:
         plan, _ = planned("int4-g64", (64, 64))
         assert plan.weight is not None
 
@@ -281,7 +281,7 @@ class TestWhatCanNotBeParted:
         assert not can_narrow(replace(plan, weight=replace(plan.weight, axes=MARLIN_24.axes)))
 
     @pytest.mark.parametrize(("axes", "possible"), [((), True), ((1,), True), ((0,), False), ((1, 0), False)])
-    def test_rows_that_a_transform_mixes(self, axes: tuple[int, ...], possible: bool) -> None:
+    def test_rows_that_a_transform_mixes_can_not_be_selected(self, axes: tuple[int, ...], possible: bool) -> None:
         plan, _ = plain_module(4)
         folds = tuple(
             Fold(matrix=f"R{axis}", permutation=None, axis=axis, transposed=False, normalized=True) for axis in axes

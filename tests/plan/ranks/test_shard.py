@@ -57,7 +57,7 @@ def unit_of(scheme: str) -> int:
 
 
 def config_for(heads: int, unit: int = 128, **more: Any) -> dict[str, Any]:
-    """A model that `heads` ranks can share, and with 8 heads 1, 2 and 4 too; columns are multiples of `unit`."""
+    """Return a model that `heads` ranks can divide (with 8 heads also 1, 2 and 4); columns are multiples of `unit`."""
     head_dim = max(32, unit // 2) if heads == 8 else unit
     sizes = {"hidden": unit, "heads": heads, "kv_heads": heads, "intermediate": heads * unit}
     # 101 rows are shared by ceiling division: the last rank has fewer, and of 8 ranks it has 10.
@@ -79,15 +79,15 @@ def ranks_of(parallel: Parallel, layers: int = 1) -> Iterator[Rank]:
 
 
 def part_of(module: str, rank: Rank, experts: int = 1) -> tuple[int, int] | None:
-    """Which of how many equal parts of a module an engine's rank has; None for a module of others."""
+    """Return the rank's part of a module as (index, number of equal parts); None if other ranks have it."""
     layer, expert, sizes = LAYER.match(module), EXPERT.match(module), rank.parallel
     if layer and rank.layers is not None and int(layer[1]) not in rank.layers:
         # The norm before the next stage is computed with the end of this one.
-        own = module.endswith(".input_layernorm") and int(layer[1]) - 1 in rank.layers
-        return (0, 1) if own else None
+        used = module.endswith(".input_layernorm") and int(layer[1]) - 1 in rank.layers
+        return (0, 1) if used else None
     if expert:
-        own = int(expert[1]) // (experts // sizes.expert) == rank.expert
-        return (rank.tensor // sizes.expert, sizes.tensor // sizes.expert) if own else None
+        used = int(expert[1]) // (experts // sizes.expert) == rank.expert
+        return (rank.tensor // sizes.expert, sizes.tensor // sizes.expert) if used else None
     leaf = module.rpartition(".")[2]
     if leaf in TABLES and rank.pipeline != (0 if leaf == "embed_tokens" else sizes.pipeline - 1):
         return None
@@ -95,7 +95,7 @@ def part_of(module: str, rank: Rank, experts: int = 1) -> tuple[int, int] | None
 
 
 def sliced(module: str, local: str, tensor: Tensor, part: tuple[int, int]) -> tuple[Tensor, int | None]:
-    """An engine's slice of a delivered tensor, and the axis along which it is cut; None where everybody has all."""
+    """Return the engine's slice of a delivered tensor and its axis; None if every rank has the whole tensor."""
     index, parts = part
     leaf = module.rpartition(".")[2]
     if parts == 1 or tensor.numel() == 1:
@@ -194,16 +194,16 @@ def measured(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[ModulePlan, d
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    octets = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*octets)
+    data = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*data)
 
 
-def joined(parts: list[tuple[Tensor, int | None]]) -> Tensor:
-    """The slices of all ranks side by side; what each has whole is the same for all."""
+def concatenated(parts: list[tuple[Tensor, int | None]]) -> Tensor:
+    """Return the concatenated slices of all ranks; a tensor that every rank has whole must be equal for all."""
     first, axis = parts[0]
     if axis is not None:
-        octets = [part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part, _ in parts]
-        return torch.cat(octets, axis).view(first.dtype)
+        slices = [part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part, _ in parts]
+        return torch.cat(slices, axis).view(first.dtype)
     assert all(same(part, first) for part, _ in parts)
     return first
 
@@ -211,7 +211,10 @@ def joined(parts: list[tuple[Tensor, int | None]]) -> Tensor:
 def assert_slices_make_the_whole(
     source: Source, parallel: Parallel, folder: Path, layers: int = 1
 ) -> dict[str, list[int]]:
-    """Every tensor of every module, from ranks that can read nothing but their own; the bytes that each read."""
+    """Check that every tensor is made of the ranks' slices, with only the rank's bytes in the files.
+
+    Returns the number of bytes that each rank read, by module.
+    """
     plan = source.checkpoint.plan("tensorrt_llm", parallel=parallel)
     found: dict[str, dict[str, dict[tuple[int, int], tuple[Tensor, int | None]]]] = {
         module.name: defaultdict(dict) for module in plan.modules
@@ -219,8 +222,8 @@ def assert_slices_make_the_whole(
     bytes_read = defaultdict(list)
     for rank in ranks_of(parallel, layers):
         spoilt = source.spoilt_for_all_but(rank, folder)
-        own = plan_for_rank(plan, source.checkpoint.model, rank)
-        for module, tensors, read in measured(spoilt, own):
+        shard = plan_for_rank(plan, source.checkpoint.model, rank)
+        for module, tensors, read in measured(spoilt, shard):
             part = part_of(module.name, rank, source.experts)
             if part is None:
                 assert_nothing_of_others(module, tensors, read)
@@ -233,12 +236,12 @@ def assert_slices_make_the_whole(
         whole = source.whole(plan.module(name))
         assert tensors.keys() == whole.keys()
         for local, parts in tensors.items():
-            assert same(joined([parts[part] for part in sorted(parts)]), whole[local]), local
+            assert same(concatenated([parts[part] for part in sorted(parts)]), whole[local]), local
     return bytes_read
 
 
 def assert_nothing_of_others(module: ModulePlan, tensors: dict[str, Tensor], read: int) -> None:
-    """Of another stage's table no byte is read, of another rank's expert single numbers."""
+    """No byte is read of another stage's table, and only single numbers of another rank's expert."""
     if module.name.rpartition(".")[2] in TABLES:
         assert read == 0
         return
@@ -248,7 +251,10 @@ def assert_nothing_of_others(module: ModulePlan, tensors: dict[str, Tensor], rea
 
 
 def assert_share(source: Source, bytes_read: dict[str, list[int]], tensor: int, block: int) -> int:
-    """At most 1 / tp of the bytes of column-cut Linears and one percent; how many Linears of ranks it was."""
+    """Check that a rank reads at most 1 / tp + 1 % of the bytes of Linears that are sliced along N.
+
+    Returns how many Linears of ranks were counted.
+    """
     plan, _ = source.one_rank
     total = [0] * tensor
     whole = counted = 0
@@ -264,7 +270,7 @@ def assert_share(source: Source, bytes_read: dict[str, list[int]], tensor: int, 
         # An index of columns is read by every rank: none of its elements belongs to a row.
         index = module.views["weight_g_idx"].stored_bytes if "weight_g_idx" in module.views else 0
         assert len(read) == tensor
-        total = [each + own - index for each, own in zip(total, read, strict=True)]
+        total = [before + count - index for before, count in zip(total, read, strict=True)]
         whole += module.stored_bytes - index
         counted += tensor
     assert max(total) <= (1 / tensor + 0.01) * whole
@@ -272,7 +278,7 @@ def assert_share(source: Source, bytes_read: dict[str, list[int]], tensor: int, 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_slices_of_all_ranks_are_the_whole_at_every_size_and_nobody_reads_another_ones(
+def test_slices_of_all_ranks_are_the_whole_at_every_size_and_no_rank_reads_another_slice(
     tmp_path: Path, scheme: str
 ) -> None:
     """Tensor parallel 1 to 8, as the target inside of the engine delivers it; the bytes are measured in the reader."""
@@ -288,7 +294,7 @@ def test_slices_of_all_ranks_are_the_whole_at_every_size_and_nobody_reads_anothe
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_stages_and_expert_ranks_make_the_whole_and_nobody_reads_another_ones(tmp_path: Path, scheme: str) -> None:
+def test_stages_and_expert_ranks_make_the_whole_and_no_rank_reads_another_slice(tmp_path: Path, scheme: str) -> None:
     """Two stages of two expert ranks, and each expert cut in two among four."""
     unit = max(unit_of(scheme), 128)
     sizes = {"layers": 2, "hidden": unit, "heads": 4, "kv_heads": 4, "intermediate": unit, "vocabulary": 35}
@@ -306,7 +312,7 @@ class TestRepeatedHeads:
 
     @classmethod
     def as_the_engine_repeats(cls, local: str, tensor: Tensor, ranks: int, mode: str) -> Tensor:
-        """Whole heads of weights, and of the group scales of NVFP4; all other tensors stay what they are."""
+        """Repeat whole heads of weights, and of the group scales of NVFP4; other tensors are unchanged."""
         by_engine = {"weight"} | ({"weight_scale"} if "NVFP4" in mode else set())
         if local not in by_engine:
             return tensor
@@ -325,8 +331,8 @@ class TestRepeatedHeads:
         for tensor in (4, 8):
             plan = source.checkpoint.plan("tensorrt_llm", parallel=Parallel(tensor=tensor))
             for rank in ranks_of(plan.parallel):
-                own = plan_for_rank(plan, source.checkpoint.model, rank)
-                handed = delivered(source.checkpoint, own)
+                shard = plan_for_rank(plan, source.checkpoint.model, rank)
+                handed = delivered(source.checkpoint, shard)
                 for leaf in ("k_proj", "v_proj"):
                     module = plan.module(f"model.layers.0.self_attn.{leaf}")
                     self.assert_head(module, handed[module.name], source.whole(module), rank)
@@ -345,14 +351,14 @@ class TestRepeatedHeads:
             assert same(repeated.chunk(ranks)[rank.tensor], whole[name].chunk(self.KV_HEADS)[head]), name
 
     @pytest.mark.parametrize("scheme", ["int4-g32", "fp8-channel-token", "nvfp4", "int4-g64-asym"])
-    def test_of_another_head_nothing_is_read(self, tmp_path: Path, scheme: str) -> None:
+    def test_nothing_of_another_head_is_read(self, tmp_path: Path, scheme: str) -> None:
         config = tiny_config(layers=1, hidden=128, heads=8, kv_heads=2, head_dim=32, vocabulary=16)
         built = write_checkpoint(tmp_path, config=config, scheme=scheme)
         checkpoint = open_checkpoint(built.directory)
         plan = checkpoint.plan("tensorrt_llm", parallel=Parallel(tensor=8))
         for rank in ranks_of(plan.parallel):
-            own = plan_for_rank(plan, checkpoint.model, rank)
-            read = {module.name: count for module, _, count in measured(checkpoint, own)}
+            shard = plan_for_rank(plan, checkpoint.model, rank)
+            read = {module.name: count for module, _, count in measured(checkpoint, shard)}
             for leaf in ("k_proj", "v_proj"):
                 module = plan.module(f"model.layers.0.self_attn.{leaf}")
                 assert read[module.name] <= 0.51 * module.stored_bytes
@@ -360,7 +366,7 @@ class TestRepeatedHeads:
 
 class TestVocabulary:
     @pytest.mark.parametrize(("rows", "ranks"), [(5, 4), (1, 2), (3, 8), (96, 1)])
-    def test_fewer_rows_than_ranks_leave_some_without_any(self, tmp_path: Path, rows: int, ranks: int) -> None:
+    def test_with_fewer_rows_than_ranks_some_ranks_have_none(self, tmp_path: Path, rows: int, ranks: int) -> None:
         config = config_for(8, vocabulary=rows)
         source = Source(open_checkpoint(write_checkpoint(tmp_path / "whole", config=config).directory))
         bytes_read = assert_slices_make_the_whole(source, Parallel(tensor=ranks), tmp_path / "spoilt")
@@ -376,13 +382,13 @@ class TestVocabulary:
         plan = checkpoint.plan("tensorrt_llm", parallel=parallel)
         read = []
         for rank in ranks_of(parallel, layers=3):
-            own = plan_for_rank(plan, checkpoint.model, rank)
-            read += [count for module, _, count in measured(checkpoint, own) if module.name == "model.embed_tokens"]
+            shard = plan_for_rank(plan, checkpoint.model, rank)
+            read += [count for module, _, count in measured(checkpoint, shard) if module.name == "model.embed_tokens"]
         whole = 96 * config["hidden_size"] * 2
         assert read == [whole, 0, whole]
 
-    def test_a_quantized_head_is_dequantized_by_the_last_stage_alone(self, tmp_path: Path) -> None:
-        """It is made anew, so there is no view of a file to hand over."""
+    def test_a_quantized_head_is_dequantized_by_the_last_stage_only(self, tmp_path: Path) -> None:
+        """It is dequantized, so it can't be delivered as a view of a file."""
         config = config_for(8, layers=2, vocabulary=96)
         scheme = {"lm_head": "int8-channel", "q_proj": "int8-channel"}
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config, scheme=scheme).directory)
@@ -395,7 +401,7 @@ class TestVocabulary:
 
 
 class TestStages:
-    def test_a_layer_lies_in_one_stage_and_its_norm_in_the_one_before_too(self, tmp_path: Path) -> None:
+    def test_a_layer_is_in_one_stage_and_its_first_norm_in_the_stage_before_too(self, tmp_path: Path) -> None:
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config_for(8, layers=4)).directory)
         parallel = Parallel(pipeline=4)
         plan = checkpoint.plan("tensorrt_llm", parallel=parallel)
@@ -403,26 +409,26 @@ class TestStages:
 
         for layer in range(4):
             for module in (name for name in plan.by_name if f".layers.{layer}." in name):
-                having = [stage for stage, own in enumerate(stages) if module in own.by_name]
+                having = [stage for stage, shard in enumerate(stages) if module in shard.by_name]
                 entrance = layer > 0 and module.endswith(".input_layernorm")
                 assert having == ([layer - 1, layer] if entrance else [layer]), module
 
-    def test_uneven_stages_are_those_that_the_engine_says(self, tmp_path: Path) -> None:
+    def test_stages_have_the_layers_that_the_engine_gives(self, tmp_path: Path) -> None:
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config_for(8, layers=3)).directory)
         parallel = Parallel(pipeline=2)
         plan = checkpoint.plan("tensorrt_llm", parallel=parallel)
-        own = plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel, pipeline=1, layers=(2,)))
+        shard = plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel, pipeline=1, layers=(2,)))
 
-        numbers = {int(found[1]) for module in own.modules if (found := LAYER.match(module.name))}
+        numbers = {int(found[1]) for module in shard.modules if (found := LAYER.match(module.name))}
         assert numbers == {2}
 
-    def test_every_module_of_the_rank_comes_in_the_order_of_the_whole(self, tmp_path: Path) -> None:
+    def test_the_modules_of_a_rank_have_the_order_of_the_whole_plan(self, tmp_path: Path) -> None:
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config_for(8, layers=4)).directory)
         parallel = Parallel(tensor=2, pipeline=2)
         plan = checkpoint.plan("tensorrt_llm", parallel=parallel)
         for rank in ranks_of(parallel, layers=4):
-            own = list(plan_for_rank(plan, checkpoint.model, rank).by_name)
-            assert own == [name for name in plan.by_name if name in set(own)]
+            names = list(plan_for_rank(plan, checkpoint.model, rank).by_name)
+            assert names == [name for name in plan.by_name if name in set(names)]
 
 
 class TestExperts:
@@ -439,7 +445,9 @@ class TestExperts:
     }
 
     @pytest.mark.parametrize("scheme", READ_OF_OTHERS)
-    def test_scalars_that_engines_take_the_largest_of_come_of_all_experts(self, tmp_path: Path, scheme: str) -> None:
+    def test_scalars_that_engines_reduce_over_experts_are_delivered_for_all_experts(
+        self, tmp_path: Path, scheme: str
+    ) -> None:
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=self.CONFIG, scheme=scheme).directory)
         source = Source(checkpoint, experts=4)
         parallel = Parallel(tensor=2, expert=2)
@@ -456,7 +464,7 @@ class TestExperts:
                 assert all(same(tensor, whole[name]) for name, tensor in found.items())
 
     @pytest.mark.parametrize("scheme", ["fp8-channel-token", "nvfp4", "int8-plain-channel", "mxfp4a16", "dense"])
-    def test_of_a_tensor_of_all_experts_a_rank_reads_its_own(self, tmp_path: Path, scheme: str) -> None:
+    def test_a_rank_reads_only_its_experts_of_a_tensor_of_all_experts(self, tmp_path: Path, scheme: str) -> None:
         config = tiny_config(QWEN, layers=1, hidden=128, heads=4, kv_heads=4, moe_intermediate_size=128)
         apart = open_checkpoint(write_checkpoint(tmp_path / "apart", config=config, scheme=scheme).directory)
         fused = write_checkpoint(tmp_path / "fused", config=config, scheme=scheme).directory
@@ -468,9 +476,9 @@ class TestExperts:
             everything = sum(module.stored_bytes for module in plan.modules if EXPERT.match(module.name))
             for rank in ranks_of(parallel):
                 want = delivered(apart, plan_for_rank(twin, apart.model, rank))
-                own = plan_for_rank(plan, checkpoint.model, rank)
+                shard = plan_for_rank(plan, checkpoint.model, rank)
                 read = 0
-                for module, tensors, count in measured(checkpoint, own):
+                for module, tensors, count in measured(checkpoint, shard):
                     if EXPERT.match(module.name) and (part := part_of(module.name, rank, experts=4)):
                         read += count
                         self.assert_slices(module.name, tensors, want[module.name], part)
@@ -486,7 +494,7 @@ class TestExperts:
 
 
 class TestWhatIsHandedOverWhole:
-    """Where a rank's rows are not known from its number, or are no run of the stored ones, nothing is left out."""
+    """Everything is read if a rank's rows don't follow from its number or are no run of the stored rows."""
 
     @staticmethod
     def assert_whole(checkpoint: Checkpoint, parallel: Parallel, leaves: Iterable[str]) -> None:
@@ -499,20 +507,20 @@ class TestWhatIsHandedOverWhole:
                 assert all(same(tensor, whole[module][name]) for name, tensor in handed[module].items())
 
     @pytest.mark.parametrize("scheme", ["int8-channel", "fp8-channel-token", "nvfp4"])
-    def test_linears_that_are_stored_as_one(self, tmp_path: Path, scheme: str) -> None:
+    def test_linears_that_are_stored_as_one_are_read_whole(self, tmp_path: Path, scheme: str) -> None:
         config = tiny_config("Phi3ForCausalLM", layers=1, hidden=128, heads=4, kv_heads=2)
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config, scheme=scheme).directory)
 
         self.assert_whole(checkpoint, Parallel(tensor=2), ("qkv_proj", "gate_up_proj"))
 
-    def test_attention_under_attention_data_parallelism(self, tmp_path: Path) -> None:
-        """And feed-forward parts too: engines cut them in more than one way then."""
+    def test_attention_is_read_whole_under_attention_data_parallelism(self, tmp_path: Path) -> None:
+        """Feed-forward parts are read whole too: engines slice them in more than one way then."""
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config_for(8), scheme="int8-channel").directory)
         parallel = Parallel(tensor=2, attention_dp=True)
 
         self.assert_whole(checkpoint, parallel, COLUMN_CUT | ROW_CUT | TABLES)
 
-    def test_feed_forward_parts_that_fewer_ranks_may_share(self, tmp_path: Path) -> None:
+    def test_feed_forward_parts_that_fewer_ranks_may_share_are_read_whole(self, tmp_path: Path) -> None:
         config = tiny_config("DeepseekV3ForCausalLM")
         scheme = {"gate_proj": "fp8-channel-token", "up_proj": "fp8-channel-token"}
         checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config, scheme=scheme).directory)
@@ -529,8 +537,8 @@ class TestWhatIsHandedOverWhole:
 
 @pytest.mark.parametrize("kind", ["sparse-bitmask", "sparse-24-bitmask"])
 @pytest.mark.parametrize("scheme", ["fp8-channel-token", "dense"])
-def test_sparse_weights_are_read_whole_and_cut_all_the_same(tmp_path: Path, scheme: str, kind: str) -> None:
-    """Where the values of a row begin is not known before the rows before it are read."""
+def test_sparse_weights_are_read_whole_and_sliced_nevertheless(tmp_path: Path, scheme: str, kind: str) -> None:
+    """The position of a row's values is known only after all rows before it were read."""
 
     def drop_half(stored: dict[str, Tensor]) -> None:
         for name in [name for name in stored if name.endswith("proj.weight")]:
@@ -562,16 +570,16 @@ def plain_with_sparsity(config: dict[str, Any], kind: str) -> dict[str, Any]:
     return {**config, "quantization_config": block}
 
 
-def test_a_rank_alone_has_the_plan_of_all(tmp_path: Path) -> None:
+def test_a_single_rank_has_the_whole_plan(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, scheme="int4-g32-asym").directory)
     plan = checkpoint.plan("tensorrt_llm")
-    own = plan_for_rank(plan, checkpoint.model, Rank())
+    shard = plan_for_rank(plan, checkpoint.model, Rank())
 
-    assert own.delivered_specs == plan.delivered_specs
-    assert {module.reads for module in own.modules} == {module.reads for module in plan.modules}
+    assert shard.delivered_specs == plan.delivered_specs
+    assert {module.reads for module in shard.modules} == {module.reads for module in plan.modules}
 
 
-def test_sizes_of_another_plan_are_a_mistake(tmp_path: Path) -> None:
+def test_sizes_of_another_plan_raise_an_assertion_error(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, config=config_for(8)).directory)
     plan = checkpoint.plan("tensorrt_llm", parallel=Parallel(tensor=2))
 

@@ -36,11 +36,10 @@ SHAPE_DTYPES = frozenset({DType.I64, DType.I32})
 class SparseTensor:
     """A dense tensor that a file stores in pieces, as described by the headers.
 
-    `name` and `spec` belong to the dense tensor, `kind` is its sparse format. `parts` maps the local name of a piece
+    `spec` belongs to the dense tensor, `kind` is its sparse format. `parts` maps the local name of a piece
     (`compressed`, ...) to the full name under which it is stored.
     """
 
-    name: str
     spec: TensorSpec
     kind: CompressionFormat
     parts: Mapping[str, str]

@@ -102,7 +102,7 @@ def find_sparse(
         else:
             stored_shape = stored_shapes.get(f"{stem}.shape")
             shape = stored_shape or expected_shape(name) or _quantization_parameter_shape(name, pieces)
-            sparse = _describe(stem, name, pieces, shape, faults)
+            sparse = _describe(stem, pieces, shape, faults)
             if sparse is not None and stored_shape in (None, sparse.spec.shape):
                 sparse_tensors[name] = sparse
             elif sparse is not None:
@@ -168,7 +168,7 @@ def _quantization_parameter_shape(name: str, pieces: StoredSpecs) -> tuple[int, 
 
 
 def _describe(
-    stem: str, name: str, pieces: StoredSpecs, expected_shape: tuple[int, ...] | None, faults: FaultCollector
+    stem: str, pieces: StoredSpecs, expected_shape: tuple[int, ...] | None, faults: FaultCollector
 ) -> SparseTensor | None:
     """Return the sparse tensor of these pieces; None, with faults added, if they are incomplete or contradictory."""
     missing = [piece for piece in _REQUIRED if piece not in pieces]
@@ -181,4 +181,4 @@ def _describe(
         return None
     spec = entry.describe(stem, pieces, expected_shape, faults)
     parts = {piece: f"{stem}.{piece}" for piece in pieces}
-    return SparseTensor(name=name, spec=spec, kind=entry.name, parts=parts) if spec is not None else None
+    return SparseTensor(spec=spec, kind=entry.name, parts=parts) if spec is not None else None

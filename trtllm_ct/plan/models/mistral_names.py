@@ -1,8 +1,8 @@
-"""Rename the modules of Mistral's native format to their Hugging Face names.
+"""Rename the modules of Mistral's own form to their Hugging Face names.
 
-After `hugging_face_names` a checkpoint in the native format (`consolidated*.safetensors`) looks like any other one.
+After `hugging_face_names` a checkpoint in this form (`consolidated*.safetensors`) looks like any other one.
 `StoredModule.stored_name` remains the name in the file, for messages and for targets.
-Scales have other names in the native format too: `qscale_weight`, `qscale_act` and `k_fake_quantizer.qscale_act`.
+Scales have other names in this form too: `qscale_weight`, `qscale_act` and `k_fake_quantizer.qscale_act`.
 Sources: transformers 4.53 `models/mistral/convert_mistral_weights_to_hf.py` and
 `models/mistral3/convert_mistral3_weights_to_hf.py`; vLLM 0.15 `model_executor/models/mistral.py`; mistral-inference 1.6
 `moe.py`.
@@ -80,7 +80,7 @@ _LOCALS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
 def hugging_face_names(
     modules: dict[str, StoredModule], model: Model, faults: FaultCollector
 ) -> dict[str, StoredModule]:
-    """Return the modules under Hugging Face names; they are unchanged if they don't have Mistral's native names.
+    """Return the modules under Hugging Face names; they are unchanged if they don't have Mistral's names.
 
     Adds a fault for each tensor that two stored tensors make. Raises `PlanError` with all faults if the model has no
     name for some modules, instead of later faults for each surplus and each missing tensor.
