@@ -18,7 +18,7 @@ from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.transfer import PAGE_BYTES, checksum
 from trtllm_ct.checkpoint.write_plan import WritePlan
-from trtllm_ct.checkpoint.writer import Piece, TensorWriter, create_files, pieces_are_there
+from trtllm_ct.checkpoint.writer import Piece, TensorWriter, create_files, pieces_are_intact
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,7 +102,7 @@ class TestPieces:
             assert piece.checksum == checksum(part)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "PIECE_BYTES", most * PAGE_BYTES)
-            assert pieces_are_there(directory, pieces)
+            assert pieces_are_intact(directory, pieces)
 
     def test_consecutive_whole_pages_become_one_piece(self, tmp_path: Path) -> None:
         """Journals of large models stay short."""
@@ -115,7 +115,7 @@ class TestPieces:
             assert len(tensor_writer.pieces) == 1
 
     @pytest.mark.parametrize(
-        ("file", "offset", "nbytes", "goes_on"),
+        ("file", "offset", "nbytes", "is_continued_by"),
         [
             ("a", 64 + PAGE_BYTES, 10, True),
             ("b", 64 + PAGE_BYTES, 10, False),
@@ -126,13 +126,13 @@ class TestPieces:
         ],
     )
     def test_only_bytes_that_follow_directly_extend_a_piece(
-        self, file: str, offset: int, nbytes: int, *, goes_on: bool
+        self, file: str, offset: int, nbytes: int, *, is_continued_by: bool
     ) -> None:
         piece = Piece(file="a", offset=64, nbytes=PAGE_BYTES, checksum=1)
 
-        assert piece.goes_on(file, offset, nbytes) is goes_on
+        assert piece.is_continued_by(file, offset, nbytes) is is_continued_by
 
     def test_after_a_partial_page_a_new_piece_begins(self) -> None:
         piece = Piece(file="a", offset=64, nbytes=PAGE_BYTES + 1, checksum=1)
 
-        assert not piece.goes_on("a", 64 + PAGE_BYTES + 1, 1)
+        assert not piece.is_continued_by("a", 64 + PAGE_BYTES + 1, 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.checkpoint.header import MAX_HEADER_BYTES, StoredTensor, list_some, parse_json_object, read_header
+from trtllm_ct.checkpoint.header import MAX_HEADER_BYTES, StoredTensor, format_names, parse_json_object, read_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -226,9 +226,9 @@ def test_no_depth_of_nesting_breaks_the_message_about_it(tmp_path: Path, place: 
 
 
 def test_a_long_list_of_names_is_cut_and_counted_in_a_message() -> None:
-    assert list_some(["a", "b"]) == "a, b"
-    assert list_some(map(str, range(17))) == "0, 1, 2, 3, 4 and 12 more"
-    assert list_some([]) == ""
+    assert format_names(["a", "b"]) == "a, b"
+    assert format_names(map(str, range(17))) == "0, 1, 2, 3, 4 and 12 more"
+    assert format_names([]) == ""
 
 
 def test_a_repeated_key_is_found_at_any_depth() -> None:

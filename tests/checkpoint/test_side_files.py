@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from trtllm_ct.base.errors import CatalogError
-from trtllm_ct.checkpoint.side_files import carry_side_files
+from trtllm_ct.checkpoint.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ def test_everything_is_copied_except_weights_configuration_and_hidden_files(sour
     make(source, *CARRIED, *LEFT)
     out = tmp_path / "out"
 
-    assert carry_side_files(source, out) == tuple(CARRIED)
+    assert copy_side_files(source, out) == tuple(CARRIED)
 
     found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert found == CARRIED
@@ -77,7 +77,7 @@ def test_everything_is_copied_except_weights_configuration_and_hidden_files(sour
 
 
 def test_a_directory_without_side_files_is_accepted(source: Path, tmp_path: Path) -> None:
-    assert carry_side_files(source, tmp_path / "out") == ()
+    assert copy_side_files(source, tmp_path / "out") == ()
 
 
 def test_links_of_a_hub_cache_arrive_as_files(source: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_links_of_a_hub_cache_arrive_as_files(source: Path, tmp_path: Path) -> N
     (source / "linked").symlink_to(tmp_path / "blobs")
     out = tmp_path / "out"
 
-    assert carry_side_files(source, out) == ("linked/0123", "sub/merges.txt", "tokenizer.json")
+    assert copy_side_files(source, out) == ("linked/0123", "sub/merges.txt", "tokenizer.json")
     assert (out / "tokenizer.json").read_text() == "0123"
     assert not (out / "tokenizer.json").is_symlink()
 
@@ -97,7 +97,7 @@ def test_a_read_only_file_can_be_replaced_afterwards(source: Path, tmp_path: Pat
     make(source, "README.md")
     (source / "README.md").chmod(0o444)
 
-    carry_side_files(source, tmp_path / "out")
+    copy_side_files(source, tmp_path / "out")
 
     assert (tmp_path / "out/README.md").stat().st_mode & 0o200
 
@@ -110,7 +110,7 @@ def test_a_link_that_leads_nowhere_is_refused_before_anything_is_copied(
     (source / "tokenizer.json").symlink_to(target)
 
     with pytest.raises(CatalogError, match=f"tokenizer.json: .* found a link to {target}"):
-        carry_side_files(source, tmp_path / "out")
+        copy_side_files(source, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
 
@@ -121,7 +121,7 @@ def test_a_link_that_leads_in_a_circle_is_refused(source: Path, tmp_path: Path, 
     (source / "sub/circle").symlink_to(target)
 
     with pytest.raises(CatalogError, match="circle: expected a file or a directory"):
-        carry_side_files(source, tmp_path / "out")
+        copy_side_files(source, tmp_path / "out")
 
 
 def test_all_bad_links_are_named_together(source: Path, tmp_path: Path) -> None:
@@ -129,6 +129,6 @@ def test_all_bad_links_are_named_together(source: Path, tmp_path: Path) -> None:
         (source / name).symlink_to("gone")
 
     with pytest.raises(CatalogError) as caught:
-        carry_side_files(source, tmp_path / "out")
+        copy_side_files(source, tmp_path / "out")
 
     assert len(caught.value.faults) == 2

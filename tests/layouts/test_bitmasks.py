@@ -9,8 +9,8 @@ from torch import Tensor
 from trtllm_ct.layouts import bitmasks
 from trtllm_ct.layouts.bitmasks import (
     count_marks,
+    count_marks_per_four,
     gather_marked,
-    marks_of_fours,
     nonzero_mask,
     pack_mask,
     scatter_marked,
@@ -57,8 +57,8 @@ def test_unpacking_undoes_packing(shape: tuple[int, ...], share: float) -> None:
 def test_marks_are_counted_in_every_byte() -> None:
     all_bytes = torch.arange(256, dtype=torch.uint8)
     low, high = ([f"{byte >> shift & 15:b}".count("1") for byte in range(256)] for shift in (0, 4))
-    assert (marks_of_fours(all_bytes) & 15).tolist() == low
-    assert (marks_of_fours(all_bytes) >> 4).tolist() == high
+    assert (count_marks_per_four(all_bytes) & 15).tolist() == low
+    assert (count_marks_per_four(all_bytes) >> 4).tolist() == high
     assert count_marks(all_bytes).item() == sum(low) + sum(high)
 
 

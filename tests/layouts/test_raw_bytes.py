@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Packing
-from trtllm_ct.layouts.raw_bytes import integers, is_contiguous_index, is_zero, is_zero_packed, number
+from trtllm_ct.layouts.raw_bytes import is_contiguous_index, is_zero, is_zero_packed, read_integers, read_scalar
 
 SCALARS = [DType.F32, DType.F16, DType.BF16]
 INTEGERS = [DType.I32, DType.I64]
@@ -38,7 +38,7 @@ class TestNumber:
         stored = data.draw(st.binary(min_size=dtype.itemsize, max_size=dtype.itemsize))
         want = torch.frombuffer(bytearray(stored), dtype=dtype.torch_dtype).item()
 
-        value_read = number(stored, dtype)
+        value_read = read_scalar(stored, dtype)
 
         assert (
             math.isnan(value_read)
@@ -49,7 +49,7 @@ class TestNumber:
     @pytest.mark.parametrize("dtype", SCALARS, ids=str)
     @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.5, math.inf, -math.inf, 2.0**-14])
     def test_special_values(self, dtype: DType, value: float) -> None:
-        value_read = number(in_file(torch.tensor(value, dtype=dtype.torch_dtype)), dtype)
+        value_read = read_scalar(in_file(torch.tensor(value, dtype=dtype.torch_dtype)), dtype)
 
         assert (value_read, math.copysign(1, value_read)) == (value, math.copysign(1, value))
 
@@ -61,13 +61,13 @@ class TestIntegers:
         top = 1 << (dtype.bits - 1)
         values = data.draw(st.lists(st.integers(-top, top - 1), max_size=8))
 
-        assert integers(in_file(torch.tensor(values, dtype=dtype.torch_dtype)), dtype) == tuple(values)
+        assert read_integers(in_file(torch.tensor(values, dtype=dtype.torch_dtype)), dtype) == tuple(values)
 
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
     def test_elements_are_in_row_major_order(self, dtype: DType) -> None:
         stored = torch.tensor([[1, -2, 3], [4, 5, -6]], dtype=dtype.torch_dtype)
 
-        assert integers(in_file(stored), dtype) == (1, -2, 3, 4, 5, -6)
+        assert read_integers(in_file(stored), dtype) == (1, -2, 3, 4, 5, -6)
 
 
 class TestIsZero:
@@ -210,10 +210,10 @@ def test_no_heavy_package_is_imported() -> None:
         """
         import sys
         from trtllm_ct.base.dtypes import DType
-        from trtllm_ct.layouts.raw_bytes import integers, is_contiguous_index, is_zero, number
+        from trtllm_ct.layouts.raw_bytes import is_contiguous_index, is_zero, read_integers, read_scalar
 
-        assert number(bytes.fromhex("803f"), DType.BF16) == 1
-        assert integers(bytes(4), DType.I32) == (0,)
+        assert read_scalar(bytes.fromhex("803f"), DType.BF16) == 1
+        assert read_integers(bytes(4), DType.I32) == (0,)
         assert is_zero(bytes(8), DType.F32) and is_contiguous_index(bytes(8), DType.I32, 4)
         print(sorted({"torch", "numpy", "numba"} & set(sys.modules)))
         """

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel, Rank
 from trtllm_ct.serve.load_report import LoadReport, peak_memory
-from trtllm_ct.serve.rank_weights import deliver_for_rank
+from trtllm_ct.serve.rank_weights import load_rank_weights
 from trtllm_ct.serve.session import REPORTS, LoadSession
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, make_sidecar
 
@@ -56,7 +56,7 @@ def sidecar_of(built: Built, **sizes: int) -> Sidecar:
 
 def test_bytes_of_files_and_tensors_are_counted(built: Built) -> None:
     """Every stored tensor of this scheme is needed, each once."""
-    weights, report = deliver_for_rank(sidecar_of(built), Rank())
+    weights, report = load_rank_weights(sidecar_of(built), Rank())
 
     assert report.bytes_read == sum(tensor.nbytes for tensor in built.stored.values())
     assert report.bytes_delivered == sum(tensor.nbytes for tensor in weights.values())
@@ -70,7 +70,7 @@ def test_bytes_of_files_and_tensors_are_counted(built: Built) -> None:
 def test_modes_and_reasons_are_counted(tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "model", config=CONFIG, scheme=MIXED, kv=True)
 
-    _, report = deliver_for_rank(sidecar_of(built), Rank())
+    _, report = load_rank_weights(sidecar_of(built), Rank())
 
     assert report.modes == {"W8A16": 6, "W4A16_AWQ g64": 2}
     ((reason, count),) = report.dequantized.items()
@@ -87,7 +87,7 @@ def test_a_plain_rank_counts_no_modes(tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "model", config=config, scheme={"model.layers.0.mlp.down_proj": "int4-g64"})
     parallel = Parallel(pipeline=2)
 
-    _, report = deliver_for_rank(sidecar_of(built, pipeline=2), Rank(parallel=parallel, pipeline=1, layers=(1,)))
+    _, report = load_rank_weights(sidecar_of(built, pipeline=2), Rank(parallel=parallel, pipeline=1, layers=(1,)))
 
     assert (report.modes, report.dequantized) == ({}, {})
     assert "no quantized modules; " in str(report)
@@ -100,7 +100,7 @@ def test_ranks_have_the_engines_numbers(built: Built) -> None:
         mapping = import_module("tensorrt_llm.mapping").Mapping
         mappings = [mapping(world_size=4, rank=rank, tp_size=2, pp_size=2) for rank in range(4)]
 
-    reports = [deliver_for_rank(sidecar, Rank.from_mapping(each, 2))[1] for each in mappings]
+    reports = [load_rank_weights(sidecar, Rank.from_mapping(each, 2))[1] for each in mappings]
 
     assert sidecar.options.parallel == parallel
     assert [report.rank for report in reports] == [0, 1, 2, 3]

@@ -21,7 +21,7 @@ from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel, Rank
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.serve import leases, sidecar
-from trtllm_ct.serve.rank_weights import deliver_for_rank
+from trtllm_ct.serve.rank_weights import load_rank_weights
 from trtllm_ct.serve.session import LoadSession
 from trtllm_ct.serve.sidecar import SIDECAR_FILE, ServingOptions, Sidecar, is_sidecar, known_sidecars, make_sidecar
 
@@ -281,7 +281,7 @@ def test_the_mapping_of_the_configuration_is_remembered(built: Built) -> None:
 
     assert session.report is not None
     assert session.report.rank == 1
-    want = deliver_for_rank(Sidecar.open(made), Rank(parallel=parallel, tensor=1, layers=(0,)))[1]
+    want = load_rank_weights(Sidecar.open(made), Rank(parallel=parallel, tensor=1, layers=(0,)))[1]
     assert session.report.bytes_read == want.bytes_read
 
 

@@ -25,7 +25,7 @@ from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
 from trtllm_ct.checkpoint.header import (
     Header,
     StoredTensor,
-    list_some,
+    format_names,
     parse_json_object,
     read_header,
     refuse_lfs_pointer,
@@ -157,10 +157,10 @@ def _warn_of_ignored(names: list[str], kept: list[str]) -> tuple[str, ...]:
     warnings = []
     second_copy = [name for name in names if name not in kept and name.endswith(".safetensors")]
     if second_copy:
-        warnings.append(f"not read, a second copy of the weights: {list_some(second_copy)}")
+        warnings.append(f"not read, a second copy of the weights: {format_names(second_copy)}")
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
-        warnings.append(f"not read, pickle files beside safetensors: {list_some(pickles)}")
+        warnings.append(f"not read, pickle files beside safetensors: {format_names(pickles)}")
     return tuple(warnings)
 
 
@@ -170,14 +170,14 @@ def _no_weights(directory: Path, names: list[str]) -> Fault:
         return Fault(
             where=str(directory),
             expected="safetensors files",
-            found=f"pickle files only: {list_some(pickles)}",
+            found=f"pickle files only: {format_names(pickles)}",
             remedy="Pickle runs code of the file's author when it is loaded, so it is refused: where you trust the "
             "author, load the model with transformers and save it with save_pretrained, which writes safetensors.",
         )
     return Fault(
         where=str(directory),
         expected="safetensors files",
-        found=f"no weights among {list_some(names)}" if names else "an empty directory",
+        found=f"no weights among {format_names(names)}" if names else "an empty directory",
         remedy="Give the directory that holds the weight files; if this is it, the download is incomplete.",
     )
 
@@ -206,7 +206,7 @@ def _select_from_index(directory: Path, index: str, shards: list[str], warnings:
     faults.raise_if_any(CatalogError)
     strays = sorted(set(shards) - set(files))
     if strays:
-        warnings += (f"not read, {index} does not name them: {list_some(strays)}",)
+        warnings += (f"not read, {index} does not name them: {format_names(strays)}",)
     return _Selection(files=files, index=index, weight_map=weight_map, warnings=warnings)
 
 
@@ -230,7 +230,7 @@ def _describe_weight_map(weight_map: object) -> str:
     if not isinstance(weight_map, dict):
         return "none" if weight_map is None else f"a {type(weight_map).__name__}"
     invalid = [name for name, file in weight_map.items() if not isinstance(file, str)]
-    return f"no file name for {list_some(invalid)}" if invalid else "an empty one"
+    return f"no file name for {format_names(invalid)}" if invalid else "an empty one"
 
 
 def _require_inside(file: str, index: str, faults: FaultCollector) -> None:
@@ -261,7 +261,7 @@ def _require_all_numbers(shards: list[str]) -> None:
     for (stem, total), numbers in present.items():
         missing = [str(number) for number in range(1, min(int(total), 10**5) + 1) if number not in numbers]
         if missing:
-            where, found = f"{stem}-*-of-{total}.safetensors", f"no number {list_some(missing)}"
+            where, found = f"{stem}-*-of-{total}.safetensors", f"no number {format_names(missing)}"
             faults.add(where=where, expected=f"{int(total)} shards", found=found, remedy=_FETCH_MISSING)
     faults.raise_if_any(CatalogError)
 
@@ -300,7 +300,7 @@ def _merge(headers: Mapping[str, Header], faults: FaultCollector) -> dict[str, S
             faults.add(
                 where=f"{earlier_file} and {file}",
                 expected="each tensor in one file",
-                found=f"{len(names)} in both: {list_some(sorted(names))}",
+                found=f"{len(names)} in both: {format_names(sorted(names))}",
                 remedy="Files of two checkpoints may lie in one directory: keep those of one of them.",
             )
         tensors.update(header.tensors)
@@ -323,7 +323,7 @@ def _compare_with_index(
         if file in headers and name not in headers[file].tensors:
             misplaced.append(name) if name in tensors else missing[file].append(name)
     for file, names in sorted(missing.items()):
-        found = f"{len(names)} of them in no file: {list_some(names)}"
+        found = f"{len(names)} of them in no file: {format_names(names)}"
         faults.add(where=file, expected=f"the tensors that {selection.index} lists", found=found, remedy=_FIX_INDEX)
     unlisted = sorted(tensors.keys() - selection.weight_map.keys())
     return (
@@ -334,5 +334,5 @@ def _compare_with_index(
 
 def _warning(what: str, names: Iterable[str]) -> tuple[str, ...]:
     """Return one warning that lists `names`, or no warning when there are no names."""
-    named = list_some(names)
+    named = format_names(names)
     return (f"{what}: {named}",) if named else ()

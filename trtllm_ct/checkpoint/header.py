@@ -33,7 +33,7 @@ __all__ = [
     "METADATA_KEY",
     "Header",
     "StoredTensor",
-    "list_some",
+    "format_names",
     "parse_json_object",
     "read_header",
     "refuse_lfs_pointer",
@@ -156,7 +156,7 @@ def parse_json_object(text: bytes, where: str, *, remedy: str) -> dict[str, Any]
 
     document = _parse_json(text, where, remedy, note_repeated_keys)
     if repeated:
-        _refuse(where, "each name once", f"more than once: {list_some(repeated)}", _SAVE_AGAIN)
+        _refuse(where, "each name once", f"more than once: {format_names(repeated)}", _SAVE_AGAIN)
     return document
 
 
@@ -327,7 +327,7 @@ def _check_layout(spans: list[_Span], payload_bytes: int, file: str, faults: Fau
         faults.add(where=file, expected=f"{covered} bytes of payload", found=found, remedy=_FETCH_AGAIN)
 
 
-def list_some(names: Iterable[str]) -> str:
+def format_names(names: Iterable[str]) -> str:
     """Format the first five names and the number of all others for a message: `a, b, c and 12 more`."""
     remaining = iter(names)
     text = ", ".join(islice(remaining, 5))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["carry_side_files", "side_files"]
+__all__ = ["copy_side_files", "side_files"]
 
 _WEIGHT_SUFFIXES = (
     *PICKLE_SUFFIXES, ".safetensors", ".index.json", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
@@ -39,7 +39,7 @@ def side_files(source: Path) -> tuple[str, ...]:
     return names
 
 
-def carry_side_files(source: Path, out: Path) -> tuple[str, ...]:
+def copy_side_files(source: Path, out: Path) -> tuple[str, ...]:
     """Copy the side files of `source` to `out` and return their names; see `side_files`.
 
     Sub-directories are kept, and links are copied as files. Raises `CatalogError` before anything is copied.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
-from trtllm_ct.checkpoint.header import list_some
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.write_plan import PlannedFile
 
-__all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "file_locks", "pieces_are_there", "write_index"]
+__all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "file_locks", "pieces_are_intact", "write_index"]
 
 PIECE_BYTES = 8 * 2**20
 """Largest size of a piece: small enough to be read at once, and large enough to keep journals short."""
@@ -49,7 +49,7 @@ class Piece:
     nbytes: int
     checksum: int
 
-    def goes_on(self, file: str, offset: int, nbytes: int) -> bool:
+    def is_continued_by(self, file: str, offset: int, nbytes: int) -> bool:
         """Whether `nbytes` bytes at `offset` of `file` can be added to this piece.
 
         They must follow it directly, it must end with a whole page so that checksums add up, and the result must not be
@@ -58,7 +58,7 @@ class Piece:
         follows = (file, offset) == (self.file, self.offset + self.nbytes)
         return follows and self.nbytes % PAGE_BYTES == 0 and self.nbytes + nbytes <= PIECE_BYTES
 
-    def with_more(self, data: memoryview) -> Piece:
+    def extended_by(self, data: memoryview) -> Piece:
         """Return this piece extended by `data`, the bytes that follow it."""
         total = (self.checksum + checksum(data, self.nbytes // PAGE_BYTES)) % 2**64
         return Piece(file=self.file, offset=self.offset, nbytes=self.nbytes + len(data), checksum=total)
@@ -97,7 +97,7 @@ def write_index(directory: Path, plan: WritePlan) -> None:
         (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
 
 
-def pieces_are_there(directory: Path, pieces: Iterable[Piece]) -> bool:
+def pieces_are_intact(directory: Path, pieces: Iterable[Piece]) -> bool:
     """Whether the files of `directory` still hold all pieces unchanged; reads them and compares checksums."""
     buffer = memoryview(bytearray(PIECE_BYTES))
     with _OpenFiles(directory, os.O_RDONLY) as files:
@@ -192,8 +192,8 @@ class TensorWriter:
         place = self._plan.places[name]
         file, offset = place.file, place.offset + begin
         last = self.pieces[-1] if self.pieces else None
-        if last is not None and last.goes_on(file, offset, len(data)):
-            self.pieces[-1] = last.with_more(data)
+        if last is not None and last.is_continued_by(file, offset, len(data)):
+            self.pieces[-1] = last.extended_by(data)
         else:
             self.pieces.append(Piece(file=file, offset=offset, nbytes=len(data), checksum=checksum(data)))
         with self._locks[file]:
@@ -246,7 +246,7 @@ class ShardedWriter:
         """
         missing = [name for name in self._plan.places if not self._writer.is_complete(name)]
         if missing:
-            raise ValueError(f"{len(missing)} planned tensors were not written: {list_some(sorted(missing))}")
+            raise ValueError(f"{len(missing)} planned tensors were not written: {format_names(sorted(missing))}")
         self.close()
         write_index(self._directory, self._plan)
         return self._plan.file_names

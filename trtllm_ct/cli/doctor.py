@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.features import EngineFeatures
 
-__all__ = ["Diagnosis", "Machine", "Served", "diagnose", "look_at_machine"]
+__all__ = ["Diagnosis", "Machine", "Served", "diagnose", "inspect_machine"]
 
 _PACKAGES = (
     ("transformers", "the CPU reference engine computes with its architectures", "pip install 'trtllm-ct[reference]'"),
@@ -153,11 +153,11 @@ def diagnose(directory: str | Path | None = None, *, parallel: Parallel = ONE_RA
     `MissingDependencyError` if TensorRT-LLM is installed but can't be imported, and `DetectionError` if `directory` is
     not a checkpoint directory.
     """
-    machine = look_at_machine()
+    machine = inspect_machine()
     return Diagnosis(machine=machine, served=_serve(Path(directory), parallel, machine) if directory else None)
 
 
-def look_at_machine() -> Machine:
+def inspect_machine() -> Machine:
     """Report the engine of this machine; raises `MissingDependencyError` as `diagnose` does."""
     missing = [
         _not_installed(name, use, f"Run: {command}") for name, use, command in _PACKAGES if not _is_installed(name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output import clear
-from trtllm_ct.checkpoint.side_files import carry_side_files
+from trtllm_ct.checkpoint.side_files import copy_side_files
 from trtllm_ct.checkpoint.writer import create_files, write_index
 from trtllm_ct.config.hf_config import portable_config
 from trtllm_ct.convert.coordinate import run_units
@@ -59,7 +59,7 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
     out, write_plan = conversion.job.files, conversion.write_plan
     with Journal(out / JOURNAL, conversion.digest) as journal:
         clear(out, keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
-        carried = carry_side_files(conversion.checkpoint.directory, out)
+        carried = copy_side_files(conversion.checkpoint.directory, out)
         write_configuration(conversion.checkpoint, conversion.plan, out)
         create_files(out, write_plan)
         resumed = run_units(conversion, pool, journal, progress)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_ct.convert.direct import is_copied
-from trtllm_ct.plan.ranks.narrow import Rows, can_narrow, narrow, row_unit, rows_in_one, weight_rows
+from trtllm_ct.plan.ranks.narrow import Rows, can_narrow, narrow, row_unit, weight_rows, weight_rows_per_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
     from trtllm_ct.plan.plan import ModulePlan
 
-__all__ = ["TILE_BYTES", "made_tensors"]
+__all__ = ["TILE_BYTES", "converted_tensors"]
 
 TILE_BYTES = 4 * 2**20
 """Approximate delivered bytes of one tile."""
 
 
-def made_tensors(
+def converted_tensors(
     module: ModulePlan, local: Mapping[str, Tensor], mapper: CompressedTensorsWeightMapper
 ) -> Iterator[tuple[str, Tensor, int | None]]:
     """Yield the delivered tensors of a module that are converted rather than copied.
@@ -47,7 +47,7 @@ def made_tensors(
         tile_tensors = mapper.tensors(tile, _tensors_of_tile(tile, local), begin)
         for delivery in tile.deliveries:
             if delivery.name in tiled_names:
-                first_row = begin // rows_in_one(delivery.operation, module.weight)
+                first_row = begin // weight_rows_per_row(delivery.operation, module.weight)
                 yield delivery.name, mapper.run(tile, delivery, tile_tensors), first_row
 
 

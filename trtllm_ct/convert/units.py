@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.convert.direct import is_copied, is_direct
-from trtllm_ct.pipeline.payload import looks_at
+from trtllm_ct.pipeline.payload import has_values_to_check
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -88,7 +88,7 @@ def _needs_torch(module: ModulePlan, device: str) -> bool:
     """Whether checking or converting a module runs torch operations."""
     if device == "cpu" and is_direct(module):
         return False
-    return looks_at(module) or not all(is_copied(delivery, module) for delivery in module.deliveries)
+    return has_values_to_check(module) or not all(is_copied(delivery, module) for delivery in module.deliveries)
 
 
 def _batches(plan: Plan, groups: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:

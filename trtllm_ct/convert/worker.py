@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.reader import TensorReader
-from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_there
+from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_intact
 from trtllm_ct.convert.direct import DirectConverter, is_copied, is_direct
 from trtllm_ct.convert.journal import UnitRecord
-from trtllm_ct.convert.tiles import made_tensors
+from trtllm_ct.convert.tiles import converted_tensors
 from trtllm_ct.pipeline.fused_scalars import FusedScalars
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
-from trtllm_ct.pipeline.payload import looks_at
+from trtllm_ct.pipeline.payload import has_values_to_check
 
 if TYPE_CHECKING:
     from trtllm_ct.convert.job import Conversion
@@ -46,7 +46,11 @@ def run_unit(
     Memory: one tile, and the tensors that can't be tiled. Raises `OSError` when files can't be written.
     """
     unit = conversion.units[number]
-    if earlier is not None and _has_all_bytes(unit, earlier) and pieces_are_there(conversion.job.files, earlier.pieces):
+    if (
+        earlier is not None
+        and _has_all_bytes(unit, earlier)
+        and pieces_are_intact(conversion.job.files, earlier.pieces)
+    ):
         return UnitResult(record=earlier, resumed=True)
     with (
         TensorReader(conversion.checkpoint.catalog) as reader,
@@ -101,7 +105,7 @@ class _UnitConverter:
             if self.writer is not None:
                 for delivery in copied:
                     self._copy(self.writer, module, delivery)
-            copying_is_not_enough = looks_at(module) or len(copied) < len(module.deliveries)
+            copying_is_not_enough = has_values_to_check(module) or len(copied) < len(module.deliveries)
             if copying_is_not_enough and not self._convert_directly(module):
                 self._convert_with_torch(module)
         except CheckpointError as error:
@@ -130,7 +134,7 @@ class _UnitConverter:
         stored = {run.name: self.reader.read(run.name, run.begin, run.end) for run in module.runs}
         local = self.mapper.checked(module, stored)
         scalars = {}
-        for name, tensor, row in made_tensors(module, local, self.mapper):
+        for name, tensor, row in converted_tensors(module, local, self.mapper):
             if row is None and tensor.numel() == 1:
                 scalars[name] = tensor
             if self.writer is not None:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import Element, Packing, QuantArgs
 
-__all__ = ["MicroscalingFormat", "axes_with"]
+__all__ = ["MicroscalingFormat", "mx_axes"]
 
 _GROUP = 32
 
 
-def axes_with(codes: str) -> Mapping[str, Axis]:
+def mx_axes(codes: str) -> Mapping[str, Axis]:
     """Return the `axes` of an MX format whose codes have the local name `codes`."""
     return {codes: Axis.ROWS, "weight_scale": Axis.SCALE_ROWS, "weight_zero_point": Axis.SCALE_ROWS}
 

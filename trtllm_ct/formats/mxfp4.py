@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, Element
-from trtllm_ct.formats.microscaling import MicroscalingFormat, axes_with
+from trtllm_ct.formats.microscaling import MicroscalingFormat, mx_axes
 from trtllm_ct.formats.small_floats import has_e4m3_scales, is_packed_float
 from trtllm_ct.layouts.floats import E2M1_PACKED
 
@@ -31,7 +31,7 @@ class _MXFP4(MicroscalingFormat):
     name = "mxfp4-pack-quantized"
     declared_as = frozenset({CompressionFormat.MXFP4_PACK_QUANTIZED})
     codes = "weight_packed"
-    axes = axes_with("weight_packed")
+    axes = mx_axes("weight_packed")
     code_dtype = DType.U8
     element = Element.E2M1
     packing = E2M1_PACKED

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, Element
-from trtllm_ct.formats.microscaling import MicroscalingFormat, axes_with
+from trtllm_ct.formats.microscaling import MicroscalingFormat, mx_axes
 from trtllm_ct.formats.small_floats import is_packed_float
 from trtllm_ct.layouts.floats import E2M3_PACKED
 
@@ -30,7 +30,7 @@ class _MXFP6(MicroscalingFormat):
     name = "mxfp6-pack-quantized"
     declared_as = frozenset({CompressionFormat.MXFP6_PACK_QUANTIZED})
     codes = "weight_packed"
-    axes = axes_with("weight_packed")
+    axes = mx_axes("weight_packed")
     code_dtype = DType.U8
     element = Element.E2M3
     packing = E2M3_PACKED

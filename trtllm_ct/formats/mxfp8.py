@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType
-from trtllm_ct.formats.microscaling import MicroscalingFormat, axes_with
+from trtllm_ct.formats.microscaling import MicroscalingFormat, mx_axes
 
 if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantArgs
@@ -28,7 +28,7 @@ class _MXFP8(MicroscalingFormat):
     name = "mxfp8-quantized"
     declared_as = frozenset({CompressionFormat.MXFP8_QUANTIZED})
     codes = "weight"
-    axes = axes_with("weight")
+    axes = mx_axes("weight")
     code_dtype = DType.F8_E4M3
     element = Element.E4M3
     packing = None

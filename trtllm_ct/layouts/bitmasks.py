@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "count_marks",
+    "count_marks_per_four",
     "gather_marked",
-    "marks_of_fours",
     "nonzero_mask",
     "pack_mask",
     "scatter_marked",
@@ -65,11 +65,11 @@ def count_marks(bitmask: Tensor) -> Tensor:
     """Return the number of marked elements per row: uint8 [..., B] -> int64 [...]."""
     import torch
 
-    fours = marks_of_fours(bitmask)
+    fours = count_marks_per_four(bitmask)
     return ((fours & 0x0F) + (fours >> 4)).sum(dim=-1, dtype=torch.int64)
 
 
-def marks_of_fours(bitmask: Tensor) -> Tensor:
+def count_marks_per_four(bitmask: Tensor) -> Tensor:
     """Return how many of each four columns are marked, uint8 of the same shape as `bitmask`.
 
     A byte of the result counts the first four columns in its low nibble and the next four in its high nibble.

@@ -24,7 +24,7 @@ __all__ = [
     "pack_fields",
     "packed_words",
     "repack",
-    "run_of",
+    "run_size",
     "unpack_codes",
     "unpack_fields",
 ]
@@ -161,7 +161,7 @@ def _split_stream(streams: Tensor, packing: Packing) -> Tensor:
     """
     import torch
 
-    size, count = run_of(packing)
+    size, count = run_size(packing)
     if count == 1:
         return streams
     padded = torch.nn.functional.pad(streams, (0, -streams.shape[1] % size))
@@ -180,7 +180,7 @@ def _join_stream(lines: Tensor, packing: Packing) -> Tensor:
     """Join fields [lines, codes] into bytes, with the last run padded by zero bits: the inverse of `_split_stream`."""
     import torch
 
-    size, count = run_of(packing)
+    size, count = run_size(packing)
     if count == 1:
         return lines
     padded = torch.nn.functional.pad(lines, (0, -lines.shape[1] % count))
@@ -194,7 +194,7 @@ def _join_stream(lines: Tensor, packing: Packing) -> Tensor:
     return streams.flatten(1)
 
 
-def run_of(packing: Packing) -> tuple[int, int]:
+def run_size(packing: Packing) -> tuple[int, int]:
     """Return the number of bytes and of codes in a run, a unit of the stored bytes that holds whole codes only.
 
     A run is one byte when `bits` divides 8, else eight codes of a dense stream, else one element of the container.

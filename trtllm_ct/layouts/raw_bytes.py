@@ -15,13 +15,13 @@ from trtllm_ct.base.dtypes import DType
 if TYPE_CHECKING:
     from trtllm_ct.base.schemes import Packing
 
-__all__ = ["integers", "is_contiguous_index", "is_zero", "is_zero_packed", "number"]
+__all__ = ["is_contiguous_index", "is_zero", "is_zero_packed", "read_integers", "read_scalar"]
 
 _MINUS = 0x80
 _TYPE_CODES = {DType.I32: "i", DType.I64: "q"}
 
 
-def number(data: bytes, dtype: DType) -> float:
+def read_scalar(data: bytes, dtype: DType) -> float:
     """Return the value of a float32, float16 or bfloat16 tensor with one element."""
     if dtype is DType.F16:
         return float(struct.unpack("<e", data)[0])
@@ -29,7 +29,7 @@ def number(data: bytes, dtype: DType) -> float:
     return float(struct.unpack("<f", data.rjust(4, b"\0"))[0])
 
 
-def integers(data: bytes, dtype: DType) -> tuple[int, ...]:
+def read_integers(data: bytes, dtype: DType) -> tuple[int, ...]:
     """Return the elements of an int32 or int64 tensor in row-major order."""
     return tuple(array(_TYPE_CODES[dtype], data))
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.plan.plan import ModulePlan
 
-__all__ = ["check_payload", "count_zero_scales", "looks_at"]
+__all__ = ["check_payload", "count_zero_scales", "has_values_to_check"]
 
 _ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale")
 _KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
@@ -71,7 +71,7 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
         _check_transform(module.name, transform, stored, faults)
 
 
-def looks_at(module: ModulePlan) -> bool:
+def has_values_to_check(module: ModulePlan) -> bool:
     """Whether `check_payload` reads any value of a module."""
     scales = (*_ACTIVATION_SCALES, *_GLOBAL_SCALES, *_kv_scales(module))
     has_scale = any(local in module.views and local not in module.ignored for local in scales)

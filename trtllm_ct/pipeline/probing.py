@@ -26,7 +26,7 @@ from trtllm_ct.checkpoint.runs import read_runs
 from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.sparse.pieces import shape_pieces
 from trtllm_ct.layouts.e4m3 import exact_powers
-from trtllm_ct.layouts.raw_bytes import integers, is_contiguous_index, is_zero, is_zero_packed, number
+from trtllm_ct.layouts.raw_bytes import is_contiguous_index, is_zero, is_zero_packed, read_integers, read_scalar
 from trtllm_ct.plan.equalize import powers_of_two_apart
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
@@ -76,7 +76,7 @@ def _read_shapes(catalog: Catalog) -> dict[str, tuple[int, ...]]:
     """Return the numbers in the `shape` pieces of sparse tensors; a bitmask doesn't determine the last axis."""
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items() if name.endswith((".shape", ".bitmask"))}
     views = [Whole(name=name, spec=specs[name]) for name in shape_pieces(specs)]
-    return {view.sources[0]: integers(data, view.spec.dtype) for view, data in _read(views, catalog)}
+    return {view.sources[0]: read_integers(data, view.spec.dtype) for view, data in _read(views, catalog)}
 
 
 def _model_modules(catalog: Catalog, model: Model, shapes: StoredShapes) -> list[_SiteModule]:
@@ -100,7 +100,7 @@ def _read_scalars(modules: Iterable[_SiteModule], catalog: Catalog) -> dict[str,
         for local in _SCALARS
         if (view := module.views.get(local)) is not None and _is_scalar(view)
     ]
-    return {probe_key(view): number(data, view.spec.dtype) for view, data in _read(views, catalog)}
+    return {probe_key(view): read_scalar(data, view.spec.dtype) for view, data in _read(views, catalog)}
 
 
 def _is_scalar(view: View) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Generation", "end_tokens_of", "generate_text", "load_tokenizer", "threads_that_pay", "tokens_after"]
+__all__ = ["Generation", "end_tokens_of", "generate_text", "generate_tokens", "load_tokenizer", "useful_threads"]
 
 # A model without a tensor of at least this many elements runs on one thread.
 _MIN_ELEMENTS_FOR_THREADS = 2**22
@@ -80,8 +80,8 @@ def generate_text(
     end_tokens = end_tokens_of(model)
     token_ids: list[int] = []
     text = ""
-    with threads_that_pay(model):
-        for token_id in islice(tokens_after(model, prompt_ids, _largest), max_tokens):
+    with useful_threads(model):
+        for token_id in islice(generate_tokens(model, prompt_ids, _largest), max_tokens):
             token_ids.append(token_id)
             complete = _decode(tokenizer, token_ids, final=token_id in end_tokens or len(token_ids) == max_tokens)
             if on_token is not None:
@@ -99,7 +99,7 @@ def generate_text(
 
 
 @torch.inference_mode()
-def tokens_after(model: Any, prompt_ids: list[int], choose: Callable[[Tensor], int]) -> Iterator[int]:
+def generate_tokens(model: Any, prompt_ids: list[int], choose: Callable[[Tensor], int]) -> Iterator[int]:
     """Yield new tokens without end; `choose` picks each from the logits [vocabulary] of the last position.
 
     The first step runs the whole prompt; each further step runs one token with the KV cache.
@@ -117,7 +117,7 @@ def _largest(logits: Tensor) -> int:
 
 
 @contextmanager
-def threads_that_pay(model: nn.Module) -> Iterator[None]:
+def useful_threads(model: nn.Module) -> Iterator[None]:
     """Run a model of small matrices on one thread, and restore the number of threads afterwards.
 
     Threads synchronize after every operation. Where an operation takes microseconds and other programs use the cores,

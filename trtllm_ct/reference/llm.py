@@ -17,7 +17,7 @@ import torch
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.reference.directory import model_dtype
 from trtllm_ct.reference.engine import load_model
-from trtllm_ct.reference.generate import end_tokens_of, load_tokenizer, threads_that_pay, tokens_after
+from trtllm_ct.reference.generate import end_tokens_of, generate_tokens, load_tokenizer, useful_threads
 from trtllm_ct.reference.requests import CompletionOutput, RequestOutput, SamplingParams
 from trtllm_ct.reference.sampling import Sampler
 
@@ -69,7 +69,7 @@ class ReferenceLLM:
         if len(entries) != len(prompts):
             raise _usage_error("sampling_params", f"{len(prompts)}, one a prompt", str(len(entries)))
         all_params = [SamplingParams.of(entry) for entry in entries]
-        with threads_that_pay(self._model):
+        with useful_threads(self._model):
             results = [self._complete(prompt, params) for prompt, params in zip(prompts, all_params, strict=True)]
         return results[0] if is_single else results
 
@@ -95,7 +95,7 @@ class ReferenceLLM:
         end_tokens = end_tokens_of(self._model)
         token_ids: list[int] = []
         text = ""
-        for token_id in islice(tokens_after(self._model, prompt_ids, Sampler(params)), params.max_tokens):
+        for token_id in islice(generate_tokens(self._model, prompt_ids, Sampler(params)), params.max_tokens):
             token_ids.append(token_id)
             text = self._decode(token_ids)
             stop = min((stop for stop in params.stops if stop in text), key=text.index, default=None)

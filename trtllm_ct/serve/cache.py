@@ -19,7 +19,7 @@ from trtllm_ct.serve.leases import hold, unused
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["CACHE", "ClearedSidecars", "cache_root", "cached_sidecars", "clear_sidecars", "place_of"]
+__all__ = ["CACHE", "ClearedSidecars", "cache_root", "cached_sidecars", "clear_sidecars", "new_sidecar_directory"]
 
 CACHE = "TRTLLM_CT_CACHE"
 """Environment variable: the directory of sidecars."""
@@ -75,7 +75,7 @@ def clear_sidecars(root: Path | None = None) -> ClearedSidecars:
 
 
 @contextmanager
-def place_of(directory: Path) -> Iterator[Path | None]:
+def new_sidecar_directory(directory: Path) -> Iterator[Path | None]:
     """Yield an empty temporary directory to write a sidecar in, and rename it to `directory` afterwards.
 
     Yields None when `directory` is a sidecar already. Several processes may write the same sidecar at once: the first

@@ -98,9 +98,9 @@ class _Installation(MetaPathFinder, Loader):
 
     def _prepare(self, arguments: dict[str, Any]) -> Any:
         from trtllm_ct.serve.bindings import LOADERS, engine_features
-        from trtllm_ct.serve.llm_arguments import served_arguments
+        from trtllm_ct.serve.llm_arguments import engine_arguments
 
-        return served_arguments(arguments, engine_features(), LOADERS, **self._options)
+        return engine_arguments(arguments, engine_features(), LOADERS, **self._options)
 
     def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
         """Find `DOCUMENTED_MODULE` and no other module."""

@@ -58,13 +58,13 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
         return _reference_llm(model, kwargs, why, level=logging.INFO if engine == "reference" else logging.WARNING)
     require_engine()
     from trtllm_ct.serve.bindings import LOADERS, engine_features, engine_llm
-    from trtllm_ct.serve.llm_arguments import served_arguments
+    from trtllm_ct.serve.llm_arguments import engine_arguments
 
     features = engine_features()
     why = "it is installed" if engine == "auto" else "engine='tensorrt_llm'"
     logger.info("TensorRT-LLM %s runs %s: %s", features.version or "of unknown release", model, why)
     arguments = {"model": model, **kwargs}
-    prepared = served_arguments(arguments, features, LOADERS, dense_o_proj=dense_o_proj, strict=strict)
+    prepared = engine_arguments(arguments, features, LOADERS, dense_o_proj=dense_o_proj, strict=strict)
     return engine_llm()(**prepared)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import ModulePlan, Plan
     from trtllm_ct.serve.features import EngineFeatures
 
-__all__ = ["fixed_scale_fault", "parallel_of", "served_arguments"]
+__all__ = ["engine_arguments", "fixed_scale_fault", "parallel_of"]
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -47,7 +47,7 @@ class _Source:
     repository: Repository | None = None
 
 
-def served_arguments(
+def engine_arguments(
     arguments: Mapping[str, Any],
     features: EngineFeatures,
     loaders: tuple[type, ...],

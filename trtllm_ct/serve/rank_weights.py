@@ -1,4 +1,4 @@
-"""`deliver_for_rank`: loads all tensors of one rank of the engine and checks that they are complete."""
+"""`load_rank_weights`: loads all tensors of one rank of the engine and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.sidecar import Sidecar
 
-__all__ = ["deliver_for_rank", "rank_plan"]
+__all__ = ["load_rank_weights", "rank_plan"]
 
 
 def rank_plan(sidecar: Sidecar, rank: Rank) -> Plan:
@@ -33,7 +33,7 @@ def rank_plan(sidecar: Sidecar, rank: Rank) -> Plan:
     return plan
 
 
-def deliver_for_rank(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], LoadReport]:
+def load_rank_weights(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], LoadReport]:
     """Load the tensors of one rank. Returns them by Hugging Face name, with a report.
 
     The tensors are on the CPU and have the shape of the whole tensor, not of the rank's slice. Tensors that need no

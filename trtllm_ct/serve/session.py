@@ -20,7 +20,7 @@ from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.engine.parallel import Parallel, Rank
 from trtllm_ct.serve.leases import hold
 from trtllm_ct.serve.model_check import check_model
-from trtllm_ct.serve.rank_weights import deliver_for_rank, rank_plan
+from trtllm_ct.serve.rank_weights import load_rank_weights, rank_plan
 from trtllm_ct.serve.sidecar import SIDECAR_FILE, Sidecar, is_sidecar, known_sidecars, restore_sidecar
 
 if TYPE_CHECKING:
@@ -102,18 +102,18 @@ class LoadSession:
         return any(mode.partition(" ")[0] == algo for mode in modes)
 
     def load(self, directory: str | Path, mapping: EngineMapping | None = None) -> dict[str, Tensor] | None:
-        """Return one rank's weights of a sidecar, see `deliver_for_rank`; None for a directory that is not a sidecar.
+        """Return one rank's weights of a sidecar, see `load_rank_weights`; None for a directory that is not a sidecar.
 
         `mapping` is the engine's mapping; None means the mapping that was passed with the configuration.
         Writes the load report to the directory in `TRTLLM_CT_REPORTS`, if it is set.
         Raises `UsageError` without a mapping when the sidecar was made for several ranks, and what `configure` and
-        `deliver_for_rank` raise.
+        `load_rank_weights` raise.
         """
         sidecar = self._open_sidecar(Path(directory))
         if sidecar is None:
             return None
         rank = self._rank(sidecar, mapping or self._mapping)
-        weights, report = deliver_for_rank(sidecar, rank)
+        weights, report = load_rank_weights(sidecar, rank)
         self._latest = sidecar, rank
         self._reports[sidecar.directory] = report
         _write_report(report, sidecar.directory.name)

@@ -21,7 +21,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, SidecarError
 from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.version import __version__
-from trtllm_ct.checkpoint.header import list_some
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.side_files import side_files
 from trtllm_ct.config.detect import SIDECAR_FILE
 from trtllm_ct.config.json_file import read_json_object
@@ -30,7 +30,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE, Probe
-from trtllm_ct.serve.cache import cache_root, clear_sidecars, place_of
+from trtllm_ct.serve.cache import cache_root, clear_sidecars, new_sidecar_directory
 from trtllm_ct.serve.hub import Repository
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Sidecar:
         plan = self.options.plan(self.checkpoint)
         if digest_of(plan) != self.digest:
             changed = [name for name, entry in modes_of(plan).items() if entry[0] != self.modes.get(name, entry)[0]]
-            raise SidecarError(self._changed(f"another plan ({list_some(changed) or 'of the model as a whole'})"))
+            raise SidecarError(self._changed(f"another plan ({format_names(changed) or 'of the model as a whole'})"))
         return plan
 
     def plan_for(self, parallel: Parallel) -> Plan:
@@ -222,7 +222,7 @@ class Sidecar:
                 Fault(
                     where=str(self.directory),
                     expected=f"the sizes that it was made for ({_sizes(self.options.parallel)})",
-                    found=f"{_sizes(parallel)}, where other modes are needed for {list_some(changed)}",
+                    found=f"{_sizes(parallel)}, where other modes are needed for {format_names(changed)}",
                     remedy=f"Call trtllm_ct.prepare with the sizes that LLM is given: {_arguments(parallel)}.",
                 )
             )
@@ -357,7 +357,7 @@ def _hash(value: object) -> str:
 
 def _write(sidecar: Sidecar, checkpoint: Checkpoint, plan: Plan, names: tuple[str, ...]) -> None:
     """Write a sidecar unless it exists, take a lease on it, and remember its record. `names` are the files to link."""
-    with place_of(sidecar.directory) as folder:
+    with new_sidecar_directory(sidecar.directory) as folder:
         if folder is not None:
             for name in names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ TARGETS = {"row pairs": INT4_ROW_PAIRS, "int8": INT8_PLAIN}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 NARROW = DTYPES[:2]
 FLOATS = {Element.E4M3: None, Element.E2M1: E2M1_PACKED, Element.E2M3: E2M3_PACKED}
-LOOPS = sorted(set(kernels.__all__) - {"KINDS"})
+LOOPS = sorted(set(kernels.__all__) - {"OUTPUT_DTYPES"})
 GUARD = 96
 """Number of bytes before and behind an output that must not change; a multiple of every item size."""
 

@@ -21,7 +21,7 @@ from trtllm_ct.layouts.folds import Fold
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.plan.ops import FoldTransform, Repack
 from trtllm_ct.plan.plan import Delivery
-from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, rows_in_one, weight_rows
+from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, weight_rows, weight_rows_per_row
 from trtllm_ct.plan.stored import Whole
 
 if TYPE_CHECKING:
@@ -261,7 +261,9 @@ class TestUnits:
     def test_a_delivered_row_has_this_number_of_rows(self, name: str, rows: dict[str, int]) -> None:
         plan, _ = planned(name, (256, 256), native=True)
 
-        found = {each.name.rpartition(".")[2]: rows_in_one(each.operation, plan.weight) for each in plan.deliveries}
+        found = {
+            each.name.rpartition(".")[2]: weight_rows_per_row(each.operation, plan.weight) for each in plan.deliveries
+        }
         assert found == rows
 
     def test_codes_that_are_packed_along_columns_have_single_rows(self) -> None:
@@ -269,7 +271,7 @@ class TestUnits:
         words = packed_words(4)
 
         repacked = Repack(result=TensorSpec(DType.I32, words.packed_shape((64, 64))), packing=words)
-        assert rows_in_one(repacked, plan.weight) == 1
+        assert weight_rows_per_row(repacked, plan.weight) == 1
 
 
 class TestWhatCanNotBeParted:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
 from trtllm_ct.formats.sparse.base import SparseFormat, SparseTensor, check_pieces, refuse_piece
-from trtllm_ct.layouts.bitmasks import gather_marked, marks_of_fours, nonzero_mask, pack_mask
+from trtllm_ct.layouts.bitmasks import count_marks_per_four, gather_marked, nonzero_mask, pack_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPARSE_24_BITMASK"]
 
-# Counts of marks for eight columns, as `marks_of_fours` returns them: the first four columns in the low nibble.
+# Counts of marks for eight columns, as `count_marks_per_four` returns them: the first four columns in the low nibble.
 _TWO_AND_TWO = 0x22
 _TWO_AND_NONE = 0x02
 
@@ -69,7 +69,7 @@ class _Sparse24Bitmask(SparseFormat):
         """Return True for a matrix with a multiple of 4 columns and at most two nonzero values in each four columns."""
         if not _is_matrix_of_fours(dense):
             return False
-        counts = marks_of_fours(pack_mask(nonzero_mask(dense)))
+        counts = count_marks_per_four(pack_mask(nonzero_mask(dense)))
         return bool(((counts & 0x0F) <= 2).all() and ((counts >> 4) <= 2).all())
 
     def encode(self, dense: Tensor) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class _Sparse24Bitmask(SparseFormat):
 
     def check_marks(self, sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
         """Add a fault if not exactly two of each four columns are marked."""
-        counts = marks_of_fours(pieces["bitmask"])
+        counts = count_marks_per_four(pieces["bitmask"])
         full_bytes = sparse.spec.shape[1] // 8
         valid = (counts[:, :full_bytes] == _TWO_AND_TWO).all() and (counts[:, full_bytes:] == _TWO_AND_NONE).all()
         if not bool(valid):

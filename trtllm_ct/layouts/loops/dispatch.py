@@ -17,7 +17,7 @@ from trtllm_ct.layouts import packing as plain
 from trtllm_ct.layouts import scales
 from trtllm_ct.layouts.floats import element_values
 from trtllm_ct.layouts.loops.huge_pages import empty
-from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, run_of
+from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, run_size
 
 if TYPE_CHECKING:
     from typing import Any
@@ -218,7 +218,7 @@ def dequantize_bytes(
         np.empty(0, np.int64) if scaling.group_index is None else scaling.group_index,
         np.empty(columns, np.uint8),
         np.empty(columns, np.float64 if scaling.in_float64 else np.float32),
-        kernels.KINDS[dtype],
+        kernels.OUTPUT_DTYPES[dtype],
         out,
     )
 
@@ -310,7 +310,7 @@ def _decoded(values: Tensor, packing: Packing, element: Element, shape: tuple[in
 
 def _run(packing: Packing) -> tuple[int, int, int]:
     """Return (bits of a code, bytes of a run, codes of a run), which the loops take as `run`."""
-    return (packing.bits, *run_of(packing))
+    return (packing.bits, *run_size(packing))
 
 
 def _sign_flip(packing: Packing) -> int:

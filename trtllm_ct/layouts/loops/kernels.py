@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 __all__ = [
-    "KINDS",
+    "OUTPUT_DTYPES",
     "additive_zero",
     "additive_zero_of_words",
     "dequantize",
@@ -42,7 +42,7 @@ u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 i32, f32, f64 = np.int32, np.float32, np.float64
 
 _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64 = range(4)
-KINDS = {DType.BF16: _BFLOAT16, DType.F16: _FLOAT16, DType.F32: _FLOAT32, DType.F64: _FLOAT64}
+OUTPUT_DTYPES = {DType.BF16: _BFLOAT16, DType.F16: _FLOAT16, DType.F32: _FLOAT32, DType.F64: _FLOAT64}
 """The output dtypes of `dequantize`, and the number that stands for each of them in the loops."""
 
 
@@ -183,7 +183,7 @@ def dequantize(
     """Dequantize codes along K: bytes [N, B] to the bytes of weights [N, K]; each is the exact value, rounded once.
 
     value = (code - zero point) * scale / divisor.
-    `run` is described in `unpack_row`, `decoding` in `decode_row`. `kind` is the output dtype, one of `KINDS`.
+    `run` is described in `unpack_row`, `decoding` in `decode_row`. `kind` is the output dtype, one of `OUTPUT_DTYPES`.
     `block` is the number of (rows, columns) that share a scale. When scales or zero points have only one row, all rows
     of the weight use it.
     `group_of_I` gives the group of each column, and is empty when groups are contiguous.
@@ -216,7 +216,7 @@ def unpack_row(stored_B: Bytes, run: tuple[int, int, int], fields_I: Bytes) -> N
     """Unpack bytes to one field per column, lowest bits first.
 
     `run` is (bits of a field, bytes of a run, fields of a run). A run is a unit of bytes that holds whole fields only
-    (see `packing.run_of`); the last run may be cut short.
+    (see `packing.run_size`); the last run may be cut short.
     """
     bits, size, count = run
     columns = fields_I.shape[0]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import PlanError
-from trtllm_ct.checkpoint.header import list_some
+from trtllm_ct.checkpoint.header import format_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,7 +108,7 @@ def hugging_face_names(
         faults.add(
             where=unknown[0],
             expected=f"the modules that a {model.name} has in Mistral's own form",
-            found=f"{len(unknown)} others: {list_some(unknown)}",
+            found=f"{len(unknown)} others: {format_names(unknown)}",
             remedy="Use the Hugging Face form of the model, which has model*.safetensors.",
         )
         faults.raise_if_any(PlanError)

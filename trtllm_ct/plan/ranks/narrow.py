@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.plan import Delivery, ModulePlan
 
-__all__ = ["Rows", "can_narrow", "narrow", "row_unit", "rows_in_one", "weight_rows"]
+__all__ = ["Rows", "can_narrow", "narrow", "row_unit", "weight_rows", "weight_rows_per_row"]
 
 _ZERO_POINT = "weight_zero_point"
 
@@ -92,7 +92,7 @@ def row_unit(module: ModulePlan) -> int:
     They share a block of scales, a word of packed zero points, or a delivered byte.
     """
     weight = module.weight
-    units = [rows_in_one(delivery.operation, weight) for delivery in module.deliveries]
+    units = [weight_rows_per_row(delivery.operation, weight) for delivery in module.deliveries]
     if weight is not None:
         units.append(weight.block_rows)
         if weight.zero_point_packing is not None:
@@ -100,7 +100,7 @@ def row_unit(module: ModulePlan) -> int:
     return lcm(*units)
 
 
-def rows_in_one(operation: Operation, weight: StoredWeight | None) -> int:
+def weight_rows_per_row(operation: Operation, weight: StoredWeight | None) -> int:
     """Return how many rows of the weight correspond to one row of a delivered tensor."""
     if isinstance(operation, Repack):
         packing = operation.packing
@@ -163,7 +163,7 @@ def _narrow_delivery(delivery: Delivery, module: ModulePlan, changed: set[str], 
     shape = operation.result.shape
     if not shape or not (from_codes or operation.source in changed):
         return delivery
-    size = rows_in_one(operation, module.weight)
+    size = weight_rows_per_row(operation, module.weight)
     rows = -(-end // size) - begin // size
     result = TensorSpec(operation.result.dtype, (rows, *shape[1:]))
     return delivery._replace(operation=replace(operation, result=result))

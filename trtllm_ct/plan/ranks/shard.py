@@ -30,7 +30,7 @@ from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.ops import Copy, Reinterpret
 from trtllm_ct.plan.plan import ModulePlan, Place, Share
 from trtllm_ct.plan.ranks.cuts import cut_of
-from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, rows_in_one, weight_rows
+from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, weight_rows, weight_rows_per_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -173,7 +173,7 @@ def _share(module: ModulePlan, begin: int, size: int, repeats: int, index: int) 
     part = module if (first, last) == (0, rows) else narrow(module, first, last)
     deliveries, places, views = [], {}, set()
     for delivery, narrowed in zip(module.deliveries, part.deliveries, strict=True):
-        in_one = rows_in_one(delivery.operation, module.weight)
+        in_one = weight_rows_per_row(delivery.operation, module.weight)
         if repeats > 1 and _is_left_unrepeated(delivery, module):
             deliveries.append(_with_rows(delivery, rows * repeats // in_one))
             place = Place(first=(begin - first) // in_one, count=size // in_one, at=index * size // in_one)
