@@ -41,6 +41,8 @@ docs: $(venv)/.dev-installed
 	TRTLLM_CT_WRITE_DOCS=1 $(python) -m pytest -q tests/docs/test_troubleshooting.py
 ifdef TRTLLM_CT_SHARED
 	$(python) docs/generate_why.py $(TRTLLM_CT_SHARED)/checkpoints
+else
+	@echo "docs/why.md is left as it is: set TRTLLM_CT_SHARED to the folder of real checkpoints to write it."
 endif
 
 $(venv)/.created:

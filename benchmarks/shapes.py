@@ -185,7 +185,7 @@ def _random_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:
 
 
 _LLAMA = (
-    # The target figures are for 1b and 8b. With tiny, the whole benchmark runs in seconds; its times say nothing.
+    # The target figures are for 1b and 8b. With tiny, the benchmark runs in seconds; its times are not meaningful.
     LlamaShape(name="1b", hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=32000),
     LlamaShape(name="8b", hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256),
     LlamaShape(

@@ -1,12 +1,12 @@
-"""Write the support matrix into README.md and docs/support-matrix.md, from the tables that decide.
+"""Write the support matrix into README.md and docs/support-matrix.md, generated from the tables in the code.
 
-Nothing is stated here that the planner does not do: each scheme is written down as tensor headers of a tiny model, and
-planned for every target. A scheme that the planner refuses makes no row.
-A new format needs one entry in `STORED`; new engines, modes and architectures come by themselves. Ways to quantize
-activations that are new need one in `ACTIVATIONS`.
+The matrix shows what the planner does: for each scheme, this script describes the tensor headers of a tiny model and
+plans that model for every target. A scheme that the planner refuses has no row.
+A new format needs an entry in `STORED`, and a new way to quantize activations needs an entry in `ACTIVATIONS`. New
+engines, modes and architectures are picked up automatically.
 
     python docs/generate_support_matrix.py           writes both files
-    python docs/generate_support_matrix.py --check   fails when one of them is not what would be written
+    python docs/generate_support_matrix.py --check   fails if one of the files is out of date
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 GROUP_SIZES = (16, 32, 64, 128, 256)
 COLUMNS: Mapping[str, Target] = {name: target_named("modelopt", name) for name in ENGINES} | {"reference": REFERENCE}
-"""What is planned for: each capability set of target modelopt, and the reference engine. Target dense has no modes."""
+"""The target of each column: `modelopt` with each capability set, and the reference engine; `dense` has no modes."""
 
 Shape = tuple[int, int]
 Specs = Mapping[str, TensorSpec]
 Cell = tuple[str, ...]
 
 
-# What each format stores ---------------------------------------------------------------------------------------------
+# The tensors of each format -------------------------------------------------------------------------------------------
 
 
 def packed_int(args: QuantArgs, shape: Shape) -> Specs:
-    """`pack-quantized`: int32 words along K; zero points along N, or plain for a whole tensor."""
+    """`pack-quantized`: codes packed in int32 words along K; zero points packed along N, or one unpacked int8."""
     specs = {
         "weight_packed": TensorSpec(DType.I32, packed_words(args.num_bits).packed_shape(shape)),
         "weight_scale": TensorSpec(DType.BF16, scale_shape(args, shape)),
@@ -67,7 +67,7 @@ def packed_int(args: QuantArgs, shape: Shape) -> Specs:
 
 
 def plain_int(args: QuantArgs, shape: Shape) -> Specs:
-    """`int-quantized`: one int8 a code."""
+    """`int-quantized`: one int8 per code."""
     specs = {"weight": TensorSpec(DType.I8, shape), "weight_scale": TensorSpec(DType.BF16, scale_shape(args, shape))}
     if not args.symmetric:
         specs["weight_zero_point"] = TensorSpec(DType.I8, scale_shape(args, shape))
@@ -75,7 +75,7 @@ def plain_int(args: QuantArgs, shape: Shape) -> Specs:
 
 
 def plain_float8(args: QuantArgs, shape: Shape) -> Specs:
-    """`float-quantized`: one float8 a code."""
+    """`float-quantized`: one float8 per code."""
     return {
         "weight": TensorSpec(DType.F8_E4M3, shape),
         "weight_scale": TensorSpec(DType.BF16, scale_shape(args, shape)),
@@ -83,7 +83,7 @@ def plain_float8(args: QuantArgs, shape: Shape) -> Specs:
 
 
 def marlin_24(args: QuantArgs, shape: Shape) -> Specs:
-    """`marlin-24`: codes and scales arranged for one kernel, two of four columns kept."""
+    """`marlin-24`: codes and scales in the layout of one kernel; two of every four columns are stored."""
     rows, columns = shape
     groups = scale_shape(args, shape)[1]
     return {
@@ -94,7 +94,7 @@ def marlin_24(args: QuantArgs, shape: Shape) -> Specs:
 
 
 def nvfp4(args: QuantArgs, shape: Shape) -> Specs:
-    """`nvfp4-pack-quantized`: two codes a byte, float8 scales and a global one."""
+    """`nvfp4-pack-quantized`: two codes per byte, float8 scales and a global scale."""
     return {
         "weight_packed": TensorSpec(DType.U8, (shape[0], shape[1] // 2)),
         "weight_scale": TensorSpec(DType.F8_E4M3, scale_shape(args, shape)),
@@ -103,7 +103,7 @@ def nvfp4(args: QuantArgs, shape: Shape) -> Specs:
 
 
 def packed_microscaling(args: QuantArgs, shape: Shape) -> Specs:
-    """`mxfp4-pack-quantized` and `mxfp6-pack-quantized`: a stream of codes, scales of one exponent byte."""
+    """`mxfp4-pack-quantized` and `mxfp6-pack-quantized`: densely packed codes; each scale is one exponent byte."""
     return {
         "weight_packed": TensorSpec(DType.U8, (shape[0], shape[1] * args.num_bits // 8)),
         "weight_scale": TensorSpec(DType.U8, scale_shape(args, shape)),
@@ -111,32 +111,32 @@ def packed_microscaling(args: QuantArgs, shape: Shape) -> Specs:
 
 
 def mxfp8(args: QuantArgs, shape: Shape) -> Specs:
-    """`mxfp8-quantized`: one float8 a code, scales of one exponent byte."""
+    """`mxfp8-quantized`: one float8 per code; each scale is one exponent byte."""
     return {"weight": TensorSpec(DType.F8_E4M3, shape), "weight_scale": TensorSpec(DType.U8, scale_shape(args, shape))}
 
 
 def integers() -> Iterator[QuantArgs]:
-    """Every width in every granularity, without and with zero points."""
+    """Yield integers of every width in every granularity, without and with zero points."""
     for bits, symmetric in product(range(1, 9), (True, False)):
         yield from granularities(QuantArgs(num_bits=bits, symmetric=symmetric))
 
 
 def marlin_integers() -> Iterator[QuantArgs]:
-    """What marlin-24 was written for."""
+    """Yield the schemes that `marlin-24` files were written for."""
     for bits in (4, 8):
         yield QuantArgs(num_bits=bits, strategy=Strategy.CHANNEL)
         yield QuantArgs(num_bits=bits, strategy=Strategy.GROUP, group_size=128)
 
 
 def floats8() -> Iterator[QuantArgs]:
-    """fp8 in every granularity, blocks included."""
+    """Yield fp8 in every granularity, including blocks."""
     args = QuantArgs(num_bits=8, type=NumberType.FLOAT)
     yield from granularities(args)
     yield replace(args, strategy=Strategy.BLOCK, block_structure=(128, 128))
 
 
 def granularities(args: QuantArgs) -> Iterator[QuantArgs]:
-    """The same arguments per tensor, per channel and per group of each size."""
+    """Yield the arguments with one scale per tensor, per channel and per group of each size."""
     yield replace(args, strategy=Strategy.TENSOR)
     yield replace(args, strategy=Strategy.CHANNEL)
     for size in GROUP_SIZES:
@@ -144,12 +144,12 @@ def granularities(args: QuantArgs) -> Iterator[QuantArgs]:
 
 
 def microscaling(bits: int) -> Callable[[], Iterator[QuantArgs]]:
-    """Floats of this width in groups of 32."""
+    """Return a function that yields floats of this width in groups of 32."""
     return lambda: iter((_floats(bits, Strategy.GROUP, 32),))
 
 
 def nvfp4_floats() -> Iterator[QuantArgs]:
-    """fp4 in groups of 16 under a global scale."""
+    """Yield fp4 in groups of 16 with a global scale."""
     yield _floats(4, Strategy.TENSOR_GROUP, 16)
 
 
@@ -173,7 +173,7 @@ ACTIVATIONS: Mapping[str, QuantArgs | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A format as it is shown: arguments of weights, the tensors that it stores for them, and activations beside it."""
+    """One format in the matrix: the arguments of its weights, its tensors, and the activations that it is used with."""
 
     arguments: Callable[[], Iterator[QuantArgs]]
     tensors: Callable[[QuantArgs, Shape], Specs]
@@ -195,7 +195,7 @@ STORED: Mapping[str, Stored] = {
 }
 
 
-# What the planner makes of it ----------------------------------------------------------------------------------------
+# The modes that the planner assigns -----------------------------------------------------------------------------------
 
 _SIZES = {
     "hidden_size": 256,
@@ -218,7 +218,7 @@ class Shown:
 
 LINEAR = Shown(
     Model.from_config({"architectures": ["LlamaForCausalLM"], **_SIZES}),
-    "model.layers.0.self_attn.o_proj",  # fused with no other
+    "model.layers.0.self_attn.o_proj",  # not fused with other Linears
 )
 EXPERT = Shown(
     Model.from_config(
@@ -230,7 +230,7 @@ EXPERT = Shown(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """One scheme in one format, and what is made of it, in the order of `COLUMNS`."""
+    """One scheme in one format, and the mode it gets for each target, in the order of `COLUMNS`."""
 
     format: str
     args: QuantArgs
@@ -239,27 +239,27 @@ class Scheme:
 
     @property
     def cells(self) -> Cell:
-        """Its row."""
+        """The row of the table, including the native modes."""
         zero_points = "no" if self.args.symmetric else "yes"
-        own = (self.args.number, zero_points, self.granularity, self.activations, f"`{self.format}`")
-        return (*own, self.native_modes, *self.outcomes)
+        description = (self.args.number, zero_points, self.granularity, self.activations, f"`{self.format}`")
+        return (*description, self.native_modes, *self.outcomes)
 
     @property
     def granularity(self) -> str:
-        """`tensor`, `channel`, `group 128` or `block 128x128`."""
+        """What has one scale: `tensor`, `channel`, `group 128` or `block 128x128`."""
         if self.args.block_structure is not None:
             return "block {}x{}".format(*self.args.block_structure)
         return f"group {self.args.group_size}" if self.args.group_size else str(self.args.strategy)
 
     @property
     def native_modes(self) -> str:
-        """The family that it belongs to; of int4 both, since `recipe.yaml` decides."""
+        """The mode families of the scheme; int4 can have two, because `recipe.yaml` decides between them."""
         modes = dict.fromkeys(native_mode(self.args, names) for names in ((), ("AWQModifier",)))
         return " or ".join(f"`{mode}`" for mode in modes if mode) or "-"
 
 
 def schemes(shown: Shown) -> Iterator[Scheme]:
-    """Every scheme that the planner takes."""
+    """Yield every scheme that the planner accepts."""
     for weight_format in FORMATS:
         stored = STORED[weight_format.name]
         for args, activations in product(stored.arguments(), stored.activations):
@@ -272,7 +272,7 @@ def schemes(shown: Shown) -> Iterator[Scheme]:
 
 
 def outcome(stored: Stored, scheme: QuantScheme, target: Target, shown: Shown) -> str:
-    """The mode that a target gives to Linears of this scheme; raises `PlanError` when the scheme is refused."""
+    """Return the mode that a Linear of this scheme gets; raises `PlanError` if the planner refuses the scheme."""
     if scheme.weights is None:
         raise AssertionError("every scheme of the matrix quantizes weights")
     specs: dict[str, TensorSpec] = {}
@@ -291,7 +291,7 @@ def outcome(stored: Stored, scheme: QuantScheme, target: Target, shown: Shown) -
 
 
 def of_inputs(scheme: QuantScheme) -> Specs:
-    """What a scheme stores for its activations."""
+    """Return the tensors that a scheme stores for its activations."""
     inputs = scheme.input_activations
     if inputs is None or inputs.dynamic is True:
         return {}
@@ -304,13 +304,13 @@ def of_inputs(scheme: QuantScheme) -> Specs:
 
 
 def table(header: Cell, rows: Sequence[Cell]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def scheme_table(shown: Shown, *, native_modes: bool = True) -> str:
-    """One row for all widths, granularities, activations and formats that fare alike."""
+    """Return the table of schemes; widths, granularities, activations and formats with equal outcomes share a row."""
     rows = [scheme.cells for scheme in schemes(shown)]
     header: Cell = ("weights", "zero points", "one scale per", "activations", "stored as", "native mode")
     if not native_modes:
@@ -318,43 +318,43 @@ def scheme_table(shown: Shown, *, native_modes: bool = True) -> str:
         header = header[:5]
     for column, join in ((2, folded_sizes), (3, ", ".join), (4, ", ".join), (0, folded_widths), (1, " or ".join)):
         rows = fold(rows, column, join)
-    return table(*without_twins((*header, *(f"`{name}`" for name in COLUMNS)), rows, first=len(header)))
+    return table(*merge_equal_columns((*header, *(f"`{name}`" for name in COLUMNS)), rows, first=len(header)))
 
 
 def fold(rows: list[Cell], column: int, join: Callable[[list[str]], str]) -> list[Cell]:
-    """Rows that differ in one column only, made one."""
+    """Merge rows that differ only in one column."""
     together: dict[Cell, list[str]] = {}
     for row in rows:
         together.setdefault((*row[:column], *row[column + 1 :]), []).append(row[column])
     return [(*rest[:column], join(values), *rest[column:]) for rest, values in together.items()]
 
 
-def folded_sizes(found: list[str]) -> str:
-    """`tensor, channel, group 32, 64`: group sizes after one word."""
-    sizes = [entry.removeprefix("group ") for entry in found if entry.startswith("group ")]
-    others = [entry for entry in found if not entry.startswith("group ")]
+def folded_sizes(granularities: list[str]) -> str:
+    """Join granularities, with the word `group` only once: `tensor, channel, group 32, 64`."""
+    sizes = [entry.removeprefix("group ") for entry in granularities if entry.startswith("group ")]
+    others = [entry for entry in granularities if not entry.startswith("group ")]
     return ", ".join([*others, *(["group " + ", ".join(sizes)] if sizes else [])])
 
 
-def folded_widths(found: list[str]) -> str:
-    """`int1 to int4` for neighbours."""
-    widths = [int(entry[-1]) for entry in found]
-    neighbours = len(found) > 1 and widths == list(range(widths[0], widths[0] + len(found)))
-    return f"{found[0]} to {found[-1]}" if neighbours else ", ".join(found)
+def folded_widths(numbers: list[str]) -> str:
+    """Join number types; consecutive widths become a range: `int1 to int4`."""
+    widths = [int(number[-1]) for number in numbers]
+    consecutive = len(numbers) > 1 and widths == list(range(widths[0], widths[0] + len(numbers)))
+    return f"{numbers[0]} to {numbers[-1]}" if consecutive else ", ".join(numbers)
 
 
-def without_twins(header: Cell, rows: list[Cell], *, first: int) -> tuple[Cell, list[Cell]]:
-    """The table with columns from `first` on that are equal in every row made one."""
+def merge_equal_columns(header: Cell, rows: list[Cell], *, first: int) -> tuple[Cell, list[Cell]]:
+    """Merge those columns from `first` on that are equal in every row."""
     columns: dict[Cell, list[str]] = {}
     for index in range(first, len(header)):
         columns.setdefault(tuple(row[index] for row in rows), []).append(header[index])
-    names = tuple(", ".join(twins) for twins in columns.values())
+    names = tuple(", ".join(merged) for merged in columns.values())
     bodies = zip(*columns, strict=True)
     return (*header[:first], *names), [(*row[:first], *cells) for row, cells in zip(rows, bodies, strict=True)]
 
 
 def kv_cache_table() -> str:
-    """What is done with the scales of an FP8 KV cache."""
+    """Return the table of FP8 KV-cache scales: whether each target keeps them."""
     kept = ["carried" if "FP8" in target.capabilities.kv_cache else "left out" for target in TARGETS.values()]
     return table(("KV cache", *(f"`{name}`" for name in TARGETS)), [("fp8 static per tensor", *kept)])
 
@@ -369,12 +369,16 @@ SCALES: Mapping[ScaleForm, str] = {
 }
 
 
+CODES: Mapping[Element, str] = {Element.E2M1: "two fp4 per byte"}
+"""The codes of modes without a packing, by element; float8 is the default."""
+
+
 def mode_table() -> str:
-    """What the Linear of each mode holds, and which engines have it for Linears and for experts."""
+    """Return the table of modes: the tensors of a Linear, and the engines with the mode for Linears and for experts."""
     rows = [
         (
             f"`{mode.algo}`",
-            str(mode.packing) if mode.packing else {Element.E2M1: "two fp4 a byte"}.get(mode.element, "float8_e4m3fn"),
+            str(mode.packing) if mode.packing else CODES.get(mode.element, "float8_e4m3fn"),
             SCALES[mode.scale],
             ", ".join(str(size) for size in sorted(mode.group_sizes)) or "-",
             "yes" if mode.zero_point else "no",
@@ -390,62 +394,62 @@ def mode_table() -> str:
 
 
 def multiples(mode: LinearMode) -> str:
-    """What the sizes of a weight must be multiples of."""
+    """Return the numbers that the sizes of a weight must be multiples of."""
     sizes = {"N": mode.row_multiple, "K": mode.column_multiple}
     return ", ".join(f"{axis} % {size}" for axis, size in sizes.items() if size > 1) or "-"
 
 
 def having(mode: LinearMode, *, expert: bool) -> str:
-    """The engines that have a mode."""
+    """Return the names of the engines that have a mode."""
     return ", ".join(f"`{name}`" for name, target in COLUMNS.items() if mode.algo in target.algos(expert=expert)) or "-"
 
 
 def architectures() -> str:
-    """The sentences about model families."""
+    """Return the sentences about model families."""
     names = ", ".join(f"`{name}`" for name in ARCHITECTURES)
     types = ", ".join(f"`{name}`" for name in MODEL_TYPES)
     return f"Architectures: {names}.\n\nText models inside a larger one, by `text_config.model_type`: {types}.\n"
 
 
 def refused() -> str:
-    """The sentences about sparse formats, and about those that are known by name only."""
+    """Return the sentences about sparse formats and about formats that are refused by name."""
     sparse = {entry.name for entry in SPARSE_FORMATS}
     labels = {CompressionFormat.DENSE, CompressionFormat.FAKEQUANT, CompressionFormat.MIXED_PRECISION}
     read = labels.union(sparse, *(entry.declared_as for entry in FORMATS))
-    text = f"Plain and quantized weights may lie sparse in {', '.join(f'`{name}`' for name in sorted(sparse))}.\n"
+    text = f"Plain and quantized weights may be stored sparse in {', '.join(f'`{name}`' for name in sorted(sparse))}.\n"
     names = ", ".join(f"`{name}`" for name in CompressionFormat if name not in read)
     return text + (f"Known by name, and refused with a message: {names}.\n" if names else "")
 
 
-LEGEND = f"""A cell is the mode that a Linear gets, `dequantized` where none holds it.
-A star says that activations are computed otherwise than the scheme asks; `inspect` gives a note.
-The columns are capability sets of target `modelopt`, chosen with `--engine` (`{DEFAULT_ENGINE}` when left out), and \
+LEGEND = f"""A cell gives the mode of a Linear, or `dequantized` if no mode holds its weights.
+A star means that the activations differ from the scheme; `inspect` shows a note.
+The columns are the capability sets of target `modelopt`, which `--engine` selects (default: `{DEFAULT_ENGINE}`), and \
 the reference engine; target `dense` dequantizes everything.
 """
 
 
 def page() -> str:
-    """docs/support-matrix.md."""
+    """Return the text of docs/support-matrix.md."""
     serves = "".join(f"- `{target.name}`: {target.serves}.\n" for target in TARGETS.values())
     engines = "".join(f"- `{entry.name}`: {entry.source}.\n" for entry in ENGINES.values())
     return f"""# Support matrix
 
 Generated by `docs/generate_support_matrix.py` from the tables `FORMATS`, `LINEAR_MODES`, `TARGETS`, `ENGINES` and \
 `ARCHITECTURES`.
-A test fails when this page and the tables differ.
+A test fails if this page and the tables differ.
 
 ## Linears
 
-Each row was planned for every column.
-{LEGEND}`dequantized` means plain weights: exact values rounded once, at the cost of memory.
-Native mode is the family of the scheme, whatever the target.
-Of two native modes it is the second when `recipe.yaml` beside the weights names AWQ.
+The planner computed every cell.
+{LEGEND}`dequantized` means plain weights: exact values, rounded once, which need more memory.
+The native mode names the family of the scheme and does not depend on the target.
+Where two native modes are listed, the second one applies if the `recipe.yaml` beside the weights names AWQ.
 
 {scheme_table(LINEAR)}
 {refused()}
 ## Routed experts
 
-All routed experts of a layer end in one mode.
+All routed experts of a layer get the same mode.
 
 {scheme_table(EXPERT)}
 ## Targets
@@ -459,7 +463,7 @@ All routed experts of a layer end in one mode.
 {kv_cache_table()}
 ## Modes
 
-N is out, K is in, g is the group size.
+N is the number of output features, K the number of input features, g the group size.
 
 {mode_table()}
 ## Architectures
@@ -468,12 +472,12 @@ N is out, K is in, g is the group size.
 
 
 def section() -> str:
-    """What stands between the markers of README.md."""
+    """Return the text between the markers in README.md."""
     return f"{LEGEND}\n{scheme_table(LINEAR, native_modes=False)}\n{refused()}\n{kv_cache_table()}\n{architectures()}"
 
 
 def contents() -> dict[Path, str]:
-    """Both files as they should be."""
+    """Return the expected text of both files."""
     readme = ROOT / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
@@ -481,11 +485,11 @@ def contents() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write, or with `--check` only compare."""
+    """Write both files, or only compare them if `--check` is given."""
     stale = [path for path, text in contents().items() if not path.is_file() or path.read_text("utf-8") != text]
     if "--check" in sys.argv[1:]:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        sys.exit(f"Not what the tables say: {names}. Run: make docs" if stale else 0)
+        sys.exit(f"Out of date: {names}. Run: make docs" if stale else 0)
     for path, text in contents().items():
         path.write_text(text, encoding="utf-8")
 

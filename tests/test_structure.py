@@ -36,9 +36,9 @@ def imported(source: str, modules: set[str]) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            # A name may be a submodule; where it is one, the package around it is not what is asked for.
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names & modules or {str(node.module)}
+            # A name may be a submodule, or a name that the package itself defines.
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                found.add(name if name in modules else str(node.module))
     return found & modules
 
 
@@ -54,6 +54,7 @@ def test_no_imports_form_a_circle() -> None:
     [
         "import a.c",
         "from a import c",
+        "from a import CONSTANT, c",
         "from a.c import name",
         "def f():\n    from a.c import name",
         "if TYPE_CHECKING:\n    from a.c import name",

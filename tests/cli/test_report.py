@@ -167,7 +167,7 @@ class TestConversion:
         assert "4 x W4A16_AWQ g64" in shown
         assert "6 x FP8_PER_CHANNEL_PER_TOKEN" in shown
         assert "2 x dequantized" in shown
-        assert "files: 1 of weights, 0 carried along" in shown
+        assert "files: 1 of weights, 0 side files copied" in shown
         assert "dequantized 2 modules: W8A16 holds no scale per group" in shown
 
     def test_a_checkpoint_without_quantized_modules(self, tmp_path: Path):

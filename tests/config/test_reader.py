@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trtllm_ct.base.errors import ConfigError, DetectionError
 from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quantization_config import (
     ConfigGroup,
     ExpertSparsity,
@@ -394,3 +395,12 @@ def test_real_checkpoints_read_without_a_warning(shared, name, labels, modifiers
     config = CompressedTensorsConfigReader().read(shared / "checkpoints" / name)
     assert [group.scheme.label() for group in config.groups] == labels
     assert (config.modifiers, config.warnings) == (modifiers, ())
+
+
+def test_a_detection_of_a_dictionary_is_read_without_a_directory() -> None:
+    block = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"]}}}
+    detection = FormatDetector().detect_config({"quantization_config": block})
+
+    config = CompressedTensorsConfigReader().read(detection)
+
+    assert (config.directory, config.origin) == (None, "config.json: quantization_config")

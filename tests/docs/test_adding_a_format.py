@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,13 +28,15 @@ def shifted(stored):
         stored[name] = torch.ldexp(stored[name].float(), -shift.reshape(-1, 1)).to(stored[name].dtype)
         stored[f"{module}.weight_shift"] = shift.to(torch.int8)
         stored[f"{module}.weight_codes"] = stored.pop(f"{module}.weight")
+        if f"{module}.weight_zero_point" in stored:
+            stored[f"{module}.weight_offset"] = stored.pop(f"{module}.weight_zero_point")
 
 def declared(config):
     block = config["quantization_config"]
     block["format"] = block["config_groups"]["group_0"]["format"] = "row-shifted"
 
-def written(directory, **config):
-    built = write_checkpoint(Path(directory), config=tiny_config(**config), scheme="int8-plain-channel")
+def written(directory, scheme="int8-plain-channel", **config):
+    built = write_checkpoint(Path(directory), config=tiny_config(**config), scheme=scheme)
     rewrite(Path(directory), shifted)
     rewrite_config(Path(directory), declared)
     return built
@@ -48,6 +52,30 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_lists_the_files_that_it_changes(tmp_path: Path) -> None:
     assert apply_page(PAGE, copy_of_package(tmp_path)) == listed_files(PAGE)
+
+
+def test_its_code_passes_the_linters(changed: Path) -> None:
+    for check in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *check, "--config", str(ROOT / "pyproject.toml"), "trtllm_ct", "docs"]
+        done = subprocess.run(command, cwd=changed, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_zero_points_may_have_a_name_of_their_own(changed: Path, tmp_path: Path) -> None:
+    code = f"""{WRITE}
+from trtllm_ct import convert_checkpoint, inspect_checkpoint, verify_checkpoint
+from trtllm_ct.convert import tiles
+
+source, out = sys.argv[1:]
+built = written(source, "int8-plain-channel-asym")
+module = inspect_checkpoint(source, "modelopt").plan.module("model.layers.0.mlp.down_proj")
+assert module.weight.zero_point == "weight_offset" and module.dequantized
+tiles.TILE_BYTES = 2048
+convert_checkpoint(source, out, to="modelopt")
+verified = verify_checkpoint(source, out)
+assert verified.good, verified.faults
+"""
+    run_in(changed, code, tmp_path / "in", tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", ["modelopt", "dense"])

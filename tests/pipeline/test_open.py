@@ -6,23 +6,31 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from builders import Built, rewrite_config, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 
+import trtllm_ct
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, ConfigError, DetectionError, PayloadError, UsageError
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.cli.doctor import diagnose
+from trtllm_ct.config import detect
+from trtllm_ct.config.detect import Detection, FormatDetector
+from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.target import ENGINES, TARGETS, target_named
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.producers import ValueWatch
+from trtllm_ct.reference import load_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from trtllm_ct.plan.plan import ModulePlan
 
 
@@ -83,6 +91,44 @@ def test_a_plan_of_a_directory_is_the_plan_of_its_checkpoint(built: Built) -> No
 
     assert plan_checkpoint(built.directory) == checkpoint.plan() == checkpoint.plan("modelopt")
     assert plan_checkpoint(built.directory, "dense", dtype=DType.F16) == checkpoint.plan("dense", dtype=DType.F16)
+
+
+@pytest.mark.usefixtures("sidecar_cache")
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda source, _: trtllm_ct.inspect_checkpoint(source), id="inspect"),
+        pytest.param(lambda source, _: trtllm_ct.verify_checkpoint(source), id="verify"),
+        pytest.param(trtllm_ct.convert_checkpoint, id="convert"),
+        pytest.param(lambda source, _: trtllm_ct.CompressedTensorsWeightLoader().load_weights(source), id="weights"),
+        pytest.param(lambda source, _: trtllm_ct.CompressedTensorsConfigLoader().load(source), id="config"),
+        pytest.param(lambda source, _: trtllm_ct.prepare(source), id="prepare"),
+        pytest.param(lambda source, _: diagnose(source), id="diagnose"),
+        pytest.param(lambda source, _: load_model(source), id="load-model", marks=pytest.mark.reference),
+    ],
+)
+def test_a_directory_is_detected_once(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path, Path], object]
+) -> None:
+    """A second detection would read config.json again."""
+    original = FormatDetector.detect
+    detected: list[Path] = []
+    files: list[str] = []
+
+    def detect_and_count(self: FormatDetector, directory: str | Path) -> Detection:
+        detected.append(Path(directory))
+        return original(self, directory)
+
+    def read_and_count(path: Path) -> Mapping[str, Any]:
+        files.append(path.name)
+        return read_json_object(path)
+
+    monkeypatch.setattr(FormatDetector, "detect", detect_and_count)
+    monkeypatch.setattr(detect, "read_json_object", read_and_count)
+    read(built.directory, tmp_path / "out")
+
+    assert detected == [built.directory]
+    assert files == ["config.json"]
 
 
 def test_delivered_tensors_have_the_order_and_the_specs_of_the_plan(built: Built) -> None:

@@ -278,7 +278,7 @@ class TestFused:
         result = fused(ROWWISE_FP8, int4(128), int4(128))
 
         reason = (
-            "qkv_proj has one mode for all its parts, and theirs share none "
+            "qkv_proj has one mode for all its parts, and their schemes have no mode in common "
             "(fp8 channel, input fp8 token dynamic; int4 group 128)"
         )
         assert result == [Assignment(holding=None, reason=reason)] * 3
@@ -287,7 +287,7 @@ class TestFused:
         q, k, v = fused(int4(128), int4(128, zeros=True), int4(128))
 
         assert [mode(q), mode(k), mode(v)] == ["dequantized"] * 3
-        assert "theirs share none" in q.reason
+        assert "their schemes have no mode in common" in q.reason
         assert k.reason == "W4A16_GPTQ would hold it, and stock-1.2 has no such Linear"
 
     def test_zero_points_in_one_member_give_all_members_a_mode_with_zero_points(self):

@@ -185,7 +185,10 @@ class TestWeights:
         found = equalized([4.0, 8.0, 6.5], scales=[ONE] * 3)
 
         assert [each.obstacle if each else "" for each in found] == 3 * [
-            "the parts of qkv_proj share no scalar: weight_global_scale is 4 in p0 and 6.5 in p2, no power of two apart"
+            (
+                "the parts of qkv_proj share no scalar: weight_global_scale is 4 in p0 and 6.5 in p2, "
+                "which do not differ by a power of two"
+            )
         ]
 
     @pytest.mark.parametrize(("apart", "equal"), [(0.0, True), (5e-7, True), (2e-6, False)])
@@ -250,7 +253,10 @@ class TestInputs:
         found = equalized([4.0, 4.0], inputs=[3.0, 5.0])
 
         assert {each.obstacle for each in found if each} == {
-            "the parts of qkv_proj share no scalar: input_global_scale is 3 in p0 and 5 in p1, no power of two apart"
+            (
+                "the parts of qkv_proj share no scalar: input_global_scale is 3 in p0 and 5 in p1, "
+                "which do not differ by a power of two"
+            )
         }
 
     def test_of_two_obstacles_the_one_of_the_weight_is_reported(self) -> None:
@@ -294,5 +300,6 @@ class TestExpertsWithoutCalibration:
 
         assert found is not None
         assert found.obstacle == (
-            "the parts of expert 3 share no scalar: weight_global_scale is 4 in p1 and 6.5 in p2, no power of two apart"
+            "the parts of expert 3 share no scalar: weight_global_scale is 4 in p1 and 6.5 in p2, "
+            "which do not differ by a power of two"
         )

@@ -150,8 +150,8 @@ class TestDelivery:
         plan = plan_checkpoint(tmp_path)
 
         assert plan.module(UP).reason == (
-            "gate_up_proj has one mode for all its parts, and of another one "
-            "the online transform R (hadamard, input) is folded into the weight"
+            "gate_up_proj has one mode for all its parts, and "
+            "the online transform R (hadamard, input) is folded into the weight of another part"
         )
         assert plan.module(GATE).reason == "the online transform R (hadamard, input) is folded into the weight"
 

@@ -298,7 +298,7 @@ def test_writers_up_to_0_9_3_left_out_zero_points_that_are_all_zero(version: str
 
     assert not read(weights, INT4).stored.has_zero_point
     assert weights.warnings == (
-        "asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it (1 modules)",
+        "asymmetric without a zero point: all zero, as in files of writers up to 0.9.3 (1 modules)",
     )
 
 

@@ -1,8 +1,8 @@
-"""What becomes of the modules of each real checkpoint at each parallel size, as `engine/golden_parallel.json` has it.
+"""What becomes of the modules of each real checkpoint at each parallel size, as `serve/golden_parallel.json` has it.
 
 The table is committed and reviewed by eye, so that a change of it is a decision. Native modules are counted by mode.
 
-    python tests/golden_parallel.py FOLDER > tests/engine/golden_parallel.json
+    python tests/support/golden_parallel.py FOLDER > tests/serve/golden_parallel.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GOLDEN_PARALLEL", "key", "modes_at", "parallel_table", "real_checkpoints"]
 
-GOLDEN_PARALLEL = Path(__file__).parent / "engine" / "golden_parallel.json"
+GOLDEN_PARALLEL = Path(__file__).parents[1] / "serve" / "golden_parallel.json"
 SIZES = tuple(Parallel(tensor=tensor, pipeline=pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2))
 UNQUANTIZED = "_base"
 

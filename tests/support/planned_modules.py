@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["PADDED", "Planned", "delivered", "octets", "plain_module", "planned"]
+__all__ = ["PADDED", "Planned", "delivered", "plain_module", "planned", "raw_bytes"]
 
 Planned = tuple[ModulePlan, dict[str, "Tensor"]]
 """The plan of module `m`, and its stored tensors by full name."""
@@ -86,7 +86,7 @@ def delivered(plan: ModulePlan, stored: Mapping[str, Tensor]) -> dict[str, Tenso
     return tensors
 
 
-def octets(tensor: Tensor) -> bytes:
+def raw_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -22,6 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from trtllm_ct.base.json_form import fields_form
+
 __all__ = [
     "CatalogError",
     "CheckpointError",
@@ -58,12 +60,7 @@ class Fault:
 
     def to_dict(self) -> dict[str, str]:
         """Return the four fields by name, for JSON output."""
-        return {
-            "where": self.where,
-            "expected": self.expected,
-            "found": self.found,
-            "remedy": self.remedy,
-        }
+        return fields_form(self)
 
 
 class TrtllmCtError(Exception):

@@ -21,7 +21,7 @@ def json_form(value: Any) -> Any:
 
     A dtype becomes its torch name, a path or another enumeration a string, a tuple a list, a set a sorted list, and any
     other object what its `to_dict` returns. A number that is not finite becomes `nan`, `inf` or `-inf`, as JSON has no
-    such numbers. Raises `TypeError` for an object that has none.
+    such numbers. Raises `TypeError` for any other object without `to_dict`.
     """
     if type(value) in _PLAIN:
         return value

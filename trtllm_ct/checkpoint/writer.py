@@ -157,17 +157,17 @@ class TensorWriter:
             )
         self.write_bytes(name, _tensor_bytes(tensor), row * (spec.nbytes // spec.shape[0]) if row else 0)
 
-    def write_bytes(self, name: str, octets: memoryview, begin: int = 0) -> None:
+    def write_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:
         """Write bytes of the tensor `name` to their place, starting `begin` bytes after the tensor's first one.
 
         Raises `ValueError` for an unknown tensor, for bytes outside the tensor, and for bytes that were written before.
         """
         if name not in self._plan.places:
             raise ValueError(f"{name} is not among the planned tensors")
-        self._claim(name, begin, begin + len(octets))
-        while octets:
-            self._put(name, begin, octets[:CHUNK_BYTES])
-            octets, begin = octets[CHUNK_BYTES:], begin + CHUNK_BYTES
+        self._claim(name, begin, begin + len(data))
+        while data:
+            self._put(name, begin, data[:CHUNK_BYTES])
+            data, begin = data[CHUNK_BYTES:], begin + CHUNK_BYTES
 
     def is_complete(self, name: str) -> bool:
         """Whether every byte of a tensor was written by this writer."""

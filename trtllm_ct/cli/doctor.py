@@ -187,7 +187,7 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     problems: tuple[Fault, ...] = ()
     if detection.method == COMPRESSED_TENSORS or is_sidecar(directory):
         try:
-            plan = _plan(directory, parallel, machine)
+            plan = _plan(directory, detection, parallel, machine)
         except CheckpointError as error:
             problems = error.faults
     if plan is not None and machine.features is not None:
@@ -202,7 +202,7 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     )
 
 
-def _plan(directory: Path, parallel: Parallel, machine: Machine) -> Plan:
+def _plan(directory: Path, detection: Detection, parallel: Parallel, machine: Machine) -> Plan:
     """Return the plan by which `LLM` would serve a directory.
 
     For a prepared directory, this is the plan of its source with the options that the directory was prepared with.
@@ -210,12 +210,12 @@ def _plan(directory: Path, parallel: Parallel, machine: Machine) -> Plan:
     prepared = Sidecar.open(directory) if is_sidecar(directory) else None
     features = machine.features
     if features is None:
-        source = prepared.source if prepared else directory
-        return open_checkpoint(source).plan(machine.target.name, parallel=parallel)
+        checkpoint = open_checkpoint(prepared.source) if prepared else open_checkpoint(directory, detection)
+        return checkpoint.plan(machine.target.name, parallel=parallel)
     if prepared:
         return replace(prepared.options, parallel=parallel).plan(prepared.checkpoint)
     options = ServingOptions(engine=features.engine, additive_zeros=features.additive_zeros, parallel=parallel)
-    return options.plan(open_checkpoint(directory))
+    return options.plan(open_checkpoint(directory, detection))
 
 
 def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Fault]:
@@ -233,7 +233,7 @@ def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Faul
         yield Fault(
             where="W4A16_GPTQ",
             expected="a Linear for asymmetric int4, the engine's or this package's",
-            found=f"neither: {NO_PATCH} is set, or this TensorRT-LLM gives no place for ours",
+            found=f"neither: {NO_PATCH} is set, or this TensorRT-LLM offers no way to install this package's",
             remedy=f"Asymmetric int4 is dequantized; unset {NO_PATCH} to have it served as it is.",
         )
     if not features.force_dynamic_quantization:

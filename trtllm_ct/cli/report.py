@@ -117,7 +117,7 @@ def conversion(report: ConversionReport) -> RenderableType:
         Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
         Text(f"  modules: {modes}"),
         Text(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
-        Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} carried along"),
+        Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
         *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
         *(Text(f"  {count} modules: {note}") for note, count in notes.items()),
     ]
@@ -232,8 +232,8 @@ def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
         for name in fold_names(row.modules):
             table.add_row(escape(name), row.stored_scheme, row.native_mode, row.delivered_mode)
         size = f"{len(row.modules)} modules, {format_bytes(row.stored_bytes)} -> {format_bytes(row.delivered_bytes)}"
-        why = "; ".join(text for text in (row.reason, row.note) if text)
-        table.add_row(f"[dim]{size}[/dim]", f"[italic]{escape(why)}[/italic]", "", "", end_section=True)
+        reason = "; ".join(text for text in (row.reason, row.note) if text)
+        table.add_row(f"[dim]{size}[/dim]", f"[italic]{escape(reason)}[/italic]", "", "", end_section=True)
     return table
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.checkpoint.transfer import CHUNK_BYTES
+from trtllm_ct.formats.base import Axis
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 from trtllm_ct.layouts.loops.dispatch import ScalingArrays, can_repack, dequantize_bytes, repack_bytes
@@ -85,7 +86,7 @@ def is_direct(module: ModulePlan) -> bool:
         return False
     if weight.has_zero_point or weight.group_index is not None or not _every_code_fits(weight):
         return False
-    supported = {weight.codes, weight.scale, _INPUT_SCALE, "weight_shape", "bias"}
+    supported = {weight.codes, weight.scale, _INPUT_SCALE, *_shapes(weight), "bias"}
     return (
         all(local in supported and view.offset is not None for local, view in module.views.items())
         and all(module.views[local].spec.dtype in _FLOAT_FORMATS for local in _scales(weight, module.views))
@@ -97,6 +98,11 @@ def _every_code_fits(weight: StoredWeight) -> bool:
     """Whether every bit pattern of the container is a valid code, so that codes need no check."""
     packing = weight.packing
     return packing is None or (packing.dense and (packing != INT8_PLAIN or weight.args.num_bits == packing.bits))
+
+
+def _shapes(weight: StoredWeight) -> list[str]:
+    """Return the local names of the tensors that say the shape of a weight."""
+    return [local for local, axis in weight.axes.items() if axis is Axis.SHAPE]
 
 
 def _scales(weight: StoredWeight, stored: Iterable[str]) -> list[str]:
@@ -249,9 +255,9 @@ def _are_values_usual(weight: StoredWeight, stored: Mapping[str, _Stored]) -> bo
     for tensor in stored.values():
         if tensor.data.__array_interface__["data"][0] % tensor.spec.dtype.itemsize:
             return False
-    shape = stored.get("weight_shape")
-    if shape is not None and shape.data.view(f"<i{shape.spec.dtype.itemsize}").tolist() != list(weight.shape):
-        return False
+    for shape in (stored[local] for local in _shapes(weight)):
+        if shape.data.view(f"<i{shape.spec.dtype.itemsize}").tolist() != list(weight.shape):
+            return False
     # A row or group may have scale zero, since all its codes are then zeros; a whole tensor may not.
     zero_allowed = {weight.scale} if weight.scale_shape != (1, 1) else frozenset[str]()
     return all(

@@ -170,7 +170,7 @@ def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
     if args.group_size is not None and args.group_size not in mode.group_sizes:
         return f"{mode.algo} holds groups of {' or '.join(str(size) for size in sorted(mode.group_sizes))}"
     if args.strategy is Strategy.BLOCK and args.block_structure != mode.block:
-        return f"{mode.algo} holds blocks of 128x128"
+        return f"{mode.algo} holds blocks of {'x'.join(map(str, mode.block or ()))}"
     return _wrong_sizes(mode, weight) or _wrong_slices(mode, weight)
 
 

@@ -2,7 +2,8 @@
 
 Each fact about a mode is a field of its entry in `LINEAR_MODES`, and is written down nowhere else. There are two
 deliberate exceptions: `serve/completeness.py` and `reference/linear_layouts.py` list the tensors of each mode again, so
-that they can check the results of this table independently.
+that they can check the results of this table independently. `holdings.py: native_mode` names the mode that a scheme was
+made for; that is a fact about schemes, some of which no mode holds.
 
 Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods of each LinearMethod),
 `fused_moe/quantization.py` for experts, `tensorrt_llm/quantization/functional.py` (`preprocess_weights_for_mixed_gemm`,
@@ -163,8 +164,9 @@ class LinearMode:
                 return (rows,)
             case ScaleForm.BLOCK if self.block is not None:
                 return -(-rows // self.block[0]), -(-columns // self.block[1])
-            case _:
-                return rows, -(-columns // (group_size or columns))
+            case _ if group_size is not None:
+                return rows, -(-columns // group_size)
+        raise AssertionError(f"{self.algo} has groups, and their size is missing")
 
 
 _GROUP = frozenset({Strategy.GROUP})

@@ -89,7 +89,7 @@ class Parallel:
         return self.tensor // self.expert
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return fields_form(self)
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import LINEAR_MODES, MODES_BY_ALGO
 
@@ -108,15 +109,12 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `quantization` part of `hf_quant_config.json`."""
-        entry: dict[str, Any] = {
-            "quant_algo": str(self.quant_algo) if self.quant_algo else None,
-            "kv_cache_quant_algo": self.kv_cache_quant_algo,
-        }
+        entry: dict[str, Any] = {"quant_algo": self.quant_algo, "kv_cache_quant_algo": self.kv_cache_quant_algo}
         if self.layer is not None:
             entry |= self.layer.to_dict()
         if self.quantized_layers:
-            entry["quantized_layers"] = {name: layer.to_dict() for name, layer in self.quantized_layers.items()}
-        return entry | {"exclude_modules": list(self.exclude_modules)}
+            entry["quantized_layers"] = self.quantized_layers
+        return json_object(entry | {"exclude_modules": self.exclude_modules})
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> QuantConfig:

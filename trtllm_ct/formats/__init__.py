@@ -32,7 +32,7 @@ from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from trtllm_ct.base.schemes import QuantArgs
 
@@ -40,11 +40,13 @@ __all__ = [
     "FORMATS",
     "PACKED_CODES",
     "WEIGHT_TENSORS",
+    "ZERO_POINTS",
     "Axis",
     "Codes",
     "StoredSpecs",
     "StoredWeight",
     "WeightFormat",
+    "axes_of",
     "format_for",
 ]
 
@@ -65,8 +67,24 @@ WEIGHT_TENSORS: Mapping[str, frozenset[Axis]] = {
 }
 """The tensors that a quantized weight may have, by local name, with the axes that the formats give for each."""
 
+ZERO_POINTS = tuple(dict.fromkeys(entry.zero_point for entry in FORMATS))
+"""Local names of zero points."""
+
 PACKED_CODES = frozenset(entry.codes for entry in FORMATS) - {"weight"}
 """Local names of codes other than `weight`. A module with such a tensor is quantized, whatever the tensor's dtype."""
+
+
+def axes_of(stored: Collection[str]) -> dict[str, Axis]:
+    """Return what each tensor of a quantized module belongs to, by local name, before its format is known.
+
+    `stored` are the local names of the module's tensors; names that no format has are left out. The formats that have
+    all of the others agree. If no format has all of them, each is what it is in any format.
+    """
+    names = [name for name in stored if name in WEIGHT_TENSORS]
+    for entry in FORMATS:
+        if entry.codes in names and entry.axes.keys() >= set(names):
+            return {name: entry.axes[name] for name in names}
+    return {name: min(WEIGHT_TENSORS[name]) for name in names}
 
 
 def format_for(args: QuantArgs, stored: StoredSpecs) -> WeightFormat | None:

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import FaultCollector
 
-__all__ = ["Axis", "Codes", "StoredSpecs", "StoredWeight", "Version", "WeightFormat", "scale_shape"]
+__all__ = ["ZERO_POINT", "Axis", "Codes", "StoredSpecs", "StoredWeight", "Version", "WeightFormat", "scale_shape"]
 
 StoredSpecs = Mapping[str, TensorSpec]
 """The tensors of one module by their local names (`weight_packed`, `weight_scale`, ...)."""
 
 Version = tuple[int, ...]
 """The release of compressed-tensors that wrote a file, as (major, minor, patch); empty if it is unknown."""
+
+
+ZERO_POINT = "weight_zero_point"
+"""The name that compressed-tensors gives to zero points."""
 
 
 class Axis(StrEnum):
@@ -58,12 +62,12 @@ class StoredWeight:
 
     `shape` is the logical shape (N, K). `codes` is the local name of the tensor with the codes. `packing` is the layout
     of the codes in it, None if its elements are float8 codes; `element` says what a code means. `scale` is the local
-    name of the scale. `zero_point_packing` is None if there is no zero point or it is stored unpacked. `divisor` names
-    a scalar that the scaled values are divided by (NVFP4). `group_index` names the tensor with the group of each
-    column, if groups may not be contiguous.
-    `axes` has every stored tensor of the weight by local name, with what its elements belong to. If it contains
-    `weight_zero_point` but `has_zero_point` is False, the zero points must all be zero, which is checked when they are
-    loaded. If this weight is some rows of a stored one, `part_of` is the shape (N, K) of the stored one.
+    name of the scale. `zero_point` is the local name of the zero points, and `zero_point_packing` is None if they are
+    stored unpacked or there are none. `divisor` names a scalar that the scaled values are divided by (NVFP4).
+    `group_index` names the tensor with the group of each column, if groups may not be contiguous.
+    `axes` has every stored tensor of the weight by local name, with what its elements belong to. If it contains zero
+    points but `zero_point` is None, they must all be zero, which is checked when they are loaded. If this weight is
+    some rows of a stored one, `part_of` is the shape (N, K) of the stored one.
     """
 
     format: WeightFormat
@@ -73,12 +77,17 @@ class StoredWeight:
     packing: Packing | None
     element: Element = Element.INT
     scale: str = "weight_scale"
-    has_zero_point: bool = False
+    zero_point: str | None = None
     zero_point_packing: Packing | None = None
     divisor: str | None = None
     group_index: str | None = None
     axes: Mapping[str, Axis]
     part_of: tuple[int, int] | None = None
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether the codes have zero points."""
+        return self.zero_point is not None
 
     @property
     def consumed(self) -> tuple[str, ...]:
@@ -144,6 +153,8 @@ class WeightFormat(ABC):
     """The values of `format` in configurations that declare this format."""
     codes: str
     """The local name of the tensor that holds the codes."""
+    zero_point: str = ZERO_POINT
+    """The local name of its zero points, if it has any."""
     axes: Mapping[str, Axis]
     """Every tensor that a weight of this format may have, by local name, with what its elements belong to."""
 

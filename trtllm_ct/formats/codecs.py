@@ -86,9 +86,9 @@ class _LibraryCodec:
 
         bits = weight.args.num_bits
         zero_point = codes.plain_zero_point
-        if weight.zero_point_packing is not None:
+        if weight.zero_point is not None and weight.zero_point_packing is not None:
             # Old writers stored surplus columns after the last group; the library does not expect them.
-            packed = stored["weight_zero_point"][:, : weight.scale_shape[1]]
+            packed = stored[weight.zero_point][:, : weight.scale_shape[1]]
             zero_point = unpack_from_int32(packed, bits, torch.Size(weight.scale_shape), packed_dim=0)
         values = unpack_from_int32(codes.values, bits, torch.Size(weight.shape))
         return replace(codes, values=values, packing=INT8_PLAIN, zero_point=zero_point, zero_point_packing=None)
@@ -117,7 +117,7 @@ def _has_full_groups(weight: StoredWeight) -> bool:
 
 
 def _library_fields(codes: Codes, packing: Packing) -> Tensor:
-    """Return packed codes of small floats, which the library unpacked to values and this function packed again."""
+    """Return small floats as packed codes: the library unpacks them to values, which are packed again here."""
     rows, columns = codes.shape
     if codes.element is Element.E2M3:
         from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8 as unpack

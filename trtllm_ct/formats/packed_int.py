@@ -92,7 +92,7 @@ class _PackedInt(WeightFormat):
             codes="weight_packed",
             packing=packing,
             scale=scale,
-            has_zero_point="weight_zero_point" in stored,
+            zero_point=self.zero_point if self.zero_point in stored else None,
             zero_point_packing=_zero_point_packing(module, args, stored, shape, packing, faults),
             group_index=check_group_index(module, args, stored, shape, faults),
             axes={name: self.axes[name] for name in names if name in stored},
@@ -102,7 +102,7 @@ class _PackedInt(WeightFormat):
         """Return the codes and packed zero points still packed; plain zero points become int8 (rows, groups)."""
         import torch
 
-        zero_point = stored["weight_zero_point"] if weight.has_zero_point else None
+        zero_point = stored[weight.zero_point] if weight.zero_point else None
         if zero_point is not None and weight.zero_point_packing is None:
             zero_point = zero_point.reshape(weight.scale_shape).to(torch.int8)
         return Codes(

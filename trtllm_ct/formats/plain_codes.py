@@ -102,7 +102,7 @@ class _PlainCodes(WeightFormat):
             packing=self.packing,
             element=self.element,
             scale=scale,
-            has_zero_point=zero_point is not None,
+            zero_point=self.zero_point if zero_point is not None else None,
             group_index=check_group_index(module, args, stored, shape, faults),
             axes={name: self.axes[name] for name in names if name in stored},
         )
@@ -111,7 +111,7 @@ class _PlainCodes(WeightFormat):
         """Return the stored codes and scale without a copy, the scale as (rows, groups), and zero points as int8."""
         import torch
 
-        zero_point = stored["weight_zero_point"] if weight.has_zero_point else None
+        zero_point = stored[weight.zero_point] if weight.zero_point else None
         return Codes(
             values=stored["weight"],
             packing=self.packing,

@@ -41,7 +41,7 @@ class SchemeRow:
     delivered_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return json_object(
             {
                 "modules": self.modules,

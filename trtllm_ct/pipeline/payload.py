@@ -18,6 +18,7 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
+from trtllm_ct.formats import WEIGHT_TENSORS, Axis
 from trtllm_ct.formats.group_index import is_filled
 from trtllm_ct.formats.small_floats import local_scale
 from trtllm_ct.layouts.packing import INT8_PLAIN
@@ -38,7 +39,7 @@ __all__ = ["check_payload", "count_zero_scales", "has_values_to_check"]
 
 _ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale")
 _KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
-_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
+_GLOBAL_SCALES = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), "input_global_scale")
 _EXPERT = ".experts."
 
 
@@ -50,13 +51,14 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
     """
     weight = module.weight
     if weight is not None:
-        if "weight_shape" in stored:
-            _check_shape(module.name, stored["weight_shape"], weight.part_of or weight.shape, faults)
+        for local in (local for local, axis in weight.axes.items() if axis is Axis.SHAPE):
+            _check_shape(f"{module.name}.{local}", stored[local], weight.part_of or weight.shape, faults)
         zero_allowed = weight.scale_shape != (1, 1)
         scale = _scale_numbers(weight, stored[weight.scale])
         _check_scale(f"{module.name}.{weight.scale}", scale, faults, zero_allowed=zero_allowed)
-        if "weight_zero_point" in stored and weight.zero_point_packing is None:
-            _check_zero_point(f"{module.name}.weight_zero_point", weight, stored["weight_zero_point"], faults)
+        zero_point = weight.format.zero_point  # Stored zero points of float codes count as none, and must be zero.
+        if zero_point in weight.axes and weight.zero_point_packing is None:
+            _check_zero_point(f"{module.name}.{zero_point}", weight, stored[zero_point], faults)
         if weight.group_index is not None:
             _check_group_index(f"{module.name}.{weight.group_index}", weight, stored[weight.group_index], faults)
         _check_codes(f"{module.name}.{weight.codes}", weight, stored[weight.codes], faults)
@@ -156,12 +158,12 @@ def _check_transform(module: str, transform: Transform, stored: Mapping[str, Ten
             )
 
 
-def _check_shape(module: str, stored_shape: Tensor, shape: tuple[int, int], faults: FaultCollector) -> None:
+def _check_shape(name: str, stored_shape: Tensor, shape: tuple[int, int], faults: FaultCollector) -> None:
     """Add a fault if `weight_shape` is not the shape in the plan."""
     sizes = [int(size) for size in stored_shape.flatten()]
     if sizes != list(shape):
         faults.add(
-            where=f"{module}.weight_shape",
+            where=name,
             expected=f"{list(shape)}, which the packed codes and config.json make",
             found=str(sizes),
             remedy="Codes and shape belong to different weights; download the checkpoint again.",

@@ -23,6 +23,7 @@ from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PlanError
 from trtllm_ct.checkpoint.runs import read_runs
+from trtllm_ct.formats import WEIGHT_TENSORS, ZERO_POINTS, Axis
 from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.sparse.pieces import shape_pieces
 from trtllm_ct.layouts.e4m3 import exact_powers
@@ -45,8 +46,10 @@ if TYPE_CHECKING:
 
 __all__ = ["probe_checkpoint"]
 
-_ZERO_POINT = "weight_zero_point"
-_SCALARS = ("weight_global_scale", "input_global_scale")
+_INPUT_SCALAR = "input_global_scale"
+_SCALARS = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), _INPUT_SCALAR)
+"""Global scales: of weights in any format, and of inputs."""
+
 _SCALAR_DTYPES = frozenset({DType.BF16, DType.F16, DType.F32})
 _GROUP_SCALE_DTYPES = frozenset({DType.F8_E4M3, DType.U8})
 
@@ -61,7 +64,7 @@ def probe_checkpoint(config: QuantizationConfig, catalog: Catalog, model: Model)
     """
     shapes = _read_shapes(catalog)
     symmetric = any(group.scheme.weights is not None and group.scheme.weights.symmetric for group in config.groups)
-    suffixes = (*_SCALARS, GROUP_INDEX, *((_ZERO_POINT,) if symmetric else ()))
+    suffixes = (*_SCALARS, GROUP_INDEX, *(ZERO_POINTS if symmetric else ()))
     if not any(name.endswith(suffixes) for name in catalog.tensors):
         return replace(NO_PROBE, shapes=shapes)
     modules = _model_modules(catalog, model, shapes)
@@ -141,11 +144,11 @@ def _read_idle(
     zero_points: dict[View, StoredWeight] = {}
     indices: dict[View, StoredWeight] = {}
     for site, module in modules:
-        if not module.is_quantized or module.views.keys().isdisjoint({_ZERO_POINT, GROUP_INDEX}):
+        if not module.is_quantized or module.views.keys().isdisjoint({*ZERO_POINTS, GROUP_INDEX}):
             continue
         weight = reader.read(module, site)
-        if weight is not None and weight.stored.has_zero_point and weight.stored.args.symmetric:
-            zero_points[module.views[_ZERO_POINT]] = weight.stored
+        if weight is not None and weight.stored.zero_point is not None and weight.stored.args.symmetric:
+            zero_points[module.views[weight.stored.zero_point]] = weight.stored
         if weight is not None and weight.stored.group_index is not None:
             indices[module.views[weight.stored.group_index]] = weight.stored
     zero = {view for view, data in _read(zero_points, catalog) if _is_zero(view, zero_points[view], data)}

@@ -205,7 +205,7 @@ def _group_obstacle(plain: Sequence[str], quantized: Mapping[str, Candidate]) ->
         return f"{_leaves_with_verb(plain)} stored plain"
     for candidate in quantized.values():
         if candidate.folded or candidate.unequal:
-            return f"of another one {candidate.folded}" if candidate.folded else candidate.unequal
+            return f"{candidate.folded} of another part" if candidate.folded else candidate.unequal
     return ""
 
 
@@ -238,7 +238,7 @@ def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
         if slices:
             return f"{module.rpartition('.')[2]}: {slices}"
     schemes = sorted({candidate.weight.scheme.label() for candidate in quantized.values()})
-    return f"theirs share none ({'; '.join(schemes)})"
+    return f"their schemes have no mode in common ({'; '.join(schemes)})"
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:

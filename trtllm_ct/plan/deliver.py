@@ -131,7 +131,7 @@ def _codes(module: StoredModule, weight: QuantizedWeight, mode: LinearMode) -> D
     else:
         spec = TensorSpec(mode.packing.container, mode.packing.packed_shape(stored.shape))
         operation = Repack(result=spec, packing=mode.packing)
-    not_codes = {stored.scale, stored.divisor, "weight_zero_point" if stored.has_zero_point else None}
+    not_codes = {stored.scale, stored.divisor, stored.zero_point}
     sources = [local for local in stored.consumed if local not in not_codes]
     return Delivery(name=module.delivered_name("weight"), operation=operation, sources=module.sources(sources))
 

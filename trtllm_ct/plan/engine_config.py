@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import ConfigError, FaultCollector
-from trtllm_ct.base.schemes import ActOrder, Element, NumberType, QuantArgs
+from trtllm_ct.base.schemes import ActOrder, Element, NumberType, QuantArgs, QuantScheme
 from trtllm_ct.engine.holdings import Holding, Weight, holdings
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.plan.kv_cache import KvCache
@@ -13,7 +13,7 @@ from trtllm_ct.plan.kv_cache import KvCache
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
+    from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.plan import ModulePlan
 
@@ -63,7 +63,11 @@ def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> Quant
     the model: each of these needs the names of modules.
     """
     faults = FaultCollector()
-    layers = {_layer_of_group(group, target) for group in config.groups if group.scheme.weights is not None}
+    layers = {
+        _layer_of_scheme(group.scheme, args, target)
+        for group in config.groups
+        if (args := group.scheme.weights) is not None
+    }
     if len(layers) > 1:
         _needs_directory(f"{config.origin}.config_groups", f"groups of {len(layers)} different modes", faults)
     patterns = [entry for entry in config.ignore if entry.startswith("re:")]
@@ -78,14 +82,11 @@ def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> Quant
     return QuantConfig(layer=layer, kv_cache_quant_algo=kv_cache.algo, exclude_modules=config.ignore)
 
 
-def _layer_of_group(group: ConfigGroup, target: Target) -> LayerQuantConfig | None:
-    """Return the mode of a group's modules; None if the group is not quantized or the target has no mode for it."""
-    args = group.scheme.weights
-    if args is None:
-        return None
+def _layer_of_scheme(scheme: QuantScheme, args: QuantArgs, target: Target) -> LayerQuantConfig | None:
+    """Return the mode of modules with a scheme, whose weights have the arguments `args`; None if no mode holds them."""
     exponents = args.scale_dtype is not None and args.scale_dtype.endswith("uint8")
     weight = Weight(
-        scheme=group.scheme,
+        scheme=scheme,
         element=_element(args),
         has_zero_point=not args.symmetric,
         permuted=args.actorder is ActOrder.GROUP,

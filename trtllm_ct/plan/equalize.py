@@ -33,7 +33,7 @@ SCALAR_TOLERANCE = 1e-6
 """Scalars whose relative difference is at most this count as equal. It is of the order of the relative error that
 any natively delivered value may have."""
 
-_WEIGHT, _INPUT = "weight_global_scale", "input_global_scale"
+_INPUT = "input_global_scale"
 
 
 class Part(NamedTuple):
@@ -99,7 +99,7 @@ def powers_of_two_apart(divisors: Sequence[float]) -> bool:
 
 def _equalize_linear(members: Sequence[Part], probe: Probe) -> dict[str, Equalized]:
     """Return the parts of one fused Linear whose global scales change, or all parts with the obstacle."""
-    weights, obstacle = _replacements(members, _WEIGHT, probe)
+    weights, obstacle = _replacements(members, members[0].weight.stored.divisor or "", probe)
     inputs: Sequence[Replaced | None] = [None] * len(members)
     if all(activations_of(part.weight.scheme) is Activations.FP4_LOCAL for part in members):
         inputs, input_obstacle = _replacements(members, _INPUT, probe)
@@ -128,7 +128,7 @@ def _replacements(members: Sequence[Part], local: str, probe: Probe) -> tuple[li
     if _all_equal(nonzero):
         shared = nonzero[0]
     elif not powers_of_two_apart(nonzero):
-        return kept, _obstacle(members, known, local, "no power of two apart")
+        return kept, _obstacle(members, known, local, "which do not differ by a power of two")
     elif local == _INPUT:
         # The engine computes the group scales of activations at run time. The smallest divisor is the largest
         # multiplier, and under that no group scale is clipped.

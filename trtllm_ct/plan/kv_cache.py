@@ -102,9 +102,7 @@ class KvCache:
         if args is None or not self.target.holds_codes:
             return ()
         if self.algo is None and replace(self, alone=False).algo is not None:
-            return (
-                "KV cache: no module is delivered quantized, so the engine must be told: KvCacheConfig(dtype='fp8')",
-            )
+            return ("KV cache: no module is delivered quantized, so pass KvCacheConfig(dtype='fp8') to the engine",)
         if self.algo is None:
             return (f"KV cache: {self.target.capabilities.name} has no {args.label()} cache; it stays 16-bit",)
         if not args.symmetric:

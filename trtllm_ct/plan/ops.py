@@ -192,7 +192,7 @@ class AdditiveZero(Operation):
 class Reciprocal(Operation):
     """Delivers a stored divisor as the multiplier that engines read, float32 [].
 
-    A divisor of 0, which an expert has that saw no data in calibration, stays 0.
+    A divisor of 0, from an expert that saw no calibration data, stays 0.
     """
 
     label: ClassVar[str] = "reciprocal"
@@ -223,7 +223,7 @@ class SharedReciprocal(Reciprocal):
     """Delivers the multiplier that all parts of a fused Linear share, float32 [].
 
     `shared` is the divisor that replaces the stored one in all parts. `stored` is the stored divisor that the plan was
-    made with, and from which it follows how the group scales change. A file that now holds another value is an error.
+    made with, which determines how the group scales change. A file that now holds another value is an error.
     """
 
     label: ClassVar[str] = "shared reciprocal"
@@ -275,7 +275,7 @@ class ShiftScale(Reinterpret):
 class Zeros(Operation):
     """Delivers group scales of zero, for a weight that is zero because its stored global scale is 0.
 
-    Under the global scale that it shares with other parts it would not be zero without this.
+    Without this, the shared global scale would make the weight nonzero.
     """
 
     label: ClassVar[str] = "zeros"

@@ -51,7 +51,7 @@ class StoredFate:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         entry: dict[str, Any] = {"name": self.name, **self.spec.to_dict(), "fate": str(self.fate)}
         if self.by:
             entry["by"] = list(self.by)
@@ -73,7 +73,7 @@ class Delivery(NamedTuple):
         return self.operation.result
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {
             "name": self.name,
             **self.spec.to_dict(),
@@ -85,7 +85,7 @@ class Delivery(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a rank's rows go: rows `first` to `first + count` of what is made become rows `at` to `at + count`."""
+    """Rows `first` to `first + count` of the converted tensor are written to rows `at` to `at + count`."""
 
     first: int
     count: int

@@ -148,9 +148,9 @@ def _rotated_with_bias(headers: Headers) -> int:
 def _surplus_zero_points(headers: Headers) -> int:
     def surplus(module: ModulePlan) -> bool:
         weight = module.weight
-        if weight is None or weight.zero_point_packing is None:
+        if weight is None or weight.zero_point is None or weight.zero_point_packing is None:
             return False
-        return module.views["weight_zero_point"].spec.shape[1] > weight.scale_shape[1]
+        return module.views[weight.zero_point].spec.shape[1] > weight.scale_shape[1]
 
     return headers.count(surplus)
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["QueryKeyRows", "Reordered"]
 
 _ALWAYS_MISTRALS_ORDER = frozenset({"weight", "qscale_weight"})
-_ZERO_POINT = "weight_zero_point"
 _WITH_ROWS = frozenset({Axis.ROWS, Axis.TILES})
 _HUGGING_FACE_FORM = "Use the Hugging Face form of the model, which has config.json and model*.safetensors."
 
@@ -121,7 +120,7 @@ class QueryKeyRows:
                 expected="rows of queries and keys in an order that is known",
                 found=f"Mistral's own form, in which nothing tells it ({len(self._undeclared)} tensors: {names})",
                 remedy='Add "qk_rows": "mistral" to the quantization block if the model was quantized in this form, as '
-                'llm-compressor does it, or "qk_rows": "hugging_face" if vLLM computes rightly with it. '
+                'llm-compressor does it, or "qk_rows": "hugging_face" if vLLM gives correct results with it. '
                 f"Or better: {_HUGGING_FACE_FORM[0].lower()}{_HUGGING_FACE_FORM[1:]}",
             )
         for reason, tensors in self._immovable.items():
@@ -148,7 +147,7 @@ class QueryKeyRows:
         elif not always_mistrals and self.declared is None:
             self._undeclared.append(view.sources[0])
         else:
-            packing = weight.zero_point_packing if weight and local == _ZERO_POINT else None
+            packing = weight.zero_point_packing if weight and local == weight.zero_point else None
             return Reordered(spec=view.spec, view=view, rows=rows, head_dim=head_dim, packing=packing)
         return view
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.config.match import Matcher
 from trtllm_ct.formats import FORMATS, PACKED_CODES, StoredWeight, format_for
-from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.plan.models.sites import name_variants
 from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["QuantizedWeight", "WeightReader"]
 
 _FIRST_PACKED_ZERO_POINTS = (0, 9, 4)
-_ZERO_POINT = "weight_zero_point"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +120,7 @@ class WeightReader:
             if self._release >= _FIRST_PACKED_ZERO_POINTS:
                 self._refuse_missing_zero_point(module)
                 return None
-            notes.append("asymmetric without a zero point: all zero, as writers up to 0.9.3 mean it")
+            notes.append("asymmetric without a zero point: all zero, as in files of writers up to 0.9.3")
         if weight_format is MARLIN_24 and not self._release and args.group_size is not None:
             notes.append("marlin-24 of an unknown release: group scales read in the order of 0.8.0 and later")
         return QuantizedWeight(stored=stored, scheme=group.scheme, group=group.name), tuple(notes)
@@ -133,9 +131,9 @@ class WeightReader:
         They are zero points of symmetric schemes that are all zero, and trivial group indices.
         """
         idle = {}
-        symmetric = stored.has_zero_point and stored.args.symmetric
-        if symmetric and probe_key(module.views[_ZERO_POINT]) in self.probe.zero:
-            idle[_ZERO_POINT] = "trivial: all zero, beside a symmetric scheme"
+        zero_point = stored.zero_point if stored.args.symmetric else None
+        if zero_point is not None and probe_key(module.views[zero_point]) in self.probe.zero:
+            idle[zero_point] = "trivial: all zero, beside a symmetric scheme"
         if stored.group_index is not None and probe_key(module.views[stored.group_index]) in self.probe.trivial:
             idle[stored.group_index] = "trivial: it gives contiguous groups, k // group_size, or was never filled"
         return idle
@@ -205,7 +203,7 @@ class WeightReader:
     def _refuse_missing_zero_point(self, module: StoredModule) -> None:
         """Add the fault of an asymmetric weight without a zero point.
 
-        It is none for writers up to 0.9.3, which left out zero points that are all zero.
+        Writers up to 0.9.3 omitted zero points that are all zero, so this is not a fault for them.
         """
         self.faults.add(
             where=f"{module.stored_name}.weight_zero_point",
@@ -231,15 +229,11 @@ class WeightReader:
 
 def _without(stored: StoredWeight, idle: Mapping[str, str]) -> StoredWeight:
     """Return the weight without its idle companions, as if they were not stored."""
-    if _ZERO_POINT in idle:
-        stored = replace(stored, has_zero_point=False, zero_point_packing=None)
-    if GROUP_INDEX in idle:
+    if stored.zero_point in idle:
+        stored = replace(stored, zero_point=None, zero_point_packing=None)
+    if stored.group_index in idle:
         stored = replace(stored, group_index=None)
-    return (
-        replace(stored, axes={local: axis for local, axis in stored.axes.items() if local not in idle})
-        if idle
-        else stored
-    )
+    return replace(stored, axes={local: axis for local, axis in stored.axes.items() if local not in idle})
 
 
 def _tensors(module: StoredModule) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trtllm_ct.config.detect import Detection
     from trtllm_ct.engine.quant_config import QuantConfig
 
 __all__ = ["Delivered", "deliver"]
@@ -37,12 +38,13 @@ class Delivered:
     tensors: Iterator[tuple[str, Tensor]]
 
 
-def deliver(directory: str | Path, *, dtype: torch.dtype) -> Delivered:
+def deliver(directory: str | Path, *, dtype: torch.dtype, detection: Detection | None = None) -> Delivered:
     """Plan a compressed-tensors directory for the `reference` target and stream its delivered tensors.
 
-    Modules get a native layout where one exists; all others are dequantized to `dtype`.
+    Modules get a native layout where one exists; all others are dequantized to `dtype`. `detection` is the detection of
+    the directory, if it was made before.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, detection)
     plan = checkpoint.plan("reference", dtype=DType.from_torch(dtype))
     streamed = stream_delivered(plan, checkpoint.catalog)
     return Delivered(

@@ -53,7 +53,7 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
     if detection.method == COMPRESSED_TENSORS:
         from trtllm_ct.reference.bridge import deliver
 
-        delivered = deliver(directory, dtype=dtype)
+        delivered = deliver(directory, dtype=dtype, detection=detection)
         return ModelSource(config=delivered.config, quant_config=delivered.quant_config, tensors=delivered.tensors)
     if detection.method not in {MODELOPT, None}:
         raise DetectionError(

@@ -1,7 +1,8 @@
 """How each algorithm stores a Linear: the table `LAYOUTS`.
 
 For each algorithm, the table holds the rules for the delivered tensors, the function that dequantizes the weight and
-the function that quantizes the input. A new algorithm needs one row and one function.
+the function that quantizes the input. A new algorithm needs one row and one function. It is written apart from
+`engine/modes.py` on purpose: the reference engine checks what that table leads to.
 Axis letters: `N` output features, `K` input features, `g` group size. All scales are multipliers. Each function first
 multiplies a code with its own scale: this product is exact where both are small floats, so a weight is rounded once.
 Sources: TensorRT-LLM `_torch/modules/linear.py` (main, September 2026) and the exports of ModelOpt 0.47.

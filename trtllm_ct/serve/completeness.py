@@ -114,17 +114,17 @@ def prove_complete(plan: Plan, weights: Mapping[str, Tensor]) -> tuple[str, ...]
     return unread
 
 
-def refuse_missing_modules(whole: Plan, own: Plan, model: Model, rank: Rank) -> None:
+def refuse_missing_modules(whole_plan: Plan, rank_plan: Plan, model: Model, rank: Rank) -> None:
     """Raise `LoadError` when the plan of a rank lacks a module that the rank computes with.
 
-    `whole` is the plan of the whole model, `own` the plan of the rank. A module may be absent from `own` only if it
-    delivers nothing, if its layer belongs to another pipeline stage, or if its expert belongs to another rank.
-    The error has one fault per missing module.
+    `whole_plan` is the plan of the whole model, `rank_plan` the plan of the rank. A module may be absent from
+    `rank_plan` only if it delivers nothing, if its layer belongs to another pipeline stage, or if its expert belongs to
+    another rank. The error has one fault per missing module.
     """
     faults = FaultCollector()
-    layers = re.compile(re.escape(model.place(whole.by_name)[0]) + r"layers\.(\d+)\.")
-    present = {module.name for module in own.modules}
-    for module in whole.modules:
+    layers = re.compile(re.escape(model.place(whole_plan.by_name)[0]) + r"layers\.(\d+)\.")
+    present = {module.name for module in rank_plan.modules}
+    for module in whole_plan.modules:
         if module.name in present or not module.deliveries:
             continue
         layer = layers.match(module.name)

@@ -96,7 +96,7 @@ def probe_features(parts: EngineParts) -> EngineFeatures:
 
 
 def _capability_set(algorithms: Collection[str], *, mapping_argument: bool) -> str:
-    """Return the name of the newest capability set whose algorithms the engine has all.
+    """Return the name of the newest capability set all of whose algorithms the engine has.
 
     An engine whose weight loaders don't take `mapping` is release 1.0 or 1.1, so it gets the oldest set.
     """

@@ -25,7 +25,7 @@ class ListedSidecar:
     fault: Fault | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         sidecar = self.sidecar
         return json_object(
             {

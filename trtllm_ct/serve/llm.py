@@ -54,15 +54,15 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
             Fault(where="engine", expected=" or ".join(_ENGINES), found=repr(engine), remedy="Choose one of these.")
         )
     if engine == "reference" or (engine == "auto" and not engine_installed()):
-        why = "engine='reference'" if engine == "reference" else "TensorRT-LLM is not installed here"
-        return _reference_llm(model, kwargs, why, level=logging.INFO if engine == "reference" else logging.WARNING)
+        reason = "engine='reference'" if engine == "reference" else "TensorRT-LLM is not installed here"
+        return _reference_llm(model, kwargs, reason, level=logging.INFO if engine == "reference" else logging.WARNING)
     require_engine()
     from trtllm_ct.serve.bindings import LOADERS, engine_features, engine_llm
     from trtllm_ct.serve.llm_arguments import engine_arguments
 
     features = engine_features()
-    why = "it is installed" if engine == "auto" else "engine='tensorrt_llm'"
-    logger.info("TensorRT-LLM %s runs %s: %s", features.version or "of unknown release", model, why)
+    reason = "it is installed" if engine == "auto" else "engine='tensorrt_llm'"
+    logger.info("TensorRT-LLM %s runs %s: %s", features.version or "of unknown release", model, reason)
     arguments = {"model": model, **kwargs}
     prepared = engine_arguments(arguments, features, LOADERS, dense_o_proj=dense_o_proj, strict=strict)
     return engine_llm()(**prepared)
@@ -88,13 +88,13 @@ def require_engine() -> None:
         ) from error
 
 
-def _reference_llm(model: str | Path, arguments: dict[str, Any], why: str, *, level: int) -> Any:
+def _reference_llm(model: str | Path, arguments: dict[str, Any], reason: str, *, level: int) -> Any:
     from trtllm_ct.reference.llm import ReferenceLLM
     from trtllm_ct.serve.sidecar import Sidecar, is_sidecar
 
     ignored = [name for name in arguments if name not in (*_REFERENCE_ARGUMENTS, "revision")]
     ignored_note = f"; it ignores {', '.join(ignored)}" if ignored else ""
-    logger.log(level, "The CPU reference engine runs %s: %s%s", model, why, ignored_note)
+    logger.log(level, "The CPU reference engine runs %s: %s%s", model, reason, ignored_note)
     repository = repository_named(model, arguments.get("revision"))
     directory = repository.checkpoint() if repository else Path(model)
     if is_sidecar(directory):

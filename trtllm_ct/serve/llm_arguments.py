@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
-from trtllm_ct.config.detect import FormatDetector
+from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import Parallel
@@ -41,10 +41,14 @@ _FORCE_DYNAMIC = "force_dynamic_quantization"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A compressed-tensors checkpoint on this machine, and the repository that it came from, pinned to a commit."""
+    """A compressed-tensors checkpoint on this machine, and the repository that it came from, pinned to a commit.
+
+    `detection` is None for a sidecar and for a repository, whose configuration was detected before its weights came.
+    """
 
     directory: Path
     repository: Repository | None = None
+    detection: Detection | None = None
 
 
 def engine_arguments(
@@ -136,13 +140,14 @@ def _source(model: Any, revision: str | None) -> _Source | None:
     repository = repository_named(model, revision)
     try:
         directory = repository.configuration() if repository else Path(model)
-        if not is_sidecar(directory) and FormatDetector().detect(directory).method != COMPRESSED_TENSORS:
-            return None
+        detection = None if is_sidecar(directory) else FormatDetector().detect(directory)
     except CheckpointError as error:
         logger.debug("%s is left to TensorRT-LLM: %s", model, error)
         return None
+    if detection is not None and detection.method != COMPRESSED_TENSORS:
+        return None
     if repository is None:
-        return _Source(directory=directory)
+        return _Source(directory=directory, detection=detection)
     directory = repository.checkpoint()
     return _Source(directory=directory, repository=repository.pinned(directory))
 
@@ -153,7 +158,8 @@ def _sidecar(source: _Source, options: ServingOptions) -> Sidecar:
     If the source is a sidecar itself, it is returned, or made again for the parallel sizes in `options`.
     """
     if not is_sidecar(source.directory):
-        return Sidecar.open(make_sidecar(source.directory, options, repository=source.repository))
+        made = make_sidecar(source.directory, options, repository=source.repository, detection=source.detection)
+        return Sidecar.open(made)
     prepared = Sidecar.open(source.directory)
     if prepared.options.parallel == options.parallel:
         return prepared
@@ -258,7 +264,7 @@ def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures) -> Fault 
     conflict = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
     return Fault(
         where=f"{row_wise} o_proj in row-wise FP8",
-        expected="activations quantized with one scale a token",
+        expected="activations quantized with one scale per token",
         found="attention that quantizes its output at a fixed scale of 1, and "
         + (conflict if features.force_dynamic_quantization else f"no {_FORCE_DYNAMIC} in this TensorRT-LLM"),
         remedy="Look at the text before you trust it, or pass dense_o_proj=True to have these modules dequantized.",

@@ -48,7 +48,8 @@ def prepare(
     checkpoint that can't be served, `SidecarError` when the cache can't be written, and `UsageError` for invalid
     arguments.
     """
-    if FormatDetector().detect(model_dir).method != COMPRESSED_TENSORS:
+    detection = FormatDetector().detect(model_dir)
+    if detection.method != COMPRESSED_TENSORS:
         return Path(model_dir)
     features = installed_features()
     options = ServingOptions(
@@ -64,7 +65,7 @@ def prepare(
         dense_o_proj=dense_o_proj,
         strict=strict,
     )
-    sidecar = Sidecar.open(make_sidecar(model_dir, options))
+    sidecar = Sidecar.open(make_sidecar(model_dir, options, detection=detection))
     for warning in _warnings(sidecar):
         logger.warning("%s: %s", model_dir, warning)
     return sidecar.directory

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, SidecarError
-from trtllm_ct.base.json_form import fields_form
+from trtllm_ct.base.json_form import fields_form, json_form
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.side_files import side_files
-from trtllm_ct.config.detect import SIDECAR_FILE
+from trtllm_ct.config.detect import SIDECAR_FILE, Detection
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.hf_directory import write_configuration
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
@@ -152,12 +152,11 @@ class Sidecar:
 
     def record(self) -> dict[str, Any]:
         """Return everything that another node needs to make the sidecar again, in JSON types."""
-        repository = self.repository
         return {
             "layout": _LAYOUT,
             "version": __version__,
             "source": str(self.source),
-            "repository": {"name": repository.name, "revision": repository.revision} if repository else None,
+            "repository": fields_form(self.repository) if self.repository else None,
             "options": self.options.to_dict(),
             "fingerprint": self.fingerprint,
             "digest": self.digest,
@@ -166,7 +165,7 @@ class Sidecar:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `trtllm_ct.json`: the record, and mode and reason of every quantized module."""
-        return self.record() | {"modes": {module: list(entry) for module, entry in self.modes.items()}}
+        return self.record() | {"modes": json_form(self.modes)}
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -243,19 +242,24 @@ def is_sidecar(directory: str | Path) -> bool:
 
 
 def make_sidecar(
-    source: str | Path, options: ServingOptions, *, root: Path | None = None, repository: Repository | None = None
+    source: str | Path,
+    options: ServingOptions,
+    *,
+    root: Path | None = None,
+    repository: Repository | None = None,
+    detection: Detection | None = None,
 ) -> Path:
     """Return the directory of the sidecar of a compressed-tensors checkpoint; make it if it doesn't exist.
 
     Reads headers only. The sidecar is in `root`, which defaults to `cache_root()`. Its name is a hash of everything
     that it depends on: source, decisions, options and the release of this package. It appears atomically, also when
     several processes make it at once, and is not cleared while this process runs. With `repository`, nodes that lack
-    the source can download it.
+    the source can download it. `detection` is the detection of `source`, if it was made before.
     Raises `CheckpointError` for a source that can't be read or planned, and `SidecarError` when the sidecar can't be
     written.
     """
     source = Path(source).resolve()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, detection)
     plan = options.plan(checkpoint)
     sidecar = Sidecar(
         directory=Path(),
@@ -324,13 +328,8 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
 
 
 def _probe_to_dict(probe: Probe) -> dict[str, Any]:
-    return {
-        "scalars": dict(probe.scalars),
-        "powers": {name: list(powers) for name, powers in probe.powers.items()},
-        "zero": sorted(probe.zero),
-        "trivial": sorted(probe.trivial),
-        "shapes": {name: list(shape) for name, shape in probe.shapes.items()},
-    }
+    """Return the fields by name, in JSON types; scalars that are not finite stay numbers, as they are read back."""
+    return fields_form(probe) | {"scalars": dict(probe.scalars)}
 
 
 def _probe_from_dict(entry: Mapping[str, Any]) -> Probe:

@@ -52,7 +52,7 @@ class TensorCheck:
     comparison: Comparison
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {"name": self.name, "kind": self.kind, **self.comparison.to_dict()}
 
 

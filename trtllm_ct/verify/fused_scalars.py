@@ -1,9 +1,9 @@
 """Check the scalars that the parts of a fused NVFP4 Linear share in a converted directory.
 
 Engines fuse q/k/v, and gate and up, into one Linear each, and assert that the scalars of all parts are equal.
-`compare_converted` already proves that the weights have the right values with whatever scalar. This file does the rest:
-it computes the expected scale of the input, which may be the scale of another part, and checks that all parts agree.
-The expected values come from the tensors of the source, not from the deliveries of the plan.
+`compare_converted` already proves that the weights have the right values whichever scalar is used. This file does the
+rest: it computes the expected scale of the input, which may be the scale of another part, and checks that all parts
+agree. The expected values come from the tensors of the source, not from the deliveries of the plan.
 """
 
 from __future__ import annotations

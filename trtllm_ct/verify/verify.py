@@ -62,7 +62,7 @@ class VerificationReport:
             raise VerificationError(*self.faults)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return json_object(
             {
                 "directory": self.directory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,13 +11,17 @@ import torch
 from builders import SCHEMES, rewrite, rewrite_config, tiny_config, write_checkpoint
 from fused_experts import SPELLINGS, fuse_experts
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PlanError
-from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.base.schemes import QuantAlgo, TensorSpec
 from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.plan.models.families import ARCHITECTURES
+from trtllm_ct.plan.models.fused_experts import split_fused_experts
 from trtllm_ct.plan.plan import Fate
+from trtllm_ct.plan.stored import StoredModule, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -507,4 +512,47 @@ def test_the_mapper_delivers_the_specs_that_the_plan_promised(tmp_path: Path) ->
 
     assert {name: tuple(tensor.shape) for name, tensor in delivered.items()} == {
         name: spec.shape for name, spec in plan.delivered_specs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("local", "shape", "rows"),
+    [
+        ("weight_packed", (2, 8, 4), 4),
+        ("weight_scale", (2, 8, 1), 4),
+        ("weight_scale", (2, 1), 1),
+        ("weight_global_scale", (2, 2), 1),
+        ("weight_global_scale", (2, 1), 1),
+        # A number for the whole weight that is neither one nor one for each projection belongs to both.
+        ("weight_global_scale", (2, 16), 16),
+        ("bias", (2, 8), 4),
+    ],
+)
+def test_a_tensor_is_divided_by_what_its_elements_belong_to(local: str, shape: tuple[int, ...], rows: int) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    views = {
+        "weight_packed": Whole(name=f"{name}.weight_packed", spec=TensorSpec(DType.U8, (2, 8, 4))),
+        local: Whole(name=f"{name}.{local}", spec=TensorSpec(DType.U8, shape)),
+    }
+    experts = ARCHITECTURES["Qwen3MoeForCausalLM"][0].experts
+    assert experts is not None
+
+    split = split_fused_experts({name: StoredModule(name, views)}, experts)
+
+    for expert, leaf in product(range(2), ("gate_proj", "up_proj")):
+        assert split[f"model.layers.0.mlp.experts.{expert}.{leaf}"].specs[local].shape[0] == rows
+
+
+def test_tiles_are_never_divided() -> None:
+    """Half of the first axis of marlin-24 is half of the columns."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    shapes = {"weight_packed": (2, 8, 4), "scale_packed": (2, 2, 4), "meta": (2, 8, 4)}
+    views = {local: Whole(name=f"{name}.{local}", spec=TensorSpec(DType.I32, shape)) for local, shape in shapes.items()}
+    experts = ARCHITECTURES["Qwen3MoeForCausalLM"][0].experts
+    assert experts is not None
+
+    split = split_fused_experts({name: StoredModule(name, views)}, experts)
+
+    assert {local: spec.shape for local, spec in split["model.layers.0.mlp.experts.1.up_proj"].specs.items()} == {
+        local: shape[1:] for local, shape in shapes.items()
     }

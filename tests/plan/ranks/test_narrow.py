@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from planned_modules import PADDED, delivered, octets, plain_module, planned
+from planned_modules import PADDED, delivered, plain_module, planned, raw_bytes
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import PayloadError
@@ -70,9 +70,9 @@ def both(name: str) -> list[Planned]:
 
 
 @cache
-def whole_octets(name: str) -> list[dict[str, bytes]]:
+def whole_bytes(name: str) -> list[dict[str, bytes]]:
     """Return the delivered tensors."""
-    return [{local: octets(tensor) for local, tensor in delivered(*each).items()} for each in both(name)]
+    return [{local: raw_bytes(tensor) for local, tensor in delivered(*each).items()} for each in both(name)]
 
 
 def some_rows(data: st.DataObject, plan: ModulePlan) -> list[tuple[int, int]]:
@@ -88,11 +88,11 @@ class TestParts:
     @settings(max_examples=2, deadline=None)
     @given(data=st.data())
     def test_the_parts_together_deliver_the_whole_module(self, name: str, data: st.DataObject) -> None:
-        for (plan, stored), whole in zip(both(name), whole_octets(name), strict=True):
+        for (plan, stored), whole in zip(both(name), whole_bytes(name), strict=True):
             announced = {delivery.name: delivery.spec for delivery in plan.deliveries}
             parts = [delivered(narrow(plan, *bounds), stored) for bounds in some_rows(data, plan)]
             for local, want in whole.items():
-                of_parts = [octets(part[local]) for part in parts]
+                of_parts = [raw_bytes(part[local]) for part in parts]
                 if announced[local].numel == 1 or local == "m.pre_quant_scale":
                     assert set(of_parts) == {want}, local
                 else:
@@ -100,12 +100,12 @@ class TestParts:
 
     @pytest.mark.parametrize("name", KINDS)
     def test_all_rows_deliver_the_whole_module(self, name: str) -> None:
-        for (plan, stored), whole in zip(both(name), whole_octets(name), strict=True):
+        for (plan, stored), whole in zip(both(name), whole_bytes(name), strict=True):
             part = narrow(plan, 0, weight_rows(plan))
 
             assert part.deliveries == plan.deliveries
             assert part.runs == plan.runs
-            assert {local: octets(tensor) for local, tensor in delivered(part, stored).items()} == whole
+            assert {local: raw_bytes(tensor) for local, tensor in delivered(part, stored).items()} == whole
 
     @pytest.mark.parametrize("name", KINDS)
     @settings(max_examples=3, deadline=None)
@@ -133,10 +133,10 @@ class TestParts:
             tensor = stored[run.name]
             read = slice(run.begin * tensor.itemsize, (run.end or 0) * tensor.itemsize)
             raw = bytearray(b"\xff" * tensor.nbytes)
-            raw[read] = octets(tensor)[read]
+            raw[read] = raw_bytes(tensor)[read]
             spoilt[run.name] = torch.frombuffer(raw, dtype=tensor.dtype).reshape(tensor.shape)
 
-        assert octets(delivered(part, spoilt)["m.weight"]) == octets(delivered(plan, stored)["m.weight"][40:])
+        assert raw_bytes(delivered(part, spoilt)["m.weight"]) == raw_bytes(delivered(plan, stored)["m.weight"][40:])
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
     def test_a_bad_scale_is_refused_by_the_part_that_has_its_row(self, bad: float) -> None:
@@ -183,7 +183,7 @@ class TestParts:
 
         found = delivered(narrow(shaped, 4, 9), stored | {"m.weight_scale": scale})
 
-        assert octets(found["m.weight"]) == octets(delivered(plan, stored)["m.weight"][4:9])
+        assert raw_bytes(found["m.weight"]) == raw_bytes(delivered(plan, stored)["m.weight"][4:9])
 
 
 class TestPlain:
@@ -195,8 +195,8 @@ class TestPlain:
 
         part = delivered(narrow(plan, *bounds), stored)
 
-        assert {local: octets(tensor) for local, tensor in part.items()} == {
-            local: octets(tensor[slice(*bounds)]) for local, tensor in whole.items()
+        assert {local: raw_bytes(tensor) for local, tensor in part.items()} == {
+            local: raw_bytes(tensor[slice(*bounds)]) for local, tensor in whole.items()
         }
         assert (weight_rows(plan), row_unit(plan)) == (rows, 1)
 

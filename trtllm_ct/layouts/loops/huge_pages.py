@@ -21,7 +21,7 @@ _ALIGNMENT = 64  # bytes: a cache line, which is the alignment of torch's own te
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialized contiguous CPU tensor; nothing else uses or keeps its memory."""
+    """Return an uninitialized contiguous CPU tensor; the tensor owns its memory."""
     import torch
 
     size = prod(shape) * dtype.itemsize

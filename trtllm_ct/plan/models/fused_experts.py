@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, TypeGuard
 
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.formats import WEIGHT_TENSORS, Axis
+from trtllm_ct.formats import WEIGHT_TENSORS, Axis, axes_of
 from trtllm_ct.plan.stored import ExpertSlice, StoredModule, View, Whole
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ __all__ = ["NOT_PER_EXPERT", "split_fused_experts"]
 
 # Name of a fused tensor -> the projections whose rows it holds, as positions in (gate, up, down).
 _PARTS = {"gate_up_proj": (0, 1), "w13_weight": (0, 1), "down_proj": (2,), "w2_weight": (2,)}
-# Tensors that belong to the columns of a weight; all rows share them.
-_PER_COLUMN = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis.COLUMNS in axes)
+_WITH_ROWS = frozenset({Axis.ROWS, Axis.SCALE_ROWS})
 # Tensors that hold the shape of the fused weight. The shape of one expert follows from its codes.
 NOT_PER_EXPERT = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis.SHAPE in axes)
 
@@ -67,27 +66,29 @@ def _add_experts(
 
     `parent` is the name of the experts module, `fused` the name of the fused module or parameter in it.
     """
-    parts = _PARTS[fused]
+    parts, axes = _PARTS[fused], axes_of(views)
     for local, view in views.items():
         if not _has_experts(view, local):
             continue
         for expert in range(view.spec.shape[0]):
-            pieces = _pieces(view, expert, len(parts), cut=local not in _PER_COLUMN)
+            pieces = _pieces(view, expert, len(parts), axes.get(local))
             for part, piece in zip(parts, pieces, strict=True):
                 name = f"{parent}.{expert}.{experts.projections[part]}"
                 known = result.get(name)
                 result[name] = StoredModule(name, {**(known.views if known else {}), local: piece})
 
 
-def _pieces(view: Whole, expert: int, count: int, *, cut: bool) -> Iterator[View]:
+def _pieces(view: Whole, expert: int, count: int, axis: Axis | None) -> Iterator[View]:
     """Yield one view for each of `count` projections of one expert.
 
-    Each is a range of the expert's rows. If the rows can't be divided, for example of one scale for all rows, each is
-    the whole part of the expert.
+    Each is a range of the expert's rows, or the whole part of the expert where rows don't belong to one projection: of
+    columns and tiles, and of one scale for all rows. A number for the whole weight is stored once for each projection
+    or once for all. `axis` is None for tensors that belong to no weight, such as biases.
     """
     shape = view.spec.shape[1:]
     size = prod(shape)
-    if count == 1 or not cut or not shape or shape[0] % count != 0:
+    has_rows = axis is None or axis in _WITH_ROWS or (axis is Axis.SCALAR and size == count)
+    if count == 1 or not has_rows or not shape or shape[0] % count != 0:
         spec = TensorSpec(view.spec.dtype, shape)
         for _ in range(count):
             yield ExpertSlice(name=view.name, spec=spec, expert=expert, size=size, users=count)

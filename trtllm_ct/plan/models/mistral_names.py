@@ -82,7 +82,7 @@ def hugging_face_names(
 ) -> dict[str, StoredModule]:
     """Return the modules under Hugging Face names; they are unchanged if they don't have Mistral's names.
 
-    Adds a fault for each tensor that two stored tensors make. Raises `PlanError` with all faults if the model has no
+    Adds a fault for each name that two stored tensors would get. Raises `PlanError` with all faults if the model has no
     name for some modules, instead of later faults for each surplus and each missing tensor.
     """
     if not any(_NATIVE.match(f"{name}.") for name in modules):

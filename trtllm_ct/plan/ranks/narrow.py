@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Rows", "can_narrow", "narrow", "row_unit", "weight_rows", "weight_rows_per_row"]
 
-_ZERO_POINT = "weight_zero_point"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows(View):
@@ -44,12 +42,15 @@ class Rows(View):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The sources of the whole view; none if there are no rows and the whole view is no run of a stored tensor."""
+        """The sources of the whole view.
+
+        There are none if there are no rows and the whole view is not one contiguous run of a stored tensor.
+        """
         return () if self._needs_nothing else self.view.sources
 
     @property
     def offset(self) -> int | None:
-        """The first element of the rows in the stored tensor; None if the whole view is no run of one."""
+        """The first element of the rows in the stored tensor; None if the view is not one contiguous run of it."""
         return None if self.view.offset is None else self.view.offset + self.begin
 
     def of(self, stored: Mapping[str, Tensor]) -> Tensor:
@@ -135,7 +136,7 @@ def _narrow_view(module: ModulePlan, local: str, view: View, begin: int, end: in
     axis = Axis.ROWS if local == "bias" else weight.axes.get(local)
     if axis is Axis.ROWS:
         return _cut(view, (begin, end), rows)
-    if axis is Axis.SCALE_ROWS and local == _ZERO_POINT and weight.zero_point_packing is not None:
+    if axis is Axis.SCALE_ROWS and local == weight.zero_point and weight.zero_point_packing is not None:
         elements = weight.zero_point_packing.elements
         return _cut(view, (elements(begin), elements(end)), elements(rows))
     if axis is Axis.SCALE_ROWS and scale_rows > 1:

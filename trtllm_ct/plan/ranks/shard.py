@@ -49,7 +49,7 @@ _VIEWS = (Copy, Reinterpret)
 
 
 def plan_for_rank(plan: Plan, model: Model, rank: Rank) -> Plan:
-    """Return the plan of one rank: the modules that it uses, restricted to what it reads and receives of them.
+    """Return the plan of one rank: the modules that it uses, restricted to the parts that the rank reads and receives.
 
     `plan` must have been made for the rank's parallel sizes. Delivered tensors keep their names. They keep their shapes
     too, except for K and V when there are more ranks than heads: scales that engines don't repeat then have the rows of
