@@ -170,7 +170,7 @@ def test_a_loaded_model_outlives_its_directory(save_tiny: Callable[..., Path]) -
 def test_compressed_tensors_directories_come_through_their_target(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bridge is called once, for that method only, with the directory and the compute dtype."""
+    """The bridge is called once, for that method only, with the directory, the compute dtype and the detection."""
     directory = save_tiny("llama")
     source = read_directory(directory, dtype=torch.float32)
     config = json.loads((directory / "config.json").read_text())
@@ -184,8 +184,8 @@ def test_compressed_tensors_directories_come_through_their_target(
         quant_config: None
         tensors: Any
 
-    def deliver(directory: Path, *, dtype: torch.dtype) -> Delivered:
-        calls.append((directory, dtype))
+    def deliver(directory: Path, *, dtype: torch.dtype, detection: Detection) -> Delivered:
+        calls.append((directory, dtype, detection))
         return Delivered(config, None, source.tensors)
 
     bridge = ModuleType("trtllm_ct.reference.bridge")
@@ -194,7 +194,7 @@ def test_compressed_tensors_directories_come_through_their_target(
 
     model = load_model(directory, dtype=torch.float32)
 
-    assert calls == [(directory, torch.float32)]
+    assert calls == [(directory, torch.float32, FormatDetector().detect(directory))]
     assert logits(model).isfinite().all()
 
 

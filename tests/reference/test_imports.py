@@ -38,5 +38,10 @@ def test_the_reference_shares_no_code_with_what_it_proves(source: Path) -> None:
 
     vocabulary = {"base", "engine", "reference"}
     files = {"checkpoint", "config"}
-    extra = {"directory": files, "bridge": {"pipeline"}, "compare": {"layouts"}, "effective_weights": {"config"}}
+    extra = {
+        "directory": files,
+        "bridge": {"config", "pipeline"},
+        "compare": {"layouts"},
+        "effective_weights": {"config"},
+    }
     assert folders <= vocabulary | extra.get(source.stem, set())

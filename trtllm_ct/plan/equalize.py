@@ -197,7 +197,7 @@ def _with_reasons(equalized: Equalized, site: Site) -> Equalized:
 def _obstacle(members: Sequence[Part], divisors: Sequence[float], local: str, why: str) -> str:
     """Return the reason why the members share no scalar: it names two of them and their global scales.
 
-    The two differ by no power of two, if there are such members.
+    If some members do not differ by a power of two, it names two of those.
     """
     values = [(part.site, divisor) for part, divisor in zip(members, divisors, strict=True) if divisor]
     first_site, first = values[0]

@@ -22,7 +22,7 @@ from trtllm_ct.reference.compare import Comparison, compare_native, compare_roun
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.effective_weights import effective_bias, effective_table, effective_weight
 from trtllm_ct.reference.linear import ReferenceLinear
-from trtllm_ct.verify.fused_scalars import check_fused_scalars, input_multipliers
+from trtllm_ct.verify.shared_scalars import check_fused_scalars, input_multipliers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
