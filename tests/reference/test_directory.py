@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trtllm_ct.base.errors import CatalogError, ConfigError, DetectionError, PlanError
+from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.reference import ReferenceLinear, load_model
 from trtllm_ct.reference.directory import read_directory
 
