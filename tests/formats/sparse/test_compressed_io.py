@@ -127,6 +127,17 @@ def test_tensors_of_any_shape_are_loaded(
     assert_same(dict(load_compressed(path)), tensors)
 
 
+def test_a_shape_of_either_integer_gives_the_exact_columns(tmp_path: Path) -> None:
+    """13 columns have as many bytes of bits as 16."""
+    tensors = {"lin.weight": torch.arange(26, dtype=torch.float32).view(2, 13) % 3}
+    path = tmp_path / "model.safetensors"
+    save_compressed(tensors, path, "sparse-bitmask")
+    pieces = load_file(path)
+    save_file(pieces | {"lin.shape": pieces["lin.shape"].to(torch.int32)}, path)
+
+    assert_same(dict(load_compressed(path)), tensors)
+
+
 def test_minus_zero_becomes_zero(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_compressed({"lin.weight": torch.tensor([[-0.0, 1.0]])}, path, "sparse-bitmask")

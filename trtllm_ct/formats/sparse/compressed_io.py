@@ -20,6 +20,7 @@ from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import METADATA_KEY, read_header
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.writer import ShardedWriter
+from trtllm_ct.formats.sparse.base import SHAPE_DTYPES
 from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS, Generation, SparseTensor, find_sparse, restore, stem_of
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _stored_shapes(reader: TensorReader, specs: Mapping[str, TensorSpec]) -> Cal
     def shape_of(name: str) -> tuple[int, ...] | None:
         for stem in (name, name.removesuffix(".weight")):
             spec = specs.get(f"{stem}.shape")
-            if spec is not None and spec.dtype is DType.I64:
+            if spec is not None and spec.dtype in SHAPE_DTYPES:
                 return tuple(reader.read(f"{stem}.shape").flatten().tolist())
         return None
 
