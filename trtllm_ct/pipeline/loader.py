@@ -34,7 +34,7 @@ Layout = Literal["native", "dense", "stored"]
 Decompressor = Literal["auto", "library", "native"]
 
 _TARGET_OF_LAYOUT = {"native": "modelopt", "dense": "dense"}
-_CODEC_OF_DECOMPRESSOR = {"auto": NATIVE, "native": NATIVE, "library": LIBRARY}
+_DECOMPRESSORS = ("auto", "native", "library")
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -42,14 +42,13 @@ logger = logging.getLogger("trtllm_ct")
 class CompressedTensorsWeightLoader:
     """Loads compressed-tensors weights under Hugging Face names.
 
-    `decompressor` selects the decoder. `native` is the one of this package. `library` is the compressed-tensors
-    package, which is imported only then; that takes seconds. `auto` uses this package's decoder for every format that
-    it has.
-    Unless `native` is chosen, a missing compressed-tensors package is logged once, and this package's decoder is used.
+    `decompressor` selects the decoder. `native` is the one of this package, and so is `auto`, since this package
+    decodes every format that it supports. `library` is the compressed-tensors package, which is imported only then;
+    that takes seconds. If it is not installed, that is logged once, and this package's decoder is used.
     """
 
     def __init__(self, *, decompressor: Decompressor = "auto") -> None:
-        _require_choice("decompressor", decompressor, _CODEC_OF_DECOMPRESSOR)
+        _require_choice("decompressor", decompressor, _DECOMPRESSORS)
         self._decompressor = decompressor
 
     def load_weights(
@@ -104,13 +103,13 @@ class CompressedTensorsWeightLoader:
 
     def _codec(self) -> Codec:
         """Return the codec of the chosen decompressor; the one of this package if the library is not installed."""
-        if self._decompressor == "native":
+        if self._decompressor != "library":
             return NATIVE
         # `find_spec` does not import the package.
         if importlib.util.find_spec("compressed_tensors") is None:
             _log_missing_library()
             return NATIVE
-        return _CODEC_OF_DECOMPRESSOR[self._decompressor]
+        return LIBRARY
 
 
 def _rank(mapping: object, layers: int) -> Rank:
