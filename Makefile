@@ -23,9 +23,10 @@ help:
 demo: $(venv)/.demo-installed
 	@$(venv)/bin/trtllm-ct demo
 
-# One thread a process: the workers share the cores, and threads that wait for each other would spin.
+# One thread a process: the workers share the cores, and threads that wait for each other would spin. With bytecode, as
+# installed packages have it: many tests start processes, which would parse the package anew.
 test: $(venv)/.dev-installed
-	OMP_NUM_THREADS=1 $(python) -m pytest -n auto --maxprocesses 8 -q $(PYTEST_ARGS)
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal -q $(PYTEST_ARGS)
 
 lint: $(venv)/.dev-installed
 	$(venv)/bin/ruff check .

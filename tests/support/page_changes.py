@@ -58,7 +58,7 @@ def run_in(root: Path, code: str, *arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code, *(str(argument) for argument in arguments)],
         cwd=root,
-        env=environ | {"PYTHONPATH": pathsep.join(map(str, paths)), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=environ | {"PYTHONPATH": pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
         check=False,
