@@ -12,7 +12,7 @@ import pytest
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault
-from trtllm_ct.base.json_form import fields_form, json_form
+from trtllm_ct.base.json_form import fields_form, from_fields, json_form, json_object
 from trtllm_ct.base.schemes import QuantAlgo, TensorSpec
 
 FAULT = Fault(where="here", expected="a", found="b", remedy="c")
@@ -53,10 +53,31 @@ def test_an_object_without_a_form_is_refused() -> None:
         json_form([object()])
 
 
-def test_a_dataclass_is_its_fields_by_name() -> None:
-    @dataclass(frozen=True)
-    class Report:
-        path: Path
-        dtype: DType | None = None
+@dataclass(frozen=True)
+class Report:
+    path: Path
+    dtype: DType | None = None
 
+
+def test_a_dataclass_is_its_fields_by_name() -> None:
     assert fields_form(Report(Path("a"))) == {"path": "a", "dtype": None}
+
+
+def test_empty_optional_members_are_left_out() -> None:
+    assert json_object({"empty": ()}, optional={"reason": "", "by": (DType.BF16,), "note": None}) == {
+        "empty": [],
+        "by": ["bfloat16"],
+    }
+
+
+@pytest.mark.parametrize("dtype", [DType.F16, None])
+def test_a_dataclass_is_read_back_from_its_fields(dtype: DType | None) -> None:
+    report = Report(Path("a"), dtype)
+
+    assert from_fields(Report, fields_form(report), path=Path, dtype=DType.from_torch) == report
+
+
+@pytest.mark.parametrize("entry", [{}, {"path": "a", "shape": [1]}], ids=["missing", "unknown"])
+def test_fields_that_are_missing_or_unknown_are_refused(entry: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        from_fields(Report, entry)

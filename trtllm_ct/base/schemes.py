@@ -13,6 +13,8 @@ from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
+from trtllm_ct.base.json_form import json_object
+
 if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
 
@@ -202,7 +204,7 @@ class TensorSpec:
 
     def to_dict(self) -> dict[str, object]:
         """Return dtype and shape for JSON output."""
-        return {"dtype": self.dtype.torch_name, "shape": list(self.shape)}
+        return json_object({"dtype": self.dtype, "shape": self.shape})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,7 +131,7 @@ class LinearMode:
     read_of_all_experts: frozenset[str] = frozenset()
     repeated_with_kv_heads: frozenset[str] = frozenset({"weight", "bias"})
     expert_scale_alias: str | None = None
-    config_fields: frozenset[str] = frozenset()
+    config_fields: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
     linear_since: Release | None = None
@@ -177,7 +177,7 @@ _SMALL_GROUPS = frozenset({Strategy.GROUP, Strategy.TENSOR_GROUP})
 _UP_TO_4 = frozenset({1, 2, 3, 4})
 _UP_TO_8 = frozenset({5, 6, 7, 8})
 _ANY_ACTIVATIONS = frozenset(Activations) - {Activations.WIDE}
-_ZERO_POINT_FIELDS = frozenset({"has_zero_point", "pre_quant_scale"})
+_ZERO_POINT_FIELDS = ("has_zero_point", "pre_quant_scale")
 _NVFP4_SCALARS = ("weight_scale_2", "input_scale")
 _WEIGHT_AND_SCALE = frozenset({"weight", "bias", "weight_scale"})
 

@@ -6,12 +6,12 @@ The field names are the engine's (`tensorrt_llm.models.modeling_utils.QuantConfi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.json_form import from_fields, json_object
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import LINEAR_MODES, MODES_BY_ALGO
 
@@ -36,22 +36,19 @@ class LayerQuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, without the fields that the algorithm doesn't use."""
-        entry: dict[str, Any] = {"quant_algo": str(self.quant_algo)}
-        if self.group_size is not None:
-            entry["group_size"] = self.group_size
-        fields = {"has_zero_point": self.has_zero_point, "pre_quant_scale": self.pre_quant_scale}
         mode = MODES_BY_ALGO.get(self.quant_algo)
-        return entry | {key: value for key, value in fields.items() if mode is not None and key in mode.config_fields}
+        flags = {name: getattr(self, name) for name in (mode.config_fields if mode else ())}
+        return json_object({"quant_algo": self.quant_algo}, optional={"group_size": self.group_size}) | flags
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> LayerQuantConfig:
         """Return the value of a JSON form by `to_dict` or ModelOpt; raises `ValueError` for an unknown algorithm."""
-        return cls(
-            quant_algo=QuantAlgo(_ALIASES.get(str(entry["quant_algo"]).lower(), entry["quant_algo"])),
-            group_size=entry.get("group_size"),
-            has_zero_point=bool(entry.get("has_zero_point", False)),
-            pre_quant_scale=bool(entry.get("pre_quant_scale", False)),
-        )
+        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        return from_fields(cls, known, quant_algo=_algo_named)
+
+
+def _algo_named(name: object) -> QuantAlgo:
+    return _ALIASES.get(str(name).lower()) or QuantAlgo(str(name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

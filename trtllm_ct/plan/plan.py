@@ -52,12 +52,10 @@ class StoredFate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        entry: dict[str, Any] = {"name": self.name, **self.spec.to_dict(), "fate": str(self.fate)}
-        if self.by:
-            entry["by"] = list(self.by)
-        if self.reason:
-            entry["reason"] = self.reason
-        return entry
+        return json_object(
+            {"name": self.name, "dtype": self.spec.dtype, "shape": self.spec.shape, "fate": self.fate},
+            optional={"by": self.by, "reason": self.reason},
+        )
 
 
 class Delivery(NamedTuple):
@@ -74,13 +72,16 @@ class Delivery(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {
-            "name": self.name,
-            **self.spec.to_dict(),
-            "operation": self.operation.label,
-            "exact": self.operation.exact,
-            "sources": list(self.sources),
-        }
+        return json_object(
+            {
+                "name": self.name,
+                "dtype": self.spec.dtype,
+                "shape": self.spec.shape,
+                "operation": self.operation.label,
+                "exact": self.operation.exact,
+                "sources": self.sources,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +200,7 @@ class ModulePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the tensors."""
-        entry: dict[str, Any] = {
+        entry = {
             "name": self.name,
             "class": self.class_name,
             "mode": self.delivered_mode,
@@ -209,14 +210,10 @@ class ModulePlan:
         if self.weight is not None:
             entry |= {
                 "scheme": self.stored_scheme,
-                "native_mode": str(self.native_mode) if self.native_mode else None,
-                "shape": list(self.weight.shape),
+                "native_mode": self.native_mode,
+                "shape": self.weight.shape,
             }
-        if self.reason:
-            entry["reason"] = self.reason
-        if self.note:
-            entry["note"] = self.note
-        return entry
+        return json_object(entry, optional={"reason": self.reason, "note": self.note})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

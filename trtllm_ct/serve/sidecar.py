@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, SidecarError
-from trtllm_ct.base.json_form import fields_form, json_form
+from trtllm_ct.base.json_form import fields_form, from_fields, json_form, json_object
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.side_files import side_files
@@ -75,14 +75,7 @@ class ServingOptions:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Self:
         """Create the options from the output of `to_dict`."""
-        dtype = entry["dtype"]
-        return cls(
-            **{
-                **entry,
-                "parallel": Parallel(**entry["parallel"]),
-                "dtype": DType.from_torch(dtype) if dtype is not None else None,
-            }
-        )
+        return from_fields(cls, entry, parallel=lambda sizes: from_fields(Parallel, sizes), dtype=DType.from_torch)
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
         """Return the plan of a checkpoint for target `tensorrt_llm` with these options. Raises `PlanError`."""
@@ -138,30 +131,29 @@ class Sidecar:
         """
         if entry["layout"] != _LAYOUT:
             raise ValueError(f"layout {entry['layout']!r}")
-        repository = entry["repository"]
-        return cls(
-            directory=directory,
-            source=Path(entry["source"]),
-            options=ServingOptions.from_dict(entry["options"]),
-            fingerprint=entry["fingerprint"],
-            digest=entry["digest"],
-            probe=_probe_from_dict(entry["probe"]),
-            modes={module: (mode, reason) for module, (mode, reason) in entry.get("modes", {}).items()},
-            repository=Repository(**repository) if repository else None,
+        return from_fields(
+            cls,
+            {"directory": directory, **{name: entry[name] for name in entry.keys() - {"layout", "version"}}},
+            source=Path,
+            options=ServingOptions.from_dict,
+            probe=_probe_from_dict,
+            modes=_tuples,
+            repository=lambda repository: from_fields(Repository, repository),
         )
 
     def record(self) -> dict[str, Any]:
         """Return everything that another node needs to make the sidecar again, in JSON types."""
-        return {
-            "layout": _LAYOUT,
-            "version": __version__,
-            "source": str(self.source),
-            "repository": fields_form(self.repository) if self.repository else None,
-            "options": self.options.to_dict(),
-            "fingerprint": self.fingerprint,
-            "digest": self.digest,
-            "probe": _probe_to_dict(self.probe),
-        }
+        return json_object(
+            {
+                "layout": _LAYOUT,
+                "version": __version__,
+                "source": self.source,
+                "repository": fields_form(self.repository) if self.repository else None,
+                "options": self.options,
+                "fingerprint": self.fingerprint,
+                "digest": self.digest,
+            }
+        ) | {"probe": _probe_to_dict(self.probe)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `trtllm_ct.json`: the record, and mode and reason of every quantized module."""
@@ -333,13 +325,11 @@ def _probe_to_dict(probe: Probe) -> dict[str, Any]:
 
 
 def _probe_from_dict(entry: Mapping[str, Any]) -> Probe:
-    return Probe(
-        scalars=entry["scalars"],
-        powers={name: (least, largest) for name, (least, largest) in entry["powers"].items()},
-        zero=frozenset(entry["zero"]),
-        trivial=frozenset(entry["trivial"]),
-        shapes={name: tuple(shape) for name, shape in entry.get("shapes", {}).items()},
-    )
+    return from_fields(Probe, entry, powers=_tuples, zero=frozenset, trivial=frozenset, shapes=_tuples)
+
+
+def _tuples(entry: Mapping[str, list[Any]]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(values) for name, values in entry.items()}
 
 
 def _key(record: Mapping[str, Any], names: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtllm_ct.base.errors import CheckpointError, FaultCollector
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.engine.modes import MODES_BY_ALGO
@@ -53,7 +54,7 @@ class TensorCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"name": self.name, "kind": self.kind, **self.comparison.to_dict()}
+        return json_object({"name": self.name, "kind": self.kind}) | self.comparison.to_dict()
 
 
 def compare_converted(
