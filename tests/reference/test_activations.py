@@ -148,16 +148,39 @@ def test_nvfp4_with_the_zero_scale_of_an_expert_without_calibration_is_zero() ->
 
 
 def test_mxfp8_by_hand() -> None:
-    """Peaks of 448 and 500 have the scale 1, and 500 saturates; 512 has the scale 2; 0.7 has 2^-9."""
-    groups = [padded([448.0, 17.0], 32), padded([500.0, -19.0], 32), padded([512.0, 34.0], 32), padded([0.7, 1e-6], 32)]
+    """The scale is peak / 448, rounded up to a power of two, so that no code saturates.
+
+    Peaks of 448 and 224.5 have the scale 1; 449, 500 and 512 have 2; 0.7 has 2^-9, and 1e-6 is then below half of the
+    smallest code.
+    """
+    groups = [
+        padded([448.0, 17.0], 32),
+        padded([224.5, 17.0], 32),
+        padded([449.0, 17.0], 32),
+        padded([500.0, -19.0], 32),
+        padded([512.0, 34.0], 32),
+        padded([0.7, 1e-6], 32),
+    ]
     wanted = [
         padded([448.0, 16.0], 32),
-        padded([448.0, -20.0], 32),
+        padded([224.0, 16.0], 32),
+        padded([448.0, 16.0], 32),
+        padded([512.0, -20.0], 32),
         padded([512.0, 32.0], 32),
         padded([0.6875, 0.0], 32),
     ]
 
     assert torch.equal(torch.cat(wanted)[None], quantize_mxfp8(torch.cat(groups)[None]))
+
+
+@pytest.mark.parametrize("exponent", [-20, -1, 0, 5, 20])
+def test_no_peak_of_an_mxfp8_group_saturates(exponent: int) -> None:
+    """Peaks between 448 and 512 times a power of two get the next scale, and lose at most half a step of e4m3."""
+    peaks = torch.linspace(256, 512, 257).ldexp(torch.tensor(exponent))
+    groups = torch.zeros(len(peaks), 32)
+    groups[:, 7] = peaks
+
+    assert ((quantize_mxfp8(groups)[:, 7] - peaks).abs() <= peaks / 16).all()
 
 
 def test_each_block_of_a_token_has_its_own_scale() -> None:

@@ -2,8 +2,7 @@
 
 A kernel multiplies the codes and applies the scales to the product; in exact arithmetic the result is the same.
 All scales are multipliers: value = code * scale. The largest float8_e4m3fn is 448, the largest float4 (E2M1) is 6.
-Sources: TensorRT-LLM `_torch/modules/linear.py`, the Linear methods, and `cpp/tensorrt_llm/kernels/quantization.cuh`;
-OCP Microscaling Formats 1.0, section 6.3.
+Sources: TensorRT-LLM `_torch/modules/linear.py`, the Linear methods, and `cpp/tensorrt_llm/kernels/quantization.cuh`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ __all__ = [
 
 FP8_MAX = 448.0
 E2M1_MAX = 6.0
-_E4M3_EXPONENT = 8
 _E8M0_EXPONENT = 127
 _BLOCK = 128
 _MX_GROUP = 32
@@ -72,13 +70,14 @@ def quantize_per_block(values: Tensor) -> Tensor:
 def quantize_mxfp8(values: Tensor) -> Tensor:
     """Round [..., K], K a multiple of 32, to float8 with one power-of-two scale per group of 32 elements.
 
-    The scale is 2^(floor(log2(peak)) - 8), which puts the peak of the group between 256 and 512.
-    Codes beyond 448 saturate.
+    The scale is the smallest power of two that is not less than peak / 448, so no code saturates
+    (`quantization.cuh: cvt_warp_fp16_to_mxfp8` converts peak / 448 to E8M0 and rounds up).
     """
     groups = values.reshape(*values.shape[:-1], -1, _MX_GROUP)
     peak = _peak(groups)
-    # frexp gives peak = mantissa * 2^exponent with 0.5 <= mantissa < 1, so floor(log2(peak)) is exponent - 1.
-    exponent = (peak.frexp().exponent - 1 - _E4M3_EXPONENT).clamp(-_E8M0_EXPONENT, _E8M0_EXPONENT)
+    # frexp gives x = mantissa * 2^exponent with 0.5 <= mantissa < 1; a mantissa of 0.5 is a power of two already.
+    mantissa, exponent = (peak * (1 / FP8_MAX)).frexp()
+    exponent = (exponent - (mantissa == 0.5).int()).clamp(-_E8M0_EXPONENT, _E8M0_EXPONENT)
     # E8M0 can encode NaN but not infinity: a group whose peak is not finite becomes NaN.
     scale = torch.where(peak.isfinite(), torch.ones_like(peak).ldexp(exponent), torch.nan)
     return round_to_fp8(groups, scale).flatten(-2)
