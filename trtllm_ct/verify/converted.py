@@ -18,7 +18,7 @@ from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.formats.codecs import NATIVE
-from trtllm_ct.plan.ops import Reciprocal
+from trtllm_ct.plan.ops import LargestScale, Reciprocal
 from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.effective_weights import effective_bias, effective_table, effective_weight
@@ -131,6 +131,8 @@ class _DirectoryComparison:
             exact = stored[source].double()
             if isinstance(delivery.operation, Reciprocal):
                 exact = torch.full_like(exact, self._inputs[plan.name])
+            if isinstance(delivery.operation, LargestScale):
+                exact = exact.amax()
             if plan.transforms and source == "bias":
                 exact = effective_bias(exact, plan.transforms, stored)
             yield from self._check_tensor(delivery.name, exact, _uncertainty(plan))
