@@ -470,6 +470,17 @@ def test_unknown_keywords_of_later_releases_are_accepted(engine: Any, made: Path
     assert same(weights, want)
 
 
+@pytest.mark.parametrize("context_only", [True, False])
+def test_a_worker_for_a_part_of_the_model_reads_no_files_of_the_sidecar(
+    engine: Any, made: Path, context_only: bool
+) -> None:
+    """The newest release opens the files itself for such a worker, without asking the weight loader."""
+    decoder = type("Decoder", (), {"disagg_context_only": context_only})()
+    model = type("Model", (), {"model": decoder})()
+
+    assert same(call(loader(), made, model=model), LoadSession().load(made))
+
+
 def test_a_plain_draft_goes_to_the_engine_with_all_keywords(engine: Any, built: Built, tmp_path: Path) -> None:
     """The loader passes on exactly the keywords that it got, because releases differ in what they accept."""
     convert_checkpoint(built.directory, tmp_path / "dense", to="dense")
