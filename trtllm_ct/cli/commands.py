@@ -144,6 +144,9 @@ def convert(
     dtype: Annotated[
         DenseDtype, typer.Option(help="Dtype of dequantized modules; float16 casts every plain tensor too.")
     ] = _AUTO,
+    dense_o_proj: Annotated[
+        bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")
+    ] = False,
     strict: Strict = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
@@ -168,6 +171,7 @@ def convert(
             engine=engine,
             parallel=_parallel(tp, pp, ep),
             dtype=dtype,
+            dense_o_proj=dense_o_proj,
             strict=strict,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,

@@ -240,8 +240,8 @@ def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Faul
         yield Fault(
             where="LLM(force_dynamic_quantization=...)",
             expected="an argument that keeps attention from quantizing its output at a fixed scale",
-            found="none in this TensorRT-LLM",
-            remedy="For row-wise FP8 pass dense_o_proj=True, or look at the text before you trust it.",
+            found="none that attention honours in this TensorRT-LLM",
+            remedy="With a quantized KV cache, pass dense_o_proj=True for row-wise or block-wise FP8.",
         )
 
 

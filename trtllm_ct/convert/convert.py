@@ -94,6 +94,7 @@ def convert_checkpoint(
     engine: str = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
+    dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
     max_shard_bytes: int = ...,
@@ -113,6 +114,7 @@ def convert_checkpoint(
     engine: str = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
+    dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
     max_shard_bytes: int = ...,
@@ -131,6 +133,7 @@ def convert_checkpoint(
     engine: str = DEFAULT_ENGINE,
     parallel: Parallel = ONE_RANK,
     dtype: str = "auto",
+    dense_o_proj: bool = False,
     strict: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -145,7 +148,8 @@ def convert_checkpoint(
     the parallel sizes that the engine will run with: a module is dequantized when its mode can't represent the slices
     that the ranks get. The output directory itself is not split by rank. `dtype` is the dtype of dequantized
     modules; `auto` is the dtype of the model. With `float16` all plain tensors are cast as well, and a value that
-    overflows is an error.
+    overflows is an error. `dense_o_proj` dequantizes the output projections of attention whose input the engine would
+    quantize at a fixed scale, see `make_plan`.
 
     `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
     `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
@@ -169,6 +173,7 @@ def convert_checkpoint(
         "to": to,
         "engine": engine,
         "dtype": None if dtype == "auto" else DType.from_torch(dtype),
+        "dense_o_proj": dense_o_proj,
         "strict": strict,
         "parallel": parallel,
     }

@@ -15,12 +15,14 @@ class Release:
     """One line of releases.
 
     `name` is its name for `--engine`. `source` is the engine's code that the facts were read from. `kv_cache` are the
-    modes of its KV cache.
+    modes of its KV cache. `dynamic_attention_output` says whether its attention honours `force_dynamic_quantization`
+    (`_torch/modules/attention.py: Attention._use_quantize_output`).
     """
 
     name: str
     source: str
     kv_cache: frozenset[str] = frozenset({"FP8"})
+    dynamic_attention_output: bool = False
 
 
 STOCK_1_0 = Release(
@@ -34,6 +36,7 @@ STOCK_1_2 = Release(
 STOCK_1_3 = Release(
     name="stock-1.3",
     source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
+    dynamic_attention_output=True,
 )
 
 RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)

@@ -67,6 +67,7 @@ class Checkpoint:
         strict: bool = False,
         parallel: Parallel = ONE_RANK,
         dense_o_proj: bool = False,
+        kv_cache: str | None = None,
     ) -> Plan:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
@@ -82,6 +83,7 @@ class Checkpoint:
             strict=strict,
             parallel=parallel,
             dense_o_proj=dense_o_proj,
+            kv_cache=kv_cache,
             probe=self.probe,
         )
 

@@ -17,6 +17,7 @@ online_transforms.py  transforms that run with the model
 row_order.py          the row order of queries and keys in Mistral's own form
 unsupported.py        refuses parts of a configuration that are not supported
 leftovers.py          refuses tensors that belong to no module
+attention_output.py   which output projections get an input that attention has quantized at a fixed scale
 engine_config.py      the plan as the engine's QuantConfig
 producers.py          writers that are known to store wrong numbers
 models/               which modules a model has

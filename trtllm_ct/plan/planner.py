@@ -14,6 +14,7 @@ from trtllm_ct.base.errors import FaultCollector, PlanError
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
+from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
@@ -51,6 +52,7 @@ def make_plan(
     strict: bool = False,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
+    kv_cache: str | None = None,
     probe: Probe = NO_PROBE,
 ) -> Plan:
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
@@ -59,8 +61,9 @@ def make_plan(
     `strict` makes it a fault when a module has to be dequantized because the target has no mode for it. Modules that
     `dense_o_proj` dequantizes are no fault.
     `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
-    `dense_o_proj` dequantizes the output projections of attention whose mode would make attention quantize its output
-    at a fixed scale.
+    `dense_o_proj` dequantizes the output projections of attention whose input attention would quantize at a fixed
+    scale; that depends on the KV cache. `kv_cache` is the mode of the cache that the engine will be told, such as
+    `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
     Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
     be delivered to the target.
@@ -73,6 +76,7 @@ def make_plan(
         dtypes=_dtypes(model, target, dtype),
         parallel=parallel,
         dense_o_proj=dense_o_proj,
+        asked_kv_cache=kv_cache,
         probe=probe,
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
@@ -98,6 +102,7 @@ class _Planner:
     dtypes: deliver.Dtypes
     parallel: Parallel
     dense_o_proj: bool
+    asked_kv_cache: str | None
     probe: Probe
     faults: FaultCollector
     reader: WeightReader
@@ -143,6 +148,7 @@ class _Planner:
                 *catalog.warnings,
                 *self.reader.warnings,
                 *self.kv_cache.warnings,
+                *warnings_of_directory(modules, self.target, self.kv_cache.algo),
                 *header_warnings(self.config, self.model.name, modules),
             ),
         )
@@ -216,7 +222,7 @@ class _Planner:
         candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
         assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
-            assignments = dense_outputs(assignments)
+            assignments = dense_outputs(assignments, sites, self.asked_kv_cache or self.kv_cache.algo)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         model_modules = ModelModules(

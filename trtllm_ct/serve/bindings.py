@@ -15,7 +15,7 @@ from tensorrt_llm._torch.models.checkpoints import base_weight_loader
 from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
 from tensorrt_llm._torch.models.checkpoints.hf.weight_loader import HfWeightLoader
-from tensorrt_llm._torch.modules import linear
+from tensorrt_llm._torch.modules import attention, linear
 from tensorrt_llm.llmapi import llm_args, llm_utils
 from tensorrt_llm.logger import logger
 
@@ -172,6 +172,7 @@ def engine_features() -> EngineFeatures:
     return probe_features(
         EngineParts(
             linear=linear,
+            attention=attention.Attention,
             llm_args=llm_args.TorchLlmArgs,
             llm_utils=llm_utils,
             weight_loader=base_weight_loader.BaseWeightLoader,

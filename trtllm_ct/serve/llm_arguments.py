@@ -18,18 +18,18 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
-from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
 from trtllm_ct.serve.hub import Repository, repository_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trtllm_ct.plan.plan import ModulePlan, Plan
+    from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.features import EngineFeatures
 
-__all__ = ["engine_arguments", "fixed_scale_fault", "parallel_of"]
+__all__ = ["engine_arguments", "fixed_scale_fault", "kv_cache_named", "kv_cache_of", "parallel_of"]
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -79,6 +79,7 @@ def engine_arguments(
         parallel=parallel_of(arguments),
         dtype=_dtype(arguments.get("dtype")),
         dense_o_proj=dense_o_proj,
+        kv_cache=kv_cache_of(arguments),
         strict=strict,
     )
     prepared = dict(arguments)
@@ -155,25 +156,32 @@ def _source(model: Any, revision: str | None) -> _Source | None:
 def _sidecar(source: _Source, options: ServingOptions) -> Sidecar:
     """Return the sidecar of a checkpoint, and make it if needed.
 
-    If the source is a sidecar itself, it is returned, or made again for the parallel sizes in `options`.
+    If the source is a sidecar itself, it is returned, or made again for the parallel sizes and the KV cache in
+    `options`.
     """
     if not is_sidecar(source.directory):
         made = make_sidecar(source.directory, options, repository=source.repository, detection=source.detection)
         return Sidecar.open(made)
     prepared = Sidecar.open(source.directory)
-    if prepared.options.parallel == options.parallel:
+    kv_cache = options.kv_cache or prepared.options.kv_cache
+    wanted = replace(prepared.options, parallel=options.parallel, kv_cache=kv_cache)
+    if wanted == prepared.options:
         return prepared
-    resized = replace(prepared.options, parallel=options.parallel)
-    return Sidecar.open(make_sidecar(prepared.source, resized, repository=prepared.repository))
+    return Sidecar.open(make_sidecar(prepared.source, wanted, repository=prepared.repository))
 
 
 def _draft_model(config: Any) -> tuple[str, Any]:
     """Return the name and the value of the field that holds the draft model; the value is None without a draft."""
     for name in _DRAFT_FIELDS:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        value = _field(config, name)
         if value is not None:
             return name, value
     return _DRAFT_FIELDS[0], None
+
+
+def _field(config: Any, name: str) -> Any:
+    """Return a field of a configuration, a mapping or an object; None if it is unset."""
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def _with_field(config: Any, name: str, value: str) -> Any:
@@ -235,52 +243,55 @@ def _weight_loader(loader: Any) -> Any:
 
 
 def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], features: EngineFeatures) -> dict[str, Any]:
-    """Return `force_dynamic_quantization=True` if row-wise FP8 needs it and the user didn't set the argument.
+    """Return `force_dynamic_quantization=True` if attention would quantize its output at a fixed scale.
 
-    Where the engine can't be given the argument, logs a warning and returns nothing to add; see `fixed_scale_fault`.
+    An argument that the user has set is kept. Where the argument doesn't help, logs a warning and returns nothing to
+    add; see `fixed_scale_fault`.
     """
-    if arguments.get(_FORCE_DYNAMIC) is not None or not any(map(_row_wise_outputs, plans)):
+    kv_cache = kv_cache_of(arguments)
+    if not any(unscaled_outputs_of(plan, kv_cache) for plan in plans):
         return {}
-    fault = fixed_scale_fault(plans, features)
+    is_set = arguments.get(_FORCE_DYNAMIC) is not None
+    if is_set and features.force_dynamic_quantization:
+        return {}
+    fault = fixed_scale_fault(plans, features, kv_cache)
     if fault is not None:
         logger.warning("%s", fault)
         return {}
-    logger.info("%s=True, for o_proj in row-wise FP8", _FORCE_DYNAMIC)
+    logger.info("%s=True, so that attention leaves its output to o_proj", _FORCE_DYNAMIC)
     return {_FORCE_DYNAMIC: True}
 
 
-def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures) -> Fault | None:
+def kv_cache_of(arguments: Mapping[str, Any]) -> str | None:
+    """Return the mode of the KV cache that a user sets in `kv_cache_config`; None if the checkpoint decides.
+
+    Source: TensorRT-LLM `_torch/pyexecutor/model_loader.py` (`validate_and_set_kv_cache_quant`).
+    """
+    return kv_cache_named(_field(arguments.get("kv_cache_config"), "dtype"))
+
+
+def kv_cache_named(dtype: Any) -> str | None:
+    """Return the engine's mode of a KV cache of this dtype, such as `FP8`; None for `auto`."""
+    return None if dtype is None or dtype == "auto" else str(dtype).upper()
+
+
+def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures, kv_cache: str | None = None) -> Fault | None:
     """Return a fault if the engine will quantize the output of attention with a fixed scale of 1; else None.
 
-    The engine's attention quantizes its own output when `o_proj` is FP8. Row-wise FP8 has no scale for that, so the
-    engine uses 1, unless `force_dynamic_quantization` is set. That argument would also change modules with static
-    activation scales, so it can't be used when a plan has such modules.
-    Source: TensorRT-LLM `_torch/modules/attention.py`.
+    `kv_cache` is the mode of the KV cache that a user sets; see `unscaled_outputs`, also for the source.
+    `force_dynamic_quantization` prevents it where attention honours that. The argument would also change modules with
+    static activation scales, so it can't be used when a plan has such modules.
     """
-    row_wise = sum(len(_row_wise_outputs(plan)) for plan in plans)
-    static = sum(_has_static_activations(module) for plan in plans for module in plan.modules)
-    if not row_wise or (features.force_dynamic_quantization and not static):
+    outputs = sum(len(unscaled_outputs_of(plan, kv_cache)) for plan in plans)
+    static = sum(has_static_activations(module) for plan in plans for module in plan.modules)
+    if not outputs or (features.force_dynamic_quantization and not static):
         return None
-    conflict = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
+    reason = f"no {_FORCE_DYNAMIC} that attention honours in this TensorRT-LLM"
+    if features.force_dynamic_quantization:
+        reason = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
     return Fault(
-        where=f"{row_wise} o_proj in row-wise FP8",
-        expected="activations quantized with one scale per token",
-        found="attention that quantizes its output at a fixed scale of 1, and "
-        + (conflict if features.force_dynamic_quantization else f"no {_FORCE_DYNAMIC} in this TensorRT-LLM"),
-        remedy="Look at the text before you trust it, or pass dense_o_proj=True to have these modules dequantized.",
+        where=f"{outputs} o_proj behind a quantized KV cache",
+        expected="inputs quantized with scales of their own values",
+        found=f"attention that quantizes them at a fixed scale of 1, and {reason}",
+        remedy="Pass dense_o_proj=True to have these modules dequantized, or serve with a 16-bit KV cache.",
     )
-
-
-def _row_wise_outputs(plan: Plan) -> list[str]:
-    """Return the names of the `o_proj` modules of attention that are delivered in row-wise FP8."""
-    return [
-        module.name
-        for module in plan.modules
-        if module.name.endswith(".self_attn.o_proj")
-        and module.layer is not None
-        and MODES_BY_ALGO[module.layer.quant_algo].unscaled_attention_output
-    ]
-
-
-def _has_static_activations(module: ModulePlan) -> bool:
-    return any(delivery.name.endswith(".input_scale") for delivery in module.deliveries)

@@ -66,6 +66,7 @@ class ServingOptions:
     parallel: Parallel = ONE_RANK
     dtype: DType | None = None
     dense_o_proj: bool = False
+    kv_cache: str | None = None
     strict: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +88,7 @@ class ServingOptions:
             strict=self.strict,
             parallel=self.parallel,
             dense_o_proj=self.dense_o_proj,
+            kv_cache=self.kv_cache,
         )
 
 
