@@ -546,3 +546,41 @@ def test_a_config_without_a_quantization_block_is_left_to_the_engine(newest: Any
 
     with pytest.raises(AssertionError, match="weight"):
         served(made.directory)
+
+
+# Converted directories.
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Path:
+    """A directory for one rank: two ranks would cut the only block of k_proj and v_proj apart."""
+    write_checkpoint(tmp_path / "blocks", config=tiny_config(hidden=256, heads=4, intermediate=512), scheme="fp8-block")
+    convert_checkpoint(tmp_path / "blocks", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_sizes_that_a_converted_directory_does_not_hold_are_refused(engine: Any, blocks: Path) -> None:
+    """The engine itself would load it, and compute with scales of other rows."""
+    assert served(blocks).args.model == str(blocks)
+    with pytest.raises(UsageError, match="each rank's 64 rows are no multiple of 128"):
+        served(blocks, tensor_parallel_size=2)
+    with pytest.raises(UsageError, match="Convert the source again with --tp 2"):
+        served(DEMO, tensor_parallel_size=2, speculative_config=_draft(engine, blocks))
+
+
+def test_the_loader_refuses_them_where_the_engine_tells_it_its_sizes(newest: Any, blocks: Path) -> None:
+    loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
+    mapping = import_module("tensorrt_llm.mapping").Mapping(world_size=2, rank=0, tp_size=2)
+
+    with pytest.raises(UsageError, match="each rank's 64 rows"):
+        loader.load_config(str(blocks), mapping=mapping)
+
+
+def test_a_directory_for_a_newer_release_causes_a_warning(old: Any, blocks: Path, caplog: Any) -> None:
+    served(blocks)
+
+    assert any("stock-1.2, which it was converted for" in line for line in warned(caplog))
+
+
+def _draft(engine: Any, directory: Path) -> Any:
+    return import_module("tensorrt_llm.llmapi").DraftTargetDecodingConfig(speculative_model_dir=str(directory))

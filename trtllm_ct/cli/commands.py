@@ -83,6 +83,9 @@ ForEngine = Annotated[
     EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
 ]
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
+AskedTensorParallel = Annotated[
+    int | None, typer.Option("--tp", help="Tensor-parallel size to check.", show_default=False)
+]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
 ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
@@ -194,12 +197,18 @@ def verify(
     converted: Annotated[
         Path | None, typer.Argument(metavar="CONVERTED", help="A directory converted from DIR.", show_default=False)
     ] = None,
+    tp: AskedTensorParallel = None,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
     as_json: Json = False,
 ) -> None:
-    """Check that a checkpoint is sound, and that a converted directory holds exactly its weights."""
-    from trtllm_ct.verify.verify import verify_checkpoint
+    """Check that a checkpoint is sound, and that a converted directory holds exactly its weights.
 
-    verification = verify_checkpoint(directory, converted)
+    With --tp, check that the converted directory holds the slices of these sizes too; DIR may be that directory itself.
+    """
+    from trtllm_ct.verify.sizes import verify_with_sizes
+
+    verification = verify_with_sizes(directory, converted, _parallel(tp, pp, ep) if tp else None)
     if as_json:
         print_json("verify", verification.to_dict())
     else:

@@ -18,6 +18,7 @@ from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.base.json_form import json_form, json_object
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
@@ -190,6 +191,8 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
             plan = _plan(directory, detection, parallel, machine)
         except CheckpointError as error:
             problems = error.faults
+    else:
+        problems, trap = _converted(directory, parallel, machine)
     if plan is not None and machine.features is not None:
         trap = fixed_scale_fault([plan], machine.features)
     return Served(
@@ -200,6 +203,17 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
         traps=(trap,) if trap else (),
         problems=problems,
     )
+
+
+def _converted(directory: Path, parallel: Parallel, machine: Machine) -> tuple[tuple[Fault, ...], Fault | None]:
+    """Return why a converted directory can't be served with these sizes, and whether its release is a newer one.
+
+    Both are empty for a directory that this package did not convert for TensorRT-LLM.
+    """
+    converted = ConvertedDirectory.open(directory)
+    if converted is None:
+        return (), None
+    return converted.faults(parallel), converted.older_release(machine.features.engine) if machine.features else None
 
 
 def _plan(directory: Path, detection: Detection, parallel: Parallel, machine: Machine) -> Plan:

@@ -121,7 +121,7 @@ def conversion(report: ConversionReport) -> RenderableType:
         *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
         *(Text(f"  {count} modules: {note}") for note, count in notes.items()),
     ]
-    return Group(*lines, _warnings(plan.warnings))
+    return Group(*lines, _warnings(report.warnings))
 
 
 def verification(report: VerificationReport) -> RenderableType:

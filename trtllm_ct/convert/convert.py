@@ -20,6 +20,7 @@ from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 from trtllm_ct.convert.executors import open_pool, require_executor
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
+from trtllm_ct.convert.sizes import size_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import DIRECTORY_TARGETS
@@ -49,6 +50,7 @@ class ConversionReport:
         carried_files: Names of the side files (tokenizer and so on) that were copied from `source`.
         resumed_bytes: Delivered bytes that an earlier, interrupted run had already written.
         seconds: Wall time of the conversion.
+        warnings: The plan's warnings, and one about parallel sizes at which an engine would misread the output.
     """
 
     source: Path
@@ -58,6 +60,7 @@ class ConversionReport:
     carried_files: tuple[str, ...]
     resumed_bytes: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def modes(self) -> Counter[str]:
@@ -80,7 +83,7 @@ class ConversionReport:
                 "weight_files": self.weight_files,
                 "carried_files": self.carried_files,
                 "seconds": self.seconds,
-                "warnings": self.plan.warnings,
+                "warnings": self.warnings,
             }
         )
 
@@ -203,6 +206,7 @@ def convert_checkpoint(
         carried_files=files.carried,
         resumed_bytes=files.resumed_bytes,
         seconds=time.perf_counter() - started,
+        warnings=conversion.plan.warnings + size_warnings(checkpoint, conversion.plan),
     )
 
 

@@ -83,6 +83,16 @@ class Parallel:
             )
         )
 
+    @classmethod
+    def from_mapping(cls, mapping: EngineMapping) -> Self:
+        """Return the sizes that the engine's mapping describes."""
+        return cls(
+            tensor=mapping.tp_size,
+            pipeline=mapping.pp_size,
+            expert=max(mapping.moe_ep_size, 1),
+            attention_dp=bool(mapping.enable_attention_dp),
+        )
+
     @property
     def expert_tensor(self) -> int:
         """The number of slices of each routed expert."""
@@ -123,14 +133,8 @@ class Rank:
         ways.
         """
         _refuse_other_kinds(mapping)
-        parallel = Parallel(
-            tensor=mapping.tp_size,
-            pipeline=mapping.pp_size,
-            expert=max(mapping.moe_ep_size, 1),
-            attention_dp=bool(mapping.enable_attention_dp),
-        )
         return cls(
-            parallel=parallel,
+            parallel=Parallel.from_mapping(mapping),
             tensor=mapping.tp_rank,
             pipeline=mapping.pp_rank,
             expert=mapping.moe_ep_rank,

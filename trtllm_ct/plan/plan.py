@@ -222,6 +222,7 @@ class Plan:
 
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
+    `engine` names the capabilities that they were chosen from.
     """
 
     target: str
@@ -233,6 +234,7 @@ class Plan:
     quant_config: QuantConfig
     warnings: tuple[str, ...] = ()
     parallel: Parallel = ONE_RANK
+    engine: str = ""
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""

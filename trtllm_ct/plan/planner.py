@@ -143,6 +143,7 @@ class _Planner:
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
             parallel=self.parallel,
+            engine=self.target.capabilities.name,
             warnings=(
                 *self.config.warnings,
                 *catalog.warnings,

@@ -18,18 +18,19 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
 from trtllm_ct.serve.hub import Repository, repository_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.features import EngineFeatures
 
-__all__ = ["engine_arguments", "fixed_scale_fault", "kv_cache_named", "kv_cache_of", "parallel_of"]
+__all__ = ["engine_arguments", "fixed_scale_fault", "kv_cache_named", "kv_cache_of", "parallel_of", "refuse_sizes"]
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -65,11 +66,16 @@ def engine_arguments(
     user passed one. If neither is compressed-tensors, `arguments` itself is returned.
     `loaders` are the classes in `bindings.LOADERS`: the first is this package's checkpoint loader, which is added; the
     others are parts of it that a user may have put into one of the engine's loaders.
-    Raises `UsageError` for arguments with which the engine would ignore the loader, and what planning raises.
+    Raises `UsageError` for arguments with which the engine would ignore the loader, and for a converted directory that
+    doesn't hold the parallel sizes; and what planning raises.
     """
-    model = _source(arguments.get("model"), arguments.get("revision"))
+
+    def check(directory: Path) -> None:
+        refuse_sizes(directory, arguments, features)
+
+    model = _source(arguments.get("model"), arguments.get("revision"), check)
     draft_field, draft_model = _draft_model(arguments.get("speculative_config"))
-    draft = _source(draft_model, None)
+    draft = _source(draft_model, None, check)
     if model is None and draft is None:
         return arguments
     _refuse_conflicts(arguments, loaders)
@@ -130,11 +136,24 @@ def _size(arguments: Mapping[str, Any], name: str) -> int | None:
     return int(value) if value is not None and int(value) > 0 else None
 
 
-def _source(model: Any, revision: str | None) -> _Source | None:
+def refuse_sizes(directory: Path, arguments: Mapping[str, Any], features: EngineFeatures) -> None:
+    """Raise `UsageError` if a directory that this package converted doesn't hold the parallel sizes in `arguments`.
+
+    Logs a warning if it was converted for a newer release.
+    """
+    if ConvertedDirectory.open(directory) is None:
+        return
+    converted = require_sizes(directory, parallel_of(arguments))
+    fault = converted.older_release(features.engine) if converted else None
+    if fault is not None:
+        logger.warning("%s", fault)
+
+
+def _source(model: Any, revision: str | None, check: Callable[[Path], None]) -> _Source | None:
     """Return the checkpoint that `model` names if it is compressed-tensors or a sidecar.
 
-    Returns None for anything else, which is left to the engine. The weights of a repository are downloaded only if its
-    configuration is compressed-tensors.
+    Returns None for anything else, which is left to the engine after `check` was called with its directory. The weights
+    of a repository are downloaded only if its configuration is compressed-tensors.
     """
     if not isinstance(model, (str, Path)):
         return None
@@ -146,6 +165,7 @@ def _source(model: Any, revision: str | None) -> _Source | None:
         logger.debug("%s is left to TensorRT-LLM: %s", model, error)
         return None
     if detection is not None and detection.method != COMPRESSED_TENSORS:
+        check(directory)
         return None
     if repository is None:
         return _Source(directory=directory, detection=detection)

@@ -11,6 +11,7 @@ from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.convert.sizes import require_sizes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.plan.attention_output import unscaled_outputs_of
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures
@@ -49,21 +50,23 @@ def prepare(
 
     Raises `DetectionError` when `model_dir` is not a checkpoint directory, `CheckpointError` with all faults of a
     checkpoint that can't be served, `SidecarError` when the cache can't be written, and `UsageError` for invalid
-    arguments.
+    arguments, and for sizes that a converted directory doesn't hold.
     """
     detection = FormatDetector().detect(model_dir)
+    parallel = Parallel(
+        tensor=tensor_parallel_size,
+        pipeline=pipeline_parallel_size,
+        expert=moe_expert_parallel_size or 1,
+        attention_dp=enable_attention_dp,
+    )
     if detection.method != COMPRESSED_TENSORS:
+        require_sizes(model_dir, parallel)
         return Path(model_dir)
     features = installed_features()
     options = ServingOptions(
         engine=features.engine,
         additive_zeros=features.additive_zeros,
-        parallel=Parallel(
-            tensor=tensor_parallel_size,
-            pipeline=pipeline_parallel_size,
-            expert=moe_expert_parallel_size or 1,
-            attention_dp=enable_attention_dp,
-        ),
+        parallel=parallel,
         dtype=_dtype(dtype),
         dense_o_proj=dense_o_proj,
         kv_cache=kv_cache_named(kv_cache_dtype),
