@@ -1,4 +1,4 @@
-"""A converted directory records the sizes and the release that it was planned for, and refuses sizes it doesn't hold."""
+"""A converted directory records its sizes and release, and refuses sizes that it does not hold."""
 
 from __future__ import annotations
 
