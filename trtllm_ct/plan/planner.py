@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import FaultCollector, PlanError
+from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
@@ -20,6 +20,7 @@ from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.model_modules import ModelModules
+from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -27,6 +28,7 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.row_order import QueryKeyRows
+from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 
@@ -66,7 +68,7 @@ def make_plan(
     `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
     Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
-    be delivered to the target.
+    be delivered to the target. It has the warnings that the plan would have.
     """
     faults = FaultCollector()
     planner = _Planner(
@@ -84,11 +86,11 @@ def make_plan(
         kv_cache=KvCache(config, target, model.kv_heads),
         transforms=OnlineTransforms(config, model, faults),
     )
-    with collector_paused():
+    with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
         plan = planner.plan(catalog)
     if strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
-    faults.raise_if_any(PlanError)
+    faults.raise_if_any(PlanError, plan.warnings)
     return plan
 
 
@@ -114,7 +116,9 @@ class _Planner:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unsupported(self.config, self.model, self.faults)
         refuse_uneven(self.model, self.parallel, self.faults)
-        stored = self.transforms.attach(gather_modules(catalog, self.model, self.faults, self.probe.shapes))
+        gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
+        unread = unread_tensors(catalog, gathered.values())
+        stored = self.transforms.attach(gathered)
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
@@ -133,25 +137,28 @@ class _Planner:
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
-        self.faults.raise_if_any(PlanError)
+        stacks = stack_parts(modules, self.model) if self.target.directory else {}
+        warnings = (
+            *(stack_warnings(self.model) if stacks else ()),
+            *unlisted_warnings(catalog, unread),
+            *self.reader.warnings,
+            *self.kv_cache.warnings,
+            *warnings_of_directory(modules, self.target, self.kv_cache.algo),
+            *header_warnings(self.config, self.model.name, modules),
+        )
+        self.faults.raise_if_any(PlanError, warnings)
         return Plan(
             target=self.target.name,
             architecture=self.model.name,
             dtype=self.dtypes.model,
             dense_dtype=self.dtypes.dequantized,
-            stored={name: tensor.spec for name, tensor in catalog.tensors.items()},
+            stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
             parallel=self.parallel,
             engine=self.target.capabilities.name,
-            warnings=(
-                *self.config.warnings,
-                *catalog.warnings,
-                *self.reader.warnings,
-                *self.kv_cache.warnings,
-                *warnings_of_directory(modules, self.target, self.kv_cache.algo),
-                *header_warnings(self.config, self.model.name, modules),
-            ),
+            stacks=stacks,
+            warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
