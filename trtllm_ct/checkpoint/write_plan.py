@@ -14,13 +14,15 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
 

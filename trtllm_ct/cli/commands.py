@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DENSE_DTYPES
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.cli import report
 from trtllm_ct.convert.executors import EXECUTORS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
