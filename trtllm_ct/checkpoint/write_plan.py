@@ -14,7 +14,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
@@ -22,6 +22,8 @@ from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from typing_extensions import Self
 
 __all__ = ["PlannedFile", "Shard", "StackPart", "WritePlan", "encode_header", "plan_shards"]
 

@@ -14,7 +14,7 @@ import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.write_plan import PlannedFile

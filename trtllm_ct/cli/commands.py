@@ -6,8 +6,6 @@ checkpoint or any other error.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import logging
 import os
@@ -15,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DENSE_DTYPES
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.cli import report
 from trtllm_ct.convert.executors import EXECUTORS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -43,13 +41,13 @@ SCHEMA = 1
 app = typer.Typer(
     name="trtllm-ct",
     help="Load compressed-tensors checkpoints into TensorRT-LLM.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 cache = typer.Typer(
-    help="Directories that were prepared for TensorRT-LLM.", no_args_is_help=True, rich_markup_mode=None
+    help="Directories that were prepared for TensorRT-LLM.", invoke_without_command=True, rich_markup_mode=None
 )
 app.add_typer(cache, name="cache")
 # A pipe or file has no width. The 80 columns that rich assumes for it would wrap messages and cut tensor names.
@@ -89,6 +87,15 @@ AskedTensorParallel = Annotated[
 PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
 ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
+
+
+@app.callback()
+@cache.callback()
+def require_command(context: typer.Context) -> None:
+    """Show the help and end with exit code 2 when no command is given; click's own exit code differs by release."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -318,9 +325,6 @@ def run_app(commands: typer.Typer) -> None:
     A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
     `UsageError`, and 1 for any other error.
     """
-    # A command makes hardly any reference cycles and ends soon. Freezing all objects keeps the garbage collector from
-    # walking them at the exit.
-    atexit.register(gc.freeze)
     # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -372,6 +376,9 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
 
     Yields the function for `on_start` of `convert_checkpoint`.
     """
+    if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
+        yield lambda _plan: lambda _nbytes: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -379,7 +386,7 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+    with Progress(*columns, console=stderr) as progress:
 
         def on_start(plan: Plan) -> Callable[[int], None]:
             task = progress.add_task("Converting", total=plan.delivered_bytes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
 from trtllm_ct.base.json_form import from_fields, json_object
@@ -25,6 +25,8 @@ from trtllm_ct.plan.ranks.held import misread_biases, uneven_faults, unheld_modu
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from typing_extensions import Self
 
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.models.sites import Site

@@ -14,11 +14,12 @@ for the multiples), `_torch/models/modeling_utils.py` (`duplicate_kv_weight`, fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum, auto
+from enum import auto
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element, Packing, QuantAlgo, Strategy
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.engine.releases import STOCK_1_0, STOCK_1_3
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
 

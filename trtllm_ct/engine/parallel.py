@@ -6,14 +6,17 @@ Source: TensorRT-LLM `tensorrt_llm/mapping.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum, auto
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from enum import auto
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import fields_form
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from typing_extensions import Self
 
 __all__ = ["ONE_RANK", "Cut", "EngineMapping", "Parallel", "Rank"]
 

@@ -6,10 +6,10 @@ All values are frozen, can be printed and have a JSON form. Nothing here reads a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.formats import PACKED_CODES, WEIGHT_TENSORS
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
+    from typing_extensions import Self
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import TensorSpec

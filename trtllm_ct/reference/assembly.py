@@ -53,14 +53,20 @@ class Assembly:
         self._float32 = kept_in_float32(model, dtype)
         self._faults = FaultCollector()
         self._tied = tied_parameters(model)
-        # Subclasses of Linear are routers: they return more than a product, and are never quantized.
-        self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
         self._mixtures = Mixtures(
             model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations, faults=self._faults
         )
+        # Subclasses of Linear are routers: they return more than a product, and are never quantized.
+        self._linears = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and not self._mixtures.has_linear(name)
+        }
         self._quantized = self._find_quantized(quant_config)
         self._slots = {
-            name: slot for name, slot in model.state_dict().items() if name.rpartition(".")[0] not in self._quantized
+            name: slot
+            for name, slot in model.state_dict().items()
+            if (owner := name.rpartition(".")[0]) not in self._quantized and not self._mixtures.has_linear(owner)
         }
         self._taken: set[str] = set()
         self._filled: set[str] = set()
