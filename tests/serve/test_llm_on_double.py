@@ -582,5 +582,18 @@ def test_a_directory_for_a_newer_release_causes_a_warning(old: Any, blocks: Path
     assert any("stock-1.2, which it was converted for" in line for line in warned(caplog))
 
 
+@pytest.mark.parametrize(("kv", "dtype", "said"), [(True, "auto", True), (False, "auto", False), (False, "fp8", True)])
+def test_a_fixed_scale_in_a_converted_directory_causes_a_warning(
+    old: Any, row_wise: Any, tmp_path: Path, kv: bool, dtype: str, said: bool, caplog: Any
+) -> None:
+    convert_checkpoint(row_wise(kv=kv), tmp_path / "out", engine="stock-1.0")
+    cache = import_module("tensorrt_llm.llmapi").KvCacheConfig(dtype=dtype)
+    caplog.clear()
+
+    served(tmp_path / "out", kv_cache_config=cache)
+
+    assert ["2 o_proj behind a quantized KV cache" in line for line in warned(caplog)] == [True] * said
+
+
 def _draft(engine: Any, directory: Path) -> Any:
     return import_module("tensorrt_llm.llmapi").DraftTargetDecodingConfig(speculative_model_dir=str(directory))

@@ -347,7 +347,7 @@ def test_a_checkpoint_that_was_not_prepared_raises(built: Built) -> None:
 def test_other_directories_are_left_to_the_engine(built: Built, tmp_path: Path, kind: str) -> None:
     directory = tmp_path / "other"
     if kind in {"modelopt", "dense"}:
-        convert_checkpoint(built.directory, directory, to=kind)
+        convert_checkpoint(built.directory, directory, to=kind, parallel=Parallel(tensor=4))
     elif kind == "empty":
         directory.mkdir()
     session = LoadSession()
@@ -356,6 +356,14 @@ def test_other_directories_are_left_to_the_engine(built: Built, tmp_path: Path, 
 
     assert session.load(directory) is None
     assert (session.report, session.reports) == (None, {})
+
+
+def test_a_converted_directory_that_does_not_hold_the_sizes_is_refused(built: Built, tmp_path: Path) -> None:
+    convert_checkpoint(built.directory, tmp_path / "out")
+
+    LoadSession().configure(tmp_path / "out", {"mapping": Mapped(tp_size=1)})
+    with pytest.raises(UsageError, match="Convert the source again with --tp 4"):
+        LoadSession().configure(tmp_path / "out", {"mapping": Mapped(tp_size=4)})
 
 
 def test_a_damaged_sidecar_raises_instead_of_going_to_the_engine(made: Path) -> None:

@@ -23,7 +23,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.serve.llm import engine_installed, require_engine
-from trtllm_ct.serve.llm_arguments import fixed_scale_fault
+from trtllm_ct.serve.llm_arguments import converted_scale_fault, fixed_scale_fault
 from trtllm_ct.serve.patch_switch import NO_PATCH
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar
 
@@ -185,7 +185,7 @@ def inspect_machine() -> Machine:
 def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     detection = FormatDetector().detect(directory)
     plan: Plan | None = None
-    trap: Fault | None = None
+    traps: tuple[Fault | None, ...] = ()
     problems: tuple[Fault, ...] = ()
     warnings: tuple[str, ...] = ()
     if detection.method == COMPRESSED_TENSORS or is_sidecar(directory):
@@ -195,29 +195,34 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
         except CheckpointError as error:
             problems, warnings = error.faults, error.warnings
     else:
-        problems, trap = _converted(directory, parallel, machine)
+        problems, traps = _converted(directory, parallel, machine)
     if plan is not None and machine.features is not None:
-        trap = fixed_scale_fault([plan], machine.features)
+        traps = (fixed_scale_fault([plan], machine.features),)
     return Served(
         directory=directory,
         parallel=parallel,
         detection=detection,
         plan=plan,
-        traps=(trap,) if trap else (),
+        traps=tuple(trap for trap in traps if trap is not None),
         problems=problems,
         warnings=warnings,
     )
 
 
-def _converted(directory: Path, parallel: Parallel, machine: Machine) -> tuple[tuple[Fault, ...], Fault | None]:
-    """Return why a converted directory can't be served with these sizes, and whether its release is a newer one.
+def _converted(
+    directory: Path, parallel: Parallel, machine: Machine
+) -> tuple[tuple[Fault, ...], tuple[Fault | None, ...]]:
+    """Return why a converted directory can't be served with these sizes, and its traps in the installed engine.
 
     Both are empty for a directory that this package did not convert for TensorRT-LLM.
     """
     converted = ConvertedDirectory.open(directory)
     if converted is None:
-        return (), None
-    return converted.faults(parallel), converted.older_release(machine.features.engine) if machine.features else None
+        return (), ()
+    if machine.features is None:
+        return converted.faults(parallel), ()
+    traps = (converted.older_release(machine.features.engine), converted_scale_fault(converted))
+    return converted.faults(parallel), traps
 
 
 def _plan(directory: Path, detection: Detection, parallel: Parallel, machine: Machine) -> Plan:

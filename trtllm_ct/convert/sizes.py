@@ -1,4 +1,4 @@
-"""For which parallel sizes and release a converted directory was planned, and which other sizes it holds.
+"""For which parallel sizes and release a converted directory was planned, and what it does with other settings.
 
 The record is the key `planned_for` of hf_quant_config.json, beside `quantization`. Readers look only at `quantization`
 and at the producer's name. Source: TensorRT-LLM `quantization/modelopt_config.py` (`read_modelopt_quant_config`), in
@@ -19,6 +19,7 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.engine.releases import RELEASES
+from trtllm_ct.plan.attention_output import unscaled_outputs
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.cuts import is_uneven
 from trtllm_ct.plan.ranks.held import misread_biases, uneven_faults, unheld_modules
@@ -111,6 +112,15 @@ class ConvertedDirectory:
                 remedy=f"Convert the source again with --engine {engine}.",
             )
         return None
+
+    def unscaled_outputs(self, kv_cache: str | None = None) -> tuple[str, ...]:
+        """Return the output projections whose input attention quantizes at a fixed scale; see `unscaled_outputs`.
+
+        `kv_cache` is the mode of the KV cache that a user sets; None means that of the directory.
+        """
+        layers = {site.module: self.quant_config.layer_config(site.module) for site in self._sites}
+        algos = {name: layer.quant_algo if layer else None for name, layer in layers.items()}
+        return unscaled_outputs(algos, kv_cache or self.quant_config.kv_cache_quant_algo)
 
     @property
     def _sites(self) -> list[Site]:

@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.features import EngineFeatures
 
-__all__ = ["engine_arguments", "fixed_scale_fault", "kv_cache_named", "kv_cache_of", "parallel_of", "refuse_sizes"]
+__all__ = [
+    "converted_scale_fault",
+    "engine_arguments",
+    "fixed_scale_fault",
+    "kv_cache_named",
+    "kv_cache_of",
+    "parallel_of",
+    "refuse_sizes",
+]
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -139,14 +147,17 @@ def _size(arguments: Mapping[str, Any], name: str) -> int | None:
 def refuse_sizes(directory: Path, arguments: Mapping[str, Any], features: EngineFeatures) -> None:
     """Raise `UsageError` if a directory that this package converted doesn't hold the parallel sizes in `arguments`.
 
-    Logs a warning if it was converted for a newer release.
+    Logs a warning if it was converted for a newer release, and if attention would quantize its output at a fixed scale.
     """
-    if ConvertedDirectory.open(directory) is None:
+    converted = ConvertedDirectory.open(directory)
+    if converted is None:
         return
-    converted = require_sizes(directory, parallel_of(arguments))
-    fault = converted.older_release(features.engine) if converted else None
-    if fault is not None:
-        logger.warning("%s", fault)
+    require_sizes(directory, parallel_of(arguments))
+    forced = bool(arguments.get(_FORCE_DYNAMIC)) and features.force_dynamic_quantization
+    scale = None if forced else converted_scale_fault(converted, kv_cache_of(arguments))
+    for fault in (converted.older_release(features.engine), scale):
+        if fault is not None:
+            logger.warning("%s", fault)
 
 
 def _source(model: Any, revision: str | None, check: Callable[[Path], None]) -> _Source | None:
@@ -280,6 +291,22 @@ def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], featur
         return {}
     logger.info("%s=True, so that attention leaves its output to o_proj", _FORCE_DYNAMIC)
     return {_FORCE_DYNAMIC: True}
+
+
+def converted_scale_fault(converted: ConvertedDirectory, kv_cache: str | None = None) -> Fault | None:
+    """Return a fault if attention quantizes its output at a fixed scale in a converted directory; else None.
+
+    `kv_cache` is the mode of the KV cache that a user sets.
+    """
+    outputs = converted.unscaled_outputs(kv_cache)
+    if not outputs:
+        return None
+    return Fault(
+        where=f"{converted.directory}: {len(outputs)} o_proj behind a quantized KV cache",
+        expected="inputs quantized with scales of their own values",
+        found="attention that quantizes them at a fixed scale of 1",
+        remedy=f"Convert the source again with --dense-o-proj; {_FORCE_DYNAMIC}=True helps where attention honours it.",
+    )
 
 
 def kv_cache_of(arguments: Mapping[str, Any]) -> str | None:
