@@ -4,6 +4,7 @@ plan.py               Plan, ModulePlan, Delivery: the result, as frozen values w
 planner.py            make_plan: takes configuration, headers, model and target, and makes every decision
 stored.py             the stored tensors of each module, as views
 gathering.py          the modules of a checkpoint under Hugging Face names, with one module per expert
+unlisted.py           tensors that the index does not list: read only where the model lacks them
 probe.py              the few stored values that decide a mode
 weights.py            the scheme and the format of a quantized module
 model_modules.py      plans the modules that the text model's tables name

@@ -26,6 +26,7 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.row_order import QueryKeyRows
+from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 
@@ -109,7 +110,9 @@ class _Planner:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unsupported(self.config, self.model, self.faults)
         refuse_uneven(self.model, self.parallel, self.faults)
-        stored = self.transforms.attach(gather_modules(catalog, self.model, self.faults, self.probe.shapes))
+        gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
+        unread = unread_tensors(catalog, gathered.values())
+        stored = self.transforms.attach(gathered)
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
@@ -134,13 +137,14 @@ class _Planner:
             architecture=self.model.name,
             dtype=self.dtypes.model,
             dense_dtype=self.dtypes.dequantized,
-            stored={name: tensor.spec for name, tensor in catalog.tensors.items()},
+            stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
             parallel=self.parallel,
             warnings=(
                 *self.config.warnings,
                 *catalog.warnings,
+                *unlisted_warnings(catalog, unread),
                 *self.reader.warnings,
                 *self.kv_cache.warnings,
                 *header_warnings(self.config, self.model.name, modules),

@@ -311,12 +311,15 @@ def digest_of(plan: Plan) -> str:
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """Return a hash of a checkpoint's config.json and all headers of its weight files. Payloads are not read."""
+    """Return a hash of a checkpoint's config.json and all headers of its weight files. Payloads are not read.
+
+    The tensors that the index does not list are a part of it, because the plan may leave them out.
+    """
     headers = [
         (tensor.file, name, tensor.spec.dtype.header_name, tensor.spec.shape, tensor.offset)
         for name, tensor in checkpoint.catalog.tensors.items()
     ]
-    return _hash([checkpoint.hf_config, headers])
+    return _hash([checkpoint.hf_config, headers, sorted(checkpoint.catalog.unlisted)])
 
 
 def _probe_to_dict(probe: Probe) -> dict[str, Any]:
