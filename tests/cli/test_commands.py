@@ -163,6 +163,20 @@ class TestDocuments:
         (fault,) = done.document["faults"]
         assert fault.keys() == {"where", "expected", "found", "remedy"}
 
+    @pytest.mark.parametrize("command", ["inspect", "plan --to dense", "doctor"])
+    def test_problems_and_warnings_are_both_shown(self, broken: Path, command: str):
+        (broken / "training_args.bin").write_bytes(b"")
+        name, *options = command.split()
+
+        done, document = run_cli(name, broken, *options), run_cli(name, broken, *options, "--json").document
+
+        shown = done.out + done.err
+        assert "pickle files beside safetensors: training_args.bin" in shown
+        assert "expected" in shown
+        result = document["served"] if name == "doctor" else document
+        assert any("training_args.bin" in warning for warning in result["warnings"])
+        assert result["faults" if name == "plan" else "problems"]
+
     def test_a_usage_error_of_this_package_is_a_document_with_exit_code_2(self, source: Path):
         done = run_cli("convert", source, source, "--to", "dense", "--json")
 

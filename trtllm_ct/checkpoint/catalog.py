@@ -89,7 +89,7 @@ class Catalog:
             headers = _read_headers(directory, selection, faults)
             tensors, copied = _merge(selection, headers, faults)
             warnings = selection.warnings + copied + _compare_with_index(selection, headers, tensors, faults)
-        faults.raise_if_any(CatalogError)
+        faults.raise_if_any(CatalogError, warnings)
         unlisted = frozenset(tensors.keys() - selection.weight_map.keys()) if selection.index else frozenset[str]()
         return cls(
             directory=directory,
@@ -348,11 +348,11 @@ def _choose_copies(homes: Mapping[str, list[str]], selection: _Selection, faults
         if chosen[name] not in files:
             chosen[name] = files[0]
             unclear[tuple(files)].append(name)
-    for files, names in sorted(unclear.items()):
+    for copies, names in sorted(unclear.items()):
         faults.add(
-            where=" and ".join(files),
+            where=" and ".join(copies),
             expected="each tensor in one file" + ", or in the index the file to read it from" * bool(selection.index),
-            found=f"{len(names)} in {'both' if len(files) == 2 else 'all'}: {format_names(sorted(names))}",
+            found=f"{len(names)} in {'both' if len(copies) == 2 else 'all'}: {format_names(sorted(names))}",
             remedy=_LIST_COPIES.format(index=selection.index) if selection.index else _MOVE_COPIES,
         )
     return chosen

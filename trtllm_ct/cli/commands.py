@@ -316,9 +316,11 @@ def run_app(commands: typer.Typer) -> None:
             commands()
     except TrtllmCtError as error:
         if "--json" in sys.argv:
-            print_json("error", {"error": type(error).__name__, "faults": [fault.to_dict() for fault in error.faults]})
+            faults = [fault.to_dict() for fault in error.faults]
+            document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
+            print_json("error", document)
         else:
-            stderr.print(report.faults(error.faults))
+            stderr.print(report.failure(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

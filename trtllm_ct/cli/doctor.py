@@ -94,6 +94,7 @@ class Served:
     plan: Plan | None
     traps: tuple[Fault, ...]
     problems: tuple[Fault, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def native(self) -> dict[str, int]:
@@ -122,7 +123,7 @@ class Served:
                 "dequantized": self.dequantized,
                 "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
-                "warnings": plan.warnings if plan else (),
+                "warnings": self.warnings,
                 "traps": self.traps,
                 "problems": self.problems,
             }
@@ -185,11 +186,13 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     plan: Plan | None = None
     trap: Fault | None = None
     problems: tuple[Fault, ...] = ()
+    warnings: tuple[str, ...] = ()
     if detection.method == COMPRESSED_TENSORS or is_sidecar(directory):
         try:
             plan = _plan(directory, detection, parallel, machine)
+            warnings = plan.warnings
         except CheckpointError as error:
-            problems = error.faults
+            problems, warnings = error.faults, error.warnings
     if plan is not None and machine.features is not None:
         trap = fixed_scale_fault([plan], machine.features)
     return Served(
@@ -199,6 +202,7 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
         plan=plan,
         traps=(trap,) if trap else (),
         problems=problems,
+        warnings=warnings,
     )
 
 

@@ -6,6 +6,7 @@ stored.py             the stored tensors of each module, as views
 gathering.py          the modules of a checkpoint under Hugging Face names, with one module per expert
 unlisted.py           tensors that the index does not list: read only where the model lacks them
 probe.py              the few stored values that decide a mode
+groups.py             which config group a quantized module belongs to
 weights.py            the scheme and the format of a quantized module
 model_modules.py      plans the modules that the text model's tables name
 other_modules.py      plans all other modules

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import FaultCollector, PlanError
+from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
@@ -64,7 +64,7 @@ def make_plan(
     at a fixed scale.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
     Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
-    be delivered to the target.
+    be delivered to the target. It has the warnings that the plan would have.
     """
     faults = FaultCollector()
     planner = _Planner(
@@ -81,11 +81,11 @@ def make_plan(
         kv_cache=KvCache(config, target, model.kv_heads),
         transforms=OnlineTransforms(config, model, faults),
     )
-    with collector_paused():
+    with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
         plan = planner.plan(catalog)
     if strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
-    faults.raise_if_any(PlanError)
+    faults.raise_if_any(PlanError, plan.warnings)
     return plan
 
 
@@ -131,7 +131,13 @@ class _Planner:
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
-        self.faults.raise_if_any(PlanError)
+        warnings = (
+            *unlisted_warnings(catalog, unread),
+            *self.reader.warnings,
+            *self.kv_cache.warnings,
+            *header_warnings(self.config, self.model.name, modules),
+        )
+        self.faults.raise_if_any(PlanError, warnings)
         return Plan(
             target=self.target.name,
             architecture=self.model.name,
@@ -141,14 +147,7 @@ class _Planner:
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
             parallel=self.parallel,
-            warnings=(
-                *self.config.warnings,
-                *catalog.warnings,
-                *unlisted_warnings(catalog, unread),
-                *self.reader.warnings,
-                *self.kv_cache.warnings,
-                *header_warnings(self.config, self.model.name, modules),
-            ),
+            warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
