@@ -57,7 +57,7 @@ class Conversion:
         self.checkpoint = checkpoint
         self.plan = plan
         with collector_paused():
-            self.write_plan = WritePlan.of(plan.delivered_specs, job.max_shard_bytes)
+            self.write_plan = WritePlan.of(plan.delivered_specs, job.max_shard_bytes, plan.stacks)
             self.units = plan_units(plan, self.write_plan, device=job.device)
         self.locks = file_locks(self.write_plan)
 

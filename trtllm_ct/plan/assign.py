@@ -27,6 +27,9 @@ __all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidate
 DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
 """The reason that is given for row-wise FP8 output projections of attention which are dequantized on request."""
 
+_PLAIN = "engines read this module plain"
+_STACKED = "the class of the model reads its experts from one plain tensor"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
@@ -154,7 +157,7 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
     if module.folded:
         return Assignment(holding=None, reason=module.folded)
     if module.site.plain and target.holds_codes:
-        return Assignment(holding=None, reason="engines read this module plain")
+        return Assignment(holding=None, reason=_STACKED if module.site.expert else _PLAIN)
     first = next((holding for holding in _held(module, target) if holding.as_is), None)
     if first is None and module.weight.slices is not None:
         finer = _in_finer_groups(module, target)

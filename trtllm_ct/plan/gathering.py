@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import FaultCollector
-from trtllm_ct.plan.models.fused_experts import split_fused_experts
+from trtllm_ct.plan.models.fused_experts import split_fused_experts, stores_inputs_first
 from trtllm_ct.plan.models.mistral_names import hugging_face_names
 from trtllm_ct.plan.stored import stored_modules
 from trtllm_ct.plan.unlisted import fill_from_unlisted
@@ -50,5 +50,6 @@ def _gather(
     stored = stored_modules(catalog, lambda name: model_shapes().get(name), faults, shapes)
     stored = hugging_face_names(stored, model, faults)
     if model.architecture.experts is not None:
-        stored = split_fused_experts(stored, model.architecture.experts)
+        inputs_first = stores_inputs_first(stored, model)
+        stored = split_fused_experts(stored, model.architecture.experts, inputs_first=inputs_first)
     return stored

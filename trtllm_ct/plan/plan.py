@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.schemes import QuantAlgo, QuantScheme, TensorSpec
     from trtllm_ct.checkpoint.reader import Run
+    from trtllm_ct.checkpoint.write_plan import StackPart
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.formats.base import StoredWeight
@@ -222,6 +223,7 @@ class Plan:
 
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
+    `stacks` are the delivered tensors that a directory holds as parts of a stacked tensor, with their places in it.
     """
 
     target: str
@@ -233,6 +235,7 @@ class Plan:
     quant_config: QuantConfig
     warnings: tuple[str, ...] = ()
     parallel: Parallel = ONE_RANK
+    stacks: Mapping[str, StackPart] = field(default_factory=dict)
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""

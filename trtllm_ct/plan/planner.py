@@ -19,6 +19,7 @@ from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.model_modules import ModelModules
+from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -131,7 +132,9 @@ class _Planner:
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
+        stacks = stack_parts(modules, self.model) if self.target.directory else {}
         warnings = (
+            *(stack_warnings(self.model) if stacks else ()),
             *unlisted_warnings(catalog, unread),
             *self.reader.warnings,
             *self.kv_cache.warnings,
@@ -147,6 +150,7 @@ class _Planner:
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
             parallel=self.parallel,
+            stacks=stacks,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
 

@@ -152,11 +152,12 @@ class Assembly:
         """Put an unquantized tensor into its parameter or buffer.
 
         A float is cast to the dtype of its place, or to float32 where transformers keeps it in float32. A tensor that
-        `NameMap.transposed` names is transposed when its shape differs. Adds a fault for a wrong shape or dtype.
+        `NameMap.transposed` names is transposed if it fits then. Adds a fault for a wrong shape or dtype.
         """
         slot = self._slots[name]
         self._filled.add(name)
-        if tensor.shape != slot.shape and name.endswith(self._names.transposed):
+        # Where both orders have the same shape, the order of the class counts.
+        if name.endswith(self._names.transposed) and tensor.mT.shape == slot.shape:
             tensor = tensor.mT.contiguous()
         is_float = slot.is_floating_point()
         fits = tensor.shape == slot.shape or self._mixtures.fits_fewer(name, tensor, slot)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.engine.quant_config import QuantConfig
 
-__all__ = ["NameMap"]
+__all__ = ["NameMap", "stacked_suffixes"]
 
 # By model type: parts of dotted names in checkpoints, and their names in transformers. They are replaced in this order.
 _MIXTRAL = (("block_sparse_moe", "mlp"),)
@@ -64,6 +64,12 @@ _LANGUAGE = (
 _DRAFT = ("mtp.", "model.mtp.", "model.mtp_layers.")
 
 
+def stacked_suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The suffixes of the stacks [E, in, out] of unquantized experts that a parsed config.json's class reads."""
+    text = config.get("text_config") or config
+    return _TRANSPOSED.get(text.get("model_type", ""), ())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameMap:
     """Maps the names of one checkpoint to paths in the model.
@@ -89,7 +95,7 @@ class NameMap:
             renamed=_RENAMED.get(model_type, ()),
             language=_LANGUAGE if text is not config else (),
             ignored=_DRAFT + tuple(f"model.layers.{layer}." for layer in range(layers, layers + draft_layers)),
-            transposed=_TRANSPOSED.get(text.get("model_type", ""), ()),
+            transposed=stacked_suffixes(config),
         )
 
     def path(self, name: str) -> str | None:
