@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
         where="config.json: architectures",
         expected="LlamaForCausalLM",
         found="GrokForCausalLM",
-        remedy="nothing is guessed",
+        remedy="This model family is not supported: serve it with an engine",
     ),
     "leftover weight_scale without weight": Case(
         damage=tensors(lambda stored: stored.update({"model.layers.9.mlp.up_proj.weight_scale": torch.ones(1)})),
@@ -214,7 +214,7 @@ CASES: dict[str, Case] = {
         error=PlanError,
         where=f"{ATTENTION}.k_scale",
         expected="the scale that kv_cache_scheme promises",
-        found="no such tensor",
+        found="no scale of the KV cache in any layer",
         remedy="remove kv_cache_scheme",
     ),
     "wrong model sizes": Case(
