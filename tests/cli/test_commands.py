@@ -239,7 +239,10 @@ class TestStreams:
         """Long names and messages stay on one line, so that grep finds them."""
         made = run_process("plan", broken, "--to", "modelopt")
         assert (made.returncode, made.stdout) == (1, "")
-        remedy = "Download the checkpoint again; a shard or its entry in the index is lost."
+        remedy = (
+            "Fetch the shard that holds it from where the checkpoint was published. If no shard does, "
+            "config.json describes another model: take it from there too."
+        )
         assert f"  {remedy}" in made.stderr.splitlines()
 
         deep = broken.parent / ("long-name-" * 20)

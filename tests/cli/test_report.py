@@ -109,7 +109,7 @@ class TestInspection:
         shown = words(report.inspection(inspect_checkpoint(tmp_path)))
 
         assert "Problems (1): model.norm.weight expected a tensor that LlamaForCausalLM needs" in shown
-        assert "Download the checkpoint again" in shown
+        assert "Fetch the shard that holds it" in shown
         assert "KV cache" not in shown
 
 

@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
         where="config.json: architectures",
         expected="LlamaForCausalLM",
         found="GrokForCausalLM",
-        remedy="nothing is guessed",
+        remedy="This model family is not supported: serve it with an engine",
     ),
     "leftover weight_scale without weight": Case(
         damage=tensors(lambda stored: stored.update({"model.layers.9.mlp.up_proj.weight_scale": torch.ones(1)})),
@@ -71,7 +71,7 @@ CASES: dict[str, Case] = {
         where="model.layers.9.mlp.up_proj.weight_scale",
         expected="a module that this tensor belongs to",
         found="float32 [1] without an owner",
-        remedy="a tensor was lost or renamed",
+        remedy="Its weight was lost or renamed: fetch the files again",
     ),
     "weight_packed without weight_scale": Case(
         damage=tensors(lambda stored: stored.pop(f"{Q}.weight_scale")),
@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
         where=Q,
         expected="either weight or weight_packed",
         found="both",
-        remedy="find out which one is meant",
+        remedy="List only the right one in model.safetensors.index.json",
     ),
     "scale of another group size": Case(
         damage=weights_of_group(group_size=64),
@@ -214,7 +214,7 @@ CASES: dict[str, Case] = {
         error=PlanError,
         where=f"{ATTENTION}.k_scale",
         expected="the scale that kv_cache_scheme promises",
-        found="no such tensor",
+        found="no scale of the KV cache in any layer",
         remedy="remove kv_cache_scheme",
     ),
     "wrong model sizes": Case(
@@ -223,7 +223,7 @@ CASES: dict[str, Case] = {
         where="model.layers.0.mlp.gate_proj",
         expected="a weight of [256, 64] (out, in) by the sizes in config.json",
         found="codes for [128, 64]",
-        remedy="config.json and the weights belong to different models",
+        remedy="Take config.json from where the weights were published",
     ),
     "a lost layer": Case(
         damage=config(lambda document: document.update(num_hidden_layers=3)),
@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
         where="model.layers.2.input_layernorm.weight",
         expected="a tensor that LlamaForCausalLM needs",
         found="no such tensor in any shard",
-        remedy="Download the checkpoint again",
+        remedy="Fetch the shard that holds it",
     ),
     "unsupported format": Case(
         options=FP8,

@@ -164,7 +164,7 @@ CASES: dict[str, Case] = {
         where=f"{Q}.weight",
         expected="it once",
         found=f"it plain and in pieces, as {Q}.compressed",
-        remedy="keep those of one of them",
+        remedy="List only the right one in model.safetensors.index.json",
     ),
     "an expert that is lost": Case(
         options=MIXTURE,
@@ -173,7 +173,7 @@ CASES: dict[str, Case] = {
         where=f"{EXPERT}.weight",
         expected="a tensor that Qwen3MoeForCausalLM needs",
         found="no such tensor in any shard",
-        remedy="Download the checkpoint again",
+        remedy="Fetch the shard that holds it",
     ),
     "layers pruned to different numbers of experts": Case(
         options=MIXTURE,
@@ -199,7 +199,7 @@ CASES: dict[str, Case] = {
         where="model.layers.1.mlp.down_proj.weight_",
         expected="only tensors of LlamaForCausalLM",
         found=" without an owner",
-        remedy="Nothing would read it; remove it, or check the architecture in config.json",
+        remedy="Nothing would read it: remove it, or take it out of an index; or correct architectures",
     ),
     "a mixture without the number of its experts": Case(
         options=MIXTURE,

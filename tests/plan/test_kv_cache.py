@@ -75,7 +75,7 @@ def test_scales_without_a_scheme_are_ignored(built: Built) -> None:
 
     assert plan.quant_config.kv_cache_quant_algo is None
     assert plan.module(ATTENTION).deliveries == ()
-    assert fates(plan) == {(Fate.IGNORED, "the configuration leaves the KV cache unquantized, as engines do")}
+    assert fates(plan) == {(Fate.IGNORED, "the configuration leaves the KV cache unquantized")}
 
 
 def test_zero_points_of_a_symmetric_scheme_are_ignored(built: Built) -> None:
@@ -105,7 +105,10 @@ def test_a_scheme_without_any_scales_names_every_layer(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, scheme="fp8-tensor-static")
     set_scheme(tmp_path, fp8_weights("tensor"))
 
-    assert len(faults(tmp_path)) == 2 * 2
+    found = faults(tmp_path)
+    assert len(found) == 2 * 2
+    assert {fault.found for fault in found} == {"no scale of the KV cache in any layer"}
+    assert all(fault.remedy.startswith("Calibrate the KV cache with llm-compressor") for fault in found)
     assert plan_checkpoint(tmp_path, "dense").target == "dense"
 
 
@@ -328,6 +331,49 @@ def test_a_group_that_targets_only_attention_is_the_scheme_of_the_cache(built: B
     assert plan.quant_config == want.quant_config
     (query,) = [fate for fate in plan.fates() if fate.name.endswith("q_scale")]
     assert (query.fate, query.reason) == (Fate.IGNORED, "engines don't quantize queries")
+
+
+def test_a_missing_scale_of_a_group_names_the_group(built: Built) -> None:
+    """There is no `kv_cache_scheme` to remove then."""
+
+    def regroup(config: dict[str, Any]) -> None:
+        config["quantization_config"]["kv_cache_scheme"] = None
+        config["quantization_config"]["config_groups"]["attention"] = ATTENTION_GROUP
+
+    rewrite_config(built.directory, regroup)
+    rewrite(built.directory, lambda stored: stored.pop(f"{ATTENTION}.k_scale"))
+
+    (fault,) = faults(built.directory)
+
+    assert fault.expected == "the scale that attention of config_groups promises"
+    assert "remove attention of config_groups" in fault.remedy
+    assert "kv_cache_scheme" not in fault.remedy
+
+
+def test_a_quantized_cache_beside_plain_modules_has_one_explanation(tmp_path: Path) -> None:
+    """Neither that the target has no such cache nor that the stored scales are used."""
+    write_checkpoint(tmp_path, scheme="int8-g32", kv=True)
+
+    plan = plan_checkpoint(tmp_path)
+
+    (warning,) = [text for text in plan.warnings if text.startswith("KV cache")]
+    (reason,) = {reason for _, reason in fates(plan)}
+    assert reason in warning
+    assert "without the stored scales" in warning
+    assert plan.quant_config.kv_cache_quant_algo is None
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_what_is_said_of_an_asymmetric_cache_fits_together(built: Built, strategy: str) -> None:
+    set_scheme(built.directory, fp8_weights(strategy, symmetric=False))
+    if strategy == "attn_head":
+        names = [name for name in built.stored if name.endswith(("k_scale", "v_scale"))]
+        rewrite(built.directory, lambda stored: stored.update({name: torch.ones(2, 1, 1) for name in names}))
+
+    said = [text for text in plan_checkpoint(built.directory).warnings if text.startswith("KV cache")]
+
+    assert "stored zero points are left out" in said[0]
+    assert len(said) == (2 if strategy == "attn_head" else 1)
 
 
 @pytest.mark.parametrize("local", ["k_zero_point", "v_zero_point"])

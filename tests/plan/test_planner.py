@@ -248,7 +248,7 @@ class TestFaults:
 
         assert fault.expected == "a module that this tensor belongs to"
         assert fault.found == "float32 [1] without an owner"
-        assert "lost or renamed" in fault.remedy
+        assert "lost or renamed: fetch the files again" in fault.remedy
 
     def test_a_scale_whose_weight_is_lost_is_named_beside_the_weight(self, tmp_path: Path):
         write_checkpoint(tmp_path, scheme="fp8-channel-token", edit=lambda stored: stored.pop(f"{Q}.weight"))
@@ -266,7 +266,7 @@ class TestFaults:
         found = faults(tmp_path)
 
         assert any(where.startswith(module) for where in found)
-        assert all("config.json and the weights belong to different models" in fault.remedy for fault in found.values())
+        assert all("Take config.json from where the weights were published" in fault.remedy for fault in found.values())
 
     def test_faults_of_all_kinds_and_places_are_raised_together(self, tmp_path: Path):
         """If faults were reported one by one, each repair might cost another download."""
@@ -433,3 +433,18 @@ def test_a_quantized_embedding_that_is_also_the_head(tmp_path: Path, both: bool)
     assert {fate.reason for fate in plan.fates() if fate.name.startswith("lm_head.")} == (
         {"config.json ties it to the embeddings"} if both else set()
     )
+
+
+def test_a_model_whose_prefix_is_unknown_is_one_fault_that_names_the_known_ones(tmp_path: Path):
+    def rename(stored: dict[str, torch.Tensor]) -> None:
+        for name in list(stored):
+            stored[f"thinker.{name}"] = stored.pop(name)
+
+    write_checkpoint(tmp_path, edit=rename)
+
+    (fault,) = faults(tmp_path).values()
+
+    assert fault.where == "names of the tensors"
+    assert "model., language_model.model., model.language_model." in fault.expected
+    assert "thinker.model.layers." in fault.found
+    assert "Give the tensors one of these prefixes" in fault.remedy

@@ -12,6 +12,7 @@ from trtllm_ct.base.errors import Fault, FaultCollector
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.plan.models.sites import Site
+from trtllm_ct.plan.probe import Probe
 from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 
@@ -419,3 +420,35 @@ def test_faults_of_the_tensors_are_reported_and_leave_no_weight() -> None:
 
     assert fault.where == f"{NAME}.weight_scale"
     assert fault.found == "no such tensor"
+
+
+def test_zero_points_beside_a_symmetric_scheme_are_applied_and_it_is_said() -> None:
+    weights = reader(config_group(int_weights(4, group_size=32)))
+
+    assert read(weights, INT4 | ZERO_POINT).stored.has_zero_point
+    (warning,) = weights.warnings
+    assert "the scheme is symmetric, but zero points are stored" in warning
+    assert "set symmetric to false" in warning
+    assert warning.endswith("(1 modules)")
+
+
+def test_zero_points_that_are_all_zero_beside_a_symmetric_scheme_need_no_warning() -> None:
+    weights = reader(config_group(int_weights(4, group_size=32)))
+    weights.probe = Probe(zero=frozenset({f"{NAME}.weight_zero_point"}))
+
+    assert not read(weights, INT4 | ZERO_POINT).stored.has_zero_point
+    assert weights.warnings == ()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("spec", [TensorSpec(DType.I8, (32, 3)), TensorSpec(DType.I32, (5, 2))], ids=str)
+def test_zero_points_of_a_wrong_shape_may_be_removed_only_if_the_scheme_is_symmetric(
+    spec: TensorSpec, symmetric: bool
+) -> None:
+    weights = reader(config_group(int_weights(4, group_size=32, symmetric=symmetric)))
+
+    fault = refusal(weights, INT4 | {"weight_zero_point": spec})
+
+    assert fault.where == f"{NAME}.weight_zero_point"
+    assert "group_size" in fault.remedy
+    assert ("remove the zero points" in fault.remedy) is symmetric

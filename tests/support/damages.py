@@ -149,7 +149,7 @@ def assert_told(case: Case, tmp_path: Path) -> None:
     assert case.found in in_words.err_words
     assert case.remedy in in_words.err_words
     assert (as_json.code, as_json.err) == (1, "")
-    assert as_json.document.keys() == {"schema", "kind", "error", "faults"}
+    assert as_json.document.keys() == {"schema", "kind", "error", "faults", "warnings"}
     assert (as_json.document["kind"], as_json.document["error"]) == ("error", case.error.__name__)
     assert_says(case, as_json.document["faults"][0])
 

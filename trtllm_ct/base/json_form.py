@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import Enum
 from math import isfinite
 from pathlib import Path
@@ -50,8 +50,11 @@ def from_fields(kind: type[T], entry: Mapping[str, Any], **readers: Callable[[An
     """Return the dataclass of which `entry` is the `fields_form`.
 
     `readers` turn the JSON form of the fields that they are named after into their values; null stays None. Raises
-    `TypeError` for a field that is missing or unknown, and what the readers raise.
+    `KeyError` for a field that is missing, `TypeError` for one that is unknown, and what the readers raise.
     """
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in entry and field.default is MISSING and field.default_factory is MISSING:
+            raise KeyError(field.name)
     return kind(
         **{
             name: readers[name](value) if name in readers and value is not None else value

@@ -260,7 +260,8 @@ def _require_inside(file: str, index: str, faults: FaultCollector) -> None:
     """
     parts = file.split("/")
     if PurePosixPath(file).is_absolute() or {"", ".", ".."} & set(parts) or re.search(r"[\\:\0]", file):
-        expected, remedy = "paths inside the checkpoint directory", "Do not load this checkpoint unless you know why."
+        expected = "paths inside the checkpoint directory"
+        remedy = "Take the index from where the checkpoint was published; such a path may be meant to harm you."
         faults.add(where=index, expected=expected, found=repr(file), remedy=remedy)
     elif not file.endswith(".safetensors"):
         remedy = "Pickle and other formats are refused because loading them can run code: convert to safetensors."

@@ -52,7 +52,8 @@ def check_shape(module: str, found: tuple[int, int], expected: tuple[int, int] |
             where=module,
             expected=f"a weight of {list(expected)} (out, in) by the sizes in config.json",
             found=f"codes for {list(found)}",
-            remedy="config.json and the weights belong to different models, or num_bits in config_groups is wrong.",
+            remedy="Take config.json from where the weights were published; if it is theirs, correct num_bits in "
+            "config_groups.",
         )
 
 
@@ -72,7 +73,8 @@ def check_scale(
             where=f"{module}.{name}",
             expected=f"a scale of shape {description}",
             found="no such tensor",
-            remedy="Without its scale the weight has no value; download the checkpoint again or look for a lost shard.",
+            remedy="Without its scale the weight has no value: fetch the shard that holds it from where the checkpoint "
+            "was published.",
         )
     elif spec.dtype not in _SCALE_DTYPES:
         faults.add(
@@ -104,7 +106,8 @@ def check_plain_zero_point(
             where=f"{module}.weight_zero_point",
             expected=f"int8 {list(expected)}, one for each scale",
             found=str(spec),
-            remedy="Zero points are stored as plain int8 or, by pack-quantized, in int32 words along the rows.",
+            remedy="Check strategy and group_size in config_groups against the tool that wrote the file"
+            + ("; or remove the zero points, if the scheme really is symmetric." if args.symmetric else "."),
         )
 
 

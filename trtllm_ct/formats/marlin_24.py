@@ -171,7 +171,7 @@ def _check_companion(module: str, name: str, stored: StoredSpecs, wanted: Tensor
         where=f"{module}.{name}",
         expected=f"{wanted} beside the codes",
         found=str(spec) if spec else "no such tensor",
-        remedy=remedy if spec else "Without it the weight has no value; look for a lost shard.",
+        remedy=remedy if spec else "Without it the weight has no value: fetch the shard that holds it.",
     )
 
 

@@ -207,6 +207,7 @@ def _zero_point_packing(
             where=f"{module}.weight_zero_point",
             expected=f"int32 {[rows, groups]}: packed along the rows, one column a group",
             found=str(spec),
-            remedy="Check group_size and num_bits in config_groups against the tool that wrote the file.",
+            remedy="Check group_size and num_bits in config_groups against the tool that wrote the file"
+            + ("; or remove the zero points, if the scheme really is symmetric." if args.symmetric else "."),
         )
     return packing

@@ -96,7 +96,10 @@ def check_group_scale(
     spec = stored.get("weight_scale")
     names = " or ".join(dtype.torch_name for dtype in dtypes)
     if spec is None:
-        remedy = "Without its scale the weight has no value; download the checkpoint again or look for a lost shard."
+        remedy = (
+            "Without its scale the weight has no value: fetch the shard that holds it from where the checkpoint was "
+            "published."
+        )
     elif spec.dtype not in dtypes:
         remedy = "Scales of this dtype belong to another format; check `format` in config_groups."
     elif list(spec.shape) != expected and not (1 in expected and spec.numel == expected[0] * expected[1]):

@@ -186,7 +186,8 @@ def _check_zero_point(name: str, weight: StoredWeight, zero_point: Tensor, fault
             where=name,
             expected="integers, which are subtracted from the codes before scaling",
             found=f"{float(wide[fraction][0]):g} ({int(fraction.sum())} of {zero_point.numel()} are no integers)",
-            remedy="This writer's zero points mean something else, perhaps an offset after scaling; quantize again.",
+            remedy="These zero points mean something else, perhaps an offset after scaling: quantize again with "
+            "llm-compressor.",
         )
         return
     low, high = int(zero_point.min()), int(zero_point.max())
@@ -210,7 +211,7 @@ def _check_leftover_zero_point(name: str, zero_point: Tensor, faults: FaultColle
             where=name,
             expected="zeros only, since float codes have no zero point",
             found=f"{nonzero} of {zero_point.numel()} elements that are not zero",
-            remedy="No release defines such a weight; find out what its writer meant, or quantize the model again.",
+            remedy="No release computes with such zero points: quantize the model again with a current release.",
         )
 
 

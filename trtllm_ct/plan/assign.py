@@ -31,6 +31,9 @@ DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed sca
 _PLAIN = "engines read this module plain"
 _STACKED = "the class of the model reads its experts from one plain tensor"
 
+_PLAIN = "engines read this module plain"
+_STACKED = "the class of the model reads its experts from one plain tensor"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from trtllm_ct.base.errors import FaultCollector
-    from trtllm_ct.config.quantization_config import QuantizationConfig
+    from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import StoredModule
@@ -40,6 +40,7 @@ _PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
 # The strategies with stored scales: one for each projection of a layer, or one for each of its heads.
 _STATIC = (Strategy.TENSOR, Strategy.ATTN_HEAD)
 _NO_NAMES = frozenset[str]()
+_ALONE = "no module is delivered quantized, and the configuration of the engine can't state a quantized cache alone"
 _IGNORED = {
     "q_scale": "engines don't quantize queries",
     "q_zero_point": "engines don't quantize queries",
@@ -91,11 +92,7 @@ class KvCache:
         """The scheme of the cache: `kv_cache_scheme`, or the inputs of a group that targets only attention modules."""
         if self.config.kv_cache_scheme is not None:
             return self.config.kv_cache_scheme
-        for group in self.config.groups:
-            attention = all(target.endswith("Attention") for target in group.targets)
-            if group.targets and attention and group.scheme.weights is None:
-                return group.scheme.input_activations
-        return None
+        return next((group.scheme.input_activations for group in self.config.groups if _is_of_attention(group)), None)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -103,17 +100,33 @@ class KvCache:
         args = self.args
         if args is None or not self.target.holds_codes:
             return ()
-        if self.algo is None and replace(self, alone=False).algo is not None:
-            return ("KV cache: no module is delivered quantized, so pass KvCacheConfig(dtype='fp8') to the engine",)
+        if self._only_alone:
+            return (f"KV cache: {_ALONE}; pass KvCacheConfig(dtype='fp8') to have one, without the stored scales",)
         if self.algo is None:
             return (f"KV cache: {self.target.capabilities.name} has no {args.label()} cache; it stays 16-bit",)
+        notes = []
         if not args.symmetric:
-            return ("KV cache: that of the engine is symmetric, so the scales are used without their zero points",)
+            notes.append("KV cache: that of the engine is symmetric, so stored zero points are left out")
         if args.strategy is Strategy.ATTN_HEAD and args.dynamic is False:
-            return (f"KV cache: the engine takes one scale for all heads, so it gets the largest of {args.label()}",)
-        if args.strategy is not Strategy.TENSOR:
-            return (f"KV cache: the engine takes one scale for all heads, so those of {args.label()} are left out",)
-        return ()
+            notes.append(
+                f"KV cache: the engine takes one scale for all heads, so it gets the largest of {args.label()}"
+            )
+        elif args.strategy is not Strategy.TENSOR:
+            notes.append(f"KV cache: the engine takes one scale for all heads, so those of {args.label()} are left out")
+        return tuple(notes)
+
+    @property
+    def origin(self) -> str:
+        """The part of the configuration that the scheme of the cache is from, for messages."""
+        if self.config.kv_cache_scheme is not None:
+            return "kv_cache_scheme"
+        groups = [group for group in self.config.groups if _is_of_attention(group)]
+        return f"{groups[0].name} of config_groups" if groups else "its scheme"
+
+    @property
+    def _only_alone(self) -> bool:
+        """Whether the target has a cache of this kind, but not beside plain modules only."""
+        return self.algo is None and replace(self, alone=False).algo is not None
 
     def holds(self, module: StoredModule) -> frozenset[str]:
         """Return the local names of a module's tensors that belong to the KV cache or to quantized attention.
@@ -161,18 +174,23 @@ class KvCache:
                 if f"{prefix}.{letter}_proj.{letter}_scale" not in delivered and where not in faulty:
                     faults.add(
                         where=where,
-                        expected="the scale that kv_cache_scheme promises",
-                        found="no such tensor",
-                        remedy="Download the checkpoint again, or remove kv_cache_scheme to serve a 16-bit cache.",
+                        expected=f"the scale that {self.origin} promises",
+                        found="no such tensor" if self.chosen else "no scale of the KV cache in any layer",
+                        remedy=(
+                            "Fetch the shard that holds it from where the checkpoint was published"
+                            if self.chosen
+                            else "Calibrate the KV cache with llm-compressor"
+                        )
+                        + f", or remove {self.origin} to serve a 16-bit cache.",
                     )
 
     def _unused(self, local: str) -> str | None:
         """Return why a scale of this local name is not delivered, whatever the module; None if it may be."""
         if self.args is None:
             what = "outputs" if local == "output_scale" else "the KV cache"
-            return f"the configuration leaves {what} unquantized, as engines do"
+            return f"the configuration leaves {what} unquantized"
         if self.algo is None:
-            return f"target {self.target.name} leaves the KV cache alone"
+            return _ALONE if self._only_alone else f"target {self.target.name} leaves the KV cache alone"
         return None
 
     def _wrong_size(self, module: StoredModule, local: str, faults: FaultCollector) -> str | None:
@@ -188,9 +206,15 @@ class KvCache:
             where=f"{module.stored_name}.{local}",
             expected="one element",
             found=str(spec),
-            remedy="Quantize the KV cache again with strategy tensor.",
+            remedy=f"Calibrate the KV cache again with strategy tensor, or remove {self.origin} for a 16-bit cache.",
         )
         return "of the wrong size"
+
+
+def _is_of_attention(group: ConfigGroup) -> bool:
+    """Whether a group targets only attention modules, whose inputs are queries, keys and values."""
+    attention = all(target.endswith("Attention") for target in group.targets)
+    return bool(group.targets) and attention and group.scheme.weights is None
 
 
 def _delivered_name(module: str, letter: str) -> str:

@@ -31,8 +31,10 @@ def refuse_leftovers(module: StoredModule, owned: Collection[str | None], model:
             expected="a module that this tensor belongs to" if quantization else f"only tensors of {model}",
             found=f"{spec} without an owner",
             remedy=(
-                "A quantization tensor without its weight means that a tensor was lost or renamed."
+                "Its weight was lost or renamed: fetch the files again from where the checkpoint was published, or "
+                "remove this tensor if it is left over."
                 if quantization
-                else "Nothing would read it; remove it, or check the architecture in config.json."
+                else "Nothing would read it: remove it, or take it out of an index; or correct architectures in "
+                "config.json if the model has it."
             ),
         )

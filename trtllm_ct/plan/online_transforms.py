@@ -206,7 +206,7 @@ class OnlineTransforms:
                 where=where,
                 expected=f"head_dim that divides {length}",
                 found=str(size),
-                remedy="transform_config and config.json belong to different models.",
+                remedy="Take config.json, with transform_config in it, from where the weights were published.",
             )
             return module
         if transform.module not in _children(module):
@@ -235,7 +235,7 @@ class OnlineTransforms:
                     where=module.full_name(local),
                     expected=f"{list(shape)} numbers of transform {transform}" if shape else "no such tensor",
                     found=str(spec) if spec else "no such tensor",
-                    remedy="transform_config and the tensors belong to different checkpoints; download both again.",
+                    remedy="transform_config and the tensors are of different checkpoints: take both from one place.",
                 )
         return len(self.faults.faults) == faults_before
 
@@ -246,7 +246,8 @@ class OnlineTransforms:
             where=where,
             expected=f"the matrix [{size}, {size}] of transform {transform}, here or at one module that shares it",
             found=f"{len(candidates)} modules with one of that name and size" if candidates else "no such tensor",
-            remedy="Without it the weight is wrong; download the checkpoint again or look for a lost shard.",
+            remedy="Without it the weight is wrong: fetch the shard that holds it from where the checkpoint was "
+            "published, or quantize again.",
         )
 
     def _refuse(self, transform: Transform, where: str, found: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
@@ -21,6 +22,7 @@ from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
+from trtllm_ct.plan.models.sites import known_prefixes
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -124,6 +126,8 @@ class _Planner:
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
+        if not any(site_modules.values()):
+            self._refuse_unknown_names(catalog)
         weights = self._read_weights(site_modules, sites)
         site_modules = {
             name: module and self._ordered(module, weights.get(name)) for name, module in site_modules.items()
@@ -189,7 +193,7 @@ class _Planner:
                     where=f"{module.stored_name}.weight",
                     expected=f"shape {list(site.shape)} by the sizes in config.json",
                     found=str(module.specs["weight"]),
-                    remedy="config.json and the weights belong to different models.",
+                    remedy="Take config.json from where the weights were published; it describes another model.",
                 )
             for local in site.locals:
                 if module is not None and local not in module.specs:
@@ -205,12 +209,27 @@ class _Planner:
             return module
         return self.rows.ordered(module, weight.stored if weight else None)
 
+    def _refuse_unknown_names(self, catalog: Catalog) -> None:
+        """Raise `PlanError` with one fault, instead of one for each module, if no module has a name of the model."""
+        prefixes = sorted(
+            {name.partition(".layers.")[0] + ".layers." for name in catalog.tensors if ".layers." in name}
+        )
+        self.faults.add(
+            where="names of the tensors",
+            expected=f"those of {self.model.name} behind one of the prefixes {', '.join(known_prefixes())}",
+            found=f"none of them, but {format_names(prefixes or catalog.tensors)}",
+            remedy="Give the tensors one of these prefixes, in the files and in the index; or correct architectures in "
+            "config.json if the weights are another model's.",
+        )
+        self.faults.raise_if_any(PlanError)
+
     def _missing(self, module: str, local: str) -> None:
         self.faults.add(
             where=f"{module}.{local}",
             expected=f"a tensor that {self.model.name} needs",
             found="no such tensor in any shard",
-            remedy="Download the checkpoint again; a shard or its entry in the index is lost.",
+            remedy="Fetch the shard that holds it from where the checkpoint was published. If no shard does, "
+            "config.json describes another model: take it from there too.",
         )
 
     def _model_modules(

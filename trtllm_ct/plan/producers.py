@@ -249,9 +249,9 @@ PRODUCERS: tuple[Producer, ...] = (
         fixed=(0, 13, 0),
         in_headers=_static_kv_scales,
         warning=(
-            "compressed-tensors 0.12 with llm-compressor 0.8 stored KV-cache scales of zero, which are refused when "
-            "they are read; calibrate the cache again with 0.13 or later, or remove kv_cache_scheme from config.json "
-            "to serve a 16-bit cache"
+            "compressed-tensors 0.12 with llm-compressor 0.8 stored KV-cache scales of zero in some models; a target "
+            "that uses them refuses these: calibrate the cache again with 0.13 or later, or remove kv_cache_scheme "
+            "from config.json to serve a 16-bit cache"
         ),
         source="llm-compressor issues 1928 and 2117",
     ),

@@ -40,12 +40,12 @@ __all__ = [
     "stored_modules",
 ]
 
-_ACTIVATION_AND_CACHE_TENSORS = frozenset(
+ACTIVATION_AND_CACHE_TENSORS = frozenset(
     f"{tensor}_{parameter}" for tensor in ["input", "output", "q", "k", "v"] for parameter in ("scale", "zero_point")
 )
 _SPARSE_PIECES = frozenset({"compressed", "bitmask", "row_offsets"})
 QUANTIZATION_TENSORS = (
-    frozenset(WEIGHT_TENSORS) - {"weight"} | _ACTIVATION_AND_CACHE_TENSORS | _SPARSE_PIECES | {"input_global_scale"}
+    frozenset(WEIGHT_TENSORS) - {"weight"} | ACTIVATION_AND_CACHE_TENSORS | _SPARSE_PIECES | {"input_global_scale"}
 )
 """Local names of all tensors that compressed-tensors 0.4 to 0.20 stores for quantization or sparsity."""
 

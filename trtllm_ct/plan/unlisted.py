@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.formats import PACKED_CODES
-from trtllm_ct.plan.stored import QUANTIZATION_TENSORS
+from trtllm_ct.plan.stored import ACTIVATION_AND_CACHE_TENSORS, QUANTIZATION_TENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ def fill_from_unlisted(
 
     A module of the model is taken as a whole if the index lists no tensor of it. A module that the index lists gets its
     companions of quantization and the parameters that it must have, but never a second weight. Other unlisted modules
-    are taken if they hold quantization parameters only, such as scales of the KV cache, and those outside of the text
+    are taken if they hold scales of activations or of the KV cache only, and those outside of the text
     model if the model has such parts.
     """
     body, head = place = model.place(listed)
@@ -48,7 +48,7 @@ def fill_from_unlisted(
         elif site is not None:
             if listed.keys().isdisjoint(site.stored_names):
                 result[name] = module
-        elif module.specs.keys() <= QUANTIZATION_TENSORS - _WEIGHTS or (
+        elif module.specs.keys() <= ACTIVATION_AND_CACHE_TENSORS or (
             model.multimodal and not name.startswith(body) and name != head
         ):
             result[name] = module

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizedWeight", "WeightReader"]
 
+_UNEXPECTED_ZERO_POINTS = (
+    "the scheme is symmetric, but zero points are stored that are not all zero: they are applied, as the weight was "
+    "quantized with them; set symmetric to false in config_groups for loaders that leave them out"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
@@ -87,6 +92,8 @@ class WeightReader:
             self._notes[note] += 1
         self._check_blocks(module, weight.stored)
         idle = self._idle(module, weight.stored)
+        if weight.stored.zero_point not in {None, *idle} and weight.stored.args.symmetric:
+            self._notes[_UNEXPECTED_ZERO_POINTS] += 1
         return replace(weight, stored=_without(weight.stored, idle), idle=idle) if idle else weight
 
     def _describe(
@@ -163,7 +170,8 @@ class WeightReader:
             where=module.stored_name,
             expected=f"either weight or {codes[0]}",
             found="both",
-            remedy="No writer stores both; find out which one is meant and remove the other.",
+            remedy="One of them is left over from before the quantization. List only the right one in "
+            "model.safetensors.index.json, which may be added to a single file; then the other one is not read.",
         )
         return False
 
@@ -176,7 +184,8 @@ class WeightReader:
             where=f"{module.stored_name}.weight_zero_point",
             expected="the zero points of an asymmetric weight",
             found="no such tensor",
-            remedy="Without them the weight is wrong; download the checkpoint again or look for a lost shard.",
+            remedy="Without them the weight is wrong: fetch the shard that holds them from where the checkpoint was "
+            "published, or quantize again.",
         )
 
     def _check_blocks(self, module: StoredModule, stored: StoredWeight) -> None:

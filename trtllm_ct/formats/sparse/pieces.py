@@ -96,7 +96,10 @@ def find_sparse(
     for stem, pieces in stems.items():
         name = stem if stems_are_tensor_names else f"{stem}.weight"
         if name in names_and_specs:
-            remedy = "Files of two checkpoints may lie in one directory: keep those of one of them."
+            remedy = (
+                "One of them is left over. List only the right one in model.safetensors.index.json, which may be added "
+                "to a single file; then the other one is not read."
+            )
             duplicate = f"it plain and in pieces, as {stem}.compressed"
             faults.add(where=name, expected="it once", found=duplicate, remedy=remedy)
         else:

@@ -101,7 +101,8 @@ def hugging_face_names(
                 where=module.full_name(local),
                 expected=f"one tensor that makes {name}.{local}",
                 found="another one that does",
-                remedy="Files of two checkpoints may lie in one directory: keep those of one of them.",
+                remedy="The names are of two checkpoints, and only their source can tell which is meant: move the "
+                "files of the other one to another directory.",
             )
         renamed[name] = replace(module.delivered_as(name), views={**(known.views if known else {}), **views})
     if unknown:

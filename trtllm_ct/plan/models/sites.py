@@ -25,7 +25,7 @@ from trtllm_ct.plan.models.families import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["Model", "Site", "name_variants"]
+__all__ = ["Model", "Site", "known_prefixes", "name_variants"]
 
 # The places that the text model may have in a checkpoint: the prefix of its body and the name of its head. Writers and
 # releases of transformers have used each of them. A checkpoint has the first place for which the embedding, the first
@@ -36,6 +36,11 @@ _PLACES = (
     ("model.language_model.", "lm_head"),
     ("model.language_model.model.", "model.language_model.lm_head"),
 )
+
+
+def known_prefixes() -> tuple[str, ...]:
+    """Return the prefixes that the names of the text model's body may have."""
+    return tuple(body for body, _ in _PLACES)
 
 
 def name_variants(name: str) -> tuple[str, ...]:
@@ -375,7 +380,8 @@ def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
         where="config.json: architectures",
         expected=f"one of {known}",
         found=found,
-        remedy="This model family is not supported; nothing is guessed about where its weights belong.",
+        remedy="This model family is not supported: serve it with an engine that reads compressed-tensors itself, or "
+        "correct architectures if config.json is another model's.",
     )
 
 
