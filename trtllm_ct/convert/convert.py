@@ -81,6 +81,7 @@ class ConversionReport:
                 "carried_files": self.carried_files,
                 "seconds": self.seconds,
                 "warnings": self.plan.warnings,
+                "problems": self.plan.problems,
             }
         )
 

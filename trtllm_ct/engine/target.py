@@ -34,7 +34,8 @@ class Capabilities:
     """What one release line of an engine can hold; `source` says where these facts were read.
 
     `linear` are the modes of its Linears, `experts` the modes of its routed experts and `kv_cache` the modes of its KV
-    cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is.
+    cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is. `release` is the release line,
+    None for capabilities that are not TensorRT-LLM's.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Capabilities:
     experts: frozenset[QuantAlgo] = frozenset()
     kv_cache: frozenset[str] = frozenset()
     kv_cache_alone: bool = False
+    release: Release | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,7 @@ def _capabilities(release: Release) -> Capabilities:
         linear=frozenset(mode.algo for mode in LINEAR_MODES if mode.linear_since in until),
         experts=frozenset(mode.algo for mode in LINEAR_MODES if mode.experts_since in until),
         kv_cache=release.kv_cache,
+        release=release,
     )
 
 
@@ -107,6 +110,7 @@ _EVERYTHING = replace(
     name="reference",
     source="trtllm_ct.reference.linear_layouts: LAYOUTS",
     kv_cache_alone=True,
+    release=None,
 )
 
 MODELOPT = Target(

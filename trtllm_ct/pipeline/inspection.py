@@ -58,9 +58,10 @@ class SchemeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """The result of an inspection: what was detected, the plan for a target, and the problems that prevent delivery.
+    """The result of an inspection: what was detected, the plan for a target, and the problems.
 
-    `parallel` are the parallel sizes that the plan was made for. `plan` is None if there are problems.
+    `parallel` are the parallel sizes that the plan was made for. `plan` is None if a problem prevents delivery; the
+    problems of a plan prevent only that the engine serves the result.
     """
 
     directory: Path
@@ -93,7 +94,7 @@ class Inspection:
             yield _row(rows[key])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; everything from the plan is null if there are problems."""
+        """JSON form; everything from the plan is null if there is none."""
         plan = self.plan
         return json_object(
             {
@@ -130,6 +131,7 @@ def inspect_checkpoint(
     problems: tuple[Fault, ...] = ()
     try:
         plan = open_checkpoint(directory, detection).plan(target.name, engine=engine, parallel=parallel)
+        problems = plan.problems
     except CheckpointError as error:
         problems = error.faults
     return Inspection(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.base.errors import Fault
     from trtllm_ct.base.schemes import QuantAlgo, QuantScheme, TensorSpec
     from trtllm_ct.checkpoint.reader import Run
     from trtllm_ct.config.quantization_config import Transform
@@ -222,6 +223,7 @@ class Plan:
 
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
+    `problems` say why the engine that the plan is for can't serve the result, although it can be made.
     """
 
     target: str
@@ -232,6 +234,7 @@ class Plan:
     modules: tuple[ModulePlan, ...]
     quant_config: QuantConfig
     warnings: tuple[str, ...] = ()
+    problems: tuple[Fault, ...] = ()
     parallel: Parallel = ONE_RANK
 
     def deliveries(self) -> Iterator[Delivery]:
@@ -301,6 +304,7 @@ class Plan:
                 "stored_bytes": self.stored_bytes,
                 "delivered_bytes": self.delivered_bytes,
                 "warnings": self.warnings,
+                "problems": self.problems,
             }
         )
 

@@ -14,6 +14,7 @@ from trtllm_ct.base.errors import FaultCollector, PlanError
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
+from trtllm_ct.plan.engine_class import class_problems
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
@@ -56,8 +57,8 @@ def make_plan(
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
 
     `dtype` is the dtype of dequantized modules; None means the model's dtype. With float16, plain tensors are cast too.
-    `strict` makes it a fault when a module has to be dequantized because the target has no mode for it. Modules that
-    `dense_o_proj` dequantizes are no fault.
+    `strict` makes it a fault when a module has to be dequantized because the target has no mode for it, and when the
+    engine can't serve the result (`Plan.problems`). Modules that `dense_o_proj` dequantizes are no fault.
     `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
     `dense_o_proj` dequantizes the output projections of attention whose mode would make attention quantize its output
     at a fixed scale.
@@ -84,6 +85,7 @@ def make_plan(
         plan = planner.plan(catalog)
     if strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
+        faults.faults += plan.problems
     faults.raise_if_any(PlanError)
     return plan
 
@@ -138,6 +140,7 @@ class _Planner:
             modules=tuple(modules),
             quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
             parallel=self.parallel,
+            problems=class_problems(self.model.name, self.target.capabilities.release),
             warnings=(
                 *self.config.warnings,
                 *catalog.warnings,

@@ -20,6 +20,7 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.serve.features import require_class
 from trtllm_ct.serve.hub import Repository, repository_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
 
@@ -65,11 +66,12 @@ def engine_arguments(
     user passed one. If neither is compressed-tensors, `arguments` itself is returned.
     `loaders` are the classes in `bindings.LOADERS`: the first is this package's checkpoint loader, which is added; the
     others are parts of it that a user may have put into one of the engine's loaders.
-    Raises `UsageError` for arguments with which the engine would ignore the loader, and what planning raises.
+    Raises `UsageError` for arguments with which the engine would ignore the loader, `PlanError` for a model whose class
+    the engine lacks, and what planning raises.
     """
-    model = _source(arguments.get("model"), arguments.get("revision"))
+    model = _source(arguments.get("model"), arguments.get("revision"), features)
     draft_field, draft_model = _draft_model(arguments.get("speculative_config"))
-    draft = _source(draft_model, None)
+    draft = _source(draft_model, None, features)
     if model is None and draft is None:
         return arguments
     _refuse_conflicts(arguments, loaders)
@@ -129,11 +131,11 @@ def _size(arguments: Mapping[str, Any], name: str) -> int | None:
     return int(value) if value is not None and int(value) > 0 else None
 
 
-def _source(model: Any, revision: str | None) -> _Source | None:
+def _source(model: Any, revision: str | None, features: EngineFeatures) -> _Source | None:
     """Return the checkpoint that `model` names if it is compressed-tensors or a sidecar.
 
     Returns None for anything else, which is left to the engine. The weights of a repository are downloaded only if its
-    configuration is compressed-tensors.
+    configuration is compressed-tensors and the engine has its model class; otherwise `PlanError` is raised.
     """
     if not isinstance(model, (str, Path)):
         return None
@@ -146,6 +148,8 @@ def _source(model: Any, revision: str | None) -> _Source | None:
         return None
     if detection is not None and detection.method != COMPRESSED_TENSORS:
         return None
+    if detection is not None:
+        require_class(detection, features)
     if repository is None:
         return _Source(directory=directory, detection=detection)
     directory = repository.checkpoint()

@@ -13,7 +13,7 @@ from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures
+from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, make_sidecar
 
@@ -52,6 +52,7 @@ def prepare(
     if detection.method != COMPRESSED_TENSORS:
         return Path(model_dir)
     features = installed_features()
+    require_class(detection, features)
     options = ServingOptions(
         engine=features.engine,
         additive_zeros=features.additive_zeros,
