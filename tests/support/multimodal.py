@@ -48,11 +48,14 @@ def write_multimodal(
     body: str,
     *,
     text: dict[str, Any] | None = None,
-    architecture: str = "Mistral3ForConditionalGeneration",
+    architecture: str = "LlavaNextForConditionalGeneration",
     vision: Mapping[str, tuple[int, ...]] = VISION,
     **options: Any,
 ) -> Built:
-    """A text model under a prefix, beside a plain vision tower and a projector."""
+    """A text model under a prefix, beside a plain vision tower and a projector.
+
+    Modules of the default class are delivered under the names in the files, whatever these are.
+    """
     config = text or tiny_config(hidden=128, kv_heads=4, model_type="mistral")
     built = write_checkpoint(directory, **({"config": config, "scheme": MIXED} | options))
 
@@ -65,7 +68,7 @@ def write_multimodal(
         nested = {key: document.pop(key) for key in list(document) if key not in {"quantization_config", "dtype"}}
         document |= {
             "architectures": [architecture],
-            "model_type": "mistral3",
+            "model_type": "llava_next",
             "text_config": nested,
             "vision_config": {"model_type": "pixtral"},
         }

@@ -15,12 +15,15 @@ class Release:
     """One line of releases.
 
     `name` is its name for `--engine`. `source` is the engine's code that the facts were read from. `kv_cache` are the
-    modes of its KV cache.
+    modes of its KV cache. `wraps_experts` says that routed experts are a ConfigurableMoE whose child `backend` gets its
+    mode by its own name (`_torch/modules/fused_moe/configurable_moe.py`; since pull request 17009, July 2026, the
+    wrapper hands its configuration down).
     """
 
     name: str
     source: str
     kv_cache: frozenset[str] = frozenset({"FP8"})
+    wraps_experts: bool = False
 
 
 STOCK_1_0 = Release(
@@ -30,6 +33,7 @@ STOCK_1_0 = Release(
 STOCK_1_2 = Release(
     name="stock-1.2",
     source="TensorRT-LLM early 2026, _torch/modules/linear.py and fused_moe/fused_moe_cutlass.py",
+    wraps_experts=True,
 )
 STOCK_1_3 = Release(
     name="stock-1.3",

@@ -18,6 +18,7 @@ row_order.py          the row order of queries and keys in Mistral's own form
 unsupported.py        refuses parts of a configuration that are not supported
 leftovers.py          refuses tensors that belong to no module
 engine_config.py      the plan as the engine's QuantConfig
+engine_names.py       the names under which the engine looks a module up in its configuration
 engine_class.py       whether the engine has the class of the model
 producers.py          writers that are known to store wrong numbers
 models/               which modules a model has

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.stored import View
 
-__all__ = ["Delivery", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
+__all__ = ["OTHER", "Delivery", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
+
+
+OTHER = "other"
+"""The class of a module that the tables of a model don't name."""
 
 
 class Fate(StrEnum):

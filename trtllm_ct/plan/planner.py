@@ -16,10 +16,12 @@ from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.engine_class import class_problems
 from trtllm_ct.plan.engine_config import engine_config
+from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.model_modules import ModelModules
+from trtllm_ct.plan.models.wrapper_names import names_that_are_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -111,7 +113,8 @@ class _Planner:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unsupported(self.config, self.model, self.faults)
         refuse_uneven(self.model, self.parallel, self.faults)
-        stored = self.transforms.attach(gather_modules(catalog, self.model, self.faults, self.probe.shapes))
+        gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
+        stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
@@ -138,7 +141,9 @@ class _Planner:
             dense_dtype=self.dtypes.dequantized,
             stored={name: tensor.spec for name, tensor in catalog.tensors.items()},
             modules=tuple(modules),
-            quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
+            quant_config=engine_config(
+                modules, EngineNames.of(self.model, place, self.target), kv_cache_quant_algo=self.kv_cache.algo
+            ),
             parallel=self.parallel,
             problems=class_problems(self.model.name, self.target.capabilities.release),
             warnings=(

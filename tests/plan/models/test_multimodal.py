@@ -47,7 +47,7 @@ class TestPrefixes:
         assert plan.module(f"{layer}.mlp.down_proj").delivered_mode == "dequantized"
         assert plan.module(PLACES[body]).delivered_mode == "plain"
         assert {renamed(name, body) for name in built.dense} <= plan.delivered_specs.keys()
-        assert plan.architecture == "Mistral3ForConditionalGeneration"
+        assert plan.architecture == "LlavaNextForConditionalGeneration"
         assert plan.warnings == ()
 
     @pytest.mark.parametrize("body", PLACES)
@@ -80,7 +80,7 @@ class TestPrefixes:
 
         config = plan_checkpoint(tmp_path).quant_config
 
-        assert all(name.startswith("language_model.model.") for name in config.quantized_layers)
+        assert all(name.startswith(("language_model.model.", "model.")) for name in config.quantized_layers)
         assert {"language_model.lm_head", "language_model.model.embed_tokens"} <= set(config.exclude_modules)
 
     def test_a_mixture_under_a_prefix(self, tmp_path: Path):
@@ -104,7 +104,7 @@ class TestPrefixes:
             plan_checkpoint(tmp_path)
 
         (fault,) = caught.value.faults
-        assert fault.found == "Mistral3ForConditionalGeneration with a text model of type grok"
+        assert fault.found == "LlavaNextForConditionalGeneration with a text model of type grok"
         assert all(known in fault.expected for known in MODEL_TYPES)
 
 
