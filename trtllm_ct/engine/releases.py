@@ -17,13 +17,15 @@ class Release:
     `name` is its name for `--engine`. `source` is the engine's code that the facts were read from. `kv_cache` are the
     modes of its KV cache. `wraps_experts` says that routed experts are a ConfigurableMoE whose child `backend` gets its
     mode by its own name (`_torch/modules/fused_moe/configurable_moe.py`; since pull request 17009, July 2026, the
-    wrapper hands its configuration down).
+    wrapper hands its configuration down). `takes_scale_columns` says that Linears of row-wise FP8 take scales
+    [N, 1] as well as [N] (`_torch/modules/linear.py: FP8RowwiseLinearMethod`).
     """
 
     name: str
     source: str
     kv_cache: frozenset[str] = frozenset({"FP8"})
     wraps_experts: bool = False
+    takes_scale_columns: bool = False
 
 
 STOCK_1_0 = Release(
@@ -38,6 +40,7 @@ STOCK_1_2 = Release(
 STOCK_1_3 = Release(
     name="stock-1.3",
     source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
+    takes_scale_columns=True,
 )
 
 RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)
