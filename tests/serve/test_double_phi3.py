@@ -12,6 +12,7 @@ from plain_model import deviation, plain_logits
 
 import trtllm_ct
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.parallel import Parallel
 
 if TYPE_CHECKING:
     from pathlib import Path
