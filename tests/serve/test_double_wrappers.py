@@ -51,17 +51,17 @@ FUSED |= {"kv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
 def weights_of(model: Any) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
     """Yield the name of each Linear, of a layer or an expert, the names of its stored parts, and the weight in it."""
     for name, module in getattr(model, "llm", model).named_modules():
-        kind = type(module).__name__
         around, _, leaf = name.rpartition(".")
-        if kind == "Linear":
+        if type(module).__name__ == "Linear":
             parts = tuple(f"{around}.{part}".lstrip(".") for part in FUSED.get(leaf, (leaf,)))
             yield name, parts, module.quant_method.apply(module, torch.eye(module.in_features), None).T
-        elif kind == "MoE":
+        elif hasattr(module, "expert_ids"):
+            experts = name.removesuffix(".backend")
             for expert in range(module.num_experts):
                 up, gate = module.quant_method.dequantize(module, "w3_w1", expert).chunk(2)
                 down = module.quant_method.dequantize(module, "w2", expert)
                 for leaf, weight in (("up_proj", up), ("gate_proj", gate), ("down_proj", down)):
-                    yield name, (f"{name}.{expert}.{leaf}",), weight
+                    yield name, (f"{experts}.{expert}.{leaf}",), weight
 
 
 def wrong_weights(model: Any, dense: Mapping[str, Tensor]) -> list[str]:
