@@ -10,13 +10,13 @@ import importlib.util
 import shutil
 import sys
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import cycle
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from benchmarks.measure import Job
 from benchmarks.results import Clock
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

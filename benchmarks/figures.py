@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum, auto
+from enum import auto
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import NO_SHAPE, RANKS, table_of
 from benchmarks.results import Finding
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

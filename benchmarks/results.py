@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
 from benchmarks.kimi import KimiShape
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+    from typing_extensions import Self
 
 __all__ = ["DEFAULT_SHAPES", "SHAPES", "LlamaShape", "Shape"]
 

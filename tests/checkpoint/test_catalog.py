@@ -148,14 +148,51 @@ def test_two_indexes_of_other_names_are_refused(tmp_path: Path) -> None:
     assert f"under the name {INDEX_FILE}" in str(error)
 
 
-def test_tensors_that_the_index_forgot_are_kept_with_a_warning(tmp_path: Path) -> None:
+def test_tensors_that_the_index_does_not_list_are_cataloged_and_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "model.safetensors", "a", "forgotten")
     write_index(tmp_path, {"a": "model.safetensors"})
 
     catalog = Catalog.from_directory(tmp_path)
 
-    assert "forgotten" in catalog
-    assert catalog.warnings == ("not in the index, read nevertheless: forgotten",)
+    assert list(catalog.tensors) == ["a", "forgotten"]
+    assert catalog.unlisted == {"forgotten"}
+    assert list(catalog.without(catalog.unlisted).tensors) == ["a"]
+
+
+def test_without_an_index_no_tensor_is_unlisted(tmp_path: Path) -> None:
+    write_shard(tmp_path / "model.safetensors", "a")
+
+    assert Catalog.from_directory(tmp_path).unlisted == frozenset()
+
+
+@pytest.mark.parametrize("home", ["x.safetensors", "y.safetensors"])
+def test_the_index_says_which_of_two_copies_is_read(tmp_path: Path, home: str) -> None:
+    write_shard(tmp_path / "x.safetensors", "a", "twice")
+    write_shard(tmp_path / "y.safetensors", "twice", "b")
+    write_index(tmp_path, {"a": "x.safetensors", "twice": home, "b": "y.safetensors"})
+
+    catalog = Catalog.from_directory(tmp_path)
+
+    assert catalog.tensors["twice"].file == home
+    assert [tensor.file for tensor in catalog.tensors.values()] == sorted(
+        tensor.file for tensor in catalog.tensors.values()
+    )
+    assert catalog.warnings == (f"in several files, read from the one that {INDEX_FILE} says: twice",)
+
+
+def copies_without_an_entry(directory: Path) -> None:
+    write_shard(directory / "x.safetensors", "a", "twice")
+    write_shard(directory / "y.safetensors", "twice", "b")
+    write_index(directory, {"a": "x.safetensors", "b": "y.safetensors"})
+
+
+def copies_with_an_entry_of_a_third_file(directory: Path) -> None:
+    copies_without_an_entry(directory)
+    write_shard(directory / "z.safetensors", "c")
+    write_index(
+        directory,
+        {"a": "x.safetensors", "b": "y.safetensors", "c": "z.safetensors", "twice": "z.safetensors"},
+    )
 
 
 def test_a_tensor_in_another_shard_than_the_index_says_is_found_with_a_warning(tmp_path: Path) -> None:
@@ -219,6 +256,11 @@ def shard_missing(directory: Path) -> None:
             "c": "model-00002-of-00002.safetensors",
         },
     )
+
+
+def index_of_files_that_were_merged(directory: Path) -> None:
+    shard_missing(directory)
+    (directory / "model-00001-of-00002.safetensors").rename(directory / "model.safetensors")
 
 
 def numbered_shard_missing(directory: Path) -> None:
@@ -292,6 +334,7 @@ REFUSED = [
     (pickle_only, "pickle files only: consolidated.00.pth, pytorch_model", "Pickle runs code"),
     (shard_missing, "model-00002-of-00002.safetensors: expected the file, which", "fetch the missing files"),
     (shard_missing, "for 2 tensors, found no such file", "fetch the missing files"),
+    (index_of_files_that_were_merged, "model-00001-of-00002.safetensors: expected the file", f"delete {INDEX_FILE}"),
     (numbered_shard_missing, "expected 3 shards, found no number 2", "fetch the missing files"),
     (dangling_link, "a link that leads nowhere", "fetch the missing files"),
     (directory_for_a_shard, "a readable file, found is a directory", "Check its permissions"),
@@ -306,7 +349,17 @@ REFUSED = [
     (index_with_entry_twice, "more than once: a", "save the checkpoint again"),
     (index_to_pickle, "'pytorch_model.bin'", "loading them can run code"),
     (entry_without_tensor, "1 of them in no file: lost", "download all of them again"),
-    (tensor_in_two_files, "x.safetensors and y.safetensors: expected each tensor in one file", "keep those of one"),
+    (
+        tensor_in_two_files,
+        "x.safetensors and y.safetensors: expected each tensor in one file",
+        "only their source can tell",
+    ),
+    (
+        copies_without_an_entry,
+        "or in the index the file to read it from, found 1 in both: twice",
+        "Add these tensors to",
+    ),
+    (copies_with_an_entry_of_a_third_file, "found 1 in both: twice", f"Add these tensors to {INDEX_FILE}"),
 ]
 
 

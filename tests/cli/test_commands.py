@@ -115,11 +115,13 @@ class TestExitCodes:
         assert "replace it with --overwrite" in done.err
         assert run_cli("convert", source, tmp_path / "out", "--to", "dense", "--overwrite").code == 0
 
-    def test_without_arguments_there_is_help(self):
-        done = run_cli()
+    @pytest.mark.parametrize("group", [(), ("cache",)], ids=str)
+    def test_2_and_help_without_a_command(self, group: tuple[str, ...]):
+        done = run_cli(*group)
 
-        assert done.code == 2
-        assert "Usage" in done.out + done.err
+        assert (done.code, done.out) == (2, "")
+        assert "Usage: " in done.err
+        assert "Commands:" in done.err
 
 
 class TestDocuments:
@@ -162,6 +164,20 @@ class TestDocuments:
         assert (done.document["kind"], done.document["error"]) == ("error", "PlanError")
         (fault,) = done.document["faults"]
         assert fault.keys() == {"where", "expected", "found", "remedy"}
+
+    @pytest.mark.parametrize("command", ["inspect", "plan --to dense", "doctor"])
+    def test_problems_and_warnings_are_both_shown(self, broken: Path, command: str):
+        (broken / "training_args.bin").write_bytes(b"")
+        name, *options = command.split()
+
+        done, document = run_cli(name, broken, *options), run_cli(name, broken, *options, "--json").document
+
+        shown = done.out + done.err
+        assert "pickle files beside safetensors: training_args.bin" in shown
+        assert "expected" in shown
+        result = document["served"] if name == "doctor" else document
+        assert any("training_args.bin" in warning for warning in result["warnings"])
+        assert result["faults" if name == "plan" else "problems"]
 
     def test_a_usage_error_of_this_package_is_a_document_with_exit_code_2(self, source: Path):
         done = run_cli("convert", source, source, "--to", "dense", "--json")
@@ -238,6 +254,39 @@ class TestStreams:
         assert "no such directory" in done.stderr
         assert "Traceback" not in done.stderr
         assert len(done.stderr.splitlines()) == 4
+
+
+def test_help_has_no_markup() -> None:
+    """Releases of Typer before 0.21 print a backslash before `[required]`."""
+    done = run_cli("generate", "--help")
+
+    assert done.code == 0
+    assert "[required]" in done.out
+    assert "\\" not in done.out
+
+
+def test_objects_are_released_at_the_end_of_the_process() -> None:
+    """Extensions such as those of triton report every object that is still alive then as a leak."""
+    done = run_python(
+        """
+        import sys
+
+        class Held:
+            def __del__(self):
+                print("released")
+
+        held = Held()
+        held.itself = held
+        sys.modules["holder"] = type(sys)("holder")
+        sys.modules["holder"].held = held
+        del held
+        from trtllm_ct.cli.commands import main
+        sys.argv = ["trtllm-ct", "version"]
+        main()
+        """
+    )
+
+    assert done.stdout.splitlines()[-1] == "released"
 
 
 def test_logs_go_to_stderr() -> None:

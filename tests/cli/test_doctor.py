@@ -29,7 +29,7 @@ MIXED = {
     "o_proj": "int4-g64",
     "down_proj": "int8-g32",
 }
-ROW_WISE = {"o_proj": "fp8-channel-token", "down_proj": "int8-channel"}
+ROW_WISE = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "fp8-channel-token") | {"down_proj": "int8-channel"}
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_a_release_without_a_version_is_unknown(newest: Any, monkeypatch: pytest
 def test_modes_of_later_releases_are_reported_as_missing(old: Any) -> None:
     assert missing(run_cli("doctor", "--json")) == {
         "capability set stock-1.0": "no MXFP8, W4A16_NVFP4",
-        "LLM(force_dynamic_quantization=...)": "none in this TensorRT-LLM",
+        "LLM(force_dynamic_quantization=...)": "none that attention honours in this TensorRT-LLM",
     }
 
 
@@ -266,10 +266,12 @@ def test_a_model_with_nothing_native_says_so(old: Any, tmp_path: Path) -> None:
     assert any("KvCacheConfig(dtype='fp8')" in line for line in lines(done))
 
 
-@pytest.mark.parametrize(("generation", "trapped"), [("old", True), ("newest", False)])
-def test_a_trap_is_reported_and_the_model_is_served(tmp_path: Path, generation: str, trapped: bool) -> None:
-    """Attention quantizes its output with a scale of 1 if the engine has no option against it."""
-    write_checkpoint(tmp_path / "model", config=CONFIG, scheme=ROW_WISE)
+@pytest.mark.parametrize(
+    ("generation", "kv", "trapped"), [("old", True, True), ("old", False, False), ("newest", True, False)]
+)
+def test_a_trap_is_reported_and_the_model_is_served(tmp_path: Path, generation: str, kv: bool, trapped: bool) -> None:
+    """Attention quantizes its output with a scale of 1 if the cache is quantized, and no option prevents it."""
+    write_checkpoint(tmp_path / "model", config=CONFIG, scheme=ROW_WISE, kv=kv)
 
     with engine_double.installed(generation, importers=[BINDINGS]):
         done = run_cli("doctor", tmp_path / "model")
@@ -277,7 +279,7 @@ def test_a_trap_is_reported_and_the_model_is_served(tmp_path: Path, generation: 
 
     assert done.code == 0
     assert ("Traps (1):" in lines(done)) is trapped
-    assert [fault["where"] for fault in traps] == ["2 o_proj in row-wise FP8"] * trapped
+    assert [fault["where"] for fault in traps] == ["2 o_proj behind a quantized KV cache"] * trapped
     assert all("dense_o_proj=True" in fault["remedy"] for fault in traps)
 
 

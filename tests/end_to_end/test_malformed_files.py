@@ -133,7 +133,7 @@ CASES: dict[str, Case] = {
         where=f"extra.safetensors and {WEIGHTS}",
         expected="each tensor in one file",
         found="1 in both: model.norm.weight",
-        remedy="keep those of one of them",
+        remedy="only their source can tell which is meant",
     ),
     "missing shard": Case(
         options=SHARDED,

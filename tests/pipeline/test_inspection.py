@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from builders import SCHEMES, rewrite_config, tiny_config, write_checkpoint
+from builders import SCHEMES, rewrite, rewrite_config, tiny_config, write_checkpoint
 from fused_experts import fuse_experts
 
 from trtllm_ct.base.errors import DetectionError, UsageError
@@ -13,6 +13,7 @@ from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import plan_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -116,6 +117,43 @@ def test_problems_of_every_stage_are_collected_instead_of_raised(tmp_path: Path)
     assert [fault.where for fault in inspect_checkpoint(tmp_path).problems] == ["config.json: architectures"]
     (tmp_path / "model.safetensors").unlink()
     assert [fault.expected for fault in inspect_checkpoint(tmp_path).problems] == ["safetensors files"]
+
+
+def lose_a_norm(directory: Path) -> None:
+    rewrite(directory, lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def lose_a_size(directory: Path) -> None:
+    rewrite_config(directory, lambda config: config.pop("vocab_size"))
+
+
+def cut_a_file(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(("damage", "of_the_plan"), [(lose_a_norm, True), (lose_a_size, False), (cut_a_file, False)])
+def test_warnings_survive_the_problems_of_every_stage(
+    tmp_path: Path, damage: Callable[[Path], None], of_the_plan: bool
+) -> None:
+    """Of the configuration and the files always; of the plan, if it was reached."""
+    write_checkpoint(tmp_path)
+    (tmp_path / "training_args.bin").write_bytes(b"")
+
+    def edit(config: dict[str, Any]) -> None:
+        config["quantization_config"] |= {"unheard_of": 1, "ignore": ["lm_head", "re:.*q_proj"]}
+
+    rewrite_config(tmp_path, edit)
+    sound = inspect_checkpoint(tmp_path).warnings
+    damage(tmp_path)
+
+    inspection = inspect_checkpoint(tmp_path)
+
+    assert inspection.problems
+    assert any("unheard_of" in warning for warning in inspection.warnings)
+    assert any("training_args.bin" in warning for warning in inspection.warnings)
+    assert (inspection.warnings == sound) is of_the_plan
+    assert inspection.to_dict()["warnings"] == list(inspection.warnings)
 
 
 def test_another_quantization_format_is_a_problem_with_evidence(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import torch
 from builders import Built, fp8_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
 
 from trtllm_ct.base.errors import Fault, PayloadError, PlanError
+from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.plan import Fate
+from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,17 +126,76 @@ def test_one_element_is_accepted_in_any_shape(built: Built, shape: tuple[int, ..
     assert str(plan_checkpoint(built.directory).delivered_specs[f"{ATTENTION}.v_proj.v_scale"]) == "float32 []"
 
 
-def test_scales_per_head_are_left_out_with_a_warning(built: Built) -> None:
-    """Engines take one scale for all heads; the cache is quantized nevertheless."""
-    set_scheme(built.directory, fp8_weights("attn_head"))
-    names = [name for name in built.stored if name.endswith(("k_scale", "v_scale"))]
-    rewrite(built.directory, lambda stored: stored.update({name: torch.ones(2, 1, 1) for name in names}))
+def per_head(directory: Path, values: Tensor) -> None:
+    """Store these values as the scale per head of every layer's keys and values, and say so in the configuration."""
+    set_scheme(directory, fp8_weights("attn_head"))
 
-    plan = plan_checkpoint(built.directory)
+    def widen(stored: dict[str, Tensor]) -> None:
+        stored.update({name: values.clone() for name in stored if name.endswith(("k_scale", "v_scale"))})
 
+    rewrite(directory, widen)
+
+
+@pytest.mark.parametrize("values", [[0.25, 0.125], [0.0078125, 3.5], [1.0, 1.0]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_of_scales_per_head_the_largest_is_delivered_with_a_warning(
+    built: Built, values: list[float], dtype: torch.dtype
+) -> None:
+    """Engines take one scale for all heads: with a smaller one, the values of a head would overflow."""
+    per_head(built.directory, torch.tensor(values, dtype=dtype).reshape(2, 1, 1))
+    checkpoint = open_checkpoint(built.directory)
+    plan = checkpoint.plan()
+
+    delivered: dict[str, Tensor] = {}
+    for _module, tensors in stream_delivered(plan, checkpoint.catalog):
+        delivered |= tensors
+
+    for letter in "kv":
+        scale = delivered[f"{ATTENTION}.{letter}_proj.{letter}_scale"]
+        assert (scale.dtype, scale.shape, float(scale)) == (torch.float32, (), max(values))
     assert plan.quant_config.kv_cache_quant_algo == "FP8"
-    assert fates(plan) == {(Fate.IGNORED, "the engine takes one scale for all heads")}
-    assert any("fp8 attn_head" in warning for warning in plan.warnings)
+    assert fates(plan) == {(Fate.CONSUMED, "")}
+    assert [text for text in plan.warnings if "per head" in text or "attn_head" in text] == [
+        "KV cache: the engine takes one scale for all heads, so it gets the largest of fp8 attn_head"
+    ]
+
+
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+def test_a_conversion_of_scales_per_head_agrees_with_its_source(
+    built: Built, tmp_path_factory: pytest.TempPathFactory, to: str
+) -> None:
+    per_head(built.directory, torch.tensor([0.5, 0.75], dtype=torch.bfloat16))
+    out = tmp_path_factory.mktemp("converted") / "out"
+
+    convert_checkpoint(built.directory, out, to=to)
+
+    assert verify_checkpoint(built.directory, out).faults == ()
+
+
+def test_a_missing_scale_per_head_is_named(built: Built) -> None:
+    per_head(built.directory, torch.ones(2))
+    rewrite(built.directory, lambda stored: [stored.pop(f"{ATTENTION}.v_scale")])
+
+    assert [fault.where for fault in faults(built.directory)] == [f"{ATTENTION}.v_scale"]
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_wrong_number_of_scales_per_head_is_refused(built: Built, count: int) -> None:
+    """The model has 4 heads of queries and 2 of keys."""
+    per_head(built.directory, torch.ones(count))
+
+    assert {fault.expected for fault in faults(built.directory)} == {"one element"}
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_bad_scale_of_one_head_is_found(built: Built, value: float) -> None:
+    per_head(built.directory, torch.tensor([0.5, value]))
+    checkpoint = open_checkpoint(built.directory)
+
+    with pytest.raises(PayloadError) as caught:
+        list(stream_delivered(checkpoint.plan(), checkpoint.catalog))
+
+    assert caught.value.faults[0].where == f"{ATTENTION}.k_scale[1]"
 
 
 def test_a_dynamic_scheme_needs_no_scales(tmp_path: Path) -> None:

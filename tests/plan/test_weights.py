@@ -94,7 +94,9 @@ def test_an_untargeted_module_gets_the_only_group_whose_format_fits() -> None:
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_an_untargeted_module_that_fits_none_or_several_groups_is_a_fault(count: int) -> None:
-    fitting = [config_group(int_weights(4, group_size=size), targets=["elsewhere"]) for size in (32, 64)]
+    fitting = [
+        config_group(int_weights(4, group_size=32), inputs, targets=["elsewhere"]) for inputs in (None, INT8_INPUTS)
+    ]
     other = config_group(fp8_weights(), targets=["elsewhere"])
 
     fault = refusal(reader(other, *fitting[:count]), INT4)
@@ -104,6 +106,96 @@ def test_an_untargeted_module_that_fits_none_or_several_groups_is_a_fault(count:
         f"{count} groups whose format fits its tensors (weight_packed int32, weight_scale bfloat16, weight_shape int64)"
     )
     assert "targets" in fault.remedy
+
+
+@pytest.mark.parametrize("order", [(32, 64), (64, 32)])
+def test_an_untargeted_module_gets_the_only_group_whose_shapes_fit(order: tuple[int, int]) -> None:
+    groups = [config_group(int_weights(4, group_size=size), targets=["elsewhere"]) for size in order]
+
+    assert read(reader(*groups), INT4).scheme.label() == "int4 group 32"
+
+
+TWO_BITS = {
+    "weight_packed": TensorSpec(DType.I32, (32, 4)),
+    "weight_scale": TensorSpec(DType.BF16, (32, 2)),
+}
+ALL_LINEARS = {
+    2: config_group(int_weights(2, group_size=32)),
+    4: config_group(int_weights(4, group_size=32)),
+    8: config_group(int_weights(8, "channel")),
+}
+
+
+@pytest.mark.parametrize(("specs", "bits"), [(TWO_BITS, 2), (INT4, 4), (INT8_WORDS, 8)])
+@pytest.mark.parametrize("order", [(2, 4, 8), (8, 4, 2), (4, 8, 2)])
+def test_of_several_groups_that_claim_a_module_the_only_one_that_fits_is_read(
+    specs: Mapping[str, TensorSpec], bits: int, order: tuple[int, ...]
+) -> None:
+    weights = reader(*(ALL_LINEARS[size] for size in order))
+
+    weight = read(weights, specs)
+
+    assert weight.scheme.weights is not None
+    assert weight.scheme.weights.num_bits == bits
+    chosen = f"group_{order.index(bits)}"
+    (warning,) = weights.warnings
+    assert warning.startswith("group_0, group_1 and group_2 all claim a module; ")
+    assert warning.endswith(f"read as {chosen}, the only one that fits the tensors: {NAME}")
+
+
+def test_a_named_target_whose_scheme_does_not_fit_gives_way_to_the_one_that_does() -> None:
+    named = config_group(int_weights(8, "channel"), targets=["re:.*down_proj"])
+
+    weights = reader(named, ALL_LINEARS[4])
+
+    assert read(weights, INT4).group == "group_1"
+    assert weights.warnings == (
+        f"group_0 and group_1 both claim a module; read as group_1, the only one that fits the tensors: {NAME}",
+    )
+
+
+@pytest.mark.parametrize("targets", [[NAME], ["re:.*down_proj"]])
+def test_a_more_specific_target_that_fits_needs_no_warning(targets: list[str]) -> None:
+    weights = reader(config_group(int_weights(4, group_size=32), targets=targets), ALL_LINEARS[8])
+
+    assert read(weights, INT4).group == "group_0"
+    assert weights.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("targets", "group"),
+    [
+        ([["Linear"], ["Linear"]], "group_1"),  # the last group of the same entry
+        ([["re:.*down.*"], ["re:.*mlp.*"]], "group_0"),  # patterns in the order of their text
+        ([["re:.*mlp.*"], ["re:.*down.*"]], "group_1"),
+    ],
+)
+def test_where_several_claims_fit_the_library_decides_and_it_is_said(targets: list[list[str]], group: str) -> None:
+    inputs = (None, INT8_INPUTS)
+    scheme = int_weights(4, group_size=32)
+    weights = reader(*(config_group(scheme, each, targets=names) for each, names in zip(inputs, targets, strict=True)))
+
+    assert read(weights, INT4).group == group
+    assert weights.warnings == (
+        f"group_0 and group_1 both claim a module; read as {group}, by the order of the library: {NAME}",
+    )
+
+
+def test_groups_of_one_scheme_need_no_warning() -> None:
+    weights = reader(ALL_LINEARS[4], ALL_LINEARS[4])
+
+    assert read(weights, INT4).group == "group_1"
+    assert weights.warnings == ()
+
+
+def test_a_stored_zero_point_tells_an_asymmetric_claim_from_a_symmetric_one() -> None:
+    asymmetric = config_group(int_weights(4, group_size=32, symmetric=False))
+
+    for order in ((asymmetric, ALL_LINEARS[4]), (ALL_LINEARS[4], asymmetric)):
+        assert read(reader(*order), INT4).scheme.weights == reader(ALL_LINEARS[4]).config.groups[0].scheme.weights
+        with_zero_points = read(reader(*order), INT4 | ZERO_POINT)
+        assert with_zero_points.scheme.weights is not None
+        assert not with_zero_points.scheme.weights.symmetric
 
 
 def test_the_format_that_a_group_declares_never_overrules_the_tensors() -> None:

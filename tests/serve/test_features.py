@@ -79,12 +79,16 @@ def parts(
     *,
     mapping: bool = True,
     dynamic: str | None = None,
+    honoured: bool = True,
     parser: bool = False,
     own_gptq: bool = False,
     buildable: bool = True,
     version: str | None = None,
 ) -> EngineParts:
-    """Return an engine with these parts; `dynamic` says where `force_dynamic_quantization` is found, if anywhere."""
+    """Return an engine with these parts.
+
+    `dynamic` says where `LLM` has `force_dynamic_quantization`, if anywhere, and `honoured` whether attention reads it.
+    """
     algos = SimpleNamespace(__members__={name: name for name in members}, **{name: name for name in members})
 
     def get_quant_method(config: Any) -> Any:
@@ -101,6 +105,12 @@ def parts(
 
     def with_argument(self: Any, model: str, force_dynamic_quantization: bool = False) -> None: ...
 
+    def dynamic_output(self: Any) -> bool:
+        return not self.o_proj.force_dynamic_quantization
+
+    def any_output(self: Any) -> bool:
+        return bool(self.has_quant_scale)
+
     constructor = {"__init__": with_argument} if dynamic == "constructor" else {}
     linear = SimpleNamespace(
         __name__="linear", QuantAlgo=algos, QuantConfig=SimpleNamespace, get_quant_method=get_quant_method
@@ -109,6 +119,7 @@ def parts(
         linear.W4A16_AWQ_LinearMethod, linear.load_weight_shard = Method, lambda weight: weight
     return EngineParts(
         linear=linear,
+        attention=type("Attention", (), {"_use_quantize_output": dynamic_output if honoured else any_output}),
         llm_args=type("TorchLlmArgs", (), constructor or fields("fields")),
         llm_utils=SimpleNamespace(**({"update_quant_config_from_compressed_tensors": print} if parser else {})),
         weight_loader=type("BaseWeightLoader", (), {"load_weights": with_mapping if mapping else without_mapping}),
@@ -122,6 +133,7 @@ def parts(
     more=st.sets(st.sampled_from(["W4A16_GPTQ", "INT8", "NVFP4_ARC", "NO_QUANT", "W4A8_AWQ"])),
     mapping=st.booleans(),
     dynamic=st.sampled_from([None, "fields", "constructor"]),
+    honoured=st.booleans(),
     parser=st.booleans(),
     own_gptq=st.booleans(),
     buildable=st.booleans(),
@@ -136,11 +148,17 @@ def test_each_feature_is_found_independently(gemm: Any, later: set[str], more: s
         engine=newest if signs["mapping"] else "stock-1.0",
         additive_zeros=known and (signs["own_gptq"] or signs["buildable"]),
         has_own_gptq=known and signs["own_gptq"],
-        force_dynamic_quantization=signs["dynamic"] is not None,
+        force_dynamic_quantization=signs["dynamic"] is not None and signs["honoured"],
         mapping_argument=signs["mapping"],
         compressed_tensors_parser=signs["parser"],
         version=signs["version"],
     )
+
+
+def test_an_attention_without_that_function_honours_nothing(gemm: Any) -> None:
+    unknown = replace(parts(dynamic="fields"), attention=type("Attention", (), {}))
+
+    assert not probe_features(unknown).force_dynamic_quantization
 
 
 @pytest.mark.parametrize("version", [None, "", "0.1", "1.0.0", "1.2.0", "99.9.9", "not a version"])

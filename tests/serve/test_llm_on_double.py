@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -346,14 +347,17 @@ def test_model_or_draft_may_be_plain(engine: Any, tmp_path: Path, made: Built, k
     assert same.abs().max() < DEQUANTIZED * llm.logits(TOKENS).std()
 
 
-# Row-wise FP8: attention quantizes its output at a fixed scale.
+# Attention quantizes its output at a fixed scale if the KV cache is quantized and o_proj has no input scale.
 
 
 @pytest.fixture
 def row_wise(tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint with row-wise FP8 attention, whose values reach o_proj a thousand times smaller than usual."""
+    """A checkpoint with row-wise FP8 attention and an FP8 KV cache.
 
-    def write(schemes: dict[str, str] | None = None) -> Path:
+    Its values reach o_proj a thousand times smaller than usual.
+    """
+
+    def write(schemes: dict[str, str] | None = None, *, kv: bool = True) -> Path:
         def shrink(tensors: dict[str, Any]) -> None:
             for name, tensor in tensors.items():
                 if name.endswith("v_proj.weight_scale"):
@@ -361,22 +365,97 @@ def row_wise(tmp_path: Path) -> Callable[..., Path]:
                 if name.endswith("o_proj.weight_scale"):
                     tensor.mul_(2**10)
 
-        built = write_checkpoint(tmp_path / "row-wise", scheme={**ROW_WISE, **(schemes or {})}, edit=shrink)
+        built = write_checkpoint(tmp_path / "row-wise", scheme={**ROW_WISE, **(schemes or {})}, kv=kv, edit=shrink)
         return built.directory
 
     return write
 
 
-def test_new_releases_get_force_dynamic_quantization(newest: Any, row_wise: Any, caplog: Any) -> None:
-    assert served(row_wise()).args.force_dynamic_quantization is True
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+def warned(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel-token", "fp8-block"])
+def test_new_releases_get_force_dynamic_quantization(newest: Any, tmp_path: Path, scheme: str, caplog: Any) -> None:
+    write_checkpoint(tmp_path / "made", config=tiny_config(hidden=256, heads=4), scheme=scheme, kv=True)
+
+    assert served(tmp_path / "made").args.force_dynamic_quantization is True
+    assert not warned(caplog)
 
 
 def test_old_releases_cause_a_warning(old: Any, row_wise: Any, caplog: Any) -> None:
     llm = served(row_wise())
 
     assert llm.args.force_dynamic_quantization is False
-    assert any("2 o_proj in row-wise FP8" in line and "dense_o_proj=True" in line for line in caplog.messages)
+    assert any("2 o_proj behind a quantized KV cache" in line for line in warned(caplog))
+    assert any("dense_o_proj=True" in line for line in warned(caplog))
+
+
+@pytest.mark.parametrize("wish", [None, True])
+def test_an_argument_that_attention_ignores_is_no_remedy(
+    newest: Any, row_wise: Any, wish: bool | None, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In releases of early 2026, Linears honour the argument and attention does not."""
+    attention = import_module("tensorrt_llm._torch.modules.attention").Attention
+    monkeypatch.setattr(attention, "_use_quantize_output", lambda self: self.has_quant_scale)
+
+    llm = served(row_wise(), **({} if wish is None else {"force_dynamic_quantization": wish}))
+
+    assert llm.args.force_dynamic_quantization is bool(wish)
+    assert any("no force_dynamic_quantization that attention honours" in line for line in warned(caplog))
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8-block", "fp8-tensor-static", "int4-g64"])
+def test_nothing_happens_with_a_16_bit_cache(engine: Any, tmp_path: Path, scheme: str | None, caplog: Any) -> None:
+    write_checkpoint(tmp_path / "made", config=tiny_config(hidden=256, heads=4), scheme=scheme or ROW_WISE)
+
+    llm = served(tmp_path / "made", dense_o_proj=True)
+
+    assert not llm.args.force_dynamic_quantization
+    assert not [module.name for module in opened(llm).plan.modules if module.dequantized]
+    assert not warned(caplog)
+
+
+@pytest.mark.parametrize("schemes", [{"o_proj": "int4-g64"}, {"q_proj": "int4-g64", "k_proj": "int4-g64"}])
+def test_nothing_happens_if_only_a_part_of_attention_takes_quantized_values(
+    old: Any, tmp_path: Path, schemes: dict[str, str], caplog: Any
+) -> None:
+    """Attention writes FP8 values if its own mode, that of q_proj, and the mode of o_proj have scales for them."""
+    schemes = {**ROW_WISE, **schemes, **({"v_proj": "int4-g64"} if "q_proj" in schemes else {})}
+    write_checkpoint(tmp_path / "made", config=tiny_config(hidden=128), scheme=schemes, kv=True)
+
+    served(tmp_path / "made")
+
+    assert not warned(caplog)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "nvfp4"])
+def test_the_cache_that_the_user_asks_for_counts(newest: Any, row_wise: Any, dtype: str) -> None:
+    cache = import_module("tensorrt_llm.llmapi").KvCacheConfig(dtype=dtype)
+
+    assert served(row_wise(kv=False), kv_cache_config=cache).args.force_dynamic_quantization is True
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_dense_o_proj_follows_the_cache_that_the_user_asks_for(old: Any, row_wise: Any, dtype: str) -> None:
+    cache = import_module("tensorrt_llm.llmapi").KvCacheConfig(dtype=dtype)
+
+    llm = served(row_wise(kv=False), kv_cache_config=cache, dense_o_proj=True)
+
+    assert any(module.dequantized for module in opened(llm).plan.modules) is (dtype == "fp8")
+
+
+def test_a_prepared_directory_is_made_again_for_the_cache_that_the_user_asks_for(old: Any, row_wise: Any) -> None:
+    cache = import_module("tensorrt_llm.llmapi").KvCacheConfig(dtype="fp8")
+    directory = row_wise(kv=False)
+    made = trtllm_ct.prepare(directory, dense_o_proj=True)
+    known = trtllm_ct.prepare(directory, dense_o_proj=True, kv_cache_dtype="fp8")
+
+    llm = served(made, kv_cache_config=cache)
+
+    assert not [module for module in Sidecar.open(made).plan.modules if module.dequantized]
+    assert llm.args.model == str(known)
+    assert [module for module in opened(llm).plan.modules if module.dequantized]
 
 
 def test_static_activations_prevent_force_dynamic_quantization(newest: Any, row_wise: Any, caplog: Any) -> None:
@@ -488,3 +567,54 @@ class TestModelClasses:
         utils.register_auto_model("GraniteForCausalLM")(type("Granite", (), {}))
 
         assert is_sidecar(trtllm_ct.prepare(tmp_path / "made"))
+
+
+# Converted directories.
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Path:
+    """A directory for one rank: two ranks would cut the only block of k_proj and v_proj apart."""
+    write_checkpoint(tmp_path / "blocks", config=tiny_config(hidden=256, heads=4, intermediate=512), scheme="fp8-block")
+    convert_checkpoint(tmp_path / "blocks", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_sizes_that_a_converted_directory_does_not_hold_are_refused(engine: Any, blocks: Path) -> None:
+    """The engine itself would load it, and compute with scales of other rows."""
+    assert served(blocks).args.model == str(blocks)
+    with pytest.raises(UsageError, match="each rank's 64 rows are no multiple of 128"):
+        served(blocks, tensor_parallel_size=2)
+    with pytest.raises(UsageError, match="Convert the source again with --tp 2"):
+        served(DEMO, tensor_parallel_size=2, speculative_config=_draft(engine, blocks))
+
+
+def test_the_loader_refuses_them_where_the_engine_tells_it_its_sizes(newest: Any, blocks: Path) -> None:
+    loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
+    mapping = import_module("tensorrt_llm.mapping").Mapping(world_size=2, rank=0, tp_size=2)
+
+    with pytest.raises(UsageError, match="each rank's 64 rows"):
+        loader.load_config(str(blocks), mapping=mapping)
+
+
+def test_a_directory_for_a_newer_release_causes_a_warning(old: Any, blocks: Path, caplog: Any) -> None:
+    served(blocks)
+
+    assert any("stock-1.2, which it was converted for" in line for line in warned(caplog))
+
+
+@pytest.mark.parametrize(("kv", "dtype", "said"), [(True, "auto", True), (False, "auto", False), (False, "fp8", True)])
+def test_a_fixed_scale_in_a_converted_directory_causes_a_warning(
+    old: Any, row_wise: Any, tmp_path: Path, kv: bool, dtype: str, said: bool, caplog: Any
+) -> None:
+    convert_checkpoint(row_wise(kv=kv), tmp_path / "out", engine="stock-1.0")
+    cache = import_module("tensorrt_llm.llmapi").KvCacheConfig(dtype=dtype)
+    caplog.clear()
+
+    served(tmp_path / "out", kv_cache_config=cache)
+
+    assert ["2 o_proj behind a quantized KV cache" in line for line in warned(caplog)] == [True] * said
+
+
+def _draft(engine: Any, directory: Path) -> Any:
+    return import_module("tensorrt_llm.llmapi").DraftTargetDecodingConfig(speculative_model_dir=str(directory))

@@ -347,7 +347,7 @@ def test_a_checkpoint_that_was_not_prepared_raises(built: Built) -> None:
 def test_other_directories_are_left_to_the_engine(built: Built, tmp_path: Path, kind: str) -> None:
     directory = tmp_path / "other"
     if kind in {"modelopt", "dense"}:
-        convert_checkpoint(built.directory, directory, to=kind)
+        convert_checkpoint(built.directory, directory, to=kind, parallel=Parallel(tensor=4))
     elif kind == "empty":
         directory.mkdir()
     session = LoadSession()
@@ -356,6 +356,14 @@ def test_other_directories_are_left_to_the_engine(built: Built, tmp_path: Path, 
 
     assert session.load(directory) is None
     assert (session.report, session.reports) == (None, {})
+
+
+def test_a_converted_directory_that_does_not_hold_the_sizes_is_refused(built: Built, tmp_path: Path) -> None:
+    convert_checkpoint(built.directory, tmp_path / "out")
+
+    LoadSession().configure(tmp_path / "out", {"mapping": Mapped(tp_size=1)})
+    with pytest.raises(UsageError, match="Convert the source again with --tp 4"):
+        LoadSession().configure(tmp_path / "out", {"mapping": Mapped(tp_size=4)})
 
 
 def test_a_damaged_sidecar_raises_instead_of_going_to_the_engine(made: Path) -> None:
@@ -468,6 +476,17 @@ def test_unknown_keywords_of_later_releases_are_accepted(engine: Any, made: Path
     weights = call(own, made, model=object(), source_identity="x", use_consolidated=True, never_heard_of=1)
 
     assert same(weights, want)
+
+
+@pytest.mark.parametrize("context_only", [True, False])
+def test_a_worker_for_a_part_of_the_model_reads_no_files_of_the_sidecar(
+    engine: Any, made: Path, context_only: bool
+) -> None:
+    """The newest release opens the files itself for such a worker, without asking the weight loader."""
+    decoder = type("Decoder", (), {"disagg_context_only": context_only})()
+    model = type("Model", (), {"model": decoder})()
+
+    assert same(call(loader(), made, model=model), LoadSession().load(made))
 
 
 def test_a_plain_draft_goes_to_the_engine_with_all_keywords(engine: Any, built: Built, tmp_path: Path) -> None:

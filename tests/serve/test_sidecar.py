@@ -154,6 +154,7 @@ def test_a_reopened_sidecar_has_the_same_plan(source: Path) -> None:
         ),
         dtype=st.sampled_from([None, DType.F16, DType.BF16, DType.F32]),
         dense_o_proj=st.booleans(),
+        kv_cache=st.none() | st.sampled_from(["FP8", "NVFP4"]),
         strict=st.booleans(),
     )
 )
@@ -560,7 +561,7 @@ def test_prepare_warns_about_dequantized_modules_and_row_wise_o_proj(
 ) -> None:
     caplog.set_level(logging.WARNING, "trtllm_ct")
     write_checkpoint(tmp_path / "a", config=CONFIG, scheme="int4-g32")
-    write_checkpoint(tmp_path / "b", config=CONFIG, scheme="fp8-channel-token")
+    write_checkpoint(tmp_path / "b", config=CONFIG, scheme="fp8-channel-token", kv=True)
 
     prepare(tmp_path / "a")
     prepare(tmp_path / "b", dense_o_proj=True)
@@ -569,4 +570,4 @@ def test_prepare_warns_about_dequantized_modules_and_row_wise_o_proj(
     said = [record.getMessage() for record in caplog.records]
     assert any("14 modules are dequantized: W4A16_AWQ holds groups of 64 or 128" in each for each in said)
     assert any("2 modules are dequantized: dense_o_proj" in each for each in said)
-    assert sum("fixed scale of 1; pass force_dynamic_quantization=True" in each for each in said) == 1
+    assert sum("quantizes them at a fixed scale of 1" in each and "dense_o_proj=True" in each for each in said) == 1

@@ -19,10 +19,14 @@ Each stage collects all its faults and raises them in one exception.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from trtllm_ct.base.json_form import fields_form
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "CatalogError",
@@ -39,6 +43,7 @@ __all__ = [
     "TrtllmCtError",
     "UsageError",
     "VerificationError",
+    "keeping_warnings",
 ]
 
 
@@ -64,12 +69,17 @@ class Fault:
 
 
 class TrtllmCtError(Exception):
-    """Base class of all errors of this package; `faults` holds every fault that one stage found."""
+    """Base class of all errors of this package.
+
+    `faults` holds every fault that one stage found, `warnings` what this stage and those before it would have warned
+    of: a warning often explains a fault.
+    """
 
     def __init__(self, *faults: Fault) -> None:
         # Passing the faults as the exception's args lets errors be pickled between processes.
         super().__init__(*faults)
         self.faults = faults
+        self.warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if len(self.faults) == 1:
@@ -134,7 +144,18 @@ class FaultCollector:
         """Record one fault."""
         self.faults.append(Fault(where=where, expected=expected, found=found, remedy=remedy))
 
-    def raise_if_any(self, error: type[Error]) -> None:
-        """Raise `error` with all recorded faults; do nothing when there are none."""
+    def raise_if_any(self, error: type[Error], warnings: Iterable[str] = ()) -> None:
+        """Raise `error` with all recorded faults and with `warnings`; do nothing when there are no faults."""
         if self.faults:
-            raise error(*self.faults)
+            with keeping_warnings(warnings):
+                raise error(*self.faults)
+
+
+@contextmanager
+def keeping_warnings(warnings: Iterable[str]) -> Iterator[None]:
+    """Put `warnings` before those of any error that is raised inside, so that they are reported together."""
+    try:
+        yield
+    except TrtllmCtError as error:
+        error.warnings = (*warnings, *error.warnings)
+        raise

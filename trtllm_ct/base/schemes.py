@@ -9,11 +9,11 @@ Weights are `(out, in)` = (N, K).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType

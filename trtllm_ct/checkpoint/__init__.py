@@ -7,6 +7,7 @@ byte_reader.py  tensors as plain bytes of memory-mapped files, without torch
 runs.py         short reads from many tensors, without memory-mapping a file
 side_files.py   tokenizer, chat template and other files that are copied unchanged
 write_plan.py   the position of every byte of an output
+stacks.py       collects the matrices of a tensor that is written in another order
 writer.py       write safetensors files, with the tensors in any order
 transfer.py     copy bytes between files and memory, in chunks
 output.py       an output directory that appears complete or not at all

@@ -6,6 +6,9 @@ anything damaged, ambiguous or dangerous is refused here, and the faults of all 
 Which files belong to the checkpoint: the ones that `model.safetensors.index.json` names. File names alone do not
 decide, because libraries add shards under names of their own, such as `model_mtp.safetensors`. Without an index, every
 `*.safetensors` file of the directory belongs to the checkpoint.
+The index also says which of these files a tensor is read from: tools that quantize again leave old tensors in old
+shards. A copy in another file is reported. Two copies are an error only if the index does not tell them apart. Tensors
+that the index does not list are cataloged, and `unlisted` names them: the planner reads those that the model lacks.
 `consolidated*` files are a second copy of the weights under Mistral's own tensor names. They are read only when there
 are no other safetensors files.
 This module does not import torch and reads no payload.
@@ -15,10 +18,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
@@ -32,7 +35,9 @@ from trtllm_ct.checkpoint.header import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
+
+    from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
 
@@ -49,6 +54,11 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safeten
 
 _FETCH_MISSING = "The download is incomplete: fetch the missing files from where the checkpoint came from."
 _FIX_INDEX = "Index and shards don't belong together: download all of them again from one revision."
+_LIST_COPIES = "Add these tensors to {index}, each with the file that holds the right copy."
+_MOVE_COPIES = (
+    "The files are of two checkpoints, and only their source can tell which is meant: move those of the other one to "
+    "another directory."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +67,8 @@ class Catalog:
 
     `tensors` is ordered by file, then by offset in the file, which is the cheapest order to read them in.
     `files` are relative to `directory`; `metadata` holds the `__metadata__` of each file that has any; `warnings`
-    report files and index entries that a user may not expect.
+    report files and index entries that a user may not expect. `unlisted` are the tensors that the index does not list;
+    it is empty without an index.
     """
 
     directory: Path
@@ -65,6 +76,7 @@ class Catalog:
     files: tuple[str, ...]
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    unlisted: frozenset[str] = frozenset()
 
     @classmethod
     def from_directory(cls, directory: Path) -> Self:
@@ -77,16 +89,22 @@ class Catalog:
         faults = FaultCollector()
         with collector_paused():
             headers = _read_headers(directory, selection, faults)
-            tensors = _merge(headers, faults)
-            warnings = selection.warnings + _compare_with_index(selection, headers, tensors, faults)
-        faults.raise_if_any(CatalogError)
+            tensors, copied = _merge(selection, headers, faults)
+            warnings = selection.warnings + copied + _compare_with_index(selection, headers, tensors, faults)
+        faults.raise_if_any(CatalogError, warnings)
+        unlisted = frozenset(tensors.keys() - selection.weight_map.keys()) if selection.index else frozenset[str]()
         return cls(
             directory=directory,
             tensors=MappingProxyType(tensors),
             files=selection.files,
             metadata={file: header.metadata for file, header in headers.items() if header.metadata},
             warnings=warnings,
+            unlisted=unlisted,
         )
+
+    def without(self, names: Collection[str]) -> Catalog:
+        """Return the catalog without the tensors of these names."""
+        return replace(self, tensors={name: tensor for name, tensor in self.tensors.items() if name not in names})
 
     def names_by_module(self) -> dict[str, tuple[str, ...]]:
         """Return the tensor names of each module, from whichever files hold them.
@@ -111,12 +129,13 @@ class _Selection:
     """The files to read, sorted by name, and the content of the index.
 
     `index` is the file name of the index, or empty when there is none. `weight_map` maps tensor names to file names, as
-    the index does.
+    the index does. `strays` are the weight files that the index does not name.
     """
 
     files: tuple[str, ...]
     index: str = ""
     weight_map: Mapping[str, str] = field(default_factory=dict)
+    strays: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -207,7 +226,7 @@ def _select_from_index(directory: Path, index: str, shards: list[str], warnings:
     strays = sorted(set(shards) - set(files))
     if strays:
         warnings += (f"not read, {index} does not name them: {format_names(strays)}",)
-    return _Selection(files=files, index=index, weight_map=weight_map, warnings=warnings)
+    return _Selection(files=files, index=index, weight_map=weight_map, strays=tuple(strays), warnings=warnings)
 
 
 def _read_weight_map(directory: Path, index: str) -> dict[str, str]:
@@ -276,7 +295,7 @@ def _read_headers(directory: Path, selection: _Selection, faults: FaultCollector
             tensors = [name for name, shard in selection.weight_map.items() if shard == file]
             expected = f"the file, which {selection.index} names for {len(tensors)} tensors" if tensors else "a file"
             found = "a link that leads nowhere" if (directory / file).is_symlink() else "no such file"
-            faults.add(where=file, expected=expected, found=found, remedy=_FETCH_MISSING)
+            faults.add(where=file, expected=expected, found=found, remedy=_fetch_missing(selection))
         except OSError as error:
             faults.faults.append(_unreadable(file, error))
         except CatalogError as error:
@@ -284,39 +303,70 @@ def _read_headers(directory: Path, selection: _Selection, faults: FaultCollector
     return headers
 
 
+def _fetch_missing(selection: _Selection) -> str:
+    """Return what to do about a missing file: a file that the index does not name may be the whole checkpoint."""
+    if not selection.strays:
+        return _FETCH_MISSING
+    whole = format_names(selection.strays)
+    return f"{_FETCH_MISSING} If {whole} holds the whole checkpoint, delete {selection.index}, which is out of date."
+
+
 def _unreadable(file: str, error: OSError) -> Fault:
     found = f"{error.strerror or error}".lower()
     return Fault(where=file, expected="a readable file", found=found, remedy="Check its permissions and the disk.")
 
 
-def _merge(headers: Mapping[str, Header], faults: FaultCollector) -> dict[str, StoredTensor]:
-    """Return all tensors by name; add a fault for names that occur in two files, because only one could be read."""
+def _merge(
+    selection: _Selection, headers: Mapping[str, Header], faults: FaultCollector
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return all tensors by name, and warnings about names that occur in several files.
+
+    The index says which copy is read. Adds a fault for copies that it does not tell apart.
+    """
     tensors: dict[str, StoredTensor] = {}
+    homes: dict[str, list[str]] = {}
     for file, header in headers.items():
-        duplicates: dict[str, list[str]] = defaultdict(list)
         for name in header.tensors.keys() & tensors.keys():
-            duplicates[tensors[name].file].append(name)
-        for earlier_file, names in sorted(duplicates.items()):
-            faults.add(
-                where=f"{earlier_file} and {file}",
-                expected="each tensor in one file",
-                found=f"{len(names)} in both: {format_names(sorted(names))}",
-                remedy="Files of two checkpoints may lie in one directory: keep those of one of them.",
-            )
+            homes.setdefault(name, [tensors[name].file]).append(file)
         tensors.update(header.tensors)
-    return tensors
+    if not homes:
+        return tensors, ()
+    chosen = _choose_copies(homes, selection, faults)
+    merged = {
+        name: tensor
+        for file, header in headers.items()
+        for name, tensor in header.tensors.items()
+        if chosen.get(name, file) == file
+    }
+    return merged, _warning(f"in several files, read from the one that {selection.index} says", sorted(homes))
+
+
+def _choose_copies(homes: Mapping[str, list[str]], selection: _Selection, faults: FaultCollector) -> dict[str, str]:
+    """Return the file to read each tensor from, given all files that hold it; add a fault if the index doesn't say."""
+    chosen = {}
+    unclear: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, files in homes.items():
+        chosen[name] = selection.weight_map.get(name, "")
+        if chosen[name] not in files:
+            chosen[name] = files[0]
+            unclear[tuple(files)].append(name)
+    for copies, names in sorted(unclear.items()):
+        faults.add(
+            where=" and ".join(copies),
+            expected="each tensor in one file" + ", or in the index the file to read it from" * bool(selection.index),
+            found=f"{len(names)} in {'both' if len(copies) == 2 else 'all'}: {format_names(sorted(names))}",
+            remedy=_LIST_COPIES.format(index=selection.index) if selection.index else _MOVE_COPIES,
+        )
+    return chosen
 
 
 def _compare_with_index(
     selection: _Selection, headers: Mapping[str, Header], tensors: Mapping[str, StoredTensor], faults: FaultCollector
 ) -> tuple[str, ...]:
-    """Add a fault for index entries whose tensor is in no file, and return warnings about all other differences.
+    """Add a fault for index entries whose tensor is in no file, and return warnings about those in another file.
 
-    The warnings are about tensors that lie in another file than the index says, and about tensors that the index does
-    not list. Entries of files without a valid header are skipped, because those files have faults already.
+    Entries of files without a valid header are skipped, because those files have faults already.
     """
-    if not selection.index:
-        return ()
     missing: dict[str, list[str]] = defaultdict(list)
     misplaced = []
     for name, file in selection.weight_map.items():
@@ -325,11 +375,7 @@ def _compare_with_index(
     for file, names in sorted(missing.items()):
         found = f"{len(names)} of them in no file: {format_names(names)}"
         faults.add(where=file, expected=f"the tensors that {selection.index} lists", found=found, remedy=_FIX_INDEX)
-    unlisted = sorted(tensors.keys() - selection.weight_map.keys())
-    return (
-        *_warning("in another file than the index says, read from there", misplaced),
-        *_warning("not in the index, read nevertheless", unlisted),
-    )
+    return _warning("in another file than the index says, read from there", misplaced)
 
 
 def _warning(what: str, names: Iterable[str]) -> tuple[str, ...]:

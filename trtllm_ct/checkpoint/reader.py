@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.memory_budget import available_memory
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from typing_extensions import Self
 
     from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 

@@ -14,17 +14,18 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trtllm_ct.base.schemes import TensorSpec
+    from typing_extensions import Self
 
-__all__ = ["PlannedFile", "Shard", "WritePlan", "encode_header", "plan_shards"]
+__all__ = ["PlannedFile", "Shard", "StackPart", "WritePlan", "encode_header", "plan_shards"]
 
 _PAYLOAD_ALIGNMENT = 64
 """The payload begins at a multiple of this, so that even wide vector loads from a memory map are aligned."""
@@ -53,25 +54,72 @@ class PlannedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StackPart:
+    """The place of a matrix [N, K] in the tensor `stack` [entries, K, columns].
+
+    It is written transposed into one entry, from column `column` on. All columns of an entry belong to matrices that
+    one writer writes.
+    """
+
+    stack: str
+    entry: int
+    entries: int
+    column: int
+    columns: int
+
+    def stack_spec(self, spec: TensorSpec) -> TensorSpec:
+        """Return dtype and shape of the stacked tensor, given those of the matrix."""
+        return TensorSpec(spec.dtype, (self.entries, spec.shape[1], self.columns))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WritePlan:
     """The files of an output and the place of each tensor in them.
 
-    The order of `places` is the order in which the tensors were given.
+    `places` are those of the tensors that are given to a writer, in the order in which they were planned; a matrix in
+    `stacks` begins where its entry of the stacked tensor begins. `tensors` are those that the files hold.
     """
 
     files: tuple[PlannedFile, ...]
     places: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]
+    stacks: Mapping[str, StackPart]
 
     @classmethod
-    def of(cls, specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Self:
-        """Plan the files for tensors in the given order; see `plan_shards` and `encode_header`."""
-        files, places = [], {}
-        for shard in plan_shards(specs, max_shard_bytes):
+    def of(
+        cls, specs: Mapping[str, TensorSpec], max_shard_bytes: int, stacks: Mapping[str, StackPart] | None = None
+    ) -> Self:
+        """Plan the files for tensors in the given order; see `plan_shards` and `encode_header`.
+
+        `stacks` says which of them are written into stacked tensors.
+        """
+        stacks = stacks or {}
+        in_files = {
+            (stacks[name].stack if name in stacks else name): (
+                stacks[name].stack_spec(spec) if name in stacks else spec
+            )
+            for name, spec in specs.items()
+        }
+        files, tensors = [], {}
+        for shard in plan_shards(in_files, max_shard_bytes):
             header, begins = encode_header(shard.specs)
             files.append(PlannedFile(name=shard.file, header=header, nbytes=len(header) + shard.nbytes))
             for name, spec in shard.specs.items():
-                places[name] = StoredTensor(name=name, spec=spec, file=shard.file, offset=begins[name])
-        return cls(files=tuple(files), places=MappingProxyType(places))
+                tensors[name] = StoredTensor(name=name, spec=spec, file=shard.file, offset=begins[name])
+        places = tensors
+        if stacks:
+            places = {
+                name: _place_in(tensors[stacks[name].stack], stacks[name], name, spec)
+                if name in stacks
+                else tensors[name]
+                for name, spec in specs.items()
+            }
+        return cls(
+            files=tuple(files),
+            places=MappingProxyType(places),
+            tensors=MappingProxyType(tensors),
+            stacks=MappingProxyType(dict(stacks)),
+        )
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -82,7 +130,7 @@ class WritePlan:
     @property
     def payload_bytes(self) -> int:
         """The size of all tensors in bytes."""
-        return sum(place.spec.nbytes for place in self.places.values())
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
 
     @property
     def index(self) -> str | None:
@@ -91,7 +139,7 @@ class WritePlan:
             return None
         index = {
             "metadata": {"total_size": self.payload_bytes},
-            "weight_map": {name: place.file for name, place in sorted(self.places.items())},
+            "weight_map": {name: tensor.file for name, tensor in sorted(self.tensors.items())},
         }
         return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
@@ -101,6 +149,12 @@ class WritePlan:
         for file in self.files:
             sha256.update(f"{file.name}\n{file.nbytes}\n".encode() + file.header)
         return sha256.digest()
+
+
+def _place_in(stack: StoredTensor, part: StackPart, name: str, spec: TensorSpec) -> StoredTensor:
+    """Return the place of a matrix: where its entry of the stacked tensor begins."""
+    offset = stack.offset + part.entry * (stack.spec.nbytes // part.entries)
+    return StoredTensor(name=name, spec=spec, file=stack.file, offset=offset)
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[Shard, ...]:

@@ -14,11 +14,12 @@ import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.checkpoint.stacks import StackEntries
 from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.write_plan import PlannedFile
@@ -118,7 +120,8 @@ class TensorWriter:
     Several writers may fill the same files at once, each with its own tensors. Writers of one process share `locks`,
     one lock per file: the kernel lets only one thread at a time write to a file, and without locks the other threads
     would not sleep while they wait but keep a core busy. `pieces` holds all ranges of bytes that were written, in
-    order. At most 16 files are open at a time; leaving the context closes them.
+    order. Memory: one entry of a stacked tensor, see `StackPart`. At most 16 files are open at a time; leaving the
+    context closes them.
     """
 
     def __init__(self, directory: Path, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
@@ -126,6 +129,7 @@ class TensorWriter:
         self._locks = file_locks(plan) if locks is None else locks
         self._files = _OpenFiles(directory, os.O_WRONLY)
         self._written: dict[str, list[tuple[int, int]]] = {}
+        self._entries = StackEntries()
         self.pieces: list[Piece] = []
 
     def __enter__(self) -> Self:
@@ -160,11 +164,15 @@ class TensorWriter:
     def write_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:
         """Write bytes of the tensor `name` to their place, starting `begin` bytes after the tensor's first one.
 
+        The rows of a matrix in a stacked tensor are kept until its entry is complete, which is then written at once.
         Raises `ValueError` for an unknown tensor, for bytes outside the tensor, and for bytes that were written before.
         """
         if name not in self._plan.places:
             raise ValueError(f"{name} is not among the planned tensors")
         self._claim(name, begin, begin + len(data))
+        if name in self._plan.stacks:
+            entry = self._entries.add(self._plan, name, data, begin)
+            data, begin = entry if entry is not None else memoryview(b""), 0
         while data:
             self._put(name, begin, data[:CHUNK_BYTES])
             data, begin = data[CHUNK_BYTES:], begin + CHUNK_BYTES

@@ -6,8 +6,6 @@ checkpoint or any other error.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import logging
 import os
@@ -15,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DENSE_DTYPES
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.cli import report
 from trtllm_ct.convert.executors import EXECUTORS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -43,13 +41,13 @@ SCHEMA = 1
 app = typer.Typer(
     name="trtllm-ct",
     help="Load compressed-tensors checkpoints into TensorRT-LLM.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 cache = typer.Typer(
-    help="Directories that were prepared for TensorRT-LLM.", no_args_is_help=True, rich_markup_mode=None
+    help="Directories that were prepared for TensorRT-LLM.", invoke_without_command=True, rich_markup_mode=None
 )
 app.add_typer(cache, name="cache")
 # A pipe or file has no width. The 80 columns that rich assumes for it would wrap messages and cut tensor names.
@@ -83,9 +81,21 @@ ForEngine = Annotated[
     EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
 ]
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
+AskedTensorParallel = Annotated[
+    int | None, typer.Option("--tp", help="Tensor-parallel size to check.", show_default=False)
+]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
 ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
+
+
+@app.callback()
+@cache.callback()
+def require_command(context: typer.Context) -> None:
+    """Show the help and end with exit code 2 when no command is given; click's own exit code differs by release."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -144,6 +154,9 @@ def convert(
     dtype: Annotated[
         DenseDtype, typer.Option(help="Dtype of dequantized modules; float16 casts every plain tensor too.")
     ] = _AUTO,
+    dense_o_proj: Annotated[
+        bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")
+    ] = False,
     strict: Strict = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
@@ -168,6 +181,7 @@ def convert(
             engine=engine,
             parallel=_parallel(tp, pp, ep),
             dtype=dtype,
+            dense_o_proj=dense_o_proj,
             strict=strict,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
@@ -190,12 +204,18 @@ def verify(
     converted: Annotated[
         Path | None, typer.Argument(metavar="CONVERTED", help="A directory converted from DIR.", show_default=False)
     ] = None,
+    tp: AskedTensorParallel = None,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
     as_json: Json = False,
 ) -> None:
-    """Check that a checkpoint is sound, and that a converted directory holds exactly its weights."""
-    from trtllm_ct.verify.verify import verify_checkpoint
+    """Check that a checkpoint is sound, and that a converted directory holds exactly its weights.
 
-    verification = verify_checkpoint(directory, converted)
+    With --tp, check that the converted directory holds the slices of these sizes too; DIR may be that directory itself.
+    """
+    from trtllm_ct.verify.sizes import verify_with_sizes
+
+    verification = verify_with_sizes(directory, converted, _parallel(tp, pp, ep) if tp else None)
     if as_json:
         print_json("verify", verification.to_dict())
     else:
@@ -305,9 +325,6 @@ def run_app(commands: typer.Typer) -> None:
     A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
     `UsageError`, and 1 for any other error.
     """
-    # A command makes hardly any reference cycles and ends soon. Freezing all objects keeps the garbage collector from
-    # walking them at the exit.
-    atexit.register(gc.freeze)
     # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -316,9 +333,11 @@ def run_app(commands: typer.Typer) -> None:
             commands()
     except TrtllmCtError as error:
         if "--json" in sys.argv:
-            print_json("error", {"error": type(error).__name__, "faults": [fault.to_dict() for fault in error.faults]})
+            faults = [fault.to_dict() for fault in error.faults]
+            document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
+            print_json("error", document)
         else:
-            stderr.print(report.faults(error.faults))
+            stderr.print(report.failure(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -357,6 +376,9 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
 
     Without a terminal there is no progress bar. Yields the function for `on_start` of `convert_checkpoint`.
     """
+    if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
+        yield lambda _plan: lambda _nbytes: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -364,7 +386,7 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+    with Progress(*columns, console=stderr) as progress:
 
         def on_start(plan: Plan) -> Callable[[int], None]:
             if plan.problems:

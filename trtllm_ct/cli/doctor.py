@@ -18,12 +18,13 @@ from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.base.json_form import json_form, json_object
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.serve.features import unknown_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
-from trtllm_ct.serve.llm_arguments import fixed_scale_fault
+from trtllm_ct.serve.llm_arguments import converted_scale_fault, fixed_scale_fault
 from trtllm_ct.serve.patch_switch import NO_PATCH
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar
 
@@ -95,6 +96,7 @@ class Served:
     plan: Plan | None
     traps: tuple[Fault, ...]
     problems: tuple[Fault, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def native(self) -> dict[str, int]:
@@ -123,7 +125,7 @@ class Served:
                 "dequantized": self.dequantized,
                 "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
-                "warnings": plan.warnings if plan else (),
+                "warnings": self.warnings,
                 "traps": self.traps,
                 "problems": self.problems,
             }
@@ -184,25 +186,46 @@ def inspect_machine() -> Machine:
 def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     detection = FormatDetector().detect(directory)
     plan: Plan | None = None
-    trap: Fault | None = None
+    traps: tuple[Fault | None, ...] = ()
     problems: tuple[Fault, ...] = ()
+    warnings: tuple[str, ...] = ()
     if detection.method == COMPRESSED_TENSORS or is_sidecar(directory):
         try:
             plan = _plan(directory, detection, parallel, machine)
+            warnings = plan.warnings
         except CheckpointError as error:
-            problems = error.faults
+            problems, warnings = error.faults, error.warnings
+    else:
+        problems, traps = _converted(directory, parallel, machine)
     if plan is not None and machine.features is not None:
         missing = unknown_class(detection, machine.features)
         problems = (missing,) if missing else ()
-        trap = fixed_scale_fault([plan], machine.features)
+        traps = (fixed_scale_fault([plan], machine.features),)
     return Served(
         directory=directory,
         parallel=parallel,
         detection=detection,
         plan=plan,
-        traps=(trap,) if trap else (),
+        traps=tuple(trap for trap in traps if trap is not None),
         problems=problems,
+        warnings=warnings,
     )
+
+
+def _converted(
+    directory: Path, parallel: Parallel, machine: Machine
+) -> tuple[tuple[Fault, ...], tuple[Fault | None, ...]]:
+    """Return why a converted directory can't be served with these sizes, and its traps in the installed engine.
+
+    Both are empty for a directory that this package did not convert for TensorRT-LLM.
+    """
+    converted = ConvertedDirectory.open(directory)
+    if converted is None:
+        return (), ()
+    if machine.features is None:
+        return converted.faults(parallel), ()
+    traps = (converted.older_release(machine.features.engine), converted_scale_fault(converted))
+    return converted.faults(parallel), traps
 
 
 def _plan(directory: Path, detection: Detection, parallel: Parallel, machine: Machine) -> Plan:
@@ -243,8 +266,8 @@ def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Faul
         yield Fault(
             where="LLM(force_dynamic_quantization=...)",
             expected="an argument that keeps attention from quantizing its output at a fixed scale",
-            found="none in this TensorRT-LLM",
-            remedy="For row-wise FP8 pass dense_o_proj=True, or look at the text before you trust it.",
+            found="none that attention honours in this TensorRT-LLM",
+            remedy="With a quantized KV cache, pass dense_o_proj=True for row-wise or block-wise FP8.",
         )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from trtllm_ct.base.errors import Fault
+    from trtllm_ct.base.errors import Fault, TrtllmCtError
     from trtllm_ct.cli.doctor import Diagnosis, Machine, Served
     from trtllm_ct.convert.convert import ConversionReport
     from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
@@ -31,6 +31,7 @@ __all__ = [
     "cleared_sidecars",
     "conversion",
     "diagnosis",
+    "failure",
     "faults",
     "format_bytes",
     "inspection",
@@ -68,6 +69,11 @@ def faults(all_faults: Iterable[Fault]) -> RenderableType:
             Text.assemble((where, "bold red"), f"\n  expected {expected}\n  found    {found}\n  ", (remedy, "italic"))
         )
     return Group(*lines)
+
+
+def failure(error: TrtllmCtError) -> RenderableType:
+    """Format an error: its warnings, if it has any, and its faults."""
+    return Group(*([_warnings(error.warnings)] if error.warnings else []), faults(error.faults))
 
 
 def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
@@ -127,7 +133,7 @@ def conversion(report: ConversionReport) -> RenderableType:
         *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
         *(Text(f"  {count} modules: {note}") for note, count in notes.items()),
     ]
-    return Group(*lines, _warnings(plan.warnings))
+    return Group(*lines, _warnings(report.warnings))
 
 
 def verification(report: VerificationReport) -> RenderableType:
@@ -216,7 +222,9 @@ def _served(served: Served) -> Iterable[RenderableType]:
             yield Text(f"  dequantized {len(modules)} modules: {reason}")
         yield Text(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
         yield Text(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
-        yield _warnings(served.plan.warnings)
+        yield _warnings(served.warnings)
+    elif served.warnings:
+        yield _warnings(served.warnings)
     elif not served.problems:
         yield Text("  it goes to the engine untouched")
     for title, served_faults in (("Traps", served.traps), ("Problems", served.problems)):

@@ -10,11 +10,11 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from enum import StrEnum
 from typing import Any, TypeVar
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.config.match import compile_pattern
 
 __all__ = ["Findings", "JsonObject", "shown"]

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 
-__all__ = ["Matcher", "compile_pattern", "matches"]
+__all__ = ["Claim", "Kind", "Matcher", "compile_pattern", "matches"]
 
 _REGEX = "re:"
 _LINEAR = ("Linear",)
@@ -60,6 +61,21 @@ def _all_classes(class_names: tuple[str, ...]) -> frozenset[str]:
     return frozenset((*class_names, *added))
 
 
+class Kind(IntEnum):
+    """The form of an entry, those of higher priority first."""
+
+    NAME = 0
+    PATTERN = 1
+    CLASS = 2
+
+
+class Claim(NamedTuple):
+    """A group that targets a module, and the form of its entry."""
+
+    kind: Kind
+    group: ConfigGroup
+
+
 class _Entries:
     """The entries of `ignore`, or the targets of all groups, sorted by their form for fast look-up."""
 
@@ -83,6 +99,12 @@ class _Entries:
             self._by_classes[classes] = min(self.plain & classes, default=None)
         return self._by_classes[classes]
 
+    def matching(self, module: str, classes: frozenset[str]) -> list[tuple[Kind, str]]:
+        """Return all entries that match this module, with their forms; those of higher priority first."""
+        names = [(Kind.NAME, module)] if module in self.plain else []
+        patterns = [(Kind.PATTERN, entry) for entry, match in self.patterns if match(module) is not None]
+        return names + patterns + [(Kind.CLASS, entry) for entry in sorted(self.plain & classes)]
+
 
 class Matcher:
     """The targets and the ignore list of a config, compiled once.
@@ -94,6 +116,7 @@ class Matcher:
 
     def __init__(self, config: QuantizationConfig) -> None:
         self._groups = {target: group for group in config.groups for target in group.targets}
+        self._all_groups = config.groups
         self._targets = _Entries(self._groups)
         self._ignore = _Entries(config.ignore)
 
@@ -108,3 +131,18 @@ class Matcher:
             return None
         target = self._targets.best(module, classes)
         return None if target is None else self._groups[target]
+
+    def claims(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> list[Claim]:
+        """Return every group that targets this module, the one that the library takes first; none if it is ignored.
+
+        A group with several matching entries occurs once, with the entry of the highest priority.
+        """
+        classes = _all_classes(class_names)
+        if self._ignore.best(module, classes) is not None:
+            return []
+        claims: dict[str, Claim] = {}
+        for kind, target in self._targets.matching(module, classes):
+            for group in reversed(self._all_groups):
+                if target in group.targets:
+                    claims.setdefault(group.name, Claim(kind, group))
+        return list(claims.values())

@@ -5,10 +5,10 @@ Sources: compressed-tensors 0.14 config/*.py (weights) and 0.20 config/expert_sp
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import CompressionFormat
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.config.quantization_config import ExpertSparsity, SparsityConfig
 
 if TYPE_CHECKING:

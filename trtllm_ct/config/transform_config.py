@@ -5,9 +5,9 @@ Fields and defaults are those of compressed-tensors 0.20 transform/transform_sch
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.config.quantization_config import Transform
 
 if TYPE_CHECKING:

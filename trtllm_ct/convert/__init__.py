@@ -2,6 +2,7 @@
 
 convert.py       convert_checkpoint and its report
 hf_directory.py  writes the files of the output directory
+sizes.py         the sizes and the release that a directory was planned for, and what other settings do
 job.py           describes a conversion for its workers
 units.py         groups modules into units of work
 coordinate.py    submits the units, records the finished ones and collects their faults

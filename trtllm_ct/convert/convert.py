@@ -20,6 +20,7 @@ from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 from trtllm_ct.convert.executors import open_pool, require_executor
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
+from trtllm_ct.convert.sizes import size_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import DIRECTORY_TARGETS
@@ -49,6 +50,7 @@ class ConversionReport:
         carried_files: Names of the side files (tokenizer and so on) that were copied from `source`.
         resumed_bytes: Delivered bytes that an earlier, interrupted run had already written.
         seconds: Wall time of the conversion.
+        warnings: The plan's warnings, and one about parallel sizes at which an engine would misread the output.
     """
 
     source: Path
@@ -58,6 +60,7 @@ class ConversionReport:
     carried_files: tuple[str, ...]
     resumed_bytes: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def modes(self) -> Counter[str]:
@@ -80,7 +83,7 @@ class ConversionReport:
                 "weight_files": self.weight_files,
                 "carried_files": self.carried_files,
                 "seconds": self.seconds,
-                "warnings": self.plan.warnings,
+                "warnings": self.warnings,
                 "problems": self.plan.problems,
             }
         )
@@ -95,6 +98,7 @@ def convert_checkpoint(
     engine: str = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
+    dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
     max_shard_bytes: int = ...,
@@ -114,6 +118,7 @@ def convert_checkpoint(
     engine: str = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
+    dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
     max_shard_bytes: int = ...,
@@ -132,6 +137,7 @@ def convert_checkpoint(
     engine: str = DEFAULT_ENGINE,
     parallel: Parallel = ONE_RANK,
     dtype: str = "auto",
+    dense_o_proj: bool = False,
     strict: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -146,7 +152,8 @@ def convert_checkpoint(
     the parallel sizes that the engine will run with: a module is dequantized when its mode can't represent the slices
     that the ranks get. The output directory itself is not split by rank. `dtype` is the dtype of dequantized
     modules; `auto` is the dtype of the model. With `float16` all plain tensors are cast as well, and a value that
-    overflows is an error.
+    overflows is an error. `dense_o_proj` dequantizes the output projections of attention whose input the engine would
+    quantize at a fixed scale, see `make_plan`.
 
     `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
     `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
@@ -170,6 +177,7 @@ def convert_checkpoint(
         "to": to,
         "engine": engine,
         "dtype": None if dtype == "auto" else DType.from_torch(dtype),
+        "dense_o_proj": dense_o_proj,
         "strict": strict,
         "parallel": parallel,
     }
@@ -199,6 +207,7 @@ def convert_checkpoint(
         carried_files=files.carried,
         resumed_bytes=files.resumed_bytes,
         seconds=time.perf_counter() - started,
+        warnings=conversion.plan.warnings + size_warnings(checkpoint, conversion.plan),
     )
 
 

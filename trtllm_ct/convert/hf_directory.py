@@ -18,6 +18,7 @@ from trtllm_ct.checkpoint.writer import create_files, write_index
 from trtllm_ct.config.hf_config import portable_config
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.journal import JOURNAL, Journal
+from trtllm_ct.convert.sizes import QUANT_CONFIG, planned_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +73,7 @@ def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
     """Write config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes."""
     _write_json(out / "config.json", portable_config(checkpoint.hf_config, plan.dtype))
     if plan.quant_config.quant_algo is not None:
-        _write_json(out / "hf_quant_config.json", hf_quant_config(plan.quant_config))
+        _write_json(out / QUANT_CONFIG, hf_quant_config(plan.quant_config) | planned_for(plan))
     if plan.quant_config.quantized_layers:
         _write_json(out / "quant_cfg.json", layer_modes(plan.quant_config))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import CatalogError, Fault
@@ -22,6 +22,8 @@ from trtllm_ct.pipeline.open import open_checkpoint
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from typing_extensions import Self
 
     from trtllm_ct.convert.units import Unit
     from trtllm_ct.pipeline.open import Checkpoint
@@ -57,7 +59,7 @@ class Conversion:
         self.checkpoint = checkpoint
         self.plan = plan
         with collector_paused():
-            self.write_plan = WritePlan.of(plan.delivered_specs, job.max_shard_bytes)
+            self.write_plan = WritePlan.of(plan.delivered_specs, job.max_shard_bytes, plan.stacks)
             self.units = plan_units(plan, self.write_plan, device=job.device)
         self.locks = file_locks(self.write_plan)
 

@@ -12,12 +12,14 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint.writer import Piece
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from typing_extensions import Self
 
 __all__ = ["JOURNAL", "Journal", "UnitRecord"]
 

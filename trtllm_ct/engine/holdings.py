@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     from trtllm_ct.engine.slices import Slices
 
-__all__ = ["Holding", "Weight", "activations_of", "holdings", "native_mode", "obstacles", "slice_obstacle"]
+__all__ = [
+    "Holding",
+    "Weight",
+    "activations_of",
+    "holdings",
+    "native_mode",
+    "obstacles",
+    "slice_obstacle",
+    "slice_problem",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,16 +219,26 @@ def _wrong_slices(mode: LinearMode, weight: Weight, group_size: int | None = Non
     if weight.slices is None or weight.shape is None:
         return None
     size = group_size or min(_usable_group_sizes(mode, weight), default=1)
-    multiple = _slice_multiple(mode, weight, weight.slices, size)
+    multiple = _slice_multiple(mode, weight.slices, size, fused=weight.fused)
     return weight.slices.obstacle(mode.algo, weight.shape, multiple, scales_repeated=mode.scales_follow_kv_heads)
 
 
-def _slice_multiple(mode: LinearMode, weight: Weight, slices: Slices, group_size: int) -> int:
+@lru_cache(maxsize=256)
+def slice_problem(mode: LinearMode, shape: tuple[int, int], slices: Slices, *, group_size: int, fused: bool) -> str:
+    """Return why a mode doesn't hold the slices of a weight that is delivered in it; empty if it holds them.
+
+    `shape` is (N, K). `group_size` is that of the Linear, 1 if its mode has no groups.
+    """
+    multiple = _slice_multiple(mode, slices, group_size, fused=fused)
+    return slices.problem(shape, multiple, scales_repeated=mode.scales_follow_kv_heads)
+
+
+def _slice_multiple(mode: LinearMode, slices: Slices, group_size: int, *, fused: bool) -> int:
     """Return the number that each rank's rows or columns must be a multiple of, with groups of `group_size`."""
     if slices.columns:
         multiples = [mode.column_multiple, group_size]
     else:
-        multiples = [mode.fused_row_multiple if weight.fused or slices.parts else mode.row_multiple]
+        multiples = [mode.fused_row_multiple if fused or slices.parts else mode.row_multiple]
     if mode.block is not None:
         multiples.append(mode.block[slices.columns])
     if slices.alone:

@@ -14,11 +14,12 @@ for the multiples), `_torch/models/modeling_utils.py` (`duplicate_kv_weight`, fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum, auto
+from enum import auto
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element, Packing, QuantAlgo, Strategy
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.engine.releases import STOCK_1_0, STOCK_1_3
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
 
@@ -83,8 +84,7 @@ class LinearMode:
     `activations` is the kind of activations that the Linear computes on. Schemes with one of `other_activations` are
     held too, with a note. `pre_quant_scale` says that a Linear that is not fused requires a `pre_quant_scale` for its
     input. `input_scale` is the stored tensor that the delivered `input_scale` is made from, None if the Linear reads
-    none. `unscaled_attention_output` marks a mode without an input scale for which attention may quantize the input of
-    `o_proj` at a scale of 1.
+    none. `quantizes_attention_output` marks the modes with which attention may write quantized values for `o_proj`.
 
     Sizes:
     N must be a multiple of `row_multiple` (`fused_row_multiple` if several Linears are fused) and K a multiple of
@@ -120,7 +120,7 @@ class LinearMode:
     other_activations: frozenset[Activations] = frozenset()
     pre_quant_scale: bool = False
     input_scale: str | None = None
-    unscaled_attention_output: bool = False
+    quantizes_attention_output: bool = False
 
     row_multiple: int = 1
     fused_row_multiple: int = 1
@@ -148,6 +148,11 @@ class LinearMode:
     def entry_group_size(self) -> int | None:
         """The `group_size` in `hf_quant_config.json`, if the mode alone determines it; else None."""
         return self.block[1] if self.block else None
+
+    @property
+    def unscaled_attention_output(self) -> bool:
+        """Whether attention that writes quantized values has no scale for them, and takes 1."""
+        return self.quantizes_attention_output and self.input_scale is None
 
     @property
     def scales_follow_kv_heads(self) -> bool:
@@ -263,6 +268,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         scale=ScaleForm.SCALAR,
         exact=_TENSOR,
         activations=Activations.FP8_STATIC,
+        quantizes_attention_output=True,
         linear_since=STOCK_1_0,
         experts_since=STOCK_1_0,
         input_scale="input_scale",
@@ -280,7 +286,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         # scale belongs to mode FP8.
         other_activations=frozenset({Activations.FP8_STATIC}),
         linear_since=STOCK_1_0,
-        unscaled_attention_output=True,
+        quantizes_attention_output=True,
     ),
     LinearMode(
         algo=QuantAlgo.FP8_BLOCK_SCALES,
@@ -291,6 +297,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_BLOCK,
         block=(128, 128),
         activations=Activations.FP8_GROUP,
+        quantizes_attention_output=True,
         fused_row_multiple=128,
         alignment=128,
         linear_since=STOCK_1_0,
@@ -307,6 +314,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_SMALL_GROUPS,
         group_sizes=(16,),
         activations=Activations.FP4_LOCAL,
+        quantizes_attention_output=True,
         column_multiple=16,
         alignment=32,
         linear_since=STOCK_1_0,

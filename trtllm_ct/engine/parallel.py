@@ -6,14 +6,17 @@ Source: TensorRT-LLM `tensorrt_llm/mapping.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum, auto
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from enum import auto
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import fields_form
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from typing_extensions import Self
 
 __all__ = ["ONE_RANK", "Cut", "EngineMapping", "Parallel", "Rank"]
 
@@ -83,6 +86,16 @@ class Parallel:
             )
         )
 
+    @classmethod
+    def from_mapping(cls, mapping: EngineMapping) -> Self:
+        """Return the sizes that the engine's mapping describes."""
+        return cls(
+            tensor=mapping.tp_size,
+            pipeline=mapping.pp_size,
+            expert=max(mapping.moe_ep_size, 1),
+            attention_dp=bool(mapping.enable_attention_dp),
+        )
+
     @property
     def expert_tensor(self) -> int:
         """The number of slices of each routed expert."""
@@ -123,14 +136,8 @@ class Rank:
         ways.
         """
         _refuse_other_kinds(mapping)
-        parallel = Parallel(
-            tensor=mapping.tp_size,
-            pipeline=mapping.pp_size,
-            expert=max(mapping.moe_ep_size, 1),
-            attention_dp=bool(mapping.enable_attention_dp),
-        )
         return cls(
-            parallel=parallel,
+            parallel=Parallel.from_mapping(mapping),
             tensor=mapping.tp_rank,
             pipeline=mapping.pp_rank,
             expert=mapping.moe_ep_rank,

@@ -19,6 +19,8 @@ class Release:
     mode by its own name (`_torch/modules/fused_moe/configurable_moe.py`; since pull request 17009, July 2026, the
     wrapper hands its configuration down). `takes_scale_columns` says that Linears of row-wise FP8 take scales
     [N, 1] as well as [N] (`_torch/modules/linear.py: FP8RowwiseLinearMethod`).
+    `dynamic_attention_output` says whether its attention honours `force_dynamic_quantization`
+    (`_torch/modules/attention.py: Attention._use_quantize_output`).
     """
 
     name: str
@@ -26,6 +28,7 @@ class Release:
     kv_cache: frozenset[str] = frozenset({"FP8"})
     wraps_experts: bool = False
     takes_scale_columns: bool = False
+    dynamic_attention_output: bool = False
 
 
 STOCK_1_0 = Release(
@@ -41,6 +44,7 @@ STOCK_1_3 = Release(
     name="stock-1.3",
     source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
     takes_scale_columns=True,
+    dynamic_attention_output=True,
 )
 
 RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)

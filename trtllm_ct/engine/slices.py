@@ -9,7 +9,7 @@ Source: TensorRT-LLM `_torch/modules/linear.py` (`Linear.load_shard`, `load_weig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Slices"]
 
@@ -44,7 +44,7 @@ class Slices:
         """
 
         def problem(tensor: int) -> str:
-            return self._bad_rows(shape, multiple, tensor) or self._bad_repeats(tensor, scales_repeated=scales_repeated)
+            return replace(self, tensor=tensor).problem(shape, multiple, scales_repeated=scales_repeated)
 
         reason = problem(self.tensor)
         if not reason:
@@ -56,10 +56,14 @@ class Slices:
         remedy = f"size{plural} {', '.join(good_sizes)} {verb}" if good_sizes else "no size works"
         return f"{algo} at tensor parallel {self.tensor}{within}: {reason}; {remedy}"
 
-    def _bad_rows(self, shape: tuple[int, int], multiple: int, tensor: int) -> str:
-        """Return what is wrong with the slices in a group of this size; empty if nothing is."""
+    def problem(self, shape: tuple[int, int], multiple: int, *, scales_repeated: bool = True) -> str:
+        """Return what is wrong with the slices at this size, see `obstacle`; empty if nothing is."""
+        return self._bad_rows(shape, multiple) or self._bad_repeats(scales_repeated=scales_repeated)
+
+    def _bad_rows(self, shape: tuple[int, int], multiple: int) -> str:
+        """Return what is wrong with the rows or columns of a slice; empty if nothing is."""
         axis = "columns" if self.columns else "rows"
-        ranks = tensor // self.expert
+        ranks = self.tensor // self.expert
         if self.heads is not None:
             ranks = min(ranks, self.heads)
         for features in (shape[1],) if self.columns else self.parts or (shape[0],):
@@ -69,8 +73,8 @@ class Slices:
                 return f"each rank's {features // ranks} {axis} are no multiple of {multiple}"
         return ""
 
-    def _bad_repeats(self, tensor: int, *, scales_repeated: bool) -> str:
-        """Return what is wrong with repeated K/V heads in a group of this size; empty if nothing is."""
-        if self.heads is None or self.heads >= tensor or self.repeats_scales or scales_repeated:
+    def _bad_repeats(self, *, scales_repeated: bool) -> str:
+        """Return what is wrong with repeated K/V heads; empty if nothing is."""
+        if self.heads is None or self.heads >= self.tensor or self.repeats_scales or scales_repeated:
             return ""
         return f"engines repeat its {self.heads} K/V heads for ranks that outnumber them, but not their scales"

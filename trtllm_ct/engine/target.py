@@ -34,8 +34,9 @@ class Capabilities:
     """What one release line of an engine can hold; `source` says where these facts were read.
 
     `linear` are the modes of its Linears, `experts` the modes of its routed experts and `kv_cache` the modes of its KV
-    cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is. `release` is the release line,
-    None for capabilities that are not TensorRT-LLM's.
+    cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is. `dynamic_attention_output` says
+    whether attention honours `force_dynamic_quantization`. `release` is the release line, None for capabilities that
+    are not TensorRT-LLM's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Capabilities:
     kv_cache: frozenset[str] = frozenset()
     kv_cache_alone: bool = False
     release: Release | None = None
+    dynamic_attention_output: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,7 @@ def _capabilities(release: Release) -> Capabilities:
         experts=frozenset(mode.algo for mode in LINEAR_MODES if mode.experts_since in until),
         kv_cache=release.kv_cache,
         release=release,
+        dynamic_attention_output=release.dynamic_attention_output,
     )
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum, auto
+from enum import auto
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import CompressionFormat, Element, Packing, QuantArgs, Strategy, TensorSpec
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.layouts.loops.dispatch import unpack_codes
 
 if TYPE_CHECKING:

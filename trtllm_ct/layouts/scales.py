@@ -108,7 +108,7 @@ def dequantize(values_OI: Tensor, scaling: Scaling, dtype: torch.dtype) -> Tenso
         tile_rows = torch.arange(start, min(start + step, rows), device=values_OI.device)
 
         def expand(per_group: Tensor, tile_rows: Tensor = tile_rows) -> Tensor:
-            per_row = per_group if per_group.shape[0] == 1 else per_group[tile_rows // scaling.block_rows]
+            per_row = per_group if per_group.shape[0] == 1 else _rows(per_group, tile_rows // scaling.block_rows)
             return _per_column(scale_values(per_row, working_dtype), group_columns, columns, group_of_column)
 
         values = values_OI[start : start + step].to(working_dtype, copy=True)
@@ -119,6 +119,15 @@ def dequantize(values_OI: Tensor, scaling: Scaling, dtype: torch.dtype) -> Tenso
             values /= scaling.divisor.to(working_dtype)
         result[start : start + step] = round_once(values, dtype)
     return result
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Return `values[rows]`; float8 is moved as bytes, because torch before 2.10 can't index it on the CPU."""
+    import torch
+
+    if values.is_floating_point() and values.dtype.itemsize == 1:
+        return values.view(torch.uint8)[rows].view(values.dtype)
+    return values[rows]
 
 
 def _per_column(per_group: Tensor, group_columns: int, columns: int, group_of_column: Tensor | None) -> Tensor:

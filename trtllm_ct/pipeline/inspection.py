@@ -61,7 +61,8 @@ class Inspection:
     """The result of an inspection: what was detected, the plan for a target, and the problems.
 
     `parallel` are the parallel sizes that the plan was made for. `plan` is None if a problem prevents delivery; the
-    problems of a plan prevent only that the engine serves the result.
+    problems of a plan prevent only that the engine serves the result. `noted` are the warnings of the configuration,
+    the files and the plan, up to the stage that found a problem that prevents delivery.
     """
 
     directory: Path
@@ -70,11 +71,12 @@ class Inspection:
     detection: Detection
     plan: Plan | None
     problems: tuple[Fault, ...]
+    noted: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about detection, configuration, files and plan; they don't prevent delivery."""
-        return self.detection.disagreements + (self.plan.warnings if self.plan else ())
+        return self.detection.disagreements + self.noted
 
     def rows(self) -> Iterator[SchemeRow]:
         """Yield the modules of the plan, grouped by how they are stored and delivered; quantized ones come first."""
@@ -131,9 +133,9 @@ def inspect_checkpoint(
     problems: tuple[Fault, ...] = ()
     try:
         plan = open_checkpoint(directory, detection).plan(target.name, engine=engine, parallel=parallel)
-        problems = plan.problems
+        problems, noted = plan.problems, plan.warnings
     except CheckpointError as error:
-        problems = error.faults
+        problems, noted = error.faults, error.warnings
     return Inspection(
         directory=directory,
         target=target.name,
@@ -141,6 +143,7 @@ def inspect_checkpoint(
         detection=detection,
         plan=plan,
         problems=problems,
+        noted=noted,
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.errors import keeping_warnings
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.mistral_params import config_from_params
@@ -67,6 +68,7 @@ class Checkpoint:
         strict: bool = False,
         parallel: Parallel = ONE_RANK,
         dense_o_proj: bool = False,
+        kv_cache: str | None = None,
     ) -> Plan:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
@@ -82,6 +84,7 @@ class Checkpoint:
             strict=strict,
             parallel=parallel,
             dense_o_proj=dense_o_proj,
+            kv_cache=kv_cache,
             probe=self.probe,
         )
 
@@ -92,21 +95,24 @@ def open_checkpoint(directory: str | Path, detection: Detection | None = None) -
     Reads JSON files, headers, and the few small tensors whose values decide a mode. `detection` is the detection of the
     directory, if it was made before.
     Raises `DetectionError` if the directory is no compressed-tensors checkpoint, and `ConfigError` or `CatalogError`
-    with all faults of the stage.
+    with all faults of the stage and the warnings of the stages before it.
     """
     directory = Path(directory)
     detection = detection or FormatDetector().detect(directory)
     config = CompressedTensorsConfigReader().read(detection)
-    catalog = Catalog.from_directory(directory)
-    hf_config = _hf_config(detection, catalog)
-    model = Model.from_config(hf_config)
+    with keeping_warnings(config.warnings):
+        catalog = Catalog.from_directory(directory)
+    with keeping_warnings((*config.warnings, *catalog.warnings)):
+        hf_config = _hf_config(detection, catalog)
+        model = Model.from_config(hf_config)
+        probe = probe_checkpoint(config, catalog, model)
     return Checkpoint(
         directory=directory,
         detection=detection,
         config=config,
         catalog=catalog,
         model=model,
-        probe=probe_checkpoint(config, catalog, model),
+        probe=probe,
         hf_config=hf_config,
     )
 

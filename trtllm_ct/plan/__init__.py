@@ -4,7 +4,9 @@ plan.py               Plan, ModulePlan, Delivery: the result, as frozen values w
 planner.py            make_plan: takes configuration, headers, model and target, and makes every decision
 stored.py             the stored tensors of each module, as views
 gathering.py          the modules of a checkpoint under Hugging Face names, with one module per expert
+unlisted.py           tensors that the index does not list: read only where the model lacks them
 probe.py              the few stored values that decide a mode
+groups.py             which config group a quantized module belongs to
 weights.py            the scheme and the format of a quantized module
 model_modules.py      plans the modules that the text model's tables name
 other_modules.py      plans all other modules
@@ -17,6 +19,7 @@ online_transforms.py  transforms that run with the model
 row_order.py          the row order of queries and keys in Mistral's own form
 unsupported.py        refuses parts of a configuration that are not supported
 leftovers.py          refuses tensors that belong to no module
+attention_output.py   which output projections get an input that attention has quantized at a fixed scale
 engine_config.py      the plan as the engine's QuantConfig
 engine_names.py       the names under which the engine looks a module up in its configuration
 engine_class.py       whether the engine has the class of the model

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.engine.holdings import Holding, Weight, holdings, obstacles, slice_obstacle
 from trtllm_ct.engine.modes import ScaleForm
+from trtllm_ct.plan.attention_output import unscaled_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidates_of", "dense_outputs", "fold_reason"]
 
 DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
-"""The reason that is given for row-wise FP8 output projections of attention which are dequantized on request."""
+"""The reason that is given for output projections of attention which are dequantized on request."""
+
+_PLAIN = "engines read this module plain"
+_STACKED = "the class of the model reads its experts from one plain tensor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,23 +128,18 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
     return assigned
 
 
-def dense_outputs(assignments: Mapping[str, Assignment]) -> dict[str, Assignment]:
-    """Return the assignments with every row-wise FP8 output projection of attention dequantized; the rest is unchanged.
+def dense_outputs(
+    assignments: Mapping[str, Assignment], sites: Iterable[Site], kv_cache: str | None
+) -> dict[str, Assignment]:
+    """Return the assignments with those output projections dequantized that `unscaled_outputs` names.
 
-    Row-wise FP8 has no input scale. An engine whose attention quantizes its own output then uses a scale of 1.
-    Source: TensorRT-LLM `_torch/modules/attention.py` and `linear.py`.
+    `sites` are all sites of the model, and `kv_cache` is the KV cache's mode in the engine.
     """
+    holdings_by_name = {name: assignment.holding for name, assignment in assignments.items()}
+    modes = {site.module: holdings_by_name.get(site.module) for site in sites}
+    algos = {name: holding.mode.algo if holding else None for name, holding in modes.items()}
     dense = Assignment(holding=None, reason=DENSE_OUTPUT)
-    return {
-        module: dense if module.endswith(".self_attn.o_proj") and _row_wise(assignment) else assignment
-        for module, assignment in assignments.items()
-    }
-
-
-def _row_wise(assignment: Assignment) -> bool:
-    """Whether the mode is one for which attention may quantize its output at a scale of 1."""
-    holding = assignment.holding
-    return holding is not None and holding.mode.unscaled_attention_output
+    return {**assignments, **dict.fromkeys(unscaled_outputs(algos, kv_cache), dense)}
 
 
 def fold_reason(transforms: Sequence[Transform]) -> str:
@@ -156,7 +155,7 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
     if module.folded:
         return Assignment(holding=None, reason=module.folded)
     if module.site.plain and target.holds_codes:
-        return Assignment(holding=None, reason="engines read this module plain")
+        return Assignment(holding=None, reason=_STACKED if module.site.expert else _PLAIN)
     first = next((holding for holding in _held(module, target) if holding.as_is), None)
     if first is None and module.weight.slices is not None:
         finer = _in_finer_groups(module, target)

@@ -19,6 +19,7 @@ from trtllm_ct.plan.ops import (
     Dequantize,
     FoldPlain,
     FoldTransform,
+    LargestScale,
     Ones,
     Operation,
     Reciprocal,
@@ -108,8 +109,12 @@ def native(
 
 
 def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:
-    """Return the delivery of a KV-cache scale under the name that engines read: float32, one element."""
-    scalar = WidenScale(result=_SCALAR, source=local)
+    """Return the delivery of a KV-cache scale under the name that engines read: float32, one element.
+
+    Of scales per head it is the largest.
+    """
+    operation = WidenScale if module.specs[local].numel == 1 else LargestScale
+    scalar = operation(result=_SCALAR, source=local)
     return Delivery(name=name, operation=scalar, sources=module.sources((local,)))
 
 

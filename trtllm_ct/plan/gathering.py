@@ -9,12 +9,13 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from trtllm_ct.plan.models.fused_experts import split_fused_experts
+from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.plan.models.fused_experts import split_fused_experts, stores_inputs_first
 from trtllm_ct.plan.models.mistral_names import hugging_face_names
 from trtllm_ct.plan.stored import stored_modules
+from trtllm_ct.plan.unlisted import fill_from_unlisted
 
 if TYPE_CHECKING:
-    from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.formats.sparse.pieces import StoredShapes
     from trtllm_ct.plan.models.sites import Model
@@ -29,12 +30,26 @@ def gather_modules(
     """Return the modules by name, in the order of the catalog; contradictions between tensors are added to `faults`.
 
     `shapes` are the stored shapes of sparse tensors. For a sparse weight without one the shape follows from the model.
+    Tensors that the index does not list are taken only where the model lacks them, see `fill_from_unlisted`.
     Raises `PlanError` when a checkpoint in Mistral's own form has modules that the model has no name for.
     """
+    if not catalog.unlisted:
+        return _gather(catalog, model, faults, shapes)
+    listed = _gather(catalog.without(catalog.unlisted), model, faults, shapes)
+    # Old tensors may contradict new ones; that matters only for those that are taken.
+    everything = _gather(catalog, model, FaultCollector(), shapes)
+    return fill_from_unlisted(listed, everything, model)
+
+
+def _gather(
+    catalog: Catalog, model: Model, faults: FaultCollector, shapes: StoredShapes | None
+) -> dict[str, StoredModule]:
+    """Return the modules of all tensors in the catalog."""
     # Only sparse checkpoints, which are rare, need the shape of every weight by name.
     model_shapes = cache(lambda: model.weight_shapes(catalog.tensors))
     stored = stored_modules(catalog, lambda name: model_shapes().get(name), faults, shapes)
     stored = hugging_face_names(stored, model, faults)
     if model.architecture.experts is not None:
-        stored = split_fused_experts(stored, model.architecture.experts)
+        inputs_first = stores_inputs_first(stored, model)
+        stored = split_fused_experts(stored, model.architecture.experts, inputs_first=inputs_first)
     return stored

@@ -2,9 +2,9 @@
 
 compressed-tensors stores them in the attention module (`self_attn.k_scale`, since 0.6); earlier releases stored them in
 the projections (`k_proj.output_scale`). Engines read them in the projections (`self_attn.k_proj.k_scale`): one float32
-element each, which the stored fp8 value is multiplied by. Sources: compressed-tensors 0.5 and 0.20
-`quantization/lifecycle/initialize.py`; vLLM 0.33 `model_loader/weight_utils.py` for other writers; TensorRT-LLM
-`_torch/modules/linear.py`.
+element each, which the stored fp8 value is multiplied by. Of scales per attention head the largest is delivered.
+Sources: compressed-tensors 0.5 and 0.20 `quantization/lifecycle/initialize.py`; vLLM 0.33
+`model_loader/weight_utils.py` for other writers; TensorRT-LLM `_torch/modules/linear.py`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 # If a checkpoint has several scales for one projection, the first of these is used. There may be several because
 # quantized outputs have a scale on the projections too.
 _PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
+# The strategies with stored scales: one for each projection of a layer, or one for each of its heads.
+_STATIC = (Strategy.TENSOR, Strategy.ATTN_HEAD)
 _NO_NAMES = frozenset[str]()
 _IGNORED = {
     "q_scale": "engines don't quantize queries",
@@ -107,6 +109,8 @@ class KvCache:
             return (f"KV cache: {self.target.capabilities.name} has no {args.label()} cache; it stays 16-bit",)
         if not args.symmetric:
             return ("KV cache: that of the engine is symmetric, so the scales are used without their zero points",)
+        if args.strategy is Strategy.ATTN_HEAD and args.dynamic is False:
+            return (f"KV cache: the engine takes one scale for all heads, so it gets the largest of {args.label()}",)
         if args.strategy is not Strategy.TENSOR:
             return (f"KV cache: the engine takes one scale for all heads, so those of {args.label()} are left out",)
         return ()
@@ -147,7 +151,7 @@ class KvCache:
         `prefixes` are the names of the attention modules of all layers.
         """
         args = self.args
-        if self.algo is None or args is None or args.strategy is not Strategy.TENSOR or args.dynamic is not False:
+        if self.algo is None or args is None or args.strategy not in _STATIC or args.dynamic is not False:
             return
         delivered = {delivery.name for module in modules for delivery in module.deliveries}
         faulty = {fault.where for fault in faults.faults}
@@ -172,15 +176,14 @@ class KvCache:
         return None
 
     def _wrong_size(self, module: StoredModule, local: str, faults: FaultCollector) -> str | None:
-        """Return why a scale of this shape is not delivered; None for one element.
+        """Return why a scale of this shape is not delivered; None for one element, or one per head by the scheme.
 
-        A scale per head is ignored if the scheme asks for it. Any other shape is a fault.
+        Any other shape is a fault.
         """
         spec = module.specs[local]
-        if spec.numel == 1:
+        per_head = self.args is not None and self.args.strategy is Strategy.ATTN_HEAD
+        if spec.numel == 1 or (per_head and spec.numel == self.kv_heads):
             return None
-        if self.args is not None and self.args.strategy is Strategy.ATTN_HEAD and spec.numel == self.kv_heads:
-            return "the engine takes one scale for all heads"
         faults.add(
             where=f"{module.stored_name}.{local}",
             expected="one element",

@@ -39,6 +39,7 @@ __all__ = [
     "Dequantize",
     "FoldPlain",
     "FoldTransform",
+    "LargestScale",
     "ModuleTensors",
     "Ones",
     "Operation",
@@ -170,6 +171,20 @@ class WidenScale(Operation):
         """Return the scale as float32, values unchanged."""
         scale = module.codes.scale if self.source is None else self.input(module).reshape(1, 1)
         return widen_scale(scale, self.result.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LargestScale(Operation):
+    """Delivers the largest of several scales as float32 []: no value overflows that fits its own scale."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "largest scale"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """Return the largest element of the source."""
+        import torch
+
+        return self.input(module).to(torch.float32).amax()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,10 @@ All values are frozen, can be printed and have a JSON form. Nothing here reads a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import Fault
     from trtllm_ct.base.schemes import QuantAlgo, QuantScheme, TensorSpec
     from trtllm_ct.checkpoint.reader import Run
+    from trtllm_ct.checkpoint.write_plan import StackPart
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.formats.base import StoredWeight
@@ -228,6 +229,8 @@ class Plan:
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
     `problems` say why the engine that the plan is for can't serve the result, although it can be made.
+    `engine` names the capabilities that they were chosen from.
+    `stacks` are the delivered tensors that a directory holds as parts of a stacked tensor, with their places in it.
     """
 
     target: str
@@ -240,6 +243,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     problems: tuple[Fault, ...] = ()
     parallel: Parallel = ONE_RANK
+    engine: str = ""
+    stacks: Mapping[str, StackPart] = field(default_factory=dict)
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""

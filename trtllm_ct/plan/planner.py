@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import FaultCollector, PlanError
+from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
+from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.engine_class import class_problems
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_names import EngineNames
@@ -21,6 +22,7 @@ from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.model_modules import ModelModules
+from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.wrapper_names import names_that_are_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
@@ -29,6 +31,7 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.row_order import QueryKeyRows
+from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 
@@ -54,6 +57,7 @@ def make_plan(
     strict: bool = False,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
+    kv_cache: str | None = None,
     probe: Probe = NO_PROBE,
 ) -> Plan:
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
@@ -62,11 +66,12 @@ def make_plan(
     `strict` makes it a fault when a module has to be dequantized because the target has no mode for it, and when the
     engine can't serve the result (`Plan.problems`). Modules that `dense_o_proj` dequantizes are no fault.
     `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
-    `dense_o_proj` dequantizes the output projections of attention whose mode would make attention quantize its output
-    at a fixed scale.
+    `dense_o_proj` dequantizes the output projections of attention whose input attention would quantize at a fixed
+    scale; that depends on the KV cache. `kv_cache` is the mode of the cache that the engine will be told, such as
+    `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
     Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
-    be delivered to the target.
+    be delivered to the target. It has the warnings that the plan would have.
     """
     faults = FaultCollector()
     planner = _Planner(
@@ -76,6 +81,7 @@ def make_plan(
         dtypes=_dtypes(model, target, dtype),
         parallel=parallel,
         dense_o_proj=dense_o_proj,
+        asked_kv_cache=kv_cache,
         probe=probe,
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
@@ -83,12 +89,12 @@ def make_plan(
         kv_cache=KvCache(config, target, model.kv_heads),
         transforms=OnlineTransforms(config, model, faults),
     )
-    with collector_paused():
+    with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
         plan = planner.plan(catalog)
     if strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
         faults.faults += plan.problems
-    faults.raise_if_any(PlanError)
+    faults.raise_if_any(PlanError, plan.warnings)
     return plan
 
 
@@ -102,6 +108,7 @@ class _Planner:
     dtypes: deliver.Dtypes
     parallel: Parallel
     dense_o_proj: bool
+    asked_kv_cache: str | None
     probe: Probe
     faults: FaultCollector
     reader: WeightReader
@@ -114,6 +121,7 @@ class _Planner:
         refuse_unsupported(self.config, self.model, self.faults)
         refuse_uneven(self.model, self.parallel, self.faults)
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
+        unread = unread_tensors(catalog, gathered.values())
         stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
@@ -133,26 +141,31 @@ class _Planner:
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
-        self.faults.raise_if_any(PlanError)
+        stacks = stack_parts(modules, self.model) if self.target.directory else {}
+        warnings = (
+            *(stack_warnings(self.model) if stacks else ()),
+            *unlisted_warnings(catalog, unread),
+            *self.reader.warnings,
+            *self.kv_cache.warnings,
+            *warnings_of_directory(modules, self.target, self.kv_cache.algo),
+            *header_warnings(self.config, self.model.name, modules),
+        )
+        self.faults.raise_if_any(PlanError, warnings)
         return Plan(
             target=self.target.name,
             architecture=self.model.name,
             dtype=self.dtypes.model,
             dense_dtype=self.dtypes.dequantized,
-            stored={name: tensor.spec for name, tensor in catalog.tensors.items()},
+            stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
             modules=tuple(modules),
             quant_config=engine_config(
                 modules, EngineNames.of(self.model, place, self.target), kv_cache_quant_algo=self.kv_cache.algo
             ),
             parallel=self.parallel,
             problems=class_problems(self.model.name, self.target.capabilities.release),
-            warnings=(
-                *self.config.warnings,
-                *catalog.warnings,
-                *self.reader.warnings,
-                *self.kv_cache.warnings,
-                *header_warnings(self.config, self.model.name, modules),
-            ),
+            engine=self.target.capabilities.name,
+            stacks=stacks,
+            warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
@@ -224,7 +237,7 @@ class _Planner:
         candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
         assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
-            assignments = dense_outputs(assignments)
+            assignments = dense_outputs(assignments, sites, self.asked_kv_cache or self.kv_cache.algo)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         model_modules = ModelModules(

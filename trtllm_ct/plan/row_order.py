@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import RowOrder
 from trtllm_ct.formats.base import Axis
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+    from typing_extensions import Self
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import Packing

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.formats import PACKED_CODES, WEIGHT_TENSORS
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
+    from typing_extensions import Self
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import TensorSpec
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.formats.sparse.pieces import SparseTensor, StoredShapes
 
-__all__ = ["QUANTIZATION_TENSORS", "ExpertSlice", "Shared", "StoredModule", "View", "Whole", "stored_modules"]
+__all__ = [
+    "QUANTIZATION_TENSORS",
+    "ExpertSlice",
+    "Shared",
+    "StoredModule",
+    "TransposedExpert",
+    "View",
+    "Whole",
+    "stored_modules",
+]
 
 _ACTIVATION_AND_CACHE_TENSORS = frozenset(
     f"{tensor}_{parameter}" for tensor in ["input", "output", "q", "k", "v"] for parameter in ("scale", "zero_point")
@@ -131,6 +141,27 @@ class ExpertSlice(View):
         """Return a contiguous view of the stored tensor; nothing is copied."""
         part = stored[self.name][self.expert]
         return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransposedExpert(View):
+    """The weight [out, in] of one expert, stored transposed in a tensor [E, in, columns] of all experts.
+
+    `columns` (begin, end) selects the columns that are the rows of the weight.
+    """
+
+    name: str
+    expert: int
+    columns: tuple[int, int]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The name of the tensor of all experts."""
+        return (self.name,)
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """Return a contiguous copy of the weight."""
+        return stored[self.name][self.expert, :, self.columns[0] : self.columns[1]].T.contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

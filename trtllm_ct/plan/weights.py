@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import FaultCollector
-from trtllm_ct.config.match import Matcher
 from trtllm_ct.formats import FORMATS, PACKED_CODES, StoredWeight, format_for
 from trtllm_ct.formats.marlin_24 import MARLIN_24
-from trtllm_ct.plan.models.sites import name_variants
+from trtllm_ct.plan.groups import FIRST_PACKED_ZERO_POINTS, GroupFinder, tensors_of
 from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
 from trtllm_ct.plan.stored import ExpertSlice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from trtllm_ct.base.schemes import QuantArgs, QuantScheme
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["QuantizedWeight", "WeightReader"]
-
-_FIRST_PACKED_ZERO_POINTS = (0, 9, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +52,19 @@ class WeightReader:
     faults: FaultCollector
     multimodal: bool = False
     probe: Probe = NO_PROBE
-    _matcher: Matcher = field(init=False)
+    _groups: GroupFinder = field(init=False)
     _release: tuple[int, ...] = field(init=False)
     _notes: Counter[str] = field(init=False, default_factory=Counter)
     _known: dict[tuple[object, ...], tuple[QuantizedWeight, tuple[str, ...]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._matcher = Matcher(self.config)
+        self._groups = GroupFinder(self.config, self.faults, self.multimodal)
         self._release = self.config.release
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about what was unusual but unambiguous, each with the number of modules."""
-        return tuple(f"{note} ({count} modules)" for note, count in self._notes.items())
+        return (*self._groups.warnings, *(f"{note} ({count} modules)" for note, count in self._notes.items()))
 
     def read(self, module: StoredModule, site: Site) -> QuantizedWeight | None:
         """Return the quantized weight of a module, or None after adding faults.
@@ -76,7 +72,7 @@ class WeightReader:
         Modules with the same tensor specs, config group and shape get the same object: a model may have a hundred
         thousand of them.
         """
-        group = self._group(module, site)
+        group = self._groups.find(module, site)
         if group is None or group.scheme.weights is None:
             return None
         key = (group.name, site.shape, tuple(module.specs.items()))
@@ -117,7 +113,7 @@ class WeightReader:
         if stored is None or faults.faults:
             return None
         if not args.symmetric and not stored.has_zero_point:
-            if self._release >= _FIRST_PACKED_ZERO_POINTS:
+            if self._release >= FIRST_PACKED_ZERO_POINTS:
                 self._refuse_missing_zero_point(module)
                 return None
             notes.append("asymmetric without a zero point: all zero, as in files of writers up to 0.9.3")
@@ -138,35 +134,6 @@ class WeightReader:
             idle[stored.group_index] = "trivial: it gives contiguous groups, k // group_size, or was never filled"
         return idle
 
-    def _group(self, module: StoredModule, site: Site) -> ConfigGroup | None:
-        """Return the config group of a quantized module: the one that targets it, or the only one whose format fits.
-
-        Adds a fault and returns None if no group targets it and not exactly one fits.
-        """
-        names: Iterable[str] = dict.fromkeys((module.stored_name, module.name))
-        if self.multimodal:
-            names = chain.from_iterable(map(name_variants, names))
-        for name in names:
-            group = self._matcher.scheme_for(name, (site.class_name,))
-            if group is not None and group.scheme.weights is not None:
-                return group
-        fitting = [
-            entry
-            for entry in self.config.groups
-            if entry.scheme.weights is not None and format_for(entry.scheme.weights, module.specs) is not None
-        ]
-        if len(fitting) == 1:
-            note = f"stored quantized though no target covers it or ignore lists it; read as {fitting[0].name}"
-            self._notes[note] += 1
-            return fitting[0]
-        self.faults.add(
-            where=module.stored_name,
-            expected="a config group that targets this quantized module",
-            found=f"{len(fitting)} groups whose format fits its tensors ({_tensors(module)})",
-            remedy="Add the module to the targets of its group in config_groups.",
-        )
-        return None
-
     def _refuse(self, module: StoredModule, scheme: QuantScheme) -> None:
         """Add the fault of a module that no format accepts."""
         declared = f", declared {scheme.format}" if scheme.format else ""
@@ -174,7 +141,7 @@ class WeightReader:
         self.faults.add(
             where=module.stored_name,
             expected=f"tensors of one of the formats {names}",
-            found=f"{scheme.label()}{declared} ({_tensors(module)})",
+            found=f"{scheme.label()}{declared} ({tensors_of(module)})",
             remedy="Check num_bits, type and format in config_groups against the tool that wrote the file.",
         )
 
@@ -183,7 +150,7 @@ class WeightReader:
         self.faults.add(
             where=module.stored_name,
             expected=f"a plain weight {list(site.shape)}: no scheme is for the vector of a {site.class_name}",
-            found=f"codes ({_tensors(module)})",
+            found=f"codes ({tensors_of(module)})",
             remedy="Take the module out of the targets of config_groups, and quantize again.",
         )
 
@@ -234,8 +201,3 @@ def _without(stored: StoredWeight, idle: Mapping[str, str]) -> StoredWeight:
     if stored.group_index in idle:
         stored = replace(stored, group_index=None)
     return replace(stored, axes={local: axis for local, axis in stored.axes.items() if local not in idle})
-
-
-def _tensors(module: StoredModule) -> str:
-    """Return names and dtypes of a module's tensors, without shapes, so that a fault is the same in every module."""
-    return ", ".join(f"{local} {module.specs[local].dtype.torch_name}" for local in sorted(module.specs))

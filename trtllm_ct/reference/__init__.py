@@ -5,6 +5,7 @@ Names are imported on first use: importing this package loads neither torch nor 
 
 engine.py             load_model and build_model
 architecture.py       builds transformers' model without weights
+rope.py               rotary embeddings in the spelling of the installed transformers
 directory.py          reads a model directory: config, quantization and tensors
 bridge.py             the one file that uses plans: streams the delivered tensors of a source directory
 assembly.py           puts delivered tensors into the model
@@ -17,7 +18,8 @@ effective_weights.py  the weight that equals a Linear together with its transfor
 attention.py          simulates an FP8 KV cache
 mixtures.py           mixture-of-experts layers
 expert_parts.py       collects the tensors of one layer's experts
-experts.py            routed experts that compute from delivered tensors
+stacked_experts.py    reads the experts of a directory one by one, stacked or not
+experts.py            routed experts that compute from delivered tensors, in the forms of transformers 4 and 5
 compare.py            compares a delivered weight with the exact one
 generate.py           generates text from a directory
 llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, MissingDependencyError
+from trtllm_ct.reference.rope import older_rope_keys, reads_rope_parameters
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,6 +124,8 @@ def _typed_config(config: Mapping[str, Any]) -> Any:
 
     model_type, overrides = _EQUIVALENT_MODEL.get(str(config.get("model_type")), (config.get("model_type"), {}))
     fields = {key: value for key, value in config.items() if key not in _PASSED_SEPARATELY}
+    if not reads_rope_parameters():
+        fields = older_rope_keys(fields)
     return AutoConfig.for_model(model_type, **{**fields, **overrides})
 
 

@@ -53,14 +53,20 @@ class Assembly:
         self._float32 = kept_in_float32(model, dtype)
         self._faults = FaultCollector()
         self._tied = tied_parameters(model)
-        # Subclasses of Linear are routers: they return more than a product, and are never quantized.
-        self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
         self._mixtures = Mixtures(
             model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations, faults=self._faults
         )
+        # Subclasses of Linear are routers: they return more than a product, and are never quantized.
+        self._linears = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and not self._mixtures.has_linear(name)
+        }
         self._quantized = self._find_quantized(quant_config)
         self._slots = {
-            name: slot for name, slot in model.state_dict().items() if name.rpartition(".")[0] not in self._quantized
+            name: slot
+            for name, slot in model.state_dict().items()
+            if (owner := name.rpartition(".")[0]) not in self._quantized and not self._mixtures.has_linear(owner)
         }
         self._taken: set[str] = set()
         self._filled: set[str] = set()
@@ -152,11 +158,12 @@ class Assembly:
         """Put an unquantized tensor into its parameter or buffer.
 
         A float is cast to the dtype of its place, or to float32 where transformers keeps it in float32. A tensor that
-        `NameMap.transposed` names is transposed when its shape differs. Adds a fault for a wrong shape or dtype.
+        `NameMap.transposed` names is transposed if it fits then. Adds a fault for a wrong shape or dtype.
         """
         slot = self._slots[name]
         self._filled.add(name)
-        if tensor.shape != slot.shape and name.endswith(self._names.transposed):
+        # Where both orders have the same shape, the order of the class counts.
+        if name.endswith(self._names.transposed) and tensor.mT.shape == slot.shape:
             tensor = tensor.mT.contiguous()
         is_float = slot.is_floating_point()
         fits = tensor.shape == slot.shape or self._mixtures.fits_fewer(name, tensor, slot)

@@ -87,7 +87,7 @@ def build_model(
     model: Any = build_shell(config, dtype=dtype, attention=attention, name=name)
     if attention is not None and not kv_scale_names(model):
         _refuse_kv_cache(name, "attention with k_proj and v_proj, whose outputs an FP8 cache holds", "other attention")
-    names = NameMap.of_checkpoint(config, model_type=model.config.model_type)
+    names = NameMap.of_checkpoint(config, model_type=model.config.model_type, model=model.state_dict())
     assembly = Assembly(model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations)
     for tensor_name, tensor in tensors:
         assembly.take(tensor_name, tensor)

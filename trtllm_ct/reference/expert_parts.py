@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trtllm_ct.base.errors import PlanError
-from trtllm_ct.reference.experts import SPELLINGS, ReferenceExpert, ReferenceExperts
+from trtllm_ct.reference.experts import SPELLINGS
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.engine.quant_config import LayerQuantConfig
+    from trtllm_ct.reference.experts import ExpertsShell
 
 __all__ = ["ExpertParts"]
 
@@ -34,14 +35,14 @@ _MAX_LISTED_NAMES = 4
 class ExpertParts:
     """The tensors that arrived for the experts of one layer.
 
-    `shell` is transformers' experts module, `path` its path in the model and `name` its name in messages. `layer_of`
+    `shell` is transformers' experts module, `path` its path in the model, `name` its name in messages. `layer_of`
     returns the quantization of a Linear by its path, None for an unquantized Linear. `dtype` is the dtype of
     unquantized weights. `tensors` holds what arrived, by expert, projection and local name.
     """
 
     path: str
     name: str
-    shell: nn.Module
+    shell: ExpertsShell
     layer_of: Callable[[str], LayerQuantConfig | None]
     dtype: torch.dtype
     quantize_activations: bool
@@ -67,7 +68,18 @@ class ExpertParts:
         expert, _, projection = local.partition(".")
         return expert.isdecimal() and projection in self.tensors.get(int(expert), ())
 
-    def build(self, count: int) -> ReferenceExperts | None:
+    def take_stack(self, local: str, tensor: Tensor) -> None:
+        """Store the rows of a plain 3-D stack as the weights of single experts.
+
+        `gate_up_proj` is [E, 2 I, H] and `down_proj` [E, H, I].
+        """
+        gate, up, down = SPELLINGS[0]
+        for expert, weight in enumerate(tensor):
+            parts = {down: weight} if local == down else dict(zip((gate, up), weight.chunk(2), strict=True))
+            for projection, part in parts.items():
+                self.tensors[expert][projection]["weight"] = part
+
+    def build(self, count: int) -> nn.Module | None:
         """Build the module of all `count` experts.
 
         Returns None, after adding a fault, if experts are missing, surplus, incomplete or of several algorithms.
@@ -75,11 +87,12 @@ class ExpertParts:
         spelling = self._spelling()
         if spelling is None or not self._is_complete(count, spelling) or not self._has_one_mode():
             return None
-        experts = [
-            ReferenceExpert({projection: self._linear(expert, projection, spelling) for projection in spelling})
-            for expert in range(count)
-        ]
-        return ReferenceExperts(experts, replaced=self.shell)
+        return self.shell.rebuilt(
+            [
+                {projection: self._linear(expert, projection, spelling) for projection in spelling}
+                for expert in range(count)
+            ]
+        )
 
     def _spelling(self) -> tuple[str, str, str] | None:
         """The names of gate, up and down in this layer; None, after adding a fault, if experts use different names."""
@@ -140,7 +153,7 @@ class ExpertParts:
 
         If its tensors don't fit, adds a fault and returns a placeholder: an `nn.Identity` or a Linear without weight.
         """
-        _experts, outputs, inputs = self.shell.get_parameter("down_proj").shape
+        outputs, inputs = self.shell.down_shape
         if projection != spelling[-1]:
             outputs, inputs = inputs, outputs
         name = f"{self.name}.{expert}.{projection}"

@@ -1,21 +1,33 @@
 """Routed experts that compute from the tensors of each single expert.
 
-transformers 5 stacks the weights of a layer's experts into two 3-D parameters of one module. An engine is given the
-tensors of each expert separately, quantized or not. `ReferenceExperts` replaces the module of transformers. Routing and
+An engine is given the tensors of each expert separately, quantized or not. transformers 5 stacks the weights of a
+layer's experts into two 3-D parameters of one module; `ReferenceExperts` replaces this module. transformers 4 has a
+list of experts with three Linears each, whose Linears are replaced one by one. Either is an `ExpertsShell`. Routing and
 the gated activation between the Linears of an expert stay transformers' own code; only the Linears are replaced.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-__all__ = ["SPELLINGS", "ReferenceExpert", "ReferenceExperts", "is_stack_of_experts", "replaceable"]
+__all__ = [
+    "SPELLINGS",
+    "ExpertList",
+    "ExpertStack",
+    "ExpertsShell",
+    "ReferenceExpert",
+    "ReferenceExperts",
+    "experts_shell",
+    "is_stack_of_experts",
+    "replaceable",
+]
 
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """The names that checkpoints give to the Linears of an expert, in the order gate, up, down."""
@@ -42,6 +54,70 @@ def replaceable(module: nn.Module) -> bool:
     """Whether `ReferenceExperts` can replace this module of transformers and compute the same."""
     has_required_flags = all(getattr(module, flag, value) is value for flag, value in _REQUIRED_FLAGS.items())
     return is_stack_of_experts(module) and hasattr(module, "_apply_gate") and has_required_flags
+
+
+class ExpertsShell(Protocol):
+    """The experts module of one layer in a model of transformers, without weights.
+
+    `module` is the module, `count` the number of its experts. `down_shape` is the shape [H, I] of an expert's down
+    projection.
+    """
+
+    module: nn.Module
+    count: int
+    down_shape: tuple[int, int]
+
+    def rebuilt(self, experts: Sequence[Mapping[str, nn.Module]]) -> nn.Module:
+        """Return the module of experts with these Linears: gate, up and down, in this order, by delivered names."""
+
+
+class ExpertStack:
+    """Experts in two 3-D parameters, as in transformers 5."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.count, *down = module.get_parameter("down_proj").shape
+        self.down_shape = (down[0], down[1])
+
+    def rebuilt(self, experts: Sequence[Mapping[str, nn.Module]]) -> nn.Module:
+        """Return `ReferenceExperts` of these Linears."""
+        return ReferenceExperts([ReferenceExpert(linears) for linears in experts], replaced=self.module)
+
+
+class ExpertList:
+    """A list of experts with three Linears each, as in transformers 4."""
+
+    def __init__(self, module: nn.ModuleList) -> None:
+        self.module: nn.Module = module
+        self.count = len(module)
+        self._template = module[0]
+        self._names = _linear_names(self._template)
+        rows, columns = self._template.get_parameter(f"{self._names[-1]}.weight").shape
+        self.down_shape = (rows, columns)
+
+    def rebuilt(self, experts: Sequence[Mapping[str, nn.Module]]) -> nn.Module:
+        """Return a list of transformers' experts with these Linears, called as the model calls them."""
+        return nn.ModuleList(self._expert(tuple(linears.values())) for linears in experts)
+
+    def _expert(self, linears: tuple[nn.Module, ...]) -> nn.Module:
+        expert = copy.deepcopy(self._template)
+        for name, linear in zip(self._names, linears, strict=True):
+            expert.set_submodule(name, linear)
+        return expert
+
+
+def experts_shell(module: nn.Module) -> ExpertsShell | None:
+    """Return the shell of an experts module; None for a module that is none, or that `rebuilt` can't replace."""
+    if isinstance(module, nn.ModuleList) and len(module) and all(_linear_names(expert) for expert in module):
+        return ExpertList(module)
+    return ExpertStack(module) if replaceable(module) else None
+
+
+def _linear_names(expert: nn.Module) -> tuple[str, ...]:
+    """The names of gate, up and down of an expert that has these Linears, without bias, and no other parameter."""
+    linears = {name for name, child in expert.named_children() if type(child) is nn.Linear and child.bias is None}
+    owners = {name.rpartition(".")[0] for name, _ in expert.named_parameters()}
+    return next((spelling for spelling in SPELLINGS if owners == set(spelling) == linears), ())
 
 
 class ReferenceExpert(nn.Module):

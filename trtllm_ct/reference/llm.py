@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from trtllm_ct.reference.engine import load_model
 from trtllm_ct.reference.generate import end_tokens_of, generate_tokens, load_tokenizer, useful_threads
 from trtllm_ct.reference.requests import CompletionOutput, RequestOutput, SamplingParams
 from trtllm_ct.reference.sampling import Sampler
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ReferenceLLM"]
 

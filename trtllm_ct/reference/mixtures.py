@@ -1,7 +1,8 @@
 """Assemble the mixture-of-experts layers of a model: their experts and the number of experts in their routers.
 
-A layer gets its experts one by one, or unquantized as the two stacked tensors that transformers itself uses; the names
-of the delivered tensors decide. A layer may have fewer experts than config.json says if its router has as few rows.
+A layer gets its experts one by one, or unquantized as the two stacked tensors that transformers 5 itself uses; the
+names of the delivered tensors decide. A layer may have fewer experts than config.json says if its router has as few
+rows.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.reference.expert_parts import ExpertParts
-from trtllm_ct.reference.experts import is_stack_of_experts, replaceable
-from trtllm_ct.reference.rules import describe
+from trtllm_ct.reference.experts import ExpertList, experts_shell, is_stack_of_experts
+from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -27,6 +28,9 @@ __all__ = ["Mixtures"]
 
 _STACKS = ("gate_up_proj", "down_proj")
 _ROUTERS = ("gate", "router")
+# What transformers 5 and 4 call the number of experts and of their groups, in routers and in the blocks around them.
+_COUNTS = ("num_experts", "n_routed_experts")
+_GROUPS = ("num_group", "n_group")
 # Tensors beside the experts that have one entry per expert along their first axis.
 _ROUTER_TENSORS = (
     "gate.weight",
@@ -71,22 +75,27 @@ class Mixtures:
         self._quant_config = quant_config
         self._faults = faults
         self._reported: set[str] = set()
-        experts = {path: module for path, module in model.named_modules() if is_stack_of_experts(module)}
-        self._unsupported = {path: type(module).__name__ for path, module in experts.items() if not replaceable(module)}
+        self._names = names
+        shells = {path: experts_shell(module) for path, module in model.named_modules()}
+        self._unsupported = {
+            path: type(module).__name__
+            for path, module in model.named_modules()
+            if is_stack_of_experts(module) and shells[path] is None
+        }
         self._mixtures = {
             path: _mixture(
                 ExpertParts(
                     path=path,
                     name=names.stored(path),
-                    shell=module,
+                    shell=shell,
                     layer_of=self._layer_of,
                     dtype=dtype,
                     quantize_activations=quantize_activations,
                     faults=faults,
                 )
             )
-            for path, module in experts.items()
-            if path not in self._unsupported
+            for path, shell in shells.items()
+            if shell is not None
         }
         self._per_expert = {name for mixture in self._mixtures.values() for name in mixture.per_expert}
 
@@ -98,11 +107,19 @@ class Mixtures:
         known = self._mixtures.keys() | self._unsupported.keys()
         return module in known or module.rsplit(".", 2)[0] in known
 
+    def has_linear(self, module: str) -> bool:
+        """Whether `module` is the path of a Linear of a single expert of a layer that `finish` rebuilds."""
+        return module.count(".") > 1 and module.rsplit(".", 2)[0] in self._mixtures
+
     def take(self, path: str, tensor: Tensor) -> bool:
-        """Store a tensor of a single expert; return False for any other tensor.
+        """Store a tensor of a single expert, or a stack where the model has a list; return False for any other tensor.
 
         Adds one fault per layer for single experts of an architecture that supports stacks only.
         """
+        owner, _, local = path.rpartition(".")
+        mixture = self._mixtures.get(owner)
+        if mixture is not None and isinstance(mixture.parts.shell, ExpertList):
+            return self._take_stack(mixture.parts, local, tensor)
         experts = path.rsplit(".", 3)[0]
         if experts in self._unsupported:
             self._refuse_once(experts, tensor)
@@ -110,6 +127,19 @@ class Mixtures:
         return experts in self._mixtures and self._mixtures[experts].parts.take(
             path.removeprefix(f"{experts}."), tensor
         )
+
+    def _take_stack(self, parts: ExpertParts, local: str, tensor: Tensor) -> bool:
+        """Store a plain stack as single experts; return False for any other tensor."""
+        rows, columns = parts.shell.down_shape
+        shape = [2 * columns, rows] if local == "gate_up_proj" else [rows, columns]
+        if local not in _STACKS or tensor.dim() != 3 or not has_dtype(tensor, WIDE_FLOATS):
+            return False
+        if list(tensor.shape[1:]) != shape and f"{parts.path}.{local}".endswith(self._names.transposed):
+            tensor = tensor.mT
+        if list(tensor.shape[1:]) != shape:
+            return False
+        parts.take_stack(local, tensor)
+        return True
 
     def fits_fewer(self, path: str, tensor: Tensor, slot: Tensor) -> bool:
         """Whether a tensor with one entry per expert has the shape of `slot` except for fewer experts.
@@ -179,10 +209,10 @@ class Mixtures:
         number of its groups.
         """
         block = self._model.get_submodule(mixture.block)
-        for module in (mixture.parts.shell, *(getattr(block, name, None) for name in _ROUTERS)):
-            if module is None:
-                continue
-            chosen, groups = getattr(module, "top_k", 1), getattr(module, "num_group", None) or 1
+        modules = (mixture.parts.shell.module, block, *(getattr(block, name, None) for name in _ROUTERS))
+        for module in (module for module in modules if module is not None):
+            chosen = getattr(module, "top_k", 1)
+            groups = next((getattr(module, name) for name in _GROUPS if getattr(module, name, None)), 1)
             if count < chosen or count % groups:
                 self._faults.add(
                     where=mixture.parts.name,
@@ -191,7 +221,9 @@ class Mixtures:
                     remedy="Keep as many experts as the router chooses for a token, and as many in each group.",
                 )
                 return False
-            module.num_experts = count
+            for name in _COUNTS:
+                if hasattr(module, name):
+                    setattr(module, name, count)
         return True
 
     def _tensor(self, name: str) -> Tensor:
@@ -253,5 +285,6 @@ def _mixture(parts: ExpertParts) -> _Mixture:
     block = parts.path.rpartition(".")[0]
     stacks = frozenset(f"{parts.path}.{name}" for name in _STACKS)
     routers = frozenset(f"{block}.{name}" for name in _ROUTER_TENSORS)
-    config_count = len(parts.shell.get_parameter("down_proj"))
-    return _Mixture(config_count=config_count, parts=parts, block=block, stacks=stacks, per_expert=stacks | routers)
+    return _Mixture(
+        config_count=parts.shell.count, parts=parts, block=block, stacks=stacks, per_expert=stacks | routers
+    )

@@ -1,7 +1,8 @@
 """Map the names of a checkpoint to the paths of modules and tensors in a transformers model.
 
-Checkpoints keep the names that their publishers gave them, but transformers 5 has renamed modules since. A multimodal
-checkpoint puts its language model behind a prefix that differs between generations. Both are tables in this file.
+Checkpoints keep the names that their publishers gave them, but transformers 5 has renamed modules since; transformers 4
+has the names of the checkpoints. A multimodal checkpoint puts its language model behind a prefix that differs between
+generations. Both are tables in this file.
 Source: transformers 5.23 `conversion_mapping.py`.
 """
 
@@ -11,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from trtllm_ct.engine.quant_config import QuantConfig
 
-__all__ = ["NameMap"]
+__all__ = ["NameMap", "stacked_suffixes"]
 
 # By model type: parts of dotted names in checkpoints, and their names in transformers. They are replaced in this order.
 _MIXTRAL = (("block_sparse_moe", "mlp"),)
@@ -67,6 +68,12 @@ _KERNEL = ".backend"
 _DRAFT = ("mtp.", "model.mtp.", "model.mtp_layers.")
 
 
+def stacked_suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The suffixes of the stacks [E, in, out] of unquantized experts that a parsed config.json's class reads."""
+    text = config.get("text_config") or config
+    return _TRANSPOSED.get(text.get("model_type", ""), ())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameMap:
     """Maps the names of one checkpoint to paths in the model.
@@ -83,16 +90,20 @@ class NameMap:
     transposed: tuple[str, ...] = ()
 
     @classmethod
-    def of_checkpoint(cls, config: Mapping[str, Any], *, model_type: str) -> NameMap:
-        """The map for a parsed config.json; `model_type` is the type of the language model that is built from it."""
+    def of_checkpoint(cls, config: Mapping[str, Any], *, model_type: str, model: Iterable[str] = ()) -> NameMap:
+        """The map for a parsed config.json; `model_type` is the type of the language model that is built from it.
+
+        `model` are the full names of that model's tensors. A part of a name that the model itself has is not replaced.
+        """
         text = config.get("text_config") or config
+        dotted = [f".{name}." for name in model]
         draft_layers = text.get("num_nextn_predict_layers") or 0
         layers = text.get("num_hidden_layers") or 0
         return cls(
-            renamed=_RENAMED.get(model_type, ()),
+            renamed=tuple(pair for pair in _RENAMED.get(model_type, ()) if not _has_part(pair[0], dotted)),
             language=_LANGUAGE if text is not config else (),
             ignored=_DRAFT + tuple(f"model.layers.{layer}." for layer in range(layers, layers + draft_layers)),
-            transposed=_TRANSPOSED.get(text.get("model_type", ""), ()),
+            transposed=stacked_suffixes(config),
         )
 
     def path(self, name: str) -> str | None:
@@ -135,3 +146,8 @@ class NameMap:
             exclude_modules=tuple(dict.fromkeys(name for name in excluded if name is not None)),
             quantized_layers={name: layer for name, layer in quantized if name is not None},
         )
+
+
+def _has_part(part: str, dotted: Iterable[str]) -> bool:
+    """Whether one of the names, with a dot at both ends, contains `part`."""
+    return any(f".{part}." in name for name in dotted)

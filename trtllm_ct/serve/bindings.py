@@ -16,7 +16,7 @@ from tensorrt_llm._torch.models.checkpoints import base_weight_loader
 from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
 from tensorrt_llm._torch.models.checkpoints.hf.weight_loader import HfWeightLoader
-from tensorrt_llm._torch.modules import linear
+from tensorrt_llm._torch.modules import attention, linear
 from tensorrt_llm.llmapi import llm_args, llm_utils
 from tensorrt_llm.logger import logger
 
@@ -148,6 +148,15 @@ class CompressedTensorsCheckpointLoader(HfCheckpointLoader):  # type: ignore[mis
         """The config loader; a new one after the engine's `cleanup`, which drops it."""
         return super().config_loader or self.get_default_config_loader()
 
+    def load_weights(self, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """Return one rank's weights, always by the weight loader; raises what `LoadSession.load` raises.
+
+        The newest loader of the engine opens files by itself for a worker that holds only a part of a model, and a
+        sidecar has no weights.
+        Source: TensorRT-LLM `_torch/models/checkpoints/hf/checkpoint_loader.py`, `_uses_context_only_lazy_loading`.
+        """
+        return self.weight_loader.load_weights(checkpoint_dir, *args, **kwargs)
+
     def get_initialized_weight_mapper(self, model: Any, config: Any) -> Any:
         """Return the engine's weight mapper, after checking the built model against the loaded plan (`check_model`)."""
         mapper = super().get_initialized_weight_mapper(model, config)
@@ -164,6 +173,7 @@ def engine_features() -> EngineFeatures:
     return probe_features(
         EngineParts(
             linear=linear,
+            attention=attention.Attention,
             llm_args=llm_args.TorchLlmArgs,
             llm_utils=llm_utils,
             weight_loader=base_weight_loader.BaseWeightLoader,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_FEATURES", "EngineFeatures", "EngineParts", "probe_features", "require_class", "unknown_class"]
 
+_FORCE_DYNAMIC = "force_dynamic_quantization"
 _STOCK_PARSER = "update_quant_config_from_compressed_tensors"
 
 
@@ -32,7 +33,8 @@ class EngineFeatures:
     - `engine`: the name of its capability set, a key of `trtllm_ct.engine.target.ENGINES`.
     - `additive_zeros`: whether there is a Linear method for asymmetric int4 (W4A16_GPTQ), either the engine's own
       (`has_own_gptq`) or the one that this package can install.
-    - `force_dynamic_quantization`: whether `LLM` takes the argument of this name.
+    - `force_dynamic_quantization`: whether `LLM` takes the argument of this name, and attention honours it. Some
+      releases have the argument, and honour it in Linears only.
     - `mapping_argument`: whether the engine's weight loaders take the argument `mapping`.
     - `compressed_tensors_parser`: whether the engine parses some compressed-tensors configurations by itself.
     - `version`: the engine's version string. It is only shown; no decision depends on it.
@@ -64,6 +66,7 @@ class EngineParts:
     """The objects of the engine that `probe_features` looks at.
 
     - `linear`: the module `_torch.modules.linear`, which has `QuantAlgo`, `QuantConfig` and `get_quant_method`.
+    - `attention`: the class `_torch.modules.attention.Attention`.
     - `llm_args`: the class `llmapi.llm_args.TorchLlmArgs`.
     - `llm_utils`: the module `llmapi.llm_utils`.
     - `weight_loader`: the class `_torch.models.checkpoints.base_weight_loader.BaseWeightLoader`.
@@ -72,6 +75,7 @@ class EngineParts:
     """
 
     linear: Any
+    attention: type
     llm_args: type
     llm_utils: Any
     weight_loader: Any
@@ -96,7 +100,7 @@ def probe_features(parts: EngineParts) -> EngineFeatures:
         engine=_capability_set(set(algorithms), mapping_argument=mapping_argument),
         additive_zeros=has_own_gptq or (has_gptq and can_install_additive_zeros(parts.linear)),
         has_own_gptq=has_own_gptq,
-        force_dynamic_quantization="force_dynamic_quantization" in _fields(parts.llm_args),
+        force_dynamic_quantization=_FORCE_DYNAMIC in _fields(parts.llm_args) and _attention_honours(parts.attention),
         mapping_argument=mapping_argument,
         compressed_tensors_parser=hasattr(parts.llm_utils, _STOCK_PARSER),
         version=parts.version,
@@ -147,6 +151,16 @@ def _capability_set(algorithms: Collection[str], *, mapping_argument: bool) -> s
             )
         )
     return supported[-1] if mapping_argument else supported[0]
+
+
+def _attention_honours(attention: type) -> bool:
+    """Whether the function that decides about the output of attention reads `force_dynamic_quantization`.
+
+    Source: TensorRT-LLM `_torch/modules/attention.py`, `Attention._use_quantize_output`.
+    """
+    decides = getattr(attention, "_use_quantize_output", None)
+    code = getattr(inspect.unwrap(decides), "__code__", None) if callable(decides) else None
+    return code is not None and _FORCE_DYNAMIC in code.co_names
 
 
 def _fields(arguments: type) -> Collection[str]:

@@ -43,8 +43,8 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     CPU reference engine otherwise. `kwargs` are the other arguments of `tensorrt_llm.LLM`, which gets all of them.
 
     Two options apply to compressed-tensors models in TensorRT-LLM only: `dense_o_proj` dequantizes `o_proj` of
-    attention where it is row-wise FP8, and `strict` raises instead of dequantizing a module for which the engine has no
-    mode.
+    attention where attention would quantize its input at a fixed scale of 1, and `strict` raises instead of
+    dequantizing a module for which the engine has no mode.
 
     Raises `UsageError` for arguments that can't work together, `CheckpointError` with all faults of a checkpoint, and
     whatever the engine raises.

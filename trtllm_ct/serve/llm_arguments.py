@@ -18,19 +18,28 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
-from trtllm_ct.engine.modes import MODES_BY_ALGO
+from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
 from trtllm_ct.serve.features import require_class
 from trtllm_ct.serve.hub import Repository, repository_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from trtllm_ct.plan.plan import ModulePlan, Plan
+    from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.features import EngineFeatures
 
-__all__ = ["engine_arguments", "fixed_scale_fault", "parallel_of"]
+__all__ = [
+    "converted_scale_fault",
+    "engine_arguments",
+    "fixed_scale_fault",
+    "kv_cache_named",
+    "kv_cache_of",
+    "parallel_of",
+    "refuse_sizes",
+]
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -66,12 +75,16 @@ def engine_arguments(
     user passed one. If neither is compressed-tensors, `arguments` itself is returned.
     `loaders` are the classes in `bindings.LOADERS`: the first is this package's checkpoint loader, which is added; the
     others are parts of it that a user may have put into one of the engine's loaders.
-    Raises `UsageError` for arguments with which the engine would ignore the loader, `PlanError` for a model whose class
-    the engine lacks, and what planning raises.
+    Raises `UsageError` for arguments with which the engine would ignore the loader, and for a converted directory that
+    doesn't hold the parallel sizes; `PlanError` for a model whose class the engine lacks; and what planning raises.
     """
-    model = _source(arguments.get("model"), arguments.get("revision"), features)
+
+    def check(directory: Path) -> None:
+        refuse_sizes(directory, arguments, features)
+
+    model = _source(arguments.get("model"), arguments.get("revision"), features, check)
     draft_field, draft_model = _draft_model(arguments.get("speculative_config"))
-    draft = _source(draft_model, None, features)
+    draft = _source(draft_model, None, features, check)
     if model is None and draft is None:
         return arguments
     _refuse_conflicts(arguments, loaders)
@@ -81,6 +94,7 @@ def engine_arguments(
         parallel=parallel_of(arguments),
         dtype=_dtype(arguments.get("dtype")),
         dense_o_proj=dense_o_proj,
+        kv_cache=kv_cache_of(arguments),
         strict=strict,
     )
     prepared = dict(arguments)
@@ -131,11 +145,30 @@ def _size(arguments: Mapping[str, Any], name: str) -> int | None:
     return int(value) if value is not None and int(value) > 0 else None
 
 
-def _source(model: Any, revision: str | None, features: EngineFeatures) -> _Source | None:
+def refuse_sizes(directory: Path, arguments: Mapping[str, Any], features: EngineFeatures) -> None:
+    """Raise `UsageError` if a directory that this package converted doesn't hold the parallel sizes in `arguments`.
+
+    Logs a warning if it was converted for a newer release, and if attention would quantize its output at a fixed scale.
+    """
+    converted = ConvertedDirectory.open(directory)
+    if converted is None:
+        return
+    require_sizes(directory, parallel_of(arguments))
+    forced = bool(arguments.get(_FORCE_DYNAMIC)) and features.force_dynamic_quantization
+    scale = None if forced else converted_scale_fault(converted, kv_cache_of(arguments))
+    for fault in (converted.older_release(features.engine), scale):
+        if fault is not None:
+            logger.warning("%s", fault)
+
+
+def _source(
+    model: Any, revision: str | None, features: EngineFeatures, check: Callable[[Path], None]
+) -> _Source | None:
     """Return the checkpoint that `model` names if it is compressed-tensors or a sidecar.
 
-    Returns None for anything else, which is left to the engine. The weights of a repository are downloaded only if its
-    configuration is compressed-tensors and the engine has its model class; otherwise `PlanError` is raised.
+    Returns None for anything else, which is left to the engine after `check` was called with its directory. The weights
+    of a repository are downloaded only if its configuration is compressed-tensors and the engine has its model class;
+    otherwise `PlanError` is raised.
     """
     if not isinstance(model, (str, Path)):
         return None
@@ -147,6 +180,7 @@ def _source(model: Any, revision: str | None, features: EngineFeatures) -> _Sour
         logger.debug("%s is left to TensorRT-LLM: %s", model, error)
         return None
     if detection is not None and detection.method != COMPRESSED_TENSORS:
+        check(directory)
         return None
     if detection is not None:
         require_class(detection, features)
@@ -159,25 +193,32 @@ def _source(model: Any, revision: str | None, features: EngineFeatures) -> _Sour
 def _sidecar(source: _Source, options: ServingOptions) -> Sidecar:
     """Return the sidecar of a checkpoint, and make it if needed.
 
-    If the source is a sidecar itself, it is returned, or made again for the parallel sizes in `options`.
+    If the source is a sidecar itself, it is returned, or made again for the parallel sizes and the KV cache in
+    `options`.
     """
     if not is_sidecar(source.directory):
         made = make_sidecar(source.directory, options, repository=source.repository, detection=source.detection)
         return Sidecar.open(made)
     prepared = Sidecar.open(source.directory)
-    if prepared.options.parallel == options.parallel:
+    kv_cache = options.kv_cache or prepared.options.kv_cache
+    wanted = replace(prepared.options, parallel=options.parallel, kv_cache=kv_cache)
+    if wanted == prepared.options:
         return prepared
-    resized = replace(prepared.options, parallel=options.parallel)
-    return Sidecar.open(make_sidecar(prepared.source, resized, repository=prepared.repository))
+    return Sidecar.open(make_sidecar(prepared.source, wanted, repository=prepared.repository))
 
 
 def _draft_model(config: Any) -> tuple[str, Any]:
     """Return the name and the value of the field that holds the draft model; the value is None without a draft."""
     for name in _DRAFT_FIELDS:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        value = _field(config, name)
         if value is not None:
             return name, value
     return _DRAFT_FIELDS[0], None
+
+
+def _field(config: Any, name: str) -> Any:
+    """Return a field of a configuration, a mapping or an object; None if it is unset."""
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def _with_field(config: Any, name: str, value: str) -> Any:
@@ -239,52 +280,71 @@ def _weight_loader(loader: Any) -> Any:
 
 
 def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], features: EngineFeatures) -> dict[str, Any]:
-    """Return `force_dynamic_quantization=True` if row-wise FP8 needs it and the user didn't set the argument.
+    """Return `force_dynamic_quantization=True` if attention would quantize its output at a fixed scale.
 
-    Where the engine can't be given the argument, logs a warning and returns nothing to add; see `fixed_scale_fault`.
+    An argument that the user has set is kept. Where the argument doesn't help, logs a warning and returns nothing to
+    add; see `fixed_scale_fault`.
     """
-    if arguments.get(_FORCE_DYNAMIC) is not None or not any(map(_row_wise_outputs, plans)):
+    kv_cache = kv_cache_of(arguments)
+    if not any(unscaled_outputs_of(plan, kv_cache) for plan in plans):
         return {}
-    fault = fixed_scale_fault(plans, features)
+    is_set = arguments.get(_FORCE_DYNAMIC) is not None
+    if is_set and features.force_dynamic_quantization:
+        return {}
+    fault = fixed_scale_fault(plans, features, kv_cache)
     if fault is not None:
         logger.warning("%s", fault)
         return {}
-    logger.info("%s=True, for o_proj in row-wise FP8", _FORCE_DYNAMIC)
+    logger.info("%s=True, so that attention leaves its output to o_proj", _FORCE_DYNAMIC)
     return {_FORCE_DYNAMIC: True}
 
 
-def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures) -> Fault | None:
-    """Return a fault if the engine will quantize the output of attention with a fixed scale of 1; else None.
+def converted_scale_fault(converted: ConvertedDirectory, kv_cache: str | None = None) -> Fault | None:
+    """Return a fault if attention quantizes its output at a fixed scale in a converted directory; else None.
 
-    The engine's attention quantizes its own output when `o_proj` is FP8. Row-wise FP8 has no scale for that, so the
-    engine uses 1, unless `force_dynamic_quantization` is set. That argument would also change modules with static
-    activation scales, so it can't be used when a plan has such modules.
-    Source: TensorRT-LLM `_torch/modules/attention.py`.
+    `kv_cache` is the mode of the KV cache that a user sets.
     """
-    row_wise = sum(len(_row_wise_outputs(plan)) for plan in plans)
-    static = sum(_has_static_activations(module) for plan in plans for module in plan.modules)
-    if not row_wise or (features.force_dynamic_quantization and not static):
+    outputs = converted.unscaled_outputs(kv_cache)
+    if not outputs:
         return None
-    conflict = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
     return Fault(
-        where=f"{row_wise} o_proj in row-wise FP8",
-        expected="activations quantized with one scale per token",
-        found="attention that quantizes its output at a fixed scale of 1, and "
-        + (conflict if features.force_dynamic_quantization else f"no {_FORCE_DYNAMIC} in this TensorRT-LLM"),
-        remedy="Look at the text before you trust it, or pass dense_o_proj=True to have these modules dequantized.",
+        where=f"{converted.directory}: {len(outputs)} o_proj behind a quantized KV cache",
+        expected="inputs quantized with scales of their own values",
+        found="attention that quantizes them at a fixed scale of 1",
+        remedy=f"Convert the source again with --dense-o-proj; {_FORCE_DYNAMIC}=True helps where attention honours it.",
     )
 
 
-def _row_wise_outputs(plan: Plan) -> list[str]:
-    """Return the names of the `o_proj` modules of attention that are delivered in row-wise FP8."""
-    return [
-        module.name
-        for module in plan.modules
-        if module.name.endswith(".self_attn.o_proj")
-        and module.layer is not None
-        and MODES_BY_ALGO[module.layer.quant_algo].unscaled_attention_output
-    ]
+def kv_cache_of(arguments: Mapping[str, Any]) -> str | None:
+    """Return the mode of the KV cache that a user sets in `kv_cache_config`; None if the checkpoint decides.
+
+    Source: TensorRT-LLM `_torch/pyexecutor/model_loader.py` (`validate_and_set_kv_cache_quant`).
+    """
+    return kv_cache_named(_field(arguments.get("kv_cache_config"), "dtype"))
 
 
-def _has_static_activations(module: ModulePlan) -> bool:
-    return any(delivery.name.endswith(".input_scale") for delivery in module.deliveries)
+def kv_cache_named(dtype: Any) -> str | None:
+    """Return the engine's mode of a KV cache of this dtype, such as `FP8`; None for `auto`."""
+    return None if dtype is None or dtype == "auto" else str(dtype).upper()
+
+
+def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures, kv_cache: str | None = None) -> Fault | None:
+    """Return a fault if the engine will quantize the output of attention with a fixed scale of 1; else None.
+
+    `kv_cache` is the mode of the KV cache that a user sets; see `unscaled_outputs`, also for the source.
+    `force_dynamic_quantization` prevents it where attention honours that. The argument would also change modules with
+    static activation scales, so it can't be used when a plan has such modules.
+    """
+    outputs = sum(len(unscaled_outputs_of(plan, kv_cache)) for plan in plans)
+    static = sum(has_static_activations(module) for plan in plans for module in plan.modules)
+    if not outputs or (features.force_dynamic_quantization and not static):
+        return None
+    reason = f"no {_FORCE_DYNAMIC} that attention honours in this TensorRT-LLM"
+    if features.force_dynamic_quantization:
+        reason = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
+    return Fault(
+        where=f"{outputs} o_proj behind a quantized KV cache",
+        expected="inputs quantized with scales of their own values",
+        found=f"attention that quantizes them at a fixed scale of 1, and {reason}",
+        remedy="Pass dense_o_proj=True to have these modules dequantized, or serve with a 16-bit KV cache.",
+    )

@@ -11,10 +11,12 @@ from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
-from trtllm_ct.engine.modes import LINEAR_MODES
+from trtllm_ct.convert.sizes import require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.plan.attention_output import unscaled_outputs_of
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
+from trtllm_ct.serve.llm_arguments import fixed_scale_fault, kv_cache_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, make_sidecar
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def prepare(
     enable_attention_dp: bool = False,
     dtype: str | None = None,
     dense_o_proj: bool = False,
+    kv_cache_dtype: str = "auto",
     strict: bool = False,
 ) -> Path:
     """Return the directory to pass to `LLM` as `model`, together with `CompressedTensorsCheckpointLoader()`.
@@ -42,32 +45,36 @@ def prepare(
     For a compressed-tensors checkpoint this is a sidecar in the cache, planned for the installed TensorRT-LLM and for
     the given parallel sizes; pass `LLM` the same sizes. Any other directory is returned unchanged. Reads headers only.
     `dtype` is the dtype of dequantized modules; None or "auto" means the dtype of the model. `dense_o_proj` and
-    `strict` are passed to `make_plan`. Logs a warning for modules that are dequantized.
+    `strict` are passed to `make_plan`. `kv_cache_dtype` is the dtype in the `kv_cache_config` that `LLM` will get.
+    Logs a warning for modules that are dequantized, and for outputs of attention that are quantized at a fixed scale.
 
     Raises `DetectionError` when `model_dir` is not a checkpoint directory, `CheckpointError` with all faults of a
     checkpoint that can't be served, `SidecarError` when the cache can't be written, and `UsageError` for invalid
-    arguments.
+    arguments, and for sizes that a converted directory doesn't hold.
     """
     detection = FormatDetector().detect(model_dir)
+    parallel = Parallel(
+        tensor=tensor_parallel_size,
+        pipeline=pipeline_parallel_size,
+        expert=moe_expert_parallel_size or 1,
+        attention_dp=enable_attention_dp,
+    )
     if detection.method != COMPRESSED_TENSORS:
+        require_sizes(model_dir, parallel)
         return Path(model_dir)
     features = installed_features()
     require_class(detection, features)
     options = ServingOptions(
         engine=features.engine,
         additive_zeros=features.additive_zeros,
-        parallel=Parallel(
-            tensor=tensor_parallel_size,
-            pipeline=pipeline_parallel_size,
-            expert=moe_expert_parallel_size or 1,
-            attention_dp=enable_attention_dp,
-        ),
+        parallel=parallel,
         dtype=_dtype(dtype),
         dense_o_proj=dense_o_proj,
+        kv_cache=kv_cache_named(kv_cache_dtype),
         strict=strict,
     )
     sidecar = Sidecar.open(make_sidecar(model_dir, options, detection=detection))
-    for warning in _warnings(sidecar):
+    for warning in _warnings(sidecar, features):
         logger.warning("%s: %s", model_dir, warning)
     return sidecar.directory
 
@@ -85,17 +92,15 @@ def installed_features() -> EngineFeatures:
     return engine_features()
 
 
-def _warnings(sidecar: Sidecar) -> Iterator[str]:
-    """Yield warnings about dequantized modules and about `o_proj` in row-wise FP8."""
+def _warnings(sidecar: Sidecar, features: EngineFeatures) -> Iterator[str]:
+    """Yield warnings about dequantized modules, and about outputs that attention quantizes at a fixed scale."""
     reasons = Counter(reason for mode, reason in sidecar.modes.values() if mode == "dequantized")
     for reason, count in reasons.items():
         yield f"{count} modules are dequantized: {reason}"
-    unscaled = {str(mode.algo) for mode in LINEAR_MODES if mode.unscaled_attention_output}
-    if any(module.endswith(".self_attn.o_proj") and mode in unscaled for module, (mode, _) in sidecar.modes.items()):
-        yield (
-            "o_proj is row-wise FP8, for which TensorRT-LLM's attention quantizes its output at a fixed scale of 1; "
-            "pass force_dynamic_quantization=True to LLM if it has that argument, or dense_o_proj=True to prepare"
-        )
+    outputs = unscaled_outputs_of(sidecar.plan, sidecar.options.kv_cache)
+    if outputs:
+        fault = fixed_scale_fault([sidecar.plan], features, sidecar.options.kv_cache)
+        yield str(fault) if fault else f"{len(outputs)} o_proj: pass force_dynamic_quantization=True to LLM"
 
 
 def _dtype(name: str | None) -> DType | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.errors import CheckpointError, Fault, UsageError
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.convert.sizes import require_sizes
 from trtllm_ct.engine.parallel import Parallel, Rank
 from trtllm_ct.serve.leases import hold
 from trtllm_ct.serve.model_check import check_model
@@ -80,7 +81,8 @@ class LoadSession:
         `load`. Sidecars that this node lacks are made. This includes those of draft models, because the engine reads
         their configuration without calling a loader.
         Raises `SidecarError` when the sidecar can't be made or is out of date, and `UsageError` when `directory` is a
-        compressed-tensors checkpoint instead of its sidecar, or when a `moe_load_balancer` would move experts.
+        compressed-tensors checkpoint instead of its sidecar, when a `moe_load_balancer` would move experts, or when a
+        converted directory doesn't hold the sizes.
         """
         if arguments.get("mapping") is not None:
             self._mapping = arguments["mapping"]
@@ -91,6 +93,8 @@ class LoadSession:
                 self._open_sidecar(Path(path))
         sidecar = self._open_sidecar(self._model)
         if sidecar is None:
+            if self._mapping is not None:
+                require_sizes(self._model, Parallel.from_mapping(self._mapping))
             return
         if arguments.get("moe_load_balancer") is not None:
             raise UsageError(_balanced_experts())

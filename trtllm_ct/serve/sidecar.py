@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, SidecarError
@@ -35,6 +35,8 @@ from trtllm_ct.serve.hub import Repository
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from typing_extensions import Self
 
     from trtllm_ct.plan.plan import Plan
 
@@ -66,6 +68,7 @@ class ServingOptions:
     parallel: Parallel = ONE_RANK
     dtype: DType | None = None
     dense_o_proj: bool = False
+    kv_cache: str | None = None
     strict: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class ServingOptions:
             strict=self.strict,
             parallel=self.parallel,
             dense_o_proj=self.dense_o_proj,
+            kv_cache=self.kv_cache,
         )
 
 
@@ -311,12 +315,15 @@ def digest_of(plan: Plan) -> str:
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """Return a hash of a checkpoint's config.json and all headers of its weight files. Payloads are not read."""
+    """Return a hash of a checkpoint's config.json and all headers of its weight files. Payloads are not read.
+
+    The tensors that the index does not list are a part of it, because the plan may leave them out.
+    """
     headers = [
         (tensor.file, name, tensor.spec.dtype.header_name, tensor.spec.shape, tensor.offset)
         for name, tensor in checkpoint.catalog.tensors.items()
     ]
-    return _hash([checkpoint.hf_config, headers])
+    return _hash([checkpoint.hf_config, headers, sorted(checkpoint.catalog.unlisted)])
 
 
 def _probe_to_dict(probe: Probe) -> dict[str, Any]:

@@ -2,5 +2,6 @@
 
 verify.py           verify_checkpoint and its report
 converted.py        compares a converted directory with its source, tensor by tensor
-shared_scalars.py  checks the scalars that the parts of a fused Linear share
+shared_scalars.py   checks the scalars that the parts of a fused Linear share
+sizes.py            verifies, and checks whether a converted directory holds given parallel sizes
 """

@@ -15,14 +15,16 @@ from trtllm_ct.base.errors import CheckpointError, FaultCollector
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.formats.codecs import NATIVE
-from trtllm_ct.plan.ops import Reciprocal
+from trtllm_ct.plan.ops import LargestScale, Reciprocal
 from trtllm_ct.reference.compare import Comparison, compare_native, compare_rounded
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.reference.effective_weights import effective_bias, effective_table, effective_weight
 from trtllm_ct.reference.linear import ReferenceLinear
+from trtllm_ct.reference.stacked_experts import UnstackedReader
 from trtllm_ct.verify.shared_scalars import check_fused_scalars, input_multipliers
 
 if TYPE_CHECKING:
@@ -71,16 +73,13 @@ def compare_converted(
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
     model = checkpoint.model
     fused = frozenset(site.module for site in model.sites(model.place(plan.by_name)) if site.fused)
-    modules = {
-        module: frozenset(name.rpartition(".")[2] for name in names)
-        for module, names in catalog.names_by_module().items()
-    }
-    with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as delivered:
+    with TensorReader(checkpoint.catalog) as source, TensorReader(catalog) as reader:
+        delivered = UnstackedReader(reader, catalog, read_json_object(converted / "config.json"))
         inputs = input_multipliers(plan, source)
-        comparison = _DirectoryComparison(source, delivered, modules, quant_config, fused, inputs, faults)
+        comparison = _DirectoryComparison(source, delivered, quant_config, fused, inputs, faults)
         checks = tuple(check for module in plan.modules for check in comparison.check_module(module))
-        check_fused_scalars(plan, catalog, delivered, quant_config, faults)
-    for name in catalog.tensors:
+        check_fused_scalars(plan, catalog, reader, quant_config, faults)
+    for name in delivered.names:
         if name not in comparison.seen:
             faults.add(
                 where=f"{converted}: {name}",
@@ -94,7 +93,7 @@ def compare_converted(
 class _DirectoryComparison:
     """The comparison of one converted directory with its source.
 
-    `modules` are the local names of the converted tensors by module. `fused` are the modules that engines fuse with
+    `fused` are the modules that engines fuse with
     others to one Linear. `inputs` are the expected values of NVFP4 input scales by module. `seen` collects the names of
     the converted tensors that belong to a module of the plan.
     """
@@ -102,8 +101,7 @@ class _DirectoryComparison:
     def __init__(
         self,
         source: TensorReader,
-        delivered: TensorReader,
-        modules: Mapping[str, frozenset[str]],
+        delivered: UnstackedReader,
         quant_config: QuantConfig,
         fused: frozenset[str],
         inputs: Mapping[str, float],
@@ -111,7 +109,11 @@ class _DirectoryComparison:
     ) -> None:
         self._source = source
         self._delivered = delivered
-        self._modules = modules
+        modules: dict[str, set[str]] = {}
+        for name in delivered.names:
+            module, _, local = name.rpartition(".")
+            modules.setdefault(module, set()).add(local)
+        self._modules = {module: frozenset(locals_) for module, locals_ in modules.items()}
         self._quant_config = quant_config
         self._fused = fused
         self._inputs = inputs
@@ -131,6 +133,8 @@ class _DirectoryComparison:
             exact = stored[source].double()
             if isinstance(delivery.operation, Reciprocal):
                 exact = torch.full_like(exact, self._inputs[plan.name])
+            if isinstance(delivery.operation, LargestScale):
+                exact = exact.amax()
             if plan.transforms and source == "bias":
                 exact = effective_bias(exact, plan.transforms, stored)
             yield from self._check_tensor(delivery.name, exact, _uncertainty(plan))

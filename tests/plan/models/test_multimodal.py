@@ -284,13 +284,25 @@ class TestGolden:
 
         assert "unknown" not in json.dumps(report.to_dict())
 
-    def test_draft_layers_that_fit_several_groups_are_a_fault(self, built: Built):
+    def test_draft_layers_that_no_target_covers_are_read_as_the_only_group_that_fits(self, built: Built):
         rewrite_config(built.directory, lambda document: document["quantization_config"]["config_groups"].pop("drafts"))
+
+        plan = plan_checkpoint(built.directory)
+
+        assert plan.module("mtp.layers.0.mlp.down_proj").stored_scheme == "pack-quantized: int4 group 32"
+        assert any("no target covers it" in warning for warning in plan.warnings)
+
+    def test_draft_layers_that_fit_several_groups_are_a_fault(self, built: Built):
+        def declare_twice(document: dict[str, Any]) -> None:
+            groups = document["quantization_config"]["config_groups"]
+            groups["others"] = groups.pop("drafts") | {"targets": ["re:^other.*"]}
+
+        rewrite_config(built.directory, declare_twice)
 
         (fault,) = faults(built.directory)
 
         assert fault.where == "mtp.layers.0.mlp.down_proj"
-        assert fault.found.startswith("3 groups whose format fits its tensors")
+        assert fault.found.startswith("2 groups whose format fits its tensors")
 
 
 def save_in_two_files(directory: Path, drafts: dict[str, Tensor]) -> None:

@@ -1,9 +1,12 @@
-"""Split 3-D tensors that hold all experts of a layer into one module for each expert and projection.
+"""Split 3-D tensors that hold all experts of a layer into one module for each expert and projection, and stack them.
 
 Two spellings exist: `experts.gate_up_proj.weight_packed` [E, 2I, W] with `experts.down_proj`, and
 `experts.w13_weight` with `experts.w2_weight`. Plain experts have no parameter name at the end
 (`experts.gate_up_proj` [E, 2I, H]). The rows of gate come before those of up.
 Source: llm-compressor issues 3183 and 3200; transformers 5.23 `modeling_qwen3_moe.py`.
+
+Some classes have plain experts as [E, in, out], and `STACKED_EXPERTS` names them: a shape doesn't tell the two orders
+apart when two sizes are equal. These classes read no other spelling, so their plain experts are delivered stacked too.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ from math import prod
 from typing import TYPE_CHECKING, TypeGuard
 
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.checkpoint.write_plan import StackPart
 from trtllm_ct.formats import WEIGHT_TENSORS, Axis, axes_of
-from trtllm_ct.plan.stored import ExpertSlice, StoredModule, View, Whole
+from trtllm_ct.plan.models.families import STACKED_EXPERTS
+from trtllm_ct.plan.stored import ExpertSlice, StoredModule, TransposedExpert, View, Whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from trtllm_ct.plan.models.families import Experts
+    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.plan import ModulePlan
 
-__all__ = ["NOT_PER_EXPERT", "split_fused_experts"]
+__all__ = ["NOT_PER_EXPERT", "split_fused_experts", "stack_parts", "stack_warnings", "stores_inputs_first"]
 
 # Name of a fused tensor -> the projections whose rows it holds, as positions in (gate, up, down).
 _PARTS = {"gate_up_proj": (0, 1), "w13_weight": (0, 1), "down_proj": (2,), "w2_weight": (2,)}
@@ -29,16 +36,24 @@ _WITH_ROWS = frozenset({Axis.ROWS, Axis.SCALE_ROWS})
 NOT_PER_EXPERT = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis.SHAPE in axes)
 
 
-def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> dict[str, StoredModule]:
-    """Return the modules, with every tensor of all experts replaced by its experts; other modules are unchanged."""
+def split_fused_experts(
+    modules: dict[str, StoredModule], experts: Experts, *, inputs_first: bool = False
+) -> dict[str, StoredModule]:
+    """Return the modules, with every tensor of all experts replaced by its experts; other modules are unchanged.
+
+    `inputs_first` says that plain tensors are [E, in, out], see `stores_inputs_first`.
+    """
     result: dict[str, StoredModule] = {}
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         if name.endswith(f".{experts.path}"):
             # Plain fused experts are parameters of the experts module itself.
-            fused = [local for local, view in module.views.items() if local in _PARTS and _has_experts(view, "weight")]
-            for local in fused:
-                _add_experts(result, name, local, {"weight": module.views[local]}, experts)
+            fused = {local: view for local, view in module.views.items() if local in _PARTS and _is_stack(view)}
+            for local, view in fused.items():
+                if inputs_first:
+                    _add_transposed(result, name, local, view, experts)
+                else:
+                    _add_experts(result, name, local, {"weight": view}, experts)
             rest = {local: view for local, view in module.views.items() if local not in fused}
         elif parent.endswith(f".{experts.path}") and leaf in _PARTS:
             _add_experts(result, parent, leaf, module.views, experts)
@@ -49,6 +64,104 @@ def split_fused_experts(modules: dict[str, StoredModule], experts: Experts) -> d
         if rest:
             result[name] = StoredModule(name, rest)
     return result
+
+
+def stores_inputs_first(modules: Mapping[str, StoredModule], model: Model) -> bool:
+    """Whether plain tensors of all experts are [E, in, out]: by the model's class, unless their shapes exclude it.
+
+    transformers 5 saves Qwen3-VL-MoE as [E, out, in], other writers as [E, in, out]. A single shape may fit both; but
+    `gate_up_proj` is square only if in = 2I, and `down_proj` only if in = I, so one of them always tells.
+    """
+    experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
+    if experts is None or stacked is None:
+        return False
+    shapes = _shapes(model, experts)
+    outputs_first = [
+        view.spec.shape[1:] == shapes[local][::-1]
+        for name, module in modules.items()
+        if name.endswith(f".{experts.path}")
+        for local, view in module.views.items()
+        if local in stacked and view.spec.shape[1:] != shapes[local]
+    ]
+    return not (outputs_first and all(outputs_first))
+
+
+def stack_parts(modules: Iterable[ModulePlan], model: Model) -> dict[str, StackPart]:
+    """Return the places of plain experts in the stacked tensors that the model's class reads, by delivered name.
+
+    Layers with quantized experts, or with plain experts of several dtypes, have no places: no stacked tensor can hold
+    them.
+    """
+    experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
+    if experts is None or stacked is None:
+        return {}
+    layers: dict[str, list[ModulePlan]] = {}
+    for module in modules:
+        if module.experts is not None:
+            layers.setdefault(module.experts, []).append(module)
+    parts: dict[str, StackPart] = {}
+    for owner, members in layers.items():
+        specs = {delivery.name: delivery.spec for module in members for delivery in module.deliveries}
+        if any(module.layer is not None for module in members) or len({spec.dtype for spec in specs.values()}) != 1:
+            continue
+        count = model.sizes[experts.count]
+        for stack, positions in stacked.items():
+            for expert in range(count):
+                names = [f"{owner}.{expert}.{experts.projections[position]}.weight" for position in positions]
+                parts |= _side_by_side(
+                    f"{owner}.{stack}", expert, count, {name: specs[name].shape[0] for name in names}
+                )
+    return parts
+
+
+def stack_warnings(model: Model) -> tuple[str, ...]:
+    """Return a warning if transformers 5 misreads stacked tensors of a model: it tells their axes apart by their sizes.
+
+    Source: transformers 5.23 `core_model_loading.py`, `Transpose(check_dims=True)`.
+    """
+    experts = model.architecture.experts
+    shapes = {} if experts is None else _shapes(model, experts)
+    square = [stack for stack in STACKED_EXPERTS.get(model.text_type, ()) if len(set(shapes[stack])) == 1]
+    if not square:
+        return ()
+    what = f"{' and '.join(square)} of the experts: both axes have the same size"
+    return (
+        f"{what}, so transformers 5 reads them in the wrong order; transformers 4 and TensorRT-LLM read them right",
+    )
+
+
+def _shapes(model: Model, experts: Experts) -> dict[str, tuple[int, int]]:
+    """Return the sizes (in, out) of an expert's part of each stacked tensor."""
+    hidden, inner = model.sizes["hidden"], model.sizes[experts.intermediate]
+    return {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
+
+
+def _side_by_side(stack: str, entry: int, entries: int, widths: Mapping[str, int]) -> dict[str, StackPart]:
+    """Return the places of matrices side by side in one entry of a stacked tensor; `widths` are their columns."""
+    parts, column, columns = {}, 0, sum(widths.values())
+    for name, width in widths.items():
+        parts[name] = StackPart(stack=stack, entry=entry, entries=entries, column=column, columns=columns)
+        column += width
+    return parts
+
+
+def _add_transposed(result: dict[str, StoredModule], parent: str, fused: str, view: Whole, experts: Experts) -> None:
+    """Add to `result` one module for each expert and each projection in a plain tensor [E, in, out]."""
+    positions = _PARTS[fused]
+    count, inputs, outputs = (*view.spec.shape, 0, 0)[:3]
+    rows = outputs // len(positions)
+    for expert in range(count):
+        for part, position in enumerate(positions):
+            spec = TensorSpec(view.spec.dtype, (rows, inputs))
+            columns = (part * rows, (part + 1) * rows)
+            piece = TransposedExpert(spec=spec, name=view.name, expert=expert, columns=columns)
+            name = f"{parent}.{expert}.{experts.projections[position]}"
+            result[name] = StoredModule(name, {"weight": piece})
+
+
+def _is_stack(view: View) -> TypeGuard[Whole]:
+    """Whether a plain parameter of the experts module has an entry for each expert."""
+    return _has_experts(view, "weight")
 
 
 def _has_experts(view: View, local: str) -> TypeGuard[Whole]:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, FaultCollector
 from trtllm_ct.engine.parallel import Cut
-from trtllm_ct.plan.models.families import ALWAYS, ARCHITECTURES, MODEL_TYPES, Architecture, Experts, LinearSite
+from trtllm_ct.plan.models.families import (
+    ALWAYS,
+    ARCHITECTURES,
+    MODEL_TYPES,
+    STACKED_EXPERTS,
+    Architecture,
+    Experts,
+    LinearSite,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -94,6 +102,7 @@ class Model:
     `biases` are the keys of config.json that give Linears a bias, and `always`. `dense_layers` are the numbers of the
     layers without routed experts.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
+    `text_type` is the `model_type` of the text model, which decides how experts are stacked (`fused_experts.py`).
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it.
     """
@@ -108,6 +117,7 @@ class Model:
     biases: frozenset[str]
     dense_layers: frozenset[int]
     multimodal: bool
+    text_type: str = ""
     draft_layers: int = 0
     vision_head_dim: int = 0
 
@@ -139,6 +149,7 @@ class Model:
             biases=frozenset({ALWAYS} | {key for key in _BIASES if text.get(key, _BIAS_DEFAULTS.get(key, False))}),
             dense_layers=_dense_layers(text, layers),
             multimodal=text is not config,
+            text_type=str(text.get("model_type") or ""),
             draft_layers=_size(text, "num_nextn_predict_layers", faults, default=0, least=0),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
         )
@@ -222,7 +233,8 @@ class Model:
     def _experts(self, prefix: str, experts: Experts) -> Iterator[Site]:
         """Yield the sites of a layer's router, shared experts and routed experts, in this order.
 
-        All routed experts of a layer are in one mode group.
+        All routed experts of a layer are in one mode group. Those that a class reads from one tensor are plain: the
+        tensors of a mode are described for experts one by one.
         """
         yield self._linear(prefix, experts.router)
         for site in experts.shared:
@@ -243,6 +255,7 @@ class Model:
                     shape=shape,
                     mode_group=mode_group,
                     shares=None if projection == down else shares,
+                    plain=self.text_type in STACKED_EXPERTS,
                     expert=True,
                     aliases=alias,
                     cut=Cut.ROW if projection == down else Cut.COLUMN,

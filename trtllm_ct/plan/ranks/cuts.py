@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.families import LinearSite
     from trtllm_ct.plan.models.sites import Model, Site
 
-__all__ = ["cut_of", "refuse_uneven", "with_slices"]
+__all__ = ["cut_of", "even_sizes", "is_uneven", "refuse_uneven", "repeated_biases", "slices_of", "with_slices"]
 
 _LARGEST_SIZE = 16
 """Tensor-parallel sizes that work are searched up to this one, or up to the requested one if that is larger."""
@@ -45,14 +45,14 @@ def with_slices(
     """Return the candidates with the slices that their modes must hold."""
     if parallel == ONE_RANK:
         return candidates
-    sizes = _even_sizes(model, parallel)
+    sizes = even_sizes(model, parallel)
     repeats = target.repeats_kv_scales
 
     # Candidates that share their `Weight` object and have the same slices share the new object too.
     sliced: dict[tuple[int, Slices | None], Weight] = {}
     result = {}
     for name, candidate in candidates.items():
-        slices = _slices_of(candidate.site, parallel, sizes, repeats_scales=repeats)
+        slices = slices_of(candidate.site, parallel, sizes, repeats_scales=repeats)
         key = (id(candidate.weight), slices)
         if key not in sliced:
             sliced[key] = replace(candidate.weight, slices=slices)
@@ -67,7 +67,7 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector) -> N
     """
     if parallel == ONE_RANK:
         return
-    sizes = ", ".join(str(size) for size in _even_sizes(model, parallel))
+    sizes = ", ".join(str(size) for size in even_sizes(model, parallel))
     for key, count, ranks in _uneven(model, parallel, parallel.tensor):
         faults.add(
             where=f"config.json: {key}",
@@ -85,12 +85,17 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector) -> N
     _refuse_repeated_biases(model, parallel, faults)
 
 
+def is_uneven(model: Model, parallel: Parallel) -> bool:
+    """Whether the ranks can't divide the model evenly; engines raise an error then."""
+    return parallel.pipeline > model.layers or bool(_uneven(model, parallel, parallel.tensor))
+
+
 def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultCollector) -> None:
     """Add a fault for each K or V Linear with a bias, if there are more ranks than K/V heads.
 
     Engines repeat K/V heads then, but most releases repeat a bias element by element instead of head by head.
     """
-    for site in _repeated_biases(model, parallel, parallel.tensor):
+    for site in repeated_biases(model, parallel, parallel.tensor):
         faults.add(
             where=f"{site.path}.bias",
             expected=f"a K/V head for each of {parallel.tensor} ranks: engines repeat its elements instead of heads",
@@ -99,14 +104,14 @@ def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultColle
         )
 
 
-def _repeated_biases(model: Model, parallel: Parallel, tensor: int) -> list[LinearSite]:
+def repeated_biases(model: Model, parallel: Parallel, tensor: int) -> list[LinearSite]:
     """Return the K and V Linears with a bias, if a tensor-parallel group of this size has more ranks than K/V heads."""
     if parallel.attention_dp or tensor <= model.kv_heads:
         return []
     return [site for site in model.architecture.attention if site.cut is Cut.KV_HEADS and site.bias in model.biases]
 
 
-def _slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeats_scales: bool) -> Slices | None:
+def slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeats_scales: bool) -> Slices | None:
     """Return the slices that a mode must hold; None if every rank has the whole weight.
 
     An engine may divide some modules among fewer ranks. The slices are then those for all ranks, because a mode that
@@ -128,14 +133,14 @@ def _slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeat
     )
 
 
-def _even_sizes(model: Model, parallel: Parallel) -> tuple[int, ...]:
+def even_sizes(model: Model, parallel: Parallel) -> tuple[int, ...]:
     """Return the tensor-parallel sizes by which an engine can divide the model, in ascending order.
 
     The other parallel sizes stay the same.
     """
     sizes = range(parallel.expert, max(_LARGEST_SIZE, parallel.tensor) + 1, parallel.expert)
     return tuple(
-        size for size in sizes if not _uneven(model, parallel, size) and not _repeated_biases(model, parallel, size)
+        size for size in sizes if not _uneven(model, parallel, size) and not repeated_biases(model, parallel, size)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from tensorrt_llm.executor.worker import Executor
 from tensorrt_llm.inputs.registry import create_input_processor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from typing_extensions import Self
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
 

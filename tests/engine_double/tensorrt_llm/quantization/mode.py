@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from tensorrt_llm._double import RELEASE
+
+from trtllm_ct.base.str_enum import StrEnum
 
 __all__ = ["QuantAlgo", "QuantMode"]
 

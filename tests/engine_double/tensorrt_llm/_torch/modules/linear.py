@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +40,8 @@ from tensorrt_llm.models.modeling_utils import QuantConfig
 from tensorrt_llm.quantization import QuantAlgo
 from torch import Tensor, nn
 
+from trtllm_ct.base.str_enum import StrEnum
+
 if RELEASE.gptq_method:
     from tensorrt_llm._torch.modules.awq_methods import W4A16_GPTQ_LinearMethod
 
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 
-class WeightMode(enum.StrEnum):
+class WeightMode(StrEnum):
     """Which Linears of the checkpoint are fused into one Linear."""
 
     VANILLA = "vanilla"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING
 
 from tensorrt_llm._double import RELEASE
+
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorParallelMode", "bounds", "copy_weight", "cut_shard", "load_weight_shard"]
 
 
-class TensorParallelMode(enum.StrEnum):
+class TensorParallelMode(StrEnum):
     """Which dimension of a weight [N, K] is cut."""
 
     COLUMN = "column"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.models.checkpoints.base_checkpoint_loader import BaseCheckpointLoader
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
-from tensorrt_llm._torch.models.checkpoints.hf.weight_loader import HfWeightLoader
+from tensorrt_llm._torch.models.checkpoints.hf.weight_loader import HfWeightLoader, read_files
 from tensorrt_llm._torch.models.modeling_utils import register_checkpoint_loader
 
 if TYPE_CHECKING:
     from tensorrt_llm._torch.models.checkpoints.base_config_loader import BaseConfigLoader
     from tensorrt_llm._torch.models.checkpoints.base_weight_loader import BaseWeightLoader
     from tensorrt_llm._torch.models.checkpoints.base_weight_mapper import BaseWeightMapper
+    from tensorrt_llm.mapping import Mapping
 
 __all__ = ["HfCheckpointLoader"]
 
@@ -38,6 +40,18 @@ class HfCheckpointLoader(BaseCheckpointLoader):
 
     def get_default_config_loader(self) -> BaseConfigLoader:
         return HfConfigLoader()
+
+    if RELEASE.weight_sessions:
+
+        def load_weights(self, checkpoint_dir: str, mapping: Mapping, **kwargs: Any) -> Any:
+            """Open the files itself for a worker that has a part of the model (`_uses_context_only_lazy_loading`).
+
+            Upstream does so only for objects of exactly this class. The double does not make that exception, so that
+            it finds a subclass that depends on it.
+            """
+            if getattr(getattr(kwargs.get("model"), "model", None), "disagg_context_only", False) is True:
+                return read_files(checkpoint_dir)
+            return super().load_weights(checkpoint_dir, mapping=mapping, **kwargs)
 
     @property
     def weight_loader(self) -> BaseWeightLoader:

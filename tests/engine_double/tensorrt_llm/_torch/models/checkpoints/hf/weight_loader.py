@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tensorrt_llm.mapping import Mapping
     from torch import Tensor
 
-__all__ = ["HfWeightLoader"]
+__all__ = ["HfWeightLoader", "read_files"]
 
 
 @register_checkpoint_weight_loader("HF")
@@ -23,16 +23,18 @@ class HfWeightLoader(BaseWeightLoader):
     if RELEASE.mapping_argument:
 
         def load_weights(self, checkpoint_dir: str, mapping: Mapping, **_: Any) -> Any:
-            return ConsumableWeightsDict(_read(Path(checkpoint_dir)))
+            return ConsumableWeightsDict(read_files(checkpoint_dir))
     else:
 
         def load_weights(self, checkpoint_dir: str, **_: Any) -> Any:  # type: ignore[misc]
-            return _read(Path(checkpoint_dir))
+            return read_files(checkpoint_dir)
 
 
-def _read(directory: Path) -> dict[str, Tensor]:
+def read_files(checkpoint_dir: str) -> dict[str, Tensor]:
+    """Read the weight files of a directory; raises if it has none."""
     from safetensors.torch import load_file
 
+    directory = Path(checkpoint_dir)
     files = sorted(directory.glob("*.safetensors"))
     files = [file for file in files if "consolidated" not in file.name] or files
     if not files:

@@ -1,0 +1,193 @@
+"""For which parallel sizes and release a converted directory was planned, and what it does with other settings.
+
+The record is the key `planned_for` of hf_quant_config.json, beside `quantization`. Readers look only at `quantization`
+and at the producer's name. Source: TensorRT-LLM `quantization/modelopt_config.py` (`read_modelopt_quant_config`), in
+older releases `_torch/model_config.py` (`load_modelopt_quant_config`) and `llmapi/llm_utils.py`.
+A directory without quantized modules has no such file: plain weights can be cut anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
+from trtllm_ct.base.json_form import from_fields, json_object
+from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.engine.parallel import ONE_RANK, Parallel
+from trtllm_ct.engine.quant_config import QuantConfig
+from trtllm_ct.engine.releases import RELEASES
+from trtllm_ct.plan.attention_output import unscaled_outputs
+from trtllm_ct.plan.models.sites import Model
+from trtllm_ct.plan.ranks.cuts import is_uneven
+from trtllm_ct.plan.ranks.held import misread_biases, uneven_faults, unheld_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from typing_extensions import Self
+
+    from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.models.sites import Site
+    from trtllm_ct.plan.plan import Plan
+
+__all__ = ["QUANT_CONFIG", "ConvertedDirectory", "planned_for", "require_sizes", "size_warnings"]
+
+QUANT_CONFIG = "hf_quant_config.json"
+_KEY = "planned_for"
+_COMMON_SIZES = (2, 4, 8)
+_LARGER_SIZES = (1, *_COMMON_SIZES, 16)
+
+
+def planned_for(plan: Plan) -> dict[str, Any]:
+    """Return the record of a plan's sizes and release, as a part of hf_quant_config.json."""
+    return {_KEY: json_object({"engine": plan.engine, "parallel": plan.parallel})}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedDirectory:
+    """A directory that this package converted for TensorRT-LLM; only its JSON files are read.
+
+    `engine` is the name of the release that it was planned for, and `parallel` are the sizes.
+    """
+
+    directory: Path
+    engine: str
+    parallel: Parallel
+    model: Model
+    quant_config: QuantConfig
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Self | None:
+        """Read a directory; returns None for any directory without a record that can be read."""
+        path = Path(directory) / QUANT_CONFIG
+        if not path.is_file():
+            return None
+        try:
+            document = read_json_object(path)
+            record = document[_KEY]
+            return cls(
+                directory=Path(directory),
+                engine=str(record["engine"]),
+                parallel=from_fields(Parallel, record["parallel"]),
+                model=Model.from_config(read_json_object(Path(directory) / "config.json")),
+                quant_config=QuantConfig.from_dict(document["quantization"]),
+            )
+        except (CheckpointError, UsageError, KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def modules(self) -> int:
+        """The number of quantized modules."""
+        layers = (self.quant_config.layer_config(site.module) for site in self._sites if len(site.shape) > 1)
+        return sum(layer is not None for layer in layers)
+
+    def faults(self, parallel: Parallel) -> tuple[Fault, ...]:
+        """Return why the directory can't be served with these sizes; empty if it can."""
+        uneven = uneven_faults(self.model, parallel)
+        unheld = () if uneven else unheld_modules(self._sites, self.quant_config.layer_config, parallel)
+        if not unheld:
+            return uneven
+        fitting = ", ".join(str(size) for size in self._held_sizes(parallel))
+        return (
+            Fault(
+                where=str(self.directory),
+                expected=f"the sizes that it was converted for ({_label(self.parallel)}), or others that it holds",
+                found=f"{_label(parallel)}, where {_summary(unheld)}",
+                remedy=f"Convert the source again with {_options(parallel)}"
+                + (f", or serve with tensor-parallel size {fitting}." if fitting else "."),
+            ),
+        )
+
+    def older_release(self, engine: str) -> Fault | None:
+        """Return a fault if the release named `engine` is older than the one that the directory was planned for."""
+        names = [release.name for release in RELEASES]
+        if {engine, self.engine} <= {*names} and names.index(engine) < names.index(self.engine):
+            return Fault(
+                where=str(self.directory),
+                expected=f"TensorRT-LLM of {self.engine}, which it was converted for",
+                found=f"{engine}, which may lack a mode or read it in another way",
+                remedy=f"Convert the source again with --engine {engine}.",
+            )
+        return None
+
+    def unscaled_outputs(self, kv_cache: str | None = None) -> tuple[str, ...]:
+        """Return the output projections whose input attention quantizes at a fixed scale; see `unscaled_outputs`.
+
+        `kv_cache` is the mode of the KV cache that a user sets; None means that of the directory.
+        """
+        layers = {site.module: self.quant_config.layer_config(site.module) for site in self._sites}
+        algos = {name: layer.quant_algo if layer else None for name, layer in layers.items()}
+        return unscaled_outputs(algos, kv_cache or self.quant_config.kv_cache_quant_algo)
+
+    @property
+    def _sites(self) -> list[Site]:
+        """The modules of the model, under the names that the directory has."""
+        names = {*self.quant_config.exclude_modules, *self.quant_config.quantized_layers}
+        return list(self.model.sites(self.model.place(names)))
+
+    def _held_sizes(self, parallel: Parallel) -> list[int]:
+        """Return the tensor-parallel sizes among powers of two that the directory holds beside the other sizes."""
+        sites = self._sites
+        return [
+            size
+            for size in _LARGER_SIZES
+            if size % parallel.expert == 0
+            and not uneven_faults(self.model, replace(parallel, tensor=size))
+            and not unheld_modules(sites, self.quant_config.layer_config, replace(parallel, tensor=size))
+        ]
+
+
+def require_sizes(directory: str | Path, parallel: Parallel) -> ConvertedDirectory | None:
+    """Raise `UsageError` if a directory was converted by this package and doesn't hold the sizes.
+
+    Returns the directory; None if this package did not convert it for TensorRT-LLM.
+    """
+    converted = ConvertedDirectory.open(directory)
+    if converted is not None:
+        faults = FaultCollector([*converted.faults(parallel)])
+        faults.raise_if_any(UsageError)
+    return converted
+
+
+def size_warnings(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    """Return a warning that names common sizes at which a directory would be wrong; empty if it holds them.
+
+    Only for a plan with the default sizes: with others, a user has said with which ones the engine will run. Sizes that
+    don't divide the model are left out, since the engine refuses them.
+    """
+    if plan.parallel != ONE_RANK or plan.quant_config.quant_algo is None:
+        return ()
+    model, layers = checkpoint.model, {module.name: module.layer for module in plan.modules}
+    sites = list(model.sites(model.place(layers)))
+    wrong: dict[int, dict[str, str]] = {}
+    for size in _COMMON_SIZES:
+        parallel = Parallel(tensor=size)
+        if not is_uneven(model, parallel):
+            wrong[size] = misread_biases(model, parallel) | unheld_modules(sites, layers.get, parallel)
+    wrong = {size: unheld for size, unheld in wrong.items() if unheld}
+    if not wrong:
+        return ()
+    sizes = ", ".join(map(str, wrong))
+    summary = _summary(next(iter(wrong.values())))
+    return (f"at tensor-parallel size {sizes}, an engine would misread the directory: {summary}; convert with --tp",)
+
+
+def _summary(unheld: dict[str, str]) -> str:
+    """Return the modules that would be misread, by the last parts of their names, and the first reason."""
+    leaves = dict.fromkeys(module.rpartition(".")[2] for module in unheld)
+    return f"{format_names(leaves)} would be cut apart ({next(iter(unheld.values()))})"
+
+
+def _label(parallel: Parallel) -> str:
+    """Return sizes in words; pipeline and expert parallelism only where there are several ranks."""
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert}
+    return ", ".join(f"{name} parallel {size}" for name, size in sizes.items() if size > 1 or name == "tensor")
+
+
+def _options(parallel: Parallel) -> str:
+    """Return the options of `convert` for these sizes."""
+    sizes: Iterable[tuple[str, int]] = (("tp", parallel.tensor), ("pp", parallel.pipeline), ("ep", parallel.expert))
+    return " ".join(f"--{name} {size}" for name, size in sizes if size > 1 or name == "tp")
