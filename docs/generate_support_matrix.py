@@ -25,8 +25,9 @@ from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType, Quant
 from trtllm_ct.checkpoint.catalog import StoredTensor
 from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 from trtllm_ct.engine.holdings import native_mode
+from trtllm_ct.engine.model_classes import MODEL_CLASSES, WRAPPERS
 from trtllm_ct.engine.modes import LINEAR_MODES, LinearMode, ScaleForm
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
 from trtllm_ct.engine.target import ENGINES, REFERENCE, TARGETS, target_named
 from trtllm_ct.formats import FORMATS
 from trtllm_ct.formats.base import scale_shape
@@ -408,7 +409,22 @@ def architectures() -> str:
     """Return the sentences about model families."""
     names = ", ".join(f"`{name}`" for name in ARCHITECTURES)
     types = ", ".join(f"`{name}`" for name in MODEL_TYPES)
-    return f"Architectures: {names}.\n\nText models inside a larger one, by `text_config.model_type`: {types}.\n"
+    missing = ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in MODEL_CLASSES)
+    return (
+        f"Architectures: {names}.\n\n"
+        f"No release of TensorRT-LLM has a model class for {missing}: convert them with `--to dense`.\n\n"
+        f"Text models inside a larger one, by `text_config.model_type`: {types}.\n"
+    )
+
+
+def model_class_table() -> str:
+    """Return the table of the engine's model classes that a checkpoint can be converted for, by first release."""
+    known = [*ARCHITECTURES, *WRAPPERS]
+    rows = [
+        (f"`{release.name}`", ", ".join(f"`{name}`" for name in known if MODEL_CLASSES.get(name) == release))
+        for release in RELEASES
+    ]
+    return table(("since", "model classes"), rows)
 
 
 def refused() -> str:
@@ -468,7 +484,11 @@ N is the number of output features, K the number of input features, g the group 
 {mode_table()}
 ## Architectures
 
-{architectures()}"""
+{architectures()}
+The engine has its own model class for each architecture and for each model that holds a text model and other parts; \
+`trtllm_ct/engine/model_classes.py` lists all of them, with their source.
+
+{model_class_table()}"""
 
 
 def section() -> str:

@@ -361,3 +361,19 @@ class TestGenerate:
         assert 1 <= len(done.document["token_ids"]) <= 3
         assert done.document["finish_reason"] in {"stop", "length"}
         assert done.document["directory"] == str(source)
+
+
+def test_convert_says_before_it_writes_that_the_engine_lacks_the_class(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", config=tiny_config("GraniteForCausalLM"), scheme="fp8-channel-token")
+
+    converted = run_cli("convert", source.directory, tmp_path / "out", "--to", "modelopt")
+    refused = run_cli("convert", source.directory, tmp_path / "strict", "--to", "modelopt", "--strict")
+    dense = run_cli("convert", source.directory, tmp_path / "dense", "--to", "dense")
+
+    assert (converted.code, refused.code, dense.code) == (0, 1, 0)
+    for done in (converted, refused):
+        assert "GraniteForCausalLM" in done.err
+        assert "--to dense" in done.err
+    assert dense.err == ""
+    assert not (tmp_path / "strict").exists()
+    assert run_cli("inspect", source.directory).code == 1

@@ -51,7 +51,7 @@ def test_a_checkpoint_is_converted_and_verified(changed: Path, tmp_path: Path, t
 from trtllm_ct import convert_checkpoint, inspect_checkpoint, verify_checkpoint
 
 source, out, target = sys.argv[1:]
-inspection = inspect_checkpoint(source, target)
+inspection = inspect_checkpoint(source, target, engine="stock-1.3")
 assert not inspection.problems, inspection.problems
 assert inspection.plan.architecture == "ToyForCausalLM"
 convert_checkpoint(source, out, to=target)

@@ -92,3 +92,14 @@ def test_a_configuration_is_translated_with_its_tensors() -> None:
         exclude_modules=("lm_head",),
         quantized_layers={"model.layers.0.mlp.up_proj": W8A16},
     )
+
+
+def test_several_names_of_one_module_are_translated_to_its_path() -> None:
+    experts = ("language_model.model.layers.0.mlp.experts", "model.layers.0.mlp.experts")
+    listed = [f"{name}{child}" for name in experts for child in ("", ".backend")]
+    quantized = QuantConfig(quantized_layers=dict.fromkeys(listed, W8A16))
+
+    translated = names(text_config=TEXT).translate(QuantConfig(layer=W8A16, exclude_modules=tuple(listed)))
+
+    assert translated.exclude_modules == ("model.layers.0.mlp.experts",)
+    assert names(text_config=TEXT).translate(quantized).quantized_layers == {"model.layers.0.mlp.experts": W8A16}

@@ -548,6 +548,27 @@ def test_a_config_without_a_quantization_block_is_left_to_the_engine(newest: Any
         served(made.directory)
 
 
+class TestModelClasses:
+    @pytest.mark.parametrize("name", ["GraniteForCausalLM", "Gemma2ForCausalLM", "DeepseekV2ForCausalLM"])
+    def test_a_class_that_the_engine_lacks_is_refused_before_a_sidecar_is_made(
+        self, engine: Any, sidecar_cache: Path, tmp_path: Path, name: str
+    ) -> None:
+        write_checkpoint(tmp_path / "made", config=tiny_config(name), scheme="fp8-channel-token")
+
+        for serve in (lambda: served(tmp_path / "made"), lambda: trtllm_ct.prepare(tmp_path / "made")):
+            with pytest.raises(PlanError, match=rf"{name}.*--to dense"):
+                serve()
+
+        assert not list(sidecar_cache.glob("*"))
+
+    def test_a_class_that_the_user_registered_is_not_refused(self, engine: Any, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "made", config=tiny_config("GraniteForCausalLM"), scheme="fp8-channel-token")
+        utils = sys.modules["tensorrt_llm._torch.models.modeling_utils"]
+        utils.register_auto_model("GraniteForCausalLM")(type("Granite", (), {}))
+
+        assert is_sidecar(trtllm_ct.prepare(tmp_path / "made"))
+
+
 # Converted directories.
 
 

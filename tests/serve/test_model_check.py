@@ -193,6 +193,31 @@ def test_experts_are_found_in_the_module_of_all_experts() -> None:
     }
 
 
+@pytest.mark.parametrize("planned", [None, QuantAlgo.NVFP4])
+@pytest.mark.parametrize("built", [None, "NVFP4", "W4A16_AWQ"])
+def test_wrapped_experts_are_judged_by_their_backend(planned: QuantAlgo | None, built: str | None) -> None:
+    """The wrapper gets the mode by its name; the kernel keeps the global one if no entry names it."""
+    expert = module("a.experts.3.up_proj", planned, experts="a.experts")
+    model = Model({"a.experts": quantized(planned and str(planned)), "a.experts.backend": quantized(built)})
+
+    want = (
+        {}
+        if built == planned
+        else {"a.experts.3.up_proj": f"{built or 'a plain Linear'} in TensorRT-LLM's a.experts.backend"}
+    )
+    assert found(model, expert) == want
+
+
+@pytest.mark.parametrize("body", ["model.", "language_model.model.", "model.language_model."])
+@pytest.mark.parametrize(("leaf", "whole"), [("o_proj", "o_proj"), ("q_proj", "qkv_proj")])
+def test_the_text_model_of_a_wrapper_is_looked_through(body: str, leaf: str, whole: str) -> None:
+    name = f"llm.model.layers.0.self_attn.{whole}"
+    planned = module(f"{body}layers.0.self_attn.{leaf}", QuantAlgo.FP8)
+
+    assert found(Model({name: quantized("FP8")}), planned) == {}
+    assert found(Model({name: quantized(None)}), planned) == {planned.name: f"a plain Linear in TensorRT-LLM's {name}"}
+
+
 def test_a_missing_plain_linear_passes() -> None:
     """A tied head has no module of its own. Plain weights are copied by name, so their mode can't be wrong."""
     assert found(Model({}), module("lm_head")) == {}

@@ -372,9 +372,9 @@ def print_json(kind: str, document: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
-    """Show a progress bar on stderr, with bytes, speed and remaining time; nothing if stderr is not a terminal.
+    """Show the problems of a plan on stderr, and then a progress bar with bytes, speed and remaining time.
 
-    Yields the function for `on_start` of `convert_checkpoint`.
+    Without a terminal there is no progress bar. Yields the function for `on_start` of `convert_checkpoint`.
     """
     if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
         yield lambda _plan: lambda _nbytes: None
@@ -389,6 +389,8 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
     with Progress(*columns, console=stderr) as progress:
 
         def on_start(plan: Plan) -> Callable[[int], None]:
+            if plan.problems:
+                stderr.print(report.problems(plan.problems))
             task = progress.add_task("Converting", total=plan.delivered_bytes)
             return lambda nbytes: progress.advance(task, nbytes)
 

@@ -22,6 +22,7 @@ from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.serve.features import unknown_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import converted_scale_fault, fixed_scale_fault
 from trtllm_ct.serve.patch_switch import NO_PATCH
@@ -197,6 +198,8 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     else:
         problems, traps = _converted(directory, parallel, machine)
     if plan is not None and machine.features is not None:
+        missing = unknown_class(detection, machine.features)
+        problems = (missing,) if missing else ()
         traps = (fixed_scale_fault([plan], machine.features),)
     return Served(
         directory=directory,

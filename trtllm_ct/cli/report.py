@@ -15,7 +15,7 @@ from rich.text import Text
 from trtllm_ct.cli.folding import fold_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from trtllm_ct.base.errors import Fault, TrtllmCtError
@@ -36,6 +36,7 @@ __all__ = [
     "format_bytes",
     "inspection",
     "plan",
+    "problems",
     "sidecars",
     "verification",
 ]
@@ -95,8 +96,13 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
         ]
     parts.append(_warnings(report.warnings))
     if report.problems:
-        parts += [Text(f"Problems ({len(report.problems)}):", style="bold red"), faults(report.problems)]
+        parts.append(problems(report.problems))
     return Group(*parts)
+
+
+def problems(found: Sequence[Fault]) -> RenderableType:
+    """Format problems under a title with their number."""
+    return Group(Text(f"Problems ({len(found)}):", style="bold red"), faults(found))
 
 
 def plan(checkpoint_plan: Plan) -> RenderableType:

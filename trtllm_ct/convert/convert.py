@@ -84,6 +84,7 @@ class ConversionReport:
                 "carried_files": self.carried_files,
                 "seconds": self.seconds,
                 "warnings": self.warnings,
+                "problems": self.plan.problems,
             }
         )
 

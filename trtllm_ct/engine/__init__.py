@@ -1,6 +1,7 @@
 """Facts about TensorRT-LLM, each with its source. The engine is never imported here.
 
 releases.py      the supported release lines, oldest first
+model_classes.py  the model classes of each release, and the names that those with several parts read
 modes.py         one table: what the Linear of each QuantAlgo holds, and since which release it exists
 slices.py        which slice of a weight each rank gets, and whether a kernel accepts it
 holdings.py      which modes hold a weight exactly, and why the others do not

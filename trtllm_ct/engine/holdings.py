@@ -67,13 +67,14 @@ class Holding:
 
     `as_is` says that scales need not be repeated for smaller groups than the weight's. Holdings without it are used
     only where modules must share a mode, or where ranks need whole groups. `note` says how the mode treats activations
-    differently from the scheme; empty if it doesn't.
+    differently from the scheme; empty if it doesn't. With `scale_column` row scales are delivered as [N, 1].
     """
 
     mode: LinearMode
     group_size: int | None
     as_is: bool
     note: str = ""
+    scale_column: bool = False
 
     @property
     def key(self) -> tuple[QuantAlgo, int | None]:

@@ -159,6 +159,17 @@ class LinearMode:
         """Whether scales of K/V heads need no copy for each rank: they are one scalar, or the engine repeats them."""
         return self.scale is ScaleForm.SCALAR or "weight_scale" in self.repeated_with_kv_heads
 
+    def cut_by_rows(self, release: Release) -> bool:
+        """Whether a model class of the release can cut this Linear's tensors by rows (`LinearSite.class_cuts`).
+
+        It cuts `weight`, and `weight_scale` with two indices if its first size is the same; other scales are copied. So
+        codes must not be packed along the rows, and scales must be one scalar, or have a row for each row of codes.
+        """
+        if self.packing is not None or self.zero_point:
+            return False
+        by_row = {ScaleForm.SCALAR, ScaleForm.TWO_LEVEL, ScaleForm.EXPONENT}
+        return self.scale in by_row or (self.scale is ScaleForm.ROW and release.takes_scale_columns)
+
     def scale_shape(self, shape: tuple[int, int], group_size: int | None) -> tuple[int, ...]:
         """Return the shape of `weight_scale` for a weight [N, K] in groups of `group_size`."""
         rows, columns = shape

@@ -15,13 +15,19 @@ class Release:
     """One line of releases.
 
     `name` is its name for `--engine`. `source` is the engine's code that the facts were read from. `kv_cache` are the
-    modes of its KV cache. `dynamic_attention_output` says whether its attention honours `force_dynamic_quantization`
+    modes of its KV cache. `wraps_experts` says that routed experts are a ConfigurableMoE whose child `backend` gets its
+    mode by its own name (`_torch/modules/fused_moe/configurable_moe.py`; since pull request 17009, July 2026, the
+    wrapper hands its configuration down). `takes_scale_columns` says that Linears of row-wise FP8 take scales
+    [N, 1] as well as [N] (`_torch/modules/linear.py: FP8RowwiseLinearMethod`).
+    `dynamic_attention_output` says whether its attention honours `force_dynamic_quantization`
     (`_torch/modules/attention.py: Attention._use_quantize_output`).
     """
 
     name: str
     source: str
     kv_cache: frozenset[str] = frozenset({"FP8"})
+    wraps_experts: bool = False
+    takes_scale_columns: bool = False
     dynamic_attention_output: bool = False
 
 
@@ -32,10 +38,12 @@ STOCK_1_0 = Release(
 STOCK_1_2 = Release(
     name="stock-1.2",
     source="TensorRT-LLM early 2026, _torch/modules/linear.py and fused_moe/fused_moe_cutlass.py",
+    wraps_experts=True,
 )
 STOCK_1_3 = Release(
     name="stock-1.3",
     source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
+    takes_scale_columns=True,
     dynamic_attention_output=True,
 )
 

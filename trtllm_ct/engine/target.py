@@ -35,7 +35,8 @@ class Capabilities:
 
     `linear` are the modes of its Linears, `experts` the modes of its routed experts and `kv_cache` the modes of its KV
     cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is. `dynamic_attention_output` says
-    whether attention honours `force_dynamic_quantization`.
+    whether attention honours `force_dynamic_quantization`. `release` is the release line, None for capabilities that
+    are not TensorRT-LLM's.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Capabilities:
     experts: frozenset[QuantAlgo] = frozenset()
     kv_cache: frozenset[str] = frozenset()
     kv_cache_alone: bool = False
+    release: Release | None = None
     dynamic_attention_output: bool = False
 
 
@@ -83,6 +85,7 @@ def _capabilities(release: Release) -> Capabilities:
         linear=frozenset(mode.algo for mode in LINEAR_MODES if mode.linear_since in until),
         experts=frozenset(mode.algo for mode in LINEAR_MODES if mode.experts_since in until),
         kv_cache=release.kv_cache,
+        release=release,
         dynamic_attention_output=release.dynamic_attention_output,
     )
 
@@ -110,6 +113,7 @@ _EVERYTHING = replace(
     name="reference",
     source="trtllm_ct.reference.linear_layouts: LAYOUTS",
     kv_cache_alone=True,
+    release=None,
 )
 
 MODELOPT = Target(

@@ -58,10 +58,11 @@ class SchemeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """The result of an inspection: what was detected, the plan for a target, and the problems that prevent delivery.
+    """The result of an inspection: what was detected, the plan for a target, and the problems.
 
-    `parallel` are the parallel sizes that the plan was made for. `plan` is None if there are problems. `noted` are the
-    warnings of the configuration, the files and the plan, up to the stage that found the problems.
+    `parallel` are the parallel sizes that the plan was made for. `plan` is None if a problem prevents delivery; the
+    problems of a plan prevent only that the engine serves the result. `noted` are the warnings of the configuration,
+    the files and the plan, up to the stage that found a problem that prevents delivery.
     """
 
     directory: Path
@@ -95,7 +96,7 @@ class Inspection:
             yield _row(rows[key])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; everything from the plan is null if there are problems."""
+        """JSON form; everything from the plan is null if there is none."""
         plan = self.plan
         return json_object(
             {
@@ -132,7 +133,7 @@ def inspect_checkpoint(
     problems: tuple[Fault, ...] = ()
     try:
         plan = open_checkpoint(directory, detection).plan(target.name, engine=engine, parallel=parallel)
-        noted = plan.warnings
+        problems, noted = plan.problems, plan.warnings
     except CheckpointError as error:
         problems, noted = error.faults, error.warnings
     return Inspection(

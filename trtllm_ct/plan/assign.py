@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.engine.holdings import Holding, Weight, holdings, obstacles, slice_obstacle
+from trtllm_ct.engine.modes import ScaleForm
 from trtllm_ct.plan.attention_output import unscaled_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.equalize import Equalized, Part
@@ -122,7 +124,7 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
     assigned = {}
     for name, candidate in candidates.items():
         site = candidate.site
-        key = (id(candidate.weight), candidate.folded, candidate.unequal, site.plain, site.expert)
+        key = (id(candidate.weight), candidate.folded, candidate.unequal, site.plain, site.expert, site.class_cuts)
         if key not in decided:
             decided[key] = _assign_one(candidate, target)
         assigned[name] = decided[key]
@@ -247,7 +249,27 @@ def _held(module: Candidate, target: Target) -> list[Holding]:
     """Return the modes of the target that hold a weight; those that hold it unchanged come first."""
     algos = target.algos(expert=module.site.expert)
     held = [holding for holding in holdings(module.weight) if holding.mode.algo in algos]
-    return [holding for holding in held if not holding.mode.shared_scalars] if module.unequal else held
+    if module.unequal:
+        held = [holding for holding in held if not holding.mode.shared_scalars]
+    release = target.capabilities.release
+    if release is None or not module.site.class_cuts:
+        return held
+    return [_in_column(holding) for holding in held if holding.mode.cut_by_rows(release)]
+
+
+def _uncut(module: Candidate, target: Target) -> list[QuantAlgo]:
+    """Return the modes that would hold a weight if the engine's model class didn't cut it by rows."""
+    release = target.capabilities.release
+    if release is None or not module.site.class_cuts:
+        return []
+    algos = target.algos(expert=module.site.expert)
+    modes = (holding.mode for holding in holdings(module.weight) if holding.as_is and holding.mode.algo in algos)
+    return [mode.algo for mode in modes if not mode.cut_by_rows(release)]
+
+
+def _in_column(holding: Holding) -> Holding:
+    """Return the holding with row scales as a column, which a model class can cut by rows."""
+    return replace(holding, scale_column=holding.mode.scale is ScaleForm.ROW)
 
 
 def _why_not(module: Candidate, target: Target) -> str:
@@ -257,6 +279,9 @@ def _why_not(module: Candidate, target: Target) -> str:
     if module.unequal:
         return module.unequal
     expert = module.site.expert
+    uncut = _uncut(module, target)
+    if uncut:
+        return f"the engine's class cuts this Linear by rows, and can't cut the tensors of {' or '.join(uncut)}"
     cut = slice_obstacle(module.weight, target.algos(expert=expert))
     if cut is not None:
         return cut

@@ -146,7 +146,8 @@ def _scales(
 ) -> Iterator[Delivery]:
     """Yield `weight_scale`, and `weight_scale_2` or `weight_zero` where the mode has them."""
     stored, mode = weight.stored, holding.mode
-    spec = TensorSpec(mode.scale.dtype, mode.scale_shape(stored.shape, holding.group_size))
+    shape = mode.scale_shape(stored.shape, holding.group_size)
+    spec = TensorSpec(mode.scale.dtype, (*shape, 1) if holding.scale_column else shape)
     if mode.scale.one_byte:
         yield _from_one(module, "weight_scale", _group_scale(spec, stored.scale, equalized.weight))
         if stored.divisor is not None:

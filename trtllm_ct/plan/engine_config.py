@@ -9,12 +9,14 @@ from trtllm_ct.base.schemes import ActOrder, Element, NumberType, QuantArgs, Qua
 from trtllm_ct.engine.holdings import Holding, Weight, holdings
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 from trtllm_ct.plan.kv_cache import KvCache
+from trtllm_ct.plan.plan import OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.engine_names import EngineNames
     from trtllm_ct.plan.plan import ModulePlan
 
 __all__ = ["engine_config", "engine_config_of_scheme", "layer_config"]
@@ -33,26 +35,42 @@ def layer_config(holding: Holding) -> LayerQuantConfig:
     )
 
 
-def engine_config(modules: Iterable[ModulePlan], *, kv_cache_quant_algo: str | None) -> QuantConfig:
-    """Return the `QuantConfig` of a plan's modules.
+def engine_config(modules: Iterable[ModulePlan], names: EngineNames, *, kv_cache_quant_algo: str | None) -> QuantConfig:
+    """Return the `QuantConfig` of a plan's modules, each under all its `names`.
 
     With a single mode it names that mode. Otherwise it is MIXED_PRECISION with an entry for every quantized module.
-    Linears and embeddings that are delivered plain are excluded by name, if any module is quantized.
+    Modules that are delivered plain are excluded by name, if any module is quantized.
     """
     layers: dict[str, LayerQuantConfig] = {}
     excluded: dict[str, None] = {}
     for module in modules:
         if module.layer is not None:
             layers[module.engine_name] = module.layer
-        elif module.class_name in _WITH_WEIGHTS:
+        elif _is_plain(module, names):
             excluded[module.engine_name] = None
     modes = set(layers.values())
     one = modes.pop() if len(modes) == 1 else None
+    entries = {name: layer for module, layer in layers.items() for name in names.of_module(module)}
+    exclusions = dict.fromkeys(name for module in excluded for name in names.of_module(module))
     return QuantConfig(
         layer=one,
         kv_cache_quant_algo=kv_cache_quant_algo,
-        exclude_modules=tuple(excluded) if layers else (),
-        quantized_layers={} if one else layers,
+        exclude_modules=tuple(exclusions) if layers else (),
+        quantized_layers={} if one else entries,
+    )
+
+
+def _is_plain(module: ModulePlan, names: EngineNames) -> bool:
+    """Whether a module that is delivered plain is one that an engine could build quantized.
+
+    The text model's tables name the class of a module. Of any other module, which may be a Linear of a vision tower, a
+    projector or a draft layer, the tensors tell: its `weight` has several axes, or it is one of routed experts.
+    """
+    if module.class_name != OTHER:
+        return module.class_name in _WITH_WEIGHTS
+    weights = [delivery.spec for delivery in module.deliveries if delivery.name.endswith(".weight")]
+    return any(len(spec.shape) > 1 for spec in weights) or (
+        bool(module.deliveries) and names.all_experts(module.name) is not None
     )
 
 

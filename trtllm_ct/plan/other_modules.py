@@ -14,7 +14,7 @@ from trtllm_ct.plan import deliver
 from trtllm_ct.plan.leftovers import refuse_leftovers
 from trtllm_ct.plan.models.fused_experts import NOT_PER_EXPERT
 from trtllm_ct.plan.models.sites import Site
-from trtllm_ct.plan.plan import Delivery, ModulePlan
+from trtllm_ct.plan.plan import OTHER, Delivery, ModulePlan
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, StoredModule
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ class OtherModules:
             return _module_plan(module, "Attention", deliveries, ignored)
         reason = self._left_out(module)
         if reason is not None:
-            return _module_plan(module, "other", (), dict.fromkeys(module.specs, reason))
+            return _module_plan(module, OTHER, (), dict.fromkeys(module.specs, reason))
         if self._is_outside_text_model(module.name):
             return self._outside_text_model(module)
         refuse_leftovers(module, (), self.model.name, self.faults)
-        return _module_plan(module, "other", (), {})
+        return _module_plan(module, OTHER, (), {})
 
     def _left_out(self, module: StoredModule) -> str | None:
         """Return why a module is left out entirely; None if it is not."""
@@ -100,7 +100,7 @@ class OtherModules:
             ignored = dict.fromkeys(module.specs.keys() - plain, "the weight beside it is plain")
             if "weight" not in plain:
                 refuse_leftovers(module, plain, self.model.name, self.faults)
-            return _module_plan(module, "other", deliver.plain(module, sorted(plain), self.dtypes), ignored)
+            return _module_plan(module, OTHER, deliver.plain(module, sorted(plain), self.dtypes), ignored)
         site = Site(module=module.name, class_name="Linear", shape=())
         weight = self.reader.read(module, site)
         if weight is None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.base.errors import Fault
     from trtllm_ct.base.schemes import QuantAlgo, QuantScheme, TensorSpec
     from trtllm_ct.checkpoint.reader import Run
     from trtllm_ct.checkpoint.write_plan import StackPart
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.stored import View
 
-__all__ = ["Delivery", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
+__all__ = ["OTHER", "Delivery", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
+
+
+OTHER = "other"
+"""The class of a module that the tables of a model don't name."""
 
 
 class Fate(StrEnum):
@@ -223,6 +228,7 @@ class Plan:
 
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
+    `problems` say why the engine that the plan is for can't serve the result, although it can be made.
     `engine` names the capabilities that they were chosen from.
     `stacks` are the delivered tensors that a directory holds as parts of a stacked tensor, with their places in it.
     """
@@ -235,6 +241,7 @@ class Plan:
     modules: tuple[ModulePlan, ...]
     quant_config: QuantConfig
     warnings: tuple[str, ...] = ()
+    problems: tuple[Fault, ...] = ()
     parallel: Parallel = ONE_RANK
     engine: str = ""
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
@@ -306,6 +313,7 @@ class Plan:
                 "stored_bytes": self.stored_bytes,
                 "delivered_bytes": self.delivered_bytes,
                 "warnings": self.warnings,
+                "problems": self.problems,
             }
         )
 

@@ -16,13 +16,16 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
+from trtllm_ct.plan.engine_class import class_problems
 from trtllm_ct.plan.engine_config import engine_config
+from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.sites import known_prefixes
+from trtllm_ct.plan.models.wrapper_names import names_that_are_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -62,8 +65,8 @@ def make_plan(
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
 
     `dtype` is the dtype of dequantized modules; None means the model's dtype. With float16, plain tensors are cast too.
-    `strict` makes it a fault when a module has to be dequantized because the target has no mode for it. Modules that
-    `dense_o_proj` dequantizes are no fault.
+    `strict` makes it a fault when a module has to be dequantized because the target has no mode for it, and when the
+    engine can't serve the result (`Plan.problems`). Modules that `dense_o_proj` dequantizes are no fault.
     `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
     `dense_o_proj` dequantizes the output projections of attention whose input attention would quantize at a fixed
     scale; that depends on the KV cache. `kv_cache` is the mode of the cache that the engine will be told, such as
@@ -92,6 +95,7 @@ def make_plan(
         plan = planner.plan(catalog)
     if strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
+        faults.faults += plan.problems
     faults.raise_if_any(PlanError, plan.warnings)
     return plan
 
@@ -120,7 +124,7 @@ class _Planner:
         refuse_uneven(self.model, self.parallel, self.faults)
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
         unread = unread_tensors(catalog, gathered.values())
-        stored = self.transforms.attach(gathered)
+        stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         sites = list(self.model.sites(place))
@@ -158,8 +162,11 @@ class _Planner:
             dense_dtype=self.dtypes.dequantized,
             stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
             modules=tuple(modules),
-            quant_config=engine_config(modules, kv_cache_quant_algo=self.kv_cache.algo),
+            quant_config=engine_config(
+                modules, EngineNames.of(self.model, place, self.target), kv_cache_quant_algo=self.kv_cache.algo
+            ),
             parallel=self.parallel,
+            problems=class_problems(self.model.name, self.target.capabilities.release),
             engine=self.target.capabilities.name,
             stacks=stacks,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),

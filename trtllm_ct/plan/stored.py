@@ -252,7 +252,7 @@ class StoredModule:
 
     def delivered_as(self, name: str) -> StoredModule:
         """Return the module under the name that it is delivered with."""
-        return self if name == self.name else replace(self, name=name, alias=self.name)
+        return self if name == self.name else replace(self, name=name, alias=self.stored_name)
 
     @property
     def unnamed(self) -> StoredModule:

@@ -53,8 +53,8 @@ class LinearLayout:
 
 
 def dequantize_rows(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize int8 or float8 codes [N, K] with one scale per row ([N])."""
-    return tensors["weight"].to(dtype) * tensors["weight_scale"].to(dtype)[:, None]
+    """Dequantize int8 or float8 codes [N, K] with one scale per row ([N], or [N, 1] of float8)."""
+    return tensors["weight"].to(dtype) * tensors["weight_scale"].to(dtype).reshape(-1, 1)
 
 
 def dequantize_tensor(tensors: Tensors, dtype: torch.dtype) -> Tensor:
@@ -172,6 +172,7 @@ _FP8_CODES = TensorRule(name="weight", dtypes=_F8, shape=("N", "K"))
 _FP4_COLUMN_PAIRS = TensorRule(name="weight", dtypes=_U8, shape=("N", "K/2"))
 _TENSOR_SCALE = TensorRule(name="weight_scale", dtypes=_F32, shape=())
 _ROW_SCALE = TensorRule(name="weight_scale", dtypes=_F32, shape=("N",))
+_ROW_OR_COLUMN_SCALE = TensorRule(name="weight_scale", dtypes=_F32, shape=("N",), or_shape=("N", "1"))
 _GROUP_SCALE = TensorRule(name="weight_scale", dtypes=_F32, shape=("N", "K/g"))
 _GROUP_ZERO = TensorRule(name="weight_zero", dtypes=_F32, shape=("N", "K/g"))
 # The engine's Linear reads `weight_scale`, its experts read `weight_scale_inv`. ModelOpt writes a scale of four axes.
@@ -205,7 +206,7 @@ LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
         quantize_input=_input_per_tensor,
     ),
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: LinearLayout(
-        tensors=(_FP8_CODES, _ROW_SCALE),
+        tensors=(_FP8_CODES, _ROW_OR_COLUMN_SCALE),
         dequantize=dequantize_rows,
         quantize_input=_dynamic_input(quantize_per_token),
     ),

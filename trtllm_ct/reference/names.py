@@ -61,6 +61,9 @@ _LANGUAGE = (
     ("lm_head.", "lm_head."),
 )
 
+# The child in which TensorRT-LLM computes routed experts, `_torch/modules/fused_moe/configurable_moe.py`.
+_KERNEL = ".backend"
+
 # Prefixes of layers for multi-token prediction; the reference engine generates text without them.
 _DRAFT = ("mtp.", "model.mtp.", "model.mtp_layers.")
 
@@ -130,12 +133,17 @@ class NameMap:
         return dotted.strip(".")
 
     def translate(self, quant_config: QuantConfig) -> QuantConfig:
-        """`quant_config` with module names translated to model paths; modules that the model lacks are left out."""
-        excluded = (self.path(name) for name in quant_config.exclude_modules)
-        quantized = ((self.path(name), layer) for name, layer in quant_config.quantized_layers.items())
+        """`quant_config` with module names translated to model paths; modules that the model lacks are left out.
+
+        Several names may mean one module: those under two prefixes, and that of the engine's kernel of experts.
+        """
+        excluded = (self.path(name.removesuffix(_KERNEL)) for name in quant_config.exclude_modules)
+        quantized = (
+            (self.path(name.removesuffix(_KERNEL)), layer) for name, layer in quant_config.quantized_layers.items()
+        )
         return replace(
             quant_config,
-            exclude_modules=tuple(name for name in excluded if name is not None),
+            exclude_modules=tuple(dict.fromkeys(name for name in excluded if name is not None)),
             quantized_layers={name: layer for name, layer in quantized if name is not None},
         )
 

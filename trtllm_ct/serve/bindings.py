@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tensorrt_llm
+from tensorrt_llm._torch.models import modeling_utils
 from tensorrt_llm._torch.models.checkpoints import base_weight_loader
 from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
@@ -177,8 +178,22 @@ def engine_features() -> EngineFeatures:
             llm_utils=llm_utils,
             weight_loader=base_weight_loader.BaseWeightLoader,
             version=getattr(tensorrt_llm, "__version__", None),
+            model_classes=_model_classes(),
         )
     )
+
+
+def _model_classes() -> frozenset[str]:
+    """Return the architectures that the engine can build: registered ones, and those that it imports when needed.
+
+    Source: `_torch/models/modeling_utils.py: MODEL_CLASS_MAPPING`, and `_arch_index.py` of newer releases.
+    """
+    registered = frozenset(getattr(modeling_utils, "MODEL_CLASS_MAPPING", ()))
+    try:
+        from tensorrt_llm._torch.models._arch_index import MODEL_ARCH_TO_MODULE
+    except ImportError:
+        return registered
+    return registered | frozenset(MODEL_ARCH_TO_MODULE)
 
 
 def engine_llm() -> Any:

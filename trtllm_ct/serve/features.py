@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.errors import Fault, PlanError, UsageError
 from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -18,7 +18,9 @@ from trtllm_ct.engine.target import ENGINES
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["DEFAULT_FEATURES", "EngineFeatures", "EngineParts", "probe_features"]
+    from trtllm_ct.config.detect import Detection
+
+__all__ = ["DEFAULT_FEATURES", "EngineFeatures", "EngineParts", "probe_features", "require_class", "unknown_class"]
 
 _FORCE_DYNAMIC = "force_dynamic_quantization"
 _STOCK_PARSER = "update_quant_config_from_compressed_tensors"
@@ -36,6 +38,7 @@ class EngineFeatures:
     - `mapping_argument`: whether the engine's weight loaders take the argument `mapping`.
     - `compressed_tensors_parser`: whether the engine parses some compressed-tensors configurations by itself.
     - `version`: the engine's version string. It is only shown; no decision depends on it.
+    - `model_classes`: the architectures that it can build, those that the user registered among them; empty if unknown.
     """
 
     engine: str = DEFAULT_ENGINE
@@ -45,10 +48,13 @@ class EngineFeatures:
     mapping_argument: bool = True
     compressed_tensors_parser: bool = False
     version: str | None = None
+    model_classes: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, for JSON output."""
-        return fields_form(self)
+        """Return the fields by name, for JSON output; without the model classes, which are a hundred."""
+        form = fields_form(self)
+        del form["model_classes"]
+        return form
 
 
 DEFAULT_FEATURES = EngineFeatures()
@@ -65,6 +71,7 @@ class EngineParts:
     - `llm_utils`: the module `llmapi.llm_utils`.
     - `weight_loader`: the class `_torch.models.checkpoints.base_weight_loader.BaseWeightLoader`.
     - `version`: the engine's version string, if it has one.
+    - `model_classes`: the keys of its registries of model classes.
     """
 
     linear: Any
@@ -73,6 +80,7 @@ class EngineParts:
     llm_utils: Any
     weight_loader: Any
     version: str | None = None
+    model_classes: frozenset[str] = frozenset()
 
 
 def probe_features(parts: EngineParts) -> EngineFeatures:
@@ -96,6 +104,32 @@ def probe_features(parts: EngineParts) -> EngineFeatures:
         mapping_argument=mapping_argument,
         compressed_tensors_parser=hasattr(parts.llm_utils, _STOCK_PARSER),
         version=parts.version,
+        model_classes=parts.model_classes,
+    )
+
+
+def require_class(detection: Detection, features: EngineFeatures) -> None:
+    """Raise `PlanError` if the engine can't build the model of a detected directory; see `unknown_class`."""
+    fault = unknown_class(detection, features)
+    if fault is not None:
+        raise PlanError(fault)
+
+
+def unknown_class(detection: Detection, features: EngineFeatures) -> Fault | None:
+    """Return the fault of an engine that can't build the model of a detected directory; None if it can.
+
+    The engine itself is asked, because users may register model classes (`--custom_module_dirs`). A directory without
+    config.json, in Mistral's own form, has one of the classes that every release has.
+    """
+    names = detection.files.get("config.json", {}).get("architectures") or []
+    name = str(names[0]) if isinstance(names, list) and names else str(names)
+    if not features.model_classes or not names or name in features.model_classes:
+        return None
+    return Fault(
+        where="config.json: architectures",
+        expected=f"a model class that TensorRT-LLM {features.version or 'here'} has",
+        found=f"{name}, which it would refuse as unknown",
+        remedy="Run `trtllm-ct convert DIR OUT --to dense` for another program, or register the class before LLM.",
     )
 
 

@@ -21,6 +21,7 @@ from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
+from trtllm_ct.serve.features import require_class
 from trtllm_ct.serve.hub import Repository, repository_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
 
@@ -75,15 +76,15 @@ def engine_arguments(
     `loaders` are the classes in `bindings.LOADERS`: the first is this package's checkpoint loader, which is added; the
     others are parts of it that a user may have put into one of the engine's loaders.
     Raises `UsageError` for arguments with which the engine would ignore the loader, and for a converted directory that
-    doesn't hold the parallel sizes; and what planning raises.
+    doesn't hold the parallel sizes; `PlanError` for a model whose class the engine lacks; and what planning raises.
     """
 
     def check(directory: Path) -> None:
         refuse_sizes(directory, arguments, features)
 
-    model = _source(arguments.get("model"), arguments.get("revision"), check)
+    model = _source(arguments.get("model"), arguments.get("revision"), features, check)
     draft_field, draft_model = _draft_model(arguments.get("speculative_config"))
-    draft = _source(draft_model, None, check)
+    draft = _source(draft_model, None, features, check)
     if model is None and draft is None:
         return arguments
     _refuse_conflicts(arguments, loaders)
@@ -160,11 +161,14 @@ def refuse_sizes(directory: Path, arguments: Mapping[str, Any], features: Engine
             logger.warning("%s", fault)
 
 
-def _source(model: Any, revision: str | None, check: Callable[[Path], None]) -> _Source | None:
+def _source(
+    model: Any, revision: str | None, features: EngineFeatures, check: Callable[[Path], None]
+) -> _Source | None:
     """Return the checkpoint that `model` names if it is compressed-tensors or a sidecar.
 
     Returns None for anything else, which is left to the engine after `check` was called with its directory. The weights
-    of a repository are downloaded only if its configuration is compressed-tensors.
+    of a repository are downloaded only if its configuration is compressed-tensors and the engine has its model class;
+    otherwise `PlanError` is raised.
     """
     if not isinstance(model, (str, Path)):
         return None
@@ -178,6 +182,8 @@ def _source(model: Any, revision: str | None, check: Callable[[Path], None]) -> 
     if detection is not None and detection.method != COMPRESSED_TENSORS:
         check(directory)
         return None
+    if detection is not None:
+        require_class(detection, features)
     if repository is None:
         return _Source(directory=directory, detection=detection)
     directory = repository.checkpoint()

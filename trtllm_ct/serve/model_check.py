@@ -4,7 +4,8 @@ The engine decides by module names what it quantizes and what it loads, and sile
 nothing. So each Linear of the plan is looked up in the model in the same way as the engine does it, and plan and model
 must agree on its mode.
 This module does not import the engine. It needs `named_modules` of a model and `mapping` of a weight mapper.
-Source: TensorRT-LLM `_torch/models/modeling_utils.py` (apply_layerwise_quant_config, _load_weights_impl_v2).
+Sources: TensorRT-LLM `_torch/models/modeling_utils.py` (apply_layerwise_quant_config, _load_weights_impl_v2),
+`modeling_qwen3vl.py` and other wrappers (`self.llm`), `_torch/modules/fused_moe/configurable_moe.py` (`self.backend`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import FaultCollector, LoadError
+from trtllm_ct.plan.models.sites import name_variants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +28,8 @@ NO_MODEL_CHECK = "TRTLLM_CT_NO_MODEL_CHECK"
 """Environment variable: with 1, `check_model` logs warnings instead of raising."""
 
 _GENERIC_LOOP = "modeling_utils"
+_TEXT_MODEL = "llm"
+_WRAPPED = "backend"
 _NO_MODES = frozenset({"None", "NO_QUANT", "MIXED_PRECISION"})
 _REMEDY = (
     "The text would be wrong; convert the checkpoint instead (trtllm-ct convert --to dense), or set "
@@ -69,13 +73,14 @@ def _engine_name(modules: Mapping[str, Any], module: ModulePlan, fused_of: Mappi
     """Return the name of the engine's module that loads a Linear; None if the model has no such module.
 
     This is the module's own name, that of the module of all experts for a routed expert, or that of the fused Linear
-    that it is a part of.
+    that it is a part of. A class that wraps a text model has it as `llm`, whatever its prefix in the files is. Of
+    experts that are wrapped (ConfigurableMoE), the child `backend` has the weights.
     """
-    if module.engine_name in modules:
-        return module.engine_name
     prefix, _, leaf = module.name.rpartition(".")
-    fused = f"{prefix}.{fused_of.get(leaf, leaf)}"
-    return fused if fused in modules else None
+    unwrapped = (module.engine_name, f"{prefix}.{fused_of.get(leaf, leaf)}")
+    in_text_model = (f"{_TEXT_MODEL}.{variant}" for name in unwrapped for variant in name_variants(name))
+    built = next((name for name in (*unwrapped, *in_text_model) if name in modules), None)
+    return f"{built}.{_WRAPPED}" if f"{built}.{_WRAPPED}" in modules else built
 
 
 def _add_absent(module: ModulePlan, absent: FaultCollector) -> None:

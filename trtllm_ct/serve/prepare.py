@@ -14,7 +14,7 @@ from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import require_sizes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.plan.attention_output import unscaled_outputs_of
-from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures
+from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import fixed_scale_fault, kv_cache_named
 from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, make_sidecar
@@ -63,6 +63,7 @@ def prepare(
         require_sizes(model_dir, parallel)
         return Path(model_dir)
     features = installed_features()
+    require_class(detection, features)
     options = ServingOptions(
         engine=features.engine,
         additive_zeros=features.additive_zeros,

@@ -324,31 +324,39 @@ class TestFates:
         assert all(bool(fate.by) == (not fate.reason) for fate in fates)
 
 
+# ConfigurableMoE, which only releases of early 2026 configure by the name of its child.
+WRAPPED_EXPERTS = [("stock-1.0", ("",)), ("stock-1.2", ("", ".backend")), ("stock-1.3", ("",))]
+
+
 class TestEngineConfig:
     """Engines know all routed experts of a layer by one name."""
 
-    def test_plain_experts_are_excluded_once_a_layer(self, tmp_path: Path):
+    @pytest.mark.parametrize(("release", "children"), WRAPPED_EXPERTS)
+    def test_plain_experts_are_excluded_once_a_layer(
+        self, tmp_path: Path, release: str, children: tuple[str, ...]
+    ) -> None:
         write(tmp_path, dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "nvfp4"))
 
-        config = plan_checkpoint(tmp_path).quant_config
+        config = plan_checkpoint(tmp_path, engine=release).quant_config
 
         assert [name for name in config.exclude_modules if "experts" in name] == [
-            "model.layers.0.mlp.experts",
-            "model.layers.1.mlp.experts",
+            f"model.layers.{layer}.mlp.experts{child}" for layer in range(2) for child in children
         ]
         assert config.layer_config(f"{LAYER}.self_attn.q_proj") is not None
         assert config.layer_config(UP) is None
 
-    def test_quantized_experts_are_named_once_a_layer(self, tmp_path: Path):
+    @pytest.mark.parametrize(("release", "children"), WRAPPED_EXPERTS)
+    def test_quantized_experts_are_named_once_a_layer(
+        self, tmp_path: Path, release: str, children: tuple[str, ...]
+    ) -> None:
         attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "fp8-channel-token")
         write(tmp_path, attention | dict.fromkeys(EXPERTS_ONLY, "nvfp4"))
 
-        config = plan_checkpoint(tmp_path).quant_config
+        config = plan_checkpoint(tmp_path, engine=release).quant_config
 
         assert config.quant_algo is QuantAlgo.MIXED_PRECISION
         assert [name for name in config.quantized_layers if "experts" in name] == [
-            "model.layers.0.mlp.experts",
-            "model.layers.1.mlp.experts",
+            f"model.layers.{layer}.mlp.experts{child}" for layer in range(2) for child in children
         ]
         nvfp4 = LayerQuantConfig(quant_algo=QuantAlgo.NVFP4, group_size=16)
         assert config.layer_config(UP) == config.layer_config(EXPERTS) == nvfp4

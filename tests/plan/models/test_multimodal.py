@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import config_group, int_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
+from multimodal import PLACES, VISION, renamed, write_multimodal
 from safetensors.torch import load_file, save_file
 from stored_schemes import SCHEMES, Writer
 
@@ -24,62 +25,6 @@ if TYPE_CHECKING:
 
     from builders import Built
     from torch import Tensor
-
-# The prefix of the text model's body, and its head: before transformers 4.52, since, and in wrappers.
-PLACES = {
-    "language_model.model.": "language_model.lm_head",
-    "model.language_model.": "lm_head",
-    "model.language_model.model.": "model.language_model.lm_head",
-    "model.": "lm_head",
-}
-VISION = {
-    "vision_tower.patch_embed.weight": (8, 3, 2, 2),
-    "vision_tower.blocks.0.attn.qkv.weight": (24, 8),
-    "vision_tower.blocks.0.attn.qkv.bias": (24,),
-    "vision_tower.position_embedding": (16, 8),
-    "multi_modal_projector.linear_1.weight": (64, 8),
-}
-MIXED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "fp8-channel-token"),
-    "o_proj": "int8-channel",
-    **dict.fromkeys(("gate_proj", "up_proj"), "int4-g64"),
-    "down_proj": "int4-g32",
-}
-
-
-def renamed(name: str, body: str) -> str:
-    """Return the name that a module of a text model has inside of a multimodal model."""
-    if name.startswith("model."):
-        return body + name.removeprefix("model.")
-    return PLACES[body] + name.removeprefix("lm_head") if name.startswith("lm_head") else name
-
-
-def write_multimodal(directory: Path, body: str, *, text: dict[str, Any] | None = None, **options: Any) -> Built:
-    """A text model under a prefix, beside a plain vision tower and a projector."""
-    config = text or tiny_config(hidden=128, kv_heads=4, model_type="mistral")
-    built = write_checkpoint(directory, **({"config": config, "scheme": MIXED} | options))
-
-    def place(stored: dict[str, Tensor]) -> None:
-        for name in list(stored):
-            stored[renamed(name, body)] = stored.pop(name)
-        stored |= {name: torch.randn(shape).bfloat16() for name, shape in VISION.items()}
-
-    def nest(document: dict[str, Any]) -> None:
-        nested = {key: document.pop(key) for key in list(document) if key not in {"quantization_config", "dtype"}}
-        document |= {
-            "architectures": ["Mistral3ForConditionalGeneration"],
-            "model_type": "mistral3",
-            "text_config": nested,
-            "vision_config": {"model_type": "pixtral"},
-        }
-        block = document["quantization_config"]
-        block["ignore"] = [renamed(entry, body) for entry in block["ignore"]]
-        for group in block["config_groups"].values():
-            group["targets"] = [renamed(target, body) for target in group["targets"]]
-
-    rewrite(directory, place)
-    rewrite_config(directory, nest)
-    return built
 
 
 def faults(directory: Path) -> list[Fault]:
@@ -102,7 +47,7 @@ class TestPrefixes:
         assert plan.module(f"{layer}.mlp.down_proj").delivered_mode == "dequantized"
         assert plan.module(PLACES[body]).delivered_mode == "plain"
         assert {renamed(name, body) for name in built.dense} <= plan.delivered_specs.keys()
-        assert plan.architecture == "Mistral3ForConditionalGeneration"
+        assert plan.architecture == "LlavaNextForConditionalGeneration"
         assert plan.warnings == ()
 
     @pytest.mark.parametrize("body", PLACES)
@@ -135,7 +80,7 @@ class TestPrefixes:
 
         config = plan_checkpoint(tmp_path).quant_config
 
-        assert all(name.startswith("language_model.model.") for name in config.quantized_layers)
+        assert all(name.startswith(("language_model.model.", "model.")) for name in config.quantized_layers)
         assert {"language_model.lm_head", "language_model.model.embed_tokens"} <= set(config.exclude_modules)
 
     def test_a_mixture_under_a_prefix(self, tmp_path: Path):
@@ -159,7 +104,7 @@ class TestPrefixes:
             plan_checkpoint(tmp_path)
 
         (fault,) = caught.value.faults
-        assert fault.found == "Mistral3ForConditionalGeneration with a text model of type grok"
+        assert fault.found == "LlavaNextForConditionalGeneration with a text model of type grok"
         assert all(known in fault.expected for known in MODEL_TYPES)
 
 

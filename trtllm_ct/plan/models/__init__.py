@@ -4,4 +4,5 @@ families.py       the tables: Linears, norms and experts of a layer, and what th
 sites.py          Model and Site: the modules of one model, with their sizes
 fused_experts.py  splits 3-D tensors that hold all experts of a layer
 mistral_names.py  renames the modules of Mistral's own form
+wrapper_names.py  renames the modules of a model with several parts to what the engine's class reads
 """

@@ -38,7 +38,8 @@ class LinearSite:
     `fused` is the path of the fused Linear that it becomes a part of. `bias` is the key of config.json that gives it a
     bias, or `always`; `extras` are the local names of its other parameters. Engines never read a `plain` Linear
     quantized. `cut` says how ranks divide the weight. `parts` names the numbers of rows of each Linear if several are
-    stored as one; engines split these before they slice.
+    stored as one; engines split these before they slice. With `class_cuts` the engine's model class itself splits them,
+    by the rows of `weight` and of a `weight_scale` that has as many; it knows no other scales.
     """
 
     path: str
@@ -50,6 +51,7 @@ class LinearSite:
     bias: str | None = None
     plain: bool = False
     extras: tuple[str, ...] = ()
+    class_cuts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +160,7 @@ _QWEN3 = Architecture(
 )
 _GEMMA2 = Architecture(attention=_qkv("attention_bias", "attention_bias"), mlp=_gated_mlp(), norms=_SANDWICH_NORMS)
 _GEMMA3 = replace(_GEMMA2, norms=_SANDWICH_NORMS + _HEAD_NORMS)
+# TensorRT-LLM `_torch/models/modeling_phi3.py: Phi3ForCausalLM.load_weights` cuts both fused weights.
 _PHI3 = Architecture(
     attention=(
         LinearSite(
@@ -166,6 +169,7 @@ _PHI3 = Architecture(
             inputs="hidden",
             cut=Cut.COLUMN,
             parts=("heads", "kv_heads", "kv_heads"),
+            class_cuts=True,
         ),
         LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="heads", cut=Cut.ROW),
     ),
@@ -176,6 +180,7 @@ _PHI3 = Architecture(
             inputs="hidden",
             cut=Cut.COLUMN,
             parts=("intermediate", "intermediate"),
+            class_cuts=True,
         ),
         LinearSite(path="mlp.down_proj", outputs="hidden", inputs="intermediate", cut=Cut.ROW),
     ),

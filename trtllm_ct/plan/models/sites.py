@@ -67,7 +67,8 @@ class Site(NamedTuple):
     Engines never read a `plain` module quantized. `expert` marks routed experts, whose kernels support fewer modes.
     `aliases` are other names under which writers have stored the module.
     `cut` says how ranks divide the weight. `heads` is the number of K/V heads if they divide it by heads. `parts` are
-    the rows of each Linear if several are stored in one weight, each of which is divided for itself.
+    the rows of each Linear if several are stored in one weight, each of which is divided for itself; with `class_cuts`
+    the engine's model class divides them, see `LinearSite`.
     `attention` marks modules of attention, which attention data parallelism does not divide. With `ranks_vary` the
     engine may give a rank another slice than the one that its number suggests.
     """
@@ -87,6 +88,7 @@ class Site(NamedTuple):
     parts: tuple[int, ...] = ()
     attention: bool = False
     ranks_vary: bool = False
+    class_cuts: bool = False
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -228,6 +230,7 @@ class Model:
             cut=site.cut,
             heads=self.kv_heads if site.cut is Cut.KV_HEADS else None,
             parts=tuple(self.sizes[part] for part in site.parts),
+            class_cuts=site.class_cuts,
             attention=attention,
             ranks_vary=self.architecture.mlp_ranks_vary and not attention,
         )

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.model_config import ModelConfig
-from tensorrt_llm._torch.models import checkpoints, modeling_decoder
+from tensorrt_llm._torch.models import (
+    checkpoints,
+    modeling_decoder,
+    modeling_deepseekv3,
+    modeling_gemma3,
+    modeling_phi3,
+    modeling_wrappers,
+)
 from tensorrt_llm._torch.models.checkpoints.auto_mapper import AutoCheckpointMapper
 from tensorrt_llm._torch.models.checkpoints.base_checkpoint_loader import BaseCheckpointLoader
 from tensorrt_llm._torch.models.modeling_utils import (
@@ -28,7 +35,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelLoader"]
 
-REGISTERING = (checkpoints, modeling_decoder)
+REGISTERING = (
+    checkpoints,
+    modeling_decoder,
+    modeling_deepseekv3,
+    modeling_gemma3,
+    modeling_phi3,
+    modeling_wrappers,
+)
 _STAGES = ("setup_aliases", "transform_weights", "cache_derived_state")
 _CACHE_ALGOS = {"fp8": QuantAlgo.FP8, "nvfp4": QuantAlgo.NVFP4}
 

@@ -1,0 +1,152 @@
+"""Imitates `_torch/models/modeling_deepseekv3.py`: names, exclusions and loading of Linears; it computes nothing.
+
+The layers that draft tokens are built as with `MTPDecodingConfig`, one for each in the checkpoint and one more, which
+shares their weights: the class copies its exclusions from those of the checkpoint's layers.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensorrt_llm._torch.models.modeling_decoder import GatedMLP, RMSNorm, _linear
+from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM, register_auto_model
+from tensorrt_llm._torch.modules.fused_moe.interface import MoE
+from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tensorrt_llm._torch.model_config import ModelConfig
+    from torch import Tensor
+
+__all__ = ["DeepseekV3ForCausalLM"]
+
+_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+class MLA(nn.Module):
+    """`kv_a_proj_with_mqa` holds q_a_proj too; it and `kv_b_proj` are read plain."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        model, column = config.pretrained_config, TensorParallelMode.COLUMN
+        heads, rank = model.num_attention_heads, model.kv_lora_rank
+        queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+        latent = model.q_lora_rank + rank + model.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = _linear(config, latent, model.hidden_size, None)
+        self.q_b_proj = _linear(config, queries, model.q_lora_rank, column)
+        self.kv_b_proj = _linear(config, heads * (model.qk_nope_head_dim + model.v_head_dim), rank, column)
+        self.o_proj = _linear(config, model.hidden_size, heads * model.v_head_dim, TensorParallelMode.ROW)
+        self.q_a_layernorm, self.kv_a_layernorm = RMSNorm(model.q_lora_rank, config), RMSNorm(rank, config)
+
+
+class Deepseekv3MoE(nn.Module):
+    """A plain router, routed experts, and a gated feed-forward part that is always used."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        model = config.pretrained_config
+        shared = copy(config)
+        object.__setattr__(shared, "pretrained_config", copy(model))
+        shared.pretrained_config.intermediate_size = model.moe_intermediate_size * model.n_shared_experts
+        self.gate = Linear(
+            model.hidden_size,
+            model.n_routed_experts,
+            bias=False,
+            dtype=config.torch_dtype,
+            skip_create_weights_in_init=True,
+        )
+        self.experts = MoE(
+            num_experts=model.n_routed_experts,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.moe_intermediate_size,
+            top_k=model.num_experts_per_tok,
+            renormalize=True,
+            model_config=config,
+        )
+        self.shared_experts = GatedMLP(shared)
+
+
+class DecoderLayer(nn.Module):
+    """One layer; the first `first_k_dense_replace` have no experts."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        model = config.pretrained_config
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(model.hidden_size, config) for _ in range(2))
+        self.self_attn = MLA(config)
+        self.mlp = GatedMLP(config) if layer < model.first_k_dense_replace else Deepseekv3MoE(config)
+
+
+class MTP(DecoderLayer):
+    """A layer that drafts a token."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        width = config.pretrained_config.hidden_size
+        self.eh_proj = _linear(config, width, 2 * width, None)
+        self.enorm, self.hnorm = RMSNorm(width, config), RMSNorm(width, config)
+
+
+@register_auto_model("DeepseekV3ForCausalLM")
+class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
+    """Layers and draft layers without embedding, last norm and head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.model_config = config
+        model = config.pretrained_config
+        first, stored = model.num_hidden_layers, getattr(model, "num_nextn_predict_layers", 0) or 0
+        drafts = stored + 1 if stored else 0
+        self.stored_layer = {first + at: first + at % stored for at in range(drafts)} if stored else {}
+        excluded = config.quant_config.exclude_modules
+        if excluded is not None:
+            for layer, source in self.stored_layer.items():
+                here, there = f"model.layers.{layer}", f"model.layers.{source}"
+                excluded += [name.replace(there, here) for name in excluded if there in name and here not in name]
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(
+            MTP(config, layer) if layer >= first else DecoderLayer(config, layer) for layer in range(first + drafts)
+        )
+        self.finish_construction()
+
+    def load_weights(self, weights: Mapping[str, Tensor], weight_mapper: Any = None) -> None:
+        """Load by names, with q_a and kv_a joined, gate and up given one after the other, and experts renamed."""
+        for name, module in self.named_modules():
+            if module._parameters:
+                self._load(self._stored_name(name.removesuffix(".backend")), module, weights)
+
+    def _stored_name(self, name: str) -> str:
+        for layer, source in self.stored_layer.items():
+            name = name.replace(f"model.layers.{layer}.", f"model.layers.{source}.")
+        return name
+
+    def _load(self, name: str, module: Any, weights: Mapping[str, Tensor]) -> None:
+        around, _, leaf = name.rpartition(".")
+        if leaf == "kv_a_proj_with_mqa":
+            parts = [weights[f"{around}.{part}.weight"] for part in ("q_a_proj", leaf)]
+            module.load_weights(weights=[{"weight": torch.cat(parts)}])
+        elif leaf == "gate_up_proj":
+            module.load_weights(weights=[_below(f"{around}.{part}", weights) for part in ("gate_proj", "up_proj")])
+        elif leaf == "experts":
+            module.load_weights(weights=[_renamed(_below(name, weights))])
+        elif hasattr(module, "load_weights"):
+            module.load_weights(weights=[_below(name, weights)])
+        else:
+            for parameter_name, parameter in module._parameters.items():
+                parameter.data.copy_(weights[f"{name}.{parameter_name}"])
+
+
+def _below(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(name) + 1 :]: tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
+
+
+def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, tensor in weights.items():
+        expert, projection, local = key.split(".")
+        renamed[f"{expert}.{_PROJECTIONS[projection]}.{local}"] = tensor
+    return renamed

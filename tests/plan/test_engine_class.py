@@ -1,0 +1,77 @@
+"""A model whose class the engine lacks is a problem of targets for that engine, and of no other target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from builders import rewrite_config, tiny_config, write_checkpoint
+from multimodal import write_multimodal
+
+from trtllm_ct import convert_checkpoint, inspect_checkpoint, verify_checkpoint
+from trtllm_ct.base.errors import PlanError
+from trtllm_ct.engine.model_classes import has_class
+from trtllm_ct.engine.releases import RELEASES, Release
+from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.plan.models.families import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LACKING = ("GraniteForCausalLM", "Gemma2ForCausalLM", "DeepseekV2ForCausalLM")
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_claimed_class_is_served_or_a_problem(tmp_path: Path, name: str, release: Release) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(name), scheme="fp8-tensor-static")
+
+    for target in ("modelopt", "tensorrt_llm"):
+        problems = plan_checkpoint(tmp_path, target, engine=release.name).problems
+        assert [fault.where for fault in problems] == ["config.json: architectures"] * (name in LACKING)
+        assert all("--to dense" in fault.remedy and name in fault.found for fault in problems)
+    for target in ("dense", "reference"):
+        assert plan_checkpoint(tmp_path, target).problems == ()
+
+
+def test_a_class_of_a_later_release_names_that_release(tmp_path: Path) -> None:
+    write_multimodal(tmp_path, "language_model.model.")
+    rewrite_config(tmp_path, lambda config: config.update(architectures=["KimiK25ForConditionalGeneration"]))
+
+    (fault,) = plan_checkpoint(tmp_path).problems
+
+    assert "stock-1.3" in fault.found
+    assert "--engine stock-1.3" in fault.remedy
+    assert plan_checkpoint(tmp_path, engine="stock-1.3").problems == ()
+
+
+def test_a_wrapper_that_no_release_lists_is_a_problem(tmp_path: Path) -> None:
+    write_multimodal(tmp_path, "model.language_model.")
+    rewrite_config(tmp_path, lambda config: config.update(architectures=["LlavaOnevisionForConditionalGeneration"]))
+
+    assert not any(has_class(release, "LlavaOnevisionForConditionalGeneration") for release in RELEASES)
+    assert len(inspect_checkpoint(tmp_path).problems) == 1
+    assert inspect_checkpoint(tmp_path, "dense").problems == ()
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_the_problem_is_shown_with_the_plan_and_both_directories_are_right(tmp_path: Path, name: str) -> None:
+    write_checkpoint(tmp_path / "in", config=tiny_config(name), scheme="fp8-channel-token")
+
+    inspection = inspect_checkpoint(tmp_path / "in")
+
+    assert inspection.plan is not None
+    assert inspection.to_dict()["problems"] == [fault.to_dict() for fault in inspection.plan.problems] != []
+    for target in ("modelopt", "dense"):
+        report = convert_checkpoint(tmp_path / "in", tmp_path / target, to=target)
+        assert len(report.to_dict()["problems"]) == (target == "modelopt")
+        assert verify_checkpoint(tmp_path / "in", tmp_path / target).good
+
+
+def test_strict_refuses_before_anything_is_written(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", config=tiny_config("GraniteForCausalLM"), scheme="fp8-channel-token")
+
+    with pytest.raises(PlanError, match="GraniteForCausalLM"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", strict=True)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

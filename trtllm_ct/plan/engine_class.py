@@ -1,0 +1,41 @@
+"""Says whether the engine that a plan is for has the class of the model.
+
+Modes, names and tensors may be right in every detail: without the class the engine can't load a directory.
+Source: TensorRT-LLM `_torch/models/modeling_auto.py: AutoModelForCausalLM.from_config`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.errors import Fault
+from trtllm_ct.engine.model_classes import first_release, has_class
+
+if TYPE_CHECKING:
+    from trtllm_ct.engine.releases import Release
+
+__all__ = ["class_problems"]
+
+
+def class_problems(architecture: str, release: Release | None) -> tuple[Fault, ...]:
+    """Return the fault of a release without the model class of an architecture; nothing if it has it.
+
+    `release` is None for a target that no engine with model classes reads.
+    """
+    if release is None or has_class(release, architecture):
+        return ()
+    later = first_release(architecture)
+    found = f"{architecture}, which {later.name} has first" if later else f"{architecture}, which no release line has"
+    dense = "convert with --to dense for a program that has the class"
+    remedy = (
+        f"Choose --engine {later.name} if you run that release, or {dense}."
+        if later
+        else f"{dense.capitalize()}; only a TensorRT-LLM to which you added the class could load the result."
+    )
+    fault = Fault(
+        where="config.json: architectures",
+        expected=f"a model class of the PyTorch backend of {release.name}",
+        found=found,
+        remedy=remedy,
+    )
+    return (fault,)
