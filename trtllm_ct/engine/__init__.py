@@ -1,6 +1,8 @@
 """Facts about TensorRT-LLM, each with its source. The engine is never imported here.
 
 releases.py      the supported release lines, oldest first
+platform.py      the release and the SM of the GPUs that a plan is made for
+linear_mode.py   what an entry of the table of modes says
 modes.py         one table: what the Linear of each QuantAlgo holds, and since which release it exists
 slices.py        which slice of a weight each rank gets, and whether a kernel accepts it
 holdings.py      which modes hold a weight exactly, and why the others do not

@@ -24,6 +24,10 @@ class Release:
     kv_cache: frozenset[str] = frozenset({"FP8"})
     dynamic_attention_output: bool = False
 
+    def has(self, since: Release | None) -> bool:
+        """Whether it has what was introduced by the release `since`; None is what no release has."""
+        return since is not None and RELEASES.index(since) <= RELEASES.index(self)
+
 
 STOCK_1_0 = Release(
     name="stock-1.0",

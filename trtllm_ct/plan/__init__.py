@@ -21,6 +21,7 @@ unsupported.py        refuses parts of a configuration that are not supported
 leftovers.py          refuses tensors that belong to no module
 attention_output.py   which output projections get an input that attention has quantized at a fixed scale
 engine_config.py      the plan as the engine's QuantConfig
+gpu_warnings.py       warns of what an engine computes wrongly on some GPUs
 producers.py          writers that are known to store wrong numbers
 models/               which modules a model has
 ranks/                the part of a plan that one rank, or one tile of rows, needs

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tensorrt_llm
+import torch
 from tensorrt_llm._torch.models.checkpoints import base_weight_loader
 from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
@@ -20,6 +21,7 @@ from tensorrt_llm.llmapi import llm_args, llm_utils
 from tensorrt_llm.logger import logger
 
 from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.platform import sm_of_capability
 from trtllm_ct.serve.additive_zeros import install_additive_zeros
 from trtllm_ct.serve.features import EngineFeatures, EngineParts, probe_features
 from trtllm_ct.serve.session import LoadSession
@@ -177,8 +179,14 @@ def engine_features() -> EngineFeatures:
             llm_utils=llm_utils,
             weight_loader=base_weight_loader.BaseWeightLoader,
             version=getattr(tensorrt_llm, "__version__", None),
+            sm=_sm_of_gpu(),
         )
     )
+
+
+def _sm_of_gpu() -> int | None:
+    """Return the SM of this machine's first GPU; None without a GPU, and for one that no plan is made for."""
+    return sm_of_capability(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
 def engine_llm() -> Any:

@@ -36,6 +36,7 @@ class EngineFeatures:
     - `mapping_argument`: whether the engine's weight loaders take the argument `mapping`.
     - `compressed_tensors_parser`: whether the engine parses some compressed-tensors configurations by itself.
     - `version`: the engine's version string. It is only shown; no decision depends on it.
+    - `sm`: the SM of this machine's GPU, one of `trtllm_ct.engine.platform.SMS`; None if it has none of them.
     """
 
     engine: str = DEFAULT_ENGINE
@@ -45,6 +46,7 @@ class EngineFeatures:
     mapping_argument: bool = True
     compressed_tensors_parser: bool = False
     version: str | None = None
+    sm: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON output."""
@@ -65,6 +67,7 @@ class EngineParts:
     - `llm_utils`: the module `llmapi.llm_utils`.
     - `weight_loader`: the class `_torch.models.checkpoints.base_weight_loader.BaseWeightLoader`.
     - `version`: the engine's version string, if it has one.
+    - `sm`: the SM of this machine's GPU, if it is known.
     """
 
     linear: Any
@@ -73,6 +76,7 @@ class EngineParts:
     llm_utils: Any
     weight_loader: Any
     version: str | None = None
+    sm: int | None = None
 
 
 def probe_features(parts: EngineParts) -> EngineFeatures:
@@ -96,6 +100,7 @@ def probe_features(parts: EngineParts) -> EngineFeatures:
         mapping_argument=mapping_argument,
         compressed_tensors_parser=hasattr(parts.llm_utils, _STOCK_PARSER),
         version=parts.version,
+        sm=parts.sm,
     )
 
 

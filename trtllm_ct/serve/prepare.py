@@ -65,6 +65,7 @@ def prepare(
     features = installed_features()
     options = ServingOptions(
         engine=features.engine,
+        sm=features.sm,
         additive_zeros=features.additive_zeros,
         parallel=parallel,
         dtype=_dtype(dtype),
