@@ -123,7 +123,8 @@ def test_features_and_modes_of_the_installed_release(generation: str) -> None:
     assert ("MXFP8" in document["capabilities"]["linear"]) is (generation == "newest")
     assert shown[0] == "LLM runs TensorRT-LLM: it is installed"
     for feature, value in document["features"].items():
-        assert f"{feature}: {value if isinstance(value, str) else ['no', 'yes'][value]}" in shown
+        words = {True: "yes", False: "no", None: "unknown"}
+        assert f"{feature}: {value if isinstance(value, str) else words[value]}" in shown
     assert f"Linears: {', '.join(document['capabilities']['linear'])}" in shown
     assert f"routed experts: {', '.join(document['capabilities']['experts'])}" in shown
 
@@ -140,7 +141,7 @@ def test_a_release_without_a_version_is_unknown(newest: Any, monkeypatch: pytest
 
 def test_modes_of_later_releases_are_reported_as_missing(old: Any) -> None:
     assert missing(run_cli("doctor", "--json")) == {
-        "capability set stock-1.0": "no MXFP8, W4A16_NVFP4",
+        "capability set stock-1.0": "no MXFP8, W4A16_NVFP4, W4A8_MXFP4_MXFP8",
         "LLM(force_dynamic_quantization=...)": "none that attention honours in this TensorRT-LLM",
     }
 

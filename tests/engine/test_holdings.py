@@ -51,13 +51,25 @@ class Row:
 
 
 INT4_GROUPS = "=W4A16_AWQ/{0} =W4A16_GPTQ/{0} ~W4A16_AWQ/64 ~W4A16_GPTQ/64"
-INT4_ROWS = "=W4A16 ~W4A16_AWQ/128 ~W4A16_AWQ/64"
+INT4_ROWS = "=W4A16 ~W4A16_AWQ/128 ~W4A16_AWQ/64 ~W4A16_GPTQ/128 ~W4A16_GPTQ/64"
+INT4_LARGE_GROUPS = "~W4A16_AWQ/128 ~W4A16_AWQ/64 ~W4A16_GPTQ/128 ~W4A16_GPTQ/64"
 ROWS = {
     # Integers of up to 4 bits.
     "int4 g128": Row(weight=weight(ints(4, 128)), native="W4A16_GPTQ", held=INT4_GROUPS.format(128)),
     "int4 g64": Row(weight=weight(ints(4, 64)), native="W4A16_GPTQ", held="=W4A16_AWQ/64 =W4A16_GPTQ/64"),
     "int4 g32": Row(weight=weight(ints(4, 32)), native="W4A16_GPTQ"),
-    "int4 g256": Row(weight=weight(ints(4, 256)), native="W4A16_GPTQ"),
+    "int4 g256": Row(weight=weight(ints(4, 256)), native="W4A16_GPTQ", held=INT4_LARGE_GROUPS),
+    "int4 g512": Row(weight=weight(ints(4, 512)), native="W4A16_GPTQ", held=INT4_LARGE_GROUPS),
+    "int4 g384": Row(weight=weight(ints(4, 384), shape=(256, 768)), native="W4A16_GPTQ", held=INT4_LARGE_GROUPS),
+    "int4 g192": Row(
+        weight=weight(ints(4, 192), shape=(256, 384)), native="W4A16_GPTQ", held="~W4A16_AWQ/64 ~W4A16_GPTQ/64"
+    ),
+    "int4 g96": Row(weight=weight(ints(4, 96), shape=(256, 384)), native="W4A16_GPTQ"),
+    "int4 g256 asymmetric": Row(
+        weight=weight(ints(4, 256), has_zero_point=True),
+        native="W4A16_GPTQ",
+        held="~W4A16_GPTQ/128 ~W4A16_GPTQ/64",
+    ),
     "int4 channel": Row(weight=weight(ints(4)), native="W4A16_GPTQ", held=INT4_ROWS),
     "int4 tensor": Row(weight=weight(ints(4, None, Strategy.TENSOR)), native="W4A16_GPTQ", held=INT4_ROWS),
     "int4 g128 asymmetric": Row(
@@ -65,7 +77,9 @@ ROWS = {
         native="W4A16_GPTQ",
         held="=W4A16_GPTQ/128 ~W4A16_GPTQ/64",
     ),
-    "int4 channel asymmetric": Row(weight=weight(ints(4), has_zero_point=True), native="W4A16_GPTQ"),
+    "int4 channel asymmetric": Row(
+        weight=weight(ints(4), has_zero_point=True), native="W4A16_GPTQ", held="~W4A16_GPTQ/128 ~W4A16_GPTQ/64"
+    ),
     "int4 g128 permuted": Row(weight=weight(ints(4, 128), permuted=True), native="W4A16_GPTQ"),
     "int3 g128": Row(weight=weight(ints(3, 128)), native="W4A16_GPTQ", held=INT4_GROUPS.format(128)),
     "int2 channel": Row(weight=weight(ints(2)), native="W4A16_GPTQ", held=INT4_ROWS),
@@ -76,7 +90,11 @@ ROWS = {
         native="W4A16_GPTQ",
         held="=W4A16_AWQ/128* =W4A16_GPTQ/128* ~W4A16_AWQ/64* ~W4A16_GPTQ/64*",
     ),
-    "W4A8": Row(weight=weight(ints(4), INT8_TOKEN), native="W4A16_GPTQ", held="=W4A16* ~W4A16_AWQ/128* ~W4A16_AWQ/64*"),
+    "W4A8": Row(
+        weight=weight(ints(4), INT8_TOKEN),
+        native="W4A16_GPTQ",
+        held="=W4A16* ~W4A16_AWQ/128* ~W4A16_AWQ/64* ~W4A16_GPTQ/128* ~W4A16_GPTQ/64*",
+    ),
     # Integers of 5 to 8 bits.
     "int8 channel": Row(weight=weight(ints(8)), native="W8A16", held="=W8A16"),
     "int8 tensor": Row(weight=weight(ints(8, None, Strategy.TENSOR)), native="W8A16", held="=W8A16"),
@@ -102,7 +120,7 @@ ROWS = {
     "fp8 static asymmetric input": Row(weight=weight(FP8_TENSOR, replace(FP8_STATIC, symmetric=False)), native="FP8"),
     "fp8 block": Row(weight=weight(blocks(), FP8_GROUP), native="FP8_BLOCK_SCALES", held="=FP8_BLOCK_SCALES"),
     "fp8 block, odd shape": Row(
-        weight=weight(blocks(), FP8_GROUP, shape=(200, 72)), native="FP8_BLOCK_SCALES", held="=FP8_BLOCK_SCALES"
+        weight=weight(blocks(), FP8_GROUP, shape=(208, 80)), native="FP8_BLOCK_SCALES", held="=FP8_BLOCK_SCALES"
     ),
     "fp8 block weight-only": Row(weight=weight(blocks()), native="FP8_BLOCK_SCALES"),
     "fp8 block 64x128": Row(weight=weight(blocks(64), FP8_GROUP), native="FP8_BLOCK_SCALES"),
@@ -116,9 +134,16 @@ ROWS = {
     ),
     "NVFP4A16": Row(weight=weight(NVFP4), native="NVFP4", held="=W4A16_NVFP4/16"),
     "NVFP4 with fp8 tokens": Row(weight=weight(NVFP4, FP8_TOKEN), native="NVFP4"),
-    "MXFP4": Row(weight=weight(MXFP4, MXFP4_INPUT), native="W4A16_MXFP4", held="=W4A16_MXFP4/32*"),
-    "MXFP4A16": Row(weight=weight(MXFP4), native="W4A16_MXFP4", held="=W4A16_MXFP4/32"),
-    "MXFP4XFP8": Row(weight=weight(MXFP4, FP8_GROUP), native="W4A16_MXFP4", held="=W4A16_MXFP4/32*"),
+    "MXFP4": Row(
+        weight=weight(MXFP4, MXFP4_INPUT), native="W4A16_MXFP4", held="=W4A16_MXFP4/32* =W4A8_MXFP4_MXFP8/32*"
+    ),
+    "MXFP4A16": Row(weight=weight(MXFP4), native="W4A16_MXFP4", held="=W4A16_MXFP4/32 =W4A8_MXFP4_MXFP8/32*"),
+    "MXFP4XFP8": Row(
+        weight=weight(MXFP4, FP8_GROUP), native="W4A16_MXFP4", held="=W4A16_MXFP4/32* =W4A8_MXFP4_MXFP8/32*"
+    ),
+    "MXFP4XMXFP8": Row(
+        weight=weight(MXFP4, MXFP8_INPUT), native="W4A16_MXFP4", held="=W4A16_MXFP4/32* =W4A8_MXFP4_MXFP8/32"
+    ),
     "MXFP6A8": Row(weight=weight(MXFP6, MXFP8_INPUT), native=None),
     "MXFP8": Row(weight=weight(MXFP8, MXFP8_INPUT), native="MXFP8", held="=MXFP8/32"),
     "MXFP8A16": Row(weight=weight(MXFP8), native="MXFP8"),
@@ -180,6 +205,7 @@ def test_the_recipe_distinguishes_awq_and_gptq_up_to_4_bits_only(bits: int, nati
         ("NVFP4A16", None, "W4A16_NVFP4"),
         ("MXFP8", None, "MXFP8"),
         ("MXFP4A16", None, None),
+        ("int4 g256", "W4A16_AWQ", "W4A16_AWQ"),
     ],
 )
 def test_each_scheme_gets_the_first_mode_that_the_target_has(
@@ -188,7 +214,8 @@ def test_each_scheme_gets_the_first_mode_that_the_target_has(
     """Symmetric int4 gets W4A16_AWQ whichever tool wrote it; asymmetric int4 needs a target with W4A16_GPTQ."""
     for target, expected in ((MODELOPT, modelopt), (REFERENCE, reference)):
         algos = target.algos(expert=False)
-        first = next((h.mode.algo for h in holdings(ROWS[row].weight) if h.mode.algo in algos), None)
+        held_there = holdings(ROWS[row].weight, target.capabilities.platform)
+        first = next((h.mode.algo for h in held_there if h.mode.algo in algos), None)
         assert first == expected
 
 
@@ -204,17 +231,26 @@ TILES: list[tuple[Weight, tuple[int, int], bool]] = [
     (weight(ints(8)), (16, 64), True),
     (weight(ints(8)), (16, 32), False),
     (weight(ints(8)), (24, 64), False),
-    (weight(FP8_TENSOR, FP8_STATIC), (3, 5), True),
-    (weight(FP8_CHANNEL, FP8_TOKEN), (3, 5), True),
-    (weight(blocks(), FP8_GROUP), (130, 5), True),
-    (weight(blocks(), FP8_GROUP, fused=True), (128, 5), True),
-    (weight(blocks(), FP8_GROUP, fused=True), (130, 128), False),
-    (weight(NVFP4, NVFP4_INPUT), (3, 16), True),
-    (weight(NVFP4, NVFP4_INPUT), (3, 24), False),
+    (weight(FP8_TENSOR, FP8_STATIC), (48, 80), True),
+    (weight(FP8_TENSOR, FP8_STATIC), (40, 80), False),
+    (weight(FP8_TENSOR, FP8_STATIC), (48, 72), False),
+    (weight(FP8_CHANNEL, FP8_TOKEN), (24, 80), True),
+    (weight(FP8_CHANNEL, FP8_TOKEN), (20, 80), False),
+    (weight(FP8_CHANNEL, FP8_TOKEN), (24, 72), False),
+    (weight(blocks(), FP8_GROUP), (144, 80), True),
+    (weight(blocks(), FP8_GROUP), (136, 80), False),
+    (weight(blocks(), FP8_GROUP), (144, 72), False),
+    (weight(blocks(), FP8_GROUP, fused=True), (128, 80), True),
+    (weight(blocks(), FP8_GROUP, fused=True), (144, 128), False),
+    (weight(NVFP4, NVFP4_INPUT), (3, 32), True),
+    (weight(NVFP4, NVFP4_INPUT), (3, 48), False),
+    (weight(NVFP4), (3, 16), True),
     (weight(NVFP4), (3, 24), False),
-    (weight(MXFP4), (128, 128), True),
-    (weight(MXFP4), (64, 128), False),
-    (weight(MXFP4), (128, 160), False),
+    (weight(MXFP4), (32, 32), True),
+    (weight(MXFP4), (32, 48), False),
+    (weight(MXFP4, expert=True), (128, 128), True),
+    (weight(MXFP4, expert=True), (64, 128), False),
+    (weight(MXFP4, expert=True), (128, 160), False),
     (weight(MXFP8, MXFP8_INPUT), (3, 32), True),
     (weight(MXFP8, MXFP8_INPUT), (3, 48), False),
 ]
@@ -229,14 +265,16 @@ def test_kernels_accept_whole_tiles_only(of: Weight, shape: tuple[int, int], fit
 
 def test_fused_linears_begin_at_a_whole_block() -> None:
     """The engine concatenates the scales of q, k and v: a partial block would shift the scales that follow."""
-    joined = weight(blocks(), FP8_GROUP, shape=(192, 256), fused=True)
-    assert "FP8_BLOCK_SCALES needs out % 128 == 0 and in % 1 == 0" in obstacles(joined, EVERY_ALGO)
+    joined = weight(blocks(), FP8_GROUP, shape=(192, 256), fused=True, fused_parts=("q_proj", "k_proj", "v_proj"))
+    assert obstacles(joined, EVERY_ALGO)[-1] == (
+        "FP8_BLOCK_SCALES needs out % 128 == 0 in each of q_proj, k_proj and v_proj, which it fuses, and in % 16 == 0"
+    )
     assert held(replace(joined, fused=False)) == "=FP8_BLOCK_SCALES"
 
 
 def test_scales_are_repeated_only_into_whole_groups() -> None:
     """192 columns are three groups of 64 and no whole number of groups of 128."""
-    assert held(weight(ints(4), shape=(16, 192))) == "=W4A16 ~W4A16_AWQ/64"
+    assert held(weight(ints(4), shape=(16, 192))) == "=W4A16 ~W4A16_AWQ/64 ~W4A16_GPTQ/64"
 
 
 def test_without_a_shape_the_configuration_alone_decides() -> None:
@@ -277,7 +315,6 @@ def test_reasons_name_the_obstacle(row: str, words: str) -> None:
         ("W8A8 dynamic", "activations stay 16-bit; the scheme asks for int8 token dynamic"),
         ("W8A8 asymmetric activations", "activations stay 16-bit; the scheme asks for int8 tensor asymmetric"),
         ("W4AFP8", "activations stay 16-bit; the scheme asks for fp8 token dynamic"),
-        ("MXFP4", "activations stay 16-bit; the scheme asks for fp4 group 32 dynamic"),
         ("fp8 tensor, tokens", ""),
         (
             "fp8 channel, static input",

@@ -33,6 +33,7 @@ from quantized_weights import (
 from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, Strategy
 from trtllm_ct.engine.holdings import Weight, activations_of
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm
+from trtllm_ct.engine.platform import SMS
 from trtllm_ct.engine.target import DENSE, ENGINES, MODELOPT, REFERENCE, TARGETS, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
@@ -43,6 +44,8 @@ from trtllm_ct.reference import ReferenceLinear
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trtllm_ct.engine.platform import Platform
+    from trtllm_ct.engine.releases import Release
     from trtllm_ct.engine.target import Target
 
 QKV = "model.layers.0.self_attn.qkv_proj"
@@ -72,6 +75,8 @@ BLOCK_FP8 = weight(blocks(), FP8_GROUP, shape=SHAPE)
 NVFP4_W4A4 = weight(NVFP4, NVFP4_INPUT, shape=SHAPE)
 NVFP4_A16 = weight(NVFP4, shape=SHAPE)
 MXFP4_A16 = weight(MXFP4, shape=SHAPE)
+MXFP4_W4A4 = weight(MXFP4, MXFP4_INPUT, shape=SHAPE)
+MXFP4_EXPERT = replace(MXFP4_A16, expert=True)
 MXFP6_A8 = weight(MXFP6, MXFP8_INPUT, shape=SHAPE)
 MXFP8_A8 = weight(MXFP8, MXFP8_INPUT, shape=SHAPE)
 
@@ -172,7 +177,7 @@ class TestAlone:
         ("of", "reason"),
         [
             (int4(32), "W4A16_AWQ holds groups of 64 or 128"),
-            (int4(256), "W4A16_AWQ holds groups of 64 or 128"),
+            (int4(96), "W4A16_AWQ holds groups of 64 or 128"),
             (int4(None, zeros=True), "W4A16 holds no zero points"),
             (replace(int4(128), permuted=True), "this weight has activation ordering"),
             (INT8_GROUP, "W8A16 holds no scale per group"),
@@ -187,6 +192,56 @@ class TestAlone:
 
         assert mode(assignment) == "dequantized"
         assert reason in assignment.reason
+
+    @pytest.mark.parametrize("target", [*STOCK, REFERENCE], ids=lambda target: target.capabilities.name)
+    def test_large_groups_are_held_by_repeating_their_scales(self, target):
+        assignment = alone(int4(256), target=target)
+
+        assert (mode(assignment), assignment.reason) == ("W4A16_AWQ g128", "scales repeated for groups of 128")
+
+    @pytest.mark.parametrize(
+        ("engine", "expected", "reason"),
+        [
+            (
+                "stock-1.2",
+                "W4A16_AWQ g128",
+                "scales repeated for groups of 128: W4A16 of stock-1.2 drops the bias; stock-1.3 adds it",
+            ),
+            ("stock-1.3", "W4A16", ""),
+        ],
+    )
+    def test_int4_rows_with_a_bias_get_a_mode_that_adds_it(self, engine, expected, reason):
+        assignment = alone(replace(int4(None), bias=True), target=target_named("modelopt", engine))
+
+        assert (mode(assignment), assignment.reason) == (expected, reason)
+
+    def test_int8_with_a_bias_is_dequantized_where_every_mode_drops_it(self):
+        biased = replace(INT8_CHANNEL, bias=True)
+
+        reason = "W8A16 of stock-1.2 drops the bias; stock-1.3 adds it"
+        assert alone(biased) == Assignment(holding=None, reason=reason)
+        assert mode(alone(biased, target=target_named("modelopt", "stock-1.3"))) == "W8A16"
+
+    @pytest.mark.parametrize(
+        ("of", "sm", "reason"),
+        [
+            (int4(128), 120, "W4A16_AWQ has no Linear on SM120"),
+            (
+                replace(BLOCK_FP8, shape=(128, 576)),
+                None,
+                (
+                    "FP8_BLOCK_SCALES needs out % 16 == 0 and in % 16 == 0 and in % 128 == 0 on SM89 and SM120; "
+                    "kept with --sm 90 or --sm 100"
+                ),
+            ),
+            (replace(BLOCK_FP8, shape=(128, 576)), 89, "FP8_BLOCK_SCALES needs out % 16 == 0 and in % 128 == 0"),
+            (MXFP4_A16, None, "W4A8_MXFP4_MXFP8 has a Linear on SM100 only; kept with --sm 100"),
+            (MXFP4_A16, 90, "W4A8_MXFP4_MXFP8 has no Linear on SM90"),
+        ],
+        ids=label,
+    )
+    def test_the_reason_says_what_the_sm_decides(self, of, sm, reason):
+        assert alone(of, target=target_named("modelopt", sm=sm)) == Assignment(holding=None, reason=reason)
 
     def test_asymmetric_int4_is_native_only_where_the_target_declares_the_method(self):
         of = int4(128, zeros=True)
@@ -317,8 +372,6 @@ class TestExperts:
             (STATIC_FP8, "FP8"),
             (BLOCK_FP8, "FP8_BLOCK_SCALES"),
             (NVFP4_W4A4, "NVFP4 g16"),
-            (MXFP4_A16, "W4A16_MXFP4 g32"),
-            (weight(MXFP4, MXFP4_INPUT, shape=SHAPE), "W4A16_MXFP4 g32"),
         ],
         ids=label,
     )
@@ -348,9 +401,23 @@ class TestExperts:
 
         assert assignment.reason == f"stock-1.2 has no {algo} expert kernel; stock-1.3 has one"
 
-    def test_mxfp4_is_native_for_experts_only(self):
-        assert mode(alone(MXFP4_A16)) == "dequantized"
-        assert alone(MXFP4_A16).reason == "W4A16_MXFP4 would hold it, and stock-1.2 has no such Linear"
+    @pytest.mark.parametrize(
+        ("sm", "expected"),
+        [(90, "W4A16_MXFP4 g32"), (100, "W4A8_MXFP4_MXFP8 g32"), (120, "W4A8_MXFP4_MXFP8 g32"), (89, "dequantized")],
+    )
+    @pytest.mark.parametrize("of", [MXFP4_EXPERT, replace(MXFP4_EXPERT, scheme=MXFP4_W4A4.scheme)], ids=label)
+    def test_the_sm_decides_the_mode_of_mxfp4_experts(self, of, sm, expected):
+        assert {mode(assignment) for assignment in experts(of, of, target=target_named("modelopt", sm=sm))} == {
+            expected
+        }
+
+    def test_without_an_sm_the_reason_names_those_that_keep_mxfp4_experts(self):
+        reason = (
+            "W4A16_MXFP4 has an expert kernel on SM90 only; "
+            "W4A8_MXFP4_MXFP8 has an expert kernel on SM100 and SM120 only; kept with --sm 90 or --sm 100 or --sm 120"
+        )
+        assert experts(MXFP4_EXPERT) == [Assignment(holding=None, reason=reason)]
+        assert [mode(assignment) for assignment in experts(MXFP4_EXPERT, target=REFERENCE)] == ["W4A16_MXFP4 g32"]
 
     @pytest.mark.parametrize(("plain", "verb"), [(1, "is"), (4, "are")])
     def test_one_plain_expert_makes_all_plain(self, plain, verb):
@@ -390,11 +457,12 @@ def weights(draw: st.DrawFn) -> Weight:
         has_zero_point=integer and draw(st.booleans()),
         permuted=integer and args.group_size is not None and draw(st.booleans()),
         fused=draw(st.booleans()),
+        bias=draw(st.booleans()),
     )
 
 
-def holds(row: LinearMode, of: Weight) -> bool:
-    """Whether an entry of the table holds a weight unchanged; a slow and simple version of `holdings`."""
+def holds(row: LinearMode, of: Weight, platform: Platform | None) -> bool:
+    """Whether an entry of the table holds a weight; a slow and simple version of `holdings`."""
     args, (rows, columns) = of.args, of.shape
     asked = activations_of(of.scheme)
     both_scalars = asked is Activations.FP8_STATIC and args.strategy is Strategy.TENSOR and row.element is Element.E4M3
@@ -404,24 +472,42 @@ def holds(row: LinearMode, of: Weight) -> bool:
         [
             row.element is of.element,
             args.num_bits in row.bits,
-            args.strategy in row.exact,
-            args.group_size in {None, *row.group_sizes},
+            args.strategy in row.exact | row.widened,
+            not row.group_sizes or any(in_groups(row, args.group_size, size, columns) for size in row.group_sizes),
+            args.group_size is None or row.group_sizes != (),
             args.block_structure in {None, row.block},
             row.zero_point or not of.has_zero_point,
             not of.permuted,
             asked is row.activations or noted,
             rows % (row.fused_row_multiple if of.fused else row.row_multiple) == 0,
             columns % row.column_multiple == 0,
+            not of.expert or (rows % row.expert_multiple, columns % row.expert_multiple) == (0, 0),
+            platform is None or runs_everywhere(row, of, platform.release),
             all(getattr(of, name) is wanted for name, wanted in scale.items()),
         ]
     )
 
 
+def in_groups(row: LinearMode, stored: int | None, size: int, columns: int) -> bool:
+    """Whether the stored groups, or rows without groups, consist of whole groups of this size of the mode."""
+    if row.scale is not ScaleForm.GROUP:
+        return stored == size
+    return columns % size == 0 and (stored is None or (stored % size == 0 and columns % stored == 0))
+
+
+def runs_everywhere(row: LinearMode, of: Weight, release: Release) -> bool:
+    """Whether a release adds the bias, and takes the columns on every SM; false if it must know the SM."""
+    adds_bias = of.expert or not of.bias or row.bias_since is None or release.has(row.bias_since)
+    return adds_bias and not row.known_sm and all(of.shape[1] % row.columns_on(sm) == 0 for sm in SMS)
+
+
 @settings(max_examples=400, deadline=None)
 @given(of=weights(), target=st.sampled_from([*STOCK, *TARGETS.values()]), expert=st.booleans())
 def test_a_module_is_native_exactly_if_the_tables_say_so(of: Weight, target: Target, expert: bool) -> None:
-    """The general rule: a mode of the target that holds the weight unchanged, or dequantized with a reason."""
-    able = {row.algo for row in LINEAR_MODES if holds(row, of)} & target.algos(expert=expert)
+    """The general rule: a mode of the target that holds the weight, unchanged if one does, or else a reason."""
+    of = replace(of, expert=expert)
+    platform = target.capabilities.platform
+    able = {row.algo for row in LINEAR_MODES if holds(row, of, platform)} & target.algos(expert=expert)
 
     assignment = assigned(of, site(expert=expert), target)
 
@@ -430,8 +516,9 @@ def test_a_module_is_native_exactly_if_the_tables_say_so(of: Weight, target: Tar
         assert assignment.reason
     else:
         assert assignment.holding.mode.algo in able
-        assert assignment.holding.as_is
-        assert assignment.reason == ""
+        exact = any(of.args.strategy in row.exact for row in LINEAR_MODES if row.algo in able)
+        assert assignment.holding.as_is <= exact
+        assert bool(assignment.reason) is not assignment.holding.as_is
         asked, given_ = activations_of(of.scheme), assignment.holding.mode.activations
         assert bool(assignment.holding.note) is (asked is not given_)
 

@@ -5,6 +5,7 @@ Group scales are the numbers of E4M3 from a table made here; that a shift loses 
 
 from __future__ import annotations
 
+from ctypes import c_float
 from fractions import Fraction
 from itertools import permutations
 from math import log2
@@ -191,9 +192,16 @@ class TestWeights:
             )
         ]
 
-    @pytest.mark.parametrize(("apart", "equal"), [(0.0, True), (5e-7, True), (2e-6, False)])
-    def test_scalars_that_differ_by_rounding_are_equal(self, apart: float, equal: bool) -> None:
-        assert (equalized([2000.0, 2000.0 * (1 + apart)]) == [None, None]) is equal
+    @pytest.mark.parametrize(("apart", "equal"), [(0, True), (1, False), (4, False)])
+    def test_scalars_are_equal_bit_for_bit_or_not_at_all(self, apart: int, equal: bool) -> None:
+        """A release of early 2026 asserts exact equality: one unit in the last place makes it raise."""
+        assert (equalized([1100.0, 1100.0 + apart * 2.0**-13]) == [None, None]) is equal
+
+    def test_divisors_with_one_multiplier_are_equal(self) -> None:
+        """The engine compares what is delivered: 1 / divisor, rounded to float32."""
+        divisors = [2002.0, 2002.0 + 2.0**-13]
+        assert len({c_float(1 / divisor).value for divisor in divisors}) == 1
+        assert equalized(divisors) == [None, None]
 
     @pytest.mark.parametrize("bad", [NAN, INFINITE, -4.0, 0.0, None], ids=str)
     def test_nothing_is_decided_from_scalars_that_are_refused_later_or_were_not_read(self, bad: float | None) -> None:

@@ -28,6 +28,7 @@ LAYERS = {
     QuantAlgo.W4A16_NVFP4: LayerQuantConfig(quant_algo=QuantAlgo.W4A16_NVFP4, group_size=16),
     QuantAlgo.MXFP8: LayerQuantConfig(quant_algo=QuantAlgo.MXFP8, group_size=32),
     QuantAlgo.W4A16_MXFP4: LayerQuantConfig(quant_algo=QuantAlgo.W4A16_MXFP4),
+    QuantAlgo.W4A8_MXFP4_MXFP8: LayerQuantConfig(quant_algo=QuantAlgo.W4A8_MXFP4_MXFP8),
 }
 # The number of columns that share a scale; in FP8_BLOCK_SCALES, 128 rows share it too.
 GROUPS = {
@@ -38,9 +39,10 @@ GROUPS = {
     QuantAlgo.W4A16_NVFP4: 16,
     QuantAlgo.MXFP8: 32,
     QuantAlgo.W4A16_MXFP4: 32,
+    QuantAlgo.W4A8_MXFP4_MXFP8: 32,
 }
 ROW_PAIRS = {QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ}
-COLUMN_PAIRS = {QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4, QuantAlgo.W4A16_MXFP4}
+COLUMN_PAIRS = {QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4, QuantAlgo.W4A16_MXFP4, QuantAlgo.W4A8_MXFP4_MXFP8}
 
 TINY = {
     "vocab_size": 40,
@@ -171,6 +173,10 @@ def random_linear() -> Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]
             QuantAlgo.W4A16_NVFP4: lambda: {"weight": fp4, **nvfp4},
             QuantAlgo.MXFP8: lambda: {"weight": fp8, "weight_scale": integers(120, 130, torch.uint8, *groups)},
             QuantAlgo.W4A16_MXFP4: lambda: {"weight": fp4, "weight_scale": integers(120, 130, torch.uint8, *groups)},
+            QuantAlgo.W4A8_MXFP4_MXFP8: lambda: {
+                "weight": fp4,
+                "weight_scale": integers(120, 130, torch.uint8, *groups),
+            },
         }[algo]()
         return LAYERS[algo], tensors
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 ALL_CODES = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]], dtype=torch.uint8)
 E2M1 = torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]])
 FP4 = [QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4]
-MX = [QuantAlgo.MXFP8, QuantAlgo.W4A16_MXFP4]
+MXFP4 = [QuantAlgo.W4A16_MXFP4, QuantAlgo.W4A8_MXFP4_MXFP8]
+MX = [QuantAlgo.MXFP8, *MXFP4]
 BLOCKS = LayerQuantConfig(quant_algo=QuantAlgo.FP8_BLOCK_SCALES, group_size=128)
 
 
@@ -49,11 +50,12 @@ def test_nvfp4_is_code_times_both_scales(algo: QuantAlgo) -> None:
     assert torch.equal(torch.cat((E2M1 * 0.25, E2M1 * 112), dim=1), weight)
 
 
-def test_mxfp4_scales_are_exponents() -> None:
+@pytest.mark.parametrize("algo", MXFP4)
+def test_mxfp4_scales_are_exponents(algo: QuantAlgo) -> None:
     """Byte 127 is 1, byte 130 is 8; byte 0 is 2^-127, which is not zero in float32."""
     tensors = {"weight": ALL_CODES.repeat(1, 6), "weight_scale": torch.tensor([[127, 130, 0]], dtype=torch.uint8)}
 
-    weight = build(tensors, QuantAlgo.W4A16_MXFP4, 1, 96).dequantized_weight(torch.float32)
+    weight = build(tensors, algo, 1, 96).dequantized_weight(torch.float32)
 
     groups = [group.repeat(1, 2) for group in (E2M1, 8 * E2M1, E2M1 * 2.0**-127)]
     assert torch.equal(torch.cat(groups, dim=1), weight)

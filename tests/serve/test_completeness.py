@@ -49,6 +49,7 @@ LINEARS: dict[QuantAlgo, str] = {
     QuantAlgo.NVFP4: "nvfp4",
     QuantAlgo.W4A16_NVFP4: "nvfp4a16",
     QuantAlgo.MXFP8: "mxfp8",
+    QuantAlgo.W4A8_MXFP4_MXFP8: "mxfp4a16",
     QuantAlgo.W8A16: "int8-channel",
     QuantAlgo.W4A16: "int4-channel",
     QuantAlgo.W4A16_AWQ: "int4-g64",
@@ -61,18 +62,27 @@ EXPERTS: dict[QuantAlgo, str] = {
     QuantAlgo.W4A16_NVFP4: "nvfp4a16",
     QuantAlgo.MXFP8: "mxfp8",
     QuantAlgo.W4A16_MXFP4: "mxfp4a16",
+    QuantAlgo.W4A8_MXFP4_MXFP8: "mxfp4a16",
     QuantAlgo.W8A16: "int8-channel",
 }
+SMS = {QuantAlgo.W4A16_MXFP4: 90, QuantAlgo.W4A8_MXFP4_MXFP8: 100}
+"""The SM for which a mode is planned, if it is planned only when that is known."""
 
 
 class Shipment:
     """A checkpoint, its plan for one rank of the newest releases, and the tensors loaded for that rank."""
 
-    def __init__(self, directory: Path, rank: Rank = Rank(), **written: Any) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        directory: Path,
+        rank: Rank = Rank(),  # noqa: B008 (frozen)
+        sm: int | None = None,
+        **written: Any,
+    ) -> None:
         write_checkpoint(directory, **written)
         self._checkpoint = open_checkpoint(directory)
         self.model: Model = self._checkpoint.model
-        self.whole: Plan = self._checkpoint.plan("tensorrt_llm", engine="stock-1.3", parallel=rank.parallel)
+        self.whole: Plan = self._checkpoint.plan("tensorrt_llm", engine="stock-1.3", sm=sm, parallel=rank.parallel)
         self.plan: Plan = plan_for_rank(self.whole, self.model, rank)
         self.weights = self.delivered(self.plan)
 
@@ -226,7 +236,7 @@ def test_all_faults_are_named_together_and_nothing_else(mixed: Shipment, data: s
 
 @pytest.mark.parametrize(("algo", "scheme"), LINEARS.items(), ids=LINEARS)
 def test_a_plan_without_a_tensor_that_a_linear_reads_raises(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
-    shipped = Shipment(tmp_path / "model", config=CONFIG, scheme=scheme)
+    shipped = Shipment(tmp_path / "model", sm=SMS.get(algo), config=CONFIG, scheme=scheme)
     demanded = shipped.locals_of(f"{MLP}.down_proj").keys() - ({"input_scale"} if algo is QuantAlgo.FP8 else set())
 
     for local in demanded:
@@ -242,7 +252,7 @@ def test_a_plan_without_a_tensor_that_a_linear_reads_raises(tmp_path: Path, algo
 
 @pytest.mark.parametrize(("algo", "scheme"), EXPERTS.items(), ids=EXPERTS)
 def test_a_plan_without_a_tensor_that_an_expert_reads_raises(tmp_path: Path, algo: QuantAlgo, scheme: str) -> None:
-    shipped = Shipment(tmp_path / "model", config=ONE_LAYER, scheme=scheme)
+    shipped = Shipment(tmp_path / "model", sm=SMS.get(algo), config=ONE_LAYER, scheme=scheme)
     expert = "model.layers.0.block_sparse_moe.experts.3.w2"
 
     for local in shipped.locals_of(expert).keys() - {"weight_scale_inv"}:
@@ -382,7 +392,7 @@ def test_the_table_of_linears_is_what_the_engine_reads(
 ) -> None:
     """Without a required tensor there is an error, or uninitialized memory in the result."""
     config = tiny_config("Qwen2ForCausalLM", hidden=128, kv_heads=4, intermediate=128, layers=1)
-    shipped = Shipment(tmp_path / "model", config=config, scheme=scheme, kv=True)
+    shipped = Shipment(tmp_path / "model", sm=SMS.get(algo), config=config, scheme=scheme, kv=True)
     names = [f"{ATTENTION}.{part}_proj" for part in "qkv"] if fused else [f"{MLP}.down_proj"]
     reads = LINEAR_READS[algo]
     demanded = reads.required if fused else reads.required | reads.alone
@@ -406,7 +416,9 @@ def asked_of_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[QuantAlgo
     """All releases and kernels together, because some read a scale only under its second name."""
     home = "model.layers.0.block_sparse_moe.experts."
     shipped = {
-        algo: Shipment(tmp_path_factory.mktemp("experts") / "model", config=ONE_LAYER, scheme=scheme).weights
+        algo: Shipment(
+            tmp_path_factory.mktemp("experts") / "model", sm=SMS.get(algo), config=ONE_LAYER, scheme=scheme
+        ).weights
         for algo, scheme in EXPERTS.items()
     }
     asked: dict[QuantAlgo, set[str]] = defaultdict(set)

@@ -41,6 +41,7 @@ FIRST = (
     "NVFP4",
     "W4A16_MXFP4",
 )
+MIDDLE = ("W4A8_MXFP4_MXFP8",)
 LATER = ("MXFP8", "W4A16_NVFP4")
 GEMM = ("input", "weight", "scales", "group_size", "has_zero_point", "output_dtype", "alpha", "bias", "zeros")
 
@@ -75,7 +76,7 @@ def gemm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Collection[str]], None]:
 
 
 def parts(
-    members: Collection[str] = (*FIRST, "W4A16_GPTQ"),
+    members: Collection[str] = (*FIRST, *MIDDLE, "W4A16_GPTQ"),
     *,
     mapping: bool = True,
     dynamic: str | None = None,
@@ -140,7 +141,7 @@ def parts(
     version=st.none() | st.sampled_from(["0.9", "1.0.0", "99.0rc1", "main", ""]),
 )
 def test_each_feature_is_found_independently(gemm: Any, later: set[str], more: set[str], **signs: Any) -> None:
-    features = probe_features(parts({*FIRST, *later, *more}, **signs))
+    features = probe_features(parts({*FIRST, *MIDDLE, *later, *more}, **signs))
 
     newest = "stock-1.3" if later == set(LATER) else "stock-1.2"
     known = "W4A16_GPTQ" in more
@@ -171,7 +172,7 @@ def test_the_version_is_shown_and_decides_nothing(gemm: Any, version: str | None
 
 @pytest.mark.parametrize("lost", FIRST)
 def test_an_engine_that_is_too_old_raises_and_names_what_it_lacks(gemm: Any, lost: str) -> None:
-    members = {*FIRST, *LATER, "W4A16_GPTQ"} - {lost}
+    members = {*FIRST, *MIDDLE, *LATER, "W4A16_GPTQ"} - {lost}
 
     with pytest.raises(UsageError) as caught:
         probe_features(parts(members))
@@ -193,7 +194,7 @@ def test_the_first_names_are_the_oldest_set() -> None:
     """The names above must match the sets in the table; otherwise these tests would prove nothing."""
     sets = {name: {str(algo) for algo in each.linear | each.experts} for name, each in ENGINES.items()}
 
-    assert sets == {"stock-1.0": {*FIRST}, "stock-1.2": {*FIRST}, "stock-1.3": {*FIRST, *LATER}}
+    assert sets == {"stock-1.0": {*FIRST}, "stock-1.2": {*FIRST, *MIDDLE}, "stock-1.3": {*FIRST, *MIDDLE, *LATER}}
 
 
 @pytest.mark.parametrize("lost", range(len(GEMM)), ids=GEMM)

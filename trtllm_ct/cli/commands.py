@@ -26,6 +26,7 @@ from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.cli import report
 from trtllm_ct.convert.executors import EXECUTORS
+from trtllm_ct.engine.platform import SMS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
 
@@ -80,6 +81,14 @@ _AUTO = DenseDtype(DENSE_DTYPES[0])
 ForEngine = Annotated[
     EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
 ]
+ForSm = Annotated[
+    int | None,
+    typer.Option(
+        "--sm",
+        help=f"Compute capability of the GPUs: {', '.join(map(str, SMS))}. By default what all of them have in common.",
+        show_default=False,
+    ),
+]
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
 AskedTensorParallel = Annotated[
     int | None, typer.Option("--tp", help="Tensor-parallel size to check.", show_default=False)
@@ -103,6 +112,7 @@ def inspect(
     directory: Directory,
     to: Annotated[TargetName, typer.Option(help="Target that native modes are shown for.")] = _MODELOPT,
     engine: ForEngine = _ENGINE,
+    sm: ForSm = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -112,7 +122,7 @@ def inspect(
     """Show what a checkpoint is, how it would be delivered and what is wrong with it; reads headers only."""
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
-    inspection = inspect_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep))
+    inspection = inspect_checkpoint(directory, to, engine=engine, sm=sm, parallel=_parallel(tp, pp, ep))
     if as_json:
         print_json("inspect", inspection.to_dict())
     else:
@@ -126,6 +136,7 @@ def plan(
     directory: Directory,
     to: Annotated[TargetName, typer.Option(help="Target to plan for.", show_default=False)],
     engine: ForEngine = _ENGINE,
+    sm: ForSm = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -135,7 +146,9 @@ def plan(
     """Show how every stored tensor is used and what every delivered tensor is made from; reads headers only."""
     from trtllm_ct.pipeline.open import plan_checkpoint
 
-    checkpoint_plan = plan_checkpoint(directory, to, engine=engine, parallel=_parallel(tp, pp, ep), strict=strict)
+    checkpoint_plan = plan_checkpoint(
+        directory, to, engine=engine, sm=sm, parallel=_parallel(tp, pp, ep), strict=strict
+    )
     if as_json:
         print_json("plan", checkpoint_plan.to_dict())
     else:
@@ -148,6 +161,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory to create.", show_default=False)],
     to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.", show_default=False)],
     engine: ForEngine = _ENGINE,
+    sm: ForSm = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -179,6 +193,7 @@ def convert(
             out,
             to=to,
             engine=engine,
+            sm=sm,
             parallel=_parallel(tp, pp, ep),
             dtype=dtype,
             dense_o_proj=dense_o_proj,

@@ -125,6 +125,7 @@ class Served:
                 "dequantized": self.dequantized,
                 "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
+                "deviations": plan.deviations if plan else (),
                 "warnings": self.warnings,
                 "traps": self.traps,
                 "problems": self.problems,
@@ -176,7 +177,7 @@ def inspect_machine() -> Machine:
         from trtllm_ct.serve.bindings import engine_features
 
         features = engine_features()
-    target = target_named("tensorrt_llm", features.engine, additive_zeros=features.additive_zeros)
+    target = target_named("tensorrt_llm", features.engine, sm=features.sm, additive_zeros=features.additive_zeros)
     missing += _missing_features(features, target)
     return Machine(
         engine="tensorrt_llm", why="it is installed", target=target, features=features, missing=tuple(missing)
@@ -240,7 +241,9 @@ def _plan(directory: Path, detection: Detection, parallel: Parallel, machine: Ma
         return checkpoint.plan(machine.target.name, parallel=parallel)
     if prepared:
         return replace(prepared.options, parallel=parallel).plan(prepared.checkpoint)
-    options = ServingOptions(engine=features.engine, additive_zeros=features.additive_zeros, parallel=parallel)
+    options = ServingOptions(
+        engine=features.engine, sm=features.sm, additive_zeros=features.additive_zeros, parallel=parallel
+    )
     return options.plan(open_checkpoint(directory, detection))
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from trtllm_ct.cli.folding import fold_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from trtllm_ct.base.errors import Fault, TrtllmCtError
@@ -93,6 +93,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
             Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
             Text(f"Bytes: {_bytes(report.plan)}"),
+            *_deviations(report.plan),
         ]
     parts.append(_warnings(report.warnings))
     if report.problems:
@@ -115,7 +116,7 @@ def plan(checkpoint_plan: Plan) -> RenderableType:
     )
     for delivery in checkpoint_plan.deliveries():
         delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
-    return Group(stored, delivered, _warnings(checkpoint_plan.warnings))
+    return Group(stored, delivered, *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
 
 
 def conversion(report: ConversionReport) -> RenderableType:
@@ -124,16 +125,14 @@ def conversion(report: ConversionReport) -> RenderableType:
     speed = format_bytes(plan.delivered_bytes / max(report.seconds, 1e-9))
     modes = ", ".join(f"{count} x {mode}" for mode, count in report.modes.items()) or "nothing was quantized"
     dequantized = Counter(module.reason for module in plan.modules if module.dequantized)
-    notes = Counter(module.note for module in plan.modules if module.note)
     lines = [
         Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
         Text(f"  modules: {modes}"),
         Text(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
         Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
         *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
-        *(Text(f"  {count} modules: {note}") for note, count in notes.items()),
     ]
-    return Group(*lines, _warnings(report.warnings))
+    return Group(*lines, *_deviations(plan), _warnings(report.warnings))
 
 
 def verification(report: VerificationReport) -> RenderableType:
@@ -222,6 +221,7 @@ def _served(served: Served) -> Iterable[RenderableType]:
             yield Text(f"  dequantized {len(modules)} modules: {reason}")
         yield Text(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
         yield Text(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
+        yield from _deviations(served.plan)
         yield _warnings(served.warnings)
     elif served.warnings:
         yield _warnings(served.warnings)
@@ -297,6 +297,13 @@ def _bytes(plan: Plan) -> str:
     now, after = plan.stored_bytes, plan.delivered_bytes
     change = f"{'+' if after >= now else '-'}{format_bytes(abs(after - now))}"
     return f"{format_bytes(now)} now, {format_bytes(after)} after ({change})"
+
+
+def _deviations(plan: Plan) -> Iterator[RenderableType]:
+    """Yield where the engine will compute differently from the schemes of the checkpoint; nothing if nowhere."""
+    if plan.deviations:
+        yield Text("Deviations from the schemes:", style="bold yellow")
+        yield from (Text(f"  {deviation}", style="yellow") for deviation in plan.deviations)
 
 
 def _warnings(texts: Iterable[str]) -> RenderableType:

@@ -83,6 +83,7 @@ class ConversionReport:
                 "weight_files": self.weight_files,
                 "carried_files": self.carried_files,
                 "seconds": self.seconds,
+                "deviations": self.plan.deviations,
                 "warnings": self.warnings,
                 "problems": self.plan.problems,
             }
@@ -96,6 +97,7 @@ def convert_checkpoint(
     *,
     to: str = ...,
     engine: str = ...,
+    sm: int | None = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
     dense_o_proj: bool = ...,
@@ -116,6 +118,7 @@ def convert_checkpoint(
     *,
     to: str = ...,
     engine: str = ...,
+    sm: int | None = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
     dense_o_proj: bool = ...,
@@ -135,6 +138,7 @@ def convert_checkpoint(
     *,
     to: str = "modelopt",
     engine: str = DEFAULT_ENGINE,
+    sm: int | None = None,
     parallel: Parallel = ONE_RANK,
     dtype: str = "auto",
     dense_o_proj: bool = False,
@@ -148,12 +152,13 @@ def convert_checkpoint(
 ) -> ConversionReport | None:
     """Convert a checkpoint directory for the target `to`, which is `modelopt` or `dense`.
 
-    `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for. `parallel` gives
-    the parallel sizes that the engine will run with: a module is dequantized when its mode can't represent the slices
-    that the ranks get. The output directory itself is not split by rank. `dtype` is the dtype of dequantized
-    modules; `auto` is the dtype of the model. With `float16` all plain tensors are cast as well, and a value that
-    overflows is an error. `dense_o_proj` dequantizes the output projections of attention whose input the engine would
-    quantize at a fixed scale, see `make_plan`.
+    `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for, and `sm` the SM of
+    its GPUs; without it, the directory is made for what all of them have in common. `parallel` gives the parallel sizes
+    that the engine will run with: a module is dequantized when its mode can't represent the slices that the ranks get.
+    The output directory itself is not split by rank. `dtype` is the dtype of dequantized modules; `auto` is the dtype
+    of the model. With `float16` all plain tensors are cast as well, and a value that overflows is an error.
+    `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed
+    scale, see `make_plan`.
 
     `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
     `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
@@ -176,6 +181,7 @@ def convert_checkpoint(
     options: dict[str, Any] = {
         "to": to,
         "engine": engine,
+        "sm": sm,
         "dtype": None if dtype == "auto" else DType.from_torch(dtype),
         "dense_o_proj": dense_o_proj,
         "strict": strict,

@@ -2,6 +2,8 @@
 
 releases.py      the supported release lines, oldest first
 model_classes.py  the model classes of each release, and the names that those with several parts read
+platform.py      the release and the SM of the GPUs that a plan is made for
+linear_mode.py   what an entry of the table of modes says
 modes.py         one table: what the Linear of each QuantAlgo holds, and since which release it exists
 slices.py        which slice of a weight each rank gets, and whether a kernel accepts it
 holdings.py      which modes hold a weight exactly, and why the others do not

@@ -1,8 +1,9 @@
 """Which modes hold a weight exactly, and why the others don't.
 
-A mode *holds* a weight if its Linear computes with exactly the values of the stored weight. `holdings` lists these
-modes; planning then takes the first one that the target has. `native_mode` answers another question: it names the
-family that a scheme belongs to, independent of any engine.
+A mode *holds* a weight if its Linear computes with exactly the values of the stored weight, and with its bias.
+`holdings` lists these modes on a platform, which is None for a reader without kernels: the CPU reference engine.
+Planning then takes the first one that the target has. `native_mode` answers another question: it names the family that
+a scheme belongs to, independent of any engine.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import Element, NumberType, QuantAlgo, QuantArgs, QuantScheme, Strategy
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm
+from trtllm_ct.engine.platform import SMS, sms_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from trtllm_ct.engine.platform import Platform
     from trtllm_ct.engine.slices import Slices
 
 __all__ = [
     "Holding",
     "Weight",
     "activations_of",
+    "deviation_of",
     "holdings",
     "native_mode",
     "obstacles",
@@ -38,7 +42,9 @@ class Weight:
 
     `shape` is (N, K), None if only a configuration is known. `has_zero_point` says whether a zero point is stored; that
     counts, not the scheme's `symmetric`. `permuted` says that groups are not contiguous (activation ordering). A
-    `fused` weight becomes a part of a fused Linear. `two_level` weights have a global scale besides group scales
+    `fused` weight becomes a part of a fused Linear; `fused_parts` are the short names of all its parts, for messages.
+    `bias` says that its Linear has a bias, which a fused Linear has if one of its parts has. `expert` marks the weights
+    of routed experts. `two_level` weights have a global scale besides group scales
     (NVFP4), those with `exponent_scale` have E8M0 scales (MX formats). `slices` are the ranks' slices, None if every
     rank has the whole weight.
     """
@@ -49,6 +55,9 @@ class Weight:
     has_zero_point: bool = False
     permuted: bool = False
     fused: bool = False
+    fused_parts: tuple[str, ...] = ()
+    bias: bool = False
+    expert: bool = False
     two_level: bool = False
     exponent_scale: bool = False
     slices: Slices | None = None
@@ -65,9 +74,9 @@ class Weight:
 class Holding:
     """A mode that holds a weight exactly, with the group size that its Linear uses.
 
-    `as_is` says that scales need not be repeated for smaller groups than the weight's. Holdings without it are used
-    only where modules must share a mode, or where ranks need whole groups. `note` says how the mode treats activations
-    differently from the scheme; empty if it doesn't. With `scale_column` row scales are delivered as [N, 1].
+    `as_is` says that scales need not be repeated for smaller groups than the weight's. `note` says how the mode treats
+    activations differently from the scheme; empty if it doesn't. With `scale_column` row scales are delivered as
+    [N, 1].
     """
 
     mode: LinearMode
@@ -101,35 +110,37 @@ def native_mode(args: QuantArgs, modifiers: Iterable[str] = ()) -> QuantAlgo | N
     return families.get((args.num_bits, microscaling))
 
 
-@lru_cache(maxsize=256)
-def holdings(weight: Weight) -> tuple[Holding, ...]:
-    """Return every mode that holds the weight exactly; those with `as_is` come first.
+@lru_cache(maxsize=1024)
+def holdings(weight: Weight, platform: Platform | None = None) -> tuple[Holding, ...]:
+    """Return every mode that holds the weight exactly on a platform; those with `as_is` come first.
 
     Results are cached: a model has few distinct weights, some of them 70 000 times.
     """
     held = [
         holding
         for mode in LINEAR_MODES
-        if _obstacle(mode, weight) is None
-        for holding in _holdings_of_mode(mode, weight)
+        if _obstacle(mode, weight, platform) is None
+        for holding in _holdings_of_mode(mode, weight, platform)
     ]
     return tuple(sorted(held, key=lambda holding: not holding.as_is))
 
 
-@lru_cache(maxsize=256)
-def obstacles(weight: Weight, algos: frozenset[QuantAlgo]) -> tuple[str, ...]:
+@lru_cache(maxsize=1024)
+def obstacles(weight: Weight, algos: frozenset[QuantAlgo], platform: Platform | None = None) -> tuple[str, ...]:
     """Return why the modes among `algos` that have such codes don't hold the weight; empty if none has such codes."""
-    reasons = (_obstacle(mode, weight) for mode in LINEAR_MODES if mode.algo in algos and _holds_codes(mode, weight))
+    reasons = (
+        _obstacle(mode, weight, platform) for mode in LINEAR_MODES if mode.algo in algos and _holds_codes(mode, weight)
+    )
     return tuple(reason for reason in reasons if reason is not None)
 
 
-@lru_cache(maxsize=256)
-def slice_obstacle(weight: Weight, algos: frozenset[QuantAlgo]) -> str | None:
+@lru_cache(maxsize=1024)
+def slice_obstacle(weight: Weight, algos: frozenset[QuantAlgo], platform: Platform | None = None) -> str | None:
     """Return why no mode among `algos` holds each rank's slice, if one of them holds the whole weight; else None."""
-    if weight.slices is None or any(holding.mode.algo in algos for holding in holdings(weight)):
+    if weight.slices is None or any(holding.mode.algo in algos for holding in holdings(weight, platform)):
         return None
-    whole = (holding.mode for holding in holdings(replace(weight, slices=None)) if holding.mode.algo in algos)
-    return next((_wrong_slices(mode, weight) for mode in whole), None)
+    whole = (holding.mode for holding in holdings(replace(weight, slices=None), platform) if holding.mode.algo in algos)
+    return next((_wrong_slices(mode, weight, platform) for mode in whole), None)
 
 
 def activations_of(scheme: QuantScheme) -> Activations:
@@ -162,8 +173,19 @@ def _holds_codes(mode: LinearMode, weight: Weight) -> bool:
     return mode.scale not in small_groups
 
 
-def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
+def _obstacle(mode: LinearMode, weight: Weight, platform: Platform | None) -> str | None:
     """Return the first reason why a mode doesn't hold a weight; None if it holds it."""
+    return (
+        _wrong_scheme(mode, weight)
+        or _wrong_groups(mode, weight)
+        or (platform and (_wrong_platform(mode, weight, platform) or _dropped_bias(mode, weight, platform)))
+        or _wrong_sizes(mode, weight, platform)
+        or _wrong_slices(mode, weight, platform)
+    )
+
+
+def _wrong_scheme(mode: LinearMode, weight: Weight) -> str | None:
+    """Return why a mode doesn't hold codes, scales or activations of this kind; None if it does."""
     args = weight.args
     if not _holds_codes(mode, weight):
         return f"{mode.algo} holds {mode.codes} codes"
@@ -177,11 +199,46 @@ def _obstacle(mode: LinearMode, weight: Weight) -> str | None:
         return (
             f"{mode.algo} computes on {mode.activations} activations, and the scheme leaves them {_input_label(weight)}"
         )
-    if args.group_size is not None and args.group_size not in mode.group_sizes:
+    return None
+
+
+def _wrong_groups(mode: LinearMode, weight: Weight) -> str | None:
+    """Return why a mode doesn't hold groups or blocks of this size; None if it does, or if there are none."""
+    stored = weight.args.group_size
+    if stored is not None and not _group_sizes(mode, stored):
         return f"{mode.algo} holds groups of {' or '.join(str(size) for size in sorted(mode.group_sizes))}"
-    if args.strategy is Strategy.BLOCK and args.block_structure != mode.block:
+    if weight.args.strategy is Strategy.BLOCK and weight.args.block_structure != mode.block:
         return f"{mode.algo} holds blocks of {'x'.join(map(str, mode.block or ()))}"
-    return _wrong_sizes(mode, weight) or _wrong_slices(mode, weight)
+    return None
+
+
+def _wrong_platform(mode: LinearMode, weight: Weight, platform: Platform) -> str | None:
+    """Return why the mode does not run on the SM; None if it does, or if the SM is not known and need not be."""
+    first_on = mode.experts_on if weight.expert else mode.linear_on
+    kernel = "expert kernel" if weight.expert else "Linear"
+    if platform.sm is None:
+        if not mode.known_sm:
+            return None
+        runs_on = [sm for sm in SMS if sm not in first_on or platform.release.has(first_on[sm])]
+        return f"{mode.algo} has a{'n' * weight.expert} {kernel} on {sms_in_words(runs_on)} only"
+    first = first_on.get(platform.sm, platform.release)
+    if platform.release.has(first):
+        return None
+    return f"{mode.algo} has no {kernel} on SM{platform.sm}" + (f" before {first.name}" if first else "")
+
+
+def _dropped_bias(mode: LinearMode, weight: Weight, platform: Platform) -> str | None:
+    """Return why the mode does not add the bias of this weight; None if it does or if there is none.
+
+    Where the SM decides and is not known, the mode counts as one that adds it; the plan then has a warning.
+    """
+    if not weight.bias or weight.expert:
+        return None
+    firsts = ((mode.bias_since, ""), (mode.bias_on.get(platform.sm or 0), f" on SM{platform.sm}"))
+    for first, where in firsts:
+        if first is not None and not platform.release.has(first):
+            return f"{mode.algo} of {platform.release.name} drops the bias{where}; {first.name} adds it"
+    return None
 
 
 def _takes_activations(mode: LinearMode, weight: Weight) -> bool:
@@ -201,17 +258,50 @@ def _input_label(weight: Weight) -> str:
     return "16-bit" if args is None else args.label()
 
 
-def _wrong_sizes(mode: LinearMode, weight: Weight) -> str | None:
+def _wrong_sizes(mode: LinearMode, weight: Weight, platform: Platform | None) -> str | None:
     """Return which sizes the kernel requires, if it doesn't accept a weight of this shape; else None."""
     if weight.shape is None:
         return None
-    rows = mode.fused_row_multiple if weight.fused else mode.row_multiple
-    if weight.shape[0] % rows == 0 and weight.shape[1] % mode.column_multiple == 0:
-        return None
-    return f"{mode.algo} needs out % {rows} == 0 and in % {mode.column_multiple} == 0"
+    rows, columns = _row_multiple(mode, weight), _column_multiple(mode, weight, platform)
+    if weight.shape[0] % rows or weight.shape[1] % columns:
+        return f"{mode.algo} needs {_conditions(mode, weight, platform)}"
+    whole_groups = mode.scale is not ScaleForm.GROUP or _usable_group_sizes(mode, weight)
+    return None if whole_groups else f"{mode.algo} needs in % {weight.args.group_size} == 0, whole groups"
 
 
-def _wrong_slices(mode: LinearMode, weight: Weight, group_size: int | None = None) -> str | None:
+def _conditions(mode: LinearMode, weight: Weight, platform: Platform | None) -> str:
+    """Return the sizes that the kernel requires, in words, without those that every number meets."""
+    rows = _row_multiple(mode, weight)
+    conditions = [f"out % {rows} == 0"] if rows > 1 else []
+    if rows > 1 and weight.fused_parts:
+        *most, last = weight.fused_parts
+        conditions[0] += f" in each of {', '.join(most)} and {last}, which it fuses,"
+    columns = _column_multiple(mode, weight, platform)
+    everywhere = lcm(mode.column_multiple, mode.expert_multiple if weight.expert else 1)
+    if platform is not None and platform.sm is None and columns > everywhere:
+        conditions += [f"in % {everywhere} == 0"] if everywhere > 1 else []
+        sms = [sm for sm in SMS if mode.columns_on(sm) > mode.column_multiple]
+        conditions.append(f"in % {columns} == 0 on {sms_in_words(sms)}")
+    elif columns > 1:
+        conditions.append(f"in % {columns} == 0")
+    return " and ".join(conditions)
+
+
+def _row_multiple(mode: LinearMode, weight: Weight) -> int:
+    """Return the number that N must be a multiple of."""
+    multiple = mode.fused_row_multiple if weight.fused else mode.row_multiple
+    return lcm(multiple, mode.expert_multiple if weight.expert else 1)
+
+
+def _column_multiple(mode: LinearMode, weight: Weight, platform: Platform | None) -> int:
+    """Return the number that K must be a multiple of; on all SMs together if the SM is not known."""
+    multiple = mode.columns_on(platform.sm) if platform else mode.column_multiple
+    return lcm(multiple, mode.expert_multiple if weight.expert else 1)
+
+
+def _wrong_slices(
+    mode: LinearMode, weight: Weight, platform: Platform | None, group_size: int | None = None
+) -> str | None:
     """Return why the kernel doesn't accept every rank's slice, and at which sizes it would; None if it does.
 
     The Linear's groups have `group_size` columns, or the smallest size in which the mode can hold the weight's groups.
@@ -219,7 +309,13 @@ def _wrong_slices(mode: LinearMode, weight: Weight, group_size: int | None = Non
     if weight.slices is None or weight.shape is None:
         return None
     size = group_size or min(_usable_group_sizes(mode, weight), default=1)
-    multiple = _slice_multiple(mode, weight.slices, size, fused=weight.fused)
+    multiple = _slice_multiple(
+        mode,
+        weight.slices,
+        size,
+        rows=mode.fused_row_multiple if weight.slices.parts else _row_multiple(mode, weight),
+        columns=_column_multiple(mode, weight, platform),
+    )
     return weight.slices.obstacle(mode.algo, weight.shape, multiple, scales_repeated=mode.scales_follow_kv_heads)
 
 
@@ -229,16 +325,17 @@ def slice_problem(mode: LinearMode, shape: tuple[int, int], slices: Slices, *, g
 
     `shape` is (N, K). `group_size` is that of the Linear, 1 if its mode has no groups.
     """
-    multiple = _slice_multiple(mode, slices, group_size, fused=fused)
+    rows = mode.fused_row_multiple if fused or slices.parts else mode.row_multiple
+    multiple = _slice_multiple(mode, slices, group_size, rows=rows, columns=mode.column_multiple)
     return slices.problem(shape, multiple, scales_repeated=mode.scales_follow_kv_heads)
 
 
-def _slice_multiple(mode: LinearMode, slices: Slices, group_size: int, *, fused: bool) -> int:
-    """Return the number that each rank's rows or columns must be a multiple of, with groups of `group_size`."""
-    if slices.columns:
-        multiples = [mode.column_multiple, group_size]
-    else:
-        multiples = [mode.fused_row_multiple if fused or slices.parts else mode.row_multiple]
+def _slice_multiple(mode: LinearMode, slices: Slices, group_size: int, *, rows: int, columns: int) -> int:
+    """Return the number that each rank's rows or columns must be a multiple of, with groups of `group_size`.
+
+    `rows` and `columns` are those of the kernel.
+    """
+    multiples = [columns, group_size] if slices.columns else [rows]
     if mode.block is not None:
         multiples.append(mode.block[slices.columns])
     if slices.alone:
@@ -246,32 +343,52 @@ def _slice_multiple(mode: LinearMode, slices: Slices, group_size: int, *, fused:
     return lcm(*multiples)
 
 
+def _group_sizes(mode: LinearMode, stored: int) -> tuple[int, ...]:
+    """Return the group sizes of a mode in which it holds stored groups; only float32 scales can be repeated."""
+    repeatable = mode.scale is ScaleForm.GROUP
+    return tuple(size for size in mode.group_sizes if size == stored or (repeatable and stored % size == 0))
+
+
 def _usable_group_sizes(mode: LinearMode, weight: Weight) -> tuple[int, ...]:
-    """Return the group sizes of a mode that divide the weight's group size; scales are repeated for smaller ones."""
+    """Return the group sizes in which a mode holds all columns of a weight in whole groups.
+
+    Stored groups must be whole too: scales are repeated equally often for each of them.
+    """
     stored = weight.args.group_size
-    return tuple(size for size in mode.group_sizes if stored is None or stored % size == 0)
+    sizes = mode.group_sizes if stored is None else _group_sizes(mode, stored)
+    if weight.shape is None:
+        return sizes
+    columns = weight.shape[1]
+    return tuple(size for size in sizes if columns % size == 0 and columns % (stored or size) == 0)
 
 
-def _holdings_of_mode(mode: LinearMode, weight: Weight) -> Iterator[Holding]:
+def _holdings_of_mode(mode: LinearMode, weight: Weight, platform: Platform | None) -> Iterator[Holding]:
     """Yield one holding for each group size in which a mode holds a weight, the largest first.
 
     Modes without groups of several sizes yield one holding.
     """
-    args, note = weight.args, _note(mode, weight)
+    args, note = weight.args, deviation_of(weight.scheme, mode.activations)
     if mode.scale is not ScaleForm.GROUP:
         size = mode.group_sizes[0] if mode.group_sizes else None
         yield Holding(mode=mode, group_size=size, as_is=args.strategy in mode.exact, note=note)
         return
     for size in _usable_group_sizes(mode, weight):
-        if weight.shape is None or (weight.shape[1] % size == 0 and not _wrong_slices(mode, weight, size)):
+        if not _wrong_slices(mode, weight, platform, size):
             as_is = args.group_size == size and args.strategy in mode.exact
             yield Holding(mode=mode, group_size=size, as_is=as_is, note=note)
 
 
-def _note(mode: LinearMode, weight: Weight) -> str:
-    """Return how the mode treats activations differently from the scheme; empty if it doesn't."""
-    if activations_of(weight.scheme) is mode.activations:
+def deviation_of(scheme: QuantScheme, activations: Activations = Activations.WIDE) -> str:
+    """Return how activations of this kind differ from those of a scheme; empty if they don't.
+
+    A module that is delivered plain has 16-bit activations.
+    """
+    if activations_of(scheme) is activations:
         return ""
-    if mode.activations is Activations.WIDE:
-        return f"activations stay 16-bit; the scheme asks for {_input_label(weight)}"
-    return f"activations are {mode.activations}; the static input scale of the scheme is dropped"
+    args = scheme.input_activations
+    asked = "leaves them 16-bit" if args is None else f"asks for {args.label()}"
+    if activations is Activations.WIDE:
+        return f"activations stay 16-bit; the scheme {asked}"
+    if activations_of(scheme) is Activations.FP8_STATIC:
+        return f"activations are {activations}; the static input scale of the scheme is dropped"
+    return f"activations are {activations}; the scheme {asked}"

@@ -6,21 +6,23 @@ that they can check the results of this table independently. `holdings.py: nativ
 made for; that is a fact about schemes, some of which no mode holds.
 
 Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods of each LinearMethod),
-`fused_moe/quantization.py` for experts, `tensorrt_llm/quantization/functional.py` (`preprocess_weights_for_mixed_gemm`,
-for the multiples), `_torch/models/modeling_utils.py` (`duplicate_kv_weight`, for repeated K/V heads),
-`_torch/modules/attention.py` (for the output of attention) and `quantization/modelopt_config.py` (for aliases).
+`fused_moe/quantization.py` for experts, `_torch/models/modeling_utils.py` (`duplicate_kv_weight`, for repeated K/V
+heads), `_torch/modules/attention.py` (for the output of attention) and `quantization/modelopt_config.py` (for aliases).
+The sizes that a kernel accepts, and the SMs that it runs on, are in C++ files below `cpp/tensorrt_llm/`; the entry of
+each mode names its file with the commit that was read.
+
+W4A8_AWQ is no mode here: on SM90 its GEMM multiplies codes and scales in float16 and rounds each product to e4m3
+(`cutlass_extensions/gemm/collective/sm90_mma_interleaved_tma_gmma_rs_warpspecialized_mixed_input.hpp`, 1bced696:
+`transform_internal_A`), so it holds no int4 weight exactly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import auto
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.schemes import Element, Packing, QuantAlgo, Strategy
-from trtllm_ct.base.str_enum import StrEnum
-from trtllm_ct.engine.releases import STOCK_1_0, STOCK_1_3
+from trtllm_ct.base.schemes import Element, QuantAlgo, Strategy
+from trtllm_ct.engine.linear_mode import Activations, LinearMode, ScaleForm
+from trtllm_ct.engine.releases import STOCK_1_0, STOCK_1_2, STOCK_1_3
 from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
 
 if TYPE_CHECKING:
@@ -29,161 +31,6 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.releases import Release
 
 __all__ = ["LINEAR_MODES", "MODES_BY_ALGO", "Activations", "LinearMode", "ScaleForm"]
-
-
-class ScaleForm(StrEnum):
-    """How a Linear reads its scales."""
-
-    SCALAR = auto()
-    """`weight_scale` float32 []"""
-    ROW = auto()
-    """`weight_scale` float32 [N]"""
-    GROUP = auto()
-    """`weight_scale` float32 [N, K / group_size]"""
-    BLOCK = auto()
-    """`weight_scale` float32 [ceil(N / 128), ceil(K / 128)]"""
-    TWO_LEVEL = auto()
-    """`weight_scale` e4m3 [N, K / 16] and `weight_scale_2` float32 []"""
-    EXPONENT = auto()
-    """`weight_scale` uint8 (E8M0) [N, K / 32]"""
-
-    @property
-    def dtype(self) -> DType:
-        """The dtype of `weight_scale`."""
-        return {ScaleForm.TWO_LEVEL: DType.F8_E4M3, ScaleForm.EXPONENT: DType.U8}.get(self, DType.F32)
-
-    @property
-    def one_byte(self) -> bool:
-        """Whether a scale is one byte; it is then delivered as stored and never widened to float32."""
-        return self.dtype is not DType.F32
-
-
-class Activations(StrEnum):
-    """How the input of a Linear is quantized; the values are the words for it in messages."""
-
-    WIDE = "16-bit"
-    FP8_STATIC = "fp8 static per tensor"
-    FP8_TOKEN = "fp8 dynamic per token"
-    FP8_GROUP = "fp8 dynamic per group of 128"
-    FP4_LOCAL = "fp4 dynamic per group of 16"
-    MX_FP8 = "fp8 dynamic per group of 32"
-    OTHER = "of another kind"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearMode:
-    """What the Linear of one `QuantAlgo` holds, and how the engine treats it.
-
-    Codes and scales:
-    `bits` are the accepted code widths; `packing` is the layout of the codes, None for codes that are floats.
-    `exact` are the strategies whose scales are delivered unchanged; for those in `widened` scales are repeated, which
-    changes no value. `group_sizes` are the group sizes that the kernel accepts; for larger groups scales are repeated.
-    `block` is the size of a block as (rows, columns). `zero_point` says whether the mode has additive zeros.
-
-    Inputs:
-    `activations` is the kind of activations that the Linear computes on. Schemes with one of `other_activations` are
-    held too, with a note. `pre_quant_scale` says that a Linear that is not fused requires a `pre_quant_scale` for its
-    input. `input_scale` is the stored tensor that the delivered `input_scale` is made from, None if the Linear reads
-    none. `quantizes_attention_output` marks the modes with which attention may write quantized values for `o_proj`.
-
-    Sizes:
-    N must be a multiple of `row_multiple` (`fused_row_multiple` if several Linears are fused) and K a multiple of
-    `column_multiple`; otherwise the engine's weight preparation asserts or misplaces scales. This applies to each
-    rank's slice too. Newer releases slice Linears that are not fused at multiples of `alignment`, and of the group size
-    if scales are per group.
-
-    Names in the engine:
-    `shared_scalars` are the tensors that must be equal in all parts of a fused Linear; the engine asserts it.
-    `read_of_all_experts` are the scalars that every rank reads of all experts. `repeated_with_kv_heads` are the tensors
-    that the engine repeats when there are more ranks than K/V heads. `expert_scale_alias` is a second name of an
-    expert's `weight_scale` that some releases read. `config_fields` are the keys of the mode's entry in
-    `hf_quant_config.json` besides algorithm and group size. `aliases` are other names of the algorithm in that file, in
-    lower case.
-
-    Releases:
-    `linear_since` and `experts_since` are the first releases whose Linears and routed experts have the mode, None if no
-    release has it. `plug_in` marks a mode whose Linear this package adds to an engine.
-    """
-
-    algo: QuantAlgo
-    element: Element
-    bits: frozenset[int]
-    packing: Packing | None
-    scale: ScaleForm
-    exact: frozenset[Strategy]
-    widened: frozenset[Strategy] = frozenset()
-    group_sizes: tuple[int, ...] = ()
-    block: tuple[int, int] | None = None
-    zero_point: bool = False
-
-    activations: Activations = Activations.WIDE
-    other_activations: frozenset[Activations] = frozenset()
-    pre_quant_scale: bool = False
-    input_scale: str | None = None
-    quantizes_attention_output: bool = False
-
-    row_multiple: int = 1
-    fused_row_multiple: int = 1
-    column_multiple: int = 1
-    alignment: int = 1
-
-    shared_scalars: tuple[str, ...] = ()
-    read_of_all_experts: frozenset[str] = frozenset()
-    repeated_with_kv_heads: frozenset[str] = frozenset({"weight", "bias"})
-    expert_scale_alias: str | None = None
-    config_fields: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-
-    linear_since: Release | None = None
-    experts_since: Release | None = None
-    plug_in: bool = False
-
-    @property
-    def codes(self) -> str:
-        """The codes in words, such as `int1-4` or `fp8`."""
-        widths = "-".join(str(bits) for bits in sorted({min(self.bits), max(self.bits)}))
-        return f"{'int' if self.element is Element.INT else 'fp'}{widths}"
-
-    @property
-    def entry_group_size(self) -> int | None:
-        """The `group_size` in `hf_quant_config.json`, if the mode alone determines it; else None."""
-        return self.block[1] if self.block else None
-
-    @property
-    def unscaled_attention_output(self) -> bool:
-        """Whether attention that writes quantized values has no scale for them, and takes 1."""
-        return self.quantizes_attention_output and self.input_scale is None
-
-    @property
-    def scales_follow_kv_heads(self) -> bool:
-        """Whether scales of K/V heads need no copy for each rank: they are one scalar, or the engine repeats them."""
-        return self.scale is ScaleForm.SCALAR or "weight_scale" in self.repeated_with_kv_heads
-
-    def cut_by_rows(self, release: Release) -> bool:
-        """Whether a model class of the release can cut this Linear's tensors by rows (`LinearSite.class_cuts`).
-
-        It cuts `weight`, and `weight_scale` with two indices if its first size is the same; other scales are copied. So
-        codes must not be packed along the rows, and scales must be one scalar, or have a row for each row of codes.
-        """
-        if self.packing is not None or self.zero_point:
-            return False
-        by_row = {ScaleForm.SCALAR, ScaleForm.TWO_LEVEL, ScaleForm.EXPONENT}
-        return self.scale in by_row or (self.scale is ScaleForm.ROW and release.takes_scale_columns)
-
-    def scale_shape(self, shape: tuple[int, int], group_size: int | None) -> tuple[int, ...]:
-        """Return the shape of `weight_scale` for a weight [N, K] in groups of `group_size`."""
-        rows, columns = shape
-        match self.scale:
-            case ScaleForm.SCALAR:
-                return ()
-            case ScaleForm.ROW:
-                return (rows,)
-            case ScaleForm.BLOCK if self.block is not None:
-                return -(-rows // self.block[0]), -(-columns // self.block[1])
-            case _ if group_size is not None:
-                return rows, -(-columns // group_size)
-        raise AssertionError(f"{self.algo} has groups, and their size is missing")
-
 
 _GROUP = frozenset({Strategy.GROUP})
 _TENSOR = frozenset({Strategy.TENSOR})
@@ -196,6 +43,21 @@ _ANY_ACTIVATIONS = frozenset(Activations) - {Activations.WIDE}
 _ZERO_POINT_FIELDS = ("has_zero_point", "pre_quant_scale")
 _NVFP4_SCALARS = ("weight_scale_2", "input_scale")
 _WEIGHT_AND_SCALE = frozenset({"weight", "bias", "weight_scale"})
+# Facts about kernels that several modes share.
+# `FinegrainedMixedDtypeGemm.MAX_SUPPORTED_SM_VERSION` in `_torch/custom_ops/torch_custom_ops.py` was 90 in late 2025
+# and is 103 since; a larger SM raises ValueError.
+_FINE_GRAINED_ON: Mapping[int, Release | None] = {100: STOCK_1_2, 120: None}
+# The launcher for SM100 had `output_op_beta=0.0` until pull request 12190 (merged 2026-03-13).
+_FINE_GRAINED_BIAS_ON = {100: STOCK_1_3}
+# Pull request 10190 (January 2026) brought weight-only int8 and int4 with one scale per row to SM100.
+_PER_ROW_ON: Mapping[int, Release | None] = {100: STOCK_1_2}
+# `WeightOnlyQuantLinearMethod.apply` dropped the bias until pull request 12317 (merged 2026-03-18).
+_PER_ROW_BIAS = STOCK_1_3
+# `dispatchToArch` in `kernels/cutlass_kernels/fp4_gemm/fp4_gemm_template.h` has NVFP4 for SM100 and SM120, and MXFP4
+# with MXFP8 for SM100 only. The SMs of experts are those of CUTLASS, which stock chooses: `_QUANT_SUPPORT_TABLE` in
+# `_torch/modules/fused_moe/fused_moe_cutlass.py` (2026).
+_BLACKWELL: Mapping[int, Release | None] = {89: None, 90: None}
+_SM100_ONLY: Mapping[int, Release | None] = {89: None, 90: None, 120: None}
 
 LINEAR_MODES: tuple[LinearMode, ...] = (
     LinearMode(
@@ -211,8 +73,13 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
         fused_row_multiple=16,
+        # thop/finegrained_mixed_dtype_gemm_thop.cpp (2224d7dd) calls fpA_intB_gemm_template.h (03cff08f:
+        # `generic_mixed_gemm_kernelLauncher`): K % 64, groups of 64 or 128. `preprocess_weights_for_mixed_gemm` in
+        # quantization/functional.py: K % 64, N % 16.
         column_multiple=64,
         linear_since=STOCK_1_0,
+        linear_on=_FINE_GRAINED_ON,
+        bias_on=_FINE_GRAINED_BIAS_ON,
         config_fields=_ZERO_POINT_FIELDS,
     ),
     LinearMode(
@@ -222,13 +89,17 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         packing=INT4_ROW_PAIRS,
         scale=ScaleForm.GROUP,
         exact=_GROUP,
+        widened=_TENSOR | _CHANNEL,
         group_sizes=(128, 64),
         zero_point=True,
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
         fused_row_multiple=16,
+        # The same GEMM as that of W4A16_AWQ.
         column_multiple=64,
         plug_in=True,
+        linear_on=_FINE_GRAINED_ON,
+        bias_on=_FINE_GRAINED_BIAS_ON,
         config_fields=_ZERO_POINT_FIELDS,
     ),
     LinearMode(
@@ -241,9 +112,12 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
         fused_row_multiple=16,
+        # thop/weightOnlyQuantGemm.cpp (16d86d7c), with the preparation and the tiles of W4A16_AWQ.
         column_multiple=64,
         alignment=32,
         linear_since=STOCK_1_0,
+        linear_on=_PER_ROW_ON,
+        bias_since=_PER_ROW_BIAS,
     ),
     LinearMode(
         algo=QuantAlgo.W8A16,
@@ -255,9 +129,12 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
         fused_row_multiple=16,
+        # thop/weightOnlyQuantGemm.cpp (16d86d7c), with the preparation and the tiles of W4A16_AWQ.
         column_multiple=64,
         alignment=16,
         linear_since=STOCK_1_0,
+        linear_on=_PER_ROW_ON,
+        bias_since=_PER_ROW_BIAS,
         experts_since=STOCK_1_0,
     ),
     LinearMode(
@@ -269,8 +146,13 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_TENSOR,
         activations=Activations.FP8_STATIC,
         quantizes_attention_output=True,
+        # thop/cublasScaledMM.cpp (0846822a: `cublas_scaled_mm_out`): the strides of weight and output % 16.
+        row_multiple=16,
+        fused_row_multiple=16,
+        column_multiple=16,
         linear_since=STOCK_1_0,
         experts_since=STOCK_1_0,
+        head_since=STOCK_1_3,
         input_scale="input_scale",
         read_of_all_experts=frozenset({"weight_scale", "input_scale"}),
     ),
@@ -285,6 +167,11 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         # A static input scale is dropped if the weight has row scales. A weight with a single scale and a static input
         # scale belongs to mode FP8.
         other_activations=frozenset({Activations.FP8_STATIC}),
+        # kernels/cutlass_kernels/fp8_rowwise_gemm/fp8_rowwise_gemm_kernel_template_sm90.h (08f1ea31): rows of 16 bytes,
+        # so K % 16 for e4m3 and N % 8 for the 16-bit output.
+        row_multiple=8,
+        fused_row_multiple=8,
+        column_multiple=16,
         linear_since=STOCK_1_0,
         quantizes_attention_output=True,
     ),
@@ -298,10 +185,17 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         block=(128, 128),
         activations=Activations.FP8_GROUP,
         quantizes_attention_output=True,
+        # thop/fp8BlockScalingGemm.cpp (1e9d2162): N % 16 in all five GEMMs; K % 16 in those for SM90 and SM100,
+        # K % 128 in `fp8_block_scaling_gemm_ada` (SM89) and `fp8_block_scale_gemm_blackwell_geforce` (SM120).
+        row_multiple=16,
+        column_multiple=16,
+        column_multiple_on={89: 128, 120: 128},
+        # The scales of each fused Linear begin at a block of their own.
         fused_row_multiple=128,
         alignment=128,
         linear_since=STOCK_1_0,
         experts_since=STOCK_1_0,
+        experts_on={89: None},
         aliases=("fp8_pb_wo",),
         expert_scale_alias="weight_scale_inv",
     ),
@@ -315,10 +209,15 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         group_sizes=(16,),
         activations=Activations.FP4_LOCAL,
         quantizes_attention_output=True,
-        column_multiple=16,
+        # thop/fp4Gemm.cpp (05289e8f: `fp4_bmm_impl`): K % 32. Its N % 32 is met by padding after the weights are loaded
+        # (`NVFP4LinearMethod.post_load_weights`); padded columns would not match those of the input.
+        column_multiple=32,
         alignment=32,
         linear_since=STOCK_1_0,
         experts_since=STOCK_1_0,
+        head_since=STOCK_1_3,
+        linear_on=_BLACKWELL,
+        experts_on=_BLACKWELL,
         input_scale="input_global_scale",
         shared_scalars=_NVFP4_SCALARS,
         read_of_all_experts=frozenset(_NVFP4_SCALARS),
@@ -336,6 +235,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         alignment=32,
         linear_since=STOCK_1_3,
         experts_since=STOCK_1_3,
+        head_since=STOCK_1_3,
         shared_scalars=_NVFP4_SCALARS,
         repeated_with_kv_heads=_WEIGHT_AND_SCALE,
     ),
@@ -348,11 +248,37 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_GROUP,
         group_sizes=(32,),
         other_activations=_ANY_ACTIVATIONS,
-        row_multiple=128,
-        column_multiple=128,
+        # fused_moe/quantization.py: hidden and intermediate sizes of experts % 128.
+        column_multiple=32,
+        expert_multiple=128,
         alignment=32,
         experts_since=STOCK_1_0,
+        experts_on={89: None, 100: None, 120: None},
+        known_sm=True,
         expert_scale_alias="weight_scale_inv",
+    ),
+    LinearMode(
+        algo=QuantAlgo.W4A8_MXFP4_MXFP8,
+        element=Element.E2M1,
+        bits=frozenset({4}),
+        packing=None,
+        scale=ScaleForm.EXPONENT,
+        exact=_GROUP,
+        group_sizes=(32,),
+        activations=Activations.MX_FP8,
+        other_activations=frozenset(Activations) - {Activations.MX_FP8},
+        # thop/fp4Gemm.cpp (05289e8f: `fp4_bmm_impl`): N % 32 and K % 32, and nothing pads this weight.
+        row_multiple=32,
+        fused_row_multiple=32,
+        column_multiple=32,
+        # fused_moe/quantization.py: hidden and intermediate sizes of experts % 128.
+        expert_multiple=128,
+        alignment=32,
+        linear_since=STOCK_1_2,
+        experts_since=STOCK_1_2,
+        linear_on=_SM100_ONLY,
+        experts_on=_BLACKWELL,
+        known_sm=True,
     ),
     LinearMode(
         algo=QuantAlgo.MXFP8,
@@ -367,6 +293,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         alignment=32,
         linear_since=STOCK_1_3,
         experts_since=STOCK_1_3,
+        experts_on=_SM100_ONLY,
         expert_scale_alias="weight_scale_inv",
     ),
 )

@@ -30,6 +30,10 @@ class Release:
     takes_scale_columns: bool = False
     dynamic_attention_output: bool = False
 
+    def has(self, since: Release | None) -> bool:
+        """Whether it has what was introduced by the release `since`; None is what no release has."""
+        return since is not None and RELEASES.index(since) <= RELEASES.index(self)
+
 
 STOCK_1_0 = Release(
     name="stock-1.0",

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import LINEAR_MODES
+from trtllm_ct.engine.platform import SMS, Platform
 from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.engine.releases import Release
 
 __all__ = [
@@ -33,20 +34,27 @@ __all__ = [
 class Capabilities:
     """What one release line of an engine can hold; `source` says where these facts were read.
 
-    `linear` are the modes of its Linears, `experts` the modes of its routed experts and `kv_cache` the modes of its KV
-    cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is. `dynamic_attention_output` says
-    whether attention honours `force_dynamic_quantization`. `release` is the release line, None for capabilities that
-    are not TensorRT-LLM's.
+    `linear` are the modes of its Linears, `experts` the modes of its routed experts, `head` the modes of its head and
+    `kv_cache` the modes of its KV cache. `kv_cache_alone` says whether the KV cache can be quantized if no module is.
+    `dynamic_attention_output` says whether attention honours `force_dynamic_quantization`. `platform` is the release
+    with the SM of the GPUs, by which some of these modes are ruled out for some weights; None if there are no kernels
+    that differ.
     """
 
     name: str
     source: str
+    platform: Platform | None = None
     linear: frozenset[QuantAlgo] = frozenset()
     experts: frozenset[QuantAlgo] = frozenset()
+    head: frozenset[QuantAlgo] = frozenset()
     kv_cache: frozenset[str] = frozenset()
     kv_cache_alone: bool = False
-    release: Release | None = None
     dynamic_attention_output: bool = False
+
+    @property
+    def release(self) -> Release | None:
+        """The release line, None for capabilities that are not TensorRT-LLM's."""
+        return self.platform.release if self.platform else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +86,14 @@ class Target:
 
 def _capabilities(release: Release) -> Capabilities:
     """Return the capabilities of a release: the modes that it or an earlier release introduced."""
-    until = RELEASES[: RELEASES.index(release) + 1]
     return Capabilities(
         name=release.name,
         source=release.source,
-        linear=frozenset(mode.algo for mode in LINEAR_MODES if mode.linear_since in until),
-        experts=frozenset(mode.algo for mode in LINEAR_MODES if mode.experts_since in until),
+        platform=Platform(release=release),
+        linear=frozenset(mode.algo for mode in LINEAR_MODES if release.has(mode.linear_since)),
+        experts=frozenset(mode.algo for mode in LINEAR_MODES if release.has(mode.experts_since)),
+        head=frozenset(mode.algo for mode in LINEAR_MODES if release.has(mode.head_since)),
         kv_cache=release.kv_cache,
-        release=release,
         dynamic_attention_output=release.dynamic_attention_output,
     )
 
@@ -107,13 +115,26 @@ def _with_plug_ins(stock: Capabilities) -> Capabilities:
     return replace(stock, linear=stock.linear | _PLUG_INS)
 
 
+def _on(capabilities: Capabilities, sm: int | None) -> Capabilities:
+    """Return the capabilities of a release on GPUs with this SM."""
+    if capabilities.platform is None:
+        raise AssertionError("a release has a platform")
+    return replace(capabilities, platform=replace(capabilities.platform, sm=sm))
+
+
 _NOTHING = Capabilities(name="plain", source="plain weights need no capability")
+_NEWEST = _with_plug_ins(ENGINES[RELEASES[-1].name])
+# This mode quantizes activations that the schemes of its weights leave wider, and here no kernel requires that.
+_FOR_KERNELS = frozenset({QuantAlgo.W4A8_MXFP4_MXFP8})
 _EVERYTHING = replace(
-    _with_plug_ins(ENGINES[RELEASES[-1].name]),
+    _NEWEST,
     name="reference",
     source="trtllm_ct.reference.linear_layouts: LAYOUTS",
+    platform=None,
+    linear=_NEWEST.linear - _FOR_KERNELS,
+    experts=_NEWEST.experts - _FOR_KERNELS,
+    head=frozenset(),
     kv_cache_alone=True,
-    release=None,
 )
 
 MODELOPT = Target(
@@ -143,18 +164,24 @@ DIRECTORY_TARGETS = tuple(name for name, target in TARGETS.items() if target.dir
 """The names of the targets that `convert_checkpoint` can write."""
 
 
-def target_named(name: str, engine: str = DEFAULT_ENGINE, *, additive_zeros: bool = True) -> Target:
+def target_named(
+    name: str, engine: str = DEFAULT_ENGINE, *, sm: int | None = None, additive_zeros: bool = True
+) -> Target:
     """Return a target by name; targets for TensorRT-LLM get the capabilities of `engine`, a key of `ENGINES`.
 
+    `sm` is the SM of the GPUs that the engine will run on, one of `SMS`. Without it, where SMs have different modes or
+    sizes for the same weight, only those are planned that all SMs have in common.
     `additive_zeros` says whether target `tensorrt_llm` may use the Linear of this package for asymmetric int4
-    (`W4A16_GPTQ`). Raises `UsageError` for an unknown name, with the known ones.
+    (`W4A16_GPTQ`). Raises `UsageError` for an unknown name or SM, with the known ones.
     """
     _require("target", name, TARGETS)
     _require("--engine", engine, ENGINES)
+    if sm is not None:
+        _require("--sm", str(sm), {str(known): known for known in SMS})
     target = TARGETS[name]
     if target not in (MODELOPT, TENSORRT_LLM):
         return target
-    lines = (ENGINES[engine], *_newer(engine))
+    lines = tuple(_on(line, sm) for line in (ENGINES[engine], *_newer(engine)))
     if target is TENSORRT_LLM and additive_zeros:
         lines = tuple(map(_with_plug_ins, lines))
     return replace(target, capabilities=lines[0], newer=lines[1:])

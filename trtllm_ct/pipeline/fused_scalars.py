@@ -1,19 +1,17 @@
 """Check the scalars that the parts of a fused Linear must share.
 
 Engines fuse q/k/v and gate/up into one Linear, also in experts. An NVFP4 Linear has one `weight_scale_2` and one
-`input_scale`, and the engine asserts that they are equal in all parts. Planning with a probe makes them equal
+`input_scale`, and releases assert that they are exactly equal in all parts. Planning with a probe makes them equal
 (`plan/equalize.py`). Only the delivered values prove it, so they are checked when modules are delivered.
 Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod.
 """
 
 from __future__ import annotations
 
-from math import isclose
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, PayloadError
 from trtllm_ct.engine.modes import MODES_BY_ALGO
-from trtllm_ct.plan.equalize import SCALAR_TOLERANCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,12 +39,12 @@ class FusedScalars:
                 continue
             value = float(tensor)
             first_module, expected = self._seen.setdefault((module.fused_linear, local), (module.name, value))
-            if not isclose(value, expected, rel_tol=SCALAR_TOLERANCE):
+            if value != expected:
                 raise PayloadError(
                     Fault(
                         where=f"{module.name}.{local}",
-                        expected=f"{expected:g}, as {first_module} has it: the engine makes one Linear of both",
-                        found=f"{value:g}",
+                        expected=f"{expected:.9g}, as {first_module} has it: the engine makes one Linear of both",
+                        found=f"{value:.9g}",
                         remedy="Quantize again with a current llm-compressor, which links them, or use --to dense.",
                     )
                 )

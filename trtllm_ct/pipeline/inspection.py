@@ -111,6 +111,7 @@ class Inspection:
                 "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
                 "stored_bytes": plan.stored_bytes if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
+                "deviations": plan.deviations if plan else (),
                 "warnings": self.warnings,
                 "problems": self.problems,
             }
@@ -118,21 +119,27 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    directory: str | Path, to: str = "modelopt", *, engine: str = DEFAULT_ENGINE, parallel: Parallel = ONE_RANK
+    directory: str | Path,
+    to: str = "modelopt",
+    *,
+    engine: str = DEFAULT_ENGINE,
+    sm: int | None = None,
+    parallel: Parallel = ONE_RANK,
 ) -> Inspection:
     """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
 
-    `parallel` are the sizes that the engine will run with; sizes that can't divide the model are problems. No weights
-    are read, and torch is not imported. Problems of the checkpoint are collected in the result.
-    Raises `UsageError` for an unknown target, and `CheckpointError` if no checkpoint is detected.
+    `sm` is the SM of the GPUs that the engine will run on, None if it is not known. `parallel` are the sizes that the
+    engine will run with; sizes that can't divide the model are problems. No weights are read, and torch is not
+    imported. Problems of the checkpoint are collected in the result.
+    Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
     """
     directory = Path(directory)
-    target = target_named(to, engine)
+    target = target_named(to, engine, sm=sm)
     detection = FormatDetector().detect(directory)
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
     try:
-        plan = open_checkpoint(directory, detection).plan(target.name, engine=engine, parallel=parallel)
+        plan = open_checkpoint(directory, detection).plan(target.name, engine=engine, sm=sm, parallel=parallel)
         problems, noted = plan.problems, plan.warnings
     except CheckpointError as error:
         problems, noted = error.faults, error.warnings

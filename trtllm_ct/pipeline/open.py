@@ -63,6 +63,7 @@ class Checkpoint:
         to: str = "modelopt",
         *,
         engine: str = DEFAULT_ENGINE,
+        sm: int | None = None,
         additive_zeros: bool = True,
         dtype: DType | None = None,
         strict: bool = False,
@@ -72,14 +73,14 @@ class Checkpoint:
     ) -> Plan:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
-        `additive_zeros` affects only target `tensorrt_llm`, see `target_named`.
-        Raises `PlanError` with all faults, and `UsageError` for an unknown name.
+        `sm` is the SM of the GPUs that the engine will run on, and `additive_zeros` affects only target `tensorrt_llm`;
+        see `target_named`. Raises `PlanError` with all faults, and `UsageError` for an unknown name or SM.
         """
         return make_plan(
             self.config,
             self.catalog,
             self.model,
-            target_named(to, engine, additive_zeros=additive_zeros),
+            target_named(to, engine, sm=sm, additive_zeros=additive_zeros),
             dtype=dtype,
             strict=strict,
             parallel=parallel,
@@ -130,6 +131,7 @@ def plan_checkpoint(
     to: str = "modelopt",
     *,
     engine: str = DEFAULT_ENGINE,
+    sm: int | None = None,
     dtype: DType | None = None,
     strict: bool = False,
     parallel: Parallel = ONE_RANK,
@@ -137,5 +139,5 @@ def plan_checkpoint(
 ) -> Plan:
     """Return the plan of a directory for the target named `to`; no weights are read. See `Checkpoint.plan`."""
     return open_checkpoint(directory).plan(
-        to, engine=engine, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
+        to, engine=engine, sm=sm, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
     )

@@ -23,6 +23,7 @@ attention_output.py   which output projections get an input that attention has q
 engine_config.py      the plan as the engine's QuantConfig
 engine_names.py       the names under which the engine looks a module up in its configuration
 engine_class.py       whether the engine has the class of the model
+gpu_warnings.py       warns of what an engine computes wrongly on some GPUs
 producers.py          writers that are known to store wrong numbers
 models/               which modules a model has
 ranks/                the part of a plan that one rank, or one tile of rows, needs

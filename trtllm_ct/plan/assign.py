@@ -1,9 +1,9 @@
 """Assign a mode to each quantized module for a target.
 
-A module that is in no group gets the first mode that holds its weight unchanged. Modules that the engine treats as one
-(q/k/v, gate/up, all routed experts of a layer) form a group and must get the same mode. Scales may be repeated to reach
-a common mode, since that changes no value; where no common mode exists, the whole group is dequantized. Under tensor
-parallelism a mode must hold every rank's slice, and scales may be repeated for that as well.
+A module that is in no group gets the first mode that holds its weight unchanged, or else the first one that holds it
+with repeated scales, which changes no value. Modules that the engine treats as one (q/k/v, gate/up, all routed experts
+of a layer) form a group and must get the same mode. Scales may be repeated to reach a common mode too; where no common
+mode exists, the whole group is dequantized. Under tensor parallelism a mode must hold every rank's slice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.engine.holdings import Holding, Weight, holdings, obstacles, slice_obstacle
-from trtllm_ct.engine.modes import ScaleForm
+from trtllm_ct.engine.modes import LINEAR_MODES, ScaleForm
+from trtllm_ct.engine.platform import SMS
 from trtllm_ct.plan.attention_output import unscaled_outputs
 
 if TYPE_CHECKING:
@@ -63,25 +64,33 @@ class Candidate:
 def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> dict[str, Candidate]:
     """Return the candidate for each part by module name, made from its site and its stored weight.
 
-    Parts that share one `QuantizedWeight` object also share one `Weight` object, if both are fused or both are not.
+    Parts that share one `QuantizedWeight` object also share one `Weight` object, if nothing else about them that
+    decides a mode differs.
     """
-    weights: dict[tuple[int, bool], Weight] = {}
-    candidates = {}
+    linears: dict[str, list[Part]] = {}
     for part in parts:
-        key = (id(part.weight), part.site.fused)
-        if key not in weights:
-            weights[key] = _weight_of(part)
-        candidates[part.site.module] = Candidate(
-            site=part.site,
-            folded=fold_reason(part.module.transforms),
-            unequal=equalized[part.site.module].obstacle if part.site.module in equalized else "",
-            weight=weights[key],
-        )
+        linears.setdefault(part.site.shares or part.site.module, []).append(part)
+    weights: dict[tuple[object, ...], Weight] = {}
+    candidates = {}
+    for members in linears.values():
+        bias = any("bias" in part.module.specs for part in members)
+        names = tuple([part.site.module.rpartition(".")[2] for part in members])
+        for part in members:
+            fused_parts = names if part.site.fused else ()
+            key = (id(part.weight), part.site.fused, part.site.expert, bias, fused_parts)
+            if key not in weights:
+                weights[key] = replace(_weight_of(part), bias=bias, fused_parts=fused_parts)
+            candidates[part.site.module] = Candidate(
+                site=part.site,
+                folded=fold_reason(part.module.transforms),
+                unequal=equalized[part.site.module].obstacle if part.site.module in equalized else "",
+                weight=weights[key],
+            )
     return candidates
 
 
 def _weight_of(part: Part) -> Weight:
-    """Return the properties of a stored weight that decide its mode."""
+    """Return what decides the mode of a stored weight, without what the other parts of a fused Linear add to it."""
     stored = part.weight.stored
     two_level = stored.divisor is not None
     scale = part.module.specs.get(stored.scale)
@@ -92,6 +101,7 @@ def _weight_of(part: Part) -> Weight:
         has_zero_point=stored.has_zero_point,
         permuted=stored.group_index is not None,
         fused=part.site.fused,
+        expert=part.site.expert,
         two_level=two_level,
         exponent_scale=not two_level and scale is not None and scale.dtype in {DType.U8, DType.F8_E8M0},
     )
@@ -159,19 +169,35 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
         return Assignment(holding=None, reason=module.folded)
     if module.site.plain and target.holds_codes:
         return Assignment(holding=None, reason=_STACKED if module.site.expert else _PLAIN)
-    first = next((holding for holding in _held(module, target) if holding.as_is), None)
-    if first is None and module.weight.slices is not None:
-        finer = _in_finer_groups(module, target)
-        if finer is not None:
-            return Assignment(holding=finer, reason="scales repeated so that each rank has whole groups")
-    return Assignment(holding=first, reason="" if first else _why_not(module, target))
+    held = _held(module, target)
+    first = next((holding for holding in held if holding.as_is), None)
+    if first is not None or not held:
+        return Assignment(holding=first, reason="" if first else _why_not(module, target))
+    finer = _in_finer_groups(module, held, target)
+    if finer is not None:
+        return Assignment(holding=finer, reason="scales repeated so that each rank has whole groups")
+    return Assignment(holding=held[0], reason=_why_repeated(module, held[0], target))
 
 
-def _in_finer_groups(module: Candidate, target: Target) -> Holding | None:
-    """Return a mode that holds the whole weight unchanged, but each rank's slice only in smaller groups; else None."""
+def _in_finer_groups(module: Candidate, held: Sequence[Holding], target: Target) -> Holding | None:
+    """Return a mode that holds the whole weight unchanged, but each rank's slice only in smaller groups; else None.
+
+    `held` are the modes that hold each rank's slice, none of them unchanged.
+    """
+    if module.weight.slices is None:
+        return None
     whole = _held(replace(module, weight=replace(module.weight, slices=None)), target)
     algos = {holding.mode.algo for holding in whole if holding.as_is}
-    return next((holding for holding in _held(module, target) if holding.mode.algo in algos), None)
+    return next((holding for holding in held if holding.mode.algo in algos), None)
+
+
+def _why_repeated(module: Candidate, holding: Holding, target: Target) -> str:
+    """Return why a module gets a mode that holds its weight with repeated scales only."""
+    reason = f"scales repeated for groups of {holding.group_size}"
+    strategy, platform = module.weight.args.strategy, target.capabilities.platform
+    held = {held.mode.algo for held in holdings(module.weight, platform)}
+    others = frozenset(mode.algo for mode in LINEAR_MODES if strategy in mode.exact) & _algos(module, target) - held
+    return ": ".join([reason, *obstacles(module.weight, others, platform)[:1]])
 
 
 def _assign_group(
@@ -238,17 +264,22 @@ def _common_mode(name: str, quantized: Mapping[str, Candidate], target: Target) 
 def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
     """Return why the members of a group share no mode: because of one member's slices, or of their schemes."""
     for module, candidate in quantized.items():
-        slices = slice_obstacle(candidate.weight, target.algos(expert=candidate.site.expert))
+        slices = slice_obstacle(candidate.weight, _algos(candidate, target), target.capabilities.platform)
         if slices:
             return f"{module.rpartition('.')[2]}: {slices}"
     schemes = sorted({candidate.weight.scheme.label() for candidate in quantized.values()})
     return f"their schemes have no mode in common ({'; '.join(schemes)})"
 
 
+def _algos(module: Candidate, target: Target) -> frozenset[QuantAlgo]:
+    """Return the modes in which a module may be delivered."""
+    return target.algos(expert=module.site.expert)
+
+
 def _held(module: Candidate, target: Target) -> list[Holding]:
     """Return the modes of the target that hold a weight; those that hold it unchanged come first."""
-    algos = target.algos(expert=module.site.expert)
-    held = [holding for holding in holdings(module.weight) if holding.mode.algo in algos]
+    algos = _algos(module, target)
+    held = [holding for holding in holdings(module.weight, target.capabilities.platform) if holding.mode.algo in algos]
     if module.unequal:
         held = [holding for holding in held if not holding.mode.shared_scalars]
     release = target.capabilities.release
@@ -262,8 +293,9 @@ def _uncut(module: Candidate, target: Target) -> list[QuantAlgo]:
     release = target.capabilities.release
     if release is None or not module.site.class_cuts:
         return []
-    algos = target.algos(expert=module.site.expert)
-    modes = (holding.mode for holding in holdings(module.weight) if holding.as_is and holding.mode.algo in algos)
+    algos = _algos(module, target)
+    held = holdings(module.weight, target.capabilities.platform)
+    modes = (holding.mode for holding in held if holding.as_is and holding.mode.algo in algos)
     return [mode.algo for mode in modes if not mode.cut_by_rows(release)]
 
 
@@ -273,28 +305,52 @@ def _in_column(holding: Holding) -> Holding:
 
 
 def _why_not(module: Candidate, target: Target) -> str:
-    """Return why no mode of a target holds a weight unchanged."""
+    """Return why no mode of a target holds a weight."""
     if not target.holds_codes:
         return f"target {target.name} holds plain weights only"
     if module.unequal:
         return module.unequal
-    expert = module.site.expert
     uncut = _uncut(module, target)
     if uncut:
         return f"the engine's class cuts this Linear by rows, and can't cut the tensors of {' or '.join(uncut)}"
-    cut = slice_obstacle(module.weight, target.algos(expert=expert))
+    reason = _why_not_here(module, target)
+    sms = _other_sms(module, target)
+    return f"{reason}; kept with {' or '.join(f'--sm {sm}' for sm in sms)}" if sms else reason
+
+
+def _why_not_here(module: Candidate, target: Target) -> str:
+    """Return why no mode of the target holds a weight on its platform, and which later release has one that does."""
+    algos, platform = _algos(module, target), target.capabilities.platform
+    cut = slice_obstacle(module.weight, algos, platform)
     if cut is not None:
         return cut
+    expert = module.site.expert
     what = "expert kernel" if expert else "Linear"
-    held = [holding.mode.algo for holding in holdings(module.weight) if holding.as_is]
     for later in target.newer:
-        algo = next((algo for algo in held if algo in (later.experts if expert else later.linear)), None)
+        later_algos = (later.experts if expert else later.linear) - algos
+        held = (holding.mode.algo for holding in holdings(module.weight, later.platform))
+        algo = next((algo for algo in held if algo in later_algos), None)
         if algo is not None:
             return f"{target.capabilities.name} has no {algo} {what}; {later.name} has one"
-    if held:
-        return f"{' or '.join(held)} would hold it, and {target.capabilities.name} has no such {what}"
-    reasons = obstacles(module.weight, target.algos(expert=expert))
+    here = frozenset(held.mode.algo for held in holdings(module.weight)) & algos
+    if here:
+        return "; ".join(obstacles(module.weight, here, platform))
+    elsewhere = [held.mode.algo for held in holdings(module.weight, platform) if held.as_is]
+    if elsewhere:
+        return f"{' or '.join(elsewhere)} would hold it, and {target.capabilities.name} has no such {what}"
+    reasons = obstacles(module.weight, algos, platform)
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
+
+
+def _other_sms(module: Candidate, target: Target) -> list[int]:
+    """Return the SMs on which the target would hold the weight, if the plan is made without one."""
+    platform = target.capabilities.platform
+    if platform is None or platform.sm is not None:
+        return []
+    algos = _algos(module, target)
+    return [
+        sm for sm in SMS if any(held.mode.algo in algos for held in holdings(module.weight, replace(platform, sm=sm)))
+    ]
 
 
 def _plain_because(alone: Assignment, reason: str) -> Assignment:

@@ -112,7 +112,7 @@ def _layer_of_scheme(scheme: QuantScheme, args: QuantArgs, target: Target) -> La
         exponent_scale=exponents,
     )
     algos = target.algos(expert=False)
-    held = (holding for holding in holdings(weight) if holding.as_is and holding.mode.algo in algos)
+    held = (holding for holding in holdings(weight, target.capabilities.platform) if holding.mode.algo in algos)
     return next((layer_config(holding) for holding in held), None)
 
 

@@ -1,18 +1,19 @@
 """Make the scalars of the parts of a fused Linear equal, if that is possible without changing any weight.
 
 Engines fuse q/k/v into one Linear, and gate and up too, also in every expert. An NVFP4 Linear has one `weight_scale_2`
-and one `input_scale`, which are made from the stored global scales. Most writers give the parts the same global scales.
-Where a writer did not and the global scales are powers of two apart, one of them serves all parts: the E4M3 group
-scales are multiplied by the power of two between the two global scales, and every value stays the same, bit for bit.
-Parts whose global scales differ otherwise have no common scalar and are dequantized.
+and one `input_scale`, which are made from the stored global scales and must be equal bit for bit. Most writers give the
+parts the same global scales. Where a writer did not and the global scales are powers of two apart, one of them serves
+all parts: the E4M3 group scales are multiplied by the power of two between the two global scales, and every value stays
+the same, bit for bit. Parts whose global scales differ otherwise have no common scalar and are dequantized.
 A global scale of 0 in an expert means that calibration never reached it: its weight is zero under any scalar.
 Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod, and `fused_moe/quantization.py`.
 """
 
 from __future__ import annotations
 
+from ctypes import c_float
 from dataclasses import dataclass, replace
-from math import frexp, isclose, isfinite, ldexp
+from math import frexp, isfinite, ldexp
 from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.engine.holdings import activations_of
@@ -27,11 +28,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.weights import QuantizedWeight
 
-__all__ = ["OWN", "SCALAR_TOLERANCE", "Equalized", "Part", "Replaced", "equalize", "powers_of_two_apart"]
-
-SCALAR_TOLERANCE = 1e-6
-"""Scalars whose relative difference is at most this count as equal. It is of the order of the relative error that
-any natively delivered value may have."""
+__all__ = ["OWN", "Equalized", "Part", "Replaced", "equalize", "powers_of_two_apart"]
 
 _INPUT = "input_global_scale"
 
@@ -92,7 +89,7 @@ def equalize(parts: Iterable[Part], probe: Probe) -> dict[str, Equalized]:
 
 
 def powers_of_two_apart(divisors: Sequence[float]) -> bool:
-    """Whether the divisors differ, and by powers of two only; zeros are ignored."""
+    """Whether the divisors are delivered as different multipliers, and differ by powers of two; zeros are ignored."""
     nonzero = [divisor for divisor in divisors if divisor]
     return not _all_equal(nonzero) and len({frexp(divisor)[0] for divisor in nonzero}) == 1
 
@@ -150,13 +147,18 @@ def _divisor(part: Part, local: str, probe: Probe) -> float | None:
 
 
 def _all_equal(divisors: Sequence[float]) -> bool:
-    return all(isclose(divisor, divisors[0], rel_tol=SCALAR_TOLERANCE) for divisor in divisors)
+    """Whether all divisors are delivered as the same multiplier, bit for bit: releases assert exact equality."""
+    return len({_multiplier(divisor) for divisor in divisors}) <= 1
+
+
+def _multiplier(divisor: float) -> float:
+    """Return 1 / divisor rounded to float32, as it is delivered; 0 for 0."""
+    return c_float(1 / divisor).value if divisor else 0.0
 
 
 def _replaced(stored: float, shared: float) -> Replaced | None:
     """Return the replacement of a stored global scale; None if it equals the shared one."""
-    equal = isclose(stored, shared, rel_tol=SCALAR_TOLERANCE)
-    return None if equal else Replaced(stored=stored, shared=shared)
+    return None if _multiplier(stored) == _multiplier(shared) else Replaced(stored=stored, shared=shared)
 
 
 def _exact_divisor(members: Sequence[Part], divisors: Sequence[float], probe: Probe) -> float | None:

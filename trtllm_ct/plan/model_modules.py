@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trtllm_ct.engine.holdings import native_mode
+from trtllm_ct.engine.holdings import deviation_of, native_mode
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import Assignment, fold_reason
 from trtllm_ct.plan.engine_config import layer_config
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.config.quantization_config import QuantizationConfig
+    from trtllm_ct.engine.holdings import Holding
     from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.plan.kv_cache import KvCache
     from trtllm_ct.plan.models.sites import Model, Site
@@ -173,7 +174,7 @@ class ModelModules:
             native_mode=native_mode(weight.stored.args, self.config.modifiers) if weight else None,
             layer=layer_config(holding) if holding else None,
             reason=(assignment.reason or shared.reason) if assignment else fold_reason(module.transforms),
-            note=(holding.note or shared.note) if holding else "",
+            note=_note(weight, holding, shared),
         )
 
     def _require_static_scale(self, module: StoredModule, weight: QuantizedWeight) -> None:
@@ -194,6 +195,13 @@ class ModelModules:
                 found=str(spec) if spec else "no such tensor",
                 remedy="Download the checkpoint again, or quantize again with dynamic activations.",
             )
+
+
+def _note(weight: QuantizedWeight | None, holding: Holding | None, shared: Equalized) -> str:
+    """Return where the engine computes differently from the scheme of a module; empty if it doesn't."""
+    if holding is not None:
+        return holding.note or shared.note
+    return deviation_of(weight.scheme) if weight else ""
 
 
 def _named(deliveries: Iterable[Delivery], module: StoredModule) -> tuple[Delivery, ...]:

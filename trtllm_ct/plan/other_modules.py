@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trtllm_ct.engine.holdings import deviation_of
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.leftovers import refuse_leftovers
 from trtllm_ct.plan.models.fused_experts import NOT_PER_EXPERT
@@ -122,6 +123,7 @@ class OtherModules:
             weight=weight.stored,
             scheme=weight.scheme,
             reason="not a part of the text model's layers",
+            note=deviation_of(weight.scheme),
         )
 
 

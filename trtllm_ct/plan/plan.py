@@ -5,6 +5,7 @@ All values are frozen, can be printed and have a JSON form. Nothing here reads a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.stored import View
 
-__all__ = ["OTHER", "Delivery", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
+__all__ = ["OTHER", "Delivery", "Deviation", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
 
 
 OTHER = "other"
@@ -122,7 +123,7 @@ class ModulePlan:
     `views` are the module's tensors by local name; `ignored` gives the reason for each of them that is not delivered.
     `weight` and `scheme` describe the quantized weight and are None for a module that is stored plain.
     `layer` is the module's mode at the target, None when it is delivered plain. `reason` says why a quantized module is
-    dequantized, or why its scales are changed; `note` says where the mode computes differently from the scheme.
+    dequantized, or why its scales are changed; `note` says where the engine computes differently from the scheme.
     `native_mode` is the family of the scheme, independent of the target.
     `fused_linear` names the fused Linear that the module is a part of, and whose parts must have equal scalars.
     `experts` names the module of all routed experts that the module belongs to.
@@ -223,6 +224,25 @@ class ModulePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """A way in which the engine computes differently from the scheme of modules, and the number of these modules.
+
+    `mode` is the mode in which they are delivered, or `dequantized`.
+    """
+
+    note: str
+    mode: str
+    modules: int
+
+    def __str__(self) -> str:
+        return f"{self.modules} modules ({self.mode}): {self.note}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return json_object({"note": self.note, "mode": self.mode, "modules": self.modules})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that loading and converting will do, decided from configuration, headers and a few probed values.
 
@@ -288,6 +308,13 @@ class Plan:
         """The bytes of all delivered tensors."""
         return sum(module.delivered_bytes for module in self.modules)
 
+    @property
+    def deviations(self) -> tuple[Deviation, ...]:
+        """Where the engine computes differently from the scheme of some modules, most modules first."""
+        # The plans of modules that are alike share the text, and modes are few, so that this is fast for 10^5 modules.
+        counts = Counter((module.note, module.delivered_mode) for module in self.modules if module.note)
+        return tuple(Deviation(note=note, mode=mode, modules=count) for (note, mode), count in counts.most_common())
+
     def module(self, name: str) -> ModulePlan:
         """Return the plan of one module; raises `KeyError` if there is none of this name."""
         return self.by_name[name]
@@ -312,6 +339,7 @@ class Plan:
                 "delivered": tuple(self.deliveries()),
                 "stored_bytes": self.stored_bytes,
                 "delivered_bytes": self.delivered_bytes,
+                "deviations": self.deviations,
                 "warnings": self.warnings,
                 "problems": self.problems,
             }

@@ -21,6 +21,7 @@ from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
+from trtllm_ct.plan.gpu_warnings import bias_warnings
 from trtllm_ct.plan.kv_cache import KvCache
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
@@ -153,6 +154,7 @@ class _Planner:
             *self.kv_cache.warnings,
             *warnings_of_directory(modules, self.target, self.kv_cache.algo),
             *header_warnings(self.config, self.model.name, modules),
+            *bias_warnings(modules, self.target.capabilities.platform),
         )
         self.faults.raise_if_any(PlanError, warnings)
         return Plan(

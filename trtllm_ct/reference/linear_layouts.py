@@ -236,4 +236,10 @@ LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
     QuantAlgo.W4A16_MXFP4: LinearLayout(
         tensors=(_FP4_COLUMN_PAIRS, _MX_SCALE), dequantize=dequantize_mxfp4, group_size=32
     ),
+    QuantAlgo.W4A8_MXFP4_MXFP8: LinearLayout(
+        tensors=(_FP4_COLUMN_PAIRS, _MX_SCALE),
+        dequantize=dequantize_mxfp4,
+        quantize_input=_dynamic_input(quantize_mxfp8),
+        group_size=32,
+    ),
 }

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tensorrt_llm
+import torch
 from tensorrt_llm._torch.models import modeling_utils
 from tensorrt_llm._torch.models.checkpoints import base_weight_loader
 from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
@@ -21,6 +22,7 @@ from tensorrt_llm.llmapi import llm_args, llm_utils
 from tensorrt_llm.logger import logger
 
 from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.platform import sm_of_capability
 from trtllm_ct.serve.additive_zeros import install_additive_zeros
 from trtllm_ct.serve.features import EngineFeatures, EngineParts, probe_features
 from trtllm_ct.serve.session import LoadSession
@@ -179,8 +181,14 @@ def engine_features() -> EngineFeatures:
             weight_loader=base_weight_loader.BaseWeightLoader,
             version=getattr(tensorrt_llm, "__version__", None),
             model_classes=_model_classes(),
+            sm=_sm_of_gpu(),
         )
     )
+
+
+def _sm_of_gpu() -> int | None:
+    """Return the SM of this machine's first GPU; None without a GPU, and for one that no plan is made for."""
+    return sm_of_capability(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
 def _model_classes() -> frozenset[str]:

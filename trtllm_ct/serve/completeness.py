@@ -69,6 +69,7 @@ LINEAR_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.NVFP4: Reads(required=_CODES_AND_SCALE | {"weight_scale_2", "input_scale"}, optional=_BIAS | _KV_SCALES),
     QuantAlgo.W4A16_NVFP4: Reads(required=_CODES_AND_SCALE | {"weight_scale_2"}, optional=_BIAS | _KV_SCALES),
     QuantAlgo.MXFP8: Reads(required=_CODES_AND_SCALE),
+    QuantAlgo.W4A8_MXFP4_MXFP8: Reads(required=_CODES_AND_SCALE),
     QuantAlgo.W8A16: Reads(required=_CODES_AND_SCALE),
     QuantAlgo.W4A16: Reads(required=_CODES_AND_SCALE),
     QuantAlgo.W4A16_AWQ: Reads(required=_CODES_AND_SCALE, alone=frozenset({"pre_quant_scale"})),
@@ -83,6 +84,7 @@ EXPERT_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.W4A16_NVFP4: Reads(required=_CODES_AND_SCALE | {"weight_scale_2"}),
     QuantAlgo.MXFP8: Reads(required=_CODES_AND_SCALE, aliases=_SECOND_NAME),
     QuantAlgo.W4A16_MXFP4: Reads(required=_CODES_AND_SCALE, aliases=_SECOND_NAME),
+    QuantAlgo.W4A8_MXFP4_MXFP8: Reads(required=_CODES_AND_SCALE),
     QuantAlgo.W8A16: Reads(required=_CODES_AND_SCALE),
 }
 """The tensors that routed experts read."""

@@ -39,6 +39,7 @@ class EngineFeatures:
     - `compressed_tensors_parser`: whether the engine parses some compressed-tensors configurations by itself.
     - `version`: the engine's version string. It is only shown; no decision depends on it.
     - `model_classes`: the architectures that it can build, those that the user registered among them; empty if unknown.
+    - `sm`: the SM of this machine's GPU, one of `trtllm_ct.engine.platform.SMS`; None if it has none of them.
     """
 
     engine: str = DEFAULT_ENGINE
@@ -49,6 +50,7 @@ class EngineFeatures:
     compressed_tensors_parser: bool = False
     version: str | None = None
     model_classes: frozenset[str] = frozenset()
+    sm: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON output; without the model classes, which are a hundred."""
@@ -72,6 +74,7 @@ class EngineParts:
     - `weight_loader`: the class `_torch.models.checkpoints.base_weight_loader.BaseWeightLoader`.
     - `version`: the engine's version string, if it has one.
     - `model_classes`: the keys of its registries of model classes.
+    - `sm`: the SM of this machine's GPU, if it is known.
     """
 
     linear: Any
@@ -81,6 +84,7 @@ class EngineParts:
     weight_loader: Any
     version: str | None = None
     model_classes: frozenset[str] = frozenset()
+    sm: int | None = None
 
 
 def probe_features(parts: EngineParts) -> EngineFeatures:
@@ -105,6 +109,7 @@ def probe_features(parts: EngineParts) -> EngineFeatures:
         compressed_tensors_parser=hasattr(parts.llm_utils, _STOCK_PARSER),
         version=parts.version,
         model_classes=parts.model_classes,
+        sm=parts.sm,
     )
 
 

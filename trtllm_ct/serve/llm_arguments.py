@@ -90,6 +90,7 @@ def engine_arguments(
     _refuse_conflicts(arguments, loaders)
     options = ServingOptions(
         engine=features.engine,
+        sm=features.sm,
         additive_zeros=features.additive_zeros,
         parallel=parallel_of(arguments),
         dtype=_dtype(arguments.get("dtype")),

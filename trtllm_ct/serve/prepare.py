@@ -66,6 +66,7 @@ def prepare(
     require_class(detection, features)
     options = ServingOptions(
         engine=features.engine,
+        sm=features.sm,
         additive_zeros=features.additive_zeros,
         parallel=parallel,
         dtype=_dtype(dtype),

@@ -64,6 +64,7 @@ class ServingOptions:
     """The options that decide a plan together with the checkpoint; see `make_plan` and `target_named`."""
 
     engine: str = DEFAULT_ENGINE
+    sm: int | None = None
     additive_zeros: bool = True
     parallel: Parallel = ONE_RANK
     dtype: DType | None = None
@@ -85,6 +86,7 @@ class ServingOptions:
         return checkpoint.plan(
             "tensorrt_llm",
             engine=self.engine,
+            sm=self.sm,
             additive_zeros=self.additive_zeros,
             dtype=self.dtype,
             strict=self.strict,

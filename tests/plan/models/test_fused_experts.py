@@ -102,7 +102,8 @@ class TestKernels:
     def test_names_and_shapes(self, tmp_path: Path, scheme: str, to: str):
         write(tmp_path, scheme)
 
-        plan = plan_checkpoint(tmp_path, to)
+        # MXFP4 experts have other modes on other GPUs.
+        plan = plan_checkpoint(tmp_path, to, sm=90 if scheme == "mxfp4a16" else None)
 
         assert {str(specs(plan, module)) for module in (GATE, UP, DOWN)} == {str(NATIVE[scheme])}
 
