@@ -174,7 +174,7 @@ def test_linears_of_decoders_need_features_that_divide(engine: Any, algo: str, m
 
 
 def test_linears_of_decoders_cut_each_tensor_by_its_own_width(engine: Any) -> None:
-    """Two ranks hold 192 columns each, which is one block and a half: three scales give two to rank 0, one to rank 1."""
+    """Of three blocks of columns, each rank holds one and a half; rank 0 gets two scales, and rank 1 one."""
     scale = torch.tensor([[1.0, 2.0, 4.0]])
     weights = fp8(rows=64, columns=384, weight_scale=scale)
     first = rank_of("FP8_BLOCK_SCALES", 0, 2, "row", rows=64, columns=384)
@@ -182,7 +182,7 @@ def test_linears_of_decoders_cut_each_tensor_by_its_own_width(engine: Any) -> No
     assert first.weight_scale.tolist() == [[1, 2]]
     second = rank_of("FP8_BLOCK_SCALES", 1, 2, "row", rows=64, columns=384)
     load(second, weights)
-    # One scale is copied into two places: the fourth and fifth half of a block are read with the scale of the sixth.
+    # The one scale is copied into both places, so half a block of columns is read with its neighbour's scale.
     assert second.weight_scale.tolist() == [[4, 4]]
 
 
