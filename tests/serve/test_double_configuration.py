@@ -131,11 +131,13 @@ def test_old_releases_read_mixed_precision_from_quant_cfg(tmp_path: Path) -> Non
     directory = directory_with(tmp_path, whole)
     with engine_double.installed("newest"):
         assert read(directory).quant_config_dict["model.layers.0.mlp.down_proj"].group_size == 64
-    with engine_double.installed("old"):
-        with pytest.raises(FileNotFoundError, match=r"quant_cfg\.json"):
-            read(directory)
-        (tmp_path / "quant_cfg.json").write_text(json.dumps(whole))
-        assert read(directory).quant_config_dict["model.layers.0.mlp.down_proj"].group_size == 64
+    for generation in ("old", "mid"):
+        with engine_double.installed(generation):
+            (tmp_path / "quant_cfg.json").unlink(missing_ok=True)
+            with pytest.raises(FileNotFoundError, match=r"quant_cfg\.json"):
+                read(directory)
+            (tmp_path / "quant_cfg.json").write_text(json.dumps(whole))
+            assert read(directory).quant_config_dict["model.layers.0.mlp.down_proj"].group_size == 64
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,11 @@ def test_it_raises_where_stock_raises(shared: Path, generation: str, export: str
 
 
 @pytest.mark.parametrize("export", sorted(ONLY_NEWEST))
-def test_old_releases_raise_for_later_algorithms(shared: Path, export: str) -> None:
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS[:-1])
+def test_old_releases_raise_for_later_algorithms(shared: Path, generation: str, export: str) -> None:
     algo = json.loads((shared / "modelopt-exports" / export / "hf_quant_config.json").read_text())
     name = algo["quantization"]["quant_algo"]
-    with engine_double.installed("old") as engine, pytest.raises(ValueError, match=f"'{name}' is not a valid"):
+    with engine_double.installed(generation) as engine, pytest.raises(ValueError, match=f"'{name}' is not a valid"):
         logits_of(engine, shared / "modelopt-exports" / export)
 
 
