@@ -111,6 +111,15 @@ def test_attention_honours_forced_dynamic_quantization_in_newer_releases(
         assert quantizes_output(algo, "FP8", force_dynamic_quantization=True) is not honoured
 
 
+@pytest.mark.parametrize(("generation", "read"), [(OLD, False), (MID, False), (NEWEST, True)])
+def test_whether_attention_honours_it_is_seen_in_its_code(generation: str, read: bool) -> None:
+    """A probe of the installed engine can look there, and not at the arguments of `LLM`."""
+    with engine_double.installed(generation):
+        from tensorrt_llm._torch.modules.attention import Attention
+
+        assert ("force_dynamic_quantization" in Attention._use_quantize_output.__code__.co_names) is read
+
+
 @pytest.mark.parametrize(("generation", "there"), [(OLD, False), (MID, True), (NEWEST, True)])
 def test_the_argument_is_there_since_2026(generation: str, there: bool) -> None:
     with engine_double.installed(generation):

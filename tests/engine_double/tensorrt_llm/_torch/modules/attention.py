@@ -98,30 +98,41 @@ class Attention(nn.Module):
         seen = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
         return self.o_proj(self._quantize_output(seen.transpose(0, 1).flatten(1)))
 
+    def create_weights(self) -> None:
+        """It has no weights, but what it does depends on the final configuration of `o_proj`."""
+        self.o_proj.create_weights()
+        self.has_quant_scale = self.o_proj.quant_algo in _HAS_QUANT_SCALE
+
+    if RELEASE.dynamic_attention_output:
+
+        def _use_quantize_output(self) -> bool:
+            """Whether `o_proj` shall get quantized values; not where its activations shall be dynamic."""
+            if self.o_proj.force_dynamic_quantization:
+                return False
+            own = None if self.quant_config is None else self.quant_config.layer_quant_mode.algo
+            if own == QuantAlgo.NVFP4 and self.o_proj.quant_algo != QuantAlgo.NVFP4:
+                return False
+            return self.has_quant_scale and getattr(self.o_proj, "pre_quant_scale", None) is None
+    else:
+
+        def _use_quantize_output(self) -> bool:
+            """Whether `o_proj` shall get quantized values."""
+            return self.has_quant_scale and getattr(self.o_proj, "pre_quant_scale", None) is None
+
     @property
     def quantizes_output(self) -> bool:
         """Whether it writes quantized values, with the `input_scale` of `o_proj`, or 1 where that has none.
 
-        `o_proj` must have quantization scales (`Attention._use_quantize_output`), and an `inv_input_scale`: dynamic
-        per-tensor FP8 has none. Attention's own algorithm must have scales too, and the KV cache must be FP8 or NVFP4
-        (`TrtllmAttention.get_quantize_output_dtype`). `force_dynamic_quantization` counts in newer releases only.
+        `o_proj` must want them (`Attention._use_quantize_output`) and have an `inv_input_scale`, which is the
+        `out_scale` of `TrtllmAttention.forward`: dynamic per-tensor FP8 has none. Attention's own algorithm must have
+        scales too, and the KV cache must be FP8 or NVFP4 (`TrtllmAttention.get_quantize_output_dtype`).
         """
-        out = self.o_proj
-        if self.quant_config is None or out.quant_algo not in _HAS_QUANT_SCALE:
-            return False
-        if getattr(out, "pre_quant_scale", None) is not None:
-            return False
-        if RELEASE.dynamic_attention_output and (out.force_dynamic_quantization or self._writes_fp4_in_vain()):
+        own, out = self.quant_config, self.o_proj
+        if own is None or not self._use_quantize_output():
             return False
         if out.quant_algo in _FP8_INPUT and out.inv_input_scale is None:
             return False
-        own = self.quant_config
         return own.layer_quant_mode.algo in _HAS_QUANT_SCALE and own.kv_cache_quant_algo in _QUANTIZED_CACHES
-
-    def _writes_fp4_in_vain(self) -> bool:
-        assert self.quant_config is not None
-        nvfp4 = QuantAlgo.NVFP4
-        return self.quant_config.layer_quant_mode.algo == nvfp4 and self.o_proj.quant_algo != nvfp4
 
     def _quantize_output(self, values: Tensor) -> Any:
         """FP4 values are written with the scale that `o_proj` would use itself, which the double doesn't simulate."""
