@@ -105,7 +105,7 @@ def test_missing_packages_are_named_with_their_purpose(
 
 SEEN = {
     "old": {"force_dynamic_quantization": False, "mapping_argument": False, "version": "1.1.0"},
-    "mid": {"force_dynamic_quantization": True, "mapping_argument": True, "version": "1.2.1"},
+    "mid": {"force_dynamic_quantization": False, "mapping_argument": True, "version": "1.2.1"},
     "newest": {"force_dynamic_quantization": True, "mapping_argument": True, "version": "1.4.0rc1"},
 }
 

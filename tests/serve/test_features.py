@@ -239,7 +239,7 @@ def test_the_environment_variable_on_the_double(monkeypatch: pytest.MonkeyPatch,
 # Whole engines.
 
 OLD = EngineFeatures(engine="stock-1.0", mapping_argument=False, version="1.1.0")
-MID = EngineFeatures(engine="stock-1.2", force_dynamic_quantization=True, version="1.2.1")
+MID = EngineFeatures(engine="stock-1.2", version="1.2.1")
 NEWEST = EngineFeatures(
     engine="stock-1.3",
     has_own_gptq=False,
