@@ -100,9 +100,9 @@ def test_the_document_has_every_option(sidecar_cache: Path, source: Path) -> Non
     }
 
 
-@pytest.mark.parametrize(("generation", "name"), [("old", "stock-1.0"), ("newest", "stock-1.3")])
+@pytest.mark.parametrize(("name", "generation"), list(engine_double.GENERATION_OF.items()))
 def test_a_directory_made_for_an_engine_is_listed_with_its_capability_set(
-    source: Path, generation: str, name: str
+    source: Path, name: str, generation: str
 ) -> None:
     with engine_double.installed(generation, importers=[BINDINGS]):
         LLM(source, skip_tokenizer_init=True)

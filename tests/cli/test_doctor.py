@@ -104,14 +104,15 @@ def test_missing_packages_are_named_with_their_purpose(
 
 
 SEEN = {
-    "old": ("stock-1.0", {"force_dynamic_quantization": False, "mapping_argument": False, "version": "1.1.0"}),
-    "newest": ("stock-1.3", {"force_dynamic_quantization": True, "mapping_argument": True, "version": "1.4.0rc1"}),
+    "old": {"force_dynamic_quantization": False, "mapping_argument": False, "version": "1.1.0"},
+    "mid": {"force_dynamic_quantization": False, "mapping_argument": True, "version": "1.2.1"},
+    "newest": {"force_dynamic_quantization": True, "mapping_argument": True, "version": "1.4.0rc1"},
 }
 
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 def test_features_and_modes_of_the_installed_release(generation: str) -> None:
-    name, features = SEEN[generation]
+    name, features = engine_double.RELEASE_OF[generation], SEEN[generation]
     with engine_double.installed(generation, importers=[BINDINGS]):
         document = run_cli("doctor", "--json").document
         shown = lines(run_cli("doctor"))

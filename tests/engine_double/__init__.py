@@ -1,8 +1,9 @@
 """A stand-in for TensorRT-LLM's PyTorch backend, for tests on machines without a GPU.
 
-`installed("old")` or `installed("newest")` puts this folder's small `tensorrt_llm` on the import path. It imitates, on
-the CPU and in float32, what the backend does with a checkpoint from `LLM(...)` to logits. It is as strict as the
-backend, and as careless. Every file names the upstream file that it imitates. None of the code comes from upstream.
+`installed("mid")` puts this folder's small `tensorrt_llm` on the import path, as the generation of that name. It
+imitates, on the CPU and in float32, what the backend does with a checkpoint from `LLM(...)` to logits. It is as strict
+as the backend, and as careless. Every file names the upstream file that it imitates. None of the code comes from
+upstream.
 
 For tests only, its `LLM` has `logits(token_ids, draft=False)`, float32 [tokens, vocabulary], and `models`, the modules
 of every rank that runs in this process. While a model is loaded, uninitialized memory is NaN, or all ones for integers.
@@ -23,10 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import ModuleType
 
-__all__ = ["GENERATIONS", "installed"]
+__all__ = ["GENERATIONS", "GENERATION_OF", "RELEASE_OF", "installed"]
 
-GENERATIONS = ("old", "newest")
-"""Releases 1.0 and 1.1, and main of September 2026."""
+GENERATION_OF = {"stock-1.0": "old", "stock-1.2": "mid", "stock-1.3": "newest"}
+"""The generation that imitates each of this project's releases (`trtllm_ct/engine/releases.py`), oldest first.
+
+"old" is 1.0 and 1.1, "mid" early 2026, which release 1.2 most likely is, and "newest" main of September 2026.
+"""
+
+GENERATIONS = tuple(GENERATION_OF.values())
+
+RELEASE_OF = {generation: release for release, generation in GENERATION_OF.items()}
+"""The release to plan for, so that a plan suits a generation."""
 
 _HERE = str(Path(__file__).parent)
 
@@ -48,8 +57,8 @@ def installed(
     gets pickled arguments and the environment variables named TRTLLM* and TLLM* only.
     `quantize_activations` simulates FP8 activations (per tensor, and per row) instead of computing in float32.
     `gptq` adds the W4A16_GPTQ Linear method (NVIDIA/TensorRT-LLM pull request 19442); newest only.
-    `ct_parser` is the compressed-tensors parser: A, B (newest's default) or C; the old generation has none.
-    `sm` is the compute capability that limits of kernels are checked against.
+    `ct_parser` is the compressed-tensors parser: A, B (newest's default) or C; older generations have none.
+    `sm` is the compute capability: kernels differ by it, and some don't exist.
     `importers` are modules that import tensorrt_llm; they are imported again inside, and removed afterwards.
     """
     variables = {

@@ -1,4 +1,4 @@
-"""This package's loader in the engine, on both generations of releases: all schemes, several ranks, repeated loads."""
+"""This package's loader in the engine, on all generations of releases: all schemes, several ranks, repeated loads."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_releases_differ_in_their_members() -> None:
 
             takes_mapping = "mapping" in inspect.signature(BaseWeightLoader.load_weights).parameters
             seen[generation] = (takes_mapping, "MXFP8" in QuantAlgo.__members__)
-    assert seen == {"old": (False, False), "newest": (True, True)}
+    assert seen == {"old": (False, False), "mid": (True, False), "newest": (True, True)}
 
 
 def test_a_checkpoint_format_drops_the_loader(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,11 +131,13 @@ def test_old_releases_read_mixed_precision_from_quant_cfg(tmp_path: Path) -> Non
     directory = directory_with(tmp_path, whole)
     with engine_double.installed("newest"):
         assert read(directory).quant_config_dict["model.layers.0.mlp.down_proj"].group_size == 64
-    with engine_double.installed("old"):
-        with pytest.raises(FileNotFoundError, match=r"quant_cfg\.json"):
-            read(directory)
-        (tmp_path / "quant_cfg.json").write_text(json.dumps(whole))
-        assert read(directory).quant_config_dict["model.layers.0.mlp.down_proj"].group_size == 64
+    for generation in ("old", "mid"):
+        with engine_double.installed(generation):
+            (tmp_path / "quant_cfg.json").unlink(missing_ok=True)
+            with pytest.raises(FileNotFoundError, match=r"quant_cfg\.json"):
+                read(directory)
+            (tmp_path / "quant_cfg.json").write_text(json.dumps(whole))
+            assert read(directory).quant_config_dict["model.layers.0.mlp.down_proj"].group_size == 64
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_exclusions_match_patterns_and_ancestors_in_newer_releases_only(entry: s
 
             config = QuantConfig(exclude_modules=[entry])
             found[generation] = config.is_module_excluded_from_quantization("model.layers.0.mlp.down_proj")
-    assert found == {"newest": newer, "old": entry.endswith("*")}
+    assert found == {"old": entry.endswith("*"), "mid": entry.endswith("*"), "newest": newer}
 
 
 def test_unknown_fields_of_a_quant_config(old: Any) -> None:

@@ -145,20 +145,32 @@ def test_shards_of_partial_blocks_get_scales_of_their_neighbours(shared: Path, g
     assert 0.1 < (cut - whole).abs().max() / whole.std() < 1
 
 
-def test_an_input_scale_of_a_row_wise_o_proj_changes_its_result(shared: Path, tmp_path: Path) -> None:
-    """Attention divides by it, the GEMM does not multiply; with forced dynamic quantization neither happens."""
+def with_fp8_cache(source: Path, out: Path, more: Module) -> Path:
+    """Copy an export of two layers, with an FP8 KV cache and more tensors."""
     from safetensors.torch import load_file, save_file
 
-    source = shared / "modelopt-exports" / "FP8_PER_CHANNEL_PER_TOKEN_CFG"
-    for name in ("config.json", "hf_quant_config.json"):
-        (tmp_path / name).write_text((source / name).read_text())
-    scales = {f"model.layers.{layer}.self_attn.o_proj.input_scale": torch.tensor(2.0) for layer in range(2)}
-    save_file(load_file(source / "model.safetensors") | scales, tmp_path / "model.safetensors")
+    out.mkdir()
+    (out / "config.json").write_text((source / "config.json").read_text())
+    document = json.loads((source / "hf_quant_config.json").read_text())
+    document["quantization"]["kv_cache_quant_algo"] = "FP8"
+    (out / "hf_quant_config.json").write_text(json.dumps(document))
+    save_file(load_file(source / "model.safetensors") | more, out / "model.safetensors")
+    return out
 
-    with engine_double.installed("newest") as engine:
-        want = logits_of(engine, source)
-        assert (logits_of(engine, tmp_path) - want).abs().max() > 0.1 * want.std()
-        assert torch.equal(logits_of(engine, tmp_path, force_dynamic_quantization=True), want)
+
+@pytest.mark.parametrize(("generation", "helps"), [("mid", False), ("newest", True)])
+def test_an_input_scale_of_a_row_wise_o_proj_changes_its_result(
+    shared: Path, tmp_path: Path, generation: str, helps: bool
+) -> None:
+    """Attention divides by it, the GEMM does not multiply; forced dynamic quantization helps in newer releases."""
+    source = shared / "modelopt-exports" / "FP8_PER_CHANNEL_PER_TOKEN_CFG"
+    scales = {f"model.layers.{layer}.self_attn.o_proj.input_scale": torch.tensor(2.0) for layer in range(2)}
+    without, given = with_fp8_cache(source, tmp_path / "1", {}), with_fp8_cache(source, tmp_path / "2", scales)
+
+    with engine_double.installed(generation) as engine:
+        want = logits_of(engine, without)
+        assert (logits_of(engine, given) - want).abs().max() > 0.1 * want.std()
+        assert torch.equal(logits_of(engine, given, force_dynamic_quantization=True), want) is helps
 
 
 REFUSED: dict[str, tuple[type[Exception], str]] = {
@@ -177,10 +189,11 @@ def test_it_raises_where_stock_raises(shared: Path, generation: str, export: str
 
 
 @pytest.mark.parametrize("export", sorted(ONLY_NEWEST))
-def test_old_releases_raise_for_later_algorithms(shared: Path, export: str) -> None:
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS[:-1])
+def test_old_releases_raise_for_later_algorithms(shared: Path, generation: str, export: str) -> None:
     algo = json.loads((shared / "modelopt-exports" / export / "hf_quant_config.json").read_text())
     name = algo["quantization"]["quant_algo"]
-    with engine_double.installed("old") as engine, pytest.raises(ValueError, match=f"'{name}' is not a valid"):
+    with engine_double.installed(generation) as engine, pytest.raises(ValueError, match=f"'{name}' is not a valid"):
         logits_of(engine, shared / "modelopt-exports" / export)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import engine_double
 import pytest
 import torch
+from engine_modules import experts, fp8, linear, load, nvfp4
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,53 +111,19 @@ def test_old_releases_read_the_older_names_of_rotary_parameters_only(converted: 
     for generation in engine_double.GENERATIONS:
         with engine_double.installed(generation) as engine:
             same[generation] = torch.equal(logits_of(engine, directory), logits_of(engine, converted))
-    assert same == {"old": True, "newest": False}
+    assert same == {"old": True, "mid": True, "newest": False}
 
 
 # One Linear at a time.
-
-
-def linear(algo: str, rows: int = 64, columns: int = 256, fused: str = "", rank: int = 0, **more: Any) -> Any:
-    from tensorrt_llm._torch.modules.linear import Linear, WeightMode, WeightsLoadingConfig
-    from tensorrt_llm._torch.pyexecutor.model_loader import uninitialized_memory_is_poison
-    from tensorrt_llm.mapping import Mapping
-    from tensorrt_llm.models.modeling_utils import QuantConfig
-
-    size = more.pop("size", 1)
-    mode = WeightMode[f"FUSED_{fused}_LINEAR" if fused else "VANILLA"]
-    with uninitialized_memory_is_poison():
-        return Linear(
-            columns,
-            rows,
-            bias=False,
-            mapping=Mapping(world_size=size, tp_size=size, rank=rank),
-            quant_config=QuantConfig(quant_algo=algo, has_zero_point=algo == "W4A16_GPTQ"),
-            weights_loading_config=WeightsLoadingConfig(weight_mode=mode),
-            **more,
-        )
-
-
-def load(module: Any, *weights: dict[str, Tensor]) -> Tensor:
-    """Load a Linear and return its output for ones."""
-    from tensorrt_llm._torch.pyexecutor.model_loader import uninitialized_memory_is_poison
-
-    with uninitialized_memory_is_poison():
-        module.load_weights(weights=list(weights))
-    result: Tensor = module(torch.ones(1, module.in_features))
-    return result
-
-
-def fp8(rows: int = 64, columns: int = 256, **scales: float | Tensor) -> dict[str, Tensor]:
-    codes = torch.ones(rows, columns).to(torch.float8_e4m3fn)
-    return {"weight": codes} | {name: torch.as_tensor(value) for name, value in scales.items()}
 
 
 def test_row_scales_with_two_dimensions_are_flattened_by_newer_releases_only() -> None:
     weights = fp8(weight_scale=torch.full((64, 1), 0.5))
     with engine_double.installed("newest"):
         assert load(linear("FP8_PER_CHANNEL_PER_TOKEN"), weights).eq(128).all()
-    with engine_double.installed("old"), pytest.raises(RuntimeError, match="broadcast shape"):
-        load(linear("FP8_PER_CHANNEL_PER_TOKEN"), weights)
+    for generation in ("old", "mid"):
+        with engine_double.installed(generation), pytest.raises(RuntimeError, match="broadcast shape"):
+            load(linear("FP8_PER_CHANNEL_PER_TOKEN"), weights)
 
 
 def test_int8_codes_are_silently_cast_to_fp8(engine: Any) -> None:
@@ -187,12 +155,6 @@ def test_input_scales_of_only_some_shards_use_uninitialized_memory(
     assert load(linear("FP8", rows=128, fused="GATE_UP"), *shards).isnan().all() == poisoned
 
 
-def nvfp4(rows: int = 64, columns: int = 256, **scalars: float) -> dict[str, Tensor]:
-    ones = {"weight": torch.full((rows, columns // 2), 0x22, dtype=torch.uint8)}
-    scales = {"weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn)}
-    return ones | scales | {name: torch.tensor(value) for name, value in scalars.items()}
-
-
 def test_scalars_of_one_fused_nvfp4_linear_must_agree(engine: Any) -> None:
     with pytest.raises(AssertionError, match="weight_scale_2"):
         load(
@@ -200,11 +162,6 @@ def test_scalars_of_one_fused_nvfp4_linear_must_agree(engine: Any) -> None:
             nvfp4(weight_scale_2=1.0, input_scale=1.0),
             nvfp4(weight_scale_2=2.0, input_scale=1.0),
         )
-
-
-def test_a_missing_nvfp4_input_scale_is_uninitialized_unless_dynamic(engine: Any) -> None:
-    assert load(linear("NVFP4"), nvfp4(weight_scale_2=1.0)).isnan().all()
-    assert load(linear("NVFP4", force_dynamic_quantization=True), nvfp4(weight_scale_2=1.0)).eq(256).all()
 
 
 def test_int4_rows_lie_in_pairs_low_nibble_first(engine: Any) -> None:
@@ -232,12 +189,26 @@ def test_zeros_are_added_where_the_release_has_a_method_for_them(gptq: bool) -> 
 def test_scales_of_the_kv_cache_are_taken_from_k_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = [fp8(weight_scale=1.0, **more) for more in ({}, {"k_scale": 2.0}, {"v_scale": 3.0})]
     found = {}
-    for generation, setting in (("newest", "1"), ("old", "0"), ("old", "1")):
-        monkeypatch.setenv("TRTLLM_LOAD_KV_SCALES", setting)
+    for generation, setting in product(engine_double.GENERATIONS, (None, "0", "1")):
+        if setting is None:
+            monkeypatch.delenv("TRTLLM_LOAD_KV_SCALES", raising=False)
+        else:
+            monkeypatch.setenv("TRTLLM_LOAD_KV_SCALES", setting)
         with engine_double.installed(generation):
             load(module := linear("FP8", rows=192, fused="QKV"), *shards)
             found[generation, setting] = module.kv_scales.tolist()
-    assert found == {("newest", "1"): [1, 2, 3], ("old", "0"): [1, 1, 1], ("old", "1"): [1, 12, 18]}
+    unread, read, times_six = [1, 1, 1], [1, 2, 3], [1, 12, 18]
+    assert found == {
+        ("old", None): unread,
+        ("old", "0"): unread,
+        ("old", "1"): times_six,
+        ("mid", None): read,
+        ("mid", "0"): unread,
+        ("mid", "1"): read,
+        ("newest", None): read,
+        ("newest", "0"): unread,
+        ("newest", "1"): read,
+    }
 
 
 def test_blocks_are_spread_as_evenly_as_they_go(newest: Any) -> None:
@@ -248,7 +219,7 @@ def test_blocks_are_spread_as_evenly_as_they_go(newest: Any) -> None:
         bounds(1280, 96, 4, 0)
 
 
-@pytest.mark.parametrize(("generation", "widths"), [("newest", [2, 2, 1]), ("old", None)])
+@pytest.mark.parametrize(("generation", "widths"), [("newest", [2, 2, 1]), ("mid", None), ("old", None)])
 def test_only_newer_releases_allow_uneven_slices(generation: str, widths: list[int] | None) -> None:
     from contextlib import nullcontext
 
@@ -262,7 +233,7 @@ def test_only_newer_releases_allow_uneven_slices(generation: str, widths: list[i
             assert [part.in_features // 128 for part in parts] == widths
 
 
-def test_k_and_v_of_row_scales_are_not_repeated_for_more_ranks_than_heads(newest: Any) -> None:
+def test_k_and_v_of_row_scales_are_not_repeated_for_more_ranks_than_heads(engine: Any) -> None:
     from types import SimpleNamespace
 
     from tensorrt_llm._torch.models.checkpoints.hf.weight_mapper import HfWeightMapper
@@ -275,7 +246,10 @@ def test_k_and_v_of_row_scales_are_not_repeated_for_more_ranks_than_heads(newest
     shapes = {}
     for algo in ("FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"):
         keys = {"weight": torch.arange(4.0)[:, None], "bias": torch.arange(4.0), "weight_scale": torch.ones(4, 1)}
-        repeated = mapper.apply_callbacks(linear(algo), "k_proj", [], keys)[0]
+        weights = {
+            f"self_attn.{part}.{key}": value for part in ("q_proj", "k_proj", "v_proj") for key, value in keys.items()
+        }
+        repeated = mapper.apply_callbacks(linear(algo, fused="QKV"), "qkv_proj", ["self_attn"], weights)[1]
         assert repeated["weight"].flatten().tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
         assert repeated["bias"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
         shapes[algo] = tuple(repeated["weight_scale"].shape)
@@ -283,27 +257,6 @@ def test_k_and_v_of_row_scales_are_not_repeated_for_more_ranks_than_heads(newest
 
 
 # Experts.
-
-
-def experts(algo: str | None, size: int = 1, **parts: int) -> list[Any]:
-    from tensorrt_llm._torch.model_config import ModelConfig, PretrainedConfig
-    from tensorrt_llm._torch.modules.fused_moe.interface import MoE
-    from tensorrt_llm.mapping import Mapping
-    from tensorrt_llm.models.modeling_utils import QuantConfig
-
-    ranks = []
-    for rank in range(size):
-        config = ModelConfig(
-            mapping=Mapping(world_size=size, tp_size=size, rank=rank, **parts),
-            quant_config=QuantConfig(quant_algo=algo),
-            pretrained_config=PretrainedConfig(),
-        )
-        module = MoE(
-            num_experts=4, hidden_size=256, intermediate_size=128, top_k=2, renormalize=True, model_config=config
-        )
-        module.create_weights()
-        ranks.append(module)
-    return ranks
 
 
 def expert_weights(**companions: Callable[[int, int], Tensor]) -> dict[str, Tensor]:

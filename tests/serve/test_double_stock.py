@@ -66,9 +66,10 @@ def test_int8_weights_are_quietly_rounded_to_fp8(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", sorted({*NEWEST, *RIGHT, "w8a8-dynamic"}))
-def test_old_releases_refuse_every_compressed_tensors_block(shared: Path, checkpoint: str) -> None:
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS[:-1])
+def test_old_releases_refuse_every_compressed_tensors_block(shared: Path, generation: str, checkpoint: str) -> None:
     with (
-        engine_double.installed("old") as engine,
+        engine_double.installed(generation) as engine,
         pytest.raises(NotImplementedError, match="Unsupported quantization_config"),
     ):
         error_of(engine, shared / "checkpoints" / checkpoint)

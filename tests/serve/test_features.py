@@ -240,6 +240,7 @@ def test_the_environment_variable_on_the_double(monkeypatch: pytest.MonkeyPatch,
 # Whole engines.
 
 OLD = EngineFeatures(engine="stock-1.0", mapping_argument=False, version="1.1.0")
+MID = EngineFeatures(engine="stock-1.2", version="1.2.1")
 NEWEST = EngineFeatures(
     engine="stock-1.3",
     has_own_gptq=False,
@@ -249,8 +250,12 @@ NEWEST = EngineFeatures(
 )
 
 
-@pytest.mark.parametrize(("generation", "expected"), [("old", OLD), ("newest", NEWEST)], ids=engine_double.GENERATIONS)
+EXPECTED = (OLD, MID, NEWEST)
+
+
+@pytest.mark.parametrize(("generation", "expected"), list(zip(engine_double.GENERATIONS, EXPECTED, strict=True)))
 def test_the_double_is_the_release_that_it_imitates(generation: str, expected: EngineFeatures) -> None:
+    assert expected.engine == engine_double.RELEASE_OF[generation]
     with engine_double.installed(generation, importers=[BINDINGS]) as engine:
         features = import_module(BINDINGS).engine_features()
         assert installed_features() == features
@@ -292,6 +297,6 @@ def test_without_an_engine_the_newest_stable_line_is_assumed() -> None:
     assert DEFAULT_FEATURES.version is None
 
 
-@pytest.mark.parametrize("features", [DEFAULT_FEATURES, OLD, NEWEST], ids=["none", *engine_double.GENERATIONS])
+@pytest.mark.parametrize("features", [DEFAULT_FEATURES, *EXPECTED], ids=["none", *engine_double.GENERATIONS])
 def test_features_survive_json(features: EngineFeatures) -> None:
     assert EngineFeatures(**json.loads(json.dumps(features.to_dict()))) == features

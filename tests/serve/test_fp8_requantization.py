@@ -1,6 +1,6 @@
 """Static per-tensor FP8 in fused Linears: the engine requantizes the weights, and so does the oracle.
 
-Both generations do it in the same way, in one process and over ranks. No other precision is lost.
+All generations do it in the same way, in one process and over ranks. No other precision is lost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`trtllm_ct.LLM` on the double of both generations: the arguments that the engine gets, and its output."""
+"""`trtllm_ct.LLM` on the double of all generations: the arguments that the engine gets, and its output."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def test_text_is_that_of_the_reference_engine(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("generation", "error"),
-    [("old", (NotImplementedError, "Unsupported quantization_config")), ("newest", (TypeError, "not subscriptable"))],
+    [
+        ("old", (NotImplementedError, "Unsupported quantization_config")),
+        ("mid", (NotImplementedError, "Unsupported quantization_config")),
+        ("newest", (TypeError, "not subscriptable")),
+    ],
 )
 def test_stock_fails_on_what_this_package_loads(generation: str, error: tuple[type[Exception], str]) -> None:
     with engine_double.installed(generation, importers=[BINDINGS]) as engine:
@@ -276,7 +280,7 @@ from engine_fixtures import BINDINGS
 with engine_double.installed(sys.argv[1], importers=["trtllm_ct.serve.bindings"]):
     loader = pickle.loads(open(sys.argv[2], "rb").read())
     loader.load_config(sys.argv[3], trust_remote_code=True)
-    weights = loader.load_weights(sys.argv[3], **({"mapping": None} if sys.argv[1] == "newest" else {}))
+    weights = loader.load_weights(sys.argv[3], **({} if sys.argv[1] == "old" else {"mapping": None}))
     print(len(weights), loader.report.source)
 """
 

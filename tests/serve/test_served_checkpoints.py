@@ -1,4 +1,4 @@
-"""All sixteen real checkpoints on both generations, loaded by `trtllm_ct.LLM`: golden logits and golden tokens.
+"""All sixteen real checkpoints on all generations, loaded by `trtllm_ct.LLM`: golden logits and golden tokens.
 
 The bound for a checkpoint follows from the committed table of modes at these sizes: exact, zeros rounded to bfloat16,
 or modules rounded to bfloat16. Static FP8 is compared with an oracle that rounds as the engine does.

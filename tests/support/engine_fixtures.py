@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["BINDINGS", "engine", "let_go_of_sidecars", "newest", "old", "sidecar_cache"]
+__all__ = ["BINDINGS", "engine", "let_go_of_sidecars", "mid", "newest", "old", "sidecar_cache"]
 
 BINDINGS = "trtllm_ct.serve.bindings"
 """Our module that imports the engine: it is imported anew for each double."""
@@ -51,4 +51,10 @@ def newest() -> Iterator[Any]:
 @pytest.fixture
 def old() -> Iterator[Any]:
     with engine_double.installed("old", importers=[BINDINGS]) as module:
+        yield module
+
+
+@pytest.fixture
+def mid() -> Iterator[Any]:
+    with engine_double.installed("mid", importers=[BINDINGS]) as module:
         yield module

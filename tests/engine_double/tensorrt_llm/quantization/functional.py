@@ -1,7 +1,8 @@
 """Imitates `quantization/functional.py` and `_torch/custom_ops/torch_custom_ops.py`: the mixed-type GEMM.
 
 The real layout permutes and interleaves by GPU generation. Here codes only become offset binary, which is enough to
-show a weight that skipped the preparation. The checks of shapes are the real ones.
+show a weight that skipped the preparation; on SM100 and SM103 they stay signed, as upstream, which only transposes
+there. The checks of shapes are the real ones.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from tensorrt_llm._double import RELEASE
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["e2m1_values", "e8m0_values", "mixed_gemm_values", "preprocess_weights_for_mixed_gemm"]
+__all__ = ["e2m1_values", "e8m0_values", "is_sm100", "mixed_gemm_values", "preprocess_weights_for_mixed_gemm"]
 
-_INT4, _INT8 = 0x88, 0x80
+
+def is_sm100(sm: int = RELEASE.sm) -> bool:
+    """Whether kernels of SM100 and SM103 run."""
+    return 100 <= sm < 120
 
 
 def preprocess_weights_for_mixed_gemm(
@@ -31,14 +35,21 @@ def preprocess_weights_for_mixed_gemm(
         rows = 128 if act_dtype == torch.float8_e4m3fn else 64
     assert tensor.shape[-2] % rows == 0, f"K of {tensor.shape[-2]} must be a multiple of {rows}"
     assert tensor.shape[-1] % 8 == 0, f"the last dimension of {tensor.shape[-1]} must be a multiple of 8"
-    return (tensor.contiguous().view(torch.uint8) ^ (_INT4 if is_int4 else _INT8)).view(torch.int8)
+    return (tensor.contiguous().view(torch.uint8) ^ _offset(is_int4, sm)).view(torch.int8)
+
+
+def _offset(is_int4: bool, sm: int) -> int:
+    """The bits that make signed codes offset binary."""
+    if is_sm100(sm):
+        return 0
+    return 0x88 if is_int4 else 0x80
 
 
 def mixed_gemm_values(weight: Tensor, quant_mode: torch.dtype) -> Tensor:
     """Codes [K, N] in float32, of what `preprocess_weights_for_mixed_gemm` made."""
     if quant_mode == torch.int8:
-        return (weight.view(torch.uint8) ^ _INT8).view(torch.int8).float()
-    codes = weight.view(torch.uint8)
+        return (weight.view(torch.uint8) ^ _offset(False, RELEASE.sm)).view(torch.int8).float()
+    codes = weight.view(torch.uint8) ^ _offset(True, RELEASE.sm) ^ 0x88
     pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     return pairs.float() - 8
 
@@ -69,6 +80,8 @@ def finegrained_mixed_dtype_gemm(
     """`input @ (codes * scales + zeros)`, groups along K; `zeros` are additive and of the layout of `scales` [K/g, N].
 
     Limits are those of `finegrained_mixed_dtype_gemm` upstream: GPU generation, and zeros when they are announced.
+    So SM120 and SM121 raise in every release. On SM100 the launcher set `output_op_beta` to 0 until PR #12190 (merged
+    2026-03-13), which drops the bias.
     Open upstream: whether zeros that are not announced are read; here they are not.
     """
     if RELEASE.sm > RELEASE.awq_sm_limit:
@@ -80,4 +93,6 @@ def finegrained_mixed_dtype_gemm(
     output = functional.linear(input.float(), values.T)
     if alpha is not None:
         output = output * alpha
+    if is_sm100() and not RELEASE.grouped_bias_on_sm100:
+        bias = None
     return output if bias is None else output + bias.float()

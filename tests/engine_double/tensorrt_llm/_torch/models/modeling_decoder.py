@@ -1,4 +1,4 @@
-"""Imitates `_torch/models/modeling_llama.py`, `_qwen`, `_qwen3`, `_qwen3_moe`, `_mixtral` and the modules they share.
+"""Imitates `_torch/models/modeling_llama.py`, `_qwen`, `_qwen3`, `_qwen3_moe` and `_mixtral`.
 
 One decoder with the module names of TensorRT-LLM: fused `qkv_proj` and `gate_up_proj`, experts in one module. It
 computes in float32, without a KV cache.
@@ -7,17 +7,17 @@ computes in float32, without a KV cache.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.distributed import allreduce, here
-from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM, register_auto_model
-from tensorrt_llm._torch.modules.fused_moe.interface import MoE
+from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
+from tensorrt_llm._torch.modules.attention import Attention, RMSNorm, decoder_linear
+from tensorrt_llm._torch.modules.fused_moe.interface import create_moe
 from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode, WeightMode, WeightsLoadingConfig
-from tensorrt_llm._torch.modules.linear_methods import FP8, FP8_MAX, frozen
+from tensorrt_llm._torch.modules.linear_methods import frozen
 from tensorrt_llm._torch.modules.sharding import copy_weight
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,32 +26,6 @@ if TYPE_CHECKING:
     from tensorrt_llm._torch.model_config import ModelConfig, PretrainedConfig
 
 __all__ = ["Decoder"]
-
-
-def _linear(config: ModelConfig, rows: int, columns: int, mode: TensorParallelMode, **more: Any) -> Linear:
-    """A Linear that allocates only after its configuration is settled."""
-    arguments: dict[str, Any] = {
-        "bias": False,
-        "dtype": config.torch_dtype,
-        "mapping": config.mapping,
-        "tensor_parallel_mode": mode,
-        "quant_config": config.quant_config,
-        "skip_create_weights_in_init": True,
-        "force_dynamic_quantization": config.force_dynamic_quantization,
-    }
-    return Linear(columns, rows, **(arguments | more))
-
-
-class RMSNorm(nn.Module):
-    """No `load_weights`: its parameter is copied by name."""
-
-    def __init__(self, size: int, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = frozen(size, dtype=config.torch_dtype)
-        self.eps = config.pretrained_config.rms_norm_eps
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
 
 
 class Embedding(nn.Module):
@@ -75,75 +49,6 @@ class Embedding(nn.Module):
         return allreduce(torch.where(mine[:, None], rows, 0.0), self.mapping.tp_group)
 
 
-class Attention(nn.Module):
-    """Heads are distributed over the ranks; K and V heads are repeated when there are fewer heads than ranks."""
-
-    def __init__(self, config: ModelConfig, head_norms: bool) -> None:
-        super().__init__()
-        model, ranks = config.pretrained_config, config.mapping.tp_size
-        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-        self.head_dim = getattr(model, "head_dim", None) or model.hidden_size // heads
-        assert heads % ranks == 0, f"{heads} heads on {ranks} ranks"
-        self.heads, self.kv_heads = heads // ranks, -(-kv_heads // ranks)
-        self.frequencies = _frequencies(model.rope, self.head_dim)
-        biased = getattr(model, "attention_bias", False)
-        self.qkv_proj = _linear(
-            config,
-            (self.heads + 2 * self.kv_heads) * ranks * self.head_dim,
-            model.hidden_size,
-            TensorParallelMode.COLUMN,
-            bias=biased or model.model_type == "qwen2",
-            weights_loading_config=WeightsLoadingConfig(weight_mode=WeightMode.FUSED_QKV_LINEAR),
-        )
-        self.o_proj = _linear(config, model.hidden_size, heads * self.head_dim, TensorParallelMode.ROW, bias=biased)
-        if head_norms:
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim, config), RMSNorm(self.head_dim, config)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        parts = self.qkv_proj(hidden).split(sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(0, 1) for part in parts)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = _rotate(q, self.frequencies), _rotate(k, self.frequencies)
-        k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=0) for part in (k, v))
-        seen = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-        return self.o_proj(self._quantize_output(seen.transpose(0, 1).flatten(1)))
-
-    def _quantize_output(self, values: Tensor) -> Tensor:
-        """Imitates `_torch/modules/attention.py`: a row-wise FP8 o_proj gets quantized values.
-
-        The GEMM does not know their scale. Without an input scale it is 1, instead of one scale per token.
-        """
-        if not self.o_proj.has_fp8_rowwise or self.o_proj.force_dynamic_quantization:
-            return values
-        values = values * self.o_proj.inv_input_scale
-        return values.clamp(-FP8_MAX, FP8_MAX).to(FP8) if RELEASE.quantize_activations else values
-
-
-def _frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """Return the angles per position, from the rotary parameters that the release reads."""
-    base = rope.get("rope_theta", 10000.0) ** -(torch.arange(0, head_dim, 2).double() / head_dim)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return base
-    if kind == "linear":
-        return base / rope["factor"]
-    if kind != "llama3":
-        raise NotImplementedError(f"the double has no rotary embedding of type {kind}")
-    turns = rope["original_max_position_embeddings"] * base / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return base * (smooth + (1 - smooth) / rope["factor"])
-
-
-def _rotate(values: Tensor, frequencies: Tensor) -> Tensor:
-    angles = torch.arange(values.shape[-2]).double()[:, None] * frequencies
-    cos, sin = angles.cos().float(), angles.sin().float()
-    first, second = values.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 class GatedMLP(nn.Module):
     """SwiGLU with one Linear for gate and up."""
 
@@ -151,7 +56,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         model = config.pretrained_config
         inner, biased = model.intermediate_size, getattr(model, "mlp_bias", False)
-        self.gate_up_proj = _linear(
+        self.gate_up_proj = decoder_linear(
             config,
             2 * inner,
             model.hidden_size,
@@ -159,7 +64,7 @@ class GatedMLP(nn.Module):
             bias=biased,
             weights_loading_config=WeightsLoadingConfig(weight_mode=WeightMode.FUSED_GATE_UP_LINEAR),
         )
-        self.down_proj = _linear(config, model.hidden_size, inner, TensorParallelMode.ROW, bias=biased)
+        self.down_proj = decoder_linear(config, model.hidden_size, inner, TensorParallelMode.ROW, bias=biased)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
@@ -176,7 +81,7 @@ class SparseMLP(nn.Module):
         self.gate = Linear(
             model.hidden_size, experts, bias=False, dtype=config.torch_dtype, skip_create_weights_in_init=True
         )
-        self.experts = MoE(
+        self.experts = create_moe(
             num_experts=experts,
             hidden_size=model.hidden_size,
             intermediate_size=getattr(model, "moe_intermediate_size", None) or model.intermediate_size,
@@ -239,7 +144,7 @@ class Decoder(DecoderModelForCausalLM):
         self.model = DecoderModel(config)
         model = config.pretrained_config
         if config.mapping.is_last_pp_rank():
-            self.lm_head = _linear(
+            self.lm_head = decoder_linear(
                 config,
                 model.vocab_size,
                 model.hidden_size,
@@ -286,7 +191,3 @@ def _tensor_names(directory: Path) -> set[str]:
         with path.open("rb") as file:
             names |= json.loads(file.read(int.from_bytes(file.read(8), "little"))).keys()
     return names
-
-
-for _name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Mixtral"):
-    register_auto_model(f"{_name}ForCausalLM")(Decoder)

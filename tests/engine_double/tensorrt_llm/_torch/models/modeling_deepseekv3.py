@@ -10,8 +10,9 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensorrt_llm._torch.models.modeling_decoder import GatedMLP, RMSNorm, _linear
-from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM, register_auto_model
+from tensorrt_llm._torch.models.modeling_decoder import GatedMLP
+from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
+from tensorrt_llm._torch.modules.attention import RMSNorm, decoder_linear
 from tensorrt_llm._torch.modules.fused_moe.interface import MoE
 from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
 from torch import nn
@@ -36,10 +37,10 @@ class MLA(nn.Module):
         heads, rank = model.num_attention_heads, model.kv_lora_rank
         queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
         latent = model.q_lora_rank + rank + model.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = _linear(config, latent, model.hidden_size, None)
-        self.q_b_proj = _linear(config, queries, model.q_lora_rank, column)
-        self.kv_b_proj = _linear(config, heads * (model.qk_nope_head_dim + model.v_head_dim), rank, column)
-        self.o_proj = _linear(config, model.hidden_size, heads * model.v_head_dim, TensorParallelMode.ROW)
+        self.kv_a_proj_with_mqa = decoder_linear(config, latent, model.hidden_size, None)
+        self.q_b_proj = decoder_linear(config, queries, model.q_lora_rank, column)
+        self.kv_b_proj = decoder_linear(config, heads * (model.qk_nope_head_dim + model.v_head_dim), rank, column)
+        self.o_proj = decoder_linear(config, model.hidden_size, heads * model.v_head_dim, TensorParallelMode.ROW)
         self.q_a_layernorm, self.kv_a_layernorm = RMSNorm(model.q_lora_rank, config), RMSNorm(rank, config)
 
 
@@ -87,11 +88,10 @@ class MTP(DecoderLayer):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         width = config.pretrained_config.hidden_size
-        self.eh_proj = _linear(config, width, 2 * width, None)
+        self.eh_proj = decoder_linear(config, width, 2 * width, None)
         self.enorm, self.hnorm = RMSNorm(width, config), RMSNorm(width, config)
 
 
-@register_auto_model("DeepseekV3ForCausalLM")
 class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
     """Layers and draft layers without embedding, last norm and head."""
 

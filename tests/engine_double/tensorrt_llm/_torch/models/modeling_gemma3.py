@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tensorrt_llm._torch.models.checkpoints.hf.weight_mapper import HfWeightMapper
-from tensorrt_llm._torch.models.modeling_decoder import Decoder, RMSNorm
-from tensorrt_llm._torch.models.modeling_utils import register_auto_model, register_mapper
+from tensorrt_llm._torch.models.modeling_decoder import Decoder
+from tensorrt_llm._torch.models.modeling_utils import register_mapper
+from tensorrt_llm._torch.modules.attention import RMSNorm
 
 if TYPE_CHECKING:
     from tensorrt_llm._torch.model_config import ModelConfig
@@ -30,7 +31,6 @@ class Gemma3HfWeightMapper(HfWeightMapper):
         p.data.copy_(module_weights[n][:] + more)
 
 
-@register_auto_model("Gemma3ForCausalLM")
 class Gemma3ForCausalLM(Decoder):
     """A decoder whose layers have four norms, and norms of queries and keys."""
 

@@ -11,7 +11,6 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tensorrt_llm._torch.models.modeling_decoder import Decoder
-from tensorrt_llm._torch.models.modeling_utils import register_auto_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +35,6 @@ def _cut(stored: dict[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tens
     return parts
 
 
-@register_auto_model("Phi3ForCausalLM")
 class Phi3ForCausalLM(Decoder):
     """The decoder with the loader of Phi-3; it takes no weight mapper."""
 

@@ -6,10 +6,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tensorrt_llm._torch.modules.attention import Attention
 from tensorrt_llm._torch.modules.fused_moe.interface import MoE
 from tensorrt_llm._torch.modules.linear import Linear, WeightMode
 from tensorrt_llm.models.modeling_utils import QuantConfig
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,13 +91,18 @@ class DecoderModelForCausalLM(nn.Module):
         return self.model_config.pretrained_config
 
     def apply_layerwise_quant_config(self) -> None:
-        """Return the first entry that matches: fused Linears and experts by substring, others by equality."""
+        """Assign the first entry that matches: fused Linears, experts and attention by substring, others by equality.
+
+        The name of a wrapper's `backend` is compared too, and is in no key that names an expert's Linear.
+        """
         entries = self.model_config.quant_config_dict
         for name, module in self.named_modules() if entries is not None else ():
             if isinstance(module, MoE):
                 found = _first(entries, lambda key, name=name: name in key)
             elif isinstance(module, Linear):
                 found = _first(entries, _layer_test(name, module))
+            elif isinstance(module, Attention):
+                found = _first(entries, lambda key, name=name: f"{name}.q_proj" in key)
             else:
                 continue
             module.quant_config = found or module.quant_config
@@ -161,15 +167,14 @@ def _load_weights_impl_v2(
 
 
 def _load_module(name: str, module: Any, weights: Any, mapper: BaseWeightMapper, partial: bool) -> None:
-    around, _, leaf = name.rpartition(".")
+    *around, leaf = name.split(".")
+    if leaf == "backend" and isinstance(module, MoE):
+        # Checkpoints don't have the wrapper's child in their names.
+        name, (*around, leaf) = ".".join(around), around
     more = {"allow_partial_loading": True} if partial else {}
     if mapper.does_require_special_handling(leaf):
-        shards: list[dict[str, Tensor]] = []
-        for source in mapper.mapping[leaf]:
-            found = mapper.filter_weights(f"{around}.{source}", weights)
-            shards += mapper.apply_callbacks(module, source, name.split("."), found)
-        module.load_weights(weights=shards, **more)
-        _consumed(weights, *(f"{around}.{source}" for source in mapper.mapping[leaf]))
+        module.load_weights(weights=mapper.apply_callbacks(module, leaf, around, weights), **more)
+        _consumed(weights, *(".".join([*around, source]) for source in mapper.mapping[leaf]))
         return
     own = mapper.filter_weights(name, weights)
     if not own:

@@ -12,13 +12,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.model_config import PretrainedConfig
 from tensorrt_llm._torch.models.checkpoints.hf.weight_mapper import HfWeightMapper
 from tensorrt_llm._torch.models.modeling_decoder import Decoder
 from tensorrt_llm._torch.models.modeling_deepseekv3 import DeepseekV3ForCausalLM
 from tensorrt_llm._torch.models.modeling_gemma3 import Gemma3ForCausalLM, Gemma3HfWeightMapper
-from tensorrt_llm._torch.models.modeling_utils import register_auto_model
 from torch import nn
 
 if TYPE_CHECKING:
@@ -114,18 +112,3 @@ class KimiK25ForConditionalGeneration(Wrapper):
         self.vision_keys = {prefix: [key for key in list(weights) if key.startswith(prefix)] for prefix in self.vision}
         below = self.text_weights(weights)
         self.llm.load_weights(below or weights)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
-_CLASSES = {
-    "Mistral3ForConditionalGeneration": ("1.0", Mistral3VLM),
-    "Gemma3ForConditionalGeneration": ("1.0", Gemma3VLM),
-    "Qwen3VLForConditionalGeneration": ("1.2", Qwen3VLModel),
-    "KimiK25ForConditionalGeneration": ("1.3", KimiK25ForConditionalGeneration),
-}
-for _name, (_since, _class) in _CLASSES.items():
-    if _version(_since) <= _version(RELEASE.version):
-        register_auto_model(_name)(_class)

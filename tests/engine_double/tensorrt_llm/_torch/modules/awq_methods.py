@@ -8,7 +8,7 @@ import torch
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.modules.linear_methods import LinearMethodBase, Weights, frozen, quantize_fp8
 from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, cut_shard
-from tensorrt_llm.quantization.functional import mixed_gemm_values, preprocess_weights_for_mixed_gemm
+from tensorrt_llm.quantization.functional import is_sm100, mixed_gemm_values, preprocess_weights_for_mixed_gemm
 from tensorrt_llm.quantization.mode import QuantAlgo
 from torch import Tensor
 from torch.nn import Parameter
@@ -25,7 +25,11 @@ __all__ = [
 
 
 class WeightOnlyQuantLinearMethod(LinearMethodBase):
-    """int8 or int4 with one scale per row, rounded to the module's dtype."""
+    """int8 or int4 with one scale per row, rounded to the module's dtype.
+
+    `apply` made the bias contiguous and returned the GEMM without it until PR #12317 (merged 2026-03-18). SM100 has
+    no such GEMM before PR #10190 (January 2026).
+    """
 
     @staticmethod
     def _codes(module: Linear) -> torch.dtype:
@@ -50,6 +54,11 @@ class WeightOnlyQuantLinearMethod(LinearMethodBase):
 
     def dequantize(self, module: Linear) -> Tensor:
         return mixed_gemm_values(module.weight, self._codes(module)).T * module.weight_scale.float()[:, None]
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        if is_sm100() and not RELEASE.weight_only_on_sm100:
+            raise RuntimeError(f"weight_only_quant_gemm: unsupported architecture SM{RELEASE.sm}")
+        return super().apply(module, input, bias if RELEASE.weight_only_bias else None)
 
 
 class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensorrt_llm._torch.modules.linear_methods import FP8, LinearMethodBase, Weights, frozen, load_kv_scales, still
+from tensorrt_llm._double import RELEASE
+from tensorrt_llm._torch.modules.linear_methods import (
+    FP8,
+    LinearMethodBase,
+    Weights,
+    frozen,
+    load_kv_scales,
+    still,
+)
 from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, cut_shard, load_weight_shard
 from tensorrt_llm.quantization.functional import e2m1_values, e8m0_values
 from torch import Tensor
@@ -54,7 +62,10 @@ class _SmallGroups(LinearMethodBase):
 
 
 class NVFP4LinearMethod(_SmallGroups):
-    """Two levels of scales; the scalars of a fused Linear must agree, which is asserted."""
+    """Two levels of scales; the scalars of a fused Linear must agree, which is asserted.
+
+    `NVFP4LinearMethod.load_weight_scales` of ed53795b and 00bbf71e compares with `==`, of 3fe2c922 with a tolerance.
+    """
 
     group = 16
     scale_dtype = FP8
@@ -68,22 +79,30 @@ class NVFP4LinearMethod(_SmallGroups):
         module.pre_quant_scale = None
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
-        """Without `input_scale` its memory stays uninitialized, unless activations are forced to be dynamic."""
+        """Without `input_scale` older releases fail; newer ones leave its memory uninitialized, or are dynamic."""
         super().load_shards(module, weights)
         copy_weight(module.weight_scale_2, self.one_of(weights, "weight_scale_2"))
-        if module.force_dynamic_quantization:
+        if module.force_dynamic_quantization and RELEASE.dynamic_nvfp4:
             module.input_scale = None
-        elif self.reads_input_scale and any("input_scale" in each for each in weights):
-            copy_weight(module.input_scale, self.one_of(weights, "input_scale"))
+        elif self.reads_input_scale:
+            self._load_input_scale(module, weights)
         if "pre_quant_scale" in weights[0] and len(weights) < 3:
             _load_pre_quant_scale(module, weights[0]["pre_quant_scale"])
         load_kv_scales(module, weights)
 
+    def _load_input_scale(self, module: Linear, weights: Weights) -> None:
+        given = any("input_scale" in each for each in weights)
+        if not given and RELEASE.exact_scalars:
+            raise AttributeError("'NoneType' object has no attribute 'float'")
+        if given:
+            copy_weight(module.input_scale, self.one_of(weights, "input_scale"))
+
     def one_of(self, weights: Weights, name: str) -> Tensor:
-        """Return the scalar that all shards share, compared with `allclose`."""
+        """Return the scalar that all shards share: equal bit by bit, or in the newest release nearly."""
         scalars = [each[name].reshape([]).float() for each in weights if name in each]
+        same = torch.equal if RELEASE.exact_scalars else torch.allclose
         for scalar in scalars[1:]:
-            assert torch.allclose(scalar, scalars[0]), f"The {name} should be same for all the weights"
+            assert same(scalar, scalars[0]), f"The {name} should be same for all the weights"
         return scalars[0]
 
     def dequantize(self, module: Linear) -> Tensor:

@@ -67,11 +67,11 @@ class WeightMode(StrEnum):
     FUSED_QKV_LINEAR = "fused_qkv_linear"
     FUSED_GATE_UP_LINEAR = "fused_gate_up_linear"
 
-    if RELEASE.aligned_shards:
+    if RELEASE.mapping_argument:
 
         @property
         def shard_keys(self) -> list[str] | None:
-            """The names of the shards in the newest releases."""
+            """The names of the shards in newer releases."""
             return {"fused_qkv_linear": ["q", "k", "v"], "fused_gate_up_linear": ["gate", "up"]}.get(self.value)
 
 
@@ -121,7 +121,8 @@ class Linear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     quant_method: LinearMethodBase
-    local_bounds: tuple[int, int]
+    tp_sharding: tuple[int, int] | None
+    """The first and last feature of this rank, of a Linear that is sliced at its method's alignment."""
     # Attributes that the methods add.
     weight_scale: nn.Parameter
     weight_scale_2: nn.Parameter
@@ -159,7 +160,11 @@ class Linear(nn.Module):
         self.gather_output = gather_output
         self.reduce_output = reduce_output
         self.force_dynamic_quantization = force_dynamic_quantization
+        self._aligned = RELEASE.aligned_shards and not skip_create_weights_in_init and not self.is_fused
+        self.tp_sharding = None
         self._weights_created = False
+        if not self._aligned:
+            self._require_divisible_features()
         if not skip_create_weights_in_init:
             self.create_weights()
 
@@ -179,18 +184,21 @@ class Linear(nn.Module):
         self.quant_method.create_weights(self, self.in_features, self.out_features, self.has_bias, self.dtype)
         self._weights_created = True
 
+    def _require_divisible_features(self) -> None:
+        """Every release checks it in `Linear.__init__`; the newest only where `tp_sharding` is None."""
+        if self.tp_mode is not None:
+            cut = self.total_features[TensorParallelMode.split_dim(self.tp_mode)]
+            assert cut % self.tp_size == 0, f"{cut} features must be divisible by tp_size {self.tp_size}"
+
     def _local_features(self) -> tuple[int, int]:
         rows, columns = self.total_features
         if self.tp_mode is None or self.tp_size == 1:
             return rows, columns
         cut = self.total_features[TensorParallelMode.split_dim(self.tp_mode)]
-        if not RELEASE.aligned_shards or self.is_fused:
-            assert cut % self.tp_size == 0, f"{cut} features must be divisible by tp_size {self.tp_size}"
-            local = cut // self.tp_size
-            self.local_bounds = (self.tp_rank * local, (self.tp_rank + 1) * local)
-        else:
-            self.local_bounds = bounds(cut, self.quant_method.alignment(self), self.tp_size, self.tp_rank)
-            local = self.local_bounds[1] - self.local_bounds[0]
+        local = cut // self.tp_size
+        if self._aligned:
+            self.tp_sharding = bounds(cut, self.quant_method.alignment(self), self.tp_size, self.tp_rank)
+            local = self.tp_sharding[1] - self.tp_sharding[0]
         return (rows, local) if self.tp_mode == TensorParallelMode.ROW else (local, columns)
 
     @property
@@ -198,9 +206,9 @@ class Linear(nn.Module):
         return self.quant_config is not None and self.quant_config.layer_quant_mode.has_any_quant(exclude_kv_cache=True)
 
     @property
-    def has_fp8_rowwise(self) -> bool:
-        algo = self.quant_config.layer_quant_mode.algo if self.quant_config else None
-        return algo == QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN
+    def quant_algo(self) -> str | None:
+        """The algorithm, instead of the original's properties `has_fp8_qdq`, `has_nvfp4` and so on."""
+        return self.quant_config.layer_quant_mode.algo if self.quant_config else None
 
     if RELEASE.aligned_shards:
 

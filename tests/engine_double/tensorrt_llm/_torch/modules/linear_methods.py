@@ -21,6 +21,7 @@ __all__ = [
     "FP8BlockScalesLinearMethod",
     "FP8QDQLinearMethod",
     "FP8RowwiseLinearMethod",
+    "FP8Values",
     "LinearMethodBase",
     "UnquantizedLinearMethod",
     "frozen",
@@ -56,6 +57,21 @@ def requantize(shards: list[Tensor], scales: list[Tensor], dtype: torch.dtype) -
     largest = torch.stack(scales).max()
     parts = [(shard.to(dtype) * scale / largest).to(FP8) for shard, scale in zip(shards, scales, strict=True)]
     return torch.cat(parts), largest
+
+
+class FP8Values:
+    """Attention's output, which it has divided by a scale and written as FP8; the Linear multiplies by its own.
+
+    Values are float32, and rounded only where activations are simulated.
+    """
+
+    def __init__(self, values: Tensor, inverse_scale: Tensor | None) -> None:
+        scaled = values if inverse_scale is None else values * inverse_scale
+        self._scaled = quantize_fp8(scaled, torch.ones(())) if RELEASE.quantize_activations else scaled
+
+    def rescaled(self, scale: Tensor | None) -> Tensor:
+        """Return the values as a GEMM with this scale of its activations takes them; None is 1."""
+        return self._scaled if scale is None else self._scaled * scale
 
 
 class LinearMethodBase:
@@ -119,15 +135,20 @@ class LinearMethodBase:
 
 
 def load_kv_scales(module: Linear, weights: Weights) -> None:
-    """`k_scale` and `v_scale` of a fused qkv Linear become `kv_scales`, which only an NVFP4 cache reads."""
+    """`k_scale` and `v_scale` of a fused qkv Linear become `kv_scales`, which only an NVFP4 cache reads.
+
+    The maximum over the parts is taken. Since early 2026 a `k_scale` without a `v_scale` raises AssertionError.
+    """
     default = "1" if RELEASE.kv_scales_by_default else "0"
     if len(weights) != 3 or os.environ.get("TRTLLM_LOAD_KV_SCALES", default) != "1":
         return
-    factor = 1.0 if RELEASE.kv_scales_by_default else 6.0
-    for at, name in enumerate(("k_scale", "v_scale"), start=1):
-        found = [each[name].reshape([]).float() for each in weights if name in each]
-        if found:
-            module.kv_scales.data[at] = torch.stack(found).max() * factor
+    given = {name: [each[name].reshape([]) for each in weights if name in each] for name in ("k_scale", "v_scale")}
+    assert not RELEASE.kv_scales_by_default or not given["k_scale"] or given["v_scale"], (
+        "k_scale and v_scale must be loaded together"
+    )
+    for at, scales in enumerate(given.values(), start=1):
+        if scales:
+            module.kv_scales.data[at] = torch.stack(scales).float().max() * RELEASE.kv_scale_factor
 
 
 class UnquantizedLinearMethod(LinearMethodBase):
@@ -170,7 +191,7 @@ class FP8QDQLinearMethod(LinearMethodBase):
 
     def _load_input_scale(self, module: Linear, weights: Weights) -> None:
         """Dynamic when no shard has one; when only some have, the maximum includes uninitialized memory."""
-        if any("input_scale" in each for each in weights) and not module.force_dynamic_quantization:
+        if any("input_scale" in each for each in weights):
             copy_weight(module.input_scale, torch.stack([_scalar(each, "input_scale") for each in weights]).max())
             module.inv_input_scale.data = 1 / module.input_scale
         else:
@@ -180,15 +201,32 @@ class FP8QDQLinearMethod(LinearMethodBase):
         return module.weight.float() * module.weight_scale
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
-        if RELEASE.quantize_activations:
-            scale = input.abs().max() / FP8_MAX if module.input_scale is None else module.input_scale
-            input = quantize_fp8(input, scale)  # noqa: A001
-        return still(super().apply(module, input, bias), module.input_scale)
+        """FP8 input is attention's, and is multiplied by the stored scale even where activations shall be dynamic."""
+        if isinstance(input, FP8Values):
+            input, scale = input.rescaled(module.input_scale), module.input_scale  # noqa: A001
+        else:
+            scale = None if module.force_dynamic_quantization else module.input_scale
+            if RELEASE.quantize_activations:
+                input = quantize_fp8(input, input.abs().max() / FP8_MAX if scale is None else scale)  # noqa: A001
+        return still(super().apply(module, input, bias), scale)
 
 
 def _scalar(weights: dict[str, Tensor], name: str) -> Tensor:
     """Return one element in float32, or uninitialized memory if a shard has none."""
     return weights[name].reshape([]).float() if name in weights else torch.empty(())
+
+
+def _create_output_scales(module: Linear) -> None:
+    """Scales of the input that no GEMM uses, only attention for its output; both are 1 until they are loaded."""
+    module.input_scale = Parameter(torch.ones(()), requires_grad=False)
+    module.inv_input_scale = Parameter(torch.ones(()), requires_grad=False)
+
+
+def _load_output_scales(module: Linear, weights: Weights) -> None:
+    """Only Linears that aren't fused read them."""
+    if len(weights) == 1 and "input_scale" in weights[0]:
+        copy_weight(module.input_scale, weights[0]["input_scale"].reshape([]))
+        module.inv_input_scale.data = 1 / module.input_scale
 
 
 class FP8RowwiseLinearMethod(LinearMethodBase):
@@ -197,7 +235,7 @@ class FP8RowwiseLinearMethod(LinearMethodBase):
     def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         module.weight = frozen(out_features, in_features, dtype=FP8)
         module.weight_scale = frozen(out_features, dtype=torch.float32)
-        module.inv_input_scale = Parameter(torch.ones(()), requires_grad=False)
+        _create_output_scales(module)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         """Only attention uses an `input_scale`, and divides by it; the GEMM still multiplies by 1."""
@@ -205,16 +243,17 @@ class FP8RowwiseLinearMethod(LinearMethodBase):
         copy_weight(module.weight, torch.cat(self.shards(module, weights, "weight")))
         scales = torch.cat(self.shards(module, weights, name))
         copy_weight(module.weight_scale, scales.reshape(-1) if RELEASE.flattens_row_scale else scales)
-        given = [each["input_scale"].reshape([]).float() for each in weights if "input_scale" in each]
-        if given:
-            module.inv_input_scale.data = 1 / torch.stack(given).max()
+        _load_output_scales(module, weights)
         self.load_bias(module, weights)
 
     def dequantize(self, module: Linear) -> Tensor:
         return module.weight.float() * module.weight_scale[:, None]
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
-        if RELEASE.quantize_activations and input.dtype != FP8:
+        """FP8 input is attention's, and its scale is taken to be 1 whatever attention divided by."""
+        if isinstance(input, FP8Values):
+            input = input.rescaled(None)  # noqa: A001
+        elif RELEASE.quantize_activations:
             input = quantize_fp8(input, input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX)  # noqa: A001
         return super().apply(module, input, bias)
 
@@ -228,6 +267,7 @@ class FP8BlockScalesLinearMethod(LinearMethodBase):
     def allocate(self, module: Linear, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         module.weight = frozen(out_features, in_features, dtype=FP8)
         module.weight_scale = frozen(-(-out_features // 128), -(-in_features // 128), dtype=torch.float32)
+        _create_output_scales(module)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         """Scales go to the block row in which their shard begins, rounded up; this is right only for whole blocks."""
@@ -240,6 +280,7 @@ class FP8BlockScalesLinearMethod(LinearMethodBase):
             first = -(-row // 128)
             copy_weight(module.weight_scale[first : first + -(-shard.shape[0] // 128)], scale)
             row += shard.shape[0]
+        _load_output_scales(module, weights)
         self.load_bias(module, weights)
 
     def dequantize(self, module: Linear) -> Tensor:
@@ -248,7 +289,10 @@ class FP8BlockScalesLinearMethod(LinearMethodBase):
         return module.weight.float() * scale
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        """FP8 input is attention's; it is multiplied by `input_scale`, which is 1 unless a checkpoint has one."""
         assert module.dtype == torch.bfloat16, "FP8 block scales take bfloat16 activations"
+        if isinstance(input, FP8Values):
+            input = input.rescaled(module.input_scale)  # noqa: A001
         return super().apply(module, input, bias)
 
 

@@ -53,11 +53,10 @@ def load_weight_shard(
 ) -> Tensor:
     """Ceiling division of the tensor's own width; not along a dimension of 1, nor 1-D tensors in row mode."""
     weight = weight.to(device)
-    if tensor_parallel_mode is None or tensor_parallel_size <= 1:
+    if not _is_cut(weight, tensor_parallel_size, tensor_parallel_mode):
         return weight
+    assert tensor_parallel_mode is not None
     dim = TensorParallelMode.split_dim(tensor_parallel_mode)
-    if dim >= weight.dim() or weight.shape[dim] == 1:
-        return weight
     width = -(-weight.shape[dim] // tensor_parallel_size)
     first = tensor_parallel_rank * width
     return weight.narrow(dim, min(first, weight.shape[dim]), max(min(width, weight.shape[dim] - first), 0))
@@ -66,18 +65,28 @@ def load_weight_shard(
 def cut_shard(module: Linear, weight: Tensor, spans: tuple[int, int], mode: TensorParallelMode | None = None) -> Tensor:
     """Return this rank's slice of a tensor in which one element covers `spans` (rows, columns) of the weight.
 
-    In the newest releases, fused Linears slice each tensor by its own length, others at the method's alignment.
+    A Linear that allocates at once has `tp_sharding` in the newest releases, and is sliced at the method's alignment.
+    All others are sliced by the tensor's own width, whatever its elements cover: fused Linears, and every Linear of a
+    decoder, because `_torch/models/modeling_auto.py` sets `skip_create_weights_in_init`.
     """
     mode = mode or module.tp_mode
     size, rank = module.tp_size, module.tp_rank
-    if not RELEASE.aligned_shards or mode is None or size == 1:
+    if not RELEASE.spread_shards:
         return load_weight_shard(weight, size, rank, mode)
-    dim = TensorParallelMode.split_dim(mode)
-    if dim >= weight.dim() or weight.shape[dim] == 1:
+    if not _is_cut(weight, size, mode):
         return weight
-    if module.is_fused:
-        width = weight.shape[dim] // size
-        return weight.narrow(dim, rank * width, width)
-    first, last = module.local_bounds
-    span = spans[dim]
-    return weight[(slice(None),) * dim + (slice(first // span, -(-last // span)),)]
+    assert mode is not None
+    dim = TensorParallelMode.split_dim(mode)
+    if module.tp_sharding is None:
+        first, last = bounds(weight.shape[dim], 1, size, rank)
+    else:
+        first, last = module.tp_sharding[0] // spans[dim], -(-module.tp_sharding[1] // spans[dim])
+    return weight.narrow(dim, first, last - first)
+
+
+def _is_cut(weight: Tensor, size: int, mode: TensorParallelMode | None) -> bool:
+    """Whether a tensor has a dimension of more than one element that is cut."""
+    if mode is None or size <= 1:
+        return False
+    dim = TensorParallelMode.split_dim(mode)
+    return dim < weight.dim() and weight.shape[dim] != 1

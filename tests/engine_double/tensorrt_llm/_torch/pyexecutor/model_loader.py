@@ -8,18 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.model_config import ModelConfig
-from tensorrt_llm._torch.models import (
-    checkpoints,
-    modeling_decoder,
-    modeling_deepseekv3,
-    modeling_gemma3,
-    modeling_phi3,
-    modeling_wrappers,
-)
+from tensorrt_llm._torch.models import checkpoints
+from tensorrt_llm._torch.models._arch_index import get_model_class
 from tensorrt_llm._torch.models.checkpoints.auto_mapper import AutoCheckpointMapper
 from tensorrt_llm._torch.models.checkpoints.base_checkpoint_loader import BaseCheckpointLoader
 from tensorrt_llm._torch.models.modeling_utils import (
-    MODEL_CLASS_MAPPING,
     get_checkpoint_weight_loader,
     get_config_loader,
 )
@@ -35,14 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelLoader"]
 
-REGISTERING = (
-    checkpoints,
-    modeling_decoder,
-    modeling_deepseekv3,
-    modeling_gemma3,
-    modeling_phi3,
-    modeling_wrappers,
-)
+REGISTERING = (checkpoints,)
 _STAGES = ("setup_aliases", "transform_weights", "cache_derived_state")
 _CACHE_ALGOS = {"fp8": QuantAlgo.FP8, "nvfp4": QuantAlgo.NVFP4}
 
@@ -100,14 +86,14 @@ class ModelLoader:
 
     def _load_config(self, checkpoint_dir: str, loader: Any) -> ModelConfig:
         spec = self.args.speculative_config
-        if RELEASE.defaults_pass:
-            loader.load_config(
-                checkpoint_dir,
-                trust_remote_code=self.args.trust_remote_code,
-                mm_encoder_only=False,
-                mapping=self.mapping,
-                spec_config=spec,
-            )
+        if RELEASE.defaults_pass is not None:
+            given = {
+                "trust_remote_code": self.args.trust_remote_code,
+                "mm_encoder_only": False,
+                "mapping": self.mapping,
+                "spec_config": spec,
+            }
+            loader.load_config(checkpoint_dir, **{name: given[name] for name in RELEASE.defaults_pass})
         more: dict[str, Any] = {}
         if RELEASE.force_dynamic_quantization:
             more["force_dynamic_quantization"] = self.args.force_dynamic_quantization
@@ -133,7 +119,10 @@ class ModelLoader:
         return config
 
     def _settle_kv_cache(self, config: ModelConfig) -> None:
-        """A dtype that differs from the checkpoint's raises in older releases, and takes precedence in the newest."""
+        """A dtype that differs from the checkpoint's raises in older releases, and takes precedence in the newest.
+
+        Older releases (`validate_and_set_kv_cache_quant` of 2025) do not set it in the entries of layers.
+        """
         asked = _CACHE_ALGOS.get(self.args.kv_cache_config.dtype)
         found = config.quant_config.kv_cache_quant_algo
         if asked is None or asked == found:
@@ -143,6 +132,9 @@ class ModelLoader:
         if found is not None:
             logger.warning("KV cache dtype %s of the checkpoint is overridden by %s", found, asked)
         config.quant_config.kv_cache_quant_algo = asked
+        if RELEASE.newest_algos:
+            for layer in (config.quant_config_dict or {}).values():
+                layer.kv_cache_quant_algo = asked
 
     def _load_weights(self, model: Any, config: ModelConfig, loader: Any, checkpoint_dir: str) -> None:
         """The mapper is requested after the weights are loaded."""
@@ -152,8 +144,12 @@ class ModelLoader:
                 model.load_weights(weights, weight_mapper=loader.get_initialized_weight_mapper(model, config))
             loader.post_load_apply(model, weights_preloaded=loader.is_weights_preloaded())
         else:
-            weights = loader.load_weights(checkpoint_dir)
+            weights = loader.load_weights(checkpoint_dir, **self._mapping_argument)
             model.load_weights(weights, weight_mapper=loader.get_initialized_weight_mapper(model, config))
+
+    @property
+    def _mapping_argument(self) -> dict[str, Mapping]:
+        return {"mapping": self.mapping} if RELEASE.mapping_argument else {}
 
     def _load_draft(self, loader: Any) -> Any:
         """Read the configuration without the loader, weights with the same loader, and get the mapper by format."""
@@ -162,7 +158,7 @@ class ModelLoader:
         directory = self.args.speculative_config.speculative_model_dir
         config = ModelConfig.from_pretrained(directory, trust_remote_code=True, mapping=self.mapping)
         draft = _build(config)
-        weights = loader.load_weights(directory, **({"mapping": self.mapping} if RELEASE.mapping_argument else {}))
+        weights = loader.load_weights(directory, **self._mapping_argument)
         mapper = AutoCheckpointMapper.get(loader.checkpoint_format, config.pretrained_config.architectures[0])
         mapper.init_model_and_config(draft, config)
         draft.load_weights(weights, weight_mapper=mapper)
@@ -170,10 +166,12 @@ class ModelLoader:
 
 
 def _build(config: ModelConfig) -> Any:
+    """`AutoModelForCausalLM.from_config` of `_torch/models/modeling_auto.py`."""
     architecture = config.pretrained_config.architectures[0]
-    if architecture not in MODEL_CLASS_MAPPING:
+    cls = get_model_class(architecture)
+    if cls is None:
         raise ValueError(f"Unknown architecture for AutoModelForCausalLM: {architecture}")
-    return MODEL_CLASS_MAPPING[architecture](config)
+    return cls(config)
 
 
 def _post_load(model: nn.Module) -> None:

@@ -46,7 +46,11 @@ class BaseWeightMapper(ABC):
     @abstractmethod
     def apply_callbacks(
         self, module: nn.Module, module_name: str, module_names_breakdown: list[str], weights: Weights
-    ) -> list[Weights]: ...
+    ) -> list[Weights]:
+        """Return the parts of a fused module, of all weights; it is called once per module.
+
+        `module_name` is the last component of the module's name, `module_names_breakdown` are those before it.
+        """
 
     def cleanup(self) -> None:
         self._model = self._config = None

@@ -1,9 +1,9 @@
-"""Imitates `fused_moe/interface.py` and the dispatch of `fused_moe_cutlass.py` and `fused_moe_trtllm_gen.py`."""
+"""Imitates `fused_moe/interface.py`, `create_moe.py`, and the dispatch of `fused_moe_cutlass.py` and `_trtllm_gen`."""
 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensorrt_llm._double import RELEASE
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tensorrt_llm._torch.model_config import ModelConfig
     from tensorrt_llm.models.modeling_utils import QuantConfig
 
-__all__ = ["MoE", "MoEWeightLoadingMode"]
+__all__ = ["MoE", "MoEWeightLoadingMode", "create_moe"]
 
 
 class MoEWeightLoadingMode(enum.IntEnum):
@@ -130,3 +130,12 @@ class MoE(nn.Module):
         values = method.scale_input(self, "w3_w1", at, hidden)
         values = functional.silu(values @ gate.T) * (values @ up.T)
         return method.scale_input(self, "w2", at, values) @ method.dequantize(self, "w2", at).T
+
+
+def create_moe(**arguments: Any) -> MoE:
+    """Return the experts of one layer, in a wrapper where the release has one."""
+    if not RELEASE.wraps_experts:
+        return MoE(**arguments)
+    from tensorrt_llm._torch.modules.fused_moe.configurable_moe import ConfigurableMoE
+
+    return ConfigurableMoE(**arguments)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tensorrt_llm._double import RELEASE
-from tensorrt_llm._torch.modules.linear_methods import FP8, frozen, requantize, still
+from tensorrt_llm._torch.modules.linear_methods import FP8, frozen, quantize_fp8, requantize, still
 from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, load_weight_shard
 from tensorrt_llm.logger import logger
 from tensorrt_llm.quantization.functional import (
@@ -203,28 +203,65 @@ class Int8Experts(ExpertMethod):
     scale_spans = (1, 0)
 
 
-class WInt4AFP8Experts(_WithInputScale):
-    """int4 in groups of 128; requires activation scales that weight-only checkpoints don't have."""
+class WInt4AFP8Experts(ExpertMethod):
+    """int4 in groups of 128; requires activation scales that weight-only checkpoints don't have.
+
+    `WInt4AFP8FusedMoEMethod.load_quant_scales`: input scales are read of local experts only (of all experts only with
+    W4A8_CUSTOM), and each expert uses its own. w1 and w3 share the larger of their scalars. The weight's scales are
+    rounded to the kernel's dtype, divided by `weight_scale_2` in the model's dtype, and multiplied by it again. The
+    input is multiplied by `pre_quant_scale / input_scale`, rounded to the model's dtype.
+    """
 
     weight_dtype = torch.int8
     packing = (2, 1)
     scale_key = "weight_scale"
+    scale_dtype = torch.float32
     scale_spans = (1, 128)
 
-    def load_weights(self, module: MoE, weights: Weights) -> None:
+    def create_weights(self, module: MoE) -> None:
         if not 89 <= RELEASE.sm <= 90:
-            raise NotImplementedError("WInt4AFP8 experts run on SM89 and SM90")
-        self.load_input_scales(module, weights)
-        for expert in range(module.num_experts):
-            for part in ("w1", "w3", "w2"):
-                _ = weights[f"{expert}.{part}.pre_quant_scale"], weights[f"{expert}.{part}.weight_scale_2"]
+            raise NotImplementedError(f"Unsupported configuration: SM{RELEASE.sm}")
+        super().create_weights(module)
+
+    def load_weights(self, module: MoE, weights: Weights) -> None:
         super().load_weights(module, weights)
         # It scales the input, so it is sliced where w2 is sliced along its columns.
-        parallel = (module.mapping.moe_tp_size, module.mapping.moe_tp_rank)
-        for part, name, mode in (("w3_w1", "w1", None), ("w2", "w2", TensorParallelMode.COLUMN)):
-            scales = [weights[f"{expert}.{name}.pre_quant_scale"] for expert in module.expert_ids]
-            cut = [load_weight_shard(scale, *parallel, mode) for scale in scales]
-            setattr(module, f"{part}_pre_quant_scale", torch.stack(cut).float())
+        for part, names, mode in (("w3_w1", ("w3", "w1"), None), ("w2", ("w2",), TensorParallelMode.COLUMN)):
+            inputs, seconds, pre_quant = (
+                self._larger(module, weights, names, key, mode if key == "pre_quant_scale" else None)
+                for key in ("input_scale", "weight_scale_2", "pre_quant_scale")
+            )
+            setattr(module, f"{part}_act_scale", (pre_quant / inputs.float().reshape(-1, 1)).to(module.dtype))
+            setattr(module, f"{part}_input_scale", inputs.float())
+            setattr(module, f"{part}_scale_2", seconds.float())
+            scale = getattr(module, f"{part}_scale")
+            kernel = torch.float16 if RELEASE.sm == 89 else torch.bfloat16
+            # The bits are viewed as the model's dtype, which is meant to be the kernel's.
+            divided = self._scales(module, weights, names).to(kernel).view(module.dtype)
+            divided /= seconds.float().reshape(-1, 1, 1)
+            scale.data.copy_(divided.view(kernel))
+
+    @staticmethod
+    def _larger(
+        module: MoE, weights: Weights, names: tuple[str, ...], key: str, mode: TensorParallelMode | None
+    ) -> Tensor:
+        """Return one tensor of every local expert in the model's dtype: of w1 and w3 the larger one."""
+        parallel = (module.mapping.moe_tp_size, module.mapping.moe_tp_rank, mode)
+        read = [
+            torch.stack(
+                [load_weight_shard(weights[f"{expert}.{name}.{key}"], *parallel) for expert in module.expert_ids]
+            )
+            for name in names
+        ]
+        return torch.stack(read).to(module.dtype).amax(0)
+
+    def _scales(self, module: MoE, weights: Weights, names: tuple[str, ...]) -> Tensor:
+        return torch.stack(
+            [
+                torch.cat([self._cut(module, weights, f"{expert}.{name}", "weight_scale") for name in names])
+                for expert in module.expert_ids
+            ]
+        )
 
     def prepare(self, codes: Tensor) -> Tensor:
         signed = codes.to(torch.int8).T.contiguous()
@@ -232,11 +269,15 @@ class WInt4AFP8Experts(_WithInputScale):
 
     def dequantize(self, module: MoE, part: str, at: int) -> Tensor:
         codes = mixed_gemm_values(getattr(module, f"{part}_weight")[at].T.contiguous(), torch.quint4x2).T
-        return codes * getattr(module, f"{part}_scale")[at].float().repeat_interleave(128, 1)
+        second: Tensor = getattr(module, f"{part}_scale_2")[at]
+        return codes * (getattr(module, f"{part}_scale")[at].float() * second).repeat_interleave(128, 1)
 
     def scale_input(self, module: MoE, part: str, at: int, values: Tensor) -> Tensor:
-        scale: Tensor = getattr(module, f"{part}_pre_quant_scale")[at]
-        return super().scale_input(module, part, at, values) * scale
+        scaled = values * getattr(module, f"{part}_act_scale")[at].float()
+        if RELEASE.quantize_activations:
+            scaled = quantize_fp8(scaled, torch.ones(()))
+        rescaled: Tensor = scaled * getattr(module, f"{part}_input_scale")[at]
+        return rescaled
 
 
 class MXFP4Experts(ExpertMethod):

@@ -51,7 +51,7 @@ class Qwen3MoeHfWeightMapper(Qwen2MoeHfWeightMapper):
     """Repeats K and V scales of FP8 blocks as well."""
 
     def repeated_keys(self, module: Any) -> set[str]:
-        algo = module.quant_config.layer_quant_mode.algo if module.quant_config else None
+        algo = module.quant_config.quant_mode.algo
         blocks = {"weight_scale_inv"} if algo == QuantAlgo.FP8_BLOCK_SCALES else set()
         return super().repeated_keys(module) | blocks
 

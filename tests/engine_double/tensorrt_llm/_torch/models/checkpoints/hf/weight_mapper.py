@@ -33,21 +33,31 @@ class HfWeightMapper(BaseWeightMapper):
     def apply_callbacks(
         self, module: nn.Module, module_name: str, module_names_breakdown: list[str], weights: Weights
     ) -> list[Weights]:
-        for callback in self._callbacks:
-            weights = callback(module, module_name, weights)
-        return [weights]
+        parts = []
+        for new_name in self.mapping[module_name]:
+            part = self.filter_weights(".".join([*module_names_breakdown, new_name]), weights)
+            for callback in self._callbacks:
+                part = callback(module, new_name, part)
+            parts.append(part)
+        return parts
 
     def repeated_keys(self, module: Any) -> set[str]:
-        """Of scales, only `weight_scale` of NVFP4 is repeated: per-row scales of other algorithms keep their length."""
-        algo = module.quant_config.layer_quant_mode.algo if module.quant_config else None
+        """Of scales, only `weight_scale` of NVFP4 is repeated: per-row scales of other algorithms keep their length.
+
+        The module must have a configuration: upstream reads `module.quant_config.quant_mode` unchecked.
+        """
+        algo = module.quant_config.quant_mode.algo
         return {"weight", "bias", "weight_scale"} if algo in _NVFP4 else {"weight", "bias"}
 
     def _duplicate_kv_weights(self, module: nn.Module, name: str, weights: Weights) -> Weights:
-        heads = self._model.config.num_key_value_heads
-        if name not in {"k_proj", "v_proj"} or heads >= self._tp_size:
+        if name not in {"k_proj", "v_proj"}:
+            return weights
+        heads, keys = self._model.config.num_key_value_heads, self.repeated_keys(module)
+        if heads >= self._tp_size:
+            assert heads % self._tp_size == 0, f"{heads} K/V heads must be a multiple of tp_size {self._tp_size}"
             return weights
         assert self._tp_size % heads == 0, f"tp_size {self._tp_size} must be a multiple of {heads} K/V heads"
-        times, keys = self._tp_size // heads, self.repeated_keys(module)
+        times = self._tp_size // heads
         return {key: _repeat(value, heads, times) if key in keys else value for key, value in weights.items()}
 
 
