@@ -104,7 +104,7 @@ def norms(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     kind, hidden = config["model_type"], config["hidden_size"]
     sandwich = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if kind.startswith("gemma") else ()
     heads = ("q_norm", "k_norm") if kind in {"qwen3", "qwen3_moe", "gemma3_text"} else ()
-    latent = {f"{name}_a_layernorm": f"{name}_lora_rank" for name in ("q", "kv") if f"{name}_lora_rank" in config}
+    latent = {f"{name}_a_layernorm": f"{name}_lora_rank" for name in ("q", "kv") if config.get(f"{name}_lora_rank")}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for name in ("input_layernorm", "post_attention_layernorm", *sandwich):
@@ -145,7 +145,7 @@ def _latent_attention(config: Mapping[str, Any], prefix: str) -> Iterator[Linear
     hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = (config[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     bias = bool(config.get("attention_bias"))
-    if "q_lora_rank" in config:
+    if config.get("q_lora_rank"):
         yield f"{prefix}.self_attn.q_a_proj", (config["q_lora_rank"], hidden), bias
         yield f"{prefix}.self_attn.q_b_proj", (heads * (nope + rope), config["q_lora_rank"]), False
     else:

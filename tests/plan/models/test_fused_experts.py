@@ -415,7 +415,7 @@ class TestDeepseek:
         assert [fault.where for fault in faults(tmp_path)] == [name]
 
     def test_without_low_rank_queries(self, tmp_path: Path):
-        write(tmp_path, "w8a8", tiny_config(DEEPSEEK, q_lora_rank=None, hidden=128))
+        write(tmp_path, "w8a8", tiny_config(DEEPSEEK, hidden=128) | {"q_lora_rank": None})
 
         plan = plan_checkpoint(tmp_path)
 

@@ -222,9 +222,10 @@ def test_a_size_of_a_family_that_is_no_integer_is_a_fault(key: str, value: objec
 
 
 def test_all_missing_sizes_are_reported_together() -> None:
+    """Those of a class whose defaults are not known."""
     missing = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 
-    found = faults(**dict.fromkeys(missing), dtype="int8")
+    found = faults(**dict.fromkeys(missing), dtype="int8", model_type="someone_elses")
 
     assert {fault.where for fault in found} == {f"config.json: {key}" for key in (*missing, "dtype")}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, FaultCollector
 from trtllm_ct.engine.parallel import Cut
+from trtllm_ct.plan.models.class_defaults import EXPERT_COUNTS, is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.families import (
     ALWAYS,
     ARCHITECTURES,
@@ -134,11 +135,11 @@ class Model:
         """
         names = config.get("architectures") or ["none"]
         name = str(names[0] if isinstance(names, list) else names)
-        nested = config.get("text_config")
-        text = dict(nested) if isinstance(nested, dict) else config
-        family = MODEL_TYPES.get(str(text.get("model_type"))) if text is not config else name
+        nested = text_config_of(config)
+        family = name if nested is None else MODEL_TYPES.get(str(nested.get("model_type")))
         if family is None or family not in ARCHITECTURES:
-            raise ConfigError(_unknown(name, text if text is not config else None))
+            raise ConfigError(_unknown(name, nested))
+        text = with_defaults(config if nested is None else nested, family)
         faults = FaultCollector()
         layers = _size(text, "num_hidden_layers", faults)
         sizes = _sizes(text, ARCHITECTURES[family][0], faults)
@@ -146,14 +147,14 @@ class Model:
         model = cls(
             name=name,
             architecture=architecture,
-            dtype=_model_dtype({**config, **text} if text is not config else config, faults),
+            dtype=_model_dtype({**config, **(nested or {})}, faults),
             layers=layers,
             sizes=sizes,
             vocabulary=_size(text, "vocab_size", faults),
-            tied=_tied(config, text, family),
-            biases=frozenset({ALWAYS} | {key for key in _BIASES if text.get(key, _BIAS_DEFAULTS.get(key, False))}),
+            tied=is_tied(config, nested, family),
+            biases=frozenset({ALWAYS} | {key for key in _BIASES if text.get(key)}),
             dense_layers=_dense_layers(text, layers),
-            multimodal=text is not config,
+            multimodal=nested is not None,
             text_type=str(text.get("model_type") or ""),
             draft_layers=_size(text, "num_nextn_predict_layers", faults, default=0, least=0),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
@@ -268,11 +269,6 @@ class Model:
 
 
 _BIASES = ("attention_bias", "mlp_bias", "qkv_bias")
-# transformers gives Qwen2-MoE biases in attention unless config.json sets `qkv_bias` to false.
-_BIAS_DEFAULTS = {"qkv_bias": True}
-_EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
-# transformers ties the embeddings of these architectures unless config.json says otherwise.
-_TIED_BY_DEFAULT = frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"})
 
 
 def _sizes(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
@@ -304,7 +300,7 @@ def _sizes(config: Mapping[str, Any], architecture: Architecture, faults: FaultC
 
 def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCollector) -> dict[str, int]:
     """Return the number of routed experts and the intermediate sizes of routed and shared experts."""
-    key = next((key for key in _EXPERT_COUNTS if config.get(key) is not None), " or ".join(_EXPERT_COUNTS))
+    key = next((key for key in EXPERT_COUNTS if config.get(key) is not None), " or ".join(EXPERT_COUNTS))
     inner = _size(config, "moe_intermediate_size", faults, default=intermediate)
     shared = inner * _size(config, "n_shared_experts", faults, default=1)
     return {
@@ -362,14 +358,6 @@ def _dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     return frozenset(
         layer for layer in range(layers) if layer < first or layer in listed or (layer + offset) % period != 0
     )
-
-
-def _tied(config: Mapping[str, Any], text: Mapping[str, Any], family: str) -> bool:
-    """Whether the head uses the weight of the embedding; `text` is the part of config.json for the text model."""
-    for source in (text, config):
-        if source.get("tie_word_embeddings") is not None:
-            return bool(source["tie_word_embeddings"])
-    return family in _TIED_BY_DEFAULT
 
 
 def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
