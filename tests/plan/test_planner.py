@@ -142,17 +142,16 @@ class TestIgnored:
             "recomputed from config.json by every engine",
         )
 
-    def test_a_tied_lm_head_is_ignored_plain_or_quantized(self, tmp_path: Path):
+    def test_a_tied_lm_head_that_equals_the_embeddings_is_ignored(self, tmp_path: Path):
         def add(stored: dict[str, Tensor]) -> None:
-            stored["lm_head.weight_packed"] = torch.zeros(96, 8, dtype=torch.int32)
-            stored["lm_head.weight_scale"] = torch.ones(96, 2)
+            stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
 
         write_checkpoint(tmp_path, config=tiny_config(tied=True), edit=add)
 
         plan = plan_checkpoint(tmp_path)
 
-        for name in ("lm_head.weight_packed", "lm_head.weight_scale"):
-            assert self.fate(plan, name) == (Fate.IGNORED, "config.json ties it to the embeddings")
+        reason = "it equals the embeddings, to which config.json ties it"
+        assert self.fate(plan, "lm_head.weight") == (Fate.IGNORED, reason)
         assert "lm_head.weight" not in plan.delivered_specs
 
     @pytest.mark.parametrize(
@@ -431,7 +430,7 @@ def test_a_quantized_embedding_that_is_also_the_head(tmp_path: Path, both: bool)
     assert torch.equal(delivered["model.embed_tokens.weight"], round_once(exact, torch.bfloat16))
     assert "lm_head.weight" not in delivered
     assert {fate.reason for fate in plan.fates() if fate.name.startswith("lm_head.")} == (
-        {"config.json ties it to the embeddings"} if both else set()
+        {"it equals the embeddings, to which config.json ties it"} if both else set()
     )
 
 

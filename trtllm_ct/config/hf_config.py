@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
 
-__all__ = ["portable_config"]
+__all__ = ["portable_config", "with_tie"]
 
 _QUANTIZATION_BLOCKS = ("quantization_config", "compression_config")
 _TEXT = "text_config"
@@ -31,6 +31,18 @@ def portable_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
     if isinstance(portable.get(_TEXT), Mapping):
         portable[_TEXT] = portable_config(portable[_TEXT], dtype)
     return portable
+
+
+def with_tie(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Return a parsed config.json that says whether head and embeddings are tied.
+
+    It says so at the top level and in `text_config`: readers differ in the level that decides, and releases of
+    transformers in the default of a class.
+    """
+    stated = {**config, "tie_word_embeddings": tied}
+    if isinstance(stated.get(_TEXT), Mapping):
+        stated[_TEXT] = with_tie(stated[_TEXT], tied=tied)
+    return stated
 
 
 def _both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:

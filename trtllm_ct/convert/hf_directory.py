@@ -15,7 +15,7 @@ from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output import clear
 from trtllm_ct.checkpoint.side_files import copy_side_files
 from trtllm_ct.checkpoint.writer import create_files, write_index
-from trtllm_ct.config.hf_config import portable_config
+from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.journal import JOURNAL, Journal
 from trtllm_ct.convert.sizes import QUANT_CONFIG, planned_for
@@ -71,7 +71,7 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
     """Write config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes."""
-    _write_json(out / "config.json", portable_config(checkpoint.hf_config, plan.dtype))
+    _write_json(out / "config.json", with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied))
     if plan.quant_config.quant_algo is not None:
         _write_json(out / QUANT_CONFIG, hf_quant_config(plan.quant_config) | planned_for(plan))
     if plan.quant_config.quantized_layers:

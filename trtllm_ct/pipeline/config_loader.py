@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.config.hf_config import portable_config
+from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
 from trtllm_ct.plan.engine_config import engine_config_of_scheme
@@ -50,7 +50,7 @@ class CompressedTensorsConfigLoader:
         checkpoint = open_checkpoint(checkpoint_dir)
         plan = checkpoint.plan(self._target)
         return EngineConfig(
-            pretrained_config=portable_config(checkpoint.hf_config, plan.dtype),
+            pretrained_config=with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied),
             quant_config=plan.quant_config,
             quant_config_dict=plan.quant_config.quantized_layers or None,
         )

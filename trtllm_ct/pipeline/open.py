@@ -90,11 +90,14 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(directory: str | Path, detection: Detection | None = None) -> Checkpoint:
+def open_checkpoint(
+    directory: str | Path, detection: Detection | None = None, probe: Probe | None = None
+) -> Checkpoint:
     """Detect, read, catalog and probe a directory.
 
-    Reads JSON files, headers, and the few small tensors whose values decide a mode. `detection` is the detection of the
-    directory, if it was made before.
+    Reads JSON files, headers, and the few small tensors whose values decide a mode; also the embeddings, if a head is
+    stored that config.json ties to them. `detection` is the detection of the directory and `probe` what was read of its
+    values, if they were made before.
     Raises `DetectionError` if the directory is no compressed-tensors checkpoint, and `ConfigError` or `CatalogError`
     with all faults of the stage and the warnings of the stages before it.
     """
@@ -106,7 +109,7 @@ def open_checkpoint(directory: str | Path, detection: Detection | None = None) -
     with keeping_warnings((*config.warnings, *catalog.warnings)):
         hf_config = _hf_config(detection, catalog)
         model = Model.from_config(hf_config)
-        probe = probe_checkpoint(config, catalog, model)
+        probe = probe_checkpoint(config, catalog, model) if probe is None else probe
     return Checkpoint(
         directory=directory,
         detection=detection,

@@ -7,6 +7,7 @@
 | `weight_zero_point`                         | weights that their scheme calls symmetric   | whether it is all zero  |
 | `weight_g_idx`                              | weights with several groups                 | whether to reorder      |
 | `shape`                                     | tensors that are stored sparse              | size of the last axis   |
+| head and embeddings                         | a stored head that config.json ties         | whether it is delivered |
 
 One pass over the tensor names finds out if there is anything to read; in most checkpoints there is nothing. Bytes are
 read at the positions that the headers give, and neither torch nor numpy is imported. Values are not validated here: a
@@ -28,6 +29,7 @@ from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.sparse.pieces import shape_pieces
 from trtllm_ct.layouts.e4m3 import exact_powers
 from trtllm_ct.layouts.raw_bytes import is_contiguous_index, is_zero, is_zero_packed, read_integers, read_scalar
+from trtllm_ct.pipeline.head_probe import head_equals_table
 from trtllm_ct.plan.equalize import powers_of_two_apart
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
@@ -65,14 +67,19 @@ def probe_checkpoint(config: QuantizationConfig, catalog: Catalog, model: Model)
     shapes = _read_shapes(catalog)
     symmetric = any(group.scheme.weights is not None and group.scheme.weights.symmetric for group in config.groups)
     suffixes = (*_SCALARS, GROUP_INDEX, *(ZERO_POINTS if symmetric else ()))
-    if not any(name.endswith(suffixes) for name in catalog.tensors):
+    has_scalars = any(name.endswith(suffixes) for name in catalog.tensors)
+    if not has_scalars and not model.tied:
         return replace(NO_PROBE, shapes=shapes)
-    modules = _model_modules(catalog, model, shapes)
+    stored = _stored_modules(catalog, model, shapes)
+    head_is_table = head_equals_table(model, stored, catalog)
+    if not has_scalars:
+        return replace(NO_PROBE, shapes=shapes, head_is_table=head_is_table)
+    modules = _model_modules(stored, model)
     scalars = _read_scalars(modules, catalog)
     reader = WeightReader(config, FaultCollector(), multimodal=model.multimodal)
     zero, trivial = _read_idle(modules, reader, catalog)
     powers = _read_powers(modules, scalars, catalog)
-    return Probe(scalars=scalars, powers=powers, zero=zero, trivial=trivial, shapes=shapes)
+    return Probe(scalars=scalars, powers=powers, zero=zero, trivial=trivial, shapes=shapes, head_is_table=head_is_table)
 
 
 def _read_shapes(catalog: Catalog) -> dict[str, tuple[int, ...]]:
@@ -82,16 +89,20 @@ def _read_shapes(catalog: Catalog) -> dict[str, tuple[int, ...]]:
     return {view.sources[0]: read_integers(data, view.spec.dtype) for view, data in _read(views, catalog)}
 
 
-def _model_modules(catalog: Catalog, model: Model, shapes: StoredShapes) -> list[_SiteModule]:
-    """Return the stored modules of the model, as the planner finds them, each with its site."""
+def _stored_modules(catalog: Catalog, model: Model, shapes: StoredShapes) -> dict[str, StoredModule]:
+    """Return the stored modules by name, as the planner gathers them."""
     with suppress(PlanError), collector_paused():  # The planner will raise the same error.
-        stored = gather_modules(catalog, model, FaultCollector(), shapes)
-        return [
-            (site, stored[name])
-            for site in model.sites(model.place(stored))
-            if (name := next((name for name in site.stored_names if name in stored), None)) is not None
-        ]
-    return []
+        return gather_modules(catalog, model, FaultCollector(), shapes)
+    return {}
+
+
+def _model_modules(stored: Mapping[str, StoredModule], model: Model) -> list[_SiteModule]:
+    """Return the stored modules of the model, as the planner finds them, each with its site."""
+    return [
+        (site, stored[name])
+        for site in model.sites(model.place(stored))
+        if (name := next((name for name in site.stored_names if name in stored), None)) is not None
+    ]
 
 
 def _read_scalars(modules: Iterable[_SiteModule], catalog: Catalog) -> dict[str, float]:

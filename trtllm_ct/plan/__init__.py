@@ -16,6 +16,7 @@ deliver.py            which tensors a module delivers, under the engine's names
 ops.py                the operations that make delivered tensors
 kv_cache.py           scales of the KV cache
 online_transforms.py  transforms that run with the model
+tied_head.py          heads that are stored although config.json ties them
 row_order.py          the row order of queries and keys in Mistral's own form
 unsupported.py        refuses parts of a configuration that are not supported
 leftovers.py          refuses tensors that belong to no module

@@ -63,10 +63,12 @@ class GroupFinder:
         Adds a fault and returns None if no group targets it and not exactly one fits.
         """
         names: Iterable[str] = dict.fromkeys((module.stored_name, module.name))
+        # What is stored under another name than that of an embedding is the head, a Linear.
+        classes = (site.class_name,) if module.alias is None else (site.class_name, "Linear")
         if self.multimodal:
             names = chain.from_iterable(map(name_variants, names))
         for name in names:
-            claims = self._claims(name, (site.class_name,))
+            claims = self._claims(name, classes)
             if len(claims) > 1:
                 return self._choose(module, site, claims)
             if claims:

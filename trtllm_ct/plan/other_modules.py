@@ -70,7 +70,7 @@ class OtherModules:
         if name.rpartition(".")[2] == _RECOMPUTED:
             return "recomputed from config.json by every engine"
         if name == self.place[1] and self.model.tied:
-            return "config.json ties it to the embeddings"
+            return "it equals the embeddings, to which config.json ties it"
         experts = self.model.architecture.experts
         of_all_experts = experts is not None and name.rpartition(".")[0].endswith(f".{experts.path}")
         if of_all_experts and module.specs.keys() <= NOT_PER_EXPERT:

@@ -251,6 +251,7 @@ class Plan:
     `problems` say why the engine that the plan is for can't serve the result, although it can be made.
     `engine` names the capabilities that they were chosen from.
     `stacks` are the delivered tensors that a directory holds as parts of a stacked tensor, with their places in it.
+    `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
     """
 
     target: str
@@ -265,6 +266,7 @@ class Plan:
     parallel: Parallel = ONE_RANK
     engine: str = ""
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
+    tied: bool = False
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""
@@ -333,6 +335,7 @@ class Plan:
                 "dtype": self.dtype,
                 "dense_dtype": self.dense_dtype,
                 "parallel": self.parallel,
+                "tied": self.tied,
                 "quantization": self.quant_config,
                 "modules": self.modules,
                 "stored": tuple(self.fates()),

@@ -34,6 +34,7 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.row_order import QueryKeyRows
+from trtllm_ct.plan.tied_head import UNTIED, tied_pair
 from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
@@ -118,6 +119,7 @@ class _Planner:
     rows: QueryKeyRows
     kv_cache: KvCache
     transforms: OnlineTransforms
+    tie_warnings: tuple[str, ...] = ()
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
@@ -128,6 +130,7 @@ class _Planner:
         stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
+        self._untie(stored, place)
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
@@ -150,6 +153,7 @@ class _Planner:
         warnings = (
             *(stack_warnings(self.model) if stacks else ()),
             *unlisted_warnings(catalog, unread),
+            *self.tie_warnings,
             *self.reader.warnings,
             *self.kv_cache.warnings,
             *warnings_of_directory(modules, self.target, self.kv_cache.algo),
@@ -171,8 +175,20 @@ class _Planner:
             problems=class_problems(self.model.name, self.target.capabilities.release),
             engine=self.target.capabilities.name,
             stacks=stacks,
+            tied=self.model.tied,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
+
+    def _untie(self, stored: Mapping[str, StoredModule], place: tuple[str, str]) -> None:
+        """Let the model have a head of its own if one is stored that is not known to equal the table."""
+        pair = tied_pair(self.model, stored, place)
+        if pair is None or self.probe.head_is_table:
+            return
+        self.model = replace(self.model, tied=False)
+        self.transforms.model = self.model
+        table, head = pair
+        differs = "may differ" if self.probe is NO_PROBE else "differs"
+        self.tie_warnings = (UNTIED.format(head=head.name, table=table.name, differs=differs),)
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
         """Return the stored module of a site, under any of the site's stored names; None if it is not stored."""

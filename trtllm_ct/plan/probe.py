@@ -1,8 +1,8 @@
 """The few stored values that decide a mode. They are read before planning, so that planning itself reads nothing.
 
-Almost every decision follows from headers alone. Values decide in two cases: where a stored tensor may change nothing
-(zero points that are all zero, group indices that equal k // group_size), and where the parts of one fused Linear must
-share a scalar (NVFP4).
+Almost every decision follows from headers alone. Values decide in three cases: where a stored tensor may change nothing
+(zero points that are all zero, group indices that equal k // group_size), where the parts of one fused Linear must
+share a scalar (NVFP4), and where a head is stored that config.json ties to the embeddings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Probe:
     be multiplied exactly; they are probed where the global scales of the parts are powers of two apart.
     `zero` names the zero points that are all zero, of weights that their scheme calls symmetric. `trivial` names the
     group indices that equal k // group_size or that were never filled. `shapes` are the numbers in the `shape` pieces
-    of sparse tensors.
+    of sparse tensors. `head_is_table` says that a stored head has the bytes of the table that config.json ties it to.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -37,6 +37,7 @@ class Probe:
     zero: frozenset[str] = frozenset()
     trivial: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    head_is_table: bool = False
 
 
 NO_PROBE = Probe()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.config.hf_config import with_tie
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
 
@@ -48,7 +49,7 @@ def deliver(directory: str | Path, *, dtype: torch.dtype, detection: Detection |
     plan = checkpoint.plan("reference", dtype=DType.from_torch(dtype))
     streamed = stream_delivered(plan, checkpoint.catalog)
     return Delivered(
-        config=checkpoint.hf_config,
+        config=with_tie(checkpoint.hf_config, tied=plan.tied),
         quant_config=plan.quant_config,
         tensors=(item for _module, tensors in streamed for item in tensors.items()),
     )

@@ -180,7 +180,7 @@ class Sidecar:
                     remedy="Put it at the same path on every node, or give the id of a Hugging Face repository.",
                 )
             )
-        checkpoint = replace(open_checkpoint(self.source), probe=self.probe)
+        checkpoint = open_checkpoint(self.source, probe=self.probe)
         if fingerprint_of(checkpoint) != self.fingerprint:
             raise SidecarError(self._changed("another config.json, or other headers of its weights"))
         return checkpoint

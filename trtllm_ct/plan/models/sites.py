@@ -95,9 +95,9 @@ class Site(NamedTuple):
     def stored_names(self) -> tuple[str, ...]:
         """The names that the module may have in the files.
 
-        They are its name, its aliases, and its name with `base_layer` appended, which LoRA wrappers use.
+        They are its name, its name with `base_layer` appended, which LoRA wrappers use, and its aliases.
         """
-        return (self.module, *self.aliases, f"{self.module}.base_layer")
+        return (self.module, f"{self.module}.base_layer", *self.aliases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,8 @@ class Model:
     def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight by its full name, for checkpoints whose headers don't show the shapes."""
         places = [place for place in _PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
-        return {f"{site.module}.weight": site.shape for site in self.sites((places or _PLACES)[0])}
+        sites = self.sites((places or _PLACES)[0])
+        return {f"{name}.weight": site.shape for site in sites for name in site.stored_names}
 
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
         """Return the prefix of the text model's body and the name of its head, given the names of stored modules."""
@@ -199,7 +200,15 @@ class Model:
         hidden, norm = self.sizes["hidden"], self.architecture.norm_class
         table = (self.vocabulary, hidden)
         cut = self.architecture.embedding
-        yield Site(module=f"{body}embed_tokens", class_name="Embedding", shape=table, plain=True, cut=cut)
+        yield Site(
+            module=f"{body}embed_tokens",
+            class_name="Embedding",
+            shape=table,
+            plain=True,
+            cut=cut,
+            # Some writers store the weight of a tied head only under the name of the head.
+            aliases=(head,) if self.tied else (),
+        )
         for layer in range(self.layers):
             prefix = f"{body}layers.{layer}."
             for entry in self.architecture.norms:
