@@ -203,7 +203,7 @@ CASES: dict[str, Case] = {
     ),
     "a mixture without the number of its experts": Case(
         options=MIXTURE,
-        damage=config(lambda document: document.pop("num_experts")),
+        damage=config(lambda document: document.update(num_experts=None)),
         error=ConfigError,
         where="config.json: num_local_experts or n_routed_experts or num_experts",
         expected="a positive integer",

@@ -96,9 +96,16 @@ def test_every_other_exponent_is_a_scale_and_none_is_zero(args: QuantArgs, expon
     assert count_zero_scales(plan_of(DENSE, args, stored), stored) == 0
 
 
-@pytest.mark.parametrize("local", ["weight_global_scale", "input_global_scale"])
-@pytest.mark.parametrize("bad", [nan, inf, -1.0])
-@pytest.mark.parametrize("name", [DENSE, EXPERT])
+@pytest.mark.parametrize(
+    ("name", "local", "bad"),
+    [
+        (name, local, bad)
+        for name in (DENSE, EXPERT)
+        for local in ("weight_global_scale", "input_global_scale")
+        for bad in (nan, inf, -inf, -1.0)
+        if (name, local, bad) != (EXPERT, "input_global_scale", inf)
+    ],
+)
 def test_a_global_scale_is_finite_and_not_negative(name: str, bad: float, local: str) -> None:
     stored = stored_module(NVFP4_ARGS) | {"input_global_scale": torch.ones(1)}
     stored[local] = torch.tensor([bad])
@@ -110,6 +117,12 @@ def test_a_global_scale_is_finite_and_not_negative(name: str, bad: float, local:
 def test_a_global_scale_of_zero_is_a_fault_outside_of_experts(name: str, local: str) -> None:
     stored = stored_module(NVFP4_ARGS) | {local: torch.zeros(())}
     assert_one_fault(faults_of(name, NVFP4_ARGS, stored), f"{name}.{local}", "positive", "0 (1 of 1", "")
+
+
+def test_the_input_of_an_expert_that_saw_no_calibration_may_have_an_infinite_divisor() -> None:
+    """Some writers store 448 * 6 / 0 for it, and others 0; both mean that no value was seen."""
+    stored = stored_module(NVFP4_ARGS) | {"input_global_scale": torch.tensor([inf])}
+    assert faults_of(EXPERT, NVFP4_ARGS, stored) == []
 
 
 def test_an_expert_that_saw_no_calibration_is_counted_as_zeros() -> None:

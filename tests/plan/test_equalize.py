@@ -293,15 +293,20 @@ class TestExpertsWithoutCalibration:
             assert member.reason.startswith(reason)
             assert "scalar of gate_up" in member.reason or stored != 0
 
-    def test_get_the_shared_input_scale_too(self) -> None:
-        first, second = equalized([4.0, 4.0], inputs=[0.0, 3.0], linear=EXPERT)
+    @pytest.mark.parametrize("unreached", [0.0, INFINITE])
+    def test_get_the_shared_input_scale_too(self, unreached: float) -> None:
+        first, second = equalized([4.0, 4.0], inputs=[unreached, 3.0], linear=EXPERT)
 
         assert second is None
         assert first is not None
-        assert (first.input, first.note, first.reason) == (Replaced(stored=0.0, shared=3.0), "", "")
+        assert (first.input, first.note, first.reason) == (Replaced(stored=unreached, shared=3.0), "", "")
 
-    def test_are_unchanged_if_no_part_has_a_scalar(self) -> None:
-        assert equalized([0.0, 0.0], inputs=[0.0, 0.0], linear=EXPERT) == [None, None]
+    @pytest.mark.parametrize("unreached", [0.0, INFINITE])
+    def test_are_unchanged_if_no_part_has_a_scalar(self, unreached: float) -> None:
+        assert equalized([0.0, 0.0], inputs=[unreached] * 2, linear=EXPERT) == [None, None]
+
+    def test_nothing_is_decided_from_an_infinite_scale_of_a_weight(self) -> None:
+        assert equalized([INFINITE, 4.0], linear=EXPERT) == [None, None]
 
     def test_obstacles_name_the_expert_and_parts_that_have_one(self) -> None:
         (found, *_) = equalized([0.0, 4.0, 6.5], scales=[ONE] * 3, linear=EXPERT)

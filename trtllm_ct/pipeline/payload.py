@@ -6,11 +6,14 @@
 | scale of a row or a group | fault              | allowed and counted: the group is all zeros |
 | E8M0 exponent of a group  | 255 (NaN): fault   | can't occur: exponent 0 is 2^-127           |
 | global scale (NVFP4)      | fault              | fault; allowed in experts: the weight is 0  |
+| input global scale        | fault; infinity is | fault; allowed in experts: they saw no data |
+|                           | allowed as 0 is    |                                             |
 | `input_scale`, KV scales  | fault              | fault                                       |
 
 Zero points must be integers in the signed range of the codes, and all zero if the codes are floats. A group index must
 name groups that exist. The matrix of a transform must be finite, and a Hadamard matrix must consist of 1 and -1. A
 permutation must contain each index once. Codes are read only if their container can hold values that are no codes.
+Only tensors that the plan uses are checked: what a target leaves out is no reason to refuse it.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ __all__ = ["check_payload", "count_zero_scales", "has_values_to_check"]
 
 _ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale")
 _KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
-_GLOBAL_SCALES = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), "input_global_scale")
+_INPUT_DIVISOR = "input_global_scale"
+_GLOBAL_SCALES = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), _INPUT_DIVISOR)
 _EXPERT = ".experts."
 
 
@@ -67,8 +71,7 @@ def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: Faul
             _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=False)
     for local in _GLOBAL_SCALES:
         if local in stored:
-            # Some writers store 0 for an expert that calibration never reached.
-            _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=_EXPERT in module.name)
+            _check_global_scale(module.name, local, stored[local], faults)
     for transform in module.transforms:
         _check_transform(module.name, transform, stored, faults)
 
@@ -126,6 +129,18 @@ def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allow
         found=f"{float(scale[tuple(position)]):g} ({bad.shape[0]} of {scale.numel()} elements are bad)",
         remedy="The checkpoint was damaged or badly calibrated; download or quantize it again.",
     )
+
+
+def _check_global_scale(module: str, local: str, scale: Tensor, faults: FaultCollector) -> None:
+    """Add a fault for an invalid global scale.
+
+    For an expert that calibration never reached, some writers store 0. As the divisor of its input, others store
+    448 * 6 / 0 = infinity.
+    """
+    is_expert = _EXPERT in module
+    if is_expert and local == _INPUT_DIVISOR and bool((scale == inf).all()):
+        return
+    _check_scale(f"{module}.{local}", scale, faults, zero_allowed=is_expert)
 
 
 def _is_good_range(least: float, greatest: float, *, zero_allowed: bool) -> bool:

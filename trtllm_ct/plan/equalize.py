@@ -5,7 +5,8 @@ and one `input_scale`, which are made from the stored global scales and must be 
 parts the same global scales. Where a writer did not and the global scales are powers of two apart, one of them serves
 all parts: the E4M3 group scales are multiplied by the power of two between the two global scales, and every value stays
 the same, bit for bit. Parts whose global scales differ otherwise have no common scalar and are dequantized.
-A global scale of 0 in an expert means that calibration never reached it: its weight is zero under any scalar.
+A global scale of 0 in an expert means that calibration never reached it: its weight is zero under any scalar. That of
+an input may be infinite as well, which is 448 * 6 / 0; both are delivered as 0, or as the scalar of the other parts.
 Source: TensorRT-LLM `_torch/modules/linear.py`, NVFP4LinearMethod, and `fused_moe/quantization.py`.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from ctypes import c_float
 from dataclasses import dataclass, replace
-from math import frexp, isfinite, ldexp
+from math import frexp, inf, ldexp
 from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.engine.holdings import activations_of
@@ -51,7 +52,7 @@ class Replaced:
     @property
     def power(self) -> int:
         """The k in shared = stored * 2^k; 0 if the stored global scale is 0, since no k exists then."""
-        return frexp(self.shared)[1] - frexp(self.stored)[1] if self.stored else 0
+        return frexp(self.shared)[1] - frexp(self.stored)[1] if _is_reached(self.stored) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,7 @@ def equalize(parts: Iterable[Part], probe: Probe) -> dict[str, Equalized]:
     """Return, by module name, the global scales that parts of fused NVFP4 Linears use instead of the stored ones.
 
     Modules that keep their stored global scales are left out. Nothing is decided from scales that were not probed, nor
-    from those that are refused when they are loaded: NaN, infinite, negative, and zero outside of routed experts.
+    from those that are refused when they are loaded: NaN and negative ones, and in general infinity and zero.
     """
     linears: dict[str, list[Part]] = {}
     for part in parts:
@@ -118,7 +119,7 @@ def _replacements(members: Sequence[Part], local: str, probe: Probe) -> tuple[li
     kept: list[Replaced | None] = [None] * len(members)
     divisors = [_divisor(part, local, probe) for part in members]
     known = [divisor for divisor in divisors if divisor is not None]
-    nonzero = [divisor for divisor in known if divisor]
+    nonzero = [divisor for divisor in known if _is_reached(divisor)]
     if len(known) < len(members) or not nonzero:
         return kept, ""
     shared: float | None = None
@@ -141,9 +142,15 @@ def _divisor(part: Part, local: str, probe: Probe) -> float | None:
     """Return a stored global scale; None if it was not probed or is refused when it is loaded."""
     view = part.module.views.get(local)
     value = None if view is None else probe.scalars.get(probe_key(view))
-    if value is None or not isfinite(value) or value < 0 or (value == 0 and not part.site.expert):
-        return None
-    return value
+    if value is None or _is_reached(value):
+        return value
+    accepted = part.site.expert and (value == 0 or (value == inf and local == _INPUT))
+    return value if accepted else None
+
+
+def _is_reached(divisor: float) -> bool:
+    """Whether calibration reached the module: 0 and infinity come from modules that saw zeros only, or nothing."""
+    return 0 < divisor < inf
 
 
 def _all_equal(divisors: Sequence[float]) -> bool:
@@ -191,7 +198,7 @@ def _with_reasons(equalized: Equalized, site: Site) -> Equalized:
         reason = f"group scales times a power of two, so that {linear} has one scalar"
     elif equalized.weight is not None:
         reason = f"calibration never reached it: group scales of zero under the scalar of {linear}"
-    if equalized.input is not None and equalized.input.stored:
+    if equalized.input is not None and _is_reached(equalized.input.stored):
         note = f"the input scale is the largest of {linear}, a power of two above its own"
     return replace(equalized, reason=reason, note=note)
 
@@ -201,7 +208,7 @@ def _obstacle(members: Sequence[Part], divisors: Sequence[float], local: str, wh
 
     If some members do not differ by a power of two, it names two of those.
     """
-    values = [(part.site, divisor) for part, divisor in zip(members, divisors, strict=True) if divisor]
+    values = [(part.site, divisor) for part, divisor in zip(members, divisors, strict=True) if _is_reached(divisor)]
     first_site, first = values[0]
     second_site, second = max(values, key=lambda entry: (frexp(entry[1])[0] != frexp(first)[0], entry[1] != first))
     names = [site.module.rpartition(".")[2] for site in (first_site, second_site)]

@@ -83,8 +83,8 @@ class ModelModules:
         """
         cache_tensors = self.kv_cache.holds(stored)
         cache_plan = self.kv_cache.deliver(stored, self.faults) if cache_tensors else None
-        if weight is not None:
-            self._require_static_scale(stored, weight)
+        if weight is not None and assignment is not None and assignment.holding is not None:
+            self._require_static_scale(stored, weight, assignment.holding)
         decision = self._decision(stored, site, weight, assignment, equalized, cache_tensors)
         if not stored.specs.keys() <= decision.owned:
             refuse_leftovers(stored, decision.owned, self.model.name, self.faults)
@@ -177,13 +177,13 @@ class ModelModules:
             note=_note(weight, holding, shared),
         )
 
-    def _require_static_scale(self, module: StoredModule, weight: QuantizedWeight) -> None:
+    def _require_static_scale(self, module: StoredModule, weight: QuantizedWeight, holding: Holding) -> None:
         """Add a fault if the static activation scale that the scheme asks for is missing or has more than one element.
 
-        Engines would compute with an uninitialised scale.
+        Engines would compute with an uninitialised scale. A mode that reads none needs none.
         """
         inputs = weight.scheme.input_activations
-        if inputs is None:
+        if inputs is None or holding.mode.input_scale is None:
             return
         two_level = weight.stored.divisor is not None
         local = "input_global_scale" if two_level else "input_scale"

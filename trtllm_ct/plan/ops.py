@@ -207,7 +207,7 @@ class AdditiveZero(Operation):
 class Reciprocal(Operation):
     """Delivers a stored divisor as the multiplier that engines read, float32 [].
 
-    A divisor of 0, from an expert that saw no calibration data, stays 0.
+    A divisor of 0, from an expert that saw no calibration data, stays 0; one of infinity becomes 0.
     """
 
     label: ClassVar[str] = "reciprocal"

@@ -96,7 +96,7 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     # verification proves it.
     probe = replace(NO_PROBE, shapes=checkpoint.probe.shapes, head_is_table=checkpoint.probe.head_is_table)
     checkpoint = replace(checkpoint, probe=probe)
-    plan = checkpoint.plan("modelopt")
+    plan = checkpoint.plan(_target_of(converted))
     faults = FaultCollector()
     watch = ValueWatch()
     zero_scales = _check_source(plan, checkpoint.catalog, watch, faults)
@@ -112,6 +112,15 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
         faults=tuple(faults.faults),
         warnings=plan.warnings + watch.warnings,
     )
+
+
+def _target_of(converted: str | Path | None) -> str:
+    """Return the target that a directory was converted to; what that target leaves out is not checked.
+
+    A directory without quantized modules counts as `dense`: both targets leave out the same then.
+    """
+    modes = None if converted is None else Path(converted) / "hf_quant_config.json"
+    return "modelopt" if modes is None or modes.is_file() else "dense"
 
 
 def _error(check: TensorCheck) -> float:
