@@ -235,8 +235,10 @@ def move(names: dict[str, str]) -> Callable[[dict[str, Tensor]], None]:
         {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"},
         {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"},
         {"k_scale": "k_cache.scale", "v_scale": "v_cache.scale"},
+        {"k_scale": "qkv_proj.k_scale", "v_scale": "qkv_proj.v_scale"},
+        {"k_scale": "qkqkv_proj.k_scale", "v_scale": "qkqkv_proj.v_scale"},
     ],
-    ids=["compressed-tensors up to 0.5", "ModelOpt", "HunYuan"],
+    ids=["compressed-tensors up to 0.5", "ModelOpt", "HunYuan", "fused", "Qwen3-MoE"],
 )
 def test_the_names_of_every_generation_are_read(built: Built, names: dict[str, str]) -> None:
     before = plan_checkpoint(built.directory).delivered_specs
@@ -303,6 +305,58 @@ def test_a_bad_number_is_found_under_every_name(built: Built, local: str, value:
 
     assert caught.value.faults[0].where == f"{ATTENTION}.{local}[0]"
     assert caught.value.faults[0].expected == "a finite scale that is positive"
+
+
+@pytest.mark.parametrize("place", ["self_attn", "self_attn.qkv_proj"])
+@pytest.mark.parametrize("to", ["modelopt", "reference", "tensorrt_llm", "dense"])
+@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Phi3ForCausalLM"])
+def test_attention_without_k_proj_and_v_proj_gets_no_scales(
+    tmp_path: Path, architecture: str, to: str, place: str
+) -> None:
+    """No module of the engine would read them. A plan says so, and a missing scale is no fault there."""
+
+    def move_and_drop(stored: dict[str, Tensor]) -> None:
+        move({f"{letter}_scale": f"{place}.{letter}_scale".removeprefix("self_attn.") for letter in "kv"})(stored)
+        del stored[f"model.layers.1.{place}.v_scale"]
+        stored[f"model.layers.0.{place}.q_scale"] = torch.ones(1)
+
+    config = tiny_config(architecture, hidden=128)
+    write_checkpoint(tmp_path, config=config, scheme="fp8-tensor-static", kv=True, edit=move_and_drop)
+
+    plan = plan_checkpoint(tmp_path, to)
+
+    assert not [name for name in plan.delivered_specs if name.endswith(("k_scale", "v_scale"))]
+    said = [warning for warning in plan.warnings if "reads no scales for this attention" in warning]
+    assert len(said) == (to != "dense")
+    reasons = {fate.reason for fate in plan.fates() if fate.name.endswith(("k_scale", "v_scale"))}
+    assert len(reasons) == 1
+    assert all(reasons)
+
+
+@pytest.mark.reference
+def test_the_reference_engine_runs_latent_attention_whose_cache_is_quantized(tmp_path: Path) -> None:
+    from trtllm_ct.reference import load_model
+
+    config = tiny_config("DeepseekV3ForCausalLM", hidden=128)
+    write_checkpoint(tmp_path, config=config, scheme="fp8-tensor-static", kv=True)
+
+    model = load_model(tmp_path, dtype=torch.float32, quantize_activations=False)
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+
+    assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.0])
+@pytest.mark.parametrize("name", [f"{ATTENTION}.attn.k_scale", "model.layers.0.some.v_scale", f"{ATTENTION}.q_scale"])
+def test_a_plain_target_never_refuses_a_scale_of_the_cache(built: Built, name: str, value: float) -> None:
+    """Under names too that no engine reads, of any shape."""
+    rewrite(built.directory, lambda stored: stored.update({name: torch.full((3, 1), value)}))
+
+    plan = plan_checkpoint(built.directory, "dense")
+
+    (fate,) = [fate for fate in plan.fates() if fate.name == name]
+    assert fate.fate is Fate.IGNORED
+    assert fate.reason
 
 
 ATTENTION_GROUP = {

@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
     from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.models.families import Architecture
     from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["KvCache"]
+__all__ = ["KvCache", "has_projections"]
 
 # Last part of the module's name -> local name of the scale -> the projections that the scale belongs to.
 _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "self_attn": {"k_scale": ("k",), "v_scale": ("v",), "kv_scale": ("k", "v")},
     "k_proj": {"output_scale": ("k",), "k_scale": ("k",)},
     "v_proj": {"output_scale": ("v",), "v_scale": ("v",)},
+    # A writer that fuses q/k/v gives the fused Linear both scales; vLLM knows the second name from Qwen3-MoE.
+    "qkv_proj": {"k_scale": ("k",), "v_scale": ("v",), "kv_scale": ("k", "v")},
+    "qkqkv_proj": {"k_scale": ("k",), "v_scale": ("v",)},
     "k_cache": {"scale": ("k",)},
     "v_cache": {"scale": ("v",)},
 }
@@ -48,6 +52,18 @@ _IGNORED = {
     "v_zero_point": "the KV cache is symmetric",
     "output_zero_point": "the KV cache is symmetric",
 }
+_TENSORS = frozenset({"k_scale", "v_scale", "kv_scale", *_IGNORED})
+
+
+def has_projections(architecture: Architecture) -> bool:
+    """Whether attention has k_proj and v_proj, under whose names engines read the scales of the KV cache.
+
+    They are loaded by the fused Linear of q, k and v. DeepSeek's latent attention has no such Linear. Of Phi-3's stored
+    qkv_proj, its class passes on weight, weight_scale, weight_scale_2 and input_scale only. Both caches have scale 1.
+    Source: TensorRT-LLM `_torch/modules/linear.py` (kv_scales) and `_torch/models/modeling_phi3.py: load_weights`, read
+    on 2026-11-29.
+    """
+    return {"self_attn.k_proj", "self_attn.v_proj"} <= {site.path for site in architecture.attention}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +72,8 @@ class KvCache:
 
     `alone` is set when no module is delivered quantized: ModelOpt's configuration can't describe a quantized cache
     without quantized modules, and the engine refuses one without an algorithm. `chosen` maps the name of each delivered
-    scale to the stored tensor that it is made from.
+    scale to the stored tensor that it is made from. `has_projections` says whether attention has k_proj and v_proj,
+    under whose names engines read scales; see `has_projections`.
     """
 
     config: QuantizationConfig
@@ -64,6 +81,7 @@ class KvCache:
     kv_heads: int
     alone: bool = False
     chosen: Mapping[str, str] = field(default_factory=dict)
+    has_projections: bool = True
 
     def among(self, modules: Iterable[StoredModule]) -> KvCache:
         """Return this value with `chosen` filled in: one stored scale of these modules for each projection."""
@@ -104,6 +122,8 @@ class KvCache:
             return (f"KV cache: {_ALONE}; pass KvCacheConfig(dtype='fp8') to have one, without the stored scales",)
         if self.algo is None:
             return (f"KV cache: {self.target.capabilities.name} has no {args.label()} cache; it stays 16-bit",)
+        if not self.has_projections:
+            return ("KV cache: the engine reads no scales for this attention, so its cache has scale 1",)
         notes = []
         if not args.symmetric:
             notes.append("KV cache: that of the engine is symmetric, so stored zero points are left out")
@@ -138,6 +158,13 @@ class KvCache:
             return _NO_NAMES
         return frozenset(module.specs.keys() & (scales.keys() | _IGNORED.keys()))
 
+    def is_dropped(self, module: StoredModule) -> bool:
+        """Whether a target for plain weights has no use for a module, since it stores nothing but scales of caches.
+
+        It may have any name: nothing is lost with it.
+        """
+        return not self.target.holds_codes and module.specs.keys() <= _TENSORS
+
     def deliver(self, module: StoredModule, faults: FaultCollector) -> tuple[tuple[Delivery, ...], dict[str, str]]:
         """Return the deliveries of a module's KV-cache scales, and its ignored tensors with the reason for each."""
         scales = _HOLDERS.get(module.name.rpartition(".")[2], {})
@@ -164,7 +191,8 @@ class KvCache:
         `prefixes` are the names of the attention modules of all layers.
         """
         args = self.args
-        if self.algo is None or args is None or args.strategy not in _STATIC or args.dynamic is not False:
+        static = args is not None and args.strategy in _STATIC and args.dynamic is False
+        if self.algo is None or not self.has_projections or not static:
             return
         delivered = {delivery.name for module in modules for delivery in module.deliveries}
         faulty = {fault.where for fault in faults.faults}
@@ -191,6 +219,8 @@ class KvCache:
             return f"the configuration leaves {what} unquantized"
         if self.algo is None:
             return _ALONE if self._only_alone else f"target {self.target.name} leaves the KV cache alone"
+        if not self.has_projections:
+            return "the engine reads no KV-cache scales for attention without k_proj and v_proj"
         return None
 
     def _wrong_size(self, module: StoredModule, local: str, faults: FaultCollector) -> str | None:

@@ -71,6 +71,8 @@ class OtherModules:
             return "recomputed from config.json by every engine"
         if name == self.place[1] and self.model.tied:
             return "it equals the embeddings, to which config.json ties it"
+        if self.kv_cache.is_dropped(module):
+            return f"target {self.kv_cache.target.name} leaves the KV cache alone"
         experts = self.model.architecture.experts
         of_all_experts = experts is not None and name.rpartition(".")[0].endswith(f".{experts.path}")
         if of_all_experts and module.specs.keys() <= NOT_PER_EXPERT:

@@ -22,7 +22,7 @@ from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings
-from trtllm_ct.plan.kv_cache import KvCache
+from trtllm_ct.plan.kv_cache import KvCache, has_projections
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.sites import known_prefixes
@@ -90,7 +90,7 @@ def make_plan(
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
         rows=QueryKeyRows.of_model(config, model),
-        kv_cache=KvCache(config, target, model.kv_heads),
+        kv_cache=KvCache(config, target, model.kv_heads, has_projections=has_projections(model.architecture)),
         transforms=OnlineTransforms(config, model, faults),
     )
     with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
