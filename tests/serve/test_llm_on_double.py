@@ -622,3 +622,28 @@ def test_a_fixed_scale_in_a_converted_directory_causes_a_warning(
 
 def _draft(engine: Any, directory: Path) -> Any:
     return import_module("tensorrt_llm.llmapi").DraftTargetDecodingConfig(speculative_model_dir=str(directory))
+
+
+@pytest.mark.reference
+def test_a_stored_head_that_config_json_ties_is_used_if_it_differs(engine: Any, tmp_path: Path) -> None:
+    built = write_checkpoint(
+        tmp_path / "made",
+        config=tiny_config(hidden=128, tied=True),
+        scheme="int4-g64",
+        edit=lambda stored: stored.update({"lm_head.weight": stored["model.embed_tokens.weight"].flip(0)}),
+    )
+    head = built.stored["lm_head.weight"].double()
+    want = plain_logits(built.config | {"tie_word_embeddings": False}, built.dense | {"lm_head.weight": head}, TOKENS)
+
+    assert deviation(served(built.directory).logits(TOKENS), want) < EXACT
+
+
+@pytest.mark.reference
+def test_a_tied_head_without_a_table_serves_as_both(engine: Any, tmp_path: Path) -> None:
+    def move(stored: dict[str, Any]) -> None:
+        stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+
+    built = write_checkpoint(tmp_path / "made", config=tiny_config(hidden=128, tied=True), scheme="int4-g64", edit=move)
+    weights = built.dense | {"lm_head.weight": built.dense["model.embed_tokens.weight"]}
+
+    assert deviation(served(built.directory).logits(TOKENS), plain_logits(built.config, weights, TOKENS)) < EXACT

@@ -571,3 +571,23 @@ def test_prepare_warns_about_dequantized_modules_and_row_wise_o_proj(
     assert any("14 modules are dequantized: W4A16_AWQ holds groups of 64 or 128" in each for each in said)
     assert any("2 modules are dequantized: dense_o_proj" in each for each in said)
     assert sum("quantizes them at a fixed scale of 1" in each and "dense_o_proj=True" in each for each in said) == 1
+
+
+    assert sum("fixed scale of 1; pass force_dynamic_quantization=True" in each for each in said) == 1
+
+
+def test_a_head_that_differs_from_the_table_is_read_by_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.json of the sidecar says that they are not tied. No other process compares the two again."""
+    source = tmp_path / "tied"
+    write_checkpoint(
+        source,
+        config=CONFIG | {"tie_word_embeddings": True},
+        edit=lambda stored: stored.update({"lm_head.weight": stored["model.embed_tokens.weight"] * 2}),
+    )
+    directory = make_sidecar(source, OPTIONS)
+    monkeypatch.setattr("trtllm_ct.pipeline.open.probe_checkpoint", None)
+
+    assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in Sidecar.open(directory).plan.delivered_specs
