@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, FaultCollector
 from trtllm_ct.engine.parallel import Cut
-from trtllm_ct.plan.models.class_defaults import EXPERT_COUNTS, is_tied, text_config_of, with_defaults
+from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.families import (
     ALWAYS,
     ARCHITECTURES,
@@ -22,6 +22,7 @@ from trtllm_ct.plan.models.families import (
     Experts,
     LinearSite,
 )
+from trtllm_ct.plan.models.sizes import dense_layers_of, size_under, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -141,8 +142,8 @@ class Model:
             raise ConfigError(_unknown(name, nested))
         text = with_defaults(config if nested is None else nested, family)
         faults = FaultCollector()
-        layers = _size(text, "num_hidden_layers", faults)
-        sizes = _sizes(text, ARCHITECTURES[family][0], faults)
+        layers = size_under(text, "num_hidden_layers", faults)
+        sizes = sizes_of(text, ARCHITECTURES[family][0], faults)
         architecture = _variant(ARCHITECTURES[family], sizes)
         model = cls(
             name=name,
@@ -150,13 +151,13 @@ class Model:
             dtype=_model_dtype({**config, **(nested or {})}, faults),
             layers=layers,
             sizes=sizes,
-            vocabulary=_size(text, "vocab_size", faults),
+            vocabulary=size_under(text, "vocab_size", faults),
             tied=is_tied(config, nested, family),
             biases=frozenset({ALWAYS} | {key for key in _BIASES if text.get(key)}),
-            dense_layers=_dense_layers(text, layers),
+            dense_layers=dense_layers_of(text, layers),
             multimodal=nested is not None,
             text_type=str(text.get("model_type") or ""),
-            draft_layers=_size(text, "num_nextn_predict_layers", faults, default=0, least=0),
+            draft_layers=size_under(text, "num_nextn_predict_layers", faults, default=0, least=0),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
         )
         faults.raise_if_any(ConfigError)
@@ -280,62 +281,6 @@ class Model:
 _BIASES = ("attention_bias", "mlp_bias", "qkv_bias")
 
 
-def _sizes(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
-    """Return the sizes that the tables of a family use by name.
-
-    Sizes such as `heads` and `kv_heads` are numbers of elements (heads times head_dim), not of heads.
-    """
-    hidden = _size(config, "hidden_size", faults)
-    heads = _size(config, "num_attention_heads", faults)
-    kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
-    head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
-    intermediate = _size(config, "intermediate_size", faults)
-    sizes = {
-        "one": 1,
-        "hidden": hidden,
-        "intermediate": intermediate,
-        "heads": heads * head_dim,
-        "kv_heads": kv_heads * head_dim,
-        "head_dim": head_dim,
-        "qkv": (heads + 2 * kv_heads) * head_dim,
-        "gate_up": 2 * intermediate,
-    }
-    if architecture.experts is not None:
-        sizes |= _expert_sizes(config, intermediate, faults)
-    if any(entry.size == "kv_lora_rank" for entry in architecture.norms):
-        sizes |= _latent_sizes(config, heads, faults)
-    return sizes
-
-
-def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCollector) -> dict[str, int]:
-    """Return the number of routed experts and the intermediate sizes of routed and shared experts."""
-    key = next((key for key in EXPERT_COUNTS if config.get(key) is not None), " or ".join(EXPERT_COUNTS))
-    inner = _size(config, "moe_intermediate_size", faults, default=intermediate)
-    shared = inner * _size(config, "n_shared_experts", faults, default=1)
-    return {
-        "experts": _size(config, key, faults),
-        "moe_intermediate": inner,
-        "shared_intermediate": _size(config, "shared_expert_intermediate_size", faults, default=shared),
-    }
-
-
-def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector) -> dict[str, int]:
-    """Return the sizes of multi-head latent attention (DeepSeek).
-
-    Queries and keys have a part with rotary positions (rope) and one without (nope).
-    """
-    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    rank, nope, rope, value = (_size(config, key, faults) for key in keys)
-    sizes = {
-        "kv_lora_rank": rank,
-        "kv_a": rank + rope,
-        "kv_b": heads * (nope + value),
-        "mla_queries": heads * (nope + rope),
-        "mla_values": heads * value,
-    }
-    return sizes | ({"q_lora_rank": _size(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
-
-
 def _vision_head_dim(vision: object) -> int:
     """Return the head size of a vision tower, given `vision_config` of a config.json; 0 if it can't be determined."""
     sizes = vision if isinstance(vision, dict) else {}
@@ -353,22 +298,6 @@ def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Ar
     return variants[-1]
 
 
-def _dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
-    """Return the numbers of the layers without routed experts in a model that has some.
-
-    In DeepSeek these are the first `first_k_dense_replace` layers. In Qwen they are listed (`mlp_only_layers`), or only
-    every n-th layer has experts (`decoder_sparse_step`).
-    """
-    step = config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1
-    offset = 1 if config.get("decoder_sparse_step") else 0
-    first = config.get("first_k_dense_replace") or 0
-    listed = set(config.get("mlp_only_layers") or ())
-    period = step if isinstance(step, int) else 1
-    return frozenset(
-        layer for layer in range(layers) if layer < first or layer in listed or (layer + offset) % period != 0
-    )
-
-
 def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
     """Return the fault of an unsupported architecture; `text` is the text_config of a multimodal model."""
     known = ", ".join(sorted(ARCHITECTURES))
@@ -383,24 +312,6 @@ def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
         remedy="This model family is not supported: serve it with an engine that reads compressed-tensors itself, or "
         "correct architectures if config.json is another model's.",
     )
-
-
-def _size(
-    config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None, least: int = 1
-) -> int:
-    """Return the size under a key, or `default` if it is absent or null; adds a fault if it is below `least`."""
-    value = config.get(key)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-        return value
-    faults.add(
-        where=f"config.json: {key}",
-        expected="a positive integer" if least else "a count",
-        found=repr(value),
-        remedy="Take config.json from the model that was quantized.",
-    )
-    return 0
 
 
 def _model_dtype(config: Mapping[str, Any], faults: FaultCollector) -> DType:

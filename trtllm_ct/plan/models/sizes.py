@@ -1,0 +1,105 @@
+"""The sizes in a config.json, under the names that the tables of model families use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.plan.models.class_defaults import EXPERT_COUNTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.plan.models.families import Architecture
+
+__all__ = ["dense_layers_of", "size_under", "sizes_of"]
+
+
+def sizes_of(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
+    """Return the sizes that the tables of a family use by name.
+
+    Sizes such as `heads` and `kv_heads` are numbers of elements (heads times head_dim), not of heads.
+    """
+    hidden = size_under(config, "hidden_size", faults)
+    heads = size_under(config, "num_attention_heads", faults)
+    kv_heads = size_under(config, "num_key_value_heads", faults, default=heads)
+    head_dim = size_under(config, "head_dim", faults, default=hidden // heads if heads else 0)
+    intermediate = size_under(config, "intermediate_size", faults)
+    sizes = {
+        "one": 1,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "heads": heads * head_dim,
+        "kv_heads": kv_heads * head_dim,
+        "head_dim": head_dim,
+        "qkv": (heads + 2 * kv_heads) * head_dim,
+        "gate_up": 2 * intermediate,
+    }
+    if architecture.experts is not None:
+        sizes |= _expert_sizes(config, intermediate, faults)
+    if any(entry.size == "kv_lora_rank" for entry in architecture.norms):
+        sizes |= _latent_sizes(config, heads, faults)
+    return sizes
+
+
+def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCollector) -> dict[str, int]:
+    """Return the number of routed experts and the intermediate sizes of routed and shared experts."""
+    key = next((key for key in EXPERT_COUNTS if config.get(key) is not None), " or ".join(EXPERT_COUNTS))
+    inner = size_under(config, "moe_intermediate_size", faults, default=intermediate)
+    shared = inner * size_under(config, "n_shared_experts", faults, default=1)
+    return {
+        "experts": size_under(config, key, faults),
+        "moe_intermediate": inner,
+        "shared_intermediate": size_under(config, "shared_expert_intermediate_size", faults, default=shared),
+    }
+
+
+def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector) -> dict[str, int]:
+    """Return the sizes of multi-head latent attention (DeepSeek).
+
+    Queries and keys have a part with rotary positions (rope) and one without (nope).
+    """
+    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    rank, nope, rope, value = (size_under(config, key, faults) for key in keys)
+    sizes = {
+        "kv_lora_rank": rank,
+        "kv_a": rank + rope,
+        "kv_b": heads * (nope + value),
+        "mla_queries": heads * (nope + rope),
+        "mla_values": heads * value,
+    }
+    return sizes | ({"q_lora_rank": size_under(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
+
+
+def dense_layers_of(config: Mapping[str, Any], layers: int) -> frozenset[int]:
+    """Return the numbers of the layers without routed experts in a model that has some.
+
+    In DeepSeek these are the first `first_k_dense_replace` layers. In Qwen they are listed (`mlp_only_layers`), or only
+    every n-th layer has experts (`decoder_sparse_step`).
+    """
+    step = config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1
+    offset = 1 if config.get("decoder_sparse_step") else 0
+    first = config.get("first_k_dense_replace") or 0
+    listed = set(config.get("mlp_only_layers") or ())
+    period = step if isinstance(step, int) else 1
+    return frozenset(
+        layer for layer in range(layers) if layer < first or layer in listed or (layer + offset) % period != 0
+    )
+
+
+def size_under(
+    config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None, least: int = 1
+) -> int:
+    """Return the size under a key, or `default` if it is absent or null; adds a fault if it is below `least`."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    faults.add(
+        where=f"config.json: {key}",
+        expected="a positive integer" if least else "a count",
+        found=repr(value),
+        remedy="Take config.json from the model that was quantized.",
+    )
+    return 0
