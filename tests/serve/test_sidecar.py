@@ -572,8 +572,6 @@ def test_prepare_warns_about_dequantized_modules_and_row_wise_o_proj(
     assert any("2 modules are dequantized: dense_o_proj" in each for each in said)
     assert sum("quantizes them at a fixed scale of 1" in each and "dense_o_proj=True" in each for each in said) == 1
 
-    assert sum("fixed scale of 1; pass force_dynamic_quantization=True" in each for each in said) == 1
-
 
 def test_a_head_that_differs_from_the_table_is_read_by_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
