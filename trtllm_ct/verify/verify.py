@@ -100,7 +100,7 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     zero_scales = _check_source(plan, checkpoint.catalog, watch, faults)
     checks: tuple[TensorCheck, ...] = ()
     if converted is not None and not faults.faults:
-        checks = compare_converted(checkpoint, plan, Path(converted), faults)
+        checks = compare_converted(checkpoint, Path(converted), faults)
     return VerificationReport(
         directory=Path(directory),
         converted=Path(converted) if converted is not None else None,
