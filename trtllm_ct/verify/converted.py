@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtllm_ct.base.cores import available_cores
-from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.verify.matching import NamedPair
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.verify.native import NativeWeight
 from trtllm_ct.verify.pairs import Pair, Stored, native_pair, plain_pair
-from trtllm_ct.verify.source.decoders import DECODERS, decoder_for
+from trtllm_ct.verify.source.decoders import DECODERS, decoder_for, has_weight, is_quantized, plain_tensors
 from trtllm_ct.verify.source.names import OTHER, is_expert
 from trtllm_ct.verify.source.scalars import cache_tensors, input_multipliers, kv_scales
 from trtllm_ct.verify.source.schemes import Schemes
@@ -21,7 +20,7 @@ from trtllm_ct.verify.source.transforms import Rotation, rotation_of
 from trtllm_ct.verify.source.weights import Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -95,9 +94,10 @@ class DirectoryMatch:
         source = self.source.by_key.get(key)
         if source is None or key == "embed_tokens":
             return None
-        matrix = source.is_quantized or ("weight" in source.tensors and len(source.tensors["weight"].shape) == 2)
-        if not matrix or (key.startswith(OTHER) and not source.is_quantized):
-            return None
+        if not is_quantized(source.tensors):
+            weight = source.tensors.get("weight")
+            if key.startswith(OTHER) or weight is None or len(weight.shape) != 2:
+                return None
         return self.quant_config.layer_config(name)
 
     def report_surplus(self, converted: Path) -> None:
@@ -124,7 +124,7 @@ class DirectoryMatch:
     def _module(self, module: Module, delivered: Module | None) -> Iterator[NamedPair]:
         """Yield the pairs of one module: its weight, its other plain tensors, and the scale of its input."""
         rotation, exact = Rotation(), None
-        if module.has_weight:
+        if has_weight(module.tensors):
             exact = self._exact_weight(module)
             if exact is None:
                 return
@@ -135,14 +135,14 @@ class DirectoryMatch:
         if exact is not None:
             yield from self._weight(module, delivered, exact)
         cache = cache_tensors(module)
-        for local in module.plain_tensors:
+        for local in plain_tensors(module.tensors):
             if local not in cache:
                 yield from self._plain(module, delivered, local, rotation)
         yield from self._input_scale(module, delivered)
 
     def _exact_weight(self, module: Module) -> _Exact | None:
         """Return the weight of a source module; None, after adding a fault, if nothing here can decode it."""
-        if not module.is_quantized:
+        if not is_quantized(module.tensors):
             stored = _stored(module, "weight")
             return _Exact(shape=stored.shape, rows=stored.numbers, stored=stored)
         format_name, args = decoder_for(module.tensors), self._schemes.args(module)
@@ -175,7 +175,7 @@ class DirectoryMatch:
             yield from self._native(module, delivered, layer, exact)
             return
         self._see(delivered, "weight")
-        kind = "dequantized" if module.is_quantized else "plain"
+        kind = "dequantized" if is_quantized(module.tensors) else "plain"
         yield from self._unquantized(name, kind, _stored(delivered, "weight"), exact)
 
     def _absent_weight(self, module: Module, name: str, exact: _Exact) -> Iterator[NamedPair]:
@@ -186,9 +186,7 @@ class DirectoryMatch:
         else:
             self._report_missing(name)
 
-    def _native(
-        self, module: Module, delivered: Module, layer: LayerQuantConfig, exact: _Exact
-    ) -> Iterator[NamedPair]:
+    def _native(self, module: Module, delivered: Module, layer: LayerQuantConfig, exact: _Exact) -> Iterator[NamedPair]:
         tensors = {local: tensor for local, tensor in delivered.tensors.items() if local not in _NOT_OF_WEIGHT}
         for local in tensors.keys() - {"input_scale"}:
             self._see(delivered, local)
@@ -264,7 +262,7 @@ class DirectoryMatch:
             return
         self._see(delivered, "input_scale")
         if mode.input_scale == "input_scale":
-            values = (float(module.tensors["input_scale"].all_numbers().max()),)
+            values: tuple[float, ...] = (float(module.tensors["input_scale"].all_numbers().max()),)
         else:
             values = self._inputs[module.key]
         yield from self._scalar(name, _stored(delivered, "input_scale"), values)

@@ -50,8 +50,8 @@ class NativeWeight:
     def rows(self, begin: int, end: int) -> NDArray[np.float64]:
         """Return rows `begin` to `end` in float64."""
         layout = LAYOUTS[self.layer.quant_algo]
-        given = {rule: name for rule in layout.tensors if (name := rule.name_among(self.tensors)) is not None}
-        parts = {rule.name: self._part(rule, name, begin, end) for rule, name in given.items()}
+        given = [(rule, name) for rule in layout.tensors for name in rule.names if name in self.tensors]
+        parts = {rule.name: self._part(rule, name, begin, end) for rule, name in given}
         value = layout.dequantize(parts, torch.float64)
         if "pre_quant_scale" in parts:
             value = value * parts["pre_quant_scale"].double()

@@ -8,12 +8,11 @@ from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits
 from trtllm_ct.verify.source.numbers import to_numbers
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from trtllm_ct.base.dtypes import DType

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.verify.source.weights import Weight
 
-__all__ = ["CODES", "DECODERS", "QUANTIZATION", "Decoder", "decoder_for"]
+__all__ = ["DECODERS", "Decoder", "decoder_for", "has_weight", "is_quantized", "plain_tensors"]
 
 Tensors = Mapping[str, SourceTensor]
 _Rows = Callable[["Weight", int, int], "NDArray[np.float64]"]
@@ -70,6 +70,22 @@ def decoder_for(tensors: Tensors) -> str | None:
     return next((name for name, decoder in DECODERS.items() if decoder.accepts(tensors)), None)
 
 
+def is_quantized(tensors: Tensors) -> bool:
+    """Whether the weight of a module is stored as codes: packed, or with a dtype that no plain weight has."""
+    weight = tensors.get("weight")
+    return not _CODES.isdisjoint(tensors) or (weight is not None and not weight.dtype.is_wide_float)
+
+
+def has_weight(tensors: Tensors) -> bool:
+    """Whether a module has a weight, plain or as codes."""
+    return "weight" in tensors or not _CODES.isdisjoint(tensors)
+
+
+def plain_tensors(tensors: Tensors) -> tuple[str, ...]:
+    """Return the local names of a module's tensors beside the weight that no quantization has written."""
+    return tuple(local for local in tensors if local != "weight" and local not in _QUANTIZATION)
+
+
 def _has(tensors: Tensors, local: str, dtypes: frozenset[DType]) -> bool:
     return local in tensors and tensors[local].dtype in dtypes
 
@@ -93,9 +109,14 @@ def _is_small_float(kind: str, dtypes: frozenset[DType]) -> Callable[[Tensors], 
     return accepts
 
 
-def _same_shape(weight: Weight) -> tuple[int, int]:
-    rows, columns = weight.tensor("weight").shape
-    return rows, columns
+def _shape_of(local: str) -> Callable[[Weight], tuple[int, int]]:
+    """Return the function that returns the shape of the weight, which is that of its codes `local`."""
+
+    def shape(weight: Weight) -> tuple[int, int]:
+        rows, columns = weight.tensor(local).shape
+        return rows, columns
+
+    return shape
 
 
 def _packed_int_shape(weight: Weight) -> tuple[int, int]:
@@ -150,7 +171,7 @@ def _plain_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
 def _float8_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
     """Decode float8 codes; stored zero points of float codes mean nothing, and `verify` demands that they are 0."""
     codes = look_up(weight.rows("weight", begin, end), E4M3)
-    return weight.multiplied(codes, begin, end, zero_points=False)
+    return weight.multiplied(codes, begin, end, zero_point="")
 
 
 def _exponents(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
@@ -196,21 +217,21 @@ DECODERS: Mapping[str, Decoder] = {
     ),
     "int-quantized": Decoder(
         accepts=lambda tensors: _has(tensors, "weight", frozenset({DType.I8})),
-        shape=_same_shape,
+        shape=_shape_of("weight"),
         rows=_plain_rows,
         number=(NumberType.INT, None),
         codes="weight",
     ),
     "mxfp8-quantized": Decoder(
         accepts=lambda tensors: _is_float8(tensors) and _has(tensors, "weight_scale", _EXPONENTS),
-        shape=_same_shape,
+        shape=_shape_of("weight"),
         rows=_mxfp8_rows,
         number=(NumberType.FLOAT, 8),
         codes="weight",
     ),
     "float-quantized": Decoder(
         accepts=lambda tensors: _is_float8(tensors) and not _has(tensors, "weight_scale", _EXPONENTS),
-        shape=_same_shape,
+        shape=_shape_of("weight"),
         rows=_float8_rows,
         number=(NumberType.FLOAT, 8),
         codes="weight",
@@ -236,14 +257,11 @@ DECODERS: Mapping[str, Decoder] = {
 }
 """The decoders by the name of their format. No two accept the same tensors."""
 
-CODES = frozenset(decoder.codes for decoder in DECODERS.values()) - {"weight"}
-"""The local names of codes other than `weight`."""
-
-QUANTIZATION = (
-    CODES
+_CODES = frozenset(decoder.codes for decoder in DECODERS.values()) - {"weight"}
+_QUANTIZATION = (
+    _CODES
     | frozenset().union(*(decoder.companions for decoder in DECODERS.values()))
     | {f"weight_{name}" for name in ("scale", "zero_point", "shape", "g_idx", "global_scale")}
     | {f"{what}_{name}" for what in ("input", "output", "q", "k", "v") for name in ("scale", "zero_point")}
     | {"input_global_scale", "kv_scale"}
 )
-"""The local names of tensors that quantization has written; none of them is delivered as it is."""

@@ -70,7 +70,7 @@ class TensorFiles:
         """
         tensor = self.catalog.tensors[name]
         data = np.empty(nbytes, np.uint8)
-        view = memoryview(data)
+        view = memoryview(data.data)
         done = 0
         while done < nbytes:
             try:

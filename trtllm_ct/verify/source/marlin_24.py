@@ -112,7 +112,8 @@ def _nibbles(meta: NDArray[np.int16], block: int, shape: tuple[int, int]) -> NDA
     up, down = (place % 2 == 0) & (column % 2 == 1), (place % 2 == 1) & (column % 2 == 0)
     place, column = place + up * 1 - down * 1, column - up * 1 + down * 1
     words = meta.ravel()[column // 2 * 2 * shape[0] + 2 * place + column % 2].view(np.uint16).astype(np.int64)
-    return (words[:, :, None] >> np.array([0, 4, 8, 12]) & 15).reshape(BLOCK, -1)
+    nibbles: NDArray[np.int64] = words[:, :, None] >> np.array([0, 4, 8, 12]) & 15
+    return nibbles.reshape(BLOCK, -1)
 
 
 def _scale(weight: Weight, block: int) -> NDArray[np.float64]:

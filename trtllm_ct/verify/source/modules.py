@@ -6,19 +6,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector
-from trtllm_ct.verify.source.decoders import CODES, QUANTIZATION
 from trtllm_ct.verify.source.files import FileTensor, SourceTensor, Transposed
-from trtllm_ct.verify.source.names import FUSED_EXPERTS, OTHER, Names, expert_key
+from trtllm_ct.verify.source.names import FUSED_EXPERTS, Names, expert_key
 from trtllm_ct.verify.source.sparse import join_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from trtllm_ct.base.schemes import RowOrder
@@ -49,22 +46,6 @@ class Module:
     parts: int = 1
     head_dim: int = 0
     in_pairs: frozenset[str] = frozenset()
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the weight is stored as codes: packed, or with a dtype that no plain weight has."""
-        weight = self.tensors.get("weight")
-        return not CODES.isdisjoint(self.tensors) or (weight is not None and not weight.dtype.is_wide_float)
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether a weight is stored, plain or as codes."""
-        return "weight" in self.tensors or not CODES.isdisjoint(self.tensors)
-
-    @property
-    def plain_tensors(self) -> tuple[str, ...]:
-        """The local names of the tensors beside the weight that no quantization has written."""
-        return tuple(local for local in self.tensors if local != "weight" and local not in QUANTIZATION)
 
     def ordered(self, local: str, fetch: _Rows, begin: int, end: int) -> NDArray[Any]:
         """Return rows `begin` to `end` of this module; `fetch` returns rows of the tensor as they are stored.
@@ -129,16 +110,17 @@ def read_modules(
     by_key: dict[str, Module] = {}
     faults = FaultCollector()
     for name, locals_ in stored.items():
-        for module in _split(name, locals_, names):
-            if module.name.rpartition(".")[2] in _LEFT_OUT:
+        for found in _split(name, locals_, names):
+            if found.name.rpartition(".")[2] in _LEFT_OUT:
                 continue
-            if names.native and not module.key.startswith(f"{OTHER}mtp"):
-                _note_order(module, name, locals_, head_dims, declared_rows)
-            known = by_key.setdefault(module.key, module)
-            if known is not module:
-                _merge(known, module, faults)
+            if names.native:
+                _note_order(found, name, locals_, head_dims, declared_rows)
+            known = by_key.setdefault(found.key, found)
+            if known is not found:
+                _merge(known, found, faults)
     faults.raise_if_any(CheckpointError)
-    return Modules(names=names, by_key=by_key, matrices=matrices)
+    ordered = dict(sorted(by_key.items(), key=lambda entry: names.order(entry[0])))
+    return Modules(names=names, by_key=ordered, matrices=matrices)
 
 
 def _merge(known: Module, module: Module, faults: FaultCollector) -> None:

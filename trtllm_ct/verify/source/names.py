@@ -59,6 +59,9 @@ _FUSED_LINEARS = (
     ("gate_proj", "up_proj"),
 )
 
+_SECTIONS = ("embed_tokens", "layers", "norm", "lm_head")
+_LEAVES = ("q", "k", "v", "o", "gate", "up", "down")
+
 _NATIVE = re.compile(r"layers\.\d+\.attention\.")
 _NATIVE_NAMES = tuple(
     (re.compile(pattern), replacement)
@@ -190,6 +193,18 @@ class Names:
         if match:
             return key if match[3] == "down" else f"{match[1]}.{match[2]}.gate+up"
         return self.fused_linear(key) or key
+
+    def order(self, key: str) -> tuple[int, ...]:
+        """Return the place of a module in the model, for sorting: layer, attention, expert, projection."""
+        section, _, inner = key.partition(".")
+        if section != "layers":
+            return (_SECTIONS.index(section) if section in _SECTIONS else len(_SECTIONS),)
+        layer, _, path = inner.partition(".")
+        match = _EXPERT.fullmatch(key)
+        kind = 0 if "norm" in path and "." not in path else 1 if path.startswith("self_attn") else 2
+        leaf = path.rpartition(".")[2].removesuffix("_proj")
+        place = _LEAVES.index(leaf) + 1 if leaf in _LEAVES else 0
+        return _SECTIONS.index(section), int(layer), kind, int(match[2]) + 1 if match else 0, place
 
     def misspelled(self, module: str) -> str | None:
         """Return the names that an expert's projection must have if `module`, a delivered one, has another."""

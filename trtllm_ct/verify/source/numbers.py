@@ -27,7 +27,8 @@ def _small_float(exponent_bits: int, mantissa_bits: int, bias: int) -> NDArray[n
     exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
     sign = np.where(codes >> (exponent_bits + mantissa_bits), -1.0, 1.0)
     significand = mantissa / (1 << mantissa_bits) + (exponent > 0)
-    return sign * np.ldexp(significand, np.maximum(exponent, 1) - bias)
+    values: NDArray[np.float64] = sign * np.ldexp(significand, np.maximum(exponent, 1) - bias)
+    return values
 
 
 E2M1 = _small_float(2, 1, bias=1)
@@ -52,13 +53,15 @@ def to_numbers(raw: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
         return look_up(raw, _BYTES[dtype])
     if dtype is DType.BF16:
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.astype(np.float64)
+    numbers: NDArray[np.float64] = raw.astype(np.float64)
+    return numbers
 
 
 def look_up(codes: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return `values[code]` for bytes `codes`; a table of 256 values is looked up for two codes at once."""
     if len(values) != 256 or codes.ndim == 0 or codes.shape[-1] % 2:
-        return values[codes]
+        single: NDArray[np.float64] = values[codes]
+        return single
     pairs = np.take(_pairs(values.tobytes()), np.ascontiguousarray(codes).view(np.uint16), mode="clip")
     return pairs.view(np.float64)
 
@@ -95,4 +98,5 @@ def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, dense: bool = Tr
         used = _WORD_BITS // bits * bits
         stream = stream.reshape(rows, -1, _WORD_BITS)[:, :, :used].reshape(rows, -1)
     codes = stream[:, : count * bits].reshape(rows, count, bits)
-    return (codes << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    whole: NDArray[np.uint8] = (codes << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    return whole

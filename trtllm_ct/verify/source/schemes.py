@@ -39,5 +39,3 @@ class Schemes:
         weights = [group.scheme.weights for group in self._config.groups if group.scheme.weights is not None]
         fitting = [args for args in weights if number in {(args.type, None), (args.type, args.num_bits)}]
         return fitting[0] if len(fitting) == 1 else None
-
-

@@ -55,10 +55,13 @@ class Weight:
         return float(numbers[self.module.part if numbers.size == self.module.parts else 0])
 
     def multiplied(
-        self, codes: NDArray[np.float64], begin: int, end: int, *, zero_points: bool = True
+        self, codes: NDArray[np.float64], begin: int, end: int, *, zero_point: str = "weight_zero_point"
     ) -> NDArray[np.float64]:
-        """Return (code - zero point) * scale for rows `begin` to `end`; changes `codes`."""
-        zeros = self._zero_points(begin, end) if zero_points else None
+        """Return (code - zero point) * scale for rows `begin` to `end`; changes `codes`.
+
+        `zero_point` is the local name of the zero points, which need not be stored; empty if codes have none.
+        """
+        zeros = self._zero_points(zero_point, begin, end) if zero_point in self.module.tensors else None
         if zeros is not None:
             self._apply(np.subtract, codes, zeros)
         self._apply(np.multiply, codes, self._per_group("weight_scale", begin, end))
@@ -112,12 +115,9 @@ class Weight:
             return self.module.ordered(local, lambda first, last: numbers[first:last], begin, end)
         return self.module.ordered(local, tensor.numbers, begin, end)
 
-    def _zero_points(self, begin: int, end: int) -> NDArray[np.float64] | None:
-        """Return the zero points [n, G] of rows `begin` to `end`; None if there are none."""
-        local = "weight_zero_point"
-        tensor = self.module.tensors.get(local)
-        if tensor is None:
-            return None
+    def _zero_points(self, local: str, begin: int, end: int) -> NDArray[np.float64]:
+        """Return the zero points [n, G] of rows `begin` to `end`."""
+        tensor = self.tensor(local)
         if tensor.dtype is not DType.I32 or tensor.shape == self.tensor("weight_scale").shape:
             return self._per_group(local, begin, end)
         if local not in self.kept:
