@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from builders import Built, rewrite_config, tiny_config, write_checkpoint
+from builders import Built, tiny_config, write_checkpoint
 from fused_experts import fuse_experts
 from mistral_form import write_native
 
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.formats import codecs
-from trtllm_ct.layouts.scales import Scaling
 from trtllm_ct.plan import ops, row_order
 from trtllm_ct.plan.models import fused_experts, mistral_names
 from trtllm_ct.plan.stored import ExpertSlice
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from trtllm_ct.layouts.scales import Scaling
 
 DENSE = tiny_config(layers=1)
 # Hidden and intermediate size are equal, so that no shape tells a wrong expert from a right one.
