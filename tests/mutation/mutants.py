@@ -36,6 +36,9 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 }
 
 
+_LEFT_ALONE = frozenset({"annotation", "returns", "decorator_list"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
     """One fault: in `file`, the text from `column` to `end` of `line` becomes `after`."""
@@ -90,9 +93,7 @@ def mutants_of(root: Path, file: str) -> list[Mutant]:
 def _code(tree: ast.AST) -> Iterator[ast.AST]:
     """Yield the nodes of a tree that run: no annotations, decorators, texts and checks for a type checker."""
     for name, value in ast.iter_fields(tree):
-        if name in {"annotation", "returns", "decorator_list"} or isinstance(
-            tree, ast.JoinedStr | ast.Import | ast.ImportFrom
-        ):
+        if name in _LEFT_ALONE or isinstance(tree, ast.JoinedStr | ast.Import | ast.ImportFrom):
             continue
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or _is_typing_block(child) or _is_message(child):

@@ -125,4 +125,5 @@ def test_modules_are_in_the_order_of_the_model():
         "other:visual.x",
     ]
 
-    assert sorted(reversed(keys), key=LLAMA.order) == keys
+    shuffled = [*keys[1::2], *keys[::2]]
+    assert sorted(shuffled, key=LLAMA.order) == keys
