@@ -162,8 +162,9 @@ def _split(name: str, tensors: dict[str, SourceTensor], names: Names) -> Iterato
     parent, _, leaf = name.rpartition(".")
     if name.endswith(".experts"):
         stacks = {local: tensor for local, tensor in tensors.items() if local in FUSED_EXPERTS and _stacked(tensor)}
+        inputs_first = names.transposed_experts and not _outputs_first(stacks)
         for local, tensor in stacks.items():
-            yield from _experts(name, local, {"weight": tensor}, names)
+            yield from _experts(name, local, {"weight": tensor}, names, inputs_first=inputs_first)
         tensors = {local: tensor for local, tensor in tensors.items() if local not in stacks}
     elif parent.endswith(".experts") and leaf in FUSED_EXPERTS and any(map(_stacked, tensors.values())):
         yield from _experts(parent, leaf, tensors, names)
@@ -173,18 +174,30 @@ def _split(name: str, tensors: dict[str, SourceTensor], names: Names) -> Iterato
         yield Module(key=names.key(name), name=name, tensors=meanings)
 
 
+def _outputs_first(stacks: Mapping[str, SourceTensor]) -> bool:
+    """Whether plain stacks are [E, 2I, H] and [E, H, I], as transformers 5 saves them whatever the class reads.
+
+    The other order is [E, H, 2I] and [E, I, H]. No two stacks fit both, even if one of them is square.
+    """
+    shapes = {FUSED_EXPERTS[local]: tensor.shape[1:] for local, tensor in stacks.items()}
+    gate_up, down = shapes.get(("gate", "up")), shapes.get(("down",))
+    return gate_up is not None and down is not None and gate_up == (2 * down[1], down[0])
+
+
 def _stacked(tensor: SourceTensor) -> bool:
     """Whether a tensor has an entry with rows and columns for each expert."""
     return isinstance(tensor, FileTensor) and len(tensor.shape) == 3
 
 
-def _experts(parent: str, leaf: str, tensors: Mapping[str, SourceTensor], names: Names) -> Iterator[Module]:
+def _experts(
+    parent: str, leaf: str, tensors: Mapping[str, SourceTensor], names: Names, *, inputs_first: bool = False
+) -> Iterator[Module]:
     """Yield a module for each expert and each projection in the tensors of all experts."""
     projections = FUSED_EXPERTS[leaf]
     count = next(tensor.shape[0] for tensor in tensors.values() if _stacked(tensor))
     key = names.key(parent)
     for expert in range(count):
-        entries = {local: _entry(local, tensor, expert, names) for local, tensor in tensors.items()}
+        entries = {local: _entry(local, tensor, expert, inputs_first=inputs_first) for local, tensor in tensors.items()}
         for part, projection in enumerate(projections):
             yield Module(
                 key=expert_key(key, expert, projection),
@@ -195,10 +208,9 @@ def _experts(parent: str, leaf: str, tensors: Mapping[str, SourceTensor], names:
             )
 
 
-def _entry(local: str, tensor: SourceTensor, expert: int, names: Names) -> SourceTensor:
+def _entry(local: str, tensor: SourceTensor, expert: int, *, inputs_first: bool) -> SourceTensor:
     """Return the tensor of one expert; the shape of the weight is stored once for all."""
     if local == "weight_shape" or not isinstance(tensor, FileTensor) or not tensor.shape:
         return tensor
     entry = tensor.entry(expert)
-    plain_stack = len(entry.shape) == 2 and local == "weight" and entry.dtype.is_wide_float
-    return Transposed(matrix=entry) if plain_stack and names.transposed_experts else entry
+    return Transposed(matrix=entry) if inputs_first else entry
