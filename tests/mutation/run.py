@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from tests.mutation.mutants import Mutant, mutants_of
+from tests.mutation.mutants import Mutant, mutants_of, parses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +49,9 @@ def chosen(count: int, seed: int, only: str) -> list[Mutant]:
     """Return `count` mutants of the files whose path begins with `only`: the same for the same seed and sources."""
     files = sorted({str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern)})
     every = [mutant for file in files if file.startswith(only) for mutant in mutants_of(ROOT, file)]
-    return random.Random(seed).sample(every, min(count, len(every)))
+    random.Random(seed).shuffle(every)
+    valid = (mutant for mutant in every if parses(mutant.applied((ROOT / mutant.file).read_text(encoding="utf-8"))))
+    return list(islice(valid, count))
 
 
 def run(mutants: list[Mutant], *, seconds: float, timeout: float, results: Path) -> list[dict[str, Any]]:
