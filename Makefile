@@ -4,17 +4,19 @@
 PYTHON ?= python3
 # Passed on to pytest, for instance: make test PYTEST_ARGS='-k packing'
 PYTEST_ARGS ?=
+MUTATE_ARGS ?=
 
 venv := .venv
 python := $(venv)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs clean
+.PHONY: help demo test mutate lint types docs clean
 
 help:
 	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
 	@echo "make test    install what tests need and run the whole suite"
+	@echo "make mutate  break lines of the package one at a time, and report which faults the tests find"
 	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
 	@echo "make docs    write the generated pages anew: support matrix, troubleshooting, why"
@@ -27,6 +29,10 @@ demo: $(venv)/.demo-installed
 # installed packages have it: many tests start processes, which would parse the package anew.
 test: $(venv)/.dev-installed
 	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal -q $(PYTEST_ARGS)
+
+# Hours of one core; it continues where it stopped. MUTATE_ARGS='--count 20 --only trtllm_ct/layouts' runs less.
+mutate: $(venv)/.dev-installed
+	nice -n 19 $(python) -m tests.mutation $(MUTATE_ARGS)
 
 lint: $(venv)/.dev-installed
 	$(venv)/bin/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from builders import Built, rewrite, rewrite_config, write_checkpoint
@@ -19,10 +20,11 @@ from trtllm_ct import (
     to_quant_config,
     verify_checkpoint,
 )
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, PayloadError, PlanError
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan.plan import Fate
-from trtllm_ct.reference.compare import compare_rounded
+from trtllm_ct.verify.comparison import compare_rounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -441,10 +443,10 @@ class TestVerification:
 
     def test_another_order_of_summation_may_round_differently(self):
         """A value between two of the dtype's; without doubt about it only the even neighbour is right."""
-        exact, odd = torch.tensor([1 + 2**-8], dtype=torch.float64), torch.tensor([1 + 2**-7]).bfloat16()
-        assert not compare_rounded(odd, exact).good
-        assert compare_rounded(odd, exact, uncertainty=1e-10).good
-        assert not compare_rounded(odd, exact - 1e-8, uncertainty=1e-10).good
+        exact, odd = np.array([1 + 2**-8]), np.array([1 + 2**-7])
+        assert not compare_rounded(odd, exact, DType.BF16).good
+        assert compare_rounded(odd, exact, DType.BF16, uncertainty=1e-10).good
+        assert not compare_rounded(odd, exact - 1e-8, DType.BF16, uncertainty=1e-10).good
 
     def test_a_transposed_fold_is_found(self, tmp_path: Path):
         """Verification does not repeat the planner's choice: it runs the transform that the configuration names."""

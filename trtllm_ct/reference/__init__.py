@@ -18,9 +18,7 @@ effective_weights.py  the weight that equals a Linear together with its transfor
 attention.py          simulates an FP8 KV cache
 mixtures.py           mixture-of-experts layers
 expert_parts.py       collects the tensors of one layer's experts
-stacked_experts.py    reads the experts of a directory one by one, stacked or not
 experts.py            routed experts that compute from delivered tensors, in the forms of transformers 4 and 5
-compare.py            compares a delivered weight with the exact one
 generate.py           generates text from a directory
 llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM
 requests.py           the parameters and results of ReferenceLLM

@@ -1,7 +1,13 @@
 """Verify a checkpoint, and check that a converted directory holds the same weights.
 
 verify.py           verify_checkpoint and its report
-converted.py        compares a converted directory with its source, tensor by tensor
+source_check.py     checks the values of a source that no header shows
+converted.py        compares a converted directory with its source, on all cores
+matching.py         which tensors of the two directories are compared, and how
+pairs.py            one tensor on both sides, compared in chunks of rows
+native.py           the converted side: rows of native layouts, read by the reference engine
+source/             the source's side: an independent reading in plain numpy
+comparison.py       compares rows, and keeps the worst element
 shared_scalars.py   checks the scalars that the parts of a fused Linear share
 sizes.py            verifies, and checks whether a converted directory holds given parallel sizes
 """

@@ -1,7 +1,8 @@
 """`verify_checkpoint`: verify a checkpoint, and check that a converted directory holds the same weights.
 
-The two sides are dequantized by different code: the source by the codec of its stored format, the converted directory
-by the reference engine, which reads the native layouts. Neither the mapper nor the targets take part.
+The two sides are dequantized by different code: the source by decoders of its own in plain numpy (`source/`), the
+converted directory by the reference engine, which reads the native layouts. Neither plans, codecs, the mapper nor the
+targets take part in the comparison.
 """
 
 from __future__ import annotations
@@ -12,19 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, FaultCollector, VerificationError
 from trtllm_ct.base.json_form import json_object
-from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.pipeline.open import open_checkpoint
-from trtllm_ct.pipeline.payload import check_payload, count_zero_scales
 from trtllm_ct.plan.probe import NO_PROBE
 from trtllm_ct.plan.producers import ValueWatch
+from trtllm_ct.verify.source_check import check_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from trtllm_ct.checkpoint.catalog import Catalog
-    from trtllm_ct.plan.plan import ModulePlan, Plan
     from trtllm_ct.verify.converted import TensorCheck
 
 __all__ = ["VerificationReport", "verify_checkpoint"]
@@ -86,7 +80,9 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded once to
     its dtype.
     Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
-    stage that fails. Memory: two copies of one module in float64.
+    stage that fails. Memory does not grow with the size of a weight: chunks of 512 KiB for each core. Exceptions are
+    weights with a transform on their output, of which as many rows as its matrix has are held in float64, and
+    `marlin-24`, whose stored tensors are held for one weight.
     """
     from trtllm_ct.verify.converted import compare_converted
 
@@ -99,10 +95,10 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     plan = checkpoint.plan(_target_of(converted))
     faults = FaultCollector()
     watch = ValueWatch()
-    zero_scales = _check_source(plan, checkpoint.catalog, watch, faults)
+    zero_scales = check_source(plan, checkpoint.catalog, watch, faults)
     checks: tuple[TensorCheck, ...] = ()
     if converted is not None and not faults.faults:
-        checks = compare_converted(checkpoint, plan, Path(converted), faults)
+        checks = compare_converted(checkpoint, Path(converted), faults)
     return VerificationReport(
         directory=Path(directory),
         converted=Path(converted) if converted is not None else None,
@@ -125,32 +121,3 @@ def _target_of(converted: str | Path | None) -> str:
 
 def _error(check: TensorCheck) -> float:
     return check.comparison.error
-
-
-def _check_source(plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector) -> int:
-    """Check the payload of every module; return the number of rows or groups with a scale of zero."""
-    zero_scales = 0
-    with TensorReader(catalog) as reader:
-        for module in plan.modules:
-            stored = module.local_tensors({name: reader.read(name) for name in module.reads})
-            check_payload(module, stored, faults)
-            watch.look(module, stored)
-            zero_scales += count_zero_scales(module, stored)
-            _check_codes(module, stored, faults)
-    return zero_scales
-
-
-def _check_codes(module: ModulePlan, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
-    """Add a fault if a float8 code of the module's weight is NaN."""
-    weight = module.weight
-    if weight is None or weight.packing is not None:
-        return
-    is_nan = stored[weight.codes].float().isnan()
-    if bool(is_nan.any()):
-        position = [int(index) for index in is_nan.nonzero()[0]]
-        faults.add(
-            where=f"{module.name}.{weight.codes}{position}",
-            expected="finite codes",
-            found=f"{int(is_nan.sum())} fp8 codes that are no number (NaN)",
-            remedy="The weight was damaged or quantized with a scale that is too small; quantize it again.",
-        )

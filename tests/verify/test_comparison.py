@@ -11,10 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.layouts.rounding import round_once
-from trtllm_ct.reference.compare import compare_native, compare_rounded
+from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+def native(got: Tensor, want: Tensor) -> Comparison:
+    return compare_native(got.numpy(), want.numpy())
+
+
+def rounded(got: Tensor, exact: Tensor, uncertainty: float = 0.0) -> Comparison:
+    dtype = DType.from_torch(got.dtype)
+    return compare_rounded(got.double().numpy(), exact.double().numpy(), dtype, uncertainty=uncertainty)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -29,7 +39,7 @@ def changed(values: Tensor, position: tuple[int, ...], value: float) -> Tensor:
 
 class TestNative:
     def test_equal_weights_are_good(self):
-        comparison = compare_native(random(4, 256), random(4, 256))
+        comparison = native(random(4, 256), random(4, 256))
 
         assert comparison.good
         assert (comparison.error, comparison.differing) == (0.0, 0)
@@ -39,7 +49,7 @@ class TestNative:
         want = torch.zeros(2, 8, dtype=torch.float64)
         want[0, 0], want[1, 0] = 1000.0, 2.0
 
-        comparison = compare_native(changed(want, (1, 5), 2 * off), want)
+        comparison = native(changed(want, (1, 5), 2 * off), want)
 
         assert comparison.good is good
         assert comparison.error == pytest.approx(off)
@@ -52,7 +62,7 @@ class TestNative:
         want = random(4, 300)
         got = changed(want, (0, 0), float(want[0, 0]) + 1e-3)
 
-        comparison = compare_native(changed(got, (row, column), value), want)
+        comparison = native(changed(got, (row, column), value), want)
 
         assert not comparison.good
         assert comparison.position == (row, column)
@@ -65,13 +75,13 @@ class TestNative:
     def test_nan_and_inf_in_the_source_never_pass(self, value: float):
         odd = changed(random(2, 8), (1, 1), value)
 
-        assert not compare_native(odd, odd.clone()).good
+        assert not native(odd, odd.clone()).good
 
     def test_a_row_of_zeros_allows_no_difference(self):
         want = torch.zeros(2, 8, dtype=torch.float64)
 
-        assert compare_native(want.clone(), want).good
-        comparison = compare_native(changed(want, (1, 3), 1e-300), want)
+        assert native(want.clone(), want).good
+        comparison = native(changed(want, (1, 3), 1e-300), want)
         assert not comparison.good
         assert (comparison.error, comparison.position, comparison.differing) == (inf, (1, 3), 1)
 
@@ -81,7 +91,7 @@ class TestNative:
         got[0, :5] += 1
         got[1, :5] += 1e-9
 
-        assert compare_native(got, want).differing == 5
+        assert native(got, want).differing == 5
 
 
 class TestRounded:
@@ -89,7 +99,7 @@ class TestRounded:
     def test_the_exact_value_rounded_once_is_good(self, dtype: torch.dtype):
         exact = random(8, 64)
 
-        comparison = compare_rounded(round_once(exact, dtype), exact)
+        comparison = rounded(round_once(exact, dtype), exact)
 
         assert (comparison.good, comparison.error) == (True, 0.0)
 
@@ -100,7 +110,7 @@ class TestRounded:
         got = round_once(exact, dtype)
         got.view(integer)[6, 60] += 1
 
-        comparison = compare_rounded(got, exact)
+        comparison = rounded(got, exact)
 
         assert not comparison.good
         assert (comparison.position, comparison.differing) == ((6, 60), 1)
@@ -110,20 +120,20 @@ class TestRounded:
         """1 + 2^-8 + 2^-40 is just above the midpoint of two bfloat16; rounding to float32 first gives the midpoint."""
         exact = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)
 
-        assert compare_rounded(torch.tensor([1 + 2.0**-7]).bfloat16(), exact).good
-        assert not compare_rounded(exact.float().bfloat16(), exact).good
+        assert rounded(torch.tensor([1 + 2.0**-7]).bfloat16(), exact).good
+        assert not rounded(exact.float().bfloat16(), exact).good
 
     def test_nan_in_both_places_is_the_same_value(self):
         exact = changed(random(2, 4), (0, 1), nan)
 
-        assert compare_rounded(exact.bfloat16(), exact).good
-        comparison = compare_rounded(changed(exact, (1, 2), nan).bfloat16(), exact)
+        assert rounded(exact.bfloat16(), exact).good
+        comparison = rounded(changed(exact, (1, 2), nan).bfloat16(), exact)
         assert (comparison.good, comparison.error, comparison.position) == (False, inf, (1, 2))
 
     @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 4)])
     def test_tensors_of_any_rank(self, shape: tuple[int, ...]):
         exact = random(*shape)
-        comparison = compare_rounded(exact.float() + 1, exact)
+        comparison = rounded(exact.float() + 1, exact)
 
         assert not comparison.good
         assert comparison.block == f"element {list(comparison.position)}"
@@ -131,13 +141,41 @@ class TestRounded:
 
     @pytest.mark.parametrize("shape", [(0,), (0, 4)])
     def test_no_elements_are_equal(self, shape: tuple[int, ...]):
-        comparison = compare_rounded(torch.zeros(shape), torch.zeros(shape, dtype=torch.float64))
+        comparison = rounded(torch.zeros(shape), torch.zeros(shape, dtype=torch.float64))
 
         assert (comparison.good, comparison.position) == (True, ())
 
 
+class TestParts:
+    """A tensor is compared in parts; the whole is as if it had been compared at once."""
+
+    @pytest.mark.parametrize("worst", [(0, 0), (1, 7), (5, 2), (8, 7)])
+    def test_parts_join_to_the_whole(self, worst: tuple[int, int]):
+        want = random(9, 8)
+        got = changed(changed(want, (4, 4), float(want[4, 4]) + 1e-3), worst, 1e3)
+
+        parts = [native(got[first : first + 4], want[first : first + 4]).below(first) for first in (0, 4, 8)]
+
+        assert parts[0].joined(parts[1]).joined(parts[2]) == native(got, want)
+
+    def test_the_first_of_equal_errors_counts(self):
+        parts = [native(torch.full((1, 2), 3.0).double(), torch.ones(1, 2).double()).below(row) for row in (0, 1)]
+
+        assert parts[0].joined(parts[1]).position == (0, 0)
+        assert parts[0].joined(parts[1]).differing == 4
+
+    def test_equal_bits_are_equal_though_they_are_nan(self):
+        bits = torch.tensor([[nan, 1.0]]).bfloat16().view(torch.int16).numpy()
+
+        comparison = equal_bits(bits, bits.copy(), DType.BF16)
+
+        assert comparison is not None
+        assert comparison.good
+        assert equal_bits(bits, bits ^ 1, DType.BF16) is None
+
+
 def test_json_has_strings_for_nan_and_inf() -> None:
-    comparison = compare_native(changed(random(1, 4), (0, 2), nan), random(1, 4))
+    comparison = native(changed(random(1, 4), (0, 2), nan), random(1, 4))
 
     document = comparison.to_dict()
 

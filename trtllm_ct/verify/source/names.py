@@ -1,0 +1,229 @@
+"""The names of modules in files, and what they mean.
+
+Two names mean the same module if `Names.key` gives them the same key. A key leaves out what writers and releases do
+differently: the place of the text model, the names of an expert's projections, and wrappers. It is written apart from
+the tables of the planner, for sources and for converted directories.
+
+| names                                                                     | key                              |
+|---------------------------------------------------------------------------|----------------------------------|
+| `model.layers.0.x`, `model.language_model.layers.0.x`, ...                | `layers.0.x`                     |
+| `...block_sparse_moe.experts.3.w1`, `...mlp.experts.3.gate_proj`           | `layers.0.mlp.experts.3.gate`    |
+| `layers.0.attention.wq` (Mistral's own form)                              | `layers.0.self_attn.q_proj`      |
+| `lm_head`, `language_model.lm_head`, `output`                              | `lm_head`                        |
+| `visual.x`, `model.visual.x`                                              | `other:visual.x`                 |
+
+Sources: transformers 4.53 `models/mistral/convert_mistral_weights_to_hf.py`, transformers 5.23
+`conversion_mapping.py`, vLLM 0.15 `model_executor/models/mistral.py`, llm-compressor issues 3183 and 3200.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["BODIES", "FUSED_EXPERTS", "HEADS", "OTHER", "Names", "expert_key", "is_expert"]
+
+BODIES = ("model.language_model.model.", "language_model.model.", "model.language_model.", "model.", "")
+"""The prefixes that a text model has had in files; a longer one comes before its own beginning."""
+
+HEADS = ("lm_head", "language_model.lm_head", "model.language_model.lm_head")
+"""The names that the head of a text model has had."""
+
+OTHER = "other:"
+"""The beginning of the keys of modules outside of the text model."""
+
+FUSED_EXPERTS = {
+    "gate_up_proj": ("gate", "up"),
+    "w13_weight": ("gate", "up"),
+    "down_proj": ("down",),
+    "w2_weight": ("down",),
+}
+"""Tensors of all experts of a layer, and the projections whose rows each expert's entry has, in this order."""
+
+_TEXT = re.compile(r"(layers\.\d+|embed_tokens|norm)(\.|$)")
+_EXPERT = re.compile(r"(layers\.\d+\..*experts)\.(\d+)\.(\w+)")
+_PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+_SPELLINGS = (frozenset({"gate_proj", "up_proj", "down_proj"}), frozenset({"w1", "w2", "w3"}))
+# The classes whose experts are called w1, w2 and w3; all others call them gate_proj, up_proj and down_proj.
+_NUMBERED_EXPERTS = frozenset({"mixtral"})
+# The classes whose plain stacks of experts are stored as [E, in, out].
+_TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+
+# The parts of one Linear that an engine makes of several, by the last parts of their names.
+_FUSED_LINEARS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("gate_proj", "up_proj"),
+)
+
+_SECTIONS = ("embed_tokens", "layers", "norm", "lm_head")
+_LEAVES = ("q", "k", "v", "o", "gate", "up", "down")
+
+_NATIVE = re.compile(r"layers\.\d+\.attention\.")
+_NATIVE_NAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"tok_embeddings", "embed_tokens"),
+        (r"norm", "norm"),
+        (r"output", "lm_head"),
+        (r"(layers\.\d+)\.attention_norm", r"\1.input_layernorm"),
+        (r"(layers\.\d+)\.ffn_norm", r"\1.post_attention_layernorm"),
+        (r"(layers\.\d+)\.attention\.w([qkvo])", r"\1.self_attn.\2_proj"),
+        (r"(layers\.\d+)\.attention(\.(?:q|k|v|kv)_fake_quantizer)?", r"\1.self_attn"),
+        (r"(layers\.\d+)\.(?:feed_forward\.)?gate", r"\1.mlp.gate"),
+        (r"(layers\.\d+)\.(?:feed_forward\.)?experts\.(\d+)\.w1", r"\1.mlp.experts.\2.gate"),
+        (r"(layers\.\d+)\.(?:feed_forward\.)?experts\.(\d+)\.w3", r"\1.mlp.experts.\2.up"),
+        (r"(layers\.\d+)\.(?:feed_forward\.)?experts\.(\d+)\.w2", r"\1.mlp.experts.\2.down"),
+        (r"(layers\.\d+)\.feed_forward\.w1", r"\1.mlp.gate_proj"),
+        (r"(layers\.\d+)\.feed_forward\.w3", r"\1.mlp.up_proj"),
+        (r"(layers\.\d+)\.feed_forward\.w2", r"\1.mlp.down_proj"),
+        (r"vision_encoder\.(.*)\.attention\.w([qkv])", rf"{OTHER}vision_tower.\1.attention.\2_proj"),
+        (r"vision_encoder\.(.*)\.attention\.wo", rf"{OTHER}vision_tower.\1.attention.o_proj"),
+        (r"vision_encoder\.(.*)\.feed_forward\.w1", rf"{OTHER}vision_tower.\1.feed_forward.gate_proj"),
+        (r"vision_encoder\.(.*)\.feed_forward\.w3", rf"{OTHER}vision_tower.\1.feed_forward.up_proj"),
+        (r"vision_encoder\.(.*)\.feed_forward\.w2", rf"{OTHER}vision_tower.\1.feed_forward.down_proj"),
+        (r"vision_encoder\.(.*)", rf"{OTHER}vision_tower.\1"),
+        (r"vision_language_adapter\.w_in", f"{OTHER}multi_modal_projector.linear_1"),
+        (r"vision_language_adapter\.w_out", f"{OTHER}multi_modal_projector.linear_2"),
+        (r"patch_merger\.merging_layer", f"{OTHER}multi_modal_projector.patch_merger.merging_layer"),
+        (r"pre_mm_projector_norm", f"{OTHER}multi_modal_projector.norm"),
+    )
+)
+_NATIVE_TENSORS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
+
+
+def expert_key(experts: str, expert: int, projection: str) -> str:
+    """Return the key of one projection of an expert; `experts` is the key of the module of all experts."""
+    return f"{experts}.{expert}.{projection}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """What the names in a directory mean.
+
+    `model_type` is the type of the text model. `native` says whether the directory has Mistral's own form.
+    `multimodal` says whether the text model is a part of a larger one. `latent` says whether attention has queries that
+    are fused with nothing (multi-head latent attention).
+    """
+
+    model_type: str
+    native: bool
+    multimodal: bool
+    latent: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tensor_names: Iterable[str]) -> Names:
+        """Return the names of a directory, by its parsed config.json and the names of its tensors."""
+        nested = config.get("text_config")
+        text = nested if isinstance(nested, dict) else config
+        architectures = config.get("architectures") or [""]
+        family = str(architectures[0] if isinstance(architectures, list) else architectures)
+        model_type = text.get("model_type") or family.removesuffix("ForCausalLM").lower()
+        return cls(
+            model_type=str(model_type),
+            native=any(_NATIVE.match(name) for name in tensor_names),
+            multimodal=text is not config,
+            latent=bool(text.get("kv_lora_rank")),
+        )
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether plain stacks of experts are stored as [E, in, out]."""
+        return self.model_type in _TRANSPOSED_EXPERTS
+
+    def key(self, module: str) -> str:
+        """Return the key of a module."""
+        module = module.removesuffix(".base_layer")
+        if self.native:
+            for pattern, replacement in _NATIVE_NAMES:
+                if match := pattern.fullmatch(module):
+                    return match.expand(replacement)
+        if module in HEADS:
+            return "lm_head"
+        for body in BODIES:
+            inner = module.removeprefix(body)
+            if module.startswith(body) and _TEXT.match(inner):
+                return _inner_key(inner)
+        return OTHER + module.removeprefix("model.")
+
+    def tensor(self, module: str, local: str, siblings: Iterable[str]) -> str:
+        """Return what the name of a tensor in its module means; `siblings` are all names in the module."""
+        if not self.native:
+            return local
+        if local == "qscale_act" and module.endswith("_fake_quantizer"):
+            return f"{module.rpartition('.')[2].removesuffix('_fake_quantizer')}_scale"
+        meaning = _NATIVE_TENSORS.get(local, local)
+        return local if meaning in siblings else meaning
+
+    def variants(self, module: str, key: str) -> tuple[str, ...]:
+        """Return the names by which targets of the configuration may mean a module, the stored one first."""
+        names = [module]
+        if self.native and not key.startswith(OTHER):
+            names += [f"model.{self._spelled(key)}", f"language_model.model.{self._spelled(key)}"]
+        if self.multimodal and not key.startswith(OTHER):
+            body = next((body for body in BODIES if body and module.startswith(body)), "")
+            names += HEADS if key == "lm_head" else [other + module.removeprefix(body) for other in BODIES if other]
+            names += [f"{name}.linear" for name in names]
+        return tuple(dict.fromkeys(names))
+
+    def _spelled(self, key: str) -> str:
+        """Return the name of a module of the text model in Hugging Face's form, without the prefix of the body."""
+        names = ("w1", "w3", "w2") if self.model_type in _NUMBERED_EXPERTS else ("gate_proj", "up_proj", "down_proj")
+        if match := _EXPERT.fullmatch(key):
+            parent = match[1].replace(".mlp.", ".block_sparse_moe.") if names[0] == "w1" else match[1]
+            return f"{parent}.{match[2]}.{names[('gate', 'up', 'down').index(match[3])]}"
+        return key
+
+    def fused_linear(self, key: str) -> str | None:
+        """Return the Linear that an engine makes of a module and others; None for a module that stays alone."""
+        if _EXPERT.fullmatch(key) or key.startswith(OTHER):
+            return None
+        for parts in _FUSED_LINEARS:
+            for part in parts:
+                if key.endswith(f".{part}") and not (self.latent and "q_proj" in parts[0]):
+                    return f"{key.removesuffix(part)}{'+'.join(parts)}"
+        return None
+
+    def sharing_scalars(self, key: str) -> str:
+        """Return what modules have in common whose scalars an engine takes to be equal."""
+        match = _EXPERT.fullmatch(key)
+        if match:
+            return key if match[3] == "down" else f"{match[1]}.{match[2]}.gate+up"
+        return self.fused_linear(key) or key
+
+    def order(self, key: str) -> tuple[int, ...]:
+        """Return the place of a module in the model, for sorting: layer, attention, expert, projection."""
+        section, _, inner = key.partition(".")
+        if section != "layers":
+            return (_SECTIONS.index(section) if section in _SECTIONS else len(_SECTIONS),)
+        layer, _, path = inner.partition(".")
+        match = _EXPERT.fullmatch(key)
+        kind = 0 if "norm" in path and "." not in path else 1 if path.startswith("self_attn") else 2
+        leaf = path.rpartition(".")[2].removesuffix("_proj")
+        place = _LEAVES.index(leaf) + 1 if leaf in _LEAVES else 0
+        return _SECTIONS.index(section), int(layer), kind, int(match[2]) + 1 if match else 0, place
+
+    def misspelled(self, module: str) -> str | None:
+        """Return the names that an expert's projection must have if `module`, a delivered one, has another."""
+        match = _EXPERT.search(module)
+        if match is None or match[3] not in _PROJECTIONS:
+            return None
+        names = _SPELLINGS[self.model_type in _NUMBERED_EXPERTS]
+        return None if match[3] in names else ", ".join(sorted(names))
+
+
+def is_expert(key: str) -> bool:
+    """Whether a key is that of a projection of a routed expert."""
+    return _EXPERT.fullmatch(key) is not None
+
+
+def _inner_key(inner: str) -> str:
+    """Return the key of a module of the text model by its name behind the prefix of the body."""
+    inner = inner.replace(".block_sparse_moe", ".mlp")
+    match = _EXPERT.fullmatch(inner)
+    if match is None or match[3] not in _PROJECTIONS:
+        return inner
+    return expert_key(match[1], int(match[2]), _PROJECTIONS[match[3]])

@@ -1,0 +1,102 @@
+"""The numbers that bits stand for: small floats by their tables, and codes in a stream of bits.
+
+Sources: OCP 8-bit Floating Point Specification 1.0 for E4M3, OCP Microscaling Formats 1.0 for E8M0, E2M1 and E2M3.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trtllm_ct.base.dtypes import DType
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["E2M1", "E2M3", "E4M3", "look_up", "nibble_values", "to_numbers", "unpack"]
+
+_WORD_BITS = 32
+
+
+def _small_float(exponent_bits: int, mantissa_bits: int, bias: int) -> NDArray[np.float64]:
+    """Return the value of every code of a small float: sign, exponent, mantissa, from the highest bit down."""
+    codes = np.arange(1 << (1 + exponent_bits + mantissa_bits))
+    mantissa = codes & ((1 << mantissa_bits) - 1)
+    exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
+    sign = np.where(codes >> (exponent_bits + mantissa_bits), -1.0, 1.0)
+    significand = mantissa / (1 << mantissa_bits) + (exponent > 0)
+    values: NDArray[np.float64] = sign * np.ldexp(significand, np.maximum(exponent, 1) - bias)
+    return values
+
+
+E2M1 = _small_float(2, 1, bias=1)
+"""The 16 values of the float of 4 bits."""
+
+E2M3 = _small_float(2, 3, bias=1)
+"""The 64 values of the float of 6 bits."""
+
+E4M3 = _small_float(4, 3, bias=7)
+"""The 256 values of the float of 8 bits; its two codes with all exponent and mantissa bits set are NaN."""
+E4M3[[0x7F, 0xFF]] = np.nan
+
+_E5M2 = np.arange(256).astype(np.uint8).astype(np.uint16).__lshift__(8).view(np.float16).astype(np.float64)
+_E8M0 = np.ldexp(1.0, np.arange(256) - 127)
+_E8M0[0xFF] = np.nan
+_BYTES = {DType.F8_E4M3: E4M3, DType.F8_E5M2: _E5M2, DType.F8_E8M0: _E8M0}
+
+
+def to_numbers(raw: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
+    """Return stored elements as float64; each is represented exactly."""
+    if dtype in _BYTES:
+        return look_up(raw, _BYTES[dtype])
+    if dtype is DType.BF16:
+        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    numbers: NDArray[np.float64] = raw.astype(np.float64)
+    return numbers
+
+
+def look_up(codes: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `values[code]` for bytes `codes`; a table of 256 values is looked up for two codes at once."""
+    if len(values) != 256 or codes.ndim == 0 or codes.shape[-1] % 2:
+        single: NDArray[np.float64] = values[codes]
+        return single
+    pairs = np.take(_pairs(values.tobytes()), np.ascontiguousarray(codes).view(np.uint16), mode="clip")
+    return pairs.view(np.float64)
+
+
+@cache
+def _pairs(values: bytes) -> NDArray[np.complex128]:
+    """Return the values of all pairs of bytes; a complex number of numpy is two float64 that are moved together."""
+    table = np.frombuffer(values)
+    low, high = np.meshgrid(table, table, indexing="xy")
+    return np.ascontiguousarray(np.stack((low, high), axis=-1)).view(np.complex128).ravel()
+
+
+def nibble_values(packed: NDArray[np.uint8], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the values of codes of 4 bits, two in a byte, the first in the low nibble: [n, B] to [n, 2 B]."""
+    return np.take(_nibble_pairs(values.tobytes()), packed, mode="clip").view(np.float64)
+
+
+@cache
+def _nibble_pairs(values: bytes) -> NDArray[np.complex128]:
+    table = np.frombuffer(values)
+    codes = np.arange(256)
+    return np.ascontiguousarray(np.stack((table[codes & 15], table[codes >> 4]), axis=-1)).view(np.complex128).ravel()
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, dense: bool = True) -> NDArray[np.uint8]:
+    """Return the first `count` codes of each row of bytes, [n, B] to [n, count]; lowest bits first.
+
+    In the dense layout the codes are one stream of bits. Otherwise a word of 32 bits has 32 // `bits` whole codes, and
+    its highest bits are unused.
+    """
+    rows = len(packed)
+    stream = np.unpackbits(packed, axis=1, bitorder="little")
+    if not dense:
+        used = _WORD_BITS // bits * bits
+        stream = stream.reshape(rows, -1, _WORD_BITS)[:, :, :used].reshape(rows, -1)
+    codes = stream[:, : count * bits].reshape(rows, count, bits)
+    whole: NDArray[np.uint8] = (codes << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    return whole

@@ -1,0 +1,105 @@
+"""The scales of inputs and of the KV cache that a source promises, by what they mean.
+
+`input_scale` multiplies; `input_global_scale` of NVFP4 divides, so its reciprocal is delivered. Scales of the KV cache
+have had several names; each multiplies the stored value of a key or a value. An engine has one for all heads of a
+layer, so for several the largest counts: under it no head is clipped.
+Source: compressed-tensors 0.5 and 0.20 `quantization/lifecycle/initialize.py`, vLLM 0.33
+`model_loader/weight_utils.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import frexp, isfinite
+from typing import TYPE_CHECKING
+
+from trtllm_ct.verify.source.names import OTHER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.verify.source.modules import Module, Modules
+
+__all__ = ["KvScale", "cache_tensors", "input_multipliers", "kv_scales"]
+
+# Module -> local name -> the parts of the cache that the scale is for. A name further down counts less.
+_HOLDERS: Mapping[str, Mapping[str, str]] = {
+    "self_attn": {"k_scale": "k", "v_scale": "v", "kv_scale": "kv"},
+    "k_proj": {"k_scale": "k", "output_scale": "k"},
+    "v_proj": {"v_scale": "v", "output_scale": "v"},
+    "qkv_proj": {"k_scale": "k", "v_scale": "v"},
+    "k_cache": {"scale": "k"},
+    "v_cache": {"scale": "v"},
+}
+_PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
+_CLOSE = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvScale:
+    """The scale of the keys or the values of one attention module.
+
+    `value` is the largest of all heads; `per_head` says whether the source has several.
+    """
+
+    name: str
+    value: float
+    per_head: bool
+
+
+def cache_tensors(module: Module) -> frozenset[str]:
+    """Return the local names of a module's tensors that belong to the KV cache."""
+    return frozenset(_HOLDERS.get(module.key.rpartition(".")[2], {})) & module.tensors.keys()
+
+
+def kv_scales(modules: Modules) -> dict[tuple[str, str], KvScale]:
+    """Return the scales of the KV cache by (key of the attention module, `k` or `v`)."""
+    best: dict[tuple[str, str], tuple[int, Module, str]] = {}
+    for module in modules.by_key.values():
+        if module.key.startswith(OTHER) or "self_attn" not in module.key:
+            continue
+        attention = module.key.rpartition("self_attn")[0] + "self_attn"
+        for local, letters in _HOLDERS.get(module.key.rpartition(".")[2], {}).items():
+            for letter in letters if local in module.tensors else "":
+                ranked = (_PREFERENCE.index(local), module, local)
+                known = best.get((attention, letter), ranked)
+                best[attention, letter] = min(ranked, known, key=lambda entry: entry[0])
+    scales = {}
+    for place, (_, module, local) in best.items():
+        numbers = module.tensors[local].all_numbers()
+        scales[place] = KvScale(name=f"{module.name}.{local}", value=float(numbers.max()), per_head=numbers.size > 1)
+    return scales
+
+
+def input_multipliers(modules: Modules) -> dict[str, tuple[float, ...]]:
+    """Return the values that the `input_scale` of NVFP4 modules may have, by key.
+
+    The first is 1 / `input_global_scale`, or 0 where that is 0 or infinite, as for an expert that calibration never
+    reached. Modules that share scalars may have the largest of all of them instead: where the own one is 0 or a power
+    of two below, and any that differs from the own one by no more than the rounding of float32 does.
+    """
+    own: dict[str, float] = {}
+    linears: dict[str, list[str]] = {}
+    for key, module in modules.by_key.items():
+        tensor = module.tensors.get("input_global_scale")
+        if tensor is not None:
+            numbers = tensor.all_numbers().flatten()
+            divisor = float(numbers[module.part if numbers.size == module.parts else 0])
+            own[key] = 1 / divisor if divisor and isfinite(divisor) else 0.0
+            linears.setdefault(modules.names.sharing_scalars(key), []).append(key)
+    return {key: _allowed(own[key], [own[member] for member in keys]) for keys in linears.values() for key in keys}
+
+
+def _allowed(own: float, members: list[float]) -> tuple[float, ...]:
+    """Return the values that one member may have, its own or the shared one first."""
+    largest = max(members)
+    if own == 0 or frexp(own)[0] == frexp(largest)[0]:
+        return (largest,)
+    close = [value for value in members if value != own and abs(value - own) <= _CLOSE * own]
+    power = [largest] if _power_apart(own, largest) else []
+    return (own, *close, *power)
+
+
+def _power_apart(own: float, largest: float) -> bool:
+    """Whether two scales differ by a power of two, but for the rounding of float32."""
+    return abs(frexp(own)[0] - frexp(largest)[0]) <= _CLOSE

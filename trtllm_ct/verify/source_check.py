@@ -1,0 +1,80 @@
+"""Check the values of a source that no header shows: scales, zero points, shapes and NaN codes.
+
+These checks use the plan and the checks of the conversion (`pipeline/payload.py`): they say whether a source is sound,
+not whether a conversion is right.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.pipeline.payload import check_payload, count_zero_scales
+from trtllm_ct.verify.source.files import TensorFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.plan.plan import ModulePlan, Plan
+    from trtllm_ct.plan.producers import ValueWatch
+    from trtllm_ct.plan.stored import View
+
+__all__ = ["check_source"]
+
+_CHUNK_BYTES = 1 << 20
+_MAPPED_MODULES = 16
+"""Modules after which maps are closed: pages that were touched count as memory while their file is mapped."""
+
+
+def check_source(plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector) -> int:
+    """Check the payload of every module; return the number of rows or groups with a scale of zero."""
+    zero_scales = 0
+    with TensorReader(catalog) as reader, TensorFiles(catalog) as files:
+        for count, module in enumerate(plan.modules):
+            stored = module.local_tensors({name: reader.read(name) for name in module.reads})
+            check_payload(module, stored, faults)
+            watch.look(module, stored)
+            zero_scales += count_zero_scales(module, stored)
+            _check_codes(module, stored, files, faults)
+            if count % _MAPPED_MODULES == 0:
+                reader.close()
+    return zero_scales
+
+
+def _check_codes(module: ModulePlan, stored: Mapping[str, Tensor], files: TensorFiles, faults: FaultCollector) -> None:
+    """Add a fault if a float8 code of the module's weight is NaN."""
+    weight = module.weight
+    if weight is None or weight.packing is not None:
+        return
+    view = module.views[weight.codes]
+    count, first = 0, None
+    for begin, codes in _chunks(view, stored[weight.codes], files):
+        nan = np.flatnonzero(codes & 0x7F == 0x7F)
+        count += len(nan)
+        if len(nan) and first is None:
+            first = begin + int(nan[0])
+    if first is not None:
+        faults.add(
+            where=f"{module.name}.{weight.codes}{list(divmod(first, view.spec.shape[-1]))}",
+            expected="finite codes",
+            found=f"{count} fp8 codes that are no number (NaN)",
+            remedy="The weight was damaged or quantized with a scale that is too small; quantize it again.",
+        )
+
+
+def _chunks(view: View, codes: Tensor, files: TensorFiles) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Yield float8 codes as bytes with the place of the first one, from the file if they are one run of it."""
+    for begin in range(0, view.spec.numel, _CHUNK_BYTES):
+        length = min(_CHUNK_BYTES, view.spec.numel - begin)
+        if view.offset is not None:
+            yield begin, files.read(view.sources[0], view.offset + begin, length)
+        else:
+            yield begin, codes.flatten()[begin : begin + length].view(torch.uint8).numpy()
