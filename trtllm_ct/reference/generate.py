@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, UsageError
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.reference.architecture import in_one_line, quiet_transformers, require_transformers
 from trtllm_ct.reference.engine import load_model
 
@@ -47,6 +48,7 @@ class Generation:
     seconds: float
 
 
+@missing_packages_as_errors()
 def generate_text(
     directory_or_model: str | Path | nn.Module,
     prompt: str,
