@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, MissingDependencyError
-from trtllm_ct.base.packages import PACKAGES
+from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.reference.rope import older_rope_keys, reads_rope_parameters
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ _EQUIVALENT_MODEL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def require_transformers() -> None:
     """Raise `MissingDependencyError` when transformers is not installed."""
     try:
-        import transformers  # noqa: F401
+        with missing_packages_as_errors():
+            import transformers  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(PACKAGES["transformers"].fault(found=in_one_line(error))) from error
 
