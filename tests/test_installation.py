@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for fits beside the releases of the engine, and the files in constraints/ say what was tested."""
+"""What pyproject.toml asks for fits beside the engine's releases; the files in constraints/ say what was tested."""
 
 from __future__ import annotations
 
