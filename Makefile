@@ -11,12 +11,14 @@ python := $(venv)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutate lint types docs clean
+.PHONY: help demo test test-beside test-lowest test-newest mutate lint types docs clean
 
 help:
 	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
 	@echo "make test    install what tests need and run the whole suite"
 	@echo "make mutate  break lines of the package one at a time, and report which faults the tests find"
+	@echo "make test-beside RELEASE=1.2   run it with what TensorRT-LLM 1.0, 1.2 or 1.3 pins, in an environment of its own"
+	@echo "make test-lowest, test-newest   run it with the oldest and the newest releases of its dependencies"
 	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
 	@echo "make docs    write the generated pages anew: support matrix, troubleshooting, why"
@@ -33,6 +35,28 @@ test: $(venv)/.dev-installed
 # Hours of one core; it continues where it stopped. MUTATE_ARGS='--count 20 --only trtllm_ct/layouts' runs less.
 mutate: $(venv)/.dev-installed
 	nice -n 19 $(python) -m tests.mutation $(MUTATE_ARGS)
+# Environments beside .venv, one for each file in constraints/. PIP_CONSTRAINT takes the place of constraints in pip's
+# own configuration, which may cap a release that the file asks for.
+test-beside:
+	@test -f constraints/tensorrt-llm-$(RELEASE).txt || { \
+	  echo "Name a release, for instance: make test-beside RELEASE=1.2"; ls constraints; exit 1; }
+	@$(MAKE) --no-print-directory test-in ENVIRONMENT=tensorrt-llm-$(RELEASE)
+
+test-lowest test-newest: test-%:
+	@$(MAKE) --no-print-directory test-in ENVIRONMENT=$*
+
+environment = .venvs/$(ENVIRONMENT)
+
+.PHONY: test-in
+test-in: $(environment)/.installed
+	@$(environment)/bin/python -m pip list --format=freeze | grep -E '^(torch|numpy|transformers|numba)=='
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(environment)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -q $(PYTEST_ARGS)
+
+.venvs/%/.installed: constraints/%.txt pyproject.toml
+	@$(PYTHON) -m venv .venvs/$*
+	@echo "Installing into .venvs/$* (PyTorch is large: this takes some minutes) ..."
+	@PIP_CONSTRAINT=constraints/$*.txt .venvs/$*/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
 
 lint: $(venv)/.dev-installed
 	$(venv)/bin/ruff check .
@@ -53,8 +77,8 @@ else
 endif
 
 $(venv)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python 3.10 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one, for instance: make demo PYTHON=python3.12"; \
 	  exit 1; }
 	@$(PYTHON) -m venv $(venv)
@@ -72,5 +96,5 @@ $(venv)/.dev-installed: $(venv)/.created pyproject.toml constraints.txt
 	@touch $(venv)/.demo-installed $@
 
 clean:
-	rm -rf $(venv) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(venv) .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

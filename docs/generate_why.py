@@ -197,8 +197,15 @@ TensorRT-LLM needs a GPU, but none was used here.
 Instead, `tests/engine_double` imitates TensorRT-LLM: it does what the source code of two releases does with a \
 checkpoint between `LLM(...)` and the logits, and computes in float32.
 The double loads the ModelOpt exports that stock TensorRT-LLM serves, and refuses the directories that stock refuses.
+The figures were made on a CPU, with the packages that `constraints.txt` pins: {pinned_versions()}.
 `docs/generate_why.py` writes this page, and a test checks that the page is up to date.
 """
+
+
+def pinned_versions() -> str:
+    """The packages that constraints.txt pins, with their releases."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return ", ".join(line.replace("==", " ") for line in lines if "==" in line)
 
 
 def generate(folder: Path) -> str:

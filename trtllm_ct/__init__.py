@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.packages import missing_packages_as_errors
+
 if TYPE_CHECKING:
     from trtllm_ct.base.version import __version__ as __version__
     from trtllm_ct.checkpoint.catalog import Catalog
@@ -94,7 +96,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOMES[name] == _ENGINE_HOME:
         import_module(f"{__name__}.serve.llm").require_engine()
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with missing_packages_as_errors():
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ from engine_fixtures import BINDINGS
 from fresh_python import run_python
 
 from trtllm_ct import prepare
+from trtllm_ct.base.packages import PACKAGES
 from trtllm_ct.cli.doctor import diagnose
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
@@ -66,9 +67,9 @@ def test_without_tensorrt_llm_it_says_what_runs_instead_and_how_to_get_it() -> N
     assert lines(done)[at - 1 : at + 4] == [
         "Missing (1):",
         "tensorrt_llm",
-        "expected the package: without it the CPU reference engine runs",
+        "expected the package: it serves on a GPU; without it the CPU reference engine runs",
         "found    not installed",
-        "Run: pip install 'trtllm-ct[tensorrt-llm]'",
+        PACKAGES["tensorrt_llm"].remedy,
     ]
 
 
@@ -82,7 +83,11 @@ def test_without_tensorrt_llm_there_are_no_features() -> None:
 
 @pytest.mark.parametrize(
     ("package", "remedy"),
-    [("transformers", "pip install 'trtllm-ct[reference]'"), ("huggingface_hub", "pip install huggingface_hub")],
+    [
+        ("transformers", "pip install 'trtllm-ct[reference]'"),
+        ("huggingface_hub", "pip install huggingface_hub"),
+        ("numba", "pip install numba"),
+    ],
 )
 @pytest.mark.parametrize("with_engine", [False, True])
 def test_missing_packages_are_named_with_their_purpose(
@@ -189,7 +194,7 @@ def test_a_broken_installation_is_an_error(tmp_path: Path, monkeypatch: pytest.M
 
     assert (done.code, done.out) == (2, "")
     assert "found    ImportError: libnvinfer.so.10: cannot open" in done.err
-    assert "pip install 'trtllm-ct[tensorrt-llm]'" in done.err_words
+    assert PACKAGES["tensorrt_llm"].remedy in done.err_words
     document = run_cli("doctor", "--json").document
     assert (document["kind"], document["error"]) == ("error", "MissingDependencyError")
 

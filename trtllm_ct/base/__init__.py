@@ -6,6 +6,7 @@ schemes.py        how weights and activations are quantized: strategies, argumen
 cores.py          how many processor cores this process may use
 memory_budget.py  how much memory this process may still allocate
 collector.py      a context manager that pauses Python's garbage collector
+packages.py       packages that may be missing, what they are for, and how to install them
 str_enum.py       `StrEnum`, which Python 3.10 does not have
 json_form.py      values of this package as JSON, by one rule
 version.py        the version of this package

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DENSE_DTYPES
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.cli import report
 from trtllm_ct.convert.executors import EXECUTORS
@@ -344,7 +345,7 @@ def run_app(commands: typer.Typer) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        with collector_paused():
+        with collector_paused(), missing_packages_as_errors():
             commands()
     except TrtllmCtError as error:
         if "--json" in sys.argv:

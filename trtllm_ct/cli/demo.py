@@ -12,10 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.errors import MissingDependencyError
+from trtllm_ct.base.packages import PACKAGES
 from trtllm_ct.cli import report
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
-from trtllm_ct.reference import generate_text
 from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ __all__ = ["run_demo"]
 
 _PROMPT = "The import statement combines two operations; it searches for the named module, then it"
 _TOKENS = 40
+_NEEDS = """\
+The demo needs torch and transformers (the extra `reference`), about 1 GB of memory and 10 MB in the temporary
+directory; no GPU, no network. It takes a few seconds, most of them to import these two."""
 _NEXT = """\
 Next, with a checkpoint of your own:
   trtllm-ct inspect DIR                          what it is and how it would be served
@@ -34,7 +38,14 @@ Next, with a checkpoint of your own:
 
 
 def run_demo(console: Console) -> None:
-    """Run all steps and print the report of each one; raises the error of a step that fails."""
+    """Run all steps and print the report of each one; raises the error of a step that fails.
+
+    Raises `MissingDependencyError` before the first step if a package is missing that the last one needs.
+    """
+    console.print(_NEEDS, markup=False, highlight=False)
+    for name in ("torch", "transformers"):
+        if not PACKAGES[name].installed:
+            raise MissingDependencyError(PACKAGES[name].fault())
     demo_data = resources.files("trtllm_ct") / "cli" / "demo_data"
     with resources.as_file(demo_data) as source, tempfile.TemporaryDirectory() as work:
         out = Path(work) / "demo-modelopt"
@@ -47,6 +58,8 @@ def run_demo(console: Console) -> None:
         console.print(report.verification(verified))
         verified.raise_if_bad()
         _heading(console, f"4. Generate {_TOKENS} tokens from the native layouts, on the CPU reference engine")
+        from trtllm_ct.reference import generate_text  # needs torch, so it is imported after the check
+
         generation = generate_text(out, _PROMPT, max_tokens=_TOKENS)
         console.print(f"[bold]{generation.prompt}[/bold]{generation.text}", highlight=False)
         seconds = generation.seconds

@@ -6,7 +6,6 @@ Release numbers are shown, but nothing depends on them.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.base.json_form import json_form, json_object
+from trtllm_ct.base.packages import PACKAGES
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Diagnosis", "Machine", "Served", "diagnose", "inspect_machine"]
 
-_PACKAGES = (
-    ("transformers", "the CPU reference engine computes with its architectures", "pip install 'trtllm-ct[reference]'"),
-    ("huggingface_hub", "ids of Hugging Face repositories are resolved by it", "pip install huggingface_hub"),
-)
+# What a machine may lack beside the engine; the other packages come with this one, or are asked for by an option.
+_OPTIONAL = ("transformers", "huggingface_hub")
+_REQUIRED = ("torch", "numpy", "numba", "llvmlite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +162,10 @@ def diagnose(directory: str | Path | None = None, *, parallel: Parallel = ONE_RA
 
 def inspect_machine() -> Machine:
     """Report the engine of this machine; raises `MissingDependencyError` as `diagnose` does."""
-    missing = [
-        _not_installed(name, use, f"Run: {command}") for name, use, command in _PACKAGES if not _is_installed(name)
-    ]
+    packages = (PACKAGES[name] for name in (*_REQUIRED, *_OPTIONAL))
+    missing = [package.fault() for package in packages if not package.installed]
     if not engine_installed():
-        use = "without it the CPU reference engine runs"
-        missing.insert(0, _not_installed("tensorrt_llm", use, "Run: pip install 'trtllm-ct[tensorrt-llm]'"))
+        missing.insert(0, PACKAGES["tensorrt_llm"].fault())
         why = "TensorRT-LLM is not installed"
         return Machine(engine="reference", why=why, target=REFERENCE, features=None, missing=tuple(missing))
     # TensorRT-LLM prints a greeting to stdout when it is imported, which must not get into a JSON document there.
@@ -272,11 +269,3 @@ def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Faul
             found="none that attention honours in this TensorRT-LLM",
             remedy="With a quantized KV cache, pass dense_o_proj=True for row-wise or block-wise FP8.",
         )
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _not_installed(package: str, use: str, remedy: str) -> Fault:
-    return Fault(where=package, expected=f"the package: {use}", found="not installed", remedy=remedy)

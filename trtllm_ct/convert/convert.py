@@ -16,6 +16,7 @@ from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 from trtllm_ct.convert.executors import open_pool, require_executor
 from trtllm_ct.convert.hf_directory import write_hf_directory
@@ -132,6 +133,7 @@ def convert_checkpoint(
 ) -> ConversionReport | None: ...
 
 
+@missing_packages_as_errors()
 def convert_checkpoint(
     directory: str | Path,
     out: str | Path,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from trtllm_ct.base.cores import available_cores
 from trtllm_ct.base.errors import Fault, MissingDependencyError, UsageError
+from trtllm_ct.base.packages import PACKAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,14 +70,7 @@ def _mpi_pool() -> Iterator[Pool | None]:
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
-        raise MissingDependencyError(
-            Fault(
-                where="--executor mpi",
-                expected="mpi4py and an MPI library",
-                found=str(error),
-                remedy="Install them with: pip install 'trtllm-ct[mpi]', and MPI by your system's means.",
-            )
-        ) from None
+        raise MissingDependencyError(PACKAGES["mpi4py"].fault(found=str(error))) from None
     ranks = MPI.COMM_WORLD.Get_size()
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         # MPICommExecutor gives an object with the methods of an Executor that is no subclass of it.

@@ -169,7 +169,7 @@ class _Planner:
             stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
             modules=tuple(modules),
             quant_config=engine_config(
-                modules, EngineNames.of(self.model, place, self.target), kv_cache_quant_algo=self.kv_cache.algo
+                modules, EngineNames.of(self.model, place, self.target), kv_cache_quant_algo=self._engine_kv_cache
             ),
             parallel=self.parallel,
             problems=class_problems(self.model.name, self.target.capabilities.release),
@@ -189,6 +189,17 @@ class _Planner:
         table, head = pair
         differs = "may differ" if self.probe is NO_PROBE else "differs"
         self.tie_warnings = (UNTIED.format(head=head.name, table=table.name, differs=differs),)
+
+    @property
+    def _engine_kv_cache(self) -> str | None:
+        """The mode of the KV cache in the engine's configuration.
+
+        It is the one that the engine will be told, if it is. Releases before 1.3 tell it to their global configuration
+        only, and layers of a mixed model would keep another one (`_torch/pyexecutor/model_loader.py:
+        validate_and_set_kv_cache_quant`).
+        """
+        asked = None if self.kv_cache.alone else self.asked_kv_cache
+        return asked or self.kv_cache.algo
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
         """Return the stored module of a site, under any of the site's stored names; None if it is not stored."""

@@ -30,6 +30,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.packages import missing_packages_as_errors
+
 if TYPE_CHECKING:
     from trtllm_ct.reference.engine import build_model, load_model
     from trtllm_ct.reference.generate import Generation, generate_text
@@ -61,4 +63,5 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with missing_packages_as_errors():
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

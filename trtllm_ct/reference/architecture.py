@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, MissingDependencyError
+from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.reference.rope import older_rope_keys, reads_rope_parameters
 
 if TYPE_CHECKING:
@@ -48,16 +49,10 @@ _EQUIVALENT_MODEL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def require_transformers() -> None:
     """Raise `MissingDependencyError` when transformers is not installed."""
     try:
-        import transformers  # noqa: F401
+        with missing_packages_as_errors():
+            import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            Fault(
-                where="trtllm_ct.reference",
-                expected="the transformers package (architectures and tokenizers come from it)",
-                found="it can't be imported",
-                remedy="Run: pip install 'trtllm-ct[reference]'",
-            )
-        ) from error
+        raise MissingDependencyError(PACKAGES["transformers"].fault(found=in_one_line(error))) from error
 
 
 @contextmanager

@@ -56,11 +56,11 @@ class Assembly:
         self._mixtures = Mixtures(
             model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations, faults=self._faults
         )
-        # Subclasses of Linear are routers: they return more than a product, and are never quantized.
+        # Routers are never quantized. In transformers 5 they are subclasses of Linear and return more than a product.
         self._linears = {
             name: module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and not self._mixtures.has_linear(name)
+            if type(module) is nn.Linear and not self._mixtures.has_linear(name) and not self._mixtures.has_router(name)
         }
         self._quantized = self._find_quantized(quant_config)
         self._slots = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trtllm_ct.base.errors import Fault, PlanError, UsageError
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.reference.architecture import build_shell, read_generation_config, require_transformers
 from trtllm_ct.reference.assembly import Assembly
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["build_model", "load_model"]
 
 
+@missing_packages_as_errors()
 def load_model(
     directory: str | Path, *, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True
 ) -> nn.Module:
@@ -58,6 +60,7 @@ def load_model(
     return model
 
 
+@missing_packages_as_errors()
 def build_model(
     config: Mapping[str, Any],
     quant_config: QuantConfig | None,

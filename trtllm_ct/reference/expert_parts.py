@@ -37,7 +37,8 @@ class ExpertParts:
 
     `shell` is transformers' experts module, `path` its path in the model, `name` its name in messages. `layer_of`
     returns the quantization of a Linear by its path, None for an unquantized Linear. `dtype` is the dtype of
-    unquantized weights. `tensors` holds what arrived, by expert, projection and local name.
+    unquantized weights. `tensors` holds what arrived, by expert, projection and local name. `stacks` holds plain stacks
+    that arrived where the model has a list of experts: `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I].
     """
 
     path: str
@@ -50,6 +51,7 @@ class ExpertParts:
     tensors: dict[int, dict[str, dict[str, Tensor]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(dict))
     )
+    stacks: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, local: str, tensor: Tensor) -> bool:
         """Store a tensor by its name below `path`, such as `3.gate_proj.weight`.
@@ -68,16 +70,14 @@ class ExpertParts:
         expert, _, projection = local.partition(".")
         return expert.isdecimal() and projection in self.tensors.get(int(expert), ())
 
-    def take_stack(self, local: str, tensor: Tensor) -> None:
-        """Store the rows of a plain 3-D stack as the weights of single experts.
-
-        `gate_up_proj` is [E, 2 I, H] and `down_proj` [E, H, I].
-        """
+    def split_stacks(self) -> None:
+        """Store the experts of `stacks` as single experts."""
         gate, up, down = SPELLINGS[0]
-        for expert, weight in enumerate(tensor):
-            parts = {down: weight} if local == down else dict(zip((gate, up), weight.chunk(2), strict=True))
-            for projection, part in parts.items():
-                self.tensors[expert][projection]["weight"] = part
+        for local, stack in self.stacks.items():
+            for expert, weight in enumerate(stack):
+                parts = {down: weight} if local == down else dict(zip((gate, up), weight.chunk(2), strict=True))
+                for projection, part in parts.items():
+                    self.tensors[expert][projection]["weight"] = part
 
     def build(self, count: int) -> nn.Module | None:
         """Build the module of all `count` experts.

@@ -6,6 +6,7 @@ and penalties the checkpoint has, and it can report each token as soon as it is 
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, UsageError
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.reference.architecture import in_one_line, quiet_transformers, require_transformers
 from trtllm_ct.reference.engine import load_model
 
@@ -47,6 +49,7 @@ class Generation:
     seconds: float
 
 
+@missing_packages_as_errors()
 def generate_text(
     directory_or_model: str | Path | nn.Module,
     prompt: str,
@@ -105,11 +108,18 @@ def generate_tokens(model: Any, prompt_ids: list[int], choose: Callable[[Tensor]
     The first step runs the whole prompt; each further step runs one token with the KV cache.
     """
     step, cache = prompt_ids, None
+    argument = _cache_argument(model)
     while True:
-        output = model(input_ids=torch.tensor([step]), past_key_values=cache, use_cache=True)
+        output = model(input_ids=torch.tensor([step]), use_cache=True, **{argument: cache})
         token_id = choose(output.logits[0, -1])
         yield token_id
-        step, cache = [token_id], output.past_key_values
+        step, cache = [token_id], output[argument]
+
+
+def _cache_argument(model: Any) -> str:
+    """The name of the KV cache in the model's arguments and in its output: `cache` since transformers 5.24."""
+    parameters = inspect.signature(inspect.unwrap(model.forward)).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _largest(logits: Tensor) -> int:

@@ -97,6 +97,7 @@ class Mixtures:
             for path, shell in shells.items()
             if shell is not None
         }
+        self._routers = {f"{mixture.block}.{name}" for mixture in self._mixtures.values() for name in _ROUTERS}
         self._per_expert = {name for mixture in self._mixtures.values() for name in mixture.per_expert}
 
     def has(self, module: str) -> bool:
@@ -110,6 +111,10 @@ class Mixtures:
     def has_linear(self, module: str) -> bool:
         """Whether `module` is the path of a Linear of a single expert of a layer that `finish` rebuilds."""
         return module.count(".") > 1 and module.rsplit(".", 2)[0] in self._mixtures
+
+    def has_router(self, module: str) -> bool:
+        """Whether `module` is the path of a router; transformers 4 has plain Linears there."""
+        return module in self._routers
 
     def take(self, path: str, tensor: Tensor) -> bool:
         """Store a tensor of a single expert, or a stack where the model has a list; return False for any other tensor.
@@ -138,7 +143,7 @@ class Mixtures:
             tensor = tensor.mT
         if list(tensor.shape[1:]) != shape:
             return False
-        parts.take_stack(local, tensor)
+        parts.stacks[local] = tensor
         return True
 
     def fits_fewer(self, path: str, tensor: Tensor, slot: Tensor) -> bool:
@@ -162,20 +167,23 @@ class Mixtures:
         """Finish one layer; returns the names of its stacked tensors that may stay empty."""
         parts = mixture.parts
         stacked = mixture.stacks.intersection(filled)
-        if bool(parts.tensors) == bool(stacked):
+        arrived_stacked = bool(stacked or parts.stacks)
+        if bool(parts.tensors) == arrived_stacked:
             self._faults.add(
                 where=parts.name,
                 expected="experts one by one, or plain in the two stacks gate_up_proj and down_proj",
-                found="both" if stacked else "neither",
+                found="both" if arrived_stacked else "neither",
                 remedy="Check that no shard is missing and that every expert is delivered once.",
             )
             return mixture.stacks
         count = self._count(mixture, filled)
         if count is None:
             return mixture.stacks
+        if arrived_stacked and not self._check_plain(parts):
+            return mixture.stacks
         if stacked:
-            self._check_plain(parts)
             return frozenset()
+        parts.split_stacks()
         self._check_entries(parts)
         experts = parts.build(count)
         if experts is not None:
@@ -189,6 +197,7 @@ class Mixtures:
         """
         parts = mixture.parts
         counts = {name: len(self._tensor(name)) for name in sorted(mixture.per_expert.intersection(filled))}
+        counts |= {f"{parts.path}.{local}": len(stack) for local, stack in parts.stacks.items()}
         if len(set(counts.values())) > 1:
             self._faults.add(
                 where=parts.name,
@@ -246,8 +255,8 @@ class Mixtures:
                     remedy="Check the number of the expert and the spelling of its Linears.",
                 )
 
-    def _check_plain(self, parts: ExpertParts) -> None:
-        """Add a fault if `quant_config` calls experts quantized that arrived as unquantized stacks."""
+    def _check_plain(self, parts: ExpertParts) -> bool:
+        """Whether `quant_config` calls the experts unquantized that arrived as stacks; adds a fault if not."""
         entries = [parts.path, *self._entries(parts)]
         layer = next((layer for layer in map(self._layer_of, entries) if layer is not None), None)
         if layer is not None:
@@ -257,6 +266,7 @@ class Mixtures:
                 found="plain stacks",
                 remedy="List the experts in exclude_modules if they are not quantized.",
             )
+        return layer is None
 
     def _layer_of(self, path: str) -> LayerQuantConfig | None:
         """The quantization of an experts module, or of a Linear of one expert; None for an unquantized one.

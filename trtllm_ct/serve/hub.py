@@ -8,11 +8,12 @@ to the engine's own download.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import DetectionError, Fault, MissingDependencyError
+from trtllm_ct.base.packages import PACKAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,13 +91,8 @@ def _huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise MissingDependencyError(
-            Fault(
-                where="Hugging Face repositories",
-                expected="the huggingface_hub package",
-                found="it can't be imported",
-                remedy="Run: pip install huggingface_hub; or give the directory of a downloaded checkpoint.",
-            )
-        ) from error
+        fault = PACKAGES["huggingface_hub"].fault()
+        remedy = f"{fault.remedy}; or give the directory of a downloaded checkpoint."
+        raise MissingDependencyError(replace(fault, remedy=remedy)) from error
     module: ModuleType = huggingface_hub
     return module

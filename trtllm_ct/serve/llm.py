@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trtllm_ct.base.errors import Fault, MissingDependencyError, UsageError
+from trtllm_ct.base.packages import PACKAGES
 from trtllm_ct.serve.hub import repository_named
 
 if TYPE_CHECKING:
@@ -78,14 +80,9 @@ def require_engine() -> None:
     try:
         import trtllm_ct.serve.bindings  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            Fault(
-                where="tensorrt_llm",
-                expected="TensorRT-LLM, which serves on a GPU",
-                found=f"{type(error).__name__}: {error}",
-                remedy="Run: pip install 'trtllm-ct[tensorrt-llm]'; or pass engine='reference' to compute on the CPU.",
-            )
-        ) from error
+        fault = PACKAGES["tensorrt_llm"].fault(found=f"{type(error).__name__}: {error}")
+        remedy = f"{fault.remedy} Or pass engine='reference' to compute on the CPU."
+        raise MissingDependencyError(replace(fault, remedy=remedy)) from error
 
 
 def _reference_llm(model: str | Path, arguments: dict[str, Any], reason: str, *, level: int) -> Any:

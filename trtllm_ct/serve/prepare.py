@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import require_sizes
@@ -28,6 +29,7 @@ __all__ = ["installed_features", "prepare"]
 logger = logging.getLogger("trtllm_ct")
 
 
+@missing_packages_as_errors()
 def prepare(
     model_dir: str | Path,
     *,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, FaultCollector, VerificationError
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE
 from trtllm_ct.plan.producers import ValueWatch
@@ -71,6 +72,7 @@ class VerificationReport:
         )
 
 
+@missing_packages_as_errors()
 def verify_checkpoint(directory: str | Path, converted: str | Path | None = None) -> VerificationReport:
     """Verify a compressed-tensors directory, and a directory converted from it when one is given.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, UsageError
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import METADATA_KEY, read_header
@@ -37,6 +38,7 @@ _FORMATS = (CompressionFormat.DENSE, *(entry.name for entry in SPARSE_FORMATS))
 _GENERATIONS = ("0.4", "0.9")
 
 
+@missing_packages_as_errors()
 def save_compressed(
     tensors: Mapping[str, Tensor],
     path: str | PathLike[str],
@@ -79,6 +81,7 @@ def save_compressed(
         raise _usage_error(str(path), "a place for a file", f"{error.strerror or error}".lower(), remedy) from None
 
 
+@missing_packages_as_errors()
 def load_compressed(path: str | PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the (name, dense tensor) pairs of a safetensors file or a checkpoint directory.
 

@@ -1,0 +1,92 @@
+"""The packages that an operation may lack: what each is for, and how to install it.
+
+A package that is not installed is a `MissingDependencyError`, wherever it is imported first: public functions and the
+command line run inside `missing_packages_as_errors`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.errors import Fault, MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["PACKAGES", "Package", "missing_packages_as_errors"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """A package by the name it is imported by. `use` says who needs it, `remedy` how to install it."""
+
+    name: str
+    use: str
+    remedy: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package can be found; it is not imported."""
+        try:
+            return importlib.util.find_spec(self.name) is not None
+        except ValueError:  # An entry of `sys.modules` without a specification.
+            return False
+
+    def fault(self, found: str = "not installed") -> Fault:
+        """Return the fault for a machine without this package."""
+        return Fault(where=self.name, expected=f"the package: {self.use}", found=found, remedy=self.remedy)
+
+
+_ALL = (
+    Package(
+        name="tensorrt_llm",
+        use="it serves on a GPU; without it the CPU reference engine runs",
+        # The default index has a package of this name that holds no engine.
+        remedy="Use NVIDIA's container of TensorRT-LLM, or install its wheel from NVIDIA's package index: "
+        "docs/installation.md has the commands.",
+    ),
+    Package(
+        name="transformers",
+        use="the CPU reference engine computes with its architectures",
+        remedy="Run: pip install 'trtllm-ct[reference]'",
+    ),
+    Package(
+        name="huggingface_hub",
+        use="ids of Hugging Face repositories are resolved by it",
+        remedy="Run: pip install huggingface_hub",
+    ),
+    Package(
+        name="compressed_tensors",
+        use='decompressor="library" decodes with it',
+        remedy="Run: pip install 'trtllm-ct[compressed-tensors]'",
+    ),
+    Package(
+        name="mpi4py",
+        use="--executor mpi runs on the ranks of an MPI job",
+        remedy="Run: pip install 'trtllm-ct[mpi]', and install an MPI library by your system's means.",
+    ),
+    Package(name="torch", use="tensors are converted and verified with it", remedy="Run: pip install 'torch>=2.7.1'"),
+    Package(name="numpy", use="torch and compiled loops need it", remedy="Run: pip install 'numpy>=1.26'"),
+    Package(name="numba", use="loops are compiled with it", remedy="Run: pip install numba"),
+    Package(name="llvmlite", use="compiled loops are loaded with it", remedy="Run: pip install llvmlite"),
+)
+PACKAGES = {package.name: package for package in _ALL}
+"""Every package that some operation imports, by its import name."""
+
+
+@contextmanager
+def missing_packages_as_errors() -> Iterator[None]:
+    """Raise `MissingDependencyError` in place of the `ModuleNotFoundError` of a package in `PACKAGES`.
+
+    Other errors pass: a package that is there and fails when it is imported is not missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = PACKAGES.get((error.name or "").partition(".")[0])
+        if package is None or (error.name != package.name and package.installed):
+            raise
+        raise MissingDependencyError(package.fault()) from error
