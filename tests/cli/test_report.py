@@ -6,7 +6,6 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from builders import tiny_config, write_checkpoint
 from rich.console import Console, RenderableType
 
@@ -19,6 +18,8 @@ from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
 MIXED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "fp8-channel-token"),
@@ -93,12 +94,12 @@ class TestInspection:
         assert letters(shown, width) == letters(shown, 400)
 
     def test_a_smaller_output_is_shown(self, tmp_path: Path):
-        """The checkpoint stores a tied lm_head, which is not delivered."""
-        lm_head = torch.zeros(96, 64).bfloat16()
-        config = tiny_config(tied=True)
-        write_checkpoint(
-            tmp_path, config=config, scheme="int4-g64", edit=lambda stored: stored.update({"lm_head.weight": lm_head})
-        )
+        """The checkpoint stores a tied lm_head that equals the embeddings, which is not delivered."""
+
+        def store_the_head(stored: dict[str, Tensor]) -> None:
+            stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+
+        write_checkpoint(tmp_path, config=tiny_config(tied=True), scheme="int4-g64", edit=store_the_head)
 
         assert "after (-" in words(report.inspection(inspect_checkpoint(tmp_path)))
 

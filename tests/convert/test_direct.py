@@ -35,7 +35,6 @@ DIRECT = [
     "int4-channel",
     "int4-g128",
     "int4-g16",
-    "int4-g256",
     "int4-g32",
     "int4-g64",
     "int4-tensor",
@@ -122,7 +121,9 @@ def test_all_weights_of_common_schemes_are_direct(scheme: str, tmp_path: Path) -
     for to in ("modelopt", "dense"):
         quantized = [module for module in plan_checkpoint(built.directory, to).modules if module.weight is not None]
         assert len(quantized) > 2
-        assert all(map(is_direct, quantized)) is (scheme in DIRECT), to
+        # Groups of 256 are repeated as groups of 128 for the engine, which torch does.
+        is_exception = scheme == "int4-g256" and to == "dense"
+        assert all(map(is_direct, quantized)) is (scheme in DIRECT or is_exception), to
 
 
 @pytest.mark.parametrize("to", ["modelopt", "dense"])

@@ -160,7 +160,7 @@ CASES: dict[str, Case] = {
         where=INDEX,
         expected="paths inside the checkpoint directory",
         found="'../model.safetensors'",
-        remedy="Do not load this checkpoint",
+        remedy="such a path may be meant to harm you",
     ),
     "index entry that no file has": Case(
         options=SHARDED,

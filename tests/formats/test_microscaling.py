@@ -136,7 +136,7 @@ def test_a_packed_weight_without_scales_is_a_fault(args: QuantArgs) -> None:
     specs = specs_of(module_of(args))
     del specs["weight_scale"]
     _, faults = describe(args, specs, (6, 64))
-    assert_one_fault(faults, "lin.weight_scale", "uint8", "no such tensor", "lost shard")
+    assert_one_fault(faults, "lin.weight_scale", "uint8", "no such tensor", "fetch the shard")
 
 
 @every_format
@@ -149,4 +149,4 @@ def test_arguments_of_another_group_size_are_a_fault(args: QuantArgs) -> None:
 @every_format
 def test_other_sizes_than_the_model_are_a_fault(args: QuantArgs) -> None:
     _, faults = describe(args, specs_of(module_of(args)), (6, 128))
-    assert_one_fault(faults, "lin", "[6, 128] (out, in)", "[6, 64]", "num_bits in config_groups is wrong")
+    assert_one_fault(faults, "lin", "[6, 128] (out, in)", "[6, 64]", "correct num_bits in config_groups")

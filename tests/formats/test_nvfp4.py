@@ -160,7 +160,7 @@ FAULTS = {
     ),
     "no local scale": (
         {"weight_scale": None},
-        ("lin.weight_scale", "float8_e4m3fn or uint8 [6, 2]", "no such tensor", "lost shard"),
+        ("lin.weight_scale", "float8_e4m3fn or uint8 [6, 2]", "no such tensor", "fetch the shard"),
     ),
     "a wide local scale": (
         {"weight_scale": (DType.BF16, (6, 2))},
@@ -180,7 +180,7 @@ FAULTS = {
     ),
     "other sizes than the model": (
         {"weight_packed": (U8, (6, 24)), "weight_scale": (E4M3, (6, 3))},
-        ("lin", "[6, 32] (out, in)", "[6, 48]", "different models"),
+        ("lin", "[6, 32] (out, in)", "[6, 48]", "Take config.json from where the weights were published"),
     ),
 }
 

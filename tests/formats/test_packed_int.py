@@ -210,12 +210,12 @@ FAULTS = {
     "other sizes than the model": (
         GROUP_32,
         {"weight_packed": (DType.I32, (12, 8)), "weight_scale": (DType.BF16, (12, 2))},
-        ("up_proj", "[10, 64] (out, in)", "[12, 64]", "different models"),
+        ("up_proj", "[10, 64] (out, in)", "[12, 64]", "Take config.json from where the weights were published"),
     ),
     "no scale": (
         GROUP_32,
         {"weight_scale": None},
-        ("up_proj.weight_scale", "[10, 2] for strategy group and group_size 32", "no such tensor", "lost shard"),
+        ("up_proj.weight_scale", "[10, 2] for strategy group and group_size 32", "no such tensor", "fetch the shard"),
     ),
     "scale of another format": (
         GROUP_32,
@@ -255,12 +255,12 @@ FAULTS = {
     "plain zero point of other groups": (
         GROUP_32_ASYM,
         {"weight_zero_point": (DType.I8, (10, 4))},
-        ("up_proj.weight_zero_point", "int8 [10, 2]", "[10, 4]", "int32 words along the rows"),
+        ("up_proj.weight_zero_point", "int8 [10, 2]", "[10, 4]", "Check strategy and group_size"),
     ),
     "zero point of another dtype": (
         GROUP_32_ASYM,
         {"weight_zero_point": (DType.U8, (10, 2))},
-        ("up_proj.weight_zero_point", "int8 [10, 2]", "uint8", "plain int8"),
+        ("up_proj.weight_zero_point", "int8 [10, 2]", "uint8", "Check strategy and group_size"),
     ),
 }
 

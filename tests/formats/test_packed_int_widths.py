@@ -159,7 +159,7 @@ def test_dense_words_are_never_read_as_padded_ones(bits: int) -> None:
 def test_words_of_neither_layout_contradict_the_model() -> None:
     stored = specs_of({"weight_packed": torch.empty(4, 14, dtype=torch.int32), "weight_scale": torch.empty(4, 1)})
     (fault,) = header_faults(PACKED_INT, replace(CHANNEL, num_bits=3), stored, (4, 128))
-    assert_fault(fault, "lin", "[4, 128] (out, in)", "[4, 149]", "num_bits in config_groups is wrong")
+    assert_fault(fault, "lin", "[4, 128] (out, in)", "[4, 149]", "correct num_bits in config_groups")
 
 
 @pytest.mark.parametrize(("bits", "group_size", "groups", "columns"), [(4, 20, 3, 60), (3, 64, 2, 128), (8, 5, 3, 15)])

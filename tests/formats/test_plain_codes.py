@@ -197,12 +197,12 @@ FAULTS = {
     "other sizes than the model": (
         INT8_CHANNEL,
         {"weight": (DType.I8, (6, 16))},
-        ("lin", "[6, 12] (out, in)", "[6, 16]", "different models"),
+        ("lin", "[6, 12] (out, in)", "[6, 16]", "Take config.json from where the weights were published"),
     ),
     "no scale": (
         INT8_CHANNEL,
         {"weight_scale": None},
-        ("lin.weight_scale", "[6, 1] for strategy channel", "no such tensor", "lost shard"),
+        ("lin.weight_scale", "[6, 1] for strategy channel", "no such tensor", "fetch the shard"),
     ),
     "integer scale": (
         INT8_CHANNEL,
@@ -222,7 +222,7 @@ FAULTS = {
     "packed zero point": (
         INT8_CHANNEL,
         {"weight_zero_point": (DType.I32, (2, 1))},
-        ("lin.weight_zero_point", "int8 [6, 1]", "int32", "plain int8"),
+        ("lin.weight_zero_point", "int8 [6, 1]", "int32", "Check strategy and group_size"),
     ),
 }
 

@@ -125,7 +125,7 @@ def lose_a_norm(directory: Path) -> None:
 
 
 def lose_a_size(directory: Path) -> None:
-    rewrite_config(directory, lambda config: config.pop("vocab_size"))
+    rewrite_config(directory, lambda config: config.update(vocab_size=0))
 
 
 def cut_a_file(directory: Path) -> None:

@@ -137,5 +137,9 @@ def test_a_leftover_zero_point_must_hold_zeros() -> None:
     assert faults_of(DENSE, NVFP4_ARGS, stored) == []
     stored["weight_zero_point"] = torch.ones(6, 4, dtype=torch.int8)
     assert_one_fault(
-        faults_of(DENSE, NVFP4_ARGS, stored), f"{DENSE}.weight_zero_point", "zeros only", "24 of 24", "writer"
+        faults_of(DENSE, NVFP4_ARGS, stored),
+        f"{DENSE}.weight_zero_point",
+        "zeros only",
+        "24 of 24",
+        "quantize the model again",
     )

@@ -25,7 +25,9 @@ TEXT = {
     "vocab_size": 40,
     "hidden_size": 32,
     "intermediate_size": 24,
-    "moe_intermediate_size": 16,
+    # Not half the hidden size: transformers 5 tells the order of stacked experts by their shapes, and a square one is
+    # saved in the other order than the one it is published in.
+    "moe_intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -137,7 +139,7 @@ def test_every_generation_of_names_is_read(save_multimodal: Callable[..., Path],
 
 def test_published_stacks_of_qwen3_vl_are_transposed(save_multimodal: Callable[..., Path]) -> None:
     """Its publishers store [E, in, out]; transformers 5 writes [E, out, in]."""
-    directory = save_multimodal("qwen3_vl_moe", text_config=TEXT | INTERLEAVED | {"moe_intermediate_size": 24})
+    directory = save_multimodal("qwen3_vl_moe")
     want = logits(load_model(directory, dtype=torch.float32))
 
     rewrite(directory, lambda ts: {n: t.mT.contiguous() if ".experts." in n else t for n, t in ts.items()})

@@ -386,6 +386,13 @@ def print_json(kind: str, document: dict[str, Any]) -> None:
     print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
 
 
+def _problems_shown(plan: Plan, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    """Show the problems of a plan on stderr, and return `on_bytes`."""
+    if plan.problems:
+        stderr.print(report.problems(plan.problems))
+    return on_bytes
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
     """Show the problems of a plan on stderr, and then a progress bar with bytes, speed and remaining time.
@@ -393,7 +400,7 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
     Without a terminal there is no progress bar. Yields the function for `on_start` of `convert_checkpoint`.
     """
     if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
-        yield lambda _plan: lambda _nbytes: None
+        yield lambda plan: _problems_shown(plan, lambda _nbytes: None)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -405,9 +412,7 @@ def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
     with Progress(*columns, console=stderr) as progress:
 
         def on_start(plan: Plan) -> Callable[[int], None]:
-            if plan.problems:
-                stderr.print(report.problems(plan.problems))
             task = progress.add_task("Converting", total=plan.delivered_bytes)
-            return lambda nbytes: progress.advance(task, nbytes)
+            return _problems_shown(plan, lambda nbytes: progress.advance(task, nbytes))
 
         yield on_start

@@ -47,8 +47,8 @@ class LayerQuantConfig:
         return from_fields(cls, known, quant_algo=_algo_named)
 
 
-def _algo_named(name: object) -> QuantAlgo:
-    return _ALIASES.get(str(name).lower()) or QuantAlgo(str(name))
+def _algo_named(name: Any) -> QuantAlgo:
+    return _ALIASES.get(str(name).lower()) or QuantAlgo(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,12 @@ from trtllm_ct.plan.attention_output import unscaled_outputs_of
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import fixed_scale_fault, kv_cache_named
-from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, make_sidecar
+from trtllm_ct.serve.sidecar import ServingOptions, make_sidecar_and_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from trtllm_ct.plan.plan import Plan
 
 __all__ = ["installed_features", "prepare"]
 
@@ -76,10 +78,10 @@ def prepare(
         kv_cache=kv_cache_named(kv_cache_dtype),
         strict=strict,
     )
-    sidecar = Sidecar.open(make_sidecar(model_dir, options, detection=detection))
-    for warning in _warnings(sidecar, features):
+    directory, plan = make_sidecar_and_plan(model_dir, options, detection=detection)
+    for warning in _warnings(plan, options, features):
         logger.warning("%s: %s", model_dir, warning)
-    return sidecar.directory
+    return directory
 
 
 def installed_features() -> EngineFeatures:
@@ -95,14 +97,14 @@ def installed_features() -> EngineFeatures:
     return engine_features()
 
 
-def _warnings(sidecar: Sidecar, features: EngineFeatures) -> Iterator[str]:
+def _warnings(plan: Plan, options: ServingOptions, features: EngineFeatures) -> Iterator[str]:
     """Yield warnings about dequantized modules, and about outputs that attention quantizes at a fixed scale."""
-    reasons = Counter(reason for mode, reason in sidecar.modes.values() if mode == "dequantized")
+    reasons = Counter(module.reason for module in plan.modules if module.dequantized)
     for reason, count in reasons.items():
         yield f"{count} modules are dequantized: {reason}"
-    outputs = unscaled_outputs_of(sidecar.plan, sidecar.options.kv_cache)
+    outputs = unscaled_outputs_of(plan, options.kv_cache)
     if outputs:
-        fault = fixed_scale_fault([sidecar.plan], features, sidecar.options.kv_cache)
+        fault = fixed_scale_fault([plan], features, options.kv_cache)
         yield str(fault) if fault else f"{len(outputs)} o_proj: pass force_dynamic_quantization=True to LLM"
 
 

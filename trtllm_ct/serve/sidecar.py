@@ -49,6 +49,7 @@ __all__ = [
     "is_sidecar",
     "known_sidecars",
     "make_sidecar",
+    "make_sidecar_and_plan",
     "restore_sidecar",
 ]
 
@@ -239,15 +240,15 @@ def is_sidecar(directory: str | Path) -> bool:
     return (Path(directory) / SIDECAR_FILE).is_file()
 
 
-def make_sidecar(
+def make_sidecar_and_plan(
     source: str | Path,
     options: ServingOptions,
     *,
     root: Path | None = None,
     repository: Repository | None = None,
     detection: Detection | None = None,
-) -> Path:
-    """Return the directory of the sidecar of a compressed-tensors checkpoint; make it if it doesn't exist.
+) -> tuple[Path, Plan]:
+    """Return the directory of a compressed-tensors checkpoint's sidecar, and its plan; make it if it doesn't exist.
 
     Reads headers only. The sidecar is in `root`, which defaults to `cache_root()`. Its name is a hash of everything
     that it depends on: source, decisions, options and the release of this package. It appears atomically, also when
@@ -272,7 +273,19 @@ def make_sidecar(
     names = side_files(source)
     sidecar = replace(sidecar, directory=(root or cache_root()).absolute() / _key(sidecar.record(), names))
     _write(sidecar, checkpoint, plan, names)
-    return sidecar.directory
+    return sidecar.directory, plan
+
+
+def make_sidecar(
+    source: str | Path,
+    options: ServingOptions,
+    *,
+    root: Path | None = None,
+    repository: Repository | None = None,
+    detection: Detection | None = None,
+) -> Path:
+    """Return the directory of a sidecar without its plan; see `make_sidecar_and_plan`."""
+    return make_sidecar_and_plan(source, options, root=root, repository=repository, detection=detection)[0]
 
 
 def restore_sidecar(directory: Path, record: Mapping[str, Any]) -> Sidecar:

@@ -179,9 +179,11 @@ class DirectoryMatch:
         yield from self._unquantized(name, kind, _stored(delivered, "weight"), exact)
 
     def _absent_weight(self, module: Module, name: str, exact: _Exact) -> Iterator[NamedPair]:
-        """A head that is not delivered must be the table that readers take for it."""
+        """A head that is not delivered must be the table that readers take for it, which it may be the source of."""
         table = self.delivered.by_key.get("embed_tokens")
         if module.key == "lm_head" and self.tied and table is not None and "weight" in table.tensors:
+            if "embed_tokens" not in self.source.by_key:
+                self._see(table, "weight")
             yield from self._unquantized(name, "plain", _stored(table, "weight"), exact)
         else:
             self._report_missing(name)
@@ -283,7 +285,9 @@ class DirectoryMatch:
         if self.quant_config.kv_cache_quant_algo is None or self.source.names.latent:
             return
         for (attention, letter), scale in missing.items():
-            if not scale.per_head:
+            # A class with one stored qkv_proj, such as Phi-3, reads no scales of the cache.
+            projection = self.source.by_key.get(f"{attention}.{letter}_proj")
+            if not scale.per_head and projection is not None and has_weight(projection.tensors):
                 parent = next((n for n in self._attention_names(attention)), attention)
                 self._report_missing(f"{parent}.{letter}_proj.{letter}_scale")
 
