@@ -171,6 +171,11 @@ class TestDecompressors:
 
 class TestMissingLibrary:
     @pytest.fixture
+    def built(self, tmp_path: Path) -> Built:
+        """Without biases: plans for unknown GPUs warn about them."""
+        return write_checkpoint(tmp_path / "source", scheme=MIXED, kv=True, shards=2)
+
+    @pytest.fixture
     def without_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The package is searched for but not imported, so hiding it from the search is enough."""
         found = importlib.util.find_spec
