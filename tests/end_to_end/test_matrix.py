@@ -13,7 +13,7 @@ import pytest
 import torch
 from builders import Built, rewrite_config, tiny_config, write_checkpoint
 from modelopt_weights import PLAIN, decoded_weight, delivered_modes, delivered_tensors, rounded_once
-from multimodal import PLACES, renamed, write_multimodal
+from multimodal import renamed, write_multimodal
 from tiny_models import linears
 
 from trtllm_ct.convert.convert import convert_checkpoint

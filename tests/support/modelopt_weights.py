@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-__all__ = ["PLAIN", "decoded_weight", "delivered_tensors", "delivered_modes", "rounded_once"]
+__all__ = ["PLAIN", "decoded_weight", "delivered_modes", "delivered_tensors", "rounded_once"]
 
 PLAIN = "plain"
 """The mode of a module without scales."""
