@@ -35,6 +35,14 @@ MODES = {
     "nvfp4": "NVFP4",
 }
 """The mode that each scheme was made for."""
+WITH_CACHE = frozenset({"fp8-block", "nvfp4"})
+"""The schemes that are stored together with scales of an FP8 KV cache."""
+NO_CACHE_SCALES = {
+    "Phi3ForCausalLM": "the class passes on no scales of K and V",
+    "DeepseekV2ForCausalLM": "latent attention has no K and V projections",
+    "DeepseekV3ForCausalLM": "latent attention has no K and V projections",
+}
+"""Architectures whose cache has scale 1 in the engine, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,8 +215,9 @@ def config_of(row: Row) -> dict[str, Any]:
 def write(directory: Path, row: Row, scheme: str) -> Built:
     config = config_of(row)
     if row.wrapper is None:
-        return write_checkpoint(directory, config=config, scheme=scheme)
-    built = write_multimodal(directory, row.stored, text=config, architecture=row.wrapper, scheme=scheme)
+        return write_checkpoint(directory, config=config, scheme=scheme, kv=scheme in WITH_CACHE)
+    more = {"text": config, "architecture": row.wrapper, "scheme": scheme, "kv": scheme in WITH_CACHE}
+    built = write_multimodal(directory, row.stored, **more)
 
     def name_kinds(document: dict[str, Any]) -> None:
         document["model_type"], document["text_config"]["model_type"] = row.kinds
@@ -291,6 +300,20 @@ def wrong_tensors(
     return wrong
 
 
+def cache_scales(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(tensor) for name, tensor in tensors.items() if name.endswith((".k_scale", ".v_scale"))}
+
+
+def expected_cache_scales(row: Row, built: Built, rename: Callable[[str], str]) -> dict[str, float]:
+    """Return the scales of K and V under the projections whose outputs they are for."""
+    if row.text in NO_CACHE_SCALES:
+        return {}
+    return {
+        rename(name.replace("self_attn.", f"self_attn.{name[-7]}_proj.")): scale
+        for name, scale in cache_scales(built.stored).items()
+    }
+
+
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("scheme", MODES)
 @pytest.mark.parametrize("name", ROWS)
@@ -309,6 +332,7 @@ def test_modelopt(stored: Callable[[str, str], Built], tmp_path: Path, name: str
     assert [fault.where for fault in report.plan.problems] == ["config.json: architectures"] * lacks(row, release)
     assert {module: modes.get(module, PLAIN) for module in expected} == expected
     assert wrong_tensors(built, tensors, modes, rename) == []
+    assert cache_scales(tensors) == expected_cache_scales(row, built, rename)
     assert verify_checkpoint(built.directory, out).good
 
 
@@ -320,6 +344,7 @@ def test_dense(stored: Callable[[str, str], Built], tmp_path: Path, name: str, s
     convert_checkpoint(built.directory, out, to="dense")
 
     tensors = split_stacks(delivered_tensors(out))
+    assert cache_scales(tensors) == {}
     assert (
         wrong_tensors(built, tensors, {}, lambda module: renamed(module, row.stored) if row.wrapper else module) == []
     )

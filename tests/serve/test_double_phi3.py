@@ -13,6 +13,7 @@ from plain_model import deviation, plain_logits
 import trtllm_ct
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,5 +72,6 @@ def test_mixtures_are_built_as_planned(tmp_path: Path, name: str, generation: st
         stock = deviation(llm.logits(TOKENS), want)
 
     assert stock < ROUNDED
+    assert verify_checkpoint(tmp_path / "in", tmp_path / "out").good
     assert any("fixed scale" in warning for warning in report.warnings) is fixed
     assert fixed is (kv and name == "static queries")

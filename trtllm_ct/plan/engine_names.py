@@ -8,8 +8,8 @@ quantized one is built in the global mode. So an entry is written under every na
   configuration to the text model unchanged; `modeling_kimi_k25.py` renames `exclude_modules`, not `quantized_layers`.
 - All routed experts of a layer are one module. Releases with ConfigurableMoE compute in its child `backend`, which
   `_torch/models/modeling_utils.py: apply_quant_config_exclude_modules` compares by its own name.
-- A Linear that the files already have fused gets the entry of its first part: `apply_layerwise_quant_config` in the same
-  file looks for `q_proj` where the engine has `qkv_proj`, and in early releases for `gate_proj` only where it has
+- A Linear that the files already have fused gets the entry of its first part: `apply_layerwise_quant_config` in the
+  same file looks for `q_proj` where the engine has `qkv_proj`, and in early releases for `gate_proj` only where it has
   `gate_up_proj`. Attention as a whole has the entry of `q_proj` too.
 """
 
