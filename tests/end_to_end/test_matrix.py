@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from builders import Built, rewrite_config, tiny_config, write_checkpoint
+from builders import Built, tiny_config, write_checkpoint
 from modelopt_weights import PLAIN, decoded_weight, delivered_modes, delivered_tensors, rounded_once
 from multimodal import renamed, write_multimodal
 from tiny_models import linears
@@ -216,14 +216,8 @@ def write(directory: Path, row: Row, scheme: str) -> Built:
     config = config_of(row)
     if row.wrapper is None:
         return write_checkpoint(directory, config=config, scheme=scheme, kv=scheme in WITH_CACHE)
-    more = {"text": config, "architecture": row.wrapper, "scheme": scheme, "kv": scheme in WITH_CACHE}
-    built = write_multimodal(directory, row.stored, **more)
-
-    def name_kinds(document: dict[str, Any]) -> None:
-        document["model_type"], document["text_config"]["model_type"] = row.kinds
-
-    rewrite_config(directory, name_kinds)
-    return built
+    more = {"text": config, "architecture": row.wrapper, "kinds": row.kinds}
+    return write_multimodal(directory, row.stored, scheme=scheme, kv=scheme in WITH_CACHE, **more)
 
 
 @pytest.fixture(scope="module")
