@@ -63,6 +63,12 @@ def test_attention_must_have_a_mode_with_quantized_values_too(
     assert unscaled_outputs(layer(queries, ROW) | more, "FP8") == (OUTPUT,) * happens
 
 
+@pytest.mark.parametrize(("queries", "happens"), [(QuantAlgo.FP8, True), (QuantAlgo.W8A16, False), (None, False)])
+def test_queries_that_are_stored_together_with_keys_and_values_count(queries: QuantAlgo | None, happens: bool) -> None:
+    algos = {f"{ATTENTION}.qkv_proj": queries, OUTPUT: ROW, "model.layers.0.mlp.down_proj": QuantAlgo.NVFP4}
+    assert unscaled_outputs(algos, "FP8") == (OUTPUT,) * happens
+
+
 def test_latent_attention_writes_16_bit_values() -> None:
     assert unscaled_outputs(layer(BLOCK, BLOCK) | {f"{ATTENTION}.kv_b_proj": None}, "FP8") == ()
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trtllm_ct.engine.releases import Release
+
 DEEPSEEK = "DeepseekV3ForCausalLM"
 DRAFT = "model.layers.2"
 DRAFT_LINEARS = (
@@ -63,6 +65,21 @@ def test_a_wrapper_lists_stored_and_inner_names(tmp_path: Path, architecture: st
         elif module.class_name in {"Linear", "Embedding"}:
             assert {module.name, inner(module.name, delivered)} <= set(config.exclude_modules)
     assert not config.quantized_layers.keys() & set(config.exclude_modules)
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+def test_linears_that_are_stored_fused_are_listed_by_their_first_part_too(tmp_path: Path, release: Release) -> None:
+    """`apply_layerwise_quant_config` looks for `q_proj` and `gate_proj`, whatever the files have."""
+    scheme = {"qkv_proj": "fp8-tensor-static", "gate_up_proj": "nvfp4", "down_proj": "int8-channel"}
+    write_checkpoint(tmp_path, config=tiny_config("Phi3ForCausalLM", hidden=128), scheme=scheme)
+
+    layers = plan_checkpoint(tmp_path, engine=release.name).quant_config.quantized_layers
+
+    for stored, first in (("self_attn.qkv_proj", "self_attn.q_proj"), ("mlp.gate_up_proj", "mlp.gate_proj")):
+        for layer in range(2):
+            entry = layers[f"model.layers.{layer}.{stored}"]
+            assert layers[f"model.layers.{layer}.{first}"] == entry
+    assert "model.layers.0.mlp.down_proj" in layers
 
 
 @pytest.mark.parametrize("scheme", [MIXED, "int8-channel"])

@@ -13,6 +13,7 @@ from plain_model import deviation, plain_logits
 import trtllm_ct
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,3 +44,34 @@ def test_every_scheme_loads_with_the_right_values(tmp_path: Path, scheme: str, r
             loaded = deviation(llm.logits(TOKENS), want)
 
     assert max(stock, loaded) < ROUNDED
+
+
+MIXTURES = {
+    "static queries": {"qkv_proj": "fp8-tensor-static", "o_proj": "fp8-channel-token", "down_proj": "int8-channel"},
+    "plain queries": {"gate_up_proj": "nvfp4", "o_proj": "fp8-channel-token", "down_proj": "int4-g64"},
+    "all differ": {"qkv_proj": "nvfp4", "o_proj": "int4-g64", "gate_up_proj": "fp8-tensor-static"},
+}
+
+
+@pytest.mark.parametrize("kv", [False, True])
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_built_as_planned(tmp_path: Path, name: str, generation: str, kv: bool) -> None:
+    """The engine looks for the mode of `qkv_proj` under `q_proj`, and gives it to attention too."""
+    config = tiny_config("Phi3ForCausalLM", hidden=128, pad_token_id=0)
+    built = write_checkpoint(tmp_path / "in", config=config, scheme=MIXTURES[name], kv=kv)
+    want = plain_logits(config, built.dense, TOKENS)
+    report = convert_checkpoint(tmp_path / "in", tmp_path / "out", engine=ENGINES[generation])
+
+    with (
+        engine_double.installed(generation, importers=[BINDINGS]) as engine,
+        engine.LLM(model=str(tmp_path / "out"), skip_tokenizer_init=True) as llm,
+    ):
+        attention = llm.models[0].get_submodule("model.layers.0.self_attn")
+        fixed = attention.quantizes_output and attention.o_proj.quant_algo == "FP8_PER_CHANNEL_PER_TOKEN"
+        stock = deviation(llm.logits(TOKENS), want)
+
+    assert stock < ROUNDED
+    assert verify_checkpoint(tmp_path / "in", tmp_path / "out").good
+    assert any("fixed scale" in warning for warning in report.warnings) is fixed
+    assert fixed is (kv and name == "static queries")

@@ -50,10 +50,12 @@ def write_multimodal(
     text: dict[str, Any] | None = None,
     architecture: str = "LlavaNextForConditionalGeneration",
     vision: Mapping[str, tuple[int, ...]] = VISION,
+    kinds: tuple[str, str | None] = ("llava_next", None),
     **options: Any,
 ) -> Built:
     """A text model under a prefix, beside a plain vision tower and a projector.
 
+    `kinds` are the `model_type` of the whole and of the text model, None to keep that of `text`.
     Modules of the default class are delivered under the names in the files, whatever these are.
     """
     config = text or tiny_config(hidden=128, kv_heads=4, model_type="mistral")
@@ -68,8 +70,8 @@ def write_multimodal(
         nested = {key: document.pop(key) for key in list(document) if key not in {"quantization_config", "dtype"}}
         document |= {
             "architectures": [architecture],
-            "model_type": "llava_next",
-            "text_config": nested,
+            "model_type": kinds[0],
+            "text_config": nested | ({} if kinds[1] is None else {"model_type": kinds[1]}),
             "vision_config": {"model_type": "pixtral"},
         }
         block = document["quantization_config"]

@@ -25,7 +25,7 @@ __all__ = ["has_static_activations", "unscaled_outputs", "unscaled_outputs_of", 
 
 _QUANTIZED_CACHES = frozenset({"FP8", "NVFP4"})
 _OUTPUT = ".o_proj"
-_QUERIES = ".q_proj"
+_QUERIES = (".q_proj", ".qkv_proj")
 _LATENT = ".kv_b_proj"
 
 
@@ -75,9 +75,10 @@ def warnings_of_directory(modules: list[ModulePlan], target: Target, kv_cache: s
 def _writes_quantized(attention: str, algos: Mapping[str, QuantAlgo | None], common: QuantAlgo | None) -> bool:
     """Whether attention itself has a mode with which it writes quantized values.
 
-    It has the mode that all quantized modules have in `common`, or else that of its queries.
+    It has the mode that all quantized modules have in `common`, or else that of its queries, which some models store
+    together with keys and values.
     """
     if f"{attention}{_LATENT}" in algos:
         return False
-    algo = common or algos.get(f"{attention}{_QUERIES}")
+    algo = common or next((algo for leaf in _QUERIES if (algo := algos.get(f"{attention}{leaf}"))), None)
     return algo is not None and MODES_BY_ALGO[algo].quantizes_attention_output

@@ -8,6 +8,9 @@ quantized one is built in the global mode. So an entry is written under every na
   configuration to the text model unchanged; `modeling_kimi_k25.py` renames `exclude_modules`, not `quantized_layers`.
 - All routed experts of a layer are one module. Releases with ConfigurableMoE compute in its child `backend`, which
   `_torch/models/modeling_utils.py: apply_quant_config_exclude_modules` compares by its own name.
+- A Linear that the files already have fused gets the entry of its first part: `apply_layerwise_quant_config` in the
+  same file looks for `q_proj` where the engine has `qkv_proj`, and in early releases for `gate_proj` only where it has
+  `gate_up_proj`. Attention as a whole has the entry of `q_proj` too.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineNames"]
 
 _INNER_PLACE = ("model.", "lm_head")
+_FIRST_PARTS = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,22 +37,25 @@ class EngineNames:
 
     `place` is the prefix of the text model's body and the name of its head, None if the engine compares delivered names
     only. `experts` is the path of routed experts in a layer, None without any; `wrapped` says that the engine computes
-    them in a child called `backend`.
+    them in a child called `backend`. `fused` says that it looks for the first part of Linears that are stored fused.
     """
 
     place: tuple[str, str] | None = None
     experts: str | None = None
     wrapped: bool = False
+    fused: bool = False
 
     @classmethod
     def of(cls, model: Model, place: tuple[str, str], target: Target) -> Self:
         """Return the names of a model at a target; `place` is where its text model is delivered."""
         release = target.capabilities.release
         experts = model.architecture.experts
+        linears = (*model.architecture.attention, *model.architecture.mlp)
         return cls(
             place=place if release is not None and model.multimodal else None,
             experts=experts.path if experts else None,
             wrapped=release is not None and release.wraps_experts,
+            fused=release is not None and any(site.parts for site in linears),
         )
 
     def of_module(self, name: str) -> tuple[str, ...]:
@@ -60,6 +67,9 @@ class EngineNames:
         names = [experts or name, self._inside(experts or name)]
         if experts and self.wrapped:
             names += [f"{name}.backend" for name in names]
+        around, _, leaf = name.rpartition(".")
+        if self.fused and leaf in _FIRST_PARTS:
+            names.append(f"{self._inside(around)}.{_FIRST_PARTS[leaf]}")
         return tuple(dict.fromkeys(names))
 
     def all_experts(self, name: str) -> str | None:

@@ -282,7 +282,7 @@ class DirectoryMatch:
                     self._see(module, f"{letter}_scale")
                     delivered = _stored(module, f"{letter}_scale")
                     yield from self._scalar(f"{module.name}.{letter}_scale", delivered, (scale.value,))
-        if self.quant_config.kv_cache_quant_algo is None or self.source.names.latent:
+        if self.quant_config.kv_cache_quant_algo is None or not self.source.names.cache_scales_are_read:
             return
         for (attention, letter), scale in missing.items():
             # A class with one stored qkv_proj, such as Phi-3, reads no scales of the cache.

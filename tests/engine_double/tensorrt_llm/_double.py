@@ -64,6 +64,8 @@ class Release:
     """The wrapper hands its own configuration to its `backend`, which otherwise keeps the global one."""
     dynamic_attention_output: bool
     """Attention honours `force_dynamic_quantization` (`Attention._use_quantize_output`)."""
+    fused_entries: bool
+    """Entries named `gate_up_proj` count for the Linear of that name; early texts look for `gate_proj` only."""
     newest_algos: bool
     """MXFP8 and W4A16_NVFP4 exist."""
     force_dynamic_quantization: bool
@@ -104,6 +106,7 @@ _OLD = Release(
     wraps_experts=False,
     binds_experts_late=False,
     dynamic_attention_output=False,
+    fused_entries=False,
     newest_algos=False,
     force_dynamic_quantization=False,
     dynamic_nvfp4=False,
@@ -121,6 +124,7 @@ _MID = replace(
     weight_only_on_sm100=True,
     awq_sm_limit=103,
     wraps_experts=True,
+    fused_entries=True,
     force_dynamic_quantization=True,
     kv_scales_by_default=True,
     kv_scale_factor=1.0,

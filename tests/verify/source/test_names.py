@@ -127,3 +127,8 @@ def test_modules_are_in_the_order_of_the_model():
 
     shuffled = [*keys[1::2], *keys[::2]]
     assert sorted(shuffled, key=LLAMA.order) == keys
+
+
+def test_cache_scales_are_read_for_projections_of_keys_and_values_only() -> None:
+    phi3 = Names(model_type="phi3", native=False, multimodal=False, latent=False)
+    assert [names.cache_scales_are_read for names in (LLAMA, MIXTRAL, LATENT, phi3)] == [True, True, False, False]

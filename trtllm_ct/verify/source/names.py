@@ -52,6 +52,8 @@ _SPELLINGS = (frozenset({"gate_proj", "up_proj", "down_proj"}), frozenset({"w1",
 _NUMBERED_EXPERTS = frozenset({"mixtral"})
 # The classes whose plain stacks of experts are stored as [E, in, out].
 _TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+# The classes whose loader passes on no scale of the KV cache: TensorRT-LLM `_torch/models/modeling_phi3.py`.
+_NO_CACHE_SCALES = frozenset({"phi3"})
 
 # The parts of one Linear that an engine makes of several, by the last parts of their names.
 _FUSED_LINEARS = (
@@ -133,6 +135,11 @@ class Names:
     def transposed_experts(self) -> bool:
         """Whether plain stacks of experts are stored as [E, in, out]."""
         return self.model_type in _TRANSPOSED_EXPERTS
+
+    @property
+    def cache_scales_are_read(self) -> bool:
+        """Whether an engine reads scales of the KV cache; otherwise they are 1."""
+        return not self.latent and self.model_type not in _NO_CACHE_SCALES
 
     def key(self, module: str) -> str:
         """Return the key of a module."""

@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.modules.attention import Attention
 from tensorrt_llm._torch.modules.fused_moe.interface import MoE
 from tensorrt_llm._torch.modules.linear import Linear, WeightMode
@@ -128,9 +129,11 @@ def _first(entries: dict[str, QuantConfig] | None, test: Callable[[str], bool]) 
 
 
 def _layer_test(name: str, module: Linear) -> Callable[[str], bool]:
+    """Early texts of `modeling_utils.py` look for `gate_proj` only; no release looks for `qkv_proj`."""
     mode, around = module.weights_loading_config.weight_mode, name.rpartition(".")[0]
     if mode == WeightMode.FUSED_GATE_UP_LINEAR:
-        return lambda key: f"{around}.gate_proj" in key or f"{around}.gate_up_proj" in key
+        knows_stored = RELEASE.fused_entries
+        return lambda key: f"{around}.gate_proj" in key or (knows_stored and f"{around}.gate_up_proj" in key)
     if mode == WeightMode.FUSED_QKV_LINEAR:
         return lambda key: f"{around}.q_proj" in key
     return lambda key: key == name
