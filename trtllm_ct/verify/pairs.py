@@ -8,7 +8,8 @@ from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits
+from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits, equal_elements
+from trtllm_ct.verify.source.coded import Coded
 from trtllm_ct.verify.source.numbers import to_numbers
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.verify.native import NativeWeight
 
 __all__ = ["Pair", "Span", "native_pair", "plain_pair", "spans"]
 
@@ -69,11 +71,24 @@ def spans(pair: Pair) -> Iterator[Span]:
         yield begin, min(begin + step, pair.rows)
 
 
-def native_pair(delivered: Rows, source: Rows, shape: tuple[int, int], block: int) -> Pair:
-    """Return the pair of a weight that is quantized on both sides."""
-    return Pair(
-        shape=shape, compare=lambda begin, end: compare_native(delivered(begin, end), source(begin, end)), block=block
-    )
+def native_pair(delivered: NativeWeight, source: Callable[[int, int], Coded] | Rows, block: int) -> Pair:
+    """Return the pair of a weight that is quantized on both sides; `source` returns its rows, coded or in float64.
+
+    Rows with the same codes and scales are equal. Only others are multiplied, and their values compared.
+    """
+
+    def compare(begin: int, end: int) -> Comparison:
+        got, want = delivered.coded(begin, end), source(begin, end)
+        factors = delivered.column_factors
+        exact = isinstance(want, Coded) and want.is_exact_in_float32 and factors is None
+        if isinstance(want, Coded):
+            if factors is None and got.equals(want):
+                return equal_elements(got.first(), got.codes.shape)
+            want = want.values()
+        numbers = got.values() if factors is None else got.values() * factors
+        return compare_native(numbers, want, exact=exact)
+
+    return Pair(shape=delivered.shape, compare=compare, block=block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ def test_bytes_are_looked_up_at_odd_and_even_lengths(columns: int):
 
 
 def test_the_first_nibble_is_the_low_one():
-    assert nibble_values(np.array([[0x21]], np.uint8), np.arange(16.0)).tolist() == [[1.0, 2.0]]
+    assert nibble_values(np.array([[0x21]], np.uint8), np.arange(16, dtype=np.int8)).tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
