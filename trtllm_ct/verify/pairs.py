@@ -24,8 +24,9 @@ __all__ = ["Pair", "Span", "native_pair", "plain_pair", "spans"]
 Rows = Callable[[int, int], "NDArray[np.float64]"]
 Span = tuple[int, int]
 
-# Elements that are decoded at once: 512 KiB in float64, which stay in the cache of a core from one step to the next.
-_CHUNK = 1 << 16
+# Bytes that are decoded at once: they stay in the cache of a core from one step to the next.
+_CHUNK_BYTES = 1 << 19
+_FLOAT64_BYTES = 8
 # Elements that one thread compares before the next one is chosen.
 _SPAN = 1 << 22
 # A delivered layout may have scales for blocks of so many rows, and pairs of rows in one byte.
@@ -35,11 +36,15 @@ _PAIR_ROWS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A tensor on both sides. `compare` compares rows `begin` to `end`; `block` rows belong together."""
+    """A tensor on both sides. `compare` compares rows `begin` to `end`; `block` rows belong together.
+
+    An element has `itemsize` bytes when it is compared.
+    """
 
     shape: tuple[int, ...]
     compare: Callable[[int, int], Comparison]
     block: int = 1
+    itemsize: int = _FLOAT64_BYTES
 
     @property
     def rows(self) -> int:
@@ -51,7 +56,7 @@ class Pair:
         """The rows that are compared at once; all of them for a scalar or a vector."""
         if len(self.shape) < 2:
             return max(1, self.rows)
-        fitting = max(_PAIR_ROWS, _CHUNK // max(1, prod(self.shape[1:])))
+        fitting = max(_PAIR_ROWS, _CHUNK_BYTES // max(1, self.itemsize * prod(self.shape[1:])))
         whole = fitting // _BLOCK_ROWS * _BLOCK_ROWS if fitting >= _BLOCK_ROWS else 1 << (fitting.bit_length() - 1)
         return -(-whole // self.block) * self.block
 
@@ -79,16 +84,16 @@ def native_pair(delivered: NativeWeight, source: Callable[[int, int], Coded] | R
 
     def compare(begin: int, end: int) -> Comparison:
         got, want = delivered.coded(begin, end), source(begin, end)
-        factors = delivered.column_factors
-        exact = isinstance(want, Coded) and want.is_exact_in_float32 and factors is None
+        factors, exact = delivered.column_factors, False
         if isinstance(want, Coded):
             if factors is None and got.equals(want):
                 return equal_elements(got.first(), got.codes.shape)
+            exact = factors is None and want.is_exact_in_float32
             want = want.values()
         numbers = got.values() if factors is None else got.values() * factors
         return compare_native(numbers, want, exact=exact)
 
-    return Pair(shape=delivered.shape, compare=compare, block=block)
+    return Pair(shape=delivered.shape, compare=compare, block=block, itemsize=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from trtllm_ct.verify.source.numbers import (
     E4M3,
     look_up,
     nibble_values,
+    nibbles,
     to_numbers,
     unpack,
 )
@@ -51,7 +52,6 @@ _WORD_BITS = 32
 _DENSE_SINCE = (0, 18)
 _EXPONENTS = frozenset({DType.U8, DType.F8_E8M0})
 _FLOAT8 = frozenset({DType.F8_E4M3, DType.U8})
-_INT4 = (np.arange(16) - 8).astype(np.int8)
 _BYTES_PER_SCALE = {"nvfp4": 8, "mxfp4": 16, "mxfp6": 24}
 
 
@@ -153,10 +153,8 @@ def _packed_int(weight: Weight, begin: int, end: int) -> Coded:
     bits, columns = weight.args.num_bits, weight.shape[1]
     words = weight.rows("weight_packed", begin, end)
     packed = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 4:
-        return weight.coded(np.ascontiguousarray(nibble_values(packed, _INT4)[:, :columns]), begin, end)
-    if bits == 8:
-        unsigned = packed[:, :columns]
+    if bits in {4, 8}:
+        unsigned = (nibbles(packed) if bits == 4 else packed)[:, :columns]
     else:
         unsigned = unpack(packed, bits, columns, dense=_is_dense(weight, words.shape[1]))
     # Wraps around for 8 bits: 128 to 255 become 0 to 127, and 0 to 127 become -128 to -1.

@@ -15,7 +15,18 @@ from trtllm_ct.base.dtypes import DType
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["E2M1", "E2M1_IN_E4M3", "E2M3", "E2M3_IN_E4M3", "E4M3", "look_up", "nibble_values", "to_numbers", "unpack"]
+__all__ = [
+    "E2M1",
+    "E2M1_IN_E4M3",
+    "E2M3",
+    "E2M3_IN_E4M3",
+    "E4M3",
+    "look_up",
+    "nibble_values",
+    "nibbles",
+    "to_numbers",
+    "unpack",
+]
 
 _WORD_BITS = 32
 
@@ -85,6 +96,14 @@ def _pairs(values: bytes) -> NDArray[np.complex128]:
     table = np.frombuffer(values)
     low, high = np.meshgrid(table, table, indexing="xy")
     return np.ascontiguousarray(np.stack((low, high), axis=-1)).view(np.complex128).ravel()
+
+
+def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return codes of 4 bits, two in a byte, the first in the low nibble: [n, B] to [n, 2 B]."""
+    # The low nibble stays in the low byte of a word, the high nibble is moved into the high byte.
+    words = packed.astype("<u2")
+    codes: NDArray[np.uint8] = ((words | words << 4) & 0x0F0F).view(np.uint8)
+    return codes
 
 
 def nibble_values(packed: NDArray[np.uint8], values: NDArray[Any]) -> NDArray[Any]:
