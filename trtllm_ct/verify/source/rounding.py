@@ -38,8 +38,7 @@ def rounded(values: NDArray[np.float64], dtype: DType) -> NDArray[np.float64]:
 def _all_normal(values: NDArray[np.float64], least: int, largest: float) -> bool:
     """Whether each number is 0, or its magnitude is between the least normal and the largest number."""
     magnitudes = np.abs(values)
-    smallest = np.min(magnitudes, where=magnitudes > 0, initial=largest)
-    return bool(magnitudes.max(initial=0.0) <= largest and smallest >= 2.0**least)
+    return bool((magnitudes <= largest).all()) and np.array_equal(magnitudes < 2.0**least, magnitudes == 0)
 
 
 def _rounded_bits(values: NDArray[np.float64], surplus: int) -> NDArray[np.float64]:
