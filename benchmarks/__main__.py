@@ -32,7 +32,7 @@ def bench(
     ] = "",
     against: Annotated[
         str, typer.Option(help="Peers, comma-separated; a peer that is not installed is left out and reported.")
-    ] = "cp,load_file,library,transformers",
+    ] = "cp,convert,load_file,library,transformers",
     table: Annotated[str, typer.Option(help="What to measure, comma-separated.")] = "kernels,load,convert,headers",
     runs: Annotated[int, typer.Option(help="Runs of each side; the median is reported.")] = 5,
     write_docs: Annotated[

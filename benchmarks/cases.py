@@ -132,6 +132,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
         peer.name: peer
         for peer in (
             Peer(name="cp", program="cp"),
+            Peer(name="convert"),
             Peer(name="load_file", needs=("safetensors",)),
             Peer(name="library", needs=("compressed_tensors", "safetensors", "transformers")),
             Peer(name="transformers", needs=("transformers", "compressed_tensors")),
@@ -163,6 +164,13 @@ def convert_job(to: str) -> Callable[[Place], Job]:
         return Job(commands=(command,), output=out)
 
     return make
+
+
+def _verify(place: Place) -> Job:
+    """Return the job of the command `trtllm-ct verify DIR OUT`; the conversion before it is not timed."""
+    converted = convert_job("modelopt")(place)
+    command = _python("-m", "trtllm_ct", "verify", place.source, place.work / "out", "--json")
+    return Job(commands=(command,), before=converted.commands[0], output=converted.output)
 
 
 def kernels_job(rows: int, columns: int, samples: int) -> Job:
@@ -273,6 +281,15 @@ CASES = (
         ours=convert_job("dense"),
         peers={"cp": _copy_output_bytes, "library": _library_convert},
         moves="dense",
+    ),
+    Case(
+        name="verify",
+        title="`verify` of a directory for `modelopt`",
+        table=Table.CONVERT,
+        clock=Clock.PROCESS,
+        shapes=_EVERYWHERE,
+        ours=_verify,
+        peers={"convert": convert_job("modelopt")},
     ),
     Case(
         name="inspect",

@@ -139,6 +139,21 @@ FIGURES = (
         for shape in ("1b", "8b")
     ),
     Figure(
+        what="`verify` of 0.76 GB and its converted directory against `convert --to modelopt`",
+        case="verify",
+        shape="1b",
+        metric=Metric.RATIO,
+        peer="convert",
+        limit=3.0,
+    ),
+    Figure(
+        what="peak anonymous memory of `verify`, 1b",
+        case="verify",
+        shape="1b",
+        metric=Metric.PEAK,
+        limit=300.0,
+    ),
+    Figure(
         what="`inspect` of the Kimi-K2 shape, process start included, torch not imported",
         case="inspect",
         shape="kimi-k2",

@@ -45,11 +45,13 @@ _MEMORY_SHARE = 0.85
 class Job:
     """Commands that run one after another and are timed together; their directory `output` is deleted afterwards.
 
+    `before` is a command that makes what they read; it is not timed.
     The last command may print a JSON object with facts about its run, as all of its stdout or as the last line. The
     key `seconds` in it is the time of the call alone, without the start of the process.
     """
 
     commands: tuple[tuple[str, ...], ...]
+    before: tuple[str, ...] = ()
     output: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,10 +80,12 @@ def measure_in_turn(jobs: Mapping[str, Job], clock: Clock, runs: int, source: Pa
 def _run_prepared(job: Job, source: Path | None) -> Sample:
     if job.output is not None:
         shutil.rmtree(job.output, ignore_errors=True)
-    os.sync()
-    if source is not None:
-        warm(source)
     try:
+        if job.before:
+            run_job(Job(commands=(job.before,), environment=job.environment))
+        os.sync()
+        if source is not None:
+            warm(source)
         return run_job(job)
     finally:
         if job.output is not None:

@@ -62,7 +62,9 @@ def test_limits() -> None:
     assert limits["inspect", "kimi-k2", Metric.SECONDS, ""] == 4
     assert limits["inspect", "8b", Metric.SECONDS, ""] == 1
     assert limits["import", "", Metric.SECONDS, ""] == 0.15
-    assert len(limits) == len(FIGURES) == 20
+    assert limits["verify", "1b", Metric.RATIO, "convert"] == 3
+    assert limits["verify", "1b", Metric.PEAK, ""] == 300
+    assert len(limits) == len(FIGURES) == 22
 
 
 def test_shapes_and_peers_of_cases_are_known() -> None:

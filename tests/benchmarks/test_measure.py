@@ -43,6 +43,16 @@ def test_an_output_is_deleted_before_and_after_each_run(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_what_a_job_reads_is_made_before_each_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = Job(commands=(("test", "-d", str(out)),), before=("mkdir", str(out)), output=out)
+
+    (side,) = measure_in_turn({"ours": job}, Clock.PROCESS, 2)
+
+    assert (len(side.samples), side.failure) == (2, "")
+    assert not out.exists()
+
+
 def test_all_commands_of_a_job_count(tmp_path: Path) -> None:
     once = ("sleep", "0.1")
 

@@ -27,7 +27,7 @@ FREE = namedtuple("FREE", "total used free")  # noqa: PYI024 (as shutil.disk_usa
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The JSON document of a whole benchmark; peers that take seconds to import have separate tests."""
-    options = ("--table", "load,convert,headers", "--against", "cp,load_file", "--runs", 1, "--json")
+    options = ("--table", "load,convert,headers", "--against", "cp,convert,load_file", "--runs", 1, "--json")
     done = run_cli("--shape", "tiny", *options, main=main)
     assert done.code == 0
     return done.document
@@ -43,6 +43,7 @@ def test_every_case_of_the_shape_was_measured(document: dict[str, Any]) -> None:
         ("node", "tiny"),
         ("convert-modelopt", "tiny"),
         ("convert-dense", "tiny"),
+        ("verify", "tiny"),
         ("inspect", "tiny"),
     ]
     for each in document["measurements"]:
@@ -55,6 +56,7 @@ def test_peers_were_measured(document: dict[str, Any]) -> None:
 
     assert peers["load-native"].keys() == {"load_file"}
     assert peers["convert-modelopt"].keys() == {"cp"}
+    assert peers["verify"].keys() == {"convert"}
     for each in document["measurements"]:
         for side in each["peers"]:
             assert (side["failure"], each["ratios"][side["name"]] > 0) == ("", True)

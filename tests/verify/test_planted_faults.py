@@ -16,6 +16,7 @@ from builders import Built, tiny_config, write_checkpoint
 from fused_experts import fuse_experts
 from mistral_form import write_native
 
+from trtllm_ct.convert import units, worker
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.formats import codecs
 from trtllm_ct.plan import ops, row_order
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from trtllm_ct.layouts.scales import Scaling
 
 DENSE = tiny_config(layers=1)
+WIDER = tiny_config(layers=1, hidden=256, intermediate=256, heads=2, kv_heads=2)
+WIDE = {"config": tiny_config(layers=1, hidden=128, intermediate=256)}
 # Hidden and intermediate size are equal, so that no shape tells a wrong expert from a right one.
 MIXTURE = tiny_config("Qwen3MoeForCausalLM", layers=1, hidden=64, moe_intermediate_size=64, vocabulary=32)
 MIXTRAL = tiny_config("MixtralForCausalLM", layers=1, hidden=64, intermediate=64, vocabulary=32)
@@ -52,6 +55,13 @@ def dequantizing(change: Callable[[Tensor, Scaling], tuple[Tensor, Scaling]]) ->
 def zero_point_added(values: Tensor, scaling: Scaling) -> tuple[Tensor, Scaling]:
     assert scaling.zero_point is not None
     return values, replace(scaling, zero_point=-scaling.zero_point)
+
+
+def one_zero_point_shifted(values: Tensor, scaling: Scaling) -> tuple[Tensor, Scaling]:
+    assert scaling.zero_point is not None
+    zero_point = scaling.zero_point.clone()
+    zero_point.view(-1)[-1] += 1
+    return values, replace(scaling, zero_point=zero_point)
 
 
 def global_scale_multiplied(values: Tensor, scaling: Scaling) -> tuple[Tensor, Scaling]:
@@ -121,6 +131,31 @@ def truncated(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ops, "round_once", cut)
 
 
+def delivering(operation: type[ops.Operation], change: Callable[[Tensor], object]) -> Plant:
+    """Change the tensors that an operation delivers, in place; loops that write them directly are not used."""
+    right = operation.run
+
+    def wrong(self: ops.Operation, name: str, module: Any) -> Tensor:
+        tensor = right(self, name, module).clone()
+        change(tensor)
+        return tensor
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(operation, "run", wrong)
+        for module in (units, worker):
+            patch.setattr(module, "is_direct", lambda _: False)
+
+    return plant
+
+
+def last_nibble_off_by_one(packed: Tensor) -> None:
+    packed.view(torch.uint8).view(-1)[-1] ^= 0x10
+
+
+def last_bit_of_last_number(numbers: Tensor) -> None:
+    numbers.view(torch.uint8).view(-1)[-numbers.itemsize] ^= 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A fault, and a checkpoint and a target in whose conversion it takes effect."""
@@ -164,6 +199,26 @@ CASES = {
     "heads of another size": Case(plant=heads_of_half_the_size, native_form=True, options=NATIVE),
     "keys and values swapped": Case(plant=keys_and_values_swapped, native_form=True, options=NATIVE),
     "w1 read as up": Case(plant=gate_is_w3, native_form=True, options={"config": MIXTRAL}),
+    "one int4 code off by one": Case(
+        plant=delivering(ops.Repack, last_nibble_off_by_one), to="modelopt", options=WIDE | {"scheme": "int4-g64"}
+    ),
+    "one int8 code off by one": Case(
+        plant=delivering(ops.Repack, last_bit_of_last_number), to="modelopt", options=WIDE | {"scheme": "int8-channel"}
+    ),
+    "the scale of one group of int4 off in its last bit": Case(
+        plant=delivering(ops.WidenScale, last_bit_of_last_number), to="modelopt", options=WIDE | {"scheme": "int4-g64"}
+    ),
+    "the scale of one row of int8 off in its last bit": Case(
+        plant=delivering(ops.WidenScale, last_bit_of_last_number),
+        to="modelopt",
+        options=WIDE | {"scheme": "int8-channel"},
+    ),
+    "the scale of one block of fp8 off in its last bit": Case(
+        plant=delivering(ops.WidenScale, last_bit_of_last_number),
+        to="modelopt",
+        options={"config": WIDER, "scheme": "fp8-block"},
+    ),
+    "one zero point off by one": Case(plant=dequantizing(one_zero_point_shifted), options={"scheme": "int4-g32-asym"}),
     "values cut off instead of rounded": Case(
         plant=truncated,
         options={"config": DENSE | {"dtype": "float32"}, "scheme": "dense"},

@@ -12,6 +12,7 @@ assembly.py           puts delivered tensors into the model
 names.py              maps checkpoint names to module paths
 linear.py             a Linear that computes from delivered tensors
 linear_layouts.py     how each algorithm stores a Linear
+coded_weight.py       a delivered weight as codes, scales and zeros
 rules.py              checks the dtypes and shapes of delivered tensors
 activations.py        simulates quantized activations
 effective_weights.py  the weight that equals a Linear together with its transforms

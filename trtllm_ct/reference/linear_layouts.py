@@ -1,17 +1,16 @@
 """How each algorithm stores a Linear: the table `LAYOUTS`.
 
-For each algorithm, the table holds the rules for the delivered tensors, the function that dequantizes the weight and
-the function that quantizes the input. A new algorithm needs one row and one function. It is written apart from
+For each algorithm, the table holds the rules for the delivered tensors, the function that decodes the weight and the
+function that quantizes the input. A new algorithm needs one row and one function. It is written apart from
 `engine/modes.py` on purpose: the reference engine checks what that table leads to.
-Axis letters: `N` output features, `K` input features, `g` group size. All scales are multipliers. Each function first
-multiplies a code with its own scale: this product is exact where both are small floats, so a weight is rounded once.
+Axis letters: `N` output features, `K` input features, `g` group size. All scales are multipliers.
 Sources: TensorRT-LLM `_torch/modules/linear.py` (main, September 2026) and the exports of ModelOpt 0.47.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from trtllm_ct.reference.activations import (
     quantize_per_tensor,
     quantize_per_token,
 )
+from trtllm_ct.reference.coded_weight import CodedWeight
 from trtllm_ct.reference.rules import WIDE_FLOATS, TensorRule
 
 __all__ = ["BIAS", "LAYOUTS", "LinearLayout", "Tensors", "unpack_column_pairs", "unpack_row_pairs"]
@@ -41,78 +41,76 @@ class LinearLayout:
     """How one algorithm stores a Linear.
 
     `tensors` are the rules for the delivered tensors.
-    `dequantize(tensors, dtype)` returns the weight [N, K], computed in `dtype`, which is float32 or float64.
+    `decode(tensors)` returns the weight [N, K] as codes and scales; `dequantize` multiplies them.
     `quantize_input(x, tensors)` returns the input as the kernel sees it; None when activations are not quantized.
     `group_size` is the fixed group size of the format; None if the checkpoint chooses it or if there are no groups.
     """
 
     tensors: tuple[TensorRule, ...]
-    dequantize: Callable[[Tensors, torch.dtype], Tensor]
+    decode: Callable[[Tensors], CodedWeight]
     quantize_input: Callable[[Tensor, Tensors], Tensor] | None = None
     group_size: int | None = None
 
-
-def dequantize_rows(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize int8 or float8 codes [N, K] with one scale per row ([N], or [N, 1] of float8)."""
-    return tensors["weight"].to(dtype) * tensors["weight_scale"].to(dtype).reshape(-1, 1)
-
-
-def dequantize_tensor(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize codes [N, K] with one scale for the whole tensor."""
-    return tensors["weight"].to(dtype) * tensors["weight_scale"].to(dtype)
+    def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """Return the weight [N, K], computed in `dtype`, which is float32 or float64."""
+        return self.decode(tensors).dequantize(dtype)
 
 
-def dequantize_blocks(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize codes [N, K] with one scale per block of 128 x 128 codes.
+def decode_rows(tensors: Tensors) -> CodedWeight:
+    """Decode int8 or float8 codes [N, K] with one scale per row ([N], or [N, 1] of float8)."""
+    return _coded(tensors["weight"], tensors["weight_scale"].reshape(-1, 1))
+
+
+def decode_tensor(tensors: Tensors) -> CodedWeight:
+    """Decode codes [N, K] with one scale for the whole tensor."""
+    return _coded(tensors["weight"], tensors["weight_scale"].reshape(1, 1))
+
+
+def decode_blocks(tensors: Tensors) -> CodedWeight:
+    """Decode codes [N, K] with one scale per block of 128 x 128 codes.
 
     The scale is [ceil(N/128), ceil(K/128)], or the same with four axes, [ceil(N/128), 1, ceil(K/128), 1]. Blocks at the
     lower and right edge may be partial.
     """
-    codes, scale = tensors["weight"].to(dtype), tensors["weight_scale"].to(dtype)
+    codes, scale = tensors["weight"], tensors["weight_scale"]
     if scale.dim() == 4:
         scale = scale[:, 0, :, 0]
-    rows, columns = codes.shape
-    return codes * scale.repeat_interleave(_BLOCK, 0)[:rows].repeat_interleave(_BLOCK, 1)[:, :columns]
+    return CodedWeight(codes=codes, scale=scale.repeat_interleave(_BLOCK, 0)[: len(codes)], width=_BLOCK)
 
 
-def dequantize_int4_rows(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize int4 codes, packed as row pairs [N/2, K], with one scale per row ([N])."""
-    return unpack_row_pairs(tensors["weight"]).to(dtype) * tensors["weight_scale"].to(dtype)[:, None]
+def decode_int4_rows(tensors: Tensors) -> CodedWeight:
+    """Decode int4 codes, packed as row pairs [N/2, K], with one scale per row ([N])."""
+    return _coded(unpack_row_pairs(tensors["weight"]), tensors["weight_scale"][:, None])
 
 
-def dequantize_int4_groups(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize int4 codes, packed as row pairs [N/2, K], with one scale per group of g codes along K ([N, K/g])."""
-    scale = tensors["weight_scale"].to(dtype)
-    return (_in_groups(unpack_row_pairs(tensors["weight"]).to(dtype), scale) * scale[:, :, None]).flatten(1)
+def decode_int4_groups(tensors: Tensors) -> CodedWeight:
+    """Decode int4 codes, packed as row pairs [N/2, K], with one scale per group of g codes along K ([N, K/g])."""
+    return _coded(unpack_row_pairs(tensors["weight"]), tensors["weight_scale"])
 
 
-def dequantize_int4_groups_with_zero(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Like `dequantize_int4_groups`, but add `weight_zero` [N, K/g] to the scaled code: W = code * scale + zero."""
-    zero = tensors["weight_zero"].to(dtype)
-    return (_in_groups(dequantize_int4_groups(tensors, dtype), zero) + zero[:, :, None]).flatten(1)
+def decode_int4_groups_with_zero(tensors: Tensors) -> CodedWeight:
+    """Like `decode_int4_groups`, but add `weight_zero` [N, K/g] to the scaled code: W = code * scale + zero."""
+    return replace(decode_int4_groups(tensors), zero=tensors["weight_zero"])
 
 
-def dequantize_nvfp4(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize E2M1 codes, packed as column pairs [N, K/2], with two scales.
+def decode_nvfp4(tensors: Tensors) -> CodedWeight:
+    """Decode E2M1 codes, packed as column pairs [N, K/2], with two scales.
 
     `weight_scale` is one float8 scale per group of 16 codes along K ([N, K/16]); `weight_scale_2` is one float32 scale
     for the whole tensor.
     """
-    scale = tensors["weight_scale"].to(dtype)
-    codes = _decode_e2m1(tensors["weight"], dtype)
-    return (_in_groups(codes, scale) * scale[:, :, None]).flatten(1) * tensors["weight_scale_2"].to(dtype)
+    coded = _coded(_decode_e2m1(tensors["weight"]), tensors["weight_scale"])
+    return replace(coded, factor=tensors["weight_scale_2"])
 
 
-def dequantize_mxfp8(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize float8 codes [N, K] with one power-of-two scale per group of 32 codes along K ([N, K/32])."""
-    scale = _decode_e8m0(tensors["weight_scale"], dtype)
-    return (_in_groups(tensors["weight"].to(dtype), scale) * scale[:, :, None]).flatten(1)
+def decode_mxfp8(tensors: Tensors) -> CodedWeight:
+    """Decode float8 codes [N, K] with one power-of-two scale per group of 32 codes along K ([N, K/32])."""
+    return _coded(tensors["weight"], _e8m0(tensors["weight_scale"]))
 
 
-def dequantize_mxfp4(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    """Dequantize E2M1 codes, packed as column pairs [N, K/2], with one power-of-two scale per 32 codes ([N, K/32])."""
-    scale = _decode_e8m0(tensors["weight_scale"], dtype)
-    return (_in_groups(_decode_e2m1(tensors["weight"], dtype), scale) * scale[:, :, None]).flatten(1)
+def decode_mxfp4(tensors: Tensors) -> CodedWeight:
+    """Decode E2M1 codes, packed as column pairs [N, K/2], with one power-of-two scale per 32 codes ([N, K/32])."""
+    return _coded(_decode_e2m1(tensors["weight"]), _e8m0(tensors["weight_scale"]))
 
 
 def unpack_row_pairs(packed: Tensor) -> Tensor:
@@ -134,20 +132,21 @@ def unpack_column_pairs(packed: Tensor) -> Tensor:
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
 
 
-def _decode_e2m1(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unpack column pairs [N, K/2] of E2M1 codes to their values [N, K]."""
+def _decode_e2m1(packed: Tensor) -> Tensor:
+    """Unpack column pairs [N, K/2] of E2M1 codes to their numbers [N, K] in E4M3, which has them all."""
     codes = unpack_column_pairs(packed)
-    return torch.tensor(_E2M1_VALUES, dtype=dtype).index_select(0, codes.flatten().int()).view(codes.shape)
+    values = torch.tensor(_E2M1_VALUES).to(torch.float8_e4m3fn).view(torch.uint8)
+    return values.index_select(0, codes.flatten().int()).view(torch.float8_e4m3fn).view(codes.shape)
 
 
-def _decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decode E8M0 bytes: byte e is 2^(e - 127), byte 255 is NaN."""
-    return codes.view(torch.float8_e8m0fnu).to(dtype)
+def _e8m0(codes: Tensor) -> Tensor:
+    """Return E8M0 bytes as numbers: byte e is 2^(e - 127), byte 255 is NaN."""
+    return codes.view(torch.float8_e8m0fnu)
 
 
-def _in_groups(values: Tensor, per_group: Tensor) -> Tensor:
-    """Reshape [N, K] to [N, K/g, g], so that it broadcasts with one entry per group, `per_group` [N, K/g]."""
-    return values.reshape(*per_group.shape, -1)
+def _coded(codes: Tensor, scale: Tensor) -> CodedWeight:
+    """Return codes [N, K] with scales [N, G] of groups of equal width."""
+    return CodedWeight(codes=codes, scale=scale, width=codes.shape[1] // scale.shape[1])
 
 
 def _input_per_tensor(x: Tensor, tensors: Tensors) -> Tensor:
@@ -192,53 +191,51 @@ _PRE_QUANT_SCALE = TensorRule(name="pre_quant_scale", dtypes=WIDE_FLOATS, shape=
 BIAS = TensorRule(name="bias", dtypes=WIDE_FLOATS, shape=("N",))
 
 LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
-    QuantAlgo.W4A16: LinearLayout(tensors=(_INT4_ROW_PAIRS, _ROW_SCALE), dequantize=dequantize_int4_rows),
+    QuantAlgo.W4A16: LinearLayout(tensors=(_INT4_ROW_PAIRS, _ROW_SCALE), decode=decode_int4_rows),
     QuantAlgo.W4A16_AWQ: LinearLayout(
-        tensors=(_INT4_ROW_PAIRS, _GROUP_SCALE, _PRE_QUANT_SCALE), dequantize=dequantize_int4_groups
+        tensors=(_INT4_ROW_PAIRS, _GROUP_SCALE, _PRE_QUANT_SCALE), decode=decode_int4_groups
     ),
     QuantAlgo.W4A16_GPTQ: LinearLayout(
-        tensors=(_INT4_ROW_PAIRS, _GROUP_SCALE, _GROUP_ZERO), dequantize=dequantize_int4_groups_with_zero
+        tensors=(_INT4_ROW_PAIRS, _GROUP_SCALE, _GROUP_ZERO), decode=decode_int4_groups_with_zero
     ),
-    QuantAlgo.W8A16: LinearLayout(tensors=(_INT8_CODES, _ROW_SCALE), dequantize=dequantize_rows),
+    QuantAlgo.W8A16: LinearLayout(tensors=(_INT8_CODES, _ROW_SCALE), decode=decode_rows),
     QuantAlgo.FP8: LinearLayout(
         tensors=(_FP8_CODES, _TENSOR_SCALE, _OPTIONAL_INPUT_SCALE),
-        dequantize=dequantize_tensor,
+        decode=decode_tensor,
         quantize_input=_input_per_tensor,
     ),
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: LinearLayout(
         tensors=(_FP8_CODES, _ROW_OR_COLUMN_SCALE),
-        dequantize=dequantize_rows,
+        decode=decode_rows,
         quantize_input=_dynamic_input(quantize_per_token),
     ),
     QuantAlgo.FP8_BLOCK_SCALES: LinearLayout(
         tensors=(_FP8_CODES, _BLOCK_SCALE),
-        dequantize=dequantize_blocks,
+        decode=decode_blocks,
         quantize_input=_dynamic_input(quantize_per_block),
         group_size=128,
     ),
     QuantAlgo.NVFP4: LinearLayout(
         tensors=(_FP4_COLUMN_PAIRS, _NVFP4_SCALE, _SECOND_SCALE, _INPUT_SCALE, _PRE_QUANT_SCALE),
-        dequantize=dequantize_nvfp4,
+        decode=decode_nvfp4,
         quantize_input=_input_nvfp4,
         group_size=16,
     ),
     QuantAlgo.W4A16_NVFP4: LinearLayout(
         tensors=(_FP4_COLUMN_PAIRS, _NVFP4_SCALE, _SECOND_SCALE, _OPTIONAL_INPUT_SCALE, _PRE_QUANT_SCALE),
-        dequantize=dequantize_nvfp4,
+        decode=decode_nvfp4,
         group_size=16,
     ),
     QuantAlgo.MXFP8: LinearLayout(
         tensors=(_FP8_CODES, _MX_SCALE),
-        dequantize=dequantize_mxfp8,
+        decode=decode_mxfp8,
         quantize_input=_dynamic_input(quantize_mxfp8),
         group_size=32,
     ),
-    QuantAlgo.W4A16_MXFP4: LinearLayout(
-        tensors=(_FP4_COLUMN_PAIRS, _MX_SCALE), dequantize=dequantize_mxfp4, group_size=32
-    ),
+    QuantAlgo.W4A16_MXFP4: LinearLayout(tensors=(_FP4_COLUMN_PAIRS, _MX_SCALE), decode=decode_mxfp4, group_size=32),
     QuantAlgo.W4A8_MXFP4_MXFP8: LinearLayout(
         tensors=(_FP4_COLUMN_PAIRS, _MX_SCALE),
-        dequantize=dequantize_mxfp4,
+        decode=decode_mxfp4,
         quantize_input=_dynamic_input(quantize_mxfp8),
         group_size=32,
     ),

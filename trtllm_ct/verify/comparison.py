@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.dtypes import DType
 
-__all__ = ["Comparison", "compare_native", "compare_rounded", "equal_bits"]
+__all__ = ["Comparison", "compare_native", "compare_rounded", "equal_bits", "equal_elements"]
 
 _BLOCK = 128
 _NATIVE_TOLERANCE = 1e-6
@@ -64,19 +65,21 @@ class Comparison:
         return fields_form(self)
 
 
-def compare_native(got: NDArray[np.float64], want: NDArray[np.float64]) -> Comparison:
+def compare_native(got: NDArray[np.float64], want: NDArray[np.float64], *, exact: bool = False) -> Comparison:
     """Compare rows [n, K] of two weights in float64 that were dequantized from native codes.
 
-    Good when no element is off by more than 1e-6 of the largest magnitude in its row of `want`.
+    Good when no element is off by more than 1e-6 of the largest magnitude in its row of `want`; with `exact`, when no
+    element is off at all.
     """
     # The sum is finite only if every element is.
     if np.array_equal(got, want) and np.isfinite(want.sum()):
         return _equal(got)
     peak = _row_peak(want)
+    tolerance = 0.0 if exact else _NATIVE_TOLERANCE
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = np.abs(got - want)
         # A row of zeros allows no difference; a NaN in `got` or `want` never passes.
-        allowed = difference <= _NATIVE_TOLERANCE * peak
+        allowed = difference <= tolerance * peak
         relative = np.where(difference == 0, 0.0, difference / peak)
     return _comparison(got, want, allowed, relative)
 
@@ -111,12 +114,14 @@ def equal_bits(got: NDArray[Any], stored: NDArray[Any], dtype: DType) -> Compari
     return _equal(to_numbers(got.reshape(-1)[:1], dtype).reshape((1,) * got.ndim))
 
 
+def equal_elements(first: float, shape: tuple[int, ...]) -> Comparison:
+    """Return the comparison of equal elements of a shape; its place is the first of them."""
+    position = (0,) * len(shape) if prod(shape) else ()
+    return Comparison(good=True, error=0.0, differing=0, position=position, got=first, want=first)
+
+
 def _equal(got: NDArray[np.float64]) -> Comparison:
-    """Return the comparison of equal elements; its place is the first of them."""
-    if not got.size:
-        return Comparison(good=True, error=0.0, differing=0, position=(), got=0.0, want=0.0)
-    first = float(got.flat[0])
-    return Comparison(good=True, error=0.0, differing=0, position=(0,) * got.ndim, got=first, want=first)
+    return equal_elements(float(got.flat[0]) if got.size else 0.0, got.shape)
 
 
 def _row_peak(want: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.verify.source.coded import Coded
     from trtllm_ct.verify.source.files import SourceTensor
     from trtllm_ct.verify.source.modules import Module, Modules
 
@@ -51,11 +52,16 @@ class NamedPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Exact:
-    """The exact rows of a source's weight; `stored` is the weight as it is stored if nothing is computed."""
+    """The exact rows of a source's weight.
+
+    `coded` returns them as codes and scales, if nothing else is applied to them. `stored` is the weight as it is stored
+    if nothing is computed.
+    """
 
     shape: tuple[int, ...]
     rows: Callable[[int, int], NDArray[np.float64]]
     block: int = 1
+    coded: Callable[[int, int], Coded] | None = None
     stored: Stored | None = None
     rotated: bool = False
 
@@ -159,10 +165,15 @@ class DirectoryMatch:
         weight.shape = decoder.shape(weight)
         rows = weight.shape[0] // module.parts
         first = module.part * rows
+
+        def coded(begin: int, end: int) -> Coded:
+            return decoder.read(weight, first + begin, first + end)
+
         return _Exact(
             shape=(rows, weight.shape[1]),
-            rows=lambda begin, end: decoder.rows(weight, first + begin, first + end),
+            rows=lambda begin, end: coded(begin, end).values(),
             block=decoder.block,
+            coded=coded,
         )
 
     def _weight(self, module: Module, delivered: Module | None, exact: _Exact) -> Iterator[NamedPair]:
@@ -207,7 +218,7 @@ class DirectoryMatch:
         except CheckpointError as error:
             self.faults.faults.extend(error.faults)
             return
-        pair = native_pair(native.rows, exact.rows, shape, exact.block)
+        pair = native_pair(native, exact.coded or exact.rows, exact.block)
         yield NamedPair(name=f"{delivered.name}.weight", kind="native", pair=pair)
 
     def _check_pre_quant_scale(self, module: Module, delivered: Module) -> None:

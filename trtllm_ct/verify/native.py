@@ -10,6 +10,7 @@ import torch
 
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.linear_layouts import LAYOUTS
+from trtllm_ct.verify.source.coded import Coded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,16 +48,30 @@ class NativeWeight:
         }
         ReferenceLinear(headers, layer=self.layer, in_features=columns, out_features=rows, name=self.name)
 
-    def rows(self, begin: int, end: int) -> NDArray[np.float64]:
-        """Return rows `begin` to `end` in float64."""
-        layout = LAYOUTS[self.layer.quant_algo]
-        given = [(rule, name) for rule in layout.tensors for name in rule.names if name in self.tensors]
-        parts = {rule.name: self._part(rule, name, begin, end) for rule, name in given}
-        value = layout.dequantize(parts, torch.float64)
-        if "pre_quant_scale" in parts:
-            value = value * parts["pre_quant_scale"].double()
-        rows: NDArray[np.float64] = value.numpy()
-        return rows
+    def coded(self, begin: int, end: int) -> Coded:
+        """Return rows `begin` to `end` as codes and scales, without `pre_quant_scale`."""
+        weight = LAYOUTS[self.layer.quant_algo].decode(self._parts(begin, end))
+        scale = weight.scale.double()
+        if weight.factor is not None:
+            scale = scale * weight.factor.double()
+        return Coded(
+            codes=(weight.codes if weight.codes.dtype is torch.int8 else weight.codes.view(torch.uint8)).numpy(),
+            scale=scale.numpy(),
+            width=weight.width,
+            offset=None if weight.zero is None else weight.zero.double().numpy(),
+        )
+
+    @cached_property
+    def column_factors(self) -> NDArray[np.float64] | None:
+        """The numbers of `pre_quant_scale`, which multiply columns; None if they change nothing."""
+        scale = self._whole.get("pre_quant_scale")
+        return None if scale is None or bool((scale == 1).all()) else scale.double().numpy()
+
+    def _parts(self, begin: int, end: int) -> dict[str, Tensor]:
+        """Return the parts of all tensors that belong to some rows, by their names in the reference engine."""
+        rules = LAYOUTS[self.layer.quant_algo].tensors
+        given = [(rule, name) for rule in rules for name in rule.names if name in self.tensors]
+        return {rule.name: self._part(rule, name, begin, end) for rule, name in given}
 
     def _part(self, rule: TensorRule, name: str, begin: int, end: int) -> Tensor:
         """Return the part of a tensor that belongs to some rows of the weight; the whole if it has no rows."""

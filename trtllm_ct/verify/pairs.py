@@ -8,7 +8,8 @@ from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits
+from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits, equal_elements
+from trtllm_ct.verify.source.coded import Coded
 from trtllm_ct.verify.source.numbers import to_numbers
 
 if TYPE_CHECKING:
@@ -16,14 +17,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.verify.native import NativeWeight
 
 __all__ = ["Pair", "Span", "native_pair", "plain_pair", "spans"]
 
 Rows = Callable[[int, int], "NDArray[np.float64]"]
 Span = tuple[int, int]
 
-# Elements that are decoded at once: 512 KiB in float64, which stay in the cache of a core from one step to the next.
-_CHUNK = 1 << 16
+# Bytes that are decoded at once: they stay in the cache of a core from one step to the next.
+_CHUNK_BYTES = 1 << 19
+_FLOAT64_BYTES = 8
 # Elements that one thread compares before the next one is chosen.
 _SPAN = 1 << 22
 # A delivered layout may have scales for blocks of so many rows, and pairs of rows in one byte.
@@ -33,11 +36,15 @@ _PAIR_ROWS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A tensor on both sides. `compare` compares rows `begin` to `end`; `block` rows belong together."""
+    """A tensor on both sides. `compare` compares rows `begin` to `end`; `block` rows belong together.
+
+    An element has `itemsize` bytes when it is compared.
+    """
 
     shape: tuple[int, ...]
     compare: Callable[[int, int], Comparison]
     block: int = 1
+    itemsize: int = _FLOAT64_BYTES
 
     @property
     def rows(self) -> int:
@@ -49,7 +56,7 @@ class Pair:
         """The rows that are compared at once; all of them for a scalar or a vector."""
         if len(self.shape) < 2:
             return max(1, self.rows)
-        fitting = max(_PAIR_ROWS, _CHUNK // max(1, prod(self.shape[1:])))
+        fitting = max(_PAIR_ROWS, _CHUNK_BYTES // max(1, self.itemsize * prod(self.shape[1:])))
         whole = fitting // _BLOCK_ROWS * _BLOCK_ROWS if fitting >= _BLOCK_ROWS else 1 << (fitting.bit_length() - 1)
         return -(-whole // self.block) * self.block
 
@@ -69,11 +76,24 @@ def spans(pair: Pair) -> Iterator[Span]:
         yield begin, min(begin + step, pair.rows)
 
 
-def native_pair(delivered: Rows, source: Rows, shape: tuple[int, int], block: int) -> Pair:
-    """Return the pair of a weight that is quantized on both sides."""
-    return Pair(
-        shape=shape, compare=lambda begin, end: compare_native(delivered(begin, end), source(begin, end)), block=block
-    )
+def native_pair(delivered: NativeWeight, source: Callable[[int, int], Coded] | Rows, block: int) -> Pair:
+    """Return the pair of a weight that is quantized on both sides; `source` returns its rows, coded or in float64.
+
+    Rows with the same codes and scales are equal. Only others are multiplied, and their values compared.
+    """
+
+    def compare(begin: int, end: int) -> Comparison:
+        got, want = delivered.coded(begin, end), source(begin, end)
+        factors, exact = delivered.column_factors, False
+        if isinstance(want, Coded):
+            if factors is None and got.equals(want):
+                return equal_elements(got.first(), got.codes.shape)
+            exact = factors is None and want.is_exact_in_float32
+            want = want.values()
+        numbers = got.values() if factors is None else got.values() * factors
+        return compare_native(numbers, want, exact=exact)
+
+    return Pair(shape=delivered.shape, compare=compare, block=block, itemsize=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,9 +78,10 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
 
     Without `converted`, these are checked: the structure and the companion tensors (by planning), that scales are
     finite and positive, that zero points are in range and that no code is NaN. With `converted`, every weight is also
-    dequantized on both sides in float64. A native weight is good when no element is off by more than 1e-6 of the
-    largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded once to
-    its dtype.
+    compared: by its codes and scales, or dequantized on both sides in float64. A native weight is good when every
+    element is equal; where a delivered number had to be rounded to float32, when no element is off by more than 1e-6 of
+    the largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded
+    once to its dtype.
     Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
     stage that fails. Memory does not grow with the size of a weight: chunks of 512 KiB for each core. Exceptions are
     weights with a transform on their output, of which as many rows as its matrix has are held in float64, and

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.verify.source.numbers import E2M1, E2M3, E4M3, look_up, nibble_values, to_numbers, unpack
+from trtllm_ct.verify.source.numbers import E2M1, E2M3, E4M3, look_up, nibble_values, nibbles, to_numbers, unpack
 from trtllm_ct.verify.source.rounding import rounded
 
 
@@ -42,7 +42,8 @@ def test_bytes_are_looked_up_at_odd_and_even_lengths(columns: int):
 
 
 def test_the_first_nibble_is_the_low_one():
-    assert nibble_values(np.array([[0x21]], np.uint8), np.arange(16.0)).tolist() == [[1.0, 2.0]]
+    assert nibbles(np.array([[0x21], [0xF0]], np.uint8)).tolist() == [[1, 2], [0, 15]]
+    assert nibble_values(np.array([[0x21]], np.uint8), np.arange(16, dtype=np.int8)).tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,21 @@ class TestRounding:
             expected = values.astype(dtype).astype(np.float64)
 
         assert np.array_equal(rounded(values, DType.from_torch(dtype)), expected)
+
+    @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32])
+    @pytest.mark.parametrize("odd", [np.nan, np.inf, 1e300, 1e-300])
+    def test_a_number_is_rounded_alike_whatever_is_beside_it(self, dtype: DType, odd: float):
+        """Normal numbers alone are rounded by their bits, numbers beside others by steps."""
+        digits = {DType.BF16: 8, DType.F16: 11, DType.F32: 24}[dtype]
+        random = np.random.default_rng(0)
+        halves = random.integers(1 << digits, 1 << (digits + 1), 2000) * 2.0 ** random.integers(-12, 4, 2000)
+        near = np.concatenate([np.nextafter(halves, direction) for direction in (0, np.inf)])
+        values = np.concatenate([halves, near, [0.0, -0.0]]) * 2.0**-digits
+        values = np.concatenate([values, -values])
+
+        alone, beside = rounded(values, dtype), rounded(np.append(values, odd), dtype)[:-1]
+
+        assert alone.tobytes() == beside.tobytes()
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0])
     def test_what_is_no_number_stays(self, value: float):

@@ -13,6 +13,7 @@ sparse.py      tensors that are stored as a bitmask and the values that are not 
 names.py       the names that modules have in files, and what they mean
 modules.py     the modules of a directory by what they mean, with experts apart
 schemes.py     the scheme of a module in the configuration
+coded.py       rows as codes and scales, and when two are equal without a multiplication
 weights.py     a quantized weight: its tensors, scales and zero points
 decoders.py    one decoder for each format: the table `DECODERS`
 marlin_24.py   the decoder of `marlin-24`

@@ -26,23 +26,32 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import NumberType
 from trtllm_ct.verify.source import marlin_24
 from trtllm_ct.verify.source.files import SourceTensor
-from trtllm_ct.verify.source.numbers import E2M1, E2M3, E4M3, look_up, nibble_values, to_numbers, unpack
+from trtllm_ct.verify.source.numbers import (
+    E2M1_IN_E4M3,
+    E2M3_IN_E4M3,
+    E4M3,
+    look_up,
+    nibble_values,
+    nibbles,
+    to_numbers,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from trtllm_ct.verify.source.coded import Coded
     from trtllm_ct.verify.source.weights import Weight
 
 __all__ = ["DECODERS", "Decoder", "decoder_for", "has_weight", "is_quantized", "plain_tensors"]
 
 Tensors = Mapping[str, SourceTensor]
-_Rows = Callable[["Weight", int, int], "NDArray[np.float64]"]
+_Read = Callable[["Weight", int, int], "Coded"]
 
 _WORD_BITS = 32
 _DENSE_SINCE = (0, 18)
 _EXPONENTS = frozenset({DType.U8, DType.F8_E8M0})
 _FLOAT8 = frozenset({DType.F8_E4M3, DType.U8})
-_INT4 = np.arange(16.0) - 8
 _BYTES_PER_SCALE = {"nvfp4": 8, "mxfp4": 16, "mxfp6": 24}
 
 
@@ -51,14 +60,14 @@ class Decoder:
     """How one format is read.
 
     `accepts` says whether the tensors of a module are of this format. `shape` returns (N, K) of the stored weight, and
-    `rows` returns rows of it in float64. `codes` is the name of the codes, and `companions` are those of the other
-    tensors that only this format has. `number` is the type of the codes, and their bits if they have always the same.
-    Rows are decoded `block` at a time.
+    `read` returns rows of it as codes and scales. `codes` is the name of the codes, and `companions` are those of the
+    other tensors that only this format has. `number` is the type of the codes, and their bits if they have always the
+    same. Rows are decoded `block` at a time.
     """
 
     accepts: Callable[[Tensors], bool]
     shape: Callable[[Weight], tuple[int, int]]
-    rows: _Rows
+    read: _Read
     number: tuple[NumberType, int | None]
     codes: str = "weight_packed"
     companions: frozenset[str] = frozenset()
@@ -140,18 +149,16 @@ def _bytes_shape(codes_per_byte: float) -> Callable[[Weight], tuple[int, int]]:
     return shape
 
 
-def _packed_int_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
+def _packed_int(weight: Weight, begin: int, end: int) -> Coded:
     bits, columns = weight.args.num_bits, weight.shape[1]
     words = weight.rows("weight_packed", begin, end)
     packed = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 4:
-        codes = nibble_values(packed, _INT4)[:, :columns]
-        return weight.multiplied(np.ascontiguousarray(codes), begin, end)
-    if bits == 8:
-        unsigned = packed[:, :columns]
+    if bits in {4, 8}:
+        unsigned = (nibbles(packed) if bits == 4 else packed)[:, :columns]
     else:
         unsigned = unpack(packed, bits, columns, dense=_is_dense(weight, words.shape[1]))
-    return weight.multiplied(unsigned.astype(np.float64) - (1 << (bits - 1)), begin, end)
+    # Wraps around for 8 bits: 128 to 255 become 0 to 127, and 0 to 127 become -128 to -1.
+    return weight.coded((unsigned - np.uint8(1 << (bits - 1))).view(np.int8), begin, end)
 
 
 def _is_dense(weight: Weight, words: int) -> bool:
@@ -163,15 +170,13 @@ def _is_dense(weight: Weight, words: int) -> bool:
     return words == dense
 
 
-def _plain_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
-    codes = to_numbers(weight.rows("weight", begin, end), weight.tensor("weight").dtype)
-    return weight.multiplied(codes, begin, end)
+def _plain_int(weight: Weight, begin: int, end: int) -> Coded:
+    return weight.coded(weight.rows("weight", begin, end), begin, end)
 
 
-def _float8_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
-    """Decode float8 codes; stored zero points of float codes mean nothing, and `verify` demands that they are 0."""
-    codes = look_up(weight.rows("weight", begin, end), E4M3)
-    return weight.multiplied(codes, begin, end, zero_point="")
+def _float8(weight: Weight, begin: int, end: int) -> Coded:
+    """Read float8 codes; stored zero points of float codes mean nothing, and `verify` demands that they are 0."""
+    return weight.coded(weight.rows("weight", begin, end), begin, end, zero_point="")
 
 
 def _exponents(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
@@ -179,38 +184,38 @@ def _exponents(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
     return to_numbers(weight.rows("weight_scale", begin, end), DType.F8_E8M0)
 
 
-def _mxfp8_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
-    return weight.grouped(look_up(weight.rows("weight", begin, end), E4M3), _exponents(weight, begin, end))
+def _mxfp8(weight: Weight, begin: int, end: int) -> Coded:
+    codes = weight.rows("weight", begin, end)
+    return weight.coded(codes, begin, end, scale=_exponents(weight, begin, end), zero_point="")
 
 
-def _mxfp4_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
-    codes = nibble_values(weight.rows("weight_packed", begin, end), E2M1)
-    return weight.grouped(codes, _exponents(weight, begin, end))
+def _mxfp4(weight: Weight, begin: int, end: int) -> Coded:
+    codes = nibble_values(weight.rows("weight_packed", begin, end), E2M1_IN_E4M3)
+    return weight.coded(codes, begin, end, scale=_exponents(weight, begin, end), zero_point="")
 
 
-def _mxfp6_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
+def _mxfp6(weight: Weight, begin: int, end: int) -> Coded:
     packed = weight.rows("weight_packed", begin, end)
-    codes = unpack(packed, 6, packed.shape[1] * 8 // 6)
-    return weight.grouped(look_up(codes, E2M3), _exponents(weight, begin, end))
+    codes = E2M3_IN_E4M3[unpack(packed, 6, packed.shape[1] * 8 // 6)]
+    return weight.coded(codes, begin, end, scale=_exponents(weight, begin, end), zero_point="")
 
 
-def _nvfp4_rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
-    """Decode codes with two scales, of which the global one divides; a global scale of 0 means a weight of 0."""
-    codes = nibble_values(weight.rows("weight_packed", begin, end), E2M1)
+def _nvfp4(weight: Weight, begin: int, end: int) -> Coded:
+    """Read codes with two scales, of which the global one divides; a global scale of 0 means a weight of 0."""
+    codes = nibble_values(weight.rows("weight_packed", begin, end), E2M1_IN_E4M3)
     scale = look_up(weight.rows("weight_scale", begin, end).view(np.uint8), E4M3)
     divisor = weight.scalar("weight_global_scale")
-    values = weight.grouped(codes, scale)
-    return values / divisor if divisor else np.zeros_like(values)
+    return weight.coded(codes, begin, end, scale=scale, zero_point="", divisor=divisor)
 
 
 DECODERS: Mapping[str, Decoder] = {
     "pack-quantized": Decoder(
-        accepts=_is_packed_int, shape=_packed_int_shape, rows=_packed_int_rows, number=(NumberType.INT, None)
+        accepts=_is_packed_int, shape=_packed_int_shape, read=_packed_int, number=(NumberType.INT, None)
     ),
     "marlin-24": Decoder(
         accepts=lambda tensors: "scale_packed" in tensors and "weight_packed" in tensors,
         shape=marlin_24.shape,
-        rows=marlin_24.rows,
+        read=marlin_24.read,
         number=(NumberType.INT, None),
         companions=frozenset({"scale_packed", "meta"}),
         block=marlin_24.BLOCK,
@@ -218,40 +223,40 @@ DECODERS: Mapping[str, Decoder] = {
     "int-quantized": Decoder(
         accepts=lambda tensors: _has(tensors, "weight", frozenset({DType.I8})),
         shape=_shape_of("weight"),
-        rows=_plain_rows,
+        read=_plain_int,
         number=(NumberType.INT, None),
         codes="weight",
     ),
     "mxfp8-quantized": Decoder(
         accepts=lambda tensors: _is_float8(tensors) and _has(tensors, "weight_scale", _EXPONENTS),
         shape=_shape_of("weight"),
-        rows=_mxfp8_rows,
+        read=_mxfp8,
         number=(NumberType.FLOAT, 8),
         codes="weight",
     ),
     "float-quantized": Decoder(
         accepts=lambda tensors: _is_float8(tensors) and not _has(tensors, "weight_scale", _EXPONENTS),
         shape=_shape_of("weight"),
-        rows=_float8_rows,
+        read=_float8,
         number=(NumberType.FLOAT, 8),
         codes="weight",
     ),
     "nvfp4-pack-quantized": Decoder(
         accepts=_is_small_float("nvfp4", _FLOAT8),
         shape=_bytes_shape(2),
-        rows=_nvfp4_rows,
+        read=_nvfp4,
         number=(NumberType.FLOAT, 4),
     ),
     "mxfp4-pack-quantized": Decoder(
         accepts=_is_small_float("mxfp4", _EXPONENTS),
         shape=_bytes_shape(2),
-        rows=_mxfp4_rows,
+        read=_mxfp4,
         number=(NumberType.FLOAT, 4),
     ),
     "mxfp6-pack-quantized": Decoder(
         accepts=_is_small_float("mxfp6", _EXPONENTS),
         shape=_bytes_shape(8 / 6),
-        rows=_mxfp6_rows,
+        read=_mxfp6,
         number=(NumberType.FLOAT, 6),
     ),
 }

@@ -24,9 +24,10 @@ from trtllm_ct.base.schemes import Strategy
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from trtllm_ct.verify.source.coded import Coded
     from trtllm_ct.verify.source.weights import Weight
 
-__all__ = ["BLOCK", "rows", "shape"]
+__all__ = ["BLOCK", "read", "shape"]
 
 BLOCK = 64
 """Rows that are decoded together."""
@@ -43,32 +44,31 @@ def shape(weight: Weight) -> tuple[int, int]:
     return packed[1] * 2 // weight.args.num_bits, packed[0] * 32
 
 
-def rows(weight: Weight, begin: int, end: int) -> NDArray[np.float64]:
+def read(weight: Weight, begin: int, end: int) -> Coded:
     """Return rows of the weight, which are decoded in whole blocks."""
     for local in ("weight_packed", "meta", "scale_packed"):
         if local not in weight.kept:
             weight.kept[local] = weight.tensor(local).whole()
     first, last = begin // BLOCK, -(-end // BLOCK)
-    decoded = [_block(weight, block) for block in range(first, last)]
-    return np.concatenate(decoded)[begin - first * BLOCK : end - first * BLOCK]
+    within = slice(begin - first * BLOCK, end - first * BLOCK)
+    codes = np.concatenate([_codes(weight, block) for block in range(first, last)])[within]
+    scale = np.concatenate([_scale(weight, block) for block in range(first, last)])[within]
+    return weight.coded(codes, begin, end, scale=scale, zero_point="")
 
 
-def _block(weight: Weight, block: int) -> NDArray[np.float64]:
-    """Return the 64 rows of one block, [64, K]."""
+def _codes(weight: Weight, block: int) -> NDArray[np.int8]:
+    """Return the codes of the 64 rows of one block, [64, K]; those that are not kept are 0."""
     columns = weight.shape[1]
-    codes = _kept_codes(weight, block)
+    kept = _kept_codes(weight, block)
     nibbles = _nibbles(weight.kept["meta"], block, weight.shape)
-    values = np.zeros((BLOCK, columns // 4, 4))
+    codes = np.zeros((BLOCK, columns // 4, 4), np.int8)
     row, four = np.ogrid[:BLOCK, : columns // 4]
-    values[row, four, nibbles & 3] = codes[:, 0::2]
-    values[row, four, nibbles >> 2] = codes[:, 1::2]
-    scale = _scale(weight, block)
-    groups = values.reshape(BLOCK, scale.shape[1], -1)
-    groups *= scale[:, :, None]
-    return values.reshape(BLOCK, columns)
+    codes[row, four, nibbles & 3] = kept[:, 0::2]
+    codes[row, four, nibbles >> 2] = kept[:, 1::2]
+    return codes.reshape(BLOCK, columns)
 
 
-def _kept_codes(weight: Weight, block: int) -> NDArray[np.float64]:
+def _kept_codes(weight: Weight, block: int) -> NDArray[np.int8]:
     """Return the codes that are kept, [64, K / 2]."""
     bits = weight.args.num_bits
     words = weight.kept["weight_packed"]
@@ -80,7 +80,7 @@ def _kept_codes(weight: Weight, block: int) -> NDArray[np.float64]:
     tiles[:, _permutation(bits)] = stored
     # [K / 32, 4 tiles, 16 kept columns, 16 rows] to [rows, kept columns].
     codes = tiles.reshape(len(words), BLOCK // _TILE, _TILE, _TILE).transpose(1, 3, 0, 2).reshape(BLOCK, -1)
-    return codes.astype(np.float64) - (1 << (bits - 1))
+    return (codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
 
 
 @cache

@@ -15,7 +15,18 @@ from trtllm_ct.base.dtypes import DType
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["E2M1", "E2M3", "E4M3", "look_up", "nibble_values", "to_numbers", "unpack"]
+__all__ = [
+    "E2M1",
+    "E2M1_IN_E4M3",
+    "E2M3",
+    "E2M3_IN_E4M3",
+    "E4M3",
+    "look_up",
+    "nibble_values",
+    "nibbles",
+    "to_numbers",
+    "unpack",
+]
 
 _WORD_BITS = 32
 
@@ -40,6 +51,19 @@ E2M3 = _small_float(2, 3, bias=1)
 E4M3 = _small_float(4, 3, bias=7)
 """The 256 values of the float of 8 bits; its two codes with all exponent and mantissa bits set are NaN."""
 E4M3[[0x7F, 0xFF]] = np.nan
+
+
+def _in_e4m3(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Return the E4M3 codes of numbers that E4M3 has; the sign of a zero is kept."""
+    magnitudes = np.searchsorted(E4M3[:0x7F], np.abs(values)).astype(np.uint8)
+    return magnitudes | np.where(np.signbit(values), np.uint8(0x80), np.uint8(0))
+
+
+E2M1_IN_E4M3 = _in_e4m3(E2M1)
+"""The E4M3 codes of the 16 numbers of E2M1."""
+
+E2M3_IN_E4M3 = _in_e4m3(E2M3)
+"""The E4M3 codes of the 64 numbers of E2M3."""
 
 _E5M2 = np.arange(256).astype(np.uint8).astype(np.uint16).__lshift__(8).view(np.float16).astype(np.float64)
 _E8M0 = np.ldexp(1.0, np.arange(256) - 127)
@@ -74,16 +98,28 @@ def _pairs(values: bytes) -> NDArray[np.complex128]:
     return np.ascontiguousarray(np.stack((low, high), axis=-1)).view(np.complex128).ravel()
 
 
-def nibble_values(packed: NDArray[np.uint8], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the values of codes of 4 bits, two in a byte, the first in the low nibble: [n, B] to [n, 2 B]."""
-    return np.take(_nibble_pairs(values.tobytes()), packed, mode="clip").view(np.float64)
+def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return codes of 4 bits, two in a byte, the first in the low nibble: [n, B] to [n, 2 B]."""
+    # The low nibble stays in the low byte of a word, the high nibble is moved into the high byte.
+    words = packed.astype("<u2")
+    codes: NDArray[np.uint8] = ((words | words << 4) & 0x0F0F).view(np.uint8)
+    return codes
+
+
+def nibble_values(packed: NDArray[np.uint8], values: NDArray[Any]) -> NDArray[Any]:
+    """Return the values of codes of 4 bits, two in a byte, the first in the low nibble: [n, B] to [n, 2 B].
+
+    `values` are 16 numbers of one byte each.
+    """
+    return np.take(_nibble_pairs(values.tobytes()), packed, mode="clip").view(values.dtype)
 
 
 @cache
-def _nibble_pairs(values: bytes) -> NDArray[np.complex128]:
-    table = np.frombuffer(values)
+def _nibble_pairs(values: bytes) -> NDArray[np.uint16]:
+    """Return the two values that each byte stands for, as one number that is moved at once."""
+    table = np.frombuffer(values, np.uint8)
     codes = np.arange(256)
-    return np.ascontiguousarray(np.stack((table[codes & 15], table[codes >> 4]), axis=-1)).view(np.complex128).ravel()
+    return np.ascontiguousarray(np.stack((table[codes & 15], table[codes >> 4]), axis=-1)).view(np.uint16).ravel()
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, dense: bool = True) -> NDArray[np.uint8]:

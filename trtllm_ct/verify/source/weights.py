@@ -13,6 +13,7 @@ import numpy as np
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Strategy
+from trtllm_ct.verify.source.coded import Coded
 from trtllm_ct.verify.source.numbers import unpack
 
 if TYPE_CHECKING:
@@ -54,52 +55,41 @@ class Weight:
         numbers = self.tensor(local).all_numbers().flatten()
         return float(numbers[self.module.part if numbers.size == self.module.parts else 0])
 
-    def multiplied(
-        self, codes: NDArray[np.float64], begin: int, end: int, *, zero_point: str = "weight_zero_point"
-    ) -> NDArray[np.float64]:
-        """Return (code - zero point) * scale for rows `begin` to `end`; changes `codes`.
+    def coded(
+        self,
+        codes: NDArray[np.int8] | NDArray[np.uint8],
+        begin: int,
+        end: int,
+        *,
+        scale: NDArray[np.float64] | None = None,
+        zero_point: str = "weight_zero_point",
+        divisor: float = 1.0,
+    ) -> Coded:
+        """Return rows `begin` to `end` with their scales and zero points.
 
+        `scale` are the scales [n, G] of contiguous groups of equal size if they are not numbers as they are stored.
         `zero_point` is the local name of the zero points, which need not be stored; empty if codes have none.
         """
-        zeros = self._zero_points(zero_point, begin, end) if zero_point in self.module.tensors else None
-        if zeros is not None:
-            self._apply(np.subtract, codes, zeros)
-        self._apply(np.multiply, codes, self._per_group("weight_scale", begin, end))
-        return codes
+        zero = self._zero_points(zero_point, begin, end) if zero_point in self.module.tensors else None
+        if scale is None:
+            scale = self._per_group("weight_scale", begin, end)
+        groups = max(scale.shape[1], 1 if zero is None else zero.shape[1])
+        width, columns = self._groups(groups)
+        return Coded(codes=codes, scale=scale, width=width, columns=columns, zero=zero, divisor=divisor)
 
-    def grouped(self, codes: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return codes times scales [n, G] of contiguous groups of equal size; changes `codes`."""
-        self._apply(np.multiply, codes, scale)
-        return codes
-
-    def _apply(self, operation: np.ufunc, codes: NDArray[np.float64], numbers: NDArray[np.float64]) -> None:
-        """Apply an operation with numbers [n, G] or [1, 1], in place, to each group of columns of codes [n, K]."""
-        columns = self._group_of_columns(numbers.shape[1])
-        if numbers.shape[1] == 1:
-            operation(codes, numbers, out=codes)
-        elif columns is None:
-            groups = codes.reshape(len(codes), numbers.shape[1], -1)
-            operation(groups, numbers[:, :, None], out=groups)
-        else:
-            operation(codes, numbers[:, columns], out=codes)
-
-    def _group_of_columns(self, groups: int) -> NDArray[np.int64] | None:
-        """Return the group of each column; None for contiguous groups of equal size."""
-        key = f"columns {groups}"
-        if key not in self.kept:
-            self.kept[key] = self._columns(groups)
-        columns: NDArray[np.int64] | None = self.kept[key]
-        return columns
-
-    def _columns(self, groups: int) -> NDArray[np.int64] | None:
+    def _groups(self, groups: int) -> tuple[int, NDArray[np.int64] | None]:
+        """Return the columns in a group, and the group of each column if groups are not contiguous."""
         count = self.shape[1]
-        if "weight_g_idx" in self.module.tensors and groups > 1:
-            index: NDArray[np.int64] = self.tensor("weight_g_idx").whole().astype(np.int64)
+        if groups == 1:
+            return count, None
+        if "weight_g_idx" in self.module.tensors:
+            if "weight_g_idx" not in self.kept:
+                self.kept["weight_g_idx"] = self.tensor("weight_g_idx").whole().astype(np.int64)
+            index: NDArray[np.int64] = self.kept["weight_g_idx"]
             if not (index == -1).any():
-                return index
+                return -(-count // groups), index
         block = self.args.block_structure if self.args.strategy is Strategy.BLOCK else None
-        size = block[1] if block else self.args.group_size or -(-count // groups)
-        return None if groups * size == count else np.arange(count) // size
+        return block[1] if block else self.args.group_size or -(-count // groups), None
 
     def _per_group(self, local: str, begin: int, end: int) -> NDArray[np.float64]:
         """Return the numbers [n, G] of rows `begin` to `end`; [1, 1] for one number."""
