@@ -56,6 +56,11 @@ class Capabilities:
         """The release line, None for capabilities that are not TensorRT-LLM's."""
         return self.platform.release if self.platform else None
 
+    @property
+    def sm(self) -> int | None:
+        """The SM of the GPUs, None if it is not known."""
+        return self.platform.sm if self.platform else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:

@@ -174,6 +174,7 @@ class _Planner:
             parallel=self.parallel,
             problems=class_problems(self.model.name, self.target.capabilities.release),
             engine=self.target.capabilities.name,
+            sm=self.target.capabilities.sm,
             stacks=stacks,
             tied=self.model.tied,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
