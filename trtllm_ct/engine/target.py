@@ -80,6 +80,11 @@ class Target:
     directory: bool = False
 
     @property
+    def as_classes_read(self) -> bool:
+        """Whether model classes of other programs read the result, each with its own spelling of experts."""
+        return self.directory or self.capabilities.release is not None
+
+    @property
     def holds_codes(self) -> bool:
         """Whether the target can hold quantized weights."""
         return bool(self.capabilities.linear)

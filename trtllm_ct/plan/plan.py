@@ -250,7 +250,8 @@ class Plan:
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
     `problems` say why the engine that the plan is for can't serve the result, although it can be made.
     `engine` names the capabilities that they were chosen from, and `sm` the SM of the GPUs, None if it is not known.
-    `stacks` are the delivered tensors that a directory holds as parts of a stacked tensor, with their places in it.
+    `stacks` are the delivered tensors that a directory or an engine gets as parts of a stacked tensor, with their
+    places in it.
     `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
     """
 
