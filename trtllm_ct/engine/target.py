@@ -51,6 +51,10 @@ class Capabilities:
     kv_cache_alone: bool = False
     dynamic_attention_output: bool = False
 
+    def algos(self, *, expert: bool = False, head: bool = False) -> frozenset[QuantAlgo]:
+        """Return the modes of routed experts, of the head, or of all other Linears."""
+        return self.experts if expert else self.head if head else self.linear
+
     @property
     def release(self) -> Release | None:
         """The release line, None for capabilities that are not TensorRT-LLM's."""
@@ -89,9 +93,9 @@ class Target:
         """Whether the target can hold quantized weights."""
         return bool(self.capabilities.linear)
 
-    def algos(self, *, expert: bool) -> frozenset[QuantAlgo]:
+    def algos(self, *, expert: bool, head: bool = False) -> frozenset[QuantAlgo]:
         """Return the modes in which a module may be delivered."""
-        return self.capabilities.experts if expert else self.capabilities.linear
+        return self.capabilities.algos(expert=expert, head=head)
 
 
 def _capabilities(release: Release) -> Capabilities:
