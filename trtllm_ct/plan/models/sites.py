@@ -226,7 +226,8 @@ class Model:
                 yield from self._experts(prefix, experts)
         yield Site(module=f"{body}norm", class_name=norm, shape=(hidden,))
         if not self.tied:
-            # Draft layers take the weight of the head as it is, and would read codes.
+            # For draft layers, engines may slice the weight of the head as a plain one (`_torch/modules/embedding.py:
+            # LMHead.forward`, pull request 16511).
             plain = self.draft_layers > 0
             yield Site(module=head, class_name="Linear", shape=table, plain=plain, head=True, cut=Cut.VOCABULARY)
 
