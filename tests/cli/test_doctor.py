@@ -331,6 +331,20 @@ def test_other_checkpoints_are_passed_to_the_engine(engine: Any, source: Path, t
     assert (served["native"], served["dequantized"], served["problems"]) == ({}, {}, [])
 
 
+def test_a_converted_directory_whose_modes_the_gpu_lacks_is_a_problem(
+    engine: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(source, tmp_path / "out", engine="stock-1.0", sm=90)
+    assert run_cli("doctor", tmp_path / "out").code == 0
+    monkeypatch.setattr(f"{BINDINGS}._sm_of_gpu", lambda: 120)
+
+    done = run_cli("doctor", tmp_path / "out")
+
+    assert done.code == 1
+    assert "W4A16_AWQ has no Linear on SM120" in done.out
+    assert "it was converted for SM90" in done.out
+
+
 @pytest.mark.parametrize("with_engine", [False, True])
 def test_a_prepared_directory_is_served_like_its_source(source: Path, with_engine: bool) -> None:
     """`LLM` accepts a prepared directory as well, with the options that it was prepared with."""

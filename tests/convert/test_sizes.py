@@ -15,6 +15,8 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.platform import SMS, Platform
+from trtllm_ct.engine.releases import RELEASES
 from trtllm_ct.pipeline.open import open_checkpoint
 
 if TYPE_CHECKING:
@@ -129,6 +131,64 @@ def test_an_older_release_than_that_of_the_plan_is_named(source: Path, made_for:
 
     assert (fault is not None) is warns
     assert fault is None or fault.remedy == f"Convert the source again with --engine {serves}."
+
+
+# The GPU.
+
+
+@pytest.mark.parametrize("sm", [None, *SMS])
+def test_the_sm_is_recorded_if_the_plan_was_made_for_one(source: Path, sm: int | None) -> None:
+    out = converted(source, sm=sm)
+
+    record = read_json_object(out / "hf_quant_config.json")["planned_for"]
+    assert record.get("sm", "none") == (sm or "none")
+    assert opened(out).sm == sm
+
+
+BIASED = tiny_config("Qwen2ForCausalLM", hidden=256, heads=4, intermediate=512)
+NARROW = tiny_config(hidden=256, heads=4, intermediate=576)
+OF_GPUS = {
+    "fp8-block": (NARROW, "fp8-block"),
+    "int4-g128": (BLOCKS, "int4-g128"),
+    "int4 with bias": (BIASED, "int4-g128"),
+    "int8": (BLOCKS, "int8-channel"),
+    "nvfp4": (BLOCKS, "nvfp4"),
+    "mxfp4": (BLOCKS, "mxfp4"),
+    "experts": (EXPERTS, "int4-g128"),
+    "fp8 experts": (EXPERTS, "fp8-block"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_GPUS)
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+@pytest.mark.parametrize("made_for", SMS)
+def test_a_gpu_is_refused_exactly_if_a_plan_for_it_lacks_one_of_the_modes(
+    tmp_path: Path, kind: str, release: Any, made_for: int
+) -> None:
+    """The rule for a directory is that of planning, which takes the modes of the directory where they run."""
+    config, scheme = OF_GPUS[kind]
+    source = write_checkpoint(tmp_path / "model", config=config, scheme=scheme).directory
+    out, checkpoint = converted(source, engine=release.name, sm=made_for), open_checkpoint(source)
+    directory = ConvertedDirectory.open(out)
+    modes = {module.name: module.layer for module in checkpoint.plan(engine=release.name, sm=made_for).modules}
+
+    for sm in SMS if directory is not None else ():
+        other = {module.name: module.layer for module in checkpoint.plan(engine=release.name, sm=sm).modules}
+        lost = any(modes[name] is not None and other[name] is None for name in modes)
+        assert bool(directory.gpu_faults(Platform(release=release, sm=sm))) is lost, sm
+    assert directory is None or directory.gpu_faults(Platform(release=release)) == ()
+
+
+def test_the_remedy_for_another_gpu_is_an_option_of_convert(source: Path) -> None:
+    config = tiny_config(hidden=256, heads=4, intermediate=512)
+    out = converted(write_checkpoint(source.with_name("int4"), config=config, scheme="int4-g128").directory, sm=90)
+
+    (fault,) = opened(out).gpu_faults(Platform(release=RELEASES[1], sm=120))
+    assert "it was converted for SM90" in fault.expected
+    assert "W4A16_AWQ has no Linear on SM120" in fault.found
+    assert fault.remedy == "Convert the source again with --engine stock-1.2 --sm 120."
+    with pytest.raises(UsageError, match="SM120"):
+        require_sizes(out, Parallel(), Platform(release=RELEASES[1], sm=120))
 
 
 # Warnings of a conversion with default sizes.

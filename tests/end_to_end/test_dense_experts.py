@@ -11,6 +11,7 @@ from fused_experts import fuse_experts
 from safetensors.torch import load_file
 
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.reference import load_model
 from trtllm_ct.verify.verify import verify_checkpoint
@@ -166,6 +167,24 @@ def test_stacked_experts_are_inputs_first_whatever_the_sizes(
         torch.testing.assert_close(converted(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
         if not square:
             torch.testing.assert_close(model(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layout", "to"), [("native", "modelopt"), ("dense", "dense")])
+@pytest.mark.parametrize("store", [keep, stack, fuse_experts])
+def test_the_loader_has_the_tensors_of_a_converted_directory(
+    tmp_path: Path, layout: Any, to: str, store: Callable[[dict[str, Tensor]], object]
+) -> None:
+    scheme = {"o_proj": "int4-g64"} if store is not keep else "int4-g32"
+    qwen3_vl_moe(tmp_path / "source", inner=96, scheme=scheme, store=store)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", to=to)
+
+    loaded_weights = CompressedTensorsWeightLoader().load_weights(tmp_path / "source", layout=layout)
+
+    directory = load_file(tmp_path / "out" / "model.safetensors")
+    assert loaded_weights.keys() == directory.keys()
+    assert f"{EXPERTS}.gate_up_proj" in directory
+    for name, tensor in directory.items():
+        assert torch.equal(loaded_weights[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def test_the_engine_reads_the_same_stacks_so_quantized_experts_are_dequantized(tmp_path: Path) -> None:

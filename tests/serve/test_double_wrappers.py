@@ -26,12 +26,14 @@ pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 ENGINES = {"old": "stock-1.0", "mid": "stock-1.2", "newest": "stock-1.3"}
 ROUNDED = 2**-7
+TOKENS = (5, 17, 3, 42, 8, 66)
 DEEPSEEK = tiny_config("DeepseekV3ForCausalLM", hidden=128, num_key_value_heads=4, head_dim=None)
 # The text model and the tower of each class.
 WRAPPED = {
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "vision_tower"),
     "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "vision_tower"),
     "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM", "visual"),
+    "Qwen3VLMoeForConditionalGeneration": ("Qwen3MoeForCausalLM", "visual"),
     "KimiK25ForConditionalGeneration": ("DeepseekV3ForCausalLM", "vision_tower"),
 }
 CASES = [
@@ -78,6 +80,7 @@ def text_of(architecture: str) -> dict[str, Any]:
     if architecture == "DeepseekV3ForCausalLM":
         return DEEPSEEK
     names = {"MistralForCausalLM": "mistral", "Gemma3ForCausalLM": "gemma3_text", "Qwen3ForCausalLM": "qwen3"}
+    names |= {"Qwen3MoeForCausalLM": "qwen3_vl_moe_text"}
     return tiny_config(architecture, hidden=128, kv_heads=4, model_type=names[architecture])
 
 
@@ -109,6 +112,22 @@ def test_every_linear_of_a_wrapper_is_right(tmp_path: Path, name: str, body: str
         assert wrong_weights(model, built.dense) == []
         if stock and name != "KimiK25ForConditionalGeneration":
             assert any(model.vision_keys.values())
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("generation", ["mid", "newest"])
+def test_ranks_get_their_parts_of_stacked_experts(tmp_path: Path, generation: str, sizes: tuple[int, int]) -> None:
+    name, text = "Qwen3VLMoeForConditionalGeneration", text_of("Qwen3MoeForCausalLM")
+    write_multimodal(tmp_path / "in", "model.language_model.", text=text, architecture=name, scheme=MIXED)
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", to="dense")
+    parallel = {"tensor_parallel_size": sizes[0], "moe_expert_parallel_size": sizes[1]}
+
+    with engine_double.installed(generation, importers=[BINDINGS]) as engine:
+        with engine.LLM(model=str(tmp_path / "out"), skip_tokenizer_init=True) as plain:
+            want = plain.logits(TOKENS)
+        with trtllm_ct.LLM(tmp_path / "in", engine="tensorrt_llm", skip_tokenizer_init=True, **parallel) as llm:
+            error = (llm.logits(TOKENS) - want).abs().max() / want.abs().max()
+    assert error < ROUNDED
 
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)

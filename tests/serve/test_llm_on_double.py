@@ -601,6 +601,23 @@ def test_the_loader_refuses_them_where_the_engine_tells_it_its_sizes(newest: Any
         loader.load_config(str(blocks), mapping=mapping)
 
 
+def test_a_converted_directory_whose_modes_the_gpu_lacks_is_refused(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(DEMO, tmp_path / "out", engine="stock-1.0", sm=90)
+    assert served(tmp_path / "out").args.model == str(tmp_path / "out")
+    bindings = import_module(BINDINGS)
+    monkeypatch.setattr(bindings, "_sm_of_gpu", lambda: 120)
+
+    with pytest.raises(UsageError, match="W4A16_AWQ has no Linear on SM120"):
+        served(tmp_path / "out")
+    with pytest.raises(UsageError, match="W4A16_AWQ has no Linear on SM120"):
+        trtllm_ct.prepare(tmp_path / "out")
+    mapping = import_module("tensorrt_llm.mapping").Mapping(world_size=1, rank=0, tp_size=1)
+    with pytest.raises(UsageError, match="--sm 120"):
+        bindings.CompressedTensorsCheckpointLoader().load_config(str(tmp_path / "out"), mapping=mapping)
+
+
 def test_a_directory_for_a_newer_release_causes_a_warning(old: Any, blocks: Path, caplog: Any) -> None:
     served(blocks)
 

@@ -103,7 +103,7 @@ def norms(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Name and size of every norm."""
     kind, hidden = config["model_type"], config["hidden_size"]
     sandwich = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if kind.startswith("gemma") else ()
-    heads = ("q_norm", "k_norm") if kind in {"qwen3", "qwen3_moe", "gemma3_text"} else ()
+    heads = ("q_norm", "k_norm") if kind.startswith("qwen3") or kind == "gemma3_text" else ()
     latent = {f"{name}_a_layernorm": f"{name}_lora_rank" for name in ("q", "kv") if config.get(f"{name}_lora_rank")}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"

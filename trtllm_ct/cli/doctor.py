@@ -213,7 +213,7 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
 def _converted(
     directory: Path, parallel: Parallel, machine: Machine
 ) -> tuple[tuple[Fault, ...], tuple[Fault | None, ...]]:
-    """Return why a converted directory can't be served with these sizes, and its traps in the installed engine.
+    """Return why a converted directory can't be served with these sizes on this GPU, and its traps in the engine.
 
     Both are empty for a directory that this package did not convert for TensorRT-LLM.
     """
@@ -223,7 +223,7 @@ def _converted(
     if machine.features is None:
         return converted.faults(parallel), ()
     traps = (converted.older_release(machine.features.engine), converted_scale_fault(converted))
-    return converted.faults(parallel), traps
+    return converted.faults(parallel) + converted.gpu_faults(machine.features.platform), traps
 
 
 def _plan(directory: Path, detection: Detection, parallel: Parallel, machine: Machine) -> Plan:

@@ -1,4 +1,4 @@
-"""For which parallel sizes and release a converted directory was planned, and what it does with other settings.
+"""For which sizes, release and GPU a converted directory was planned, and what it does with other settings.
 
 The record is the key `planned_for` of hf_quant_config.json, beside `quantization`. Readers look only at `quantization`
 and at the producer's name. Source: TensorRT-LLM `quantization/modelopt_config.py` (`read_modelopt_quant_config`), in
@@ -22,13 +22,14 @@ from trtllm_ct.engine.releases import RELEASES
 from trtllm_ct.plan.attention_output import unscaled_outputs
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.cuts import is_uneven
-from trtllm_ct.plan.ranks.held import misread_biases, uneven_faults, unheld_modules
+from trtllm_ct.plan.ranks.held import misread_biases, uneven_faults, unheld_modules, unrunnable_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from typing_extensions import Self
 
+    from trtllm_ct.engine.platform import Platform
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.models.sites import Site
     from trtllm_ct.plan.plan import Plan
@@ -42,15 +43,20 @@ _LARGER_SIZES = (1, *_COMMON_SIZES, 16)
 
 
 def planned_for(plan: Plan) -> dict[str, Any]:
-    """Return the record of a plan's sizes and release, as a part of hf_quant_config.json."""
-    return {_KEY: json_object({"engine": plan.engine, "parallel": plan.parallel})}
+    """Return the record of a plan's sizes, release and SM, as a part of hf_quant_config.json.
+
+    The SM is in it if the plan was made for one.
+    """
+    sm = {} if plan.sm is None else {"sm": plan.sm}
+    return {_KEY: json_object({"engine": plan.engine, "parallel": plan.parallel, **sm})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertedDirectory:
     """A directory that this package converted for TensorRT-LLM; only its JSON files are read.
 
-    `engine` is the name of the release that it was planned for, and `parallel` are the sizes.
+    `engine` is the name of the release that it was planned for, and `parallel` are the sizes. `sm` is the SM of the
+    GPUs, None if it was planned for none in particular.
     """
 
     directory: Path
@@ -58,6 +64,7 @@ class ConvertedDirectory:
     parallel: Parallel
     model: Model
     quant_config: QuantConfig
+    sm: int | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> Self | None:
@@ -74,6 +81,7 @@ class ConvertedDirectory:
                 parallel=from_fields(Parallel, record["parallel"]),
                 model=Model.from_config(read_json_object(Path(directory) / "config.json")),
                 quant_config=QuantConfig.from_dict(document["quantization"]),
+                sm=int(record["sm"]) if "sm" in record else None,
             )
         except (CheckpointError, UsageError, KeyError, TypeError, ValueError):
             return None
@@ -98,6 +106,21 @@ class ConvertedDirectory:
                 found=f"{_label(parallel)}, where {_summary(unheld)}",
                 remedy=f"Convert the source again with {_options(parallel)}"
                 + (f", or serve with tensor-parallel size {fitting}." if fitting else "."),
+            ),
+        )
+
+    def gpu_faults(self, platform: Platform) -> tuple[Fault, ...]:
+        """Return why the directory can't be served by this release on its GPU; empty if it can, or for no known GPU."""
+        unrunnable = unrunnable_modules(self._sites, self.quant_config.layer_config, platform)
+        if not unrunnable:
+            return ()
+        made_for = "no GPU in particular" if self.sm is None else f"SM{self.sm}"
+        return (
+            Fault(
+                where=str(self.directory),
+                expected=f"a GPU that runs its modes; it was converted for {made_for}",
+                found=f"SM{platform.sm}: {_leaves(unrunnable)} can't be served ({next(iter(unrunnable.values()))})",
+                remedy=f"Convert the source again with --engine {platform.release.name} --sm {platform.sm}.",
             ),
         )
 
@@ -140,14 +163,18 @@ class ConvertedDirectory:
         ]
 
 
-def require_sizes(directory: str | Path, parallel: Parallel) -> ConvertedDirectory | None:
-    """Raise `UsageError` if a directory was converted by this package and doesn't hold the sizes.
+def require_sizes(
+    directory: str | Path, parallel: Parallel, platform: Platform | None = None
+) -> ConvertedDirectory | None:
+    """Raise `UsageError` if a directory was converted by this package and doesn't hold the sizes, or the GPU's modes.
 
+    `platform` is the installed release with the SM of its GPU, None without any.
     Returns the directory; None if this package did not convert it for TensorRT-LLM.
     """
     converted = ConvertedDirectory.open(directory)
     if converted is not None:
-        faults = FaultCollector([*converted.faults(parallel)])
+        gpu_faults = () if platform is None else converted.gpu_faults(platform)
+        faults = FaultCollector([*converted.faults(parallel), *gpu_faults])
         faults.raise_if_any(UsageError)
     return converted
 
@@ -177,8 +204,12 @@ def size_warnings(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
 
 def _summary(unheld: dict[str, str]) -> str:
     """Return the modules that would be misread, by the last parts of their names, and the first reason."""
-    leaves = dict.fromkeys(module.rpartition(".")[2] for module in unheld)
-    return f"{format_names(leaves)} would be cut apart ({next(iter(unheld.values()))})"
+    return f"{_leaves(unheld)} would be cut apart ({next(iter(unheld.values()))})"
+
+
+def _leaves(modules: Iterable[str]) -> str:
+    """Return the last parts of the names of modules, each once."""
+    return format_names(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
 
 def _label(parallel: Parallel) -> str:

@@ -5,6 +5,7 @@ model_classes.py  the model classes of each release, and the names that those wi
 platform.py      the release and the SM of the GPUs that a plan is made for
 linear_mode.py   what an entry of the table of modes says
 modes.py         one table: what the Linear of each QuantAlgo holds, and since which release it exists
+kernels.py       whether the kernel of a mode exists on a platform, and adds a bias there
 slices.py        which slice of a weight each rank gets, and whether a kernel accepts it
 holdings.py      which modes hold a weight exactly, and why the others do not
 target.py        the targets, and the modes that each has by the release that it is planned for

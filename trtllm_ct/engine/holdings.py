@@ -14,6 +14,7 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import Element, NumberType, QuantAlgo, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.engine.kernels import dropped_bias, missing_kernel
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm
 from trtllm_ct.engine.platform import SMS, sms_in_words
 
@@ -178,7 +179,7 @@ def _obstacle(mode: LinearMode, weight: Weight, platform: Platform | None) -> st
     return (
         _wrong_scheme(mode, weight)
         or _wrong_groups(mode, weight)
-        or (platform and (_wrong_platform(mode, weight, platform) or _dropped_bias(mode, weight, platform)))
+        or (platform and _wrong_platform(mode, weight, platform))
         or _wrong_sizes(mode, weight, platform)
         or _wrong_slices(mode, weight, platform)
     )
@@ -213,32 +214,9 @@ def _wrong_groups(mode: LinearMode, weight: Weight) -> str | None:
 
 
 def _wrong_platform(mode: LinearMode, weight: Weight, platform: Platform) -> str | None:
-    """Return why the mode does not run on the SM; None if it does, or if the SM is not known and need not be."""
-    first_on = mode.experts_on if weight.expert else mode.linear_on
-    kernel = "expert kernel" if weight.expert else "Linear"
-    if platform.sm is None:
-        if not mode.known_sm:
-            return None
-        runs_on = [sm for sm in SMS if sm not in first_on or platform.release.has(first_on[sm])]
-        return f"{mode.algo} has a{'n' * weight.expert} {kernel} on {sms_in_words(runs_on)} only"
-    first = first_on.get(platform.sm, platform.release)
-    if platform.release.has(first):
-        return None
-    return f"{mode.algo} has no {kernel} on SM{platform.sm}" + (f" before {first.name}" if first else "")
-
-
-def _dropped_bias(mode: LinearMode, weight: Weight, platform: Platform) -> str | None:
-    """Return why the mode does not add the bias of this weight; None if it does or if there is none.
-
-    Where the SM decides and is not known, the mode counts as one that adds it; the plan then has a warning.
-    """
-    if not weight.bias or weight.expert:
-        return None
-    firsts = ((mode.bias_since, ""), (mode.bias_on.get(platform.sm or 0), f" on SM{platform.sm}"))
-    for first, where in firsts:
-        if first is not None and not platform.release.has(first):
-            return f"{mode.algo} of {platform.release.name} drops the bias{where}; {first.name} adds it"
-    return None
+    """Return why the mode has no kernel for the weight on a platform, or drops its bias there; None if neither."""
+    drops = dropped_bias(mode, platform) if weight.bias and not weight.expert else None
+    return missing_kernel(mode, platform, expert=weight.expert) or drops
 
 
 def _takes_activations(mode: LinearMode, weight: Weight) -> bool:

@@ -51,10 +51,19 @@ class Capabilities:
     kv_cache_alone: bool = False
     dynamic_attention_output: bool = False
 
+    def algos(self, *, expert: bool = False, head: bool = False) -> frozenset[QuantAlgo]:
+        """Return the modes of routed experts, of the head, or of all other Linears."""
+        return self.experts if expert else self.head if head else self.linear
+
     @property
     def release(self) -> Release | None:
         """The release line, None for capabilities that are not TensorRT-LLM's."""
         return self.platform.release if self.platform else None
+
+    @property
+    def sm(self) -> int | None:
+        """The SM of the GPUs, None if it is not known."""
+        return self.platform.sm if self.platform else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +84,18 @@ class Target:
     directory: bool = False
 
     @property
+    def as_classes_read(self) -> bool:
+        """Whether model classes of other programs read the result, each with its own spelling of experts."""
+        return self.directory or self.capabilities.release is not None
+
+    @property
     def holds_codes(self) -> bool:
         """Whether the target can hold quantized weights."""
         return bool(self.capabilities.linear)
 
-    def algos(self, *, expert: bool) -> frozenset[QuantAlgo]:
+    def algos(self, *, expert: bool, head: bool = False) -> frozenset[QuantAlgo]:
         """Return the modes in which a module may be delivered."""
-        return self.capabilities.experts if expert else self.capabilities.linear
+        return self.capabilities.algos(expert=expert, head=head)
 
 
 def _capabilities(release: Release) -> Capabilities:

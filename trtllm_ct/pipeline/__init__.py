@@ -7,6 +7,7 @@ payload.py        checks the numbers in scales, zero points and indices
 mapper.py         CompressedTensorsWeightMapper: runs the plan of one module
 stream.py         loads and maps one module after another, on several threads
 fused_scalars.py  checks the scalars that the parts of a fused Linear must share
+stacking.py       stacks the plain experts of classes that read them stacked
 loader.py         CompressedTensorsWeightLoader: loads the weights of a directory into memory
 config_loader.py  the configuration of a checkpoint as the engine's QuantConfig
 inspection.py     inspect_checkpoint: reports what the headers of a directory say

@@ -18,6 +18,7 @@ from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.engine.parallel import Rank
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.pipeline.stacking import stack_experts
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.ranks.shard import plan_for_rank
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_ct.engine.parallel import EngineMapping
+    from trtllm_ct.plan.plan import Plan
 
 __all__ = ["CompressedTensorsWeightLoader", "Decompressor", "Layout"]
 
@@ -62,18 +64,25 @@ class CompressedTensorsWeightLoader:
         """Return all weights of a directory by Hugging Face name, contiguous, on the CPU.
 
         `layout` is `native` (the tensors of a ModelOpt directory, which the engine's Linears read), `dense` (plain
-        weights in the model's dtype) or `stored` (the tensors of the files, unchanged). `mapping` and further keyword
-        arguments are passed by the engine. With a mapping of several ranks, the result has the tensors that its rank
-        reads. They have full size, but only the rows of the rank's slice are filled (see `plan_for_rank`); `stored`
-        tensors are always complete.
+        weights in the model's dtype) or `stored` (the tensors of the files, unchanged). Plain experts are stacked if
+        the model's class reads them so. `mapping` and further keyword arguments are passed by the engine. With a
+        mapping of several ranks, the result has the tensors that its rank reads. They have full size, but only the rows
+        of the rank's slice are filled (see `plan_for_rank`); `stored` tensors are always complete.
         Memory in addition to the result: the modules that are being converted (see `stream_delivered`), and if
         transforms are folded a weight in float64 for each of up to 4 threads. Tensors that need no change are views of
         memory-mapped files. Raises `CheckpointError` with all faults of the stage that found them.
         """
         weights: dict[str, Tensor] = {}
         with collector_paused():
-            for _module, tensors in self.stream(checkpoint_dir, mapping, layout=layout, **kwargs):
+            if layout not in _TARGET_OF_LAYOUT:
+                for _name, tensors in self.stream(checkpoint_dir, layout=layout, **kwargs):
+                    weights |= tensors
+                return weights
+            codec = self._codec()
+            plan, catalog = _planned(checkpoint_dir, mapping, layout)
+            for _module, tensors in stream_delivered(plan, catalog, codec=codec):
                 weights |= tensors
+            stack_experts(weights, plan.stacks)
         return weights
 
     def stream(
@@ -86,6 +95,7 @@ class CompressedTensorsWeightLoader:
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Return an iterator over (module name, its tensors by full name); see `load_weights` for the arguments.
 
+        Experts come one by one, also those that `load_weights` stacks.
         The plan is made, its warnings are logged and its faults are raised before this returns. Memory: a few modules
         at a time, see `stream_delivered`.
         """
@@ -93,12 +103,8 @@ class CompressedTensorsWeightLoader:
         if layout == "stored":
             return _stream_stored(Catalog.from_directory(Path(checkpoint_dir)))
         codec = self._codec()
-        checkpoint = open_checkpoint(checkpoint_dir)
-        rank = _rank(mapping, checkpoint.model.layers)
-        plan = checkpoint.plan(_TARGET_OF_LAYOUT[layout], parallel=rank.parallel)
-        for warning in plan.warnings:
-            logger.warning("%s: %s", checkpoint_dir, warning)
-        delivered = stream_delivered(plan_for_rank(plan, checkpoint.model, rank), checkpoint.catalog, codec=codec)
+        plan, catalog = _planned(checkpoint_dir, mapping, layout)
+        delivered = stream_delivered(plan, catalog, codec=codec)
         return ((module.name, tensors) for module, tensors in delivered)
 
     def _codec(self) -> Codec:
@@ -110,6 +116,16 @@ class CompressedTensorsWeightLoader:
             _log_missing_library()
             return NATIVE
         return LIBRARY
+
+
+def _planned(checkpoint_dir: str | Path, mapping: object, layout: Layout) -> tuple[Plan, Catalog]:
+    """Return the plan of the rank that `mapping` describes, with the catalog; logs the warnings of the plan."""
+    checkpoint = open_checkpoint(checkpoint_dir)
+    rank = _rank(mapping, checkpoint.model.layers)
+    plan = checkpoint.plan(_TARGET_OF_LAYOUT[layout], parallel=rank.parallel)
+    for warning in plan.warnings:
+        logger.warning("%s: %s", checkpoint_dir, warning)
+    return plan_for_rank(plan, checkpoint.model, rank), checkpoint.catalog
 
 
 def _rank(mapping: object, layers: int) -> Rank:

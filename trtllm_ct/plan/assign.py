@@ -34,9 +34,6 @@ DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed sca
 _PLAIN = "engines read this module plain"
 _STACKED = "the class of the model reads its experts from one plain tensor"
 
-_PLAIN = "engines read this module plain"
-_STACKED = "the class of the model reads its experts from one plain tensor"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
@@ -134,7 +131,15 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
     assigned = {}
     for name, candidate in candidates.items():
         site = candidate.site
-        key = (id(candidate.weight), candidate.folded, candidate.unequal, site.plain, site.expert, site.class_cuts)
+        key = (
+            id(candidate.weight),
+            candidate.folded,
+            candidate.unequal,
+            site.plain,
+            site.expert,
+            site.head,
+            site.class_cuts,
+        )
         if key not in decided:
             decided[key] = _assign_one(candidate, target)
         assigned[name] = decided[key]
@@ -167,7 +172,7 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
     """Return the assignment of a module that is in no group."""
     if module.folded:
         return Assignment(holding=None, reason=module.folded)
-    if module.site.plain and target.holds_codes:
+    if target.holds_codes and (module.site.plain or not _has_head_mode(module, target)):
         return Assignment(holding=None, reason=_STACKED if module.site.expert else _PLAIN)
     held = _held(module, target)
     first = next((holding for holding in held if holding.as_is), None)
@@ -177,6 +182,17 @@ def _assign_one(module: Candidate, target: Target) -> Assignment:
     if finer is not None:
         return Assignment(holding=finer, reason="scales repeated so that each rank has whole groups")
     return Assignment(holding=held[0], reason=_why_repeated(module, held[0], target))
+
+
+def _has_head_mode(module: Candidate, target: Target) -> bool:
+    """Whether heads of this release or a later one have a mode with such codes; true for any other module."""
+    if not module.site.head:
+        return True
+    return any(
+        obstacles(module.weight, release.head, release.platform)
+        or any(held.mode.algo in release.head for held in holdings(module.weight, release.platform))
+        for release in (target.capabilities, *target.newer)
+    )
 
 
 def _in_finer_groups(module: Candidate, held: Sequence[Holding], target: Target) -> Holding | None:
@@ -273,7 +289,7 @@ def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
 
 def _algos(module: Candidate, target: Target) -> frozenset[QuantAlgo]:
     """Return the modes in which a module may be delivered."""
-    return target.algos(expert=module.site.expert)
+    return target.algos(expert=module.site.expert, head=module.site.head)
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
@@ -324,10 +340,10 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     cut = slice_obstacle(module.weight, algos, platform)
     if cut is not None:
         return cut
-    expert = module.site.expert
-    what = "expert kernel" if expert else "Linear"
+    expert, head = module.site.expert, module.site.head
+    what = "expert kernel" if expert else "head" if head else "Linear"
     for later in target.newer:
-        later_algos = (later.experts if expert else later.linear) - algos
+        later_algos = later.algos(expert=expert, head=head) - algos
         held = (holding.mode.algo for holding in holdings(module.weight, later.platform))
         algo = next((algo for algo in held if algo in later_algos), None)
         if algo is not None:

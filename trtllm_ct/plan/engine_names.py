@@ -36,11 +36,13 @@ class EngineNames:
     """Says which names an engine compares a module by.
 
     `place` is the prefix of the text model's body and the name of its head, None if the engine compares delivered names
-    only. `experts` is the path of routed experts in a layer, None without any; `wrapped` says that the engine computes
-    them in a child called `backend`. `fused` says that it looks for the first part of Linears that are stored fused.
+    only. `head` is the name of the head. `experts` is the path of routed experts in a layer, None without any;
+    `wrapped` says that the engine computes them in a child called `backend`. `fused` says that it looks for the first
+    part of Linears that are stored fused.
     """
 
     place: tuple[str, str] | None = None
+    head: str = _INNER_PLACE[1]
     experts: str | None = None
     wrapped: bool = False
     fused: bool = False
@@ -53,6 +55,7 @@ class EngineNames:
         linears = (*model.architecture.attention, *model.architecture.mlp)
         return cls(
             place=place if release is not None and model.multimodal else None,
+            head=place[1],
             experts=experts.path if experts else None,
             wrapped=release is not None and release.wraps_experts,
             fused=release is not None and any(site.parts for site in linears),

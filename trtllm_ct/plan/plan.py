@@ -249,8 +249,9 @@ class Plan:
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
     `problems` say why the engine that the plan is for can't serve the result, although it can be made.
-    `engine` names the capabilities that they were chosen from.
-    `stacks` are the delivered tensors that a directory holds as parts of a stacked tensor, with their places in it.
+    `engine` names the capabilities that they were chosen from, and `sm` the SM of the GPUs, None if it is not known.
+    `stacks` are the delivered tensors that a directory or an engine gets as parts of a stacked tensor, with their
+    places in it.
     `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
     """
 
@@ -265,6 +266,7 @@ class Plan:
     problems: tuple[Fault, ...] = ()
     parallel: Parallel = ONE_RANK
     engine: str = ""
+    sm: int | None = None
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
     tied: bool = False
 

@@ -149,9 +149,9 @@ class _Planner:
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
-        stacks = stack_parts(modules, self.model) if self.target.directory else {}
+        stacks = stack_parts(modules, self.model) if self.target.as_classes_read else {}
         warnings = (
-            *(stack_warnings(self.model) if stacks else ()),
+            *(stack_warnings(self.model) if stacks and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
             *self.tie_warnings,
             *self.reader.warnings,
@@ -174,6 +174,7 @@ class _Planner:
             parallel=self.parallel,
             problems=class_problems(self.model.name, self.target.capabilities.release),
             engine=self.target.capabilities.name,
+            sm=self.target.capabilities.sm,
             stacks=stacks,
             tied=self.model.tied,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),

@@ -66,7 +66,7 @@ class CompressedTensorsConfigLoader(HfConfigLoader):  # type: ignore[misc]
         All keywords are passed on to the engine.
         Raises what `LoadSession.configure` and `install_additive_zeros` raise.
         """
-        self._session.configure(checkpoint_dir, kwargs)
+        self._session.configure(checkpoint_dir, kwargs, engine_features().platform)
         if self._session.needs(QuantAlgo.W4A16_GPTQ):
             install_additive_zeros(linear)
         return super().load(checkpoint_dir, **kwargs)

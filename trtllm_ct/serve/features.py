@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.errors import Fault, PlanError, UsageError
 from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.schemes import QuantAlgo
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.platform import Platform
+from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
 from trtllm_ct.engine.target import ENGINES
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class EngineFeatures:
     version: str | None = None
     model_classes: frozenset[str] = frozenset()
     sm: int | None = None
+
+    @property
+    def platform(self) -> Platform:
+        """The release line of the capability set, with the SM of this machine's GPU."""
+        release = next(release for release in RELEASES if release.name == self.engine)
+        return Platform(release=release, sm=self.sm)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON output; without the model classes, which are a hundred."""

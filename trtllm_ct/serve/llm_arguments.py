@@ -76,7 +76,8 @@ def engine_arguments(
     `loaders` are the classes in `bindings.LOADERS`: the first is this package's checkpoint loader, which is added; the
     others are parts of it that a user may have put into one of the engine's loaders.
     Raises `UsageError` for arguments with which the engine would ignore the loader, and for a converted directory that
-    doesn't hold the parallel sizes; `PlanError` for a model whose class the engine lacks; and what planning raises.
+    doesn't hold the parallel sizes or whose modes don't run on the GPU; `PlanError` for a model whose class the engine
+    lacks; and what planning raises.
     """
 
     def check(directory: Path) -> None:
@@ -147,14 +148,15 @@ def _size(arguments: Mapping[str, Any], name: str) -> int | None:
 
 
 def refuse_sizes(directory: Path, arguments: Mapping[str, Any], features: EngineFeatures) -> None:
-    """Raise `UsageError` if a directory that this package converted doesn't hold the parallel sizes in `arguments`.
+    """Raise `UsageError` if a directory that this package converted can't be served here.
 
+    It must hold the parallel sizes in `arguments`, and its modes must run on this machine's GPU.
     Logs a warning if it was converted for a newer release, and if attention would quantize its output at a fixed scale.
     """
     converted = ConvertedDirectory.open(directory)
     if converted is None:
         return
-    require_sizes(directory, parallel_of(arguments))
+    require_sizes(directory, parallel_of(arguments), features.platform)
     forced = bool(arguments.get(_FORCE_DYNAMIC)) and features.force_dynamic_quantization
     scale = None if forced else converted_scale_fault(converted, kv_cache_of(arguments))
     for fault in (converted.older_release(features.engine), scale):

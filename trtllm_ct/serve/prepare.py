@@ -12,7 +12,7 @@ from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
-from trtllm_ct.convert.sizes import require_sizes
+from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.plan.attention_output import unscaled_outputs_of
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
@@ -64,7 +64,8 @@ def prepare(
         attention_dp=enable_attention_dp,
     )
     if detection.method != COMPRESSED_TENSORS:
-        require_sizes(model_dir, parallel)
+        if ConvertedDirectory.open(model_dir) is not None:
+            require_sizes(model_dir, parallel, installed_features().platform)
         return Path(model_dir)
     features = installed_features()
     require_class(detection, features)

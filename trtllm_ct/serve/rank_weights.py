@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
+from trtllm_ct.pipeline.stacking import stack_experts
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.ranks.shard import plan_for_rank
 from trtllm_ct.serve.completeness import prove_complete, refuse_missing_modules
@@ -36,8 +37,9 @@ def rank_plan(sidecar: Sidecar, rank: Rank) -> Plan:
 def load_rank_weights(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], LoadReport]:
     """Load the tensors of one rank. Returns them by Hugging Face name, with a report.
 
-    The tensors are on the CPU and have the shape of the whole tensor, not of the rank's slice. Tensors that need no
-    conversion are views of memory-mapped files. Modules are read ahead while others are converted.
+    The tensors are on the CPU and have the shape of the whole tensor, not of the rank's slice. Plain experts are
+    stacked if the model's class reads them so. Tensors that need no conversion are views of memory-mapped files.
+    Modules are read ahead while others are converted.
     Memory: the result, and the modules that are being converted, see `stream_delivered`.
     Raises `PayloadError` for invalid values, `LoadError` when the loaded tensors differ from the plan or from what the
     engine reads, and what `rank_plan` raises.
@@ -52,6 +54,7 @@ def load_rank_weights(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], 
             weights |= tensors
         bytes_read = reader.bytes_read
     unread = prove_complete(plan, weights)
+    stack_experts(weights, plan.stacks)
     report = report_of(
         plan,
         rank,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.engine.parallel import EngineMapping
+    from trtllm_ct.engine.platform import Platform
     from trtllm_ct.serve.load_report import LoadReport
 
 __all__ = ["REPORTS", "LoadSession"]
@@ -74,15 +75,15 @@ class LoadSession:
         """The report of the model whose configuration was loaded last; None before its weights are loaded."""
         return None if self._model is None else self._reports.get(self._model)
 
-    def configure(self, directory: str | Path, arguments: Mapping[str, Any]) -> None:
+    def configure(self, directory: str | Path, arguments: Mapping[str, Any], platform: Platform | None = None) -> None:
         """Prepare and check everything before the engine reads the configuration in `directory`.
 
         `arguments` are the keywords with which the engine loads the configuration; a `mapping` among them is kept for
-        `load`. Sidecars that this node lacks are made. This includes those of draft models, because the engine reads
-        their configuration without calling a loader.
+        `load`. `platform` is the engine's release with the SM of the GPU. Sidecars that this node lacks are made. This
+        includes those of draft models, because the engine reads their configuration without calling a loader.
         Raises `SidecarError` when the sidecar can't be made or is out of date, and `UsageError` when `directory` is a
         compressed-tensors checkpoint instead of its sidecar, when a `moe_load_balancer` would move experts, or when a
-        converted directory doesn't hold the sizes.
+        converted directory doesn't hold the sizes or has modes that don't run on the GPU.
         """
         if arguments.get("mapping") is not None:
             self._mapping = arguments["mapping"]
@@ -94,7 +95,7 @@ class LoadSession:
         sidecar = self._open_sidecar(self._model)
         if sidecar is None:
             if self._mapping is not None:
-                require_sizes(self._model, Parallel.from_mapping(self._mapping))
+                require_sizes(self._model, Parallel.from_mapping(self._mapping), platform)
             return
         if arguments.get("moe_load_balancer") is not None:
             raise UsageError(_balanced_experts())

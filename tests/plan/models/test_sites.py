@@ -138,12 +138,18 @@ def test_only_routed_experts_are_experts_and_are_not_fused() -> None:
         assert site.fused is (site.mode_group is not None and not site.expert)
 
 
-def test_routers_embeddings_and_heads_are_read_plain() -> None:
+def test_routers_and_embeddings_are_read_plain() -> None:
     found = sites(config_of("DeepseekV3ForCausalLM"))
 
     plain = {name.removeprefix("model.layers.1.") for name, site in found.items() if site.plain and ".0." not in name}
     latent = {f"self_attn.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
-    assert plain == {"model.embed_tokens", "lm_head", "mlp.gate"} | latent
+    assert plain == {"model.embed_tokens", "mlp.gate"} | latent
+    assert [name for name, site in found.items() if site.head] == ["lm_head"]
+
+
+@pytest.mark.parametrize(("drafts", "plain"), [(0, False), (1, True)])
+def test_heads_are_read_plain_beside_draft_layers(drafts: int, plain: bool) -> None:
+    assert sites(config_of("DeepseekV3ForCausalLM") | {"num_nextn_predict_layers": drafts})["lm_head"].plain is plain
 
 
 def test_a_tied_lm_head_is_no_site() -> None:

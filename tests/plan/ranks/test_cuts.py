@@ -104,7 +104,7 @@ class TestSlices:
             f"{MLP}.gate_proj": joined,
             f"{MLP}.up_proj": joined,
             f"{MLP}.down_proj": output,
-            "lm_head": None,
+            "lm_head": Slices(**common, alone=True),
         }
 
     def test_slices_of_linears_that_are_stored_as_one(self) -> None:

@@ -66,7 +66,8 @@ class Site(NamedTuple):
     `mode_group` names the group whose members must get the same mode. `fused` says whether the engine fuses the group
     into one Linear, which then reads no `pre_quant_scale`. `shares` names the fused Linear, or the gate and up part of
     an expert, whose members must have equal scalars.
-    Engines never read a `plain` module quantized. `expert` marks routed experts, whose kernels support fewer modes.
+    Engines never read a `plain` module quantized. `expert` marks routed experts and `head` the head, which have fewer
+    modes.
     `aliases` are other names under which writers have stored the module.
     `cut` says how ranks divide the weight. `heads` is the number of K/V heads if they divide it by heads. `parts` are
     the rows of each Linear if several are stored in one weight, each of which is divided for itself; with `class_cuts`
@@ -83,6 +84,7 @@ class Site(NamedTuple):
     shares: str | None = None
     plain: bool = False
     expert: bool = False
+    head: bool = False
     locals: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     cut: Cut = Cut.NONE
@@ -224,7 +226,10 @@ class Model:
                 yield from self._experts(prefix, experts)
         yield Site(module=f"{body}norm", class_name=norm, shape=(hidden,))
         if not self.tied:
-            yield Site(module=head, class_name="Linear", shape=table, plain=True, cut=Cut.VOCABULARY)
+            # For draft layers, engines may slice the weight of the head as a plain one (`_torch/modules/embedding.py:
+            # LMHead.forward`, pull request 16511).
+            plain = self.draft_layers > 0
+            yield Site(module=head, class_name="Linear", shape=table, plain=plain, head=True, cut=Cut.VOCABULARY)
 
     def _linear(self, prefix: str, site: LinearSite, *, attention: bool = False) -> Site:
         """Return the site of a Linear in the layer with this prefix."""

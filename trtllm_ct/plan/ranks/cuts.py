@@ -119,7 +119,7 @@ def slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeats
     """
     cut = cut_of(site, parallel)
     ranks = parallel.expert_tensor if site.expert else parallel.tensor
-    if ranks == 1 or cut in {Cut.NONE, Cut.VOCABULARY}:
+    if ranks == 1 or cut is Cut.NONE or (cut is Cut.VOCABULARY and not site.head):
         return None
     return Slices(
         columns=cut is Cut.ROW,

@@ -1,8 +1,8 @@
-"""Which modules of a directory don't hold the slices that the ranks of given sizes would take of them.
+"""Which modules of a directory can't be served at given parallel sizes, or on a given GPU.
 
 A directory is planned for some sizes. At others, an engine would cut some of its blocks or groups apart; most releases
 then write scales past their end, and compute with wrong ones. The rule is the one of planning (`engine/slices.py`),
-applied to the modes that the modules already have.
+applied to the modes that the modules already have. So is the rule about GPUs (`engine/kernels.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.engine.holdings import slice_problem
+from trtllm_ct.engine.kernels import gpu_problem
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, repeated_biases, slices_of
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import Fault
     from trtllm_ct.engine.parallel import Parallel
+    from trtllm_ct.engine.platform import Platform
     from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.plan.models.sites import Model, Site
 
-__all__ = ["misread_biases", "uneven_faults", "unheld_modules"]
+__all__ = ["misread_biases", "uneven_faults", "unheld_modules", "unrunnable_modules"]
 
 
 def unheld_modules(
@@ -39,6 +41,24 @@ def unheld_modules(
         if problem:
             unheld[site.module] = problem
     return unheld
+
+
+def unrunnable_modules(
+    sites: Iterable[Site], layer_of: Callable[[str], LayerQuantConfig | None], platform: Platform
+) -> dict[str, str]:
+    """Return the modules whose mode a release doesn't have on a GPU, or computes wrongly there, with the reasons.
+
+    `layer_of` gives the mode of a module by name, None for a plain one. Empty if the SM of the GPU is not known.
+    """
+    unrunnable: dict[str, str] = {}
+    for site in sites if platform.sm is not None else ():
+        layer = layer_of(site.module) if len(site.shape) > 1 else None
+        mode = MODES_BY_ALGO.get(layer.quant_algo) if layer is not None else None
+        if mode is not None:
+            bias = "bias" in site.locals
+            problem = gpu_problem(mode, site.shape[1], platform, expert=site.expert, bias=bias)
+            unrunnable |= {site.module: problem} if problem else {}
+    return unrunnable
 
 
 def misread_biases(model: Model, parallel: Parallel) -> dict[str, str]:

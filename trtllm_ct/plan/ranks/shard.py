@@ -126,7 +126,7 @@ class _Shard:
 
     def _table(self, module: ModulePlan) -> ModulePlan:
         """Return the plan of the embedding or the head; it is delivered whole, since some releases don't slice it."""
-        if not all(_is_view(delivery, module) for delivery in module.deliveries):
+        if module.layer is not None or not all(_is_view(delivery, module) for delivery in module.deliveries):
             return module if self._uses_table(module) else _without_tensors(module)
         rows = weight_rows(module)
         size = -(-rows // self.rank.parallel.tensor) if self._uses_table(module) else 0

@@ -36,6 +36,7 @@ ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": Row("old", "modeling_wrappers", "Gemma3VLM"),
     "Mistral3ForConditionalGeneration": Row("old", "modeling_wrappers", "Mistral3VLM"),
     "Qwen3VLForConditionalGeneration": Row("mid", "modeling_wrappers", "Qwen3VLModel"),
+    "Qwen3VLMoeForConditionalGeneration": Row("mid", "modeling_wrappers", "Qwen3MoeVLModel"),
     "KimiK25ForConditionalGeneration": Row("newest", "modeling_wrappers", "KimiK25ForConditionalGeneration"),
 }
 """The classes that the double has. Stock has many more."""

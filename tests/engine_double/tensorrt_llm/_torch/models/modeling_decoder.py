@@ -15,7 +15,7 @@ from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.distributed import allreduce, here
 from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
 from tensorrt_llm._torch.modules.attention import Attention, RMSNorm, decoder_linear
-from tensorrt_llm._torch.modules.fused_moe.interface import create_moe
+from tensorrt_llm._torch.modules.fused_moe.interface import MoEWeightLoadingMode, create_moe
 from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode, WeightMode, WeightsLoadingConfig
 from tensorrt_llm._torch.modules.linear_methods import frozen
 from tensorrt_llm._torch.modules.sharding import copy_weight
@@ -88,6 +88,9 @@ class SparseMLP(nn.Module):
             top_k=model.num_experts_per_tok,
             renormalize=model.model_type == "mixtral" or getattr(model, "norm_topk_prob", False),
             model_config=config,
+            weight_loading_mode=MoEWeightLoadingMode.FUSED_GATE_UP_PROJ
+            if model.model_type == "qwen3_vl_moe_text"
+            else MoEWeightLoadingMode.VANILLA,
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         model = config.pretrained_config
         self.input_layernorm = RMSNorm(model.hidden_size, config)
-        self.self_attn = Attention(config, head_norms=model.model_type in {"qwen3", "qwen3_moe"})
+        self.self_attn = Attention(config, head_norms=model.model_type.startswith("qwen3"))
         self.post_attention_layernorm = RMSNorm(model.hidden_size, config)
         self.feed_forward = "block_sparse_moe" if model.model_type == "mixtral" else "mlp"
         self.add_module(self.feed_forward, SparseMLP(config) if _is_sparse(model, layer) else GatedMLP(config))
@@ -117,7 +120,7 @@ def _is_sparse(model: PretrainedConfig, layer: int) -> bool:
         return True
     step = getattr(model, "decoder_sparse_step", 1)
     dense = layer in (getattr(model, "mlp_only_layers", None) or []) or (layer + 1) % step != 0
-    return model.model_type == "qwen3_moe" and not dense
+    return model.model_type in {"qwen3_moe", "qwen3_vl_moe_text"} and not dense
 
 
 class DecoderModel(nn.Module):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tensorrt_llm._torch.model_config import ModelConfig
     from torch import Tensor
 
-__all__ = ["Gemma3VLM", "KimiK25ForConditionalGeneration", "Mistral3VLM", "Qwen3VLModel", "Wrapper"]
+__all__ = ["Gemma3VLM", "KimiK25ForConditionalGeneration", "Mistral3VLM", "Qwen3MoeVLModel", "Qwen3VLModel", "Wrapper"]
 
 
 class Wrapper(nn.Module):
@@ -81,6 +81,10 @@ class Qwen3VLModel(Wrapper):
         old, new = "model.language_model.", "model."
         kept = {key: tensor for key, tensor in weights.items() if not key.startswith("model.visual.")}
         return {new + key[len(old) :] if key.startswith(old) else key: tensor for key, tensor in kept.items()}
+
+
+class Qwen3MoeVLModel(Qwen3VLModel):
+    """`modeling_qwen3vl_moe.py`: the same names; its mapper hands on the tensors of experts as they are."""
 
 
 class Mistral3VLM(Wrapper):

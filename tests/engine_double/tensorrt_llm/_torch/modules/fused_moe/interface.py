@@ -21,7 +21,7 @@ __all__ = ["MoE", "MoEWeightLoadingMode", "create_moe"]
 
 
 class MoEWeightLoadingMode(enum.IntEnum):
-    """How a checkpoint stores experts; the models here store each expert separately."""
+    """How experts are stored: one by one, or stacked as `gate_up_proj` [E, K, 2N] and `down_proj` [E, N, K]."""
 
     VANILLA = 0
     FUSED_GATE_UP_PROJ = 1
@@ -87,8 +87,10 @@ class MoE(nn.Module):
         top_k: int,
         renormalize: bool,
         model_config: ModelConfig,
+        weight_loading_mode: MoEWeightLoadingMode = MoEWeightLoadingMode.VANILLA,
     ) -> None:
         super().__init__()
+        self.weight_loading_mode = weight_loading_mode
         self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
         self.hidden_size = hidden_size
         self.mapping = model_config.mapping
@@ -108,10 +110,19 @@ class MoE(nn.Module):
             self._weights_created = True
 
     def load_weights(self, weights: list[dict[str, Tensor]], allow_partial_loading: bool = False) -> None:
-        """Load from one dictionary with keys such as `0.w1.weight`."""
+        """Load from one dictionary with keys such as `0.w1.weight`, or with stacks of all experts."""
         assert not allow_partial_loading
         assert len(weights) == 1
-        self.quant_method.load_weights(self, weights[0])
+        stacked = self.weight_loading_mode == MoEWeightLoadingMode.FUSED_GATE_UP_PROJ
+        self.quant_method.load_weights(self, self._unstacked(weights[0]) if stacked else weights[0])
+
+    def _unstacked(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of this rank's experts one by one; raises KeyError if there are no stacks."""
+        single = {}
+        for expert in self.expert_ids:
+            single[f"{expert}.w1.weight"], single[f"{expert}.w3.weight"] = weights["gate_up_proj"][expert].T.chunk(2)
+            single[f"{expert}.w2.weight"] = weights["down_proj"][expert].T
+        return single
 
     def forward(self, hidden: Tensor, router_logits: Tensor) -> Tensor:
         """Return [tokens, hidden] of the experts that the router chooses."""

@@ -1,0 +1,54 @@
+"""Whether the kernel of a mode exists on a platform, and whether it adds a bias there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.engine.platform import SMS, sms_in_words
+
+if TYPE_CHECKING:
+    from trtllm_ct.engine.linear_mode import LinearMode
+    from trtllm_ct.engine.platform import Platform
+
+__all__ = ["dropped_bias", "gpu_problem", "missing_kernel"]
+
+
+def missing_kernel(mode: LinearMode, platform: Platform, *, expert: bool) -> str | None:
+    """Return why the mode does not run on the SM; None if it does, or if the SM is not known and need not be."""
+    first_on = mode.experts_on if expert else mode.linear_on
+    kernel = "expert kernel" if expert else "Linear"
+    if platform.sm is None:
+        if not mode.known_sm:
+            return None
+        runs_on = [sm for sm in SMS if sm not in first_on or platform.release.has(first_on[sm])]
+        return f"{mode.algo} has a{'n' * expert} {kernel} on {sms_in_words(runs_on)} only"
+    first = first_on.get(platform.sm, platform.release)
+    if platform.release.has(first):
+        return None
+    return f"{mode.algo} has no {kernel} on SM{platform.sm}" + (f" before {first.name}" if first else "")
+
+
+def dropped_bias(mode: LinearMode, platform: Platform) -> str | None:
+    """Return why the mode's Linear does not add its bias; None if it does.
+
+    Where the SM decides and is not known, the mode counts as one that adds it; the plan then has a warning.
+    """
+    firsts = ((mode.bias_since, ""), (mode.bias_on.get(platform.sm or 0), f" on SM{platform.sm}"))
+    for first, where in firsts:
+        if first is not None and not platform.release.has(first):
+            return f"{mode.algo} of {platform.release.name} drops the bias{where}; {first.name} adds it"
+    return None
+
+
+def gpu_problem(mode: LinearMode, columns: int, platform: Platform, *, expert: bool, bias: bool) -> str:
+    """Return why a module with `columns` (K) that is delivered in a mode can't be served on a GPU of a known SM.
+
+    Empty if it can. `bias` says that the module has a bias.
+    """
+    problem = missing_kernel(mode, platform, expert=expert)
+    if problem is None and bias and not expert:
+        problem = dropped_bias(mode, platform)
+    multiple = mode.columns_on(platform.sm)
+    if problem is None and columns % multiple:
+        problem = f"{mode.algo} needs in % {multiple} == 0 on SM{platform.sm}"
+    return problem or ""
