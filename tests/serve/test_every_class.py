@@ -76,6 +76,12 @@ WRAPPERS = {
         "model.visual",
         ("qwen3_vl", "qwen3_vl_text"),
     ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "Qwen3MoeForCausalLM",
+        "model.language_model.",
+        "model.visual",
+        ("qwen3_vl_moe", "qwen3_vl_moe_text"),
+    ),
     "KimiK25ForConditionalGeneration": (
         "DeepseekV3ForCausalLM",
         "language_model.model.",
@@ -88,7 +94,11 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "kv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-SINCE = {"Qwen3VLForConditionalGeneration": "mid", "KimiK25ForConditionalGeneration": "newest"}
+SINCE = {
+    "Qwen3VLForConditionalGeneration": "mid",
+    "Qwen3VLMoeForConditionalGeneration": "mid",
+    "KimiK25ForConditionalGeneration": "newest",
+}
 """The first generation of classes that not all generations have."""
 CELLS = [
     (name, generation)
