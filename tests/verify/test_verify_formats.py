@@ -70,6 +70,18 @@ def test_experts_are_converted_faithfully(tmp_path: Path, scheme: str, edit: Cha
     assert verify_checkpoint(source, out).faults == ()
 
 
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+@pytest.mark.parametrize("scheme", ["fp8-block", "int4-g32", "int8-channel"])
+def test_scales_may_have_the_name_that_deepseek_gives_them(tmp_path: Path, scheme: str, to: str) -> None:
+    def rename(stored: dict[str, Tensor]) -> None:
+        for name in [name for name in stored if name.endswith(".weight_scale")]:
+            stored[f"{name}_inv"] = stored.pop(name)
+
+    source, out = converted(tmp_path, to, scheme=scheme, edit=rename)
+
+    assert verify_checkpoint(source, out).faults == ()
+
+
 def flip(name: str, bit: int = 0x10) -> Change:
     """Flip `bit` in the last byte of a tensor."""
 

@@ -157,7 +157,12 @@ class Names:
         return OTHER + module.removeprefix("model.")
 
     def tensor(self, module: str, local: str, siblings: Iterable[str]) -> str:
-        """Return what the name of a tensor in its module means; `siblings` are all names in the module."""
+        """Return what the name of a tensor in its module means; `siblings` are all names in the module.
+
+        DeepSeek's writers and partial conversions call the multiplier of a block `weight_scale_inv`.
+        """
+        if local == "weight_scale_inv" and local in siblings and "weight_scale" not in siblings:
+            return "weight_scale"
         if not self.native:
             return local
         if local == "qscale_act" and module.endswith("_fake_quantizer"):
