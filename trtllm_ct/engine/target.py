@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
-from trtllm_ct.base.schemes import QuantAlgo
-from trtllm_ct.engine.modes import LINEAR_MODES
+from trtllm_ct.engine.modes import LINEAR_MODES, Activations
 from trtllm_ct.engine.platform import SMS, Platform
 from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.engine.releases import Release
 
 __all__ = [
@@ -138,8 +138,8 @@ def _on(capabilities: Capabilities, sm: int | None) -> Capabilities:
 
 _NOTHING = Capabilities(name="plain", source="plain weights need no capability")
 _NEWEST = _with_plug_ins(ENGINES[RELEASES[-1].name])
-# This mode quantizes activations that the schemes of its weights leave wider, and here no kernel requires that.
-_FOR_KERNELS = frozenset({QuantAlgo.W4A8_MXFP4_MXFP8})
+# Modes that quantize activations which a scheme may leave 16-bit: a kernel requires that, and here there is none.
+_FOR_KERNELS = frozenset(mode.algo for mode in LINEAR_MODES if Activations.WIDE in mode.other_activations)
 _EVERYTHING = replace(
     _NEWEST,
     name="reference",
