@@ -41,6 +41,7 @@ __all__ = [
     "PlanError",
     "SidecarError",
     "TrtllmCtError",
+    "UnreadClassError",
     "UsageError",
     "VerificationError",
     "keeping_warnings",
@@ -113,6 +114,10 @@ class CatalogError(CheckpointError):
 
 class PlanError(CheckpointError):
     """Configuration and stored tensors disagree, or the target does not support a scheme."""
+
+
+class UnreadClassError(PlanError):
+    """No table says how the engine's class of a model reads its modules; target `dense` needs none."""
 
 
 class PayloadError(CheckpointError):

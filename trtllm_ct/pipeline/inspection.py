@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import CheckpointError, Fault
+from trtllm_ct.base.errors import CheckpointError, Fault, UnreadClassError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
@@ -129,8 +129,9 @@ def inspect_checkpoint(
     """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
 
     `sm` is the SM of the GPUs that the engine will run on, None if it is not known. `parallel` are the sizes that the
-    engine will run with; sizes that can't divide the model are problems. No weights are read, and torch is not
-    imported. Problems of the checkpoint are collected in the result.
+    engine will run with; sizes that can't divide the model are problems. A model whose class no table describes is
+    inspected for the target `dense`. No weights are read, and torch is not imported. Problems of the checkpoint are
+    collected in the result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
     """
     directory = Path(directory)
@@ -139,8 +140,14 @@ def inspect_checkpoint(
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
     try:
-        plan = open_checkpoint(directory, detection).plan(target.name, engine=engine, sm=sm, parallel=parallel)
-        problems, noted = plan.problems, plan.warnings
+        checkpoint = open_checkpoint(directory, detection)
+        try:
+            plan = checkpoint.plan(target.name, engine=engine, sm=sm, parallel=parallel)
+            problems = plan.problems
+        except UnreadClassError as error:
+            target = target_named("dense")
+            plan, problems = checkpoint.plan(target.name), error.faults
+        noted = plan.warnings
     except CheckpointError as error:
         problems, noted = error.faults, error.warnings
     return Inspection(

@@ -71,6 +71,7 @@ def probe_checkpoint(config: QuantizationConfig, catalog: Catalog, model: Model)
     if not has_scalars and not model.tied:
         return replace(NO_PROBE, shapes=shapes)
     stored = _stored_modules(catalog, model, shapes)
+    model = model.in_checkpoint(stored)
     head_is_table = head_equals_table(model, stored, catalog)
     if not has_scalars:
         return replace(NO_PROBE, shapes=shapes, head_is_table=head_is_table)

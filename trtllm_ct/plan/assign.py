@@ -139,6 +139,7 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
             site.expert,
             site.head,
             site.class_cuts,
+            site.limit,
         )
         if key not in decided:
             decided[key] = _assign_one(candidate, target)
@@ -289,7 +290,9 @@ def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
 
 def _algos(module: Candidate, target: Target) -> frozenset[QuantAlgo]:
     """Return the modes in which a module may be delivered."""
-    return target.algos(expert=module.site.expert, head=module.site.head)
+    algos = target.algos(expert=module.site.expert, head=module.site.head)
+    limit = module.site.limit
+    return algos if limit is None or target.capabilities.release is None else algos & limit.algos
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
@@ -315,6 +318,16 @@ def _uncut(module: Candidate, target: Target) -> list[QuantAlgo]:
     return [mode.algo for mode in modes if not mode.cut_by_rows(release)]
 
 
+def _beyond_limit(module: Candidate, target: Target) -> str:
+    """Return the modes that would hold a weight if the engine's model class didn't limit them; empty without any."""
+    limit = module.site.limit
+    if limit is None:
+        return ""
+    algos = target.algos(expert=module.site.expert, head=module.site.head) - limit.algos
+    held = holdings(module.weight, target.capabilities.platform)
+    return " or ".join(held.mode.algo for held in held if held.as_is and held.mode.algo in algos)
+
+
 def _in_column(holding: Holding) -> Holding:
     """Return the holding with row scales as a column, which a model class can cut by rows."""
     return replace(holding, scale_column=holding.mode.scale is ScaleForm.ROW)
@@ -329,6 +342,9 @@ def _why_not(module: Candidate, target: Target) -> str:
     uncut = _uncut(module, target)
     if uncut:
         return f"the engine's class cuts this Linear by rows, and can't cut the tensors of {' or '.join(uncut)}"
+    limited = _beyond_limit(module, target)
+    if limited:
+        return f"the engine's class rearranges the rows of this Linear, and can't rearrange those of {limited}"
     reason = _why_not_here(module, target)
     sms = _other_sms(module, target)
     return f"{reason}; kept with {' or '.join(f'--sm {sm}' for sm in sms)}" if sms else reason

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import Fault
+from trtllm_ct.base.errors import Fault, UnreadClassError
 from trtllm_ct.engine.model_classes import first_release, has_class
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.releases import Release
+    from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.models.sites import Model
 
-__all__ = ["class_problems"]
+__all__ = ["class_problems", "refuse_unread"]
 
 
 def class_problems(architecture: str, release: Release | None) -> tuple[Fault, ...]:
@@ -39,3 +41,24 @@ def class_problems(architecture: str, release: Release | None) -> tuple[Fault, .
         remedy=remedy,
     )
     return (fault,)
+
+
+def refuse_unread(model: Model, target: Target) -> None:
+    """Raise `UnreadClassError` for a target of the engine if no table says how its class reads the model.
+
+    What the class fuses, splits or reads plain is then unknown, so a mode of any module would be a guess.
+    """
+    release = target.capabilities.release
+    if release is None or model.has_row:
+        return
+    first = first_release(model.name)
+    known = f"; {first.name} has the class" if first else "; no release line has the class"
+    raise UnreadClassError(
+        Fault(
+            where="config.json: architectures",
+            expected=f"a class whose reading of names is known, for target {target.name}",
+            found=f"{model.name}{known}",
+            remedy="Convert with --to dense: that works for every architecture. If config.json is another model's, "
+            "take it from where the weights were published.",
+        )
+    )

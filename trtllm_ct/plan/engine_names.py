@@ -38,7 +38,7 @@ class EngineNames:
     `place` is the prefix of the text model's body and the name of its head, None if the engine compares delivered names
     only. `head` is the name of the head. `experts` is the path of routed experts in a layer, None without any;
     `wrapped` says that the engine computes them in a child called `backend`. `fused` says that it looks for the first
-    part of Linears that are stored fused.
+    part of Linears that are stored fused. `inner` are the pairs of `ClassRow.inner`.
     """
 
     place: tuple[str, str] | None = None
@@ -46,6 +46,7 @@ class EngineNames:
     experts: str | None = None
     wrapped: bool = False
     fused: bool = False
+    inner: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, model: Model, place: tuple[str, str], target: Target) -> Self:
@@ -59,6 +60,7 @@ class EngineNames:
             experts=experts.path if experts else None,
             wrapped=release is not None and release.wraps_experts,
             fused=release is not None and any(site.parts for site in linears),
+            inner=model.row.inner if release is not None and model.row is not None else (),
         )
 
     def of_module(self, name: str) -> tuple[str, ...]:
@@ -68,6 +70,7 @@ class EngineNames:
         """
         experts = self.all_experts(name)
         names = [experts or name, self._inside(experts or name)]
+        names += [re.sub(pattern, replacement, name) for pattern, replacement in self.inner for name in names]
         if experts and self.wrapped:
             names += [f"{name}.backend" for name in names]
         around, _, leaf = name.rpartition(".")

@@ -51,5 +51,8 @@ def _gather(
     stored = hugging_face_names(stored, model, faults)
     if model.architecture.experts is not None:
         inputs_first = stores_inputs_first(stored, model)
-        stored = split_fused_experts(stored, model.architecture.experts, inputs_first=inputs_first)
+        # Without tables for the model, plain stacks of experts stay as they are: its class may read no other form.
+        stored = split_fused_experts(
+            stored, model.architecture.experts, inputs_first=inputs_first, plain=model.row is None
+        )
     return stored

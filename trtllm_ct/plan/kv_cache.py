@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
     from trtllm_ct.engine.target import Target
-    from trtllm_ct.plan.models.families import Architecture
+    from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import StoredModule
 
@@ -55,7 +55,7 @@ _IGNORED = {
 _TENSORS = frozenset({"k_scale", "v_scale", "kv_scale", *_IGNORED})
 
 
-def has_projections(architecture: Architecture) -> bool:
+def has_projections(model: Model) -> bool:
     """Whether attention has k_proj and v_proj, under whose names engines read the scales of the KV cache.
 
     They are loaded by the fused Linear of q, k and v. DeepSeek's latent attention has no such Linear. Of Phi-3's stored
@@ -63,7 +63,9 @@ def has_projections(architecture: Architecture) -> bool:
     Source: TensorRT-LLM `_torch/modules/linear.py` (kv_scales) and `_torch/models/modeling_phi3.py: load_weights`, read
     on 2026-11-29.
     """
-    return {"self_attn.k_proj", "self_attn.v_proj"} <= {site.path for site in architecture.attention}
+    if model.discovery is not None:
+        return next(model.attentions(model.discovery.place), None) is not None
+    return {"self_attn.k_proj", "self_attn.v_proj"} <= {site.path for site in model.architecture.attention}
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,12 @@ class OtherModules:
         return None
 
     def _is_outside_text_model(self, name: str) -> bool:
-        """Whether a module belongs to a vision tower, a projector or draft layers."""
+        """Whether a module belongs to a vision tower, a projector or draft layers.
+
+        Of a model that no table describes, it is any module without a matrix, and draft layers.
+        """
+        if self.model.row is not None:
+            return True
         body, head = self.place
         return self._drafts(name) or (self.model.multimodal and not name.startswith(body) and name != head)
 

@@ -16,7 +16,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
-from trtllm_ct.plan.engine_class import class_problems
+from trtllm_ct.plan.engine_class import class_problems, refuse_unread
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
@@ -90,7 +90,7 @@ def make_plan(
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
         rows=QueryKeyRows.of_model(config, model),
-        kv_cache=KvCache(config, target, model.kv_heads, has_projections=has_projections(model.architecture)),
+        kv_cache=KvCache(config, target, model.kv_heads, has_projections=has_projections(model)),
         transforms=OnlineTransforms(config, model, faults),
     )
     with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
@@ -123,20 +123,26 @@ class _Planner:
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
+        refuse_unread(self.model, self.target)
         refuse_unsupported(self.config, self.model, self.faults)
-        refuse_uneven(self.model, self.parallel, self.faults)
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
         unread = unread_tensors(catalog, gathered.values())
+        self.model = self.model.in_checkpoint(gathered)
         stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
+        self._set_model(self.model.in_checkpoint(stored))
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         self._untie(stored, place)
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
-        if not any(site_modules.values()):
+        if self.model.row is None and not any(site_modules.values()):
             self._refuse_unknown_names(catalog)
         weights = self._read_weights(site_modules, sites)
+        sites = [_with_shape(site, weights.get(site.module)) for site in sites]
+        if self.model.discovery is not None:
+            self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
+        refuse_uneven(self.model, self.parallel, self.faults)
         site_modules = {
             name: module and self._ordered(module, weights.get(name)) for name, module in site_modules.items()
         }
@@ -185,11 +191,15 @@ class _Planner:
         pair = tied_pair(self.model, stored, place)
         if pair is None or self.probe.head_is_table:
             return
-        self.model = replace(self.model, tied=False)
-        self.transforms.model = self.model
+        self._set_model(replace(self.model, tied=False))
         table, head = pair
         differs = "may differ" if self.probe is NO_PROBE else "differs"
         self.tie_warnings = (UNTIED.format(head=head.name, table=table.name, differs=differs),)
+
+    def _set_model(self, model: Model) -> None:
+        """Go on with another description of the model."""
+        self.model = self.transforms.model = model
+        self.kv_cache = replace(self.kv_cache, has_projections=has_projections(model))
 
     @property
     def _engine_kv_cache(self) -> str | None:
@@ -225,7 +235,7 @@ class _Planner:
                 weight = self.reader.read(module, site)
                 if weight is not None:
                     weights[site.module] = weight
-            elif module.specs["weight"].shape != site.shape:
+            elif site.shape and module.specs["weight"].shape != site.shape:
                 self.faults.add(
                     where=f"{module.stored_name}.weight",
                     expected=f"shape {list(site.shape)} by the sizes in config.json",
@@ -302,6 +312,11 @@ class _Planner:
             )
             for site, module in present
         ]
+
+
+def _with_shape(site: Site, weight: QuantizedWeight | None) -> Site:
+    """Return the site with the shape of its weight; that of codes may be known only after they were read."""
+    return site if site.shape or weight is None else site._replace(shape=weight.stored.shape)
 
 
 def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes:

@@ -36,9 +36,7 @@ def tied_pair(
     `place` is what `Model.place` returns.
     """
     head = stored.get(place[1])
-    table = next(
-        (stored[name] for name in next(model.sites(place)).stored_names if name in stored and name != place[1]), None
-    )
+    table = next((stored[name] for name in model.table_names(place) if name in stored and name != place[1]), None)
     if not model.tied or head is None or table is None or not head.has_weight or not table.has_weight:
         return None
     return table, head

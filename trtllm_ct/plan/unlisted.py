@@ -36,6 +36,7 @@ def fill_from_unlisted(
     are taken if they hold scales of activations or of the KV cache only, and those outside of the text
     model if the model has such parts.
     """
+    model = model.in_checkpoint(listed)
     body, head = place = model.place(listed)
     sites = {name: site for site in model.sites(place) for name in site.stored_names}
     result = dict(listed)

@@ -37,15 +37,19 @@ NOT_PER_EXPERT = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis
 
 
 def split_fused_experts(
-    modules: dict[str, StoredModule], experts: Experts, *, inputs_first: bool = False
+    modules: dict[str, StoredModule], experts: Experts, *, inputs_first: bool = False, plain: bool = True
 ) -> dict[str, StoredModule]:
     """Return the modules, with every tensor of all experts replaced by its experts; other modules are unchanged.
 
-    `inputs_first` says that plain tensors are [E, in, out], see `stores_inputs_first`.
+    `inputs_first` says that plain tensors are [E, in, out], see `stores_inputs_first`. Without `plain` only codes are
+    split.
     """
     result: dict[str, StoredModule] = {}
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
+        if not plain and not module.is_quantized:
+            result[name] = module
+            continue
         if name.endswith(f".{experts.path}"):
             # Plain fused experts are parameters of the experts module itself.
             fused = {local: view for local, view in module.views.items() if local in _PARTS and _is_stack(view)}

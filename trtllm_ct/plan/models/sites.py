@@ -1,18 +1,20 @@
-"""Which modules a model must have: the tables of its family, filled in with the sizes in its config.json.
+"""Which modules a model has: by the tables of its family, or by the headers of its files.
 
-The planner infers nothing about a model from its weights. So a checkpoint that lacks a module, or whose weights don't
-have the sizes in its config.json, is refused before any weight is read.
+The tables are filled in with the sizes in config.json. So a checkpoint that lacks a module, or whose weights have other
+sizes, is refused before any weight is read. A model without such tables has the modules that its files have.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import ConfigError, Fault, FaultCollector
+from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS, DEFAULT_ROW, ClassRow
+from trtllm_ct.plan.models.discovery import Discovery, discover
 from trtllm_ct.plan.models.families import (
     ALWAYS,
     ARCHITECTURES,
@@ -22,10 +24,13 @@ from trtllm_ct.plan.models.families import (
     Experts,
     LinearSite,
 )
-from trtllm_ct.plan.models.sizes import dense_layers_of, size_under, sizes_of
+from trtllm_ct.plan.models.site import Site
+from trtllm_ct.plan.models.sizes import dense_layers_of, nested_text_config, size_under, sizes_of, stated_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
+
+    from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["Model", "Site", "known_prefixes", "name_variants"]
 
@@ -59,50 +64,6 @@ def name_variants(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*variants, *(f"{variant}.linear" for variant in variants)]))
 
 
-class Site(NamedTuple):
-    """One module that a model must have.
-
-    `shape` is the shape of its weight; `locals` are the local names of its parameters beside the weight.
-    `mode_group` names the group whose members must get the same mode. `fused` says whether the engine fuses the group
-    into one Linear, which then reads no `pre_quant_scale`. `shares` names the fused Linear, or the gate and up part of
-    an expert, whose members must have equal scalars.
-    Engines never read a `plain` module quantized. `expert` marks routed experts and `head` the head, which have fewer
-    modes.
-    `aliases` are other names under which writers have stored the module.
-    `cut` says how ranks divide the weight. `heads` is the number of K/V heads if they divide it by heads. `parts` are
-    the rows of each Linear if several are stored in one weight, each of which is divided for itself; with `class_cuts`
-    the engine's model class divides them, see `LinearSite`.
-    `attention` marks modules of attention, which attention data parallelism does not divide. With `ranks_vary` the
-    engine may give a rank another slice than the one that its number suggests.
-    """
-
-    module: str
-    class_name: str
-    shape: tuple[int, ...]
-    mode_group: str | None = None
-    fused: bool = False
-    shares: str | None = None
-    plain: bool = False
-    expert: bool = False
-    head: bool = False
-    locals: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    cut: Cut = Cut.NONE
-    heads: int | None = None
-    parts: tuple[int, ...] = ()
-    attention: bool = False
-    ranks_vary: bool = False
-    class_cuts: bool = False
-
-    @property
-    def stored_names(self) -> tuple[str, ...]:
-        """The names that the module may have in the files.
-
-        They are its name, its name with `base_layer` appended, which LoRA wrappers use, and its aliases.
-        """
-        return (self.module, f"{self.module}.base_layer", *self.aliases)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """What planning needs to know about a model, read from its config.json.
@@ -114,6 +75,8 @@ class Model:
     `text_type` is the `model_type` of the text model, which decides how experts are stacked (`fused_experts.py`).
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it.
+    `row` says how the engine's class reads a model whose modules no table names; None if `architecture` names them.
+    `discovery` are the modules of such a model, None until they are looked up in a checkpoint (`in_checkpoint`).
     """
 
     name: str
@@ -129,19 +92,21 @@ class Model:
     text_type: str = ""
     draft_layers: int = 0
     vision_head_dim: int = 0
+    row: ClassRow | None = None
+    discovery: Discovery | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
         """Return the model that a parsed config.json describes.
 
-        Raises `ConfigError` for an architecture that is not in `ARCHITECTURES`, and for sizes that are missing.
+        Raises `ConfigError` for sizes that are missing. A model that no table describes needs none.
         """
         names = config.get("architectures") or ["none"]
         name = str(names[0] if isinstance(names, list) else names)
         nested = text_config_of(config)
         family = name if nested is None else MODEL_TYPES.get(str(nested.get("model_type")))
         if family is None or family not in ARCHITECTURES:
-            raise ConfigError(_unknown(name, nested))
+            return cls._without_tables(name, config)
         text = with_defaults(config if nested is None else nested, family)
         faults = FaultCollector()
         layers = size_under(text, "num_hidden_layers", faults)
@@ -165,6 +130,47 @@ class Model:
         faults.raise_if_any(ConfigError)
         return model
 
+    @classmethod
+    def _without_tables(cls, name: str, config: Mapping[str, Any]) -> Model:
+        """Return a model that no table describes; its modules are looked up in a checkpoint."""
+        nested = nested_text_config(config)
+        text = config if nested is None else nested
+        faults = FaultCollector()
+        row = CLASS_ROWS.get(name, DEFAULT_ROW)
+        sizes = stated_sizes(text)
+        model = cls(
+            name=name,
+            architecture=Architecture(attention=(), mlp=(), norms=(), experts=_experts_of(row)),
+            dtype=_model_dtype({**config, **(nested or {})}, faults),
+            layers=sizes["layers"],
+            sizes=sizes,
+            vocabulary=sizes["vocabulary"],
+            tied=bool({**(nested or {}), **config}.get("tie_word_embeddings")),
+            biases=frozenset(),
+            dense_layers=frozenset(),
+            multimodal=nested is not None,
+            text_type=str(text.get("model_type") or ""),
+            vision_head_dim=_vision_head_dim(config.get("vision_config")),
+            row=row,
+        )
+        faults.raise_if_any(ConfigError)
+        return model
+
+    def in_checkpoint(self, stored: Mapping[str, StoredModule]) -> Model:
+        """Return the model with the modules that a checkpoint stores; unchanged if tables describe them."""
+        if self.row is None:
+            return self
+        sizes = self.sizes
+        found = discover(stored, self.row, layers=sizes["layers"], head_dim=sizes["head_dim"], kv_heads=self.kv_heads)
+        return replace(
+            self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
+        )
+
+    @property
+    def has_row(self) -> bool:
+        """Whether a table says how the engine's class reads the model."""
+        return self.row is not DEFAULT_ROW
+
     @property
     def heads(self) -> int:
         """The number of attention heads."""
@@ -176,17 +182,34 @@ class Model:
         return self.sizes["kv_heads"] // self.sizes["head_dim"]
 
     def attentions(self, place: tuple[str, str]) -> Iterator[str]:
-        """Return the full names of the attention modules of all layers."""
+        """Return the full names of the attention modules of all layers that have K and V projections."""
+        if self.discovery is not None:
+            names = {site.module for site in self.discovery.at(place)}
+            values = sorted(name.removesuffix(".v_proj") for name in names if name.endswith(".self_attn.v_proj"))
+            return (name for name in values if f"{name}.k_proj" in names)
         return (f"{place[0]}layers.{layer}.self_attn" for layer in range(self.layers))
+
+    def table_names(self, place: tuple[str, str]) -> tuple[str, ...]:
+        """Return the names under which the embeddings of the text model may be stored."""
+        if self.discovery is None:
+            return next(self.sites(place)).stored_names
+        tables = (site for site in self.discovery.at(place) if site.class_name == "Embedding")
+        return next((site.stored_names for site in tables if site.module.startswith(place[0])), ())
 
     def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight by its full name, for checkpoints whose headers don't show the shapes."""
+        if self.row is not None:
+            return {}
         places = [place for place in _PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
         sites = self.sites((places or _PLACES)[0])
         return {f"{name}.weight": site.shape for site in sites for name in site.stored_names}
 
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
         """Return the prefix of the text model's body and the name of its head, given the names of stored modules."""
+        if self.discovery is not None:
+            body = self.discovery.place[0]
+            if any(name.startswith(body) for name in stored_modules):
+                return self.discovery.place
         for body, head in _PLACES:
             if any(
                 f"{body}{probe}" in stored_modules for probe in ("embed_tokens", "layers.0.input_layernorm", "norm")
@@ -199,6 +222,11 @@ class Model:
 
         `place` is what the method `place` returns.
         """
+        if self.row is not None:
+            if self.discovery is None:
+                raise AssertionError("the modules of this model are looked up in a checkpoint first")
+            yield from self.discovery.at(place)
+            return
         body, head = place
         hidden, norm = self.sizes["hidden"], self.architecture.norm_class
         table = (self.vocabulary, hidden)
@@ -283,6 +311,13 @@ class Model:
                 )
 
 
+def _experts_of(row: ClassRow) -> Experts:
+    """Return the routed experts of a model with a row, if it has any."""
+    router = LinearSite(path="", outputs="experts", inputs="hidden", plain=True)
+    projections = row.projections or ("gate_proj", "up_proj", "down_proj")
+    return Experts(path=row.experts, projections=projections, count="experts", intermediate="experts", router=router)
+
+
 _BIASES = ("attention_bias", "mlp_bias", "qkv_bias")
 
 
@@ -301,22 +336,6 @@ def _variant(variants: tuple[Architecture, ...], sizes: Mapping[str, int]) -> Ar
         if all({site.outputs, site.inputs} <= sizes.keys() for site in variant.attention):
             return variant
     return variants[-1]
-
-
-def _unknown(name: str, text: Mapping[str, Any] | None) -> Fault:
-    """Return the fault of an unsupported architecture; `text` is the text_config of a multimodal model."""
-    known = ", ".join(sorted(ARCHITECTURES))
-    found = name
-    if text is not None:
-        found = f"{name} with a text model of type {text.get('model_type')}"
-        known += f"; or a text_config of type {', '.join(sorted(MODEL_TYPES))}"
-    return Fault(
-        where="config.json: architectures",
-        expected=f"one of {known}",
-        found=found,
-        remedy="This model family is not supported: serve it with an engine that reads compressed-tensors itself, or "
-        "correct architectures if config.json is another model's.",
-    )
 
 
 def _model_dtype(config: Mapping[str, Any], faults: FaultCollector) -> DType:

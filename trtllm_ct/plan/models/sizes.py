@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.models.families import Architecture
 
-__all__ = ["dense_layers_of", "size_under", "sizes_of"]
+__all__ = ["dense_layers_of", "nested_text_config", "size_under", "sizes_of", "stated_sizes"]
+
+# The keys under which the configuration of a larger model has that of its text model.
+_TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
+# The keys that configuration classes have used for a number.
+_STATED = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_kv_heads": ("num_key_value_heads",),
+    "vocabulary": ("vocab_size",),
+    "experts": EXPERT_COUNTS,
+}
 
 
 def sizes_of(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
@@ -69,6 +80,31 @@ def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector)
         "mla_values": heads * value,
     }
     return sizes | ({"q_lora_rank": size_under(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
+
+
+def nested_text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration of the text model inside of a larger model; None if there is none."""
+    nested = (config.get(key) for key in _TEXT_KEYS)
+    inner = next((value for value in nested if isinstance(value, dict) and value), None)
+    return None if inner is None else nested_text_config(inner) or dict(inner)
+
+
+def stated_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes that a config.json states, for a model whose other sizes are in the headers.
+
+    A number that is not stated is 0, but for those of heads, which are 1 then.
+    """
+    numbers = {name: _stated(config, keys) for name, keys in _STATED.items()}
+    heads = numbers.pop("num_heads") or 1
+    head_dim = _stated(config, ("head_dim",)) or _stated(config, ("hidden_size", "n_embd")) // heads or 1
+    kv_heads = numbers.pop("num_kv_heads") or heads
+    return numbers | {"head_dim": head_dim, "heads": heads * head_dim, "kv_heads": kv_heads * head_dim}
+
+
+def _stated(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
+    """Return the number under the first of these keys that has a positive one; 0 if none has."""
+    values = (config.get(key) for key in keys)
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), 0)
 
 
 def dense_layers_of(config: Mapping[str, Any], layers: int) -> frozenset[int]:

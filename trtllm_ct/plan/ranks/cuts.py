@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.assign import Candidate
-    from trtllm_ct.plan.models.families import LinearSite
+    from trtllm_ct.plan.models.discovery import Discovery
     from trtllm_ct.plan.models.sites import Model, Site
 
 __all__ = ["cut_of", "even_sizes", "is_uneven", "refuse_uneven", "repeated_biases", "slices_of", "with_slices"]
 
+_MATRIX = 2
 _LARGEST_SIZE = 16
 """Tensor-parallel sizes that work are searched up to this one, or up to the requested one if that is larger."""
 
@@ -95,20 +96,30 @@ def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultColle
 
     Engines repeat K/V heads then, but most releases repeat a bias element by element instead of head by head.
     """
-    for site in repeated_biases(model, parallel, parallel.tensor):
+    for path in repeated_biases(model, parallel, parallel.tensor):
         faults.add(
-            where=f"{site.path}.bias",
+            where=f"{path}.bias",
             expected=f"a K/V head for each of {parallel.tensor} ranks: engines repeat its elements instead of heads",
             found=f"{model.kv_heads} heads",
             remedy=f"Use a tensor-parallel size of at most {model.kv_heads}, or attention data parallelism.",
         )
 
 
-def repeated_biases(model: Model, parallel: Parallel, tensor: int) -> list[LinearSite]:
-    """Return the K and V Linears with a bias, if a tensor-parallel group of this size has more ranks than K/V heads."""
+def repeated_biases(model: Model, parallel: Parallel, tensor: int) -> list[str]:
+    """Return the K and V Linears with a bias, if a tensor-parallel group of this size has more ranks than K/V heads.
+
+    They are given by their path in a layer, or by name where no table has the paths.
+    """
+    if model.discovery is not None and not parallel.attention_dp:
+        return [
+            site.module
+            for site in model.discovery.sites
+            if site.cut is Cut.KV_HEADS and "bias" in site.locals and site.heads and tensor > site.heads
+        ]
     if parallel.attention_dp or tensor <= model.kv_heads:
         return []
-    return [site for site in model.architecture.attention if site.cut is Cut.KV_HEADS and site.bias in model.biases]
+    attention = model.architecture.attention
+    return [site.path for site in attention if site.cut is Cut.KV_HEADS and site.bias in model.biases]
 
 
 def slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeats_scales: bool) -> Slices | None:
@@ -149,6 +160,8 @@ def _uneven(model: Model, parallel: Parallel, tensor: int) -> list[tuple[str, in
 
     Each is given as its key in config.json, its value, and the number of ranks that have to divide it.
     """
+    if model.discovery is not None:
+        return _uneven_sites(model.discovery, parallel, tensor)
     sizes, architecture, experts = model.sizes, model.architecture, model.architecture.experts
     shared = [] if parallel.attention_dp else [("num_attention_heads", model.heads, tensor)]
     if not parallel.attention_dp and not _shares_kv_heads(model, tensor):
@@ -162,6 +175,26 @@ def _uneven(model: Model, parallel: Parallel, tensor: int) -> list[tuple[str, in
         shared.append(("number of experts", sizes[experts.count], parallel.expert))
         shared.append(("intermediate size of experts", sizes[experts.intermediate], tensor // parallel.expert))
     return [(key, count, ranks) for key, count, ranks in shared if count % ranks]
+
+
+def _uneven_sites(found: Discovery, parallel: Parallel, tensor: int) -> list[tuple[str, int, int]]:
+    """Return the sizes of a model's modules that a tensor-parallel group of this size can't divide evenly.
+
+    Each is given as the last part of the module's name, its value, and the number of ranks that have to divide it.
+    """
+    uneven: dict[tuple[str, int, int], None] = {}
+    if found.experts % parallel.expert:
+        uneven["number of experts", found.experts, parallel.expert] = None
+    for site in found.sites:
+        if len(site.shape) != _MATRIX or (parallel.attention_dp and site.attention):
+            continue
+        ranks = tensor // parallel.expert if site.expert else tensor
+        leaf = site.module.rpartition(".")[2]
+        if site.cut is Cut.KV_HEADS and site.heads and site.heads % ranks and ranks % site.heads:
+            uneven[f"heads of {leaf}", site.heads, ranks] = None
+        elif site.cut in {Cut.COLUMN, Cut.ROW} and site.shape[site.cut is Cut.ROW] % ranks:
+            uneven[f"size of {leaf}", site.shape[site.cut is Cut.ROW], ranks] = None
+    return list(uneven)
 
 
 def _shares_kv_heads(model: Model, tensor: int) -> bool:

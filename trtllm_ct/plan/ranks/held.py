@@ -64,7 +64,7 @@ def unrunnable_modules(
 def misread_biases(model: Model, parallel: Parallel) -> dict[str, str]:
     """Return the paths of the biases that engines misread at these sizes, see `refuse_uneven`, with the reason."""
     reason = f"engines repeat the elements of a bias instead of its {model.kv_heads} heads"
-    return {f"{site.path}.bias": reason for site in repeated_biases(model, parallel, parallel.tensor)}
+    return {f"{path}.bias": reason for path in repeated_biases(model, parallel, parallel.tensor)}
 
 
 def uneven_faults(model: Model, parallel: Parallel) -> tuple[Fault, ...]:

@@ -1,0 +1,212 @@
+"""Find the modules of a model in its files: for models whose sizes no table gives.
+
+Names, shapes and bytes are in the headers; config.json gives the numbers that no shape tells, such as heads. A Linear
+is found by its two axes or by its codes. Everything else is delivered as it is stored.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trtllm_ct.engine.parallel import Cut
+from trtllm_ct.formats import PACKED_CODES
+from trtllm_ct.plan.models.site import Site
+from trtllm_ct.plan.stored import QUANTIZATION_TENSORS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+
+    from trtllm_ct.plan.models.class_rows import ClassRow, Limit
+    from trtllm_ct.plan.stored import StoredModule
+
+__all__ = ["Discovery", "discover"]
+
+_TABLES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "embeddings"})
+_HEADS = frozenset({"lm_head", "embed_out", "output", "proj_out"})
+_LAYER = re.compile(r"((?:.*?\.)?)((?:layers|h|blocks|block)\.(\d+)\.)(.+)")
+_EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
+# The places of the names of an expert's projections in (gate, up, down), in every spelling.
+_PROJECTIONS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+_DOWN = 2
+_MATRIX = 2
+_ROWS = PACKED_CODES | {"weight"}
+_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discovery:
+    """The modules of a checkpoint that have a matrix, in the order of the files.
+
+    `place` is the prefix of the text model's body and the name of its head. `layers` is the number of its layers, and
+    `experts` that of the routed experts of a layer, 0 without any.
+    """
+
+    place: tuple[str, str]
+    layers: int
+    experts: int
+    sites: tuple[Site, ...]
+
+    def at(self, place: tuple[str, str]) -> Iterator[Site]:
+        """Yield the sites as they are called if the text model is in another place."""
+        (body, head), (new_body, new_head) = self.place, place
+        for site in self.sites:
+            if place == self.place or not (site.module == head or site.module.startswith(body)):
+                yield site
+            elif site.module == head:
+                yield site._replace(module=new_head)
+            else:
+                groups = {
+                    key: new_body + value.removeprefix(body)
+                    for key in ("mode_group", "shares")
+                    if (value := getattr(site, key)) is not None
+                }
+                yield site._replace(module=new_body + site.module.removeprefix(body), **groups)
+
+
+def discover(
+    stored: Mapping[str, StoredModule], row: ClassRow, *, layers: int = 0, head_dim: int = 0, kv_heads: int = 0
+) -> Discovery:
+    """Return the modules of a checkpoint that have a matrix, as the class of a row reads them.
+
+    `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one
+    draft tokens, and are left out.
+    """
+    body, head = place = _place_of(stored)
+    numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
+    count = layers or max(numbers, default=-1) + 1
+    rules = _Rules(row, stored, head_dim, kv_heads)
+    sites = []
+    for name, module in stored.items():
+        layer = _LAYER.fullmatch(name)
+        drafts = layer is not None and layer[1] == body and int(layer[3]) >= count
+        if not drafts and _has_matrix(module):
+            sites.append(rules.head(module) if name == head else rules.site(module))
+    experts = [int(match[2]) for site in sites if site.expert and (match := _EXPERT.fullmatch(site.module))]
+    return Discovery(place=place, layers=count, experts=max(experts, default=-1) + 1, sites=tuple(sites))
+
+
+class _Rules:
+    """Applies the row of a class to the modules of one checkpoint."""
+
+    def __init__(self, row: ClassRow, stored: Mapping[str, StoredModule], head_dim: int, kv_heads: int) -> None:
+        self._row = row
+        self._stored = stored
+        self._head_dim = head_dim
+        self._kv_heads = kv_heads
+        self._fused = {part: fused for fused, parts in row.fused.items() for part in parts}
+
+    def head(self, module: StoredModule) -> Site:
+        """Return the site of the head of the text model."""
+        shape = _plain_shape(module)
+        return Site(
+            module=module.name,
+            class_name="Linear",
+            shape=shape,
+            head=True,
+            locals=_locals(module),
+            cut=Cut.VOCABULARY,
+        )
+
+    def site(self, module: StoredModule) -> Site:
+        """Return the site of any other module with a matrix."""
+        expert = _EXPERT.fullmatch(module.name)
+        if expert is not None and expert[3] in _PROJECTIONS:
+            return self._expert(module, expert[1], expert[2], _PROJECTIONS[expert[3]])
+        parent, _, leaf = module.name.rpartition(".")
+        table = leaf in _TABLES
+        group = f"{parent}.{self._fused[leaf]}" if leaf in self._fused and parent else None
+        cut = Cut.VOCABULARY if table else self._cut(module.name)
+        return Site(
+            module=module.name,
+            class_name="Embedding" if table else "Linear",
+            shape=_plain_shape(module),
+            mode_group=group,
+            fused=group is not None,
+            shares=group,
+            plain=table or _ends_with(module.name, self._row.plain),
+            locals=_locals(module),
+            cut=cut,
+            heads=self._heads(module, parent) if cut is Cut.KV_HEADS else None,
+            attention=leaf in _ATTENTION,
+            limit=self._limit(module.name),
+        )
+
+    def _expert(self, module: StoredModule, experts: str, number: str, projection: int) -> Site:
+        """Return the site of a projection of a routed expert; it is delivered as the class calls it."""
+        prefix = f"{experts}.{number}."
+        name = prefix + self._row.projections[projection] if self._row.projections else module.name
+        return Site(
+            module=name,
+            class_name="Linear",
+            shape=_plain_shape(module),
+            mode_group=experts,
+            shares=None if projection == _DOWN else f"{prefix}gate_up",
+            expert=True,
+            locals=_locals(module),
+            aliases=() if name == module.name else (module.name,),
+            cut=Cut.ROW if projection == _DOWN else Cut.COLUMN,
+            limit=self._limit(name),
+        )
+
+    def _cut(self, name: str) -> Cut:
+        """Return how ranks divide a module."""
+        return next((cut for path, cut in self._row.cuts.items() if _ends_with(name, (path,))), Cut.NONE)
+
+    def _limit(self, name: str) -> Limit | None:
+        """Return the limit on the modes of a module; None without any."""
+        return next((limit for limit in self._row.limits if _ends_with(name, limit.paths)), None)
+
+    def _heads(self, module: StoredModule, parent: str) -> int:
+        """Return the number of K/V heads of a K or V Linear; layers may have heads of different sizes.
+
+        A norm of single heads has the size of one. Otherwise config.json gives the size.
+        """
+        rows = next((spec.shape[0] for local, spec in module.specs.items() if local in _ROWS and spec.shape), 0)
+        norm = self._stored.get(f"{parent}.k_norm")
+        size = norm.specs["weight"].numel if norm is not None and "weight" in norm.specs else 0
+        head_dim = size if 0 < size < rows else self._head_dim
+        return rows // head_dim if head_dim and rows % head_dim == 0 else self._kv_heads or 1
+
+
+def _place_of(stored: Collection[str]) -> tuple[str, str]:
+    """Return the prefix of the text model's body and the name of its head.
+
+    The body is where the embeddings are, beside the layers. A model without such embeddings has its body where most
+    layers are.
+    """
+    layers: dict[str, int] = {}
+    for name in stored:
+        match = _LAYER.match(name)
+        if match is not None:
+            layers[match[1]] = layers.get(match[1], 0) + 1
+    tables = {name.removesuffix(leaf) for name in stored if (leaf := name.rpartition(".")[2]) in _TABLES}
+    bodies = sorted(layers, key=lambda body: (body in tables, layers[body]), reverse=True)
+    body = bodies[0] if bodies else ""
+    heads = [name for name in stored if name.rpartition(".")[2] in _HEADS and not _LAYER.match(name)]
+    around = [name for name in heads if body.startswith(name.rpartition(".")[0])]
+    return body, next(iter(sorted(around, key=len, reverse=True)), "lm_head")
+
+
+def _has_matrix(module: StoredModule) -> bool:
+    """Whether a module has codes, or a plain weight with two axes."""
+    if module.is_quantized:
+        return True
+    weight = module.specs.get("weight")
+    return weight is not None and len(weight.shape) == _MATRIX
+
+
+def _plain_shape(module: StoredModule) -> tuple[int, ...]:
+    """Return the shape of a plain weight; () for codes, whose format tells the shape."""
+    return () if module.is_quantized else module.specs["weight"].shape
+
+
+def _locals(module: StoredModule) -> tuple[str, ...]:
+    """Return the local names of the parameters beside the weight."""
+    return tuple(local for local in module.specs if local not in QUANTIZATION_TENSORS | {"weight"} and "." not in local)
+
+
+def _ends_with(name: str, paths: Iterable[str]) -> bool:
+    """Whether the name of a module ends with one of these paths."""
+    return any(name == path or name.endswith(f".{path}") for path in paths)
