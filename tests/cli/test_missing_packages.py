@@ -85,7 +85,7 @@ def test_every_command_works_or_names_the_package(tmp_path: Path, package: str) 
     "call",
     [
         "convert_checkpoint(sys.argv[1], sys.argv[2], to='dense')",
-        "CompressedTensorsWeightLoader().load_weights(sys.argv[1])",
+        "convert_checkpoint(sys.argv[1], sys.argv[2], to='modelopt')",
     ],
 )
 def test_functions_raise_the_error_of_the_package(tmp_path: Path, call: str) -> None:
