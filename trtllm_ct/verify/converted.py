@@ -132,7 +132,8 @@ def _keep_freed_memory() -> None:
     """Let the allocator reuse the arrays of a chunk for the next one.
 
     By default glibc returns blocks from 128 KiB on to the kernel, which has to clear their pages again for the next
-    chunk: half as much time as the comparison itself. A larger block that was freed raises this limit to its size.
+    chunk; that takes about as long as the comparison itself. A larger block that was freed raises this limit to its
+    size.
     Source: glibc `malloc/malloc.c`, the dynamic M_MMAP_THRESHOLD. Other allocators are not affected.
     """
     np.empty(_KEPT_BYTES, np.uint8)
