@@ -89,6 +89,13 @@ def test_scales_are_judged_by_their_bits(
     assert array.is_finite_scale(zero_allowed=False) is positive
 
 
+def test_bits_of_integers_show_nothing() -> None:
+    array = StoredArray(np.array([3, 0, -1], np.int32), DType.I32)
+
+    assert not array.is_finite_scale(zero_allowed=True)
+    assert array.zeros == 1
+
+
 @pytest.mark.parametrize("dtype", [dtype for dtype in FLOATS if dtype is not DType.F8_E4M3])
 @pytest.mark.parametrize("number", [inf, -inf])
 def test_infinity_is_no_scale(dtype: DType, number: float) -> None:

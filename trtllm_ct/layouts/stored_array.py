@@ -104,23 +104,24 @@ class StoredArray:
 
     @property
     def zeros(self) -> int:
-        """The number of elements of a float that are zero, of either sign."""
+        """The number of elements that are zero, of either sign."""
         import numpy as np
 
-        if self.dtype is DType.F8_E8M0:
-            return 0
-        return self.elements.size - int(np.count_nonzero(self._bits & _BITS[self.dtype].magnitude))
+        nonzero = self._bits & _BITS[self.dtype].magnitude if self.dtype in _BITS else self.numbers
+        return self.elements.size - int(np.count_nonzero(nonzero))
 
     def is_finite_scale(self, *, zero_allowed: bool) -> bool:
-        """Whether the bits of a float show that all elements are finite and positive, or 0 where `zero_allowed`.
+        """Whether the bits of floats show that all elements are finite and positive, or 0 where `zero_allowed`.
 
-        False for -0 too, and for no elements.
+        False says nothing for -0, for dtypes that are no floats, and for no elements.
         """
         bits = self._bits
         if not bits.size:
             return False
         if self.dtype is DType.F8_E8M0:
             return int(bits.max()) < _E8M0_NAN
+        if self.dtype not in _BITS:
+            return False
         return int(bits.max()) < _BITS[self.dtype].not_finite and (zero_allowed or int(bits.min()) > 0)
 
     @property
