@@ -1,9 +1,10 @@
 """One table of TensorRT-LLM's quantization modes: all facts about the Linear of each `QuantAlgo`.
 
-Each fact about a mode is a field of its entry in `LINEAR_MODES`, and is written down nowhere else. There are two
-deliberate exceptions: `serve/completeness.py` and `reference/linear_layouts.py` list the tensors of each mode again, so
-that they can check the results of this table independently. `holdings.py: native_mode` names the mode that a scheme was
-made for; that is a fact about schemes, some of which no mode holds.
+Each fact about a mode is a field of its entry in `LINEAR_MODES`, and is written down nowhere else. The
+exceptions are deliberate: `serve/completeness.py` and `reference/linear_layouts.py` list the tensors of each mode
+again, and `verify/native_layouts.py` decodes them again, so that they can check the results of this table
+independently. `holdings.py: native_mode` names the mode that a scheme was made for; that is a fact about schemes, some
+of which no mode holds.
 
 Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods of each LinearMethod),
 `fused_moe/quantization.py` for experts, `_torch/models/modeling_utils.py` (`duplicate_kv_weight`, for repeated K/V

@@ -18,7 +18,9 @@ from trtllm_ct.formats.base import StoredSpecs, StoredWeight, scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from trtllm_ct.base.errors import FaultCollector
@@ -67,6 +69,6 @@ def group_of_columns(weight: StoredWeight, stored: Mapping[str, Tensor]) -> Tens
     return index
 
 
-def is_filled(index: Tensor) -> bool:
+def is_filled(index: Tensor | NDArray[Any]) -> bool:
     """Whether the writer has filled the index; it is initialized with -1."""
     return not bool((index == -1).any())

@@ -21,15 +21,17 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.formats import WEIGHT_TENSORS, Axis
 from trtllm_ct.formats.group_index import is_filled
-from trtllm_ct.formats.small_floats import local_scale
 from trtllm_ct.layouts.packing import INT8_PLAIN
-from trtllm_ct.layouts.scales import scale_values
+from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors, stored_array
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+    from typing import Any
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from trtllm_ct.base.errors import FaultCollector
@@ -45,33 +47,35 @@ _KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
 _INPUT_DIVISOR = "input_global_scale"
 _GLOBAL_SCALES = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), _INPUT_DIVISOR)
 _EXPERT = ".experts."
+_CHUNK_WORDS = 1 << 20
 
 
-def check_payload(module: ModulePlan, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
+def check_payload(module: ModulePlan, stored: StoredTensors, faults: FaultCollector) -> None:
     """Add a fault for every tensor of a module with invalid values; `stored` has the tensors by local name.
 
     Codes are read only if they have fewer than 8 bits and are stored in one byte each, or if they are in padded words.
-    Of the other tensors only small ones are read.
+    Of the other tensors only small ones are read. Torch is needed only if `stored` has tensors of it.
     """
     weight = module.weight
     if weight is not None:
         for local in (local for local, axis in weight.axes.items() if axis is Axis.SHAPE):
-            _check_shape(f"{module.name}.{local}", stored[local], weight.part_of or weight.shape, faults)
+            _check_shape(f"{module.name}.{local}", _numbers(stored[local]), weight.part_of or weight.shape, faults)
         zero_allowed = weight.scale_shape != (1, 1)
-        scale = _scale_numbers(weight, stored[weight.scale])
+        scale = _scale_of(weight, stored[weight.scale])
         _check_scale(f"{module.name}.{weight.scale}", scale, faults, zero_allowed=zero_allowed)
         zero_point = weight.format.zero_point  # Stored zero points of float codes count as none, and must be zero.
         if zero_point in weight.axes and weight.zero_point_packing is None:
-            _check_zero_point(f"{module.name}.{zero_point}", weight, stored[zero_point], faults)
+            _check_zero_point(f"{module.name}.{zero_point}", weight, _numbers(stored[zero_point]), faults)
         if weight.group_index is not None:
-            _check_group_index(f"{module.name}.{weight.group_index}", weight, stored[weight.group_index], faults)
+            index = _numbers(stored[weight.group_index])
+            _check_group_index(f"{module.name}.{weight.group_index}", weight, index, faults)
         _check_codes(f"{module.name}.{weight.codes}", weight, stored[weight.codes], faults)
     for local in dict.fromkeys((*_ACTIVATION_SCALES, *_kv_scales(module))):
         if local in stored:
-            _check_scale(f"{module.name}.{local}", stored[local], faults, zero_allowed=False)
+            _check_scale(f"{module.name}.{local}", stored_array(stored[local]), faults, zero_allowed=False)
     for local in _GLOBAL_SCALES:
         if local in stored:
-            _check_global_scale(module.name, local, stored[local], faults)
+            _check_global_scale(module.name, local, stored_array(stored[local]), faults)
     for transform in module.transforms:
         _check_transform(module.name, transform, stored, faults)
 
@@ -90,7 +94,7 @@ def _kv_scales(module: ModulePlan) -> Iterator[str]:
             yield delivery.operation.source
 
 
-def count_zero_scales(module: ModulePlan, stored: Mapping[str, Tensor]) -> int:
+def count_zero_scales(module: ModulePlan, stored: StoredTensors) -> int:
     """Return how many rows or groups of a weight have a scale of zero, so that all their values are zero.
 
     Under a global scale of 0 these are all groups.
@@ -98,72 +102,81 @@ def count_zero_scales(module: ModulePlan, stored: Mapping[str, Tensor]) -> int:
     weight = module.weight
     if weight is None:
         return 0
-    scale = _scale_numbers(weight, stored[weight.scale])
-    if weight.divisor is not None and not bool(stored[weight.divisor].any()):
-        return scale.numel()
-    return int((scale == 0).sum())
+    scale = _scale_of(weight, stored[weight.scale])
+    if weight.divisor is not None and not _numbers(stored[weight.divisor]).any():
+        return scale.elements.size
+    return scale.zeros
 
 
-def _scale_numbers(weight: StoredWeight, scale: Tensor) -> Tensor:
-    """Return a scale in a dtype that supports comparisons: wide floats unchanged, one-byte scales as float32."""
-    import torch
+def _numbers(tensor: Tensor | StoredArray) -> NDArray[Any]:
+    return stored_array(tensor).numbers
 
-    if scale.element_size() > 1:
+
+def _scale_of(weight: StoredWeight, tensor: Tensor | StoredArray) -> StoredArray:
+    """Return a weight's scale; bytes are E4M3 if the weight has a divisor (NVFP4), else exponents (MX)."""
+    scale = stored_array(tensor)
+    if scale.dtype.itemsize > 1:
         return scale
-    return scale_values(local_scale(weight, scale), torch.float32)
+    return scale.read_as(DType.F8_E8M0 if weight.divisor is None else DType.F8_E4M3)
 
 
-def _check_scale(name: str, scale: Tensor, faults: FaultCollector, *, zero_allowed: bool) -> None:
+def _check_scale(name: str, scale: StoredArray, faults: FaultCollector, *, zero_allowed: bool) -> None:
     """Add a fault if a scale has elements that are NaN, infinite, negative, or zero without being allowed to."""
-    if scale.numel() and _is_good_range(*(float(bound) for bound in scale.aminmax()), zero_allowed=zero_allowed):
+    import numpy as np
+
+    if scale.is_finite_scale(zero_allowed=zero_allowed):
         return
+    numbers = scale.numbers
     # Comparisons with NaN are false, so NaN counts as bad here. Infinity needs the second condition.
-    good = (scale >= 0 if zero_allowed else scale > 0) & scale.isfinite()
-    if bool(good.all()):
+    good = (numbers >= 0 if zero_allowed else numbers > 0) & np.isfinite(numbers)
+    if good.all():
         return
-    bad = (~good).nonzero()
-    position = [int(index) for index in bad[0]]
+    position = _first(~good)
     faults.add(
         where=f"{name}{position or ''}",
         expected="a finite scale that is " + ("not negative" if zero_allowed else "positive"),
-        found=f"{float(scale[tuple(position)]):g} ({bad.shape[0]} of {scale.numel()} elements are bad)",
+        found=f"{float(numbers[tuple(position)]):g} ({int((~good).sum())} of {numbers.size} elements are bad)",
         remedy="The checkpoint was damaged or badly calibrated; download or quantize it again.",
     )
 
 
-def _check_global_scale(module: str, local: str, scale: Tensor, faults: FaultCollector) -> None:
+def _first(bad: NDArray[Any]) -> list[int]:
+    """Return the index of the first element that is true."""
+    import numpy as np
+
+    return [int(index) for index in np.unravel_index(int(bad.argmax()), bad.shape)]
+
+
+def _check_global_scale(module: str, local: str, scale: StoredArray, faults: FaultCollector) -> None:
     """Add a fault for an invalid global scale.
 
     For an expert that calibration never reached, some writers store 0. As the divisor of its input, others store
     448 * 6 / 0 = infinity.
     """
     is_expert = _EXPERT in module
-    if is_expert and local == _INPUT_DIVISOR and bool((scale == inf).all()):
+    if is_expert and local == _INPUT_DIVISOR and (scale.numbers == inf).all():
         return
     _check_scale(f"{module}.{local}", scale, faults, zero_allowed=is_expert)
 
 
-def _is_good_range(least: float, greatest: float, *, zero_allowed: bool) -> bool:
-    """Whether all scales between these bounds are valid; if a scale is NaN, both bounds are NaN and this is False."""
-    return (least >= 0 if zero_allowed else least > 0) and greatest < inf
-
-
-def _check_transform(module: str, transform: Transform, stored: Mapping[str, Tensor], faults: FaultCollector) -> None:
+def _check_transform(module: str, transform: Transform, stored: StoredTensors, faults: FaultCollector) -> None:
     """Add a fault for an invalid matrix of a transform, and for an invalid permutation of a randomized one."""
+    import numpy as np
+
     name = f"{transform.module}.weight"
-    matrix = stored[name]
-    good = matrix.abs() == 1 if transform.hadamard else matrix.isfinite()
-    if not bool(good.all()):
-        row, column = (int(index) for index in (~good).nonzero()[0])
+    matrix = _numbers(stored[name])
+    good = np.abs(matrix) == 1 if transform.hadamard else np.isfinite(matrix)
+    if not good.all():
+        row, column = _first(~good)
         faults.add(
             where=f"{module}.{name}[{row}, {column}]",
             expected="1 or -1, which are divided by the root of their number" if transform.hadamard else "a number",
-            found=f"{float(matrix[row, column]):g} ({int((~good).sum())} of {matrix.numel()} elements are bad)",
+            found=f"{float(matrix[row, column]):g} ({int((~good).sum())} of {matrix.size} elements are bad)",
             remedy="The matrix was damaged, or its writer scales it otherwise; download or quantize the model again.",
         )
     if transform.permuted:
         name = f"{transform.module}.perm"
-        order = stored[name].sort().values.tolist()
+        order = np.sort(_numbers(stored[name])).tolist()
         if order != list(range(len(order))):
             faults.add(
                 where=f"{module}.{name}",
@@ -173,7 +186,7 @@ def _check_transform(module: str, transform: Transform, stored: Mapping[str, Ten
             )
 
 
-def _check_shape(name: str, stored_shape: Tensor, shape: tuple[int, int], faults: FaultCollector) -> None:
+def _check_shape(name: str, stored_shape: NDArray[Any], shape: tuple[int, int], faults: FaultCollector) -> None:
     """Add a fault if `weight_shape` is not the shape in the plan."""
     sizes = [int(size) for size in stored_shape.flatten()]
     if sizes != list(shape):
@@ -185,22 +198,23 @@ def _check_shape(name: str, stored_shape: Tensor, shape: tuple[int, int], faults
         )
 
 
-def _check_zero_point(name: str, weight: StoredWeight, zero_point: Tensor, faults: FaultCollector) -> None:
+def _check_zero_point(name: str, weight: StoredWeight, zero_point: NDArray[Any], faults: FaultCollector) -> None:
     """Add a fault for unpacked zero points that are no integers in the signed range of the codes.
 
     If the weight has no zero point, they must all be zero.
     """
+    import numpy as np
+
     if not weight.has_zero_point:
         _check_leftover_zero_point(name, zero_point, faults)
         return
     half = 1 << (weight.args.num_bits - 1)
-    wide = zero_point.float()
-    fraction = (wide != wide.round()) | wide.isinf()
-    if bool(fraction.any()):
+    fraction = (zero_point != np.rint(zero_point)) | np.isinf(zero_point)
+    if fraction.any():
         faults.add(
             where=name,
             expected="integers, which are subtracted from the codes before scaling",
-            found=f"{float(wide[fraction][0]):g} ({int(fraction.sum())} of {zero_point.numel()} are no integers)",
+            found=f"{float(zero_point[fraction][0]):g} ({int(fraction.sum())} of {zero_point.size} are no integers)",
             remedy="These zero points mean something else, perhaps an offset after scaling: quantize again with "
             "llm-compressor.",
         )
@@ -215,50 +229,50 @@ def _check_zero_point(name: str, weight: StoredWeight, zero_point: Tensor, fault
         )
 
 
-def _check_leftover_zero_point(name: str, zero_point: Tensor, faults: FaultCollector) -> None:
+def _check_leftover_zero_point(name: str, zero_point: NDArray[Any], faults: FaultCollector) -> None:
     """Add a fault for zero points of float codes that are not zero.
 
     Early writers stored zero points for float codes too, but always zero. No release computes with them.
     """
-    nonzero = int((zero_point.float() != 0).sum())
+    nonzero = int((zero_point != 0).sum())
     if nonzero:
         faults.add(
             where=name,
             expected="zeros only, since float codes have no zero point",
-            found=f"{nonzero} of {zero_point.numel()} elements that are not zero",
+            found=f"{nonzero} of {zero_point.size} elements that are not zero",
             remedy="No release computes with such zero points: quantize the model again with a current release.",
         )
 
 
-def _check_group_index(name: str, weight: StoredWeight, index: Tensor, faults: FaultCollector) -> None:
+def _check_group_index(name: str, weight: StoredWeight, index: NDArray[Any], faults: FaultCollector) -> None:
     """Add a fault if a column's group has no scale; an index that was never filled is accepted, it counts as absent."""
     groups = weight.scale_shape[1]
     bad = (index < 0) | (index >= groups)
-    if is_filled(index) and bool(bad.any()):
-        column = int(bad.nonzero()[0])
+    if is_filled(index) and bad.any():
+        column = int(bad.argmax())
         faults.add(
             where=f"{name}[{column}]",
             expected=f"a group from 0 to {groups - 1}, those that weight_scale has",
-            found=f"{int(index[column])} ({int(bad.sum())} of {index.numel()} elements are bad)",
+            found=f"{int(index[column])} ({int(bad.sum())} of {index.size} elements are bad)",
             remedy="Index and scale belong to different weights; download the checkpoint again.",
         )
 
 
-def _check_codes(name: str, weight: StoredWeight, codes: Tensor, faults: FaultCollector) -> None:
+def _check_codes(name: str, weight: StoredWeight, codes: Tensor | StoredArray, faults: FaultCollector) -> None:
     """Add a fault for codes that don't fit their width, if the container is wider."""
     packing = weight.packing
     if packing is None:
         return
     if packing == INT8_PLAIN and weight.args.num_bits < packing.bits:
-        _check_code_range(name, codes, weight.args.num_bits, faults)
+        _check_code_range(name, _numbers(codes), weight.args.num_bits, faults)
     if not packing.dense:
-        _check_spare_bits(name, codes, packing, faults)
+        _check_spare_bits(name, _numbers(codes), packing, faults)
 
 
-def _check_code_range(name: str, codes: Tensor, bits: int, faults: FaultCollector) -> None:
+def _check_code_range(name: str, codes: NDArray[Any], bits: int, faults: FaultCollector) -> None:
     """Add a fault for int8 codes outside the signed range of `bits` bits."""
     half = 1 << (bits - 1)
-    low, high = (int(bound) for bound in codes.aminmax())
+    low, high = int(codes.min()), int(codes.max())
     if low < -half or high >= half:
         faults.add(
             where=name,
@@ -268,17 +282,20 @@ def _check_code_range(name: str, codes: Tensor, bits: int, faults: FaultCollecto
         )
 
 
-def _check_spare_bits(name: str, words: Tensor, packing: Packing, faults: FaultCollector) -> None:
+def _check_spare_bits(name: str, words: NDArray[Any], packing: Packing, faults: FaultCollector) -> None:
     """Add a fault if the padding bits of padded words are not zero.
 
     The words were then written in the dense layout, which may need the same number of words.
     """
+    import numpy as np
+
     used = packing.bits * (packing.container.bits // packing.bits)
-    spare = words >> used
-    if bool(spare.any()):
+    chunks = (words.ravel()[begin : begin + _CHUNK_WORDS] for begin in range(0, words.size, _CHUNK_WORDS))
+    spare = sum(int(np.count_nonzero(chunk >> used)) for chunk in chunks)
+    if spare:
         faults.add(
             where=name,
             expected=f"words padded to {used} used bits, as compressed-tensors up to 0.17.1 writes {packing.bits} bits",
-            found=f"{int(spare.count_nonzero())} of {words.numel()} words that use more",
+            found=f"{spare} of {words.size} words that use more",
             remedy="A newer release packed this weight; set `version` in the configuration to that of its writer.",
         )

@@ -8,16 +8,15 @@ right at all is also a fault (`trtllm_ct.pipeline.payload`); the warning then sa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import Strategy
 from trtllm_ct.config.match import matches
+from trtllm_ct.layouts.stored_array import StoredTensors, stored_array, unpack_along_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.plan.plan import ModulePlan
 
@@ -25,7 +24,7 @@ __all__ = ["PRODUCERS", "Headers", "Producer", "ValueWatch", "header_warnings"]
 
 Release = tuple[int, ...]
 HeaderTest = Callable[["Headers"], int]
-ValueTest = Callable[["ModulePlan", Mapping[str, "Tensor"]], bool]
+ValueTest = Callable[["ModulePlan", StoredTensors], bool]
 
 _LAST_WITHOUT_VERSION = (0, 10, 2)
 _KV_SCALES = ("k_scale", "v_scale", "kv_scale", "output_scale")
@@ -94,7 +93,7 @@ class ValueWatch:
 
     _seen: Counter[str] = field(init=False, default_factory=Counter)
 
-    def look(self, module: ModulePlan, stored: Mapping[str, Tensor]) -> tuple[str, ...]:
+    def look(self, module: ModulePlan, stored: StoredTensors) -> tuple[str, ...]:
         """Return the warnings for a module that no module before it gave; `stored` has its tensors by local name.
 
         Only small tensors are read.
@@ -196,27 +195,27 @@ def _smoothed_offset_norms(headers: Headers) -> int:
     return headers.count(lambda module: module.class_name == "RMSNorm")
 
 
-def _kv_scale_of_zero(module: ModulePlan, stored: Mapping[str, Tensor]) -> bool:  # noqa: ARG001 (a ValueTest)
-    return any(local in stored and bool((stored[local] == 0).any()) for local in _KV_SCALES)
+def _kv_scale_of_zero(module: ModulePlan, stored: StoredTensors) -> bool:  # noqa: ARG001 (a ValueTest)
+    return any(local in stored and bool((stored_array(stored[local]).numbers == 0).any()) for local in _KV_SCALES)
 
 
-def _zero_points_at_the_ends(module: ModulePlan, stored: Mapping[str, Tensor]) -> bool:
+def _zero_points_at_the_ends(module: ModulePlan, stored: StoredTensors) -> bool:
     """Whether most zero points lie in the outer quarter of their range.
 
     A group of weights with values on both sides of zero has no zero point there.
     """
     weight = module.weight
-    if weight is None or not weight.has_zero_point:
+    if weight is None or weight.zero_point is None:
         return False
-    zero_point = weight.format.decode(weight, stored).plain_zero_point
-    if zero_point is None or zero_point.numel() == 0:
-        return False
+    zero_point = stored_array(stored[weight.zero_point]).numbers
+    if weight.zero_point_packing is not None:
+        zero_point = unpack_along_rows(zero_point, weight.zero_point_packing, weight.scale_shape)
     half = 1 << (weight.args.num_bits - 1)
-    outer = (zero_point.float() + 0.5).abs() > 0.75 * half
-    return float(outer.float().mean()) > 0.5
+    outer = abs(zero_point + 0.5) > 0.75 * half
+    return bool(outer.size) and bool(outer.mean() > 0.5)
 
 
-def _global_scale_below_one(module: ModulePlan, stored: Mapping[str, Tensor]) -> bool:
+def _global_scale_below_one(module: ModulePlan, stored: StoredTensors) -> bool:
     """Whether the divisor is below one.
 
     The divisor is 2688 / (largest weight), so that weight would be larger than 2688.
@@ -224,7 +223,7 @@ def _global_scale_below_one(module: ModulePlan, stored: Mapping[str, Tensor]) ->
     weight = module.weight
     if weight is None or weight.divisor is None:
         return False
-    divisor = stored[weight.divisor]
+    divisor = stored_array(stored[weight.divisor]).numbers
     return bool(((divisor > 0) & (divisor < 1)).any())
 
 

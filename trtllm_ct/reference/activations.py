@@ -7,8 +7,10 @@ Sources: TensorRT-LLM `_torch/modules/linear.py`, the Linear methods, and `cpp/t
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "FP8_MAX",
@@ -35,6 +37,8 @@ def round_to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     `scale` is a multiplier that broadcasts against `values`: code = round(value / scale), saturated at +-448.
     Where `scale` is zero, which it is for a row of zeros, it is replaced by one in the division; the result is zero.
     """
+    import torch
+
     wide = torch.promote_types(values.dtype, torch.float32)
     scale = scale.to(wide)
     # A cast to float8_e4m3fn gives NaN beyond 448, where hardware saturates: clamp first.
@@ -47,6 +51,8 @@ def round_to_e2m1(values: Tensor) -> Tensor:
 
     A value halfway between two neighbours goes to the one with the even code: 0.25 to 0, 0.75 to 1, 2.5 to 2, 5 to 4.
     """
+    import torch
+
     magnitude = values.abs().clamp(max=E2M1_MAX)
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(values.dtype)
     return ((magnitude / step).round() * step).copysign(values)
@@ -64,6 +70,8 @@ def quantize_per_token(values: Tensor) -> Tensor:
 
 def quantize_per_block(values: Tensor) -> Tensor:
     """Round [..., K] to float8 with one scale per block of 128 elements in a row; the last block may be shorter."""
+    import torch
+
     return torch.cat([quantize_per_token(block) for block in torch.split(values, _BLOCK, dim=-1)], dim=-1)
 
 
@@ -73,6 +81,8 @@ def quantize_mxfp8(values: Tensor) -> Tensor:
     The scale is the smallest power of two that is not less than peak / 448, so no code saturates
     (`quantization.cuh: cvt_warp_fp16_to_mxfp8` converts peak / 448 to E8M0 and rounds up).
     """
+    import torch
+
     groups = values.reshape(*values.shape[:-1], -1, _MX_GROUP)
     peak = _peak(groups)
     # frexp gives x = mantissa * 2^exponent with 0.5 <= mantissa < 1; a mantissa of 0.5 is a power of two already.
@@ -90,6 +100,8 @@ def quantize_nvfp4(values: Tensor, input_scale: Tensor) -> Tensor:
     s = e4m3(peak / 6 / input_scale) and the result is e2m1(value / (s * input_scale)) * s * input_scale.
     Where s or `input_scale` is zero, the result is zero.
     """
+    import torch
+
     wide = torch.promote_types(values.dtype, torch.float32)
     groups = values.to(wide).reshape(*values.shape[:-1], -1, _NVFP4_GROUP)
     input_scale = input_scale.to(wide).reshape(())
@@ -105,4 +117,6 @@ def _peak(values: Tensor) -> Tensor:
 
 def _divisor(scale: Tensor) -> Tensor:
     """The scale with every zero replaced by one, so that dividing by it gives no NaN."""
+    import torch
+
     return torch.where(scale == 0, 1, scale)

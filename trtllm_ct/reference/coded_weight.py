@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["CodedWeight"]
 
-_Operation = Callable[[Tensor, Tensor], Tensor]
+_Operation = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class CodedWeight:
 
         A code is first multiplied with its own scale: this product is exact where both are small floats.
         """
+        import torch
+
         values = self._per_group(torch.mul, self.codes.to(dtype), self.scale.to(dtype))
         if self.factor is not None:
             values = values * self.factor.to(dtype)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trtllm_ct.base.errors import Fault, FaultCollector, PlanError
-from trtllm_ct.reference.linear_layouts import BIAS, LAYOUTS, LinearLayout, Tensors
-from trtllm_ct.reference.rules import LinearCheck
+from trtllm_ct.reference.linear_layouts import Tensors, checked_layout
+from trtllm_ct.reference.rules import check_aliases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +29,8 @@ class ReferenceLinear(nn.Module):
 
     `layer` names the algorithm and the group size. `bias` says whether the architecture has a bias here. `name` is used
     in messages.
-    Raises `PlanError` with a fault for every tensor that is missing, surplus, or of a wrong dtype or shape, and for an
-    algorithm or group size that the reference engine can't compute.
+    Raises `PlanError` with a fault for every tensor that is missing, surplus, of a wrong dtype or shape, or different
+    under its second name, and for an algorithm or group size that the reference engine can't compute.
     """
 
     def __init__(
@@ -50,15 +49,13 @@ class ReferenceLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.quantize_activations = quantize_activations
-        self._layout = _layout_of(layer, name)
-        rules = (*self._layout.tensors, BIAS) if bias else self._layout.tensors
-        faults = FaultCollector()
-        check = LinearCheck(name=name, layer=layer, out_features=out_features, in_features=in_features, faults=faults)
-        check.check(tensors, rules)
-        faults.raise_if_any(PlanError)
+        self._layout = checked_layout(
+            tensors, layer=layer, in_features=in_features, out_features=out_features, name=name, bias=bias
+        )
+        check_aliases(tensors, self._layout.tensors, name)
         for local, tensor in tensors.items():
             self.register_buffer(local, tensor)
-        names = ((rule.name, rule.name_among(tensors)) for rule in rules)
+        names = ((rule.name, rule.name_among(tensors)) for rule in self._layout.tensors)
         self._delivered_names = {rule_name: name for rule_name, name in names if name is not None}
 
     @property
@@ -97,27 +94,3 @@ class ReferenceLinear(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _layout_of(layer: LayerQuantConfig, name: str) -> LinearLayout:
-    """The layout of a layer's algorithm; raises `PlanError` for an unknown algorithm or a wrong group size."""
-    layout = LAYOUTS.get(layer.quant_algo)
-    if layout is None:
-        raise PlanError(
-            Fault(
-                where=name,
-                expected=f"one of {', '.join(LAYOUTS)}",
-                found=f"quant_algo {layer.quant_algo}",
-                remedy="Give the module an algorithm that the reference engine can compute.",
-            )
-        )
-    if layout.group_size is not None and layer.group_size not in {None, layout.group_size}:
-        raise PlanError(
-            Fault(
-                where=name,
-                expected=f"group_size {layout.group_size}, which {layer.quant_algo} always has",
-                found=f"group_size {layer.group_size}",
-                remedy="Correct group_size in quant_config; the kernels of this algorithm know no other.",
-            )
-        )
-    return layout

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault, FaultCollector, PlanError
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.reference.activations import (
     quantize_mxfp8,
@@ -25,11 +24,18 @@ from trtllm_ct.reference.activations import (
     quantize_per_token,
 )
 from trtllm_ct.reference.coded_weight import CodedWeight
-from trtllm_ct.reference.rules import WIDE_FLOATS, TensorRule
+from trtllm_ct.reference.rules import WIDE_FLOATS, LinearCheck, TensorRule
 
-__all__ = ["BIAS", "LAYOUTS", "LinearLayout", "Tensors", "unpack_column_pairs", "unpack_row_pairs"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Tensors = Mapping[str, Tensor]
+    from trtllm_ct.engine.quant_config import LayerQuantConfig
+    from trtllm_ct.reference.rules import Header
+
+__all__ = ["LAYOUTS", "LinearLayout", "Tensors", "checked_layout", "unpack_column_pairs", "unpack_row_pairs"]
+
+Tensors = Mapping[str, "Tensor"]
 
 _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_VALUES = (*_E2M1_MAGNITUDES, *(-magnitude for magnitude in _E2M1_MAGNITUDES))
@@ -118,6 +124,8 @@ def unpack_row_pairs(packed: Tensor) -> Tensor:
 
     Byte (i, k) holds row 2i in the low nibble and row 2i + 1 in the high nibble.
     """
+    import torch
+
     # The shift to the left moves the sign bit of the low nibble to bit 7; the arithmetic shift back extends the sign.
     low = (packed.view(torch.uint8) << 4).view(torch.int8) >> 4
     high = packed.view(torch.int8) >> 4
@@ -129,11 +137,15 @@ def unpack_column_pairs(packed: Tensor) -> Tensor:
 
     Byte (n, i) holds column 2i in the low nibble and column 2i + 1 in the high nibble.
     """
+    import torch
+
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
 
 
 def _decode_e2m1(packed: Tensor) -> Tensor:
     """Unpack column pairs [N, K/2] of E2M1 codes to their numbers [N, K] in E4M3, which has them all."""
+    import torch
+
     codes = unpack_column_pairs(packed)
     values = torch.tensor(_E2M1_VALUES).to(torch.float8_e4m3fn).view(torch.uint8)
     return values.index_select(0, codes.flatten().int()).view(torch.float8_e4m3fn).view(codes.shape)
@@ -141,6 +153,8 @@ def _decode_e2m1(packed: Tensor) -> Tensor:
 
 def _e8m0(codes: Tensor) -> Tensor:
     """Return E8M0 bytes as numbers: byte e is 2^(e - 127), byte 255 is NaN."""
+    import torch
+
     return codes.view(torch.float8_e8m0fnu)
 
 
@@ -188,7 +202,7 @@ _MX_SCALE = TensorRule(name="weight_scale", alias="weight_scale_inv", dtypes=_U8
 _INPUT_SCALE = TensorRule(name="input_scale", dtypes=_F32, shape=())
 _OPTIONAL_INPUT_SCALE = TensorRule(name="input_scale", dtypes=_F32, shape=(), required=False)
 _PRE_QUANT_SCALE = TensorRule(name="pre_quant_scale", dtypes=WIDE_FLOATS, shape=("K",), required=False)
-BIAS = TensorRule(name="bias", dtypes=WIDE_FLOATS, shape=("N",))
+_BIAS = TensorRule(name="bias", dtypes=WIDE_FLOATS, shape=("N",))
 
 LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
     QuantAlgo.W4A16: LinearLayout(tensors=(_INT4_ROW_PAIRS, _ROW_SCALE), decode=decode_int4_rows),
@@ -240,3 +254,50 @@ LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
         group_size=32,
     ),
 }
+
+
+def checked_layout(
+    headers: Mapping[str, Header],
+    *,
+    layer: LayerQuantConfig,
+    in_features: int,
+    out_features: int,
+    name: str,
+    bias: bool = False,
+) -> LinearLayout:
+    """Return how the Linear `name` is stored, whose delivered tensors have these headers; no values are read.
+
+    Raises `PlanError` with a fault for every tensor that is missing, surplus, or of a wrong dtype or shape, and for an
+    algorithm or group size that the reference engine can't compute.
+    """
+    layout = _layout_of(layer, name)
+    rules = (*layout.tensors, _BIAS) if bias else layout.tensors
+    faults = FaultCollector()
+    check = LinearCheck(name=name, layer=layer, out_features=out_features, in_features=in_features, faults=faults)
+    check.check(headers, rules)
+    faults.raise_if_any(PlanError)
+    return replace(layout, tensors=rules)
+
+
+def _layout_of(layer: LayerQuantConfig, name: str) -> LinearLayout:
+    """The layout of a layer's algorithm; raises `PlanError` for an unknown algorithm or a wrong group size."""
+    layout = LAYOUTS.get(layer.quant_algo)
+    if layout is None:
+        raise PlanError(
+            Fault(
+                where=name,
+                expected=f"one of {', '.join(LAYOUTS)}",
+                found=f"quant_algo {layer.quant_algo}",
+                remedy="Give the module an algorithm that the reference engine can compute.",
+            )
+        )
+    if layout.group_size is not None and layer.group_size not in {None, layout.group_size}:
+        raise PlanError(
+            Fault(
+                where=name,
+                expected=f"group_size {layout.group_size}, which {layer.quant_algo} always has",
+                found=f"group_size {layer.group_size}",
+                remedy="Correct group_size in quant_config; the kernels of this algorithm know no other.",
+            )
+        )
+    return layout

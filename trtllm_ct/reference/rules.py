@@ -7,21 +7,44 @@ every shape is compared before anything is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Protocol
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import FaultCollector, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
-    from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.engine.quant_config import LayerQuantConfig
 
-__all__ = ["WIDE_FLOATS", "LinearCheck", "TensorRule", "describe", "has_dtype", "is_one_element"]
+__all__ = [
+    "WIDE_FLOATS",
+    "Header",
+    "LinearCheck",
+    "TensorRule",
+    "check_aliases",
+    "describe",
+    "has_dtype",
+    "is_one_element",
+]
 
 WIDE_FLOATS = tuple(dtype for dtype in DType if dtype.is_wide_float)
+
+
+class Header(Protocol):
+    """What rules look at: the dtype and shape of a tensor of torch, or of one in a file."""
+
+    @property
+    def dtype(self) -> DType | torch.dtype:
+        """The dtype."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """The shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,14 +69,14 @@ class TensorRule:
         """The names that the tensor may have: `name` first, then `alias`."""
         return (self.name,) if self.alias is None else (self.name, self.alias)
 
-    def name_among(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def name_among(self, tensors: Mapping[str, Header]) -> str | None:
         """The name under which the tensor occurs in the tensors of a module; None if it does not occur."""
         return next((name for name in self.names if name in tensors), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCheck:
-    """Compares the tensors of the module `name` with rules, and adds every violation to `faults`."""
+    """Compares the headers of the tensors of module `name` with rules, and adds every violation to `faults`."""
 
     name: str
     layer: LayerQuantConfig
@@ -61,19 +84,16 @@ class LinearCheck:
     in_features: int
     faults: FaultCollector
 
-    def check(self, tensors: Mapping[str, Tensor], rules: Sequence[TensorRule]) -> None:
+    def check(self, tensors: Mapping[str, Header], rules: Sequence[TensorRule]) -> None:
         """Check that all required tensors exist, that there are no unknown ones, and every dtype and shape."""
         self._check_missing(rules, tensors)
         self._check_surplus(rules, tensors)
         for rule in rules:
-            present = [name for name in rule.names if name in tensors]
-            for name in present:
+            for name in (name for name in rule.names if name in tensors):
                 self._check_dtype(rule, name, tensors[name])
                 self._check_shape(rule, name, tensors[name])
-            if len(present) > 1:
-                self._check_equal(present, tensors)
 
-    def _check_missing(self, rules: Sequence[TensorRule], tensors: Mapping[str, Tensor]) -> None:
+    def _check_missing(self, rules: Sequence[TensorRule], tensors: Mapping[str, Header]) -> None:
         required = [rule for rule in rules if rule.required]
         missing = [rule.name for rule in required if rule.name_among(tensors) is None]
         if missing:
@@ -84,7 +104,7 @@ class LinearCheck:
                 remedy="Deliver them, or list the module in exclude_modules if it is not quantized.",
             )
 
-    def _check_surplus(self, rules: Sequence[TensorRule], tensors: Mapping[str, Tensor]) -> None:
+    def _check_surplus(self, rules: Sequence[TensorRule], tensors: Mapping[str, Header]) -> None:
         known = [name for rule in rules for name in rule.names]
         for local in sorted(tensors.keys() - set(known)):
             self.faults.add(
@@ -94,7 +114,7 @@ class LinearCheck:
                 remedy="The algorithm has no use for this tensor; check which one quant_config names for the module.",
             )
 
-    def _check_dtype(self, rule: TensorRule, name: str, tensor: Tensor) -> None:
+    def _check_dtype(self, rule: TensorRule, name: str, tensor: Header) -> None:
         if not has_dtype(tensor, rule.dtypes):
             self.faults.add(
                 where=f"{self.name}.{name}",
@@ -103,7 +123,7 @@ class LinearCheck:
                 remedy=f"This is no {rule.name} of {self.layer.quant_algo}; check the module's entry in quant_config.",
             )
 
-    def _check_shape(self, rule: TensorRule, name: str, tensor: Tensor) -> None:
+    def _check_shape(self, rule: TensorRule, name: str, tensor: Header) -> None:
         shapes = [rule.shape] if rule.or_shape is None else [rule.shape, rule.or_shape]
         if any(self._fits(tensor, shape) for shape in shapes):
             return
@@ -116,17 +136,7 @@ class LinearCheck:
             remedy="Check that config.json and the group_size in quant_config belong to these weights.",
         )
 
-    def _check_equal(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        first, second = (tensors[name] for name in names)
-        if first.dtype != second.dtype or not first.flatten().equal(second.flatten()):
-            self.faults.add(
-                where=f"{self.name}.{names[1]}",
-                expected=f"the values of {names[0]}, of which it is another name",
-                found="other values",
-                remedy="Deliver the scale once, or the same one under both names.",
-            )
-
-    def _fits(self, tensor: Tensor, shape: tuple[str, ...]) -> bool:
+    def _fits(self, tensor: Header, shape: tuple[str, ...]) -> bool:
         return list(tensor.shape) == [self._size_of(axis) for axis in shape] if shape else is_one_element(tensor)
 
     def _in_words(self, shape: tuple[str, ...]) -> str:
@@ -153,16 +163,37 @@ class LinearCheck:
         return quotient + bool(remainder)
 
 
-def describe(tensor: Tensor) -> str:
+def check_aliases(tensors: Mapping[str, Tensor], rules: Iterable[TensorRule], module: str) -> None:
+    """Raise `PlanError` if a tensor is delivered under both of its names with different values."""
+    faults = FaultCollector()
+    for names in (rule.names for rule in rules if rule.alias is not None and tensors.keys() >= set(rule.names)):
+        first, second = (tensors[name] for name in names)
+        if first.dtype != second.dtype or not first.flatten().equal(second.flatten()):
+            faults.add(
+                where=f"{module}.{names[1]}",
+                expected=f"the values of {names[0]}, of which it is another name",
+                found="other values",
+                remedy="Deliver the scale once, or the same one under both names.",
+            )
+    faults.raise_if_any(PlanError)
+
+
+def describe(tensor: Header) -> str:
     """The dtype and shape of a tensor for messages, such as `float32 [4, 2]`."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{_dtype_name(tensor)} {list(tensor.shape)}"
 
 
-def has_dtype(tensor: Tensor, dtypes: Iterable[DType]) -> bool:
+def has_dtype(tensor: Header, dtypes: Iterable[DType]) -> bool:
     """Whether the tensor's dtype is one of `dtypes`."""
-    return any(tensor.dtype == dtype.torch_dtype for dtype in dtypes)
+    return _dtype_name(tensor) in {dtype.torch_name for dtype in dtypes}
 
 
-def is_one_element(tensor: Tensor) -> bool:
+def is_one_element(tensor: Header) -> bool:
     """Whether the tensor has exactly one element and the shape [] or [1]."""
-    return tensor.dim() <= 1 and tensor.numel() == 1
+    return len(tensor.shape) <= 1 and prod(tensor.shape) == 1
+
+
+def _dtype_name(tensor: Header) -> str:
+    """The name of the dtype in torch, which is not imported for it."""
+    dtype = tensor.dtype
+    return dtype.torch_name if isinstance(dtype, DType) else str(dtype).removeprefix("torch.")

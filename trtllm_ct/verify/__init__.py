@@ -5,7 +5,9 @@ source_check.py     checks the values of a source that no header shows
 converted.py        compares a converted directory with its source, on all cores
 matching.py         which tensors of the two directories are compared, and how
 pairs.py            one tensor on both sides, compared in chunks of rows
-native.py           the converted side: rows of native layouts as codes, read by the reference engine
+native.py           the converted side: rows of a delivered weight as codes
+native_layouts.py   the converted side: how each native layout is read
+native_numbers.py   the converted side: the numbers that bits stand for
 source/             the source's side: an independent reading in plain numpy
 comparison.py       compares rows, and keeps the worst element
 shared_scalars.py   checks the scalars that the parts of a fused Linear share

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_ct.base.json_form import fields_form
-from trtllm_ct.verify.source.numbers import to_numbers
+from trtllm_ct.verify.source.numbers import same_bits, to_numbers
 from trtllm_ct.verify.source.rounding import rounded
 
 if TYPE_CHECKING:
@@ -53,10 +53,14 @@ class Comparison:
 
     def below(self, rows: int) -> Comparison:
         """Return the comparison of the same elements `rows` further down, of which the first has no rows above."""
-        return replace(self, position=(self.position[0] + rows, *self.position[1:])) if self.position else self
+        if not (rows and self.position):
+            return self
+        return replace(self, position=(self.position[0] + rows, *self.position[1:]))
 
     def joined(self, following: Comparison) -> Comparison:
         """Return the comparison of these rows and of those that follow; of equal errors the first counts."""
+        if following.good and not following.error and not following.differing:
+            return self
         worst = following if following.error > self.error else self
         return replace(worst, good=self.good and following.good, differing=self.differing + following.differing)
 
@@ -107,9 +111,7 @@ def compare_rounded(
 
 def equal_bits(got: NDArray[Any], stored: NDArray[Any], dtype: DType) -> Comparison | None:
     """Return the comparison of rows that are the same bits in the same dtype; None if they differ."""
-    if got.dtype != stored.dtype or got.shape != stored.shape:
-        return None
-    if not np.array_equal(got.reshape(-1).view(np.uint8), stored.reshape(-1).view(np.uint8)):
+    if not same_bits(got, stored):
         return None
     return _equal(to_numbers(got.reshape(-1)[:1], dtype).reshape((1,) * got.ndim))
 

@@ -1,19 +1,18 @@
 """Compare a converted directory with its source, tensor by tensor in float64.
 
 The source is read by `source/`, which shares no decoder and no map of names with the conversion. The native layouts of
-the converted directory are read by the reference engine. Neither a plan nor its deliveries take part.
+the converted directory are read by `native_layouts.py`. Neither a plan nor its deliveries take part.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from trtllm_ct.base.cores import available_cores
 from trtllm_ct.base.json_form import json_object
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorCheck", "compare_converted"]
 
+# More than the chunks of one core take together.
+_KEPT_BYTES = 8 << 20
 # Spans in work at once for each thread: enough that no thread waits while results are collected in order.
 _IN_WORK = 4
 
@@ -79,8 +80,7 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
             tied=_tied(converted_config),
             faults=faults,
         )
-        with _one_torch_thread():
-            checks = tuple(_checks(match, faults))
+        checks = tuple(_checks(match, faults))
         check_fused_scalars(match, faults)
         match.report_surplus(converted)
     return checks
@@ -112,6 +112,7 @@ def _tied(config: Mapping[str, Any]) -> bool:
 
 def _checks(match: DirectoryMatch, faults: FaultCollector) -> Iterator[TensorCheck]:
     """Yield the check of every pair in the order of the source, and add a fault for each that differs."""
+    _keep_freed_memory()
     cores = available_cores()
     with ThreadPoolExecutor(cores) as pool:
         in_work: deque[tuple[NamedPair, list[Future[Comparison]]]] = deque()
@@ -127,6 +128,17 @@ def _checks(match: DirectoryMatch, faults: FaultCollector) -> Iterator[TensorChe
             yield _check(*in_work.popleft(), faults)
 
 
+def _keep_freed_memory() -> None:
+    """Let the allocator reuse the arrays of a chunk for the next one.
+
+    By default glibc returns blocks from 128 KiB on to the kernel, which has to clear their pages again for the next
+    chunk; that takes about as long as the comparison itself. A larger block that was freed raises this limit to its
+    size.
+    Source: glibc `malloc/malloc.c`, the dynamic M_MMAP_THRESHOLD. Other allocators are not affected.
+    """
+    np.empty(_KEPT_BYTES, np.uint8)
+
+
 def _check(pair: NamedPair, futures: list[Future[Comparison]], faults: FaultCollector) -> TensorCheck:
     """Return the check of a pair whose spans are in work; add a fault if it failed."""
     comparison = reduce(Comparison.joined, [future.result() for future in futures])
@@ -138,14 +150,3 @@ def _check(pair: NamedPair, futures: list[Future[Comparison]], faults: FaultColl
             remedy="The converted weight is wrong; convert again, and report it if it stays.",
         )
     return TensorCheck(name=pair.name, kind=pair.kind, comparison=comparison)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let each operation of torch run in the thread that calls it: the chunks are divided among threads already."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -127,4 +127,6 @@ def plain_pair(delivered: Stored, source: Stored | Rows, *, uncertainty: float =
         numbers = to_numbers(got, delivered.dtype)
         return compare_rounded(numbers, want.reshape(numbers.shape), delivered.dtype, uncertainty=uncertainty)
 
-    return Pair(shape=delivered.shape, compare=compare, block=block)
+    copied = isinstance(source, Stored) and source.dtype is delivered.dtype
+    itemsize = delivered.dtype.itemsize if copied else _FLOAT64_BYTES
+    return Pair(shape=delivered.shape, compare=compare, block=block, itemsize=itemsize)

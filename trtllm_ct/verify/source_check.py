@@ -1,7 +1,7 @@
 """Check the values of a source that no header shows: scales, zero points, shapes and NaN codes.
 
 These checks use the plan and the checks of the conversion (`pipeline/payload.py`): they say whether a source is sound,
-not whether a conversion is right.
+not whether a conversion is right. Torch is needed only for tensors that are stored sparse.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors, stored_array
 from trtllm_ct.pipeline.payload import check_payload, count_zero_scales
+from trtllm_ct.plan.stored import TransposedExpert
 from trtllm_ct.verify.source.files import TensorFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -30,26 +32,44 @@ if TYPE_CHECKING:
 __all__ = ["check_source"]
 
 _CHUNK_BYTES = 1 << 20
-_MAPPED_MODULES = 16
-"""Modules after which maps are closed: pages that were touched count as memory while their file is mapped."""
 
 
 def check_source(plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector) -> int:
-    """Check the payload of every module; return the number of rows or groups with a scale of zero."""
+    """Check the payload of every module; return the number of rows or groups with a scale of zero.
+
+    Raises `PayloadError` when the pieces of a sparse tensor contradict each other.
+    """
     zero_scales = 0
-    with TensorReader(catalog) as reader, TensorFiles(catalog) as files:
-        for count, module in enumerate(plan.modules):
-            stored = module.local_tensors({name: reader.read(name) for name in module.reads})
+    with TensorFiles(catalog) as files:
+        for module in plan.modules:
+            stored = _stored_tensors(module, catalog)
             check_payload(module, stored, faults)
             watch.look(module, stored)
             zero_scales += count_zero_scales(module, stored)
             _check_codes(module, stored, files, faults)
-            if count % _MAPPED_MODULES == 0:
-                reader.close()
     return zero_scales
 
 
-def _check_codes(module: ModulePlan, stored: Mapping[str, Tensor], files: TensorFiles, faults: FaultCollector) -> None:
+def _stored_tensors(module: ModulePlan, catalog: Catalog) -> StoredTensors:
+    """Return the tensors of a module by local name, as views of files that are mapped for as long as they are used.
+
+    Pages that were touched count as memory while their file is mapped, so no map is kept for the next module. Left out
+    are plain experts that are stored transposed, which no check reads.
+    """
+    reader = ByteReader(catalog)
+
+    def read(view: View) -> Tensor | StoredArray:
+        if view.offset is not None:
+            begin = view.offset * view.spec.dtype.itemsize
+            return StoredArray.of_bytes(reader.read(view.sources[0], begin, view.spec.nbytes), view.spec)
+        with TensorReader(catalog) as tensors:
+            return view.of({source: tensors.read(source) for source in view.sources})
+
+    views = {local: view for local, view in module.views.items() if local not in module.ignored}
+    return {local: read(view) for local, view in views.items() if not isinstance(view, TransposedExpert)}
+
+
+def _check_codes(module: ModulePlan, stored: StoredTensors, files: TensorFiles, faults: FaultCollector) -> None:
     """Add a fault if a float8 code of the module's weight is NaN."""
     weight = module.weight
     if weight is None or weight.packing is not None:
@@ -70,11 +90,11 @@ def _check_codes(module: ModulePlan, stored: Mapping[str, Tensor], files: Tensor
         )
 
 
-def _chunks(view: View, codes: Tensor, files: TensorFiles) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _chunks(view: View, codes: Tensor | StoredArray, files: TensorFiles) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield float8 codes as bytes with the place of the first one, from the file if they are one run of it."""
     for begin in range(0, view.spec.numel, _CHUNK_BYTES):
         length = min(_CHUNK_BYTES, view.spec.numel - begin)
         if view.offset is not None:
             yield begin, files.read(view.sources[0], view.offset + begin, length)
         else:
-            yield begin, codes.flatten()[begin : begin + length].view(torch.uint8).numpy()
+            yield begin, stored_array(codes).elements.ravel()[begin : begin + length]

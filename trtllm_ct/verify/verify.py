@@ -1,8 +1,7 @@
 """`verify_checkpoint`: verify a checkpoint, and check that a converted directory holds the same weights.
 
-The two sides are dequantized by different code: the source by decoders of its own in plain numpy (`source/`), the
-converted directory by the reference engine, which reads the native layouts. Neither plans, codecs, the mapper nor the
-targets take part in the comparison.
+The two sides are dequantized by different code in plain numpy: the source by `source/`, the converted directory by
+`native_layouts.py`. Neither plans, codecs, the mapper nor the targets take part in the comparison.
 """
 
 from __future__ import annotations

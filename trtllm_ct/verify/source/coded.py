@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trtllm_ct.verify.source.numbers import E4M3, look_up
+from trtllm_ct.verify.source.numbers import E4M3, look_up, same_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +70,7 @@ class Coded:
 
         False says nothing: the values may be equal all the same.
         """
-        if self.codes.dtype != other.codes.dtype or not np.array_equal(self.codes, other.codes):
+        if not same_bits(self.codes, other.codes):
             return False
         if self.codes.dtype == np.uint8 and (self.codes & _NAN == _NAN).any():
             return False

@@ -24,6 +24,7 @@ __all__ = [
     "look_up",
     "nibble_values",
     "nibbles",
+    "same_bits",
     "to_numbers",
     "unpack",
 ]
@@ -81,6 +82,16 @@ def to_numbers(raw: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
     return numbers
 
 
+def same_bits(left: NDArray[Any], right: NDArray[Any]) -> bool:
+    """Whether two arrays have the same dtype, shape and bits; a NaN is the same as itself."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    # Eight bytes are compared at once.
+    word = np.uint64 if left.nbytes % 8 == 0 else np.uint8
+    first, second = (np.ascontiguousarray(array).reshape(-1).view(word) for array in (left, right))
+    return np.array_equal(first, second)
+
+
 def look_up(codes: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return `values[code]` for bytes `codes`; a table of 256 values is looked up for two codes at once."""
     if len(values) != 256 or codes.ndim == 0 or codes.shape[-1] % 2:
@@ -102,7 +113,9 @@ def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return codes of 4 bits, two in a byte, the first in the low nibble: [n, B] to [n, 2 B]."""
     # The low nibble stays in the low byte of a word, the high nibble is moved into the high byte.
     words = packed.astype("<u2")
-    codes: NDArray[np.uint8] = ((words | words << 4) & 0x0F0F).view(np.uint8)
+    words |= words * np.uint16(1 << 4)
+    words &= np.uint16(0x0F0F)
+    codes: NDArray[np.uint8] = words.view(np.uint8)
     return codes
 
 
