@@ -35,3 +35,22 @@ def test_a_part_with_another_scalar_is_a_fault_though_its_weight_is_the_same(tmp
 
     assert [fault.where for fault in report.faults] == [f"{ATTENTION}.k_proj.weight_scale_2"]
     assert f"as {ATTENTION}.q_proj has it" in report.faults[0].expected
+
+
+def test_parts_may_have_the_input_scale_of_another_part_of_their_linear(tmp_path: Path) -> None:
+    """Inputs of q, k and v are one tensor: the engine asserts that their scales are equal."""
+    built = write_checkpoint(tmp_path / "in", scheme="nvfp4")
+
+    def doubled(stored: dict[str, Tensor]) -> None:
+        stored[f"{ATTENTION}.k_proj.input_global_scale"] *= 2
+
+    rewrite(built.directory, doubled)
+    convert_checkpoint(built.directory, tmp_path / "out")
+    report = verify_checkpoint(built.directory, tmp_path / "out")
+    assert report.good
+
+    def other(stored: dict[str, Tensor]) -> None:
+        stored[f"{ATTENTION}.k_proj.input_scale"] *= 3
+
+    rewrite(tmp_path / "out", other)
+    assert not verify_checkpoint(built.directory, tmp_path / "out").good

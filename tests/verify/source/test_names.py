@@ -132,3 +132,19 @@ def test_modules_are_in_the_order_of_the_model():
 def test_cache_scales_are_read_for_projections_of_keys_and_values_only() -> None:
     phi3 = Names(model_type="phi3", native=False, multimodal=False, latent=False)
     assert [names.cache_scales_are_read for names in (LLAMA, MIXTRAL, LATENT, phi3)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("local", "siblings", "meaning"),
+    [
+        ("qscale_weight", ["weight", "qscale_weight"], "weight_scale"),
+        ("qscale_act", ["weight", "qscale_act"], "input_scale"),
+        # Then both names stay what they are, and one of the tensors is refused.
+        ("qscale_weight", ["weight", "weight_scale", "qscale_weight"], "qscale_weight"),
+        ("weight_packed", ["weight_packed"], "weight_packed"),
+        ("weight_scale_inv", ["weight", "weight_scale_inv"], "weight_scale"),
+        ("weight_scale_inv", ["weight", "weight_scale", "weight_scale_inv"], "weight_scale_inv"),
+    ],
+)
+def test_what_the_name_of_a_tensor_means_in_mistrals_own_form(local: str, siblings: list[str], meaning: str):
+    assert NATIVE.tensor("layers.1.attention.wv", local, siblings) == meaning

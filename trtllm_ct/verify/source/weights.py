@@ -73,7 +73,7 @@ class Weight:
         zero = self._zero_points(zero_point, begin, end) if zero_point in self.module.tensors else None
         if scale is None:
             scale = self._per_group("weight_scale", begin, end)
-        groups = max(scale.shape[1], 1 if zero is None else zero.shape[1])
+        groups = scale.shape[1] if zero is None else max(scale.shape[1], zero.shape[1])
         width, columns = self._groups(groups)
         return Coded(codes=codes, scale=scale, width=width, columns=columns, zero=zero, divisor=divisor)
 
