@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 from builders import rewrite, write_checkpoint
 
@@ -38,13 +37,12 @@ def test_a_part_with_another_scalar_is_a_fault_though_its_weight_is_the_same(tmp
     assert f"as {ATTENTION}.q_proj has it" in report.faults[0].expected
 
 
-@pytest.mark.parametrize("factor", [2.0, 1 + 2**-22, 1 - 2**-22])
-def test_parts_may_have_the_input_scale_of_another_part_of_their_linear(tmp_path: Path, factor: float) -> None:
+def test_a_part_has_the_input_scale_of_another_part_of_its_linear(tmp_path: Path) -> None:
     """Inputs of q, k and v are one tensor: the engine asserts that their scales are equal."""
     built = write_checkpoint(tmp_path / "in", scheme="nvfp4")
 
     def doubled(stored: dict[str, Tensor]) -> None:
-        stored[f"{ATTENTION}.k_proj.input_global_scale"] *= factor
+        stored[f"{ATTENTION}.k_proj.input_global_scale"] *= 2
 
     rewrite(built.directory, doubled)
     convert_checkpoint(built.directory, tmp_path / "out")
@@ -52,7 +50,7 @@ def test_parts_may_have_the_input_scale_of_another_part_of_their_linear(tmp_path
     assert report.good
 
     def other(stored: dict[str, Tensor]) -> None:
-        stored[f"{ATTENTION}.k_proj.input_scale"] *= 3
+        stored[f"{ATTENTION}.k_proj.input_scale"] /= 2  # Its own scale, without the other parts.
 
     rewrite(tmp_path / "out", other)
     assert not verify_checkpoint(built.directory, tmp_path / "out").good

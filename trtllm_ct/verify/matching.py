@@ -82,7 +82,7 @@ class DirectoryMatch:
     faults: FaultCollector
     seen: set[str] = field(default_factory=set)
     _schemes: Schemes = field(init=False)
-    _inputs: Mapping[str, tuple[float, ...]] = field(init=False)
+    _inputs: Mapping[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self._schemes = Schemes(self.config, self.source.names)
@@ -275,10 +275,10 @@ class DirectoryMatch:
             return
         self._see(delivered, "input_scale")
         if mode.input_scale == "input_scale":
-            values: tuple[float, ...] = (float(module.tensors["input_scale"].all_numbers().max()),)
+            value = float(module.tensors["input_scale"].all_numbers().max())
         else:
-            values = self._inputs[module.key]
-        yield from self._scalar(name, _stored(delivered, "input_scale"), values)
+            value = self._inputs[module.key]
+        yield from self._scalar(name, _stored(delivered, "input_scale"), value)
 
     def _kv_scales(self) -> Iterator[NamedPair]:
         """Yield the pairs of the KV cache's scales, under whichever module they are delivered."""
@@ -292,7 +292,7 @@ class DirectoryMatch:
                     missing.pop((attention, letter), None)
                     self._see(module, f"{letter}_scale")
                     delivered = _stored(module, f"{letter}_scale")
-                    yield from self._scalar(f"{module.name}.{letter}_scale", delivered, (scale.value,))
+                    yield from self._scalar(f"{module.name}.{letter}_scale", delivered, scale.value)
         if self.quant_config.kv_cache_quant_algo is None or not self.source.names.cache_scales_are_read:
             return
         for (attention, letter), scale in missing.items():
@@ -308,10 +308,8 @@ class DirectoryMatch:
             if key.startswith(f"{attention}."):
                 yield module.name.rpartition("self_attn")[0] + "self_attn"
 
-    def _scalar(self, name: str, delivered: Stored, values: tuple[float, ...]) -> Iterator[NamedPair]:
-        """Yield the pair of a scalar with the one of the values that it may have that is nearest to it."""
-        got = float(delivered.numbers(0, 1).flat[0]) if prod(delivered.shape) == 1 else 0.0
-        value = min(values, key=lambda allowed: abs(allowed - got))
+    def _scalar(self, name: str, delivered: Stored, value: float) -> Iterator[NamedPair]:
+        """Yield the pair of a scalar with the value that it must have."""
         exact = _Exact(shape=(1,), rows=lambda _begin, _end: np.array([value]))
         yield from self._unquantized(name, "plain", delivered, exact)
 

@@ -32,7 +32,6 @@ _HOLDERS: Mapping[str, Mapping[str, str]] = {
     "v_cache": {"scale": "v"},
 }
 _PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
-_CLOSE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +70,11 @@ def kv_scales(modules: Modules) -> dict[tuple[str, str], KvScale]:
     return scales
 
 
-def input_multipliers(modules: Modules) -> dict[str, tuple[float, ...]]:
-    """Return the values that the `input_scale` of NVFP4 modules may have, by key.
+def input_multipliers(modules: Modules) -> dict[str, float]:
+    """Return the value that the `input_scale` of each NVFP4 module must have, by key.
 
-    The first is 1 / `input_global_scale`, or 0 where that is 0 or infinite, as for an expert that calibration never
-    reached. Modules that share scalars may have the largest of all of them instead: where the own one is 0 or a power
-    of two below, and any that differs from the own one by no more than the rounding of float32 does.
+    It is 1 / `input_global_scale`, or 0 where that is 0 or infinite, as for an expert that calibration never reached.
+    Modules that share scalars have the largest of all of them where the own one is 0 or a power of two below.
     """
     own: dict[str, float] = {}
     linears: dict[str, list[str]] = {}
@@ -87,19 +85,10 @@ def input_multipliers(modules: Modules) -> dict[str, tuple[float, ...]]:
             divisor = float(numbers[module.part if numbers.size == module.parts else 0])
             own[key] = 1 / divisor if divisor and isfinite(divisor) else 0.0
             linears.setdefault(modules.names.sharing_scalars(key), []).append(key)
-    return {key: _allowed(own[key], [own[member] for member in keys]) for keys in linears.values() for key in keys}
+    return {key: _shared(own[key], [own[member] for member in keys]) for keys in linears.values() for key in keys}
 
 
-def _allowed(own: float, members: list[float]) -> tuple[float, ...]:
-    """Return the values that one member may have, its own or the shared one first."""
+def _shared(own: float, members: list[float]) -> float:
+    """Return the value that one member must have: the largest, or its own if they are not powers of two apart."""
     largest = max(members)
-    if own == 0 or frexp(own)[0] == frexp(largest)[0]:
-        return (largest,)
-    close = [value for value in members if value != own and abs(value - own) <= _CLOSE * own]
-    power = [largest] if _power_apart(own, largest) else []
-    return (own, *close, *power)
-
-
-def _power_apart(own: float, largest: float) -> bool:
-    """Whether two scales differ by a power of two, but for the rounding of float32."""
-    return abs(frexp(own)[0] - frexp(largest)[0]) <= _CLOSE
+    return largest if own == 0 or frexp(own)[0] == frexp(largest)[0] else own
