@@ -253,7 +253,8 @@ def _conditions(mode: LinearMode, weight: Weight, platform: Platform | None) -> 
     conditions = [f"out % {rows} == 0"] if rows > 1 else []
     if rows > 1 and weight.fused_parts:
         *most, last = weight.fused_parts
-        conditions[0] += f" in each of {', '.join(most)} and {last}, which it fuses,"
+        others = f"each of {', '.join(most)} and " if most else ""
+        conditions[0] += f" in {others}{last}, which it fuses,"
     columns = _column_multiple(mode, weight, platform)
     everywhere = lcm(mode.column_multiple, mode.expert_multiple if weight.expert else 1)
     if platform is not None and platform.sm is None and columns > everywhere:

@@ -88,7 +88,9 @@ class LinearMode:
     `shared_scalars` are the tensors that must be equal in all parts of a fused Linear; the engine asserts it.
     `read_of_all_experts` are the scalars that every rank reads of all experts. `repeated_with_kv_heads` are the tensors
     that the engine repeats when there are more ranks than K/V heads. `expert_scale_alias` is a second name of an
-    expert's `weight_scale` that some releases read. `config_fields` are the keys of the mode's entry in
+    expert's `weight_scale` that some releases read. `class_joins_scales` says that a model class which joins Linears
+    itself (`LinearSite.class_joins`) joins the scales of this mode too; it reads them by that second name only.
+    `config_fields` are the keys of the mode's entry in
     `hf_quant_config.json` besides algorithm and group size. `aliases` are other names of the algorithm in that file, in
     lower case.
 
@@ -129,6 +131,7 @@ class LinearMode:
     read_of_all_experts: frozenset[str] = frozenset()
     repeated_with_kv_heads: frozenset[str] = frozenset({"weight", "bias"})
     expert_scale_alias: str | None = None
+    class_joins_scales: bool = False
     config_fields: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 

@@ -198,6 +198,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         experts_on={89: None},
         aliases=("fp8_pb_wo",),
         expert_scale_alias="weight_scale_inv",
+        class_joins_scales=True,
     ),
     LinearMode(
         algo=QuantAlgo.NVFP4,

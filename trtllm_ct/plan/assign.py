@@ -31,6 +31,7 @@ __all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidate
 DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
 """The reason that is given for output projections of attention which are dequantized on request."""
 
+_CLASS_JOINS = frozenset(mode.algo for mode in LINEAR_MODES if mode.class_joins_scales)
 _PLAIN = "engines read this module plain"
 _STACKED = "the class of the model reads its experts from one plain tensor"
 
@@ -71,7 +72,7 @@ def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> 
     candidates = {}
     for members in linears.values():
         bias = any("bias" in part.module.specs for part in members)
-        names = tuple([part.site.module.rpartition(".")[2] for part in members])
+        names = tuple([part.site.module.rpartition(".")[2] for part in members if part.site.fused])
         for part in members:
             fused_parts = names if part.site.fused else ()
             key = (id(part.weight), part.site.fused, part.site.expert, bias, fused_parts)
@@ -139,6 +140,7 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
             site.expert,
             site.head,
             site.class_cuts,
+            site.class_joins,
         )
         if key not in decided:
             decided[key] = _assign_one(candidate, target)
@@ -240,7 +242,7 @@ def _assign_group(
         common = _common_mode(name, quantized, target)
         if common:
             return common
-        obstacle = _no_common_mode(quantized, target)
+        obstacle = _no_common_mode(quantized, alone, target)
     reason = f"{name} has one mode for all its parts, and {obstacle}"
     return {module: _plain_because(assignment, reason) for module, assignment in assignments.items()}
 
@@ -277,19 +279,23 @@ def _common_mode(name: str, quantized: Mapping[str, Candidate], target: Target) 
     }
 
 
-def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
-    """Return why the members of a group share no mode: because of one member's slices, or of their schemes."""
+def _no_common_mode(quantized: Mapping[str, Candidate], alone: Mapping[str, Assignment], target: Target) -> str:
+    """Return why the members of a group share no mode: one member's slices, one that has no mode, or their schemes."""
     for module, candidate in quantized.items():
         slices = slice_obstacle(candidate.weight, _algos(candidate, target), target.capabilities.platform)
         if slices:
             return f"{module.rpartition('.')[2]}: {slices}"
     schemes = sorted({candidate.weight.scheme.label() for candidate in quantized.values()})
+    without = next((module for module in quantized if alone[module].holding is None), None)
+    if len(schemes) == 1 and without is not None:
+        return f"{without.rpartition('.')[2]} has none: {alone[without].reason}"
     return f"their schemes have no mode in common ({'; '.join(schemes)})"
 
 
 def _algos(module: Candidate, target: Target) -> frozenset[QuantAlgo]:
     """Return the modes in which a module may be delivered."""
-    return target.algos(expert=module.site.expert, head=module.site.head)
+    algos = target.algos(expert=module.site.expert, head=module.site.head)
+    return algos & _CLASS_JOINS if module.site.class_joins else algos
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
@@ -324,14 +330,21 @@ def _why_not(module: Candidate, target: Target) -> str:
     """Return why no mode of a target holds a weight."""
     if not target.holds_codes:
         return f"target {target.name} holds plain weights only"
-    if module.unequal:
+    if module.unequal and not module.site.class_joins:
         return module.unequal
     uncut = _uncut(module, target)
     if uncut:
         return f"the engine's class cuts this Linear by rows, and can't cut the tensors of {' or '.join(uncut)}"
-    reason = _why_not_here(module, target)
+    reason = _why_not_joined(module, target) if module.site.class_joins else _why_not_here(module, target)
     sms = _other_sms(module, target)
     return f"{reason}; kept with {' or '.join(f'--sm {sm}' for sm in sms)}" if sms else reason
+
+
+def _why_not_joined(module: Candidate, target: Target) -> str:
+    """Return why none of the modes that the engine's model class can join holds a weight."""
+    joined = _algos(module, target)
+    reason = f"the engine's class joins this Linear with another, and joins the scales of {' or '.join(joined)} only"
+    return "; ".join([reason, *obstacles(module.weight, joined, target.capabilities.platform)])
 
 
 def _why_not_here(module: Candidate, target: Target) -> str:

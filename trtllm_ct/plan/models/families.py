@@ -40,6 +40,8 @@ class LinearSite:
     quantized. `cut` says how ranks divide the weight. `parts` names the numbers of rows of each Linear if several are
     stored as one; engines split these before they slice. With `class_cuts` the engine's model class itself splits them,
     by the rows of `weight` and of a `weight_scale` that has as many; it knows no other scales.
+    `class_joins` is the path of the Linear into which the engine's model class itself joins this one, by its own name
+    for the last part; it knows the scales of few modes (`LinearMode.class_joins_scales`).
     """
 
     path: str
@@ -52,6 +54,7 @@ class LinearSite:
     plain: bool = False
     extras: tuple[str, ...] = ()
     class_cuts: bool = False
+    class_joins: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,9 +223,11 @@ _QWEN2_MOE = replace(
 )
 _QWEN3_MOE = replace(_QWEN3, experts=_QWEN_EXPERTS)
 
+# TensorRT-LLM `_torch/models/modeling_deepseekv3.py` (000561df: `DeepseekV3ForCausalLM.load_weights`, since a43cf9e3
+# `DeepseekV3WeightLoader.load_weights`) joins q_a_proj and this one.
+_KV_A = "self_attn.kv_a_proj_with_mqa"
 _MLA_OUTPUT = (
-    # Engines append it to q_a_proj by code that copies the weight, but not the scales of most modes.
-    LinearSite(path="self_attn.kv_a_proj_with_mqa", outputs="kv_a", inputs="hidden", bias="attention_bias", plain=True),
+    LinearSite(path=_KV_A, outputs="kv_a", inputs="hidden", bias="attention_bias", class_joins=_KV_A),
     # Engines split it by head and absorb it into attention; for that they read it plain.
     LinearSite(path="self_attn.kv_b_proj", outputs="kv_b", inputs="kv_lora_rank", cut=Cut.COLUMN, plain=True),
     LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="mla_values", cut=Cut.ROW, bias="attention_bias"),
@@ -251,7 +256,7 @@ _DEEPSEEK_V2 = replace(
     _DEEPSEEK_LITE,
     attention=(
         LinearSite(
-            path="self_attn.q_a_proj", outputs="q_lora_rank", inputs="hidden", bias="attention_bias", plain=True
+            path="self_attn.q_a_proj", outputs="q_lora_rank", inputs="hidden", bias="attention_bias", class_joins=_KV_A
         ),
         LinearSite(path="self_attn.q_b_proj", outputs="mla_queries", inputs="q_lora_rank", cut=Cut.COLUMN),
         *_MLA_OUTPUT,

@@ -71,7 +71,7 @@ class Site(NamedTuple):
     `aliases` are other names under which writers have stored the module.
     `cut` says how ranks divide the weight. `heads` is the number of K/V heads if they divide it by heads. `parts` are
     the rows of each Linear if several are stored in one weight, each of which is divided for itself; with `class_cuts`
-    the engine's model class divides them, see `LinearSite`.
+    the engine's model class divides them, and with `class_joins` it joins the group into one Linear, see `LinearSite`.
     `attention` marks modules of attention, which attention data parallelism does not divide. With `ranks_vary` the
     engine may give a rank another slice than the one that its number suggests.
     """
@@ -93,6 +93,7 @@ class Site(NamedTuple):
     attention: bool = False
     ranks_vary: bool = False
     class_cuts: bool = False
+    class_joins: bool = False
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -234,19 +235,22 @@ class Model:
     def _linear(self, prefix: str, site: LinearSite, *, attention: bool = False) -> Site:
         """Return the site of a Linear in the layer with this prefix."""
         bias = ("bias",) if site.bias in self.biases else ()
+        group = site.fused or site.class_joins
         return Site(
             module=prefix + site.path,
             class_name="Linear",
             shape=(self.sizes[site.outputs], self.sizes[site.inputs]),
-            mode_group=prefix + site.fused if site.fused else None,
-            fused=site.fused is not None,
-            shares=prefix + site.fused if site.fused else None,
+            mode_group=prefix + group if group else None,
+            # Behind the last part that a class joins there is none whose scales could be misplaced.
+            fused=group is not None and group != site.path,
+            shares=prefix + group if group else None,
             plain=site.plain,
             locals=bias + site.extras,
             cut=site.cut,
             heads=self.kv_heads if site.cut is Cut.KV_HEADS else None,
             parts=tuple(self.sizes[part] for part in site.parts),
             class_cuts=site.class_cuts,
+            class_joins=site.class_joins is not None,
             attention=attention,
             ranks_vary=self.architecture.mlp_ranks_vary and not attention,
         )
