@@ -20,6 +20,7 @@ LAYERS = {
     QuantAlgo.W4A16: LayerQuantConfig(quant_algo=QuantAlgo.W4A16),
     QuantAlgo.W4A16_AWQ: LayerQuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=GROUP),
     QuantAlgo.W4A16_GPTQ: LayerQuantConfig(quant_algo=QuantAlgo.W4A16_GPTQ, group_size=GROUP, has_zero_point=True),
+    QuantAlgo.W4A8_AWQ: LayerQuantConfig(quant_algo=QuantAlgo.W4A8_AWQ, group_size=GROUP),
     QuantAlgo.W8A16: LayerQuantConfig(quant_algo=QuantAlgo.W8A16),
     QuantAlgo.FP8: LayerQuantConfig(quant_algo=QuantAlgo.FP8),
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: LayerQuantConfig(quant_algo=QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN),
@@ -34,6 +35,7 @@ LAYERS = {
 GROUPS = {
     QuantAlgo.W4A16_AWQ: GROUP,
     QuantAlgo.W4A16_GPTQ: GROUP,
+    QuantAlgo.W4A8_AWQ: GROUP,
     QuantAlgo.FP8_BLOCK_SCALES: 128,
     QuantAlgo.NVFP4: 16,
     QuantAlgo.W4A16_NVFP4: 16,
@@ -41,7 +43,7 @@ GROUPS = {
     QuantAlgo.W4A16_MXFP4: 32,
     QuantAlgo.W4A8_MXFP4_MXFP8: 32,
 }
-ROW_PAIRS = {QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ}
+ROW_PAIRS = {QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ, QuantAlgo.W4A8_AWQ}
 COLUMN_PAIRS = {QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4, QuantAlgo.W4A16_MXFP4, QuantAlgo.W4A8_MXFP4_MXFP8}
 
 TINY = {
@@ -158,6 +160,13 @@ def random_linear() -> Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]
                 "weight": packed,
                 "weight_scale": scale(*groups),
                 "weight_zero": scale(*groups) - 0.05,
+            },
+            QuantAlgo.W4A8_AWQ: lambda: {
+                "weight": packed,
+                "weight_scale": scale(*groups),
+                "weight_scale_2": scale(),
+                "input_scale": scale(),
+                "pre_quant_scale": halves,
             },
             QuantAlgo.W8A16: lambda: {
                 "weight": integers(-128, 128, torch.int8, rows, columns),

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.engine.holdings import Holding, Weight, holdings, obstacles, slice_obstacle
-from trtllm_ct.engine.modes import LINEAR_MODES, ScaleForm
+from trtllm_ct.engine.holdings import Holding, Weight, activations_of, holdings, obstacles, slice_obstacle
+from trtllm_ct.engine.modes import LINEAR_MODES, Activations, ScaleForm
 from trtllm_ct.engine.platform import SMS
 from trtllm_ct.plan.attention_output import unscaled_outputs
 
@@ -100,6 +100,7 @@ def _weight_of(part: Part) -> Weight:
         permuted=stored.group_index is not None,
         fused=part.site.fused,
         expert=part.site.expert,
+        scale_dtype=scale.dtype if scale is not None else None,
         two_level=two_level,
         exponent_scale=not two_level and scale is not None and scale.dtype in {DType.U8, DType.F8_E8M0},
     )
@@ -295,7 +296,7 @@ def _no_common_mode(quantized: Mapping[str, Candidate], alone: Mapping[str, Assi
 def _algos(module: Candidate, target: Target) -> frozenset[QuantAlgo]:
     """Return the modes in which a module may be delivered."""
     algos = target.algos(expert=module.site.expert, head=module.site.head)
-    return algos & _CLASS_JOINS if module.site.class_joins else algos
+    return (algos & _CLASS_JOINS if module.site.class_joins else algos) - module.site.other_layouts
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
@@ -307,7 +308,9 @@ def _held(module: Candidate, target: Target) -> list[Holding]:
     release = target.capabilities.release
     if release is None or not module.site.class_cuts:
         return held
-    return [_in_column(holding) for holding in held if holding.mode.cut_by_rows(release)]
+    # Row scales are delivered as a column there, which a model class can cut by rows.
+    cut = [holding for holding in held if holding.mode.cut_by_rows(release)]
+    return [replace(holding, scale_column=holding.mode.scale is ScaleForm.ROW) for holding in cut]
 
 
 def _uncut(module: Candidate, target: Target) -> list[QuantAlgo]:
@@ -319,11 +322,6 @@ def _uncut(module: Candidate, target: Target) -> list[QuantAlgo]:
     held = holdings(module.weight, target.capabilities.platform)
     modes = (holding.mode for holding in held if holding.as_is and holding.mode.algo in algos)
     return [mode.algo for mode in modes if not mode.cut_by_rows(release)]
-
-
-def _in_column(holding: Holding) -> Holding:
-    """Return the holding with row scales as a column, which a model class can cut by rows."""
-    return replace(holding, scale_column=holding.mode.scale is ScaleForm.ROW)
 
 
 def _why_not(module: Candidate, target: Target) -> str:
@@ -356,7 +354,7 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     expert, head = module.site.expert, module.site.head
     what = "expert kernel" if expert else "head" if head else "Linear"
     for later in target.newer:
-        later_algos = later.algos(expert=expert, head=head) - algos
+        later_algos = later.algos(expert=expert, head=head) - algos - module.site.other_layouts
         held = (holding.mode.algo for holding in holdings(module.weight, later.platform))
         algo = next((algo for algo in held if algo in later_algos), None)
         if algo is not None:
@@ -365,8 +363,13 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     if here:
         return "; ".join(obstacles(module.weight, here, platform))
     elsewhere = [held.mode.algo for held in holdings(module.weight, platform) if held.as_is]
+    if module.site.other_layouts.intersection(elsewhere):
+        return f"the engine's class reads tensors of {' or '.join(module.site.other_layouts)} in another layout"
     if elsewhere:
-        return f"{' or '.join(elsewhere)} would hold it, and {target.capabilities.name} has no such {what}"
+        reason = f"{' or '.join(elsewhere)} would hold it, and {target.capabilities.name} has no such {what}"
+        quantized = {activations_of(module.weight.scheme)} - {Activations.WIDE}
+        close = frozenset(mode.algo for mode in LINEAR_MODES if mode.activations in quantized) & algos
+        return "; ".join([reason, *obstacles(module.weight, close, platform)])
     reasons = obstacles(module.weight, algos, platform)
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
 

@@ -103,6 +103,8 @@ def native(
     deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding, equalized)]
     if (site.expert or site.class_joins) and mode.expert_scale_alias:
         deliveries.append(_renamed(module, deliveries[1], mode.expert_scale_alias))
+    one = Ones(result=_SCALAR)
+    deliveries += [Delivery(name=module.delivered_name(local), operation=one) for local in mode.unit_scalars]
     if mode.pre_quant_scale and not site.fused:
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))

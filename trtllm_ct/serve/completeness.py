@@ -86,6 +86,9 @@ EXPERT_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.W4A16_MXFP4: Reads(required=_CODES_AND_SCALE, aliases=_SECOND_NAME),
     QuantAlgo.W4A8_MXFP4_MXFP8: Reads(required=_CODES_AND_SCALE),
     QuantAlgo.W8A16: Reads(required=_CODES_AND_SCALE),
+    QuantAlgo.W4A8_AWQ: Reads(
+        required=_CODES_AND_SCALE | {"weight_scale_2", "input_scale", "pre_quant_scale"},
+    ),
 }
 """The tensors that routed experts read."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Experts:
     The modules are called `{path}.{index}.{projection}`; `projections` are the names of (gate, up, down) that engines
     read. `aliases` are pairs of a projection's name and another name that writers have used for it. `count` and
     `intermediate` name the sizes. `router` and `shared` are the other Linears of the layer's feed-forward part.
+    `other_layouts` are the modes whose tensors the engine's class reads in another layout than other classes do.
     """
 
     path: str
@@ -81,6 +83,7 @@ class Experts:
     router: LinearSite
     shared: tuple[LinearSite, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    other_layouts: frozenset[QuantAlgo] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +250,8 @@ _DEEPSEEK_LITE = Architecture(
         intermediate="moe_intermediate",
         router=_router("mlp.gate"),
         shared=_gated_mlp("mlp.shared_experts", "shared_intermediate"),
+        # TensorRT-LLM `_torch/models/modeling_deepseekv3.py: Deepseekv3MoE`: `MoEWeightLoadingMode.W4A8_CUSTOM`.
+        other_layouts=frozenset({QuantAlgo.W4A8_AWQ}),
     ),
     embedding=Cut.NONE,
     # Engines choose the number of ranks by the scale blocks and by the number of GPUs in one node.

@@ -27,6 +27,8 @@ from trtllm_ct.plan.models.sizes import dense_layers_of, size_under, sizes_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
+    from trtllm_ct.base.schemes import QuantAlgo
+
 __all__ = ["Model", "Site", "known_prefixes", "name_variants"]
 
 # The places that the text model may have in a checkpoint: the prefix of its body and the name of its head. Writers and
@@ -67,7 +69,7 @@ class Site(NamedTuple):
     into one Linear, which then reads no `pre_quant_scale`. `shares` names the fused Linear, or the gate and up part of
     an expert, whose members must have equal scalars.
     Engines never read a `plain` module quantized. `expert` marks routed experts and `head` the head, which have fewer
-    modes.
+    modes. The engine's class reads those in `other_layouts` differently from other classes.
     `aliases` are other names under which writers have stored the module.
     `cut` says how ranks divide the weight. `heads` is the number of K/V heads if they divide it by heads. `parts` are
     the rows of each Linear if several are stored in one weight, each of which is divided for itself; with `class_cuts`
@@ -94,6 +96,7 @@ class Site(NamedTuple):
     ranks_vary: bool = False
     class_cuts: bool = False
     class_joins: bool = False
+    other_layouts: frozenset[QuantAlgo] = frozenset()
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -283,6 +286,7 @@ class Model:
                     plain=self.text_type in STACKED_EXPERTS,
                     expert=True,
                     aliases=alias,
+                    other_layouts=experts.other_layouts,
                     cut=Cut.ROW if projection == down else Cut.COLUMN,
                 )
 

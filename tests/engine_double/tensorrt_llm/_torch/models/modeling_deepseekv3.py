@@ -13,7 +13,7 @@ import torch
 from tensorrt_llm._torch.models.modeling_decoder import GatedMLP
 from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
 from tensorrt_llm._torch.modules.attention import RMSNorm, decoder_linear
-from tensorrt_llm._torch.modules.fused_moe.interface import MoE
+from tensorrt_llm._torch.modules.fused_moe.interface import MoE, MoEWeightLoadingMode
 from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
 from torch import nn
 
@@ -71,8 +71,17 @@ class Deepseekv3MoE(nn.Module):
             top_k=model.num_experts_per_tok,
             renormalize=True,
             model_config=config,
+            weight_loading_mode=MoEWeightLoadingMode.W4A8_CUSTOM
+            if _has_int4_groups(config)
+            else MoEWeightLoadingMode(0),
         )
         self.shared_experts = GatedMLP(shared)
+
+
+def _has_int4_groups(config: ModelConfig) -> bool:
+    """`is_int4_weight_only_per_group` of the experts; one layer's entry is taken for all."""
+    entries = [config.quant_config, *(config.quant_config_dict or {}).values()]
+    return any(str(entry.quant_algo) in {"W4A16_AWQ", "W4A8_AWQ"} for entry in entries)
 
 
 class DecoderLayer(nn.Module):
