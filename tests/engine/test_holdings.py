@@ -267,8 +267,9 @@ TILES: list[tuple[Weight, tuple[int, int], bool]] = [
     (weight(MXFP4, expert=True), (128, 128), True),
     (weight(MXFP4, expert=True), (64, 128), False),
     (weight(MXFP4, expert=True), (128, 160), False),
-    (weight(MXFP8, MXFP8_INPUT), (3, 32), True),
-    (weight(MXFP8, MXFP8_INPUT), (3, 48), False),
+    (weight(MXFP8, MXFP8_INPUT), (96, 32), True),
+    (weight(MXFP8, MXFP8_INPUT), (96, 48), False),
+    (weight(MXFP8, MXFP8_INPUT), (48, 32), False),
 ]
 
 

@@ -443,6 +443,8 @@ def asked_of_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[QuantAlgo
     for generation in engine_double.GENERATIONS:
         with engine_double.installed(generation):
             for algo, weights in shipped.items():
+                if algo is QuantAlgo.W4A8_AWQ and generation == "old":
+                    continue  # It reads another layout only, which no plan for it has.
                 own = {name.removeprefix(home): weights[name] for name in weights if name.startswith(home)}
                 for backend in ("CUTLASS", "TRTLLM"):
                     asked[algo] |= _asked_by_experts(algo, backend, own)

@@ -264,7 +264,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         scale=ScaleForm.TWO_LEVEL,
         exact=_SMALL_GROUPS,
         group_sizes=(16,),
+        # kernels/weightOnlyBatchedGemv/cudaCoreGemmW4A16NVFP4.cu (2026: `cudaCoreGemmDispatcher`): K % 32 on SM120.
+        # Other GPUs dequantize groups of 16. Its N % 2 is met by padding, as that of NVFP4.
         column_multiple=16,
+        column_multiple_on={120: 32},
         alignment=32,
         linear_since=STOCK_1_3,
         experts_since=STOCK_1_3,
@@ -322,6 +325,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_GROUP,
         group_sizes=(32,),
         activations=Activations.MX_FP8,
+        # thop/mxfp8Gemm.cpp (22de8b34: `mxfp8_mxfp8_gemm`): N % 32 and K % 32 on SM100. GPUs without this GEMM
+        # dequantize the weight, whatever its rows.
+        row_multiple=32,
+        fused_row_multiple=32,
         column_multiple=32,
         alignment=32,
         linear_since=STOCK_1_3,
