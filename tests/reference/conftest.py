@@ -217,7 +217,8 @@ def decode_scale(algo: QuantAlgo, tensors: dict[str, Tensor], row: int, column: 
     entry = float(scale[row // 128 if algo is QuantAlgo.FP8_BLOCK_SCALES else row, column // GROUPS[algo]])
     if scale.dtype == torch.uint8:
         return 2.0 ** (entry - 127)
-    return entry * float(tensors.get("weight_scale_2", 1.0))
+    # The scales of W4A8_AWQ are divided by it first.
+    return entry * (1.0 if algo is QuantAlgo.W4A8_AWQ else float(tensors.get("weight_scale_2", 1.0)))
 
 
 @pytest.fixture
