@@ -88,7 +88,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """int4 experts with static FP8 activations, and the directory that was converted for SM90."""
     root = tmp_path_factory.mktemp("experts")
     config = tiny_config("MixtralForCausalLM", hidden=128, intermediate=128)
-    write_checkpoint(root / "in", config=config, scheme=dict.fromkeys(("w1", "w2", "w3"), "w4afp8-static"))
+    write_checkpoint(root / "in", config=config, scheme=dict.fromkeys(("w1", "w2", "w3"), "int4-g128-fp8-static"))
     convert_checkpoint(root / "in", root / "out", sm=90)
     return root / "in", root / "out"
 

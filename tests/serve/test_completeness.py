@@ -64,7 +64,7 @@ EXPERTS: dict[QuantAlgo, str] = {
     QuantAlgo.W4A16_MXFP4: "mxfp4a16",
     QuantAlgo.W4A8_MXFP4_MXFP8: "mxfp4a16",
     QuantAlgo.W8A16: "int8-channel",
-    QuantAlgo.W4A8_AWQ: "w4afp8-static",
+    QuantAlgo.W4A8_AWQ: "int4-g128-fp8-static",
 }
 SMS = {QuantAlgo.W4A16_MXFP4: 90, QuantAlgo.W4A8_AWQ: 90, QuantAlgo.W4A8_MXFP4_MXFP8: 100}
 """The SM for which a mode is planned, if it is planned only when that is known."""

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
-SCHEME = {"gate_proj": "w4afp8-static", "up_proj": "w4afp8-static", "down_proj": "w4afp8-static"}
-SCHEME |= {"w1": "w4afp8-static", "w2": "w4afp8-static", "w3": "w4afp8-static"}
+SCHEME = {"gate_proj": "int4-g128-fp8-static", "up_proj": "int4-g128-fp8-static", "down_proj": "int4-g128-fp8-static"}
+SCHEME |= {"w1": "int4-g128-fp8-static", "w2": "int4-g128-fp8-static", "w3": "int4-g128-fp8-static"}
 NAMES = {
     "Qwen3MoeForCausalLM": ("mlp.experts", ("up_proj", "gate_proj", "down_proj")),
     "MixtralForCausalLM": ("block_sparse_moe.experts", ("w3", "w1", "w2")),
@@ -141,7 +141,7 @@ def test_experts_of_deepseek_are_dequantized_since_their_class_reads_another_lay
 ) -> None:
     sizes = {"head_dim": None, "num_key_value_heads": 4, "moe_intermediate_size": 128}
     config = tiny_config("DeepseekV3ForCausalLM", hidden=128, **sizes)
-    write_checkpoint(tmp_path / "in", config=config, scheme=dict.fromkeys(SCHEME, "w4afp8-static"))
+    write_checkpoint(tmp_path / "in", config=config, scheme=dict.fromkeys(SCHEME, "int4-g128-fp8-static"))
 
     plan = plan_checkpoint(tmp_path / "in", engine=release, sm=90)
 
