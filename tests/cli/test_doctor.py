@@ -147,7 +147,7 @@ def test_a_release_without_a_version_is_unknown(newest: Any, monkeypatch: pytest
 
 def test_modes_of_later_releases_are_reported_as_missing(old: Any) -> None:
     assert missing(run_cli("doctor", "--json")) == {
-        "capability set stock-1.0": "no MXFP8, W4A16_NVFP4, W4A8_MXFP4_MXFP8",
+        "capability set stock-1.0": "no MXFP8, W4A16_NVFP4, W4A8_AWQ, W4A8_MXFP4_MXFP8",
         "LLM(force_dynamic_quantization=...)": "none that attention honours in this TensorRT-LLM",
     }
 

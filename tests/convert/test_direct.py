@@ -34,6 +34,7 @@ DIRECT = [
     "int3-g64",
     "int4-channel",
     "int4-g128",
+    "int4-g128-fp8-static",
     "int4-g16",
     "int4-g32",
     "int4-g64",

@@ -29,6 +29,7 @@ from quantized_weights import (
     weight,
 )
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element, QuantAlgo, QuantArgs, QuantScheme, Strategy
 from trtllm_ct.engine.holdings import Holding, Weight, activations_of, holdings, native_mode, obstacles
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations
@@ -89,6 +90,21 @@ ROWS = {
         weight=weight(ints(4, 128), FP8_TOKEN),
         native="W4A16_GPTQ",
         held="=W4A16_AWQ/128* =W4A16_GPTQ/128* ~W4A16_AWQ/64* ~W4A16_GPTQ/64*",
+    ),
+    "W4AFP8 static": Row(
+        weight=weight(ints(4, 128), FP8_STATIC),
+        native="W4A16_GPTQ",
+        held="=W4A16_AWQ/128* =W4A16_GPTQ/128* =W4A8_AWQ/128* ~W4A16_AWQ/64* ~W4A16_GPTQ/64*",
+    ),
+    "W4AFP8 static, float16 scales": Row(
+        weight=weight(ints(4, 128), FP8_STATIC, scale_dtype=DType.F16),
+        native="W4A16_GPTQ",
+        held="=W4A16_AWQ/128* =W4A16_GPTQ/128* ~W4A16_AWQ/64* ~W4A16_GPTQ/64*",
+    ),
+    "W4AFP8 static, g256": Row(
+        weight=weight(ints(4, 256), FP8_STATIC),
+        native="W4A16_GPTQ",
+        held="~W4A16_AWQ/128* ~W4A16_AWQ/64* ~W4A16_GPTQ/128* ~W4A16_GPTQ/64* ~W4A8_AWQ/128*",
     ),
     "W4A8": Row(
         weight=weight(ints(4), INT8_TOKEN),
@@ -251,8 +267,9 @@ TILES: list[tuple[Weight, tuple[int, int], bool]] = [
     (weight(MXFP4, expert=True), (128, 128), True),
     (weight(MXFP4, expert=True), (64, 128), False),
     (weight(MXFP4, expert=True), (128, 160), False),
-    (weight(MXFP8, MXFP8_INPUT), (3, 32), True),
-    (weight(MXFP8, MXFP8_INPUT), (3, 48), False),
+    (weight(MXFP8, MXFP8_INPUT), (96, 32), True),
+    (weight(MXFP8, MXFP8_INPUT), (96, 48), False),
+    (weight(MXFP8, MXFP8_INPUT), (48, 32), False),
 ]
 
 

@@ -13,6 +13,8 @@ from quantized_weights import (
     FP8_TOKEN,
     MXFP4,
     MXFP4_INPUT,
+    MXFP8,
+    MXFP8_INPUT,
     NVFP4,
     NVFP4_INPUT,
     blocks,
@@ -20,6 +22,7 @@ from quantized_weights import (
     weight,
 )
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import UsageError
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.holdings import Weight, holdings, obstacles
@@ -30,6 +33,8 @@ from trtllm_ct.engine.target import ENGINES, target_named
 
 INT8, INT4_ROWS, INT4_GROUPS = weight(ints(8)), weight(ints(4)), weight(ints(4, 128))
 BLOCKS = weight(blocks(), FP8_GROUP)
+NVFP4_A16, MXFP8_A8 = weight(NVFP4), weight(MXFP8, MXFP8_INPUT)
+W4AFP8_EXPERT = weight(ints(4, 128), FP8_STATIC, shape=(256, 256), expert=True)
 
 
 def algos(of: Weight, release: Release = STOCK_1_2, sm: int | None = None) -> set[str]:
@@ -123,6 +128,19 @@ def test_int4_in_groups_is_not_planned_for_sm120(release, zeros):
         (weight(MXFP4, expert=True), STOCK_1_2, 120, {"W4A8_MXFP4_MXFP8"}),
         (weight(MXFP4, expert=True), STOCK_1_2, 89, set()),
         (weight(MXFP4, expert=True), STOCK_1_2, None, set()),
+        (replace(NVFP4_A16, shape=(32, 48)), STOCK_1_3, 90, {"W4A16_NVFP4"}),
+        *((replace(NVFP4_A16, shape=(32, 48)), STOCK_1_3, sm, set()) for sm in (None, 120)),
+        (replace(NVFP4_A16, shape=(32, 64)), STOCK_1_3, 120, {"W4A16_NVFP4"}),
+        *((replace(MXFP8_A8, shape=(48, 64)), STOCK_1_3, sm, set()) for sm in (None, 100)),
+        (replace(MXFP8_A8, shape=(96, 64)), STOCK_1_3, 100, {"MXFP8"}),
+        (W4AFP8_EXPERT, STOCK_1_0, 90, set()),
+        *((W4AFP8_EXPERT, release, 90, {"W4A8_AWQ"}) for release in (STOCK_1_2, STOCK_1_3)),
+        *((W4AFP8_EXPERT, STOCK_1_3, sm, set()) for sm in (None, 89, 100, 120)),
+        (replace(W4AFP8_EXPERT, scale_dtype=DType.BF16), STOCK_1_2, 90, {"W4A8_AWQ"}),
+        (replace(W4AFP8_EXPERT, scale_dtype=DType.F16), STOCK_1_2, 90, set()),
+        (replace(W4AFP8_EXPERT, scale_dtype=DType.F32), STOCK_1_2, 90, set()),
+        (replace(W4AFP8_EXPERT, has_zero_point=True), STOCK_1_2, 90, set()),
+        *((replace(W4AFP8_EXPERT, shape=shape), STOCK_1_2, 90, set()) for shape in ((192, 256), (256, 192))),
         (replace(BLOCKS, expert=True), STOCK_1_2, 89, set()),
         (replace(BLOCKS, expert=True), STOCK_1_2, 90, {"FP8_BLOCK_SCALES"}),
     ],

@@ -30,6 +30,7 @@ from quantized_weights import (
     weight,
 )
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, Strategy
 from trtllm_ct.engine.holdings import Weight, activations_of
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm
@@ -68,6 +69,7 @@ INT8_GROUP = weight(ints(8, 128), shape=SHAPE)
 W8A8 = weight(ints(8), INT8_TOKEN, shape=SHAPE)
 W8A8_TENSOR = weight(ints(8, None, Strategy.TENSOR), INT8_TOKEN, shape=SHAPE)
 W4AFP8 = weight(ints(4, 128), FP8_TOKEN, shape=SHAPE)
+W4AFP8_STATIC = weight(ints(4, 128), FP8_STATIC, shape=SHAPE)
 STATIC_FP8 = weight(FP8_TENSOR, FP8_STATIC, shape=SHAPE)
 ROWWISE_FP8 = weight(FP8_CHANNEL, FP8_TOKEN, shape=SHAPE)
 FP8_WEIGHT_ONLY = weight(FP8_TENSOR, shape=SHAPE)
@@ -383,7 +385,6 @@ class TestExperts:
         ("of", "reason"),
         [
             (int4(128), "W4A16_AWQ or W4A16_GPTQ would hold it, and {} has no such expert kernel"),
-            (int4(32), "{} has no expert kernel for int4 group 32 weights"),
             (int4(None), "W4A16 would hold it, and {} has no such expert kernel"),
             (ROWWISE_FP8, "FP8_PER_CHANNEL_PER_TOKEN would hold it, and {} has no such expert kernel"),
         ],
@@ -394,6 +395,55 @@ class TestExperts:
         expected = Assignment(holding=None, reason=reason.format(target.capabilities.name))
 
         assert experts(of, of, target=target) == [expected] * 2
+
+    @pytest.mark.parametrize(
+        ("engine", "of", "reason"),
+        [
+            ("stock-1.0", int4(32), "stock-1.0 has no expert kernel for int4 group 32 weights"),
+            (
+                "stock-1.2",
+                int4(32),
+                "W4A8_AWQ computes on fp8 static per tensor activations, and the scheme leaves them 16-bit",
+            ),
+            (
+                "stock-1.2",
+                W4AFP8_STATIC,
+                "W4A8_AWQ has an expert kernel that does not round weights on SM90 only; kept with --sm 90",
+            ),
+            (
+                "stock-1.2",
+                replace(W4AFP8_STATIC, scale_dtype=DType.F16),
+                "W4A8_AWQ rounds scales to bfloat16, and these are float16",
+            ),
+        ],
+        ids=["no mode", "activations", "SM", "scales"],
+    )
+    def test_the_reason_is_why_the_mode_of_int4_experts_does_not_hold_them(self, engine, of, reason):
+        (assignment,) = experts(replace(of, expert=True), target=target_named("modelopt", engine=engine))
+
+        assert reason in assignment.reason
+
+    @pytest.mark.parametrize(
+        ("sm", "reason"),
+        [
+            (89, "W4A8_AWQ has an expert kernel that rounds weights to fp8 on SM89"),
+            (100, "W4A8_AWQ has no expert kernel on SM100"),
+        ],
+    )
+    def test_int4_experts_with_static_activations_are_kept_where_the_kernel_rounds_nothing(self, sm, reason):
+        of = replace(W4AFP8_STATIC, expert=True)
+        (elsewhere,) = experts(of, target=target_named("modelopt", sm=sm))
+        (kept,) = experts(of, target=target_named("modelopt", sm=90))
+
+        assert elsewhere == Assignment(holding=None, reason=reason)
+        assert mode(kept) == "W4A8_AWQ g128"
+        assert kept.holding.note == "the engine rounds input scales to the model's dtype"
+
+    @pytest.mark.parametrize("sm", [None, *SMS])
+    def test_linears_never_get_the_mode_whose_products_are_rounded(self, sm):
+        assignment = alone(W4AFP8_STATIC, target=target_named("modelopt", engine="stock-1.3", sm=sm))
+
+        assert mode(assignment) == ("dequantized" if sm == 120 else "W4A16_AWQ g128")
 
     @pytest.mark.parametrize(("of", "algo"), [(MXFP8_A8, "MXFP8"), (NVFP4_A16, "W4A16_NVFP4")], ids=label)
     def test_the_reason_names_a_newer_engine_that_has_the_kernel(self, of, algo):

@@ -64,8 +64,9 @@ EXPERTS: dict[QuantAlgo, str] = {
     QuantAlgo.W4A16_MXFP4: "mxfp4a16",
     QuantAlgo.W4A8_MXFP4_MXFP8: "mxfp4a16",
     QuantAlgo.W8A16: "int8-channel",
+    QuantAlgo.W4A8_AWQ: "int4-g128-fp8-static",
 }
-SMS = {QuantAlgo.W4A16_MXFP4: 90, QuantAlgo.W4A8_MXFP4_MXFP8: 100}
+SMS = {QuantAlgo.W4A16_MXFP4: 90, QuantAlgo.W4A8_AWQ: 90, QuantAlgo.W4A8_MXFP4_MXFP8: 100}
 """The SM for which a mode is planned, if it is planned only when that is known."""
 
 
@@ -264,6 +265,23 @@ def test_a_plan_without_a_tensor_that_an_expert_reads_raises(tmp_path: Path, alg
         assert re.fullmatch(rf"one, which it reads \({algo}.* expert\)", fault.expected)
 
 
+@pytest.mark.parametrize("part", ["q_a_proj", "kv_a_proj_with_mqa"])
+def test_linears_that_a_class_joins_need_the_second_name_of_their_scales(tmp_path: Path, part: str) -> None:
+    """`weight_scale` alone would leave the scales of the joined Linear uninitialized."""
+    sizes = {"head_dim": None, "kv_lora_rank": 128, "q_lora_rank": 128, "qk_rope_head_dim": 16}
+    config = tiny_config("DeepseekV3ForCausalLM", hidden=128, kv_heads=4, intermediate=128, **sizes)
+    shipped = Shipment(tmp_path / "model", config=config, scheme="fp8-block")
+    module = f"{ATTENTION}.{part}"
+    assert {"weight", "weight_scale", "weight_scale_inv"} == shipped.locals_of(module).keys()
+
+    plan = edited(shipped.plan, without(module, "weight_scale"))
+    assert prove_complete(plan, shipped.delivered(plan)) == ()
+    plan = edited(shipped.plan, without(module, "weight_scale_inv"))
+    with pytest.raises(LoadError) as caught:
+        prove_complete(plan, shipped.delivered(plan))
+    assert wheres(caught) == {f"{module}.weight_scale_inv"}
+
+
 def test_fused_linears_need_no_pre_quant_scale(tmp_path: Path) -> None:
     """The engine requires `pre_quant_scale` of an unfused Linear, and never reads it in a fused one."""
     shipped = Shipment(tmp_path / "model", config=CONFIG, scheme="int4-g64")
@@ -425,6 +443,8 @@ def asked_of_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[QuantAlgo
     for generation in engine_double.GENERATIONS:
         with engine_double.installed(generation):
             for algo, weights in shipped.items():
+                if algo is QuantAlgo.W4A8_AWQ and generation == "old":
+                    continue  # It reads another layout only, which no plan for it has.
                 own = {name.removeprefix(home): weights[name] for name in weights if name.startswith(home)}
                 for backend in ("CUTLASS", "TRTLLM"):
                     asked[algo] |= _asked_by_experts(algo, backend, own)

@@ -51,7 +51,14 @@ def awq(module: Module, scale: Tensor) -> Tensor:
 
 def float16_divided(module: Module) -> Tensor:
     second = module["weight_scale_2"]
-    return (module["weight_scale"].half().float() / second).half().float() * second
+    return (module["weight_scale"].half().float() / second).half().float()
+
+
+def rounded_products(module: Module) -> Tensor:
+    """The kernel rounds each product of a code and its divided scale to e4m3."""
+    products = row_pairs(module["weight"]) * by_group(float16_divided(module), 128)
+    weight = products.half().to(torch.float8_e4m3fn).float() * module["weight_scale_2"]
+    return weight * module["pre_quant_scale"].float() if "pre_quant_scale" in module else weight
 
 
 WEIGHTS: dict[str, Callable[[Module], Tensor]] = {
@@ -62,7 +69,7 @@ WEIGHTS: dict[str, Callable[[Module], Tensor]] = {
     ),
     "INT8_WEIGHT_ONLY_CFG": lambda m: m["weight"].float() * bfloat16(m["weight_scale"])[:, None],
     "INT4_AWQ_CFG": lambda m: awq(m, bfloat16(m["weight_scale"])),
-    "W4A8_AWQ_BETA_CFG": lambda m: awq(m, float16_divided(m)),
+    "W4A8_AWQ_BETA_CFG": rounded_products,
     "NVFP4_DEFAULT_CFG": lambda m: column_pairs(m["weight"]) * by_group(m["weight_scale"], 16) * m["weight_scale_2"],
     "W4A16_NVFP4_CFG": lambda m: column_pairs(m["weight"]) * by_group(m["weight_scale"], 16) * m["weight_scale_2"],
     "MXFP8_DEFAULT_CFG": lambda m: m["weight"].float() * by_group(2.0 ** (m["weight_scale"].float() - 127), 32),

@@ -278,14 +278,21 @@ def int4_experts(input_scale: dict[int, float], dtype: torch.dtype = torch.float
     }
 
 
-def test_int4_experts_read_input_scales_of_their_own_experts_only(engine: Any) -> None:
-    first, second = experts("W4A8_AWQ", 2, moe_ep_size=2)
-    weights = int4_experts({0: 1.0, 1: 2.0})
-    first.load_weights([weights])
-    assert first.w3_w1_input_scale.tolist() == [1, 2]
-    assert first.quant_method.dequantize(first, "w2", 0).eq(1.5).all()
-    with pytest.raises(KeyError, match="input_scale"):
-        second.load_weights([weights])
+@pytest.mark.parametrize("generation", ["mid", "newest"])
+def test_int4_experts_read_input_scales_of_their_own_experts_only(generation: str) -> None:
+    with engine_double.installed(generation):
+        first, second = experts("W4A8_AWQ", 2, moe_ep_size=2)
+        weights = int4_experts({0: 1.0, 1: 2.0})
+        first.load_weights([weights])
+        assert first.w3_w1_input_scale.tolist() == [1, 2]
+        assert first.quant_method.dequantize(first, "w2", 0).eq(1.5).all()
+        with pytest.raises(KeyError, match="input_scale"):
+            second.load_weights([weights])
+
+
+def test_early_int4_experts_read_another_layout() -> None:
+    with engine_double.installed("old"), pytest.raises(KeyError, match="weight_scale_inv"):
+        experts("W4A8_AWQ")[0].load_weights([int4_experts(dict.fromkeys(range(4), 1.0))])
 
 
 def test_other_experts_read_input_scales_of_all_experts(engine: Any) -> None:

@@ -41,7 +41,7 @@ FIRST = (
     "NVFP4",
     "W4A16_MXFP4",
 )
-MIDDLE = ("W4A8_MXFP4_MXFP8",)
+MIDDLE = ("W4A8_MXFP4_MXFP8", "W4A8_AWQ")
 LATER = ("MXFP8", "W4A16_NVFP4")
 GEMM = ("input", "weight", "scales", "group_size", "has_zero_point", "output_dtype", "alpha", "bias", "zeros")
 
@@ -131,7 +131,7 @@ def parts(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     later=st.sets(st.sampled_from(LATER)),
-    more=st.sets(st.sampled_from(["W4A16_GPTQ", "INT8", "NVFP4_ARC", "NO_QUANT", "W4A8_AWQ"])),
+    more=st.sets(st.sampled_from(["W4A16_GPTQ", "INT8", "NVFP4_ARC", "NO_QUANT"])),
     mapping=st.booleans(),
     dynamic=st.sampled_from([None, "fields", "constructor"]),
     honoured=st.booleans(),

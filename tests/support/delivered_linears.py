@@ -15,6 +15,7 @@ LAYERS = {
     QuantAlgo.W4A16: LayerQuantConfig(quant_algo=QuantAlgo.W4A16),
     QuantAlgo.W4A16_AWQ: LayerQuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=GROUP),
     QuantAlgo.W4A16_GPTQ: LayerQuantConfig(quant_algo=QuantAlgo.W4A16_GPTQ, group_size=GROUP, has_zero_point=True),
+    QuantAlgo.W4A8_AWQ: LayerQuantConfig(quant_algo=QuantAlgo.W4A8_AWQ, group_size=GROUP),
     QuantAlgo.W8A16: LayerQuantConfig(quant_algo=QuantAlgo.W8A16),
     QuantAlgo.FP8: LayerQuantConfig(quant_algo=QuantAlgo.FP8),
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: LayerQuantConfig(quant_algo=QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN),
@@ -29,6 +30,7 @@ LAYERS = {
 GROUPS = {
     QuantAlgo.W4A16_AWQ: GROUP,
     QuantAlgo.W4A16_GPTQ: GROUP,
+    QuantAlgo.W4A8_AWQ: GROUP,
     QuantAlgo.FP8_BLOCK_SCALES: 128,
     QuantAlgo.NVFP4: 16,
     QuantAlgo.W4A16_NVFP4: 16,
@@ -36,7 +38,7 @@ GROUPS = {
     QuantAlgo.W4A16_MXFP4: 32,
     QuantAlgo.W4A8_MXFP4_MXFP8: 32,
 }
-ROW_PAIRS = {QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ}
+ROW_PAIRS = {QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ, QuantAlgo.W4A8_AWQ}
 COLUMN_PAIRS = {QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4, QuantAlgo.W4A16_MXFP4, QuantAlgo.W4A8_MXFP4_MXFP8}
 
 
@@ -69,6 +71,13 @@ def random_linear(
             "weight": packed,
             "weight_scale": scale(*groups),
             "weight_zero": scale(*groups) - 0.05,
+        },
+        QuantAlgo.W4A8_AWQ: lambda: {
+            "weight": packed,
+            "weight_scale": scale(*groups),
+            "weight_scale_2": scale(),
+            "input_scale": scale(),
+            "pre_quant_scale": halves,
         },
         QuantAlgo.W8A16: lambda: {
             "weight": integers(-128, 128, torch.int8, rows, columns),
@@ -130,4 +139,5 @@ def _scale(algo: QuantAlgo, tensors: dict[str, Tensor], row: int, column: int) -
     entry = float(scale[row // 128 if algo is QuantAlgo.FP8_BLOCK_SCALES else row, column // GROUPS[algo]])
     if scale.dtype == torch.uint8:
         return 2.0 ** (entry - 127)
-    return entry * float(tensors.get("weight_scale_2", 1.0))
+    # The scales of W4A8_AWQ are divided by it first.
+    return entry * (1.0 if algo is QuantAlgo.W4A8_AWQ else float(tensors.get("weight_scale_2", 1.0)))

@@ -125,6 +125,7 @@ SCHEMES: dict[str, Scheme] = {
     "int2-channel": Scheme(weights=int_weights(2, "channel")),
     "int6-channel": Scheme(weights=int_weights(6, "channel")),
     "w4afp8": Scheme(weights=int_weights(4, group_size=64), inputs=fp8_inputs("token")),
+    "int4-g128-fp8-static": Scheme(weights=int_weights(4, group_size=128), inputs=fp8_inputs("tensor")),
     "w4a8": Scheme(weights=int_weights(4, "channel"), inputs=int8_inputs(), format="int-quantized"),
     "int8-channel": Scheme(weights=int_weights(8, "channel")),
     "int8-channel-asym": Scheme(weights=int_weights(8, "channel", symmetric=False)),

@@ -1,6 +1,7 @@
 """The command line.
 
 commands.py  the commands of `trtllm-ct`: arguments, exit codes, JSON output
+options.py   the options that commands share
 report.py    formats what the commands print
 folding.py   folds names of repeated modules: `layers.{0..31}` instead of 32 lines
 doctor.py    diagnose: find out which engine this machine has and how it would serve a checkpoint

@@ -21,18 +21,34 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from trtllm_ct.base.collector import collector_paused
-from trtllm_ct.base.dtypes import DENSE_DTYPES
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.cli import report
-from trtllm_ct.convert.executors import EXECUTORS
-from trtllm_ct.engine.platform import SMS
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
+from trtllm_ct.cli.options import (
+    AUTO,
+    ENGINE,
+    THREADS,
+    TO_MODELOPT,
+    AskedSm,
+    AskedTensorParallel,
+    DenseDtypeOption,
+    DenseOutput,
+    Directory,
+    DirectoryTarget,
+    ExecutorName,
+    ExpertParallel,
+    ForEngine,
+    ForSm,
+    Json,
+    PipelineParallel,
+    Strict,
+    TargetName,
+    TensorParallel,
+    dense_dtype,
+    parallel_of,
+)
 
 if TYPE_CHECKING:
-    from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.plan.plan import Plan
 
 __all__ = ["SCHEMA", "app", "main", "print_json", "run_app", "stderr", "stdout"]
@@ -57,47 +73,6 @@ _NO_WIDTH = 10_000
 stdout = Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
 stderr = Console(width=None if sys.stderr.isatty() else _NO_WIDTH, stderr=True)
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-
-
-if TYPE_CHECKING:
-    TargetName = str
-    DirectoryTarget = str
-    EngineName = str
-    ExecutorName = str
-    DenseDtype = str
-else:  # Typer offers the members of an enumeration as choices, so these are made from the names in the tables.
-    TargetName = StrEnum("TargetName", {name: name for name in TARGETS})
-    DirectoryTarget = StrEnum("DirectoryTarget", {name: name for name in DIRECTORY_TARGETS})
-    EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
-    ExecutorName = StrEnum("ExecutorName", {name: name for name in EXECUTORS})
-    DenseDtype = StrEnum("DenseDtype", {name: name for name in DENSE_DTYPES})
-
-_MODELOPT = TargetName(MODELOPT.name)
-_ENGINE = EngineName(DEFAULT_ENGINE)
-_THREADS = ExecutorName(EXECUTORS[0])
-_AUTO = DenseDtype(DENSE_DTYPES[0])
-
-ForEngine = Annotated[
-    EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
-]
-ForSm = Annotated[
-    int | None,
-    typer.Option(
-        "--sm",
-        help=f"Compute capability of the GPUs: {', '.join(map(str, SMS))}. By default what all of them have in common.",
-        show_default=False,
-    ),
-]
-TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
-AskedTensorParallel = Annotated[
-    int | None, typer.Option("--tp", help="Tensor-parallel size to check.", show_default=False)
-]
-PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
-ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
-
 
 @app.callback()
 @cache.callback()
@@ -111,19 +86,29 @@ def require_command(context: typer.Context) -> None:
 @app.command()
 def inspect(
     directory: Directory,
-    to: Annotated[TargetName, typer.Option(help="Target that native modes are shown for.")] = _MODELOPT,
-    engine: ForEngine = _ENGINE,
+    to: Annotated[TargetName, typer.Option(help="Target that native modes are shown for.")] = TO_MODELOPT,
+    engine: ForEngine = ENGINE,
     sm: ForSm = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
+    dtype: DenseDtypeOption = AUTO,
+    dense_o_proj: DenseOutput = False,
     modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is, how it would be delivered and what is wrong with it; reads headers only."""
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
-    inspection = inspect_checkpoint(directory, to, engine=engine, sm=sm, parallel=_parallel(tp, pp, ep))
+    inspection = inspect_checkpoint(
+        directory,
+        to,
+        engine=engine,
+        sm=sm,
+        dtype=dense_dtype(dtype),
+        parallel=parallel_of(tp, pp, ep),
+        dense_o_proj=dense_o_proj,
+    )
     if as_json:
         print_json("inspect", inspection.to_dict())
     else:
@@ -136,11 +121,13 @@ def inspect(
 def plan(
     directory: Directory,
     to: Annotated[TargetName, typer.Option(help="Target to plan for.", show_default=False)],
-    engine: ForEngine = _ENGINE,
+    engine: ForEngine = ENGINE,
     sm: ForSm = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
+    dtype: DenseDtypeOption = AUTO,
+    dense_o_proj: DenseOutput = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +135,14 @@ def plan(
     from trtllm_ct.pipeline.open import plan_checkpoint
 
     checkpoint_plan = plan_checkpoint(
-        directory, to, engine=engine, sm=sm, parallel=_parallel(tp, pp, ep), strict=strict
+        directory,
+        to,
+        engine=engine,
+        sm=sm,
+        dtype=dense_dtype(dtype),
+        parallel=parallel_of(tp, pp, ep),
+        dense_o_proj=dense_o_proj,
+        strict=strict,
     )
     if as_json:
         print_json("plan", checkpoint_plan.to_dict())
@@ -161,24 +155,20 @@ def convert(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory to create.", show_default=False)],
     to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.", show_default=False)],
-    engine: ForEngine = _ENGINE,
+    engine: ForEngine = ENGINE,
     sm: ForSm = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
-    dtype: Annotated[
-        DenseDtype, typer.Option(help="Dtype of dequantized modules; float16 casts every plain tensor too.")
-    ] = _AUTO,
-    dense_o_proj: Annotated[
-        bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")
-    ] = False,
+    dtype: DenseDtypeOption = AUTO,
+    dense_o_proj: DenseOutput = False,
     strict: Strict = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
     executor: Annotated[
         ExecutorName, typer.Option(help="Run the work in threads of this process, or in the ranks that mpirun started.")
-    ] = _THREADS,
+    ] = THREADS,
     workers: Annotated[
         int | None, typer.Option(help="Number of threads; by default one for each core.", show_default=False)
     ] = None,
@@ -195,7 +185,7 @@ def convert(
             to=to,
             engine=engine,
             sm=sm,
-            parallel=_parallel(tp, pp, ep),
+            parallel=parallel_of(tp, pp, ep),
             dtype=dtype,
             dense_o_proj=dense_o_proj,
             strict=strict,
@@ -223,15 +213,17 @@ def verify(
     tp: AskedTensorParallel = None,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
+    sm: AskedSm = None,
     as_json: Json = False,
 ) -> None:
     """Check that a checkpoint is sound, and that a converted directory holds exactly its weights.
 
-    With --tp, check that the converted directory holds the slices of these sizes too; DIR may be that directory itself.
+    With --tp, check that the converted directory holds the slices of these sizes too, and with --sm, that these GPUs
+    run its modes; DIR may be that directory itself.
     """
     from trtllm_ct.verify.sizes import verify_with_sizes
 
-    verification = verify_with_sizes(directory, converted, _parallel(tp, pp, ep) if tp else None)
+    verification = verify_with_sizes(directory, converted, parallel_of(tp, pp, ep) if tp else None, sm)
     if as_json:
         print_json("verify", verification.to_dict())
     else:
@@ -278,7 +270,7 @@ def doctor(
     """Show which engine this machine has, what it supports, what is missing, and how it would serve a checkpoint."""
     from trtllm_ct.cli.doctor import diagnose
 
-    diagnosis = diagnose(directory, parallel=_parallel(tp, pp, ep))
+    diagnosis = diagnose(directory, parallel=parallel_of(tp, pp, ep))
     if as_json:
         print_json("doctor", diagnosis.to_dict())
     else:
@@ -372,13 +364,6 @@ def parse_size(text: str) -> int:
             )
         )
     return size
-
-
-def _parallel(tp: int, pp: int, ep: int) -> Parallel:
-    """Return the parallel sizes of the options `--tp`, `--pp` and `--ep`; raises `UsageError` if they don't fit."""
-    from trtllm_ct.engine.parallel import Parallel
-
-    return Parallel(tensor=tp, pipeline=pp, expert=ep)
 
 
 def print_json(kind: str, document: dict[str, Any]) -> None:

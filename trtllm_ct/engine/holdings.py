@@ -21,6 +21,7 @@ from trtllm_ct.engine.platform import SMS, sms_in_words
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.engine.platform import Platform
     from trtllm_ct.engine.slices import Slices
 
@@ -45,9 +46,9 @@ class Weight:
     counts, not the scheme's `symmetric`. `permuted` says that groups are not contiguous (activation ordering). A
     `fused` weight becomes a part of a fused Linear; `fused_parts` are the short names of all its parts, for messages.
     `bias` says that its Linear has a bias, which a fused Linear has if one of its parts has. `expert` marks the weights
-    of routed experts. `two_level` weights have a global scale besides group scales
-    (NVFP4), those with `exponent_scale` have E8M0 scales (MX formats). `slices` are the ranks' slices, None if every
-    rank has the whole weight.
+    of routed experts. `scale_dtype` is the dtype of the stored scale, None if only a configuration is known.
+    `two_level` weights have a global scale besides group scales (NVFP4), those with `exponent_scale` have E8M0 scales
+    (MX formats). `slices` are the ranks' slices, None if every rank has the whole weight.
     """
 
     scheme: QuantScheme
@@ -59,6 +60,7 @@ class Weight:
     fused_parts: tuple[str, ...] = ()
     bias: bool = False
     expert: bool = False
+    scale_dtype: DType | None = None
     two_level: bool = False
     exponent_scale: bool = False
     slices: Slices | None = None
@@ -179,6 +181,7 @@ def _obstacle(mode: LinearMode, weight: Weight, platform: Platform | None) -> st
     return (
         _wrong_scheme(mode, weight)
         or _wrong_groups(mode, weight)
+        or _wrong_scales(mode, weight)
         or (platform and _wrong_platform(mode, weight, platform))
         or _wrong_sizes(mode, weight, platform)
         or _wrong_slices(mode, weight, platform)
@@ -211,6 +214,14 @@ def _wrong_groups(mode: LinearMode, weight: Weight) -> str | None:
     if weight.args.strategy is Strategy.BLOCK and weight.args.block_structure != mode.block:
         return f"{mode.algo} holds blocks of {'x'.join(map(str, mode.block or ()))}"
     return None
+
+
+def _wrong_scales(mode: LinearMode, weight: Weight) -> str | None:
+    """Return why the mode's kernel would round the stored scales; None if it would not."""
+    if mode.scale_dtypes is None or weight.scale_dtype is None or weight.scale_dtype in mode.scale_dtypes:
+        return None
+    exact = " or ".join(sorted(dtype.torch_name for dtype in mode.scale_dtypes))
+    return f"{mode.algo} rounds scales to {exact}, and these are {weight.scale_dtype.torch_name}"
 
 
 def _wrong_platform(mode: LinearMode, weight: Weight, platform: Platform) -> str | None:
@@ -253,7 +264,8 @@ def _conditions(mode: LinearMode, weight: Weight, platform: Platform | None) -> 
     conditions = [f"out % {rows} == 0"] if rows > 1 else []
     if rows > 1 and weight.fused_parts:
         *most, last = weight.fused_parts
-        conditions[0] += f" in each of {', '.join(most)} and {last}, which it fuses,"
+        others = f"each of {', '.join(most)} and " if most else ""
+        conditions[0] += f" in {others}{last}, which it fuses,"
     columns = _column_multiple(mode, weight, platform)
     everywhere = lcm(mode.column_multiple, mode.expert_multiple if weight.expert else 1)
     if platform is not None and platform.sm is None and columns > everywhere:
@@ -298,13 +310,17 @@ def _wrong_slices(
 
 
 @lru_cache(maxsize=256)
-def slice_problem(mode: LinearMode, shape: tuple[int, int], slices: Slices, *, group_size: int, fused: bool) -> str:
+def slice_problem(
+    mode: LinearMode, shape: tuple[int, int], slices: Slices, *, group_size: int, fused: bool, expert: bool
+) -> str:
     """Return why a mode doesn't hold the slices of a weight that is delivered in it; empty if it holds them.
 
     `shape` is (N, K). `group_size` is that of the Linear, 1 if its mode has no groups.
     """
     rows = mode.fused_row_multiple if fused or slices.parts else mode.row_multiple
-    multiple = _slice_multiple(mode, slices, group_size, rows=rows, columns=mode.column_multiple)
+    kernel = mode.expert_multiple if expert else 1
+    columns = lcm(mode.column_multiple, kernel)
+    multiple = _slice_multiple(mode, slices, group_size, rows=lcm(rows, kernel), columns=columns)
     return slices.problem(shape, multiple, scales_repeated=mode.scales_follow_kv_heads)
 
 
@@ -345,7 +361,8 @@ def _holdings_of_mode(mode: LinearMode, weight: Weight, platform: Platform | Non
 
     Modes without groups of several sizes yield one holding.
     """
-    args, note = weight.args, deviation_of(weight.scheme, mode.activations)
+    args, deviation = weight.args, deviation_of(weight.scheme, mode.activations)
+    note = "; ".join(filter(None, (deviation, mode.note)))
     if mode.scale is not ScaleForm.GROUP:
         size = mode.group_sizes[0] if mode.group_sizes else None
         yield Holding(mode=mode, group_size=size, as_is=args.strategy in mode.exact, note=note)

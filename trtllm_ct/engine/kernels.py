@@ -14,14 +14,21 @@ __all__ = ["dropped_bias", "gpu_problem", "missing_kernel"]
 
 
 def missing_kernel(mode: LinearMode, platform: Platform, *, expert: bool) -> str | None:
-    """Return why the mode does not run on the SM; None if it does, or if the SM is not known and need not be."""
+    """Return why the mode does not run on the SM, or not exactly; None if it does, or if the SM need not be known."""
     first_on = mode.experts_on if expert else mode.linear_on
+    rounds_on = mode.experts_round_on if expert else mode.linear_rounds_on
     kernel = "expert kernel" if expert else "Linear"
     if platform.sm is None:
         if not mode.known_sm:
             return None
         runs_on = [sm for sm in SMS if sm not in first_on or platform.release.has(first_on[sm])]
-        return f"{mode.algo} has a{'n' * expert} {kernel} on {sms_in_words(runs_on)} only"
+        exact_on = [sm for sm in runs_on if sm not in rounds_on]
+        if exact_on:
+            unrounded = " that does not round weights" if exact_on != runs_on else ""
+            return f"{mode.algo} has a{'n' * expert} {kernel}{unrounded} on {sms_in_words(exact_on)} only"
+    if platform.sm is None or platform.sm in rounds_on:
+        where = f" on SM{platform.sm}" if platform.sm else ""
+        return f"{mode.algo} has a{'n' * expert} {kernel} that rounds weights to fp8{where}"
     first = first_on.get(platform.sm, platform.release)
     if platform.release.has(first):
         return None

@@ -70,12 +70,15 @@ class LinearMode:
     `exact` are the strategies whose scales are delivered unchanged; for those in `widened` scales are repeated, which
     changes no value. `group_sizes` are the group sizes that the kernel accepts; for larger groups scales are repeated.
     `block` is the size of a block as (rows, columns). `zero_point` says whether the mode has additive zeros.
+    `scale_dtypes` are the dtypes of stored scales that the kernel does not round, None for all. `unit_scalars` are
+    scalars that it multiplies with beside the scales; they are delivered as 1.
 
     Inputs:
     `activations` is the kind of activations that the Linear computes on. Schemes with one of `other_activations` are
     held too, with a note. `pre_quant_scale` says that a Linear that is not fused requires a `pre_quant_scale` for its
     input. `input_scale` is the stored tensor that the delivered `input_scale` is made from, None if the Linear reads
     none. `quantizes_attention_output` marks the modes with which attention may write quantized values for `o_proj`.
+    `note` says what else differs for every scheme.
 
     Sizes:
     N must be a multiple of `row_multiple` (`fused_row_multiple` if several Linears are fused) and K a multiple of
@@ -88,7 +91,9 @@ class LinearMode:
     `shared_scalars` are the tensors that must be equal in all parts of a fused Linear; the engine asserts it.
     `read_of_all_experts` are the scalars that every rank reads of all experts. `repeated_with_kv_heads` are the tensors
     that the engine repeats when there are more ranks than K/V heads. `expert_scale_alias` is a second name of an
-    expert's `weight_scale` that some releases read. `config_fields` are the keys of the mode's entry in
+    expert's `weight_scale` that some releases read. `class_joins_scales` says that a model class which joins Linears
+    itself (`LinearSite.class_joins`) joins the scales of this mode too; it reads them by that second name only.
+    `config_fields` are the keys of the mode's entry in
     `hf_quant_config.json` besides algorithm and group size. `aliases` are other names of the algorithm in that file, in
     lower case.
 
@@ -96,7 +101,8 @@ class LinearMode:
     `linear_since` and `experts_since` are the first releases whose Linears and routed experts have the mode, None if no
     release has it; `head_since` is the first one whose head may have it. `plug_in` marks a mode whose Linear this
     package adds to an engine. `linear_on` and `experts_on` are the first releases on the SMs that they name, None if no
-    release runs there. A mode with `known_sm` is planned only if the SM is known.
+    release runs there. A mode with `known_sm` is planned only if the SM is known. On the SMs in `linear_rounds_on` and
+    `experts_round_on` the kernel exists, and rounds the product of each code and its scale to fewer bits.
     `bias_since` is the first release whose Linear adds a bias, None if all do; `bias_on` is the same on the SMs that it
     names. Releases before it load the bias and ignore it.
     """
@@ -111,12 +117,15 @@ class LinearMode:
     group_sizes: tuple[int, ...] = ()
     block: tuple[int, int] | None = None
     zero_point: bool = False
+    scale_dtypes: frozenset[DType] | None = None
+    unit_scalars: tuple[str, ...] = ()
 
     activations: Activations = Activations.WIDE
     other_activations: frozenset[Activations] = frozenset()
     pre_quant_scale: bool = False
     input_scale: str | None = None
     quantizes_attention_output: bool = False
+    note: str = ""
 
     row_multiple: int = 1
     fused_row_multiple: int = 1
@@ -129,6 +138,7 @@ class LinearMode:
     read_of_all_experts: frozenset[str] = frozenset()
     repeated_with_kv_heads: frozenset[str] = frozenset({"weight", "bias"})
     expert_scale_alias: str | None = None
+    class_joins_scales: bool = False
     config_fields: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
@@ -139,6 +149,8 @@ class LinearMode:
     linear_on: Mapping[int, Release | None] = field(default_factory=dict, hash=False)
     experts_on: Mapping[int, Release | None] = field(default_factory=dict, hash=False)
     known_sm: bool = False
+    linear_rounds_on: frozenset[int] = frozenset()
+    experts_round_on: frozenset[int] = frozenset()
     bias_since: Release | None = None
     bias_on: Mapping[int, Release] = field(default_factory=dict, hash=False)
 

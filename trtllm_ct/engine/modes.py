@@ -11,16 +11,13 @@ Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods 
 heads), `_torch/modules/attention.py` (for the output of attention) and `quantization/modelopt_config.py` (for aliases).
 The sizes that a kernel accepts, and the SMs that it runs on, are in C++ files below `cpp/tensorrt_llm/`; the entry of
 each mode names its file with the commit that was read.
-
-W4A8_AWQ is no mode here: on SM90 its GEMM multiplies codes and scales in float16 and rounds each product to e4m3
-(`cutlass_extensions/gemm/collective/sm90_mma_interleaved_tma_gmma_rs_warpspecialized_mixed_input.hpp`, 1bced696:
-`transform_internal_A`), so it holds no int4 weight exactly.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element, QuantAlgo, Strategy
 from trtllm_ct.engine.linear_mode import Activations, LinearMode, ScaleForm
 from trtllm_ct.engine.releases import STOCK_1_0, STOCK_1_2, STOCK_1_3
@@ -101,6 +98,41 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         plug_in=True,
         linear_on=_FINE_GRAINED_ON,
         bias_on=_FINE_GRAINED_BIAS_ON,
+        config_fields=_ZERO_POINT_FIELDS,
+    ),
+    # Where W4A8_AWQ rounds: below `cutlass_extensions/include/cutlass_extensions/gemm/` each product of a code and its
+    # scale becomes e4m3 before it is multiplied, in `threadblock/dq_mma_multistage_finegrained.h` (3bbed0ec: SM89,
+    # Linears and experts), in `collective/sm90_mma_interleaved_tma_gmma_rs_warpspecialized_mixed_input.hpp` (1bced696:
+    # Linears on SM90) and in `collective/sm100_mma_warpspecialized_mixed_input.hpp` (4d942aa2: Linears on SM100). Only
+    # `collective/sm90_mma_array_tma_gmma_rs_warpspecialized_mixed_input_.hpp` (0193dbd4, 89fd9b74: experts on SM90)
+    # multiplies the float32 sums of each group of codes by its scale.
+    LinearMode(
+        algo=QuantAlgo.W4A8_AWQ,
+        element=Element.INT,
+        bits=_UP_TO_4,
+        packing=INT4_ROW_PAIRS,
+        scale=ScaleForm.GROUP,
+        exact=_GROUP,
+        widened=_TENSOR | _CHANNEL,
+        group_sizes=(128,),
+        # fused_moe/quantization.py: WInt4AFP8FusedMoEMethod.load_quant_scales casts scales to bfloat16, divides them by
+        # `weight_scale_2`, and casts `input_scale`, each expert's own, to the model's dtype.
+        scale_dtypes=frozenset({DType.BF16}),
+        unit_scalars=("weight_scale_2",),
+        activations=Activations.FP8_STATIC,
+        pre_quant_scale=True,
+        input_scale="input_scale",
+        note="the engine rounds input scales to the model's dtype",
+        # WInt4AFP8FusedMoEMethod.create_weights: hidden and intermediate sizes of experts % 128.
+        expert_multiple=128,
+        # In stock-1.0 it reads another layout only, that of W4A8_CUSTOM: `weight_scale_inv`, and codes that are packed
+        # along K.
+        experts_since=STOCK_1_2,
+        linear_on={120: None},
+        linear_rounds_on=frozenset({89, 90, 100}),
+        experts_on={100: None, 120: None},
+        experts_round_on=frozenset({89}),
+        known_sm=True,
         config_fields=_ZERO_POINT_FIELDS,
     ),
     LinearMode(
@@ -199,6 +231,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         experts_on={89: None},
         aliases=("fp8_pb_wo",),
         expert_scale_alias="weight_scale_inv",
+        class_joins_scales=True,
     ),
     LinearMode(
         algo=QuantAlgo.NVFP4,
@@ -232,7 +265,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         scale=ScaleForm.TWO_LEVEL,
         exact=_SMALL_GROUPS,
         group_sizes=(16,),
+        # kernels/weightOnlyBatchedGemv/cudaCoreGemmW4A16NVFP4.cu (2026: `cudaCoreGemmDispatcher`): K % 32 on SM120.
+        # Other GPUs dequantize groups of 16. Its N % 2 is met by padding, as that of NVFP4.
         column_multiple=16,
+        column_multiple_on={120: 32},
         alignment=32,
         linear_since=STOCK_1_3,
         experts_since=STOCK_1_3,
@@ -290,6 +326,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_GROUP,
         group_sizes=(32,),
         activations=Activations.MX_FP8,
+        # thop/mxfp8Gemm.cpp (22de8b34: `mxfp8_mxfp8_gemm`): N % 32 and K % 32 on SM100. GPUs without this GEMM
+        # dequantize the weight, whatever its rows.
+        row_multiple=32,
+        fused_row_multiple=32,
         column_multiple=32,
         alignment=32,
         linear_since=STOCK_1_3,

@@ -17,6 +17,7 @@ from trtllm_ct.pipeline.open import open_checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
 __all__ = ["Inspection", "SchemeRow", "inspect_checkpoint"]
@@ -124,14 +125,16 @@ def inspect_checkpoint(
     *,
     engine: str = DEFAULT_ENGINE,
     sm: int | None = None,
+    dtype: DType | None = None,
     parallel: Parallel = ONE_RANK,
+    dense_o_proj: bool = False,
 ) -> Inspection:
     """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
 
     `sm` is the SM of the GPUs that the engine will run on, None if it is not known. `parallel` are the sizes that the
-    engine will run with; sizes that can't divide the model are problems. A model whose class no table describes is
-    inspected for the target `dense`. No weights are read, and torch is not imported. Problems of the checkpoint are
-    collected in the result.
+    engine will run with; sizes that can't divide the model are problems. `dtype` and `dense_o_proj` are those of
+    `make_plan`. A model whose class no table describes is inspected for the target `dense`. No weights are read, and
+    torch is not imported. Problems of the checkpoint are collected in the result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
     """
     directory = Path(directory)
@@ -142,11 +145,13 @@ def inspect_checkpoint(
     try:
         checkpoint = open_checkpoint(directory, detection)
         try:
-            plan = checkpoint.plan(target.name, engine=engine, sm=sm, parallel=parallel)
+            plan = checkpoint.plan(
+                target.name, engine=engine, sm=sm, dtype=dtype, parallel=parallel, dense_o_proj=dense_o_proj
+            )
             problems = plan.problems
         except UnreadClassError as error:
             target = target_named("dense")
-            plan, problems = checkpoint.plan(target.name), error.faults
+            plan, problems = checkpoint.plan(target.name, dtype=dtype), error.faults
         noted = plan.warnings
     except CheckpointError as error:
         problems, noted = error.faults, error.warnings

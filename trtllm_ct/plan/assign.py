@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.engine.holdings import Holding, Weight, holdings, obstacles, slice_obstacle
-from trtllm_ct.engine.modes import LINEAR_MODES, ScaleForm
+from trtllm_ct.engine.holdings import Holding, Weight, activations_of, holdings, obstacles, slice_obstacle
+from trtllm_ct.engine.modes import LINEAR_MODES, Activations, ScaleForm
 from trtllm_ct.engine.platform import SMS
 from trtllm_ct.plan.attention_output import unscaled_outputs
 
@@ -31,6 +31,7 @@ __all__ = ["DENSE_OUTPUT", "Assignment", "Candidate", "assign_modes", "candidate
 DENSE_OUTPUT = "dense_o_proj: attention would quantize its output at a fixed scale of 1"
 """The reason that is given for output projections of attention which are dequantized on request."""
 
+_CLASS_JOINS = frozenset(mode.algo for mode in LINEAR_MODES if mode.class_joins_scales)
 _PLAIN = "engines read this module plain"
 _STACKED = "the class of the model reads its experts from one plain tensor"
 
@@ -71,7 +72,7 @@ def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> 
     candidates = {}
     for members in linears.values():
         bias = any("bias" in part.module.specs for part in members)
-        names = tuple([part.site.module.rpartition(".")[2] for part in members])
+        names = tuple([part.site.module.rpartition(".")[2] for part in members if part.site.fused])
         for part in members:
             fused_parts = names if part.site.fused else ()
             key = (id(part.weight), part.site.fused, part.site.expert, bias, fused_parts)
@@ -99,6 +100,7 @@ def _weight_of(part: Part) -> Weight:
         permuted=stored.group_index is not None,
         fused=part.site.fused,
         expert=part.site.expert,
+        scale_dtype=scale.dtype if scale is not None else None,
         two_level=two_level,
         exponent_scale=not two_level and scale is not None and scale.dtype in {DType.U8, DType.F8_E8M0},
     )
@@ -140,6 +142,7 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
             site.head,
             site.class_cuts,
             site.limit,
+            site.class_joins,
         )
         if key not in decided:
             decided[key] = _assign_one(candidate, target)
@@ -241,7 +244,7 @@ def _assign_group(
         common = _common_mode(name, quantized, target)
         if common:
             return common
-        obstacle = _no_common_mode(quantized, target)
+        obstacle = _no_common_mode(quantized, alone, target)
     reason = f"{name} has one mode for all its parts, and {obstacle}"
     return {module: _plain_because(assignment, reason) for module, assignment in assignments.items()}
 
@@ -278,21 +281,25 @@ def _common_mode(name: str, quantized: Mapping[str, Candidate], target: Target) 
     }
 
 
-def _no_common_mode(quantized: Mapping[str, Candidate], target: Target) -> str:
-    """Return why the members of a group share no mode: because of one member's slices, or of their schemes."""
+def _no_common_mode(quantized: Mapping[str, Candidate], alone: Mapping[str, Assignment], target: Target) -> str:
+    """Return why the members of a group share no mode: one member's slices, one that has no mode, or their schemes."""
     for module, candidate in quantized.items():
         slices = slice_obstacle(candidate.weight, _algos(candidate, target), target.capabilities.platform)
         if slices:
             return f"{module.rpartition('.')[2]}: {slices}"
     schemes = sorted({candidate.weight.scheme.label() for candidate in quantized.values()})
+    without = next((module for module in quantized if alone[module].holding is None), None)
+    if len(schemes) == 1 and without is not None:
+        return f"{without.rpartition('.')[2]} has none: {alone[without].reason}"
     return f"their schemes have no mode in common ({'; '.join(schemes)})"
 
 
 def _algos(module: Candidate, target: Target) -> frozenset[QuantAlgo]:
     """Return the modes in which a module may be delivered."""
     algos = target.algos(expert=module.site.expert, head=module.site.head)
-    limit = module.site.limit
-    return algos if limit is None or target.capabilities.release is None else algos & limit.algos
+    if module.site.limit is not None and target.capabilities.release is not None:
+        algos &= module.site.limit.algos
+    return (algos & _CLASS_JOINS if module.site.class_joins else algos) - module.site.other_layouts
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
@@ -304,7 +311,9 @@ def _held(module: Candidate, target: Target) -> list[Holding]:
     release = target.capabilities.release
     if release is None or not module.site.class_cuts:
         return held
-    return [_in_column(holding) for holding in held if holding.mode.cut_by_rows(release)]
+    # Row scales are delivered as a column there, which a model class can cut by rows.
+    cut = [holding for holding in held if holding.mode.cut_by_rows(release)]
+    return [replace(holding, scale_column=holding.mode.scale is ScaleForm.ROW) for holding in cut]
 
 
 def _uncut(module: Candidate, target: Target) -> list[QuantAlgo]:
@@ -328,16 +337,11 @@ def _beyond_limit(module: Candidate, target: Target) -> str:
     return " or ".join(held.mode.algo for held in held if held.as_is and held.mode.algo in algos)
 
 
-def _in_column(holding: Holding) -> Holding:
-    """Return the holding with row scales as a column, which a model class can cut by rows."""
-    return replace(holding, scale_column=holding.mode.scale is ScaleForm.ROW)
-
-
 def _why_not(module: Candidate, target: Target) -> str:
     """Return why no mode of a target holds a weight."""
     if not target.holds_codes:
         return f"target {target.name} holds plain weights only"
-    if module.unequal:
+    if module.unequal and not module.site.class_joins:
         return module.unequal
     uncut = _uncut(module, target)
     if uncut:
@@ -345,9 +349,16 @@ def _why_not(module: Candidate, target: Target) -> str:
     limited = _beyond_limit(module, target)
     if limited:
         return f"the engine's class rearranges the rows of this Linear, and can't rearrange those of {limited}"
-    reason = _why_not_here(module, target)
+    reason = _why_not_joined(module, target) if module.site.class_joins else _why_not_here(module, target)
     sms = _other_sms(module, target)
     return f"{reason}; kept with {' or '.join(f'--sm {sm}' for sm in sms)}" if sms else reason
+
+
+def _why_not_joined(module: Candidate, target: Target) -> str:
+    """Return why none of the modes that the engine's model class can join holds a weight."""
+    joined = _algos(module, target)
+    reason = f"the engine's class joins this Linear with another, and joins the scales of {' or '.join(joined)} only"
+    return "; ".join([reason, *obstacles(module.weight, joined, target.capabilities.platform)])
 
 
 def _why_not_here(module: Candidate, target: Target) -> str:
@@ -359,7 +370,7 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     expert, head = module.site.expert, module.site.head
     what = "expert kernel" if expert else "head" if head else "Linear"
     for later in target.newer:
-        later_algos = later.algos(expert=expert, head=head) - algos
+        later_algos = later.algos(expert=expert, head=head) - algos - module.site.other_layouts
         held = (holding.mode.algo for holding in holdings(module.weight, later.platform))
         algo = next((algo for algo in held if algo in later_algos), None)
         if algo is not None:
@@ -368,8 +379,13 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     if here:
         return "; ".join(obstacles(module.weight, here, platform))
     elsewhere = [held.mode.algo for held in holdings(module.weight, platform) if held.as_is]
+    if module.site.other_layouts.intersection(elsewhere):
+        return f"the engine's class reads tensors of {' or '.join(module.site.other_layouts)} in another layout"
     if elsewhere:
-        return f"{' or '.join(elsewhere)} would hold it, and {target.capabilities.name} has no such {what}"
+        reason = f"{' or '.join(elsewhere)} would hold it, and {target.capabilities.name} has no such {what}"
+        quantized = {activations_of(module.weight.scheme)} - {Activations.WIDE}
+        close = frozenset(mode.algo for mode in LINEAR_MODES if mode.activations in quantized) & algos
+        return "; ".join([reason, *obstacles(module.weight, close, platform)])
     reasons = obstacles(module.weight, algos, platform)
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
 

@@ -96,12 +96,15 @@ def native(
 
     `equalized` has the scalars that replace the stored ones, so that all parts of a fused Linear have the same.
     Fused Linears never read a `pre_quant_scale`; other Linears of a mode that has one require it. Some releases read
-    the scales of experts under the name `weight_scale_inv` in some modes, so these are delivered under both names.
+    the scales of experts under the name `weight_scale_inv` in some modes, and all read those of Linears that a model
+    class joins under it, so these are delivered under both names.
     """
     mode = holding.mode
     deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding, equalized)]
-    if site.expert and mode.expert_scale_alias:
+    if (site.expert or site.class_joins) and mode.expert_scale_alias:
         deliveries.append(_renamed(module, deliveries[1], mode.expert_scale_alias))
+    one = Ones(result=_SCALAR)
+    deliveries += [Delivery(name=module.delivered_name(local), operation=one) for local in mode.unit_scalars]
     if mode.pre_quant_scale and not site.fused:
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))

@@ -127,7 +127,7 @@ class ModelModules:
             id(assignment),
             id(equalized),
             cache_tensors,
-            (site.class_name, site.locals, site.fused, site.expert),
+            (site.class_name, site.locals, site.fused, site.expert, site.class_joins),
             stored.transforms,
         )
         decision = self._decided.get(key)

@@ -212,6 +212,12 @@ LAYOUTS: Mapping[QuantAlgo, LinearLayout] = {
     QuantAlgo.W4A16_GPTQ: LinearLayout(
         tensors=(_INT4_ROW_PAIRS, _GROUP_SCALE, _GROUP_ZERO), decode=decode_int4_groups_with_zero
     ),
+    # Scales are divided by `weight_scale_2`, and products multiplied by it.
+    QuantAlgo.W4A8_AWQ: LinearLayout(
+        tensors=(_INT4_ROW_PAIRS, _GROUP_SCALE, _SECOND_SCALE, _INPUT_SCALE, _PRE_QUANT_SCALE),
+        decode=decode_int4_groups,
+        quantize_input=_input_per_tensor,
+    ),
     QuantAlgo.W8A16: LinearLayout(tensors=(_INT8_CODES, _ROW_SCALE), decode=decode_rows),
     QuantAlgo.FP8: LinearLayout(
         tensors=(_FP8_CODES, _TENSOR_SCALE, _OPTIONAL_INPUT_SCALE),

@@ -86,8 +86,19 @@ EXPERT_READS: Mapping[QuantAlgo, Reads] = {
     QuantAlgo.W4A16_MXFP4: Reads(required=_CODES_AND_SCALE, aliases=_SECOND_NAME),
     QuantAlgo.W4A8_MXFP4_MXFP8: Reads(required=_CODES_AND_SCALE),
     QuantAlgo.W8A16: Reads(required=_CODES_AND_SCALE),
+    QuantAlgo.W4A8_AWQ: Reads(
+        required=_CODES_AND_SCALE | {"weight_scale_2", "input_scale", "pre_quant_scale"},
+    ),
 }
 """The tensors that routed experts read."""
+
+JOINED_READS: Mapping[QuantAlgo, Reads] = {
+    QuantAlgo.FP8_BLOCK_SCALES: Reads(
+        required=frozenset({"weight", "weight_scale_inv"}), optional=frozenset({"weight_scale"})
+    )
+}
+"""The tensors of the Linears that `_torch/models/modeling_deepseekv3.py` joins into `kv_a_proj_with_mqa` itself."""
+_JOINED = ("q_a_proj", "kv_a_proj_with_mqa")
 
 
 def prove_complete(plan: Plan, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -178,7 +189,8 @@ def _unread_scales(plan: Plan, weights: Mapping[str, Tensor], faults: FaultColle
 def _reads_of(module: ModulePlan) -> Reads:
     if module.layer is None:
         return PLAIN_READS
-    table = EXPERT_READS if module.experts else LINEAR_READS
+    joined = module.name.endswith(_JOINED)
+    table = EXPERT_READS if module.experts else JOINED_READS if joined else LINEAR_READS
     return table[module.layer.quant_algo]
 
 

@@ -73,11 +73,12 @@ def _engine_name(modules: Mapping[str, Any], module: ModulePlan, fused_of: Mappi
     """Return the name of the engine's module that loads a Linear; None if the model has no such module.
 
     This is the module's own name, that of the module of all experts for a routed expert, or that of the fused Linear
-    that it is a part of. A class that wraps a text model has it as `llm`, whatever its prefix in the files is. Of
-    experts that are wrapped (ConfigurableMoE), the child `backend` has the weights.
+    that it is a part of: by the engine's mapper or, for Linears that a model class joins itself, by the plan. A class
+    that wraps a text model has it as `llm`, whatever its prefix in the files is. Of experts that are wrapped
+    (ConfigurableMoE), the child `backend` has the weights.
     """
     prefix, _, leaf = module.name.rpartition(".")
-    unwrapped = (module.engine_name, f"{prefix}.{fused_of.get(leaf, leaf)}")
+    unwrapped = (module.engine_name, f"{prefix}.{fused_of.get(leaf, leaf)}", module.fused_linear or module.name)
     in_text_model = (f"{_TEXT_MODEL}.{variant}" for name in unwrapped for variant in name_variants(name))
     built = next((name for name in (*unwrapped, *in_text_model) if name in modules), None)
     return f"{built}.{_WRAPPED}" if f"{built}.{_WRAPPED}" in modules else built

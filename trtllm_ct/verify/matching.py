@@ -206,7 +206,8 @@ class DirectoryMatch:
         mode = MODES_BY_ALGO.get(layer.quant_algo)
         if mode is not None and mode.pre_quant_scale:
             self._check_pre_quant_scale(module, delivered)
-        alias = mode.expert_scale_alias if mode is not None and is_expert(module.key) else None
+        second = is_expert(module.key) or self.source.names.is_joined_by_class(module.key)
+        alias = mode.expert_scale_alias if mode is not None and second else None
         if alias and alias not in tensors:
             self._report_missing(f"{delivered.name}.{alias}")
         if {"weight_scale", _SECOND_NAME} <= tensors.keys():

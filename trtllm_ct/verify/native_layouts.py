@@ -126,6 +126,8 @@ NATIVE_LAYOUTS: Mapping[QuantAlgo, Callable[[Parts], Coded]] = {
     QuantAlgo.W4A16: _int4_row_scales,
     QuantAlgo.W4A16_AWQ: _int4_group_scales,
     QuantAlgo.W4A16_GPTQ: _int4_groups_with_zero,
+    # Scales are divided by `weight_scale_2`, and products multiplied by it.
+    QuantAlgo.W4A8_AWQ: _int4_group_scales,
     QuantAlgo.W8A16: _row_scales,
     QuantAlgo.FP8: _one_scale,
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: _row_scales,

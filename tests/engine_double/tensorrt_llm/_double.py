@@ -66,6 +66,8 @@ class Release:
     """Attention honours `force_dynamic_quantization` (`Attention._use_quantize_output`)."""
     fused_entries: bool
     """Entries named `gate_up_proj` count for the Linear of that name; early texts look for `gate_proj` only."""
+    exported_w4a8_experts: bool
+    """W4A8_AWQ experts are read as ModelOpt exports them; older releases read another layout only (W4A8_CUSTOM)."""
     newest_algos: bool
     """MXFP8 and W4A16_NVFP4 exist."""
     force_dynamic_quantization: bool
@@ -107,6 +109,7 @@ _OLD = Release(
     binds_experts_late=False,
     dynamic_attention_output=False,
     fused_entries=False,
+    exported_w4a8_experts=False,
     newest_algos=False,
     force_dynamic_quantization=False,
     dynamic_nvfp4=False,
@@ -125,6 +128,7 @@ _MID = replace(
     awq_sm_limit=103,
     wraps_experts=True,
     fused_entries=True,
+    exported_w4a8_experts=True,
     force_dynamic_quantization=True,
     kv_scales_by_default=True,
     kv_scale_factor=1.0,

@@ -107,6 +107,7 @@ def modules(model: Any, *, tied: bool) -> Iterator[tuple[str, tuple[tuple[int, .
 
 
 QKV = {"self_attn.qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+JOINED = {"self_attn.kv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"]}
 GATE_UP = {"mlp.gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -118,7 +119,7 @@ GATE_UP = {"mlp.gate_up_proj": ["gate_proj", "up_proj"]}
         ("Phi3ForCausalLM", {}),
         ("MixtralForCausalLM", QKV | {"block_sparse_moe.experts": ["w1", "w3", "w2"] * 4}),
         ("Qwen3MoeForCausalLM", QKV | {"mlp.experts": ["gate_proj", "up_proj", "down_proj"] * 4}),
-        ("DeepseekV3ForCausalLM", GATE_UP),
+        ("DeepseekV3ForCausalLM", GATE_UP | JOINED),
     ],
 )
 def test_modules_that_must_share_a_mode_are_in_one_group(architecture: str, fused: dict[str, list[str]]) -> None:
@@ -142,9 +143,15 @@ def test_routers_and_embeddings_are_read_plain() -> None:
     found = sites(config_of("DeepseekV3ForCausalLM"))
 
     plain = {name.removeprefix("model.layers.1.") for name, site in found.items() if site.plain and ".0." not in name}
-    latent = {f"self_attn.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
-    assert plain == {"model.embed_tokens", "mlp.gate"} | latent
+    assert plain == {"model.embed_tokens", "mlp.gate", "self_attn.kv_b_proj"}
     assert [name for name, site in found.items() if site.head] == ["lm_head"]
+
+
+def test_the_last_part_that_a_class_joins_may_end_within_a_block() -> None:
+    found = sites(config_of("DeepseekV3ForCausalLM"))
+
+    joined = {name.rpartition(".")[2]: site.fused for name, site in found.items() if site.class_joins}
+    assert joined == {"q_a_proj": True, "kv_a_proj_with_mqa": False}
 
 
 @pytest.mark.parametrize(("drafts", "plain"), [(0, False), (1, True)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class LinearSite:
     quantized. `cut` says how ranks divide the weight. `parts` names the numbers of rows of each Linear if several are
     stored as one; engines split these before they slice. With `class_cuts` the engine's model class itself splits them,
     by the rows of `weight` and of a `weight_scale` that has as many; it knows no other scales.
+    `class_joins` is the path of the Linear into which the engine's model class itself joins this one, by its own name
+    for the last part; it knows the scales of few modes (`LinearMode.class_joins_scales`).
     """
 
     path: str
@@ -52,6 +55,7 @@ class LinearSite:
     plain: bool = False
     extras: tuple[str, ...] = ()
     class_cuts: bool = False
+    class_joins: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,7 @@ class Experts:
     The modules are called `{path}.{index}.{projection}`; `projections` are the names of (gate, up, down) that engines
     read. `aliases` are pairs of a projection's name and another name that writers have used for it. `count` and
     `intermediate` name the sizes. `router` and `shared` are the other Linears of the layer's feed-forward part.
+    `other_layouts` are the modes whose tensors the engine's class reads in another layout than other classes do.
     """
 
     path: str
@@ -78,6 +83,7 @@ class Experts:
     router: LinearSite
     shared: tuple[LinearSite, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    other_layouts: frozenset[QuantAlgo] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,9 +226,11 @@ _QWEN2_MOE = replace(
 )
 _QWEN3_MOE = replace(_QWEN3, experts=_QWEN_EXPERTS)
 
+# TensorRT-LLM `_torch/models/modeling_deepseekv3.py` (000561df: `DeepseekV3ForCausalLM.load_weights`, since a43cf9e3
+# `DeepseekV3WeightLoader.load_weights`) joins q_a_proj and this one.
+_KV_A = "self_attn.kv_a_proj_with_mqa"
 _MLA_OUTPUT = (
-    # Engines append it to q_a_proj by code that copies the weight, but not the scales of most modes.
-    LinearSite(path="self_attn.kv_a_proj_with_mqa", outputs="kv_a", inputs="hidden", bias="attention_bias", plain=True),
+    LinearSite(path=_KV_A, outputs="kv_a", inputs="hidden", bias="attention_bias", class_joins=_KV_A),
     # Engines split it by head and absorb it into attention; for that they read it plain.
     LinearSite(path="self_attn.kv_b_proj", outputs="kv_b", inputs="kv_lora_rank", cut=Cut.COLUMN, plain=True),
     LinearSite(path="self_attn.o_proj", outputs="hidden", inputs="mla_values", cut=Cut.ROW, bias="attention_bias"),
@@ -242,6 +250,8 @@ _DEEPSEEK_LITE = Architecture(
         intermediate="moe_intermediate",
         router=_router("mlp.gate"),
         shared=_gated_mlp("mlp.shared_experts", "shared_intermediate"),
+        # TensorRT-LLM `_torch/models/modeling_deepseekv3.py: Deepseekv3MoE`: `MoEWeightLoadingMode.W4A8_CUSTOM`.
+        other_layouts=frozenset({QuantAlgo.W4A8_AWQ}),
     ),
     embedding=Cut.NONE,
     # Engines choose the number of ranks by the scale blocks and by the number of GPUs in one node.
@@ -251,7 +261,7 @@ _DEEPSEEK_V2 = replace(
     _DEEPSEEK_LITE,
     attention=(
         LinearSite(
-            path="self_attn.q_a_proj", outputs="q_lora_rank", inputs="hidden", bias="attention_bias", plain=True
+            path="self_attn.q_a_proj", outputs="q_lora_rank", inputs="hidden", bias="attention_bias", class_joins=_KV_A
         ),
         LinearSite(path="self_attn.q_b_proj", outputs="mla_queries", inputs="q_lora_rank", cut=Cut.COLUMN),
         *_MLA_OUTPUT,

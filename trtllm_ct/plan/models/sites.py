@@ -262,19 +262,22 @@ class Model:
     def _linear(self, prefix: str, site: LinearSite, *, attention: bool = False) -> Site:
         """Return the site of a Linear in the layer with this prefix."""
         bias = ("bias",) if site.bias in self.biases else ()
+        group = site.fused or site.class_joins
         return Site(
             module=prefix + site.path,
             class_name="Linear",
             shape=(self.sizes[site.outputs], self.sizes[site.inputs]),
-            mode_group=prefix + site.fused if site.fused else None,
-            fused=site.fused is not None,
-            shares=prefix + site.fused if site.fused else None,
+            mode_group=prefix + group if group else None,
+            # Behind the last part that a class joins there is none whose scales could be misplaced.
+            fused=group is not None and group != site.path,
+            shares=prefix + group if group else None,
             plain=site.plain,
             locals=bias + site.extras,
             cut=site.cut,
             heads=self.kv_heads if site.cut is Cut.KV_HEADS else None,
             parts=tuple(self.sizes[part] for part in site.parts),
             class_cuts=site.class_cuts,
+            class_joins=site.class_joins is not None,
             attention=attention,
             ranks_vary=self.architecture.mlp_ranks_vary and not attention,
         )
@@ -307,6 +310,7 @@ class Model:
                     plain=self.text_type in STACKED_EXPERTS,
                     expert=True,
                     aliases=alias,
+                    other_layouts=experts.other_layouts,
                     cut=Cut.ROW if projection == down else Cut.COLUMN,
                 )
 

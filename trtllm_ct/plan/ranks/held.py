@@ -81,5 +81,7 @@ def _problem(site: Site, layer: LayerQuantConfig, parallel: Parallel) -> str:
     if mode is None or slices is None:
         return ""
     rows, columns = site.shape
-    problem = slice_problem(mode, (rows, columns), slices, group_size=layer.group_size or 1, fused=site.fused)
+    problem = slice_problem(
+        mode, (rows, columns), slices, group_size=layer.group_size or 1, fused=site.fused, expert=site.expert
+    )
     return problem and f"{mode.algo}: {problem}"

@@ -60,6 +60,8 @@ _FUSED_LINEARS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("gate_proj", "up_proj"),
 )
+# Those that `_torch/models/modeling_deepseekv3.py` joins while it loads weights.
+_JOINED_BY_CLASS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 
 _SECTIONS = ("embed_tokens", "layers", "norm", "lm_head")
 _LEAVES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -198,6 +200,10 @@ class Names:
                 if key.endswith(f".{part}") and not (self.latent and "q_proj" in parts[0]):
                     return f"{key.removesuffix(part)}{'+'.join(parts)}"
         return None
+
+    def is_joined_by_class(self, key: str) -> bool:
+        """Whether an engine's model class joins a module with others itself, and reads its scales by another name."""
+        return self.latent and key.endswith(_JOINED_BY_CLASS)
 
     def sharing_scalars(self, key: str) -> str:
         """Return what modules have in common whose scalars an engine takes to be equal."""

@@ -76,18 +76,22 @@ def finegrained_mixed_dtype_gemm(
     alpha: float | None = None,
     bias: Tensor | None = None,
     zeros: Tensor | None = None,
+    fp8_input: bool = False,
 ) -> Tensor:
     """`input @ (codes * scales + zeros)`, groups along K; `zeros` are additive and of the layout of `scales` [K/g, N].
 
     Limits are those of `finegrained_mixed_dtype_gemm` upstream: GPU generation, and zeros when they are announced.
     So SM120 and SM121 raise in every release. On SM100 the launcher set `output_op_beta` to 0 until PR #12190 (merged
     2026-03-13), which drops the bias.
+    With FP8 inputs, which `fp8_input` stands for, every kernel rounds the product of a code and its scale to e4m3.
     Open upstream: whether zeros that are not announced are read; here they are not.
     """
     if RELEASE.sm > RELEASE.awq_sm_limit:
         raise ValueError(f"SM version must be less than or equal to {RELEASE.awq_sm_limit}, got {RELEASE.sm}")
     assert not has_zero_point or zeros is not None, "Expected 'zeros' tensor when has_zero_point is True"
     values = mixed_gemm_values(weight, torch.quint4x2) * scales.float().repeat_interleave(group_size, dim=0)
+    if fp8_input:
+        values = values.half().to(torch.float8_e4m3fn).float()
     if has_zero_point and zeros is not None:
         values = values + zeros.float().repeat_interleave(group_size, dim=0)
     output = functional.linear(input.float(), values.T)

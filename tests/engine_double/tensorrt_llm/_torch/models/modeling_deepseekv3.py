@@ -13,7 +13,7 @@ import torch
 from tensorrt_llm._torch.models.modeling_decoder import GatedMLP
 from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
 from tensorrt_llm._torch.modules.attention import RMSNorm, decoder_linear
-from tensorrt_llm._torch.modules.fused_moe.interface import MoE
+from tensorrt_llm._torch.modules.fused_moe.interface import MoE, MoEWeightLoadingMode
 from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
 from torch import nn
 
@@ -29,19 +29,23 @@ _PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 class MLA(nn.Module):
-    """`kv_a_proj_with_mqa` holds q_a_proj too; it and `kv_b_proj` are read plain."""
+    """`kv_a_proj_with_mqa` holds q_a_proj too, except in models without a low-rank projection of queries."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         model, column = config.pretrained_config, TensorParallelMode.COLUMN
         heads, rank = model.num_attention_heads, model.kv_lora_rank
         queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
-        latent = model.q_lora_rank + rank + model.qk_rope_head_dim
+        latent = (model.q_lora_rank or 0) + rank + model.qk_rope_head_dim
         self.kv_a_proj_with_mqa = decoder_linear(config, latent, model.hidden_size, None)
-        self.q_b_proj = decoder_linear(config, queries, model.q_lora_rank, column)
+        if model.q_lora_rank is None:
+            self.q_proj = decoder_linear(config, queries, model.hidden_size, column)
+        else:
+            self.q_b_proj = decoder_linear(config, queries, model.q_lora_rank, column)
+            self.q_a_layernorm = RMSNorm(model.q_lora_rank, config)
         self.kv_b_proj = decoder_linear(config, heads * (model.qk_nope_head_dim + model.v_head_dim), rank, column)
         self.o_proj = decoder_linear(config, model.hidden_size, heads * model.v_head_dim, TensorParallelMode.ROW)
-        self.q_a_layernorm, self.kv_a_layernorm = RMSNorm(model.q_lora_rank, config), RMSNorm(rank, config)
+        self.kv_a_layernorm = RMSNorm(rank, config)
 
 
 class Deepseekv3MoE(nn.Module):
@@ -67,8 +71,17 @@ class Deepseekv3MoE(nn.Module):
             top_k=model.num_experts_per_tok,
             renormalize=True,
             model_config=config,
+            weight_loading_mode=MoEWeightLoadingMode.W4A8_CUSTOM
+            if _has_int4_groups(config)
+            else MoEWeightLoadingMode(0),
         )
         self.shared_experts = GatedMLP(shared)
+
+
+def _has_int4_groups(config: ModelConfig) -> bool:
+    """`is_int4_weight_only_per_group` of the experts; one layer's entry is taken for all."""
+    entries = [config.quant_config, *(config.quant_config_dict or {}).values()]
+    return any(str(entry.quant_algo) in {"W4A16_AWQ", "W4A8_AWQ"} for entry in entries)
 
 
 class DecoderLayer(nn.Module):
@@ -127,8 +140,9 @@ class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
     def _load(self, name: str, module: Any, weights: Mapping[str, Tensor]) -> None:
         around, _, leaf = name.rpartition(".")
         if leaf == "kv_a_proj_with_mqa":
-            parts = [weights[f"{around}.{part}.weight"] for part in ("q_a_proj", leaf)]
-            module.load_weights(weights=[{"weight": torch.cat(parts)}])
+            lite = self.model_config.pretrained_config.q_lora_rank is None
+            parts = (leaf,) if lite else ("q_a_proj", leaf)
+            _join([f"{around}.{part}" for part in parts], module, weights)
         elif leaf == "gate_up_proj":
             module.load_weights(weights=[_below(f"{around}.{part}", weights) for part in ("gate_proj", "up_proj")])
         elif leaf == "experts":
@@ -138,6 +152,17 @@ class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
         else:
             for parameter_name, parameter in module._parameters.items():
                 parameter.data.copy_(weights[f"{name}.{parameter_name}"])
+
+
+def _join(parts: list[str], module: Any, weights: Mapping[str, Tensor]) -> None:
+    """Copy joined weights, and scales that the last part has as `weight_scale_inv`; nothing else is read.
+
+    Alike in all generations: commits 000561df and a43cf9e3, and the September text with NVFP4 beside it. Scales under
+    another name leave the parameter as it was allocated.
+    """
+    if f"{parts[-1]}.weight_scale_inv" in weights:
+        module.weight_scale.data.copy_(torch.cat([weights[f"{part}.weight_scale_inv"] for part in parts]))
+    module.weight.data.copy_(torch.cat([weights[f"{part}.weight"] for part in parts]))
 
 
 def _below(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ class W4A16_GPTQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
 
 
 class W4A8_AWQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
-    """As AWQ, with FP8 activations: scales in float16, divided by `weight_scale_2`."""
+    """As AWQ, with FP8 activations: scales in float16, divided by `weight_scale_2`; products are rounded to e4m3."""
 
     activations = torch.float8_e4m3fn
 
@@ -187,4 +187,4 @@ class W4A8_AWQ_LinearMethod(W4A16_AWQ_LinearMethod):  # noqa: N801
         if RELEASE.quantize_activations:
             values = quantize_fp8(values, module.input_scale)
         scaled = values / module.input_scale
-        return super().multiply(module, scaled, bias, alpha=module.alpha_value, **more)
+        return super().multiply(module, scaled, bias, alpha=module.alpha_value, fp8_input=True, **more)

@@ -128,6 +128,12 @@ class W4A16NVFP4LinearMethod(NVFP4LinearMethod):
 
     reads_input_scale = False
 
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        """`cudaCoreGemmDispatcher` of `cudaCoreGemmW4A16NVFP4.cu`, for SM120 only; other GPUs dequantize."""
+        if RELEASE.sm == 120 and module.in_features % 32:
+            raise RuntimeError("Failed to dispatch w4a16_nvfp4_gemm kernel")
+        return super().apply(module, input, bias)
+
 
 class W4A8NVFP4FP8LinearMethod(NVFP4LinearMethod):
     """Groups of 32; the scalars are required and must be bitwise equal."""
@@ -160,6 +166,12 @@ class MXFP8LinearMethod(_SmallGroups):
     group = 32
     per_byte = 1
     weight_dtype = FP8
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        """`mxfp8_mxfp8_gemm` of `thop/mxfp8Gemm.cpp`, on SM100; other GPUs dequantize."""
+        if RELEASE.sm >= 100 and module.out_features % 32:
+            raise RuntimeError(f"N ({module.out_features}) must be divisible by 32")
+        return super().apply(module, input, bias)
 
     def load_shards(self, module: Linear, weights: Weights) -> None:
         name = "weight_scale_inv" if "weight_scale_inv" in weights[0] else "weight_scale"

@@ -209,7 +209,9 @@ class WInt4AFP8Experts(ExpertMethod):
     `WInt4AFP8FusedMoEMethod.load_quant_scales`: input scales are read of local experts only (of all experts only with
     W4A8_CUSTOM), and each expert uses its own. w1 and w3 share the larger of their scalars. The weight's scales are
     rounded to the kernel's dtype, divided by `weight_scale_2` in the model's dtype, and multiplied by it again. The
-    input is multiplied by `pre_quant_scale / input_scale`, rounded to the model's dtype.
+    input is multiplied by `pre_quant_scale / input_scale`, rounded to the model's dtype. On SM89 the kernel rounds each
+    product of a code and its scale to e4m3 (`dq_mma_multistage_finegrained.h`); on SM90 it scales sums.
+    W4A8_CUSTOM, which early releases always use, has other names and other codes; no test has such weights.
     """
 
     weight_dtype = torch.int8
@@ -221,9 +223,15 @@ class WInt4AFP8Experts(ExpertMethod):
     def create_weights(self, module: MoE) -> None:
         if not 89 <= RELEASE.sm <= 90:
             raise NotImplementedError(f"Unsupported configuration: SM{RELEASE.sm}")
+        if module.hidden_size % 128 or module.intermediate_size_per_partition % 128:
+            raise NotImplementedError("K shape is required to be multiple of 128")
         super().create_weights(module)
 
     def load_weights(self, module: MoE, weights: Weights) -> None:
+        if module.weight_loading_mode == 2 or not RELEASE.exported_w4a8_experts:
+            for expert in module.expert_ids:
+                _ = weights[f"{expert}.w3.weight_scale_inv"]
+            raise NotImplementedError("W4A8_CUSTOM is not imitated")
         super().load_weights(module, weights)
         # It scales the input, so it is sliced where w2 is sliced along its columns.
         for part, names, mode in (("w3_w1", ("w3", "w1"), None), ("w2", ("w2",), TensorParallelMode.COLUMN)):
@@ -270,7 +278,10 @@ class WInt4AFP8Experts(ExpertMethod):
     def dequantize(self, module: MoE, part: str, at: int) -> Tensor:
         codes = mixed_gemm_values(getattr(module, f"{part}_weight")[at].T.contiguous(), torch.quint4x2).T
         second: Tensor = getattr(module, f"{part}_scale_2")[at]
-        return codes * (getattr(module, f"{part}_scale")[at].float() * second).repeat_interleave(128, 1)
+        values = codes * getattr(module, f"{part}_scale")[at].float().repeat_interleave(128, 1)
+        if RELEASE.sm == 89:
+            values = values.half().to(FP8).float()
+        return values * second
 
     def scale_input(self, module: MoE, part: str, at: int, values: Tensor) -> Tensor:
         scaled = values * getattr(module, f"{part}_act_scale")[at].float()

@@ -1,0 +1,108 @@
+"""The options of the commands, each written down once; its choices come from the tables of the package.
+
+Every command that makes a plan has `ForEngine`, `ForSm`, the parallel sizes, `DenseDtypeOption` and `DenseOutput`:
+`pipeline/open.py: plan_checkpoint` has a keyword for each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
+from trtllm_ct.base.str_enum import StrEnum
+from trtllm_ct.convert.executors import EXECUTORS
+from trtllm_ct.engine.platform import SMS
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
+
+if TYPE_CHECKING:
+    from trtllm_ct.engine.parallel import Parallel
+
+__all__ = [
+    "AUTO",
+    "ENGINE",
+    "THREADS",
+    "TO_MODELOPT",
+    "AskedSm",
+    "AskedTensorParallel",
+    "DenseDtypeOption",
+    "DenseOutput",
+    "Directory",
+    "DirectoryTarget",
+    "ExecutorName",
+    "ExpertParallel",
+    "ForEngine",
+    "ForSm",
+    "Json",
+    "PipelineParallel",
+    "Strict",
+    "TargetName",
+    "TensorParallel",
+    "dense_dtype",
+    "parallel_of",
+]
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+if TYPE_CHECKING:
+    TargetName = str
+    DirectoryTarget = str
+    EngineName = str
+    ExecutorName = str
+    DenseDtype = str
+else:  # Typer offers the members of an enumeration as choices, so these are made from the names in the tables.
+    TargetName = StrEnum("TargetName", {name: name for name in TARGETS})
+    DirectoryTarget = StrEnum("DirectoryTarget", {name: name for name in DIRECTORY_TARGETS})
+    EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
+    ExecutorName = StrEnum("ExecutorName", {name: name for name in EXECUTORS})
+    DenseDtype = StrEnum("DenseDtype", {name: name for name in DENSE_DTYPES})
+
+TO_MODELOPT = TargetName(MODELOPT.name)
+ENGINE = EngineName(DEFAULT_ENGINE)
+THREADS = ExecutorName(EXECUTORS[0])
+AUTO = DenseDtype(DENSE_DTYPES[0])
+
+ForEngine = Annotated[
+    EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
+]
+ForSm = Annotated[
+    int | None,
+    typer.Option(
+        "--sm",
+        help=f"Compute capability of the GPUs: {', '.join(map(str, SMS))}. By default what all of them have in common.",
+        show_default=False,
+    ),
+]
+TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]
+AskedTensorParallel = Annotated[
+    int | None, typer.Option("--tp", help="Tensor-parallel size to check.", show_default=False)
+]
+AskedSm = Annotated[
+    int | None, typer.Option("--sm", help="Compute capability of the GPUs to check.", show_default=False)
+]
+PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
+ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
+DenseDtypeOption = Annotated[
+    DenseDtype,
+    typer.Option("--dtype", help="Dtype of dequantized modules; float16 casts every plain tensor too."),
+]
+DenseOutput = Annotated[
+    bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")
+]
+
+
+def dense_dtype(name: str) -> DType | None:
+    """Return the dtype that `--dtype` names; None for that of the model."""
+    return None if name == DENSE_DTYPES[0] else DType.from_torch(str(name))
+
+
+def parallel_of(tp: int, pp: int, ep: int) -> Parallel:
+    """Return the parallel sizes of the options `--tp`, `--pp` and `--ep`; raises `UsageError` if they don't fit."""
+    from trtllm_ct.engine.parallel import Parallel
+
+    return Parallel(tensor=tp, pipeline=pp, expert=ep)
