@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -209,9 +210,9 @@ _SIZES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shown:
-    """A tiny model, and the module whose mode is shown."""
+    """A tiny model, and the module whose mode is shown; compared by identity, so that it can be a key."""
 
     model: Model
     module: str
@@ -259,21 +260,27 @@ class Scheme:
         return " or ".join(f"`{mode}`" for mode in modes if mode) or "-"
 
 
-def schemes(shown: Shown) -> Iterator[Scheme]:
-    """Yield every scheme that the planner accepts."""
+@cache
+def schemes(shown: Shown) -> tuple[Scheme, ...]:
+    """Return every scheme that the planner accepts; both files show those of Linears."""
+    return tuple(_schemes(shown))
+
+
+def _schemes(shown: Shown) -> Iterator[Scheme]:
     for weight_format in FORMATS:
         stored = STORED[weight_format.name]
         for args, activations in product(stored.arguments(), stored.activations):
             scheme = QuantScheme(weights=args, input_activations=ACTIVATIONS[activations])
+            config, catalog = checkpoint_of(stored, scheme, shown)
             try:
-                outcomes = tuple(outcome(stored, scheme, target, shown) for target in COLUMNS.values())
+                outcomes = tuple(outcome(config, catalog, target, shown) for target in COLUMNS.values())
             except CheckpointError:
                 continue
             yield Scheme(format=weight_format.name, args=args, activations=activations, outcomes=outcomes)
 
 
-def outcome(stored: Stored, scheme: QuantScheme, target: Target, shown: Shown) -> str:
-    """Return the mode that a Linear of this scheme gets; raises `PlanError` if the planner refuses the scheme."""
+def checkpoint_of(stored: Stored, scheme: QuantScheme, shown: Shown) -> tuple[QuantizationConfig, Catalog]:
+    """Return the configuration and the tensors of a model whose Linears are all stored by this scheme."""
     if scheme.weights is None:
         raise AssertionError("every scheme of the matrix quantizes weights")
     specs: dict[str, TensorSpec] = {}
@@ -283,8 +290,12 @@ def outcome(stored: Stored, scheme: QuantScheme, target: Target, shown: Shown) -
             local = {**stored.tensors(scheme.weights, (site.shape[0], site.shape[1])), **of_inputs(scheme)}
         specs |= {f"{site.module}.{name}": spec for name, spec in local.items()}
     tensors = {name: StoredTensor(name=name, spec=spec, file="", offset=0) for name, spec in specs.items()}
-    catalog = Catalog(directory=Path(), tensors=tensors, files=())
     config = QuantizationConfig(groups=(ConfigGroup(name="group_0", targets=("Linear",), scheme=scheme),))
+    return config, Catalog(directory=Path(), tensors=tensors, files=())
+
+
+def outcome(config: QuantizationConfig, catalog: Catalog, target: Target, shown: Shown) -> str:
+    """Return the mode that a Linear of this checkpoint gets; raises `PlanError` if the planner refuses the scheme."""
     module = make_plan(config, catalog, shown.model, target).module(shown.module)
     if module.layer is None:
         return "dequantized"
@@ -506,11 +517,12 @@ def contents() -> dict[Path, str]:
 
 def main() -> None:
     """Write both files, or only compare them if `--check` is given."""
-    stale = [path for path, text in contents().items() if not path.is_file() or path.read_text("utf-8") != text]
+    texts = contents()
+    stale = [path for path, text in texts.items() if not path.is_file() or path.read_text("utf-8") != text]
     if "--check" in sys.argv[1:]:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
         sys.exit(f"Out of date: {names}. Run: make docs" if stale else 0)
-    for path, text in contents().items():
+    for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -83,22 +84,27 @@ def both(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **option
     return direct_result, torch_result
 
 
-@pytest.fixture(params=[64, direct.CHUNK_BYTES], ids=["tiles", "whole"])
+TILES = {"tiles": 64, "whole": direct.CHUNK_BYTES}
+"""The bytes of a tile: one row, and all rows."""
+
+
+@pytest.fixture(params=TILES.values(), ids=TILES)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with one row per tile, and with all rows in one tile."""
     monkeypatch.setattr(direct, "CHUNK_BYTES", request.param)
 
 
-@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("to", ["modelopt", "dense"])
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_the_bytes_are_the_same(scheme: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one row per tile, and with all rows in one tile; torch has no tiles."""
     built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
+    torch_result = converted(built, tmp_path / "torch", monkeypatch, by_torch=True, to=to)
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch, to=to)
-
-    assert isinstance(direct_result, dict)
-    assert direct_result == torch_result
+    assert isinstance(torch_result, dict)
+    for tiles, nbytes in TILES.items():
+        monkeypatch.setattr(direct, "CHUNK_BYTES", nbytes)
+        assert converted(built, tmp_path / tiles, monkeypatch, by_torch=False, to=to) == torch_result, tiles
 
 
 @pytest.mark.usefixtures("tiles")
@@ -127,25 +133,37 @@ def test_all_weights_of_common_schemes_are_direct(scheme: str, tmp_path: Path) -
         assert all(map(is_direct, quantized)) is (scheme in DIRECT or is_exception), to
 
 
-@pytest.mark.parametrize("to", ["modelopt", "dense"])
-@pytest.mark.parametrize("scheme", DIRECT)
-def test_they_convert_without_torch(scheme: str, to: str, tmp_path: Path) -> None:
-    built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
-
+@pytest.fixture(scope="module")
+def imports_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
+    """Whether torch is imported after each conversion; all of them run in one process, in this order."""
+    folder = tmp_path_factory.mktemp("direct")
+    for scheme in DIRECT:
+        write_checkpoint(folder / scheme, scheme=scheme, config=CONFIG)
     done = run_python(
         """
-        import sys
+        import json, sys
+        from pathlib import Path
         from trtllm_ct import convert_checkpoint
 
-        convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3])
-        print("torch" in sys.modules)
+        folder, *schemes = sys.argv[1:]
+        imported = {}
+        for scheme in schemes:
+            for to in ("modelopt", "dense"):
+                convert_checkpoint(Path(folder, scheme), Path(folder, f"{scheme} {to}"), to=to)
+                imported[f"{scheme} {to}"] = "torch" in sys.modules
+        print(json.dumps(imported))
         """,
-        built.directory,
-        tmp_path / "out",
-        to,
+        folder,
+        *DIRECT,
     )
+    imported: dict[str, bool] = json.loads(done.stdout)
+    return imported
 
-    assert done.stdout.strip() == "False"
+
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+@pytest.mark.parametrize("scheme", DIRECT)
+def test_they_convert_without_torch(scheme: str, to: str, imports_of: dict[str, bool]) -> None:
+    assert imports_of[f"{scheme} {to}"] is False
 
 
 @pytest.mark.usefixtures("tiles")
@@ -170,14 +188,13 @@ def test_scales_of_any_dtype_are_widened_bit_for_bit(
     assert direct_result == torch_result
 
 
-@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", ["int4-g32", "int6-channel", "int8-plain-tensor", "fp8-block", "fp8-weight-only"])
 def test_weights_are_rounded_in_the_same_way(
     scheme: str, scale_dtype: torch.dtype, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every dtype of scales and every dtype of weights."""
+    """For every dtype of scales and every dtype of weights, with one row per tile and with all rows in one tile."""
 
     def extreme(stored: dict[str, torch.Tensor]) -> None:
         flat = stored[SCALE].view(-1)
@@ -185,15 +202,15 @@ def test_weights_are_rounded_in_the_same_way(
 
     config = CONFIG | {"dtype": dtype}
     built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, config=config, edit=extreme)
-    monkeypatch.setattr(
-        direct.DirectConverter, "_dequantized", counter := CallCounter(direct.DirectConverter._dequantized)
-    )
+    torch_result = converted(built, tmp_path / "torch", monkeypatch, by_torch=True, to="dense")
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch, to="dense")
-
-    assert isinstance(direct_result, dict)
-    assert direct_result == torch_result
-    assert counter.calls
+    assert isinstance(torch_result, dict)
+    method = direct.DirectConverter._dequantized
+    for tiles, nbytes in TILES.items():
+        monkeypatch.setattr(direct, "CHUNK_BYTES", nbytes)
+        monkeypatch.setattr(direct.DirectConverter, "_dequantized", counter := CallCounter(method))
+        assert converted(built, tmp_path / tiles, monkeypatch, by_torch=False, to="dense") == torch_result, tiles
+        assert counter.calls
 
 
 @pytest.mark.parametrize(("share", "fits"), [(1.0, False), (0.126, False), (0.124, True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,10 @@ from trtllm_ct.engine.releases import RELEASES
 from trtllm_ct.pipeline.open import open_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from trtllm_ct.pipeline.open import Checkpoint
 
 # 2 K/V heads of 64 rows: one block of 128 rows, which two ranks would cut apart.
 BLOCKS = tiny_config(hidden=256, heads=4, intermediate=512)
@@ -159,21 +163,49 @@ OF_GPUS = {
 }
 
 
+@pytest.fixture(scope="module")
+def of_gpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Return the checkpoint of an entry of `OF_GPUS`, which is written once."""
+
+    @cache
+    def checkpoint(kind: str) -> Checkpoint:
+        config, scheme = OF_GPUS[kind]
+        return open_checkpoint(
+            write_checkpoint(tmp_path_factory.mktemp("model"), config=config, scheme=scheme).directory
+        )
+
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def layers_of(of_gpus: Callable[[str], Checkpoint]) -> Callable[[str, str, int], dict[str, Any]]:
+    """Return the layer configurations that a plan for a release and an SM gives the modules; each plan is made once."""
+
+    @cache
+    def planned(kind: str, release: str, sm: int) -> dict[str, Any]:
+        return {module.name: module.layer for module in of_gpus(kind).plan(engine=release, sm=sm).modules}
+
+    return planned
+
+
 @pytest.mark.parametrize("kind", OF_GPUS)
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
 @pytest.mark.parametrize("made_for", SMS)
 def test_a_gpu_is_refused_exactly_if_a_plan_for_it_lacks_one_of_the_modes(
-    tmp_path: Path, kind: str, release: Any, made_for: int
+    tmp_path: Path,
+    of_gpus: Callable[[str], Checkpoint],
+    layers_of: Callable[[str, str, int], dict[str, Any]],
+    kind: str,
+    release: Any,
+    made_for: int,
 ) -> None:
     """The rule for a directory is that of planning, which takes the modes of the directory where they run."""
-    config, scheme = OF_GPUS[kind]
-    source = write_checkpoint(tmp_path / "model", config=config, scheme=scheme).directory
-    out, checkpoint = converted(source, engine=release.name, sm=made_for), open_checkpoint(source)
-    directory = ConvertedDirectory.open(out)
-    modes = {module.name: module.layer for module in checkpoint.plan(engine=release.name, sm=made_for).modules}
+    convert_checkpoint(of_gpus(kind).directory, tmp_path / "out", engine=release.name, sm=made_for)
+    directory = ConvertedDirectory.open(tmp_path / "out")
+    modes = layers_of(kind, release.name, made_for)
 
     for sm in SMS if directory is not None else ():
-        other = {module.name: module.layer for module in checkpoint.plan(engine=release.name, sm=sm).modules}
+        other = layers_of(kind, release.name, sm)
         lost = any(modes[name] is not None and other[name] is None for name in modes)
         assert bool(directory.gpu_faults(Platform(release=release, sm=sm))) is lost, sm
     assert directory is None or directory.gpu_faults(Platform(release=release)) == ()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from kept_weights import with_kept_weights
 from safetensors.torch import load_file
 
 from trtllm_ct.base.schemes import QuantAlgo
@@ -43,7 +44,7 @@ def test_logits_tokens_and_weights_are_the_golden_ones(shared: Path, checkpoint:
     golden = load_golden(directory)
     prompt = golden["prompt"][None]
 
-    model: Any = load_model(directory, dtype=torch.float32, quantize_activations=False)
+    model = with_kept_weights(load_model(directory, dtype=torch.float32, quantize_activations=False))
 
     with torch.no_grad():
         error = (model(prompt).logits[0, -8:] - golden["logits"]).abs().max()

@@ -25,8 +25,13 @@ _ROW = re.compile(r"^\| `([\w.-]+/[\w/.-]+)` \|", re.MULTILINE)
 
 
 def copy_of_package(place: Path) -> Path:
-    """The package and what `make docs` needs, copied to a new folder."""
-    shutil.copytree(ROOT / "trtllm_ct", place / "trtllm_ct", ignore=shutil.ignore_patterns("__pycache__"))
+    """The package and what `make docs` needs, copied to a new folder.
+
+    With bytecode and compiled loops, which stay valid for files that no page changes, and without files that another
+    process has not finished.
+    """
+    unfinished = shutil.ignore_patterns("*.pyc.*", "*.o.*")
+    shutil.copytree(ROOT / "trtllm_ct", place / "trtllm_ct", ignore=unfinished)
     for name in _COPIED:
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, place / name)

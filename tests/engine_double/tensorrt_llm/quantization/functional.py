@@ -7,6 +7,9 @@ there. The checks of shapes are the real ones.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from tensorrt_llm._double import RELEASE
 from torch import Tensor
@@ -65,7 +68,6 @@ def e8m0_values(exponents: Tensor) -> Tensor:
     return exponents.view(torch.float8_e8m0fnu).float()
 
 
-@torch.library.custom_op("trtllm::finegrained_mixed_dtype_gemm", mutates_args=())
 def finegrained_mixed_dtype_gemm(
     input: Tensor,  # noqa: A002 (the name of the argument)
     weight: Tensor,
@@ -100,3 +102,16 @@ def finegrained_mixed_dtype_gemm(
     if is_sm100() and not RELEASE.grouped_bias_on_sm100:
         bias = None
     return output if bias is None else output + bias.float()
+
+
+def _gemm_of_last_import(*arguments: Any, **named: Any) -> Tensor:
+    """Call the GEMM of the release that was imported last: operators are registered once a process."""
+    output: Tensor = sys.modules[__name__].finegrained_mixed_dtype_gemm(*arguments, **named)
+    return output
+
+
+# The first call of a `torch.library.custom_op` would import torch's compiler, which takes seconds.
+if not hasattr(torch.ops.trtllm, finegrained_mixed_dtype_gemm.__name__):
+    _operator = f"trtllm::{finegrained_mixed_dtype_gemm.__name__}"
+    torch.library.define(_operator, torch.library.infer_schema(finegrained_mixed_dtype_gemm, mutates_args=()))
+    torch.library.impl(_operator, "default", _gemm_of_last_import)

@@ -50,15 +50,17 @@ def _construct_checkpoint_loader(backend: str | None, loader: Any, checkpoint_fo
 
 @contextmanager
 def uninitialized_memory_is_poison() -> Iterator[None]:
-    """Let `torch.empty` return NaN, or all ones for integers, so that uninitialized memory shows in the result."""
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Let `torch.empty` return NaN, or all ones for integers, so that uninitialized memory shows in the result.
+
+    `torch.use_deterministic_algorithms` would set the same, and import torch's compiler, which takes seconds.
+    """
+    fills, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
