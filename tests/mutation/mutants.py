@@ -41,10 +41,11 @@ _LEFT_ALONE = frozenset({"annotation", "returns", "decorator_list"})
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One fault: in `file`, the text from `column` to `end` of `line` becomes `after`."""
+    """One fault: in `file`, the text from `column` to `end` of `line` becomes `after`; `text` is the whole line."""
 
     file: str
     line: int
+    text: str
     column: int
     end: int
     before: str
@@ -53,7 +54,7 @@ class Mutant:
     @property
     def key(self) -> str:
         """What stays the same when lines above change."""
-        return f"{self.file}: {self.before} -> {self.after}"
+        return f"{self.file}: {self.text}: {self.before} -> {self.after}"
 
     def applied(self, source: str) -> str:
         """Return the source with the fault."""
@@ -81,6 +82,7 @@ def mutants_of(root: Path, file: str) -> list[Mutant]:
             mutant = Mutant(
                 file=file,
                 line=node.lineno,
+                text=lines[node.lineno - 1].decode().strip(),
                 column=node.col_offset,
                 end=node.end_col_offset or 0,
                 before=before,
