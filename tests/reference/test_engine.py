@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from installed_transformers import in_dtype, typed_config
 from torch import Tensor
 
 from trtllm_ct.base.errors import ConfigError, MissingDependencyError, PlanError, UsageError
@@ -55,11 +56,11 @@ SMALL_FLOATS = {
 
 @pytest.fixture(scope="module")
 def dense() -> dict[str, Tensor]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
     fields = {key: value for key, value in CONFIG.items() if key not in {"quantization_config", "torch_dtype"}}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    model = AutoModelForCausalLM.from_config(typed_config(**fields))
     return {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -291,7 +292,7 @@ def test_dense_directories_equal_transformers(
     directory = save_tiny(architecture)
     tokens = torch.arange(2, 22)[None]
 
-    want = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    want = AutoModelForCausalLM.from_pretrained(directory, **in_dtype(dtype)).eval()
     got = load_model(directory, dtype=dtype)
 
     with torch.no_grad():

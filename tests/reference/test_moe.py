@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from installed_transformers import in_dtype
 from safetensors.torch import load_file, save_file
 
 from trtllm_ct.base.errors import PlanError
@@ -55,7 +56,7 @@ def logits(model: Any) -> Tensor:
 def transformers_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, **in_dtype(dtype)).eval()
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from installed_transformers import in_dtype, typed_config
 from safetensors.torch import load_file, save_file
 
 from trtllm_ct.base.errors import PlanError
@@ -82,11 +83,15 @@ def save_multimodal(tmp_path: Path) -> Callable[..., Path]:
     """`save_multimodal("mistral3")` returns a directory with a random model of that type, saved by transformers."""
 
     def save(model_type: str, **fields: Any) -> Path:
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText
 
         torch.manual_seed(7)
-        config = AutoConfig.for_model(model_type, **(MODELS[model_type] | {"tie_word_embeddings": False} | fields))
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        fields = {"tie_word_embeddings": False} | fields
+        blocks = MODELS[model_type]
+        # transformers 4 reads the flag from the text part, transformers 5 from the whole.
+        text = blocks["text_config"] | {"tie_word_embeddings": fields["tie_word_embeddings"]}
+        config = typed_config(model_type, **(blocks | {"text_config": text} | fields))
+        model = AutoModelForImageTextToText.from_config(config, **in_dtype(torch.float32))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -115,7 +120,7 @@ def test_text_alone_equals_the_multimodal_model(
 
     directory = save_multimodal(model_type, tie_word_embeddings=tied)
 
-    want = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    want = AutoModelForImageTextToText.from_pretrained(directory, **in_dtype(torch.float32)).eval()
     got: Any = load_model(directory, dtype=torch.float32)
 
     assert torch.allclose(logits(want), logits(got), atol=1e-6)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from installed_transformers import in_dtype, typed_config
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ def plain_logits(
 
     `inputs` change what some modules, by full name, are given.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_config(typed_config(**settings), **in_dtype(torch.float32)).eval()
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     for name, change in (inputs or {}).items():
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, change=change: (change(args[0]),))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import tiny_config
+from installed_transformers import typed_config
 from tiny_models import FAMILIES
 
 from trtllm_ct.base.dtypes import DType
@@ -54,11 +55,11 @@ def test_every_family_is_compared() -> None:
 def test_sites_are_exactly_the_modules_that_transformers_builds(architecture: str, options: dict[str, Any]) -> None:
     """Names, shapes and other parameters are equal: the tables have no module too few and none too many."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     config = config_of(architecture, **options)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        model = AutoModelForCausalLM.from_config(typed_config(**config))
 
     assert type(model).__name__ == architecture
     found = {name: (site.shape, set(site.locals)) for name, site in sites(config).items()}
@@ -74,11 +75,11 @@ TEXT_PARTS = {name: family for name, family in MODEL_TYPES.items() if name != "k
 def test_the_text_part_of_a_multimodal_model_has_the_modules_of_its_family(model_type: str) -> None:
     """Under whatever name transformers knows it; the head belongs to the whole model."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     text = config_of(TEXT_PARTS[model_type], tied=True) | {"model_type": model_type}
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(**text))
+        model = AutoModel.from_config(typed_config(**text))
 
     whole = {"architectures": ["SomeForConditionalGeneration"], "text_config": text}
     found = {name: (site.shape, set(site.locals)) for name, site in sites(whole).items()}
