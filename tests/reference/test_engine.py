@@ -304,14 +304,15 @@ def test_dense_directories_equal_transformers(
 def test_both_spellings_of_rotary_parameters_mean_the_same(save_tiny: Callable[..., Path]) -> None:
     directory = save_tiny("llama")
     config = json.loads((directory / "config.json").read_text())
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"], **config["rope_scaling"]}
+    newer = {"rope_parameters": rope}
     older = {"rope_theta": rope["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
     weights = load_model(directory, dtype=torch.float32).state_dict()
-    without = {key: value for key, value in config.items() if key != "rope_parameters"}
+    without = {key: value for key, value in config.items() if key not in newer | older}
 
     models = [
         build_model(variant, None, weights.items(), dtype=torch.float32, name="tiny")
-        for variant in (config, config | older, without | older)
+        for variant in (without | newer, without | newer | older, without | older)
     ]
 
     assert torch.equal(logits(models[0]), logits(models[1]))

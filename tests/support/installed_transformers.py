@@ -28,6 +28,15 @@ def has_newest_transformers() -> bool:
     return (release() or (0, 0)) >= (5, 0)
 
 
+# The releases that brought model types; the others here are in 4.53 already.
+_SINCE = {"qwen3_vl": (4, 57), "qwen3_vl_moe": (4, 57), "qwen3_vl_text": (4, 57), "qwen3_vl_moe_text": (4, 57)}
+
+
+def is_installed(model_type: str) -> bool:
+    """Whether the installed transformers has the model type."""
+    return (release() or (0, 0)) >= _SINCE.get(model_type, (0, 0))
+
+
 def typed_config(model_type: str, **fields: Any) -> Any:
     """The configuration object of `model_type` with `fields` in the spelling of transformers 5."""
     from transformers import AutoConfig
