@@ -28,8 +28,14 @@ def has_newest_transformers() -> bool:
     return (release() or (0, 0)) >= (5, 0)
 
 
-# The releases that brought model types; the others here are in 4.53 already.
-_SINCE = {"qwen3_vl": (4, 57), "qwen3_vl_moe": (4, 57), "qwen3_vl_text": (4, 57), "qwen3_vl_moe_text": (4, 57)}
+# The releases that brought model types; the others that are asked for are in 4.53 already.
+_SINCE = {
+    "deepseek_v2": (4, 54),
+    "qwen3_vl": (4, 57),
+    "qwen3_vl_moe": (4, 57),
+    "qwen3_vl_text": (4, 57),
+    "qwen3_vl_moe_text": (4, 57),
+}
 
 
 def is_installed(model_type: str) -> bool:
