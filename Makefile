@@ -11,7 +11,7 @@ python := $(venv)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-beside test-lowest test-newest mutate lint types docs clean
+.PHONY: help demo test test-beside test-lowest test-newest test-quick test-extras mutate lint types docs clean
 
 help:
 	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
@@ -19,6 +19,8 @@ help:
 	@echo "make mutate  break lines of the package one at a time, and report which faults the tests find"
 	@echo "make test-beside RELEASE=1.2   run it with what TensorRT-LLM 1.0, 1.2 or 1.3 pins, in an environment of its own"
 	@echo "make test-lowest, test-newest   run it with the oldest and the newest releases of its dependencies"
+	@echo "make test-quick ENVIRONMENT=lowest   run it with what a file in constraints/ pins, but with the torch of .venv"
+	@echo "make test-extras RELEASE=1.2   let pip find releases for each extra beside what TensorRT-LLM pins; install nothing"
 	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
 	@echo "make docs    write the generated pages anew: support matrix, troubleshooting, why"
@@ -57,6 +59,28 @@ test-in: $(environment)/.installed
 	@echo "Installing into .venvs/$* (PyTorch is large: this takes some minutes) ..."
 	@PIP_CONSTRAINT=constraints/$*.txt .venvs/$*/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
+
+# The same without torch, which is the large part: on top of .venv, what the file pins of numpy, transformers and the
+# command line's packages. compressed-tensors stays too, because its older releases ask for an older torch. A path file
+# inside another environment's site-packages is not followed, so the editable install of .venv stays out of sight.
+quick = .venvs/quick-$(ENVIRONMENT)
+site = import sysconfig; print(sysconfig.get_path("purelib"))
+
+test-quick: $(venv)/.dev-installed
+	@$(python) -m venv --clear $(quick)
+	@$(python) -c '$(site)' | xargs realpath > "$$($(quick)/bin/python -c '$(site)')/dependencies.pth"
+	@grep -vE '^(torch|compressed-tensors)[=<>]' constraints/$(ENVIRONMENT).txt > $(quick)/constraints.txt
+	@PIP_CONSTRAINT=$(quick)/constraints.txt $(quick)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@$(quick)/bin/python -m pip list --format=freeze | grep -E '^(torch|numpy|transformers|typer)=='
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(quick)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -q $(PYTEST_ARGS)
+
+# What pip would install, by the metadata of packages alone; pip before 23.2 would download the packages themselves.
+EXTRAS ?= compressed-tensors reference mpi test dev
+test-extras: $(venv)/.created
+	@for extra in $(EXTRAS); do \
+	  PIP_CONSTRAINT=constraints/tensorrt-llm-$(RELEASE).txt $(python) -m pip --python $(PYTHON) install --quiet \
+	    --disable-pip-version-check --dry-run --ignore-installed ".[$$extra]" && echo "$$extra: resolves" || exit 1; \
+	done
 
 lint: $(venv)/.dev-installed
 	$(venv)/bin/ruff check .

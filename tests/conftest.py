@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from installed_library import has_newest_library
+from installed_transformers import has_newest_transformers
 
 # No test needs a network; what asks the hub all the same shall fail at once. Read when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,7 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     available = {
         "shared": bool(config.getoption("--shared")),
         "library": importlib.util.find_spec("compressed_tensors") is not None,
+        "newest_library": has_newest_library(),
         "reference": importlib.util.find_spec("transformers") is not None,
+        "newest_transformers": has_newest_transformers(),
         "mpi": importlib.util.find_spec("mpi4py") is not None and shutil.which("mpirun", path=_programs()) is not None,
     }
     missing = {marker for marker, there in available.items() if not there}

@@ -15,6 +15,7 @@ EXTRAS = ("compressed-tensors", "reference", "mpi")
 # What pip takes for each pinned range.
 TAKEN = {
     "tensorrt-llm-1.0": {"torch": "2.7.1", "numpy": "1.26.4", "transformers": "4.55.0"},
+    "tensorrt-llm-1.1": {"torch": "2.9.0", "numpy": "1.26.4", "transformers": "4.56.0"},
     "tensorrt-llm-1.2": {"torch": "2.9.1", "numpy": "1.26.4", "transformers": "4.57.3"},
     "tensorrt-llm-1.3": {"torch": "2.10.0", "numpy": "2.3.5", "transformers": "4.57.3"},
 }

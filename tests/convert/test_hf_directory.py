@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from builders import DENSE, Built, tiny_config, write_checkpoint
+from installed_transformers import in_dtype
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
@@ -93,7 +94,9 @@ def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, arc
     )
     convert_checkpoint(tmp_path / "source", tmp_path / "out", to="dense", max_shard_bytes=100_000)
 
-    model, loading_info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", **in_dtype("auto"), output_loading_info=True
+    )
 
     assert not any(loading_info.values())
     assert type(model).__name__ == architecture
@@ -102,14 +105,15 @@ def test_a_dense_directory_is_a_plain_model_for_transformers(tmp_path: Path, arc
 
 
 def assert_holds(state: dict[str, torch.Tensor], built: Built) -> None:
-    expected = as_transformers_has_it(built.dense)
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in state)  # since transformers 5
+    expected = as_transformers_has_it(built.dense) if stacked else built.dense
     assert state.keys() - {"lm_head.weight"} == expected.keys() - {"lm_head.weight"}
     for name, exact in expected.items():
         assert torch.equal(state[name], round_once(exact, state[name].dtype)), name
 
 
 def as_transformers_has_it(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights under the names of transformers.
+    """Return the weights under the names of transformers 5.
 
     All routed experts are in one tensor, gate before up, and the expert module of Mixtral is called `mlp`.
     """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import Built, tiny_config, write_checkpoint
+from installed_transformers import in_dtype, typed_config
 from library_builder import Written, write_library_checkpoint
 from torch import Tensor
 
@@ -52,10 +53,10 @@ LIBRARY_SCHEMES = {"llama": "W4A16", "mistral": "FP8", "qwen2": "W4A16_ASYM", "q
 
 def plain_logits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
     """Logits of transformers' own model of these weights in float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     document = {key: value for key, value in config.items() if key not in {"quantization_config", "dtype"}}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**document), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(typed_config(**document), **in_dtype(torch.float32)).eval()
     told = model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
     assert told.unexpected_keys == []
     assert set(told.missing_keys) <= {"lm_head.weight"}
@@ -105,7 +106,7 @@ class TestBuilt:
         from transformers import AutoModelForCausalLM
 
         convert_checkpoint(built.directory, tmp_path / "out", to="dense", dtype="float32")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **in_dtype(torch.float32))
 
         with torch.no_grad():
             assert_near(model(TOKENS).logits, plain_logits(built.config, built.dense), 1e-4)

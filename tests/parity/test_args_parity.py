@@ -100,6 +100,7 @@ def grid() -> list[dict[str, object]]:
     return [{key: value for key, value in point.items() if value is not ABSENT} for point in points]
 
 
+@pytest.mark.newest_library
 def test_every_point_of_the_grid_is_read_or_refused_alike():
     """All fields are equal if the library accepts the arguments; if it refuses them, so does this package."""
     points = grid()
@@ -114,6 +115,7 @@ def test_every_point_of_the_grid_is_read_or_refused_alike():
     assert 100 < accepted < len(points) / 2
 
 
+@pytest.mark.newest_library
 @pytest.mark.parametrize("given", OTHERS, ids=repr)
 def test_the_fields_outside_the_grid(given):
     other = theirs(given)
@@ -126,6 +128,7 @@ def test_what_we_refuse_and_the_library_accepts(given):
     assert ours(given) is None
 
 
+@pytest.mark.newest_library
 @pytest.mark.parametrize(("given", "label"), LOOSER, ids=repr)
 def test_what_we_read_and_the_library_refuses(given, label):
     assert theirs({"num_bits": 4, **given}) is None
@@ -134,12 +137,14 @@ def test_what_we_read_and_the_library_refuses(given, label):
     assert read.label() == label
 
 
+@pytest.mark.newest_library
 def test_the_preset_table_is_the_library_s():
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
     assert set(PRESETS) == set(PRESET_SCHEMES)
 
 
+@pytest.mark.newest_library
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_equals_the_library_s_field_by_field(name):
     from compressed_tensors.quantization import preset_name_to_scheme
@@ -150,6 +155,7 @@ def test_every_preset_equals_the_library_s_field_by_field(name):
         assert getattr(PRESETS[name], field) == (as_ours(other) if other is not None else None), field
 
 
+@pytest.mark.newest_library
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_reads_the_same_by_name_and_as_the_library_dumps_it(name):
     """Writers expand presets; both forms must end in one scheme."""

@@ -100,6 +100,7 @@ def half_a_step(values: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(values), exponent - 9)
 
 
+@pytest.mark.newest_library
 @every_format
 @settings(max_examples=25, deadline=None)
 @given(
@@ -128,6 +129,7 @@ def test_both_codecs_read_what_the_library_writes(
     assert (error <= half_a_step(exact) * (1 + 2**-12)).all()
 
 
+@pytest.mark.newest_library
 @every_mx_format
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 3), seed=st.integers(0, 2**31))
@@ -141,6 +143,7 @@ def test_dense_values_of_mx_are_equal(name: str, args: QuantArgs, rows: int, gro
     assert torch.equal(ours.signbit()[~ours.isnan()], dense.signbit()[~ours.isnan()])
 
 
+@pytest.mark.newest_library
 @every_mx_format
 def test_every_exponent_but_nan_is_read_as_the_library_reads_it(name: str, args: QuantArgs) -> None:
     """Products reach both ends of bfloat16. 255 is NaN by the standard, but the library reads it as infinity."""
@@ -153,6 +156,7 @@ def test_every_exponent_but_nan_is_read_as_the_library_reads_it(name: str, args:
     assert dense[255].isinf().any()
 
 
+@pytest.mark.newest_library
 @every_format
 def test_encoding_gives_the_very_tensors_that_the_library_writes(name: str, args: QuantArgs) -> None:
     written = write(name, args, (10, 64), torch.bfloat16, seed=1)
@@ -188,6 +192,7 @@ def test_both_codecs_read_what_the_library_gets_wrong(deviate: Any) -> None:
     assert torch.equal(NATIVE.dequantize(weight, deviating, torch.float64), exact)
 
 
+@pytest.mark.newest_library
 @every_mx_format
 def test_both_codecs_read_exponents_of_the_dtype_that_the_library_gets_wrong(name: str, args: QuantArgs) -> None:
     stored = random_module(args, (10, 64), seed=3)

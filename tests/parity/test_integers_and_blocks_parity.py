@@ -138,6 +138,7 @@ def assert_read_alike(case: Case) -> None:
         assert torch.equal(raw(again[name].reshape(tensor.shape)), raw(tensor)), name
 
 
+@pytest.mark.newest_library
 @settings(max_examples=80, deadline=None)
 @given(case=integer_cases("pack-quantized"))
 def test_packed_integers(case: Case) -> None:
@@ -151,6 +152,7 @@ def test_integers_in_bytes(case: Case) -> None:
     assert_read_alike(case)
 
 
+@pytest.mark.newest_library
 @settings(max_examples=60, deadline=None)
 @given(case=block_cases())
 def test_float8_blocks(case: Case) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import library_builder
 import pytest
 import torch
+from installed_library import attach_schemes
+from installed_transformers import in_dtype, typed_config
 from tiny_models import tiny_config
 from torch import Tensor, nn
 
@@ -152,7 +154,7 @@ def write_transformed(
 ) -> Tensor:
     """Save a random model that the library rotated and quantized to int8; return its logits, computed with hooks."""
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.transform import apply_transform_config
 
     model = library_builder._random_model(config, seed=3)
@@ -160,7 +162,7 @@ def write_transformed(
     int8 = {"num_bits": 8, "strategy": "channel"}
     groups = {"group_0": {"targets": ["re:.*(o|down|v)_proj$"], "weights": int8}}
     quantization = QuantizationConfig(config_groups=groups, ignore=["lm_head"])
-    apply_quantization_config(model, quantization, show_progress=False)
+    attach_schemes(model, quantization)
     library_builder._calibrate(model, torch.Generator().manual_seed(0))
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -176,9 +178,9 @@ def write_transformed(
 
 def plain_logits(config: Mapping[str, Any], weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """The logits of a plain transformers model with these weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(typed_config(**config), **in_dtype(torch.float32)).eval()
     model.load_state_dict(weights)
     with torch.no_grad():
         logits: Tensor = model(tokens).logits

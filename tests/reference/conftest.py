@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from delivered_linears import decode_slowly, random_linear
+from installed_transformers import in_dtype, typed_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,11 +119,11 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
     """`save_tiny("qwen2")` returns a directory with a random model of that architecture, written by transformers."""
 
     def save(architecture: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         torch.manual_seed(7)
-        config = AutoConfig.for_model(**(TINY | ARCHITECTURES[architecture] | fields))
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        config = typed_config(**(TINY | ARCHITECTURES[architecture] | fields))
+        model = AutoModelForCausalLM.from_config(config, **in_dtype(dtype))
         with torch.no_grad():
             routers = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
             for tensor in [*model.parameters(), *routers]:  # some are initialized to one or zero, which hides mistakes

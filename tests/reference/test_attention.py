@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from installed_transformers import typed_config
 from torch import Tensor
 
 from trtllm_ct.engine.quant_config import QuantConfig
@@ -34,10 +35,10 @@ SCALES = (0.013, 0.21)
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
+    model = AutoModelForCausalLM.from_config(typed_config(**CONFIG))
     return {name: tensor + 0.2 * torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

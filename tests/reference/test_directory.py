@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from installed_transformers import in_dtype
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -293,7 +294,7 @@ def test_exports_equal_an_independent_decoding(shared: Path, export: str) -> Non
         assert torch.equal(dense[name], model.get_submodule(name[:-7]).dequantized_weight(torch.float32))
 
     model.config.name_or_path = ""
-    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(model.config, **in_dtype(torch.float32))
     plain.load_state_dict({name: tensor for name, tensor in dense.items() if not name.endswith(("_scale", "_scale_2"))})
     assert torch.equal(logits(plain.eval()), logits(model))
 
@@ -304,7 +305,7 @@ def test_the_dense_base_checkpoint_equals_transformers(shared: Path, dtype: torc
     from transformers import AutoModelForCausalLM
 
     directory = shared / "checkpoints" / "_base"
-    want: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    want: Any = AutoModelForCausalLM.from_pretrained(directory, **in_dtype(dtype))
     got: Any = load_model(directory, dtype=dtype)
 
     assert torch.equal(logits(want), logits(got))

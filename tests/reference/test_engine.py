@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from installed_transformers import in_dtype, typed_config
 from torch import Tensor
 
 from trtllm_ct.base.errors import ConfigError, MissingDependencyError, PlanError, UsageError
@@ -55,11 +56,11 @@ SMALL_FLOATS = {
 
 @pytest.fixture(scope="module")
 def dense() -> dict[str, Tensor]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
     fields = {key: value for key, value in CONFIG.items() if key not in {"quantization_config", "torch_dtype"}}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    model = AutoModelForCausalLM.from_config(typed_config(**fields))
     return {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -291,7 +292,7 @@ def test_dense_directories_equal_transformers(
     directory = save_tiny(architecture)
     tokens = torch.arange(2, 22)[None]
 
-    want = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    want = AutoModelForCausalLM.from_pretrained(directory, **in_dtype(dtype)).eval()
     got = load_model(directory, dtype=dtype)
 
     with torch.no_grad():
@@ -303,14 +304,15 @@ def test_dense_directories_equal_transformers(
 def test_both_spellings_of_rotary_parameters_mean_the_same(save_tiny: Callable[..., Path]) -> None:
     directory = save_tiny("llama")
     config = json.loads((directory / "config.json").read_text())
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"], **config["rope_scaling"]}
+    newer = {"rope_parameters": rope}
     older = {"rope_theta": rope["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
     weights = load_model(directory, dtype=torch.float32).state_dict()
-    without = {key: value for key, value in config.items() if key != "rope_parameters"}
+    without = {key: value for key, value in config.items() if key not in newer | older}
 
     models = [
         build_model(variant, None, weights.items(), dtype=torch.float32, name="tiny")
-        for variant in (config, config | older, without | older)
+        for variant in (without | newer, without | newer | older, without | older)
     ]
 
     assert torch.equal(logits(models[0]), logits(models[1]))

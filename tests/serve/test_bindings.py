@@ -10,7 +10,6 @@ import engine_double
 import pytest
 from builders import Built, tiny_config, write_checkpoint
 from engine_fixtures import BINDINGS
-from fused_experts import fuse_experts
 from plain_model import deviation, plain_logits
 
 from trtllm_ct import prepare
@@ -92,9 +91,7 @@ def test_experts_too(engine: Any, tmp_path: Path, scheme: str) -> None:
 
     logits = logits_of(engine, prepare(built.directory))
 
-    dense = dict(built.dense)
-    fuse_experts(dense)
-    assert deviation(logits, plain_logits(built.config, dense, TOKENS)) < ROUNDED
+    assert deviation(logits, plain_logits(built.config, built.dense, TOKENS)) < ROUNDED
 
 
 @pytest.mark.reference

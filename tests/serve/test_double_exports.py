@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 import torch
+from installed_transformers import in_dtype
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def dense_logits(directory: Path, weight_of: Callable[[Module], Tensor]) -> Tens
         requantize(dense, modules)
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_config(config, **in_dtype(torch.float32)).eval()
     model.load_state_dict(dense)
     with torch.no_grad():
         logits: Tensor = model(torch.tensor([TOKENS])).logits[0]

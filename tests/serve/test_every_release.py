@@ -14,7 +14,6 @@ import pytest
 import torch
 from builders import Built, tiny_config, write_checkpoint
 from engine_fixtures import BINDINGS
-from fused_experts import fuse_experts
 from plain_model import deviation, plain_logits
 
 import trtllm_ct
@@ -52,10 +51,7 @@ def logits_of(way: str, generation: str, directory: Path, out: Path, tensor: int
 
 
 def expected(built: Built) -> Tensor:
-    dense = dict(built.dense)
-    if "num_experts" in built.config:
-        fuse_experts(dense)
-    return plain_logits(built.config, dense, TOKENS)
+    return plain_logits(built.config, built.dense, TOKENS)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from builders import tiny_config
+from installed_library import attach_schemes
+from installed_transformers import in_dtype, typed_config
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -47,14 +49,14 @@ def write_library_checkpoint(
     plain. `save_format` overrides the format that the library infers; `save` goes to `save_pretrained`.
     """
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization import QuantizationConfig
 
     model = _random_model(dict(config or tiny_config(hidden=128)), seed)
     groups = {scheme: ["Linear"]} if isinstance(scheme, str) else dict(scheme)
     quantization = QuantizationConfig(
         config_groups=groups, ignore=["lm_head"], kv_cache_scheme=KV_SCHEME if kv else None
     )
-    apply_quantization_config(model, quantization, show_progress=False)
+    attach_schemes(model, quantization)
     _calibrate(model, torch.Generator().manual_seed(seed))
     compressor = ModelCompressor.from_pretrained_model(model, save_format)
     compressor.compress_model(model)
@@ -70,11 +72,10 @@ def write_library_checkpoint(
 
 def _random_model(config: Mapping[str, Any], seed: int) -> Any:
     """A model of the dtype in `config`, whose norms and biases are no ones and zeros."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    loaded = AutoConfig.for_model(**config)
-    model = AutoModelForCausalLM.from_config(loaded, dtype=loaded.dtype)
+    model = AutoModelForCausalLM.from_config(typed_config(**config), **in_dtype(getattr(torch, config["dtype"])))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -68,7 +68,9 @@ def pairs_of_halves(rows: int, head_dim: int) -> list[int]:
 
 
 def in_pairs(tensor: Tensor, head_dim: int) -> Tensor:
-    return tensor[pairs_of_halves(tensor.shape[0], head_dim)]
+    """The same rows in pairs; FP8 is indexed as bytes, because torch before 2.10 can't index it."""
+    stored = tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
+    return stored[pairs_of_halves(tensor.shape[0], head_dim)].view(tensor.dtype)
 
 
 def packed_in_pairs(words: Tensor, rows: int, bits: int, head_dim: int, *, dense: bool = True) -> Tensor:

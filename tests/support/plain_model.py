@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fused_experts import fuse_experts
+from installed_transformers import has_newest_transformers, in_dtype, typed_config
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -54,13 +56,17 @@ def plain_logits(
 ) -> Tensor:
     """Logits [tokens, vocabulary] of a model of config.json `config` with these weights, all in float32.
 
+    Experts are given one by one, as files have them; transformers 5 has those of a layer in one tensor.
     `inputs` change what some modules, by full name, are given.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    model: Any = AutoModelForCausalLM.from_config(typed_config(**settings), **in_dtype(torch.float32)).eval()
+    loaded = {name: tensor.float() for name, tensor in weights.items()}
+    if has_newest_transformers():
+        fuse_experts(loaded)
+    model.load_state_dict(loaded)
     for name, change in (inputs or {}).items():
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, change=change: (change(args[0]),))
     with torch.no_grad():

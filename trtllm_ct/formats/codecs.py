@@ -6,10 +6,12 @@ The compressed-tensors library is imported when its codec is first used, because
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
-from trtllm_ct.base.schemes import Element
+from trtllm_ct.base.schemes import Element, NumberType, Strategy
 from trtllm_ct.layouts.floats import element_fields
 from trtllm_ct.layouts.loops.dispatch import dequantize
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_fields
@@ -60,6 +62,11 @@ class _NativeCodec:
 
 # Formats that the library can't decode: it has had no decoder for them since 0.15, or never had one.
 _NOT_IN_LIBRARY = frozenset({"marlin-24"})
+# The release whose decoders are known to read all other formats. 0.15, which is the newest beside torch before 2.10,
+# has none for MXFP4 and MXFP6, reads codes that straddle words as padded ones, and refuses blocks at a ragged edge.
+_COMPLETE_LIBRARY = (0, 20)
+_MICROSCALING = frozenset({"mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"})
+_WORD_BITS = 32
 
 
 class _LibraryCodec:
@@ -67,8 +74,9 @@ class _LibraryCodec:
 
     The decompressors compute in the dtype of the scale; the result is then converted to the requested dtype.
     `NATIVE` decodes what release 0.20 of the library misreads or refuses: padded words, group indices, and weights
-    whose last group is not full.
-    Source: compressed-tensors 0.20 `compressors/base.py`, `compressors/pack_quantized/helpers.py`.
+    whose last group is not full. Beside an older release it also decodes microscaling formats, blocks, and integers
+    whose width doesn't divide a word.
+    Sources: compressed-tensors 0.20 and 0.15 `compressors/{base.py,pack_quantized,mxfp4}`.
     """
 
     def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
@@ -78,6 +86,8 @@ class _LibraryCodec:
         """
         codes = weight.format.decode(weight, stored)
         if codes.packing is None or codes.packing == INT8_PLAIN or not codes.packing.dense:
+            return codes
+        if not _library_reads(weight):
             return codes
         if codes.element is not Element.INT:
             return replace(codes, values=_library_fields(codes, codes.packing)) if _has_full_groups(weight) else codes
@@ -96,7 +106,7 @@ class _LibraryCodec:
     def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return the weight, [N, K] of `dtype`; the library computes in the dtype of the scale."""
         codes = self.decode(weight, stored)
-        if codes.group_index is not None or not _has_full_groups(weight) or weight.format.name in _NOT_IN_LIBRARY:
+        if codes.group_index is not None or not _has_full_groups(weight) or not _library_reads(weight):
             return NATIVE.dequantize(weight, stored, dtype)
         from compressed_tensors.compressors import BaseCompressor
 
@@ -109,6 +119,24 @@ class _LibraryCodec:
             tensors[weight.divisor] = codes.divisor
         plain: Tensor = compressor.decompress(tensors, _library_scheme(weight))["weight"]
         return plain.to(dtype)
+
+
+def _library_reads(weight: StoredWeight) -> bool:
+    """Whether the installed release of the library has a decoder for the weight that reads it rightly."""
+    if weight.format.name in _NOT_IN_LIBRARY:
+        return False
+    if _library_release() >= _COMPLETE_LIBRARY:
+        return True
+    args = weight.args
+    straddles = args.type is NumberType.INT and _WORD_BITS % args.num_bits != 0
+    return not (straddles or weight.format.name in _MICROSCALING or args.strategy is Strategy.BLOCK)
+
+
+@cache
+def _library_release() -> tuple[int, int]:
+    """The major and minor number of the installed compressed-tensors."""
+    major, minor = importlib.metadata.version("compressed-tensors").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _has_full_groups(weight: StoredWeight) -> bool:

@@ -21,6 +21,7 @@ ANY_POWER = (-1024, 1024)
 _LARGEST = 448
 _SMALLEST_EXPONENT = -9  # the smallest subnormal number is 2^-9
 _NAN = 0x7F
+_OUT_OF_RANGE = 64  # the smallest number times 2^64 is above the largest, and the largest times 2^-64 rounds to zero
 
 
 def exact_powers(scale: bytes) -> tuple[int, int]:
@@ -39,9 +40,9 @@ def shift_scale(scale: Tensor, power: int) -> Tensor | None:
     """Return `scale` (float8_e4m3fn, any shape) times 2^`power`, or None when E4M3 can't represent some product."""
     import torch
 
-    # In two steps, so that a power beyond the range of float32 gives zero or infinity, and never NaN.
-    half = power // 2
-    wide = torch.ldexp(torch.ldexp(scale.to(torch.float32), torch.tensor(half)), torch.tensor(power - half))
+    # Beyond these bounds every product but zero is out of E4M3's range; within them float32 holds 2^power.
+    factor = 2.0 ** max(-_OUT_OF_RANGE, min(_OUT_OF_RANGE, power))
+    wide = scale.to(torch.float32) * factor
     shifted = wide.to(torch.float8_e4m3fn)
     exact = torch.equal(shifted.to(torch.float32), wide) and torch.equal(wide == 0, scale.to(torch.float32) == 0)
     return shifted if exact else None

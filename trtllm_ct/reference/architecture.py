@@ -83,7 +83,8 @@ def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str
         with quiet_transformers(), _parameters_on_meta():
             typed = _language_config(_without_quantization(config))
             typed.name_or_path = name
-            shell: nn.Module = AutoModelForCausalLM.from_config(typed, dtype=dtype, attn_implementation=attention)
+            options = {_dtype_argument(): dtype, "attn_implementation": attention}
+            shell: nn.Module = AutoModelForCausalLM.from_config(typed, **options)
             return shell
     except (AttributeError, KeyError, StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -94,6 +95,17 @@ def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str
                 remedy="Check config.json, or install a transformers that knows the architecture.",
             )
         ) from error
+
+
+def _dtype_argument() -> str:
+    """The argument of transformers' models that names the dtype: `torch_dtype` before 4.56.
+
+    Source: transformers 4.55 and 4.57 `modeling_utils.py`, `PreTrainedModel._from_config`.
+    """
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
 def _language_config(config: Mapping[str, Any]) -> Any:

@@ -172,7 +172,8 @@ def load_tokenizer(directory: str) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    # transformers 4 tries older kinds of tokenizers before it gives up, and fails in the libraries that these need.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(
             Fault(
                 where=directory,

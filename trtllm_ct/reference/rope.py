@@ -37,6 +37,8 @@ def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if _SLIDING in block:
         plain["rope_local_base_freq"] = block[_SLIDING]["rope_theta"]
     plain |= {key: full[key] for key in _TOP_LEVEL if key in full}
-    if full.get("rope_type", "default") != "default":
-        plain["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
+    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
+    # `mrope_section` of Qwen-VL stands beside the default type.
+    if full.get("rope_type", "default") != "default" or scaling.keys() - {"rope_type", *_TOP_LEVEL}:
+        plain["rope_scaling"] = scaling
     return plain

@@ -47,7 +47,7 @@ def test_the_table_has_every_class_of_a_supported_family() -> None:
     assert {architecture_of(name) for name in CLASS_DEFAULTS} == ARCHITECTURES.keys()
 
 
-@pytest.mark.reference
+@pytest.mark.newest_transformers
 def test_every_default_is_that_of_the_installed_class() -> None:
     """Every key of the table, and the sizes that every class has."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -63,7 +63,7 @@ def test_every_default_is_that_of_the_installed_class() -> None:
         assert (name, found) == (name, table)
 
 
-@pytest.mark.reference
+@pytest.mark.newest_transformers
 @pytest.mark.parametrize("changed", [{}, {"hidden_size": 512, "num_attention_heads": 4}])
 def test_a_config_without_sizes_describes_the_model_that_the_class_describes(changed: dict[str, Any]) -> None:
     """Derived sizes too: head_dim, which some classes derive from the hidden size and others set to a number."""
@@ -84,7 +84,7 @@ def test_a_config_without_sizes_describes_the_model_that_the_class_describes(cha
                 assert (name, model.sizes[size]) == (name, getattr(typed, key, None) or typed.n_routed_experts)
 
 
-@pytest.mark.reference
+@pytest.mark.newest_transformers
 def test_wrappers_tie_by_default_as_their_classes_do() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

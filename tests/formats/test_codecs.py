@@ -1,0 +1,73 @@
+"""What the library codec leaves to this package beside an older release of compressed-tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stored_weights import described, specs_of
+
+from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
+from trtllm_ct.formats import codecs
+from trtllm_ct.formats.base import Codes, StoredWeight
+from trtllm_ct.formats.codecs import LIBRARY, NATIVE
+from trtllm_ct.formats.mxfp4 import MXFP4
+from trtllm_ct.formats.packed_int import PACKED_INT
+from trtllm_ct.layouts.packing import INT8_PLAIN
+
+ROWS, COLUMNS = 6, 64
+
+
+def integers(bits: int) -> Codes:
+    half = 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(bits)
+    values = torch.randint(-half, half, (ROWS, COLUMNS), generator=generator, dtype=torch.int8)
+    scale = torch.rand(ROWS, COLUMNS // 32, generator=generator)
+    return Codes(values=values, packing=INT8_PLAIN, shape=(ROWS, COLUMNS), scale=scale)
+
+
+@pytest.fixture
+def older_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Release 0.15, whose decoders raise here."""
+
+    def decoder_is_called(weight: StoredWeight) -> object:
+        raise RuntimeError("the library's decoder is called")
+
+    monkeypatch.setattr(codecs, "_library_release", lambda: (0, 15))
+    monkeypatch.setattr(codecs, "_library_scheme", decoder_is_called)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_codes_that_straddle_words_are_decoded_here(older_library: None, bits: int) -> None:
+    """0.15 unpacks them as words that are padded at their end, without an error."""
+    args = QuantArgs(num_bits=bits, strategy=Strategy.GROUP, group_size=32)
+    stored = PACKED_INT.encode(integers(bits), args)
+    weight = described(PACKED_INT, args, specs_of(stored), (ROWS, COLUMNS))
+
+    assert torch.equal(
+        LIBRARY.dequantize(weight, stored, torch.float32), NATIVE.dequantize(weight, stored, torch.float32)
+    )
+
+
+def test_mxfp4_is_decoded_here(older_library: None) -> None:
+    """0.15 raises NotImplementedError."""
+    args = QuantArgs(num_bits=4, type=NumberType.FLOAT, strategy=Strategy.GROUP, group_size=32, scale_dtype="uint8")
+    generator = torch.Generator().manual_seed(0)
+    stored = {
+        "weight_packed": torch.randint(0, 256, (ROWS, COLUMNS // 2), generator=generator, dtype=torch.uint8),
+        "weight_scale": torch.randint(120, 130, (ROWS, COLUMNS // 32), generator=generator, dtype=torch.uint8),
+    }
+    weight = described(MXFP4, args, specs_of(stored), (ROWS, COLUMNS))
+
+    assert torch.equal(
+        LIBRARY.dequantize(weight, stored, torch.bfloat16), NATIVE.dequantize(weight, stored, torch.bfloat16)
+    )
+
+
+@pytest.mark.library
+def test_integers_of_whole_widths_are_left_to_it(older_library: None) -> None:
+    args = QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=32)
+    stored = PACKED_INT.encode(integers(4), args)
+    weight = described(PACKED_INT, args, specs_of(stored), (ROWS, COLUMNS))
+
+    with pytest.raises(RuntimeError, match="decoder is called"):
+        LIBRARY.dequantize(weight, stored, torch.float32)
