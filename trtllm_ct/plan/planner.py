@@ -155,7 +155,8 @@ class _Planner:
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
-        stacks = stack_parts(modules, self.model) if self.target.as_classes_read else {}
+        engine = self.target.capabilities.release is not None
+        stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = (
             *(stack_warnings(self.model) if stacks and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),

@@ -15,11 +15,16 @@ from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, DEFAULT_ROW, ClassRow
 from trtllm_ct.plan.models.discovery import Discovery, discover
+from trtllm_ct.plan.models.expert_spellings import (
+    NUMBERED,
+    NUMBERED_EXPERTS,
+    STACKED_EXPERTS,
+    spelling_type,
+)
 from trtllm_ct.plan.models.families import (
     ALWAYS,
     ARCHITECTURES,
     MODEL_TYPES,
-    STACKED_EXPERTS,
     Architecture,
     Experts,
     LinearSite,
@@ -72,7 +77,7 @@ class Model:
     `biases` are the keys of config.json that give Linears a bias, and `always`. `dense_layers` are the numbers of the
     layers without routed experts.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
-    `text_type` is the `model_type` of the text model, which decides how experts are stacked (`fused_experts.py`).
+    `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it.
     `row` says how the engine's class reads a model whose modules no table names; None if `architecture` names them.
@@ -149,7 +154,7 @@ class Model:
             biases=frozenset(),
             dense_layers=frozenset(),
             multimodal=nested is not None,
-            text_type=str(text.get("model_type") or ""),
+            text_type=spelling_type(str(config.get("model_type") or ""), str(text.get("model_type") or "")),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             row=row,
         )
@@ -161,10 +166,15 @@ class Model:
         if self.row is None:
             return self
         sizes = self.sizes
-        found = discover(stored, self.row, layers=sizes["layers"], head_dim=sizes["head_dim"], kv_heads=self.kv_heads)
+        found = discover(stored, self._row_as_spelled(self.row), layers=sizes["layers"], head_dim=sizes["head_dim"], kv_heads=self.kv_heads)
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
         )
+
+    def _row_as_spelled(self, row: ClassRow) -> ClassRow:
+        """Return a row with the names of experts that the class of the text model reads, unless it has its own."""
+        numbered = row.projections is None and self.text_type in NUMBERED_EXPERTS
+        return replace(row, projections=NUMBERED) if numbered else row
 
     @property
     def has_row(self) -> bool:
