@@ -128,6 +128,7 @@ class _Planner:
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
         unread = unread_tensors(catalog, gathered.values())
         self.model = self.model.in_checkpoint(gathered)
+        refuse_unread(self.model, self.target)
         stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
         self.kv_cache = self.kv_cache.among(stored.values())
@@ -192,7 +193,10 @@ class _Planner:
         pair = tied_pair(self.model, stored, place)
         if pair is None or self.probe.head_is_table:
             return
+        stated = self.model.tied is not None
         self._set_model(replace(self.model, tied=False))
+        if not stated:
+            return
         table, head = pair
         differs = "may differ" if self.probe is NO_PROBE else "differs"
         self.tie_warnings = (UNTIED.format(head=head.name, table=table.name, differs=differs),)

@@ -141,8 +141,8 @@ def _parts_of_layer(owner: str, specs: Mapping[str, TensorSpec], stacked: Stacke
     parent = owner.rpartition(".")[0]
     entries: dict[tuple[int, int, str], str] = {}
     for name in specs:
-        number, projection, local = name.removeprefix(f"{owner}.").split(".")
-        entries[int(number), PROJECTIONS[projection], local] = name
+        expert, projection, local = name.removeprefix(f"{owner}.").split(".")
+        entries[int(expert), PROJECTIONS[projection], local] = name
     count = 1 + max(number for number, _, _ in entries)
     parts: dict[str, StackPart] = {}
     for local, stacks in (("weight", stacked.parts), ("bias", stacked.biases or {})):

@@ -73,7 +73,8 @@ def name_variants(name: str) -> tuple[str, ...]:
 class Model:
     """What planning needs to know about a model, read from its config.json.
 
-    `name` is the architecture that config.json names. `tied` says whether the head uses the weight of the embedding.
+    `name` is the architecture that config.json names. `tied` says whether the head uses the weight of the embedding;
+    None if config.json leaves it to a class that no table describes.
     `biases` are the keys of config.json that give Linears a bias, and `always`. `dense_layers` are the numbers of the
     layers without routed experts.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
@@ -90,7 +91,7 @@ class Model:
     layers: int
     sizes: Mapping[str, int]
     vocabulary: int
-    tied: bool
+    tied: bool | None
     biases: frozenset[str]
     dense_layers: frozenset[int]
     multimodal: bool
@@ -143,6 +144,7 @@ class Model:
         faults = FaultCollector()
         row = CLASS_ROWS.get(name, DEFAULT_ROW)
         sizes = stated_sizes(text)
+        stated = {**(nested or {}), **config}.get("tie_word_embeddings")
         model = cls(
             name=name,
             architecture=Architecture(attention=(), mlp=(), norms=(), experts=_experts_of(row)),
@@ -150,7 +152,7 @@ class Model:
             layers=sizes["layers"],
             sizes=sizes,
             vocabulary=sizes["vocabulary"],
-            tied=bool({**(nested or {}), **config}.get("tie_word_embeddings")),
+            tied=None if stated is None else bool(stated),
             biases=frozenset(),
             dense_layers=frozenset(),
             multimodal=nested is not None,
@@ -162,14 +164,26 @@ class Model:
         return model
 
     def in_checkpoint(self, stored: Mapping[str, StoredModule]) -> Model:
-        """Return the model with the modules that a checkpoint stores; unchanged if tables describe them."""
+        """Return the model with the modules that a checkpoint stores; unchanged if tables describe them.
+
+        The tables of a text model describe no wrapper that has it under a prefix of its own.
+        """
         if self.row is None:
-            return self
+            layers = tuple(f"{body}layers." for body in known_prefixes())
+            known = not self.multimodal or any(name.startswith(layers) for name in stored)
+            return self if known else self._by_files().in_checkpoint(stored)
         sizes = self.sizes
         found = discover(stored, self._row_as_spelled(self.row), layers=sizes["layers"], head_dim=sizes["head_dim"], kv_heads=self.kv_heads)
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
         )
+
+    def _by_files(self) -> Model:
+        """Return the model without the tables of its family."""
+        row = CLASS_ROWS.get(self.name, DEFAULT_ROW)
+        architecture = Architecture(attention=(), mlp=(), norms=(), experts=_experts_of(row))
+        sizes = {"experts": 0, **self.sizes, "layers": self.layers, "vocabulary": self.vocabulary}
+        return replace(self, row=row, architecture=architecture, sizes=sizes)
 
     def _row_as_spelled(self, row: ClassRow) -> ClassRow:
         """Return a row with the names of experts that the class of the text model reads, unless it has its own."""

@@ -165,10 +165,12 @@ def _split(name: str, tensors: dict[str, SourceTensor], names: Names) -> Iterato
         stacks = {local: tensor for local, tensor in tensors.items() if local in FUSED_EXPERTS and _stacked(tensor)}
         inputs_first = names.transposed_experts and not _outputs_first(stacks)
         for local, tensor in stacks.items():
-            yield from _experts(name, local, {"weight": tensor}, names, inputs_first=inputs_first)
+            yield from _experts(
+                name, local, {"weight": tensor}, names, inputs_first=inputs_first, turns=names.alternating_experts
+            )
         biases = {f"{local}_bias" for local in stacks if names.alternating_experts} & tensors.keys()
         for local in biases:
-            yield from _experts(name, local.removesuffix("_bias"), {"bias": tensors[local]}, names)
+            yield from _experts(name, local.removesuffix("_bias"), {"bias": tensors[local]}, names, turns=True)
         tensors = {local: tensor for local, tensor in tensors.items() if local not in stacks.keys() | biases}
     elif beside is not None and any(map(_stacked, tensors.values())):
         plain = set(tensors) == {"weight"}
@@ -198,13 +200,22 @@ def _stacked(tensor: SourceTensor) -> bool:
 
 
 def _experts(
-    parent: str, leaf: str, tensors: Mapping[str, SourceTensor], names: Names, *, inputs_first: bool = False
+    parent: str,
+    leaf: str,
+    tensors: Mapping[str, SourceTensor],
+    names: Names,
+    *,
+    inputs_first: bool = False,
+    turns: bool = False,
 ) -> Iterator[Module]:
-    """Yield a module for each expert and each projection in the tensors of all experts."""
+    """Yield a module for each expert and each projection in the tensors of all experts.
+
+    The rows of several projections follow each other, or come in `turns`.
+    """
     projections = FUSED_EXPERTS[leaf]
     count = next(tensor.shape[0] for local, tensor in tensors.items() if _stacked(tensor) or local == "bias")
     key = names.key(parent)
-    alternating = names.alternating_experts and len(projections) > 1
+    alternating = turns and len(projections) > 1
     for expert in range(count):
         entries = {local: _entry(local, tensor, expert, inputs_first=inputs_first) for local, tensor in tensors.items()}
         for part, projection in enumerate(projections):
