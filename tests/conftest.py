@@ -30,6 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+    parser.addoption(
+        "--every-class",
+        action="store_true",
+        help="try every class of transformers in tests/end_to_end/test_any_model.py, not a fixed choice",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     available = {
         "shared": bool(config.getoption("--shared")),

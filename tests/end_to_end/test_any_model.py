@@ -60,3 +60,101 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = class_names() if every else (*CHOICE, *MIXTURES)
     cases = [(name, scheme, stacked) for name in names for scheme in SCHEMES for stacked in (False, True)]
     metafunc.parametrize(("name", "scheme", "stacked"), cases)
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of five layers, the first of which has no experts."""
+    directory = tmp_path_factory.mktemp("glm")
+    model = tiny_model("Glm4MoeForCausalLM", num_hidden_layers=5, attention_bias=True)
+    return quantize(model, directory, "w4a16-g32").directory
+
+
+def copied(source: Path, out: Path) -> Path:
+    out.mkdir()
+    for path in source.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["model.layers.3.self_attn.o_proj", "model.layers.2.mlp.experts.1.up_proj", "model.layers.4.mlp.experts.2"],
+)
+def test_a_lost_module_is_named(glm: Path, tmp_path: Path, lost: str) -> None:
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(f"{lost}.")]:
+            del tensors[name]
+
+    damaged = copied(glm, tmp_path / "damaged")
+    rewrite(damaged, lose)
+
+    problems = inspect_checkpoint(damaged, "dense").problems
+
+    assert problems
+    assert all(fault.where.startswith(lost) and "Fetch the shard" in fault.remedy for fault in problems)
+
+
+def test_a_lost_bias_is_named(glm: Path, tmp_path: Path) -> None:
+    damaged = copied(glm, tmp_path / "damaged")
+    rewrite(damaged, lambda tensors: tensors.pop("model.layers.3.self_attn.k_proj.bias"))
+
+    (problem,) = inspect_checkpoint(damaged, "dense").problems
+
+    assert problem.where == "model.layers.3.self_attn.k_proj.bias"
+
+
+def test_a_note_says_how_a_model_without_tables_was_checked(glm: Path) -> None:
+    (note,) = [warning for warning in plan_checkpoint(glm, "dense").warnings if "no table describes" in warning]
+
+    assert "Glm4MoeForCausalLM" in note
+    assert "index" in note
+
+
+@pytest.mark.parametrize("stated", [None, True, False])
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_stored_head_is_delivered_whatever_the_class_ties(
+    glm: Path, tmp_path: Path, stated: bool | None, equal: bool
+) -> None:
+    def state(config: dict[str, Any]) -> None:
+        config.pop("tie_word_embeddings", None)
+        config |= {} if stated is None else {"tie_word_embeddings": stated}
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        table = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = table.clone() if equal else -table
+
+    source = copied(glm, tmp_path / "source")
+    rewrite_config(source, state)
+    rewrite(source, store)
+
+    convert_checkpoint(source, tmp_path / "dense", to="dense")
+
+    config = json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    assert "lm_head.weight" in tensors
+    assert config.get("tie_word_embeddings") is (stated if equal else False)
+    assert verify_checkpoint(source, tmp_path / "dense").good
+
+
+def test_without_a_stored_head_the_class_decides_on_the_tie(glm: Path, tmp_path: Path) -> None:
+    source = copied(glm, tmp_path / "source")
+    rewrite_config(source, lambda config: config.pop("tie_word_embeddings"))
+    rewrite(source, lambda tensors: tensors.pop("lm_head.weight"))
+
+    convert_checkpoint(source, tmp_path / "dense", to="dense")
+
+    assert "tie_word_embeddings" not in json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_checkpoint_that_holds_nothing_quantized_is_copied(glm: Path, tmp_path: Path) -> None:
+    convert_checkpoint(glm, tmp_path / "plain", to="dense")
+    block = open_checkpoint(glm).detection.block
+    rewrite_config(tmp_path / "plain", lambda config: config.update(quantization_config=dict(block or {})))
+
+    report = convert_checkpoint(tmp_path / "plain", tmp_path / "copy", to="dense")
+
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "copy"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any("nothing is quantized" in warning for warning in report.plan.warnings)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "moe_router"})
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "moe_router", "wg"})
 SCHEMES = {"fp8-dynamic": ("FP8_DYNAMIC", 1), "w4a16-g32": ("W4A16", 32)}
 """The library's preset and the number of columns that it needs a multiple of."""
 
@@ -103,7 +103,7 @@ def _one_by_one(model: nn.Module) -> dict[str, _Stacked]:
         kind = type(module).__name__
         experts = _Stacked(
             names=tuple(stacks),
-            count=len(getattr(module, stacks[0])),
+            count=min(len(getattr(module, local)) for local in stacks),
             inputs_first=bool(getattr(module, "is_transposed", kind.startswith("Llama4"))),
             interleaved=kind.startswith("GptOss"),
         )

@@ -24,6 +24,7 @@ from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
 from trtllm_ct.plan.model_modules import ModelModules
+from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.sites import known_prefixes
 from trtllm_ct.plan.models.wrapper_names import names_that_are_read
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["make_plan"]
+
+_NOTHING_QUANTIZED = "nothing is quantized in these files, although config.json has a quantization block"
 
 
 def make_plan(
@@ -142,6 +145,7 @@ class _Planner:
         weights = self._read_weights(site_modules, sites)
         sites = [_with_shape(site, weights.get(site.module)) for site in sites]
         if self.model.discovery is not None:
+            refuse_lost_modules(sites, self.model.name, self.faults)
             self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
         refuse_uneven(self.model, self.parallel, self.faults)
         site_modules = {
@@ -161,6 +165,8 @@ class _Planner:
         warnings = (
             *(stack_warnings(self.model) if stacks and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
+            *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
+            *(() if any(module.weight is not None for module in modules) else (_NOTHING_QUANTIZED,)),
             *self.tie_warnings,
             *self.reader.warnings,
             *self.kv_cache.warnings,
