@@ -29,7 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder with `checkpoints/` and `modelopt-exports/`; selects the tests marked `shared`",
     )
 
-
     parser.addoption(
         "--every-class",
         action="store_true",

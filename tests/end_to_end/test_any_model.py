@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from any_model import SCHEMES, Outcome, quantize, taken_through
+from any_model import SCHEMES, Outcome, has_stacks, quantize, taken_through
 from builders import rewrite, rewrite_config
 from safetensors.torch import load_file
 from tiny_classes import class_names, tiny_model
@@ -47,19 +47,45 @@ MIXTURES = {
 }
 
 
-def test_a_model_loads_exactly(tmp_path: Path, name: str, scheme: str, stacked: bool) -> None:
-    source = quantize(tiny_model(name), tmp_path / "source", scheme, stacked=stacked)
+UNBUILT = frozenset(
+    {
+        *("ChameleonForConditionalGeneration", "DbrxForCausalLM", "Dots3NoteForConditionalGeneration"),
+        *("Emu3ForConditionalGeneration", "Ernie4_5_VLMoeForConditionalGeneration", "FastVlmForConditionalGeneration"),
+        *("Florence2ForConditionalGeneration", "Gemma3nForConditionalGeneration", "Gemma4AssistantForCausalLM"),
+        *("Gemma4UnifiedAssistantForCausalLM", "Glm5NextForConditionalGeneration", "InklingForConditionalGeneration"),
+        *("JanusForConditionalGeneration", "Molmo2ForConditionalGeneration", "MuseSparkForConditionalGeneration"),
+        *("NemotronH_Omni_Reasoning_V3", "PerceptionLMForConditionalGeneration", "ZambaForCausalLM"),
+    }
+)
+"""Classes that need another package, more than small sizes, or that their defaults leave large."""
 
-    assert taken_through(source, tmp_path / "dense") == EXACT
+UNSAVED = frozenset({"Kimi_K25ForConditionalGeneration", "MistralLarge4ForConditionalGeneration"})
+"""Classes whose `save_pretrained` permutes rows of codes, and fails."""
+
+REFUSED = {
+    "GPT2LMHeadModel": "an unquantized checkpoint",
+    "OpenAIGPTLMHeadModel": "an unquantized checkpoint",
+    "HrmTextForCausalLM": "Without its scale",
+    "MiniMaxM3SparseForConditionalGeneration": "Without its scale",
+}
+"""Classes that have no Linears, and those whose `save_pretrained` renames weights and loses their FP8 scales."""
+
+
+def test_a_model_loads_exactly(tmp_path: Path, name: str, scheme: str) -> None:
+    for stacked in (False, True) if has_stacks(tiny_model(name)) else (False,):
+        source = quantize(tiny_model(name), tmp_path / f"source-{stacked}", scheme, stacked=stacked)
+
+        outcome = taken_through(source, tmp_path / f"dense-{stacked}")
+
+        assert outcome == EXACT or (outcome.result in {"inspect", "refused"} and REFUSED[name] in outcome.why)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "scheme" not in metafunc.fixturenames:
-        return
-    every = metafunc.config.getoption("--every-class")
-    names = class_names() if every else (*CHOICE, *MIXTURES)
-    cases = [(name, scheme, stacked) for name in names for scheme in SCHEMES for stacked in (False, True)]
-    metafunc.parametrize(("name", "scheme", "stacked"), cases)
+    if "scheme" in metafunc.fixturenames:
+        names: tuple[str, ...] = (*CHOICE, *MIXTURES)
+        if metafunc.config.getoption("--every-class"):
+            names = tuple(name for name in class_names() if name not in UNBUILT | UNSAVED)
+        metafunc.parametrize(("name", "scheme"), [(name, scheme) for name in names for scheme in SCHEMES])
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,11 @@ class _Stacked:
     interleaved: bool
 
 
+def has_stacks(model: nn.Module) -> bool:
+    """Whether a model holds gate, up and down of its experts in two tensors."""
+    return any(_is_stack(module, "gate_up_proj") for module in model.modules())
+
+
 def _one_by_one(model: nn.Module) -> dict[str, _Stacked]:
     """Replace stacked experts by Linears; return how the class held them."""
     owners = {}

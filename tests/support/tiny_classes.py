@@ -66,7 +66,7 @@ _WINDOWED = ["sliding_attention", "full_attention"]
 _PER_LAYER_INPUTS = {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32}
 SPECIAL: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 100},
-    "cohere_compass_text": {"rope_parameters": {kind: _ROPE for kind in _WINDOWED}, "layer_types": _WINDOWED},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(_WINDOWED, _ROPE), "layer_types": _WINDOWED},
     "cosmos3_edge_text": {"head_dim": 128},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96},

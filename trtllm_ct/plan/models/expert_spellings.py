@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 __all__ = ["NUMBERED", "NUMBERED_EXPERTS", "PROJECTIONS", "STACKED_EXPERTS", "StackedExperts", "spelling_type"]
 
 PROJECTIONS: Mapping[str, int] = {
-    **{"gate_proj": 0, "up_proj": 1, "down_proj": 2},
-    **{"w1": 0, "w3": 1, "w2": 2},
+    "gate_proj": 0,
+    "up_proj": 1,
+    "down_proj": 2,
+    "w1": 0,
+    "w3": 1,
+    "w2": 2,
     # transformers 5.23 saves every gate_proj of hy_v4 and of deepseek_v4 under these names.
-    **{"linear_gate": 0, "wgate": 0},
+    "linear_gate": 0,
+    "wgate": 0,
 }
 """The places of the names of an expert's projections in (gate, up, down), in every spelling."""
 

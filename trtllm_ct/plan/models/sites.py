@@ -173,7 +173,13 @@ class Model:
             known = not self.multimodal or any(name.startswith(layers) for name in stored)
             return self if known else self._by_files().in_checkpoint(stored)
         sizes = self.sizes
-        found = discover(stored, self._row_as_spelled(self.row), layers=sizes["layers"], head_dim=sizes["head_dim"], kv_heads=self.kv_heads)
+        found = discover(
+            stored,
+            self._row_as_spelled(self.row),
+            layers=sizes["layers"],
+            head_dim=sizes["head_dim"],
+            kv_heads=self.kv_heads,
+        )
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.catalog import Catalog
 
-__all__ = ["FileTensor", "EveryNth", "SourceTensor", "TensorFiles", "Transposed", "tensors_of"]
+__all__ = ["EveryNth", "FileTensor", "SourceTensor", "TensorFiles", "Transposed", "tensors_of"]
 
 # numpy has no floats of 8 bits and no bfloat16; their bits are read as integers.
 _RAW: dict[DType, str] = {

@@ -47,14 +47,31 @@ FUSED_EXPERTS = {
 _TEXT = re.compile(r"(layers\.\d+|embed_tokens|norm)(\.|$)")
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
 _PROJECTIONS = {
-    **{"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
-    **{"w1": "gate", "w3": "up", "w2": "down"},
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
     # transformers 5.23 saves every gate_proj of hy_v4 and of deepseek_v4 under these names.
-    **{"linear_gate": "gate", "wgate": "gate"},
+    "linear_gate": "gate",
+    "wgate": "gate",
 }
 _SPELLINGS = (frozenset({"gate_proj", "up_proj", "down_proj"}), frozenset({"w1", "w2", "w3"}))
 # The classes whose experts are called w1, w2 and w3, and those that call them gate_proj, up_proj and down_proj.
-_NUMBERED_EXPERTS = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe", "lfm2_moe", "deepseek_v4", "kimi_linear", "minimax_m3_vl", "mistral_large4"})
+_NUMBERED_EXPERTS = frozenset(
+    {
+        "mixtral",
+        "minimax",
+        "minimax_m2",
+        "phimoe",
+        "lfm2_moe",
+        "deepseek_v4",
+        "kimi_linear",
+        "minimax_m3_vl",
+        "mistral_large4",
+    }
+)
 _NAMED_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"})
 # The classes whose plain stacks of experts are stored as [E, in, out].
 _TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text", "llama4_text", "gpt_oss", "aria", "aria_text"})
