@@ -24,7 +24,7 @@ class StackEntries:
         self._open: dict[tuple[str, int], tuple[NDArray[np.unsignedinteger], int]] = {}
 
     def add(self, plan: WritePlan, name: str, data: memoryview, begin: int) -> memoryview | None:
-        """Add rows of a matrix or vector to its entry; return the bytes of the entry if that completes it, otherwise None.
+        """Add rows of a matrix or vector to its entry; return the bytes of the entry if that completes it, or None.
 
         `data` are whole rows, `begin` bytes after the first one; raises `ValueError` for other bytes.
         """
