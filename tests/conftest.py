@@ -31,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder with `checkpoints/` and `modelopt-exports/`; selects the tests marked `shared`",
     )
 
+    parser.addoption(
+        "--every-class",
+        action="store_true",
+        help="try every class of transformers in tests/end_to_end/test_any_model.py, not a fixed choice",
+    )
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     available = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Two entries of two matrices with 3 and 2 rows of 5 elements each.
 WIDTHS = {"left": (0, 3), "right": (3, 2)}
 STACKS = {
-    f"{entry}.{side}": StackPart(stack="stack", entry=entry, entries=2, column=column, columns=5)
+    f"{entry}.{side}": StackPart(stack="stack", entry=entry, entries=2, line=column, lines=5)
     for entry in range(2)
     for side, (column, _) in WIDTHS.items()
 }

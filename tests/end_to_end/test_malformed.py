@@ -22,7 +22,7 @@ from damages import (
     weights_of_group,
 )
 
-from trtllm_ct.base.errors import ConfigError, DetectionError, PayloadError, PlanError
+from trtllm_ct.base.errors import ConfigError, DetectionError, PayloadError, PlanError, UnreadClassError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,11 +59,11 @@ CASES: dict[str, Case] = {
     ),
     "unknown architecture": Case(
         damage=config(lambda document: document.update(architectures=["GrokForCausalLM"])),
-        error=ConfigError,
+        error=UnreadClassError,
         where="config.json: architectures",
-        expected="LlamaForCausalLM",
+        expected="a class whose reading of names is known, for target modelopt",
         found="GrokForCausalLM",
-        remedy="This model family is not supported: serve it with an engine",
+        remedy="Convert with --to dense: that works for every architecture",
     ),
     "leftover weight_scale without weight": Case(
         damage=tensors(lambda stored: stored.update({"model.layers.9.mlp.up_proj.weight_scale": torch.ones(1)})),

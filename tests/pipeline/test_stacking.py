@@ -9,7 +9,7 @@ from trtllm_ct.pipeline.stacking import stack_experts
 
 
 def part(stack: str, entry: int, column: int = 0, columns: int = 3) -> StackPart:
-    return StackPart(stack=stack, entry=entry, entries=2, column=column, columns=columns)
+    return StackPart(stack=stack, entry=entry, entries=2, line=column, lines=columns)
 
 
 def test_each_matrix_is_transposed_into_its_entry_and_columns() -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SPELLINGS = (("gate_up_proj", "down_proj"), ("w13_weight", "w2_weight"))
 _EXPERT = re.compile(r"(?P<owner>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.(?P<local>\w+)")
-_PARTS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+_PARTS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2, "linear_gate": 0, "wgate": 0}
 _PER_COLUMN = frozenset({"weight_g_idx"})
 
 

@@ -97,8 +97,8 @@ def _calibrate(model: Any, generator: torch.Generator) -> None:
             if hasattr(module, "weight_zero_point"):
                 module.weight_zero_point.data.copy_(zero_point.reshape(module.weight_zero_point.shape))
         for name in ("input_scale", "k_scale", "v_scale"):
-            if hasattr(module, name):
-                parameter = getattr(module, name)
+            parameter = getattr(module, name, None)
+            if isinstance(parameter, Tensor):
                 parameter.data.copy_(0.01 + 0.01 * torch.rand(parameter.shape, generator=generator))
         if scheme is not None:
             module.quantization_status = QuantizationStatus.FROZEN

@@ -55,21 +55,30 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackPart:
-    """The place of a matrix [N, K] in the tensor `stack` [entries, K, columns].
+    """The place of a matrix [N, K] or vector [N] in the tensor `stack` of several entries.
 
-    It is written transposed into one entry, from column `column` on. All columns of an entry belong to matrices that
-    one writer writes.
+    An entry has `lines` lines: its columns if matrices are `transposed` into it, its rows otherwise. Row i is line
+    `line` + `step` * i. All lines of an entry belong to tensors that one writer writes.
     """
 
     stack: str
     entry: int
     entries: int
-    column: int
-    columns: int
+    line: int
+    lines: int
+    step: int = 1
+    transposed: bool = True
 
     def stack_spec(self, spec: TensorSpec) -> TensorSpec:
-        """Return dtype and shape of the stacked tensor, given those of the matrix."""
-        return TensorSpec(spec.dtype, (self.entries, spec.shape[1], self.columns))
+        """Return dtype and shape of the stacked tensor, given those of one that it is made from."""
+        inner = spec.shape[1:]
+        entry = (*inner, self.lines) if self.transposed else (self.lines, *inner)
+        return TensorSpec(spec.dtype, (self.entries, *entry))
+
+    def lines_of(self, first: int, count: int) -> slice:
+        """Return the lines of `count` rows from row `first` on."""
+        begin = self.line + first * self.step
+        return slice(begin, begin + count * self.step, self.step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,12 +33,14 @@ def portable_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
     return portable
 
 
-def with_tie(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """Return a parsed config.json that says whether head and embeddings are tied.
+def with_tie(config: Mapping[str, Any], *, tied: bool | None) -> dict[str, Any]:
+    """Return a parsed config.json that says whether head and embeddings are tied; unchanged if that is not known.
 
     It says so at the top level and in `text_config`: readers differ in the level that decides, and releases of
     transformers in the default of a class.
     """
+    if tied is None:
+        return dict(config)
     stated = {**config, "tie_word_embeddings": tied}
     if isinstance(stated.get(_TEXT), Mapping):
         stated[_TEXT] = with_tie(stated[_TEXT], tied=tied)

@@ -68,7 +68,7 @@ def probe_checkpoint(config: QuantizationConfig, catalog: Catalog, model: Model)
     symmetric = any(group.scheme.weights is not None and group.scheme.weights.symmetric for group in config.groups)
     suffixes = (*_SCALARS, GROUP_INDEX, *(ZERO_POINTS if symmetric else ()))
     has_scalars = any(name.endswith(suffixes) for name in catalog.tensors)
-    if not has_scalars and not model.tied:
+    if not has_scalars and model.tied is False:
         return replace(NO_PROBE, shapes=shapes)
     stored = _stored_modules(catalog, model, shapes)
     model = model.in_checkpoint(stored)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -15,7 +18,7 @@ __all__ = ["stack_experts"]
 
 
 def stack_experts(weights: dict[str, Tensor], stacks: Mapping[str, StackPart]) -> None:
-    """Replace the matrices [N, K] of experts in `weights` by the stacked tensors [experts, K, columns] they belong to.
+    """Replace the matrices and vectors of experts in `weights` by the stacked tensors that they belong to.
 
     `stacks` has the place of each matrix by name, see `Plan.stacks`; other tensors stay as they are. Matrices that are
     not in `weights` belong to experts of other ranks: their entries keep whatever the memory held, as no rank reads the
@@ -29,9 +32,12 @@ def stack_experts(weights: dict[str, Tensor], stacks: Mapping[str, StackPart]) -
         if name in weights:
             members.setdefault(part.stack, []).append(name)
     for stack, names in members.items():
-        part, first = stacks[names[0]], weights[names[0]]
-        stacked = torch.empty((part.entries, first.shape[1], part.columns), dtype=first.dtype)
+        first = weights[names[0]]
+        spec = stacks[names[0]].stack_spec(TensorSpec(DType.from_torch(first.dtype), tuple(first.shape)))
+        stacked = torch.empty(spec.shape, dtype=first.dtype)
         for name in names:
-            place, matrix = stacks[name], weights.pop(name)
-            stacked[place.entry, :, place.column : place.column + matrix.shape[0]] = matrix.T
+            place, rows = stacks[name], weights.pop(name)
+            entry = stacked[place.entry]
+            lines = entry.T if place.transposed else entry
+            lines[place.lines_of(0, len(rows))] = rows
         weights[stack] = stacked

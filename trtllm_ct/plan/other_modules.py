@@ -69,7 +69,7 @@ class OtherModules:
         name = module.name
         if name.rpartition(".")[2] == _RECOMPUTED:
             return "recomputed from config.json by every engine"
-        if name == self.place[1] and self.model.tied:
+        if name == self.place[1] and self.model.tied and module.has_weight:
             return "it equals the embeddings, to which config.json ties it"
         if self.kv_cache.is_dropped(module):
             return f"target {self.kv_cache.target.name} leaves the KV cache alone"

@@ -253,6 +253,7 @@ class Plan:
     `stacks` are the delivered tensors that a directory or an engine gets as parts of a stacked tensor, with their
     places in it.
     `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
+    None leaves it to the default of the model's class.
     """
 
     target: str
@@ -268,7 +269,7 @@ class Plan:
     engine: str = ""
     sm: int | None = None
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
-    tied: bool = False
+    tied: bool | None = False
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""

@@ -24,6 +24,7 @@ from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
 from trtllm_ct.plan.model_modules import ModelModules
+from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.sites import known_prefixes
 from trtllm_ct.plan.models.wrapper_names import names_that_are_read
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["make_plan"]
+
+_NOTHING_QUANTIZED = "nothing is quantized in these files, although config.json has a quantization block"
 
 
 def make_plan(
@@ -128,6 +131,7 @@ class _Planner:
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes)
         unread = unread_tensors(catalog, gathered.values())
         self.model = self.model.in_checkpoint(gathered)
+        refuse_unread(self.model, self.target)
         stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
         self.kv_cache = self.kv_cache.among(stored.values())
@@ -141,6 +145,7 @@ class _Planner:
         weights = self._read_weights(site_modules, sites)
         sites = [_with_shape(site, weights.get(site.module)) for site in sites]
         if self.model.discovery is not None:
+            refuse_lost_modules(sites, self.model.name, self.faults)
             self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
         refuse_uneven(self.model, self.parallel, self.faults)
         site_modules = {
@@ -155,10 +160,13 @@ class _Planner:
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
-        stacks = stack_parts(modules, self.model) if self.target.as_classes_read else {}
+        engine = self.target.capabilities.release is not None
+        stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = (
             *(stack_warnings(self.model) if stacks and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
+            *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
+            *(() if any(module.weight is not None for module in modules) else (_NOTHING_QUANTIZED,)),
             *self.tie_warnings,
             *self.reader.warnings,
             *self.kv_cache.warnings,
@@ -191,7 +199,10 @@ class _Planner:
         pair = tied_pair(self.model, stored, place)
         if pair is None or self.probe.head_is_table:
             return
+        stated = self.model.tied is not None
         self._set_model(replace(self.model, tied=False))
+        if not stated:
+            return
         table, head = pair
         differs = "may differ" if self.probe is NO_PROBE else "differs"
         self.tie_warnings = (UNTIED.format(head=head.name, table=table.name, differs=differs),)

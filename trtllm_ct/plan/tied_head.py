@@ -2,7 +2,8 @@
 
 Such a flag is often left over: a writer gave the head a weight of its own and kept config.json. So the tensors decide.
 If the stored head equals the table, the table serves both. If it differs, both are delivered. If only the head is
-stored, it is the table too.
+stored, it is the table too. A config.json that says nothing leaves it to the default of a class, which may be unknown:
+a stored head is then delivered too, and if it differs, the delivered config.json says that nothing is tied.
 Source: transformers 5.23.0 `modeling_utils.py: tie_weights`, which ties in the same cases.
 """
 
@@ -31,13 +32,13 @@ UNTIED = (
 def tied_pair(
     model: Model, stored: Mapping[str, StoredModule], place: tuple[str, str]
 ) -> tuple[StoredModule, StoredModule] | None:
-    """Return the stored table and the stored head of a model whose config.json ties them; None unless both are stored.
+    """Return the stored table and the stored head of a model that may tie them; None unless both are stored.
 
     `place` is what `Model.place` returns.
     """
     head = stored.get(place[1])
     table = next((stored[name] for name in model.table_names(place) if name in stored and name != place[1]), None)
-    if not model.tied or head is None or table is None or not head.has_weight or not table.has_weight:
+    if model.tied is False or head is None or table is None or not head.has_weight or not table.has_weight:
         return None
     return table, head
 

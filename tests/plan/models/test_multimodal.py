@@ -12,7 +12,7 @@ from multimodal import PLACES, VISION, renamed, write_multimodal
 from safetensors.torch import load_file, save_file
 from stored_schemes import SCHEMES, Writer
 
-from trtllm_ct.base.errors import ConfigError, Fault, PlanError
+from trtllm_ct.base.errors import Fault, PlanError, UnreadClassError
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
@@ -96,16 +96,27 @@ class TestPrefixes:
     def test_every_text_model_belongs_to_a_family(self, model_type: str):
         assert MODEL_TYPES[model_type] in ARCHITECTURES
 
-    def test_an_unknown_text_model_is_named_with_the_known_ones(self, tmp_path: Path):
+    def test_a_class_with_an_unknown_text_model_becomes_plain_weights_only(self, tmp_path: Path):
         write_multimodal(tmp_path, "language_model.model.")
         rewrite_config(tmp_path, lambda document: document["text_config"].update(model_type="grok"))
 
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UnreadClassError) as caught:
             plan_checkpoint(tmp_path)
 
         (fault,) = caught.value.faults
-        assert fault.found == "LlavaNextForConditionalGeneration with a text model of type grok"
-        assert all(known in fault.expected for known in MODEL_TYPES)
+        assert fault.where == "config.json: architectures"
+        assert fault.found.startswith("LlavaNextForConditionalGeneration")
+        assert "--to dense" in fault.remedy
+        assert plan_checkpoint(tmp_path, "dense").by_name.keys() >= {"language_model.model.layers.1.mlp.up_proj"}
+
+    def test_a_text_model_under_a_prefix_of_its_own_is_planned_by_its_files(self, tmp_path: Path):
+        write_multimodal(tmp_path, "model.text_model.")
+
+        with pytest.raises(UnreadClassError):
+            plan_checkpoint(tmp_path)
+        plan = plan_checkpoint(tmp_path, "dense")
+
+        assert plan.module("model.text_model.layers.1.mlp.up_proj").delivered_mode == "dequantized"
 
 
 class TestOtherParts:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.formats import PACKED_CODES
+from trtllm_ct.plan.models.expert_spellings import PROJECTIONS
 from trtllm_ct.plan.models.site import Site
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS
 
@@ -26,9 +27,7 @@ __all__ = ["Discovery", "discover"]
 _TABLES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "embeddings"})
 _HEADS = frozenset({"lm_head", "embed_out", "output", "proj_out"})
 _LAYER = re.compile(r"((?:.*?\.)?)((?:layers|h|blocks|block)\.(\d+)\.)(.+)")
-_EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
-# The places of the names of an expert's projections in (gate, up, down), in every spelling.
-_PROJECTIONS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+_EXPERT = re.compile(r"(.*(?<!shared_)experts)\.(\d+)\.(\w+)")
 _DOWN = 2
 _MATRIX = 2
 _ROWS = PACKED_CODES | {"weight"}
@@ -112,8 +111,8 @@ class _Rules:
     def site(self, module: StoredModule) -> Site:
         """Return the site of any other module with a matrix."""
         expert = _EXPERT.fullmatch(module.name)
-        if expert is not None and expert[3] in _PROJECTIONS:
-            return self._expert(module, expert[1], expert[2], _PROJECTIONS[expert[3]])
+        if expert is not None and expert[3] in PROJECTIONS:
+            return self._expert(module, expert[1], expert[2], PROJECTIONS[expert[3]])
         parent, _, leaf = module.name.rpartition(".")
         table = leaf in _TABLES
         group = f"{parent}.{self._fused[leaf]}" if leaf in self._fused and parent else None

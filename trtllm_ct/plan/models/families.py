@@ -21,7 +21,6 @@ __all__ = [
     "ALWAYS",
     "ARCHITECTURES",
     "MODEL_TYPES",
-    "STACKED_EXPERTS",
     "Architecture",
     "Experts",
     "LinearSite",
@@ -316,13 +315,3 @@ MODEL_TYPES: Mapping[str, str] = {
     "kimi_k2": "DeepseekV3ForCausalLM",
 }
 """The architecture of the text model in a multimodal model, by `text_config.model_type`."""
-
-STACKED_EXPERTS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "qwen3_vl_moe_text": {"gate_up_proj": (0, 1), "down_proj": (2,)},
-}
-"""By `model_type` of the text model: the tensors [E, in, out] of all plain experts that its class reads.
-
-Each holds projections side by side, given as positions in (gate, up, down). Sources: transformers 4.57
-`modeling_qwen3_vl_moe.py` (`Qwen3VLMoeTextExperts`); transformers 5.23 `conversion_mapping.py`, which transposes where
-the shape is not the one of the class; TensorRT-LLM 03441af1 `_torch/models/modeling_qwen3_moe.py`
-(`MoEWeightLoadingMode.FUSED_GATE_UP_PROJ`)."""

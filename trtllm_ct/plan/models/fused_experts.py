@@ -5,24 +5,26 @@ Two spellings exist: `experts.gate_up_proj.weight_packed` [E, 2I, W] with `exper
 (`experts.gate_up_proj` [E, 2I, H]). The rows of gate come before those of up.
 Source: llm-compressor issues 3183 and 3200; transformers 5.23 `modeling_qwen3_moe.py`.
 
-Some classes have plain experts as [E, in, out], and `STACKED_EXPERTS` names them: a shape doesn't tell the two orders
-apart when two sizes are equal. These classes read no other spelling, so their plain experts are delivered stacked too.
+Some classes have plain experts as [E, in, out]: a shape doesn't tell the two orders apart when two sizes are equal, so
+`STACKED_EXPERTS` names them. The classes in this table read no other spelling, so plain experts are delivered stacked.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, TypeGuard
 
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.write_plan import StackPart
 from trtllm_ct.formats import WEIGHT_TENSORS, Axis, axes_of
-from trtllm_ct.plan.models.families import STACKED_EXPERTS
+from trtllm_ct.plan.models.expert_spellings import PROJECTIONS, STACKED_EXPERTS
 from trtllm_ct.plan.stored import ExpertSlice, StoredModule, TransposedExpert, View, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from trtllm_ct.plan.models.expert_spellings import StackedExperts
     from trtllm_ct.plan.models.families import Experts
     from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.plan import ModulePlan
@@ -77,7 +79,7 @@ def stores_inputs_first(modules: Mapping[str, StoredModule], model: Model) -> bo
     `gate_up_proj` is square only if in = 2I, and `down_proj` only if in = I, so one of them always tells.
     """
     experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
-    if experts is None or stacked is None:
+    if experts is None or stacked is None or model.row is not None or not stacked.inputs_first:
         return False
     shapes = _shapes(model, experts)
     outputs_first = [
@@ -85,19 +87,19 @@ def stores_inputs_first(modules: Mapping[str, StoredModule], model: Model) -> bo
         for name, module in modules.items()
         if name.endswith(f".{experts.path}")
         for local, view in module.views.items()
-        if local in stacked and view.spec.shape[1:] != shapes[local]
+        if local in shapes and view.spec.shape[1:] != shapes[local]
     ]
     return not (outputs_first and all(outputs_first))
 
 
-def stack_parts(modules: Iterable[ModulePlan], model: Model) -> dict[str, StackPart]:
+def stack_parts(modules: Iterable[ModulePlan], model: Model, *, engine: bool) -> dict[str, StackPart]:
     """Return the places of plain experts in the stacked tensors that the model's class reads, by delivered name.
 
-    Layers with quantized experts, or with plain experts of several dtypes, have no places: no stacked tensor can hold
-    them.
+    `engine` says that the class is TensorRT-LLM's. Layers with quantized experts, with plain experts of several dtypes,
+    or without some projection have no places: no stacked tensor can hold them.
     """
-    experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
-    if experts is None or stacked is None:
+    stacked = STACKED_EXPERTS.get(model.text_type)
+    if stacked is None or (engine and not stacked.by_engine):
         return {}
     layers: dict[str, list[ModulePlan]] = {}
     for module in modules:
@@ -106,15 +108,8 @@ def stack_parts(modules: Iterable[ModulePlan], model: Model) -> dict[str, StackP
     parts: dict[str, StackPart] = {}
     for owner, members in layers.items():
         specs = {delivery.name: delivery.spec for module in members for delivery in module.deliveries}
-        if any(module.layer is not None for module in members) or len({spec.dtype for spec in specs.values()}) != 1:
-            continue
-        count = model.sizes[experts.count]
-        for stack, positions in stacked.items():
-            for expert in range(count):
-                names = [f"{owner}.{expert}.{experts.projections[position]}.weight" for position in positions]
-                parts |= _side_by_side(
-                    f"{owner}.{stack}", expert, count, {name: specs[name].shape[0] for name in names}
-                )
+        if not any(module.layer for module in members) and len({spec.dtype for spec in specs.values()}) == 1:
+            parts |= _parts_of_layer(owner, specs, stacked)
     return parts
 
 
@@ -123,9 +118,10 @@ def stack_warnings(model: Model) -> tuple[str, ...]:
 
     Source: transformers 5.23 `core_model_loading.py`, `Transpose(check_dims=True)`.
     """
-    experts = model.architecture.experts
-    shapes = {} if experts is None else _shapes(model, experts)
-    square = [stack for stack in STACKED_EXPERTS.get(model.text_type, ()) if len(set(shapes[stack])) == 1]
+    experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
+    if experts is None or stacked is None or not stacked.told_by_shape or model.row is not None:
+        return ()
+    square = [name for name, shape in _shapes(model, experts).items() if len(set(shape)) == 1]
     if not square:
         return ()
     what = f"{' and '.join(square)} of the experts: both axes have the same size"
@@ -140,12 +136,42 @@ def _shapes(model: Model, experts: Experts) -> dict[str, tuple[int, int]]:
     return {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
 
 
-def _side_by_side(stack: str, entry: int, entries: int, widths: Mapping[str, int]) -> dict[str, StackPart]:
-    """Return the places of matrices side by side in one entry of a stacked tensor; `widths` are their columns."""
-    parts, column, columns = {}, 0, sum(widths.values())
-    for name, width in widths.items():
-        parts[name] = StackPart(stack=stack, entry=entry, entries=entries, column=column, columns=columns)
-        column += width
+def _parts_of_layer(owner: str, specs: Mapping[str, TensorSpec], stacked: StackedExperts) -> dict[str, StackPart]:
+    """Return the places of the experts of one layer; nothing if a projection or a bias of some expert is missing."""
+    parent = owner.rpartition(".")[0]
+    entries: dict[tuple[int, int, str], str] = {}
+    for name in specs:
+        expert, projection, local = name.removeprefix(f"{owner}.").split(".")
+        entries[int(expert), PROJECTIONS[projection], local] = name
+    count = 1 + max(number for number, _, _ in entries)
+    parts: dict[str, StackPart] = {}
+    for local, stacks in (("weight", stacked.parts), ("bias", stacked.biases or {})):
+        transposed = stacked.inputs_first and local == "weight"
+        for stack, positions in stacks.items():
+            for number in range(count):
+                keys = [(number, position, local) for position in positions]
+                if not entries.keys() >= set(keys):
+                    return {}
+                rows = {entries[key]: specs[entries[key]].shape[0] for key in keys}
+                whole = StackPart(
+                    stack=f"{parent}.{stack}",
+                    entry=number,
+                    entries=count,
+                    line=0,
+                    lines=sum(rows.values()),
+                    step=len(rows) if stacked.alternate else 1,
+                    transposed=transposed,
+                )
+                parts |= _one_after_another(whole, rows)
+    return parts if parts.keys() == specs.keys() else {}
+
+
+def _one_after_another(whole: StackPart, rows: Mapping[str, int]) -> dict[str, StackPart]:
+    """Return the places of matrices with so many rows in one entry, in which they alternate or follow each other."""
+    parts, line = {}, 0
+    for position, (name, count) in enumerate(rows.items()):
+        parts[name] = replace(whole, line=position if whole.step > 1 else line)
+        line += count
     return parts
 
 

@@ -15,11 +15,16 @@ from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, DEFAULT_ROW, ClassRow
 from trtllm_ct.plan.models.discovery import Discovery, discover
+from trtllm_ct.plan.models.expert_spellings import (
+    NUMBERED,
+    NUMBERED_EXPERTS,
+    STACKED_EXPERTS,
+    spelling_type,
+)
 from trtllm_ct.plan.models.families import (
     ALWAYS,
     ARCHITECTURES,
     MODEL_TYPES,
-    STACKED_EXPERTS,
     Architecture,
     Experts,
     LinearSite,
@@ -68,11 +73,12 @@ def name_variants(name: str) -> tuple[str, ...]:
 class Model:
     """What planning needs to know about a model, read from its config.json.
 
-    `name` is the architecture that config.json names. `tied` says whether the head uses the weight of the embedding.
+    `name` is the architecture that config.json names. `tied` says whether the head uses the weight of the embedding;
+    None if config.json leaves it to a class that no table describes.
     `biases` are the keys of config.json that give Linears a bias, and `always`. `dense_layers` are the numbers of the
     layers without routed experts.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
-    `text_type` is the `model_type` of the text model, which decides how experts are stacked (`fused_experts.py`).
+    `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it.
     `row` says how the engine's class reads a model whose modules no table names; None if `architecture` names them.
@@ -85,7 +91,7 @@ class Model:
     layers: int
     sizes: Mapping[str, int]
     vocabulary: int
-    tied: bool
+    tied: bool | None
     biases: frozenset[str]
     dense_layers: frozenset[int]
     multimodal: bool
@@ -138,6 +144,7 @@ class Model:
         faults = FaultCollector()
         row = CLASS_ROWS.get(name, DEFAULT_ROW)
         sizes = stated_sizes(text)
+        stated = {**(nested or {}), **config}.get("tie_word_embeddings")
         model = cls(
             name=name,
             architecture=Architecture(attention=(), mlp=(), norms=(), experts=_experts_of(row)),
@@ -145,11 +152,11 @@ class Model:
             layers=sizes["layers"],
             sizes=sizes,
             vocabulary=sizes["vocabulary"],
-            tied=bool({**(nested or {}), **config}.get("tie_word_embeddings")),
+            tied=None if stated is None else bool(stated),
             biases=frozenset(),
             dense_layers=frozenset(),
             multimodal=nested is not None,
-            text_type=str(text.get("model_type") or ""),
+            text_type=spelling_type(str(config.get("model_type") or ""), str(text.get("model_type") or "")),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             row=row,
         )
@@ -157,14 +164,37 @@ class Model:
         return model
 
     def in_checkpoint(self, stored: Mapping[str, StoredModule]) -> Model:
-        """Return the model with the modules that a checkpoint stores; unchanged if tables describe them."""
+        """Return the model with the modules that a checkpoint stores; unchanged if tables describe them.
+
+        The tables of a text model describe no wrapper that has it under a prefix of its own.
+        """
         if self.row is None:
-            return self
+            layers = tuple(f"{body}layers." for body in known_prefixes())
+            known = not self.multimodal or any(name.startswith(layers) for name in stored)
+            return self if known else self._by_files().in_checkpoint(stored)
         sizes = self.sizes
-        found = discover(stored, self.row, layers=sizes["layers"], head_dim=sizes["head_dim"], kv_heads=self.kv_heads)
+        found = discover(
+            stored,
+            self._row_as_spelled(self.row),
+            layers=sizes["layers"],
+            head_dim=sizes["head_dim"],
+            kv_heads=self.kv_heads,
+        )
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
         )
+
+    def _by_files(self) -> Model:
+        """Return the model without the tables of its family."""
+        row = CLASS_ROWS.get(self.name, DEFAULT_ROW)
+        architecture = Architecture(attention=(), mlp=(), norms=(), experts=_experts_of(row))
+        sizes = {"experts": 0, **self.sizes, "layers": self.layers, "vocabulary": self.vocabulary}
+        return replace(self, row=row, architecture=architecture, sizes=sizes)
+
+    def _row_as_spelled(self, row: ClassRow) -> ClassRow:
+        """Return a row with the names of experts that the class of the text model reads, unless it has its own."""
+        numbered = row.projections is None and self.text_type in NUMBERED_EXPERTS
+        return replace(row, projections=NUMBERED) if numbered else row
 
     @property
     def has_row(self) -> bool:

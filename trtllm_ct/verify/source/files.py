@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.catalog import Catalog
 
-__all__ = ["FileTensor", "SourceTensor", "TensorFiles", "Transposed", "tensors_of"]
+__all__ = ["EveryNth", "FileTensor", "SourceTensor", "TensorFiles", "Transposed", "tensors_of"]
 
 # numpy has no floats of 8 bits and no bfloat16; their bits are read as integers.
 _RAW: dict[DType, str] = {
@@ -163,6 +163,26 @@ class Transposed(SourceTensor):
     def rows(self, begin: int, end: int) -> NDArray[Any]:
         """Return columns `begin` to `end` of the matrix as rows."""
         return np.ascontiguousarray(self._stored[:, begin:end].T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryNth(SourceTensor):
+    """Rows `first`, `first` + `step`, ... of a tensor."""
+
+    matrix: SourceTensor
+    first: int
+    step: int
+    dtype: DType = field(init=False)
+    shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows, *inner = self.matrix.shape
+        object.__setattr__(self, "dtype", self.matrix.dtype)
+        object.__setattr__(self, "shape", (rows // self.step, *inner))
+
+    def rows(self, begin: int, end: int) -> NDArray[Any]:
+        """Return rows `begin` to `end` of those that are taken."""
+        return np.ascontiguousarray(self.matrix.rows(begin * self.step, end * self.step)[self.first :: self.step])
 
 
 def tensors_of(files: TensorFiles) -> dict[str, FileTensor]:

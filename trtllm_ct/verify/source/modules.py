@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector
-from trtllm_ct.verify.source.files import FileTensor, SourceTensor, Transposed
+from trtllm_ct.verify.source.files import EveryNth, FileTensor, SourceTensor, Transposed
 from trtllm_ct.verify.source.names import FUSED_EXPERTS, Names, expert_key
 from trtllm_ct.verify.source.sparse import join_pieces
 
@@ -160,12 +160,22 @@ def _note_order(
 def _split(name: str, tensors: dict[str, SourceTensor], names: Names) -> Iterator[Module]:
     """Yield the module of this name, or those of all experts that its tensors hold."""
     parent, _, leaf = name.rpartition(".")
+    beside = names.stack_of(name)
     if name.endswith(".experts"):
         stacks = {local: tensor for local, tensor in tensors.items() if local in FUSED_EXPERTS and _stacked(tensor)}
         inputs_first = names.transposed_experts and not _outputs_first(stacks)
         for local, tensor in stacks.items():
-            yield from _experts(name, local, {"weight": tensor}, names, inputs_first=inputs_first)
-        tensors = {local: tensor for local, tensor in tensors.items() if local not in stacks}
+            yield from _experts(
+                name, local, {"weight": tensor}, names, inputs_first=inputs_first, turns=names.alternating_experts
+            )
+        biases = {f"{local}_bias" for local in stacks if names.alternating_experts} & tensors.keys()
+        for local in biases:
+            yield from _experts(name, local.removesuffix("_bias"), {"bias": tensors[local]}, names, turns=True)
+        tensors = {local: tensor for local, tensor in tensors.items() if local not in stacks.keys() | biases}
+    elif beside is not None and any(map(_stacked, tensors.values())):
+        plain = set(tensors) == {"weight"}
+        yield from _experts(*beside, tensors, names, inputs_first=plain and names.transposed_experts)
+        return
     elif parent.endswith(".experts") and leaf in FUSED_EXPERTS and any(map(_stacked, tensors.values())):
         yield from _experts(parent, leaf, tensors, names)
         return
@@ -190,21 +200,32 @@ def _stacked(tensor: SourceTensor) -> bool:
 
 
 def _experts(
-    parent: str, leaf: str, tensors: Mapping[str, SourceTensor], names: Names, *, inputs_first: bool = False
+    parent: str,
+    leaf: str,
+    tensors: Mapping[str, SourceTensor],
+    names: Names,
+    *,
+    inputs_first: bool = False,
+    turns: bool = False,
 ) -> Iterator[Module]:
-    """Yield a module for each expert and each projection in the tensors of all experts."""
+    """Yield a module for each expert and each projection in the tensors of all experts.
+
+    The rows of several projections follow each other, or come in `turns`.
+    """
     projections = FUSED_EXPERTS[leaf]
-    count = next(tensor.shape[0] for tensor in tensors.values() if _stacked(tensor))
+    count = next(tensor.shape[0] for local, tensor in tensors.items() if _stacked(tensor) or local == "bias")
     key = names.key(parent)
+    alternating = turns and len(projections) > 1
     for expert in range(count):
         entries = {local: _entry(local, tensor, expert, inputs_first=inputs_first) for local, tensor in tensors.items()}
         for part, projection in enumerate(projections):
+            own = {local: EveryNth(matrix=entry, first=part, step=len(projections)) for local, entry in entries.items()}
             yield Module(
                 key=expert_key(key, expert, projection),
                 name=expert_key(parent, expert, f"{projection}_proj"),
-                tensors=dict(entries),
-                part=part,
-                parts=len(projections),
+                tensors=dict(own if alternating else entries),
+                part=0 if alternating else part,
+                parts=1 if alternating else len(projections),
             )
 
 

@@ -45,13 +45,42 @@ FUSED_EXPERTS = {
 """Tensors of all experts of a layer, and the projections whose rows each expert's entry has, in this order."""
 
 _TEXT = re.compile(r"(layers\.\d+|embed_tokens|norm)(\.|$)")
-_EXPERT = re.compile(r"(layers\.\d+\..*experts)\.(\d+)\.(\w+)")
-_PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
+_PROJECTIONS = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    # transformers 5.23 saves every gate_proj of hy_v4 and of deepseek_v4 under these names.
+    "linear_gate": "gate",
+    "wgate": "gate",
+}
 _SPELLINGS = (frozenset({"gate_proj", "up_proj", "down_proj"}), frozenset({"w1", "w2", "w3"}))
-# The classes whose experts are called w1, w2 and w3; all others call them gate_proj, up_proj and down_proj.
-_NUMBERED_EXPERTS = frozenset({"mixtral"})
+# The classes whose experts are called w1, w2 and w3, and those that call them gate_proj, up_proj and down_proj.
+_NUMBERED_EXPERTS = frozenset(
+    {
+        "mixtral",
+        "minimax",
+        "minimax_m2",
+        "phimoe",
+        "lfm2_moe",
+        "deepseek_v4",
+        "kimi_linear",
+        "minimax_m3_vl",
+        "mistral_large4",
+    }
+)
+_NAMED_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"})
 # The classes whose plain stacks of experts are stored as [E, in, out].
-_TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+_TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text", "llama4_text", "gpt_oss", "aria", "aria_text"})
+# The classes whose plain stacks have rows of gate and up in turns, with biases of all experts beside them.
+_ALTERNATING_EXPERTS = frozenset({"gpt_oss"})
+# Stacks of all experts that are modules beside them: transformers 5.23 `conversion_mapping.py`, granitemoe.
+_STACK_MODULES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+# The names of stacks in the module of all experts, where they are modules themselves.
+_STACKS_INSIDE = {"fc1": "gate_up_proj", "fc2": "down_proj"}
 # The classes whose loader passes on no scale of the KV cache: TensorRT-LLM `_torch/models/modeling_phi3.py`.
 _NO_CACHE_SCALES = frozenset({"phi3"})
 
@@ -125,7 +154,9 @@ class Names:
         text = nested if isinstance(nested, dict) else config
         architectures = config.get("architectures") or [""]
         family = str(architectures[0] if isinstance(architectures, list) else architectures)
+        outer = config.get("model_type")
         model_type = text.get("model_type") or family.removesuffix("ForCausalLM").lower()
+        model_type = outer if outer in _NUMBERED_EXPERTS | _TRANSPOSED_EXPERTS else model_type
         return cls(
             model_type=str(model_type),
             native=any(_NATIVE.match(name) for name in tensor_names),
@@ -137,6 +168,18 @@ class Names:
     def transposed_experts(self) -> bool:
         """Whether plain stacks of experts are stored as [E, in, out]."""
         return self.model_type in _TRANSPOSED_EXPERTS
+
+    @property
+    def alternating_experts(self) -> bool:
+        """Whether the rows of gate and up alternate in plain stacks of experts."""
+        return self.model_type in _ALTERNATING_EXPERTS
+
+    def stack_of(self, module: str) -> tuple[str, str] | None:
+        """Return the module of all experts and the name in it that a stack under a name of its own stands for."""
+        parent, _, leaf = module.rpartition(".")
+        if leaf in _STACKS_INSIDE and parent.endswith(".experts"):
+            return parent, _STACKS_INSIDE[leaf]
+        return (f"{parent}.experts", _STACK_MODULES[leaf]) if leaf in _STACK_MODULES and parent else None
 
     @property
     def cache_scales_are_read(self) -> bool:
@@ -156,7 +199,7 @@ class Names:
             inner = module.removeprefix(body)
             if module.startswith(body) and _TEXT.match(inner):
                 return _inner_key(inner)
-        return OTHER + module.removeprefix("model.")
+        return OTHER + _inner_key(module.removeprefix("model."))
 
     def tensor(self, module: str, local: str, siblings: Iterable[str]) -> str:
         """Return what the name of a tensor in its module means; `siblings` are all names in the module.
@@ -228,6 +271,8 @@ class Names:
         """Return the names that an expert's projection must have if `module`, a delivered one, has another."""
         match = _EXPERT.search(module)
         if match is None or match[3] not in _PROJECTIONS:
+            return None
+        if self.model_type not in _NUMBERED_EXPERTS | _NAMED_EXPERTS:
             return None
         names = _SPELLINGS[self.model_type in _NUMBERED_EXPERTS]
         return None if match[3] in names else ", ".join(sorted(names))

@@ -1,0 +1,111 @@
+"""How the class of a text model stores routed experts: one by one under its names, or stacked.
+
+Writers that quantize experts one by one call their projections gate_proj, up_proj and down_proj in every model. A
+class reads its own spelling only, so plain experts are delivered in it.
+Source: transformers 5.23 `models/*/modeling_*.py` (the parameters of the class), and `conversion_mapping.py`, which
+lists the names that are merged into them; a test compares this table with the classes that are installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["NUMBERED", "NUMBERED_EXPERTS", "PROJECTIONS", "STACKED_EXPERTS", "StackedExperts", "spelling_type"]
+
+PROJECTIONS: Mapping[str, int] = {
+    "gate_proj": 0,
+    "up_proj": 1,
+    "down_proj": 2,
+    "w1": 0,
+    "w3": 1,
+    "w2": 2,
+    # transformers 5.23 saves every gate_proj of hy_v4 and of deepseek_v4 under these names.
+    "linear_gate": 0,
+    "wgate": 0,
+}
+"""The places of the names of an expert's projections in (gate, up, down), in every spelling."""
+
+NUMBERED = ("w1", "w3", "w2")
+"""The names of (gate, up, down) in the classes of `NUMBERED_EXPERTS`."""
+
+NUMBERED_EXPERTS = frozenset(
+    {
+        "deepseek_v4",
+        "kimi_linear",
+        "lfm2_moe",
+        "minimax",
+        "minimax_m2",
+        "minimax_m3_vl",
+        "mistral_large4",
+        "mixtral",
+        "phimoe",
+    }
+)
+"""The model types whose classes read experts one by one as w1, w2 and w3, see `spelling_type`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackedExperts:
+    """The tensors of all experts that a class reads.
+
+    `parts` are their names, beside the module `experts`, with the projections that each holds as positions in (gate,
+    up, down). They are [E, in, out] if `inputs_first`, otherwise [E, out, in]. The rows of gate and up alternate if
+    `alternate`, otherwise gate comes first. `biases` are the names of the tensors [E, out] of biases. `by_engine` says
+    that TensorRT-LLM's class reads the same tensors, and no others. transformers 5 tells the order of axes of stacks
+    `told_by_shape` by their sizes.
+    """
+
+    parts: Mapping[str, tuple[int, ...]]
+    inputs_first: bool = False
+    alternate: bool = False
+    biases: Mapping[str, tuple[int, ...]] | None = None
+    by_engine: bool = False
+    told_by_shape: bool = False
+
+
+_GATE_UP, _DOWN = (0, 1), (2,)
+_PARTS = {"experts.gate_up_proj": _GATE_UP, "experts.down_proj": _DOWN}
+_OUTPUTS_FIRST = StackedExperts(parts=_PARTS)
+_ARIA = StackedExperts(parts={"experts.fc1.weight": _GATE_UP, "experts.fc2.weight": _DOWN}, inputs_first=True)
+_GRANITE = StackedExperts(parts={"input_linear.weight": _GATE_UP, "output_linear.weight": _DOWN})
+
+STACKED_EXPERTS: Mapping[str, StackedExperts] = {
+    # transformers 4.57 `modeling_qwen3_vl_moe.py` (`Qwen3VLMoeTextExperts`); TensorRT-LLM 03441af1
+    # `_torch/models/modeling_qwen3_moe.py` (`MoEWeightLoadingMode.FUSED_GATE_UP_PROJ`).
+    "qwen3_vl_moe_text": StackedExperts(parts=_PARTS, inputs_first=True, by_engine=True, told_by_shape=True),
+    # TensorRT-LLM 3a5901cd `_torch/models/modeling_llama.py` (`Llama4MoE`, the same mode).
+    "llama4_text": StackedExperts(parts=_PARTS, inputs_first=True, by_engine=True),
+    "gpt_oss": StackedExperts(
+        parts=_PARTS,
+        inputs_first=True,
+        alternate=True,
+        biases={"experts.gate_up_proj_bias": _GATE_UP, "experts.down_proj_bias": _DOWN},
+    ),
+    "aria": _ARIA,
+    "aria_text": _ARIA,
+    "diffusion_gemma_text": _OUTPUTS_FIRST,
+    "gemma4_text": _OUTPUTS_FIRST,
+    "hy_v4": _OUTPUTS_FIRST,
+    "inkling2_text": _OUTPUTS_FIRST,
+    "inkling_text": _OUTPUTS_FIRST,
+    "minimax_m3_vl_text": _OUTPUTS_FIRST,
+    "mistral4": _OUTPUTS_FIRST,
+    "zaya": _OUTPUTS_FIRST,
+    "granitemoe": _GRANITE,
+    "granitemoehybrid": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "granitemoe_swa": _OUTPUTS_FIRST,
+}
+"""The classes that read stacked experts only, by model type, see `spelling_type`."""
+
+
+def spelling_type(model_type: str, text_type: str) -> str:
+    """Return the model type by which experts are spelled: that of a wrapper if a table names it, or of its text model.
+
+    A class alone may read another spelling than inside of a wrapper.
+    """
+    return model_type if model_type in NUMBERED_EXPERTS or model_type in STACKED_EXPERTS else text_type
