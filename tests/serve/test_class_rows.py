@@ -29,18 +29,20 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 CELLS = [("Qwen3NextForCausalLM", "mid"), *((name, "newest") for name in CLASSES)]
+MIXED = {"o_proj": "int8-channel", "out_proj": "int4-g128"}
 SCHEMES = ("fp8-channel-token", "int4-g128", "fp8-block", "nvfp4")
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
-    """Return each checkpoint, which is written once."""
+    """Return each checkpoint, which is written once; with scheme "mixed", some Linears have other modes."""
     written: dict[tuple[str, str], Built] = {}
 
     def get(name: str, scheme: str) -> Built:
         if (name, scheme) not in written:
-            written[name, scheme] = write_class(tmp_path_factory.mktemp("stored") / "in", name, scheme)
+            uniform, others = (scheme, {}) if scheme != "mixed" else ("fp8-channel-token", MIXED)
+            written[name, scheme] = write_class(tmp_path_factory.mktemp("stored") / "in", name, uniform, others=others)
         return written[name, scheme]
 
     return get
@@ -116,8 +118,9 @@ def compared(model: Any, built: Built, generation: str) -> dict[str, bool]:
     return wrong
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "tensor"), [*((scheme, tensor) for scheme in SCHEMES for tensor in (1, 2, 4)), ("mixed", 2)]
+)
 @pytest.mark.parametrize(("name", "generation"), CELLS)
 def test_each_rank_holds_its_slices(
     stored: Callable[..., Built], tmp_path: Path, name: str, generation: str, scheme: str, tensor: int
