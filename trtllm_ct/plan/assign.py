@@ -343,6 +343,9 @@ def _why_not(module: Candidate, target: Target) -> str:
         return f"target {target.name} holds plain weights only"
     if module.unequal and not module.site.class_joins:
         return module.unequal
+    limit = module.site.limit
+    if limit is not None and not limit.algos and target.capabilities.release is not None:
+        return "the engine's class reads this Linear plain"
     uncut = _uncut(module, target)
     if uncut:
         return f"the engine's class cuts this Linear by rows, and can't cut the tensors of {' or '.join(uncut)}"

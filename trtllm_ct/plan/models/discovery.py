@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.parallel import Cut
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.class_rows import ClassRow, Limit
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["Discovery", "discover"]
+__all__ = ["Discovery", "discover", "is_draft"]
 
 _TABLES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "embeddings"})
 _HEADS = frozenset({"lm_head", "embed_out", "output", "proj_out"})
 _LAYER = re.compile(r"((?:.*?\.)?)((?:layers|h|blocks|block)\.(\d+)\.)(.+)")
+# Layers for multi-token prediction, which draft the next tokens, under a name of their own.
+_DRAFT = re.compile(r"(model\.)?mtp(_|\.)")
 _EXPERT = re.compile(r"(.*(?<!shared_)experts)\.(\d+)\.(\w+)")
 _DOWN = 2
 _MATRIX = 2
 _ROWS = PACKED_CODES | {"weight"}
+_NO_SHAPES: Mapping[str, tuple[int, int]] = MappingProxyType({})
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
@@ -65,22 +69,29 @@ class Discovery:
 
 
 def discover(
-    stored: Mapping[str, StoredModule], row: ClassRow, *, layers: int = 0, head_dim: int = 0, kv_heads: int = 0
+    stored: Mapping[str, StoredModule],
+    row: ClassRow,
+    *,
+    layers: int = 0,
+    head_dim: int = 0,
+    kv_heads: int = 0,
+    shapes: Mapping[str, tuple[int, int]] = _NO_SHAPES,
 ) -> Discovery:
     """Return the modules of a checkpoint that have a matrix, as the class of a row reads them.
 
-    `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one
-    draft tokens, and are left out.
+    `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one,
+    or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are shapes of weights that are
+    known although the headers of their codes don't show them.
     """
     body, head = place = _place_of(stored)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
-    rules = _Rules(row, stored, head_dim, kv_heads)
+    rules = _Rules(row, body, stored, shapes, head_dim, kv_heads)
     sites = []
     for name, module in stored.items():
         layer = _LAYER.fullmatch(name)
         drafts = layer is not None and layer[1] == body and int(layer[3]) >= count
-        if not drafts and _has_matrix(module):
+        if not drafts and not is_draft(name) and _has_matrix(module):
             sites.append(rules.head(module) if name == head else rules.site(module))
     experts = [int(match[2]) for site in sites if site.expert and (match := _EXPERT.fullmatch(site.module))]
     return Discovery(place=place, layers=count, experts=max(experts, default=-1) + 1, sites=tuple(sites))
@@ -89,23 +100,33 @@ def discover(
 class _Rules:
     """Applies the row of a class to the modules of one checkpoint."""
 
-    def __init__(self, row: ClassRow, stored: Mapping[str, StoredModule], head_dim: int, kv_heads: int) -> None:
+    def __init__(
+        self,
+        row: ClassRow,
+        body: str,
+        stored: Mapping[str, StoredModule],
+        shapes: Mapping[str, tuple[int, int]],
+        head_dim: int,
+        kv_heads: int,
+    ) -> None:
         self._row = row
+        self._body = body
         self._stored = stored
+        self._shapes = shapes
         self._head_dim = head_dim
         self._kv_heads = kv_heads
         self._fused = {part: fused for fused, parts in row.fused.items() for part in parts}
 
     def head(self, module: StoredModule) -> Site:
         """Return the site of the head of the text model."""
-        shape = _plain_shape(module)
         return Site(
             module=module.name,
             class_name="Linear",
-            shape=shape,
+            shape=self._shape(module),
             head=True,
             locals=_locals(module),
             cut=Cut.VOCABULARY,
+            limit=self._limit(module.name),
         )
 
     def site(self, module: StoredModule) -> Site:
@@ -120,15 +141,15 @@ class _Rules:
         return Site(
             module=module.name,
             class_name="Embedding" if table else "Linear",
-            shape=_plain_shape(module),
+            shape=self._shape(module),
             mode_group=group,
             fused=group is not None,
             shares=group,
-            plain=table or _ends_with(module.name, self._row.plain),
+            plain=table or not self._in_layer(module.name) or _ends_with(module.name, self._row.plain),
             locals=_locals(module),
             cut=cut,
             heads=self._heads(module, parent) if cut is Cut.KV_HEADS else None,
-            attention=leaf in _ATTENTION,
+            attention=leaf in _ATTENTION or parent.rpartition(".")[2] in self._row.mixers,
             limit=self._limit(module.name),
         )
 
@@ -139,7 +160,7 @@ class _Rules:
         return Site(
             module=name,
             class_name="Linear",
-            shape=_plain_shape(module),
+            shape=self._shape(module),
             mode_group=experts,
             shares=None if projection == _DOWN else f"{prefix}gate_up",
             expert=True,
@@ -148,6 +169,17 @@ class _Rules:
             cut=Cut.ROW if projection == _DOWN else Cut.COLUMN,
             limit=self._limit(name),
         )
+
+    def _shape(self, module: StoredModule) -> tuple[int, ...]:
+        """Return the shape of a weight; () for codes, whose format tells the shape, unless it is known."""
+        if module.name in self._shapes:
+            return self._shapes[module.name]
+        return () if module.is_quantized else module.specs["weight"].shape
+
+    def _in_layer(self, name: str) -> bool:
+        """Whether a module is in a layer of the text model; classes build all others but the head plain."""
+        layer = _LAYER.fullmatch(name)
+        return layer is not None and layer[1] == self._body
 
     def _cut(self, name: str) -> Cut:
         """Return how ranks divide a module."""
@@ -162,11 +194,17 @@ class _Rules:
 
         A norm of single heads has the size of one. Otherwise config.json gives the size.
         """
-        rows = next((spec.shape[0] for local, spec in module.specs.items() if local in _ROWS and spec.shape), 0)
+        stored = next((spec.shape for local, spec in module.specs.items() if local in _ROWS and spec.shape), (0,))
+        rows = self._shapes.get(module.name, stored)[0]
         norm = self._stored.get(f"{parent}.k_norm")
         size = norm.specs["weight"].numel if norm is not None and "weight" in norm.specs else 0
         head_dim = size if 0 < size < rows else self._head_dim
         return rows // head_dim if head_dim and rows % head_dim == 0 else self._kv_heads or 1
+
+
+def is_draft(name: str) -> bool:
+    """Whether a module belongs to draft layers that have a name of their own."""
+    return _DRAFT.match(name) is not None
 
 
 def _place_of(stored: Collection[str]) -> tuple[str, str]:
@@ -194,11 +232,6 @@ def _has_matrix(module: StoredModule) -> bool:
         return True
     weight = module.specs.get("weight")
     return weight is not None and len(weight.shape) == _MATRIX
-
-
-def _plain_shape(module: StoredModule) -> tuple[int, ...]:
-    """Return the shape of a plain weight; () for codes, whose format tells the shape."""
-    return () if module.is_quantized else module.specs["weight"].shape
 
 
 def _locals(module: StoredModule) -> tuple[str, ...]:

@@ -143,7 +143,7 @@ class Model:
         text = config if nested is None else nested
         faults = FaultCollector()
         row = CLASS_ROWS.get(name, DEFAULT_ROW)
-        sizes = stated_sizes(text)
+        sizes = stated_sizes(text, row.divided)
         stated = {**(nested or {}), **config}.get("tie_word_embeddings")
         model = cls(
             name=name,
@@ -163,15 +163,18 @@ class Model:
         faults.raise_if_any(ConfigError)
         return model
 
-    def in_checkpoint(self, stored: Mapping[str, StoredModule]) -> Model:
+    def in_checkpoint(
+        self, stored: Mapping[str, StoredModule], shapes: Mapping[str, tuple[int, int]] | None = None
+    ) -> Model:
         """Return the model with the modules that a checkpoint stores; unchanged if tables describe them.
 
-        The tables of a text model describe no wrapper that has it under a prefix of its own.
+        `shapes` are the shapes of weights that are known although the headers of their codes don't show them. The
+        tables of a text model describe no wrapper that has it under a prefix of its own.
         """
         if self.row is None:
             layers = tuple(f"{body}layers." for body in known_prefixes())
             known = not self.multimodal or any(name.startswith(layers) for name in stored)
-            return self if known else self._by_files().in_checkpoint(stored)
+            return self if known else self._by_files().in_checkpoint(stored, shapes)
         sizes = self.sizes
         found = discover(
             stored,
@@ -179,6 +182,7 @@ class Model:
             layers=sizes["layers"],
             head_dim=sizes["head_dim"],
             kv_heads=self.kv_heads,
+            shapes=shapes or {},
         )
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
