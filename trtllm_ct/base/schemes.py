@@ -239,6 +239,12 @@ class Packing:
             return self.elements(rows), columns
         return rows, self.elements(columns)
 
+    def unpacked_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the shape of the codes that fill containers of this shape; the inverse where none is partly filled."""
+        rows, columns = shape
+        codes = self.container.bits // self.bits
+        return (rows * codes, columns) if self.axis == 0 else (rows, columns * codes)
+
     def __str__(self) -> str:
         along = "rows" if self.axis == 0 else "columns"
         encoding = ("offset binary" if self.offset_binary else "signed") + ("" if self.dense else " padded")

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
 from trtllm_ct.base.json_form import from_fields, json_object
+from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.engine.releases import RELEASES
@@ -23,6 +25,8 @@ from trtllm_ct.plan.attention_output import unscaled_outputs
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.cuts import is_uneven
 from trtllm_ct.plan.ranks.held import misread_biases, uneven_faults, unheld_modules, unrunnable_modules
+from trtllm_ct.plan.ranks.planned_model import model_of_plan
+from trtllm_ct.plan.stored import stored_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,9 +34,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trtllm_ct.engine.platform import Platform
+    from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.models.sites import Site
     from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["QUANT_CONFIG", "ConvertedDirectory", "planned_for", "require_sizes", "size_warnings"]
 
@@ -53,7 +59,9 @@ def planned_for(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertedDirectory:
-    """A directory that this package converted for TensorRT-LLM; only its JSON files are read.
+    """A directory that this package converted for TensorRT-LLM; its JSON files are read.
+
+    If no table has the modules of its model, the headers of its tensors are read too.
 
     `engine` is the name of the release that it was planned for, and `parallel` are the sizes. `sm` is the SM of the
     GPUs, None if it was planned for none in particular.
@@ -75,12 +83,13 @@ class ConvertedDirectory:
         try:
             document = read_json_object(path)
             record = document[_KEY]
+            quant_config = QuantConfig.from_dict(document["quantization"])
             return cls(
                 directory=Path(directory),
                 engine=str(record["engine"]),
                 parallel=from_fields(Parallel, record["parallel"]),
-                model=Model.from_config(read_json_object(Path(directory) / "config.json")),
-                quant_config=QuantConfig.from_dict(document["quantization"]),
+                model=_model_of(Path(directory), quant_config),
+                quant_config=quant_config,
                 sm=int(record["sm"]) if "sm" in record else None,
             )
         except (CheckpointError, UsageError, KeyError, TypeError, ValueError):
@@ -163,6 +172,26 @@ class ConvertedDirectory:
         ]
 
 
+def _model_of(directory: Path, quant_config: QuantConfig) -> Model:
+    """Return the model of a converted directory, with the modules in its headers if no table has them."""
+    model = Model.from_config(read_json_object(directory / "config.json"))
+    if model.row is None:
+        return model
+    stored = stored_modules(Catalog.from_directory(directory), lambda _: None, FaultCollector())
+    shapes = {name: _codes_shape(module, quant_config.layer_config(name)) for name, module in stored.items()}
+    return model.in_checkpoint(stored).with_shapes(shapes)
+
+
+def _codes_shape(module: StoredModule, layer: LayerQuantConfig | None) -> tuple[int, ...]:
+    """Return the shape of the weight of a converted module; () if it has no codes of a known mode."""
+    weight = module.specs.get("weight")
+    mode = None if layer is None else MODES_BY_ALGO.get(layer.quant_algo)
+    if weight is None or mode is None or len(weight.shape) != 2:
+        return ()
+    rows, columns = weight.shape
+    return (rows, columns) if mode.packing is None else mode.packing.unpacked_shape((rows, columns))
+
+
 def require_sizes(
     directory: str | Path, parallel: Parallel, platform: Platform | None = None
 ) -> ConvertedDirectory | None:
@@ -187,7 +216,7 @@ def size_warnings(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """
     if plan.parallel != ONE_RANK or plan.quant_config.quant_algo is None:
         return ()
-    model, layers = checkpoint.model, {module.name: module.layer for module in plan.modules}
+    model, layers = model_of_plan(plan, checkpoint.model), {module.name: module.layer for module in plan.modules}
     sites = list(model.sites(model.place(layers)))
     wrong: dict[int, dict[str, str]] = {}
     for size in _COMMON_SIZES:

@@ -51,12 +51,12 @@ _SINCE_1_0 = (
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
-    "Qwen3NextForCausalLM",
     "SeedOssForCausalLM",
     "SiglipVisionModel",
 )
 # The same file of early 2026, before pull request 11816 (March 2026) added KimiK25ForConditionalGeneration; and
-# `checkpoints/__init__.py` of that time for Mistral Large 3.
+# `checkpoints/__init__.py` of that time for Mistral Large 3. Qwen3-Next is of pull request 7892 (2025-09-29); the
+# release notes of 1.2 name it first.
 _SINCE_1_2 = (
     "DeepseekV32ForCausalLM",
     "ExaoneMoEForCausalLM",
@@ -64,6 +64,7 @@ _SINCE_1_2 = (
     "MiniMaxM2ForCausalLM",
     "MistralLarge3ForCausalLM",
     "PixtralForConditionalGeneration",
+    "Qwen3NextForCausalLM",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
     "Starcoder2ForCausalLM",
@@ -158,6 +159,10 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL,
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
+    # `modeling_qwen3_5.py: _Qwen3_5VLModel` is a subclass of `Qwen3VLModelBase` (commit 00620eb0), and
+    # `checkpoints/hf/qwen3_5_weight_mapper.py: preprocess_weights` takes the prefix off (commit 04666e21).
+    "Qwen3_5ForConditionalGeneration": _QWEN3_VL,
+    "Qwen3_5MoeForConditionalGeneration": _QWEN3_VL,
     # `modeling_kimi_k25.py: KimiK25ForConditionalGeneration.load_weights`.
     "KimiK25ForConditionalGeneration": Wrapper(places=(_INNER_FIRST, _TEXT_ONLY)),
 }

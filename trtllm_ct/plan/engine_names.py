@@ -19,6 +19,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trtllm_ct.plan.models.class_rows import DEFAULT_ROW
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -38,7 +40,8 @@ class EngineNames:
     `place` is the prefix of the text model's body and the name of its head, None if the engine compares delivered names
     only. `head` is the name of the head. `experts` is the path of routed experts in a layer, None without any;
     `wrapped` says that the engine computes them in a child called `backend`. `fused` says that it looks for the first
-    part of Linears that are stored fused. `inner` are the pairs of `ClassRow.inner`.
+    part of Linears that are stored fused. `inner` are the pairs of `ClassRow.inner`. `drafts` is the prefix of draft
+    layers that a class counts on after its `layers` layers, empty if it has no such name for them.
     """
 
     place: tuple[str, str] | None = None
@@ -47,11 +50,14 @@ class EngineNames:
     wrapped: bool = False
     fused: bool = False
     inner: tuple[tuple[str, str], ...] = ()
+    drafts: str = ""
+    layers: int = 0
 
     @classmethod
     def of(cls, model: Model, place: tuple[str, str], target: Target) -> Self:
         """Return the names of a model at a target; `place` is where its text model is delivered."""
         release = target.capabilities.release
+        row = model.row if model.row is not None and release is not None else DEFAULT_ROW
         experts = model.architecture.experts
         linears = (*model.architecture.attention, *model.architecture.mlp)
         return cls(
@@ -60,7 +66,9 @@ class EngineNames:
             experts=experts.path if experts else None,
             wrapped=release is not None and release.wraps_experts,
             fused=release is not None and any(site.parts for site in linears),
-            inner=model.row.inner if release is not None and model.row is not None else (),
+            inner=row.inner,
+            drafts=row.drafts,
+            layers=model.layers,
         )
 
     def of_module(self, name: str) -> tuple[str, ...]:
@@ -70,6 +78,8 @@ class EngineNames:
         """
         experts = self.all_experts(name)
         names = [experts or name, self._inside(experts or name)]
+        if self.drafts and (draft := re.fullmatch(rf"{re.escape(self.drafts)}(\d+)\.(.+)", names[0])):
+            names.append(f"{_INNER_PLACE[0]}layers.{self.layers + int(draft[1])}.{draft[2]}")
         names += [re.sub(pattern, replacement, name) for pattern, replacement in self.inner for name in names]
         if experts and self.wrapped:
             names += [f"{name}.backend" for name in names]

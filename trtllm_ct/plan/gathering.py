@@ -6,7 +6,7 @@ one module per expert and projection.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import FaultCollector
@@ -25,34 +25,39 @@ __all__ = ["gather_modules"]
 
 
 def gather_modules(
-    catalog: Catalog, model: Model, faults: FaultCollector, shapes: StoredShapes | None = None
+    catalog: Catalog,
+    model: Model,
+    faults: FaultCollector,
+    shapes: StoredShapes | None = None,
+    *,
+    split_stacks: bool = False,
 ) -> dict[str, StoredModule]:
     """Return the modules by name, in the order of the catalog; contradictions between tensors are added to `faults`.
 
+    With `split_stacks`, plain tensors of all experts are split for models without tables too.
     `shapes` are the stored shapes of sparse tensors. For a sparse weight without one the shape follows from the model.
     Tensors that the index does not list are taken only where the model lacks them, see `fill_from_unlisted`.
     Raises `PlanError` when a checkpoint in Mistral's own form has modules that the model has no name for.
     """
+    gather = partial(_gather, split=split_stacks or model.row is None)
     if not catalog.unlisted:
-        return _gather(catalog, model, faults, shapes)
-    listed = _gather(catalog.without(catalog.unlisted), model, faults, shapes)
+        return gather(catalog, model, faults, shapes)
+    listed = gather(catalog.without(catalog.unlisted), model, faults, shapes)
     # Old tensors may contradict new ones; that matters only for those that are taken.
-    everything = _gather(catalog, model, FaultCollector(), shapes)
+    everything = gather(catalog, model, FaultCollector(), shapes)
     return fill_from_unlisted(listed, everything, model)
 
 
 def _gather(
-    catalog: Catalog, model: Model, faults: FaultCollector, shapes: StoredShapes | None
+    catalog: Catalog, model: Model, faults: FaultCollector, shapes: StoredShapes | None, *, split: bool
 ) -> dict[str, StoredModule]:
-    """Return the modules of all tensors in the catalog."""
+    """Return the modules of all tensors in the catalog; plain tensors of all experts are split with `split`."""
     # Only sparse checkpoints, which are rare, need the shape of every weight by name.
     model_shapes = cache(lambda: model.weight_shapes(catalog.tensors))
     stored = stored_modules(catalog, lambda name: model_shapes().get(name), faults, shapes)
     stored = hugging_face_names(stored, model, faults)
     if model.architecture.experts is not None:
         inputs_first = stores_inputs_first(stored, model)
-        # Without tables for the model, plain stacks of experts stay as they are: its class may read no other form.
-        stored = split_fused_experts(
-            stored, model.architecture.experts, inputs_first=inputs_first, plain=model.row is None
-        )
+        # Where the class of a model is not known, plain stacks of experts stay as they are: it may read no other form.
+        stored = split_fused_experts(stored, model.architecture.experts, inputs_first=inputs_first, plain=split)
     return stored

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.engine.holdings import deviation_of
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.leftovers import refuse_leftovers
+from trtllm_ct.plan.models.discovery import is_draft
 from trtllm_ct.plan.models.fused_experts import NOT_PER_EXPERT
 from trtllm_ct.plan.models.sites import Site
 from trtllm_ct.plan.plan import OTHER, Delivery, ModulePlan
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["OtherModules"]
 
 _RECOMPUTED = "rotary_emb"
-# Layers for multi-token prediction, which draft the next tokens. They are stored under a name of their own, or they
-# follow the last layer of the model.
-_DRAFT = re.compile(r"(model\.)?mtp(_|\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class OtherModules:
 
     def _drafts(self, name: str) -> bool:
         """Whether a module belongs to draft layers, by its prefix or by a layer number after the model's last layer."""
-        if _DRAFT.match(name):
+        if is_draft(name):
             return True
         layer = re.match(rf"{re.escape(self.place[0])}layers\.(\d+)\.", f"{name}.")
         return layer is not None and 0 <= int(layer[1]) - self.model.layers < self.model.draft_layers

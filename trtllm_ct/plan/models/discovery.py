@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.class_rows import ClassRow, Limit
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["Discovery", "discover"]
+__all__ = ["Discovery", "discover", "is_draft"]
 
 _TABLES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "embeddings"})
 _HEADS = frozenset({"lm_head", "embed_out", "output", "proj_out"})
 _LAYER = re.compile(r"((?:.*?\.)?)((?:layers|h|blocks|block)\.(\d+)\.)(.+)")
+# Layers for multi-token prediction, which draft the next tokens, under a name of their own.
+_DRAFT = re.compile(r"(model\.)?mtp(_|\.)")
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
 # The places of the names of an expert's projections in (gate, up, down), in every spelling.
 _PROJECTIONS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
@@ -70,18 +72,18 @@ def discover(
 ) -> Discovery:
     """Return the modules of a checkpoint that have a matrix, as the class of a row reads them.
 
-    `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one
-    draft tokens, and are left out.
+    `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one,
+    or under a name of their own (`is_draft`), draft tokens, and are left out.
     """
     body, head = place = _place_of(stored)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
-    rules = _Rules(row, stored, head_dim, kv_heads)
+    rules = _Rules(row, body, stored, head_dim, kv_heads)
     sites = []
     for name, module in stored.items():
         layer = _LAYER.fullmatch(name)
         drafts = layer is not None and layer[1] == body and int(layer[3]) >= count
-        if not drafts and _has_matrix(module):
+        if not drafts and not is_draft(name) and _has_matrix(module):
             sites.append(rules.head(module) if name == head else rules.site(module))
     experts = [int(match[2]) for site in sites if site.expert and (match := _EXPERT.fullmatch(site.module))]
     return Discovery(place=place, layers=count, experts=max(experts, default=-1) + 1, sites=tuple(sites))
@@ -90,8 +92,11 @@ def discover(
 class _Rules:
     """Applies the row of a class to the modules of one checkpoint."""
 
-    def __init__(self, row: ClassRow, stored: Mapping[str, StoredModule], head_dim: int, kv_heads: int) -> None:
+    def __init__(
+        self, row: ClassRow, body: str, stored: Mapping[str, StoredModule], head_dim: int, kv_heads: int
+    ) -> None:
         self._row = row
+        self._body = body
         self._stored = stored
         self._head_dim = head_dim
         self._kv_heads = kv_heads
@@ -107,6 +112,7 @@ class _Rules:
             head=True,
             locals=_locals(module),
             cut=Cut.VOCABULARY,
+            limit=self._limit(module.name),
         )
 
     def site(self, module: StoredModule) -> Site:
@@ -125,11 +131,11 @@ class _Rules:
             mode_group=group,
             fused=group is not None,
             shares=group,
-            plain=table or _ends_with(module.name, self._row.plain),
+            plain=table or not self._in_layer(module.name) or _ends_with(module.name, self._row.plain),
             locals=_locals(module),
             cut=cut,
             heads=self._heads(module, parent) if cut is Cut.KV_HEADS else None,
-            attention=leaf in _ATTENTION,
+            attention=leaf in _ATTENTION or parent.rpartition(".")[2] in self._row.mixers,
             limit=self._limit(module.name),
         )
 
@@ -150,6 +156,11 @@ class _Rules:
             limit=self._limit(name),
         )
 
+    def _in_layer(self, name: str) -> bool:
+        """Whether a module is in a layer of the text model; classes build all others but the head plain."""
+        layer = _LAYER.fullmatch(name)
+        return layer is not None and layer[1] == self._body
+
     def _cut(self, name: str) -> Cut:
         """Return how ranks divide a module."""
         return next((cut for path, cut in self._row.cuts.items() if _ends_with(name, (path,))), Cut.NONE)
@@ -168,6 +179,11 @@ class _Rules:
         size = norm.specs["weight"].numel if norm is not None and "weight" in norm.specs else 0
         head_dim = size if 0 < size < rows else self._head_dim
         return rows // head_dim if head_dim and rows % head_dim == 0 else self._kv_heads or 1
+
+
+def is_draft(name: str) -> bool:
+    """Whether a module belongs to draft layers that have a name of their own."""
+    return _DRAFT.match(name) is not None
 
 
 def _place_of(stored: Collection[str]) -> tuple[str, str]:

@@ -137,7 +137,7 @@ class Model:
         text = config if nested is None else nested
         faults = FaultCollector()
         row = CLASS_ROWS.get(name, DEFAULT_ROW)
-        sizes = stated_sizes(text)
+        sizes = stated_sizes(text, row.divided)
         model = cls(
             name=name,
             architecture=Architecture(attention=(), mlp=(), norms=(), experts=_experts_of(row)),
@@ -165,6 +165,16 @@ class Model:
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
         )
+
+    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Model:
+        """Return the model with the shapes of codes, by module, that only their format tells."""
+        if self.discovery is None:
+            return self
+        sites = tuple(
+            site if site.shape or site.module not in shapes else site._replace(shape=shapes[site.module])
+            for site in self.discovery.sites
+        )
+        return replace(self, discovery=replace(self.discovery, sites=sites))
 
     @property
     def has_row(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.plan.models.class_defaults import EXPERT_COUNTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.models.families import Architecture
@@ -89,15 +89,16 @@ def nested_text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None if inner is None else nested_text_config(inner) or dict(inner)
 
 
-def stated_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def stated_sizes(config: Mapping[str, Any], keys: Iterable[str] = ()) -> dict[str, int]:
     """Return the sizes that a config.json states, for a model whose other sizes are in the headers.
 
-    A number that is not stated is 0, but for those of heads, which are 1 then.
+    `keys` are further keys, whose numbers are returned under their own names. A number that is not stated is 0, but for those of heads, which are 1 then.
     """
     numbers = {name: _stated(config, keys) for name, keys in _STATED.items()}
     heads = numbers.pop("num_heads") or 1
     head_dim = _stated(config, ("head_dim",)) or _stated(config, ("hidden_size", "n_embd")) // heads or 1
     kv_heads = numbers.pop("num_kv_heads") or heads
+    numbers |= {key: _stated(config, (key,)) for key in keys}
     return numbers | {"head_dim": head_dim, "heads": heads * head_dim, "kv_heads": kv_heads * head_dim}
 
 

@@ -1,7 +1,8 @@
 """Plans for a part of a checkpoint: for one rank, or for a range of a module's rows.
 
-cuts.py    whether parallel sizes fit a model, and which slices its modules get
-held.py    which modules of a directory do not hold the slices of other parallel sizes
-narrow.py  restricts the plan of a module to a range of rows
-shard.py   restricts a plan to one rank
+cuts.py           whether parallel sizes fit a model, and which slices its modules get
+held.py           which modules of a directory do not hold the slices of other parallel sizes
+narrow.py         restricts the plan of a module to a range of rows
+shard.py          restricts a plan to one rank
+planned_model.py  the modules of a model whose sizes no table gives, from its plan
 """

@@ -161,7 +161,7 @@ def _uneven(model: Model, parallel: Parallel, tensor: int) -> list[tuple[str, in
     Each is given as its key in config.json, its value, and the number of ranks that have to divide it.
     """
     if model.discovery is not None:
-        return _uneven_sites(model.discovery, parallel, tensor)
+        return _uneven_sites(model, model.discovery, parallel, tensor)
     sizes, architecture, experts = model.sizes, model.architecture, model.architecture.experts
     shared = [] if parallel.attention_dp else [("num_attention_heads", model.heads, tensor)]
     if not parallel.attention_dp and not _shares_kv_heads(model, tensor):
@@ -177,12 +177,16 @@ def _uneven(model: Model, parallel: Parallel, tensor: int) -> list[tuple[str, in
     return [(key, count, ranks) for key, count, ranks in shared if count % ranks]
 
 
-def _uneven_sites(found: Discovery, parallel: Parallel, tensor: int) -> list[tuple[str, int, int]]:
+def _uneven_sites(model: Model, found: Discovery, parallel: Parallel, tensor: int) -> list[tuple[str, int, int]]:
     """Return the sizes of a model's modules that a tensor-parallel group of this size can't divide evenly.
 
-    Each is given as the last part of the module's name, its value, and the number of ranks that have to divide it.
+    Each is given as the last part of the module's name or as its key in config.json, its value, and the number of ranks
+    that have to divide it.
     """
     uneven: dict[tuple[str, int, int], None] = {}
+    if model.row is not None and not parallel.attention_dp:
+        divided = ((key, model.sizes[key], tensor) for key in model.row.divided)
+        uneven |= {size: None for size in divided if size[1] % tensor}
     if found.experts % parallel.expert:
         uneven["number of experts", found.experts, parallel.expert] = None
     for site in found.sites:

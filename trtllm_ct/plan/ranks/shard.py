@@ -30,6 +30,7 @@ from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.ops import Copy, Reinterpret
 from trtllm_ct.plan.plan import ModulePlan, Place, Share
 from trtllm_ct.plan.ranks.cuts import cut_of
+from trtllm_ct.plan.ranks.planned_model import model_of_plan
 from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, weight_rows, weight_rows_per_row
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def plan_for_rank(plan: Plan, model: Model, rank: Rank) -> Plan:
     """
     if plan.parallel != rank.parallel:
         raise AssertionError(f"the plan holds slices for {plan.parallel}, and not for {rank.parallel}")
-    return replace(plan, modules=tuple(_Shard(plan, model, rank).modules()))
+    return replace(plan, modules=tuple(_Shard(plan, model_of_plan(plan, model), rank).modules()))
 
 
 @dataclass(slots=True)

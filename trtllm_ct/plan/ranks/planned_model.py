@@ -1,0 +1,29 @@
+"""`model_of_plan`: the modules of a model whose sizes no table gives, from the plan of its checkpoint.
+
+The plan has them under the names that they are delivered under, and knows the shapes of their codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trtllm_ct.plan.stored import StoredModule
+
+if TYPE_CHECKING:
+    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.plan import Plan
+
+__all__ = ["model_of_plan"]
+
+
+def model_of_plan(plan: Plan, model: Model) -> Model:
+    """Return the model with the modules of a whole plan; unchanged if tables describe them or they are known.
+
+    `plan` must be the plan of all ranks: the plan of one rank lacks modules.
+    """
+    if model.row is None or model.discovery is not None:
+        return model
+    model = model.in_checkpoint({module.name: StoredModule(module.name, module.views) for module in plan.modules})
+    shapes = {module.name: module.weight.shape for module in plan.modules if module.weight is not None}
+    return model.with_shapes(shapes)
