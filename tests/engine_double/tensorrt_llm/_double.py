@@ -79,6 +79,8 @@ class Release:
     kv_scales_by_default: bool
     kv_scale_factor: float
     """K and V scales are multiplied by it while they are loaded."""
+    dense_in_proj: bool
+    """The rows of Qwen3-Next's in_proj are rearranged while they are loaded (PR #16314)."""
     gptq_method: bool = False
     quantize_activations: bool = False
     sm: int = 90
@@ -117,6 +119,7 @@ _OLD = Release(
     staged_post_load=False,
     kv_scales_by_default=False,
     kv_scale_factor=6.0,
+    dense_in_proj=False,
 )
 _MID = replace(
     _OLD,
@@ -156,6 +159,7 @@ _NEWEST = replace(
     dynamic_attention_output=True,
     newest_algos=True,
     dynamic_nvfp4=True,
+    dense_in_proj=True,
     model_kwargs=True,
     staged_post_load=True,
 )

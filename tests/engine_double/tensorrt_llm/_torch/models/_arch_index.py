@@ -37,6 +37,11 @@ ARCHITECTURES = {
     "Mistral3ForConditionalGeneration": Row("old", "modeling_wrappers", "Mistral3VLM"),
     "Qwen3VLForConditionalGeneration": Row("mid", "modeling_wrappers", "Qwen3VLModel"),
     "Qwen3VLMoeForConditionalGeneration": Row("mid", "modeling_wrappers", "Qwen3MoeVLModel"),
+    "Qwen3NextForCausalLM": Row("mid", "modeling_qwen3_next", "Qwen3NextForCausalLM"),
+    "Qwen3_5ForCausalLM": Row("newest", "modeling_qwen3_next", "Qwen3_5ForCausalLM"),
+    "Qwen3_5MoeForCausalLM": Row("newest", "modeling_qwen3_next", "Qwen3_5ForCausalLM"),
+    "Qwen3_5ForConditionalGeneration": Row("newest", "modeling_qwen3_next", "Qwen3_5VLModel"),
+    "Qwen3_5MoeForConditionalGeneration": Row("newest", "modeling_qwen3_next", "Qwen3_5VLModel"),
     "KimiK25ForConditionalGeneration": Row("newest", "modeling_wrappers", "KimiK25ForConditionalGeneration"),
 }
 """The classes that the double has. Stock has many more."""

@@ -25,7 +25,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from tensorrt_llm._torch.model_config import ModelConfig, PretrainedConfig
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "GatedMLP"]
 
 
 class Embedding(nn.Module):
@@ -52,10 +52,10 @@ class Embedding(nn.Module):
 class GatedMLP(nn.Module):
     """SwiGLU with one Linear for gate and up."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int | None = None) -> None:
         super().__init__()
         model = config.pretrained_config
-        inner, biased = model.intermediate_size, getattr(model, "mlp_bias", False)
+        inner, biased = inner or model.intermediate_size, getattr(model, "mlp_bias", False)
         self.gate_up_proj = decoder_linear(
             config,
             2 * inner,

@@ -7,6 +7,8 @@ from tensorrt_llm._torch.models.checkpoints.base_weight_mapper import BaseWeight
 from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
 from tensorrt_llm._torch.models.checkpoints.hf.qwen2_moe_weight_mapper import Qwen2MoeHfWeightMapper
+from tensorrt_llm._torch.models.checkpoints.hf.qwen3_5_weight_mapper import Qwen3_5MoeHfWeightMapper
+from tensorrt_llm._torch.models.checkpoints.hf.qwen3_next_weight_mapper import Qwen3NextHfWeightMapper
 from tensorrt_llm._torch.models.checkpoints.hf.weight_loader import HfWeightLoader
 from tensorrt_llm._torch.models.checkpoints.hf.weight_mapper import HfWeightMapper
 
@@ -20,4 +22,6 @@ __all__ = [
     "HfWeightLoader",
     "HfWeightMapper",
     "Qwen2MoeHfWeightMapper",
+    "Qwen3NextHfWeightMapper",
+    "Qwen3_5MoeHfWeightMapper",
 ]
