@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import FaultCollector, LoadError
@@ -39,11 +40,13 @@ _REMEDY = (
 logger = logging.getLogger("trtllm_ct")
 
 
-def check_model(model: Any, fused: Mapping[str, Sequence[str]], plan: Plan) -> None:
+def check_model(
+    model: Any, fused: Mapping[str, Sequence[str]], plan: Plan, inner: Sequence[tuple[str, str]] = ()
+) -> None:
     """Check a rank's plan against the model that the engine built for that rank.
 
     `fused` maps the last component of a fused Linear's name to the names of its parts, as the engine's weight mapper
-    has it; for instance `qkv_proj` to `q_proj`, `k_proj` and `v_proj`.
+    has it; for instance `qkv_proj` to `q_proj`, `k_proj` and `v_proj`. `inner` are the pairs of `ClassRow.inner`.
     Raises `LoadError` with a fault for every Linear whose mode differs from the plan, and for every quantized Linear
     that the model doesn't have. If the model class has its own loading loop, it may hold a missing Linear under another
     name; missing Linears are then only logged. `TRTLLM_CT_NO_MODEL_CHECK=1` turns all these errors into warnings.
@@ -54,7 +57,7 @@ def check_model(model: Any, fused: Mapping[str, Sequence[str]], plan: Plan) -> N
     for module in plan.modules:
         if module.class_name != "Linear" or not module.deliveries:
             continue
-        name = _engine_name(modules, module, fused_of)
+        name = _engine_name(modules, module, fused_of, inner)
         if name is None:
             _add_absent(module, absent)
         else:
@@ -69,16 +72,20 @@ def check_model(model: Any, fused: Mapping[str, Sequence[str]], plan: Plan) -> N
     _log(faults)
 
 
-def _engine_name(modules: Mapping[str, Any], module: ModulePlan, fused_of: Mapping[str, str]) -> str | None:
+def _engine_name(
+    modules: Mapping[str, Any], module: ModulePlan, fused_of: Mapping[str, str], inner: Sequence[tuple[str, str]]
+) -> str | None:
     """Return the name of the engine's module that loads a Linear; None if the model has no such module.
 
     This is the module's own name, that of the module of all experts for a routed expert, or that of the fused Linear
-    that it is a part of: by the engine's mapper or, for Linears that a model class joins itself, by the plan. A class
-    that wraps a text model has it as `llm`, whatever its prefix in the files is. Of experts that are wrapped
-    (ConfigurableMoE), the child `backend` has the weights.
+    that it is a part of: by the engine's mapper or, for Linears that a model class joins itself, by the plan. It may be
+    the one that `inner` gives it, too. A class that wraps a text model has it as `llm`, whatever its prefix in the files
+    is. Of experts that are wrapped (ConfigurableMoE), the child `backend` has the weights.
     """
-    prefix, _, leaf = module.name.rpartition(".")
-    unwrapped = (module.engine_name, f"{prefix}.{fused_of.get(leaf, leaf)}", module.fused_linear or module.name)
+    own = (module.name, *(re.sub(pattern, replacement, module.name) for pattern, replacement in inner))
+    parts = (name.rpartition(".") for name in own)
+    fused = (f"{prefix}.{fused_of.get(leaf, leaf)}" for prefix, _, leaf in parts)
+    unwrapped = (module.engine_name, *own[1:], *fused, module.fused_linear or module.name)
     in_text_model = (f"{_TEXT_MODEL}.{variant}" for name in unwrapped for variant in name_variants(name))
     built = next((name for name in (*unwrapped, *in_text_model) if name in modules), None)
     return f"{built}.{_WRAPPED}" if f"{built}.{_WRAPPED}" in modules else built
