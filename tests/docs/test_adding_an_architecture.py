@@ -1,4 +1,4 @@
-"""docs/adding-an-architecture.md, followed to the letter: a table alone makes an architecture known."""
+"""docs/adding-an-architecture.md, followed to the letter: a row or a table alone makes an architecture known."""
 
 from __future__ import annotations
 
@@ -31,6 +31,26 @@ config = tiny_config("Qwen3ForCausalLM", attention_bias=True)
 built = write_checkpoint(Path(sys.argv[1]), config=config, scheme="int4-g64")
 rewrite(Path(sys.argv[1]), renamed)
 rewrite_config(Path(sys.argv[1]), lambda config: config.update(architectures=["ToyForCausalLM"]))
+"""
+
+# A checkpoint of the page's class with a row: Qwen3 with a second part of each layer, and a router.
+WRITE_BOX = """
+import sys
+from pathlib import Path
+import torch
+from builders import rewrite, rewrite_config, tiny_config, write_checkpoint
+
+def with_mixers(stored):
+    for name in list(stored):
+        if ".self_attn.o_proj." in name:
+            for leaf in ("in_proj", "out_proj"):
+                stored[name.replace("self_attn.o_proj", f"mixer.{leaf}")] = stored[name].clone()
+    for layer in range(2):
+        stored[f"model.layers.{layer}.mlp.router.weight"] = torch.randn(4, 64).bfloat16()
+
+write_checkpoint(Path(sys.argv[1]), config=tiny_config("Qwen3ForCausalLM"), scheme="int4-g64")
+rewrite(Path(sys.argv[1]), with_mixers)
+rewrite_config(Path(sys.argv[1]), lambda config: config.update(architectures=["BoxForCausalLM"], model_type="box"))
 """
 
 
@@ -79,6 +99,51 @@ assert share.module(f"{{layer}}.feed_forward.up").share.begin == 64
 assert share.module(f"{{layer}}.feed_forward.down").share is None
 """
     run_in(changed, code, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["modelopt", "dense"])
+def test_a_checkpoint_of_a_class_with_a_row_is_converted_and_verified(
+    changed: Path, tmp_path: Path, target: str
+) -> None:
+    code = f"""{WRITE_BOX}
+from trtllm_ct import convert_checkpoint, inspect_checkpoint, verify_checkpoint
+
+source, out, target = sys.argv[1:]
+inspection = inspect_checkpoint(source, target, engine="stock-1.3")
+assert not inspection.problems, inspection.problems
+if target == "modelopt":
+    layer, quantized = "model.layers.0", inspection.plan.quant_config
+    assert inspection.plan.module(f"{{layer}}.mixer.in_proj").layer is None
+    assert inspection.plan.module(f"{{layer}}.mixer.out_proj").layer is not None
+    assert {{f"{{layer}}.mixer.in_proj", f"{{layer}}.mlp.router"}} <= {{*quantized.exclude_modules}}
+convert_checkpoint(source, out, to=target)
+verified = verify_checkpoint(source, out)
+assert verified.good, verified.faults
+"""
+    run_in(changed, code, tmp_path / "in", tmp_path / "out", target)
+
+
+def test_the_row_fuses_and_cuts_modules_and_gives_them_names(changed: Path, tmp_path: Path) -> None:
+    code = f"""{WRITE_BOX}
+from trtllm_ct import open_checkpoint
+from trtllm_ct.engine.parallel import Parallel, Rank
+from trtllm_ct.plan.engine_names import EngineNames
+from trtllm_ct.engine.target import target_named
+from trtllm_ct.plan.ranks.shard import plan_for_rank
+
+checkpoint = open_checkpoint(sys.argv[1])
+parallel = Parallel(tensor=2)
+plan = checkpoint.plan("tensorrt_llm", parallel=parallel)
+layer = "model.layers.0"
+assert plan.module(f"{{layer}}.mlp.up_proj").fused_linear == f"{{layer}}.mlp.gate_up_proj"
+share = plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel, tensor=1))
+assert share.module(f"{{layer}}.mlp.up_proj").share.begin == 64
+assert share.module(f"{{layer}}.mixer.in_proj").share.begin == 32
+assert share.module(f"{{layer}}.mixer.out_proj").share is None
+names = EngineNames.of(checkpoint.model, ("model.", "lm_head"), target_named("modelopt", "stock-1.3"))
+assert names.of_module(f"{{layer}}.mlp.up_proj") == (f"{{layer}}.mlp.up_proj", f"{{layer}}.feed_forward.up_proj")
+"""
+    run_in(changed, code, tmp_path / "in")
 
 
 def test_a_checkpoint_that_lacks_one_of_its_modules_is_refused(changed: Path, tmp_path: Path) -> None:
