@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from math import sqrt
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,11 +117,14 @@ def write_class(
     scheme: str = "fp8-channel-token",
     *,
     dense: tuple[str, ...] = (),
+    others: Mapping[str, str] = MappingProxyType({}),
     kv: bool = False,
     edit: Any = None,
     **sizes: Any,
 ) -> Built:
     """Write a random checkpoint of a class, whose Linears are stored by `scheme`, those that end with `dense` plain.
+
+    `others` are the schemes of Linears with other ones, by the last part of their names.
 
     The text model of a wrapper is under `model.language_model.`, beside a plain vision tower. `dense` of the result has
     the exact values under the names of a text-only model. `kv` adds scales of the KV cache.
@@ -130,11 +134,14 @@ def write_class(
     exact: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
     plain = ["lm_head"]
+    targets: dict[str, list[str]] = {}
     for tensor, shape in text_tensors(config):
         module = tensor.removesuffix(".weight")
         place = _place(name, module)
         if quantizable(tensor, shape) and scheme != DENSE and not module.endswith(dense or ("-",)):
-            tensors, exact[tensor] = writer.store(SCHEMES[scheme], (shape[0], shape[1]))
+            other = others.get(module.rpartition(".")[2], scheme)
+            targets.setdefault(other, []).append(place)
+            tensors, exact[tensor] = writer.store(SCHEMES[other], (shape[0], shape[1]))
             stored |= {f"{place}.{local}": value for local, value in tensors.items()}
             continue
         plain += [place] if len(shape) == 2 and module != tensor else []
@@ -149,8 +156,11 @@ def write_class(
         scales = [f"model.layers.{layer}.self_attn.{local}_scale" for layer in layers for local in "kv"]
         stored |= {_place(name, scale): writer.scales(1, size=0.02) for scale in scales}
     if scheme != DENSE:
-        group = SCHEMES[scheme].group
-        config["quantization_config"] = quantization_block({"group_0": group}, plain, group["format"], kv)
+        groups = {
+            f"group_{at}": SCHEMES[used].group | ({"targets": names} if others else {})
+            for at, (used, names) in enumerate(targets.items())
+        }
+        config["quantization_config"] = quantization_block(groups, plain, SCHEMES[scheme].format, kv)
     if edit is not None:
         edit(stored)
     directory.mkdir(parents=True, exist_ok=True)

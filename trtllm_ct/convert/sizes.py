@@ -179,15 +179,15 @@ def _model_of(directory: Path, quant_config: QuantConfig) -> Model:
         return model
     stored = stored_modules(Catalog.from_directory(directory), lambda _: None, FaultCollector())
     shapes = {name: _codes_shape(module, quant_config.layer_config(name)) for name, module in stored.items()}
-    return model.in_checkpoint(stored).with_shapes(shapes)
+    return model.in_checkpoint(stored, {name: shape for name, shape in shapes.items() if shape is not None})
 
 
-def _codes_shape(module: StoredModule, layer: LayerQuantConfig | None) -> tuple[int, ...]:
-    """Return the shape of the weight of a converted module; () if it has no codes of a known mode."""
+def _codes_shape(module: StoredModule, layer: LayerQuantConfig | None) -> tuple[int, int] | None:
+    """Return the shape of the weight of a converted module; None if it has no codes of a known mode."""
     weight = module.specs.get("weight")
     mode = None if layer is None else MODES_BY_ALGO.get(layer.quant_algo)
     if weight is None or mode is None or len(weight.shape) != 2:
-        return ()
+        return None
     rows, columns = weight.shape
     return (rows, columns) if mode.packing is None else mode.packing.unpacked_shape((rows, columns))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.parallel import Cut
@@ -34,6 +35,7 @@ _PROJECTIONS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, 
 _DOWN = 2
 _MATRIX = 2
 _ROWS = PACKED_CODES | {"weight"}
+_NO_SHAPES: Mapping[str, tuple[int, int]] = MappingProxyType({})
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
@@ -68,17 +70,24 @@ class Discovery:
 
 
 def discover(
-    stored: Mapping[str, StoredModule], row: ClassRow, *, layers: int = 0, head_dim: int = 0, kv_heads: int = 0
+    stored: Mapping[str, StoredModule],
+    row: ClassRow,
+    *,
+    layers: int = 0,
+    head_dim: int = 0,
+    kv_heads: int = 0,
+    shapes: Mapping[str, tuple[int, int]] = _NO_SHAPES,
 ) -> Discovery:
     """Return the modules of a checkpoint that have a matrix, as the class of a row reads them.
 
     `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one,
-    or under a name of their own (`is_draft`), draft tokens, and are left out.
+    or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are shapes of weights that are
+    known although the headers of their codes don't show them.
     """
     body, head = place = _place_of(stored)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
-    rules = _Rules(row, body, stored, head_dim, kv_heads)
+    rules = _Rules(row, body, stored, shapes, head_dim, kv_heads)
     sites = []
     for name, module in stored.items():
         layer = _LAYER.fullmatch(name)
@@ -93,22 +102,28 @@ class _Rules:
     """Applies the row of a class to the modules of one checkpoint."""
 
     def __init__(
-        self, row: ClassRow, body: str, stored: Mapping[str, StoredModule], head_dim: int, kv_heads: int
+        self,
+        row: ClassRow,
+        body: str,
+        stored: Mapping[str, StoredModule],
+        shapes: Mapping[str, tuple[int, int]],
+        head_dim: int,
+        kv_heads: int,
     ) -> None:
         self._row = row
         self._body = body
         self._stored = stored
+        self._shapes = shapes
         self._head_dim = head_dim
         self._kv_heads = kv_heads
         self._fused = {part: fused for fused, parts in row.fused.items() for part in parts}
 
     def head(self, module: StoredModule) -> Site:
         """Return the site of the head of the text model."""
-        shape = _plain_shape(module)
         return Site(
             module=module.name,
             class_name="Linear",
-            shape=shape,
+            shape=self._shape(module),
             head=True,
             locals=_locals(module),
             cut=Cut.VOCABULARY,
@@ -127,7 +142,7 @@ class _Rules:
         return Site(
             module=module.name,
             class_name="Embedding" if table else "Linear",
-            shape=_plain_shape(module),
+            shape=self._shape(module),
             mode_group=group,
             fused=group is not None,
             shares=group,
@@ -146,7 +161,7 @@ class _Rules:
         return Site(
             module=name,
             class_name="Linear",
-            shape=_plain_shape(module),
+            shape=self._shape(module),
             mode_group=experts,
             shares=None if projection == _DOWN else f"{prefix}gate_up",
             expert=True,
@@ -155,6 +170,12 @@ class _Rules:
             cut=Cut.ROW if projection == _DOWN else Cut.COLUMN,
             limit=self._limit(name),
         )
+
+    def _shape(self, module: StoredModule) -> tuple[int, ...]:
+        """Return the shape of a weight; () for codes, whose format tells the shape, unless it is known."""
+        if module.name in self._shapes:
+            return self._shapes[module.name]
+        return () if module.is_quantized else module.specs["weight"].shape
 
     def _in_layer(self, name: str) -> bool:
         """Whether a module is in a layer of the text model; classes build all others but the head plain."""
@@ -174,7 +195,8 @@ class _Rules:
 
         A norm of single heads has the size of one. Otherwise config.json gives the size.
         """
-        rows = next((spec.shape[0] for local, spec in module.specs.items() if local in _ROWS and spec.shape), 0)
+        stored = next((spec.shape for local, spec in module.specs.items() if local in _ROWS and spec.shape), (0,))
+        rows = self._shapes.get(module.name, stored)[0]
         norm = self._stored.get(f"{parent}.k_norm")
         size = norm.specs["weight"].numel if norm is not None and "weight" in norm.specs else 0
         head_dim = size if 0 < size < rows else self._head_dim
@@ -211,11 +233,6 @@ def _has_matrix(module: StoredModule) -> bool:
         return True
     weight = module.specs.get("weight")
     return weight is not None and len(weight.shape) == _MATRIX
-
-
-def _plain_shape(module: StoredModule) -> tuple[int, ...]:
-    """Return the shape of a plain weight; () for codes, whose format tells the shape."""
-    return () if module.is_quantized else module.specs["weight"].shape
 
 
 def _locals(module: StoredModule) -> tuple[str, ...]:

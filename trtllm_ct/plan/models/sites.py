@@ -156,25 +156,27 @@ class Model:
         faults.raise_if_any(ConfigError)
         return model
 
-    def in_checkpoint(self, stored: Mapping[str, StoredModule]) -> Model:
-        """Return the model with the modules that a checkpoint stores; unchanged if tables describe them."""
+    def in_checkpoint(
+        self, stored: Mapping[str, StoredModule], shapes: Mapping[str, tuple[int, int]] | None = None
+    ) -> Model:
+        """Return the model with the modules that a checkpoint stores; unchanged if tables describe them.
+
+        `shapes` are the shapes of weights that are known although the headers of their codes don't show them.
+        """
         if self.row is None:
             return self
         sizes = self.sizes
-        found = discover(stored, self.row, layers=sizes["layers"], head_dim=sizes["head_dim"], kv_heads=self.kv_heads)
+        found = discover(
+            stored,
+            self.row,
+            layers=sizes["layers"],
+            head_dim=sizes["head_dim"],
+            kv_heads=self.kv_heads,
+            shapes=shapes or {},
+        )
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}
         )
-
-    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Model:
-        """Return the model with the shapes of codes, by module, that only their format tells."""
-        if self.discovery is None:
-            return self
-        sites = tuple(
-            site if site.shape or site.module not in shapes else site._replace(shape=shapes[site.module])
-            for site in self.discovery.sites
-        )
-        return replace(self, discovery=replace(self.discovery, sites=sites))
 
     @property
     def has_row(self) -> bool:

@@ -24,6 +24,6 @@ def model_of_plan(plan: Plan, model: Model) -> Model:
     """
     if model.row is None or model.discovery is not None:
         return model
-    model = model.in_checkpoint({module.name: StoredModule(module.name, module.views) for module in plan.modules})
+    stored = {module.name: StoredModule(module.name, module.views) for module in plan.modules}
     shapes = {module.name: module.weight.shape for module in plan.modules if module.weight is not None}
-    return model.with_shapes(shapes)
+    return model.in_checkpoint(stored, shapes)
