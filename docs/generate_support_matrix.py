@@ -425,7 +425,7 @@ def architectures() -> str:
     missing = ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in MODEL_CLASSES)
     by_row = ", ".join(f"`{name}`" for name in CLASS_ROWS)
     return (
-        f"Target `dense` takes every architecture: modules that no table lists are found in the headers of the files.\n\n"
+        "Target `dense` takes every architecture: modules that no table lists are found in the headers of the files.\n\n"
         f"Architectures with tables: {names}.\n\n"
         f"Architectures with a row about the engine's class: {by_row}.\n\n"
         f"No release of TensorRT-LLM has a model class for {missing}: convert them with `--to dense`.\n\n"
@@ -538,13 +538,13 @@ The engine has its own model class for each architecture and for each model that
 {model_class_table()}
 ### Classes with a row
 
-Of these models no table lists the modules; `trtllm_ct/plan/models/class_rows.py` has one row about each class, with its \
-source.
+Of these models no table lists the modules; `trtllm_ct/plan/models/class_rows.py` has one row about each class, with \
+its source.
 Other architectures without tables are converted with `--to dense` only.
 A limit names the Linears whose rows the class rearranges while it loads them, or that it builds plain, and the modes \
 that every release reads; in any other mode they are dequantized.
-Tests load conversions to `modelopt`, and checkpoints through the plug-in, on a stand-in for the engine and compare the \
-slices of every rank; logits come from the reference engine.
+Tests load conversions to `modelopt`, and checkpoints through the plug-in, on a stand-in for the engine and compare \
+the slices of every rank; logits come from the reference engine.
 
 {class_row_table()}"""
 

@@ -95,11 +95,15 @@ def text_tensors(config: Mapping[str, Any]) -> Iterator[Spec]:
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield from _attention(text, f"{prefix}.self_attn") if kind == "full_attention" else _linear_attention(
-            text, f"{prefix}.linear_attn"
+        yield from (
+            _attention(text, f"{prefix}.self_attn")
+            if kind == "full_attention"
+            else _linear_attention(text, f"{prefix}.linear_attn")
         )
-        yield from _experts(text, f"{prefix}.mlp") if "num_experts" in text else _mlp(
-            f"{prefix}.mlp", hidden, text["intermediate_size"]
+        yield from (
+            _experts(text, f"{prefix}.mlp")
+            if "num_experts" in text
+            else _mlp(f"{prefix}.mlp", hidden, text["intermediate_size"])
         )
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (text["vocab_size"], hidden)

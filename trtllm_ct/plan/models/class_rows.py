@@ -94,8 +94,8 @@ _ROWS_OF_ITS_OWN = frozenset(
 
 # TensorRT-LLM `_torch/models/modeling_qwen3_next.py` (00022b04), `_torch/modules/mamba/gdn_mixer.py` (0d4bd901) and
 # `checkpoints/hf/qwen3_next_weight_mapper.py` (ff5ca335 for 1.2, 32e0e21a for 1.3), `qwen2_moe_weight_mapper.py`
-# (00be09f7). `linear_attn.conv1d` is a Linear there; writers store it as a plain convolution, and it is excluded by name
-# as any plain module is.
+# (00be09f7). `linear_attn.conv1d` is a Linear there; writers store it as a plain convolution, and it is excluded by
+# name as any plain module is.
 _QWEN3_NEXT = ClassRow(
     cuts={
         **_CUTS,

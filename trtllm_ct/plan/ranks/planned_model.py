@@ -5,7 +5,6 @@ The plan has them under the names that they are delivered under, and knows the s
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.stored import StoredModule

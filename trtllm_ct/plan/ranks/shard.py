@@ -30,8 +30,8 @@ from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.ops import Copy, Reinterpret
 from trtllm_ct.plan.plan import ModulePlan, Place, Share
 from trtllm_ct.plan.ranks.cuts import cut_of
-from trtllm_ct.plan.ranks.planned_model import model_of_plan
 from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, weight_rows, weight_rows_per_row
+from trtllm_ct.plan.ranks.planned_model import model_of_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

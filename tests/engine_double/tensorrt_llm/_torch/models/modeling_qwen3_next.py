@@ -1,4 +1,4 @@
-"""Imitates `_torch/models/modeling_qwen3_next.py`, `modeling_qwen3_5.py` and `modules/mamba/gdn_mixer.py`: loading only.
+"""Imitates loading in `_torch/models/modeling_qwen3_next.py`, `modeling_qwen3_5.py`, `modules/mamba/gdn_mixer.py`.
 
 Layers have attention with a gate, or linear attention. `linear_attn.conv1d` is a Linear with the global quantization,
 which its plain weight must be excluded from. `forward` leaves linear attention out, so its logits mean nothing.
@@ -19,7 +19,6 @@ from tensorrt_llm._torch.modules.attention import Attention, RMSNorm, decoder_li
 from tensorrt_llm._torch.modules.fused_moe.interface import create_moe
 from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode, WeightMode, WeightsLoadingConfig
 from tensorrt_llm._torch.modules.linear_methods import frozen
-from tensorrt_llm.models.modeling_utils import QuantConfig
 from torch import nn
 
 if TYPE_CHECKING:
@@ -61,7 +60,8 @@ class Qwen3NextGatedDeltaNet(nn.Module):
         model, ranks = config.pretrained_config, config.mapping.tp_size
         keys = model.linear_num_key_heads * model.linear_key_head_dim
         values = model.linear_num_value_heads * model.linear_value_head_dim
-        assert model.linear_num_key_heads % ranks == 0 and model.linear_num_value_heads % ranks == 0
+        assert model.linear_num_key_heads % ranks == 0
+        assert model.linear_num_value_heads % ranks == 0
         column, hidden = TensorParallelMode.COLUMN, model.hidden_size
         self.conv1d = decoder_linear(config, 2 * keys + values, model.linear_conv_kernel_dim, column)
         self.in_proj_qkvz = decoder_linear(config, 2 * keys + 2 * values, hidden, column)

@@ -66,7 +66,8 @@ class Qwen3_5MoeHfWeightMapper(Qwen3NextHfWeightMapper):  # noqa: N801 (upstream
         split: Any = parts
         if packed == "in_proj_qkvz":
             joint, z = parts
-            assert joint.shape[0] == heads * (2 * keys + values) and z.shape[0] == heads * values
+            assert joint.shape[0] == heads * (2 * keys + values)
+            assert z.shape[0] == heads * values
             split = (*joint.split([heads * keys, heads * keys, heads * values]), z)
         else:
             assert all(part.shape[0] == self._config.pretrained_config.linear_num_value_heads for part in parts)

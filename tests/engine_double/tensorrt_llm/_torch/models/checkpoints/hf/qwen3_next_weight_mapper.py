@@ -66,7 +66,8 @@ class Qwen3NextHfWeightMapper(Qwen2MoeHfWeightMapper):
         heads, keys, values = self._sizes()
         tensor = tensor.squeeze(1) if "weight" in key else tensor
         parts = tensor.split([heads * keys, heads * keys, heads * values], dim=0)
-        return torch.cat([each for rank in zip(*(part.chunk(self._tp_size) for part in parts)) for each in rank])
+        of_ranks = zip(*(part.chunk(self._tp_size) for part in parts), strict=True)
+        return torch.cat([part for parts_of_rank in of_ranks for part in parts_of_rank])
 
     def _permute_in_proj_to_dense(self, key: str, tensor: Tensor) -> Tensor:
         heads, keys, values = self._sizes()
