@@ -425,7 +425,8 @@ def architectures() -> str:
     missing = ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in MODEL_CLASSES)
     by_row = ", ".join(f"`{name}`" for name in CLASS_ROWS)
     return (
-        "Target `dense` takes every architecture: modules that no table lists are found in the headers of the files.\n\n"
+        "Target `dense` takes every architecture: modules that no table lists are found in the headers of the files."
+        "\n\n"
         f"Architectures with tables: {names}.\n\n"
         f"Architectures with a row about the engine's class: {by_row}.\n\n"
         f"No release of TensorRT-LLM has a model class for {missing}: convert them with `--to dense`.\n\n"
