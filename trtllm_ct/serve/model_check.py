@@ -79,8 +79,8 @@ def _engine_name(
 
     This is the module's own name, that of the module of all experts for a routed expert, or that of the fused Linear
     that it is a part of: by the engine's mapper or, for Linears that a model class joins itself, by the plan. It may be
-    the one that `inner` gives it, too. A class that wraps a text model has it as `llm`, whatever its prefix in the files
-    is. Of experts that are wrapped (ConfigurableMoE), the child `backend` has the weights.
+    the one that `inner` gives it, too. A class that wraps a text model has it as `llm`, whatever its prefix in the
+    files is. Of experts that are wrapped (ConfigurableMoE), the child `backend` has the weights.
     """
     own = (module.name, *(re.sub(pattern, replacement, module.name) for pattern, replacement in inner))
     parts = (name.rpartition(".") for name in own)
