@@ -13,7 +13,8 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
-from trtllm_ct.plan.models.class_rows import CLASS_ROWS, DEFAULT_ROW, ClassRow
+from trtllm_ct.plan.models.class_row import DEFAULT_ROW, ClassRow
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS
 from trtllm_ct.plan.models.discovery import Discovery, discover
 from trtllm_ct.plan.models.expert_spellings import (
     NUMBERED,
@@ -152,7 +153,7 @@ class Model:
             layers=sizes["layers"],
             sizes=sizes,
             vocabulary=sizes["vocabulary"],
-            tied=None if stated is None else bool(stated),
+            tied=(row.tied or None) if stated is None else bool(stated),
             biases=frozenset(),
             dense_layers=frozenset(),
             multimodal=nested is not None,
@@ -206,6 +207,11 @@ class Model:
         return self.row is not DEFAULT_ROW
 
     @property
+    def one_mode(self) -> bool:
+        """Whether the engine's class refuses a quantization with entries for single modules."""
+        return self.architecture.one_mode if self.row is None else self.row.one_mode
+
+    @property
     def heads(self) -> int:
         """The number of attention heads."""
         return self.sizes["heads"] // self.sizes["head_dim"]
@@ -219,7 +225,9 @@ class Model:
         """Return the full names of the attention modules of all layers that have K and V projections."""
         if self.discovery is not None:
             names = {site.module for site in self.discovery.at(place)}
-            values = sorted(name.removesuffix(".v_proj") for name in names if name.endswith(".self_attn.v_proj"))
+            # Nemotron-H calls attention as it calls the other parts that mix tokens.
+            ends = (".self_attn.v_proj", ".mixer.v_proj")
+            values = sorted(name.removesuffix(".v_proj") for name in names if name.endswith(ends))
             return (name for name in values if f"{name}.k_proj" in names)
         return (f"{place[0]}layers.{layer}.self_attn" for layer in range(self.layers))
 

@@ -6,6 +6,11 @@ from tensorrt_llm._torch.models.checkpoints.base_weight_loader import BaseWeight
 from tensorrt_llm._torch.models.checkpoints.base_weight_mapper import BaseWeightMapper
 from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
 from tensorrt_llm._torch.models.checkpoints.hf.config_loader import HfConfigLoader
+from tensorrt_llm._torch.models.checkpoints.hf.decoder_weight_mappers import (
+    AfmoeHfWeightMapper,
+    LagunaHfWeightMapper,
+    NemotronHHfWeightMapper,
+)
 from tensorrt_llm._torch.models.checkpoints.hf.qwen2_moe_weight_mapper import Qwen2MoeHfWeightMapper
 from tensorrt_llm._torch.models.checkpoints.hf.qwen3_5_weight_mapper import Qwen3_5MoeHfWeightMapper
 from tensorrt_llm._torch.models.checkpoints.hf.qwen3_next_weight_mapper import Qwen3NextHfWeightMapper
@@ -13,6 +18,7 @@ from tensorrt_llm._torch.models.checkpoints.hf.weight_loader import HfWeightLoad
 from tensorrt_llm._torch.models.checkpoints.hf.weight_mapper import HfWeightMapper
 
 __all__ = [
+    "AfmoeHfWeightMapper",
     "BaseCheckpointLoader",
     "BaseConfigLoader",
     "BaseWeightLoader",
@@ -21,6 +27,8 @@ __all__ = [
     "HfConfigLoader",
     "HfWeightLoader",
     "HfWeightMapper",
+    "LagunaHfWeightMapper",
+    "NemotronHHfWeightMapper",
     "Qwen2MoeHfWeightMapper",
     "Qwen3NextHfWeightMapper",
     "Qwen3_5MoeHfWeightMapper",
