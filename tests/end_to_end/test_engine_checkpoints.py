@@ -11,8 +11,10 @@ from engine_files import EngineFiles
 from engine_logits import engine_logits
 from safetensors.torch import load_file
 
+from trtllm_ct.base.errors import PlanError
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.pipeline.open import plan_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,3 +106,22 @@ def test_rounded_zeros_move_the_logits_little(shared: Path, tmp_path: Path) -> N
     logits = engine_logits(EngineFiles(tmp_path / "out"), prompt)[-8:]
 
     assert float((logits - want).abs().max() / want.std()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("fp8-block", "--to modelopt: it serves"),
+        ("mixed-fp8-w4", "--to modelopt: it serves"),
+        ("mxfp4a16", "--to dense"),
+        ("qwen3moe-nvfp4", "--to modelopt"),
+        ("w4a16-actorder-group", "--to dense"),
+        ("w8a16-group", "--to dense"),
+    ],
+)
+def test_the_others_are_refused_with_the_target_that_serves_them(name: str, instead: str, shared: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan_checkpoint(shared / "checkpoints" / name, "engine")
+
+    (fault,) = caught.value.faults
+    assert instead in fault.remedy
