@@ -230,7 +230,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "where", "expected"),
         [
-            ({"to": "reference"}, "--to", "modelopt or dense"),
+            ({"to": "reference"}, "--to", "modelopt or dense or engine"),
             ({"dtype": "int8"}, "--dtype", "auto or bfloat16 or float16 or float32"),
             ({"device": "abacus"}, "--device", "cpu, or cuda"),
             ({"max_shard_bytes": 0}, "--max-shard-size", "at least one byte"),

@@ -13,6 +13,7 @@ import json
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["PlannedFile", "Shard", "StackPart", "WritePlan", "encode_header", "plan_shards"]
+__all__ = ["PlannedFile", "Segment", "Shard", "StackPart", "WritePlan", "encode_header", "plan_shards", "rank_shards"]
 
 _PAYLOAD_ALIGNMENT = 64
 """The payload begins at a multiple of this, so that even wide vector loads from a memory map are aligned."""
@@ -59,21 +60,27 @@ class StackPart:
 
     An entry has `lines` lines: its columns if matrices are `transposed` into it, its rows otherwise. Row i is line
     `line` + `step` * i. All lines of an entry belong to tensors that one writer writes.
+    With `flat` the tensor has a single entry, and no axis for it.
     """
 
     stack: str
-    entry: int
-    entries: int
+    entry: int = 0
+    entries: int = 1
     line: int
     lines: int
     step: int = 1
     transposed: bool = True
+    flat: bool = False
 
     def stack_spec(self, spec: TensorSpec) -> TensorSpec:
         """Return dtype and shape of the stacked tensor, given those of one that it is made from."""
         inner = spec.shape[1:]
         entry = (*inner, self.lines) if self.transposed else (self.lines, *inner)
-        return TensorSpec(spec.dtype, (self.entries, *entry))
+        return TensorSpec(spec.dtype, entry if self.flat else (self.entries, *entry))
+
+    def begin(self, spec: TensorSpec) -> int:
+        """Return the first byte of the entry in the stacked tensor."""
+        return self.entry * self.lines * prod(spec.shape[1:]) * spec.dtype.itemsize
 
     def lines_of(self, first: int, count: int) -> slice:
         """Return the lines of `count` rows from row `first` on."""
@@ -82,25 +89,52 @@ class StackPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """The place of a tensor whose elements are consecutive elements of the tensor `stack`, in the same order.
+
+    `shape` is the shape of `stack`, and `first` the first of the elements in it.
+    """
+
+    stack: str
+    shape: tuple[int, ...]
+    first: int = 0
+
+    def stack_spec(self, spec: TensorSpec) -> TensorSpec:
+        """Return dtype and shape of the tensor in the file, given those of the part."""
+        return TensorSpec(spec.dtype, self.shape)
+
+    def begin(self, spec: TensorSpec) -> int:
+        """Return the first byte of the part in the tensor."""
+        return self.first * spec.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WritePlan:
     """The files of an output and the place of each tensor in them.
 
     `places` are those of the tensors that are given to a writer, in the order in which they were planned; a matrix in
-    `stacks` begins where its entry of the stacked tensor begins. `tensors` are those that the files hold.
+    `stacks` begins where its entry of the stacked tensor begins. `tensors` are those that the files hold. With `ranks`
+    there is one file for each rank of an engine, and no index.
     """
 
     files: tuple[PlannedFile, ...]
     places: Mapping[str, StoredTensor]
     tensors: Mapping[str, StoredTensor]
     stacks: Mapping[str, StackPart]
+    ranks: bool = False
 
     @classmethod
     def of(
-        cls, specs: Mapping[str, TensorSpec], max_shard_bytes: int, stacks: Mapping[str, StackPart] | None = None
+        cls,
+        specs: Mapping[str, TensorSpec],
+        max_shard_bytes: int,
+        stacks: Mapping[str, StackPart | Segment] | None = None,
+        *,
+        ranks: bool = False,
     ) -> Self:
-        """Plan the files for tensors in the given order; see `plan_shards` and `encode_header`.
+        """Plan the files for tensors in the given order; see `plan_shards`, `rank_shards` and `encode_header`.
 
-        `stacks` says which of them are written into stacked tensors.
+        `stacks` says which of them are written into larger tensors.
         """
         stacks = stacks or {}
         in_files = {
@@ -110,11 +144,12 @@ class WritePlan:
             for name, spec in specs.items()
         }
         files, tensors = [], {}
-        for shard in plan_shards(in_files, max_shard_bytes):
+        for shard in rank_shards(in_files) if ranks else plan_shards(in_files, max_shard_bytes):
             header, begins = encode_header(shard.specs)
             files.append(PlannedFile(name=shard.file, header=header, nbytes=len(header) + shard.nbytes))
+            folder = f"{shard.file.removesuffix('.safetensors')}/" if ranks else ""
             for name, spec in shard.specs.items():
-                tensors[name] = StoredTensor(name=name, spec=spec, file=shard.file, offset=begins[name])
+                tensors[folder + name] = StoredTensor(name=name, spec=spec, file=shard.file, offset=begins[name])
         places = tensors
         if stacks:
             places = {
@@ -127,7 +162,8 @@ class WritePlan:
             files=tuple(files),
             places=MappingProxyType(places),
             tensors=MappingProxyType(tensors),
-            stacks=MappingProxyType(dict(stacks)),
+            stacks=MappingProxyType({name: part for name, part in stacks.items() if isinstance(part, StackPart)}),
+            ranks=ranks,
         )
 
     @property
@@ -143,8 +179,8 @@ class WritePlan:
 
     @property
     def index(self) -> str | None:
-        """The text of the index; None for a single file, which needs no index."""
-        if len(self.files) == 1:
+        """The text of the index; None for a single file and for files of ranks, which need no index."""
+        if len(self.files) == 1 or self.ranks:
             return None
         index = {
             "metadata": {"total_size": self.payload_bytes},
@@ -160,10 +196,18 @@ class WritePlan:
         return sha256.digest()
 
 
-def _place_in(stack: StoredTensor, part: StackPart, name: str, spec: TensorSpec) -> StoredTensor:
-    """Return the place of a matrix: where its entry of the stacked tensor begins."""
-    offset = stack.offset + part.entry * (stack.spec.nbytes // part.entries)
-    return StoredTensor(name=name, spec=spec, file=stack.file, offset=offset)
+def _place_in(stack: StoredTensor, part: StackPart | Segment, name: str, spec: TensorSpec) -> StoredTensor:
+    """Return the place of a part: where it, or its entry of the stacked tensor, begins."""
+    return StoredTensor(name=name, spec=spec, file=stack.file, offset=stack.offset + part.begin(spec))
+
+
+def rank_shards(specs: Mapping[str, TensorSpec]) -> tuple[Shard, ...]:
+    """Distribute tensors over the files of ranks: `rank0/NAME` is the tensor NAME of rank0.safetensors."""
+    shards: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in specs.items():
+        rank, _, tensor = name.partition("/")
+        shards.setdefault(rank, {})[tensor] = spec
+    return tuple(Shard(file=f"{rank}.safetensors", specs=tensors) for rank, tensors in shards.items())
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[Shard, ...]:

@@ -174,7 +174,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint to a ModelOpt directory for stock TensorRT-LLM, or to plain weights."""
+    """Convert a checkpoint to a ModelOpt directory, to plain weights, or to the files that trtllm-build reads."""
     from trtllm_ct.convert.convert import convert_checkpoint
 
     max_shard_bytes = parse_size(max_shard_size)

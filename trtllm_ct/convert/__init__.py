@@ -1,4 +1,4 @@
-"""Convert a directory with a compressed-tensors checkpoint into a directory with a ModelOpt or plain checkpoint.
+"""Convert a directory with a compressed-tensors checkpoint into a ModelOpt, plain or engine-build directory.
 
 convert.py       convert_checkpoint and its report
 hf_directory.py  writes the files of the output directory

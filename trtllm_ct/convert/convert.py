@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: convert a compressed-tensors directory into a ModelOpt or plain directory.
+"""`convert_checkpoint`: convert a compressed-tensors directory into that of another format.
 
 The output directory appears only when the conversion is complete.
 """
@@ -152,13 +152,14 @@ def convert_checkpoint(
     workers: int | None = None,
     on_start: Started | None = None,
 ) -> ConversionReport | None:
-    """Convert a checkpoint directory for the target `to`, which is `modelopt` or `dense`.
+    """Convert a checkpoint directory for the target `to`, which is `modelopt`, `dense` or `engine`.
 
     `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for, and `sm` the SM of
     its GPUs; without it, the directory is made for what all of them have in common. `parallel` gives the parallel sizes
     that the engine will run with: a module is dequantized when its mode can't represent the slices that the ranks get.
-    The output directory itself is not split by rank. `dtype` is the dtype of dequantized modules; `auto` is the dtype
-    of the model. With `float16` all plain tensors are cast as well, and a value that overflows is an error.
+    The output directory itself is not split by rank, except that of `engine`, which has a file for each rank.
+    `dtype` is the dtype of dequantized modules; `auto` is the dtype of the model. With `float16`, and for `engine`, all
+    plain tensors are cast as well, and a value that overflows is an error.
     `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed
     scale, see `make_plan`.
 

@@ -1,7 +1,8 @@
-"""Write the delivered tensors of a plan as a Hugging Face directory.
+"""Write the delivered tensors of a plan as a directory.
 
-The directory is for stock TensorRT-LLM (target `modelopt`) or for any reader (target `dense`). The two targets differ
-in what their plans deliver, and in `hf_quant_config.json`, from which TensorRT-LLM reads the modes.
+It is a Hugging Face directory for stock TensorRT-LLM (target `modelopt`) or for any reader (target `dense`), or an
+engine-build checkpoint (target `engine`). The targets differ in what their plans deliver, and in the files from which
+TensorRT-LLM reads the modes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
     out, write_plan = conversion.job.files, conversion.write_plan
     with Journal(out / JOURNAL, conversion.digest) as journal:
         clear(out, keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
-        carried = copy_side_files(conversion.checkpoint.directory, out)
+        # An engine-build checkpoint consists of config.json and the files of the ranks.
+        by_rank = conversion.plan.build_config is not None
+        carried = () if by_rank else copy_side_files(conversion.checkpoint.directory, out)
         write_configuration(conversion.checkpoint, conversion.plan, out)
         create_files(out, write_plan)
         resumed = run_units(conversion, pool, journal, progress)
@@ -70,7 +73,13 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
 
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
-    """Write config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes."""
+    """Write config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes.
+
+    The config.json of an engine-build checkpoint is a part of its plan.
+    """
+    if plan.build_config is not None:
+        _write_json(out / "config.json", dict(plan.build_config))
+        return
     _write_json(out / "config.json", with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied))
     if plan.quant_config.quant_algo is not None:
         _write_json(out / QUANT_CONFIG, hf_quant_config(plan.quant_config) | planned_for(plan))

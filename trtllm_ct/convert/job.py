@@ -59,7 +59,12 @@ class Conversion:
         self.checkpoint = checkpoint
         self.plan = plan
         with collector_paused():
-            self.write_plan = WritePlan.of(plan.delivered_specs, job.max_shard_bytes, plan.stacks)
+            self.write_plan = WritePlan.of(
+                plan.delivered_specs,
+                job.max_shard_bytes,
+                plan.places or plan.stacks,
+                ranks=plan.build_config is not None,
+            )
             self.units = plan_units(plan, self.write_plan, device=job.device)
         self.locks = file_locks(self.write_plan)
 
@@ -124,4 +129,5 @@ def _module_description(module: ModulePlan) -> str:
         weight = module.weight
         lines.append(f"{weight.args} {weight.shape} {weight.packing} {weight.zero_point_packing} {weight.consumed}")
     lines += [f"{delivery.name} {delivery.operation} {delivery.sources}" for delivery in module.deliveries]
+    lines += [_module_description(piece) for piece in module.pieces]
     return "\n".join(lines)

@@ -211,10 +211,11 @@ def require_sizes(
 def size_warnings(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """Return a warning that names common sizes at which a directory would be wrong; empty if it holds them.
 
-    Only for a plan with the default sizes: with others, a user has said with which ones the engine will run. Sizes that
+    Only for a plan with the default sizes: with others, a user has said with which ones the engine will run, and the
+    files of ranks are for these sizes alone. Sizes that
     don't divide the model are left out, since the engine refuses them.
     """
-    if plan.parallel != ONE_RANK or plan.quant_config.quant_algo is None:
+    if plan.parallel != ONE_RANK or plan.quant_config.quant_algo is None or plan.build_config is not None:
         return ()
     model, layers = model_of_plan(plan, checkpoint.model), {module.name: module.layer for module in plan.modules}
     sites = list(model.sites(model.place(layers)))

@@ -86,6 +86,8 @@ def _interleave(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: Writ
 
 def _needs_torch(module: ModulePlan, device: str) -> bool:
     """Whether checking or converting a module runs torch operations."""
+    if module.pieces:
+        return any(_needs_torch(piece, device) for piece in module.pieces)
     if device == "cpu" and is_direct(module):
         return False
     return has_values_to_check(module) or not all(is_copied(delivery, module) for delivery in module.deliveries)

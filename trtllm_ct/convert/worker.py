@@ -100,6 +100,11 @@ class _UnitConverter:
 
     def convert(self, module: ModulePlan) -> None:
         """Convert and write one module; if its values are wrong, keep the error and write nothing more."""
+        for piece in module.pieces or (module,):
+            self._convert(piece)
+
+    def _convert(self, module: ModulePlan) -> None:
+        """Convert and write a module without pieces, or one piece."""
         try:
             copied = [delivery for delivery in module.deliveries if is_copied(delivery, module)]
             if self.writer is not None:

@@ -21,6 +21,8 @@ class Release:
     [N, 1] as well as [N] (`_torch/modules/linear.py: FP8RowwiseLinearMethod`).
     `dynamic_attention_output` says whether its attention honours `force_dynamic_quantization`
     (`_torch/modules/attention.py: Attention._use_quantize_output`).
+    `builds_engines` says whether it has the TensorRT backend with `trtllm-build`, which pull requests 15763, 15767 and
+    15918 removed in July 2026; 1.2.1 and 1.3.0rc20 are the last that have it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Release:
     wraps_experts: bool = False
     takes_scale_columns: bool = False
     dynamic_attention_output: bool = False
+    builds_engines: bool = False
 
     def has(self, since: Release | None) -> bool:
         """Whether it has what was introduced by the release `since`; None is what no release has."""
@@ -38,11 +41,13 @@ class Release:
 STOCK_1_0 = Release(
     name="stock-1.0",
     source="TensorRT-LLM late 2025, _torch/modules/linear.py and fused_moe/quantization.py",
+    builds_engines=True,
 )
 STOCK_1_2 = Release(
     name="stock-1.2",
     source="TensorRT-LLM early 2026, _torch/modules/linear.py and fused_moe/fused_moe_cutlass.py",
     wraps_experts=True,
+    builds_engines=True,
 )
 STOCK_1_3 = Release(
     name="stock-1.3",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.engine.build_modes import BUILD_MODES
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations
 from trtllm_ct.engine.platform import SMS, Platform
 from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DENSE",
     "DIRECTORY_TARGETS",
+    "ENGINE",
     "ENGINES",
     "MODELOPT",
     "REFERENCE",
@@ -73,7 +75,8 @@ class Target:
     `serves` says in a few words which program reads the result. `newer` are the capabilities of later releases; the
     reasons why a module is dequantized mention them. `repeats_kv_scales` says whether scales of K and V are delivered
     once for each rank if there are more ranks than heads: engines repeat the codes, but the scales only in some modes.
-    `directory` marks a target that `convert_checkpoint` can write.
+    `directory` marks a target that `convert_checkpoint` can write, and `ranks` one whose directory has a file for each
+    rank of an engine.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Target:
     newer: tuple[Capabilities, ...] = ()
     repeats_kv_scales: bool = False
     directory: bool = False
+    ranks: bool = False
 
     @property
     def as_classes_read(self) -> bool:
@@ -171,9 +175,23 @@ DENSE = Target(
     capabilities=_NOTHING,
     directory=True,
 )
+ENGINE = Target(
+    name="engine",
+    serves="`trtllm-build` of TensorRT-LLM up to 1.2.1, one file per rank",
+    capabilities=Capabilities(
+        name="tensorrt",
+        source="engine/build_modes.py",
+        linear=frozenset(mode.algo for mode in BUILD_MODES),
+        kv_cache=frozenset({"FP8", "INT8"}),
+        kv_cache_alone=True,
+    ),
+    repeats_kv_scales=True,
+    directory=True,
+    ranks=True,
+)
 REFERENCE = Target(name="reference", serves="the CPU reference engine of this package", capabilities=_EVERYTHING)
 
-TARGETS: Mapping[str, Target] = {target.name: target for target in (MODELOPT, TENSORRT_LLM, DENSE, REFERENCE)}
+TARGETS: Mapping[str, Target] = {target.name: target for target in (MODELOPT, TENSORRT_LLM, DENSE, ENGINE, REFERENCE)}
 DIRECTORY_TARGETS = tuple(name for name, target in TARGETS.items() if target.directory)
 """The names of the targets that `convert_checkpoint` can write."""
 
@@ -193,6 +211,8 @@ def target_named(
     if sm is not None:
         _require("--sm", str(sm), {str(known): known for known in SMS})
     target = TARGETS[name]
+    if target is ENGINE:
+        _require("--engine", engine, {release.name: release for release in RELEASES if release.builds_engines})
     if target not in (MODELOPT, TENSORRT_LLM):
         return target
     lines = tuple(_on(line, sm) for line in (ENGINES[engine], *_newer(engine)))

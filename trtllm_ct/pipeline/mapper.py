@@ -53,6 +53,8 @@ class CompressedTensorsWeightMapper:
         hold. Operations run on the device of the mapper and their results stay there. A tensor of which a rank has
         only some rows is on the CPU.
         """
+        if module.pieces:
+            return {name: tensor for piece in module.pieces for name, tensor in self._map(piece, stored).items()}
         if module.share is None:
             return self._map(module, stored)
         try:

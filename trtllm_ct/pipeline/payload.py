@@ -26,6 +26,7 @@ from trtllm_ct.formats import WEIGHT_TENSORS, Axis
 from trtllm_ct.formats.group_index import is_filled
 from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors, stored_array
+from trtllm_ct.plan.rank_ops import LargestOf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["check_payload", "count_zero_scales", "has_values_to_check"]
 
 _ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale")
+_KV_SCALE_OF_ENGINE = ".kv_cache_scaling_factor"
 _KV_SCALES = (".k_proj.k_scale", ".v_proj.v_scale")
 _INPUT_DIVISOR = "input_global_scale"
 _GLOBAL_SCALES = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), _INPUT_DIVISOR)
@@ -90,6 +92,8 @@ def has_values_to_check(module: ModulePlan) -> bool:
 def _kv_scales(module: ModulePlan) -> Iterator[str]:
     """Yield the local names of a module's KV-cache scales, whatever name their writer gave them."""
     for delivery in module.deliveries:
+        if isinstance(delivery.operation, LargestOf) and delivery.name.endswith(_KV_SCALE_OF_ENGINE):
+            yield from delivery.operation.scales
         if delivery.operation.source is not None and delivery.name.endswith(_KV_SCALES):
             yield delivery.operation.source
 

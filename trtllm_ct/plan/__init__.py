@@ -15,6 +15,7 @@ whole_model.py        what a model's class asks of all modules together
 equalize.py           makes the scalars equal that the parts of a fused Linear must share
 deliver.py            which tensors a module delivers, under the engine's names
 ops.py                the operations that make delivered tensors
+rank_ops.py           the operations that only the files of ranks need
 kv_cache.py           scales of the KV cache
 online_transforms.py  transforms that run with the model
 tied_head.py          heads that are stored although config.json ties them
@@ -27,6 +28,7 @@ engine_names.py       the names under which the engine looks a module up in its 
 engine_class.py       whether the engine has the class of the model
 gpu_warnings.py       warns of what an engine computes wrongly on some GPUs
 producers.py          writers that are known to store wrong numbers
+engine_files/         engine-build checkpoints: a file for each rank, in the names of the TensorRT backend
 models/               which modules a model has
 ranks/                the part of a plan that one rank, or one tile of rows, needs
 """

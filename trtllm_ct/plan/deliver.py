@@ -43,7 +43,16 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.stored import StoredModule
     from trtllm_ct.plan.weights import QuantizedWeight
 
-__all__ = ["Dtypes", "dequantized", "input_scale_reason", "kv_scale", "native", "plain"]
+__all__ = [
+    "Dtypes",
+    "dequantized",
+    "group_scale",
+    "input_scale_reason",
+    "kv_scale",
+    "multiplier",
+    "native",
+    "plain",
+]
 
 _SCALAR = TensorSpec(DType.F32, ())
 
@@ -152,16 +161,16 @@ def _scales(
     shape = mode.scale_shape(stored.shape, holding.group_size)
     spec = TensorSpec(mode.scale.dtype, (*shape, 1) if holding.scale_column else shape)
     if mode.scale.one_byte:
-        yield _from_one(module, "weight_scale", _group_scale(spec, stored.scale, equalized.weight))
+        yield _from_one(module, "weight_scale", group_scale(spec, stored.scale, equalized.weight))
         if stored.divisor is not None:
-            yield _from_one(module, "weight_scale_2", _multiplier(stored.divisor, equalized.weight))
+            yield _from_one(module, "weight_scale_2", multiplier(stored.divisor, equalized.weight))
         return
     yield _from_weight(module, weight, "weight_scale", WidenScale(result=spec))
     if mode.zero_point:
         yield _from_weight(module, weight, "weight_zero", AdditiveZero(result=spec))
 
 
-def _group_scale(spec: TensorSpec, source: str, replaced: Replaced | None) -> Operation:
+def group_scale(spec: TensorSpec, source: str, replaced: Replaced | None) -> Operation:
     """Return the operation for one-byte scales.
 
     They are delivered unchanged, unless the global scale of the weight (a divisor) is replaced by itself times a power
@@ -174,7 +183,7 @@ def _group_scale(spec: TensorSpec, source: str, replaced: Replaced | None) -> Op
     return ShiftScale(result=spec, source=source, power=replaced.power)
 
 
-def _multiplier(source: str, replaced: Replaced | None) -> Operation:
+def multiplier(source: str, replaced: Replaced | None) -> Operation:
     """Return the operation that turns a stored divisor, or the shared one that replaces it, into a multiplier."""
     if replaced is None:
         return Reciprocal(result=_SCALAR, source=source)
@@ -191,7 +200,7 @@ def _input_scale(module: StoredModule, mode: LinearMode, equalized: Equalized) -
         return []
     if source == "input_scale":
         return [_from_one(module, "input_scale", WidenScale(result=_SCALAR, source=source))]
-    return [_from_one(module, "input_scale", _multiplier(source, equalized.input))]
+    return [_from_one(module, "input_scale", multiplier(source, equalized.input))]
 
 
 def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes, folds: tuple[Fold, ...] = ()) -> Delivery:

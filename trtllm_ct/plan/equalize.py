@@ -74,8 +74,10 @@ OWN = Equalized()
 """The value for a module that keeps its stored global scales."""
 
 
-def equalize(parts: Iterable[Part], probe: Probe) -> dict[str, Equalized]:
+def equalize(parts: Iterable[Part], probe: Probe, *, inputs: bool = True) -> dict[str, Equalized]:
     """Return, by module name, the global scales that parts of fused NVFP4 Linears use instead of the stored ones.
+
+    Without `inputs` those of inputs may differ: some engines take the largest one.
 
     Modules that keep their stored global scales are left out. Nothing is decided from scales that were not probed, nor
     from those that are refused when they are loaded: NaN and negative ones, and in general infinity and zero.
@@ -85,7 +87,9 @@ def equalize(parts: Iterable[Part], probe: Probe) -> dict[str, Equalized]:
         if part.site.shares is not None and part.weight.stored.divisor is not None:
             linears.setdefault(part.site.shares, []).append(part)
     return {
-        name: equalized for members in linears.values() for name, equalized in _equalize_linear(members, probe).items()
+        name: equalized
+        for members in linears.values()
+        for name, equalized in _equalize_linear(members, probe, inputs=inputs).items()
     }
 
 
@@ -95,18 +99,18 @@ def powers_of_two_apart(divisors: Sequence[float]) -> bool:
     return not _all_equal(nonzero) and len({frexp(divisor)[0] for divisor in nonzero}) == 1
 
 
-def _equalize_linear(members: Sequence[Part], probe: Probe) -> dict[str, Equalized]:
+def _equalize_linear(members: Sequence[Part], probe: Probe, *, inputs: bool) -> dict[str, Equalized]:
     """Return the parts of one fused Linear whose global scales change, or all parts with the obstacle."""
     weights, obstacle = _replacements(members, members[0].weight.stored.divisor or "", probe)
-    inputs: Sequence[Replaced | None] = [None] * len(members)
-    if all(activations_of(part.weight.scheme) is Activations.FP4_LOCAL for part in members):
-        inputs, input_obstacle = _replacements(members, _INPUT, probe)
+    replaced: Sequence[Replaced | None] = [None] * len(members)
+    if inputs and all(activations_of(part.weight.scheme) is Activations.FP4_LOCAL for part in members):
+        replaced, input_obstacle = _replacements(members, _INPUT, probe)
         obstacle = obstacle or input_obstacle
     if obstacle:
         return {part.site.module: Equalized(obstacle=obstacle) for part in members}
     return {
         part.site.module: _with_reasons(Equalized(weight=weight, input=input_), part.site)
-        for part, weight, input_ in zip(members, weights, inputs, strict=True)
+        for part, weight, input_ in zip(members, weights, replaced, strict=True)
         if weight or input_
     }
 

@@ -44,6 +44,8 @@ _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 _PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
 # The strategies with stored scales: one for each projection of a layer, or one for each of its heads.
 _STATIC = (Strategy.TENSOR, Strategy.ATTN_HEAD)
+# The engine's names of the caches with 8 bits, by number type.
+_ALGOS: Mapping[tuple[NumberType, int], str] = {(NumberType.FLOAT, 8): "FP8", (NumberType.INT, 8): "INT8"}
 _NO_NAMES = frozenset[str]()
 _ALONE = "no module is delivered quantized, and the configuration of the engine can't state a quantized cache alone"
 _IGNORED = {
@@ -101,12 +103,11 @@ class KvCache:
     def algo(self) -> str | None:
         """The engine's KV-cache mode, None when the cache is not quantized or the target has no such mode."""
         args = self.args
-        if args is None or (args.type, args.num_bits) != (NumberType.FLOAT, 8):
-            return None
+        name = _ALGOS.get((args.type, args.num_bits)) if args is not None else None
         capabilities = self.target.capabilities
         if self.alone and not capabilities.kv_cache_alone:
             return None
-        return "FP8" if "FP8" in capabilities.kv_cache else None
+        return name if name in capabilities.kv_cache else None
 
     @property
     def args(self) -> QuantArgs | None:

@@ -50,6 +50,7 @@ __all__ = [
     "ShiftScale",
     "WidenScale",
     "Zeros",
+    "refuse_infinite",
 ]
 
 
@@ -108,6 +109,11 @@ class Operation(ABC):
         Raises `PayloadError` when a value can't be delivered.
         """
 
+    @property
+    def made(self) -> Operation:
+        """The operation that makes the values: this one, or the one of which this takes a slice."""
+        return self
+
     def input(self, module: ModuleTensors) -> Tensor:
         """Return the stored tensor that `source` names."""
         if self.source is None:
@@ -138,7 +144,7 @@ class Cast(Operation):
         """Return the source, each element rounded once."""
         tensor = self.input(module)
         rounded = round_once(tensor, self.result.dtype.torch_dtype)
-        _refuse_infinite(name, rounded, module.first_row, self.result.dtype, tensor)
+        refuse_infinite(name, rounded, module.first_row, self.result.dtype, tensor)
         return rounded
 
 
@@ -150,12 +156,13 @@ class Repack(Operation):
     packing: Packing
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """Return the codes in the layout `packing`."""
+        """Return the codes in the layout `packing`; a result of another dtype has the same bytes."""
         codes = module.codes
         source = codes.packing or INT8_PLAIN
         if source.bits > self.packing.bits:
             _refuse_wide_codes(name, codes.values, self.packing.bits)
-        return repack(codes.values, source, self.packing, codes.shape)
+        packed = repack(codes.values, source, self.packing, codes.shape)
+        return packed.view(self.result.dtype.torch_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +333,7 @@ class Dequantize(Operation):
     def run(self, name: str, module: ModuleTensors) -> Tensor:
         """Return the weight in the dtype of `result`."""
         values = module.dequantize(self.result.dtype)
-        _refuse_infinite(name, values, module.first_row, self.result.dtype)
+        refuse_infinite(name, values, module.first_row, self.result.dtype)
         return values
 
 
@@ -347,7 +354,7 @@ class FoldTransform(Operation):
         for transform in self.folds:
             fold(values, transform.factor(module.stored), transform.axis, normalized=transform.normalized)
         rounded = _rounded(values, self.result.dtype).reshape(self.result.shape)
-        _refuse_infinite(name, rounded, module.first_row, self.result.dtype)
+        refuse_infinite(name, rounded, module.first_row, self.result.dtype)
         return rounded
 
     def values(self, module: ModuleTensors) -> Tensor:
@@ -394,7 +401,7 @@ def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
         )
 
 
-def _refuse_infinite(name: str, delivered: Tensor, first_row: int, dtype: DType, source: Tensor | None = None) -> None:
+def refuse_infinite(name: str, delivered: Tensor, first_row: int, dtype: DType, source: Tensor | None = None) -> None:
     """Raise `PayloadError` when rounding to a narrower dtype made an element infinite.
 
     Elements that were infinite in `source`, if that is given, are accepted. `first_row` is added to the row in the

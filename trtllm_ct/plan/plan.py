@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import Fault
     from trtllm_ct.base.schemes import QuantAlgo, QuantScheme, TensorSpec
     from trtllm_ct.checkpoint.reader import Run
-    from trtllm_ct.checkpoint.write_plan import StackPart
+    from trtllm_ct.checkpoint.write_plan import Segment, StackPart
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.formats.base import StoredWeight
@@ -85,7 +85,7 @@ class Delivery(NamedTuple):
                 "dtype": self.spec.dtype,
                 "shape": self.spec.shape,
                 "operation": self.operation.label,
-                "exact": self.operation.exact,
+                "exact": self.operation.made.exact,
                 "sources": self.sources,
             }
         )
@@ -129,6 +129,8 @@ class ModulePlan:
     `experts` names the module of all routed experts that the module belongs to.
     `transforms` are folded into the delivered tensors. In the plan of one rank, `share` is the part of the module that
     the rank reads and converts, None if it is the whole module.
+    `pieces` are set for a directory with a file for each rank: the plans that make the module's deliveries, one for
+    each rank that has a part of it.
     """
 
     name: str
@@ -146,6 +148,7 @@ class ModulePlan:
     experts: str | None = None
     transforms: tuple[Transform, ...] = ()
     share: Share | None = None
+    pieces: tuple[ModulePlan, ...] = ()
 
     @property
     def engine_name(self) -> str:
@@ -188,9 +191,10 @@ class ModulePlan:
         if self.share is not None:
             return self.share.module.runs
         runs: dict[str, Run] = {}
-        for local, view in self.views.items():
-            for run in view.runs if local not in self.ignored else ():
-                runs[run.name] = run.union(runs.get(run.name, run))
+        for module in self.pieces or (self,):
+            for local, view in module.views.items():
+                for run in view.runs if local not in module.ignored else ():
+                    runs[run.name] = run.union(runs.get(run.name, run))
         return tuple(runs.values())
 
     @property
@@ -254,6 +258,8 @@ class Plan:
     places in it.
     `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
     None leaves it to the default of the model's class.
+    `build_config` is the config.json of a directory with a file for each rank, None for any other, and `places` are
+    the places of its delivered tensors in those of the files.
     """
 
     target: str
@@ -270,6 +276,8 @@ class Plan:
     sm: int | None = None
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
     tied: bool | None = False
+    build_config: Mapping[str, Any] | None = None
+    places: Mapping[str, Segment | StackPart] = field(default_factory=dict)
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""

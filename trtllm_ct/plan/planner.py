@@ -18,6 +18,7 @@ from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, den
 from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.engine_class import class_problems, refuse_unread
 from trtllm_ct.plan.engine_config import engine_config
+from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt
 from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.engine_files.directory import BuiltModules
     from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.stored import StoredModule
 
@@ -124,6 +126,7 @@ class _Planner:
     kv_cache: KvCache
     transforms: OnlineTransforms
     tie_warnings: tuple[str, ...] = ()
+    directory: EngineDirectory | None = None
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
@@ -150,7 +153,9 @@ class _Planner:
         if self.model.discovery is not None:
             refuse_lost_modules(sites, self.model.name, self.faults)
             self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
-        refuse_uneven(self.model, self.parallel, self.faults)
+        refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
+        if self.target.ranks:
+            self._plan_directory(place)
         site_modules = {
             name: module and self._ordered(module, weights.get(name)) for name, module in site_modules.items()
         }
@@ -177,6 +182,9 @@ class _Planner:
             *header_warnings(self.config, self.model.name, modules),
             *bias_warnings(modules, self.target.capabilities.platform),
         )
+        built = self._build(modules)
+        if built is not None:
+            modules, warnings = list(built.modules), (*warnings, *built.warnings)
         self.faults.raise_if_any(PlanError, warnings)
         return Plan(
             target=self.target.name,
@@ -185,7 +193,9 @@ class _Planner:
             dense_dtype=self.dtypes.dequantized,
             stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
             modules=tuple(modules),
-            quant_config=engine_config(
+            quant_config=built.quant_config
+            if built
+            else engine_config(
                 modules,
                 EngineNames.of(self.model, place, self.target),
                 kv_cache_quant_algo=self._engine_kv_cache,
@@ -196,9 +206,22 @@ class _Planner:
             engine=self.target.capabilities.name,
             sm=self.target.capabilities.sm,
             stacks=stacks,
+            places=built.places if built else {},
+            build_config=built.config if built else None,
             tied=self.model.tied,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
+
+    def _plan_directory(self, place: tuple[str, str]) -> None:
+        """Prepare the plan of a directory with a file for each rank; adds faults for models that it can't hold."""
+        if refuse_unbuilt(self.model, self.parallel, self.faults, dense_o_proj=self.dense_o_proj):
+            self.directory = EngineDirectory.of(self.model, self.parallel, self.dtypes.model, place)
+
+    def _build(self, modules: Iterable[ModulePlan]) -> BuiltModules | None:
+        """Return the modules with the pieces of all ranks; None for any other target."""
+        if self.directory is None:
+            return None
+        return self.directory.build(modules, kv_cache=self.kv_cache.algo, faults=self.faults)
 
     def _untie(self, stored: Mapping[str, StoredModule], place: tuple[str, str]) -> None:
         """Let the model have a head of its own if one is stored that is not known to equal the table."""
@@ -310,8 +333,11 @@ class _Planner:
         ]
         parts = [Part(site, module, weights[site.module]) for site, module in present if site.module in weights]
         equalized = equalize(parts, self.probe)
-        candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
-        assignments = assign_modes(candidates, [site for site, _ in present], self.target)
+        if self.directory is not None:
+            assignments = self.directory.assign(parts, [site for site, _ in present], self.probe, self.faults)
+        else:
+            candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
+            assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
             assignments = dense_outputs(assignments, sites, self.asked_kv_cache or self.kv_cache.algo)
         if self.target.capabilities.release is not None:
@@ -342,10 +368,13 @@ def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes
     """Return the dtypes of delivered tensors, for the requested dtype or the model's.
 
     float16 applies to the whole model, because float16 kernels need float16 throughout. At a target for plain weights
-    the requested dtype is the model's as well. Otherwise the model keeps its dtype.
+    the requested dtype is the model's as well. In a directory with a file for each rank, all plain tensors have one
+    dtype. Otherwise the model keeps its dtype.
     """
     requested = dtype or model.dtype
     cast_plain = requested is DType.F16
+    if target.ranks:
+        return deliver.Dtypes(model=requested, dequantized=requested, cast_plain=True)
     whole_model = cast_plain or not target.holds_codes
     return deliver.Dtypes(model=requested if whole_model else model.dtype, dequantized=requested, cast_plain=cast_plain)
 

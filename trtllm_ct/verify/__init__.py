@@ -4,6 +4,8 @@ verify.py           verify_checkpoint and its report
 source_check.py     checks the values of a source that no header shows
 converted.py        compares a converted directory with its source, on all cores
 matching.py         which tensors of the two directories are compared, and how
+engine_match.py     compares an engine-build checkpoint with its source
+engine_ranks.py     the files of ranks: the weights of a model that their parts add up to
 pairs.py            one tensor on both sides, compared in chunks of rows
 native.py           the converted side: rows of a delivered weight as codes
 native_layouts.py   the converted side: how each native layout is read

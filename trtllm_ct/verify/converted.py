@@ -29,14 +29,14 @@ from trtllm_ct.verify.source.modules import Modules, read_modules
 from trtllm_ct.verify.source.names import Names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.verify.matching import NamedPair
 
-__all__ = ["TensorCheck", "compare_converted"]
+__all__ = ["TensorCheck", "checks_of", "compare_converted", "source_modules"]
 
 # More than the chunks of one core take together.
 _KEPT_BYTES = 8 << 20
@@ -74,19 +74,19 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
     with TensorFiles(checkpoint.catalog) as source_files, TensorFiles(catalog) as files:
         match = DirectoryMatch(
             config=checkpoint.config,
-            source=_source_modules(checkpoint, source_files),
+            source=source_modules(checkpoint, source_files),
             delivered=read_modules(tensors_of(files), Names.of(converted_config, catalog.tensors)),
             quant_config=quant_config,
             tied=_tied(converted_config),
             faults=faults,
         )
-        checks = tuple(_checks(match, faults))
+        checks = tuple(checks_of(match.pairs(), faults))
         check_fused_scalars(match, faults)
         match.report_surplus(converted)
     return checks
 
 
-def _source_modules(checkpoint: Checkpoint, files: TensorFiles) -> Modules:
+def source_modules(checkpoint: Checkpoint, files: TensorFiles) -> Modules:
     """Return the modules of the source."""
     config = checkpoint.hf_config
     return read_modules(
@@ -110,14 +110,14 @@ def _tied(config: Mapping[str, Any]) -> bool:
     return next((bool(flag) for flag in flags if flag is not None), True)
 
 
-def _checks(match: DirectoryMatch, faults: FaultCollector) -> Iterator[TensorCheck]:
-    """Yield the check of every pair in the order of the source, and add a fault for each that differs."""
+def checks_of(pairs: Iterable[NamedPair], faults: FaultCollector) -> Iterator[TensorCheck]:
+    """Yield the check of every pair in their order, and add a fault for each that differs."""
     _keep_freed_memory()
     cores = available_cores()
     with ThreadPoolExecutor(cores) as pool:
         in_work: deque[tuple[NamedPair, list[Future[Comparison]]]] = deque()
         count = 0
-        for pair in match.pairs():
+        for pair in pairs:
             futures = [pool.submit(pair.pair.over, span) for span in spans(pair.pair)]
             in_work.append((pair, futures))
             count += len(futures)

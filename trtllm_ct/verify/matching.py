@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trtllm_ct.verify.source.files import SourceTensor
     from trtllm_ct.verify.source.modules import Module, Modules
 
-__all__ = ["DirectoryMatch", "NamedPair"]
+__all__ = ["DirectoryMatch", "Exact", "NamedPair"]
 
 # The conversion and this package sum the same float64 products in different orders. The difference is invisible after
 # rounding to a delivered dtype, except for values halfway between two numbers of that dtype.
@@ -51,7 +51,7 @@ class NamedPair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Exact:
+class Exact:
     """The exact rows of a source's weight.
 
     `coded` returns them as codes and scales, if nothing else is applied to them. `stored` is the weight as it is stored
@@ -94,6 +94,14 @@ class DirectoryMatch:
             delivered = self.delivered.by_key.get(key)
             yield from self._module(module, delivered)
         yield from self._kv_scales()
+
+    def exact_weight(self, module: Module) -> Exact | None:
+        """Return the weight of a source module, with its online transforms applied; None after adding a fault."""
+        exact = self._exact_weight(module)
+        if exact is None or len(exact.shape) != 2:
+            return exact
+        shape = (exact.shape[0], exact.shape[1])
+        return _rotated(exact, rotation_of(module, shape, self.config.transforms, self.source))
 
     def layer_of(self, key: str, name: str) -> LayerQuantConfig | None:
         """Return the mode of a delivered module by its key and name; norms, tables and plain towers have none."""
@@ -146,11 +154,11 @@ class DirectoryMatch:
                 yield from self._plain(module, delivered, local, rotation)
         yield from self._input_scale(module, delivered)
 
-    def _exact_weight(self, module: Module) -> _Exact | None:
+    def _exact_weight(self, module: Module) -> Exact | None:
         """Return the weight of a source module; None, after adding a fault, if nothing here can decode it."""
         if not is_quantized(module.tensors):
             stored = _stored(module, "weight")
-            return _Exact(shape=stored.shape, rows=stored.numbers, stored=stored)
+            return Exact(shape=stored.shape, rows=stored.numbers, stored=stored)
         format_name, args = decoder_for(module.tensors), self._schemes.args(module)
         if format_name is None or args is None:
             self.faults.add(
@@ -169,14 +177,14 @@ class DirectoryMatch:
         def coded(begin: int, end: int) -> Coded:
             return decoder.read(weight, first + begin, first + end)
 
-        return _Exact(
+        return Exact(
             shape=(rows, weight.shape[1]),
             rows=lambda begin, end: coded(begin, end).values(),
             block=decoder.block,
             coded=coded,
         )
 
-    def _weight(self, module: Module, delivered: Module | None, exact: _Exact) -> Iterator[NamedPair]:
+    def _weight(self, module: Module, delivered: Module | None, exact: Exact) -> Iterator[NamedPair]:
         name = f"{delivered.name if delivered else module.name}.weight"
         if delivered is None or "weight" not in delivered.tensors:
             yield from self._absent_weight(module, name, exact)
@@ -189,7 +197,7 @@ class DirectoryMatch:
         kind = "dequantized" if is_quantized(module.tensors) else "plain"
         yield from self._unquantized(name, kind, _stored(delivered, "weight"), exact)
 
-    def _absent_weight(self, module: Module, name: str, exact: _Exact) -> Iterator[NamedPair]:
+    def _absent_weight(self, module: Module, name: str, exact: Exact) -> Iterator[NamedPair]:
         """A head that is not delivered must be the table that readers take for it, which it may be the source of."""
         table = self.delivered.by_key.get("embed_tokens")
         if module.key == "lm_head" and self.tied and table is not None and "weight" in table.tensors:
@@ -199,7 +207,7 @@ class DirectoryMatch:
         else:
             self._report_missing(name)
 
-    def _native(self, module: Module, delivered: Module, layer: LayerQuantConfig, exact: _Exact) -> Iterator[NamedPair]:
+    def _native(self, module: Module, delivered: Module, layer: LayerQuantConfig, exact: Exact) -> Iterator[NamedPair]:
         tensors = {local: tensor for local, tensor in delivered.tensors.items() if local not in _NOT_OF_WEIGHT}
         for local in tensors.keys() - {"input_scale"}:
             self._see(delivered, local)
@@ -257,9 +265,9 @@ class DirectoryMatch:
             return
         self._see(delivered, local)
         stored = _stored(module, local)
-        exact = _Exact(shape=stored.shape, rows=stored.numbers, stored=stored)
+        exact = Exact(shape=stored.shape, rows=stored.numbers, stored=stored)
         if local == "bias" and rotation.outputs:
-            exact = _Exact(
+            exact = Exact(
                 shape=stored.shape, rows=lambda begin, end: rotation.bias(stored.numbers(begin, end)), rotated=True
             )
         yield from self._unquantized(name, "plain", _stored(delivered, local), exact)
@@ -311,10 +319,10 @@ class DirectoryMatch:
 
     def _scalar(self, name: str, delivered: Stored, value: float) -> Iterator[NamedPair]:
         """Yield the pair of a scalar with the value that it must have."""
-        exact = _Exact(shape=(1,), rows=lambda _begin, _end: np.array([value]))
+        exact = Exact(shape=(1,), rows=lambda _begin, _end: np.array([value]))
         yield from self._unquantized(name, "plain", delivered, exact)
 
-    def _unquantized(self, name: str, kind: str, delivered: Stored, exact: _Exact) -> Iterator[NamedPair]:
+    def _unquantized(self, name: str, kind: str, delivered: Stored, exact: Exact) -> Iterator[NamedPair]:
         """Yield the pair of an unquantized tensor; adds a fault for a quantized dtype or another shape."""
         scalar = prod(delivered.shape) == prod(exact.shape) == 1
         if not delivered.dtype.is_wide_float and (exact.stored is None or exact.stored.dtype is not delivered.dtype):
@@ -355,11 +363,11 @@ def _stored(module: Module, local: str) -> Stored:
     )
 
 
-def _rotated(exact: _Exact, rotation: Rotation) -> _Exact:
+def _rotated(exact: Exact, rotation: Rotation) -> Exact:
     """Return the weight of the plain module that equals one with transforms."""
     if not (rotation.inputs or rotation.outputs or rotation.rows):
         return exact
-    return _Exact(
+    return Exact(
         shape=exact.shape,
         rows=lambda begin, end: rotation.weight(exact.rows(begin, end)),
         block=max(exact.block, rotation.block),

@@ -16,6 +16,7 @@ from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE
 from trtllm_ct.plan.producers import ValueWatch
+from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.source_check import check_source
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     `marlin-24`, whose stored tensors are held for one weight.
     """
     from trtllm_ct.verify.converted import compare_converted
+    from trtllm_ct.verify.engine_match import compare_engine_directory
 
     checkpoint = open_checkpoint(directory)
     # Keep only the shapes from the probe, and whether a tied head equals the table, which the probe compared byte by
@@ -100,7 +102,8 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     zero_scales = check_source(plan, checkpoint.catalog, watch, faults)
     checks: tuple[TensorCheck, ...] = ()
     if converted is not None and not faults.faults:
-        checks = compare_converted(checkpoint, Path(converted), faults)
+        compare = compare_engine_directory if is_engine_directory(Path(converted)) else compare_converted
+        checks = compare(checkpoint, Path(converted), faults)
     return VerificationReport(
         directory=Path(directory),
         converted=Path(converted) if converted is not None else None,
@@ -115,8 +118,11 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
 def _target_of(converted: str | Path | None) -> str:
     """Return the target that a directory was converted to; what that target leaves out is not checked.
 
-    A directory without quantized modules counts as `dense`: both targets leave out the same then.
+    A directory without quantized modules counts as `dense`: both targets leave out the same then. An engine-build
+    checkpoint counts as `reference`, which leaves out nothing that engines read; its own plan depends on its sizes.
     """
+    if converted is not None and is_engine_directory(Path(converted)):
+        return "reference"
     modes = None if converted is None else Path(converted) / "hf_quant_config.json"
     return "modelopt" if modes is None or modes.is_file() else "dense"
 

@@ -11,6 +11,7 @@ discovery.py       the modules of such a model, found in its files
 site.py            Site: one module of a model
 expert_spellings.py  how classes store routed experts: under which names, or stacked
 sites.py           Model: the modules of one model, with their sizes
+build_classes.py   how the classes of the TensorRT backend name the modules of a model
 fused_experts.py   splits 3-D tensors that hold all experts of a layer
 mistral_names.py   renames the modules of Mistral's own form
 wrapper_names.py   renames the modules of a model with several parts to what the engine's class reads

@@ -6,7 +6,7 @@ sizes, is refused before any weight is read. A model without such tables has the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
@@ -81,7 +81,8 @@ class Model:
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
     `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
-    number of rows per head in the vision tower, 0 if config.json doesn't give it.
+    number of rows per head in the vision tower, 0 if config.json doesn't give it. `text` is the configuration of the
+    text model, with the defaults of its class where tables describe the model.
     `row` says how the engine's class reads a model whose modules no table names; None if `architecture` names them.
     `discovery` are the modules of such a model, None until they are looked up in a checkpoint (`in_checkpoint`).
     """
@@ -99,6 +100,7 @@ class Model:
     text_type: str = ""
     draft_layers: int = 0
     vision_head_dim: int = 0
+    text: Mapping[str, Any] = field(default_factory=dict)
     row: ClassRow | None = None
     discovery: Discovery | None = None
 
@@ -133,6 +135,7 @@ class Model:
             text_type=str(text.get("model_type") or ""),
             draft_layers=size_under(text, "num_nextn_predict_layers", faults, default=0, least=0),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
+            text=text,
         )
         faults.raise_if_any(ConfigError)
         return model

@@ -61,10 +61,11 @@ def with_slices(
     return result
 
 
-def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector) -> None:
+def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, repeats_biases: bool = False) -> None:
     """Add a fault for each size of a model that the ranks can't divide evenly, by its key in config.json.
 
-    More pipeline stages than layers, and K/V biases that engines would repeat wrongly, are faults too.
+    More pipeline stages than layers are a fault too, and K/V biases that engines would repeat wrongly; with
+    `repeats_biases` they are delivered repeated.
     """
     if parallel == ONE_RANK:
         return
@@ -83,7 +84,8 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector) -> N
             found=str(model.layers),
             remedy=f"Use a pipeline-parallel size of at most {model.layers}.",
         )
-    _refuse_repeated_biases(model, parallel, faults)
+    if not repeats_biases:
+        _refuse_repeated_biases(model, parallel, faults)
 
 
 def is_uneven(model: Model, parallel: Parallel) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.formats.base import Axis
 from trtllm_ct.plan.ops import FoldTransform, Ones, Repack
+from trtllm_ct.plan.rank_ops import Padding, Slice
 from trtllm_ct.plan.stored import View
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def can_narrow(module: ModulePlan) -> bool:
     """
     if module.weight is not None and not module.weight.has_rows:
         return False
-    folds = [delivery.operation for delivery in module.deliveries if isinstance(delivery.operation, FoldTransform)]
+    operations = [delivery.operation.made for delivery in module.deliveries]
+    folds = [operation for operation in operations if isinstance(operation, FoldTransform)]
     return not any(fold.axis == 0 for operation in folds for fold in operation.folds)
 
 
@@ -103,6 +105,7 @@ def row_unit(module: ModulePlan) -> int:
 
 def weight_rows_per_row(operation: Operation, weight: StoredWeight | None) -> int:
     """Return how many rows of the weight correspond to one row of a delivered tensor."""
+    operation = operation.made
     if isinstance(operation, Repack):
         packing = operation.packing
         return packing.container.bits // packing.bits if packing.axis == 0 else 1
@@ -122,7 +125,7 @@ def narrow(module: ModulePlan, begin: int, end: int) -> ModulePlan:
     return replace(
         module,
         views=views,
-        weight=weight and replace(weight, shape=(end - begin, weight.shape[1]), part_of=weight.shape),
+        weight=weight and replace(weight, shape=(end - begin, weight.shape[1]), part_of=weight.part_of or weight.shape),
         deliveries=tuple(_narrow_delivery(entry, module, changed, begin, end) for entry in module.deliveries),
     )
 
@@ -160,14 +163,19 @@ def _cut(view: View, bounds: tuple[int, int], rows: int) -> View:
 def _narrow_delivery(delivery: Delivery, module: ModulePlan, changed: set[str], begin: int, end: int) -> Delivery:
     """Return a delivery with fewer rows if the tensors that it is made from have fewer; otherwise unchanged."""
     operation = delivery.operation
-    from_codes = operation.source is None and not isinstance(operation, Ones)
-    shape = operation.result.shape
-    if not shape or not (from_codes or operation.source in changed):
+    from_codes = operation.source is None and not isinstance(operation, Ones | Padding)
+    if not operation.result.shape or not (from_codes or operation.source in changed):
         return delivery
     size = weight_rows_per_row(operation, module.weight)
-    rows = -(-end // size) - begin // size
-    result = TensorSpec(operation.result.dtype, (rows, *shape[1:]))
-    return delivery._replace(operation=replace(operation, result=result))
+    return delivery._replace(operation=_with_rows(operation, -(-end // size) - begin // size))
+
+
+def _with_rows(operation: Operation, rows: int) -> Operation:
+    """Return the operation with another number of rows in its result."""
+    result = TensorSpec(operation.result.dtype, (rows, *operation.result.shape[1:]))
+    if isinstance(operation, Slice):
+        return replace(operation, result=result, operation=_with_rows(operation.operation, rows))
+    return replace(operation, result=result)
 
 
 def _rows_in_whole_words(packing: Packing) -> int:

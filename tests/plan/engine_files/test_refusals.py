@@ -1,0 +1,195 @@
+"""What target `engine` can't hold is refused before anything is written, with the target that serves it instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import rewrite_config, write_checkpoint
+from tiny_models import tiny_config
+
+from trtllm_ct.base.errors import PlanError
+from trtllm_ct.engine.parallel import ONE_RANK, Parallel
+from trtllm_ct.pipeline.open import plan_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from trtllm_ct.base.errors import Fault
+
+SIZES = {"hidden": 256, "heads": 4, "kv_heads": 2, "intermediate": 512, "vocabulary": 64, "layers": 2}
+LINEARS = 14
+ON_PYTORCH = "Convert with --to modelopt: it serves these modules with their codes"
+DEQUANTIZED = "Convert with --to dense, or with --to modelopt, which dequantizes"
+
+
+def faults_of(
+    directory: Path,
+    scheme: str | Mapping[str, str],
+    *,
+    architecture: str = "LlamaForCausalLM",
+    parallel: Parallel = ONE_RANK,
+    edit: Callable[[dict[str, Tensor]], object] | None = None,
+    **more: Any,
+) -> list[Fault]:
+    built = write_checkpoint(directory, config=tiny_config(architecture, **SIZES | more), scheme=scheme, edit=edit)
+    with pytest.raises(PlanError) as caught:
+        plan_checkpoint(built.directory, "engine", parallel=parallel)
+    return list(caught.value.faults)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason", "remedy"),
+    [
+        ("fp8-block", "the quantization pass has no layer for FP8_BLOCK_SCALES", ON_PYTORCH),
+        ("mxfp4", "engines have no MX mode", DEQUANTIZED),
+        ("mxfp4a16", "engines have no MX mode", DEQUANTIZED),
+        ("mxfp6a8", "engines have no MX mode", DEQUANTIZED),
+        ("mxfp8", "engines have no MX mode", DEQUANTIZED),
+        ("int4-g32", "groups of 64 and 128 columns only", DEQUANTIZED),
+        ("int4-g16", "groups of 64 and 128 columns only", DEQUANTIZED),
+        ("int4-g32-asym", "groups of 64 and 128 columns only", DEQUANTIZED),
+        ("int4-g64-actorder", "no kernel of engines has a group index", DEQUANTIZED),
+        ("int8-g32", "W8A16_GPTQ only, whose files are made for one generation of GPUs", DEQUANTIZED),
+        ("int8-channel-asym", "int8 weights of engines are symmetric", DEQUANTIZED),
+        ("w8a8-static-asym", "no layer of the engine computes with such weights on int8 tensor asymmetric", ON_PYTORCH),
+        ("w4a8", "W4A8_AWQ needs a static scale of the input", ON_PYTORCH),
+        ("w4afp8", "W4A8_AWQ needs a static scale of the input", ON_PYTORCH),
+        ("fp8-weight-only", "no layer of the engine computes with such weights on 16-bit inputs", DEQUANTIZED),
+        ("fp8-channel-static", "no layer of the engine computes with such weights on fp8 tensor inputs", ON_PYTORCH),
+        ("nvfp4a16", "NVFP4 Linears of engines need a static input_global_scale", DEQUANTIZED),
+    ],
+)
+def test_a_scheme_without_a_form_in_engines(scheme: str, reason: str, remedy: str, tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, scheme)
+
+    assert fault.where == f"model.layers.0.self_attn.q_proj and {LINEARS - 1} more"
+    assert reason in fault.found
+    assert fault.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel-token", "w8a8"])
+def test_modes_that_replace_the_attention_of_qwen3(scheme: str, tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, scheme, architecture="Qwen3ForCausalLM")
+
+    assert fault.where == "model.layers.0.self_attn.q_norm and 3 more"
+    assert "norms of queries and keys" in fault.found
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel-token", "w8a8"])
+def test_single_plain_linears_beside_modes_that_replace_whole_modules(scheme: str, tmp_path: Path) -> None:
+    quantized = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+
+    (fault,) = faults_of(tmp_path, dict.fromkeys(quantized, scheme))
+
+    assert fault.where == "model.layers.0.self_attn.o_proj and 1 more"
+    assert "replaces whole attention and MLP modules" in fault.found
+
+
+def test_several_modes_in_one_model(tmp_path: Path) -> None:
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "fp8-channel-token")
+    mlp = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g128")
+
+    (fault,) = faults_of(tmp_path, attention | mlp)
+
+    assert fault.found == "W4A16_AWQ and FP8_PER_CHANNEL_PER_TOKEN"
+    assert fault.remedy.startswith(ON_PYTORCH)
+
+
+def test_all_reasons_come_at_once(tmp_path: Path) -> None:
+    scheme = {"o_proj": "int4-g32", "down_proj": "fp8-block", "up_proj": "mxfp8"}
+
+    faults = faults_of(tmp_path, scheme, hidden_act="gelu", rope_parameters={"rope_type": "longrope", "factor": 2.0})
+
+    assert [fault.where for fault in faults] == [
+        "model.layers.0.self_attn.o_proj and 1 more",
+        "model.layers.0.mlp.up_proj and 1 more",
+        "model.layers.0.mlp.down_proj and 1 more",
+        "config.json: rope_type",
+        "config.json: hidden_act",
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128", "int8-channel"])
+def test_sizes_that_the_layers_of_the_engine_would_pad(scheme: str, tmp_path: Path) -> None:
+    faults = faults_of(tmp_path, scheme, parallel=Parallel(tensor=4), intermediate=384)
+
+    assert {fault.expected for fault in faults} <= {
+        f"sizes that the layers of {algo} have without padding" for algo in ("W4A16_AWQ", "W8A16")
+    }
+    assert any(
+        "384 rows in all ranks together, no multiple of 256 (tensor parallel 4)" in fault.found for fault in faults
+    )
+
+
+def test_nvfp4_parts_of_qkv_without_a_common_scale(tmp_path: Path) -> None:
+    def unequal(stored: dict[str, Tensor]) -> None:
+        for name, tensor in stored.items():
+            if name.endswith(("k_proj.weight_global_scale", "up_proj.weight_global_scale")):
+                stored[name] = tensor * 1.3
+
+    faults = faults_of(tmp_path, "nvfp4", edit=unequal)
+
+    assert faults
+    assert all("the parts of qkv_proj share no scalar: weight_global_scale" in fault.found for fault in faults)
+
+
+def test_heads_that_ranks_can_not_share(tmp_path: Path) -> None:
+    faults = faults_of(tmp_path, "dense", parallel=Parallel(tensor=3))
+
+    assert {"config.json: num_attention_heads", "config.json: num_key_value_heads"} <= {fault.where for fault in faults}
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Phi3ForCausalLM", "Qwen3MoeForCausalLM"])
+def test_classes_whose_names_in_engines_are_not_known(architecture: str, tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, "dense", architecture=architecture)
+
+    assert (fault.where, fault.found) == ("config.json: architectures", architecture)
+
+
+def test_a_bias_that_the_class_of_the_engine_leaves_out(tmp_path: Path) -> None:
+    faults = faults_of(tmp_path, "dense", architecture="Qwen3ForCausalLM", attention_bias=True)
+
+    assert {fault.where.rpartition(".")[0].rpartition(".")[2] for fault in faults} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"
+    }  # fmt: skip
+
+
+def test_plain_linears_that_differ_between_pipeline_stages(tmp_path: Path) -> None:
+    names = [f"{part}_proj" for part in ("q", "k", "v", "gate", "up", "down")]
+    scheme = dict.fromkeys(names, "int4-g64") | {"model.layers.1.self_attn.o_proj": "int4-g64"}
+
+    (fault,) = faults_of(tmp_path, scheme, parallel=Parallel(pipeline=2))
+
+    assert fault.where == "model.layers.0.self_attn.o_proj"
+    assert "transformer.layers.0.attention.dense plain in every pipeline stage" in fault.expected
+
+
+def test_a_quantized_cache_without_stored_scales(tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path, config=tiny_config(**SIZES), scheme="dense", kv=True, edit=_without_cache_scales)
+    rewrite_config(
+        built.directory, lambda config: config["quantization_config"]["kv_cache_scheme"].update(dynamic=True)
+    )
+
+    with pytest.raises(PlanError, match=r"kv_cache_scheme: expected stored scales of the FP8 cache .* in layer 0, 1"):
+        plan_checkpoint(built.directory, "engine")
+
+
+def _without_cache_scales(stored: dict[str, Tensor]) -> None:
+    for name in [name for name in stored if name.endswith(("k_scale", "v_scale"))]:
+        del stored[name]
+
+
+def test_expert_parallelism(tmp_path: Path) -> None:
+    faults = faults_of(tmp_path, "dense", architecture="MixtralForCausalLM", parallel=Parallel(tensor=2, expert=2))
+
+    assert [fault.where for fault in faults] == ["--ep"]
+
+
+def test_a_float32_model_needs_a_dtype(tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, "dense", dtype="float32")
+
+    assert (fault.where, fault.found) == ("config.json: dtype", "float32")

@@ -1,0 +1,298 @@
+"""Which mode an engine gets, which of its modules stay plain, and what is refused.
+
+One mode serves the whole engine. A scheme without a form in engines is refused and not dequantized: the other targets
+serve it better. All refusals are collected, one for each reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import lcm
+from typing import TYPE_CHECKING
+
+from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, BUILD_MODES, W4A16_AWQ, Content, mode_of, refusal_of
+from trtllm_ct.engine.quant_config import LayerQuantConfig
+from trtllm_ct.engine.target import DENSE, MODELOPT, TENSORRT_LLM
+from trtllm_ct.plan.assign import assign_modes, candidates_of
+from trtllm_ct.plan.engine_files.tensors import Held
+from trtllm_ct.plan.equalize import OWN, Part, equalize
+from trtllm_ct.plan.ranks.cuts import with_slices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.engine.build_modes import BuildMode
+    from trtllm_ct.plan.assign import Candidate
+    from trtllm_ct.plan.engine_files.layout import Layout
+    from trtllm_ct.plan.equalize import Equalized
+    from trtllm_ct.plan.models.sites import Site
+    from trtllm_ct.plan.probe import Probe
+
+__all__ = ["Choice", "choose"]
+
+_READ_PLAIN = "engines of this target read this module plain"
+_WITH_EXPERTS = "engines have one mode for experts and attention, and this target writes experts plain"
+_REQUANTIZED = "qkv has one weight scale: codes are requantized to the largest of q, k and v where these differ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The mode of an engine, None if it is plain, and the modules that it holds, by name.
+
+    `reasons` say why other quantized modules are dequantized, `notes` where a module's tensors are changed. `excluded`
+    are the engine's names of Linears that stay plain although the engine has a mode.
+    """
+
+    mode: BuildMode | None = None
+    group_size: int | None = None
+    held: Mapping[str, Held] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def layer(self) -> LayerQuantConfig | None:
+        """The mode as the configuration of the engine has it."""
+        if self.mode is None:
+            return None
+        return LayerQuantConfig(
+            quant_algo=self.mode.algo,
+            group_size=self.group_size,
+            has_zero_point=self.mode.has_zero_point,
+            pre_quant_scale=self.mode.pre_quant_scale,
+        )
+
+
+def choose(
+    parts: Sequence[Part], sites: Sequence[Site], layout: Layout, probe: Probe, faults: FaultCollector
+) -> Choice:
+    """Return the mode of an engine, given its quantized modules and all its sites; adds a fault for each refusal."""
+    return _Chooser(parts=parts, sites=sites, layout=layout, probe=probe, faults=faults).choice()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Chooser:
+    """The values that the steps of choosing share."""
+
+    parts: Sequence[Part]
+    sites: Sequence[Site]
+    layout: Layout
+    probe: Probe
+    faults: FaultCollector
+    equalized: Mapping[str, Equalized] = field(init=False)
+    candidates: Mapping[str, Candidate] = field(init=False)
+    reasons: dict[str, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.equalized = equalize(self.parts, self.probe, inputs=False)
+        self.candidates = candidates_of(self.parts, equalize(self.parts, self.probe))
+
+    def choice(self) -> Choice:
+        """Return the choice; adds the faults."""
+        linears = self._linears()
+        modes = {name: mode_of(self.candidates[name].weight) for name in linears}
+        refused = {name: refusal_of(self.candidates[name].weight) for name, mode in modes.items() if mode is None}
+        self._refuse(refused)
+        mode = self._one_mode({name: mode for name, mode in modes.items() if mode is not None})
+        if mode is None or refused:
+            return Choice(reasons=self.reasons)
+        held = [name for name in linears if name in modes]
+        group_size = self._group_size(mode, held)
+        self._refuse_unequal(mode, held)
+        self._require_input_scales(mode, held)
+        plain = self._plain_linears(held)
+        self._refuse_plain(mode, plain)
+        self._refuse_head_norms(mode)
+        return Choice(
+            mode=mode,
+            group_size=group_size,
+            held={
+                name: Held(mode=mode, group_size=group_size, equalized=self.equalized.get(name, OWN)) for name in held
+            },
+            reasons=self.reasons,
+            notes=self._notes(mode, held),
+            excluded=self._excluded(plain),
+        )
+
+    def _linears(self) -> list[str]:
+        """Return the quantized Linears that may have a mode; gives the reasons for all others."""
+        plain = {part.site.module: self._why_plain(part.site) for part in self.parts}
+        for part in self.parts:
+            spot = self.layout.spot(part.site.module)
+            others = spot.parts if spot is not None else ()
+            reason = plain[part.site.module]
+            if not reason and any(name not in plain for name in others):
+                reason = "another part of the Linear that the engine fuses it into is stored plain"
+            elif not reason:
+                reason = next((plain[name] for name in others if plain[name]), "")
+            if reason:
+                self.reasons[part.site.module] = reason
+        return [part.site.module for part in self.parts if part.site.module not in self.reasons]
+
+    def _why_plain(self, site: Site) -> str:
+        """Return why a quantized module is dequantized, whatever its scheme; empty if it may have a mode."""
+        if self.layout.row.experts:
+            return _WITH_EXPERTS
+        if site.plain or site.head:
+            return _READ_PLAIN
+        return self.candidates[site.module].folded
+
+    def _one_mode(self, modes: Mapping[str, BuildMode]) -> BuildMode | None:
+        """Return the one mode of all Linears; adds a fault for several."""
+        different = [mode for mode in BUILD_MODES if mode in modes.values()]
+        if {mode.algo for mode in different} == {W4A16_AWQ.algo} and AWQ_WITH_ZEROS in different:
+            return AWQ_WITH_ZEROS
+        if len(different) > 1:
+            algos = " and ".join(dict.fromkeys(str(mode.algo) for mode in different))
+            self._add(list(modes), "one mode for the whole engine, which is all that this target writes", algos)
+        return different[0] if different else None
+
+    def _refuse(self, refused: Mapping[str, str]) -> None:
+        """Add a fault for each reason why Linears have no mode."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in refused.items():
+            scheme = self.candidates[name].weight.scheme.label()
+            by_reason.setdefault(f"{scheme}: {reason}", []).append(name)
+        for reason, names in by_reason.items():
+            self._add(names, "a scheme that has a form in engines of the TensorRT backend", reason)
+
+    def _group_size(self, mode: BuildMode, held: Sequence[str]) -> int | None:
+        """Return the largest group size in which a mode holds every Linear; adds a fault if there is none."""
+        if not mode.group_sizes and mode.multiple == 1:
+            return None
+        problems: dict[str, list[str]] = {}
+        sizes = mode.group_sizes or (1,)
+        for size in sizes:
+            wrong = {name: problem for name in held if (problem := self._size_problem(mode, name, size))}
+            if not wrong:
+                return size if mode.group_sizes else None
+            problems = {}
+            for name, problem in wrong.items():
+                problems.setdefault(problem, []).append(name)
+        for problem, names in problems.items():
+            self._add(names, f"sizes that the layers of {mode.algo} have without padding", problem)
+        return sizes[-1] if mode.group_sizes else None
+
+    def _size_problem(self, mode: BuildMode, name: str, size: int) -> str:
+        """Return why a mode with groups of this size doesn't hold a Linear on every rank; empty if it does."""
+        weight, ranks = self.candidates[name].weight, self.layout.parallel.tensor
+        if weight.shape is None:
+            return ""
+        stored = weight.args.group_size
+        if mode.group_sizes and not (stored is None or stored % size == 0):
+            return f"groups of {stored} columns, which are no multiple of {size}"
+        if stored is not None and weight.shape[1] % stored:
+            return f"{weight.shape[1]} columns, which groups of {stored} don't fill"
+        if mode.two_level:
+            multiple = size * (ranks if self.layout.is_row_parallel(name) else 1)
+            return "" if weight.shape[1] % multiple == 0 else f"{weight.shape[1]} columns, no multiple of {multiple}"
+        multiple = lcm(mode.multiple, size) * ranks
+        rows = self.layout.engine_rows(name)
+        bad = [f"{count} {axis}" for count, axis in ((rows, "rows"), (weight.shape[1], "columns")) if count % multiple]
+        if not bad:
+            return ""
+        return f"{' and '.join(bad)} in all ranks together, no multiple of {multiple} (tensor parallel {ranks})"
+
+    def _refuse_unequal(self, mode: BuildMode, held: Sequence[str]) -> None:
+        """Add a fault for parts of a fused Linear whose global scales can't be made equal without a change."""
+        if not mode.two_level:
+            return
+        obstacles: dict[str, list[str]] = {}
+        for name in held:
+            obstacle = self.equalized[name].obstacle if name in self.equalized else ""
+            if obstacle and len(self._spot_parts(name)) > 1:
+                obstacles.setdefault(obstacle, []).append(name)
+        for obstacle, names in obstacles.items():
+            self._add(names, "one global scale for all parts of a fused Linear", obstacle)
+
+    def _require_input_scales(self, mode: BuildMode, held: Sequence[str]) -> None:
+        """Add a fault for each Linear without the static scale of its input that the mode reads."""
+        if not any(tensor.content is Content.INPUT_SCALE for tensor in mode.tensors):
+            return
+        for part in self.parts:
+            local = "input_global_scale" if part.weight.stored.divisor else "input_scale"
+            spec = part.module.specs.get(local)
+            if part.site.module in held and (spec is None or spec.numel != 1):
+                self.faults.add(
+                    where=f"{part.module.stored_name}.{local}",
+                    expected="one element: the static scale of the module's input",
+                    found=str(spec) if spec else "no such tensor",
+                    remedy="Download the checkpoint again, or quantize again with dynamic activations.",
+                )
+
+    def _plain_linears(self, held: Iterable[str]) -> list[str]:
+        """Return the Linears of layers that stay plain."""
+        names = set(held)
+        return [
+            site.module
+            for site in self.sites
+            if site.class_name == "Linear" and not site.head and site.module not in names
+        ]
+
+    def _refuse_plain(self, mode: BuildMode, plain: Sequence[str]) -> None:
+        """Add a fault for plain Linears beside a mode that replaces whole modules."""
+        if plain and mode.swaps_modules:
+            found = f"plain Linears, and {mode.algo} replaces whole attention and MLP modules"
+            self._add(list(plain), "every Linear of a layer quantized", found)
+
+    def _refuse_head_norms(self, mode: BuildMode) -> None:
+        """Add a fault for norms of queries and keys beside a mode whose attention has none."""
+        if mode.swaps_modules and self.layout.row.head_norms:
+            norms = [site.module for site in self.sites if site.module.endswith(("q_norm", "k_norm"))]
+            found = f"norms of queries and keys, which the attention of {mode.algo} leaves out: it would be wrong"
+            self._add(norms, "attention without them", found)
+
+    def _excluded(self, plain: Iterable[str]) -> tuple[str, ...]:
+        """Return the engine's names of plain Linears; adds a fault where they differ between pipeline stages.
+
+        Layers are counted in each stage from 0, and one configuration serves all stages.
+        """
+        names: dict[str, set[int]] = {}
+        modules: dict[str, list[str]] = {}
+        for module in plain:
+            spot = self.layout.spot(module)
+            if spot is not None and spot.layer is not None:
+                name = self.layout.local_name(spot)
+                names.setdefault(name, set()).add(self.layout.stage(spot))
+                modules.setdefault(name, []).append(module)
+        for name, stages in names.items():
+            others = {stage for stage, layers in enumerate(self.layout.stages) if _index(name) < len(layers)} - stages
+            if others:
+                self._add(
+                    modules[name],
+                    f"the Linear {name} plain in every pipeline stage: one configuration serves all stages",
+                    f"it plain in some of {self.layout.parallel.pipeline} stages only",
+                )
+        return tuple(names)
+
+    def _notes(self, mode: BuildMode, held: Iterable[str]) -> dict[str, str]:
+        """Return where tensors of modules are changed."""
+        return {name: _REQUANTIZED for name in held if mode.requantizes and len(self._spot_parts(name)) > 1}
+
+    def _spot_parts(self, name: str) -> tuple[str, ...]:
+        spot = self.layout.spot(name)
+        return spot.parts if spot is not None else ()
+
+    def _add(self, names: Sequence[str], expected: str, found: str) -> None:
+        """Add a fault about modules, with the target that serves them instead."""
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        self.faults.add(where=f"{names[0]}{more}", expected=expected, found=found, remedy=self._remedy())
+
+    def _remedy(self) -> str:
+        """Return which target serves the checkpoint instead: the first that keeps all its Linears quantized."""
+        for target in (MODELOPT, TENSORRT_LLM):
+            candidates = with_slices(self.candidates, self.layout.model, self.layout.parallel, target)
+            assignments = assign_modes(candidates, self.sites, target)
+            quantized = [
+                name for name, candidate in candidates.items() if not (candidate.site.plain or candidate.site.head)
+            ]
+            if all(assignments[name].holding for name in quantized):
+                how = "Convert with --to modelopt" if target is MODELOPT else "Load it with target tensorrt_llm"
+                return f"{how}: it serves these modules with their codes, on the PyTorch backend."
+        return f"Convert with --to {DENSE.name}, or with --to {MODELOPT.name}, which dequantizes what it can't hold."
+
+
+def _index(name: str) -> int:
+    """Return the number of the layer in an engine's name."""
+    return int(name.removeprefix("transformer.layers.").partition(".")[0])

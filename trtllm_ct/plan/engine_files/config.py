@@ -1,0 +1,175 @@
+"""config.json of an engine-build checkpoint; every value whose default in the engine is wrong is written.
+
+Unknown keys of `quantization` and `mapping` raise TypeError when an engine is built, so these have exactly the keys
+below. Sources: TensorRT-LLM `models/modeling_utils.py` (`PretrainedConfig`, `QuantConfig`), `mapping.py`,
+`models/llama/config.py` (89fd9b74), `models/qwen/config.py` (373970a8), `quantization/quantize.py` (89fd9b74).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.base.version import __version__
+from trtllm_ct.plan.engine_files.rope import rope_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.engine.parallel import Parallel
+    from trtllm_ct.plan.engine_files.choice import Choice
+    from trtllm_ct.plan.engine_files.rope import Rope
+    from trtllm_ct.plan.models.build_classes import BuildClass
+    from trtllm_ct.plan.models.sites import Model
+
+__all__ = ["build_config", "config_warnings", "rope_of_model"]
+
+# `QuantConfig.group_size` is 128 by default, and some pages say 64: it is always written.
+_GROUP_SIZE = 128
+# A list replaces the engine's own, so it has the modules of that list that these classes have.
+_ALWAYS_EXCLUDED = ("lm_head", "*router", "transformer.vocab_embedding")
+_NOT_RUN = (
+    "target engine is written by the published source of TensorRT-LLM, and no engine was built from it here: "
+    "compare outputs before you serve it"
+)
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "MixtralForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+}
+"""What transformers 5.23 fills in where a class differs from the others."""
+
+
+def rope_of_model(model: Model, faults: FaultCollector) -> Rope:
+    """Return the rotary embedding of a model; adds a fault for one that engines don't compute."""
+    default = _DEFAULTS.get(model.name, {}).get("rope_theta", 10000.0)
+    return rope_of(model.text, float(default), faults)
+
+
+def build_config(
+    model: Model,
+    row: BuildClass,
+    choice: Choice,
+    parallel: Parallel,
+    *,
+    rope: Rope,
+    dtype: DType,
+    kv_cache: str | None,
+    faults: FaultCollector,
+) -> dict[str, Any]:
+    """Return config.json for a model in the mode of `choice`; it is the same for all ranks.
+
+    `rope` is its rotary embedding. Adds a fault for what engines can't compute: another activation function or dtype.
+    """
+    text = model.text
+    _refuse_activation(text, faults)
+    _refuse_dtype(dtype, faults)
+    config = {
+        "producer": {"name": "trtllm-ct", "version": __version__},
+        "architecture": model.name,
+        "dtype": dtype.torch_name,
+        "logits_dtype": "float32",
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.sizes["hidden"],
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_size": model.sizes["head_dim"],
+        "intermediate_size": model.sizes["intermediate"],
+        "hidden_act": row.hidden_act,
+        "norm_epsilon": text.get("rms_norm_eps", _DEFAULTS.get(model.name, {}).get("rms_norm_eps", 1e-6)),
+        "position_embedding_type": "rope_gpt_neox",
+        "max_position_embeddings": text.get("max_position_embeddings"),
+        "rotary_base": rope.base,
+        "rotary_scaling": rope.scaling,
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "tie_word_embeddings": bool(model.tied),
+        "disable_weight_only_quant_plugin": bool(choice.mode and choice.mode.plain_int8),
+        "quantization": _quantization(choice, kv_cache),
+        "mapping": _mapping(row, parallel),
+    }
+    copied = {key: bool(text.get(source, default)) for key, source, default in row.copied}
+    return config | dict(row.config) | copied | _experts(model, row)
+
+
+def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> tuple[str, ...]:
+    """Return warnings about what no converter of TensorRT-LLM writes, and about what config.json can't say.
+
+    `gptq` says that weights would be called GPTQ by their scheme.
+    """
+    derived = [
+        what
+        for what in (
+            choice.mode.derived if choice.mode else "",
+            rope.derived,
+            "Linears that stay plain by exclude_modules" if choice.excluded else "",
+        )
+        if what
+    ]
+    warnings = [_NOT_RUN]
+    if derived:
+        warnings.append(f"(derived) no converter of TensorRT-LLM writes this: {'; '.join(derived)}")
+    if gptq and choice.mode is not None and choice.mode.algo is QuantAlgo.W4A16_AWQ:
+        warnings.append(
+            "int4 codes are written as W4A16_AWQ, for every GPU: a file of W4A16_GPTQ serves one generation of GPUs"
+        )
+    window = model.text.get("sliding_window")
+    if window and model.text.get("use_sliding_window", True):
+        warnings.append(
+            f"sliding_window {window} is no part of an engine: give --max_attention_window_size when you run it"
+        )
+    return tuple(warnings)
+
+
+def _quantization(choice: Choice, kv_cache: str | None) -> dict[str, Any]:
+    """Return the block `quantization`."""
+    mode = choice.mode
+    return {
+        "quant_algo": str(mode.algo) if mode else None,
+        "kv_cache_quant_algo": kv_cache,
+        "group_size": choice.group_size or _GROUP_SIZE,
+        "has_zero_point": bool(mode and mode.has_zero_point),
+        "pre_quant_scale": bool(mode and mode.pre_quant_scale),
+        "exclude_modules": [*_ALWAYS_EXCLUDED, *choice.excluded] if choice.excluded else None,
+    }
+
+
+def _mapping(row: BuildClass, parallel: Parallel) -> dict[str, int]:
+    """Return the block `mapping`."""
+    mapping = {
+        "world_size": parallel.tensor * parallel.pipeline,
+        "tp_size": parallel.tensor,
+        "pp_size": parallel.pipeline,
+    }
+    return mapping | ({"moe_tp_size": parallel.tensor, "moe_ep_size": 1} if row.experts else {})
+
+
+def _experts(model: Model, row: BuildClass) -> dict[str, Any]:
+    """Return the block `moe` of a model with routed experts."""
+    if not row.experts:
+        return {}
+    top_k = model.text.get("num_experts_per_tok", 2)
+    # 1 is `MoeConfig.ExpertScaleNormalizationMode.RENORMALIZE`.
+    return {"moe": {"num_experts": model.sizes["experts"], "top_k": top_k, "normalization_mode": 1}}
+
+
+def _refuse_activation(text: Mapping[str, Any], faults: FaultCollector) -> None:
+    activation = text.get("hidden_act", "silu")
+    if activation not in {"silu", "swish"}:
+        faults.add(
+            where="config.json: hidden_act",
+            expected="silu, the only one of the classes that target engine writes",
+            found=repr(activation),
+            remedy="Convert with --to modelopt: the PyTorch backend reads config.json itself.",
+        )
+
+
+def _refuse_dtype(dtype: DType, faults: FaultCollector) -> None:
+    if dtype not in {DType.F16, DType.BF16}:
+        faults.add(
+            where="config.json: dtype",
+            expected="float16 or bfloat16: engines compute in these",
+            found=dtype.torch_name,
+            remedy="Convert with --dtype bfloat16 or float16.",
+        )

@@ -1,0 +1,151 @@
+"""`EngineDirectory`: plans an engine-build checkpoint from the modules of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.quant_config import QuantConfig
+from trtllm_ct.plan.assign import Assignment
+from trtllm_ct.plan.engine_files.cache import cache_scales
+from trtllm_ct.plan.engine_files.choice import Choice, choose
+from trtllm_ct.plan.engine_files.config import build_config, config_warnings, rope_of_model
+from trtllm_ct.plan.engine_files.layout import Layout
+from trtllm_ct.plan.engine_files.ranks import rank_modules
+from trtllm_ct.plan.models.build_classes import BUILD_CLASSES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
+
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.checkpoint.write_plan import Segment, StackPart
+    from trtllm_ct.engine.parallel import Parallel
+    from trtllm_ct.plan.equalize import Part
+    from trtllm_ct.plan.models.sites import Model, Site
+    from trtllm_ct.plan.plan import ModulePlan
+    from trtllm_ct.plan.probe import Probe
+
+__all__ = ["BuiltModules", "EngineDirectory", "refuse_unbuilt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltModules:
+    """The plans of all modules with the pieces of all ranks, and what the plan of the directory needs beside them."""
+
+    modules: tuple[ModulePlan, ...]
+    places: Mapping[str, Segment | StackPart]
+    quant_config: QuantConfig
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineDirectory:
+    """Plans the directory of one model: first the mode, then the pieces of all ranks and config.json."""
+
+    model: Model
+    parallel: Parallel
+    dtype: DType
+    layout: Layout
+    choice: Choice = field(default_factory=Choice)
+
+    @classmethod
+    def of(cls, model: Model, parallel: Parallel, dtype: DType, place: tuple[str, str]) -> EngineDirectory:
+        """Return the directory of a model whose class `refuse_unbuilt` accepts."""
+        layout = Layout(model=model, row=BUILD_CLASSES[model.name], parallel=parallel, place=place)
+        return cls(model=model, parallel=parallel, dtype=dtype, layout=layout)
+
+    def assign(
+        self, parts: Sequence[Part], sites: Sequence[Site], probe: Probe, faults: FaultCollector
+    ) -> dict[str, Assignment]:
+        """Choose the mode, and return an assignment for every quantized module; refusals are added to `faults`.
+
+        The assignments have no holding: the tensors of a mode take the place of the plain ones in `build`.
+        """
+        self.choice = choose(parts, sites, self.layout, probe, faults)
+        reasons = self.choice.reasons
+        return {part.site.module: Assignment(holding=None, reason=reasons.get(part.site.module, "")) for part in parts}
+
+    def build(self, modules: Iterable[ModulePlan], *, kv_cache: str | None, faults: FaultCollector) -> BuiltModules:
+        """Return all modules with the pieces of all ranks; `modules` are the plans that deliver them plain."""
+        modules = tuple(modules)
+        self._refuse_biases(modules, faults)
+        if kv_cache is not None:
+            self._require_cache_scales(modules, kv_cache, faults)
+        rope = rope_of_model(self.model, faults)
+        config = build_config(
+            self.model,
+            self.layout.row,
+            self.choice,
+            self.parallel,
+            rope=rope,
+            dtype=self.dtype,
+            kv_cache=kv_cache,
+            faults=faults,
+        )
+        gptq = any(module.native_mode is QuantAlgo.W4A16_GPTQ for module in modules)
+        warnings = config_warnings(self.model, rope, self.choice, gptq=gptq)
+        if faults.faults:
+            return BuiltModules(
+                modules=modules, places={}, quant_config=QuantConfig(), config=config, warnings=warnings
+            )
+        pieces, places = rank_modules(modules, self.layout, self.choice, self.dtype)
+        excluded = tuple(config["quantization"]["exclude_modules"] or ())
+        quant_config = QuantConfig(layer=self.choice.layer, kv_cache_quant_algo=kv_cache, exclude_modules=excluded)
+        return BuiltModules(modules=pieces, places=places, quant_config=quant_config, config=config, warnings=warnings)
+
+    def _require_cache_scales(self, modules: Iterable[ModulePlan], kv_cache: str, faults: FaultCollector) -> None:
+        """Add a fault if a layer has no stored scale of its cache: engines can't be built without one."""
+        scaled = {self.layout.layer_of(attention) for attention, _, _ in cache_scales(modules).values()}
+        missing = [str(layer) for layer in range(self.model.layers) if layer not in scaled]
+        if missing and not faults.faults:
+            faults.add(
+                where="kv_cache_scheme",
+                expected=f"stored scales of the {kv_cache} cache in every layer, which engines need",
+                found=f"none in layer {', '.join(missing)}",
+                remedy="Calibrate the KV cache with llm-compressor, or remove kv_cache_scheme to build with a 16-bit "
+                "cache.",
+            )
+
+    def _refuse_biases(self, modules: Iterable[ModulePlan], faults: FaultCollector) -> None:
+        """Add a fault for each bias that the engine's class has no parameter for: it would be left out silently."""
+        for module in modules:
+            spot = self.layout.spot(module.name)
+            has_bias = any(delivery.name.endswith(".bias") for delivery in module.deliveries)
+            if has_bias and (spot is None or spot.name not in self.layout.row.biases):
+                faults.add(
+                    where=f"{module.name}.bias",
+                    expected=f"no bias: the class of {self.model.name} in the TensorRT backend leaves it out",
+                    found="a bias",
+                    remedy="Convert with --to modelopt: the PyTorch backend adds it.",
+                )
+
+
+def refuse_unbuilt(model: Model, parallel: Parallel, faults: FaultCollector, *, dense_o_proj: bool) -> bool:
+    """Add faults for a model or sizes that target engine doesn't write; return whether planning can go on."""
+    before = len(faults.faults)
+    if model.name not in BUILD_CLASSES or model.multimodal:
+        faults.add(
+            where="config.json: architectures",
+            expected=f"one of {', '.join(BUILD_CLASSES)}, whose names in the TensorRT backend are known",
+            found=f"{model.name}{', a part of a larger model' if model.multimodal else ''}",
+            remedy="Convert with --to modelopt, or with --to dense, which works for every architecture.",
+        )
+    if parallel.expert > 1 or parallel.attention_dp:
+        faults.add(
+            where="--ep",
+            expected="1: target engine divides experts like all other modules (moe_tp_size)",
+            found=str(parallel.expert),
+            remedy="Leave --ep out, or convert with --to modelopt.",
+        )
+    if dense_o_proj:
+        faults.add(
+            where="--dense-o-proj",
+            expected="no such option: attention of the TensorRT backend writes its output in the model's dtype",
+            found="it",
+            remedy="Leave it out, or convert with --to modelopt.",
+        )
+    return len(faults.faults) == before

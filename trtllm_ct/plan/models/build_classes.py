@@ -1,0 +1,112 @@
+"""How the classes of the TensorRT backend name the modules of a model: one row per class, one line per module.
+
+Names are given without `transformer.` and without the layer. The trap in them: `fc` is the branch that is activated,
+which Hugging Face calls `gate_proj`, and `gate` is the linear one, `up_proj`. In experts, the rows of the linear branch
+come first. Sources: TensorRT-LLM `models/model_weights_loader.py` (04a2cacb) for names, `models/llama/convert.py`
+(0afa06ab), `models/llama/config.py` (89fd9b74), `models/qwen/config.py` (373970a8) and `layers/moe.py`.
+How ranks divide a module is in `families.py`: both backends cut at the same rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["BUILD_CLASSES", "BUILD_NAMES", "ROUTER", "BuildClass"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildClass:
+    """How one class names the modules of a layer, and what its configuration has beside the keys of every class.
+
+    `modules` maps the path of a module in a layer to its name in the engine; modules with the same name are parts of
+    it, joined by rows in the order of the table. `experts` are the projections of an expert in the same form.
+    `biases` are the modules that have a bias if one is stored; any other bias is never read.
+    `config` has further keys of config.json with their values, and `copied` pairs of a key of config.json of the engine
+    and one of the source, with the value if the source has none.
+    """
+
+    modules: Mapping[str, str]
+    hidden_act: str = "silu"
+    experts: Mapping[str, str] = field(default_factory=dict)
+    biases: frozenset[str] = frozenset()
+    head_norms: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    copied: tuple[tuple[str, str, Any], ...] = ()
+
+
+BUILD_NAMES: Mapping[str, str] = {
+    "embed_tokens": "transformer.vocab_embedding",
+    "norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+}
+"""The names of the modules outside of layers, which are the same in every class."""
+
+ROUTER = "mlp.router"
+"""The Linear that selects experts; it is float32 in every engine."""
+
+_ATTENTION = {
+    "self_attn.q_proj": "attention.qkv",
+    "self_attn.k_proj": "attention.qkv",
+    "self_attn.v_proj": "attention.qkv",
+    "self_attn.o_proj": "attention.dense",
+}
+_MLP = {
+    "mlp.gate_proj": "mlp.fc",
+    "mlp.up_proj": "mlp.gate",
+    "mlp.down_proj": "mlp.proj",
+}
+_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_layernorm",
+}
+_HEAD_NORMS = {
+    "self_attn.q_norm": "attention.q_layernorm",
+    "self_attn.k_norm": "attention.k_layernorm",
+}
+_ROUTER = {"block_sparse_moe.gate": ROUTER}
+_EXPERTS = {
+    "w3": "mlp.fc",
+    "w1": "mlp.fc",
+    "w2": "mlp.proj",
+}
+_DENSE = _NORMS | _ATTENTION | _MLP
+_QWEN = {
+    "seq_length": 8192,
+    "use_logn_attn": False,
+    "moe_intermediate_size": 0,
+    "moe_shared_expert_intermediate_size": 0,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "num_labels": 1,
+}
+_LLAMA_BIASES = frozenset({"attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"})
+
+BUILD_CLASSES: Mapping[str, BuildClass] = {
+    "LlamaForCausalLM": BuildClass(
+        modules=_DENSE,
+        biases=_LLAMA_BIASES,
+        copied=(("attn_bias", "attention_bias", False), ("mlp_bias", "mlp_bias", False)),
+    ),
+    "MistralForCausalLM": BuildClass(modules=_DENSE, config={"attn_bias": False, "mlp_bias": False}),
+    "MixtralForCausalLM": BuildClass(
+        modules=_NORMS | _ATTENTION | _ROUTER,
+        experts=_EXPERTS,
+        hidden_act="swiglu",
+        config={"attn_bias": False, "mlp_bias": False},
+    ),
+    "Qwen2ForCausalLM": BuildClass(
+        modules=_DENSE,
+        biases=frozenset({"attention.qkv"}),
+        config={"attn_bias": True, "mlp_bias": False, "qwen_type": "qwen2", **_QWEN},
+    ),
+    "Qwen3ForCausalLM": BuildClass(
+        modules=_DENSE | _HEAD_NORMS,
+        head_norms=True,
+        config={"attn_bias": False, "mlp_bias": False, "qwen_type": "qwen3", **_QWEN},
+    ),
+}
+"""The classes that directories are written for, by their name in config.json."""

@@ -1,0 +1,155 @@
+"""The operations that only the files of ranks need: parts of tensors, and scales that several Linears have together.
+
+They belong to the closed set of `ops.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.plan.ops import AdditiveZero, Operation, WidenScale, refuse_infinite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.plan.ops import ModuleTensors
+
+__all__ = ["LargestOf", "LargestReciprocal", "Padding", "Requantize", "RoundScale", "RoundZero", "Slice"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundScale(WidenScale):
+    """Delivers the scale of the module's codes in a narrower dtype, each element rounded once."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "round scale"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """Return the scale in the dtype of `result`; an infinite element is an error."""
+        scale = WidenScale.run(self, name, module)
+        return _rounded_scale(name, scale, self.result.dtype, module.first_row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LargestOf(Operation):
+    """Delivers the largest of the scales that `scales` names, float32 []: one scale for all parts of a Linear."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "largest of scales"
+    scales: tuple[str, ...]
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """Return the largest element of all scales."""
+        return self.largest(module)
+
+    def largest(self, module: ModuleTensors) -> Tensor:
+        """Return the largest element of all scales, float32 []."""
+        import torch
+
+        return torch.stack([module.stored[scale].to(torch.float32).amax() for scale in self.scales]).amax()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LargestReciprocal(LargestOf):
+    """Delivers the largest multiplier among the divisors that `scales` names, float32 []."""
+
+    label: ClassVar[str] = "largest reciprocal"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """Return 1 / the smallest divisor, rounded once."""
+        import torch
+
+        smallest = torch.stack([module.stored[scale].to(torch.float64).amin() for scale in self.scales]).amin()
+        return (1 / smallest).to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requantize(LargestOf):
+    """Delivers E4M3 codes [N, K] under the largest of the scales that `scales` names.
+
+    Codes whose own scale is the largest are unchanged. Others are multiplied by their scale and divided by the largest
+    one in float32, and rounded to E4M3, as the engine's converters do.
+    Source: TensorRT-LLM `quantization/layers.py: FP8Linear.postprocess`; ModelOpt `torch/export/layer_utils.py`.
+    """
+
+    label: ClassVar[str] = "requantize"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """Return the codes as float8_e4m3fn."""
+        import torch
+
+        codes, largest = module.codes, self.largest(module)
+        scale = codes.scale.to(torch.float32).reshape(())
+        if bool(scale == largest):
+            return codes.values
+        return (codes.values.to(torch.float32) * scale / largest).to(codes.values.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundZero(AdditiveZero):
+    """Delivers -(zero point) * scale in a narrower dtype: the exact product, rounded once."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "round additive zero"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """Return the offset in the dtype of `result`; an infinite element is an error."""
+        zero = AdditiveZero.run(self, name, module)
+        return _rounded_scale(name, zero, self.result.dtype, module.first_row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding(Operation):
+    """Delivers zeros, which fill a tensor up to the size that an engine reads."""
+
+    label: ClassVar[str] = "padding"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """Return zeros."""
+        import torch
+
+        return torch.zeros(self.result.shape, dtype=self.result.dtype.torch_dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice(Operation):
+    """Delivers the rows (axis 0) or columns (axis 1) `begin` to `end` of what another operation delivers.
+
+    It serves the slices that a plan of fewer rows can't make: columns, and rows of weights that are stored in tiles.
+    """
+
+    label: ClassVar[str] = "slice"
+    operation: Operation
+    axis: Literal[0, 1]
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, operation: Operation, axis: Literal[0, 1], begin: int, end: int) -> Self:
+        """Return the slice of an operation's result."""
+        spec = operation.result
+        shape = (*spec.shape[:axis], end - begin, *spec.shape[axis + 1 :])
+        result = TensorSpec(spec.dtype, shape)
+        return cls(result=result, source=operation.source, operation=operation, axis=axis, begin=begin, end=end)
+
+    @property
+    def made(self) -> Operation:
+        """The operation of which this takes a slice."""
+        return self.operation
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """Return a contiguous copy of the slice."""
+        whole = self.operation.run(name, module)
+        return whole.narrow(self.axis, self.begin, self.end - self.begin).contiguous()
+
+
+def _rounded_scale(name: str, scale: Tensor, dtype: DType, first_row: int) -> Tensor:
+    """Round a float32 scale or offset once; an element that would become infinite is an error."""
+    rounded = round_once(scale, dtype.torch_dtype)
+    refuse_infinite(name, rounded, first_row, dtype, scale)
+    return rounded

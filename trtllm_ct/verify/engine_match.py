@@ -1,0 +1,252 @@
+"""Compare an engine-build checkpoint with its source: every part of every rank, and every tensor of their files.
+
+The source is read by `source/`, and the files of the ranks by `engine_ranks.py`; neither a plan nor its deliveries take
+part. What the format changes by design is changed in the same way here: zeros and scales are rounded to the model's
+dtype, and q, k and v in FP8 are requantized to the largest of their scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.engine.quant_config import QuantConfig
+from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded
+from trtllm_ct.verify.converted import checks_of, source_modules
+from trtllm_ct.verify.engine_ranks import EngineRanks
+from trtllm_ct.verify.matching import DirectoryMatch, NamedPair
+from trtllm_ct.verify.pairs import Pair
+from trtllm_ct.verify.source.decoders import has_weight, is_quantized
+from trtllm_ct.verify.source.files import TensorFiles
+from trtllm_ct.verify.source.modules import Modules
+from trtllm_ct.verify.source.names import OTHER
+from trtllm_ct.verify.source.numbers import E4M3, look_up
+from trtllm_ct.verify.source.rounding import rounded
+from trtllm_ct.verify.source.scalars import kv_scales
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.verify.converted import TensorCheck
+    from trtllm_ct.verify.engine_ranks import Located
+    from trtllm_ct.verify.matching import Exact
+    from trtllm_ct.verify.source.coded import Coded
+    from trtllm_ct.verify.source.modules import Module
+
+__all__ = ["compare_engine_directory"]
+
+_ONES = ("prequant_scaling_factor", "smoother", "scale_to_int")
+_QKV = ("q_proj", "k_proj", "v_proj")
+_FUSED = tuple(f"self_attn.{leaf}" for leaf in _QKV)
+_SCALED_BY_DTYPE = frozenset({"W4A16_AWQ", "W8A16"})
+"""Modes whose scales have the model's dtype, in the file or after it is loaded."""
+
+
+def compare_engine_directory(
+    checkpoint: Checkpoint, converted: Path, faults: FaultCollector
+) -> tuple[TensorCheck, ...]:
+    """Compare every tensor of an engine-build checkpoint with the source, on all cores.
+
+    Tensors that differ, are missing or have no source are added to `faults`. Raises `CheckpointError` when a directory
+    can't be read.
+    """
+    with TensorFiles(checkpoint.catalog) as files, EngineRanks(converted) as ranks:
+        source = source_modules(checkpoint, files)
+        nothing = Modules(names=source.names, by_key={}, matrices={})
+        match = DirectoryMatch(
+            config=checkpoint.config,
+            source=source,
+            delivered=nothing,
+            quant_config=QuantConfig(),
+            tied=False,
+            faults=faults,
+        )
+        engine = _EngineMatch(source=source, match=match, ranks=ranks, faults=faults)
+        checks = tuple(checks_of(engine.pairs(), faults))
+        engine.report_surplus()
+    return checks
+
+
+@dataclass(slots=True, kw_only=True)
+class _EngineMatch:
+    """Matches the modules of a source with the parts that ranks have of them."""
+
+    source: Modules
+    match: DirectoryMatch
+    ranks: EngineRanks
+    faults: FaultCollector
+    _exact: dict[str, Exact | None] = field(init=False, default_factory=dict)
+
+    def pairs(self) -> Iterator[NamedPair]:
+        """Yield every tensor to compare, in the order of the source."""
+        for key, module in self.source.by_key.items():
+            if not key.startswith(OTHER) and has_weight(module.tensors):
+                yield from self._module(key, module)
+        if "lm_head" not in self.source.by_key and "embed_tokens" in self.source.by_key:
+            yield from self._module("lm_head", self.source.by_key["embed_tokens"])
+        yield from self._cache_scales()
+
+    def report_surplus(self) -> None:
+        """Add a fault for each tensor that no module of the source explains."""
+        for rank, name in self.ranks.unseen():
+            self._fault(rank, name, "only tensors that come from the source", "one without a source")
+
+    def _module(self, key: str, module: Module) -> Iterator[NamedPair]:
+        """Yield the pairs of one module on all ranks: weight, bias, and the scale of its input."""
+        exact = self._exact_of(key, module)
+        if exact is None:
+            return
+        parts = self.ranks.parts(key, exact.shape[0])
+        if parts is None:
+            return
+        shared = key.endswith(_FUSED)
+        for index, part in enumerate(parts):
+            missing = [local for local in self.ranks.required(part) if self.ranks.find(part, local) is None]
+            for local in missing:
+                self._fault(part.rank, f"{part.name}.{local}", "a tensor made from the source", "no such tensor")
+            if missing:
+                continue
+            yield self._weight(key, module, part, exact, (index, len(parts)))
+            if key == "lm_head":
+                yield from self._padding(part)
+            for local in _ONES:
+                yield from self._ones(part, local)
+            if "bias" in module.tensors:
+                yield from self._bias(module, part)
+            if self.ranks.find(part, "activation_scaling_factor") is not None:
+                members = [key.rpartition(".")[0] + f".{leaf}" for leaf in _QKV] if shared else [key]
+                yield self._scalar(part, "activation_scaling_factor", self._input_scale(members))
+
+    def _exact_of(self, key: str, module: Module) -> Exact | None:
+        """Return the exact weight of a module, which is decoded once for all ranks."""
+        if key not in self._exact:
+            self._exact[key] = self.match.exact_weight(module)
+        return self._exact[key]
+
+    def _weight(self, key: str, module: Module, part: Located, exact: Exact, place: tuple[int, int]) -> NamedPair:
+        """Return the pair of the part of a weight that one rank has."""
+        algo, (index, count) = self.ranks.algo(part.name), place
+        dtype = self.ranks.get(part, "weight").dtype
+        width = (exact.shape[1] // count if part.columns else exact.shape[1]) if len(exact.shape) > 1 else 1
+        columns = slice(index * width, (index + 1) * width) if part.columns else slice(None)
+
+        def compare(begin: int, end: int) -> Comparison:
+            got = self.ranks.weight_rows(part, begin, end)
+            want = self._want(key, exact, algo, part.begin + begin, part.begin + end)
+            want = want.reshape(got.shape) if want.ndim == 1 else want[:, columns]
+            return compare_rounded(got, want, dtype) if algo is None else compare_native(got, want)
+
+        kind = "plain" if not is_quantized(module.tensors) else "dequantized" if algo is None else "native"
+        shape = (part.rows, width) if len(exact.shape) > 1 else (part.rows,)
+        pair = Pair(shape=shape, compare=compare, block=exact.block)
+        return NamedPair(name=self._name(part, "weight"), kind=kind, pair=pair)
+
+    def _want(self, key: str, exact: Exact, algo: str | None, begin: int, end: int) -> NDArray[np.float64]:
+        """Return rows of the source with the changes that the format makes by design."""
+        if exact.coded is None or algo is None:
+            return exact.rows(begin, end)
+        if algo == "FP8" and key.endswith(_FUSED):
+            return self._requantized(key, exact.coded(begin, end))
+        if algo not in _SCALED_BY_DTYPE:
+            return exact.rows(begin, end)
+        coded = exact.coded(begin, end)
+        scale = rounded(coded.scale, self.ranks.dtype)
+        if coded.zero is None:
+            return replace(coded, scale=scale).values()
+        offset = rounded(-(coded.zero * coded.scale), self.ranks.dtype)
+        return replace(coded, scale=scale, zero=None, offset=offset).values()
+
+    def _requantized(self, key: str, coded: Coded) -> NDArray[np.float64]:
+        """Return rows of q, k or v under the largest of their scales, rounded in float32 and to E4M3."""
+        scales = [self._tensor_scale(f"{key.rpartition('.')[0]}.{leaf}") for leaf in _QKV]
+        own, largest = np.float32(coded.scale.flat[0]), np.float32(max(scales))
+        if own == largest:
+            return coded.values()
+        numbers = look_up(coded.codes, E4M3).astype(np.float32) * own / largest
+        return rounded(numbers.astype(np.float64), DType.F8_E4M3) * float(largest)
+
+    def _tensor_scale(self, key: str) -> float:
+        """Return the one scale of a weight."""
+        return float(self.source.by_key[key].tensors["weight_scale"].all_numbers().max())
+
+    def _input_scale(self, keys: list[str]) -> float:
+        """Return the largest multiplier of the inputs of modules."""
+        scales = []
+        for key in keys:
+            tensors = self.source.by_key[key].tensors
+            if "input_global_scale" in tensors:
+                scales.append(1 / float(tensors["input_global_scale"].all_numbers().min()))
+            else:
+                scales.append(float(tensors["input_scale"].all_numbers().max()))
+        return max(scales)
+
+    def _bias(self, module: Module, part: Located) -> Iterator[NamedPair]:
+        """Yield the pair of the part of a bias that one rank has; ranks that divide columns have all of it."""
+        bias = self.ranks.find(part, "bias")
+        if bias is None:
+            self._fault(part.rank, f"{part.name}.bias", "a tensor made from the source", "no such tensor")
+            return
+        want = module.tensors["bias"].all_numbers()[part.begin : part.begin + part.rows]
+        got = bias.all_numbers()[part.first : part.first + part.rows]
+        yield self._vector(part, "bias", got, want, bias.dtype)
+
+    def _ones(self, part: Located, local: str) -> Iterator[NamedPair]:
+        """Yield the pair of a factor that compressed-tensors has folded into other weights, if it is there."""
+        tensor = self.ranks.find(part, local)
+        if tensor is not None:
+            got = tensor.all_numbers().flatten()
+            yield self._vector(part, local, got, np.ones_like(got), tensor.dtype)
+
+    def _padding(self, part: Located) -> Iterator[NamedPair]:
+        """Yield the pair of the rows behind those of a head, which must be zero."""
+        rows = self.ranks.get(part, "weight").numbers(part.rows, self.ranks.get(part, "weight").shape[0])
+        if rows.size:
+            yield self._vector(part, "weight", rows.flatten(), np.zeros(rows.size), DType.F32)
+
+    def _cache_scales(self) -> Iterator[NamedPair]:
+        """Yield the pairs of the KV cache's scales: the larger one of keys and values, on every rank of a stage."""
+        if self.ranks.quantization["kv_cache_quant_algo"] is None:
+            return
+        largest: dict[str, float] = {}
+        for (attention, _), scale in kv_scales(self.source).items():
+            largest[attention] = max(scale.value, largest.get(attention, 0.0))
+        for attention, value in largest.items():
+            for part in self.ranks.parts(f"{attention}.o_proj", 1) or ():
+                holder = replace(part, name=part.name.removesuffix(".dense"))
+                if self.ranks.find(holder, "kv_cache_scaling_factor") is None:
+                    name = f"{holder.name}.kv_cache_scaling_factor"
+                    self._fault(holder.rank, name, "the scale that the source promises", "no such tensor")
+                    continue
+                yield self._scalar(holder, "kv_cache_scaling_factor", value)
+
+    def _scalar(self, part: Located, local: str, value: float) -> NamedPair:
+        """Return the pair of a scalar."""
+        got = self.ranks.get(part, local).all_numbers().flatten()
+        return self._vector(part, local, got, np.full(got.shape, value), DType.F32)
+
+    def _vector(
+        self, part: Located, local: str, got: NDArray[np.float64], want: NDArray[np.float64], dtype: DType
+    ) -> NamedPair:
+        """Return the pair of a small tensor that is compared at once."""
+        compare = compare_rounded(got, want, dtype)
+        pair = Pair(shape=got.shape, compare=lambda _begin, _end: compare)
+        return NamedPair(name=self._name(part, local), kind="plain", pair=pair)
+
+    def _name(self, part: Located, local: str) -> str:
+        return f"rank{part.rank}.safetensors: {part.name}.{local}"
+
+    def _fault(self, rank: int, name: str, expected: str, found: str) -> None:
+        self.faults.add(
+            where=f"rank{rank}.safetensors: {name}",
+            expected=expected,
+            found=found,
+            remedy="Convert again into an empty directory.",
+        )
