@@ -40,7 +40,7 @@ def renamed(name: str, body: str) -> str:
     """Return the name that a module of a text model has inside of a multimodal model."""
     if name.startswith("model."):
         return body + name.removeprefix("model.")
-    return PLACES[body] + name.removeprefix("lm_head") if name.startswith("lm_head") else name
+    return PLACES.get(body, "lm_head") + name.removeprefix("lm_head") if name.startswith("lm_head") else name
 
 
 def write_multimodal(

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["make_plan"]
 
-_NOTHING_QUANTIZED = "nothing is quantized in these files, although config.json has a quantization block"
+_NOTHING_QUANTIZED = "nothing is quantized in these files, although the configuration has groups of quantized modules"
 
 
 def make_plan(
@@ -174,7 +174,7 @@ class _Planner:
             *(stack_warnings(self.model) if stacks and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
             *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
-            *(() if any(module.weight is not None for module in modules) else (_NOTHING_QUANTIZED,)),
+            *self._unquantized(modules),
             *self.tie_warnings,
             *self.reader.warnings,
             *self.kv_cache.warnings,
@@ -222,6 +222,11 @@ class _Planner:
         if self.directory is None:
             return None
         return self.directory.build(modules, kv_cache=self.kv_cache.algo, faults=self.faults)
+
+    def _unquantized(self, modules: Iterable[ModulePlan]) -> tuple[str, ...]:
+        """Return a warning if the configuration asks for quantized modules and there is none."""
+        nothing = self.config.groups and not any(module.weight is not None for module in modules)
+        return (_NOTHING_QUANTIZED,) if nothing else ()
 
     def _untie(self, stored: Mapping[str, StoredModule], place: tuple[str, str]) -> None:
         """Let the model have a head of its own if one is stored that is not known to equal the table."""

@@ -79,7 +79,7 @@ _NUMBERED_EXPERTS = frozenset(
         "mistral_large4",
     }
 )
-_NAMED_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"})
+_NAMED_EXPERTS = frozenset({"llama", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"})
 # The classes whose plain stacks of experts are stored as [E, in, out].
 _TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text", "llama4_text", "gpt_oss", "aria", "aria_text"})
 # The classes whose plain stacks have rows of gate and up in turns, with biases of all experts beside them.
