@@ -328,13 +328,14 @@ def _uncut(module: Candidate, target: Target) -> list[QuantAlgo]:
 
 
 def _beyond_limit(module: Candidate, target: Target) -> str:
-    """Return the modes that would hold a weight if the engine's model class didn't limit them; empty without any."""
+    """Return why the engine's model class can't have the modes that would hold a weight; empty if it limits none."""
     limit = module.site.limit
     if limit is None:
         return ""
     algos = target.algos(expert=module.site.expert, head=module.site.head) - limit.algos
     held = holdings(module.weight, target.capabilities.platform)
-    return " or ".join(held.mode.algo for held in held if held.as_is and held.mode.algo in algos)
+    names = " or ".join(held.mode.algo for held in held if held.as_is and held.mode.algo in algos)
+    return names and f"the engine's class {limit.obstacle} {names}"
 
 
 def _why_not(module: Candidate, target: Target) -> str:
@@ -351,7 +352,7 @@ def _why_not(module: Candidate, target: Target) -> str:
         return f"the engine's class cuts this Linear by rows, and can't cut the tensors of {' or '.join(uncut)}"
     limited = _beyond_limit(module, target)
     if limited:
-        return f"the engine's class rearranges the rows of this Linear, and can't rearrange those of {limited}"
+        return limited
     reason = _why_not_joined(module, target) if module.site.class_joins else _why_not_here(module, target)
     sms = _other_sms(module, target)
     return f"{reason}; kept with {' or '.join(f'--sm {sm}' for sm in sms)}" if sms else reason

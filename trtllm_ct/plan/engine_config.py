@@ -35,11 +35,13 @@ def layer_config(holding: Holding) -> LayerQuantConfig:
     )
 
 
-def engine_config(modules: Iterable[ModulePlan], names: EngineNames, *, kv_cache_quant_algo: str | None) -> QuantConfig:
+def engine_config(
+    modules: Iterable[ModulePlan], names: EngineNames, *, kv_cache_quant_algo: str | None, entries: bool = False
+) -> QuantConfig:
     """Return the `QuantConfig` of a plan's modules, each under all its `names`.
 
-    With a single mode it names that mode. Otherwise, and if the head is quantized, it is MIXED_PRECISION with an entry
-    for every quantized module: without an entry, engines look for scales of the head in the files of the directory, and
+    With a single mode it names that mode, unless `entries` are asked for. Otherwise, and if the head is quantized, it
+    is MIXED_PRECISION with an entry for every quantized module: without an entry, engines look for scales of the head in the files of the directory, and
     a prepared one has none (`_torch/models/modeling_utils.py: _resolve_lm_head_quant_config`, pull request 16511).
     Modules that are delivered plain are excluded by name, if any module is quantized.
     """
@@ -51,14 +53,14 @@ def engine_config(modules: Iterable[ModulePlan], names: EngineNames, *, kv_cache
         elif _is_plain(module, names):
             excluded[module.engine_name] = None
     modes = set(layers.values())
-    one = modes.pop() if len(modes) == 1 and names.head not in layers else None
-    entries = {name: layer for module, layer in layers.items() for name in names.of_module(module)}
+    one = modes.pop() if len(modes) == 1 and names.head not in layers and not entries else None
+    named = {name: layer for module, layer in layers.items() for name in names.of_module(module)}
     exclusions = dict.fromkeys(name for module in excluded for name in names.of_module(module))
     return QuantConfig(
         layer=one,
         kv_cache_quant_algo=kv_cache_quant_algo,
         exclude_modules=tuple(exclusions) if layers else (),
-        quantized_layers={} if one else entries,
+        quantized_layers={} if one else named,
     )
 
 

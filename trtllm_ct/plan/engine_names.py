@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.plan.models.class_rows import DEFAULT_ROW
+from trtllm_ct.plan.models.class_row import DEFAULT_ROW
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -39,6 +39,7 @@ from trtllm_ct.plan.tied_head import UNTIED, tied_pair
 from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
+from trtllm_ct.plan.whole_model import as_class_accepts, needs_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -185,7 +186,10 @@ class _Planner:
             stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
             modules=tuple(modules),
             quant_config=engine_config(
-                modules, EngineNames.of(self.model, place, self.target), kv_cache_quant_algo=self._engine_kv_cache
+                modules,
+                EngineNames.of(self.model, place, self.target),
+                kv_cache_quant_algo=self._engine_kv_cache,
+                entries=needs_entries({module.name: module.layer for module in modules}, sites),
             ),
             parallel=self.parallel,
             problems=class_problems(self.model.name, self.target.capabilities.release),
@@ -310,6 +314,8 @@ class _Planner:
         assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
             assignments = dense_outputs(assignments, sites, self.asked_kv_cache or self.kv_cache.algo)
+        if self.target.capabilities.release is not None:
+            assignments = as_class_accepts(assignments, candidates, sites, self.model)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         model_modules = ModelModules(

@@ -57,6 +57,7 @@ _DEEPSEEK_V3 = _class(
 CLASS_DEFAULTS: Mapping[str, Mapping[str, int | bool]] = {
     "llama": _class(4096, 11008, 32, 32, 32000),
     "mistral": _class(4096, 14336, 32, 32, 32000, num_key_value_heads=8),
+    "ministral3": _class(4096, 14336, 34, 32, 131072, num_key_value_heads=8, head_dim=128),
     "qwen2": _class(4096, 22016, 32, 32, 151936, num_key_value_heads=32),
     "qwen2_vl_text": _QWEN2_VL_TEXT,
     "qwen2_5_vl_text": _QWEN2_VL_TEXT,

@@ -20,7 +20,7 @@ from trtllm_ct.plan.stored import QUANTIZATION_TENSORS
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
-    from trtllm_ct.plan.models.class_rows import ClassRow, Limit
+    from trtllm_ct.plan.models.class_row import ClassRow, Limit
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["Discovery", "discover", "is_draft"]
@@ -115,7 +115,8 @@ class _Rules:
         self._shapes = shapes
         self._head_dim = head_dim
         self._kv_heads = kv_heads
-        self._fused = {part: fused for fused, parts in row.fused.items() for part in parts}
+        parts = [(part, fused) for fused, parts in row.fused.items() for part in parts]
+        self._fused = sorted(parts, key=lambda pair: len(pair[0]), reverse=True)
 
     def head(self, module: StoredModule) -> Site:
         """Return the site of the head of the text model."""
@@ -136,8 +137,8 @@ class _Rules:
             return self._expert(module, expert[1], expert[2], PROJECTIONS[expert[3]])
         parent, _, leaf = module.name.rpartition(".")
         table = leaf in _TABLES
-        group = f"{parent}.{self._fused[leaf]}" if leaf in self._fused and parent else None
-        cut = Cut.VOCABULARY if table else self._cut(module.name)
+        group = self._group(module.name)
+        cut = self._row.table if table else self._cut(module.name)
         return Site(
             module=module.name,
             class_name="Embedding" if table else "Linear",
@@ -150,7 +151,9 @@ class _Rules:
             cut=cut,
             heads=self._heads(module, parent) if cut is Cut.KV_HEADS else None,
             attention=leaf in _ATTENTION or parent.rpartition(".")[2] in self._row.mixers,
+            ranks_vary=_ends_with(module.name, self._row.ranks_vary),
             limit=self._limit(module.name),
+            early=_ends_with(module.name, self._row.early),
         )
 
     def _expert(self, module: StoredModule, experts: str, number: str, projection: int) -> Site:
@@ -167,7 +170,7 @@ class _Rules:
             locals=_locals(module),
             aliases=() if name == module.name else (module.name,),
             cut=Cut.ROW if projection == _DOWN else Cut.COLUMN,
-            limit=self._limit(name),
+            limit=self._limit(f"{experts}.{name.rpartition('.')[2]}"),
         )
 
     def _shape(self, module: StoredModule) -> tuple[int, ...]:
@@ -180,6 +183,12 @@ class _Rules:
         """Whether a module is in a layer of the text model; classes build all others but the head plain."""
         layer = _LAYER.fullmatch(name)
         return layer is not None and layer[1] == self._body
+
+    def _group(self, name: str) -> str | None:
+        """Return the name of the fused Linear that a module becomes a part of; None if it stays alone."""
+        parent = name.rpartition(".")[0]
+        fused = next((fused for path, fused in self._fused if _ends_with(name, (path,))), None)
+        return f"{parent}.{fused}" if fused and parent else None
 
     def _cut(self, name: str) -> Cut:
         """Return how ranks divide a module."""

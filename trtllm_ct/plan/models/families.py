@@ -92,7 +92,7 @@ class Architecture:
     `mlp` is the feed-forward part of dense layers and `experts` the one of all other layers; `Model.dense_layers` tells
     which layers are dense. `embedding` says how ranks divide the rows of the embedding. With `mlp_ranks_vary` an engine
     may slice dense and shared feed-forward parts for fewer ranks than there are; several ranks then have the same
-    slice.
+    slice. With `one_mode` an engine refuses a quantization with entries for single modules.
     """
 
     attention: tuple[LinearSite, ...]
@@ -102,6 +102,7 @@ class Architecture:
     norm_class: str = "RMSNorm"
     embedding: Cut = Cut.VOCABULARY
     mlp_ranks_vary: bool = False
+    one_mode: bool = False
 
 
 def _qkv(bias: str | None = None, output_bias: str | None = None) -> tuple[LinearSite, ...]:
@@ -255,6 +256,9 @@ _DEEPSEEK_LITE = Architecture(
     embedding=Cut.NONE,
     # Engines choose the number of ranks by the scale blocks and by the number of GPUs in one node.
     mlp_ranks_vary=True,
+    # TensorRT-LLM `_torch/models/modeling_deepseekv3.py: DeepseekV3DecoderLayer.__init__` (585c7565, 047098b7) asserts
+    # that the global mode is not MIXED_PRECISION.
+    one_mode=True,
 )
 _DEEPSEEK_V2 = replace(
     _DEEPSEEK_LITE,
@@ -300,6 +304,7 @@ If there are two, the first one needs sizes that the second one does not need.""
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "ministral3": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen2_vl_text": "Qwen2ForCausalLM",

@@ -8,7 +8,7 @@ from trtllm_ct.engine.parallel import Cut
 
 if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantAlgo
-    from trtllm_ct.plan.models.class_rows import Limit
+    from trtllm_ct.plan.models.class_row import Limit
 
 __all__ = ["Site"]
 
@@ -29,7 +29,7 @@ class Site(NamedTuple):
     the engine's model class divides them, and with `class_joins` it joins the group into one Linear, see `LinearSite`.
     `attention` marks modules of attention, which attention data parallelism does not divide. With `ranks_vary` the
     engine may give a rank another slice than the one that its number suggests. `limit` are the only modes that the
-    engine's model class can read the module in, None if it reads all.
+    engine's model class can read the module in, None if it reads all. `early` is as in `ClassRow`.
     """
 
     module: str
@@ -52,6 +52,7 @@ class Site(NamedTuple):
     class_joins: bool = False
     other_layouts: frozenset[QuantAlgo] = frozenset()
     limit: Limit | None = None
+    early: bool = False
 
     @property
     def stored_names(self) -> tuple[str, ...]:

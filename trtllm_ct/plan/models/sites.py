@@ -13,7 +13,8 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
-from trtllm_ct.plan.models.class_rows import CLASS_ROWS, DEFAULT_ROW, ClassRow
+from trtllm_ct.plan.models.class_row import DEFAULT_ROW, ClassRow
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS
 from trtllm_ct.plan.models.discovery import Discovery, discover
 from trtllm_ct.plan.models.expert_spellings import (
     NUMBERED,
@@ -204,6 +205,11 @@ class Model:
     def has_row(self) -> bool:
         """Whether a table says how the engine's class reads the model."""
         return self.row is not DEFAULT_ROW
+
+    @property
+    def one_mode(self) -> bool:
+        """Whether the engine's class refuses a quantization with entries for single modules."""
+        return self.architecture.one_mode if self.row is None else self.row.one_mode
 
     @property
     def heads(self) -> int:
