@@ -28,7 +28,6 @@ _SINCE_1_0 = (
     "Gemma3ForConditionalGeneration",
     "GptOssForCausalLM",
     "HCXVisionForCausalLM",
-    "HunYuanDenseV1ForCausalLM",
     "HunYuanMoEV1ForCausalLM",
     "Llama4ForConditionalGeneration",
     "LlamaForCausalLM",
@@ -51,22 +50,22 @@ _SINCE_1_0 = (
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
-    "SeedOssForCausalLM",
     "SiglipVisionModel",
 )
 # The same file of early 2026, before pull request 11816 (March 2026) added KimiK25ForConditionalGeneration; and
 # `checkpoints/__init__.py` of that time for Mistral Large 3. Qwen3-Next is of pull request 7892 (2025-09-29); the
-# release notes of 1.2 name it first.
+# release notes of 1.2 name it first. So they do HunYuan (7081) and Seed-OSS (7496), in 1.2.0rc0 of September 2025.
 _SINCE_1_2 = (
     "DeepseekV32ForCausalLM",
     "ExaoneMoEForCausalLM",
     "Glm4MoeForCausalLM",
-    "MiniMaxM2ForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
     "MistralLarge3ForCausalLM",
     "PixtralForConditionalGeneration",
     "Qwen3NextForCausalLM",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
+    "SeedOssForCausalLM",
     "Starcoder2ForCausalLM",
 )
 # `_torch/models/_arch_index.py: MODEL_ARCH_TO_MODULE` of September 2026, commit 065ff9e9.
@@ -87,6 +86,8 @@ _SINCE_1_3 = (
     "LagunaForCausalLM",
     "MBartForConditionalGeneration",
     "MiniCPMV4_6ForConditionalGeneration",
+    # In the notes of 1.3.0rc0 (10532, January 2026); whether the branch of 1.2 has it is not known.
+    "MiniMaxM2ForCausalLM",
     "MiniMaxM3SparseForCausalLM",
     "MiniMaxM3SparseForConditionalGeneration",
     "NemotronHPuzzleForCausalLM",
@@ -163,6 +164,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
     # `checkpoints/hf/qwen3_5_weight_mapper.py: preprocess_weights` takes the prefix off (commit 04666e21).
     "Qwen3_5ForConditionalGeneration": _QWEN3_VL,
     "Qwen3_5MoeForConditionalGeneration": _QWEN3_VL,
+    # `checkpoints/hf/exaone4_5_weight_mapper.py` (0aa87516) renames `model.language_model.` and `model.visual.`.
+    "Exaone4_5_ForConditionalGeneration": _QWEN2_VL,
     # `modeling_kimi_k25.py: KimiK25ForConditionalGeneration.load_weights`.
     "KimiK25ForConditionalGeneration": Wrapper(places=(_INNER_FIRST, _TEXT_ONLY)),
 }

@@ -68,14 +68,14 @@ def _is_plain(module: ModulePlan, names: EngineNames) -> bool:
     """Whether a module that is delivered plain is one that an engine could build quantized.
 
     The text model's tables name the class of a module. Of any other module, which may be a Linear of a vision tower, a
-    projector or a draft layer, the tensors tell: its `weight` has several axes, or it is one of routed experts.
+    projector or a draft layer, the tensors tell: its `weight` has several axes, or any of its tensors if it belongs to
+    routed experts, which may be stacked under other names. A router's bias may be stored beside them, too.
     """
     if module.class_name != OTHER:
         return module.class_name in _WITH_WEIGHTS
-    weights = [delivery.spec for delivery in module.deliveries if delivery.name.endswith(".weight")]
-    return any(len(spec.shape) > 1 for spec in weights) or (
-        bool(module.deliveries) and names.all_experts(module.name) is not None
-    )
+    of_experts = names.all_experts(module.name) is not None
+    tensors = [delivery for delivery in module.deliveries if of_experts or delivery.name.endswith(".weight")]
+    return any(len(delivery.spec.shape) > 1 for delivery in tensors)
 
 
 def engine_config_of_scheme(config: QuantizationConfig, target: Target) -> QuantConfig:

@@ -92,9 +92,7 @@ def _uneven_blocks(layer: LayerQuantConfig, sites: Sequence[Site]) -> str:
     return f"the engine's class asks for whole groups of {layer.group_size} in {uneven[0]} rows" if uneven else ""
 
 
-def _with_early(
-    assignments: dict[str, Assignment], early: set[str], sites: Sequence[Site]
-) -> dict[str, Assignment]:
+def _with_early(assignments: dict[str, Assignment], early: set[str], sites: Sequence[Site]) -> dict[str, Assignment]:
     """Return the assignments with the early Linears in the only mode of the model, or else plain."""
     alike = _with_plain_head(assignments, sites)
     modes = {layer_config(assignment.holding) for assignment in alike.values() if assignment.holding is not None}

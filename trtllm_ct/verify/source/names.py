@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = ["BODIES", "FUSED_EXPERTS", "HEADS", "OTHER", "Names", "expert_key", "is_expert"]
 
-BODIES = ("model.language_model.model.", "language_model.model.", "model.language_model.", "model.", "")
+BODIES = (
+    "model.language_model.model.",
+    "language_model.model.",
+    "model.language_model.",
+    "backbone.",
+    "model.",
+    "",
+)
 """The prefixes that a text model has had in files; a longer one comes before its own beginning."""
 
 HEADS = ("lm_head", "language_model.lm_head", "model.language_model.lm_head")
@@ -91,6 +98,14 @@ _FUSED_LINEARS = (
 )
 # Those that `_torch/models/modeling_deepseekv3.py` joins while it loads weights.
 _JOINED_BY_CLASS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
+_QKV, _GATE_UP = _FUSED_LINEARS[0], _FUSED_LINEARS[1]
+# The same for the classes that make other Linears of them; TensorRT-LLM `_torch/models/modeling_cohere2.py` and so on.
+_FUSED_OTHERWISE = {
+    "afmoe": ((*_QKV, "self_attn.gate_proj"), _GATE_UP),
+    "cohere2": (_QKV,),
+    "nemotron": (_QKV,),
+    "nemotron_h": (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),),
+}
 
 _SECTIONS = ("embed_tokens", "layers", "norm", "lm_head")
 _LEAVES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -238,7 +253,7 @@ class Names:
         """Return the Linear that an engine makes of a module and others; None for a module that stays alone."""
         if _EXPERT.fullmatch(key) or key.startswith(OTHER):
             return None
-        for parts in _FUSED_LINEARS:
+        for parts in _FUSED_OTHERWISE.get(self.model_type, _FUSED_LINEARS):
             for part in parts:
                 if key.endswith(f".{part}") and not (self.latent and "q_proj" in parts[0]):
                     return f"{key.removesuffix(part)}{'+'.join(parts)}"

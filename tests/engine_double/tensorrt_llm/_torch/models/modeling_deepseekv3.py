@@ -1,7 +1,8 @@
 """Imitates `_torch/models/modeling_deepseekv3.py`: names, exclusions and loading of Linears; it computes nothing.
 
 The layers that draft tokens are built as with `MTPDecodingConfig`, one for each in the checkpoint and one more, which
-shares their weights: the class copies its exclusions from those of the checkpoint's layers.
+shares their weights: the class copies its exclusions from those of the checkpoint's layers. DeepSeek-V3.2 and GLM-5
+have the same loader, and an indexer in each layer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.models.modeling_decoder import GatedMLP
 from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
 from tensorrt_llm._torch.modules.attention import RMSNorm, decoder_linear
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeepseekV3ForCausalLM"]
 
+_INDEXED = frozenset({"deepseek_v32", "glm_moe_dsa"})
 _PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -37,6 +40,10 @@ class MLA(nn.Module):
         heads, rank = model.num_attention_heads, model.kv_lora_rank
         queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
         latent = (model.q_lora_rank or 0) + rank + model.qk_rope_head_dim
+        if model.model_type in _INDEXED:
+            self.indexer = Indexer(config)
+            # Commit 585c7565 appends the rows of the indexer's keys; later ones read them for themselves.
+            latent += model.index_head_dim if RELEASE.name == "mid" else 0
         self.kv_a_proj_with_mqa = decoder_linear(config, latent, model.hidden_size, None)
         if model.q_lora_rank is None:
             self.q_proj = decoder_linear(config, queries, model.hidden_size, column)
@@ -46,6 +53,20 @@ class MLA(nn.Module):
         self.kv_b_proj = decoder_linear(config, heads * (model.qk_nope_head_dim + model.v_head_dim), rank, column)
         self.o_proj = decoder_linear(config, model.hidden_size, heads * model.v_head_dim, TensorParallelMode.ROW)
         self.kv_a_layernorm = RMSNorm(rank, config)
+
+
+class Indexer(nn.Module):
+    """`attention_backend/sparse/dsa.py`: not divided among ranks; only the queries are quantized."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        model, plain = config.pretrained_config, {"quant_config": None, "dtype": torch.float32}
+        size = model.index_head_dim
+        self.wq_b = decoder_linear(config, model.index_n_heads * size, model.q_lora_rank, None)
+        if RELEASE.name != "mid":
+            self.wk = decoder_linear(config, size, model.hidden_size, None, **plain)
+        self.weights_proj = decoder_linear(config, model.index_n_heads, model.hidden_size, None, **plain)
+        self.k_norm = nn.LayerNorm(size)
 
 
 class Deepseekv3MoE(nn.Module):
@@ -90,6 +111,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         model = config.pretrained_config
+        assert config.quant_config.quant_algo != "MIXED_PRECISION", "MIXED_PRECISION is ambiguous"
         self.input_layernorm, self.post_attention_layernorm = (RMSNorm(model.hidden_size, config) for _ in range(2))
         self.self_attn = MLA(config)
         self.mlp = GatedMLP(config) if layer < model.first_k_dense_replace else Deepseekv3MoE(config)
@@ -140,8 +162,10 @@ class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
     def _load(self, name: str, module: Any, weights: Mapping[str, Tensor]) -> None:
         around, _, leaf = name.rpartition(".")
         if leaf == "kv_a_proj_with_mqa":
-            lite = self.model_config.pretrained_config.q_lora_rank is None
-            parts = (leaf,) if lite else ("q_a_proj", leaf)
+            model = self.model_config.pretrained_config
+            parts = [leaf] if model.q_lora_rank is None else ["q_a_proj", leaf]
+            if RELEASE.name == "mid" and model.model_type in _INDEXED:
+                parts.append("indexer.wk")
             _join([f"{around}.{part}" for part in parts], module, weights)
         elif leaf == "gate_up_proj":
             module.load_weights(weights=[_below(f"{around}.{part}", weights) for part in ("gate_proj", "up_proj")])

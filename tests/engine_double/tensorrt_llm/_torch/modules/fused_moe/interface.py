@@ -88,9 +88,11 @@ class MoE(nn.Module):
         renormalize: bool,
         model_config: ModelConfig,
         weight_loading_mode: MoEWeightLoadingMode = MoEWeightLoadingMode.VANILLA,
+        gated: bool = True,
     ) -> None:
         super().__init__()
         self.weight_loading_mode = weight_loading_mode
+        self.gated = gated
         self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
         self.hidden_size = hidden_size
         self.mapping = model_config.mapping

@@ -53,7 +53,10 @@ class ExpertMethod:
     def create_weights(self, module: MoE) -> None:
         """A dtype of None means the dtype of the model."""
         inner = module.intermediate_size_per_partition
-        for part, rows, columns in (("w3_w1", 2 * inner, module.hidden_size), ("w2", module.hidden_size, inner)):
+        for part, rows, columns in (
+            ("w3_w1", (1 + module.gated) * inner, module.hidden_size),
+            ("w2", module.hidden_size, inner),
+        ):
             self._create(module, f"{part}_weight", rows, columns, self.packing, self.weight_dtype)
             if self.scale_key is not None:
                 self._create(module, f"{part}_scale", rows, columns, self.scale_spans, self.scale_dtype)
