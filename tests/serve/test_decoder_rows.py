@@ -109,6 +109,8 @@ def slices(name: str, module: Any, built: Built, generation: str, local: str) ->
     """What a Linear of the engine should hold on this rank; None without such a tensor."""
     text = text_of(built.config)
     leaf = name.rpartition(".")[2]
+    if leaf == "lm_head" and built.config["tie_word_embeddings"]:
+        name = "model.embed_tokens"
     parts = [built.dense[key] for part in parts_of(name, generation, text) if (key := f"{part}.{local}") in built.dense]
     if not parts:
         return None

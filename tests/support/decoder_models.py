@@ -61,6 +61,12 @@ _MAMBA = {
     "conv_kernel": 4,
     "moe_shared_expert_intermediate_size": 512,
 }
+_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 256,
+}
 _FOUR = {"num_experts": 4}
 
 DECODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -70,7 +76,7 @@ DECODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "exaone4",
         _SHARED_HEADS | {"head_dim": 32, "sliding_window_pattern": 4},
     ),
-    "Mistral3ForConditionalGeneration": ("ministral3", _SHARED_HEADS),
+    "Mistral3ForConditionalGeneration": ("ministral3", _SHARED_HEADS | {"rope_parameters": _ROPE}),
     "NemotronForCausalLM": ("nemotron", _SHARED_HEADS),
     "Starcoder2ForCausalLM": ("starcoder2", _SIZES | {"head_dim": 32, "use_bias": True, "mlp_type": "default"}),
     "Cohere2ForCausalLM": ("cohere2", _SIZES | {"tie_word_embeddings": True}),

@@ -193,12 +193,18 @@ def in_one_line(error: Exception) -> str:
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config` without quantization blocks, at any depth: multimodal models keep one in `text_config`."""
-    return {
-        key: _without_quantization(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _QUANTIZATION_BLOCKS
-    }
+    """A copy of `config` without quantization blocks, at any depth: multimodal models keep one in `text_config`.
+
+    transformers 5 writes infinite numbers as `{"__float__": "Infinity"}`, alone or in lists, which become numbers.
+    """
+    return {key: _decoded(value) for key, value in config.items() if key not in _QUANTIZATION_BLOCKS}
+
+
+def _decoded(value: Any) -> Any:
+    """A value of config.json as a configuration class takes it."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else _without_quantization(value)
+    return [_decoded(entry) for entry in value] if isinstance(value, list) else value
 
 
 @contextmanager

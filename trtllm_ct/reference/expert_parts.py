@@ -94,20 +94,20 @@ class ExpertParts:
             ]
         )
 
-    def _spelling(self) -> tuple[str, str, str] | None:
+    def _spelling(self) -> tuple[str, ...] | None:
         """The names of gate, up and down in this layer; None, after adding a fault, if experts use different names."""
         used = {projection for expert in self.tensors.values() for projection in expert}
-        for spelling in SPELLINGS:
+        for spelling in self.shell.spellings:
             if used <= set(spelling):
                 return spelling
         self._fault(
-            expected=" or ".join(", ".join(spelling) for spelling in SPELLINGS),
+            expected=" or ".join(", ".join(spelling) for spelling in self.shell.spellings),
             found=", ".join(sorted(used)),
             remedy="Name the Linears of all experts in one way.",
         )
         return None
 
-    def _is_complete(self, count: int, spelling: tuple[str, str, str]) -> bool:
+    def _is_complete(self, count: int, spelling: tuple[str, ...]) -> bool:
         """Whether the experts 0 to `count` - 1 have all their Linears, and no other expert has tensors."""
         missing = [
             f"{expert}.{projection}"
@@ -148,7 +148,7 @@ class ExpertParts:
         )
         return False
 
-    def _linear(self, expert: int, projection: str, spelling: tuple[str, str, str]) -> nn.Module:
+    def _linear(self, expert: int, projection: str, spelling: tuple[str, ...]) -> nn.Module:
         """Build one Linear of an expert.
 
         If its tensors don't fit, adds a fault and returns a placeholder: an `nn.Identity` or a Linear without weight.

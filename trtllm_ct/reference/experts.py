@@ -29,14 +29,16 @@ __all__ = [
     "replaceable",
 ]
 
-SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+SPELLINGS: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """The names that checkpoints give to the Linears of an expert, in the order gate, up, down."""
 
+_WITHOUT_GATE = (("up_proj", "down_proj"),)
+_STACKS = ("gate_up_proj", "down_proj")
+
 # The flags that transformers declares on an experts module (`integrations/moe.py`, `use_experts_implementation`), with
-# the values for which an expert is exactly down(gated(gate, up)). An older release without one of these flags has no
-# experts of another value.
+# the values for which an expert is exactly down(gated(gate, up)), or down(act(up)) without a gate. An older release
+# without one of these flags has no experts of another value.
 _REQUIRED_FLAGS = {
-    "has_gate": True,
     "has_bias": False,
     "is_transposed": False,
     "is_concatenated": True,
@@ -53,19 +55,28 @@ def is_stack_of_experts(module: nn.Module) -> bool:
 def replaceable(module: nn.Module) -> bool:
     """Whether `ReferenceExperts` can replace this module of transformers and compute the same."""
     has_required_flags = all(getattr(module, flag, value) is value for flag, value in _REQUIRED_FLAGS.items())
-    return is_stack_of_experts(module) and hasattr(module, "_apply_gate") and has_required_flags
+    activation = "_apply_gate" if _has_gate(module) else "act_fn"
+    return is_stack_of_experts(module) and hasattr(module, activation) and has_required_flags
+
+
+def _has_gate(module: nn.Module) -> bool:
+    """Whether the experts of transformers' module have a gate."""
+    return bool(getattr(module, "has_gate", True))
 
 
 class ExpertsShell(Protocol):
     """The experts module of one layer in a model of transformers, without weights.
 
     `module` is the module, `count` the number of its experts. `down_shape` is the shape [H, I] of an expert's down
-    projection.
+    projection. `spellings` are the names that the Linears of its experts may have, and `stacks` those of the parameters
+    that hold them all.
     """
 
     module: nn.Module
     count: int
     down_shape: tuple[int, int]
+    spellings: tuple[tuple[str, ...], ...]
+    stacks: tuple[str, ...]
 
     def rebuilt(self, experts: Sequence[Mapping[str, nn.Module]]) -> nn.Module:
         """Return the module of experts with these Linears: gate, up and down, in this order, by delivered names."""
@@ -76,6 +87,9 @@ class ExpertStack:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        gated = _has_gate(module)
+        self.spellings = SPELLINGS if gated else _WITHOUT_GATE
+        self.stacks = _STACKS if gated else _WITHOUT_GATE[0]
         self.count, *down = module.get_parameter("down_proj").shape
         self.down_shape = (down[0], down[1])
 
@@ -86,6 +100,9 @@ class ExpertStack:
 
 class ExpertList:
     """A list of experts with three Linears each, as in transformers 4."""
+
+    spellings = SPELLINGS
+    stacks = _STACKS
 
     def __init__(self, module: nn.ModuleList) -> None:
         self.module: nn.Module = module
@@ -121,7 +138,10 @@ def _linear_names(expert: nn.Module) -> tuple[str, ...]:
 
 
 class ReferenceExpert(nn.Module):
-    """One expert. `linears` are its gate, up and down Linears, in this order, by the names in the checkpoint."""
+    """One expert. `linears` are its gate, up and down Linears, in this order, by the names in the checkpoint.
+
+    The gate may be missing.
+    """
 
     def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -129,10 +149,13 @@ class ReferenceExpert(nn.Module):
         for name, linear in linears.items():
             self.add_module(name, linear)
 
-    def forward(self, x: Tensor, apply_gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """[tokens, H] -> [tokens, H]; `apply_gate` maps gate and up, concatenated to [tokens, 2 I], to [tokens, I]."""
-        gate, up, down = (self.get_submodule(name) for name in self._names)
-        output: Tensor = down(apply_gate(torch.cat((gate(x), up(x)), dim=-1)))
+    def forward(self, x: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
+        """[tokens, H] -> [tokens, H]; `activate` maps gate and up, concatenated to [tokens, 2 I], to [tokens, I].
+
+        Without a gate it maps [tokens, I] to [tokens, I].
+        """
+        *inner, down = (self.get_submodule(name) for name in self._names)
+        output: Tensor = down(activate(torch.cat([linear(x) for linear in inner], dim=-1)))
         return output
 
 
@@ -141,7 +164,8 @@ class ReferenceExperts(nn.ModuleList):
 
     def __init__(self, experts: Iterable[ReferenceExpert], *, replaced: nn.Module) -> None:
         super().__init__(experts)
-        self._apply_gate = replaced._apply_gate  # noqa: SLF001 - transformers passes it to implementations too
+        # transformers passes it to implementations too.
+        self._activate = replaced._apply_gate if _has_gate(replaced) else replaced.act_fn  # noqa: SLF001
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the weighted sum of the outputs of the experts that were chosen for each token.
@@ -153,6 +177,6 @@ class ReferenceExperts(nn.ModuleList):
         total = torch.zeros_like(hidden_states, dtype=wide)
         for index in torch.unique(top_k_index).tolist():
             tokens, choice = torch.where(top_k_index == index)
-            output = self[index](hidden_states[tokens], self._apply_gate)
+            output = self[index](hidden_states[tokens], self._activate)
             total.index_add_(0, tokens, output * top_k_weights[tokens, choice, None])
         return total.to(hidden_states.dtype)

@@ -293,7 +293,7 @@ class Mixtures:
 
 def _mixture(parts: ExpertParts) -> _Mixture:
     block = parts.path.rpartition(".")[0]
-    stacks = frozenset(f"{parts.path}.{name}" for name in _STACKS)
+    stacks = frozenset(f"{parts.path}.{name}" for name in parts.shell.stacks)
     routers = frozenset(f"{block}.{name}" for name in _ROUTER_TENSORS)
     return _Mixture(
         config_count=parts.shell.count, parts=parts, block=block, stacks=stacks, per_expert=stacks | routers

@@ -43,6 +43,7 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "minimax": _MIXTRAL,
     "minimax_m2": _MIXTRAL,
     "mixtral": _MIXTRAL,
+    "nemotron_h": (("backbone", "model"),),
     "phimoe": (*_MIXTRAL, ("mlp.gate", "mlp.router")),
     # TensorRT-LLM's class has the dense MLP one level deeper: `_torch/models/modeling_qwen3_5.py`, commit 00620eb0.
     "qwen3_5_text": (("mlp.mlp", "mlp"),),

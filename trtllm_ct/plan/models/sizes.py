@@ -24,6 +24,8 @@ _STATED = {
     "vocabulary": ("vocab_size",),
     "experts": EXPERT_COUNTS,
 }
+# The keys that have the kind of each layer: configuration classes of such models count these.
+_KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 
 
 def sizes_of(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
@@ -96,6 +98,8 @@ def stated_sizes(config: Mapping[str, Any], keys: Iterable[str] = ()) -> dict[st
     those of heads, which are 1 then.
     """
     numbers = {name: _stated(config, keys) for name, keys in _STATED.items()}
+    kinds = (config.get(key) for key in _KINDS)
+    numbers["layers"] = numbers["layers"] or next((len(value) for value in kinds if isinstance(value, (list, str))), 0)
     heads = numbers.pop("num_heads") or 1
     head_dim = _stated(config, ("head_dim",)) or _stated(config, ("hidden_size", "n_embd")) // heads or 1
     kv_heads = numbers.pop("num_kv_heads") or heads

@@ -147,13 +147,16 @@ class PlainDecoder(DecoderModelForCausalLM):
         model = config.pretrained_config
         self.model = nn.Module()
         self.model.embed_tokens = Embedding(_on_one_rank(config) if self.whole_table else config)
-        layers = range(model.num_hidden_layers)
+        # The configuration class of Nemotron-H counts the kinds of its layers.
+        layers = range(getattr(model, "num_hidden_layers", 0) or len(model.layers_block_type))
         self.model.layers = nn.ModuleList(self.layer(config, layer) for layer in layers)
         self.model.add_module(self.norm_name, Norm(config, model.hidden_size, self.norm_bias))
         self.lm_head = decoder_linear(
             config, model.vocab_size, model.hidden_size, COLUMN, gather_output=True, quant_config=None
         )
         self.finish_construction()
+        if model.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model = config.pretrained_config
