@@ -1,7 +1,7 @@
 """Decoders that have a row and no tables: converted, verified, computed, and on the double each rank's tensors.
 
-On one, two and four ranks every Linear, every expert and every other parameter holds the slice of the stored values that
-the class computes with, from a directory that was converted for stock, and loaded by this package.
+On one, two and four ranks every Linear, every expert and every other parameter holds the slice of the stored values
+that the class computes with, from a directory that was converted for stock, and loaded by this package.
 """
 
 from __future__ import annotations
@@ -226,6 +226,15 @@ def test_older_releases_hold_them_too(
     stored: Callable[..., Built], tmp_path: Path, name: str, generation: str, scheme: str
 ) -> None:
     check_ranks(stored(name, scheme), tmp_path / "out", generation, 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["Cohere2ForCausalLM", "LagunaForCausalLM", "Glm4MoeForCausalLM", "GlmMoeDsaForCausalLM"]
+)
+def test_classes_that_look_at_the_global_mode_hold_a_mixed_model(tmp_path: Path, name: str) -> None:
+    """They refuse several modes, or build some Linears in the global one."""
+    schemes = {"o_proj": "int4-g128", "mlp.down_proj": "fp8-channel-token", "experts.down_proj": "nvfp4"}
+    check_ranks(write_decoder(tmp_path / "in", name, schemes), tmp_path / "out", "newest", 2)
 
 
 def plain_logits(built: Built) -> Tensor:

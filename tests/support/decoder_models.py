@@ -108,13 +108,13 @@ _WRAPPERS = {
 _PLAIN = ("embed_tokens", "embeddings", "lm_head", "mlp.gate", "mixer.gate", "block_sparse_moe.gate", "router.gate")
 
 
-def write_decoder(directory: Path, name: str, scheme: str | Mapping[str, str]) -> Built:
+def write_decoder(directory: Path, name: str, scheme: str | Mapping[str, str], **more: Any) -> Built:
     """Write a random checkpoint of a class, whose Linears are stored by `scheme`, or by that of the end of their names.
 
-    Routers, embeddings and heads are plain. The text model of a wrapper is under `model.language_model.`, beside a plain
-    tower. `dense` of the result has the exact values under the names of a text-only model.
+    Routers, embeddings and heads are plain. The text model of a wrapper is under `model.language_model.`, beside a
+    plain tower. `dense` of the result has the exact values under the names of a text-only model. `more` are other sizes.
     """
-    config, saved = _saved(directory / "plain", name)
+    config, saved = _saved(directory / "plain", name, more)
     writer = Writer(torch.bfloat16, torch.Generator().manual_seed(0))
     stored: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
@@ -138,12 +138,12 @@ def write_decoder(directory: Path, name: str, scheme: str | Mapping[str, str]) -
     return Built(directory=directory, config=config, dense=exact, stored=stored)
 
 
-def _saved(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _saved(directory: Path, name: str, more: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return config.json and the tensors of a random model, as transformers saves both."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, sizes = DECODERS[name]
-    given = {key: value for key, value in sizes.items() if value is not None}
+    given = {key: value for key, value in {**sizes, **more}.items() if value is not None}
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given), dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():

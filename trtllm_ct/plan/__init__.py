@@ -11,6 +11,7 @@ weights.py            the scheme and the format of a quantized module
 model_modules.py      plans the modules that the text model's tables name
 other_modules.py      plans all other modules
 assign.py             which mode each module gets, and why it gets no other
+whole_model.py        what a model's class asks of all modules together
 equalize.py           makes the scalars equal that the parts of a fused Linear must share
 deliver.py            which tensors a module delivers, under the engine's names
 ops.py                the operations that make delivered tensors

@@ -11,5 +11,8 @@ expert_spellings.py  how classes store routed experts: under which names, or sta
 sites.py           Model: the modules of one model, with their sizes
 fused_experts.py   splits 3-D tensors that hold all experts of a layer
 mistral_names.py   renames the modules of Mistral's own form
+class_row.py        ClassRow: how a class of the engine reads the modules of a layer
+class_rows.py       the rows by class
+decoder_rows.py     the rows of decoders of attention, experts and Mamba layers
 wrapper_names.py   renames the modules of a model with several parts to what the engine's class reads
 """

@@ -65,8 +65,8 @@ class ClassRow:
 
     `one_mode` says that the class refuses a quantization with entries for single modules. `early` are the Linears that
     the class allocates in the global mode, before it looks at entries and exclusions. `ranks_vary` are the parts of a
-    layer that the class may divide among fewer ranks than there are. `tied` says whether the head uses the weight of the
-    embeddings if config.json doesn't say.
+    layer that the class may divide among fewer ranks than there are. `tied` says whether the head uses the weight of
+    the embeddings if config.json doesn't say.
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix

@@ -84,8 +84,8 @@ _GLM4_MOE = ClassRow(
     divided=_WHOLE_HEADS,
 )
 
-# modeling_minimaxm2.py (9c8b74e8, 00592717): the stock mapper, which renames no expert; MiniMaxM2MoE.__init__ builds the
-# router plain. MiniMaxM2Attention norms all heads at once, with norms of as many heads as all ranks hold together.
+# modeling_minimaxm2.py (9c8b74e8, 00592717): the stock mapper, which renames no expert; MiniMaxM2MoE.__init__ builds
+# the router plain. MiniMaxM2Attention norms all heads at once, with norms of as many heads as all ranks hold together.
 _MINIMAX_M2 = ClassRow(
     table=Cut.NONE,
     plain=("block_sparse_moe.gate",),
@@ -104,8 +104,8 @@ _LAGUNA = ClassRow(
     early=("self_attn.g_proj",),
 )
 
-# modeling_afmoe.py and checkpoints/hf/afmoe_weight_mapper.py (038cc86c): AfmoeHfWeightMapper renames router and experts,
-# and puts the rows of self_attn.gate_proj between those of q_proj; before (3c4acdc9) they were two Linears.
+# modeling_afmoe.py and checkpoints/hf/afmoe_weight_mapper.py (038cc86c): AfmoeHfWeightMapper renames router and
+# experts, and puts the rows of self_attn.gate_proj between those of q_proj; before (3c4acdc9) they were two Linears.
 _AFMOE = ClassRow(
     fused={"qkv_proj": ("q_proj", "k_proj", "v_proj", "self_attn.gate_proj"), **GATE_UP},
     table=Cut.NONE,
@@ -124,8 +124,8 @@ _AFMOE = ClassRow(
 )
 
 # modeling_nemotron_h.py (00620eb0, d513eeaf) and checkpoints/hf/nemotron_h_weight_mapper.py (05b033ac; fbbc05dd and the
-# texts between): NemotronHHfWeightMapper.preprocess_weights renames `backbone`, cuts and rearranges the tensors of Mamba
-# itself, and gives experts an empty w3, since they have no gate.
+# texts between): NemotronHHfWeightMapper.preprocess_weights renames `backbone`, cuts and rearranges the tensors of
+# Mamba itself, and gives experts an empty w3, since they have no gate.
 _NEMOTRON_H = ClassRow(
     fused=QKV,
     cuts={**CUTS, "mixer.out_proj": Cut.ROW},

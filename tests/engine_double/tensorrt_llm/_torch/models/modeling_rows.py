@@ -1,16 +1,16 @@
-"""Imitates decoders that differ in names, allocation and loading: `modeling_seedoss.py`, `_exaone4`, `_nemotron`,
-`_starcoder2`, `_cohere2`, `_hunyuan_dense`, `_glm`, `_minimaxm2`, `_laguna`, `_afmoe` and `_nemotron_h`.
+"""Imitates decoders that differ in names, allocation and loading; they compute nothing.
 
-Commits 22de8b34, 17eae74d, 000a01de, 65b31db1, 231ddefa, 06d811a9, 8f5bb1e0, 00592717, 01dcc21a, 038cc86c, 00620eb0. They
-compute nothing. What an excluded Linear does that was allocated in `__init__` is that of the texts before the newest: it
-stays as it is.
+`modeling_seedoss.py` (22de8b34), `_exaone4` (17eae74d), `_nemotron` (000a01de), `_starcoder2` (65b31db1), `_cohere2`
+(231ddefa), `_hunyuan_dense` (06d811a9), `_glm` (8f5bb1e0), `_minimaxm2` (00592717), `_laguna` (01dcc21a), `_afmoe`
+(038cc86c) and `_nemotron_h` (00620eb0). An excluded Linear that was allocated in `__init__` stays as it is, as in all
+texts of `modeling_utils.py` but the newest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from tensorrt_llm._torch.models.checkpoints.hf.decoder_weight_mappers import (
@@ -174,7 +174,7 @@ def _on_one_rank(config: ModelConfig) -> ModelConfig:
 
 
 class Exaone4_5ForConditionalGeneration(Qwen3VLModel):  # noqa: N801 (upstream's name)
-    """`modeling_exaone4_5.py` (0050262c): Exaone 4 beside a tower; its mapper takes off the prefix, as Qwen3-VL does."""
+    """`modeling_exaone4_5.py` (0050262c): Exaone 4 beside a tower; its mapper takes off the prefix."""
 
     text_class = PlainDecoder
 
@@ -213,7 +213,7 @@ class Starcoder2ForCausalLM(PlainDecoder):
 class _OwnLoader(PlainDecoder):
     """Loads by names, without a mapper; a missing tensor raises KeyError."""
 
-    fused: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    fused: ClassVar[dict[str, tuple[str, ...]]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def part(self, name: str, weights: Weights) -> Weights:
         """One part of a fused Linear, by its name."""
@@ -272,7 +272,7 @@ class Cohere2ForCausalLM(_OwnLoader):
 class HunYuanDenseV1ForCausalLM(_OwnLoader):
     """Counts K/V heads by the rows of each stored weight."""
 
-    fused = {**_OwnLoader.fused, "gate_up_proj": ("gate_proj", "up_proj")}
+    fused: ClassVar[dict[str, tuple[str, ...]]] = {**_OwnLoader.fused, "gate_up_proj": ("gate_proj", "up_proj")}
 
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         size = config.pretrained_config.head_dim

@@ -1,6 +1,7 @@
-"""Imitates mappers that change weights before the general loop: `LagunaHfWeightMapper` in `modeling_laguna.py`
-(01dcc21a), `checkpoints/hf/afmoe_weight_mapper.py` (038cc86c) and `checkpoints/hf/nemotron_h_weight_mapper.py` (05b033ac
-in the newest release, 3968976674 in "mid", fbbc05dd in "old").
+"""Imitates mappers that change weights before the general loop: those of Laguna, Afmoe and Nemotron-H.
+
+`LagunaHfWeightMapper` is in `modeling_laguna.py` (01dcc21a), the others are `checkpoints/hf/afmoe_weight_mapper.py`
+(038cc86c) and `checkpoints/hf/nemotron_h_weight_mapper.py` (05b033ac for the newest release, fbbc05dd for the oldest).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class LagunaHfWeightMapper(HfWeightMapper):
 class AfmoeHfWeightMapper(HfWeightMapper):
     """Renames router and experts, and puts the rows of the gate between those of the queries, head by head."""
 
-    _RENAMED = (
+    renames = (
         (r"(experts\.\d+\.)gate_proj", r"\1w1"),
         (r"(experts\.\d+\.)up_proj", r"\1w3"),
         (r"(experts\.\d+\.)down_proj", r"\1w2"),
@@ -59,7 +60,7 @@ class AfmoeHfWeightMapper(HfWeightMapper):
     def preprocess_weights(self, weights: Weights) -> Weights:  # type: ignore[override]
         renamed = {}
         for key, value in weights.items():
-            for pattern, new in self._RENAMED:
+            for pattern, new in self.renames:
                 key = re.sub(pattern, new, key)  # noqa: PLW2901
             renamed[key] = value
         heads, marker = self._model.config.num_attention_heads, ".self_attn.gate_proj."
