@@ -112,7 +112,8 @@ def write_decoder(directory: Path, name: str, scheme: str | Mapping[str, str], *
     """Write a random checkpoint of a class, whose Linears are stored by `scheme`, or by that of the end of their names.
 
     Routers, embeddings and heads are plain. The text model of a wrapper is under `model.language_model.`, beside a
-    plain tower. `dense` of the result has the exact values under the names of a text-only model. `more` are other sizes.
+    plain tower. `more` are other sizes. `dense` of the result has the exact values under the names of a text-only
+    model.
     """
     config, saved = _saved(directory / "plain", name, more)
     writer = Writer(torch.bfloat16, torch.Generator().manual_seed(0))

@@ -42,7 +42,8 @@ def engine_config(
 
     With a single mode it names that mode, unless `entries` are asked for. Otherwise, and if the head is quantized, it
     is MIXED_PRECISION with an entry for every quantized module: without an entry, engines look for scales of the head
-    in the files of the directory, and a prepared one has none (`_torch/models/modeling_utils.py: _resolve_lm_head_quant_config`, pull request 16511).
+    in the files of the directory, and a prepared one has none (`_torch/models/modeling_utils.py:
+    _resolve_lm_head_quant_config`, pull request 16511).
     Modules that are delivered plain are excluded by name, if any module is quantized.
     """
     layers: dict[str, LayerQuantConfig] = {}

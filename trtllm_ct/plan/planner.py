@@ -42,7 +42,7 @@ from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 from trtllm_ct.plan.whole_model import as_class_accepts, needs_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.quantization_config import QuantizationConfig
@@ -299,7 +299,7 @@ class _Planner:
     def _model_modules(
         self,
         site_modules: Mapping[str, StoredModule | None],
-        sites: Iterable[Site],
+        sites: Sequence[Site],
         weights: Mapping[str, QuantizedWeight],
     ) -> list[ModulePlan]:
         """Return the plans of the stored modules that the architecture names, in the model's order."""

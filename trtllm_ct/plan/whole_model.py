@@ -63,13 +63,13 @@ def _in_one_mode(
     for name, assignment in settled.items():
         if assignment.holding is not None:
             layer = layer_config(assignment.holding)
-            elements[layer] = elements.get(layer, 0) + prod(candidates[name].weight.shape)
+            elements[layer] = elements.get(layer, 0) + prod(candidates[name].weight.shape or ())
     accepted = [layer for layer in elements if not _uneven_blocks(layer, sites)]
     best = max(accepted, key=lambda layer: elements[layer], default=None)
     result = {}
     for name, assignment in settled.items():
-        layer = layer_config(assignment.holding) if assignment.holding else None
-        result[name] = assignment if layer in {None, best} else _plain(_why_another(layer, best, sites))
+        own = layer_config(assignment.holding) if assignment.holding else None
+        result[name] = assignment if own in {None, best} else _plain(_why_another(own, best, sites))
     return result
 
 

@@ -75,8 +75,8 @@ class ExpertsShell(Protocol):
     module: nn.Module
     count: int
     down_shape: tuple[int, int]
-    spellings: tuple[tuple[str, ...], ...]
-    stacks: tuple[str, ...]
+    spellings: tuple[tuple[str, ...], ...] = SPELLINGS
+    stacks: tuple[str, ...] = _STACKS
 
     def rebuilt(self, experts: Sequence[Mapping[str, nn.Module]]) -> nn.Module:
         """Return the module of experts with these Linears: gate, up and down, in this order, by delivered names."""
@@ -88,8 +88,8 @@ class ExpertStack:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         gated = _has_gate(module)
-        self.spellings = SPELLINGS if gated else _WITHOUT_GATE
-        self.stacks = _STACKS if gated else _WITHOUT_GATE[0]
+        self.spellings: tuple[tuple[str, ...], ...] = SPELLINGS if gated else _WITHOUT_GATE
+        self.stacks: tuple[str, ...] = _STACKS if gated else _WITHOUT_GATE[0]
         self.count, *down = module.get_parameter("down_proj").shape
         self.down_shape = (down[0], down[1])
 
@@ -101,8 +101,8 @@ class ExpertStack:
 class ExpertList:
     """A list of experts with three Linears each, as in transformers 4."""
 
-    spellings = SPELLINGS
-    stacks = _STACKS
+    spellings: tuple[tuple[str, ...], ...] = SPELLINGS
+    stacks: tuple[str, ...] = _STACKS
 
     def __init__(self, module: nn.ModuleList) -> None:
         self.module: nn.Module = module

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DECODER_ROWS"]
 
 _ALL = frozenset(QuantAlgo) - {QuantAlgo.MIXED_PRECISION}
-_INT4 = frozenset({QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ})
+_INT4 = frozenset({QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ, QuantAlgo.W4A8_AWQ})
 # Classes that don't repeat K/V heads when there are more ranks than heads.
 _WHOLE_HEADS = ("num_key_value_heads",)
 _DENSE_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -166,6 +166,14 @@ _SPARSE_LATENT = ClassRow(
     ),
     experts="mlp.experts",
     projections=("gate_proj", "up_proj", "down_proj"),
+    limits=(
+        Limit(
+            paths=("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj"),
+            algos=_ALL - {QuantAlgo.W4A8_AWQ},
+            obstacle="reads experts in a layout of its own (W4A8_CUSTOM) in",
+            source="Deepseekv3MoE.__init__, modeling_deepseekv3.py, 585c7565 and 047098b7",
+        ),
+    ),
     inner=((r"\.self_attn\.indexer\.", ".self_attn.mqa.indexer."),),
     one_mode=True,
     ranks_vary=(*_DENSE_MLP, *_SHARED_MLP),
