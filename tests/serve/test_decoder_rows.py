@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 import torch
-from decoder_models import DECODERS, write_decoder
+from decoder_models import DECODERS, SINCE, write_decoder
 from engine_fixtures import BINDINGS
 from rank_slices import differs, experts_of, held_weight, rows_of_rank
 
@@ -31,18 +31,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.usefixtures("sidecar_cache"), pytest.mark.reference]
 
 SCHEMES = ("fp8-channel-token", "int4-g128", "fp8-block", "nvfp4")
-SINCE = {
-    "Exaone4ForCausalLM": "old",
-    "NemotronForCausalLM": "old",
-    "NemotronHForCausalLM": "old",
-    "Mistral3ForConditionalGeneration": "old",
-    "SeedOssForCausalLM": "mid",
-    "Starcoder2ForCausalLM": "mid",
-    "HunYuanDenseV1ForCausalLM": "mid",
-    "Glm4MoeForCausalLM": "mid",
-    "DeepseekV32ForCausalLM": "mid",
-}
-"""The first generation of classes that not only the newest one has."""
 OLDER = [
     (name, generation)
     for name, since in SINCE.items()

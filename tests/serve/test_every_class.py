@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import decoder_models
 import engine_double
 import pytest
 import torch
 from builders import DENSE, Built, tiny_config, write_checkpoint
 from class_models import CLASSES
+from decoder_models import DECODERS
 from engine_fixtures import BINDINGS
 from multimodal import write_multimodal
 from rank_slices import differs, experts_of, held_weight, rows_of_rank
@@ -205,6 +207,7 @@ def test_every_class_of_the_double_is_loaded() -> None:
 
         since = {name: row.since for name, row in ARCHITECTURES.items()}
     by_row = {name: "mid" if name == "Qwen3NextForCausalLM" else "newest" for name in CLASSES}
+    by_row |= {name: decoder_models.SINCE.get(name, "newest") for name in DECODERS}
     assert since == {name: SINCE.get(name, "old") for name in (*TEXT, *WRAPPERS)} | by_row
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DECODERS", "write_decoder"]
+__all__ = ["DECODERS", "SINCE", "write_decoder"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -99,6 +99,19 @@ DECODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "GlmMoeDsaForCausalLM": ("glm_moe_dsa", _SIZES | _GROUPED | _LATENT),
 }
 """By the class in config.json: the `model_type` and the sizes of the text model."""
+
+SINCE = {
+    "Exaone4ForCausalLM": "old",
+    "NemotronForCausalLM": "old",
+    "NemotronHForCausalLM": "old",
+    "Mistral3ForConditionalGeneration": "old",
+    "SeedOssForCausalLM": "mid",
+    "Starcoder2ForCausalLM": "mid",
+    "HunYuanDenseV1ForCausalLM": "mid",
+    "Glm4MoeForCausalLM": "mid",
+    "DeepseekV32ForCausalLM": "mid",
+}
+"""The first generation of classes that not only the newest one has."""
 
 # The `model_type` of a wrapper, and its tower.
 _WRAPPERS = {
