@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import engine_double
 import pytest
 import torch
+from builders import fp8_weights, rewrite, rewrite_config
 from decoder_models import DECODERS, SINCE, write_decoder
 from engine_fixtures import BINDINGS
 from rank_slices import differs, experts_of, held_weight, rows_of_rank
 
 import trtllm_ct
-from trtllm_ct import verify_checkpoint
+from trtllm_ct import inspect_checkpoint, verify_checkpoint
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
 
@@ -223,6 +224,23 @@ def test_classes_that_look_at_the_global_mode_hold_a_mixed_model(tmp_path: Path,
     """They refuse several modes, or build some Linears in the global one."""
     schemes = {"o_proj": "int4-g128", "mlp.down_proj": "fp8-channel-token", "experts.down_proj": "nvfp4"}
     check_ranks(write_decoder(tmp_path / "in", name, schemes), tmp_path / "out", "newest", 2)
+
+
+def test_attention_that_is_called_mixer_has_scales_of_the_cache(tmp_path: Path) -> None:
+    """Nemotron-H: the scales are delivered in the projections, and outputs at a fixed scale are reported."""
+    built = write_decoder(tmp_path / "in", "NemotronHForCausalLM", "fp8-channel-token")
+    attention = "backbone.layers.1.mixer"
+    scales = {f"{attention}.{name}_scale": torch.tensor([0.02]).bfloat16() for name in "kv"}
+    rewrite(built.directory, lambda stored: stored.update(scales))
+    rewrite_config(
+        built.directory, lambda config: config["quantization_config"].update(kv_cache_scheme=fp8_weights("tensor"))
+    )
+    plan = inspect_checkpoint(built.directory, "modelopt", engine="stock-1.3").plan
+    delivered = {delivery.name for module in plan.modules for delivery in module.deliveries}
+    assert {f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"} <= delivered
+    assert any("attention quantizes their input at a fixed scale" in warning for warning in plan.warnings)
+    convert_checkpoint(built.directory, tmp_path / "out", engine="stock-1.3")
+    assert verify_checkpoint(built.directory, tmp_path / "out").good
 
 
 def plain_logits(built: Built) -> Tensor:

@@ -25,6 +25,8 @@ __all__ = ["has_static_activations", "unscaled_outputs", "unscaled_outputs_of", 
 
 _QUANTIZED_CACHES = frozenset({"FP8", "NVFP4"})
 _OUTPUT = ".o_proj"
+# What models call their attention; Nemotron-H calls it as it calls the other parts that mix tokens.
+_ATTENTIONS = (".self_attn", ".mixer")
 _QUERIES = (".q_proj", ".qkv_proj")
 _LATENT = ".kv_b_proj"
 
@@ -42,7 +44,7 @@ def unscaled_outputs(algos: Mapping[str, QuantAlgo | None], kv_cache: str | None
     return tuple(
         name
         for name, algo in algos.items()
-        if name.endswith(f".self_attn{_OUTPUT}")
+        if name.endswith(tuple(f"{attention}{_OUTPUT}" for attention in _ATTENTIONS))
         and algo is not None
         and MODES_BY_ALGO[algo].unscaled_attention_output
         and _writes_quantized(name.removesuffix(_OUTPUT), algos, common)

@@ -30,6 +30,7 @@ __all__ = ["KvCache", "has_projections"]
 # Last part of the module's name -> local name of the scale -> the projections that the scale belongs to.
 _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "self_attn": {"k_scale": ("k",), "v_scale": ("v",), "kv_scale": ("k", "v")},
+    "mixer": {"k_scale": ("k",), "v_scale": ("v",), "kv_scale": ("k", "v")},
     "k_proj": {"output_scale": ("k",), "k_scale": ("k",)},
     "v_proj": {"output_scale": ("v",), "v_scale": ("v",)},
     # A writer that fuses q/k/v gives the fused Linear both scales; vLLM knows the second name from Qwen3-MoE.
@@ -254,5 +255,8 @@ def _delivered_name(module: str, letter: str) -> str:
 
     `module` is the attention module, or a module inside of it, that stores the scale; `letter` is k or v.
     """
-    attention = module.rpartition("self_attn")[0] + "self_attn"
+    parts = module.split(".")
+    # Nemotron-H calls attention `mixer`.
+    last = next((at for at in reversed(range(len(parts))) if parts[at] in {"self_attn", "mixer"}), -1)
+    attention = ".".join(parts[: last + 1])
     return f"{attention}.{letter}_proj.{letter}_scale"

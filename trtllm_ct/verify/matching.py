@@ -14,7 +14,7 @@ from trtllm_ct.verify.native import NativeWeight
 from trtllm_ct.verify.pairs import Pair, Stored, native_pair, plain_pair
 from trtllm_ct.verify.source.decoders import DECODERS, decoder_for, has_weight, is_quantized, plain_tensors
 from trtllm_ct.verify.source.names import OTHER, is_expert
-from trtllm_ct.verify.source.scalars import cache_tensors, input_multipliers, kv_scales
+from trtllm_ct.verify.source.scalars import attention_of, cache_tensors, input_multipliers, kv_scales
 from trtllm_ct.verify.source.schemes import Schemes
 from trtllm_ct.verify.source.transforms import Rotation, rotation_of
 from trtllm_ct.verify.source.weights import Weight
@@ -286,7 +286,7 @@ class DirectoryMatch:
         promised = kv_scales(self.source)
         missing = dict(promised)
         for module in self.delivered.by_key.values():
-            attention = module.key.rpartition("self_attn")[0] + "self_attn"
+            attention = attention_of(module.key)
             for letter in "kv":
                 scale = promised.get((attention, letter))
                 if f"{letter}_scale" in module.tensors and scale is not None:
@@ -307,7 +307,7 @@ class DirectoryMatch:
         """Yield the delivered name of an attention module, if any module of it is delivered."""
         for key, module in self.delivered.by_key.items():
             if key.startswith(f"{attention}."):
-                yield module.name.rpartition("self_attn")[0] + "self_attn"
+                yield attention_of(module.name)
 
     def _scalar(self, name: str, delivered: Stored, value: float) -> Iterator[NamedPair]:
         """Yield the pair of a scalar with the value that it must have."""

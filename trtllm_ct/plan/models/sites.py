@@ -225,7 +225,9 @@ class Model:
         """Return the full names of the attention modules of all layers that have K and V projections."""
         if self.discovery is not None:
             names = {site.module for site in self.discovery.at(place)}
-            values = sorted(name.removesuffix(".v_proj") for name in names if name.endswith(".self_attn.v_proj"))
+            # Nemotron-H calls attention as it calls the other parts that mix tokens.
+            ends = (".self_attn.v_proj", ".mixer.v_proj")
+            values = sorted(name.removesuffix(".v_proj") for name in names if name.endswith(ends))
             return (name for name in values if f"{name}.k_proj" in names)
         return (f"{place[0]}layers.{layer}.self_attn" for layer in range(self.layers))
 

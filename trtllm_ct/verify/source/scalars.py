@@ -9,6 +9,7 @@ Source: compressed-tensors 0.5 and 0.20 `quantization/lifecycle/initialize.py`, 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import frexp, isfinite
 from typing import TYPE_CHECKING
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 
     from trtllm_ct.verify.source.modules import Module, Modules
 
-__all__ = ["KvScale", "cache_tensors", "input_multipliers", "kv_scales"]
+__all__ = ["KvScale", "attention_of", "cache_tensors", "input_multipliers", "kv_scales"]
 
+# What models call their attention.
+_ATTENTION = re.compile(r"(?:.*\.)?(?:self_attn|mixer)(?=\.|$)")
 # Module -> local name -> the parts of the cache that the scale is for. A name further down counts less.
 _HOLDERS: Mapping[str, Mapping[str, str]] = {
     "self_attn": {"k_scale": "k", "v_scale": "v", "kv_scale": "kv"},
+    "mixer": {"k_scale": "k", "v_scale": "v", "kv_scale": "kv"},
     "k_proj": {"k_scale": "k", "output_scale": "k"},
     "v_proj": {"v_scale": "v", "output_scale": "v"},
     "qkv_proj": {"k_scale": "k", "v_scale": "v"},
@@ -46,6 +50,12 @@ class KvScale:
     per_head: bool
 
 
+def attention_of(module: str) -> str:
+    """Return the name or the key of the attention that a module is or belongs to; empty if there is none."""
+    found = _ATTENTION.match(module)
+    return found[0] if found else ""
+
+
 def cache_tensors(module: Module) -> frozenset[str]:
     """Return the local names of a module's tensors that belong to the KV cache."""
     return frozenset(_HOLDERS.get(module.key.rpartition(".")[2], {})) & module.tensors.keys()
@@ -55,9 +65,9 @@ def kv_scales(modules: Modules) -> dict[tuple[str, str], KvScale]:
     """Return the scales of the KV cache by (key of the attention module, `k` or `v`)."""
     best: dict[tuple[str, str], tuple[int, Module, str]] = {}
     for module in modules.by_key.values():
-        if module.key.startswith(OTHER) or "self_attn" not in module.key:
+        attention = attention_of(module.key)
+        if module.key.startswith(OTHER) or not attention:
             continue
-        attention = module.key.rpartition("self_attn")[0] + "self_attn"
         for local, letters in _HOLDERS.get(module.key.rpartition(".")[2], {}).items():
             for letter in letters if local in module.tensors else "":
                 ranked = (_PREFERENCE.index(local), module, local)
