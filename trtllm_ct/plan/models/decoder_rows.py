@@ -194,7 +194,6 @@ DECODER_ROWS: Mapping[str, ClassRow] = {
     "LagunaForCausalLM": _LAGUNA,
     "AfmoeForCausalLM": _AFMOE,
     "NemotronHForCausalLM": _NEMOTRON_H,
-    "NemotronHPuzzleForCausalLM": _NEMOTRON_H,
     "DeepseekV32ForCausalLM": _SPARSE_LATENT,
     "GlmMoeDsaForCausalLM": _SPARSE_LATENT,
 }
