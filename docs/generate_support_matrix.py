@@ -39,7 +39,7 @@ from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.target import Target
-    from trtllm_ct.plan.models.class_rows import ClassRow
+    from trtllm_ct.plan.models.class_row import ClassRow
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"

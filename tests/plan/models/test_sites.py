@@ -11,7 +11,7 @@ from tiny_models import FAMILIES
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault
-from trtllm_ct.plan.models.class_rows import DEFAULT_ROW
+from trtllm_ct.plan.models.class_row import DEFAULT_ROW
 from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
 from trtllm_ct.plan.models.sites import Model, Site
 
