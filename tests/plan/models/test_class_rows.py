@@ -54,7 +54,7 @@ def test_a_row_is_about_a_class_of_some_release_that_no_table_describes(name: st
 @pytest.mark.parametrize("name", CLASS_ROWS)
 def test_every_limit_says_where_it_is_from(name: str) -> None:
     for limit in CLASS_ROWS[name].limits:
-        assert re.search(r"\b[\w/]+\.py\b", limit.source)
+        assert re.search(r"`[\w/]+\.py`", limit.source)
         assert re.search(r"\b[0-9a-f]{8}\b", limit.source)
 
 

@@ -148,7 +148,7 @@ class Model:
         faults = FaultCollector()
         row = CLASS_ROWS.get(name, DEFAULT_ROW)
         sizes = stated_sizes(text, row.divided)
-        stated = {**(nested or {}), **config}.get("tie_word_embeddings")
+        stated = {"tie_word_embeddings": row.tied or None, **(nested or {}), **config}["tie_word_embeddings"]
         model = cls(
             name=name,
             architecture=Architecture(attention=(), mlp=(), norms=(), experts=_experts_of(row)),
