@@ -28,8 +28,8 @@ PARTS = {
 PLACES = {
     "rank0/qkv:q": Segment(stack="rank0/qkv", shape=(3, 3)),
     "rank0/qkv:k": Segment(stack="rank0/qkv", shape=(3, 3), first=6),
-    "rank0/zero:q": StackPart(stack="rank0/zero", columns=3, column=0, flat=True),
-    "rank0/zero:k": StackPart(stack="rank0/zero", columns=3, column=2, flat=True),
+    "rank0/zero:q": StackPart(stack="rank0/zero", lines=3, line=0, flat=True),
+    "rank0/zero:k": StackPart(stack="rank0/zero", lines=3, line=2, flat=True),
     "rank0/scale": Segment(stack="rank0/scale", shape=(1,)),
     "rank1/norm": Segment(stack="rank1/norm", shape=(1, 3)),
 }

@@ -90,7 +90,7 @@ class Target:
     @property
     def as_classes_read(self) -> bool:
         """Whether model classes of other programs read the result, each with its own spelling of experts."""
-        return self.directory or self.capabilities.release is not None
+        return (self.directory and not self.ranks) or self.capabilities.release is not None
 
     @property
     def holds_codes(self) -> bool:
