@@ -403,7 +403,7 @@ class TestExperts:
             (
                 "stock-1.2",
                 int4(32),
-                "W4A8_AWQ computes on fp8 static per tensor activations, and the scheme leaves them 16-bit",
+                "stock-1.2 has no expert kernel for int4 group 32 weights",
             ),
             (
                 "stock-1.2",

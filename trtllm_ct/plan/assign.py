@@ -390,7 +390,10 @@ def _why_not_here(module: Candidate, target: Target) -> str:
         quantized = {activations_of(module.weight.scheme)} - {Activations.WIDE}
         close = frozenset(mode.algo for mode in LINEAR_MODES if mode.activations in quantized) & algos
         return "; ".join([reason, *obstacles(module.weight, close, platform)])
-    reasons = obstacles(module.weight, algos, platform)
+    # Of experts with 16-bit activations, modes that quantize them say too little: there is no kernel at all.
+    wide = expert and activations_of(module.weight.scheme) is Activations.WIDE
+    fitting = {mode.algo for mode in LINEAR_MODES if not wide or mode.activations is Activations.WIDE}
+    reasons = obstacles(module.weight, algos & fitting, platform)
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
 
 

@@ -34,8 +34,8 @@ _EXAONE4 = ClassRow(
             paths=("q_proj", "k_proj", "v_proj", "o_proj", *_DENSE_MLP),
             algos=_ALL - {QuantAlgo.FP8_BLOCK_SCALES},
             obstacle="runs this Linear in a kernel that reads past its memory with",
-            source="Exaone4DecoderLayer.__init__, `modeling_exaone4.py`, 17eae74d: DeepGEMM is off where the global mode "
-            "is FP8_BLOCK_SCALES; fbbc05dd has no such test",
+            source="Exaone4DecoderLayer.__init__, `modeling_exaone4.py`, 17eae74d: DeepGEMM is off where the global "
+            "mode is FP8_BLOCK_SCALES; fbbc05dd has no such test",
         ),
     ),
 )
