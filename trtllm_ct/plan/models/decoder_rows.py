@@ -34,8 +34,8 @@ _EXAONE4 = ClassRow(
             paths=("q_proj", "k_proj", "v_proj", "o_proj", *_DENSE_MLP),
             algos=_ALL - {QuantAlgo.FP8_BLOCK_SCALES},
             obstacle="runs this Linear in a kernel that reads past its memory with",
-            source="Exaone4DecoderLayer.__init__, modeling_exaone4.py, 17eae74d: DeepGEMM is off where the global mode "
-            "is FP8_BLOCK_SCALES; fbbc05dd has no such test",
+            source="Exaone4DecoderLayer.__init__, `modeling_exaone4.py`, 17eae74d: DeepGEMM is off where the global "
+            "mode is FP8_BLOCK_SCALES; fbbc05dd has no such test",
         ),
     ),
 )
@@ -65,7 +65,7 @@ _HUNYUAN_DENSE = ClassRow(
             paths=("q_proj", "k_proj", "v_proj"),
             algos=_ALL - _INT4,
             obstacle="counts K/V heads by the rows of this weight, which are half as many in",
-            source="HunYuanDenseV1ForCausalLM.load_weights, modeling_hunyuan_dense.py, 06d811a9",
+            source="HunYuanDenseV1ForCausalLM.load_weights, `modeling_hunyuan_dense.py`, 06d811a9",
         ),
     ),
     divided=_WHOLE_HEADS,
@@ -116,7 +116,7 @@ _AFMOE = ClassRow(
         Limit(
             paths=("q_proj", "k_proj", "v_proj", "self_attn.gate_proj"),
             algos=frozenset({QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN}),
-            source="AfmoeHfWeightMapper._fuse_attention_gate, checkpoints/hf/afmoe_weight_mapper.py, 038cc86c: every "
+            source="AfmoeHfWeightMapper._fuse_attention_gate, `checkpoints/hf/afmoe_weight_mapper.py`, 038cc86c: every "
             "tensor of q_proj must have the rows of all heads",
         ),
     ),
@@ -136,14 +136,14 @@ _NEMOTRON_H = ClassRow(
         Limit(
             paths=("mixer.in_proj",),
             algos=frozenset({QuantAlgo.FP8}),
-            source="NemotronHHfWeightMapper.preprocess_weights, checkpoints/hf/nemotron_h_weight_mapper.py: 05b033ac "
+            source="NemotronHHfWeightMapper.preprocess_weights, `checkpoints/hf/nemotron_h_weight_mapper.py`: 05b033ac "
             "rearranges scales with a row for each row too, texts before it only in NVFP4 models or none",
         ),
         Limit(
             paths=("mixer.experts.up_proj", "mixer.experts.down_proj"),
             algos=frozenset({QuantAlgo.FP8, QuantAlgo.NVFP4}),
             obstacle="makes an empty gate for each expert, and has no code for the tensors of",
-            source="NemotronHHfWeightMapper.preprocess_weights, checkpoints/hf/nemotron_h_weight_mapper.py, 05b033ac",
+            source="NemotronHHfWeightMapper.preprocess_weights, `checkpoints/hf/nemotron_h_weight_mapper.py`, 05b033ac",
         ),
     ),
     inner=((r"^backbone\.", "model."),),
@@ -171,7 +171,7 @@ _SPARSE_LATENT = ClassRow(
             paths=("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj"),
             algos=_ALL - {QuantAlgo.W4A8_AWQ},
             obstacle="reads experts in a layout of its own (W4A8_CUSTOM) in",
-            source="Deepseekv3MoE.__init__, modeling_deepseekv3.py, 585c7565 and 047098b7",
+            source="Deepseekv3MoE.__init__, `modeling_deepseekv3.py`, 585c7565 and 047098b7",
         ),
     ),
     inner=((r"\.self_attn\.indexer\.", ".self_attn.mqa.indexer."),),
