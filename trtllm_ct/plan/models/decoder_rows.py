@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_row import CUTS, GATE_UP, QKV, ClassRow, Limit
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DECODER_ROWS"]
 
-_ALL = frozenset(QuantAlgo) - {QuantAlgo.MIXED_PRECISION}
+_ALL = frozenset(mode.algo for mode in LINEAR_MODES)
 _INT4 = frozenset({QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ, QuantAlgo.W4A8_AWQ})
 # Classes that don't repeat K/V heads when there are more ranks than heads.
 _WHOLE_HEADS = ("num_key_value_heads",)
