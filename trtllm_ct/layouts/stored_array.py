@@ -44,9 +44,9 @@ _NUMPY = {
 
 
 class _Bits(NamedTuple):
-    """The least bits of a float dtype that are no finite number, and the bits of a magnitude.
+    """Bits of a float dtype: `not_finite` are those of infinity or the least NaN, `magnitude` all but the sign.
 
-    Finite numbers without a sign have the order of their bits, and all other bits are greater.
+    Without the sign, finite numbers have the order of their bits, and infinity and NaN come after them.
     """
 
     not_finite: int
@@ -93,7 +93,7 @@ class StoredArray:
 
     @property
     def numbers(self) -> NDArray[Any]:
-        """The numbers that the elements are; bfloat16 and floats of 8 bits become float32, others stay as they are."""
+        """The elements as numbers; bfloat16 and floats of 8 bits become float32, others stay as they are."""
         import numpy as np
 
         if self.dtype is DType.BF16:
@@ -113,7 +113,7 @@ class StoredArray:
     def is_finite_scale(self, *, zero_allowed: bool) -> bool:
         """Whether the bits of floats show that all elements are finite and positive, or 0 where `zero_allowed`.
 
-        False says nothing for -0, for dtypes that are no floats, and for no elements.
+        False decides nothing for -0, for dtypes that are no floats, and for tensors without elements.
         """
         bits = self._bits
         if not bits.size:
@@ -163,7 +163,7 @@ def _numbers_of_bytes() -> dict[DType, NDArray[np.float32]]:
     import numpy as np
 
     codes = np.arange(256)
-    # Exponent and mantissa of E4M3 in the places of those of a float16, whose exponent counts 8 lower.
+    # Read as exponent and mantissa of a float16, E4M3 is less by a factor of 2^8: the biases are 7 and 15.
     e4m3 = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).astype(np.uint16).view(np.float16).astype(np.float32) * 256
     e4m3[codes & 0x7F == 0x7F] = np.nan
     e8m0 = np.ldexp(1.0, np.minimum(codes, _E8M0_NAN - 1) - 127).astype(np.float32)

@@ -25,7 +25,7 @@ __all__ = ["has_static_activations", "unscaled_outputs", "unscaled_outputs_of", 
 
 _QUANTIZED_CACHES = frozenset({"FP8", "NVFP4"})
 _OUTPUT = ".o_proj"
-# What models call their attention; Nemotron-H calls it as it calls the other parts that mix tokens.
+# What models call their attention; Nemotron-H calls every part of a layer `mixer`, attention included.
 _ATTENTIONS = (".self_attn", ".mixer")
 _QUERIES = (".q_proj", ".qkv_proj")
 _LATENT = ".kv_b_proj"

@@ -1,8 +1,8 @@
-"""Settle what an engine's model class asks of all modules together, after each of them has got a mode.
+"""Apply the conditions that an engine's model class sets for all modules together, after each of them has got a mode.
 
-Some classes refuse a quantization with entries for single modules, so they have one mode for the whole model. Some
-allocate a few Linears in the global mode, before they look at entries and exclusions: these Linears have the one mode
-of the model, or they are plain beside entries for all other modules.
+Some classes refuse a configuration with entries for single modules, so the whole model has one mode. Some allocate a
+few Linears in the global mode, before they look at entries and exclusions: if all modules have the same mode, these
+Linears have it too; otherwise they are plain, and all other modules have entries.
 Sources: the rows in `plan/models/`; for the form with entries TensorRT-LLM `_torch/models/modeling_utils.py:
 apply_layerwise_quant_config`, where MIXED_PRECISION itself quantizes nothing.
 """

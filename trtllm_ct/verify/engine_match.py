@@ -1,8 +1,8 @@
 """Compare an engine-build checkpoint with its source: every part of every rank, and every tensor of their files.
 
 The source is read by `source/`, and the files of the ranks by `engine_ranks.py`; neither a plan nor its deliveries take
-part. What the format changes by design is changed in the same way here: zeros and scales are rounded to the model's
-dtype, and q, k and v in FP8 are requantized to the largest of their scales.
+part. The changes that the format makes by design are made here too before values are compared: zeros and scales are
+rounded to the model's dtype, and q, k and v in FP8 are requantized to the largest of their scales.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def compare_engine_directory(
 
 @dataclass(slots=True, kw_only=True)
 class _EngineMatch:
-    """Matches the modules of a source with the parts that ranks have of them."""
+    """Matches the modules of a source with the parts of them that ranks have."""
 
     source: Modules
     match: DirectoryMatch
@@ -206,7 +206,7 @@ class _EngineMatch:
             yield self._vector(part, local, got, np.ones_like(got), tensor.dtype)
 
     def _padding(self, part: Located) -> Iterator[NamedPair]:
-        """Yield the pair of the rows behind those of a head, which must be zero."""
+        """Yield the pair of the padding after the rows of a head, which must be zero."""
         rows = self.ranks.get(part, "weight").numbers(part.rows, self.ranks.get(part, "weight").shape[0])
         if rows.size:
             yield self._vector(part, "weight", rows.flatten(), np.zeros(rows.size), DType.F32)

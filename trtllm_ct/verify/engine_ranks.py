@@ -1,6 +1,7 @@
 """The files of the ranks of an engine-build checkpoint: the weights of the model that their parts add up to.
 
-This is a reading of its own, from the description of the format: names, cuts and layouts are written down here again.
+It is written from the description of the format and shares no tables with `plan/`: names, cuts and layouts are here
+again.
 Source: TensorRT-LLM `models/modeling_utils.py` (`preprocess_weights`) and `models/llama/convert.py` (0afa06ab).
 """
 
@@ -249,7 +250,7 @@ class EngineRanks:
         ]
 
     def find(self, part: Located, local: str) -> FileTensor | None:
-        """Return a tensor of the engine's module that has a part, and note that it has a source."""
+        """Return a tensor of the engine's module that `part` is in, None if there is none; it counts as explained."""
         name = f"{part.name}.{local}"
         tensor = self.files[part.rank].get(name)
         if tensor is not None:
@@ -257,7 +258,7 @@ class EngineRanks:
         return tensor if tensor is None or part.expert is None else tensor.entry(part.expert)
 
     def get(self, part: Located, local: str) -> FileTensor:
-        """Return a tensor of the engine's module that has a part; raises `KeyError` if there is none."""
+        """Return a tensor of the engine's module that `part` is in; raises `KeyError` if there is none."""
         tensor = self.find(part, local)
         if tensor is None:
             raise KeyError(f"rank{part.rank}.safetensors: {part.name}.{local}")

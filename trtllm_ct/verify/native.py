@@ -27,8 +27,8 @@ __all__ = ["NativeWeight"]
 class NativeWeight:
     """The weight [N, K] that a quantized Linear multiplies its input with, including `pre_quant_scale`.
 
-    `tensors` are the delivered tensors of the module without its bias. Rows are asked for from an even one on, and none
-    of them lies in another block of 128 rows unless the first row begins one.
+    `tensors` are the delivered tensors of the module without its bias. Ranges of rows begin at
+    an even row, and one that does not begin at a multiple of 128 stays within one block of 128 rows.
     """
 
     name: str
@@ -55,7 +55,7 @@ class NativeWeight:
         return None if (numbers == 1).all() else numbers
 
     def _part(self, rule: TensorRule, name: str, begin: int, end: int) -> Part:
-        """Return the part of a tensor that belongs to some rows of the weight; the whole if it has no rows."""
+        """Return the part of a tensor that belongs to some rows of the weight; all of it if it has no rows."""
         if not _has_rows(rule):
             return self._whole[name]
         height = int(rule.shape[0].removeprefix("N").lstrip("/") or 1)
@@ -76,5 +76,5 @@ class NativeWeight:
 
 
 def _has_rows(rule: TensorRule) -> bool:
-    """Whether the first axis of a tensor are rows of the weight, or whole numbers of them."""
+    """Whether the first axis of a tensor counts rows of the weight, or blocks of rows."""
     return "".join(rule.shape[:1]).startswith("N")

@@ -1,8 +1,8 @@
 """How rows of each native layout are read: the table `NATIVE_LAYOUTS`, in plain numpy.
 
-Written apart from `layouts/`, which made the converted directory, and from the torch code of the reference engine. Both
-are compared with this table by tests. The names, dtypes and shapes of the tensors were checked by the rules of the
-reference engine before they are read here.
+It shares no code with `layouts/`, which made the converted directory, nor with the torch code of the reference engine;
+tests compare both with this table. Before tensors are read here, their names, dtypes and shapes are checked by the
+rules of the reference engine.
 Axis letters: `N` output features, `K` input features, `g` group size. All scales are multipliers.
 Sources: TensorRT-LLM `_torch/modules/linear.py` (main, September 2026) and the exports of ModelOpt 0.47.
 """
@@ -50,7 +50,7 @@ def unpack_row_pairs(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     codes = np.empty((2 * len(packed), packed.shape[1]), np.uint8)
     np.bitwise_and(packed, 0x0F, out=codes[0::2])
     np.floor_divide(packed, 0x10, out=codes[1::2])
-    # The sign bit counts as -8: flipped, it counts as 8 in a code that is 8 too large.
+    # The sign bit counts -8. Flipped, it makes every code 8 larger, which the subtraction takes back.
     codes ^= 8
     codes -= 8
     return codes.view(np.int8)
@@ -84,7 +84,7 @@ def _int4_group_scales(parts: Parts) -> Coded:
 
 
 def _int4_groups_with_zero(parts: Parts) -> Coded:
-    """The same with an offset `weight_zero` [n, K/g] that is added after scaling."""
+    """Row pairs of int4 codes with group scales and an offset `weight_zero` [n, K/g] that is added after scaling."""
     return replace(_int4_group_scales(parts), offset=parts["weight_zero"].numbers)
 
 

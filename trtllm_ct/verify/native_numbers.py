@@ -1,4 +1,6 @@
-"""The numbers in delivered tensors, by the bit patterns of their dtypes; apart from `source/numbers.py` on purpose.
+"""The numbers that the bits of delivered tensors stand for.
+
+`source/numbers.py` does the same for stored tensors; the two share nothing, so that each checks the other.
 
 Sources: OCP 8-bit Floating Point Specification 1.0 for E4M3, OCP Microscaling Formats 1.0 for E8M0 and E2M1, IEEE 754
 for the others; a bfloat16 is the upper half of a float32.
@@ -21,7 +23,7 @@ _BYTES = np.arange(256, dtype=np.uint64)
 _NAN_MAGNITUDE = 0x7F
 _E8M0_NAN = 0xFF
 
-# Exponent and mantissa of E4M3, moved to those of a float16: 8 less is added to the exponent there.
+# Read as exponent and mantissa of a float16, E4M3 is less by a factor of 2^8: the biases are 7 and 15.
 _E4M3 = ((_BYTES & 0x80) << 8 | (_BYTES & 0x7F) << 7).astype(np.uint16).view(np.float16).astype(np.float64) * 2.0**8
 _E4M3[_BYTES & 0x7F == _NAN_MAGNITUDE] = np.nan
 

@@ -1,4 +1,6 @@
-"""The plan of an engine-build checkpoint: one file for each rank, in the names and layouts of the TensorRT backend.
+"""The plan of an engine-build checkpoint, the directory that `trtllm-build` reads.
+
+It has one file for each rank, with the names and layouts of the TensorRT backend.
 
 choice.py      which mode the engine gets, which modules stay plain, and what is refused
 layout.py      where a module of the model is in the engine: stage, layer, name and the Linear that it is a part of

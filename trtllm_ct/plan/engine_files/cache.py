@@ -37,9 +37,9 @@ def without_cache(module: ModulePlan) -> ModulePlan:
 
 
 def cache_scales(modules: Iterable[ModulePlan]) -> dict[str, tuple[str, ModulePlan, Item]]:
-    """Return the scales of the KV cache: by the module that delivers it, the attention module, its plan and the item.
+    """Return the scale of each layer's KV cache, by the module that delivers it: that of the keys' scale.
 
-    The module that holds the scale of the keys delivers that of the layer.
+    A value is the name of the attention module, the plan that reads the stored scales, and the item made from them.
     """
     found: dict[str, list[_Source]] = {}
     for module in modules:

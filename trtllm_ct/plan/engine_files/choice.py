@@ -1,7 +1,7 @@
 """Which mode an engine gets, which of its modules stay plain, and what is refused.
 
-One mode serves the whole engine. A scheme without a form in engines is refused and not dequantized: the other targets
-serve it better. All refusals are collected, one for each reason.
+An engine has one mode. A scheme that engines can't hold is refused and not dequantized, because another target keeps
+its codes. All refusals are collected, one for each reason.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _REQUANTIZED = "qkv has one weight scale: codes are requantized to the largest o
 class Choice:
     """The mode of an engine, None if it is plain, and the modules that it holds, by name.
 
-    `reasons` say why other quantized modules are dequantized, `notes` where a module's tensors are changed. `excluded`
-    are the engine's names of Linears that stay plain although the engine has a mode.
+    `reasons` say why other quantized modules are dequantized, and `notes` how tensors of modules are changed.
+    `excluded` are the engine's names of Linears that stay plain although the engine has a mode.
     """
 
     mode: BuildMode | None = None
@@ -73,7 +73,7 @@ def choose(
 
 @dataclass(slots=True, kw_only=True)
 class _Chooser:
-    """The values that the steps of choosing share."""
+    """Chooses the mode; the fields are the values that its steps share."""
 
     parts: Sequence[Part]
     sites: Sequence[Site]
@@ -267,7 +267,7 @@ class _Chooser:
         return tuple(names)
 
     def _notes(self, mode: BuildMode, held: Iterable[str]) -> dict[str, str]:
-        """Return where tensors of modules are changed."""
+        """Return a note for each module whose tensors are changed."""
         return {name: _REQUANTIZED for name in held if mode.requantizes and len(self._spot_parts(name)) > 1}
 
     def _spot_parts(self, name: str) -> tuple[str, ...]:

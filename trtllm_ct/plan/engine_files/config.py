@@ -28,16 +28,16 @@ __all__ = ["build_config", "config_warnings", "rope_of_model"]
 
 # `QuantConfig.group_size` is 128 by default, and some pages say 64: it is always written.
 _GROUP_SIZE = 128
-# A list replaces the engine's own, so it has the modules of that list that these classes have.
+# `exclude_modules` replaces the default list of the engine, so the entries of that list are repeated here.
 _ALWAYS_EXCLUDED = ("lm_head", "*router", "transformer.vocab_embedding")
 _NOT_RUN = (
-    "target engine is written by the published source of TensorRT-LLM, and no engine was built from it here: "
+    "target engine follows the published source of TensorRT-LLM, and no engine was built from it here: "
     "compare outputs before you serve it"
 )
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "MixtralForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
 }
-"""What transformers 5.23 fills in where a class differs from the others."""
+"""The defaults of transformers 5.23 that differ from those of the other classes."""
 
 
 def rope_of_model(model: Model, faults: FaultCollector) -> Rope:

@@ -145,7 +145,7 @@ def refuse_unbuilt(model: Model, parallel: Parallel, faults: FaultCollector, *, 
         faults.add(
             where="--dense-o-proj",
             expected="no such option: attention of the TensorRT backend writes its output in the model's dtype",
-            found="it",
+            found="--dense-o-proj",
             remedy="Leave it out, or convert with --to modelopt.",
         )
     return len(faults.faults) == before

@@ -1,7 +1,7 @@
 """The pieces of each module that the ranks of an engine get, and the places of their tensors in the files.
 
-A piece is the plan of the rows that a rank has (`plan/ranks/narrow.py`), so that it is read, checked and converted like
-any other module. Columns, and rows of weights that can't be cut when they are stored, are slices of what an operation
+A piece is a plan of the rows that a rank has (`plan/ranks/narrow.py`), so it is read, checked and converted like any
+other module. Columns, and rows that can't be cut in the stored form of a weight, are slices of what an operation
 delivers. A delivered tensor is called `rank0/NAME`, and `rank0/NAME:PART` if it is joined with other parts.
 """
 

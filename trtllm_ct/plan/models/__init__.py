@@ -1,13 +1,13 @@
 """Which modules a model has: by tables of model families, filled in with the sizes in a config.json, or by its files.
 
 families.py        the tables: Linears, norms and experts of a layer, and what the engine fuses
-alike_layers.py    what a checkpoint without tables has lost: layers of one kind are alike
 class_defaults.py  what a config.json leaves out, by the classes of transformers
 sizes.py           the sizes in a config.json, under the names that the tables use
-class_row.py       how a class of the engine reads models whose sizes are in the headers
-class_rows.py      one such row for each class
-decoder_rows.py    those of decoders of attention, experts and Mamba layers
-discovery.py       the modules of such a model, found in its files
+class_row.py       ClassRow: how a model class of the engine reads the modules of a layer, whatever their sizes
+class_rows.py      the rows, one for each class without tables of its family
+decoder_rows.py    the rows of decoders with attention, experts and Mamba layers
+discovery.py       the modules of a model without tables, found in its files
+alike_layers.py    finds what such a model has lost, by comparing its layers with each other
 site.py            Site: one module of a model
 expert_spellings.py  how classes store routed experts: under which names, or stacked
 sites.py           Model: the modules of one model, with their sizes

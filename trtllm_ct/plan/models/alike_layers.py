@@ -1,8 +1,8 @@
 """Find what a checkpoint has lost, for models that no table describes: layers and experts of one kind are alike.
 
-A lost tensor leaves a layer that no other layer resembles. Layers differ for other reasons too: by kinds, shared keys
-and values, or heads of several sizes. So only a layer that is alone is reported, and only if most layers have all that
-it has and more.
+A layer that has lost a tensor has other tensors than all other layers. Layers differ for good reasons too: they are of
+several kinds, share keys and values, or have heads of several sizes. So a layer is reported only if no other layer has
+exactly its tensors, and most layers have all of them and more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHECKED = (
 
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks|block))\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
-# Fewer layers of one kind don't show what the others must have.
+# From fewer layers of one kind it can't be told what the others must have.
 _FEWEST = 3
 
 
@@ -65,7 +65,7 @@ def _tensors(name: str, site: Site) -> Iterator[str]:
 
 
 def _lost(layers: dict[int, set[str]]) -> Iterator[tuple[int, str]]:
-    """Yield what a layer that no other one resembles lacks of what more than half of all layers have."""
+    """Yield the tensors that more than half of all layers have and a layer lacks that is the only one of its kind."""
     kinds = Counter(frozenset(names) for names in layers.values())
     for number, names in layers.items():
         if kinds[frozenset(names)] > 1:

@@ -1,7 +1,7 @@
 """`ClassRow`: how a model class of the engine reads the modules of a layer; the rows are in `class_rows.py`.
 
-The sizes of such a model are not in a table: they come from the headers of its files (`discovery.py`). So layers of
-different kinds, heads of different sizes and layers without some projections need nothing here.
+A row has no sizes: they come from the headers of the files (`discovery.py`). So it needs no entries for layers of
+different kinds, heads of different sizes, or layers without some projections.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["CUTS", "DEFAULT_ROW", "GATE_UP", "QKV", "ClassRow", "Limit"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """The modes that some Linears of a class may have.
+    """Which modes a class can read some of its Linears in.
 
-    `paths` are as in `ClassRow`. `algos` are the modes that the class can read them in; without any, it reads these
-    Linears plain. Releases may differ; a mode is in `algos` only if every release that has the class reads it.
-    `obstacle` completes the sentence "the engine's class ..." before the names of other modes. `source` names function,
-    file and commit.
+    `paths` names the Linears, as in `ClassRow`. `algos` are the modes; if it is empty, the class reads these Linears
+    plain. Releases may differ: a mode is in `algos` only if every release that has the class reads it. `obstacle` is
+    the middle of the message "the engine's class OBSTACLE MODE", in which MODE is a mode that is not in `algos`.
+    `source` names the function, the file and the commit.
     """
 
     paths: tuple[str, ...]
@@ -48,7 +48,7 @@ CUTS: Mapping[str, Cut] = {
     "up_proj": Cut.COLUMN,
     "down_proj": Cut.ROW,
 }
-"""How ranks divide the Linears of most classes; the same files."""
+"""How ranks divide the Linears of most classes, by the same two files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +60,17 @@ class ClassRow:
     `cuts` says how ranks divide a Linear; others are not divided. `table` says how they divide the embeddings. `plain`
     are the Linears that the class builds without quantization. `experts` is the path of the routed experts in a layer,
     and `projections` are the names of (gate, up, down) that the class reads; None leaves them as they are stored.
-    `limits` are the modes that some Linears may have only. `inner` are pairs of a pattern and a replacement that turn a
-    delivered name into the one that the class compares with entries of the quantization.
+    `limits` restrict some Linears to a few modes. `inner` are pairs of a pattern and a replacement that turn the name
+    of a delivered module into the one that the class looks up in the configuration of the quantization.
 
-    `one_mode` says that the class refuses a quantization with entries for single modules. `early` are the Linears that
-    the class allocates in the global mode, before it looks at entries and exclusions. `ranks_vary` are the parts of a
-    layer that the class may divide among fewer ranks than there are. `tied` says whether the head uses the weight of
-    the embeddings if config.json doesn't say.
+    `one_mode` says that the class refuses a configuration with entries for single modules (MIXED_PRECISION). `early`
+    are the Linears that the class allocates in the global mode, before it looks at entries and exclusions.
+    `ranks_vary` are the Linears that the class may divide among fewer ranks than there are. `tied` says whether the
+    head uses the weight of the embeddings if config.json doesn't say.
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix
-    of draft layers that the class counts on after the last layer, such as `mtp.layers.`.
+    of draft layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {**QKV, **GATE_UP})

@@ -1,4 +1,4 @@
-"""One row for each model class of the engine without tables of its family, see `ClassRow`."""
+"""One `ClassRow` for each model class of the engine that is known, and whose family has no tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CLASS_ROWS"]
 
-# Modes whose tensors have a row for each row of the weight, or one element, under the names that Linears read.
+# Modes whose tensors have either a row for each row of the weight or one element, under the names that Linears read.
 _ROWS_OF_ITS_OWN = frozenset(
     {
         QuantAlgo.FP8,
@@ -90,4 +90,4 @@ CLASS_ROWS: Mapping[str, ClassRow] = {
     "Qwen3_5MoeForCausalLM": _QWEN3_5_MOE,
     "Qwen3_5MoeForConditionalGeneration": _QWEN3_5_MOE,
 }
-"""The rows by the name of the architecture in config.json. Names that are in `ARCHITECTURES` have no row here."""
+"""The rows, by the architecture that config.json names; one that is in `ARCHITECTURES` has no row."""

@@ -1,7 +1,7 @@
 """Rows of the model classes that are decoders of attention, feed-forward parts, experts and Mamba layers.
 
-Files are in TensorRT-LLM's `_torch/models/` unless they name another folder; a commit is that of the text that was
-read. The releases that have a class are in `engine/model_classes.py`.
+Files are in TensorRT-LLM's `_torch/models/` unless another folder is named; a commit identifies the version of the
+file that was read. The releases that have a class are in `engine/model_classes.py`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _STARCODER2 = ClassRow(
 # modeling_cohere2.py (231ddefa): Cohere2ForCausalLM.load_weights takes no mapper, fuses q/k/v only and repeats nothing.
 # Cohere2MLP.__init__ gives the three Linears neither `skip_create_weights_in_init` nor a fused form, so they are
 # allocated in the global mode; `apply_quant_config_exclude_modules` of modeling_utils.py allocates them again only in
-# its newest text, and entries of layers never do.
+# its newest version, and entries of layers never do.
 _COHERE2 = ClassRow(fused=QKV, early=_DENSE_MLP, divided=_WHOLE_HEADS, tied=True)
 
 # modeling_hunyuan_dense.py (64584b28, 06d811a9), HunYuanDenseV1ForCausalLM.load_weights: no mapper.
@@ -86,7 +86,8 @@ _GLM4_MOE = ClassRow(
 )
 
 # modeling_minimaxm2.py (9c8b74e8, 00592717): the stock mapper, which renames no expert; MiniMaxM2MoE.__init__ builds
-# the router plain. MiniMaxM2Attention norms all heads at once, with norms of as many heads as all ranks hold together.
+# the router plain. MiniMaxM2Attention applies one norm to all heads, which has as many
+# heads as all ranks hold together.
 _MINIMAX_M2 = ClassRow(
     table=Cut.NONE,
     plain=("block_sparse_moe.gate",),
@@ -125,7 +126,7 @@ _AFMOE = ClassRow(
 )
 
 # modeling_nemotron_h.py (00620eb0, d513eeaf) and checkpoints/hf/nemotron_h_weight_mapper.py (05b033ac; fbbc05dd and the
-# texts between): NemotronHHfWeightMapper.preprocess_weights renames `backbone`, cuts and rearranges the tensors of
+# versions between): NemotronHHfWeightMapper.preprocess_weights renames `backbone`, cuts and rearranges the tensors of
 # Mamba itself, and gives experts an empty w3, since they have no gate.
 _NEMOTRON_H = ClassRow(
     fused=QKV,
@@ -138,7 +139,7 @@ _NEMOTRON_H = ClassRow(
             paths=("mixer.in_proj",),
             algos=frozenset({QuantAlgo.FP8}),
             source="NemotronHHfWeightMapper.preprocess_weights, `checkpoints/hf/nemotron_h_weight_mapper.py`: 05b033ac "
-            "rearranges scales with a row for each row too, texts before it only in NVFP4 models or none",
+            "also rearranges scales that have a row for each row; earlier versions do so in NVFP4 models or never",
         ),
         Limit(
             paths=("mixer.experts.up_proj", "mixer.experts.down_proj"),
@@ -153,7 +154,7 @@ _NEMOTRON_H = ClassRow(
 
 # modeling_deepseekv3.py (585c7565 for 1.2, 7ed07f06 and 047098b7 for 1.3): DeepseekV3WeightLoader joins q_a_proj and
 # kv_a_proj_with_mqa, splits kv_b_proj by heads, and knows the scales of few modes; 585c7565 joins indexer.wk to them
-# too. Issue 18658: later texts copy the codes of a quantized indexer.wk as numbers. DeepseekV3DecoderLayer.__init__
+# too. Issue 18658: later versions copy the codes of a quantized indexer.wk as numbers. DeepseekV3DecoderLayer.__init__
 # asserts that the global mode is not MIXED_PRECISION. The indexer is a child of the attention backend too.
 _SPARSE_LATENT = ClassRow(
     fused=GATE_UP,

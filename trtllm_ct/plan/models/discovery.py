@@ -1,7 +1,7 @@
-"""Find the modules of a model in its files: for models whose sizes no table gives.
+"""Find the modules of a model in its files, for models that no table of a family describes.
 
-Names, shapes and bytes are in the headers; config.json gives the numbers that no shape tells, such as heads. A Linear
-is found by its two axes or by its codes. Everything else is delivered as it is stored.
+Names and shapes are in the headers; config.json gives the numbers that no shape shows, such as that of heads. A module
+is found by its codes, or by a plain weight with two axes. Everything else is delivered as it is stored.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discovery:
-    """The modules of a checkpoint that have a matrix, in the order of the files.
+    """The modules of a checkpoint whose weight is a matrix, in the order of the files.
 
     `place` is the prefix of the text model's body and the name of its head. `layers` is the number of its layers, and
     `experts` that of the routed experts of a layer, 0 without any.
@@ -77,11 +77,11 @@ def discover(
     kv_heads: int = 0,
     shapes: Mapping[str, tuple[int, int]] = _NO_SHAPES,
 ) -> Discovery:
-    """Return the modules of a checkpoint that have a matrix, as the class of a row reads them.
+    """Return the modules of a checkpoint whose weight is a matrix, as the model class that `row` describes reads them.
 
     `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one,
-    or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are shapes of weights that are
-    known although the headers of their codes don't show them.
+    or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are the shapes of
+    weights that are known although the headers of their codes don't show them.
     """
     body, head = place = _place_of(stored)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
@@ -157,7 +157,7 @@ class _Rules:
         )
 
     def _expert(self, module: StoredModule, experts: str, number: str, projection: int) -> Site:
-        """Return the site of a projection of a routed expert; it is delivered as the class calls it."""
+        """Return the site of a projection of a routed expert; it is delivered under the name that the class reads."""
         prefix = f"{experts}.{number}."
         name = prefix + self._row.projections[projection] if self._row.projections else module.name
         return Site(
@@ -174,7 +174,7 @@ class _Rules:
         )
 
     def _shape(self, module: StoredModule) -> tuple[int, ...]:
-        """Return the shape of a weight; () for codes, whose format tells the shape, unless it is known."""
+        """Return the shape of a weight; () for codes whose shape only their format shows."""
         if module.name in self._shapes:
             return self._shapes[module.name]
         return () if module.is_quantized else module.specs["weight"].shape
@@ -185,7 +185,7 @@ class _Rules:
         return layer is not None and layer[1] == self._body
 
     def _group(self, name: str) -> str | None:
-        """Return the name of the fused Linear that a module becomes a part of; None if it stays alone."""
+        """Return the name of the fused Linear that a module becomes a part of; None if it is not fused."""
         parent = name.rpartition(".")[0]
         fused = next((fused for path, fused in self._fused if _ends_with(name, (path,))), None)
         return f"{parent}.{fused}" if fused and parent else None

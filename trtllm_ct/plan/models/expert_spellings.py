@@ -3,7 +3,8 @@
 Writers that quantize experts one by one call their projections gate_proj, up_proj and down_proj in every model. A
 class reads its own spelling only, so plain experts are delivered in it.
 Source: transformers 5.23 `models/*/modeling_*.py` (the parameters of the class), and `conversion_mapping.py`, which
-lists the names that are merged into them; a test compares this table with the classes that are installed.
+lists the names that are merged into them. `tests/end_to_end/test_any_model.py` converts tiny models of such classes
+for target `dense`, and loads them in transformers.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class StackedExperts:
     `parts` are their names, beside the module `experts`, with the projections that each holds as positions in (gate,
     up, down). They are [E, in, out] if `inputs_first`, otherwise [E, out, in]. The rows of gate and up alternate if
     `alternate`, otherwise gate comes first. `biases` are the names of the tensors [E, out] of biases. `by_engine` says
-    that TensorRT-LLM's class reads the same tensors, and no others. transformers 5 tells the order of axes of stacks
-    `told_by_shape` by their sizes.
+    that TensorRT-LLM's class reads the same tensors, and no others. `told_by_shape` says that transformers 5 infers the
+    order of the axes from their sizes.
     """
 
     parts: Mapping[str, tuple[int, ...]]
@@ -104,8 +105,8 @@ STACKED_EXPERTS: Mapping[str, StackedExperts] = {
 
 
 def spelling_type(model_type: str, text_type: str) -> str:
-    """Return the model type by which experts are spelled: that of a wrapper if a table names it, or of its text model.
+    """Return the model type whose spelling of experts holds: the wrapper's if a table here has it, or the text model's.
 
-    A class alone may read another spelling than inside of a wrapper.
+    A text model inside of a wrapper may read another spelling than by itself.
     """
     return model_type if model_type in NUMBERED_EXPERTS or model_type in STACKED_EXPERTS else text_type

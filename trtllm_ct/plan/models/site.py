@@ -1,4 +1,4 @@
-"""`Site`: one module that a model has, as planning sees it."""
+"""`Site`: one module of a model, with all that planning must know of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Site"]
 class Site(NamedTuple):
     """One module that a model has.
 
-    `shape` is the shape of its weight, () if only the format of its codes tells it; `locals` are the local names of its
+    `shape` is the shape of its weight, () if only the format of its codes shows it; `locals` are the local names of its
     parameters beside the weight.
     `mode_group` names the group whose members must get the same mode. `fused` says whether the engine fuses the group
     into one Linear, which then reads no `pre_quant_scale`. `shares` names the fused Linear, or the gate and up part of
@@ -28,8 +28,8 @@ class Site(NamedTuple):
     the rows of each Linear if several are stored in one weight, each of which is divided for itself; with `class_cuts`
     the engine's model class divides them, and with `class_joins` it joins the group into one Linear, see `LinearSite`.
     `attention` marks modules of attention, which attention data parallelism does not divide. With `ranks_vary` the
-    engine may give a rank another slice than the one that its number suggests. `limit` are the only modes that the
-    engine's model class can read the module in, None if it reads all. `early` is as in `ClassRow`.
+    engine may give a rank another slice than the one that its number suggests. `limit` restricts the modes that the
+    engine's model class can read the module in; None if it reads all. `early` is as in `ClassRow`.
     """
 
     module: str

@@ -173,7 +173,8 @@ class Model:
         """Return the model with the modules that a checkpoint stores; unchanged if tables describe them.
 
         `shapes` are the shapes of weights that are known although the headers of their codes don't show them. The
-        tables of a text model describe no wrapper that has it under a prefix of its own.
+        tables of a text model don't apply if a wrapper stores it under an unknown prefix: then its modules are looked
+        up too.
         """
         if self.row is None:
             layers = tuple(f"{body}layers." for body in known_prefixes())
@@ -206,12 +207,12 @@ class Model:
 
     @property
     def has_row(self) -> bool:
-        """Whether a table says how the engine's class reads the model."""
+        """Whether it is known how the engine's class reads the model: by the tables of its family, or by a row."""
         return self.row is not DEFAULT_ROW
 
     @property
     def one_mode(self) -> bool:
-        """Whether the engine's class refuses a quantization with entries for single modules."""
+        """Whether the engine's class refuses a configuration with entries for single modules (MIXED_PRECISION)."""
         return self.architecture.one_mode if self.row is None else self.row.one_mode
 
     @property
@@ -228,7 +229,7 @@ class Model:
         """Return the full names of the attention modules of all layers that have K and V projections."""
         if self.discovery is not None:
             names = {site.module for site in self.discovery.at(place)}
-            # Nemotron-H calls attention as it calls the other parts that mix tokens.
+            # Nemotron-H calls every part of a layer `mixer`, attention included.
             ends = (".self_attn.v_proj", ".mixer.v_proj")
             values = sorted(name.removesuffix(".v_proj") for name in names if name.endswith(ends))
             return (name for name in values if f"{name}.k_proj" in names)

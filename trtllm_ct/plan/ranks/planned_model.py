@@ -1,6 +1,6 @@
-"""`model_of_plan`: the modules of a model whose sizes no table gives, from the plan of its checkpoint.
+"""`model_of_plan`: finds the modules of a model that no table describes in the plan of its checkpoint.
 
-The plan has them under the names that they are delivered under, and knows the shapes of their codes.
+A plan has the names under which modules are delivered, and the shapes of quantized weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["model_of_plan"]
 
 
 def model_of_plan(plan: Plan, model: Model) -> Model:
-    """Return the model with the modules of a whole plan; unchanged if tables describe them or they are known.
+    """Return the model with the modules of a plan; unchanged if tables describe them, or if they were found before.
 
     `plan` must be the plan of all ranks: the plan of one rank lacks modules.
     """
