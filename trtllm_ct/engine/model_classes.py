@@ -53,8 +53,9 @@ _SINCE_1_0 = (
     "SiglipVisionModel",
 )
 # The same file of early 2026, before pull request 11816 (March 2026) added KimiK25ForConditionalGeneration; and
-# `checkpoints/__init__.py` of that time for Mistral Large 3. Qwen3-Next is of pull request 7892 (2025-09-29); the
-# release notes of 1.2 name it first. So they do HunYuan (7081) and Seed-OSS (7496), in 1.2.0rc0 of September 2025.
+# `checkpoints/__init__.py` of that time for Mistral Large 3. Qwen3-Next was added by pull request 7892
+# (2025-09-29), and the release notes of 1.2 are the first that name it; so are they for HunYuan (7081) and Seed-OSS
+# (7496), of 1.2.0rc0 in September 2025.
 _SINCE_1_2 = (
     "DeepseekV32ForCausalLM",
     "ExaoneMoEForCausalLM",

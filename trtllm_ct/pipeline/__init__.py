@@ -2,7 +2,7 @@
 
 open.py           detects, reads, catalogs, probes and plans a directory
 probing.py        reads the few stored values that decide a mode
-head_probe.py     compares a stored head with the table that config.json ties it to
+head_probe.py     compares a stored head with the embeddings that config.json ties it to
 payload.py        checks the numbers in scales, zero points and indices
 mapper.py         CompressedTensorsWeightMapper: runs the plan of one module
 stream.py         loads and maps one module after another, on several threads

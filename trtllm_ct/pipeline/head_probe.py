@@ -1,4 +1,4 @@
-"""Compare a stored head with the table that config.json ties it to, byte by byte.
+"""Compare a stored head with the embeddings that config.json ties it to, byte by byte.
 
 Memory: one chunk of each, whatever their size. The comparison ends at the first difference.
 """

@@ -229,7 +229,7 @@ class _Planner:
         return (_NOTHING_QUANTIZED,) if nothing else ()
 
     def _untie(self, stored: Mapping[str, StoredModule], place: tuple[str, str]) -> None:
-        """Let the model have a head of its own if one is stored that is not known to equal the table."""
+        """Let the model have a head of its own if one is stored that is not known to equal the embeddings."""
         pair = tied_pair(self.model, stored, place)
         if pair is None or self.probe.head_is_table:
             return

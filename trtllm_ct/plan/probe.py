@@ -29,7 +29,7 @@ class Probe:
     be multiplied exactly; they are probed where the global scales of the parts are powers of two apart.
     `zero` names the zero points that are all zero, of weights that their scheme calls symmetric. `trivial` names the
     group indices that equal k // group_size or that were never filled. `shapes` are the numbers in the `shape` pieces
-    of sparse tensors. `head_is_table` says that a stored head has the bytes of the table that config.json ties it to.
+    of sparse tensors. `head_is_table` says that a stored head has the bytes of the embeddings that it is tied to.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The operations that only the files of ranks need: parts of tensors, and scales that several Linears have together.
+"""The operations that only the files of ranks need: slices of tensors, and scales that parts of a fused Linear share.
 
 They belong to the closed set of `ops.py`.
 """

@@ -1,9 +1,9 @@
 """Heads that are stored although config.json ties them to the embeddings.
 
 Such a flag is often left over: a writer gave the head a weight of its own and kept config.json. So the tensors decide.
-If the stored head equals the table, the table serves both. If it differs, both are delivered. If only the head is
-stored, it is the table too. A config.json that says nothing leaves it to the default of a class, which may be unknown:
-a stored head is then delivered too, and if it differs, the delivered config.json says that nothing is tied.
+If the stored head equals the embeddings, these serve as both. If it differs, both are delivered. If only the head is
+stored, it serves as the embeddings too. A config.json that says nothing leaves it to the default of a class, which may
+be unknown: then a stored head is delivered too, and if it differs, the delivered config.json says that nothing is tied.
 Source: transformers 5.23.0 `modeling_utils.py: tie_weights`, which ties in the same cases.
 """
 
@@ -32,7 +32,7 @@ UNTIED = (
 def tied_pair(
     model: Model, stored: Mapping[str, StoredModule], place: tuple[str, str]
 ) -> tuple[StoredModule, StoredModule] | None:
-    """Return the stored table and the stored head of a model that may tie them; None unless both are stored.
+    """Return the stored embeddings and the stored head of a model that may tie them; None unless both are stored.
 
     `place` is what `Model.place` returns.
     """

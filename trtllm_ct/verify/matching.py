@@ -198,7 +198,7 @@ class DirectoryMatch:
         yield from self._unquantized(name, kind, _stored(delivered, "weight"), exact)
 
     def _absent_weight(self, module: Module, name: str, exact: Exact) -> Iterator[NamedPair]:
-        """A head that is not delivered must be the table that readers take for it, which it may be the source of."""
+        """A head that is not delivered must equal the delivered embeddings, which readers use in its place."""
         table = self.delivered.by_key.get("embed_tokens")
         if module.key == "lm_head" and self.tied and table is not None and "weight" in table.tensors:
             if "embed_tokens" not in self.source.by_key:

@@ -91,9 +91,9 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     from trtllm_ct.verify.engine_match import compare_engine_directory
 
     checkpoint = open_checkpoint(directory)
-    # Keep only the shapes from the probe, and whether a tied head equals the table, which the probe compared byte by
-    # byte. The plan then still reads zero points and group indices that the probe found to have no effect, so that this
-    # verification proves it.
+    # Keep only the shapes from the probe, and whether a tied head equals the embeddings, which the probe compared
+    # byte by byte. The plan then still reads zero points and group indices that the probe found to have no effect, so
+    # that this verification proves it.
     probe = replace(NO_PROBE, shapes=checkpoint.probe.shapes, head_is_table=checkpoint.probe.head_is_table)
     checkpoint = replace(checkpoint, probe=probe)
     plan = checkpoint.plan(_target_of(converted))

@@ -1,4 +1,4 @@
-"""How the class of a text model stores routed experts: one by one under its names, or stacked.
+"""How the class of a text model in transformers stores routed experts: one by one under its names, or stacked.
 
 Writers that quantize experts one by one call their projections gate_proj, up_proj and down_proj in every model. A
 class reads its own spelling only, so plain experts are delivered in it.

@@ -94,8 +94,8 @@ def nested_text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def stated_sizes(config: Mapping[str, Any], keys: Iterable[str] = ()) -> dict[str, int]:
     """Return the sizes that a config.json states, for a model whose other sizes are in the headers.
 
-    `keys` are further keys, whose numbers are returned under their own names. A number that is not stated is 0, but for
-    those of heads, which are 1 then.
+    `keys` are further keys, whose numbers are returned under their own names. A number that is not stated is 0, or
+    1 for those of heads.
     """
     numbers = {name: _stated(config, keys) for name, keys in _STATED.items()}
     kinds = (config.get(key) for key in _KINDS)
