@@ -57,7 +57,7 @@ UNBUILT = frozenset(
         *("NemotronH_Omni_Reasoning_V3", "PerceptionLMForConditionalGeneration", "ZambaForCausalLM"),
     }
 )
-"""Classes that need another package, more than small sizes, or that their defaults leave large."""
+"""Classes that need another package or more than small sizes, or whose defaults leave them large."""
 
 UNSAVED = frozenset(
     {"Kimi_K25ForConditionalGeneration", "LongcatFlashForCausalLM", "MistralLarge4ForConditionalGeneration"}

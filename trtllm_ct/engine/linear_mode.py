@@ -84,8 +84,8 @@ class LinearMode:
     N must be a multiple of `row_multiple` (`fused_row_multiple` if several Linears are fused) and K a multiple of
     `column_multiple`, or of the number in `column_multiple_on` on the SMs that it names; otherwise the kernel or the
     engine's weight preparation asserts, or scales are misplaced. N and K of experts must be multiples of
-    `expert_multiple` too. This applies to each rank's slice as well. Newer releases
-    slice Linears that are not fused at multiples of `alignment`, and of the group size if scales are per group.
+    `expert_multiple` too. This applies to each rank's slice as well. Newer releases slice Linears that are not fused at
+    multiples of `alignment`, and of the group size if scales are per group.
 
     Names in the engine:
     `shared_scalars` are the tensors that must be equal in all parts of a fused Linear; the engine asserts it.
@@ -93,9 +93,8 @@ class LinearMode:
     that the engine repeats when there are more ranks than K/V heads. `expert_scale_alias` is a second name of an
     expert's `weight_scale` that some releases read. `class_joins_scales` says that a model class which joins Linears
     itself (`LinearSite.class_joins`) joins the scales of this mode too; it reads them by that second name only.
-    `config_fields` are the keys of the mode's entry in
-    `hf_quant_config.json` besides algorithm and group size. `aliases` are other names of the algorithm in that file, in
-    lower case.
+    `config_fields` are the keys of the mode's entry in `hf_quant_config.json` besides algorithm and group size.
+    `aliases` are other names of the algorithm in that file, in lower case.
 
     Releases:
     `linear_since` and `experts_since` are the first releases whose Linears and routed experts have the mode, None if no

@@ -41,7 +41,7 @@ class EngineNames:
     only. `head` is the name of the head. `experts` is the path of routed experts in a layer, None without any;
     `wrapped` says that the engine computes them in a child called `backend`. `fused` says that it looks for the first
     part of Linears that are stored fused. `inner` are the pairs of `ClassRow.inner`. `drafts` is the prefix of draft
-    layers that a class counts on after its `layers` layers, empty if it has no such name for them.
+    layers whose numbers in the class follow those of its `layers` layers, empty if they have no prefix of their own.
     """
 
     place: tuple[str, str] | None = None

@@ -76,7 +76,7 @@ def stores_inputs_first(modules: Mapping[str, StoredModule], model: Model) -> bo
     """Whether plain tensors of all experts are [E, in, out]: by the model's class, unless their shapes exclude it.
 
     transformers 5 saves Qwen3-VL-MoE as [E, out, in], other writers as [E, in, out]. A single shape may fit both; but
-    `gate_up_proj` is square only if in = 2I, and `down_proj` only if in = I, so one of them always tells.
+    `gate_up_proj` is square only if in = 2I, and `down_proj` only if in = I, so one of them always shows the order.
     """
     experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
     if experts is None or stacked is None or model.row is not None or not stacked.inputs_first:

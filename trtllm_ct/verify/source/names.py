@@ -82,11 +82,11 @@ _NUMBERED_EXPERTS = frozenset(
 _NAMED_EXPERTS = frozenset({"llama", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"})
 # The classes whose plain stacks of experts are stored as [E, in, out].
 _TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text", "llama4_text", "gpt_oss", "aria", "aria_text"})
-# The classes whose plain stacks have rows of gate and up in turns, with biases of all experts beside them.
+# The classes whose plain stacks alternate rows of gate and up, and have stacked biases beside them.
 _ALTERNATING_EXPERTS = frozenset({"gpt_oss"})
-# Stacks of all experts that are modules beside them: transformers 5.23 `conversion_mapping.py`, granitemoe.
+# Stacks that are modules beside `experts`, with the usual names: transformers 5.23 `conversion_mapping.py`, granitemoe.
 _STACK_MODULES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
-# The names of stacks in the module of all experts, where they are modules themselves.
+# Stacks that are modules inside of `experts`, with the usual names.
 _STACKS_INSIDE = {"fc1": "gate_up_proj", "fc2": "down_proj"}
 # The classes whose loader passes on no scale of the KV cache: TensorRT-LLM `_torch/models/modeling_phi3.py`.
 _NO_CACHE_SCALES = frozenset({"phi3"})
@@ -96,10 +96,10 @@ _FUSED_LINEARS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("gate_proj", "up_proj"),
 )
-# Those that `_torch/models/modeling_deepseekv3.py` joins while it loads weights.
+# The Linears that `_torch/models/modeling_deepseekv3.py` joins while it loads weights.
 _JOINED_BY_CLASS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 _QKV, _GATE_UP = _FUSED_LINEARS[0], _FUSED_LINEARS[1]
-# The same for the classes that make other Linears of them; TensorRT-LLM `_torch/models/modeling_cohere2.py` and so on.
+# The same for classes that fuse other Linears: TensorRT-LLM `_torch/models/modeling_{afmoe,cohere2,nemotron,...}.py`.
 _FUSED_OTHERWISE = {
     "afmoe": ((*_QKV, "self_attn.gate_proj"), _GATE_UP),
     "cohere2": (_QKV,),
@@ -190,7 +190,7 @@ class Names:
         return self.model_type in _ALTERNATING_EXPERTS
 
     def stack_of(self, module: str) -> tuple[str, str] | None:
-        """Return the module of all experts and the name in it that a stack under a name of its own stands for."""
+        """Return the module of all experts that a stack under another name belongs to, and its usual name there, or None."""
         parent, _, leaf = module.rpartition(".")
         if leaf in _STACKS_INSIDE and parent.endswith(".experts"):
             return parent, _STACKS_INSIDE[leaf]
@@ -250,7 +250,7 @@ class Names:
         return key
 
     def fused_linear(self, key: str) -> str | None:
-        """Return the Linear that an engine makes of a module and others; None for a module that stays alone."""
+        """Return the Linear into which an engine fuses a module with others; None for a module that is not fused."""
         if _EXPERT.fullmatch(key) or key.startswith(OTHER):
             return None
         for parts in _FUSED_OTHERWISE.get(self.model_type, _FUSED_LINEARS):

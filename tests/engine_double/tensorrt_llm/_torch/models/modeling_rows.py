@@ -3,7 +3,7 @@
 `modeling_seedoss.py` (22de8b34), `_exaone4` (17eae74d), `_nemotron` (000a01de), `_starcoder2` (65b31db1), `_cohere2`
 (231ddefa), `_hunyuan_dense` (06d811a9), `_glm` (8f5bb1e0), `_minimaxm2` (00592717), `_laguna` (01dcc21a), `_afmoe`
 (038cc86c) and `_nemotron_h` (00620eb0). An excluded Linear that was allocated in `__init__` stays as it is, as in all
-texts of `modeling_utils.py` but the newest.
+versions of `modeling_utils.py` but the newest.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class NemotronForCausalLM(PlainDecoder):
 
 
 class Starcoder2ForCausalLM(PlainDecoder):
-    """The names of the MLP are others in the files; the mapper isn't used for that."""
+    """The MLP has other names in the files; the class itself renames it, without the mapper."""
 
     norm_bias = True
 

@@ -86,7 +86,7 @@ class AfmoeHfWeightMapper(HfWeightMapper):
 
 @register_mapper("HF", "NemotronHForCausalLM")
 class NemotronHHfWeightMapper(HfWeightMapper):
-    """Cuts what is Mamba's to the rank or rearranges it, and gives each expert an empty w3."""
+    """Cuts or rearranges Mamba's tensors for the rank, and gives each expert an empty w3."""
 
     def preprocess_weights(self, weights: Weights) -> Weights:  # type: ignore[override]
         result: Weights = {}
