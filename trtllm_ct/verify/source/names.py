@@ -190,7 +190,7 @@ class Names:
         return self.model_type in _ALTERNATING_EXPERTS
 
     def stack_of(self, module: str) -> tuple[str, str] | None:
-        """Return the module of all experts that a stack under another name belongs to, and its usual name there, or None."""
+        """Return the module of all experts that a stack under another name is of, and its usual name there; or None."""
         parent, _, leaf = module.rpartition(".")
         if leaf in _STACKS_INSIDE and parent.endswith(".experts"):
             return parent, _STACKS_INSIDE[leaf]

@@ -25,7 +25,7 @@ _BLOCK = 128
 
 @register_mapper("HF", "Qwen3NextForCausalLM")
 class Qwen3NextHfWeightMapper(Qwen2MoeHfWeightMapper):
-    """Cuts parameters outside of Linears for the rank, and rearranges rows; every test is for a part of the whole key."""
+    """Cuts parameters outside of Linears for the rank, rearranges rows; every test is for a part of the whole key."""
 
     def should_skip_module(self, module_name: str) -> bool:
         return module_name.startswith("draft_model") or super().should_skip_module(module_name)
