@@ -114,7 +114,10 @@ def test_single_layers_may_be_quantized(save_tiny: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"quantization": {"quant_algo": "W4A8_AWQ"}}, "'W4A8_AWQ' is not a valid QuantAlgo"),
+        (
+            {"quantization": {"quant_algo": "W4A8_QSERVE_PER_GROUP"}},
+            "'W4A8_QSERVE_PER_GROUP' is not a valid QuantAlgo",
+        ),
         ({"quantization": {"quant_algo": 8}}, "8 is not a valid QuantAlgo"),
         ({"quantization": {"quantized_layers": {"lm_head": {}}}}, "KeyError"),
         ({"quantization": None}, "NoneType"),

@@ -225,8 +225,8 @@ class _Planner:
 
     def _unquantized(self, modules: Iterable[ModulePlan]) -> tuple[str, ...]:
         """Return a warning if the configuration asks for quantized modules and there is none."""
-        nothing = self.config.groups and not any(module.weight is not None for module in modules)
-        return (_NOTHING_QUANTIZED,) if nothing else ()
+        quantized = any(module.weight is not None for module in modules)
+        return (_NOTHING_QUANTIZED,) if self.config.groups and not quantized and not self.faults.faults else ()
 
     def _untie(self, stored: Mapping[str, StoredModule], place: tuple[str, str]) -> None:
         """Let the model have a head of its own if one is stored that is not known to equal the embeddings."""
