@@ -108,3 +108,27 @@ def test_what_the_scheme_asks_for_is_no_deviation(tmp_path: Path, scheme: str) -
     write_checkpoint(tmp_path, config=tiny_config(hidden=128, layers=1), scheme=scheme)
 
     assert plan_checkpoint(tmp_path).deviations == ()
+
+
+@pytest.mark.parametrize("to", ["modelopt", "tensorrt_llm", "dense"])
+@pytest.mark.parametrize(
+    ("scheme", "sm", "where"),
+    [
+        ("fp8-block", None, "SM100 and SM120"),
+        ("fp8-block", 100, "SM100"),
+        ("fp8-block", 120, "SM120"),
+        ("fp8-block", 90, None),
+        ("fp8-channel-token", 100, None),
+    ],
+)
+def test_weights_that_a_gpu_quantizes_again_are_warned_of(
+    tmp_path: Path, scheme: str, sm: int | None, where: str | None, to: str
+) -> None:
+    write_checkpoint(tmp_path, scheme=scheme)
+
+    plan = plan_checkpoint(tmp_path, to, sm=sm)
+
+    named = [warning for warning in plan.warnings if "quantizes the weights again" in warning]
+    warned = where is not None and to != "dense" and any(module.layer for module in plan.modules)
+    assert len(named) == warned
+    assert all(f"on {where}:" in warning for warning in named)

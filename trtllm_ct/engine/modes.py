@@ -229,6 +229,9 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         linear_since=STOCK_1_0,
         experts_since=STOCK_1_0,
         experts_on={89: None},
+        # `_torch/modules/linear.py: FP8BlockScalesLinearMethod.post_load_weights` and `fused_moe/quantization.py:
+        # DeepSeekFP8BlockScalesFusedMoEMethodDeepGemm`, for DeepGEMM: SM100 in all releases, SM120 in the newest.
+        requantized_on=frozenset({100, 120}),
         aliases=("fp8_pb_wo",),
         expert_scale_alias="weight_scale_inv",
         class_joins_scales=True,

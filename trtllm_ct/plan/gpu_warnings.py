@@ -1,4 +1,4 @@
-"""Warnings about what an engine computes wrongly on some GPUs, for plans that don't know the GPU."""
+"""Warnings about what an engine computes wrongly, or less exactly, on some GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.modes import MODES_BY_ALGO
+from trtllm_ct.engine.platform import sms_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.platform import Platform
     from trtllm_ct.plan.plan import ModulePlan
 
-__all__ = ["bias_warnings"]
+__all__ = ["bias_warnings", "requantization_warnings"]
 
 
 def bias_warnings(modules: Iterable[ModulePlan], platform: Platform | None) -> Iterator[str]:
@@ -36,3 +37,20 @@ def bias_warnings(modules: Iterable[ModulePlan], platform: Platform | None) -> I
             f"{algo} Linears of {platform.release.name} drop their bias on SM{sm} GPUs ({count} modules): "
             f"plan for such GPUs with --sm {sm}, or serve with {first.name}"
         )
+
+
+def requantization_warnings(modules: Iterable[ModulePlan], platform: Platform | None) -> Iterator[str]:
+    """Yield a warning for each mode whose weights the engine quantizes again on an SM that the plan may be run on."""
+    if platform is None:
+        return
+    counts = Counter(module.layer.quant_algo for module in modules if module.layer is not None)
+    for algo, count in counts.items():
+        mode = MODES_BY_ALGO.get(algo)
+        sms = sorted(mode.requantized_on) if mode is not None else []
+        if platform.sm is not None:
+            sms = [sm for sm in sms if sm == platform.sm]
+        if sms:
+            yield (
+                f"{algo} on {sms_in_words(sms)}: the engine rounds scales up to powers of two while it loads weights, "
+                f"and quantizes the weights again ({count} modules); --to dense keeps them as they are"
+            )

@@ -22,7 +22,7 @@ from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuil
 from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
-from trtllm_ct.plan.gpu_warnings import bias_warnings
+from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
@@ -181,6 +181,7 @@ class _Planner:
             *warnings_of_directory(modules, self.target, self.kv_cache.algo),
             *header_warnings(self.config, self.model.name, modules),
             *bias_warnings(modules, self.target.capabilities.platform),
+            *requantization_warnings(modules, self.target.capabilities.platform),
         )
         built = self._build(modules)
         if built is not None:
