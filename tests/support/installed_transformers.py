@@ -31,6 +31,7 @@ def has_newest_transformers() -> bool:
 # The releases that brought model types; the others that are asked for are in 4.53 already.
 _SINCE = {
     "deepseek_v2": (4, 54),
+    "ministral3": (5, 0),
     "qwen3_vl": (4, 57),
     "qwen3_vl_moe": (4, 57),
     "qwen3_vl_text": (4, 57),
