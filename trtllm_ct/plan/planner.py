@@ -170,19 +170,7 @@ class _Planner:
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
-        warnings = (
-            *(stack_warnings(self.model) if stacks and self.target.directory else ()),
-            *unlisted_warnings(catalog, unread),
-            *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
-            *self._unquantized(modules),
-            *self.tie_warnings,
-            *self.reader.warnings,
-            *self.kv_cache.warnings,
-            *warnings_of_directory(modules, self.target, self.kv_cache.algo),
-            *header_warnings(self.config, self.model.name, modules),
-            *bias_warnings(modules, self.target.capabilities.platform),
-            *requantization_warnings(modules, self.target.capabilities.platform),
-        )
+        warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
         built = self._build(modules)
         if built is not None:
             modules, warnings = list(built.modules), (*warnings, *built.warnings)
@@ -223,6 +211,28 @@ class _Planner:
         if self.directory is None:
             return None
         return self.directory.build(modules, kv_cache=self.kv_cache.algo, faults=self.faults)
+
+    def _warnings(
+        self, catalog: Catalog, modules: list[ModulePlan], unread: frozenset[str], *, stacked: bool
+    ) -> tuple[str, ...]:
+        """Return the warnings about the modules, and those that were collected while they were planned.
+
+        `unread` are the unlisted tensors that no module is made from; `stacked` says whether experts are stacked.
+        """
+        platform = self.target.capabilities.platform
+        return (
+            *(stack_warnings(self.model) if stacked and self.target.directory else ()),
+            *unlisted_warnings(catalog, unread),
+            *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
+            *self._unquantized(modules),
+            *self.tie_warnings,
+            *self.reader.warnings,
+            *self.kv_cache.warnings,
+            *warnings_of_directory(modules, self.target, self.kv_cache.algo),
+            *header_warnings(self.config, self.model.name, modules),
+            *bias_warnings(modules, platform),
+            *requantization_warnings(modules, platform),
+        )
 
     def _unquantized(self, modules: Iterable[ModulePlan]) -> tuple[str, ...]:
         """Return a warning if the configuration asks for quantized modules and there is none."""
