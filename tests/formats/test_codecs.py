@@ -71,3 +71,28 @@ def test_integers_of_whole_widths_are_left_to_it(older_library: None) -> None:
 
     with pytest.raises(RuntimeError, match="decoder is called"):
         LIBRARY.dequantize(weight, stored, torch.float32)
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("columns", [64, 48], ids=["full groups", "the last group is not full"])
+def test_small_floats_are_unpacked_by_it(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Unpacking knows no groups, so that a last group that is not full makes no difference."""
+    from compressed_tensors.compressors.nvfp4 import helpers
+
+    args = QuantArgs(num_bits=4, type=NumberType.FLOAT, strategy=Strategy.GROUP, group_size=32, scale_dtype="uint8")
+    stored = {
+        "weight_packed": torch.arange(ROWS * columns // 2).reshape(ROWS, -1).to(torch.uint8),
+        "weight_scale": torch.full((ROWS, 2), 127, dtype=torch.uint8),
+    }
+    weight = described(MXFP4, args, specs_of(stored), (ROWS, columns))
+    calls: list[tuple[int, int]] = []
+    unpack = helpers.unpack_fp4_from_uint8
+
+    def noted(packed: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+        calls.append((rows, capacity))
+        return unpack(packed, rows, capacity)
+
+    monkeypatch.setattr(helpers, "unpack_fp4_from_uint8", noted)
+
+    assert torch.equal(LIBRARY.decode(weight, stored).values, NATIVE.decode(weight, stored).values)
+    assert calls == [(ROWS, columns)]

@@ -25,7 +25,7 @@ from trtllm_ct.plan.rank_ops import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trtllm_ct.plan.ops import ModuleTensors
+    from trtllm_ct.plan.ops import ModuleTensors, Operation
 
 SCALAR = TensorSpec(DType.F32, ())
 CODES = torch.tensor([[448.0, -2.0], [0.5, -448.0]]).to(torch.float8_e4m3fn)
@@ -43,6 +43,16 @@ def test_the_largest_of_several_scales_of_any_shape() -> None:
     largest = LargestOf(result=SCALAR, scales=("a", "b", "c")).run("x", module(**scales))
 
     assert (largest.dtype, largest.shape, largest.item()) == (torch.float32, (), 2.0)
+
+
+@pytest.mark.parametrize("operation", [LargestOf, LargestReciprocal, Requantize, RoundScale, RoundZero])
+def test_what_may_change_a_number_is_not_called_exact(operation: type[Operation]) -> None:
+    assert not operation.exact
+
+
+@pytest.mark.parametrize("operation", [Copy, Slice, Padding])
+def test_what_only_moves_numbers_is_exact(operation: type[Operation]) -> None:
+    assert operation.exact
 
 
 def test_the_largest_multiplier_belongs_to_the_smallest_divisor() -> None:

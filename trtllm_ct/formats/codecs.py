@@ -90,7 +90,7 @@ class _LibraryCodec:
         if not _library_reads(weight):
             return codes
         if codes.element is not Element.INT:
-            return replace(codes, values=_library_fields(codes, codes.packing)) if _has_full_groups(weight) else codes
+            return replace(codes, values=_library_fields(codes, codes.packing))
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 

@@ -77,4 +77,4 @@ class NativeWeight:
 
 def _has_rows(rule: TensorRule) -> bool:
     """Whether the first axis of a tensor counts rows of the weight, or blocks of rows."""
-    return "".join(rule.shape[:1]).startswith("N")
+    return bool(rule.shape) and rule.shape[0].startswith("N")

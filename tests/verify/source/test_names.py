@@ -148,3 +148,17 @@ def test_cache_scales_are_read_for_projections_of_keys_and_values_only() -> None
 )
 def test_what_the_name_of_a_tensor_means_in_mistrals_own_form(local: str, siblings: list[str], meaning: str):
     assert NATIVE.tensor("layers.1.attention.wv", local, siblings) == meaning
+
+
+def test_a_layer_is_listed_norms_first_then_attention_then_the_mlp():
+    keys = [
+        "embed_tokens",
+        "layers.0.input_layernorm",
+        "layers.0.self_attn.q_proj",
+        "layers.0.self_attn.o_proj",
+        "layers.0.mlp.gate_proj",
+        "layers.0.mlp.down_proj",
+        "layers.1.input_layernorm",
+    ]
+
+    assert sorted(reversed(keys), key=LLAMA.order) == keys
