@@ -86,6 +86,11 @@ def test_every_command_works_or_names_the_package(tmp_path: Path, package: str) 
     [
         "convert_checkpoint(sys.argv[1], sys.argv[2], to='dense')",
         "convert_checkpoint(sys.argv[1], sys.argv[2], to='modelopt')",
+        "CompressedTensorsWeightLoader().load_weights(sys.argv[1])",
+        "CompressedTensorsWeightLoader().load_weights(sys.argv[1], layout='stored')",
+        "CompressedTensorsWeightLoader(decompressor='library').load_weights(sys.argv[1], layout='dense')",
+        "CompressedTensorsWeightLoader().stream(sys.argv[1]).__next__()",
+        "CompressedTensorsWeightLoader().stream(sys.argv[1], layout='stored').__next__()",
     ],
 )
 def test_functions_raise_the_error_of_the_package(tmp_path: Path, call: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.engine.parallel import Rank
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
@@ -53,6 +54,7 @@ class CompressedTensorsWeightLoader:
         _require_choice("decompressor", decompressor, _DECOMPRESSORS)
         self._decompressor = decompressor
 
+    @missing_packages_as_errors()
     def load_weights(
         self,
         checkpoint_dir: str | Path,
@@ -70,7 +72,8 @@ class CompressedTensorsWeightLoader:
         of the rank's slice are filled (see `plan_for_rank`); `stored` tensors are always complete.
         Memory in addition to the result: the modules that are being converted (see `stream_delivered`), and if
         transforms are folded a weight in float64 for each of up to 4 threads. Tensors that need no change are views of
-        memory-mapped files. Raises `CheckpointError` with all faults of the stage that found them.
+        memory-mapped files. Raises `CheckpointError` with all faults of the stage that found them,
+        and `MissingDependencyError` without torch.
         """
         weights: dict[str, Tensor] = {}
         with collector_paused():
@@ -101,11 +104,11 @@ class CompressedTensorsWeightLoader:
         """
         _require_choice("layout", layout, ("stored", *_TARGET_OF_LAYOUT))
         if layout == "stored":
-            return _stream_stored(Catalog.from_directory(Path(checkpoint_dir)))
+            return _guarded(_stream_stored(Catalog.from_directory(Path(checkpoint_dir))))
         codec = self._codec()
         plan, catalog = _planned(checkpoint_dir, mapping, layout)
         delivered = stream_delivered(plan, catalog, codec=codec)
-        return ((module.name, tensors) for module, tensors in delivered)
+        return _guarded((module.name, tensors) for module, tensors in delivered)
 
     def _codec(self) -> Codec:
         """Return the codec of the chosen decompressor; the one of this package if the library is not installed."""
@@ -140,6 +143,12 @@ def _log_missing_library() -> None:
     """Log that the compressed-tensors library is not installed, once per process."""
     logger.warning("compressed-tensors library not found. Will attempt to load weights as standard safetensors.")
     logger.warning("Install with: pip install compressed-tensors")
+
+
+def _guarded(modules: Iterator[tuple[str, dict[str, Tensor]]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield what `modules` yields; a package that is not installed is a `MissingDependencyError`."""
+    with missing_packages_as_errors():
+        yield from modules
 
 
 def _stream_stored(catalog: Catalog) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -156,9 +156,10 @@ def test_a_layer_is_listed_norms_first_then_attention_then_the_mlp():
         "layers.0.input_layernorm",
         "layers.0.self_attn.q_proj",
         "layers.0.self_attn.o_proj",
+        "layers.0.mlp.shared_expert_gate",
         "layers.0.mlp.gate_proj",
         "layers.0.mlp.down_proj",
         "layers.1.input_layernorm",
     ]
 
-    assert sorted(reversed(keys), key=LLAMA.order) == keys
+    assert sorted(keys[::-1], key=LLAMA.order) == keys
