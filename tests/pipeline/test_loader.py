@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -197,6 +198,23 @@ class TestMissingLibrary:
         assert_equal(weights, native)
         assert tuple(record.getMessage() for record in caplog.records) == NOT_FOUND
         assert {record.name for record in caplog.records} == {"trtllm_ct"}
+
+    def test_a_release_with_another_interface_is_logged_once_and_loading_continues(
+        self, built: Built, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ):
+        native = CompressedTensorsWeightLoader(decompressor="native").load_weights(built.directory)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+        monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.14.0.1")
+        loader_module._log_outdated_library.cache_clear()
+
+        with caplog.at_level(logging.INFO):
+            for _ in range(2):
+                weights = CompressedTensorsWeightLoader(decompressor="library").load_weights(built.directory)
+
+        assert_equal(weights, native)
+        (record,) = caplog.records
+        assert "compressed-tensors 0.14.0.1 is installed" in record.getMessage()
+        assert "pip install 'trtllm-ct[compressed-tensors]'" in record.getMessage()
 
     @pytest.mark.parametrize("options", [{}, {"decompressor": "native"}, {"layout": "stored"}])
     def test_nothing_is_logged_if_the_library_is_not_requested(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import resource
 import sys
@@ -323,6 +324,13 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "transformers", None)
 
     with pytest.raises(MissingDependencyError, match=r"pip install 'trtllm-ct\[reference\]'"):
+        load_model(tmp_path)
+
+
+def test_an_older_transformers_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.53.0")
+
+    with pytest.raises(MissingDependencyError, match=r"release 4\.53\.0, older than 4\.53\.1.*trtllm-ct\[reference\]"):
         load_model(tmp_path)
 
 

@@ -6,7 +6,9 @@ command line run inside `missing_packages_as_errors`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,11 +23,16 @@ __all__ = ["PACKAGES", "Package", "missing_packages_as_errors"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """A package by the name it is imported by. `use` says who needs it, `remedy` how to install it."""
+    """A package by the name it is imported by. `use` says who needs it, `remedy` how to install it.
+
+    `oldest` is the oldest release of an extra that this package works with: nothing keeps an older one from lying
+    beside it.
+    """
 
     name: str
     use: str
     remedy: str
+    oldest: str = ""
 
     @property
     def installed(self) -> bool:
@@ -35,9 +42,27 @@ class Package:
         except ValueError:  # An entry of `sys.modules` without a specification.
             return False
 
+    @property
+    def outdated(self) -> str:
+        """The installed release if it is older than `oldest`; empty if it is not, or if its release is not known."""
+        try:
+            release = importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+        return release if _numbers(release) < _numbers(self.oldest) else ""
+
     def fault(self, found: str = "not installed") -> Fault:
         """Return the fault for a machine without this package."""
         return Fault(where=self.name, expected=f"the package: {self.use}", found=found, remedy=self.remedy)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """Return the numbers that a release begins with: (4, 57) for "4.57.0rc1"."""
+    begin = re.match(r"\d+(\.\d+)*", release)
+    numbers = [int(number) for number in begin[0].split(".")] if begin else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 _ALL = (
@@ -52,6 +77,7 @@ _ALL = (
         name="transformers",
         use="the CPU reference engine computes with its architectures",
         remedy="Run: pip install 'trtllm-ct[reference]'",
+        oldest="4.53.1",
     ),
     Package(
         name="huggingface_hub",
@@ -62,6 +88,7 @@ _ALL = (
         name="compressed_tensors",
         use='decompressor="library" decodes with it',
         remedy="Run: pip install 'trtllm-ct[compressed-tensors]'",
+        oldest="0.15",
     ),
     Package(
         name="mpi4py",

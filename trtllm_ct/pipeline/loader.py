@@ -6,7 +6,6 @@ engine.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, UsageError
-from trtllm_ct.base.packages import missing_packages_as_errors
+from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.engine.parallel import Rank
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
@@ -47,7 +46,7 @@ class CompressedTensorsWeightLoader:
 
     `decompressor` selects the decoder. `native` is the one of this package, and so is `auto`, since this package
     decodes every format that it supports. `library` is the compressed-tensors package, which is imported only then;
-    that takes seconds. If it is not installed, that is logged once, and this package's decoder is used.
+    that takes seconds. If it is not installed, or too old, that is logged once, and this package's decoder is used.
     """
 
     def __init__(self, *, decompressor: Decompressor = "auto") -> None:
@@ -111,12 +110,15 @@ class CompressedTensorsWeightLoader:
         return _guarded((module.name, tensors) for module, tensors in delivered)
 
     def _codec(self) -> Codec:
-        """Return the codec of the chosen decompressor; the one of this package if the library is not installed."""
+        """Return the codec of the chosen decompressor; the one of this package if the library can't be used."""
         if self._decompressor != "library":
             return NATIVE
-        # `find_spec` does not import the package.
-        if importlib.util.find_spec("compressed_tensors") is None:
+        library = PACKAGES["compressed_tensors"]
+        if not library.installed:
             _log_missing_library()
+            return NATIVE
+        if library.outdated:
+            _log_outdated_library(library.outdated)
             return NATIVE
         return LIBRARY
 
@@ -143,6 +145,19 @@ def _log_missing_library() -> None:
     """Log that the compressed-tensors library is not installed, once per process."""
     logger.warning("compressed-tensors library not found. Will attempt to load weights as standard safetensors.")
     logger.warning("Install with: pip install compressed-tensors")
+
+
+@cache
+def _log_outdated_library(release: str) -> None:
+    """Log that the installed library is too old, once per process."""
+    library = PACKAGES["compressed_tensors"]
+    logger.warning(
+        "compressed-tensors %s is installed, which has another interface than releases from %s on. The weights are "
+        "decoded without it. %s",
+        release,
+        library.oldest,
+        library.remedy,
+    )
 
 
 def _guarded(modules: Iterator[tuple[str, dict[str, Tensor]]]) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -47,12 +47,15 @@ _EQUIVALENT_MODEL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def require_transformers() -> None:
-    """Raise `MissingDependencyError` when transformers is not installed."""
+    """Raise `MissingDependencyError` when transformers is not installed, or is too old."""
+    package = PACKAGES["transformers"]
+    if package.outdated:
+        raise MissingDependencyError(package.fault(found=f"release {package.outdated}, older than {package.oldest}"))
     try:
         with missing_packages_as_errors():
             import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(PACKAGES["transformers"].fault(found=in_one_line(error))) from error
+        raise MissingDependencyError(package.fault(found=in_one_line(error))) from error
 
 
 @contextmanager
