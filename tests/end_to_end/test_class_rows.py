@@ -37,7 +37,8 @@ def plain_model(directory: Path, built: Built) -> Any:
     from transformers import AutoModelForCausalLM
 
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(dict(text_of(built.config)) | {"quantization_config": None}))
+    config = {key: value for key, value in text_of(built.config).items() if key != "quantization_config"}
+    (directory / "config.json").write_text(json.dumps(config))
     weights = {name: tensor.float() for name, tensor in built.dense.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
