@@ -25,7 +25,7 @@ _ALL = frozenset(mode.algo for mode in LINEAR_MODES)
 # versions pass on (`_remap_moe_keys`). The inputs of each layer and the Linears that make them are plain `nn.Linear`.
 _GEMMA4 = ClassRow(
     plain=("router.proj", "per_layer_input_gate", "per_layer_projection"),
-    experts="moe.experts",
+    experts="experts",
     projections=("w1", "w3", "w2"),
     read_as=((r"(\blayers\.\d+)\.experts\b", r"\1.moe.experts"),),
     limits=(
@@ -37,7 +37,7 @@ _GEMMA4 = ClassRow(
             "`checkpoints/hf/gemma4_weight_mapper.py`, 1c58b177",
         ),
         Limit(
-            paths=tuple(f"moe.experts.{leaf}" for leaf in ("w1", "w3", "w2")),
+            paths=tuple(f"experts.{leaf}" for leaf in ("w1", "w3", "w2")),
             algos=frozenset({QuantAlgo.NVFP4}),
             obstacle="gates experts by GELU, which is known to work in NVFP4, and not known of",
             source="Gemma4MoE.__init__, `modeling_gemma4.py`, 00e7d103 (pull requests 12932 and 16108)",
