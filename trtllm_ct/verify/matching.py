@@ -94,7 +94,7 @@ class DirectoryMatch:
             delivered = self.delivered.by_key.get(key)
             yield from self._module(module, delivered)
             values = self.source.names.values_key(key)
-            if values in self.delivered.by_key and values not in self.source.by_key:
+            if values is not None and values not in self.source.by_key and values in self.delivered.by_key:
                 yield from self._module(module, self.delivered.by_key[values])
         yield from self._kv_scales()
 

@@ -96,8 +96,8 @@ def _of_moe(key: str, value: Tensor) -> Weights:
     if match := re.fullmatch(_LAYER + r"router\.per_expert_scale", key):
         return {f"{match[1]}.moe.per_expert_scale": value}
     if match := re.fullmatch(_LAYER + r"experts\.gate_up_proj", key):
-        parts = {name: half for name, half in zip(("w1", "w3"), value.chunk(2, dim=1), strict=True)}
-        return {f"{match[1]}.moe.experts.{e}.{n}.weight": half[e] for n, half in parts.items() for e in range(len(value))}
+        halves = zip(("w1", "w3"), value.chunk(2, dim=1), strict=True)
+        return {f"{match[1]}.moe.experts.{e}.{name}.weight": one for name, half in halves for e, one in enumerate(half)}
     if match := re.fullmatch(_LAYER + r"experts\.down_proj", key):
         return {f"{match[1]}.moe.experts.{e}.w2.weight": value[e] for e in range(len(value))}
     return {re.sub(_LAYER + r"router\.", r"\1.moe.router.", key): value}
