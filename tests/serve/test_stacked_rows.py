@@ -136,7 +136,12 @@ def check_ranks(built: Built, out: Path, generation: str, tensor: int) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "tensor"),
-    [*((scheme, tensor) for scheme in SCHEMES for tensor in (1, 2, 4)), ("mixed", 2), ("stacks", 4)],
+    [
+        *((scheme, tensor) for scheme in SCHEMES for tensor in (1, 2, 4)),
+        ("mixed", 2),
+        ("stacks", 4),
+        ("int4-channel", 4),
+    ],
 )
 @pytest.mark.parametrize("name", STACKED)
 def test_each_rank_holds_its_slices(

@@ -65,7 +65,7 @@ class Gemma4HfWeightMapper(HfWeightMapper):
         parts = []
         for name in self.mapping[module_name]:
             part = self.filter_weights(".".join([*module_names_breakdown, name]), weights)
-            parts.append(self._repeated(module, part, size) if name != "q_proj" and part else part)
+            parts.append(self._repeated(module, part, size) if name != "q_proj" and "weight" in part else part)
         return parts
 
     def _repeated(self, module: Any, weights: Weights, size: int) -> Weights:
