@@ -12,7 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.models.expert_spellings import PROJECTIONS
-from trtllm_ct.plan.models.shared_attention import is_absent_by_design
+from trtllm_ct.plan.models.shared_attention import layers_of_queries_only, layers_without_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -48,11 +48,12 @@ def refuse_lost_modules(sites: Iterable[Site], model: Model, faults: FaultCollec
             experts.setdefault(expert[1], {}).setdefault(int(expert[2]), set()).update(_tensors(expert[3], site))
         elif (layer := _LAYER.fullmatch(site.module)) is not None:
             stacks.setdefault(layer[1], {}).setdefault(int(layer[2]), set()).update(_tensors(layer[3], site))
+    absent = set(_absent_by_design(model))
     lost = [
         f"{stack}.{number}.{name}"
         for stack, layers in stacks.items()
         for number, name in _lost(layers)
-        if not is_absent_by_design(model, number, name.rpartition(".")[0])
+        if (number, name.rpartition(".")[0]) not in absent
     ]
     lost += [f"{owner}.{number}.{name}" for owner, parts in experts.items() for number, name in _lost_parts(parts)]
     for name in lost:
@@ -62,6 +63,15 @@ def refuse_lost_modules(sites: Iterable[Site], model: Model, faults: FaultCollec
             found="no such tensor in any shard",
             remedy="Fetch the shard that holds it from where the checkpoint was published.",
         )
+
+
+def _absent_by_design(model: Model) -> Iterator[tuple[int, str]]:
+    """Yield the modules that layers lack by config.json: the number of the layer, and the path in it."""
+    for layer in layers_without_values(model.row, model.text):
+        yield layer, "self_attn.v_proj"
+    for layer in layers_of_queries_only(model.row, model.text, model.layers):
+        yield layer, "self_attn.k_proj"
+        yield layer, "self_attn.v_proj"
 
 
 def _tensors(name: str, site: Site) -> Iterator[str]:

@@ -19,37 +19,43 @@ from typing import TYPE_CHECKING
 from trtllm_ct.plan.stored import Shared, StoredModule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
+    from typing import Any
 
-    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.models.class_row import ClassRow
 
-__all__ = ["is_absent_by_design", "layers_of_queries_only", "with_values"]
+__all__ = ["layers_of_queries_only", "layers_without_values", "with_values"]
 
 _KEYS = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.k_proj")
 _OF_KEYS_ALONE = "k_"
 
 
-def layers_of_queries_only(model: Model) -> frozenset[int]:
-    """Return the numbers of the layers that take keys and values of earlier layers."""
-    count = model.text.get(model.row.query_only) if model.row is not None and model.row.query_only else None
-    first = model.layers - (count or 0)
+def layers_of_queries_only(row: ClassRow | None, text: Mapping[str, Any], layers: int) -> frozenset[int]:
+    """Return the numbers of the layers that take keys and values of earlier layers.
+
+    `text` is the configuration of a text model with so many layers.
+    """
+    count = text.get(row.query_only) if row is not None and row.query_only else None
+    first = layers - (count or 0)
     # The engine's class and transformers count none if all layers would share.
-    return frozenset(range(first, model.layers)) if first > 0 else frozenset()
+    return frozenset(range(first, layers)) if first > 0 else frozenset()
 
 
-def is_absent_by_design(model: Model, layer: int, path: str) -> bool:
-    """Whether a layer lacks a module although others have it, by config.json; `path` is the module's path in it."""
-    if path == "self_attn.v_proj" and layer in _layers_without_values(model):
-        return True
-    return path in {"self_attn.k_proj", "self_attn.v_proj"} and layer in layers_of_queries_only(model)
+def layers_without_values(row: ClassRow | None, text: Mapping[str, Any]) -> frozenset[int]:
+    """Return the numbers of the layers whose values are the output of k_proj; `text` is the text model's config."""
+    if row is None or not row.keys_as_values or not text.get(row.keys_as_values):
+        return frozenset()
+    kinds = text.get("layer_types")
+    if not isinstance(kinds, list):
+        return frozenset()
+    return frozenset(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
 
 
-def with_values(modules: dict[str, StoredModule], model: Model) -> dict[str, StoredModule]:
-    """Return the modules with a v_proj for each layer whose values are its keys: the tensors of k_proj.
+def with_values(modules: dict[str, StoredModule], layers: Collection[int]) -> dict[str, StoredModule]:
+    """Return the modules with a v_proj for each of these layers, whose values are its keys: the tensors of k_proj.
 
     A stored v_proj stays. The scale of the KV cache for keys is none of values.
     """
-    layers = _layers_without_values(model)
     result: dict[str, StoredModule] = {}
     for name, module in modules.items():
         result[name] = module
@@ -63,14 +69,3 @@ def with_values(modules: dict[str, StoredModule], model: Model) -> dict[str, Sto
             }
             result[values] = StoredModule(values, views, alias=module.stored_name, transforms=module.transforms)
     return result
-
-
-def _layers_without_values(model: Model) -> frozenset[int]:
-    """Return the numbers of the layers whose values are the output of k_proj."""
-    text: Mapping[str, object] = model.text
-    if model.row is None or not model.row.keys_as_values or not text.get(model.row.keys_as_values):
-        return frozenset()
-    kinds = text.get("layer_types")
-    if not isinstance(kinds, list):
-        return frozenset()
-    return frozenset(layer for layer, kind in enumerate(kinds) if kind == "full_attention")

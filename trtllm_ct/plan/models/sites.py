@@ -190,7 +190,7 @@ class Model:
             head_dim=sizes["head_dim"],
             kv_heads=self.kv_heads,
             shapes=shapes or {},
-            query_only=layers_of_queries_only(self),
+            query_only=layers_of_queries_only(self.row, self.text, sizes["layers"]),
         )
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.model_classes import WRAPPERS
-from trtllm_ct.plan.models.shared_attention import with_values
+from trtllm_ct.plan.models.shared_attention import layers_without_values, with_values
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.model_classes import Wrapper
@@ -28,7 +28,9 @@ def modules_as_read(modules: dict[str, StoredModule], model: Model, target: Targ
 
     They are unchanged at targets that no engine's class reads.
     """
-    return modules if target.capabilities.release is None else with_values(_renamed(modules, model), model)
+    if target.capabilities.release is None:
+        return modules
+    return with_values(_renamed(modules, model), layers_without_values(model.row, model.text))
 
 
 def _renamed(modules: dict[str, StoredModule], model: Model) -> dict[str, StoredModule]:
