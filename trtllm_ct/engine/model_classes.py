@@ -167,6 +167,19 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "Qwen3_5MoeForConditionalGeneration": _QWEN3_VL,
     # `checkpoints/hf/exaone4_5_weight_mapper.py` (0aa87516) renames `model.language_model.` and `model.visual.`.
     "Exaone4_5_ForConditionalGeneration": _QWEN2_VL,
+    # `checkpoints/hf/llama4_weight_mapper.py: filter_weights` (7dfda15a) takes `language_model.` off, and
+    # `modeling_llama.py: Llama4VisionEncoder.load_weights` (3a5901cd) reads the names of the tower and the projector.
+    "Llama4ForConditionalGeneration": Wrapper(
+        places=(_INNER_FIRST, _TEXT_ONLY),
+        beside=(
+            ("model.vision_model.", "vision_model."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+        ),
+    ),
+    # `modeling_gemma4mm.py: Gemma4ForConditionalGeneration.load_weights` (001a6a01) keeps `model.language_model.` and
+    # the parts beside it; `modeling_gemma4_unified.py` (1c0067ee) has other parts under `model.`.
+    "Gemma4ForConditionalGeneration": Wrapper(places=(_OUTER_FIRST,)),
+    "Gemma4UnifiedForConditionalGeneration": Wrapper(places=(_OUTER_FIRST,)),
     # `modeling_kimi_k25.py: KimiK25ForConditionalGeneration.load_weights`.
     "KimiK25ForConditionalGeneration": Wrapper(places=(_INNER_FIRST, _TEXT_ONLY)),
 }

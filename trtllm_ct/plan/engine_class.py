@@ -18,14 +18,24 @@ if TYPE_CHECKING:
 
 __all__ = ["class_problems", "refuse_unread"]
 
+_UNREAD_HEAD = Fault(
+    where="config.json: tie_word_embeddings",
+    expected="a head that is tied to the embeddings: the engine's class never loads another one",
+    found="a head of its own",
+    remedy="Convert with --to dense for another program; set tie_word_embeddings if the head equals the embeddings.",
+)
 
-def class_problems(architecture: str, release: Release | None) -> tuple[Fault, ...]:
-    """Return the fault of a release without the model class of an architecture; nothing if it has it.
+
+def class_problems(model: Model, release: Release | None) -> tuple[Fault, ...]:
+    """Return the fault of a release without the class of a model, or of a model that its class can't load completely.
 
     `release` is None for a target that no engine with model classes reads.
     """
-    if release is None or has_class(release, architecture):
+    architecture = model.name
+    if release is None:
         return ()
+    if has_class(release, architecture):
+        return (_UNREAD_HEAD,) if model.row is not None and model.row.head_unread and not model.tied else ()
     later = first_release(architecture)
     found = f"{architecture}, which {later.name} has first" if later else f"{architecture}, which no release line has"
     dense = "convert with --to dense for a program that has the class"

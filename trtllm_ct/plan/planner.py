@@ -26,9 +26,10 @@ from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
+from trtllm_ct.plan.models.expert_spellings import engine_reads_stacks
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.sites import known_prefixes
-from trtllm_ct.plan.models.wrapper_names import names_that_are_read
+from trtllm_ct.plan.models.wrapper_names import modules_as_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -132,13 +133,14 @@ class _Planner:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unread(self.model, self.target)
         refuse_unsupported(self.config, self.model, self.faults)
-        # A class with a row reads experts one by one in every release; without a row it may read stacks only.
-        one_by_one = self.model.has_row and self.target.capabilities.release is not None
+        # A class with a row reads experts one by one, or its stacks are known; without a row it may read stacks only.
+        one_by_one = self.model.has_row and not engine_reads_stacks(self.model.text_type)
+        one_by_one = one_by_one and self.target.capabilities.release is not None
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes, split_stacks=one_by_one)
         unread = unread_tensors(catalog, gathered.values())
         self.model = self.model.in_checkpoint(gathered)
         refuse_unread(self.model, self.target)
-        stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
+        stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
         self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
@@ -151,7 +153,7 @@ class _Planner:
         weights = self._read_weights(site_modules, sites)
         sites = [_with_shape(site, weights.get(site.module)) for site in sites]
         if self.model.discovery is not None:
-            refuse_lost_modules(sites, self.model.name, self.faults)
+            refuse_lost_modules(sites, self.model, self.faults)
             self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
         refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
@@ -188,10 +190,10 @@ class _Planner:
                 modules,
                 EngineNames.of(self.model, place, self.target),
                 kv_cache_quant_algo=self._engine_kv_cache,
-                entries=needs_entries({module.name: module.layer for module in modules}, sites),
+                entries=needs_entries({module.name: module.layer for module in modules}, sites, self.model),
             ),
             parallel=self.parallel,
-            problems=class_problems(self.model.name, self.target.capabilities.release),
+            problems=class_problems(self.model, self.target.capabilities.release),
             engine=self.target.capabilities.name,
             sm=self.target.capabilities.sm,
             stacks=stacks,

@@ -45,12 +45,14 @@ def as_class_accepts(
     return settled
 
 
-def needs_entries(layers: Mapping[str, LayerQuantConfig | None], sites: Sequence[Site]) -> bool:
+def needs_entries(layers: Mapping[str, LayerQuantConfig | None], sites: Sequence[Site], model: Model) -> bool:
     """Whether the engine must get an entry for each quantized module although all have one mode.
 
-    It must if a Linear is plain that would be built in the mode of the whole model. `layers` has the mode of every
-    module, None for a plain one.
+    It must if its class asks for them (`ClassRow.entries`), or if a Linear is plain that would be built in the mode of
+    the whole model. `layers` has the mode of every module, None for a plain one.
     """
+    if model.row is not None and model.row.entries:
+        return True
     return any(site.early and layers.get(site.module) is None for site in sites)
 
 

@@ -19,6 +19,7 @@ effective_weights.py  the weight that equals a Linear together with its transfor
 attention.py          simulates an FP8 KV cache
 mixtures.py           mixture-of-experts layers
 expert_parts.py       collects the tensors of one layer's experts
+shared_values.py      attention whose values are the output of k_proj
 experts.py            routed experts that compute from delivered tensors, in the forms of transformers 4 and 5
 generate.py           generates text from a directory
 llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM

@@ -19,6 +19,7 @@ from trtllm_ct.reference.attention import attach_kv_scales, is_kv_scale
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.mixtures import Mixtures
 from trtllm_ct.reference.rules import WIDE_FLOATS, describe, has_dtype
+from trtllm_ct.reference.shared_values import add_values, drop_values
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
@@ -46,6 +47,7 @@ class Assembly:
         quantize_activations: bool,
     ) -> None:
         quant_config = names.translate(quant_config)
+        self._values = add_values(model)
         self._model = model
         self._names = names
         self._quantize_activations = quantize_activations
@@ -101,6 +103,7 @@ class Assembly:
 
         Raises `PlanError` with all faults.
         """
+        self._drop_values()
         for name, layer in self._quantized.items():
             self._build_linear(name, layer)
         may_stay_empty = self._mixtures.finish(self._filled)
@@ -116,6 +119,14 @@ class Assembly:
                 remedy="Check that no shard is missing and that config.json belongs to these weights.",
             )
         self._faults.raise_if_any(PlanError)
+
+    def _drop_values(self) -> None:
+        """Take away every v_proj that the model does without, and for which no tensor was delivered."""
+        taken = {path.rpartition(".")[0] for path in self._taken}
+        unused = self._values - taken
+        drop_values(self._model, unused)
+        self._quantized = {name: layer for name, layer in self._quantized.items() if name not in unused}
+        self._slots = {name: slot for name, slot in self._slots.items() if name.rpartition(".")[0] not in unused}
 
     def _find_quantized(self, quant_config: QuantConfig) -> dict[str, LayerQuantConfig]:
         """The quantized Linears by path, with their configuration.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import FaultCollector
 
-__all__ = ["attach_kv_scales", "is_kv_scale", "kv_scale_names", "register_fp8_attention"]
+__all__ = ["attach_kv_scales", "is_kv_scale", "kv_scale_names", "register_fp8_attention", "shares_keys"]
 
 _NAME = "trtllm_ct_fp8_kv_cache"
 _SCALES = (("k_proj", "k_scale"), ("v_proj", "v_scale"))
@@ -56,6 +56,14 @@ def kv_scale_names(model: nn.Module) -> list[str]:
         if all(isinstance(getattr(module, projection, None), nn.Module) for projection, _ in _SCALES)
         for projection, local in _SCALES
     ]
+
+
+def shares_keys(model: nn.Module) -> bool:
+    """Whether some attention has no keys of its own, but takes those of another layer, whose scale it lacks."""
+    return any(
+        isinstance(getattr(module, "q_proj", None), nn.Module) and getattr(module, "k_proj", None) is None
+        for module in model.modules()
+    )
 
 
 def attach_kv_scales(model: nn.Module, scales: Mapping[str, Tensor], faults: FaultCollector) -> None:

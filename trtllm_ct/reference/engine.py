@@ -19,7 +19,7 @@ from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.reference.architecture import build_shell, read_generation_config, require_transformers
 from trtllm_ct.reference.assembly import Assembly
-from trtllm_ct.reference.attention import kv_scale_names, register_fp8_attention
+from trtllm_ct.reference.attention import kv_scale_names, register_fp8_attention, shares_keys
 from trtllm_ct.reference.directory import read_directory
 from trtllm_ct.reference.names import NameMap
 
@@ -90,6 +90,10 @@ def build_model(
     model: Any = build_shell(config, dtype=dtype, attention=attention, name=name)
     if attention is not None and not kv_scale_names(model):
         _refuse_kv_cache(name, "attention with k_proj and v_proj, whose outputs an FP8 cache holds", "other attention")
+    if attention is not None and shares_keys(model):
+        _refuse_kv_cache(
+            name, "attention with keys of its own in every layer", "layers that take those of earlier ones"
+        )
     names = NameMap.of_checkpoint(config, model_type=model.config.model_type, model=model.state_dict())
     assembly = Assembly(model, quant_config, names, dtype=dtype, quantize_activations=quantize_activations)
     for tensor_name, tensor in tensors:

@@ -46,6 +46,11 @@ _REQUIRED_FLAGS = {
 }
 
 
+# Llama 4 gives its experts the tokens of each expert behind each other, and routes around them: transformers 5.23
+# `modeling_llama4.py` (`Llama4TextMoe`). Its stacks are [E, in, out].
+_GIVEN_THEIR_TOKENS = frozenset({"Llama4TextExperts"})
+
+
 def is_stack_of_experts(module: nn.Module) -> bool:
     """Whether a module holds the stacked weights of several experts: its `down_proj` is a 3-D parameter."""
     down = getattr(module, "down_proj", None)
@@ -98,6 +103,18 @@ class ExpertStack:
         return ReferenceExperts([ReferenceExpert(linears) for linears in experts], replaced=self.module)
 
 
+class ExpertStackOfTokens(ExpertStack):
+    """Experts in two 3-D parameters [E, in, out] that get their own tokens."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.down_shape = self.down_shape[::-1]
+
+    def rebuilt(self, experts: Sequence[Mapping[str, nn.Module]]) -> nn.Module:
+        """Return `ReferenceExpertsOfTokens` of these Linears."""
+        return ReferenceExpertsOfTokens([ReferenceExpert(linears) for linears in experts], replaced=self.module)
+
+
 class ExpertList:
     """A list of experts with three Linears each, as in transformers 4."""
 
@@ -127,6 +144,8 @@ def experts_shell(module: nn.Module) -> ExpertsShell | None:
     """Return the shell of an experts module; None for a module that is none, or that `rebuilt` can't replace."""
     if isinstance(module, nn.ModuleList) and len(module) and all(_linear_names(expert) for expert in module):
         return ExpertList(module)
+    if type(module).__name__ in _GIVEN_THEIR_TOKENS:
+        return ExpertStackOfTokens(module)
     return ExpertStack(module) if replaceable(module) else None
 
 
@@ -180,3 +199,23 @@ class ReferenceExperts(nn.ModuleList):
             output = self[index](hidden_states[tokens], self._activate)
             total.index_add_(0, tokens, output * top_k_weights[tokens, choice, None])
         return total.to(hidden_states.dtype)
+
+
+class ReferenceExpertsOfTokens(nn.Module):
+    """The experts of one layer, each of which gets its own tokens; the call signature is that of `replaced`."""
+
+    def __init__(self, experts: Iterable[ReferenceExpert], *, replaced: nn.Module) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.act_fn = replaced.get_submodule("act_fn")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[E * tokens, H] -> [E * tokens, H]: the same number of tokens for each expert, one expert behind another."""
+        parts = hidden_states.chunk(len(self.experts))
+        outputs = [expert(part, self._activate) for expert, part in zip(self.experts, parts, strict=True)]
+        return torch.cat(outputs)
+
+    def _activate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated: Tensor = up * self.act_fn(gate)
+        return activated

@@ -28,6 +28,9 @@ _GRANITE = (
 _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ernie4_5_moe": (("mlp.moe_statics", "mlp.gate.moe_statics"),),
     "exaone_moe": (("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),),
+    # TensorRT-LLM's class has router and experts in a module beside the MLP: `_torch/models/modeling_gemma4.py`,
+    # commit 00e7d103.
+    "gemma4_text": (("moe.experts", "experts"), ("moe.router", "router")),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "hy_v3": (

@@ -93,6 +93,9 @@ class DirectoryMatch:
         for key, module in self.source.by_key.items():
             delivered = self.delivered.by_key.get(key)
             yield from self._module(module, delivered)
+            values = self.source.names.values_key(key)
+            if values is not None and values not in self.source.by_key and values in self.delivered.by_key:
+                yield from self._module(module, self.delivered.by_key[values])
         yield from self._kv_scales()
 
     def exact_weight(self, module: Module) -> Exact | None:

@@ -6,7 +6,10 @@ sizes.py           the sizes in a config.json, under the names that the tables u
 class_row.py       ClassRow: how a model class of the engine reads the modules of a layer, whatever their sizes
 class_rows.py      the rows, one for each class without tables of its family
 decoder_rows.py    the rows of decoders with attention, experts and Mamba layers
+gemma4_rows.py     the rows of Gemma 4
+llama4_rows.py     the row of Llama 4
 discovery.py       the modules of a model without tables, found in its files
+shared_attention.py  layers whose values are their keys, or whose keys and values are those of earlier layers
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other
 site.py            Site: one module of a model
 expert_spellings.py  how classes store routed experts: under which names, or stacked
@@ -14,5 +17,5 @@ sites.py           Model: the modules of one model, with their sizes
 build_classes.py   how the classes of the TensorRT backend name the modules of a model
 fused_experts.py   splits 3-D tensors that hold all experts of a layer
 mistral_names.py   renames the modules of Mistral's own form
-wrapper_names.py   renames the modules of a model with several parts to what the engine's class reads
+wrapper_names.py   renames the modules of a model to what the engine's class reads
 """

@@ -12,12 +12,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.models.expert_spellings import PROJECTIONS
+from trtllm_ct.plan.models.shared_attention import layers_of_queries_only, layers_without_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.models.site import Site
+    from trtllm_ct.plan.models.sites import Model
 
 __all__ = ["CHECKED", "refuse_lost_modules"]
 
@@ -33,10 +35,10 @@ _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
 _FEWEST = 3
 
 
-def refuse_lost_modules(sites: Iterable[Site], model: str, faults: FaultCollector) -> None:
+def refuse_lost_modules(sites: Iterable[Site], model: Model, faults: FaultCollector) -> None:
     """Add a fault for each Linear or bias that one layer lacks although the other layers of its kind have it.
 
-    The same holds for the projections of routed experts. `model` names the architecture in messages.
+    The same holds for the projections of routed experts. What config.json takes away is not lost.
     """
     stacks: dict[str, dict[int, set[str]]] = {}
     experts: dict[str, dict[int, set[str]]] = {}
@@ -46,15 +48,30 @@ def refuse_lost_modules(sites: Iterable[Site], model: str, faults: FaultCollecto
             experts.setdefault(expert[1], {}).setdefault(int(expert[2]), set()).update(_tensors(expert[3], site))
         elif (layer := _LAYER.fullmatch(site.module)) is not None:
             stacks.setdefault(layer[1], {}).setdefault(int(layer[2]), set()).update(_tensors(layer[3], site))
-    lost = [f"{stack}.{number}.{name}" for stack, layers in stacks.items() for number, name in _lost(layers)]
+    absent = set(_absent_by_design(model))
+    lost = [
+        f"{stack}.{number}.{name}"
+        for stack, layers in stacks.items()
+        for number, name in _lost(layers)
+        if (number, name.rpartition(".")[0]) not in absent
+    ]
     lost += [f"{owner}.{number}.{name}" for owner, parts in experts.items() for number, name in _lost_parts(parts)]
     for name in lost:
         faults.add(
             where=name,
-            expected=f"a tensor that the layers of {model} have",
+            expected=f"a tensor that the layers of {model.name} have",
             found="no such tensor in any shard",
             remedy="Fetch the shard that holds it from where the checkpoint was published.",
         )
+
+
+def _absent_by_design(model: Model) -> Iterator[tuple[int, str]]:
+    """Yield the modules that layers lack by config.json: the number of the layer, and the path in it."""
+    for layer in layers_without_values(model.row, model.text):
+        yield layer, "self_attn.v_proj"
+    for layer in layers_of_queries_only(model.row, model.text, model.layers):
+        yield layer, "self_attn.k_proj"
+        yield layer, "self_attn.v_proj"
 
 
 def _tensors(name: str, site: Site) -> Iterator[str]:

@@ -68,6 +68,12 @@ class ClassRow:
     `ranks_vary` are the Linears that the class may divide among fewer ranks than there are. `tied` says whether the
     head uses the weight of the embeddings if config.json doesn't say.
 
+    `entries` says that the class must get an entry for each quantized module although all have one mode.
+    `read_as` are pairs of a pattern and a replacement that turn the name of a stored module into the one under which
+    the class reads it. `keys_as_values` is the key of config.json which says that layers of full attention have no
+    v_proj, and `query_only` the key with the number of last layers that take keys and values of earlier ones
+    (`shared_attention.py`). `head_unread` says that a class never loads a head of its own.
+
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix
     of draft layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer.
@@ -85,6 +91,11 @@ class ClassRow:
     early: tuple[str, ...] = ()
     ranks_vary: tuple[str, ...] = ()
     tied: bool = False
+    entries: bool = False
+    read_as: tuple[tuple[str, str], ...] = ()
+    keys_as_values: str = ""
+    query_only: str = ""
+    head_unread: bool = False
     mixers: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
     drafts: str = ""

@@ -35,7 +35,8 @@ _DOWN = 2
 _MATRIX = 2
 _ROWS = PACKED_CODES | {"weight"}
 _NO_SHAPES: Mapping[str, tuple[int, int]] = MappingProxyType({})
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_QKV = ("q_proj", "k_proj", "v_proj")
+_ATTENTION = frozenset({*_QKV, "o_proj"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,17 +77,19 @@ def discover(
     head_dim: int = 0,
     kv_heads: int = 0,
     shapes: Mapping[str, tuple[int, int]] = _NO_SHAPES,
+    query_only: Collection[int] = (),
 ) -> Discovery:
     """Return the modules of a checkpoint whose weight is a matrix, as the model class that `row` describes reads them.
 
     `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one,
     or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are the shapes of
-    weights that are known although the headers of their codes don't show them.
+    weights that are known although the headers of their codes don't show them. `query_only` are the numbers of layers
+    without keys and values, whose q_proj the class builds plain.
     """
     body, head = place = _place_of(stored)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
-    rules = _Rules(row, body, stored, shapes, head_dim, kv_heads)
+    rules = _Rules(row, body, stored, shapes, head_dim, kv_heads, query_only)
     sites = []
     for name, module in stored.items():
         layer = _LAYER.fullmatch(name)
@@ -108,6 +111,7 @@ class _Rules:
         shapes: Mapping[str, tuple[int, int]],
         head_dim: int,
         kv_heads: int,
+        query_only: Collection[int],
     ) -> None:
         self._row = row
         self._body = body
@@ -115,6 +119,7 @@ class _Rules:
         self._shapes = shapes
         self._head_dim = head_dim
         self._kv_heads = kv_heads
+        self._query_only = query_only
         parts = [(part, fused) for fused, parts in row.fused.items() for part in parts]
         self._fused = sorted(parts, key=lambda pair: len(pair[0]), reverse=True)
 
@@ -146,7 +151,7 @@ class _Rules:
             mode_group=group,
             fused=group is not None,
             shares=group,
-            plain=table or not self._in_layer(module.name) or _ends_with(module.name, self._row.plain),
+            plain=table or self._is_plain(module.name),
             locals=_locals(module),
             cut=cut,
             heads=self._heads(module, parent) if cut is Cut.KV_HEADS else None,
@@ -179,10 +184,12 @@ class _Rules:
             return self._shapes[module.name]
         return () if module.is_quantized else module.specs["weight"].shape
 
-    def _in_layer(self, name: str) -> bool:
-        """Whether a module is in a layer of the text model; classes build all others but the head plain."""
+    def _is_plain(self, name: str) -> bool:
+        """Whether the class builds a Linear plain: by its row, or outside of the layers, where only the head isn't."""
         layer = _LAYER.fullmatch(name)
-        return layer is not None and layer[1] == self._body
+        if layer is None or layer[1] != self._body or _ends_with(name, self._row.plain):
+            return True
+        return int(layer[3]) in self._query_only and _ends_with(name, _QKV)
 
     def _group(self, name: str) -> str | None:
         """Return the name of the fused Linear that a module becomes a part of; None if it is not fused."""

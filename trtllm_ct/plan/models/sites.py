@@ -30,6 +30,7 @@ from trtllm_ct.plan.models.families import (
     Experts,
     LinearSite,
 )
+from trtllm_ct.plan.models.shared_attention import layers_of_queries_only
 from trtllm_ct.plan.models.site import Site
 from trtllm_ct.plan.models.sizes import dense_layers_of, nested_text_config, size_under, sizes_of, stated_sizes
 
@@ -162,6 +163,7 @@ class Model:
             multimodal=nested is not None,
             text_type=spelling_type(str(config.get("model_type") or ""), str(text.get("model_type") or "")),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
+            text=text,
             row=row,
         )
         faults.raise_if_any(ConfigError)
@@ -188,6 +190,7 @@ class Model:
             head_dim=sizes["head_dim"],
             kv_heads=self.kv_heads,
             shapes=shapes or {},
+            query_only=layers_of_queries_only(self.row, self.text, sizes["layers"]),
         )
         return replace(
             self, layers=found.layers, discovery=found, sizes={**sizes, "experts": found.experts or sizes["experts"]}

@@ -152,6 +152,7 @@ def expert_key(experts: str, expert: int, projection: str) -> str:
 class Names:
     """What the names in a directory mean.
 
+    `values_of` are the layers whose values are the output of k_proj, so that an engine reads k_proj as v_proj too.
     `model_type` is the type of the text model. `native` says whether the directory has Mistral's own form.
     `multimodal` says whether the text model is a part of a larger one. `latent` says whether attention has queries that
     are fused with nothing (multi-head latent attention).
@@ -161,6 +162,7 @@ class Names:
     native: bool
     multimodal: bool
     latent: bool
+    values_of: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensor_names: Iterable[str]) -> Names:
@@ -177,6 +179,7 @@ class Names:
             native=any(_NATIVE.match(name) for name in tensor_names),
             multimodal=text is not config,
             latent=bool(text.get("kv_lora_rank")),
+            values_of=_layers_without_values(text),
         )
 
     @property
@@ -270,6 +273,11 @@ class Names:
             return key if match[3] == "down" else f"{match[1]}.{match[2]}.gate+up"
         return self.fused_linear(key) or key
 
+    def values_key(self, key: str) -> str | None:
+        """Return the key of the v_proj that an engine reads from this module too; None without one."""
+        match = re.fullmatch(r"(layers\.(\d+)\.self_attn)\.k_proj", key)
+        return f"{match[1]}.v_proj" if match and int(match[2]) in self.values_of else None
+
     def order(self, key: str) -> tuple[int, ...]:
         """Return the place of a module in the model, for sorting: layer, attention, expert, projection."""
         section, _, inner = key.partition(".")
@@ -293,6 +301,12 @@ class Names:
         return None if match[3] in names else ", ".join(sorted(names))
 
 
+def _layers_without_values(text: Mapping[str, Any]) -> frozenset[int]:
+    """Return the layers without v_proj: those with full attention, if config.json says so (Gemma 4)."""
+    kinds = text.get("layer_types") if text.get("attention_k_eq_v") else None
+    return frozenset(layer for layer, kind in enumerate(kinds or ()) if kind == "full_attention")
+
+
 def is_expert(key: str) -> bool:
     """Whether a key is that of a projection of a routed expert."""
     return _EXPERT.fullmatch(key) is not None
@@ -300,7 +314,8 @@ def is_expert(key: str) -> bool:
 
 def _inner_key(inner: str) -> str:
     """Return the key of a module of the text model by its name behind the prefix of the body."""
-    inner = inner.replace(".block_sparse_moe", ".mlp")
+    # Gemma 4's experts are beside the MLP; TensorRT-LLM's class has them in a module of their own.
+    inner = inner.replace(".block_sparse_moe", ".mlp").replace(".moe.experts", ".experts")
     match = _EXPERT.fullmatch(inner)
     if match is None or match[3] not in _PROJECTIONS:
         return inner
