@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING
 
-from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, BUILD_MODES, W4A16_AWQ, Content, mode_of, refusal_of
+from trtllm_ct.engine.build_mode import Content
+from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, W4A16_AWQ, mode_of, refusal_of
 from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.engine.target import DENSE, MODELOPT, TENSORRT_LLM
 from trtllm_ct.plan.assign import assign_modes, candidates_of
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from trtllm_ct.base.errors import FaultCollector
-    from trtllm_ct.engine.build_modes import BuildMode
+    from trtllm_ct.engine.build_mode import BuildMode
     from trtllm_ct.plan.assign import Candidate
     from trtllm_ct.plan.engine_files.layout import Layout
     from trtllm_ct.plan.equalize import Equalized
@@ -65,10 +66,15 @@ class Choice:
 
 
 def choose(
-    parts: Sequence[Part], sites: Sequence[Site], layout: Layout, probe: Probe, faults: FaultCollector
+    parts: Sequence[Part],
+    sites: Sequence[Site],
+    layout: Layout,
+    modes: tuple[BuildMode, ...],
+    probe: Probe,
+    faults: FaultCollector,
 ) -> Choice:
-    """Return the mode of an engine, given its quantized modules and all its sites; adds a fault for each refusal."""
-    return _Chooser(parts=parts, sites=sites, layout=layout, probe=probe, faults=faults).choice()
+    """Return one of `modes`, given the quantized modules and all sites of an engine; adds a fault for each refusal."""
+    return _Chooser(parts=parts, sites=sites, layout=layout, modes=modes, probe=probe, faults=faults).choice()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +84,7 @@ class _Chooser:
     parts: Sequence[Part]
     sites: Sequence[Site]
     layout: Layout
+    modes: tuple[BuildMode, ...]
     probe: Probe
     faults: FaultCollector
     equalized: Mapping[str, Equalized] = field(init=False)
@@ -91,7 +98,7 @@ class _Chooser:
     def choice(self) -> Choice:
         """Return the choice; adds the faults."""
         linears = self._linears()
-        modes = {name: mode_of(self.candidates[name].weight) for name in linears}
+        modes = {name: mode_of(self.candidates[name].weight, self.modes) for name in linears}
         refused = {name: refusal_of(self.candidates[name].weight) for name, mode in modes.items() if mode is None}
         self._refuse(refused)
         mode = self._one_mode({name: mode for name, mode in modes.items() if mode is not None})
@@ -140,7 +147,7 @@ class _Chooser:
 
     def _one_mode(self, modes: Mapping[str, BuildMode]) -> BuildMode | None:
         """Return the one mode of all Linears; adds a fault for several."""
-        different = [mode for mode in BUILD_MODES if mode in modes.values()]
+        different = [mode for mode in self.modes if mode in modes.values()]
         if {mode.algo for mode in different} == {W4A16_AWQ.algo} and AWQ_WITH_ZEROS in different:
             return AWQ_WITH_ZEROS
         if len(different) > 1:
@@ -191,8 +198,14 @@ class _Chooser:
         rows = self.layout.engine_rows(name)
         bad = [f"{count} {axis}" for count, axis in ((rows, "rows"), (weight.shape[1], "columns")) if count % multiple]
         if not bad:
-            return ""
+            return self._bundle_problem(mode, name)
         return f"{' and '.join(bad)} in all ranks together, no multiple of {multiple} (tensor parallel {ranks})"
+
+    def _bundle_problem(self, mode: BuildMode, name: str) -> str:
+        """Return why the rows of a rank can't be put in the order of a kernel on their own; empty if they can."""
+        bundle = mode.order.bundle if mode.order else 1
+        begin, end = self.layout.rows(name, 0, self.layout.sites[name].shape[0])
+        return f"{end - begin} rows on each rank, no multiple of {bundle}" if (end - begin) % bundle else ""
 
     def _refuse_unequal(self, mode: BuildMode, held: Sequence[str]) -> None:
         """Add a fault for parts of a fused Linear whose global scales can't be made equal without a change."""

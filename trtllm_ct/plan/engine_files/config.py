@@ -65,7 +65,7 @@ def build_config(
     _refuse_activation(text, faults)
     _refuse_dtype(dtype, faults)
     config = {
-        "producer": {"name": "trtllm-ct", "version": __version__},
+        "producer": _producer(choice),
         "architecture": model.name,
         "dtype": dtype.torch_name,
         "logits_dtype": "float32",
@@ -114,12 +114,23 @@ def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> 
         warnings.append(
             "int4 codes are written as W4A16_AWQ, for every GPU: a file of W4A16_GPTQ serves one generation of GPUs"
         )
+    if choice.mode is not None and choice.mode.sm is not None:
+        warnings.append(
+            f"{choice.mode.algo} serves GPUs of SM{choice.mode.sm} and TensorRT-LLM 1.0 to 1.2.1 only: elsewhere an "
+            "engine computes wrong results without a message"
+        )
     window = model.text.get("sliding_window")
     if window and model.text.get("use_sliding_window", True):
         warnings.append(
             f"sliding_window {window} is no part of an engine: give --max_attention_window_size when you run it"
         )
     return tuple(warnings)
+
+
+def _producer(choice: Choice) -> dict[str, Any]:
+    """Return what made the file, which engines ignore; with the SM that codes in the order of a kernel are for."""
+    sm = choice.mode.sm if choice.mode else None
+    return {"name": "trtllm-ct", "version": __version__} | ({} if sm is None else {"sm": sm})
 
 
 def _quantization(choice: Choice, kv_cache: str | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.checkpoint.write_plan import Segment, StackPart
+    from trtllm_ct.engine.build_mode import BuildMode
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.plan.equalize import Part
     from trtllm_ct.plan.models.sites import Model, Site
@@ -50,13 +51,16 @@ class EngineDirectory:
     parallel: Parallel
     dtype: DType
     layout: Layout
+    modes: tuple[BuildMode, ...]
     choice: Choice = field(default_factory=Choice)
 
     @classmethod
-    def of(cls, model: Model, parallel: Parallel, dtype: DType, place: tuple[str, str]) -> EngineDirectory:
-        """Return the directory of a model whose class `refuse_unbuilt` accepts."""
+    def of(
+        cls, model: Model, parallel: Parallel, dtype: DType, place: tuple[str, str], modes: tuple[BuildMode, ...]
+    ) -> EngineDirectory:
+        """Return the directory of a model whose class `refuse_unbuilt` accepts; it may have one of these modes."""
         layout = Layout(model=model, row=BUILD_CLASSES[model.name], parallel=parallel, place=place)
-        return cls(model=model, parallel=parallel, dtype=dtype, layout=layout)
+        return cls(model=model, parallel=parallel, dtype=dtype, layout=layout, modes=modes)
 
     def assign(
         self, parts: Sequence[Part], sites: Sequence[Site], probe: Probe, faults: FaultCollector
@@ -65,7 +69,7 @@ class EngineDirectory:
 
         The assignments have no holding: the tensors of a mode take the place of the plain ones in `build`.
         """
-        self.choice = choose(parts, sites, self.layout, probe, faults)
+        self.choice = choose(parts, sites, self.layout, self.modes, probe, faults)
         reasons = self.choice.reasons
         return {part.site.module: Assignment(holding=None, reason=reasons.get(part.site.module, "")) for part in parts}
 

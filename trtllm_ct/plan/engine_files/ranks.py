@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.write_plan import Segment, StackPart
-from trtllm_ct.engine.build_modes import BuildTensor, Content, Extent
+from trtllm_ct.engine.build_mode import BuildTensor, Content, Extent, RowBias
 from trtllm_ct.plan.engine_files.cache import cache_scales, without_cache
 from trtllm_ct.plan.engine_files.tensors import Item, held_items, norm_items, peer_views, plain_items
 from trtllm_ct.plan.plan import Delivery
@@ -125,7 +125,10 @@ class _Ranks:
             if not self._delivers(item.tensor, whole.name, spot):
                 continue
             operation = self._columns(item.tensor, delivery.operation, whole, place)
-            deliveries += self._delivery(item.tensor, operation, delivery.sources, spot, place, (first, total), whole)
+            sources = delivery.sources
+            if item.tensor.name == "bias" and self._zeroes_bias(whole.name, place):
+                operation, sources = Padding(result=operation.result), ()
+            deliveries += self._delivery(item.tensor, operation, sources, spot, place, (first, total), whole)
         return replace(piece, deliveries=tuple(deliveries))
 
     def _delivers(self, tensor: BuildTensor, module: str, spot: Spot) -> bool:
@@ -133,6 +136,12 @@ class _Ranks:
         if tensor.row_parallel and not self.layout.is_row_parallel(module):
             return False
         return tensor.extent in {Extent.MATRIX, Extent.ROWS} or module == spot.parts[0]
+
+    def _zeroes_bias(self, module: str, place: RankPlace) -> bool:
+        """Whether a rank gets zeros as the bias of a module: kernels add it before the ranks are added up."""
+        held = self.choice.held.get(module)
+        in_file = held is not None and held.mode.row_bias is RowBias.ZEROED_IN_FILE
+        return in_file and place.tensor > 0 and self.layout.is_row_parallel(module)
 
     def _columns(self, tensor: BuildTensor, operation: Operation, whole: ModulePlan, place: RankPlace) -> Operation:
         """Return the operation with the columns of the rank."""
@@ -168,6 +177,8 @@ class _Ranks:
         if tensor.extent in {Extent.SCALAR, Extent.COLUMNS}:
             shape = made.shape or (1,)
             self.places[name] = Segment(stack=stack, shape=(1, *shape) if tensor.leading else shape)
+        elif tensor.kernel_order:
+            self.places[name] = self._in_stream(stack, made, first, total, in_one)
         elif tensor.transposed:
             self.places[name] = StackPart(stack=stack, line=first, lines=total, flat=True)
         else:
@@ -177,6 +188,18 @@ class _Ranks:
             padding = Padding(result=TensorSpec(made.dtype, (total - made.shape[0], *made.shape[1:])))
             self.places[f"{stack}:padding"] = Segment(stack=stack, shape=(total, *made.shape[1:]), first=made.numel)
             yield Delivery(f"{stack}:padding", padding)
+
+    def _in_stream(self, stack: str, made: TensorSpec, first: int, total: int, bundle: int) -> Segment:
+        """Return the place of codes in the order of a kernel, of `total` bundles of rows of which `first` come before.
+
+        The file has the shape [in, out / codes in an element]; bytes of later rows come later all the same.
+        """
+        order = self.choice.mode.order if self.choice.mode else None
+        if order is None:
+            raise AssertionError("a mode with codes in the order of a kernel has that order")
+        per_bundle, in_element = made.shape[1], made.dtype.bits // order.bits
+        shape = (per_bundle * in_element // bundle, total * bundle // in_element)
+        return Segment(stack=stack, shape=shape, first=first * per_bundle)
 
     def _segment(
         self, stack: str, tensor: BuildTensor, spot: Spot, made: TensorSpec, first: int, total: int
