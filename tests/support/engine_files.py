@@ -13,6 +13,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from mixed_gemm import codes_in_stream
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ QUANTIZATION_KEYS = {
     "exclude_modules",
 }
 MAPPING_KEYS = {"world_size", "tp_size", "pp_size", "moe_tp_size", "moe_ep_size"}
+KERNEL_BITS = {"W4A16_GPTQ": 4, "W8A16_GPTQ": 8}
+"""The algorithms whose files have codes in the order of a kernel, and the bits of a code."""
+ADDS_BIAS_IN_KERNEL = {"W4A16_AWQ", *KERNEL_BITS}
 SWAPPING = {"FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"}
 HUGGING_FACE = {
     "attention.dense": "self_attn.o_proj",
@@ -59,10 +63,11 @@ class Loaded:
 
 
 class EngineFiles:
-    """An engine-build checkpoint, as `PretrainedModel.from_checkpoint` reads it."""
+    """An engine-build checkpoint, as `PretrainedModel.from_checkpoint` reads it on a GPU of some SM."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, sm: int = 80) -> None:
         self.directory = directory
+        self.sm = sm
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self.quantization = self.config["quantization"]
         mapping = self.config["mapping"]
@@ -170,7 +175,7 @@ class EngineFiles:
         has_bias = self.config[bias] and not (row_parallel and "qwen_type" in self.config)
         tensors: dict[str, Wanted] = {"bias": (dtype, (out,))} if has_bias else {}
         algo = None if self.excluded(name) else self.algo
-        if algo in {"W4A16_AWQ", "W4A16_GPTQ"}:
+        if algo in ADDS_BIAS_IN_KERNEL:
             whole = (out * (1 if row_parallel else self.tp), in_ * (self.tp if row_parallel else 1))
             assert group in {64, 128}
             assert not any(size % (max(64, group) * self.tp) for size in whole), f"{name} {whole} would be padded"
@@ -185,6 +190,14 @@ class EngineFiles:
                 "weights_scaling_factor": ("float32", (out, in_ // group)),
                 **(prequant if self.quantization["pre_quant_scale"] else {}),
                 **zeros,
+            },
+            **{
+                gptq: {
+                    "weight": (dtype, (in_, out * bits // 16)),
+                    "weights_scaling_factor": (dtype, (in_ // group, out)),
+                    **zeros,
+                }
+                for gptq, bits in KERNEL_BITS.items()
             },
             "W8A16": {"weight": ("int8", (in_, out)), "per_channel_scale": (dtype, (out,))},
             "FP8": {
@@ -211,6 +224,9 @@ class EngineFiles:
                 "activation_scaling_factor": scalar,
             },
         }
+        if self.algo == "W8A16" and algo is None:
+            # The load hook quantizes what its list excludes by the name of the Linear, unless the tensor matches too.
+            assert self.excluded(f"{name}.weight"), f"{name} would be quantized"
         if algo == "W8A16":
             assert self.config["disable_weight_only_quant_plugin"], "or the file depends on the GPU"
         tensors |= forms[algo]
@@ -229,8 +245,9 @@ class EngineFiles:
         }
         algo = None if self.excluded(name) else self.algo
         bias = held.get("bias")
-        if algo == "W4A16_AWQ" and bias is not None and name.endswith(("dense", "proj")) and rank % self.tp:
-            # Groupwise layers add the bias inside the plug-in, before ranks are added up; the load hook zeroes it.
+        if self.algo == "W4A16_AWQ" and bias is not None and name.endswith(("dense", "proj")) and rank % self.tp:
+            # Groupwise layers add the bias inside the plug-in, before ranks are added up. The load hook zeroes it, by
+            # its name alone: also that of a plain Linear, which adds it on every rank afterwards.
             bias = torch.zeros_like(bias)
         zero = None
         weight = held["weight"]
@@ -239,6 +256,8 @@ class EngineFiles:
                 weight = weight.double()
             case "W4A16_AWQ":
                 weight, zero = self._groupwise(held)
+            case "W4A16_GPTQ" | "W8A16_GPTQ":
+                weight, zero = self._permuted(held, KERNEL_BITS[algo])
             case "W8A16":
                 weight = weight.T.double() * held["per_channel_scale"].double()[:, None]
             case "FP8":
@@ -256,6 +275,17 @@ class EngineFiles:
                 scale = held["weights_scaling_factor"].double().repeat_interleave(16, dim=1)
                 weight = codes * scale * held["weights_scaling_factor_2"].double()
         return Loaded(weight=weight, bias=bias, zero=zero)
+
+    def _permuted(self, held: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] of a file whose codes are in the order of the kernel, and its zeros in the same shape."""
+        in_, out = held["weight"].shape[0], held["weight"].shape[1] * 16 // bits
+        stream = held["weight"].view(torch.uint8).numpy().tobytes()
+        codes = torch.from_numpy(codes_in_stream(stream, in_, out, bits=bits, inputs=16, sm=self.sm)).double()
+        group = self.quantization["group_size"]
+        scale, zero = (
+            held[local].double().repeat_interleave(group, dim=0) for local in ("weights_scaling_factor", "zero")
+        )
+        return (codes * scale + zero).T.contiguous(), zero.T.contiguous()
 
     def _groupwise(self, held: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in] of a groupwise int4 Linear, and its zeros in the same shape."""
@@ -328,7 +358,7 @@ class EngineFiles:
         """What is added to the output: parts side by side, or once after the ranks are added up."""
         if not row_parallel:
             return torch.cat(biases).double()
-        if self.algo == "W4A16_AWQ" and not self.excluded(name):
+        if self.algo in ADDS_BIAS_IN_KERNEL and not self.excluded(name):
             return torch.stack(biases).double().sum(dim=0)
         return _same(iter(biases))
 

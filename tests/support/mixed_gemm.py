@@ -5,6 +5,8 @@ The product is not used. A stream is decoded by the position that each code has 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 __all__ = ["codes_in_stream", "positions", "stream_of"]
@@ -18,6 +20,7 @@ SHUFFLES = {
 REGISTERS = {4: "0 2 4 6 1 3 5 7", 8: "0 2 1 3"}
 
 
+@cache
 def positions(in_: int, out: int, *, bits: int, inputs: int, sm: int) -> np.ndarray:
     """The number k * out + n of the code [k, n] at each place of the stream."""
     codes = np.arange(in_ * out).reshape(in_, out)

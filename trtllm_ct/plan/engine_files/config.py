@@ -28,7 +28,9 @@ __all__ = ["build_config", "config_warnings", "rope_of_model"]
 
 # `QuantConfig.group_size` is 128 by default, and some pages say 64: it is always written.
 _GROUP_SIZE = 128
-# `exclude_modules` replaces the default list of the engine, so the entries of that list are repeated here.
+# `exclude_modules` replaces the default list of the engine, so the entries of that list are repeated here. It is
+# compared with the names of Linears, and when weights of W8A16 are loaded with those of tensors
+# (`models/convert_utils.py: weight_only_quantize_dict`): only a name with an asterisk behind it matches both.
 _ALWAYS_EXCLUDED = ("lm_head", "*router", "transformer.vocab_embedding")
 _NOT_RUN = (
     "target engine follows the published source of TensorRT-LLM, and no engine was built from it here: "
@@ -142,7 +144,9 @@ def _quantization(choice: Choice, kv_cache: str | None) -> dict[str, Any]:
         "group_size": choice.group_size or _GROUP_SIZE,
         "has_zero_point": bool(mode and mode.has_zero_point),
         "pre_quant_scale": bool(mode and mode.pre_quant_scale),
-        "exclude_modules": [*_ALWAYS_EXCLUDED, *choice.excluded] if choice.excluded else None,
+        "exclude_modules": [*_ALWAYS_EXCLUDED, *(f"{name}*" for name in choice.excluded)]
+        if choice.excluded
+        else None,
     }
 
 

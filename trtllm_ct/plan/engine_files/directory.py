@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.build_mode import RowBias
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.plan.assign import Assignment
 from trtllm_ct.plan.engine_files.cache import cache_scales
@@ -77,6 +78,7 @@ class EngineDirectory:
         """Return all modules with the pieces of all ranks; `modules` are the plans that deliver them plain."""
         modules = tuple(modules)
         self._refuse_biases(modules, faults)
+        self._refuse_zeroed_biases(modules, faults)
         if kv_cache is not None:
             self._require_cache_scales(modules, kv_cache, faults)
         rope = rope_of_model(self.model, faults)
@@ -118,14 +120,44 @@ class EngineDirectory:
         """Add a fault for each bias that the engine's class has no parameter for: it would be left out silently."""
         for module in modules:
             spot = self.layout.spot(module.name)
-            has_bias = any(delivery.name.endswith(".bias") for delivery in module.deliveries)
-            if has_bias and (spot is None or spot.name not in self.layout.row.biases):
+            if _has_bias(module) and (spot is None or spot.name not in self.layout.row.biases):
                 faults.add(
                     where=f"{module.name}.bias",
                     expected=f"no bias: the class of {self.model.name} in the TensorRT backend leaves it out",
                     found="a bias",
                     remedy="Convert with --to modelopt: the PyTorch backend adds it.",
                 )
+
+
+    def _refuse_zeroed_biases(self, modules: Iterable[ModulePlan], faults: FaultCollector) -> None:
+        """Add a fault for biases of plain Linears that the loader sets to zero on all ranks but the first.
+
+        It knows them by their name only. A plain Linear adds its bias on every rank after the ranks are added up, so
+        that the ranks would go on with different numbers.
+        """
+        mode = self.choice.mode
+        if mode is None or mode.row_bias is not RowBias.ZEROED_BY_LOADER or self.parallel.tensor == 1:
+            return
+        names = [
+            module.name
+            for module in modules
+            if _has_bias(module)
+            and module.name in self.layout.sites.keys() - self.choice.held.keys()
+            and self.layout.is_row_parallel(module.name)
+        ]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            faults.add(
+                where=f"{names[0]}.bias{more}",
+                expected=f"no bias of a plain Linear beside {mode.algo}",
+                found="one: the loader sets it to zero on all ranks but the first, and the Linear adds it on all of them",
+                remedy="Convert with --tp 1, or with --to modelopt: the PyTorch backend adds it once.",
+            )
+
+
+def _has_bias(module: ModulePlan) -> bool:
+    """Whether a module delivers a bias."""
+    return any(delivery.name.endswith(".bias") for delivery in module.deliveries)
 
 
 def refuse_unbuilt(model: Model, parallel: Parallel, faults: FaultCollector, *, dense_o_proj: bool) -> bool:
