@@ -152,7 +152,11 @@ class _Chooser:
             return AWQ_WITH_ZEROS
         if len(different) > 1:
             algos = " and ".join(dict.fromkeys(str(mode.algo) for mode in different))
-            self._add(list(modes), "one mode for the whole engine, which is all that this target writes", algos)
+            expected = "one mode for the whole engine: this target doesn't write MIXED_PRECISION"
+            swapping = [str(mode.algo) for mode in different if mode.swaps_modules]
+            if swapping:
+                expected = f"{swapping[0]} alone: it replaces whole modules, and no mode can be beside it"
+            self._add(list(modes), expected, algos)
         return different[0] if different else None
 
     def _refuse(self, refused: Mapping[str, str]) -> None:
