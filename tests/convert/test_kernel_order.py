@@ -1,4 +1,4 @@
-"""Target `engine` with consent: int4 and int8 codes in the order of one generation's kernels, and the file says which."""
+"""Target `engine` with consent: integer codes in the order of one generation's kernels, which config.json names."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_every_code_is_found_where_the_description_has_it(bits: Literal[4, 8], s
 
 @pytest.mark.parametrize(("bits", "sm"), BUNDLES)
 def test_rows_and_columns_of_a_part_are_a_part_of_the_bytes(bits: Literal[4, 8], sm: int) -> None:
-    """Ranks and parts of fused Linears are cut from what is delivered: whole bundles of rows, whole tiles of columns."""
+    """Ranks and parts of fused Linears are cut from what is delivered: by bundles of rows and tiles of columns."""
     order = KernelOrder(bits=bits, bundle=BUNDLES[bits, sm])
     codes = torch.randint(-8, 8, (24, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
 

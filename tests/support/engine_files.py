@@ -244,11 +244,6 @@ class EngineFiles:
             key.removeprefix(f"{name}."): value for key, value in self.files[rank].items() if key.startswith(f"{name}.")
         }
         algo = None if self.excluded(name) else self.algo
-        bias = held.get("bias")
-        if self.algo == "W4A16_AWQ" and bias is not None and name.endswith(("dense", "proj")) and rank % self.tp:
-            # Groupwise layers add the bias inside the plug-in, before ranks are added up. The load hook zeroes it, by
-            # its name alone: also that of a plain Linear, which adds it on every rank afterwards.
-            bias = torch.zeros_like(bias)
         zero = None
         weight = held["weight"]
         match algo:
@@ -274,10 +269,19 @@ class EngineFiles:
                 codes = e2m1_values(weight)
                 scale = held["weights_scaling_factor"].double().repeat_interleave(16, dim=1)
                 weight = codes * scale * held["weights_scaling_factor_2"].double()
-        return Loaded(weight=weight, bias=bias, zero=zero)
+        return Loaded(weight=weight, bias=self._loaded_bias(held.get("bias"), rank, name), zero=zero)
+
+    def _loaded_bias(self, bias: Tensor | None, rank: int, name: str) -> Tensor | None:
+        """A bias after the load hook.
+
+        Groupwise layers add it inside the plug-in, before ranks are added up. Under W4A16_AWQ the hook zeroes it, by
+        its name alone: also that of a plain Linear, which adds it on every rank afterwards.
+        """
+        zeroed = self.algo == "W4A16_AWQ" and name.endswith(("dense", "proj")) and rank % self.tp
+        return torch.zeros_like(bias) if bias is not None and zeroed else bias
 
     def _permuted(self, held: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor | None]:
-        """The weight [out, in] of a file whose codes are in the order of the kernel, and its zeros in the same shape."""
+        """The weight [out, in] of codes in the order of the kernel, and its zeros in the same shape."""
         in_, out = held["weight"].shape[0], held["weight"].shape[1] * 16 // bits
         stream = held["weight"].view(torch.uint8).numpy().tobytes()
         codes = torch.from_numpy(codes_in_stream(stream, in_, out, bits=bits, inputs=16, sm=self.sm)).double()

@@ -43,7 +43,9 @@ def verified(
     built = write_checkpoint(
         tmp_path / "source", config=tiny_config(architecture, **SIZES | more), scheme=scheme, kv=kv
     )
-    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=parallel, sm=sm, untested=sm is not None)
+    convert_checkpoint(
+        built.directory, tmp_path / "out", to="engine", parallel=parallel, sm=sm, untested=sm is not None
+    )
     if damage is not None:
         path = tmp_path / "out" / "rank1.safetensors"
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -129,9 +131,7 @@ def test_codes_in_the_order_of_a_kernel_are_good(scheme: str, sm: int, tmp_path:
 def test_a_changed_tensor_in_the_order_of_a_kernel_is_found(
     sm: int, name: str, change: Callable[[Tensor], object], tmp_path: Path
 ) -> None:
-    report = verified(
-        tmp_path, "int4-g64", damage=lambda tensors: change(tensors[name]), sm=sm, attention_bias=True
-    )
+    report = verified(tmp_path, "int4-g64", damage=lambda tensors: change(tensors[name]), sm=sm, attention_bias=True)
 
     assert {fault.where.partition(",")[0].rpartition(".")[0] for fault in report.faults} == {
         f"rank1.safetensors: {name.rpartition('.')[0]}"

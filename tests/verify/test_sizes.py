@@ -65,9 +65,7 @@ class TestEngineDirectories:
     @pytest.mark.parametrize(
         ("parallel", "good"), [(Parallel(tensor=2), True), (Parallel(), False), (Parallel(tensor=2, pipeline=2), False)]
     )
-    def test_other_sizes_are_a_fault(
-        self, made: tuple[Path, Path, int | None], parallel: Parallel, good: bool
-    ) -> None:
+    def test_other_sizes_are_a_fault(self, made: tuple[Path, Path, int | None], parallel: Parallel, good: bool) -> None:
         assert verify_with_sizes(made[0], made[1], parallel).good is good
 
 

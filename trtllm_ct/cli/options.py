@@ -1,7 +1,7 @@
 """The options of the commands, each written down once; its choices come from the tables of the package.
 
-Every command that makes a plan has `ForEngine`, `ForSm`, `Untested`, the parallel sizes, `DenseDtypeOption` and `DenseOutput`:
-`pipeline/open.py: plan_checkpoint` has a keyword for each.
+Every command that makes a plan has `ForEngine`, `ForSm`, `Untested`, the parallel sizes, `DenseDtypeOption` and
+`DenseOutput`: `pipeline/open.py: plan_checkpoint` has a keyword for each.
 """
 
 from __future__ import annotations

@@ -159,9 +159,10 @@ def convert_checkpoint(
 
     `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for, and `sm` the SM of
     its GPUs; without it, the directory is made for what all of them have in common. With `untested`, an `engine`
-    directory has int4 codes in the order of the kernel on these GPUs, which no engine was built from. `parallel` gives the parallel sizes
-    that the engine will run with: a module is dequantized when its mode can't represent the slices that the ranks get.
-    The output directory itself is not split by rank, except that of `engine`, which has a file for each rank.
+    directory has integer codes in the order of the kernel on these GPUs, see `target_named`.
+    `parallel` gives the parallel sizes that the engine will run with: a module is dequantized when its mode can't
+    represent the slices that the ranks get. The output directory itself is not split by rank, except that of `engine`,
+    which has a file for each rank.
     `dtype` is the dtype of dequantized modules; `auto` is the dtype of the model. With `float16`, and for `engine`, all
     plain tensors are cast as well, and a value that overflows is an error.
     `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed

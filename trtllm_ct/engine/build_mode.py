@@ -109,7 +109,8 @@ class BuildMode:
     of weight-only Linears. `swaps_modules` says that the quantization pass replaces whole attention, MLP and norm
     modules, so that no single Linear can stay plain; such attention has no norms of queries and keys. `requantizes`
     says that a fused Linear has one scale, which its parts are requantized to. `norm_scale` is a tensor of ones that
-    each norm of a layer has. `row_bias` says what becomes of biases. `derived` describes what no converter of TensorRT-LLM writes; empty if one does.
+    each norm of a layer has. `row_bias` says what becomes of biases. `derived` describes what no converter of
+    TensorRT-LLM writes; empty if one does.
     """
 
     algo: QuantAlgo

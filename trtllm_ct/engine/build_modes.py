@@ -235,6 +235,7 @@ def mode_of(weight: Weight, modes: Sequence[BuildMode]) -> BuildMode | None:
 
 
 _NO_INPUTS = "no layer of the engine computes with such weights on"
+_FOR_ONE_GENERATION = f"its files serve one generation of GPUs, and need --sm and {UNTESTED}"
 _REFUSALS: tuple[tuple[Callable[[Weight], bool], str], ...] = (
     (
         lambda weight: weight.permuted,
@@ -251,8 +252,7 @@ _REFUSALS: tuple[tuple[Callable[[Weight], bool], str], ...] = (
     ),
     (
         lambda weight: any(mode.holds(weight) for mode in kernel_modes(KERNEL_SMS[0])),
-        "int8 weights with groups or zero points exist as W8A16_GPTQ only, whose files serve one generation of "
-        f"GPUs and need --sm and {UNTESTED}",
+        f"int8 weights with groups or zero points exist as W8A16_GPTQ only: {_FOR_ONE_GENERATION}",
     ),
     (
         lambda weight: (

@@ -75,7 +75,8 @@ class Checkpoint:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
         `sm` is the SM of the GPUs that the engine will run on; `additive_zeros` affects only target `tensorrt_llm`, and
-        `untested` only target `engine`; see `target_named`. Raises `PlanError` with all faults, and `UsageError` for an unknown name or SM.
+        `untested` only target `engine`; see `target_named`. Raises `PlanError` with all faults, and `UsageError` for an
+        unknown name or SM.
         """
         return make_plan(
             self.config,

@@ -49,4 +49,5 @@ def _place_in_row(columns: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
     fourths = block // 8
     fourth, inside = np.divmod(columns % block, 8)
     pair, odd = np.divmod(inside, 2)
-    return columns // block * block + pair * 2 * fourths + odd * fourths + fourth
+    place: NDArray[np.int64] = columns // block * block + pair * 2 * fourths + odd * fourths + fourth
+    return place

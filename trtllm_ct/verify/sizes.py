@@ -28,7 +28,8 @@ def verify_with_sizes(
 
     With `parallel`, it must hold these sizes; with `sm`, the GPUs of this SM must run its modes. An engine-build
     checkpoint is for its own sizes alone, and for its own GPUs if its codes are in the order of a kernel.
-    `directory` may be a converted directory for the PyTorch backend itself. Without its source only these two are checked.
+    `directory` may be a converted directory for the PyTorch backend itself. Without its source only these two are
+    checked.
     Raises what `verify_checkpoint` raises, and `UsageError` for an unknown SM.
     """
     if parallel is None and sm is None:

@@ -58,7 +58,7 @@ def faults_of(
         ("int4-g32-asym", "groups of 64 and 128 columns only", DEQUANTIZED),
         ("int4-g64-actorder", "no kernel of engines has a group index", DEQUANTIZED),
         ("int8-g32", "groups of 64 and 128 columns only", DEQUANTIZED),
-        ("int8-g64", "W8A16_GPTQ only, whose files serve one generation of GPUs", DEQUANTIZED),
+        ("int8-g64", "W8A16_GPTQ only: its files serve one generation of GPUs", DEQUANTIZED),
         ("int8-channel-asym", "and need --sm and --i-know-this-is-untested", DEQUANTIZED),
         ("w8a8-static-asym", "no layer of the engine computes with such weights on int8 tensor asymmetric", ON_PYTORCH),
         ("w4a8", "W4A8_AWQ needs a static scale of the input", ON_PYTORCH),

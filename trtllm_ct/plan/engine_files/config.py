@@ -144,9 +144,7 @@ def _quantization(choice: Choice, kv_cache: str | None) -> dict[str, Any]:
         "group_size": choice.group_size or _GROUP_SIZE,
         "has_zero_point": bool(mode and mode.has_zero_point),
         "pre_quant_scale": bool(mode and mode.pre_quant_scale),
-        "exclude_modules": [*_ALWAYS_EXCLUDED, *(f"{name}*" for name in choice.excluded)]
-        if choice.excluded
-        else None,
+        "exclude_modules": [*_ALWAYS_EXCLUDED, *(f"{name}*" for name in choice.excluded)] if choice.excluded else None,
     }
 
 

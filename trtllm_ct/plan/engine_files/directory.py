@@ -128,7 +128,6 @@ class EngineDirectory:
                     remedy="Convert with --to modelopt: the PyTorch backend adds it.",
                 )
 
-
     def _refuse_zeroed_biases(self, modules: Iterable[ModulePlan], faults: FaultCollector) -> None:
         """Add a fault for biases of plain Linears that the loader sets to zero on all ranks but the first.
 
@@ -150,7 +149,7 @@ class EngineDirectory:
             faults.add(
                 where=f"{names[0]}.bias{more}",
                 expected=f"no bias of a plain Linear beside {mode.algo}",
-                found="one: the loader sets it to zero on all ranks but the first, and the Linear adds it on all of them",
+                found="one: the loader sets it to zero on all ranks but the first, and all of them add theirs",
                 remedy="Convert with --tp 1, or with --to modelopt: the PyTorch backend adds it once.",
             )
 
