@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from mixed_gemm import codes_in_stream, stream_of
+from engine_codes import codes_in_stream, stream_of
 
 from trtllm_ct.layouts.mixed_gemm import KernelOrder, in_kernel_order
 

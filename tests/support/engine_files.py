@@ -13,7 +13,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mixed_gemm import codes_in_stream
+from engine_codes import codes_in_stream, e2m1_values
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["EngineFiles", "e2m1_values"]
+__all__ = ["EngineFiles"]
 
 Wanted = tuple[str, tuple[int, ...]]
 LINEARS = {"attention.qkv": False, "attention.dense": True, "mlp.fc": False, "mlp.gate": False, "mlp.proj": True}
@@ -50,7 +50,6 @@ HUGGING_FACE = {
     "attention.q_layernorm": "self_attn.q_norm",
     "attention.k_layernorm": "self_attn.k_norm",
 }
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(slots=True)
@@ -388,13 +387,6 @@ class EngineFiles:
         for expert in range(self.config["moe"]["num_experts"]):
             for projection, stack in (("w1", gate), ("w2", down), ("w3", up)):
                 yield f"block_sparse_moe.experts.{expert}.{projection}.weight", stack[expert]
-
-
-def e2m1_values(packed: Tensor) -> Tensor:
-    """Two FP4 numbers of each byte, the even column in the low half."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
-    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
-    return table[halves.long()]
 
 
 def _same(parts: Iterator[Any]) -> Tensor:

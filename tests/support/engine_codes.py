@@ -1,15 +1,23 @@
-"""The order in which kernels for narrow weights read codes, step by step as the description of the format has it.
+"""The codes of engine-build checkpoints, read as the description of the format has it; the product is not used.
 
-The product is not used. A stream is decoded by the position that each code has in it.
+The order in which kernels for narrow weights read codes is made step by step. A stream is decoded by the position that
+each code has in it.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-__all__ = ["codes_in_stream", "positions", "stream_of"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["codes_in_stream", "e2m1_values", "positions", "stream_of"]
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 SHUFFLES = {
     (16, 8): "0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15",
@@ -58,3 +66,10 @@ def codes_in_stream(stream: bytes, in_: int, out: int, *, bits: int, inputs: int
     codes = np.empty(in_ * out, np.int64)
     codes[positions(in_, out, bits=bits, inputs=inputs, sm=sm)] = unsigned - 2 ** (bits - 1)
     return codes.reshape(in_, out)
+
+
+def e2m1_values(packed: Tensor) -> Tensor:
+    """Two FP4 numbers of each byte, the even column in the low half."""
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
+    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+    return table[halves.long()]
