@@ -98,6 +98,37 @@ def test_a_bias_that_the_kernel_adds_is_zero_on_all_ranks_but_the_first(tmp_path
     assert_close(files, built.dense)
 
 
+def test_plain_linears_beside_them_keep_their_bias_on_every_rank(tmp_path: Path) -> None:
+    """They add it after the ranks are added up, and the loader of these files zeroes nothing."""
+    scheme = dict.fromkeys([f"{part}_proj" for part in ("q", "k", "v", "gate", "up", "down")], "int4-g64")
+    built = write_checkpoint(tmp_path / "source", config=config(attention_bias=True, mlp_bias=True), scheme=scheme)
+
+    files = permuted(built.directory, tmp_path / "out", 90)
+
+    assert files.excluded("transformer.layers.0.attention.dense")
+    assert_close(files, built.dense)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("LlamaForCausalLM", {"tied": True}),
+        ("MistralForCausalLM", {}),
+        ("Qwen2ForCausalLM", {}),
+        ("Qwen3ForCausalLM", {}),
+    ],
+)
+def test_every_class_has_them(architecture: str, more: dict[str, Any], tmp_path: Path) -> None:
+    source = tiny_config(architecture, **SIZES | more)
+    built = write_checkpoint(tmp_path / "source", config=source, scheme="int4-g64", kv=True)
+
+    files = permuted(built.directory, tmp_path / "out", 80, dtype="float16")
+
+    assert (files.algo, files.quantization["kv_cache_quant_algo"]) == ("W4A16_GPTQ", "FP8")
+    head = {"lm_head.weight": built.dense["model.embed_tokens.weight"]} if more.get("tied") else {}
+    assert_close(files, built.dense | head)
+
+
 @pytest.mark.parametrize("scheme", ["fp8-channel-token", "int8-channel"])
 def test_weights_with_a_form_for_all_gpus_keep_it(scheme: str, tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "source", config=config(), scheme=scheme)

@@ -118,7 +118,7 @@ class _Ranks:
             begin, end = (
                 self.layout.head_rows(place.tensor, rows) if head else self.layout.rows(whole.name, place.tensor, rows)
             )
-            piece = _cut_rows(whole, begin, end, rows)
+            piece = _cut_rows(whole, items, begin, end, rows)
         first, total = self._joined_rows(whole.name, spot, place, end - begin, head=head)
         deliveries: list[Delivery] = []
         for item, delivery in zip(items, piece.deliveries, strict=True):
@@ -241,18 +241,21 @@ class _Ranks:
         return module.weight is not None or "weight" in module.views
 
 
-def _cut_rows(module: ModulePlan, begin: int, end: int, rows: int) -> ModulePlan:
-    """Return the plan of some rows of a module: of stored rows where they can be cut, or else of delivered rows."""
+def _cut_rows(module: ModulePlan, items: tuple[Item, ...], begin: int, end: int, rows: int) -> ModulePlan:
+    """Return the plan of some rows of a module: of stored rows where they can be cut, or else of delivered rows.
+
+    `items` are those that it delivers, in the same order.
+    """
     if (begin, end) == (0, rows):
         return module
     unit = row_unit(module)
     if can_narrow(module) and begin % unit == 0 and (end % unit == 0 or end == rows):
         return narrow(module, begin, end)
     deliveries = []
-    for delivery in module.deliveries:
+    for item, delivery in zip(items, module.deliveries, strict=True):
         operation = delivery.operation
         in_one = weight_rows_per_row(operation, module.weight)
-        if operation.result.shape[:1] == (rows // in_one,) and not isinstance(operation, Padding):
+        if item.tensor.extent in {Extent.MATRIX, Extent.ROWS}:
             operation = Slice.of(operation, 0, begin // in_one, end // in_one)
         deliveries.append(delivery._replace(operation=operation))
     return replace(module, deliveries=tuple(deliveries))
