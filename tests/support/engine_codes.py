@@ -15,8 +15,10 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["codes_in_stream", "e2m1_values", "positions", "stream_of"]
+__all__ = ["KERNEL_BITS", "codes_in_stream", "e2m1_values", "positions", "stream_of"]
 
+KERNEL_BITS = {"W4A16_GPTQ": 4, "W8A16_GPTQ": 8}
+"""The algorithms whose files have codes in the order of a kernel, and the bits of a code."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 SHUFFLES = {

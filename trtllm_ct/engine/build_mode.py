@@ -109,8 +109,8 @@ class BuildMode:
     of weight-only Linears. `swaps_modules` says that the quantization pass replaces whole attention, MLP and norm
     modules, so that no single Linear can stay plain; such attention has no norms of queries and keys. `requantizes`
     says that a fused Linear has one scale, which its parts are requantized to. `norm_scale` is a tensor of ones that
-    each norm of a layer has. `row_bias` says what becomes of biases. `derived` describes what no converter of
-    TensorRT-LLM writes; empty if one does.
+    each norm of a layer has. `row_bias` says what becomes of biases. `mixes` says that Linears of other such modes may
+    be beside it. `derived` describes what no converter of TensorRT-LLM writes; empty if one does.
     """
 
     algo: QuantAlgo
@@ -133,6 +133,7 @@ class BuildMode:
     requantizes: bool = False
     norm_scale: str | None = None
     row_bias: RowBias = RowBias.AFTER_SUM
+    mixes: bool = False
     derived: str = ""
 
     def holds(self, weight: Weight) -> bool:

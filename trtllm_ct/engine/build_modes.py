@@ -69,6 +69,7 @@ W4A16_AWQ = BuildMode(
     multiple=64,
     pre_quant_scale=True,
     row_bias=RowBias.ZEROED_BY_LOADER,
+    mixes=True,
     tensors=(_codes(DType.I8), _GROUP_SCALE, _PREQUANT),
 )
 AWQ_WITH_ZEROS = BuildMode(
@@ -83,6 +84,7 @@ AWQ_WITH_ZEROS = BuildMode(
     multiple=64,
     has_zero_point=True,
     row_bias=RowBias.ZEROED_BY_LOADER,
+    mixes=True,
     derived="W4A16_AWQ with zero points and without pre_quant_scale",
     tensors=(_codes(DType.I8), _GROUP_SCALE, _ZERO),
 )
@@ -110,6 +112,7 @@ BUILD_MODES: tuple[BuildMode, ...] = (
         bits=_EIGHT,
         strategies=frozenset({Strategy.TENSOR}),
         inputs=frozenset({Inputs.FP8_STATIC}),
+        mixes=True,
         requantizes=True,
         tensors=(
             _codes(DType.F8_E4M3),
@@ -135,6 +138,7 @@ BUILD_MODES: tuple[BuildMode, ...] = (
         bits=_UP_TO_8,
         strategies=_ROWS,
         inputs=frozenset({Inputs.INT8_STATIC}),
+        mixes=True,
         packing=INT8_PLAIN,
         tensors=(
             _codes(DType.I8),
@@ -173,6 +177,7 @@ BUILD_MODES: tuple[BuildMode, ...] = (
         bits=frozenset({4}),
         strategies=frozenset({Strategy.GROUP, Strategy.TENSOR_GROUP}),
         inputs=frozenset({Inputs.FP4_LOCAL}),
+        mixes=True,
         two_level=True,
         group_sizes=(16,),
         tensors=(

@@ -197,6 +197,7 @@ class _Planner:
             stacks=stacks,
             places=built.places if built else {},
             build_config=built.config if built else None,
+            build_layers=built.layers if built else None,
             tied=self.model.tied,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )

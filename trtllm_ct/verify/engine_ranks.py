@@ -106,10 +106,13 @@ class EngineRanks:
     config: Mapping[str, Any] = field(init=False)
     files: list[dict[str, FileTensor]] = field(init=False, default_factory=list)
     seen: set[tuple[int, str]] = field(init=False, default_factory=set)
+    _layers: Mapping[str, Mapping[str, Any]] | None = field(init=False, default=None)
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __enter__(self) -> Self:
         self.config = read_json_object(self.directory / "config.json")
+        if self.quantization["quant_algo"] == "MIXED_PRECISION":
+            self._layers = read_json_object(self.directory / "quant_cfg.json")["quantized_layers"]
         for rank in range(self.tensor * self.pipeline):
             file = f"rank{rank}.safetensors"
             if not (self.directory / file).is_file():
@@ -173,16 +176,20 @@ class EngineRanks:
             name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])) for pattern in patterns
         )
         quantized = name.startswith("transformer.layers.") and local in _QUANTIZED
-        algo: str | None = self.quantization["quant_algo"]
+        algo: str | None = self.block(name).get("quant_algo")
         return algo if quantized and not excluded else None
+
+    def block(self, name: str) -> Mapping[str, Any]:
+        """Return how an engine's module is quantized: the block of all, or its own in quant_cfg.json."""
+        return self.quantization if self._layers is None else self._layers.get(name, {})
 
     def required(self, part: Located) -> Iterator[str]:
         """Yield the local names of the tensors that an engine's module must have on the rank of a part."""
         algo = self.algo(part.name)
         yield from ("weight", *REQUIRED[algo])
-        if algo == "W4A16_AWQ" and self.quantization["pre_quant_scale"]:
+        if algo == "W4A16_AWQ" and self.block(part.name)["pre_quant_scale"]:
             yield "prequant_scaling_factor"
-        if algo in _GROUPWISE and self.quantization["has_zero_point"]:
+        if algo in _GROUPWISE and self.block(part.name)["has_zero_point"]:
             yield "zero"
         if algo == "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN" and part.columns:
             yield "smoother"
@@ -313,7 +320,7 @@ class EngineRanks:
 
     def in_kernel_order(self, part: Located, begin: int, end: int) -> NDArray[np.float64]:
         """Return rows of W4A16_GPTQ or W8A16_GPTQ: one stream of bytes, seen as [in, out / codes in an element]."""
-        weight, bits = self.get(part, "weight"), _KERNEL_BITS[self.quantization["quant_algo"]]
+        weight, bits = self.get(part, "weight"), _KERNEL_BITS[self.block(part.name)["quant_algo"]]
         columns, together = weight.shape[0], tile_rows(bits, self.sm)
         first, last = begin // together * together, -(-end // together) * together
         row_bytes = columns * bits // 8
@@ -326,9 +333,10 @@ class EngineRanks:
         self, part: Located, codes: NDArray[Any], scale: NDArray[np.float64], begin: int, end: int
     ) -> NDArray[np.float64]:
         """Return code * scale, with zeros added if the mode has them."""
-        group = int(self.quantization["group_size"])
+        block = self.block(part.name)
+        group = int(block["group_size"])
         values = codes * np.repeat(scale, group, axis=1)
-        if self.quantization["has_zero_point"]:
+        if block["has_zero_point"]:
             zero = Transposed(matrix=self.get(part, "zero")).numbers(begin, end)
             values = values + np.repeat(zero, group, axis=1)
         return values

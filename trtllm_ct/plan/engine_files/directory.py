@@ -11,7 +11,7 @@ from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.plan.assign import Assignment
 from trtllm_ct.plan.engine_files.cache import cache_scales
 from trtllm_ct.plan.engine_files.choice import Choice, choose
-from trtllm_ct.plan.engine_files.config import build_config, config_warnings, rope_of_model
+from trtllm_ct.plan.engine_files.config import build_config, build_layers, config_warnings, rope_of_model
 from trtllm_ct.plan.engine_files.layout import Layout
 from trtllm_ct.plan.engine_files.ranks import rank_modules
 from trtllm_ct.plan.models.build_classes import BUILD_CLASSES
@@ -41,6 +41,7 @@ class BuiltModules:
     places: Mapping[str, Segment | StackPart]
     quant_config: QuantConfig
     config: dict[str, Any]
+    layers: dict[str, Any] | None = None
     warnings: tuple[str, ...]
 
 
@@ -99,9 +100,20 @@ class EngineDirectory:
                 modules=modules, places={}, quant_config=QuantConfig(), config=config, warnings=warnings
             )
         pieces, places = rank_modules(modules, self.layout, self.choice, self.dtype)
-        excluded = tuple(config["quantization"]["exclude_modules"] or ())
-        quant_config = QuantConfig(layer=self.choice.layer, kv_cache_quant_algo=kv_cache, exclude_modules=excluded)
-        return BuiltModules(modules=pieces, places=places, quant_config=quant_config, config=config, warnings=warnings)
+        quant_config = QuantConfig(
+            layer=self.choice.layer,
+            kv_cache_quant_algo=kv_cache,
+            exclude_modules=tuple(config["quantization"].get("exclude_modules") or ()),
+            quantized_layers=self.choice.layers,
+        )
+        return BuiltModules(
+            modules=pieces,
+            places=places,
+            quant_config=quant_config,
+            config=config,
+            layers=build_layers(self.choice, kv_cache),
+            warnings=warnings,
+        )
 
     def _require_cache_scales(self, modules: Iterable[ModulePlan], kv_cache: str, faults: FaultCollector) -> None:
         """Add a fault if a layer has no stored scale of its cache: engines can't be built without one."""

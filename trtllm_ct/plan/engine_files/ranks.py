@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.layouts.mixed_gemm import KernelOrder
     from trtllm_ct.plan.engine_files.choice import Choice
     from trtllm_ct.plan.engine_files.layout import Layout, RankPlace, Spot
     from trtllm_ct.plan.ops import Operation
@@ -75,7 +76,7 @@ class _Ranks:
         return replace(
             module,
             ignored=ignored,
-            layer=self.choice.layer,
+            layer=held.layer,
             reason=held.equalized.reason,
             note=self.choice.notes.get(module.name, ""),
         )
@@ -178,7 +179,8 @@ class _Ranks:
             shape = made.shape or (1,)
             self.places[name] = Segment(stack=stack, shape=(1, *shape) if tensor.leading else shape)
         elif tensor.kernel_order:
-            self.places[name] = self._in_stream(stack, made, first, total, in_one)
+            order = self.choice.held[whole.name].mode.order
+            self.places[name] = _in_stream(stack, order, made, first, total)
         elif tensor.transposed:
             self.places[name] = StackPart(stack=stack, line=first, lines=total, flat=True)
         else:
@@ -188,18 +190,6 @@ class _Ranks:
             padding = Padding(result=TensorSpec(made.dtype, (total - made.shape[0], *made.shape[1:])))
             self.places[f"{stack}:padding"] = Segment(stack=stack, shape=(total, *made.shape[1:]), first=made.numel)
             yield Delivery(f"{stack}:padding", padding)
-
-    def _in_stream(self, stack: str, made: TensorSpec, first: int, total: int, bundle: int) -> Segment:
-        """Return the place of codes in the order of a kernel, of `total` bundles of rows of which `first` come before.
-
-        The file has the shape [in, out / codes in an element]; bytes of later rows come later all the same.
-        """
-        order = self.choice.mode.order if self.choice.mode else None
-        if order is None:
-            raise AssertionError("a mode with codes in the order of a kernel has that order")
-        per_bundle, in_element = made.shape[1], made.dtype.bits // order.bits
-        shape = (per_bundle * in_element // bundle, total * bundle // in_element)
-        return Segment(stack=stack, shape=shape, first=first * per_bundle)
 
     def _segment(
         self, stack: str, tensor: BuildTensor, spot: Spot, made: TensorSpec, first: int, total: int
@@ -259,6 +249,18 @@ def _cut_rows(module: ModulePlan, items: tuple[Item, ...], begin: int, end: int,
             operation = Slice.of(operation, 0, begin // in_one, end // in_one)
         deliveries.append(delivery._replace(operation=operation))
     return replace(module, deliveries=tuple(deliveries))
+
+
+def _in_stream(stack: str, order: KernelOrder | None, made: TensorSpec, first: int, total: int) -> Segment:
+    """Return the place of codes in the order of a kernel, of `total` bundles of rows of which `first` come before.
+
+    The file has the shape [in, out / codes in an element]; bytes of later rows come later all the same.
+    """
+    if order is None:
+        raise AssertionError("a mode with codes in the order of a kernel has that order")
+    per_bundle, in_element = made.shape[1], made.dtype.bits // order.bits
+    shape = (per_bundle * in_element // order.bundle, total * order.bundle // in_element)
+    return Segment(stack=stack, shape=shape, first=first * per_bundle)
 
 
 def _part(module: str, spot: Spot) -> str:

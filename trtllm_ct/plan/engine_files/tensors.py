@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.engine.build_mode import BuildTensor, Content, Extent
+from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.models.build_classes import ROUTER
 from trtllm_ct.plan.ops import Cast, Copy, Ones, Repack, WidenScale
@@ -48,6 +49,16 @@ class Held:
     mode: BuildMode
     group_size: int | None
     equalized: Equalized
+
+    @property
+    def layer(self) -> LayerQuantConfig:
+        """The mode as the configuration of the engine has it."""
+        return LayerQuantConfig(
+            quant_algo=self.mode.algo,
+            group_size=self.group_size,
+            has_zero_point=self.mode.has_zero_point,
+            pre_quant_scale=self.mode.pre_quant_scale,
+        )
 
 
 def input_scale_of(module: ModulePlan) -> str:
