@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,7 +127,7 @@ class EngineFiles:
             tensors |= self._layer_tensors(f"transformer.layers.{layer}.")
         if stage == self.pp - 1:
             tensors["transformer.ln_f.weight"] = (dtype, (hidden,))
-            tensors["lm_head.weight"] = (dtype, (ceil(vocabulary / self.tp), hidden))
+            tensors["lm_head.weight"] = (dtype, (-(-vocabulary // self.tp), hidden))
         return tensors
 
     def _layer_tensors(self, prefix: str) -> dict[str, Wanted]:
@@ -250,8 +249,7 @@ class EngineFiles:
             key.removeprefix(f"{name}."): value for key, value in self.files[rank].items() if key.startswith(f"{name}.")
         }
         block, zero = self.block(name), None
-        algo = block.get("quant_algo")
-        weight = held["weight"]
+        algo, weight = block.get("quant_algo"), held["weight"]
         match algo:
             case None:
                 weight = weight.double()
