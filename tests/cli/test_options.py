@@ -31,6 +31,13 @@ def row_wise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(directory, config=config, scheme="fp8-channel-token", kv=True).directory
 
 
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int4 in groups, which engines have in a form for all GPUs and in one for each generation."""
+    config = tiny_config(hidden=256, heads=4, intermediate=512)
+    return write_checkpoint(tmp_path_factory.mktemp("int4") / "model", config=config, scheme="int4-g64").directory
+
+
 def types_of(command: str) -> dict[str, Any]:
     return get_type_hints(getattr(commands, command), include_extras=True)
 
@@ -128,3 +135,37 @@ def test_verification_for_an_unknown_sm_is_wrong_usage(experts: tuple[Path, Path
     assert done.code == 2
     assert "--sm" in done.err
     assert "89 or 90 or 100 or 120" in " ".join(done.err.split())
+
+
+class TestConsentToUntestedFiles:
+    """Codes in the order of a kernel are written with two options together, and the summary says what they mean."""
+
+    CONSENT = ("--to", "engine", "--i-know-this-is-untested")
+
+    @pytest.mark.parametrize("command", PLANNING)
+    def test_consent_without_a_known_gpu_is_wrong_usage(self, int4: Path, command: str, tmp_path: Path) -> None:
+        out = [tmp_path / "out"] if command == "convert" else []
+        for more in ((), ("--sm", "100")):
+            result = run_cli(command, int4, *out, *self.CONSENT, *more)
+            assert result.code == 2
+            assert "expected 80 or 89 or 90" in result.err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("command", ["inspect", "plan"])
+    def test_the_mode_is_shown_in_advance(self, int4: Path, command: str) -> None:
+        def modes(*more: str) -> set[str]:
+            document = run_cli(command, int4, "--to", "engine", "--json", *more).document
+            modules = document["plan"]["modules"] if "plan" in document else document["modules"]
+            return {module["mode"] for module in modules if module["name"].endswith("_proj")}
+
+        assert modes() == {"W4A16_AWQ g64"}
+        assert modes("--sm", "90") == {"W4A16_AWQ g64"}
+        assert modes("--sm", "90", self.CONSENT[-1]) == {"W4A16_GPTQ g64"}
+
+    def test_the_summary_says_which_form_was_written(self, int4: Path, tmp_path: Path) -> None:
+        shown = run_cli("convert", int4, tmp_path / "awq", "--to", "engine", "--sm", "90").out
+        asked = run_cli("convert", int4, tmp_path / "gptq", *self.CONSENT, "--sm", "90").out
+
+        assert "int4 codes are written as W4A16_AWQ, for every GPU" in shown
+        assert "W4A16_GPTQ serves GPUs of SM90 and TensorRT-LLM 1.0 to 1.2.1 only" in asked
+        assert "(derived) no converter of TensorRT-LLM writes this: W4A16_GPTQ in the order of the kernel" in asked

@@ -43,6 +43,7 @@ DIRECT = [
     "int6-channel",
     "int8-channel",
     "int8-g32",
+    "int8-g64",
     "int8-plain-channel",
     "int8-plain-g32",
     "int8-plain-tensor",

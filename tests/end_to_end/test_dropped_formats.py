@@ -17,6 +17,7 @@ from stored_schemes import SCHEMES
 from trtllm_ct.base.errors import PlanError
 from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.formats.base import Codes
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.formats.sparse.compressed_io import load_compressed, save_compressed
@@ -266,6 +267,22 @@ class TestMarlin:
         forgotten = version == "0.6.0" and SCHEMES[scheme].weights["strategy"] == "group"
         assert ["forgot to interleave" in warning for warning in got.warnings] == [True] * forgotten
         assert_same(delivered(marlin, to), delivered(twin, to))
+
+    @pytest.mark.parametrize("options", [{}, {"sm": 80, "untested": True}, {"sm": 90, "untested": True}], ids=str)
+    def test_files_of_ranks_are_those_of_the_plain_twin(self, tmp_path: Path, options: dict[str, Any]):
+        """Its rows can't be read one by one, so that ranks get slices of what is delivered."""
+        twin = write_twin(tmp_path / "twin", "int4-plain-g64", config=self.CONFIG, scale_dtype=torch.float16)
+        marlin = make_marlin(twin, tmp_path / "marlin", "int4-plain-g64", "0.14.0")
+        for source in (twin, marlin):
+            out = tmp_path / f"of-{source.name}"
+            convert_checkpoint(source, out, to="engine", parallel=Parallel(tensor=2), **options)
+
+        for rank in range(2):
+            want, got = (
+                {key: tensor.view(torch.uint8) for key, tensor in load_file(folder / f"rank{rank}.safetensors").items()}
+                for folder in (tmp_path / "of-twin", tmp_path / "of-marlin")
+            )
+            assert_same(got, want)
 
     @pytest.mark.parametrize(
         ("scheme", "mode"),

@@ -36,6 +36,8 @@ ALGOS: dict[str, str | None] = {
     "w8a8-dynamic": "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
 }
 """What each eligible checkpoint becomes."""
+PERMUTED = {"w4a16-g64-asym": "W4A16_GPTQ", "w4a16-gptq": "W4A16_GPTQ", "w8a16-group": "W8A16_GPTQ"}
+"""What those with integers become in the order of a kernel, which one generation of GPUs reads."""
 DEQUANTIZED = {"mixtral-w4a16"}
 """Those whose weights this target writes plain although they are quantized."""
 SIZES = [Parallel(tensor=tensor, pipeline=pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
@@ -62,6 +64,25 @@ def test_the_ranks_add_up_to_the_golden_projections(
     files = EngineFiles(tmp_path / "out")
 
     assert files.algo == ALGOS[name]
+    assert_golden(files, source, dequantized=name in DEQUANTIZED)
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("parallel", SIZES, ids=lambda sizes: f"tp{sizes.tensor}-pp{sizes.pipeline}")
+@pytest.mark.parametrize("name", PERMUTED)
+def test_codes_in_the_order_of_a_kernel_add_up_to_the_golden_projections(
+    name: str, parallel: Parallel, sm: int, shared: Path, tmp_path: Path
+) -> None:
+    source = shared / "checkpoints" / name
+    convert_checkpoint(source, tmp_path / "out", to="engine", parallel=parallel, sm=sm, untested=True)
+    files = EngineFiles(tmp_path / "out", sm=sm)
+
+    assert files.algo == PERMUTED[name]
+    assert_golden(files, source)
+
+
+def assert_golden(files: EngineFiles, source: Path, *, dequantized: bool = False) -> None:
+    """The files have the tensors that the loader needs, and all ranks add up to the projections of the source."""
     files.check_tensors()
     weights = files.weights()
     zeros = files.zeros() if files.quantization["has_zero_point"] else {}
@@ -75,7 +96,7 @@ def test_the_ranks_add_up_to_the_golden_projections(
         if stored and key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             want = requantized(stored, key) @ r
         bound = 1e-6 * want.abs().max() + (zeros[key] * 2**-9 @ r.abs() if key in zeros else 0)
-        if name in DEQUANTIZED:  # each element is rounded once to bfloat16
+        if dequantized:  # each element is rounded once to bfloat16
             bound = bound + weight.abs() * 2**-8 @ r.abs()
         assert bool(((weight @ r - want).abs() <= bound).all()), key
 
@@ -92,6 +113,21 @@ def test_a_reader_of_the_files_computes_the_golden_logits(name: str, tensor: int
         golden = {key: torch.from_numpy(file[key]) for key in ("prompt", "logits")}
 
     logits = engine_logits(EngineFiles(tmp_path / "out"), golden["prompt"])[-8:]
+
+    assert float((logits - golden["logits"]).abs().max() / golden["logits"].std()) < 2e-3
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", ["w4a16-gptq", "w8a16-group"])
+def test_a_reader_of_codes_in_the_order_of_a_kernel_computes_the_golden_logits(
+    name: str, tensor: int, shared: Path, tmp_path: Path
+) -> None:
+    source = shared / "checkpoints" / name
+    convert_checkpoint(source, tmp_path / "out", to="engine", parallel=Parallel(tensor=tensor), sm=90, untested=True)
+    with np.load(source / "golden.npz") as file:
+        golden = {key: torch.from_numpy(file[key]) for key in ("prompt", "logits")}
+
+    logits = engine_logits(EngineFiles(tmp_path / "out", sm=90), golden["prompt"])[-8:]
 
     assert float((logits - golden["logits"]).abs().max() / golden["logits"].std()) < 2e-3
 

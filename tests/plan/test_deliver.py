@@ -65,6 +65,7 @@ DEQUANTIZED = (
     "int4-g128-asym",
     "int4-channel-asym",
     "int8-g32",
+    "int8-g64",
     "int8-plain-g32",
     "int8-channel-asym",
     "int8-plain-channel-asym",

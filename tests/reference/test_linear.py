@@ -42,7 +42,11 @@ ROW_PAIRS = torch.tensor(
 )
 
 SHAPE = (6, 64)
-ONLY_IN_ENGINES = {QuantAlgo.W8A8_SQ_PER_CHANNEL, QuantAlgo.W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN}
+ONLY_IN_ENGINES = {
+    QuantAlgo.W8A8_SQ_PER_CHANNEL,
+    QuantAlgo.W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN,
+    QuantAlgo.W8A16_GPTQ,
+}
 """Modes of engine-build checkpoints: the PyTorch backend has no such Linears."""
 
 RandomLinear = Callable[..., tuple[LayerQuantConfig, dict[str, Tensor]]]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from engine_codes import KERNEL_BITS, codes_in_stream, e2m1_values
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["EngineFiles", "e2m1_values"]
+__all__ = ["EngineFiles"]
 
 Wanted = tuple[str, tuple[int, ...]]
 LINEARS = {"attention.qkv": False, "attention.dense": True, "mlp.fc": False, "mlp.gate": False, "mlp.proj": True}
@@ -35,6 +35,7 @@ QUANTIZATION_KEYS = {
     "exclude_modules",
 }
 MAPPING_KEYS = {"world_size", "tp_size", "pp_size", "moe_tp_size", "moe_ep_size"}
+ADDS_BIAS_IN_KERNEL = {"W4A16_AWQ", *KERNEL_BITS}
 SWAPPING = {"FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"}
 HUGGING_FACE = {
     "attention.dense": "self_attn.o_proj",
@@ -46,7 +47,6 @@ HUGGING_FACE = {
     "attention.q_layernorm": "self_attn.q_norm",
     "attention.k_layernorm": "self_attn.k_norm",
 }
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(slots=True)
@@ -59,19 +59,22 @@ class Loaded:
 
 
 class EngineFiles:
-    """An engine-build checkpoint, as `PretrainedModel.from_checkpoint` reads it."""
+    """An engine-build checkpoint, as `PretrainedModel.from_checkpoint` reads it on a GPU of some SM."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, sm: int = 80) -> None:
         self.directory = directory
+        self.sm = sm
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self.quantization = self.config["quantization"]
         mapping = self.config["mapping"]
         unknown = (self.quantization.keys() - QUANTIZATION_KEYS) | (mapping.keys() - MAPPING_KEYS)
-        if unknown:
-            raise TypeError(f"unexpected keyword arguments: {sorted(unknown)}")
+        assert not unknown, "unexpected keyword arguments raise TypeError"
         self.tp, self.pp = mapping["tp_size"], mapping["pp_size"]
         assert mapping["world_size"] == self.tp * self.pp
         self.algo: str | None = self.quantization["quant_algo"]
+        self.layers: dict[str, Any] | None = None
+        if self.algo == "MIXED_PRECISION":
+            self.layers = json.loads((directory / "quant_cfg.json").read_text(encoding="utf-8"))["quantized_layers"]
         self.dtype: torch.dtype = getattr(torch, self.config["dtype"])
         self.head = self.config["head_size"]
         self.heads = self.config["num_attention_heads"] // self.tp
@@ -97,6 +100,8 @@ class EngineFiles:
 
     def excluded(self, name: str) -> bool:
         """Whether a Linear stays plain: by its exact name, or by a pattern with an asterisk at one end."""
+        if self.layers is not None:
+            return name not in self.layers
         patterns = self.quantization["exclude_modules"]
         patterns = ["*lm_head", "*router", "*vocab_embedding"] if patterns is None else patterns
         return any(
@@ -105,6 +110,11 @@ class EngineFiles:
             or (pattern.startswith("*") and name.endswith(pattern[1:]))
             for pattern in patterns
         )
+
+    def block(self, name: str) -> dict[str, Any]:
+        """How a Linear is quantized, {} for a plain one."""
+        block = self.quantization if self.layers is None else self.layers.get(name, {})
+        return {} if self.excluded(name) else block
 
     def wanted(self, rank: int) -> dict[str, Wanted]:
         """Dtype and shape of every tensor that the file of a rank must have."""
@@ -117,7 +127,7 @@ class EngineFiles:
             tensors |= self._layer_tensors(f"transformer.layers.{layer}.")
         if stage == self.pp - 1:
             tensors["transformer.ln_f.weight"] = (dtype, (hidden,))
-            tensors["lm_head.weight"] = (dtype, (ceil(vocabulary / self.tp), hidden))
+            tensors["lm_head.weight"] = (dtype, (-(-vocabulary // self.tp), hidden))
         return tensors
 
     def _layer_tensors(self, prefix: str) -> dict[str, Wanted]:
@@ -165,17 +175,17 @@ class EngineFiles:
 
     def _linear(self, name: str, out: int, in_: int, *, row_parallel: bool) -> dict[str, Wanted]:
         """The tensors of one Linear in the file."""
-        dtype, group = self.config["dtype"], self.quantization["group_size"]
+        dtype, block = self.config["dtype"], self.block(name)
+        group, algo = block.get("group_size", 128), block.get("quant_algo")
         bias = "attn_bias" if "attention" in name else "mlp_bias"
         has_bias = self.config[bias] and not (row_parallel and "qwen_type" in self.config)
         tensors: dict[str, Wanted] = {"bias": (dtype, (out,))} if has_bias else {}
-        algo = None if self.excluded(name) else self.algo
-        if algo in {"W4A16_AWQ", "W4A16_GPTQ"}:
+        if algo in ADDS_BIAS_IN_KERNEL:
             whole = (out * (1 if row_parallel else self.tp), in_ * (self.tp if row_parallel else 1))
             assert group in {64, 128}
             assert not any(size % (max(64, group) * self.tp) for size in whole), f"{name} {whole} would be padded"
         vector, scalar = ("float32", (out,)), ("float32", (1,))
-        zeros = {"zero": (dtype, (in_ // group, out))} if self.quantization["has_zero_point"] else {}
+        zeros = {"zero": (dtype, (in_ // group, out))} if block.get("has_zero_point") else {}
         prequant = {"prequant_scaling_factor": (dtype, (in_,))}
         smoother = {"smoother": ("float32", (1, in_))} if row_parallel else {}
         forms: dict[str | None, dict[str, Wanted]] = {
@@ -183,8 +193,16 @@ class EngineFiles:
             "W4A16_AWQ": {
                 "weight": ("int8", (out // 2, in_)),
                 "weights_scaling_factor": ("float32", (out, in_ // group)),
-                **(prequant if self.quantization["pre_quant_scale"] else {}),
+                **(prequant if block.get("pre_quant_scale") else {}),
                 **zeros,
+            },
+            **{
+                gptq: {
+                    "weight": (dtype, (in_, out * bits // 16)),
+                    "weights_scaling_factor": (dtype, (in_ // group, out)),
+                    **zeros,
+                }
+                for gptq, bits in KERNEL_BITS.items()
             },
             "W8A16": {"weight": ("int8", (in_, out)), "per_channel_scale": (dtype, (out,))},
             "FP8": {
@@ -211,6 +229,9 @@ class EngineFiles:
                 "activation_scaling_factor": scalar,
             },
         }
+        if self.algo == "W8A16" and algo is None:
+            # The load hook quantizes what its list excludes by the name of the Linear, unless the tensor matches too.
+            assert self.excluded(f"{name}.weight"), f"{name} would be quantized"
         if algo == "W8A16":
             assert self.config["disable_weight_only_quant_plugin"], "or the file depends on the GPU"
         tensors |= forms[algo]
@@ -227,18 +248,15 @@ class EngineFiles:
         held = {
             key.removeprefix(f"{name}."): value for key, value in self.files[rank].items() if key.startswith(f"{name}.")
         }
-        algo = None if self.excluded(name) else self.algo
-        bias = held.get("bias")
-        if algo == "W4A16_AWQ" and bias is not None and name.endswith(("dense", "proj")) and rank % self.tp:
-            # Groupwise layers add the bias inside the plug-in, before ranks are added up; the load hook zeroes it.
-            bias = torch.zeros_like(bias)
-        zero = None
-        weight = held["weight"]
+        block, zero = self.block(name), None
+        algo, weight = block.get("quant_algo"), held["weight"]
         match algo:
             case None:
                 weight = weight.double()
             case "W4A16_AWQ":
-                weight, zero = self._groupwise(held)
+                weight, zero = self._groupwise(held, block["group_size"])
+            case "W4A16_GPTQ" | "W8A16_GPTQ":
+                weight, zero = self._permuted(held, KERNEL_BITS[algo], block["group_size"])
             case "W8A16":
                 weight = weight.T.double() * held["per_channel_scale"].double()[:, None]
             case "FP8":
@@ -255,14 +273,33 @@ class EngineFiles:
                 codes = e2m1_values(weight)
                 scale = held["weights_scaling_factor"].double().repeat_interleave(16, dim=1)
                 weight = codes * scale * held["weights_scaling_factor_2"].double()
-        return Loaded(weight=weight, bias=bias, zero=zero)
+        return Loaded(weight=weight, bias=self._loaded_bias(held.get("bias"), rank, name), zero=zero)
 
-    def _groupwise(self, held: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _loaded_bias(self, bias: Tensor | None, rank: int, name: str) -> Tensor | None:
+        """A bias after the load hook.
+
+        Groupwise layers add it inside the plug-in, before ranks are added up. Under W4A16_AWQ the hook zeroes it, by
+        its name alone: also that of a plain Linear, which adds it on every rank afterwards.
+        """
+        algo = (self.quantization if self.layers is None else self.block(name)).get("quant_algo")
+        zeroed = algo == "W4A16_AWQ" and name.endswith(("dense", "proj")) and rank % self.tp
+        return torch.zeros_like(bias) if bias is not None and zeroed else bias
+
+    def _permuted(self, held: dict[str, Tensor], bits: int, group: int) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] of codes in the order of the kernel, and its zeros in the same shape."""
+        in_, out = held["weight"].shape[0], held["weight"].shape[1] * 16 // bits
+        stream = held["weight"].view(torch.uint8).numpy().tobytes()
+        codes = torch.from_numpy(codes_in_stream(stream, in_, out, bits=bits, inputs=16, sm=self.sm)).double()
+        scale, zero = (
+            held[local].double().repeat_interleave(group, dim=0) for local in ("weights_scaling_factor", "zero")
+        )
+        return (codes * scale + zero).T.contiguous(), zero.T.contiguous()
+
+    def _groupwise(self, held: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in] of a groupwise int4 Linear, and its zeros in the same shape."""
         packed = held["weight"]
         assert packed.dtype == torch.int8, "the load hook permutes int8 tensors only"
         codes = torch.stack([(packed << 4) >> 4, packed >> 4], dim=1).reshape(-1, packed.shape[1]).double()
-        group = self.quantization["group_size"]
         scale = held["weights_scaling_factor"].to(self.dtype).double().repeat_interleave(group, dim=1)
         weight = codes * scale
         if "prequant_scaling_factor" in held:
@@ -328,7 +365,7 @@ class EngineFiles:
         """What is added to the output: parts side by side, or once after the ranks are added up."""
         if not row_parallel:
             return torch.cat(biases).double()
-        if self.algo == "W4A16_AWQ" and not self.excluded(name):
+        if self.block(name).get("quant_algo") in ADDS_BIAS_IN_KERNEL:
             return torch.stack(biases).double().sum(dim=0)
         return _same(iter(biases))
 
@@ -354,13 +391,6 @@ class EngineFiles:
         for expert in range(self.config["moe"]["num_experts"]):
             for projection, stack in (("w1", gate), ("w2", down), ("w3", up)):
                 yield f"block_sparse_moe.experts.{expert}.{projection}.weight", stack[expert]
-
-
-def e2m1_values(packed: Tensor) -> Tensor:
-    """Two FP4 numbers of each byte, the even column in the low half."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
-    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
-    return table[halves.long()]
 
 
 def _same(parts: Iterator[Any]) -> Tensor:

@@ -130,6 +130,7 @@ SCHEMES: dict[str, Scheme] = {
     "int8-channel": Scheme(weights=int_weights(8, "channel")),
     "int8-channel-asym": Scheme(weights=int_weights(8, "channel", symmetric=False)),
     "int8-g32": Scheme(weights=int_weights(8, group_size=32)),
+    "int8-g64": Scheme(weights=int_weights(8, group_size=64)),
     "int8-plain-tensor": Scheme(weights=int_weights(8, "tensor"), format="int-quantized"),
     "int8-plain-channel": Scheme(weights=int_weights(8, "channel"), format="int-quantized"),
     "int8-plain-channel-asym": Scheme(weights=int_weights(8, "channel", symmetric=False), format="int-quantized"),

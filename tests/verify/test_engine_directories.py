@@ -10,6 +10,7 @@ from builders import write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 
+from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.verify.verify import verify_checkpoint
@@ -35,13 +36,16 @@ def verified(
     architecture: str = "LlamaForCausalLM",
     damage: Callable[[dict[str, Tensor]], object] | None = None,
     kv: bool = False,
+    sm: int | None = None,
     **more: object,
 ) -> VerificationReport:
-    """The report about a conversion; `damage` changes the tensors of rank 1."""
+    """The report about a conversion; `damage` changes the tensors of rank 1. `sm` asks for codes in its order."""
     built = write_checkpoint(
         tmp_path / "source", config=tiny_config(architecture, **SIZES | more), scheme=scheme, kv=kv
     )
-    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=parallel)
+    convert_checkpoint(
+        built.directory, tmp_path / "out", to="engine", parallel=parallel, sm=sm, untested=sm is not None
+    )
     if damage is not None:
         path = tmp_path / "out" / "rank1.safetensors"
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -103,6 +107,56 @@ def test_a_changed_tensor_is_found(scheme: str, name: str, change: Callable[[Ten
     assert not report.good
     found = name.rpartition(".")[0]
     assert all(fault.where.startswith(f"rank1.safetensors: {found}") for fault in report.faults)
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90])
+@pytest.mark.parametrize("scheme", ["int4-g64", "int4-g64-asym", "int4-channel", "int8-g64", "int8-channel-asym"])
+def test_codes_in_the_order_of_a_kernel_are_good(scheme: str, sm: int, tmp_path: Path) -> None:
+    report = verified(tmp_path, scheme, Parallel(tensor=4, pipeline=2), sm=sm, attention_bias=True, mlp_bias=True)
+
+    assert report.good, report.faults
+    assert report.worst("native") is not None
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (f"{LAYER}attention.qkv.weight", lambda t: t.view(torch.uint8)[100, 5].bitwise_xor_(1)),
+        (f"{LAYER}mlp.proj.weights_scaling_factor", lambda t: t[1, 3].mul_(2)),
+        (f"{LAYER}mlp.fc.zero", lambda t: t[0, 7].add_(0.5)),
+        (f"{LAYER}attention.dense.bias", lambda t: t[7].add_(0.5)),
+    ],
+)
+def test_a_changed_tensor_in_the_order_of_a_kernel_is_found(
+    sm: int, name: str, change: Callable[[Tensor], object], tmp_path: Path
+) -> None:
+    report = verified(tmp_path, "int4-g64", damage=lambda tensors: change(tensors[name]), sm=sm, attention_bias=True)
+
+    assert {fault.where.partition(",")[0].rpartition(".")[0] for fault in report.faults} == {
+        f"rank1.safetensors: {name.rpartition('.')[0]}"
+    }
+
+
+def test_the_order_of_another_generation_is_found(tmp_path: Path) -> None:
+    """The files of SM80 and SM90 have the same names, dtypes and shapes: config.json says which one they are for."""
+    verified(tmp_path, "int4-g64", sm=90)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"sm": 90', '"sm": 80'))
+
+    report = verify_checkpoint(tmp_path / "source", tmp_path / "out")
+
+    linears = [fault for fault in report.faults if ".attention." in fault.where or ".mlp." in fault.where]
+    assert len(linears) == len(report.faults) == 3 * 5 * 2 + 3 * 2 * 2
+
+
+def test_an_order_of_no_known_generation_is_an_error(tmp_path: Path) -> None:
+    verified(tmp_path, "int4-g64", sm=90)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"sm": 90', '"from": 90'))
+
+    with pytest.raises(CatalogError, match=r"producer\.sm: the GPUs that the files of W4A16_GPTQ are for"):
+        verify_checkpoint(tmp_path / "source", tmp_path / "out")
 
 
 def test_fc_and_gate_in_each_others_place_are_found(tmp_path: Path) -> None:

@@ -36,6 +36,39 @@ def test_sizes_that_the_directory_does_not_hold_are_a_fault(pair: tuple[Path, Pa
     assert verify_with_sizes(out, None, Parallel(tensor=tensor)).good is good
 
 
+class TestEngineDirectories:
+    """Files of ranks are for their own sizes alone, and some for their own GPUs."""
+
+    @pytest.fixture(name="made", params=[None, 80, 90])
+    def fixture_made(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, int | None]:
+        source = write_checkpoint(tmp_path / "int4", config=BLOCKS, scheme="int4-g64").directory
+        convert_checkpoint(
+            source,
+            tmp_path / "out",
+            to="engine",
+            parallel=Parallel(tensor=2),
+            sm=request.param,
+            untested=request.param is not None,
+        )
+        return source, tmp_path / "out", request.param
+
+    @pytest.mark.parametrize("sm", [80, 89, 90, 100])
+    def test_other_gpus_are_a_fault_if_codes_are_in_the_order_of_a_kernel(
+        self, made: tuple[Path, Path, int | None], sm: int
+    ) -> None:
+        source, out, made_for = made
+
+        report = verify_with_sizes(source, out, None, sm)
+
+        assert report.good == (made_for is None or (made_for, sm) in {(80, 80), (80, 89), (90, 90)})
+
+    @pytest.mark.parametrize(
+        ("parallel", "good"), [(Parallel(tensor=2), True), (Parallel(), False), (Parallel(tensor=2, pipeline=2), False)]
+    )
+    def test_other_sizes_are_a_fault(self, made: tuple[Path, Path, int | None], parallel: Parallel, good: bool) -> None:
+        assert verify_with_sizes(made[0], made[1], parallel).good is good
+
+
 def test_faults_of_values_and_of_sizes_are_reported_together(pair: tuple[Path, Path]) -> None:
     source, out = pair
 

@@ -1,7 +1,7 @@
 """The options of the commands, each written down once; its choices come from the tables of the package.
 
-Every command that makes a plan has `ForEngine`, `ForSm`, the parallel sizes, `DenseDtypeOption` and `DenseOutput`:
-`pipeline/open.py: plan_checkpoint` has a keyword for each.
+Every command that makes a plan has `ForEngine`, `ForSm`, `Untested`, the parallel sizes, `DenseDtypeOption` and
+`DenseOutput`: `pipeline/open.py: plan_checkpoint` has a keyword for each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.convert.executors import EXECUTORS
+from trtllm_ct.engine.build_modes import KERNEL_SMS, UNTESTED
 from trtllm_ct.engine.platform import SMS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
@@ -41,6 +42,7 @@ __all__ = [
     "Strict",
     "TargetName",
     "TensorParallel",
+    "Untested",
     "dense_dtype",
     "parallel_of",
 ]
@@ -75,6 +77,14 @@ ForSm = Annotated[
         "--sm",
         help=f"Compute capability of the GPUs: {', '.join(map(str, SMS))}. By default what all of them have in common.",
         show_default=False,
+    ),
+]
+Untested = Annotated[
+    bool,
+    typer.Option(
+        UNTESTED,
+        help="Write int4 weights of target engine as W4A16_GPTQ, for the GPUs of --sm "
+        f"({', '.join(map(str, KERNEL_SMS))}) alone. No engine was built from such files.",
     ),
 ]
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size that the engine will run with.")]

@@ -99,6 +99,7 @@ def convert_checkpoint(
     to: str = ...,
     engine: str = ...,
     sm: int | None = ...,
+    untested: bool = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
     dense_o_proj: bool = ...,
@@ -120,6 +121,7 @@ def convert_checkpoint(
     to: str = ...,
     engine: str = ...,
     sm: int | None = ...,
+    untested: bool = ...,
     parallel: Parallel = ...,
     dtype: str = ...,
     dense_o_proj: bool = ...,
@@ -141,6 +143,7 @@ def convert_checkpoint(
     to: str = "modelopt",
     engine: str = DEFAULT_ENGINE,
     sm: int | None = None,
+    untested: bool = False,
     parallel: Parallel = ONE_RANK,
     dtype: str = "auto",
     dense_o_proj: bool = False,
@@ -155,9 +158,11 @@ def convert_checkpoint(
     """Convert a checkpoint directory for the target `to`, which is `modelopt`, `dense` or `engine`.
 
     `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for, and `sm` the SM of
-    its GPUs; without it, the directory is made for what all of them have in common. `parallel` gives the parallel sizes
-    that the engine will run with: a module is dequantized when its mode can't represent the slices that the ranks get.
-    The output directory itself is not split by rank, except that of `engine`, which has a file for each rank.
+    its GPUs; without it, the directory is made for what all of them have in common. With `untested`, an `engine`
+    directory has integer codes in the order of the kernel on these GPUs, see `target_named`.
+    `parallel` gives the parallel sizes that the engine will run with: a module is dequantized when its mode can't
+    represent the slices that the ranks get. The output directory itself is not split by rank, except that of `engine`,
+    which has a file for each rank.
     `dtype` is the dtype of dequantized modules; `auto` is the dtype of the model. With `float16`, and for `engine`, all
     plain tensors are cast as well, and a value that overflows is an error.
     `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed
@@ -185,6 +190,7 @@ def convert_checkpoint(
         "to": to,
         "engine": engine,
         "sm": sm,
+        "untested": untested,
         "dtype": None if dtype == "auto" else DType.from_torch(dtype),
         "dense_o_proj": dense_o_proj,
         "strict": strict,

@@ -61,7 +61,7 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
     out, write_plan = conversion.job.files, conversion.write_plan
     with Journal(out / JOURNAL, conversion.digest) as journal:
         clear(out, keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
-        # An engine-build checkpoint consists of config.json and the files of the ranks.
+        # An engine-build checkpoint consists of its configuration and the files of the ranks.
         by_rank = conversion.plan.build_config is not None
         carried = () if by_rank else copy_side_files(conversion.checkpoint.directory, out)
         write_configuration(conversion.checkpoint, conversion.plan, out)
@@ -79,6 +79,8 @@ def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
     """
     if plan.build_config is not None:
         _write_json(out / "config.json", dict(plan.build_config))
+        if plan.build_layers is not None:
+            _write_json(out / "quant_cfg.json", dict(plan.build_layers))
         return
     _write_json(out / "config.json", with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied))
     if plan.quant_config.quant_algo is not None:

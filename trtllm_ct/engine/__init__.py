@@ -4,6 +4,7 @@ releases.py      the supported release lines, oldest first
 model_classes.py  the model classes of each release, and the names that those with several parts read
 platform.py      the release and the SM of the GPUs that a plan is made for
 linear_mode.py   what an entry of the table of modes says
+build_mode.py    what an entry of the table of engine-build modes says
 build_modes.py   the modes of an engine-build checkpoint, with every tensor of their Linears
 modes.py         one table: what the Linear of each QuantAlgo holds, and since which release it exists
 kernels.py       whether the kernel of a mode exists on a platform, and adds a bias there

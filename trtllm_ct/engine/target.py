@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
-from trtllm_ct.engine.build_modes import BUILD_MODES
+from trtllm_ct.engine.build_modes import BUILD_MODES, KERNEL_SMS, UNTESTED, kernel_modes
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations
 from trtllm_ct.engine.platform import SMS, Platform
 from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trtllm_ct.base.schemes import QuantAlgo
+    from trtllm_ct.engine.build_mode import BuildMode
     from trtllm_ct.engine.releases import Release
 
 __all__ = [
@@ -76,7 +77,7 @@ class Target:
     reasons why a module is dequantized mention them. `repeats_kv_scales` says whether scales of K and V are delivered
     once for each rank if there are more ranks than heads: engines repeat the codes, but the scales only in some modes.
     `directory` marks a target that `convert_checkpoint` can write, and `ranks` one whose directory has a file for each
-    rank of an engine.
+    rank of an engine; `build_modes` are the modes of its Linears, of which the first that holds a weight is taken.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Target:
     repeats_kv_scales: bool = False
     directory: bool = False
     ranks: bool = False
+    build_modes: tuple[BuildMode, ...] = ()
 
     @property
     def as_classes_read(self) -> bool:
@@ -188,6 +190,7 @@ ENGINE = Target(
     repeats_kv_scales=True,
     directory=True,
     ranks=True,
+    build_modes=BUILD_MODES,
 )
 REFERENCE = Target(name="reference", serves="the CPU reference engine of this package", capabilities=_EVERYTHING)
 
@@ -197,28 +200,50 @@ DIRECTORY_TARGETS = tuple(name for name, target in TARGETS.items() if target.dir
 
 
 def target_named(
-    name: str, engine: str = DEFAULT_ENGINE, *, sm: int | None = None, additive_zeros: bool = True
+    name: str,
+    engine: str = DEFAULT_ENGINE,
+    *,
+    sm: int | None = None,
+    additive_zeros: bool = True,
+    untested: bool = False,
 ) -> Target:
     """Return a target by name; targets for TensorRT-LLM get the capabilities of `engine`, a key of `ENGINES`.
 
     `sm` is the SM of the GPUs that the engine will run on, one of `SMS`. Without it, where SMs have different modes or
     sizes for the same weight, only those are planned that all SMs have in common.
     `additive_zeros` says whether target `tensorrt_llm` may use the Linear of this package for asymmetric int4
-    (`W4A16_GPTQ`). Raises `UsageError` for an unknown name or SM, with the known ones.
+    (`W4A16_GPTQ`). `untested` says that the files of target `engine` may have codes in the order of the kernel on GPUs
+    of `sm`, which was never tested.
+    Raises `UsageError` for an unknown name or SM, with the known ones, and for `untested` without such an SM.
     """
     _require("target", name, TARGETS)
     _require("--engine", engine, ENGINES)
-    if sm is not None:
-        _require("--sm", str(sm), {str(known): known for known in SMS})
     target = TARGETS[name]
+    if sm is not None or untested:
+        sms = KERNEL_SMS if untested else sorted({*SMS, *KERNEL_SMS}) if target is ENGINE else SMS
+        _require("--sm", str(sm) if sm else "no SM", {str(known): known for known in sms})
     if target is ENGINE:
         _require("--engine", engine, {release.name: release for release in RELEASES if release.builds_engines})
+    if untested:
+        _require(f"--to with {UNTESTED}", name, {ENGINE.name: ENGINE})
+        return _with_kernel_modes(sm or 0)
     if target not in (MODELOPT, TENSORRT_LLM):
         return target
     lines = tuple(_on(line, sm) for line in (ENGINES[engine], *_newer(engine)))
     if target is TENSORRT_LLM and additive_zeros:
         lines = tuple(map(_with_plug_ins, lines))
     return replace(target, capabilities=lines[0], newer=lines[1:])
+
+
+def _with_kernel_modes(sm: int) -> Target:
+    """Return target `engine` with the modes in the order of the kernel on GPUs of this SM.
+
+    The first of them takes the place of modes that serve all GPUs, and the other holds weights that have no other.
+    """
+    instead, more = kernel_modes(sm)
+    modes = (instead, *BUILD_MODES, more)
+    capabilities = replace(ENGINE.capabilities, linear=frozenset(mode.algo for mode in modes))
+    return replace(ENGINE, capabilities=capabilities, build_modes=modes)
 
 
 def _require(where: str, name: str, names: Mapping[str, object]) -> None:

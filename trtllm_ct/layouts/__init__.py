@@ -8,6 +8,7 @@ rounding.py     round to a narrow float exactly once
 folds.py        multiply a transform (a square matrix) into a weight
 rotary_rows.py  convert between the two row orders of query and key weights
 bitmasks.py     bitmasks of sparse matrices: one bit per element says whether its value is stored
+mixed_gemm.py   the order of codes that the engine's kernel for narrow weights reads
 marlin_24.py    the permuted layout of Marlin's 2:4 sparse kernel
 stored_array.py stored tensors as numpy arrays, with the numbers of dtypes that numpy lacks
 raw_bytes.py    read the bytes of small tensors without torch

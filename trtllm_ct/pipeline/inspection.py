@@ -125,20 +125,22 @@ def inspect_checkpoint(
     *,
     engine: str = DEFAULT_ENGINE,
     sm: int | None = None,
+    untested: bool = False,
     dtype: DType | None = None,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
 ) -> Inspection:
     """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
 
-    `sm` is the SM of the GPUs that the engine will run on, None if it is not known. `parallel` are the sizes that the
+    `sm` is the SM of the GPUs that the engine will run on, None if it is not known, and `untested` that of
+    `target_named`. `parallel` are the sizes that the
     engine will run with; sizes that can't divide the model are problems. `dtype` and `dense_o_proj` are those of
     `make_plan`. A model whose class no table describes is inspected for the target `dense`. No weights are read, and
     torch is not imported. Problems of the checkpoint are collected in the result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
     """
     directory = Path(directory)
-    target = target_named(to, engine, sm=sm)
+    target = target_named(to, engine, sm=sm, untested=untested)
     detection = FormatDetector().detect(directory)
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
@@ -146,7 +148,13 @@ def inspect_checkpoint(
         checkpoint = open_checkpoint(directory, detection)
         try:
             plan = checkpoint.plan(
-                target.name, engine=engine, sm=sm, dtype=dtype, parallel=parallel, dense_o_proj=dense_o_proj
+                target.name,
+                engine=engine,
+                sm=sm,
+                untested=untested,
+                dtype=dtype,
+                parallel=parallel,
+                dense_o_proj=dense_o_proj,
             )
             problems = plan.problems
         except UnreadClassError as error:

@@ -65,6 +65,7 @@ class Checkpoint:
         engine: str = DEFAULT_ENGINE,
         sm: int | None = None,
         additive_zeros: bool = True,
+        untested: bool = False,
         dtype: DType | None = None,
         strict: bool = False,
         parallel: Parallel = ONE_RANK,
@@ -73,14 +74,15 @@ class Checkpoint:
     ) -> Plan:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
-        `sm` is the SM of the GPUs that the engine will run on, and `additive_zeros` affects only target `tensorrt_llm`;
-        see `target_named`. Raises `PlanError` with all faults, and `UsageError` for an unknown name or SM.
+        `sm` is the SM of the GPUs that the engine will run on; `additive_zeros` affects only target `tensorrt_llm`, and
+        `untested` only target `engine`; see `target_named`. Raises `PlanError` with all faults, and `UsageError` for an
+        unknown name or SM.
         """
         return make_plan(
             self.config,
             self.catalog,
             self.model,
-            target_named(to, engine, sm=sm, additive_zeros=additive_zeros),
+            target_named(to, engine, sm=sm, additive_zeros=additive_zeros, untested=untested),
             dtype=dtype,
             strict=strict,
             parallel=parallel,
@@ -135,6 +137,7 @@ def plan_checkpoint(
     *,
     engine: str = DEFAULT_ENGINE,
     sm: int | None = None,
+    untested: bool = False,
     dtype: DType | None = None,
     strict: bool = False,
     parallel: Parallel = ONE_RANK,
@@ -142,5 +145,12 @@ def plan_checkpoint(
 ) -> Plan:
     """Return the plan of a directory for the target named `to`; no weights are read. See `Checkpoint.plan`."""
     return open_checkpoint(directory).plan(
-        to, engine=engine, sm=sm, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
+        to,
+        engine=engine,
+        sm=sm,
+        untested=untested,
+        dtype=dtype,
+        strict=strict,
+        parallel=parallel,
+        dense_o_proj=dense_o_proj,
     )

@@ -51,6 +51,7 @@ __all__ = [
     "WidenScale",
     "Zeros",
     "refuse_infinite",
+    "refuse_wide_codes",
 ]
 
 
@@ -160,7 +161,7 @@ class Repack(Operation):
         codes = module.codes
         source = codes.packing or INT8_PLAIN
         if source.bits > self.packing.bits:
-            _refuse_wide_codes(name, codes.values, self.packing.bits)
+            refuse_wide_codes(name, codes.values, self.packing.bits)
         packed = repack(codes.values, source, self.packing, codes.shape)
         return packed.view(self.result.dtype.torch_dtype)
 
@@ -386,7 +387,7 @@ def _rounded(values: Tensor, dtype: DType) -> Tensor:
     return result
 
 
-def _refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
+def refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
     """Raise `PayloadError` when an int8 code needs more than `bits` bits; packing would cut its high bits off."""
     half = 1 << (bits - 1)
     low, high = int(codes.min()), int(codes.max())

@@ -258,8 +258,9 @@ class Plan:
     places in it.
     `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
     None leaves it to the default of the model's class.
-    `build_config` is the config.json of a directory with a file for each rank, None for any other, and `places` are
-    the places of its delivered tensors in those of the files.
+    `build_config` is the config.json of a directory with a file for each rank, None for any other, and `build_layers`
+    its quant_cfg.json, None without several modes. `places` are the places of its delivered tensors in those of the
+    files.
     """
 
     target: str
@@ -277,6 +278,7 @@ class Plan:
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
     tied: bool | None = False
     build_config: Mapping[str, Any] | None = None
+    build_layers: Mapping[str, Any] | None = None
     places: Mapping[str, Segment | StackPart] = field(default_factory=dict)
 
     def deliveries(self) -> Iterator[Delivery]:

@@ -199,6 +199,7 @@ class _Planner:
             stacks=stacks,
             places=built.places if built else {},
             build_config=built.config if built else None,
+            build_layers=built.layers if built else None,
             tied=self.model.tied,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
@@ -206,7 +207,9 @@ class _Planner:
     def _plan_directory(self, place: tuple[str, str]) -> None:
         """Prepare the plan of a directory with a file for each rank; adds faults for models that it can't hold."""
         if refuse_unbuilt(self.model, self.parallel, self.faults, dense_o_proj=self.dense_o_proj):
-            self.directory = EngineDirectory.of(self.model, self.parallel, self.dtypes.model, place)
+            self.directory = EngineDirectory.of(
+                self.model, self.parallel, self.dtypes.model, place, self.target.build_modes
+            )
 
     def _build(self, modules: Iterable[ModulePlan]) -> BuiltModules | None:
         """Return the modules with the pieces of all ranks; None for any other target."""

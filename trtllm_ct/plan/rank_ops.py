@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.layouts.loops.dispatch import repack
+from trtllm_ct.layouts.mixed_gemm import in_kernel_order
+from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.layouts.rounding import round_once
-from trtllm_ct.plan.ops import AdditiveZero, Operation, WidenScale, refuse_infinite
+from trtllm_ct.plan.ops import AdditiveZero, Operation, WidenScale, refuse_infinite, refuse_wide_codes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.layouts.mixed_gemm import KernelOrder
     from trtllm_ct.plan.ops import ModuleTensors
 
-__all__ = ["LargestOf", "LargestReciprocal", "Padding", "Requantize", "RoundScale", "RoundZero", "Slice"]
+__all__ = ["LargestOf", "LargestReciprocal", "Padding", "Permute", "Requantize", "RoundScale", "RoundZero", "Slice"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,24 @@ class Requantize(LargestOf):
         if bool(scale == largest):
             return codes.values
         return (codes.values.to(torch.float32) * scale / largest).to(codes.values.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permute(Operation):
+    """Delivers integer codes in the order that a kernel reads, [N / bundle, bundle * K / codes in an element].
+
+    The elements have the model's dtype and mean nothing as numbers. Codes that are too wide are an error.
+    """
+
+    label: ClassVar[str] = "permute"
+    order: KernelOrder
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """Return the codes as elements of the dtype of `result`."""
+        codes = module.codes
+        plain = repack(codes.values, codes.packing or INT8_PLAIN, INT8_PLAIN, codes.shape)
+        refuse_wide_codes(name, plain, self.order.bits)
+        return in_kernel_order(plain, self.order).view(self.result.dtype.torch_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,8 +46,10 @@ __all__ = ["compare_engine_directory"]
 _ONES = ("prequant_scaling_factor", "smoother", "scale_to_int")
 _QKV = ("q_proj", "k_proj", "v_proj")
 _FUSED = tuple(f"self_attn.{leaf}" for leaf in _QKV)
-_SCALED_BY_DTYPE = frozenset({"W4A16_AWQ", "W8A16"})
+_SCALED_BY_DTYPE = frozenset({"W4A16_AWQ", "W4A16_GPTQ", "W8A16", "W8A16_GPTQ"})
 """Modes whose scales have the model's dtype, in the file or after it is loaded."""
+_BIAS_ON_FIRST_RANK = frozenset({"W4A16_GPTQ", "W8A16_GPTQ"})
+"""Modes whose kernels add the bias before the ranks are added up, and whose files the loader doesn't change."""
 
 
 def compare_engine_directory(
@@ -195,6 +197,8 @@ class _EngineMatch:
             self._fault(part.rank, f"{part.name}.bias", "a tensor made from the source", "no such tensor")
             return
         want = module.tensors["bias"].all_numbers()[part.begin : part.begin + part.rows]
+        if part.columns and part.rank % self.ranks.tensor and self.ranks.algo(part.name) in _BIAS_ON_FIRST_RANK:
+            want = np.zeros_like(want)
         got = bias.all_numbers()[part.first : part.first + part.rows]
         yield self._vector(part, "bias", got, want, bias.dtype)
 

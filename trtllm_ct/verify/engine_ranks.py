@@ -18,6 +18,7 @@ from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.verify.kernel_order import rows_in_stream, tile_rows
 from trtllm_ct.verify.source.files import FileTensor, TensorFiles, Transposed, tensors_of
 from trtllm_ct.verify.source.numbers import E2M1, look_up, nibbles
 from trtllm_ct.verify.source.rounding import rounded
@@ -50,6 +51,9 @@ _LINEARS = {
 _OUTSIDE = {"embed_tokens": "transformer.vocab_embedding", "norm": "transformer.ln_f", "lm_head": "lm_head"}
 _EXPERT_PARTS = {"gate": "mlp.fc", "up": "mlp.fc", "down": "mlp.proj"}
 _QUANTIZED = frozenset({"attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"})
+_KERNEL_BITS = {"W4A16_GPTQ": 4, "W8A16_GPTQ": 8}
+"""The algorithms whose codes are in the order of a kernel, and the bits of a code."""
+_GROUPWISE = frozenset({"W4A16_AWQ", *_KERNEL_BITS})
 _NORMS = ("input_layernorm", "post_layernorm")
 _ROW_PARALLEL = frozenset({"attention.dense", "mlp.proj"})
 
@@ -57,6 +61,8 @@ _ROW_PARALLEL = frozenset({"attention.dense", "mlp.proj"})
 REQUIRED: Mapping[str | None, tuple[str, ...]] = {
     None: (),
     "W4A16_AWQ": ("weights_scaling_factor",),
+    "W4A16_GPTQ": ("weights_scaling_factor",),
+    "W8A16_GPTQ": ("weights_scaling_factor",),
     "W8A16": ("per_channel_scale",),
     "FP8": ("weights_scaling_factor", "activation_scaling_factor"),
     "FP8_PER_CHANNEL_PER_TOKEN": ("per_channel_scale",),
@@ -100,10 +106,13 @@ class EngineRanks:
     config: Mapping[str, Any] = field(init=False)
     files: list[dict[str, FileTensor]] = field(init=False, default_factory=list)
     seen: set[tuple[int, str]] = field(init=False, default_factory=set)
+    _layers: Mapping[str, Mapping[str, Any]] | None = field(init=False, default=None)
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __enter__(self) -> Self:
         self.config = read_json_object(self.directory / "config.json")
+        if self.quantization["quant_algo"] == "MIXED_PRECISION":
+            self._layers = read_json_object(self.directory / "quant_cfg.json")["quantized_layers"]
         for rank in range(self.tensor * self.pipeline):
             file = f"rank{rank}.safetensors"
             if not (self.directory / file).is_file():
@@ -140,6 +149,21 @@ class EngineRanks:
         return block
 
     @property
+    def sm(self) -> int:
+        """The SM of the GPUs in whose order the codes are; raises `CatalogError` if config.json doesn't say it."""
+        sm = self.config.get("producer", {}).get("sm")
+        if not isinstance(sm, int):
+            raise CatalogError(
+                Fault(
+                    where=str(self.directory / "config.json"),
+                    expected=f"producer.sm: the GPUs that the files of {self.quantization['quant_algo']} are for",
+                    found=repr(sm),
+                    remedy="Convert again: without it, nobody can read the codes.",
+                )
+            )
+        return sm
+
+    @property
     def dtype(self) -> DType:
         """The dtype of the model."""
         return DType.from_torch(self.config["dtype"])
@@ -152,16 +176,20 @@ class EngineRanks:
             name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])) for pattern in patterns
         )
         quantized = name.startswith("transformer.layers.") and local in _QUANTIZED
-        algo: str | None = self.quantization["quant_algo"]
+        algo: str | None = self.block(name).get("quant_algo")
         return algo if quantized and not excluded else None
+
+    def block(self, name: str) -> Mapping[str, Any]:
+        """Return how an engine's module is quantized: the block of all, or its own in quant_cfg.json."""
+        return self.quantization if self._layers is None else self._layers.get(name, {})
 
     def required(self, part: Located) -> Iterator[str]:
         """Yield the local names of the tensors that an engine's module must have on the rank of a part."""
         algo = self.algo(part.name)
         yield from ("weight", *REQUIRED[algo])
-        if algo == "W4A16_AWQ" and self.quantization["pre_quant_scale"]:
+        if algo == "W4A16_AWQ" and self.block(part.name)["pre_quant_scale"]:
             yield "prequant_scaling_factor"
-        if algo == "W4A16_AWQ" and self.quantization["has_zero_point"]:
+        if algo in _GROUPWISE and self.block(part.name)["has_zero_point"]:
             yield "zero"
         if algo == "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN" and part.columns:
             yield "smoother"
@@ -287,10 +315,28 @@ class EngineRanks:
         packed = self.get(part, "weight").rows(begin // 2, -(-end // 2))
         low, high = np.left_shift(packed, _NIBBLE) >> _NIBBLE, packed >> _NIBBLE
         codes = np.stack((low, high), axis=1).reshape(-1, packed.shape[1])[begin % 2 :][: end - begin]
-        group = int(self.quantization["group_size"])
         scale = rounded(self.get(part, "weights_scaling_factor").numbers(begin, end), self.dtype)
+        return self._scaled_groups(part, codes, scale, begin, end)
+
+    def in_kernel_order(self, part: Located, begin: int, end: int) -> NDArray[np.float64]:
+        """Return rows of W4A16_GPTQ or W8A16_GPTQ: one stream of bytes, seen as [in, out / codes in an element]."""
+        weight, bits = self.get(part, "weight"), _KERNEL_BITS[self.block(part.name)["quant_algo"]]
+        columns, together = weight.shape[0], tile_rows(bits, self.sm)
+        first, last = begin // together * together, -(-end // together) * together
+        row_bytes = columns * bits // 8
+        stream = weight.bytes_at(first * row_bytes, (last - first) * row_bytes)
+        codes = rows_in_stream(stream, columns, bits=bits, sm=self.sm)[begin - first : end - first]
+        scale = Transposed(matrix=self.get(part, "weights_scaling_factor")).numbers(begin, end)
+        return self._scaled_groups(part, codes, scale, begin, end)
+
+    def _scaled_groups(
+        self, part: Located, codes: NDArray[Any], scale: NDArray[np.float64], begin: int, end: int
+    ) -> NDArray[np.float64]:
+        """Return code * scale, with zeros added if the mode has them."""
+        block = self.block(part.name)
+        group = int(block["group_size"])
         values = codes * np.repeat(scale, group, axis=1)
-        if self.quantization["has_zero_point"]:
+        if block["has_zero_point"]:
             zero = Transposed(matrix=self.get(part, "zero")).numbers(begin, end)
             values = values + np.repeat(zero, group, axis=1)
         return values
@@ -320,6 +366,8 @@ class EngineRanks:
 
 _DEQUANTIZED = {
     "W4A16_AWQ": EngineRanks.groupwise,
+    "W4A16_GPTQ": EngineRanks.in_kernel_order,
+    "W8A16_GPTQ": EngineRanks.in_kernel_order,
     "W8A16": EngineRanks.plain_int8,
     "FP8": EngineRanks.scalar_scale,
     "FP8_PER_CHANNEL_PER_TOKEN": EngineRanks.row_scale,

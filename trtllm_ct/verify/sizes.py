@@ -6,9 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.errors import Fault
+from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.sizes import ConvertedDirectory
+from trtllm_ct.engine.build_modes import KERNEL_SMS, kernel_modes
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.target import MODELOPT, target_named
+from trtllm_ct.engine.target import ENGINE, MODELOPT, target_named
+from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.verify import VerificationReport, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -22,12 +26,18 @@ def verify_with_sizes(
 ) -> VerificationReport:
     """Verify as `verify_checkpoint` does, and add faults if the converted directory doesn't suit sizes or GPUs.
 
-    With `parallel`, it must hold these sizes; with `sm`, the GPUs of this SM must run its modes. `directory` may then
-    be a converted directory itself. Without its source only these two are checked.
+    With `parallel`, it must hold these sizes; with `sm`, the GPUs of this SM must run its modes. An engine-build
+    checkpoint is for its own sizes alone, and for its own GPUs if its codes are in the order of a kernel.
+    `directory` may be a converted directory for the PyTorch backend itself. Without its source only these two are
+    checked.
     Raises what `verify_checkpoint` raises, and `UsageError` for an unknown SM.
     """
     if parallel is None and sm is None:
         return verify_checkpoint(directory, converted)
+    if converted is not None and is_engine_directory(Path(converted)):
+        target_named(ENGINE.name, sm=sm)
+        verification = verify_checkpoint(directory, converted)
+        return replace(verification, faults=verification.faults + _engine_faults(Path(converted), parallel, sm))
     made = ConvertedDirectory.open(directory if converted is None else converted)
     platform = target_named(MODELOPT.name, made.engine if made else DEFAULT_ENGINE, sm=sm).capabilities.platform
     faults = made.faults(parallel) if made is not None and parallel is not None else ()
@@ -38,3 +48,36 @@ def verify_with_sizes(
         )
     verification = verify_checkpoint(directory, converted)
     return replace(verification, faults=verification.faults + faults)
+
+
+def _engine_faults(converted: Path, parallel: Parallel | None, sm: int | None) -> tuple[Fault, ...]:
+    """Return why an engine-build checkpoint doesn't suit sizes or GPUs; empty if it does."""
+    config = read_json_object(converted / "config.json")
+    mapping, made_for = config["mapping"], config.get("producer", {}).get("sm")
+    sizes = (mapping["tp_size"], mapping["pp_size"])
+    faults = []
+    if parallel is not None and (parallel.tensor, parallel.pipeline) != sizes:
+        faults.append(
+            Fault(
+                where=str(converted),
+                expected="the sizes that it was converted for: --tp {} --pp {}".format(*sizes),
+                found=f"--tp {parallel.tensor} --pp {parallel.pipeline}",
+                remedy="Convert the source again with these sizes.",
+            )
+        )
+    if sm is not None and made_for in KERNEL_SMS and not _same_order(made_for, sm):
+        faults.append(
+            Fault(
+                where=str(converted),
+                expected=f"GPUs of SM{made_for}, in whose order the codes are",
+                found=f"SM{sm}, where an engine would compute wrong results without a message",
+                remedy="Convert the source again for these GPUs, or without --sm for all of them.",
+            )
+        )
+    return tuple(faults)
+
+
+def _same_order(made_for: int, sm: int) -> bool:
+    """Whether kernels on the GPUs of two SMs read codes in the same order."""
+    orders = [{mode.order for mode in kernel_modes(known)} for known in (made_for, sm) if known in KERNEL_SMS]
+    return len(orders) == 2 and orders[0] == orders[1]

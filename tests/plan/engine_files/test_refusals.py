@@ -8,7 +8,8 @@ import pytest
 from builders import rewrite_config, write_checkpoint
 from tiny_models import tiny_config
 
-from trtllm_ct.base.errors import PlanError
+from trtllm_ct.base.errors import PlanError, UsageError
+from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.pipeline.open import plan_checkpoint
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SIZES = {"hidden": 256, "heads": 4, "kv_heads": 2, "intermediate": 512, "vocabulary": 64, "layers": 2}
 LINEARS = 14
+CONSENT = "--i-know-this-is-untested"
 ON_PYTORCH = "Convert with --to modelopt: it serves these modules with their codes"
 DEQUANTIZED = "Convert with --to dense, or with --to modelopt, which dequantizes"
 
@@ -33,11 +35,13 @@ def faults_of(
     architecture: str = "LlamaForCausalLM",
     parallel: Parallel = ONE_RANK,
     edit: Callable[[dict[str, Tensor]], object] | None = None,
+    sm: int | None = None,
+    untested: bool = False,
     **more: Any,
 ) -> list[Fault]:
     built = write_checkpoint(directory, config=tiny_config(architecture, **SIZES | more), scheme=scheme, edit=edit)
     with pytest.raises(PlanError) as caught:
-        plan_checkpoint(built.directory, "engine", parallel=parallel)
+        plan_checkpoint(built.directory, "engine", parallel=parallel, sm=sm, untested=untested)
     return list(caught.value.faults)
 
 
@@ -53,8 +57,9 @@ def faults_of(
         ("int4-g16", "groups of 64 and 128 columns only", DEQUANTIZED),
         ("int4-g32-asym", "groups of 64 and 128 columns only", DEQUANTIZED),
         ("int4-g64-actorder", "no kernel of engines has a group index", DEQUANTIZED),
-        ("int8-g32", "W8A16_GPTQ only, whose files are made for one generation of GPUs", DEQUANTIZED),
-        ("int8-channel-asym", "int8 weights of engines are symmetric", DEQUANTIZED),
+        ("int8-g32", "groups of 64 and 128 columns only", DEQUANTIZED),
+        ("int8-g64", "W8A16_GPTQ only: its files serve one generation of GPUs", DEQUANTIZED),
+        ("int8-channel-asym", "and need --sm and --i-know-this-is-untested", DEQUANTIZED),
         ("w8a8-static-asym", "no layer of the engine computes with such weights on int8 tensor asymmetric", ON_PYTORCH),
         ("w4a8", "W4A8_AWQ needs a static scale of the input", ON_PYTORCH),
         ("w4afp8", "W4A8_AWQ needs a static scale of the input", ON_PYTORCH),
@@ -89,12 +94,13 @@ def test_single_plain_linears_beside_modes_that_replace_whole_modules(scheme: st
     assert "replaces whole attention and MLP modules" in fault.found
 
 
-def test_several_modes_in_one_model(tmp_path: Path) -> None:
+def test_a_mode_that_replaces_whole_modules_beside_another(tmp_path: Path) -> None:
     attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "fp8-channel-token")
     mlp = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g128")
 
     (fault,) = faults_of(tmp_path, attention | mlp)
 
+    assert "FP8_PER_CHANNEL_PER_TOKEN alone: it replaces whole modules" in fault.expected
     assert fault.found == "W4A16_AWQ and FP8_PER_CHANNEL_PER_TOKEN"
     assert fault.remedy.startswith(ON_PYTORCH)
 
@@ -158,6 +164,24 @@ def test_a_bias_that_the_class_of_the_engine_leaves_out(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+class TestBiasesThatTheLoaderZeroes:
+    """W4A16_AWQ adds them in the kernel; the loader zeroes those of plain Linears too, which are added afterwards."""
+
+    SCHEME = dict.fromkeys([f"{part}_proj" for part in ("q", "k", "v", "gate", "up", "down")], "int4-g64")
+
+    def test_a_plain_linear_with_such_a_bias(self, tmp_path: Path) -> None:
+        (fault,) = faults_of(tmp_path, self.SCHEME, parallel=Parallel(tensor=2), attention_bias=True)
+
+        assert fault.where == "model.layers.0.self_attn.o_proj.bias and 1 more"
+        assert "the loader sets it to zero on all ranks but the first" in fault.found
+
+    def test_one_rank_has_all_of_it(self, tmp_path: Path) -> None:
+        config = tiny_config(**SIZES, attention_bias=True)
+        built = write_checkpoint(tmp_path, config=config, scheme=self.SCHEME)
+
+        assert plan_checkpoint(built.directory, "engine").build_config is not None
+
+
 def test_plain_linears_that_differ_between_pipeline_stages(tmp_path: Path) -> None:
     names = [f"{part}_proj" for part in ("q", "k", "v", "gate", "up", "down")]
     scheme = dict.fromkeys(names, "int4-g64") | {"model.layers.1.self_attn.o_proj": "int4-g64"}
@@ -181,6 +205,51 @@ def test_a_quantized_cache_without_stored_scales(tmp_path: Path) -> None:
 def _without_cache_scales(stored: dict[str, Tensor]) -> None:
     for name in [name for name in stored if name.endswith(("k_scale", "v_scale"))]:
         del stored[name]
+
+
+class TestConsent:
+    """Codes in the order of a kernel are written only for an SM whose order is described, and only on request."""
+
+    @pytest.mark.parametrize("sm", [None, 70, 86, 100, 103, 120])
+    def test_another_sm_is_refused_before_anything_is_written(self, sm: int | None, tmp_path: Path) -> None:
+        built = write_checkpoint(tmp_path / "source", config=tiny_config(**SIZES), scheme="int4-g64")
+
+        with pytest.raises(UsageError, match=r"--sm: expected 80 or 89 or 90"):
+            convert_checkpoint(built.directory, tmp_path / "out", to="engine", sm=sm, untested=True)
+
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("target", ["modelopt", "dense", "tensorrt_llm", "reference"])
+    def test_another_target_is_refused(self, target: str, tmp_path: Path) -> None:
+        built = write_checkpoint(tmp_path, config=tiny_config(**SIZES), scheme="int4-g64")
+
+        with pytest.raises(UsageError, match=f"--to with {CONSENT}: expected engine"):
+            plan_checkpoint(built.directory, target, sm=90, untested=True)
+
+    @pytest.mark.parametrize("sm", [80, 90])
+    @pytest.mark.parametrize(
+        ("scheme", "reason"),
+        [
+            ("int4-g32", "groups of 64 and 128 columns only"),
+            ("int8-g32", "groups of 64 and 128 columns only"),
+            ("int4-g64-actorder", "no kernel of engines has a group index"),
+            ("w4afp8", "W4A8_AWQ needs a static scale of the input"),
+        ],
+    )
+    def test_what_no_kernel_holds_stays_refused(self, scheme: str, reason: str, sm: int, tmp_path: Path) -> None:
+        (fault,) = faults_of(tmp_path, scheme, sm=sm, untested=True)
+
+        assert reason in fault.found
+
+    def test_rows_that_ranks_divide_within_a_bundle(self, tmp_path: Path) -> None:
+        """A bundle of four rows is one piece of the file; ranks and parts of qkv must have whole ones."""
+        sizes = {"hidden": 192, "heads": 30, "kv_heads": 1, "head_dim": 6}
+        scheme = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "int4-g64")
+
+        (fault,) = faults_of(tmp_path, scheme, sm=80, untested=True, **sizes)
+
+        assert fault.found == "6 rows on each rank, no multiple of 4"
+        assert plan_checkpoint(tmp_path, "engine", sm=90, untested=True).build_config is not None
 
 
 def test_expert_parallelism(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.engine.build_modes import BuildTensor, Content, Extent
+from trtllm_ct.engine.build_mode import BuildTensor, Content, Extent
 from trtllm_ct.plan.engine_files.tensors import Item
 from trtllm_ct.plan.rank_ops import LargestOf
 from trtllm_ct.plan.stored import Shared

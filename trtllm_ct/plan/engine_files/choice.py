@@ -1,7 +1,7 @@
 """Which mode an engine gets, which of its modules stay plain, and what is refused.
 
-An engine has one mode. A scheme that engines can't hold is refused and not dequantized, because another target keeps
-its codes. All refusals are collected, one for each reason.
+An engine has one mode, or several of those whose Linears are replaced one by one. A scheme that engines can't hold is
+refused and not dequantized, because another target keeps its codes. All refusals are collected, one for each reason.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING
 
-from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, BUILD_MODES, W4A16_AWQ, Content, mode_of, refusal_of
-from trtllm_ct.engine.quant_config import LayerQuantConfig
+from trtllm_ct.engine.build_mode import Content
+from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, W4A16_AWQ, mode_of, refusal_of
 from trtllm_ct.engine.target import DENSE, MODELOPT, TENSORRT_LLM
 from trtllm_ct.plan.assign import assign_modes, candidates_of
 from trtllm_ct.plan.engine_files.tensors import Held
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from trtllm_ct.base.errors import FaultCollector
-    from trtllm_ct.engine.build_modes import BuildMode
+    from trtllm_ct.engine.build_mode import BuildMode
+    from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.plan.assign import Candidate
     from trtllm_ct.plan.engine_files.layout import Layout
     from trtllm_ct.plan.equalize import Equalized
@@ -32,43 +33,47 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "choose"]
 
 _READ_PLAIN = "engines of this target read this module plain"
-_WITH_EXPERTS = "engines have one mode for experts and attention, and this target writes experts plain"
+_WITH_EXPERTS = "this target writes models with experts as dense tensors, attention included"
 _REQUANTIZED = "qkv has one weight scale: codes are requantized to the largest of q, k and v where these differ"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The mode of an engine, None if it is plain, and the modules that it holds, by name.
+    """The modes of an engine, empty if it is plain, and the modules that it holds, by name.
 
     `reasons` say why other quantized modules are dequantized, and `notes` how tensors of modules are changed.
-    `excluded` are the engine's names of Linears that stay plain although the engine has a mode.
+    `excluded` are the engine's names of Linears that stay plain although the engine has one mode. With several modes,
+    `layers` has the mode of each Linear by the engine's name instead.
     """
 
-    mode: BuildMode | None = None
-    group_size: int | None = None
+    modes: tuple[BuildMode, ...] = ()
     held: Mapping[str, Held] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
+    layers: Mapping[str, LayerQuantConfig] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> BuildMode | None:
+        """The mode of all Linears; None if there are several, or none."""
+        return self.modes[0] if len(self.modes) == 1 else None
 
     @property
     def layer(self) -> LayerQuantConfig | None:
-        """The mode as the configuration of the engine has it."""
-        if self.mode is None:
-            return None
-        return LayerQuantConfig(
-            quant_algo=self.mode.algo,
-            group_size=self.group_size,
-            has_zero_point=self.mode.has_zero_point,
-            pre_quant_scale=self.mode.pre_quant_scale,
-        )
+        """The mode of all Linears as the configuration of the engine has it."""
+        return next(iter(self.held.values())).layer if self.mode else None
 
 
 def choose(
-    parts: Sequence[Part], sites: Sequence[Site], layout: Layout, probe: Probe, faults: FaultCollector
+    parts: Sequence[Part],
+    sites: Sequence[Site],
+    layout: Layout,
+    modes: tuple[BuildMode, ...],
+    probe: Probe,
+    faults: FaultCollector,
 ) -> Choice:
-    """Return the mode of an engine, given its quantized modules and all its sites; adds a fault for each refusal."""
-    return _Chooser(parts=parts, sites=sites, layout=layout, probe=probe, faults=faults).choice()
+    """Return one of `modes`, given the quantized modules and all sites of an engine; adds a fault for each refusal."""
+    return _Chooser(parts=parts, sites=sites, layout=layout, modes=modes, probe=probe, faults=faults).choice()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +83,7 @@ class _Chooser:
     parts: Sequence[Part]
     sites: Sequence[Site]
     layout: Layout
+    modes: tuple[BuildMode, ...]
     probe: Probe
     faults: FaultCollector
     equalized: Mapping[str, Equalized] = field(init=False)
@@ -91,28 +97,32 @@ class _Chooser:
     def choice(self) -> Choice:
         """Return the choice; adds the faults."""
         linears = self._linears()
-        modes = {name: mode_of(self.candidates[name].weight) for name in linears}
+        modes = {name: mode_of(self.candidates[name].weight, self.modes) for name in linears}
         refused = {name: refusal_of(self.candidates[name].weight) for name, mode in modes.items() if mode is None}
         self._refuse(refused)
-        mode = self._one_mode({name: mode for name, mode in modes.items() if mode is not None})
-        if mode is None or refused:
+        agreed = self._agreed({name: mode for name, mode in modes.items() if mode is not None})
+        if not agreed or refused:
             return Choice(reasons=self.reasons)
-        held = [name for name in linears if name in modes]
-        group_size = self._group_size(mode, held)
-        self._refuse_unequal(mode, held)
-        self._require_input_scales(mode, held)
+        held: dict[str, Held] = {}
+        used = tuple(mode for mode in self.modes if mode in agreed.values())
+        for mode in used:
+            names = [name for name in linears if agreed[name] is mode]
+            size = self._group_size(mode, names)
+            self._refuse_unequal(mode, names)
+            self._require_input_scales(mode, names)
+            held |= {name: Held(mode=mode, group_size=size, equalized=self.equalized.get(name, OWN)) for name in names}
         plain = self._plain_linears(held)
-        self._refuse_plain(mode, plain)
-        self._refuse_head_norms(mode)
+        for mode in used:
+            self._refuse_plain(mode, plain)
+            self._refuse_head_norms(mode)
+        one = len(used) == 1
         return Choice(
-            mode=mode,
-            group_size=group_size,
-            held={
-                name: Held(mode=mode, group_size=group_size, equalized=self.equalized.get(name, OWN)) for name in held
-            },
+            modes=used,
+            held=held,
             reasons=self.reasons,
-            notes=self._notes(mode, held),
-            excluded=self._excluded(plain),
+            notes=self._notes(held),
+            excluded=self._excluded(plain) if one else (),
+            layers={} if one else self._layers(held),
         )
 
     def _linears(self) -> list[str]:
@@ -138,15 +148,25 @@ class _Chooser:
             return _READ_PLAIN
         return self.candidates[site.module].folded
 
-    def _one_mode(self, modes: Mapping[str, BuildMode]) -> BuildMode | None:
-        """Return the one mode of all Linears; adds a fault for several."""
-        different = [mode for mode in BUILD_MODES if mode in modes.values()]
-        if {mode.algo for mode in different} == {W4A16_AWQ.algo} and AWQ_WITH_ZEROS in different:
-            return AWQ_WITH_ZEROS
-        if len(different) > 1:
-            algos = " and ".join(dict.fromkeys(str(mode.algo) for mode in different))
-            self._add(list(modes), "one mode for the whole engine, which is all that this target writes", algos)
-        return different[0] if different else None
+    def _agreed(self, modes: Mapping[str, BuildMode]) -> dict[str, BuildMode]:
+        """Return the mode of each Linear; adds faults for modes that can't be beside each other."""
+        used = set(modes.values())
+        if AWQ_WITH_ZEROS in used:  # Both have the same name, and weights without zero points get zeros of 0.
+            modes = {name: AWQ_WITH_ZEROS if mode is W4A16_AWQ else mode for name, mode in modes.items()}
+        different = [mode for mode in self.modes if mode in modes.values()]
+        alone = next((mode for mode in different if not mode.mixes), None)
+        if alone is not None and len(different) > 1:
+            why = "it replaces whole modules" if alone.swaps_modules else "its Linears are set up for the whole engine"
+            self._add(list(modes), f"{alone.algo} alone: {why}, and no mode can be beside it", _in_words(different))
+            return {}
+        for name in modes:
+            parts = [modes[part] for part in self._spot_parts(name) if part in modes]
+            if name == self._spot_parts(name)[0] and len(set(parts)) > 1:
+                used_here = [mode for mode in different if mode in parts]
+                self._add(
+                    list(self._spot_parts(name)), "one mode for all parts of a fused Linear", _in_words(used_here)
+                )
+        return dict(modes)
 
     def _refuse(self, refused: Mapping[str, str]) -> None:
         """Add a fault for each reason why Linears have no mode."""
@@ -191,8 +211,14 @@ class _Chooser:
         rows = self.layout.engine_rows(name)
         bad = [f"{count} {axis}" for count, axis in ((rows, "rows"), (weight.shape[1], "columns")) if count % multiple]
         if not bad:
-            return ""
+            return self._bundle_problem(mode, name)
         return f"{' and '.join(bad)} in all ranks together, no multiple of {multiple} (tensor parallel {ranks})"
+
+    def _bundle_problem(self, mode: BuildMode, name: str) -> str:
+        """Return why the rows of a rank can't be put in the order of a kernel on their own; empty if they can."""
+        bundle = mode.order.bundle if mode.order else 1
+        begin, end = self.layout.rows(name, 0, self.layout.sites[name].shape[0])
+        return f"{end - begin} rows on each rank, no multiple of {bundle}" if (end - begin) % bundle else ""
 
     def _refuse_unequal(self, mode: BuildMode, held: Sequence[str]) -> None:
         """Add a fault for parts of a fused Linear whose global scales can't be made equal without a change."""
@@ -266,9 +292,31 @@ class _Chooser:
                 )
         return tuple(names)
 
-    def _notes(self, mode: BuildMode, held: Iterable[str]) -> dict[str, str]:
+    def _layers(self, held: Mapping[str, Held]) -> dict[str, LayerQuantConfig]:
+        """Return the mode of each Linear by the engine's name; adds a fault where it differs between stages."""
+        by_name: dict[str, dict[int, LayerQuantConfig]] = {}
+        modules: dict[str, str] = {}
+        for module, how in held.items():
+            spot = self.layout.spot(module)
+            if spot is not None and spot.layer is not None:
+                name = self.layout.local_name(spot)
+                by_name.setdefault(name, {})[self.layout.stage(spot)] = how.layer
+                modules.setdefault(name, module)
+        for name, stages in by_name.items():
+            count = sum(_index(name) < len(layers) for layers in self.layout.stages)
+            if len(stages) < count or len(set(stages.values())) > 1:
+                self._add(
+                    [modules[name]],
+                    f"the Linear {name} in one mode in every pipeline stage: one configuration serves all stages",
+                    f"different modes in {self.layout.parallel.pipeline} stages",
+                )
+        return {name: next(iter(stages.values())) for name, stages in by_name.items()}
+
+    def _notes(self, held: Mapping[str, Held]) -> dict[str, str]:
         """Return a note for each module whose tensors are changed."""
-        return {name: _REQUANTIZED for name in held if mode.requantizes and len(self._spot_parts(name)) > 1}
+        return {
+            name: _REQUANTIZED for name, how in held.items() if how.mode.requantizes and len(self._spot_parts(name)) > 1
+        }
 
     def _spot_parts(self, name: str) -> tuple[str, ...]:
         spot = self.layout.spot(name)
@@ -291,6 +339,11 @@ class _Chooser:
                 how = "Convert with --to modelopt" if target is MODELOPT else "Load it with target tensorrt_llm"
                 return f"{how}: it serves these modules with their codes, on the PyTorch backend."
         return f"Convert with --to {DENSE.name}, or with --to {MODELOPT.name}, which dequantizes what it can't hold."
+
+
+def _in_words(modes: Iterable[BuildMode]) -> str:
+    """Return the names of modes, each once."""
+    return " and ".join(dict.fromkeys(str(mode.algo) for mode in modes))
 
 
 def _index(name: str) -> int:

@@ -24,16 +24,19 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.build_classes import BuildClass
     from trtllm_ct.plan.models.sites import Model
 
-__all__ = ["build_config", "config_warnings", "rope_of_model"]
+__all__ = ["build_config", "build_layers", "config_warnings", "rope_of_model"]
 
 # `QuantConfig.group_size` is 128 by default, and some pages say 64: it is always written.
 _GROUP_SIZE = 128
-# `exclude_modules` replaces the default list of the engine, so the entries of that list are repeated here.
+# `exclude_modules` replaces the default list of the engine, so the entries of that list are repeated here. It is
+# compared with the names of Linears, and when weights of W8A16 are loaded with those of tensors
+# (`models/convert_utils.py: weight_only_quantize_dict`): only a name with an asterisk behind it matches both.
 _ALWAYS_EXCLUDED = ("lm_head", "*router", "transformer.vocab_embedding")
 _NOT_RUN = (
     "target engine follows the published source of TensorRT-LLM, and no engine was built from it here: "
     "compare outputs before you serve it"
 )
+_MIXED = "MIXED_PRECISION with these modes and quant_cfg.json"
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "MixtralForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
 }
@@ -65,7 +68,7 @@ def build_config(
     _refuse_activation(text, faults)
     _refuse_dtype(dtype, faults)
     config = {
-        "producer": {"name": "trtllm-ct", "version": __version__},
+        "producer": _producer(choice),
         "architecture": model.name,
         "dtype": dtype.torch_name,
         "logits_dtype": "float32",
@@ -85,12 +88,33 @@ def build_config(
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "tie_word_embeddings": bool(model.tied),
-        "disable_weight_only_quant_plugin": bool(choice.mode and choice.mode.plain_int8),
+        "disable_weight_only_quant_plugin": any(mode.plain_int8 for mode in choice.modes),
         "quantization": _quantization(choice, kv_cache),
         "mapping": _mapping(row, parallel),
     }
     copied = {key: bool(text.get(source, default)) for key, source, default in row.copied}
     return config | dict(row.config) | copied | _experts(model, row)
+
+
+def build_layers(choice: Choice, kv_cache: str | None) -> dict[str, Any] | None:
+    """Return quant_cfg.json, which has the mode of each Linear if there are several; None if there are not.
+
+    Linears without an entry are plain. Source: `PretrainedConfig` and `LayerQuantConfig` of
+    `models/modeling_utils.py`.
+    """
+    if not choice.layers:
+        return None
+    layers = {
+        name: {
+            "quant_algo": str(layer.quant_algo),
+            "group_size": layer.group_size or _GROUP_SIZE,
+            "has_zero_point": layer.has_zero_point,
+            "pre_quant_scale": layer.pre_quant_scale,
+        }
+        for name, layer in choice.layers.items()
+    }
+    algo = str(QuantAlgo.MIXED_PRECISION)
+    return {"quant_algo": algo, "kv_cache_quant_algo": kv_cache, "quantized_layers": layers}
 
 
 def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> tuple[str, ...]:
@@ -101,7 +125,8 @@ def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> 
     derived = [
         what
         for what in (
-            choice.mode.derived if choice.mode else "",
+            *(mode.derived for mode in choice.modes),
+            _MIXED if choice.layers else "",
             rope.derived,
             "Linears that stay plain by exclude_modules" if choice.excluded else "",
         )
@@ -110,9 +135,14 @@ def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> 
     warnings = [_NOT_RUN]
     if derived:
         warnings.append(f"(derived) no converter of TensorRT-LLM writes this: {'; '.join(derived)}")
-    if gptq and choice.mode is not None and choice.mode.algo is QuantAlgo.W4A16_AWQ:
+    if gptq and any(mode.algo is QuantAlgo.W4A16_AWQ for mode in choice.modes):
         warnings.append(
             "int4 codes are written as W4A16_AWQ, for every GPU: a file of W4A16_GPTQ serves one generation of GPUs"
+        )
+    if choice.mode is not None and choice.mode.sm is not None:
+        warnings.append(
+            f"{choice.mode.algo} serves GPUs of SM{choice.mode.sm} and TensorRT-LLM 1.0 to 1.2.1 only: elsewhere an "
+            "engine computes wrong results without a message"
         )
     window = model.text.get("sliding_window")
     if window and model.text.get("use_sliding_window", True):
@@ -122,16 +152,24 @@ def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> 
     return tuple(warnings)
 
 
+def _producer(choice: Choice) -> dict[str, Any]:
+    """Return what made the file, which engines ignore; with the SM that codes in the order of a kernel are for."""
+    sm = choice.mode.sm if choice.mode else None
+    return {"name": "trtllm-ct", "version": __version__} | ({} if sm is None else {"sm": sm})
+
+
 def _quantization(choice: Choice, kv_cache: str | None) -> dict[str, Any]:
-    """Return the block `quantization`."""
-    mode = choice.mode
+    """Return the block `quantization`; that of several modes is in quant_cfg.json."""
+    if choice.layers:
+        return {"quant_algo": str(QuantAlgo.MIXED_PRECISION), "kv_cache_quant_algo": kv_cache}
+    layer, mode = choice.layer, choice.mode
     return {
         "quant_algo": str(mode.algo) if mode else None,
         "kv_cache_quant_algo": kv_cache,
-        "group_size": choice.group_size or _GROUP_SIZE,
+        "group_size": (layer and layer.group_size) or _GROUP_SIZE,
         "has_zero_point": bool(mode and mode.has_zero_point),
         "pre_quant_scale": bool(mode and mode.pre_quant_scale),
-        "exclude_modules": [*_ALWAYS_EXCLUDED, *choice.excluded] if choice.excluded else None,
+        "exclude_modules": [*_ALWAYS_EXCLUDED, *(f"{name}*" for name in choice.excluded)] if choice.excluded else None,
     }
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.build_mode import RowBias
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.plan.assign import Assignment
 from trtllm_ct.plan.engine_files.cache import cache_scales
 from trtllm_ct.plan.engine_files.choice import Choice, choose
-from trtllm_ct.plan.engine_files.config import build_config, config_warnings, rope_of_model
+from trtllm_ct.plan.engine_files.config import build_config, build_layers, config_warnings, rope_of_model
 from trtllm_ct.plan.engine_files.layout import Layout
 from trtllm_ct.plan.engine_files.ranks import rank_modules
 from trtllm_ct.plan.models.build_classes import BUILD_CLASSES
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.checkpoint.write_plan import Segment, StackPart
+    from trtllm_ct.engine.build_mode import BuildMode
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.plan.equalize import Part
     from trtllm_ct.plan.models.sites import Model, Site
@@ -39,6 +41,7 @@ class BuiltModules:
     places: Mapping[str, Segment | StackPart]
     quant_config: QuantConfig
     config: dict[str, Any]
+    layers: dict[str, Any] | None = None
     warnings: tuple[str, ...]
 
 
@@ -50,13 +53,16 @@ class EngineDirectory:
     parallel: Parallel
     dtype: DType
     layout: Layout
+    modes: tuple[BuildMode, ...]
     choice: Choice = field(default_factory=Choice)
 
     @classmethod
-    def of(cls, model: Model, parallel: Parallel, dtype: DType, place: tuple[str, str]) -> EngineDirectory:
-        """Return the directory of a model whose class `refuse_unbuilt` accepts."""
+    def of(
+        cls, model: Model, parallel: Parallel, dtype: DType, place: tuple[str, str], modes: tuple[BuildMode, ...]
+    ) -> EngineDirectory:
+        """Return the directory of a model whose class `refuse_unbuilt` accepts; it may have one of these modes."""
         layout = Layout(model=model, row=BUILD_CLASSES[model.name], parallel=parallel, place=place)
-        return cls(model=model, parallel=parallel, dtype=dtype, layout=layout)
+        return cls(model=model, parallel=parallel, dtype=dtype, layout=layout, modes=modes)
 
     def assign(
         self, parts: Sequence[Part], sites: Sequence[Site], probe: Probe, faults: FaultCollector
@@ -65,7 +71,7 @@ class EngineDirectory:
 
         The assignments have no holding: the tensors of a mode take the place of the plain ones in `build`.
         """
-        self.choice = choose(parts, sites, self.layout, probe, faults)
+        self.choice = choose(parts, sites, self.layout, self.modes, probe, faults)
         reasons = self.choice.reasons
         return {part.site.module: Assignment(holding=None, reason=reasons.get(part.site.module, "")) for part in parts}
 
@@ -73,6 +79,7 @@ class EngineDirectory:
         """Return all modules with the pieces of all ranks; `modules` are the plans that deliver them plain."""
         modules = tuple(modules)
         self._refuse_biases(modules, faults)
+        self._refuse_zeroed_biases(modules, faults)
         if kv_cache is not None:
             self._require_cache_scales(modules, kv_cache, faults)
         rope = rope_of_model(self.model, faults)
@@ -93,9 +100,20 @@ class EngineDirectory:
                 modules=modules, places={}, quant_config=QuantConfig(), config=config, warnings=warnings
             )
         pieces, places = rank_modules(modules, self.layout, self.choice, self.dtype)
-        excluded = tuple(config["quantization"]["exclude_modules"] or ())
-        quant_config = QuantConfig(layer=self.choice.layer, kv_cache_quant_algo=kv_cache, exclude_modules=excluded)
-        return BuiltModules(modules=pieces, places=places, quant_config=quant_config, config=config, warnings=warnings)
+        quant_config = QuantConfig(
+            layer=self.choice.layer,
+            kv_cache_quant_algo=kv_cache,
+            exclude_modules=tuple(config["quantization"].get("exclude_modules") or ()),
+            quantized_layers=self.choice.layers,
+        )
+        return BuiltModules(
+            modules=pieces,
+            places=places,
+            quant_config=quant_config,
+            config=config,
+            layers=build_layers(self.choice, kv_cache),
+            warnings=warnings,
+        )
 
     def _require_cache_scales(self, modules: Iterable[ModulePlan], kv_cache: str, faults: FaultCollector) -> None:
         """Add a fault if a layer has no stored scale of its cache: engines can't be built without one."""
@@ -114,14 +132,43 @@ class EngineDirectory:
         """Add a fault for each bias that the engine's class has no parameter for: it would be left out silently."""
         for module in modules:
             spot = self.layout.spot(module.name)
-            has_bias = any(delivery.name.endswith(".bias") for delivery in module.deliveries)
-            if has_bias and (spot is None or spot.name not in self.layout.row.biases):
+            if _has_bias(module) and (spot is None or spot.name not in self.layout.row.biases):
                 faults.add(
                     where=f"{module.name}.bias",
                     expected=f"no bias: the class of {self.model.name} in the TensorRT backend leaves it out",
                     found="a bias",
                     remedy="Convert with --to modelopt: the PyTorch backend adds it.",
                 )
+
+    def _refuse_zeroed_biases(self, modules: Iterable[ModulePlan], faults: FaultCollector) -> None:
+        """Add a fault for biases of plain Linears that the loader sets to zero on all ranks but the first.
+
+        It knows them by their name only. A plain Linear adds its bias on every rank after the ranks are added up, so
+        that the ranks would go on with different numbers.
+        """
+        mode = self.choice.mode
+        if mode is None or mode.row_bias is not RowBias.ZEROED_BY_LOADER or self.parallel.tensor == 1:
+            return
+        names = [
+            module.name
+            for module in modules
+            if _has_bias(module)
+            and module.name in self.layout.sites.keys() - self.choice.held.keys()
+            and self.layout.is_row_parallel(module.name)
+        ]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            faults.add(
+                where=f"{names[0]}.bias{more}",
+                expected=f"no bias of a plain Linear beside {mode.algo}",
+                found="one: the loader sets it to zero on all ranks but the first, and all of them add theirs",
+                remedy="Convert with --tp 1, or with --to modelopt: the PyTorch backend adds it once.",
+            )
+
+
+def _has_bias(module: ModulePlan) -> bool:
+    """Whether a module delivers a bias."""
+    return any(delivery.name.endswith(".bias") for delivery in module.deliveries)
 
 
 def refuse_unbuilt(model: Model, parallel: Parallel, faults: FaultCollector, *, dense_o_proj: bool) -> bool:

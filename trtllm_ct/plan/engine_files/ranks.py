@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.write_plan import Segment, StackPart
-from trtllm_ct.engine.build_modes import BuildTensor, Content, Extent
+from trtllm_ct.engine.build_mode import BuildTensor, Content, Extent, RowBias
 from trtllm_ct.plan.engine_files.cache import cache_scales, without_cache
 from trtllm_ct.plan.engine_files.tensors import Item, held_items, norm_items, peer_views, plain_items
 from trtllm_ct.plan.plan import Delivery
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.layouts.mixed_gemm import KernelOrder
     from trtllm_ct.plan.engine_files.choice import Choice
     from trtllm_ct.plan.engine_files.layout import Layout, RankPlace, Spot
     from trtllm_ct.plan.ops import Operation
@@ -75,7 +76,7 @@ class _Ranks:
         return replace(
             module,
             ignored=ignored,
-            layer=self.choice.layer,
+            layer=held.layer,
             reason=held.equalized.reason,
             note=self.choice.notes.get(module.name, ""),
         )
@@ -118,14 +119,17 @@ class _Ranks:
             begin, end = (
                 self.layout.head_rows(place.tensor, rows) if head else self.layout.rows(whole.name, place.tensor, rows)
             )
-            piece = _cut_rows(whole, begin, end, rows)
+            piece = _cut_rows(whole, items, begin, end, rows)
         first, total = self._joined_rows(whole.name, spot, place, end - begin, head=head)
         deliveries: list[Delivery] = []
         for item, delivery in zip(items, piece.deliveries, strict=True):
             if not self._delivers(item.tensor, whole.name, spot):
                 continue
             operation = self._columns(item.tensor, delivery.operation, whole, place)
-            deliveries += self._delivery(item.tensor, operation, delivery.sources, spot, place, (first, total), whole)
+            sources = delivery.sources
+            if item.tensor.name == "bias" and self._zeroes_bias(whole.name, place):
+                operation, sources = Padding(result=operation.result), ()
+            deliveries += self._delivery(item.tensor, operation, sources, spot, place, (first, total), whole)
         return replace(piece, deliveries=tuple(deliveries))
 
     def _delivers(self, tensor: BuildTensor, module: str, spot: Spot) -> bool:
@@ -133,6 +137,12 @@ class _Ranks:
         if tensor.row_parallel and not self.layout.is_row_parallel(module):
             return False
         return tensor.extent in {Extent.MATRIX, Extent.ROWS} or module == spot.parts[0]
+
+    def _zeroes_bias(self, module: str, place: RankPlace) -> bool:
+        """Whether a rank gets zeros as the bias of a module: kernels add it before the ranks are added up."""
+        held = self.choice.held.get(module)
+        in_file = held is not None and held.mode.row_bias is RowBias.ZEROED_IN_FILE
+        return in_file and place.tensor > 0 and self.layout.is_row_parallel(module)
 
     def _columns(self, tensor: BuildTensor, operation: Operation, whole: ModulePlan, place: RankPlace) -> Operation:
         """Return the operation with the columns of the rank."""
@@ -168,6 +178,9 @@ class _Ranks:
         if tensor.extent in {Extent.SCALAR, Extent.COLUMNS}:
             shape = made.shape or (1,)
             self.places[name] = Segment(stack=stack, shape=(1, *shape) if tensor.leading else shape)
+        elif tensor.kernel_order:
+            order = self.choice.held[whole.name].mode.order
+            self.places[name] = _in_stream(stack, order, made, first, total)
         elif tensor.transposed:
             self.places[name] = StackPart(stack=stack, line=first, lines=total, flat=True)
         else:
@@ -218,21 +231,36 @@ class _Ranks:
         return module.weight is not None or "weight" in module.views
 
 
-def _cut_rows(module: ModulePlan, begin: int, end: int, rows: int) -> ModulePlan:
-    """Return the plan of some rows of a module: of stored rows where they can be cut, or else of delivered rows."""
+def _cut_rows(module: ModulePlan, items: tuple[Item, ...], begin: int, end: int, rows: int) -> ModulePlan:
+    """Return the plan of some rows of a module: of stored rows where they can be cut, or else of delivered rows.
+
+    `items` are those that it delivers, in the same order.
+    """
     if (begin, end) == (0, rows):
         return module
     unit = row_unit(module)
     if can_narrow(module) and begin % unit == 0 and (end % unit == 0 or end == rows):
         return narrow(module, begin, end)
     deliveries = []
-    for delivery in module.deliveries:
+    for item, delivery in zip(items, module.deliveries, strict=True):
         operation = delivery.operation
         in_one = weight_rows_per_row(operation, module.weight)
-        if operation.result.shape[:1] == (rows // in_one,) and not isinstance(operation, Padding):
+        if item.tensor.extent in {Extent.MATRIX, Extent.ROWS}:
             operation = Slice.of(operation, 0, begin // in_one, end // in_one)
         deliveries.append(delivery._replace(operation=operation))
     return replace(module, deliveries=tuple(deliveries))
+
+
+def _in_stream(stack: str, order: KernelOrder | None, made: TensorSpec, first: int, total: int) -> Segment:
+    """Return the place of codes in the order of a kernel, of `total` bundles of rows of which `first` come before.
+
+    The file has the shape [in, out / codes in an element]; bytes of later rows come later all the same.
+    """
+    if order is None:
+        raise AssertionError("a mode with codes in the order of a kernel has that order")
+    per_bundle, in_element = made.shape[1], made.dtype.bits // order.bits
+    shape = (per_bundle * in_element // order.bundle, total * order.bundle // in_element)
+    return Segment(stack=stack, shape=shape, first=first * per_bundle)
 
 
 def _part(module: str, spot: Spot) -> str:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.engine.build_modes import BuildTensor, Content, Extent
+from trtllm_ct.engine.build_mode import BuildTensor, Content, Extent
+from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.models.build_classes import ROUTER
 from trtllm_ct.plan.ops import Cast, Copy, Ones, Repack, WidenScale
-from trtllm_ct.plan.rank_ops import LargestOf, LargestReciprocal, Requantize, RoundScale, RoundZero
+from trtllm_ct.plan.rank_ops import LargestOf, LargestReciprocal, Permute, Requantize, RoundScale, RoundZero
 from trtllm_ct.plan.stored import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trtllm_ct.engine.build_modes import BuildMode
+    from trtllm_ct.engine.build_mode import BuildMode
     from trtllm_ct.plan.equalize import Equalized
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.plan import Delivery, ModulePlan
@@ -48,6 +49,16 @@ class Held:
     mode: BuildMode
     group_size: int | None
     equalized: Equalized
+
+    @property
+    def layer(self) -> LayerQuantConfig:
+        """The mode as the configuration of the engine has it."""
+        return LayerQuantConfig(
+            quant_algo=self.mode.algo,
+            group_size=self.group_size,
+            has_zero_point=self.mode.has_zero_point,
+            pre_quant_scale=self.mode.pre_quant_scale,
+        )
 
 
 def input_scale_of(module: ModulePlan) -> str:
@@ -128,7 +139,7 @@ def _operation(
     wanted = tensor.dtype or dtype
     match tensor.content:
         case Content.CODES:
-            return _codes(tensor, module, parts, mode)
+            return _codes(tensor, module, parts, mode, dtype)
         case Content.SCALE if tensor.extent is Extent.SCALAR:
             scales = _scales(module, parts, weight.scale)
             return LargestOf(result=_SCALAR, scales=scales) if len(parts) > 1 else WidenScale(result=_SCALAR)
@@ -151,14 +162,20 @@ def _operation(
             return Ones(result=TensorSpec(wanted, (columns,)))
 
 
-def _codes(tensor: BuildTensor, module: ModulePlan, parts: Sequence[ModulePlan], mode: BuildMode) -> Operation:
-    """Return the operation that makes the codes of a module."""
+def _codes(
+    tensor: BuildTensor, module: ModulePlan, parts: Sequence[ModulePlan], mode: BuildMode, dtype: DType
+) -> Operation:
+    """Return the operation that makes the codes of a module; `dtype` is the model's dtype."""
     weight = module.weight
     if weight is None:
         raise AssertionError("a module in a mode has codes")
     stored = module.views[weight.codes].spec
     if mode.requantizes and len(parts) > 1:
         return Requantize(result=stored, scales=_scales(module, parts, weight.scale))
+    if mode.order is not None:
+        rows, columns = weight.shape
+        width = mode.order.bundle * columns * mode.order.bits // dtype.bits
+        return Permute(result=TensorSpec(dtype, (rows // mode.order.bundle, width)), order=mode.order)
     if mode.packing is None or mode.packing == weight.packing:
         return Copy(result=stored, source=weight.codes)
     shape = mode.packing.packed_shape(weight.shape)

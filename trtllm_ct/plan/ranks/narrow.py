@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.formats.base import Axis
 from trtllm_ct.plan.ops import FoldTransform, Ones, Repack
-from trtllm_ct.plan.rank_ops import Padding, Slice
+from trtllm_ct.plan.rank_ops import Padding, Permute, Slice
 from trtllm_ct.plan.stored import View
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def weight_rows_per_row(operation: Operation, weight: StoredWeight | None) -> in
     if isinstance(operation, Repack):
         packing = operation.packing
         return packing.container.bits // packing.bits if packing.axis == 0 else 1
+    if isinstance(operation, Permute):
+        return operation.order.bundle
     if weight is None or weight.block_rows == 1 or operation.result.shape[:1] != weight.scale_shape[:1]:
         return 1
     return weight.block_rows

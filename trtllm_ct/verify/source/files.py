@@ -134,6 +134,10 @@ class FileTensor(SourceTensor):
         data = self.files.read(self.name, self.start + begin * row_bytes, (end - begin) * row_bytes)
         return data.view(_RAW[self.dtype]).reshape(end - begin, *row)
 
+    def bytes_at(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
+        """Return bytes of the tensor, whatever its dtype and shape."""
+        return self.files.read(self.name, self.start + begin, nbytes)
+
     def entry(self, index: int) -> FileTensor:
         """Return the tensor at `index` of the first axis."""
         entry_bytes = prod(self.shape[1:]) * self.dtype.itemsize
