@@ -132,8 +132,7 @@ class _Planner:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unread(self.model, self.target)
         refuse_unsupported(self.config, self.model, self.faults)
-        # A class with a row reads experts one by one in every release; without a row it may read stacks only.
-        one_by_one = self.model.has_row and self.target.capabilities.release is not None
+        one_by_one = self.model.reads_single_experts and self.target.capabilities.release is not None
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes, split_stacks=one_by_one)
         unread = unread_tensors(catalog, gathered.values())
         self.model = self.model.in_checkpoint(gathered)

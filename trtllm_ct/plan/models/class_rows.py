@@ -9,6 +9,7 @@ from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_row import CUTS, ClassRow, Limit
 from trtllm_ct.plan.models.decoder_rows import DECODER_ROWS
+from trtllm_ct.plan.models.own_loader_rows import OWN_LOADER_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,6 +85,7 @@ _QWEN3_5 = replace(
 
 CLASS_ROWS: Mapping[str, ClassRow] = {
     **DECODER_ROWS,
+    **OWN_LOADER_ROWS,
     "Qwen3NextForCausalLM": _QWEN3_NEXT,
     "Qwen3_5ForCausalLM": _QWEN3_5,
     "Qwen3_5ForConditionalGeneration": _QWEN3_5,

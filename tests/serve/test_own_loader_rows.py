@@ -1,0 +1,195 @@
+"""Classes that load their weights themselves, on the double: each rank's tensors, on one, two and four ranks.
+
+Every Linear, every expert and every other parameter holds the slice of the stored values that the class computes with,
+from a directory that was converted for stock, and loaded by this package.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import engine_double
+import pytest
+import torch
+from engine_fixtures import BINDINGS
+from own_loader_models import OWN_LOADERS, write_own_loader
+from rank_slices import differs, experts_of, held_weight, rows_of_rank
+
+import trtllm_ct
+from trtllm_ct import inspect_checkpoint, verify_checkpoint
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.parallel import Parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from builders import Built
+    from torch import Tensor
+
+pytestmark = [pytest.mark.usefixtures("sidecar_cache"), pytest.mark.reference]
+
+SCHEMES = ("fp8-channel-token", "int4-g128", "fp8-block", "nvfp4")
+OLDER = [
+    (name, generation)
+    for name in ("HunYuanMoEV1ForCausalLM", "GptOssForCausalLM", "MllamaForConditionalGeneration")
+    for generation in ("old", "mid")
+    # Whether the class finds experts in 1.2, which wraps them, is not known.
+    if (name, generation) != ("HunYuanMoEV1ForCausalLM", "mid")
+]
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+STORED = (
+    (r"^model\.embedding", "model.embed_tokens"),
+    (r"^model\.block\.(\d+)\.attn\.norm", r"model.layers.\1.input_layernorm"),
+    (r"^model\.block\.(\d+)\.mlp\.norm", r"model.layers.\1.post_attention_layernorm"),
+    (r"^model\.block\.(\d+)\.mlp\.gate", r"model.layers.\1.mlp.router"),
+    (r"^model\.block\.(\d+)\.attn", r"model.layers.\1.self_attn"),
+    (r"^model\.block\.", "model.layers."),
+)
+"""The names in the files of modules of gpt-oss."""
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
+    """Return each checkpoint, which is written once."""
+    written: dict[tuple[str, str], Built] = {}
+
+    def get(name: str, scheme: str) -> Built:
+        if (name, scheme) not in written:
+            written[name, scheme] = write_own_loader(tmp_path_factory.mktemp("stored") / "in", name, scheme)
+        return written[name, scheme]
+
+    return get
+
+
+def stored_name(name: str, built: Built) -> str:
+    if built.config["architectures"] == ["HunYuanMoEV1ForCausalLM"] and name.endswith("mlp.gate"):
+        return f"{name}.wg"
+    for pattern, replacement in STORED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def slices(name: str, module: Any, built: Built, local: str) -> Tensor | None:
+    """What a Linear of the engine should hold on this rank; None without such a tensor."""
+    around, _, leaf = name.rpartition(".")
+    keys = [f"{around}.{part}.{local}".lstrip(".") for part in FUSED.get(leaf, (leaf,))]
+    parts = [built.dense[key] for key in keys if key in built.dense]
+    if not parts:
+        return None
+    if getattr(module, "tp_size", 1) > 1 and module.tp_mode == "column":
+        text = built.config.get("text_config", built.config)
+        return rows_of_rank(parts, module, text["num_key_value_heads"])
+    whole = torch.cat(parts)
+    cut = getattr(module, "tp_size", 1) > 1 and module.tp_mode == "row" and local == "weight"
+    return whole.chunk(module.tp_size, dim=1)[module.tp_rank] if cut else whole
+
+
+def of_linear(name: str, module: Any, built: Built) -> Iterator[tuple[str, bool]]:
+    """Yield every stored Linear that one of the engine holds, and whether it holds something else."""
+    wrong = differs(held_weight(module), slices(name, module, built, "weight"))
+    bias = slices(name, module, built, "bias")
+    wrong |= (module.bias is None) != (bias is None) or (bias is not None and differs(module.bias, bias))
+    around, _, leaf = name.rpartition(".")
+    for part in FUSED.get(leaf, (leaf,)):
+        yield f"{around}.{part}".lstrip("."), wrong
+
+
+def of_biases(name: str, module: Any, built: Built) -> Iterator[tuple[str, bool]]:
+    for expert in range(module.num_experts):
+        gate, up = module.w3_w1_bias[expert].chunk(2)
+        for leaf, bias in (("gate_proj", gate), ("up_proj", up), ("down_proj", module.w2_bias[expert])):
+            key = f"{name}.{expert}.{leaf}.bias"
+            yield key, differs(bias.double(), built.dense[key])
+
+
+def of_others(name: str, module: Any, built: Built, ranks: tuple[int, int]) -> Iterator[tuple[str, bool]]:
+    """Yield the bare parameters of a module; embeddings and sinks of heads may be divided."""
+    for local, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        exact = built.dense[name if name.endswith((".sinks", ".router_bias")) else f"{name}.{local}"]
+        cut = len(exact) != len(parameter)
+        yield name, differs(parameter.double(), exact.chunk(ranks[0])[ranks[1]] if cut else exact)
+
+
+def compared(model: Any, built: Built) -> dict[str, bool]:
+    """Return everything that a rank holds, and whether it is something else than its slice of what is stored."""
+    found: dict[str, bool] = {}
+    mapping = model.model_config.mapping
+    for engine_name, module in model.named_modules():
+        name = stored_name(engine_name.removesuffix(".backend"), built)
+        if type(module).__name__ == "Linear" and hasattr(module, "quant_method"):
+            found |= of_linear(name, module, built)
+        elif hasattr(module, "expert_ids"):
+            found |= experts_of(name, module, built.dense)
+            found |= of_biases(name, module, built) if module.biased else ()
+        else:
+            found |= of_others(name, module, built, (mapping.tp_size, mapping.tp_rank))
+    return found
+
+
+def expected_in(built: Built) -> set[str]:
+    """All stored matrices of the text model; the double of Mllama has no layers of cross-attention."""
+    names = {key.removesuffix(".weight") for key, tensor in built.dense.items() if tensor.dim() == 2}
+    mllama = built.config["architectures"] == ["MllamaForConditionalGeneration"]
+    return {name for name in names if not (mllama and ("vision_model" in name or ".layers.1." in name))}
+
+
+def ranks_of(engine: Any, directory: Path, tensor: int, *, stock: bool) -> Iterator[Any]:
+    more = {"skip_tokenizer_init": True, "tensor_parallel_size": tensor}
+    with engine.LLM(model=str(directory), **more) if stock else trtllm_ct.LLM(directory, **more) as llm:
+        assert len(llm.models) == tensor
+        yield from llm.models
+
+
+def check_ranks(built: Built, out: Path, generation: str, tensor: int) -> None:
+    release = engine_double.RELEASE_OF[generation]
+    convert_checkpoint(built.directory, out, engine=release, parallel=Parallel(tensor=tensor))
+    with engine_double.installed(generation, importers=[BINDINGS]) as engine:
+        for directory, stock in ((out, True), (built.directory, False)):
+            for model in ranks_of(engine, directory, tensor, stock=stock):
+                found = compared(model, built)
+                assert {name for name, wrong in found.items() if wrong} == set()
+                assert expected_in(built) - found.keys() == set()
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", OWN_LOADERS)
+def test_each_rank_holds_its_slices(
+    stored: Callable[..., Built], tmp_path: Path, name: str, scheme: str, tensor: int
+) -> None:
+    check_ranks(stored(name, scheme), tmp_path / "out", "newest", tensor)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel-token", "nvfp4"])
+@pytest.mark.parametrize(("name", "generation"), OLDER)
+def test_older_releases_hold_them_too(
+    stored: Callable[..., Built], tmp_path: Path, name: str, generation: str, scheme: str
+) -> None:
+    check_ranks(stored(name, scheme), tmp_path / "out", generation, 2)
+
+
+@pytest.mark.parametrize("name", OWN_LOADERS)
+def test_a_model_with_several_modes_and_plain_linears_is_held_too(tmp_path: Path, name: str) -> None:
+    schemes = {
+        "o_proj": "int4-g128",
+        "mlp.down_proj": "fp8-channel-token",
+        "layers.0.self_attn.q_proj": "fp8-channel-token",
+        "1.down_proj": "nvfp4",
+    }
+    check_ranks(write_own_loader(tmp_path / "in", name, schemes), tmp_path / "out", "newest", 2)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", OWN_LOADERS)
+def test_conversions_are_verified(stored: Callable[..., Built], tmp_path: Path, name: str, scheme: str) -> None:
+    built = stored(name, scheme)
+    for to in ("modelopt", "dense"):
+        convert_checkpoint(built.directory, tmp_path / to, to=to, engine="stock-1.3")
+        assert verify_checkpoint(built.directory, tmp_path / to).good
+    plan = inspect_checkpoint(built.directory, "modelopt", engine="stock-1.3").plan
+    kept = {module.name.rpartition(".")[2] for module in plan.modules if module.layer is not None}
+    assert kept == set()
