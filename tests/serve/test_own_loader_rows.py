@@ -31,23 +31,45 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.usefixtures("sidecar_cache"), pytest.mark.reference]
 
 SCHEMES = ("fp8-channel-token", "int4-g128", "fp8-block", "nvfp4")
+DEEPSEEK, GPT_OSS, HUNYUAN = "DeepseekV4ForCausalLM", "GptOssForCausalLM", "HunYuanMoEV1ForCausalLM"
 OLDER = [
     (name, generation)
-    for name in ("HunYuanMoEV1ForCausalLM", "GptOssForCausalLM", "MllamaForConditionalGeneration")
+    for name in (HUNYUAN, GPT_OSS, "MllamaForConditionalGeneration")
     for generation in ("old", "mid")
     # Whether the class finds experts in 1.2, which wraps them, is not known.
-    if (name, generation) != ("HunYuanMoEV1ForCausalLM", "mid")
+    if (name, generation) != (HUNYUAN, "mid")
 ]
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-STORED = (
-    (r"^model\.embedding", "model.embed_tokens"),
-    (r"^model\.block\.(\d+)\.attn\.norm", r"model.layers.\1.input_layernorm"),
-    (r"^model\.block\.(\d+)\.mlp\.norm", r"model.layers.\1.post_attention_layernorm"),
-    (r"^model\.block\.(\d+)\.mlp\.gate", r"model.layers.\1.mlp.router"),
-    (r"^model\.block\.(\d+)\.attn", r"model.layers.\1.self_attn"),
-    (r"^model\.block\.", "model.layers."),
-)
-"""The names in the files of modules of gpt-oss."""
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "kv_a_proj_with_mqa": ("wq_a", "wkv"),
+    "wkv_gate": ("wkv", "wgate"),
+}
+STORED = {
+    HUNYUAN: ((r"\.mlp\.gate$", ".mlp.gate.wg"),),
+    GPT_OSS: (
+        (r"^model\.embedding", "model.embed_tokens"),
+        (r"^model\.block\.(\d+)\.attn\.norm", r"model.layers.\1.input_layernorm"),
+        (r"^model\.block\.(\d+)\.mlp\.norm", r"model.layers.\1.post_attention_layernorm"),
+        (r"^model\.block\.(\d+)\.mlp\.gate", r"model.layers.\1.mlp.router"),
+        (r"^model\.block\.(\d+)\.attn", r"model.layers.\1.self_attn"),
+        (r"^model\.block\.", "model.layers."),
+    ),
+    DEEPSEEK: (
+        (r"^lm_head", "head"),
+        (r"^model\.embed_tokens", "embed"),
+        (r"^model\.", ""),
+        (r"\.self_attn\b", ".attn"),
+        (r"\.mlp\b", ".ffn"),
+        (r"\.([qo])_([ab])_proj", r".w\1_\2"),
+        (r"\.q_a_layernorm", ".q_norm"),
+        (r"\.kv_a_layernorm", ".kv_norm"),
+        (r"\.input_layernorm", ".attn_norm"),
+        (r"\.post_attention_layernorm", ".ffn_norm"),
+        (r"\.down_proj", ".w2"),
+    ),
+}
+"""What turns names of the engine into those of the files, by class."""
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +85,29 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
     return get
 
 
+def class_of(built: Built) -> str:
+    name: str = built.config["architectures"][0]
+    return name
+
+
 def stored_name(name: str, built: Built) -> str:
-    if built.config["architectures"] == ["HunYuanMoEV1ForCausalLM"] and name.endswith("mlp.gate"):
-        return f"{name}.wg"
-    for pattern, replacement in STORED:
+    for pattern, replacement in STORED.get(class_of(built), ()):
         name = re.sub(pattern, replacement, name)
     return name
 
 
+def parts_of(name: str, built: Built) -> list[str]:
+    """The stored modules whose rows one Linear of the engine has, in order."""
+    around, _, leaf = name.rpartition(".")
+    parts = FUSED.get(leaf, (leaf,))
+    if leaf == "gate_up_proj" and class_of(built) == DEEPSEEK:
+        parts = ("w1", "w3")
+    return [f"{around}.{part}".lstrip(".") for part in parts]
+
+
 def slices(name: str, module: Any, built: Built, local: str) -> Tensor | None:
     """What a Linear of the engine should hold on this rank; None without such a tensor."""
-    around, _, leaf = name.rpartition(".")
-    keys = [f"{around}.{part}.{local}".lstrip(".") for part in FUSED.get(leaf, (leaf,))]
-    parts = [built.dense[key] for key in keys if key in built.dense]
+    parts = [built.dense[key] for part in parts_of(name, built) if (key := f"{part}.{local}") in built.dense]
     if not parts:
         return None
     if getattr(module, "tp_size", 1) > 1 and module.tp_mode == "column":
@@ -91,9 +123,8 @@ def of_linear(name: str, module: Any, built: Built) -> Iterator[tuple[str, bool]
     wrong = differs(held_weight(module), slices(name, module, built, "weight"))
     bias = slices(name, module, built, "bias")
     wrong |= (module.bias is None) != (bias is None) or (bias is not None and differs(module.bias, bias))
-    around, _, leaf = name.rpartition(".")
-    for part in FUSED.get(leaf, (leaf,)):
-        yield f"{around}.{part}".lstrip("."), wrong
+    for part in parts_of(name, built):
+        yield part, wrong
 
 
 def of_biases(name: str, module: Any, built: Built) -> Iterator[tuple[str, bool]]:
@@ -104,14 +135,25 @@ def of_biases(name: str, module: Any, built: Built) -> Iterator[tuple[str, bool]
             yield key, differs(bias.double(), built.dense[key])
 
 
+def parameter_name(module: str, local: str) -> str:
+    """The name in the files of a bare parameter."""
+    if module.endswith((".sinks", ".router_bias")):
+        return module
+    if re.search(r"\bhc_(attn|ffn|head)$", module):
+        return f"{module}_{local}"
+    return f"{module}.{ {'o_a_proj': 'wo_a.weight', 'e_score_correction_bias': 'bias'}.get(local, local)}"
+
+
 def of_others(name: str, module: Any, built: Built, ranks: tuple[int, int]) -> Iterator[tuple[str, bool]]:
-    """Yield the bare parameters of a module; embeddings and sinks of heads may be divided."""
+    """Yield the bare parameters of a module; embeddings and those of heads and groups may be divided."""
     for local, parameter in module._parameters.items():
         if parameter is None:
             continue
-        exact = built.dense[name if name.endswith((".sinks", ".router_bias")) else f"{name}.{local}"]
+        key = parameter_name(name, local)
+        exact = built.dense[key]
         cut = len(exact) != len(parameter)
-        yield name, differs(parameter.double(), exact.chunk(ranks[0])[ranks[1]] if cut else exact)
+        wrong = differs(parameter.double(), exact.chunk(ranks[0])[ranks[1]] if cut else exact)
+        yield key.removesuffix(".weight"), wrong
 
 
 def compared(model: Any, built: Built) -> dict[str, bool]:
@@ -120,6 +162,8 @@ def compared(model: Any, built: Built) -> dict[str, bool]:
     mapping = model.model_config.mapping
     for engine_name, module in model.named_modules():
         name = stored_name(engine_name.removesuffix(".backend"), built)
+        if name.endswith("indexer.wk"):
+            continue  # The loader makes it, and nothing uses it.
         if type(module).__name__ == "Linear" and hasattr(module, "quant_method"):
             found |= of_linear(name, module, built)
         elif hasattr(module, "expert_ids"):
@@ -133,7 +177,7 @@ def compared(model: Any, built: Built) -> dict[str, bool]:
 def expected_in(built: Built) -> set[str]:
     """All stored matrices of the text model; the double of Mllama has no layers of cross-attention."""
     names = {key.removesuffix(".weight") for key, tensor in built.dense.items() if tensor.dim() == 2}
-    mllama = built.config["architectures"] == ["MllamaForConditionalGeneration"]
+    mllama = class_of(built) == "MllamaForConditionalGeneration"
     return {name for name in names if not (mllama and ("vision_model" in name or ".layers.1." in name))}
 
 

@@ -7,6 +7,7 @@ here uses the tables of the package under test.
 from __future__ import annotations
 
 import json
+import re
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,28 @@ OWN_LOADERS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
             "moe_top_k": 2,
         },
     ),
+    "DeepseekV4ForCausalLM": (
+        "DeepseekV4ForCausalLM",
+        _SIZES
+        | {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "qk_rope_head_dim": 16,
+            "q_lora_rank": 128,
+            "o_groups": 4,
+            "o_lora_rank": 128,
+            "moe_intermediate_size": 512,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "index_n_heads": 4,
+            "index_head_dim": 64,
+            "index_topk": 8,
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "num_nextn_predict_layers": 0,
+        },
+        {"compress_ratios": [0, 4, 128], "num_hash_layers": 1},
+    ),
     "MllamaForConditionalGeneration": (
         "MllamaForConditionalGeneration",
         _SIZES | {"num_hidden_layers": 3, "cross_attention_layers": [1], "head_dim": 32},
@@ -77,7 +100,37 @@ OWN_LOADERS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 }
 """By the class in config.json: the class of transformers, its sizes, and what config.json has besides."""
 
-_PLAIN = ("embed_tokens", "lm_head", "gate.wg", "router", "moe.gate", "multi_modal_projector")
+_PLAIN = (
+    *("embed_tokens", "lm_head", "gate.wg", "router", "moe.gate", "multi_modal_projector"),
+    *("embed", "head", "ffn.gate", "compressor.wkv", "compressor.wgate", "weights_proj"),
+)
+_PUBLISHED = (
+    (r"^model\.hc_head\.hc_", "hc_head_"),
+    (r"^model\.", ""),
+    (r"^lm_head\.", "head."),
+    (r"^embed_tokens\.", "embed."),
+    (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.mlp\.", ".ffn."),
+    (r"\.attn\.sinks$", ".attn.attn_sink"),
+    (r"\.compressor\.indexer\.q_b_proj\.", ".indexer.wq_b."),
+    (r"\.compressor\.indexer\.scorer\.", ".indexer."),
+    (r"\.compressor\.indexer\.", ".indexer.compressor."),
+    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
+    (r"\.compressor\.kv_proj\.", ".compressor.wkv."),
+    (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
+    (r"\.position_bias$", ".ape"),
+    (r"\.attn\.(q|o)_([ab])_proj\.", r".attn.w\1_\2."),
+    (r"\.attn\.kv_proj\.", ".attn.wkv."),
+    (r"\.attn\.q_a_norm\.", ".attn.q_norm."),
+    (r"\.e_score_correction_bias$", ".bias"),
+    (r"\.gate_proj\.", ".w1."),
+    (r"\.up_proj\.", ".w3."),
+    (r"\.down_proj\.", ".w2."),
+)
+"""What turns the names that transformers has in memory into those that DeepSeek published; see `_published`."""
 _STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -100,7 +153,8 @@ def write_own_loader(directory: Path, name: str, scheme: str | Mapping[str, str]
             stored |= {f"{module}.{part}": value for part, value in tensors.items()}
             named[module] = how
         else:
-            stored[key], exact[key] = tensor.bfloat16(), tensor.bfloat16().double()
+            value = tensor.bfloat16() if tensor.is_floating_point() else tensor
+            stored[key], exact[key] = value, value.double()
     used = sorted(set(named.values()))
     groups = {
         f"group_{at}": SCHEMES[how].group | {"targets": [module for module in named if named[module] == how]}
@@ -122,14 +176,38 @@ def _saved(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor
         for parameter_name, parameter in model.named_parameters():
             width = parameter.shape[-1] if parameter.dim() > 1 else 100
             parameter.normal_(std=1 / sqrt(width)).add_("norm" in parameter_name and parameter.dim() == 1)
+        for table_name, table in model.named_buffers():
+            if table_name.endswith("tid2eid"):
+                table.copy_(torch.randint(0, 4, table.shape))
     plain = directory / "plain"
     model.save_pretrained(plain)
     config = json.loads((plain / "config.json").read_text())
     tensors = load_file(plain / "model.safetensors")
+    if name == "DeepseekV4ForCausalLM":
+        tensors = dict(_published(model))
     if name == "Step3p5ForCausalLM":
         config = config["text_config"] | {"architectures": [name]}
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("vi")}
     return config | dict(besides), {key: value for pair in tensors.items() for key, value in _one_by_one(*pair)}
+
+
+def _published(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a DeepSeek-V4 model under the names that DeepSeek published, its experts one by one."""
+    for key, tensor in model.state_dict().items():
+        around, _, stack = key.rpartition(".")
+        parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(stack)
+        if parts is None:
+            yield _published_name(key), tensor
+            continue
+        for expert, entry in enumerate(tensor):
+            for projection, rows in zip(parts, entry.chunk(len(parts)), strict=True):
+                yield f"{_published_name(around)}.{expert}.{projection}.weight", rows
+
+
+def _published_name(key: str) -> str:
+    for pattern, replacement in _PUBLISHED:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def _one_by_one(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -68,6 +68,9 @@ class ClassRow:
     `ranks_vary` are the Linears that the class may divide among fewer ranks than there are. `tied` says whether the
     head uses the weight of the embeddings if config.json doesn't say.
 
+    `embeddings` and `head` are their names if the class has others than most. `body` is the only prefix of `layers` that
+    the class finds; None if it is not checked.
+
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix
     of draft layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer.
@@ -85,6 +88,9 @@ class ClassRow:
     early: tuple[str, ...] = ()
     ranks_vary: tuple[str, ...] = ()
     tied: bool = False
+    embeddings: str = ""
+    head: str = ""
+    body: str | None = None
     mixers: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
     drafts: str = ""

@@ -83,7 +83,7 @@ def discover(
     or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are the shapes of
     weights that are known although the headers of their codes don't show them.
     """
-    body, head = place = _place_of(stored)
+    body, head = place = _place_of(stored, _tables(row), frozenset({row.head}) if row.head else _HEADS)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
     rules = _Rules(row, body, stored, shapes, head_dim, kv_heads)
@@ -136,7 +136,7 @@ class _Rules:
         if expert is not None and expert[3] in PROJECTIONS:
             return self._expert(module, expert[1], expert[2], PROJECTIONS[expert[3]])
         parent, _, leaf = module.name.rpartition(".")
-        table = leaf in _TABLES
+        table = leaf in _tables(self._row)
         group = self._group(module.name)
         cut = self._row.table if table else self._cut(module.name)
         return Site(
@@ -216,7 +216,12 @@ def is_draft(name: str) -> bool:
     return _DRAFT.match(name) is not None
 
 
-def _place_of(stored: Collection[str]) -> tuple[str, str]:
+def _tables(row: ClassRow) -> frozenset[str]:
+    """Return the last parts of the names of embeddings."""
+    return frozenset({row.embeddings}) if row.embeddings else _TABLES
+
+
+def _place_of(stored: Collection[str], table_names: Collection[str], head_names: Collection[str]) -> tuple[str, str]:
     """Return the prefix of the text model's body and the name of its head.
 
     The body is where the embeddings are, beside the layers. A model without such embeddings has its body where most
@@ -227,10 +232,10 @@ def _place_of(stored: Collection[str]) -> tuple[str, str]:
         match = _LAYER.match(name)
         if match is not None:
             layers[match[1]] = layers.get(match[1], 0) + 1
-    tables = {name.removesuffix(leaf) for name in stored if (leaf := name.rpartition(".")[2]) in _TABLES}
+    tables = {name.removesuffix(leaf) for name in stored if (leaf := name.rpartition(".")[2]) in table_names}
     bodies = sorted(layers, key=lambda body: (body in tables, layers[body]), reverse=True)
     body = bodies[0] if bodies else ""
-    heads = [name for name in stored if name.rpartition(".")[2] in _HEADS and not _LAYER.match(name)]
+    heads = [name for name in stored if name.rpartition(".")[2] in head_names and not _LAYER.match(name)]
     around = [name for name in heads if body.startswith(name.rpartition(".")[0])]
     return body, next(iter(sorted(around, key=len, reverse=True)), "lm_head")
 

@@ -117,8 +117,85 @@ _MLLAMA = ClassRow(
     divided=_WHOLE_HEADS,
 )
 
+# modeling_deepseekv4.py (02586bf0): _remap_deepseek_v4_checkpoint_keys takes the names that DeepSeek published, and adds
+# tensors that they lack; under any other name nothing is found. DeepseekV4WeightLoader joins wq_a and wkv, as
+# DeepSeek-V3's does, and the two parts of each compressor. DeepseekV4DecoderLayer.__init__ asserts that the global mode
+# is not MIXED_PRECISION. The indexer and the compressor are children of the attention backend too.
+_V4_ATTENTION = {
+    "wq_a": "kv_a_proj_with_mqa",
+    "wkv": "kv_a_proj_with_mqa",
+    "wq_b": "q_b_proj",
+    "wo_a": "o_a_proj",
+    "wo_b": "o_b_proj",
+}
+_V4_SHARED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_V4_LAYER = r"^(?:model\.)?layers\.(\d+)\."
+_DEEPSEEK_V4 = ClassRow(
+    fused={"gate_up_proj": ("ffn.shared_experts.w1", "ffn.shared_experts.w3")},
+    cuts={
+        "attn.wq_b": Cut.COLUMN,
+        "attn.wo_b": Cut.ROW,
+        "ffn.shared_experts.w1": Cut.COLUMN,
+        "ffn.shared_experts.w3": Cut.COLUMN,
+        "ffn.shared_experts.w2": Cut.ROW,
+    },
+    table=Cut.NONE,
+    plain=(
+        *(f"attn.{leaf}" for leaf in ("wq_a", "wkv", "wo_a")),
+        *(f"compressor.{leaf}" for leaf in ("wkv", "wgate")),
+        "indexer.weights_proj",
+        "ffn.gate",
+    ),
+    experts="ffn.experts",
+    projections=_NUMBERED,
+    limits=(
+        Limit(
+            paths=("attn.wo_b",),
+            algos=_ALL - {QuantAlgo.FP8_BLOCK_SCALES},
+            obstacle="reads the other half of the output projection in FP8 too if this one is in",
+            source="create_sparse_attn_weights, `attention_backend/sparse/deepseek_v4/module.py`, 0bbb76d2",
+        ),
+        Limit(
+            paths=tuple(f"ffn.experts.{leaf}" for leaf in _NUMBERED),
+            algos=_ALL - {QuantAlgo.W4A8_AWQ},
+            obstacle="reads experts in a layout of its own (W4A8_CUSTOM) in",
+            source="DeepseekV4MoE.__init__, `modeling_deepseekv4.py`, 02586bf0",
+        ),
+    ),
+    inner=(
+        (r"^embed$", "model.embed_tokens"),
+        (r"^head$", "lm_head"),
+        *((rf"{_V4_LAYER}attn\.{old}$", rf"model.layers.\1.self_attn.{new}") for old, new in _V4_ATTENTION.items()),
+        *(
+            pair
+            for mqa in ("", "mqa.")
+            for pair in (
+                (rf"{_V4_LAYER}attn\.indexer\.(wq_b|weights_proj)$", rf"model.layers.\1.self_attn.{mqa}indexer.\2"),
+                (
+                    rf"{_V4_LAYER}attn\.(indexer\.)?compressor\.(?:wkv|wgate)$",
+                    rf"model.layers.\1.self_attn.{mqa}\2compressor.wkv_gate",
+                ),
+            )
+        ),
+        (rf"{_V4_LAYER}ffn\.(experts|gate)$", r"model.layers.\1.mlp.\2"),
+        *(
+            (rf"{_V4_LAYER}ffn\.shared_experts\.{old}$", rf"model.layers.\1.mlp.shared_experts.{new}")
+            for old, new in _V4_SHARED.items()
+        ),
+    ),
+    one_mode=True,
+    ranks_vary=tuple(f"ffn.shared_experts.{leaf}" for leaf in _NUMBERED),
+    embeddings="embed",
+    head="head",
+    body="",
+    mixers=("attn",),
+    divided=("o_groups",),
+    drafts="mtp.",
+)
+
 OWN_LOADER_ROWS: Mapping[str, ClassRow] = {
     "Step3p5ForCausalLM": _STEP3P5,
+    "DeepseekV4ForCausalLM": _DEEPSEEK_V4,
     "GptOssForCausalLM": _GPT_OSS,
     "HunYuanMoEV1ForCausalLM": _HUNYUAN_MOE,
     "MllamaForConditionalGeneration": _MLLAMA,
