@@ -6,6 +6,7 @@ from a directory that was converted for stock, and loaded by this package.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from own_loader_models import OWN_LOADERS, write_own_loader
 from rank_slices import differs, experts_of, held_weight, rows_of_rank
 
 import trtllm_ct
-from trtllm_ct import inspect_checkpoint, verify_checkpoint
+from trtllm_ct import verify_checkpoint
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from builders import Built
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.usefixtures("sidecar_cache"), pytest.mark.reference]
 
+TOKENS = torch.arange(2, 14)[None]
 SCHEMES = ("fp8-channel-token", "int4-g128", "fp8-block", "nvfp4")
 DEEPSEEK, GPT_OSS, HUNYUAN = "DeepseekV4ForCausalLM", "GptOssForCausalLM", "HunYuanMoEV1ForCausalLM"
 OLDER = [
@@ -227,13 +229,91 @@ def test_a_model_with_several_modes_and_plain_linears_is_held_too(tmp_path: Path
     check_ranks(write_own_loader(tmp_path / "in", name, schemes), tmp_path / "out", "newest", 2)
 
 
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+EXPERTS = {"w1", "w2", "w3"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+KEPT = {
+    (HUNYUAN, "fp8-channel-token"): ATTENTION | MLP,
+    (HUNYUAN, "int4-g128"): {"o_proj"} | MLP,
+    (HUNYUAN, "fp8-block"): ATTENTION | EXPERTS | MLP,
+    (HUNYUAN, "nvfp4"): ATTENTION | EXPERTS | MLP,
+    (GPT_OSS, "fp8-channel-token"): ATTENTION,
+    (GPT_OSS, "int4-g128"): ATTENTION,
+    (GPT_OSS, "fp8-block"): ATTENTION,
+    (GPT_OSS, "nvfp4"): set(),
+    ("Step3p5ForCausalLM", "fp8-channel-token"): set(),
+    ("Step3p5ForCausalLM", "int4-g128"): set(),
+    ("Step3p5ForCausalLM", "fp8-block"): EXPERTS,
+    ("Step3p5ForCausalLM", "nvfp4"): EXPERTS,
+    (DEEPSEEK, "fp8-channel-token"): {"wq_b", "wo_b"} | EXPERTS,
+    (DEEPSEEK, "int4-g128"): {"wq_b", "wo_b"} | EXPERTS,
+    (DEEPSEEK, "fp8-block"): {"wq_b"} | EXPERTS,
+    (DEEPSEEK, "nvfp4"): {"wq_b", "wo_b"} | EXPERTS,
+    **{("MllamaForConditionalGeneration", scheme): ATTENTION | MLP for scheme in SCHEMES},
+}
+"""The last parts of the names of the Linears that stay quantized; shared experts of DeepSeek-V4 are called like others."""
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", OWN_LOADERS)
-def test_conversions_are_verified(stored: Callable[..., Built], tmp_path: Path, name: str, scheme: str) -> None:
+def test_conversions_are_verified_and_keep_what_the_class_reads(
+    stored: Callable[..., Built], tmp_path: Path, name: str, scheme: str
+) -> None:
     built = stored(name, scheme)
-    for to in ("modelopt", "dense"):
-        convert_checkpoint(built.directory, tmp_path / to, to=to, engine="stock-1.3")
-        assert verify_checkpoint(built.directory, tmp_path / to).good
-    plan = inspect_checkpoint(built.directory, "modelopt", engine="stock-1.3").plan
-    kept = {module.name.rpartition(".")[2] for module in plan.modules if module.layer is not None}
-    assert kept == set()
+    plan = convert_checkpoint(built.directory, tmp_path / "out", engine="stock-1.3").plan
+    assert verify_checkpoint(built.directory, tmp_path / "out").good
+    assert {module.name.rpartition(".")[2] for module in plan.modules if module.layer is not None} == KEPT[name, scheme]
+
+
+def stacked(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the experts of gpt-oss in stacks [E, in, out], the rows of gate and up alternating."""
+    result = {key: tensor.float() for key, tensor in dense.items() if ".mlp.experts." not in key}
+    for first in [key for key in dense if key.endswith(".mlp.experts.0.gate_proj.weight")]:
+        around = first.removesuffix(".0.gate_proj.weight")
+        for local, name in (("weight", ""), ("bias", "_bias")):
+            each = [
+                [dense[f"{around}.{expert}.{leaf}.{local}"].float() for leaf in ("gate_proj", "up_proj", "down_proj")]
+                for expert in range(4)
+            ]
+            pairs = torch.stack([torch.stack([gate, up], dim=1).flatten(0, 1) for gate, up, _ in each])
+            down = torch.stack([entry[2] for entry in each])
+            result[f"{around}.gate_up_proj{name}"] = pairs.mT if local == "weight" else pairs
+            result[f"{around}.down_proj{name}"] = down.mT if local == "weight" else down
+    return result
+
+
+def plain_logits(built: Built) -> Tensor:
+    """Logits of transformers' own model of the exact weights, in float32."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    directory = built.directory / "exact"
+    directory.mkdir(exist_ok=True)
+    config = {key: value for key, value in built.config.items() if key != "quantization_config"}
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    exact = stacked(built.dense) if class_of(built) == GPT_OSS else {k: v.float() for k, v in built.dense.items()}
+    save_file(
+        {key: tensor.contiguous() for key, tensor in exact.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        logits: Tensor = model(TOKENS).logits
+    return logits
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", [HUNYUAN, GPT_OSS])
+def test_conversions_give_the_logits_of_the_exact_weights(
+    stored: Callable[..., Built], tmp_path: Path, name: str, scheme: str
+) -> None:
+    from trtllm_ct.reference.engine import load_model
+
+    built = stored(name, scheme)
+    convert_checkpoint(built.directory, tmp_path / "out", engine="stock-1.3", dtype="float32")
+    model: Any = load_model(tmp_path / "out", dtype=torch.float32, quantize_activations=False)
+    want = plain_logits(built)
+    with torch.no_grad():
+        got = model(TOKENS).logits
+    assert float((got - want).abs().max() / want.std()) < 1e-4

@@ -167,6 +167,14 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "Qwen3_5MoeForConditionalGeneration": _QWEN3_VL,
     # `checkpoints/hf/exaone4_5_weight_mapper.py` (0aa87516) renames `model.language_model.` and `model.visual.`.
     "Exaone4_5_ForConditionalGeneration": _QWEN2_VL,
+    # `modeling_mllama.py: MllamaForConditionalGeneration.load_weights` (000a01de): modules have the names of the files.
+    "MllamaForConditionalGeneration": Wrapper(
+        places=(_INNER_FIRST,),
+        beside=(
+            ("model.vision_model.", "vision_model."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+        ),
+    ),
     # `modeling_kimi_k25.py: KimiK25ForConditionalGeneration.load_weights`.
     "KimiK25ForConditionalGeneration": Wrapper(places=(_INNER_FIRST, _TEXT_ONLY)),
 }

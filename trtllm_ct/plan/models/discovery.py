@@ -153,7 +153,7 @@ class _Rules:
             attention=leaf in _ATTENTION or parent.rpartition(".")[2] in self._row.mixers,
             ranks_vary=_ends_with(module.name, self._row.ranks_vary),
             limit=self._limit(module.name),
-            early=_ends_with(module.name, self._row.early),
+            early=self._in_layer(module.name) and _ends_with(module.name, self._row.early),
         )
 
     def _expert(self, module: StoredModule, experts: str, number: str, projection: int) -> Site:

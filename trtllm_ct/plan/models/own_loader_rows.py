@@ -1,7 +1,6 @@
 """Rows of the model classes that load their weights themselves, under names and in modes of their own.
 
-Files are in TensorRT-LLM's `_torch/models/`; a commit identifies the version of the file that was read, or its length
-where no commit is known. The releases that have a class are in `engine/model_classes.py`.
+Files are in TensorRT-LLM's `_torch/models/`; a commit identifies the version of the file that was read. The releases that have a class are in `engine/model_classes.py`.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ _STEP3P5 = ClassRow(
     inner=((r"\.moe\.(?:gate_proj|up_proj|down_proj)$", ".moe.experts"),),
 )
 
-# modeling_gpt_oss.py (texts of 39575 and 41186 characters): GptOssForCausalLM.__post_init__ looks at no entries, and
+# modeling_gpt_oss.py (050b6cb9, and a later text of 39575 characters): GptOssForCausalLM.__post_init__ looks at no entries, and
 # puts `model.` before exclusions that don't begin with it; `params_map` and `hf_params_map` give the names inside.
 # load_hf_weights reads experts from stacks, and falls back to MXFP4 in the layout of OpenAI if one is missing.
 _GPT_OSS = ClassRow(
@@ -84,12 +83,12 @@ _GPT_OSS = ClassRow(
             paths=_ATTENTION,
             algos=_ALL - {QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4},
             obstacle="expects quantized experts beside plain attention in",
-            source="GptOssForCausalLM.__post_init__ and load_nvfp4_weights, `modeling_gpt_oss.py`, 39575 characters",
+            source="GptOssForCausalLM.__post_init__ and load_nvfp4_weights, `modeling_gpt_oss.py`, a text after 050b6cb9",
         ),
         Limit(
             paths=tuple(f"mlp.experts.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")),
             obstacle="casts stacked experts to the model's dtype, and never scales them, in",
-            source="GptOssForCausalLM.load_hf_weights, `modeling_gpt_oss.py`, 39575 characters",
+            source="GptOssForCausalLM.load_hf_weights, `modeling_gpt_oss.py`, 050b6cb9",
         ),
     ),
     inner=(
