@@ -143,7 +143,7 @@ def parameter_name(module: str, local: str) -> str:
         return module
     if re.search(r"\bhc_(attn|ffn|head)$", module):
         return f"{module}_{local}"
-    return f"{module}.{ {'o_a_proj': 'wo_a.weight', 'e_score_correction_bias': 'bias'}.get(local, local)}"
+    return f"{module}.{ {'o_a_proj': 'wo_a.weight', 'e_score_correction_bias': 'bias'}.get(local, local) }"
 
 
 def of_others(name: str, module: Any, built: Built, ranks: tuple[int, int]) -> Iterator[tuple[str, bool]]:
@@ -251,7 +251,7 @@ KEPT = {
     (DEEPSEEK, "nvfp4"): {"wq_b", "wo_b"} | EXPERTS,
     **{("MllamaForConditionalGeneration", scheme): ATTENTION | MLP for scheme in SCHEMES},
 }
-"""The last parts of the names of the Linears that stay quantized; shared experts of DeepSeek-V4 are called like others."""
+"""The last parts of the names of the Linears that stay quantized; all experts of DeepSeek-V4 have the same ones."""
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

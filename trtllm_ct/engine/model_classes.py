@@ -170,10 +170,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
     # `modeling_mllama.py: MllamaForConditionalGeneration.load_weights` (000a01de): modules have the names of the files.
     "MllamaForConditionalGeneration": Wrapper(
         places=(_INNER_FIRST,),
-        beside=(
-            ("model.vision_model.", "vision_model."),
-            ("model.multi_modal_projector.", "multi_modal_projector."),
-        ),
+        # The projector is a single Linear.
+        beside=(("model.vision_model.", "vision_model."), ("model.multi_modal_projector", "multi_modal_projector")),
     ),
     # `modeling_kimi_k25.py: KimiK25ForConditionalGeneration.load_weights`.
     "KimiK25ForConditionalGeneration": Wrapper(places=(_INNER_FIRST, _TEXT_ONLY)),

@@ -68,8 +68,8 @@ class ClassRow:
     `ranks_vary` are the Linears that the class may divide among fewer ranks than there are. `tied` says whether the
     head uses the weight of the embeddings if config.json doesn't say.
 
-    `embeddings` and `head` are their names if the class has others than most. `body` is the only prefix of `layers` that
-    the class finds; None if it is not checked.
+    `embeddings` and `head` are their names if the class has others than most. `body` is the only prefix of `layers`
+    that the class finds; None if it is not checked.
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix

@@ -1,6 +1,7 @@
 """Rows of the model classes that load their weights themselves, under names and in modes of their own.
 
-Files are in TensorRT-LLM's `_torch/models/`; a commit identifies the version of the file that was read. The releases that have a class are in `engine/model_classes.py`.
+Files are in TensorRT-LLM's `_torch/models/`; a commit identifies the version of the file that was read.
+The releases that have a class are in `engine/model_classes.py`.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ _STEP3P5 = ClassRow(
     inner=((r"\.moe\.(?:gate_proj|up_proj|down_proj)$", ".moe.experts"),),
 )
 
-# modeling_gpt_oss.py (050b6cb9, and a later text of 39575 characters): GptOssForCausalLM.__post_init__ looks at no entries, and
-# puts `model.` before exclusions that don't begin with it; `params_map` and `hf_params_map` give the names inside.
-# load_hf_weights reads experts from stacks, and falls back to MXFP4 in the layout of OpenAI if one is missing.
+# modeling_gpt_oss.py (050b6cb9, and a later text of 39575 characters): GptOssForCausalLM.__post_init__ looks at no
+# entries, and puts `model.` before exclusions that don't begin with it; `params_map` and `hf_params_map` give the names
+# inside. load_hf_weights reads experts from stacks, and falls back to MXFP4 in the layout of OpenAI if one is missing.
 _GPT_OSS = ClassRow(
     fused=QKV,
     plain=("mlp.router",),
@@ -83,7 +84,7 @@ _GPT_OSS = ClassRow(
             paths=_ATTENTION,
             algos=_ALL - {QuantAlgo.NVFP4, QuantAlgo.W4A16_NVFP4},
             obstacle="expects quantized experts beside plain attention in",
-            source="GptOssForCausalLM.__post_init__ and load_nvfp4_weights, `modeling_gpt_oss.py`, a text after 050b6cb9",
+            source="GptOssForCausalLM.load_nvfp4_weights, `modeling_gpt_oss.py`, a text after 050b6cb9",
         ),
         Limit(
             paths=tuple(f"mlp.experts.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")),
@@ -108,16 +109,14 @@ _GPT_OSS = ClassRow(
 _MLLAMA = ClassRow(
     table=Cut.NONE,
     plain=tuple(f"cross_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")),
-    limits=(
-        Limit(paths=("lm_head",), source="MllamaForCausalLM.__init__, `modeling_mllama.py`, 000a01de"),
-    ),
+    limits=(Limit(paths=("lm_head",), source="MllamaForCausalLM.__init__, `modeling_mllama.py`, 000a01de"),),
     one_mode=True,
     early=(*_ATTENTION, *_MLP),
     divided=_WHOLE_HEADS,
 )
 
-# modeling_deepseekv4.py (02586bf0): _remap_deepseek_v4_checkpoint_keys takes the names that DeepSeek published, and adds
-# tensors that they lack; under any other name nothing is found. DeepseekV4WeightLoader joins wq_a and wkv, as
+# modeling_deepseekv4.py (02586bf0): _remap_deepseek_v4_checkpoint_keys takes the names that DeepSeek published, and
+# adds tensors that they lack; under any other name nothing is found. DeepseekV4WeightLoader joins wq_a and wkv, as
 # DeepSeek-V3's does, and the two parts of each compressor. DeepseekV4DecoderLayer.__init__ asserts that the global mode
 # is not MIXED_PRECISION. The indexer and the compressor are children of the attention backend too.
 _V4_ATTENTION = {

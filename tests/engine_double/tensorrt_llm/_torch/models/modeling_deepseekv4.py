@@ -28,7 +28,11 @@ __all__ = ["DeepseekV4ForCausalLM"]
 _LINEARS = {"wq_a": "q_a_proj", "wq_b": "q_b_proj", "wkv": "kv_a_proj_with_mqa", "wo_b": "o_b_proj"}
 _ATTENTION = _LINEARS | {"q_norm": "q_a_layernorm", "kv_norm": "kv_a_layernorm"}
 _SHARED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_TOP = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight", "norm.weight": "model.norm.weight"}
+_TOP = {
+    "embed.weight": "model.embed_tokens.weight",
+    "head.weight": "lm_head.weight",
+    "norm.weight": "model.norm.weight",
+}
 
 
 class Compressor(nn.Module):

@@ -126,9 +126,7 @@ class _RouterBias(nn.Module):
 def _with(config: ModelConfig, quant_config: QuantConfig, model: PretrainedConfig | None = None) -> ModelConfig:
     """A copy with another quantization of the whole model, and no entries."""
     pretrained = model or config.pretrained_config
-    return dataclasses.replace(
-        config, pretrained_config=pretrained, quant_config=quant_config, quant_config_dict=None
-    )
+    return dataclasses.replace(config, pretrained_config=pretrained, quant_config=quant_config, quant_config_dict=None)
 
 
 class GptOssForCausalLM(DecoderModelForCausalLM):
