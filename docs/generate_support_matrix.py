@@ -449,8 +449,6 @@ NO_PROOF: Mapping[str, str] = {
     # transformers has no class for the text model alone.
     "Step3p5ForCausalLM": _SLICES,
     "MllamaForConditionalGeneration": _SLICES,
-    # Nor does the reference engine know the names that DeepSeek published.
-    "DeepseekV4ForCausalLM": _SLICES,
 }
 """The classes with a row that tests don't cover as they cover all others, with what they show instead."""
 

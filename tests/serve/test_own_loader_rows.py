@@ -266,10 +266,13 @@ def test_conversions_are_verified_and_keep_what_the_class_reads(
 
 
 def stacked(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the experts of gpt-oss in stacks [E, in, out], the rows of gate and up alternating."""
-    result = {key: tensor.float() for key, tensor in dense.items() if ".mlp.experts." not in key}
-    for first in [key for key in dense if key.endswith(".mlp.experts.0.gate_proj.weight")]:
-        around = first.removesuffix(".0.gate_proj.weight")
+    """The tensors with experts that have biases, those of gpt-oss, in stacks [E, in, out].
+
+    The rows of gate and up alternate.
+    """
+    layers = [key.removesuffix(".0.gate_proj.bias") for key in dense if key.endswith(".mlp.experts.0.gate_proj.bias")]
+    result = {key: tensor.float() for key, tensor in dense.items() if not key.startswith(tuple(layers))}
+    for around in layers:
         for local, name in (("weight", ""), ("bias", "_bias")):
             each = [
                 [dense[f"{around}.{expert}.{leaf}.{local}"].float() for leaf in ("gate_proj", "up_proj", "down_proj")]
@@ -291,7 +294,8 @@ def plain_logits(built: Built) -> Tensor:
     directory.mkdir(exist_ok=True)
     config = {key: value for key, value in built.config.items() if key != "quantization_config"}
     (directory / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    exact = stacked(built.dense) if class_of(built) == GPT_OSS else {k: v.float() for k, v in built.dense.items()}
+    exact = stacked(built.dense)
+    exact |= {key: tensor.long() for key, tensor in built.dense.items() if key.endswith("tid2eid")}
     save_file(
         {key: tensor.contiguous() for key, tensor in exact.items()},
         directory / "model.safetensors",
@@ -304,7 +308,7 @@ def plain_logits(built: Built) -> Tensor:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", [HUNYUAN, GPT_OSS])
+@pytest.mark.parametrize("name", [HUNYUAN, GPT_OSS, DEEPSEEK])
 def test_conversions_give_the_logits_of_the_exact_weights(
     stored: Callable[..., Built], tmp_path: Path, name: str, scheme: str
 ) -> None:
