@@ -26,6 +26,7 @@ from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
+from trtllm_ct.plan.models.expert_spellings import engine_reads_stacks
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.sites import known_prefixes
 from trtllm_ct.plan.models.wrapper_names import names_that_are_read
@@ -132,7 +133,9 @@ class _Planner:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unread(self.model, self.target)
         refuse_unsupported(self.config, self.model, self.faults)
-        one_by_one = self.model.reads_single_experts and self.target.capabilities.release is not None
+        # A class with a row reads experts one by one, or its stacks are known; without a row it may read stacks only.
+        one_by_one = self.model.has_row and not engine_reads_stacks(self.model.text_type)
+        one_by_one = one_by_one and self.target.capabilities.release is not None
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes, split_stacks=one_by_one)
         unread = unread_tensors(catalog, gathered.values())
         self.model = self.model.in_checkpoint(gathered)

@@ -115,8 +115,8 @@ class NameMap:
     """Maps the names of one checkpoint to paths in the model.
 
     `renamed` are pairs: a part of a checkpoint name and its replacement. `language` is the prefix table of a multimodal
-    checkpoint; it is empty for a text-only checkpoint. `bodies` are other prefixes, and what the model has instead; a name
-    without them stays as it is. `ignored` are prefixes, as model paths, of modules that the
+    checkpoint; it is empty for a text-only checkpoint. `bodies` are other prefixes, and what the model has instead; a
+    name without them stays as it is. `ignored` are prefixes, as model paths, of modules that the
     model does not have. `transposed` are suffixes of the paths of tensors that may be stored as [E, in, out] where the
     model has [E, out, in].
     """

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["NUMBERED", "NUMBERED_EXPERTS", "PROJECTIONS", "STACKED_EXPERTS", "StackedExperts", "spelling_type"]
+__all__ = [
+    "NUMBERED",
+    "NUMBERED_EXPERTS",
+    "PROJECTIONS",
+    "STACKED_EXPERTS",
+    "StackedExperts",
+    "engine_reads_stacks",
+    "spelling_type",
+]
 
 PROJECTIONS: Mapping[str, int] = {
     "gate_proj": 0,
@@ -104,6 +112,12 @@ STACKED_EXPERTS: Mapping[str, StackedExperts] = {
     "granitemoe_swa": _OUTPUTS_FIRST,
 }
 """The classes that read stacked experts only, by model type, see `spelling_type`."""
+
+
+def engine_reads_stacks(text_type: str) -> bool:
+    """Whether TensorRT-LLM's class reads routed experts from stacked tensors only, see `StackedExperts.by_engine`."""
+    stacked = STACKED_EXPERTS.get(text_type)
+    return stacked is not None and stacked.by_engine
 
 
 def spelling_type(model_type: str, text_type: str) -> str:

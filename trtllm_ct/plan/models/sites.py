@@ -211,12 +211,6 @@ class Model:
         return self.row is not DEFAULT_ROW
 
     @property
-    def reads_single_experts(self) -> bool:
-        """Whether the engine's class is known to read experts one by one, and not to read stacks only."""
-        stacked = STACKED_EXPERTS.get(self.text_type)
-        return self.has_row and not (stacked is not None and stacked.by_engine)
-
-    @property
     def one_mode(self) -> bool:
         """Whether the engine's class refuses a configuration with entries for single modules (MIXED_PRECISION)."""
         return self.architecture.one_mode if self.row is None else self.row.one_mode
