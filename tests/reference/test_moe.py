@@ -30,8 +30,9 @@ EVERY_FAMILY = [
     *("granitemoe", "granitemoeshared", "hy_v3", "laguna", "lfm2_moe", "mimo_v2_flash", "minimax", "minimax_m2"),
     "phimoe",
 ]
-# Their logits are compared in tests/end_to_end/test_class_rows.py and tests/serve/test_decoder_rows.py.
-BY_ROW = ["nemotron_h", "qwen3_5_text"]
+# Their logits are compared in tests/end_to_end/test_class_rows.py, tests/serve/test_decoder_rows.py and
+# tests/serve/test_own_loader_rows.py.
+BY_ROW = ["deepseek_v4", "nemotron_h", "qwen3_5_text"]
 
 
 def known(families: list[str]) -> list[str]:
