@@ -35,6 +35,29 @@ def test_names_of_a_family_map_to_paths_and_back(model_type: str, stored: str, p
     assert names(model_type).stored(path) == stored
 
 
+@pytest.mark.parametrize(
+    ("stored", "path"),
+    [
+        ("embed.weight", "model.embed_tokens.weight"),
+        ("head.weight", "lm_head.weight"),
+        ("hc_head_fn", "model.hc_head.hc_fn"),
+        ("layers.3.hc_attn_base", "model.layers.3.attn_hc.base"),
+        ("layers.3.attn.wq_b.weight_scale", "model.layers.3.self_attn.q_b_proj.weight_scale"),
+        (
+            "layers.3.attn.indexer.compressor.wgate.weight",
+            "model.layers.3.self_attn.compressor.indexer.gate_proj.weight",
+        ),
+        ("layers.3.attn.compressor.norm.weight", "model.layers.3.self_attn.compressor.kv_norm.weight"),
+        ("layers.3.ffn.experts.0.w1.weight", "model.layers.3.mlp.experts.0.w1.weight"),
+        ("layers.3.ffn.gate.bias", "model.layers.3.mlp.gate.e_score_correction_bias"),
+        ("mtp.0.attn.wq_a.weight", None),
+        ("tower.0.weight", "tower.0.weight"),
+    ],
+)
+def test_the_names_that_deepseek_published_are_found(stored: str, path: str | None) -> None:
+    assert names("deepseek_v4").path(stored) == path
+
+
 def test_only_whole_parts_of_a_name_are_replaced() -> None:
     assert names("mixtral").path("model.my_block_sparse_moe.gate.weight") == "model.my_block_sparse_moe.gate.weight"
 

@@ -180,6 +180,11 @@ WRAPPERS: Mapping[str, Wrapper] = {
     # the parts beside it; `modeling_gemma4_unified.py` (1c0067ee) has other parts under `model.`.
     "Gemma4ForConditionalGeneration": Wrapper(places=(_OUTER_FIRST,)),
     "Gemma4UnifiedForConditionalGeneration": Wrapper(places=(_OUTER_FIRST,)),
+    # `modeling_mllama.py: MllamaForConditionalGeneration.load_weights` (000a01de): modules have the names of the files.
+    "MllamaForConditionalGeneration": Wrapper(
+        places=(_INNER_FIRST,),
+        # The projector is a single Linear.
+        beside=(("model.vision_model.", "vision_model."), ("model.multi_modal_projector", "multi_modal_projector")),
     # `modeling_kimi_k25.py: KimiK25ForConditionalGeneration.load_weights`.
     "KimiK25ForConditionalGeneration": Wrapper(places=(_INNER_FIRST, _TEXT_ONLY)),
 }

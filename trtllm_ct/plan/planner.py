@@ -16,7 +16,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
-from trtllm_ct.plan.engine_class import class_problems, refuse_unread
+from trtllm_ct.plan.engine_class import class_problems, refuse_unread, refuse_unread_names
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt
 from trtllm_ct.plan.engine_names import EngineNames
@@ -140,6 +140,7 @@ class _Planner:
         unread = unread_tensors(catalog, gathered.values())
         self.model = self.model.in_checkpoint(gathered)
         refuse_unread(self.model, self.target)
+        refuse_unread_names(self.model, self.target, self.faults)
         stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
         self.kv_cache = self.kv_cache.among(stored.values())

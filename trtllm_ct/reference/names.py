@@ -25,7 +25,29 @@ _GRANITE = (
     ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
     ("block_sparse_moe.router.layer", "block_sparse_moe.router"),
 )
+# The names that DeepSeek published its fourth model under.
+_DEEPSEEK_V4 = (
+    ("attn_norm", "input_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    *((f"hc_{part}_{local}", f"{part}_hc.{local}") for part in ("attn", "ffn") for local in ("fn", "base", "scale")),
+    ("attn.indexer.compressor", "attn.compressor.indexer"),
+    ("attn.indexer.wq_b", "attn.compressor.indexer.q_b_proj"),
+    ("attn.indexer.weights_proj", "attn.compressor.indexer.scorer.weights_proj"),
+    ("compressor.norm", "compressor.kv_norm"),
+    ("indexer.norm", "indexer.kv_norm"),
+    ("ape", "position_bias"),
+    ("wgate", "gate_proj"),
+    ("wkv", "kv_proj"),
+    *((f"w{part}", f"{part[0]}_{part[2]}_proj") for part in ("q_a", "q_b", "o_a", "o_b")),
+    ("attn.q_norm", "attn.q_a_norm"),
+    ("attn.attn_sink", "attn.sinks"),
+    ("attn", "self_attn"),
+    ("ffn.gate.bias", "ffn.gate.e_score_correction_bias"),
+    *((f"shared_experts.w{at}", f"shared_experts.{name}_proj") for at, name in ((1, "gate"), (3, "up"), (2, "down"))),
+    ("ffn", "mlp"),
+)
 _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "deepseek_v4": _DEEPSEEK_V4,
     "ernie4_5_moe": (("mlp.moe_statics", "mlp.gate.moe_statics"),),
     "exaone_moe": (("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),),
     # TensorRT-LLM's class has router and experts in a module beside the MLP: `_torch/models/modeling_gemma4.py`,
@@ -67,6 +89,17 @@ _LANGUAGE = (
     ("lm_head.", "lm_head."),
 )
 
+# By model type: prefixes of text-only checkpoints that were published without that of the body.
+_BODIES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "deepseek_v4": (
+        ("embed.", "model.embed_tokens."),
+        ("layers.", "model.layers."),
+        ("norm.", "model.norm."),
+        ("head.", "lm_head."),
+        *((f"hc_head_{local}.", f"model.hc_head.hc_{local}.") for local in ("fn", "base", "scale")),
+    ),
+}
+
 # The child in which TensorRT-LLM computes routed experts, `_torch/modules/fused_moe/configurable_moe.py`.
 _KERNEL = ".backend"
 
@@ -85,13 +118,15 @@ class NameMap:
     """Maps the names of one checkpoint to paths in the model.
 
     `renamed` are pairs: a part of a checkpoint name and its replacement. `language` is the prefix table of a multimodal
-    checkpoint; it is empty for a text-only checkpoint. `ignored` are prefixes, as model paths, of modules that the
+    checkpoint; it is empty for a text-only checkpoint. `bodies` are other prefixes, and what the model has instead; a
+    name without them stays as it is. `ignored` are prefixes, as model paths, of modules that the
     model does not have. `transposed` are suffixes of the paths of tensors that may be stored as [E, in, out] where the
     model has [E, out, in].
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     language: tuple[tuple[str, str], ...] = ()
+    bodies: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
 
@@ -108,6 +143,7 @@ class NameMap:
         return cls(
             renamed=tuple(pair for pair in _RENAMED.get(model_type, ()) if not _has_part(pair[0], dotted)),
             language=_LANGUAGE if text is not config else (),
+            bodies=_BODIES.get(model_type, ()),
             ignored=_DRAFT + tuple(f"model.layers.{layer}." for layer in range(layers, layers + draft_layers)),
             transposed=stacked_suffixes(config),
         )
@@ -123,6 +159,8 @@ class NameMap:
             dotted = target + dotted.removeprefix(stored)
         if dotted.startswith(self.ignored):
             return None
+        stored, target = next((pair for pair in self.bodies if dotted.startswith(pair[0])), ("", ""))
+        dotted = target + dotted.removeprefix(stored)
         dotted = f".{dotted}"
         for stored, target in self.renamed:
             dotted = dotted.replace(f".{stored}.", f".{target}.")

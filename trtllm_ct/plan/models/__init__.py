@@ -8,6 +8,7 @@ class_rows.py      the rows, one for each class without tables of its family
 decoder_rows.py    the rows of decoders with attention, experts and Mamba layers
 gemma4_rows.py     the rows of Gemma 4
 llama4_rows.py     the row of Llama 4
+own_loader_rows.py  the rows of classes that load their weights themselves
 discovery.py       the modules of a model without tables, found in its files
 shared_attention.py  layers whose values are their keys, or whose keys and values are those of earlier layers
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other

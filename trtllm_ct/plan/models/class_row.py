@@ -73,6 +73,8 @@ class ClassRow:
     the class reads it. `keys_as_values` is the key of config.json which says that layers of full attention have no
     v_proj, and `query_only` the key with the number of last layers that take keys and values of earlier ones
     (`shared_attention.py`). `head_unread` says that a class never loads a head of its own.
+    `embeddings` and `head` are their names if the class has others than most. `body` is the only prefix of `layers`
+    that the class finds; None if it is not checked.
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix
@@ -96,6 +98,9 @@ class ClassRow:
     keys_as_values: str = ""
     query_only: str = ""
     head_unread: bool = False
+    embeddings: str = ""
+    head: str = ""
+    body: str | None = None
     mixers: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
     drafts: str = ""

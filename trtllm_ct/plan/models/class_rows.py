@@ -11,6 +11,7 @@ from trtllm_ct.plan.models.class_row import CUTS, ClassRow, Limit
 from trtllm_ct.plan.models.decoder_rows import DECODER_ROWS
 from trtllm_ct.plan.models.gemma4_rows import GEMMA4_ROWS
 from trtllm_ct.plan.models.llama4_rows import LLAMA4_ROWS
+from trtllm_ct.plan.models.own_loader_rows import OWN_LOADER_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,6 +89,7 @@ CLASS_ROWS: Mapping[str, ClassRow] = {
     **DECODER_ROWS,
     **GEMMA4_ROWS,
     **LLAMA4_ROWS,
+    **OWN_LOADER_ROWS,
     "Qwen3NextForCausalLM": _QWEN3_NEXT,
     "Qwen3_5ForCausalLM": _QWEN3_5,
     "Qwen3_5ForConditionalGeneration": _QWEN3_5,

@@ -86,7 +86,7 @@ def discover(
     weights that are known although the headers of their codes don't show them. `query_only` are the numbers of layers
     without keys and values, whose q_proj the class builds plain.
     """
-    body, head = place = _place_of(stored)
+    body, head = place = _place_of(stored, _tables(row), frozenset({row.head}) if row.head else _HEADS)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
     rules = _Rules(row, body, stored, shapes, head_dim, kv_heads, query_only)
@@ -141,7 +141,7 @@ class _Rules:
         if expert is not None and expert[3] in PROJECTIONS:
             return self._expert(module, expert[1], expert[2], PROJECTIONS[expert[3]])
         parent, _, leaf = module.name.rpartition(".")
-        table = leaf in _TABLES
+        table = leaf in _tables(self._row)
         group = self._group(module.name)
         cut = self._row.table if table else self._cut(module.name)
         return Site(
@@ -158,7 +158,7 @@ class _Rules:
             attention=leaf in _ATTENTION or parent.rpartition(".")[2] in self._row.mixers,
             ranks_vary=_ends_with(module.name, self._row.ranks_vary),
             limit=self._limit(module.name),
-            early=_ends_with(module.name, self._row.early),
+            early=self._layer(module.name) is not None and _ends_with(module.name, self._row.early),
         )
 
     def _expert(self, module: StoredModule, experts: str, number: str, projection: int) -> Site:
@@ -186,10 +186,15 @@ class _Rules:
 
     def _is_plain(self, name: str) -> bool:
         """Whether the class builds a Linear plain: by its row, or outside of the layers, where only the head isn't."""
-        layer = _LAYER.fullmatch(name)
-        if layer is None or layer[1] != self._body or _ends_with(name, self._row.plain):
+        layer = self._layer(name)
+        if layer is None or _ends_with(name, self._row.plain):
             return True
-        return int(layer[3]) in self._query_only and _ends_with(name, _QKV)
+        return layer in self._query_only and _ends_with(name, _QKV)
+
+    def _layer(self, name: str) -> int | None:
+        """Return the number of the text model's layer that a module is in; None if it is in none."""
+        layer = _LAYER.fullmatch(name)
+        return int(layer[3]) if layer is not None and layer[1] == self._body else None
 
     def _group(self, name: str) -> str | None:
         """Return the name of the fused Linear that a module becomes a part of; None if it is not fused."""
@@ -223,7 +228,12 @@ def is_draft(name: str) -> bool:
     return _DRAFT.match(name) is not None
 
 
-def _place_of(stored: Collection[str]) -> tuple[str, str]:
+def _tables(row: ClassRow) -> frozenset[str]:
+    """Return the last parts of the names of embeddings."""
+    return frozenset({row.embeddings}) if row.embeddings else _TABLES
+
+
+def _place_of(stored: Collection[str], table_names: Collection[str], head_names: Collection[str]) -> tuple[str, str]:
     """Return the prefix of the text model's body and the name of its head.
 
     The body is where the embeddings are, beside the layers. A model without such embeddings has its body where most
@@ -234,10 +244,10 @@ def _place_of(stored: Collection[str]) -> tuple[str, str]:
         match = _LAYER.match(name)
         if match is not None:
             layers[match[1]] = layers.get(match[1], 0) + 1
-    tables = {name.removesuffix(leaf) for name in stored if (leaf := name.rpartition(".")[2]) in _TABLES}
+    tables = {name.removesuffix(leaf) for name in stored if (leaf := name.rpartition(".")[2]) in table_names}
     bodies = sorted(layers, key=lambda body: (body in tables, layers[body]), reverse=True)
     body = bodies[0] if bodies else ""
-    heads = [name for name in stored if name.rpartition(".")[2] in _HEADS and not _LAYER.match(name)]
+    heads = [name for name in stored if name.rpartition(".")[2] in head_names and not _LAYER.match(name)]
     around = [name for name in heads if body.startswith(name.rpartition(".")[0])]
     return body, next(iter(sorted(around, key=len, reverse=True)), "lm_head")
 

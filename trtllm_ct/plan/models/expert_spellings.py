@@ -88,11 +88,13 @@ STACKED_EXPERTS: Mapping[str, StackedExperts] = {
     "qwen3_vl_moe_text": StackedExperts(parts=_PARTS, inputs_first=True, by_engine=True, told_by_shape=True),
     # TensorRT-LLM 3a5901cd `_torch/models/modeling_llama.py` (`Llama4MoE`, the same mode).
     "llama4_text": StackedExperts(parts=_PARTS, inputs_first=True, by_engine=True),
+    # TensorRT-LLM 050b6cb9 `_torch/models/modeling_gpt_oss.py` (`GptOssForCausalLM.load_hf_weights`).
     "gpt_oss": StackedExperts(
         parts=_PARTS,
         inputs_first=True,
         alternate=True,
         biases={"experts.gate_up_proj_bias": _GATE_UP, "experts.down_proj_bias": _DOWN},
+        by_engine=True,
     ),
     "aria": _ARIA,
     "aria_text": _ARIA,

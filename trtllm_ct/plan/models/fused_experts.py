@@ -95,8 +95,8 @@ def stores_inputs_first(modules: Mapping[str, StoredModule], model: Model) -> bo
 def stack_parts(modules: Iterable[ModulePlan], model: Model, *, engine: bool) -> dict[str, StackPart]:
     """Return the places of plain experts in the stacked tensors that the model's class reads, by delivered name.
 
-    `engine` says that the class is TensorRT-LLM's. Layers with quantized experts, with plain experts of several dtypes,
-    or without some projection have no places: no stacked tensor can hold them.
+    `engine` says that the class is TensorRT-LLM's. Layers with quantized experts, with several dtypes in one stack, or
+    without some projection have no places: no stacked tensor can hold them.
     """
     stacked = STACKED_EXPERTS.get(model.text_type)
     if stacked is None or (engine and not stacked.by_engine):
@@ -108,7 +108,7 @@ def stack_parts(modules: Iterable[ModulePlan], model: Model, *, engine: bool) ->
     parts: dict[str, StackPart] = {}
     for owner, members in layers.items():
         specs = {delivery.name: delivery.spec for module in members for delivery in module.deliveries}
-        if not any(module.layer for module in members) and len({spec.dtype for spec in specs.values()}) == 1:
+        if not any(module.layer for module in members):
             parts |= _parts_of_layer(owner, specs, stacked)
     return parts
 
@@ -137,7 +137,10 @@ def _shapes(model: Model, experts: Experts) -> dict[str, tuple[int, int]]:
 
 
 def _parts_of_layer(owner: str, specs: Mapping[str, TensorSpec], stacked: StackedExperts) -> dict[str, StackPart]:
-    """Return the places of the experts of one layer; nothing if a projection or a bias of some expert is missing."""
+    """Return the places of the experts of one layer.
+
+    Nothing if a projection or a bias of some expert is missing, or if the parts of one stack have several dtypes.
+    """
     parent = owner.rpartition(".")[0]
     entries: dict[tuple[int, int, str], str] = {}
     for name in specs:
@@ -163,7 +166,9 @@ def _parts_of_layer(owner: str, specs: Mapping[str, TensorSpec], stacked: Stacke
                     transposed=transposed,
                 )
                 parts |= _one_after_another(whole, rows)
-    return parts if parts.keys() == specs.keys() else {}
+    dtypes = {(part.stack, specs[name].dtype) for name, part in parts.items()}
+    uniform = len(dtypes) == len({stack for stack, _ in dtypes})
+    return parts if uniform and parts.keys() == specs.keys() else {}
 
 
 def _one_after_another(whole: StackPart, rows: Mapping[str, int]) -> dict[str, StackPart]:

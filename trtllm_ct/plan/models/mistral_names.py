@@ -82,10 +82,12 @@ def hugging_face_names(
 ) -> dict[str, StoredModule]:
     """Return the modules under Hugging Face names; they are unchanged if they don't have Mistral's names.
 
+    Those of a model without tables, such as Mistral Large 3, keep their names too.
+
     Adds a fault for each name that two stored tensors would get. Raises `PlanError` with all faults if the model has no
     name for some modules, instead of later faults for each surplus and each missing tensor.
     """
-    if not any(_NATIVE.match(f"{name}.") for name in modules):
+    if model.row is not None or not any(_NATIVE.match(f"{name}.") for name in modules):
         return modules
     renamed: dict[str, StoredModule] = {}
     unknown = []

@@ -103,6 +103,8 @@ _QKV, _GATE_UP = _FUSED_LINEARS[0], _FUSED_LINEARS[1]
 _FUSED_OTHERWISE = {
     "afmoe": ((*_QKV, "self_attn.gate_proj"), _GATE_UP),
     "cohere2": (_QKV,),
+    "deepseek_v4": (("shared_experts.w1", "shared_experts.w3"),),
+    "gpt_oss": (_QKV,),
     "nemotron": (_QKV,),
     "nemotron_h": (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),),
 }

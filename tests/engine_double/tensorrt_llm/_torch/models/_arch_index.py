@@ -60,6 +60,11 @@ ARCHITECTURES = {
     "Gemma4UnifiedForConditionalGeneration": Row("newest", "modeling_gemma4", "Gemma4UnifiedForConditionalGeneration"),
     "DeepseekV32ForCausalLM": Row("mid", "modeling_deepseekv3", "DeepseekV3ForCausalLM"),
     "GlmMoeDsaForCausalLM": Row("newest", "modeling_deepseekv3", "DeepseekV3ForCausalLM"),
+    "HunYuanMoEV1ForCausalLM": Row("old", "modeling_own_loaders", "HunYuanMoEV1ForCausalLM"),
+    "GptOssForCausalLM": Row("old", "modeling_own_loaders", "GptOssForCausalLM"),
+    "MllamaForConditionalGeneration": Row("old", "modeling_own_loaders", "MllamaForConditionalGeneration"),
+    "Step3p5ForCausalLM": Row("newest", "modeling_own_loaders", "Step3p7ForCausalLM"),
+    "DeepseekV4ForCausalLM": Row("newest", "modeling_deepseekv4", "DeepseekV4ForCausalLM"),
     "KimiK25ForConditionalGeneration": Row("newest", "modeling_wrappers", "KimiK25ForConditionalGeneration"),
 }
 """The classes that the double has. Stock has many more."""

@@ -77,6 +77,8 @@ class MoE(nn.Module):
     w2_weight: nn.Parameter
     w3_w1_scale: Tensor
     w2_scale: Tensor
+    w3_w1_bias: Tensor
+    w2_bias: Tensor
 
     def __init__(
         self,
@@ -89,8 +91,10 @@ class MoE(nn.Module):
         model_config: ModelConfig,
         weight_loading_mode: MoEWeightLoadingMode = MoEWeightLoadingMode.VANILLA,
         gated: bool = True,
+        bias: bool = False,
     ) -> None:
         super().__init__()
+        self.biased = bias
         self.weight_loading_mode = weight_loading_mode
         self.gated = gated
         self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
@@ -117,6 +121,8 @@ class MoE(nn.Module):
         assert len(weights) == 1
         stacked = self.weight_loading_mode == MoEWeightLoadingMode.FUSED_GATE_UP_PROJ
         self.quant_method.load_weights(self, self._unstacked(weights[0]) if stacked else weights[0])
+        if self.biased:
+            self.w3_w1_bias, self.w2_bias = (weights[0][f"{name}_proj.bias"] for name in ("gate_up", "down"))
 
     def _unstacked(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of this rank's experts one by one; raises KeyError if there are no stacks."""

@@ -171,6 +171,12 @@ class W4A16NVFP4Experts(ExpertMethod):
     scale_dtype = FP8
     scale_spans = (1, 16)
 
+    @staticmethod
+    def _cut(module: MoE, weights: Weights, expert: str, key: str) -> Tensor:
+        """Block scales are copied as bytes, whatever dtype they are given in."""
+        tensor = ExpertMethod._cut(module, weights, expert, key)
+        return tensor.view(FP8) if key == "weight_scale" else tensor
+
     def load_weights(self, module: MoE, weights: Weights) -> None:
         super().load_weights(module, weights)
         seconds = [
