@@ -185,6 +185,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
         places=(_INNER_FIRST,),
         # The projector is a single Linear.
         beside=(("model.vision_model.", "vision_model."), ("model.multi_modal_projector", "multi_modal_projector")),
+    ),
     # `modeling_kimi_k25.py: KimiK25ForConditionalGeneration.load_weights`.
     "KimiK25ForConditionalGeneration": Wrapper(places=(_INNER_FIRST, _TEXT_ONLY)),
 }
