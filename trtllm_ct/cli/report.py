@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from trtllm_ct.cli.folding import fold_names
+from trtllm_ct.plan.checks import checks_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -89,6 +90,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     if report.plan is not None:
         parts += [
             Text(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
+            _checks(report.plan),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
             Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
@@ -116,7 +118,8 @@ def plan(checkpoint_plan: Plan) -> RenderableType:
     )
     for delivery in checkpoint_plan.deliveries():
         delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
-    return Group(stored, delivered, *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
+    about = (_checks(checkpoint_plan), *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
+    return Group(stored, delivered, *about)
 
 
 def conversion(report: ConversionReport) -> RenderableType:
@@ -130,6 +133,7 @@ def conversion(report: ConversionReport) -> RenderableType:
         Text(f"  modules: {modes}"),
         Text(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
         Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
+        _checks(plan),
         *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
     ]
     return Group(*lines, *_deviations(plan), _warnings(report.warnings))
@@ -291,6 +295,11 @@ def _min_width(column: Column, console: Console, options: ConsoleOptions) -> int
     """
     sizes = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
     return max(size.maximum if column.no_wrap else size.minimum for size in sizes) + _COLUMN_GAP
+
+
+def _checks(plan: Plan) -> Text:
+    """Return the line that says what the stored tensors were compared with."""
+    return Text(f"  checked: {checks_text(plan.checks)}")
 
 
 def _bytes(plan: Plan) -> str:

@@ -29,6 +29,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.pipeline.probing import probe_checkpoint
+from trtllm_ct.pipeline.transformers_class import TransformersClass
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.planner import make_plan
 
@@ -70,11 +71,14 @@ class Checkpoint:
         parallel: Parallel = ONE_RANK,
         dense_o_proj: bool = False,
         kv_cache: str | None = None,
+        compare_class: bool = False,
     ) -> Plan:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
         `sm` is the SM of the GPUs that the engine will run on, and `additive_zeros` affects only target `tensorrt_llm`;
-        see `target_named`. Raises `PlanError` with all faults, and `UsageError` for an unknown name or SM.
+        see `target_named`. `compare_class` compares a model without tables with the class of transformers, which is
+        imported for that; if it is not installed, nothing is compared. Raises `PlanError` with all faults, and
+        `UsageError` for an unknown name or SM.
         """
         return make_plan(
             self.config,
@@ -87,6 +91,7 @@ class Checkpoint:
             dense_o_proj=dense_o_proj,
             kv_cache=kv_cache,
             probe=self.probe,
+            model_class=TransformersClass(self.hf_config) if compare_class else None,
         )
 
 
@@ -142,5 +147,12 @@ def plan_checkpoint(
 ) -> Plan:
     """Return the plan of a directory for the target named `to`; no weights are read. See `Checkpoint.plan`."""
     return open_checkpoint(directory).plan(
-        to, engine=engine, sm=sm, dtype=dtype, strict=strict, parallel=parallel, dense_o_proj=dense_o_proj
+        to,
+        engine=engine,
+        sm=sm,
+        dtype=dtype,
+        strict=strict,
+        parallel=parallel,
+        dense_o_proj=dense_o_proj,
+        compare_class=True,
     )

@@ -16,6 +16,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
+from trtllm_ct.plan.checks import checks_of
 from trtllm_ct.plan.engine_class import class_problems, refuse_unread
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt
@@ -24,9 +25,10 @@ from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
+from trtllm_ct.plan.lost_tensors import NOT_ASKED, refuse_lost_tensors, spelling_warnings
 from trtllm_ct.plan.model_modules import ModelModules
-from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
+from trtllm_ct.plan.models.plain_tensors import plain_tensors
 from trtllm_ct.plan.models.sites import known_prefixes
 from trtllm_ct.plan.models.wrapper_names import names_that_are_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.engine_files.directory import BuiltModules
+    from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.stored import StoredModule
 
@@ -69,6 +72,7 @@ def make_plan(
     dense_o_proj: bool = False,
     kv_cache: str | None = None,
     probe: Probe = NO_PROBE,
+    model_class: ModelClass | None = None,
 ) -> Plan:
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
 
@@ -80,6 +84,7 @@ def make_plan(
     scale; that depends on the KV cache. `kv_cache` is the mode of the cache that the engine will be told, such as
     `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
+    `model_class` is the class that config.json names; a model without tables is compared with it, unless it is None.
     Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
     be delivered to the target. It has the warnings that the plan would have.
     """
@@ -93,6 +98,7 @@ def make_plan(
         dense_o_proj=dense_o_proj,
         asked_kv_cache=kv_cache,
         probe=probe,
+        model_class=model_class,
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
         rows=QueryKeyRows.of_model(config, model),
@@ -120,6 +126,7 @@ class _Planner:
     dense_o_proj: bool
     asked_kv_cache: str | None
     probe: Probe
+    model_class: ModelClass | None
     faults: FaultCollector
     reader: WeightReader
     rows: QueryKeyRows
@@ -127,6 +134,7 @@ class _Planner:
     transforms: OnlineTransforms
     tie_warnings: tuple[str, ...] = ()
     directory: EngineDirectory | None = None
+    comparison: Comparison = NOT_ASKED
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
@@ -151,7 +159,6 @@ class _Planner:
         weights = self._read_weights(site_modules, sites)
         sites = [_with_shape(site, weights.get(site.module)) for site in sites]
         if self.model.discovery is not None:
-            refuse_lost_modules(sites, self.model.name, self.faults)
             self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
         refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
@@ -165,7 +172,22 @@ class _Planner:
         other_modules = OtherModules(
             self.model, place, self.kv_cache, self.reader, self.rows, self.transforms, self.dtypes, self.faults
         )
-        modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
+        others = {
+            module.stored_name: other_modules.plan(module)
+            for module in stored.values()
+            if module.stored_name not in planned
+        }
+        modules += others.values()
+        if self.model.row is not None:
+            shapes = {
+                module.stored_name: weights[name].stored.shape
+                for name, module in site_modules.items()
+                if module is not None and name in weights
+            }
+            shapes |= {name: other.weight.shape for name, other in others.items() if other.weight is not None}
+            self.comparison = refuse_lost_tensors(
+                plain_tensors(stored.values(), shapes), self.model, place[0], self.model_class, self.faults
+            )
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         engine = self.target.capabilities.release is not None
@@ -198,6 +220,7 @@ class _Planner:
             places=built.places if built else {},
             build_config=built.config if built else None,
             tied=self.model.tied,
+            checks=checks_of(self.model, self.comparison),
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
 
@@ -223,7 +246,7 @@ class _Planner:
         return (
             *(stack_warnings(self.model) if stacked and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
-            *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
+            *spelling_warnings(self.comparison),
             *self._unquantized(modules),
             *self.tie_warnings,
             *self.reader.warnings,

@@ -162,6 +162,7 @@ class Model:
             multimodal=nested is not None,
             text_type=spelling_type(str(config.get("model_type") or ""), str(text.get("model_type") or "")),
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
+            text=text,
             row=row,
         )
         faults.raise_if_any(ConfigError)
