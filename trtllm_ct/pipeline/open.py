@@ -24,6 +24,7 @@ from trtllm_ct.base.errors import keeping_warnings
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.mistral_params import config_from_params
+from trtllm_ct.config.quantization_config import QuantizationConfig
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trtllm_ct.base.dtypes import DType
-    from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.plan.probe import Probe
 
@@ -103,12 +103,13 @@ def open_checkpoint(
     Reads JSON files, headers, and the few small tensors whose values decide a mode; also the embeddings, if a head is
     stored that config.json ties to them. `detection` is the detection of the directory and `probe` what was read of its
     values, if they were made before.
-    Raises `DetectionError` if the directory is no compressed-tensors checkpoint, and `ConfigError` or `CatalogError`
+    A checkpoint without any quantization is opened too: its tensors are delivered as they are.
+    Raises `DetectionError` if the directory is a checkpoint of another quantization method or none at all, and `ConfigError` or `CatalogError`
     with all faults of the stage and the warnings of the stages before it.
     """
     directory = Path(directory)
     detection = detection or FormatDetector().detect(directory)
-    config = CompressedTensorsConfigReader().read(detection)
+    config = _unquantized(detection) or CompressedTensorsConfigReader().read(detection)
     with keeping_warnings(config.warnings):
         catalog = Catalog.from_directory(directory)
     with keeping_warnings((*config.warnings, *catalog.warnings)):
@@ -124,6 +125,13 @@ def open_checkpoint(
         probe=probe,
         hf_config=hf_config,
     )
+
+
+def _unquantized(detection: Detection) -> QuantizationConfig | None:
+    """Return the configuration of a checkpoint in which no block quantizes anything; None for any other."""
+    if detection.method is not None or detection.directory is None:
+        return None
+    return QuantizationConfig(groups=(), origin="", directory=Path(detection.directory))
 
 
 def _hf_config(detection: Detection, catalog: Catalog) -> Mapping[str, Any]:

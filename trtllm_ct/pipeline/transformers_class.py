@@ -124,8 +124,23 @@ def _compare(model: Any, tensors: PlainTensors, by: str) -> Comparison:
         },
         present=frozenset(present),
         misfits=tuple(misfits),
+        parts=_parts(model, parameters),
         unread=frozenset(_not_matching(unread, model._keys_to_ignore_on_load_unexpected)),  # noqa: SLF001
     )
+
+
+def _parts(model: Any, parameters: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Return the models inside of a model, each with the parameters that no model further inside has."""
+    from transformers import PreTrainedModel
+
+    inside = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    inside.sort(key=len, reverse=True)
+    parts: dict[str, set[str]] = {}
+    for name in parameters:
+        part = next((part for part in inside if name.startswith(f"{part}.")), None)
+        if part is not None:
+            parts.setdefault(part, set()).add(name)
+    return {part: frozenset(names) for part, names in parts.items()}
 
 
 def _readers(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
     from trtllm_ct.plan.models.sites import Model
 
-__all__ = ["NOT_ASKED", "refuse_lost_tensors", "spelling_warnings"]
+__all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors"]
 
 NOT_ASKED = Comparison(why_not="only inspect, plan and convert compare with it")
 """The comparison with a class where none was asked for."""
@@ -52,18 +52,40 @@ def refuse_lost_tensors(
         comparison = model_class.compare(with_lost)
         if comparison.by:
             suspects, comparison = _agreed(suspects, comparison, model.text_type)
+            comparison = _without_absent(comparison)
             comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
     _refuse_suspects(suspects, tensors, model.name, faults)
     _refuse_by_class(comparison, faults)
     return comparison
 
 
-def spelling_warnings(comparison: Comparison) -> tuple[str, ...]:
-    """Return a warning if a class may read some tensors under other names than the checkpoint has."""
-    if not comparison.renamed:
-        return ()
-    missing, unread = (format_names(sorted(names)) for names in (comparison.renamed, comparison.unread))
-    return (f"{comparison.by} reads {missing}, which no file has, and leaves {unread} unread: it may have other names",)
+def class_warnings(comparison: Comparison) -> tuple[str, ...]:
+    """Return warnings about parts of a class that are not stored, or that may be stored under other names."""
+    texts = [
+        f"{comparison.by} has {part}, but these files have few of its tensors: that part was not compared"
+        for part in comparison.absent
+    ]
+    if comparison.renamed:
+        missing, unread = (format_names(sorted(names)) for names in (comparison.renamed, comparison.unread))
+        texts.append(f"{comparison.by} has {missing}, which no file has, and no {unread}: the names may differ")
+    return tuple(texts)
+
+
+def _without_absent(comparison: Comparison) -> Comparison:
+    """Return a comparison without the parts of the class of which most parameters are missing.
+
+    A text model may be published without the towers beside it; and files that were written for another class have
+    other names throughout.
+    """
+    missing = comparison.missing
+    absent = {part: names for part, names in comparison.parts.items() if 2 * len(names & missing.keys()) > len(names)}
+    left_out = frozenset().union(*absent.values())
+    return replace(
+        comparison,
+        absent=tuple(absent),
+        missing={name: shape for name, shape in missing.items() if name not in left_out},
+        misfits=tuple(misfit for misfit in comparison.misfits if misfit.name not in left_out),
+    )
 
 
 def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple[Suspects, Comparison]:

@@ -25,7 +25,7 @@ from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
-from trtllm_ct.plan.lost_tensors import NOT_ASKED, refuse_lost_tensors, spelling_warnings
+from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
 from trtllm_ct.plan.models.plain_tensors import plain_tensors
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["make_plan"]
 
 _NOTHING_QUANTIZED = "nothing is quantized in these files, although the configuration has groups of quantized modules"
+_NO_BLOCK = "nothing is quantized in these files, and config.json has no quantization block: tensors are delivered unchanged"
 
 
 def make_plan(
@@ -246,7 +247,7 @@ class _Planner:
         return (
             *(stack_warnings(self.model) if stacked and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
-            *spelling_warnings(self.comparison),
+            *class_warnings(self.comparison),
             *self._unquantized(modules),
             *self.tie_warnings,
             *self.reader.warnings,
@@ -258,9 +259,10 @@ class _Planner:
         )
 
     def _unquantized(self, modules: Iterable[ModulePlan]) -> tuple[str, ...]:
-        """Return a warning if the configuration asks for quantized modules and there is none."""
-        quantized = any(module.weight is not None for module in modules)
-        return (_NOTHING_QUANTIZED,) if self.config.groups and not quantized and not self.faults.faults else ()
+        """Return a warning if nothing is quantized, unless the configuration is for something else than weights."""
+        if self.faults.faults or any(module.weight is not None for module in modules):
+            return ()
+        return (_NOTHING_QUANTIZED,) if self.config.groups else () if self.config.origin else (_NO_BLOCK,)
 
     def _untie(self, stored: Mapping[str, StoredModule], place: tuple[str, str]) -> None:
         """Let the model have a head of its own if one is stored that is not known to equal the embeddings."""

@@ -37,8 +37,9 @@ class Comparison:
 
     `by` names the class and the release of its library. `why_not` says why they could not be compared; the other
     fields are then empty. `missing` are the parameters of the class that no stored tensor becomes, with their shapes,
-    `present` all others, and `unread` the stored tensors that the class has no parameter for. `renamed` are missing
-    ones that may be stored under another name.
+    `present` all others, and `unread` the stored tensors that the class has no parameter for. `parts` are the models
+    inside of the class, such as a vision tower, with the names of their parameters. `renamed` are missing parameters
+    that may be stored under another name, and `absent` the parts of which most parameters are missing.
     """
 
     by: str = ""
@@ -47,7 +48,9 @@ class Comparison:
     present: frozenset[str] = field(default=frozenset(), repr=False)
     misfits: tuple[Misfit, ...] = ()
     unread: frozenset[str] = frozenset()
+    parts: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
     renamed: frozenset[str] = frozenset()
+    absent: tuple[str, ...] = ()
 
 
 class ModelClass(ABC):
