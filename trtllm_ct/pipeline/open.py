@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import keeping_warnings
+from trtllm_ct.base.errors import ConfigError, Fault, keeping_warnings
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.mistral_params import config_from_params
 from trtllm_ct.config.quantization_config import QuantizationConfig
@@ -29,6 +30,7 @@ from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import target_named
+from trtllm_ct.formats import PACKED_CODES
 from trtllm_ct.pipeline.probing import probe_checkpoint
 from trtllm_ct.pipeline.transformers_class import TransformersClass
 from trtllm_ct.plan.models.sites import Model
@@ -112,6 +114,8 @@ def open_checkpoint(
     config = _unquantized(detection) or CompressedTensorsConfigReader().read(detection)
     with keeping_warnings(config.warnings):
         catalog = Catalog.from_directory(directory)
+    if detection.method is None:
+        _refuse_codes(catalog)
     with keeping_warnings((*config.warnings, *catalog.warnings)):
         hf_config = _hf_config(detection, catalog)
         model = Model.from_config(hf_config)
@@ -132,6 +136,25 @@ def _unquantized(detection: Detection) -> QuantizationConfig | None:
     if detection.method is not None or detection.directory is None:
         return None
     return QuantizationConfig(groups=(), origin="", directory=Path(detection.directory))
+
+
+def _refuse_codes(catalog: Catalog) -> None:
+    """Raise `ConfigError` if a checkpoint whose configuration quantizes nothing holds codes."""
+    codes = [
+        name
+        for name, tensor in catalog.tensors.items()
+        if (local := name.rpartition(".")[2]) in PACKED_CODES
+        or (local == "weight" and not tensor.spec.dtype.is_wide_float and f"{name}_scale" in catalog)
+    ]
+    if codes:
+        raise ConfigError(
+            Fault(
+                where="config.json: quantization_config",
+                expected="a quantization block, as these files hold codes",
+                found=f"none, beside {format_names(codes)}",
+                remedy="Take config.json from where the checkpoint was published.",
+            )
+        )
 
 
 def _hf_config(detection: Detection, catalog: Catalog) -> Mapping[str, Any]:
