@@ -158,8 +158,8 @@ class _Planner:
         if self.model.row is None and not any(site_modules.values()):
             self._refuse_unknown_names(catalog)
         weights = self._read_weights(site_modules, sites)
-        sites = [_with_shape(site, weights.get(site.module)) for site in sites]
         if self.model.discovery is not None:
+            sites = [_with_shape(site, weights.get(site.module)) for site in self._recounted(sites, stored, weights)]
             self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
         refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
@@ -327,6 +327,20 @@ class _Planner:
                 if module is not None and local not in module.specs:
                     self._missing(site.module, local)
         return weights
+
+    def _recounted(
+        self, sites: Sequence[Site], stored: Mapping[str, StoredModule], weights: Mapping[str, QuantizedWeight]
+    ) -> Iterable[Site]:
+        """Return the sites with heads counted by the rows of weights, where codes in tiles don't show these rows."""
+        tiled = {}
+        for site in sites:
+            weight = None if site.heads is None else weights.get(site.module)
+            name = next((name for name in site.stored_names if name in stored), None)
+            if weight is not None and name is not None:
+                shape = weight.stored.shape
+                if stored[name].specs[weight.stored.codes].shape[:1] != shape[:1]:
+                    tiled[name] = shape
+        return self.model.in_checkpoint(stored, tiled).sites(self.model.place(stored)) if tiled else sites
 
     def _ordered(self, module: StoredModule, weight: QuantizedWeight | None) -> StoredModule:
         """Return the module with its rows in the order that engines expect.
