@@ -106,8 +106,8 @@ def open_checkpoint(
     stored that config.json ties to them. `detection` is the detection of the directory and `probe` what was read of its
     values, if they were made before.
     A checkpoint without any quantization is opened too: its tensors are delivered as they are.
-    Raises `DetectionError` if the directory is a checkpoint of another quantization method or none at all, and `ConfigError` or `CatalogError`
-    with all faults of the stage and the warnings of the stages before it.
+    Raises `DetectionError` if the directory is a checkpoint of another quantization method or none at all, and
+    `ConfigError` or `CatalogError` with all faults of the stage and the warnings of the stages before it.
     """
     directory = Path(directory)
     detection = detection or FormatDetector().detect(directory)

@@ -184,9 +184,7 @@ def _renaming_of_release_4(model: Any, parameters: Mapping[str, Any]) -> Callabl
     return name_of
 
 
-def _converting(
-    by_pattern: Mapping[str, Any], model: Any
-) -> Callable[[str, _Members], dict[str, Shape | None]]:
+def _converting(by_pattern: Mapping[str, Any], model: Any) -> Callable[[str, _Members], dict[str, Shape | None]]:
     """Return a function that says which parameters of which shapes some stored tensors become.
 
     A shape is None if it is not known, and () for tensors that can't be joined.

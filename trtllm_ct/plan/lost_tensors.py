@@ -121,8 +121,7 @@ def _in_layer(layer: str, parameters: Collection[str]) -> frozenset[str]:
     return frozenset(
         name
         for name in parameters
-        if (match := LAYER.fullmatch(name)) is not None
-        and (match[1].rpartition(".")[2], match[2]) == (leaf, number)
+        if (match := LAYER.fullmatch(name)) is not None and (match[1].rpartition(".")[2], match[2]) == (leaf, number)
     )
 
 
@@ -154,9 +153,7 @@ def _drafts(name: str, body: str, count: int) -> bool:
 def _refuse_suspects(suspects: Suspects, tensors: PlainTensors, model: str, faults: FaultCollector) -> None:
     """Add the faults of layers and experts that are unlike the others."""
     for name in suspects.lost:
-        faults.add(
-            where=name, expected=f"a tensor that the layers of {model} have", found=_NO_TENSOR, remedy=_FETCH
-        )
+        faults.add(where=name, expected=f"a tensor that the layers of {model} have", found=_NO_TENSOR, remedy=_FETCH)
     for name, shape in suspects.misshapen.items():
         expected = f"shape {list(shape)}, as in the other layers or experts of its kind"
         faults.add(where=name, expected=expected, found=f"shape {list(tensors[name] or ())}", remedy=_OTHER_SIZE)

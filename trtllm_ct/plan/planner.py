@@ -58,7 +58,9 @@ if TYPE_CHECKING:
 __all__ = ["make_plan"]
 
 _NOTHING_QUANTIZED = "nothing is quantized in these files, although the configuration has groups of quantized modules"
-_NO_BLOCK = "nothing is quantized in these files, and config.json has no quantization block: tensors are delivered unchanged"
+_NO_BLOCK = (
+    "nothing is quantized in these files, and config.json has no quantization block: tensors are delivered unchanged"
+)
 
 
 def make_plan(

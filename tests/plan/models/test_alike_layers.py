@@ -120,6 +120,12 @@ def test_layers_after_the_last_one_are_drafts_only_if_they_have_tensors_of_their
     assert suspects_of(tensors, "model.", same(4)).surplus_layers == ("model.layers.4",)
 
 
+def test_a_body_that_is_not_the_part_that_config_counts_has_lost_no_layer() -> None:
+    tensors = {**plain(4, "vision.layers."), **plain(6, "text.layers.")}
+
+    assert suspects_of(tensors, "vision.", same(6)).lost_layers == ()
+
+
 def test_without_a_number_in_config_no_layer_is_missed() -> None:
     tensors = {name: shape for name, shape in plain(6).items() if ".layers.2." not in name}
 
@@ -142,6 +148,14 @@ SHARED_KV = {
         pytest.param(SHARED_KV, {"attention": [1, 1, 1, 1, 1, 0]}, 6, id="a list with an entry for each layer"),
         pytest.param(SHARED_KV, {"no_kv_layers": [5]}, 6, id="a list of layers"),
         pytest.param({**plain(6), **{f"model.layers.2.{name}": (128, 128) for name in FULL}}, {}, 6, id="larger heads"),
+        pytest.param(
+            {**plain(6), **{f"model.layers.{layer}.gate.previous": (1,) for layer in range(1, 6)}},
+            {},
+            6,
+            id="a parameter for what the layer before gives",
+        ),
+        pytest.param(plain(2), {}, 16, id="layers that are run through several times"),
+        pytest.param({**plain(4, "vision.layers."), **plain(6, "model.layers.")}, {}, 6, id="a tower of fewer layers"),
         pytest.param({**plain(6), "model.layers.0.bias.weight": (3,)}, {}, 6, id="more in the first layer"),
         pytest.param(
             {f"model.layers.{layer}.mlp.up_proj.weight": (8 + layer, 8) for layer in range(6)}, {}, 6, id="all unlike"

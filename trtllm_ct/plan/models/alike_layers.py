@@ -62,7 +62,7 @@ def suspects_of(tensors: PlainTensors, body: str, kinds: Sequence[Hashable]) -> 
         lost |= dict.fromkeys(f"{owner}.{number}.{name}" for number, name in _lost_parts(parts))
         misshapen |= {f"{owner}.{number}.{name}": shape for number, name, shape in _misshapen(parts, marked=True)}
     for stack, layers in stacks.items():
-        marks = kinds if stack == main else ()
+        marks = kinds if stack == main or layers.keys() == set(range(len(kinds))) else ()
         for group in _groups(layers, marks):
             lost |= dict.fromkeys(f"{stack}.{number}.{name}" for number, name in _lost(group))
             wrong = _misshapen(group, marked=len(set(marks)) > 1)
@@ -71,7 +71,7 @@ def suspects_of(tensors: PlainTensors, body: str, kinds: Sequence[Hashable]) -> 
     return Suspects(
         lost=tuple(lost),
         misshapen=misshapen,
-        lost_layers=tuple(f"{main}.{number}" for number in range(len(kinds)) if layers and number not in layers),
+        lost_layers=tuple(f"{main}.{number}" for number in _lost_layers(main, stacks, len(kinds))),
         surplus_layers=tuple(f"{main}.{number}" for number in _surplus(layers, len(kinds))),
     )
 
@@ -96,6 +96,18 @@ def _main_stack(stacks: Mapping[str, _Members], body: str) -> str:
     return max(below, key=lambda stack: len(stacks[stack]), default="")
 
 
+def _lost_layers(main: str, stacks: Mapping[str, _Members], count: int) -> Iterator[int]:
+    """Yield the layers among the first `count` that a stack lacks.
+
+    Where another stack has all of them, it is the one that config.json counts. Where most are missing, the class builds
+    fewer layers than it runs through.
+    """
+    layers = stacks.get(main, {})
+    complete = any(other.keys() == set(range(count)) for other in stacks.values())
+    if not complete and 2 * len(layers) > count:
+        yield from (number for number in range(count) if number not in layers)
+
+
 def _surplus(layers: _Members, count: int) -> Iterator[int]:
     """Yield the layers after the last one of `count` that are like one before it: draft layers have other tensors."""
     ordinary = {frozenset(tensors) for number, tensors in layers.items() if number < count}
@@ -114,7 +126,12 @@ def _groups(layers: _Members, kinds: Sequence[Hashable]) -> Iterator[_Members]:
 
 
 def _lost(group: _Members) -> Iterator[tuple[int, str]]:
-    """Yield what a layer lacks that is the only one with its tensors, of what most layers like it have."""
+    """Yield what a layer lacks that is the only one with its tensors, of what most layers like it have.
+
+    The first layer has no parameters for what it gets from the layer before, nor the last one for what comes after it:
+    there only weights and biases are missed.
+    """
+    ends = {min(group), max(group)}
     sets = {number: frozenset(tensors) for number, tensors in group.items()}
     counts = Counter(sets.values())
     for number, names in sets.items():
@@ -125,7 +142,9 @@ def _lost(group: _Members) -> Iterator[tuple[int, str]]:
         alike = Counter(other for other in others if special <= other)
         for usual, count in alike.most_common(1):
             if names < usual and count >= _FEWEST and 2 * count > alike.total():
-                yield from ((number, name) for name in sorted(usual - names))
+                for name in sorted(usual - names):
+                    if number not in ends or name.endswith((".weight", ".bias")):
+                        yield number, name
 
 
 def _misshapen(group: _Members, *, marked: bool) -> Iterator[tuple[int, str, Shape]]:
