@@ -8,6 +8,9 @@ class_rows.py      the rows, one for each class without tables of its family
 decoder_rows.py    the rows of decoders with attention, experts and Mamba layers
 discovery.py       the modules of a model without tables, found in its files
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other
+layer_kinds.py     of which kind each layer is, by config.json
+model_class.py     what a model class says about the tensors of a checkpoint
+plain_tensors.py   the tensors of a checkpoint as plain weights, and as a class spells them
 site.py            Site: one module of a model
 expert_spellings.py  how classes store routed experts: under which names, or stacked
 sites.py           Model: the modules of one model, with their sizes
