@@ -60,7 +60,8 @@ def _ranges(numbers: Sequence[int]) -> str:
     starts = [ordered[0]] + [after for before, after in pairwise(ordered) if after != before + 1]
     ends = [before for before, after in pairwise(ordered) if after != before + 1] + [ordered[-1]]
     runs = ",".join(str(start) if start == end else f"{start}..{end}" for start, end in zip(starts, ends, strict=True))
-    return "{" + min([runs, *_strides(ordered)], key=len) + "}"
+    shorter = min(_strides(ordered), key=len, default=runs) if len(starts) >= _SHORTEST else runs
+    return "{" + min(runs, shorter, key=len) + "}"
 
 
 def _strides(ordered: Sequence[int]) -> Iterator[str]:
