@@ -181,16 +181,7 @@ class _Planner:
             if module.stored_name not in planned
         }
         modules += others.values()
-        if self.model.row is not None:
-            shapes = {
-                module.stored_name: weights[name].stored.shape
-                for name, module in site_modules.items()
-                if module is not None and name in weights
-            }
-            shapes |= {name: other.weight.shape for name, other in others.items() if other.weight is not None}
-            self.comparison = refuse_lost_tensors(
-                plain_tensors(stored.values(), shapes), self.model, place[0], self.model_class, self.faults
-            )
+        self._check_complete(stored, site_modules, weights, others, place[0])
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         engine = self.target.capabilities.release is not None
@@ -226,6 +217,26 @@ class _Planner:
             checks=checks_of(self.model, self.comparison),
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
+
+    def _check_complete(
+        self,
+        stored: Mapping[str, StoredModule],
+        site_modules: Mapping[str, StoredModule | None],
+        weights: Mapping[str, QuantizedWeight],
+        others: Mapping[str, ModulePlan],
+        body: str,
+    ) -> None:
+        """Add a fault for each tensor that a model without tables has lost, or has in another size."""
+        if self.model.row is None:
+            return
+        shapes = {
+            module.stored_name: weights[name].stored.shape
+            for name, module in site_modules.items()
+            if module is not None and name in weights
+        }
+        shapes |= {name: other.weight.shape for name, other in others.items() if other.weight is not None}
+        tensors = plain_tensors(stored.values(), shapes)
+        self.comparison = refuse_lost_tensors(tensors, self.model, body, self.model_class, self.faults)
 
     def _plan_directory(self, place: tuple[str, str]) -> None:
         """Prepare the plan of a directory with a file for each rank; adds faults for models that it can't hold."""
