@@ -89,7 +89,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
             Text(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
             _checks(report.plan),
             Text(""),
-            _modules(report.plan) if modules else _schemes([*report.rows()], report.target),
+            _modules(report.plan) if modules else _schemes(report.rows(), report.target),
             Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
             Text(f"Bytes: {_bytes(report.plan)}"),
             *_deviations(report.plan),
@@ -240,30 +240,31 @@ def _feature_text(value: object) -> str:
     return "unknown" if value is None else str(value)
 
 
-def _schemes(rows: Sequence[SchemeRow], target: str) -> Table:
+def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
     """Return the table of schemes: the modules of each scheme, folded over layers, with the reason below them.
 
     On a narrow terminal it is a list of schemes.
     """
-    table = fitted_table("modules", "stored", "native mode", f"at {target}", narrow=_scheme_list(rows, target))
-    for row in rows:
-        for name in fold_names(row.modules):
+    folded = [(row, fold_names(row.modules)) for row in rows]
+    table = fitted_table("modules", "stored", "native mode", f"at {target}", narrow=_scheme_list(folded, target))
+    for row, names in folded:
+        for name in names:
             table.add_row(escape(name), row.stored_scheme, row.native_mode, row.delivered_mode)
         reason = f"[italic]{escape(_reason(row))}[/italic]"
         table.add_row(f"[dim]{_size(row)}[/dim]", reason, "", "", end_section=True)
     return table
 
 
-def _scheme_list(rows: Iterable[SchemeRow], target: str) -> RenderableType:
+def _scheme_list(folded: Iterable[tuple[SchemeRow, tuple[str, ...]]], target: str) -> RenderableType:
     """Return a paragraph for each scheme: what it is, what becomes of it and why, and the modules, one in a line."""
     parts: list[RenderableType] = []
-    for row in rows:
+    for row, names in folded:
         native = f" (native mode {row.native_mode})" if row.native_mode else ""
         parts.append(Text(f"{row.stored_scheme}, at {target} {row.delivered_mode}{native}", style="bold"))
         parts.append(Padding(Text(_size(row), style="dim"), (0, 0, 0, 2)))
         if _reason(row):
             parts.append(Padding(Text(_reason(row), style="italic"), (0, 0, 0, 2)))
-        parts += (UnbrokenName(name, indent=4) for name in fold_names(row.modules))
+        parts += (UnbrokenName(name, indent=4) for name in names)
     return Group(*parts, Text(""))
 
 
