@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["KimiShape"]
+__all__ = ["KimiShape", "write_sparse_file"]
 
 _CONFIG: Mapping[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -118,7 +118,7 @@ class KimiShape:
         weight_map: dict[str, str] = {}
         for shard, specs in shards.items():
             file = f"model-{shard + 1:05d}-of-{len(shards):05d}.safetensors"
-            _write_sparse_file(directory / file, specs)
+            write_sparse_file(directory / file, specs)
             weight_map |= dict.fromkeys(specs, file)
         index = {"metadata": {}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -126,7 +126,7 @@ class KimiShape:
         return len(weight_map)
 
 
-def _write_sparse_file(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+def write_sparse_file(path: Path, specs: Mapping[str, TensorSpec]) -> None:
     """Write a safetensors file with a real header and the right size, whose payload is a hole."""
     header, end = {}, 0
     for name, spec in specs.items():

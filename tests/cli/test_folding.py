@@ -19,8 +19,9 @@ def unfold(name: str) -> list[str]:
     inside, _, after = rest.partition("}")
     numbers: list[int] = []
     for run in inside.split(","):
-        start, _, end = run.partition("..")
-        numbers += range(int(start), int(end or start) + 1)
+        start, *rest_of_run = map(int, run.split(".."))
+        end, step = (*rest_of_run, start, 1)[:2] if len(rest_of_run) != 1 else (rest_of_run[0], 1)
+        numbers += range(start, end + 1, step)
     return [unfolded for number in numbers for unfolded in unfold(f"{before}{number}{after}")]
 
 
@@ -34,6 +35,9 @@ def unfold(name: str) -> list[str]:
         ([f"layers.{i}.mlp" for i in (7, 0, 1, 2)], ("layers.{0..2,7}.mlp",)),
         ([f"layers.{i}.mlp" for i in (1, 3)], ("layers.{1,3}.mlp",)),
         ([f"layers.{i}.mlp" for i in (9, 11, 10)], ("layers.{9..11}.mlp",)),
+        ([f"layers.{i}.mlp" for i in range(3, 60, 4)], ("layers.{3..59..4}.mlp",)),
+        ([f"layers.{i}.mlp" for i in range(60) if i % 4 != 3], ("layers.{0..56..4,1..57..4,2..58..4}.mlp",)),
+        ([f"layers.{i}.mlp" for i in (0, 2, 4, 7)], ("layers.{0,2,4,7}.mlp",)),
         (["layers.0.a", "layers.0.b"], ("layers.0.a", "layers.0.b")),
         (["b.0", "a.0", "b.1", "a.1"], ("b.{0..1}", "a.{0..1}")),
         (["layers.0.q, row 3, columns 0-127"], ("layers.0.q, row 3, columns 0-127",)),

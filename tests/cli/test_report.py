@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import tiny_config, write_checkpoint
+from hybrid_shape import HybridShape
 from rich.console import Console, RenderableType
 
 from trtllm_ct.base.errors import Fault
 from trtllm_ct.cli import report
+from trtllm_ct.cli.folding import fold_names
+from trtllm_ct.cli.tables import UnbrokenName
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import plan_checkpoint
@@ -86,12 +89,58 @@ class TestInspection:
             assert len(re.findall(rf"{re.escape(module.name)} ", shown)) == 1
 
     @pytest.mark.parametrize("width", [60, 80, 100, 120, 140])
-    @pytest.mark.parametrize("modules", [False, True])
-    def test_a_narrow_terminal_cuts_off_no_text(self, source: Path, width: int, modules: bool):
+    def test_a_narrow_terminal_cuts_off_no_text(self, source: Path, width: int):
         """Cells wrap to the next line."""
-        shown = report.inspection(inspect_checkpoint(source), modules=modules)
+        shown = report.inspection(inspect_checkpoint(source), modules=True)
 
         assert letters(shown, width) == letters(shown, 400)
+
+    @pytest.mark.parametrize("width", [60, 80, 100, 120, 140])
+    def test_a_narrow_terminal_breaks_no_name(self, source: Path, width: int):
+        """Where the table doesn't fit, schemes are listed: all names, schemes, modes and reasons are there, whole."""
+        found = inspect_checkpoint(source)
+
+        shown = words(report.inspection(found), width)
+
+        for row in found.rows():
+            for phrase in (row.delivered_mode, row.native_mode, *row.reason.split(), *fold_names(row.modules)):
+                assert phrase in shown
+            assert set(row.stored_scheme.split()) <= {word.strip(",") for word in shown.split()} | set(shown.split())
+
+    def test_a_hybrid_mixture_of_60_layers_is_one_page(self, tmp_path: Path):
+        """Layers of one kind repeat with a period, and experts are folded: no name or range is broken at 80 columns."""
+        hybrid = HybridShape()
+        hybrid.write(tmp_path)
+
+        found = inspect_checkpoint(tmp_path, engine="stock-1.3")
+        lines = text(report.inspection(found), 80).splitlines()
+
+        assert not found.problems
+        assert len(found.plan.modules if found.plan else ()) > 23_000
+        assert len(lines) <= 60
+        assert max(map(len, lines)) <= 80
+        names = [name for row in found.rows() for name in fold_names(row.modules)]
+        assert {line.strip() for line in lines} >= set(names)
+
+    def test_a_list_of_numbers_without_a_period_follows_the_name(self):
+        console = Console(width=60, color_system=None)
+        name = f"model.layers.{{{','.join(map(str, (1, 4, 5, 9, 16, 22, 23, 30, 41, 42, 50, 57)))}}}.self_attn.q_proj"
+
+        with console.capture() as capture:
+            console.print(UnbrokenName(name, indent=4))
+
+        first, *rest = capture.get().splitlines()
+        assert first.strip() == "model.layers.*.self_attn.q_proj"
+        assert " ".join(" ".join(rest).split()) == "* is 1, 4, 5, 9, 16, 22, 23, 30, 41, 42, 50, 57"
+
+    @pytest.mark.parametrize("shown", ["inspection", "plan"])
+    def test_one_line_says_which_checks_ran(self, source: Path, shown: str):
+        made = inspect_checkpoint(source) if shown == "inspection" else plan_checkpoint(source)
+
+        line = next(line for line in text(getattr(report, shown)(made)).splitlines() if "checked:" in line)
+
+        assert "headers and index" in line
+        assert "tables of LlamaForCausalLM" in line
 
     def test_a_smaller_output_is_shown(self, tmp_path: Path):
         """The checkpoint stores a tied lm_head that equals the embeddings, which is not delivered."""

@@ -9,6 +9,7 @@ transformers builds from a tiny configuration:
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from builders import rewrite, rewrite_config
 from safetensors.torch import load_file
 from tiny_classes import class_names, tiny_model
 
+from trtllm_ct.base.errors import PlanError
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
@@ -65,15 +67,13 @@ UNSAVED = frozenset(
 """Classes whose `save_pretrained` permutes rows of codes, and fails, and one with experts that have no weights."""
 
 REFUSED = {
-    "GPT2LMHeadModel": "an unquantized checkpoint",
-    "OpenAIGPTLMHeadModel": "an unquantized checkpoint",
     "HrmTextForCausalLM": "Without its scale",
     "MiniMaxM3SparseForConditionalGeneration": "Without its scale",
     "QianfanOCRForConditionalGeneration": "Without its scale",
     "Step3p7ForConditionalGeneration": "Its weight was lost or renamed",
     "UnlimitedOcrForConditionalGeneration": "Without its scale",
 }
-"""Classes that have no Linears, and those whose `save_pretrained` renames weights and loses their FP8 scales."""
+"""Classes whose `save_pretrained` renames weights and loses their FP8 scales."""
 
 
 def test_a_model_loads_exactly(tmp_path: Path, name: str, scheme: str) -> None:
@@ -126,6 +126,13 @@ def test_a_lost_module_is_named(glm: Path, tmp_path: Path, lost: str) -> None:
     assert all(fault.where.startswith(lost) and "Fetch the shard" in fault.remedy for fault in problems)
 
 
+def test_a_checkpoint_of_an_unknown_class_is_verified(glm: Path, tmp_path: Path) -> None:
+    source = copied(glm, tmp_path / "source")
+    rewrite_config(source, lambda config: config.update(architectures=["OtherForCausalLM"]))
+
+    assert verify_checkpoint(source).good
+
+
 def test_a_lost_bias_is_named(glm: Path, tmp_path: Path) -> None:
     damaged = copied(glm, tmp_path / "damaged")
     rewrite(damaged, lambda tensors: tensors.pop("model.layers.3.self_attn.k_proj.bias"))
@@ -135,11 +142,56 @@ def test_a_lost_bias_is_named(glm: Path, tmp_path: Path) -> None:
     assert problem.where == "model.layers.3.self_attn.k_proj.bias"
 
 
-def test_a_note_says_how_a_model_without_tables_was_checked(glm: Path) -> None:
-    (note,) = [warning for warning in plan_checkpoint(glm, "dense").warnings if "no table describes" in warning]
+@pytest.mark.parametrize(
+    "lost", ["model.norm", "lm_head", "model.layers.0.mlp.gate_proj", "model.layers.2.mlp.gate.e_score_correction_bias"]
+)
+def test_the_class_of_transformers_names_what_no_other_layer_has(glm: Path, tmp_path: Path, lost: str) -> None:
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(lost)]:
+            del tensors[name]
 
-    assert "Glm4MoeForCausalLM" in note
-    assert "index" in note
+    damaged = copied(glm, tmp_path / "damaged")
+    rewrite(damaged, lose)
+
+    (problem,) = inspect_checkpoint(damaged, "dense").problems
+
+    assert problem.where.startswith(lost)
+    with pytest.raises(PlanError, match=re.escape(lost)):
+        convert_checkpoint(damaged, tmp_path / "out", to="dense")
+
+
+def test_all_that_layers_and_class_find_is_reported_at_once(glm: Path, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.norm.weight"]
+        del tensors["model.layers.3.input_layernorm.weight"]
+        tensors["model.layers.2.self_attn.q_proj.bias"] = tensors["model.layers.2.self_attn.q_proj.bias"][:-1].clone()
+
+    damaged = copied(glm, tmp_path / "damaged")
+    rewrite(damaged, damage)
+
+    problems = {fault.where for fault in inspect_checkpoint(damaged, "dense").problems}
+
+    assert problems == {
+        "model.norm.weight",
+        "model.layers.3.input_layernorm.weight",
+        "model.layers.2.self_attn.q_proj.bias",
+    }
+
+
+@pytest.mark.parametrize("target", ["dense", "modelopt"])
+def test_the_checks_that_ran_are_listed(glm: Path, target: str) -> None:
+    checks = {check.name: check for check in plan_checkpoint(glm, target).checks}
+
+    assert checks.keys() == {"files", "codes", "layers", "class"}
+    assert all(check.ran for check in checks.values())
+    assert checks["class"].detail.startswith("Glm4MoeForCausalLM of transformers")
+
+
+def test_loading_compares_with_no_class(glm: Path) -> None:
+    """Importing transformers takes longer than planning."""
+    check = open_checkpoint(glm).plan("dense").checks[-1]
+
+    assert (check.name, check.ran) == ("class", False)
 
 
 @pytest.mark.parametrize("stated", [None, True, False])
@@ -168,11 +220,22 @@ def test_a_stored_head_is_delivered_whatever_the_class_ties(
     assert verify_checkpoint(source, tmp_path / "dense").good
 
 
-def test_without_a_stored_head_the_class_decides_on_the_tie(glm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_without_a_stored_head_the_class_decides_on_the_tie(glm: Path, tmp_path: Path, known: bool) -> None:
+    """The default of this class is a head of its own, so it is lost; that of a class that is not known may be a tie."""
+
+    def state(config: dict[str, Any]) -> None:
+        del config["tie_word_embeddings"]
+        config["architectures"] = config["architectures"] if known else ["OtherForCausalLM"]
+
     source = copied(glm, tmp_path / "source")
-    rewrite_config(source, lambda config: config.pop("tie_word_embeddings"))
+    rewrite_config(source, state)
     rewrite(source, lambda tensors: tensors.pop("lm_head.weight"))
 
+    if known:
+        with pytest.raises(PlanError, match=r"lm_head\.weight"):
+            convert_checkpoint(source, tmp_path / "dense", to="dense")
+        return
     convert_checkpoint(source, tmp_path / "dense", to="dense")
 
     assert "tie_word_embeddings" not in json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
@@ -189,3 +252,31 @@ def test_a_checkpoint_that_holds_nothing_quantized_is_copied(glm: Path, tmp_path
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any("nothing is quantized" in warning for warning in report.plan.warnings)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_a_checkpoint_without_a_quantization_block_is_copied(tmp_path: Path, name: str) -> None:
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "plain")
+
+    found = inspect_checkpoint(tmp_path / "plain", "dense")
+    convert_checkpoint(tmp_path / "plain", tmp_path / "copy", to="dense")
+
+    assert not found.problems
+    assert found.detection.method is None
+    assert any("nothing is quantized" in warning for warning in found.warnings)
+    one, other = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "copy"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert verify_checkpoint(tmp_path / "plain").good
+    assert verify_checkpoint(tmp_path / "plain", tmp_path / "copy").good
+
+
+def test_codes_without_a_quantization_block_are_refused(glm: Path, tmp_path: Path) -> None:
+    source = copied(glm, tmp_path / "source")
+    rewrite_config(source, lambda config: config.pop("quantization_config"))
+
+    (problem,) = inspect_checkpoint(source, "dense").problems
+
+    assert problem.where == "config.json: quantization_config"
+    assert "published" in problem.remedy

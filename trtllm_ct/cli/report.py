@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.padding import Padding
 from rich.text import Text
 
 from trtllm_ct.cli.folding import fold_names
+from trtllm_ct.cli.tables import UnbrokenName, fitted_table
+from trtllm_ct.plan.checks import checks_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    from rich.table import Table
 
     from trtllm_ct.base.errors import Fault, TrtllmCtError
     from trtllm_ct.cli.doctor import Diagnosis, Machine, Served
@@ -41,10 +43,6 @@ __all__ = [
     "verification",
 ]
 
-_WRAPPED_COLUMNS = frozenset({"stored", "delivered as, or reason"})
-# Without a terminal width to fit, long reasons would make this column hundreds of characters wide.
-_MAX_WIDTHS = {"stored": 60}
-_COLUMN_GAP = 3
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -89,6 +87,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     if report.plan is not None:
         parts += [
             Text(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
+            _checks(report.plan),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
             Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
@@ -108,15 +107,16 @@ def problems(found: Sequence[Fault]) -> RenderableType:
 
 def plan(checkpoint_plan: Plan) -> RenderableType:
     """Format a plan: every stored tensor with its fate, then every delivered tensor with its spec and operation."""
-    stored = _table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
+    stored = fitted_table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
     for fate in checkpoint_plan.fates():
         stored.add_row(escape(fate.name), str(fate.spec), str(fate.fate), escape(", ".join(fate.by) or fate.reason))
-    delivered = _table(
+    delivered = fitted_table(
         "delivered tensor", "dtype and shape", "operation", title=f"Delivered to {checkpoint_plan.target}"
     )
     for delivery in checkpoint_plan.deliveries():
         delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
-    return Group(stored, delivered, *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
+    about = (_checks(checkpoint_plan), *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
+    return Group(stored, delivered, *about)
 
 
 def conversion(report: ConversionReport) -> RenderableType:
@@ -130,6 +130,7 @@ def conversion(report: ConversionReport) -> RenderableType:
         Text(f"  modules: {modes}"),
         Text(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
         Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
+        _checks(plan),
         *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
     ]
     return Group(*lines, *_deviations(plan), _warnings(report.warnings))
@@ -167,7 +168,7 @@ def diagnosis(report: Diagnosis) -> RenderableType:
 
 def sidecars(root: Path, listed: Iterable[ListedSidecar]) -> RenderableType:
     """Format the prepared directories below `root`: name, source, engine and parallel sizes; then the faults."""
-    table = _table("sidecar", "source", "engine", "tp", "pp", "ep")
+    table = fitted_table("sidecar", "source", "engine", "tp", "pp", "ep")
     damaged = []
     for entry in listed:
         if entry.sidecar is None:
@@ -240,19 +241,43 @@ def _feature_text(value: object) -> str:
 
 
 def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
-    """Return the table of schemes: the modules of each scheme, folded over layers, with the reason below them."""
-    table = _table("modules", "stored", "native mode", f"at {target}")
-    for row in rows:
-        for name in fold_names(row.modules):
+    """Return the table of schemes: the modules of each scheme, folded over layers, with the reason below them.
+
+    On a narrow terminal it is a list of schemes.
+    """
+    folded = [(row, fold_names(row.modules)) for row in rows]
+    table = fitted_table("modules", "stored", "native mode", f"at {target}", narrow=_scheme_list(folded, target))
+    for row, names in folded:
+        for name in names:
             table.add_row(escape(name), row.stored_scheme, row.native_mode, row.delivered_mode)
-        size = f"{len(row.modules)} modules, {format_bytes(row.stored_bytes)} -> {format_bytes(row.delivered_bytes)}"
-        reason = "; ".join(text for text in (row.reason, row.note) if text)
-        table.add_row(f"[dim]{size}[/dim]", f"[italic]{escape(reason)}[/italic]", "", "", end_section=True)
+        reason = f"[italic]{escape(_reason(row))}[/italic]"
+        table.add_row(f"[dim]{_size(row)}[/dim]", reason, "", "", end_section=True)
     return table
 
 
+def _scheme_list(folded: Iterable[tuple[SchemeRow, tuple[str, ...]]], target: str) -> RenderableType:
+    """Return a paragraph for each scheme: what it is, what becomes of it and why, and the modules, one in a line."""
+    parts: list[RenderableType] = []
+    for row, names in folded:
+        native = f" (native mode {row.native_mode})" if row.native_mode else ""
+        parts.append(Text(f"{row.stored_scheme}, at {target} {row.delivered_mode}{native}", style="bold"))
+        parts.append(Padding(Text(_size(row), style="dim"), (0, 0, 0, 2)))
+        if _reason(row):
+            parts.append(Padding(Text(_reason(row), style="italic"), (0, 0, 0, 2)))
+        parts += (UnbrokenName(name, indent=4) for name in names)
+    return Group(*parts, Text(""))
+
+
+def _size(row: SchemeRow) -> str:
+    return f"{len(row.modules)} modules, {format_bytes(row.stored_bytes)} -> {format_bytes(row.delivered_bytes)}"
+
+
+def _reason(row: SchemeRow) -> str:
+    return "; ".join(text for text in (row.reason, row.note) if text)
+
+
 def _modules(plan: Plan) -> Table:
-    table = _table("module", "stored", "native mode", f"at {plan.target}", "now", "after")
+    table = fitted_table("module", "stored", "native mode", f"at {plan.target}", "now", "after")
     for module in plan.modules:
         table.add_row(
             escape(module.name),
@@ -265,32 +290,9 @@ def _modules(plan: Plan) -> Table:
     return table
 
 
-def _table(*headers: str, title: str | None = None) -> Table:
-    """Return an empty table with these columns; names and modes don't wrap, schemes and reasons do."""
-    table = _FittedTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in headers:
-        no_wrap = header not in _WRAPPED_COLUMNS
-        table.add_column(header, no_wrap=no_wrap, overflow="fold", max_width=_MAX_WIDTHS.get(header))
-    return table
-
-
-class _FittedTable(Table):
-    """A table that shows all text on a narrow terminal: if the cells that should not wrap don't fit, all cells wrap."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if sum(_min_width(column, console, options) for column in self.columns) > options.max_width:
-            for column in self.columns:
-                column.no_wrap = False
-        return super().__rich_console__(console, options)
-
-
-def _min_width(column: Column, console: Console, options: ConsoleOptions) -> int:
-    """Return the least width of a column, with the gap to the next one.
-
-    That is its longest cell if the column does not wrap, and its longest word if it does.
-    """
-    sizes = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
-    return max(size.maximum if column.no_wrap else size.minimum for size in sizes) + _COLUMN_GAP
+def _checks(plan: Plan) -> Text:
+    """Return the line that says what the stored tensors were compared with."""
+    return Text(f"  checked: {checks_text(plan.checks)}")
 
 
 def _bytes(plan: Plan) -> str:

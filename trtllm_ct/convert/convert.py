@@ -85,6 +85,7 @@ class ConversionReport:
                 "carried_files": self.carried_files,
                 "seconds": self.seconds,
                 "deviations": self.plan.deviations,
+                "checks": self.plan.checks,
                 "warnings": self.warnings,
                 "problems": self.plan.problems,
             }
@@ -211,7 +212,7 @@ def convert_checkpoint(
                 files=partial,
             )
             checkpoint = open_checkpoint(directory)
-            conversion = Conversion(job, checkpoint, checkpoint.plan(**options))
+            conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress)
     return ConversionReport(

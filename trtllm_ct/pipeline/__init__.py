@@ -10,5 +10,6 @@ fused_scalars.py  checks the scalars that the parts of a fused Linear must share
 stacking.py       stacks the plain experts of classes that read them stacked
 loader.py         CompressedTensorsWeightLoader: loads the weights of a directory into memory
 config_loader.py  the configuration of a checkpoint as the engine's QuantConfig
+transformers_class.py  the class of transformers that config.json names, without weights
 inspection.py     inspect_checkpoint: reports what the headers of a directory say
 """

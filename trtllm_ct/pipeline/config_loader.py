@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.engine.target import target_named
-from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
+from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.engine_config import engine_config_of_scheme
 
 if TYPE_CHECKING:
@@ -65,5 +65,5 @@ def to_quant_config(config: QuantizationConfig, target: str = "modelopt") -> Qua
     `ConfigError` if a dictionary is not sufficient.
     """
     if config.directory is not None:
-        return plan_checkpoint(config.directory, target).quant_config
+        return open_checkpoint(config.directory).plan(target).quant_config
     return engine_config_of_scheme(config, target_named(target))

@@ -113,6 +113,7 @@ class Inspection:
                 "stored_bytes": plan.stored_bytes if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
                 "deviations": plan.deviations if plan else (),
+                "checks": plan.checks if plan else (),
                 "warnings": self.warnings,
                 "problems": self.problems,
             }
@@ -155,11 +156,12 @@ def inspect_checkpoint(
                 dtype=dtype,
                 parallel=parallel,
                 dense_o_proj=dense_o_proj,
+                compare_class=True,
             )
             problems = plan.problems
         except UnreadClassError as error:
             target = target_named("dense")
-            plan, problems = checkpoint.plan(target.name, dtype=dtype), error.faults
+            plan, problems = checkpoint.plan(target.name, dtype=dtype, compare_class=True), error.faults
         noted = plan.warnings
     except CheckpointError as error:
         problems, noted = error.faults, error.warnings

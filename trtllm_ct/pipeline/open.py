@@ -20,15 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import keeping_warnings
+from trtllm_ct.base.errors import ConfigError, Fault, keeping_warnings
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.mistral_params import config_from_params
+from trtllm_ct.config.quantization_config import QuantizationConfig
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import target_named
+from trtllm_ct.formats import PACKED_CODES
 from trtllm_ct.pipeline.probing import probe_checkpoint
+from trtllm_ct.pipeline.transformers_class import TransformersClass
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.planner import make_plan
 
@@ -36,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trtllm_ct.base.dtypes import DType
-    from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.plan.probe import Probe
 
@@ -71,12 +74,14 @@ class Checkpoint:
         parallel: Parallel = ONE_RANK,
         dense_o_proj: bool = False,
         kv_cache: str | None = None,
+        compare_class: bool = False,
     ) -> Plan:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
         `sm` is the SM of the GPUs that the engine will run on; `additive_zeros` affects only target `tensorrt_llm`, and
-        `untested` only target `engine`; see `target_named`. Raises `PlanError` with all faults, and `UsageError` for an
-        unknown name or SM.
+        `untested` only target `engine`; see `target_named`. `compare_class` compares a model without tables with the
+        class of transformers, which is imported for that; if it is not installed, nothing is compared. Raises
+        `PlanError` with all faults, and `UsageError` for an unknown name or SM.
         """
         return make_plan(
             self.config,
@@ -89,6 +94,7 @@ class Checkpoint:
             dense_o_proj=dense_o_proj,
             kv_cache=kv_cache,
             probe=self.probe,
+            model_class=TransformersClass(self.hf_config) if compare_class else None,
         )
 
 
@@ -100,14 +106,17 @@ def open_checkpoint(
     Reads JSON files, headers, and the few small tensors whose values decide a mode; also the embeddings, if a head is
     stored that config.json ties to them. `detection` is the detection of the directory and `probe` what was read of its
     values, if they were made before.
-    Raises `DetectionError` if the directory is no compressed-tensors checkpoint, and `ConfigError` or `CatalogError`
-    with all faults of the stage and the warnings of the stages before it.
+    A checkpoint without any quantization is opened too: its tensors are delivered as they are.
+    Raises `DetectionError` if the directory is a checkpoint of another quantization method or none at all, and
+    `ConfigError` or `CatalogError` with all faults of the stage and the warnings of the stages before it.
     """
     directory = Path(directory)
     detection = detection or FormatDetector().detect(directory)
-    config = CompressedTensorsConfigReader().read(detection)
+    config = _unquantized(detection) or CompressedTensorsConfigReader().read(detection)
     with keeping_warnings(config.warnings):
         catalog = Catalog.from_directory(directory)
+    if detection.method is None:
+        _refuse_codes(catalog)
     with keeping_warnings((*config.warnings, *catalog.warnings)):
         hf_config = _hf_config(detection, catalog)
         model = Model.from_config(hf_config)
@@ -121,6 +130,32 @@ def open_checkpoint(
         probe=probe,
         hf_config=hf_config,
     )
+
+
+def _unquantized(detection: Detection) -> QuantizationConfig | None:
+    """Return the configuration of a checkpoint in which no block quantizes anything; None for any other."""
+    if detection.method is not None or detection.directory is None:
+        return None
+    return QuantizationConfig(groups=(), origin="", directory=Path(detection.directory))
+
+
+def _refuse_codes(catalog: Catalog) -> None:
+    """Raise `ConfigError` if a checkpoint whose configuration quantizes nothing holds codes."""
+    codes = [
+        name
+        for name, tensor in catalog.tensors.items()
+        if (local := name.rpartition(".")[2]) in PACKED_CODES
+        or (local == "weight" and not tensor.spec.dtype.is_wide_float and f"{name}_scale" in catalog)
+    ]
+    if codes:
+        raise ConfigError(
+            Fault(
+                where="config.json: quantization_config",
+                expected="a quantization block, as these files hold codes",
+                found=f"none, beside {format_names(codes)}",
+                remedy="Take config.json from where the checkpoint was published.",
+            )
+        )
 
 
 def _hf_config(detection: Detection, catalog: Catalog) -> Mapping[str, Any]:
@@ -153,4 +188,5 @@ def plan_checkpoint(
         strict=strict,
         parallel=parallel,
         dense_o_proj=dense_o_proj,
+        compare_class=True,
     )

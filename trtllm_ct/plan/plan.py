@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.plan.checks import Check
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.stored import View
 
@@ -261,6 +262,7 @@ class Plan:
     `build_config` is the config.json of a directory with a file for each rank, None for any other, and `build_layers`
     its quant_cfg.json, None without several modes. `places` are the places of its delivered tensors in those of the
     files.
+    `checks` say by what the stored tensors were found to be complete.
     """
 
     target: str
@@ -280,6 +282,7 @@ class Plan:
     build_config: Mapping[str, Any] | None = None
     build_layers: Mapping[str, Any] | None = None
     places: Mapping[str, Segment | StackPart] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""
@@ -356,6 +359,7 @@ class Plan:
                 "stored_bytes": self.stored_bytes,
                 "delivered_bytes": self.delivered_bytes,
                 "deviations": self.deviations,
+                "checks": self.checks,
                 "warnings": self.warnings,
                 "problems": self.problems,
             }

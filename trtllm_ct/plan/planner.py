@@ -16,6 +16,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
+from trtllm_ct.plan.checks import checks_of
 from trtllm_ct.plan.engine_class import class_problems, refuse_unread, refuse_unread_names
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt
@@ -24,10 +25,11 @@ from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, has_projections
+from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
 from trtllm_ct.plan.model_modules import ModelModules
-from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
 from trtllm_ct.plan.models.expert_spellings import engine_reads_stacks
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
+from trtllm_ct.plan.models.plain_tensors import plain_tensors
 from trtllm_ct.plan.models.sites import known_prefixes
 from trtllm_ct.plan.models.wrapper_names import modules_as_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
@@ -50,12 +52,16 @@ if TYPE_CHECKING:
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.engine_files.directory import BuiltModules
+    from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["make_plan"]
 
 _NOTHING_QUANTIZED = "nothing is quantized in these files, although the configuration has groups of quantized modules"
+_NO_BLOCK = (
+    "nothing is quantized in these files, and config.json has no quantization block: tensors are delivered unchanged"
+)
 
 
 def make_plan(
@@ -70,6 +76,7 @@ def make_plan(
     dense_o_proj: bool = False,
     kv_cache: str | None = None,
     probe: Probe = NO_PROBE,
+    model_class: ModelClass | None = None,
 ) -> Plan:
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
 
@@ -81,6 +88,7 @@ def make_plan(
     scale; that depends on the KV cache. `kv_cache` is the mode of the cache that the engine will be told, such as
     `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
+    `model_class` is the class that config.json names; a model without tables is compared with it, unless it is None.
     Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
     be delivered to the target. It has the warnings that the plan would have.
     """
@@ -94,6 +102,7 @@ def make_plan(
         dense_o_proj=dense_o_proj,
         asked_kv_cache=kv_cache,
         probe=probe,
+        model_class=model_class,
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
         rows=QueryKeyRows.of_model(config, model),
@@ -121,6 +130,7 @@ class _Planner:
     dense_o_proj: bool
     asked_kv_cache: str | None
     probe: Probe
+    model_class: ModelClass | None
     faults: FaultCollector
     reader: WeightReader
     rows: QueryKeyRows
@@ -128,6 +138,7 @@ class _Planner:
     transforms: OnlineTransforms
     tie_warnings: tuple[str, ...] = ()
     directory: EngineDirectory | None = None
+    comparison: Comparison = NOT_ASKED
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
@@ -152,9 +163,8 @@ class _Planner:
         if self.model.row is None and not any(site_modules.values()):
             self._refuse_unknown_names(catalog)
         weights = self._read_weights(site_modules, sites)
-        sites = [_with_shape(site, weights.get(site.module)) for site in sites]
         if self.model.discovery is not None:
-            refuse_lost_modules(sites, self.model, self.faults)
+            sites = [_with_shape(site, weights.get(site.module)) for site in self._recounted(sites, stored, weights)]
             self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
         refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
@@ -168,7 +178,13 @@ class _Planner:
         other_modules = OtherModules(
             self.model, place, self.kv_cache, self.reader, self.rows, self.transforms, self.dtypes, self.faults
         )
-        modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
+        others = {
+            module.stored_name: other_modules.plan(module)
+            for module in stored.values()
+            if module.stored_name not in planned
+        }
+        modules += others.values()
+        self._check_complete(stored, site_modules, weights, others, place[0])
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
         engine = self.target.capabilities.release is not None
@@ -202,8 +218,29 @@ class _Planner:
             build_config=built.config if built else None,
             build_layers=built.layers if built else None,
             tied=self.model.tied,
+            checks=checks_of(self.model, self.comparison),
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
+
+    def _check_complete(
+        self,
+        stored: Mapping[str, StoredModule],
+        site_modules: Mapping[str, StoredModule | None],
+        weights: Mapping[str, QuantizedWeight],
+        others: Mapping[str, ModulePlan],
+        body: str,
+    ) -> None:
+        """Add a fault for each tensor that a model without tables has lost, or has in another size."""
+        if self.model.row is None:
+            return
+        shapes = {
+            module.stored_name: weights[name].stored.shape
+            for name, module in site_modules.items()
+            if module is not None and name in weights
+        }
+        shapes |= {name: other.weight.shape for name, other in others.items() if other.weight is not None}
+        tensors = plain_tensors(stored.values(), shapes)
+        self.comparison = refuse_lost_tensors(tensors, self.model, body, self.model_class, self.faults)
 
     def _plan_directory(self, place: tuple[str, str]) -> None:
         """Prepare the plan of a directory with a file for each rank; adds faults for models that it can't hold."""
@@ -229,7 +266,7 @@ class _Planner:
         return (
             *(stack_warnings(self.model) if stacked and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
-            *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
+            *class_warnings(self.comparison),
             *self._unquantized(modules),
             *self.tie_warnings,
             *self.reader.warnings,
@@ -241,9 +278,10 @@ class _Planner:
         )
 
     def _unquantized(self, modules: Iterable[ModulePlan]) -> tuple[str, ...]:
-        """Return a warning if the configuration asks for quantized modules and there is none."""
-        quantized = any(module.weight is not None for module in modules)
-        return (_NOTHING_QUANTIZED,) if self.config.groups and not quantized and not self.faults.faults else ()
+        """Return a warning if nothing is quantized, unless the configuration is for something else than weights."""
+        if self.faults.faults or any(module.weight is not None for module in modules):
+            return ()
+        return (_NOTHING_QUANTIZED,) if self.config.groups else () if self.config.origin else (_NO_BLOCK,)
 
     def _untie(self, stored: Mapping[str, StoredModule], place: tuple[str, str]) -> None:
         """Let the model have a head of its own if one is stored that is not known to equal the embeddings."""
@@ -308,6 +346,20 @@ class _Planner:
                 if module is not None and local not in module.specs:
                     self._missing(site.module, local)
         return weights
+
+    def _recounted(
+        self, sites: Sequence[Site], stored: Mapping[str, StoredModule], weights: Mapping[str, QuantizedWeight]
+    ) -> Iterable[Site]:
+        """Return the sites with heads counted by the rows of weights, where codes in tiles don't show these rows."""
+        tiled = {}
+        for site in sites:
+            weight = None if site.heads is None else weights.get(site.module)
+            name = next((name for name in site.stored_names if name in stored), None)
+            if weight is not None and name is not None:
+                shape = weight.stored.shape
+                if stored[name].specs[weight.stored.codes].shape[:1] != shape[:1]:
+                    tiled[name] = shape
+        return self.model.in_checkpoint(stored, tiled).sites(self.model.place(stored)) if tiled else sites
 
     def _ordered(self, module: StoredModule, weight: QuantizedWeight | None) -> StoredModule:
         """Return the module with its rows in the order that engines expect.

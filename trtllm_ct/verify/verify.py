@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import Fault, FaultCollector, VerificationError
+from trtllm_ct.base.errors import Fault, FaultCollector, UnreadClassError, VerificationError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.pipeline.open import open_checkpoint
@@ -20,6 +20,8 @@ from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.source_check import check_source
 
 if TYPE_CHECKING:
+    from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.plan import Plan
     from trtllm_ct.verify.converted import TensorCheck
 
 __all__ = ["VerificationReport", "verify_checkpoint"]
@@ -96,7 +98,7 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     # that this verification proves it.
     probe = replace(NO_PROBE, shapes=checkpoint.probe.shapes, head_is_table=checkpoint.probe.head_is_table)
     checkpoint = replace(checkpoint, probe=probe)
-    plan = checkpoint.plan(_target_of(converted))
+    plan = _plan(checkpoint, _target_of(converted))
     faults = FaultCollector()
     watch = ValueWatch()
     zero_scales = check_source(plan, checkpoint.catalog, watch, faults)
@@ -113,6 +115,14 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
         faults=tuple(faults.faults),
         warnings=plan.warnings + watch.warnings,
     )
+
+
+def _plan(checkpoint: Checkpoint, target: str) -> Plan:
+    """Return the plan for a target; for `dense` if it is not known how an engine's class reads the model."""
+    try:
+        return checkpoint.plan(target)
+    except UnreadClassError:
+        return checkpoint.plan("dense")
 
 
 def _target_of(converted: str | Path | None) -> str:

@@ -12,6 +12,9 @@ own_loader_rows.py  the rows of classes that load their weights themselves
 discovery.py       the modules of a model without tables, found in its files
 shared_attention.py  layers whose values are their keys, or whose keys and values are those of earlier layers
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other
+layer_kinds.py     of which kind each layer is, by config.json
+model_class.py     what a model class says about the tensors of a checkpoint
+plain_tensors.py   the tensors of a checkpoint as plain weights, and as a class spells them
 site.py            Site: one module of a model
 expert_spellings.py  how classes store routed experts: under which names, or stacked
 sites.py           Model: the modules of one model, with their sizes

@@ -1,0 +1,64 @@
+"""Modules that are found in the files: their sizes come from headers, in whatever layout their codes are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from builders import quantization_block
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import PlanError
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.header import StoredTensor
+from trtllm_ct.config.reader import CompressedTensorsConfigReader
+from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.target import target_named
+from trtllm_ct.plan.models.sites import Model
+from trtllm_ct.plan.planner import make_plan
+
+HIDDEN, HEAD_DIM = 2048, 64
+CONFIG = {
+    "architectures": ["SeedOssForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": HEAD_DIM,
+}
+BLOCK = quantization_block(
+    {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}},
+    ["lm_head"],
+    "marlin-24",
+)
+
+
+def catalog_of(heads: int) -> Catalog:
+    """A layer whose K and V Linears have so many heads, in the tiles of marlin-24, and a bias."""
+    rows = heads * HEAD_DIM
+    specs = {"model.embed_tokens.weight": TensorSpec(DType.BF16, (128, HIDDEN))}
+    for name in ("k_proj", "v_proj"):
+        prefix = f"model.layers.0.self_attn.{name}"
+        specs |= {
+            f"{prefix}.weight_packed": TensorSpec(DType.I32, (HIDDEN // 32, 2 * rows)),
+            f"{prefix}.scale_packed": TensorSpec(DType.F16, (1, rows)),
+            f"{prefix}.meta": TensorSpec(DType.I16, (HIDDEN // 32, 2 * rows)),
+            f"{prefix}.bias": TensorSpec(DType.BF16, (rows,)),
+        }
+    tensors = {name: StoredTensor(name=name, spec=spec, file="x", offset=0) for name, spec in specs.items()}
+    return Catalog(directory=Path(), tensors=tensors, files=("x",))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_heads_of_codes_in_tiles_are_counted_by_the_rows_of_the_weight(heads: int) -> None:
+    """With more ranks than heads, releases repeat a bias wrongly: that tells how many heads were counted."""
+    config = CompressedTensorsConfigReader().read({"quantization_config": BLOCK})
+    target = target_named("modelopt", "stock-1.3")
+
+    def plan(ranks: int) -> None:
+        make_plan(config, catalog_of(heads), Model.from_config(CONFIG), target, parallel=Parallel(tensor=ranks))
+
+    plan(heads)
+    with pytest.raises(PlanError, match=r"k_proj\.bias: expected a K/V head for each of"):
+        plan(2 * heads)

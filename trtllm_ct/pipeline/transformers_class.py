@@ -1,0 +1,233 @@
+"""`TransformersClass`: the class of transformers that config.json names, on the meta device, without any weights.
+
+Nothing is downloaded and no code of a checkpoint runs: only classes of the installed transformers are built, from the
+keys of config.json. transformers says by which names a class reads files (`conversion_mapping.py`); where a release of
+transformers doesn't work as expected, the result says so, and nothing is compared.
+
+Source: transformers 5.23 `core_model_loading.py: convert_and_load_state_dict_in_model`; 4.57 `modeling_utils.py:
+_get_key_renaming_mapping`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.packages import PACKAGES
+from trtllm_ct.plan.models.model_class import Comparison, Misfit, ModelClass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from trtllm_ct.plan.models.plain_tensors import PlainTensors, Shape
+
+__all__ = ["TransformersClass"]
+
+# Keys that choose an implementation, which may need a package that is not installed, or say how weights are stored.
+_LEFT_OUT = frozenset({"quantization_config", "compression_config", "attn_implementation", "_attn_implementation"})
+
+# transformers 5.23 `configuration_utils.py: _decode_special_floats`: Infinity and NaN are written as such objects.
+_SPECIAL_FLOAT = "__float__"
+
+_Named = tuple[str, "str | None"]
+"""The parameter that a stored tensor becomes, and the pattern of the conversion that it needs, None without one."""
+
+_Members = list[tuple[str, "str | None", "Shape | None"]]
+"""The stored tensors that become one parameter: name, pattern and shape of each."""
+
+
+class TransformersClass(ModelClass):
+    """The class of transformers for a parsed config.json. transformers is imported when tensors are compared."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def compare(self, tensors: PlainTensors) -> Comparison:
+        """Compare plain tensors with the parameters of the class; takes a second for 25,000 tensors."""
+        names = self._config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(self._config.get("model_type"), str):
+            return Comparison(why_not="config.json names no class of transformers")
+        if not PACKAGES["transformers"].installed:
+            return Comparison(why_not="transformers is not installed")
+        import transformers
+
+        name, release = str(names[0]), f"transformers {transformers.__version__}"
+        with _quietly_offline():
+            try:
+                model = _build(name, self._config)
+                if model is None:
+                    return Comparison(why_not=f"{release} has no class {name}")
+                return _compare(model, tensors, f"{name} of {release}")
+            # Classes raise whatever they like for a configuration that they don't expect.
+            except Exception as error:  # noqa: BLE001
+                reason = (str(error).strip() or "no message").splitlines()[0]
+                return Comparison(why_not=f"{name} of {release} was not built ({type(error).__name__}: {reason})")
+
+
+def _build(name: str, config: Mapping[str, Any]) -> Any:
+    """Return the model on the meta device; None if transformers has no such class for this type of model."""
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, name, None)
+    config_class = getattr(model_class, "config_class", None)
+    if model_class is None or config_class is None or config_class.model_type != config["model_type"]:
+        return None
+    with torch.device("meta"):
+        return model_class(config_class.from_dict(_as_read(config)))
+
+
+def _as_read(value: Any) -> Any:
+    """Return a value of config.json as transformers reads it, without keys that say nothing about parameters."""
+    if isinstance(value, list):
+        return [_as_read(entry) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {_SPECIAL_FLOAT}:
+        return float(value[_SPECIAL_FLOAT])
+    return {key: _as_read(entry) for key, entry in value.items() if key not in _LEFT_OUT}
+
+
+def _compare(model: Any, tensors: PlainTensors, by: str) -> Comparison:
+    """Give each tensor its parameter, and compare shapes; tied parameters need only one tensor."""
+    parameters = model.state_dict(keep_vars=True)
+    name_of, convert = _readers(model, parameters)
+    sources: dict[str, list[tuple[str, str | None]]] = {}
+    unread = set()
+    for name in tensors:
+        target, pattern = name_of(name)
+        if target in parameters:
+            sources.setdefault(target, []).append((name, pattern))
+        else:
+            unread.add(name)
+    present: set[str] = set()
+    misfits = []
+    for target, members in sources.items():
+        made = convert(target, [(name, pattern, tensors[name]) for name, pattern in members])
+        present |= made.keys()
+        for parameter, shape in made.items():
+            expected = tuple(parameters[parameter].shape) if parameter in parameters else shape
+            if shape is not None and shape != expected:
+                found = f"shape {list(shape)}" if shape else "tensors that don't fit together"
+                names = tuple(name for name, _ in members)
+                misfits.append(Misfit(name=parameter, sources=names, expected=expected or (), found=found))
+    tied = {id(parameters[name]) for name in present if name in parameters}
+    missing = [name for name in parameters if name not in present and id(parameters[name]) not in tied]
+    return Comparison(
+        by=by,
+        missing={
+            name: tuple(parameters[name].shape)
+            for name in _not_matching(missing, model._keys_to_ignore_on_load_missing)  # noqa: SLF001
+        },
+        present=frozenset(present),
+        misfits=tuple(misfits),
+        parts=_parts(model, parameters),
+        unread=frozenset(_not_matching(unread, model._keys_to_ignore_on_load_unexpected)),  # noqa: SLF001
+    )
+
+
+def _parts(model: Any, parameters: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Return the models inside of a model, each with the parameters that no model further inside has."""
+    from transformers import PreTrainedModel
+
+    inside = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    inside.sort(key=len, reverse=True)
+    parts: dict[str, set[str]] = {}
+    for name in parameters:
+        part = next((part for part in inside if name.startswith(f"{part}.")), None)
+        if part is not None:
+            parts.setdefault(part, set()).add(name)
+    return {part: frozenset(names) for part, names in parts.items()}
+
+
+def _readers(
+    model: Any, parameters: Mapping[str, Any]
+) -> tuple[Callable[[str], _Named], Callable[[str, _Members], dict[str, Shape | None]]]:
+    """Return how transformers renames a stored tensor for this model, and how it makes parameters from several."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return _renaming_of_release_4(model, parameters), _converting({}, model)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def name_of(name: str) -> _Named:
+        prefix = model.base_model_prefix
+        renamed: _Named = rename_source_key(name, renamings, converters, prefix, parameters)
+        if renamed[0] not in parameters and name in parameters:
+            return name, None
+        return renamed
+
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    return name_of, _converting(by_pattern, model)
+
+
+def _renaming_of_release_4(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], _Named]:
+    """Return how transformers 4 renames a stored tensor: by the first pattern of its class that matches."""
+    patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    prefix = f"{model.base_model_prefix}."
+
+    def name_of(name: str) -> _Named:
+        for pattern, replacement in patterns.items():
+            renamed, count = re.subn(pattern, replacement, name)
+            if count:
+                name = renamed
+                break
+        spellings = (name, prefix + name, name.removeprefix(prefix))
+        return next((spelling for spelling in spellings if spelling in parameters), name), None
+
+    return name_of
+
+
+def _converting(by_pattern: Mapping[str, Any], model: Any) -> Callable[[str, _Members], dict[str, Shape | None]]:
+    """Return a function that says which parameters of which shapes some stored tensors become.
+
+    A shape is None if it is not known, and () for tensors that can't be joined.
+    """
+    import torch
+
+    def convert(target: str, members: _Members) -> dict[str, Shape | None]:
+        pattern = next((pattern for _, pattern, _ in members if pattern is not None), None)
+        if pattern is None:
+            return {target: members[-1][2]}
+        converter = deepcopy(by_pattern[pattern])
+        names = converter.target_patterns
+        if any(shape is None for _, _, shape in members):
+            return {target.replace(names[0], name): None for name in names}
+        for name, part, shape in members:
+            converter.add_tensor(target, name, part, torch.empty(shape or (), device="meta"))
+        try:
+            made = converter.convert(target, model=model, config=model.config)
+        except (RuntimeError, ValueError):
+            return {target.replace(names[0], name): () for name in names}
+        parts = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {name: tuple(part.shape) for name, part in parts.items()}
+
+    return convert
+
+
+def _not_matching(names: Iterable[str], patterns: Iterable[str] | None) -> Iterator[str]:
+    """Yield the names that match none of these patterns."""
+    compiled = [re.compile(pattern) for pattern in patterns or ()]
+    yield from (name for name in names if not any(pattern.search(name) for pattern in compiled))
+
+
+@contextmanager
+def _quietly_offline() -> Iterator[None]:
+    """Let transformers neither fetch anything nor log; what was set before is restored."""
+    import huggingface_hub.constants as hub
+    from transformers.utils import logging
+
+    offline, verbosity = hub.HF_HUB_OFFLINE, logging.get_verbosity()
+    hub.HF_HUB_OFFLINE = True
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = offline
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,187 @@
+"""Find tensors that a checkpoint has lost or that have another size, for models that no table describes.
+
+Two sources tell what a model must have: its layers and experts, which are alike (`models/alike_layers.py`), and the
+class that config.json names, if it can be built (`models/model_class.py`). Where both speak the class decides: what it
+has no parameter for is not lost.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.plan.models.alike_layers import LAYER, Suspects, suspects_of
+from trtllm_ct.plan.models.discovery import is_draft
+from trtllm_ct.plan.models.layer_kinds import layer_kinds
+from trtllm_ct.plan.models.model_class import Comparison
+from trtllm_ct.plan.models.plain_tensors import EXPERT, as_class_spells
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.plan.models.model_class import ModelClass
+    from trtllm_ct.plan.models.plain_tensors import PlainTensors
+    from trtllm_ct.plan.models.sites import Model
+
+__all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors"]
+
+NOT_ASKED = Comparison(why_not="only inspect, plan and convert compare with it")
+"""The comparison with a class where none was asked for."""
+
+_NO_TENSOR = "no such tensor in any shard"
+_FETCH = "Fetch the shard that holds it from where the checkpoint was published."
+_OTHER_SIZE = "Fetch the tensor and config.json again from where the checkpoint was published; they don't fit together."
+
+
+def refuse_lost_tensors(
+    tensors: PlainTensors, model: Model, body: str, model_class: ModelClass | None, faults: FaultCollector
+) -> Comparison:
+    """Add a fault for each tensor that is missing or has another size; return how the class of the model fits.
+
+    `tensors` are those of the whole checkpoint as plain weights, and `body` is the prefix of the text model.
+    """
+    # The two stacks of an encoder-decoder have numbers of layers of their own.
+    count = 0 if model.text.get("is_encoder_decoder") else model.sizes["layers"]
+    suspects = suspects_of(tensors, body, layer_kinds(model.text, count))
+    comparison = NOT_ASKED
+    if model_class is not None:
+        with_lost = as_class_spells({**tensors, **dict.fromkeys(suspects.lost)}, model.text_type)
+        comparison = model_class.compare(with_lost)
+        if comparison.by:
+            suspects, comparison = _agreed(suspects, comparison, model.text_type)
+            comparison = _without_absent(comparison)
+            comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
+    _refuse_suspects(suspects, tensors, model.name, faults)
+    _refuse_by_class(comparison, faults)
+    return comparison
+
+
+def class_warnings(comparison: Comparison) -> tuple[str, ...]:
+    """Return warnings about parts of a class that are not stored, or that may be stored under other names."""
+    texts = [
+        f"{comparison.by} has {part}, but these files have few of its tensors: that part was not compared"
+        for part in comparison.absent
+    ]
+    if comparison.renamed:
+        missing, unread = (format_names(sorted(names)) for names in (comparison.renamed, comparison.unread))
+        texts.append(f"{comparison.by} has {missing}, which no file has, and no {unread}: the names may differ")
+    return tuple(texts)
+
+
+def _without_absent(comparison: Comparison) -> Comparison:
+    """Return a comparison without the parts of the class of which most parameters are missing.
+
+    A text model may be published without the towers beside it; and files that were written for another class have
+    other names throughout.
+    """
+    missing = comparison.missing
+    absent = {part: names for part, names in comparison.parts.items() if 2 * len(names & missing.keys()) > len(names)}
+    left_out = frozenset().union(*absent.values())
+    return replace(
+        comparison,
+        absent=tuple(absent),
+        missing={name: shape for name, shape in missing.items() if name not in left_out},
+        misfits=tuple(misfit for misfit in comparison.misfits if misfit.name not in left_out),
+    )
+
+
+def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple[Suspects, Comparison]:
+    """Return what layers and class agree on, and what only the class says, each fault in one of them."""
+    unfit = {source for misfit in comparison.misfits for source in misfit.sources}
+    misshapen = {
+        name: shape for name, shape in suspects.misshapen.items() if name in unfit or EXPERT.fullmatch(name) is not None
+    }
+    layers = {layer: _in_layer(layer, comparison.missing) for layer in suspects.lost_layers}
+    known = set().union(*layers.values())
+    agreed = replace(
+        suspects,
+        lost=tuple(name for name in suspects.lost if _spelled(name, text_type) not in comparison.unread),
+        misshapen=misshapen,
+        lost_layers=tuple(layer for layer, names in layers.items() if names),
+    )
+    return agreed, replace(
+        comparison,
+        missing={name: shape for name, shape in comparison.missing.items() if name not in known},
+        misfits=tuple(misfit for misfit in comparison.misfits if misshapen.keys().isdisjoint(misfit.sources)),
+    )
+
+
+def _spelled(name: str, text_type: str) -> str:
+    """Return the name of a tensor as the class spells it."""
+    return next(iter(as_class_spells({name: None}, text_type)))
+
+
+def _in_layer(layer: str, parameters: Collection[str]) -> frozenset[str]:
+    """Return the parameters of one layer; the class may have the layers under another prefix."""
+    stack, _, number = layer.rpartition(".")
+    leaf = stack.rpartition(".")[2]
+    return frozenset(
+        name
+        for name in parameters
+        if (match := LAYER.fullmatch(name)) is not None and (match[1].rpartition(".")[2], match[2]) == (leaf, number)
+    )
+
+
+def _renamed(comparison: Comparison, tensors: PlainTensors, body: str, count: int) -> Iterator[str]:
+    """Yield the missing parameters that may be stored under another name.
+
+    No layer has a parameter of such a name, and a tensor of its shape is left unread. Draft layers are left unread by
+    most classes.
+    """
+    templates = {_template(name) for name in comparison.present}
+    shapes = {tensors[name] for name in comparison.unread if not _drafts(name, body, count)}
+    for name, shape in comparison.missing.items():
+        if _template(name) not in templates and not shapes.isdisjoint({shape, None}):
+            yield name
+
+
+def _template(name: str) -> str:
+    """Return a name with every number in it replaced."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _drafts(name: str, body: str, count: int) -> bool:
+    """Whether a tensor belongs to draft layers: under a name of their own, or after the last layer."""
+    layer = LAYER.fullmatch(name)
+    after = layer is not None and name.startswith(body) and 0 < count <= int(layer[2])
+    return is_draft(name) or after
+
+
+def _refuse_suspects(suspects: Suspects, tensors: PlainTensors, model: str, faults: FaultCollector) -> None:
+    """Add the faults of layers and experts that are unlike the others."""
+    for name in suspects.lost:
+        faults.add(where=name, expected=f"a tensor that the layers of {model} have", found=_NO_TENSOR, remedy=_FETCH)
+    for name, shape in suspects.misshapen.items():
+        expected = f"shape {list(shape)}, as in the other layers or experts of its kind"
+        faults.add(where=name, expected=expected, found=f"shape {list(tensors[name] or ())}", remedy=_OTHER_SIZE)
+    for name in suspects.lost_layers:
+        faults.add(
+            where=name,
+            expected="a layer, by the number of layers in config.json",
+            found=_NO_TENSOR.replace("tensor", "layer"),
+            remedy="Fetch the shards that hold it; or config.json, if it is another model's.",
+        )
+    for name in suspects.surplus_layers:
+        faults.add(
+            where=name,
+            expected="no layer of this number, by the number of layers in config.json",
+            found="a layer like the ones before it",
+            remedy="Take config.json from where the weights were published; it describes another model.",
+        )
+
+
+def _refuse_by_class(comparison: Comparison, faults: FaultCollector) -> None:
+    """Add the faults that only the class finds."""
+    for name in comparison.missing:
+        if name not in comparison.renamed:
+            faults.add(where=name, expected=f"a tensor that {comparison.by} has", found=_NO_TENSOR, remedy=_FETCH)
+    for misfit in comparison.misfits:
+        faults.add(
+            where=misfit.sources[0] if len(misfit.sources) == 1 else misfit.name,
+            expected=f"shape {list(misfit.expected)}, as in {comparison.by}",
+            found=misfit.found,
+            remedy=_OTHER_SIZE,
+        )
