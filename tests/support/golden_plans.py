@@ -26,7 +26,7 @@ from tiny_models import FAMILIES
 
 from trtllm_ct import open_checkpoint
 from trtllm_ct.base.errors import FaultCollector, TrtllmCtError
-from trtllm_ct.engine.parallel import Parallel, Rank
+from trtllm_ct.engine.parallel import Cut, Parallel, Rank
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.ranks.shard import plan_for_rank
 
@@ -53,7 +53,7 @@ _SIZES = (1, 2, 4)
 # Facts about a site that are the same however the tables are written.
 _OF_SITE = (
     *("module", "class_name", "shape", "mode_group", "fused", "shares", "plain", "expert", "head", "locals"),
-    *("aliases", "cut", "heads", "parts", "attention", "ranks_vary", "class_cuts", "class_joins", "early"),
+    *("aliases", "cut", "heads", "parts", "attention", "class_cuts", "class_joins", "early"),
 )
 
 Write = Callable[[Path], object]
@@ -149,7 +149,9 @@ def _sites(checkpoint: Checkpoint) -> Iterator[list[str]]:
     stored = gather_modules(checkpoint.catalog, model, FaultCollector(), checkpoint.probe.shapes, split_stacks=True)
     model = model.in_checkpoint(stored)
     for site in model.sites(model.place(stored)):
-        yield [str(getattr(site, name)) for name in _OF_SITE]
+        # Of modules that ranks don't divide, it means nothing whether the number of ranks varies.
+        varies = site.ranks_vary and site.cut is not Cut.NONE
+        yield [*(str(getattr(site, name)) for name in _OF_SITE), str(varies)]
 
 
 def _module(module: ModulePlan) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
-from trtllm_ct.plan.kv_cache import KvCache, has_projections
+from trtllm_ct.plan.kv_cache import KvCache, attentions
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
-from trtllm_ct.plan.models.sites import known_prefixes
+from trtllm_ct.plan.models.places import known_prefixes
 from trtllm_ct.plan.models.wrapper_names import names_that_are_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
@@ -96,7 +96,7 @@ def make_plan(
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
         rows=QueryKeyRows.of_model(config, model),
-        kv_cache=KvCache(config, target, model.kv_heads, has_projections=has_projections(model)),
+        kv_cache=KvCache(config, target, model.kv_heads),
         transforms=OnlineTransforms(config, model, faults),
     )
     with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
@@ -140,13 +140,13 @@ class _Planner:
         refuse_unread(self.model, self.target)
         stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
-        self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         self._untie(stored, place)
         sites = list(self.model.sites(place))
+        self.kv_cache = replace(self.kv_cache.among(stored.values()), has_projections=bool(attentions(sites)))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
-        if self.model.row is None and not any(site_modules.values()):
+        if self.model.leaves is not None and not any(site_modules.values()):
             self._refuse_unknown_names(catalog)
         weights = self._read_weights(site_modules, sites)
         sites = [_with_shape(site, weights.get(site.module)) for site in sites]
@@ -167,7 +167,7 @@ class _Planner:
         )
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
-        self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
+        self.kv_cache.check_complete(modules, attentions(sites), self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
@@ -223,7 +223,7 @@ class _Planner:
         return (
             *(stack_warnings(self.model) if stacked and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
-            *(() if self.model.row is None else (CHECKED.format(name=self.model.name),)),
+            *(() if self.model.leaves is not None else (CHECKED.format(name=self.model.name),)),
             *self._unquantized(modules),
             *self.tie_warnings,
             *self.reader.warnings,
@@ -255,7 +255,6 @@ class _Planner:
     def _set_model(self, model: Model) -> None:
         """Go on with another description of the model."""
         self.model = self.transforms.model = model
-        self.kv_cache = replace(self.kv_cache, has_projections=has_projections(model))
 
     @property
     def _engine_kv_cache(self) -> str | None:

@@ -37,7 +37,7 @@ def as_class_accepts(
     `sites` are all sites of the model, with the shapes of their weights.
     """
     settled = dict(assignments)
-    if model.one_mode:
+    if model.row.one_mode:
         settled = _in_one_mode(settled, candidates, sites)
     early = {site.module for site in sites if site.early}
     if early:

@@ -1,4 +1,4 @@
-"""One `ClassRow` for each model class of the engine that is known, and whose family has no tables."""
+"""One `ClassRow` for each model class of the engine that is known."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_row import CUTS, ClassRow, Limit
 from trtllm_ct.plan.models.decoder_rows import DECODER_ROWS
+from trtllm_ct.plan.models.dense_rows import DENSE_ROWS
+from trtllm_ct.plan.models.latent_rows import LATENT_ROWS
+from trtllm_ct.plan.models.mixture_rows import MIXTURE_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CLASS_ROWS"]
+__all__ = ["CLASS_ROWS", "TEXT_MODELS"]
 
 # Modes whose tensors have either a row for each row of the weight or one element, under the names that Linears read.
 _ROWS_OF_ITS_OWN = frozenset(
@@ -83,6 +86,9 @@ _QWEN3_5 = replace(
 )
 
 CLASS_ROWS: Mapping[str, ClassRow] = {
+    **DENSE_ROWS,
+    **MIXTURE_ROWS,
+    **LATENT_ROWS,
     **DECODER_ROWS,
     "Qwen3NextForCausalLM": _QWEN3_NEXT,
     "Qwen3_5ForCausalLM": _QWEN3_5,
@@ -90,4 +96,26 @@ CLASS_ROWS: Mapping[str, ClassRow] = {
     "Qwen3_5MoeForCausalLM": _QWEN3_5_MOE,
     "Qwen3_5MoeForConditionalGeneration": _QWEN3_5_MOE,
 }
-"""The rows, by the architecture that config.json names; one that is in `ARCHITECTURES` has no row."""
+"""The rows, by the architecture that config.json names."""
+
+TEXT_MODELS: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+}
+"""The row of the text model inside of a larger model, by `text_config.model_type`.
+
+The row of the larger model's own name counts if its text model has none here."""
