@@ -19,6 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
+
 from trtllm_ct import Catalog, Model, make_plan
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError
@@ -35,7 +37,6 @@ from trtllm_ct.formats.base import scale_shape
 from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS
-from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.target import Target
