@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Cut
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantAlgo
 
 __all__ = [
+    "ALL_MODES",
     "ALWAYS",
     "CUTS",
     "DEFAULT_ROW",
@@ -25,6 +27,7 @@ __all__ = [
     "PROJECTION_NAMES",
     "QKV",
     "SHAPES",
+    "WHOLE_HEADS",
     "ClassRow",
     "Leaves",
     "Limit",
@@ -35,6 +38,13 @@ T = TypeVar("T")
 
 ALWAYS = "always"
 """In place of a key of config.json: the Linear has a bias in every model of the class."""
+
+
+ALL_MODES = frozenset(mode.algo for mode in LINEAR_MODES)
+"""For limits that exclude a few modes."""
+
+WHOLE_HEADS = ("num_key_value_heads",)
+"""`ClassRow.divided` of a class that doesn't repeat K/V heads when there are more ranks than heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

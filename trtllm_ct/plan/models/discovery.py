@@ -1,4 +1,4 @@
-"""Find the modules of a model in its files, for models that no table of a family describes.
+"""Find the modules of a model in its files, for models whose row lists none.
 
 Names and shapes are in the headers; config.json gives the numbers that no shape shows, such as that of heads. A module
 is found by its codes, or by a plain weight with two axes. Everything else is delivered as it is stored.
