@@ -445,6 +445,7 @@ NO_PROOF: Mapping[str, str] = {}
 """The classes with a row that tests don't cover as they cover all others, with what they show instead."""
 
 PROOF = "slices of 1, 2 and 4 ranks, logits"
+LISTED_PROOF = "weights of every scheme for every release"
 
 
 def class_row_table() -> str:
@@ -455,7 +456,7 @@ def class_row_table() -> str:
             ", ".join(f"`{release.name}`" for release in RELEASES if has_class(release, name)) or "-",
             targets_of(name),
             limits_of(row),
-            NO_PROOF.get(name, PROOF if name in MODEL_CLASSES else "logits"),
+            NO_PROOF.get(name, LISTED_PROOF if row.leaves else PROOF),
         )
         for name, row in CLASS_ROWS.items()
     ]
@@ -551,6 +552,8 @@ A limit names the Linears whose rows the class rearranges while it loads them, o
 that every release reads; in any other mode they are dequantized.
 Tests load conversions to `modelopt`, and checkpoints through the plug-in, on a stand-in for the engine and compare \
 the slices of every rank; logits come from the reference engine.
+Where the row lists the modules of a layer, tests compare these with the modules that transformers builds, and convert \
+every scheme for every release.
 
 {class_row_table()}"""
 
