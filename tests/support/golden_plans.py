@@ -4,6 +4,7 @@ A table of digests is committed, so that a change of a plan is a decision; `desc
 Texts such as reasons and warnings are left out: they may get better without a plan becoming another one.
 
     PYTHONPATH=tests/support python tests/support/golden_plans.py tiny > tests/plan/models/golden_plans.json
+    PYTHONPATH=tests/support python tests/support/golden_plans.py built > tests/plan/models/golden_built_plans.json
     PYTHONPATH=tests/support python tests/support/golden_plans.py FOLDER > tests/plan/models/golden_real_plans.json
 """
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from builders import rewrite, tiny_config, write_checkpoint
 from class_models import CLASSES, write_class
+from decoder_models import DECODERS, write_decoder
 from mistral_form import write_native
 from multimodal import write_multimodal
 from tiny_models import FAMILIES
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
-__all__ = ["GOLDEN", "GOLDEN_REAL", "TINY", "described", "digests", "real_checkpoints"]
+__all__ = ["BUILT", "GOLDEN", "GOLDEN_BUILT", "GOLDEN_REAL", "TINY", "described", "digests", "real_checkpoints"]
 
 _FOLDER = Path(__file__).parents[1] / "plan" / "models"
 GOLDEN = _FOLDER / "golden_plans.json"
+GOLDEN_BUILT = _FOLDER / "golden_built_plans.json"
 GOLDEN_REAL = _FOLDER / "golden_real_plans.json"
 
 _TARGETS = (
@@ -107,6 +110,9 @@ TINY: dict[str, Write] = {
 }
 """Tiny checkpoints by name, most of them whole, with the functions that write them."""
 
+BUILT: dict[str, Write] = {name: partial(write_decoder, name=name, scheme="fp8-channel-token") for name in DECODERS}
+"""Tiny checkpoints of models that transformers builds."""
+
 
 def real_checkpoints(folder: Path) -> dict[str, Path]:
     """Those that somebody else wrote, in `checkpoints/` of the shared folder, by name."""
@@ -173,10 +179,10 @@ def _shares(plan: Plan, checkpoint: Checkpoint, rank: int) -> Iterator[list[Any]
         yield [module.name, *((module.share.begin, module.share.end) if module.share else ())]
 
 
-def _tiny_table() -> dict[str, dict[str, str]]:
+def _table(checkpoints: dict[str, Write]) -> dict[str, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         table = {}
-        for number, (name, write) in enumerate(TINY.items()):
+        for number, (name, write) in enumerate(checkpoints.items()):
             directory = Path(folder) / str(number)
             write(directory)
             table[name] = digests(directory)
@@ -184,8 +190,8 @@ def _tiny_table() -> dict[str, dict[str, str]]:
 
 
 def _main(where: str) -> None:
-    if where == "tiny":
-        table = _tiny_table()
+    if where in {"tiny", "built"}:
+        table = _table(TINY if where == "tiny" else BUILT)
     else:
         table = {name: digests(path) for name, path in real_checkpoints(Path(where)).items()}
     json.dump(table, sys.stdout, indent=2)

@@ -88,9 +88,10 @@ def _shape(model: Model, path: str) -> tuple[int, ...]:
 
 def _behind(prefix: str, site: Site) -> Site:
     """Return the site of a module in the layer with this prefix, given that of its path in a layer."""
-    return site._replace(
+    group, shares = site.mode_group, site.shares
+    placed = site._replace(
         module=prefix + site.module,
-        mode_group=prefix + site.mode_group if site.mode_group else None,
-        shares=prefix + site.shares if site.shares else None,
-        aliases=tuple(prefix + alias for alias in site.aliases) if site.aliases else (),
+        mode_group=prefix + group if group else None,
+        shares=prefix + shares if shares else None,
     )
+    return placed._replace(aliases=tuple(prefix + alias for alias in site.aliases)) if site.aliases else placed
