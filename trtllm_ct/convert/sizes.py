@@ -175,7 +175,7 @@ class ConvertedDirectory:
 def _model_of(directory: Path, quant_config: QuantConfig) -> Model:
     """Return the model of a converted directory, with the modules in its headers if its row lists none."""
     model = Model.from_config(read_json_object(directory / "config.json"))
-    if model.leaves is not None:
+    if model.listing is not None:
         return model
     stored = stored_modules(Catalog.from_directory(directory), lambda _: None, FaultCollector())
     shapes = {name: _codes_shape(module, quant_config.layer_config(name)) for name, module in stored.items()}

@@ -146,7 +146,7 @@ class _Planner:
         self.kv_cache = replace(self.kv_cache.among(stored.values()), has_projections=bool(attentions(sites)))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
-        if self.model.leaves is not None and not any(site_modules.values()):
+        if self.model.listing is not None and not any(site_modules.values()):
             self._refuse_unknown_names(catalog)
         weights = self._read_weights(site_modules, sites)
         sites = [_with_shape(site, weights.get(site.module)) for site in sites]
@@ -223,7 +223,7 @@ class _Planner:
         return (
             *(stack_warnings(self.model) if stacked and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
-            *(() if self.model.leaves is not None else (CHECKED.format(name=self.model.name),)),
+            *(() if self.model.listing is not None else (CHECKED.format(name=self.model.name),)),
             *self._unquantized(modules),
             *self.tie_warnings,
             *self.reader.warnings,

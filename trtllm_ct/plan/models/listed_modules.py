@@ -6,84 +6,91 @@ its other layers have.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_row import PROJECTION_NAMES, entry_of
-from trtllm_ct.plan.models.expert_spellings import STACKED_EXPERTS
 from trtllm_ct.plan.models.site import Site
 from trtllm_ct.plan.models.site_rules import SiteRules
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from trtllm_ct.plan.models.class_row import Leaves
-    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.models.class_row import ClassRow, Leaves
 
-__all__ = ["listed_sites"]
+__all__ = ["Listing"]
 
 _NORM = "RMSNorm"
 
 
-def listed_sites(model: Model, leaves: Leaves, place: tuple[str, str]) -> Iterator[Site]:
-    """Yield every module that must have a weight, in the order of the model; a tied head has none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """The modules that a row lists, and what config.json says about them.
 
-    `place` is the prefix of the text model's body and the name of its head.
+    `leaves` are the modules of a layer. `sizes` are those of `sizes_of`. `biases` are the keys of config.json that give
+    Linears a bias, and `always`. `dense_layers` are the numbers of the layers without routed experts. With `stacked`
+    the class reads all routed experts of a layer from one tensor.
     """
-    body, head = place
-    rules = SiteRules(model.row)
-    table = (model.vocabulary, model.sizes["hidden"])
-    # Some writers store the weight of a tied head only under the name of the head.
-    yield rules.table(f"{body}embed_tokens", table)._replace(aliases=(head,) if model.tied else ())
-    attention = [_norm(model, path) for path in leaves.norms]
-    attention += [_linear(model, rules, path) for path in leaves.attention]
-    dense = [_linear(model, rules, path) for path in leaves.mlp]
-    sparse = _with_experts(model, rules, leaves) if model.row.router else dense
-    for layer in range(model.layers):
-        for site in (*attention, *(dense if layer in model.dense_layers else sparse)):
-            yield _behind(f"{body}layers.{layer}.", site)
-    yield Site(module=f"{body}norm", class_name=_NORM, shape=(model.sizes["hidden"],))
-    if not model.tied:
-        # For draft layers, engines may slice the weight of the head as a plain one (`_torch/modules/embedding.py:
-        # LMHead.forward`, pull request 16511).
-        yield rules.head(head, table)._replace(plain=model.draft_layers > 0)
 
+    row: ClassRow
+    leaves: Leaves
+    sizes: Mapping[str, int]
+    biases: frozenset[str] = frozenset()
+    dense_layers: frozenset[int] = frozenset()
+    stacked: bool = False
 
-def _with_experts(model: Model, rules: SiteRules, leaves: Leaves) -> list[Site]:
-    """Return the router, shared experts and routed experts of a layer, in this order.
+    def sites(self, place: tuple[str, str], *, tied: bool) -> Iterator[Site]:
+        """Yield every module that must have a weight, in the order of the model; a tied head has none.
 
-    All routed experts of a layer are in one mode group. Those that a class reads from one tensor are plain: the tensors
-    of a mode are described for experts one by one.
-    """
-    sites = [_linear(model, rules, path) for path in (model.row.router, *leaves.shared)]
-    shapes = [_shape(model, f"experts.{name}") for name in PROJECTION_NAMES]
-    for number in range(model.sizes["experts"]):
-        for projection, shape in enumerate(shapes):
-            expert = rules.expert(model.row.experts, number, projection, shape)
-            sites.append(expert._replace(plain=model.text_type in STACKED_EXPERTS))
-    return sites
+        `place` is the prefix of the text model's body and the name of its head.
+        """
+        body, head = place
+        rules, hidden = SiteRules(self.row), self.sizes["hidden"]
+        table = (self.sizes["vocabulary"], hidden)
+        # Some writers store the weight of a tied head only under the name of the head.
+        yield rules.table(f"{body}embed_tokens", table)._replace(aliases=(head,) if tied else ())
+        attention = [Site(module=path, class_name=_NORM, shape=self._shape(path)) for path in self.leaves.norms]
+        attention += [self._linear(rules, path) for path in self.leaves.attention]
+        dense = [self._linear(rules, path) for path in self.leaves.mlp]
+        sparse = list(self._with_experts(rules)) if self.row.router else dense
+        for layer in range(self.sizes["layers"]):
+            for site in (*attention, *(dense if layer in self.dense_layers else sparse)):
+                yield _behind(f"{body}layers.{layer}.", site)
+        yield Site(module=f"{body}norm", class_name=_NORM, shape=(hidden,))
+        if not tied:
+            # For draft layers, engines may slice the weight of the head as a plain one (`_torch/modules/embedding.py:
+            # LMHead.forward`, pull request 16511).
+            yield rules.head(head, table)._replace(plain=self.sizes["draft_layers"] > 0)
 
+    def _with_experts(self, rules: SiteRules) -> Iterator[Site]:
+        """Yield the router, shared experts and routed experts of a layer, in this order.
 
-def _linear(model: Model, rules: SiteRules, path: str) -> Site:
-    """Return the site of a Linear by its path in a layer."""
-    bias = ("bias",) if entry_of(model.row.biases, path) in model.biases else ()
-    site = rules.linear(path, _shape(model, path), bias + (entry_of(model.row.extras, path) or ()))
-    return site._replace(
-        heads=model.kv_heads if site.cut is Cut.KV_HEADS else None,
-        parts=tuple(model.sizes[size] for size in entry_of(model.row.splits, path) or ()),
-    )
+        All routed experts of a layer are in one mode group. Stacked ones are plain: the tensors of a mode are described
+        for experts one by one.
+        """
+        for path in (self.row.router, *self.leaves.shared):
+            yield self._linear(rules, path)
+        shapes = [self._shape(f"experts.{name}") for name in PROJECTION_NAMES]
+        for number in range(self.sizes["experts"]):
+            for projection, shape in enumerate(shapes):
+                yield rules.expert(self.row.experts, number, projection, shape)._replace(plain=self.stacked)
 
+    def _linear(self, rules: SiteRules, path: str) -> Site:
+        """Return the site of a Linear by its path in a layer."""
+        bias = ("bias",) if entry_of(self.row.biases, path) in self.biases else ()
+        site = rules.linear(path, self._shape(path), bias + (entry_of(self.row.extras, path) or ()))
+        return site._replace(
+            heads=self.sizes["num_key_value_heads"] if site.cut is Cut.KV_HEADS else None,
+            parts=tuple(self.sizes[size] for size in entry_of(self.row.splits, path) or ()),
+        )
 
-def _norm(model: Model, path: str) -> Site:
-    return Site(module=path, class_name=_NORM, shape=_shape(model, path))
-
-
-def _shape(model: Model, path: str) -> tuple[int, ...]:
-    """Return the shape of the weight of a module by its path in a layer."""
-    names = entry_of(model.row.shapes, path)
-    if names is None:
-        raise AssertionError(f"the row of {model.name} has no shape for {path}")
-    return tuple(model.sizes[name] for name in names)
+    def _shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of the weight of a module by its path in a layer."""
+        names = entry_of(self.row.shapes, path)
+        if names is None:
+            raise AssertionError(f"no row has a shape for {path}")
+        return tuple(self.sizes[name] for name in names)
 
 
 def _behind(prefix: str, site: Site) -> Site:

@@ -15,8 +15,8 @@ from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_d
 from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAMES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.plan.models.discovery import discover
-from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, spelling_type
-from trtllm_ct.plan.models.listed_modules import listed_sites
+from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, STACKED_EXPERTS, spelling_type
+from trtllm_ct.plan.models.listed_modules import Listing
 from trtllm_ct.plan.models.places import PLACES, known_prefixes
 from trtllm_ct.plan.models.site import Site
 from trtllm_ct.plan.models.sizes import dense_layers_of, leaves_of, nested_text_config, sizes_of, stated_sizes
@@ -24,7 +24,7 @@ from trtllm_ct.plan.models.sizes import dense_layers_of, leaves_of, nested_text_
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    from trtllm_ct.plan.models.class_row import ClassRow, Leaves
+    from trtllm_ct.plan.models.class_row import ClassRow
     from trtllm_ct.plan.models.discovery import Discovery
     from trtllm_ct.plan.stored import StoredModule
 
@@ -36,13 +36,11 @@ class Model:
     """What planning needs to know about a model.
 
     `name` is the architecture that config.json names, and `row` says how the engine's class reads it; for a text model
-    inside of a larger one it may be the row of the text model. `leaves` are the modules that a layer must have; None if
-    the row lists none, or if the text model is stored under a prefix that is not known. Then the model has the modules
-    of its files: `discovery`, None until they are looked up in a checkpoint (`in_checkpoint`).
+    inside of a larger one it may be the row of the text model. `listing` are the modules that the row lists; None if it
+    lists none, or if the text model is stored under a prefix that is not known. Then the model has the modules of its
+    files: `discovery`, None until they are looked up in a checkpoint (`in_checkpoint`).
     `sizes` are numbers of elements by the names of `sizes.py`. `tied` says whether the head uses the weight of the
     embedding; None if config.json leaves it to a class whose default is not known.
-    `biases` are the keys of config.json that give Linears a bias, and `always`. `dense_layers` are the numbers of the
-    layers without routed experts, if the row lists modules.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
     `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
@@ -52,14 +50,12 @@ class Model:
 
     name: str
     row: ClassRow
-    leaves: Leaves | None
+    listing: Listing | None
     dtype: DType
     layers: int
     sizes: Mapping[str, int]
     vocabulary: int
     tied: bool | None
-    biases: frozenset[str]
-    dense_layers: frozenset[int]
     multimodal: bool
     text_type: str = ""
     draft_layers: int = 0
@@ -78,19 +74,18 @@ class Model:
         row, nested, text = _row_and_text(name, config)
         faults = FaultCollector()
         sizes = sizes_of(text, row, faults) if row.leaves else stated_sizes(text, row.divided)
+        spelling = spelling_type(str(config.get("model_type") or ""), str(text.get("model_type") or ""))
         model = cls(
             name=name,
             row=row,
-            leaves=leaves_of(row, sizes),
+            listing=_listing(row, sizes, text, spelling),
             dtype=_model_dtype({**config, **(nested or {})}, faults),
             layers=sizes["layers"],
             sizes=sizes,
             vocabulary=sizes["vocabulary"],
             tied=is_tied(config, nested, name) if row.leaves else _stated_tie(row, config, nested),
-            biases=frozenset({ALWAYS, *(key for key in row.biases.values() if text.get(key))}),
-            dense_layers=dense_layers_of(text, sizes["layers"]) if row.leaves else frozenset(),
             multimodal=nested is not None,
-            text_type=spelling_type(str(config.get("model_type") or ""), str(text.get("model_type") or "")),
+            text_type=spelling,
             draft_layers=sizes["draft_layers"],
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             text=text,
@@ -106,7 +101,7 @@ class Model:
         `shapes` are the shapes of weights that are known although the headers of their codes don't show them. A list
         doesn't apply if a wrapper stores its text model under an unknown prefix: then its modules are looked up too.
         """
-        if self.leaves is not None:
+        if self.listing is not None:
             layers = tuple(f"{body}layers." for body in known_prefixes())
             known = not self.multimodal or any(name.startswith(layers) for name in stored)
             return self if known else self._by_files().in_checkpoint(stored, shapes)
@@ -125,7 +120,7 @@ class Model:
 
     def _by_files(self) -> Model:
         """Return the model with the modules of its files, as the class that config.json names reads them."""
-        return replace(self, row=CLASS_ROWS.get(self.name, DEFAULT_ROW), leaves=None)
+        return replace(self, row=CLASS_ROWS.get(self.name, DEFAULT_ROW), listing=None)
 
     def _row_as_spelled(self, row: ClassRow) -> ClassRow:
         """Return a row with the names of experts that the class of the text model reads, unless it has its own."""
@@ -140,7 +135,7 @@ class Model:
     @property
     def experts(self) -> str:
         """The path of routed experts in a layer; empty if no layer has any."""
-        return "" if self.leaves is not None and not self.row.router else self.row.experts
+        return "" if self.listing is not None and not self.row.router else self.row.experts
 
     @property
     def projections(self) -> tuple[str, str, str]:
@@ -164,7 +159,7 @@ class Model:
 
     def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight by its full name, for checkpoints whose headers don't show the shapes."""
-        if self.leaves is None:
+        if self.listing is None:
             return {}
         places = [place for place in PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
         sites = self.sites((places or PLACES)[0])
@@ -188,8 +183,8 @@ class Model:
 
         `place` is what the method `place` returns.
         """
-        if self.leaves is not None:
-            return listed_sites(self, self.leaves, place)
+        if self.listing is not None:
+            return self.listing.sites(place, tied=bool(self.tied))
         if self.discovery is None:
             raise AssertionError("the modules of this model are looked up in a checkpoint first")
         return self.discovery.at(place)
@@ -208,6 +203,21 @@ def _row_and_text(name: str, config: Mapping[str, Any]) -> tuple[ClassRow, Mappi
         return row, nested, with_defaults(config if nested is None else nested, text_name)
     nested = nested_text_config(config)
     return CLASS_ROWS.get(name, DEFAULT_ROW), nested, config if nested is None else nested
+
+
+def _listing(row: ClassRow, sizes: Mapping[str, int], text: Mapping[str, Any], spelling: str) -> Listing | None:
+    """Return the modules that a row lists; None if it lists none. `text` and `spelling` are as in `Model`."""
+    leaves = leaves_of(row, sizes)
+    if leaves is None:
+        return None
+    return Listing(
+        row=row,
+        leaves=leaves,
+        sizes=sizes,
+        biases=frozenset({ALWAYS, *(key for key in row.biases.values() if text.get(key))}),
+        dense_layers=dense_layers_of(text, sizes["layers"]),
+        stacked=spelling in STACKED_EXPERTS,
+    )
 
 
 def _stated_tie(row: ClassRow, config: Mapping[str, Any], nested: Mapping[str, Any] | None) -> bool | None:
