@@ -61,7 +61,7 @@ def planned_for(plan: Plan) -> dict[str, Any]:
 class ConvertedDirectory:
     """A directory that this package converted for TensorRT-LLM; its JSON files are read.
 
-    If no table has the modules of its model, the headers of its tensors are read too.
+    If no row lists the modules of its model, the headers of its tensors are read too.
 
     `engine` is the name of the release that it was planned for, and `parallel` are the sizes. `sm` is the SM of the
     GPUs, None if it was planned for none in particular.

@@ -44,7 +44,7 @@ def class_problems(architecture: str, release: Release | None) -> tuple[Fault, .
 
 
 def refuse_unread(model: Model, target: Target) -> None:
-    """Raise `UnreadClassError` for a target of the engine if no table says how its class reads the model.
+    """Raise `UnreadClassError` for a target of the engine if no row says how its class reads the model.
 
     What the class fuses, splits or reads plain is then unknown, so a mode of any module would be a guess.
     """

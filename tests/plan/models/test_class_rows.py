@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -56,7 +57,8 @@ def test_a_row_is_about_a_class_of_some_release() -> None:
 @pytest.mark.parametrize("name", [name for name, row in CLASS_ROWS.items() if row.leaves])
 def test_the_sizes_of_every_module_that_a_row_lists_have_names(name: str) -> None:
     row = CLASS_ROWS[name]
-    paths = {path for leaves in row.leaves for path in leaves.paths}
+    lists = [(leaves.attention, leaves.mlp, leaves.shared, leaves.norms) for leaves in row.leaves]
+    paths = {path for paths in lists for path in chain(*paths)}
 
     assert [path for path in sorted(paths) if entry_of(row.shapes, path) is None] == []
 

@@ -117,11 +117,6 @@ class Leaves:
     shared: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All paths."""
-        return (*self.attention, *self.mlp, *self.shared, *self.norms)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassRow:
@@ -143,8 +138,8 @@ class ClassRow:
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json, beside the number of attention heads, whose numbers the ranks must be able to
-    divide evenly. `drafts` is the prefix
-    of draft layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer.
+    divide evenly. `drafts` is the prefix of draft layers, such as `mtp.layers.`, whose numbers in the class follow that
+    of the last layer.
 
     `splits` are Linears that are stored as one and that the class itself cuts by rows, with the names of the sizes of
     their parts; it cuts `weight`, and a `weight_scale` of as many rows. `joins` are Linears that the class itself
