@@ -321,6 +321,23 @@ class TestModelsOfFiles:
         assert list(faults(of, tensor=4)) == ["self_attn.k_proj.bias", "self_attn.v_proj.bias"]
         assert faults(of, tensor=2) == {}
 
+    def test_layers_may_have_different_numbers_of_heads(self) -> None:
+        """The layer with the fewest decides, whatever layer comes last."""
+        stored = {
+            f"model.layers.{layer}.self_attn.k_proj": StoredModule(
+                f"model.layers.{layer}.self_attn.k_proj",
+                {
+                    local: Whole(name=f"{layer}.{local}", spec=TensorSpec(DType.BF16, shape))
+                    for local, shape in (("weight", (rows, 384)), ("bias", (rows,)))
+                },
+            )
+            for layer, rows in enumerate((128, 256))
+        }
+        config = {"architectures": [self.SEED], "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+        of = Model.from_config(config).in_checkpoint(stored)
+
+        assert list(faults(of, tensor=4)) == ["self_attn.k_proj.bias"]
+
 
 class TestRepeatedBiases:
     """Engines repeat the bias of repeated K/V heads element by element."""

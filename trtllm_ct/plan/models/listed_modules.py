@@ -50,12 +50,9 @@ class Listing:
         table = (self.sizes["vocabulary"], hidden)
         # Some writers store the weight of a tied head only under the name of the head.
         yield rules.table(f"{body}embed_tokens", table)._replace(aliases=(head,) if tied else ())
-        attention = [Site(module=path, class_name=_NORM, shape=self._shape(path)) for path in self.leaves.norms]
-        attention += [self._linear(rules, path) for path in self.leaves.attention]
-        dense = [self._linear(rules, path) for path in self.leaves.mlp]
-        sparse = list(self._with_experts(rules)) if self.row.router else dense
+        dense, sparse = self._dense(rules), self._sparse(rules, self.sizes["experts"])
         for layer in range(self.sizes["layers"]):
-            for site in (*attention, *(dense if layer in self.dense_layers else sparse)):
+            for site in sparse if self._has_experts(layer) else dense:
                 yield _behind(f"{body}layers.{layer}.", site)
         yield Site(module=f"{body}norm", class_name=_NORM, shape=(hidden,))
         if not tied:
@@ -63,18 +60,43 @@ class Listing:
             # LMHead.forward`, pull request 16511).
             yield rules.head(head, table)._replace(plain=self.sizes["draft_layers"] > 0)
 
-    def _with_experts(self, rules: SiteRules) -> Iterator[Site]:
-        """Yield the router, shared experts and routed experts of a layer, in this order.
+    def kinds(self) -> Iterator[Site]:
+        """Yield the sites of one layer of each kind, by their paths in the layer, with one of the routed experts."""
+        rules = SiteRules(self.row)
+        kinds = {self._has_experts(layer) for layer in range(self.sizes["layers"])}
+        for sparse in sorted(kinds):
+            yield from self._sparse(rules, 1) if sparse else self._dense(rules)
+
+    def _has_experts(self, layer: int) -> bool:
+        return bool(self.row.router) and layer not in self.dense_layers
+
+    def _dense(self, rules: SiteRules) -> list[Site]:
+        """Return the sites of a layer without routed experts, by their paths in the layer."""
+        return [*self._attention(rules), *(self._linear(rules, path) for path in self.leaves.mlp)]
+
+    def _sparse(self, rules: SiteRules, experts: int) -> list[Site]:
+        """Return the sites of a layer with so many routed experts, by their paths in the layer.
 
         All routed experts of a layer are in one mode group. Stacked ones are plain: the tensors of a mode are described
         for experts one by one.
         """
-        for path in (self.row.router, *self.leaves.shared):
-            yield self._linear(rules, path)
+        if not self.row.router:
+            return []
+        sites = [
+            *self._attention(rules),
+            *(self._linear(rules, path) for path in (self.row.router, *self.leaves.shared)),
+        ]
         shapes = [self._shape(f"experts.{name}") for name in PROJECTION_NAMES]
-        for number in range(self.sizes["experts"]):
+        for number in range(experts):
             for projection, shape in enumerate(shapes):
-                yield rules.expert(self.row.experts, number, projection, shape)._replace(plain=self.stacked)
+                site = rules.expert(self.row.experts, number, projection, shape)
+                sites.append(site._replace(plain=self.stacked))
+        return sites
+
+    def _attention(self, rules: SiteRules) -> list[Site]:
+        """Return the sites of all norms and of the Linears of attention in a layer, by their paths in the layer."""
+        norms = [Site(module=path, class_name=_NORM, shape=self._shape(path)) for path in self.leaves.norms]
+        return norms + [self._linear(rules, path) for path in self.leaves.attention]
 
     def _linear(self, rules: SiteRules, path: str) -> Site:
         """Return the site of a Linear by its path in a layer."""

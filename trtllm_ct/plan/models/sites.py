@@ -189,6 +189,10 @@ class Model:
             raise AssertionError("the modules of this model are looked up in a checkpoint first")
         return self.discovery.at(place)
 
+    def kinds(self) -> Iterator[Site]:
+        """Yield the sites of at least one layer of each kind, with at least one routed expert, by any name."""
+        return self.sites() if self.listing is None else self.listing.kinds()
+
 
 def _row_and_text(name: str, config: Mapping[str, Any]) -> tuple[ClassRow, Mapping[str, Any] | None, Mapping[str, Any]]:
     """Return the row of a model, the stored configuration of a text model inside of it, and that of the text model.

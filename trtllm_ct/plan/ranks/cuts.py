@@ -206,12 +206,13 @@ def _divided_parts(model: Model, parallel: Parallel) -> _DividedParts:
     biases: dict[str, int] = {}
     if not parallel.attention_dp:
         parts |= {_Part(key, model.sizes[key]): None for key in (_HEADS, *model.row.divided)}
-    for site in model.sites():
+    for site in model.kinds():
         if not site.expert and (parallel.attention_dp or site.ranks_vary):
             continue
         parts |= dict.fromkeys(_parts_of(site, model))
         if site.cut is Cut.KV_HEADS and site.heads and "bias" in site.locals:
-            biases[_IN_LAYER.sub("", site.module)] = site.heads
+            path = _IN_LAYER.sub("", site.module)
+            biases[path] = min(site.heads, biases.get(path, site.heads))
     return _DividedParts(parts, model.sizes["experts"], parallel.expert, biases)
 
 
