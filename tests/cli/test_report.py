@@ -140,7 +140,7 @@ class TestInspection:
         line = next(line for line in text(getattr(report, shown)(made)).splitlines() if "checked:" in line)
 
         assert "headers and index" in line
-        assert "tables of LlamaForCausalLM" in line
+        assert "modules listed for LlamaForCausalLM" in line
 
     def test_a_smaller_output_is_shown(self, tmp_path: Path):
         """The checkpoint stores a tied lm_head that equals the embeddings, which is not delivered."""

@@ -1,4 +1,4 @@
-"""docs/adding-an-architecture.md, followed to the letter: a row or a table alone makes an architecture known."""
+"""docs/adding-an-architecture.md, followed to the letter: a row alone makes an architecture known."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ assert "model.layers.1.feed_forward.down.weight" in {{check.name for check in ve
     run_in(changed, code, tmp_path / "in", tmp_path / "out", target)
 
 
-def test_its_modules_are_fused_and_cut_as_the_table_says(changed: Path, tmp_path: Path) -> None:
+def test_the_modules_that_a_row_lists_are_fused_and_cut(changed: Path, tmp_path: Path) -> None:
     code = f"""{WRITE}
 from trtllm_ct import open_checkpoint
 from trtllm_ct.engine.parallel import Parallel, Rank

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 from builders import rewrite_config, tiny_config, write_checkpoint
 from multimodal import write_multimodal
+from tiny_models import FAMILIES
 
 from trtllm_ct import convert_checkpoint, inspect_checkpoint, verify_checkpoint
 from trtllm_ct.base.errors import PlanError
 from trtllm_ct.engine.model_classes import has_class
 from trtllm_ct.engine.releases import RELEASES, Release
 from trtllm_ct.pipeline.open import plan_checkpoint
-from trtllm_ct.plan.models.families import ARCHITECTURES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ LACKING = ("GraniteForCausalLM", "Gemma2ForCausalLM", "DeepseekV2ForCausalLM")
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_each_claimed_class_is_served_or_a_problem(tmp_path: Path, name: str, release: Release) -> None:
     write_checkpoint(tmp_path, config=tiny_config(name), scheme="fp8-tensor-static")
 

@@ -1,4 +1,4 @@
-"""Decoders that have a row and no tables: converted, verified, computed, and on the double each rank's tensors.
+"""Decoders whose row lists no modules: converted, verified, computed, and on the double each rank's tensors.
 
 On one, two and four ranks every Linear, every expert and every other parameter holds the slice of the stored values
 that the class computes with, from a directory that was converted for stock, and loaded by this package.

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of classes that have a row and no tables: config.json, and the names and shapes of their tensors.
+"""Tiny checkpoints of classes whose row lists no modules: config.json, and the names and shapes of their tensors.
 
 Names and shapes are those that transformers 5.23 saves; a test compares them. Nothing here uses the tables of the
 package under test.

@@ -1,6 +1,6 @@
-"""Tiny checkpoints of decoders that have a row and no tables: whatever transformers builds and saves.
+"""Tiny checkpoints of decoders whose row lists no modules: whatever transformers builds and saves.
 
-Nothing here uses the tables of the package under test.
+Nothing here uses the rows of the package under test.
 """
 
 from __future__ import annotations

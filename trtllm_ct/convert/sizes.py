@@ -61,7 +61,7 @@ def planned_for(plan: Plan) -> dict[str, Any]:
 class ConvertedDirectory:
     """A directory that this package converted for TensorRT-LLM; its JSON files are read.
 
-    If no table has the modules of its model, the headers of its tensors are read too.
+    If no row lists the modules of its model, the headers of its tensors are read too.
 
     `engine` is the name of the release that it was planned for, and `parallel` are the sizes. `sm` is the SM of the
     GPUs, None if it was planned for none in particular.
@@ -173,9 +173,9 @@ class ConvertedDirectory:
 
 
 def _model_of(directory: Path, quant_config: QuantConfig) -> Model:
-    """Return the model of a converted directory, with the modules in its headers if no table has them."""
+    """Return the model of a converted directory, with the modules in its headers if its row lists none."""
     model = Model.from_config(read_json_object(directory / "config.json"))
-    if model.row is None:
+    if model.listing is not None:
         return model
     stored = stored_modules(Catalog.from_directory(directory), lambda _: None, FaultCollector())
     shapes = {name: _codes_shape(module, quant_config.layer_config(name)) for name, module in stored.items()}

@@ -92,7 +92,7 @@ class LinearMode:
     `read_of_all_experts` are the scalars that every rank reads of all experts. `repeated_with_kv_heads` are the tensors
     that the engine repeats when there are more ranks than K/V heads. `expert_scale_alias` is a second name of an
     expert's `weight_scale` that some releases read. `class_joins_scales` says that a model class which joins Linears
-    itself (`LinearSite.class_joins`) joins the scales of this mode too; it reads them by that second name only.
+    itself (`ClassRow.joins`) joins the scales of this mode too; it reads them by that second name only.
     `config_fields` are the keys of the mode's entry in `hf_quant_config.json` besides algorithm and group size.
     `aliases` are other names of the algorithm in that file, in lower case.
 
@@ -183,7 +183,7 @@ class LinearMode:
         return self.scale is ScaleForm.SCALAR or "weight_scale" in self.repeated_with_kv_heads
 
     def cut_by_rows(self, release: Release) -> bool:
-        """Whether a model class of the release can cut this Linear's tensors by rows (`LinearSite.class_cuts`).
+        """Whether a model class of the release can cut this Linear's tensors by rows (`ClassRow.splits`).
 
         It cuts `weight`, and `weight_scale` with two indices if its first size is the same; other scales are copied. So
         codes must not be packed along the rows, and scales must be one scalar, or have a row for each row of codes.

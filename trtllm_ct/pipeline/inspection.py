@@ -136,7 +136,7 @@ def inspect_checkpoint(
     `sm` is the SM of the GPUs that the engine will run on, None if it is not known, and `untested` that of
     `target_named`. `parallel` are the sizes that the
     engine will run with; sizes that can't divide the model are problems. `dtype` and `dense_o_proj` are those of
-    `make_plan`. A model whose class no table describes is inspected for the target `dense`. No weights are read, and
+    `make_plan`. A model whose class has no row is inspected for the target `dense`. No weights are read, and
     torch is not imported. Problems of the checkpoint are collected in the result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
     """

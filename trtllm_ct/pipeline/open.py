@@ -79,9 +79,9 @@ class Checkpoint:
         """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
 
         `sm` is the SM of the GPUs that the engine will run on; `additive_zeros` affects only target `tensorrt_llm`, and
-        `untested` only target `engine`; see `target_named`. `compare_class` compares a model without tables with the
-        class of transformers, which is imported for that; if it is not installed, nothing is compared. Raises
-        `PlanError` with all faults, and `UsageError` for an unknown name or SM.
+        `untested` only target `engine`; see `target_named`. `compare_class` compares a model whose row lists no
+        modules with the class of transformers, which is imported for that; if it is not installed, nothing is compared.
+        Raises `PlanError` with all faults, and `UsageError` for an unknown name or SM.
         """
         return make_plan(
             self.config,

@@ -299,7 +299,7 @@ def _algos(module: Candidate, target: Target) -> frozenset[QuantAlgo]:
     algos = target.algos(expert=module.site.expert, head=module.site.head)
     if module.site.limit is not None and target.capabilities.release is not None:
         algos &= module.site.limit.algos
-    return (algos & _CLASS_JOINS if module.site.class_joins else algos) - module.site.other_layouts
+    return algos & _CLASS_JOINS if module.site.class_joins else algos
 
 
 def _held(module: Candidate, target: Target) -> list[Holding]:
@@ -374,7 +374,7 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     expert, head = module.site.expert, module.site.head
     what = "expert kernel" if expert else "head" if head else "Linear"
     for later in target.newer:
-        later_algos = later.algos(expert=expert, head=head) - algos - module.site.other_layouts
+        later_algos = later.algos(expert=expert, head=head) - algos
         held = (holding.mode.algo for holding in holdings(module.weight, later.platform))
         algo = next((algo for algo in held if algo in later_algos), None)
         if algo is not None:
@@ -383,8 +383,6 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     if here:
         return "; ".join(obstacles(module.weight, here, platform))
     elsewhere = [held.mode.algo for held in holdings(module.weight, platform) if held.as_is]
-    if module.site.other_layouts.intersection(elsewhere):
-        return f"the engine's class reads tensors of {' or '.join(module.site.other_layouts)} in another layout"
     if elsewhere:
         reason = f"{' or '.join(elsewhere)} would hold it, and {target.capabilities.name} has no such {what}"
         quantized = {activations_of(module.weight.scheme)} - {Activations.WIDE}

@@ -36,7 +36,7 @@ def class_problems(model: Model, release: Release | None) -> tuple[Fault, ...]:
     if release is None:
         return ()
     if has_class(release, architecture):
-        return (_UNREAD_HEAD,) if model.row is not None and model.row.head_unread and not model.tied else ()
+        return (_UNREAD_HEAD,) if model.row.head_unread and not model.tied else ()
     later = first_release(architecture)
     found = f"{architecture}, which {later.name} has first" if later else f"{architecture}, which no release line has"
     dense = "convert with --to dense for a program that has the class"
@@ -55,7 +55,7 @@ def class_problems(model: Model, release: Release | None) -> tuple[Fault, ...]:
 
 
 def refuse_unread(model: Model, target: Target) -> None:
-    """Raise `UnreadClassError` for a target of the engine if no table says how its class reads the model.
+    """Raise `UnreadClassError` for a target of the engine if no row says how its class reads the model.
 
     What the class fuses, splits or reads plain is then unknown, so a mode of any module would be a guess.
     """
@@ -77,7 +77,7 @@ def refuse_unread(model: Model, target: Target) -> None:
 
 def refuse_unread_names(model: Model, target: Target, faults: FaultCollector) -> None:
     """Add a fault if the files call the layers otherwise than the engine's class does, which finds no others."""
-    if target.capabilities.release is None or model.row is None or model.discovery is None or model.row.body is None:
+    if target.capabilities.release is None or model.discovery is None or model.row.body is None:
         return
     stored, read = model.discovery.place[0], model.row.body
     if stored != read:

@@ -38,7 +38,7 @@ class EngineNames:
     """Says which names an engine compares a module by.
 
     `place` is the prefix of the text model's body and the name of its head, None if the engine compares delivered names
-    only. `head` is the name of the head. `experts` is the path of routed experts in a layer, None without any;
+    only. `head` is the name of the head. `experts` is the path of routed experts in a layer, empty without any;
     `wrapped` says that the engine computes them in a child called `backend`. `fused` says that it looks for the first
     part of Linears that are stored fused. `inner` are the pairs of `ClassRow.inner`. `drafts` is the prefix of draft
     layers whose numbers in the class follow those of its `layers` layers, empty if they have no prefix of their own.
@@ -46,7 +46,7 @@ class EngineNames:
 
     place: tuple[str, str] | None = None
     head: str = _INNER_PLACE[1]
-    experts: str | None = None
+    experts: str = ""
     wrapped: bool = False
     fused: bool = False
     inner: tuple[tuple[str, str], ...] = ()
@@ -57,15 +57,13 @@ class EngineNames:
     def of(cls, model: Model, place: tuple[str, str], target: Target) -> Self:
         """Return the names of a model at a target; `place` is where its text model is delivered."""
         release = target.capabilities.release
-        row = model.row if model.row is not None and release is not None else DEFAULT_ROW
-        experts = model.architecture.experts
-        linears = (*model.architecture.attention, *model.architecture.mlp)
+        row = DEFAULT_ROW if release is None else model.row
         return cls(
             place=place if release is not None and model.multimodal else None,
             head=place[1],
-            experts=experts.path if experts else None,
+            experts=model.experts,
             wrapped=release is not None and release.wraps_experts,
-            fused=release is not None and any(site.parts for site in linears),
+            fused=bool(row.splits),
             inner=row.inner,
             drafts=row.drafts,
             layers=model.layers,

@@ -34,12 +34,12 @@ def gather_modules(
 ) -> dict[str, StoredModule]:
     """Return the modules by name, in the order of the catalog; contradictions between tensors are added to `faults`.
 
-    With `split_stacks`, plain tensors of all experts are split for models without tables too.
+    With `split_stacks`, plain tensors of all experts are split for models whose row lists no modules too.
     `shapes` are the stored shapes of sparse tensors. For a sparse weight without one the shape follows from the model.
     Tensors that the index does not list are taken only where the model lacks them, see `fill_from_unlisted`.
     Raises `PlanError` when a checkpoint in Mistral's own form has modules that the model has no name for.
     """
-    gather = partial(_gather, split=split_stacks or model.row is None)
+    gather = partial(_gather, split=split_stacks or model.listing is not None)
     if not catalog.unlisted:
         return gather(catalog, model, faults, shapes)
     listed = gather(catalog.without(catalog.unlisted), model, faults, shapes)
@@ -56,8 +56,7 @@ def _gather(
     model_shapes = cache(lambda: model.weight_shapes(catalog.tensors))
     stored = stored_modules(catalog, lambda name: model_shapes().get(name), faults, shapes)
     stored = hugging_face_names(stored, model, faults)
-    if model.architecture.experts is not None:
-        inputs_first = stores_inputs_first(stored, model)
-        # Where the class of a model is not known, plain stacks of experts stay as they are: it may read no other form.
-        stored = split_fused_experts(stored, model.architecture.experts, inputs_first=inputs_first, plain=split)
-    return stored
+    if not model.experts:
+        return stored
+    # Where the class of a model is not known, plain stacks of experts stay as they are: it may read no other form.
+    return split_fused_experts(stored, model, inputs_first=stores_inputs_first(stored, model), plain=split)

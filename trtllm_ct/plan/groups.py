@@ -16,7 +16,7 @@ from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.match import Matcher
 from trtllm_ct.formats import format_for
-from trtllm_ct.plan.models.sites import name_variants
+from trtllm_ct.plan.models.places import name_variants
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

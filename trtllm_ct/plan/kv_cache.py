@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
     from trtllm_ct.engine.target import Target
-    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.models.site import Site
     from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["KvCache", "has_projections"]
+__all__ = ["KvCache", "attentions"]
 
 # Last part of the module's name -> local name of the scale -> the projections that the scale belongs to.
 _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -58,17 +58,19 @@ _IGNORED = {
 _TENSORS = frozenset({"k_scale", "v_scale", "kv_scale", *_IGNORED})
 
 
-def has_projections(model: Model) -> bool:
-    """Whether attention has k_proj and v_proj, under whose names engines read the scales of the KV cache.
+def attentions(sites: Iterable[Site]) -> list[str]:
+    """Return the full names of the attention modules with k_proj and v_proj, under whose names engines read the scales.
 
-    They are loaded by the fused Linear of q, k and v. DeepSeek's latent attention has no such Linear. Of Phi-3's stored
-    qkv_proj, its class passes on weight, weight_scale, weight_scale_2 and input_scale only. Both caches have scale 1.
-    Source: TensorRT-LLM `_torch/modules/linear.py` (kv_scales) and `_torch/models/modeling_phi3.py: load_weights`, read
-    on 2026-11-29.
+    The scales are loaded by the fused Linear of q, k and v. DeepSeek's latent attention has no such Linear. Of Phi-3's
+    stored qkv_proj, its class passes on weight, weight_scale, weight_scale_2 and input_scale only. Both caches have
+    scale 1. Source: TensorRT-LLM `_torch/modules/linear.py` (kv_scales) and `_torch/models/modeling_phi3.py:
+    load_weights`, read on 2026-11-29.
     """
-    if model.discovery is not None:
-        return next(model.attentions(model.discovery.place), None) is not None
-    return {"self_attn.k_proj", "self_attn.v_proj"} <= {site.path for site in model.architecture.attention}
+    # Nemotron-H calls every part of a layer `mixer`, attention included.
+    ends = tuple(f".{attention}.{leaf}" for attention in ("self_attn", "mixer") for leaf in ("k_proj", "v_proj"))
+    names = {site.module for site in sites if site.module.endswith(ends)}
+    values = (name.removesuffix(".v_proj") for name in names if name.endswith(".v_proj"))
+    return sorted(name for name in values if f"{name}.k_proj" in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class KvCache:
     `alone` is set when no module is delivered quantized: ModelOpt's configuration can't describe a quantized cache
     without quantized modules, and the engine refuses one without an algorithm. `chosen` maps the name of each delivered
     scale to the stored tensor that it is made from. `has_projections` says whether attention has k_proj and v_proj,
-    under whose names engines read scales; see `has_projections`.
+    under whose names engines read scales; see `attentions`.
     """
 
     config: QuantizationConfig

@@ -1,4 +1,4 @@
-"""Find tensors that a checkpoint has lost or that have another size, for models that no table describes.
+"""Find tensors that a checkpoint has lost or that have another size, for models whose row lists no modules.
 
 Two sources tell what a model must have: its layers and experts, which are alike (`models/alike_layers.py`), and the
 class that config.json names, if it can be built (`models/model_class.py`). Where both speak the class decides: what it

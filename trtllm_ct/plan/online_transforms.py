@@ -17,7 +17,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.match import compile_pattern, matches
 from trtllm_ct.layouts.folds import Fold
-from trtllm_ct.plan.models.sites import name_variants
+from trtllm_ct.plan.models.places import name_variants
 from trtllm_ct.plan.stored import Shared, StoredModule
 
 if TYPE_CHECKING:
@@ -181,10 +181,10 @@ class OnlineTransforms:
 
         That holds for routers and plain experts, which are Linears only in some releases of transformers.
         """
-        experts = self.model.architecture.experts
-        if experts is None or module.is_quantized or transform.module in _children(module):
+        router = self.model.row.router
+        if not self.model.experts or module.is_quantized or transform.module in _children(module):
             return False
-        unclear = site.expert or site.module.endswith(f".{experts.router.path}")
+        unclear = site.expert or (bool(router) and site.module.endswith(f".{router}"))
         return unclear and not self._matches(transform, module.stored_name, ())
 
     def _matches(self, transform: Transform, name: str, classes: tuple[str, ...]) -> bool:

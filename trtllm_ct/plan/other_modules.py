@@ -1,4 +1,4 @@
-"""Plan the stored modules that the text model's tables don't name.
+"""Plan the stored modules that are no site of the model.
 
 They are attention modules with KV-cache scales, modules outside of the text model, and modules that are left out for a
 known reason. Any other module is a fault.
@@ -71,8 +71,8 @@ class OtherModules:
             return "it equals the embeddings, to which config.json ties it"
         if self.kv_cache.is_dropped(module):
             return f"target {self.kv_cache.target.name} leaves the KV cache alone"
-        experts = self.model.architecture.experts
-        of_all_experts = experts is not None and name.rpartition(".")[0].endswith(f".{experts.path}")
+        experts = self.model.experts
+        of_all_experts = bool(experts) and name.rpartition(".")[0].endswith(f".{experts}")
         if of_all_experts and module.specs.keys() <= NOT_PER_EXPERT:
             return "the shape of all experts together; the codes tell that of each"
         return None
@@ -80,9 +80,9 @@ class OtherModules:
     def _is_outside_text_model(self, name: str) -> bool:
         """Whether a module belongs to a vision tower, a projector or draft layers.
 
-        Of a model that no table describes, it is any module without a matrix, and draft layers.
+        Of a model whose row lists no modules, it is any module without a matrix, and draft layers.
         """
-        if self.model.row is not None:
+        if self.model.listing is None:
             return True
         body, head = self.place
         return self._drafts(name) or (self.model.multimodal and not name.startswith(body) and name != head)

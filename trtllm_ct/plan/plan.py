@@ -34,7 +34,7 @@ __all__ = ["OTHER", "Delivery", "Deviation", "Fate", "ModulePlan", "Place", "Pla
 
 
 OTHER = "other"
-"""The class of a module that the tables of a model don't name."""
+"""The class of a module that is no site of a model."""
 
 
 class Fate(StrEnum):

@@ -24,13 +24,13 @@ from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
-from trtllm_ct.plan.kv_cache import KvCache, has_projections
+from trtllm_ct.plan.kv_cache import KvCache, attentions
 from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.expert_spellings import engine_reads_stacks
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
+from trtllm_ct.plan.models.places import known_prefixes
 from trtllm_ct.plan.models.plain_tensors import plain_tensors
-from trtllm_ct.plan.models.sites import known_prefixes
 from trtllm_ct.plan.models.wrapper_names import modules_as_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
 from trtllm_ct.plan.other_modules import OtherModules
@@ -88,7 +88,8 @@ def make_plan(
     scale; that depends on the KV cache. `kv_cache` is the mode of the cache that the engine will be told, such as
     `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
-    `model_class` is the class that config.json names; a model without tables is compared with it, unless it is None.
+    `model_class` is the class that config.json names, with which a model whose row lists no modules is compared; None
+    compares it with none.
     Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
     be delivered to the target. It has the warnings that the plan would have.
     """
@@ -106,7 +107,7 @@ def make_plan(
         faults=faults,
         reader=WeightReader(config, faults, multimodal=model.multimodal, probe=probe),
         rows=QueryKeyRows.of_model(config, model),
-        kv_cache=KvCache(config, target, model.kv_heads, has_projections=has_projections(model)),
+        kv_cache=KvCache(config, target, model.kv_heads),
         transforms=OnlineTransforms(config, model, faults),
     )
     with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
@@ -154,13 +155,13 @@ class _Planner:
         refuse_unread_names(self.model, self.target, self.faults)
         stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
-        self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
         self._untie(stored, place)
         sites = list(self.model.sites(place))
+        self.kv_cache = replace(self.kv_cache.among(stored.values()), has_projections=bool(attentions(sites)))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
-        if self.model.row is None and not any(site_modules.values()):
+        if self.model.listing is not None and not any(site_modules.values()):
             self._refuse_unknown_names(catalog)
         weights = self._read_weights(site_modules, sites)
         if self.model.discovery is not None:
@@ -186,7 +187,7 @@ class _Planner:
         modules += others.values()
         self._check_complete(stored, site_modules, weights, others, place[0])
         self.rows.report(self.faults)
-        self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
+        self.kv_cache.check_complete(modules, attentions(sites), self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
@@ -230,8 +231,8 @@ class _Planner:
         others: Mapping[str, ModulePlan],
         body: str,
     ) -> None:
-        """Add a fault for each tensor that a model without tables has lost, or has in another size."""
-        if self.model.row is None:
+        """Add a fault for each tensor that a model has lost whose row lists no modules, or has in another size."""
+        if self.model.listing is not None:
             return
         shapes = {
             module.stored_name: weights[name].stored.shape
@@ -299,7 +300,6 @@ class _Planner:
     def _set_model(self, model: Model) -> None:
         """Go on with another description of the model."""
         self.model = self.transforms.model = model
-        self.kv_cache = replace(self.kv_cache, has_projections=has_projections(model))
 
     @property
     def _engine_kv_cache(self) -> str | None:

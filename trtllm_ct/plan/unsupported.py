@@ -43,7 +43,7 @@ def _refuse_expert_sparsity(where: str, sparsity: ExpertSparsity, model: Model, 
         )
         return
     kept = sorted({count for count in sparsity.num_experts if count is not None})
-    experts = model.sizes.get("experts", 0)
+    experts = model.sizes["experts"]
     if kept and kept != [experts]:
         faults.add(
             where=f"{where}.num_experts",

@@ -37,7 +37,7 @@ def as_class_accepts(
     `sites` are all sites of the model, with the shapes of their weights.
     """
     settled = dict(assignments)
-    if model.one_mode:
+    if model.row.one_mode:
         settled = _in_one_mode(settled, candidates, sites)
     early = {site.module for site in sites if site.early}
     if early:
@@ -51,7 +51,7 @@ def needs_entries(layers: Mapping[str, LayerQuantConfig | None], sites: Sequence
     It must if its class asks for them (`ClassRow.entries`), or if a Linear is plain that would be built in the mode of
     the whole model. `layers` has the mode of every module, None for a plain one.
     """
-    if model.row is not None and model.row.entries:
+    if model.row.entries:
         return True
     return any(site.early and layers.get(site.module) is None for site in sites)
 

@@ -156,8 +156,7 @@ def _has_expert(module: ModulePlan, model: Model, rank: Rank) -> bool:
     """Whether the module belongs to an expert of this rank; true for every module outside the routed experts."""
     if module.experts is None:
         return True
-    experts = model.architecture.experts
-    experts_per_rank = model.sizes[experts.count] // rank.parallel.expert if experts else 1
+    experts_per_rank = model.sizes["experts"] // rank.parallel.expert
     return int(module.name.removeprefix(f"{module.experts}.").partition(".")[0]) // experts_per_rank == rank.expert
 
 

@@ -16,7 +16,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import FaultCollector, LoadError
-from trtllm_ct.plan.models.sites import name_variants
+from trtllm_ct.plan.models.places import name_variants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -127,8 +127,8 @@ class LoadSession:
     def check(self, model: Any, fused: Mapping[str, Sequence[str]]) -> None:
         """Check the model that the engine built against the plan that was loaded last; see `check_model`."""
         if self._latest is not None:
-            row = self._latest[0].checkpoint.model.row
-            check_model(model, fused, rank_plan(*self._latest), inner=row.inner if row else ())
+            inner = self._latest[0].checkpoint.model.row.inner
+            check_model(model, fused, rank_plan(*self._latest), inner=inner)
 
     def _open_sidecar(self, directory: Path) -> Sidecar | None:
         """Return the sidecar in a directory; None for a directory that the engine loads by itself.

@@ -10,7 +10,7 @@ from builders import tiny_config, write_checkpoint
 from trtllm_ct import plan_checkpoint
 from trtllm_ct.base.errors import ConfigError
 from trtllm_ct.plan.models.class_defaults import CLASS_DEFAULTS, WRAPPERS, is_tied, text_config_of
-from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.plan.models.sites import Model
 
 if TYPE_CHECKING:
@@ -23,17 +23,17 @@ SIZES_OF_ALL = (
 
 
 def model_types() -> list[str]:
-    """The model types of every supported family, alone and as a part of a larger model."""
+    """The model types of every class whose row lists modules, alone and as a part of a larger model."""
     from tiny_models import FAMILIES
 
-    return sorted({str(family["model_type"]) for family in FAMILIES.values()} | MODEL_TYPES.keys())
+    return sorted({str(family["model_type"]) for family in FAMILIES.values()} | TEXT_MODELS.keys())
 
 
 def architecture_of(model_type: str) -> str:
     from tiny_models import FAMILIES
 
     own = {str(family["model_type"]): name for name, family in FAMILIES.items()}
-    return own.get(model_type) or MODEL_TYPES[model_type]
+    return own.get(model_type) or TEXT_MODELS[model_type]
 
 
 def known_to_transformers(names: list[str]) -> list[str]:
@@ -42,9 +42,10 @@ def known_to_transformers(names: list[str]) -> list[str]:
     return [name for name in names if name in CONFIG_MAPPING]
 
 
-def test_the_table_has_every_class_of_a_supported_family() -> None:
+def test_the_table_has_every_class_whose_row_lists_modules() -> None:
     assert sorted(CLASS_DEFAULTS) == model_types()
-    assert {architecture_of(name) for name in CLASS_DEFAULTS} == ARCHITECTURES.keys()
+    listed = {name for name, row in CLASS_ROWS.items() if row.leaves}
+    assert {architecture_of(name) for name in CLASS_DEFAULTS} == listed
 
 
 @pytest.mark.newest_transformers
@@ -80,7 +81,7 @@ def test_a_config_without_sizes_describes_the_model_that_the_class_describes(cha
         assert latent or (name, model.sizes["head_dim"]) == (name, head_dim)
         assert latent or (name, model.kv_heads) == (name, typed.num_key_value_heads)
         for size, key in (("experts", "num_experts"), ("q_lora_rank", "q_lora_rank")):
-            if size in model.sizes:
+            if model.sizes.get(size):
                 assert (name, model.sizes[size]) == (name, getattr(typed, key, None) or typed.n_routed_experts)
 
 

@@ -18,8 +18,8 @@ from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.open import plan_checkpoint
-from trtllm_ct.plan.models.families import ARCHITECTURES
 from trtllm_ct.plan.models.fused_experts import split_fused_experts
+from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.plan import Fate
 from trtllm_ct.plan.stored import StoredModule, Whole
 
@@ -546,10 +546,10 @@ def test_a_tensor_is_divided_by_what_its_elements_belong_to(local: str, shape: t
         "weight_packed": Whole(name=f"{name}.weight_packed", spec=TensorSpec(DType.U8, (2, 8, 4))),
         local: Whole(name=f"{name}.{local}", spec=TensorSpec(DType.U8, shape)),
     }
-    experts = ARCHITECTURES["Qwen3MoeForCausalLM"][0].experts
-    assert experts is not None
 
-    split = split_fused_experts({name: StoredModule(name, views)}, experts)
+    split = split_fused_experts(
+        {name: StoredModule(name, views)}, Model.from_config(tiny_config("Qwen3MoeForCausalLM"))
+    )
 
     for expert, leaf in product(range(2), ("gate_proj", "up_proj")):
         assert split[f"model.layers.0.mlp.experts.{expert}.{leaf}"].specs[local].shape[0] == rows
@@ -560,10 +560,10 @@ def test_tiles_are_never_divided() -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     shapes = {"weight_packed": (2, 8, 4), "scale_packed": (2, 2, 4), "meta": (2, 8, 4)}
     views = {local: Whole(name=f"{name}.{local}", spec=TensorSpec(DType.I32, shape)) for local, shape in shapes.items()}
-    experts = ARCHITECTURES["Qwen3MoeForCausalLM"][0].experts
-    assert experts is not None
 
-    split = split_fused_experts({name: StoredModule(name, views)}, experts)
+    split = split_fused_experts(
+        {name: StoredModule(name, views)}, Model.from_config(tiny_config("Qwen3MoeForCausalLM"))
+    )
 
     assert {local: spec.shape for local, spec in split["model.layers.0.mlp.experts.1.up_proj"].specs.items()} == {
         local: shape[1:] for local, shape in shapes.items()

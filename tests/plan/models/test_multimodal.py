@@ -17,7 +17,7 @@ from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import plan_checkpoint
-from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ class TestPrefixes:
         assert plan.module("model.language_model.layers.1.mlp.experts.3.up_proj").delivered_mode == "NVFP4 g16"
         assert "model.language_model.layers.1.mlp.gate" in plan.quant_config.exclude_modules
 
-    @pytest.mark.parametrize("model_type", MODEL_TYPES)
-    def test_every_text_model_belongs_to_a_family(self, model_type: str):
-        assert MODEL_TYPES[model_type] in ARCHITECTURES
+    @pytest.mark.parametrize("model_type", TEXT_MODELS)
+    def test_the_row_of_a_text_model_lists_its_modules(self, model_type: str):
+        assert CLASS_ROWS[TEXT_MODELS[model_type]].leaves
 
     def test_a_class_with_an_unknown_text_model_becomes_plain_weights_only(self, tmp_path: Path):
         write_multimodal(tmp_path, "language_model.model.")

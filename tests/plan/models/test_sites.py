@@ -1,4 +1,4 @@
-"""Compare the tables of model families with the modules of transformers, and config.json with the tables."""
+"""Compare the modules that rows list with those of transformers, and config.json with the sizes that rows need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_models import FAMILIES
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault
 from trtllm_ct.plan.models.class_row import DEFAULT_ROW
-from trtllm_ct.plan.models.families import ARCHITECTURES, MODEL_TYPES
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.plan.models.sites import Model, Site
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def faults(**config: Any) -> tuple[Fault, ...]:
     return caught.value.faults
 
 
-def test_every_family_is_compared() -> None:
-    assert FAMILIES.keys() == ARCHITECTURES.keys()
+def test_every_row_that_lists_modules_is_compared() -> None:
+    assert FAMILIES.keys() == {name for name, row in CLASS_ROWS.items() if row.leaves}
 
 
 @pytest.mark.reference
@@ -56,7 +56,7 @@ def test_every_family_is_compared() -> None:
     ("architecture", "options"), [case for case in VARIANTS if is_installed(FAMILIES[case[0]]["model_type"])]
 )
 def test_sites_are_exactly_the_modules_that_transformers_builds(architecture: str, options: dict[str, Any]) -> None:
-    """Names, shapes and other parameters are equal: the tables have no module too few and none too many."""
+    """Names, shapes and other parameters are equal: the rows have no module too few and none too many."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +70,7 @@ def test_sites_are_exactly_the_modules_that_transformers_builds(architecture: st
 
 
 # Kimi K2 has the code of DeepSeek-V3 in its own repository; transformers does not know its name.
-TEXT_PARTS = {name: family for name, family in MODEL_TYPES.items() if name != "kimi_k2" and is_installed(name)}
+TEXT_PARTS = {name: family for name, family in TEXT_MODELS.items() if name != "kimi_k2" and is_installed(name)}
 
 
 @pytest.mark.reference
@@ -181,7 +181,7 @@ def test_head_sizes_that_config_leaves_out_are_derived(absent: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("names", [["GrokForCausalLM"], [], None, "GrokForCausalLM", ["LlamaModel", "X"]])
-def test_an_unknown_architecture_has_no_tables_and_needs_no_sizes(names: object) -> None:
+def test_an_unknown_architecture_has_the_default_row_and_needs_no_sizes(names: object) -> None:
     model = Model.from_config({"architectures": names})
 
     assert model.name == (str(names[0]) if isinstance(names, list) and names else str(names or "none"))

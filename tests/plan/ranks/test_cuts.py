@@ -12,13 +12,16 @@ from hypothesis import example, given, settings
 from quantized_weights import ints, weight
 from tiny_models import FAMILIES, tiny_config
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.engine.parallel import ONE_RANK, Cut, Parallel
 from trtllm_ct.engine.slices import Slices
 from trtllm_ct.engine.target import MODELOPT, TENSORRT_LLM
 from trtllm_ct.plan.assign import Candidate
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.cuts import cut_of, refuse_uneven, with_slices
+from trtllm_ct.plan.stored import StoredModule, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -264,6 +267,76 @@ class TestUneven:
     @pytest.mark.parametrize("stages", [1, 2, 3])
     def test_a_stage_may_have_a_single_layer(self, stages: int) -> None:
         assert faults(model(layers=3), pipeline=stages) == {}
+
+
+UNEVEN_MLP = {"mlp.gate_proj": (130, 384), "mlp.up_proj": (130, 384), "mlp.down_proj": (384, 130)}
+
+
+def found_in_files(architecture: str, linears: dict[str, tuple[int, int]], **config: Any) -> Model:
+    """A model whose row lists no modules, with these Linears in each of two layers; those of attention have a bias."""
+    names = {f"model.layers.{layer}.{path}": shape for layer in range(2) for path, shape in linears.items()}
+    stored = {
+        name: StoredModule(
+            name,
+            {"weight": Whole(name=f"{name}.weight", spec=TensorSpec(DType.BF16, shape))}
+            | ({"bias": Whole(name=f"{name}.bias", spec=TensorSpec(DType.BF16, shape[:1]))} if "attn" in name else {}),
+        )
+        for name, shape in names.items()
+    }
+    return Model.from_config({"architectures": [architecture], **config}).in_checkpoint(stored)
+
+
+class TestModelsOfFiles:
+    """Models whose row lists no modules are divided by the shapes of their weights and the numbers in config.json."""
+
+    SEED, GLM = "SeedOssForCausalLM", "Glm4MoeForCausalLM"
+
+    def test_heads_are_divided_and_not_rows(self) -> None:
+        """Four ranks can share 384 rows, and not the six heads that these are."""
+        of = found_in_files(self.SEED, {"self_attn.q_proj": (384, 384)}, num_attention_heads=6, head_dim=64)
+
+        assert {where: fault.found for where, fault in faults(of, tensor=4).items()} == {"num_attention_heads": "6"}
+        assert faults(of, tensor=3) == {}
+
+    def test_what_follows_from_an_uneven_number_of_heads_is_not_said_again(self) -> None:
+        of = found_in_files(self.SEED, {"self_attn.q_proj": (330, 384)}, num_attention_heads=6, head_dim=55)
+
+        assert faults(of, tensor=4).keys() == {"num_attention_heads"}
+
+    def test_uneven_weights_are_named(self) -> None:
+        of = found_in_files(self.SEED, UNEVEN_MLP, num_attention_heads=4, hidden_size=384)
+
+        assert faults(of, tensor=4).keys() == {"size of gate_proj", "size of up_proj", "size of down_proj"}
+        assert faults(of, tensor=4, attention_dp=True) == {}
+
+    def test_an_mlp_may_be_uneven_if_ranks_vary(self) -> None:
+        of = found_in_files(self.GLM, UNEVEN_MLP, num_attention_heads=4, num_key_value_heads=4, hidden_size=384)
+
+        assert faults(of, tensor=4) == {}
+
+    def test_a_bias_that_would_be_repeated_is_named_once_for_all_layers(self) -> None:
+        linears = {f"self_attn.{leaf}_proj": (128, 384) for leaf in "kv"}
+        of = found_in_files(self.SEED, linears, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+
+        assert list(faults(of, tensor=4)) == ["self_attn.k_proj.bias", "self_attn.v_proj.bias"]
+        assert faults(of, tensor=2) == {}
+
+    def test_layers_may_have_different_numbers_of_heads(self) -> None:
+        """The layer with the fewest decides, whatever layer comes last."""
+        stored = {
+            f"model.layers.{layer}.self_attn.k_proj": StoredModule(
+                f"model.layers.{layer}.self_attn.k_proj",
+                {
+                    local: Whole(name=f"{layer}.{local}", spec=TensorSpec(DType.BF16, shape))
+                    for local, shape in (("weight", (rows, 384)), ("bias", (rows,)))
+                },
+            )
+            for layer, rows in enumerate((128, 256))
+        }
+        config = {"architectures": [self.SEED], "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+        of = Model.from_config(config).in_checkpoint(stored)
+
+        assert list(faults(of, tensor=4)) == ["self_attn.k_proj.bias"]
 
 
 class TestRepeatedBiases:

@@ -79,9 +79,9 @@ class Layout:
             name = BUILD_NAMES.get(self._outside(module))
             return None if name is None else Spot(name=name, parts=(module,))
         layer, path = int(inside[1]), inside[2]
-        experts = self.model.architecture.experts
-        if experts is not None and path.startswith(f"{experts.path}."):
-            expert, _, projection = path.removeprefix(f"{experts.path}.").partition(".")
+        experts = self.model.experts
+        if experts and path.startswith(f"{experts}."):
+            expert, _, projection = path.removeprefix(f"{experts}.").partition(".")
             return self._in_expert(module, layer, expert, projection)
         name = self.row.modules.get(path)
         if name is None:

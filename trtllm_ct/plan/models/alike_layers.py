@@ -1,4 +1,4 @@
-"""Find what a checkpoint has lost, for models that no table describes: layers and experts of one kind are alike.
+"""Find what a checkpoint has lost, for models whose row lists no modules: layers and experts of one kind are alike.
 
 A layer that has lost a tensor has other tensors than all other layers, and a tensor of another size gives it other
 shapes. Layers differ for good reasons too: they are of several kinds, share keys and values, or have heads of several

@@ -4,7 +4,7 @@ Names are given without `transformer.` and without the layer. The trap in them: 
 which Hugging Face calls `gate_proj`, and `gate` is the linear one, `up_proj`. In experts, the rows of the linear branch
 come first. Sources: TensorRT-LLM `models/model_weights_loader.py` (04a2cacb) for names, `models/llama/convert.py`
 (0afa06ab), `models/llama/config.py` (89fd9b74), `models/qwen/config.py` (373970a8) and `layers/moe.py`.
-How ranks divide a module is in `families.py`: both backends cut at the same rows.
+How ranks divide a module is in the row of its class (`class_rows.py`): both backends cut at the same rows.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """`ClassRow`: how a model class of the engine reads the modules of a layer; the rows are in `class_rows.py`.
 
 A row has no sizes: they come from the headers of the files (`discovery.py`). So it needs no entries for layers of
-different kinds, heads of different sizes, or layers without some projections.
+different kinds, heads of different sizes, or layers without some projections. A row may also list the modules that
+every layer must have (`Leaves`). Then config.json must have their sizes, and no other module is accepted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Cut
 
 if TYPE_CHECKING:
@@ -16,7 +18,33 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.schemes import QuantAlgo
 
-__all__ = ["CUTS", "DEFAULT_ROW", "GATE_UP", "QKV", "ClassRow", "Limit"]
+__all__ = [
+    "ALL_MODES",
+    "ALWAYS",
+    "CUTS",
+    "DEFAULT_ROW",
+    "GATE_UP",
+    "PROJECTION_NAMES",
+    "QKV",
+    "SHAPES",
+    "WHOLE_HEADS",
+    "ClassRow",
+    "Leaves",
+    "Limit",
+    "entry_of",
+]
+
+T = TypeVar("T")
+
+ALWAYS = "always"
+"""In place of a key of config.json: the Linear has a bias in every model of the class."""
+
+
+ALL_MODES = frozenset(mode.algo for mode in LINEAR_MODES)
+"""For limits that exclude a few modes."""
+
+WHOLE_HEADS = ("num_key_value_heads",)
+"""`ClassRow.divided` of a class that doesn't repeat K/V heads when there are more ranks than heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +79,45 @@ CUTS: Mapping[str, Cut] = {
 """How ranks divide the Linears of most classes, by the same two files."""
 
 
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "q_proj": ("heads", "hidden"),
+    "k_proj": ("kv_heads", "hidden"),
+    "v_proj": ("kv_heads", "hidden"),
+    "o_proj": ("hidden", "heads"),
+    "gate_proj": ("intermediate", "hidden"),
+    "up_proj": ("intermediate", "hidden"),
+    "down_proj": ("hidden", "intermediate"),
+    "gate": ("experts", "hidden"),
+    "experts.gate_proj": ("moe_intermediate", "hidden"),
+    "experts.up_proj": ("moe_intermediate", "hidden"),
+    "experts.down_proj": ("hidden", "moe_intermediate"),
+    "input_layernorm": ("hidden",),
+    "post_attention_layernorm": ("hidden",),
+    "pre_feedforward_layernorm": ("hidden",),
+    "post_feedforward_layernorm": ("hidden",),
+    "q_norm": ("head_dim",),
+    "k_norm": ("head_dim",),
+}
+"""The sizes of the weights of most classes by name, see `sizes.py`: transformers 5.23 `models/*/modeling_*.py`."""
+
+PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
+"""The names of an expert's gate, up and down in most classes, and in `SHAPES`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaves:
+    """The modules that every layer of a decoder has, by their paths in the layer.
+
+    `attention`, `mlp` and `shared` are Linears. Layers with routed experts have `shared` in place of `mlp`, with the
+    router and the experts; which layers these are is in config.json (`sizes.py: dense_layers_of`).
+    """
+
+    attention: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassRow:
     """How a model class reads the modules of a layer.
@@ -60,6 +127,7 @@ class ClassRow:
     `cuts` says how ranks divide a Linear; others are not divided. `table` says how they divide the embeddings. `plain`
     are the Linears that the class builds without quantization. `experts` is the path of the routed experts in a layer,
     and `projections` are the names of (gate, up, down) that the class reads; None leaves them as they are stored.
+    `router` is the path of the Linear that selects experts, which the class reads plain.
     `limits` restrict some Linears to a few modes. `inner` are pairs of a pattern and a replacement that turn the name
     of a delivered module into the one that the class looks up in the configuration of the quantization.
 
@@ -77,14 +145,24 @@ class ClassRow:
     that the class finds; None if it is not checked.
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
-    `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix
-    of draft layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer.
+    `divided` are the keys of config.json, beside the number of attention heads, whose numbers the ranks must be able to
+    divide evenly. `drafts` is the prefix of draft layers, such as `mtp.layers.`, whose numbers in the class follow that
+    of the last layer.
+
+    `splits` are Linears that are stored as one and that the class itself cuts by rows, with the names of the sizes of
+    their parts; it cuts `weight`, and a `weight_scale` of as many rows. `joins` are Linears that the class itself
+    joins, by the path of the last of them; it knows the scales of few modes (`LinearMode.class_joins_scales`).
+
+    `leaves` are the modules that a layer must have; of several, the first counts whose sizes config.json has. Without
+    any, a layer has the modules that are stored. `shapes` names the sizes of their weights, `biases` the keys of
+    config.json that give them a bias, or `always`, and `extras` other parameters that they have.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {**QKV, **GATE_UP})
     cuts: Mapping[str, Cut] = field(default_factory=lambda: CUTS)
     table: Cut = Cut.VOCABULARY
     plain: tuple[str, ...] = ()
+    router: str = ""
     experts: str = "experts"
     projections: tuple[str, str, str] | None = None
     limits: tuple[Limit, ...] = ()
@@ -104,9 +182,24 @@ class ClassRow:
     mixers: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
     drafts: str = ""
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    leaves: tuple[Leaves, ...] = ()
+    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SHAPES)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 DEFAULT_ROW = ClassRow()
 """What the stock weight mapper does with a class that has none of its own.
 
 Source: TensorRT-LLM `_torch/models/checkpoints/hf/weight_mapper.py`."""
+
+
+def entry_of(entries: Mapping[str, T], name: str) -> T | None:
+    """Return the entry whose path the name of a module ends with, the longest of several; None without any."""
+    while name not in entries:
+        _, _, name = name.partition(".")
+        if not name:
+            return None
+    return entries[name]

@@ -1,99 +1,56 @@
-"""One `ClassRow` for each model class of the engine that is known, and whose family has no tables."""
+"""One `ClassRow` for each model class of the engine that is known, from a file for each kind of layer or of loader.
+
+The releases that have a class are in `engine/model_classes.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.schemes import QuantAlgo
-from trtllm_ct.engine.parallel import Cut
-from trtllm_ct.plan.models.class_row import CUTS, ClassRow, Limit
-from trtllm_ct.plan.models.decoder_rows import DECODER_ROWS
+from trtllm_ct.plan.models.dense_rows import DENSE_ROWS
 from trtllm_ct.plan.models.gemma4_rows import GEMMA4_ROWS
+from trtllm_ct.plan.models.hybrid_rows import HYBRID_ROWS
+from trtllm_ct.plan.models.latent_rows import LATENT_ROWS
 from trtllm_ct.plan.models.llama4_rows import LLAMA4_ROWS
+from trtllm_ct.plan.models.mixture_rows import MIXTURE_ROWS
 from trtllm_ct.plan.models.own_loader_rows import OWN_LOADER_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CLASS_ROWS"]
+    from trtllm_ct.plan.models.class_row import ClassRow
 
-# Modes whose tensors have either a row for each row of the weight or one element, under the names that Linears read.
-_ROWS_OF_ITS_OWN = frozenset(
-    {
-        QuantAlgo.FP8,
-        QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN,
-        QuantAlgo.NVFP4,
-        QuantAlgo.W4A16_NVFP4,
-        QuantAlgo.MXFP8,
-        QuantAlgo.W4A16_MXFP4,
-        QuantAlgo.W4A8_MXFP4_MXFP8,
-        QuantAlgo.W8A16,
-    }
-)
-
-# TensorRT-LLM `_torch/models/modeling_qwen3_next.py` (00022b04), `_torch/modules/mamba/gdn_mixer.py` (0d4bd901) and
-# `checkpoints/hf/qwen3_next_weight_mapper.py` (ff5ca335 for 1.2, 32e0e21a for 1.3), `qwen2_moe_weight_mapper.py`
-# (00be09f7). `linear_attn.conv1d` is a Linear there; writers store it as a plain convolution, and it is excluded by
-# name as any plain module is.
-_QWEN3_NEXT = ClassRow(
-    cuts={
-        **CUTS,
-        "linear_attn.in_proj_qkvz": Cut.COLUMN,
-        "linear_attn.in_proj_ba": Cut.COLUMN,
-        "linear_attn.out_proj": Cut.ROW,
-    },
-    plain=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.conv1d"),
-    experts="mlp.experts",
-    limits=(
-        Limit(
-            paths=("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
-            algos=_ROWS_OF_ITS_OWN,
-            source="Qwen3NextHfWeightMapper._permute_in_proj_to_dense, `checkpoints/hf/qwen3_next_weight_mapper.py`, "
-            "32e0e21a (pull request 16314); 1.2 leaves the rows as they are",
-        ),
-    ),
-    mixers=("linear_attn",),
-    divided=("linear_num_key_heads", "linear_num_value_heads"),
-    drafts="mtp.layers.",
-)
-
-# TensorRT-LLM `_torch/models/modeling_qwen3_5.py` (2478158c to 00620eb0) and `checkpoints/hf/qwen3_5_weight_mapper.py`
-# (da259e7d to 04666e21): a decoder of Qwen3-Next whose linear attention is stored in four projections. The class packs
-# them into two, and puts the dense MLP one level deeper.
-_QWEN3_5_MOE = replace(
-    _QWEN3_NEXT,
-    cuts={**CUTS, "linear_attn.out_proj": Cut.ROW},
-    limits=(
-        Limit(
-            paths=tuple(f"linear_attn.in_proj_{part}" for part in ("q", "k", "v", "qkv", "z", "b", "a", "qkvz", "ba")),
-            source="Qwen3_5MoeHfWeightMapper._pack_split_projections, `checkpoints/hf/qwen3_5_weight_mapper.py`, "
-            "da259e7d to 04666e21: which scales it packs depends on the release and on the global mode",
-        ),
-        Limit(
-            paths=("lm_head",),
-            source="`_torch/models/modeling_qwen3_5.py`, 00620eb0: lm_head is added to exclude_modules",
-        ),
-    ),
-    inner=(
-        (r"\.in_proj_(?:q|k|v|qkv|z)$", ".in_proj_qkvz"),
-        (r"\.in_proj_[ba]$", ".in_proj_ba"),
-    ),
-)
-_QWEN3_5 = replace(
-    _QWEN3_5_MOE,
-    inner=(*_QWEN3_5_MOE.inner, (r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)$", r"\1.mlp.\2")),
-)
+__all__ = ["CLASS_ROWS", "TEXT_MODELS"]
 
 CLASS_ROWS: Mapping[str, ClassRow] = {
-    **DECODER_ROWS,
+    **DENSE_ROWS,
+    **MIXTURE_ROWS,
+    **LATENT_ROWS,
+    **HYBRID_ROWS,
     **GEMMA4_ROWS,
     **LLAMA4_ROWS,
     **OWN_LOADER_ROWS,
-    "Qwen3NextForCausalLM": _QWEN3_NEXT,
-    "Qwen3_5ForCausalLM": _QWEN3_5,
-    "Qwen3_5ForConditionalGeneration": _QWEN3_5,
-    "Qwen3_5MoeForCausalLM": _QWEN3_5_MOE,
-    "Qwen3_5MoeForConditionalGeneration": _QWEN3_5_MOE,
 }
-"""The rows, by the architecture that config.json names; one that is in `ARCHITECTURES` has no row."""
+"""The rows, by the architecture that config.json names."""
+
+TEXT_MODELS: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+}
+"""The row of the text model inside of a larger model, by `text_config.model_type`.
+
+The row of the larger model's own name counts if its text model has none here."""

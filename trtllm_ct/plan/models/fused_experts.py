@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from trtllm_ct.plan.models.expert_spellings import StackedExperts
-    from trtllm_ct.plan.models.families import Experts
     from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.plan import ModulePlan
 
@@ -39,7 +38,7 @@ NOT_PER_EXPERT = frozenset(name for name, axes in WEIGHT_TENSORS.items() if Axis
 
 
 def split_fused_experts(
-    modules: dict[str, StoredModule], experts: Experts, *, inputs_first: bool = False, plain: bool = True
+    modules: dict[str, StoredModule], model: Model, *, inputs_first: bool = False, plain: bool = True
 ) -> dict[str, StoredModule]:
     """Return the modules, with every tensor of all experts replaced by its experts; other modules are unchanged.
 
@@ -52,17 +51,17 @@ def split_fused_experts(
         if not plain and not module.is_quantized:
             result[name] = module
             continue
-        if name.endswith(f".{experts.path}"):
+        if name.endswith(f".{model.experts}"):
             # Plain fused experts are parameters of the experts module itself.
             fused = {local: view for local, view in module.views.items() if local in _PARTS and _is_stack(view)}
             for local, view in fused.items():
                 if inputs_first:
-                    _add_transposed(result, name, local, view, experts)
+                    _add_transposed(result, name, local, view, model)
                 else:
-                    _add_experts(result, name, local, {"weight": view}, experts)
+                    _add_experts(result, name, local, {"weight": view}, model)
             rest = {local: view for local, view in module.views.items() if local not in fused}
-        elif parent.endswith(f".{experts.path}") and leaf in _PARTS:
-            _add_experts(result, parent, leaf, module.views, experts)
+        elif parent.endswith(f".{model.experts}") and leaf in _PARTS:
+            _add_experts(result, parent, leaf, module.views, model)
             rest = {local: view for local, view in module.views.items() if not _has_experts(view, local)}
         else:
             result[name] = module
@@ -78,14 +77,14 @@ def stores_inputs_first(modules: Mapping[str, StoredModule], model: Model) -> bo
     transformers 5 saves Qwen3-VL-MoE as [E, out, in], other writers as [E, in, out]. A single shape may fit both; but
     `gate_up_proj` is square only if in = 2I, and `down_proj` only if in = I, so one of them always shows the order.
     """
-    experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
-    if experts is None or stacked is None or model.row is not None or not stacked.inputs_first:
+    stacked = STACKED_EXPERTS.get(model.text_type)
+    if stacked is None or model.listing is None or not stacked.inputs_first:
         return False
-    shapes = _shapes(model, experts)
+    shapes = _shapes(model)
     outputs_first = [
         view.spec.shape[1:] == shapes[local][::-1]
         for name, module in modules.items()
-        if name.endswith(f".{experts.path}")
+        if name.endswith(f".{model.experts}")
         for local, view in module.views.items()
         if local in shapes and view.spec.shape[1:] != shapes[local]
     ]
@@ -118,10 +117,10 @@ def stack_warnings(model: Model) -> tuple[str, ...]:
 
     Source: transformers 5.23 `core_model_loading.py`, `Transpose(check_dims=True)`.
     """
-    experts, stacked = model.architecture.experts, STACKED_EXPERTS.get(model.text_type)
-    if experts is None or stacked is None or not stacked.told_by_shape or model.row is not None:
+    stacked = STACKED_EXPERTS.get(model.text_type)
+    if stacked is None or not stacked.told_by_shape or model.listing is None:
         return ()
-    square = [name for name, shape in _shapes(model, experts).items() if len(set(shape)) == 1]
+    square = [name for name, shape in _shapes(model).items() if len(set(shape)) == 1]
     if not square:
         return ()
     what = f"{' and '.join(square)} of the experts: both axes have the same size"
@@ -130,9 +129,9 @@ def stack_warnings(model: Model) -> tuple[str, ...]:
     )
 
 
-def _shapes(model: Model, experts: Experts) -> dict[str, tuple[int, int]]:
+def _shapes(model: Model) -> dict[str, tuple[int, int]]:
     """Return the sizes (in, out) of an expert's part of each stacked tensor."""
-    hidden, inner = model.sizes["hidden"], model.sizes[experts.intermediate]
+    hidden, inner = model.sizes["hidden"], model.sizes["moe_intermediate"]
     return {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
 
 
@@ -180,7 +179,7 @@ def _one_after_another(whole: StackPart, rows: Mapping[str, int]) -> dict[str, S
     return parts
 
 
-def _add_transposed(result: dict[str, StoredModule], parent: str, fused: str, view: Whole, experts: Experts) -> None:
+def _add_transposed(result: dict[str, StoredModule], parent: str, fused: str, view: Whole, model: Model) -> None:
     """Add to `result` one module for each expert and each projection in a plain tensor [E, in, out]."""
     positions = _PARTS[fused]
     count, inputs, outputs = (*view.spec.shape, 0, 0)[:3]
@@ -190,7 +189,7 @@ def _add_transposed(result: dict[str, StoredModule], parent: str, fused: str, vi
             spec = TensorSpec(view.spec.dtype, (rows, inputs))
             columns = (part * rows, (part + 1) * rows)
             piece = TransposedExpert(spec=spec, name=view.name, expert=expert, columns=columns)
-            name = f"{parent}.{expert}.{experts.projections[position]}"
+            name = f"{parent}.{expert}.{model.projections[position]}"
             result[name] = StoredModule(name, {"weight": piece})
 
 
@@ -208,7 +207,7 @@ def _has_experts(view: View, local: str) -> TypeGuard[Whole]:
 
 
 def _add_experts(
-    result: dict[str, StoredModule], parent: str, fused: str, views: Mapping[str, View], experts: Experts
+    result: dict[str, StoredModule], parent: str, fused: str, views: Mapping[str, View], model: Model
 ) -> None:
     """Add to `result` one module for each expert and each projection in a fused module's tensors.
 
@@ -221,7 +220,7 @@ def _add_experts(
         for expert in range(view.spec.shape[0]):
             pieces = _pieces(view, expert, len(parts), axes.get(local))
             for part, piece in zip(parts, pieces, strict=True):
-                name = f"{parent}.{expert}.{experts.projections[part]}"
+                name = f"{parent}.{expert}.{model.projections[part]}"
                 known = result.get(name)
                 result[name] = StoredModule(name, {**(known.views if known else {}), local: piece})
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trtllm_ct.base.errors import FaultCollector
-    from trtllm_ct.plan.models.families import Experts
     from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.stored import StoredModule, View
 
@@ -72,7 +71,7 @@ _BESIDE_THE_TEXT = {
     "patch_merger.merging_layer": "multi_modal_projector.patch_merger.merging_layer",
     "pre_mm_projector_norm": "multi_modal_projector.norm",
 }
-# Positions in `Experts.projections`: w1 is the gate, w3 is up, w2 is down.
+# Positions in `Model.projections`: w1 is the gate, w3 is up, w2 is down.
 _PROJECTION_OF_EXPERT = {"w1": 0, "w3": 1, "w2": 2}
 _LOCALS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
 
@@ -82,12 +81,12 @@ def hugging_face_names(
 ) -> dict[str, StoredModule]:
     """Return the modules under Hugging Face names; they are unchanged if they don't have Mistral's names.
 
-    Those of a model without tables, such as Mistral Large 3, keep their names too.
+    Those of a model whose row lists no modules, such as Mistral Large 3, keep their names too.
 
     Adds a fault for each name that two stored tensors would get. Raises `PlanError` with all faults if the model has no
     name for some modules, instead of later faults for each surplus and each missing tensor.
     """
-    if model.row is not None or not any(_NATIVE.match(f"{name}.") for name in modules):
+    if model.listing is None or not any(_NATIVE.match(f"{name}.") for name in modules):
         return modules
     renamed: dict[str, StoredModule] = {}
     unknown = []
@@ -127,7 +126,7 @@ def _hugging_face_name(native: str, model: Model) -> str | None:
     if native in outside_layers:
         return outside_layers[native]
     if layer := _LAYER.fullmatch(native):
-        inner = _of_layer(layer[2], model.architecture.experts)
+        inner = _of_layer(layer[2], model)
         return f"{body}layers.{layer[1]}.{inner}" if inner else None
     if model.multimodal and (layer := _VISION_LAYER.fullmatch(native)):
         inner = _OF_VISION_LAYER.get(layer[2])
@@ -135,14 +134,12 @@ def _hugging_face_name(native: str, model: Model) -> str | None:
     return None
 
 
-def _of_layer(native: str, experts: Experts | None) -> str | None:
+def _of_layer(native: str, model: Model) -> str | None:
     """Return the Hugging Face path of a module within its layer; None if there is no such module."""
-    if experts is None:
-        return _OF_LAYER.get(native)
     if native in _ROUTERS:
-        return experts.router.path
-    if expert := _EXPERT.fullmatch(native):
-        return f"{experts.path}.{expert[1]}.{experts.projections[_PROJECTION_OF_EXPERT[expert[2]]]}"
+        return model.row.router or None
+    if model.experts and (expert := _EXPERT.fullmatch(native)):
+        return f"{model.experts}.{expert[1]}.{model.projections[_PROJECTION_OF_EXPERT[expert[2]]]}"
     return _OF_LAYER.get(native)
 
 

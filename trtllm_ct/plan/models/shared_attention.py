@@ -30,20 +30,20 @@ _KEYS = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.k_proj")
 _OF_KEYS_ALONE = "k_"
 
 
-def layers_of_queries_only(row: ClassRow | None, text: Mapping[str, Any], layers: int) -> frozenset[int]:
+def layers_of_queries_only(row: ClassRow, text: Mapping[str, Any], layers: int) -> frozenset[int]:
     """Return the numbers of the layers that take keys and values of earlier layers.
 
     `text` is the configuration of a text model with so many layers.
     """
-    count = text.get(row.query_only) if row is not None and row.query_only else None
+    count = text.get(row.query_only) if row.query_only else None
     first = layers - (count or 0)
     # The engine's class and transformers count none if all layers would share.
     return frozenset(range(first, layers)) if first > 0 else frozenset()
 
 
-def layers_without_values(row: ClassRow | None, text: Mapping[str, Any]) -> frozenset[int]:
+def layers_without_values(row: ClassRow, text: Mapping[str, Any]) -> frozenset[int]:
     """Return the numbers of the layers whose values are the output of k_proj; `text` is the text model's config."""
-    if row is None or not row.keys_as_values or not text.get(row.keys_as_values):
+    if not row.keys_as_values or not text.get(row.keys_as_values):
         return frozenset()
     kinds = text.get("layer_types")
     if not isinstance(kinds, list):

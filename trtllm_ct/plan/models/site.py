@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from trtllm_ct.engine.parallel import Cut
 
 if TYPE_CHECKING:
-    from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.plan.models.class_row import Limit
 
 __all__ = ["Site"]
@@ -22,11 +21,11 @@ class Site(NamedTuple):
     into one Linear, which then reads no `pre_quant_scale`. `shares` names the fused Linear, or the gate and up part of
     an expert, whose members must have equal scalars.
     Engines never read a `plain` module quantized. `expert` marks routed experts and `head` the head, which have fewer
-    modes. The engine's class reads those in `other_layouts` differently from other classes.
+    modes.
     `aliases` are other names under which writers have stored the module.
     `cut` says how ranks divide the weight. `heads` is the number of K/V heads if they divide it by heads. `parts` are
     the rows of each Linear if several are stored in one weight, each of which is divided for itself; with `class_cuts`
-    the engine's model class divides them, and with `class_joins` it joins the group into one Linear, see `LinearSite`.
+    the engine's model class divides them, and with `class_joins` it joins the group into one Linear, see `ClassRow`.
     `attention` marks modules of attention, which attention data parallelism does not divide. With `ranks_vary` the
     engine may give a rank another slice than the one that its number suggests. `limit` restricts the modes that the
     engine's model class can read the module in; None if it reads all. `early` is as in `ClassRow`.
@@ -50,7 +49,6 @@ class Site(NamedTuple):
     ranks_vary: bool = False
     class_cuts: bool = False
     class_joins: bool = False
-    other_layouts: frozenset[QuantAlgo] = frozenset()
     limit: Limit | None = None
     early: bool = False
 

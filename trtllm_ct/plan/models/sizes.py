@@ -1,18 +1,19 @@
-"""The sizes in a config.json, under the names that the tables of model families use."""
+"""The sizes in a config.json, under the names that the rows of model classes use."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.plan.models.class_defaults import EXPERT_COUNTS
+from trtllm_ct.plan.models.class_row import entry_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from trtllm_ct.base.errors import FaultCollector
-    from trtllm_ct.plan.models.families import Architecture
+    from trtllm_ct.plan.models.class_row import ClassRow, Leaves
 
-__all__ = ["dense_layers_of", "nested_text_config", "size_under", "sizes_of", "stated_sizes"]
+__all__ = ["dense_layers_of", "leaves_of", "nested_text_config", "sizes_of", "stated_sizes"]
 
 # The keys under which the configuration of a larger model has that of its text model.
 _TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -28,17 +29,24 @@ _STATED = {
 _KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 
 
-def sizes_of(config: Mapping[str, Any], architecture: Architecture, faults: FaultCollector) -> dict[str, int]:
-    """Return the sizes that the tables of a family use by name.
+def sizes_of(config: Mapping[str, Any], row: ClassRow, faults: FaultCollector) -> dict[str, int]:
+    """Return the sizes that a row which lists the modules of a layer uses by name; adds a fault for each missing one.
 
-    Sizes such as `heads` and `kv_heads` are numbers of elements (heads times head_dim), not of heads.
+    Sizes such as `heads` and `kv_heads` are numbers of elements (heads times head_dim), not of heads; numbers have the
+    names that they have in config.json.
     """
-    hidden = size_under(config, "hidden_size", faults)
-    heads = size_under(config, "num_attention_heads", faults)
-    kv_heads = size_under(config, "num_key_value_heads", faults, default=heads)
-    head_dim = size_under(config, "head_dim", faults, default=hidden // heads if heads else 0)
-    intermediate = size_under(config, "intermediate_size", faults)
+    hidden = _size(config, "hidden_size", faults)
+    heads = _size(config, "num_attention_heads", faults)
+    kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
+    head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
+    intermediate = _size(config, "intermediate_size", faults)
     sizes = {
+        "layers": _size(config, "num_hidden_layers", faults),
+        "vocabulary": _size(config, "vocab_size", faults),
+        "draft_layers": _size(config, "num_nextn_predict_layers", faults, default=0, least=0),
+        "experts": 0,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "one": 1,
         "hidden": hidden,
         "intermediate": intermediate,
@@ -48,22 +56,30 @@ def sizes_of(config: Mapping[str, Any], architecture: Architecture, faults: Faul
         "qkv": (heads + 2 * kv_heads) * head_dim,
         "gate_up": 2 * intermediate,
     }
-    if architecture.experts is not None:
+    if row.router:
         sizes |= _expert_sizes(config, intermediate, faults)
-    if any(entry.size == "kv_lora_rank" for entry in architecture.norms):
+    if any("kv_lora_rank" in shape for shape in row.shapes.values()):
         sizes |= _latent_sizes(config, heads, faults)
     return sizes
+
+
+def leaves_of(row: ClassRow, sizes: Mapping[str, int]) -> Leaves | None:
+    """Return the first list of a row whose sizes are all given, otherwise the last one; None if it has no list."""
+    for leaves in row.leaves[:-1]:
+        if all(name in sizes for path in leaves.attention for name in entry_of(row.shapes, path) or ()):
+            return leaves
+    return row.leaves[-1] if row.leaves else None
 
 
 def _expert_sizes(config: Mapping[str, Any], intermediate: int, faults: FaultCollector) -> dict[str, int]:
     """Return the number of routed experts and the intermediate sizes of routed and shared experts."""
     key = next((key for key in EXPERT_COUNTS if config.get(key) is not None), " or ".join(EXPERT_COUNTS))
-    inner = size_under(config, "moe_intermediate_size", faults, default=intermediate)
-    shared = inner * size_under(config, "n_shared_experts", faults, default=1)
+    inner = _size(config, "moe_intermediate_size", faults, default=intermediate)
+    shared = inner * _size(config, "n_shared_experts", faults, default=1)
     return {
-        "experts": size_under(config, key, faults),
+        "experts": _size(config, key, faults),
         "moe_intermediate": inner,
-        "shared_intermediate": size_under(config, "shared_expert_intermediate_size", faults, default=shared),
+        "shared_intermediate": _size(config, "shared_expert_intermediate_size", faults, default=shared),
     }
 
 
@@ -73,7 +89,7 @@ def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector)
     Queries and keys have a part with rotary positions (rope) and one without (nope).
     """
     keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    rank, nope, rope, value = (size_under(config, key, faults) for key in keys)
+    rank, nope, rope, value = (_size(config, key, faults) for key in keys)
     sizes = {
         "kv_lora_rank": rank,
         "kv_a": rank + rope,
@@ -81,7 +97,7 @@ def _latent_sizes(config: Mapping[str, Any], heads: int, faults: FaultCollector)
         "mla_queries": heads * (nope + rope),
         "mla_values": heads * value,
     }
-    return sizes | ({"q_lora_rank": size_under(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
+    return sizes | ({"q_lora_rank": _size(config, "q_lora_rank", faults)} if config.get("q_lora_rank") else {})
 
 
 def nested_text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -103,7 +119,8 @@ def stated_sizes(config: Mapping[str, Any], keys: Iterable[str] = ()) -> dict[st
     heads = numbers.pop("num_heads") or 1
     head_dim = _stated(config, ("head_dim",)) or _stated(config, ("hidden_size", "n_embd")) // heads or 1
     kv_heads = numbers.pop("num_kv_heads") or heads
-    numbers |= {key: _stated(config, (key,)) for key in keys}
+    numbers |= {key: _stated(config, (key,)) for key in ("num_attention_heads", *keys)}
+    numbers["draft_layers"] = _stated(config, ("num_nextn_predict_layers",))
     return numbers | {"head_dim": head_dim, "heads": heads * head_dim, "kv_heads": kv_heads * head_dim}
 
 
@@ -129,7 +146,7 @@ def dense_layers_of(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     )
 
 
-def size_under(
+def _size(
     config: Mapping[str, Any], key: str, faults: FaultCollector, *, default: int | None = None, least: int = 1
 ) -> int:
     """Return the size under a key, or `default` if it is absent or null; adds a fault if it is below `least`."""

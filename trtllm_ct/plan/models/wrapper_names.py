@@ -40,7 +40,7 @@ def _renamed(modules: dict[str, StoredModule], model: Model) -> dict[str, Stored
     new name is stored too.
     """
     wrapper = WRAPPERS.get(model.name) if model.multimodal else None
-    read_as = model.row.read_as if model.row is not None else ()
+    read_as = model.row.read_as
     if wrapper is None and not read_as:
         return modules
     place = model.place(modules)

@@ -4,5 +4,5 @@ cuts.py           whether parallel sizes fit a model, and which slices its modul
 held.py           which modules of a directory do not hold the slices of other parallel sizes
 narrow.py         restricts the plan of a module to a range of rows
 shard.py          restricts a plan to one rank
-planned_model.py  the modules of a model that no table describes, from its plan
+planned_model.py  the modules of a model whose row lists none, from its plan
 """

@@ -6,26 +6,32 @@ repeated K/V heads `_torch/models/modeling_utils.py` (`duplicate_kv_weight`).
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.engine.parallel import ONE_RANK, Cut
 from trtllm_ct.engine.slices import Slices
+from trtllm_ct.plan.models.class_row import entry_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.engine.holdings import Weight
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.assign import Candidate
-    from trtllm_ct.plan.models.discovery import Discovery
     from trtllm_ct.plan.models.sites import Model, Site
 
 __all__ = ["cut_of", "even_sizes", "is_uneven", "refuse_uneven", "repeated_biases", "slices_of", "with_slices"]
 
 _MATRIX = 2
+_HEADS = "num_attention_heads"
+_EXPERT_SIZE = "intermediate size of experts"
+# What messages call a size, by its name in the rows.
+_KEYS = {"intermediate": "intermediate_size", "shared_intermediate": "shared_expert_intermediate_size"}
+_IN_LAYER = re.compile(r"^(?:.*\.)?layers\.\d+\.")
 _LARGEST_SIZE = 16
 """Tensor-parallel sizes that work are searched up to this one, or up to the requested one if that is larger."""
 
@@ -70,7 +76,7 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
     if parallel == ONE_RANK:
         return
     sizes = ", ".join(str(size) for size in even_sizes(model, parallel))
-    for key, count, ranks in _uneven(model, parallel, parallel.tensor):
+    for key, count, ranks in _divided_parts(model, parallel).uneven(parallel.tensor):
         faults.add(
             where=f"config.json: {key}",
             expected=f"a number that {ranks} ranks can share evenly",
@@ -90,7 +96,7 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
 
 def is_uneven(model: Model, parallel: Parallel) -> bool:
     """Whether the ranks can't divide the model evenly; engines raise an error then."""
-    return parallel.pipeline > model.layers or bool(_uneven(model, parallel, parallel.tensor))
+    return parallel.pipeline > model.layers or bool(_divided_parts(model, parallel).uneven(parallel.tensor))
 
 
 def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultCollector) -> None:
@@ -110,18 +116,9 @@ def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultColle
 def repeated_biases(model: Model, parallel: Parallel, tensor: int) -> list[str]:
     """Return the K and V Linears with a bias, if a tensor-parallel group of this size has more ranks than K/V heads.
 
-    They are given by their path in a layer, or by name where no table has the paths.
+    They are given by their path in a layer.
     """
-    if model.discovery is not None and not parallel.attention_dp:
-        return [
-            site.module
-            for site in model.discovery.sites
-            if site.cut is Cut.KV_HEADS and "bias" in site.locals and site.heads and tensor > site.heads
-        ]
-    if parallel.attention_dp or tensor <= model.kv_heads:
-        return []
-    attention = model.architecture.attention
-    return [site.path for site in attention if site.cut is Cut.KV_HEADS and site.bias in model.biases]
+    return _divided_parts(model, parallel).repeated_biases(tensor)
 
 
 def slices_of(site: Site, parallel: Parallel, sizes: tuple[int, ...], *, repeats_scales: bool) -> Slices | None:
@@ -151,62 +148,90 @@ def even_sizes(model: Model, parallel: Parallel) -> tuple[int, ...]:
 
     The other parallel sizes stay the same.
     """
+    parts = _divided_parts(model, parallel)
     sizes = range(parallel.expert, max(_LARGEST_SIZE, parallel.tensor) + 1, parallel.expert)
-    return tuple(
-        size for size in sizes if not _uneven(model, parallel, size) and not repeated_biases(model, parallel, size)
-    )
+    return tuple(size for size in sizes if not parts.uneven(size) and not parts.repeated_biases(size))
 
 
-def _uneven(model: Model, parallel: Parallel, tensor: int) -> list[tuple[str, int, int]]:
-    """Return the sizes that a tensor-parallel group of this size can't divide evenly.
+class _Part(NamedTuple):
+    """A number of rows, columns or heads that ranks divide.
 
-    Each is given as its key in config.json, its value, and the number of ranks that have to divide it.
+    `label` is its key in config.json, or what it is a number of. With `heads` the ranks may repeat what they can't
+    divide.
     """
-    if model.discovery is not None:
-        return _uneven_sites(model, model.discovery, parallel, tensor)
-    sizes, architecture, experts = model.sizes, model.architecture, model.architecture.experts
-    shared = [] if parallel.attention_dp else [("num_attention_heads", model.heads, tensor)]
-    if not parallel.attention_dp and not _shares_kv_heads(model, tensor):
-        shared.append(("num_key_value_heads", model.kv_heads, tensor))
-    if not parallel.attention_dp and not architecture.mlp_ranks_vary:
-        if experts is None or model.dense_layers:
-            shared.append(("intermediate_size", sizes["intermediate"], tensor))
-        if experts is not None and any(site.cut is Cut.COLUMN for site in experts.shared):
-            shared.append(("shared_expert_intermediate_size", sizes["shared_intermediate"], tensor))
-    if experts is not None:
-        shared.append(("number of experts", sizes[experts.count], parallel.expert))
-        shared.append(("intermediate size of experts", sizes[experts.intermediate], tensor // parallel.expert))
-    return [(key, count, ranks) for key, count, ranks in shared if count % ranks]
+
+    label: str
+    size: int
+    heads: bool = False
+    expert: bool = False
+    attention: bool = False
 
 
-def _uneven_sites(model: Model, found: Discovery, parallel: Parallel, tensor: int) -> list[tuple[str, int, int]]:
-    """Return the sizes of a model's modules that a tensor-parallel group of this size can't divide evenly.
+@dataclass(frozen=True, slots=True)
+class _DividedParts:
+    """What ranks divide of a model, each size once; `biases` are the K/V heads of biases by path."""
 
-    Each is given as the last part of the module's name or as its key in config.json, its value, and the number of ranks
-    that have to divide it.
+    parts: Mapping[_Part, None]
+    experts: int
+    expert_ranks: int
+    biases: Mapping[str, int]
+
+    def uneven(self, tensor: int) -> list[tuple[str, int, int]]:
+        """Return the sizes that a tensor-parallel group of this size can't divide evenly.
+
+        Each is given with its label, and the number of ranks that have to divide it.
+        """
+        uneven = [("number of experts", self.experts, self.expert_ranks)] if self.experts % self.expert_ranks else []
+        heads = False
+        for part in self.parts:
+            ranks = tensor // self.expert_ranks if part.expert else tensor
+            repeated = part.heads and ranks % part.size == 0
+            # What an uneven number of heads does to the sizes of attention is not said again.
+            if part.size % ranks and not repeated and not (part.attention and heads):
+                uneven.append((part.label, part.size, ranks))
+                heads = heads or part.label == _HEADS
+        return uneven
+
+    def repeated_biases(self, tensor: int) -> list[str]:
+        """Return the paths of the biases whose K/V heads are fewer than the ranks."""
+        return [path for path, heads in self.biases.items() if tensor > heads]
+
+
+def _divided_parts(model: Model, parallel: Parallel) -> _DividedParts:
+    """Return what ranks divide of a model; under attention data parallelism these are routed experts only.
+
+    The Linears that an engine may divide among fewer ranks are left out.
     """
-    uneven: dict[tuple[str, int, int], None] = {}
-    if model.row is not None and not parallel.attention_dp:
-        divided = ((key, model.sizes[key], tensor) for key in model.row.divided)
-        uneven |= {size: None for size in divided if size[1] % tensor}
-    if found.experts % parallel.expert:
-        uneven["number of experts", found.experts, parallel.expert] = None
-    for site in found.sites:
-        if len(site.shape) != _MATRIX or (parallel.attention_dp and site.attention):
+    parts: dict[_Part, None] = {}
+    biases: dict[str, int] = {}
+    if not parallel.attention_dp:
+        parts |= {_Part(key, model.sizes[key]): None for key in (_HEADS, *model.row.divided)}
+    for site in model.kinds():
+        if not site.expert and (parallel.attention_dp or site.ranks_vary):
             continue
-        ranks = tensor // parallel.expert if site.expert else tensor
-        leaf = site.module.rpartition(".")[2]
-        if site.cut is Cut.KV_HEADS and site.heads and site.heads % ranks and ranks % site.heads:
-            uneven[f"heads of {leaf}", site.heads, ranks] = None
-        elif site.cut in {Cut.COLUMN, Cut.ROW} and site.shape[site.cut is Cut.ROW] % ranks:
-            uneven[f"size of {leaf}", site.shape[site.cut is Cut.ROW], ranks] = None
-    return list(uneven)
+        parts |= dict.fromkeys(_parts_of(site, model))
+        if site.cut is Cut.KV_HEADS and site.heads and "bias" in site.locals:
+            path = _IN_LAYER.sub("", site.module)
+            biases[path] = min(site.heads, biases.get(path, site.heads))
+    return _DividedParts(parts, model.sizes["experts"], parallel.expert, biases)
 
 
-def _shares_kv_heads(model: Model, tensor: int) -> bool:
-    """Whether the ranks can divide the K/V heads evenly, or can repeat each head for the same number of ranks."""
-    cuts = {site.cut for site in model.architecture.attention}
-    if Cut.KV_HEADS in cuts:
-        return model.kv_heads % tensor == 0 or tensor % model.kv_heads == 0
-    stored_as_one = any("kv_heads" in site.parts for site in model.architecture.attention)
-    return not stored_as_one or model.kv_heads % tensor == 0
+def _parts_of(site: Site, model: Model) -> Iterator[_Part]:
+    """Yield the numbers of a module that ranks divide; those of a Linear that is stored as one are of its parts."""
+    leaf = site.module.rpartition(".")[2]
+    if site.cut is Cut.KV_HEADS and site.heads:
+        yield _Part(f"heads of {leaf}" if model.listing is None else "num_key_value_heads", site.heads, heads=True)
+    elif site.cut in {Cut.COLUMN, Cut.ROW} and len(site.shape) == _MATRIX:
+        # The numbers of heads in a Linear that is stored as one are in `ClassRow.divided`.
+        names = () if site.parts and site.attention else _size_names(site, model)
+        for name, count in zip(names, site.parts or (site.shape[site.cut is Cut.ROW],), strict=False):
+            label = _EXPERT_SIZE if site.expert else _KEYS.get(name, f"size of {leaf}")
+            yield _Part(label, count, expert=site.expert, attention=site.attention)
+
+
+def _size_names(site: Site, model: Model) -> tuple[str, ...]:
+    """Return the names of the sizes that ranks divide of a module; empty names if its row doesn't vouch for them."""
+    if model.listing is None:
+        return ("",)
+    split = entry_of(model.row.splits, site.module)
+    return split or (entry_of(model.row.shapes, site.module) or ("", ""))[site.cut is Cut.ROW :]

@@ -1,4 +1,4 @@
-"""`model_of_plan`: finds the modules of a model that no table describes in the plan of its checkpoint.
+"""`model_of_plan`: finds the modules of a model whose row lists none in the plan of its checkpoint.
 
 A plan has the names under which modules are delivered, and the shapes of quantized weights.
 """
@@ -17,11 +17,11 @@ __all__ = ["model_of_plan"]
 
 
 def model_of_plan(plan: Plan, model: Model) -> Model:
-    """Return the model with the modules of a plan; unchanged if tables describe them, or if they were found before.
+    """Return the model with the modules of a plan; unchanged if its row lists them, or if they were found before.
 
     `plan` must be the plan of all ranks: the plan of one rank lacks modules.
     """
-    if model.row is None or model.discovery is not None:
+    if model.listing is not None or model.discovery is not None:
         return model
     stored = {module.name: StoredModule(module.name, module.views) for module in plan.modules}
     shapes = {module.name: module.weight.shape for module in plan.modules if module.weight is not None}

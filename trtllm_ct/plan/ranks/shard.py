@@ -79,8 +79,8 @@ class _Shard:
         self._head = place[1]
         layer = re.escape(place[0]) + r"layers\.(\d+)\."
         self._in_layer = re.compile(layer)
-        if self.model.architecture.experts is not None:
-            self._in_expert = re.compile(rf"{layer}{re.escape(self.model.architecture.experts.path)}\.(\d+)\.")
+        if self.model.experts:
+            self._in_expert = re.compile(rf"{layer}{re.escape(self.model.experts)}\.(\d+)\.")
 
     def modules(self) -> Iterator[ModulePlan]:
         """Yield the plans of the rank's modules, in the order of the whole plan."""
@@ -107,9 +107,9 @@ class _Shard:
     def _has_expert(self, module: ModulePlan) -> bool:
         """Whether a module is one of the rank's routed experts, or no routed expert at all."""
         match = self._in_expert.match(module.name) if self._in_expert else None
-        if match is None or self.model.architecture.experts is None:
+        if match is None:
             return True
-        experts_per_rank = self.model.sizes[self.model.architecture.experts.count] // self.rank.parallel.expert
+        experts_per_rank = self.model.sizes["experts"] // self.rank.parallel.expert
         return int(match[2]) // experts_per_rank == self.rank.expert
 
     def _slice(self, module: ModulePlan, site: Site) -> ModulePlan:

@@ -1,0 +1,135 @@
+"""Rows of decoders whose layers are attention with separate queries, keys and values, and one MLP.
+
+Files are in TensorRT-LLM's `_torch/models/` unless another folder is named; a commit identifies the version of the
+file that was read. The modules that rows list are those of transformers 5.23 `models/*/modeling_*.py`; a test compares
+them with the models that transformers builds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.parallel import Cut
+from trtllm_ct.plan.models.class_row import (
+    ALL_MODES,
+    ALWAYS,
+    CUTS,
+    QKV,
+    SHAPES,
+    WHOLE_HEADS,
+    ClassRow,
+    Leaves,
+    Limit,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ATTENTION", "DENSE_ROWS", "HEAD_NORMS", "MLP", "PRE_NORMS"]
+
+ATTENTION = tuple(f"self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"))
+"""The Linears of attention with separate queries, keys and values."""
+
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""The Linears of a gated feed-forward part."""
+
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+"""The norms of the inputs of attention and MLP."""
+
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""The norms of single heads."""
+
+_INT4 = frozenset({QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ, QuantAlgo.W4A8_AWQ})
+_SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_ATTENTION_BIAS = dict.fromkeys(ATTENTION, "attention_bias")
+
+_MISTRAL = ClassRow(leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS),))
+_LLAMA = replace(_MISTRAL, biases={**_ATTENTION_BIAS, **dict.fromkeys(MLP, "mlp_bias")})
+_QWEN2 = replace(_MISTRAL, biases=dict.fromkeys(ATTENTION[:3], ALWAYS))
+_QWEN3 = ClassRow(biases=_ATTENTION_BIAS, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS + HEAD_NORMS),))
+_GEMMA2 = ClassRow(biases=_ATTENTION_BIAS, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=_SANDWICH_NORMS),))
+_GEMMA3 = replace(_GEMMA2, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=_SANDWICH_NORMS + HEAD_NORMS),))
+# modeling_phi3.py: Phi3ForCausalLM.load_weights cuts both fused weights.
+_PHI3 = ClassRow(
+    cuts={**CUTS, "qkv_proj": Cut.COLUMN, "gate_up_proj": Cut.COLUMN},
+    splits={"qkv_proj": ("heads", "kv_heads", "kv_heads"), "gate_up_proj": ("intermediate", "intermediate")},
+    divided=WHOLE_HEADS,
+    leaves=(
+        Leaves(
+            attention=("self_attn.qkv_proj", "self_attn.o_proj"),
+            mlp=("mlp.gate_up_proj", "mlp.down_proj"),
+            norms=PRE_NORMS,
+        ),
+    ),
+    shapes={**SHAPES, "qkv_proj": ("qkv", "hidden"), "gate_up_proj": ("gate_up", "hidden")},
+)
+
+# modeling_seedoss.py (22de8b34): the stock mapper; q/k/v have biases.
+_SEED_OSS = ClassRow()
+
+# modeling_exaone4.py (17eae74d, fbbc05dd): the stock mapper; the norms follow attention and MLP.
+_EXAONE4 = ClassRow(
+    limits=(
+        Limit(
+            paths=("q_proj", "k_proj", "v_proj", "o_proj", *MLP),
+            algos=ALL_MODES - {QuantAlgo.FP8_BLOCK_SCALES},
+            obstacle="runs this Linear in a kernel that reads past its memory with",
+            source="Exaone4DecoderLayer.__init__, `modeling_exaone4.py`, 17eae74d: DeepGEMM is off where the global "
+            "mode is FP8_BLOCK_SCALES; fbbc05dd has no such test",
+        ),
+    ),
+)
+
+# modeling_nemotron.py (000a01de): the stock mapper; no gate in the MLP. Every rank has the whole embeddings.
+_NEMOTRON = ClassRow(fused=QKV, table=Cut.NONE)
+
+# modeling_starcoder2.py (08c952c0, 65b31db1), Starcoder2ForCausalLM.load_weights: c_fc and c_proj are renamed, and the
+# modules have the new names.
+_STARCODER2 = ClassRow(
+    fused=QKV,
+    cuts={**CUTS, "mlp.c_fc": Cut.COLUMN, "mlp.c_proj": Cut.ROW},
+    tied=True,
+    inner=((r"\.mlp\.c_fc$", ".mlp.up_proj"), (r"\.mlp\.c_proj$", ".mlp.down_proj")),
+)
+
+# modeling_cohere2.py (231ddefa): Cohere2ForCausalLM.load_weights takes no mapper, fuses q/k/v only and repeats nothing.
+# Cohere2MLP.__init__ gives the three Linears neither `skip_create_weights_in_init` nor a fused form, so they are
+# allocated in the global mode; `apply_quant_config_exclude_modules` of modeling_utils.py allocates them again only in
+# its newest version, and entries of layers never do.
+_COHERE2 = ClassRow(fused=QKV, early=MLP, divided=WHOLE_HEADS, tied=True)
+
+# modeling_hunyuan_dense.py (64584b28, 06d811a9), HunYuanDenseV1ForCausalLM.load_weights: no mapper.
+_HUNYUAN_DENSE = ClassRow(
+    limits=(
+        Limit(
+            paths=("q_proj", "k_proj", "v_proj"),
+            algos=ALL_MODES - _INT4,
+            obstacle="counts K/V heads by the rows of this weight, which are half as many in",
+            source="HunYuanDenseV1ForCausalLM.load_weights, `modeling_hunyuan_dense.py`, 06d811a9",
+        ),
+    ),
+    divided=WHOLE_HEADS,
+)
+
+DENSE_ROWS: Mapping[str, ClassRow] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _MISTRAL,
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen3ForCausalLM": _QWEN3,
+    "GraniteForCausalLM": _LLAMA,
+    "Gemma2ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Phi3ForCausalLM": _PHI3,
+    "SeedOssForCausalLM": _SEED_OSS,
+    "Exaone4ForCausalLM": _EXAONE4,
+    # modeling_exaone4_5.py (0050262c), checkpoints/hf/exaone4_5_weight_mapper.py (0aa87516): a tower, which is left
+    # plain, beside Exaone4ForCausalLM.
+    "Exaone4_5_ForConditionalGeneration": _EXAONE4,
+    "NemotronForCausalLM": _NEMOTRON,
+    "Starcoder2ForCausalLM": _STARCODER2,
+    "Cohere2ForCausalLM": _COHERE2,
+    "HunYuanDenseV1ForCausalLM": _HUNYUAN_DENSE,
+}
+"""The rows by the name of the architecture in config.json."""

@@ -1,0 +1,133 @@
+"""Rows of decoders with routed experts beside attention with separate queries, keys and values.
+
+Files are in TensorRT-LLM's `_torch/models/` unless another folder is named; a commit identifies the version of the
+file that was read. The modules that rows list are those of transformers 5.23 `models/*/modeling_*.py`; a test compares
+them with the models that transformers builds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.schemes import QuantAlgo
+from trtllm_ct.engine.parallel import Cut
+from trtllm_ct.plan.models.class_row import (
+    CUTS,
+    GATE_UP,
+    PROJECTION_NAMES,
+    SHAPES,
+    WHOLE_HEADS,
+    ClassRow,
+    Leaves,
+    Limit,
+)
+from trtllm_ct.plan.models.dense_rows import ATTENTION, HEAD_NORMS, MLP, PRE_NORMS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["MIXTURE_ROWS", "SHARED_MLP"]
+
+SHARED_MLP = tuple(f"mlp.shared_experts.{leaf}" for leaf in PROJECTION_NAMES)
+"""The Linears of an MLP beside the routed experts, as most classes name them."""
+
+# llm-compressor 0.14 gives the projections of Mixtral's experts the names of a dense layer.
+_MIXTRAL = ClassRow(
+    router="block_sparse_moe.gate",
+    experts="block_sparse_moe.experts",
+    projections=("w1", "w3", "w2"),
+    leaves=(Leaves(attention=ATTENTION, norms=PRE_NORMS),),
+)
+_QWEN2_MOE = ClassRow(
+    router="mlp.gate",
+    experts="mlp.experts",
+    projections=PROJECTION_NAMES,
+    plain=("mlp.shared_expert_gate",),
+    biases=dict.fromkeys(ATTENTION[:3], "qkv_bias"),
+    leaves=(
+        Leaves(
+            attention=ATTENTION,
+            mlp=MLP,
+            shared=(*(f"mlp.shared_expert.{leaf}" for leaf in PROJECTION_NAMES), "mlp.shared_expert_gate"),
+            norms=PRE_NORMS,
+        ),
+    ),
+    shapes={
+        **SHAPES,
+        "shared_expert.gate_proj": ("shared_intermediate", "hidden"),
+        "shared_expert.up_proj": ("shared_intermediate", "hidden"),
+        "shared_expert.down_proj": ("hidden", "shared_intermediate"),
+        "shared_expert_gate": ("one", "hidden"),
+    },
+)
+_QWEN3_MOE = ClassRow(
+    router="mlp.gate",
+    experts="mlp.experts",
+    projections=PROJECTION_NAMES,
+    biases=dict.fromkeys(ATTENTION, "attention_bias"),
+    leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS + HEAD_NORMS),),
+)
+
+# modeling_glm.py (8f5bb1e0): Glm4DecoderLayer.__init__ asserts that the global mode is not MIXED_PRECISION, and
+# `_compute_mlp_tp_size` and `_compute_shared_expert_tp_size` divide these parts among as many ranks as blocks allow.
+# Glm4WeightLoader takes no mapper, repeats weights and biases of K and V only, and reads experts one by one.
+_GLM4_MOE = ClassRow(
+    table=Cut.NONE,
+    router="mlp.gate",
+    experts="mlp.experts",
+    projections=PROJECTION_NAMES,
+    one_mode=True,
+    ranks_vary=(*MLP, *SHARED_MLP),
+    divided=WHOLE_HEADS,
+)
+
+# modeling_minimaxm2.py (9c8b74e8, 00592717): the stock mapper, which renames no expert; MiniMaxM2MoE.__init__ builds
+# the router plain. MiniMaxM2Attention applies one norm to all heads, which has as many
+# heads as all ranks hold together.
+_MINIMAX_M2 = ClassRow(
+    table=Cut.NONE,
+    router="block_sparse_moe.gate",
+    experts="block_sparse_moe.experts",
+    projections=("w1", "w3", "w2"),
+    divided=WHOLE_HEADS,
+)
+
+# modeling_laguna.py (01dcc21a): LagunaHfWeightMapper renames experts. LagunaAttention.__init__ allocates g_proj, which
+# gates the output of attention, in the global mode, as Cohere2's MLP is.
+_LAGUNA = ClassRow(
+    cuts={**CUTS, "self_attn.g_proj": Cut.COLUMN},
+    router="mlp.gate",
+    experts="mlp.experts",
+    projections=PROJECTION_NAMES,
+    early=("self_attn.g_proj",),
+)
+
+# modeling_afmoe.py and checkpoints/hf/afmoe_weight_mapper.py (038cc86c): AfmoeHfWeightMapper renames router and
+# experts, and puts the rows of self_attn.gate_proj between those of q_proj; before (3c4acdc9) they were two Linears.
+_AFMOE = ClassRow(
+    fused={"qkv_proj": ("q_proj", "k_proj", "v_proj", "self_attn.gate_proj"), **GATE_UP},
+    table=Cut.NONE,
+    router="mlp.router.gate",
+    experts="mlp.experts",
+    projections=PROJECTION_NAMES,
+    limits=(
+        Limit(
+            paths=("q_proj", "k_proj", "v_proj", "self_attn.gate_proj"),
+            algos=frozenset({QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN}),
+            source="AfmoeHfWeightMapper._fuse_attention_gate, `checkpoints/hf/afmoe_weight_mapper.py`, 038cc86c: every "
+            "tensor of q_proj must have the rows of all heads",
+        ),
+    ),
+    inner=((r"\.mlp\.router\.gate$", ".mlp.gate"),),
+)
+
+MIXTURE_ROWS: Mapping[str, ClassRow] = {
+    "MixtralForCausalLM": _MIXTRAL,
+    "Qwen2MoeForCausalLM": _QWEN2_MOE,
+    "Qwen3MoeForCausalLM": _QWEN3_MOE,
+    "Glm4MoeForCausalLM": _GLM4_MOE,
+    "MiniMaxM2ForCausalLM": _MINIMAX_M2,
+    "LagunaForCausalLM": _LAGUNA,
+    "AfmoeForCausalLM": _AFMOE,
+}
+"""The rows by the name of the architecture in config.json."""
