@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from trtllm_ct.base.json_form import fields_form
+from trtllm_ct.base.texts import printable, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -53,13 +54,18 @@ class Fault:
     """One problem that a stage reports.
 
     `where` names the file, module or tensor. `expected` and `found` complete the message "expected ..., found ...".
-    `remedy` is a full sentence that says what to do.
+    `remedy` is a full sentence that says what to do. Long texts are shortened, and control characters escaped.
     """
 
     where: str
     expected: str
     found: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        """Make the texts fit for a message: they quote names and values that strangers wrote."""
+        for name in ("where", "expected", "found", "remedy"):
+            object.__setattr__(self, name, printable(shortened(getattr(self, name))))
 
     def __str__(self) -> str:
         return f"{self.where}: expected {self.expected}, found {self.found}. {self.remedy}"

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.cli import report
+from trtllm_ct.cli.console import occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.options import (
     AUTO,
     ENGINE,
@@ -68,10 +68,8 @@ cache = typer.Typer(
     help="Directories that were prepared for TensorRT-LLM.", invoke_without_command=True, rich_markup_mode=None
 )
 app.add_typer(cache, name="cache")
-# A pipe or file has no width. The 80 columns that rich assumes for it would wrap messages and cut tensor names.
-_NO_WIDTH = 10_000
-stdout = Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
-stderr = Console(width=None if sys.stderr.isatty() else _NO_WIDTH, stderr=True)
+stdout = open_console(sys.stdout)
+stderr = open_console(sys.stderr, stderr=True)
 
 
 @app.callback()
@@ -333,6 +331,7 @@ def run_app(commands: typer.Typer) -> None:
     A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
     `UsageError`, and 1 for any other error.
     """
+    occupy_standard_descriptors()
     # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -368,7 +367,8 @@ def parse_size(text: str) -> int:
 
 def print_json(kind: str, document: dict[str, Any]) -> None:
     """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it."""
-    print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
+    with writing():
+        print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
 
 
 def _problems_shown(plan: Plan, on_bytes: Callable[[int], None]) -> Callable[[int], None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from rich import box
+from rich import box, markup
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
+from trtllm_ct.base.texts import printable
 from trtllm_ct.cli.folding import fold_names
 
 if TYPE_CHECKING:
@@ -57,6 +57,16 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} {_UNITS[-1]}"
 
 
+def escape(text: str) -> str:
+    """Return a text of a checkpoint for a cell of a table: markup and control characters are shown, not obeyed."""
+    return markup.escape(printable(text))
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Return one line of a report; line breaks in names that it quotes don't break it."""
+    return Text(printable(text), style=style)
+
+
 def faults(all_faults: Iterable[Fault]) -> RenderableType:
     """Format faults; faults with the same text are shown once, with the names that they apply to folded."""
     names_by_text: dict[tuple[str, str, str], list[str]] = {}
@@ -84,15 +94,15 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     """
     parts: list[RenderableType] = [
         Text.assemble((str(report.directory), "bold"), f" is {report.detection.description}"),
-        *(Text(f"  evidence: {evidence}") for evidence in report.detection.evidence),
+        *(_line(f"  evidence: {evidence}") for evidence in report.detection.evidence),
     ]
     if report.plan is not None:
         parts += [
-            Text(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
+            _line(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
-            Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
-            Text(f"Bytes: {_bytes(report.plan)}"),
+            _line(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
+            _line(f"Bytes: {_bytes(report.plan)}"),
             *_deviations(report.plan),
         ]
     parts.append(_warnings(report.warnings))
@@ -103,7 +113,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
 
 def problems(found: Sequence[Fault]) -> RenderableType:
     """Format problems under a title with their number."""
-    return Group(Text(f"Problems ({len(found)}):", style="bold red"), faults(found))
+    return Group(_line(f"Problems ({len(found)}):", style="bold red"), faults(found))
 
 
 def plan(checkpoint_plan: Plan) -> RenderableType:
@@ -127,10 +137,10 @@ def conversion(report: ConversionReport) -> RenderableType:
     dequantized = Counter(module.reason for module in plan.modules if module.dequantized)
     lines = [
         Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
-        Text(f"  modules: {modes}"),
-        Text(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
-        Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
-        *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
+        _line(f"  modules: {modes}"),
+        _line(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
+        _line(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
+        *(_line(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
     ]
     return Group(*lines, *_deviations(plan), _warnings(report.warnings))
 
@@ -146,13 +156,13 @@ def verification(report: VerificationReport) -> RenderableType:
             count = sum(check.kind == kind for check in report.checks)
             error = worst.comparison
             lines.append(
-                Text(
+                _line(
                     f"  {count} {kind} tensors, worst error {error.error:.3g} in {worst.name}, {error.block}: "
                     f"{error.got:.9g}, source {error.want:.9g}"
                 )
             )
     if report.zero_scales:
-        lines.append(Text(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
+        lines.append(_line(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
     if report.warnings:
         lines.append(_warnings(report.warnings))
     if report.faults:
@@ -177,7 +187,7 @@ def sidecars(root: Path, listed: Iterable[ListedSidecar]) -> RenderableType:
         sizes = (options.parallel.tensor, options.parallel.pipeline, options.parallel.expert)
         source = repository.name if repository else str(entry.sidecar.source)
         table.add_row(entry.directory.name, escape(source), options.engine, *map(str, sizes))
-    parts: list[RenderableType] = [Text(f"{table.row_count} in {root}")]
+    parts: list[RenderableType] = [_line(f"{table.row_count} in {root}")]
     if table.row_count:
         parts.append(table)
     return Group(*parts, faults(fault for fault in damaged if fault is not None))
@@ -199,12 +209,12 @@ def _machine(machine: Machine) -> Iterable[RenderableType]:
     yield Text.assemble("LLM runs ", (engine, "bold"), f": {machine.why}")
     if machine.features is not None:
         for name, value in machine.features.to_dict().items():
-            yield Text(f"  {name}: {_feature_text(value)}")
-    yield Text(f"  capability set: {capabilities.name} ({capabilities.source})")
-    yield Text(f"  Linears: {', '.join(sorted(capabilities.linear))}")
-    yield Text(f"  routed experts: {', '.join(sorted(capabilities.experts))}")
+            yield _line(f"  {name}: {_feature_text(value)}")
+    yield _line(f"  capability set: {capabilities.name} ({capabilities.source})")
+    yield _line(f"  Linears: {', '.join(sorted(capabilities.linear))}")
+    yield _line(f"  routed experts: {', '.join(sorted(capabilities.experts))}")
     if machine.missing:
-        yield Text(f"Missing ({len(machine.missing)}):", style="bold yellow")
+        yield _line(f"Missing ({len(machine.missing)}):", style="bold yellow")
         yield faults(machine.missing)
 
 
@@ -216,11 +226,11 @@ def _served(served: Served) -> Iterable[RenderableType]:
     )
     if served.plan is not None:
         modes = ", ".join(f"{count} x {mode}" for mode, count in served.native.items()) or "none"
-        yield Text(f"  served natively: {modes}")
+        yield _line(f"  served natively: {modes}")
         for reason, modules in served.dequantized.items():
-            yield Text(f"  dequantized {len(modules)} modules: {reason}")
-        yield Text(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
-        yield Text(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
+            yield _line(f"  dequantized {len(modules)} modules: {reason}")
+        yield _line(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
+        yield _line(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
         yield from _deviations(served.plan)
         yield _warnings(served.warnings)
     elif served.warnings:
@@ -229,7 +239,7 @@ def _served(served: Served) -> Iterable[RenderableType]:
         yield Text("  it goes to the engine untouched")
     for title, served_faults in (("Traps", served.traps), ("Problems", served.problems)):
         if served_faults:
-            yield Text(f"{title} ({len(served_faults)}):", style="bold red")
+            yield _line(f"{title} ({len(served_faults)}):", style="bold red")
             yield faults(served_faults)
 
 
@@ -256,7 +266,7 @@ def _modules(plan: Plan) -> Table:
     for module in plan.modules:
         table.add_row(
             escape(module.name),
-            escape(module.stored_scheme + (f"\n{module.reason}" if module.reason else "")) or "plain",
+            "\n".join(map(escape, filter(None, (module.stored_scheme, module.reason)))) or "plain",
             str(module.native_mode or ""),
             module.delivered_mode,
             format_bytes(module.stored_bytes),
@@ -303,9 +313,9 @@ def _deviations(plan: Plan) -> Iterator[RenderableType]:
     """Yield where the engine will compute differently from the schemes of the checkpoint; nothing if nowhere."""
     if plan.deviations:
         yield Text("Deviations from the schemes:", style="bold yellow")
-        yield from (Text(f"  {deviation}", style="yellow") for deviation in plan.deviations)
+        yield from (_line(f"  {deviation}", style="yellow") for deviation in plan.deviations)
 
 
 def _warnings(texts: Iterable[str]) -> RenderableType:
-    lines = [Text(f"  {text}", style="yellow") for text in texts]
+    lines = [_line(f"  {text}", style="yellow") for text in texts]
     return Group(Text("Warnings:", style="bold yellow"), *lines) if lines else Text("Warnings: none")
