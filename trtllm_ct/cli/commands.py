@@ -162,6 +162,12 @@ def convert(
     dense_o_proj: DenseOutput = False,
     strict: Strict = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
+    carry: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Copy side files of this pattern too, such as 'assets/*'; may be repeated.", metavar="PATTERN"
+        ),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
     executor: Annotated[
@@ -188,6 +194,7 @@ def convert(
             dense_o_proj=dense_o_proj,
             strict=strict,
             overwrite=overwrite,
+            carry=carry or (),
             max_shard_bytes=max_shard_bytes,
             device=device,
             executor=executor,

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from trtllm_ct.base.texts import printable
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.cli.folding import fold_names
 
 if TYPE_CHECKING:
@@ -140,9 +141,16 @@ def conversion(report: ConversionReport) -> RenderableType:
         _line(f"  modules: {modes}"),
         _line(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
         _line(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
+        *_named("code that a configuration names or --carry asked for", report.code_files),
+        *_named("left out, --carry PATTERN copies them", report.left_out_files),
         *(_line(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
     ]
     return Group(*lines, *_deviations(plan), _warnings(report.warnings))
+
+
+def _named(what: str, names: Sequence[str]) -> list[Text]:
+    """Return a line that names files, or none if there are none."""
+    return [_line(f"  {what}: {format_names(names)}")] if names else []
 
 
 def verification(report: VerificationReport) -> RenderableType:

@@ -270,7 +270,7 @@ def make_sidecar_and_plan(
         modes=modes_of(plan),
         repository=repository,
     )
-    names = side_files(source)
+    names = side_files(source).carried
     sidecar = replace(sidecar, directory=(root or cache_root()).absolute() / _key(sidecar.record(), names))
     _write(sidecar, checkpoint, plan, names)
     return sidecar.directory, plan
@@ -298,7 +298,7 @@ def restore_sidecar(directory: Path, record: Mapping[str, Any]) -> Sidecar:
     if not sidecar.source.is_dir() and sidecar.repository is not None:
         sidecar = replace(sidecar, source=sidecar.repository.checkpoint().resolve())
     plan = sidecar.plan
-    _write(replace(sidecar, modes=modes_of(plan)), sidecar.checkpoint, plan, side_files(sidecar.source))
+    _write(replace(sidecar, modes=modes_of(plan)), sidecar.checkpoint, plan, side_files(sidecar.source).carried)
     return Sidecar.open(directory)
 
 
