@@ -63,7 +63,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def make(directory: Path, *names: str) -> Path:
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     for name in names:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(name)
