@@ -10,6 +10,7 @@ discovery.py       the modules of a model without tables, found in its files
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other
 site.py            Site: one module of a model
 expert_spellings.py  how classes store routed experts: under which names, or stacked
+bounds.py          numbers of layers and experts, compared with what the files hold
 sites.py           Model: the modules of one model, with their sizes
 build_classes.py   how the classes of the TensorRT backend name the modules of a model
 fused_experts.py   splits 3-D tensors that hold all experts of a layer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.models.expert_spellings import PROJECTIONS
@@ -31,6 +32,7 @@ _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks|block))\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
 # From fewer layers of one kind it can't be told what the others must have.
 _FEWEST = 3
+_MOST_NAMED = 1000
 
 
 def refuse_lost_modules(sites: Iterable[Site], model: str, faults: FaultCollector) -> None:
@@ -80,5 +82,5 @@ def _lost_parts(parts: dict[int, set[str]]) -> Iterator[tuple[int, str]]:
     usual, count = Counter(frozenset(names) for names in parts.values()).most_common(1)[0]
     if 2 * count <= len(parts):
         return
-    for number in range(max(parts) + 1):
-        yield from ((number, name) for name in sorted(usual - parts.get(number, set())))
+    missing = ((number, name) for number in range(max(parts) + 1) for name in sorted(usual - parts.get(number, set())))
+    yield from islice(missing, _MOST_NAMED)
