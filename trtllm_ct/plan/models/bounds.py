@@ -1,7 +1,7 @@
 """Numbers that are counted to, compared with what the files hold, before anything counts to them.
 
-Every layer has a tensor of its own, and every routed expert a tensor or an entry of one. So config.json can't state more
-layers or experts than the headers show.
+Every layer has a tensor of its own, and every routed expert a tensor or an entry of one. So config.json can't state
+more layers or experts than the headers show.
 """
 
 from __future__ import annotations

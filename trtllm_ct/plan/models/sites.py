@@ -109,7 +109,8 @@ class Model:
     def from_config(cls, config: Mapping[str, Any]) -> Model:
         """Return the model that a parsed config.json describes.
 
-        Raises `ConfigError` for sizes that are missing, and for values of a wrong type or out of all bounds. A model that no table describes needs none.
+        Raises `ConfigError` for sizes that are missing, and for values of a wrong type or out of all bounds. A model
+        that no table describes needs no sizes.
         """
         values = FaultCollector()
         check_model_values(config, values)
