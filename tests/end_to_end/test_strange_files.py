@@ -22,7 +22,7 @@ from other_user import OTHER_USER, as_other_user
 from trtllm_ct import convert_checkpoint, verify_checkpoint
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
-from trtllm_ct.pipeline.inspection import inspect_checkpoint
+from trtllm_ct.pipeline.open import plan_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +88,7 @@ def test_a_strange_file_is_refused_at_once(directory: Path, tmp_path: Path, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-@pytest.mark.parametrize("read", [inspect_checkpoint, verify_checkpoint])
+@pytest.mark.parametrize("read", [lambda directory: plan_checkpoint(directory, "dense"), verify_checkpoint])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "recipe.yaml"])
 def test_other_commands_refuse_it_too(directory: Path, name: str, read: Callable[..., object]):
     (directory / name).unlink(missing_ok=True)

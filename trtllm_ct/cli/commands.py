@@ -23,7 +23,7 @@ from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.cli import report
-from trtllm_ct.cli.console import occupy_standard_descriptors, open_console, writing
+from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.options import (
     AUTO,
     ENGINE,
@@ -346,7 +346,7 @@ def run_app(commands: typer.Typer) -> None:
         with collector_paused(), missing_packages_as_errors():
             commands()
     except TrtllmCtError as error:
-        if "--json" in sys.argv:
+        if "--json" in sys.argv and error.faults[0].where != STDOUT:
             faults = [fault.to_dict() for fault in error.faults]
             document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
             print_json("error", document)

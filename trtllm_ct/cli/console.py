@@ -16,9 +16,12 @@ from trtllm_ct.base.texts import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["SafeConsole", "occupy_standard_descriptors", "open_console", "writing"]
+__all__ = ["STDOUT", "SafeConsole", "occupy_standard_descriptors", "open_console", "writing"]
 
 _LAST_STANDARD = 2
+STDOUT = "stdout"
+"""The place of the fault when the output can't be written."""
+
 _NO_WIDTH = 10_000
 """The width of a pipe or file, which has none: the 80 columns that rich assumes would wrap messages and cut names."""
 
@@ -73,7 +76,7 @@ def writing() -> Iterator[None]:
         _drop_output()
         found = f"{error.strerror or error}".lower()
         remedy = "Send the output elsewhere."
-        fault = Fault(where="stdout", expected="a place for the output", found=found, remedy=remedy)
+        fault = Fault(where=STDOUT, expected="a place for the output", found=found, remedy=remedy)
         raise UsageError(fault) from None
 
 

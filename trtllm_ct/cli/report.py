@@ -68,6 +68,13 @@ def _line(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
+def _joined(*parts: str | tuple[str, str]) -> Text:
+    """Return one line of a report, of texts with and without a style; see `_line`."""
+    return Text.assemble(
+        *(printable(part) if isinstance(part, str) else (printable(part[0]), part[1]) for part in parts)
+    )
+
+
 def faults(all_faults: Iterable[Fault]) -> RenderableType:
     """Format faults; faults with the same text are shown once, with the names that they apply to folded."""
     names_by_text: dict[tuple[str, str, str], list[str]] = {}
@@ -94,7 +101,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     warnings and problems.
     """
     parts: list[RenderableType] = [
-        Text.assemble((str(report.directory), "bold"), f" is {report.detection.description}"),
+        _joined((str(report.directory), "bold"), f" is {report.detection.description}"),
         *(_line(f"  evidence: {evidence}") for evidence in report.detection.evidence),
     ]
     if report.plan is not None:
@@ -137,7 +144,7 @@ def conversion(report: ConversionReport) -> RenderableType:
     modes = ", ".join(f"{count} x {mode}" for mode, count in report.modes.items()) or "nothing was quantized"
     dequantized = Counter(module.reason for module in plan.modules if module.dequantized)
     lines = [
-        Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
+        _joined(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
         _line(f"  modules: {modes}"),
         _line(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
         _line(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
@@ -157,7 +164,7 @@ def verification(report: VerificationReport) -> RenderableType:
     """Format a verification: the verdict, the worst error of each kind of tensor, warnings and every fault."""
     verdict = ("good", "bold green") if report.good else (f"{len(report.faults)} faults", "bold red")
     what = f"{report.converted} against {report.directory}" if report.converted else str(report.directory)
-    lines: list[RenderableType] = [Text.assemble(f"{what}: ", verdict, f" ({report.modules} modules)")]
+    lines: list[RenderableType] = [_joined(f"{what}: ", verdict, f" ({report.modules} modules)")]
     for kind in ("native", "dequantized", "plain"):
         worst = report.worst(kind)
         if worst is not None:
@@ -214,7 +221,7 @@ def cleared_sidecars(root: Path, cleared: ClearedSidecars) -> RenderableType:
 def _machine(machine: Machine) -> Iterable[RenderableType]:
     capabilities = machine.target.capabilities
     engine = {"tensorrt_llm": "TensorRT-LLM", "reference": "the CPU reference engine"}[machine.engine]
-    yield Text.assemble("LLM runs ", (engine, "bold"), f": {machine.why}")
+    yield _joined("LLM runs ", (engine, "bold"), f": {machine.why}")
     if machine.features is not None:
         for name, value in machine.features.to_dict().items():
             yield _line(f"  {name}: {_feature_text(value)}")
@@ -229,9 +236,7 @@ def _machine(machine: Machine) -> Iterable[RenderableType]:
 def _served(served: Served) -> Iterable[RenderableType]:
     sizes = ", ".join(f"{name} {size}" for name, size in served.parallel.to_dict().items() if size > 1)
     yield Text("")
-    yield Text.assemble(
-        (str(served.directory), "bold"), f" is {served.detection.description}", f" ({sizes})" * bool(sizes)
-    )
+    yield _joined((str(served.directory), "bold"), f" is {served.detection.description}", f" ({sizes})" * bool(sizes))
     if served.plan is not None:
         modes = ", ".join(f"{count} x {mode}" for mode, count in served.native.items()) or "none"
         yield _line(f"  served natively: {modes}")

@@ -103,7 +103,7 @@ def test_nothing_is_written_where_others_can_write(home: Path, name: str) -> Non
 
     write_cached("other.o", STAMP, CODE)
 
-    assert os.listdir(file.parent) == [NAME]
+    assert [path.name for path in file.parent.iterdir()] == [NAME]
 
 
 def test_a_sticky_folder_on_the_way_is_safe_for_what_this_user_owns_there(home: Path) -> None:
@@ -189,7 +189,7 @@ def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.Mo
 
     write_cached(NAME, STAMP, CODE)
 
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_release_of_numba_has_another_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
