@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from importlib import import_module
 from math import comb
 from time import perf_counter
 from typing import Any
@@ -21,20 +22,19 @@ from typing import Any
 from trtllm_ct.base.errors import ConfigError, Fault
 from trtllm_ct.base.texts import shortened
 
-if sys.version_info >= (3, 11):
-    from re import _constants as codes
-    from re import _parser as parser
-else:
-    import sre_constants as codes
-    import sre_parse as parser
-
 __all__ = ["MAX_PATTERNS", "bounded_match"]
+
+_MODULES = ("re._constants", "re._parser") if sys.version_info >= (3, 11) else ("sre_constants", "sre_parse")
+codes: Any = import_module(_MODULES[0])
+parser: Any = import_module(_MODULES[1])
 
 MAX_PATTERNS = 2000
 """The most patterns of one list; real lists have tens."""
 
 _MAX_CHARACTERS = 20_000
 _MAX_WAYS = 5_000_000
+_FEW_WAYS = 20_000
+_USUAL_LENGTH = 300
 _MAX_STEPS = 200_000
 _SLOW_SECONDS = 0.002
 _MANY = 32
@@ -84,9 +84,12 @@ class _Pattern:
         self._has_flags = bool(compiled.flags & ~re.UNICODE)
         self._unlimited, self._ways = _count_ways(parsed)
         self._may_be_fast = self._ways <= _MAX_WAYS
+        self._fast_length = self._longest_within(_FEW_WAYS)
 
     def matches(self, name: str) -> bool:
         """Whether the expression matches at the start of a name."""
+        if len(name) <= self._fast_length:
+            return self._match(name) is not None
         if self._may_be_fast and self._ways * comb(len(name) + self._unlimited, self._unlimited) <= _MAX_WAYS:
             started = perf_counter()
             matched = self._match(name) is not None
@@ -95,6 +98,13 @@ class _Pattern:
         if self._has_flags:
             raise self._refusal("flags, beside repetitions of repetitions")
         return bool(_Search(name, self._refusal).ends(self._parsed, 1))
+
+    def _longest_within(self, ways: int) -> int:
+        """Return the length of the longest names for which there are at most so many ways; -1 if there are none."""
+        length = -1
+        while length < _USUAL_LENGTH and self._ways * comb(length + 1 + self._unlimited, self._unlimited) <= ways:
+            length += 1
+        return length
 
     def _refusal(self, found: str) -> ConfigError:
         return ConfigError(
@@ -177,11 +187,13 @@ class _Search:
                 found |= self.ends(alternative, begins)
             return found
         if code in _REPEATS:
-            return self._ends_of_repeat(*argument, begins)
+            least, most, inner = argument
+            return self._ends_of_repeat(least, most, inner, begins)
         if code is codes.AT:
             return begins & self._at(argument)
         if code in (codes.ASSERT, codes.ASSERT_NOT):
-            return self._asserted(*argument, begins, wanted=code is codes.ASSERT)
+            direction, inner = argument
+            return self._asserted(direction, inner, begins, wanted=code is codes.ASSERT)
         raise self._refusal(f"a part that refers to others ({code})".lower())
 
     def _ends_of_repeat(self, least: int, most: int, inner: Any, begins: int) -> int:
@@ -239,9 +251,9 @@ def _accepts(code: Any, argument: Any, character: str) -> bool:
     if code is codes.ANY:
         return character != "\n"
     if code is codes.LITERAL:
-        return ord(character) == argument
+        return bool(ord(character) == argument)
     if code is codes.NOT_LITERAL:
-        return ord(character) != argument
+        return bool(ord(character) != argument)
     negated = bool(argument) and argument[0][0] is codes.NEGATE
     return negated != any(_in_set(kind, value, character) for kind, value in argument[int(negated) :])
 
