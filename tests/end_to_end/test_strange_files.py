@@ -98,6 +98,18 @@ def test_other_commands_refuse_it_too(directory: Path, name: str, read: Callable
         read(directory)
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_the_reference_engine_waits_for_no_tokenizer(directory: Path, name: str):
+    from trtllm_ct.reference.generate import load_tokenizer
+
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+
+    with pytest.raises(CheckpointError, match="named pipe"):
+        load_tokenizer(str(directory))
+
+
 @pytest.mark.two_users
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"])
 def test_a_file_without_permission_is_an_error_of_the_checkpoint(tmp_path: Path, name: str):
