@@ -13,6 +13,9 @@ import pytest
 from hypothesis import settings
 from installed_library import has_newest_library
 from installed_transformers import has_newest_transformers
+from other_user import IS_ROOT
+
+from trtllm_ct.layouts.loops import code_cache
 
 # No test needs a network; what asks the hub all the same shall fail at once. Read when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The same examples in every run; `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+# Compiling takes seconds in each process that a test starts; one cache serves all of them.
+code_cache._keeps_files = True
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -45,6 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "newest_library": has_newest_library(),
         "reference": importlib.util.find_spec("transformers") is not None,
         "newest_transformers": has_newest_transformers(),
+        "two_users": IS_ROOT,
         "mpi": importlib.util.find_spec("mpi4py") is not None and shutil.which("mpirun", path=_programs()) is not None,
     }
     missing = {marker for marker, there in available.items() if not there}

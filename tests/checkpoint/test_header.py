@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -277,3 +279,44 @@ def test_damage_to_any_bytes_never_raises_anything_but_a_catalog_error(tmp_path:
         return
 
     assert sum(tensor.spec.nbytes for tensor in found.tensors.values()) == 8
+
+
+# What could take long, and where the safetensors library is the measure.
+
+
+@pytest.mark.parametrize("size", [1, 0, 2**31])
+def test_a_very_long_shape_is_refused_at_once(tmp_path: Path, size: int) -> None:
+    """Multiplying 800,000 sizes took seconds, and ten times as many a hundred times as long."""
+    entry = {"a": {"dtype": "U8", "shape": [size] * 800_000, "data_offsets": [0, 1]}}
+    text = json.dumps(entry).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0")
+    started = time.process_time()
+
+    with pytest.raises(CatalogError, match="a shape of at most 64 whole numbers"):
+        read_header(tmp_path / "a.safetensors", "a.safetensors")
+
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "is_read"),
+    [
+        ('{"__metadata__": null, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', True),
+        ('{"a": {"dtype": "U8", "shape": [1], "data_offsets": [-0, 1]}}', False),
+        ('{"a": {"dtype": "U8", "shape": [1, -0], "data_offsets": [0, 1]}}', False),
+        ('{"__metadata__": {"a": "-0,"}, "model-0 ": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', True),
+    ],
+)
+def test_what_the_safetensors_library_reads_is_read(tmp_path: Path, text: str, is_read: bool) -> None:
+    content = len(text).to_bytes(8, "little") + text.encode() + b"\0"
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+
+    if is_read:
+        assert read_header(path, path.name).tensors
+        assert safetensors.deserialize(content)
+        return
+    with pytest.raises(CatalogError):
+        read_header(path, path.name)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.deserialize(content)

@@ -102,18 +102,19 @@ class TestOutput:
         (source / "assets").mkdir()
         (source / "assets" / "vocabulary.txt").touch()
 
-        report = convert_checkpoint(source, tmp_path / "out")
+        report = convert_checkpoint(source, tmp_path / "out", carry=["assets"])
 
         carried = (
             "assets/vocabulary.txt",
             "chat_template.jinja",
             "generation_config.json",
-            "modeling_x.py",
             "recipe.yaml",
             "tokenizer.json",
             "tokenizer_config.json",
         )
         assert report.carried_files == carried
+        assert report.left_out_files == ("modeling_x.py",)
+        assert report.code_files == ()
         assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in carried)
         assert not (tmp_path / "out" / "params.json").exists()
         assert not (tmp_path / "out" / "pytorch_model.bin").exists()

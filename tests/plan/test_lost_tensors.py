@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from tiny_models import tiny_config
 
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.plan.checks import checks_of, checks_text

@@ -51,8 +51,7 @@ OPTIONS = ServingOptions()
 SIDE_FILES = {
     "tokenizer.json": "{}",
     "generation_config.json": "{}",
-    "modeling_tiny.py": "",
-    "templates/chat.jinja": "{{ messages }}",
+    "additional_chat_templates/chat.jinja": "{{ messages }}",
 }
 WEIGHTS = ("old/model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 
@@ -80,11 +79,12 @@ def is_free(directory: Path) -> bool:
 # Content.
 
 
-def test_all_files_but_the_weights_are_linked(source: Path) -> None:
+def test_known_files_but_not_the_weights_are_linked(source: Path) -> None:
     """If weights were there, stock TensorRT-LLM would silently load those whose names it knows."""
     for name in WEIGHTS[:2]:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"weights")
+    (source / "modeling_unnamed.py").write_text("")
 
     made = make_sidecar(source, OPTIONS)
 
@@ -262,7 +262,7 @@ def test_the_loser_of_a_race_uses_what_the_winner_wrote(
             winners.append(path.name)
             rename(path, target)
             # This is the file of the process that won the race; this process still has its own directory.
-            (path / "templates").mkdir(parents=True)
+            (path / "additional_chat_templates").mkdir(parents=True)
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", race)
@@ -378,7 +378,7 @@ def test_a_missing_source_is_downloaded_from_the_hub(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The node downloads the commit that the sidecar was made from, into its own cache."""
-    shutil.rmtree(source / "templates")
+    shutil.rmtree(source / "additional_chat_templates")
     hub = HubCache(tmp_path / "hub", monkeypatch)
     snapshot = hub.add("org/model", source)
     repository = Repository(name="org/model", revision=snapshot.name)

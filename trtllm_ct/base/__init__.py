@@ -6,6 +6,9 @@ schemes.py        how weights and activations are quantized: strategies, argumen
 cores.py          how many processor cores this process may use
 memory_budget.py  how much memory this process may still allocate
 collector.py      a context manager that pauses Python's garbage collector
+texts.py          makes text of strangers fit for a message
+regular_files.py  opens regular files only, up to a size
+own_folders.py    opens folders into which only this user can write
 packages.py       packages that may be missing, what they are for, and how to install them
 str_enum.py       `StrEnum`, which Python 3.10 does not have
 json_form.py      values of this package as JSON, by one rule

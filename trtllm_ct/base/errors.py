@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from trtllm_ct.base.json_form import fields_form
+from trtllm_ct.base.texts import printable, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -53,13 +54,18 @@ class Fault:
     """One problem that a stage reports.
 
     `where` names the file, module or tensor. `expected` and `found` complete the message "expected ..., found ...".
-    `remedy` is a full sentence that says what to do.
+    `remedy` is a full sentence that says what to do. Long texts are shortened, and control characters escaped.
     """
 
     where: str
     expected: str
     found: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        """Make the texts fit for a message: they quote names and values that strangers wrote."""
+        for name in ("where", "expected", "found", "remedy"):
+            object.__setattr__(self, name, printable(shortened(getattr(self, name))))
 
     def __str__(self) -> str:
         return f"{self.where}: expected {self.expected}, found {self.found}. {self.remedy}"
@@ -136,24 +142,36 @@ class VerificationError(CheckpointError):
     """A converted directory doesn't equal its source."""
 
 
+MOST_FAULTS = 2000
+"""The most faults that one stage lists; a damaged checkpoint may have a million of one kind."""
+
 Error = TypeVar("Error", bound=TrtllmCtError)
 
 
 @dataclass(slots=True)
 class FaultCollector:
-    """Collects the faults of one stage, so that the user sees all of them at once."""
+    """Collects the faults of one stage, so that the user sees all of them at once, up to `MOST_FAULTS`."""
 
     faults: list[Fault] = field(default_factory=list)
+    more: int = 0
 
     def add(self, *, where: str, expected: str, found: str, remedy: str) -> None:
-        """Record one fault."""
+        """Record one fault; only count it if there are very many."""
+        if len(self.faults) >= MOST_FAULTS:
+            self.more += 1
+            return
         self.faults.append(Fault(where=where, expected=expected, found=found, remedy=remedy))
 
     def raise_if_any(self, error: type[Error], warnings: Iterable[str] = ()) -> None:
         """Raise `error` with all recorded faults and with `warnings`; do nothing when there are no faults."""
         if self.faults:
+            faults = list(self.faults)
+            if self.more:
+                found = f"{self.more} more faults of this kind"
+                remedy = "Correct those before it first."
+                faults.append(Fault(where="and so on", expected="no fault", found=found, remedy=remedy))
             with keeping_warnings(warnings):
-                raise error(*self.faults)
+                raise error(*faults)
 
 
 @contextmanager

@@ -5,7 +5,10 @@ catalog.py      every tensor of a directory by name, from the headers alone
 reader.py       tensors as views of memory-mapped files
 byte_reader.py  tensors as plain bytes of memory-mapped files, without torch
 runs.py         short reads from many tensors, without memory-mapping a file
+snapshot.py     the files that belong to a checkpoint directory, and which links may be followed
 side_files.py   tokenizer, chat template and other files that are copied unchanged
+side_patterns.py  which kinds of such files are known
+remote_code.py  the Python files that a configuration names as code of the model
 write_plan.py   the position of every byte of an output
 stacks.py       collects the matrices of a tensor that is written in another order
 writer.py       write safetensors files, with the tensors in any order

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
+from trtllm_ct.base.regular_files import INDEX_BYTES, read_bounded
 from trtllm_ct.checkpoint.header import (
     Header,
     StoredTensor,
@@ -152,6 +153,7 @@ def _select_files(directory: Path) -> _Selection:
         return _select_from_index(directory, _choose_index(indexes), shards, warnings)
     if not shards:
         raise CatalogError(_no_weights(directory, names))
+    _require_printable(shards)
     _require_all_numbers(shards)
     return _Selection(files=tuple(shards), warnings=warnings)
 
@@ -231,7 +233,7 @@ def _select_from_index(directory: Path, index: str, shards: list[str], warnings:
 
 def _read_weight_map(directory: Path, index: str) -> dict[str, str]:
     try:
-        text = (directory / index).read_bytes()
+        text = read_bounded(directory / index, INDEX_BYTES)
     except OSError as error:
         raise CatalogError(_unreadable(index, error)) from None
     refuse_lfs_pointer(text, index)
@@ -259,13 +261,25 @@ def _require_inside(file: str, index: str, faults: FaultCollector) -> None:
     Backslashes are refused because `..\x` is a plain file name here but leads out of the directory on other systems.
     """
     parts = file.split("/")
-    if PurePosixPath(file).is_absolute() or {"", ".", ".."} & set(parts) or re.search(r"[\\:\0]", file):
+    outside = PurePosixPath(file).is_absolute() or {"", ".", ".."} & set(parts) or re.search(r"[\\:\0]", file)
+    if outside or not file.isprintable():
         expected = "paths inside the checkpoint directory"
         remedy = "Take the index from where the checkpoint was published; such a path may be meant to harm you."
         faults.add(where=index, expected=expected, found=repr(file), remedy=remedy)
     elif not file.endswith(".safetensors"):
         remedy = "Pickle and other formats are refused because loading them can run code: convert to safetensors."
         faults.add(where=index, expected="names of safetensors files", found=repr(file), remedy=remedy)
+
+
+def _require_printable(shards: list[str]) -> None:
+    """Raise `CatalogError` for names of weight files that are not UTF-8 or have control characters."""
+    faults = FaultCollector()
+    for shard in shards:
+        if not shard.isprintable():
+            remedy = "Rename the file, or move it away if it doesn't belong to the checkpoint."
+            expected = "a file name in UTF-8 without control characters"
+            faults.add(where=shard, expected=expected, found=ascii(shard), remedy=remedy)
+    faults.raise_if_any(CatalogError)
 
 
 def _require_all_numbers(shards: list[str]) -> None:

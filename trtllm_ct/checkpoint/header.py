@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
+from trtllm_ct.base.regular_files import open_regular, read_descriptor
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.base.texts import printable, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -48,9 +50,12 @@ MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 """The one key of a header that does not name a tensor."""
 
+_NEGATIVE_ZERO = re.compile(rb"-0[^-\w.]")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_NUMEL = 2**63
+_MAX_NAME = 200  # characters of a name in a list of names
+_MAX_AXES = 64  # as many as numpy and torch can have
 
 _FETCH_AGAIN = "The file is incomplete or damaged: download it again and compare its checksum."
 _SAVE_AGAIN = (
@@ -99,7 +104,7 @@ def _parse(text: bytes, size: int, file: str) -> Header:
     """Parse and validate the JSON `text` of a header; `size` is the size of the whole file in bytes."""
     faults = FaultCollector()
     entries = _load_entries(text, file)
-    metadata = _metadata(entries.pop(METADATA_KEY, {}), file, faults)
+    metadata = _metadata(entries.pop(METADATA_KEY, None), file, faults)
     specs, spans = _parse_entries(entries, file, faults)
     payload_bytes = size - LENGTH_BYTES - len(text)
     _check_layout(spans, payload_bytes, file, faults, complete=len(spans) == len(entries))
@@ -111,9 +116,9 @@ def _parse(text: bytes, size: int, file: str) -> Header:
 
 def _read_text(path: Path, file: str) -> tuple[bytes, int]:
     """Return the JSON bytes of the header and the size of the file in bytes."""
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        start = stream.read(len(_LFS_POINTER))
+    with open_regular(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        start = read_descriptor(descriptor, len(_LFS_POINTER))
         refuse_lfs_pointer(start, file)
         if len(start) < LENGTH_BYTES:
             _refuse(file, f"at least {LENGTH_BYTES} bytes", f"{size} bytes", _FETCH_AGAIN)
@@ -126,8 +131,11 @@ def _read_text(path: Path, file: str) -> tuple[bytes, int]:
         if length > size - LENGTH_BYTES:
             found = f"{size} bytes in the whole file"
             _refuse(file, f"a header of {length} bytes after its length", found, _FETCH_AGAIN)
-        stream.seek(LENGTH_BYTES)
-        return stream.read(length), size
+        os.lseek(descriptor, LENGTH_BYTES, os.SEEK_SET)
+        text = read_descriptor(descriptor, length)
+        if len(text) < length:
+            _refuse(file, f"a header of {length} bytes", f"a file that ends after {len(text)} of them", _FETCH_AGAIN)
+        return text, size
 
 
 def refuse_lfs_pointer(start: bytes, file: str) -> None:
@@ -167,8 +175,10 @@ def _parse_json(
     object_pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Parse `text`, a JSON object in UTF-8; `object_pairs_hook` is passed on to `json.loads`."""
+    # The safetensors library takes -0 for no integer; Python's parser, for 0.
+    parse_int = _integer if _NEGATIVE_ZERO.search(text) else None
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=object_pairs_hook)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=object_pairs_hook, parse_int=parse_int)
         if b"\\u" in text:  # an escape may be half of a surrogate pair, which can't be printed in a message
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # ValueError: also for invalid UTF-8 and overlong integers
@@ -176,6 +186,12 @@ def _parse_json(
     if not isinstance(document, dict):
         _refuse(where, "a JSON object", f"a JSON {type(document).__name__}", remedy)
     return document
+
+
+def _integer(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 where a size is due")
+    return int(text)
 
 
 def _may_repeat_keys(text: bytes, string_count: int) -> bool:
@@ -220,7 +236,12 @@ def _load_entries(text: bytes, file: str) -> dict[str, Any]:
 
 
 def _metadata(value: object, file: str, faults: FaultCollector) -> dict[str, str]:
-    """Return `__metadata__` when it maps strings to strings; otherwise add a fault and return an empty dictionary."""
+    """Return `__metadata__` when it maps strings to strings; otherwise add a fault and return an empty dictionary.
+
+    Null counts as absent, as for the safetensors library.
+    """
+    if value is None:
+        return {}
     if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         return value
     faults.add(where=f"{file}: {METADATA_KEY}", expected="an object of texts", found=_show(value), remedy=_SAVE_AGAIN)
@@ -284,11 +305,24 @@ def _spec(dtype_name: Any, shape: Any) -> TensorSpec:
     if dtype is None:
         remedy = "Save the tensor in one of the expected dtypes; this package can't interpret any other."
         raise _EntryError(f"one of the dtypes {', '.join(DType.__members__)}", _show(dtype_name), remedy)
-    sizes_are_counts = type(shape) is list and all(type(size) is int and size >= 0 for size in shape)
-    # Zeros count as 1 in the product: torch would overflow on the strides of [0, 2^40, 2^40].
-    if not sizes_are_counts or prod(size or 1 for size in shape) >= _MAX_NUMEL:
-        raise _EntryError("a shape of whole numbers, none negative, fewer than 2^63 elements", _show(shape))
+    if not _is_shape(shape):
+        expected = f"a shape of at most {_MAX_AXES} whole numbers, none negative, fewer than 2^63 elements"
+        raise _EntryError(expected, _show(shape))
     return _interned(TensorSpec(dtype, tuple(shape)))
+
+
+def _is_shape(shape: Any) -> bool:
+    if type(shape) is not list or len(shape) > _MAX_AXES:
+        return False
+    numel = 1
+    for size in shape:
+        if type(size) is not int or size < 0:
+            return False
+        # Zeros count as 1 in the product: torch would overflow on the strides of [0, 2^40, 2^40].
+        numel *= size or 1
+        if numel >= _MAX_NUMEL:
+            return False
+    return True
 
 
 @lru_cache(maxsize=4096)
@@ -330,7 +364,7 @@ def _check_layout(spans: list[_Span], payload_bytes: int, file: str, faults: Fau
 def format_names(names: Iterable[str]) -> str:
     """Format the first five names and the number of all others for a message: `a, b, c and 12 more`."""
     remaining = iter(names)
-    text = ", ".join(islice(remaining, 5))
+    text = ", ".join(printable(shortened(name, _MAX_NAME)) for name in islice(remaining, 5))
     more = sum(1 for _ in remaining)
     return f"{text} and {more} more" if more else text
 

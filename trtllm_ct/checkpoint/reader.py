@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.memory_budget import available_memory
+from trtllm_ct.base.regular_files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -164,7 +165,9 @@ def _map_file(path: Path) -> torch.Tensor:
     """
     import torch
 
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    with open_regular(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
 
 def file_changed(tensor: StoredTensor, found: str) -> CatalogError:

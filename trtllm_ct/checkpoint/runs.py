@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.regular_files import open_regular, read_descriptor
 from trtllm_ct.checkpoint.reader import Run, file_changed
 
 if TYPE_CHECKING:
@@ -32,12 +33,11 @@ def read_runs(catalog: Catalog, runs: Iterable[Run]) -> Iterator[tuple[Run, byte
     for file, places in sorted(by_file.items()):
         places.sort(key=lambda place: place[0])
         try:
-            # Buffering would read 128 KiB for a scalar of 4 bytes.
-            with (catalog.directory / file).open("rb", buffering=0) as stream:
-                _advise(stream.fileno(), places)
+            with open_regular(catalog.directory / file) as descriptor:
+                _advise(descriptor, places)
                 for offset, nbytes, run in places:
-                    stream.seek(offset)
-                    data = stream.read(nbytes)
+                    os.lseek(descriptor, offset, os.SEEK_SET)
+                    data = read_descriptor(descriptor, nbytes)
                     if len(data) < nbytes:
                         found = f"a file that ends before byte {offset + nbytes}"
                         raise file_changed(catalog.tensors[run.name], found)

@@ -1,78 +1,194 @@
-"""Files beside the weights that are copied unchanged: tokenizer, chat template, generation config, code, licence.
+"""Files beside the weights that are copied unchanged: tokenizer, chat template, generation config, licence.
 
-Everything is copied except files that the target writes itself, weights in any format, hidden files and caches. A list
-of exclusions ages better than a list of inclusions, because tokenizers keep adding new files.
+Checkpoints come from strangers, and copies are published. So known kinds of files are carried (`side_patterns.py`), and
+others are named and left out unless they are asked for; code is carried only where a configuration names it. Links are
+followed inside of the snapshot that they belong to and refused elsewhere: a link to a private key would be copied as a
+file.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
+from dataclasses import dataclass, field
+from shutil import copyfileobj
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, FaultCollector
-from trtllm_ct.checkpoint.catalog import PICKLE_SUFFIXES
+from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, open_regular
+from trtllm_ct.checkpoint.remote_code import named_code
+from trtllm_ct.checkpoint.side_patterns import (
+    CARRIED,
+    TARGET_FILES,
+    is_code,
+    is_excluded,
+    is_known,
+    matches_any,
+    may_hold,
+)
+from trtllm_ct.checkpoint.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection
     from pathlib import Path
 
-__all__ = ["copy_side_files", "side_files"]
+__all__ = ["NO_SIDE_FILES", "SideFiles", "copy_side_files", "require_regular_side_files", "side_files"]
 
-_WEIGHT_SUFFIXES = (
-    *PICKLE_SUFFIXES, ".safetensors", ".index.json", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
-)  # fmt: skip
-
-# Excluded at the top level only. The target writes the first three itself. params.json belongs to Mistral's own weight
-# names, which are not copied, and some engines detect their format by its presence.
-_TARGET_FILES = {"config.json", "hf_quant_config.json", "quant_cfg.json", "params.json"}
+_MAX_FILES = 10_000
+"""The most side files of a checkpoint; real ones have tens."""
 
 
-def side_files(source: Path) -> tuple[str, ...]:
-    """Return the relative names of all files in and below `source` except weights and configuration, sorted.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideFiles:
+    """The side files of a checkpoint: relative names, sorted.
 
-    Links are followed, because a hub cache consists of links. Raises `CatalogError` for links that lead nowhere or in a
-    circle.
+    `carried` are copied; `code` are those of them that are code, which whoever loads the copy may run. `left_out` are
+    the entries that are not copied and that a user may miss; a folder ends in a slash.
+    """
+
+    carried: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+NO_SIDE_FILES = SideFiles()
+
+
+def side_files(source: Path, carry: Collection[str] = ()) -> SideFiles:
+    """Return which side files of `source` are carried, and which are left out.
+
+    `carry` are patterns of further files, see `side_patterns.py`. Raises `CatalogError` with every link that leads out
+    of the snapshot, nowhere or in a circle, also where the file would be left out, and with every carried file that is
+    no regular file, has no permission to be read or is too large. Files that the target writes itself must not be
+    links out of the snapshot either, because their content would arrive in the target.
+    """
+    snapshot = Snapshot.of(source)
+    walk = _Walk(snapshot=snapshot, carry=tuple(carry), named=named_code(snapshot))
+    walk.visit("", ())
+    for name in TARGET_FILES:
+        if os.path.lexists(snapshot.root / name):
+            walk.find(name)
+    walk.faults.raise_if_any(CatalogError)
+    return SideFiles(
+        carried=tuple(sorted(walk.carried)),
+        code=tuple(sorted(filter(is_code, walk.carried))),
+        left_out=tuple(sorted(walk.left_out)),
+    )
+
+
+def copy_side_files(source: Path, out: Path, carry: Collection[str] = ()) -> SideFiles:
+    """Copy the side files of `source` to `out` and return which they are; see `side_files`.
+
+    Sub-directories are kept, and links are copied as files. Raises `CatalogError` before anything is copied, and for a
+    file that is replaced in the meantime.
+    """
+    files, snapshot, faults = side_files(source, carry), Snapshot.of(source), FaultCollector()
+    for name in files.carried:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with (
+                snapshot.open(name, SIDE_FILE_BYTES) as descriptor,
+                open(descriptor, "rb", closefd=False) as stream,
+                (out / name).open("wb") as copy,
+            ):
+                copyfileobj(stream, copy)
+        except OSError as error:
+            _add_unusable(snapshot.root / name, f"{error.strerror or error}".lower(), faults)
+    faults.raise_if_any(CatalogError)
+    return files
+
+
+def require_regular_side_files(directory: Path) -> None:
+    """Raise `CatalogError` for known side files at the top of a directory that are no regular files or can't be read.
+
+    For other programs that will read them by name: they would wait for a named pipe forever. Links are followed.
     """
     faults = FaultCollector()
-    names = tuple(sorted(path.relative_to(source).as_posix() for path in _walk(source, (), faults)))
+    for name in sorted(path.name for path in directory.iterdir()):
+        if is_known(name) and "." in name:
+            try:
+                with open_regular(directory / name, SIDE_FILE_BYTES):
+                    pass
+            except OSError as error:
+                _add_unusable(directory / name, f"{error.strerror or error}".lower(), faults)
     faults.raise_if_any(CatalogError)
-    return names
 
 
-def copy_side_files(source: Path, out: Path) -> tuple[str, ...]:
-    """Copy the side files of `source` to `out` and return their names; see `side_files`.
+@dataclass(slots=True, kw_only=True)
+class _Walk:
+    """Collects the side files of a snapshot; `named` is the code that a configuration names."""
 
-    Sub-directories are kept, and links are copied as files. Raises `CatalogError` before anything is copied.
-    """
-    names = side_files(source)
-    for name in names:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, out / name)
-    return names
+    snapshot: Snapshot
+    carry: tuple[str, ...]
+    named: frozenset[str]
+    carried: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    faults: FaultCollector = field(default_factory=FaultCollector)
+
+    def visit(self, folder: str, path_down: tuple[Path, ...]) -> None:
+        """Collect from a folder of the snapshot; `path_down` are the folders on the way to it, without links."""
+        place = self.find(folder) if folder else self.snapshot.root
+        if place is None:
+            return
+        if any(place == above or place in above.parents for above in path_down):
+            self._refuse(folder, f"a link to {(self.snapshot.root / folder).readlink()}, which leads in a circle")
+            return
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            self._refuse(folder, f"{error.strerror}".lower())
+            return
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if not is_excluded(name, self.carry):
+                self._collect(name, (*path_down, place), entry)
+
+    def _collect(self, name: str, path_down: tuple[Path, ...], entry: os.DirEntry[str]) -> None:
+        if len(self.carried) > _MAX_FILES or (entry.is_symlink() and self.find(name) is None):
+            return
+        if entry.is_dir() and name.isprintable() and self._is_entered(name):
+            self.visit(name, path_down)
+        elif entry.is_dir() and is_known(name) and "." in entry.name:
+            self._refuse(name, "a directory where a file is due")
+        elif entry.is_dir() or not self._is_wanted(name):
+            self.left_out.append(f"{name}/" if entry.is_dir() else name)
+        elif self._can_be_read(name):
+            self.carried.append(name)
+            if len(self.carried) > _MAX_FILES:
+                self._refuse(name, f"more than {_MAX_FILES} files to copy")
+
+    def _is_entered(self, folder: str) -> bool:
+        """Whether a folder is searched: it may hold known files, or a pattern asks for it or for something in it."""
+        return may_hold(folder, (*CARRIED, *self.carry)) or matches_any(folder, self.carry)
+
+    def _is_wanted(self, name: str) -> bool:
+        known = is_known(name) and not is_code(name)
+        return name.isprintable() and (known or name in self.named or matches_any(name, self.carry))
+
+    def _can_be_read(self, name: str) -> bool:
+        try:
+            with self.snapshot.open(name, SIDE_FILE_BYTES):
+                return True
+        except OSError as error:
+            self._refuse(name, f"{error.strerror or error}".lower())
+            return False
+
+    def find(self, name: str) -> Path | None:
+        """Return where a file or folder of the snapshot is; adds a fault and returns None if it is outside."""
+        path = self.snapshot.root / name
+        link = f"a link to {path.readlink()}" if path.is_symlink() else "a link on the way to it"
+        try:
+            place = self.snapshot.locate(name)
+        except OSError as error:
+            self._refuse(name, f"{link}: {error.strerror}".lower())
+            return None
+        if place is None:
+            self._refuse(name, f"{link}, which leads out of the checkpoint")
+        return place
+
+    def _refuse(self, name: str, found: str) -> None:
+        _add_unusable(self.snapshot.root / name, found, self.faults)
 
 
-def _walk(folder: Path, above: tuple[Path, ...], faults: FaultCollector) -> Iterator[Path]:
-    """Yield the files to copy in and below `folder`; `above` are the resolved folders on the path down to it."""
-    path_down = (*above, folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if _is_excluded(path, at_top=not above):
-            continue
-        if path.is_dir() and not _leads_back(path.resolve(), path_down):
-            yield from _walk(path, path_down, faults)
-        elif path.is_file():
-            yield path
-        else:
-            found = f"a link to {path.readlink()}" if path.is_symlink() else "neither"
-            remedy = "Fetch what the link stands for, or delete it when nothing needs it."
-            faults.add(where=str(path), expected="a file or a directory", found=found, remedy=remedy)
-
-
-def _is_excluded(path: Path, *, at_top: bool) -> bool:
-    """Whether an entry is not copied: hidden, a cache, weights, or a file that the target writes itself."""
-    hidden = path.name.startswith(".") or path.name == "__pycache__"
-    return hidden or path.name.endswith(_WEIGHT_SUFFIXES) or (at_top and path.name in _TARGET_FILES)
-
-
-def _leads_back(folder: Path, path_down: tuple[Path, ...]) -> bool:
-    """Whether `folder` is, or contains, one of the folders on the path down to it, so that a walk would not end."""
-    return any(folder == ancestor or folder in ancestor.parents for ancestor in path_down)
+def _add_unusable(path: Path, found: str, faults: FaultCollector) -> None:
+    remedy = "Put the file itself there if you know what it is and want it copied, otherwise delete it."
+    faults.add(where=str(path), expected="a file or a directory of the checkpoint", found=found, remedy=remedy)

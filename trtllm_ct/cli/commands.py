@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.cli import report
+from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.options import (
     AUTO,
     ENGINE,
@@ -69,10 +69,8 @@ cache = typer.Typer(
     help="Directories that were prepared for TensorRT-LLM.", invoke_without_command=True, rich_markup_mode=None
 )
 app.add_typer(cache, name="cache")
-# A pipe or file has no width. The 80 columns that rich assumes for it would wrap messages and cut tensor names.
-_NO_WIDTH = 10_000
-stdout = Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
-stderr = Console(width=None if sys.stderr.isatty() else _NO_WIDTH, stderr=True)
+stdout = open_console(sys.stdout)
+stderr = open_console(sys.stderr, stderr=True)
 
 
 @app.callback()
@@ -170,6 +168,12 @@ def convert(
     dense_o_proj: DenseOutput = False,
     strict: Strict = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
+    carry: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Copy side files of this pattern too, such as 'assets/*'; may be repeated.", metavar="PATTERN"
+        ),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
     executor: Annotated[
@@ -197,6 +201,7 @@ def convert(
             dense_o_proj=dense_o_proj,
             strict=strict,
             overwrite=overwrite,
+            carry=carry or (),
             max_shard_bytes=max_shard_bytes,
             device=device,
             executor=executor,
@@ -340,6 +345,7 @@ def run_app(commands: typer.Typer) -> None:
     A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
     `UsageError`, and 1 for any other error.
     """
+    occupy_standard_descriptors()
     # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -347,7 +353,7 @@ def run_app(commands: typer.Typer) -> None:
         with collector_paused(), missing_packages_as_errors():
             commands()
     except TrtllmCtError as error:
-        if "--json" in sys.argv:
+        if "--json" in sys.argv and error.faults[0].where != STDOUT:
             faults = [fault.to_dict() for fault in error.faults]
             document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
             print_json("error", document)
@@ -375,7 +381,8 @@ def parse_size(text: str) -> int:
 
 def print_json(kind: str, document: dict[str, Any]) -> None:
     """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it."""
-    print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
+    with writing():
+        print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
 
 
 def _problems_shown(plan: Plan, on_bytes: Callable[[int], None]) -> Callable[[int], None]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from rich import markup
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
+from trtllm_ct.base.texts import printable
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
 from trtllm_ct.plan.checks import checks_text
@@ -55,6 +57,23 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} {_UNITS[-1]}"
 
 
+def escape(text: str) -> str:
+    """Return a text of a checkpoint for a cell of a table: markup and control characters are shown, not obeyed."""
+    return markup.escape(printable(text))
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Return one line of a report; line breaks in names that it quotes don't break it."""
+    return Text(printable(text), style=style)
+
+
+def _joined(*parts: str | tuple[str, str]) -> Text:
+    """Return one line of a report, of texts with and without a style; see `_line`."""
+    return Text.assemble(
+        *(printable(part) if isinstance(part, str) else (printable(part[0]), part[1]) for part in parts)
+    )
+
+
 def faults(all_faults: Iterable[Fault]) -> RenderableType:
     """Format faults; faults with the same text are shown once, with the names that they apply to folded."""
     names_by_text: dict[tuple[str, str, str], list[str]] = {}
@@ -81,17 +100,17 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     warnings and problems.
     """
     parts: list[RenderableType] = [
-        Text.assemble((str(report.directory), "bold"), f" is {report.detection.description}"),
-        *(Text(f"  evidence: {evidence}") for evidence in report.detection.evidence),
+        _joined((str(report.directory), "bold"), f" is {report.detection.description}"),
+        *(_line(f"  evidence: {evidence}") for evidence in report.detection.evidence),
     ]
     if report.plan is not None:
         parts += [
-            Text(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
+            _line(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
             _checks(report.plan),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
-            Text(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
-            Text(f"Bytes: {_bytes(report.plan)}"),
+            _line(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
+            _line(f"Bytes: {_bytes(report.plan)}"),
             *_deviations(report.plan),
         ]
     parts.append(_warnings(report.warnings))
@@ -102,7 +121,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
 
 def problems(found: Sequence[Fault]) -> RenderableType:
     """Format problems under a title with their number."""
-    return Group(Text(f"Problems ({len(found)}):", style="bold red"), faults(found))
+    return Group(_line(f"Problems ({len(found)}):", style="bold red"), faults(found))
 
 
 def plan(checkpoint_plan: Plan) -> RenderableType:
@@ -126,34 +145,41 @@ def conversion(report: ConversionReport) -> RenderableType:
     modes = ", ".join(f"{count} x {mode}" for mode, count in report.modes.items()) or "nothing was quantized"
     dequantized = Counter(module.reason for module in plan.modules if module.dequantized)
     lines = [
-        Text.assemble(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
-        Text(f"  modules: {modes}"),
-        Text(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
-        Text(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
+        _joined(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
+        _line(f"  modules: {modes}"),
+        _line(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
+        _line(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
+        *_named("code that a configuration names or --carry asked for", report.code_files),
+        *_named("left out, --carry PATTERN copies them", report.left_out_files),
         _checks(plan),
-        *(Text(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
+        *(_line(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
     ]
     return Group(*lines, *_deviations(plan), _warnings(report.warnings))
+
+
+def _named(what: str, names: Sequence[str]) -> list[Text]:
+    """Return a line that names files, or none if there are none."""
+    return [_line(f"  {what}: {format_names(names)}")] if names else []
 
 
 def verification(report: VerificationReport) -> RenderableType:
     """Format a verification: the verdict, the worst error of each kind of tensor, warnings and every fault."""
     verdict = ("good", "bold green") if report.good else (f"{len(report.faults)} faults", "bold red")
     what = f"{report.converted} against {report.directory}" if report.converted else str(report.directory)
-    lines: list[RenderableType] = [Text.assemble(f"{what}: ", verdict, f" ({report.modules} modules)")]
+    lines: list[RenderableType] = [_joined(f"{what}: ", verdict, f" ({report.modules} modules)")]
     for kind in ("native", "dequantized", "plain"):
         worst = report.worst(kind)
         if worst is not None:
             count = sum(check.kind == kind for check in report.checks)
             error = worst.comparison
             lines.append(
-                Text(
+                _line(
                     f"  {count} {kind} tensors, worst error {error.error:.3g} in {worst.name}, {error.block}: "
                     f"{error.got:.9g}, source {error.want:.9g}"
                 )
             )
     if report.zero_scales:
-        lines.append(Text(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
+        lines.append(_line(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
     if report.warnings:
         lines.append(_warnings(report.warnings))
     if report.faults:
@@ -178,7 +204,7 @@ def sidecars(root: Path, listed: Iterable[ListedSidecar]) -> RenderableType:
         sizes = (options.parallel.tensor, options.parallel.pipeline, options.parallel.expert)
         source = repository.name if repository else str(entry.sidecar.source)
         table.add_row(entry.directory.name, escape(source), options.engine, *map(str, sizes))
-    parts: list[RenderableType] = [Text(f"{table.row_count} in {root}")]
+    parts: list[RenderableType] = [_line(f"{table.row_count} in {root}")]
     if table.row_count:
         parts.append(table)
     return Group(*parts, faults(fault for fault in damaged if fault is not None))
@@ -197,31 +223,29 @@ def cleared_sidecars(root: Path, cleared: ClearedSidecars) -> RenderableType:
 def _machine(machine: Machine) -> Iterable[RenderableType]:
     capabilities = machine.target.capabilities
     engine = {"tensorrt_llm": "TensorRT-LLM", "reference": "the CPU reference engine"}[machine.engine]
-    yield Text.assemble("LLM runs ", (engine, "bold"), f": {machine.why}")
+    yield _joined("LLM runs ", (engine, "bold"), f": {machine.why}")
     if machine.features is not None:
         for name, value in machine.features.to_dict().items():
-            yield Text(f"  {name}: {_feature_text(value)}")
-    yield Text(f"  capability set: {capabilities.name} ({capabilities.source})")
-    yield Text(f"  Linears: {', '.join(sorted(capabilities.linear))}")
-    yield Text(f"  routed experts: {', '.join(sorted(capabilities.experts))}")
+            yield _line(f"  {name}: {_feature_text(value)}")
+    yield _line(f"  capability set: {capabilities.name} ({capabilities.source})")
+    yield _line(f"  Linears: {', '.join(sorted(capabilities.linear))}")
+    yield _line(f"  routed experts: {', '.join(sorted(capabilities.experts))}")
     if machine.missing:
-        yield Text(f"Missing ({len(machine.missing)}):", style="bold yellow")
+        yield _line(f"Missing ({len(machine.missing)}):", style="bold yellow")
         yield faults(machine.missing)
 
 
 def _served(served: Served) -> Iterable[RenderableType]:
     sizes = ", ".join(f"{name} {size}" for name, size in served.parallel.to_dict().items() if size > 1)
     yield Text("")
-    yield Text.assemble(
-        (str(served.directory), "bold"), f" is {served.detection.description}", f" ({sizes})" * bool(sizes)
-    )
+    yield _joined((str(served.directory), "bold"), f" is {served.detection.description}", f" ({sizes})" * bool(sizes))
     if served.plan is not None:
         modes = ", ".join(f"{count} x {mode}" for mode, count in served.native.items()) or "none"
-        yield Text(f"  served natively: {modes}")
+        yield _line(f"  served natively: {modes}")
         for reason, modules in served.dequantized.items():
-            yield Text(f"  dequantized {len(modules)} modules: {reason}")
-        yield Text(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
-        yield Text(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
+            yield _line(f"  dequantized {len(modules)} modules: {reason}")
+        yield _line(f"  KV cache: {served.plan.quant_config.kv_cache_quant_algo or 'not quantized'}")
+        yield _line(f"  bytes: {format_bytes(served.plan.delivered_bytes)} over all ranks")
         yield from _deviations(served.plan)
         yield _warnings(served.warnings)
     elif served.warnings:
@@ -230,7 +254,7 @@ def _served(served: Served) -> Iterable[RenderableType]:
         yield Text("  it goes to the engine untouched")
     for title, served_faults in (("Traps", served.traps), ("Problems", served.problems)):
         if served_faults:
-            yield Text(f"{title} ({len(served_faults)}):", style="bold red")
+            yield _line(f"{title} ({len(served_faults)}):", style="bold red")
             yield faults(served_faults)
 
 
@@ -263,8 +287,8 @@ def _scheme_list(folded: Iterable[tuple[SchemeRow, tuple[str, ...]]], target: st
         parts.append(Text(f"{row.stored_scheme}, at {target} {row.delivered_mode}{native}", style="bold"))
         parts.append(Padding(Text(_size(row), style="dim"), (0, 0, 0, 2)))
         if _reason(row):
-            parts.append(Padding(Text(_reason(row), style="italic"), (0, 0, 0, 2)))
-        parts += (UnbrokenName(name, indent=4) for name in names)
+            parts.append(Padding(Text(printable(_reason(row)), style="italic"), (0, 0, 0, 2)))
+        parts += (UnbrokenName(printable(name), indent=4) for name in names)
     return Group(*parts, Text(""))
 
 
@@ -281,7 +305,7 @@ def _modules(plan: Plan) -> Table:
     for module in plan.modules:
         table.add_row(
             escape(module.name),
-            escape(module.stored_scheme + (f"\n{module.reason}" if module.reason else "")) or "plain",
+            "\n".join(map(escape, filter(None, (module.stored_scheme, module.reason)))) or "plain",
             str(module.native_mode or ""),
             module.delivered_mode,
             format_bytes(module.stored_bytes),
@@ -292,7 +316,7 @@ def _modules(plan: Plan) -> Table:
 
 def _checks(plan: Plan) -> Text:
     """Return the line that says what the stored tensors were compared with."""
-    return Text(f"  checked: {checks_text(plan.checks)}")
+    return _line(f"  checked: {checks_text(plan.checks)}")
 
 
 def _bytes(plan: Plan) -> str:
@@ -305,9 +329,9 @@ def _deviations(plan: Plan) -> Iterator[RenderableType]:
     """Yield where the engine will compute differently from the schemes of the checkpoint; nothing if nowhere."""
     if plan.deviations:
         yield Text("Deviations from the schemes:", style="bold yellow")
-        yield from (Text(f"  {deviation}", style="yellow") for deviation in plan.deviations)
+        yield from (_line(f"  {deviation}", style="yellow") for deviation in plan.deviations)
 
 
 def _warnings(texts: Iterable[str]) -> RenderableType:
-    lines = [Text(f"  {text}", style="yellow") for text in texts]
+    lines = [_line(f"  {text}", style="yellow") for text in texts]
     return Group(Text("Warnings:", style="bold yellow"), *lines) if lines else Text("Warnings: none")

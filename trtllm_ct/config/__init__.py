@@ -11,7 +11,9 @@ arguments.py            the quantization arguments of weights, inputs and output
 presets.py              scheme names such as W4A16
 sparsity_config.py      the `sparsity_config` and `moe_sparsity_config` keys
 transform_config.py     the `transform_config` key
+model_values.py         types and bounds of the values in config.json
 match.py                which group a module belongs to, by the rules of the compressed-tensors library
+patterns.py             match `re:` patterns in bounded time
 recipe.py               the names of the modifiers in `recipe.yaml`
 hf_config.py            the config.json of a converted directory
 mistral_params.py       convert params.json of Mistral's own form to a config.json

@@ -19,6 +19,7 @@ from typing import Any
 
 from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.base.json_form import fields_form, json_object
+from trtllm_ct.base.regular_files import is_present
 from trtllm_ct.config.json_file import not_an_object, read_json_object
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, SIDECAR, UNKNOWN, describe_method
 
@@ -160,10 +161,10 @@ class FormatDetector:
         """
         path = Path(directory)
         _require_checkpoint(path)
-        if (path / SIDECAR_FILE).is_file():
+        if is_present(path / SIDECAR_FILE):
             return _detect_sidecar(read_json_object(path / SIDECAR_FILE), str(directory))
         names = dict.fromkeys(file for file, _ in _PLACES)
-        files = {name: read_json_object(path / name) for name in names if (path / name).is_file()}
+        files = {name: read_json_object(path / name) for name in names if is_present(path / name)}
         return _decide(files, str(directory))
 
     def detect_config(self, config: Mapping[str, Any]) -> Detection:
@@ -295,7 +296,7 @@ def _modelopt_algorithm(block: Mapping[str, Any]) -> str:
 def _require_checkpoint(path: Path) -> None:
     """Raise `DetectionError` unless `path` is a directory with a model configuration."""
     if path.is_dir():
-        if any((path / name).is_file() for name in (_CONFIG, _PARAMS)):
+        if any(is_present(path / name) for name in (_CONFIG, _PARAMS)):
             return
         found, remedy = _describe_directory(path)
     elif path.exists():

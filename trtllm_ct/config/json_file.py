@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError, Fault
+from trtllm_ct.base.regular_files import CONFIGURATION_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["not_an_object", "read_json_object"]
 
+_MAX_DEPTH = 64
+"""The most levels of objects and lists; real configurations have up to 8."""
+
 
 def read_json_object(path: Path) -> Mapping[str, Any]:
     """Return the object in a JSON file, which is UTF-8 with or without a byte order mark.
 
-    Raises `ConfigError` for a file that is missing, unreadable, damaged, a Git LFS pointer, or not a JSON object.
+    Raises `ConfigError` for a file that is missing, unreadable, no regular file, too large, damaged, a Git LFS pointer,
+    or not a JSON object.
     """
+    text = b""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = read_bounded(path, CONFIGURATION_BYTES)
+        content = json.loads(text.decode("utf-8-sig"))
+        _require_shallow(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(_unreadable(path, error)) from error
+        raise ConfigError(_unreadable(path, error, text)) from error
     if isinstance(content, Mapping):
         return content
     raise ConfigError(not_an_object(str(path), content))
@@ -38,12 +46,29 @@ def not_an_object(where: str, content: object) -> Fault:
     )
 
 
-def _unreadable(path: Path, error: Exception) -> Fault:
+def _require_shallow(content: object) -> None:
+    """Raise `ValueError` for nesting that is too deep for code that visits the values by recursion."""
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for value in level for inner in _members(value) if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"more than {_MAX_DEPTH} levels of nesting")
+
+
+def _members(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _unreadable(path: Path, error: Exception, text: bytes) -> Fault:
     remedy = "Take the file again from where the checkpoint was published; it is damaged or was edited by hand."
     if isinstance(error, FileNotFoundError):
         remedy = "Fetch it from where the checkpoint was published; an interrupted download may lack files."
     elif isinstance(error, OSError):
-        remedy = "Make the file readable for this user."
-    elif path.read_bytes().startswith(b"version https://git-lfs"):
+        remedy = "It must be a file that this user can read, of a size that fits a configuration."
+    elif text.startswith(b"version https://git-lfs"):
         remedy = "This is a Git LFS pointer, not the file; run git lfs pull in the checkpoint directory."
-    return Fault(where=str(path), expected="readable JSON", found=str(error), remedy=remedy)
+    found = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+    return Fault(where=str(path), expected="readable JSON", found=found, remedy=remedy)

@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.str_enum import StrEnum
+from trtllm_ct.base.texts import printable, shortened
 from trtllm_ct.config.match import compile_pattern
+from trtllm_ct.config.patterns import MAX_PATTERNS
 
 __all__ = ["Findings", "JsonObject", "shown"]
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
 _MAX_SHOWN_CHARACTERS = 80
+_MAX_NAMED = 20
 _CORRECT_VALUE = "Correct the value, or quantize again with a current llm-compressor."
 
 
@@ -67,7 +70,7 @@ class JsonObject:
 
     def warn(self, message: str) -> None:
         """Record a warning about something that is accepted but may surprise the user."""
-        self.findings.warnings.append(f"{self.where}: {message}")
+        self.findings.warnings.append(printable(shortened(f"{self.where}: {message}")))
 
     def integer(self, key: str, default: int | None) -> int | None:
         """Return an integer; 4.0 is read as 4, because some JSON writers have no integers."""
@@ -134,6 +137,9 @@ class JsonObject:
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             self.fault(key, expected="a list of strings")
             return ()
+        if sum(name.startswith("re:") for name in names) > MAX_PATTERNS:
+            self.fault(key, expected=f"at most {MAX_PATTERNS} patterns in one list")
+            return ()
         for index, name in enumerate(names):
             self._check_pattern(f"{key}[{index}]", name)
         return tuple(names)
@@ -174,10 +180,13 @@ class JsonObject:
         known = tuple(known)
         unknown = [key for key in self.raw if key not in known and key not in silent]
         if unknown:
-            named = ", ".join(_with_suggestion(key, known) for key in unknown)
+            named = ", ".join(_with_suggestion(key, known) for key in unknown[:_MAX_NAMED])
+            named += f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
             self.warn(f"unknown keys, which have no effect: {named}; known are {', '.join(known)}")
 
 
 def _with_suggestion(key: str, known: tuple[str, ...]) -> str:
+    if len(key) > _MAX_SHOWN_CHARACTERS:  # comparing takes time with the square of the length
+        return shown(key)
     close = get_close_matches(key, known, n=1)
     return f"{key!r} (did you mean {close[0]!r}?)" if close else repr(key)

@@ -13,12 +13,16 @@ entry, the last group counts. `ignore` has priority over all targets.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
 from enum import IntEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from trtllm_ct.base.errors import ConfigError, Fault
+from trtllm_ct.config.patterns import Match, bounded_match
+
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 
 __all__ = ["Claim", "Kind", "Matcher", "compile_pattern", "matches"]
@@ -26,20 +30,18 @@ __all__ = ["Claim", "Kind", "Matcher", "compile_pattern", "matches"]
 _REGEX = "re:"
 _LINEAR = ("Linear",)
 
-Match = Callable[[str], object]
+_MAX_COMPARISONS = 30_000_000
+"""The most comparisons of patterns with names in one configuration; it takes seconds to make them."""
 
 
 def compile_pattern(pattern: str) -> Match | None:
     """Return a function that matches full module names against a `re:` pattern; None for a plain name.
 
-    Raises `ValueError` for a regular expression that does not compile.
+    Raises `ValueError` for a regular expression that does not compile; see `bounded_match`.
     """
     if not pattern.startswith(_REGEX):
         return None
-    try:
-        return re.compile(pattern.removeprefix(_REGEX)).match
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    return bounded_match(pattern.removeprefix(_REGEX))
 
 
 def matches(name: str, pattern: str, class_names: Iterable[str] = _LINEAR) -> bool:
@@ -49,7 +51,7 @@ def matches(name: str, pattern: str, class_names: Iterable[str] = _LINEAR) -> bo
     """
     match = compile_pattern(pattern)
     if match is not None:
-        return match(name) is not None
+        return match(name)
     return pattern == name or pattern in _all_classes(tuple(class_names))
 
 
@@ -84,16 +86,18 @@ class _Entries:
         with_regex_mark = sorted(entry for entry in entries if _REGEX in entry)
         self.plain = frozenset(entry for entry in entries if _REGEX not in entry)
         self.patterns = [
-            (entry, compile_pattern(entry) or re.compile(re.escape(entry) + r"\Z").match) for entry in with_regex_mark
+            (entry, compile_pattern(entry) or bounded_match(re.escape(entry) + r"\Z")) for entry in with_regex_mark
         ]
+        self._comparisons = 0
         self._by_classes: dict[frozenset[str], str | None] = {}
 
     def best(self, module: str, classes: frozenset[str]) -> str | None:
         """Return the entry that has priority among those that match this module; None when no entry matches."""
         if module in self.plain:
             return module
+        self._count_comparisons()
         for entry, match in self.patterns:
-            if match(module) is not None:
+            if match(module):
                 return entry
         if classes not in self._by_classes:
             self._by_classes[classes] = min(self.plain & classes, default=None)
@@ -102,8 +106,22 @@ class _Entries:
     def matching(self, module: str, classes: frozenset[str]) -> list[tuple[Kind, str]]:
         """Return all entries that match this module, with their forms; those of higher priority first."""
         names = [(Kind.NAME, module)] if module in self.plain else []
-        patterns = [(Kind.PATTERN, entry) for entry, match in self.patterns if match(module) is not None]
+        self._count_comparisons()
+        patterns = [(Kind.PATTERN, entry) for entry, match in self.patterns if match(module)]
         return names + patterns + [(Kind.CLASS, entry) for entry in sorted(self.plain & classes)]
+
+    def _count_comparisons(self) -> None:
+        """Count the comparisons with one module; raises `ConfigError` when there are too many."""
+        self._comparisons += len(self.patterns)
+        if self._comparisons > _MAX_COMPARISONS:
+            raise ConfigError(
+                Fault(
+                    where="config.json: quantization_config",
+                    expected=f"at most {_MAX_COMPARISONS} comparisons of patterns with modules",
+                    found=f"more, with {len(self.patterns)} patterns, the first of them {self.patterns[0][0]}",
+                    remedy="Name modules, which is fast, or use fewer patterns that match more.",
+                )
+            )
 
 
 class Matcher:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.errors import ConfigError, Fault
+from trtllm_ct.base.regular_files import RECIPE_BYTES, is_present, read_bounded
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -21,11 +24,16 @@ _MODIFIER_KEY = re.compile(r"""(?<![\w.])(\w+Modifier)["']?\s*:(?!\S)""")
 def read_modifiers(directory: Path) -> tuple[str, ...]:
     """Return the mapping keys that end in "Modifier", without repetitions, in the order of the file.
 
-    Empty when the directory holds no recipe.
+    Empty when the directory holds no recipe. Raises `ConfigError` for a recipe that can't be read.
     """
     recipe = directory / "recipe.yaml"
-    if not recipe.is_file():
+    if not is_present(recipe):
         return ()
-    lines = recipe.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = read_bounded(recipe, RECIPE_BYTES).decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        remedy = "Make it a file that this user can read, or move it away: it only says how weights were calibrated."
+        found = f"{error.strerror or error}".lower()
+        raise ConfigError(Fault(where=str(recipe), expected="a readable recipe", found=found, remedy=remedy)) from None
     names = (name for line in lines for name in _MODIFIER_KEY.findall(_COMMENT.sub("", line)))
     return tuple(dict.fromkeys(names))

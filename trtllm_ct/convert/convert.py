@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -49,6 +49,8 @@ class ConversionReport:
         plan: The plan, which holds the mode of each module and the reasons of dequantized ones.
         weight_files: Names of the weight files in `out`, with the index if there is one.
         carried_files: Names of the side files (tokenizer and so on) that were copied from `source`.
+        code_files: Those of them that are code, which whoever loads `out` may run.
+        left_out_files: Entries of `source` that were not copied, because they are of no known kind; a folder ends in /.
         resumed_bytes: Delivered bytes that an earlier, interrupted run had already written.
         seconds: Wall time of the conversion.
         warnings: The plan's warnings, and one about parallel sizes at which an engine would misread the output.
@@ -62,6 +64,8 @@ class ConversionReport:
     resumed_bytes: int
     seconds: float
     warnings: tuple[str, ...] = ()
+    code_files: tuple[str, ...] = ()
+    left_out_files: tuple[str, ...] = ()
 
     @property
     def modes(self) -> Counter[str]:
@@ -83,6 +87,8 @@ class ConversionReport:
                 "resumed_bytes": self.resumed_bytes,
                 "weight_files": self.weight_files,
                 "carried_files": self.carried_files,
+                "code_files": self.code_files,
+                "left_out_files": self.left_out_files,
                 "seconds": self.seconds,
                 "deviations": self.plan.deviations,
                 "checks": self.plan.checks,
@@ -106,6 +112,7 @@ def convert_checkpoint(
     dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
+    carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
     device: str = ...,
     executor: Literal["threads"] = ...,
@@ -128,6 +135,7 @@ def convert_checkpoint(
     dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
+    carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
     device: str = ...,
     executor: str,
@@ -150,6 +158,7 @@ def convert_checkpoint(
     dense_o_proj: bool = False,
     strict: bool = False,
     overwrite: bool = False,
+    carry: Collection[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: str = "cpu",
     executor: str = "threads",
@@ -168,6 +177,9 @@ def convert_checkpoint(
     plain tensors are cast as well, and a value that overflows is an error.
     `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed
     scale, see `make_plan`.
+
+    Side files of known kinds are copied, and those that the patterns of `carry` match (`checkpoint/side_patterns.py`);
+    the report names the others.
 
     `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
     `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
@@ -214,13 +226,15 @@ def convert_checkpoint(
             checkpoint = open_checkpoint(directory)
             conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
             progress = on_start(conversion.plan) if on_start else _ignore
-            files = write_hf_directory(conversion, pool, progress=progress)
+            files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
     return ConversionReport(
         source=directory,
         out=out,
         plan=conversion.plan,
         weight_files=files.weights,
-        carried_files=files.carried,
+        carried_files=files.side_files.carried,
+        code_files=files.side_files.code,
+        left_out_files=files.side_files.left_out,
         resumed_bytes=files.resumed_bytes,
         seconds=time.perf_counter() - started,
         warnings=conversion.plan.warnings + size_warnings(checkpoint, conversion.plan),

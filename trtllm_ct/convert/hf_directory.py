@@ -8,13 +8,13 @@ TensorRT-LLM reads the modes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output import clear
-from trtllm_ct.checkpoint.side_files import copy_side_files
+from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files
 from trtllm_ct.checkpoint.writer import create_files, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.convert.coordinate import run_units
@@ -41,19 +41,22 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveredFiles:
-    """The names of the files that were written: weight files (with the index), and copied side files.
+    """The names of the files that were written: weight files (with the index); and the side files of the source.
 
     `resumed_bytes` is the part of the weights that an earlier run had already written.
     """
 
     weights: tuple[str, ...]
-    carried: tuple[str, ...]
+    side_files: SideFiles
     resumed_bytes: int
 
 
-def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress) -> DeliveredFiles:
+def write_hf_directory(
+    conversion: Conversion, pool: Pool, *, progress: Progress, carry: Collection[str] = ()
+) -> DeliveredFiles:
     """Write all files of the output, weights and side files, into the working directory `conversion.job.files`.
 
+    `carry` are patterns of further side files to copy.
     Files that an earlier run of the same conversion left there are checked and kept; everything else there is deleted.
     Memory: see `run_unit`, once for each worker. Raises `PayloadError` with all values that can't be delivered, and
     `UsageError` when the disk is too small.
@@ -63,13 +66,13 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
         clear(out, keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
         # An engine-build checkpoint consists of its configuration and the files of the ranks.
         by_rank = conversion.plan.build_config is not None
-        carried = () if by_rank else copy_side_files(conversion.checkpoint.directory, out)
+        side_files = NO_SIDE_FILES if by_rank else copy_side_files(conversion.checkpoint.directory, out, carry)
         write_configuration(conversion.checkpoint, conversion.plan, out)
         create_files(out, write_plan)
         resumed = run_units(conversion, pool, journal, progress)
         write_index(out, write_plan)
     (out / JOURNAL).unlink()
-    return DeliveredFiles(weights=write_plan.file_names, carried=carried, resumed_bytes=resumed)
+    return DeliveredFiles(weights=write_plan.file_names, side_files=side_files, resumed_bytes=resumed)
 
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:

@@ -33,6 +33,7 @@ from trtllm_ct.engine.target import target_named
 from trtllm_ct.formats import PACKED_CODES
 from trtllm_ct.pipeline.probing import probe_checkpoint
 from trtllm_ct.pipeline.transformers_class import TransformersClass
+from trtllm_ct.plan.models.bounds import check_counts
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.planner import make_plan
 
@@ -120,6 +121,7 @@ def open_checkpoint(
     with keeping_warnings((*config.warnings, *catalog.warnings)):
         hf_config = _hf_config(detection, catalog)
         model = Model.from_config(hf_config)
+        check_counts(model, catalog)
         probe = probe_checkpoint(config, catalog, model) if probe is None else probe
     return Checkpoint(
         directory=directory,

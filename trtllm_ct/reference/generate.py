@@ -19,6 +19,7 @@ from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
+from trtllm_ct.checkpoint.side_files import require_regular_side_files
 from trtllm_ct.reference.architecture import in_one_line, quiet_transformers, require_transformers
 from trtllm_ct.reference.engine import load_model
 
@@ -162,13 +163,15 @@ def _decode(tokenizer: Any, token_ids: list[int], *, final: bool) -> str:
 def load_tokenizer(directory: str) -> Any:
     """Load the tokenizer of a checkpoint directory.
 
-    Raises `UsageError` when there is no such directory, `ConfigError` when it holds no tokenizer that can be loaded.
+    Raises `UsageError` when there is no such directory, `ConfigError` when it holds no tokenizer that can be loaded,
+    and `CatalogError` for files of one that are no regular files.
     """
     from transformers import AutoTokenizer
 
     if not directory or not Path(directory).is_dir():
         found = f"one with name_or_path {directory!r}"
         raise _usage_error("model", "one that load_model made", found, "Give the checkpoint directory instead.")
+    require_regular_side_files(Path(directory))
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -11,6 +11,7 @@ llm_arguments.py   the arguments to pass to the engine's LLM
 sidecar.py         the small directory that the engine gets in place of a checkpoint
 cache.py           the directory of sidecars, and the removal of unused ones
 leases.py          file locks that mark a sidecar as in use
+own_directory.py   whether a prepared directory is what this user made
 listing.py         sidecars as `trtllm-ct cache list` shows them
 session.py         the state that the config loader and the weight loader of a checkpoint loader share
 rank_weights.py    loads all weights of one rank

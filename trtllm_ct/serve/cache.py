@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, SidecarError
+from trtllm_ct.base.own_folders import open_own_folder, require_own
 from trtllm_ct.config.detect import SIDECAR_FILE
 from trtllm_ct.serve.leases import hold, unused
+from trtllm_ct.serve.own_directory import require_own_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,14 +82,18 @@ def new_sidecar_directory(directory: Path) -> Iterator[Path | None]:
 
     Yields None when `directory` is a sidecar already. Several processes may write the same sidecar at once: the first
     one to rename wins, and the others use what it wrote. In every case this process holds a lease on `directory`
-    afterwards (`leases.hold`). Raises `SidecarError` when the directory can't be written.
+    afterwards (`leases.hold`). Raises `SidecarError` when the directory can't be written, and when another user owns it
+    or can write to it.
     """
-    if hold(directory / SIDECAR_FILE):
-        yield None
-        return
     temporary = _temporary_path(directory)
     try:
-        temporary.mkdir(parents=True)
+        with open_own_folder(directory.parent, create=True):
+            pass
+        if hold(directory / SIDECAR_FILE):
+            require_own_directory(directory)
+            yield None
+            return
+        temporary.mkdir(mode=0o700)
         yield temporary
         hold(temporary / SIDECAR_FILE, named=directory / SIDECAR_FILE)
         _rename_or_adopt(temporary, directory)
@@ -113,6 +119,7 @@ def _rename_or_adopt(temporary: Path, directory: Path) -> None:
             # The directory is the rest of a sidecar that somebody deleted by hand: remove it and try again.
             # If another process cleared the sidecar in the meantime, the directory doesn't exist any more.
             with suppress(FileNotFoundError):
+                require_own(directory.lstat(), directory)
                 directory.rename(trash := _temporary_path(directory))
                 shutil.rmtree(trash, ignore_errors=True)
 
@@ -127,5 +134,5 @@ def _unwritable(root: Path, error: OSError) -> Fault:
         where=str(error.filename or root),
         expected="a place for a directory of a few small files",
         found=f"{error.strerror or error}".lower(),
-        remedy=f"Set {CACHE} to a directory that this user can write to and that every node has.",
+        remedy=f"Set {CACHE} to a directory that this user alone can write to and that every node has.",
     )

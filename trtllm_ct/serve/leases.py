@@ -7,7 +7,9 @@ there always counts as in use.
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["hold", "unused"]
 
+_PATIENCE_SECONDS = 1.0
+"""How long a lease waits for a lock that another process holds."""
+
 _held: dict[Path, int] = {}
 """The open file descriptors that hold this process's leases, by file; they stay open until the process ends."""
 
@@ -25,16 +30,18 @@ def hold(file: Path, *, named: Path | None = None) -> bool:
     """Take a lease on the directory of `file` until this process ends; return False when the file does not exist.
 
     `named` is the future path of the file, for a directory that is about to be renamed. Read permission is enough.
-    A second call for the same file changes nothing.
+    A second call for the same file changes nothing. Raises `OSError` when another process keeps the file locked.
     """
     named = named or file
     if named in _held and _is_same_file(_held[named], named):
         return True
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    _lock(descriptor, exclusive=False)
+    if not _lock(descriptor, exclusive=False):
+        os.close(descriptor)
+        raise OSError(errno.EWOULDBLOCK, "another process, maybe of another user, keeps it locked", str(file))
     # A process that deletes the directory holds the exclusive lock while it renames it. So once the shared lock is
     # granted, the directory has either been renamed, which the next line detects, or it stays.
     if not _is_same_file(descriptor, file):
@@ -75,12 +82,21 @@ def _is_same_file(descriptor: int, file: Path) -> bool:
 def _lock(descriptor: int, *, exclusive: bool) -> bool:
     """Lock an open file and return whether it worked.
 
-    Waits for a shared lock. Does not wait for an exclusive lock: returns False when any other lock is held.
+    An exclusive lock is not waited for, and a shared one for a second: a process that deletes a directory holds the
+    file for milliseconds. A file system without locks grants all shared ones and no exclusive one.
     """
     import fcntl
 
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
-    except OSError:  # another process holds a lock, or the file system has no locks
-        return False
-    return True
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    deadline = time.monotonic() + (0 if exclusive else _PATIENCE_SECONDS)
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        except OSError:
+            return not exclusive
+        else:
+            return True

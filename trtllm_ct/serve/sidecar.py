@@ -32,6 +32,7 @@ from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.serve.cache import cache_root, clear_sidecars, new_sidecar_directory
 from trtllm_ct.serve.hub import Repository
+from trtllm_ct.serve.own_directory import contents_of, make_private, require_contents, require_own_directory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,6 +109,7 @@ class Sidecar:
     - `probe`: the stored values that were read for the plan, so that no other process has to read them again.
     - `modes`: mode and reason of every quantized module, by module name.
     - `repository`: the Hugging Face repository of the source, if it was downloaded from one.
+    - `contents`: what each of its other files is, see `contents_of`.
     """
 
     directory: Path
@@ -118,17 +120,26 @@ class Sidecar:
     probe: Probe = NO_PROBE
     modes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     repository: Repository | None = None
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: str | Path) -> Self:
-        """Read the `trtllm_ct.json` of a sidecar. Raises `SidecarError` when it is missing or damaged."""
+        """Read the `trtllm_ct.json` of a sidecar.
+
+        Raises `SidecarError` when it is missing or damaged, when another user owns the directory or can write to it,
+        and when its files are not those that were written.
+        """
         path = Path(directory) / SIDECAR_FILE
         try:
-            return cls.from_dict(Path(directory), read_json_object(path))
+            content = read_json_object(path)
+            require_own_directory(Path(directory))
+            sidecar = cls.from_dict(Path(directory), content)
         except ConfigError as error:
             raise SidecarError(*error.faults) from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SidecarError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+        require_contents(Path(directory), sidecar.contents, without=SIDECAR_FILE)
+        return sidecar
 
     @classmethod
     def from_dict(cls, directory: Path, entry: Mapping[str, Any]) -> Self:
@@ -164,7 +175,7 @@ class Sidecar:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `trtllm_ct.json`: the record, and mode and reason of every quantized module."""
-        return self.record() | {"modes": json_form(self.modes)}
+        return self.record() | {"modes": json_form(self.modes), "contents": dict(self.contents)}
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -270,7 +281,7 @@ def make_sidecar_and_plan(
         modes=modes_of(plan),
         repository=repository,
     )
-    names = side_files(source)
+    names = side_files(source).carried
     sidecar = replace(sidecar, directory=(root or cache_root()).absolute() / _key(sidecar.record(), names))
     _write(sidecar, checkpoint, plan, names)
     return sidecar.directory, plan
@@ -298,7 +309,7 @@ def restore_sidecar(directory: Path, record: Mapping[str, Any]) -> Sidecar:
     if not sidecar.source.is_dir() and sidecar.repository is not None:
         sidecar = replace(sidecar, source=sidecar.repository.checkpoint().resolve())
     plan = sidecar.plan
-    _write(replace(sidecar, modes=modes_of(plan)), sidecar.checkpoint, plan, side_files(sidecar.source))
+    _write(replace(sidecar, modes=modes_of(plan)), sidecar.checkpoint, plan, side_files(sidecar.source).carried)
     return Sidecar.open(directory)
 
 
@@ -359,7 +370,7 @@ def _key(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
 
     A new file in the source therefore leads to a new sidecar, which links to it.
     """
-    return _hash([record, names])[:32]
+    return _hash([record, names, "with contents"])[:32]
 
 
 def _hash(value: object) -> str:
@@ -374,7 +385,11 @@ def _write(sidecar: Sidecar, checkpoint: Checkpoint, plan: Plan, names: tuple[st
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to(sidecar.source / name)
             write_configuration(checkpoint, plan, folder)
+            sidecar = replace(sidecar, contents=contents_of(folder, without=SIDECAR_FILE))
             (folder / SIDECAR_FILE).write_text(json.dumps(sidecar.to_dict(), indent=1) + "\n", encoding="utf-8")
+            make_private(folder)
+    if Sidecar.open(sidecar.directory).record() != json.loads(json.dumps(sidecar.record())):
+        raise SidecarError(_damaged(sidecar.directory / SIDECAR_FILE, "the record of another source or plan"))
     _known[str(sidecar.directory)] = sidecar.record()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,10 @@ PROGRAM = """
     """
 
 
-@kernel
+EXAMPLE: tuple[Any, ...] = ([1.0, 2.0], 2.0, (1, 2, 3), [0.0, 0.0])
+
+
+@kernel(*EXAMPLE)
 def scaled(numbers_I: NDArray[np.float64], factor: float, steps: tuple[int, int, int], results_I: Any) -> None:
     """A loop that takes a float, a tuple, and arrays with any strides."""
     for i in range(numbers_I.shape[0]):
@@ -46,12 +50,13 @@ def more(number: float, step: int) -> float:
     return number + step
 
 
-def run_in_process(folder: Path | str, *, home: Path | str = NOWHERE) -> tuple[list[list[int]], bool]:
-    """Run the loop in a new process that caches machine code in `folder` or else in `home`.
+def run_in_process(home: Path | str, **variables: object) -> tuple[list[list[int]], bool]:
+    """Run the loop in a new process that caches machine code below `home`.
 
     Returns the codes that it computes, and whether it imported numba to compile.
     """
-    codes, compiled = json.loads(run_python(PROGRAM, PYTHONPYCACHEPREFIX=folder, XDG_CACHE_HOME=home).stdout)
+    variables = {"XDG_CACHE_HOME": home, "PYTHONDONTWRITEBYTECODE": "", **variables}
+    codes, compiled = json.loads(run_python(PROGRAM, **variables).stdout)
     return codes, compiled
 
 
@@ -80,16 +85,11 @@ class TestFiles:
         assert run_in_process(folder) == ([[248, 248]], False)
         assert [file.name.split(".")[:2] for file in object_files(folder)] == [["kernels", "plain_codes_along_rows"]]
 
-    def test_the_users_cache_is_used_where_the_package_is_read_only(self, tmp_path: Path) -> None:
-        assert run_in_process(NOWHERE, home=tmp_path) == ([[248, 248]], True)
-        assert run_in_process(NOWHERE, home=tmp_path) == ([[248, 248]], False)
-        assert [file.parent for file in object_files(tmp_path)] == [tmp_path / "trtllm_ct"]
+    def test_nothing_is_written_beside_the_source(self, folder: Path) -> None:
+        package = Path(machine_code.__file__).parents[2]
 
-    def test_files_beside_the_package_are_readable_by_all_users(self, folder: Path, tmp_path: Path) -> None:
-        """An image may be built by root and used by other users; then the caches of these users stay empty."""
-        assert run_in_process(folder, home=tmp_path / "home") == ([[248, 248]], False)
-        assert not object_files(tmp_path / "home")
-        assert all(file.stat().st_mode & 0o044 == 0o044 for file in object_files(folder))
+        assert [file.parent for file in object_files(folder)] == [folder / "trtllm_ct"]
+        assert not object_files(package)
 
     def test_loops_run_where_no_folder_can_be_written(self) -> None:
         """Each process compiles for itself."""
@@ -132,7 +132,7 @@ class TestFiles:
         source = """
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 
-@kernel
+@kernel([0])
 def loop(total_I):
     total_I[0] = called()
 
@@ -143,7 +143,9 @@ def called():
         outputs = []
         for answer in (41, 42):
             module.write_text(source.format(answer))
-            done = run_python(program, tmp_path, PYTHONPYCACHEPREFIX=NOWHERE, XDG_CACHE_HOME=tmp_path)
+            done = run_python(
+                program, tmp_path, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=NOWHERE, XDG_CACHE_HOME=tmp_path
+            )
             outputs.append(done.stdout.strip())
 
         assert outputs == ["41", "42"]
@@ -196,14 +198,14 @@ class TestArguments:
     def test_threads_that_start_together_compile_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         compiled_loops: list[str] = []
         compile_ = machine_code._compile
-        monkeypatch.setattr(machine_code, "_read_cached", lambda _path, _stamp: None)
-        monkeypatch.setattr(machine_code, "_write_cached", lambda *_: None)
+        monkeypatch.setattr(machine_code, "read_cached", lambda _name, _stamp: None)
+        monkeypatch.setattr(machine_code, "write_cached", lambda *_: None)
         monkeypatch.setattr(
             machine_code,
             "_compile",
             lambda loop, types: (compiled_loops.append(loop.__name__), compile_(loop, types))[1],
         )
-        loop = kernel(scaled.__wrapped__)  # type: ignore[attr-defined]
+        loop = kernel(*EXAMPLE)(scaled.__wrapped__)  # type: ignore[attr-defined]
         results = np.empty((8, 4))
 
         with ThreadPoolExecutor(8) as threads:
@@ -211,6 +213,76 @@ class TestArguments:
 
         assert (results == 3).all()
         assert compiled_loops == ["scaled"]
+
+
+class TestDoubt:
+    """Machine code that is not as expected is neither used nor kept; numba's own function runs."""
+
+    @pytest.fixture
+    def kept(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The names of files that were kept."""
+        names: list[str] = []
+        monkeypatch.setattr(machine_code, "read_cached", lambda _name, _stamp: None)
+        monkeypatch.setattr(machine_code, "write_cached", lambda name, *_: names.append(name))
+        return names
+
+    def called(self, example: tuple[Any, ...]) -> NDArray[np.float64]:
+        results = np.zeros(3)
+        kernel(*example)(scaled.__wrapped__)(np.arange(3.0), 2.0, (1, 0, 0), results)  # type: ignore[attr-defined]
+        return results
+
+    def test_without_doubt_it_is_kept(self, kept: list[str]) -> None:
+        assert self.called(EXAMPLE).tolist() == [1, 3, 5]
+        assert len(kept) == 1
+
+    @pytest.mark.parametrize(
+        ("pattern", "replacement"),
+        [
+            pytest.param(r"fmul double", "fadd double", id="another computation"),
+            pytest.param(r"fmul double", "fmul doubble", id="not LLVM's language"),
+            pytest.param(r"\Z", "\ndefine i32 @other(ptr %x) {\nret i32 0\n}\n", id="another function"),
+            pytest.param(r"(define [^@]*@[\w.$]+\(ptr [^,]*,)", r"\1 i64 %new,", id="another parameter"),
+            pytest.param(r"fmul double ([^,]*), ", r"call double @no_such_function(double \1) ;", id="another call"),
+        ],
+    )
+    def test_assembly_of_another_numba(
+        self,
+        kept: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        pattern: str,
+        replacement: str,
+    ) -> None:
+        compile_ = machine_code._compile
+
+        class Changed:
+            def __init__(self, dispatcher: Any) -> None:
+                self.dispatcher, self.signatures = dispatcher, dispatcher.signatures
+
+            def __call__(self, *arguments: Any) -> None:
+                self.dispatcher(*arguments)
+
+            def inspect_llvm(self, signature: Any) -> str:
+                text = self.dispatcher.inspect_llvm(signature)
+                changed = re.sub(pattern, replacement, text)
+                assert changed != text
+                return changed + "declare double @no_such_function(double)\n" * ("no_such_function" in changed)
+
+        monkeypatch.setattr(machine_code, "_compile", lambda *arguments: Changed(compile_(*arguments)))
+
+        assert self.called(EXAMPLE).tolist() == [1, 3, 5]
+        assert kept == []
+        assert "numba's own function" in caplog.text
+
+    @pytest.mark.parametrize("example", [(), EXAMPLE[:3], ([1], *EXAMPLE[1:3], [[0]])])
+    def test_without_an_example_that_fits(self, kept: list[str], example: tuple[Any, ...]) -> None:
+        assert self.called(example).tolist() == [1, 3, 5]
+        assert kept == []
+
+    @pytest.mark.parametrize("name", kernels.__all__[1:])
+    def test_every_loop_of_this_package_has_an_example(self, name: str) -> None:
+        loop: Any = getattr(kernels, name)
+        assert len(loop._example) == loop.__wrapped__.__code__.co_argcount
 
 
 def loaded(loop: Any) -> dict[Any, Any]:

@@ -41,12 +41,18 @@ __all__ = [
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 i32, f32, f64 = np.int32, np.float32, np.float64
 
+# Small arguments, of every bit pattern that loops treat in a way of its own, on which compiled loops are tried.
+_BYTES = [[0x10, 0xFE], [0x9A, 0x7F], [0x00, 0x88], [0xF0, 0x0F]]
+_WORDS = [[0x76543210, 0x89ABCDEF], [0xFFFFFFFF, 0x80000001]]
+_SCALES = [[1, 0.5], [3, 100]]
+_ZEROS_22, _ZEROS_24 = [[0] * 2] * 2, [[0] * 4] * 2
+
 _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64 = range(4)
 OUTPUT_DTYPES = {DType.BF16: _BFLOAT16, DType.F16: _FLOAT16, DType.F32: _FLOAT32, DType.F64: _FLOAT64}
 """The output dtypes of `dequantize`, and the number that stands for each of them in the loops."""
 
 
-@kernel
+@kernel([[0x1234, 0xFFFF], [0x8000, 0x0F0F], [0x0001, 0xABCD], [0, 0x7FFE]], 0x88888888, _ZEROS_22)
 def row_pairs_of_nibbles(half_words_OH: NDArray[np.uint16], flip: int, lanes_OH: NDArray[np.uint32]) -> None:
     """Repack 4-bit codes along K to row pairs: [N, >= K/4] half-words of 16 bits to [N/2, K/4] lanes of 32 bits.
 
@@ -68,7 +74,7 @@ def row_pairs_of_nibbles(half_words_OH: NDArray[np.uint16], flip: int, lanes_OH:
             lanes_OH[pair, i] = u32(u32(first | second) ^ u32(flip))
 
 
-@kernel
+@kernel(_BYTES, (4, 1, 2), 0, _ZEROS_24, _ZEROS_24)
 def row_pairs(stored_OB: Bytes, run: tuple[int, int, int], flip: int, fields_2I: Bytes, pairs_OI: Bytes) -> None:
     """Repack codes of any width along K to int4 row pairs: [N, B] to [ceil(N/2), K].
 
@@ -90,7 +96,7 @@ def row_pairs(stored_OB: Bytes, run: tuple[int, int, int], flip: int, fields_2I:
             pairs_I[k] = even | odd
 
 
-@kernel
+@kernel(_BYTES[:2], (4, 1, 2), 8, _ZEROS_24)
 def plain_codes(stored_OB: Bytes, run: tuple[int, int, int], flip: int, codes_OI: Bytes) -> None:
     """Unpack codes of any width along K to one signed byte each, stored as uint8: [N, B] to [N, K].
 
@@ -111,7 +117,7 @@ def plain_codes(stored_OB: Bytes, run: tuple[int, int, int], flip: int, codes_OI
             codes_I[k] = u8(codes_I[k] ^ u8(flip)) - half
 
 
-@kernel
+@kernel(_WORDS, 4, 8, [[0] * 2] * 16)
 def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: int, codes_OG: Bytes) -> None:
     """Unpack offset-binary codes along N in 32-bit words to one signed byte each, stored as uint8: [W, >= G] to [N, G].
 
@@ -132,7 +138,7 @@ def plain_codes_along_rows(words_WG: NDArray[np.uint32], bits: int, per_word: in
                 codes_OG[n, g] = u8(u32(u32(words_WG[word, g] >> shift) & mask) - half)
 
 
-@kernel
+@kernel([[1, -8], [0, 7]], _SCALES, 0, _ZEROS_22)
 def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], is_bfloat16: bool, offset_OG: Floats) -> None:  # noqa: FBT001 (numba has no keywords)
     """Compute -(zero point) * scale, all [N, G]; the result is never -0.0.
 
@@ -144,7 +150,7 @@ def additive_zero(zero_OG: NDArray[np.int8], scale_OG: NDArray[Any], is_bfloat16
             offset_OG[n, g] = -(f32(i32(zero_OG[n, g])) * float32_of(scale_OG[n, g], is_bfloat16)) + f32(0)
 
 
-@kernel
+@kernel(_WORDS, 4, 8, _SCALES, 0, _ZEROS_22)
 def additive_zero_of_words(
     words_WG: NDArray[np.uint32],
     bits: int,
@@ -165,7 +171,9 @@ def additive_zero_of_words(
             offset_OG[n, g] = -(f32(zero) * float32_of(scale_OG[n, g], is_bfloat16)) + f32(0)
 
 
-@kernel
+@kernel(
+    _BYTES[:2], (4, 1, 2), (-1, 8, 0), _SCALES, [[0, 1], [3, 0]], 3.0, (1, 2), (), [0] * 4, [0] * 4, 0, [[0] * 8] * 2
+)
 def dequantize(
     stored_OB: Bytes,
     run: tuple[int, int, int],

@@ -1,11 +1,13 @@
-"""A cache of compiled loops: numba compiles each loop once per processor type, later processes load the object file.
+"""Compiled loops: numba compiles each loop once per processor type, later processes load the object file.
 
 Calling a loop through numba costs every process half a second and 40 MB, for numba's modules and the tables of its
-compiler. llvmlite, the library below numba, loads an object file in 40 ms. Therefore this module caches object files:
-one for each loop, combination of argument types, and processor type. They are stored beside Python's bytecode, or in
-the user's cache folder where the bytecode folder is read-only. A file is compiled again when the source code or the
-version of llvmlite has changed, or when the file is incomplete. Where no folder is writable, each process compiles for
-itself.
+compiler. llvmlite, the library below numba, loads an object file in 40 ms. Therefore object files are cached
+(`code_cache.py`): one for each loop, combination of argument types, and processor type. A file is compiled again when
+the source code or a version has changed, or when the file is incomplete.
+
+An object file is made from the LLVM assembly that numba prints, in a form that another release of numba may change. So
+the functions in it are examined, and it has to compute the same as numba's own function on a small example before it is
+used and kept. Where anything is in doubt, numba's own function is used.
 
 Loops take numpy arrays, numbers and tuples of numbers, and return nothing. They allocate no memory: callers allocate
 all buffers. Arguments are passed in numba's array layout and with its calling convention for native functions; both are
@@ -18,19 +20,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
+import logging
 import re
 import threading
-from contextlib import suppress
-from importlib.util import cache_from_source
-from pathlib import Path
 from struct import Struct
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
-import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
+
+from trtllm_ct.layouts.loops import code_cache
+from trtllm_ct.layouts.loops.code_cache import read_cached, stamp_of, write_cached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +56,12 @@ _WRAPPERS = re.compile(r"^define [^\n]*@(?:cfunc\.|_ZN7cpython)[^\n]*\{\n.*?^\}\
 
 _FUNCTION = re.compile(r"^define (?!linkonce)[^\n@]*@([\w.$]+)\(", re.MULTILINE)
 
+_SOURCES = (__file__, code_cache.__file__)
+"""The files of this package that decide what an object file holds, beside that of the loop."""
+
 _COMPILE_LOCK = threading.RLock()
+
+logger = logging.getLogger("trtllm_ct")
 
 ArgumentType = tuple[str, int, bool]
 """The type of an argument: numpy's character code of the dtype, number of axes, and whether it is C-contiguous.
@@ -70,9 +76,16 @@ def inner(loop: Callable[P, R]) -> Callable[P, R]:
     return loop
 
 
-def kernel(loop: Callable[P, None]) -> Callable[P, None]:
-    """Make a loop callable from Python, with positional arguments; it releases the GIL while it runs."""
-    return cast("Callable[P, None]", functools.update_wrapper(_Kernel(loop), loop))
+def kernel(*example: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a loop callable from Python, with positional arguments; it releases the GIL while it runs.
+
+    `example` are arguments on which a compiled loop is tried. Their dtypes are those of each call's arguments.
+    """
+
+    def decorate(loop: Callable[P, None]) -> Callable[P, None]:
+        return cast("Callable[P, None]", functools.update_wrapper(_Kernel(loop, example), loop))
+
+    return decorate
 
 
 class _Kernel:
@@ -81,33 +94,41 @@ class _Kernel:
     The first call with each combination of argument types loads or compiles the machine code.
     """
 
-    def __init__(self, loop: Callable[..., None]) -> None:
+    def __init__(self, loop: Callable[..., None], example: tuple[Any, ...]) -> None:
         self._loop = loop
-        self._loaded: dict[tuple[ArgumentType, ...], _Loaded] = {}
+        self._example = example
+        self._loaded: dict[tuple[ArgumentType, ...], _Loaded | Callable[..., None]] = {}
 
     def __call__(self, *arguments: Any) -> None:
-        argument_types: list[ArgumentType] = []
-        values: list[float] = []
-        for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                argument_types.append((argument.dtype.char, argument.ndim, argument.flags.c_contiguous))
-                # The first two fields of numba's array layout, memory info and parent object, are null.
-                address, _ = argument.__array_interface__["data"]
-                values += (0, 0, argument.size, argument.itemsize, address, *argument.shape, *argument.strides)
-            elif isinstance(argument, tuple):
-                argument_types.append(("q", -len(argument), True))
-                values += argument
-            else:
-                argument_types.append(("d" if isinstance(argument, float) else "q", 0, True))
-                values.append(argument)
-        key = tuple(argument_types)
+        key, values = _unpacked(arguments)
         if key not in self._loaded:
             with _COMPILE_LOCK:
                 if key not in self._loaded:
-                    self._loaded[key] = _load(self._loop, key)
+                    self._loaded[key] = _load(self._loop, key, self._example)
         loaded = self._loaded[key]
-        if loaded.function(loaded.parameters.pack(*values)):
-            raise AssertionError(f"{self._loop.__name__} ended with an error, which loops have no way to raise")
+        if isinstance(loaded, _Loaded):
+            loaded.run(values)
+        else:
+            loaded(*arguments)
+
+
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[tuple[ArgumentType, ...], list[float]]:
+    """Return the types of arguments, and the native parameters that they are passed as."""
+    argument_types: list[ArgumentType] = []
+    values: list[float] = []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            argument_types.append((argument.dtype.char, argument.ndim, argument.flags.c_contiguous))
+            # The first two fields of numba's array layout, memory info and parent object, are null.
+            address, _ = argument.__array_interface__["data"]
+            values += (0, 0, argument.size, argument.itemsize, address, *argument.shape, *argument.strides)
+        elif isinstance(argument, tuple):
+            argument_types.append(("q", -len(argument), True))
+            values += argument
+        else:
+            argument_types.append(("d" if isinstance(argument, float) else "q", 0, True))
+            values.append(argument)
+    return tuple(argument_types), values
 
 
 class _Loaded(NamedTuple):
@@ -121,22 +142,78 @@ class _Loaded(NamedTuple):
     parameters: Struct
     engine: llvm.ExecutionEngine
 
+    def run(self, values: list[float]) -> None:
+        """Run the loop with these native parameters."""
+        if self.function(self.parameters.pack(*values)):
+            raise AssertionError("a loop ended with an error, which loops have no way to raise")
 
-def _load(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]) -> _Loaded:
-    """Load the loop for these argument types from the cache, or else compile it and write it to the cache."""
+
+def _load(
+    loop: Callable[..., None], argument_types: tuple[ArgumentType, ...], example: tuple[Any, ...]
+) -> _Loaded | Callable[..., None]:
+    """Load the loop for these argument types from the cache, or else compile it and write it to the cache.
+
+    Returns numba's own function if there is any doubt about the machine code.
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    name, stamp, folders = _file_name(loop, argument_types), _stamp(loop), _folders(loop)
-    code = next((cached for folder in folders if (cached := _read_cached(folder / name, stamp))), None)
-    if code is None:
-        code = _compile(loop, argument_types)
-        _write_cached(code, stamp, folders, name)
+    name, stamp = _file_name(loop, argument_types), stamp_of(loop.__code__.co_filename, *_SOURCES)
+    code = read_cached(name, stamp)
+    if code is not None:
+        return _linked(code, argument_types)
+    dispatcher = _compile(loop, argument_types)
+    try:
+        code = _object_code(dispatcher, argument_types)
+        loaded = _linked(code, argument_types)
+        _try_out(loaded, dispatcher, example, argument_types)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("The machine code of %s is not used, but numba's own function: %s", loop.__name__, error)
+        return cast("Callable[..., None]", dispatcher)
+    write_cached(name, stamp, code)
+    return loaded
+
+
+def _linked(code: bytes, argument_types: tuple[ArgumentType, ...]) -> _Loaded:
+    """Load an object file into memory."""
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p)
     parameters = Struct("".join(_parameters(argument_types)))
     return _Loaded(prototype(engine.get_function_address(_SYMBOL)), parameters, engine)
+
+
+def _try_out(
+    loaded: _Loaded, dispatcher: Any, example: tuple[Any, ...], argument_types: tuple[ArgumentType, ...]
+) -> None:
+    """Raise `ValueError` unless a loop computes the same as numba's own function on an example."""
+    if len(example) != len(argument_types):
+        raise ValueError("there is no example to try it on")
+    arguments, expected = (tuple(map(_as_type, example, argument_types)) for _ in range(2))
+    key, values = _unpacked(arguments)
+    if key != argument_types:
+        raise ValueError("the example has other types")
+    dispatcher(*expected)
+    loaded.run(values)
+    arrays = [index for index, argument in enumerate(arguments) if isinstance(argument, np.ndarray)]
+    if any(arguments[index].tobytes() != expected[index].tobytes() for index in arrays):
+        raise ValueError("it computes something else")
+
+
+def _as_type(value: Any, argument_type: ArgumentType) -> Any:
+    """Return a value of an example with the type of an argument; arrays are copied."""
+    dtype, axes, is_contiguous = argument_type
+    if axes < 0:
+        return value
+    if axes == 0:
+        return float(value) if dtype == "d" else int(value)
+    array = np.asarray(value).astype(dtype)
+    if is_contiguous:
+        return array
+    # Every other element of a larger array, along its first axis: all axes of the loops but that one are contiguous.
+    apart = np.zeros((2 * array.shape[0], *array.shape[1:]), dtype)[::2]
+    apart[...] = array
+    return apart
 
 
 def _parameters(argument_types: Iterable[ArgumentType]) -> Iterator[str]:
@@ -148,8 +225,8 @@ def _parameters(argument_types: Iterable[ArgumentType]) -> Iterator[str]:
         yield "PPqqP" + 2 * axes * "q" if axes > 0 else dtype * max(-axes, 1)
 
 
-def _compile(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]) -> bytes:
-    """Compile the loop to an object file that includes everything that it calls, except the C library."""
+def _compile(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]) -> Any:
+    """Return numba's own function of the loop, compiled for these argument types."""
     from numba import njit, types
 
     # Copy the functions into a new namespace, in which the inner loops are compiled functions: a compiled loop can only
@@ -160,12 +237,38 @@ def _compile(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]
         if getattr(value, "is_inner", False):
             namespace[name] = njit(**_OPTIONS)(FunctionType(value.__code__, namespace, name))
     dispatcher = njit(**_OPTIONS)(FunctionType(function.__code__, namespace, function.__name__))
-    signature = types.void(*map(_numba_type, argument_types))
-    dispatcher.compile(signature)
+    dispatcher.compile(types.void(*map(_numba_type, argument_types)))
+    return dispatcher
+
+
+def _object_code(dispatcher: Any, argument_types: tuple[ArgumentType, ...]) -> bytes:
+    """Return an object file that includes everything that a compiled loop calls, except the C library.
+
+    Raises `ValueError` or `RuntimeError` if the assembly is not as expected.
+    """
     text = _WRAPPERS.sub("", dispatcher.inspect_llvm(dispatcher.signatures[0]))
     (native,) = _FUNCTION.findall(text)
-    object_file: bytes = _target_machine().emit_object(llvm.parse_assembly(text + _entry_point(native, argument_types)))
+    text += _entry_point(native, argument_types)
+    module = llvm.parse_assembly(text)
+    module.verify()
+    expected = ["ptr", "ptr", *(_LLVM_TYPES[letter] for letter in "".join(_parameters(argument_types)))]
+    found = [str(argument.type) for argument in module.get_function(native).arguments]
+    if found != expected:
+        raise ValueError(f"its parameters are {', '.join(found)}")
+    for name in _called(module, text):
+        # The linker would end the process. What numba adds to it is missing where numba is not loaded.
+        if name.startswith(("Py", "_Py")) or not hasattr(ctypes.CDLL(None), name):
+            raise ValueError(f"it calls {name}")
+    object_file: bytes = _target_machine().emit_object(module)
     return object_file
+
+
+def _called(module: llvm.ModuleRef, text: str) -> Iterator[str]:
+    """Yield the functions outside of a module that it calls; text of LLVM also declares some that nothing calls."""
+    for function in module.functions:
+        is_outside = function.is_declaration and not function.name.startswith("llvm.")
+        if is_outside and len(re.findall(rf"@{re.escape(function.name)}\b", text)) > 1:
+            yield function.name
 
 
 def _entry_point(native: str, argument_types: Iterable[ArgumentType]) -> str:
@@ -226,42 +329,3 @@ def _file_name(loop: Callable[..., None], argument_types: tuple[ArgumentType, ..
     processor = f"{llvm.get_process_triple()} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
     tag = hashlib.sha256(f"{argument_types} {processor}".encode()).hexdigest()[:16]
     return f"{loop.__module__.rpartition('.')[2]}.{loop.__name__}.{tag}.o"
-
-
-def _stamp(loop: Callable[..., None]) -> bytes:
-    """Return a hash of 32 bytes that changes with the source files and with the version of llvmlite."""
-    stamp = hashlib.sha256(llvmlite.__version__.encode())
-    for source in (cast("FunctionType", loop).__code__.co_filename, __file__):
-        stamp.update(Path(source).read_bytes())
-    return stamp.digest()
-
-
-def _folders(loop: Callable[..., None]) -> tuple[Path, ...]:
-    """Return the cache folders in order of preference: the bytecode folder, then the user's cache folder."""
-    source = cast("FunctionType", loop).__code__.co_filename
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (Path raises without a home)
-    return Path(cache_from_source(source)).parent, Path(home) / "trtllm_ct"
-
-
-def _read_cached(path: Path, stamp: bytes) -> bytes | None:
-    """Return the object code in the file at `path`, or None when the file is missing, incomplete or out of date."""
-    with suppress(OSError):
-        content = path.read_bytes()
-        code = content[64:]
-        if content[:64] == stamp + hashlib.sha256(code).digest():
-            return code
-    return None
-
-
-def _write_cached(code: bytes, stamp: bytes, folders: tuple[Path, ...], name: str) -> None:
-    """Write the object code atomically to a file in the first writable folder; do nothing when there is none.
-
-    The file starts with 64 bytes: the stamp, and the SHA-256 hash of the object code.
-    """
-    for folder in folders:
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{name}.{os.getpid()}"
-            partial.write_bytes(stamp + hashlib.sha256(code).digest() + code)
-            partial.replace(folder / name)
-            return

@@ -23,6 +23,7 @@ model_class.py     what a model class says about the tensors of a checkpoint
 plain_tensors.py   the tensors of a checkpoint as plain weights, and as a class spells them
 places.py          the prefixes that text models have in checkpoints
 expert_spellings.py  how classes store routed experts: under which names, or stacked
+bounds.py          numbers of layers and experts, compared with what the files hold
 build_classes.py   how the classes of the TensorRT backend name the modules of a model
 fused_experts.py   splits 3-D tensors that hold all experts of a layer
 mistral_names.py   renames the modules of Mistral's own form

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.models.expert_spellings import PROJECTIONS
@@ -28,6 +29,7 @@ LAYER = re.compile(r"((?:.*\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)")
 
 # From fewer layers of one kind it can't be told what the others must have.
 _FEWEST = 3
+_MOST_NAMED = 1000
 
 _Members = dict[int, "PlainTensors"]
 """The tensors of layers or experts by number, under their names inside of one."""
@@ -178,5 +180,6 @@ def _lost_parts(parts: _Members) -> Iterator[tuple[int, str]]:
     usual, count = Counter(frozenset(names) for names in parts.values()).most_common(1)[0]
     if 2 * count <= len(parts):
         return
-    for number in range(max(parts) + 1):
-        yield from ((number, name) for name in sorted(usual - parts.get(number, {}).keys()))
+    numbers = range(max(parts) + 1)
+    missing = ((number, name) for number in numbers for name in sorted(usual - parts.get(number, {}).keys()))
+    yield from islice(missing, _MOST_NAMED)

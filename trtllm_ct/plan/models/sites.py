@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
+from trtllm_ct.config.model_values import check_model_values
 from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAMES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
@@ -68,8 +69,12 @@ class Model:
     def from_config(cls, config: Mapping[str, Any]) -> Model:
         """Return the model that a parsed config.json describes.
 
-        Raises `ConfigError` for sizes that are missing. A model whose row lists no modules needs none.
+        Raises `ConfigError` for sizes that are missing, and for values of a wrong type or out of all bounds. A model
+        whose row lists no modules needs no sizes.
         """
+        values = FaultCollector()
+        check_model_values(config, values)
+        values.raise_if_any(ConfigError)
         names = config.get("architectures") or ["none"]
         name = str(names[0] if isinstance(names, list) else names)
         row, nested, text = _row_and_text(name, config)

@@ -25,6 +25,7 @@ _STATED = {
     "vocabulary": ("vocab_size",),
     "experts": EXPERT_COUNTS,
 }
+_TAKE_ORIGINAL = "Take config.json from the model that was quantized."
 # The keys that have the kind of each layer: configuration classes of such models count these.
 _KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 
@@ -39,6 +40,9 @@ def sizes_of(config: Mapping[str, Any], row: ClassRow, faults: FaultCollector) -
     heads = _size(config, "num_attention_heads", faults)
     kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
     head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
+    if heads and hidden and not head_dim:
+        expected, found = "at least one element for each of the attention heads", f"{hidden} for {heads} heads"
+        faults.add(where="config.json: hidden_size", expected=expected, found=found, remedy=_TAKE_ORIGINAL)
     intermediate = _size(config, "intermediate_size", faults)
     sizes = {
         "layers": _size(config, "num_hidden_layers", faults),
@@ -138,9 +142,11 @@ def dense_layers_of(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     """
     step = config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1
     offset = 1 if config.get("decoder_sparse_step") else 0
-    first = config.get("first_k_dense_replace") or 0
-    listed = set(config.get("mlp_only_layers") or ())
-    period = step if isinstance(step, int) else 1
+    dense = config.get("first_k_dense_replace")
+    first = dense if isinstance(dense, int) else 0
+    mlp_only = config.get("mlp_only_layers")
+    listed = set(mlp_only) if isinstance(mlp_only, list) else set()
+    period = step if isinstance(step, int) and step > 0 else 1
     return frozenset(
         layer for layer in range(layers) if layer < first or layer in listed or (layer + offset) % period != 0
     )
@@ -159,6 +165,6 @@ def _size(
         where=f"config.json: {key}",
         expected="a positive integer" if least else "a count",
         found=repr(value),
-        remedy="Take config.json from the model that was quantized.",
+        remedy=_TAKE_ORIGINAL,
     )
     return 0

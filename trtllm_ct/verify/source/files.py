@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.regular_files import regular_descriptor
 from trtllm_ct.checkpoint.reader import file_changed
 from trtllm_ct.verify.source.numbers import to_numbers
 
@@ -86,7 +87,7 @@ class TensorFiles:
     def _descriptor(self, file: str) -> int:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(self.catalog.directory / file, os.O_RDONLY)
+                self._descriptors[file] = regular_descriptor(self.catalog.directory / file)
             return self._descriptors[file]
 
 

@@ -1,0 +1,79 @@
+"""Values of config.json are checked for type and bounds before anything is calculated with them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import rewrite_config, write_checkpoint
+from tiny_models import tiny_config
+
+from trtllm_ct.base.errors import CheckpointError, ConfigError, FaultCollector
+from trtllm_ct.config.model_values import MODEL_VALUES, check_model_values
+from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.plan.models.sites import Model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STRANGE = (
+    "1", [1, "a"], {"a": 1}, True, 10**9, 10**18, -5, 1e308, float("nan"), float("inf"), "\n", "", "x" * 10**6,
+    [[]], [None, {}], 0, 1, [],
+)  # fmt: skip
+FAMILIES = ("LlamaForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "NobodyForCausalLM")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("key", MODEL_VALUES)
+def test_any_value_of_any_key_makes_a_model_or_an_error_that_names_the_key(key: str, family: str) -> None:
+    config = tiny_config() | {"architectures": [family], "n_routed_experts": 4, "num_experts": 4}
+    for value in STRANGE:
+        started = time.process_time()
+        try:
+            Model.from_config(config | {key: value})
+        except ConfigError as error:  # some values make a model
+            faults = error.faults
+        else:
+            faults = ()
+        assert all(fault.where.strip() and len(str(fault)) < 5000 for fault in faults)
+        assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("LlamaForCausalLM", "num_hidden_layers"),
+        ("Qwen3MoeForCausalLM", "num_hidden_layers"),
+        ("Qwen3MoeForCausalLM", "num_experts"),
+        ("MixtralForCausalLM", "num_local_experts"),
+        ("DeepseekV3ForCausalLM", "n_routed_experts"),
+    ],
+)
+def test_huge_counts_are_refused_from_headers(tmp_path: Path, family: str, key: str) -> None:
+    directory = write_checkpoint(tmp_path / "model", config=tiny_config(family), scheme="dense").directory
+    for value in (9_999, 99_999, 10**6, 10**9):
+        rewrite_config(directory, lambda config, value=value: config.update({key: value}))
+        started = time.process_time()
+
+        with pytest.raises(CheckpointError, match=rf"config\.json: ({key}|number of experts)"):
+            plan_checkpoint(directory, "dense")
+
+        assert time.process_time() - started < 2
+
+
+def test_real_values_are_accepted() -> None:
+    faults = FaultCollector()
+    values: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 126, "intermediate_size": [8192] * 30,
+        "head_dim": None, "sliding_window": -1, "rope_theta": 500000, "layer_types": ["full_attention"] * 40,
+        "moe_layer_freq": [0, 1, 1], "n_routed_experts": 384, "text_config": {"num_hidden_layers": 61},
+    }  # fmt: skip
+    check_model_values(values, faults)
+    assert faults.faults == []
+
+
+def test_values_of_parts_are_named_with_their_path() -> None:
+    faults = FaultCollector()
+    check_model_values({"text_config": {"llm_config": {"hidden_size": "1"}}}, faults)
+    assert [fault.where for fault in faults.faults] == ["config.json: text_config.llm_config.hidden_size"]

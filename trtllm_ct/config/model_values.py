@@ -1,0 +1,123 @@
+"""Types and bounds of the values in config.json that decide how a model is planned.
+
+A config.json may come from anybody: a number of layers of 10^9 would be counted to, and a string would be compared with
+a number. Every key that any stage calculates with is in the table below and is checked before it is used. The bounds
+are far above those of real models. Keys that are not listed are copied, not interpreted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.config.json_object import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trtllm_ct.base.errors import FaultCollector
+
+__all__ = ["MODEL_VALUES", "check_model_values"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """A kind of value: a text for messages, and a function that says whether a value is of it; null always is."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
+def _count(most: int) -> _Kind:
+    """Return the kind of whole numbers up to `most`.
+
+    -1 and 0 stand for none in some models, and configurations of some classes have a list with one number per layer.
+    """
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= most
+
+    def accepts(value: Any) -> bool:
+        if isinstance(value, list):
+            return len(value) <= _MOST_LAYERS and all(item is None or is_count(item) for item in value)
+        return is_count(value)
+
+    return _Kind(expected=f"a positive integer, at most {most}", accepts=accepts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= _MOST_CHARACTERS and value.isprintable()
+
+
+_MOST_LAYERS = 10_000
+_MOST_CHARACTERS = 200
+_LAYERS = _count(_MOST_LAYERS)
+_EXPERTS = _count(100_000)
+_SIZE = _count(2**31)
+_NUMBER = _Kind(expected="a finite number", accepts=_is_number)
+_FLAG = _Kind(expected="true or false", accepts=lambda value: isinstance(value, bool))
+_NAME = _Kind(expected=f"a name of at most {_MOST_CHARACTERS} printable characters", accepts=_is_name)
+_NAMES = _Kind(
+    expected="a list of printable names",
+    accepts=lambda value: _is_name(value) or (isinstance(value, list) and all(map(_is_name, value))),
+)
+_BLOCK = _Kind(expected="an object", accepts=lambda value: isinstance(value, Mapping))
+_LAYER_KINDS = _Kind(
+    expected=f"at most {_MOST_LAYERS} kinds of layers",
+    accepts=lambda value: isinstance(value, str | list) and len(value) <= _MOST_LAYERS,
+)
+
+MODEL_VALUES: Mapping[str, _Kind] = {
+    **dict.fromkeys(("architectures",), _NAMES),
+    **dict.fromkeys(("model_type", "dtype", "torch_dtype", "hidden_act"), _NAME),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG),
+    **dict.fromkeys(
+        (
+            "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_nextn_predict_layers",
+            "first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq", "mlp_only_layers",
+        ),
+        _LAYERS,
+    ),
+    **dict.fromkeys(
+        ("num_local_experts", "n_routed_experts", "num_experts", "n_shared_experts", "num_experts_per_tok"), _EXPERTS
+    ),
+    **dict.fromkeys(
+        (
+            "hidden_size", "n_embd", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "vocab_size",
+            "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+            "max_position_embeddings", "sliding_window",
+        ),
+        _SIZE,
+    ),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "partial_rotary_factor"), _NUMBER),
+    **dict.fromkeys(
+        ("text_config", "llm_config", "language_config", "thinker_config", "vision_config", "rope_parameters"), _BLOCK
+    ),
+    **dict.fromkeys(("layers_block_type", "layer_types", "hybrid_override_pattern"), _LAYER_KINDS),
+}  # fmt: skip
+"""The kind of each value, by its key; the same in config.json and in the configurations of parts inside of it."""
+
+_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "vision_config")
+_TAKE_ORIGINAL = "Take config.json from the model that was quantized."
+
+
+def check_model_values(config: Mapping[str, Any], faults: FaultCollector, where: str = "config.json: ") -> None:
+    """Add a fault for every value of a parsed config.json that is not of its kind in `MODEL_VALUES`.
+
+    Configurations of parts are checked too. `where` is put before the key in faults.
+    """
+    for key, kind in MODEL_VALUES.items():
+        value = config.get(key)
+        if value is not None and not kind.accepts(value):
+            faults.add(where=f"{where}{key}", expected=kind.expected, found=shown(value), remedy=_TAKE_ORIGINAL)
+    for key in _PARTS:
+        part = config.get(key)
+        if isinstance(part, Mapping):
+            check_model_values(part, faults, f"{where}{key}.")
