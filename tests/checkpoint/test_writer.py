@@ -20,6 +20,7 @@ from trtllm_ct.base.errors import UsageError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint import transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.write_plan import WritePlan, encode_header, plan_shards
 from trtllm_ct.checkpoint.writer import ShardedWriter, TensorWriter, create_files
@@ -320,8 +321,8 @@ FOUR_ROWS = {"first": TensorSpec(DType.U8, (4, 8)), "second": TensorSpec(DType.U
 def rows_writer(tmp_path: Path) -> Iterator[TensorWriter]:
     """A writer of two tensors of four rows, one behind the other in a file."""
     plan = WritePlan.of(FOUR_ROWS, 10**9)
-    create_files(tmp_path, plan)
-    with TensorWriter(tmp_path, plan) as writer:
+    create_files(Folder(tmp_path), plan)
+    with TensorWriter(Folder(tmp_path), plan) as writer:
         yield writer
 
 
@@ -350,8 +351,8 @@ def test_rows_that_were_written_are_refused(
 def test_a_tensor_is_complete_when_each_row_was_written_once(order: list[int]) -> None:
     with tempfile.TemporaryDirectory() as place:
         plan = WritePlan.of(FOUR_ROWS, 10**9)
-        create_files(Path(place), plan)
-        with TensorWriter(Path(place), plan) as writer:
+        create_files(Folder(Path(place)), plan)
+        with TensorWriter(Folder(Path(place)), plan) as writer:
             for row in order:
                 assert not writer.is_complete("first")
                 writer.write("first", torch.full((1, 8), row + 1, dtype=torch.uint8), row)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["copy_side_files", "side_files"]
+__all__ = ["copy_side_files", "side_bytes", "side_files"]
 
 _WEIGHT_SUFFIXES = (
     *PICKLE_SUFFIXES, ".safetensors", ".index.json", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
@@ -49,6 +49,11 @@ def copy_side_files(source: Path, out: Path) -> tuple[str, ...]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, out / name)
     return names
+
+
+def side_bytes(source: Path) -> int:
+    """Return the size of all side files in bytes."""
+    return sum((source / name).stat().st_size for name in side_files(source))
 
 
 def _walk(folder: Path, above: tuple[Path, ...], faults: FaultCollector) -> Iterator[Path]:
