@@ -208,8 +208,10 @@ def test_a_run_after_a_stop_between_the_two_steps_puts_the_old_output_back(
 def test_leftovers_of_a_stop_after_the_two_steps_are_removed_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old_directory(tmp_path).rename(tmp_path / ".out.replaced-by-trtllm-ct")
     out = old_directory(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    old_directory(tmp_path / "elsewhere").rename(tmp_path / ".out.replaced-by-trtllm-ct")
+    (tmp_path / "elsewhere").rmdir()
 
     fill(out, overwrite=True)
 
@@ -219,9 +221,9 @@ def test_leftovers_of_a_stop_after_the_two_steps_are_removed_and_named(
 
 def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--overwrite"), replacing_directory(tmp_path / "out", overwrite=False):
-        old_directory(tmp_path)
+        (tmp_path / "out").mkdir()
 
-    assert entries(tmp_path / "out") == ["old"]
+    assert entries(tmp_path / "out") == []
     assert entries(tmp_path) == ["out"]
 
 

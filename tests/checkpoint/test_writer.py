@@ -3,10 +3,9 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import UsageError
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.checkpoint import transfer
+from trtllm_ct.checkpoint import file_calls, transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.reader import TensorReader
@@ -280,10 +279,9 @@ def test_leaving_the_context_closes_every_file(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage: Any = shutil.disk_usage(tmp_path)._replace(free=99)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(file_calls, "free_bytes", lambda _: 99)
 
-    with pytest.raises(UsageError, match="100 bytes of tensors, found 99 bytes free"):
+    with pytest.raises(UsageError, match="room for 228 bytes, found 99 bytes free"):
         ShardedWriter(tmp_path, {"a": TensorSpec(DType.U8, (100,))}, max_shard_bytes=10**9)
 
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from builders import rewrite, rewrite_config, write_checkpoint
 from command_line import run_cli
 
 import trtllm_ct
+from trtllm_ct.checkpoint import file_calls
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
 WRITE = "TRTLLM_CT_WRITE_DOCS"
@@ -28,14 +29,6 @@ O_PROJ = "model.layers.1.self_attn.o_proj"
 
 Damage = Callable[[Path], object]
 """Spoils the working folder, in which `DIR` is a good checkpoint."""
-
-
-class DiskUsage(NamedTuple):
-    """What `shutil.disk_usage` gives."""
-
-    total: int
-    used: int
-    free: int
 
 
 def config(change: Callable[[dict[str, Any]], object]) -> Damage:
@@ -116,7 +109,7 @@ def test_messages_are_those_of_the_page(title: str, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("COLUMNS", "120")
     CASES[title](tmp_path)
     if title == "No room on the disk":
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(total=10**9, used=10**9 - 10**6, free=10**6))
+        monkeypatch.setattr(file_calls, "free_bytes", lambda _: 10**6)
     if title == "MissingDependencyError":
         monkeypatch.setitem(sys.modules, "transformers", None)
     documented = section(title)
