@@ -66,11 +66,11 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
     # An engine-build checkpoint consists of config.json and the files of the ranks.
     by_rank = conversion.plan.build_config is not None
     source = conversion.checkpoint.directory
+    require_room(out, write_plan, 0 if by_rank else side_bytes(source))
     with output_errors(out.path, write_plan.file_bytes), Journal(out, conversion.identity) as journal:
         if journal.discarded:
             logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
         out.clear(keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
-        require_room(out, write_plan, 0 if by_rank else side_bytes(source))
         carried = () if by_rank else copy_side_files(source, out.path)
         for name, content in configuration_files(conversion.checkpoint, conversion.plan).items():
             out.write(name, content)
