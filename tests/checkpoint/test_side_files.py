@@ -1,14 +1,28 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from trtllm_ct.base.errors import CatalogError
-from trtllm_ct.checkpoint.side_files import copy_side_files
+from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.side_files import copy_side_files as copy_into
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def copy_side_files(source: Path, out: Path, *options: Any) -> Any:
+    """Copy into a directory, which is made, and removed again if it stays empty."""
+    out.mkdir(exist_ok=True)
+    try:
+        with Folder(out) as folder:
+            return copy_into(source, folder, *options)
+    finally:
+        with suppress(OSError):
+            out.rmdir()
+
 
 CARRIED = [
     "LICENSE",

@@ -104,6 +104,20 @@ class Folder:
             while written < len(content):
                 written += file_calls.write(descriptor, content[written : written + _READ_BYTES])
 
+    def copy(self, name: str, source: int) -> None:
+        """Write a file with what is left to read of the open file `source`; `name` may be below folders, as `a/b`.
+
+        The folders are made.
+        """
+        *folders, _ = name.split("/")
+        for depth in range(len(folders)):
+            with suppress(FileExistsError):
+                file_calls.make_directory("/".join(folders[: depth + 1]), self.descriptor)
+        with self.file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+            while data := os.read(source, _READ_BYTES):
+                while data:
+                    data = data[file_calls.write(descriptor, data) :]
+
     def remove(self, name: str) -> None:
         """Remove a name with everything below it, if there is one; links are removed and not followed."""
         status = self.status(name)

@@ -6,7 +6,6 @@ of exclusions ages better than a list of inclusions, because tokenizers keep add
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, FaultCollector
@@ -15,6 +14,8 @@ from trtllm_ct.checkpoint.catalog import PICKLE_SUFFIXES
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from trtllm_ct.checkpoint.folder import Folder
 
 __all__ = ["copy_side_files", "side_bytes", "side_files"]
 
@@ -39,15 +40,15 @@ def side_files(source: Path) -> tuple[str, ...]:
     return names
 
 
-def copy_side_files(source: Path, out: Path) -> tuple[str, ...]:
+def copy_side_files(source: Path, out: Folder) -> tuple[str, ...]:
     """Copy the side files of `source` to `out` and return their names; see `side_files`.
 
     Sub-directories are kept, and links are copied as files. Raises `CatalogError` before anything is copied.
     """
     names = side_files(source)
     for name in names:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, out / name)
+        with (source / name).open("rb", buffering=0) as stream:
+            out.copy(name, stream.fileno())
     return names
 
 

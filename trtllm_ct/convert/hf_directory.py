@@ -71,7 +71,7 @@ def write_hf_directory(conversion: Conversion, pool: Pool, *, progress: Progress
         if journal.discarded:
             logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
         out.clear(keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
-        carried = () if by_rank else copy_side_files(source, out.path)
+        carried = () if by_rank else copy_side_files(source, out)
         for name, content in configuration_files(conversion.checkpoint, conversion.plan).items():
             out.write(name, content)
         create_files(out, write_plan)
