@@ -93,7 +93,8 @@ def create_files(folder: Folder, plan: WritePlan) -> None:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise _no_room(folder, needed, f"{error.strerror}".lower()) from None
+        free = file_calls.free_bytes(folder.descriptor)
+        raise _no_room(folder, needed, f"{error.strerror}, {free} bytes free".lower()) from None
 
 
 def require_room(folder: Folder, plan: WritePlan, others: int = 0) -> list[PlannedFile]:
