@@ -67,7 +67,8 @@ def replacing_directory(
     Raises `UsageError` before yielding when `out` can't be written, or when another process works there.
     """
     place = _Place(out.resolve(), overwrite, force)
-    place.require_free()
+    with output_errors(place.partial):
+        place.require_free()
     created = [folder for folder in place.out.parents if not folder.exists()]
     with (
         output_errors(place.partial),
