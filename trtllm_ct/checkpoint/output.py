@@ -111,7 +111,7 @@ class _Place:
     @property
     def partial(self) -> Path:
         """The working directory."""
-        return self.out.with_name(f".{self.out.name}.partial")
+        return self.out.parent / f".{self.out.name}.partial"
 
     @property
     def replaced(self) -> Path:
