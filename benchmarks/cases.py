@@ -160,7 +160,7 @@ def convert_job(to: str) -> Callable[[Place], Job]:
 
     def make(place: Place) -> Job:
         out = place.work / "out"
-        command = _python("-m", "trtllm_ct", "convert", place.source, out, "--to", to, "--json")
+        command = _python("-m", "trtllm_ct", "convert", place.source, out, "--to", to, "--no-sync", "--json")
         return Job(commands=(command,), output=out)
 
     return make

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -15,7 +16,11 @@ from installed_library import has_newest_library
 from installed_transformers import has_newest_transformers
 from other_user import IS_ROOT
 
+from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.layouts.loops import code_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # No test needs a network; what asks the hub all the same shall fail at once. Read when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,6 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--every-class",
         action="store_true",
         help="try every class of transformers in tests/end_to_end/test_any_model.py, not a fixed choice",
+    )
+
+    parser.addoption(
+        "--every-call",
+        action="store_true",
+        help="end conversions at every file-system call in tests/convert/test_sudden_ends.py, not at a fixed choice",
     )
 
 
@@ -70,6 +81,14 @@ def pytest_collection_finish() -> None:
 def _programs() -> str:
     """Where programs are looked for: beside this Python too, where packages put theirs."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test pulls the plug; tests/convert/test_sudden_ends.py simulates it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_calls, "sync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

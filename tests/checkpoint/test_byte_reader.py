@@ -16,6 +16,7 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint import writer
 from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.transfer import PAGE_BYTES, checksum
 from trtllm_ct.checkpoint.write_plan import WritePlan
 from trtllm_ct.checkpoint.writer import Piece, TensorWriter, create_files, pieces_are_intact
@@ -85,8 +86,8 @@ class TestPieces:
         size = 6 * PAGE_BYTES + 100
         payload = memoryview(bytes(i * i % 251 for i in range(size)))
         plan = WritePlan.of({"a": TensorSpec(DType.U8, (size,))}, size)
-        create_files(directory, plan)
-        with pytest.MonkeyPatch.context() as patch, TensorWriter(directory, plan) as tensor_writer:
+        create_files(Folder(directory), plan)
+        with pytest.MonkeyPatch.context() as patch, TensorWriter(Folder(directory), plan) as tensor_writer:
             patch.setattr(writer, "PIECE_BYTES", most * PAGE_BYTES)
             patch.setattr(writer, "CHUNK_BYTES", PAGE_BYTES)
             ends = sorted({*cuts, size} - {0})
@@ -102,13 +103,13 @@ class TestPieces:
             assert piece.checksum == checksum(part)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "PIECE_BYTES", most * PAGE_BYTES)
-            assert pieces_are_intact(directory, pieces)
+            assert pieces_are_intact(Folder(directory), pieces)
 
     def test_consecutive_whole_pages_become_one_piece(self, tmp_path: Path) -> None:
         """Journals of large models stay short."""
         plan = WritePlan.of({"a": TensorSpec(DType.U8, (8 * PAGE_BYTES,))}, 10**6)
-        create_files(tmp_path, plan)
-        with TensorWriter(tmp_path, plan) as tensor_writer:
+        create_files(Folder(tmp_path), plan)
+        with TensorWriter(Folder(tmp_path), plan) as tensor_writer:
             for page in range(8):
                 tensor_writer.write_bytes("a", memoryview(bytes(PAGE_BYTES)), page * PAGE_BYTES)
 

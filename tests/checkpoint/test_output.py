@@ -1,28 +1,31 @@
 from __future__ import annotations
 
-import shutil
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from trtllm_ct.base.errors import UsageError
-from trtllm_ct.checkpoint.output import check_output_place, clear, replacing_directory
+from trtllm_ct.base.errors import OutputError, UsageError
+from trtllm_ct.checkpoint import file_calls
+from trtllm_ct.checkpoint.manifest import MANIFEST
+from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 
 
 def old_directory(tmp_path: Path) -> Path:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
-    return out
+    """An output of an earlier run that holds the file `old`."""
+    fill(tmp_path / "out", name="old")
+    return tmp_path / "out"
 
 
 def entries(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    """The names in a directory, without the list that every output has."""
+    return sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
 
 
-def fill(out: Path, *, overwrite: bool = False) -> None:
-    with replacing_directory(out, overwrite=overwrite) as partial:
-        (partial / "new").write_text("new")
+def fill(out: Path, *, overwrite: bool = False, force: bool = False, name: str = "new") -> None:
+    with replacing_directory(out, overwrite=overwrite, force=force) as partial:
+        (partial.path / name).write_text(name)
 
 
 def fail_after_writing(path: Path, error: type[BaseException]) -> None:
@@ -34,8 +37,8 @@ def test_work_happens_in_a_directory_beside_the_output_and_is_renamed_at_the_end
     out = tmp_path / "out"
 
     with replacing_directory(out, overwrite=False) as partial:
-        assert partial == tmp_path / ".out.partial"
-        (partial / "new").write_text("new")
+        assert partial.path == tmp_path / ".out.partial"
+        (partial.path / "new").write_text("new")
         assert not out.exists()
 
     assert entries(out) == ["new"]
@@ -48,7 +51,7 @@ def test_an_error_leaves_everything_as_it_was(tmp_path: Path, existing: bool) ->
     before = entries(tmp_path)
 
     with pytest.raises(ValueError), replacing_directory(out, overwrite=True) as partial:  # noqa: PT011 (as raised)
-        fail_after_writing(partial / "new", ValueError)
+        fail_after_writing(partial.path / "new", ValueError)
 
     assert entries(tmp_path) == before
     assert not existing or entries(out) == ["old"]
@@ -59,11 +62,11 @@ def test_an_interrupt_keeps_the_work_for_the_next_run(tmp_path: Path, interrupt:
     out = old_directory(tmp_path)
 
     with pytest.raises(interrupt), replacing_directory(out, overwrite=True) as partial:
-        fail_after_writing(partial / "new", interrupt)
+        fail_after_writing(partial.path / "new", interrupt)
 
     assert entries(out) == ["old"]
     with replacing_directory(out, overwrite=True) as partial:
-        assert entries(partial) == ["new"]
+        assert entries(partial.path) == ["new"]
     assert entries(out) == ["new"]
 
 
@@ -81,7 +84,7 @@ def test_overwrite_replaces_only_at_the_end(tmp_path: Path) -> None:
     out = old_directory(tmp_path)
 
     with replacing_directory(out, overwrite=True) as partial:
-        (partial / "new").write_text("new")
+        (partial.path / "new").write_text("new")
         assert entries(out) == ["old"]
 
     assert entries(out) == ["new"]
@@ -90,7 +93,7 @@ def test_overwrite_replaces_only_at_the_end(tmp_path: Path) -> None:
 
 def test_a_second_run_at_once_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     with replacing_directory(tmp_path / "out", overwrite=False) as partial:
-        (partial / "new").write_text("new")
+        (partial.path / "new").write_text("new")
         with pytest.raises(UsageError, match="another process that writes there"):
             fill(tmp_path / "out")
 
@@ -113,37 +116,27 @@ def test_leftovers_of_a_crashed_run_can_be_cleared_in_part(tmp_path: Path) -> No
         (tmp_path / ".out.partial" / name).write_text(name)
 
     with replacing_directory(tmp_path / "out", overwrite=False) as partial:
-        clear(partial, keep={"good"})
-        (partial / "new").write_text("new")
+        partial.clear(keep={"good"})
+        (partial.path / "new").write_text("new")
 
     assert entries(tmp_path / "out") == ["good", "new"]
     assert entries(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_a_working_directory_path_that_is_no_directory_is_replaced(tmp_path: Path, kind: str) -> None:
-    """A link is not followed: its target may belong to somebody else."""
+def test_a_working_directory_path_that_is_no_directory_is_refused(tmp_path: Path, kind: str) -> None:
+    """Nobody knows whose it is: it is neither followed nor removed."""
     (tmp_path / "theirs").mkdir()
     if kind == "file":
-        (tmp_path / ".out.partial").write_text("")
+        (tmp_path / ".out.partial").write_text("mine")
     else:
         (tmp_path / ".out.partial").symlink_to(tmp_path / "theirs")
 
-    fill(tmp_path / "out")
+    with pytest.raises(UsageError, match=f"a {kind} of that name"):
+        fill(tmp_path / "out")
 
-    assert entries(tmp_path / "out") == ["new"]
-    assert not (tmp_path / "out").is_symlink()
-    assert entries(tmp_path) == ["out", "theirs"]
-
-
-def test_leftovers_of_a_crash_while_replacing_are_removed(tmp_path: Path) -> None:
-    out = old_directory(tmp_path)
-    (tmp_path / ".out.replaced").mkdir()
-    (tmp_path / ".out.replaced/older").write_text("older")
-
-    fill(out, overwrite=True)
-
-    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path) == [".out.partial", "theirs"]
+    assert entries(tmp_path / "theirs") == []
 
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:
@@ -159,31 +152,78 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
         fill(tmp_path / "a/out")
 
 
+def refuse_to_exchange(_name: str, _other: str, _folder: int) -> bool:
+    """As on a file system that can't exchange two names."""
+    return False
+
+
 def test_the_old_directory_comes_back_when_the_new_one_can_not_be_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = old_directory(tmp_path)
-    rename = Path.rename
+    rename = file_calls.rename
 
-    def failing(path: Path, target: Path) -> Path:
-        if path.name.endswith(".partial"):
+    def failing(name: str, new_name: str, folder: int) -> None:
+        if name.endswith(".partial"):
             raise OSError(5, "Input/output error")
-        return rename(path, target)
+        rename(name, new_name, folder)
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(file_calls, "rename", failing)
+    monkeypatch.setattr(file_calls, "exchange", refuse_to_exchange)
 
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OutputError, match="input/output error"):
         fill(out, overwrite=True)
 
     assert entries(out) == ["old"]
+    assert entries(tmp_path) == [".out.partial", "out"]
+
+
+def test_a_file_system_without_exchange_replaces_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = old_directory(tmp_path)
+    monkeypatch.setattr(file_calls, "exchange", refuse_to_exchange)
+
+    fill(out, overwrite=True)
+
+    assert entries(out) == ["new"]
     assert entries(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_after_a_stop_between_the_two_steps_puts_the_old_output_back(
+    tmp_path: Path, overwrite: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    old_directory(tmp_path).rename(tmp_path / ".out.replaced-by-trtllm-ct")
+
+    if overwrite:
+        fill(tmp_path / "out", overwrite=True)
+    else:
+        with pytest.raises(UsageError, match="--overwrite"):
+            fill(tmp_path / "out")
+
+    assert entries(tmp_path / "out") == (["new"] if overwrite else ["old"])
+    assert entries(tmp_path) == ["out"]
+    assert "put back" in caplog.text
+
+
+def test_leftovers_of_a_stop_after_the_two_steps_are_removed_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = old_directory(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    old_directory(tmp_path / "elsewhere").rename(tmp_path / ".out.replaced-by-trtllm-ct")
+    (tmp_path / "elsewhere").rmdir()
+
+    fill(out, overwrite=True)
+
+    assert entries(tmp_path) == ["out"]
+    assert ".out.replaced-by-trtllm-ct: removed" in caplog.text
 
 
 def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--overwrite"), replacing_directory(tmp_path / "out", overwrite=False):
-        old_directory(tmp_path)
+        (tmp_path / "out").mkdir()
 
-    assert entries(tmp_path / "out") == ["old"]
+    assert entries(tmp_path / "out") == []
     assert entries(tmp_path) == ["out"]
 
 
@@ -245,18 +285,110 @@ def test_separate_source_and_output_are_accepted(tmp_path: Path, out: str) -> No
     check_output_place(tmp_path / "a", tmp_path / out)
 
 
-def test_an_old_directory_that_resists_deletion_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_directory_that_resists_deletion_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     out = old_directory(tmp_path)
-    rmtree = shutil.rmtree
+    unlink = file_calls.unlink
 
-    def resisting(path: Path, *, ignore_errors: bool = False) -> None:
-        if not path.name.endswith(".replaced"):
-            rmtree(path)
-        elif not ignore_errors:
-            raise PermissionError(path)
+    def resisting(name: str, folder: int) -> None:
+        if name == "old":
+            raise PermissionError(13, "Permission denied")
+        unlink(name, folder)
 
-    monkeypatch.setattr(shutil, "rmtree", resisting)
+    monkeypatch.setattr(file_calls, "unlink", resisting)
 
     fill(out, overwrite=True)
 
     assert entries(out) == ["new"]
+    assert ".out.partial: the old output could not be removed" in caplog.text
+
+
+class TestWhatIsReplaced:
+    """`--overwrite` deletes what conversions wrote and nothing else."""
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.tex").write_text("years")
+
+        for force in (False, True):
+            with pytest.raises(UsageError, match="an output of trtllm-ct to replace"):
+                fill(tmp_path / "out", overwrite=True, force=force)
+
+        assert entries(tmp_path / "out") == ["thesis.tex"]
+        assert entries(tmp_path) == ["out"]
+
+    @pytest.mark.parametrize("place", ["thesis.tex", "notes/thesis.tex"])
+    def test_a_file_that_was_added_to_an_output_is_named(self, tmp_path: Path, place: str) -> None:
+        out = old_directory(tmp_path)
+        (out / place).parent.mkdir(exist_ok=True)
+        (out / place).write_text("years")
+
+        with pytest.raises(UsageError, match=f"files that it did not write: '{place}'"):
+            fill(out, overwrite=True)
+
+        assert (out / place).read_text() == "years"
+
+    def test_a_file_that_is_added_meanwhile_is_kept(self, tmp_path: Path) -> None:
+        out = old_directory(tmp_path)
+
+        with (
+            pytest.raises(UsageError, match="files that it did not write"),
+            replacing_directory(out, overwrite=True),
+        ):
+            (out / "thesis.tex").write_text("years")
+
+        assert entries(out) == ["old", "thesis.tex"]
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_model_directory_is_replaced_with_force(self, tmp_path: Path, force: bool) -> None:
+        (tmp_path / "out").mkdir()
+        for name in ("config.json", "model.safetensors", "README.md"):
+            (tmp_path / "out" / name).touch()
+
+        if force:
+            fill(tmp_path / "out", overwrite=True, force=True)
+        else:
+            with pytest.raises(UsageError, match="--overwrite --force replaces any model directory"):
+                fill(tmp_path / "out", overwrite=True)
+
+        assert entries(tmp_path / "out") == (["new"] if force else ["README.md", "config.json", "model.safetensors"])
+
+    def test_an_empty_directory_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+
+        fill(tmp_path / "out", overwrite=True)
+
+        assert entries(tmp_path / "out") == ["new"]
+
+    def test_a_folder_of_the_user_with_a_similar_name_is_kept(self, tmp_path: Path) -> None:
+        out = old_directory(tmp_path)
+        (tmp_path / ".out.replaced").mkdir()
+
+        fill(out, overwrite=True)
+
+        assert entries(tmp_path) == [".out.replaced", "out"]
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"written_by": "trtllm-ct"}', "[" * 100_000])
+    def test_a_list_that_is_none_allows_nothing(self, tmp_path: Path, content: str) -> None:
+        out = old_directory(tmp_path)
+        (out / MANIFEST).write_text(content)
+
+        with pytest.raises(UsageError, match="a directory that it did not write"):
+            fill(out, overwrite=True)
+
+        assert entries(out) == ["old"]
+
+
+class TestModes:
+    @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+    def test_only_the_finished_directory_is_open_to_others(self, tmp_path: Path, umask: int) -> None:
+        before = os.umask(umask)
+        try:
+            with replacing_directory(tmp_path / "out", overwrite=False) as partial:
+                (partial.path / "new").touch()
+                assert stat.S_IMODE(partial.path.stat().st_mode) == 0o700
+        finally:
+            os.umask(before)
+
+        assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask

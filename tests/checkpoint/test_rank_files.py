@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.write_plan import Segment, StackPart, WritePlan
 from trtllm_ct.checkpoint.writer import TensorWriter, create_files, write_index
 
@@ -38,12 +39,12 @@ PLACES = {
 def written(directory: Path) -> dict[str, dict[str, Tensor]]:
     specs = {name: TensorSpec(DType.F32, tuple(part.shape)) for name, part in PARTS.items()}
     plan = WritePlan.of(specs, 1, PLACES, ranks=True)
-    create_files(directory, plan)
-    with TensorWriter(directory, plan) as writer:
+    create_files(Folder(directory), plan)
+    with TensorWriter(Folder(directory), plan) as writer:
         for name, part in reversed(PARTS.items()):
             writer.write(name, part)
         assert all(writer.is_complete(name) for name in PARTS)
-    write_index(directory, plan)
+    write_index(Folder(directory), plan)
     return {path.name: load_file(path) for path in sorted(directory.iterdir())}
 
 

@@ -6,16 +6,31 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from trtllm_ct.base.errors import CatalogError
-from trtllm_ct.checkpoint.side_files import copy_side_files, side_files
+from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.side_files import copy_side_files as copy_into
+from trtllm_ct.checkpoint.side_files import side_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def copy_side_files(source: Path, out: Path, *options: Any) -> Any:
+    """Copy into a directory, which is made, and removed again if it stays empty."""
+    out.mkdir(exist_ok=True)
+    try:
+        with Folder(out) as folder:
+            return copy_into(source, folder, *options)
+    finally:
+        with suppress(OSError):
+            out.rmdir()
+
 
 CARRIED = [
     "LICENSE",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.write_plan import StackPart, WritePlan
 from trtllm_ct.checkpoint.writer import TensorWriter, create_files, pieces_are_intact
 
@@ -49,15 +50,15 @@ def test_matrices_lie_transposed_side_by_side(
 ) -> None:
     tensors = matrices(dtype)
     plan = plan_of(tensors)
-    create_files(tmp_path, plan)
-    with TensorWriter(tmp_path, plan) as writer:
+    create_files(Folder(tmp_path), plan)
+    with TensorWriter(Folder(tmp_path), plan) as writer:
         writer.write("before", torch.tensor([7, 8, 9], dtype=torch.uint8))
         for name in order:
             for row in range(0, len(tensors[name]), rows):
                 writer.write(name, tensors[name][row : row + rows], row)
         assert all(writer.is_complete(name) for name in plan.places)
         assert sum(piece.nbytes for piece in writer.pieces) == plan.payload_bytes
-        assert pieces_are_intact(tmp_path, writer.pieces)
+        assert pieces_are_intact(Folder(tmp_path), writer.pieces)
 
     stored = load_file(tmp_path / "model.safetensors")
 
@@ -72,8 +73,8 @@ def test_matrices_lie_transposed_side_by_side(
 def test_an_entry_is_written_when_its_last_row_arrives(tmp_path: Path) -> None:
     tensors = matrices(torch.float32)
     plan = plan_of(tensors)
-    create_files(tmp_path, plan)
-    with TensorWriter(tmp_path, plan) as writer:
+    create_files(Folder(tmp_path), plan)
+    with TensorWriter(Folder(tmp_path), plan) as writer:
         writer.write("0.left", tensors["0.left"])
         assert writer.pieces == []
         writer.write("0.right", tensors["0.right"])
@@ -83,8 +84,8 @@ def test_an_entry_is_written_when_its_last_row_arrives(tmp_path: Path) -> None:
 def test_parts_of_rows_and_a_second_copy_are_mistakes(tmp_path: Path) -> None:
     tensors = matrices(torch.float32)
     plan = plan_of(tensors)
-    create_files(tmp_path, plan)
-    with TensorWriter(tmp_path, plan) as writer:
+    create_files(Folder(tmp_path), plan)
+    with TensorWriter(Folder(tmp_path), plan) as writer:
         with pytest.raises(ValueError, match="whole rows"):
             writer.write_bytes("0.left", memoryview(bytes(12)))
         writer.write("1.left", tensors["1.left"])

@@ -3,10 +3,9 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,8 +17,9 @@ from safetensors.torch import load_file
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import UsageError
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.checkpoint import transfer
+from trtllm_ct.checkpoint import file_calls, transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.write_plan import WritePlan, encode_header, plan_shards
 from trtllm_ct.checkpoint.writer import ShardedWriter, TensorWriter, create_files
@@ -279,10 +279,9 @@ def test_leaving_the_context_closes_every_file(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage: Any = shutil.disk_usage(tmp_path)._replace(free=99)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(file_calls, "free_bytes", lambda _: 99)
 
-    with pytest.raises(UsageError, match="100 bytes of tensors, found 99 bytes free"):
+    with pytest.raises(UsageError, match="room for 228 bytes, found 99 bytes free"):
         ShardedWriter(tmp_path, {"a": TensorSpec(DType.U8, (100,))}, max_shard_bytes=10**9)
 
     assert list(tmp_path.iterdir()) == []
@@ -320,8 +319,8 @@ FOUR_ROWS = {"first": TensorSpec(DType.U8, (4, 8)), "second": TensorSpec(DType.U
 def rows_writer(tmp_path: Path) -> Iterator[TensorWriter]:
     """A writer of two tensors of four rows, one behind the other in a file."""
     plan = WritePlan.of(FOUR_ROWS, 10**9)
-    create_files(tmp_path, plan)
-    with TensorWriter(tmp_path, plan) as writer:
+    create_files(Folder(tmp_path), plan)
+    with TensorWriter(Folder(tmp_path), plan) as writer:
         yield writer
 
 
@@ -350,8 +349,8 @@ def test_rows_that_were_written_are_refused(
 def test_a_tensor_is_complete_when_each_row_was_written_once(order: list[int]) -> None:
     with tempfile.TemporaryDirectory() as place:
         plan = WritePlan.of(FOUR_ROWS, 10**9)
-        create_files(Path(place), plan)
-        with TensorWriter(Path(place), plan) as writer:
+        create_files(Folder(Path(place)), plan)
+        with TensorWriter(Folder(Path(place)), plan) as writer:
             for row in order:
                 assert not writer.is_complete("first")
                 writer.write("first", torch.full((1, 8), row + 1, dtype=torch.uint8), row)

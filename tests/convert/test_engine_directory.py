@@ -266,7 +266,7 @@ def test_nothing_but_configuration_and_ranks_is_written(tmp_path: Path) -> None:
     convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=TWO_BY_TWO)
 
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["config.json", *(f"rank{rank}.safetensors" for rank in range(4))]
+    assert names == [".trtllm_ct.json", "config.json", *(f"rank{rank}.safetensors" for rank in range(4))]
 
 
 @pytest.mark.parametrize(

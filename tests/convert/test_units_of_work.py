@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from builders import Built, rewrite, tiny_config, write_checkpoint
 
-from trtllm_ct.base.errors import MissingDependencyError, PayloadError, UsageError
+from trtllm_ct.base.errors import MissingDependencyError, OutputError, PayloadError, UsageError
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.convert import units
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.coordinate import run_units
@@ -178,9 +179,10 @@ class TestFaults:
         assert [fault.where for fault in raised.value.faults] == [f"{name}[0, 0]" for name in bad]
         assert names(tmp_path) == ["source"]
 
-    def test_an_error_of_a_worker_stops_the_rest(
+    def test_an_error_of_a_worker_stops_the_rest_and_keeps_the_work(
         self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """A full disk is no fault of the checkpoint: the next run goes on."""
         calls = []
 
         def full(*_: object, **__: object) -> None:
@@ -189,11 +191,11 @@ class TestFaults:
 
         monkeypatch.setattr("trtllm_ct.convert.worker.TensorWriter.write_bytes", full)
 
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OutputError, match=r"room for \d+ bytes, found no space left on device, \d+ bytes free"):
             convert_checkpoint(built.directory, tmp_path / "out", workers=1)
 
         assert len(calls) < 10
-        assert names(tmp_path) == ["source"]
+        assert names(tmp_path) == [".out.partial", "source"]
 
 
 class TestResume:
@@ -235,7 +237,7 @@ class TestResume:
         self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path
     ) -> None:
         """After a crash of the machine, pages may hold zeros, so kept bytes are verified by their checksums."""
-        journal = Journal(half / JOURNAL, json.loads((half / JOURNAL).read_text().splitlines()[0])["conversion"])
+        journal = Journal(Folder(half), json.loads((half / JOURNAL).read_text().splitlines()[0])["conversion"])
         journal.close()
         pieces = [piece for record in journal.records.values() for piece in record.pieces]
         piece = max(pieces, key=lambda candidate: candidate.nbytes)
@@ -320,11 +322,11 @@ class TestJournal:
         monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", seconds)
         records = [UnitRecord(unit=number, pieces=()) for number in range(3)]
 
-        with Journal(tmp_path / JOURNAL, "digest") as journal:
+        with Journal(Folder(tmp_path), "digest") as journal:
             for record in records:
                 journal.add(record)
             early = (tmp_path / JOURNAL).read_text().count("\n")
-        with Journal(tmp_path / JOURNAL, "digest") as reopened:
+        with Journal(Folder(tmp_path), "digest") as reopened:
             read_records = reopened.records
 
         assert early == (0 if seconds else 4)
@@ -333,7 +335,7 @@ class TestJournal:
     def test_lines_in_memory_are_written_when_the_time_is_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with Journal(tmp_path / JOURNAL, "digest") as journal:
+        with Journal(Folder(tmp_path), "digest") as journal:
             journal.add(UnitRecord(unit=0, pieces=()))
             monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", 0)
             journal.add(UnitRecord(unit=1, pieces=()))
@@ -394,7 +396,7 @@ def test_few_units_are_submitted_at_a_time(built: Built, tmp_path: Path, monkeyp
         plan = type("Plan", (), {"modules": ()})
 
     monkeypatch.setattr(coordinate, "run_unit", counted)
-    with open_pool("threads", 2) as pool, Journal(tmp_path / JOURNAL, "digest") as journal:
+    with open_pool("threads", 2) as pool, Journal(Folder(tmp_path), "digest") as journal:
         assert pool is not None
         run_units(Conversion(), pool, journal, partial(_take, taken))  # type: ignore[arg-type]
 

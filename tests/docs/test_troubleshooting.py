@@ -5,6 +5,7 @@ With TRTLLM_CT_WRITE_DOCS set (`make docs`) the page is written anew instead of 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from builders import rewrite, rewrite_config, write_checkpoint
 from command_line import run_cli
 
 import trtllm_ct
+from trtllm_ct.checkpoint import file_calls
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
 WRITE = "TRTLLM_CT_WRITE_DOCS"
@@ -28,14 +30,6 @@ O_PROJ = "model.layers.1.self_attn.o_proj"
 
 Damage = Callable[[Path], object]
 """Spoils the working folder, in which `DIR` is a good checkpoint."""
-
-
-class DiskUsage(NamedTuple):
-    """What `shutil.disk_usage` gives."""
-
-    total: int
-    used: int
-    free: int
 
 
 def config(change: Callable[[dict[str, Any]], object]) -> Damage:
@@ -76,6 +70,13 @@ def converted_and_changed(folder: Path) -> None:
     rewrite(folder / "OUT", lambda found: found[f"{O_PROJ}.weight_scale"][17, 1].mul_(2))
 
 
+def runs_full(_descriptor: int, data: memoryview, offset: int) -> int:
+    """Write the header of a file, and nothing more."""
+    if offset:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return len(data)
+
+
 CASES: Mapping[str, Damage] = {
     "A name instead of a directory": lambda _: None,
     "Another quantization method": config(lambda entry: entry.update(quantization_config={"quant_method": "gptq"})),
@@ -95,6 +96,7 @@ CASES: Mapping[str, Damage] = {
     "A scale that is no number": tensors(lambda found: found[f"{O_PROJ}.weight_scale"][17, 1].fill_(torch.nan)),
     "A value beyond float16": tensors(lambda found: found["model.norm.weight"][3].fill_(70000)),
     "A weight that differs": converted_and_changed,
+    "A disk that runs full": lambda _: None,
     "OUT exists": lambda folder: (folder / "OUT").mkdir(),
     "No room on the disk": lambda _: None,
     "MissingDependencyError": lambda _: None,
@@ -115,8 +117,11 @@ def test_messages_are_those_of_the_page(title: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     CASES[title](tmp_path)
+    if title == "A disk that runs full":
+        monkeypatch.setattr(file_calls, "free_bytes", lambda _: 10**8)
+        monkeypatch.setattr(file_calls, "write_at", runs_full)
     if title == "No room on the disk":
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(total=10**9, used=10**9 - 10**6, free=10**6))
+        monkeypatch.setattr(file_calls, "free_bytes", lambda _: 10**6)
     if title == "MissingDependencyError":
         monkeypatch.setitem(sys.modules, "transformers", None)
     documented = section(title)

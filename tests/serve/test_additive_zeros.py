@@ -13,6 +13,7 @@ from plain_model import deviation, golden_of, plain_logits
 
 from trtllm_ct import open_checkpoint
 from trtllm_ct.base.errors import PayloadError, PlanError
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.convert.executors import open_pool
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
@@ -62,7 +63,7 @@ def planned(source: Path, out: Path, **options: Any) -> Path:
     checkpoint = open_checkpoint(source)
     out.mkdir()
     options = {"to": "tensorrt_llm", **options}
-    job = Job(directory=source, options=options, max_shard_bytes=10**9, device="cpu", files=out)
+    job = Job(directory=source, options=options, max_shard_bytes=10**9, device="cpu", files=Folder(out))
     with open_pool() as pool:
         assert pool is not None
         write_hf_directory(Conversion(job, checkpoint, checkpoint.plan(**options)), pool, progress=lambda _: None)

@@ -129,12 +129,13 @@ def assert_refused(case: Case, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [source]
 
     out.mkdir()
-    (out / "old").write_text("old")
+    for name in ("config.json", "model.bin"):
+        (out / name).write_text("old")
     with pytest.raises(case.error):
-        convert_checkpoint(source, out, overwrite=True)
+        convert_checkpoint(source, out, overwrite=True, force=True)
 
     assert sorted(tmp_path.iterdir()) == [out, source]
-    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("old", "old")]
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"config.json": "old", "model.bin": "old"}
 
 
 def assert_told(case: Case, tmp_path: Path) -> None:

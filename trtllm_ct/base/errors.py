@@ -3,6 +3,7 @@
     TrtllmCtError                    the base class; carries one or more faults
     ├── UsageError                   invalid arguments; nothing was read or written (exit code 2)
     │   └── MissingDependencyError   a required optional package is not installed
+    ├── OutputError                  the file system of an output failed or is full (exit code 1)
     └── CheckpointError              a checkpoint is faulty or not supported (exit code 1)
         ├── DetectionError           the directory holds no compressed-tensors checkpoint; says what it holds instead
         ├── ConfigError              config.json or its quantization block can't be interpreted
@@ -38,6 +39,7 @@ __all__ = [
     "FaultCollector",
     "LoadError",
     "MissingDependencyError",
+    "OutputError",
     "PayloadError",
     "PlanError",
     "SidecarError",
@@ -100,6 +102,10 @@ class UsageError(TrtllmCtError):
 
 class MissingDependencyError(UsageError):
     """The operation needs an optional package that is not installed."""
+
+
+class OutputError(TrtllmCtError):
+    """The file system of an output failed or is full; what was written so far is kept for the next run."""
 
 
 class CheckpointError(TrtllmCtError):

@@ -9,8 +9,8 @@ file.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from shutil import copyfileobj
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, FaultCollector
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-__all__ = ["NO_SIDE_FILES", "SideFiles", "copy_side_files", "require_regular_side_files", "side_files"]
+    from trtllm_ct.checkpoint.folder import Folder
+
+__all__ = ["NO_SIDE_FILES", "SideFiles", "copy_side_files", "require_regular_side_files", "side_bytes", "side_files"]
 
 _MAX_FILES = 10_000
 """The most side files of a checkpoint; real ones have tens."""
@@ -75,26 +77,28 @@ def side_files(source: Path, carry: Collection[str] = ()) -> SideFiles:
     )
 
 
-def copy_side_files(source: Path, out: Path, carry: Collection[str] = ()) -> SideFiles:
+def copy_side_files(source: Path, out: Folder, carry: Collection[str] = ()) -> SideFiles:
     """Copy the side files of `source` to `out` and return which they are; see `side_files`.
 
     Sub-directories are kept, and links are copied as files. Raises `CatalogError` before anything is copied, and for a
-    file that is replaced in the meantime.
+    file that is replaced in the meantime; an error of `out` is an OSError.
     """
     files, snapshot, faults = side_files(source, carry), Snapshot.of(source), FaultCollector()
     for name in files.carried:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with (
-                snapshot.open(name, SIDE_FILE_BYTES) as descriptor,
-                open(descriptor, "rb", closefd=False) as stream,
-                (out / name).open("wb") as copy,
-            ):
-                copyfileobj(stream, copy)
-        except OSError as error:
-            _add_unusable(snapshot.root / name, f"{error.strerror or error}".lower(), faults)
+        with ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(snapshot.open(name, SIDE_FILE_BYTES))
+            except OSError as error:
+                _add_unusable(snapshot.root / name, f"{error.strerror or error}".lower(), faults)
+                continue
+            out.copy(name, descriptor)
     faults.raise_if_any(CatalogError)
     return files
+
+
+def side_bytes(source: Path, carry: Collection[str] = ()) -> int:
+    """Return the size of all side files that are carried, in bytes."""
+    return sum((source / name).stat().st_size for name in side_files(source, carry).carried)
 
 
 def require_regular_side_files(directory: Path) -> None:

@@ -7,9 +7,7 @@ memory first.
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
+from trtllm_ct.checkpoint import file_calls
 
 __all__ = ["CHUNK_BYTES", "PAGE_BYTES", "checksum", "preallocate", "read_into", "write_all"]
 
@@ -28,31 +26,21 @@ PAGE_BYTES = 4096
 """Bytes of a page: `checksum` multiplies all words of a page by the same number."""
 
 _PAGE_WORDS = PAGE_BYTES // 8
-_NO_SUCH_CALL = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def preallocate(descriptor: int, nbytes: int) -> None:
     """Give a file its final size, and reserve its blocks where the file system can do that.
 
     Writing is then faster, and a disk that is too small is noticed before the work starts. Raises `OSError`.
-    `os.posix_fallocate` is not used: where the file system can't reserve blocks, the C library writes a byte into each.
     """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    while nbytes and fallocate is not None:
-        if fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
-            return
-        code = ctypes.get_errno()
-        if code in _NO_SUCH_CALL:
-            break
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
-    os.ftruncate(descriptor, nbytes)
+    if not (nbytes and file_calls.allocate(descriptor, nbytes)):
+        file_calls.truncate(descriptor, nbytes)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of `data` to a file at `offset`; repeats the call as long as the system accepts only a part."""
     while data:
-        written = os.pwrite(descriptor, data[:_WRITE_BYTES], offset)
+        written = file_calls.write_at(descriptor, data[:_WRITE_BYTES], offset)
         data, offset = data[written:], offset + written
 
 
@@ -60,7 +48,7 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Fill `buffer` from a file at `offset`; returns the bytes read, which are fewer only at the end of the file."""
     filled = 0
     while filled < len(buffer):
-        count = os.preadv(descriptor, [buffer[filled:]], offset + filled)
+        count = file_calls.read_at(descriptor, buffer[filled:], offset + filled)
         if count == 0:
             break
         filled += count

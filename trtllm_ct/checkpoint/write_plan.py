@@ -22,11 +22,21 @@ from trtllm_ct.checkpoint.catalog import INDEX_FILE
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, METADATA_KEY, StoredTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from typing_extensions import Self
 
-__all__ = ["PlannedFile", "Segment", "Shard", "StackPart", "WritePlan", "encode_header", "plan_shards", "rank_shards"]
+__all__ = [
+    "PlannedFile",
+    "Segment",
+    "Shard",
+    "StackPart",
+    "WritePlan",
+    "encode_header",
+    "merged_ranges",
+    "plan_shards",
+    "rank_shards",
+]
 
 _PAYLOAD_ALIGNMENT = 64
 """The payload begins at a multiple of this, so that even wide vector loads from a memory map are aligned."""
@@ -78,9 +88,13 @@ class StackPart:
         entry = (*inner, self.lines) if self.transposed else (self.lines, *inner)
         return TensorSpec(spec.dtype, entry if self.flat else (self.entries, *entry))
 
+    def entry_bytes(self, spec: TensorSpec) -> int:
+        """Return the size of an entry, given dtype and shape of a tensor that it is made from."""
+        return self.lines * prod(spec.shape[1:]) * spec.dtype.itemsize
+
     def begin(self, spec: TensorSpec) -> int:
         """Return the first byte of the entry in the stacked tensor."""
-        return self.entry * self.lines * prod(spec.shape[1:]) * spec.dtype.itemsize
+        return self.entry * self.entry_bytes(spec)
 
     def lines_of(self, first: int, count: int) -> slice:
         """Return the lines of `count` rows from row `first` on."""
@@ -178,6 +192,11 @@ class WritePlan:
         return sum(tensor.spec.nbytes for tensor in self.tensors.values())
 
     @property
+    def file_bytes(self) -> int:
+        """The size of all files in bytes, without the index."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
     def index(self) -> str | None:
         """The text of the index; None for a single file and for files of ranks, which need no index."""
         if len(self.files) == 1 or self.ranks:
@@ -188,12 +207,36 @@ class WritePlan:
         }
         return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
+    def ranges(self, names: Iterable[str]) -> list[Range]:
+        """Return where tensors lie, or the entries that they are written into; ranges that touch are made one."""
+        ranges = set()
+        for name in names:
+            place, part = self.places[name], self.stacks.get(name)
+            nbytes = place.spec.nbytes if part is None else part.entry_bytes(place.spec)
+            ranges.add((place.file, place.offset, place.offset + nbytes))
+        return merged_ranges(ranges)
+
     def digest(self) -> bytes:
         """Return a hash of the plan; plans differ in it when they write anything to another place."""
         sha256 = hashlib.sha256()
         for file in self.files:
             sha256.update(f"{file.name}\n{file.nbytes}\n".encode() + file.header)
         return sha256.digest()
+
+
+Range = tuple[str, int, int]
+"""A file, and the first byte of a range in it and the one after the last."""
+
+
+def merged_ranges(ranges: Iterable[Range]) -> list[Range]:
+    """Return ranges in order, without empty ones, those that touch or overlap made one."""
+    merged: list[Range] = []
+    for file, begin, end in sorted(ranges):
+        if merged and merged[-1][0] == file and begin <= merged[-1][2]:
+            merged[-1] = (file, merged[-1][1], max(end, merged[-1][2]))
+        elif begin < end:
+            merged.append((file, begin, end))
+    return merged
 
 
 def _place_in(stack: StoredTensor, part: StackPart | Segment, name: str, spec: TensorSpec) -> StoredTensor:

@@ -8,17 +8,19 @@ processes, then write payloads directly to their places, without waiting for the
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-import shutil
+import stat
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.checkpoint.output_errors import NO_ROOM
 from trtllm_ct.checkpoint.stacks import StackEntries
 from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
@@ -33,13 +35,21 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.write_plan import PlannedFile
 
-__all__ = ["Piece", "ShardedWriter", "TensorWriter", "create_files", "file_locks", "pieces_are_intact", "write_index"]
+__all__ = [
+    "Piece",
+    "ShardedWriter",
+    "TensorWriter",
+    "create_files",
+    "file_locks",
+    "pieces_are_intact",
+    "require_room",
+    "write_index",
+]
 
 PIECE_BYTES = 8 * 2**20
 """Largest size of a piece: small enough to be read at once, and large enough to keep journals short."""
 
 _MAX_OPEN_FILES = 16
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,26 +76,38 @@ class Piece:
         return Piece(file=self.file, offset=self.offset, nbytes=self.nbytes + len(data), checksum=total)
 
 
-def create_files(directory: Path, plan: WritePlan) -> None:
-    """Create the files of a plan in `directory`, which must exist: write headers, reserve room for all payload.
+def create_files(folder: Folder, plan: WritePlan) -> None:
+    """Create the files of a plan in `folder`: write headers, reserve room for all payload.
 
     A file that already has its header and its final size stays as it is, payload included. Raises `UsageError` when the
     disk is too small.
     """
-    missing = [file for file in plan.files if not _is_created(directory, file)]
-    needed = sum(file.nbytes - len(file.header) for file in missing)
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise _no_room(directory, needed, f"{free} bytes free")
+    missing = require_room(folder, plan)
+    needed = sum(file.nbytes for file in missing)
     try:
         for file in missing:
-            with (directory / file.name).open("wb") as stream:
-                preallocate(stream.fileno(), file.nbytes)
-                stream.write(file.header)
+            folder.remove(file.name)
+            with folder.file(file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                preallocate(descriptor, file.nbytes)
+                write_all(descriptor, memoryview(file.header), 0)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
-        raise _no_room(directory, needed, f"{error.strerror}".lower()) from None
+        free = file_calls.free_bytes(folder.descriptor)
+        raise _no_room(folder, needed, f"{error.strerror}, {free} bytes free".lower()) from None
+
+
+def require_room(folder: Folder, plan: WritePlan, others: int = 0) -> list[PlannedFile]:
+    """Return the files of a plan that are still to be created.
+
+    Raises `UsageError` when the disk has no room for them and for `others`, the bytes of other files.
+    """
+    missing = [file for file in plan.files if not _is_created(folder, file)]
+    needed = sum(file.nbytes for file in missing) + others
+    free = file_calls.free_bytes(folder.descriptor)
+    if free < needed:
+        raise _no_room(folder, needed, f"{free} bytes free")
+    return missing
 
 
 def file_locks(plan: WritePlan) -> dict[str, Lock]:
@@ -93,16 +115,16 @@ def file_locks(plan: WritePlan) -> dict[str, Lock]:
     return {file.name: Lock() for file in plan.files}
 
 
-def write_index(directory: Path, plan: WritePlan) -> None:
+def write_index(folder: Folder, plan: WritePlan) -> None:
     """Write the index if the plan has several files."""
     if plan.index is not None:
-        (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
+        folder.write(INDEX_FILE, plan.index.encode())
 
 
-def pieces_are_intact(directory: Path, pieces: Iterable[Piece]) -> bool:
-    """Whether the files of `directory` still hold all pieces unchanged; reads them and compares checksums."""
+def pieces_are_intact(folder: Folder, pieces: Iterable[Piece]) -> bool:
+    """Whether the files of a folder still hold all pieces unchanged; reads them and compares checksums."""
     buffer = memoryview(bytearray(PIECE_BYTES))
-    with _OpenFiles(directory, os.O_RDONLY) as files:
+    with _OpenFiles(folder, os.O_RDONLY) as files:
         try:
             for piece in pieces:
                 data = buffer[: piece.nbytes]
@@ -124,10 +146,10 @@ class TensorWriter:
     context closes them.
     """
 
-    def __init__(self, directory: Path, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
+    def __init__(self, folder: Folder, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
         self._plan = plan
         self._locks = file_locks(plan) if locks is None else locks
-        self._files = _OpenFiles(directory, os.O_WRONLY)
+        self._files = _OpenFiles(folder, os.O_WRONLY)
         self._written: dict[str, list[tuple[int, int]]] = {}
         self._entries = StackEntries()
         self.pieces: list[Piece] = []
@@ -228,10 +250,10 @@ class ShardedWriter:
     """
 
     def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> None:
-        self._directory = directory
+        self._folder = Folder(directory)
         self._plan = WritePlan.of(specs, max_shard_bytes)
-        create_files(directory, self._plan)
-        self._writer = TensorWriter(directory, self._plan)
+        create_files(self._folder, self._plan)
+        self._writer = TensorWriter(self._folder, self._plan)
 
     def __enter__(self) -> Self:
         return self
@@ -256,15 +278,15 @@ class ShardedWriter:
         if missing:
             raise ValueError(f"{len(missing)} planned tensors were not written: {format_names(sorted(missing))}")
         self.close()
-        write_index(self._directory, self._plan)
+        write_index(self._folder, self._plan)
         return self._plan.file_names
 
 
 class _OpenFiles:
     """File descriptors by file name, opened on demand; the least recently used one is closed to make room."""
 
-    def __init__(self, directory: Path, flags: int) -> None:
-        self._directory = directory
+    def __init__(self, folder: Folder, flags: int) -> None:
+        self._folder = folder
         self._flags = flags
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
@@ -277,13 +299,13 @@ class _OpenFiles:
     def close(self) -> None:
         """Close all descriptors."""
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            file_calls.close(self._descriptors.popitem()[1])
 
     def __getitem__(self, file: str) -> int:
         if file not in self._descriptors:
             if len(self._descriptors) >= _MAX_OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[file] = os.open(self._directory / file, self._flags)
+                file_calls.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[file] = file_calls.open_file(file, self._folder.descriptor, self._flags)
         self._descriptors.move_to_end(file)
         return self._descriptors[file]
 
@@ -297,20 +319,21 @@ def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
-def _is_created(directory: Path, file: PlannedFile) -> bool:
-    """Whether a file with the planned header and the planned size exists already."""
-    path = directory / file.name
-    if not path.is_file() or path.stat().st_size != file.nbytes:
+def _is_created(folder: Folder, file: PlannedFile) -> bool:
+    """Whether a regular file with the planned header and the planned size exists already."""
+    status = folder.status(file.name)
+    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes or status.st_nlink != 1:
         return False
-    with path.open("rb") as stream:
-        return stream.read(len(file.header)) == file.header
+    with folder.file(file.name) as descriptor:
+        header = bytearray(len(file.header))
+        return read_into(descriptor, memoryview(header), 0) == len(header) and header == file.header
 
 
-def _no_room(directory: Path, needed: int, found: str) -> UsageError:
+def _no_room(folder: Folder, needed: int, found: str) -> UsageError:
     return UsageError(
         Fault(
-            where=str(directory),
-            expected=f"room for {needed} bytes of tensors",
+            where=str(folder.path),
+            expected=f"room for {needed} bytes",
             found=found,
             remedy="Free some space, or choose an output directory on another disk.",
         )

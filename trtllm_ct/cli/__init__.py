@@ -1,10 +1,12 @@
 """The command line.
 
+main.py      the entry point
 commands.py  the commands of `trtllm-ct`: arguments, exit codes, JSON output
 options.py   the options that commands share
 report.py    formats what the commands print
 tables.py    tables and names that are never cut off
 console.py   the consoles: no control characters of strangers, and streams that are closed
+interrupts.py  ends a command on Ctrl-C and SIGTERM
 folding.py   folds names of repeated modules: `layers.{0..31}` instead of 32 lines
 doctor.py    diagnose: find out which engine this machine has and how it would serve a checkpoint
 demo.py      `trtllm-ct demo`

@@ -1,7 +1,7 @@
 """The command line: parse arguments, call the pipeline, print the report.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 for success, 2 for wrong usage, 1 for a faulty
-checkpoint or any other error.
+checkpoint or any other error, 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.cli import report
 from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
+from trtllm_ct.cli.interrupts import ending_on_signals, going_on_from
 from trtllm_ct.cli.options import (
     AUTO,
     ENGINE,
@@ -167,7 +168,15 @@ def convert(
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
     strict: Strict = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT, at the end.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --overwrite: replace any model directory.", show_default=False)
+    ] = False,
+    no_sync: Annotated[
+        bool, typer.Option("--no-sync", help="Don't wait for the disk; a power cut may then leave OUT full of zeros.")
+    ] = False,
     carry: Annotated[
         list[str] | None,
         typer.Option(
@@ -188,7 +197,7 @@ def convert(
     from trtllm_ct.convert.convert import convert_checkpoint
 
     max_shard_bytes = parse_size(max_shard_size)
-    with _progress() as on_start:
+    with going_on_from("The same command goes on from here."), _progress() as on_start:
         conversion = convert_checkpoint(
             directory,
             out,
@@ -202,6 +211,8 @@ def convert(
             strict=strict,
             overwrite=overwrite,
             carry=carry or (),
+            force=force,
+            sync=not no_sync,
             max_shard_bytes=max_shard_bytes,
             device=device,
             executor=executor,
@@ -343,14 +354,14 @@ def run_app(commands: typer.Typer) -> None:
     """Run the commands of an app.
 
     A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
-    `UsageError`, and 1 for any other error.
+    `UsageError`, and 1 for any other error. Ctrl-C and SIGTERM print one line, and become 130 and 143.
     """
     occupy_standard_descriptors()
     # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        with collector_paused(), missing_packages_as_errors():
+        with ending_on_signals(), collector_paused(), missing_packages_as_errors():
             commands()
     except TrtllmCtError as error:
         if "--json" in sys.argv and error.faults[0].where != STDOUT:

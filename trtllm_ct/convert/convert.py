@@ -21,6 +21,7 @@ from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 from trtllm_ct.convert.executors import open_pool, require_executor
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
+from trtllm_ct.convert.journal import JOURNAL
 from trtllm_ct.convert.sizes import size_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -112,6 +113,8 @@ def convert_checkpoint(
     dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
+    force: bool = ...,
+    sync: bool = ...,
     carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
     device: str = ...,
@@ -135,6 +138,8 @@ def convert_checkpoint(
     dense_o_proj: bool = ...,
     strict: bool = ...,
     overwrite: bool = ...,
+    force: bool = ...,
+    sync: bool = ...,
     carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
     device: str = ...,
@@ -158,6 +163,8 @@ def convert_checkpoint(
     dense_o_proj: bool = False,
     strict: bool = False,
     overwrite: bool = False,
+    force: bool = False,
+    sync: bool = True,
     carry: Collection[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: str = "cpu",
@@ -184,9 +191,11 @@ def convert_checkpoint(
     `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
     `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
     output bytes are the same for every executor and number of workers. The output is written to `.OUT.partial` beside
-    `out`, which is renamed to `out` at the end and removed on any error. A run that is killed or interrupted leaves
-    `.OUT.partial` in place, and the same call resumes from it. Memory: a few rows of a tensor for each worker,
-    independent of the size of the tensors.
+    `out`, which is renamed to `out` at the end and removed when the checkpoint has faults. A run that is killed or
+    interrupted, or whose disk fails, leaves `.OUT.partial` in place, and the same call resumes from it. Memory: a few
+    rows of a tensor for each worker, independent of the size of the tensors.
+    `overwrite` replaces an existing `out` that a conversion wrote, and `force` with it any model directory. With
+    `sync` the output survives a power cut once this function has returned; see `replacing_directory`.
 
     Raises `UsageError` for invalid arguments, before anything is read, and the `CheckpointError` of the stage that
     finds faults in the checkpoint.
@@ -215,7 +224,7 @@ def convert_checkpoint(
         if pool is None:
             return None
         # Open the output before reading the source, so that an output that can't be written fails at once.
-        with replacing_directory(out, overwrite=overwrite) as partial:
+        with replacing_directory(out, overwrite=overwrite, force=force, sync=sync, journal=JOURNAL) as partial:
             job = Job(
                 directory=directory.absolute(),
                 options=options,

@@ -8,14 +8,15 @@ TensorRT-LLM reads the modes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.version import __version__
-from trtllm_ct.checkpoint.output import clear
-from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files
-from trtllm_ct.checkpoint.writer import create_files, write_index
+from trtllm_ct.checkpoint.output_errors import output_errors
+from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes
+from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.journal import JOURNAL, Journal
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Plan
 
 __all__ = ["MODELOPT_LAYOUT", "DeliveredFiles", "write_configuration", "write_hf_directory"]
+
+logger = logging.getLogger("trtllm_ct")
 
 MODELOPT_LAYOUT = "0.47.0"
 """The ModelOpt release whose directory layout is written; readers check only the name of the producer."""
@@ -58,38 +61,50 @@ def write_hf_directory(
 
     `carry` are patterns of further side files to copy.
     Files that an earlier run of the same conversion left there are checked and kept; everything else there is deleted.
-    Memory: see `run_unit`, once for each worker. Raises `PayloadError` with all values that can't be delivered, and
-    `UsageError` when the disk is too small.
+    The journal stays there until the directory is complete.
+    Memory: see `run_unit`, once for each worker. Raises `PayloadError` with all values that can't be delivered,
+    `UsageError` when the disk is too small, and `OutputError` when it fails.
     """
     out, write_plan = conversion.job.files, conversion.write_plan
-    with Journal(out / JOURNAL, conversion.digest) as journal:
-        clear(out, keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
-        # An engine-build checkpoint consists of its configuration and the files of the ranks.
-        by_rank = conversion.plan.build_config is not None
-        side_files = NO_SIDE_FILES if by_rank else copy_side_files(conversion.checkpoint.directory, out, carry)
-        write_configuration(conversion.checkpoint, conversion.plan, out)
+    # An engine-build checkpoint consists of its configuration and the files of the ranks.
+    by_rank = conversion.plan.build_config is not None
+    source = conversion.checkpoint.directory
+    require_room(out, write_plan, 0 if by_rank else side_bytes(source, carry))
+    with output_errors(out.path, write_plan.file_bytes), Journal(out, conversion.identity) as journal:
+        if journal.discarded:
+            logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
+        out.clear(keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
+        side_files = NO_SIDE_FILES if by_rank else copy_side_files(source, out, carry)
+        for name, content in configuration_files(conversion.checkpoint, conversion.plan).items():
+            out.write(name, content)
         create_files(out, write_plan)
         resumed = run_units(conversion, pool, journal, progress)
         write_index(out, write_plan)
-    (out / JOURNAL).unlink()
     return DeliveredFiles(weights=write_plan.file_names, side_files=side_files, resumed_bytes=resumed)
 
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
-    """Write config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes.
+    """Write the `configuration_files` into a directory."""
+    for name, content in configuration_files(checkpoint, plan).items():
+        (out / name).write_bytes(content)
+
+
+def configuration_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
+    """Return config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes.
 
     The config.json of an engine-build checkpoint is a part of its plan.
     """
     if plan.build_config is not None:
-        _write_json(out / "config.json", dict(plan.build_config))
+        files = {"config.json": _json_file(dict(plan.build_config))}
         if plan.build_layers is not None:
-            _write_json(out / "quant_cfg.json", dict(plan.build_layers))
-        return
-    _write_json(out / "config.json", with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied))
+            files["quant_cfg.json"] = _json_file(dict(plan.build_layers))
+        return files
+    files = {"config.json": _json_file(with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied))}
     if plan.quant_config.quant_algo is not None:
-        _write_json(out / QUANT_CONFIG, hf_quant_config(plan.quant_config) | planned_for(plan))
+        files[QUANT_CONFIG] = _json_file(hf_quant_config(plan.quant_config) | planned_for(plan))
     if plan.quant_config.quantized_layers:
-        _write_json(out / "quant_cfg.json", layer_modes(plan.quant_config))
+        files["quant_cfg.json"] = _json_file(layer_modes(plan.quant_config))
+    return files
 
 
 def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:
@@ -115,5 +130,5 @@ def layer_modes(quant_config: QuantConfig) -> dict[str, Any]:
     return {key: entry[key] for key in ("kv_cache_quant_algo", "quantized_layers")}
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+def _json_file(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()

@@ -16,6 +16,7 @@ from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.write_plan import WritePlan
 from trtllm_ct.checkpoint.writer import file_locks
+from trtllm_ct.convert.source_files import source_files
 from trtllm_ct.convert.units import plan_units
 from trtllm_ct.pipeline.open import open_checkpoint
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from trtllm_ct.checkpoint.folder import Folder
+    from trtllm_ct.convert.source_files import SourceFile
     from trtllm_ct.convert.units import Unit
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -36,15 +39,15 @@ __all__ = ["Conversion", "Job"]
 class Job:
     """The arguments of a conversion; everything that another process needs to take part in it.
 
-    `directory` is the source, `options` are the keyword arguments of `Checkpoint.plan`, and `files` is the directory
-    that the weight files are written to.
+    `directory` is the source, `options` are the keyword arguments of `Checkpoint.plan`, and `files` is the folder that
+    the weight files are written to.
     """
 
     directory: Path
     options: Mapping[str, Any]
     max_shard_bytes: int
     device: str
-    files: Path
+    files: Folder
 
 
 class Conversion:
@@ -58,6 +61,7 @@ class Conversion:
         self.job = job
         self.checkpoint = checkpoint
         self.plan = plan
+        self.source_files = source_files(checkpoint.catalog)
         with collector_paused():
             self.write_plan = WritePlan.of(
                 plan.delivered_specs,
@@ -86,19 +90,29 @@ class Conversion:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of everything that decides the output bytes: version, source files, operations, places of tensors.
+        """A hash of what decides the output bytes: version, headers of source files, operations, places of tensors.
 
-        Two conversions with the same digest write the same bytes. Source files are identified by name, size and
-        modification time; their payload is not read.
+        It is the same on all machines that share the files. Their payload is not read.
         """
         digest = hashlib.sha256(__version__.encode())
-        for file in self.checkpoint.catalog.files:
-            status = (self.checkpoint.directory / file).stat()
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for file in self.source_files.values():
+            digest.update(f"{file.content}\n".encode(errors="surrogateescape"))
         for module in self.plan.modules:
             digest.update(_module_description(module).encode())
         digest.update(self.write_plan.digest())
         return digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """The digest with the identity of each source file; a run resumes only work of the same identity."""
+        identities = [file.identity for file in self.source_files.values()]
+        return hashlib.sha256("\n".join([self.digest, *identities]).encode(errors="surrogateescape")).hexdigest()
+
+    def files_of(self, unit: Unit) -> list[SourceFile]:
+        """Return the source files that a unit is made from."""
+        tensors = self.checkpoint.catalog.tensors
+        names = {tensors[name].file for module in self.modules(unit) for name in module.reads}
+        return [self.source_files[name] for name in sorted(names)]
 
 
 _conversions: dict[str, Conversion] = {}

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.writer import Piece
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from typing_extensions import Self
+
+    from trtllm_ct.checkpoint.folder import Folder
 
 __all__ = ["JOURNAL", "Journal", "UnitRecord"]
 
@@ -31,17 +33,20 @@ JOURNAL = ".trtllm_ct.journal"
 class UnitRecord:
     """The record of a finished unit: its number, the pieces of files that it wrote, and its warnings.
 
-    `seen` holds pairs of a module name and a warning about the values of this module.
+    `sample` is the `sample_hash` of what it was made from. `seen` holds pairs of a module name and a warning about the
+    values of this module.
     """
 
     unit: int
     pieces: tuple[Piece, ...]
+    sample: str = ""
     seen: tuple[tuple[str, str], ...] = ()
 
     def to_line(self) -> str:
         """Return the record as a line of the journal, without a line break."""
         pieces = [[piece.file, piece.offset, piece.nbytes, piece.checksum] for piece in self.pieces]
-        return json.dumps({"unit": self.unit, "pieces": pieces, "seen": self.seen}, separators=(",", ":"))
+        entry = {"unit": self.unit, "pieces": pieces, "sample": self.sample, "seen": self.seen}
+        return json.dumps(entry, separators=(",", ":"))
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
@@ -55,9 +60,13 @@ class UnitRecord:
                 Piece(file=file, offset=offset, nbytes=nbytes, checksum=checksum)
                 for file, offset, nbytes, checksum in entry["pieces"]
             ),
+            sample=entry["sample"],
             seen=tuple((module, warning) for module, warning in entry["seen"]),
         )
 
+
+_MAX_BYTES = 2**30
+"""Size of the longest journal that is read; one of 1 TB of output has a hundredth of this."""
 
 _SECONDS_IN_MEMORY = 2.0
 """Time from the start of a run during which lines are only kept in memory.
@@ -69,21 +78,24 @@ a tenth of a short run.
 
 
 class Journal:
-    """The journal at `path`, opened for appending; use it as a context manager or call `close`.
+    """The journal in `folder`, opened for appending; use it as a context manager or call `close`.
 
     `records` holds the units of an earlier run of the same conversion, by number. A journal of another conversion is
-    discarded.
+    discarded, and `discarded` is true then.
     """
 
-    def __init__(self, path: Path, digest: str) -> None:
-        self.records = _read(path, digest)
+    def __init__(self, folder: Folder, digest: str) -> None:
+        text = _read(folder)
+        records = _records(text, digest)
+        self.records = records or {}
+        self.discarded = bool(text) and records is None
         self._unwritten_lines: list[str] = []
         self._start_time = time.monotonic()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._descriptor = file_calls.open_file(JOURNAL, folder.descriptor, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if not self.records:
             # On ext4, closing a file that was ever truncated to zero waits for the disk: don't truncate an empty file.
-            if os.fstat(self._descriptor).st_size:
-                os.ftruncate(self._descriptor, 0)
+            if file_calls.status(self._descriptor).st_size:
+                file_calls.truncate(self._descriptor, 0)
             self._add(json.dumps({"conversion": digest}))
         else:
             # The last line may be cut short. A line break ends it, so that it is skipped when the journal is read.
@@ -92,15 +104,19 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            with suppress(OSError):  # The first error is the one to report.
+                self.close()
 
     def close(self) -> None:
         """Write the lines that are still in memory, and close the file."""
         try:
             self._write()
         finally:
-            os.close(self._descriptor)
+            file_calls.close(self._descriptor)
 
     def add(self, record: UnitRecord) -> None:
         """Record that a unit is complete."""
@@ -112,18 +128,28 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
-        os.write(self._descriptor, "".join(self._unwritten_lines).encode())
+        data = "".join(self._unwritten_lines).encode()
         self._unwritten_lines.clear()
+        while data:
+            data = data[file_calls.write(self._descriptor, data) :]
 
 
-def _read(path: Path, digest: str) -> dict[int, UnitRecord]:
-    """Return the records of an earlier run by unit; empty if the journal is missing or is of another conversion."""
+def _read(folder: Folder) -> str:
+    """Return the text of a journal; empty if there is none, or if it can't be read."""
     try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        if json.loads(header) != {"conversion": digest}:
-            return {}
+        return folder.read(JOURNAL, _MAX_BYTES).decode()
     except (OSError, ValueError):
-        return {}
+        return ""
+
+
+def _records(text: str, digest: str) -> dict[int, UnitRecord] | None:
+    """Return the records of an earlier run by unit; None if the journal is of another conversion."""
+    header, *lines = text.splitlines() or [""]
+    try:
+        if json.loads(header) != {"conversion": digest}:
+            return None
+    except ValueError:
+        return None
     records = (_parse_record(line) for line in lines)
     return {record.unit: record for record in records if record is not None}
 

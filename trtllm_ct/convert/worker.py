@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.checkpoint.byte_reader import ByteReader
+from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.checkpoint.write_plan import merged_ranges
 from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_intact
 from trtllm_ct.convert.direct import DirectConverter, is_copied, is_direct
 from trtllm_ct.convert.journal import UnitRecord
+from trtllm_ct.convert.source_files import sample_hash
 from trtllm_ct.convert.tiles import converted_tensors
 from trtllm_ct.pipeline.fused_scalars import FusedScalars
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.payload import has_values_to_check
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from trtllm_ct.convert.job import Conversion
     from trtllm_ct.convert.units import Unit
     from trtllm_ct.plan.plan import Delivery, ModulePlan
@@ -41,17 +47,23 @@ def run_unit(
 ) -> UnitResult:
     """Convert the unit `number`, or only check its values when `writes` is false.
 
-    `earlier` is the record of an earlier run. If the files still hold the bytes of this record, the unit is not
-    converted again. The stored tensors of this unit and of the unit `ahead` positions later are prefetched from disk.
-    Memory: one tile, and the tensors that can't be tiled. Raises `OSError` when files can't be written.
+    `earlier` is the record of an earlier run. If the files still hold the bytes of this record, and it was made from
+    what the source still holds, the unit is not converted again. The stored tensors of this unit and of the unit
+    `ahead` positions later are prefetched from disk.
+    Memory: one tile, and the tensors that can't be tiled. Raises `OSError` when files can't be written, and
+    `CatalogError` when a source file changed.
     """
     unit = conversion.units[number]
-    if (
-        earlier is not None
-        and _has_all_bytes(unit, earlier)
-        and pieces_are_intact(conversion.job.files, earlier.pieces)
-    ):
-        return UnitResult(record=earlier, resumed=True)
+    with _unchanged_source(conversion, unit):
+        sample = _sample(conversion, unit)
+        if earlier is not None and earlier.sample == sample and _is_intact(conversion, unit, earlier):
+            return UnitResult(record=earlier, resumed=True)
+        return _converted(conversion, unit, sample, ahead=ahead, writes=writes)
+
+
+def _converted(conversion: Conversion, unit: Unit, sample: str, *, ahead: int, writes: bool) -> UnitResult:
+    """Convert a unit, whose source has the hash `sample`."""
+    number = unit.number
     with (
         TensorReader(conversion.checkpoint.catalog) as reader,
         TensorWriter(conversion.job.files, conversion.write_plan, conversion.locks) as writer,
@@ -62,13 +74,42 @@ def run_unit(
         converter = _UnitConverter(conversion, reader, writer if writes else None)
         for module in conversion.modules(unit):
             converter.convert(module)
-        record = UnitRecord(unit=number, pieces=tuple(writer.pieces), seen=tuple(converter.seen))
+        record = UnitRecord(unit=number, pieces=tuple(writer.pieces), sample=sample, seen=tuple(converter.seen))
     return UnitResult(record=record, errors=tuple(converter.errors))
 
 
-def _has_all_bytes(unit: Unit, record: UnitRecord) -> bool:
-    """Whether the pieces of a record add up to all delivered bytes of a unit."""
-    return sum(piece.nbytes for piece in record.pieces) == unit.nbytes
+@contextmanager
+def _unchanged_source(conversion: Conversion, unit: Unit) -> Iterator[None]:
+    """Raise `CatalogError` if a source file of the unit changed since the plan was made, or changes inside.
+
+    The error comes before any other: zeros in place of lost bytes look like bad values.
+    """
+    files = conversion.files_of(unit)
+    with guarded_maps([file.path for file in files]) as damaged:
+        try:
+            yield
+        finally:
+            for file in files:
+                file.require_same(conversion.checkpoint.directory)
+                if file.path in damaged:
+                    raise file.unreadable()
+
+
+def _sample(conversion: Conversion, unit: Unit) -> str:
+    """Return a hash of samples of what a unit is made from."""
+    runs = [run for module in conversion.modules(unit) for run in module.runs]
+    return sample_hash(conversion.checkpoint.catalog, runs)
+
+
+def _is_intact(conversion: Conversion, unit: Unit, record: UnitRecord) -> bool:
+    """Whether the pieces of a record are exactly the places of a unit's tensors, and files still hold their bytes."""
+    names = [delivery.name for module in conversion.modules(unit) for delivery in module.deliveries]
+    pieces = sorted((piece.file, piece.offset, piece.offset + piece.nbytes) for piece in record.pieces)
+    return (
+        sum(piece.nbytes for piece in record.pieces) == unit.nbytes
+        and merged_ranges(pieces) == conversion.write_plan.ranges(names)
+        and pieces_are_intact(conversion.job.files, record.pieces)
+    )
 
 
 @dataclass(slots=True)

@@ -1,0 +1,164 @@
+"""`Folder`: a directory that is held open, and the names in it.
+
+Every name is looked up in the open directory itself, so it makes no difference who exchanges directories or links on
+the path to it meanwhile. Links in it are never followed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+from weakref import finalize
+
+from trtllm_ct.checkpoint import file_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+    from typing import Any
+
+    from typing_extensions import Self
+
+__all__ = ["Folder"]
+
+_READ_BYTES = 2**20
+
+
+class Folder:
+    """An open directory.
+
+    `path` is where it was opened, and `descriptor` what its names are looked up in. Pickling keeps the path: the
+    process that unpickles it opens the directory there. Use it as a context manager, or call `close`; a folder that is
+    collected is closed too.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        """Take an open directory, or open the one at `path`, where a link as the last part is followed."""
+        self.path = path
+        self.descriptor = file_calls.open_directory(str(path.resolve())) if descriptor is None else descriptor
+        self._close = finalize(self, os.close, self.descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+    def close(self) -> None:
+        """Close the directory; a second call does nothing."""
+        if self._close.detach() is not None:
+            file_calls.close(self.descriptor)
+
+    def folder(self, name: str) -> Folder:
+        """Open a directory in this one."""
+        return Folder(self.path / name, file_calls.open_directory(name, self.descriptor))
+
+    def names(self) -> list[str]:
+        """Return all names, sorted."""
+        return file_calls.list_names(self.descriptor)
+
+    def status(self, name: str | None = None) -> os.stat_result | None:
+        """Return the status of a name, None if there is no such name; without a name, that of the directory itself."""
+        if name is None:
+            return file_calls.status(self.descriptor)
+        with suppress(FileNotFoundError):
+            return file_calls.status_of(name, self.descriptor)
+        return None
+
+    @contextmanager
+    def file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+        """Open a file with the flags of `os.open`, and yield its descriptor.
+
+        Raises `OSError`, also for what is no regular file.
+        """
+        descriptor = file_calls.open_file(name, self.descriptor, flags)
+        try:
+            if not stat.S_ISREG(file_calls.status(descriptor).st_mode):
+                raise OSError(0, "not a regular file", str(self.path / name))
+            yield descriptor
+        finally:
+            file_calls.close(descriptor)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return the content of a file; raises `OSError` if it has more than `limit` bytes."""
+        with self.file(name) as descriptor:
+            size = file_calls.status(descriptor).st_size
+            if size > limit:
+                raise OSError(0, f"{size} bytes, which is too long", str(self.path / name))
+            buffer = memoryview(bytearray(size))
+            filled = 0
+            while filled < size and (count := file_calls.read_at(descriptor, buffer[filled:], filled)):
+                filled += count
+            return bytes(buffer[:filled])
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a whole file; a file of that name is removed before, whatever it is."""
+        self.remove(name)
+        with self.file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+            written = 0
+            while written < len(content):
+                written += file_calls.write(descriptor, content[written : written + _READ_BYTES])
+
+    def copy(self, name: str, source: int) -> None:
+        """Write a file with what is left to read of the open file `source`; `name` may be below folders, as `a/b`.
+
+        The folders are made.
+        """
+        *folders, _ = name.split("/")
+        for depth in range(len(folders)):
+            with suppress(FileExistsError):
+                file_calls.make_directory("/".join(folders[: depth + 1]), self.descriptor)
+        with self.file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+            while data := os.read(source, _READ_BYTES):
+                while data:
+                    data = data[file_calls.write(descriptor, data) :]
+
+    def remove(self, name: str) -> None:
+        """Remove a name with everything below it, if there is one; links are removed and not followed."""
+        status = self.status(name)
+        if status is None:
+            return
+        if stat.S_ISDIR(status.st_mode):
+            with self.folder(name) as folder:
+                folder.clear()
+            file_calls.remove_directory(name, self.descriptor)
+        else:
+            file_calls.unlink(name, self.descriptor)
+
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove everything but the names in `keep`."""
+        for name in self.names():
+            if name not in keep:
+                self.remove(name)
+
+    def files(self) -> Iterator[str]:
+        """Yield the names of everything that is no directory, those in directories as `directory/name`."""
+        for name in self.names():
+            status = self.status(name)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                with self.folder(name) as folder:
+                    yield from (f"{name}/{inner}" for inner in folder.files())
+            else:
+                yield name
+
+    def sync(self) -> None:
+        """Return when all files and names in and below the directory would survive a power cut."""
+        for name in self.names():
+            status = self.status(name)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                with self.folder(name) as folder:
+                    folder.sync()
+            elif status is not None and stat.S_ISREG(status.st_mode):
+                with self.file(name) as descriptor:
+                    file_calls.sync(descriptor)
+        file_calls.sync(self.descriptor)
+
+    def is_at(self, name: str, other: Folder) -> bool:
+        """Whether `name` in this directory is the directory `other`."""
+        status, there = self.status(name), file_calls.status(other.descriptor)
+        return status is not None and (status.st_dev, status.st_ino) == (there.st_dev, there.st_ino)

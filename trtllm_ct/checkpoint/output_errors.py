@@ -1,0 +1,49 @@
+"""`output_errors`: errors of the file system of an output as `OutputError`, with what to do about them."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.errors import Fault, OutputError
+from trtllm_ct.checkpoint import file_calls
+from trtllm_ct.checkpoint.folder import Folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["NO_ROOM", "output_errors"]
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The errors of a disk, a quota or a file that is full."""
+
+
+@contextmanager
+def output_errors(work: Path, needed: int = 0) -> Iterator[None]:
+    """Raise `OutputError` for any `OSError` inside; `needed` are the bytes that the output takes, 0 if not known.
+
+    `work` is the working directory, which stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else str(work)
+        found = f"{error.strerror or error}".lower()
+        if error.errno in NO_ROOM:
+            expected = f"room for {needed} bytes" if needed else "room for the output"
+            found += f", {_free_bytes(work)} bytes free"
+            remedy = f"Free some space and run the same command again: it goes on from {work}."
+        else:
+            expected = "a file system that does what it is asked"
+            remedy = f"Run the same command again when the cause is gone: it goes on from {work}."
+        raise OutputError(Fault(where=where, expected=expected, found=found, remedy=remedy)) from None
+
+
+def _free_bytes(work: Path) -> str:
+    try:
+        with Folder(work.parent) as parent:
+            return str(file_calls.free_bytes(parent.descriptor))
+    except OSError:
+        return "an unknown number of"
