@@ -9,14 +9,16 @@ Sources: compressed-tensors 0.5 and 0.20 `quantization/lifecycle/initialize.py`;
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
 from trtllm_ct.plan.deliver import kv_scale
+from trtllm_ct.plan.models.discovery import is_draft
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["KvCache", "has_projections"]
+__all__ = ["KvCache", "has_projections", "text_attentions"]
 
 # Last part of the module's name -> local name of the scale -> the projections that the scale belongs to.
 _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -56,6 +58,9 @@ _IGNORED = {
     "output_zero_point": "the KV cache is symmetric",
 }
 _TENSORS = frozenset({"k_scale", "v_scale", "kv_scale", *_IGNORED})
+# Behind the prefix of the text model's body, the name of an attention; Nemotron-H calls it `mixer`.
+_OF_LAYER = re.compile(r"(?:layers|h|blocks|block)\.\d+\.(?:self_attn|mixer)")
+_ATTENTION_PARTS = frozenset({"self_attn", "mixer"})
 
 
 def has_projections(model: Model) -> bool:
@@ -67,8 +72,21 @@ def has_projections(model: Model) -> bool:
     on 2026-11-29.
     """
     if model.discovery is not None:
-        return next(model.attentions(model.discovery.place), None) is not None
+        return next(text_attentions(model, model.discovery.place), None) is not None
     return {"self_attn.k_proj", "self_attn.v_proj"} <= {site.path for site in model.architecture.attention}
+
+
+def text_attentions(model: Model, place: tuple[str, str]) -> Iterator[str]:
+    """Yield the full names of the attentions of all layers of the text model that have K and V projections.
+
+    A vision tower has none of them: its attention has no KV cache.
+    """
+    return (name for name in model.attentions(place) if _is_in_layer(name, place[0]))
+
+
+def _is_in_layer(name: str, body: str) -> bool:
+    """Whether a name is that of an attention in a layer of the text model, whose body has the prefix `body`."""
+    return name.startswith(body) and _OF_LAYER.fullmatch(name.removeprefix(body)) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +96,8 @@ class KvCache:
     `alone` is set when no module is delivered quantized: ModelOpt's configuration can't describe a quantized cache
     without quantized modules, and the engine refuses one without an algorithm. `chosen` maps the name of each delivered
     scale to the stored tensor that it is made from. `has_projections` says whether attention has k_proj and v_proj,
-    under whose names engines read scales; see `has_projections`.
+    under whose names engines read scales; see `has_projections`. `attentions` are the full names of the attentions
+    whose k_proj and v_proj are stored, in layers of the text model and in draft layers.
     """
 
     config: QuantizationConfig
@@ -87,9 +106,18 @@ class KvCache:
     alone: bool = False
     chosen: Mapping[str, str] = field(default_factory=dict)
     has_projections: bool = True
+    attentions: frozenset[str] = frozenset()
 
-    def among(self, modules: Iterable[StoredModule]) -> KvCache:
-        """Return this value with `chosen` filled in: one stored scale of these modules for each projection."""
+    def among(self, modules: Collection[StoredModule], body: str) -> KvCache:
+        """Return this value for these stored modules: with `attentions`, and with one scale for each projection.
+
+        `body` is the prefix of the text model's body.
+        """
+        weights = {module.name for module in modules if module.has_weight}
+        values = (name.removesuffix(".v_proj") for name in weights if name.endswith(".v_proj"))
+        attentions = frozenset(
+            name for name in values if f"{name}.k_proj" in weights and (_is_in_layer(name, body) or is_draft(name))
+        )
         best: dict[str, tuple[int, str]] = {}
         for module in modules:
             for local, letters in _HOLDERS.get(module.name.rpartition(".")[2], {}).items():
@@ -97,7 +125,7 @@ class KvCache:
                     for name in (_delivered_name(module.name, letter) for letter in letters):
                         ranked = (_PREFERENCE.index(local), module.delivered_name(local))
                         best[name] = min(ranked, best.get(name, ranked))
-        return replace(self, chosen={name: source for name, (_, source) in best.items()})
+        return replace(self, attentions=attentions, chosen={name: source for name, (_, source) in best.items()})
 
     @property
     def algo(self) -> str | None:
@@ -175,7 +203,7 @@ class KvCache:
         deliveries: list[Delivery] = []
         ignored: dict[str, str] = {}
         for local in sorted(self.holds(module)):
-            reason = _IGNORED.get(local) or self._unused(local)
+            reason = _IGNORED.get(local) or self._unused(module, local)
             if reason is None:
                 reason = self._wrong_size(module, local, faults)
             if reason is not None:
@@ -216,8 +244,8 @@ class KvCache:
                         + f", or remove {self.origin} to serve a 16-bit cache.",
                     )
 
-    def _unused(self, local: str) -> str | None:
-        """Return why a scale of this local name is not delivered, whatever the module; None if it may be."""
+    def _unused(self, module: StoredModule, local: str) -> str | None:
+        """Return why a module's scale of this local name is not delivered, whatever its shape; None if it may be."""
         if self.args is None:
             what = "outputs" if local == "output_scale" else "the KV cache"
             return f"the configuration leaves {what} unquantized"
@@ -225,6 +253,8 @@ class KvCache:
             return _ALONE if self._only_alone else f"target {self.target.name} leaves the KV cache alone"
         if not self.has_projections:
             return "the engine reads no KV-cache scales for attention without k_proj and v_proj"
+        if _attention_of(module.name) not in self.attentions:
+            return "no k_proj and v_proj of the text model are stored there, under whose names the engine would read it"
         return None
 
     def _wrong_size(self, module: StoredModule, local: str, faults: FaultCollector) -> str | None:
@@ -256,8 +286,11 @@ def _delivered_name(module: str, letter: str) -> str:
 
     `module` is the attention module, or a module inside of it, that stores the scale; `letter` is k or v.
     """
+    return f"{_attention_of(module)}.{letter}_proj.{letter}_scale"
+
+
+def _attention_of(module: str) -> str:
+    """Return the name of the attention that a module is or belongs to; empty if there is none."""
     parts = module.split(".")
-    # Nemotron-H calls attention `mixer`.
-    last = next((at for at in reversed(range(len(parts))) if parts[at] in {"self_attn", "mixer"}), -1)
-    attention = ".".join(parts[: last + 1])
-    return f"{attention}.{letter}_proj.{letter}_scale"
+    last = next((at for at in reversed(range(len(parts))) if parts[at] in _ATTENTION_PARTS), -1)
+    return ".".join(parts[: last + 1])

@@ -23,7 +23,7 @@ from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
-from trtllm_ct.plan.kv_cache import KvCache, has_projections
+from trtllm_ct.plan.kv_cache import KvCache, has_projections, text_attentions
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.alike_layers import CHECKED, refuse_lost_modules
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
@@ -140,8 +140,8 @@ class _Planner:
         refuse_unread(self.model, self.target)
         stored = self.transforms.attach(names_that_are_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
-        self.kv_cache = self.kv_cache.among(stored.values())
         place = self.model.place(stored)
+        self.kv_cache = self.kv_cache.among(stored.values(), place[0])
         self._untie(stored, place)
         sites = list(self.model.sites(place))
         self.transforms.check_targets(stored, head=place[1])
@@ -167,7 +167,7 @@ class _Planner:
         )
         modules += [other_modules.plan(module) for module in stored.values() if module.stored_name not in planned]
         self.rows.report(self.faults)
-        self.kv_cache.check_complete(modules, self.model.attentions(place), self.faults)
+        self.kv_cache.check_complete(modules, text_attentions(self.model, place), self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
