@@ -228,7 +228,7 @@ class _Planner:
             *self.tie_warnings,
             *self.reader.warnings,
             *self.kv_cache.warnings,
-            *warnings_of_directory(modules, self.target, self.kv_cache.algo),
+            *warnings_of_directory(modules, self.target, self.kv_cache.algo, self.model.name),
             *header_warnings(self.config, self.model.name, modules),
             *bias_warnings(modules, platform),
             *requantization_warnings(modules, platform),
@@ -355,7 +355,9 @@ class _Planner:
             candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
             assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
-            assignments = dense_outputs(assignments, sites, self.asked_kv_cache or self.kv_cache.algo)
+            cache = self.asked_kv_cache or self.kv_cache.algo
+            release = self.target.capabilities.release
+            assignments = dense_outputs(assignments, sites, cache, architecture=self.model.name, release=release)
         if self.target.capabilities.release is not None:
             assignments = as_class_accepts(assignments, candidates, sites, self.model)
         if not any(assignment.holding for assignment in assignments.values()):

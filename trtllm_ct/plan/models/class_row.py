@@ -71,6 +71,7 @@ class ClassRow:
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json whose numbers the ranks must be able to divide evenly. `drafts` is the prefix
     of draft layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer.
+    `gated_output` says that attention multiplies its output by a gate (`attn_output_gate`) and so never quantizes it.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {**QKV, **GATE_UP})
@@ -88,6 +89,7 @@ class ClassRow:
     mixers: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
     drafts: str = ""
+    gated_output: bool = False
 
 
 DEFAULT_ROW = ClassRow()

@@ -108,6 +108,7 @@ _LAGUNA = ClassRow(
 
 # modeling_afmoe.py and checkpoints/hf/afmoe_weight_mapper.py (038cc86c): AfmoeHfWeightMapper renames router and
 # experts, and puts the rows of self_attn.gate_proj between those of q_proj; before (3c4acdc9) they were two Linears.
+# AfmoeAttention passes `attn_output_gate=True`.
 _AFMOE = ClassRow(
     fused={"qkv_proj": ("q_proj", "k_proj", "v_proj", "self_attn.gate_proj"), **GATE_UP},
     table=Cut.NONE,
@@ -123,6 +124,7 @@ _AFMOE = ClassRow(
         ),
     ),
     inner=((r"\.mlp\.router\.gate$", ".mlp.gate"),),
+    gated_output=True,
 )
 
 # modeling_nemotron_h.py (00620eb0, d513eeaf) and checkpoints/hf/nemotron_h_weight_mapper.py (05b033ac; fbbc05dd and the
