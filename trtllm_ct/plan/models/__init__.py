@@ -6,6 +6,7 @@ sizes.py           the sizes in a config.json, under the names that the tables u
 class_row.py       ClassRow: how a model class of the engine reads the modules of a layer, whatever their sizes
 class_rows.py      the rows, one for each class without tables of its family
 decoder_rows.py    the rows of decoders with attention, experts and Mamba layers
+row_defaults.py    what a config.json of such a class leaves out
 discovery.py       the modules of a model without tables, found in its files
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other
 site.py            Site: one module of a model

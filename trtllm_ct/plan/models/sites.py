@@ -30,6 +30,7 @@ from trtllm_ct.plan.models.families import (
     Experts,
     LinearSite,
 )
+from trtllm_ct.plan.models.row_defaults import with_row_defaults
 from trtllm_ct.plan.models.site import Site
 from trtllm_ct.plan.models.sizes import dense_layers_of, nested_text_config, size_under, sizes_of, stated_sizes
 
@@ -147,7 +148,7 @@ class Model:
         text = config if nested is None else nested
         faults = FaultCollector()
         row = CLASS_ROWS.get(name, DEFAULT_ROW)
-        sizes = stated_sizes(text, row.divided)
+        sizes = stated_sizes(with_row_defaults(text, name), row.divided)
         stated = {"tie_word_embeddings": row.tied or None, **(nested or {}), **config}["tie_word_embeddings"]
         model = cls(
             name=name,

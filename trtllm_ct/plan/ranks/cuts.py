@@ -74,8 +74,8 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
         faults.add(
             where=f"config.json: {key}",
             expected=f"a number that {ranks} ranks can share evenly",
-            found=str(count),
-            remedy=f"Tensor-parallel sizes that work: {sizes}." if sizes else "Use another expert-parallel size.",
+            found=str(count) if count else "no such number",
+            remedy=_remedy(sizes) if count else f"Add {key} to config.json, as the model's class in transformers has it.",
         )
     if parallel.pipeline > model.layers:
         faults.add(
@@ -86,6 +86,11 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
         )
     if not repeats_biases:
         _refuse_repeated_biases(model, parallel, faults)
+
+
+def _remedy(sizes: str) -> str:
+    """Return what to do about a size that ranks can't divide, given the tensor-parallel sizes that work."""
+    return f"Tensor-parallel sizes that work: {sizes}." if sizes else "Use another expert-parallel size."
 
 
 def is_uneven(model: Model, parallel: Parallel) -> bool:
@@ -188,7 +193,8 @@ def _uneven_sites(model: Model, found: Discovery, parallel: Parallel, tensor: in
     uneven: dict[tuple[str, int, int], None] = {}
     if model.row is not None and not parallel.attention_dp:
         divided = ((key, model.sizes[key], tensor) for key in model.row.divided)
-        uneven |= {size: None for size in divided if size[1] % tensor}
+        # A number that neither config.json nor a class gives is 0 here.
+        uneven |= {size: None for size in divided if tensor > 1 and (size[1] % tensor or not size[1])}
     if found.experts % parallel.expert:
         uneven["number of experts", found.experts, parallel.expert] = None
     for site in found.sites:
