@@ -10,10 +10,10 @@ from builders import tiny_config, write_checkpoint
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.modes import MODES_BY_ALGO
-from trtllm_ct.pipeline.open import plan_checkpoint
-from trtllm_ct.plan.assign import DENSE_OUTPUT
 from trtllm_ct.engine.releases import RELEASES, STOCK_1_3, Release
+from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan import attention_output
+from trtllm_ct.plan.assign import DENSE_OUTPUT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -266,9 +266,7 @@ def _assign_group(
             return common
         obstacle = _no_common_mode(quantized, alone, target)
     reason = f"{name} has one mode for all its parts, and {obstacle}"
-    return {
-        module: _with_hint(_plain_because(assignment, reason), hint) for module, assignment in assignments.items()
-    }
+    return {module: _with_hint(_plain_because(assignment, reason), hint) for module, assignment in assignments.items()}
 
 
 def _group_obstacle(plain: Sequence[str], quantized: Mapping[str, Candidate]) -> str:

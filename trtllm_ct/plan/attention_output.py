@@ -5,8 +5,9 @@ cache is FP8 or NVFP4. Its scale is the input scale of `o_proj`, and 1 if the mo
 writes 16-bit values. Multi-head latent attention (MLA) always does, and so does attention that multiplies its output by
 a gate. In the newest release, NVFP4 attention writes 16-bit values for an `o_proj` in another mode.
 Source: TensorRT-LLM `_torch/modules/attention.py` (`Attention.create_weights`, `Attention._use_quantize_output` with
-`attn_output_gate` in early 2026 and in c6d3bb2a, `MLA.create_output`), `_torch/attention_backend/trtllm.py` (`get_quantize_output_dtype`) and, for attention's own mode,
-`_torch/models/modeling_utils.py` (`apply_layerwise_quant_config`).
+`attn_output_gate` in early 2026 and in c6d3bb2a, `MLA.create_output`), `_torch/attention_backend/trtllm.py`
+(`get_quantize_output_dtype`) and, for attention's own mode, `_torch/models/modeling_utils.py`
+(`apply_layerwise_quant_config`).
 """
 
 from __future__ import annotations

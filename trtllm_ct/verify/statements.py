@@ -50,7 +50,8 @@ class _Reading:
 
 
 # `Gemma3VLM.load_weights` and `Mistral3VLM.load_weights` keep the keys below `language_model.`, `vision_tower.` and
-# `multi_modal_projector.`, and drop all others (TensorRT-LLM `_torch/models/modeling_gemma3vl.py`, `modeling_mistral.py`).
+# `multi_modal_projector.`, and drop all others (TensorRT-LLM `_torch/models/modeling_gemma3vl.py` and
+# `modeling_mistral.py`).
 _INNER = _Reading(
     bodies=("language_model.model.",),
     heads=("language_model.lm_head",),

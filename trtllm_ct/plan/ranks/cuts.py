@@ -75,7 +75,9 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
             where=f"config.json: {key}",
             expected=f"a number that {ranks} ranks can share evenly",
             found=str(count) if count else "no such number",
-            remedy=_remedy(sizes) if count else f"Add {key} to config.json, as the model's class in transformers has it.",
+            remedy=_remedy(sizes)
+            if count
+            else f"Add {key} to config.json, as the model's class in transformers has it.",
         )
     if parallel.pipeline > model.layers:
         faults.add(
