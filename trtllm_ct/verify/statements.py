@@ -98,8 +98,8 @@ def check_statements(match: DirectoryMatch, converted: Path, config: Mapping[str
     _check_tie(match, converted, config, faults)
     if (converted / _MODES).is_file() and match.quant_config.quant_algo is not None:
         _check_cache(match, converted, faults)
-        _check_older_modes(match, converted, faults)
         _check_prefixes(match, converted, config, faults)
+        _check_older_modes(match, converted, faults)
 
 
 def _attention_inputs(config: QuantizationConfig) -> QuantArgs | None:
@@ -156,9 +156,12 @@ def _check_cache(match: DirectoryMatch, converted: Path, faults: FaultCollector)
 
 
 def _check_older_modes(match: DirectoryMatch, converted: Path, faults: FaultCollector) -> None:
-    """Add a fault if the file for older releases says something else than hf_quant_config.json."""
+    """Add a fault if the file for older releases says something else than hf_quant_config.json.
+
+    Skips a directory that already has a fault: a difference may only follow from it.
+    """
     path = converted / _OLDER_MODES
-    if not path.is_file():
+    if faults.faults or not path.is_file():
         return
     older, newer = read_json_object(path), match.quant_config.to_dict()
     for key in _IN_BOTH:
