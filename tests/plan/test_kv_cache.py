@@ -452,3 +452,120 @@ def test_every_scale_has_one_fate(built: Built, names: dict[str, str] | None, to
 
     assert len(fates) == len({fate.name for fate in fates}) == 4
     assert all(bool(fate.by) == (not fate.reason) == (to != "dense") for fate in fates)
+
+
+# Attentions that don't exist, or have no projections whose names a scale could have.
+
+
+def scales_of(*attentions: str) -> dict[str, Tensor]:
+    """Scales of the cache under these attentions, of two elements: they would be refused where they are delivered."""
+    return {f"{attention}.{letter}_scale": torch.full((2,), 0.5) for attention in attentions for letter in "kv"}
+
+
+def delivered_scales(plan: Plan) -> set[str]:
+    """The attentions that get scales of the cache."""
+    names = [name for name in plan.delivered_specs if name.endswith(("k_scale", "v_scale"))]
+    return {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+
+
+def assert_ignored(directory: Path, attentions: tuple[str, ...], to: str) -> None:
+    plan = plan_checkpoint(directory, to)
+    assert not delivered_scales(plan) & set(attentions)
+    names = scales_of(*attentions)
+    lost = [fate for fate in plan.fates() if fate.name in names]
+    assert len(lost) == len(names)
+    assert all(fate.fate is Fate.IGNORED and fate.reason for fate in lost)
+
+
+@pytest.mark.parametrize("to", ["modelopt", "tensorrt_llm", "reference", "dense"])
+@pytest.mark.parametrize("name", ["model.layers.9.self_attn", "model.layers.0.mlp.self_attn", "self_attn", "x.mixer"])
+def test_scales_of_an_attention_that_the_model_lacks_are_ignored(built: Built, name: str, to: str) -> None:
+    rewrite(built.directory, lambda stored: stored.update(scales_of(name)))
+
+    assert_ignored(built.directory, (name,), to)
+
+
+@pytest.fixture
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("converted") / "out"
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.self_attn", "model.layers.11.self_attn"])
+def test_a_conversion_with_scales_of_missing_attentions_verifies(built: Built, beside: Path, name: str) -> None:
+    rewrite(built.directory, lambda stored: stored.update(scales_of(name)))
+
+    convert_checkpoint(built.directory, beside)
+
+    assert verify_checkpoint(built.directory, beside).faults == ()
+
+
+@pytest.mark.parametrize("with_projections", [True, False])
+@pytest.mark.parametrize("architecture", ["Mistral3ForConditionalGeneration", "Exaone4_5_ForConditionalGeneration"])
+def test_the_attention_of_a_vision_tower_has_no_cache(
+    tmp_path: Path, architecture: str, with_projections: bool
+) -> None:
+    """Neither are scales delivered there, nor is one missed there."""
+    from decoder_models import write_decoder
+
+    write_decoder(tmp_path / "in", architecture, "fp8-channel-token")
+    set_scheme(tmp_path / "in", fp8_weights("tensor"))
+    tower = "model.vision_tower.layers.0.self_attn"
+    texts = tuple(f"model.language_model.layers.{layer}.self_attn" for layer in range(2))
+    projections = {f"{tower}.{letter}_proj.weight": torch.ones(8, 8).bfloat16() for letter in "qkv"}
+    rewrite(
+        tmp_path / "in",
+        lambda stored: stored.update(
+            {name: torch.tensor([0.5]) for name in scales_of(*texts)}
+            | scales_of(tower)
+            | (projections if with_projections else {})
+        ),
+    )
+
+    assert_ignored(tmp_path / "in", (tower,), "modelopt")
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert len(delivered_scales(plan_checkpoint(tmp_path / "in"))) == len(texts)
+    assert verify_checkpoint(tmp_path / "in", tmp_path / "out").faults == ()
+
+
+def test_layers_without_attention_get_no_scales(tmp_path: Path) -> None:
+    """Nemotron-H calls every part of a layer `mixer`; only the second one here is attention."""
+    from decoder_models import write_decoder
+
+    write_decoder(tmp_path / "in", "NemotronHForCausalLM", "fp8-channel-token")
+    set_scheme(tmp_path / "in", fp8_weights("tensor"))
+    attention, *others = (f"backbone.layers.{layer}.mixer" for layer in (1, 0, 2, 3))
+    one = {name: torch.tensor([0.5]) for name in scales_of(attention)}
+    rewrite(tmp_path / "in", lambda stored: stored.update(one | scales_of(*others)))
+
+    assert_ignored(tmp_path / "in", tuple(others), "modelopt")
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert delivered_scales(plan_checkpoint(tmp_path / "in")) == {attention}
+    assert verify_checkpoint(tmp_path / "in", tmp_path / "out").faults == ()
+
+
+@pytest.mark.parametrize("leaf", ["", ".{}_proj"])
+@pytest.mark.parametrize("with_projections", [True, False])
+@pytest.mark.parametrize("draft", ["mtp.layers.0.self_attn", "model.layers.2.self_attn"])
+def test_draft_layers_keep_the_scales_that_their_projections_have(
+    tmp_path: Path, draft: str, with_projections: bool, leaf: str
+) -> None:
+    """Stored in the attention, or in the projections."""
+    from decoder_models import write_decoder
+
+    write_decoder(tmp_path / "in", "Glm4MoeForCausalLM", "fp8-channel-token")
+    set_scheme(tmp_path / "in", fp8_weights("tensor"))
+    texts = tuple(f"model.layers.{layer}.self_attn" for layer in range(2))
+    projections = {f"{draft}.{letter}_proj.weight": torch.ones(8, 8).bfloat16() for letter in "qkv"}
+    rewrite(
+        tmp_path / "in",
+        lambda stored: stored.update(
+            {name: torch.tensor([0.5]) for name in scales_of(*texts)}
+            | {f"{draft}{leaf.format(letter)}.{letter}_scale": torch.tensor([0.5]) for letter in "kv"}
+            | (projections if with_projections else {})
+        ),
+    )
+
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+
+    assert delivered_scales(plan_checkpoint(tmp_path / "in")) == {*texts, *((draft,) if with_projections else ())}
+    assert verify_checkpoint(tmp_path / "in", tmp_path / "out").faults == ()

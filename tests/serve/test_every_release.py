@@ -13,6 +13,7 @@ import engine_double
 import pytest
 import torch
 from builders import Built, tiny_config, write_checkpoint
+from class_models import write_class
 from engine_fixtures import BINDINGS
 from plain_model import deviation, plain_logits
 
@@ -201,3 +202,52 @@ def test_the_cache_that_a_user_asks_for_reaches_layers_of_a_mixed_model(
         logits = llm.logits(TOKENS)
 
     assert deviation(logits, expected(built)) < ROUNDED
+
+
+@pytest.mark.parametrize("generation", ["mid", "newest"])
+def test_attention_with_a_gate_never_quantizes_its_output(
+    tmp_path: Path, generation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`Attention._use_quantize_output` is false with `attn_output_gate`: no warning, and no argument is forced."""
+    write_class(tmp_path / "model", "Qwen3NextForCausalLM", "fp8-channel-token", kv=True)
+    with engine_double.installed(generation, importers=[BINDINGS]):
+        llm = trtllm_ct.LLM(tmp_path / "model", skip_tokenizer_init=True)
+
+        assert not any(getattr(module, "quantizes_output", False) for module in llm.models[0].modules())
+        assert llm.args.force_dynamic_quantization is False
+    assert not [record for record in caplog.records if "quantizes" in record.getMessage() and "o_proj" in str(record)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("generation", engine_double.GENERATIONS)
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("inner", [192, 256, 320])
+def test_experts_in_blocks_are_kept_only_where_gate_and_up_are_whole_blocks(
+    tmp_path: Path, way: str, generation: str, sm: int, inner: int
+) -> None:
+    """The scales of gate and up lie in one tensor of 2 * inner / 128 rows; a partial block would not fit."""
+    config = tiny_config("Qwen3MoeForCausalLM", hidden=256, heads=4, intermediate=256, moe_intermediate_size=inner)
+    built = write_checkpoint(tmp_path / "model", config=config, scheme="fp8-block")
+    release = engine_double.RELEASE_OF[generation]
+    plan = convert_checkpoint(tmp_path / "model", tmp_path / "out", engine=release, sm=sm).plan
+    with engine_double.installed(generation, importers=[BINDINGS], sm=sm) as engine:
+        if way == "converted":
+            logits = engine.LLM(model=tmp_path / "out", skip_tokenizer_init=True).logits(TOKENS)
+        else:
+            logits = trtllm_ct.LLM(tmp_path / "model", skip_tokenizer_init=True).logits(TOKENS)
+
+    kept = {module.layer is not None for module in plan.modules if module.experts}
+    assert kept == {inner % 128 == 0}
+    assert deviation(logits, expected(built)) < ROUNDED
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_no_gpu_is_named_for_experts_that_none_holds(tmp_path: Path, architecture: str) -> None:
+    sizes = {"moe_intermediate_size": 192} if architecture.startswith("Qwen") else {}
+    config = tiny_config(architecture, hidden=256, heads=4, intermediate=192, **sizes)
+    write_checkpoint(tmp_path, config=config, scheme="fp8-block")
+
+    reasons = {module.reason for module in trtllm_ct.plan_checkpoint(tmp_path).modules if module.experts}
+
+    assert all("--sm" not in reason for reason in reasons)
+    assert any("out % 128 == 0 in each of" in reason for reason in reasons)

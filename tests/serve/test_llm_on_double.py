@@ -409,6 +409,25 @@ def test_an_argument_that_attention_ignores_is_no_remedy(
     assert any("no force_dynamic_quantization that attention honours" in line for line in warned(caplog))
 
 
+@pytest.mark.parametrize("directory", ["source", "converted"])
+def test_a_user_who_forbids_dynamic_quantization_is_told(
+    newest: Any, row_wise: Any, tmp_path: Path, directory: str, caplog: Any
+) -> None:
+    """The argument stays as it is, and attention then quantizes at a fixed scale."""
+    model = row_wise()
+    if directory == "converted":
+        convert_checkpoint(model, tmp_path / "out", engine="stock-1.3")
+        model = tmp_path / "out"
+
+    llm = served(model, force_dynamic_quantization=False)
+
+    assert llm.args.force_dynamic_quantization is False
+    (line,) = [line for line in warned(caplog) if "fixed scale" in line]
+    assert "2 o_proj behind a quantized KV cache" in line
+    if directory == "source":
+        assert "Leave force_dynamic_quantization out" in line
+
+
 @pytest.mark.parametrize("scheme", [None, "fp8-block", "fp8-tensor-static", "int4-g64"])
 def test_nothing_happens_with_a_16_bit_cache(engine: Any, tmp_path: Path, scheme: str | None, caplog: Any) -> None:
     write_checkpoint(tmp_path / "made", config=tiny_config(hidden=256, heads=4), scheme=scheme or ROW_WISE)
@@ -474,7 +493,7 @@ def test_the_users_argument_is_kept(newest: Any, row_wise: Any, wish: bool, capl
     llm = served(row_wise(STATIC_MLP), force_dynamic_quantization=wish)
 
     assert llm.args.force_dynamic_quantization is wish
-    assert not any("fixed scale" in line for line in caplog.messages)
+    assert any("fixed scale" in line for line in caplog.messages) is not wish
 
 
 def test_dense_o_proj_dequantizes_only_o_proj(engine: Any, row_wise: Any, caplog: Any) -> None:

@@ -222,7 +222,10 @@ def _converted(
         return (), ()
     if machine.features is None:
         return converted.faults(parallel), ()
-    traps = (converted.older_release(machine.features.engine), converted_scale_fault(converted))
+    traps = (
+        converted.older_release(machine.features.engine),
+        converted_scale_fault(converted, machine.features.engine),
+    )
     return converted.faults(parallel) + converted.gpu_faults(machine.features.platform), traps
 
 

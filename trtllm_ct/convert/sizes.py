@@ -20,7 +20,7 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.quant_config import QuantConfig
-from trtllm_ct.engine.releases import RELEASES
+from trtllm_ct.engine.releases import RELEASES, release_named
 from trtllm_ct.plan.attention_output import unscaled_outputs
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.cuts import is_uneven
@@ -145,14 +145,20 @@ class ConvertedDirectory:
             )
         return None
 
-    def unscaled_outputs(self, kv_cache: str | None = None) -> tuple[str, ...]:
+    def unscaled_outputs(self, engine: str, kv_cache: str | None = None) -> tuple[str, ...]:
         """Return the output projections whose input attention quantizes at a fixed scale; see `unscaled_outputs`.
 
-        `kv_cache` is the mode of the KV cache that a user sets; None means that of the directory.
+        `engine` is the name of the release that serves the directory. `kv_cache` is the mode of the KV cache that a
+        user sets; None means that of the directory.
         """
         layers = {site.module: self.quant_config.layer_config(site.module) for site in self._sites}
         algos = {name: layer.quant_algo if layer else None for name, layer in layers.items()}
-        return unscaled_outputs(algos, kv_cache or self.quant_config.kv_cache_quant_algo)
+        return unscaled_outputs(
+            algos,
+            kv_cache or self.quant_config.kv_cache_quant_algo,
+            architecture=self.model.name,
+            release=release_named(engine),
+        )
 
     @property
     def _sites(self) -> list[Site]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", "Release"]
+__all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", "Release", "release_named"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class Release:
     [N, 1] as well as [N] (`_torch/modules/linear.py: FP8RowwiseLinearMethod`).
     `dynamic_attention_output` says whether its attention honours `force_dynamic_quantization`
     (`_torch/modules/attention.py: Attention._use_quantize_output`).
+    `matches_attention_output` says whether NVFP4 attention writes quantized values for an NVFP4 `o_proj` only (the same
+    method).
     `builds_engines` says whether it has the TensorRT backend with `trtllm-build`, which pull requests 15763, 15767 and
     15918 removed in July 2026; 1.2.1 and 1.3.0rc20 are the last that have it.
     """
@@ -31,6 +33,7 @@ class Release:
     wraps_experts: bool = False
     takes_scale_columns: bool = False
     dynamic_attention_output: bool = False
+    matches_attention_output: bool = False
     builds_engines: bool = False
 
     def has(self, since: Release | None) -> bool:
@@ -54,6 +57,7 @@ STOCK_1_3 = Release(
     source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
     takes_scale_columns=True,
     dynamic_attention_output=True,
+    matches_attention_output=True,
 )
 
 RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)
@@ -61,3 +65,8 @@ RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)
 
 DEFAULT_ENGINE = STOCK_1_2.name
 """The name of the newest stable line."""
+
+
+def release_named(name: str) -> Release | None:
+    """Return the release of this name; None for a name that is no release's."""
+    return next((release for release in RELEASES if release.name == name), None)

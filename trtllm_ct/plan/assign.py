@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.config.quantization_config import Transform
+    from trtllm_ct.engine.releases import Release
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.equalize import Equalized, Part
     from trtllm_ct.plan.models.sites import Site
@@ -72,12 +73,13 @@ def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> 
     candidates = {}
     for members in linears.values():
         bias = any("bias" in part.module.specs for part in members)
-        names = tuple([part.site.module.rpartition(".")[2] for part in members if part.site.fused])
+        names = tuple([part.site.module.rpartition(".")[2] for part in members if _is_fused(part.site, members)])
         for part in members:
-            fused_parts = names if part.site.fused else ()
-            key = (id(part.weight), part.site.fused, part.site.expert, bias, fused_parts)
+            fused = _is_fused(part.site, members)
+            fused_parts = names if fused else ()
+            key = (id(part.weight), fused, part.site.expert, bias, fused_parts)
             if key not in weights:
-                weights[key] = replace(_weight_of(part), bias=bias, fused_parts=fused_parts)
+                weights[key] = replace(_weight_of(part), fused=fused, bias=bias, fused_parts=fused_parts)
             candidates[part.site.module] = Candidate(
                 site=part.site,
                 folded=fold_reason(part.module.transforms),
@@ -85,6 +87,16 @@ def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> 
                 weight=weights[key],
             )
     return candidates
+
+
+def _is_fused(site: Site, members: Sequence[Part]) -> bool:
+    """Whether the rows of a weight follow those of another part in one tensor of the engine.
+
+    Gate and up of an expert do too: they are the two halves of `w3_w1_weight`, with one tensor of scales
+    (TensorRT-LLM `_torch/modules/fused_moe/quantization.py: load_expert_w3_w1_weight`). An expert without a gate has
+    one half only.
+    """
+    return site.fused or (site.expert and len(members) > 1)
 
 
 def _weight_of(part: Part) -> Weight:
@@ -98,7 +110,6 @@ def _weight_of(part: Part) -> Weight:
         shape=stored.shape,
         has_zero_point=stored.has_zero_point,
         permuted=stored.group_index is not None,
-        fused=part.site.fused,
         expert=part.site.expert,
         scale_dtype=scale.dtype if scale is not None else None,
         two_level=two_level,
@@ -143,6 +154,7 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
             site.class_cuts,
             site.limit,
             site.class_joins,
+            site.mode_group is None,
         )
         if key not in decided:
             decided[key] = _assign_one(candidate, target)
@@ -151,17 +163,24 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
 
 
 def dense_outputs(
-    assignments: Mapping[str, Assignment], sites: Iterable[Site], kv_cache: str | None
+    assignments: Mapping[str, Assignment],
+    sites: Iterable[Site],
+    kv_cache: str | None,
+    *,
+    architecture: str,
+    release: Release | None,
 ) -> dict[str, Assignment]:
     """Return the assignments with those output projections dequantized that `unscaled_outputs` names.
 
-    `sites` are all sites of the model, and `kv_cache` is the KV cache's mode in the engine.
+    `sites` are all sites of the model, and `kv_cache` is the KV cache's mode in the engine, whose release is `release`.
+    `architecture` is the model's class.
     """
     holdings_by_name = {name: assignment.holding for name, assignment in assignments.items()}
     modes = {site.module: holdings_by_name.get(site.module) for site in sites}
     algos = {name: holding.mode.algo if holding else None for name, holding in modes.items()}
     dense = Assignment(holding=None, reason=DENSE_OUTPUT)
-    return {**assignments, **dict.fromkeys(unscaled_outputs(algos, kv_cache), dense)}
+    outputs = unscaled_outputs(algos, kv_cache, architecture=architecture, release=release)
+    return {**assignments, **dict.fromkeys(outputs, dense)}
 
 
 def fold_reason(transforms: Sequence[Transform]) -> str:
@@ -237,16 +256,17 @@ def _assign_group(
     plain = [site.module for site in members if site.module not in candidates]
     assignments = {module: alone[module] for module in quantized}
     keys = {assignment.holding.key if assignment.holding else None for assignment in assignments.values()}
-    if len(keys) <= 1 and not plain:
-        return assignments
     obstacle = _group_obstacle(plain, quantized)
+    hint = "" if obstacle else _other_sms(quantized.values(), target)
+    if len(keys) <= 1 and not plain:
+        return {module: _with_hint(assignment, hint) for module, assignment in assignments.items()}
     if not obstacle:
         common = _common_mode(name, quantized, target)
         if common:
             return common
         obstacle = _no_common_mode(quantized, alone, target)
     reason = f"{name} has one mode for all its parts, and {obstacle}"
-    return {module: _plain_because(assignment, reason) for module, assignment in assignments.items()}
+    return {module: _with_hint(_plain_because(assignment, reason), hint) for module, assignment in assignments.items()}
 
 
 def _group_obstacle(plain: Sequence[str], quantized: Mapping[str, Candidate]) -> str:
@@ -354,8 +374,8 @@ def _why_not(module: Candidate, target: Target) -> str:
     if limited:
         return limited
     reason = _why_not_joined(module, target) if module.site.class_joins else _why_not_here(module, target)
-    sms = _other_sms(module, target)
-    return f"{reason}; kept with {' or '.join(f'--sm {sm}' for sm in sms)}" if sms else reason
+    # What would keep a member of a group depends on the whole group.
+    return reason + (_other_sms([module], target) if module.site.mode_group is None else "")
 
 
 def _why_not_joined(module: Candidate, target: Target) -> str:
@@ -395,15 +415,27 @@ def _why_not_here(module: Candidate, target: Target) -> str:
     return "; ".join(reasons) or f"{target.capabilities.name} has no {what} for {module.weight.args.label()} weights"
 
 
-def _other_sms(module: Candidate, target: Target) -> list[int]:
-    """Return the SMs on which the target would hold the weight, if the plan is made without one."""
+def _other_sms(modules: Iterable[Candidate], target: Target) -> str:
+    """Return the SMs on which the target would hold all of these weights in one mode, as the end of a reason.
+
+    Empty if there are none, or if the plan is made for an SM.
+    """
     platform = target.capabilities.platform
     if platform is None or platform.sm is not None:
-        return []
-    algos = _algos(module, target)
-    return [
-        sm for sm in SMS if any(held.mode.algo in algos for held in holdings(module.weight, replace(platform, sm=sm)))
-    ]
+        return ""
+    weights = {(id(module.weight), module.unequal, module.site.class_cuts): module for module in modules}
+    holding = []
+    for sm in SMS:
+        on_sm = replace(target, capabilities=replace(target.capabilities, platform=replace(platform, sm=sm)))
+        options = [{held.key for held in _held(module, on_sm)} for module in weights.values()]
+        if frozenset.intersection(*map(frozenset, options)):
+            holding.append(f"--sm {sm}")
+    return f"; kept with {' or '.join(holding)}" if holding else ""
+
+
+def _with_hint(assignment: Assignment, hint: str) -> Assignment:
+    """Return the assignment of a member of a group with a hint behind the reason why it is dequantized."""
+    return assignment if assignment.holding else replace(assignment, reason=assignment.reason + hint)
 
 
 def _plain_because(alone: Assignment, reason: str) -> Assignment:

@@ -21,22 +21,30 @@ __all__ = ["bias_warnings", "requantization_warnings"]
 def bias_warnings(modules: Iterable[ModulePlan], platform: Platform | None) -> Iterator[str]:
     """Yield a warning for each mode whose Linears drop a bias on an SM that the plan may be run on.
 
-    If the SM is known, `engine/holdings.py` rules such modes out, and there is nothing to warn of.
+    If the SM is known, `engine/holdings.py` rules such modes out, and there is nothing to warn of. Nor is there where
+    the release has no Linear of the mode on the SM: it stops there before it computes anything.
     """
     if platform is None or platform.sm is not None:
         return
     affected: Counter[tuple[QuantAlgo, int]] = Counter()
     for module in modules:
         algo = module.layer.quant_algo if module.layer and not module.experts else None
-        late = MODES_BY_ALGO[algo].bias_on if algo else {}
-        if algo and late and any(delivery.name == f"{module.name}.bias" for delivery in module.deliveries):
-            affected.update((algo, sm) for sm, first in late.items() if not platform.release.has(first))
+        drops = _sms_without_bias(algo, platform) if algo else ()
+        if algo and drops and any(delivery.name == f"{module.name}.bias" for delivery in module.deliveries):
+            affected.update((algo, sm) for sm in drops)
     for (algo, sm), count in affected.items():
         first = MODES_BY_ALGO[algo].bias_on[sm]
         yield (
             f"{algo} Linears of {platform.release.name} drop their bias on SM{sm} GPUs ({count} modules): "
             f"plan for such GPUs with --sm {sm}, or serve with {first.name}"
         )
+
+
+def _sms_without_bias(algo: QuantAlgo, platform: Platform) -> tuple[int, ...]:
+    """Return the SMs on which a release has a Linear of this mode that drops its bias."""
+    mode, release = MODES_BY_ALGO[algo], platform.release
+    runs = {sm for sm in mode.bias_on if sm not in mode.linear_on or release.has(mode.linear_on[sm])}
+    return tuple(sm for sm, first in mode.bias_on.items() if sm in runs and not release.has(first))
 
 
 def requantization_warnings(modules: Iterable[ModulePlan], platform: Platform | None) -> Iterator[str]:

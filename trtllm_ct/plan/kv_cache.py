@@ -9,14 +9,16 @@ Sources: compressed-tensors 0.5 and 0.20 `quantization/lifecycle/initialize.py`;
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
 from trtllm_ct.plan.deliver import kv_scale
+from trtllm_ct.plan.models.discovery import is_draft
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
@@ -56,10 +58,15 @@ _IGNORED = {
     "output_zero_point": "the KV cache is symmetric",
 }
 _TENSORS = frozenset({"k_scale", "v_scale", "kv_scale", *_IGNORED})
+# Behind the prefix of the text model's body, the name of an attention; Nemotron-H calls it `mixer`.
+_OF_LAYER = re.compile(r"(?:layers|h|blocks|block)\.\d+\.(?:self_attn|mixer)")
+_ATTENTION_PARTS = frozenset({"self_attn", "mixer"})
 
 
-def attentions(sites: Iterable[Site]) -> list[str]:
+def attentions(sites: Iterable[Site], body: str) -> list[str]:
     """Return the full names of the attention modules with k_proj and v_proj, under whose names engines read the scales.
+
+    These are in layers of the text model, whose body has the prefix `body`: a vision tower has no KV cache.
 
     The scales are loaded by the fused Linear of q, k and v. DeepSeek's latent attention has no such Linear. Of Phi-3's
     stored qkv_proj, its class passes on weight, weight_scale, weight_scale_2 and input_scale only. Both caches have
@@ -70,7 +77,12 @@ def attentions(sites: Iterable[Site]) -> list[str]:
     ends = tuple(f".{attention}.{leaf}" for attention in ("self_attn", "mixer") for leaf in ("k_proj", "v_proj"))
     names = {site.module for site in sites if site.module.endswith(ends)}
     values = (name.removesuffix(".v_proj") for name in names if name.endswith(".v_proj"))
-    return sorted(name for name in values if f"{name}.k_proj" in names)
+    return sorted(name for name in values if f"{name}.k_proj" in names and _is_in_layer(name, body))
+
+
+def _is_in_layer(name: str, body: str) -> bool:
+    """Whether a name is that of an attention in a layer of the text model, whose body has the prefix `body`."""
+    return name.startswith(body) and _OF_LAYER.fullmatch(name.removeprefix(body)) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +92,8 @@ class KvCache:
     `alone` is set when no module is delivered quantized: ModelOpt's configuration can't describe a quantized cache
     without quantized modules, and the engine refuses one without an algorithm. `chosen` maps the name of each delivered
     scale to the stored tensor that it is made from. `has_projections` says whether attention has k_proj and v_proj,
-    under whose names engines read scales; see `attentions`.
+    under whose names engines read scales; see `attentions`. `attentions` are the full names of the attentions
+    whose k_proj and v_proj are stored, in layers of the text model and in draft layers.
     """
 
     config: QuantizationConfig
@@ -89,9 +102,18 @@ class KvCache:
     alone: bool = False
     chosen: Mapping[str, str] = field(default_factory=dict)
     has_projections: bool = True
+    attentions: frozenset[str] = frozenset()
 
-    def among(self, modules: Iterable[StoredModule]) -> KvCache:
-        """Return this value with `chosen` filled in: one stored scale of these modules for each projection."""
+    def among(self, modules: Collection[StoredModule], body: str) -> KvCache:
+        """Return this value for these stored modules: with `attentions`, and with one scale for each projection.
+
+        `body` is the prefix of the text model's body.
+        """
+        weights = {module.name for module in modules if module.has_weight}
+        values = (name.removesuffix(".v_proj") for name in weights if name.endswith(".v_proj"))
+        attentions = frozenset(
+            name for name in values if f"{name}.k_proj" in weights and (_is_in_layer(name, body) or is_draft(name))
+        )
         best: dict[str, tuple[int, str]] = {}
         for module in modules:
             for local, letters in _HOLDERS.get(module.name.rpartition(".")[2], {}).items():
@@ -99,7 +121,7 @@ class KvCache:
                     for name in (_delivered_name(module.name, letter) for letter in letters):
                         ranked = (_PREFERENCE.index(local), module.delivered_name(local))
                         best[name] = min(ranked, best.get(name, ranked))
-        return replace(self, chosen={name: source for name, (_, source) in best.items()})
+        return replace(self, attentions=attentions, chosen={name: source for name, (_, source) in best.items()})
 
     @property
     def algo(self) -> str | None:
@@ -177,7 +199,7 @@ class KvCache:
         deliveries: list[Delivery] = []
         ignored: dict[str, str] = {}
         for local in sorted(self.holds(module)):
-            reason = _IGNORED.get(local) or self._unused(local)
+            reason = _IGNORED.get(local) or self._unused(module, local)
             if reason is None:
                 reason = self._wrong_size(module, local, faults)
             if reason is not None:
@@ -218,8 +240,8 @@ class KvCache:
                         + f", or remove {self.origin} to serve a 16-bit cache.",
                     )
 
-    def _unused(self, local: str) -> str | None:
-        """Return why a scale of this local name is not delivered, whatever the module; None if it may be."""
+    def _unused(self, module: StoredModule, local: str) -> str | None:
+        """Return why a module's scale of this local name is not delivered, whatever its shape; None if it may be."""
         if self.args is None:
             what = "outputs" if local == "output_scale" else "the KV cache"
             return f"the configuration leaves {what} unquantized"
@@ -227,6 +249,8 @@ class KvCache:
             return _ALONE if self._only_alone else f"target {self.target.name} leaves the KV cache alone"
         if not self.has_projections:
             return "the engine reads no KV-cache scales for attention without k_proj and v_proj"
+        if _attention_of(module.name) not in self.attentions:
+            return "no k_proj and v_proj of the text model are stored there, under whose names the engine would read it"
         return None
 
     def _wrong_size(self, module: StoredModule, local: str, faults: FaultCollector) -> str | None:
@@ -258,8 +282,11 @@ def _delivered_name(module: str, letter: str) -> str:
 
     `module` is the attention module, or a module inside of it, that stores the scale; `letter` is k or v.
     """
+    return f"{_attention_of(module)}.{letter}_proj.{letter}_scale"
+
+
+def _attention_of(module: str) -> str:
+    """Return the name of the attention that a module is or belongs to; empty if there is none."""
     parts = module.split(".")
-    # Nemotron-H calls attention `mixer`.
-    last = next((at for at in reversed(range(len(parts))) if parts[at] in {"self_attn", "mixer"}), -1)
-    attention = ".".join(parts[: last + 1])
-    return f"{attention}.{letter}_proj.{letter}_scale"
+    last = next((at for at in reversed(range(len(parts))) if parts[at] in _ATTENTION_PARTS), -1)
+    return ".".join(parts[: last + 1])

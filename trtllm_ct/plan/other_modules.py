@@ -7,7 +7,7 @@ known reason. Any other module is a fault.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.holdings import deviation_of
@@ -58,7 +58,7 @@ class OtherModules:
         if reason is not None:
             return _module_plan(module, OTHER, (), dict.fromkeys(module.specs, reason))
         if self._is_outside_text_model(module.name):
-            return self._outside_text_model(module)
+            return self._with_cache(module, self._outside_text_model(module, attention))
         refuse_leftovers(module, (), self.model.name, self.faults)
         return _module_plan(module, OTHER, (), {})
 
@@ -94,18 +94,23 @@ class OtherModules:
         layer = re.match(rf"{re.escape(self.place[0])}layers\.(\d+)\.", f"{name}.")
         return layer is not None and 0 <= int(layer[1]) - self.model.layers < self.model.draft_layers
 
-    def _outside_text_model(self, module: StoredModule) -> ModulePlan:
-        """Return the plan of a module outside of the text model.
+    def _with_cache(self, module: StoredModule, plan: ModulePlan) -> ModulePlan:
+        """Return the plan of a module with its scales of the KV cache; draft layers have a cache too."""
+        deliveries, ignored = self.kv_cache.deliver(module, self.faults)
+        return replace(plan, deliveries=deliveries + plan.deliveries, ignored={**plan.ignored, **ignored})
+
+    def _outside_text_model(self, module: StoredModule, cache: frozenset[str]) -> ModulePlan:
+        """Return the plan of a module outside of the text model, without its tensors of the KV cache, `cache`.
 
         It is delivered under its stored names, and a quantized weight is dequantized.
         """
         self.transforms.refuse_on(module, by_class=not self._drafts(module.name))
         if not module.is_quantized:
             module = self.rows.ordered(module, None)
-            plain = {local for local in module.specs if local not in QUANTIZATION_TENSORS}
-            ignored = dict.fromkeys(module.specs.keys() - plain, "the weight beside it is plain")
+            plain = {local for local in module.specs if local not in QUANTIZATION_TENSORS | cache}
+            ignored = dict.fromkeys(module.specs.keys() - plain - cache, "the weight beside it is plain")
             if "weight" not in plain:
-                refuse_leftovers(module, plain, self.model.name, self.faults)
+                refuse_leftovers(module, plain | cache, self.model.name, self.faults)
             return _module_plan(module, OTHER, deliver.plain(module, sorted(plain), self.dtypes), ignored)
         site = Site(module=module.name, class_name="Linear", shape=())
         weight = self.reader.read(module, site)
@@ -114,10 +119,10 @@ class OtherModules:
         module = self.rows.ordered(module, weight.stored)
         consumed = set(weight.stored.consumed)
         ignored = dict.fromkeys(
-            (module.specs.keys() & QUANTIZATION_TENSORS) - consumed, "the module is delivered plain"
+            (module.specs.keys() & QUANTIZATION_TENSORS) - consumed - cache, "the module is delivered plain"
         )
         ignored |= weight.idle
-        rest = sorted(module.specs.keys() - consumed - ignored.keys())
+        rest = sorted(module.specs.keys() - consumed - ignored.keys() - cache)
         deliveries = deliver.dequantized(module, weight, self.dtypes) + deliver.plain(module, rest, self.dtypes)
         return ModulePlan(
             name=module.name,

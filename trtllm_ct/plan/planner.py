@@ -156,9 +156,10 @@ class _Planner:
         stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
         self._set_model(self.model.in_checkpoint(stored))
         place = self.model.place(stored)
+        self.kv_cache = self.kv_cache.among(stored.values(), place[0])
         self._untie(stored, place)
         sites = list(self.model.sites(place))
-        self.kv_cache = replace(self.kv_cache.among(stored.values()), has_projections=bool(attentions(sites)))
+        self.kv_cache = replace(self.kv_cache, has_projections=bool(attentions(sites, place[0])))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
         if self.model.listing is not None and not any(site_modules.values()):
@@ -187,7 +188,7 @@ class _Planner:
         modules += others.values()
         self._check_complete(stored, site_modules, weights, others, place[0])
         self.rows.report(self.faults)
-        self.kv_cache.check_complete(modules, attentions(sites), self.faults)
+        self.kv_cache.check_complete(modules, attentions(sites, place[0]), self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
@@ -272,7 +273,7 @@ class _Planner:
             *self.tie_warnings,
             *self.reader.warnings,
             *self.kv_cache.warnings,
-            *warnings_of_directory(modules, self.target, self.kv_cache.algo),
+            *warnings_of_directory(modules, self.target, self.kv_cache.algo, self.model.name),
             *header_warnings(self.config, self.model.name, modules),
             *bias_warnings(modules, platform),
             *requantization_warnings(modules, platform),
@@ -413,7 +414,9 @@ class _Planner:
             candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
             assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
-            assignments = dense_outputs(assignments, sites, self.asked_kv_cache or self.kv_cache.algo)
+            cache = self.asked_kv_cache or self.kv_cache.algo
+            release = self.target.capabilities.release
+            assignments = dense_outputs(assignments, sites, cache, architecture=self.model.name, release=release)
         if self.target.capabilities.release is not None:
             assignments = as_class_accepts(assignments, candidates, sites, self.model)
         if not any(assignment.holding for assignment in assignments.values()):

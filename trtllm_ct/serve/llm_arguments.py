@@ -158,7 +158,7 @@ def refuse_sizes(directory: Path, arguments: Mapping[str, Any], features: Engine
         return
     require_sizes(directory, parallel_of(arguments), features.platform)
     forced = bool(arguments.get(_FORCE_DYNAMIC)) and features.force_dynamic_quantization
-    scale = None if forced else converted_scale_fault(converted, kv_cache_of(arguments))
+    scale = None if forced else converted_scale_fault(converted, features.engine, kv_cache_of(arguments))
     for fault in (converted.older_release(features.engine), scale):
         if fault is not None:
             logger.warning("%s", fault)
@@ -285,16 +285,16 @@ def _weight_loader(loader: Any) -> Any:
 def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], features: EngineFeatures) -> dict[str, Any]:
     """Return `force_dynamic_quantization=True` if attention would quantize its output at a fixed scale.
 
-    An argument that the user has set is kept. Where the argument doesn't help, logs a warning and returns nothing to
-    add; see `fixed_scale_fault`.
+    An argument that the user has set is kept. Where it is set to False, or doesn't help, logs a warning and returns
+    nothing to add; see `fixed_scale_fault`.
     """
     kv_cache = kv_cache_of(arguments)
     if not any(unscaled_outputs_of(plan, kv_cache) for plan in plans):
         return {}
-    is_set = arguments.get(_FORCE_DYNAMIC) is not None
-    if is_set and features.force_dynamic_quantization:
+    wish = arguments.get(_FORCE_DYNAMIC)
+    if wish and features.force_dynamic_quantization:
         return {}
-    fault = fixed_scale_fault(plans, features, kv_cache)
+    fault = fixed_scale_fault(plans, features, kv_cache, refused=wish is not None and not wish)
     if fault is not None:
         logger.warning("%s", fault)
         return {}
@@ -302,12 +302,12 @@ def _dynamic_outputs(plans: Sequence[Plan], arguments: Mapping[str, Any], featur
     return {_FORCE_DYNAMIC: True}
 
 
-def converted_scale_fault(converted: ConvertedDirectory, kv_cache: str | None = None) -> Fault | None:
+def converted_scale_fault(converted: ConvertedDirectory, engine: str, kv_cache: str | None = None) -> Fault | None:
     """Return a fault if attention quantizes its output at a fixed scale in a converted directory; else None.
 
-    `kv_cache` is the mode of the KV cache that a user sets.
+    `engine` is the name of the release that serves it. `kv_cache` is the mode of the KV cache that a user sets.
     """
-    outputs = converted.unscaled_outputs(kv_cache)
+    outputs = converted.unscaled_outputs(engine, kv_cache)
     if not outputs:
         return None
     return Fault(
@@ -331,23 +331,30 @@ def kv_cache_named(dtype: Any) -> str | None:
     return None if dtype is None or dtype == "auto" else str(dtype).upper()
 
 
-def fixed_scale_fault(plans: Sequence[Plan], features: EngineFeatures, kv_cache: str | None = None) -> Fault | None:
+def fixed_scale_fault(
+    plans: Sequence[Plan], features: EngineFeatures, kv_cache: str | None = None, *, refused: bool = False
+) -> Fault | None:
     """Return a fault if the engine will quantize the output of attention with a fixed scale of 1; else None.
 
     `kv_cache` is the mode of the KV cache that a user sets; see `unscaled_outputs`, also for the source.
     `force_dynamic_quantization` prevents it where attention honours that. The argument would also change modules with
-    static activation scales, so it can't be used when a plan has such modules.
+    static activation scales, so it can't be used when a plan has such modules. `refused` says that the user has set it
+    to False.
     """
     outputs = sum(len(unscaled_outputs_of(plan, kv_cache)) for plan in plans)
     static = sum(has_static_activations(module) for plan in plans for module in plan.modules)
-    if not outputs or (features.force_dynamic_quantization and not static):
+    helps = features.force_dynamic_quantization and not static
+    if not outputs or (helps and not refused):
         return None
     reason = f"no {_FORCE_DYNAMIC} that attention honours in this TensorRT-LLM"
-    if features.force_dynamic_quantization:
+    if helps:
+        reason = f"{_FORCE_DYNAMIC}=False forbids the engine to leave them to o_proj"
+    elif features.force_dynamic_quantization:
         reason = f"{_FORCE_DYNAMIC} would change {static} modules with static activation scales"
     return Fault(
         where=f"{outputs} o_proj behind a quantized KV cache",
         expected="inputs quantized with scales of their own values",
         found=f"attention that quantizes them at a fixed scale of 1, and {reason}",
-        remedy="Pass dense_o_proj=True to have these modules dequantized, or serve with a 16-bit KV cache.",
+        remedy=(f"Leave {_FORCE_DYNAMIC} out, or pass" if helps else "Pass")
+        + " dense_o_proj=True to have these modules dequantized, or serve with a 16-bit KV cache.",
     )

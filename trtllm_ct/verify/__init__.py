@@ -12,6 +12,7 @@ native.py           the converted side: rows of a delivered weight as codes
 native_layouts.py   the converted side: how each native layout is read
 native_numbers.py   the converted side: the numbers that bits stand for
 source/             the source's side: an independent reading in plain numpy
+statements.py       checks what a converted directory's configuration says of its tensors
 comparison.py       compares rows, and keeps the worst element
 shared_scalars.py   checks the scalars that the parts of a fused Linear share
 sizes.py            verifies, and checks whether a converted directory holds given parallel sizes

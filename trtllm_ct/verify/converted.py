@@ -27,6 +27,7 @@ from trtllm_ct.verify.shared_scalars import check_fused_scalars
 from trtllm_ct.verify.source.files import TensorFiles, tensors_of
 from trtllm_ct.verify.source.modules import Modules, read_modules
 from trtllm_ct.verify.source.names import Names
+from trtllm_ct.verify.statements import check_statements
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -82,6 +83,7 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
         )
         checks = tuple(checks_of(match.pairs(), faults))
         check_fused_scalars(match, faults)
+        check_statements(match, converted, converted_config, faults)
         match.report_surplus(converted)
     return checks
 

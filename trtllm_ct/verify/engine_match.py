@@ -26,6 +26,7 @@ from trtllm_ct.verify.source.names import OTHER
 from trtllm_ct.verify.source.numbers import E4M3, look_up
 from trtllm_ct.verify.source.rounding import rounded
 from trtllm_ct.verify.source.scalars import kv_scales
+from trtllm_ct.verify.statements import cache_mode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -217,7 +218,16 @@ class _EngineMatch:
 
     def _cache_scales(self) -> Iterator[NamedPair]:
         """Yield the pairs of the KV cache's scales: the larger one of keys and values, on every rank of a stage."""
-        if self.ranks.quantization["kv_cache_quant_algo"] is None:
+        stated = self.ranks.quantization["kv_cache_quant_algo"]
+        wanted = cache_mode(self.match.config, ("FP8", "INT8"))
+        if stated != wanted:
+            self.faults.add(
+                where="config.json: kv_cache_quant_algo",
+                expected=f"{wanted or 'none'}, by the configuration of the source",
+                found=stated or "none",
+                remedy="Convert again; an engine would have another KV cache than the one that was calibrated.",
+            )
+        if stated is None:
             return
         largest: dict[str, float] = {}
         for (attention, _), scale in kv_scales(self.source).items():

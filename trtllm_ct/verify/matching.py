@@ -295,24 +295,21 @@ class DirectoryMatch:
     def _kv_scales(self) -> Iterator[NamedPair]:
         """Yield the pairs of the KV cache's scales, under whichever module they are delivered."""
         promised = kv_scales(self.source)
-        missing = dict(promised)
+        missing = set(promised)
         for module in self.delivered.by_key.values():
             attention = attention_of(module.key)
             for letter in "kv":
                 scale = promised.get((attention, letter))
                 if f"{letter}_scale" in module.tensors and scale is not None:
-                    missing.pop((attention, letter), None)
+                    missing.discard((attention, letter))
                     self._see(module, f"{letter}_scale")
                     delivered = _stored(module, f"{letter}_scale")
                     yield from self._scalar(f"{module.name}.{letter}_scale", delivered, scale.value)
         if self.quant_config.kv_cache_quant_algo is None or not self.source.names.cache_scales_are_read:
             return
-        for (attention, letter), scale in missing.items():
-            # A class with one stored qkv_proj, such as Phi-3, reads no scales of the cache.
-            projection = self.source.by_key.get(f"{attention}.{letter}_proj")
-            if not scale.per_head and projection is not None and has_weight(projection.tensors):
-                parent = next((n for n in self._attention_names(attention)), attention)
-                self._report_missing(f"{parent}.{letter}_proj.{letter}_scale")
+        for attention, letter in missing:
+            parent = next((n for n in self._attention_names(attention)), attention)
+            self._report_missing(f"{parent}.{letter}_proj.{letter}_scale")
 
     def _attention_names(self, attention: str) -> Iterator[str]:
         """Yield the delivered name of an attention module, if any module of it is delivered."""

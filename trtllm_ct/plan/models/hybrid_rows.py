@@ -35,7 +35,7 @@ _ROWS_OF_ITS_OWN = frozenset(
 # modeling_qwen3_next.py (00022b04), `_torch/modules/mamba/gdn_mixer.py` (0d4bd901) and
 # `checkpoints/hf/qwen3_next_weight_mapper.py` (ff5ca335 for 1.2, 32e0e21a for 1.3), `qwen2_moe_weight_mapper.py`
 # (00be09f7). `linear_attn.conv1d` is a Linear there; writers store it as a plain convolution, and it is excluded by
-# name as any plain module is.
+# name as any plain module is. Qwen3NextAttention passes `attn_output_gate=True`.
 _QWEN3_NEXT = ClassRow(
     cuts={
         **CUTS,
@@ -57,6 +57,7 @@ _QWEN3_NEXT = ClassRow(
     mixers=("linear_attn",),
     divided=("linear_num_key_heads", "linear_num_value_heads"),
     drafts="mtp.layers.",
+    gated_output=True,
 )
 
 # TensorRT-LLM `_torch/models/modeling_qwen3_5.py` (2478158c to 00620eb0) and `checkpoints/hf/qwen3_5_weight_mapper.py`

@@ -104,6 +104,7 @@ _LAGUNA = ClassRow(
 
 # modeling_afmoe.py and checkpoints/hf/afmoe_weight_mapper.py (038cc86c): AfmoeHfWeightMapper renames router and
 # experts, and puts the rows of self_attn.gate_proj between those of q_proj; before (3c4acdc9) they were two Linears.
+# AfmoeAttention passes `attn_output_gate=True`.
 _AFMOE = ClassRow(
     fused={"qkv_proj": ("q_proj", "k_proj", "v_proj", "self_attn.gate_proj"), **GATE_UP},
     table=Cut.NONE,
@@ -119,6 +120,7 @@ _AFMOE = ClassRow(
         ),
     ),
     inner=((r"\.mlp\.router\.gate$", ".mlp.gate"),),
+    gated_output=True,
 )
 
 MIXTURE_ROWS: Mapping[str, ClassRow] = {

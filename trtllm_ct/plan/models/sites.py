@@ -19,6 +19,7 @@ from trtllm_ct.plan.models.discovery import discover
 from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, STACKED_EXPERTS, spelling_type
 from trtllm_ct.plan.models.listed_modules import Listing
 from trtllm_ct.plan.models.places import PLACES, known_prefixes
+from trtllm_ct.plan.models.row_defaults import with_row_defaults
 from trtllm_ct.plan.models.shared_attention import layers_of_queries_only
 from trtllm_ct.plan.models.site import Site
 from trtllm_ct.plan.models.sizes import dense_layers_of, leaves_of, nested_text_config, sizes_of, stated_sizes
@@ -79,7 +80,7 @@ class Model:
         name = str(names[0] if isinstance(names, list) else names)
         row, nested, text = _row_and_text(name, config)
         faults = FaultCollector()
-        sizes = sizes_of(text, row, faults) if row.leaves else stated_sizes(text, row.divided)
+        sizes = sizes_of(text, row, faults) if row.leaves else stated_sizes(with_row_defaults(text, name), row.divided)
         spelling = spelling_type(str(config.get("model_type") or ""), str(text.get("model_type") or ""))
         model = cls(
             name=name,

@@ -80,8 +80,10 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
         faults.add(
             where=f"config.json: {key}",
             expected=f"a number that {ranks} ranks can share evenly",
-            found=str(count),
-            remedy=f"Tensor-parallel sizes that work: {sizes}." if sizes else "Use another expert-parallel size.",
+            found=str(count) if count else "no such number",
+            remedy=_remedy(sizes)
+            if count
+            else f"Add {key} to config.json, as the model's class in transformers has it.",
         )
     if parallel.pipeline > model.layers:
         faults.add(
@@ -92,6 +94,11 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
         )
     if not repeats_biases:
         _refuse_repeated_biases(model, parallel, faults)
+
+
+def _remedy(sizes: str) -> str:
+    """Return what to do about a size that ranks can't divide, given the tensor-parallel sizes that work."""
+    return f"Tensor-parallel sizes that work: {sizes}." if sizes else "Use another expert-parallel size."
 
 
 def is_uneven(model: Model, parallel: Parallel) -> bool:
@@ -186,8 +193,10 @@ class _DividedParts:
         for part in self.parts:
             ranks = tensor // self.expert_ranks if part.expert else tensor
             repeated = part.heads and ranks % part.size == 0
+            # A number that neither config.json nor a class gives is 0 here.
+            even = ranks == 1 or (part.size > 0 and part.size % ranks == 0)
             # What an uneven number of heads does to the sizes of attention is not said again.
-            if part.size % ranks and not repeated and not (part.attention and heads):
+            if not even and not repeated and not (part.attention and heads):
                 uneven.append((part.label, part.size, ranks))
                 heads = heads or part.label == _HEADS
         return uneven

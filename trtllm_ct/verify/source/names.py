@@ -215,11 +215,16 @@ class Names:
                     return match.expand(replacement)
         if module in HEADS:
             return "lm_head"
-        for body in BODIES:
-            inner = module.removeprefix(body)
-            if module.startswith(body) and _TEXT.match(inner):
-                return _inner_key(inner)
+        body = self.body(module)
+        if body is not None:
+            return _inner_key(module.removeprefix(body))
         return OTHER + _inner_key(module.removeprefix("model."))
+
+    def body(self, module: str) -> str | None:
+        """Return the prefix that a module of the text model's body has; None for any other module."""
+        return next(
+            (body for body in BODIES if module.startswith(body) and _TEXT.match(module.removeprefix(body))), None
+        )
 
     def tensor(self, module: str, local: str, siblings: Iterable[str]) -> str:
         """Return what the name of a tensor in its module means; `siblings` are all names in the module.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import frexp, isfinite
 from typing import TYPE_CHECKING
 
+from trtllm_ct.verify.source.decoders import has_weight
 from trtllm_ct.verify.source.names import OTHER
 
 if TYPE_CHECKING:
@@ -35,19 +36,17 @@ _HOLDERS: Mapping[str, Mapping[str, str]] = {
     "k_cache": {"scale": "k"},
     "v_cache": {"scale": "v"},
 }
+# Layers that draft tokens, under a name of their own.
+_DRAFTS = f"{OTHER}mtp"
 _PREFERENCE = ("k_scale", "v_scale", "scale", "kv_scale", "output_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvScale:
-    """The scale of the keys or the values of one attention module.
-
-    `value` is the largest of all heads; `per_head` says whether the source has several.
-    """
+    """The scale of the keys or the values of one attention module; `value` is the largest of all heads."""
 
     name: str
     value: float
-    per_head: bool
 
 
 def attention_of(module: str) -> str:
@@ -62,11 +61,17 @@ def cache_tensors(module: Module) -> frozenset[str]:
 
 
 def kv_scales(modules: Modules) -> dict[tuple[str, str], KvScale]:
-    """Return the scales of the KV cache by (key of the attention module, `k` or `v`)."""
+    """Return the scales of the KV cache by (key of the attention module, `k` or `v`).
+
+    Engines read them under the names of the projections of K and V, so a scale without such a projection promises
+    nothing. Towers have no cache; draft layers have one.
+    """
     best: dict[tuple[str, str], tuple[int, Module, str]] = {}
     for module in modules.by_key.values():
         attention = attention_of(module.key)
-        if module.key.startswith(OTHER) or not attention:
+        if not attention or (module.key.startswith(OTHER) and not module.key.startswith(_DRAFTS)):
+            continue
+        if not all(_has_projection(modules, f"{attention}.{letter}_proj") for letter in "kv"):
             continue
         for local, letters in _HOLDERS.get(module.key.rpartition(".")[2], {}).items():
             for letter in letters if local in module.tensors else "":
@@ -76,8 +81,14 @@ def kv_scales(modules: Modules) -> dict[tuple[str, str], KvScale]:
     scales = {}
     for place, (_, module, local) in best.items():
         numbers = module.tensors[local].all_numbers()
-        scales[place] = KvScale(name=f"{module.name}.{local}", value=float(numbers.max()), per_head=numbers.size > 1)
+        scales[place] = KvScale(name=f"{module.name}.{local}", value=float(numbers.max()))
     return scales
+
+
+def _has_projection(modules: Modules, key: str) -> bool:
+    """Whether the source has the weight of a projection."""
+    module = modules.by_key.get(key)
+    return module is not None and has_weight(module.tensors)
 
 
 def input_multipliers(modules: Modules) -> dict[str, float]:

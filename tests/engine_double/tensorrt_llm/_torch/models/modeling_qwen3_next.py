@@ -41,7 +41,7 @@ class GatedAttention(Attention):
     """Rows of a gate follow those of the queries of each head."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, head_norms=True)
+        super().__init__(config, head_norms=True, attn_output_gate=True)
         model, ranks = config.pretrained_config, config.mapping.tp_size
         self.qkv_proj = decoder_linear(
             config,

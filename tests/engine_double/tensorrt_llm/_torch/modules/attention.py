@@ -59,10 +59,13 @@ class Attention(nn.Module):
     """Heads are distributed over the ranks; K and V heads are repeated when there are fewer heads than ranks.
 
     It has a configuration of its own: the global one, or the entry of `q_proj`, or none where its name is excluded.
+    With `attn_output_gate` a gate is multiplied to its output, which is then never quantized
+    (`Attention._use_quantize_output`, in early 2026 and in c6d3bb2a).
     """
 
-    def __init__(self, config: ModelConfig, head_norms: bool) -> None:
+    def __init__(self, config: ModelConfig, head_norms: bool, attn_output_gate: bool = False) -> None:
         super().__init__()
+        self.attn_output_gate = attn_output_gate
         model, ranks = config.pretrained_config, config.mapping.tp_size
         heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
         self.head_dim = getattr(model, "head_dim", None) or model.hidden_size // heads
@@ -112,12 +115,16 @@ class Attention(nn.Module):
             own = None if self.quant_config is None else self.quant_config.layer_quant_mode.algo
             if own == QuantAlgo.NVFP4 and self.o_proj.quant_algo != QuantAlgo.NVFP4:
                 return False
-            return self.has_quant_scale and getattr(self.o_proj, "pre_quant_scale", None) is None
+            return self.has_quant_scale and not self.attn_output_gate and not self._has_pre_quant_scale
     else:
 
         def _use_quantize_output(self) -> bool:
             """Whether `o_proj` shall get quantized values."""
-            return self.has_quant_scale and getattr(self.o_proj, "pre_quant_scale", None) is None
+            return self.has_quant_scale and not self.attn_output_gate and not self._has_pre_quant_scale
+
+    @property
+    def _has_pre_quant_scale(self) -> bool:
+        return getattr(self.o_proj, "pre_quant_scale", None) is not None
 
     @property
     def quantizes_output(self) -> bool:
