@@ -66,10 +66,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "mpi": importlib.util.find_spec("mpi4py") is not None and shutil.which("mpirun", path=_programs()) is not None,
     }
     missing = {marker for marker, there in available.items() if not there}
-    deselected = [item for item in items if missing & {mark.name for mark in item.iter_markers()}]
+    deselected = [item for item in items if missing & {mark.name for mark in item.iter_markers()} or _lacks_class(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+
+
+def _lacks_class(item: pytest.Item) -> bool:
+    """Whether a test is about a class that the installed transformers lacks."""
+    parameters = (
+        item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    )
+    if has_newest_transformers() or importlib.util.find_spec("transformers") is None:
+        return False
+    from newer_classes import is_lacking
+
+    return any(isinstance(value, str) and is_lacking(value) for value in parameters)
 
 
 def pytest_collection_finish() -> None:

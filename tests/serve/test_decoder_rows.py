@@ -226,6 +226,7 @@ def test_classes_that_look_at_the_global_mode_hold_a_mixed_model(tmp_path: Path,
     check_ranks(write_decoder(tmp_path / "in", name, schemes), tmp_path / "out", "newest", 2)
 
 
+@pytest.mark.newest_transformers
 def test_attention_that_is_called_mixer_has_scales_of_the_cache(tmp_path: Path) -> None:
     """Nemotron-H: the scales are delivered in the projections, and outputs at a fixed scale are reported."""
     built = write_decoder(tmp_path / "in", "NemotronHForCausalLM", "fp8-channel-token")

@@ -1,0 +1,23 @@
+"""Which classes of the tests' models the installed transformers lacks: it writes and runs them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from class_models import CLASSES
+from decoder_models import DECODERS
+from own_loader_models import OWN_LOADERS
+from stacked_models import STACKED
+
+
+@cache
+def is_lacking(name: str) -> bool:
+    """Whether a class of a test's model needs a newer transformers than the installed one."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if name in OWN_LOADERS:
+        return not hasattr(transformers, OWN_LOADERS[name][0])
+    types = {name: [kind] for name, (kind, _) in {**CLASSES, **DECODERS}.items()}
+    types |= {name: [row.model_type, *filter(None, [row.outer])] for name, row in STACKED.items()}
+    return any(kind not in CONFIG_MAPPING_NAMES for kind in types.get(name, ()))
