@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.plan.models.alike_layers import LAYER, Suspects, suspects_of
-from trtllm_ct.plan.models.discovery import is_draft
+from trtllm_ct.plan.models.discovery import is_draft, table_names_of
 from trtllm_ct.plan.models.layer_kinds import layer_kinds
 from trtllm_ct.plan.models.model_class import Comparison
 from trtllm_ct.plan.models.plain_tensors import EXPERT, as_class_spells
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.plan.models.discovery import Discovery
     from trtllm_ct.plan.models.model_class import ModelClass
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
     from trtllm_ct.plan.models.sites import Model
@@ -31,6 +32,8 @@ __all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors"]
 NOT_ASKED = Comparison(why_not="only inspect, plan and convert compare with it")
 """The comparison with a class where none was asked for."""
 
+_TABLE = "embed_tokens"
+_FINAL_NORM = re.compile(r"\w*norm\w*\.weight")
 _NO_TENSOR = "no such tensor in any shard"
 _FETCH = "Fetch the shard that holds it from where the checkpoint was published."
 _OTHER_SIZE = "Fetch the tensor and config.json again from where the checkpoint was published; they don't fit together."
@@ -54,9 +57,29 @@ def refuse_lost_tensors(
             suspects, comparison = _agreed(suspects, comparison, model.text_type)
             comparison = _without_absent(comparison)
             comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
+    if model.has_row and model.discovery is not None and not comparison.by:
+        _refuse_lost_ends(tensors, model, model.discovery, faults)
     _refuse_suspects(suspects, tensors, model.name, faults)
     _refuse_by_class(comparison, faults)
     return comparison
+
+
+def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, faults: FaultCollector) -> None:
+    """Add a fault for each end of a decoder that no file has: embeddings, final norm, and a head of its own.
+
+    No layer is like them, and the engine's class would keep memory that nobody wrote.
+    """
+    body, head = found.place
+    inside = {name.removeprefix(body) for name in tensors if name.startswith(body)}
+    missing = {}
+    if not model.tied and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
+        missing[f"{body}{model.row.embeddings or _TABLE}.weight"] = "the embeddings"
+    if not any(map(_FINAL_NORM.fullmatch, inside)):
+        missing[f"{body}norm.weight"] = "the norm after the last layer"
+    if model.tied is False and f"{head}.weight" not in tensors:
+        missing[f"{head}.weight"] = "a head, since config.json says that the embeddings are none"
+    for name, expected in missing.items():
+        faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
 
 
 def class_warnings(comparison: Comparison) -> tuple[str, ...]:

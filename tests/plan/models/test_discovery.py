@@ -37,7 +37,10 @@ BLOCK = quantization_block(
 def catalog_of(heads: int) -> Catalog:
     """A layer whose K and V Linears have so many heads, in the tiles of marlin-24, and a bias."""
     rows = heads * HEAD_DIM
-    specs = {"model.embed_tokens.weight": TensorSpec(DType.BF16, (128, HIDDEN))}
+    specs = {
+        "model.embed_tokens.weight": TensorSpec(DType.BF16, (128, HIDDEN)),
+        "model.norm.weight": TensorSpec(DType.BF16, (HIDDEN,)),
+    }
     for name in ("k_proj", "v_proj"):
         prefix = f"model.layers.0.self_attn.{name}"
         specs |= {

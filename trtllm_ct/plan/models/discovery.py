@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.site import Site
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["Discovery", "discover", "is_draft"]
+__all__ = ["Discovery", "discover", "is_draft", "table_names_of"]
 
 _TABLES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "embeddings"})
 _HEADS = frozenset({"lm_head", "embed_out", "output", "proj_out"})
@@ -77,15 +77,17 @@ def discover(
     kv_heads: int = 0,
     shapes: Mapping[str, tuple[int, int]] = _NO_SHAPES,
     query_only: Collection[int] = (),
+    tied: bool = False,
 ) -> Discovery:
     """Return the modules of a checkpoint whose weight is a matrix, as the model class that `row` describes reads them.
 
     `layers`, `head_dim` and `kv_heads` are the numbers in config.json, 0 if it gives none. Layers after the last one,
     or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are the shapes of
     weights that are known although the headers of their codes don't show them. `query_only` are the numbers of layers
-    without keys and values, whose q_proj the class builds plain.
+    without keys and values, whose q_proj the class builds plain. If the head is `tied` and only it is stored, it is
+    the embeddings.
     """
-    tables = frozenset({row.embeddings}) if row.embeddings else _TABLES
+    tables = table_names_of(row)
     body, head = place = _place_of(stored, tables, frozenset({row.head}) if row.head else _HEADS)
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
@@ -96,6 +98,8 @@ def discover(
         drafts = layer is not None and layer[1] == body and int(layer[3]) >= count
         if not drafts and not is_draft(name) and _has_matrix(module):
             sites.append(finder.head(module) if name == head else finder.site(module))
+    if tied and head in stored and not any(site.module == f"{body}{table}" for site in sites for table in tables):
+        sites = [finder.embeddings(stored[head]) if site.head else site for site in sites]
     experts = [int(match[2]) for site in sites if site.expert and (match := _EXPERT.fullmatch(site.module))]
     return Discovery(place=place, layers=count, experts=max(experts, default=-1) + 1, sites=tuple(sites))
 
@@ -116,6 +120,11 @@ class _Finder:
     def head(self, module: StoredModule) -> Site:
         """Return the site of the head of the text model."""
         return self.rules.head(module.name, self._shape(module), _locals(module))
+
+    def embeddings(self, head: StoredModule) -> Site:
+        """Return the site of the embeddings, which are stored as the head."""
+        name = self.body + (self.rules.row.embeddings or "embed_tokens")
+        return self.rules.table(name, self._shape(head), _locals(head))._replace(aliases=(head.name,))
 
     def site(self, module: StoredModule) -> Site:
         """Return the site of any other module with a matrix."""
@@ -158,6 +167,11 @@ class _Finder:
         size = norm.specs["weight"].numel if norm is not None and "weight" in norm.specs else 0
         head_dim = size if 0 < size < rows else self.head_dim
         return rows // head_dim if head_dim and rows % head_dim == 0 else self.kv_heads or 1
+
+
+def table_names_of(row: ClassRow) -> frozenset[str]:
+    """Return the last parts of the names that embeddings may have, as the class reads them."""
+    return frozenset({row.embeddings}) if row.embeddings else _TABLES
 
 
 def is_draft(name: str) -> bool:

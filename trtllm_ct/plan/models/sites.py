@@ -120,6 +120,7 @@ class Model:
             head_dim=sizes["head_dim"],
             kv_heads=self.kv_heads,
             shapes=shapes or {},
+            tied=bool(self.tied) and self.has_row,
             query_only=layers_of_queries_only(self.row, self.text, sizes["layers"]),
         )
         return replace(
