@@ -13,6 +13,7 @@ from builders import tiny_config, write_checkpoint
 from engine_fixtures import BINDINGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prepared_directories import record_contents
 
 from trtllm_ct import prepare
 from trtllm_ct.base.dtypes import DType
@@ -88,6 +89,7 @@ def plan_of(*modules: ModulePlan) -> Plan:
         stored={},
         modules=modules,
         quant_config=QuantConfig(),
+        tied=False,
     )
 
 
@@ -307,6 +309,7 @@ def made(sidecar_cache: Path, tmp_path: Path) -> Callable[..., Path]:
             document = json.loads((sidecar / name).read_text())
             edit(document)
             (sidecar / name).write_text(json.dumps(document))
+            record_contents(sidecar)
         return sidecar
 
     return make
@@ -341,6 +344,7 @@ def test_a_layer_without_an_entry_raises(engine: Any, made: Callable[..., Path])
     document = json.loads((sidecar / "hf_quant_config.json").read_text())
     document["quantization"].get("quantized_layers", {}).pop("model.layers.0.mlp.down_proj", None)
     (sidecar / "hf_quant_config.json").write_text(json.dumps(document))
+    record_contents(sidecar)
 
     with pytest.raises(LoadError, match=r"mlp\.down_proj: expected W8A16, as it is delivered, found a plain Linear"):
         load(engine, sidecar)

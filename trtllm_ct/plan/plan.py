@@ -272,13 +272,13 @@ class Plan:
     stored: Mapping[str, TensorSpec]
     modules: tuple[ModulePlan, ...]
     quant_config: QuantConfig
+    tied: bool | None
     warnings: tuple[str, ...] = ()
     problems: tuple[Fault, ...] = ()
     parallel: Parallel = ONE_RANK
     engine: str = ""
     sm: int | None = None
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
-    tied: bool | None = False
     build_config: Mapping[str, Any] | None = None
     build_layers: Mapping[str, Any] | None = None
     places: Mapping[str, Segment | StackPart] = field(default_factory=dict)

@@ -219,7 +219,7 @@ def _divided_parts(model: Model, parallel: Parallel) -> _DividedParts:
         if not site.expert and (parallel.attention_dp or site.ranks_vary):
             continue
         parts |= dict.fromkeys(_parts_of(site, model))
-        if site.cut is Cut.KV_HEADS and site.heads and "bias" in site.locals:
+        if site.heads and "bias" in site.locals:
             path = _IN_LAYER.sub("", site.module)
             biases[path] = min(site.heads, biases.get(path, site.heads))
     return _DividedParts(parts, model.sizes["experts"], parallel.expert, biases)
