@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 import hypothesis.strategies as st
 from hypothesis import given
 
-from trtllm_ct.verify.comparison import Comparison
 from trtllm_ct.verify.pairs import Pair, spans
+
+if TYPE_CHECKING:
+    from trtllm_ct.verify.comparison import Comparison
 
 
 def never(begin: int, end: int) -> Comparison:
@@ -23,6 +28,6 @@ def test_spans_follow_each_other_and_begin_with_a_block(rows: int, columns: int,
 
     assert ranges[0][0] == 0
     assert ranges[-1][1] == rows
-    for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, end), (begin, _) in itertools.pairwise(ranges):
         assert begin == end
     assert all(begin % pair.chunk == 0 and begin % block == 0 for begin, _ in ranges)
