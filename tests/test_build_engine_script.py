@@ -21,7 +21,8 @@ parser.add_argument("--output_dir", type=pathlib.Path, required=True)
 parser.add_argument("--max_batch_size", type=int, default=0)
 given = parser.parse_args()
 config = json.loads((given.checkpoint_dir / "config.json").read_text())
-names = {{path.name for path in given.checkpoint_dir.iterdir()}}
+# The builder reads no hidden file; convert keeps the list of its own files in one.
+names = {{path.name for path in given.checkpoint_dir.iterdir() if not path.name.startswith(".")}}
 assert names == {{"config.json"}} | {{f"rank{{i}}.safetensors" for i in range(config["mapping"]["world_size"])}}, names
 given.output_dir.mkdir(parents=True)
 (given.output_dir / "config.json").write_text(json.dumps({{"max_batch_size": given.max_batch_size}}))

@@ -17,7 +17,9 @@ from class_models import CLASSES
 from decoder_models import DECODERS
 from engine_fixtures import BINDINGS
 from multimodal import write_multimodal
+from own_loader_models import OWN_LOADERS
 from rank_slices import differs, experts_of, held_weight, rows_of_rank
+from stacked_models import STACKED
 from tiny_models import linears, never_quantized
 
 import trtllm_ct
@@ -102,6 +104,11 @@ SINCE = {
     "KimiK25ForConditionalGeneration": "newest",
 }
 """The first generation of classes that not all generations have."""
+IN_OLD = {
+    *("GptOssForCausalLM", "HunYuanMoEV1ForCausalLM", "Llama4ForConditionalGeneration"),
+    "MllamaForConditionalGeneration",
+}
+"""The classes of tests/serve/test_{own_loader,stacked}_rows.py that all generations have."""
 CELLS = [
     (name, generation)
     for name in (*TEXT, *WRAPPERS)
@@ -208,6 +215,7 @@ def test_every_class_of_the_double_is_loaded() -> None:
         since = {name: row.since for name, row in ARCHITECTURES.items()}
     by_row = {name: "mid" if name == "Qwen3NextForCausalLM" else "newest" for name in CLASSES}
     by_row |= {name: decoder_models.SINCE.get(name, "newest") for name in DECODERS}
+    by_row |= {name: "old" if name in IN_OLD else "newest" for name in (*OWN_LOADERS, *STACKED)}
     assert since == {name: SINCE.get(name, "old") for name in (*TEXT, *WRAPPERS)} | by_row
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, FaultCollector
-from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, open_regular
+from trtllm_ct.base.regular_files import SIDE_FILE_BYTES
 from trtllm_ct.checkpoint.remote_code import named_code
 from trtllm_ct.checkpoint.side_patterns import (
     CARRIED,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.folder import Folder
 
-__all__ = ["NO_SIDE_FILES", "SideFiles", "copy_side_files", "require_regular_side_files", "side_bytes", "side_files"]
+__all__ = ["NO_SIDE_FILES", "SideFiles", "copy_side_files", "side_bytes", "side_files"]
 
 _MAX_FILES = 10_000
 """The most side files of a checkpoint; real ones have tens."""
@@ -99,22 +99,6 @@ def copy_side_files(source: Path, out: Folder, carry: Collection[str] = ()) -> S
 def side_bytes(source: Path, carry: Collection[str] = ()) -> int:
     """Return the size of all side files that are carried, in bytes."""
     return sum((source / name).stat().st_size for name in side_files(source, carry).carried)
-
-
-def require_regular_side_files(directory: Path) -> None:
-    """Raise `CatalogError` for known side files at the top of a directory that are no regular files or can't be read.
-
-    For other programs that will read them by name: they would wait for a named pipe forever. Links are followed.
-    """
-    faults = FaultCollector()
-    for name in sorted(path.name for path in directory.iterdir()):
-        if is_known(name) and "." in name:
-            try:
-                with open_regular(directory / name, SIDE_FILE_BYTES):
-                    pass
-            except OSError as error:
-                _add_unusable(directory / name, f"{error.strerror or error}".lower(), faults)
-    faults.raise_if_any(CatalogError)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -97,18 +97,27 @@ def class_warnings(comparison: Comparison) -> tuple[str, ...]:
 def _without_absent(comparison: Comparison) -> Comparison:
     """Return a comparison without the parts of the class of which most parameters are missing.
 
-    A text model may be published without the towers beside it; and files that were written for another class have
-    other names throughout.
+    A text model may be published without the towers beside it; then modules that lead from them to it, such as a
+    projector, are absent too. And files that were written for another class have other names throughout.
     """
     missing = comparison.missing
     absent = {part: names for part, names in comparison.parts.items() if 2 * len(names & missing.keys()) > len(names)}
     left_out = frozenset().union(*absent.values())
+    stored = {_first_module(name) for name in comparison.present}
+    beside = {name: top for name in missing if (top := _first_module(name)) and top not in stored} if absent else {}
+    left_out |= beside.keys()
     return replace(
         comparison,
-        absent=tuple(absent),
+        absent=tuple(dict.fromkeys([*absent, *beside.values()])),
         missing={name: shape for name, shape in missing.items() if name not in left_out},
         misfits=tuple(misfit for misfit in comparison.misfits if misfit.name not in left_out),
     )
+
+
+def _first_module(name: str) -> str:
+    """Return the first module in the name of a parameter of another module inside of it; empty without one."""
+    first, *inside = name.removeprefix("model.").split(".")
+    return first if len(inside) > 1 else ""
 
 
 def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple[Suspects, Comparison]:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from trtllm_ct.base.errors import ConfigError, Fault, UsageError
+from trtllm_ct.base.errors import CatalogError, ConfigError, Fault, FaultCollector, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.checkpoint.side_files import require_regular_side_files
+from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, open_regular
 from trtllm_ct.reference.architecture import in_one_line, quiet_transformers, require_transformers
 from trtllm_ct.reference.engine import load_model
 
@@ -160,6 +160,27 @@ def _decode(tokenizer: Any, token_ids: list[int], *, final: bool) -> str:
     return text if final else text.rstrip("\ufffd")
 
 
+_TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")
+
+
+def _require_regular_files(directory: Path) -> None:
+    """Raise `CatalogError` for files of a tokenizer that are no regular files or can't be read.
+
+    transformers opens them by name, and would wait for a named pipe forever. Links are followed.
+    """
+    faults = FaultCollector()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _TOKENIZER_FILES:
+            try:
+                with open_regular(path, SIDE_FILE_BYTES):
+                    pass
+            except OSError as error:
+                remedy = "Put the file itself there if you know what it is, otherwise delete it."
+                found = f"{error.strerror or error}".lower()
+                faults.add(where=str(path), expected="a file of the checkpoint", found=found, remedy=remedy)
+    faults.raise_if_any(CatalogError)
+
+
 def load_tokenizer(directory: str) -> Any:
     """Load the tokenizer of a checkpoint directory.
 
@@ -171,7 +192,7 @@ def load_tokenizer(directory: str) -> Any:
     if not directory or not Path(directory).is_dir():
         found = f"one with name_or_path {directory!r}"
         raise _usage_error("model", "one that load_model made", found, "Give the checkpoint directory instead.")
-    require_regular_side_files(Path(directory))
+    _require_regular_files(Path(directory))
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -40,7 +40,7 @@ def sizes_of(config: Mapping[str, Any], row: ClassRow, faults: FaultCollector) -
     heads = _size(config, "num_attention_heads", faults)
     kv_heads = _size(config, "num_key_value_heads", faults, default=heads)
     head_dim = _size(config, "head_dim", faults, default=hidden // heads if heads else 0)
-    if heads and hidden and not head_dim:
+    if heads and hidden and not head_dim and config.get("head_dim") is None:
         expected, found = "at least one element for each of the attention heads", f"{hidden} for {heads} heads"
         faults.add(where="config.json: hidden_size", expected=expected, found=found, remedy=_TAKE_ORIGINAL)
     intermediate = _size(config, "intermediate_size", faults)

@@ -71,7 +71,9 @@ def kv_scales(modules: Modules) -> dict[tuple[str, str], KvScale]:
         attention = attention_of(module.key)
         if not attention or (module.key.startswith(OTHER) and not module.key.startswith(_DRAFTS)):
             continue
-        if not all(_has_projection(modules, f"{attention}.{letter}_proj") for letter in "kv"):
+        keys = f"{attention}.k_proj"
+        values = keys if modules.names.values_key(keys) else f"{attention}.v_proj"
+        if not (_has_projection(modules, keys) and _has_projection(modules, values)):
             continue
         for local, letters in _HOLDERS.get(module.key.rpartition(".")[2], {}).items():
             for letter in letters if local in module.tensors else "":
