@@ -227,13 +227,14 @@ def test_linears_that_stay_plain_are_excluded_by_the_names_of_the_engine(tmp_pat
 @pytest.mark.parametrize("scheme", ["int8-channel", "fp8-tensor-static", "w8a8-static"])
 def test_the_loader_leaves_plain_linears_alone(scheme: str, tmp_path: Path) -> None:
     """It looks for what is excluded by the name of the Linear, and for weight-only modes by that of the tensor."""
-    quantized = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"), scheme)
+    quantized = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), scheme)
     built = write_checkpoint(tmp_path / "source", config=config(), scheme=quantized)
 
     files = converted(built, tmp_path / "out", Parallel(tensor=2))
 
     assert files.excluded("transformer.layers.0.mlp.gate")
-    assert not files.excluded("transformer.layers.0.mlp.fc")
+    assert files.excluded("transformer.layers.0.mlp.fc")
+    assert not files.excluded("transformer.layers.0.mlp.proj")
     assert_exact(files, built.dense, FUSED if scheme == "fp8-tensor-static" else ())
 
 

@@ -119,3 +119,15 @@ def test_padding_is_zero() -> None:
     padding = Padding(result=TensorSpec(DType.BF16, (3, 2))).run("x", module())
 
     assert (padding.dtype, padding.shape, padding.any().item()) == (torch.bfloat16, (3, 2), False)
+
+
+def test_a_scale_that_would_become_zero_is_an_error() -> None:
+    """The weights of its row would be zeros, without a message."""
+    operation = RoundScale(result=TensorSpec(DType.F16, (2, 1)))
+
+    with pytest.raises(PayloadError) as caught:
+        operation.run("x.weight_scale", module(scale=torch.tensor([[3e-9], [0.5]])))
+
+    assert "1 that become zero" in caught.value.faults[0].found
+    zero = operation.run("x.weight_scale", module(scale=torch.tensor([[0.0], [0.5]])))
+    assert zero.tolist() == [[0.0], [0.5]]

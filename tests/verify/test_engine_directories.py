@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -190,3 +191,47 @@ def test_a_missing_file_of_a_rank_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(Exception, match=r"rank1\.safetensors: one file for each of 2 ranks"):
         verify_checkpoint(built.directory, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rotary_base", 5e5),
+        ("rotary_scaling", {"type": "linear", "factor": 2.0}),
+        ("norm_epsilon", 1e-3),
+        ("position_embedding_type", "learned_absolute"),
+        ("hidden_act", "gelu"),
+        ("disable_weight_only_quant_plugin", False),
+        ("architecture", "Qwen2ForCausalLM"),
+        ("vocab_size", 97),
+        ("num_attention_heads", 2),
+        ("quantization.use_made_up_key", True),
+    ],
+)
+def test_a_changed_statement_is_found(key: str, value: object, tmp_path: Path) -> None:
+    built, out = _converted(tmp_path)
+    document = json.loads((out / "config.json").read_text())
+    block, _, inner = key.rpartition(".")
+    (document[block] if block else document)[inner] = value
+    (out / "config.json").write_text(json.dumps(document))
+
+    faults = verify_checkpoint(built, out).faults
+
+    assert any(key.rpartition(".")[2] in fault.where for fault in faults)
+
+
+@pytest.mark.parametrize("name", ["rank2.safetensors", "quant_cfg.json"])
+def test_a_file_of_another_conversion_is_found(name: str, tmp_path: Path) -> None:
+    built, out = _converted(tmp_path)
+    assert verify_checkpoint(built, out).good
+    (out / name).write_bytes((out / "rank1.safetensors").read_bytes())
+
+    (fault,) = verify_checkpoint(built, out).faults
+
+    assert fault.where == str(out / name)
+
+
+def _converted(tmp_path: Path) -> tuple[Path, Path]:
+    built = write_checkpoint(tmp_path / "in", scheme="int8-channel", config=tiny_config(hidden=128, intermediate=256))
+    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=Parallel(tensor=2))
+    return built.directory, tmp_path / "out"

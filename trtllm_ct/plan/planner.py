@@ -246,7 +246,8 @@ class _Planner:
 
     def _plan_directory(self, place: tuple[str, str]) -> None:
         """Prepare the plan of a directory with a file for each rank; adds faults for models that it can't hold."""
-        if refuse_unbuilt(self.model, self.parallel, self.faults, dense_o_proj=self.dense_o_proj):
+        cache = self.kv_cache.args
+        if refuse_unbuilt(self.model, self.parallel, cache, self.faults, dense_o_proj=self.dense_o_proj):
             self.directory = EngineDirectory.of(
                 self.model, self.parallel, self.dtypes.model, place, self.target.build_modes
             )

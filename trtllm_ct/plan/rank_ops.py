@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from trtllm_ct.base.errors import Fault, PayloadError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.layouts.loops.dispatch import repack
 from trtllm_ct.layouts.mixed_gemm import in_kernel_order
@@ -34,9 +35,20 @@ class RoundScale(WidenScale):
     label: ClassVar[str] = "round scale"
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
-        """Return the scale in the dtype of `result`; an infinite element is an error."""
+        """Return the scale in the dtype of `result`; an element that becomes infinite or zero is an error."""
         scale = WidenScale.run(self, name, module)
-        return _rounded_scale(name, scale, self.result.dtype, module.first_row)
+        rounded = _rounded_scale(name, scale, self.result.dtype, module.first_row)
+        vanished = (rounded == 0) & (scale != 0)
+        if bool(vanished.any()):
+            raise PayloadError(
+                Fault(
+                    where=name,
+                    expected=f"scales within the range of {self.result.dtype.torch_name}",
+                    found=f"{int(vanished.sum())} that become zero, and their weights with them",
+                    remedy="Convert with --dtype bfloat16 or float32.",
+                )
+            )
+        return rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

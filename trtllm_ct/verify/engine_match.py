@@ -17,6 +17,7 @@ from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded
 from trtllm_ct.verify.converted import checks_of, source_modules
 from trtllm_ct.verify.engine_ranks import EngineRanks
+from trtllm_ct.verify.engine_statements import compare_statements
 from trtllm_ct.verify.matching import DirectoryMatch, NamedPair
 from trtllm_ct.verify.pairs import Pair
 from trtllm_ct.verify.source.decoders import has_weight, is_quantized
@@ -73,6 +74,7 @@ def compare_engine_directory(
             faults=faults,
         )
         engine = _EngineMatch(source=source, match=match, ranks=ranks, faults=faults)
+        compare_statements(checkpoint.hf_config, ranks.config, converted, faults)
         checks = tuple(checks_of(engine.pairs(), faults))
         engine.report_surplus()
     return checks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -165,7 +166,6 @@ class TestRope:
         "scaling",
         [
             {"rope_type": "linear", "factor": 2.0},
-            {"type": "dynamic", "factor": 4.0},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
             LLAMA3,
         ],
@@ -180,11 +180,42 @@ class TestRope:
         assert old == new
         assert (old.base, old.scaling) == (500000.0, scaling)
 
-    @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
-    def test_what_no_converter_writes_is_named(self, kind: str) -> None:
-        rope = rope_of({"rope_scaling": {"type": kind, "factor": 2.0}}, 10000.0, FaultCollector())
+    def test_what_no_converter_writes_is_named(self) -> None:
+        text = {"rope_scaling": {"type": "yarn", "factor": 2.0}, "max_position_embeddings": 8192}
+        rope = rope_of(text, 10000.0, FaultCollector())
 
-        assert rope.derived == f"rotary_scaling of type {kind}"
+        assert rope.derived == "rotary_scaling of type yarn"
+
+    @pytest.mark.parametrize(
+        ("text", "length"),
+        [
+            ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 512),
+            ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 1024}, 1024),
+            ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 32768),
+            ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.1 * math.log(4) + 1}}, 32768),
+        ],
+    )
+    def test_yarn_always_has_its_original_length(self, text: dict[str, Any], length: int) -> None:
+        """Engines take 4,096 without one, transformers what the model has."""
+        faults = FaultCollector()
+        rope = rope_of(text | {"max_position_embeddings": 32768}, 10000.0, faults)
+
+        assert not faults.faults
+        assert rope.scaling is not None
+        assert rope.scaling["original_max_position_embeddings"] == length
+
+    @pytest.mark.parametrize("more", [{"attention_factor": 1.0}, {"truncate": False}, {"mscale": 0.7}])
+    def test_what_engines_do_not_read_of_yarn_is_refused(self, more: dict[str, Any]) -> None:
+        faults = FaultCollector()
+        block = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096} | more
+        rope_of({"rope_scaling": block}, 10000.0, faults)
+
+        assert [fault.found for fault in faults.faults] == [*more]
+
+    def test_a_base_in_the_block_of_the_scaling_counts(self) -> None:
+        rope = rope_of({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}}, 1e4, FaultCollector())
+
+        assert (rope.base, rope.scaling) == (5e5, {"type": "linear", "factor": 2.0})
 
     def test_a_missing_base_is_the_default_of_the_class(self, tmp_path: Path) -> None:
         rope = {"rope_parameters": None}
@@ -198,6 +229,8 @@ class TestRope:
             {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {**LLAMA3}},
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
             {"rope_scaling": {"type": "llama3", "factor": 8.0}},
             {"partial_rotary_factor": 0.5},

@@ -262,3 +262,40 @@ def test_a_float32_model_needs_a_dtype(tmp_path: Path) -> None:
     (fault,) = faults_of(tmp_path, "dense", dtype="float32")
 
     assert (fault.where, fault.found) == ("config.json: dtype", "float32")
+
+
+@pytest.mark.parametrize(
+    ("schemes", "found"),
+    [
+        ({"gate_proj": "fp8-tensor-static", "o_proj": "fp8-tensor-static"}, "FP8 and a plain Linear"),
+        ({"up_proj": "w8a8-static", "o_proj": "w8a8-static"}, "a plain Linear and W8A8_SQ_PER_CHANNEL"),
+        ({"gate_proj": "fp8-tensor-static", "up_proj": "int4-g64"}, "FP8 and W4A16_AWQ"),
+    ],
+)
+def test_gate_and_up_in_different_modes(schemes: dict[str, str], found: str, tmp_path: Path) -> None:
+    """The builder joins them by the mode of the first alone: codes would become numbers without a scale."""
+    faults = faults_of(tmp_path, schemes)
+
+    assert [fault.found for fault in faults] == [found] * 2
+    assert {fault.expected for fault in faults} == {"gate_proj and up_proj in one mode, since trtllm-build joins them"}
+
+
+def test_other_refusals_come_with_a_scheme_without_a_form(tmp_path: Path) -> None:
+    """Qwen3's norms of heads, which row-wise modes leave out, beside blocks, which no mode holds."""
+    schemes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "fp8-channel-token")
+    faults = faults_of(tmp_path, schemes | {"o_proj": "fp8-block"}, architecture="Qwen3ForCausalLM", head_dim=64)
+
+    found = " / ".join(fault.found for fault in faults)
+    assert "FP8_BLOCK_SCALES" in found
+    assert "norms of queries and keys" in found
+
+
+def test_a_cache_with_zero_points(tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path, config=tiny_config(**SIZES), scheme="int8-channel", kv=True)
+    scheme = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
+    rewrite_config(tmp_path, lambda config: config["quantization_config"].update(kv_cache_scheme=scheme))
+
+    with pytest.raises(PlanError) as caught:
+        plan_checkpoint(built.directory, "engine")
+
+    assert "a symmetric KV cache" in caught.value.faults[0].expected

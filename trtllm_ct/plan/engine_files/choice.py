@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "choose"]
 
+_FUSED_BY_BUILDER = frozenset({"mlp.fc", "mlp.gate"})
 _READ_PLAIN = "engines of this target read this module plain"
 _WITH_EXPERTS = "this target writes models with experts as dense tensors, attention included"
 _REQUANTIZED = "qkv has one weight scale: codes are requantized to the largest of q, k and v where these differ"
@@ -101,20 +102,21 @@ class _Chooser:
         refused = {name: refusal_of(self.candidates[name].weight) for name, mode in modes.items() if mode is None}
         self._refuse(refused)
         agreed = self._agreed({name: mode for name, mode in modes.items() if mode is not None})
-        if not agreed or refused:
-            return Choice(reasons=self.reasons)
         held: dict[str, Held] = {}
         used = tuple(mode for mode in self.modes if mode in agreed.values())
         for mode in used:
-            names = [name for name in linears if agreed[name] is mode]
+            names = [name for name in linears if agreed.get(name) is mode]
             size = self._group_size(mode, names)
             self._refuse_unequal(mode, names)
             self._require_input_scales(mode, names)
             held |= {name: Held(mode=mode, group_size=size, equalized=self.equalized.get(name, OWN)) for name in names}
-        plain = self._plain_linears(held)
+        plain = self._plain_linears({**held, **refused})
         for mode in used:
             self._refuse_plain(mode, plain)
             self._refuse_head_norms(mode)
+        if not agreed or refused:
+            return Choice(reasons=self.reasons)
+        self._refuse_unlike_mlp(held)
         one = len(used) == 1
         return Choice(
             modes=used,
@@ -261,6 +263,22 @@ class _Chooser:
         if plain and mode.swaps_modules:
             found = f"plain Linears, and {mode.algo} replaces whole attention and MLP modules"
             self._add(list(plain), "every Linear of a layer quantized", found)
+
+    def _refuse_unlike_mlp(self, held: Mapping[str, Held]) -> None:
+        """Add a fault for gate and up in different modes: the builder joins them by the mode of the first alone.
+
+        Source: `fuse_gate_mlp` of TensorRT-LLM `models/modeling_utils.py`, which `use_fused_mlp` turns on by default.
+        """
+        by_layer: dict[int, dict[str, str]] = {}
+        for site in self.sites:
+            spot = self.layout.spot(site.module)
+            if spot is not None and spot.layer is not None and spot.name in _FUSED_BY_BUILDER:
+                by_layer.setdefault(spot.layer, {})[spot.name] = site.module
+        for modules in by_layer.values():
+            modes = {name: held[name].mode if name in held else None for name in modules.values()}
+            if len(set(modes.values())) > 1:
+                found = " and ".join(str(mode.algo) if mode else "a plain Linear" for mode in modes.values())
+                self._add(list(modes), "gate_proj and up_proj in one mode, since trtllm-build joins them", found)
 
     def _refuse_head_norms(self, mode: BuildMode) -> None:
         """Add a fault for norms of queries and keys beside a mode whose attention has none."""

@@ -144,6 +144,11 @@ def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> 
             f"{choice.mode.algo} serves GPUs of SM{choice.mode.sm} and TensorRT-LLM 1.0 to 1.2.1 only: elsewhere an "
             "engine computes wrong results without a message"
         )
+    if any(mode.algo is QuantAlgo.FP8 for mode in choice.modes):
+        warnings.append(
+            "trtllm-build joins gate_proj and up_proj by default, and quantizes the one with the smaller FP8 scale "
+            "again: turn use_fused_mlp off to build with the codes as they are"
+        )
     window = model.text.get("sliding_window")
     if window and model.text.get("use_sliding_window", True):
         warnings.append(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import QuantArgs
     from trtllm_ct.checkpoint.write_plan import Segment, StackPart
     from trtllm_ct.engine.build_mode import BuildMode
     from trtllm_ct.engine.parallel import Parallel
@@ -171,8 +172,10 @@ def _has_bias(module: ModulePlan) -> bool:
     return any(delivery.name.endswith(".bias") for delivery in module.deliveries)
 
 
-def refuse_unbuilt(model: Model, parallel: Parallel, faults: FaultCollector, *, dense_o_proj: bool) -> bool:
-    """Add faults for a model or sizes that target engine doesn't write; return whether planning can go on."""
+def refuse_unbuilt(
+    model: Model, parallel: Parallel, cache: QuantArgs | None, faults: FaultCollector, *, dense_o_proj: bool
+) -> bool:
+    """Add faults for a model, sizes or a KV cache that engine files can't hold; return whether planning can go on."""
     before = len(faults.faults)
     if model.name not in BUILD_CLASSES or model.multimodal:
         faults.add(
@@ -194,5 +197,12 @@ def refuse_unbuilt(model: Model, parallel: Parallel, faults: FaultCollector, *, 
             expected="no such option: attention of the TensorRT backend writes its output in the model's dtype",
             found="--dense-o-proj",
             remedy="Leave it out, or convert with --to modelopt.",
+        )
+    if cache is not None and not cache.symmetric:
+        faults.add(
+            where="kv_cache_scheme",
+            expected="a symmetric KV cache: engines have no zero points, and would clip values at another bound",
+            found=cache.label(),
+            remedy="Remove kv_cache_scheme to build with a 16-bit cache.",
         )
     return len(faults.faults) == before
