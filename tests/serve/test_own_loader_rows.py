@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from builders import Built
     from torch import Tensor
 
-pytestmark = [pytest.mark.usefixtures("sidecar_cache"), pytest.mark.reference]
+# The models are built as transformers 5 builds them.
+pytestmark = [pytest.mark.usefixtures("sidecar_cache"), pytest.mark.reference, pytest.mark.newest_transformers]
 
 TOKENS = torch.arange(2, 14)[None]
 SCHEMES = ("fp8-channel-token", "int4-g128", "fp8-block", "nvfp4")

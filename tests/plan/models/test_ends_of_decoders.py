@@ -16,6 +16,8 @@ from trtllm_ct.pipeline.open import open_checkpoint
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = [pytest.mark.reference, pytest.mark.newest_transformers]
+
 TABLE, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -26,7 +28,6 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.reference
 @pytest.mark.parametrize("name", [TABLE, NORM, HEAD])
 def test_a_lost_end_is_a_fault_without_the_class_too(directory: Path, name: str) -> None:
     """Loaders compare with no class of transformers."""
@@ -38,7 +39,6 @@ def test_a_lost_end_is_a_fault_without_the_class_too(directory: Path, name: str)
     assert [(fault.where, fault.found) for fault in caught.value.faults] == [(name, "no such tensor in any shard")]
 
 
-@pytest.mark.reference
 def test_a_tied_head_alone_is_the_embeddings(directory: Path) -> None:
     """As transformers 5 ties them; the engine's class reads the embeddings."""
     rewrite_config(directory, lambda config: config.update(tie_word_embeddings=True))

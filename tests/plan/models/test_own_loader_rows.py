@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+# The models are built as transformers 5 builds them.
+pytestmark = [pytest.mark.reference, pytest.mark.newest_transformers]
+
 DEEPSEEK, GPT_OSS, STEP = "DeepseekV4ForCausalLM", "GptOssForCausalLM", "Step3p5ForCausalLM"
 MLLAMA = "MllamaForConditionalGeneration"
 

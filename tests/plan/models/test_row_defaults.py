@@ -104,6 +104,7 @@ def outcome(directory: Path, parallel: Parallel) -> object:
         return error.faults
 
 
+@pytest.mark.newest_transformers
 def test_a_number_that_nothing_gives_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a row without defaults: 0 is divisible by every number of ranks. Loaders don't ask transformers' class."""
     write_decoder(tmp_path, "HunYuanDenseV1ForCausalLM", "fp8-channel-token")
