@@ -132,7 +132,9 @@ def assign_modes(candidates: Mapping[str, Candidate], sites: Iterable[Site], tar
             assigned[site.module] = alone[site.module]
     for name, members in groups.items():
         assigned |= _assign_group(name, members, candidates, alone, target)
-    return assigned
+    # Equal assignments are one object, so that what follows from them is decided once (`ModelModules`).
+    known: dict[tuple[int, str], Assignment] = {}
+    return {name: known.setdefault((id(made.holding), made.reason), made) for name, made in assigned.items()}
 
 
 def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[str, Assignment]:
@@ -257,7 +259,8 @@ def _assign_group(
     assignments = {module: alone[module] for module in quantized}
     keys = {assignment.holding.key if assignment.holding else None for assignment in assignments.values()}
     obstacle = _group_obstacle(plain, quantized)
-    hint = "" if obstacle else _other_sms(quantized.values(), target)
+    dequantized = len(keys) > 1 or None in keys
+    hint = _other_sms(quantized.values(), target) if dequantized and not obstacle else ""
     if len(keys) <= 1 and not plain:
         return {module: _with_hint(assignment, hint) for module, assignment in assignments.items()}
     if not obstacle:
