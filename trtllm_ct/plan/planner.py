@@ -46,7 +46,7 @@ from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
 from trtllm_ct.plan.whole_model import as_class_accepts, needs_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.quantization_config import QuantizationConfig
@@ -145,16 +145,7 @@ class _Planner:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
         refuse_unread(self.model, self.target)
         refuse_unsupported(self.config, self.model, self.faults)
-        # A class with a row reads experts one by one, or its stacks are known; without a row it may read stacks only.
-        one_by_one = self.model.has_row and not engine_reads_stacks(self.model.text_type)
-        one_by_one = one_by_one and self.target.capabilities.release is not None
-        gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes, split_stacks=one_by_one)
-        unread = unread_tensors(catalog, gathered.values())
-        self.model = self.model.in_checkpoint(gathered)
-        refuse_unread(self.model, self.target)
-        refuse_unread_names(self.model, self.target, self.faults)
-        stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
-        self._set_model(self.model.in_checkpoint(stored))
+        stored, unread = self._gather(catalog)
         place = self.model.place(stored)
         self.kv_cache = self.kv_cache.among(stored.values(), place[0])
         self._untie(stored, place)
@@ -177,14 +168,7 @@ class _Planner:
         # Planning goes on after a fault, to find the others: the plan itself is then of no use.
         modules = self._model_modules(site_modules, sites, weights)
         planned = {module.stored_name for module in site_modules.values() if module is not None}
-        other_modules = OtherModules(
-            self.model, place, self.kv_cache, self.reader, self.rows, self.transforms, self.dtypes, self.faults
-        )
-        others = {
-            module.stored_name: other_modules.plan(module)
-            for module in stored.values()
-            if module.stored_name not in planned
-        }
+        others = self._other_modules(stored, planned, place)
         modules += others.values()
         self._check_complete(stored, site_modules, weights, others, place[0])
         self.rows.report(self.faults)
@@ -223,6 +207,33 @@ class _Planner:
             checks=checks_of(self.model, self.comparison),
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
+
+    def _gather(self, catalog: Catalog) -> tuple[dict[str, StoredModule], frozenset[str]]:
+        """Return the stored modules as the model's class reads them, and the unlisted tensors that nothing reads.
+
+        A model whose row lists no modules gets those of the files.
+        """
+        # A class with a row reads experts one by one, or its stacks are known; without a row it may read stacks only.
+        one_by_one = self.model.has_row and not engine_reads_stacks(self.model.text_type)
+        one_by_one = one_by_one and self.target.capabilities.release is not None
+        gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes, split_stacks=one_by_one)
+        self.model = self.model.in_checkpoint(gathered)
+        refuse_unread(self.model, self.target)
+        refuse_unread_names(self.model, self.target, self.faults)
+        stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
+        self._set_model(self.model.in_checkpoint(stored))
+        return stored, unread_tensors(catalog, gathered.values())
+
+    def _other_modules(
+        self, stored: Mapping[str, StoredModule], planned: Collection[str], place: tuple[str, str]
+    ) -> dict[str, ModulePlan]:
+        """Return the plans of all stored modules that are no site of the model, by stored name."""
+        others = OtherModules(
+            self.model, place, self.kv_cache, self.reader, self.rows, self.transforms, self.dtypes, self.faults
+        )
+        return {
+            module.stored_name: others.plan(module) for module in stored.values() if module.stored_name not in planned
+        }
 
     def _check_complete(
         self,
