@@ -15,6 +15,7 @@ from hypothesis import settings
 from installed_library import has_newest_library
 from installed_transformers import has_newest_transformers
 from other_user import IS_ROOT
+from pairs import left_out
 
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.layouts.loops import code_cache
@@ -54,6 +55,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="end conversions at every file-system call in tests/convert/test_sudden_ends.py, not at a fixed choice",
     )
 
+    parser.addoption(
+        "--every-combination",
+        action="store_true",
+        help="run every combination of parameters of the tests marked `pairs`, not a choice with every pair of values",
+    )
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     available = {
@@ -66,21 +73,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "mpi": importlib.util.find_spec("mpi4py") is not None and shutil.which("mpirun", path=_programs()) is not None,
     }
     missing = {marker for marker, there in available.items() if not there}
-    deselected = [item for item in items if missing & {mark.name for mark in item.iter_markers()} or _lacks_class(item)]
-    if deselected:
-        config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if item not in deselected]
+    older = available["reference"] and not available["newest_transformers"]
+    kept = [
+        item
+        for item in items
+        if not missing & {mark.name for mark in item.iter_markers()} and not (older and _lacks_class(item))
+    ]
+    if not config.getoption("--every-combination"):
+        without = left_out(kept)
+        kept = [item for item in kept if item not in without]
+    selected = set(kept)
+    if len(selected) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+        items[:] = kept
 
 
 def _lacks_class(item: pytest.Item) -> bool:
-    """Whether a test is about a class that the installed transformers lacks."""
-    parameters = (
-        item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-    )
-    if has_newest_transformers() or importlib.util.find_spec("transformers") is None:
-        return False
+    """Whether a test is about a class that the installed, older transformers lacks."""
     from newer_classes import is_lacking
 
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return any(isinstance(value, str) and is_lacking(value) for value in parameters)
 
 

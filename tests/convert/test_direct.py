@@ -189,6 +189,7 @@ def test_scales_of_any_dtype_are_widened_bit_for_bit(
     assert direct_result == torch_result
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", ["int4-g32", "int6-channel", "int8-plain-tensor", "fp8-block", "fp8-weight-only"])

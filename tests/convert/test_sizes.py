@@ -188,6 +188,7 @@ def layers_of(of_gpus: Callable[[str], Checkpoint]) -> Callable[[str, str, int],
     return planned
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("kind", OF_GPUS)
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
 @pytest.mark.parametrize("made_for", SMS)

@@ -307,6 +307,7 @@ def expected_cache_scales(row: Row, built: Built, rename: Callable[[str], str]) 
     }
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("scheme", MODES)
 @pytest.mark.parametrize("name", ROWS)

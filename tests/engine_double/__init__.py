@@ -93,5 +93,6 @@ def installed(
 def _take_modules(importers: Sequence[str]) -> dict[str, ModuleType]:
     """Remove the double and all modules that imported it, so that the next import loads the next generation."""
     roots = ("tensorrt_llm", *importers)
-    names = [name for name in sys.modules if any(name == root or name.startswith(f"{root}.") for root in roots)]
+    below = tuple(f"{root}." for root in roots)
+    names = [name for name in sys.modules if name in roots or name.startswith(below)]
     return {name: sys.modules.pop(name) for name in names}

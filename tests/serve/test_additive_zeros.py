@@ -82,6 +82,7 @@ def logits_of(engine: Any, directory: Path, tokens: list[int] = TOKENS, **argume
     return logits
 
 
+@pytest.mark.pairs
 @pytest.mark.reference
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def compared(model: Any, built: Built, generation: str) -> dict[str, bool]:
     return wrong
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     ("scheme", "tensor"), [*((scheme, tensor) for scheme in SCHEMES for tensor in (1, 2, 4)), ("mixed", 2)]
 )

@@ -200,6 +200,7 @@ def check_ranks(built: Built, out: Path, generation: str, tensor: int) -> None:
                 assert missing <= ({"lm_head"} if built.config["tie_word_embeddings"] else set())
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", DECODERS)

@@ -69,6 +69,7 @@ def wrong(model: Any, architecture: str, dense: Mapping[str, Tensor]) -> list[st
     return [name for name, right in found.items() if not right]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("architecture", NAMES)
 @pytest.mark.parametrize("generation", ["mid", "newest"])

@@ -96,6 +96,7 @@ def served(directory: Path, generation: str, *, stock: bool) -> Iterator[Any]:
                 yield llm.models[0]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("stock", [True, False], ids=["stock", "loader"])
 @pytest.mark.parametrize("body", list(PLACES)[:3])
 @pytest.mark.parametrize(("name", "generation"), CASES)

@@ -219,6 +219,7 @@ def test_every_class_of_the_double_is_loaded() -> None:
     assert since == {name: SINCE.get(name, "old") for name in (*TEXT, *WRAPPERS)} | by_row
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("scheme", "tensor"), [("mixed", 1), ("mixed", 2), ("mixed", 4), ("fp8-block", 2)])
 @pytest.mark.parametrize(("name", "generation"), CELLS)
 def test_each_rank_holds_its_slices(

@@ -55,6 +55,7 @@ def expected(built: Built) -> Tensor:
     return plain_logits(built.config, built.dense, TOKENS)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize(
@@ -79,6 +80,7 @@ def test_a_linear_with_a_bias_keeps_it(tmp_path: Path, way: str, generation: str
     assert deviation(logits, expected(built)) < ROUNDED
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("tensor", [2, 4])
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize(
@@ -98,6 +100,7 @@ def test_ranks_hold_their_slices(tmp_path: Path, generation: str, scheme: str, t
     assert deviation(logits, expected(built)) < ROUNDED
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize(
@@ -125,6 +128,7 @@ def test_experts_get_the_mode_that_is_planned_for_them(
     assert deviation(logits, expected(built)) < ROUNDED
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize("name", ["weight_global_scale", "input_global_scale"])
@@ -168,6 +172,7 @@ def served(directory: Path, caplog: pytest.LogCaptureFixture, **arguments: Any) 
     return llm, [message for message in loud if "o_proj" in message]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("cache", [None, "checkpoint", "user"])
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize("scheme", ["fp8-channel-token", "fp8-block", "fp8-tensor-static", "nvfp4", "int4-g64"])
@@ -218,6 +223,7 @@ def test_attention_with_a_gate_never_quantizes_its_output(
     assert not [record for record in caplog.records if "quantizes" in record.getMessage() and "o_proj" in str(record)]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize("sm", [90, 100])

@@ -50,6 +50,7 @@ def logits_of(engine: Any, directory: Path, tokens: list[int], **arguments: Any)
     return logits
 
 
+@pytest.mark.pairs
 @pytest.mark.reference
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def check_ranks(built: Built, out: Path, generation: str, tensor: int) -> None:
                 assert expected_in(built) - found.keys() == set()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", OWN_LOADERS)

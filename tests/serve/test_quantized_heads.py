@@ -37,6 +37,7 @@ def logits(directory: Path, generation: str, *, stock: bool, **sizes: int) -> An
             return llm.logits(TOKENS), set(heads)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("alone", [True, False], ids=["head only", "head and Linears"])
 @pytest.mark.parametrize("stock", [True, False], ids=["stock", "loader"])
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 2)], ids=str)

@@ -57,6 +57,7 @@ def logits_of(directory: Path, golden: Golden, tensor: int, pipeline: int) -> Te
     return logits
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("tensor", "pipeline"), SIZES, ids=str)
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize("name", sorted(GOLDEN_MODES))

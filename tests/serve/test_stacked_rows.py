@@ -135,6 +135,7 @@ def check_ranks(built: Built, out: Path, generation: str, tensor: int) -> None:
                     assert found.keys() - built.dense.keys() <= tied
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     ("scheme", "tensor"),
     [

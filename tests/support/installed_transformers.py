@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 _BLOCK = "rope_parameters"
 
 
+@cache
 def release() -> tuple[int, int] | None:
     """The major and minor number of the installed transformers."""
     try:
