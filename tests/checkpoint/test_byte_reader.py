@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +16,7 @@ from safetensors.torch import save_file
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.checkpoint import writer
+from trtllm_ct.checkpoint import byte_reader, writer
 from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.folder import Folder
@@ -68,6 +71,42 @@ class TestByteReader:
 
         assert raised.value.faults[0].where == "model.safetensors: z"
         assert "wait until it is complete" in raised.value.faults[0].remedy
+
+    def test_windows_of_a_file_hold_every_range(self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ranges begin and end in any window, and a view outlives its window."""
+        monkeypatch.setattr(byte_reader, "_WINDOW_BYTES", mmap.ALLOCATIONGRANULARITY)
+        monkeypatch.setattr(byte_reader, "_MAX_OPEN_WINDOWS", 2)
+        size = 5 * mmap.ALLOCATIONGRANULARITY + 7
+        payload = bytes(number * number % 251 for number in range(size))
+        save_file(
+            {"long": torch.frombuffer(bytearray(payload), dtype=torch.uint8)}, catalog.directory / "b.safetensors"
+        )
+        reader = ByteReader(Catalog.from_directory(catalog.directory))
+
+        views = [
+            (reader.read("long", begin, end - begin), payload[begin:end])
+            for begin in range(0, size, 999)
+            for end in (begin + 1, begin + 5000, size)
+            if end <= size
+        ]
+
+        assert len(reader._windows) == 2
+        assert all(view == part for view, part in views)
+
+    @pytest.mark.parametrize(("code", "limit"), [(errno.ENOMEM, "ulimit -v"), (errno.EMFILE, "ulimit -n")])
+    def test_a_limit_of_the_process_is_not_called_a_change_of_the_file(
+        self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, code: int, limit: str
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(byte_reader.mmap, "mmap", fail)
+
+        with pytest.raises(CatalogError) as raised:
+            ByteReader(catalog).read("z", 0, 256)
+
+        assert limit in raised.value.faults[0].remedy
+        assert raised.value.faults[0].found == os.strerror(code)
 
     def test_an_unknown_name_is_a_key_error(self, catalog: Catalog) -> None:
         with pytest.raises(KeyError):

@@ -3,41 +3,63 @@
 from __future__ import annotations
 
 import mmap
+import os
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from trtllm_ct.checkpoint.reader import file_changed
+from trtllm_ct.base.regular_files import open_regular
+from trtllm_ct.checkpoint.reader import file_changed, read_error
 
 if TYPE_CHECKING:
-    from trtllm_ct.checkpoint.catalog import Catalog
+    from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 
 __all__ = ["ByteReader"]
+
+_WINDOW_BYTES = 64 << 20
+"""Files are mapped in windows that begin and end at multiples of this: a whole file may exceed a limit of addresses."""
+
+_MAX_OPEN_WINDOWS = 8
+"""Each window holds a file descriptor, of which a process may have few, and threads have a reader each."""
 
 
 class ByteReader:
     """Reads byte ranges of tensors by name, as views of memory-mapped files; nothing is copied.
 
-    Each file stays mapped and open as long as this reader, or a view that it returned, is alive. Use a reader from one
-    thread only.
+    Keeps the `_MAX_OPEN_WINDOWS` windows that were used last. A window stays mapped as long as a view of it is alive.
+    Use a reader from one thread only.
     """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._files: dict[str, memoryview] = {}
+        self._windows: OrderedDict[tuple[str, int, int], memoryview] = OrderedDict()
 
     def read(self, name: str, begin: int, nbytes: int) -> memoryview:
         """Return `nbytes` bytes of the tensor `name`, from its byte `begin` on, as a read-only view.
 
         Raises `KeyError` for a name that is not in the catalog, and `CatalogError` when the file changed since the
-        catalog was read.
+        catalog was read, or when a limit of this process forbids to map it.
         """
         tensor = self._catalog.tensors[name]
-        if tensor.file not in self._files:
-            try:
-                with (self._catalog.directory / tensor.file).open("rb") as file:
-                    self._files[tensor.file] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError) as error:  # ValueError: the file is empty now
-                raise file_changed(tensor, str(error)) from None
-        data = self._files[tensor.file][tensor.offset + begin : tensor.offset + begin + nbytes]
+        first = tensor.offset + begin
+        start = first // _WINDOW_BYTES * _WINDOW_BYTES
+        end = -(-(first + max(nbytes, 1)) // _WINDOW_BYTES) * _WINDOW_BYTES
+        data = self._window(tensor, start, end)[first - start : first - start + nbytes]
         if len(data) < nbytes:
-            raise file_changed(tensor, f"a file that ends before byte {tensor.offset + begin + nbytes}")
+            raise file_changed(tensor, f"a file that ends before byte {first + nbytes}")
         return data
+
+    def _window(self, tensor: StoredTensor, start: int, end: int) -> memoryview:
+        """Return the bytes of the file of `tensor` from `start` up to `end`, or up to its end."""
+        key = (tensor.file, start, end)
+        if key not in self._windows:
+            try:
+                with open_regular(self._catalog.directory / tensor.file) as descriptor:
+                    length = min(end, os.fstat(descriptor).st_size) - start
+                    mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start) if length > 0 else b""
+            except OSError as error:
+                raise read_error(tensor, error) from None
+            self._windows[key] = memoryview(mapped)
+            if len(self._windows) > _MAX_OPEN_WINDOWS:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end(key)
+        return self._windows[key]

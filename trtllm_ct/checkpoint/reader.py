@@ -7,6 +7,7 @@ may hold only a limited number of maps, so the reader keeps the most recently us
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import OrderedDict
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 
-__all__ = ["Run", "TensorReader", "file_changed"]
+__all__ = ["Run", "TensorReader", "file_changed", "read_error"]
 
 _MAX_OPEN_MAPS = 16
 
@@ -142,7 +143,7 @@ class TensorReader:
             try:
                 self._maps[tensor.file] = _map_file(self._catalog.directory / tensor.file)
             except (OSError, RuntimeError) as error:
-                raise file_changed(tensor, str(error)) from None
+                raise read_error(tensor, error) from None
             if len(self._maps) > _MAX_OPEN_MAPS:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(tensor.file)
@@ -168,6 +169,29 @@ def _map_file(path: Path) -> torch.Tensor:
     with open_regular(path) as descriptor:
         size = os.fstat(descriptor).st_size
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+
+
+_LIMITS = {
+    errno.ENOMEM: "Raise the limit of address space of this process (`ulimit -v`), or of its memory.",
+    errno.EMFILE: "Raise the limit of open files of this process (`ulimit -n`).",
+    errno.ENFILE: "Too many files are open on this machine: end other programs, or raise the system's limit.",
+}
+"""What helps when a file is as it was, but this process may not read or map it."""
+
+
+def read_error(tensor: StoredTensor, error: OSError | RuntimeError) -> CatalogError:
+    """Return the error for a file that can't be read or mapped: it changed, or a limit of this process is reached."""
+    code = getattr(error, "errno", None)
+    if code not in _LIMITS:
+        return file_changed(tensor, str(error))
+    return CatalogError(
+        Fault(
+            where=f"{tensor.file}: {tensor.name}",
+            expected=f"that {tensor.spec.nbytes} bytes at byte {tensor.offset} can be mapped",
+            found=str(error.args[1]),
+            remedy=_LIMITS[code],
+        )
+    )
 
 
 def file_changed(tensor: StoredTensor, found: str) -> CatalogError:

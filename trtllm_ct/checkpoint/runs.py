@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.regular_files import open_regular, read_descriptor
-from trtllm_ct.checkpoint.reader import Run, file_changed
+from trtllm_ct.checkpoint.reader import Run, file_changed, read_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,7 +43,7 @@ def read_runs(catalog: Catalog, runs: Iterable[Run]) -> Iterator[tuple[Run, byte
                         raise file_changed(catalog.tensors[run.name], found)
                     yield run, data
         except OSError as error:
-            raise file_changed(catalog.tensors[places[0][2].name], str(error)) from None
+            raise read_error(catalog.tensors[places[0][2].name], error) from None
 
 
 _Place = tuple[int, int, Run]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
-from trtllm_ct.checkpoint.reader import file_changed
+from trtllm_ct.checkpoint.open_files import OpenFiles
+from trtllm_ct.checkpoint.reader import file_changed, read_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -114,25 +115,20 @@ def sample_hash(catalog: Catalog, runs: Iterable[Run]) -> str:
     Raises `CatalogError` when a file is gone or shorter than its header says.
     """
     digest = hashlib.blake2b(digest_size=16)
-    descriptors: dict[str, int] = {}
-    try:
+    with OpenFiles(catalog.directory) as files:
         for run in runs:
             tensor = catalog.tensors[run.name]
             size = tensor.spec.dtype.itemsize
             end = tensor.offset + (tensor.spec.numel if run.end is None else run.end) * size
             try:
-                if tensor.file not in descriptors:
-                    descriptors[tensor.file] = os.open(catalog.directory / tensor.file, os.O_RDONLY | os.O_CLOEXEC)
-                for offset, nbytes in _samples(tensor.offset + run.begin * size, end):
-                    data = os.pread(descriptors[tensor.file], nbytes, offset)
-                    if len(data) < nbytes:
-                        raise file_changed(tensor, f"a file that ends before byte {offset + nbytes}")
-                    digest.update(data)
+                with files.descriptor(tensor.file) as descriptor:
+                    for offset, nbytes in _samples(tensor.offset + run.begin * size, end):
+                        data = os.pread(descriptor, nbytes, offset)
+                        if len(data) < nbytes:
+                            raise file_changed(tensor, f"a file that ends before byte {offset + nbytes}")
+                        digest.update(data)
             except OSError as error:
-                raise file_changed(tensor, f"{error.strerror or error}".lower()) from None
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+                raise read_error(tensor, error) from None
     return digest.hexdigest()
 
 

@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.regular_files import regular_descriptor
-from trtllm_ct.checkpoint.reader import file_changed
+from trtllm_ct.checkpoint.open_files import OpenFiles
+from trtllm_ct.checkpoint.reader import file_changed, read_error
 from trtllm_ct.verify.source.numbers import to_numbers
 
 if TYPE_CHECKING:
@@ -54,16 +53,13 @@ class TensorFiles:
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
-        self._descriptors: dict[str, int] = {}
-        self._lock = Lock()
+        self._files = OpenFiles(catalog.directory)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.close()
 
     def read(self, name: str, begin: int, nbytes: int) -> NDArray[np.uint8]:
         """Return `nbytes` bytes of a tensor from its byte `begin` on.
@@ -76,19 +72,14 @@ class TensorFiles:
         done = 0
         while done < nbytes:
             try:
-                count = os.preadv(self._descriptor(tensor.file), [view[done:]], tensor.offset + begin + done)
+                with self._files.descriptor(tensor.file) as descriptor:
+                    count = os.preadv(descriptor, [view[done:]], tensor.offset + begin + done)
             except OSError as error:
-                raise file_changed(tensor, str(error)) from None
+                raise read_error(tensor, error) from None
             if count == 0:
                 raise file_changed(tensor, f"a file that ends before byte {tensor.offset + begin + nbytes}")
             done += count
         return data
-
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = regular_descriptor(self.catalog.directory / file)
-            return self._descriptors[file]
 
 
 @dataclass(frozen=True, kw_only=True)
