@@ -13,20 +13,23 @@ from trtllm_ct.checkpoint.reader import file_changed, read_error
 if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 
-__all__ = ["ByteReader"]
+__all__ = ["WINDOW_BYTES", "ByteReader"]
 
-_WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 64 << 20
 """Files are mapped in windows that begin and end at multiples of this: a whole file may exceed a limit of addresses."""
 
 _MAX_OPEN_WINDOWS = 8
 """Each window holds a file descriptor, of which a process may have few, and threads have a reader each."""
 
+_MAX_MAPPED_BYTES = 4 * WINDOW_BYTES
+"""Windows of large tensors are larger; fewer of them are kept."""
+
 
 class ByteReader:
     """Reads byte ranges of tensors by name, as views of memory-mapped files; nothing is copied.
 
-    Keeps the `_MAX_OPEN_WINDOWS` windows that were used last. A window stays mapped as long as a view of it is alive.
-    Use a reader from one thread only.
+    Keeps the windows that were used last, at most `_MAX_OPEN_WINDOWS` of them. A window stays mapped as long as a
+    view of it is alive. Use a reader from one thread only.
     """
 
     def __init__(self, catalog: Catalog) -> None:
@@ -41,8 +44,8 @@ class ByteReader:
         """
         tensor = self._catalog.tensors[name]
         first = tensor.offset + begin
-        start = first // _WINDOW_BYTES * _WINDOW_BYTES
-        end = -(-(first + max(nbytes, 1)) // _WINDOW_BYTES) * _WINDOW_BYTES
+        start = first // WINDOW_BYTES * WINDOW_BYTES
+        end = -(-(first + max(nbytes, 1)) // WINDOW_BYTES) * WINDOW_BYTES
         data = self._window(tensor, start, end)[first - start : first - start + nbytes]
         if len(data) < nbytes:
             raise file_changed(tensor, f"a file that ends before byte {first + nbytes}")
@@ -59,7 +62,12 @@ class ByteReader:
             except OSError as error:
                 raise read_error(tensor, error) from None
             self._windows[key] = memoryview(mapped)
-            if len(self._windows) > _MAX_OPEN_WINDOWS:
-                self._windows.popitem(last=False)
+            self._drop_unused()
         self._windows.move_to_end(key)
         return self._windows[key]
+
+    def _drop_unused(self) -> None:
+        """Drop the windows that were not used for longest, but never the last one."""
+        mapped = sum(len(window) for window in self._windows.values())
+        while len(self._windows) > 1 and (len(self._windows) > _MAX_OPEN_WINDOWS or mapped > _MAX_MAPPED_BYTES):
+            mapped -= len(self._windows.popitem(last=False)[1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CheckpointError
-from trtllm_ct.checkpoint.byte_reader import ByteReader
+from trtllm_ct.checkpoint.byte_reader import WINDOW_BYTES, ByteReader
 from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.write_plan import merged_ranges
@@ -165,10 +165,12 @@ class _UnitConverter:
                 raise AssertionError(f"{module.name}: {missing} were not written in full")
 
     def _copy(self, writer: TensorWriter, module: ModulePlan, delivery: Delivery) -> None:
-        """Copy the bytes of a delivered tensor from file to file."""
+        """Copy the bytes of a delivered tensor from file to file, a window at a time."""
         view = module.views[delivery.operation.source or ""]
-        begin = (view.offset or 0) * view.spec.dtype.itemsize
-        writer.write_bytes(delivery.name, self.byte_reader.read(view.sources[0], begin, view.spec.nbytes))
+        first = (view.offset or 0) * view.spec.dtype.itemsize
+        for begin in range(0, view.spec.nbytes or 1, WINDOW_BYTES):
+            nbytes = min(WINDOW_BYTES, view.spec.nbytes - begin)
+            writer.write_bytes(delivery.name, self.byte_reader.read(view.sources[0], first + begin, nbytes), begin)
 
     def _convert_directly(self, module: ModulePlan) -> bool:
         """Convert a module without torch, if that is possible; return whether it was converted."""
