@@ -23,9 +23,10 @@ PAGE = 4096
 SIZE = 64 * PAGE
 
 
-@pytest.fixture(params=["file", "a name with\na line break", "löv\u00e9"])
+@pytest.fixture(params=["file", "a name with\na line break", "carriage\rreturn", "löv\u00e9"])
 def file(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path / request.param
+    path = tmp_path / "folder" / request.param
+    path.parent.mkdir()
     path.write_bytes(b"\1" * SIZE)
     return path.resolve()
 
@@ -56,14 +57,19 @@ LOADS: dict[str, Callable[[memoryview], int]] = {
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("how", ["truncated", "truncated and removed"])
+@pytest.mark.parametrize("how", ["truncated", "truncated and removed", "renamed and truncated", "in a moved folder"])
 def test_lost_pages_are_zeros_and_the_file_is_named(file: Path, load: str, how: str) -> None:
     data = mapped(file)
 
     with guarded_maps([file]) as damaged:
         assert LOADS[load](data) == SIZE
         assert damaged == set()
-        os.truncate(file, 3 * PAGE)
+        now = file
+        if how == "renamed and truncated":
+            now = file.rename(file.with_name("renamed"))
+        elif how == "in a moved folder":
+            now = file.parent.rename(file.parent.with_name("moved")) / file.name
+        os.truncate(now, 3 * PAGE)
         if how == "truncated and removed":
             file.unlink()
         assert LOADS[load](data) == 3 * PAGE

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from trtllm_ct.base.errors import CatalogError
+from trtllm_ct.checkpoint import remote_code
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.side_files import copy_side_files as copy_into
 from trtllm_ct.checkpoint.side_files import side_files
+from trtllm_ct.checkpoint.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,6 +150,23 @@ def test_code_that_auto_map_names_is_carried_with_what_it_imports(source: Path) 
     assert files.carried == ("helper.py", "modeling_x.py", "tokenizer_config.json")
     assert files.code == ("helper.py", "modeling_x.py")
     assert files.left_out == ("far.py", "other.py", "tok_x.py", "unnamed.py")
+
+
+def test_code_that_imports_itself_many_times_is_read_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": ["big.Model", "big.Other"]}}))
+    (source / "big.py").write_text("from .big import Model\n" * 1000 + "from .other import x\n" * 1000)
+    (source / "other.py").write_text("from .big import Model\n" * 1000)
+    contents: list[str] = []
+    read = remote_code._content
+
+    def counted(snapshot: Snapshot, name: str, limit: int) -> bytes:
+        contents.append(name)
+        return read(snapshot, name, limit)
+
+    monkeypatch.setattr(remote_code, "_content", counted)
+
+    assert remote_code.named_code(Snapshot.of(source)) == {"big.py", "other.py"}
+    assert sorted(name for name in contents if name.endswith(".py")) == ["big.py", "other.py"]
 
 
 @pytest.mark.parametrize("auto_map", [3, [], {"AutoModel": 3}, {"AutoModel": "../x.Y"}, {"AutoModel": "/etc/passwd"}])

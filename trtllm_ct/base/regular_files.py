@@ -26,6 +26,7 @@ __all__ = [
     "is_present",
     "open_beneath",
     "open_regular",
+    "read_at",
     "read_bounded",
     "read_descriptor",
     "regular_descriptor",
@@ -123,6 +124,16 @@ def read_descriptor(descriptor: int, limit: int) -> bytes:
     while limit > 0 and (piece := os.read(descriptor, limit)):
         pieces.append(piece)
         limit -= len(piece)
+    return b"".join(pieces)
+
+
+def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """Return what an open file holds from a byte on, less than `nbytes` only at its end; see `read_descriptor`."""
+    pieces = []
+    while nbytes > 0 and (piece := os.pread(descriptor, nbytes, offset)):
+        pieces.append(piece)
+        nbytes -= len(piece)
+        offset += len(piece)
     return b"".join(pieces)
 
 

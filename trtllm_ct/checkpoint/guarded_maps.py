@@ -16,7 +16,8 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def guarded_maps(paths: Collection[Path]) -> Iterator[set[Path]]:
         yield set()
         return
     damaged: set[Path] = set()
-    guard = {str(path).replace("\n", "\\012"): path for path in paths}, damaged
+    guard = _Guard({str(path).replace("\n", "\\012"): path for path in paths}, _inodes(paths), damaged)
     with _lock:
         _guards.append(guard)
         if len(_guards) == 1:
@@ -69,9 +70,32 @@ def guarded_maps(paths: Collection[Path]) -> Iterator[set[Path]]:
                 _uninstall()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Guard:
+    """Guarded files by the names and by the numbers that the kernel gives them, and the damaged ones.
+
+    A file that is renamed keeps its number; on a file system of several layers the number may be another one.
+    """
+
+    by_name: dict[str, Path]
+    by_inode: dict[int, Path]
+    damaged: set[Path]
+
+    def file(self, name: str, inode: int) -> Path | None:
+        return self.by_name.get(name) or self.by_inode.get(inode)
+
+
+def _inodes(paths: Collection[Path]) -> dict[int, Path]:
+    """Return the files by inode, without those that are gone: they can't be mapped any more."""
+    inodes = {}
+    for path in paths:
+        with suppress(OSError):
+            inodes[path.stat().st_ino] = path
+    return inodes
+
+
 _lock = Lock()
-_guards: list[tuple[dict[str, Path], set[Path]]] = []
-"""For each active guard, the files by the names that the kernel gives them, and the damaged ones."""
+_guards: list[_Guard] = []
 
 _before = _Action()
 
@@ -91,27 +115,28 @@ def _handle(_number: int, info: int, _context: int) -> None:
     The thread then repeats the load: it finds zeros, or the signal comes again and the other handler takes it.
     """
     address = ctypes.c_uint64.from_address(info + _ADDRESS_IN_SIGINFO).value
-    end, name = _map_at(address)
-    guards = [(files[name], damaged) for files, damaged in tuple(_guards) if name in files]
-    for path, damaged in guards:
-        damaged.add(path)
+    end, name, inode = _map_at(address)
+    guarded = [(path, guard) for guard in tuple(_guards) if (path := guard.file(name, inode)) is not None]
+    for path, guard in guarded:
+        guard.damaged.add(path)
     page = address - address % _PAGE
-    if not guards or _replace(page, end - page) == _MAP_FAILED:
+    if not guarded or _replace(page, end - page) == _MAP_FAILED:
         _uninstall()
 
 
 _handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_handle)
 
 
-def _map_at(address: int) -> tuple[int, str]:
-    """Return the end of the map that holds an address, and the name of its file; see proc(5)."""
-    for line in Path("/proc/self/maps").read_bytes().splitlines():
+def _map_at(address: int) -> tuple[int, str, int]:
+    """Return the end of the map that holds an address, and the name and inode of its file; see proc(5)."""
+    for line in Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]:
         bounds, _, rest = line.partition(b" ")
         begin, end = (int(bound, 16) for bound in bounds.split(b"-"))
         if begin <= address < end:
-            name = rest.split(None, 4)[4:] or [b""]
-            return end, name[0].decode(errors="surrogateescape").removesuffix(" (deleted)")
-    return address, ""
+            _, _, _, inode, *name = rest.split(None, 4)
+            text = (name or [b""])[0].decode(errors="surrogateescape")
+            return end, text.removesuffix(" (deleted)"), int(inode)
+    return address, "", 0
 
 
 def _replace(address: int, nbytes: int) -> int | None:

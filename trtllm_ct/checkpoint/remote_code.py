@@ -39,13 +39,16 @@ def named_code(snapshot: Snapshot) -> frozenset[str]:
     read names nothing: it is refused elsewhere if it is needed.
     """
     modules: set[str] = set()
-    pending = [module for name in _CONFIGURATIONS for module in _modules_named_in(snapshot, name)]
+    named = {module for name in _CONFIGURATIONS for module in _modules_named_in(snapshot, name)}
+    pending = sorted(named)
     while pending and len(modules) < _MAX_MODULES:
         module = pending.pop()
         text = _content(snapshot, f"{module}.py", CODE_BYTES)
-        if module not in modules and text:
+        if text:
             modules.add(module)
-            pending += [(match[1] or match[2]).decode() for match in _IMPORT.finditer(text)]
+            imported = {(match[1] or match[2]).decode() for match in _IMPORT.finditer(text)} - named
+            named |= imported
+            pending += sorted(imported)[:_MAX_MODULES]
     return frozenset(f"{module}.py" for module in modules)
 
 

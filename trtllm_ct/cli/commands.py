@@ -25,6 +25,7 @@ from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.cli import report
 from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.interrupts import ending_on_signals, going_on_from
+from trtllm_ct.cli.log_format import PrintableFormatter
 from trtllm_ct.cli.options import (
     AUTO,
     ENGINE,
@@ -359,7 +360,9 @@ def run_app(commands: typer.Typer) -> None:
     occupy_standard_descriptors()
     # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         with ending_on_signals(), collector_paused(), missing_packages_as_errors():
             commands()

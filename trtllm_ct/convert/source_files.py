@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, Fault
+from trtllm_ct.base.regular_files import open_regular, read_at
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from trtllm_ct.checkpoint.open_files import OpenFiles
 from trtllm_ct.checkpoint.reader import file_changed, read_error
@@ -90,10 +91,10 @@ def source_files(catalog: Catalog) -> dict[str, SourceFile]:
 
 def _source_file(directory: Path, name: str) -> SourceFile:
     try:
-        with (directory / name).open("rb", buffering=0) as stream:
-            status = os.fstat(stream.fileno())
-            length = stream.read(LENGTH_BYTES)
-            header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
+        with open_regular(directory / name) as descriptor:
+            status = os.fstat(descriptor)
+            length = read_at(descriptor, LENGTH_BYTES, 0)
+            header = read_at(descriptor, min(int.from_bytes(length, "little"), MAX_HEADER_BYTES), LENGTH_BYTES)
             path = (directory / name).resolve()
     except OSError as error:
         found, remedy = f"{error.strerror or error}".lower(), "Check its permissions and the disk."
@@ -123,7 +124,7 @@ def sample_hash(catalog: Catalog, runs: Iterable[Run]) -> str:
             try:
                 with files.descriptor(tensor.file) as descriptor:
                     for offset, nbytes in _samples(tensor.offset + run.begin * size, end):
-                        data = os.pread(descriptor, nbytes, offset)
+                        data = read_at(descriptor, nbytes, offset)
                         if len(data) < nbytes:
                             raise file_changed(tensor, f"a file that ends before byte {offset + nbytes}")
                         digest.update(data)

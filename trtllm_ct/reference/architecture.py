@@ -5,6 +5,7 @@ transformers is an optional dependency. It is imported inside functions only, an
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, MissingDependencyError
 from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
+from trtllm_ct.base.regular_files import CONFIGURATION_BYTES, read_bounded
 from trtllm_ct.reference.rope import older_rope_keys, reads_rope_parameters
 
 if TYPE_CHECKING:
@@ -150,8 +152,9 @@ def read_generation_config(model: nn.Module, directory: Path) -> None:
     if not path.is_file():
         return
     try:
+        values = json.loads(read_bounded(path, CONFIGURATION_BYTES))
         with quiet_transformers():
-            model.generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+            model.generation_config = GenerationConfig.from_dict(values)
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(
             Fault(
