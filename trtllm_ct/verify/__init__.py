@@ -6,6 +6,7 @@ converted.py        compares a converted directory with its source, on all cores
 matching.py         which tensors of the two directories are compared, and how
 engine_match.py     compares an engine-build checkpoint with its source
 engine_statements.py  compares what its config.json says with that of the source
+engine_rope.py      what a rotary embedding means on both sides
 engine_ranks.py     the files of ranks: the weights of a model that their parts add up to
 kernel_order.py     where the codes of a Linear are in the stream of bytes that a kernel reads
 pairs.py            one tensor on both sides, compared in chunks of rows
