@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from builders import write_checkpoint
+from builders import rewrite_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 
@@ -160,6 +160,111 @@ def test_an_order_of_no_known_generation_is_an_error(tmp_path: Path) -> None:
         verify_checkpoint(tmp_path / "source", tmp_path / "out")
 
 
+def longer(tensor: Tensor, axis: int = 0, value: float = 0) -> Tensor:
+    """The tensor with one more entry along an axis."""
+    more = torch.full_like(tensor.narrow(axis, 0, 1).float(), value).to(tensor.dtype)
+    return torch.cat([tensor, more], dim=axis)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "change", "more"),
+    [
+        ("dense", "lm_head.weight", longer, {}),
+        ("dense", "lm_head.weight", lambda t: t[:-1], {}),
+        ("dense", "transformer.vocab_embedding.weight", longer, {}),
+        ("dense", "transformer.ln_f.weight", longer, {}),
+        ("dense", f"{LAYER}input_layernorm.weight", longer, {}),
+        ("dense", f"{LAYER}attention.qkv.weight", longer, {}),
+        ("dense", f"{LAYER}attention.dense.weight", lambda t: longer(t, 1), {}),
+        ("dense", f"{LAYER}attention.qkv.bias", longer, {"attention_bias": True}),
+        ("dense", f"{LAYER}mlp.proj.bias", longer, {"mlp_bias": True}),
+        ("dense", f"{LAYER}mlp.fc.weight", lambda t: t.float(), {}),
+        ("dense", f"{LAYER}mlp.fc.weight", longer, {"architecture": "MixtralForCausalLM"}),
+        ("dense", f"{LAYER}mlp.router.weight", lambda t: t.bfloat16(), {"architecture": "MixtralForCausalLM"}),
+        ("dense", f"{LAYER}attention.q_layernorm.weight", longer, {"architecture": "Qwen3ForCausalLM"}),
+        ("int4-g64", f"{LAYER}attention.qkv.weight", longer, {}),
+        ("int4-g64", f"{LAYER}attention.qkv.weights_scaling_factor", lambda t: longer(t, 0, 1), {}),
+        ("int4-g64", f"{LAYER}mlp.proj.weights_scaling_factor", lambda t: longer(t, 1, 1), {}),
+        ("int4-g64", f"{LAYER}mlp.proj.prequant_scaling_factor", lambda t: longer(t, 0, 1), {}),
+        ("int4-g64-asym", f"{LAYER}attention.dense.zero", longer, {}),
+        ("int4-g64-asym", f"{LAYER}attention.dense.zero", lambda t: longer(t, 1), {}),
+        ("int8-channel", f"{LAYER}mlp.gate.per_channel_scale", lambda t: longer(t, 0, 1), {}),
+        ("fp8-channel-token", f"{LAYER}mlp.gate.weight", longer, {}),
+        ("fp8-channel-token", f"{LAYER}mlp.gate.per_channel_scale", lambda t: t.bfloat16(), {}),
+        ("fp8-tensor-static", f"{LAYER}mlp.fc.activation_scaling_factor", lambda t: t.repeat(2), {}),
+        ("fp8-tensor-static", f"{LAYER}attention.kv_cache_scaling_factor", lambda t: t.repeat(2), {}),
+        ("w8a8", f"{LAYER}mlp.proj.smoother", lambda t: longer(t, 1, 1), {}),
+        ("w8a8", f"{LAYER}mlp.fc.per_channel_scale", lambda t: t.flatten(), {}),
+        ("w8a8", f"{LAYER}input_layernorm.scale_to_int", lambda t: t.repeat(2), {}),
+        ("w8a8-static", f"{LAYER}mlp.fc.prequant_scaling_factor", lambda t: longer(t, 0, 1), {}),
+        ("nvfp4", f"{LAYER}mlp.fc.weights_scaling_factor", longer, {}),
+        ("nvfp4", f"{LAYER}mlp.fc.weights_scaling_factor_2", lambda t: t.repeat(2), {}),
+    ],
+)  # fmt: skip
+def test_a_tensor_of_another_size_or_dtype_is_found_once(
+    scheme: str, name: str, change: Callable[[Tensor], Tensor], more: dict[str, object], tmp_path: Path
+) -> None:
+    """Also where all that is compared with the source is right: rows that come from nowhere are no part of it."""
+    report = verified(
+        tmp_path,
+        scheme,
+        damage=lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}),
+        kv=scheme == "fp8-tensor-static",
+        **more,
+    )
+
+    assert [fault.where for fault in report.faults] == [f"rank1.safetensors: {name}"]
+
+
+@pytest.mark.parametrize("axis", ["weight", "weights_scaling_factor", "zero"])
+@pytest.mark.parametrize("row", ["keys", "values"])
+def test_a_repeated_head_that_differs_on_one_rank_is_found(row: str, axis: str, tmp_path: Path) -> None:
+    """Four ranks share two K/V heads of 64 rows; ranks 0 and 1 have the same one, behind a head of queries."""
+    first = 64 if row == "keys" else 128
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensor = tensors[f"{LAYER}attention.qkv.{axis}"]
+        if axis == "weight":  # two rows in a byte
+            tensor.view(torch.uint8)[first // 2 + 3, 5].bitwise_xor_(1)
+        elif axis == "zero":
+            tensor[0, first + 3] += 0.5
+        else:
+            tensor[first + 3, 0] *= 2
+
+    report = verified(tmp_path, "int4-g64-asym", Parallel(tensor=4), damage=change)
+
+    assert [fault.where.partition(",")[0] for fault in report.faults] == [
+        f"rank1.safetensors: {LAYER}attention.qkv.weight"
+    ]
+
+
+@pytest.mark.parametrize("row", [0, 24])
+def test_changed_padding_of_the_head_is_found(row: int, tmp_path: Path) -> None:
+    """97 words on four ranks of 25 rows: the last rank has 22 rows and 3 of padding."""
+    built = write_checkpoint(tmp_path / "in", scheme="dense", config=tiny_config(**SIZES))
+    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=Parallel(tensor=4))
+    path = tmp_path / "out" / "rank3.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    assert tensors["lm_head.weight"].shape[0] == 25
+    tensors["lm_head.weight"][row, 9] += 2.0
+    save_file(tensors, path)
+
+    (fault,) = verify_checkpoint(built.directory, tmp_path / "out").faults
+
+    assert fault.where.startswith("rank3.safetensors: lm_head.weight")
+
+
+def test_an_expert_too_many_is_found(tmp_path: Path) -> None:
+    report = verified(
+        tmp_path,
+        "dense",
+        architecture="MixtralForCausalLM",
+        damage=lambda tensors: tensors.update({f"{LAYER}mlp.proj.weight": longer(tensors[f"{LAYER}mlp.proj.weight"])}),
+    )
+
+    assert [fault.where for fault in report.faults] == [f"rank1.safetensors: {LAYER}mlp.proj.weight"]
+
+
 def test_fc_and_gate_in_each_others_place_are_found(tmp_path: Path) -> None:
     def swap(tensors: dict[str, Tensor]) -> None:
         fc, gate = f"{LAYER}mlp.fc.weight", f"{LAYER}mlp.gate.weight"
@@ -206,6 +311,10 @@ def test_a_missing_file_of_a_rank_is_an_error(tmp_path: Path) -> None:
         ("vocab_size", 97),
         ("num_attention_heads", 2),
         ("quantization.use_made_up_key", True),
+        ("attn_bias", True),
+        ("mlp_bias", True),
+        ("max_position_embeddings", None),
+        ("moe", {"num_experts": 4, "top_k": 2, "normalization_mode": 1}),
     ],
 )
 def test_a_changed_statement_is_found(key: str, value: object, tmp_path: Path) -> None:
@@ -218,6 +327,85 @@ def test_a_changed_statement_is_found(key: str, value: object, tmp_path: Path) -
     faults = verify_checkpoint(built, out).faults
 
     assert any(key.rpartition(".")[2] in fault.where for fault in faults)
+
+
+@pytest.mark.parametrize("value", [None, True, "1e-6"])
+@pytest.mark.parametrize("key", ["norm_epsilon", "max_position_embeddings"])
+def test_a_statement_that_the_source_leaves_to_its_class_is_a_number(key: str, value: object, tmp_path: Path) -> None:
+    built, out = _converted(tmp_path)
+    stated = {"norm_epsilon": "rms_norm_eps"}.get(key, key)
+    rewrite_config(built, lambda config: config.pop(stated))
+    assert verify_checkpoint(built, out).good
+    rewrite_config(out, lambda config: config.update({key: value}))
+
+    (fault,) = verify_checkpoint(built, out).faults
+
+    assert fault.where.endswith(f"config.json: {key}")
+
+
+@pytest.mark.parametrize("value", ["missing", None, True, "8", [8], {}, 0, -1, 2**40])
+@pytest.mark.parametrize(
+    "key",
+    ["head_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "dtype", "mapping.tp_size",
+     "mapping.pp_size", "mapping.world_size", "quantization.group_size", "quantization"],
+)  # fmt: skip
+def test_a_value_that_files_can_not_be_read_with_is_an_error_of_ours(key: str, value: object, tmp_path: Path) -> None:
+    built, out = _converted(tmp_path)
+
+    def edit(config: dict[str, Any]) -> None:
+        block, _, inner = key.rpartition(".")
+        holder = config[block] if block else config
+        holder[inner] = value
+        if value == "missing":
+            del holder[inner]
+
+    rewrite_config(out, edit)
+
+    with pytest.raises(CatalogError, match=key.replace(".", r"\.")):
+        verify_checkpoint(built, out)
+
+
+@pytest.mark.parametrize("algo", ["FP8_BLOCK_SCALES", "int8", 8, True, ["FP8"]])
+def test_an_unknown_algorithm_is_an_error_of_ours(algo: object, tmp_path: Path) -> None:
+    built, out = _converted(tmp_path)
+    rewrite_config(out, lambda config: config["quantization"].update(quant_algo=algo))
+
+    with pytest.raises(CatalogError, match=r"quantization\.quant_algo: expected null or an algorithm of engines"):
+        verify_checkpoint(built, out)
+
+
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn with a factor of attention": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", ROPES)
+def test_every_rotary_embedding_is_good_and_a_changed_one_is_found(name: str, old: bool, tmp_path: Path) -> None:
+    block = ROPES[name] if old else {"rope_theta": 5e5, **ROPES[name]}
+    more = {"rope_theta": 5e5, "rope_scaling": block, "rope_parameters": None} if old else {"rope_parameters": block}
+    built = write_checkpoint(tmp_path / "in", scheme="dense", config=tiny_config(**SIZES | more))
+    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=TWO)
+    assert verify_checkpoint(built.directory, tmp_path / "out").good
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["rotary_scaling"]
+
+    for key in written or {}:
+        changed = written | {key: "linear" if key == "rope_type" and name != "linear" else 3.0}
+        changed = {**written, "rope_type": "yarn"} if key == "rope_type" and name == "linear" else changed
+        rewrite_config(tmp_path / "out", lambda config, changed=changed: config.update(rotary_scaling=changed))
+        assert not verify_checkpoint(built.directory, tmp_path / "out").good, key
+    rewrite_config(tmp_path / "out", lambda config: config.update(rotary_scaling={"type": "linear", "factor": 2.5}))
+    assert not verify_checkpoint(built.directory, tmp_path / "out").good
 
 
 @pytest.mark.parametrize("name", ["rank2.safetensors", "quant_cfg.json"])

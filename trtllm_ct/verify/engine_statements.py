@@ -54,6 +54,7 @@ def compare_statements(source: Mapping[str, Any], engine: Mapping[str, Any], out
         _compare(out, key, value, engine.get(key), faults)
     for key in _SAME.keys() - expected.keys():
         _require_number(out, key, engine.get(key), faults)
+    _compare(out, "moe", _experts(source), engine.get("moe"), faults)
     rope, built = rope_of_source(source), rope_of_engine(engine)
     _compare(out, "rotary_base", rope.pop("base"), built.pop("base"), faults)
     for key, value in rope.items() if rope["kind"] == built["kind"] else [("kind", rope["kind"])]:
@@ -64,6 +65,14 @@ def compare_statements(source: Mapping[str, Any], engine: Mapping[str, Any], out
     for key in quantization.keys() - _QUANTIZATION:
         _compare(out, f"quantization.{key}", "no such key", quantization[key], faults)
     _refuse_other_files(out, engine, mixed=quantization["quant_algo"] == _MIXED, faults=faults)
+
+
+def _experts(source: Mapping[str, Any]) -> dict[str, int] | None:
+    """Return the block of routed experts that an engine must have; probabilities of the chosen ones add up to 1."""
+    if source.get("num_local_experts") is None and "Mixtral" not in (source.get("architectures") or [""])[0]:
+        return None
+    experts, chosen = source.get("num_local_experts") or 8, source.get("num_experts_per_tok") or 2
+    return {"num_experts": experts, "top_k": chosen, "normalization_mode": 1}
 
 
 def _require_number(out: Path, key: str, found: object, faults: FaultCollector) -> None:
