@@ -133,6 +133,31 @@ class TestFp8:
         parts = [built.stored[f"model.layers.1.self_attn.{letter}_proj.weight"] for letter in "qkv"]
         assert torch.equal(qkv.view(torch.uint8), torch.cat([part.view(torch.uint8) for part in parts]))
 
+    @pytest.mark.parametrize("equal", [True, False])
+    def test_gate_and_up_that_the_builder_joins_are_requantized_unless_their_scales_are_equal(
+        self, equal: bool, tmp_path: Path
+    ) -> None:
+        def equal_scales(stored: dict[str, Tensor]) -> None:
+            for name in [name for name in stored if name.endswith("up_proj.weight_scale")]:
+                stored[name] = stored[name.replace("up_proj", "gate_proj")].clone()
+
+        built = write_checkpoint(
+            tmp_path / "source",
+            config=config(),
+            scheme="fp8-tensor-static",
+            edit=equal_scales if equal else None,
+        )
+        files = converted(built, tmp_path / "out", TWO_BY_TWO)
+        apart = files.weights()
+        files.fused_mlp = True
+
+        joined = files.weights()
+
+        changed = {name for name in apart if not torch.equal(apart[name], joined[name])}
+        leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in changed}
+        assert leaves == (set() if equal else {"gate_proj", "up_proj"} & leaves)
+        assert len(changed) == (0 if equal else 3)  # one of the two in each layer has the smaller scale
+
     def test_the_cache_has_the_larger_scale_of_keys_and_values_on_every_rank(self, tmp_path: Path) -> None:
         built = write_checkpoint(tmp_path / "source", config=config(), scheme="fp8-tensor-static", kv=True)
 
