@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CatalogError, FaultCollector
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.json_object import shown
-from trtllm_ct.verify.engine_shapes import ALGORITHMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,32 +27,22 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_algorithm(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and (value in ALGORITHMS or value == _MIXED))
-
-
 _Check = tuple["Callable[[Any], bool]", str]
 _COUNT: _Check = (_is_count, "a positive integer")
 _FLAG: _Check = (_is_flag, "true or false")
-_ALGO: _Check = (_is_algorithm, "null or an algorithm of engines")
 _TOP: Mapping[str, _Check] = {
     "dtype": (lambda value: value in ("float16", "bfloat16"), "float16 or bfloat16"),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_size"), _COUNT),
 }
 _MAPPING: Mapping[str, _Check] = dict.fromkeys(("world_size", "tp_size", "pp_size"), _COUNT)
-_BLOCK: Mapping[str, _Check] = {
-    "quant_algo": _ALGO,
-    "group_size": _COUNT,
-    "has_zero_point": _FLAG,
-    "pre_quant_scale": _FLAG,
-}
-_MIXED_BLOCK: Mapping[str, _Check] = {"quant_algo": _ALGO}
+_BLOCK: Mapping[str, _Check] = {"group_size": _COUNT, "has_zero_point": _FLAG, "pre_quant_scale": _FLAG}
 
 
-def checked_layers(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def checked_layers(directory: Path, config: Mapping[str, Any], algorithms: Collection[str]) -> Mapping[str, Any] | None:
     """Return the block of each Linear in quant_cfg.json, None if config.json has one block for all.
 
-    Raises `CatalogError` with a fault for each value in config.json or there that the files can't be read with.
+    `algorithms` are those whose files can be read. Raises `CatalogError` with a fault for each value in config.json or
+    there that the files can't be read with.
     """
     faults = FaultCollector()
     file = str(directory / "config.json")
@@ -66,14 +55,19 @@ def checked_layers(directory: Path, config: Mapping[str, Any]) -> Mapping[str, A
     ranks = mapping["tp_size"] * mapping["pp_size"]
     if mapping["world_size"] != ranks:
         _add(file, "mapping.world_size", f"{ranks}, tp_size * pp_size", mapping["world_size"], faults)
-    _check(file, "quantization.", quantization, _MIXED_BLOCK if mixed else _BLOCK, faults)
+    algo: _Check = (
+        lambda value: value is None or (isinstance(value, str) and value in {*algorithms, _MIXED}),
+        "null or an algorithm of engines",
+    )
+    one = {"quant_algo": algo, **_BLOCK}
+    _check(file, "quantization.", quantization, {"quant_algo": algo} if mixed else one, faults)
     if "kv_cache_quant_algo" not in quantization:
         _add(file, "quantization.kv_cache_quant_algo", "null, FP8 or INT8", None, faults)
     if "moe" in config:
         _check(file, "moe.", _block(config, "moe"), {"num_experts": _COUNT}, faults)
     layers = _block(read_json_object(directory / "quant_cfg.json"), "quantized_layers") if mixed else {}
     for name in layers:
-        _check(str(directory / "quant_cfg.json"), f"{name}.", _block(layers, name), _BLOCK, faults)
+        _check(str(directory / "quant_cfg.json"), f"{name}.", _block(layers, name), one, faults)
     faults.raise_if_any(CatalogError)
     return layers if mixed else None
 

@@ -97,7 +97,7 @@ class EngineRanks:
 
     def __enter__(self) -> Self:
         self.config = read_json_object(self.directory / "config.json")
-        self._layers = checked_layers(self.directory, self.config)
+        self._layers = checked_layers(self.directory, self.config, _DEQUANTIZED)
         for rank in range(self.tensor * self.pipeline):
             file = f"rank{rank}.safetensors"
             if not (self.directory / file).is_file():

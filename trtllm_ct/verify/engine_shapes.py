@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.verify.engine_ranks import EngineRanks, Located
 
-__all__ = ["ALGORITHMS", "SCALAR", "wanted_tensors"]
+__all__ = ["SCALAR", "wanted_tensors"]
 
 SCALAR = TensorSpec(DType.F32, (1,))
 _ROUTER = "mlp.router"
@@ -92,9 +92,6 @@ _FORMS: Mapping[str, Callable[[_Linear], Specs]] = {
     },
 }
 """The tensors of a Linear by algorithm; flags of the configuration and biases add more."""
-
-ALGORITHMS = frozenset(_FORMS)
-"""The algorithms whose files can be read."""
 
 
 def wanted_tensors(ranks: EngineRanks, part: Located, columns: int | None, *, bias: bool) -> Specs:
