@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import Built, write_checkpoint
-from engine_files import EngineFiles
+from engine_files import QUANTIZATION_KEYS, EngineFiles
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 
@@ -83,6 +83,53 @@ def test_every_algorithm_holds_the_weights_of_the_source_exactly(scheme: str, tm
         files = converted(built, tmp_path / f"out{parallel.pipeline}", parallel)
         assert files.algo == ALGOS[scheme]
         assert_exact(files, built.dense)
+
+
+COMMON = {
+    "producer", "architecture", "dtype", "logits_dtype", "vocab_size", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_size", "intermediate_size", "hidden_act", "norm_epsilon",
+    "position_embedding_type", "max_position_embeddings", "rotary_base", "rotary_scaling", "use_parallel_embedding",
+    "embedding_sharding_dim", "tie_word_embeddings", "disable_weight_only_quant_plugin", "quantization", "mapping",
+    "attn_bias", "mlp_bias",
+}  # fmt: skip
+QWEN = {
+    "qwen_type", "seq_length", "use_logn_attn", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+    "mlp_only_layers", "decoder_sparse_step", "num_labels",
+}  # fmt: skip
+KEYS = {
+    "LlamaForCausalLM": COMMON,
+    "MistralForCausalLM": COMMON,
+    "MixtralForCausalLM": COMMON | {"moe"},
+    "Qwen2ForCausalLM": COMMON | QWEN,
+    "Qwen3ForCausalLM": COMMON | QWEN,
+}
+"""The keys of config.json that the description of the format has for each class."""
+
+
+@pytest.mark.parametrize("architecture", KEYS)
+def test_the_directory_for_two_ranks_has_every_key_and_tensor_and_no_other(architecture: str, tmp_path: Path) -> None:
+    scheme = "dense" if architecture == "MixtralForCausalLM" else "int4-g64"
+    built = write_checkpoint(tmp_path / "source", config=config(architecture), scheme=scheme)
+
+    files = converted(built, tmp_path / "out", Parallel(tensor=2))
+
+    experts = {"moe_tp_size", "moe_ep_size"} if architecture == "MixtralForCausalLM" else set()
+    assert files.config.keys() == KEYS[architecture]
+    assert files.quantization.keys() == QUANTIZATION_KEYS
+    assert files.config["mapping"].keys() == {"world_size", "tp_size", "pp_size"} | experts
+    assert {key for key, value in files.config.items() if value is None} == {"rotary_scaling"}
+    layers = {name.removeprefix("transformer.layers.") for name in files.files[1] if ".layers." in name}
+    assert {int(name.partition(".")[0]) for name in layers} == {0, 1, 2}
+    norms = {"input_layernorm.weight", "post_layernorm.weight"}
+    linears = ["attention.qkv", "attention.dense"]
+    mlp = ["mlp.fc", "mlp.proj", "mlp.router"] if experts else ["mlp.fc", "mlp.gate", "mlp.proj"]
+    locals_ = ["weight"] if experts else ["weight", "weights_scaling_factor", "prequant_scaling_factor"]
+    heads = {"attention.q_layernorm.weight", "attention.k_layernorm.weight"} if "Qwen3" in architecture else set()
+    biases = {"attention.qkv.bias"} if "Qwen2" in architecture else set()
+    one_layer = norms | heads | biases | {f"{linear}.{local}" for linear in linears + mlp for local in locals_}
+    assert layers == {f"{layer}.{name}" for layer in range(3) for name in one_layer}
+    outside = {name for name in files.files[1] if ".layers." not in name}
+    assert outside == {"transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"}
 
 
 def test_nvfp4_keeps_codes_and_block_scales(tmp_path: Path) -> None:
