@@ -12,6 +12,7 @@ from engine_files import QUANTIZATION_KEYS, EngineFiles
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 
+from trtllm_ct.base.errors import PayloadError
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
 
@@ -367,6 +368,20 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(workers: int, tmp_path
     for rank in range(2):
         file = f"rank{rank}.safetensors"
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["int4-g64", "int4-g64-asym", "int8-channel"])
+def test_a_scale_that_float16_makes_zero_is_refused(scheme: str, tmp_path: Path) -> None:
+    """The loader casts scales of int4 weights, and would build an engine with rows of zeros."""
+
+    def tiny_scale(stored: dict[str, Tensor]) -> None:
+        stored["model.layers.1.mlp.up_proj.weight_scale"][3] = 1e-9
+
+    built = write_checkpoint(tmp_path / "source", config=config(), scheme=scheme, edit=tiny_scale)
+
+    with pytest.raises(PayloadError, match="become zero"):
+        convert_checkpoint(built.directory, tmp_path / "out", to="engine", dtype="float16")
+    convert_checkpoint(built.directory, tmp_path / "out", to="engine")
 
 
 def test_float16_applies_to_every_plain_tensor(tmp_path: Path) -> None:
