@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -317,8 +318,8 @@ def test_a_missing_file_of_a_rank_is_an_error(tmp_path: Path) -> None:
         ("moe", {"num_experts": 4, "top_k": 2, "normalization_mode": 1}),
     ],
 )
-def test_a_changed_statement_is_found(key: str, value: object, tmp_path: Path) -> None:
-    built, out = _converted(tmp_path)
+def test_a_changed_statement_is_found(key: str, value: object, converted: tuple[Path, Path]) -> None:
+    built, out = converted
     document = json.loads((out / "config.json").read_text())
     block, _, inner = key.rpartition(".")
     (document[block] if block else document)[inner] = value
@@ -331,8 +332,10 @@ def test_a_changed_statement_is_found(key: str, value: object, tmp_path: Path) -
 
 @pytest.mark.parametrize("value", [None, True, "1e-6"])
 @pytest.mark.parametrize("key", ["norm_epsilon", "max_position_embeddings"])
-def test_a_statement_that_the_source_leaves_to_its_class_is_a_number(key: str, value: object, tmp_path: Path) -> None:
-    built, out = _converted(tmp_path)
+def test_a_statement_that_the_source_leaves_to_its_class_is_a_number(
+    key: str, value: object, converted: tuple[Path, Path]
+) -> None:
+    built, out = converted
     stated = {"norm_epsilon": "rms_norm_eps"}.get(key, key)
     rewrite_config(built, lambda config: config.pop(stated))
     assert verify_checkpoint(built, out).good
@@ -349,8 +352,10 @@ def test_a_statement_that_the_source_leaves_to_its_class_is_a_number(key: str, v
     ["head_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "dtype", "mapping.tp_size",
      "mapping.pp_size", "mapping.world_size", "quantization.group_size", "quantization"],
 )  # fmt: skip
-def test_a_value_that_files_can_not_be_read_with_is_an_error_of_ours(key: str, value: object, tmp_path: Path) -> None:
-    built, out = _converted(tmp_path)
+def test_a_value_that_files_can_not_be_read_with_is_an_error_of_ours(
+    key: str, value: object, converted: tuple[Path, Path]
+) -> None:
+    built, out = converted
 
     def edit(config: dict[str, Any]) -> None:
         block, _, inner = key.rpartition(".")
@@ -366,8 +371,8 @@ def test_a_value_that_files_can_not_be_read_with_is_an_error_of_ours(key: str, v
 
 
 @pytest.mark.parametrize("algo", ["FP8_BLOCK_SCALES", "int8", 8, True, ["FP8"]])
-def test_an_unknown_algorithm_is_an_error_of_ours(algo: object, tmp_path: Path) -> None:
-    built, out = _converted(tmp_path)
+def test_an_unknown_algorithm_is_an_error_of_ours(algo: object, converted: tuple[Path, Path]) -> None:
+    built, out = converted
     rewrite_config(out, lambda config: config["quantization"].update(quant_algo=algo))
 
     with pytest.raises(CatalogError, match=r"quantization\.quant_algo: expected null or an algorithm of engines"):
@@ -409,8 +414,8 @@ def test_every_rotary_embedding_is_good_and_a_changed_one_is_found(name: str, ol
 
 
 @pytest.mark.parametrize("name", ["rank2.safetensors", "quant_cfg.json"])
-def test_a_file_of_another_conversion_is_found(name: str, tmp_path: Path) -> None:
-    built, out = _converted(tmp_path)
+def test_a_file_of_another_conversion_is_found(name: str, converted: tuple[Path, Path]) -> None:
+    built, out = converted
     assert verify_checkpoint(built, out).good
     (out / name).write_bytes((out / "rank1.safetensors").read_bytes())
 
@@ -419,7 +424,18 @@ def test_a_file_of_another_conversion_is_found(name: str, tmp_path: Path) -> Non
     assert fault.where == str(out / name)
 
 
-def _converted(tmp_path: Path) -> tuple[Path, Path]:
-    built = write_checkpoint(tmp_path / "in", scheme="int8-channel", config=tiny_config(hidden=128, intermediate=256))
-    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=Parallel(tensor=2))
-    return built.directory, tmp_path / "out"
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source and its directory for two ranks, which tests copy."""
+    folder = tmp_path_factory.mktemp("kept")
+    config = tiny_config(hidden=128, intermediate=256)
+    built = write_checkpoint(folder / "in", scheme="int8-channel", config=config)
+    convert_checkpoint(built.directory, folder / "out", to="engine", parallel=TWO)
+    return folder
+
+
+@pytest.fixture
+def converted(kept: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A source and its directory, to be changed."""
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "in", tmp_path / "out"
