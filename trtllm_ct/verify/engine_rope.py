@@ -33,7 +33,8 @@ def rope_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
     """
     block = {**_block(source, "rope_scaling"), **_block(source, "rope_parameters")}
     architecture = (source.get("architectures") or [""])[0]
-    base = source.get("rope_theta") or block.get("rope_theta") or _BASES.get(architecture, _BASE)
+    stated = (_number(source.get("rope_theta")), _number(block.get("rope_theta")))
+    base = next((value for value in stated if value is not None), _BASES.get(architecture, _BASE))
     kind = str(block.get("rope_type") or block.get("type") or "default")
     kind = "default" if kind == "dynamic" else kind
     length = source.get(_ORIGINAL) or block.get(_ORIGINAL) or source.get("max_position_embeddings")
@@ -44,10 +45,10 @@ def rope_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
     }
     rope = _numbers(kind, base, numbers)
     if kind == "yarn":
-        factor, both = float(block["factor"]), [block.get(key) for key in ("mscale", "mscale_all_dim")]
-        inferred = _attention(factor, both[0], both[1]) if all(both) else _attention(factor, 1, 0)
-        stated = block.get("attention_factor")
-        rope["attention_factor"] = _shown(inferred if stated is None else stated)
+        both = [_number(block.get(key)) for key in ("mscale", "mscale_all_dim")]
+        inferred = _attention(block, *both) if all(both) else _attention(block, 1, 0)
+        given = _number(block.get("attention_factor"))
+        rope["attention_factor"] = _shown(inferred if given is None else given)
     return rope
 
 
@@ -56,30 +57,36 @@ def rope_of_engine(engine: Mapping[str, Any]) -> dict[str, Any]:
     block = _block(engine, "rotary_scaling")
     kind = str(block.get("type") or block.get("rope_type") or "default")
     defaults = {"beta_fast": 32, "beta_slow": 1, _ORIGINAL: 8192 if kind == "llama3" else 4096}
-    rope = _numbers(kind, engine.get("rotary_base", _BASE), defaults | block)
+    rope = _numbers(kind, _number(engine.get("rotary_base", _BASE)), defaults | block)
     if kind == "yarn":
-        factor = float(block.get("factor", 1))
-        rope["attention_factor"] = _shown(_attention(factor, block.get("mscale", 1), block.get("mscale_all_dim", 0)))
+        both = [_number(block.get(key, usual)) for key, usual in (("mscale", 1), ("mscale_all_dim", 0))]
+        rope["attention_factor"] = _shown(_attention(block, *both))
     return rope
 
 
-def _numbers(kind: str, base: float, numbers: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(kind: str, base: float | None, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers that a kind of scaling is computed from; an unknown kind has none."""
-    values = {key: numbers.get(key) for key in _NUMBERS.get(kind, ())}
-    return {"kind": kind, "base": float(base)} | {
-        key: None if value is None else float(value) for key, value in values.items()
-    }
+    return {"kind": kind, "base": base} | {key: _number(numbers.get(key)) for key in _NUMBERS.get(kind, ())}
 
 
-def _attention(factor: float, mscale: Any, mscale_all_dim: Any) -> float:
-    """Return the factor of cosines and sines in YaRN."""
+def _number(value: Any) -> float | None:
+    """Return a value as a number, None for what is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None
+
+
+def _attention(block: Mapping[str, Any], mscale: float | None, mscale_all_dim: float | None) -> float | None:
+    """Return the factor of cosines and sines in YaRN; None if a number is missing that it is computed from."""
+    factor = _number(block.get("factor"))
+    if factor is None or mscale is None or mscale_all_dim is None:
+        return None
     slope = 0.1 * log(factor) if factor > 1 else 0.0
-    return (1 + float(mscale) * slope) / (1 + float(mscale_all_dim) * slope)
+    return (1 + mscale * slope) / (1 + mscale_all_dim * slope)
 
 
-def _shown(value: float) -> float:
-    """Return a number that is computed differently on the two sides with the digits of float32."""
-    return float(f"{value:.6g}")
+def _shown(value: float | None) -> float | None:
+    """Return a number that is computed differently on the two sides with six digits."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _block(config: Mapping[str, Any], key: str) -> dict[str, Any]:

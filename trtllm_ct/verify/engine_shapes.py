@@ -106,7 +106,8 @@ def wanted_tensors(ranks: EngineRanks, part: Located, columns: int | None, *, bi
         per_token = ranks.quantization["quant_algo"] == _PER_TOKEN and part.name.endswith(_NORMS)
         return specs | ({"scale_to_int": TensorSpec(dtype, (1,))} if per_token else {})
     if algo is None:
-        stacked = (int(ranks.config["moe"]["num_experts"]),) if part.expert is not None else ()
+        experts = ranks.config.get("moe") or {"num_experts": 0}
+        stacked = (int(experts["num_experts"]),) if part.expert is not None else ()
         plain = DType.F32 if part.name.endswith(_ROUTER) else dtype
         return specs | {"weight": TensorSpec(plain, (*stacked, part.total, columns))}
     block = ranks.block(part.name)

@@ -138,7 +138,7 @@ def _without_dynamic(block: Mapping[str, Any], base: float, length: int, faults:
         base=base,
         length=length,
         warning=f"dynamic rope scaling is left out: an engine computes sequences of up to {length} tokens as the model "
-        "does, and trtllm-build takes no longer ones unless --max_seq_len asks for them; these would not be scaled",
+        "does, and longer ones wrongly; trtllm-build takes those only if --max_seq_len asks for them",
     )
 
 
