@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import Built, write_checkpoint
-from engine_files import EngineFiles
+from engine_files import QUANTIZATION_KEYS, EngineFiles
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 
+from trtllm_ct.base.errors import PayloadError
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
 
@@ -85,6 +86,53 @@ def test_every_algorithm_holds_the_weights_of_the_source_exactly(scheme: str, tm
         assert_exact(files, built.dense)
 
 
+COMMON = {
+    "producer", "architecture", "dtype", "logits_dtype", "vocab_size", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_size", "intermediate_size", "hidden_act", "norm_epsilon",
+    "position_embedding_type", "max_position_embeddings", "rotary_base", "rotary_scaling", "use_parallel_embedding",
+    "embedding_sharding_dim", "tie_word_embeddings", "disable_weight_only_quant_plugin", "quantization", "mapping",
+    "attn_bias", "mlp_bias",
+}  # fmt: skip
+QWEN = {
+    "qwen_type", "seq_length", "use_logn_attn", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+    "mlp_only_layers", "decoder_sparse_step", "num_labels",
+}  # fmt: skip
+KEYS = {
+    "LlamaForCausalLM": COMMON,
+    "MistralForCausalLM": COMMON,
+    "MixtralForCausalLM": COMMON | {"moe"},
+    "Qwen2ForCausalLM": COMMON | QWEN,
+    "Qwen3ForCausalLM": COMMON | QWEN,
+}
+"""The keys of config.json that the description of the format has for each class."""
+
+
+@pytest.mark.parametrize("architecture", KEYS)
+def test_the_directory_for_two_ranks_has_every_key_and_tensor_and_no_other(architecture: str, tmp_path: Path) -> None:
+    scheme = "dense" if architecture == "MixtralForCausalLM" else "int4-g64"
+    built = write_checkpoint(tmp_path / "source", config=config(architecture), scheme=scheme)
+
+    files = converted(built, tmp_path / "out", Parallel(tensor=2))
+
+    experts = {"moe_tp_size", "moe_ep_size"} if architecture == "MixtralForCausalLM" else set()
+    assert files.config.keys() == KEYS[architecture]
+    assert files.quantization.keys() == QUANTIZATION_KEYS
+    assert files.config["mapping"].keys() == {"world_size", "tp_size", "pp_size"} | experts
+    assert {key for key, value in files.config.items() if value is None} == {"rotary_scaling"}
+    layers = {name.removeprefix("transformer.layers.") for name in files.files[1] if ".layers." in name}
+    assert {int(name.partition(".")[0]) for name in layers} == {0, 1, 2}
+    norms = {"input_layernorm.weight", "post_layernorm.weight"}
+    linears = ["attention.qkv", "attention.dense"]
+    mlp = ["mlp.fc", "mlp.proj", "mlp.router"] if experts else ["mlp.fc", "mlp.gate", "mlp.proj"]
+    locals_ = ["weight"] if experts else ["weight", "weights_scaling_factor", "prequant_scaling_factor"]
+    heads = {"attention.q_layernorm.weight", "attention.k_layernorm.weight"} if "Qwen3" in architecture else set()
+    biases = {"attention.qkv.bias"} if "Qwen2" in architecture else set()
+    one_layer = norms | heads | biases | {f"{linear}.{local}" for linear in linears + mlp for local in locals_}
+    assert layers == {f"{layer}.{name}" for layer in range(3) for name in one_layer}
+    outside = {name for name in files.files[1] if ".layers." not in name}
+    assert outside == {"transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"}
+
+
 def test_nvfp4_keeps_codes_and_block_scales(tmp_path: Path) -> None:
     built = write_checkpoint(tmp_path / "source", config=config(), scheme="nvfp4", edit=with_shared_globals)
     stored = built.stored["model.layers.0.mlp.down_proj.weight_packed"]
@@ -132,6 +180,31 @@ class TestFp8:
         qkv = files.files[0]["transformer.layers.1.attention.qkv.weight"]
         parts = [built.stored[f"model.layers.1.self_attn.{letter}_proj.weight"] for letter in "qkv"]
         assert torch.equal(qkv.view(torch.uint8), torch.cat([part.view(torch.uint8) for part in parts]))
+
+    @pytest.mark.parametrize("equal", [True, False])
+    def test_gate_and_up_that_the_builder_joins_are_requantized_unless_their_scales_are_equal(
+        self, equal: bool, tmp_path: Path
+    ) -> None:
+        def equal_scales(stored: dict[str, Tensor]) -> None:
+            for name in [name for name in stored if name.endswith("up_proj.weight_scale")]:
+                stored[name] = stored[name.replace("up_proj", "gate_proj")].clone()
+
+        built = write_checkpoint(
+            tmp_path / "source",
+            config=config(),
+            scheme="fp8-tensor-static",
+            edit=equal_scales if equal else None,
+        )
+        files = converted(built, tmp_path / "out", TWO_BY_TWO)
+        apart = files.weights()
+        files.fused_mlp = True
+
+        joined = files.weights()
+
+        changed = {name for name in apart if not torch.equal(apart[name], joined[name])}
+        leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in changed}
+        assert leaves == (set() if equal else {"gate_proj", "up_proj"} & leaves)
+        assert len(changed) == (0 if equal else 3)  # one of the two in each layer has the smaller scale
 
     def test_the_cache_has_the_larger_scale_of_keys_and_values_on_every_rank(self, tmp_path: Path) -> None:
         built = write_checkpoint(tmp_path / "source", config=config(), scheme="fp8-tensor-static", kv=True)
@@ -295,6 +368,20 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(workers: int, tmp_path
     for rank in range(2):
         file = f"rank{rank}.safetensors"
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["int4-g64", "int4-g64-asym", "int8-channel"])
+def test_a_scale_that_float16_makes_zero_is_refused(scheme: str, tmp_path: Path) -> None:
+    """The loader casts scales of int4 weights, and would build an engine with rows of zeros."""
+
+    def tiny_scale(stored: dict[str, Tensor]) -> None:
+        stored["model.layers.1.mlp.up_proj.weight_scale"][3] = 1e-9
+
+    built = write_checkpoint(tmp_path / "source", config=config(), scheme=scheme, edit=tiny_scale)
+
+    with pytest.raises(PayloadError, match="become zero"):
+        convert_checkpoint(built.directory, tmp_path / "out", to="engine", dtype="float16")
+    convert_checkpoint(built.directory, tmp_path / "out", to="engine")
 
 
 def test_float16_applies_to_every_plain_tensor(tmp_path: Path) -> None:

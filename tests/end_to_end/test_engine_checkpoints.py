@@ -43,10 +43,15 @@ DEQUANTIZED = {"mixtral-w4a16"}
 SIZES = [Parallel(tensor=tensor, pipeline=pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
 
 
-def requantized(source: dict[str, Tensor], name: str) -> Tensor:
-    """q, k or v of one layer under the largest of their three scales, in float64, as the format says."""
-    attention = name.rpartition(".")[0].rpartition(".")[0]
-    scales = [source[f"{attention}.{letter}_proj.weight_scale"].float().reshape(()) for letter in "qkv"]
+FUSED = (("q_proj", "k_proj", "v_proj"),)
+JOINED = (*FUSED, ("gate_proj", "up_proj"))
+"""The Linears of FP8 that get one scale: in the file, and where the builder has joined gate and up."""
+
+
+def requantized(source: dict[str, Tensor], name: str, group: tuple[str, ...]) -> Tensor:
+    """A part of a fused Linear under the largest scale of its parts, in float64, as the format says."""
+    block = name.rpartition(".")[0].rpartition(".")[0]
+    scales = [source[f"{block}.{leaf}.weight_scale"].float().reshape(()) for leaf in group]
     largest, scale = max(scales), source[f"{name.removesuffix('.weight')}.weight_scale"].float().reshape(())
     codes = source[name]
     if scale != largest:
@@ -65,6 +70,16 @@ def test_the_ranks_add_up_to_the_golden_projections(
 
     assert files.algo == ALGOS[name]
     assert_golden(files, source, dequantized=name in DEQUANTIZED)
+
+
+@pytest.mark.parametrize("parallel", SIZES, ids=lambda sizes: f"tp{sizes.tensor}-pp{sizes.pipeline}")
+def test_gate_and_up_that_the_builder_joins_add_up_to_the_requantized_projections(
+    parallel: Parallel, shared: Path, tmp_path: Path
+) -> None:
+    source = shared / "checkpoints" / "fp8-static-kv"
+    convert_checkpoint(source, tmp_path / "out", to="engine", parallel=parallel)
+
+    assert_golden(EngineFiles(tmp_path / "out", fused_mlp=True), source)
 
 
 @pytest.mark.parametrize("sm", [80, 90])
@@ -93,8 +108,10 @@ def assert_golden(files: EngineFiles, source: Path, *, dequantized: bool = False
     for key, projected in projections.items():
         weight, want = weights[key], torch.from_numpy(projected)
         r = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]), dtype=torch.float64)
-        if stored and key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            want = requantized(stored, key) @ r
+        leaf = key.removesuffix(".weight").rpartition(".")[2]
+        for group in JOINED if files.fused_mlp else FUSED:
+            if stored and leaf in group:
+                want = requantized(stored, key, group) @ r
         bound = 1e-6 * want.abs().max() + (zeros[key] * 2**-9 @ r.abs() if key in zeros else 0)
         if dequantized:  # each element is rounded once to bfloat16
             bound = bound + weight.abs() * 2**-8 @ r.abs()

@@ -20,6 +20,7 @@ from trtllm_ct.plan.rank_ops import (
     RoundScale,
     RoundZero,
     Slice,
+    WidenCastScale,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +100,16 @@ def test_scales_and_zeros_are_rounded_once_and_zero_is_positive() -> None:
 def test_a_scale_beyond_the_dtype_is_an_error() -> None:
     with pytest.raises(PayloadError, match="float16"):
         RoundScale(result=TensorSpec(DType.F16, (1,))).run("x", module(scale=torch.tensor([[1e5]])))
+
+
+@pytest.mark.parametrize("wrong", [1e5, 3e-9])
+def test_a_scale_that_a_loader_casts_keeps_its_value_or_is_an_error(wrong: float) -> None:
+    operation = WidenCastScale(result=TensorSpec(DType.F32, (2, 1)), cast=DType.F16)
+
+    scale = torch.tensor([[0.1], [0.0]])
+    assert torch.equal(operation.run("x", module(scale=scale)), scale)
+    with pytest.raises(PayloadError, match="float16"):
+        operation.run("x", module(scale=torch.tensor([[0.1], [wrong]])))
 
 
 @pytest.mark.parametrize(("axis", "want"), [(0, [[3, 4, 5]]), (1, [[1, 2], [4, 5]])])

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from engine_builder import joined_fp8
 from engine_codes import KERNEL_BITS, codes_in_stream, e2m1_values
 from safetensors.torch import load_file
 
@@ -59,11 +60,15 @@ class Loaded:
 
 
 class EngineFiles:
-    """An engine-build checkpoint, as `PretrainedModel.from_checkpoint` reads it on a GPU of some SM."""
+    """An engine-build checkpoint, as `PretrainedModel.from_checkpoint` reads it on a GPU of some SM.
 
-    def __init__(self, directory: Path, *, sm: int = 80) -> None:
+    With `fused_mlp` the builder's pass has run that joins fc and gate, as it does unless `use_fused_mlp` is off.
+    """
+
+    def __init__(self, directory: Path, *, sm: int = 80, fused_mlp: bool = False) -> None:
         self.directory = directory
         self.sm = sm
+        self.fused_mlp = fused_mlp
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self.quantization = self.config["quantization"]
         mapping = self.config["mapping"]
@@ -275,6 +280,24 @@ class EngineFiles:
                 weight = codes * scale * held["weights_scaling_factor_2"].double()
         return Loaded(weight=weight, bias=self._loaded_bias(held.get("bias"), rank, name), zero=zero)
 
+    def mlp(self, rank: int, prefix: str) -> tuple[Loaded, Loaded]:
+        """Fc and gate of a rank as the engine has them; both are read by the mode of fc."""
+        names = (f"{prefix}mlp.fc", f"{prefix}mlp.gate")
+        fc, gate = (self.linear(rank, name) for name in names)
+        assert self.block(names[0]) == self.block(names[1])
+        if not self.fused_mlp or self.block(names[0]).get("quant_algo") != "FP8":
+            return fc, gate  # plain and row-wise ones are joined as they are, others are not
+        held = self.files[rank]
+        codes, scale = joined_fp8(
+            held[f"{names[1]}.weight"],
+            held[f"{names[0]}.weight"],
+            held[f"{names[1]}.weights_scaling_factor"],
+            held[f"{names[0]}.weights_scaling_factor"],
+            self.dtype,
+        )
+        above, below = (codes.double() * scale.double()).chunk(2)
+        return Loaded(weight=below, bias=fc.bias), Loaded(weight=above, bias=gate.bias)
+
     def _loaded_bias(self, bias: Tensor | None, rank: int, name: str) -> Tensor | None:
         """A bias after the load hook.
 
@@ -349,7 +372,7 @@ class EngineFiles:
         for name, row_parallel in LINEARS.items():
             if "moe" in self.config and name.startswith("mlp"):
                 continue
-            parts = [self.linear(rank, prefix + name) for rank in ranks]
+            parts = [self._linear_of_layer(rank, prefix, name) for rank in ranks]
             weights = [part.zero if self._of_zeros and part.zero is not None else part.weight for part in parts]
             biases = [part.bias for part in parts]
             if name == "attention.qkv":
@@ -360,6 +383,11 @@ class EngineFiles:
             yield f"{HUGGING_FACE[name]}.weight", torch.cat(weights, dim=1 if row_parallel else 0)
             if biases[0] is not None:
                 yield f"{HUGGING_FACE[name]}.bias", self._bias(biases, prefix + name, row_parallel=row_parallel)
+
+    def _linear_of_layer(self, rank: int, prefix: str, name: str) -> Loaded:
+        if name in {"mlp.fc", "mlp.gate"}:
+            return self.mlp(rank, prefix)[name == "mlp.gate"]
+        return self.linear(rank, prefix + name)
 
     def _bias(self, biases: list[Any], name: str, *, row_parallel: bool) -> Tensor:
         """What is added to the output: parts side by side, or once after the ranks are added up."""

@@ -1,6 +1,7 @@
-"""A Llama in plain torch that computes with the files of an engine-build checkpoint, rank by rank.
+"""A decoder in plain torch that computes with the files of an engine-build checkpoint, rank by rank.
 
-Every rank has its heads and its part of the MLP; row-parallel Linears are added up over ranks, as engines do.
+Every rank has its heads and its part of the MLP; row-parallel Linears are added up over ranks, as engines do. Keys and
+values go through the KV cache in its dtype; inputs of Linears stay as they are.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from engine_builder import rotary_table
+from engine_files import ADDS_BIAS_IN_KERNEL
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 if TYPE_CHECKING:
     from engine_files import EngineFiles
     from torch import Tensor
 
-__all__ = ["engine_logits"]
+__all__ = ["cached", "engine_logits"]
 
 
 def engine_logits(files: EngineFiles, tokens: Tensor) -> Tensor:
     """Logits [n, vocabulary] in float32 at every position of a prompt."""
+    assert files.config["hidden_act"] == "silu"
     first, last = files.files[0], files.files[-files.tp :]
     hidden = first["transformer.vocab_embedding.weight"].float()[tokens]
     cos, sin = _rotary(files, len(tokens))
@@ -28,18 +32,24 @@ def engine_logits(files: EngineFiles, tokens: Tensor) -> Tensor:
             prefix = f"transformer.layers.{local}."
             norm = files.files[ranks[0]]
             normed = _norm(files, hidden, norm[f"{prefix}input_layernorm.weight"])
-            hidden = hidden + sum(_attention(files, rank, prefix, normed, cos, sin) for rank in ranks)
+            mixed = [_attention(files, rank, prefix, normed, cos, sin) for rank in ranks]
+            hidden = hidden + _added_up(files, ranks, f"{prefix}attention.dense", mixed)
             normed = _norm(files, hidden, norm[f"{prefix}post_layernorm.weight"])
-            hidden = hidden + sum(_mlp(files, rank, prefix, normed) for rank in ranks)
+            gated = [_gated(files, rank, prefix, normed) for rank in ranks]
+            hidden = hidden + _added_up(files, ranks, f"{prefix}mlp.proj", gated)
     hidden = _norm(files, hidden, last[0]["transformer.ln_f.weight"])
     logits = torch.cat([linear(hidden, part["lm_head.weight"].float()) for part in last], dim=-1)
     return logits[:, : files.config["vocab_size"]]
 
 
-def _weight(files: EngineFiles, rank: int, name: str) -> Tensor:
-    loaded = files.linear(rank, name)
-    assert loaded.bias is None
-    return loaded.weight.float()
+def cached(heads: Tensor, algo: str | None, scale: Tensor | None) -> Tensor:
+    """Keys or values as they come back from a cache of FP8 or INT8, or of the model's dtype."""
+    if algo is None or scale is None:
+        assert algo is None, "the loader needs the scale"
+        return heads
+    if algo == "FP8":
+        return (heads / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(heads.dtype) * scale
+    return (heads / scale).round().clamp(-128, 127) * scale
 
 
 def _norm(files: EngineFiles, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -48,22 +58,29 @@ def _norm(files: EngineFiles, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rotary(files: EngineFiles, length: int) -> tuple[Tensor, Tensor]:
-    assert files.config["position_embedding_type"] == "rope_gpt_neox"
-    assert files.config["rotary_scaling"] is None
-    powers = torch.arange(0, files.head, 2, dtype=torch.float32) / files.head
-    angles = torch.arange(length, dtype=torch.float32)[:, None] / files.config["rotary_base"] ** powers
+    assert length <= files.config["max_position_embeddings"], "the table ends there"
+    frequencies, scale = rotary_table(files.config)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * torch.from_numpy(frequencies)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def _attention(files: EngineFiles, rank: int, prefix: str, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    fused = linear(hidden, _weight(files, rank, f"{prefix}attention.qkv"))
+    qkv = files.linear(rank, f"{prefix}attention.qkv")
+    fused = linear(hidden, qkv.weight.float(), None if qkv.bias is None else qkv.bias.float())
     heads = fused.unflatten(-1, (-1, files.head)).transpose(0, 1)
     queries, keys, values = heads.split([files.heads, files.kv_heads, files.kv_heads])
+    held = files.files[rank]
+    if f"{prefix}attention.q_layernorm.weight" in held:
+        queries = _norm(files, queries, held[f"{prefix}attention.q_layernorm.weight"])
+        keys = _norm(files, keys, held[f"{prefix}attention.k_layernorm.weight"])
+    algo = files.quantization["kv_cache_quant_algo"]
+    scale = held.get(f"{prefix}attention.kv_cache_scaling_factor")
+    keys, values = (cached(part, algo, scale) for part in (_rotated(keys, cos, sin), values))
     group = files.heads // files.kv_heads
-    keys, values = _rotated(keys, cos, sin).repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+    keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
     mixed = scaled_dot_product_attention(_rotated(queries, cos, sin), keys, values, is_causal=True)
-    return linear(mixed.transpose(0, 1).flatten(1), _weight(files, rank, f"{prefix}attention.dense"))
+    return mixed.transpose(0, 1).flatten(1)
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -71,8 +88,19 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos + torch.cat([-high, low], dim=-1) * sin
 
 
-def _mlp(files: EngineFiles, rank: int, prefix: str, hidden: Tensor) -> Tensor:
-    assert files.config["hidden_act"] == "silu"
-    activated = silu(linear(hidden, _weight(files, rank, f"{prefix}mlp.fc")))
-    gated = activated * linear(hidden, _weight(files, rank, f"{prefix}mlp.gate"))
-    return linear(gated, _weight(files, rank, f"{prefix}mlp.proj"))
+def _gated(files: EngineFiles, rank: int, prefix: str, hidden: Tensor) -> Tensor:
+    branches = [
+        linear(hidden, part.weight.float(), None if part.bias is None else part.bias.float())
+        for part in files.mlp(rank, prefix)
+    ]
+    return silu(branches[0]) * branches[1]
+
+
+def _added_up(files: EngineFiles, ranks: range, name: str, inputs: list[Tensor]) -> Tensor:
+    """The output of a Linear whose columns the ranks divide; its bias is added by each kernel, or once afterwards."""
+    parts = [files.linear(rank, name) for rank in ranks]
+    total = torch.stack([linear(x, part.weight.float()) for x, part in zip(inputs, parts, strict=True)]).sum(dim=0)
+    biases = [part.bias.float() for part in parts if part.bias is not None]
+    if files.block(name).get("quant_algo") not in ADDS_BIAS_IN_KERNEL:
+        biases = biases[:1]
+    return total + sum(biases) if biases else total

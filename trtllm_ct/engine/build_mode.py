@@ -110,7 +110,8 @@ class BuildMode:
     modules, so that no single Linear can stay plain; such attention has no norms of queries and keys. `requantizes`
     says that a fused Linear has one scale, which its parts are requantized to. `norm_scale` is a tensor of ones that
     each norm of a layer has. `row_bias` says what becomes of biases. `mixes` says that Linears of other such modes may
-    be beside it. `derived` describes what no converter of TensorRT-LLM writes; empty if one does.
+    be beside it. `casts_scales` says that the loader casts the scales of the file to the model's dtype. `derived`
+    describes what no converter of TensorRT-LLM writes; empty if one does.
     """
 
     algo: QuantAlgo
@@ -134,6 +135,7 @@ class BuildMode:
     norm_scale: str | None = None
     row_bias: RowBias = RowBias.AFTER_SUM
     mixes: bool = False
+    casts_scales: bool = False
     derived: str = ""
 
     def holds(self, weight: Weight) -> bool:
@@ -148,6 +150,13 @@ class BuildMode:
             and not (weight.exponent_scale or weight.permuted)
             and weight.has_zero_point in self.zero_points
             and (not self.group_sizes or args.group_size is None or bool(self.sizes_for(args.group_size)))
+        )
+
+    @property
+    def scales_in_dtype(self) -> bool:
+        """Whether engines compute with scales in the model's dtype: those of the file are, or the loader casts them."""
+        return self.casts_scales or any(
+            tensor.content is Content.SCALE and tensor.dtype is None for tensor in self.tensors
         )
 
     def sizes_for(self, group_size: int | None) -> tuple[int, ...]:

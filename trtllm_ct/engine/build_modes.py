@@ -70,6 +70,7 @@ W4A16_AWQ = BuildMode(
     pre_quant_scale=True,
     row_bias=RowBias.ZEROED_BY_LOADER,
     mixes=True,
+    casts_scales=True,
     tensors=(_codes(DType.I8), _GROUP_SCALE, _PREQUANT),
 )
 AWQ_WITH_ZEROS = BuildMode(
@@ -85,6 +86,7 @@ AWQ_WITH_ZEROS = BuildMode(
     has_zero_point=True,
     row_bias=RowBias.ZEROED_BY_LOADER,
     mixes=True,
+    casts_scales=True,
     derived="W4A16_AWQ with zero points and without pre_quant_scale",
     tensors=(_codes(DType.I8), _GROUP_SCALE, _ZERO),
 )

@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from trtllm_ct.layouts.mixed_gemm import KernelOrder
     from trtllm_ct.plan.ops import ModuleTensors
 
-__all__ = ["LargestOf", "LargestReciprocal", "Padding", "Permute", "Requantize", "RoundScale", "RoundZero", "Slice"]
+__all__ = [
+    "LargestOf",
+    "LargestReciprocal",
+    "Padding",
+    "Permute",
+    "Requantize",
+    "RoundScale",
+    "RoundZero",
+    "Slice",
+    "WidenCastScale",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +46,20 @@ class RoundScale(WidenScale):
 
     def run(self, name: str, module: ModuleTensors) -> Tensor:
         """Return the scale in the dtype of `result`; an element that becomes infinite or zero is an error."""
+        return _within(name, WidenScale.run(self, name, module), self.result.dtype, module.first_row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidenCastScale(WidenScale):
+    """Delivers the scale of the module's codes as float32 for a loader that casts it to `cast`."""
+
+    cast: DType
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """Return the scale, values unchanged; an element that the loader would make infinite or zero is an error."""
         scale = WidenScale.run(self, name, module)
-        rounded = _rounded_scale(name, scale, self.result.dtype, module.first_row)
-        vanished = (rounded == 0) & (scale != 0)
-        if bool(vanished.any()):
-            raise PayloadError(
-                Fault(
-                    where=name,
-                    expected=f"scales within the range of {self.result.dtype.torch_name}",
-                    found=f"{int(vanished.sum())} that become zero, and their weights with them",
-                    remedy="Convert with --dtype bfloat16 or float32.",
-                )
-            )
-        return rounded
+        _within(name, scale, self.cast, module.first_row)
+        return scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +191,22 @@ class Slice(Operation):
         """Return a contiguous copy of the slice."""
         whole = self.operation.run(name, module)
         return whole.narrow(self.axis, self.begin, self.end - self.begin).contiguous()
+
+
+def _within(name: str, scale: Tensor, dtype: DType, first_row: int) -> Tensor:
+    """Return a scale in a narrower dtype; an element that becomes infinite or zero is an error."""
+    rounded = _rounded_scale(name, scale, dtype, first_row)
+    vanished = (rounded == 0) & (scale != 0)
+    if bool(vanished.any()):
+        raise PayloadError(
+            Fault(
+                where=name,
+                expected=f"scales within the range of {dtype.torch_name}",
+                found=f"{int(vanished.sum())} that become zero, and their weights with them",
+                remedy="Convert with --dtype bfloat16.",
+            )
+        )
+    return rounded
 
 
 def _rounded_scale(name: str, scale: Tensor, dtype: DType, first_row: int) -> Tensor:

@@ -5,7 +5,10 @@ source_check.py     checks the values of a source that no header shows
 converted.py        compares a converted directory with its source, on all cores
 matching.py         which tensors of the two directories are compared, and how
 engine_match.py     compares an engine-build checkpoint with its source
+engine_shapes.py    which tensors its modules have, with dtype and shape
 engine_statements.py  compares what its config.json says with that of the source
+engine_keys.py      the keys of its config.json without which its files can't be read
+engine_rope.py      what a rotary embedding means on both sides
 engine_ranks.py     the files of ranks: the weights of a model that their parts add up to
 kernel_order.py     where the codes of a Linear are in the stream of bytes that a kernel reads
 pairs.py            one tensor on both sides, compared in chunks of rows

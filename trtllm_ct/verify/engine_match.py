@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded
 from trtllm_ct.verify.converted import checks_of, source_modules
 from trtllm_ct.verify.engine_ranks import EngineRanks
+from trtllm_ct.verify.engine_shapes import SCALAR, wanted_tensors
 from trtllm_ct.verify.engine_statements import compare_statements
 from trtllm_ct.verify.matching import DirectoryMatch, NamedPair
 from trtllm_ct.verify.pairs import Pair
@@ -30,7 +32,7 @@ from trtllm_ct.verify.source.scalars import kv_scales
 from trtllm_ct.verify.statements import cache_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["compare_engine_directory"]
 
 _ONES = ("prequant_scaling_factor", "smoother", "scale_to_int")
+_BIASES = {"attn_bias": "attention.qkv", "mlp_bias": "mlp.fc"}
 _QKV = ("q_proj", "k_proj", "v_proj")
 _FUSED = tuple(f"self_attn.{leaf}" for leaf in _QKV)
 _SCALED_BY_DTYPE = frozenset({"W4A16_AWQ", "W4A16_GPTQ", "W8A16", "W8A16_GPTQ"})
@@ -77,6 +80,7 @@ def compare_engine_directory(
         compare_statements(checkpoint.hf_config, ranks.config, converted, faults)
         checks = tuple(checks_of(engine.pairs(), faults))
         engine.report_surplus()
+        engine.compare_biases()
     return checks
 
 
@@ -89,6 +93,7 @@ class _EngineMatch:
     ranks: EngineRanks
     faults: FaultCollector
     _exact: dict[str, Exact | None] = field(init=False, default_factory=dict)
+    _reported: set[tuple[int, str]] = field(init=False, default_factory=set)
 
     def pairs(self) -> Iterator[NamedPair]:
         """Yield every tensor to compare, in the order of the source."""
@@ -104,6 +109,18 @@ class _EngineMatch:
         for rank, name in self.ranks.unseen():
             self._fault(rank, name, "only tensors that come from the source", "one without a source")
 
+    def compare_biases(self) -> None:
+        """Add a fault for each key of config.json that doesn't say which Linears have a bias in the files."""
+        for key, name in _BIASES.items():
+            stated, stored = self.ranks.config.get(key), self.ranks.has_bias(name)
+            if stated is not stored:
+                self.faults.add(
+                    where=f"config.json: {key}",
+                    expected=f"{stored}, as the files have it",
+                    found=str(stated),
+                    remedy="Convert again; an engine would leave biases out, or look for some that are not there.",
+                )
+
     def _module(self, key: str, module: Module) -> Iterator[NamedPair]:
         """Yield the pairs of one module on all ranks: weight, bias, and the scale of its input."""
         exact = self._exact_of(key, module)
@@ -112,23 +129,40 @@ class _EngineMatch:
         parts = self.ranks.parts(key, exact.shape[0])
         if parts is None:
             return
-        shared = key.endswith(_FUSED)
         for index, part in enumerate(parts):
-            missing = [local for local in self.ranks.required(part) if self.ranks.find(part, local) is None]
-            for local in missing:
-                self._fault(part.rank, f"{part.name}.{local}", "a tensor made from the source", "no such tensor")
-            if missing:
+            width = self._width(exact, part, len(parts))
+            wanted = wanted_tensors(self.ranks, part, width, bias="bias" in module.tensors)
+            if not self._has(part, wanted):
                 continue
             yield self._weight(key, module, part, exact, (index, len(parts)))
-            if key == "lm_head":
-                yield from self._padding(part)
-            for local in _ONES:
-                yield from self._ones(part, local)
-            if "bias" in module.tensors:
-                yield from self._bias(module, part)
-            if self.ranks.find(part, "activation_scaling_factor") is not None:
-                members = [key.rpartition(".")[0] + f".{leaf}" for leaf in _QKV] if shared else [key]
+            yield from self._padding(part)
+            yield from (self._ones(part, local) for local in _ONES if local in wanted)
+            if "bias" in wanted:
+                yield self._bias(module, part)
+            if "activation_scaling_factor" in wanted:
+                members = [key.rpartition(".")[0] + f".{leaf}" for leaf in _QKV] if key.endswith(_FUSED) else [key]
                 yield self._scalar(part, "activation_scaling_factor", self._input_scale(members))
+
+    @staticmethod
+    def _width(exact: Exact, part: Located, count: int) -> int | None:
+        """Return the columns of a module that a rank has, None for a vector."""
+        if len(exact.shape) == 1:
+            return None
+        return exact.shape[1] // count if part.columns else exact.shape[1]
+
+    def _has(self, part: Located, wanted: Mapping[str, TensorSpec]) -> bool:
+        """Whether the engine's module has all tensors in dtype and shape; adds a fault for each that differs, once."""
+        good = True
+        for local, spec in wanted.items():
+            name, tensor = f"{part.name}.{local}", self.ranks.whole(part, local)
+            if tensor is not None and (tensor.dtype, tensor.shape) == (spec.dtype, spec.shape):
+                continue
+            good = False
+            if (part.rank, name) not in self._reported:
+                self._reported.add((part.rank, name))
+                found = str(TensorSpec(tensor.dtype, tensor.shape)) if tensor is not None else "no such tensor"
+                self._fault(part.rank, name, f"{spec}, made from the source", found)
+        return good
 
     def _exact_of(self, key: str, module: Module) -> Exact | None:
         """Return the exact weight of a module, which is decoded once for all ranks."""
@@ -140,7 +174,7 @@ class _EngineMatch:
         """Return the pair of the part of a weight that one rank has."""
         algo, (index, count) = self.ranks.algo(part.name), place
         dtype = self.ranks.get(part, "weight").dtype
-        width = (exact.shape[1] // count if part.columns else exact.shape[1]) if len(exact.shape) > 1 else 1
+        width = self._width(exact, part, count) or 1
         columns = slice(index * width, (index + 1) * width) if part.columns else slice(None)
 
         def compare(begin: int, end: int) -> Comparison:
@@ -193,29 +227,25 @@ class _EngineMatch:
                 scales.append(float(tensors["input_scale"].all_numbers().max()))
         return max(scales)
 
-    def _bias(self, module: Module, part: Located) -> Iterator[NamedPair]:
-        """Yield the pair of the part of a bias that one rank has; ranks that divide columns have all of it."""
-        bias = self.ranks.find(part, "bias")
-        if bias is None:
-            self._fault(part.rank, f"{part.name}.bias", "a tensor made from the source", "no such tensor")
-            return
+    def _bias(self, module: Module, part: Located) -> NamedPair:
+        """Return the pair of the part of a bias that one rank has; ranks that divide columns have all of it."""
+        bias = self.ranks.get(part, "bias")
         want = module.tensors["bias"].all_numbers()[part.begin : part.begin + part.rows]
         if part.columns and part.rank % self.ranks.tensor and self.ranks.algo(part.name) in _BIAS_ON_FIRST_RANK:
             want = np.zeros_like(want)
         got = bias.all_numbers()[part.first : part.first + part.rows]
-        yield self._vector(part, "bias", got, want, bias.dtype)
+        return self._vector(part, "bias", got, want, bias.dtype)
 
-    def _ones(self, part: Located, local: str) -> Iterator[NamedPair]:
-        """Yield the pair of a factor that compressed-tensors has folded into other weights, if it is there."""
-        tensor = self.ranks.find(part, local)
-        if tensor is not None:
-            got = tensor.all_numbers().flatten()
-            yield self._vector(part, local, got, np.ones_like(got), tensor.dtype)
+    def _ones(self, part: Located, local: str) -> NamedPair:
+        """Return the pair of a factor that compressed-tensors has folded into other weights."""
+        tensor = self.ranks.get(part, local)
+        got = tensor.all_numbers().flatten()
+        return self._vector(part, local, got, np.ones_like(got), tensor.dtype)
 
     def _padding(self, part: Located) -> Iterator[NamedPair]:
         """Yield the pair of the padding after the rows of a head, which must be zero."""
-        rows = self.ranks.get(part, "weight").numbers(part.rows, self.ranks.get(part, "weight").shape[0])
-        if rows.size:
+        if part.name == "lm_head" and part.rows < part.total:
+            rows = self.ranks.get(part, "weight").numbers(part.rows, part.total)
             yield self._vector(part, "weight", rows.flatten(), np.zeros(rows.size), DType.F32)
 
     def _cache_scales(self) -> Iterator[NamedPair]:
@@ -237,11 +267,8 @@ class _EngineMatch:
         for attention, value in largest.items():
             for part in self.ranks.parts(f"{attention}.o_proj", 1) or ():
                 holder = replace(part, name=part.name.removesuffix(".dense"))
-                if self.ranks.find(holder, "kv_cache_scaling_factor") is None:
-                    name = f"{holder.name}.kv_cache_scaling_factor"
-                    self._fault(holder.rank, name, "the scale that the source promises", "no such tensor")
-                    continue
-                yield self._scalar(holder, "kv_cache_scaling_factor", value)
+                if self._has(holder, {"kv_cache_scaling_factor": SCALAR}):
+                    yield self._scalar(holder, "kv_cache_scaling_factor", value)
 
     def _scalar(self, part: Located, local: str, value: float) -> NamedPair:
         """Return the pair of a scalar."""

@@ -18,6 +18,7 @@ from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.verify.engine_keys import checked_layers
 from trtllm_ct.verify.kernel_order import rows_in_stream, tile_rows
 from trtllm_ct.verify.source.files import FileTensor, TensorFiles, Transposed, tensors_of
 from trtllm_ct.verify.source.numbers import E2M1, look_up, nibbles
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-__all__ = ["REQUIRED", "EngineRanks", "Located", "is_engine_directory"]
+__all__ = ["EngineRanks", "Located", "is_engine_directory"]
 
 _NIBBLE = 4
 _NVFP4_GROUP = 16
@@ -53,24 +54,7 @@ _EXPERT_PARTS = {"gate": "mlp.fc", "up": "mlp.fc", "down": "mlp.proj"}
 _QUANTIZED = frozenset({"attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"})
 _KERNEL_BITS = {"W4A16_GPTQ": 4, "W8A16_GPTQ": 8}
 """The algorithms whose codes are in the order of a kernel, and the bits of a code."""
-_GROUPWISE = frozenset({"W4A16_AWQ", *_KERNEL_BITS})
-_NORMS = ("input_layernorm", "post_layernorm")
 _ROW_PARALLEL = frozenset({"attention.dense", "mlp.proj"})
-
-
-REQUIRED: Mapping[str | None, tuple[str, ...]] = {
-    None: (),
-    "W4A16_AWQ": ("weights_scaling_factor",),
-    "W4A16_GPTQ": ("weights_scaling_factor",),
-    "W8A16_GPTQ": ("weights_scaling_factor",),
-    "W8A16": ("per_channel_scale",),
-    "FP8": ("weights_scaling_factor", "activation_scaling_factor"),
-    "FP8_PER_CHANNEL_PER_TOKEN": ("per_channel_scale",),
-    "W8A8_SQ_PER_CHANNEL": ("weights_scaling_factor", "activation_scaling_factor", "prequant_scaling_factor"),
-    "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": ("per_channel_scale",),
-    "NVFP4": ("weights_scaling_factor", "weights_scaling_factor_2", "activation_scaling_factor"),
-}
-"""The tensors of a Linear beside its weight, by algorithm; some flags and row-parallel Linears add more."""
 
 
 def is_engine_directory(directory: Path) -> bool:
@@ -86,13 +70,15 @@ class Located:
     """The part of a module that one rank has.
 
     It is rows `first` to `first + rows` of the engine's module `name` in the file of `rank`, which are rows `begin` and
-    the following ones of the module's weight. With `columns` the ranks' parts lie side by side instead.
+    the following ones of the module's weight. With `columns` the ranks' parts lie side by side instead. The engine's
+    module has `total` rows on the rank.
     """
 
     rank: int
     name: str
     begin: int
     rows: int
+    total: int
     first: int = 0
     columns: bool = False
     expert: int | None = None
@@ -111,8 +97,7 @@ class EngineRanks:
 
     def __enter__(self) -> Self:
         self.config = read_json_object(self.directory / "config.json")
-        if self.quantization["quant_algo"] == "MIXED_PRECISION":
-            self._layers = read_json_object(self.directory / "quant_cfg.json")["quantized_layers"]
+        self._layers = checked_layers(self.directory, self.config, _DEQUANTIZED)
         for rank in range(self.tensor * self.pipeline):
             file = f"rank{rank}.safetensors"
             if not (self.directory / file).is_file():
@@ -183,19 +168,6 @@ class EngineRanks:
         """Return how an engine's module is quantized: the block of all, or its own in quant_cfg.json."""
         return self.quantization if self._layers is None else self._layers.get(name, {})
 
-    def required(self, part: Located) -> Iterator[str]:
-        """Yield the local names of the tensors that an engine's module must have on the rank of a part."""
-        algo = self.algo(part.name)
-        yield from ("weight", *REQUIRED[algo])
-        if algo == "W4A16_AWQ" and self.block(part.name)["pre_quant_scale"]:
-            yield "prequant_scaling_factor"
-        if algo in _GROUPWISE and self.block(part.name)["has_zero_point"]:
-            yield "zero"
-        if algo == "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN" and part.columns:
-            yield "smoother"
-        if self.quantization["quant_algo"] == "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN" and part.name.endswith(_NORMS):
-            yield "scale_to_int"
-
     def stage(self, layer: int) -> tuple[int, int]:
         """Return the pipeline stage of a layer and its number there."""
         size, more = divmod(int(self.config["num_hidden_layers"]), self.pipeline)
@@ -228,7 +200,15 @@ class EngineRanks:
             return None
         cut = [self._cut(path, rank, rows) for rank in range(self.tensor)]
         return [
-            Located(rank=rank, name=prefix + name, begin=begin, rows=count, first=first, columns=name in _ROW_PARALLEL)
+            Located(
+                rank=rank,
+                name=prefix + name,
+                begin=begin,
+                rows=count,
+                total=self._fused_rows() if name == "attention.qkv" else count,
+                first=first,
+                columns=name in _ROW_PARALLEL,
+            )
             for rank, (begin, count, first) in zip(ranks, cut, strict=True)
         ]
 
@@ -242,9 +222,15 @@ class EngineRanks:
                 name=_OUTSIDE[key],
                 begin=min(rank * size, rows) if key == "lm_head" else 0,
                 rows=max(0, min(size, rows - rank * size)) if key == "lm_head" else rows,
+                total=size,
             )
             for rank in range(self.tensor)
         ]
+
+    def _fused_rows(self) -> int:
+        """Return the rows of queries, keys and values on each rank."""
+        heads, kv_heads = int(self.config["num_attention_heads"]), int(self.config["num_key_value_heads"])
+        return (heads // self.tensor + 2 * max(kv_heads // self.tensor, 1)) * int(self.config["head_size"])
 
     def _cut(self, path: str, rank: int, rows: int) -> tuple[int, int, int]:
         """Return the first row of a rank's part, the number of its rows, and its first row in the engine's module."""
@@ -270,6 +256,7 @@ class EngineRanks:
                 name=prefix + _EXPERT_PARTS[leaf],
                 begin=0 if leaf == "down" else index * size,
                 rows=size,
+                total=size if leaf == "down" else 2 * size,
                 first=size if leaf == "gate" else 0,
                 columns=leaf == "down",
                 expert=expert,
@@ -277,12 +264,15 @@ class EngineRanks:
             for index, rank in enumerate(ranks)
         ]
 
-    def find(self, part: Located, local: str) -> FileTensor | None:
-        """Return a tensor of the engine's module that `part` is in, None if there is none; it counts as explained."""
+    def whole(self, part: Located, local: str) -> FileTensor | None:
+        """Return a tensor of the engine's module with all experts, None if there is none; it counts as explained."""
         name = f"{part.name}.{local}"
-        tensor = self.files[part.rank].get(name)
-        if tensor is not None:
-            self.seen.add((part.rank, name))
+        self.seen.add((part.rank, name))
+        return self.files[part.rank].get(name)
+
+    def find(self, part: Located, local: str) -> FileTensor | None:
+        """Return the part of a tensor of the engine's module that belongs to an expert, or all of it if none does."""
+        tensor = self.whole(part, local)
         return tensor if tensor is None or part.expert is None else tensor.entry(part.expert)
 
     def get(self, part: Located, local: str) -> FileTensor:
@@ -291,6 +281,10 @@ class EngineRanks:
         if tensor is None:
             raise KeyError(f"rank{part.rank}.safetensors: {part.name}.{local}")
         return tensor
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the modules of this name in the layers have a bias."""
+        return any(tensor.endswith(f".{name}.bias") for tensor in self.files[0])
 
     def unseen(self) -> Iterator[tuple[int, str]]:
         """Yield the tensors that no module of the source explains, as (rank, name)."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.verify.engine_rope import rope_of_engine, rope_of_source
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -45,21 +47,19 @@ def compare_statements(source: Mapping[str, Any], engine: Mapping[str, Any], out
     """
     expected: dict[str, Any] = {key: source[name] for key, name in _SAME.items() if source.get(name) is not None}
     expected |= _FIXED | {"architecture": (source.get("architectures") or [None])[0]}
-    rope = {**_block(source, "rope_scaling"), **_block(source, "rope_parameters")}
-    base = source.get("rope_theta") or rope.pop("rope_theta", None)
-    expected |= {"rotary_base": float(base)} if base else {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
     quantization = engine["quantization"]
     if quantization["quant_algo"] == _PLAIN_INT8:
         expected["disable_weight_only_quant_plugin"] = True
     for key, value in expected.items():
         _compare(out, key, value, engine.get(key), faults)
-    scaling = engine.get("rotary_scaling") or {}
-    stated = {key: value for key, value in rope.items() if key not in {"rope_type", "type", "rope_theta"}}
-    found = {key: scaling.get(key) for key in stated} if kind != "default" else {}
-    _compare(out, "rotary_scaling", stated if kind != "default" else {}, found if scaling else {}, faults)
-    _compare(out, "rotary_scaling.type", kind, scaling.get("rope_type") or scaling.get("type") or "default", faults)
-    activation = str(source.get("hidden_act", "silu"))
+    for key in _SAME.keys() - expected.keys():
+        _require_number(out, key, engine.get(key), faults)
+    _compare(out, "moe", _experts(source), engine.get("moe"), faults)
+    rope, built = rope_of_source(source), rope_of_engine(engine)
+    _compare(out, "rotary_base", rope.pop("base"), built.pop("base"), faults)
+    for key, value in rope.items() if rope["kind"] == built["kind"] else [("kind", rope["kind"])]:
+        _compare(out, f"rotary_scaling.{key}", value, built.get(key), faults)
+    activation = str(source.get("hidden_act") or "silu")
     if engine.get("hidden_act") not in _ACTIVATIONS.get(activation, {activation}):
         _compare(out, "hidden_act", activation, engine.get("hidden_act"), faults)
     for key in quantization.keys() - _QUANTIZATION:
@@ -67,9 +67,23 @@ def compare_statements(source: Mapping[str, Any], engine: Mapping[str, Any], out
     _refuse_other_files(out, engine, mixed=quantization["quant_algo"] == _MIXED, faults=faults)
 
 
-def _block(source: Mapping[str, Any], key: str) -> dict[str, Any]:
-    block = source.get(key)
-    return dict(block) if isinstance(block, dict) else {}
+def _experts(source: Mapping[str, Any]) -> dict[str, int] | None:
+    """Return the block of routed experts that an engine must have; probabilities of the chosen ones add up to 1."""
+    if source.get("num_local_experts") is None and "Mixtral" not in (source.get("architectures") or [""])[0]:
+        return None
+    experts, chosen = source.get("num_local_experts") or 8, source.get("num_experts_per_tok") or 2
+    return {"num_experts": experts, "top_k": chosen, "normalization_mode": 1}
+
+
+def _require_number(out: Path, key: str, found: object, faults: FaultCollector) -> None:
+    """Add a fault for a key that the source leaves to its class, and whose value is no number."""
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        faults.add(
+            where=f"{out}: config.json: {key}",
+            expected="a number: engines have other defaults than the class of the source",
+            found=str(found),
+            remedy="Convert again into an empty directory.",
+        )
 
 
 def _compare(out: Path, key: str, expected: object, found: object, faults: FaultCollector) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from builders import write_checkpoint
+import torch
+from builders import rewrite_config, write_checkpoint
 from engine_files import MAPPING_KEYS, QUANTIZATION_KEYS
+from installed_transformers import has_newest_transformers, typed_config
 from tiny_models import tiny_config
 
-from trtllm_ct.base.errors import FaultCollector, PlanError, UsageError
+from trtllm_ct.base.errors import CatalogError, ConfigError, PlanError, UsageError
 from trtllm_ct.base.version import __version__
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan.engine_files.layout import stages_of
-from trtllm_ct.plan.engine_files.rope import rope_of
+from trtllm_ct.plan.models.build_classes import BUILD_CLASSES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,87 +163,96 @@ def test_biases_follow_the_source(tmp_path: Path) -> None:
     assert (config["attn_bias"], config["mlp_bias"]) == (True, False)
 
 
-class TestRope:
-    @pytest.mark.parametrize(
-        "scaling",
-        [
-            {"rope_type": "linear", "factor": 2.0},
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
-            LLAMA3,
-        ],
-        ids=lambda scaling: str(scaling.get("rope_type", scaling.get("type"))),
-    )
-    def test_both_spellings_give_the_same(self, scaling: dict[str, Any]) -> None:
-        faults = FaultCollector()
-        old = rope_of({"rope_theta": 500000.0, "rope_scaling": scaling}, 10000.0, faults)
-        new = rope_of({"rope_parameters": {"rope_theta": 500000.0, **scaling}}, 10000.0, faults)
+def test_a_missing_base_is_the_default_of_the_class(tmp_path: Path) -> None:
+    rope = {"rope_parameters": None}
+    assert config_of(tmp_path / "llama", "dense", **rope)["rotary_base"] == 10000.0
+    mixtral = config_of(tmp_path / "mixtral", "dense", architecture="MixtralForCausalLM", **rope)
+    assert mixtral["rotary_base"] == 1e6
 
-        assert not faults.faults
-        assert old == new
-        assert (old.base, old.scaling) == (500000.0, scaling)
 
-    def test_what_no_converter_writes_is_named(self) -> None:
-        text = {"rope_scaling": {"type": "yarn", "factor": 2.0}, "max_position_embeddings": 8192}
-        rope = rope_of(text, 10000.0, FaultCollector())
+KEYS = [
+    "max_position_embeddings", "rms_norm_eps", "hidden_act", "num_key_value_heads", "head_dim", "intermediate_size",
+    "attention_bias", "mlp_bias", "tie_word_embeddings", "rope_theta", "rope_parameters", "rope_scaling",
+    "num_experts_per_tok", "sliding_window", "use_sliding_window", "original_max_position_embeddings", "dtype",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "partial_rotary_factor",
+]  # fmt: skip
+"""What target `engine` reads of a source's config.json, beside the architecture."""
+NULLABLE = {"rotary_scaling"}
 
-        assert rope.derived == "rotary_scaling of type yarn"
 
-    @pytest.mark.parametrize(
-        ("text", "length"),
-        [
-            ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 512),
-            ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 1024}, 1024),
-            ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 32768),
-            ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.1 * math.log(4) + 1}}, 32768),
-        ],
-    )
-    def test_yarn_always_has_its_original_length(self, text: dict[str, Any], length: int) -> None:
-        """Engines take 4,096 without one, transformers what the model has."""
-        faults = FaultCollector()
-        rope = rope_of(text | {"max_position_embeddings": 32768}, 10000.0, faults)
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of two classes each."""
+    made = {}
+    for architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
+        directory = tmp_path_factory.mktemp(architecture)
+        write_checkpoint(directory, config=tiny_config(architecture, **SIZES), scheme="dense")
+        made[architecture] = directory
+    return made
 
-        assert not faults.faults
-        assert rope.scaling is not None
-        assert rope.scaling["original_max_position_embeddings"] == length
 
-    @pytest.mark.parametrize("more", [{"attention_factor": 1.0}, {"truncate": False}, {"mscale": 0.7}])
-    def test_what_engines_do_not_read_of_yarn_is_refused(self, more: dict[str, Any]) -> None:
-        faults = FaultCollector()
-        block = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096} | more
-        rope_of({"rope_scaling": block}, 10000.0, faults)
+@pytest.mark.parametrize("value", ["missing", None, True, False, "8", "", [8, 8], 0, -1, 1.5, {}], ids=repr)
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "MixtralForCausalLM"])
+def test_every_value_of_a_source_becomes_one_of_its_kind_or_a_fault(
+    architecture: str, key: str, value: Any, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Nothing else: no null, no boolean for a number, and no error that is not ours."""
+    for path in sources[architecture].iterdir():
+        if path.name == "config.json":
+            shutil.copy(path, tmp_path)
+        else:
+            (tmp_path / path.name).hardlink_to(path)
 
-        assert [fault.found for fault in faults.faults] == [*more]
+    def edit(config: dict[str, Any]) -> None:
+        config[key] = value
+        if value == "missing":
+            del config[key]
 
-    def test_a_base_in_the_block_of_the_scaling_counts(self) -> None:
-        rope = rope_of({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}}, 1e4, FaultCollector())
+    rewrite_config(tmp_path, edit)
+    try:
+        config = plan_checkpoint(tmp_path, "engine").build_config
+    except (ConfigError, PlanError, CatalogError):
+        return
+    assert config is not None
+    for name, want in LLAMA.items():
+        if name not in {"producer", "quantization", "mapping", *NULLABLE}:
+            is_number = isinstance(want, int | float) and not isinstance(want, bool)
+            kinds = (int, float) if isinstance(want, float) else (type(want),)
+            assert isinstance(config[name], kinds), (name, config[name])
+            assert not is_number or config[name] >= 0
+    assert config["max_position_embeddings"] > 0
+    assert config["rotary_base"] > 0
 
-        assert (rope.base, rope.scaling) == (5e5, {"type": "linear", "factor": 2.0})
 
-    def test_a_missing_base_is_the_default_of_the_class(self, tmp_path: Path) -> None:
-        rope = {"rope_parameters": None}
-        assert config_of(tmp_path / "llama", "dense", **rope)["rotary_base"] == 10000.0
-        mixtral = config_of(tmp_path / "mixtral", "dense", architecture="MixtralForCausalLM", **rope)
-        assert mixtral["rotary_base"] == 1e6
+@pytest.mark.parametrize("null", [False, True], ids=["missing", "null"])
+@pytest.mark.parametrize("architecture", BUILD_CLASSES)
+def test_what_a_source_leaves_out_is_the_default_of_its_class(architecture: str, null: bool, tmp_path: Path) -> None:
+    if not has_newest_transformers():
+        return
+    keys = ("max_position_embeddings", "rms_norm_eps", "hidden_act", "rope_parameters", "num_experts_per_tok")
+    built = write_checkpoint(tmp_path, config=tiny_config(architecture, **SIZES), scheme="dense")
 
-    @pytest.mark.parametrize(
-        "text",
-        [
-            {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
-            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
-            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {**LLAMA3}},
-            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-            {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
-            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
-            {"rope_scaling": {"type": "llama3", "factor": 8.0}},
-            {"partial_rotary_factor": 0.5},
-            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        ],
-    )
-    def test_contradictions_and_other_kinds_are_faults(self, text: dict[str, Any]) -> None:
-        faults = FaultCollector()
-        rope_of(text, 10000.0, faults)
+    def edit(config: dict[str, Any]) -> None:
+        for key in keys:
+            config.pop(key, None)
+            config.update({key: None} if null else {})
 
-        assert len(faults.faults) == 1
+    rewrite_config(tmp_path, edit)
+    model_type = built.config["model_type"]
+
+    config = plan_checkpoint(built.directory, "engine").build_config
+
+    assert config is not None
+    default = typed_config(model_type)
+    assert config["max_position_embeddings"] == default.max_position_embeddings
+    assert config["norm_epsilon"] == default.rms_norm_eps
+    assert config["rotary_base"] == default.rope_parameters["rope_theta"]
+    assert default.hidden_act == "silu"
+    assert config.get("moe", {}).get("top_k") == getattr(default, "num_experts_per_tok", None)
+    defaults = BUILD_CLASSES[architecture].defaults
+    for key in ("sliding_window", "use_sliding_window"):
+        assert defaults.get(key, default.__dict__.get(key)) == default.__dict__.get(key)
 
 
 def test_what_follows_from_the_source_alone_is_marked_in_a_warning(tmp_path: Path) -> None:
@@ -269,6 +280,86 @@ def test_a_sliding_window_is_left_to_the_run(tmp_path: Path) -> None:
     warnings = planned(tmp_path, "dense", architecture="MistralForCausalLM", sliding_window=64).warnings
 
     assert any("sliding_window 64 is no part of an engine" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "window"),
+    [
+        ("MistralForCausalLM", {"max_position_embeddings": 8192}, 4096),
+        ("MistralForCausalLM", {"max_position_embeddings": 8192, "sliding_window": 8192}, None),
+        ("Qwen2ForCausalLM", {"sliding_window": 64}, None),
+        ("Qwen2ForCausalLM", {"sliding_window": 64, "use_sliding_window": True}, 64),
+        ("LlamaForCausalLM", {}, None),
+    ],
+)
+def test_a_window_counts_as_the_class_of_the_source_has_it(
+    architecture: str, more: dict[str, Any], window: int | None, tmp_path: Path
+) -> None:
+    warnings = planned(tmp_path, "dense", architecture=architecture, **more).warnings
+
+    found = [warning.split()[1] for warning in warnings if warning.startswith("sliding_window")]
+    assert found == ([] if window is None else [str(window)])
+
+
+def test_a_window_of_null_is_none(tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path, config=tiny_config("MistralForCausalLM", **SIZES), scheme="dense")
+    rewrite_config(tmp_path, lambda config: config.update(sliding_window=None, max_position_embeddings=8192))
+
+    warnings = plan_checkpoint(built.directory, "engine").warnings
+
+    assert not any(warning.startswith("sliding_window") for warning in warnings)
+
+
+class TestRoundedTensors:
+    """What becomes narrower in an engine is announced like every other deviation, with its bound."""
+
+    SCALES = "scales are rounded from float32 to bfloat16: by at most 2^-8 of themselves"
+    ZEROS = "zeros, -(zero point) * scale, are rounded to bfloat16: by at most 2^-8 of themselves"
+
+    @pytest.mark.parametrize(
+        ("scheme", "scale_dtype", "want"),
+        [
+            ("int4-g64", torch.float32, SCALES),
+            ("int4-g64", torch.bfloat16, ""),
+            ("int4-g64-asym", torch.float32, f"{SCALES}; {ZEROS}"),
+            ("int4-g64-asym", torch.bfloat16, ZEROS),
+            ("int8-channel", torch.float32, SCALES),
+            ("int8-channel", torch.float16, SCALES.replace("float32", "float16")),
+            ("fp8-channel-token", torch.float32, ""),
+            ("w8a8", torch.float32, ""),
+            ("nvfp4", None, ""),
+            ("fp8-tensor-static", torch.float32, None),
+        ],
+    )
+    def test_scales_and_zeros(
+        self, scheme: str, scale_dtype: torch.dtype | None, want: str | None, tmp_path: Path
+    ) -> None:
+        built = write_checkpoint(tmp_path, config=tiny_config(**SIZES), scheme=scheme, scale_dtype=scale_dtype)
+
+        deviations = {deviation.note for deviation in plan_checkpoint(built.directory, "engine").deviations}
+
+        if want is None:
+            (note,) = deviations
+            assert note.startswith("qkv has one weight scale")
+        else:
+            assert deviations == ({want} if want else set())
+
+    def test_in_float16(self, tmp_path: Path) -> None:
+        config = tiny_config(**SIZES, dtype="float16")
+        built = write_checkpoint(tmp_path, config=config, scheme="int4-g64", scale_dtype=torch.float32)
+
+        (deviation,) = plan_checkpoint(built.directory, "engine").deviations
+
+        assert deviation.note == "scales are rounded from float32 to float16: by at most 2^-11 of themselves"
+        assert deviation.modules == 14
+
+    @pytest.mark.parametrize(("scheme", "rounds"), [("int4-g64", False), ("int4-g64-asym", True)])
+    def test_zeros_of_a_kernels_order(self, scheme: str, rounds: bool, tmp_path: Path) -> None:
+        built = write_checkpoint(tmp_path, config=tiny_config(**SIZES), scheme=scheme)
+
+        plan = plan_checkpoint(built.directory, "engine", sm=90, untested=True)
+
+        assert {deviation.note for deviation in plan.deviations} == ({self.ZEROS} if rounds else set())
 
 
 def test_releases_without_the_backend_are_refused(tmp_path: Path) -> None:

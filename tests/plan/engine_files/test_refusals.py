@@ -143,6 +143,36 @@ def test_nvfp4_parts_of_qkv_without_a_common_scale(tmp_path: Path) -> None:
     assert all("the parts of qkv_proj share no scalar: weight_global_scale" in fault.found for fault in faults)
 
 
+def test_nvfp4_columns_that_ranks_divide_within_a_group(tmp_path: Path) -> None:
+    """352 columns are 22 groups of 16: two ranks have eleven each, and four can't divide them."""
+    faults = faults_of(tmp_path, "nvfp4", parallel=Parallel(tensor=4), intermediate=352)
+
+    assert any("352 columns, no multiple of 64" in fault.found for fault in faults)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-tensor-static", "w8a8-static", "nvfp4"])
+def test_a_static_input_scale_that_is_not_there(scheme: str, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj." + ("input_global_scale" if scheme == "nvfp4" else "input_scale")
+
+    faults = faults_of(tmp_path, scheme, edit=lambda stored: stored.pop(name))
+
+    assert [fault.where for fault in faults] == [name]
+    assert "the static scale of the module's input" in faults[0].expected
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "num_experts_per_tok"])
+def test_a_number_that_engines_need_and_that_is_none(key: str, tmp_path: Path) -> None:
+    faults = faults_of(tmp_path, "dense", architecture="MixtralForCausalLM", **{key: 0})
+
+    assert [(fault.where, fault.expected) for fault in faults] == [(f"config.json: {key}", "a positive integer")]
+
+
+def test_a_negative_epsilon(tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, "dense", rms_norm_eps=-1e-6)
+
+    assert fault.where == "config.json: rms_norm_eps"
+
+
 def test_heads_that_ranks_can_not_share(tmp_path: Path) -> None:
     faults = faults_of(tmp_path, "dense", parallel=Parallel(tensor=3))
 

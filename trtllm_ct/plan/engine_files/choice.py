@@ -14,6 +14,7 @@ from trtllm_ct.engine.build_mode import Content
 from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, W4A16_AWQ, mode_of, refusal_of
 from trtllm_ct.engine.target import DENSE, MODELOPT, TENSORRT_LLM
 from trtllm_ct.plan.assign import assign_modes, candidates_of
+from trtllm_ct.plan.engine_files.rounding import rounded_tensors
 from trtllm_ct.plan.engine_files.tensors import Held
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.ranks.cuts import with_slices
@@ -21,6 +22,7 @@ from trtllm_ct.plan.ranks.cuts import with_slices
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.engine.build_mode import BuildMode
     from trtllm_ct.engine.quant_config import LayerQuantConfig
@@ -70,11 +72,17 @@ def choose(
     sites: Sequence[Site],
     layout: Layout,
     modes: tuple[BuildMode, ...],
+    dtype: DType,
     probe: Probe,
     faults: FaultCollector,
 ) -> Choice:
-    """Return one of `modes`, given the quantized modules and all sites of an engine; adds a fault for each refusal."""
-    return _Chooser(parts=parts, sites=sites, layout=layout, modes=modes, probe=probe, faults=faults).choice()
+    """Return one of `modes`, given the quantized modules and all sites of an engine; adds a fault for each refusal.
+
+    `dtype` is the model's dtype.
+    """
+    return _Chooser(
+        parts=parts, sites=sites, layout=layout, modes=modes, dtype=dtype, probe=probe, faults=faults
+    ).choice()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,6 +93,7 @@ class _Chooser:
     sites: Sequence[Site]
     layout: Layout
     modes: tuple[BuildMode, ...]
+    dtype: DType
     probe: Probe
     faults: FaultCollector
     equalized: Mapping[str, Equalized] = field(init=False)
@@ -332,9 +341,13 @@ class _Chooser:
 
     def _notes(self, held: Mapping[str, Held]) -> dict[str, str]:
         """Return a note for each module whose tensors are changed."""
-        return {
-            name: _REQUANTIZED for name, how in held.items() if how.mode.requantizes and len(self._spot_parts(name)) > 1
-        }
+        notes = {}
+        for name, how in held.items():
+            fused = how.mode.requantizes and len(self._spot_parts(name)) > 1
+            changes = [_REQUANTIZED] if fused else []
+            changes += rounded_tensors(how.mode, self.candidates[name].weight, self.dtype)
+            notes[name] = "; ".join(changes)
+        return notes
 
     def _spot_parts(self, name: str) -> tuple[str, ...]:
         spot = self.layout.spot(name)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.base.version import __version__
+from trtllm_ct.config.json_object import shown
 from trtllm_ct.plan.engine_files.rope import rope_of
 
 if TYPE_CHECKING:
@@ -37,16 +38,14 @@ _NOT_RUN = (
     "compare outputs before you serve it"
 )
 _MIXED = "MIXED_PRECISION with these modes and quant_cfg.json"
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "MixtralForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
-}
-"""The defaults of transformers 5.23 that differ from those of the other classes."""
+_TAKE_ORIGINAL = "Take config.json from the model that was quantized."
 
 
-def rope_of_model(model: Model, faults: FaultCollector) -> Rope:
+def rope_of_model(model: Model, row: BuildClass, faults: FaultCollector) -> Rope:
     """Return the rotary embedding of a model; adds a fault for one that engines don't compute."""
-    default = _DEFAULTS.get(model.name, {}).get("rope_theta", 10000.0)
-    return rope_of(model.text, float(default), faults)
+    return rope_of(
+        model.text, row.defaults["rope_theta"], _count(model, row, "max_position_embeddings", faults), faults
+    )
 
 
 def build_config(
@@ -65,7 +64,7 @@ def build_config(
     `rope` is its rotary embedding. Adds a fault for what engines can't compute: another activation function or dtype.
     """
     text = model.text
-    _refuse_activation(text, faults)
+    _refuse_activation(_stated(text, row, "hidden_act"), faults)
     _refuse_dtype(dtype, faults)
     config = {
         "producer": _producer(choice),
@@ -80,9 +79,9 @@ def build_config(
         "head_size": model.sizes["head_dim"],
         "intermediate_size": model.sizes["intermediate"],
         "hidden_act": row.hidden_act,
-        "norm_epsilon": text.get("rms_norm_eps", _DEFAULTS.get(model.name, {}).get("rms_norm_eps", 1e-6)),
+        "norm_epsilon": _epsilon(text, row, faults),
         "position_embedding_type": "rope_gpt_neox",
-        "max_position_embeddings": text.get("max_position_embeddings"),
+        "max_position_embeddings": rope.length,
         "rotary_base": rope.base,
         "rotary_scaling": rope.scaling,
         "use_parallel_embedding": False,
@@ -93,7 +92,7 @@ def build_config(
         "mapping": _mapping(row, parallel),
     }
     copied = {key: bool(text.get(source, default)) for key, source, default in row.copied}
-    return config | dict(row.config) | copied | _experts(model, row)
+    return config | dict(row.config) | copied | _experts(model, row, faults)
 
 
 def build_layers(choice: Choice, kv_cache: str | None) -> dict[str, Any] | None:
@@ -117,7 +116,7 @@ def build_layers(choice: Choice, kv_cache: str | None) -> dict[str, Any] | None:
     return {"quant_algo": algo, "kv_cache_quant_algo": kv_cache, "quantized_layers": layers}
 
 
-def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> tuple[str, ...]:
+def config_warnings(model: Model, row: BuildClass, rope: Rope, choice: Choice, *, gptq: bool) -> tuple[str, ...]:
     """Return warnings about what no converter of TensorRT-LLM writes, and about what config.json can't say.
 
     `gptq` says that weights would be called GPTQ by their scheme.
@@ -149,8 +148,10 @@ def config_warnings(model: Model, rope: Rope, choice: Choice, *, gptq: bool) -> 
             "trtllm-build joins gate_proj and up_proj by default, and quantizes the one with the smaller FP8 scale "
             "again: turn use_fused_mlp off to build with the codes as they are"
         )
-    window = model.text.get("sliding_window")
-    if window and model.text.get("use_sliding_window", True):
+    if rope.warning:
+        warnings.append(rope.warning)
+    window = _window(model, row, rope.length)
+    if window:
         warnings.append(
             f"sliding_window {window} is no part of an engine: give --max_attention_window_size when you run it"
         )
@@ -188,17 +189,53 @@ def _mapping(row: BuildClass, parallel: Parallel) -> dict[str, int]:
     return mapping | ({"moe_tp_size": parallel.tensor, "moe_ep_size": 1} if row.experts else {})
 
 
-def _experts(model: Model, row: BuildClass) -> dict[str, Any]:
+def _experts(model: Model, row: BuildClass, faults: FaultCollector) -> dict[str, Any]:
     """Return the block `moe` of a model with routed experts."""
     if not row.experts:
         return {}
-    top_k = model.text.get("num_experts_per_tok", 2)
+    top_k = _count(model, row, "num_experts_per_tok", faults)
     # 1 is `MoeConfig.ExpertScaleNormalizationMode.RENORMALIZE`.
     return {"moe": {"num_experts": model.sizes["experts"], "top_k": top_k, "normalization_mode": 1}}
 
 
-def _refuse_activation(text: Mapping[str, Any], faults: FaultCollector) -> None:
-    activation = text.get("hidden_act", "silu")
+def _stated(text: Mapping[str, Any], row: BuildClass, key: str) -> Any:
+    """Return the value of a key, or the default of the class if it is missing or null."""
+    value = text.get(key)
+    return row.defaults[key] if value is None else value
+
+
+def _count(model: Model, row: BuildClass, key: str, faults: FaultCollector) -> int:
+    """Return the number under a key, or the default of the class; adds a fault for what is no positive number."""
+    value = _stated(model.text, row, key)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    faults.add(where=f"config.json: {key}", expected="a positive integer", found=shown(value), remedy=_TAKE_ORIGINAL)
+    return int(row.defaults[key])
+
+
+def _epsilon(text: Mapping[str, Any], row: BuildClass, faults: FaultCollector) -> float:
+    """Return what norms add to the variance; adds a fault for a negative number."""
+    value = float(_stated(text, row, "rms_norm_eps"))
+    if value < 0:
+        where = "config.json: rms_norm_eps"
+        faults.add(where=where, expected="a number of at least 0", found=shown(value), remedy=_TAKE_ORIGINAL)
+    return value
+
+
+def _window(model: Model, row: BuildClass, length: int) -> int:
+    """Return the sliding window of a model, 0 if it has none that is shorter than the model's length.
+
+    A window of null is none, and is no key that is left out.
+    """
+    used = model.text.get("use_sliding_window")
+    used = row.defaults.get("use_sliding_window", True) if used is None else used
+    window = model.text.get("sliding_window", row.defaults.get("sliding_window"))
+    if not used or not isinstance(window, int) or window >= length:
+        return 0
+    return max(window, 0)
+
+
+def _refuse_activation(activation: str, faults: FaultCollector) -> None:
     if activation not in {"silu", "swish"}:
         faults.add(
             where="config.json: hidden_act",

@@ -72,7 +72,7 @@ class EngineDirectory:
 
         The assignments have no holding: the tensors of a mode take the place of the plain ones in `build`.
         """
-        self.choice = choose(parts, sites, self.layout, self.modes, probe, faults)
+        self.choice = choose(parts, sites, self.layout, self.modes, self.dtype, probe, faults)
         reasons = self.choice.reasons
         return {part.site.module: Assignment(holding=None, reason=reasons.get(part.site.module, "")) for part in parts}
 
@@ -83,7 +83,7 @@ class EngineDirectory:
         self._refuse_zeroed_biases(modules, faults)
         if kv_cache is not None:
             self._require_cache_scales(modules, kv_cache, faults)
-        rope = rope_of_model(self.model, faults)
+        rope = rope_of_model(self.model, self.layout.row, faults)
         config = build_config(
             self.model,
             self.layout.row,
@@ -95,7 +95,7 @@ class EngineDirectory:
             faults=faults,
         )
         gptq = any(module.native_mode is QuantAlgo.W4A16_GPTQ for module in modules)
-        warnings = config_warnings(self.model, rope, self.choice, gptq=gptq)
+        warnings = config_warnings(self.model, self.layout.row, rope, self.choice, gptq=gptq)
         if faults.faults:
             return BuiltModules(
                 modules=modules, places={}, quant_config=QuantConfig(), config=config, warnings=warnings

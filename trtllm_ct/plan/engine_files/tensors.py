@@ -16,7 +16,15 @@ from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.models.build_classes import ROUTER
 from trtllm_ct.plan.ops import Cast, Copy, Ones, Repack, WidenScale
-from trtllm_ct.plan.rank_ops import LargestOf, LargestReciprocal, Permute, Requantize, RoundScale, RoundZero
+from trtllm_ct.plan.rank_ops import (
+    LargestOf,
+    LargestReciprocal,
+    Permute,
+    Requantize,
+    RoundScale,
+    RoundZero,
+    WidenCastScale,
+)
 from trtllm_ct.plan.stored import Shared
 
 if TYPE_CHECKING:
@@ -140,16 +148,8 @@ def _operation(
     match tensor.content:
         case Content.CODES:
             return _codes(tensor, module, parts, mode, dtype)
-        case Content.SCALE if tensor.extent is Extent.SCALAR:
-            scales = _scales(module, parts, weight.scale)
-            return LargestOf(result=_SCALAR, scales=scales) if len(parts) > 1 else WidenScale(result=_SCALAR)
-        case Content.SCALE if wanted is DType.F8_E4M3:
-            shape = module.views[weight.scale].spec.shape
-            return deliver.group_scale(TensorSpec(wanted, shape), weight.scale, held.equalized.weight)
         case Content.SCALE:
-            shape = (rows,) if tensor.extent is Extent.ROWS else (rows, columns // (held.group_size or columns))
-            spec = TensorSpec(wanted, shape)
-            return WidenScale(result=spec) if wanted is DType.F32 else RoundScale(result=spec)
+            return _scale(tensor, module, parts, held, dtype)
         case Content.ZERO:
             return RoundZero(result=TensorSpec(wanted, (rows, columns // (held.group_size or columns))))
         case Content.GLOBAL_SCALE:
@@ -160,6 +160,28 @@ def _operation(
             return largest(result=_SCALAR, scales=_scales(module, parts, local))
         case Content.ONES:
             return Ones(result=TensorSpec(wanted, (columns,)))
+
+
+def _scale(tensor: BuildTensor, module: ModulePlan, parts: Sequence[ModulePlan], held: Held, dtype: DType) -> Operation:
+    """Return the operation that makes the scale of a module's codes; `dtype` is the model's dtype."""
+    weight, wanted = module.weight, tensor.dtype or dtype
+    if weight is None:
+        raise AssertionError("a module in a mode has codes")
+    rows, columns = weight.shape
+    stored = module.views[weight.scale].spec
+    if tensor.extent is Extent.SCALAR:
+        scales = _scales(module, parts, weight.scale)
+        return LargestOf(result=_SCALAR, scales=scales) if len(parts) > 1 else WidenScale(result=_SCALAR)
+    if wanted is DType.F8_E4M3:
+        return deliver.group_scale(TensorSpec(wanted, stored.shape), weight.scale, held.equalized.weight)
+    shape = (rows,) if tensor.extent is Extent.ROWS else (rows, columns // (held.group_size or columns))
+    spec = TensorSpec(wanted, shape)
+    if wanted is not DType.F32:
+        return RoundScale(result=spec)
+    # float16 alone has a narrower range than stored scales may have.
+    if held.mode.casts_scales and dtype is DType.F16 and stored.dtype is not dtype:
+        return WidenCastScale(result=spec, cast=dtype)
+    return WidenScale(result=spec)
 
 
 def _codes(

@@ -26,7 +26,8 @@ class BuildClass:
     it, joined by rows in the order of the table. `experts` are the projections of an expert in the same form.
     `biases` are the modules that have a bias if one is stored; any other bias is never read.
     `config` has further keys of config.json with their values, and `copied` pairs of a key of config.json of the engine
-    and one of the source, with the value if the source has none.
+    and one of the source, with the value if the source has none. `defaults` are the values of the keys that a source
+    may leave out beside its sizes (`class_defaults.py`): those of the class in transformers 5.23; a test compares them.
     """
 
     modules: Mapping[str, str]
@@ -34,6 +35,7 @@ class BuildClass:
     experts: Mapping[str, str] = field(default_factory=dict)
     biases: frozenset[str] = frozenset()
     head_norms: bool = False
+    defaults: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     copied: tuple[tuple[str, str, Any], ...] = ()
 
@@ -83,29 +85,46 @@ _QWEN = {
     "decoder_sparse_step": 1,
     "num_labels": 1,
 }
+_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_QWEN_DEFAULTS = {**_DEFAULTS, "max_position_embeddings": 32768, "use_sliding_window": False}
+_MISTRAL_LENGTH = {"max_position_embeddings": 131072}
 _LLAMA_BIASES = frozenset({"attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"})
 
 BUILD_CLASSES: Mapping[str, BuildClass] = {
     "LlamaForCausalLM": BuildClass(
         modules=_DENSE,
         biases=_LLAMA_BIASES,
+        defaults={**_DEFAULTS, "max_position_embeddings": 2048},
         copied=(("attn_bias", "attention_bias", False), ("mlp_bias", "mlp_bias", False)),
     ),
-    "MistralForCausalLM": BuildClass(modules=_DENSE, config={"attn_bias": False, "mlp_bias": False}),
+    "MistralForCausalLM": BuildClass(
+        modules=_DENSE,
+        defaults={**_DEFAULTS, **_MISTRAL_LENGTH, "sliding_window": 4096},
+        config={"attn_bias": False, "mlp_bias": False},
+    ),
     "MixtralForCausalLM": BuildClass(
         modules=_NORMS | _ATTENTION | _ROUTER,
         experts=_EXPERTS,
         hidden_act="swiglu",
+        defaults={
+            **_DEFAULTS,
+            **_MISTRAL_LENGTH,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_experts_per_tok": 2,
+        },
         config={"attn_bias": False, "mlp_bias": False},
     ),
     "Qwen2ForCausalLM": BuildClass(
         modules=_DENSE,
         biases=frozenset({"attention.qkv"}),
+        defaults=_QWEN_DEFAULTS,
         config={"attn_bias": True, "mlp_bias": False, "qwen_type": "qwen2", **_QWEN},
     ),
     "Qwen3ForCausalLM": BuildClass(
         modules=_DENSE | _HEAD_NORMS,
         head_norms=True,
+        defaults=_QWEN_DEFAULTS,
         config={"attn_bias": False, "mlp_bias": False, "qwen_type": "qwen3", **_QWEN},
     ),
 }

@@ -1,0 +1,189 @@
+"""Engine-build checkpoints compute the logits of their source: rotary embeddings, biases, norms, caches and ranks.
+
+The source is computed by transformers from the exact weights of the builder of the tests, and the directory by a reader
+that knows the format alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from builders import Built, write_checkpoint
+from engine_files import EngineFiles
+from engine_logits import cached, engine_logits
+from installed_transformers import typed_config
+from tiny_models import tiny_config
+from torch.nn.functional import scaled_dot_product_attention
+
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.parallel import Parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+SIZES = {"hidden": 256, "heads": 4, "kv_heads": 2, "intermediate": 512, "vocabulary": 97, "layers": 3}
+PROMPT = torch.randint(0, 97, (48,), generator=torch.Generator().manual_seed(7))
+BOUND = 2e-3
+"""In standard deviations of the logits: docs/verification.md has it for exact weights."""
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 16}
+ROPES: dict[str, dict[str, Any]] = {
+    "plain": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "llama3": LLAMA3,
+    "yarn": YARN,
+    "yarn-attention": YARN | {"attention_factor": 1.4},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "biases of queries, keys and values": ("Qwen2ForCausalLM", "int4-g64", {}),
+    "biases in kernels": ("LlamaForCausalLM", "int4-g64", {"attention_bias": True, "mlp_bias": True}),
+    "biases after the ranks": ("LlamaForCausalLM", "int8-channel", {"attention_bias": True, "mlp_bias": True}),
+    "norms of heads": ("Qwen3ForCausalLM", "int4-g64", {}),
+    "a tied head": ("LlamaForCausalLM", "fp8-channel-token", {"tied": True}),
+    "another class": ("MistralForCausalLM", "w8a8", {}),
+}
+RANKS = [Parallel(tensor=tensor, pipeline=pipeline) for tensor in (1, 2) for pipeline in (1, 2)]
+
+
+def computed(built: Built, **changed: Tensor) -> Tensor:
+    """The logits of the source at every position, by transformers in float32."""
+    from transformers import AutoModelForCausalLM
+
+    fields = {key: value for key, value in built.config.items() if key not in {"architectures", "quantization_config"}}
+    model_type = fields.pop("model_type")
+    fields.pop("dtype")
+    model = AutoModelForCausalLM.from_config(typed_config(model_type, **fields), attn_implementation="through_cache")
+    weights = {name: tensor.float() for name, tensor in (built.dense | changed).items()}
+    if built.config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights)
+    for layer, block in enumerate(model.model.layers):
+        names = [f"model.layers.{layer}.self_attn.{letter}_scale" for letter in "kv"]
+        scales = [built.stored[name].float() for name in names if name in built.stored]
+        block.self_attn.cache_scale = max(scales) if scales else None
+    with torch.no_grad():
+        return model.float().eval()(PROMPT[None]).logits[0].float()
+
+
+@pytest.fixture(autouse=True)
+def _attention_through_the_cache() -> None:
+    from transformers import AttentionInterface
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: object, scaling: float, **_: object
+    ) -> tuple[Tensor, None]:
+        scale, group = module.cache_scale, query.shape[1] // key.shape[1]
+        key, value = (cached(part, scale if scale is None else "FP8", scale) for part in (key, value))
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return mixed.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("through_cache", attention)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.std())
+
+
+def converted(built: Built, out: Path, parallel: Parallel, *, fused_mlp: bool = True) -> EngineFiles:
+    convert_checkpoint(built.directory, out, to="engine", parallel=parallel)
+    files = EngineFiles(out, fused_mlp=fused_mlp)
+    files.check_tensors()
+    return files
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", ROPES)
+def test_every_rotary_embedding_gives_the_logits_of_the_source(
+    name: str, old: bool, tensor: int, tmp_path: Path
+) -> None:
+    block = ROPES[name]
+    rope = (
+        {"rope_theta": 5000.0, "rope_scaling": block} if old else {"rope_parameters": {"rope_theta": 5000.0, **block}}
+    )
+    config = tiny_config(**SIZES, **{"rope_parameters": None, **rope})
+    built = write_checkpoint(tmp_path / "source", config=config, scheme="dense")
+    files = converted(built, tmp_path / "out", Parallel(tensor=tensor))
+
+    want = computed(built)
+    assert distance(engine_logits(files, PROMPT), want) < BOUND
+
+    if files.config["rotary_scaling"] is not None:
+        files.config["rotary_scaling"] = None
+        assert distance(engine_logits(files, PROMPT), want) > 10 * BOUND
+
+
+@pytest.mark.parametrize("parallel", RANKS, ids=lambda sizes: f"tp{sizes.tensor}-pp{sizes.pipeline}")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_part_of_a_layer_gives_the_logits_of_the_source(name: str, parallel: Parallel, tmp_path: Path) -> None:
+    architecture, scheme, more = MODELS[name]
+    built = write_checkpoint(tmp_path / "source", config=tiny_config(architecture, **SIZES, **more), scheme=scheme)
+
+    files = converted(built, tmp_path / "out", parallel)
+
+    assert distance(engine_logits(files, PROMPT), computed(built)) < BOUND
+
+
+class TestFp8:
+    """Static FP8 with a cache in FP8: q, k and v have one scale, and so have gate and up that the builder joins.
+
+    The order of sums decides about keys and values on the border between two numbers of FP8, so the bound is that of
+    rounded weights in docs/verification.md.
+    """
+
+    BOUND = 2e-2
+
+    @pytest.mark.parametrize("fused_mlp", [True, False])
+    @pytest.mark.parametrize("parallel", RANKS, ids=lambda sizes: f"tp{sizes.tensor}-pp{sizes.pipeline}")
+    def test_its_logits_are_those_of_the_requantized_source(
+        self, parallel: Parallel, fused_mlp: bool, tmp_path: Path
+    ) -> None:
+        built = write_checkpoint(tmp_path / "source", config=tiny_config(**SIZES), scheme="fp8-tensor-static", kv=True)
+        files = converted(built, tmp_path / "out", parallel, fused_mlp=fused_mlp)
+
+        want = computed(built, **requantized(built, fused_mlp=fused_mlp))
+
+        assert distance(engine_logits(files, PROMPT), want) < self.BOUND
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda files: files.quantization.update(kv_cache_quant_algo=None),
+            lambda files: [tensors[name].div_(64) for tensors in files.files for name in tensors if "kv_cache" in name],
+            lambda files: setattr(files, "fused_mlp", False),
+        ],
+        ids=["no cache", "another scale", "gate and up apart"],
+    )
+    def test_each_of_these_counts(self, damage: Callable[[EngineFiles], object], tmp_path: Path) -> None:
+        """What the comparison above would find."""
+        built = write_checkpoint(tmp_path / "source", config=tiny_config(**SIZES), scheme="fp8-tensor-static", kv=True)
+        files = converted(built, tmp_path / "out", Parallel(tensor=2))
+
+        damage(files)
+
+        assert (
+            distance(engine_logits(files, PROMPT), computed(built, **requantized(built, fused_mlp=True))) > self.BOUND
+        )
+
+
+def requantized(built: Built, *, fused_mlp: bool) -> dict[str, Tensor]:
+    """The weights that come under one scale: codes are multiplied by their scale and divided by the largest."""
+    groups = [("q_proj", "k_proj", "v_proj")] + ([("gate_proj", "up_proj")] if fused_mlp else [])
+    changed = {}
+    for layer in range(SIZES["layers"]):
+        for group in groups:
+            block = "self_attn" if "q_proj" in group else "mlp"
+            names = [f"model.layers.{layer}.{block}.{leaf}" for leaf in group]
+            scales = [built.stored[f"{name}.weight_scale"].float().reshape(()) for name in names]
+            for name, scale in zip(names, scales, strict=True):
+                codes = (built.stored[f"{name}.weight"].float() * scale / max(scales)).to(torch.float8_e4m3fn)
+                changed[f"{name}.weight"] = codes.double() * max(scales).double()
+    return changed
