@@ -129,6 +129,12 @@ class TestGroups:
         assert config.groups == (ConfigGroup(name="group_0", targets=("Linear",), scheme=scheme),)
         assert config.warnings == ()
 
+    def test_endless_groups_are_one_fault(self):
+        group = {"targets": ["Linear"], "weights": INT4}
+        assert set(faults({"config_groups": {f"group_{number}": group for number in range(10_001)}})) == {
+            "config_groups"
+        }
+
     def test_faults_of_the_short_form_name_the_group(self):
         block = {"config_groups": {"group_0": {"num_bits": 40, "targets": ["weight"], "bits": 4}}}
         assert set(faults(block)) == {"config_groups.group_0.num_bits"}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import rewrite, write_checkpoint
 
-from trtllm_ct.base.errors import PayloadError
+from trtllm_ct.base.errors import CatalogError, PayloadError
+from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.engine.target import MODELOPT
+from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.planner import make_plan
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
 
 K_PROJ = "model.layers.0.self_attn.k_proj"
 
@@ -36,3 +40,23 @@ def test_parts_of_a_fused_linear_with_different_scalars_are_refused(tmp_path: Pa
         list(stream_delivered(unprobed, checkpoint.catalog))
 
     assert [fault.where for fault in raised.value.faults] == [f"{K_PROJ}.weight_scale_2"]
+
+
+def test_a_file_that_shrinks_while_it_is_loaded_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a guard, the process would end without a message."""
+    made = write_checkpoint(tmp_path, scheme="int8-channel")
+    file = made.directory / "model.safetensors"
+    read = TensorReader.read
+
+    def shrinking(reader: TensorReader, name: str, *bounds: int) -> Tensor:
+        tensor = read(reader, name, *bounds)
+        if file.stat().st_size > 4096:
+            os.truncate(file, 4096)
+        return tensor
+
+    monkeypatch.setattr(TensorReader, "read", shrinking)
+
+    with pytest.raises(CatalogError) as raised:
+        CompressedTensorsWeightLoader().load_weights(made.directory)
+
+    assert raised.value.faults[0].where == "model.safetensors"

@@ -7,6 +7,7 @@ cores.py          how many processor cores this process may use
 memory_budget.py  how much memory this process may still allocate
 collector.py      a context manager that pauses Python's garbage collector
 texts.py          makes text of strangers fit for a message
+json_values.py    how many values a JSON text may hold
 regular_files.py  opens regular files only, up to a size
 own_folders.py    opens folders into which only this user can write
 packages.py       packages that may be missing, what they are for, and how to install them

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
+from trtllm_ct.base.json_values import INDEX_VALUES, require_few_values
 from trtllm_ct.base.regular_files import open_regular, read_descriptor
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.base.texts import printable, shortened
@@ -55,6 +56,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_NUMEL = 2**63
 _MAX_NAME = 200  # characters of a name in a list of names
+_OTHER_BRACKETS = 100_000  # in names, metadata, and in an index that lists more than names
 _MAX_AXES = 64  # as many as numpy and torch can have
 
 _FETCH_AGAIN = "The file is incomplete or damaged: download it again and compare its checksum."
@@ -175,6 +177,10 @@ def _parse_json(
     object_pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Parse `text`, a JSON object in UTF-8; `object_pairs_hook` is passed on to `json.loads`."""
+    try:
+        _require_few_values(text)
+    except ValueError as error:
+        _refuse(where, "names, dtypes, shapes and offsets", str(error), remedy)
     # The safetensors library takes -0 for no integer; Python's parser, for 0.
     parse_int = _integer if _NEGATIVE_ZERO.search(text) else None
     try:
@@ -186,6 +192,20 @@ def _parse_json(
     if not isinstance(document, dict):
         _refuse(where, "a JSON object", f"a JSON {type(document).__name__}", remedy)
     return document
+
+
+def _require_few_values(text: bytes) -> None:
+    """Raise `ValueError` for a text with more values than an index or a header of its size has.
+
+    The entry of a tensor in a header has a key "dtype", one brace, two brackets and at most a comma for each axis and
+    five more.
+    """
+    tensors = text.count(b'"dtype"')
+    require_few_values(text, INDEX_VALUES + (8 + _MAX_AXES) * tensors)
+    opened = text.count(b"[") + text.count(b"{")
+    most = 3 * tensors + _OTHER_BRACKETS
+    if opened > most:
+        raise ValueError(f"{opened} lists and objects, where {tensors} tensors have at most {most}")
 
 
 def _integer(text: str) -> int:

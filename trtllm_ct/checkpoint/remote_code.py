@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.json_values import CONFIGURATION_VALUES, require_few_values
 from trtllm_ct.base.regular_files import CODE_BYTES, CONFIGURATION_BYTES, read_descriptor
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def named_code(snapshot: Snapshot) -> frozenset[str]:
 def _modules_named_in(snapshot: Snapshot, name: str) -> Iterator[str]:
     """Yield the modules that `auto_map` of a configuration names."""
     try:
-        document = json.loads(_content(snapshot, name, CONFIGURATION_BYTES) or b"{}")
+        text = _content(snapshot, name, CONFIGURATION_BYTES) or b"{}"
+        require_few_values(text, CONFIGURATION_VALUES)
+        document = json.loads(text)
     except (ValueError, RecursionError):
         return
     auto_map: Any = document.get("auto_map") if isinstance(document, Mapping) else None

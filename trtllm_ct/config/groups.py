@@ -22,6 +22,12 @@ _ARGUMENTS = ("weights", "input_activations", "output_activations")
 _GROUP_KEYS = ("targets", *_ARGUMENTS, "format")
 
 
+_MAX_GROUPS = 10_000
+"""The most groups that are read; a model with a scheme of its own for each of its Linears has some thousands."""
+
+_FEWER_GROUPS = "Give modules with the same scheme one group, or take config.json from where it was published."
+
+
 def read_groups(
     groups: JsonObject,
     *,
@@ -29,6 +35,11 @@ def read_groups(
     version: str | None,
 ) -> tuple[ConfigGroup, ...]:
     """Read all groups, in the order of the config; `version` is that of the release that wrote them, if known."""
+    if len(groups.raw) > _MAX_GROUPS:
+        found = f"{len(groups.raw)} groups"
+        expected = f"at most {_MAX_GROUPS} groups"
+        groups.findings.collector.add(where=groups.where, expected=expected, found=found, remedy=_FEWER_GROUPS)
+        return ()
     # "mixed-precision" means that each group has its own format.
     inherited = None if global_format is CompressionFormat.MIXED_PRECISION else global_format
     config_groups = tuple(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError, Fault
+from trtllm_ct.base.json_values import CONFIGURATION_VALUES, require_few_values
 from trtllm_ct.base.regular_files import CONFIGURATION_BYTES, read_bounded
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
     text = b""
     try:
         text = read_bounded(path, CONFIGURATION_BYTES)
+        require_few_values(text, CONFIGURATION_VALUES)
         content = json.loads(text.decode("utf-8-sig"))
         _require_shallow(content)
     except (OSError, ValueError, RecursionError) as error:

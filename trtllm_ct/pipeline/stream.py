@@ -9,6 +9,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.base.cores import available_cores
+from trtllm_ct.base.errors import CatalogError, FaultCollector
+from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -47,6 +49,8 @@ def stream_delivered(
     most 4, and a single thread for any device other than the CPU.
     Memory: the delivered tensors of up to twice as many modules as workers (of one module with one worker), and the
     int8 codes of those that are being dequantized.
+    Raises `CatalogError` when a file shrinks while its bytes are converted. A tensor that needs no change is a view of
+    the file: who reads it after its file has shrunk is sent SIGBUS, as by any reader of mapped files.
     """
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.formats.codecs import NATIVE
@@ -55,7 +59,13 @@ def stream_delivered(
     count = workers or (min(available_cores(), _MOST_WORKERS) if device == "cpu" else 1)
     fused_scalars, logged = FusedScalars(), set[str]()
     ahead: deque[_Begun] = deque()
-    with reader or TensorReader(catalog) as files, ThreadPoolExecutor(count) as pool:
+    names = {catalog.tensors[run.name].file for module in plan.modules for run in module.runs}
+    paths = {(catalog.directory / name).resolve(): name for name in names}
+    with (
+        guarded_maps(paths) as damaged,
+        reader or TensorReader(catalog) as files,
+        ThreadPoolExecutor(count) as pool,
+    ):
         try:
             for module, following in zip_longest(plan.modules, plan.modules[1:]):
                 if following is not None:
@@ -68,6 +78,7 @@ def stream_delivered(
                         delivered = begun.delivered.result()
                     finally:  # A warning may explain a fault, so it is logged before the fault is raised.
                         _log_new(begun.module, begun.warnings, logged)
+                        _require_whole([paths[path] for path in damaged])
                     fused_scalars.check(begun.module, delivered)
                     yield begun.module, delivered
         finally:
@@ -92,6 +103,19 @@ def _begin(pool: Executor, module: ModulePlan, stored: Mapping[str, Tensor], cod
         codec=codec, device=device, on_warning=lambda _module, warning: warnings.append(warning)
     )
     return _Begun(module, pool.submit(mapper.map_module, module, stored), warnings)
+
+
+def _require_whole(damaged: list[str]) -> None:
+    """Raise `CatalogError` for files that became shorter while they were mapped; zeros stand for the lost bytes.
+
+    The error comes before any other: zeros look like bad values.
+    """
+    faults = FaultCollector()
+    for name in sorted(damaged):
+        remedy = "The file changed or vanished while it was in use: wait until it is complete and start again."
+        found = "a file that became shorter, or bytes that the disk could not deliver"
+        faults.add(where=name, expected="a file that stays as it is while it is read", found=found, remedy=remedy)
+    faults.raise_if_any(CatalogError)
 
 
 def _log_new(module: ModulePlan, warnings: Iterable[str], logged: set[str]) -> None:

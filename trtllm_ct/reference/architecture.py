@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from trtllm_ct.base.errors import ConfigError, Fault, MissingDependencyError
+from trtllm_ct.base.json_values import CONFIGURATION_VALUES, require_few_values
 from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.base.regular_files import CONFIGURATION_BYTES, read_bounded
 from trtllm_ct.reference.rope import older_rope_keys, reads_rope_parameters
@@ -152,7 +153,9 @@ def read_generation_config(model: nn.Module, directory: Path) -> None:
     if not path.is_file():
         return
     try:
-        values = json.loads(read_bounded(path, CONFIGURATION_BYTES))
+        text = read_bounded(path, CONFIGURATION_BYTES)
+        require_few_values(text, CONFIGURATION_VALUES)
+        values = json.loads(text)
         with quiet_transformers():
             model.generation_config = GenerationConfig.from_dict(values)
     except (OSError, TypeError, ValueError) as error:

@@ -1,0 +1,25 @@
+"""How many values a JSON text may hold, known before it is parsed.
+
+Python's parser needs up to 90 bytes for a value that has three in the text, such as an empty list.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CONFIGURATION_VALUES", "INDEX_VALUES", "require_few_values"]
+
+CONFIGURATION_VALUES = 1_000_000
+"""The most values of a configuration. One that lists all experts of Kimi-K2 has 280,000."""
+
+INDEX_VALUES = 4_000_000
+"""The most values of an index; one of 10^6 tensors has as many."""
+
+
+def require_few_values(text: bytes, most: int) -> None:
+    """Raise `ValueError` for a JSON text of more than `most` values.
+
+    Each value but the first of a list or an object follows a comma, so commas and opening brackets are counted. Those
+    in strings count too.
+    """
+    count = text.count(b",") + text.count(b"[") + text.count(b"{")
+    if count > most:
+        raise ValueError(f"{count} values, where at most {most} are read")
