@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 from quantized_weights import ints, weight
+from stated_model import stated_model
 from tiny_models import FAMILIES, tiny_config
 
 from trtllm_ct.base.dtypes import DType
@@ -35,7 +36,7 @@ ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 
 
 def model(architecture: str = "LlamaForCausalLM", **sizes: Any) -> Model:
-    return Model.from_config(tiny_config(architecture, **{"layers": 1, **sizes}))
+    return stated_model(tiny_config(architecture, **{"layers": 1, **sizes}))
 
 
 def sites(of: Model) -> dict[str, Site]:

@@ -109,7 +109,12 @@ def discover(
 
 
 def discover_stated(
-    stored: Mapping[str, StoredModule], stated: StatedModules, place: tuple[str, str], *, tied: bool, plain_experts: bool
+    stored: Mapping[str, StoredModule],
+    stated: StatedModules,
+    place: tuple[str, str],
+    *,
+    tied: bool,
+    plain_experts: bool,
 ) -> Discovery:
     """Return the modules of a checkpoint that its config.json states, as the model class of their row reads them.
 

@@ -36,7 +36,9 @@ class Stated(NamedTuple):
 
     def behind(self, prefix: str) -> Stated:
         """Return the same module with its aliases behind a prefix."""
-        return self._replace(aliases=tuple(prefix + alias for alias in self.aliases)) if prefix and self.aliases else self
+        return (
+            self._replace(aliases=tuple(prefix + alias for alias in self.aliases)) if prefix and self.aliases else self
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
