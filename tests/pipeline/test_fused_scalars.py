@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stated_model import stated_model
 from tiny_models import tiny_config
 
 from trtllm_ct.base.errors import PayloadError
