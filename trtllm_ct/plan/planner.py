@@ -330,10 +330,10 @@ class _Planner:
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
         """Return the stored module of a site, under any of the site's stored names; None if it is not stored."""
-        for name in site.stored_names:
-            if name in stored:
-                return self.transforms.claim(stored[name].delivered_as(site.module), site)
-        return None
+        module = stored.get(site.module)
+        if module is None:
+            module = next((stored[name] for name in site.stored_names if name in stored), None)
+        return None if module is None else self.transforms.claim(module.delivered_as(site.module), site)
 
     def _read_weights(
         self, site_modules: Mapping[str, StoredModule | None], sites: Iterable[Site]

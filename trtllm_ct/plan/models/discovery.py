@@ -143,17 +143,17 @@ class _StatedFinder:
 
     def sites(self, prefix: str, modules: Mapping[str, Stated]) -> Iterator[Site]:
         """Yield the sites of the modules behind a prefix that are stored."""
-        kv_heads = {path for path in modules if entry_of(self.rules.row.cuts, path) is Cut.KV_HEADS}
         for path, stated in modules.items():
             module = self.stored.get(prefix + path) or self._under_other_name(prefix + path, stated.behind(prefix))
             if module is None:
                 continue
             shape, names = _stored_shape(module, stated), _stated_locals(module, stated)
-            heads = self._heads(f"{prefix}{path}", shape) if path in kv_heads else None
-            key = (path, shape, names, heads)
+            key = (path, shape, names)
             site = self._made.get(key)
             if site is None:
-                site = self._made[key] = self._site(path, shape, names)._replace(heads=heads)
+                site = self._made[key] = self._site(path, shape, names)
+            if site.cut is Cut.KV_HEADS:
+                site = site._replace(heads=self._heads(prefix + path, shape))
             yield _behind(prefix, site) if prefix else site._replace(aliases=stated.aliases)
 
     def _under_other_name(self, name: str, stated: Stated) -> StoredModule | None:

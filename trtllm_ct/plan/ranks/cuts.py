@@ -63,7 +63,7 @@ def with_slices(
         key = (id(candidate.weight), slices)
         if key not in sliced:
             sliced[key] = replace(candidate.weight, slices=slices)
-        result[name] = replace(candidate, weight=sliced[key])
+        result[name] = candidate._replace(weight=sliced[key])
     return result
 
 
