@@ -36,9 +36,7 @@ class Stated(NamedTuple):
 
     def behind(self, prefix: str) -> Stated:
         """Return the same module with its aliases behind a prefix."""
-        return (
-            self._replace(aliases=tuple(prefix + alias for alias in self.aliases)) if prefix and self.aliases else self
-        )
+        return self._replace(aliases=tuple(prefix + alias for alias in self.aliases))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +75,7 @@ class StatedModules:
         """Yield the full name of every module, and what is stated about it; the arguments are those of `parts`."""
         for prefix, modules in self.parts(place, tied=tied):
             for path, module in modules.items():
-                yield prefix + path, module.behind(prefix)
+                yield prefix + path, module.behind(prefix) if module.aliases else module
 
     def _has_experts(self, layer: int) -> bool:
         return bool(self.row.router) and layer not in self.dense_layers
