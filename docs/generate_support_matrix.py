@@ -36,10 +36,13 @@ from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.plan.models.build_classes import BUILD_CLASSES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
+from trtllm_ct.plan.models.places import PLACES
+from trtllm_ct.plan.stored import StoredModule, Whole
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.models.class_row import ClassRow
+    from trtllm_ct.plan.models.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
