@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.plan.models.places import PLACES
 from trtllm_ct.plan.models.sites import Model
 
 if TYPE_CHECKING:
@@ -97,18 +98,18 @@ class KimiShape:
 
         Routed experts are int4 in groups of 32; other weights are bfloat16.
         """
-        for site in Model.from_config(self.config).sites():
-            parts = site.module.split(".")
+        for module, stated in Model.from_config(self.config).stated_modules(PLACES[0]):
+            parts = module.split(".")
             shard = int(parts[2]) + 1 if parts[1:2] == ["layers"] else 0
-            if not site.expert:
-                yield shard, f"{site.module}.weight", TensorSpec(DType.BF16, site.shape)
-                for local in site.locals:
-                    yield shard, f"{site.module}.{local}", TensorSpec(DType.F32, site.shape[:1])
+            if "experts" not in parts:
+                yield shard, f"{module}.weight", TensorSpec(DType.BF16, stated.shape)
+                for local in stated.locals:
+                    yield shard, f"{module}.{local}", TensorSpec(DType.F32, stated.shape[:1])
                 continue
-            rows, columns = site.shape
-            yield shard, f"{site.module}.weight_packed", TensorSpec(DType.I32, (rows, columns // 8))
-            yield shard, f"{site.module}.weight_scale", TensorSpec(DType.BF16, (rows, columns // 32))
-            yield shard, f"{site.module}.weight_shape", TensorSpec(DType.I64, (2,))
+            rows, columns = stated.shape
+            yield shard, f"{module}.weight_packed", TensorSpec(DType.I32, (rows, columns // 8))
+            yield shard, f"{module}.weight_scale", TensorSpec(DType.BF16, (rows, columns // 32))
+            yield shard, f"{module}.weight_shape", TensorSpec(DType.I64, (2,))
 
     def write(self, directory: Path) -> int:
         """Write the files into `directory`, which must exist; return the number of tensors. Takes seconds."""

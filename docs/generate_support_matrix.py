@@ -36,10 +36,13 @@ from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.plan.models.build_classes import BUILD_CLASSES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
+from trtllm_ct.plan.models.places import PLACES
+from trtllm_ct.plan.stored import StoredModule, Whole
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.models.class_row import ClassRow
+    from trtllm_ct.plan.models.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
@@ -281,12 +284,21 @@ def _schemes(shown: Shown) -> Iterator[Scheme]:
             yield Scheme(format=weight_format.name, args=args, activations=activations, outcomes=outcomes)
 
 
+def sites_of(model: Model) -> Iterator[Site]:
+    """Yield the sites of a checkpoint that has the modules which config.json states, all of them plain."""
+    stored = {
+        name: StoredModule(name, {"weight": Whole(name=f"{name}.weight", spec=TensorSpec(DType.BF16, stated.shape))})
+        for name, stated in model.stated_modules(PLACES[0])
+    }
+    return model.in_checkpoint(stored).sites()
+
+
 def checkpoint_of(stored: Stored, scheme: QuantScheme, shown: Shown) -> tuple[QuantizationConfig, Catalog]:
     """Return the configuration and the tensors of a model whose Linears are all stored by this scheme."""
     if scheme.weights is None:
         raise AssertionError("every scheme of the matrix quantizes weights")
     specs: dict[str, TensorSpec] = {}
-    for site in shown.model.sites():
+    for site in sites_of(shown.model):
         local: dict[str, TensorSpec] = {"weight": TensorSpec(DType.BF16, site.shape)}
         if site.class_name == "Linear" and not site.plain:
             local = {**stored.tensors(scheme.weights, (site.shape[0], site.shape[1])), **of_inputs(scheme)}

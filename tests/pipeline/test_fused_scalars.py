@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from stated_model import stated_model
 from tiny_models import tiny_config
 
 from trtllm_ct.base.errors import PayloadError
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.quant_config import LayerQuantConfig
 from trtllm_ct.pipeline.fused_scalars import FusedScalars
-from trtllm_ct.plan.models.sites import Model
 
 
 def part(name: str, algo: QuantAlgo | None = QuantAlgo.NVFP4, fused_linear: str | None = "attn.qkv_proj") -> Any:
@@ -56,7 +56,7 @@ def test_layers_are_independent() -> None:
 
 def test_gate_and_up_of_one_expert_share_and_down_does_not() -> None:
     config = tiny_config("Qwen3MoeForCausalLM", layers=1)
-    experts = [site for site in Model.from_config(config).sites() if site.expert]
+    experts = [site for site in stated_model(config).sites() if site.expert]
     shares = {site.module.rpartition("experts.")[2]: site.shares for site in experts}
 
     assert shares["0.gate_proj"] == shares["0.up_proj"] != shares["1.gate_proj"]

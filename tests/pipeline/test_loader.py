@@ -13,6 +13,7 @@ import torch
 from builders import SCHEMES, Built, config_group, int_weights, quantization_block, tiny_config, write_checkpoint
 from fresh_python import run_python
 from safetensors.torch import save_file
+from stated_model import stated_model
 from torch import Tensor
 
 from trtllm_ct.base.errors import PayloadError, PlanError, UsageError
@@ -20,7 +21,6 @@ from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.pipeline import loader as loader_module
 from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
 from trtllm_ct.pipeline.open import plan_checkpoint
-from trtllm_ct.plan.models.sites import Model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -270,7 +270,7 @@ class TestMemory:
         group = config_group(int_weights(8, "channel"), format="int-quantized")
         config["quantization_config"] = quantization_block({"group_0": group}, format="int-quantized")
         stored: dict[str, Tensor] = {}
-        for site in Model.from_config(config).sites():
+        for site in stated_model(config).sites():
             quantized = site.class_name == "Linear" and site.module != "lm_head"
             stored[f"{site.module}.weight"] = torch.ones(site.shape, dtype=torch.int8 if quantized else torch.bfloat16)
             if quantized:

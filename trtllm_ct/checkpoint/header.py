@@ -284,11 +284,13 @@ def _parse_entries(
             begin, end = _offsets(entry)
             spans.append((begin, end, name))
             # The key is a string because [True], [1] and [1.0] are equal, and only [1] is a valid shape.
-            key = repr((entry["dtype"], entry["shape"]))
-            if key not in specs_by_key:
-                spec = _spec(entry["dtype"], entry["shape"])
-                specs_by_key[key] = spec, spec.nbytes
-            specs[name], nbytes = specs_by_key[key]
+            dtype, shape = entry["dtype"], entry["shape"]
+            key = repr((dtype, shape))
+            known = specs_by_key.get(key)
+            if known is None:
+                spec = _spec(dtype, shape)
+                known = specs_by_key[key] = spec, spec.nbytes
+            specs[name], nbytes = known
         except _EntryError as error:
             faults.add(where=f"{file}: {name}", expected=error.expected, found=error.found, remedy=error.remedy)
             continue

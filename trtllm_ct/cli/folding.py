@@ -28,24 +28,31 @@ def fold_names(names: Iterable[str]) -> tuple[str, ...]:
     folded = tuple(names)
     # A name may be followed by text ("..., row 3, columns 0-127"). Its numbers are not folded: the spaces around them
     # make their component of the split name something else than digits.
-    most_numbers = max((sum(map(str.isdecimal, name.split("."))) for name in folded), default=0)
-    for nth in range(most_numbers - 1, -1, -1):
-        folded = _fold_once(folded, nth)
+    split = [name.split(".") for name in folded]
+    positions = [[index for index, part in enumerate(parts) if part.isdecimal()] for parts in split]
+    for nth in range(max(map(len, positions), default=0) - 1, -1, -1):
+        templates = _fold_once(split, positions, nth)
+        folded = tuple(_join(template, numbers) for template, numbers in templates.items())
+        split = [name.split(".") for name in folded]
+        positions = [[index for index, part in enumerate(parts) if part.isdecimal()] for parts in split]
     return folded
 
 
-def _fold_once(names: Sequence[str], nth: int) -> tuple[str, ...]:
-    """Fold names over the `nth` number in each of them, counted from 0."""
+def _fold_once(
+    split: Iterable[Sequence[str]], positions: Iterable[Sequence[int]], nth: int
+) -> dict[_Template, list[int]]:
+    """Return the `nth` numbers, counted from 0, of the names that are equal but for them, by what is equal.
+
+    `split` are the components of the names, and `positions` those of their numbers.
+    """
     groups: dict[_Template, list[int]] = {}
-    for name in names:
-        parts = name.split(".")
-        positions = [index for index, part in enumerate(parts) if part.isdecimal()]
-        if nth < len(positions):
-            position = positions[nth]
+    for parts, at in zip(split, positions, strict=True):
+        if nth < len(at):
+            position = at[nth]
             groups.setdefault((*parts[:position], None, *parts[position + 1 :]), []).append(int(parts[position]))
         else:
             groups.setdefault(tuple(parts), [])
-    return tuple(_join(template, numbers) for template, numbers in groups.items())
+    return groups
 
 
 def _join(template: _Template, numbers: Sequence[int]) -> str:

@@ -30,6 +30,10 @@ __all__ = ["Claim", "Kind", "Matcher", "compile_pattern", "matches"]
 _REGEX = "re:"
 _LINEAR = ("Linear",)
 
+_DIGITS = str.maketrans("0123456789", "0000000000")
+_SEES_DIGITS = re.compile(r"[0-9]|\(\?P=|\\N")
+"""What an expression has that may match one digit and not another one, or asks that two parts are equal."""
+
 _MAX_COMPARISONS = 30_000_000
 """The most comparisons of patterns with names in one configuration; it takes seconds to make them."""
 
@@ -88,6 +92,7 @@ class _Entries:
         self.patterns = [
             (entry, compile_pattern(entry) or bounded_match(re.escape(entry) + r"\Z")) for entry in with_regex_mark
         ]
+        self.digits_alike = not any(_SEES_DIGITS.search(entry) for entry in with_regex_mark)
         self._comparisons = 0
         self._by_classes: dict[frozenset[str], str | None] = {}
 
@@ -137,6 +142,8 @@ class Matcher:
         self._all_groups = config.groups
         self._targets = _Entries(self._groups)
         self._ignore = _Entries(config.ignore)
+        self._digits_alike = self._targets.digits_alike and self._ignore.digits_alike
+        self._known: dict[tuple[str, tuple[str, ...]], tuple[Claim, ...]] = {}
 
     def scheme_for(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> ConfigGroup | None:
         """Return the group whose scheme applies to this module; None when it is ignored or not targeted.
@@ -150,17 +157,28 @@ class Matcher:
         target = self._targets.best(module, classes)
         return None if target is None else self._groups[target]
 
-    def claims(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> list[Claim]:
+    def claims(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> tuple[Claim, ...]:
         """Return every group that targets this module, the one that the library takes first; none if it is ignored.
 
-        A group with several matching entries occurs once, with the entry of the highest priority.
+        A group with several matching entries occurs once, with the entry of the highest priority. Where no pattern
+        tells digits apart, modules whose names differ in digits only are decided once.
         """
+        if not self._digits_alike or module in self._targets.plain or module in self._ignore.plain:
+            return self._find_claims(module, class_names)
+        key = module.translate(_DIGITS), class_names
+        claims = self._known.get(key)
+        if claims is None:
+            claims = self._known[key] = self._find_claims(module, class_names)
+        return claims
+
+    def _find_claims(self, module: str, class_names: tuple[str, ...]) -> tuple[Claim, ...]:
+        """Return what `claims` does."""
         classes = _all_classes(class_names)
         if self._ignore.best(module, classes) is not None:
-            return []
+            return ()
         claims: dict[str, Claim] = {}
         for kind, target in self._targets.matching(module, classes):
             for group in reversed(self._all_groups):
                 if target in group.targets:
                     claims.setdefault(group.name, Claim(kind, group))
-        return list(claims.values())
+        return tuple(claims.values())

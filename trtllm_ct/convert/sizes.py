@@ -22,11 +22,11 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.engine.releases import RELEASES, release_named
 from trtllm_ct.plan.attention_output import unscaled_outputs
+from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.cuts import is_uneven
 from trtllm_ct.plan.ranks.held import misread_biases, uneven_faults, unheld_modules, unrunnable_modules
 from trtllm_ct.plan.ranks.planned_model import model_of_plan
-from trtllm_ct.plan.stored import stored_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,7 +61,7 @@ def planned_for(plan: Plan) -> dict[str, Any]:
 class ConvertedDirectory:
     """A directory that this package converted for TensorRT-LLM; its JSON files are read.
 
-    If no row lists the modules of its model, the headers of its tensors are read too.
+    The headers of its tensors are read too.
 
     `engine` is the name of the release that it was planned for, and `parallel` are the sizes. `sm` is the SM of the
     GPUs, None if it was planned for none in particular.
@@ -179,11 +179,9 @@ class ConvertedDirectory:
 
 
 def _model_of(directory: Path, quant_config: QuantConfig) -> Model:
-    """Return the model of a converted directory, with the modules in its headers if its row lists none."""
+    """Return the model of a converted directory, with the modules in its headers."""
     model = Model.from_config(read_json_object(directory / "config.json"))
-    if model.listing is not None:
-        return model
-    stored = stored_modules(Catalog.from_directory(directory), lambda _: None, FaultCollector())
+    stored = gather_modules(Catalog.from_directory(directory), model, FaultCollector(), split_stacks=True)
     shapes = {name: _codes_shape(module, quant_config.layer_config(name)) for name, module in stored.items()}
     return model.in_checkpoint(stored, {name: shape for name, shape in shapes.items() if shape is not None})
 

@@ -9,7 +9,7 @@ mode exists, the whole group is dequantized. Under tensor parallelism a mode mus
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.engine.holdings import Holding, Weight, activations_of, holdings, obstacles, slice_obstacle
@@ -45,8 +45,7 @@ class Assignment:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A quantized module, and what decides its mode.
 
     `folded` names the transforms that are folded into the weight, which is then dequantized whatever the target; empty
@@ -73,9 +72,11 @@ def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> 
     candidates = {}
     for members in linears.values():
         bias = any("bias" in part.module.specs for part in members)
-        names = tuple([part.site.module.rpartition(".")[2] for part in members if _is_fused(part.site, members)])
-        for part in members:
-            fused = _is_fused(part.site, members)
+        flags = [_is_fused(part.site, members) for part in members]
+        names = tuple(
+            [part.site.module.rpartition(".")[2] for part, fused in zip(members, flags, strict=True) if fused]
+        )
+        for part, fused in zip(members, flags, strict=True):
             fused_parts = names if fused else ()
             key = (id(part.weight), fused, part.site.expert, bias, fused_parts)
             if key not in weights:
@@ -154,7 +155,8 @@ def _assign_alone(candidates: Mapping[str, Candidate], target: Target) -> dict[s
             site.expert,
             site.head,
             site.class_cuts,
-            site.limit,
+            # A limit belongs to a row, and its hash takes longer than all the rest.
+            id(site.limit),
             site.class_joins,
             site.mode_group is None,
         )
@@ -227,7 +229,7 @@ def _in_finer_groups(module: Candidate, held: Sequence[Holding], target: Target)
     """
     if module.weight.slices is None:
         return None
-    whole = _held(replace(module, weight=replace(module.weight, slices=None)), target)
+    whole = _held(module._replace(weight=replace(module.weight, slices=None)), target)
     algos = {holding.mode.algo for holding in whole if holding.as_is}
     return next((holding for holding in held if holding.mode.algo in algos), None)
 
@@ -262,7 +264,9 @@ def _assign_group(
     dequantized = len(keys) > 1 or None in keys
     hint = _other_sms(quantized.values(), target) if dequantized and not obstacle else ""
     if len(keys) <= 1 and not plain:
-        return {module: _with_hint(assignment, hint) for module, assignment in assignments.items()}
+        # Members that are alike keep sharing one object.
+        hinted = {id(assignment): _with_hint(assignment, hint) for assignment in assignments.values()} if hint else {}
+        return {module: hinted.get(id(assignment), assignment) for module, assignment in assignments.items()}
     if not obstacle:
         common = _common_mode(name, quantized, target)
         if common:

@@ -38,7 +38,7 @@ _LAYERS = Check(name="layers", ran=True, detail="layers and experts of one kind"
 
 def checks_of(model: Model, comparison: Comparison) -> tuple[Check, ...]:
     """Return the checks of a model; `comparison` is that with its class, if its row lists no modules."""
-    if model.listing is not None:
+    if model.stated is not None:
         return _FILES, _CODES, Check(name="modules", ran=True, detail=f"modules listed for {model.name}")
     detail = comparison.by or comparison.why_not
     return _FILES, _CODES, _LAYERS, Check(name="class", ran=bool(comparison.by), detail=detail)

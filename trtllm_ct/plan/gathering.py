@@ -39,7 +39,7 @@ def gather_modules(
     Tensors that the index does not list are taken only where the model lacks them, see `fill_from_unlisted`.
     Raises `PlanError` when a checkpoint in Mistral's own form has modules that the model has no name for.
     """
-    gather = partial(_gather, split=split_stacks or model.listing is not None)
+    gather = partial(_gather, split=split_stacks or model.stated is not None)
     if not catalog.unlisted:
         return gather(catalog, model, faults, shapes)
     listed = gather(catalog.without(catalog.unlisted), model, faults, shapes)

@@ -62,7 +62,7 @@ class GroupFinder:
 
         Adds a fault and returns None if no group targets it and not exactly one fits.
         """
-        names: Iterable[str] = dict.fromkeys((module.stored_name, module.name))
+        names: Iterable[str] = (module.name,) if module.alias is None else dict.fromkeys((module.alias, module.name))
         # What is stored under another name than that of an embedding is the head, a Linear.
         classes = (site.class_name,) if module.alias is None else (site.class_name, "Linear")
         if self.multimodal:

@@ -17,6 +17,7 @@ from trtllm_ct.plan.models.discovery import is_draft, table_names_of
 from trtllm_ct.plan.models.layer_kinds import layer_kinds
 from trtllm_ct.plan.models.model_class import Comparison
 from trtllm_ct.plan.models.plain_tensors import EXPERT, as_class_spells
+from trtllm_ct.plan.stated_check import refuse_unlike_row
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -59,6 +60,7 @@ def refuse_lost_tensors(
             comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
     if model.has_row and model.discovery is not None and not comparison.by:
         _refuse_lost_ends(tensors, model, model.discovery, faults)
+        refuse_unlike_row(tensors, model, model.discovery.place, faults)
     _refuse_suspects(suspects, tensors, model.name, faults)
     _refuse_by_class(comparison, faults)
     return comparison

@@ -82,7 +82,7 @@ class OtherModules:
 
         Of a model whose row lists no modules, it is any module without a matrix, and draft layers.
         """
-        if self.model.listing is None:
+        if self.model.stated is None:
             return True
         body, head = self.place
         return self._drafts(name) or (self.model.multimodal and not name.startswith(body) and name != head)

@@ -39,6 +39,7 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.row_order import QueryKeyRows
+from trtllm_ct.plan.stated_check import refuse_unlike_config
 from trtllm_ct.plan.tied_head import UNTIED, tied_pair
 from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
 from trtllm_ct.plan.unsupported import refuse_unsupported
@@ -153,12 +154,12 @@ class _Planner:
         self.kv_cache = replace(self.kv_cache, has_projections=bool(attentions(sites, place[0])))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
-        if self.model.listing is not None and not any(site_modules.values()):
+        if self.model.stated is not None and not any(site_modules.values()):
             self._refuse_unknown_names(catalog)
+        refuse_unlike_config(self.model, site_modules, place, self.faults)
         weights = self._read_weights(site_modules, sites)
-        if self.model.discovery is not None:
-            sites = [_with_shape(site, weights.get(site.module)) for site in self._recounted(sites, stored, weights)]
-            self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
+        if self.model.stated is None:
+            sites = self._set_shapes(sites, stored, weights)
         refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
             self._plan_directory(place)
@@ -211,7 +212,7 @@ class _Planner:
     def _gather(self, catalog: Catalog) -> tuple[dict[str, StoredModule], frozenset[str]]:
         """Return the stored modules as the model's class reads them, and the unlisted tensors that nothing reads.
 
-        A model whose row lists no modules gets those of the files.
+        The model gets the modules of the files.
         """
         # A class with a row reads experts one by one, or its stacks are known; without a row it may read stacks only.
         one_by_one = self.model.has_row and not engine_reads_stacks(self.model.text_type)
@@ -221,7 +222,9 @@ class _Planner:
         refuse_unread(self.model, self.target)
         refuse_unread_names(self.model, self.target, self.faults)
         stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
-        self._set_model(self.model.in_checkpoint(stored))
+        if stored.keys() != gathered.keys():
+            self.model = self.model.in_checkpoint(stored)
+        self._set_model(self.model)
         return stored, unread_tensors(catalog, gathered.values())
 
     def _other_modules(
@@ -243,8 +246,8 @@ class _Planner:
         others: Mapping[str, ModulePlan],
         body: str,
     ) -> None:
-        """Add a fault for each tensor that a model has lost whose row lists no modules, or has in another size."""
-        if self.model.listing is not None:
+        """Add a fault for each tensor that is lost or has another size, if config.json states no modules."""
+        if self.model.stated is not None:
             return
         shapes = {
             module.stored_name: weights[name].stored.shape
@@ -302,9 +305,9 @@ class _Planner:
         pair = tied_pair(self.model, stored, place)
         if pair is None or self.probe.head_is_table:
             return
-        stated = self.model.tied is not None
-        self._set_model(replace(self.model, tied=False))
-        if not stated:
+        stated_tie = self.model.tied is not None
+        self._set_model(replace(self.model, tied=False).in_checkpoint(stored))
+        if not stated_tie:
             return
         table, head = pair
         differs = "may differ" if self.probe is NO_PROBE else "differs"
@@ -327,38 +330,32 @@ class _Planner:
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
         """Return the stored module of a site, under any of the site's stored names; None if it is not stored."""
-        for name in site.stored_names:
-            if name in stored:
-                return self.transforms.claim(stored[name].delivered_as(site.module), site)
-        return None
+        module = stored.get(site.module)
+        if module is None:
+            module = next((stored[name] for name in site.stored_names if name in stored), None)
+        return None if module is None else self.transforms.claim(module.delivered_as(site.module), site)
 
     def _read_weights(
         self, site_modules: Mapping[str, StoredModule | None], sites: Iterable[Site]
     ) -> dict[str, QuantizedWeight]:
-        """Return the quantized weights of the model by module.
-
-        Adds a fault for each module or tensor that is missing, and for each plain weight of a wrong shape.
-        """
+        """Return the quantized weights of the model by module."""
         weights = {}
         for site in sites:
             module = site_modules[site.module]
-            if module is None or not module.has_weight:
-                self._missing(site.module, "weight")
-            elif module.is_quantized:
+            if module is not None and module.is_quantized:
                 weight = self.reader.read(module, site)
                 if weight is not None:
                     weights[site.module] = weight
-            elif site.shape and module.specs["weight"].shape != site.shape:
-                self.faults.add(
-                    where=f"{module.stored_name}.weight",
-                    expected=f"shape {list(site.shape)} by the sizes in config.json",
-                    found=str(module.specs["weight"]),
-                    remedy="Take config.json from where the weights were published; it describes another model.",
-                )
-            for local in site.locals:
-                if module is not None and local not in module.specs:
-                    self._missing(site.module, local)
         return weights
+
+    def _set_shapes(
+        self, sites: Sequence[Site], stored: Mapping[str, StoredModule], weights: Mapping[str, QuantizedWeight]
+    ) -> list[Site]:
+        """Give the model sites with the shapes that were found when codes were read, and return these sites."""
+        sites = [_with_shape(site, weights.get(site.module)) for site in self._recounted(sites, stored, weights)]
+        if self.model.discovery is not None:
+            self._set_model(replace(self.model, discovery=replace(self.model.discovery, sites=tuple(sites))))
+        return sites
 
     def _recounted(
         self, sites: Sequence[Site], stored: Mapping[str, StoredModule], weights: Mapping[str, QuantizedWeight]
@@ -396,15 +393,6 @@ class _Planner:
             "config.json if the weights are another model's.",
         )
         self.faults.raise_if_any(PlanError)
-
-    def _missing(self, module: str, local: str) -> None:
-        self.faults.add(
-            where=f"{module}.{local}",
-            expected=f"a tensor that {self.model.name} needs",
-            found="no such tensor in any shard",
-            remedy="Fetch the shard that holds it from where the checkpoint was published. If no shard does, "
-            "config.json describes another model: take it from there too.",
-        )
 
     def _model_modules(
         self,

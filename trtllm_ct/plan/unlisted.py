@@ -8,17 +8,17 @@ listed. Other loaders of such a checkpoint read every tensor of a listed shard, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.formats import PACKED_CODES
 from trtllm_ct.plan.stored import ACTIVATION_AND_CACHE_TENSORS, QUANTIZATION_TENSORS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from trtllm_ct.checkpoint.catalog import Catalog
-    from trtllm_ct.plan.models.sites import Model, Site
+    from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.stored import StoredModule, View
 
 __all__ = ["fill_from_unlisted", "unlisted_warnings", "unread_tensors"]
@@ -38,16 +38,16 @@ def fill_from_unlisted(
     """
     model = model.in_checkpoint(listed)
     body, head = place = model.place(listed)
-    sites = {name: site for site in model.sites(place) for name in site.stored_names}
+    needed = {name: module for module in _needed(model, place) for name in module.stored_names}
     result = dict(listed)
     for name, module in everything.items():
-        site = sites.get(name)
+        module_needed = needed.get(name)
         known = listed.get(name)
         if known is not None:
-            views = {local: view for local, view in module.views.items() if _completes(local, known, site)}
+            views = {local: view for local, view in module.views.items() if _completes(local, known, module_needed)}
             result[name] = replace(known, views={**known.views, **views})
-        elif site is not None:
-            if listed.keys().isdisjoint(site.stored_names):
+        elif module_needed is not None:
+            if listed.keys().isdisjoint(module_needed.stored_names):
                 result[name] = module
         elif module.specs.keys() <= ACTIVATION_AND_CACHE_TENSORS or (
             model.multimodal and not name.startswith(body) and name != head
@@ -56,13 +56,28 @@ def fill_from_unlisted(
     return result
 
 
-def _completes(local: str, known: StoredModule, site: Site | None) -> bool:
+class _Needed(NamedTuple):
+    """A module that the model needs: the names that it may have, and the local names beside its weight."""
+
+    stored_names: tuple[str, ...]
+    locals: tuple[str, ...]
+
+
+def _needed(model: Model, place: tuple[str, str]) -> Iterator[_Needed]:
+    """Yield the modules that config.json states, or those of the listed tensors if it states none."""
+    if model.stated is None:
+        yield from (_Needed(site.stored_names, site.locals) for site in model.sites(place))
+    for name, module in model.stated_modules(place):
+        yield _Needed(module.stored_names(name), module.locals)
+
+
+def _completes(local: str, known: StoredModule, needed: _Needed | None) -> bool:
     """Whether an unlisted tensor completes a module of which the index lists other tensors."""
     if local in known.views:
         return False
     if local in _WEIGHTS:
         return not known.has_weight
-    return local in QUANTIZATION_TENSORS or (site is not None and local in site.locals)
+    return local in QUANTIZATION_TENSORS or (needed is not None and local in needed.locals)
 
 
 def unread_tensors(catalog: Catalog, modules: Iterable[StoredModule]) -> frozenset[str]:

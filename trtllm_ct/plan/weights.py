@@ -61,6 +61,9 @@ class WeightReader:
     _release: tuple[int, ...] = field(init=False)
     _notes: Counter[str] = field(init=False, default_factory=Counter)
     _known: dict[tuple[object, ...], tuple[QuantizedWeight, tuple[str, ...]]] = field(init=False, default_factory=dict)
+    _seen: dict[tuple[object, ...], tuple[StoredModule, QuantizedWeight, tuple[str, ...]]] = field(
+        init=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self._groups = GroupFinder(self.config, self.faults, self.multimodal)
@@ -80,14 +83,18 @@ class WeightReader:
         group = self._groups.find(module, site)
         if group is None or group.scheme.weights is None:
             return None
-        key = (group.name, site.shape, tuple(module.specs.items()))
-        known = self._known.get(key)
-        if known is None:
-            known = self._describe(module, site, group, group.scheme.weights)
+        # The modules of one file share specs. Their identity is compared first, since hashing specs takes longer; the
+        # entry keeps them alive.
+        identity = (group.name, site.shape, *module.specs, *map(id, module.specs.values()))
+        seen = self._seen.get(identity)
+        if seen is None:
+            key = (group.name, site.shape, tuple(module.specs.items()))
+            known = self._known.get(key) or self._describe(module, site, group, group.scheme.weights)
             if known is None:
                 return None
             self._known[key] = known
-        weight, notes = known
+            seen = self._seen[identity] = module, *known
+        _, weight, notes = seen
         for note in notes:
             self._notes[note] += 1
         self._check_blocks(module, weight.stored)

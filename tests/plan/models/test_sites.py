@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from builders import tiny_config
 from installed_transformers import has_newest_transformers, is_installed, typed_config
+from stated_model import stated_model
 from tiny_models import FAMILIES
 
 from trtllm_ct.base.dtypes import DType
@@ -39,7 +40,7 @@ def config_of(architecture: str, **options: Any) -> dict[str, Any]:
 
 
 def sites(config: dict[str, Any]) -> dict[str, Site]:
-    return {site.module: site for site in Model.from_config(config).sites()}
+    return {site.module: site for site in stated_model(config).sites()}
 
 
 def faults(**config: Any) -> tuple[Fault, ...]:

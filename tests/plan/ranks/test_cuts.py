@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 from quantized_weights import ints, weight
+from stated_model import stated_model
 from tiny_models import FAMILIES, tiny_config
 
 from trtllm_ct.base.dtypes import DType
@@ -35,7 +36,7 @@ ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 
 
 def model(architecture: str = "LlamaForCausalLM", **sizes: Any) -> Model:
-    return Model.from_config(tiny_config(architecture, **{"layers": 1, **sizes}))
+    return stated_model(tiny_config(architecture, **{"layers": 1, **sizes}))
 
 
 def sites(of: Model) -> dict[str, Site]:
@@ -165,11 +166,11 @@ class TestSlices:
 
     def test_nothing_else_of_a_candidate_changes(self) -> None:
         of = model()
-        before = {name: replace(own, folded="why") for name, own in candidates(of).items()}
+        before = {name: own._replace(folded="why") for name, own in candidates(of).items()}
 
         after = with_slices(before, of, Parallel(tensor=2), MODELOPT)
 
-        assert {name: replace(own, weight=replace(own.weight, slices=None)) for name, own in after.items()} == before
+        assert {name: own._replace(weight=replace(own.weight, slices=None)) for name, own in after.items()} == before
 
 
 COUNTS = st.sampled_from([1, 2, 3, 4, 6, 8, 24])

@@ -55,7 +55,7 @@ StoredShapes = Mapping[str, tuple[int, ...]]
 
 _NO_SHAPES: StoredShapes = MappingProxyType({})
 _REQUIRED = ("shape", "compressed", "bitmask")
-_PIECES = frozenset({*_REQUIRED, "row_offsets"})
+_ENDINGS = tuple(f".{piece}" for piece in (*_REQUIRED, "row_offsets"))
 _PARAMETERS = frozenset(
     {
         "weight",
@@ -152,8 +152,10 @@ def _stems(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
     """Return the pieces by stem and local name; a stem with only one piece is left out."""
     pieces_by_stem: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in specs.items():
+        if not name.endswith(_ENDINGS):
+            continue
         stem, _, local = name.rpartition(".")
-        if stem and local in _PIECES:
+        if stem:
             pieces_by_stem.setdefault(stem, {})[local] = spec
     return {stem: pieces for stem, pieces in pieces_by_stem.items() if len(pieces) > 1}
 

@@ -12,11 +12,11 @@ own_loader_rows.py  the rows of classes that load their weights themselves
 site.py            Site: one module of a model
 site_rules.py      makes sites of names and shapes, by the row of the class
 sites.py           Model: what planning knows about one model
-listed_modules.py  the modules that a row lists, with the sizes in config.json
+stated_modules.py  the modules that a model must have by its config.json, where its row has those of a layer
 sizes.py           the sizes in a config.json, under the names that rows use
 class_defaults.py  what a config.json leaves out, by the classes of transformers
 row_defaults.py    what a config.json of a class leaves out whose row lists no modules
-discovery.py       the modules of a model whose row lists none, found in its files
+discovery.py       the modules of a model, found in its files
 shared_attention.py  layers whose values are their keys, or whose keys and values are those of earlier layers
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other
 layer_kinds.py     of which kind each layer is, by config.json

@@ -2,7 +2,8 @@
 
 A row has no sizes: they come from the headers of the files (`discovery.py`). So it needs no entries for layers of
 different kinds, heads of different sizes, or layers without some projections. A row may also list the modules that
-every layer must have (`Leaves`). Then config.json must have their sizes, and no other module is accepted.
+every layer must have (`Leaves`). Then the files are compared with the sizes in config.json, and no other module is
+accepted (`stated_modules.py`).
 """
 
 from __future__ import annotations

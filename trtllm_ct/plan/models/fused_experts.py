@@ -78,7 +78,7 @@ def stores_inputs_first(modules: Mapping[str, StoredModule], model: Model) -> bo
     `gate_up_proj` is square only if in = 2I, and `down_proj` only if in = I, so one of them always shows the order.
     """
     stacked = STACKED_EXPERTS.get(model.text_type)
-    if stacked is None or model.listing is None or not stacked.inputs_first:
+    if stacked is None or model.stated is None or not stacked.inputs_first:
         return False
     shapes = _shapes(model)
     outputs_first = [
@@ -118,7 +118,7 @@ def stack_warnings(model: Model) -> tuple[str, ...]:
     Source: transformers 5.23 `core_model_loading.py`, `Transpose(check_dims=True)`.
     """
     stacked = STACKED_EXPERTS.get(model.text_type)
-    if stacked is None or not stacked.told_by_shape or model.listing is None:
+    if stacked is None or not stacked.told_by_shape or model.stated is None:
         return ()
     square = [name for name, shape in _shapes(model).items() if len(set(shape)) == 1]
     if not square:

@@ -86,7 +86,7 @@ def hugging_face_names(
     Adds a fault for each name that two stored tensors would get. Raises `PlanError` with all faults if the model has no
     name for some modules, instead of later faults for each surplus and each missing tensor.
     """
-    if model.listing is None or not any(_NATIVE.match(f"{name}.") for name in modules):
+    if model.stated is None or not any(_NATIVE.match(f"{name}.") for name in modules):
         return modules
     renamed: dict[str, StoredModule] = {}
     unknown = []

@@ -1,7 +1,7 @@
 """`Model`: what planning knows about a model, from its config.json, the row of its class, and its files.
 
-The modules of a layer are those that the row lists (`listed_modules.py`), or those that the files have
-(`discovery.py`); what the engine's class does with them is in the row in both cases.
+The modules are those of the files (`discovery.py`), and what the engine's class does with them is in the row. Where the
+row has the modules of a layer, the files are compared with config.json (`stated_modules.py`).
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from trtllm_ct.config.model_values import check_model_values
 from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAMES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
-from trtllm_ct.plan.models.discovery import discover
+from trtllm_ct.plan.models.discovery import discover, discover_stated
 from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, STACKED_EXPERTS, spelling_type
-from trtllm_ct.plan.models.listed_modules import Listing
 from trtllm_ct.plan.models.places import PLACES, known_prefixes
 from trtllm_ct.plan.models.row_defaults import with_row_defaults
 from trtllm_ct.plan.models.shared_attention import layers_of_queries_only
 from trtllm_ct.plan.models.site import Site
 from trtllm_ct.plan.models.sizes import dense_layers_of, leaves_of, nested_text_config, sizes_of, stated_sizes
+from trtllm_ct.plan.models.stated_modules import StatedModules
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from trtllm_ct.plan.models.class_row import ClassRow
     from trtllm_ct.plan.models.discovery import Discovery
+    from trtllm_ct.plan.models.stated_modules import Stated
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["Model", "Site"]
@@ -39,9 +40,10 @@ class Model:
     """What planning needs to know about a model.
 
     `name` is the architecture that config.json names, and `row` says how the engine's class reads it; for a text model
-    inside of a larger one it may be the row of the text model. `listing` are the modules that the row lists; None if it
-    lists none, or if the text model is stored under a prefix that is not known. Then the model has the modules of its
-    files: `discovery`, None until they are looked up in a checkpoint (`in_checkpoint`).
+    inside of a larger one it may be the row of the text model. `stated` are the modules that it must have by
+    config.json; None if the row doesn't have those of a layer, or if the text model is stored under a prefix that is
+    not known. `discovery` are the modules of its files, None until they are looked up in a checkpoint
+    (`in_checkpoint`).
     `sizes` are numbers of elements by the names of `sizes.py`. `tied` says whether the head uses the weight of the
     embedding; None if config.json leaves it to a class whose default is not known.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
@@ -53,7 +55,7 @@ class Model:
 
     name: str
     row: ClassRow
-    listing: Listing | None
+    stated: StatedModules | None
     dtype: DType
     layers: int
     sizes: Mapping[str, int]
@@ -85,7 +87,7 @@ class Model:
         model = cls(
             name=name,
             row=row,
-            listing=_listing(row, sizes, text, spelling),
+            stated=_stated_modules(row, sizes, text),
             dtype=_model_dtype({**config, **(nested or {})}, faults),
             layers=sizes["layers"],
             sizes=sizes,
@@ -103,15 +105,19 @@ class Model:
     def in_checkpoint(
         self, stored: Mapping[str, StoredModule], shapes: Mapping[str, tuple[int, int]] | None = None
     ) -> Model:
-        """Return the model with the modules that a checkpoint stores; unchanged if its row lists them.
+        """Return the model with the modules that a checkpoint stores.
 
-        `shapes` are the shapes of weights that are known although the headers of their codes don't show them. A list
-        doesn't apply if a wrapper stores its text model under an unknown prefix: then its modules are looked up too.
+        `shapes` are the shapes of weights that are known although neither the headers of their codes show them nor
+        config.json. If a wrapper stores its text model under an unknown prefix, config.json states no modules.
         """
-        if self.listing is not None:
+        if self.stated is not None:
             layers = tuple(f"{body}layers." for body in known_prefixes())
-            known = not self.multimodal or any(name.startswith(layers) for name in stored)
-            return self if known else self._by_files().in_checkpoint(stored, shapes)
+            if self.multimodal and not any(name.startswith(layers) for name in stored):
+                return self._by_files().in_checkpoint(stored, shapes)
+            place = _known_place(stored)
+            experts = self.text_type in STACKED_EXPERTS
+            found = discover_stated(stored, self.stated, place, tied=bool(self.tied), plain_experts=experts)
+            return replace(self, discovery=found)
         sizes = self.sizes
         found = discover(
             stored,
@@ -129,7 +135,7 @@ class Model:
 
     def _by_files(self) -> Model:
         """Return the model with the modules of its files, as the class that config.json names reads them."""
-        return replace(self, row=CLASS_ROWS.get(self.name, DEFAULT_ROW), listing=None)
+        return replace(self, row=CLASS_ROWS.get(self.name, DEFAULT_ROW), stated=None)
 
     def _row_as_spelled(self, row: ClassRow) -> ClassRow:
         """Return a row with the names of experts that the class of the text model reads, unless it has its own."""
@@ -144,7 +150,7 @@ class Model:
     @property
     def experts(self) -> str:
         """The path of routed experts in a layer; empty if no layer has any."""
-        return "" if self.listing is not None and not self.row.router else self.row.experts
+        return "" if self.stated is not None and not self.row.router else self.row.experts
 
     @property
     def projections(self) -> tuple[str, str, str]:
@@ -167,12 +173,17 @@ class Model:
         return next((site.stored_names for site in tables if site.module.startswith(place[0])), ())
 
     def weight_shapes(self, stored_names: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every weight by its full name, for checkpoints whose headers don't show the shapes."""
-        if self.listing is None:
-            return {}
+        """Return the shapes of weights that config.json states, by full name, for headers that don't show them."""
         places = [place for place in PLACES if any(name.startswith(f"{place[0]}layers.") for name in stored_names)]
-        sites = self.sites((places or PLACES)[0])
-        return {f"{name}.weight": site.shape for site in sites for name in site.stored_names}
+        stated = self.stated_modules((places or PLACES)[0])
+        return {f"{stored}.weight": module.shape for name, module in stated for stored in module.stored_names(name)}
+
+    def stated_modules(self, place: tuple[str, str]) -> Iterator[tuple[str, Stated]]:
+        """Yield every module that the model must have by config.json; none if its row has none.
+
+        `place` is what the method `place` returns.
+        """
+        return iter(()) if self.stated is None else self.stated.modules(place, tied=bool(self.tied))
 
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
         """Return the prefix of the text model's body and the name of its head, given the names of stored modules."""
@@ -180,27 +191,31 @@ class Model:
             body = self.discovery.place[0]
             if any(name.startswith(body) for name in stored_modules):
                 return self.discovery.place
-        for body, head in PLACES:
-            if any(
-                f"{body}{probe}" in stored_modules for probe in ("embed_tokens", "layers.0.input_layernorm", "norm")
-            ):
-                return body, head
-        return PLACES[0]
+        return _known_place(stored_modules)
 
     def sites(self, place: tuple[str, str] = PLACES[0]) -> Iterator[Site]:
-        """Yield every module that must have a weight; a tied head has none.
-
-        `place` is what the method `place` returns.
-        """
-        if self.listing is not None:
-            return self.listing.sites(place, tied=bool(self.tied))
+        """Yield the modules that the files have; `place` is what the method `place` returns."""
         if self.discovery is None:
-            raise AssertionError("the modules of this model are looked up in a checkpoint first")
+            raise AssertionError("the modules of a model are looked up in a checkpoint first")
         return self.discovery.at(place)
 
-    def kinds(self) -> Iterator[Site]:
-        """Yield the sites of at least one layer of each kind, with at least one routed expert, by any name."""
-        return self.sites() if self.listing is None else self.listing.kinds()
+    def kinds(self) -> Iterable[Site]:
+        """Return one of the sites that ranks divide alike, each by any name."""
+        return {
+            (
+                site.module if site.heads else site.module.rpartition(".")[2],
+                *(site.shape, site.cut, site.parts, site.expert, site.attention, site.ranks_vary),
+            ): site
+            for site in self.sites()
+        }.values()
+
+
+def _known_place(stored_modules: Collection[str]) -> tuple[str, str]:
+    """Return the first place for which the embeddings, the first layer or the last norm is stored."""
+    for body, head in PLACES:
+        if any(f"{body}{probe}" in stored_modules for probe in ("embed_tokens", "layers.0.input_layernorm", "norm")):
+            return body, head
+    return PLACES[0]
 
 
 def _row_and_text(name: str, config: Mapping[str, Any]) -> tuple[ClassRow, Mapping[str, Any] | None, Mapping[str, Any]]:
@@ -218,18 +233,17 @@ def _row_and_text(name: str, config: Mapping[str, Any]) -> tuple[ClassRow, Mappi
     return CLASS_ROWS.get(name, DEFAULT_ROW), nested, config if nested is None else nested
 
 
-def _listing(row: ClassRow, sizes: Mapping[str, int], text: Mapping[str, Any], spelling: str) -> Listing | None:
-    """Return the modules that a row lists; None if it lists none. `text` and `spelling` are as in `Model`."""
+def _stated_modules(row: ClassRow, sizes: Mapping[str, int], text: Mapping[str, Any]) -> StatedModules | None:
+    """Return the modules that config.json states; None if the row has none. `text` is as in `Model`."""
     leaves = leaves_of(row, sizes)
     if leaves is None:
         return None
-    return Listing(
+    return StatedModules(
         row=row,
         leaves=leaves,
         sizes=sizes,
         biases=frozenset({ALWAYS, *(key for key in row.biases.values() if text.get(key))}),
         dense_layers=dense_layers_of(text, sizes["layers"]),
-        stacked=spelling in STACKED_EXPERTS,
     )
 
 

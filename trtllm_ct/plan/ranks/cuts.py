@@ -63,7 +63,7 @@ def with_slices(
         key = (id(candidate.weight), slices)
         if key not in sliced:
             sliced[key] = replace(candidate.weight, slices=slices)
-        result[name] = replace(candidate, weight=sliced[key])
+        result[name] = candidate._replace(weight=sliced[key])
     return result
 
 
@@ -229,7 +229,7 @@ def _parts_of(site: Site, model: Model) -> Iterator[_Part]:
     """Yield the numbers of a module that ranks divide; those of a Linear that is stored as one are of its parts."""
     leaf = site.module.rpartition(".")[2]
     if site.cut is Cut.KV_HEADS and site.heads:
-        yield _Part(f"heads of {leaf}" if model.listing is None else "num_key_value_heads", site.heads, heads=True)
+        yield _Part(f"heads of {leaf}" if model.stated is None else "num_key_value_heads", site.heads, heads=True)
     elif site.cut in {Cut.COLUMN, Cut.ROW} and len(site.shape) == _MATRIX:
         # The numbers of heads in a Linear that is stored as one are in `ClassRow.divided`.
         names = () if site.parts and site.attention else _size_names(site, model)
@@ -240,7 +240,7 @@ def _parts_of(site: Site, model: Model) -> Iterator[_Part]:
 
 def _size_names(site: Site, model: Model) -> tuple[str, ...]:
     """Return the names of the sizes that ranks divide of a module; empty names if its row doesn't vouch for them."""
-    if model.listing is None:
+    if model.stated is None:
         return ("",)
     split = entry_of(model.row.splits, site.module)
     return split or (entry_of(model.row.shapes, site.module) or ("", ""))[site.cut is Cut.ROW :]

@@ -21,7 +21,7 @@ def model_of_plan(plan: Plan, model: Model) -> Model:
 
     `plan` must be the plan of all ranks: the plan of one rank lacks modules.
     """
-    if model.listing is not None or model.discovery is not None:
+    if model.discovery is not None:
         return model
     stored = {module.name: StoredModule(module.name, module.views) for module in plan.modules}
     shapes = {module.name: module.weight.shape for module in plan.modules if module.weight is not None}

@@ -1,0 +1,132 @@
+"""Refuse checkpoints that don't have the modules that config.json states, or have them in other sizes.
+
+Where the row of the class has the modules of a layer, config.json states every one of them with its size. Otherwise the
+row and config.json state less: the parts of a fused Linear are stored together, and config.json has the number of
+experts and the sizes of embeddings and head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_ct.plan.models.alike_layers import LAYER
+from trtllm_ct.plan.models.class_row import entry_of
+from trtllm_ct.plan.models.discovery import table_names_of
+from trtllm_ct.plan.models.plain_tensors import EXPERT
+from trtllm_ct.plan.models.shared_attention import layers_of_queries_only, layers_without_values
+from trtllm_ct.plan.models.sizes import stated_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.plan.models.plain_tensors import PlainTensors
+    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.stored import StoredModule
+
+__all__ = ["refuse_unlike_config", "refuse_unlike_row"]
+
+_NO_TENSOR = "no such tensor in any shard"
+_FETCH = "Fetch the shard that holds it from where the checkpoint was published."
+_OTHER_MODEL = "Take config.json from where the weights were published; it describes another model."
+_SHARED = frozenset({"k_proj", "v_proj"})
+
+
+def refuse_unlike_config(
+    model: Model, modules: Mapping[str, StoredModule | None], place: tuple[str, str], faults: FaultCollector
+) -> None:
+    """Add a fault for each module or tensor that is missing, and for each plain weight of another shape.
+
+    `modules` are the stored modules of the sites. The shape of a quantized weight is compared when it is described.
+    `place` is what `Model.place` returns.
+    """
+    for name, stated in model.stated_modules(place):
+        module = modules.get(name)
+        if module is None or not module.has_weight:
+            _missing(name, "weight", model.name, faults)
+        elif not module.is_quantized and module.specs["weight"].shape != stated.shape:
+            faults.add(
+                where=f"{module.stored_name}.weight",
+                expected=f"shape {list(stated.shape)} by the sizes in config.json",
+                found=str(module.specs["weight"]),
+                remedy=_OTHER_MODEL,
+            )
+        for local in stated.locals:
+            if module is not None and local not in module.specs:
+                _missing(name, local, model.name, faults)
+
+
+def _missing(module: str, local: str, model: str, faults: FaultCollector) -> None:
+    """Add the fault of a tensor that no file has."""
+    faults.add(
+        where=f"{module}.{local}",
+        expected=f"a tensor that {model} needs",
+        found=_NO_TENSOR,
+        remedy=f"{_FETCH} If no shard does, config.json describes another model: take it from there too.",
+    )
+
+
+def refuse_unlike_row(tensors: PlainTensors, model: Model, place: tuple[str, str], faults: FaultCollector) -> None:
+    """Add a fault for what a checkpoint lacks by the row of its class, if the row doesn't have the modules of a layer.
+
+    `tensors` are those of the whole checkpoint as plain weights; `place` is what `Model.place` returns.
+    """
+    inside = {name: shape for name, shape in tensors.items() if name.startswith(place[0])}
+    for name, whole in _lost_parts(inside, model):
+        faults.add(where=name, expected=f"a part of {whole}, as its other parts are", found=_NO_TENSOR, remedy=_FETCH)
+    _refuse_other_count(inside, model, faults)
+    _refuse_other_ends(tensors, model, place, faults)
+
+
+def _lost_parts(tensors: PlainTensors, model: Model) -> Iterator[tuple[str, str]]:
+    """Yield the weights that are missing although other parts of the same fused Linear are stored, with its name.
+
+    Layers that share keys or values with others may lack these.
+    """
+    wholes = {path: whole for whole, paths in model.row.fused.items() for path in paths}
+    no_keys = layers_of_queries_only(model.row, model.text, model.layers)
+    no_values = layers_without_values(model.row, model.text)
+    checked: set[str] = set()
+    for name in tensors:
+        layer = LAYER.fullmatch(name)
+        if layer is None or not name.endswith(".weight") or EXPERT.fullmatch(name) is not None:
+            continue
+        module = name.removesuffix(".weight")
+        parent, whole = module.rpartition(".")[0], entry_of(wholes, module)
+        if whole is None or f"{parent}.{whole}" in checked:
+            continue
+        checked.add(f"{parent}.{whole}")
+        absent = _SHARED if int(layer[2]) in no_keys else {"v_proj"} if int(layer[2]) in no_values else frozenset()
+        for leaf in (path.rpartition(".")[2] for path in model.row.fused[whole]):
+            if f"{parent}.{leaf}.weight" not in tensors and leaf not in absent:
+                yield f"{parent}.{leaf}.weight", f"{parent}.{whole}"
+
+
+def _refuse_other_count(tensors: PlainTensors, model: Model, faults: FaultCollector) -> None:
+    """Add a fault for each layer whose routed experts, stored one by one, are not as many as config.json says."""
+    stated = stated_sizes(model.text)["experts"]
+    counts: dict[str, int] = {}
+    for name in tensors:
+        expert = EXPERT.fullmatch(name)
+        if expert is not None:
+            counts[expert[1]] = max(counts.get(expert[1], 0), int(expert[2]) + 1)
+    for owner, count in counts.items():
+        if stated and count != stated:
+            remedy = f"{_FETCH} If no shard has more, take config.json from there too."
+            faults.add(where=owner, expected=f"{stated} experts, by config.json", found=str(count), remedy=remedy)
+
+
+def _refuse_other_ends(tensors: PlainTensors, model: Model, place: tuple[str, str], faults: FaultCollector) -> None:
+    """Add a fault for embeddings and a head that don't have the width of the model, or too few rows.
+
+    Some classes have rows for a few more tokens than `vocab_size` counts.
+    """
+    body, head = place
+    hidden, vocabulary = stated_sizes(model.text, ("hidden_size",))["hidden_size"], model.vocabulary
+    for name in (*(f"{body}{table}" for table in sorted(table_names_of(model.row))), head):
+        shape = tensors.get(f"{name}.weight")
+        if shape is None or not hidden:
+            continue
+        if len(shape) != 2 or shape[0] < vocabulary or shape[1] != hidden:
+            expected = f"shape {[vocabulary, hidden]} by the sizes in config.json"
+            faults.add(where=f"{name}.weight", expected=expected, found=f"shape {list(shape)}", remedy=_OTHER_MODEL)
