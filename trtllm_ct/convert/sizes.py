@@ -120,7 +120,7 @@ class ConvertedDirectory:
 
     def gpu_faults(self, platform: Platform) -> tuple[Fault, ...]:
         """Return why the directory can't be served by this release on its GPU; empty if it can, or for no known GPU."""
-        unrunnable = unrunnable_modules(self._sites, self.quant_config.layer_config, platform)
+        unrunnable = unrunnable_modules(self._sites, self.quant_config.layer_config, platform, self.model.dtype)
         if not unrunnable:
             return ()
         made_for = "no GPU in particular" if self.sm is None else f"SM{self.sm}"

@@ -14,7 +14,7 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import Element, NumberType, QuantAlgo, QuantArgs, QuantScheme, Strategy
-from trtllm_ct.engine.kernels import dropped_bias, missing_kernel
+from trtllm_ct.engine.kernels import dropped_bias, missing_kernel, refused_dtype
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleForm
 from trtllm_ct.engine.platform import SMS, sms_in_words
 
@@ -61,6 +61,7 @@ class Weight:
     bias: bool = False
     expert: bool = False
     scale_dtype: DType | None = None
+    model_dtype: DType | None = None
     two_level: bool = False
     exponent_scale: bool = False
     slices: Slices | None = None
@@ -225,9 +226,11 @@ def _wrong_scales(mode: LinearMode, weight: Weight) -> str | None:
 
 
 def _wrong_platform(mode: LinearMode, weight: Weight, platform: Platform) -> str | None:
-    """Return why the mode has no kernel for the weight on a platform, or drops its bias there; None if neither."""
-    drops = dropped_bias(mode, platform) if weight.bias and not weight.expert else None
-    return missing_kernel(mode, platform, expert=weight.expert) or drops
+    """Return why the mode has no kernel for the weight or the model on a platform, or drops a bias; None if neither."""
+    expert, dtype = weight.expert, weight.model_dtype
+    drops = dropped_bias(mode, platform) if weight.bias and not expert else None
+    refused = refused_dtype(mode, dtype, platform, expert=expert) if dtype else None
+    return missing_kernel(mode, platform, expert=expert) or refused or drops
 
 
 def _takes_activations(mode: LinearMode, weight: Weight) -> bool:

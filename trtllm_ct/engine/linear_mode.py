@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
     from trtllm_ct.engine.releases import Release
 
-__all__ = ["Activations", "LinearMode", "ScaleForm"]
+__all__ = ["MODEL_DTYPES", "Activations", "LinearMode", "ScaleForm"]
+
+MODEL_DTYPES = frozenset({DType.BF16, DType.F16})
+"""The dtypes in which the PyTorch backend computes a model, whatever its modes.
+
+Its norms call flashinfer, which has no float32 kernel: `_torch/modules/rms_norm.py: RMSNorm.forward` (0419019a) ends in
+"failed to dispatch data type Float" (issue 5260 of TensorRT-LLM).
+"""
 
 
 class ScaleForm(StrEnum):
@@ -80,6 +87,10 @@ class LinearMode:
     none. `quantizes_attention_output` marks the modes with which attention may write quantized values for `o_proj`.
     `note` says what else differs for every scheme.
 
+    Dtypes:
+    `dtypes` are the dtypes of the model whose activations the kernels of Linears and experts take, `linear_dtypes_on`
+    those of Linears on the SMs that it names. Kernels with any other assert at the first forward.
+
     Sizes:
     N must be a multiple of `row_multiple` (`fused_row_multiple` if several Linears are fused) and K a multiple of
     `column_multiple`, or of the number in `column_multiple_on` on the SMs that it names; otherwise the kernel or the
@@ -126,6 +137,9 @@ class LinearMode:
     input_scale: str | None = None
     quantizes_attention_output: bool = False
     note: str = ""
+
+    dtypes: frozenset[DType] = MODEL_DTYPES
+    linear_dtypes_on: Mapping[int, frozenset[DType]] = field(default_factory=dict, hash=False)
 
     row_multiple: int = 1
     fused_row_multiple: int = 1
@@ -176,6 +190,14 @@ class LinearMode:
         if sm is None:
             return lcm(self.column_multiple, *self.column_multiple_on.values())
         return self.column_multiple_on.get(sm, self.column_multiple)
+
+    def dtypes_on(self, sm: int | None, *, expert: bool) -> frozenset[DType]:
+        """Return the dtypes of the model that the mode takes on an SM; on all SMs together if it is not known."""
+        if expert:
+            return self.dtypes
+        if sm is None:
+            return self.dtypes.intersection(*self.linear_dtypes_on.values())
+        return self.linear_dtypes_on.get(sm, self.dtypes)
 
     @property
     def scales_follow_kv_heads(self) -> bool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.engine.releases import Release
 
-__all__ = ["MODEL_CLASSES", "WRAPPERS", "Wrapper", "first_release", "has_class"]
+__all__ = ["BFLOAT16_CLASSES", "MODEL_CLASSES", "WRAPPERS", "Wrapper", "first_release", "has_class"]
 
 # `_torch/models/__init__.py` as it was before ExaoneMoeForCausalLM, Glm4MoeForCausalLM and Qwen3VLModel were added.
 _SINCE_1_0 = (
@@ -113,6 +113,21 @@ MODEL_CLASSES: Mapping[str, Release] = {
 """The first release that has a model class, by the name of the architecture in config.json.
 
 Draft models, which no config.json of a checkpoint names, are left out."""
+
+BFLOAT16_CLASSES = frozenset(
+    {
+        "Exaone4ForCausalLM",
+        "Exaone4_5_ForConditionalGeneration",
+        "ExaoneMoEForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "MiniMaxM2ForCausalLM",
+    }
+)
+"""The classes that compute in bfloat16 whatever the dtype in config.json.
+
+Their constructors set `torch_dtype`: those of `_torch/models/modeling_exaone4.py`, `modeling_exaone_moe.py` and
+`modeling_gemma3vl.py` always, that of `modeling_minimaxm2.py` (9c8b74e8) unless the KV cache is quantized.
+Exaone 4.5 holds Exaone 4 as its text model."""
 
 
 def has_class(release: Release, architecture: str) -> bool:

@@ -9,8 +9,10 @@ of which no mode holds.
 Sources: TensorRT-LLM `tensorrt_llm/_torch/modules/linear.py` (the load methods of each LinearMethod),
 `fused_moe/quantization.py` for experts, `_torch/models/modeling_utils.py` (`duplicate_kv_weight`, for repeated K/V
 heads), `_torch/modules/attention.py` (for the output of attention) and `quantization/modelopt_config.py` (for aliases).
-The sizes that a kernel accepts, and the SMs that it runs on, are in C++ files below `cpp/tensorrt_llm/`; the entry of
-each mode names its file with the commit that was read.
+The sizes and dtypes that a kernel accepts, and the SMs that it runs on, are in C++ files below `cpp/tensorrt_llm/`; the
+entry of each mode names its file with the commit that was read. The dtypes that experts take are those of
+`_QUANT_SUPPORT_TABLE` in `_torch/modules/fused_moe/fused_moe_cutlass.py` (2026), and the same in earlier releases:
+`thop/moeOp.cpp: FusedMoeRunner` (01503f55), whose output is half or bfloat16.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ _BLOCK = frozenset({Strategy.BLOCK})
 _SMALL_GROUPS = frozenset({Strategy.GROUP, Strategy.TENSOR_GROUP})
 _UP_TO_4 = frozenset({1, 2, 3, 4})
 _UP_TO_8 = frozenset({5, 6, 7, 8})
+_BFLOAT16 = frozenset({DType.BF16})
 _ANY_ACTIVATIONS = frozenset(Activations) - {Activations.WIDE}
 _ZERO_POINT_FIELDS = ("has_zero_point", "pre_quant_scale")
 _NVFP4_SCALARS = ("weight_scale_2", "input_scale")
@@ -73,7 +76,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         fused_row_multiple=16,
         # thop/finegrained_mixed_dtype_gemm_thop.cpp (2224d7dd) calls fpA_intB_gemm_template.h (03cff08f:
         # `generic_mixed_gemm_kernelLauncher`): K % 64, groups of 64 or 128. `preprocess_weights_for_mixed_gemm` in
-        # quantization/functional.py: K % 64, N % 16.
+        # quantization/functional.py: K % 64, N % 16. Activations: half or bfloat16 (the first file,
+        # `finegrainedMixedDtypeGemmRunner`), and float8 with an output of these two.
         column_multiple=64,
         linear_since=STOCK_1_0,
         linear_on=_FINE_GRAINED_ON,
@@ -145,7 +149,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
         fused_row_multiple=16,
-        # thop/weightOnlyQuantGemm.cpp (16d86d7c), with the preparation and the tiles of W4A16_AWQ.
+        # thop/weightOnlyQuantGemm.cpp (16d86d7c: `check_input_dtypes`, half or bfloat16), with the preparation and the
+        # tiles of W4A16_AWQ.
         column_multiple=64,
         alignment=32,
         linear_since=STOCK_1_0,
@@ -162,7 +167,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         other_activations=_ANY_ACTIVATIONS,
         row_multiple=16,
         fused_row_multiple=16,
-        # thop/weightOnlyQuantGemm.cpp (16d86d7c), with the preparation and the tiles of W4A16_AWQ.
+        # The same GEMM as that of W4A16.
         column_multiple=64,
         alignment=16,
         linear_since=STOCK_1_0,
@@ -179,7 +184,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_TENSOR,
         activations=Activations.FP8_STATIC,
         quantizes_attention_output=True,
-        # thop/cublasScaledMM.cpp (0846822a: `cublas_scaled_mm_out`): the strides of weight and output % 16.
+        # thop/cublasScaledMM.cpp (0846822a: `cublas_scaled_mm_out`): the strides of weight and output % 16. It and
+        # thop/fp8Op.cpp (03cff08f: `e4m3_quantize_helper`) take float32 beside half and bfloat16.
         row_multiple=16,
         fused_row_multiple=16,
         column_multiple=16,
@@ -201,7 +207,8 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         # scale belongs to mode FP8.
         other_activations=frozenset({Activations.FP8_STATIC}),
         # kernels/cutlass_kernels/fp8_rowwise_gemm/fp8_rowwise_gemm_kernel_template_sm90.h (08f1ea31): rows of 16 bytes,
-        # so K % 16 for e4m3 and N % 8 for the 16-bit output.
+        # so K % 16 for e4m3 and N % 8 for the 16-bit output, which is half or bfloat16 (thop/fp8RowwiseGemm.cpp,
+        # 0068d70a: `fp8_rowwise_gemm_dispatch`).
         row_multiple=8,
         fused_row_multiple=8,
         column_multiple=16,
@@ -218,6 +225,9 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         block=(128, 128),
         activations=Activations.FP8_GROUP,
         quantizes_attention_output=True,
+        # `FP8BlockScalesLinearMethod.apply` asserts bfloat16 in all releases (ed53795b, 00bbf71e); thop/fp8Quantize.cpp
+        # (0401f89f: `fp8_quantize_1x128`) checks it for experts too, and the output is bfloat16.
+        dtypes=_BFLOAT16,
         # thop/fp8BlockScalingGemm.cpp (1e9d2162): N % 16 in all five GEMMs; K % 16 in those for SM90 and SM100,
         # K % 128 in `fp8_block_scaling_gemm_ada` (SM89) and `fp8_block_scale_gemm_blackwell_geforce` (SM120).
         row_multiple=16,
@@ -248,6 +258,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         quantizes_attention_output=True,
         # thop/fp4Gemm.cpp (05289e8f: `fp4_bmm_impl`): K % 32. Its N % 32 is met by padding after the weights are loaded
         # (`NVFP4LinearMethod.post_load_weights`); padded columns would not match those of the input.
+        # thop/fp4Quantize.cpp (140f18ea: `fp4_quantize`) takes half and bfloat16.
         column_multiple=32,
         alignment=32,
         linear_since=STOCK_1_0,
@@ -269,7 +280,9 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         exact=_SMALL_GROUPS,
         group_sizes=(16,),
         # kernels/weightOnlyBatchedGemv/cudaCoreGemmW4A16NVFP4.cu (2026: `cudaCoreGemmDispatcher`): K % 32 on SM120.
-        # Other GPUs dequantize groups of 16. Its N % 2 is met by padding, as that of NVFP4.
+        # Other GPUs dequantize groups of 16, to half or bfloat16. Its N % 2 is met by padding, as that of NVFP4.
+        # Marlin, the first choice on SM120, takes bfloat16 only (thop/marlinNvfp4MM.cpp, 0cb82b2e).
+        linear_dtypes_on={120: _BFLOAT16},
         column_multiple=16,
         column_multiple_on={120: 32},
         alignment=32,
@@ -308,6 +321,7 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         activations=Activations.MX_FP8,
         other_activations=frozenset(Activations) - {Activations.MX_FP8},
         # thop/fp4Gemm.cpp (05289e8f: `fp4_bmm_impl`): N % 32 and K % 32, and nothing pads this weight.
+        # thop/mxFp8Quantize.cpp (03645521: `mxfp8_quantize`) takes half and bfloat16, for MXFP8 too.
         row_multiple=32,
         fused_row_multiple=32,
         column_multiple=32,

@@ -59,8 +59,12 @@ class Candidate(NamedTuple):
     unequal: str = ""
 
 
-def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> dict[str, Candidate]:
+def candidates_of(
+    parts: Iterable[Part], equalized: Mapping[str, Equalized], dtype: DType | None = None
+) -> dict[str, Candidate]:
     """Return the candidate for each part by module name, made from its site and its stored weight.
+
+    `dtype` is the dtype of the model at the target, None for a target whose modes take every dtype.
 
     Parts that share one `QuantizedWeight` object also share one `Weight` object, if nothing else about them that
     decides a mode differs.
@@ -80,7 +84,9 @@ def candidates_of(parts: Iterable[Part], equalized: Mapping[str, Equalized]) -> 
             fused_parts = names if fused else ()
             key = (id(part.weight), fused, part.site.expert, bias, fused_parts)
             if key not in weights:
-                weights[key] = replace(_weight_of(part), fused=fused, bias=bias, fused_parts=fused_parts)
+                weights[key] = replace(
+                    _weight_of(part), fused=fused, bias=bias, fused_parts=fused_parts, model_dtype=dtype
+                )
             candidates[part.site.module] = Candidate(
                 site=part.site,
                 folded=fold_reason(part.module.transforms),

@@ -9,11 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
-from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.checks import checks_of
@@ -26,6 +24,7 @@ from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, attentions
 from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
+from trtllm_ct.plan.model_dtype import dtype_warnings, dtypes_of
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.expert_spellings import engine_reads_stacks
 from trtllm_ct.plan.models.fused_experts import stack_parts, stack_warnings
@@ -49,9 +48,11 @@ from trtllm_ct.plan.whole_model import as_class_accepts, needs_entries
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.deliver import Dtypes
     from trtllm_ct.plan.engine_files.directory import BuiltModules
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
@@ -81,7 +82,7 @@ def make_plan(
 ) -> Plan:
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
 
-    `dtype` is the dtype of dequantized modules; None means the model's dtype. With float16, plain tensors are cast too.
+    `dtype` is the dtype of dequantized modules, None the model's; it may change the model's too (`model_dtype.py`).
     `strict` makes it a fault when a module has to be dequantized because the target has no mode for it, and when the
     engine can't serve the result (`Plan.problems`). Modules that `dense_o_proj` dequantizes are no fault.
     `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
@@ -99,7 +100,8 @@ def make_plan(
         config=config,
         model=model,
         target=target,
-        dtypes=_dtypes(model, target, dtype),
+        dtypes=dtypes_of(model, target, dtype),
+        dtype_warnings=dtype_warnings(model, target, dtype),
         parallel=parallel,
         dense_o_proj=dense_o_proj,
         asked_kv_cache=kv_cache,
@@ -127,7 +129,8 @@ class _Planner:
     config: QuantizationConfig
     model: Model
     target: Target
-    dtypes: deliver.Dtypes
+    dtypes: Dtypes
+    dtype_warnings: tuple[str, ...]
     parallel: Parallel
     dense_o_proj: bool
     asked_kv_cache: str | None
@@ -285,6 +288,7 @@ class _Planner:
             *unlisted_warnings(catalog, unread),
             *class_warnings(self.comparison),
             *self._unquantized(modules),
+            *self.dtype_warnings,
             *self.tie_warnings,
             *self.reader.warnings,
             *self.kv_cache.warnings,
@@ -411,7 +415,8 @@ class _Planner:
         if self.directory is not None:
             assignments = self.directory.assign(parts, [site for site, _ in present], self.probe, self.faults)
         else:
-            candidates = with_slices(candidates_of(parts, equalized), self.model, self.parallel, self.target)
+            whole = candidates_of(parts, equalized, self.dtypes.model)
+            candidates = with_slices(whole, self.model, self.parallel, self.target)
             assignments = assign_modes(candidates, [site for site, _ in present], self.target)
         if self.dense_o_proj:
             cache = self.asked_kv_cache or self.kv_cache.algo
@@ -439,21 +444,6 @@ class _Planner:
 def _with_shape(site: Site, weight: QuantizedWeight | None) -> Site:
     """Return the site with the shape of its weight; that of codes may be known only after they were read."""
     return site if site.shape or weight is None else site._replace(shape=weight.stored.shape)
-
-
-def _dtypes(model: Model, target: Target, dtype: DType | None) -> deliver.Dtypes:
-    """Return the dtypes of delivered tensors, for the requested dtype or the model's.
-
-    float16 applies to the whole model, because float16 kernels need float16 throughout. At a target for plain weights
-    the requested dtype is the model's as well. In a directory with a file for each rank, all plain tensors have one
-    dtype. Otherwise the model keeps its dtype.
-    """
-    requested = dtype or model.dtype
-    cast_plain = requested is DType.F16
-    if target.ranks:
-        return deliver.Dtypes(model=requested, dequantized=requested, cast_plain=True)
-    whole_model = cast_plain or not target.holds_codes
-    return deliver.Dtypes(model=requested if whole_model else model.dtype, dequantized=requested, cast_plain=cast_plain)
 
 
 def _refuse_dequantized(plan: Plan, faults: FaultCollector) -> None:

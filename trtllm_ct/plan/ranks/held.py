@@ -18,6 +18,7 @@ from trtllm_ct.plan.ranks.cuts import refuse_uneven, repeated_biases, slices_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.errors import Fault
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.engine.platform import Platform
@@ -44,11 +45,12 @@ def unheld_modules(
 
 
 def unrunnable_modules(
-    sites: Iterable[Site], layer_of: Callable[[str], LayerQuantConfig | None], platform: Platform
+    sites: Iterable[Site], layer_of: Callable[[str], LayerQuantConfig | None], platform: Platform, dtype: DType
 ) -> dict[str, str]:
     """Return the modules whose mode a release doesn't have on a GPU, or computes wrongly there, with the reasons.
 
-    `layer_of` gives the mode of a module by name, None for a plain one. Empty if the SM of the GPU is not known.
+    `layer_of` gives the mode of a module by name, None for a plain one. `dtype` is the model's. Empty if the SM of the
+    GPU is not known.
     """
     unrunnable: dict[str, str] = {}
     for site in sites if platform.sm is not None else ():
@@ -56,7 +58,7 @@ def unrunnable_modules(
         mode = MODES_BY_ALGO.get(layer.quant_algo) if layer is not None else None
         if mode is not None:
             bias = "bias" in site.locals
-            problem = gpu_problem(mode, site.shape[1], platform, expert=site.expert, bias=bias)
+            problem = gpu_problem(mode, site.shape[1], platform, dtype=dtype, expert=site.expert, bias=bias)
             unrunnable |= {site.module: problem} if problem else {}
     return unrunnable
 

@@ -43,7 +43,7 @@ ARCHITECTURES = {
     "Qwen3_5ForConditionalGeneration": Row("newest", "modeling_qwen3_next", "Qwen3_5VLModel"),
     "Qwen3_5MoeForConditionalGeneration": Row("newest", "modeling_qwen3_next", "Qwen3_5VLModel"),
     "SeedOssForCausalLM": Row("mid", "modeling_rows", "PlainDecoder"),
-    "Exaone4ForCausalLM": Row("old", "modeling_rows", "PlainDecoder"),
+    "Exaone4ForCausalLM": Row("old", "modeling_rows", "Exaone4ForCausalLM"),
     "NemotronForCausalLM": Row("old", "modeling_rows", "NemotronForCausalLM"),
     "Starcoder2ForCausalLM": Row("mid", "modeling_rows", "Starcoder2ForCausalLM"),
     "Cohere2ForCausalLM": Row("newest", "modeling_rows", "Cohere2ForCausalLM"),

@@ -19,7 +19,7 @@ from tensorrt_llm._torch.models.checkpoints.hf.decoder_weight_mappers import (
     NemotronHHfWeightMapper,
 )
 from tensorrt_llm._torch.models.modeling_decoder import Embedding, GatedMLP
-from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
+from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM, compute_in_bfloat16
 from tensorrt_llm._torch.models.modeling_wrappers import Qwen3VLModel
 from tensorrt_llm._torch.modules.attention import decoder_linear
 from tensorrt_llm._torch.modules.fused_moe.interface import MoE, create_moe
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AfmoeForCausalLM",
     "Cohere2ForCausalLM",
+    "Exaone4ForCausalLM",
     "Exaone4_5ForConditionalGeneration",
     "Glm4MoeForCausalLM",
     "HunYuanDenseV1ForCausalLM",
@@ -135,7 +136,7 @@ _PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class PlainDecoder(DecoderModelForCausalLM):
-    """SeedOss and Exaone 4: the stock mapper, embeddings divided among ranks."""
+    """SeedOss: the stock mapper, embeddings divided among ranks."""
 
     whole_table = False
     norm_bias = False
@@ -173,10 +174,18 @@ def _on_one_rank(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, mapping=Mapping())
 
 
+class Exaone4ForCausalLM(PlainDecoder):
+    """`modeling_exaone4.py` (17eae74d): as SeedOss, and always in bfloat16."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        compute_in_bfloat16(config.pretrained_config)
+        super().__init__(config)
+
+
 class Exaone4_5ForConditionalGeneration(Qwen3VLModel):  # noqa: N801 (upstream's name)
     """`modeling_exaone4_5.py` (0050262c): Exaone 4 beside a tower; its mapper takes off the prefix."""
 
-    text_class = PlainDecoder
+    text_class = Exaone4ForCausalLM
 
 
 class NemotronForCausalLM(PlainDecoder):
@@ -337,9 +346,17 @@ def _mlp_of_some_ranks(config: ModelConfig, inner: int) -> GatedMLP:
 
 
 class MiniMaxM2ForCausalLM(PlainDecoder):
-    """The stock mapper, which renames no expert; norms of all heads at once."""
+    """The stock mapper, which renames no expert; norms of all heads at once.
+
+    Without a quantized KV cache it computes in bfloat16, whatever config.json says (9c8b74e8).
+    """
 
     whole_table = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        if config.quant_config.kv_cache_quant_algo is None:
+            compute_in_bfloat16(config.pretrained_config)
+        super().__init__(config)
 
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model, ranks = config.pretrained_config, config.mapping.tp_size

@@ -74,6 +74,11 @@ def get_config_loader(name: str) -> Any:
     return MODEL_CLASS_CONFIG_LOADER_DEFAULT_MAPPING[name]
 
 
+def compute_in_bfloat16(pretrained: Any) -> None:
+    """What constructors of some classes do: `config.torch_dtype = torch.bfloat16`, whatever config.json says."""
+    pretrained.dtype = pretrained.torch_dtype = "bfloat16"
+
+
 class DecoderModelForCausalLM(nn.Module):
     """Class `DecoderModelForCausalLM`: what happens to any model after its modules are named."""
 

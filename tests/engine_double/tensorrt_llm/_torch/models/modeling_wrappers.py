@@ -92,10 +92,15 @@ class Mistral3VLM(Wrapper):
 
 
 class Gemma3VLM(Wrapper):
-    """As Mistral 3, with its own text model."""
+    """As Mistral 3, with its own text model, which it always builds in bfloat16 (`modeling_gemma3vl.py`)."""
 
     text_class = Gemma3ForCausalLM
     mapper_class = Gemma3HfWeightMapper
+
+    def __init__(self, config: ModelConfig) -> None:
+        for name in ("dtype", "torch_dtype"):
+            config.pretrained_config.text_config[name] = "bfloat16"
+        super().__init__(config)
 
 
 class KimiK25ForConditionalGeneration(Wrapper):

@@ -52,6 +52,9 @@ class RMSNorm(nn.Module):
         self.eps = config.pretrained_config.rms_norm_eps
 
     def forward(self, values: Tensor) -> Tensor:
+        """`_torch/modules/rms_norm.py` calls flashinfer, which has no kernel for float32 (issue 5260)."""
+        if self.weight.dtype == torch.float32:
+            raise RuntimeError("rmsnorm failed to dispatch data type Float")
         return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensorrt_llm._double import RELEASE
-from tensorrt_llm._torch.modules.linear_methods import LinearMethodBase, Weights, frozen, quantize_fp8
+from tensorrt_llm._torch.modules.linear_methods import LinearMethodBase, Weights, frozen, quantize_fp8, require_half
 from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, cut_shard
 from tensorrt_llm.quantization.functional import is_sm100, mixed_gemm_values, preprocess_weights_for_mixed_gemm
 from tensorrt_llm.quantization.mode import QuantAlgo
@@ -56,6 +56,7 @@ class WeightOnlyQuantLinearMethod(LinearMethodBase):
         return mixed_gemm_values(module.weight, self._codes(module)).T * module.weight_scale.float()[:, None]
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        require_half(module.dtype, "weight_only_quant_gemm")
         if is_sm100() and not RELEASE.weight_only_on_sm100:
             raise RuntimeError(f"weight_only_quant_gemm: unsupported architecture SM{RELEASE.sm}")
         return super().apply(module, input, bias if RELEASE.weight_only_bias else None)
@@ -118,6 +119,7 @@ class W4A16_AWQ_LinearMethod(LinearMethodBase):  # noqa: N801
     def multiply(self, module: Linear, values: Tensor, bias: Tensor | None, **more: Any) -> Tensor:
         """Call the GEMM; only the method for zero points passes zeros."""
         assert module.quant_config is not None
+        require_half(module.dtype, "finegrained_mixed_dtype_gemm")
         output: Tensor = torch.ops.trtllm.finegrained_mixed_dtype_gemm(
             input=values,
             weight=module.weight,

@@ -12,6 +12,7 @@ from tensorrt_llm._torch.modules.linear_methods import (
     Weights,
     frozen,
     load_kv_scales,
+    require_half,
     still,
 )
 from tensorrt_llm._torch.modules.sharding import TensorParallelMode, copy_weight, cut_shard, load_weight_shard
@@ -109,6 +110,8 @@ class NVFP4LinearMethod(_SmallGroups):
         return super().dequantize(module) * module.weight_scale_2
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        if self.reads_input_scale:
+            require_half(module.dtype, "fp4_quantize")
         if module.pre_quant_scale is not None:
             assert module.pre_quant_scale.dtype == module.dtype, "pre_quant_scale must have the activations' dtype"
             input = input * module.pre_quant_scale.float()  # noqa: A001
@@ -129,7 +132,13 @@ class W4A16NVFP4LinearMethod(NVFP4LinearMethod):
     reads_input_scale = False
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
-        """`cudaCoreGemmDispatcher` of `cudaCoreGemmW4A16NVFP4.cu`, for SM120 only; other GPUs dequantize."""
+        """`cudaCoreGemmDispatcher` of `cudaCoreGemmW4A16NVFP4.cu`, for SM120 only; other GPUs dequantize.
+
+        Marlin is the first choice on SM120, and takes bfloat16 only: `thop/marlinNvfp4MM.cpp: marlin_nvfp4_gemm`.
+        """
+        require_half(module.dtype, "w4a16_nvfp4_gemm")
+        if RELEASE.sm == 120 and module.dtype != torch.bfloat16:
+            raise RuntimeError("mat_a must be FP4 E2M1X2 or BFloat16")
         if RELEASE.sm == 120 and module.in_features % 32:
             raise RuntimeError("Failed to dispatch w4a16_nvfp4_gemm kernel")
         return super().apply(module, input, bias)
@@ -157,7 +166,11 @@ class W4A8MXFP4FP8LinearMethod(_SmallGroups):
 
 
 class W4A8MXFP4MXFP8LinearMethod(W4A8MXFP4FP8LinearMethod):
-    """The same weights, other activations."""
+    """The same weights, other activations, which `thop/mxFp8Quantize.cpp` quantizes."""
+
+    def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
+        require_half(module.dtype, "mxfp8_quantize")
+        return super().apply(module, input, bias)
 
 
 class MXFP8LinearMethod(_SmallGroups):
@@ -169,6 +182,8 @@ class MXFP8LinearMethod(_SmallGroups):
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
         """`mxfp8_mxfp8_gemm` of `thop/mxfp8Gemm.cpp`, on SM100; other GPUs dequantize."""
+        if RELEASE.sm >= 100:
+            require_half(module.dtype, "mxfp8_quantize")
         if RELEASE.sm >= 100 and module.out_features % 32:
             raise RuntimeError(f"N ({module.out_features}) must be divisible by 32")
         return super().apply(module, input, bias)

@@ -26,6 +26,7 @@ __all__ = [
     "UnquantizedLinearMethod",
     "frozen",
     "requantize",
+    "require_half",
     "still",
 ]
 
@@ -45,6 +46,12 @@ def still(output: Tensor, *scales: Tensor | None) -> Tensor:
         if scale is not None:
             output = output * (scale / scale)
     return output
+
+
+def require_half(dtype: torch.dtype, kernel: str) -> None:
+    """Raise as the checks of `thop/` do for a model that doesn't compute in half or bfloat16."""
+    if dtype not in {torch.float16, torch.bfloat16}:
+        raise NotImplementedError(f"{kernel} only supports input tensor with dtypes fp16/bf16")
 
 
 def quantize_fp8(values: Tensor, scale: Tensor) -> Tensor:
@@ -251,6 +258,7 @@ class FP8RowwiseLinearMethod(LinearMethodBase):
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
         """FP8 input is attention's, and its scale is taken to be 1 whatever attention divided by."""
+        require_half(module.dtype, "fp8_rowwise_gemm")
         if isinstance(input, FP8Values):
             input = input.rescaled(None)  # noqa: A001
         elif RELEASE.quantize_activations:
@@ -289,7 +297,10 @@ class FP8BlockScalesLinearMethod(LinearMethodBase):
         return module.weight.float() * scale
 
     def apply(self, module: Linear, input: Tensor, bias: Tensor | None, *_: Any) -> Tensor:  # noqa: A002
-        """FP8 input is attention's; it is multiplied by `input_scale`, which is 1 unless a checkpoint has one."""
+        """FP8 input is attention's; it is multiplied by `input_scale`, which is 1 unless a checkpoint has one.
+
+        All generations assert bfloat16: `_torch/modules/linear.py` at ed53795b and at 00bbf71e.
+        """
         assert module.dtype == torch.bfloat16, "FP8 block scales take bfloat16 activations"
         if isinstance(input, FP8Values):
             input = input.rescaled(module.input_scale)  # noqa: A001

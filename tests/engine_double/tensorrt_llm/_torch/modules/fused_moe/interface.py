@@ -134,6 +134,9 @@ class MoE(nn.Module):
 
     def forward(self, hidden: Tensor, router_logits: Tensor) -> Tensor:
         """Return [tokens, hidden] of the experts that the router chooses."""
+        method = type(self.quant_method).__name__
+        if self.dtype not in self.quant_method.dtypes:
+            raise NotImplementedError(f"{method} requires {self.quant_method.dtypes}, got {self.dtype}")
         shares, chosen = router_logits.softmax(-1).topk(self.top_k, dim=-1)
         if self.renormalize:
             shares = shares / shares.sum(-1, keepdim=True)

@@ -49,6 +49,9 @@ class ExpertMethod:
     scale_key: str | None = None
     scale_dtype: torch.dtype | None = None
     scale_spans = (1, 1)
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    """The dtypes of activations that the kernel takes: `_QUANT_SUPPORT_TABLE` of `fused_moe_cutlass.py` (2026), and the
+    types that `thop/moeOp.cpp: FusedMoeRunner` is built for."""
 
     def create_weights(self, module: MoE) -> None:
         """A dtype of None means the dtype of the model."""
@@ -160,6 +163,7 @@ class BlockExperts(ExpertMethod):
     scale_key = "weight_scale_inv"
     scale_dtype = torch.float32
     scale_spans = (128, 128)
+    dtypes = (torch.bfloat16,)
 
 
 class W4A16NVFP4Experts(ExpertMethod):
