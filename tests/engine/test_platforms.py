@@ -193,7 +193,50 @@ def test_what_is_planned_without_an_sm_runs_on_every_sm_or_stops_there(release, 
 
 def test_every_fact_about_an_sm_is_about_one_that_can_be_planned_for():
     for mode in LINEAR_MODES:
-        assert {*mode.linear_on, *mode.experts_on, *mode.column_multiple_on, *mode.bias_on} <= set(SMS)
+        named = (mode.linear_on, mode.experts_on, mode.column_multiple_on, mode.bias_on, mode.linear_dtypes_on)
+        assert set().union(*named) <= set(SMS)
+
+
+# Dtypes of the model.
+
+
+@pytest.mark.parametrize("sm", [None, *SMS])
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+@pytest.mark.parametrize("expert", [False, True], ids=["Linear", "expert"])
+@pytest.mark.parametrize(("dtype", "held"), [(DType.BF16, True), (DType.F16, False), (DType.F32, False)])
+def test_fp8_blocks_are_held_in_bfloat16_models_only(expert, release, sm, dtype, held):
+    of = replace(BLOCKS, expert=expert, model_dtype=dtype)
+    runs = bool(algos(replace(of, model_dtype=None), release, sm))
+    assert (algos(of, release, sm) == {"FP8_BLOCK_SCALES"}) is (runs and held)
+
+
+@pytest.mark.parametrize(("sm", "held"), [(None, False), (89, True), (90, True), (100, True), (120, False)])
+def test_marlin_on_sm120_takes_bfloat16_only(sm, held):
+    of = replace(NVFP4_A16, model_dtype=DType.F16)
+    assert ("W4A16_NVFP4" in algos(of, STOCK_1_3, sm)) is held
+    assert "W4A16_NVFP4" in algos(replace(of, model_dtype=DType.BF16), STOCK_1_3, sm)
+
+
+def test_float16_takes_no_other_mode_away_and_float32_takes_all():
+    for mode in LINEAR_MODES:
+        for expert in (False, True):
+            taken = mode.dtypes_on(90, expert=expert)
+            assert taken == ({DType.BF16} if mode.algo is QuantAlgo.FP8_BLOCK_SCALES else {DType.BF16, DType.F16})
+
+
+@pytest.mark.parametrize(
+    ("of", "algo", "reason"),
+    [
+        (BLOCKS, QuantAlgo.FP8_BLOCK_SCALES, "FP8_BLOCK_SCALES takes bfloat16 activations only"),
+        (NVFP4_A16, QuantAlgo.W4A16_NVFP4, "W4A16_NVFP4 takes bfloat16 activations only on SM120"),
+    ],
+    ids=["everywhere", "on one SM"],
+)
+def test_the_reason_names_the_dtypes_and_what_changes_the_models(of, algo, reason):
+    of = replace(of, model_dtype=DType.F16)
+    assert obstacles(of, frozenset({algo}), Platform(release=STOCK_1_3)) == (
+        f"{reason}, and the model's dtype is float16 (--dtype bfloat16 changes it)",
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,10 @@ ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size,
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
 DenseDtypeOption = Annotated[
     DenseDtype,
-    typer.Option("--dtype", help="Dtype of dequantized modules; float16 casts every plain tensor too."),
+    typer.Option(
+        "--dtype",
+        help="Dtype of dequantized modules, and of engines' models if it has 16 bits; float16 casts plain tensors.",
+    ),
 ]
 DenseOutput = Annotated[
     bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")

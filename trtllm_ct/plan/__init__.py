@@ -10,6 +10,7 @@ groups.py             which config group a quantized module belongs to
 weights.py            the scheme and the format of a quantized module
 model_modules.py      plans the modules that the text model's tables name
 other_modules.py      plans all other modules
+model_dtype.py        the dtype of the model at a target, which engines' kernels must take
 assign.py             which mode each module gets, and why it gets no other
 whole_model.py        what a model's class asks of all modules together
 equalize.py           makes the scalars equal that the parts of a fused Linear must share
