@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import Built, fp8_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
+from own_loader_models import write_own_loader
+from safetensors.torch import load_file
+from stacked_models import STACKED, write_stacked
 
 from trtllm_ct.base.errors import Fault, PayloadError, PlanError
 from trtllm_ct.convert.convert import convert_checkpoint
@@ -17,7 +20,7 @@ from trtllm_ct.plan.plan import Fate
 from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -187,7 +190,79 @@ def test_a_wrong_number_of_scales_per_head_is_refused(built: Built, count: int) 
     """The model has 4 heads of queries and 2 of keys."""
     per_head(built.directory, torch.ones(count))
 
-    assert {fault.expected for fault in faults(built.directory)} == {"one element"}
+    assert {fault.expected for fault in faults(built.directory)} == {
+        "one element, or one for each of the 2 K/V heads of the layer"
+    }
+
+
+def layers_with_other_heads(directory: Path, name: str) -> dict[str, int]:
+    """Write a model whose layers differ in their K/V heads, and return the number of each attention."""
+    if name in STACKED:
+        write_stacked(directory, name, "fp8-channel-token", enable_moe_block=False)
+    else:
+        # Its class reads attention plain, and experts in this mode.
+        built = write_own_loader(directory, name, "nvfp4")
+        other = built.config["attention_other_setting"] | {"num_attention_groups": 2}
+        rewrite_config(directory, lambda config: config.update(attention_other_setting=other))
+        rewrite(directory, lambda stored: stored.update(_half_of_the_heads(stored, built.config["layer_types"])))
+    stored = load_file(directory / "model.safetensors")
+    rows = {key.rpartition(".k_proj.")[0]: len(value) for key, value in stored.items() if ".k_proj.weight_scale" in key}
+    return {attention: count // stored[f"{attention}.k_norm.weight"].numel() for attention, count in rows.items()}
+
+
+def _half_of_the_heads(stored: Mapping[str, Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Return the keys and values of the sliding layers, with the first half of their rows."""
+    layers = tuple(f"model.layers.{at}." for at, kind in enumerate(kinds) if kind == "sliding_attention")
+    ends = tuple(f"{letter}_proj.{local}" for letter in "kv" for local in ("weight_packed", "weight_scale"))
+    halved = [key for key in stored if key.startswith(layers) and key.endswith(ends)]
+    return {key: stored[key][: len(stored[key]) // 2].clone() for key in halved}
+
+
+def store_per_head(directory: Path, heads: Mapping[str, int]) -> None:
+    """Store as many scales for each attention, the largest of them 0.5, and say so in the configuration."""
+    scales = {
+        f"{name}.{letter}_scale": torch.linspace(0.25, 0.5, count) for name, count in heads.items() for letter in "kv"
+    }
+    set_scheme(directory, fp8_weights("attn_head"))
+    rewrite(directory, lambda stored: stored.update(scales))
+
+
+@pytest.mark.parametrize("name", ["Gemma4ForCausalLM", "Step3p5ForCausalLM"])
+def test_layers_may_have_different_numbers_of_heads(tmp_path: Path, name: str) -> None:
+    heads = layers_with_other_heads(tmp_path / "in", name)
+    assert len({*heads.values()}) > 1
+    store_per_head(tmp_path / "in", heads)
+
+    checkpoint = open_checkpoint(tmp_path / "in")
+    delivered: dict[str, Tensor] = {}
+    for _module, tensors in stream_delivered(checkpoint.plan(engine="stock-1.3"), checkpoint.catalog):
+        delivered |= tensors
+    assert {name: float(scale) for name, scale in delivered.items() if name.endswith(("k_scale", "v_scale"))} == {
+        f"{attention}.{letter}_proj.{letter}_scale": 0.5 for attention in heads for letter in "kv"
+    }
+
+
+def test_a_conversion_of_layers_with_different_heads_agrees_with_its_source(tmp_path: Path) -> None:
+    store_per_head(tmp_path / "in", layers_with_other_heads(tmp_path / "in", "Gemma4ForCausalLM"))
+
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", engine="stock-1.3")
+
+    assert verify_checkpoint(tmp_path / "in", tmp_path / "out").faults == ()
+
+
+@pytest.mark.parametrize("name", ["Gemma4ForCausalLM", "Step3p5ForCausalLM"])
+def test_a_layer_takes_only_as_many_scales_as_it_has_heads(tmp_path: Path, name: str) -> None:
+    heads = layers_with_other_heads(tmp_path, name)
+    first, other = next((a, b) for a in heads for b in heads if heads[a] != heads[b])
+    store_per_head(tmp_path, heads | {first: heads[other]})
+
+    with pytest.raises(PlanError) as caught:
+        plan_checkpoint(tmp_path, "modelopt", engine="stock-1.3")
+
+    assert {fault.where for fault in caught.value.faults} == {f"{first}.k_scale", f"{first}.v_scale"}
+    assert {fault.expected for fault in caught.value.faults} == {
+        f"one element, or one for each of the {heads[first]} K/V heads of the layer"
+    }
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])

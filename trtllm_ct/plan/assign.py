@@ -431,10 +431,10 @@ def _why_not_here(module: Candidate, target: Target) -> str:
 def _other_sms(modules: Iterable[Candidate], target: Target) -> str:
     """Return the SMs on which the target would hold all of these weights in one mode, as the end of a reason.
 
-    Empty if there are none, or if the plan is made for an SM.
+    Empty if there are none, if the engine's class reads one of them plain, or if the plan is made for an SM.
     """
-    platform = target.capabilities.platform
-    if platform is None or platform.sm is not None:
+    platform, modules = target.capabilities.platform, list(modules)
+    if platform is None or platform.sm is not None or any(module.site.plain for module in modules):
         return ""
     weights = {(id(module.weight), module.unequal, module.site.class_cuts): module for module in modules}
     holding = []

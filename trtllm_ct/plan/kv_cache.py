@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Delivery, ModulePlan
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["KvCache", "attentions"]
+__all__ = ["KvCache", "attentions", "heads_of_attentions"]
 
 # Last part of the module's name -> local name of the scale -> the projections that the scale belongs to.
 _HOLDERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -80,6 +80,15 @@ def attentions(sites: Iterable[Site], body: str) -> list[str]:
     return sorted(name for name in values if f"{name}.k_proj" in names and _is_in_layer(name, body))
 
 
+def heads_of_attentions(sites: Iterable[Site]) -> dict[str, int]:
+    """Return the number of K/V heads of each attention by its full name: layers of one model may have different ones.
+
+    Values may have heads of another size than keys, so keys decide.
+    """
+    keys = {site.module: site.heads for site in sites if site.heads and site.module.endswith(".k_proj")}
+    return {name.removesuffix(".k_proj"): heads for name, heads in keys.items()}
+
+
 def _is_in_layer(name: str, body: str) -> bool:
     """Whether a name is that of an attention in a layer of the text model, whose body has the prefix `body`."""
     return name.startswith(body) and _OF_LAYER.fullmatch(name.removeprefix(body)) is not None
@@ -93,7 +102,8 @@ class KvCache:
     without quantized modules, and the engine refuses one without an algorithm. `chosen` maps the name of each delivered
     scale to the stored tensor that it is made from. `has_projections` says whether attention has k_proj and v_proj,
     under whose names engines read scales; see `attentions`. `attentions` are the full names of the attentions
-    whose k_proj and v_proj are stored, in layers of the text model and in draft layers.
+    whose k_proj and v_proj are stored, in layers of the text model and in draft layers. `heads` are the numbers of K/V
+    heads of attentions (`heads_of_attentions`); any other has `kv_heads`, the number in config.json.
     """
 
     config: QuantizationConfig
@@ -103,6 +113,7 @@ class KvCache:
     chosen: Mapping[str, str] = field(default_factory=dict)
     has_projections: bool = True
     attentions: frozenset[str] = frozenset()
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     def among(self, modules: Collection[StoredModule], body: str) -> KvCache:
         """Return this value for these stored modules: with `attentions`, and with one scale for each projection.
@@ -260,11 +271,12 @@ class KvCache:
         """
         spec = module.specs[local]
         per_head = self.args is not None and self.args.strategy is Strategy.ATTN_HEAD
-        if spec.numel == 1 or (per_head and spec.numel == self.kv_heads):
+        heads = self.heads.get(_attention_of(module.name), self.kv_heads)
+        if spec.numel == 1 or (per_head and spec.numel == heads):
             return None
         faults.add(
             where=f"{module.stored_name}.{local}",
-            expected="one element",
+            expected="one element" + (f", or one for each of the {heads} K/V heads of the layer" if per_head else ""),
             found=str(spec),
             remedy=f"Calibrate the KV cache again with strategy tensor, or remove {self.origin} for a 16-bit cache.",
         )

@@ -22,7 +22,7 @@ from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
-from trtllm_ct.plan.kv_cache import KvCache, attentions
+from trtllm_ct.plan.kv_cache import KvCache, attentions, heads_of_attentions
 from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
 from trtllm_ct.plan.model_dtype import dtype_warnings, dtypes_of
 from trtllm_ct.plan.model_modules import ModelModules
@@ -163,6 +163,7 @@ class _Planner:
         weights = self._read_weights(site_modules, sites)
         if self.model.stated is None:
             sites = self._set_shapes(sites, stored, weights)
+        self.kv_cache = replace(self.kv_cache, heads=heads_of_attentions(sites))
         refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
             self._plan_directory(place)
