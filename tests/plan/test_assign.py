@@ -359,6 +359,17 @@ class TestFused:
         assert q.reason == "qkv_proj has one mode for all its parts, and k_proj is stored plain"
         assert v.reason == "W8A16 holds no scale per group"
 
+    def test_no_gpu_keeps_members_that_engines_read_plain(self):
+        """The weights would be held on SM90 and SM100."""
+        of = replace(weight(blocks(), FP8_GROUP), shape=(256, 576))
+        kept = members(dict.fromkeys((Q, K), of), [site(name, mode_group=QKV) for name in (Q, K)], MODELOPT)
+        plain = members(
+            dict.fromkeys((Q, K), of), [site(name, mode_group=QKV, plain=True) for name in (Q, K)], MODELOPT
+        )
+
+        assert all(assignment.reason.endswith("; kept with --sm 90 or --sm 100") for assignment in kept)
+        assert [assignment.reason for assignment in plain] == ["engines read this module plain"] * 2
+
     def test_a_plain_group_gets_no_assignments(self):
         assert fused(None, None, None) == [None, None, None]
 
