@@ -32,6 +32,8 @@ DEEPSEEK = tiny_config("DeepseekV3ForCausalLM", hidden=128, num_key_value_heads=
 WRAPPED = {
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "vision_tower"),
     "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "vision_tower"),
+    "Qwen2VLForConditionalGeneration": ("Qwen2ForCausalLM", "visual"),
+    "Qwen2_5_VLForConditionalGeneration": ("Qwen2ForCausalLM", "visual"),
     "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM", "visual"),
     "Qwen3VLMoeForConditionalGeneration": ("Qwen3MoeForCausalLM", "visual"),
     "KimiK25ForConditionalGeneration": ("DeepseekV3ForCausalLM", "vision_tower"),
@@ -80,7 +82,7 @@ def text_of(architecture: str) -> dict[str, Any]:
     if architecture == "DeepseekV3ForCausalLM":
         return DEEPSEEK
     names = {"MistralForCausalLM": "mistral", "Gemma3ForCausalLM": "gemma3_text", "Qwen3ForCausalLM": "qwen3"}
-    names |= {"Qwen3MoeForCausalLM": "qwen3_vl_moe_text"}
+    names |= {"Qwen2ForCausalLM": "qwen2", "Qwen3MoeForCausalLM": "qwen3_vl_moe_text"}
     return tiny_config(architecture, hidden=128, kv_heads=4, model_type=names[architecture])
 
 

@@ -24,7 +24,10 @@ from tiny_models import linears, never_quantized
 
 import trtllm_ct
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.model_classes import WRAPPERS as ENGINE_WRAPPERS
+from trtllm_ct.engine.model_classes import first_release
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +56,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"num_key_value_heads": 2},
     "MixtralForCausalLM": {"num_key_value_heads": 2, "num_local_experts": 2},
     "Qwen2ForCausalLM": {},
+    "Qwen2MoeForCausalLM": {**_EXPERTS, "num_key_value_heads": 4, "shared_expert_intermediate_size": 256},
     "Qwen3ForCausalLM": {"num_key_value_heads": 2},
     "Qwen3MoeForCausalLM": {**_EXPERTS, "attention_bias": True},
     "DeepseekV3ForCausalLM": _LATENT,
@@ -73,6 +77,18 @@ WRAPPERS = {
         "model.language_model.",
         "model.vision_tower",
         ("mistral3", "mistral"),
+    ),
+    "Qwen2VLForConditionalGeneration": (
+        "Qwen2ForCausalLM",
+        "model.language_model.",
+        "model.visual",
+        ("qwen2_vl", "qwen2_vl_text"),
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "Qwen2ForCausalLM",
+        "model.",
+        "visual",
+        ("qwen2_5_vl", "qwen2_5_vl_text"),
     ),
     "Qwen3VLForConditionalGeneration": (
         "Qwen3ForCausalLM",
@@ -208,11 +224,24 @@ def compared(model: Any, built: Built) -> dict[str, bool]:
     return wrong
 
 
-def test_every_class_of_the_double_is_loaded() -> None:
+def classes_of_the_double() -> dict[str, str]:
+    """Return the first generation of each class."""
     with engine_double.installed():
         from tensorrt_llm._torch.models._arch_index import ARCHITECTURES
 
-        since = {name: row.since for name, row in ARCHITECTURES.items()}
+        return {name: row.since for name, row in ARCHITECTURES.items()}
+
+
+def test_the_double_has_every_claimed_class_in_the_same_releases_and_no_other() -> None:
+    """A class that no release has is claimed for plans that are made anyway: `class_problems` says so."""
+    firsts = {name: first_release(name) for name in (*CLASS_ROWS, *ENGINE_WRAPPERS)}
+    claimed = {name: engine_double.GENERATION_OF[first.name] for name, first in firsts.items() if first is not None}
+
+    assert classes_of_the_double() == claimed
+
+
+def test_every_class_of_the_double_is_loaded() -> None:
+    since = classes_of_the_double()
     by_row = {name: "mid" if name == "Qwen3NextForCausalLM" else "newest" for name in CLASSES}
     by_row |= {name: decoder_models.SINCE.get(name, "newest") for name in DECODERS}
     by_row |= {name: "old" if name in IN_OLD else "newest" for name in (*OWN_LOADERS, *STACKED)}

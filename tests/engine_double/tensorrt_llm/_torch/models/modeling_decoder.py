@@ -1,4 +1,4 @@
-"""Imitates `_torch/models/modeling_llama.py`, `_qwen`, `_qwen3`, `_qwen3_moe` and `_mixtral`.
+"""Imitates `_torch/models/modeling_llama.py`, `_qwen`, `_qwen_moe`, `_qwen3`, `_qwen3_moe` and `_mixtral`.
 
 One decoder with the module names of TensorRT-LLM: fused `qkv_proj` and `gate_up_proj`, experts in one module. It
 computes in float32, without a KV cache.
@@ -72,7 +72,7 @@ class GatedMLP(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """A router, never quantized, and experts."""
+    """A router, never quantized, and experts; Qwen2-MoE has a shared expert with a gate of its own, never quantized."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,9 +92,15 @@ class SparseMLP(nn.Module):
             if model.model_type == "qwen3_vl_moe_text"
             else MoEWeightLoadingMode.VANILLA,
         )
+        if model.model_type == "qwen2_moe":
+            self.shared_expert = GatedMLP(config, model.shared_expert_intermediate_size)
+            self.shared_expert_gate = Linear(model.hidden_size, 1, bias=False, dtype=config.torch_dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.experts(hidden, self.gate(hidden))
+        output: Tensor = self.experts(hidden, self.gate(hidden))
+        if hasattr(self, "shared_expert"):
+            output = output + self.shared_expert_gate(hidden).sigmoid() * self.shared_expert(hidden)
+        return output
 
 
 class DecoderLayer(nn.Module):
@@ -116,7 +122,8 @@ class DecoderLayer(nn.Module):
 
 
 def _is_sparse(model: PretrainedConfig, layer: int) -> bool:
-    if model.model_type == "mixtral":
+    """`modeling_qwen_moe.py: QwenMoeDecoderLayer` (0a0d2c8e) has experts in every layer, as Mixtral has."""
+    if model.model_type in {"mixtral", "qwen2_moe"}:
         return True
     step = getattr(model, "decoder_sparse_step", 1)
     dense = layer in (getattr(model, "mlp_only_layers", None) or []) or (layer + 1) % step != 0

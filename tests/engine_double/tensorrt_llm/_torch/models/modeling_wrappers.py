@@ -1,4 +1,4 @@
-"""Imitates `modeling_qwen3vl.py`, `modeling_mistral.py`, `modeling_gemma3vl.py` and `modeling_kimi_k25.py`.
+"""Imitates `modeling_{qwen2vl,qwen3vl,mistral,gemma3vl,kimi_k25}.py`.
 
 Each holds a text model as `llm`. All hand it their quantization unchanged, so names are compared inside of the text
 model; only Kimi K2.5 renames `exclude_modules`. Vision towers are left out; the prefix of their keys is looked up.
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from tensorrt_llm._torch.model_config import ModelConfig
     from torch import Tensor
 
-__all__ = ["Gemma3VLM", "KimiK25ForConditionalGeneration", "Mistral3VLM", "Qwen3MoeVLModel", "Qwen3VLModel", "Wrapper"]
+__all__ = [
+    "Gemma3VLM",
+    "KimiK25ForConditionalGeneration",
+    "Mistral3VLM",
+    "Qwen2VLModel",
+    "Qwen3MoeVLModel",
+    "Qwen3VLModel",
+    "Wrapper",
+]
 
 
 class Wrapper(nn.Module):
@@ -81,6 +89,19 @@ class Qwen3VLModel(Wrapper):
         old, new = "model.language_model.", "model."
         kept = {key: tensor for key, tensor in weights.items() if not key.startswith("model.visual.")}
         return {new + key[len(old) :] if key.startswith(old) else key: tensor for key, tensor in kept.items()}
+
+
+class Qwen2VLModel(Qwen3VLModel):
+    """Qwen2-VL and Qwen2.5-VL: the text model is Qwen 2, whatever its configuration says.
+
+    Its mapper takes off the prefix (`checkpoints/hf/qwen2vl_weight_mapper.py`, 81813aec), and leaves other keys.
+    """
+
+    vision = ("visual.", "model.visual.")
+
+    def text_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {key: tensor for key, tensor in weights.items() if not key.startswith("visual.")}
+        return super().text_weights(kept)
 
 
 class Qwen3MoeVLModel(Qwen3VLModel):

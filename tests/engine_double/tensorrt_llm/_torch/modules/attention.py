@@ -83,7 +83,7 @@ class Attention(nn.Module):
             (self.heads + 2 * self.kv_heads) * ranks * self.head_dim,
             model.hidden_size,
             TensorParallelMode.COLUMN,
-            bias=biased or model.model_type == "qwen2",
+            bias=biased or model.model_type in {"qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text"},
             weights_loading_config=WeightsLoadingConfig(weight_mode=WeightMode.FUSED_QKV_LINEAR),
         )
         self.o_proj = decoder_linear(
