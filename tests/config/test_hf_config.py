@@ -125,6 +125,14 @@ def test_blocks_that_only_transformers_5_reads_have_no_older_spelling(model_type
     assert not made.keys() & OLDER_BY_TYPE.keys()
 
 
+def test_deepseek_v4_scales_the_compressed_layers_only() -> None:
+    blocks = {"main": {"rope_theta": 1e4, "rope_type": "default"}, "compress": {"rope_theta": 16e4, **YARN}}
+
+    made = portable(model_type="deepseek_v4", rope_parameters=blocks)
+
+    assert made.items() >= {"rope_theta": 1e4, "compress_rope_theta": 16e4, "rope_scaling": YARN}.items()
+
+
 SECTIONS = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
 
 
@@ -136,6 +144,19 @@ def test_sections_of_mrope_are_kept_beside_the_default_type() -> None:
 
     assert made["rope_scaling"] == {"rope_type": "default", **SECTIONS}
     assert made["rope_theta"] == 5e6
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sections"),
+    [
+        *dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text"), SECTIONS).items(),
+        *dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), {"mrope_section": [16, 24, 24]}).items(),
+    ],
+)
+def test_sections_that_the_class_takes_by_itself_are_stated(model_type: str, sections: dict[str, Any]) -> None:
+    made = portable(model_type=model_type, rope_parameters={"rope_theta": 5e6, "rope_type": "default"})
+
+    assert made["rope_scaling"] == {"rope_type": "default", **sections}
 
 
 def test_the_older_type_mrope_is_the_default_type() -> None:

@@ -45,8 +45,16 @@ _SCALED_BY_DEFAULT = frozenset(
 # Types that only name what the class does without them; TensorRT-LLM knows neither (`RotaryScalingType.from_string`).
 _UNSCALED = frozenset({"default", "axial"})
 # Sections of M-RoPE stand beside the default type. `modeling_qwen2vl.py` and `modeling_qwen3vl.py` of TensorRT-LLM set
-# `rope_scaling["type"]` to "mrope", so `rope_scaling` must be a dictionary (commit 000a01de).
+# `rope_scaling["type"]` to "mrope", so `rope_scaling` must be a dictionary (f4faed18).
 _MROPE = "mrope_"
+_QWEN2_SECTIONS = {"mrope_section": [16, 24, 24]}
+_QWEN3_SECTIONS = {"mrope_interleaved": True, "mrope_section": [24, 20, 20]}
+_SECTIONS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _QWEN2_SECTIONS),
+    **dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text"), _QWEN3_SECTIONS),
+}
+"""The sections that models of transformers 5 take where none are stated, by class; older readers need them stated."""
+
 # transformers 4 names of types, and their names in transformers 5 (`models/qwen2_vl/configuration_qwen2_vl.py`, phi3).
 _OLDER_TYPES = {"mrope": "default", "su": "longrope"}
 # `models/phi3/configuration_phi3.py` of 4.57 accepts these three keys and no others.
@@ -91,7 +99,8 @@ def _flat_keys(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     scaling = {key: value for key, value in parameters.items() if key not in {_THETA, _PARTIAL}}
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type in _UNSCALED and not any(key.startswith(_MROPE) for key in scaling):
-        scaling = {}
+        sections = _SECTIONS.get(str(config.get("model_type")))
+        scaling = {"rope_type": "default", **sections} if sections else {}
     elif rope_type == "longrope" and config.get("model_type") in _THREE_KEYS:
         scaling = {"type": rope_type} | {key: scaling[key] for key in _LONGROPE_KEYS if key in scaling}
     beside = {key: parameters[key] for key in (_THETA, _PARTIAL) if key in parameters}
