@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import Plan
 
-__all__ = ["MODELOPT_LAYOUT", "DeliveredFiles", "write_configuration", "write_hf_directory"]
+__all__ = [
+    "MODELOPT_LAYOUT",
+    "DeliveredFiles",
+    "rewritten_side_files",
+    "write_configuration",
+    "write_hf_directory",
+]
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -105,7 +111,7 @@ def configuration_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
             files["quant_cfg.json"] = _json_file(dict(plan.build_layers))
         return files
     files = {"config.json": _json_file(with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied))}
-    files |= _tokenizer_files(checkpoint.directory)
+    files |= rewritten_side_files(checkpoint.directory)
     if plan.quant_config.quant_algo is not None:
         files[QUANT_CONFIG] = _json_file(hf_quant_config(plan.quant_config) | planned_for(plan))
     if plan.quant_config.quantized_layers:
@@ -113,7 +119,7 @@ def configuration_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     return files
 
 
-def _tokenizer_files(source: Path) -> dict[str, bytes]:
+def rewritten_side_files(source: Path) -> dict[str, bytes]:
     """Return tokenizer_config.json if it is written otherwise than `source` has it; a damaged one is only copied."""
     try:
         stored = read_json_object(source / TOKENIZER_CONFIG)
