@@ -149,8 +149,10 @@ def test_sections_of_mrope_are_kept_beside_the_default_type() -> None:
 @pytest.mark.parametrize(
     ("model_type", "sections"),
     [
-        *dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text"), SECTIONS).items(),
-        *dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), {"mrope_section": [16, 24, 24]}).items(),
+        ("qwen3_vl_text", SECTIONS),
+        ("qwen3_vl_moe_text", SECTIONS),
+        ("qwen2_vl_text", {"mrope_section": [16, 24, 24]}),
+        ("qwen2_5_vl_text", {"mrope_section": [16, 24, 24]}),
     ],
 )
 def test_sections_that_the_class_takes_by_itself_are_stated(model_type: str, sections: dict[str, Any]) -> None:
@@ -168,7 +170,7 @@ def test_the_older_type_mrope_is_the_default_type() -> None:
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("rope_type", ["default", "yarn"])
 def test_qwen2_vl_has_the_keys_of_its_text_model_at_the_top_level_too(model_type: str, rope_type: str) -> None:
-    """transformers 4.55 and TensorRT-LLM 1.0 look there; transformers 5 can't read the type yarn there."""
+    """TensorRT-LLM 1.0 and transformers 4.55 look there; transformers 5 can't read the type yarn there."""
     text = {"hidden_size": 8, "rope_parameters": {"rope_theta": 5.0, "rope_type": rope_type, **SECTIONS}}
 
     made = portable(model_type=model_type, text_config=text)
@@ -179,7 +181,7 @@ def test_qwen2_vl_has_the_keys_of_its_text_model_at_the_top_level_too(model_type
 
 
 def test_the_long_factors_of_phi3_are_the_only_keys_beside_their_type() -> None:
-    """transformers 4.57 refuses a fourth key."""
+    """In 4.57 the class refuses a fourth key."""
     factors = {"short_factor": [1.0], "long_factor": [2.0]}
     block = {"rope_type": "longrope", "rope_theta": 5.0, "original_max_position_embeddings": 64, **factors}
 
@@ -199,7 +201,9 @@ def test_a_type_that_only_names_the_class_is_no_scaling() -> None:
 
 def test_classes_that_scale_by_default_get_no_block_without_scaling() -> None:
     assert "rope_parameters" not in portable(model_type="gpt_oss", rope_theta=5.0)
-    assert portable(model_type="gpt_oss", rope_theta=5.0, rope_scaling=None)["rope_parameters"]["rope_type"] == "default"
+    assert (
+        portable(model_type="gpt_oss", rope_theta=5.0, rope_scaling=None)["rope_parameters"]["rope_type"] == "default"
+    )
 
 
 def test_all_parts_get_both_spellings_and_lose_their_quantization() -> None:

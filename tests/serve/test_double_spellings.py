@@ -52,7 +52,7 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], It
 
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 def test_qwen3_moe_has_all_its_experts(tmp_path: Path, models: Callable[..., Any], generation: str) -> None:
-    """transformers 4.57 takes 128 where only transformers 5's name is written."""
+    """In transformers 4.57 the class takes 128 where only transformers 5's name is written."""
     config = tiny_config("Qwen3MoeForCausalLM", hidden=128, model_type="qwen3_moe", num_experts=4)
     write_checkpoint(tmp_path / "in", config=config, scheme="fp8-channel-token")
     rewrite_config(tmp_path / "in", lambda stored: stored.update(num_local_experts=stored.pop("num_experts")))

@@ -82,7 +82,7 @@ def _attributes(config: Any) -> dict[str, Any]:
     for name in names | {"hybrid_override_pattern"}:
         try:
             found[name] = getattr(config, name)
-        except Exception:  # noqa: BLE001, S112 (classes raise errors of their own for values that layers differ in)
+        except Exception:  # noqa: BLE001 (classes raise errors of their own for values that layers differ in)
             continue
     return found | {"local": found.get("rope_local_base_freq")}
 

@@ -76,4 +76,3 @@ def with_tie(config: Mapping[str, Any], *, tied: bool | None) -> dict[str, Any]:
     if isinstance(stated.get(_TEXT), Mapping):
         stated[_TEXT] = with_tie(stated[_TEXT], tied=tied)
     return stated
-

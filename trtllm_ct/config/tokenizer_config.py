@@ -9,8 +9,10 @@ Source: transformers 5.23 `tokenization_utils_tokenizers.py`, `tokenization_util
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["TOKENIZER_CONFIG", "class_of_transformers_5", "portable_tokenizer_config"]
 

@@ -366,10 +366,10 @@ def _tuples(entry: Mapping[str, list[Any]]) -> dict[str, tuple[Any, ...]]:
 
 
 def _key(sidecar: Sidecar, names: tuple[str, ...]) -> str:
-    """Return the name of a sidecar, a hash of its record, of the names of the files that it links to, and of the files that
-    are written otherwise than the source has them.
+    """Return the name of a sidecar, a hash of its record and of the names of the files that it links to.
 
-    A new file in the source therefore leads to a new sidecar, which links to it.
+    A new file in the source therefore leads to a new sidecar, which links to it. Side files that are written otherwise
+    than the source has them are hashed with their content.
     """
     rewritten = {name: content.decode() for name, content in rewritten_side_files(sidecar.source).items()}
     return _hash([sidecar.record(), names, "with contents", *([rewritten] if rewritten else [])])[:32]

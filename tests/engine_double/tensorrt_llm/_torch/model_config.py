@@ -37,7 +37,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
 }
 # `attribute_map` of the same classes in transformers 5.
-_RENAMED = {"qwen3_moe": ("num_experts", "num_local_experts"), "qwen3_vl_moe_text": ("num_experts", "num_local_experts")}
+_RENAMED = {
+    "qwen3_moe": ("num_experts", "num_local_experts"),
+    "qwen3_vl_moe_text": ("num_experts", "num_local_experts"),
+}
 # `NemotronHConfig` of transformers 5 makes the pattern from its list; the class in a model's repository does not.
 _KINDS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
 

@@ -1,4 +1,4 @@
-"""Imitates `_torch/models/modeling_gemma3.py` and `checkpoints/hf/gemma3_weight_mapper.py`: names, loading, rotary embeddings.
+"""Imitates `_torch/models/modeling_gemma3.py` and `checkpoints/hf/gemma3_weight_mapper.py`: names and loading.
 
 The norms are stored without the 1 that they add. `forward` is that of a plain decoder, so its logits mean nothing.
 Sliding layers take theta from `rope_local_base_freq` or the block of their kind, and are not scaled (00e7d103).

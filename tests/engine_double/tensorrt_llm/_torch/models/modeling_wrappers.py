@@ -83,7 +83,7 @@ class Qwen3VLModel(Wrapper):
     vision = ("model.visual.",)
 
     def prepare_text(self, text: PretrainedConfig) -> None:
-        """Set the type of M-RoPE: `Qwen3VLModelBase.__init__` (f4faed18); null raises TypeError before transformers 5 is used."""
+        """Set the type of M-RoPE; null raises TypeError in releases with transformers 4 (f4faed18)."""
         if RELEASE.rope_parameters:
             scaling = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
             text.rope_scaling = dict(scaling)
