@@ -83,13 +83,137 @@ def test_existing_keys_are_not_overwritten() -> None:
     assert made["rope_parameters"]["rope_theta"] == 5.0
 
 
-def test_parameters_for_each_layer_type_have_no_older_spelling() -> None:
-    by_type = {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {"rope_theta": 2.0}}
+BY_TYPE = {
+    "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+}
+OLDER_BY_TYPE = {
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
 
-    made = portable(rope_parameters=by_type)
 
-    assert made["rope_parameters"] == by_type
-    assert not made.keys() & {"rope_theta", "rope_scaling"}
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gemma3n_text", None])
+@pytest.mark.parametrize("entries", [{"rope_parameters": BY_TYPE}, OLDER_BY_TYPE], ids=["newer", "older"])
+def test_parameters_for_each_layer_type_are_in_both_spellings(entries: dict[str, Any], model_type: str | None) -> None:
+    made = portable(model_type=model_type, **entries)
+
+    assert made["rope_parameters"] == BY_TYPE
+    assert {key: made[key] for key in OLDER_BY_TYPE} == OLDER_BY_TYPE
+
+
+def test_the_default_theta_of_sliding_layers_is_left_to_the_class() -> None:
+    made = portable(model_type="gemma3_text", rope_theta=1e6)
+
+    assert made["rope_parameters"]["sliding_attention"] == {"rope_type": "default"}
+    assert "rope_local_base_freq" not in made
+
+
+def test_layers_without_a_rotary_embedding_have_no_older_theta() -> None:
+    made = portable(rope_parameters={**BY_TYPE, "sliding_attention": None})
+
+    assert made["rope_theta"] == 1e6
+    assert "rope_local_base_freq" not in made
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "laguna", "step3p5"])
+def test_blocks_that_only_transformers_5_reads_have_no_older_spelling(model_type: str) -> None:
+    made = portable(model_type=model_type, rope_parameters=BY_TYPE)
+
+    assert made["rope_parameters"] == BY_TYPE
+    assert not made.keys() & OLDER_BY_TYPE.keys()
+
+
+def test_deepseek_v4_scales_the_compressed_layers_only() -> None:
+    blocks = {"main": {"rope_theta": 1e4, "rope_type": "default"}, "compress": {"rope_theta": 16e4, **YARN}}
+
+    made = portable(model_type="deepseek_v4", rope_parameters=blocks)
+
+    assert made.items() >= {"rope_theta": 1e4, "compress_rope_theta": 16e4, "rope_scaling": YARN}.items()
+
+
+SECTIONS = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+
+
+def test_sections_of_mrope_are_kept_beside_the_default_type() -> None:
+    """TensorRT-LLM's classes set `rope_scaling["type"]`, so it must not be null."""
+    text = {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default", **SECTIONS}}
+
+    made = portable(model_type="qwen3_vl", text_config=text)["text_config"]
+
+    assert made["rope_scaling"] == {"rope_type": "default", **SECTIONS}
+    assert made["rope_theta"] == 5e6
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sections"),
+    [
+        ("qwen3_vl_text", SECTIONS),
+        ("qwen3_vl_moe_text", SECTIONS),
+        ("qwen2_vl_text", {"mrope_section": [16, 24, 24]}),
+        ("qwen2_5_vl_text", {"mrope_section": [16, 24, 24]}),
+    ],
+)
+def test_sections_that_the_class_takes_by_itself_are_stated(model_type: str, sections: dict[str, Any]) -> None:
+    made = portable(model_type=model_type, rope_parameters={"rope_theta": 5e6, "rope_type": "default"})
+
+    assert made["rope_scaling"] == {"rope_type": "default", **sections}
+
+
+def test_the_older_type_mrope_is_the_default_type() -> None:
+    made = portable(rope_theta=5e6, rope_scaling={"type": "mrope", "mrope_section": [1, 2, 3]})
+
+    assert made["rope_parameters"] == {"rope_theta": 5e6, "rope_type": "default", "mrope_section": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("rope_type", ["default", "yarn"])
+def test_qwen2_vl_has_the_keys_of_its_text_model_at_the_top_level_too(model_type: str, rope_type: str) -> None:
+    """TensorRT-LLM 1.0 and transformers 4.55 look there; transformers 5 can't read the type yarn there."""
+    text = {"hidden_size": 8, "rope_parameters": {"rope_theta": 5.0, "rope_type": rope_type, **SECTIONS}}
+
+    made = portable(model_type=model_type, text_config=text)
+
+    assert (made["hidden_size"], made["rope_theta"], made["model_type"]) == (8, 5.0, model_type)
+    assert made.get("rope_scaling") == (made["text_config"]["rope_scaling"] if rope_type == "default" else None)
+    assert "rope_parameters" not in made
+
+
+def test_the_long_factors_of_phi3_are_the_only_keys_beside_their_type() -> None:
+    """In 4.57 the class refuses a fourth key."""
+    factors = {"short_factor": [1.0], "long_factor": [2.0]}
+    block = {"rope_type": "longrope", "rope_theta": 5.0, "original_max_position_embeddings": 64, **factors}
+
+    made = portable(model_type="phi3", rope_parameters=block)
+
+    assert made["rope_scaling"] == {"type": "longrope", **factors}
+
+
+def test_a_type_that_only_names_the_class_is_no_scaling() -> None:
+    tower = {"model_type": "pixtral", "rope_parameters": {"rope_theta": 5.0, "rope_type": "axial"}}
+
+    made = portable(vision_config=tower)["vision_config"]
+
+    assert made["rope_theta"] == 5.0
+    assert made["rope_scaling"] is None
+
+
+def test_classes_that_scale_by_default_get_no_block_without_scaling() -> None:
+    assert "rope_parameters" not in portable(model_type="gpt_oss", rope_theta=5.0)
+    assert (
+        portable(model_type="gpt_oss", rope_theta=5.0, rope_scaling=None)["rope_parameters"]["rope_type"] == "default"
+    )
+
+
+def test_all_parts_get_both_spellings_and_lose_their_quantization() -> None:
+    part = {"dtype": "float16", "rope_parameters": {"rope_theta": 5.0}, "quantization_config": {}}
+
+    made = portable(vision_config=part, llm_config={"audio_config": part})
+
+    for tower in (made["vision_config"], made["llm_config"]["audio_config"]):
+        assert (tower["torch_dtype"], tower["dtype"], tower["rope_theta"]) == ("float16", "float16", 5.0)
+        assert "quantization_config" not in tower
 
 
 @pytest.mark.parametrize("entries", [{}, {"rope_scaling": None}, {"rope_parameters": None}])

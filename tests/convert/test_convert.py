@@ -119,6 +119,39 @@ class TestOutput:
         assert not (tmp_path / "out" / "params.json").exists()
         assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
+    @pytest.mark.parametrize("to", ["modelopt", "dense"])
+    def test_a_tokenizer_of_transformers_5_is_readable_by_transformers_4(self, tmp_path: Path, to: str):
+        source = write_checkpoint(tmp_path / "source", tokenizer=True).directory
+        stored = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "bos_token": "<s>"}
+        (source / "tokenizer_config.json").write_text(json.dumps(stored))
+
+        convert_checkpoint(source, tmp_path / "out", to=to)
+
+        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "additional_special_tokens": ["<a>"],
+            "bos_token": "<s>",
+        }
+
+    def test_a_tokenizer_class_that_only_transformers_5_has_is_named(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        source = write_checkpoint(tmp_path / "source", tokenizer=True).directory
+        (source / "tokenizer_config.json").write_text('{"tokenizer_class": "MistralCommonBackend"}')
+
+        convert_checkpoint(source, tmp_path / "out")
+
+        assert "MistralCommonBackend" in caplog.text
+        assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"tokenizer_class": "MistralCommonBackend"}'
+
+    def test_a_damaged_tokenizer_config_is_copied(self, tmp_path: Path):
+        source = write_checkpoint(tmp_path / "source", tokenizer=True).directory
+        (source / "tokenizer_config.json").write_text("{")
+
+        convert_checkpoint(source, tmp_path / "out")
+
+        assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{"
+
     def test_weights_are_split_at_the_shard_size(self, built: Built, tmp_path: Path):
         report = convert_checkpoint(built.directory, tmp_path / "out", max_shard_bytes=30_000)
 

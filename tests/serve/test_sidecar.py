@@ -101,6 +101,22 @@ def test_the_configuration_is_what_convert_writes(source: Path, tmp_path: Path) 
         assert (made / name).read_text() == (tmp_path / "converted" / name).read_text()
 
 
+def test_a_tokenizer_of_transformers_5_is_written_anew_and_the_source_is_kept(source: Path) -> None:
+    """A link would lead the engine to a file that transformers 4 refuses."""
+    stored = json.dumps({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]})
+    (source / "tokenizer_config.json").write_text(stored)
+
+    made = make_sidecar(source, OPTIONS)
+
+    portable = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}
+    assert json.loads((made / "tokenizer_config.json").read_text()) == portable
+    assert not (made / "tokenizer_config.json").is_symlink()
+    assert (source / "tokenizer_config.json").read_text() == stored
+    assert make_sidecar(source, OPTIONS) == made
+    (source / "tokenizer_config.json").write_text(stored.replace("<a>", "<b>"))
+    assert make_sidecar(source, OPTIONS) != made
+
+
 def test_mixed_modes_are_also_written_for_old_releases(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "mixed", config=CONFIG, scheme={"o_proj": "int4-g64", "down_proj": "fp8-channel-token"})
 

@@ -1,5 +1,7 @@
 """Files beside the weights that are copied unchanged: tokenizer, chat template, generation config, licence.
 
+Only tokenizer_config.json is written anew where its names are known to transformers 5 alone.
+
 Checkpoints come from strangers, and copies are published. So known kinds of files are carried (`side_patterns.py`), and
 others are named and left out unless they are asked for; code is carried only where a configuration names it. Links are
 followed inside of the snapshot that they belong to and refused elsewhere: a link to a private key would be copied as a

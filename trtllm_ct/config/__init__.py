@@ -16,5 +16,8 @@ match.py                which group a module belongs to, by the rules of the com
 patterns.py             match `re:` patterns in bounded time
 recipe.py               the names of the modifiers in `recipe.yaml`
 hf_config.py            the config.json of a converted directory
+spellings.py            the older names of keys that transformers 5 renamed
+rope_spellings.py       the same for rotary embeddings
+tokenizer_config.py     the tokenizer_config.json of a converted directory
 mistral_params.py       convert params.json of Mistral's own form to a config.json
 """

@@ -1,15 +1,17 @@
 """config.json of a converted directory: without a compressed-tensors block, and in both spellings of renamed keys.
 
-transformers 5 writes `dtype` and `rope_parameters`. transformers 4 reads `torch_dtype`, `rope_theta` and
-`rope_scaling`, and silently uses theta 10000 where it finds no theta. TensorRT-LLM releases are built with either
-version, so both spellings are written. Source: transformers 5.23 `modeling_rope_utils.py`, 4.57
-`configuration_utils.py`.
+transformers 5 writes keys that transformers 4 does not know; TensorRT-LLM releases are built with either version, and
+their own classes read the older names. So the older keys are added (`spellings.py`, `rope_spellings.py`), in every part
+of the configuration: a text model, a vision tower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.config.rope_spellings import missing_rope_keys
+from trtllm_ct.config.spellings import missing_older_keys
 
 if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
@@ -18,19 +20,48 @@ __all__ = ["portable_config", "with_tie"]
 
 _QUANTIZATION_BLOCKS = ("quantization_config", "compression_config")
 _TEXT = "text_config"
+_PART = "_config"
+# transformers 4.55 and older have the keys of these text models at the top level, and so does TensorRT-LLM 1.0
+# (`modeling_qwen2vl.py: Qwen2VLModelBase`, which reads `pretrained_config.rope_scaling`).
+_FLAT = frozenset({"qwen2_vl", "qwen2_5_vl"})
+_OF_ONE_LEVEL = frozenset({"model_type", "architectures", "rope_parameters", "tie_word_embeddings", "_name_or_path"})
+"""Keys that say something else at the top level than in the text model."""
+# With these types transformers 5 compares `rope_scaling` with `max_position_embeddings` of the same level, which it
+# takes from the text model only (5.23 `modeling_rope_utils.py: standardize_rope_params`, AttributeError).
+_COMPARED_TYPES = frozenset({"yarn", "longrope", "llama3"})
 
 
 def portable_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
     """Return a parsed config.json without quantization, with the given model dtype, for transformers 4 and 5.
 
-    `config` is not changed. A nested `text_config` is converted in the same way.
+    `config` is not changed. Every part (`text_config`, `vision_config` and the like) is converted too; a text model
+    gets the dtype as well, other parts keep theirs.
     """
-    portable = {key: value for key, value in config.items() if key not in _QUANTIZATION_BLOCKS}
-    portable |= {"dtype": dtype.torch_name, "torch_dtype": dtype.torch_name}
-    portable |= _both_rope_spellings(portable)
+    stated = {"dtype": dtype.torch_name, "torch_dtype": dtype.torch_name}
+    portable = _in_both_spellings({**config, **stated})
     if isinstance(portable.get(_TEXT), Mapping):
         portable[_TEXT] = portable_config(portable[_TEXT], dtype)
+        if config.get("model_type") in _FLAT:
+            portable = _text_keys(portable[_TEXT]) | portable
     return portable
+
+
+def _in_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration and its parts without quantization, with all older keys."""
+    kept = {key: value for key, value in config.items() if key not in _QUANTIZATION_BLOCKS}
+    for key, value in kept.items():
+        if key.endswith(_PART) and key != _TEXT and isinstance(value, Mapping):
+            kept[key] = _in_both_spellings(value)
+    return kept | missing_older_keys(kept) | missing_rope_keys(kept)
+
+
+def _text_keys(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the top level of a class in `_FLAT` holds of its text model."""
+    keys = {key: value for key, value in text.items() if key not in _OF_ONE_LEVEL}
+    scaling = keys.get("rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) in _COMPARED_TYPES:
+        del keys["rope_scaling"]
+    return keys
 
 
 def with_tie(config: Mapping[str, Any], *, tied: bool | None) -> dict[str, Any]:
@@ -45,27 +76,3 @@ def with_tie(config: Mapping[str, Any], *, tied: bool | None) -> dict[str, Any]:
     if isinstance(stated.get(_TEXT), Mapping):
         stated[_TEXT] = with_tie(stated[_TEXT], tied=tied)
     return stated
-
-
-def _both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary keys that are missing in `config`, derived from those that are present.
-
-    Parameters that differ by layer type (a dictionary for each type) have no older spelling, so nothing is added for
-    them.
-    """
-    parameters = config.get("rope_parameters")
-    if isinstance(parameters, Mapping):
-        if any(isinstance(value, Mapping) for value in parameters.values()):
-            return {}
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        older = {"rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
-        if "rope_theta" in parameters:
-            older["rope_theta"] = parameters["rope_theta"]
-        if "partial_rotary_factor" in parameters:
-            older["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-        return {key: value for key, value in older.items() if config.get(key) is None}
-    if "rope_theta" not in config:
-        return {}
-    scaling = dict(config.get("rope_scaling") or {})
-    rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
-    return {"rope_parameters": {"rope_theta": config["rope_theta"], "rope_type": rope_type, **scaling}}

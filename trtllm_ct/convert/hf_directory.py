@@ -13,11 +13,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.errors import ConfigError
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output_errors import output_errors
 from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes
 from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
+from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.config.tokenizer_config import TOKENIZER_CONFIG, class_of_transformers_5, portable_tokenizer_config
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.journal import JOURNAL, Journal
 from trtllm_ct.convert.sizes import QUANT_CONFIG, planned_for
@@ -31,7 +34,13 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import Plan
 
-__all__ = ["MODELOPT_LAYOUT", "DeliveredFiles", "write_configuration", "write_hf_directory"]
+__all__ = [
+    "MODELOPT_LAYOUT",
+    "DeliveredFiles",
+    "rewritten_side_files",
+    "write_configuration",
+    "write_hf_directory",
+]
 
 logger = logging.getLogger("trtllm_ct")
 
@@ -84,14 +93,16 @@ def write_hf_directory(
 
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
-    """Write the `configuration_files` into a directory."""
+    """Write the `configuration_files` into a directory; a link of the same name is replaced, never followed."""
     for name, content in configuration_files(checkpoint, plan).items():
+        (out / name).unlink(missing_ok=True)
         (out / name).write_bytes(content)
 
 
 def configuration_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     """Return config.json and, where the plan has quantized modules, the files from which TensorRT-LLM reads modes.
 
+    tokenizer_config.json is among them where transformers 4 could not read that of the checkpoint.
     The config.json of an engine-build checkpoint is a part of its plan.
     """
     if plan.build_config is not None:
@@ -100,11 +111,30 @@ def configuration_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
             files["quant_cfg.json"] = _json_file(dict(plan.build_layers))
         return files
     files = {"config.json": _json_file(with_tie(portable_config(checkpoint.hf_config, plan.dtype), tied=plan.tied))}
+    files |= rewritten_side_files(checkpoint.directory)
     if plan.quant_config.quant_algo is not None:
         files[QUANT_CONFIG] = _json_file(hf_quant_config(plan.quant_config) | planned_for(plan))
     if plan.quant_config.quantized_layers:
         files["quant_cfg.json"] = _json_file(layer_modes(plan.quant_config))
     return files
+
+
+def rewritten_side_files(source: Path) -> dict[str, bytes]:
+    """Return tokenizer_config.json if it is written otherwise than `source` has it; a damaged one is only copied."""
+    try:
+        stored = read_json_object(source / TOKENIZER_CONFIG)
+    except ConfigError:
+        return {}
+    unknown = class_of_transformers_5(stored)
+    if unknown is not None:
+        logger.warning(
+            "%s: %s is a tokenizer class of transformers 5 only; releases of TensorRT-LLM that use transformers 4 "
+            "can't load it: pass them the tokenizer of the original model",
+            TOKENIZER_CONFIG,
+            unknown,
+        )
+    portable = portable_tokenizer_config(stored)
+    return {} if portable == stored else {TOKENIZER_CONFIG: _json_file(portable)}
 
 
 def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:

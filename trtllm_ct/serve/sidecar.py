@@ -25,7 +25,7 @@ from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.side_files import side_files
 from trtllm_ct.config.detect import SIDECAR_FILE, Detection
 from trtllm_ct.config.json_file import read_json_object
-from trtllm_ct.convert.hf_directory import write_configuration
+from trtllm_ct.convert.hf_directory import rewritten_side_files, write_configuration
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
@@ -282,7 +282,7 @@ def make_sidecar_and_plan(
         repository=repository,
     )
     names = side_files(source).carried
-    sidecar = replace(sidecar, directory=(root or cache_root()).absolute() / _key(sidecar.record(), names))
+    sidecar = replace(sidecar, directory=(root or cache_root()).absolute() / _key(sidecar, names))
     _write(sidecar, checkpoint, plan, names)
     return sidecar.directory, plan
 
@@ -365,12 +365,14 @@ def _tuples(entry: Mapping[str, list[Any]]) -> dict[str, tuple[Any, ...]]:
     return {name: tuple(values) for name, values in entry.items()}
 
 
-def _key(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
+def _key(sidecar: Sidecar, names: tuple[str, ...]) -> str:
     """Return the name of a sidecar, a hash of its record and of the names of the files that it links to.
 
-    A new file in the source therefore leads to a new sidecar, which links to it.
+    A new file in the source therefore leads to a new sidecar, which links to it. Side files that are written otherwise
+    than the source has them are hashed with their content.
     """
-    return _hash([record, names, "with contents"])[:32]
+    rewritten = {name: content.decode() for name, content in rewritten_side_files(sidecar.source).items()}
+    return _hash([sidecar.record(), names, "with contents", *([rewritten] if rewritten else [])])[:32]
 
 
 def _hash(value: object) -> str:

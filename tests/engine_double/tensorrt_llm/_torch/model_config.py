@@ -29,8 +29,35 @@ _ASSIGNABLE = frozenset({"extra_attrs", "pretrained_config", "quant_config", "_f
 Quantization = tuple[QuantConfig, dict[str, QuantConfig] | None]
 
 
+# Defaults of classes of transformers 4.57 for keys that have other names in transformers 5, and are silent therefore
+# (`models/qwen3_moe/configuration_qwen3_moe.py`, `qwen3_vl_moe`, `gemma3`).
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 128},
+    "qwen3_vl_moe_text": {"num_experts": 60},
+    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+}
+# `attribute_map` of the same classes in transformers 5.
+_RENAMED = {
+    "qwen3_moe": ("num_experts", "num_local_experts"),
+    "qwen3_vl_moe_text": ("num_experts", "num_local_experts"),
+}
+# `NemotronHConfig` of transformers 5 makes the pattern from its list; the class in a model's repository does not.
+_KINDS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
+
+
 class PretrainedConfig(SimpleNamespace):
-    """config.json with attribute access, as transformers gives it."""
+    """config.json with attribute access, as transformers gives it: with names and defaults of its class."""
+
+    def __init__(self, **fields: Any) -> None:
+        model_type = str(fields.get("model_type"))
+        if RELEASE.rope_parameters:
+            name, newer = _RENAMED.get(model_type, ("", ""))
+            if newer in fields:
+                fields[name] = fields[newer]
+            if model_type == "nemotron_h" and isinstance(fields.get("layers_block_type"), list):
+                fields["hybrid_override_pattern"] = "".join(_KINDS[kind] for kind in fields["layers_block_type"])
+                fields.setdefault("rms_norm_eps", fields.get("layer_norm_epsilon", 1e-5))
+        super().__init__(**(_DEFAULTS.get(model_type, {}) | fields))
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> PretrainedConfig:
@@ -42,11 +69,23 @@ class PretrainedConfig(SimpleNamespace):
 
     @property
     def rope(self) -> dict[str, Any]:
-        """Rotary parameters; theta is 10000 where the names that this release knows are missing."""
+        """Rotary parameters; theta is 10000 where the names that this release knows are missing.
+
+        Of blocks for kinds of layers it is that of full attention (`attention_backend/interface.py:
+        RopeParams.from_config`, 51ea5c96; older texts do not know `rope_parameters`).
+        """
         parameters = getattr(self, "rope_parameters", None)
         if RELEASE.rope_parameters and parameters:
-            return dict(parameters)
+            return dict(parameters.get("full_attention", parameters))
         return {"rope_theta": getattr(self, "rope_theta", 10000.0), **(getattr(self, "rope_scaling", None) or {})}
+
+    @property
+    def local_rope(self) -> dict[str, Any]:
+        """Those of the sliding layers of Gemma 3, which are never scaled (`modeling_gemma3.py: Gemma3Attention`)."""
+        parameters = getattr(self, "rope_parameters", None)
+        if RELEASE.rope_parameters and parameters:
+            return {"rope_theta": parameters.get("sliding_attention", {}).get("rope_theta", self.rope_local_base_freq)}
+        return {"rope_theta": self.rope_local_base_freq}
 
 
 @dataclass(kw_only=True)

@@ -77,7 +77,8 @@ class SparseMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         model = config.pretrained_config
-        experts = getattr(model, "num_local_experts", None) or model.num_experts
+        # `modeling_mixtral.py` reads the one, `modeling_qwen3_moe.py` (03441af1) the other.
+        experts = model.num_local_experts if model.model_type == "mixtral" else model.num_experts
         self.gate = Linear(
             model.hidden_size, experts, bias=False, dtype=config.torch_dtype, skip_create_weights_in_init=True
         )

@@ -148,8 +148,7 @@ class PlainDecoder(DecoderModelForCausalLM):
         model = config.pretrained_config
         self.model = nn.Module()
         self.model.embed_tokens = Embedding(_on_one_rank(config) if self.whole_table else config)
-        # The configuration class of Nemotron-H counts the kinds of its layers.
-        layers = range(getattr(model, "num_hidden_layers", 0) or len(model.layers_block_type))
+        layers = range(self.layer_count(config))
         self.model.layers = nn.ModuleList(self.layer(config, layer) for layer in layers)
         self.model.add_module(self.norm_name, Norm(config, model.hidden_size, self.norm_bias))
         self.lm_head = decoder_linear(
@@ -158,6 +157,10 @@ class PlainDecoder(DecoderModelForCausalLM):
         self.finish_construction()
         if model.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def layer_count(self, config: ModelConfig) -> int:
+        count: int = config.pretrained_config.num_hidden_layers
+        return count
 
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model = config.pretrained_config
@@ -445,8 +448,12 @@ class NemotronHForCausalLM(_Preprocessed):
 
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model = config.pretrained_config
-        kind = model.layers_block_type[layer]
-        return layer_of(config, ("norm",), mixer=getattr(self, f"_{kind}")(config))
+        assert model.rms_norm_eps > 0
+        return layer_of(config, ("norm",), mixer=self._MIXERS[model.hybrid_override_pattern[layer]](self, config))
+
+    def layer_count(self, config: ModelConfig) -> int:
+        """One layer for each character of the pattern, in all generations (`NemotronHModel`, 00620eb0)."""
+        return len(config.pretrained_config.hybrid_override_pattern)
 
     def _mamba(self, config: ModelConfig) -> nn.Module:
         return Mamba2Mixer(config)
@@ -465,3 +472,5 @@ class NemotronHForCausalLM(_Preprocessed):
         mixer.experts = experts(config, model.n_routed_experts, model.moe_intermediate_size, gated=False)
         mixer.shared_experts = MLP(config, model.moe_shared_expert_intermediate_size)
         return mixer
+
+    _MIXERS: ClassVar[dict[str, Callable[..., nn.Module]]] = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}

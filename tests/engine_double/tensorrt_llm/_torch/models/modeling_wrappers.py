@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.model_config import PretrainedConfig
 from tensorrt_llm._torch.models.checkpoints.hf.weight_mapper import HfWeightMapper
 from tensorrt_llm._torch.models.modeling_decoder import Decoder
@@ -48,6 +49,7 @@ class Wrapper(nn.Module):
         outer = config.pretrained_config
         fields = outer.text_config | {"tie_word_embeddings": outer.tie_word_embeddings}
         text = PretrainedConfig(**fields, _name_or_path=outer._name_or_path)
+        self.prepare_text(text)
         inner = dataclasses.replace(deepcopy(config), pretrained_config=text)
         inner.quant_config = self.text_quant_config(inner.quant_config)
         self.llm = self.text_class(inner)
@@ -61,6 +63,9 @@ class Wrapper(nn.Module):
 
     def text_quant_config(self, config: Any) -> Any:
         return config
+
+    def prepare_text(self, text: PretrainedConfig) -> None:
+        """What the wrapper writes into the configuration of its text model."""
 
     def text_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keep the keys below `language_model.`, and drop all others."""
@@ -84,6 +89,14 @@ class Qwen3VLModel(Wrapper):
     """Renames `model.language_model.`, and leaves other keys as they are."""
 
     vision = ("model.visual.",)
+
+    def prepare_text(self, text: PretrainedConfig) -> None:
+        """Set the type of M-RoPE; null raises TypeError in releases with transformers 4 (f4faed18)."""
+        if RELEASE.rope_parameters:
+            scaling = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
+            text.rope_scaling = dict(scaling)
+        text.rope_scaling["type"] = "mrope"
+        self.mrope_section = text.rope_scaling.get("mrope_section")
 
     def text_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         old, new = "model.language_model.", "model."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tensorrt_llm._torch.model_config import ModelConfig
     from tensorrt_llm.models.modeling_utils import QuantConfig
 
-__all__ = ["Attention", "RMSNorm", "decoder_linear"]
+__all__ = ["Attention", "RMSNorm", "decoder_linear", "frequencies"]
 
 _FP8_INPUT = frozenset({QuantAlgo.FP8, QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN, QuantAlgo.FP8_BLOCK_SCALES})
 _FP4_INPUT = frozenset({QuantAlgo.NVFP4, QuantAlgo.W4A8_NVFP4_FP8})
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = heads // ranks, -(-kv_heads // ranks)
         self.quant_config: QuantConfig | None = config.quant_config
         self._pool_algo = config.quant_config.kv_cache_quant_algo
-        self.frequencies = _frequencies(model.rope, self.head_dim)
+        self.frequencies = frequencies(model.rope, self.head_dim)
         biased = getattr(model, "attention_bias", False)
         self.qkv_proj = decoder_linear(
             config,
@@ -160,11 +160,11 @@ class Attention(nn.Module):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def _frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
+def frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
     """Return the angles per position, from the rotary parameters that the release reads."""
     base = rope.get("rope_theta", 10000.0) ** -(torch.arange(0, head_dim, 2).double() / head_dim)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if kind in {"default", "mrope"}:  # for text, all sections of M-RoPE have the same positions
         return base
     if kind == "linear":
         return base / rope["factor"]
