@@ -82,7 +82,7 @@ def text_of(architecture: str) -> dict[str, Any]:
     if architecture == "DeepseekV3ForCausalLM":
         return DEEPSEEK
     names = {"MistralForCausalLM": "mistral", "Gemma3ForCausalLM": "gemma3_text", "Qwen3ForCausalLM": "qwen3_vl_text"}
-    names |= {"Qwen2ForCausalLM": "qwen2", "Qwen3MoeForCausalLM": "qwen3_vl_moe_text"}
+    names |= {"Qwen2ForCausalLM": "qwen2_vl_text", "Qwen3MoeForCausalLM": "qwen3_vl_moe_text"}
     return tiny_config(architecture, hidden=128, kv_heads=4, model_type=names[architecture])
 
 
