@@ -20,7 +20,7 @@ from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.journal import JOURNAL, Journal
-from trtllm_ct.convert.sizes import QUANT_CONFIG, planned_for
+from trtllm_ct.convert.sizes import CONVERTER, QUANT_CONFIG, planned_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,7 +114,7 @@ def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:
     """
     return {
         "producer": {"name": "modelopt", "version": MODELOPT_LAYOUT},
-        "converter": {"name": "trtllm-ct", "version": __version__},
+        "converter": {"name": CONVERTER, "version": __version__},
         "quantization": quant_config.to_dict(),
     }
 

@@ -8,18 +8,19 @@ A directory without quantized modules has no such file: plain weights can be cut
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
+from trtllm_ct.base.errors import ConfigError, Fault, FaultCollector, UsageError
 from trtllm_ct.base.json_form import from_fields, json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.quant_config import QuantConfig
+from trtllm_ct.engine.quant_config import QuantConfig, read_quantization
 from trtllm_ct.engine.releases import RELEASES, release_named
 from trtllm_ct.plan.attention_output import unscaled_outputs
 from trtllm_ct.plan.gathering import gather_modules
@@ -40,9 +41,12 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["QUANT_CONFIG", "ConvertedDirectory", "planned_for", "require_sizes", "size_warnings"]
+__all__ = ["CONVERTER", "QUANT_CONFIG", "ConvertedDirectory", "planned_for", "require_sizes", "size_warnings"]
 
 QUANT_CONFIG = "hf_quant_config.json"
+CONVERTER = "trtllm-ct"
+"""The name of this package as `converter` in that file."""
+
 _KEY = "planned_for"
 _COMMON_SIZES = (2, 4, 8)
 _LARGER_SIZES = (1, *_COMMON_SIZES, 16)
@@ -76,24 +80,29 @@ class ConvertedDirectory:
 
     @classmethod
     def open(cls, directory: str | Path) -> Self | None:
-        """Read a directory; returns None for any directory without a record that can be read."""
+        """Read a directory; returns None for a directory that this package did not convert for TensorRT-LLM.
+
+        Raises `ConfigError` if it did and the record can't be read, since the sizes are not known then, and the
+        `CheckpointError` of a JSON file or header that can't be read.
+        """
         path = Path(directory) / QUANT_CONFIG
         if not path.is_file():
             return None
-        try:
-            document = read_json_object(path)
-            record = document[_KEY]
-            quant_config = QuantConfig.from_dict(document["quantization"])
-            return cls(
-                directory=Path(directory),
-                engine=str(record["engine"]),
-                parallel=from_fields(Parallel, record["parallel"]),
-                model=_model_of(Path(directory), quant_config),
-                quant_config=quant_config,
-                sm=int(record["sm"]) if "sm" in record else None,
-            )
-        except (CheckpointError, UsageError, KeyError, TypeError, ValueError):
+        document = read_json_object(path)
+        converter = document.get("converter")
+        made_here = isinstance(converter, Mapping) and converter.get("name") == CONVERTER
+        if _KEY not in document and not made_here:
             return None
+        quant_config = read_quantization(document, path)
+        engine, parallel, sm = _read_record(document.get(_KEY), path)
+        return cls(
+            directory=Path(directory),
+            engine=engine,
+            parallel=parallel,
+            model=_model_of(Path(directory), quant_config),
+            quant_config=quant_config,
+            sm=sm,
+        )
 
     @property
     def modules(self) -> int:
@@ -178,6 +187,28 @@ class ConvertedDirectory:
         ]
 
 
+def _read_record(record: object, path: Path) -> tuple[str, Parallel, int | None]:
+    """Return the release, the sizes and the SM of a record; raises `ConfigError` for one that can't be read."""
+    try:
+        if not isinstance(record, Mapping):
+            raise TypeError(f"{type(record).__name__} in place of an object" if record is not None else "no record")
+        engine, sm = record["engine"], record.get("sm")
+        if release_named(str(engine)) is None:
+            raise ValueError(f"an engine called {engine!r}")
+        return str(engine), from_fields(Parallel, record["parallel"]), None if sm is None else int(sm)
+    except (UsageError, AttributeError, KeyError, TypeError, ValueError) as error:
+        names = ", ".join(release.name for release in RELEASES)
+        found = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            Fault(
+                where=f"{path}: {_KEY}",
+                expected=f"the engine ({names}) and the parallel sizes that the directory was converted for",
+                found=f"{found}; whether it holds other sizes is not known",
+                remedy="Convert the source again, with the parallel sizes that the engine will run with.",
+            )
+        ) from None
+
+
 def _model_of(directory: Path, quant_config: QuantConfig) -> Model:
     """Return the model of a converted directory, with the modules in its headers."""
     model = Model.from_config(read_json_object(directory / "config.json"))
@@ -202,7 +233,8 @@ def require_sizes(
     """Raise `UsageError` if a directory was converted by this package and doesn't hold the sizes, or the GPU's modes.
 
     `platform` is the installed release with the SM of its GPU, None without any.
-    Returns the directory; None if this package did not convert it for TensorRT-LLM.
+    Returns the directory; None if this package did not convert it for TensorRT-LLM. Raises what
+    `ConvertedDirectory.open` raises if its sizes are not known.
     """
     converted = ConvertedDirectory.open(directory)
     if converted is not None:
