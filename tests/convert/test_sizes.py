@@ -11,7 +11,7 @@ from builders import tiny_config, write_checkpoint
 from command_line import run_cli
 
 from trtllm_ct import prepare
-from trtllm_ct.base.errors import UsageError
+from trtllm_ct.base.errors import ConfigError, UsageError
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
@@ -116,14 +116,15 @@ def test_sizes_that_do_not_divide_the_model_are_refused(source: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [{"planned_for": None}, {"planned_for": {"engine": "stock-1.2"}}, {}])
-def test_a_directory_without_a_readable_record_is_none_of_ours(source: Path, damage: dict[str, Any]) -> None:
+def test_a_directory_without_a_readable_record_is_a_fault(source: Path, damage: dict[str, Any]) -> None:
     out = converted(source)
     path = out / "hf_quant_config.json"
     document = read_json_object(path)
     del document["planned_for"]
     path.write_text(json.dumps(document | damage))
 
-    assert ConvertedDirectory.open(out) is None
+    with pytest.raises(ConfigError, match="planned_for"):
+        ConvertedDirectory.open(out)
 
 
 @pytest.mark.parametrize(

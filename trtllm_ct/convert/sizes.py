@@ -189,24 +189,25 @@ class ConvertedDirectory:
 
 def _read_record(record: object, path: Path) -> tuple[str, Parallel, int | None]:
     """Return the release, the sizes and the SM of a record; raises `ConfigError` for one that can't be read."""
-    try:
-        if not isinstance(record, Mapping):
-            raise TypeError(f"{type(record).__name__} in place of an object" if record is not None else "no record")
-        engine, sm = record["engine"], record.get("sm")
-        if release_named(str(engine)) is None:
-            raise ValueError(f"an engine called {engine!r}")
-        return str(engine), from_fields(Parallel, record["parallel"]), None if sm is None else int(sm)
-    except (UsageError, AttributeError, KeyError, TypeError, ValueError) as error:
-        names = ", ".join(release.name for release in RELEASES)
-        found = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(
-            Fault(
-                where=f"{path}: {_KEY}",
-                expected=f"the engine ({names}) and the parallel sizes that the directory was converted for",
-                found=f"{found}; whether it holds other sizes is not known",
-                remedy="Convert the source again, with the parallel sizes that the engine will run with.",
-            )
-        ) from None
+    found = "no record"
+    if isinstance(record, Mapping):
+        try:
+            engine, sm = record["engine"], record.get("sm")
+            parallel = from_fields(Parallel, record["parallel"])
+            if isinstance(engine, str) and release_named(engine) is not None:
+                return engine, parallel, None if sm is None else int(sm)
+            found = f"an engine called {engine!r}"
+        except (UsageError, AttributeError, KeyError, TypeError, ValueError) as error:
+            found = f"no key {error}" if isinstance(error, KeyError) else str(error)
+    names = ", ".join(release.name for release in RELEASES)
+    raise ConfigError(
+        Fault(
+            where=f"{path}: {_KEY}",
+            expected=f"the engine ({names}) and the parallel sizes that the directory was converted for",
+            found=f"{found}; whether it holds other sizes is not known",
+            remedy="Convert the source again, with the parallel sizes that the engine will run with.",
+        )
+    )
 
 
 def _model_of(directory: Path, quant_config: QuantConfig) -> Model:

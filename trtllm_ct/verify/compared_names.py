@@ -14,12 +14,11 @@ Sources: TensorRT-LLM `_torch/models/modeling_utils.py: apply_quant_config_exclu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from typing_extensions import Self
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.verify.rotary import ROTARY_KEYS, says_the_same
+from trtllm_ct.verify.other_spellings import is_other_spelling, same_json
 from trtllm_ct.verify.source.decoders import is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.verify.matching import DirectoryMatch
@@ -25,22 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["TIE", "check_config"]
 
 TIE = "tie_word_embeddings"
+_ABSENT = object()
 _QUANTIZATION = frozenset({"quantization_config", "compression_config"})
 _DTYPES = frozenset({"dtype", "torch_dtype"})
 _TEXT = "text_config"
-# Keys that mean the same: releases of transformers, and the classes of TensorRT-LLM, read one or the other.
-# Sources: transformers 5.23 `attribute_map` in `models/*/configuration_*.py`; TensorRT-LLM
-# `_torch/models/modeling_{mixtral,qwen_moe,deepseekv3,gemma3,nemotron_h}.py`.
-_SAME_MEANING = (
-    frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}),
-    frozenset({"num_experts_per_tok", "num_experts_per_token", "moe_topk"}),
-    frozenset({"hidden_act", "hidden_activation"}),
-    frozenset({"rms_norm_eps", "layer_norm_epsilon"}),
-)
-# The kinds of layers of Nemotron-H, as one character each or by name: transformers 5.23
-# `models/nemotron_h/configuration_nemotron_h.py`.
-_PATTERN, _KINDS = "hybrid_override_pattern", "layers_block_type"
-_KIND_OF: Mapping[str, str] = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+_PART = "_config"
+# Classes whose text model is at the top level in releases of transformers before 4.56, and for TensorRT-LLM 1.0
+# (`modeling_qwen2vl.py: Qwen2VLModelBase`): the keys of `text_config` may be there too.
+_FLAT = frozenset({"qwen2_vl", "qwen2_5_vl"})
 
 
 def check_config(
@@ -62,52 +54,42 @@ def check_config(
 def _differences(
     source: Mapping[str, Any], found: Mapping[str, Any], dtypes: frozenset[str] | None, path: str
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield the path of each key that differs, with what was expected and what was found."""
+    """Yield the path of each key that differs, with what was expected and what was found.
+
+    `dtypes` are those that the text model may have; None for any, and the empty set where only the source decides.
+    """
     for key in dict.fromkeys((*source, *found)):
-        name, value = f"{path}{key}", found.get(key)
-        if key in _QUANTIZATION:
-            if key in found:
-                yield name, "no such key, since the source's quantization is not that of these weights", value
-        elif key in _DTYPES:
-            if dtypes is not None and key in found and value not in dtypes:
-                yield name, f"{' or '.join(sorted(dtypes))}, as the weights have it", value
-            elif key in source and key not in found:
-                yield name, f"a dtype, {_shown(source[key])} in the source", "no such key"
-        elif key == _TEXT and isinstance(source.get(key), Mapping) and isinstance(value, Mapping):
-            yield from _differences(source[key], value, dtypes, f"{name}.")
-        elif key == TIE and key in found:
-            continue
-        elif key in source and key not in found:
-            if source[key] is not None:
-                yield name, f"{_shown(source[key])}, as the source says", "no such key"
-        elif key in source and _same(source[key], value):
-            continue
-        elif not _is_other_spelling(key, value, source):
-            said = f"{_shown(source[key])}, as the source says" if key in source else "no such key, as in the source"
-            yield name, said, value
+        inner, value = source.get(key), found.get(key, _ABSENT)
+        if key.endswith(_PART) and key not in _QUANTIZATION and isinstance(inner, Mapping) and isinstance(value, dict):
+            yield from _differences(inner, value, dtypes if key == _TEXT else frozenset(), f"{path}{key}.")
+        elif (expected := _expected(key, value, source, dtypes)) is not None:
+            yield f"{path}{key}", expected, value
 
 
-def _is_other_spelling(key: str, value: Any, source: Mapping[str, Any]) -> bool:
-    """Whether a key that is new, or has another value than in the source, says what other keys of the source say."""
-    if key in ROTARY_KEYS:
-        return says_the_same(key, value, source)
-    if source.get(key) is not None:
-        return False
-    for keys in _SAME_MEANING:
-        if key in keys:
-            return any(_same(source[other], value) for other in keys if source.get(other) is not None)
-    if key == _PATTERN:
-        return _kinds(value) is not None and _kinds(value) == _kinds(source.get(_KINDS))
-    if key == _KINDS:
-        return _kinds(value) is not None and _kinds(value) == _kinds(source.get(_PATTERN))
-    return False
+def _expected(key: str, value: Any, source: Mapping[str, Any], dtypes: frozenset[str] | None) -> str | None:
+    """Return what a key should be, in words, if its value doesn't say what the source says; None if it does."""
+    is_text = dtypes is None or bool(dtypes)
+    if key in _QUANTIZATION:
+        return None if value is _ABSENT else "no such key: these weights have another quantization, or none"
+    said = f"{_shown(source[key])}, as the source says" if key in source else "no such key, as in the source"
+    if value is _ABSENT:
+        return said if source[key] is not None else None
+    if key == TIE and is_text:
+        return None
+    if key in _DTYPES and is_text:
+        fits = dtypes is None or value in dtypes
+        return None if fits else f"{' or '.join(sorted(dtypes or ()))}, as the weights have it"
+    if key in source and same_json(source[key], value):
+        return None
+    levels = _with_text(source) if source.get(key) is None else source
+    return None if is_other_spelling(key, value, levels) else said
 
 
-def _kinds(layers: Any) -> list[str] | None:
-    """Return the names of the kinds of layers; None for a value that is no list of them."""
-    if isinstance(layers, str):
-        return [_KIND_OF.get(letter, letter) for letter in layers]
-    return list(map(str, layers)) if isinstance(layers, list) else None
+def _with_text(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration, with the keys of its text model if the class may have them at the top level."""
+    text = source.get(_TEXT)
+    flat = source.get("model_type") in _FLAT and isinstance(text, Mapping)
+    return {**text, **source} if flat and isinstance(text, Mapping) else source
 
 
 def _dtypes(match: DirectoryMatch, source: Mapping[str, Any]) -> frozenset[str] | None:
@@ -149,14 +131,9 @@ def _plain_dtypes(match: DirectoryMatch) -> tuple[frozenset[tuple[DType, DType]]
     return frozenset(plain), frozenset(dequantized)
 
 
-def _same(first: Any, second: Any) -> bool:
-    """Whether two JSON values are the same; 1, 1.0 and true are not, and NaN is."""
-    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
-
-
 def _shown(value: Any) -> str:
-    """Return the beginning of a value's JSON form; a message is passed on as it is."""
-    text = value if value == "no such key" else json.dumps(value)
+    """Return the beginning of a value's JSON form."""
+    text = "no such key" if value is _ABSENT else json.dumps(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

@@ -7,7 +7,6 @@ those of the planner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,14 @@ from trtllm_ct.verify.compared_names import ComparedNames
 from trtllm_ct.verify.source.names import OTHER, is_expert
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.verify.matching import DirectoryMatch
     from trtllm_ct.verify.source.modules import Module
 
-__all__ = ["MODES_FILE", "OLDER_MODES_FILE", "check_module_names", "check_modes", "check_record"]
+__all__ = ["MODES_FILE", "OLDER_MODES_FILE", "check_modes", "check_module_names", "check_record"]
 
 MODES_FILE = "hf_quant_config.json"
 OLDER_MODES_FILE = "quant_cfg.json"
@@ -34,6 +33,7 @@ _MODE_KEYS = frozenset({"quant_algo", "group_size", "has_zero_point", "pre_quant
 _KEYS = _MODE_KEYS | {"kv_cache_quant_algo", "exclude_modules", "quantized_layers"}
 _ENGINES = frozenset({"stock-1.0", "stock-1.2", "stock-1.3"})
 _SIZES = ("tensor", "pipeline", "expert")
+_ATTENTION_DP = "attention_dp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +63,12 @@ def check_record(document: Mapping[str, Any], out: Path, faults: FaultCollector)
     record = document.get("planned_for")
     record = record if isinstance(record, dict) else {}
     parallel = record.get("parallel")
-    sizes = [parallel.get(name, 1) for name in _SIZES] if isinstance(parallel, dict) else []
-    sizes_known = bool(sizes) and all(type(size) is int and size > 0 for size in sizes)
-    known = record.get("engine") in _ENGINES and sizes_known and type(record.get("sm", 0)) is int
+    known = (
+        record.get("engine") in _ENGINES
+        and isinstance(parallel, dict)
+        and all(_is_size(name, size) for name, size in parallel.items())
+        and type(record.get("sm", 0)) is int
+    )
     if not known:
         _add(
             faults,
@@ -73,6 +76,11 @@ def check_record(document: Mapping[str, Any], out: Path, faults: FaultCollector)
             "the release and the parallel sizes that it was converted for",
             f"{document.get('planned_for', 'no such key')}",
         )
+
+
+def _is_size(name: str, size: object) -> bool:
+    """Whether a member of the sizes in a record can be one."""
+    return type(size) is int and size > 0 if name in _SIZES else name == _ATTENTION_DP and isinstance(size, bool)
 
 
 def check_modes(document: Mapping[str, Any], out: Path, faults: FaultCollector) -> None:
@@ -130,7 +138,7 @@ def check_module_names(
         (f"{key}.exclude_modules", wanted.excluded - excluded, "plain modules under each name that engines compare"),
         (f"{key}.exclude_modules", excluded - wanted.plain, "only names of plain modules"),
         (f"{key}.quantized_layers", missing.keys(), "quantized modules under each name that engines compare"),
-        (f"{key}.quantized_layers", stated.keys() - wanted.modes.keys(), "only names of quantized modules"),
+        (f"{key}.quantized_layers", stated.keys() - wanted.quantized, "only names of quantized modules"),
     ):
         if names:
             verb = "also" if expected.startswith("only") else "without, or in another mode,"
@@ -139,10 +147,15 @@ def check_module_names(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
-    """What a configuration has to state: modes and exclusions by name. `plain` are the names that may be excluded."""
+    """What a configuration has to state: modes and exclusions by name.
+
+    `quantized` and `plain` are the names that may have a mode or an exclusion. Modules that have no source of their
+    own, such as values that are keys too, need none: engines fuse them with others, whose names they look for.
+    """
 
     modes: dict[str, str] = field(default_factory=dict)
     excluded: set[str] = field(default_factory=set)
+    quantized: set[str] = field(default_factory=set)
     plain: set[str] = field(default_factory=set)
 
     @classmethod
@@ -152,11 +165,12 @@ class _Wanted:
         for key, module in match.delivered.by_key.items():
             layer = match.layer_of(key, module.name)
             compared = names.of_module(module.name)
+            (wanted.plain if layer is None else wanted.quantized).update(compared)
+            if key not in match.source.by_key:
+                continue
             if layer is not None:
                 wanted.modes.update(dict.fromkeys(compared, str(layer.quant_algo)))
-                continue
-            wanted.plain.update(compared)
-            if _could_be_quantized(key, module):
+            elif _could_be_quantized(key, module):
                 wanted.excluded.update(compared)
         return wanted
 

@@ -22,7 +22,16 @@ _BASES: Mapping[str, str] = {
     "rope_local_base_freq": _SLIDING,
     "local_rope_theta": _SLIDING,
     "swa_rope_theta": _SLIDING,
+    "compress_rope_theta": "compress",
 }
+# DeepSeek-V4 calls its blocks by other names, and `rope_scaling` is that of the second one.
+_SAME_LABELS: Mapping[str, str] = {"main": _MAIN}
+_COMPRESSED = "compress"
+# A class of transformers 4 whose sliding layers have the base of all layers, unscaled: `models/olmo3`.
+_ONE_BASE = frozenset({"olmo3"})
+# Classes whose `rope_scaling` may have no other keys: transformers 4.57 `models/phi3/configuration_phi3.py`.
+_THREE_KEYS = frozenset({"phi3", "phi4_multimodal"})
+_FACTORS = frozenset({"short_factor", "long_factor"})
 _PARTS = ("partial_rotary_factor", "rotary_pct")
 _BLOCKS = ("rope_parameters", "rope_scaling")
 _KIND, _BASE, _PART = "rope_type", "rope_theta", _PARTS[0]
@@ -43,11 +52,20 @@ def says_the_same(key: str, value: object, source: Mapping[str, Any]) -> bool:
     if not isinstance(value, Mapping):
         # null is the older spelling of positions that are not scaled; elsewhere it says nothing.
         return value is None and source.get(key) is None
+    if key == "rope_scaling":
+        expected = blocks.get(_COMPRESSED, blocks[_MAIN])
+        may_lack = {_PART, _BASE}
+        if source.get("model_type") in _THREE_KEYS:
+            may_lack |= expected.keys() - _FACTORS - {_KIND}
+        return not _is_by_type(value) and _fits(_normal(value), expected, source, may_lack)
     if not _is_by_type(value):
-        base = {_BASE} if key == "rope_scaling" else set()
-        return _fits(_normal(value), blocks[_MAIN], source, may_lack={_PART, *base})
+        return _fits(_normal(value), blocks[_MAIN], source, {_PART})
+    if source.get("model_type") in _ONE_BASE and _BASE in blocks[_MAIN]:
+        blocks.setdefault(_SLIDING, {_KIND: "default", _BASE: blocks[_MAIN][_BASE]})
+    blocks.setdefault(_SLIDING, {_KIND: "default"})
     return value.keys() >= _types_of(source) and all(
-        kind in blocks and _fits(_normal(block or {}), blocks[kind], source, may_lack={_PART})
+        _SAME_LABELS.get(kind, kind) in blocks
+        and _fits(_normal(block or {}), blocks[_SAME_LABELS.get(kind, kind)], source, {_PART})
         for kind, block in value.items()
     )
 
@@ -60,7 +78,7 @@ def _fits(found: Mapping[str, Any], expected: Mapping[str, Any], source: Mapping
     lengths = {_LENGTH: source[_LENGTH]} if _LENGTH in source else {}
     needed = {key: value for key, value in expected.items() if key not in may_lack}
     return needed.items() <= found.items() and all(
-        key in expected and expected[key] == value or key in lengths and lengths[key] == value
+        (key in expected and expected[key] == value) or (key in lengths and lengths[key] == value)
         for key, value in found.items()
     )
 
@@ -79,7 +97,8 @@ def _blocks_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         stated = parameters if _is_by_type(parameters) else {_MAIN: parameters}
         for kind, block in stated.items():
             if isinstance(block, Mapping):
-                blocks[kind] = {**blocks.get(kind, {}), **_normal(block)}
+                label = _SAME_LABELS.get(kind, kind)
+                blocks[label] = {**blocks.get(label, {}), **_normal(block)}
     return blocks
 
 

@@ -20,8 +20,8 @@ from trtllm_ct.verify.config_statements import TIE, check_config
 from trtllm_ct.verify.mode_statements import (
     MODES_FILE,
     OLDER_MODES_FILE,
-    check_module_names,
     check_modes,
+    check_module_names,
     check_record,
 )
 
@@ -150,7 +150,10 @@ def _check_tie(
         if not isinstance(flag, bool) and flag is not None:
             expected, found = "true or false", repr(flag)
         elif flag is True and head is not None and table is not None and not _same_weight(head, table):
-            expected, found = f"false, since {head.name} differs from {table.name}", "true, so that readers drop the head"
+            expected, found = (
+                f"false, since {head.name} differs from {table.name}",
+                "true, so that readers drop the head",
+            )
         elif flag is False and head is None and before.get(TIE) is not False:
             expected, found = "true, since no weight of a head is there", "false, so that readers look for one"
     if expected:
