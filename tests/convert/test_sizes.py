@@ -11,7 +11,7 @@ from builders import tiny_config, write_checkpoint
 from command_line import run_cli
 
 from trtllm_ct import prepare
-from trtllm_ct.base.errors import ConfigError, UsageError
+from trtllm_ct.base.errors import UsageError
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
@@ -123,8 +123,11 @@ def test_a_directory_without_a_readable_record_is_a_fault(source: Path, damage: 
     del document["planned_for"]
     path.write_text(json.dumps(document | damage))
 
-    with pytest.raises(ConfigError, match="planned_for"):
-        ConvertedDirectory.open(out)
+    fault = opened(out).record_fault
+    assert fault is not None
+    assert fault.where == f"{path}: planned_for"
+    assert opened(out).faults(Parallel(pipeline=2)) == (fault,)
+    assert opened(out).faults(Parallel()) == ()
 
 
 @pytest.mark.parametrize(

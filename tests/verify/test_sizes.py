@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from builders import rewrite, tiny_config, write_checkpoint
 
-from trtllm_ct.base.errors import ConfigError
+from trtllm_ct.base.errors import UsageError
 from trtllm_ct.cli.doctor import diagnose
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.sizes import require_sizes
@@ -123,8 +123,10 @@ class TestWithoutRecord:
             assert [fault.where for fault in verify_with_sizes(out, None, parallel).faults] == expected
 
     def test_the_loader_refuses_it(self, damaged: tuple[Path, Path]) -> None:
-        with pytest.raises(ConfigError, match=r"planned_for: .* not known"):
+        """With one rank there is nothing to divide, and releases before the record wrote such directories."""
+        with pytest.raises(UsageError, match=r"planned_for: .* not known"):
             require_sizes(damaged[1], Parallel(tensor=2))
+        assert require_sizes(damaged[1], Parallel()) is not None
 
     def test_doctor_names_it_as_a_problem(self, damaged: tuple[Path, Path]) -> None:
         served = diagnose(damaged[1], parallel=Parallel(tensor=2)).served

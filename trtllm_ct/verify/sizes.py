@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.config.json_file import read_json_object
-from trtllm_ct.convert.sizes import ConvertedDirectory
+from trtllm_ct.convert.sizes import ConvertedDirectory, model_of_directory
 from trtllm_ct.engine.build_modes import KERNEL_SMS, kernel_modes
+from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import ENGINE, MODELOPT, target_named
-from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.held import uneven_faults
 from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.verify import VerificationReport, verify_checkpoint
@@ -42,7 +42,7 @@ def verify_with_sizes(
         return replace(verification, faults=verification.faults + _engine_faults(Path(converted), parallel, sm))
     out = Path(directory if converted is None else converted)
     made, faults = _opened(out)
-    platform = target_named(MODELOPT.name, made.engine if made else DEFAULT_ENGINE, sm=sm).capabilities.platform
+    platform = target_named(MODELOPT.name, (made and made.engine) or DEFAULT_ENGINE, sm=sm).capabilities.platform
     if made is not None:
         faults += made.faults(parallel) if parallel is not None else ()
         faults += made.gpu_faults(platform) if platform is not None else ()
@@ -65,15 +65,18 @@ def _opened(out: Path) -> tuple[ConvertedDirectory | None, tuple[Fault, ...]]:
     Both are empty for any other directory.
     """
     try:
-        return ConvertedDirectory.open(out), ()
+        made = ConvertedDirectory.open(out)
     except CheckpointError as error:
         return None, error.faults
+    if made is not None and made.record_fault is not None:
+        return None, (made.record_fault,)
+    return made, ()
 
 
 def _uneven(out: Path, parallel: Parallel) -> tuple[Fault, ...]:
     """Return why plain weights can't be divided among so many ranks; empty if they can."""
     try:
-        return uneven_faults(Model.from_config(read_json_object(out / "config.json")), parallel)
+        return uneven_faults(model_of_directory(out, QuantConfig()), parallel)
     except CheckpointError as error:
         return error.faults
 
