@@ -107,7 +107,9 @@ def _dtypes(match: DirectoryMatch, source: Mapping[str, Any]) -> frozenset[str] 
         if not any(is_quantized(module.tensors) for module in match.source.by_key.values()):
             return None
         if dequantized:
-            return frozenset(dtype.torch_name for dtype in dequantized)
+            # A directory without modes may be one whose modules had to be dequantized: the model then keeps its dtype.
+            kept = set() if DType.F16 in dequantized else {stated}
+            return frozenset({dtype.torch_name for dtype in dequantized} | kept)
     if {after for _, after in plain} != {DType.F16}:
         return frozenset({stated})
     cast = any(before is not DType.F16 for before, _ in plain)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.engine.releases import release_named
 from trtllm_ct.verify.compared_names import ComparedNames
 from trtllm_ct.verify.source.names import OTHER, is_expert
 
@@ -31,7 +32,6 @@ OLDER_MODES_FILE = "quant_cfg.json"
 _MIXED = "MIXED_PRECISION"
 _MODE_KEYS = frozenset({"quant_algo", "group_size", "has_zero_point", "pre_quant_scale"})
 _KEYS = _MODE_KEYS | {"kv_cache_quant_algo", "exclude_modules", "quantized_layers"}
-_ENGINES = frozenset({"stock-1.0", "stock-1.2", "stock-1.3"})
 _SIZES = ("tensor", "pipeline", "expert")
 _ATTENTION_DP = "attention_dp"
 
@@ -53,6 +53,7 @@ _FLAGS: Mapping[str, _Flags] = {
     "W4A8_AWQ": _Flags(group_sizes=_AWQ_SIZES, pre_quant_scale=True),
     "W4A16_GPTQ": _Flags(group_sizes=_AWQ_SIZES, has_zero_point=True),
     "FP8_BLOCK_SCALES": _Flags(group_sizes=frozenset({None, 128})),
+    **dict.fromkeys(("W4A16", "W8A16", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"), _Flags()),
     **dict.fromkeys(("NVFP4", "W4A16_NVFP4"), _Flags(group_sizes=frozenset({16}))),
     **dict.fromkeys(("MXFP8", "W4A16_MXFP4", "W4A8_MXFP4_MXFP8"), _Flags(group_sizes=frozenset({None, 32}))),
 }
@@ -64,7 +65,7 @@ def check_record(document: Mapping[str, Any], out: Path, faults: FaultCollector)
     record = record if isinstance(record, dict) else {}
     parallel = record.get("parallel")
     known = (
-        record.get("engine") in _ENGINES
+        release_named(str(record.get("engine"))) is not None
         and isinstance(parallel, dict)
         and all(_is_size(name, size) for name, size in parallel.items())
         and type(record.get("sm", 0)) is int
@@ -106,8 +107,10 @@ def check_modes(document: Mapping[str, Any], out: Path, faults: FaultCollector) 
 
 
 def _check_entry(entry: Mapping[str, Any], where: str, faults: FaultCollector) -> None:
-    """Add a fault for each flag of a mode that isn't that of its algorithm."""
-    flags = _FLAGS.get(str(entry.get("quant_algo")), _Flags())
+    """Add a fault for each flag of a mode that isn't that of its algorithm, if the table has it."""
+    flags = _FLAGS.get(str(entry.get("quant_algo")))
+    if flags is None:
+        return
     for key in entry.keys() - _MODE_KEYS:
         _add(faults, f"{where}.{key}", "no such key", str(entry[key]))
     if entry.get("group_size") not in flags.group_sizes:
