@@ -116,14 +116,18 @@ def test_sizes_that_do_not_divide_the_model_are_refused(source: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [{"planned_for": None}, {"planned_for": {"engine": "stock-1.2"}}, {}])
-def test_a_directory_without_a_readable_record_is_none_of_ours(source: Path, damage: dict[str, Any]) -> None:
+def test_a_directory_without_a_readable_record_is_a_fault(source: Path, damage: dict[str, Any]) -> None:
     out = converted(source)
     path = out / "hf_quant_config.json"
     document = read_json_object(path)
     del document["planned_for"]
     path.write_text(json.dumps(document | damage))
 
-    assert ConvertedDirectory.open(out) is None
+    fault = opened(out).record_fault
+    assert fault is not None
+    assert fault.where == f"{path}: planned_for"
+    assert opened(out).faults(Parallel(pipeline=2)) == (fault,)
+    assert opened(out).faults(Parallel()) == ()
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,11 @@ def _attention(config: Mapping[str, Any], prefix: str) -> Iterator[Linear]:
         yield f"{prefix}.self_attn.qkv_proj", (heads + 2 * kv_heads, hidden), False
     else:
         for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            yield f"{prefix}.self_attn.{name}_proj", (rows, hidden), bias or kind in {"qwen2", "qwen2_moe"}
+            yield (
+                f"{prefix}.self_attn.{name}_proj",
+                (rows, hidden),
+                bias or kind in {"qwen2", "qwen2_moe", "qwen2_vl_text"},
+            )
     yield f"{prefix}.self_attn.o_proj", (hidden, heads), bias
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import rewrite, tiny_config, write_checkpoint
 
+from trtllm_ct.base.errors import UsageError
+from trtllm_ct.cli.doctor import diagnose
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.convert.sizes import require_sizes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.verify.sizes import verify_with_sizes
 
@@ -80,3 +84,74 @@ def test_faults_of_values_and_of_sizes_are_reported_together(pair: tuple[Path, P
     report = verify_with_sizes(source, out, Parallel(tensor=2))
 
     assert [fault.where for fault in report.faults] == [NORM, str(out)]
+
+
+class TestWithoutRecord:
+    """Where the record can't be read, the sizes are not known: that is a fault, not silence."""
+
+    @pytest.fixture(
+        name="damaged",
+        params=[
+            None,
+            [1],
+            {},
+            {"engine": "stock-1.2"},
+            {"engine": "stock-9", "parallel": {"tensor": 2}},
+            {"engine": 5, "parallel": {}},
+            {"engine": "stock-1.2", "parallel": {"tensor": "2"}},
+            {"engine": "stock-1.2", "parallel": {"tensor": 0}},
+            {"engine": "stock-1.2", "parallel": {"ranks": 2}},
+            {"engine": "stock-1.2", "parallel": {}, "sm": "x"},
+        ],
+        ids=str,
+    )
+    def fixture_damaged(self, request: pytest.FixtureRequest, pair: tuple[Path, Path]) -> tuple[Path, Path]:
+        path = pair[1] / "hf_quant_config.json"
+        document = json.loads(path.read_text())
+        del document["planned_for"]
+        path.write_text(json.dumps(document | ({} if request.param is None else {"planned_for": request.param})))
+        return pair
+
+    @pytest.mark.parametrize("tensor", [None, 1, 2])
+    def test_verification_says_so(self, damaged: tuple[Path, Path], tensor: int | None) -> None:
+        source, out = damaged
+        parallel = None if tensor is None else Parallel(tensor=tensor)
+        expected = [f"{out}/hf_quant_config.json: planned_for"]
+
+        assert [fault.where for fault in verify_with_sizes(source, out, parallel).faults] == expected
+        if parallel is not None:
+            assert [fault.where for fault in verify_with_sizes(out, None, parallel).faults] == expected
+
+    def test_the_loader_refuses_it(self, damaged: tuple[Path, Path]) -> None:
+        """With one rank there is nothing to divide, and releases before the record wrote such directories."""
+        with pytest.raises(UsageError, match=r"planned_for: .* not known"):
+            require_sizes(damaged[1], Parallel(tensor=2))
+        assert require_sizes(damaged[1], Parallel()) is not None
+
+    def test_doctor_names_it_as_a_problem(self, damaged: tuple[Path, Path]) -> None:
+        served = diagnose(damaged[1], parallel=Parallel(tensor=2)).served
+
+        assert served is not None
+        assert [fault.where.rpartition(": ")[2] for fault in served.problems] == ["planned_for"]
+
+
+def test_directories_of_other_tools_have_no_record_and_are_left_to_the_engine(pair: tuple[Path, Path]) -> None:
+    path = pair[1] / "hf_quant_config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({key: document[key] for key in ("producer", "quantization")}))
+
+    assert require_sizes(pair[1], Parallel(tensor=2)) is None
+    served = diagnose(pair[1], parallel=Parallel(tensor=2)).served
+    assert served is not None
+    assert served.problems == ()
+    assert "no record" in served.warnings[0]
+    # As the output of a conversion it is not complete.
+    assert not verify_with_sizes(*pair, Parallel(tensor=2)).good
+
+
+@pytest.mark.parametrize(("tensor", "good"), [(2, True), (3, False)])
+def test_plain_weights_must_be_divisible(tmp_path: Path, tensor: int, good: bool) -> None:
+    source = write_checkpoint(tmp_path / "blocks", config=BLOCKS, scheme="fp8-block").directory
+    convert_checkpoint(source, tmp_path / "out", to="dense")
+
+    assert verify_with_sizes(source, tmp_path / "out", Parallel(tensor=tensor)).good is good

@@ -211,3 +211,18 @@ def test_a_class_that_reads_several_prefixes_may_have_any_of_them(tmp_path: Path
     )
 
     convert(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["modelopt", "dense"])
+@pytest.mark.parametrize(
+    ("old", "new"), [("model.", ""), ("model.", "model.language_model."), ("lm_head", "language_model.lm_head")]
+)
+def test_a_text_model_keeps_the_prefix_of_the_source(tmp_path: Path, to: str, old: str, new: str) -> None:
+    """Engines read the modules of a class by their full names."""
+    write_checkpoint(tmp_path / "in", config=CONFIG, scheme="fp8-channel-token")
+    convert(tmp_path, to)
+
+    renamed_in(tmp_path, old, new)
+
+    told = [fault for fault in faults(tmp_path) if "as the source has it" in fault.expected]
+    assert [fault.found for fault in told] == [f"one with {new or 'no prefix'}"]

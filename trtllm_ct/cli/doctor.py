@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.base.json_form import json_form, json_object
 from trtllm_ct.base.packages import PACKAGES
 from trtllm_ct.config.detect import Detection, FormatDetector
-from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
+from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT
 from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
@@ -194,7 +194,11 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
         except CheckpointError as error:
             problems, warnings = error.faults, error.warnings
     else:
-        problems, traps = _converted(directory, parallel, machine)
+        try:
+            problems, traps = _converted(directory, parallel, machine)
+        except CheckpointError as error:
+            problems, warnings = error.faults, error.warnings
+        warnings += _unknown_sizes(directory, detection, parallel)
     if plan is not None and machine.features is not None:
         missing = unknown_class(detection, machine.features)
         problems = (missing,) if missing else ()
@@ -210,12 +214,22 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     )
 
 
+def _unknown_sizes(directory: Path, detection: Detection, parallel: Parallel) -> tuple[str, ...]:
+    """Return a warning about sizes of a directory that another tool quantized: nothing says which ones it holds."""
+    with suppress(CheckpointError):
+        if detection.method != MODELOPT or parallel == ONE_RANK or ConvertedDirectory.open(directory) is not None:
+            return ()
+        return ("no record says which parallel sizes it holds; the engine is told these without a check",)
+    return ()
+
+
 def _converted(
     directory: Path, parallel: Parallel, machine: Machine
 ) -> tuple[tuple[Fault, ...], tuple[Fault | None, ...]]:
     """Return why a converted directory can't be served with these sizes on this GPU, and its traps in the engine.
 
-    Both are empty for a directory that this package did not convert for TensorRT-LLM.
+    Both are empty for a directory that this package did not convert for TensorRT-LLM. Raises `CheckpointError` if it
+    did, and its files don't say which sizes it holds.
     """
     converted = ConvertedDirectory.open(directory)
     if converted is None:

@@ -23,7 +23,7 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.tokenizer_config import TOKENIZER_CONFIG, class_of_transformers_5, portable_tokenizer_config
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.journal import JOURNAL, Journal
-from trtllm_ct.convert.sizes import QUANT_CONFIG, planned_for
+from trtllm_ct.convert.sizes import CONVERTER, QUANT_CONFIG, planned_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,7 +144,7 @@ def hf_quant_config(quant_config: QuantConfig) -> dict[str, Any]:
     """
     return {
         "producer": {"name": "modelopt", "version": MODELOPT_LAYOUT},
-        "converter": {"name": "trtllm-ct", "version": __version__},
+        "converter": {"name": CONVERTER, "version": __version__},
         "quantization": quant_config.to_dict(),
     }
 

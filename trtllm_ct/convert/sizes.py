@@ -8,18 +8,19 @@ A directory without quantized modules has no such file: plain weights can be cut
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
+from trtllm_ct.base.errors import Fault, FaultCollector, UsageError
 from trtllm_ct.base.json_form import from_fields, json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.quant_config import QuantConfig
+from trtllm_ct.engine.quant_config import QuantConfig, read_quantization
 from trtllm_ct.engine.releases import RELEASES, release_named
 from trtllm_ct.plan.attention_output import unscaled_outputs
 from trtllm_ct.plan.gathering import gather_modules
@@ -40,9 +41,20 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.plan.stored import StoredModule
 
-__all__ = ["QUANT_CONFIG", "ConvertedDirectory", "planned_for", "require_sizes", "size_warnings"]
+__all__ = [
+    "CONVERTER",
+    "QUANT_CONFIG",
+    "ConvertedDirectory",
+    "model_of_directory",
+    "planned_for",
+    "require_sizes",
+    "size_warnings",
+]
 
 QUANT_CONFIG = "hf_quant_config.json"
+CONVERTER = "trtllm-ct"
+"""The name of this package as `converter` in that file."""
+
 _KEY = "planned_for"
 _COMMON_SIZES = (2, 4, 8)
 _LARGER_SIZES = (1, *_COMMON_SIZES, 16)
@@ -64,7 +76,8 @@ class ConvertedDirectory:
     The headers of its tensors are read too.
 
     `engine` is the name of the release that it was planned for, and `parallel` are the sizes. `sm` is the SM of the
-    GPUs, None if it was planned for none in particular.
+    GPUs, None if it was planned for none in particular. `record_fault` says why these three can't be read; then it is
+    not known which sizes the directory holds, except that one rank takes each weight as a whole.
     """
 
     directory: Path
@@ -73,27 +86,33 @@ class ConvertedDirectory:
     model: Model
     quant_config: QuantConfig
     sm: int | None = None
+    record_fault: Fault | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> Self | None:
-        """Read a directory; returns None for any directory without a record that can be read."""
+        """Read a directory; returns None for a directory that this package did not convert for TensorRT-LLM.
+
+        Raises `ConfigError` or `CatalogError` for other JSON files or headers of it that can't be read.
+        """
         path = Path(directory) / QUANT_CONFIG
         if not path.is_file():
             return None
-        try:
-            document = read_json_object(path)
-            record = document[_KEY]
-            quant_config = QuantConfig.from_dict(document["quantization"])
-            return cls(
-                directory=Path(directory),
-                engine=str(record["engine"]),
-                parallel=from_fields(Parallel, record["parallel"]),
-                model=_model_of(Path(directory), quant_config),
-                quant_config=quant_config,
-                sm=int(record["sm"]) if "sm" in record else None,
-            )
-        except (CheckpointError, UsageError, KeyError, TypeError, ValueError):
+        document = read_json_object(path)
+        converter = document.get("converter")
+        made_here = isinstance(converter, Mapping) and converter.get("name") == CONVERTER
+        if _KEY not in document and not made_here:
             return None
+        quant_config = read_quantization(document, path)
+        engine, parallel, sm, fault = _read_record(document.get(_KEY), path)
+        return cls(
+            directory=Path(directory),
+            engine=engine,
+            parallel=parallel,
+            model=model_of_directory(Path(directory), quant_config),
+            quant_config=quant_config,
+            sm=sm,
+            record_fault=fault,
+        )
 
     @property
     def modules(self) -> int:
@@ -102,7 +121,9 @@ class ConvertedDirectory:
         return sum(layer is not None for layer in layers)
 
     def faults(self, parallel: Parallel) -> tuple[Fault, ...]:
-        """Return why the directory can't be served with these sizes; empty if it can."""
+        """Return why the directory can't be served with these sizes, or that it is not known; empty if it can."""
+        if self.record_fault is not None:
+            return () if parallel == ONE_RANK else (self.record_fault,)
         uneven = uneven_faults(self.model, parallel)
         unheld = () if uneven else unheld_modules(self._sites, self.quant_config.layer_config, parallel)
         if not unheld:
@@ -178,7 +199,29 @@ class ConvertedDirectory:
         ]
 
 
-def _model_of(directory: Path, quant_config: QuantConfig) -> Model:
+def _read_record(record: object, path: Path) -> tuple[str, Parallel, int | None, Fault | None]:
+    """Return the release, the sizes and the SM of a record, and a fault if they can't be read."""
+    found = "no record"
+    if isinstance(record, Mapping):
+        try:
+            engine, sm = record["engine"], record.get("sm")
+            parallel = from_fields(Parallel, record["parallel"])
+            if isinstance(engine, str) and release_named(engine) is not None:
+                return engine, parallel, None if sm is None else int(sm), None
+            found = f"an engine called {engine!r}"
+        except (UsageError, AttributeError, KeyError, TypeError, ValueError) as error:
+            found = f"no key {error}" if isinstance(error, KeyError) else str(error)
+    names = ", ".join(release.name for release in RELEASES)
+    fault = Fault(
+        where=f"{path}: {_KEY}",
+        expected=f"the engine ({names}) and the parallel sizes that the directory was converted for",
+        found=f"{found}; whether it holds other sizes is not known",
+        remedy="Convert the source again, with the parallel sizes that the engine will run with.",
+    )
+    return "", ONE_RANK, None, fault
+
+
+def model_of_directory(directory: Path, quant_config: QuantConfig) -> Model:
     """Return the model of a converted directory, with the modules in its headers."""
     model = Model.from_config(read_json_object(directory / "config.json"))
     stored = gather_modules(Catalog.from_directory(directory), model, FaultCollector(), split_stacks=True)
@@ -202,6 +245,7 @@ def require_sizes(
     """Raise `UsageError` if a directory was converted by this package and doesn't hold the sizes, or the GPU's modes.
 
     `platform` is the installed release with the SM of its GPU, None without any.
+    Sizes of several ranks that it is not known to hold are refused too.
     Returns the directory; None if this package did not convert it for TensorRT-LLM.
     """
     converted = ConvertedDirectory.open(directory)

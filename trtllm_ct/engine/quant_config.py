@@ -6,19 +6,21 @@ The field names are the engine's (`tensorrt_llm.models.modeling_utils.QuantConfi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.errors import ConfigError, Fault
 from trtllm_ct.base.json_form import from_fields, json_object
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import LINEAR_MODES, MODES_BY_ALGO
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
-__all__ = ["LayerQuantConfig", "QuantConfig"]
+__all__ = ["LayerQuantConfig", "QuantConfig", "read_quantization"]
 
 # ModelOpt's names for some algorithms. TensorRT-LLM reads them in upper and lower case
 # (`quantization/modelopt_config.py`).
@@ -42,9 +44,25 @@ class LayerQuantConfig:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> LayerQuantConfig:
-        """Return the value of a JSON form by `to_dict` or ModelOpt; raises `ValueError` for an unknown algorithm."""
+        """Return the value of a JSON form by `to_dict` or ModelOpt.
+
+        Raises `ValueError` for an unknown algorithm, `KeyError` for none, and `TypeError` for values of another type.
+        """
+        _require(entry, Mapping, "an entry of a mode")
+        for name, kind in _MODE_TYPES.items():
+            if entry.get(name) is not None:
+                _require(entry[name], kind, name)
         known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
         return from_fields(cls, known, quant_algo=_algo_named)
+
+
+_MODE_TYPES: Mapping[str, type] = {"group_size": int, "has_zero_point": bool, "pre_quant_scale": bool}
+
+
+def _require(value: object, kind: type, what: str) -> None:
+    """Raise `TypeError` unless a value of a JSON document has this type."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{what}: {type(value).__name__} in place of {kind.__name__}")
 
 
 def _algo_named(name: Any) -> QuantAlgo:
@@ -115,14 +133,41 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> QuantConfig:
-        """Return the value of a JSON form by `to_dict` or ModelOpt; raises `ValueError` for an unknown algorithm."""
+        """Return the value of a JSON form by `to_dict` or ModelOpt; raises what `LayerQuantConfig.from_dict` raises."""
+        _require(entry, Mapping, "quantization")
         layers = entry.get("quantized_layers") or {}
+        _require(layers, Mapping, "quantized_layers")
+        excluded = entry.get("exclude_modules") or []
+        _require(excluded, list, "exclude_modules")
+        for name in excluded:
+            _require(name, str, "a name in exclude_modules")
+        cache = entry.get("kv_cache_quant_algo")
+        if cache is not None:
+            _require(cache, str, "kv_cache_quant_algo")
         return cls(
             layer=None if layers or not entry.get("quant_algo") else LayerQuantConfig.from_dict(entry),
-            kv_cache_quant_algo=entry.get("kv_cache_quant_algo"),
-            exclude_modules=tuple(entry.get("exclude_modules") or ()),
+            kv_cache_quant_algo=cache,
+            exclude_modules=tuple(excluded),
             quantized_layers={name: LayerQuantConfig.from_dict(layer) for name, layer in layers.items()},
         )
+
+
+def read_quantization(document: Mapping[str, Any], path: Path) -> QuantConfig:
+    """Return the `quantization` block of a parsed hf_quant_config.json.
+
+    Raises `ConfigError` when the block is missing or malformed, or names an algorithm that the engine doesn't know.
+    """
+    try:
+        return QuantConfig.from_dict(document["quantization"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            Fault(
+                where=str(path),
+                expected=f"`quantization` with a quant_algo among {', '.join(MODES_BY_ALGO)}",
+                found=f"{type(error).__name__}: {error}",
+                remedy="Only these algorithms are known; quantize or convert to one of them.",
+            )
+        ) from None
 
 
 @lru_cache(maxsize=8)

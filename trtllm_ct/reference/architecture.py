@@ -92,7 +92,15 @@ def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str
             options = {_dtype_argument(): dtype, "attn_implementation": attention}
             shell: nn.Module = AutoModelForCausalLM.from_config(typed, **options)
             return shell
-    except (AttributeError, KeyError, StrictDataclassError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ConfigError(
             Fault(
                 where=f"{name}: config.json",

@@ -12,14 +12,14 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
+from trtllm_ct.base.errors import ConfigError, DetectionError, Fault, FaultCollector
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.config.model_values import check_model_values
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, describe_method
-from trtllm_ct.engine.quant_config import QuantConfig
-from trtllm_ct.reference.linear_layouts import LAYOUTS
+from trtllm_ct.engine.quant_config import read_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
+
+    from trtllm_ct.engine.quant_config import QuantConfig
 
 __all__ = ["ModelSource", "model_dtype", "read_directory", "read_quant_config"]
 
@@ -47,7 +49,8 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
     """Open a compressed-tensors, ModelOpt or unquantized directory.
 
     `dtype` is the dtype of the modules of a compressed-tensors checkpoint that have to be dequantized.
-    Raises `DetectionError` for a checkpoint of another quantization method, `ConfigError` for JSON that can't be read.
+    Raises `DetectionError` for a checkpoint of another quantization method, `ConfigError` for JSON that can't be read
+    and for values of config.json of a wrong type or out of all bounds.
     """
     detection = FormatDetector().detect(directory)
     if detection.method == COMPRESSED_TENSORS:
@@ -65,6 +68,9 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
             )
         )
     config = read_json_object(directory / "config.json")
+    faults = FaultCollector()
+    check_model_values(config, faults, f"{directory}/config.json: ")
+    faults.raise_if_any(ConfigError)
     catalog = Catalog.from_directory(directory)
     path = directory / "hf_quant_config.json"
     quant_config = read_quant_config(path, catalog) if detection.method == MODELOPT else None
@@ -95,18 +101,7 @@ def read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:
     The patterns of `exclude_modules` are expanded to the full names of the modules of `catalog` that they match.
     Raises `ConfigError` when the block is missing or malformed, or names an algorithm that the engine doesn't know.
     """
-    content = read_json_object(path)
-    try:
-        quant_config = QuantConfig.from_dict(content["quantization"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            Fault(
-                where=str(path),
-                expected=f"`quantization` with a quant_algo among {', '.join(LAYOUTS)}",
-                found=f"{type(error).__name__}: {error}",
-                remedy="The reference engine computes these algorithms only; quantize or convert to one of them.",
-            )
-        ) from None
+    quant_config = read_quantization(read_json_object(path), path)
     excluded = _excluded_modules(quant_config.exclude_modules, catalog.tensors)
     return replace(quant_config, exclude_modules=excluded)
 

@@ -17,6 +17,12 @@ native_layouts.py   the converted side: how each native layout is read
 native_numbers.py   the converted side: the numbers that bits stand for
 source/             the source's side: an independent reading in plain numpy
 statements.py       checks what a converted directory's configuration says of its tensors
+config_statements.py  compares config.json with that of the source, key by key
+other_spellings.py  the keys that a conversion may add to config.json, and what they must say
+rotary.py           the same for keys of rotary positions
+mode_statements.py  checks the modes in hf_quant_config.json as engines read them
+compared_names.py   the names by which engines compare modules with entries and exclusions
+files.py            checks that engines read the same weight files as the index names
 comparison.py       compares rows, and keeps the worst element
 shared_scalars.py   checks the scalars that the parts of a fused Linear share
 sizes.py            verifies, and checks whether a converted directory holds given parallel sizes

@@ -21,6 +21,7 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.verify.comparison import Comparison
+from trtllm_ct.verify.files import check_files
 from trtllm_ct.verify.matching import DirectoryMatch
 from trtllm_ct.verify.pairs import spans
 from trtllm_ct.verify.shared_scalars import check_fused_scalars
@@ -83,7 +84,8 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
         )
         checks = tuple(checks_of(match.pairs(), faults))
         check_fused_scalars(match, faults)
-        check_statements(match, converted, converted_config, faults)
+        check_statements(match, converted, checkpoint.hf_config, converted_config, faults)
+        check_files(catalog, faults)
         match.report_surplus(converted)
     return checks
 

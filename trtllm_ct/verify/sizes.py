@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import Fault
+from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.config.json_file import read_json_object
-from trtllm_ct.convert.sizes import ConvertedDirectory
+from trtllm_ct.convert.sizes import ConvertedDirectory, model_of_directory
 from trtllm_ct.engine.build_modes import KERNEL_SMS, kernel_modes
+from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import ENGINE, MODELOPT, target_named
+from trtllm_ct.plan.ranks.held import uneven_faults
 from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.verify import VerificationReport, verify_checkpoint
 
@@ -38,16 +40,45 @@ def verify_with_sizes(
         target_named(ENGINE.name, sm=sm)
         verification = verify_checkpoint(directory, converted)
         return replace(verification, faults=verification.faults + _engine_faults(Path(converted), parallel, sm))
-    made = ConvertedDirectory.open(directory if converted is None else converted)
-    platform = target_named(MODELOPT.name, made.engine if made else DEFAULT_ENGINE, sm=sm).capabilities.platform
-    faults = made.faults(parallel) if made is not None and parallel is not None else ()
-    faults += made.gpu_faults(platform) if made is not None and platform is not None else ()
-    if converted is None and made is not None:
+    out = Path(directory if converted is None else converted)
+    made, faults = _opened(out)
+    platform = target_named(MODELOPT.name, (made and made.engine) or DEFAULT_ENGINE, sm=sm).capabilities.platform
+    if made is not None:
+        faults += made.faults(parallel) if parallel is not None else ()
+        faults += made.gpu_faults(platform) if platform is not None else ()
+    elif converted is not None and parallel is not None and not faults:
+        faults = _uneven(out, parallel)
+    if converted is None and (made is not None or faults):
+        modules = made.modules if made is not None else 0
         return VerificationReport(
-            directory=Path(directory), converted=None, modules=made.modules, zero_scales=0, checks=(), faults=faults
+            directory=Path(directory), converted=None, modules=modules, zero_scales=0, checks=(), faults=faults
         )
     verification = verify_checkpoint(directory, converted)
-    return replace(verification, faults=verification.faults + faults)
+    known = {fault.where for fault in verification.faults}
+    more = tuple(fault for fault in faults if fault.where not in known)
+    return replace(verification, faults=verification.faults + more)
+
+
+def _opened(out: Path) -> tuple[ConvertedDirectory | None, tuple[Fault, ...]]:
+    """Return a directory that this package converted for TensorRT-LLM, or why its sizes are not known.
+
+    Both are empty for any other directory.
+    """
+    try:
+        made = ConvertedDirectory.open(out)
+    except CheckpointError as error:
+        return None, error.faults
+    if made is not None and made.record_fault is not None:
+        return None, (made.record_fault,)
+    return made, ()
+
+
+def _uneven(out: Path, parallel: Parallel) -> tuple[Fault, ...]:
+    """Return why plain weights can't be divided among so many ranks; empty if they can."""
+    try:
+        return uneven_faults(model_of_directory(out, QuantConfig()), parallel)
+    except CheckpointError as error:
+        return error.faults
 
 
 def _engine_faults(converted: Path, parallel: Parallel | None, sm: int | None) -> tuple[Fault, ...]:

@@ -2,7 +2,8 @@
 
 Readers follow the configuration: they drop a head that is said to be tied, read scales of the KV cache only if a
 quantized cache is stated, and a class looks for its text model under one prefix. A wrong statement loses tensors
-whose values are right. The rules are written apart from those of the planner.
+whose values are right. The rules are written apart from those of the planner; those of config.json as a whole are in
+`config_statements.py`, and those of modes in `mode_statements.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ import numpy as np
 
 from trtllm_ct.base.schemes import NumberType
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.verify.config_statements import TIE, check_config
+from trtllm_ct.verify.mode_statements import (
+    MODES_FILE,
+    OLDER_MODES_FILE,
+    check_modes,
+    check_module_names,
+    check_record,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,14 +33,12 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantArgs
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.verify.matching import DirectoryMatch
-    from trtllm_ct.verify.source.modules import Module
+    from trtllm_ct.verify.source.modules import Module, Modules
 
 __all__ = ["cache_mode", "check_statements"]
 
 _CHUNK_BYTES = 1 << 19
-_MODES = "hf_quant_config.json"
-# The file from which releases before 1.2 read the modes of layers, and what it has of hf_quant_config.json.
-_OLDER_MODES = "quant_cfg.json"
+# What the file for older releases has of hf_quant_config.json.
 _IN_BOTH = ("kv_cache_quant_algo", "quantized_layers")
 _CACHE_MODES: Mapping[tuple[NumberType, int], str] = {(NumberType.FLOAT, 8): "FP8", (NumberType.INT, 8): "INT8"}
 
@@ -90,16 +97,31 @@ def cache_mode(config: QuantizationConfig, modes: tuple[str, ...]) -> str | None
     return mode if mode in modes else None
 
 
-def check_statements(match: DirectoryMatch, converted: Path, config: Mapping[str, Any], faults: FaultCollector) -> None:
+def check_statements(
+    match: DirectoryMatch,
+    converted: Path,
+    source_config: Mapping[str, Any],
+    config: Mapping[str, Any],
+    faults: FaultCollector,
+) -> None:
     """Add a fault for each statement of a converted directory that contradicts its tensors or the source.
 
-    `config` is its parsed config.json. The names of modules and the KV cache matter only to an engine that reads modes.
+    `config` is its parsed config.json, and `source_config` that of the source. The names of modules and the KV cache
+    matter only to an engine that reads modes.
     """
-    _check_tie(match, converted, config, faults)
-    if (converted / _MODES).is_file() and match.quant_config.quant_algo is not None:
+    check_config(match, source_config, config, converted, faults)
+    _check_tie(match, converted, source_config, config, faults)
+    _check_body(match, converted, faults)
+    if not (converted / MODES_FILE).is_file():
+        return
+    document = read_json_object(converted / MODES_FILE)
+    check_record(document, converted, faults)
+    check_modes(document, converted, faults)
+    if match.quant_config.quant_algo is not None:
         _check_cache(match, converted, faults)
         _check_prefixes(match, converted, config, faults)
         _check_older_modes(match, converted, faults)
+        check_module_names(match, document, config, converted, faults)
 
 
 def _attention_inputs(config: QuantizationConfig) -> QuantArgs | None:
@@ -110,19 +132,43 @@ def _attention_inputs(config: QuantizationConfig) -> QuantArgs | None:
     return None
 
 
-def _check_tie(match: DirectoryMatch, converted: Path, config: Mapping[str, Any], faults: FaultCollector) -> None:
-    """Add a fault if head and table differ where config.json ties them: readers then drop the head."""
-    text = config.get("text_config")
-    levels = (config, text if isinstance(text, dict) else {})
+def _check_tie(
+    match: DirectoryMatch,
+    converted: Path,
+    source_config: Mapping[str, Any],
+    config: Mapping[str, Any],
+    faults: FaultCollector,
+) -> None:
+    """Add a fault if config.json ties a head that differs from the table, or unties a head that is not there.
+
+    Readers drop a tied head, and look for the weight of any other. A flag that the source has is left as it is.
+    """
     head, table = (match.delivered.by_key.get(key) for key in ("lm_head", "embed_tokens"))
-    stated = any(level.get("tie_word_embeddings") is True for level in levels)
-    if stated and head is not None and table is not None and not _same_weight(head, table):
+    expected, found = "", ""
+    for before, after in zip(_levels(source_config), _levels(config), strict=True):
+        flag = after.get(TIE)
+        if not isinstance(flag, bool) and flag is not None:
+            expected, found = "true or false", repr(flag)
+        elif flag is True and head is not None and table is not None and not _same_weight(head, table):
+            expected, found = (
+                f"false, since {head.name} differs from {table.name}",
+                "true, so that readers drop the head",
+            )
+        elif flag is False and head is None and before.get(TIE) is not False:
+            expected, found = "true, since no weight of a head is there", "false, so that readers look for one"
+    if expected:
         faults.add(
-            where=f"{converted}/config.json: tie_word_embeddings",
-            expected=f"false, since {head.name} differs from {table.name}",
-            found="true, so that readers drop the head",
+            where=f"{converted}/config.json: {TIE}",
+            expected=expected,
+            found=found,
             remedy="Convert again; config.json and weights of this directory don't belong together.",
         )
+
+
+def _levels(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return a configuration and that of the text model inside of it, which is empty without one."""
+    text = config.get("text_config")
+    return config, text if isinstance(text, dict) else {}
 
 
 def _same_weight(head: Module, table: Module) -> bool:
@@ -148,7 +194,7 @@ def _check_cache(match: DirectoryMatch, converted: Path, faults: FaultCollector)
     wanted, stated = cache_mode(match.config, ("FP8",)), match.quant_config.kv_cache_quant_algo
     if stated != wanted:
         faults.add(
-            where=f"{converted}/{_MODES}: kv_cache_quant_algo",
+            where=f"{converted}/{MODES_FILE}: kv_cache_quant_algo",
             expected=f"{wanted or 'none'}, by the configuration of the source",
             found=stated or "none",
             remedy="Convert again; an engine would have another KV cache than the one that was calibrated.",
@@ -160,7 +206,7 @@ def _check_older_modes(match: DirectoryMatch, converted: Path, faults: FaultColl
 
     Skips a directory that already has a fault: a difference may only follow from it.
     """
-    path = converted / _OLDER_MODES
+    path = converted / OLDER_MODES_FILE
     if faults.faults or not path.is_file():
         return
     older, newer = read_json_object(path), match.quant_config.to_dict()
@@ -168,10 +214,40 @@ def _check_older_modes(match: DirectoryMatch, converted: Path, faults: FaultColl
         if older.get(key) != newer.get(key):
             faults.add(
                 where=f"{path}: {key}",
-                expected=f"what {_MODES} says",
+                expected=f"what {MODES_FILE} says",
                 found="something else",
                 remedy="Convert again; TensorRT-LLM before 1.2 reads this file, and newer releases read both.",
             )
+
+
+def _check_body(match: DirectoryMatch, converted: Path, faults: FaultCollector) -> None:
+    """Add a fault for each name of a text model whose prefix the source doesn't have.
+
+    A conversion leaves the place of a text model that is no part of a larger one as it is; in Hugging Face's form of
+    Mistral's own names it is below `model.`. Readers look for it there alone.
+    """
+    names = match.source.names
+    if names.multimodal:
+        return
+    read = {"model.", "lm_head"} if names.native else {_place(match.source, key) for key in match.source.by_key}
+    unread: dict[str, str] = {}
+    for key, module in match.delivered.by_key.items():
+        place = _place(match.delivered, key)
+        if place not in read and key in match.source.by_key:
+            unread.setdefault(str(place), module.name)
+    for place, name in unread.items():
+        faults.add(
+            where=f"{converted}: {name}",
+            expected=f"a name with {' or '.join(sorted(filter(None, read)))}, as the source has it",
+            found=f"one with {place or 'no prefix'}",
+            remedy="Convert again; a reader would not find these weights.",
+        )
+
+
+def _place(modules: Modules, key: str) -> str | None:
+    """Return the prefix of a module of the body, or the name of the head; None for any other module."""
+    name = modules.by_key[key].name
+    return name if key == "lm_head" else modules.names.body(name)
 
 
 def _check_prefixes(match: DirectoryMatch, converted: Path, config: Mapping[str, Any], faults: FaultCollector) -> None:
