@@ -96,7 +96,8 @@ def _dtypes(match: DirectoryMatch, source: Mapping[str, Any]) -> frozenset[str] 
     """Return the dtypes that config.json may name; None if it may name any.
 
     A conversion may give the dequantized weights another dtype than that of the source. Without quantization the whole
-    model then has it. A dtype of 16 bits that all plain weights got is that of the whole model.
+    model then has it. Float16 always is the dtype of the whole model. A model may compute in bfloat16 whatever its
+    source says: `--dtype` asks for it, some classes and kernels know nothing else, and none computes in float32.
     """
     text = source.get(_TEXT)
     levels = (text, source) if isinstance(text, Mapping) else (source,)
@@ -110,10 +111,11 @@ def _dtypes(match: DirectoryMatch, source: Mapping[str, Any]) -> frozenset[str] 
             # A directory without modes may be one whose modules had to be dequantized: the model then keeps its dtype.
             kept = set() if DType.F16 in dequantized else {stated}
             return frozenset({dtype.torch_name for dtype in dequantized} | kept)
-    if {after for _, after in plain} not in ({DType.F16}, {DType.BF16}):
-        return frozenset({stated})
-    whole = next(after.torch_name for _, after in plain)
-    return frozenset({whole} if any(before is not after for before, after in plain) else {whole, stated})
+    bfloat16 = DType.BF16.torch_name
+    if {after for _, after in plain} != {DType.F16}:
+        return frozenset({bfloat16 if stated == DType.F32.torch_name else stated, bfloat16})
+    cast = any(before is not DType.F16 for before, _ in plain)
+    return frozenset({DType.F16.torch_name} if cast else {DType.F16.torch_name, stated, bfloat16})
 
 
 def _plain_dtypes(match: DirectoryMatch) -> tuple[frozenset[tuple[DType, DType]], frozenset[DType]]:
