@@ -49,14 +49,15 @@ def refuse_lost_tensors(
     """
     # The two stacks of an encoder-decoder have numbers of layers of their own.
     count = 0 if model.text.get("is_encoder_decoder") else model.sizes["layers"]
-    suspects = suspects_of(tensors, body, layer_kinds(model.text, count))
+    suspects = suspects_of(tensors, body, layer_kinds(model.text, count), model.parts)
     comparison = NOT_ASKED
     if model_class is not None:
         with_lost = as_class_spells({**tensors, **dict.fromkeys(suspects.lost)}, model.text_type)
-        comparison = model_class.compare(with_lost)
+        comparison = _unless_renamed(model_class.compare(with_lost))
         if comparison.by:
-            suspects, comparison = _agreed(suspects, comparison, model.text_type)
             comparison = _without_absent(comparison)
+            suspects, comparison = _agreed(suspects, comparison, model.text_type)
+        if comparison.by and not model.has_row:
             comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
     if model.has_row and model.discovery is not None and not comparison.by:
         _refuse_lost_ends(tensors, model, model.discovery, faults)
@@ -96,17 +97,29 @@ def class_warnings(comparison: Comparison) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _unless_renamed(comparison: Comparison) -> Comparison:
+    """Return a comparison; without any result if the files have other names than the class for most of the text model.
+
+    They were written for another class then: as much as the class misses is left unread.
+    """
+    missing = comparison.text & comparison.missing.keys()
+    if 2 * len(missing) <= len(comparison.text) or len(comparison.unread) < len(missing) or not missing:
+        return comparison
+    return Comparison(why_not=f"{comparison.by} has other names than these files")
+
+
 def _without_absent(comparison: Comparison) -> Comparison:
-    """Return a comparison without the parts of the class of which most parameters are missing.
+    """Return a comparison without the towers of the class of which most parameters are missing.
 
     A text model may be published without the towers beside it; then modules that lead from them to it, such as a
-    projector, are absent too. And files that were written for another class have other names throughout.
+    projector, are absent too. The text model itself is never absent.
     """
     missing = comparison.missing
     absent = {part: names for part, names in comparison.parts.items() if 2 * len(names & missing.keys()) > len(names)}
     left_out = frozenset().union(*absent.values())
     stored = {_first_module(name) for name in comparison.present}
-    beside = {name: top for name in missing if (top := _first_module(name)) and top not in stored} if absent else {}
+    others = missing.keys() - comparison.text if absent else ()
+    beside = {name: top for name in others if (top := _first_module(name)) and top not in stored}
     left_out |= beside.keys()
     return replace(
         comparison,
@@ -135,6 +148,7 @@ def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple
         lost=tuple(name for name in suspects.lost if _spelled(name, text_type) not in comparison.unread),
         misshapen=misshapen,
         lost_layers=tuple(layer for layer, names in layers.items() if names),
+        surplus_layers=tuple(layer for layer in suspects.surplus_layers if _in_layer(layer, comparison.unread)),
     )
     return agreed, replace(
         comparison,
@@ -162,14 +176,25 @@ def _in_layer(layer: str, parameters: Collection[str]) -> frozenset[str]:
 def _renamed(comparison: Comparison, tensors: PlainTensors, body: str, count: int) -> Iterator[str]:
     """Yield the missing parameters that may be stored under another name.
 
-    No layer has a parameter of such a name, and a tensor of its shape is left unread. Draft layers are left unread by
-    most classes.
+    No layer has a parameter of such a name, and a tensor of its shape is left unread, whose name has the same word, as
+    `final_norm` has that of `norm`. Draft layers are left unread by most classes.
     """
     templates = {_template(name) for name in comparison.present}
-    shapes = {tensors[name] for name in comparison.unread if not _drafts(name, body, count)}
+    unread = [name for name in comparison.unread if not _drafts(name, body, count)]
     for name, shape in comparison.missing.items():
-        if _template(name) not in templates and not shapes.isdisjoint({shape, None}):
+        if _template(name) in templates:
+            continue
+        others = (other for other in unread if tensors[other] in {shape, None} and _same_word(name, other))
+        taken = next(others, None)
+        if taken is not None:
+            unread.remove(taken)
             yield name
+
+
+def _same_word(name: str, other: str) -> bool:
+    """Whether the last module of one name has the last module of the other as a part of its name."""
+    first, second = (full.split(".")[-2:] for full in (name, other))
+    return first[-1] == second[-1] and (first[0] in second[0] or second[0] in first[0])
 
 
 def _template(name: str) -> str:

@@ -17,6 +17,7 @@ from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAME
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.plan.models.discovery import discover, discover_stated
 from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, STACKED_EXPERTS, spelling_type
+from trtllm_ct.plan.models.part_layers import part_layers
 from trtllm_ct.plan.models.places import PLACES, known_prefixes
 from trtllm_ct.plan.models.row_defaults import with_row_defaults
 from trtllm_ct.plan.models.shared_attention import layers_of_queries_only
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.plan.models.class_row import ClassRow
     from trtllm_ct.plan.models.discovery import Discovery
+    from trtllm_ct.plan.models.part_layers import PartLayers
     from trtllm_ct.plan.models.stated_modules import Stated
     from trtllm_ct.plan.stored import StoredModule
 
@@ -50,7 +52,8 @@ class Model:
     `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it. `text` is the configuration of the
-    text model, with the defaults of its class where they are known.
+    text model, with the defaults of its class where they are known. `parts` are the numbers of layers of towers, and of
+    the stacks of an encoder-decoder.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Model:
     draft_layers: int = 0
     vision_head_dim: int = 0
     text: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[PartLayers, ...] = ()
     discovery: Discovery | None = None
 
     @classmethod
@@ -98,6 +102,7 @@ class Model:
             draft_layers=sizes["draft_layers"],
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             text=text,
+            parts=part_layers(config),
         )
         faults.raise_if_any(ConfigError)
         return model
