@@ -34,7 +34,6 @@ NOT_ASKED = Comparison(why_not="only inspect, plan and convert compare with it")
 """The comparison with a class where none was asked for."""
 
 _TABLE = "embed_tokens"
-_FINAL_NORM = re.compile(r"\w*norm\w*\.weight")
 _NO_TENSOR = "no such tensor in any shard"
 _FETCH = "Fetch the shard that holds it from where the checkpoint was published."
 _OTHER_SIZE = "Fetch the tensor and config.json again from where the checkpoint was published; they don't fit together."
@@ -68,18 +67,18 @@ def refuse_lost_tensors(
 
 
 def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, faults: FaultCollector) -> None:
-    """Add a fault for each end of a decoder that no file has: embeddings, final norm, and a head of its own.
+    """Add a fault for each end of a decoder that no file has: embeddings, and a head of its own.
 
     No layer is like them, and the engine's class would keep memory that nobody wrote.
     """
     body, head = found.place
     inside = {name.removeprefix(body) for name in tensors if name.startswith(body)}
     missing = {}
-    if not model.tied and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
+    # Some writers store the weight of a tied head only under the name of the head.
+    is_head = model.tied is not False and f"{head}.weight" in tensors
+    if not is_head and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
         missing[f"{body}{model.row.embeddings or _TABLE}.weight"] = "the embeddings"
-    if not any(map(_FINAL_NORM.fullmatch, inside)):
-        missing[f"{body}norm.weight"] = "the norm after the last layer"
-    if model.tied is False and f"{head}.weight" not in tensors:
+    if model.tied is False and not model.headless and f"{head}.weight" not in tensors:
         missing[f"{head}.weight"] = "a head, since config.json says that the embeddings are none"
     for name, expected in missing.items():
         faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
@@ -210,8 +209,9 @@ def _drafts(name: str, body: str, count: int) -> bool:
 
 
 def _refuse_suspects(suspects: Suspects, tensors: PlainTensors, model: str, faults: FaultCollector) -> None:
-    """Add the faults of layers and experts that are unlike the others."""
-    for name in suspects.lost:
+    """Add the faults of layers and experts that are unlike the others, but not again of what the row says is lost."""
+    named = {fault.where for fault in faults.faults}
+    for name in (name for name in suspects.lost if name not in named):
         faults.add(where=name, expected=f"a tensor that the layers of {model} have", found=_NO_TENSOR, remedy=_FETCH)
     for name, shape in suspects.misshapen.items():
         expected = f"shape {list(shape)}, as in the other layers or experts of its kind"

@@ -145,8 +145,8 @@ SHARED_KV = {
         pytest.param(hybrid(16), {}, 16, id="hybrid"),
         pytest.param(hybrid(5, every=5), {}, 5, id="one layer of full attention"),
         pytest.param(SHARED_KV, {"num_kv_shared_layers": 1}, 6, id="one layer that shares keys and values"),
-        pytest.param(SHARED_KV, {"attention": [1, 1, 1, 1, 1, 0]}, 6, id="a list with an entry for each layer"),
-        pytest.param(SHARED_KV, {"no_kv_layers": [5]}, 6, id="a list of layers"),
+        pytest.param(SHARED_KV, {"attention_layers": [1, 1, 1, 1, 1, 0]}, 6, id="a list with an entry for each layer"),
+        pytest.param(SHARED_KV, {"mlp_only_layers": [5]}, 6, id="a list of layers"),
         pytest.param({**plain(6), **{f"model.layers.2.{name}": (128, 128) for name in FULL}}, {}, 6, id="larger heads"),
         pytest.param(
             {**plain(6), **{f"model.layers.{layer}.gate.previous": (1,) for layer in range(1, 6)}},
@@ -154,7 +154,9 @@ SHARED_KV = {
             6,
             id="a parameter for what the layer before gives",
         ),
-        pytest.param(plain(2), {}, 16, id="layers that are run through several times"),
+        pytest.param(
+            {**plain(2, "model.L.layers."), **plain(2, "model.H.layers.")}, {}, 16, id="two stacks that are run in turns"
+        ),
         pytest.param({**plain(4, "vision.layers."), **plain(6, "model.layers.")}, {}, 6, id="a tower of fewer layers"),
         pytest.param({**plain(6), "model.layers.0.bias.weight": (3,)}, {}, 6, id="more in the first layer"),
         pytest.param(
@@ -165,7 +167,8 @@ SHARED_KV = {
 def test_layers_that_differ_for_a_reason_are_no_faults(
     tensors: PlainTensors, config: dict[str, object], layers: int
 ) -> None:
-    suspects = suspects_of(tensors, "model.", layer_kinds(config, layers))
+    body = "model.L." if "model.L.layers.0.input_layernorm.weight" in tensors else "model."
+    suspects = suspects_of(tensors, body, layer_kinds(config, layers))
 
     assert (suspects.lost, suspects.misshapen, suspects.lost_layers, suspects.surplus_layers) == ((), {}, (), ())
 

@@ -106,12 +106,20 @@ def _main_stack(stacks: Mapping[str, _Members], body: str) -> str:
 def _lost_layers(main: str, stacks: Mapping[str, _Members], count: int) -> Iterator[int]:
     """Yield the layers among the first `count` that a stack lacks.
 
-    Where another stack has all of them, it is the one that config.json counts.
+    Where another stack has all of them, it is the one that config.json counts. Two stacks with the same layers are
+    run in turns, and config.json counts the runs (HRM).
     """
     layers = stacks.get(main, {})
+    others = [other for stack, other in stacks.items() if stack != main]
     complete = any(other.keys() == set(range(count)) for other in stacks.values())
-    if layers and not complete:
+    in_turns = any(_names(other) == _names(layers) for other in others)
+    if layers and not complete and not in_turns:
         yield from (number for number in range(count) if number not in layers)
+
+
+def _names(layers: _Members) -> dict[int, frozenset[str]]:
+    """Return the names in each layer."""
+    return {number: frozenset(tensors) for number, tensors in layers.items()}
 
 
 def _surplus(layers: _Members, count: int) -> Iterator[int]:

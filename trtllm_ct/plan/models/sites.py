@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.config.model_values import check_model_values
-from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
+from trtllm_ct.plan.models.class_defaults import is_headless, is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAMES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.plan.models.discovery import discover, discover_stated
@@ -48,6 +48,7 @@ class Model:
     (`in_checkpoint`).
     `sizes` are numbers of elements by the names of `sizes.py`. `tied` says whether the head uses the weight of the
     embedding; None if config.json leaves it to a class whose default is not known.
+    `headless` says that the class has no head, such as one for embeddings or for scores.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
     `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
@@ -66,6 +67,7 @@ class Model:
     tied: bool | None
     multimodal: bool
     text_type: str = ""
+    headless: bool = False
     draft_layers: int = 0
     vision_head_dim: int = 0
     text: Mapping[str, Any] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class Model:
             tied=is_tied(config, nested, name) if row.leaves else _stated_tie(row, config, nested),
             multimodal=nested is not None,
             text_type=spelling,
+            headless=is_headless(name),
             draft_layers=sizes["draft_layers"],
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             text=text,
@@ -121,7 +124,8 @@ class Model:
                 return self._by_files().in_checkpoint(stored, shapes)
             place = _known_place(stored)
             experts = self.text_type in STACKED_EXPERTS
-            found = discover_stated(stored, self.stated, place, tied=bool(self.tied), plain_experts=experts)
+            tied = bool(self.tied) or (self.headless and place[1] not in stored)
+            found = discover_stated(stored, self.stated, place, tied=tied, plain_experts=experts)
             return replace(self, discovery=found)
         sizes = self.sizes
         found = discover(
@@ -188,7 +192,9 @@ class Model:
 
         `place` is what the method `place` returns.
         """
-        return iter(()) if self.stated is None else self.stated.modules(place, tied=bool(self.tied))
+        return iter(()) if self.stated is None else self.stated.modules(
+            place, tied=bool(self.tied) or self.headless
+        )
 
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
         """Return the prefix of the text model's body and the name of its head, given the names of stored modules."""
@@ -253,9 +259,12 @@ def _stated_modules(row: ClassRow, sizes: Mapping[str, int], text: Mapping[str, 
 
 
 def _stated_tie(row: ClassRow, config: Mapping[str, Any], nested: Mapping[str, Any] | None) -> bool | None:
-    """Return whether the head uses the weight of the embeddings; None if neither config.json nor the row says it."""
-    stated = {"tie_word_embeddings": None, **(nested or {}), **config}["tie_word_embeddings"]
-    return (row.tied or None) if stated is None else bool(stated)
+    """Return whether the head uses the weight of the embeddings; None if config.json doesn't say it of a new class."""
+    key = "tie_word_embeddings"
+    stated = next((level[key] for level in (config, nested or {}) if level.get(key) is not None), None)
+    if stated is None:
+        return None if row is DEFAULT_ROW else row.tied
+    return bool(stated)
 
 
 def _vision_head_dim(vision: object) -> int:
