@@ -35,9 +35,7 @@ def lost_by_row(names: Iterable[str], model: Model, body: str) -> Iterator[tuple
     no_keys = layers_of_queries_only(model.row, model.text, model.layers)
     no_values = layers_without_values(model.row, model.text)
     stored = {number: layers[number] for number in sorted(layers) if number < model.layers}
-    for choice in model.row.layer:
-        if not any(part.names(config) or part.experts for part in choice):
-            continue
+    for choice in (tuple(part for part in parts if not part.key or config.get(part.key)) for parts in model.row.layer):
         never = not any(_has(part, tensors, config, model.row.experts) for part in choice for tensors in stored.values())
         for number, tensors in stored.items():
             absent = _NO_KEYS if number in no_keys else _NO_VALUES if number in no_values else frozenset()
@@ -68,7 +66,7 @@ def _lost(
     """Yield what a layer lacks of the parts that it has, or of the first one if it must have one and has none."""
     present = [part for part in choice if _has(part, tensors, config, experts)]
     optional = any(not part.names(config) and not part.experts for part in choice)
-    if not present and (not optional or never):
+    if choice and not present and (not optional or never):
         present = [choice[0]]
     for part in present:
         yield from ((name, "layers") for name in _missing(part, tensors, config))

@@ -113,6 +113,35 @@ def test_layers_that_config_counts_and_no_file_has_are_lost() -> None:
     assert suspects_of(tensors, "model.", same(8)).lost_layers == ("model.layers.2", "model.layers.6", "model.layers.7")
 
 
+@pytest.mark.parametrize("kept", [1, 3, 4])
+def test_most_layers_may_be_lost(kept: int) -> None:
+    lost = suspects_of(plain(kept), "model.", same(9)).lost_layers
+
+    assert lost == tuple(f"model.layers.{layer}" for layer in range(kept, 9))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_name_or_path": "zai-org/X"},
+        {"hidden_act": "gelu_tanh"},
+        {"eos_token_id": [1, 2, 3, 4, 5, 6, 7, 8, 9]},
+        {"keys_to_ignore": ["a", "b", "c", "d", "e", "f", "g", "h", "i"]},
+        {"architectures": [0, 4]},
+    ],
+)
+def test_a_value_that_is_as_long_as_the_layers_are_many_makes_no_kinds(config: dict[str, object]) -> None:
+    tensors = plain(9)
+    del tensors["model.layers.4.self_attn.o_proj.weight"]
+
+    assert layer_kinds(config, 9) == layer_kinds({}, 9)
+    assert suspects_of(tensors, "model.", layer_kinds(config, 9)).lost == ("model.layers.4.self_attn.o_proj.weight",)
+
+
+def test_a_text_with_a_letter_for_each_layer_tells_their_kinds() -> None:
+    assert layer_kinds({"hybrid_override_pattern": "M*M-"}, 4) == (("'M'",), ("'*'",), ("'M'",), ("'-'",))
+
+
 def test_layers_after_the_last_one_are_drafts_only_if_they_have_tensors_of_their_own() -> None:
     tensors = plain(6)
     tensors["model.layers.5.eh_proj.weight"] = (32, 64)

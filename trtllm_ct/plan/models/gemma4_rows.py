@@ -16,7 +16,6 @@ from trtllm_ct.plan.models.layer_parts import (
     ATTENTION_BIASES,
     DENSE_MLP,
     HEAD_NORM_NAMES,
-    NOTHING,
     QKVO,
     TWO_NORMS,
     Part,
@@ -50,6 +49,7 @@ _EXPERTS = Part(
     ),
     tensors=("router.scale", "router.per_expert_scale"),
     experts=GATED,
+    key="enable_moe_block",
 )
 _ENDS = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
 
@@ -81,7 +81,7 @@ _GEMMA4 = ClassRow(
     query_only="num_kv_shared_layers",
     tied=True,
     mixers=("mlp",),
-    layer=((_LAYER,), (_EXPERTS, NOTHING)),
+    layer=((_LAYER,), (_EXPERTS,)),
     ends=Part(modules=("norm",), when={_PER_LAYER: tuple(f"{name}.weight" for name in _ENDS)}),
 )
 # modeling_gemma4mm.py: Gemma4ForConditionalGeneration.load_weights (001a6a01) hands keys below `model.language_model.`

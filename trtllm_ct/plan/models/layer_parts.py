@@ -34,7 +34,8 @@ class Part:
 
     `modules` have a weight, and `tensors` are any others. `when` are the tensors that it has if a key of config.json is
     set to anything but false, null or zero. `experts` are the projections that each routed expert has, as positions in
-    (gate, up, down), and `expert_locals` what each of them has. A name may be several, divided by `|`, if writers have used each of them.
+    (gate, up, down), and `expert_locals` what each of them has. With `key`, only models for
+    which config.json sets that key have the part. A name may be several, divided by `|`, if writers have used each of them.
     """
 
     modules: tuple[str, ...] = ()
@@ -42,9 +43,12 @@ class Part:
     when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: tuple[int, ...] = ()
     expert_locals: tuple[str, ...] = ("weight",)
+    key: str = ""
 
     def names(self, config: Mapping[str, object]) -> tuple[str, ...]:
         """Return the names of all tensors beside those of experts; `config` is that of the text model."""
+        if self.key and not config.get(self.key):
+            return ()
         stated = (name for key, names in self.when.items() if config.get(key) for name in names)
         return (*(f"{module}.weight" for module in self.modules), *self.tensors, *stated)
 
