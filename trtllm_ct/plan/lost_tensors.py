@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors"]
 
-NOT_ASKED = Comparison(why_not="only inspect, plan and convert compare with it")
+NOT_ASKED = Comparison(why_not="loaders don't compare with it")
 """The comparison with a class where none was asked for."""
 
 _TABLE = "embed_tokens"
@@ -79,7 +79,9 @@ def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, fau
     if not is_head and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
         missing[f"{body}{model.row.embeddings or _TABLE}.weight"] = "the embeddings"
     if model.tied is False and not model.headless and f"{head}.weight" not in tensors:
-        missing[f"{head}.weight"] = "a head of its own, since neither config.json nor the class ties it to the embeddings"
+        missing[f"{head}.weight"] = (
+            "a head of its own, since neither config.json nor the class ties it to the embeddings"
+        )
     for name, expected in missing.items():
         faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
 

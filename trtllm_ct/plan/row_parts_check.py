@@ -26,7 +26,8 @@ _PROJECTION_OF = {0: "gate_proj", 1: "up_proj", 2: "down_proj"}
 def lost_by_row(names: Iterable[str], model: Model, body: str) -> Iterator[tuple[str, str]]:
     """Yield what a checkpoint lacks by the row of its class: the name, and what was expected under it.
 
-    `names` are those of all tensors, and `body` is the prefix of the text model. Layers without any tensor are left out.
+    `names` are those of all tensors, and `body` is the prefix of the text model. Layers without any tensor are left
+    out.
     """
     config = with_row_defaults(model.text, model.name)
     layers, outside = _by_layer(names, body)
@@ -36,7 +37,9 @@ def lost_by_row(names: Iterable[str], model: Model, body: str) -> Iterator[tuple
     no_values = layers_without_values(model.row, model.text)
     stored = {number: layers[number] for number in sorted(layers) if number < model.layers}
     for choice in (tuple(part for part in parts if not part.key or config.get(part.key)) for parts in model.row.layer):
-        never = not any(_has(part, tensors, config, model.row.experts) for part in choice for tensors in stored.values())
+        never = not any(
+            _has(part, tensors, config, model.row.experts) for part in choice for tensors in stored.values()
+        )
         for number, tensors in stored.items():
             absent = _NO_KEYS if number in no_keys else _NO_VALUES if number in no_values else frozenset()
             prefix = f"{body}layers.{number}."

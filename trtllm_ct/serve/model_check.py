@@ -53,8 +53,9 @@ def check_model(
     `fused` maps the last component of a fused Linear's name to the names of its parts, as the engine's weight mapper
     has it; for instance `qkv_proj` to `q_proj`, `k_proj` and `v_proj`. `inner` are the pairs of `ClassRow.inner`.
     Raises `LoadError` with a fault for every Linear whose mode differs from the plan, for every quantized Linear that
-    the model doesn't have, and for every parameter of the model that nothing in the plan is copied to. If the model class has its own loading loop, it may hold a missing Linear under another
-    name; missing Linears are then only logged, and parameters are not looked at. `TRTLLM_CT_NO_MODEL_CHECK=1` turns all these errors into warnings.
+    the model doesn't have, and for every parameter of the model that nothing in the plan is copied to. If the model
+    class has its own loading loop, it may hold a missing Linear under another name; missing Linears are then only
+    logged, and parameters are not looked at. `TRTLLM_CT_NO_MODEL_CHECK=1` turns all these errors into warnings.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     fused_of = {part: fused_leaf for fused_leaf, parts in fused.items() for part in parts}
@@ -115,9 +116,7 @@ def _written(
     for module in plan.modules:
         name = _engine_name(modules, module, fused_of, inner) if module.deliveries else None
         if name is not None:
-            written.setdefault(name, set()).update(
-                delivery.name.rpartition(".")[2] for delivery in module.deliveries
-            )
+            written.setdefault(name, set()).update(delivery.name.rpartition(".")[2] for delivery in module.deliveries)
     return written
 
 

@@ -118,7 +118,10 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
 
 
 def _plan(checkpoint: Checkpoint, target: str) -> Plan:
-    """Return the plan for a target, compared with the class as conversion compares it; for `dense` if it is not known how an engine's class reads the model."""
+    """Return the plan for a target; for `dense` if it is not known how an engine's class reads the model.
+
+    It is compared with the class in transformers, as conversion does.
+    """
     try:
         return checkpoint.plan(target, compare_class=True)
     except UnreadClassError:

@@ -184,7 +184,10 @@ SHARED_KV = {
             id="a parameter for what the layer before gives",
         ),
         pytest.param(
-            {**plain(2, "model.L.layers."), **plain(2, "model.H.layers.")}, {}, 16, id="two stacks that are run in turns"
+            {**plain(2, "model.L.layers."), **plain(2, "model.H.layers.")},
+            {},
+            16,
+            id="two stacks that are run in turns",
         ),
         pytest.param({**plain(4, "vision.layers."), **plain(6, "model.layers.")}, {}, 6, id="a tower of fewer layers"),
         pytest.param({**plain(6), "model.layers.0.bias.weight": (3,)}, {}, 6, id="more in the first layer"),

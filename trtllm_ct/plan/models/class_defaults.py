@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CLASS_DEFAULTS", "EXPERT_COUNTS", "WRAPPERS", "Wrapper", "is_headless", "is_tied", "text_config_of", "with_defaults"]
+__all__ = [
+    "CLASS_DEFAULTS",
+    "EXPERT_COUNTS",
+    "WRAPPERS",
+    "Wrapper",
+    "is_headless",
+    "is_tied",
+    "text_config_of",
+    "with_defaults",
+]
 
 EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
 """The keys that writers have used for the number of routed experts."""

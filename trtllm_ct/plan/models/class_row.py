@@ -159,8 +159,9 @@ class ClassRow:
 
     `leaves` are the modules that a layer must have; of several, the first counts whose sizes config.json has. Without
     any, a layer has the modules that are stored, and must have the parts in `layer`: of each choice at least one.
-    `ends` are the tensors that the body has outside of its layers, beside the embeddings. `shapes` names the sizes of their weights, `biases` the keys of
-    config.json that give them a bias, or `always`, and `extras` other parameters that they have.
+    `ends` are the tensors that the body has outside of its layers, beside the embeddings. `shapes` names the sizes of
+    the weights of `leaves`, `biases` the keys of config.json that give them a bias, or `always`, and `extras` other
+    parameters that they have.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {**QKV, **GATE_UP})

@@ -16,6 +16,7 @@ from trtllm_ct.plan.models.layer_parts import (
     ATTENTION_BIASES,
     DENSE_MLP,
     HEAD_NORM_NAMES,
+    NOTHING,
     QKVO,
     TWO_NORMS,
     Part,
@@ -128,9 +129,11 @@ _LATENT = ("mixer.fc1_latent_proj", "mixer.fc2_latent_proj")
 _MIXER_EXPERTS = Part(
     modules=("mixer.gate", *_MIXER_SHARED),
     tensors=("mixer.gate.e_score_correction_bias",),
-    when={"mlp_bias": biases(*_MIXER_SHARED), "moe_latent_size": tuple(f"{name}.weight" for name in _LATENT)},
+    when={"mlp_bias": biases(*_MIXER_SHARED)},
     experts=(1, 2),
 )
+# The experts of some models work in a smaller space.
+_MIXER_LATENT = Part(modules=_LATENT, when={"mlp_bias": biases(*_LATENT)}, key="moe_latent_size")
 
 # modeling_nemotron_h.py (00620eb0, d513eeaf) and checkpoints/hf/nemotron_h_weight_mapper.py (05b033ac; fbbc05dd and the
 # versions between): NemotronHHfWeightMapper.preprocess_weights renames `backbone`, cuts and rearranges the tensors of
@@ -157,7 +160,11 @@ _NEMOTRON_H = ClassRow(
     ),
     inner=((r"^backbone\.", "model."),),
     divided=("mamba_num_heads", "n_groups"),
-    layer=((Part(modules=("norm",)),), (_MAMBA, _MIXER_ATTENTION, _MIXER_MLP, _MIXER_EXPERTS)),
+    layer=(
+        (Part(modules=("norm",)),),
+        (_MAMBA, _MIXER_ATTENTION, _MIXER_MLP, _MIXER_EXPERTS),
+        (_MIXER_LATENT, NOTHING),
+    ),
     ends=Part(modules=("norm_f",)),
 )
 

@@ -34,8 +34,8 @@ class Part:
 
     `modules` have a weight, and `tensors` are any others. `when` are the tensors that it has if a key of config.json is
     set to anything but false, null or zero. `experts` are the projections that each routed expert has, as positions in
-    (gate, up, down), and `expert_locals` what each of them has. With `key`, only models for
-    which config.json sets that key have the part. A name may be several, divided by `|`, if writers have used each of them.
+    (gate, up, down), and `expert_locals` what each of them has. With `key`, only models for which config.json sets that
+    key have the part. A name may be several, divided by `|`, if writers have used each of them.
     """
 
     modules: tuple[str, ...] = ()

@@ -43,9 +43,7 @@ GATED = (0, 1, 2)
 SHARED_MLP = tuple(f"mlp.shared_experts.{leaf}" for leaf in PROJECTION_NAMES)
 """The Linears of an MLP beside the routed experts, as most classes name them."""
 
-GROUPED_EXPERTS = Part(
-    modules=("mlp.gate", *SHARED_MLP), tensors=("mlp.gate.e_score_correction_bias",), experts=GATED
-)
+GROUPED_EXPERTS = Part(modules=("mlp.gate", *SHARED_MLP), tensors=("mlp.gate.e_score_correction_bias",), experts=GATED)
 """Experts that are selected in groups, and an MLP beside them."""
 
 # llm-compressor 0.14 gives the projections of Mixtral's experts the names of a dense layer.

@@ -18,7 +18,7 @@ __all__ = ["ROW_DEFAULTS", "with_row_defaults"]
 
 
 def _sizes(hidden: int, heads: int, kv_heads: int, head_dim: int | None = None, **more: int) -> dict[str, int]:
-    """Return the defaults of one class; `more` are further sizes that ranks divide, and what says which tensors exist."""
+    """Return the defaults of one class; `more` are further sizes that ranks divide, and keys that ask for tensors."""
     own = {} if head_dim is None else {"head_dim": head_dim}
     return {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads} | own | more
 

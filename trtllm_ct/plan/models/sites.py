@@ -192,9 +192,7 @@ class Model:
 
         `place` is what the method `place` returns.
         """
-        return iter(()) if self.stated is None else self.stated.modules(
-            place, tied=bool(self.tied) or self.headless
-        )
+        return iter(()) if self.stated is None else self.stated.modules(place, tied=bool(self.tied) or self.headless)
 
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
         """Return the prefix of the text model's body and the name of its head, given the names of stored modules."""
