@@ -18,7 +18,7 @@ class PartLayers(NamedTuple):
     """The number of layers of one part of a model, whose name has one of these words as a component."""
 
     words: frozenset[str]
-    count: int
+    number: int
 
 
 # The words in the name of a tower, and the keys that have its configuration.
@@ -59,7 +59,7 @@ def lost_part_layers(names: Iterable[str], parts: Collection[PartLayers]) -> Ite
             stacks.setdefault(layer[1], set()).add(int(layer[2]))
     for part in parts:
         inside = {stack: numbers for stack, numbers in stacks.items() if _is_in(stack, part.words)}
-        expected = set(range(part.count))
+        expected = set(range(part.number))
         if inside and not any(expected <= numbers for numbers in inside.values()):
             largest = max(inside, key=lambda stack: len(inside[stack]))
             yield from (f"{largest}.{number}" for number in sorted(expected - inside[largest]))
