@@ -27,6 +27,7 @@ class Exactly(ModelClass):
     def __init__(self, parameters: PlainTensors, part: str = "") -> None:
         self.parameters = parameters
         self.part = part
+        self.text = frozenset(name for name in parameters if not part or not name.startswith((part, "projector")))
 
     def compare(self, tensors: PlainTensors) -> Comparison:
         present = self.parameters.keys() & tensors.keys()
@@ -43,6 +44,7 @@ class Exactly(ModelClass):
             parts={self.part: frozenset(name for name in self.parameters if name.startswith(self.part))}
             if self.part
             else {},
+            text=self.text,
         )
 
 
@@ -112,6 +114,67 @@ def test_a_tensor_under_another_name_is_a_warning() -> None:
     (warning,) = class_warnings(comparison)
     assert "model.norm.weight" in warning
     assert "model.final_norm.weight" in warning
+
+
+def test_a_tensor_of_the_same_shape_is_no_other_name() -> None:
+    stored: PlainTensors = {**without("model.norm"), "model.extra.weight": (8,)}
+
+    assert faults_of(stored, Exactly(TENSORS)) == ["model.norm.weight"]
+
+
+def test_one_tensor_is_the_other_name_of_one() -> None:
+    larger: PlainTensors = {**TENSORS, "model.other_norm.weight": (8,)}
+    stored: PlainTensors = {**without("model.norm"), "model.last_norm.weight": (8,)}
+
+    assert len(faults_of(stored, Exactly(larger))) == 1
+
+
+def test_the_names_of_a_class_with_a_row_are_known() -> None:
+    model = Model.from_config({"architectures": ["SeedOssForCausalLM"], "num_hidden_layers": 5, "hidden_size": 8})
+    stored: PlainTensors = {**without("model.norm"), "model.final_norm.weight": (8,)}
+    faults = FaultCollector()
+
+    refuse_lost_tensors(stored, model, "model.", Exactly(TENSORS), faults)
+
+    assert [fault.where for fault in faults.faults] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("model_class", [None, NotBuilt(), Exactly(TENSORS), Exactly(TENSORS, "visual")])
+def test_most_of_a_text_model_is_never_absent(model_class: ModelClass | None, kept: int) -> None:
+    gone = tuple(f"model.layers.{layer}." for layer in range(kept, 5))
+
+    assert faults_of(without(*gone), model_class) == [name.rstrip(".") for name in gone]
+
+
+def test_a_projector_is_absent_with_its_tower_only() -> None:
+    tower: PlainTensors = {f"visual.blocks.{block}.weight": (4, 4) for block in range(6)}
+    projector: PlainTensors = {"projector.inner.weight": (4, 8)}
+    whole = Exactly({**TENSORS, **tower, **projector}, "visual")
+
+    assert not faults_of(TENSORS, whole)
+    assert faults_of({**TENSORS, **tower}, whole) == ["projector.inner.weight"]
+    assert "model.norm.weight" in faults_of(without("model.norm"), whole)
+
+
+def test_files_with_other_names_throughout_are_not_compared_with_the_class() -> None:
+    other = {name.replace("model.", "net."): shape for name, shape in TENSORS.items()}
+    faults = FaultCollector()
+
+    comparison = refuse_lost_tensors(other, MODEL, "net.", Exactly(TENSORS), faults)
+
+    assert not faults.faults
+    assert "other names" in comparison.why_not
+
+
+def test_layers_that_the_class_reads_are_not_too_many() -> None:
+    """A codec has blocks beside those that config.json counts."""
+    more: PlainTensors = {f"model.layers.{layer}.{name}": shape for layer in (5, 6) for name, shape in LAYER.items()}
+    stored: PlainTensors = {**TENSORS, **more}
+
+    assert faults_of(stored, None) == ["model.layers.5", "model.layers.6"]
+    assert faults_of(stored, Exactly(TENSORS)) == ["model.layers.5", "model.layers.6"]
+    assert not faults_of(stored, Exactly(stored))
 
 
 def test_a_draft_layer_is_no_other_name_of_a_lost_tensor() -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from builders import tiny_config, write_checkpoint
 from engine_fixtures import BINDINGS
 from hypothesis import HealthCheck, given, settings
@@ -228,6 +229,55 @@ def test_a_missing_plain_linear_passes() -> None:
 @pytest.mark.parametrize("more", [{"class_name": "RMSNorm"}, {"deliveries": ()}], ids=["no Linear", "not this rank's"])
 def test_modules_that_this_rank_does_not_load_are_skipped(more: dict[str, Any]) -> None:
     assert found(Model({"a.o_proj": quantized("FP8")}), module("a.o_proj", **more), module("a.x", **more)) == {}
+
+
+# Parameters.
+
+
+class Parameters(torch.nn.Module):
+    """A module of the engine with these parameters of its own."""
+
+    def __init__(self, *names: str, elements: int = 1) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, torch.nn.Parameter(torch.full((elements,), torch.nan)))
+
+
+UNWRITTEN = "none, so that it would keep whatever its memory held"
+
+
+@pytest.mark.parametrize("local", ["weight", "bias", "A_log", "e_score_correction_bias", "sinks"])
+def test_a_parameter_that_no_tensor_is_copied_to_is_named(local: str) -> None:
+    assert found(Model({"a.norm": Parameters(local)})) == {f"a.norm.{local}": UNWRITTEN}
+    assert found(OwnLoop({"a.norm": Parameters(local)})) == {}
+
+
+def test_a_parameter_that_a_tensor_is_copied_to_passes() -> None:
+    model = Model({"a.norm": Parameters("weight"), "a.qkv_proj": Parameters("weight")})
+
+    assert found(model, module("a.norm", class_name="RMSNorm"), module("a.q_proj")) == {}
+
+
+def test_a_linear_whose_bias_is_not_delivered_is_named() -> None:
+    linear = Parameters("weight", "bias", "weight_scale")
+    linear.quant_config = Config("FP8")
+
+    assert found(Model({"a.o_proj": linear}), module("a.o_proj", QuantAlgo.FP8)) == {"a.o_proj.bias": UNWRITTEN}
+
+
+def test_a_parameter_that_two_modules_share_needs_one_tensor() -> None:
+    head, table = Parameters("weight"), Parameters("weight")
+    head.weight = table.weight
+
+    assert found(Model({"lm_head": head, "model.embed_tokens": table}), module("model.embed_tokens")) == {}
+    assert found(Model({"lm_head": head, "model.embed_tokens": table})).keys() == {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    }
+
+
+def test_parameters_of_the_engine_itself_are_passed_over() -> None:
+    assert found(Model({"a": Parameters("workspace", "alpha"), "b": Parameters("weight", elements=0)})) == {}
 
 
 # Models with their own loading loop, and the environment variable.

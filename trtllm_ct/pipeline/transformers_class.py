@@ -125,15 +125,31 @@ def _compare(model: Any, tensors: PlainTensors, by: str) -> Comparison:
         present=frozenset(present),
         misfits=tuple(misfits),
         parts=_parts(model, parameters),
+        text=_text_parameters(model, parameters),
         unread=frozenset(_not_matching(unread, model._keys_to_ignore_on_load_unexpected)),  # noqa: SLF001
     )
 
 
 def _parts(model: Any, parameters: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Return the models inside of a model, each with the parameters that no model further inside has."""
+    """Return the models beside the text model, each with the parameters that no model further inside has.
+
+    Towers have a configuration of their own. The base model, the text model, and both stacks of an encoder-decoder are
+    parts that every checkpoint of the class has.
+    """
     from transformers import PreTrainedModel
 
-    inside = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    if model.config.is_encoder_decoder:
+        return {}
+    main = {type(model.config), type(model.config.get_text_config())}
+    text = _module_of(model.get_input_embeddings)
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and isinstance(module, PreTrainedModel)
+        and type(module.config) not in main
+        and all(child is not text for child in module.modules())
+    ]
     inside.sort(key=len, reverse=True)
     parts: dict[str, set[str]] = {}
     for name in parameters:
@@ -141,6 +157,26 @@ def _parts(model: Any, parameters: Iterable[str]) -> dict[str, frozenset[str]]:
         if part is not None:
             parts.setdefault(part, set()).add(name)
     return {part: frozenset(names) for part, names in parts.items()}
+
+
+def _text_parameters(model: Any, parameters: Iterable[str]) -> frozenset[str]:
+    """Return the parameters of the text model and its head; all if no model is inside of the class."""
+    from transformers import PreTrainedModel
+
+    table, head = _module_of(model.get_input_embeddings), _module_of(model.get_output_embeddings)
+    holders = [name for name, module in model.named_modules() if any(child is table for child in module.modules())]
+    models = [name for name in holders if isinstance(model.get_submodule(name), PreTrainedModel)]
+    prefixes = [f"{max(models, key=len)}." if models and max(models, key=len) else ""]
+    prefixes += [f"{name}." for name, module in model.named_modules() if module is head and head is not None]
+    return frozenset(name for name in parameters if name.startswith(tuple(prefixes)))
+
+
+def _module_of(getter: Callable[[], Any]) -> Any:
+    """Return the embeddings or the head of a model; None if its class has none."""
+    try:
+        return getter()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _readers(

@@ -24,6 +24,7 @@ row_order.py          the row order of queries and keys in Mistral's own form
 unsupported.py        refuses parts of a configuration that are not supported
 lost_tensors.py       refuses checkpoints that have lost tensors, if a row does not list them
 stated_check.py       refuses checkpoints that lack what their row and config.json state
+row_parts_check.py    what a checkpoint lacks by the parts of a layer in its row
 checks.py             which checks of completeness ran
 leftovers.py          refuses tensors that belong to no module
 attention_output.py   which output projections get an input that attention has quantized at a fixed scale

@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors"]
 
-NOT_ASKED = Comparison(why_not="only inspect, plan and convert compare with it")
+NOT_ASKED = Comparison(why_not="loaders don't compare with it")
 """The comparison with a class where none was asked for."""
 
 _TABLE = "embed_tokens"
-_FINAL_NORM = re.compile(r"\w*norm\w*\.weight")
 _NO_TENSOR = "no such tensor in any shard"
 _FETCH = "Fetch the shard that holds it from where the checkpoint was published."
 _OTHER_SIZE = "Fetch the tensor and config.json again from where the checkpoint was published; they don't fit together."
@@ -49,14 +48,15 @@ def refuse_lost_tensors(
     """
     # The two stacks of an encoder-decoder have numbers of layers of their own.
     count = 0 if model.text.get("is_encoder_decoder") else model.sizes["layers"]
-    suspects = suspects_of(tensors, body, layer_kinds(model.text, count))
+    suspects = suspects_of(tensors, body, layer_kinds(model.text, count), model.parts)
     comparison = NOT_ASKED
     if model_class is not None:
         with_lost = as_class_spells({**tensors, **dict.fromkeys(suspects.lost)}, model.text_type)
-        comparison = model_class.compare(with_lost)
+        comparison = _unless_renamed(model_class.compare(with_lost))
         if comparison.by:
-            suspects, comparison = _agreed(suspects, comparison, model.text_type)
             comparison = _without_absent(comparison)
+            suspects, comparison = _agreed(suspects, comparison, model.text_type)
+        if comparison.by and not model.has_row:
             comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
     if model.has_row and model.discovery is not None and not comparison.by:
         _refuse_lost_ends(tensors, model, model.discovery, faults)
@@ -67,19 +67,21 @@ def refuse_lost_tensors(
 
 
 def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, faults: FaultCollector) -> None:
-    """Add a fault for each end of a decoder that no file has: embeddings, final norm, and a head of its own.
+    """Add a fault for each end of a decoder that no file has: embeddings, and a head of its own.
 
     No layer is like them, and the engine's class would keep memory that nobody wrote.
     """
     body, head = found.place
     inside = {name.removeprefix(body) for name in tensors if name.startswith(body)}
     missing = {}
-    if not model.tied and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
+    # Some writers store the weight of a tied head only under the name of the head.
+    is_head = model.tied is not False and f"{head}.weight" in tensors
+    if not is_head and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
         missing[f"{body}{model.row.embeddings or _TABLE}.weight"] = "the embeddings"
-    if not any(map(_FINAL_NORM.fullmatch, inside)):
-        missing[f"{body}norm.weight"] = "the norm after the last layer"
-    if model.tied is False and f"{head}.weight" not in tensors:
-        missing[f"{head}.weight"] = "a head, since config.json says that the embeddings are none"
+    if model.tied is False and not model.headless and f"{head}.weight" not in tensors:
+        missing[f"{head}.weight"] = (
+            "a head of its own, since neither config.json nor the class ties it to the embeddings"
+        )
     for name, expected in missing.items():
         faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
 
@@ -96,17 +98,29 @@ def class_warnings(comparison: Comparison) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _unless_renamed(comparison: Comparison) -> Comparison:
+    """Return a comparison; without any result if the files have other names than the class for most of the text model.
+
+    They were written for another class then: as much as the class misses is left unread.
+    """
+    missing = comparison.text & comparison.missing.keys()
+    if 2 * len(missing) <= len(comparison.text) or len(comparison.unread) < len(missing) or not missing:
+        return comparison
+    return Comparison(why_not=f"{comparison.by} has other names than these files")
+
+
 def _without_absent(comparison: Comparison) -> Comparison:
-    """Return a comparison without the parts of the class of which most parameters are missing.
+    """Return a comparison without the towers of the class of which most parameters are missing.
 
     A text model may be published without the towers beside it; then modules that lead from them to it, such as a
-    projector, are absent too. And files that were written for another class have other names throughout.
+    projector, are absent too. The text model itself is never absent.
     """
     missing = comparison.missing
     absent = {part: names for part, names in comparison.parts.items() if 2 * len(names & missing.keys()) > len(names)}
     left_out = frozenset().union(*absent.values())
     stored = {_first_module(name) for name in comparison.present}
-    beside = {name: top for name in missing if (top := _first_module(name)) and top not in stored} if absent else {}
+    others = missing.keys() - comparison.text if absent else ()
+    beside = {name: top for name in others if (top := _first_module(name)) and top not in stored}
     left_out |= beside.keys()
     return replace(
         comparison,
@@ -135,6 +149,7 @@ def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple
         lost=tuple(name for name in suspects.lost if _spelled(name, text_type) not in comparison.unread),
         misshapen=misshapen,
         lost_layers=tuple(layer for layer, names in layers.items() if names),
+        surplus_layers=tuple(layer for layer in suspects.surplus_layers if _in_layer(layer, comparison.unread)),
     )
     return agreed, replace(
         comparison,
@@ -162,14 +177,25 @@ def _in_layer(layer: str, parameters: Collection[str]) -> frozenset[str]:
 def _renamed(comparison: Comparison, tensors: PlainTensors, body: str, count: int) -> Iterator[str]:
     """Yield the missing parameters that may be stored under another name.
 
-    No layer has a parameter of such a name, and a tensor of its shape is left unread. Draft layers are left unread by
-    most classes.
+    No layer has a parameter of such a name, and a tensor of its shape is left unread, whose name has the same word, as
+    `final_norm` has that of `norm`. Draft layers are left unread by most classes.
     """
     templates = {_template(name) for name in comparison.present}
-    shapes = {tensors[name] for name in comparison.unread if not _drafts(name, body, count)}
+    unread = [name for name in comparison.unread if not _drafts(name, body, count)]
     for name, shape in comparison.missing.items():
-        if _template(name) not in templates and not shapes.isdisjoint({shape, None}):
+        if _template(name) in templates:
+            continue
+        others = (other for other in unread if tensors[other] in {shape, None} and _same_word(name, other))
+        taken = next(others, None)
+        if taken is not None:
+            unread.remove(taken)
             yield name
+
+
+def _same_word(name: str, other: str) -> bool:
+    """Whether the last module of one name has the last module of the other as a part of its name."""
+    first, second = (full.split(".")[-2:] for full in (name, other))
+    return first[-1] == second[-1] and (first[0] in second[0] or second[0] in first[0])
 
 
 def _template(name: str) -> str:
@@ -185,8 +211,9 @@ def _drafts(name: str, body: str, count: int) -> bool:
 
 
 def _refuse_suspects(suspects: Suspects, tensors: PlainTensors, model: str, faults: FaultCollector) -> None:
-    """Add the faults of layers and experts that are unlike the others."""
-    for name in suspects.lost:
+    """Add the faults of layers and experts that are unlike the others, but not again of what the row says is lost."""
+    named = {fault.where for fault in faults.faults}
+    for name in (name for name in suspects.lost if name not in named):
         faults.add(where=name, expected=f"a tensor that the layers of {model} have", found=_NO_TENSOR, remedy=_FETCH)
     for name, shape in suspects.misshapen.items():
         expected = f"shape {list(shape)}, as in the other layers or experts of its kind"

@@ -1,23 +1,21 @@
 """Refuse checkpoints that don't have the modules that config.json states, or have them in other sizes.
 
 Where the row of the class has the modules of a layer, config.json states every one of them with its size. Otherwise the
-row and config.json state less: the parts of a fused Linear are stored together, and config.json has the number of
-experts and the sizes of embeddings and head.
+row has the parts of a layer without their sizes (`row_parts_check.py`), and config.json has the number of experts and
+the sizes of embeddings and head.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.plan.models.alike_layers import LAYER
-from trtllm_ct.plan.models.class_row import entry_of
 from trtllm_ct.plan.models.discovery import table_names_of
 from trtllm_ct.plan.models.plain_tensors import EXPERT
-from trtllm_ct.plan.models.shared_attention import layers_of_queries_only, layers_without_values
 from trtllm_ct.plan.models.sizes import stated_sizes
+from trtllm_ct.plan.row_parts_check import lost_by_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
@@ -29,7 +27,6 @@ __all__ = ["refuse_unlike_config", "refuse_unlike_row"]
 _NO_TENSOR = "no such tensor in any shard"
 _FETCH = "Fetch the shard that holds it from where the checkpoint was published."
 _OTHER_MODEL = "Take config.json from where the weights were published; it describes another model."
-_SHARED = frozenset({"k_proj", "v_proj"})
 
 
 def refuse_unlike_config(
@@ -72,34 +69,10 @@ def refuse_unlike_row(tensors: PlainTensors, model: Model, place: tuple[str, str
     `tensors` are those of the whole checkpoint as plain weights; `place` is what `Model.place` returns.
     """
     inside = {name: shape for name, shape in tensors.items() if name.startswith(place[0])}
-    for name, whole in _lost_parts(inside, model):
-        faults.add(where=name, expected=f"a part of {whole}, as its other parts are", found=_NO_TENSOR, remedy=_FETCH)
+    for name, expected in lost_by_row(inside, model, place[0]):
+        faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
     _refuse_other_count(inside, model, faults)
     _refuse_other_ends(tensors, model, place, faults)
-
-
-def _lost_parts(tensors: PlainTensors, model: Model) -> Iterator[tuple[str, str]]:
-    """Yield the weights that are missing although other parts of the same fused Linear are stored, with its name.
-
-    Layers that share keys or values with others may lack these.
-    """
-    wholes = {path: whole for whole, paths in model.row.fused.items() for path in paths}
-    no_keys = layers_of_queries_only(model.row, model.text, model.layers)
-    no_values = layers_without_values(model.row, model.text)
-    checked: set[str] = set()
-    for name in tensors:
-        layer = LAYER.fullmatch(name)
-        if layer is None or not name.endswith(".weight") or EXPERT.fullmatch(name) is not None:
-            continue
-        module = name.removesuffix(".weight")
-        parent, whole = module.rpartition(".")[0], entry_of(wholes, module)
-        if whole is None or f"{parent}.{whole}" in checked:
-            continue
-        checked.add(f"{parent}.{whole}")
-        absent = _SHARED if int(layer[2]) in no_keys else {"v_proj"} if int(layer[2]) in no_values else frozenset()
-        for leaf in (path.rpartition(".")[2] for path in model.row.fused[whole]):
-            if f"{parent}.{leaf}.weight" not in tensors and leaf not in absent:
-                yield f"{parent}.{leaf}.weight", f"{parent}.{whole}"
 
 
 def _refuse_other_count(tensors: PlainTensors, model: Model, faults: FaultCollector) -> None:

@@ -118,11 +118,14 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
 
 
 def _plan(checkpoint: Checkpoint, target: str) -> Plan:
-    """Return the plan for a target; for `dense` if it is not known how an engine's class reads the model."""
+    """Return the plan for a target; for `dense` if it is not known how an engine's class reads the model.
+
+    It is compared with the class in transformers, as conversion does.
+    """
     try:
-        return checkpoint.plan(target)
+        return checkpoint.plan(target, compare_class=True)
     except UnreadClassError:
-        return checkpoint.plan("dense")
+        return checkpoint.plan("dense", compare_class=True)
 
 
 def _target_of(converted: str | Path | None) -> str:

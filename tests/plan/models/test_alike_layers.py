@@ -113,6 +113,35 @@ def test_layers_that_config_counts_and_no_file_has_are_lost() -> None:
     assert suspects_of(tensors, "model.", same(8)).lost_layers == ("model.layers.2", "model.layers.6", "model.layers.7")
 
 
+@pytest.mark.parametrize("kept", [1, 3, 4])
+def test_most_layers_may_be_lost(kept: int) -> None:
+    lost = suspects_of(plain(kept), "model.", same(9)).lost_layers
+
+    assert lost == tuple(f"model.layers.{layer}" for layer in range(kept, 9))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_name_or_path": "zai-org/X"},
+        {"hidden_act": "gelu_tanh"},
+        {"eos_token_id": [1, 2, 3, 4, 5, 6, 7, 8, 9]},
+        {"keys_to_ignore": ["a", "b", "c", "d", "e", "f", "g", "h", "i"]},
+        {"architectures": [0, 4]},
+    ],
+)
+def test_a_value_that_is_as_long_as_the_layers_are_many_makes_no_kinds(config: dict[str, object]) -> None:
+    tensors = plain(9)
+    del tensors["model.layers.4.self_attn.o_proj.weight"]
+
+    assert layer_kinds(config, 9) == layer_kinds({}, 9)
+    assert suspects_of(tensors, "model.", layer_kinds(config, 9)).lost == ("model.layers.4.self_attn.o_proj.weight",)
+
+
+def test_a_text_with_a_letter_for_each_layer_tells_their_kinds() -> None:
+    assert layer_kinds({"hybrid_override_pattern": "M*M-"}, 4) == (("'M'",), ("'*'",), ("'M'",), ("'-'",))
+
+
 def test_layers_after_the_last_one_are_drafts_only_if_they_have_tensors_of_their_own() -> None:
     tensors = plain(6)
     tensors["model.layers.5.eh_proj.weight"] = (32, 64)
@@ -145,8 +174,8 @@ SHARED_KV = {
         pytest.param(hybrid(16), {}, 16, id="hybrid"),
         pytest.param(hybrid(5, every=5), {}, 5, id="one layer of full attention"),
         pytest.param(SHARED_KV, {"num_kv_shared_layers": 1}, 6, id="one layer that shares keys and values"),
-        pytest.param(SHARED_KV, {"attention": [1, 1, 1, 1, 1, 0]}, 6, id="a list with an entry for each layer"),
-        pytest.param(SHARED_KV, {"no_kv_layers": [5]}, 6, id="a list of layers"),
+        pytest.param(SHARED_KV, {"attention_layers": [1, 1, 1, 1, 1, 0]}, 6, id="a list with an entry for each layer"),
+        pytest.param(SHARED_KV, {"mlp_only_layers": [5]}, 6, id="a list of layers"),
         pytest.param({**plain(6), **{f"model.layers.2.{name}": (128, 128) for name in FULL}}, {}, 6, id="larger heads"),
         pytest.param(
             {**plain(6), **{f"model.layers.{layer}.gate.previous": (1,) for layer in range(1, 6)}},
@@ -154,7 +183,12 @@ SHARED_KV = {
             6,
             id="a parameter for what the layer before gives",
         ),
-        pytest.param(plain(2), {}, 16, id="layers that are run through several times"),
+        pytest.param(
+            {**plain(2, "model.L.layers."), **plain(2, "model.H.layers.")},
+            {},
+            16,
+            id="two stacks that are run in turns",
+        ),
         pytest.param({**plain(4, "vision.layers."), **plain(6, "model.layers.")}, {}, 6, id="a tower of fewer layers"),
         pytest.param({**plain(6), "model.layers.0.bias.weight": (3,)}, {}, 6, id="more in the first layer"),
         pytest.param(
@@ -165,7 +199,8 @@ SHARED_KV = {
 def test_layers_that_differ_for_a_reason_are_no_faults(
     tensors: PlainTensors, config: dict[str, object], layers: int
 ) -> None:
-    suspects = suspects_of(tensors, "model.", layer_kinds(config, layers))
+    body = "model.L." if "model.L.layers.0.input_layernorm.weight" in tensors else "model."
+    suspects = suspects_of(tensors, body, layer_kinds(config, layers))
 
     assert (suspects.lost, suspects.misshapen, suspects.lost_layers, suspects.surplus_layers) == ((), {}, (), ())
 

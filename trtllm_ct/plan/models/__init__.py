@@ -19,6 +19,8 @@ row_defaults.py    what a config.json of a class leaves out whose row lists no m
 discovery.py       the modules of a model, found in its files
 shared_attention.py  layers whose values are their keys, or whose keys and values are those of earlier layers
 alike_layers.py    finds what such a model has lost, by comparing its layers with each other
+layer_parts.py     Part: what a layer of a class has together
+part_layers.py     how many layers towers and the stacks of an encoder-decoder have, by config.json
 layer_kinds.py     of which kind each layer is, by config.json
 model_class.py     what a model class says about the tensors of a checkpoint
 plain_tensors.py   the tensors of a checkpoint as plain weights, and as a class spells them

@@ -15,11 +15,13 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.models.expert_spellings import PROJECTIONS
+from trtllm_ct.plan.models.part_layers import lost_part_layers
 from trtllm_ct.plan.models.plain_tensors import EXPERT
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 
+    from trtllm_ct.plan.models.part_layers import PartLayers
     from trtllm_ct.plan.models.plain_tensors import PlainTensors, Shape
 
 __all__ = ["LAYER", "Suspects", "suspects_of"]
@@ -50,19 +52,21 @@ class Suspects:
     surplus_layers: tuple[str, ...] = ()
 
 
-def suspects_of(tensors: PlainTensors, body: str, kinds: Sequence[Hashable]) -> Suspects:
+def suspects_of(
+    tensors: PlainTensors, body: str, kinds: Sequence[Hashable], parts: Collection[PartLayers] = ()
+) -> Suspects:
     """Compare the layers and the experts of a checkpoint with each other.
 
     `body` is the prefix of the text model's layers, and `kinds` is the kind of each of them by config.json; it is empty
-    if config.json does not give their number.
+    if config.json does not give their number. `parts` are the numbers of layers of the other parts of the model.
     """
     stacks, experts = _members_of(tensors)
     main = _main_stack(stacks, body)
     lost: dict[str, None] = {}
     misshapen: dict[str, Shape] = {}
-    for owner, parts in experts.items():
-        lost |= dict.fromkeys(f"{owner}.{number}.{name}" for number, name in _lost_parts(parts))
-        misshapen |= {f"{owner}.{number}.{name}": shape for number, name, shape in _misshapen(parts, marked=True)}
+    for owner, members in experts.items():
+        lost |= dict.fromkeys(f"{owner}.{number}.{name}" for number, name in _lost_parts(members))
+        misshapen |= {f"{owner}.{number}.{name}": shape for number, name, shape in _misshapen(members, marked=True)}
     for stack, layers in stacks.items():
         marks = kinds if stack == main or layers.keys() == set(range(len(kinds))) else ()
         for group in _groups(layers, marks):
@@ -70,10 +74,11 @@ def suspects_of(tensors: PlainTensors, body: str, kinds: Sequence[Hashable]) -> 
             wrong = _misshapen(group, marked=len(set(marks)) > 1)
             misshapen |= {f"{stack}.{number}.{name}": shape for number, name, shape in wrong}
     layers = stacks.get(main, {})
+    lost_layers = [f"{main}.{number}" for number in _lost_layers(main, stacks, len(kinds))]
     return Suspects(
         lost=tuple(lost),
         misshapen=misshapen,
-        lost_layers=tuple(f"{main}.{number}" for number in _lost_layers(main, stacks, len(kinds))),
+        lost_layers=tuple(dict.fromkeys([*lost_layers, *lost_part_layers(tensors, parts)])),
         surplus_layers=tuple(f"{main}.{number}" for number in _surplus(layers, len(kinds))),
     )
 
@@ -101,13 +106,20 @@ def _main_stack(stacks: Mapping[str, _Members], body: str) -> str:
 def _lost_layers(main: str, stacks: Mapping[str, _Members], count: int) -> Iterator[int]:
     """Yield the layers among the first `count` that a stack lacks.
 
-    Where another stack has all of them, it is the one that config.json counts. Where most are missing, the class builds
-    fewer layers than it runs through.
+    Where another stack has all of them, it is the one that config.json counts. Two stacks with the same layers are
+    run in turns, and config.json counts the runs (HRM).
     """
     layers = stacks.get(main, {})
+    others = [other for stack, other in stacks.items() if stack != main]
     complete = any(other.keys() == set(range(count)) for other in stacks.values())
-    if not complete and 2 * len(layers) > count:
+    in_turns = any(_names(other) == _names(layers) for other in others)
+    if layers and not complete and not in_turns:
         yield from (number for number in range(count) if number not in layers)
+
+
+def _names(layers: _Members) -> dict[int, frozenset[str]]:
+    """Return the names in each layer."""
+    return {number: frozenset(tensors) for number, tensors in layers.items()}
 
 
 def _surplus(layers: _Members, count: int) -> Iterator[int]:

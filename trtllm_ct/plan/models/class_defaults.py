@@ -9,13 +9,23 @@ its default differs between releases of transformers, and layers that no key dec
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CLASS_DEFAULTS", "EXPERT_COUNTS", "WRAPPERS", "Wrapper", "is_tied", "text_config_of", "with_defaults"]
+__all__ = [
+    "CLASS_DEFAULTS",
+    "EXPERT_COUNTS",
+    "WRAPPERS",
+    "Wrapper",
+    "is_headless",
+    "is_tied",
+    "text_config_of",
+    "with_defaults",
+]
 
 EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
 """The keys that writers have used for the number of routed experts."""
@@ -148,6 +158,18 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "qwen3_vl_moe": Wrapper(text="qwen3_vl_moe_text", tied=False),
 }
 """The wrappers with a text model of a supported family, by the `model_type` at the top level."""
+
+
+_HEADLESS = re.compile(r".*(?<!LMHead)(?<!Chat)Model|.*For(?:Retrieval|\w*Classification|Embedding|RewardModel)")
+
+
+def is_headless(architecture: str) -> bool:
+    """Whether a class has no head for tokens, by its name.
+
+    In transformers, classes named `...Model` are the bodies alone. `InternVLChatModel` is a class with a head from its
+    own repository.
+    """
+    return _HEADLESS.fullmatch(architecture) is not None
 
 
 def text_config_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Cut
+from trtllm_ct.plan.models.layer_parts import FINAL_NORM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trtllm_ct.base.schemes import QuantAlgo
+    from trtllm_ct.plan.models.layer_parts import Part
 
 __all__ = [
     "ALL_MODES",
@@ -156,8 +158,10 @@ class ClassRow:
     joins, by the path of the last of them; it knows the scales of few modes (`LinearMode.class_joins_scales`).
 
     `leaves` are the modules that a layer must have; of several, the first counts whose sizes config.json has. Without
-    any, a layer has the modules that are stored. `shapes` names the sizes of their weights, `biases` the keys of
-    config.json that give them a bias, or `always`, and `extras` other parameters that they have.
+    any, a layer has the modules that are stored, and must have the parts in `layer`: of each choice at least one.
+    `ends` are the tensors that the body has outside of its layers, beside the embeddings. `shapes` names the sizes of
+    the weights of `leaves`, `biases` the keys of config.json that give them a bias, or `always`, and `extras` other
+    parameters that they have.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {**QKV, **GATE_UP})
@@ -188,6 +192,8 @@ class ClassRow:
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     joins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     leaves: tuple[Leaves, ...] = ()
+    layer: tuple[tuple[Part, ...], ...] = ()
+    ends: Part = FINAL_NORM
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SHAPES)
     biases: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

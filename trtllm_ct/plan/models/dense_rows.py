@@ -23,6 +23,15 @@ from trtllm_ct.plan.models.class_row import (
     Leaves,
     Limit,
 )
+from trtllm_ct.plan.models.layer_parts import (
+    ATTENTION_BIASES,
+    DENSE_MLP,
+    HEAD_NORM_NAMES,
+    QKVO,
+    TWO_NORMS,
+    Part,
+    biases,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +76,20 @@ _PHI3 = ClassRow(
 )
 
 # modeling_seedoss.py (22de8b34): the stock mapper; q/k/v have biases.
-_SEED_OSS = ClassRow()
+_SEED_OSS = ClassRow(
+    layer=(
+        (
+            Part(
+                modules=(*QKVO, *TWO_NORMS, *MLP),
+                when={
+                    "attention_bias": biases(*QKVO[:3]),
+                    "attention_out_bias": biases(QKVO[3]),
+                    "mlp_bias": biases(*MLP),
+                },
+            ),
+        ),
+    )
+)
 
 # modeling_exaone4.py (17eae74d, fbbc05dd): the stock mapper; the norms follow attention and MLP.
 _EXAONE4 = ClassRow(
@@ -80,10 +102,38 @@ _EXAONE4 = ClassRow(
             "mode is FP8_BLOCK_SCALES; fbbc05dd has no such test",
         ),
     ),
+    layer=(
+        (
+            Part(
+                modules=(
+                    *QKVO,
+                    *HEAD_NORM_NAMES,
+                    *MLP,
+                    "post_attention_layernorm",
+                    "post_feedforward_layernorm",
+                )
+            ),
+        ),
+    ),
 )
 
+_NORM_WITH_BIAS = Part(modules=("norm",), tensors=("norm.bias",))
+
 # modeling_nemotron.py (000a01de): the stock mapper; no gate in the MLP. Every rank has the whole embeddings.
-_NEMOTRON = ClassRow(fused=QKV, table=Cut.NONE)
+_NEMOTRON = ClassRow(
+    fused=QKV,
+    table=Cut.NONE,
+    layer=(
+        (
+            Part(
+                modules=(*QKVO, *TWO_NORMS, *MLP[1:]),
+                tensors=biases(*TWO_NORMS),
+                when={**ATTENTION_BIASES, "mlp_bias": biases(*MLP[1:])},
+            ),
+        ),
+    ),
+    ends=_NORM_WITH_BIAS,
+)
 
 # modeling_starcoder2.py (08c952c0, 65b31db1), Starcoder2ForCausalLM.load_weights: c_fc and c_proj are renamed, and the
 # modules have the new names.
@@ -92,13 +142,29 @@ _STARCODER2 = ClassRow(
     cuts={**CUTS, "mlp.c_fc": Cut.COLUMN, "mlp.c_proj": Cut.ROW},
     tied=True,
     inner=((r"\.mlp\.c_fc$", ".mlp.up_proj"), (r"\.mlp\.c_proj$", ".mlp.down_proj")),
+    layer=(
+        (
+            Part(
+                modules=(*QKVO, *TWO_NORMS, "mlp.c_fc", "mlp.c_proj"),
+                tensors=biases(*TWO_NORMS),
+                when={"use_bias": biases(*QKVO, "mlp.c_fc", "mlp.c_proj")},
+            ),
+        ),
+    ),
+    ends=_NORM_WITH_BIAS,
 )
 
 # modeling_cohere2.py (231ddefa): Cohere2ForCausalLM.load_weights takes no mapper, fuses q/k/v only and repeats nothing.
 # Cohere2MLP.__init__ gives the three Linears neither `skip_create_weights_in_init` nor a fused form, so they are
 # allocated in the global mode; `apply_quant_config_exclude_modules` of modeling_utils.py allocates them again only in
 # its newest version, and entries of layers never do.
-_COHERE2 = ClassRow(fused=QKV, early=MLP, divided=WHOLE_HEADS, tied=True)
+_COHERE2 = ClassRow(
+    fused=QKV,
+    early=MLP,
+    divided=WHOLE_HEADS,
+    tied=True,
+    layer=((Part(modules=(*QKVO, "input_layernorm"), when=ATTENTION_BIASES),), (DENSE_MLP,)),
+)
 
 # modeling_hunyuan_dense.py (64584b28, 06d811a9), HunYuanDenseV1ForCausalLM.load_weights: no mapper.
 _HUNYUAN_DENSE = ClassRow(
@@ -111,6 +177,18 @@ _HUNYUAN_DENSE = ClassRow(
         ),
     ),
     divided=WHOLE_HEADS,
+    layer=(
+        (
+            Part(
+                modules=(*QKVO, *TWO_NORMS),
+                when={
+                    **ATTENTION_BIASES,
+                    "use_qk_norm": ("self_attn.query_layernorm.weight", "self_attn.key_layernorm.weight"),
+                },
+            ),
+        ),
+        (DENSE_MLP,),
+    ),
 )
 
 DENSE_ROWS: Mapping[str, ClassRow] = {

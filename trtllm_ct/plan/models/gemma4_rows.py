@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.plan.models.class_row import ClassRow, Limit
+from trtllm_ct.plan.models.layer_parts import (
+    ATTENTION_BIASES,
+    DENSE_MLP,
+    HEAD_NORM_NAMES,
+    QKVO,
+    TWO_NORMS,
+    Part,
+)
+from trtllm_ct.plan.models.mixture_rows import GATED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +28,30 @@ if TYPE_CHECKING:
 __all__ = ["GEMMA4_ROWS"]
 
 _ALL = frozenset(mode.algo for mode in LINEAR_MODES)
+
+_FEEDFORWARD_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_PER_LAYER = "hidden_size_per_layer_input"
+_LAYER = Part(
+    modules=(*QKVO, *HEAD_NORM_NAMES, *TWO_NORMS, *_FEEDFORWARD_NORMS, *DENSE_MLP.modules),
+    tensors=("layer_scalar",),
+    when={
+        **ATTENTION_BIASES,
+        _PER_LAYER: tuple(
+            f"{name}.weight" for name in ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
+        ),
+    },
+)
+_EXPERTS = Part(
+    modules=(
+        "router.proj",
+        *(f"post_feedforward_layernorm_{number}" for number in (1, 2)),
+        "pre_feedforward_layernorm_2",
+    ),
+    tensors=("router.scale", "router.per_expert_scale"),
+    experts=GATED,
+    key="enable_moe_block",
+)
+_ENDS = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
 
 # modeling_gemma4.py (00e7d103) and checkpoints/hf/gemma4_weight_mapper.py (7ed07f06 to 1c58b177). The mapper renames
 # `router` and stacks of experts; 7ed07f06 knows no names of single experts but those of the class itself, which all
@@ -48,6 +81,8 @@ _GEMMA4 = ClassRow(
     query_only="num_kv_shared_layers",
     tied=True,
     mixers=("mlp",),
+    layer=((_LAYER,), (_EXPERTS,)),
+    ends=Part(modules=("norm",), when={_PER_LAYER: tuple(f"{name}.weight" for name in _ENDS)}),
 )
 # modeling_gemma4mm.py: Gemma4ForConditionalGeneration.load_weights (001a6a01) hands keys below `model.language_model.`
 # to the text model, and no head. modeling_gemma4_unified.py (1c0067ee) does the same.

@@ -12,6 +12,17 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_row import CUTS, QKV, ClassRow, Limit
+from trtllm_ct.plan.models.layer_parts import (
+    ATTENTION_BIASES,
+    DENSE_MLP,
+    HEAD_NORM_NAMES,
+    NOTHING,
+    QKVO,
+    TWO_NORMS,
+    Part,
+    biases,
+)
+from trtllm_ct.plan.models.mixture_rows import GATED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +42,16 @@ _ROWS_OF_ITS_OWN = frozenset(
         QuantAlgo.W8A16,
     }
 )
+
+_FULL_ATTENTION = Part(modules=(*QKVO, *HEAD_NORM_NAMES), when=ATTENTION_BIASES)
+_LINEAR = tuple(f"linear_attn.{leaf}" for leaf in ("conv1d", "norm", "out_proj"))
+_DELTA_NET = Part(
+    modules=(*_LINEAR, "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+    tensors=("linear_attn.dt_bias", "linear_attn.A_log"),
+)
+_NORMS = (Part(modules=TWO_NORMS),)
+_SHARED = tuple(f"mlp.shared_expert.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj"))
+_SHARED_EXPERTS = Part(modules=("mlp.gate", "mlp.shared_expert_gate", *_SHARED), experts=GATED)
 
 # modeling_qwen3_next.py (00022b04), `_torch/modules/mamba/gdn_mixer.py` (0d4bd901) and
 # `checkpoints/hf/qwen3_next_weight_mapper.py` (ff5ca335 for 1.2, 32e0e21a for 1.3), `qwen2_moe_weight_mapper.py`
@@ -58,6 +79,12 @@ _QWEN3_NEXT = ClassRow(
     divided=("linear_num_key_heads", "linear_num_value_heads"),
     drafts="mtp.layers.",
     gated_output=True,
+    layer=(_NORMS, (_FULL_ATTENTION, _DELTA_NET), (_SHARED_EXPERTS, DENSE_MLP)),
+)
+
+_SPLIT_DELTA_NET = Part(
+    modules=(*_LINEAR, *(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))),
+    tensors=_DELTA_NET.tensors,
 )
 
 # TensorRT-LLM `_torch/models/modeling_qwen3_5.py` (2478158c to 00620eb0) and `checkpoints/hf/qwen3_5_weight_mapper.py`
@@ -81,11 +108,32 @@ _QWEN3_5_MOE = replace(
         (r"\.in_proj_(?:q|k|v|qkv|z)$", ".in_proj_qkvz"),
         (r"\.in_proj_[ba]$", ".in_proj_ba"),
     ),
+    layer=(_NORMS, (_FULL_ATTENTION, _SPLIT_DELTA_NET), (_SHARED_EXPERTS, DENSE_MLP)),
 )
 _QWEN3_5 = replace(
     _QWEN3_5_MOE,
     inner=(*_QWEN3_5_MOE.inner, (r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)$", r"\1.mlp.\2")),
+    layer=(_NORMS, (_FULL_ATTENTION, _SPLIT_DELTA_NET), (DENSE_MLP,)),
 )
+
+_MAMBA = Part(
+    modules=("mixer.in_proj", "mixer.conv1d", "mixer.norm", "mixer.out_proj"),
+    tensors=("mixer.A_log", "mixer.D", "mixer.dt_bias"),
+    when={"use_conv_bias": ("mixer.conv1d.bias",), "use_bias": biases("mixer.in_proj", "mixer.out_proj")},
+)
+_MIXER_ATTENTION = Part(modules=tuple(f"mixer.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")))
+_UP_DOWN = ("mixer.up_proj", "mixer.down_proj")
+_MIXER_MLP = Part(modules=_UP_DOWN, when={"mlp_bias": biases(*_UP_DOWN)})
+_MIXER_SHARED = ("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj")
+_LATENT = ("mixer.fc1_latent_proj", "mixer.fc2_latent_proj")
+_MIXER_EXPERTS = Part(
+    modules=("mixer.gate", *_MIXER_SHARED),
+    tensors=("mixer.gate.e_score_correction_bias",),
+    when={"mlp_bias": biases(*_MIXER_SHARED)},
+    experts=(1, 2),
+)
+# The experts of some models work in a smaller space.
+_MIXER_LATENT = Part(modules=_LATENT, when={"mlp_bias": biases(*_LATENT)}, key="moe_latent_size")
 
 # modeling_nemotron_h.py (00620eb0, d513eeaf) and checkpoints/hf/nemotron_h_weight_mapper.py (05b033ac; fbbc05dd and the
 # versions between): NemotronHHfWeightMapper.preprocess_weights renames `backbone`, cuts and rearranges the tensors of
@@ -112,6 +160,12 @@ _NEMOTRON_H = ClassRow(
     ),
     inner=((r"^backbone\.", "model."),),
     divided=("mamba_num_heads", "n_groups"),
+    layer=(
+        (Part(modules=("norm",)),),
+        (_MAMBA, _MIXER_ATTENTION, _MIXER_MLP, _MIXER_EXPERTS),
+        (_MIXER_LATENT, NOTHING),
+    ),
+    ends=Part(modules=("norm_f",)),
 )
 
 HYBRID_ROWS: Mapping[str, ClassRow] = {

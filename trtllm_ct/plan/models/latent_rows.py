@@ -14,7 +14,8 @@ from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_row import ALL_MODES, CUTS, GATE_UP, PROJECTION_NAMES, SHAPES, ClassRow, Leaves, Limit
 from trtllm_ct.plan.models.dense_rows import MLP, PRE_NORMS
-from trtllm_ct.plan.models.mixture_rows import SHARED_MLP
+from trtllm_ct.plan.models.layer_parts import DENSE_MLP, NOTHING, TWO_NORMS, Part, biases
+from trtllm_ct.plan.models.mixture_rows import GROUPED_EXPERTS, SHARED_MLP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +90,30 @@ _SPARSE_LATENT = replace(
     ),
     inner=((r"\.self_attn\.indexer\.", ".self_attn.mqa.indexer."),),
     leaves=(),
+    layer=(
+        (
+            Part(
+                modules=(*_KV, "self_attn.kv_a_layernorm", *TWO_NORMS),
+                when={"attention_bias": biases("self_attn.kv_a_proj_with_mqa", "self_attn.o_proj")},
+            ),
+        ),
+        (
+            Part(
+                modules=tuple(f"self_attn.{leaf}" for leaf in ("q_a_proj", "q_a_layernorm", "q_b_proj")),
+                when={"attention_bias": biases("self_attn.q_a_proj")},
+            ),
+            Part(modules=("self_attn.q_proj",)),
+        ),
+        # Some layers take the choice of an earlier one (`indexer_types` of GLM-5.1).
+        (
+            Part(
+                modules=tuple(f"self_attn.indexer.{leaf}" for leaf in ("wq_b", "wk", "k_norm", "weights_proj")),
+                tensors=("self_attn.indexer.k_norm.bias",),
+            ),
+            NOTHING,
+        ),
+        (GROUPED_EXPERTS, DENSE_MLP),
+    ),
 )
 
 LATENT_ROWS: Mapping[str, ClassRow] = {

@@ -8,11 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_ct.plan.models.class_row import ClassRow, Limit
+from trtllm_ct.plan.models.layer_parts import ATTENTION_BIASES, QKVO, TWO_NORMS, Part
+from trtllm_ct.plan.models.mixture_rows import GATED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["LLAMA4_ROWS"]
+
+_LEAVES = ("gate_proj", "up_proj", "down_proj")
 
 # models/modeling_llama.py (3a5901cd) and models/checkpoints/hf/llama4_weight_mapper.py (7dfda15a): Llama4MoE.__init__
 # asks for stacks (FUSED_GATE_UP_PROJ). Llama4DecoderLayer.__init__ looks at the global mode: in FP8 and NVFP4 it joins
@@ -30,6 +34,16 @@ _LLAMA4 = ClassRow(
     ),
     entries=True,
     mixers=("feed_forward", "shared_expert"),
+    layer=(
+        (Part(modules=(*QKVO, *TWO_NORMS), when=ATTENTION_BIASES),),
+        (
+            Part(
+                modules=("feed_forward.router", *(f"feed_forward.shared_expert.{leaf}" for leaf in _LEAVES)),
+                experts=GATED,
+            ),
+            Part(modules=tuple(f"feed_forward.{leaf}" for leaf in _LEAVES)),
+        ),
+    ),
 )
 
 LLAMA4_ROWS: Mapping[str, ClassRow] = {"Llama4ForConditionalGeneration": _LLAMA4}

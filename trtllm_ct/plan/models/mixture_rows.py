@@ -22,14 +22,29 @@ from trtllm_ct.plan.models.class_row import (
     Limit,
 )
 from trtllm_ct.plan.models.dense_rows import ATTENTION, HEAD_NORMS, MLP, PRE_NORMS
+from trtllm_ct.plan.models.layer_parts import (
+    ATTENTION_BIASES,
+    DENSE_MLP,
+    HEAD_NORM_NAMES,
+    QKVO,
+    TWO_NORMS,
+    Part,
+    biases,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MIXTURE_ROWS", "SHARED_MLP"]
+__all__ = ["GATED", "GROUPED_EXPERTS", "MIXTURE_ROWS", "SHARED_MLP"]
+
+GATED = (0, 1, 2)
+"""The projections of an expert with a gate, for `Part.experts`."""
 
 SHARED_MLP = tuple(f"mlp.shared_experts.{leaf}" for leaf in PROJECTION_NAMES)
 """The Linears of an MLP beside the routed experts, as most classes name them."""
+
+GROUPED_EXPERTS = Part(modules=("mlp.gate", *SHARED_MLP), tensors=("mlp.gate.e_score_correction_bias",), experts=GATED)
+"""Experts that are selected in groups, and an MLP beside them."""
 
 # llm-compressor 0.14 gives the projections of Mixtral's experts the names of a dense layer.
 _MIXTRAL = ClassRow(
@@ -79,6 +94,18 @@ _GLM4_MOE = ClassRow(
     one_mode=True,
     ranks_vary=(*MLP, *SHARED_MLP),
     divided=WHOLE_HEADS,
+    layer=(
+        (
+            Part(
+                modules=(*QKVO, *TWO_NORMS),
+                when={
+                    "attention_bias": biases(*QKVO[:3]),
+                    "use_qk_norm": tuple(f"{norm}.weight" for norm in HEAD_NORM_NAMES),
+                },
+            ),
+        ),
+        (GROUPED_EXPERTS, DENSE_MLP),
+    ),
 )
 
 # modeling_minimaxm2.py (9c8b74e8, 00592717): the stock mapper, which renames no expert; MiniMaxM2MoE.__init__ builds
@@ -90,6 +117,16 @@ _MINIMAX_M2 = ClassRow(
     experts="block_sparse_moe.experts",
     projections=("w1", "w3", "w2"),
     divided=WHOLE_HEADS,
+    layer=(
+        (Part(modules=(*QKVO, *TWO_NORMS, *HEAD_NORM_NAMES)),),
+        (
+            Part(
+                modules=("block_sparse_moe.gate",),
+                tensors=("block_sparse_moe.e_score_correction_bias",),
+                experts=GATED,
+            ),
+        ),
+    ),
 )
 
 # modeling_laguna.py (01dcc21a): LagunaHfWeightMapper renames experts. LagunaAttention.__init__ allocates g_proj, which
@@ -100,6 +137,20 @@ _LAGUNA = ClassRow(
     experts="mlp.experts",
     projections=PROJECTION_NAMES,
     early=("self_attn.g_proj",),
+    layer=(
+        (Part(modules=(*QKVO, *TWO_NORMS, *HEAD_NORM_NAMES, "self_attn.g_proj"), when=ATTENTION_BIASES),),
+        (
+            Part(
+                modules=("mlp.gate",),
+                tensors=(
+                    "mlp.gate.e_score_correction_bias|mlp.experts.e_score_correction_bias",
+                    *(f"{name}.weight|{name.replace('experts', 'expert')}.weight" for name in SHARED_MLP),
+                ),
+                experts=GATED,
+            ),
+            DENSE_MLP,
+        ),
+    ),
 )
 
 # modeling_afmoe.py and checkpoints/hf/afmoe_weight_mapper.py (038cc86c): AfmoeHfWeightMapper renames router and
@@ -121,6 +172,28 @@ _AFMOE = ClassRow(
     ),
     inner=((r"\.mlp\.router\.gate$", ".mlp.gate"),),
     gated_output=True,
+    layer=(
+        (
+            Part(
+                modules=(
+                    *QKVO,
+                    *TWO_NORMS,
+                    *HEAD_NORM_NAMES,
+                    *("self_attn.gate_proj", "pre_mlp_layernorm", "post_mlp_layernorm"),
+                ),
+                when=ATTENTION_BIASES,
+            ),
+        ),
+        (
+            Part(
+                modules=("mlp.router.gate",),
+                tensors=("mlp.expert_bias",),
+                when={"num_shared_experts": tuple(f"{name}.weight" for name in SHARED_MLP)},
+                experts=GATED,
+            ),
+            DENSE_MLP,
+        ),
+    ),
 )
 
 MIXTURE_ROWS: Mapping[str, ClassRow] = {

@@ -38,8 +38,9 @@ class Comparison:
     `by` names the class and the release of its library. `why_not` says why they could not be compared; the other
     fields are then empty. `missing` are the parameters of the class that no stored tensor becomes, with their shapes,
     `present` all others, and `unread` the stored tensors that the class has no parameter for. `parts` are the models
-    inside of the class, such as a vision tower, with the names of their parameters. `renamed` are missing parameters
-    that may be stored under another name, and `absent` the parts of which most parameters are missing.
+    beside the text model of the class, such as a vision tower, with the names of their parameters, and `text` are the
+    parameters of the text model and its head. `renamed` are missing parameters that may be stored under another name,
+    and `absent` the parts of which most parameters are missing.
     """
 
     by: str = ""
@@ -49,6 +50,7 @@ class Comparison:
     misfits: tuple[Misfit, ...] = ()
     unread: frozenset[str] = frozenset()
     parts: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
+    text: frozenset[str] = field(default=frozenset(), repr=False)
     renamed: frozenset[str] = frozenset()
     absent: tuple[str, ...] = ()
 

@@ -12,6 +12,17 @@ from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.models.class_row import CUTS, QKV, ClassRow, Limit
+from trtllm_ct.plan.models.layer_parts import (
+    ATTENTION_BIASES,
+    DENSE_MLP,
+    HEAD_NORM_NAMES,
+    NOTHING,
+    QKVO,
+    TWO_NORMS,
+    Part,
+    biases,
+)
+from trtllm_ct.plan.models.mixture_rows import GATED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,11 +54,30 @@ _HUNYUAN_MOE = ClassRow(
     ),
     inner=((r"\.mlp\.gate\.wg$", ".mlp.gate"),),
     divided=_WHOLE_HEADS,
+    layer=(
+        (
+            Part(
+                modules=(*QKVO, *TWO_NORMS, "self_attn.query_layernorm", "self_attn.key_layernorm"),
+                when=ATTENTION_BIASES,
+            ),
+        ),
+        (
+            Part(
+                modules=(
+                    "mlp.gate.wg",
+                    *(f"mlp.shared_mlp.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")),
+                ),
+                experts=GATED,
+            ),
+            DENSE_MLP,
+        ),
+    ),
 )
 
 # modeling_step3p7.py (0c37d5ba), class Step3p7ForCausalLM, which is registered as Step3p5ForCausalLM:
 # Step3p7DecoderLayer.__init__ builds all but routed experts without quantization. split_stacked_moe_weights splits
 # stacks of experts beside the router. Every rank has the whole embeddings.
+_STACKED = ("gate_proj", "up_proj", "down_proj")
 _STEP3P5 = ClassRow(
     cuts={**CUTS, "self_attn.g_proj": Cut.COLUMN},
     table=Cut.NONE,
@@ -70,6 +100,22 @@ _STEP3P5 = ClassRow(
         ),
     ),
     inner=((r"\.moe\.(?:gate_proj|up_proj|down_proj)$", ".moe.experts"),),
+    layer=(
+        (
+            Part(
+                modules=(*QKVO, *TWO_NORMS, *HEAD_NORM_NAMES),
+                when={"use_head_wise_attn_gate": ("self_attn.g_proj.weight",)},
+            ),
+        ),
+        (
+            Part(
+                modules=("moe.gate", *(f"share_expert.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj"))),
+                when={"use_moe_router_bias": ("moe.router_bias",)},
+            ),
+            DENSE_MLP,
+        ),
+        (Part(experts=GATED), Part(modules=tuple(f"moe.{leaf}" for leaf in _STACKED)), NOTHING),
+    ),
 )
 
 # modeling_gpt_oss.py (050b6cb9, and a later text of 39575 characters): GptOssForCausalLM.__post_init__ looks at no
@@ -101,6 +147,17 @@ _GPT_OSS = ClassRow(
     ),
     one_mode=True,
     divided=_WHOLE_HEADS,
+    layer=(
+        (Part(modules=(*QKVO, *TWO_NORMS), tensors=("self_attn.sinks",), when=ATTENTION_BIASES),),
+        (
+            Part(
+                modules=("mlp.router",),
+                tensors=biases("mlp.router"),
+                experts=GATED,
+                expert_locals=("weight", "bias"),
+            ),
+        ),
+    ),
 )
 
 # modeling_mllama.py (000a01de): MllamaForConditionalGeneration is no DecoderModelForCausalLM, so neither entries nor
@@ -113,6 +170,19 @@ _MLLAMA = ClassRow(
     one_mode=True,
     early=(*_ATTENTION, *_MLP),
     divided=_WHOLE_HEADS,
+    layer=(
+        (Part(modules=TWO_NORMS),),
+        (
+            Part(modules=QKVO),
+            Part(
+                modules=tuple(
+                    f"cross_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+                ),
+                tensors=("cross_attn_attn_gate", "cross_attn_mlp_gate"),
+            ),
+        ),
+        (DENSE_MLP,),
+    ),
 )
 
 # modeling_deepseekv4.py (02586bf0): _remap_deepseek_v4_checkpoint_keys takes the names that DeepSeek published, and
@@ -127,6 +197,34 @@ _V4_ATTENTION = {
     "wo_b": "o_b_proj",
 }
 _V4_SHARED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_V4_COMPRESSOR = ("compressor.wkv", "compressor.wgate", "compressor.norm")
+_V4_PARTS = (
+    (
+        Part(
+            modules=(
+                *(f"attn.{leaf}" for leaf in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")),
+                *("attn_norm", "ffn_norm", "ffn.gate", *(f"ffn.shared_experts.{leaf}" for leaf in _NUMBERED)),
+            ),
+            tensors=(
+                "attn.attn_sink",
+                "ffn.gate.bias|ffn.gate.tid2eid",
+                *(f"hc_{part}_{leaf}" for part in ("attn", "ffn") for leaf in ("fn", "base", "scale")),
+            ),
+            experts=GATED,
+        ),
+    ),
+    (Part(modules=tuple(f"attn.{name}" for name in _V4_COMPRESSOR), tensors=("attn.compressor.ape",)), NOTHING),
+    (
+        Part(
+            modules=(
+                *(f"attn.indexer.{name}" for name in _V4_COMPRESSOR),
+                *("attn.indexer.wq_b", "attn.indexer.weights_proj"),
+            ),
+            tensors=("attn.indexer.compressor.ape",),
+        ),
+        NOTHING,
+    ),
+)
 _V4_LAYER = r"^(?:model\.)?layers\.(\d+)\."
 _DEEPSEEK_V4 = ClassRow(
     fused={"gate_up_proj": ("ffn.shared_experts.w1", "ffn.shared_experts.w3")},
@@ -189,6 +287,8 @@ _DEEPSEEK_V4 = ClassRow(
     mixers=("attn",),
     divided=("o_groups",),
     drafts="mtp.",
+    layer=_V4_PARTS,
+    ends=Part(modules=("norm",), tensors=tuple(f"hc_head_{leaf}" for leaf in ("fn", "base", "scale"))),
 )
 
 OWN_LOADER_ROWS: Mapping[str, ClassRow] = {

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.config.model_values import check_model_values
-from trtllm_ct.plan.models.class_defaults import is_tied, text_config_of, with_defaults
+from trtllm_ct.plan.models.class_defaults import is_headless, is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAMES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.plan.models.discovery import discover, discover_stated
 from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, STACKED_EXPERTS, spelling_type
+from trtllm_ct.plan.models.part_layers import part_layers
 from trtllm_ct.plan.models.places import PLACES, known_prefixes
 from trtllm_ct.plan.models.row_defaults import with_row_defaults
 from trtllm_ct.plan.models.shared_attention import layers_of_queries_only
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.plan.models.class_row import ClassRow
     from trtllm_ct.plan.models.discovery import Discovery
+    from trtllm_ct.plan.models.part_layers import PartLayers
     from trtllm_ct.plan.models.stated_modules import Stated
     from trtllm_ct.plan.stored import StoredModule
 
@@ -46,11 +48,13 @@ class Model:
     (`in_checkpoint`).
     `sizes` are numbers of elements by the names of `sizes.py`. `tied` says whether the head uses the weight of the
     embedding; None if config.json leaves it to a class whose default is not known.
+    `headless` says that the class has no head, such as one for embeddings or for scores.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
     `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it. `text` is the configuration of the
-    text model, with the defaults of its class where they are known.
+    text model, with the defaults of its class where they are known. `parts` are the numbers of layers of towers, and of
+    the stacks of an encoder-decoder.
     """
 
     name: str
@@ -63,9 +67,11 @@ class Model:
     tied: bool | None
     multimodal: bool
     text_type: str = ""
+    headless: bool = False
     draft_layers: int = 0
     vision_head_dim: int = 0
     text: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[PartLayers, ...] = ()
     discovery: Discovery | None = None
 
     @classmethod
@@ -95,9 +101,11 @@ class Model:
             tied=is_tied(config, nested, name) if row.leaves else _stated_tie(row, config, nested),
             multimodal=nested is not None,
             text_type=spelling,
+            headless=is_headless(name),
             draft_layers=sizes["draft_layers"],
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             text=text,
+            parts=part_layers(config),
         )
         faults.raise_if_any(ConfigError)
         return model
@@ -116,7 +124,8 @@ class Model:
                 return self._by_files().in_checkpoint(stored, shapes)
             place = _known_place(stored)
             experts = self.text_type in STACKED_EXPERTS
-            found = discover_stated(stored, self.stated, place, tied=bool(self.tied), plain_experts=experts)
+            tied = bool(self.tied) or (self.headless and place[1] not in stored)
+            found = discover_stated(stored, self.stated, place, tied=tied, plain_experts=experts)
             return replace(self, discovery=found)
         sizes = self.sizes
         found = discover(
@@ -183,7 +192,7 @@ class Model:
 
         `place` is what the method `place` returns.
         """
-        return iter(()) if self.stated is None else self.stated.modules(place, tied=bool(self.tied))
+        return iter(()) if self.stated is None else self.stated.modules(place, tied=bool(self.tied) or self.headless)
 
     def place(self, stored_modules: Collection[str]) -> tuple[str, str]:
         """Return the prefix of the text model's body and the name of its head, given the names of stored modules."""
@@ -248,9 +257,12 @@ def _stated_modules(row: ClassRow, sizes: Mapping[str, int], text: Mapping[str, 
 
 
 def _stated_tie(row: ClassRow, config: Mapping[str, Any], nested: Mapping[str, Any] | None) -> bool | None:
-    """Return whether the head uses the weight of the embeddings; None if neither config.json nor the row says it."""
-    stated = {"tie_word_embeddings": None, **(nested or {}), **config}["tie_word_embeddings"]
-    return (row.tied or None) if stated is None else bool(stated)
+    """Return whether the head uses the weight of the embeddings; None if config.json doesn't say it of a new class."""
+    key = "tie_word_embeddings"
+    stated = next((level[key] for level in (config, nested or {}) if level.get(key) is not None), None)
+    if stated is None:
+        return None if row is DEFAULT_ROW else row.tied
+    return bool(stated)
 
 
 def _vision_head_dim(vision: object) -> int:
