@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.models.discovery import Discovery
+    from trtllm_ct.plan.models.expert_spellings import ExpertSpelling
     from trtllm_ct.plan.models.model_class import ModelClass
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
     from trtllm_ct.plan.models.sites import Model
@@ -52,10 +53,10 @@ def refuse_lost_tensors(
     suspects = suspects_of(tensors, body, layer_kinds(model.text, count))
     comparison = NOT_ASKED
     if model_class is not None:
-        with_lost = as_class_spells({**tensors, **dict.fromkeys(suspects.lost)}, model.text_type)
+        with_lost = as_class_spells({**tensors, **dict.fromkeys(suspects.lost)}, model.spelling)
         comparison = model_class.compare(with_lost)
         if comparison.by:
-            suspects, comparison = _agreed(suspects, comparison, model.text_type)
+            suspects, comparison = _agreed(suspects, comparison, model.spelling)
             comparison = _without_absent(comparison)
             comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
     if model.has_row and model.discovery is not None and not comparison.by:
@@ -74,8 +75,11 @@ def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, fau
     body, head = found.place
     inside = {name.removeprefix(body) for name in tensors if name.startswith(body)}
     missing = {}
-    if not model.tied and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
-        missing[f"{body}{model.row.embeddings or _TABLE}.weight"] = "the embeddings"
+    # Plain weights may have the names of transformers' class, whatever the engine's reads.
+    tables = table_names_of(model.row, usual=model.as_transformers)
+    table_name = _TABLE if _TABLE in tables else model.row.embeddings
+    if not model.tied and not any(f"{table}.weight" in inside for table in tables):
+        missing[f"{body}{table_name}.weight"] = "the embeddings"
     if not any(map(_FINAL_NORM.fullmatch, inside)):
         missing[f"{body}norm.weight"] = "the norm after the last layer"
     if model.tied is False and f"{head}.weight" not in tensors:
@@ -122,7 +126,7 @@ def _first_module(name: str) -> str:
     return first if len(inside) > 1 else ""
 
 
-def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple[Suspects, Comparison]:
+def _agreed(suspects: Suspects, comparison: Comparison, spelling: ExpertSpelling) -> tuple[Suspects, Comparison]:
     """Return what layers and class agree on, and what only the class says, each fault in one of them."""
     unfit = {source for misfit in comparison.misfits for source in misfit.sources}
     misshapen = {
@@ -132,7 +136,7 @@ def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple
     known = set().union(*layers.values())
     agreed = replace(
         suspects,
-        lost=tuple(name for name in suspects.lost if _spelled(name, text_type) not in comparison.unread),
+        lost=tuple(name for name in suspects.lost if _spelled(name, spelling) not in comparison.unread),
         misshapen=misshapen,
         lost_layers=tuple(layer for layer, names in layers.items() if names),
     )
@@ -143,9 +147,9 @@ def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple
     )
 
 
-def _spelled(name: str, text_type: str) -> str:
+def _spelled(name: str, spelling: ExpertSpelling) -> str:
     """Return the name of a tensor as the class spells it."""
-    return next(iter(as_class_spells({name: None}, text_type)))
+    return next(iter(as_class_spells({name: None}, spelling)))
 
 
 def _in_layer(layer: str, parameters: Collection[str]) -> frozenset[str]:

@@ -73,10 +73,11 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
     converted_config = read_json_object(converted / "config.json") if (converted / "config.json").is_file() else {}
     with TensorFiles(checkpoint.catalog) as source_files, TensorFiles(catalog) as files:
+        delivered = read_modules(tensors_of(files), Names.of(converted_config, catalog.tensors))
         match = DirectoryMatch(
             config=checkpoint.config,
-            source=source_modules(checkpoint, source_files),
-            delivered=read_modules(tensors_of(files), Names.of(converted_config, catalog.tensors)),
+            source=source_modules(checkpoint, source_files, keeps_names=delivered.names.native),
+            delivered=delivered,
             quant_config=quant_config,
             tied=_tied(converted_config),
             faults=faults,
@@ -88,22 +89,29 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
     return checks
 
 
-def source_modules(checkpoint: Checkpoint, files: TensorFiles) -> Modules:
-    """Return the modules of the source."""
+def source_modules(checkpoint: Checkpoint, files: TensorFiles, *, keeps_names: bool = False) -> Modules:
+    """Return the modules of the source.
+
+    With `keeps_names` the converted directory has names of Mistral's own form too. It was not put into another form
+    then, so rows of queries and keys stay where they are; classes of other models have modules of these names as well.
+    """
     config = checkpoint.hf_config
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     return read_modules(
         tensors_of(files),
         Names.of(config, checkpoint.catalog.tensors),
         transforms={transform.module for transform in checkpoint.config.transforms if transform.online},
-        head_dims=(_head_dim(config.get("text_config") or config), _head_dim(config.get("vision_config") or {})),
+        head_dims=(0, 0) if keeps_names else (_head_dim(text), _head_dim(vision)),
         declared_rows=checkpoint.config.qk_rows,
     )
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:
-    """Return the rows of a head; 0 if the configuration does not tell it."""
-    heads = config.get("num_attention_heads") or 0
-    return int(config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0))
+    """Return the rows of a head; 0 if the configuration does not tell it, or tells it for each layer."""
+    stated, hidden, heads = (config.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    if isinstance(stated, int) and stated:
+        return stated
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 
 def _tied(config: Mapping[str, Any]) -> bool:

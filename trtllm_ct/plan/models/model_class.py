@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from trtllm_ct.plan.models.expert_spellings import ExpertSpelling
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
 
 __all__ = ["Comparison", "Misfit", "ModelClass"]
@@ -61,4 +62,11 @@ class ModelClass(ABC):
         """Compare plain tensors, under the names of the files, with the parameters of the class.
 
         A tensor without a shape counts as present, whatever its size.
+        """
+
+    @abstractmethod
+    def expert_spelling(self, owners: Iterable[str]) -> ExpertSpelling:
+        """Return how the class reads routed experts; neither names nor stacks if that is not known.
+
+        `owners` are the names of the modules of all experts in the files, such as `model.layers.3.mlp.experts`.
         """
