@@ -222,7 +222,7 @@ class _Planner:
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes, split_stacks=one_by_one)
         self.model = self.model.in_checkpoint(gathered)
         refuse_unread(self.model, self.target)
-        refuse_unread_names(self.model, self.target, self.faults)
+        refuse_unread_names(self.model, self.target)
         stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
         if stored.keys() != gathered.keys():
             self.model = self.model.in_checkpoint(stored)

@@ -26,7 +26,7 @@ from trtllm_ct.verify.pairs import spans
 from trtllm_ct.verify.shared_scalars import check_fused_scalars
 from trtllm_ct.verify.source.files import TensorFiles, tensors_of
 from trtllm_ct.verify.source.modules import Modules, read_modules
-from trtllm_ct.verify.source.names import Names
+from trtllm_ct.verify.source.names import Names, has_native_names
 from trtllm_ct.verify.statements import check_statements
 
 if TYPE_CHECKING:
@@ -73,11 +73,10 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
     converted_config = read_json_object(converted / "config.json") if (converted / "config.json").is_file() else {}
     with TensorFiles(checkpoint.catalog) as source_files, TensorFiles(catalog) as files:
-        delivered = read_modules(tensors_of(files), Names.of(converted_config, catalog.tensors))
         match = DirectoryMatch(
             config=checkpoint.config,
-            source=source_modules(checkpoint, source_files, keeps_names=delivered.names.native),
-            delivered=delivered,
+            source=source_modules(checkpoint, source_files, keeps_names=has_native_names(catalog.tensors)),
+            delivered=read_modules(tensors_of(files), Names.of(converted_config)),
             quant_config=quant_config,
             tied=_tied(converted_config),
             faults=faults,
@@ -92,16 +91,16 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
 def source_modules(checkpoint: Checkpoint, files: TensorFiles, *, keeps_names: bool = False) -> Modules:
     """Return the modules of the source.
 
-    With `keeps_names` the converted directory has names of Mistral's own form too. It was not put into another form
-    then, so rows of queries and keys stay where they are; classes of other models have modules of these names as well.
+    With `keeps_names` the converted directory has names of Mistral's own form too. Then nothing was put into another
+    form, so names are what they are, and rows of queries and keys stay where they are: modules of other classes have
+    such names as well.
     """
     config = checkpoint.hf_config
-    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     return read_modules(
         tensors_of(files),
-        Names.of(config, checkpoint.catalog.tensors),
+        Names.of(config, () if keeps_names else checkpoint.catalog.tensors),
         transforms={transform.module for transform in checkpoint.config.transforms if transform.online},
-        head_dims=(0, 0) if keeps_names else (_head_dim(text), _head_dim(vision)),
+        head_dims=(_head_dim(config.get("text_config") or config), _head_dim(config.get("vision_config") or {})),
         declared_rows=checkpoint.config.qk_rows,
     )
 
