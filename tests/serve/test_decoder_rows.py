@@ -228,7 +228,7 @@ def test_classes_that_look_at_the_global_mode_hold_a_mixed_model(tmp_path: Path,
 
 
 @pytest.mark.newest_transformers
-@pytest.mark.parametrize("generation", ["newest", "early 2026"])
+@pytest.mark.parametrize("generation", ["newest", "mid"])
 def test_experts_of_nemotron_h_have_an_entry_that_the_class_finds(tmp_path: Path, generation: str) -> None:
     """It takes the first one that begins with their name and a dot, and builds plain experts without any."""
     schemes = {"mixer.q_proj": "fp8-channel-token", "mixer.k_proj": "fp8-channel-token"}
