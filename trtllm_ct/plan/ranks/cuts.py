@@ -216,7 +216,7 @@ def _divided_parts(model: Model, parallel: Parallel) -> _DividedParts:
     if not parallel.attention_dp:
         parts |= {_Part(key, model.sizes[key]): None for key in (_HEADS, *model.row.divided)}
     sites = list(model.kinds())
-    head_dims = {site.module.rpartition(".")[0]: site.shape[0] // site.heads for site in sites if _counts_heads(site)}
+    head_dims = {site.module.rpartition(".")[0]: _head_dim(site) for site in sites if site.module.endswith("k_proj")}
     for site in sites:
         if not site.expert and (parallel.attention_dp or site.ranks_vary):
             continue
@@ -231,9 +231,9 @@ def _divided_parts(model: Model, parallel: Parallel) -> _DividedParts:
     return _DividedParts(parts, model.sizes["experts"], parallel.expert, biases)
 
 
-def _counts_heads(site: Site) -> bool:
-    """Whether a module is a k_proj whose rows and heads are known, so that they show the size of a head."""
-    return site.module.endswith("k_proj") and bool(site.heads) and len(site.shape) == _MATRIX
+def _head_dim(site: Site) -> int:
+    """Return the rows of one head of a k_proj; 0 if its rows or its heads are not known."""
+    return site.shape[0] // site.heads if site.heads and len(site.shape) == _MATRIX else 0
 
 
 def _parts_of(site: Site, model: Model) -> Iterator[_Part]:
