@@ -8,8 +8,8 @@ from tiny_models import tiny_config
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.plan.checks import checks_of, checks_text
 from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
-from trtllm_ct.plan.models.model_class import Comparison, Misfit, ModelClass
 from trtllm_ct.plan.models.expert_spellings import spelling_of
+from trtllm_ct.plan.models.model_class import Comparison, Misfit, ModelClass
 from trtllm_ct.plan.models.plain_tensors import PlainTensors, as_class_spells
 from trtllm_ct.plan.models.sites import Model
 
