@@ -1,7 +1,7 @@
 """Models of any class become plain weights that transformers loads: exactly, and without a missing or unexpected key.
 
-A fixed choice runs always, with what models differ in. `--every-class` adds every class that generates text and that
-transformers builds from a tiny configuration:
+A fixed choice runs always, with what models differ in, and every class with a row in one scheme. `--every-class` adds
+every class that generates text and that transformers builds from a tiny configuration:
 
     pytest tests/end_to_end/test_any_model.py --every-class -q
 """
@@ -111,7 +111,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names: tuple[str, ...] = (*CHOICE, *MIXTURES)
         if metafunc.config.getoption("--every-class"):
             names = tuple(dict.fromkeys((*names, *(name for name in class_names() if name not in UNBUILT))))
-        pairs = [(name, scheme) for name in names for scheme in SCHEMES]
+        # Of every row: what the engine's class reads has no part in plain weights.
+        built = set(class_names())
+        rows = [(name, "fp8-dynamic") for name in CLASS_ROWS if name in built and name not in names]
+        pairs = rows + [(name, scheme) for name in names for scheme in SCHEMES]
         metafunc.parametrize(("name", "scheme"), [pair for pair in pairs if pair not in UNSAVED])
 
 
