@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,7 @@ from builders import rewrite_config, write_checkpoint
 from tiny_models import tiny_config
 
 from trtllm_ct.base.errors import CheckpointError, ConfigError, FaultCollector
-from trtllm_ct.config.model_values import MODEL_VALUES, check_model_values
+from trtllm_ct.config.model_values import MODEL_VALUES, check_model_values, with_whole_numbers
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan.models.sites import Model
 
@@ -77,3 +78,25 @@ def test_values_of_parts_are_named_with_their_path() -> None:
     faults = FaultCollector()
     check_model_values({"text_config": {"llm_config": {"hidden_size": "1"}}}, faults)
     assert [fault.where for fault in faults.faults] == ["config.json: text_config.llm_config.hidden_size"]
+
+
+def test_whole_numbers_may_be_stored_as_floats() -> None:
+    config = {"max_position_embeddings": 1200.0, "text_config": {"hidden_size": [64.0, 128]}, "rope_theta": 10000.0}
+    faults = FaultCollector()
+
+    check_model_values(config, faults)
+
+    assert faults.faults == []
+    read = with_whole_numbers(config)
+    assert repr(read["max_position_embeddings"]) == "1200"
+    assert repr(read["text_config"]) == "{'hidden_size': [64, 128]}"
+    assert repr(read["rope_theta"]) == "10000.0"
+
+
+@pytest.mark.parametrize("value", [1200.5, inf, nan, 1e30, True])
+def test_other_floats_are_no_numbers_of_anything(value: float) -> None:
+    faults = FaultCollector()
+
+    check_model_values({"max_position_embeddings": value}, faults)
+
+    assert [fault.where for fault in faults.faults] == ["config.json: max_position_embeddings"]

@@ -1,7 +1,7 @@
 """Models of any class become plain weights that transformers loads: exactly, and without a missing or unexpected key.
 
-A fixed choice runs always, with what models differ in. `--every-class` adds every class that generates text and that
-transformers builds from a tiny configuration:
+A fixed choice runs always, with what models differ in, and every class with a row in one scheme. `--every-class` adds
+every class that generates text and that transformers builds from a tiny configuration:
 
     pytest tests/end_to_end/test_any_model.py --every-class -q
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,12 +18,17 @@ import torch
 from any_model import SCHEMES, Outcome, has_stacks, quantize, taken_through
 from builders import rewrite, rewrite_config
 from safetensors.torch import load_file
-from tiny_classes import class_names, tiny_model
+from tiny_classes import class_names, on_meta, tiny_model
 
 from trtllm_ct.base.errors import PlanError
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
+from trtllm_ct.pipeline.transformers_class import TransformersClass
+from trtllm_ct.plan.models import sites
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS
+from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -38,6 +44,9 @@ CHOICE = {
     "Idefics3ForConditionalGeneration": "a text model under a prefix of its own",
     "NemotronHForCausalLM": "layers of several kinds",
     "WhisperForConditionalGeneration": "encoder and decoder",
+    "MusicFlamingoForConditionalGeneration": "a whole number that is stored as a float",
+    "SegformerModel": "a list of numbers of heads",
+    "DINOv3ViTModel": "a tensor without elements",
 }
 MIXTURES = {
     "Glm4MoeForCausalLM": "experts one by one",
@@ -46,6 +55,10 @@ MIXTURES = {
     "GptOssForCausalLM": "stacks of transposed experts with alternating rows and biases",
     "Llama4ForConditionalGeneration": "stacks of transposed experts in a wrapper",
     "Mistral4ForCausalLM": "stacks of experts",
+    "HunYuanMoEV1ForCausalLM": "experts that the engine reads under other names than transformers",
+    "DeepseekV4ForCausalLM": "ends of the decoder that the engine reads under other names than transformers",
+    "OpenAIPrivacyFilterForTokenClassification": "stacks of transposed experts that do not alternate, with biases",
+    "MuseSparkTextModel": "a norm beside the stacks",
 }
 
 
@@ -62,7 +75,14 @@ UNBUILT = frozenset(
 """Classes that need another package or more than small sizes, or whose defaults leave them large."""
 
 UNSAVED = frozenset(
-    {"Kimi_K25ForConditionalGeneration", "LongcatFlashForCausalLM", "MistralLarge4ForConditionalGeneration"}
+    {
+        *(
+            (name, scheme)
+            for name in ("Kimi_K25ForConditionalGeneration", "LongcatFlashForCausalLM")
+            for scheme in SCHEMES
+        ),
+        ("MistralLarge4ForConditionalGeneration", "w4a16-g32"),
+    }
 )
 """Classes whose `save_pretrained` permutes rows of codes, and fails, and one with experts that have no weights."""
 
@@ -90,8 +110,116 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "scheme" in metafunc.fixturenames:
         names: tuple[str, ...] = (*CHOICE, *MIXTURES)
         if metafunc.config.getoption("--every-class"):
-            names = tuple(name for name in class_names() if name not in UNBUILT | UNSAVED)
-        metafunc.parametrize(("name", "scheme"), [(name, scheme) for name in names for scheme in SCHEMES])
+            names = tuple(dict.fromkeys((*names, *(name for name in class_names() if name not in UNBUILT))))
+        # Of every row: what the engine's class reads has no part in plain weights.
+        built = set(class_names())
+        rows = [(name, "fp8-dynamic") for name in CLASS_ROWS if name in built and name not in names]
+        pairs = rows + [(name, scheme) for name in names for scheme in SCHEMES]
+        metafunc.parametrize(("name", "scheme"), [pair for pair in pairs if pair not in UNSAVED])
+
+
+ROWS = ("Glm4MoeForCausalLM", "MiniMaxM2ForCausalLM", "HunYuanMoEV1ForCausalLM", "DeepseekV4ForCausalLM")
+
+
+@pytest.mark.newest_transformers
+@pytest.mark.parametrize("name", ROWS)
+def test_what_the_engine_reads_has_no_part_in_plain_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With any other names in the row of the class, `dense` has the same tensors."""
+    quantize(tiny_model(name), tmp_path / "source", "fp8-dynamic")
+    before = delivered(tmp_path / "source")
+    row = replace(CLASS_ROWS[name], projections=("one", "two", "three"), embeddings="table", head="end")
+    monkeypatch.setattr(sites, "CLASS_ROWS", {**CLASS_ROWS, name: row})
+
+    assert delivered(tmp_path / "source") == before
+
+
+def delivered(directory: Path) -> set[str]:
+    plan = plan_checkpoint(directory, "dense")
+    return {delivery.name for module in plan.modules for delivery in module.deliveries} | set(plan.stacks)
+
+
+def mixtures() -> list[str]:
+    """The rows of classes that transformers builds with stacks of experts, or with experts one by one."""
+    return [name for name in CLASS_ROWS if name in set(class_names()) - UNBUILT and not CLASS_ROWS[name].leaves]
+
+
+@pytest.mark.newest_transformers
+@pytest.mark.parametrize("name", mixtures())
+def test_the_tables_spell_experts_as_the_class_does(name: str) -> None:
+    """So `dense` is the same without transformers."""
+    model = on_meta(name)
+    owners = [path for path, module in model.named_modules() if path.endswith(".experts") and has_stacks(module)]
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [name]}
+
+    told = TransformersClass(config).expert_spelling(owners)
+
+    assert not told.known or told.projections == Model.from_config(config).spelling.projections
+
+
+@pytest.mark.newest_transformers
+def test_without_transformers_the_tables_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = quantize(tiny_model("HunYuanMoEV1ForCausalLM"), tmp_path / "source", "fp8-dynamic", stacked=True)
+    monkeypatch.setattr(TransformersClass, "_model", lambda _: (None, "transformers is not installed"))
+
+    assert taken_through(source, tmp_path / "dense") == EXACT
+
+
+@pytest.mark.newest_transformers
+def test_a_spelling_that_is_not_known_is_told(tmp_path: Path) -> None:
+    quantize(tiny_model("HunYuanMoEV1ForCausalLM"), tmp_path / "source", "fp8-dynamic")
+    rewrite_config(
+        tmp_path / "source", lambda config: config.update(architectures=["OtherForCausalLM"], model_type="other")
+    )
+
+    warnings = plan_checkpoint(tmp_path / "source", "dense").warnings
+
+    assert any("how OtherForCausalLM reads routed experts is not known" in warning for warning in warnings)
+    assert delivered(tmp_path / "source") >= {"model.layers.0.mlp.experts.0.gate_proj.weight"}
+
+
+@pytest.mark.newest_transformers
+def test_names_of_mistrals_own_form_in_another_class_are_names_like_others(tmp_path: Path) -> None:
+    quantize(tiny_model("LlamaForCausalLM"), tmp_path / "source", "fp8-dynamic")
+    leaves = {f"self_attn.{leaf}_proj": f"attention.w{leaf}" for leaf in "qkvo"}
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            new = name.removeprefix("model.")
+            for old, leaf in leaves.items():
+                new = new.replace(old, leaf)
+            tensors[new] = tensors.pop(name)
+
+    rewrite(tmp_path / "source", rename)
+    rewrite_config(
+        tmp_path / "source", lambda config: config.update(architectures=["OtherForCausalLM"], model_type="other")
+    )
+
+    convert_checkpoint(tmp_path / "source", tmp_path / "dense", to="dense")
+
+    assert verify_checkpoint(tmp_path / "source", tmp_path / "dense").good
+
+
+@pytest.mark.newest_transformers
+def test_a_source_that_only_transformers_reads_is_verified(tmp_path: Path) -> None:
+    """Its layers are called otherwise than the engine's class calls them."""
+    quantize(tiny_model("DeepseekV4ForCausalLM"), tmp_path / "source", "fp8-dynamic")
+
+    assert verify_checkpoint(tmp_path / "source").good
+
+
+@pytest.mark.newest_transformers
+@pytest.mark.parametrize(("tensor", "uneven"), [(4, []), (8, ["config.json: heads of q_proj"])])
+def test_the_heads_of_every_layer_are_compared_with_the_ranks(tmp_path: Path, tensor: int, uneven: list[str]) -> None:
+    """Rows of 12 heads can be divided by 8, heads can't."""
+    heads = {"num_attention_heads": 8, "num_attention_heads_per_layer": [8, 12], "num_key_value_heads": 4}
+    model = tiny_model("LagunaForCausalLM", head_dim=16, gating="per-element", **heads)
+    quantize(model, tmp_path, "fp8-dynamic")
+
+    problems = inspect_checkpoint(tmp_path, "modelopt", engine="stock-1.3", parallel=Parallel(tensor=tensor)).problems
+
+    assert [problem.where for problem in problems] == uneven
 
 
 @pytest.fixture(scope="module")

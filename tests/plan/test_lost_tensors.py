@@ -8,6 +8,7 @@ from tiny_models import tiny_config
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.plan.checks import checks_of, checks_text
 from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
+from trtllm_ct.plan.models.expert_spellings import spelling_of
 from trtllm_ct.plan.models.model_class import Comparison, Misfit, ModelClass
 from trtllm_ct.plan.models.plain_tensors import PlainTensors, as_class_spells
 from trtllm_ct.plan.models.sites import Model
@@ -225,18 +226,18 @@ EXPERTS: PlainTensors = {
 
 
 def test_experts_are_spelled_as_their_class_reads_them() -> None:
-    assert as_class_spells(EXPERTS, "glm4_moe") == EXPERTS
-    assert "m.experts.2.w3.weight" in as_class_spells(EXPERTS, "minimax_m2")
-    assert as_class_spells(EXPERTS, "mistral4") == {
+    assert as_class_spells(EXPERTS, spelling_of("glm4_moe")) == EXPERTS
+    assert "m.experts.2.w3.weight" in as_class_spells(EXPERTS, spelling_of("minimax_m2"))
+    assert as_class_spells(EXPERTS, spelling_of("mistral4")) == {
         "m.experts.gate_up_proj": (3, 24, 8),
         "m.experts.down_proj": (3, 8, 12),
     }
-    assert as_class_spells(EXPERTS, "llama4_text")["m.experts.gate_up_proj"] == (3, 8, 24)
+    assert as_class_spells(EXPERTS, spelling_of("llama4_text"))["m.experts.gate_up_proj"] == (3, 8, 24)
 
 
 def test_a_stack_of_unlike_experts_has_no_known_shape() -> None:
     unlike: PlainTensors = {**EXPERTS, "m.experts.1.up_proj.weight": (11, 8)}
 
-    assert as_class_spells(unlike, "mistral4")["m.experts.gate_up_proj"] is None
+    assert as_class_spells(unlike, spelling_of("mistral4"))["m.experts.gate_up_proj"] is None
     del unlike["m.experts.1.up_proj.weight"]
-    assert as_class_spells(unlike, "mistral4") == unlike
+    assert as_class_spells(unlike, spelling_of("mistral4")) == unlike

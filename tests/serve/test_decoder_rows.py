@@ -228,6 +228,18 @@ def test_classes_that_look_at_the_global_mode_hold_a_mixed_model(tmp_path: Path,
 
 
 @pytest.mark.newest_transformers
+@pytest.mark.parametrize("generation", ["newest", "mid"])
+def test_experts_of_nemotron_h_have_an_entry_that_the_class_finds(tmp_path: Path, generation: str) -> None:
+    """It takes the first one that begins with their name and a dot, and builds plain experts without any."""
+    schemes = {"mixer.q_proj": "fp8-channel-token", "mixer.k_proj": "fp8-channel-token"}
+    schemes |= {"mixer.v_proj": "fp8-channel-token", "up_proj": "nvfp4", "down_proj": "nvfp4"}
+    built = write_decoder(tmp_path / "in", "NemotronHForCausalLM", schemes)
+    check_ranks(built, tmp_path / "out", generation, 1)
+    config = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text(encoding="utf-8"))
+    assert "model.layers.3.mixer.experts.0.up_proj" in config["quantization"]["quantized_layers"]
+
+
+@pytest.mark.newest_transformers
 def test_attention_that_is_called_mixer_has_scales_of_the_cache(tmp_path: Path) -> None:
     """Nemotron-H: the scales are delivered in the projections, and outputs at a fixed scale are reported."""
     built = write_decoder(tmp_path / "in", "NemotronHForCausalLM", "fp8-channel-token")

@@ -113,7 +113,12 @@ def _one_by_one(model: nn.Module) -> dict[str, _Stacked]:
             interleaved=kind.startswith("GptOss"),
         )
         owners[name] = experts
-        model.set_submodule(name, nn.ModuleList(_expert(module, experts, i) for i in range(experts.count)))
+        single = nn.ModuleList(_expert(module, experts, i) for i in range(experts.count))
+        # Some classes have a norm beside the stacks.
+        for local, child in module.named_children():
+            if any(True for _ in child.parameters()):
+                single.add_module(local, child)
+        model.set_submodule(name, single)
     return owners
 
 

@@ -122,6 +122,15 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16,
     return model.eval()
 
 
+def on_meta(name: str) -> Any:
+    """A model of a class of transformers without weights."""
+    import transformers
+
+    model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        return model_class(_tiny(model_class.config_class, {}))
+
+
 def _tiny(config_class: Any, more: dict[str, Any]) -> Any:
     """A configuration with small sizes, and small ones inside of it."""
     special = SPECIAL.get(config_class.model_type, {})

@@ -181,3 +181,14 @@ def test_json_has_strings_for_nan_and_inf() -> None:
 
     assert (document["got"], document["error"], document["position"]) == ("nan", "inf", [0, 2])
     assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0, 2)])
+def test_tensors_without_elements_are_equal(shape: tuple[int, ...]) -> None:
+    empty = torch.empty(shape).numpy()
+
+    comparison = equal_bits(empty, empty.copy(), DType.F32)
+
+    assert comparison is not None
+    assert comparison.good
+    assert comparison.position == ()

@@ -129,7 +129,7 @@ class PlanError(CheckpointError):
 
 
 class UnreadClassError(PlanError):
-    """No table says how the engine's class of a model reads its modules; target `dense` needs none."""
+    """No table says how the engine's class of a model reads these modules; target `dense` needs none."""
 
 
 class PayloadError(CheckpointError):

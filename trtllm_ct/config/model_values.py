@@ -19,32 +19,44 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import FaultCollector
 
-__all__ = ["MODEL_VALUES", "check_model_values"]
+__all__ = ["MODEL_VALUES", "check_model_values", "with_whole_numbers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    """A kind of value: a text for messages, and a function that says whether a value is of it; null always is."""
+    """A kind of value: a text for messages, and a function that says whether a value is of it; null always is.
+
+    `whole` says that its numbers are integers.
+    """
 
     expected: str
     accepts: Callable[[Any], bool]
+    whole: bool = False
 
 
 def _count(most: int) -> _Kind:
     """Return the kind of whole numbers up to `most`.
 
     -1 and 0 stand for none in some models, and configurations of some classes have a list with one number per layer.
+    transformers writes some numbers as floats, such as 1200.0 (`with_whole_numbers`).
     """
 
     def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= most
+        return not isinstance(value, bool) and isinstance(_whole(value), int) and -1 <= value <= most
 
     def accepts(value: Any) -> bool:
         if isinstance(value, list):
             return len(value) <= _MOST_LAYERS and all(item is None or is_count(item) for item in value)
         return is_count(value)
 
-    return _Kind(expected=f"a positive integer, at most {most}", accepts=accepts)
+    return _Kind(expected=f"a positive integer, at most {most}", accepts=accepts, whole=True)
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number that is stored as a float as an integer, also in a list; any other value as it is."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_number(value: Any) -> bool:
@@ -121,3 +133,16 @@ def check_model_values(config: Mapping[str, Any], faults: FaultCollector, where:
         part = config.get(key)
         if isinstance(part, Mapping):
             check_model_values(part, faults, f"{where}{key}.")
+
+
+def with_whole_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parsed config.json with integers for the whole numbers in it that are stored as floats.
+
+    transformers 5.23 saves MusicFlamingo with `max_position_embeddings: 1200.0`.
+    """
+    read = {}
+    for key, value in config.items():
+        kind = MODEL_VALUES.get(key)
+        part = key in _PARTS and isinstance(value, Mapping)
+        read[key] = with_whole_numbers(value) if part else _whole(value) if kind is not None and kind.whole else value
+    return read

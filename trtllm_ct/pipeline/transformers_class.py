@@ -17,6 +17,8 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.packages import PACKAGES
+from trtllm_ct.plan.models.class_row import PROJECTION_NAMES
+from trtllm_ct.plan.models.expert_spellings import NUMBERED, UNKNOWN_SPELLING, ExpertSpelling, StackedExperts
 from trtllm_ct.plan.models.model_class import Comparison, Misfit, ModelClass
 
 if TYPE_CHECKING:
@@ -44,27 +46,59 @@ class TransformersClass(ModelClass):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
+        self._made: tuple[Any, str] | None = None
 
     def compare(self, tensors: PlainTensors) -> Comparison:
         """Compare plain tensors with the parameters of the class; takes a second for 25,000 tensors."""
-        names = self._config.get("architectures")
-        if not isinstance(names, list) or not names or not isinstance(self._config.get("model_type"), str):
-            return Comparison(why_not="config.json names no class of transformers")
-        if not PACKAGES["transformers"].installed:
-            return Comparison(why_not="transformers is not installed")
-        import transformers
-
-        name, release = str(names[0]), f"transformers {transformers.__version__}"
+        model, said = self._model()
+        if model is None:
+            return Comparison(why_not=said)
         with _quietly_offline():
             try:
-                model = _build(name, self._config)
-                if model is None:
-                    return Comparison(why_not=f"{release} has no class {name}")
-                return _compare(model, tensors, f"{name} of {release}")
+                return _compare(model, tensors, said)
             # Classes raise whatever they like for a configuration that they don't expect.
             except Exception as error:  # noqa: BLE001
-                reason = (str(error).strip() or "no message").splitlines()[0]
-                return Comparison(why_not=f"{name} of {release} was not built ({type(error).__name__}: {reason})")
+                return Comparison(why_not=f"{said} was not compared ({_message(error)})")
+
+    def expert_spelling(self, owners: Iterable[str]) -> ExpertSpelling:
+        """Return how the class reads routed experts, by its parameters and by the names that transformers merges."""
+        model, _ = self._model()
+        if model is None:
+            return UNKNOWN_SPELLING
+        with _quietly_offline():
+            try:
+                return _expert_spelling(model, owners)
+            except Exception:  # noqa: BLE001 (as above; `compare` says why)
+                return UNKNOWN_SPELLING
+
+    def _model(self) -> tuple[Any, str]:
+        """Return the model, with its name and release; or None, with the reason why there is none."""
+        if self._made is None:
+            self._made = _model_of(self._config)
+        return self._made
+
+
+def _model_of(config: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return what `TransformersClass._model` does."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(config.get("model_type"), str):
+        return None, "config.json names no class of transformers"
+    if not PACKAGES["transformers"].installed:
+        return None, "transformers is not installed"
+    import transformers
+
+    name, release = str(names[0]), f"transformers {transformers.__version__}"
+    with _quietly_offline():
+        try:
+            model = _build(name, config)
+        except Exception as error:  # noqa: BLE001 (as in `compare`)
+            return None, f"{name} of {release} was not built ({_message(error)})"
+    return model, f"{release} has no class {name}" if model is None else f"{name} of {release}"
+
+
+def _message(error: Exception) -> str:
+    """Return the type of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _build(name: str, config: Mapping[str, Any]) -> Any:
@@ -127,6 +161,52 @@ def _compare(model: Any, tensors: PlainTensors, by: str) -> Comparison:
         parts=_parts(model, parameters),
         text=_text_parameters(model, parameters),
         unread=frozenset(_not_matching(unread, model._keys_to_ignore_on_load_unexpected)),  # noqa: SLF001
+    )
+
+
+# The tensors of all experts, with the projections that each holds as positions in (gate, up, down).
+_STACKS: Mapping[str, tuple[int, ...]] = {"gate_up_proj": (0, 1), "gate_proj": (0,), "up_proj": (1,), "down_proj": (2,)}
+
+
+def _expert_spelling(model: Any, owners: Iterable[str]) -> ExpertSpelling:
+    """Return how a model reads the routed experts of the first of these modules that it has."""
+    parameters = model.state_dict(keep_vars=True)
+    name_of, _ = _readers(model, parameters)
+    for owner in owners:
+        for names in (PROJECTION_NAMES, NUMBERED):
+            # Some classes have no gate.
+            if all(name_of(f"{owner}.0.{name}.weight")[0] in parameters for name in names[1:]):
+                return ExpertSpelling(projections=names)
+        stacked = _stacks_of(model, parameters, owner, name_of)
+        if stacked is not None:
+            return ExpertSpelling(stacked=stacked)
+    return UNKNOWN_SPELLING
+
+
+def _stacks_of(
+    model: Any, parameters: Mapping[str, Any], owner: str, name_of: Callable[[str], _Named]
+) -> StackedExperts | None:
+    """Return the stacks of a module of all experts; None if the order of their axes or rows is not known.
+
+    Source: transformers 5.23 `integrations/moe.py: use_experts_implementation`, which marks modules of experts.
+    """
+    read = {leaf: name_of(f"{owner}.{leaf}") for leaf in _STACKS}
+    # A stack that transformers converts is stored in another order than the module has it in.
+    stacks = {leaf: name for leaf, (name, pattern) in read.items() if name in parameters and pattern is None}
+    if "down_proj" not in stacks or len(stacks) == 1:
+        return None
+    module = model.get_submodule(stacks["down_proj"].rpartition(".")[0])
+    if not hasattr(module, "is_transposed") or not hasattr(module, "is_concatenated"):
+        return None
+    experts = owner.rpartition(".")[2]
+    biases = {
+        f"{experts}.{leaf}_bias": _STACKS[leaf] for leaf in stacks if name_of(f"{owner}.{leaf}_bias")[0] in parameters
+    }
+    return StackedExperts(
+        parts={f"{experts}.{leaf}": _STACKS[leaf] for leaf in stacks},
+        inputs_first=module.is_transposed,
+        alternate=not module.is_concatenated,
+        biases=biases or None,
     )
 
 

@@ -3,6 +3,7 @@
 plan.py               Plan, ModulePlan, Delivery: the result, as frozen values with a JSON form
 planner.py            make_plan: takes configuration, headers, model and target, and makes every decision
 stored.py             the stored tensors of each module, as views
+expert_names.py       by which spelling routed experts are delivered
 gathering.py          the modules of a checkpoint under Hugging Face names, with one module per expert
 unlisted.py           tensors that the index does not list: read only where the model lacks them
 probe.py              the few stored values that decide a mode

@@ -12,7 +12,6 @@ from trtllm_ct.base.errors import Fault, UnreadClassError
 from trtllm_ct.engine.model_classes import first_release, has_class
 
 if TYPE_CHECKING:
-    from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.engine.releases import Release
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.models.sites import Model
@@ -75,16 +74,21 @@ def refuse_unread(model: Model, target: Target) -> None:
     )
 
 
-def refuse_unread_names(model: Model, target: Target, faults: FaultCollector) -> None:
-    """Add a fault if the files call the layers otherwise than the engine's class does, which finds no others."""
+def refuse_unread_names(model: Model, target: Target) -> None:
+    """Raise `UnreadClassError` if the files call the layers otherwise than the engine's class, which finds no others.
+
+    Nothing else is then said of its reading: the embeddings would be looked for under its names too.
+    """
     if target.capabilities.release is None or model.discovery is None or model.row.body is None:
         return
     stored, read = model.discovery.place[0], model.row.body
     if stored != read:
-        faults.add(
-            where="names of the tensors",
-            expected=f"{read}layers., which is where {model.name} of the engine looks for layers",
-            found=f"{stored}layers.",
-            remedy="Convert with --to dense, which keeps the names; or quantize the weights under the names that the "
-            "model was published with.",
+        raise UnreadClassError(
+            Fault(
+                where="names of the tensors",
+                expected=f"{read}layers., which is where {model.name} of the engine looks for layers",
+                found=f"{stored}layers.",
+                remedy="Convert with --to dense, which keeps the names; or quantize the weights under the names that "
+                "the model was published with.",
+            )
         )

@@ -80,7 +80,7 @@ class EngineNames:
             names.append(f"{_INNER_PLACE[0]}layers.{self.layers + int(draft[1])}.{draft[2]}")
         names += [re.sub(pattern, replacement, name) for pattern, replacement in self.inner for name in names]
         if experts and self.wrapped:
-            names += [f"{name}.backend" for name in names]
+            names += [f"{name}.backend" for name in names if name.endswith("experts")]
         around, _, leaf = name.rpartition(".")
         if self.fused and leaf in _FIRST_PARTS:
             names.append(f"{self._inside(around)}.{_FIRST_PARTS[leaf]}")

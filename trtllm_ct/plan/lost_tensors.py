@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.plan.models.discovery import Discovery
+    from trtllm_ct.plan.models.expert_spellings import ExpertSpelling
     from trtllm_ct.plan.models.model_class import ModelClass
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
     from trtllm_ct.plan.models.sites import Model
@@ -51,11 +52,11 @@ def refuse_lost_tensors(
     suspects = suspects_of(tensors, body, layer_kinds(model.text, count), model.parts)
     comparison = NOT_ASKED
     if model_class is not None:
-        with_lost = as_class_spells({**tensors, **dict.fromkeys(suspects.lost)}, model.text_type)
+        with_lost = as_class_spells({**tensors, **dict.fromkeys(suspects.lost)}, model.spelling)
         comparison = _unless_renamed(model_class.compare(with_lost))
         if comparison.by:
             comparison = _without_absent(comparison)
-            suspects, comparison = _agreed(suspects, comparison, model.text_type)
+            suspects, comparison = _agreed(suspects, comparison, model.spelling)
         if comparison.by and not model.has_row:
             comparison = replace(comparison, renamed=frozenset(_renamed(comparison, with_lost, body, count)))
     if model.has_row and model.discovery is not None and not comparison.by:
@@ -74,10 +75,13 @@ def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, fau
     body, head = found.place
     inside = {name.removeprefix(body) for name in tensors if name.startswith(body)}
     missing = {}
+    # Plain weights may have the names of transformers' class, whatever the engine's reads.
+    tables = table_names_of(model.row, usual=model.as_transformers)
+    table_name = _TABLE if _TABLE in tables else model.row.embeddings
     # Some writers store the weight of a tied head only under the name of the head.
     is_head = model.tied is not False and f"{head}.weight" in tensors
-    if not is_head and not any(f"{table}.weight" in inside for table in table_names_of(model.row)):
-        missing[f"{body}{model.row.embeddings or _TABLE}.weight"] = "the embeddings"
+    if not is_head and not any(f"{table}.weight" in inside for table in tables):
+        missing[f"{body}{table_name}.weight"] = "the embeddings"
     if model.tied is False and not model.headless and f"{head}.weight" not in tensors:
         missing[f"{head}.weight"] = (
             "a head of its own, since neither config.json nor the class ties it to the embeddings"
@@ -136,7 +140,7 @@ def _first_module(name: str) -> str:
     return first if len(inside) > 1 else ""
 
 
-def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple[Suspects, Comparison]:
+def _agreed(suspects: Suspects, comparison: Comparison, spelling: ExpertSpelling) -> tuple[Suspects, Comparison]:
     """Return what layers and class agree on, and what only the class says, each fault in one of them."""
     unfit = {source for misfit in comparison.misfits for source in misfit.sources}
     misshapen = {
@@ -146,7 +150,7 @@ def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple
     known = set().union(*layers.values())
     agreed = replace(
         suspects,
-        lost=tuple(name for name in suspects.lost if _spelled(name, text_type) not in comparison.unread),
+        lost=tuple(name for name in suspects.lost if _spelled(name, spelling) not in comparison.unread),
         misshapen=misshapen,
         lost_layers=tuple(layer for layer, names in layers.items() if names),
         surplus_layers=tuple(layer for layer in suspects.surplus_layers if _in_layer(layer, comparison.unread)),
@@ -158,9 +162,9 @@ def _agreed(suspects: Suspects, comparison: Comparison, text_type: str) -> tuple
     )
 
 
-def _spelled(name: str, text_type: str) -> str:
+def _spelled(name: str, spelling: ExpertSpelling) -> str:
     """Return the name of a tensor as the class spells it."""
-    return next(iter(as_class_spells({name: None}, text_type)))
+    return next(iter(as_class_spells({name: None}, spelling)))
 
 
 def _in_layer(layer: str, parameters: Collection[str]) -> frozenset[str]:

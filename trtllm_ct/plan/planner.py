@@ -20,6 +20,7 @@ from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt
 from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
+from trtllm_ct.plan.expert_names import spelled, spelling_warnings
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, attentions, heads_of_attentions
@@ -218,13 +219,14 @@ class _Planner:
 
         The model gets the modules of the files.
         """
+        self.model = spelled(self.model, catalog.tensors, self.model_class, self.target)
         # A class with a row reads experts one by one, or its stacks are known; without a row it may read stacks only.
         one_by_one = self.model.has_row and not engine_reads_stacks(self.model.text_type)
         one_by_one = one_by_one and self.target.capabilities.release is not None
         gathered = gather_modules(catalog, self.model, self.faults, self.probe.shapes, split_stacks=one_by_one)
         self.model = self.model.in_checkpoint(gathered)
         refuse_unread(self.model, self.target)
-        refuse_unread_names(self.model, self.target, self.faults)
+        refuse_unread_names(self.model, self.target)
         stored = self.transforms.attach(modules_as_read(gathered, self.model, self.target))
         if stored.keys() != gathered.keys():
             self.model = self.model.in_checkpoint(stored)
@@ -288,6 +290,7 @@ class _Planner:
             *(stack_warnings(self.model) if stacked and self.target.directory else ()),
             *unlisted_warnings(catalog, unread),
             *class_warnings(self.comparison),
+            *spelling_warnings(self.model, self.comparison),
             *self._unquantized(modules),
             *self.dtype_warnings,
             *self.tie_warnings,

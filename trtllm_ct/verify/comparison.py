@@ -113,6 +113,8 @@ def equal_bits(got: NDArray[Any], stored: NDArray[Any], dtype: DType) -> Compari
     """Return the comparison of rows that are the same bits in the same dtype; None if they differ."""
     if not same_bits(got, stored):
         return None
+    if not got.size:
+        return equal_elements(0.0, got.shape)
     return _equal(to_numbers(got.reshape(-1)[:1], dtype).reshape((1,) * got.ndim))
 
 

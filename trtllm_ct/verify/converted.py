@@ -27,7 +27,7 @@ from trtllm_ct.verify.pairs import spans
 from trtllm_ct.verify.shared_scalars import check_fused_scalars
 from trtllm_ct.verify.source.files import TensorFiles, tensors_of
 from trtllm_ct.verify.source.modules import Modules, read_modules
-from trtllm_ct.verify.source.names import Names
+from trtllm_ct.verify.source.names import Names, has_native_names
 from trtllm_ct.verify.statements import check_statements
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
     with TensorFiles(checkpoint.catalog) as source_files, TensorFiles(catalog) as files:
         match = DirectoryMatch(
             config=checkpoint.config,
-            source=source_modules(checkpoint, source_files),
-            delivered=read_modules(tensors_of(files), Names.of(converted_config, catalog.tensors)),
+            source=source_modules(checkpoint, source_files, keeps_names=has_native_names(catalog.tensors)),
+            delivered=read_modules(tensors_of(files), Names.of(converted_config)),
             quant_config=quant_config,
             tied=_tied(converted_config),
             faults=faults,
@@ -90,12 +90,17 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
     return checks
 
 
-def source_modules(checkpoint: Checkpoint, files: TensorFiles) -> Modules:
-    """Return the modules of the source."""
+def source_modules(checkpoint: Checkpoint, files: TensorFiles, *, keeps_names: bool = False) -> Modules:
+    """Return the modules of the source.
+
+    With `keeps_names` the converted directory has names of Mistral's own form too. Then nothing was put into another
+    form, so names are what they are, and rows of queries and keys stay where they are: modules of other classes have
+    such names as well.
+    """
     config = checkpoint.hf_config
     return read_modules(
         tensors_of(files),
-        Names.of(config, checkpoint.catalog.tensors),
+        Names.of(config, () if keeps_names else checkpoint.catalog.tensors),
         transforms={transform.module for transform in checkpoint.config.transforms if transform.online},
         head_dims=(_head_dim(config.get("text_config") or config), _head_dim(config.get("vision_config") or {})),
         declared_rows=checkpoint.config.qk_rows,
@@ -103,9 +108,11 @@ def source_modules(checkpoint: Checkpoint, files: TensorFiles) -> Modules:
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:
-    """Return the rows of a head; 0 if the configuration does not tell it."""
-    heads = config.get("num_attention_heads") or 0
-    return int(config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0))
+    """Return the rows of a head; 0 if the configuration does not tell it, or tells it for each layer."""
+    stated, hidden, heads = (config.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    if isinstance(stated, int) and stated:
+        return stated
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 
 def _tied(config: Mapping[str, Any]) -> bool:

@@ -82,6 +82,7 @@ def discover(
     shapes: Mapping[str, tuple[int, int]] = _NO_SHAPES,
     query_only: Collection[int] = (),
     tied: bool = False,
+    usual_ends: bool = False,
 ) -> Discovery:
     """Return the modules of a checkpoint whose weight is a matrix, as the model class that `row` describes reads them.
 
@@ -89,10 +90,10 @@ def discover(
     or under a name of their own (`is_draft`), draft tokens, and are left out. `shapes` are the shapes of
     weights that are known although the headers of their codes don't show them. `query_only` are the numbers of layers
     without keys and values, whose q_proj the class builds plain. If the head is `tied` and only it is stored, it is
-    the embeddings.
+    the embeddings. With `usual_ends` embeddings and head may have any usual name, whatever the engine's class reads.
     """
-    tables = table_names_of(row)
-    body, head = place = _place_of(stored, tables, frozenset({row.head}) if row.head else _HEADS)
+    tables = table_names_of(row, usual=usual_ends)
+    body, head = place = _place_of(stored, tables, head_names_of(row, usual=usual_ends))
     numbers = [int(match[3]) for name in stored if (match := _LAYER.fullmatch(name)) is not None and match[1] == body]
     count = layers or max(numbers, default=-1) + 1
     finder = _Finder(SiteRules(row), body, tables, stored, shapes, head_dim, kv_heads, query_only)
@@ -277,9 +278,16 @@ def _behind(prefix: str, site: Site) -> Site:
     return placed._replace(aliases=tuple(prefix + alias for alias in site.aliases)) if site.aliases else placed
 
 
-def table_names_of(row: ClassRow) -> frozenset[str]:
-    """Return the last parts of the names that embeddings may have, as the class reads them."""
-    return frozenset({row.embeddings}) if row.embeddings else _TABLES
+def table_names_of(row: ClassRow, *, usual: bool = False) -> frozenset[str]:
+    """Return the last parts of the names that embeddings may have, as the class reads them; `usual` adds all others."""
+    named = frozenset({row.embeddings}) if row.embeddings else frozenset()
+    return named | _TABLES if usual or not named else named
+
+
+def head_names_of(row: ClassRow, *, usual: bool = False) -> frozenset[str]:
+    """Return the same for the head."""
+    named = frozenset({row.head}) if row.head else frozenset()
+    return named | _HEADS if usual or not named else named
 
 
 def is_draft(name: str) -> bool:

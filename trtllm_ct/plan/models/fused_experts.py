@@ -97,7 +97,7 @@ def stack_parts(modules: Iterable[ModulePlan], model: Model, *, engine: bool) ->
     `engine` says that the class is TensorRT-LLM's. Layers with quantized experts, with several dtypes in one stack, or
     without some projection have no places: no stacked tensor can hold them.
     """
-    stacked = STACKED_EXPERTS.get(model.text_type)
+    stacked = STACKED_EXPERTS.get(model.text_type) if engine else model.spelling.stacked
     if stacked is None or (engine and not stacked.by_engine):
         return {}
     layers: dict[str, list[ModulePlan]] = {}

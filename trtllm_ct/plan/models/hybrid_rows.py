@@ -158,7 +158,12 @@ _NEMOTRON_H = ClassRow(
             source="NemotronHHfWeightMapper.preprocess_weights, `checkpoints/hf/nemotron_h_weight_mapper.py`, 05b033ac",
         ),
     ),
-    inner=((r"^backbone\.", "model."),),
+    inner=(
+        (r"^backbone\.", "model."),
+        # NemotronHMOE.__init__ (00620eb0) takes the mode of the first entry that begins with the name of the experts
+        # and a dot; other code compares the name itself.
+        (r"^(?:backbone|model)\.(.+\.mixer\.experts)$", r"model.\1.0.up_proj"),
+    ),
     divided=("mamba_num_heads", "n_groups"),
     layer=(
         (Part(modules=("norm",)),),

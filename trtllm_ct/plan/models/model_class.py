@@ -9,9 +9,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from trtllm_ct.plan.models.expert_spellings import UNKNOWN_SPELLING
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from trtllm_ct.plan.models.expert_spellings import ExpertSpelling
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
 
 __all__ = ["Comparison", "Misfit", "ModelClass"]
@@ -64,3 +67,10 @@ class ModelClass(ABC):
 
         A tensor without a shape counts as present, whatever its size.
         """
+
+    def expert_spelling(self, owners: Iterable[str]) -> ExpertSpelling:  # noqa: ARG002 (this class tells nothing)
+        """Return how the class reads routed experts; `UNKNOWN_SPELLING` if it doesn't tell.
+
+        `owners` are the names of the modules of all experts in the files, such as `model.layers.3.mlp.experts`.
+        """
+        return UNKNOWN_SPELLING

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, PROJECTIONS, STACKED_EXPERTS
+from trtllm_ct.plan.models.expert_spellings import PROJECTIONS
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from trtllm_ct.plan.models.expert_spellings import StackedExperts
+    from trtllm_ct.plan.models.expert_spellings import ExpertSpelling, StackedExperts
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["EXPERT", "PlainTensors", "Shape", "as_class_spells", "plain_tensors"]
@@ -44,23 +44,23 @@ def plain_tensors(modules: Iterable[StoredModule], weights: Mapping[str, Shape])
     return tensors
 
 
-def as_class_spells(tensors: PlainTensors, text_type: str) -> PlainTensors:
+def as_class_spells(tensors: PlainTensors, spelling: ExpertSpelling) -> PlainTensors:
     """Return the tensors with routed experts as the class of transformers reads them, see `expert_spellings.py`.
 
-    `text_type` is the model type whose spelling holds. Layers that lack some projection of an expert are unchanged.
+    Layers that lack some projection of an expert are unchanged if the class reads stacks.
     """
-    if text_type in NUMBERED_EXPERTS:
-        return {_numbered(name): shape for name, shape in tensors.items()}
-    stacked = STACKED_EXPERTS.get(text_type)
-    return tensors if stacked is None else _stacked(tensors, stacked)
+    names = spelling.projections
+    if names is not None:
+        return {_renamed(name, names): shape for name, shape in tensors.items()}
+    return tensors if spelling.stacked is None else _stacked(tensors, spelling.stacked)
 
 
-def _numbered(name: str) -> str:
-    """Return the name of a tensor with the projections of experts called w1, w2 and w3."""
+def _renamed(name: str, projections: tuple[str, str, str]) -> str:
+    """Return the name of a tensor with the projection of a routed expert under one of these names."""
     expert = EXPERT.fullmatch(name)
     if expert is None or expert[3] not in PROJECTIONS:
         return name
-    return f"{expert[1]}.{expert[2]}.{NUMBERED[PROJECTIONS[expert[3]]]}.{expert[4]}"
+    return f"{expert[1]}.{expert[2]}.{projections[PROJECTIONS[expert[3]]]}.{expert[4]}"
 
 
 def _stacked(tensors: PlainTensors, stacked: StackedExperts) -> PlainTensors:

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
-from trtllm_ct.config.model_values import check_model_values
+from trtllm_ct.config.model_values import check_model_values, with_whole_numbers
 from trtllm_ct.plan.models.class_defaults import is_headless, is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAMES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
 from trtllm_ct.plan.models.discovery import discover, discover_stated
-from trtllm_ct.plan.models.expert_spellings import NUMBERED, NUMBERED_EXPERTS, STACKED_EXPERTS, spelling_type
+from trtllm_ct.plan.models.expert_spellings import (
+    NUMBERED,
+    NUMBERED_EXPERTS,
+    STACKED_EXPERTS,
+    UNKNOWN_SPELLING,
+    ExpertSpelling,
+    spelling_of,
+    spelling_type,
+)
 from trtllm_ct.plan.models.part_layers import part_layers
 from trtllm_ct.plan.models.places import PLACES, known_prefixes
 from trtllm_ct.plan.models.row_defaults import with_row_defaults
@@ -51,6 +59,8 @@ class Model:
     `headless` says that the class has no head, such as one for embeddings or for scores.
     `multimodal` says whether the text model is a part of a larger model, whose other parts are delivered plain.
     `text_type` is the `model_type` by which experts are spelled (`expert_spellings.py`), mostly that of the text model.
+    `spelling` says how the class of transformers reads experts, and `as_transformers` that they are delivered so;
+    otherwise they are delivered as the engine's class reads them.
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it. `text` is the configuration of the
     text model, with the defaults of its class where they are known. `parts` are the numbers of layers of towers, and of
@@ -68,6 +78,8 @@ class Model:
     multimodal: bool
     text_type: str = ""
     headless: bool = False
+    spelling: ExpertSpelling = UNKNOWN_SPELLING
+    as_transformers: bool = False
     draft_layers: int = 0
     vision_head_dim: int = 0
     text: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +96,7 @@ class Model:
         values = FaultCollector()
         check_model_values(config, values)
         values.raise_if_any(ConfigError)
+        config = with_whole_numbers(config)
         names = config.get("architectures") or ["none"]
         name = str(names[0] if isinstance(names, list) else names)
         row, nested, text = _row_and_text(name, config)
@@ -102,6 +115,7 @@ class Model:
             multimodal=nested is not None,
             text_type=spelling,
             headless=is_headless(name),
+            spelling=spelling_of(spelling),
             draft_layers=sizes["draft_layers"],
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             text=text,
@@ -130,12 +144,13 @@ class Model:
         sizes = self.sizes
         found = discover(
             stored,
-            self._row_as_spelled(self.row),
+            replace(self.row, projections=self._names_of_projections),
             layers=sizes["layers"],
             head_dim=sizes["head_dim"],
             kv_heads=self.kv_heads,
             shapes=shapes or {},
             tied=bool(self.tied) and self.has_row,
+            usual_ends=self.as_transformers,
             query_only=layers_of_queries_only(self.row, self.text, sizes["layers"]),
         )
         return replace(
@@ -146,10 +161,12 @@ class Model:
         """Return the model with the modules of its files, as the class that config.json names reads them."""
         return replace(self, row=CLASS_ROWS.get(self.name, DEFAULT_ROW), stated=None)
 
-    def _row_as_spelled(self, row: ClassRow) -> ClassRow:
-        """Return a row with the names of experts that the class of the text model reads, unless it has its own."""
-        numbered = row.projections is None and self.text_type in NUMBERED_EXPERTS
-        return replace(row, projections=NUMBERED) if numbered else row
+    @property
+    def _names_of_projections(self) -> tuple[str, str, str] | None:
+        """The names of an expert's gate, up and down in the class that they are delivered to; None if not known."""
+        if self.as_transformers and self.stated is None:
+            return self.spelling.projections
+        return self.row.projections or (NUMBERED if self.text_type in NUMBERED_EXPERTS else None)
 
     @property
     def has_row(self) -> bool:
@@ -164,7 +181,7 @@ class Model:
     @property
     def projections(self) -> tuple[str, str, str]:
         """The names of an expert's gate, up and down in the class, or most other classes if its own are not known."""
-        return self.row.projections or PROJECTION_NAMES
+        return self._names_of_projections or PROJECTION_NAMES
 
     @property
     def heads(self) -> int:

@@ -215,14 +215,25 @@ def _divided_parts(model: Model, parallel: Parallel) -> _DividedParts:
     biases: dict[str, int] = {}
     if not parallel.attention_dp:
         parts |= {_Part(key, model.sizes[key]): None for key in (_HEADS, *model.row.divided)}
-    for site in model.kinds():
+    sites = list(model.kinds())
+    head_dims = {site.module.rpartition(".")[0]: _head_dim(site) for site in sites if site.module.endswith("k_proj")}
+    for site in sites:
         if not site.expert and (parallel.attention_dp or site.ranks_vary):
             continue
         parts |= dict.fromkeys(_parts_of(site, model))
+        parent, _, leaf = site.module.rpartition(".")
+        # Layers may have numbers of heads of their own, which config.json gives under a key of each class.
+        if leaf == "q_proj" and head_dims.get(parent) and len(site.shape) == _MATRIX:
+            parts[_Part(f"heads of {leaf}", site.shape[0] // head_dims[parent], attention=True)] = None
         if site.heads and "bias" in site.locals:
             path = _IN_LAYER.sub("", site.module)
             biases[path] = min(site.heads, biases.get(path, site.heads))
     return _DividedParts(parts, model.sizes["experts"], parallel.expert, biases)
+
+
+def _head_dim(site: Site) -> int:
+    """Return the rows of one head of a k_proj; 0 if its rows or its heads are not known."""
+    return site.shape[0] // site.heads if site.heads and len(site.shape) == _MATRIX else 0
 
 
 def _parts_of(site: Site, model: Model) -> Iterator[_Part]:

@@ -163,14 +163,12 @@ def _split(name: str, tensors: dict[str, SourceTensor], names: Names) -> Iterato
     beside = names.stack_of(name)
     if name.endswith(".experts"):
         stacks = {local: tensor for local, tensor in tensors.items() if local in FUSED_EXPERTS and _stacked(tensor)}
-        inputs_first = names.transposed_experts and not _outputs_first(stacks)
+        inputs_first, turns = names.transposed_experts and not _outputs_first(stacks), names.alternating_experts
         for local, tensor in stacks.items():
-            yield from _experts(
-                name, local, {"weight": tensor}, names, inputs_first=inputs_first, turns=names.alternating_experts
-            )
-        biases = {f"{local}_bias" for local in stacks if names.alternating_experts} & tensors.keys()
+            yield from _experts(name, local, {"weight": tensor}, names, inputs_first=inputs_first, turns=turns)
+        biases = {f"{local}_bias" for local in stacks} & tensors.keys()
         for local in biases:
-            yield from _experts(name, local.removesuffix("_bias"), {"bias": tensors[local]}, names, turns=True)
+            yield from _experts(name, local.removesuffix("_bias"), {"bias": tensors[local]}, names, turns=turns)
         tensors = {local: tensor for local, tensor in tensors.items() if local not in stacks.keys() | biases}
     elif beside is not None and any(map(_stacked, tensors.values())):
         plain = set(tensors) == {"weight"}

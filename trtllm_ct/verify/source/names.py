@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["BODIES", "FUSED_EXPERTS", "HEADS", "OTHER", "Names", "expert_key", "is_expert"]
+__all__ = ["BODIES", "FUSED_EXPERTS", "HEADS", "OTHER", "Names", "expert_key", "has_native_names", "is_expert"]
 
 BODIES = (
     "model.language_model.model.",
@@ -77,12 +77,23 @@ _NUMBERED_EXPERTS = frozenset(
         "kimi_linear",
         "minimax_m3_vl",
         "mistral_large4",
+        "mistral_large4_text",
     }
 )
 _NAMED_EXPERTS = frozenset({"llama", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"})
 # The classes whose plain stacks of experts are stored as [E, in, out].
-_TRANSPOSED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text", "llama4_text", "gpt_oss", "aria", "aria_text"})
-# The classes whose plain stacks alternate rows of gate and up, and have stacked biases beside them.
+_TRANSPOSED_EXPERTS = frozenset(
+    {
+        "qwen3_vl_moe",
+        "qwen3_vl_moe_text",
+        "llama4_text",
+        "gpt_oss",
+        "openai_privacy_filter",
+        "aria",
+        "aria_text",
+    }
+)
+# The classes whose plain stacks alternate rows of gate and up.
 _ALTERNATING_EXPERTS = frozenset({"gpt_oss"})
 # Stacks that are modules beside `experts`, with the usual names: transformers 5.23 `conversion_mapping.py`, granitemoe.
 _STACK_MODULES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
@@ -167,8 +178,11 @@ class Names:
     values_of: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], tensor_names: Iterable[str]) -> Names:
-        """Return the names of a directory, by its parsed config.json and the names of its tensors."""
+    def of(cls, config: Mapping[str, Any], tensor_names: Iterable[str] = ()) -> Names:
+        """Return the names of a directory, by its parsed config.json and the names of its tensors.
+
+        Without names of tensors the directory does not count as one in Mistral's own form.
+        """
         nested = config.get("text_config")
         text = nested if isinstance(nested, dict) else config
         architectures = config.get("architectures") or [""]
@@ -178,7 +192,7 @@ class Names:
         model_type = outer if outer in _NUMBERED_EXPERTS | _TRANSPOSED_EXPERTS else model_type
         return cls(
             model_type=str(model_type),
-            native=any(_NATIVE.match(name) for name in tensor_names),
+            native=has_native_names(tensor_names),
             multimodal=text is not config,
             latent=bool(text.get("kv_lora_rank")),
             values_of=_layers_without_values(text),
@@ -306,6 +320,11 @@ class Names:
             return None
         names = _SPELLINGS[self.model_type in _NUMBERED_EXPERTS]
         return None if match[3] in names else ", ".join(sorted(names))
+
+
+def has_native_names(tensor_names: Iterable[str]) -> bool:
+    """Whether some tensors have names of Mistral's own form."""
+    return any(_NATIVE.match(name) for name in tensor_names)
 
 
 def _layers_without_values(text: Mapping[str, Any]) -> frozenset[int]:

@@ -13,6 +13,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from tensorrt_llm._double import RELEASE
 from tensorrt_llm._torch.models.checkpoints.hf.decoder_weight_mappers import (
     AfmoeHfWeightMapper,
     LagunaHfWeightMapper,
@@ -449,27 +450,35 @@ class NemotronHForCausalLM(_Preprocessed):
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model = config.pretrained_config
         assert model.rms_norm_eps > 0
-        return layer_of(config, ("norm",), mixer=self._MIXERS[model.hybrid_override_pattern[layer]](self, config))
+        mixer = self._MIXERS[model.hybrid_override_pattern[layer]](self, config, layer)
+        return layer_of(config, ("norm",), mixer=mixer)
 
     def layer_count(self, config: ModelConfig) -> int:
         """One layer for each character of the pattern, in all generations (`NemotronHModel`, 00620eb0)."""
         return len(config.pretrained_config.hybrid_override_pattern)
 
-    def _mamba(self, config: ModelConfig) -> nn.Module:
+    def _mamba(self, config: ModelConfig, _layer: int) -> nn.Module:
         return Mamba2Mixer(config)
 
-    def _attention(self, config: ModelConfig) -> nn.Module:
+    def _attention(self, config: ModelConfig, _layer: int) -> nn.Module:
         return QKVAttention(config)
 
-    def _mlp(self, config: ModelConfig) -> nn.Module:
+    def _mlp(self, config: ModelConfig, _layer: int) -> nn.Module:
         return MLP(config, config.pretrained_config.intermediate_size)
 
-    def _moe(self, config: ModelConfig) -> nn.Module:
+    def _moe(self, config: ModelConfig, layer: int) -> nn.Module:
         """Under mixed precision the entry of a single expert, or of a child of all, decides before layers do."""
-        model = config.pretrained_config
+        model, of_experts = config.pretrained_config, config
+        entries = config.quant_config_dict if RELEASE.newest_algos else None
+        if entries is not None:
+            begin = f"model.layers.{layer}.mixer.experts."
+            mode = next((mode for name, mode in entries.items() if name.startswith(begin)), config.quant_config)
+            of_experts = dataclasses.replace(config, quant_config=mode)
         mixer = nn.Module()
         mixer.gate = Router(config, model.n_routed_experts)
-        mixer.experts = experts(config, model.n_routed_experts, model.moe_intermediate_size, gated=False)
+        mixer.experts = experts(of_experts, model.n_routed_experts, model.moe_intermediate_size, gated=False)
+        if entries is not None:
+            mixer.experts.create_weights()
         mixer.shared_experts = MLP(config, model.moe_shared_expert_intermediate_size)
         return mixer
 
