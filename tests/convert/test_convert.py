@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trtllm_ct.base.errors import DetectionError, PayloadError, PlanError, UsageError
 from trtllm_ct.base.version import __version__
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
@@ -295,6 +296,7 @@ def test_overwrite_replaces_the_whole_directory(built: Built, tmp_path: Path) ->
 
 def test_the_files_of_a_crashed_run_are_removed(built: Built, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / JOURNAL).touch()
     (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
 
     convert_checkpoint(built.directory, tmp_path / "out")

@@ -17,11 +17,12 @@ from builders import Built, rewrite, tiny_config, write_checkpoint
 
 from trtllm_ct.base.errors import MissingDependencyError, OutputError, PayloadError, UsageError
 from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.convert import units
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.executors import open_pool
-from trtllm_ct.convert.journal import JOURNAL, Journal, UnitRecord
+from trtllm_ct.convert.journal import Journal, UnitRecord
 from trtllm_ct.convert.worker import UnitResult
 
 if TYPE_CHECKING:

@@ -545,7 +545,7 @@ def test_prepare_returns_other_directories_unchanged(source: Path, tmp_path: Pat
     ("arguments", "error", "said"),
     [
         ({"dtype": "int8"}, UsageError, "dtype: expected auto or bfloat16"),
-        ({"tensor_parallel_size": 0}, UsageError, "sizes of at least 1"),
+        ({"tensor_parallel_size": 0}, UsageError, "sizes from 1 to 4096"),
         ({"tensor_parallel_size": 4, "strict": True}, PlanError, "o_proj"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`output_errors`: errors of the file system of an output as `OutputError`, with what to do about them."""
+"""Errors of the place of an output: `unusable` before anything is written, `output_errors` afterwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import Fault, OutputError
+from trtllm_ct.base.errors import Fault, OutputError, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.folder import Folder
 
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["NO_ROOM", "output_errors"]
+__all__ = ["NO_ROOM", "output_errors", "unusable"]
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors of a disk, a quota or a file that is full."""
+
+
+def unusable(path: Path, found: str, remedy: str) -> UsageError:
+    """Return the error of a place where no output can be put, before anything was written."""
+    return UsageError(Fault(where=str(path), expected="a place for a new directory", found=found, remedy=remedy))
 
 
 @contextmanager

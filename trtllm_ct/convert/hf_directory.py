@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output_errors import output_errors
 from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.convert.coordinate import run_units
-from trtllm_ct.convert.journal import JOURNAL, Journal
+from trtllm_ct.convert.journal import Journal
 from trtllm_ct.convert.sizes import QUANT_CONFIG, planned_for
 
 if TYPE_CHECKING:
