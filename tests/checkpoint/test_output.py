@@ -573,6 +573,13 @@ class TestWhatIsKept:
         assert self.run_with(tmp_path, error(), earlier=UNITS, journal=UNITS) == [".out.partial"]
         assert (tmp_path / ".out.partial" / JOURNAL).read_bytes() == UNITS
 
+    def test_an_error_of_the_callers_files_is_not_taken_for_one_of_the_output(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(PermissionError, match="source"),
+            replacing_directory(tmp_path / "out", overwrite=False),
+        ):
+            raise PermissionError(errno.EACCES, "Permission denied", "source")
+
     @pytest.mark.parametrize("error", [OSError, OutputError, UsageError, ValueError])
     def test_an_error_that_is_no_fault_of_the_checkpoint_keeps_the_work_of_this_run(
         self, tmp_path: Path, error: type[Exception]

@@ -338,7 +338,9 @@ class TestReport:
         with pytest.raises(RuntimeError, match="stop"):
             convert_checkpoint(built.directory, tmp_path / "out", on_start=lambda plan: stop)
 
-        assert not list(tmp_path.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        assert convert_checkpoint(built.directory, tmp_path / "out").resumed_bytes > 0
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_same_checkpoint_converts_to_the_same_bytes(tmp_path: Path) -> None:

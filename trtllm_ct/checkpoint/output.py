@@ -59,10 +59,18 @@ def replacing_directory(out: Path, *, overwrite: bool, force: bool = False, sync
     except UsageError:
         _name_what_is_left(place)
         raise
-    with _parent(place) as (parent, made), _work(parent, place, made) as work:
-        yield work
-        with output_errors(place.partial):
-            _install(parent, work, place, made if sync else [], sync=sync)
+    of_caller: list[OSError] = []
+    with (
+        output_errors(place.partial, but=of_caller),
+        _parent(place) as (parent, made),
+        _work(parent, place, made) as work,
+    ):
+        try:
+            yield work
+        except OSError as error:  # It may be an error of the source.
+            of_caller.append(error)
+            raise
+        _install(parent, work, place, made if sync else [], sync=sync)
 
 
 def _name_what_is_left(place: OutputPlace) -> None:
@@ -113,18 +121,16 @@ def _remove_folders(made: list[Path]) -> None:
 def _work(parent: Folder, place: OutputPlace, made: list[Path]) -> Iterator[Folder]:
     """Yield the working directory; after an error, decide whether it stays."""
     try:
-        with output_errors(place.partial):
-            work = open_work_folder(parent, place.partial)
+        work = open_work_folder(parent, place.partial)
     except UsageError:
         _remove_folders(made)
         raise
     with work:
         before = _Progress(work)
         try:
-            with output_errors(place.partial):
-                _recover(parent, place)
-                place.require_free(parent)
-                place.require_movable(parent)
+            _recover(parent, place)
+            place.require_free(parent)
+            place.require_movable(parent)
             yield work
         except (OSError, OutputError):
             raise

@@ -11,7 +11,7 @@ from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.folder import Folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
 __all__ = ["NO_ROOM", "output_errors", "unusable"]
@@ -26,14 +26,16 @@ def unusable(path: Path, found: str, remedy: str) -> UsageError:
 
 
 @contextmanager
-def output_errors(work: Path, needed: int = 0) -> Iterator[None]:
+def output_errors(work: Path, needed: int = 0, *, but: Collection[OSError] = ()) -> Iterator[None]:
     """Raise `OutputError` for any `OSError` inside; `needed` are the bytes that the output takes, 0 if not known.
 
-    `work` is the working directory, which stays as it is.
+    `work` is the working directory, which stays as it is. An error that is in `but` by then passes.
     """
     try:
         yield
     except OSError as error:
+        if any(error is passed for passed in but):
+            raise
         where = error.filename if isinstance(error.filename, str) else str(work)
         found = f"{error.strerror or error}".lower()
         if error.errno in NO_ROOM:

@@ -234,7 +234,7 @@ def convert_checkpoint(
             )
             with source_errors(directory):
                 checkpoint = open_checkpoint(directory)
-            conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
+                conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
     return ConversionReport(

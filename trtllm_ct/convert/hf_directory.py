@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output_errors import output_errors
 from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes
@@ -70,7 +71,10 @@ def write_hf_directory(
     # An engine-build checkpoint consists of its configuration and the files of the ranks.
     by_rank = conversion.plan.build_config is not None
     source = conversion.checkpoint.directory
-    require_room(out, write_plan, 0 if by_rank else side_bytes(source, carry))
+    with source_errors(source):
+        others = 0 if by_rank else side_bytes(source, carry)
+    with output_errors(out.path):
+        require_room(out, write_plan, others)
     with output_errors(out.path, write_plan.file_bytes), Journal(out, conversion.identity) as journal:
         if journal.discarded:
             logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
