@@ -30,6 +30,12 @@ from trtllm_ct.checkpoint.work_folder import JOURNAL
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+
+def check_both(source: Path, out: Path) -> None:
+    check_output_place(source, out)
+    fill(out)
+
+
 BEGUN = b'{"conversion": "0"}\n'
 UNITS = BEGUN + b'{"unit": 0}\n'
 """Journals of a conversion without and with finished units."""
@@ -243,10 +249,14 @@ def test_leftovers_of_a_stop_after_the_two_steps_are_removed_and_named(
 
 
 def test_a_directory_that_appears_meanwhile_is_not_replaced_and_the_work_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="--overwrite"), replacing_directory(tmp_path / "out", overwrite=False) as work:
-        work.write("new", b"new")
-        work.write(JOURNAL, BEGUN)
-        (tmp_path / "out").mkdir()
+    def run() -> None:
+        with replacing_directory(tmp_path / "out", overwrite=False) as work:
+            work.write("new", b"new")
+            work.write(JOURNAL, BEGUN)
+            (tmp_path / "out").mkdir()
+
+    with pytest.raises(OutputError, match="--overwrite"):
+        run()
 
     assert entries(tmp_path / "out") == []
     assert entries(tmp_path / ".out.partial") == ["new"]
@@ -460,7 +470,7 @@ class TestWhoseItIs:
         if journal is not None:
             (tmp_path / name / JOURNAL).write_text(journal)
 
-        with pytest.raises(UsageError, match=f"{name}: .* no conversion has left there. Move it away"):
+        with pytest.raises(UsageError, match=rf"{name}: .* no conversion has left there\. Move it away"):
             fill(tmp_path / "out", overwrite=overwrite)
 
         assert (tmp_path / name / "photos/a.jpg").read_text() == "years"
@@ -559,10 +569,15 @@ class TestWhatIsKept:
         if earlier:
             (tmp_path / ".out.partial").mkdir(mode=0o700)
             (tmp_path / ".out.partial" / JOURNAL).write_bytes(earlier)
-        with pytest.raises(type(error)), replacing_directory(tmp_path / "out", overwrite=False) as work:
-            if journal != earlier:
-                work.write(JOURNAL, journal)
-            raise error
+
+        def run() -> None:
+            with replacing_directory(tmp_path / "out", overwrite=False) as work:
+                if journal != earlier:
+                    work.write(JOURNAL, journal)
+                raise error
+
+        with pytest.raises(type(error)):
+            run()
         return sorted(path.name for path in tmp_path.iterdir())
 
     @pytest.mark.parametrize("error", [DetectionError, CatalogError, PlanError, UsageError, PayloadError, ValueError])
@@ -632,7 +647,7 @@ class TestPlaces:
         monkeypatch.setattr(mounts, "_TABLE", table)
 
         for overwrite in (False, True):
-            with pytest.raises(UsageError, match="a mount point, which can't be replaced. Choose a new directory insid"):
+            with pytest.raises(UsageError, match=r"a mount point, which can't be replaced\. Choose a new dir"):
                 fill(tmp_path / "out dir", overwrite=overwrite)
 
         assert entries(tmp_path) == ["mountinfo", "out dir"]
@@ -691,11 +706,13 @@ class TestPlaces:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         synced = []
-        monkeypatch.setattr(file_calls, "sync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+        monkeypatch.setattr(
+            file_calls, "sync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink())
+        )
 
         fill(tmp_path / "a/b/out")
 
-        assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")} <= set(synced)
+        assert {tmp_path, tmp_path / "a", tmp_path / "a/b"} <= set(synced)
 
     @pytest.mark.parametrize("out", ["n" * 250, "n" * 300, "nul\0", "loop", "loop/out", "n" * 5000])
     def test_a_name_that_can_not_be_used_is_an_error_of_usage(self, tmp_path: Path, out: str) -> None:
@@ -704,8 +721,7 @@ class TestPlaces:
         with pytest.raises(UsageError, match=r"too long|null|levels of symbolic links"):
             fill(tmp_path / out)
         with pytest.raises(UsageError, match=r"too long|null|levels of symbolic links"):
-            check_output_place(tmp_path / "source", tmp_path / out)
-            fill(tmp_path / out)
+            check_both(tmp_path / "source", tmp_path / out)
 
         assert entries(tmp_path) == ["loop"]
 

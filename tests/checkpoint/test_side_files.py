@@ -365,7 +365,8 @@ class TestCode:
     @pytest.mark.parametrize(
         "name",
         [
-            "README.pyz", "README.html", "chat_template.dill", "tokenizer.model.npy", "SYSTEM_PROMPT.vbs", "LICENSE.lnk",
+            "README.pyz", "README.html", "chat_template.dill", "tokenizer.model.npy", "SYSTEM_PROMPT.vbs",
+            "LICENSE.lnk",
             "NOTICE.desktop", "MODEL_CARD.scr", "chat_template.pyd", "tokenizer.model.pkl", "README.py", "COPYING.bash",
             "chat_template.so", "chat_template.so.1", "README.pt2", "README.pl", "README.rb", "LICENSE.EXE",
             "license.unknown", "USE_POLICY.zip", "NOTICE.7z",
@@ -394,8 +395,10 @@ class TestCode:
     @pytest.mark.parametrize(
         "start",
         [
-            b"\x7fELF\x02\x01", b"#!/bin/sh\n", b"#! /usr/bin/env python\n", b"PK\x03\x04", b"\x80\x04\x95", b"\x80\x02}",
-            b"MZ\x90\x00\x03", b"\x93NUMPY\x01\x00", b"\x1f\x8b\x08", b"\x00asm\x01", b"\xca\xfe\xba\xbe", b"7z\xbc\xaf'\x1c",
+            b"\x7fELF\x02\x01", b"#!/bin/sh\n", b"#! /usr/bin/env python\n", b"PK\x03\x04", b"\x80\x04\x95",
+            b"\x80\x02}",
+            b"MZ\x90\x00\x03", b"\x93NUMPY\x01\x00", b"\x1f\x8b\x08", b"\x00asm\x01", b"\xca\xfe\xba\xbe",
+            b"7z\xbc\xaf'\x1c",
         ],
     )  # fmt: skip
     def test_a_program_under_a_known_name_is_left_out_unless_it_is_asked_for(

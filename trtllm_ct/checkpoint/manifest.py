@@ -1,7 +1,7 @@
 """The list of everything in an output directory, by which a later run knows that it may replace it.
 
-It is the hidden file `.trtllm_ct.json` in the directory. What is not in the list was put there by somebody else, and what
-differs from it was changed by somebody else; both are reasons not to delete the directory.
+It is the hidden file `.trtllm_ct.json` in the directory. What is not in the list was put there by somebody else, and
+what differs from it was changed by somebody else; both are reasons not to delete the directory.
 """
 
 from __future__ import annotations

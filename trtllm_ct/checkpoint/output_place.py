@@ -62,7 +62,9 @@ def what_is_left(out: Path) -> Callable[[], str]:
     def sentence() -> str:
         now = _inode(out)
         if now is not None and now != before:
-            rest = f" {partial} is the old one; the next conversion there removes it." if os.path.lexists(partial) else ""
+            rest = (
+                f" {partial} is the old one; the next conversion there removes it." if os.path.lexists(partial) else ""
+            )
             return f"The output is complete.{rest}"
         return "The same command goes on from here." if os.path.lexists(partial) else "Nothing was written."
 
@@ -214,7 +216,7 @@ def _followed(path: Path) -> Path:
         if links > _MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         _require_trusted(place / part, status)
-        target = os.readlink(place / part)
+        target = str((place / part).readlink())
         pending += reversed(target.split("/"))
         place = Path("/") if target.startswith("/") else place
     return place

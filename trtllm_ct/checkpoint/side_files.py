@@ -63,8 +63,8 @@ def side_files(source: Path, carry: Collection[str] = ()) -> SideFiles:
 
     `carry` are patterns of further files, see `side_patterns.py`. Raises `CatalogError` with every link that leads out
     of the snapshot, nowhere or in a circle, also where the file would be left out, with folders too deep in each other,
-    and with every carried file that is no regular file, has no permission to be read or is too large. Files that the target writes itself must not be
-    links out of the snapshot either, because their content would arrive in the target.
+    and with every carried file that is no regular file, has no permission to be read or is too large. Files that the
+    target writes itself must not be links out of the snapshot either, because their content would arrive in the target.
     """
     snapshot = Snapshot.of(source)
     walk = _Walk(snapshot=snapshot, carry=tuple(carry), named=named_code(snapshot))

@@ -30,7 +30,8 @@ __all__ = [
 
 CARRIED = (
     # Tokenizers.
-    "tokenizer*.json", "tokenizer.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer*.json", "tokenizer.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json",
+    "added_tokens.json",
     "vocab*.json", "vocab*.txt", "merges.txt", "*.tiktoken", "*.spm", "spiece.model", "sentencepiece*.model",
     # What requests and images are turned into.
     "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "generation_config.json",
@@ -68,14 +69,16 @@ _CODE_SUFFIXES = (
     ".ko", ".wasm", ".elf", ".class", ".jar", ".war", ".apk", ".deb", ".rpm", ".whl", ".egg", ".pyz", ".pyc", ".pyo",
     ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".iso", ".dmg", ".pkg",
     # Scripts, and documents that a desktop runs.
-    ".py", ".pyw", ".pyi", ".pyx", ".ipynb", ".sh", ".bash", ".zsh", ".fish", ".csh", ".ksh", ".command", ".bat", ".cmd",
-    ".ps1", ".psm1", ".vbs", ".vbe", ".wsf", ".hta", ".lnk", ".desktop", ".reg", ".js", ".mjs", ".cjs", ".ts", ".pl",
-    ".pm", ".rb", ".php", ".lua", ".tcl", ".r", ".jl", ".java", ".awk", ".html", ".htm", ".xhtml", ".svg",
+    ".py", ".pyw", ".pyi", ".pyx", ".ipynb", ".sh", ".bash", ".zsh", ".fish", ".csh", ".ksh", ".command", ".bat",
+    ".cmd", ".ps1", ".psm1", ".vbs", ".vbe", ".wsf", ".hta", ".lnk", ".desktop", ".reg", ".js", ".mjs", ".cjs", ".ts",
+    ".pl", ".pm", ".rb", ".php", ".lua", ".tcl", ".r", ".jl", ".java", ".awk", ".html", ".htm", ".xhtml", ".svg",
 )  # fmt: skip
 
 _CODE_STARTS = re.compile(
-    rb"\x7fELF|MZ[^\n]{0,60}\x00|#![ \t]*/|PK\x03\x04|PK\x05\x06|\x80[\x02-\x05]|\x93NUMPY|\x89HDF\r\n|\x00asm|!<arch>\n|\x1f\x8b"
-    rb"|BZh[1-9]|\xfd7zXZ|7z\xbc\xaf|Rar!|\xca\xfe\xba\xbe|[\xce\xcf]\xfa\xed\xfe|\xfe\xed\xfa[\xce\xcf]|L\x00\x00\x00\x01\x14\x02"
+    rb"\x7fELF|MZ[^\n]{0,60}\x00|\xca\xfe\xba\xbe|[\xce\xcf]\xfa\xed\xfe|\xfe\xed\xfa[\xce\xcf]|\x00asm|!<arch>\n"
+    rb"|#![ \t]*/|L\x00\x00\x00\x01\x14\x02"
+    rb"|PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh[1-9]|\xfd7zXZ|7z\xbc\xaf|Rar!"
+    rb"|\x80[\x02-\x05]|\x93NUMPY|\x89HDF\r\n"
 )
 """The first bytes of programs, scripts, archives, pickles and arrays that may hold them."""
 

@@ -116,7 +116,7 @@ def _clear(directory: Path) -> str:
 def _names(root: Path) -> list[str]:
     """Return the names in the directory of sidecars; raises `SidecarError` if it can't be listed."""
     try:
-        return sorted(os.listdir(root))
+        return sorted(path.name for path in root.iterdir())
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
