@@ -414,7 +414,7 @@ class TestWhatIsReplaced:
         if change == "large":
             os.utime(tmp_path / "out/README.md", (time.time() + 10,) * 2)
 
-        with pytest.raises(UsageError, match="files that were changed since: 'README.md'"):
+        with pytest.raises(UsageError, match=r"files that were changed since: 'README\.md'"):
             fill(tmp_path / "out", overwrite=True)
         fill(tmp_path / "out", overwrite=True, force=True)
 
