@@ -652,6 +652,19 @@ class TestPlaces:
 
         assert entries(tmp_path) == ["mountinfo", "out dir"]
 
+    def test_a_folder_in_which_nothing_can_be_renamed_is_refused_before_any_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Although an earlier run has left its work there."""
+        (tmp_path / ".out.partial").mkdir(mode=0o700)
+        (tmp_path / ".out.partial" / JOURNAL).write_bytes(UNITS)
+        monkeypatch.setattr(file_calls, "is_writable", lambda _folder: False)
+
+        with pytest.raises(UsageError, match="permission denied"):
+            fill(tmp_path / "out")
+
+        assert (tmp_path / ".out.partial" / JOURNAL).read_bytes() == UNITS
+
     @pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOTEMPTY])
     def test_a_lower_layer_of_an_overlay_is_refused_before_any_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int

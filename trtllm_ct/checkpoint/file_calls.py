@@ -20,6 +20,7 @@ __all__ = [
     "exchange",
     "free_bytes",
     "is_movable",
+    "is_writable",
     "list_names",
     "lock",
     "make_directory",
@@ -126,6 +127,11 @@ def exchange(name: str, other: str, folder: int) -> bool:
             raise
         return False
     return True
+
+
+def is_writable(folder: int) -> bool:
+    """Whether this user may make and rename names in a directory."""
+    return os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True)
 
 
 def is_movable(name: str, full: str, folder: int) -> bool:

@@ -11,7 +11,9 @@ the old OUT is moved to `.OUT.replaced-by-trtllm-ct` first, and moved back by th
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import stat
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
@@ -91,6 +93,9 @@ def _parent(place: OutputPlace) -> Iterator[tuple[Folder, list[Path]]]:
             file_calls.make_directory(str(folder))
             made.insert(0, folder)
         parent = Folder(place.out.parent, file_calls.open_way(str(place.out.parent)))
+        if not file_calls.is_writable(parent.descriptor):  # A working directory of an earlier run may be there already.
+            parent.close()
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         _remove_folders(made)
         remedy = "Choose an output directory in a place that you can write to."

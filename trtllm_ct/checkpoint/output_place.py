@@ -111,6 +111,8 @@ class OutputPlace:
         """Raise `UsageError` unless a new directory may be put at `out`; `parent` is the folder that holds it."""
         if not self.out.name:
             raise unusable(self.out, "the root of the file system", _ELSEWHERE)
+        if is_mount_point(self.partial):
+            raise unusable(self.partial, "a mount point, which can't get another name", _ELSEWHERE)
         with _as_unusable(self.out):
             try:
                 status = self.out.lstat() if parent is None else parent.status(self.out.name)
