@@ -92,16 +92,22 @@ def _parent(place: OutputPlace) -> Iterator[tuple[Folder, list[Path]]]:
         for folder in reversed(missing):
             file_calls.make_directory(str(folder))
             made.insert(0, folder)
-        parent = Folder(place.out.parent, file_calls.open_way(str(place.out.parent)))
-        if not file_calls.is_writable(parent.descriptor):  # A working directory of an earlier run may be there already.
-            parent.close()
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        parent = _writable(place.out.parent)
     except OSError as error:
         _remove_folders(made)
         remedy = "Choose an output directory in a place that you can write to."
         raise unusable(place.partial, f"{error.strerror or error}".lower(), remedy) from None
     with parent:
         yield parent, made
+
+
+def _writable(path: Path) -> Folder:
+    """Open the folder that holds the output; raises `OSError` if nothing can be made or renamed there."""
+    parent = Folder(path, file_calls.open_way(str(path)))
+    if not file_calls.is_writable(parent.descriptor):  # A working directory of an earlier run may be there already.
+        parent.close()
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    return parent
 
 
 def _is_missing(folder: Path) -> bool:
