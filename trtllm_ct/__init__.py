@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.packages import missing_packages_as_errors
-
 if TYPE_CHECKING:
     from trtllm_ct.base.version import __version__ as __version__
     from trtllm_ct.checkpoint.catalog import Catalog
@@ -94,6 +92,9 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imported here, because the command line can't handle Ctrl-C before this file is done.
+    from trtllm_ct.base.packages import missing_packages_as_errors
+
     if _HOMES[name] == _ENGINE_HOME:
         import_module(f"{__name__}.serve.llm").require_engine()
     with missing_packages_as_errors():

@@ -1,15 +1,44 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from other_user import IS_ROOT, OTHER_USER
 
-from trtllm_ct.base.errors import OutputError, UsageError
-from trtllm_ct.checkpoint import file_calls
+from trtllm_ct.base.errors import (
+    CatalogError,
+    DetectionError,
+    OutputError,
+    PayloadError,
+    PlanError,
+    UsageError,
+)
+from trtllm_ct.checkpoint import file_calls, mounts, output_place
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.manifest import MANIFEST
-from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
+from trtllm_ct.checkpoint.output import check_output_place, replacing_directory, what_is_left
+from trtllm_ct.checkpoint.work_folder import JOURNAL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def check_both(source: Path, out: Path) -> None:
+    check_output_place(source, out)
+    fill(out)
+
+
+BEGUN = b'{"conversion": "0"}\n'
+UNITS = BEGUN + b'{"unit": 0}\n'
+"""Journals of a conversion without and with finished units."""
 
 
 def old_directory(tmp_path: Path) -> Path:
@@ -19,8 +48,8 @@ def old_directory(tmp_path: Path) -> Path:
 
 
 def entries(directory: Path) -> list[str]:
-    """The names in a directory, without the list that every output has."""
-    return sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    """The names in a directory, without the list that every output has, and the journal of every work."""
+    return sorted(path.name for path in directory.iterdir() if path.name not in {MANIFEST, JOURNAL})
 
 
 def fill(out: Path, *, overwrite: bool = False, force: bool = False, name: str = "new") -> None:
@@ -112,11 +141,11 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_crashed_run_can_be_cleared_in_part(tmp_path: Path) -> None:
     (tmp_path / ".out.partial/folder").mkdir(parents=True)
-    for name in ("half", "good", "folder/file"):
-        (tmp_path / ".out.partial" / name).write_text(name)
+    for name in (JOURNAL, "half", "good", "folder/file"):
+        (tmp_path / ".out.partial" / name).write_text("" if name == JOURNAL else name)
 
     with replacing_directory(tmp_path / "out", overwrite=False) as partial:
-        partial.clear(keep={"good"})
+        partial.clear(keep={"good", JOURNAL})
         (partial.path / "new").write_text("new")
 
     assert entries(tmp_path / "out") == ["good", "new"]
@@ -219,12 +248,19 @@ def test_leftovers_of_a_stop_after_the_two_steps_are_removed_and_named(
     assert ".out.replaced-by-trtllm-ct: removed" in caplog.text
 
 
-def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--overwrite"), replacing_directory(tmp_path / "out", overwrite=False):
-        (tmp_path / "out").mkdir()
+def test_a_directory_that_appears_meanwhile_is_not_replaced_and_the_work_is_kept(tmp_path: Path) -> None:
+    def run() -> None:
+        with replacing_directory(tmp_path / "out", overwrite=False) as work:
+            work.write("new", b"new")
+            work.write(JOURNAL, BEGUN)
+            (tmp_path / "out").mkdir()
+
+    with pytest.raises(OutputError, match="--overwrite"):
+        run()
 
     assert entries(tmp_path / "out") == []
-    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path / ".out.partial") == ["new"]
+    assert (tmp_path / ".out.partial" / JOURNAL).read_bytes() == BEGUN
 
 
 def test_a_link_keeps_leading_to_the_output(tmp_path: Path) -> None:
@@ -333,7 +369,7 @@ class TestWhatIsReplaced:
         out = old_directory(tmp_path)
 
         with (
-            pytest.raises(UsageError, match="files that it did not write"),
+            pytest.raises(OutputError, match="files that it did not write"),
             replacing_directory(out, overwrite=True),
         ):
             (out / "thesis.tex").write_text("years")
@@ -369,6 +405,30 @@ class TestWhatIsReplaced:
 
         assert entries(tmp_path) == [".out.replaced", "out"]
 
+    @pytest.mark.parametrize("change", ["another size", "same size", "large"])
+    def test_a_file_that_was_changed_is_named(self, tmp_path: Path, change: str) -> None:
+        old = b"old" if change != "large" else bytes(2**20 + 1)
+        with replacing_directory(tmp_path / "out", overwrite=False) as work:
+            work.write("README.md", old)
+        (tmp_path / "out/README.md").write_bytes(old + b"!" if change == "another size" else b"m" + old[1:])
+        if change == "large":
+            os.utime(tmp_path / "out/README.md", (time.time() + 10,) * 2)
+
+        with pytest.raises(UsageError, match=r"files that were changed since: 'README\.md'"):
+            fill(tmp_path / "out", overwrite=True)
+        fill(tmp_path / "out", overwrite=True, force=True)
+
+        assert entries(tmp_path / "out") == ["new"]
+
+    def test_a_copy_with_its_times_is_replaced(self, tmp_path: Path) -> None:
+        with replacing_directory(tmp_path / "out", overwrite=False) as work:
+            work.write("model", bytes(2**20 + 1))
+        shutil.copytree(tmp_path / "out", tmp_path / "copy")
+
+        fill(tmp_path / "copy", overwrite=True)
+
+        assert entries(tmp_path / "copy") == ["new"]
+
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"written_by": "trtllm-ct"}', "[" * 100_000])
     def test_a_list_that_is_none_allows_nothing(self, tmp_path: Path, content: str) -> None:
         out = old_directory(tmp_path)
@@ -392,3 +452,393 @@ class TestModes:
             os.umask(before)
 
         assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+class TestWhoseItIs:
+    """A directory with the name of a working directory is touched only if a conversion has made it."""
+
+    @pytest.mark.parametrize("name", [".out.partial", ".out.replaced-by-trtllm-ct"])
+    @pytest.mark.parametrize("journal", [None, "my notes", '{"conversion": 1}'])
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_folder_of_the_user_is_refused_by_name(
+        self, tmp_path: Path, name: str, journal: str | None, overwrite: bool
+    ) -> None:
+        if overwrite:
+            old_directory(tmp_path)
+        (tmp_path / name / "photos").mkdir(parents=True, mode=0o700)
+        (tmp_path / name / "photos/a.jpg").write_text("years")
+        if journal is not None:
+            (tmp_path / name / JOURNAL).write_text(journal)
+
+        with pytest.raises(UsageError, match=rf"{name}: .* no conversion has left there\. Move it away"):
+            fill(tmp_path / "out", overwrite=overwrite)
+
+        assert (tmp_path / name / "photos/a.jpg").read_text() == "years"
+        assert entries(tmp_path) == sorted([name, *(["out"] if overwrite else [])])
+
+    @pytest.mark.parametrize("name", [".out.partial", ".out.replaced-by-trtllm-ct"])
+    def test_an_output_to_which_something_was_added_is_refused_too(self, tmp_path: Path, name: str) -> None:
+        fill(tmp_path / "out")
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        (tmp_path / name / "thesis.tex").write_text("years")
+
+        with pytest.raises(UsageError, match="no conversion has left there"):
+            fill(tmp_path / "out", overwrite=True)
+
+        assert (tmp_path / name / "thesis.tex").read_text() == "years"
+
+    @pytest.mark.parametrize("journal", [b"", BEGUN[:5], BEGUN, UNITS, bytes(100)], ids=str)
+    def test_the_journal_of_a_conversion_proves_it(self, tmp_path: Path, journal: bytes) -> None:
+        """A kill may leave it empty or cut short, and a power cut full of zeros."""
+        (tmp_path / ".out.partial").mkdir(mode=0o700)
+        (tmp_path / ".out.partial" / JOURNAL).write_bytes(journal)
+        (tmp_path / ".out.partial/half").touch()
+
+        with replacing_directory(tmp_path / "out", overwrite=False) as work:
+            assert entries(work.path) == ["half"]
+            assert work.read(JOURNAL, 1000) == journal
+
+    def test_a_journal_of_another_user_proves_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / ".out.partial").mkdir(mode=0o777)
+        (tmp_path / ".out.partial/thesis.tex").write_text("years")
+        (tmp_path / ".out.partial").chmod(0o777)
+        (tmp_path / ".out.partial" / JOURNAL).write_bytes(BEGUN)
+        if not IS_ROOT:
+            return  # Nobody else can own a file here.
+        os.chown(tmp_path / ".out.partial" / JOURNAL, OTHER_USER, OTHER_USER)
+
+        with pytest.raises(UsageError, match="no conversion has left there"):
+            fill(tmp_path / "out")
+
+        assert (tmp_path / ".out.partial/thesis.tex").read_text() == "years"
+
+    @pytest.mark.parametrize("stopped_at", range(1, 8))
+    @pytest.mark.parametrize("force", [False, True])
+    def test_an_old_output_whose_removal_was_stopped_is_removed_by_the_next_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int, force: bool
+    ) -> None:
+        """It may be any model directory, of which nothing else says that it may go."""
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / name).write_text(name)
+        if not force:
+            shutil.rmtree(tmp_path / "out")
+            old_directory(tmp_path)
+        calls = [0]
+
+        def stopping(name: str) -> Callable[..., Any]:
+            done = getattr(file_calls, name)
+
+            def call(*arguments: Any) -> Any:
+                if entries(tmp_path / "out") == ["new"] and (tmp_path / ".out.partial").exists():
+                    calls[0] += name in {"unlink", "remove_directory"}
+                    if calls[0] == stopped_at:
+                        raise KeyboardInterrupt
+                return done(*arguments)
+
+            return call
+
+        for name in ("unlink", "remove_directory"):
+            monkeypatch.setattr(file_calls, name, stopping(name))
+        with suppress(KeyboardInterrupt):
+            fill(tmp_path / "out", overwrite=True, force=force)
+        monkeypatch.undo()
+
+        fill(tmp_path / "out", overwrite=True, name="newest")
+
+        assert entries(tmp_path / "out") == ["newest"]
+        assert entries(tmp_path) == ["out"]
+
+    def test_without_overwrite_what_is_left_is_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        old_directory(tmp_path).rename(tmp_path / ".out.partial")
+        fill_elsewhere = tmp_path / "elsewhere"
+        fill(fill_elsewhere)
+        fill_elsewhere.rename(tmp_path / "out")
+
+        with pytest.raises(UsageError, match="--overwrite"):
+            fill(tmp_path / "out")
+
+        assert ".out.partial: left of an earlier run" in caplog.text
+
+
+class TestWhatIsKept:
+    """Finished units are deleted only for a fault that a rerun would meet again."""
+
+    @staticmethod
+    def run_with(tmp_path: Path, error: Exception, *, earlier: bytes, journal: bytes) -> list[str]:
+        if earlier:
+            (tmp_path / ".out.partial").mkdir(mode=0o700)
+            (tmp_path / ".out.partial" / JOURNAL).write_bytes(earlier)
+
+        def run() -> None:
+            with replacing_directory(tmp_path / "out", overwrite=False) as work:
+                if journal != earlier:
+                    work.write(JOURNAL, journal)
+                raise error
+
+        with pytest.raises(type(error)):
+            run()
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    @pytest.mark.parametrize("error", [DetectionError, CatalogError, PlanError, UsageError, PayloadError, ValueError])
+    def test_an_error_before_the_work_has_begun_leaves_earlier_work_alone(
+        self, tmp_path: Path, error: type[Exception]
+    ) -> None:
+        """A source that is not mounted, a wrong option, a full disk."""
+        assert self.run_with(tmp_path, error(), earlier=UNITS, journal=UNITS) == [".out.partial"]
+        assert (tmp_path / ".out.partial" / JOURNAL).read_bytes() == UNITS
+
+    def test_an_error_of_the_callers_files_is_not_taken_for_one_of_the_output(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(PermissionError, match="source"),
+            replacing_directory(tmp_path / "out", overwrite=False),
+        ):
+            raise PermissionError(errno.EACCES, "Permission denied", "source")
+
+    @pytest.mark.parametrize("error", [OSError, OutputError, UsageError, ValueError])
+    def test_an_error_that_is_no_fault_of_the_checkpoint_keeps_the_work_of_this_run(
+        self, tmp_path: Path, error: type[Exception]
+    ) -> None:
+        assert self.run_with(tmp_path, error(), earlier=b"", journal=UNITS) == [".out.partial"]
+
+    @pytest.mark.parametrize("error", [DetectionError, CatalogError, PlanError, PayloadError])
+    @pytest.mark.parametrize("journal", [BEGUN, UNITS])
+    def test_a_fault_of_the_checkpoint_leaves_nothing_of_this_run(
+        self, tmp_path: Path, error: type[Exception], journal: bytes
+    ) -> None:
+        assert self.run_with(tmp_path, error(), earlier=b"", journal=journal) == []
+
+    def test_faulty_values_end_earlier_work_that_was_gone_on_with(self, tmp_path: Path) -> None:
+        assert self.run_with(tmp_path, PayloadError(), earlier=BEGUN, journal=UNITS) == []
+
+    @pytest.mark.parametrize("error", [UsageError, PlanError, ValueError])
+    def test_without_work_nothing_is_kept(self, tmp_path: Path, error: type[Exception]) -> None:
+        assert self.run_with(tmp_path, error(), earlier=b"", journal=b"") == []
+
+    @pytest.mark.parametrize("call", ["exchange", "rename", "sync"])
+    def test_a_failure_of_the_last_step_keeps_the_journal(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        if call == "exchange":
+            old_directory(tmp_path)
+
+        def failing(*_: Any) -> None:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        def run() -> None:
+            with replacing_directory(tmp_path / "out", overwrite=True) as work:
+                work.write(JOURNAL, UNITS)
+                monkeypatch.setattr(file_calls, call, failing)
+
+        with pytest.raises(OutputError, match="busy"):
+            run()
+
+        assert (tmp_path / ".out.partial" / JOURNAL).read_bytes() == UNITS
+
+
+class TestPlaces:
+    """What can't work at the end is said at the beginning."""
+
+    def test_a_mount_point_is_refused_before_any_work(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "out dir").mkdir()
+        table = tmp_path / "mountinfo"
+        escaped = str(tmp_path / "out dir").replace(" ", "\\040")
+        table.write_text(f"1 0 0:1 / / rw - ext4 a rw\n2 1 0:2 / {escaped} rw shared:1 - tmpfs b rw\n")
+        monkeypatch.setattr(mounts, "_TABLE", table)
+
+        for overwrite in (False, True):
+            with pytest.raises(UsageError, match=r"a mount point, which can't be replaced\. Choose a new dir"):
+                fill(tmp_path / "out dir", overwrite=overwrite)
+
+        assert entries(tmp_path) == ["mountinfo", "out dir"]
+
+    def test_a_folder_in_which_nothing_can_be_renamed_is_refused_before_any_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Although an earlier run has left its work there."""
+        (tmp_path / ".out.partial").mkdir(mode=0o700)
+        (tmp_path / ".out.partial" / JOURNAL).write_bytes(UNITS)
+        monkeypatch.setattr(file_calls, "is_writable", lambda _folder: False)
+
+        with pytest.raises(UsageError, match="permission denied"):
+            fill(tmp_path / "out")
+
+        assert (tmp_path / ".out.partial" / JOURNAL).read_bytes() == UNITS
+
+    @pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOTEMPTY])
+    def test_a_lower_layer_of_an_overlay_is_refused_before_any_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        out = old_directory(tmp_path)
+        monkeypatch.setattr(output_place, "is_overlay", lambda _device: True)
+
+        def rename(*_: Any, **__: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "rename", rename)
+
+        if code == errno.EXDEV:
+            with pytest.raises(UsageError, match="a lower layer of an overlay"):
+                fill(out, overwrite=True)
+        else:
+            fill(out, overwrite=True)
+
+        assert entries(out) == (["old"] if code == errno.EXDEV else ["new"])
+        assert entries(tmp_path) == ["out"]
+
+    def test_the_question_whether_a_directory_can_be_moved_moves_nothing(self, tmp_path: Path) -> None:
+        out = old_directory(tmp_path)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full/file").touch()
+
+        with Folder(tmp_path) as parent:
+            assert file_calls.is_movable("out", "full", parent.descriptor)
+
+        assert entries(out) == ["old"]
+        assert entries(tmp_path / "full") == ["file"]
+
+    def test_exchange_between_layers_falls_back_to_two_steps(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = old_directory(tmp_path)
+        rename = file_calls._renameat2
+
+        def without_exchange(name: str, new_name: str, folder: int, flags: int) -> None:
+            if flags == file_calls._RENAME_EXCHANGE:
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            rename(name, new_name, folder, flags)
+
+        monkeypatch.setattr(file_calls, "_renameat2", without_exchange)
+
+        fill(out, overwrite=True)
+
+        assert entries(out) == ["new"]
+        assert entries(tmp_path) == ["out"]
+
+    def test_the_names_of_folders_that_were_made_are_synced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        synced = []
+        monkeypatch.setattr(
+            file_calls, "sync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink())
+        )
+
+        fill(tmp_path / "a/b/out")
+
+        assert {tmp_path, tmp_path / "a", tmp_path / "a/b"} <= set(synced)
+
+    @pytest.mark.parametrize("out", ["n" * 250, "n" * 300, "nul\0", "loop", "loop/out", "n" * 5000])
+    def test_a_name_that_can_not_be_used_is_an_error_of_usage(self, tmp_path: Path, out: str) -> None:
+        (tmp_path / "loop").symlink_to("loop")
+
+        with pytest.raises(UsageError, match=r"too long|null|levels of symbolic links"):
+            fill(tmp_path / out)
+        with pytest.raises(UsageError, match=r"too long|null|levels of symbolic links"):
+            check_both(tmp_path / "source", tmp_path / out)
+
+        assert entries(tmp_path) == ["loop"]
+
+    def test_a_current_directory_that_is_gone_is_an_error_of_usage(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        try:
+            with pytest.raises(UsageError, match="no such file or directory"):
+                fill(Path("out"))
+            fill(tmp_path / "out")
+            fill(tmp_path / "out", overwrite=True, name="newer")
+        finally:
+            os.chdir(tmp_path)
+
+        assert entries(tmp_path / "out") == ["newer"]
+
+    def test_without_a_home_directory_an_output_can_be_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = old_directory(tmp_path)
+
+        def homeless() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", homeless)
+
+        fill(out, overwrite=True)
+
+        assert entries(out) == ["new"]
+
+    @pytest.mark.parametrize("depth", [40, 1200])
+    @pytest.mark.parametrize("name", ["out", ".out.partial"])
+    def test_folders_too_deep_are_an_error(self, tmp_path: Path, depth: int, name: str) -> None:
+        (tmp_path / name).mkdir(mode=0o700)
+        (tmp_path / name / "config.json").touch()
+        (tmp_path / name / "model.safetensors").touch()
+        if name != "out":
+            (tmp_path / name / JOURNAL).write_bytes(BEGUN)
+        before = Path.cwd()
+        os.chdir(tmp_path / name)
+        for _ in range(depth):
+            os.mkdir("d")  # noqa: PTH102 (a path of this depth is too long)
+            os.chdir("d")
+        os.chdir(before)
+
+        def run() -> None:
+            with replacing_directory(tmp_path / "out", overwrite=True, force=True) as work:
+                work.clear(keep={JOURNAL})
+
+        with pytest.raises((UsageError, OutputError, OSError), match="more than 32 folders in each other") as raised:
+            run()
+
+        assert name == ".out.partial" or raised.type is UsageError
+        assert not (tmp_path / ("out" if name != "out" else ".out.partial")).exists()
+        subprocess.run(["rm", "-rf", tmp_path / name], check=True)
+
+
+class TestLinksOfOthers:
+    @pytest.mark.parametrize("place", ["link", "folder/link/out"])
+    def test_a_link_of_another_user_is_not_followed(self, tmp_path: Path, place: str) -> None:
+        if not IS_ROOT:
+            return  # Nobody else can make a link here.
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "victim").mkdir()
+        link = tmp_path / place.removesuffix("/out")
+        link.symlink_to(tmp_path / "victim" / ("" if place.endswith("out") else "out"))
+        os.chown(link, OTHER_USER, OTHER_USER, follow_symlinks=False)
+
+        with pytest.raises(UsageError, match=f"link: .* found a link of another user, with the number {OTHER_USER}"):
+            fill(tmp_path / place)
+        with pytest.raises(UsageError, match="a link of another user"):
+            check_output_place(tmp_path / "source", tmp_path / place)
+
+        assert entries(tmp_path / "victim") == []
+
+    def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "folder").symlink_to(tmp_path)
+
+        with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
+            file_calls.open_way(str(tmp_path / "folder"))
+
+
+class TestWhatIsLeft:
+    """What the line after Ctrl-C says."""
+
+    def test_before_anything_is_written(self, tmp_path: Path) -> None:
+        assert what_is_left(tmp_path / "out")() == "Nothing was written."
+
+    def test_while_the_work_goes_on(self, tmp_path: Path) -> None:
+        old_directory(tmp_path)
+        says = what_is_left(tmp_path / "out")
+        with replacing_directory(tmp_path / "out", overwrite=True):
+            assert says() == "The same command goes on from here."
+
+    def test_when_the_output_has_its_name(self, tmp_path: Path) -> None:
+        says = what_is_left(tmp_path / "out")
+        fill(tmp_path / "out")
+        assert says() == "The output is complete."
+
+    def test_when_the_old_one_is_still_there(self, tmp_path: Path) -> None:
+        says = what_is_left(tmp_path / "out")
+        fill(tmp_path / "out")
+        (tmp_path / ".out.partial").mkdir()
+        assert says().startswith(f"The output is complete. {tmp_path}/.out.partial is the old one;")

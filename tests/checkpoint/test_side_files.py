@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -356,3 +357,90 @@ def test_all_bad_links_are_named_together(source: Path, tmp_path: Path) -> None:
         copy_side_files(source, tmp_path / "out")
 
     assert len(caught.value.faults) == 2
+
+
+class TestCode:
+    """A name that many things can have is no reason to copy a program."""
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "README.pyz", "README.html", "chat_template.dill", "tokenizer.model.npy", "SYSTEM_PROMPT.vbs",
+            "LICENSE.lnk",
+            "NOTICE.desktop", "MODEL_CARD.scr", "chat_template.pyd", "tokenizer.model.pkl", "README.py", "COPYING.bash",
+            "chat_template.so", "chat_template.so.1", "README.pt2", "README.pl", "README.rb", "LICENSE.EXE",
+            "license.unknown", "USE_POLICY.zip", "NOTICE.7z",
+        ],
+    )  # fmt: skip
+    def test_an_open_pattern_carries_no_kind_that_can_run(self, source: Path, tmp_path: Path, name: str) -> None:
+        make(source, name, "tokenizer.json")
+
+        files = copy_side_files(source, tmp_path / "out")
+
+        assert (files.carried, files.left_out) == (("tokenizer.json",), (name,))
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "README", "README.zh-CN.md", "LICENSE-2.0", "LICENSE.pdf", "LICENSE.rst", "NOTICE.txt", "COPYING",
+            "chat_template.json", "tokenizer.model.v3", "tokenizer.model.v7m1", "SYSTEM_PROMPT.txt", "USE_POLICY.md",
+        ],
+    )  # fmt: skip
+    def test_texts_are_carried(self, source: Path, tmp_path: Path, name: str) -> None:
+        make(source, name)
+
+        assert copy_side_files(source, tmp_path / "out").carried == (name,)
+
+    @pytest.mark.parametrize("name", ["LICENSE", "README.md", "tokenizer.json", "chat_template.jinja"])
+    @pytest.mark.parametrize(
+        "start",
+        [
+            b"\x7fELF\x02\x01", b"#!/bin/sh\n", b"#! /usr/bin/env python\n", b"PK\x03\x04", b"\x80\x04\x95",
+            b"\x80\x02}",
+            b"MZ\x90\x00\x03", b"\x93NUMPY\x01\x00", b"\x1f\x8b\x08", b"\x00asm\x01", b"\xca\xfe\xba\xbe",
+            b"7z\xbc\xaf'\x1c",
+        ],
+    )  # fmt: skip
+    def test_a_program_under_a_known_name_is_left_out_unless_it_is_asked_for(
+        self, source: Path, tmp_path: Path, name: str, start: bytes
+    ) -> None:
+        (source / name).write_bytes(start + b"rest")
+
+        files = copy_side_files(source, tmp_path / "out")
+        asked = copy_side_files(source, tmp_path / "out", [name])
+
+        assert (files.carried, files.left_out) == ((), (name,))
+        assert (asked.carried, asked.code) == ((name,), (name,))
+
+    @pytest.mark.parametrize("text", [b"MZ is a language.\n", b"#! a title\n", b"\x80", b"", b"{}", "ü".encode()])
+    def test_texts_that_begin_alike_are_carried(self, source: Path, tmp_path: Path, text: bytes) -> None:
+        (source / "README.md").write_bytes(text)
+
+        assert copy_side_files(source, tmp_path / "out").carried == ("README.md",)
+
+    def test_nothing_that_is_carried_can_be_executed(self, source: Path, tmp_path: Path) -> None:
+        make(source, "README", "run.sh")
+        for name in ("README", "run.sh"):
+            (source / name).chmod(0o755)
+
+        files = copy_side_files(source, tmp_path / "out", ["run.sh"])
+
+        assert files.code == ("run.sh",)
+        assert all((tmp_path / "out" / name).stat().st_mode & 0o111 == 0 for name in files.carried)
+
+
+def test_folders_too_deep_are_an_error(source: Path) -> None:
+    make(source / "assets")
+    before = Path.cwd()
+    os.chdir(source / "assets")
+    try:
+        for _ in range(1200):
+            os.mkdir("d")  # noqa: PTH102 (a path of this depth is too long)
+            os.chdir("d")
+    finally:
+        os.chdir(before)
+
+    assert side_files(source).left_out == ("assets/",)
+    with pytest.raises(CatalogError, match="more than 32 folders in each other"):
+        side_files(source, ["assets"])
+    subprocess.run(["rm", "-rf", source], check=True)

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from trtllm_ct.base.errors import TrtllmCtError, UsageError
+from trtllm_ct.base.errors import OutputError, TrtllmCtError, UsageError
 from trtllm_ct.checkpoint import work_folder
+from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.output import replacing_directory
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 VICTIM, ATTACKER = 61_001, 61_002
-JOURNAL = ".trtllm_ct.journal"
 
 
 @pytest.fixture(params=[0o1777, 0o777], ids=["sticky", "writable"])
@@ -69,7 +70,7 @@ def belongs_to_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def convert(out: Path, content: str = "mine", *, overwrite: bool = False) -> None:
     with replacing_directory(out, overwrite=overwrite) as work:
-        work.write(JOURNAL, content.encode())
+        work.write("model", content.encode())
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o777])
@@ -134,7 +135,7 @@ def test_an_output_of_another_user_is_not_replaced(open_folder: Path) -> None:
     message = as_user(VICTIM, lambda: convert(open_folder / "out", overwrite=True))
 
     assert "a directory of another user" in message
-    assert (open_folder / "out" / JOURNAL).read_text() == "theirs"
+    assert (open_folder / "out/model").read_text() == "theirs"
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
@@ -145,11 +146,12 @@ def test_what_others_could_have_put_there_is_not_kept(
     (partial / "folder").mkdir(parents=True)
     partial.chmod(mode)
     (tmp_path / "valuable").write_text("valuable")
-    (partial / JOURNAL).symlink_to(tmp_path / "valuable")
+    (partial / JOURNAL).touch()
+    (partial / "link").symlink_to(tmp_path / "valuable")
     (partial / "folder/model").write_text("theirs")
 
     with replacing_directory(tmp_path / "out", overwrite=False) as work:
-        assert work.names() == []
+        assert work.names() == [JOURNAL]
         assert stat.S_IMODE(work.path.stat().st_mode) == 0o700
         work.write(JOURNAL, b"mine")
 
@@ -157,15 +159,27 @@ def test_what_others_could_have_put_there_is_not_kept(
     assert "others could write to it; starting anew" in caplog.text
 
 
+def test_a_link_in_place_of_the_journal_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "valuable").write_text("")
+    (tmp_path / ".out.partial").mkdir(0o700)
+    (tmp_path / ".out.partial" / JOURNAL).symlink_to(tmp_path / "valuable")
+
+    with pytest.raises(UsageError, match="a directory that no conversion has left there"):
+        convert(tmp_path / "out")
+
+    assert (tmp_path / ".out.partial" / JOURNAL).is_symlink()
+
+
 def test_links_in_a_working_directory_are_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "valuable").write_text("valuable")
     (tmp_path / ".out.partial").mkdir(0o700)
-    (tmp_path / ".out.partial" / JOURNAL).symlink_to(tmp_path / "valuable")
+    (tmp_path / ".out.partial" / JOURNAL).touch()
+    (tmp_path / ".out.partial/model").symlink_to(tmp_path / "valuable")
 
     convert(tmp_path / "out")
 
     assert (tmp_path / "valuable").read_text() == "valuable"
-    assert not (tmp_path / "out" / JOURNAL).is_symlink()
+    assert not (tmp_path / "out/model").is_symlink()
 
 
 def test_a_directory_that_is_exchanged_meanwhile_does_not_become_the_output(tmp_path: Path) -> None:
@@ -178,7 +192,7 @@ def test_a_directory_that_is_exchanged_meanwhile_does_not_become_the_output(tmp_
             (work.path / "model").write_text("theirs")
             work.write("model", b"mine")
 
-    with pytest.raises(UsageError, match="another directory than the one of this run"):
+    with pytest.raises(OutputError, match="another directory than the one of this run"):
         run()
 
     assert not (tmp_path / "out").exists()
@@ -223,4 +237,18 @@ def test_a_file_system_that_shows_another_owner_for_everything_works(
 
     convert(tmp_path / "out")
 
-    assert (tmp_path / "out" / JOURNAL).read_text() == "mine"
+    assert (tmp_path / "out/model").read_text() == "mine"
+
+
+def test_a_probe_of_the_owner_is_made_in_the_open_folder_and_removed(tmp_path: Path) -> None:
+    """Not by a path, on which another user may put a link meanwhile."""
+    (tmp_path / "folder").mkdir()
+    with Folder(tmp_path / "folder") as folder:
+        (tmp_path / "folder").rename(tmp_path / "away")
+        (tmp_path / "folder").symlink_to(tmp_path)
+
+        owner, mode = work_folder._as_made(folder)
+
+    assert (owner, stat.S_IMODE(mode)) == (os.geteuid(), 0o700)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["away", "folder"]
+    assert not list((tmp_path / "away").iterdir())

@@ -263,6 +263,7 @@ def test_the_document_lists_removed_and_used_directories(source: Path, sidecar_c
         "root": str(sidecar_cache),
         "removed": [str(free)],
         "in_use": [str(used)],
+        "others": [],
     }
 
 
@@ -281,6 +282,16 @@ def test_a_damaged_directory_can_be_cleared(source: Path, sidecar_cache: Path) -
     let_go_of_sidecars()
 
     assert lines(run_cli("cache", "clear")) == [f"Removed 1 from {sidecar_cache}"]
+
+
+def test_a_directory_that_is_not_prepared_is_named_and_kept(sidecar_cache: Path) -> None:
+    (sidecar_cache / "mine").mkdir(parents=True)
+    (sidecar_cache / "mine" / SIDECAR_FILE).write_text("{}")
+
+    assert lines(run_cli("cache", "clear")) == [
+        f"Removed 0 from {sidecar_cache}",
+        "mine stays: it is not, or not only, what trtllm_ct.prepare writes",
+    ]
 
 
 def test_foreign_files_are_kept(source: Path, sidecar_cache: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trtllm_ct.base.errors import DetectionError, PayloadError, PlanError, UsageError
 from trtllm_ct.base.version import __version__
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
@@ -328,6 +329,7 @@ def test_overwrite_replaces_the_whole_directory(built: Built, tmp_path: Path) ->
 
 def test_the_files_of_a_crashed_run_are_removed(built: Built, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / JOURNAL).touch()
     (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
 
     convert_checkpoint(built.directory, tmp_path / "out")
@@ -369,7 +371,9 @@ class TestReport:
         with pytest.raises(RuntimeError, match="stop"):
             convert_checkpoint(built.directory, tmp_path / "out", on_start=lambda plan: stop)
 
-        assert not list(tmp_path.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        assert convert_checkpoint(built.directory, tmp_path / "out").resumed_bytes > 0
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_same_checkpoint_converts_to_the_same_bytes(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import pytest
 from builders import Built, rewrite, tiny_config, write_checkpoint
 
 import trtllm_ct
-from trtllm_ct.base.errors import CatalogError, OutputError, UsageError
+from trtllm_ct.base.errors import CatalogError, OutputError, TrtllmCtError, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.convert import units, worker
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.parallel import Parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -337,6 +338,48 @@ main()
 
         assert (done.returncode, done.stderr) == (130, "Interrupted by SIGINT.\n")
 
+    def test_the_handler_is_there_before_anything_slow_is_imported(self) -> None:
+        code = """
+import sys
+before = set(sys.modules)
+import trtllm_ct.cli.interrupts
+slow = {"dataclasses", "inspect", "importlib.metadata", "typer", "trtllm_ct.base.packages"}
+assert not slow & (set(sys.modules) - before), slow & (set(sys.modules) - before)
+"""
+        done = subprocess.run([sys.executable, "-S", "-c", code], env=ENVIRONMENT, capture_output=True, check=False)
+
+        assert done.stderr == b""
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_after_the_output_has_its_name_the_line_says_so(self, tmp_path: Path, overwrite: bool) -> None:
+        source = write_checkpoint(tmp_path / "source", config=tiny_config(layers=1)).directory
+        code = """
+import os, signal, sys
+from trtllm_ct.checkpoint import output
+name = "_remove_old" if "--overwrite" in sys.argv else "_put_in_place"
+done = getattr(output, name)
+def interrupted(*arguments):
+    result = done(*arguments) if name == "_put_in_place" else None
+    os.kill(os.getpid(), signal.SIGINT)
+    return result
+setattr(output, name, interrupted)
+from trtllm_ct.cli.main import main
+main()
+"""
+        if overwrite:
+            convert_checkpoint(source, tmp_path / "out")
+        command = [sys.executable, "-c", code, "convert", source, tmp_path / "out", "--to", "dense"]
+        command += ["--overwrite"] if overwrite else []
+
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+        assert done.returncode == 130
+        assert done.stderr.startswith("Interrupted by SIGINT. The output is complete.")
+        assert (f"{tmp_path}/.out.partial is the old one" in done.stderr) == overwrite
+        if overwrite:
+            convert_checkpoint(source, tmp_path / "out", overwrite=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
 
 class TestTwoAtOnce:
     def test_one_wins_and_the_other_says_so_at_once(self, tmp_path: Path) -> None:
@@ -386,3 +429,65 @@ class TestFullDisks:
 
         monkeypatch.setattr(file_calls, call, done)
         assert convert_checkpoint(built.directory, tmp_path / "out").resumed_bytes > 0
+
+    def test_work_that_fills_the_disk_is_kept_and_gone_on_with(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Side files that are already copied need no further room."""
+        monkeypatch.setattr(units, "UNIT_BYTES", 1)
+        source = write_checkpoint(tmp_path / "source", config=tiny_config(layers=1), tokenizer=True).directory
+        wanted = _converted(source, tmp_path / "wanted")
+        with monkeypatch.context() as patch:
+            patch.setattr("trtllm_ct.checkpoint.output.write_manifest", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                convert_checkpoint(source, tmp_path / "out")
+            patch.setattr(file_calls, "free_bytes", lambda _: 0)
+            patch.setattr("trtllm_ct.checkpoint.output.write_manifest", _fill)
+            with pytest.raises(OutputError, match="0 bytes free"):
+                convert_checkpoint(source, tmp_path / "out")
+
+        report = convert_checkpoint(source, tmp_path / "out")
+
+        assert report.resumed_bytes == report.plan.delivered_bytes
+        assert _content(tmp_path / "out") == wanted
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fill(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+class TestWorkOfAnEarlierRun:
+    """A rerun that can't do its work leaves that of the earlier run alone."""
+
+    @pytest.mark.parametrize("what", ["source is gone", "source is empty", "parallel size", "room", "another user"])
+    def test_it_is_kept_and_gone_on_with(
+        self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        source, out = built.directory, tmp_path / "out"
+        wanted = _converted(source, tmp_path / "wanted")
+        _interrupted(source, out)
+        options: dict[str, Any] = {}
+        with monkeypatch.context() as patch:
+            if what in {"source is gone", "source is empty"}:
+                source.rename(tmp_path / "away")
+                _ = what == "source is empty" and source.mkdir()
+            elif what == "parallel size":
+                options = {"parallel": Parallel(tensor=7), "strict": True}
+            elif what == "room":
+                patch.setattr(file_calls, "free_bytes", lambda _: -(10**12))
+            else:
+                options = {"on_start": _after(1, out.mkdir)}
+            with pytest.raises(TrtllmCtError):
+                convert_checkpoint(source, out, **options)
+        if what in {"source is gone", "source is empty"}:
+            _ = what == "source is empty" and source.rmdir()
+            (tmp_path / "away").rename(source)
+
+        report = convert_checkpoint(source, out, overwrite=what == "another user")
+
+        assert report.resumed_bytes > 0
+        assert _content(out) == wanted

@@ -17,11 +17,12 @@ from builders import Built, rewrite, tiny_config, write_checkpoint
 
 from trtllm_ct.base.errors import MissingDependencyError, OutputError, PayloadError, UsageError
 from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.convert import units
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.executors import open_pool
-from trtllm_ct.convert.journal import JOURNAL, Journal, UnitRecord
+from trtllm_ct.convert.journal import Journal, UnitRecord
 from trtllm_ct.convert.worker import UnitResult
 
 if TYPE_CHECKING:
@@ -250,15 +251,15 @@ class TestResume:
         assert content(tmp_path / "out") == whole
         assert report.resumed_bytes > 0
 
-    @pytest.mark.parametrize("damage", ["cut line", "no journal", "a line of nonsense"])
+    @pytest.mark.parametrize("damage", ["cut line", "an empty journal", "a line of nonsense"])
     def test_a_damaged_journal_does_not_change_the_output(
         self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path, damage: str
     ) -> None:
         path = half / JOURNAL
         if damage == "cut line":
             path.write_bytes(path.read_bytes()[:-7])
-        elif damage == "no journal":
-            path.unlink()
+        elif damage == "an empty journal":
+            path.write_bytes(b"")
         else:
             path.write_text(path.read_text() + '{"unit": "seven", "pieces": [[]]}\nnonsense\n')
 

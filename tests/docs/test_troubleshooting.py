@@ -77,6 +77,11 @@ def runs_full(_descriptor: int, data: memoryview, offset: int) -> int:
     return len(data)
 
 
+def thesis(folder: Path) -> None:
+    (folder / ".OUT.partial").mkdir()
+    (folder / ".OUT.partial" / "thesis.tex").write_text("years", encoding="utf-8")
+
+
 CASES: Mapping[str, Damage] = {
     "A name instead of a directory": lambda _: None,
     "Another quantization method": config(lambda entry: entry.update(quantization_config={"quant_method": "gptq"})),
@@ -98,6 +103,7 @@ CASES: Mapping[str, Damage] = {
     "A weight that differs": converted_and_changed,
     "A disk that runs full": lambda _: None,
     "OUT exists": lambda folder: (folder / "OUT").mkdir(),
+    "A folder of yours has the name of the working directory": thesis,
     "No room on the disk": lambda _: None,
     "MissingDependencyError": lambda _: None,
 }

@@ -178,7 +178,7 @@ FULL = """
     import os, sys
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     code = os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-m", "trtllm_ct", *sys.argv[1:]])
-    assert code == 2, code
+    assert code == 1, code
     """
 
 

@@ -501,13 +501,17 @@ def test_without_file_locks_every_sidecar_counts_as_used(source: Path, monkeypat
 
 
 def test_temporary_directories_of_killed_processes_are_cleared(sidecar_cache: Path) -> None:
-    for name, age in ((".a.1234.partial", 2 * cache._STALE_SECONDS), (".b.1234.partial", 0)):
-        (sidecar_cache / name).mkdir(parents=True)
+    old, young = (f".{letter * 32}.0123abcd.partial" for letter in "ab")
+    for name, age in ((old, 2 * cache._STALE_SECONDS), (young, 0)):
+        sidecar_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (sidecar_cache / name).mkdir(mode=0o700)
+        (sidecar_cache / name / "tokenizer.json").symlink_to("/nowhere")
+        (sidecar_cache / name / "config.json").write_text("{}")
         os.utime(sidecar_cache / name, (time.time() - age,) * 2)
 
     clear_sidecars()
 
-    assert [path.name for path in sidecar_cache.iterdir()] == [".b.1234.partial"]
+    assert [path.name for path in sidecar_cache.iterdir()] == [young]
 
 
 def _let_go(made: Path) -> None:
@@ -561,7 +565,7 @@ def test_prepare_returns_other_directories_unchanged(source: Path, tmp_path: Pat
     ("arguments", "error", "said"),
     [
         ({"dtype": "int8"}, UsageError, "dtype: expected auto or bfloat16"),
-        ({"tensor_parallel_size": 0}, UsageError, "sizes of at least 1"),
+        ({"tensor_parallel_size": 0}, UsageError, "sizes from 1 to 4096"),
         ({"tensor_parallel_size": 4, "strict": True}, PlanError, "o_proj"),
     ],
 )

@@ -9,6 +9,7 @@ collector.py      a context manager that pauses Python's garbage collector
 texts.py          makes text of strangers fit for a message
 json_values.py    how many values a JSON text may hold
 regular_files.py  opens regular files only, up to a size
+source_errors.py  errors of the file system that a checkpoint is on
 own_folders.py    opens folders into which only this user can write
 packages.py       packages that may be missing, what they are for, and how to install them
 str_enum.py       `StrEnum`, which Python 3.10 does not have

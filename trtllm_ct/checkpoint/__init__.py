@@ -15,9 +15,11 @@ stacks.py       collects the matrices of a tensor that is written in another ord
 writer.py       write safetensors files, with the tensors in any order
 transfer.py     copy bytes between files and memory, in chunks
 output.py       an output directory that appears complete or not at all
-work_folder.py  the private directory in which an output is made
+output_place.py  where an output goes, and whether a new directory may be put there
+mounts.py       what is mounted where
+work_folder.py  the private directory in which an output is made, and how it is told from a user's own
 manifest.py     the list of what an output holds, by which it may be replaced
-output_errors.py  errors of an output's file system, with what to do
+output_errors.py  errors of an output's place and file system, with what to do
 folder.py       a directory that is held open, and the names in it
 file_calls.py   the file-system calls of a conversion, one function for each
 guarded_maps.py  a file that shrinks while it is mapped is an error

@@ -19,11 +19,14 @@ __all__ = [
     "close",
     "exchange",
     "free_bytes",
+    "is_movable",
+    "is_writable",
     "list_names",
     "lock",
     "make_directory",
     "open_directory",
     "open_file",
+    "open_way",
     "read_at",
     "remove_directory",
     "rename",
@@ -42,10 +45,27 @@ _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 
 _NO_SUCH_CALL = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
+# An overlay can't exchange some directories and reports them as being on different devices.
+_NO_EXCHANGE = {*_NO_SUCH_CALL, errno.EXDEV}
+
 
 def open_directory(name: str, folder: int | None = None) -> int:
     """Open a directory and return its descriptor."""
     return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+
+
+def open_way(path: str) -> int:
+    """Open the directory at an absolute path and return its descriptor; a link anywhere on the way is an error."""
+    *folders, last = [part for part in path.split("/") if part] or ["."]
+    folder = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in folders:
+            inner = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return open_directory(last, folder)
+    finally:
+        os.close(folder)
 
 
 def open_file(name: str, folder: int, flags: int) -> int:
@@ -103,9 +123,29 @@ def exchange(name: str, other: str, folder: int) -> bool:
     try:
         _renameat2(name, other, folder, _RENAME_EXCHANGE)
     except OSError as error:
-        if error.errno not in _NO_SUCH_CALL:
+        if error.errno not in _NO_EXCHANGE:
             raise
         return False
+    return True
+
+
+def is_writable(folder: int) -> bool:
+    """Whether this user may make and rename names in a directory."""
+    return os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True)
+
+
+def is_movable(name: str, full: str, folder: int) -> bool:
+    """Whether a directory can be renamed within the directory it is in; `full` is one that is not empty.
+
+    Nothing can be renamed to `full`, so nothing is changed: an overlay says first that the directory can't be moved.
+    """
+    try:
+        os.rename(name, full, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError as error:
+        if error.errno in {errno.EXDEV, errno.EBUSY}:
+            return False
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
     return True
 
 

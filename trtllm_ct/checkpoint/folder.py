@@ -6,6 +6,7 @@ the path to it meanwhile. Links in it are never followed.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import contextmanager, suppress
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["Folder"]
+__all__ = ["MAX_DEPTH", "Folder"]
 
 _READ_BYTES = 2**20
+
+MAX_DEPTH = 32
+"""The most folders in each other; each is held open while what is below it is looked at. Real outputs have two."""
 
 
 class Folder:
@@ -34,9 +38,13 @@ class Folder:
     collected is closed too.
     """
 
-    def __init__(self, path: Path, descriptor: int | None = None) -> None:
-        """Take an open directory, or open the one at `path`, where a link as the last part is followed."""
+    def __init__(self, path: Path, descriptor: int | None = None, depth: int = 0) -> None:
+        """Take an open directory, or open the one at `path`, where a link as the last part is followed.
+
+        `depth` is the number of folders above it that `folder` has opened one by one.
+        """
         self.path = path
+        self._depth = depth
         self.descriptor = file_calls.open_directory(str(path.resolve())) if descriptor is None else descriptor
         self._close = finalize(self, os.close, self.descriptor)
 
@@ -55,8 +63,10 @@ class Folder:
             file_calls.close(self.descriptor)
 
     def folder(self, name: str) -> Folder:
-        """Open a directory in this one."""
-        return Folder(self.path / name, file_calls.open_directory(name, self.descriptor))
+        """Open a directory in this one; raises `OSError` for the last of more than `MAX_DEPTH` in each other."""
+        if self._depth >= MAX_DEPTH:
+            raise OSError(errno.ENAMETOOLONG, f"more than {MAX_DEPTH} folders in each other", str(self.path / name))
+        return Folder(self.path / name, file_calls.open_directory(name, self.descriptor), self._depth + 1)
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
@@ -95,6 +105,12 @@ class Folder:
             while filled < size and (count := file_calls.read_at(descriptor, buffer[filled:], filled)):
                 filled += count
             return bytes(buffer[:filled])
+
+    def read_start(self, name: str, limit: int) -> bytes:
+        """Return the first bytes of a file, at most `limit`; raises `OSError`, also for what is no regular file."""
+        with self.file(name) as descriptor:
+            buffer = memoryview(bytearray(limit))
+            return bytes(buffer[: file_calls.read_at(descriptor, buffer, 0)])
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file; a file of that name is removed before, whatever it is."""

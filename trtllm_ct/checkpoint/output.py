@@ -1,8 +1,8 @@
 """An output directory that appears complete or not at all.
 
 Work happens in `.OUT.partial` beside OUT, which becomes OUT at the end. So nobody can load half a checkpoint, and a run
-that fails leaves an existing OUT unchanged. When a run is killed or interrupted, its work so far stays in
-`.OUT.partial`.
+that fails leaves an existing OUT unchanged. When a run is killed, interrupted or stopped by an error that is no fault
+of the checkpoint, its work so far stays in `.OUT.partial`.
 
 The end has an order that a power cut can't change. All files and folders are synced, then the names are exchanged in
 one step, then the parent is synced, and only then the old OUT is removed. Where the file system can't exchange names,
@@ -11,227 +11,274 @@ the old OUT is moved to `.OUT.replaced-by-trtllm-ct` first, and moved back by th
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import Fault, OutputError, UsageError
+from trtllm_ct.base.errors import CheckpointError, Fault, OutputError, PayloadError, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.manifest import MANIFEST, reason_to_keep, write_manifest
-from trtllm_ct.checkpoint.output_errors import output_errors
-from trtllm_ct.checkpoint.work_folder import is_ours, open_work_folder
+from trtllm_ct.checkpoint.output_errors import output_errors, unusable
+from trtllm_ct.checkpoint.output_place import OutputPlace, check_output_place, what_is_left
+from trtllm_ct.checkpoint.work_folder import JOURNAL, Mark, is_ours, mark_of, open_work_folder, remove_marked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-__all__ = ["check_output_place", "replacing_directory"]
+__all__ = ["check_output_place", "replacing_directory", "what_is_left"]
 
 logger = logging.getLogger("trtllm_ct")
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
-
-def check_output_place(source: Path, out: Path) -> None:
-    """Raise `UsageError` when the directories are the same or one is inside the other; links are followed."""
-    source, out = source.resolve(), out.resolve()
-    if source == out or source in out.parents or out in source.parents:
-        raise UsageError(
-            Fault(
-                where=str(out),
-                expected="an output directory apart from the source",
-                found="the source itself" if source == out else f"one inside the other, the source being {source}",
-                remedy="Choose an output directory beside the source.",
-            )
-        )
+_LEFT = {Mark.WORK, Mark.REPLACED, Mark.LISTED}
 
 
 @contextmanager
-def replacing_directory(
-    out: Path, *, overwrite: bool, force: bool = False, sync: bool = True, journal: str = ""
-) -> Iterator[Folder]:
+def replacing_directory(out: Path, *, overwrite: bool, force: bool = False, sync: bool = True) -> Iterator[Folder]:
     """Yield a working directory, which becomes `out` when the block ends without an error.
 
-    The directory holds what an earlier run left there when it was killed or interrupted: the caller may resume that
-    work, or clear it. The file `journal` in it is removed at the very end. On an error, the working directory is
-    deleted and everything is left as it was before. After an error of the file system (`OutputError`) and on an
-    interrupt, which is not an `Exception`, the working directory stays for the next run. Missing parent folders are
-    created.
+    The directory holds what an earlier run left there: the caller may resume that work, or clear it, but for the file
+    `JOURNAL`, by which a later run knows that the directory is one of its own. That file is removed at the very end.
+    On a `CheckpointError`, everything is left as it was before: a working directory that this run made is deleted, and
+    so is one that it worked on if values are faulty (`PayloadError`). On other errors and on interrupts the directory
+    stays if there is work in it. Missing parent folders are created.
     With `overwrite`, an existing `out` is replaced at the very end if this function wrote it and everything in it; with
     `force` as well, any model directory is replaced. With `sync`, the new directory survives a power cut as soon as
     this function returns, and until then the old one does.
-    Raises `UsageError` before yielding when `out` can't be written, or when another process works there.
+    Raises `UsageError` before yielding when `out` can't be written, when another process works there, and when a
+    directory that no conversion made has the name of the working directory; `OutputError` after it.
     """
-    place = _Place(out.resolve(), overwrite, force)
-    with output_errors(place.partial):
+    place = OutputPlace.of(out, overwrite=overwrite, force=force)
+    try:
         place.require_free()
-    created = [folder for folder in place.out.parents if not folder.exists()]
+    except UsageError:
+        _name_what_is_left(place)
+        raise
+    of_caller: list[OSError] = []
     with (
-        output_errors(place.partial),
-        _parent(place, created) as parent,
-        _removing_on_error(parent, place, created),
-        open_work_folder(parent, place.partial) as work,
-        _removing_on_error(parent, place, created, work),
+        output_errors(place.partial, but=of_caller),
+        _parent(place) as (parent, made),
+        _work(parent, place, made) as work,
     ):
-        _recover(parent, place)
-        place.require_free(parent)
-        yield work
-        _install(parent, work, place, sync=sync, journal=journal)
-
-
-@contextmanager
-def _removing_on_error(
-    parent: Folder, place: _Place, created: list[Path], work: Folder | None = None
-) -> Iterator[None]:
-    """Remove the working directory, and the folders that were created for it, after an error of the caller."""
-    try:
-        yield
-    except (OSError, OutputError):
-        raise
-    except Exception:
-        with suppress(OSError):
-            if work is not None and parent.is_at(place.partial.name, work):
-                parent.remove(place.partial.name)
-            _remove_folders(created)
-        raise
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where an output goes, and what may be replaced there."""
-
-    out: Path
-    overwrite: bool
-    force: bool
-
-    @property
-    def partial(self) -> Path:
-        """The working directory."""
-        return self.out.parent / f".{self.out.name}.partial"
-
-    @property
-    def replaced(self) -> Path:
-        """Where the old output is for a moment, on file systems that can't exchange two names."""
-        return self.out.with_name(f".{self.out.name}.replaced-by-trtllm-ct")
-
-    def require_free(self, parent: Folder | None = None) -> None:
-        """Raise `UsageError` unless a new directory may be put at `out`; `parent` is the folder that holds it."""
-        out, remedy = self.out, "Choose another place for the output."
-        if not out.name:
-            raise _unusable(out, "the root of the file system", remedy)
         try:
-            status = out.lstat() if parent is None else parent.status(out.name)
-        except OSError:  # No such name, or no such parent; a parent that can't be used is found when it is opened.
-            return
-        if status is None:
-            return
-        if not stat.S_ISDIR(status.st_mode):
-            found = "a file of that name"
-        elif not self.overwrite:
-            found, remedy = "a directory of that name", "Choose another name, or replace it with --overwrite."
-        elif any(place == out or out in place.parents for place in (Path.cwd(), Path.home())):
-            # Replacing deletes the old content, and nobody names these two directories on purpose.
-            found = "a directory that holds the current or the home directory"
-        else:
-            self._require_replaceable(status, parent)
-            return
-        raise _unusable(out, found, remedy)
+            yield work
+        except OSError as error:  # It may be an error of the source.
+            of_caller.append(error)
+            raise
+        _install(parent, work, place, made if sync else [], sync=sync)
 
-    def _require_replaceable(self, status: os.stat_result, parent: Folder | None) -> None:
-        """Raise `UsageError` if the old directory is somebody else's, or holds what no conversion wrote."""
-        if os.geteuid() != 0 and not is_ours(status, self.out.parent):
-            raise _unusable(self.out, "a directory of another user", "Choose another place for the output.")
-        with Folder(self.out) if parent is None else parent.folder(self.out.name) as old:
-            found = reason_to_keep(old, force=self.force)
-        if found is not None:
-            remedy = "Move away what you need of it, or choose another place"
-            remedy += "." if self.force else "; --overwrite --force replaces any model directory."
-            raise UsageError(
-                Fault(where=str(self.out), expected="an output of trtllm-ct to replace", found=found, remedy=remedy)
-            )
+
+def _name_what_is_left(place: OutputPlace) -> None:
+    """Warn of a directory beside an existing output that an earlier run has left."""
+    for path in (place.partial, place.replaced):
+        with suppress(OSError), Folder(path.parent) as parent, parent.folder(path.name) as folder:
+            if mark_of(folder, parent) in _LEFT:
+                logger.warning("%s: left of an earlier run; a conversion with --overwrite removes it", path)
 
 
 @contextmanager
-def _parent(place: _Place, created: list[Path]) -> Iterator[Folder]:
-    """Create the missing folders above the output, `created`, and yield the one that holds it."""
+def _parent(place: OutputPlace) -> Iterator[tuple[Folder, list[Path]]]:
+    """Create the missing folders above the output; yield the folder that holds it, and those that were made."""
+    missing = list(takewhile(_is_missing, place.out.parents))
+    made: list[Path] = []
     try:
-        for folder in reversed(created):
+        for folder in reversed(missing):
             file_calls.make_directory(str(folder))
-        parent = Folder(place.out.parent)
+            made.insert(0, folder)
+        parent = _writable(place.out.parent)
     except OSError as error:
-        _remove_folders(created)
+        _remove_folders(made)
         remedy = "Choose an output directory in a place that you can write to."
-        raise _unusable(place.partial, f"{error.strerror or error}".lower(), remedy) from None
+        raise unusable(place.partial, f"{error.strerror or error}".lower(), remedy) from None
     with parent:
-        yield parent
+        yield parent, made
 
 
-def _remove_folders(created: list[Path]) -> None:
+def _writable(path: Path) -> Folder:
+    """Open the folder that holds the output; raises `OSError` if nothing can be made or renamed there."""
+    parent = Folder(path, file_calls.open_way(str(path)))
+    if not file_calls.is_writable(parent.descriptor):  # A working directory of an earlier run may be there already.
+        parent.close()
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    return parent
+
+
+def _is_missing(folder: Path) -> bool:
+    """Whether there is no such name; one that can't be looked up can't be made either."""
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _remove_folders(made: list[Path]) -> None:
     # Innermost folder first; rmdir fails for a folder in which somebody else put something.
     with suppress(OSError):
-        for folder in created:
+        for folder in made:
             file_calls.remove_directory(str(folder))
 
 
-def _unusable(out: Path, found: str, remedy: str) -> UsageError:
-    return UsageError(Fault(where=str(out), expected="a place for a new directory", found=found, remedy=remedy))
+@contextmanager
+def _work(parent: Folder, place: OutputPlace, made: list[Path]) -> Iterator[Folder]:
+    """Yield the working directory; after an error, decide whether it stays."""
+    try:
+        work = open_work_folder(parent, place.partial)
+    except UsageError:
+        _remove_folders(made)
+        raise
+    with work:
+        before = _Progress(work)
+        try:
+            _recover(parent, place)
+            place.require_free(parent)
+            place.require_movable(parent)
+            yield work
+        except (OSError, OutputError):
+            raise
+        except Exception as error:
+            if _is_kept(error, before, _Progress(work)):
+                logger.warning("%s: kept, so that a later run can go on from it", place.partial)
+            else:
+                with suppress(OSError):
+                    if parent.is_at(place.partial.name, work):
+                        remove_marked(parent, place.partial.name, work)
+                    _remove_folders(made)
+            raise
 
 
-def _recover(parent: Folder, place: _Place) -> None:
-    """Put the old output back, or remove it, if an earlier run was stopped while it replaced it in two steps."""
-    status = parent.status(place.replaced.name)
-    if status is None or not is_ours(status, parent.path):
+class _Progress:
+    """What the journal of a working directory says at one moment: when it was changed, and whether units are done."""
+
+    def __init__(self, work: Folder) -> None:
+        status, text = None, b""
+        with suppress(OSError):
+            status = work.status(JOURNAL)
+            text = work.read_start(JOURNAL, 1024)
+        self.changed_at = None if status is None else (status.st_size, status.st_mtime_ns)
+        self.is_begun = bool(text)
+        self.has_units = bool(text.partition(b"\n")[2].strip())
+
+
+def _is_kept(error: Exception, before: _Progress, now: _Progress) -> bool:
+    """Whether the work stays after an error; `before` is what this run has found. See `replacing_directory`."""
+    if isinstance(error, PayloadError):
+        return before.is_begun and before.changed_at == now.changed_at
+    if isinstance(error, CheckpointError):
+        return before.is_begun
+    return before.is_begun or now.has_units
+
+
+def _recover(parent: Folder, place: OutputPlace) -> None:
+    """Put the old output back, or remove it, if an earlier run was stopped while it replaced it in two steps.
+
+    Raises `UsageError` if it can't be told whether the directory is an old output.
+    """
+    name = place.replaced.name
+    status = parent.status(name)
+    if status is None or not stat.S_ISDIR(status.st_mode) or not is_ours(status, parent):
         return
-    if parent.status(place.out.name) is None:
-        file_calls.rename(place.replaced.name, place.out.name, parent.descriptor)
-        logger.warning("%s: put back; an earlier run was stopped while it replaced it", place.out)
-    else:
-        parent.remove(place.replaced.name)
-        logger.warning("%s: removed, the old output that an earlier run had replaced", place.replaced)
+    with parent.folder(name) as old:
+        mark = mark_of(old, parent)
+        missing = parent.status(place.out.name) is None
+        if missing and (mark is Mark.LISTED or (mark is Mark.NONE and reason_to_keep(old, force=True) is None)):
+            file_calls.rename(name, place.out.name, parent.descriptor)
+            logger.warning("%s: put back; an earlier run was stopped while it replaced it", place.out)
+        elif mark is Mark.NONE:
+            found = "a directory that no conversion has left there"
+            raise unusable(place.replaced, found, "Move it away if you need it, otherwise delete it.")
+        else:
+            remove_marked(parent, name, old)
+            logger.warning("%s: removed, the old output that an earlier run had replaced", place.replaced)
 
 
-def _install(parent: Folder, work: Folder, place: _Place, *, sync: bool, journal: str) -> None:
+def _install(parent: Folder, work: Folder, place: OutputPlace, made: list[Path], *, sync: bool) -> None:
     """Let the finished directory become `out`; an existing `out` is deleted only after that."""
-    write_manifest(work, but=journal)
+    write_manifest(work, but=JOURNAL)
     mode = _final_mode(work)
     # Not writable by others before it has its name: nobody may put anything into it that this process did not write.
     file_calls.set_mode(work.descriptor, mode & ~_OTHERS_WRITE)
     if sync:
         work.sync()
-    if work.status(journal) is not None:
-        file_calls.unlink(journal, work.descriptor)
-        if sync:
-            file_calls.sync(work.descriptor)
-    place.require_free(parent)
+        _sync_names(made)
+    try:
+        place.require_free(parent)
+    except UsageError as error:  # It became so meanwhile, and what was written is kept.
+        raise OutputError(*error.faults) from None
     with ExitStack() as opened:
         old = None if parent.status(place.out.name) is None else opened.enter_context(parent.folder(place.out.name))
-        name = _put_in_place(parent, work, place)
+        name = _named(parent, work, place, sync=sync)
         if sync:
-            file_calls.sync(parent.descriptor)
+            _sync_name(parent, place)
         if mode & _OTHERS_WRITE:
             file_calls.set_mode(work.descriptor, mode)
         if old is not None and parent.is_at(name, old):
             _remove_old(parent, name, old)
 
 
+def _sync_names(made: list[Path]) -> None:
+    """Return when the names of folders that were made would survive a power cut."""
+    for folder in made:
+        with suppress(PermissionError):  # A folder may be written to without a right to open it.
+            descriptor = file_calls.open_way(str(folder.parent))
+            try:
+                file_calls.sync(descriptor)
+            finally:
+                file_calls.close(descriptor)
+
+
+def _sync_name(parent: Folder, place: OutputPlace) -> None:
+    """Return when the name of the output would survive a power cut."""
+    try:
+        file_calls.sync(parent.descriptor)
+    except OSError as error:
+        expected, found = "a file system that does what it is asked", f"{error.strerror or error}".lower()
+        remedy = "The output is complete, but a power cut may undo its name; let the command `sync` succeed."
+        raise OutputError(Fault(where=str(place.out), expected=expected, found=found, remedy=remedy)) from None
+
+
 def _remove_old(parent: Folder, name: str, old: Folder) -> None:
     """Remove the old output, which has the name `name` now."""
     try:
-        old.clear()
-        file_calls.remove_directory(name, parent.descriptor)
+        remove_marked(parent, name, old)
     except OSError as error:  # The new directory is in place, so leftovers of the old one are no reason to fail.
         logger.warning("%s: the old output could not be removed: %s", parent.path / name, error.strerror)
 
 
-def _put_in_place(parent: Folder, work: Folder, place: _Place) -> str:
-    """Give the finished directory its name; return the name that an old output has now."""
-    partial, out, replaced = place.partial.name, place.out.name, place.replaced.name
+def _named(parent: Folder, work: Folder, place: OutputPlace, *, sync: bool) -> str:
+    """Give the finished directory its name, without its journal; return the name that an old output has now.
+
+    After an error and an interrupt the journal is in it again.
+    """
+    partial = place.partial.name
     if not parent.is_at(partial, work):
-        raise _unusable(place.partial, "another directory than the one of this run", "Choose a place of your own.")
+        found = "another directory than the one of this run"
+        raise OutputError(*unusable(place.partial, found, "Choose a place of your own.").faults)
+    with work.file(JOURNAL) as journal:
+        file_calls.unlink(JOURNAL, work.descriptor)
+        try:
+            if sync:
+                file_calls.sync(work.descriptor)
+            return _put_in_place(parent, place)
+        except BaseException:
+            with suppress(OSError):
+                if parent.is_at(partial, work):
+                    work.copy(JOURNAL, journal)
+            raise
+
+
+def _put_in_place(parent: Folder, place: OutputPlace) -> str:
+    """Rename the working directory to the output; return the name that an old output has now."""
+    partial, out, replaced = place.partial.name, place.out.name, place.replaced.name
     if parent.status(out) is None:
         file_calls.rename(partial, out, parent.descriptor)
         return partial

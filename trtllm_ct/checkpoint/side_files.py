@@ -16,16 +16,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, FaultCollector
-from trtllm_ct.base.regular_files import SIDE_FILE_BYTES
+from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, read_at
+from trtllm_ct.checkpoint.folder import MAX_DEPTH
 from trtllm_ct.checkpoint.remote_code import named_code
 from trtllm_ct.checkpoint.side_patterns import (
     CARRIED,
+    START_BYTES,
     TARGET_FILES,
     is_code,
     is_excluded,
     is_known,
     matches_any,
     may_hold,
+    starts_as_code,
 )
 from trtllm_ct.checkpoint.snapshot import Snapshot
 
@@ -61,9 +64,9 @@ def side_files(source: Path, carry: Collection[str] = ()) -> SideFiles:
     """Return which side files of `source` are carried, and which are left out.
 
     `carry` are patterns of further files, see `side_patterns.py`. Raises `CatalogError` with every link that leads out
-    of the snapshot, nowhere or in a circle, also where the file would be left out, and with every carried file that is
-    no regular file, has no permission to be read or is too large. Files that the target writes itself must not be
-    links out of the snapshot either, because their content would arrive in the target.
+    of the snapshot, nowhere or in a circle, also where the file would be left out, with folders too deep in each other,
+    and with every carried file that is no regular file, has no permission to be read or is too large. Files that the
+    target writes itself must not be links out of the snapshot either, because their content would arrive in the target.
     """
     snapshot = Snapshot.of(source)
     walk = _Walk(snapshot=snapshot, carry=tuple(carry), named=named_code(snapshot))
@@ -74,7 +77,7 @@ def side_files(source: Path, carry: Collection[str] = ()) -> SideFiles:
     walk.faults.raise_if_any(CatalogError)
     return SideFiles(
         carried=tuple(sorted(walk.carried)),
-        code=tuple(sorted(filter(is_code, walk.carried))),
+        code=tuple(sorted(name for name in walk.carried if name in walk.code)),
         left_out=tuple(sorted(walk.left_out)),
     )
 
@@ -111,6 +114,7 @@ class _Walk:
     carry: tuple[str, ...]
     named: frozenset[str]
     carried: list[str] = field(default_factory=list)
+    code: set[str] = field(default_factory=set)
     left_out: list[str] = field(default_factory=list)
     faults: FaultCollector = field(default_factory=FaultCollector)
 
@@ -121,6 +125,9 @@ class _Walk:
             return
         if any(place == above or place in above.parents for above in path_down):
             self._refuse(folder, f"a link to {(self.snapshot.root / folder).readlink()}, which leads in a circle")
+            return
+        if len(path_down) > MAX_DEPTH:
+            self._refuse(folder, f"more than {MAX_DEPTH} folders in each other")
             return
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
@@ -141,10 +148,8 @@ class _Walk:
             self._refuse(name, "a directory where a file is due")
         elif entry.is_dir() or not self._is_wanted(name):
             self.left_out.append(f"{name}/" if entry.is_dir() else name)
-        elif self._can_be_read(name):
-            self.carried.append(name)
-            if len(self.carried) > _MAX_FILES:
-                self._refuse(name, f"more than {_MAX_FILES} files to copy")
+        else:
+            self._carry(name)
 
     def _is_entered(self, folder: str) -> bool:
         """Whether a folder is searched: it may hold known files, or a pattern asks for it or for something in it."""
@@ -154,13 +159,23 @@ class _Walk:
         known = is_known(name) and not is_code(name)
         return name.isprintable() and (known or name in self.named or matches_any(name, self.carry))
 
-    def _can_be_read(self, name: str) -> bool:
+    def _carry(self, name: str) -> None:
+        """Collect a file that is wanted; one that is known by its name may hold code that nobody has asked for."""
         try:
-            with self.snapshot.open(name, SIDE_FILE_BYTES):
-                return True
+            with self.snapshot.open(name, SIDE_FILE_BYTES) as descriptor:
+                start = read_at(descriptor, START_BYTES, 0)
         except OSError as error:
             self._refuse(name, f"{error.strerror or error}".lower())
-            return False
+            return
+        is_asked_for = name in self.named or matches_any(name, self.carry)
+        if starts_as_code(start) and not is_asked_for:
+            self.left_out.append(name)
+            return
+        if is_code(name) or starts_as_code(start):
+            self.code.add(name)
+        self.carried.append(name)
+        if len(self.carried) > _MAX_FILES:
+            self._refuse(name, f"more than {_MAX_FILES} files to copy")
 
     def find(self, name: str) -> Path | None:
         """Return where a file or folder of the snapshot is; adds a fault and returns None if it is outside."""

@@ -6,7 +6,9 @@ A pattern has the wildcards of a shell, and is compared with a name from the top
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.catalog import PICKLE_SUFFIXES
@@ -14,11 +16,22 @@ from trtllm_ct.checkpoint.catalog import PICKLE_SUFFIXES
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["CARRIED", "TARGET_FILES", "is_code", "is_excluded", "is_known", "matches_any", "may_hold"]
+__all__ = [
+    "CARRIED",
+    "START_BYTES",
+    "TARGET_FILES",
+    "is_code",
+    "is_excluded",
+    "is_known",
+    "matches_any",
+    "may_hold",
+    "starts_as_code",
+]
 
 CARRIED = (
     # Tokenizers.
-    "tokenizer*.json", "tokenizer.model*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer*.json", "tokenizer.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json",
+    "added_tokens.json",
     "vocab*.json", "vocab*.txt", "merges.txt", "*.tiktoken", "*.spm", "spiece.model", "sentencepiece*.model",
     # What requests and images are turned into.
     "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "generation_config.json",
@@ -28,7 +41,15 @@ CARRIED = (
     "README*", "LICENSE*", "LICENCE*", "license*", "NOTICE*", "COPYING*", "USE_POLICY*", "MODEL_CARD*", "*.md",
     "recipe*.yaml", "configuration.json",
 )  # fmt: skip
-"""The side files that are known: those of transformers, mistral-common, ModelScope and llm-compressor."""
+"""The side files that are known: those of transformers, mistral-common, ModelScope and llm-compressor.
+
+A pattern that ends in a star matches only names with one of the suffixes `TEXT_SUFFIXES`, or the number of a version.
+"""
+
+TEXT_SUFFIXES = frozenset({"", ".md", ".markdown", ".txt", ".rst", ".json", ".jinja", ".jinja2", ".pdf"})
+"""The kinds of files that publishers add under names of their own, such as `LICENSE-MODEL.pdf`; none can be run."""
+
+_VERSION = re.compile(r"\.(\d+|v\d+(m\d+)?)")
 
 TARGET_FILES = ("config.json", "hf_quant_config.json", "quant_cfg.json", "params.json")
 """Excluded at the top level only. The target writes the first three itself.
@@ -41,9 +62,30 @@ _WEIGHT_SUFFIXES = (
 )  # fmt: skip
 _NEVER = (".safetensors", ".safetensors.index.json")
 _CODE_SUFFIXES = (
-    *PICKLE_SUFFIXES, ".pkl", ".pickle", ".joblib", ".py", ".pyc", ".pyw", ".ipynb", ".so", ".sh", ".bat", ".cmd",
-    ".ps1", ".exe", ".dll", ".dylib", ".jar", ".js",
+    # What runs code when it is loaded as data.
+    *PICKLE_SUFFIXES, ".pkl", ".pickle", ".dill", ".joblib", ".npy", ".npz", ".pt2", ".ptl", ".keras", ".h5", ".mar",
+    # Programs, libraries, and archives of them.
+    ".so", ".dll", ".dylib", ".pyd", ".exe", ".com", ".scr", ".cpl", ".msi", ".app", ".appimage", ".run", ".o", ".a",
+    ".ko", ".wasm", ".elf", ".class", ".jar", ".war", ".apk", ".deb", ".rpm", ".whl", ".egg", ".pyz", ".pyc", ".pyo",
+    ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".iso", ".dmg", ".pkg",
+    # Scripts, and documents that a desktop runs.
+    ".py", ".pyw", ".pyi", ".pyx", ".ipynb", ".sh", ".bash", ".zsh", ".fish", ".csh", ".ksh", ".command", ".bat",
+    ".cmd", ".ps1", ".psm1", ".vbs", ".vbe", ".wsf", ".hta", ".lnk", ".desktop", ".reg", ".js", ".mjs", ".cjs", ".ts",
+    ".pl", ".pm", ".rb", ".php", ".lua", ".tcl", ".r", ".jl", ".java", ".awk", ".html", ".htm", ".xhtml", ".svg",
 )  # fmt: skip
+
+_CODE_STARTS = re.compile(
+    rb"\x7fELF|MZ[^\n]{0,60}\x00|\xca\xfe\xba\xbe|[\xce\xcf]\xfa\xed\xfe|\xfe\xed\xfa[\xce\xcf]|\x00asm|!<arch>\n"
+    rb"|#![ \t]*/|L\x00\x00\x00\x01\x14\x02"
+    rb"|PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh[1-9]|\xfd7zXZ|7z\xbc\xaf|Rar!"
+    rb"|\x80[\x02-\x05]|\x93NUMPY|\x89HDF\r\n"
+)
+"""The first bytes of programs, scripts, archives, pickles and arrays that may hold them."""
+
+_LIBRARY = re.compile(r"\.so(\.\d+)+$")
+
+START_BYTES = 64
+"""So many bytes of a file are enough for `starts_as_code`."""
 
 
 def matches_any(name: str, patterns: Collection[str]) -> bool:
@@ -55,7 +97,10 @@ def matches_any(name: str, patterns: Collection[str]) -> bool:
 def is_known(name: str) -> bool:
     """Whether a name is that of a known side file."""
     parts = name.split("/")
-    return any(len(parts) == pattern.count("/") + 1 for pattern in CARRIED if _leads_to(pattern.split("/"), parts))
+    suffix = PurePosixPath(name).suffix.lower()
+    is_text = suffix in TEXT_SUFFIXES or _VERSION.fullmatch(suffix) is not None
+    patterns = (pattern for pattern in CARRIED if is_text or not pattern.endswith("*"))
+    return any(len(parts) == pattern.count("/") + 1 for pattern in patterns if _leads_to(pattern.split("/"), parts))
 
 
 def may_hold(folder: str, patterns: Collection[str]) -> bool:
@@ -82,7 +127,12 @@ def is_excluded(name: str, patterns: Collection[str]) -> bool:
 
 def is_code(name: str) -> bool:
     """Whether a file is code by its name, or of a kind that can run code when it is loaded."""
-    return name.lower().endswith(_CODE_SUFFIXES)
+    return name.lower().endswith(_CODE_SUFFIXES) or _LIBRARY.search(name.lower()) is not None
+
+
+def starts_as_code(start: bytes) -> bool:
+    """Whether a file whose first bytes are `start` is a program, a script, an archive or a pickle."""
+    return _CODE_STARTS.match(start) is not None
 
 
 def _leads_to(pattern: list[str], parts: list[str]) -> bool:

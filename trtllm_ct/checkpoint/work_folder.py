@@ -2,28 +2,49 @@
 
 Its name can be guessed, and others may be able to write to the folder above. So a directory that already has the name
 is used only if it belongs to this user and nobody else can write to it, and it is closed to others while it is used.
+A user may have such a directory too, so it must also hold proof that a conversion made it: see `Mark`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import stat
 from contextlib import suppress
-from tempfile import mkdtemp
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.manifest import MANIFEST, reason_to_keep
+from trtllm_ct.checkpoint.output_errors import unusable
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-__all__ = ["is_ours", "is_private", "open_work_folder"]
+__all__ = [
+    "CONVERSION_MARK",
+    "JOURNAL",
+    "Mark",
+    "is_ours",
+    "is_private",
+    "mark_of",
+    "open_work_folder",
+    "remove_marked",
+]
 
 logger = logging.getLogger("trtllm_ct")
+
+JOURNAL = ".trtllm_ct.journal"
+"""The name of the journal in a working directory, see `convert/journal.py`. It also says whose the directory is."""
+
+CONVERSION_MARK = b'{"conversion": "'
+"""How the journal of a conversion begins; it is empty until the first line is written."""
+
+REPLACED_MARK = b'{"replaced": true}\n'
+"""The journal that an old output gets before it is removed."""
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _ATTEMPTS = 10
@@ -40,17 +61,20 @@ def _reopened(path: Path) -> WorkFolder:
     """Open the working directory of another process of the same user; raises `UsageError` if it is not private."""
     work = WorkFolder(path, file_calls.open_directory(str(path)))
     status = file_calls.status(work.descriptor)
-    if not (is_ours(status, path.parent) and is_private(status, path.parent)):
+    with Folder(path.parent) as parent:
+        usable = is_ours(status, parent) and is_private(status, parent)
+    if not usable:
         work.close()
-        raise _refused(path, "a directory in which others can write", "Choose an output in a folder of your own.")
+        raise unusable(path, "a directory in which others can write", "Choose an output in a folder of your own.")
     return work
 
 
 def open_work_folder(parent: Folder, path: Path) -> Folder:
     """Make or open the directory `path` in `parent`, with mode 0700, and lock it until it is closed.
 
-    A directory of this user in which others can write is emptied: what it holds may be theirs. Raises `UsageError` for
-    anything else that has the name, which is neither entered nor changed, and when another process holds the lock.
+    A working directory of this user in which others can write is emptied: what it holds may be theirs. What is left of
+    an old output is removed. Raises `UsageError` for anything else that has the name, which is not changed, and when
+    another process holds the lock.
     On file systems without locks, none is taken.
     """
     for _ in range(_ATTEMPTS):
@@ -60,11 +84,11 @@ def open_work_folder(parent: Folder, path: Path) -> Folder:
             pass
         except OSError as error:
             remedy = "Choose an output directory in a place that you can write to."
-            raise _refused(path, f"{error.strerror or error}".lower(), remedy) from None
+            raise unusable(path, f"{error.strerror or error}".lower(), remedy) from None
         work = _opened(parent, path)
         if work is not None:
             return work
-    raise _refused(path, "a directory that others keep replacing", "Choose a place of your own.")
+    raise unusable(path, "a directory that others keep replacing", "Choose a place of your own.")
 
 
 def _opened(parent: Folder, path: Path) -> Folder | None:
@@ -74,28 +98,47 @@ def _opened(parent: Folder, path: Path) -> Folder | None:
         return None
     if not stat.S_ISDIR(status.st_mode):
         found = "a link of that name" if stat.S_ISLNK(status.st_mode) else "a file of that name"
-        raise _refused(path, found, "Move it away, or choose another output.")
-    if not is_ours(status, parent.path):
+        raise unusable(path, found, "Move it away, or choose another output.")
+    if not is_ours(status, parent):
         found = f"a directory of another user, with the number {status.st_uid}"
-        raise _refused(path, found, "Ask that user to remove it, or choose an output in a folder of your own.")
+        raise unusable(path, found, "Ask that user to remove it, or choose an output in a folder of your own.")
     work = WorkFolder(path, file_calls.open_directory(path.name, parent.descriptor))
     try:
-        if not is_ours(file_calls.status(work.descriptor), parent.path):
+        if not is_ours(file_calls.status(work.descriptor), parent):
             work.close()
             return None
         _lock(work)
         if not parent.is_at(path.name, work):  # The process that held the lock has finished, or removed it.
             work.close()
             return None
-        if not is_private(file_calls.status(work.descriptor), parent.path):
-            file_calls.set_mode(work.descriptor, 0o700)
-            logger.warning("%s: emptied, others could write to it; starting anew", path)
-            work.clear()
-        file_calls.set_mode(work.descriptor, 0o700)
+        _take_over(work, parent)
     except BaseException:
         work.close()
         raise
     return work
+
+
+def _take_over(work: Folder, parent: Folder) -> None:
+    """Close the directory to others, and let it hold nothing but a journal and the work that belongs to it.
+
+    Raises `UsageError` if no conversion made it; it is left as it is then.
+    """
+    mark = mark_of(work, parent)
+    if mark is Mark.NONE:
+        remedy = "Move it away if you need it, otherwise delete it; or choose another output."
+        raise unusable(work.path, "a directory that no conversion has left there", remedy)
+    private = is_private(file_calls.status(work.descriptor), parent)
+    file_calls.set_mode(work.descriptor, 0o700)
+    if not private:
+        logger.warning("%s: emptied, others could write to it; starting anew", work.path)
+    elif mark in {Mark.REPLACED, Mark.LISTED}:
+        logger.warning("%s: emptied, it held an output of an earlier run that was stopped at its end", work.path)
+    elif mark is Mark.WORK:
+        return
+    if mark is Mark.LISTED:
+        work.write(JOURNAL, REPLACED_MARK)
+    work.clear(keep={JOURNAL})
+    work.write(JOURNAL, b"")
 
 
 def _lock(work: Folder) -> None:
@@ -103,13 +146,57 @@ def _lock(work: Folder) -> None:
         file_calls.lock(work.descriptor)
     except BlockingIOError:
         remedy = "Wait until it is done, or choose another output."
-        raise _refused(work.path, "another process that writes there", remedy) from None
+        raise unusable(work.path, "another process that writes there", remedy) from None
     except OSError:
         return  # A file system without locks.
 
 
-def is_ours(status: os.stat_result, parent: Path) -> bool:
-    """Whether a directory in `parent` belongs to this user.
+class Mark(Enum):
+    """What a directory says about who made it."""
+
+    NONE = auto()
+    """Nothing: it is somebody else's."""
+    EMPTY = auto()
+    WORK = auto()
+    """It has the journal of a conversion, which is the first file that is written there and the last that goes."""
+    REPLACED = auto()
+    """It is an old output that was being removed."""
+    LISTED = auto()
+    """It is a whole output in which nothing was added or changed."""
+
+
+def mark_of(folder: Folder, parent: Folder) -> Mark:
+    """Return what a directory in `parent` says about who made it; only a file of this user counts."""
+    if not folder.names():
+        return Mark.EMPTY
+    status = folder.status(JOURNAL)
+    if status is not None:
+        if not stat.S_ISREG(status.st_mode) or not is_ours(status, parent):
+            return Mark.NONE
+        start = folder.read_start(JOURNAL, len(CONVERSION_MARK))
+        if start == REPLACED_MARK[: len(CONVERSION_MARK)]:
+            return Mark.REPLACED
+        # A kill may cut the first line short, and a power cut leave zeros.
+        return Mark.WORK if CONVERSION_MARK.startswith(start) or not start.strip(b"\0") else Mark.NONE
+    try:
+        return Mark.NONE if reason_to_keep(folder, force=False) is not None else Mark.LISTED
+    except OSError:
+        return Mark.NONE
+
+
+def remove_marked(parent: Folder, name: str, folder: Folder) -> None:
+    """Remove a directory, which is `name` in `parent`, so that a later run may go on with it after any stop."""
+    with suppress(OSError):  # A full disk has no room for the mark, and then the list of an output goes last.
+        if folder.status(JOURNAL) is None:
+            folder.write(JOURNAL, REPLACED_MARK)
+    folder.clear(keep={JOURNAL, MANIFEST})
+    folder.remove(MANIFEST)
+    folder.remove(JOURNAL)
+    file_calls.remove_directory(name, parent.descriptor)
+
+
+def is_ours(status: os.stat_result, parent: Folder) -> bool:
+    """Whether a file or directory in or below `parent` belongs to this user.
 
     Some file systems show another owner for all that this process makes: those that turn root into nobody, and those
     without owners. A directory with a name that nobody can guess shows which.
@@ -117,24 +204,21 @@ def is_ours(status: os.stat_result, parent: Path) -> bool:
     return status.st_uid == os.geteuid() or status.st_uid == _as_made(parent)[0]
 
 
-def is_private(status: os.stat_result, parent: Path) -> bool:
+def is_private(status: os.stat_result, parent: Folder) -> bool:
     """Whether nobody else can write to a directory of this user in `parent`, or the file system has no modes."""
     return not status.st_mode & _OTHERS_WRITE or bool(_as_made(parent)[1] & _OTHERS_WRITE)
 
 
-def _as_made(parent: Path) -> tuple[int, int]:
+def _as_made(parent: Folder) -> tuple[int, int]:
     """Return owner and mode that the file system shows for a directory which this process makes with mode 0700."""
+    name = f".trtllm_ct-{secrets.token_hex(8)}"
     try:
-        probe = mkdtemp(prefix=".trtllm_ct-", dir=parent)
+        file_calls.make_directory(name, parent.descriptor, 0o700)
     except OSError:
         return os.geteuid(), 0o700
     try:
-        status = os.lstat(probe)
+        status = file_calls.status_of(name, parent.descriptor)
     finally:
         with suppress(OSError):
-            file_calls.remove_directory(probe)
+            file_calls.remove_directory(name, parent.descriptor)
     return status.st_uid, status.st_mode
-
-
-def _refused(path: Path, found: str, remedy: str) -> UsageError:
-    return UsageError(Fault(where=str(path), expected="a place for a new directory", found=found, remedy=remedy))

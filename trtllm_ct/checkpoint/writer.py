@@ -26,7 +26,7 @@ from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, pre
 from trtllm_ct.checkpoint.write_plan import WritePlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     import torch
@@ -50,6 +50,9 @@ PIECE_BYTES = 8 * 2**20
 """Largest size of a piece: small enough to be read at once, and large enough to keep journals short."""
 
 _MAX_OPEN_FILES = 16
+
+_BLOCK_BYTES = 512
+"""The unit of `st_blocks`, whatever the file system's blocks are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,14 +103,23 @@ def create_files(folder: Folder, plan: WritePlan) -> None:
 def require_room(folder: Folder, plan: WritePlan, others: int = 0) -> list[PlannedFile]:
     """Return the files of a plan that are still to be created.
 
-    Raises `UsageError` when the disk has no room for them and for `others`, the bytes of other files.
+    Raises `UsageError` when the disk has no room for them and for `others`, the bytes of other files. What else is in
+    the folder is removed before they are written, so its room counts as free.
     """
     missing = [file for file in plan.files if not _is_created(folder, file)]
     needed = sum(file.nbytes for file in missing) + others
     free = file_calls.free_bytes(folder.descriptor)
     if free < needed:
+        free += _removed_bytes(folder, {file.name for file in plan.files} - {file.name for file in missing})
+    if free < needed:
         raise _no_room(folder, needed, f"{free} bytes free")
     return missing
+
+
+def _removed_bytes(folder: Folder, kept: Collection[str]) -> int:
+    """Return the bytes on the disk of all files in and below a folder but those in `kept`."""
+    statuses = (folder.status(name) for name in folder.files() if name not in kept)
+    return sum(status.st_blocks * _BLOCK_BYTES for status in statuses if status is not None and status.st_nlink == 1)
 
 
 def file_locks(plan: WritePlan) -> dict[str, Lock]:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
+from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.cli import report
 from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.interrupts import ending_on_signals, going_on_from
@@ -58,6 +59,9 @@ __all__ = ["SCHEMA", "app", "main", "print_json", "run_app", "stderr", "stdout"]
 
 SCHEMA = 1
 """Version of the schema of the documents that `--json` prints."""
+
+_LARGEST_FILE = 2**63
+"""No file of Linux has so many bytes."""
 
 app = typer.Typer(
     name="trtllm-ct",
@@ -195,10 +199,11 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint to a ModelOpt directory, to plain weights, or to the files that trtllm-build reads."""
+    from trtllm_ct.checkpoint.output import what_is_left
     from trtllm_ct.convert.convert import convert_checkpoint
 
     max_shard_bytes = parse_size(max_shard_size)
-    with going_on_from("The same command goes on from here."), _progress() as on_start:
+    with going_on_from(what_is_left(out)), _progress() as on_start:
         conversion = convert_checkpoint(
             directory,
             out,
@@ -323,7 +328,7 @@ def cache_clear(as_json: Json = False) -> None:
 
     root, cleared = cache_root(), clear_sidecars()
     if as_json:
-        directories = {"removed": cleared.removed, "in_use": cleared.in_use}
+        directories = {"removed": cleared.removed, "in_use": cleared.in_use, "others": cleared.others}
         paths = {name: [*map(str, directories[name])] for name in directories}
         print_json("cache-clear", {"root": str(root), **paths})
     else:
@@ -364,7 +369,7 @@ def run_app(commands: typer.Typer) -> None:
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with ending_on_signals(), collector_paused(), missing_packages_as_errors():
+        with ending_on_signals(), collector_paused(), missing_packages_as_errors(), source_errors("the file system"):
             commands()
     except TrtllmCtError as error:
         if "--json" in sys.argv and error.faults[0].where != STDOUT:
@@ -379,9 +384,9 @@ def run_app(commands: typer.Typer) -> None:
 def parse_size(text: str) -> int:
     """Return the number of bytes in a text such as `5GB`, `500 MiB` or `4096`; raises `UsageError` for other text."""
     units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([kmgt]i?|)b?", text.strip().lower())
     size = int(float(match[1]) * units[match[2]]) if match else 0
-    if size < 1:
+    if not 1 <= size < _LARGEST_FILE:
         raise UsageError(
             Fault(
                 where="--max-shard-size",

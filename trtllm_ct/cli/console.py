@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 from rich.segment import Segment
 
-from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.errors import Fault, OutputError
 from trtllm_ct.base.texts import printable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SafeConsole(Console):
     """A console that escapes control characters, which names in a checkpoint may hold, except line breaks."""
 
     def print(self, *arguments: Any, **keywords: Any) -> None:
-        """Print to the stream; raises `UsageError` where it can't be written."""
+        """Print to the stream; raises `OutputError` where it can't be written."""
         with writing():
             super().print(*arguments, **keywords)
 
@@ -64,7 +64,7 @@ def open_console(stream: IO[str] | None, *, stderr: bool = False) -> Console:
 def writing() -> Iterator[None]:
     """Write what is printed inside to the standard streams at once.
 
-    Raises `UsageError` when that fails, as on a full disk. A reader that is gone is no error: it has seen enough.
+    Raises `OutputError` when that fails, as on a full disk. A reader that is gone is no error: it has seen enough.
     """
     try:
         yield
@@ -75,9 +75,9 @@ def writing() -> Iterator[None]:
     except OSError as error:
         _drop_output()
         found = f"{error.strerror or error}".lower()
-        remedy = "Send the output elsewhere."
-        fault = Fault(where=STDOUT, expected="a place for the output", found=found, remedy=remedy)
-        raise UsageError(fault) from None
+        remedy = "Send what is printed elsewhere; what the command did stays done."
+        fault = Fault(where=STDOUT, expected="a place for what is printed", found=found, remedy=remedy)
+        raise OutputError(fault) from None
 
 
 def _drop_output() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 __all__ = ["Interrupted", "ending_on_signals", "going_on_from"]
@@ -52,12 +52,12 @@ def ending_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def going_on_from(remedy: str) -> Iterator[None]:
-    """Add to an interrupt inside what to do next."""
+def going_on_from(remedy: Callable[[], str]) -> Iterator[None]:
+    """Add to an interrupt inside what is left and what to do next, which `remedy` says when it happens."""
     try:
         yield
     except Interrupted as interrupted:
-        interrupted.remedy = remedy
+        interrupted.remedy = remedy()
         raise
 
 

@@ -217,6 +217,10 @@ def cleared_sidecars(root: Path, cleared: ClearedSidecars) -> RenderableType:
         f"  {directory.name} stays: a running process uses it, or it belongs to another user"
         for directory in cleared.in_use
     ]
+    lines += [
+        f"  {printable(directory.name)} stays: it is not, or not only, what trtllm_ct.prepare writes"
+        for directory in cleared.others
+    ]
     return Group(*map(Text, lines))
 
 

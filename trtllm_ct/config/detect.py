@@ -20,6 +20,7 @@ from typing import Any
 from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.base.json_form import fields_form, json_object
 from trtllm_ct.base.regular_files import is_present
+from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.config.json_file import not_an_object, read_json_object
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, SIDECAR, UNKNOWN, describe_method
 
@@ -156,11 +157,12 @@ class FormatDetector:
     def detect(self, directory: str | Path) -> Detection:
         """Detect the method of a checkpoint directory.
 
-        Raises `DetectionError` when `directory` is not a checkpoint directory, and `ConfigError` when a configuration
-        file is not a JSON object.
+        Raises `DetectionError` when `directory` is not a checkpoint directory, `CatalogError` when it can't be looked
+        at, and `ConfigError` when a configuration file is not a JSON object.
         """
         path = Path(directory)
-        _require_checkpoint(path)
+        with source_errors(path):
+            _require_checkpoint(path)
         if is_present(path / SIDECAR_FILE):
             return _detect_sidecar(read_json_object(path / SIDECAR_FILE), str(directory))
         names = dict.fromkeys(file for file, _ in _PLACES)

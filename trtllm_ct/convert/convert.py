@@ -17,11 +17,11 @@ from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
+from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 from trtllm_ct.convert.executors import open_pool, require_executor
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
-from trtllm_ct.convert.journal import JOURNAL
 from trtllm_ct.convert.sizes import size_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -191,14 +191,14 @@ def convert_checkpoint(
     `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
     `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
     output bytes are the same for every executor and number of workers. The output is written to `.OUT.partial` beside
-    `out`, which is renamed to `out` at the end and removed when the checkpoint has faults. A run that is killed or
-    interrupted, or whose disk fails, leaves `.OUT.partial` in place, and the same call resumes from it. Memory: a few
-    rows of a tensor for each worker, independent of the size of the tensors.
+    `out`, which is renamed to `out` at the end and removed when the checkpoint has faults. A run that ends in any other
+    way leaves `.OUT.partial` in place, and the same call resumes from it; so does one that can't read the checkpoint
+    again. Memory: a few rows of a tensor for each worker, independent of the size of the tensors.
     `overwrite` replaces an existing `out` that a conversion wrote, and `force` with it any model directory. With
     `sync` the output survives a power cut once this function has returned; see `replacing_directory`.
 
-    Raises `UsageError` for invalid arguments, before anything is read, and the `CheckpointError` of the stage that
-    finds faults in the checkpoint.
+    Raises `UsageError` for invalid arguments, before anything is read, the `CheckpointError` of the stage that finds
+    faults in the checkpoint, and `OutputError` when the file system of `out` fails.
     """
     directory, out = Path(directory), Path(out)
     _require_one_of("--to", to, DIRECTORY_TARGETS)
@@ -224,7 +224,7 @@ def convert_checkpoint(
         if pool is None:
             return None
         # Open the output before reading the source, so that an output that can't be written fails at once.
-        with replacing_directory(out, overwrite=overwrite, force=force, sync=sync, journal=JOURNAL) as partial:
+        with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
             job = Job(
                 directory=directory.absolute(),
                 options=options,
@@ -232,8 +232,9 @@ def convert_checkpoint(
                 device=device,
                 files=partial,
             )
-            checkpoint = open_checkpoint(directory)
-            conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
+            with source_errors(directory):
+                checkpoint = open_checkpoint(directory)
+                conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
     return ConversionReport(

@@ -21,6 +21,9 @@ __all__ = ["EXECUTORS", "Pool", "open_pool", "require_executor"]
 
 EXECUTORS = ("threads", "mpi")
 
+_MAX_WORKERS = 1024
+"""The most threads; machines have fewer cores."""
+
 _SWITCH_INTERVAL_SECONDS = 0.0005
 
 
@@ -85,6 +88,6 @@ def require_executor(name: str, workers: int | None) -> None:
     if name == "mpi" and workers is not None:
         remedy = "Leave it out: mpirun -n says how many ranks there are."
         raise UsageError(Fault(where="--workers", expected="none beside mpi", found=str(workers), remedy=remedy))
-    if workers is not None and workers < 1:
-        remedy = "Leave it out for one thread a core."
-        raise UsageError(Fault(where="--workers", expected="at least 1", found=str(workers), remedy=remedy))
+    if workers is not None and not 1 <= workers <= _MAX_WORKERS:
+        expected, remedy = f"1 to {_MAX_WORKERS}", "Leave it out for one thread a core."
+        raise UsageError(Fault(where="--workers", expected=expected, found=str(workers), remedy=remedy))

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError
+from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output_errors import output_errors
 from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.tokenizer_config import TOKENIZER_CONFIG, class_of_transformers_5, portable_tokenizer_config
 from trtllm_ct.convert.coordinate import run_units
-from trtllm_ct.convert.journal import JOURNAL, Journal
+from trtllm_ct.convert.journal import Journal
 from trtllm_ct.convert.sizes import CONVERTER, QUANT_CONFIG, planned_for
 
 if TYPE_CHECKING:
@@ -78,7 +80,10 @@ def write_hf_directory(
     # An engine-build checkpoint consists of its configuration and the files of the ranks.
     by_rank = conversion.plan.build_config is not None
     source = conversion.checkpoint.directory
-    require_room(out, write_plan, 0 if by_rank else side_bytes(source, carry))
+    with source_errors(source):
+        others = 0 if by_rank else side_bytes(source, carry)
+    with output_errors(out.path):
+        require_room(out, write_plan, others)
     with output_errors(out.path, write_plan.file_bytes), Journal(out, conversion.identity) as journal:
         if journal.discarded:
             logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)

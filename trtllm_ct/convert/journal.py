@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint import file_calls
+from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.checkpoint.writer import Piece
 
 if TYPE_CHECKING:
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.folder import Folder
 
-__all__ = ["JOURNAL", "Journal", "UnitRecord"]
-
-JOURNAL = ".trtllm_ct.journal"
-"""The name of the journal in the directory of a partial output."""
+__all__ = ["Journal", "UnitRecord"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +94,7 @@ class Journal:
             # On ext4, closing a file that was ever truncated to zero waits for the disk: don't truncate an empty file.
             if file_calls.status(self._descriptor).st_size:
                 file_calls.truncate(self._descriptor, 0)
-            self._add(json.dumps({"conversion": digest}))
+            self._add(json.dumps({"conversion": digest}))  # It begins with `CONVERSION_MARK`.
         else:
             # The last line may be cut short. A line break ends it, so that it is skipped when the journal is read.
             self._add("")

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["ONE_RANK", "Cut", "EngineMapping", "Parallel", "Rank"]
+__all__ = ["MAX_RANKS", "ONE_RANK", "Cut", "EngineMapping", "Parallel", "Rank"]
+
+
+MAX_RANKS = 4096
+"""The largest size of each kind. Plans look at the slice of every rank; the largest engines have some hundred ranks."""
 
 
 class Cut(StrEnum):
@@ -66,7 +70,7 @@ class Parallel:
 
     The routed experts are divided among `expert` ranks, and each expert is sliced for `tensor // expert` ranks. With
     `attention_dp` every rank of a stage has the whole attention.
-    Raises `UsageError` for sizes below 1, and for an `expert` that doesn't divide `tensor`.
+    Raises `UsageError` for sizes below 1 and above `MAX_RANKS`, and for an `expert` that doesn't divide `tensor`.
     """
 
     tensor: int = 1
@@ -75,12 +79,13 @@ class Parallel:
     attention_dp: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.tensor, self.pipeline, self.expert) >= 1 and self.tensor % self.expert == 0:
+        sizes = (self.tensor, self.pipeline, self.expert)
+        if all(1 <= size <= MAX_RANKS for size in sizes) and self.tensor % self.expert == 0:
             return
         raise UsageError(
             Fault(
                 where="parallel sizes",
-                expected="sizes of at least 1, and an expert-parallel size that divides the tensor-parallel one",
+                expected=f"sizes from 1 to {MAX_RANKS}, an expert-parallel size that divides the tensor-parallel one",
                 found=f"tensor {self.tensor}, pipeline {self.pipeline}, expert {self.expert}",
                 remedy="Give the sizes that the engine will run with.",
             )

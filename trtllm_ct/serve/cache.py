@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import time
@@ -16,7 +17,7 @@ from trtllm_ct.base.errors import Fault, SidecarError
 from trtllm_ct.base.own_folders import open_own_folder, require_own
 from trtllm_ct.config.detect import SIDECAR_FILE
 from trtllm_ct.serve.leases import hold, unused
-from trtllm_ct.serve.own_directory import require_own_directory
+from trtllm_ct.serve.own_directory import is_written_here, require_own_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,47 +34,111 @@ Writing a sidecar takes milliseconds.
 """
 
 
+_SIDECAR_NAME = re.compile(r"[0-9a-f]{32}")
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}\.partial")
+"""The names that `sidecar.py` and `_temporary_path` give, which nobody gives by hand."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClearedSidecars:
-    """The directories that `clear_sidecars` deleted, and those it kept because they are in use or not writable."""
+    """What `clear_sidecars` did.
+
+    `removed` are the directories that it deleted, `in_use` those it kept because they are in use or not writable, and
+    `others` those it kept because they are not what `prepare` writes: another user's, or with files of somebody else.
+    """
 
     removed: tuple[Path, ...]
     in_use: tuple[Path, ...]
+    others: tuple[Path, ...] = ()
 
 
 def cache_root() -> Path:
     """Return the directory of sidecars: `TRTLLM_CT_CACHE`, or `trtllm-ct` in the user's cache directory."""
-    configured = os.environ.get(CACHE)
+    configured = os.environ.get(CACHE) or os.environ.get("XDG_CACHE_HOME")
     if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-ct"
+        return Path(configured) if os.environ.get(CACHE) else Path(configured) / "trtllm-ct"
+    home = os.path.expanduser("~")  # noqa: PTH111 (that of pathlib is an error where there is none)
+    if not home.startswith("/"):
+        remedy = f"Set HOME, or {CACHE} to a directory that this user alone can write to."
+        fault = Fault(where="HOME", expected="the home directory of this user", found="none", remedy=remedy)
+        raise SidecarError(fault)
+    return Path(home) / ".cache" / "trtllm-ct"
 
 
 def cached_sidecars(root: Path | None = None) -> tuple[Path, ...]:
-    """Return the sidecar directories in `root`, sorted by name. `root` defaults to `cache_root()`."""
-    return tuple(sorted(path.parent for path in (root or cache_root()).glob(f"[!.]*/{SIDECAR_FILE}")))
+    """Return the sidecar directories in `root`, intact or damaged, sorted by name. `root` defaults to `cache_root()`.
+
+    Raises `SidecarError` if `root` can't be looked at.
+    """
+    root = root or cache_root()
+    names = (name for name in _names(root) if not name.startswith("."))
+    return tuple(root / name for name in names if os.path.lexists(root / name / SIDECAR_FILE))
 
 
 def clear_sidecars(root: Path | None = None) -> ClearedSidecars:
     """Delete the sidecars in `root` that no running process made or loaded. `root` defaults to `cache_root()`.
 
-    Also deletes temporary directories that killed processes left behind.
+    A directory is deleted only if it has a name and a record as `make_sidecar` writes them, and nothing else is in it.
+    Temporary directories that killed processes left behind are deleted too.
+    Raises `SidecarError` if `root` belongs to another user, or if others can write to it.
     """
     root = root or cache_root()
-    removed: list[Path] = []
-    in_use: list[Path] = []
+    cleared: dict[str, list[Path]] = {"removed": [], "in_use": [], "others": []}
+    names = _names(root)
+    if names:
+        _require_own_root(root)
     for directory in cached_sidecars(root):
-        with unused(directory / SIDECAR_FILE) as free:
-            if free:
-                # Renaming is atomic, so no process ever sees a partly deleted sidecar.
-                trash = _temporary_path(directory)
-                directory.rename(trash)
-                shutil.rmtree(trash, ignore_errors=True)
-            (removed if free else in_use).append(directory)
-    for leftover in root.glob(".*.partial"):
-        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
-    return ClearedSidecars(removed=tuple(removed), in_use=tuple(in_use))
+        cleared[_clear(directory)].append(directory)
+    for leftover in (root / name for name in names if _TEMPORARY_NAME.fullmatch(name)):
+        with suppress(OSError):
+            if time.time() - leftover.lstat().st_mtime > _STALE_SECONDS and is_written_here(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+    return ClearedSidecars(**{kind: tuple(paths) for kind, paths in cleared.items()})
+
+
+def _clear(directory: Path) -> str:
+    """Delete a sidecar; return the field of `ClearedSidecars` that it belongs to."""
+    if not _SIDECAR_NAME.fullmatch(directory.name) or not is_written_here(directory):
+        return "others"
+    with unused(directory / SIDECAR_FILE) as free:
+        if not free:
+            return "in_use"
+        # Renaming is atomic, so no process ever sees a partly deleted sidecar.
+        trash = _temporary_path(directory)
+        try:
+            directory.rename(trash)
+        except OSError:
+            return "in_use"
+        shutil.rmtree(trash, ignore_errors=True)
+    return "removed"
+
+
+def _names(root: Path) -> list[str]:
+    """Return the names in the directory of sidecars; raises `SidecarError` if it can't be listed."""
+    try:
+        return sorted(path.name for path in root.iterdir())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise SidecarError(_unusable(root, getattr(error, "strerror", None) or str(error))) from None
+
+
+def _require_own_root(root: Path) -> None:
+    """Raise `SidecarError` if others may have put something into the directory of sidecars, or may exchange it."""
+    try:
+        with open_own_folder(root, create=False):
+            pass
+    except OSError as error:
+        raise SidecarError(_unusable(Path(str(error.filename or root)), error.strerror or str(error))) from None
+
+
+def _unusable(root: Path, found: str) -> Fault:
+    return Fault(
+        where=str(root),
+        expected="a directory of prepared directories, of this user",
+        found=found.lower(),
+        remedy=f"Set {CACHE} to the directory that trtllm_ct.prepare wrote to, and clear it as the user who ran that.",
+    )
 
 
 @contextmanager

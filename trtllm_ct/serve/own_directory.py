@@ -7,6 +7,7 @@ was written.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from hashlib import sha256
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["contents_of", "make_private", "require_contents", "require_own_directory"]
+__all__ = ["contents_of", "is_written_here", "make_private", "require_contents", "require_own_directory"]
+
+_MAX_DEPTH = 32
+"""The most folders in each other; prepared directories have two."""
+
+_CONFIGURATION_FILES = frozenset({"config.json", "hf_quant_config.json", "quant_cfg.json", "trtllm_ct.json"})
 
 _REMEDY = (
     "Call trtllm_ct.prepare again as the user who runs the engine, with TRTLLM_CT_CACHE set to a directory that no "
@@ -89,8 +95,32 @@ def require_contents(directory: Path, recorded: Mapping[str, str], *, without: s
         )
 
 
+def is_written_here(directory: Path) -> bool:
+    """Whether a directory belongs to this user and holds nothing but what `prepare` writes: links and configurations.
+
+    A damaged or half-written one counts too.
+    """
+    try:
+        if directory.is_symlink() or not directory.is_dir():
+            return False
+        require_own_directory(directory)
+        return all(
+            path.is_symlink() or path.is_dir() or path.relative_to(directory).as_posix() in _CONFIGURATION_FILES
+            for path in _entries(directory)
+        )
+    except (OSError, SidecarError):
+        return False
+
+
 def _entries(directory: Path) -> Iterator[Path]:
-    """Yield everything in and below a directory; links are not followed."""
-    for folder, folders, files in os.walk(directory):
-        for name in (*folders, *files):
-            yield directory.joinpath(folder, name)
+    """Yield everything in and below a directory; links are not followed. Raises `OSError` for folders too deep."""
+    pending = [(directory, 0)]
+    while pending:
+        folder, depth = pending.pop()
+        if depth > _MAX_DEPTH:
+            raise OSError(errno.ENAMETOOLONG, f"more than {_MAX_DEPTH} folders in each other", str(folder))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                yield folder / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append((folder / entry.name, depth + 1))
