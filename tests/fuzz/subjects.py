@@ -15,8 +15,10 @@ from tiny_models import tiny_config
 from trtllm_ct import CompressedTensorsWeightLoader, convert_checkpoint, verify_checkpoint
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, read_header
+from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.verify.sizes import verify_with_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +52,15 @@ def make_subjects(work: Path, shared: Path | None = None) -> tuple[Subject, ...]
     return tuple(Subject(name=name, share=share, run=getattr(case, name)) for name, share in SUBJECTS.items())
 
 
-SUBJECTS = {"header": 0.65, "index": 0.3, "config": 0.04, "quantization": 0.006, "payload": 0.003, "convert": 0.001}
+SUBJECTS = {
+    "header": 0.65,
+    "index": 0.297,
+    "config": 0.04,
+    "quantization": 0.006,
+    "payload": 0.003,
+    "converted": 0.003,
+    "convert": 0.001,
+}
 """The kinds of cases, and the part of each of all cases; slow ones are rare."""
 
 
@@ -79,6 +89,7 @@ class _Cases:
         self._place, self._checkpoints, self._configs = place, checkpoints, configs
         self._blocks = [config["quantization_config"] for config in real if "quantization_config" in config]
         self._headers = []
+        self._converted: list[tuple[Path, Path]] = []
         for directory in checkpoints:
             content = (directory / _WEIGHTS).read_bytes()
             length = int.from_bytes(content[:LENGTH_BYTES], "little")
@@ -167,6 +178,25 @@ class _Cases:
             raise
         verify_checkpoint(folder, out)
         shutil.rmtree(out)
+
+    def converted(self, random: Random) -> None:
+        """A JSON file of a converted directory, whose weights are a link."""
+        if not self._converted:
+            for number, to in ((0, "modelopt"), (4, "modelopt"), (0, "engine"), (3, "engine")):
+                out = self._place / f"converted-{number}-{to}"
+                convert_checkpoint(self._checkpoints[number], out, to=to, parallel=Parallel(tensor=1), workers=1)
+                self._converted.append((self._checkpoints[number], out))
+        source, out = random.choice(self._converted)
+        folder = self._place / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file in out.iterdir():
+            (folder / file.name).symlink_to(file)
+        name = random.choice(sorted(file.name for file in out.glob("*.json")))
+        document = mutated_document(json.loads((out / name).read_bytes()), random)
+        (folder / name).unlink()
+        (folder / name).write_bytes(_dump(document))
+        verify_with_sizes(source, folder, parallel=random.choice((None, Parallel(tensor=2))))
 
     def _read(self, number: int, config: Any, random: Random) -> None:
         folder = self._checkpoint(number)
