@@ -77,7 +77,7 @@ def _expected(key: str, value: Any, source: Mapping[str, Any], dtypes: frozenset
     if key == TIE and is_text:
         return None
     if key in _DTYPES and is_text:
-        fits = dtypes is None or value in dtypes
+        fits = dtypes is None or (isinstance(value, str) and value in dtypes)
         return None if fits else f"{' or '.join(sorted(dtypes or ()))}, as the weights have it"
     if key in source and same_json(source[key], value):
         return None

@@ -187,7 +187,7 @@ class Names:
         text = nested if isinstance(nested, dict) else config
         architectures = config.get("architectures") or [""]
         family = str(architectures[0] if isinstance(architectures, list) else architectures)
-        outer = config.get("model_type")
+        outer = str(config.get("model_type"))
         model_type = text.get("model_type") or family.removesuffix("ForCausalLM").lower()
         model_type = outer if outer in _NUMBERED_EXPERTS | _TRANSPOSED_EXPERTS else model_type
         return cls(
