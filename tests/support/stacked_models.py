@@ -111,7 +111,6 @@ STACKED: Mapping[str, Stacked] = {
         sizes=_GEMMA | _KEYS_AS_VALUES,
         outer="gemma4_unified",
         prefix="model.language_model.",
-        tower="model.vision_embedder.patch_dense.weight",
     ),
 }
 """By the class in config.json."""
@@ -148,7 +147,8 @@ def write_stacked(directory: Path, name: str, scheme: str | Mapping[str, str], *
             named[_place(model, module)] = how
     config["quantization_config"] = _block(named)
     if model.outer:
-        stored[model.tower] = writer.normal(24, 16).bfloat16()
+        if model.tower:
+            stored[model.tower] = writer.normal(24, 16).bfloat16()
         config = _wrapped(name, model, config)
     else:
         config["architectures"] = [name]

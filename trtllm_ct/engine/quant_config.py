@@ -82,6 +82,11 @@ class QuantConfig:
     kv_cache_quant_algo: str | None = None
     exclude_modules: tuple[str, ...] = ()
     quantized_layers: Mapping[str, LayerQuantConfig] = field(default_factory=dict)
+    _excluded: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Made once: there may be an entry for each of a million modules, and each of them is looked up.
+        object.__setattr__(self, "_excluded", frozenset(self.exclude_modules))
 
     @property
     def quant_algo(self) -> QuantAlgo | None:
@@ -117,10 +122,6 @@ class QuantConfig:
         return self.layer or next(
             (self.quantized_layers[name] for name in names if name in self.quantized_layers), None
         )
-
-    @property
-    def _excluded(self) -> frozenset[str]:
-        return _as_set(self.exclude_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `quantization` part of `hf_quant_config.json`."""

@@ -230,6 +230,12 @@ def _parts(model: Any, parameters: Iterable[str]) -> dict[str, frozenset[str]]:
         and type(module.config) not in main
         and all(child is not text for child in module.modules())
     ]
+    if not inside and len(main) > 1:  # no tower: embeddings of images stand beside the text model alone
+        inside = [
+            f"{model.base_model_prefix}.{name}"
+            for name, module in model.base_model.named_children()
+            if all(child is not text for child in module.modules())
+        ]
     inside.sort(key=len, reverse=True)
     parts: dict[str, set[str]] = {}
     for name in parameters:

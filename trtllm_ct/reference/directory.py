@@ -112,11 +112,17 @@ def _excluded_modules(patterns: Iterable[str], tensor_names: Iterable[str]) -> t
     Source: TensorRT-LLM `models/modeling_utils.py`, `QuantConfig.is_module_excluded_from_quantization`.
     """
     patterns = tuple(patterns)
+    # Most entries are names: an exclusion for each of a million modules must not be compared with each module.
+    names = frozenset(patterns)
+    wild = [pattern for pattern in patterns if any(character in pattern for character in "*?[")]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in tensor_names)
     matching = (
         module
         for module in modules
-        if any(fnmatchcase(ancestor, pattern) for ancestor in _with_ancestors(module) for pattern in patterns)
+        if any(
+            ancestor in names or any(fnmatchcase(ancestor, pattern) for pattern in wild)
+            for ancestor in _with_ancestors(module)
+        )
     )
     return tuple(dict.fromkeys((*matching, *patterns)))
 

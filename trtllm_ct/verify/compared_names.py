@@ -48,6 +48,9 @@ _V4 = r"^(model\.)?layers\.(\d+)"
 _V4_LAYER = r"model.layers.\2"
 # The indexer is a child of the attention backend too.
 _INDEXERS = ("self_attn", "self_attn.mqa")
+# Classes that take the mode of all experts from the first entry that begins with their name and a dot, and a name that
+# does: `NemotronHMOE.__init__`, `modeling_nemotron_h.py` (00620eb0).
+_FIRST_EXPERT: Mapping[str, str] = {"NemotronH": "0.up_proj"}
 # What a class builds under another name, as a pattern in the delivered name and its replacement.
 _BUILT_AS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "Starcoder2": ((r"\.mlp\.c_fc$", ".mlp.up_proj"), (r"\.mlp\.c_proj$", ".mlp.down_proj")),
@@ -127,6 +130,9 @@ class ComparedNames:
         names |= {re.sub(pattern, replacement, known) for known in names for pattern, replacement in built}
         if experts and self.engine in _WITH_BACKEND:
             names |= {f"{known}.backend" for known in names}
+        if experts and self.family in _FIRST_EXPERT:
+            first = _FIRST_EXPERT[self.family]
+            names |= {f"{known}.{first}" for known in names if re.fullmatch(r"model\..+\.experts", known)}
         around, _, leaf = stored.rpartition(".")
         if self.family in _STORED_FUSED and leaf in _FIRST_OF:
             names.add(f"{self._inside(around)}.{_FIRST_OF[leaf]}")

@@ -79,9 +79,9 @@ def _expected(key: str, value: Any, source: Mapping[str, Any], dtypes: frozenset
     if key in _DTYPES and is_text:
         fits = dtypes is None or (isinstance(value, str) and value in dtypes)
         return None if fits else f"{' or '.join(sorted(dtypes or ()))}, as the weights have it"
-    if key in source and same_json(source[key], value):
-        return None
     levels = _with_text(source) if source.get(key) is None else source
+    if key in levels and same_json(levels[key], value):
+        return None
     return None if is_other_spelling(key, value, levels) else said
 
 

@@ -32,6 +32,17 @@ _ONE_BASE = frozenset({"olmo3"})
 # Classes whose `rope_scaling` may have no other keys: transformers 4.57 `models/phi3/configuration_phi3.py`.
 _THREE_KEYS = frozenset({"phi3", "phi4_multimodal"})
 _FACTORS = frozenset({"short_factor", "long_factor"})
+# The sections of M-RoPE that classes of transformers 5 have where none are stated (`models/qwen*_vl/configuration_*`).
+_QWEN2_SECTIONS: Mapping[str, Any] = {"mrope_section": [16, 24, 24]}
+_QWEN3_SECTIONS: Mapping[str, Any] = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+_SECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_vl": _QWEN2_SECTIONS,
+    "qwen2_vl_text": _QWEN2_SECTIONS,
+    "qwen2_5_vl": _QWEN2_SECTIONS,
+    "qwen2_5_vl_text": _QWEN2_SECTIONS,
+    "qwen3_vl_text": _QWEN3_SECTIONS,
+    "qwen3_vl_moe_text": _QWEN3_SECTIONS,
+}
 _PARTS = ("partial_rotary_factor", "rotary_pct")
 _BLOCKS = ("rope_parameters", "rope_scaling")
 _KIND, _BASE, _PART = "rope_type", "rope_theta", _PARTS[0]
@@ -73,12 +84,15 @@ def says_the_same(key: str, value: object, source: Mapping[str, Any]) -> bool:
 def _fits(found: Mapping[str, Any], expected: Mapping[str, Any], source: Mapping[str, Any], may_lack: set[str]) -> bool:
     """Whether a block has all parameters of the source, and no others.
 
-    Parameters that the source has in keys of their own may be missing, and a length that it has there may be added.
+    Parameters that the source has in keys of their own may be missing, and a length that it has there may be added, or
+    sections that the class has by itself.
     """
-    lengths = {_LENGTH: source[_LENGTH]} if _LENGTH in source else {}
+    added = {_LENGTH: source[_LENGTH]} if _LENGTH in source else {}
+    if "mrope_section" not in expected:
+        added |= _SECTIONS.get(str(source.get("model_type")), {})
     needed = {key: value for key, value in expected.items() if key not in may_lack}
     return needed.items() <= found.items() and all(
-        (key in expected and expected[key] == value) or (key in lengths and lengths[key] == value)
+        (key in expected and expected[key] == value) or (key in added and added[key] == value)
         for key, value in found.items()
     )
 

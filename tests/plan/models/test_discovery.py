@@ -26,22 +26,27 @@ CONFIG = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": HEAD_DIM,
+    "intermediate_size": HIDDEN,
+    "vocab_size": 128,
 }
 BLOCK = quantization_block(
     {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}},
-    ["lm_head"],
+    ["lm_head", "re:.*mlp", "re:.*o_proj"],
     "marlin-24",
 )
 
 
 def catalog_of(heads: int) -> Catalog:
     """A layer whose K and V Linears have so many heads, in the tiles of marlin-24, and a bias."""
-    rows = heads * HEAD_DIM
+    plain = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,), "self_attn.o_proj": (HIDDEN, HIDDEN)}
+    plain |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), (HIDDEN, HIDDEN))
     specs = {
         "model.embed_tokens.weight": TensorSpec(DType.BF16, (128, HIDDEN)),
         "model.norm.weight": TensorSpec(DType.BF16, (HIDDEN,)),
+        "lm_head.weight": TensorSpec(DType.BF16, (128, HIDDEN)),
+        **{f"model.layers.0.{name}.weight": TensorSpec(DType.BF16, shape) for name, shape in plain.items()},
     }
-    for name in ("k_proj", "v_proj"):
+    for name, rows in (("q_proj", HIDDEN), ("k_proj", heads * HEAD_DIM), ("v_proj", heads * HEAD_DIM)):
         prefix = f"model.layers.0.self_attn.{name}"
         specs |= {
             f"{prefix}.weight_packed": TensorSpec(DType.I32, (HIDDEN // 32, 2 * rows)),

@@ -105,7 +105,9 @@ def test_plain_stacks_of_step_beside_quantized_experts_are_excluded_as_experts(t
     def edit(stored: dict[str, Tensor]) -> None:
         for key in [key for key in stored if key.startswith("model.layers.2.moe.experts.")]:
             del stored[key]
-        stored["model.layers.2.moe.gate_proj.weight"] = torch.randn(4, 512, 256).bfloat16()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shape = (4, 256, 512) if name == "down_proj" else (4, 512, 256)
+            stored[f"model.layers.2.moe.{name}.weight"] = torch.randn(shape).bfloat16()
 
     write_own_loader(tmp_path, STEP, "nvfp4")
     rewrite(tmp_path, edit)
