@@ -53,20 +53,36 @@ def test_a_changed_statement_is_found(key: str, value: object, converted: tuple[
     assert any(key.rpartition(".")[2] in fault.where for fault in faults)
 
 
-@pytest.mark.parametrize("value", [None, True, "1e-6"])
+@pytest.mark.parametrize("value", [None, True, "1e-6", 1])
 @pytest.mark.parametrize("key", ["norm_epsilon", "max_position_embeddings"])
-def test_a_statement_that_the_source_leaves_to_its_class_is_a_number(
+def test_a_statement_that_the_source_leaves_to_its_class_is_the_number_of_the_class(
     key: str, value: object, converted: tuple[Path, Path]
 ) -> None:
     built, out = converted
     stated = {"norm_epsilon": "rms_norm_eps"}.get(key, key)
     rewrite_config(built, lambda config: config.pop(stated))
+    shutil.rmtree(out)
+    convert_checkpoint(built, out, to="engine", parallel=TWO)
     assert verify_checkpoint(built, out).good
     rewrite_config(out, lambda config: config.update({key: value}))
 
     (fault,) = verify_checkpoint(built, out).faults
 
     assert fault.where.endswith(f"config.json: {key}")
+
+
+def test_yarn_without_a_stated_length_starts_from_that_of_the_class(tmp_path: Path) -> None:
+    """The class in transformers has a length, which is the original one then, and the directory states it."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    built = write_checkpoint(tmp_path / "in", scheme="dense", config=tiny_config(**SIZES, rope_parameters=rope))
+    rewrite_config(built.directory, lambda config: config.pop("max_position_embeddings"))
+    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=TWO)
+
+    report = verify_checkpoint(built.directory, tmp_path / "out")
+
+    assert report.good, report.faults
+    rewrite_config(tmp_path / "out", lambda config: config["rotary_scaling"].update({ORIGINAL: 4096}))
+    assert not verify_checkpoint(built.directory, tmp_path / "out").good
 
 
 @pytest.mark.parametrize("value", ["missing", None, True, "8", [8], {}, 0, -1, 2**40])
@@ -116,6 +132,7 @@ def test_a_block_of_experts_that_the_files_contradict_is_found(block: dict[str, 
     assert {"moe", "transformer.layers.0.mlp.fc.weight", "transformer.layers.2.mlp.proj.weight"} <= where
 
 
+ORIGINAL = "original_max_position_embeddings"
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 2.0},
     "llama3": {

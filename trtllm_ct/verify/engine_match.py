@@ -77,11 +77,17 @@ def compare_engine_directory(
             faults=faults,
         )
         engine = _EngineMatch(source=source, match=match, ranks=ranks, faults=faults)
-        compare_statements(checkpoint.hf_config, ranks.config, converted, faults)
+        compare_statements(checkpoint.hf_config, ranks, tied=_is_tied(checkpoint, source), faults=faults)
         checks = tuple(checks_of(engine.pairs(), faults))
         engine.report_surplus()
         engine.compare_biases()
     return checks
+
+
+def _is_tied(checkpoint: Checkpoint, source: Modules) -> bool:
+    """Whether the head is the embedding: config.json says so, and no other head is stored."""
+    both = {"lm_head", "embed_tokens"} <= source.by_key.keys()
+    return checkpoint.hf_config.get("tie_word_embeddings") is True and (not both or checkpoint.probe.head_is_table)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -250,7 +256,7 @@ class _EngineMatch:
 
     def _cache_scales(self) -> Iterator[NamedPair]:
         """Yield the pairs of the KV cache's scales: the larger one of keys and values, on every rank of a stage."""
-        stated = self.ranks.quantization["kv_cache_quant_algo"]
+        stated = self.ranks.cache
         wanted = cache_mode(self.match.config, ("FP8", "INT8"))
         if stated != wanted:
             self.faults.add(

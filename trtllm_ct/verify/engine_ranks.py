@@ -18,6 +18,7 @@ from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.verify.engine_exclusions import is_excluded
 from trtllm_ct.verify.engine_keys import checked_layers
 from trtllm_ct.verify.kernel_order import rows_in_stream, tile_rows
 from trtllm_ct.verify.source.files import FileTensor, TensorFiles, Transposed, tensors_of
@@ -86,18 +87,21 @@ class Located:
 
 @dataclass(slots=True)
 class EngineRanks:
-    """The tensors of all ranks, and where the parts of each module are; leaving the context closes the files."""
+    """The tensors of all ranks, and where the parts of each module are; leaving the context closes the files.
+
+    `layer_modes` is quant_cfg.json, None if config.json has one mode for all Linears.
+    """
 
     directory: Path
     config: Mapping[str, Any] = field(init=False)
     files: list[dict[str, FileTensor]] = field(init=False, default_factory=list)
     seen: set[tuple[int, str]] = field(init=False, default_factory=set)
-    _layers: Mapping[str, Mapping[str, Any]] | None = field(init=False, default=None)
+    layer_modes: Mapping[str, Any] | None = field(init=False, default=None)
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __enter__(self) -> Self:
         self.config = read_json_object(self.directory / "config.json")
-        self._layers = checked_layers(self.directory, self.config, _DEQUANTIZED)
+        self.layer_modes = checked_layers(self.directory, self.config, _DEQUANTIZED)
         for rank in range(self.tensor * self.pipeline):
             file = f"rank{rank}.safetensors"
             if not (self.directory / file).is_file():
@@ -135,18 +139,31 @@ class EngineRanks:
 
     @property
     def sm(self) -> int:
-        """The SM of the GPUs in whose order the codes are; raises `CatalogError` if config.json doesn't say it."""
-        sm = self.config.get("producer", {}).get("sm")
-        if not isinstance(sm, int):
-            raise CatalogError(
-                Fault(
-                    where=str(self.directory / "config.json"),
-                    expected=f"producer.sm: the GPUs that the files of {self.quantization['quant_algo']} are for",
-                    found=repr(sm),
-                    remedy="Convert again: without it, nobody can read the codes.",
-                )
-            )
+        """The SM of the GPUs in whose order the codes are; `engine_keys.py` has checked it for files that need it."""
+        sm: int = self.config["producer"]["sm"]
         return sm
+
+    @property
+    def cache(self) -> str | None:
+        """The mode of the KV cache: quant_cfg.json replaces the whole block of config.json.
+
+        Source: TensorRT-LLM `models/modeling_utils.py: PretrainedConfig.to_layer_quant_config`.
+        """
+        block = self.quantization if self.layer_modes is None else self.layer_modes
+        cache: str | None = block["kv_cache_quant_algo"]
+        return cache
+
+    @property
+    def layers_of_stage(self) -> int:
+        """The number of layers in the first pipeline stage; no other has more."""
+        return -(-int(self.config["num_hidden_layers"]) // self.pipeline)
+
+    @property
+    def linears(self) -> frozenset[str]:
+        """The names of all Linears in layers that may be quantized; layers are counted in each stage from 0."""
+        return frozenset(
+            f"transformer.layers.{layer}.{local}" for layer in range(self.layers_of_stage) for local in _QUANTIZED
+        )
 
     @property
     def dtype(self) -> DType:
@@ -155,18 +172,18 @@ class EngineRanks:
 
     def algo(self, name: str) -> str | None:
         """Return the algorithm of an engine's module, None for a plain one."""
-        patterns = self.quantization.get("exclude_modules") or ()
         local = name.split(".", 3)[-1]
-        excluded = any(
-            name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])) for pattern in patterns
-        )
+        excluded = is_excluded(name, self.quantization.get("exclude_modules"))
         quantized = name.startswith("transformer.layers.") and local in _QUANTIZED
         algo: str | None = self.block(name).get("quant_algo")
         return algo if quantized and not excluded else None
 
     def block(self, name: str) -> Mapping[str, Any]:
         """Return how an engine's module is quantized: the block of all, or its own in quant_cfg.json."""
-        return self.quantization if self._layers is None else self._layers.get(name, {})
+        if self.layer_modes is None:
+            return self.quantization
+        block: Mapping[str, Any] = self.layer_modes["quantized_layers"].get(name, {})
+        return block
 
     def stage(self, layer: int) -> tuple[int, int]:
         """Return the pipeline stage of a layer and its number there."""

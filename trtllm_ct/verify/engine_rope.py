@@ -10,10 +10,12 @@ from __future__ import annotations
 from math import log
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.verify.engine_classes import class_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["rope_of_engine", "rope_of_source"]
+__all__ = ["rope_of_engine", "rope_of_source", "scaling_problem"]
 
 _ORIGINAL = "original_max_position_embeddings"
 _NUMBERS = {
@@ -22,8 +24,9 @@ _NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
     "yarn": ("factor", _ORIGINAL, "beta_fast", "beta_slow"),
 }
-_BASES = {"MixtralForCausalLM": 1e6}
+_ATTENTION_OF_YARN = ("mscale", "mscale_all_dim")
 _BASE = 1e4
+"""What an engine takes for a missing `rotary_base`."""
 
 
 def rope_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,12 +35,13 @@ def rope_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
     Dynamic scaling changes nothing up to the length of the model, and is none here.
     """
     block = {**_block(source, "rope_scaling"), **_block(source, "rope_parameters")}
-    architecture = (source.get("architectures") or [""])[0]
+    defaults = class_of(source).defaults
     stated = (_number(source.get("rope_theta")), _number(block.get("rope_theta")))
-    base = next((value for value in stated if value is not None), _BASES.get(architecture, _BASE))
+    base = next((value for value in stated if value is not None), defaults["rope_theta"])
     kind = str(block.get("rope_type") or block.get("type") or "default")
     kind = "default" if kind == "dynamic" else kind
-    length = source.get(_ORIGINAL) or block.get(_ORIGINAL) or source.get("max_position_embeddings")
+    longest = source.get("max_position_embeddings") or defaults["max_position_embeddings"]
+    length = source.get(_ORIGINAL) or block.get(_ORIGINAL) or longest
     numbers = block | {
         _ORIGINAL: length,
         "beta_fast": block.get("beta_fast") or 32,
@@ -45,7 +49,7 @@ def rope_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
     }
     rope = _numbers(kind, base, numbers)
     if kind == "yarn":
-        both = [_number(block.get(key)) for key in ("mscale", "mscale_all_dim")]
+        both = [_number(block.get(key)) for key in _ATTENTION_OF_YARN]
         inferred = _attention(block, *both) if all(both) else _attention(block, 1, 0)
         given = _number(block.get("attention_factor"))
         rope["attention_factor"] = _shown(inferred if given is None else given)
@@ -62,6 +66,22 @@ def rope_of_engine(engine: Mapping[str, Any]) -> dict[str, Any]:
         both = [_number(block.get(key, usual)) for key, usual in (("mscale", 1), ("mscale_all_dim", 0))]
         rope["attention_factor"] = _shown(_attention(block, *both))
     return rope
+
+
+def scaling_problem(scaling: Any, kind: str) -> str:
+    """Return what `rotary_scaling` of an engine must be beside the numbers; empty if it is.
+
+    `kind` is that of the source. A key that its reader doesn't know changes nothing, or is read by another kind.
+    """
+    if kind == "default":
+        return "null: the source has no scaling that an engine computes" if scaling is not None else ""
+    if not isinstance(scaling, dict):
+        return f"an object with the numbers of {kind}"
+    known = {*_NUMBERS.get(kind, ()), *(_ATTENTION_OF_YARN if kind == "yarn" else ())}
+    unknown = sorted(scaling.keys() - known - {"type", "rope_type"})
+    if unknown:
+        return f"none of the keys {', '.join(unknown)}"
+    return "one key for its type" if {"type", "rope_type"} <= scaling.keys() else ""
 
 
 def _numbers(kind: str, base: float | None, numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -237,6 +237,64 @@ def _without_cache_scales(stored: dict[str, Tensor]) -> None:
         del stored[name]
 
 
+class TestAllAtOnce:
+    """What is refused of sizes, options and the cache doesn't hide what is refused of schemes, nor the other way."""
+
+    def faults(self, tmp_path: Path, *, cache: dict[str, Any] | None = None, **options: Any) -> list[str]:
+        edit = _without_cache_scales if cache and cache.get("dynamic") else None
+        config = tiny_config(**SIZES)
+        write_checkpoint(tmp_path, config=config, scheme="fp8-block", kv=cache is not None, edit=edit)
+        rewrite_config(
+            tmp_path, lambda config: cache and config["quantization_config"]["kv_cache_scheme"].update(cache)
+        )
+        with pytest.raises(PlanError) as caught:
+            plan_checkpoint(tmp_path, "engine", **options)
+        return [fault.where for fault in caught.value.faults]
+
+    BLOCKS = "model.layers.0.self_attn.q_proj and 13 more"
+
+    def test_a_cache_with_zero_points(self, tmp_path: Path) -> None:
+        assert self.faults(tmp_path, cache={"symmetric": False}) == ["kv_cache_scheme", self.BLOCKS]
+
+    def test_a_cache_without_scales(self, tmp_path: Path) -> None:
+        cache = {"dynamic": True, "strategy": "token"}
+        assert self.faults(tmp_path, cache=cache) == [self.BLOCKS, "kv_cache_scheme"]
+
+    def test_expert_parallelism(self, tmp_path: Path) -> None:
+        assert self.faults(tmp_path, parallel=Parallel(tensor=2, expert=2)) == ["--ep", self.BLOCKS]
+
+    def test_an_option_of_the_other_backend(self, tmp_path: Path) -> None:
+        assert self.faults(tmp_path, dense_o_proj=True) == ["--dense-o-proj", self.BLOCKS]
+
+    def test_all_of_these(self, tmp_path: Path) -> None:
+        cache = {"dynamic": True, "strategy": "token", "symmetric": False}
+        options = {"dense_o_proj": True, "parallel": Parallel(tensor=2, expert=2)}
+
+        faults = self.faults(tmp_path, cache=cache, **options)
+
+        assert faults == ["--ep", "--dense-o-proj", "kv_cache_scheme", self.BLOCKS, "kv_cache_scheme"]
+
+    def test_scales_of_one_layer_and_a_lost_projection(self, tmp_path: Path) -> None:
+        """The scales of layer 0 are stored: only its projection is lost."""
+
+        def edit(stored: dict[str, Tensor]) -> None:
+            for name in [name for name in stored if name.startswith("model.layers.1") and "_scale" in name]:
+                if name.endswith(("k_scale", "v_scale")):
+                    del stored[name]
+            del stored["model.layers.0.self_attn.k_proj.weight"]
+
+        built = write_checkpoint(tmp_path, config=tiny_config(**SIZES), scheme="fp8-tensor-static", kv=True, edit=edit)
+        cache = {"dynamic": True, "strategy": "token"}
+        rewrite_config(tmp_path, lambda config: config["quantization_config"]["kv_cache_scheme"].update(cache))
+
+        with pytest.raises(PlanError) as caught:
+            plan_checkpoint(built.directory, "engine")
+
+        found = {fault.where: fault.found for fault in caught.value.faults}
+        assert found["kv_cache_scheme"] == "none in layer 1"
+        assert any("layers.0.self_attn.k_proj" in where for where in found)
+
+
 class TestConsent:
     """Codes in the order of a kernel are written only for an SM whose order is described, and only on request."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import QuantAlgo
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BuiltModules", "EngineDirectory", "refuse_unbuilt"]
 
+_CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".output_scale", "_cache.scale")
+_CACHED = (".k_proj.", ".v_proj.")
+"""In faults, names of scales of the KV cache by any writer, and of tensors of keys and values."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltModules:
@@ -61,7 +65,11 @@ class EngineDirectory:
     def of(
         cls, model: Model, parallel: Parallel, dtype: DType, place: tuple[str, str], modes: tuple[BuildMode, ...]
     ) -> EngineDirectory:
-        """Return the directory of a model whose class `refuse_unbuilt` accepts; it may have one of these modes."""
+        """Return the directory of a model whose class `refuse_unbuilt` accepts; it may have one of these modes.
+
+        Its ranks divide experts and attention like all other modules, whatever `parallel` says of these.
+        """
+        parallel = replace(parallel, expert=1, attention_dp=False)
         layout = Layout(model=model, row=BUILD_CLASSES[model.name], parallel=parallel, place=place)
         return cls(model=model, parallel=parallel, dtype=dtype, layout=layout, modes=modes)
 
@@ -117,10 +125,19 @@ class EngineDirectory:
         )
 
     def _require_cache_scales(self, modules: Iterable[ModulePlan], kv_cache: str, faults: FaultCollector) -> None:
-        """Add a fault if a layer has no stored scale of its cache: engines can't be built without one."""
-        scaled = {self.layout.layer_of(attention) for attention, _, _ in cache_scales(modules).values()}
+        """Add a fault if a layer has no stored scale of its cache: engines can't be built without one.
+
+        A layer is left out if it has a fault about such a scale already, or about a projection that scales belong to.
+        """
+        names = [attention for attention, _, _ in cache_scales(modules).values()]
+        names += [
+            fault.where
+            for fault in faults.faults
+            if fault.where.endswith(_CACHE_SCALES) or any(part in fault.where for part in _CACHED)
+        ]
+        scaled = {self.layout.layer_of(name) for name in names}
         missing = [str(layer) for layer in range(self.model.layers) if layer not in scaled]
-        if missing and not faults.faults:
+        if missing:
             faults.add(
                 where="kv_cache_scheme",
                 expected=f"stored scales of the {kv_cache} cache in every layer, which engines need",
@@ -175,9 +192,12 @@ def _has_bias(module: ModulePlan) -> bool:
 def refuse_unbuilt(
     model: Model, parallel: Parallel, cache: QuantArgs | None, faults: FaultCollector, *, dense_o_proj: bool
 ) -> bool:
-    """Add faults for a model, sizes or a KV cache that engine files can't hold; return whether planning can go on."""
-    before = len(faults.faults)
-    if model.name not in BUILD_CLASSES or model.multimodal:
+    """Add faults for a model, sizes or a KV cache that engine files can't hold; return whether planning can go on.
+
+    It can for every class whose names are known, to find all other faults; the plan is of no use then.
+    """
+    known = model.name in BUILD_CLASSES and not model.multimodal
+    if not known:
         faults.add(
             where="config.json: architectures",
             expected=f"one of {', '.join(BUILD_CLASSES)}, whose names in the TensorRT backend are known",
@@ -205,4 +225,4 @@ def refuse_unbuilt(
             found=cache.label(),
             remedy="Remove kv_cache_scheme to build with a 16-bit cache.",
         )
-    return len(faults.faults) == before
+    return known
