@@ -5,7 +5,8 @@
 #   examples/build_engine.sh DIR [WORK [OPTION...]]
 #
 # DIR is the checkpoint. WORK gets the folders checkpoint and engine; it is ./engine-build by default. Further options
-# are passed on to trtllm-build, for instance --max_batch_size 8. TP and PP are the parallel sizes, 1 by default.
+# are passed on to trtllm-build, for instance --max_batch_size 8; they come after those that the model needs, so that
+# they decide. TP and PP are the parallel sizes, 1 by default.
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -26,10 +27,24 @@ if ! command -v trtllm-build > /dev/null; then
 fi
 
 mkdir -p "$work"
-trtllm-ct convert "$directory" "$work/checkpoint" --to engine --tp "$tensor" --pp "$pipeline" --overwrite
+report=$work/convert.json
+if ! trtllm-ct convert "$directory" "$work/checkpoint" --to engine --tp "$tensor" --pp "$pipeline" --overwrite --json \
+  > "$report"; then
+  cat "$report" >&2
+  exit 1
+fi
+# The directory can't say everything: the report has the arguments that builder and run need beside it, and why.
+field() {
+  python3 -c 'import json, sys; print(sys.argv[3].join(json.load(open(sys.argv[1]))[sys.argv[2]]))' "$report" "$1" "$2"
+}
+field warnings $'\n' >&2
+build_options=$(field build_options " ")
+run_options=$(field run_options " ")
+read -r -a build <<< "$build_options"
+
 trtllm-ct verify "$directory" "$work/checkpoint"
-trtllm-build --checkpoint_dir "$work/checkpoint" --output_dir "$work/engine" "$@"
+trtllm-build --checkpoint_dir "$work/checkpoint" --output_dir "$work/engine" "${build[@]}" "$@"
 
 # run.py is in the folder examples of the sources of the same TensorRT-LLM release.
 echo "Run it with: mpirun -n $((tensor * pipeline)) python3 run.py --engine_dir $work/engine" \
-  "--tokenizer_dir $directory --max_output_len 32 --input_text 'Hello'"
+  "--tokenizer_dir $directory ${run_options:+$run_options }--max_output_len 32 --input_text 'Hello'"

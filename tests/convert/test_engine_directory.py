@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import Built, write_checkpoint
 from engine_files import QUANTIZATION_KEYS, EngineFiles
+from engine_sources import with_shared_globals
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 
@@ -48,14 +49,6 @@ FUSED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 def config(architecture: str = "LlamaForCausalLM", **more: Any) -> dict[str, Any]:
     return tiny_config(architecture, **SIZES, **more)
-
-
-def with_shared_globals(stored: dict[str, Tensor]) -> None:
-    """Give all NVFP4 Linears the same global scales, as writers that know of fusion do."""
-    for local in ("weight_global_scale", "input_global_scale"):
-        names = [name for name in stored if name.endswith(local)]
-        for name in names:
-            stored[name] = stored[names[0]].clone()
 
 
 def converted(built: Built, out: Path, parallel: Parallel = FOUR, **options: Any) -> EngineFiles:
@@ -392,3 +385,35 @@ def test_float16_applies_to_every_plain_tensor(tmp_path: Path) -> None:
     assert files.config["dtype"] == "float16"
     plain = load_file(tmp_path / "out" / "rank0.safetensors")
     assert plain["transformer.layers.0.input_layernorm.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), FOUR], ids=str)
+@pytest.mark.parametrize("fused_mlp", [False, True])
+@pytest.mark.parametrize("scheme", ["fp8-tensor-static", "w8a8-static", "nvfp4"])
+def test_each_linear_has_the_input_scale_of_the_source(
+    scheme: str, fused_mlp: bool, parallel: Parallel, tmp_path: Path
+) -> None:
+    """As a multiplier, the largest of those of q, k and v; NVFP4 stores its inverse."""
+
+    def edit(stored: dict[str, Tensor]) -> None:
+        for name in [name for name in stored if name.endswith("weight_global_scale")]:
+            stored[name] = torch.full_like(stored[name], 512.0)
+        for number, name in enumerate(name for name in stored if name.endswith(("input_scale", "input_global_scale"))):
+            stored[name] = torch.full_like(stored[name], 2.0 ** (number % 5 - 3))
+
+    built = write_checkpoint(tmp_path / "source", config=config(), scheme=scheme, edit=edit)
+    convert_checkpoint(built.directory, tmp_path / "out", to="engine", parallel=parallel)
+
+    scales = EngineFiles(tmp_path / "out", fused_mlp=fused_mlp).input_scales()
+
+    own = {}
+    for name, tensor in built.stored.items():
+        module, _, local = name.rpartition(".")
+        if local in {"input_scale", "input_global_scale"}:
+            own[module] = 1 / float(tensor) if local == "input_global_scale" else float(tensor)
+    fused = [("q_proj", "k_proj", "v_proj"), *([("gate_proj", "up_proj")] if fused_mlp and "fp8" in scheme else [])]
+    assert scales.keys() == own.keys()
+    for name, scale in scales.items():
+        block, _, leaf = name.rpartition(".")
+        members = next((group for group in fused if leaf in group), (leaf,))
+        assert scale == max(own[f"{block}.{member}"] for member in members), name

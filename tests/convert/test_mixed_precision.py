@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from builders import write_checkpoint
 from engine_files import EngineFiles
+from engine_sources import with_shared_globals
 from tiny_models import tiny_config
 
 from trtllm_ct.base.errors import PlanError
@@ -19,7 +20,6 @@ from trtllm_ct.verify.verify import verify_checkpoint
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
 
 SIZES = {"hidden": 256, "heads": 4, "kv_heads": 2, "intermediate": 512, "vocabulary": 97, "layers": 3}
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -30,14 +30,6 @@ TWO_BY_TWO = Parallel(tensor=2, pipeline=2)
 
 def of_parts(attention: str, mlp: str) -> dict[str, str]:
     return dict.fromkeys(ATTENTION, attention) | dict.fromkeys(MLP, mlp)
-
-
-def with_shared_globals(stored: dict[str, Tensor]) -> None:
-    """Give all NVFP4 Linears the same global scales, as writers that know of fusion do."""
-    for local in ("weight_global_scale", "input_global_scale"):
-        names = [name for name in stored if name.endswith(local)]
-        for name in names:
-            stored[name] = stored[names[0]].clone()
 
 
 @pytest.mark.parametrize("parallel", [FOUR, TWO_BY_TWO], ids=str)
@@ -60,6 +52,7 @@ def test_each_linear_has_the_weights_of_the_source(
     files = EngineFiles(tmp_path / "out")
 
     files.check_tensors()
+    assert files.cache == "FP8"
     layer = "transformer.layers.0."
     assert [files.block(layer + name)["quant_algo"] for name in ("attention.dense", "mlp.fc")] == [*algos]
     weights = files.weights()
@@ -109,6 +102,7 @@ def test_the_form_is_marked_as_derived(tmp_path: Path) -> None:
     warnings = plan_checkpoint(built.directory, "engine").warnings
 
     assert any("(derived)" in warning and "MIXED_PRECISION" in warning for warning in warnings)
+    assert any("stops with a TypeError for MIXED_PRECISION" in warning for warning in warnings)
 
 
 def test_a_bias_of_a_plain_linear_is_left_alone_by_the_loader(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from builders import Built, write_checkpoint
 from engine_files import EngineFiles
-from engine_logits import cached, engine_logits
+from engine_logits import cached, engine_logits, narrowed
+from engine_sources import with_shared_globals
 from installed_transformers import typed_config
 from tiny_models import tiny_config
 from torch.nn.functional import scaled_dot_product_attention
@@ -52,8 +53,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 RANKS = [Parallel(tensor=tensor, pipeline=pipeline) for tensor in (1, 2) for pipeline in (1, 2)]
 
 
-def computed(built: Built, **changed: Tensor) -> Tensor:
-    """The logits of the source at every position, by transformers in float32."""
+def computed(built: Built, *, inputs: str | None = None, fused_mlp: bool = False, **changed: Tensor) -> Tensor:
+    """The logits of the source at every position, by transformers in float32.
+
+    `inputs` is the algorithm whose kernels narrow the inputs of Linears, with one scale for those that are fused.
+    """
     from transformers import AutoModelForCausalLM
 
     fields = {key: value for key, value in built.config.items() if key not in {"architectures", "quantization_config"}}
@@ -68,6 +72,10 @@ def computed(built: Built, **changed: Tensor) -> Tensor:
         names = [f"model.layers.{layer}.self_attn.{letter}_scale" for letter in "kv"]
         scales = [built.stored[name].float() for name in names if name in built.stored]
         block.self_attn.cache_scale = max(scales) if scales else None
+    scales = input_scales(built, fused_mlp=fused_mlp) if inputs else {}
+    for name, scale in scales.items():
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, given, scale=scale: (narrowed(given[0], inputs, scale),))
     with torch.no_grad():
         return model.float().eval()(PROMPT[None]).logits[0].float()
 
@@ -132,6 +140,22 @@ def test_every_part_of_a_layer_gives_the_logits_of_the_source(name: str, paralle
     assert distance(engine_logits(files, PROMPT), computed(built)) < BOUND
 
 
+@pytest.mark.parametrize(("scheme", "algo"), [("w8a8-static", "W8A8_SQ_PER_CHANNEL"), ("nvfp4", "NVFP4")])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_static_scales_of_inputs_count(scheme: str, algo: str, tensor: int, tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path / "source", config=tiny_config(**SIZES), scheme=scheme, edit=with_shared_globals)
+    files = converted(built, tmp_path / "out", Parallel(tensor=tensor))
+
+    want = computed(built, inputs=algo)
+
+    assert distance(engine_logits(files, PROMPT), want) < TestFp8.BOUND
+    for tensors in files.files:
+        for name in tensors:
+            if name.endswith("activation_scaling_factor"):
+                tensors[name].mul_(64)
+    assert distance(engine_logits(files, PROMPT), want) > TestFp8.BOUND
+
+
 class TestFp8:
     """Static FP8 with a cache in FP8: q, k and v have one scale, and so have gate and up that the builder joins.
 
@@ -149,18 +173,21 @@ class TestFp8:
         built = write_checkpoint(tmp_path / "source", config=tiny_config(**SIZES), scheme="fp8-tensor-static", kv=True)
         files = converted(built, tmp_path / "out", parallel, fused_mlp=fused_mlp)
 
-        want = computed(built, **requantized(built, fused_mlp=fused_mlp))
+        want = computed(built, inputs="FP8", fused_mlp=fused_mlp, **requantized(built, fused_mlp=fused_mlp))
 
         assert distance(engine_logits(files, PROMPT), want) < self.BOUND
 
     @pytest.mark.parametrize(
         "damage",
         [
-            lambda files: files.quantization.update(kv_cache_quant_algo=None),
+            lambda files: setattr(files, "cache", None),
             lambda files: [tensors[name].div_(64) for tensors in files.files for name in tensors if "kv_cache" in name],
             lambda files: setattr(files, "fused_mlp", False),
+            lambda files: [
+                tensors[name].mul_(64) for tensors in files.files for name in tensors if "activation_scaling" in name
+            ],
         ],
-        ids=["no cache", "another scale", "gate and up apart"],
+        ids=["no cache", "another scale", "gate and up apart", "another scale of inputs"],
     )
     def test_each_of_these_counts(self, damage: Callable[[EngineFiles], object], tmp_path: Path) -> None:
         """What the comparison above would find."""
@@ -169,9 +196,24 @@ class TestFp8:
 
         damage(files)
 
-        assert (
-            distance(engine_logits(files, PROMPT), computed(built, **requantized(built, fused_mlp=True))) > self.BOUND
-        )
+        want = computed(built, inputs="FP8", fused_mlp=True, **requantized(built, fused_mlp=True))
+        assert distance(engine_logits(files, PROMPT), want) > self.BOUND
+
+
+def input_scales(built: Built, *, fused_mlp: bool) -> dict[str, Tensor]:
+    """The multiplier of each Linear's input: the largest of those of fused ones; NVFP4 stores the divisor."""
+    groups = [("q_proj", "k_proj", "v_proj"), *([("gate_proj", "up_proj")] if fused_mlp else [])]
+    own = {
+        name.rpartition(".")[0]: 1 / tensor.float() if name.endswith("global_scale") else tensor.float()
+        for name, tensor in built.stored.items()
+        if name.endswith((".input_scale", ".input_global_scale"))
+    }
+    scales = {}
+    for name in own:
+        block, _, leaf = name.rpartition(".")
+        members = next((group for group in groups if leaf in group), (leaf,))
+        scales[name] = max(own[f"{block}.{member}"].reshape(()) for member in members)
+    return scales
 
 
 def requantized(built: Built, *, fused_mlp: bool) -> dict[str, Tensor]:

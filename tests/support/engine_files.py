@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,12 @@ QUANTIZATION_KEYS = {
     "pre_quant_scale",
     "exclude_modules",
 }
+LAYER_KEYS = QUANTIZATION_KEYS - {"kv_cache_quant_algo", "exclude_modules"}
 MAPPING_KEYS = {"world_size", "tp_size", "pp_size", "moe_tp_size", "moe_ep_size"}
 ADDS_BIAS_IN_KERNEL = {"W4A16_AWQ", *KERNEL_BITS}
 SWAPPING = {"FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"}
+STATIC_INPUTS = {"FP8", "W8A8_SQ_PER_CHANNEL", "NVFP4"}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 HUGGING_FACE = {
     "attention.dense": "self_attn.o_proj",
     "mlp.fc": "mlp.gate_proj",
@@ -52,11 +56,16 @@ HUGGING_FACE = {
 
 @dataclass(slots=True)
 class Loaded:
-    """One Linear as the model holds it on one rank: the weight [out, in] in float64, and its bias."""
+    """One Linear as the model holds it on one rank: the weight [out, in] in float64, and its bias.
+
+    `input_scale` is the static scale of its input as a multiplier, and `algo` what it computes with.
+    """
 
     weight: Tensor
     bias: Tensor | None
     zero: Tensor | None = None
+    input_scale: Tensor | None = None
+    algo: str | None = None
 
 
 class EngineFiles:
@@ -78,8 +87,14 @@ class EngineFiles:
         assert mapping["world_size"] == self.tp * self.pp
         self.algo: str | None = self.quantization["quant_algo"]
         self.layers: dict[str, Any] | None = None
-        if self.algo == "MIXED_PRECISION":
-            self.layers = json.loads((directory / "quant_cfg.json").read_text(encoding="utf-8"))["quantized_layers"]
+        self.cache: str | None = self.quantization["kv_cache_quant_algo"]
+        if self.algo == "MIXED_PRECISION":  # `to_layer_quant_config` replaces the whole block of config.json
+            document = json.loads((directory / "quant_cfg.json").read_text(encoding="utf-8"))
+            assert document.keys() == {"quant_algo", "kv_cache_quant_algo", "quantized_layers"}
+            assert document["quant_algo"] == "MIXED_PRECISION", "the builder asks this block"
+            self.layers, self.cache = document["quantized_layers"], document["kv_cache_quant_algo"]
+            for block in document["quantized_layers"].values():
+                assert block.keys() <= LAYER_KEYS, "QuantConfig(**block) raises TypeError"
         self.dtype: torch.dtype = getattr(torch, self.config["dtype"])
         self.head = self.config["head_size"]
         self.heads = self.config["num_attention_heads"] // self.tp
@@ -104,22 +119,20 @@ class EngineFiles:
         return stages
 
     def excluded(self, name: str) -> bool:
-        """Whether a Linear stays plain: by its exact name, or by a pattern with an asterisk at one end."""
+        """Whether a Linear stays plain: patterns are compared by `fnmatchcase`, and an empty list is none."""
         if self.layers is not None:
-            return name not in self.layers
-        patterns = self.quantization["exclude_modules"]
-        patterns = ["*lm_head", "*router", "*vocab_embedding"] if patterns is None else patterns
-        return any(
-            name == pattern
-            or (pattern.endswith("*") and name.startswith(pattern[:-1]))
-            or (pattern.startswith("*") and name.endswith(pattern[1:]))
-            for pattern in patterns
-        )
+            return not self._layer_block(name)
+        patterns = self.quantization["exclude_modules"] or ["*lm_head", "*router", "*vocab_embedding"]
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def block(self, name: str) -> dict[str, Any]:
         """How a Linear is quantized, {} for a plain one."""
-        block = self.quantization if self.layers is None else self.layers.get(name, {})
+        block = self.quantization if self.layers is None else self._layer_block(name)
         return {} if self.excluded(name) else block
+
+    def _layer_block(self, name: str) -> dict[str, Any]:
+        """The first entry of quant_cfg.json whose name, read as a pattern, is that of a Linear."""
+        return next((block for pattern, block in (self.layers or {}).items() if fnmatchcase(name, pattern)), {})
 
     def wanted(self, rank: int) -> dict[str, Wanted]:
         """Dtype and shape of every tensor that the file of a rank must have."""
@@ -147,7 +160,7 @@ class EngineFiles:
             assert self.algo not in SWAPPING, "its attention has no norms"
             for norm in ("q_layernorm", "k_layernorm"):
                 tensors[f"{prefix}attention.{norm}.weight"] = (dtype, (self.head,))
-        if self.quantization["kv_cache_quant_algo"]:
+        if self.cache:
             tensors[f"{prefix}attention.kv_cache_scaling_factor"] = ("float32", (1,))
         tensors |= self._moe(prefix) if moe else {}
         for name, row_parallel in LINEARS.items():
@@ -278,7 +291,10 @@ class EngineFiles:
                 codes = e2m1_values(weight)
                 scale = held["weights_scaling_factor"].double().repeat_interleave(16, dim=1)
                 weight = codes * scale * held["weights_scaling_factor_2"].double()
-        return Loaded(weight=weight, bias=self._loaded_bias(held.get("bias"), rank, name), zero=zero)
+        bias = self._loaded_bias(held.get("bias"), rank, name)
+        scale = held.get("activation_scaling_factor")
+        assert (scale is not None) == (algo in STATIC_INPUTS)
+        return Loaded(weight=weight, bias=bias, zero=zero, input_scale=scale, algo=algo)
 
     def mlp(self, rank: int, prefix: str) -> tuple[Loaded, Loaded]:
         """Fc and gate of a rank as the engine has them; both are read by the mode of fc."""
@@ -296,7 +312,12 @@ class EngineFiles:
             self.dtype,
         )
         above, below = (codes.double() * scale.double()).chunk(2)
-        return Loaded(weight=below, bias=fc.bias), Loaded(weight=above, bias=gate.bias)
+        scales = [linear.input_scale for linear in (fc, gate) if linear.input_scale is not None]
+        scale = torch.maximum(*scales)
+        return (
+            Loaded(weight=below, bias=fc.bias, input_scale=scale, algo=fc.algo),
+            Loaded(weight=above, bias=gate.bias, input_scale=scale, algo=gate.algo),
+        )
 
     def _loaded_bias(self, bias: Tensor | None, rank: int, name: str) -> Tensor | None:
         """A bias after the load hook.
@@ -343,6 +364,24 @@ class EngineFiles:
                 ranks = range(stage * self.tp, (stage + 1) * self.tp)
                 result |= {f"model.layers.{layer}.{name}": t for name, t in self._layer(ranks, local)}
         return result
+
+    def input_scales(self) -> dict[str, float]:
+        """The static scale of the input of each Linear that has one, under the names of Hugging Face.
+
+        All ranks have the same, and so have queries, keys and values.
+        """
+        scales: dict[str, float] = {}
+        for stage, layers in enumerate(self.stages):
+            ranks = range(stage * self.tp, (stage + 1) * self.tp)
+            for local, layer in enumerate(layers):
+                for name in LINEARS:
+                    parts = [self._linear_of_layer(rank, f"transformer.layers.{local}.", name) for rank in ranks]
+                    values = {None if part.input_scale is None else float(part.input_scale) for part in parts}
+                    assert len(values) == 1
+                    value = values.pop()
+                    paths = QKV if name == "attention.qkv" else (HUGGING_FACE[name],)
+                    scales |= {} if value is None else {f"model.layers.{layer}.{path}": value for path in paths}
+        return scales
 
     def zeros(self) -> dict[str, Tensor]:
         """The magnitudes of the zeros that are added to each weight, under the names of Hugging Face."""

@@ -1,7 +1,7 @@
 """A decoder in plain torch that computes with the files of an engine-build checkpoint, rank by rank.
 
 Every rank has its heads and its part of the MLP; row-parallel Linears are added up over ranks, as engines do. Keys and
-values go through the KV cache in its dtype; inputs of Linears stay as they are.
+values go through the KV cache in its dtype, and inputs of Linears with a static scale through FP8 or INT8.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from engine_builder import rotary_table
+from engine_codes import E2M1
 from engine_files import ADDS_BIAS_IN_KERNEL
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 if TYPE_CHECKING:
-    from engine_files import EngineFiles
+    from engine_files import EngineFiles, Loaded
     from torch import Tensor
 
-__all__ = ["cached", "engine_logits"]
+__all__ = ["cached", "engine_logits", "narrowed"]
 
 
 def engine_logits(files: EngineFiles, tokens: Tensor) -> Tensor:
@@ -52,6 +53,30 @@ def cached(heads: Tensor, algo: str | None, scale: Tensor | None) -> Tensor:
     return (heads / scale).round().clamp(-128, 127) * scale
 
 
+def narrowed(inputs: Tensor, algo: str | None, scale: Tensor | None) -> Tensor:
+    """Inputs of a Linear as its kernel sees them: those of NVFP4 have a scale for each block of 16 too."""
+    if scale is None:
+        return inputs
+    if algo == "NVFP4":
+        blocks = inputs.unflatten(-1, (-1, 16))
+        largest = blocks.abs().amax(-1, keepdim=True) / 6
+        step = (largest / scale).clamp(max=448).to(torch.float8_e4m3fn).to(inputs.dtype) * scale
+        return (_fp4(blocks / step.where(step > 0, torch.ones_like(step))) * step).flatten(-2)
+    return cached(inputs, "FP8" if algo == "FP8" else "INT8", scale)
+
+
+def _fp4(values: Tensor) -> Tensor:
+    """The nearest number of E2M1."""
+    numbers = torch.tensor([*(-value for value in E2M1), *E2M1]).unique().to(values.dtype)
+    return numbers[(values[..., None] - numbers).abs().argmin(-1)]
+
+
+def _linear(inputs: Tensor, part: Loaded, *, bias: bool = True) -> Tensor:
+    """What a Linear of one rank computes in float32."""
+    added = part.bias.float() if bias and part.bias is not None else None
+    return linear(narrowed(inputs, part.algo, part.input_scale), part.weight.float(), added)
+
+
 def _norm(files: EngineFiles, hidden: Tensor, weight: Tensor) -> Tensor:
     variance = hidden.pow(2).mean(-1, keepdim=True)
     return hidden * torch.rsqrt(variance + files.config["norm_epsilon"]) * weight.float()
@@ -66,15 +91,14 @@ def _rotary(files: EngineFiles, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _attention(files: EngineFiles, rank: int, prefix: str, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    qkv = files.linear(rank, f"{prefix}attention.qkv")
-    fused = linear(hidden, qkv.weight.float(), None if qkv.bias is None else qkv.bias.float())
+    fused = _linear(hidden, files.linear(rank, f"{prefix}attention.qkv"))
     heads = fused.unflatten(-1, (-1, files.head)).transpose(0, 1)
     queries, keys, values = heads.split([files.heads, files.kv_heads, files.kv_heads])
     held = files.files[rank]
     if f"{prefix}attention.q_layernorm.weight" in held:
         queries = _norm(files, queries, held[f"{prefix}attention.q_layernorm.weight"])
         keys = _norm(files, keys, held[f"{prefix}attention.k_layernorm.weight"])
-    algo = files.quantization["kv_cache_quant_algo"]
+    algo = files.cache
     scale = held.get(f"{prefix}attention.kv_cache_scaling_factor")
     keys, values = (cached(part, algo, scale) for part in (_rotated(keys, cos, sin), values))
     group = files.heads // files.kv_heads
@@ -89,17 +113,14 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _gated(files: EngineFiles, rank: int, prefix: str, hidden: Tensor) -> Tensor:
-    branches = [
-        linear(hidden, part.weight.float(), None if part.bias is None else part.bias.float())
-        for part in files.mlp(rank, prefix)
-    ]
+    branches = [_linear(hidden, part) for part in files.mlp(rank, prefix)]
     return silu(branches[0]) * branches[1]
 
 
 def _added_up(files: EngineFiles, ranks: range, name: str, inputs: list[Tensor]) -> Tensor:
     """The output of a Linear whose columns the ranks divide; its bias is added by each kernel, or once afterwards."""
     parts = [files.linear(rank, name) for rank in ranks]
-    total = torch.stack([linear(x, part.weight.float()) for x, part in zip(inputs, parts, strict=True)]).sum(dim=0)
+    total = torch.stack([_linear(x, part, bias=False) for x, part in zip(inputs, parts, strict=True)]).sum(dim=0)
     biases = [part.bias.float() for part in parts if part.bias is not None]
     if files.block(name).get("quant_algo") not in ADDS_BIAS_IN_KERNEL:
         biases = biases[:1]

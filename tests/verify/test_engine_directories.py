@@ -155,7 +155,7 @@ def test_an_order_of_no_known_generation_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "out" / "config.json"
     path.write_text(path.read_text().replace('"sm": 90', '"from": 90'))
 
-    with pytest.raises(CatalogError, match=r"producer\.sm: the GPUs that the files of W4A16_GPTQ are for"):
+    with pytest.raises(CatalogError, match=r"producer\.sm: expected 80, 89 or 90, the GPUs that it is for"):
         verify_checkpoint(tmp_path / "source", tmp_path / "out")
 
 

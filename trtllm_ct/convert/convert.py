@@ -93,6 +93,8 @@ class ConversionReport:
                 "seconds": self.seconds,
                 "deviations": self.plan.deviations,
                 "checks": self.plan.checks,
+                "build_options": self.plan.build_options,
+                "run_options": self.plan.run_options,
                 "warnings": self.warnings,
                 "problems": self.plan.problems,
             }

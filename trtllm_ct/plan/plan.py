@@ -260,8 +260,8 @@ class Plan:
     `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
     None leaves it to the default of the model's class.
     `build_config` is the config.json of a directory with a file for each rank, None for any other, and `build_layers`
-    its quant_cfg.json, None without several modes. `places` are the places of its delivered tensors in those of the
-    files.
+    its quant_cfg.json, None without several modes. `build_options` and `run_options` are the arguments that its builder
+    and the program that runs it need. `places` are the places of its delivered tensors in those of the files.
     `checks` say by what the stored tensors were found to be complete.
     """
 
@@ -281,6 +281,8 @@ class Plan:
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
     build_config: Mapping[str, Any] | None = None
     build_layers: Mapping[str, Any] | None = None
+    build_options: tuple[str, ...] = ()
+    run_options: tuple[str, ...] = ()
     places: Mapping[str, Segment | StackPart] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
 

@@ -209,6 +209,8 @@ class _Planner:
             places=built.places if built else {},
             build_config=built.config if built else None,
             build_layers=built.layers if built else None,
+            build_options=built.options.build if built else (),
+            run_options=built.options.run if built else (),
             tied=self.model.tied,
             checks=checks_of(self.model, self.comparison),
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),

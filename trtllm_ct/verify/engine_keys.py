@@ -95,18 +95,15 @@ def _checked_modes(path: Path, one: Mapping[str, _Check], faults: FaultCollector
 
 def _check_cache(file: str, prefix: str, block: Mapping[str, Any], faults: FaultCollector) -> None:
     """Add a fault for a mode of the KV cache that is left out or unknown."""
-    key = "kv_cache_quant_algo"
-    accepts, expected = _CACHE
-    if key not in block or not accepts(block[key]):
-        _add(file, prefix + key, expected, block.get(key, "no such key"), faults)
+    _check(file, prefix, block, {"kv_cache_quant_algo": _CACHE}, faults)
 
 
 def _check(
     file: str, prefix: str, values: Mapping[str, Any], checks: Mapping[str, _Check], faults: FaultCollector
 ) -> None:
     for key, (accepts, expected) in checks.items():
-        if not accepts(values.get(key)):
-            _add(file, prefix + key, expected, values.get(key), faults)
+        if key not in values or not accepts(values[key]):
+            _add(file, prefix + key, expected, values.get(key, "no such key"), faults)
 
 
 def _add(file: str, key: str, expected: str, value: Any, faults: FaultCollector) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import rewrite_config, write_checkpoint
 from engine_files import MAPPING_KEYS, QUANTIZATION_KEYS
+from engine_sources import with_shared_globals
 from installed_transformers import has_newest_transformers, typed_config
 from tiny_models import tiny_config
 
@@ -251,7 +252,7 @@ def test_what_a_source_leaves_out_is_the_default_of_its_class(architecture: str,
     assert default.hidden_act == "silu"
     assert config.get("moe", {}).get("top_k") == getattr(default, "num_experts_per_tok", None)
     defaults = BUILD_CLASSES[architecture].defaults
-    for key in ("sliding_window", "use_sliding_window"):
+    for key in ("sliding_window", "use_sliding_window", "max_window_layers"):
         assert defaults.get(key, default.__dict__.get(key)) == default.__dict__.get(key)
 
 
@@ -282,23 +283,89 @@ def test_a_sliding_window_is_left_to_the_run(tmp_path: Path) -> None:
     assert any("sliding_window 64 is no part of an engine" in warning for warning in warnings)
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOW = {"sliding_window": 64, "use_sliding_window": True}
+
+
 @pytest.mark.parametrize(
-    ("architecture", "more", "window"),
+    ("architecture", "more", "sizes"),
     [
-        ("MistralForCausalLM", {"max_position_embeddings": 8192}, 4096),
-        ("MistralForCausalLM", {"max_position_embeddings": 8192, "sliding_window": 8192}, None),
-        ("Qwen2ForCausalLM", {"sliding_window": 64}, None),
-        ("Qwen2ForCausalLM", {"sliding_window": 64, "use_sliding_window": True}, 64),
-        ("LlamaForCausalLM", {}, None),
+        ("MistralForCausalLM", {"max_position_embeddings": 8192}, [4096]),
+        ("MistralForCausalLM", {"max_position_embeddings": 8192, "sliding_window": 8192}, []),
+        ("MistralForCausalLM", {"sliding_window": 64, "use_sliding_window": False}, [64]),
+        ("MistralForCausalLM", {"sliding_window": 64, "max_window_layers": 3}, [64]),
+        ("MixtralForCausalLM", {}, []),
+        ("MixtralForCausalLM", {"sliding_window": 64}, [64]),
+        ("LlamaForCausalLM", {}, []),
+        ("LlamaForCausalLM", WINDOW, []),
+        ("Qwen2ForCausalLM", {"sliding_window": 64}, []),
+        ("Qwen2ForCausalLM", WINDOW, []),
+        ("Qwen2ForCausalLM", {**WINDOW, "max_window_layers": 0}, [64]),
+        ("Qwen2ForCausalLM", {**WINDOW, "max_window_layers": 2}, [256, 256, 64]),
+        ("Qwen3ForCausalLM", {**WINDOW, "max_window_layers": 3}, []),
+        ("Qwen3ForCausalLM", {**WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}, [64, 256, 64]),
+        ("Qwen3ForCausalLM", {**WINDOW, "layer_types": [SLIDING] * 3, "max_window_layers": 3}, [64]),
+        ("Qwen2ForCausalLM", {"layer_types": [FULL] * 3, "use_sliding_window": False}, []),
     ],
 )
-def test_a_window_counts_as_the_class_of_the_source_has_it(
-    architecture: str, more: dict[str, Any], window: int | None, tmp_path: Path
+def test_windows_are_those_that_the_class_gives_its_layers(
+    architecture: str, more: dict[str, Any], sizes: list[int], tmp_path: Path
 ) -> None:
-    warnings = planned(tmp_path, "dense", architecture=architecture, **more).warnings
+    plan = planned(tmp_path, "dense", architecture=architecture, **{"layers": 3, **more})
 
-    found = [warning.split()[1] for warning in warnings if warning.startswith("sliding_window")]
-    assert found == ([] if window is None else [str(window)])
+    option = ["--max_attention_window_size", *map(str, sizes)] if sizes else []
+    assert plan.run_options == tuple(option)
+    warnings = [warning for warning in plan.warnings if warning.startswith("sliding_window")]
+    assert len(warnings) == bool(sizes)
+    assert not sizes or " ".join(option) in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kv", "plain", "needed"),
+    [
+        ("fp8-tensor-static", True, True, True),
+        ("fp8-tensor-static", True, False, False),
+        ("fp8-tensor-static", False, True, False),
+        ("nvfp4", True, True, True),
+        ("int4-g64", True, True, False),
+    ],
+)
+def test_attention_in_fp8_is_turned_off_where_it_has_no_scale(
+    scheme: str, kv: bool, plain: bool, needed: bool, tmp_path: Path
+) -> None:
+    names = [f"{letter}_proj" for letter in ("q", "k", "v", "gate", "up", "down", *([] if plain else ["o"]))]
+    built = write_checkpoint(
+        tmp_path, config=tiny_config(**SIZES), scheme=dict.fromkeys(names, scheme), kv=kv, edit=with_shared_globals
+    )
+
+    plan = plan_checkpoint(built.directory, "engine")
+
+    both = ("--use_paged_context_fmha", "disable", "--use_fp8_context_fmha", "disable")
+    assert plan.build_options == (both if needed else ())
+    assert any("computes attention of prompts in FP8" in warning for warning in plan.warnings) is needed
+
+
+@pytest.mark.parametrize("name", ["linear", "yarn", "dynamic", "llama3"])
+def test_the_builder_is_told_where_the_rotary_table_ends(name: str, tmp_path: Path) -> None:
+    original = {"original_max_position_embeddings": 64} if name in {"yarn", "llama3"} else {}
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if name == "llama3" else {}
+    rope = {"rope_type": name, "factor": 4.0, **original, **bands}
+
+    plan = planned(tmp_path, "dense", rope_parameters=rope)
+
+    assert plan.build_options == (("--max_seq_len", "256") if name in {"linear", "yarn"} else ())
+
+
+def test_what_is_not_known_of_a_class_is_said(tmp_path: Path) -> None:
+    qwen3 = planned(tmp_path / "3", "dense", architecture="Qwen3ForCausalLM").warnings
+    qwen2 = planned(tmp_path / "2", "dense", architecture="Qwen2ForCausalLM").warnings
+
+    assert any("trtllm-build knows Qwen3 is not established" in warning for warning in qwen3)
+    assert not any("not established" in warning for warning in qwen2)
+
+
+def test_the_gpus_of_nvfp4_are_named(tmp_path: Path) -> None:
+    assert any("Blackwell" in warning for warning in planned(tmp_path, "nvfp4").warnings)
 
 
 def test_a_window_of_null_is_none(tmp_path: Path) -> None:

@@ -10,5 +10,6 @@ ranks.py       the pieces of each module that the ranks get, and their places in
 directory.py   plans a directory: the mode first, then the pieces of all ranks and config.json
 cache.py       the scale of the KV cache of each layer
 config.py      config.json
+options.py     what builder and run need beside the directory
 rope.py        the rotary embedding in config.json
 """

@@ -38,6 +38,10 @@ _NOT_RUN = (
     "compare outputs before you serve it"
 )
 _MIXED = "MIXED_PRECISION with these modes and quant_cfg.json"
+_MIXED_MAY_STOP = (
+    "one text of `LayerQuantConfig` in TensorRT-LLM imports the module fnmatch and calls it as a function, so that "
+    "trtllm-build stops with a TypeError for MIXED_PRECISION: use a release whose text calls fnmatch.fnmatch"
+)
 _TAKE_ORIGINAL = "Take config.json from the model that was quantized."
 
 
@@ -116,8 +120,8 @@ def build_layers(choice: Choice, kv_cache: str | None) -> dict[str, Any] | None:
     return {"quant_algo": algo, "kv_cache_quant_algo": kv_cache, "quantized_layers": layers}
 
 
-def config_warnings(model: Model, row: BuildClass, rope: Rope, choice: Choice, *, gptq: bool) -> tuple[str, ...]:
-    """Return warnings about what no converter of TensorRT-LLM writes, and about what config.json can't say.
+def config_warnings(row: BuildClass, rope: Rope, choice: Choice, *, gptq: bool) -> tuple[str, ...]:
+    """Return warnings about what no converter of TensorRT-LLM writes, and about what releases and GPUs have.
 
     `gptq` says that weights would be called GPTQ by their scheme.
     """
@@ -148,13 +152,12 @@ def config_warnings(model: Model, row: BuildClass, rope: Rope, choice: Choice, *
             "trtllm-build joins gate_proj and up_proj by default, and quantizes the one with the smaller FP8 scale "
             "again: turn use_fused_mlp off to build with the codes as they are"
         )
-    if rope.warning:
-        warnings.append(rope.warning)
-    window = _window(model, row, rope.length)
-    if window:
-        warnings.append(
-            f"sliding_window {window} is no part of an engine: give --max_attention_window_size when you run it"
-        )
+    if row.uncertain:
+        warnings.append(row.uncertain)
+    if choice.layers:
+        warnings.append(_MIXED_MAY_STOP)
+    if any(mode.algo is QuantAlgo.NVFP4 for mode in choice.modes):
+        warnings.append("NVFP4 needs GPUs of Blackwell: engines for earlier ones are not built")
     return tuple(warnings)
 
 
@@ -220,19 +223,6 @@ def _epsilon(text: Mapping[str, Any], row: BuildClass, faults: FaultCollector) -
         where = "config.json: rms_norm_eps"
         faults.add(where=where, expected="a number of at least 0", found=shown(value), remedy=_TAKE_ORIGINAL)
     return value
-
-
-def _window(model: Model, row: BuildClass, length: int) -> int:
-    """Return the sliding window of a model, 0 if it has none that is shorter than the model's length.
-
-    A window of null is none, and is no key that is left out.
-    """
-    used = model.text.get("use_sliding_window")
-    used = row.defaults.get("use_sliding_window", True) if used is None else used
-    window = model.text.get("sliding_window", row.defaults.get("sliding_window"))
-    if not used or not isinstance(window, int) or window >= length:
-        return 0
-    return max(window, 0)
 
 
 def _refuse_activation(activation: str, faults: FaultCollector) -> None:

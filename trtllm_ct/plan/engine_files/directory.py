@@ -13,6 +13,7 @@ from trtllm_ct.plan.engine_files.cache import cache_scales
 from trtllm_ct.plan.engine_files.choice import Choice, choose
 from trtllm_ct.plan.engine_files.config import build_config, build_layers, config_warnings, rope_of_model
 from trtllm_ct.plan.engine_files.layout import Layout
+from trtllm_ct.plan.engine_files.options import EngineOptions, engine_options
 from trtllm_ct.plan.engine_files.ranks import rank_modules
 from trtllm_ct.plan.models.build_classes import BUILD_CLASSES
 
@@ -47,6 +48,7 @@ class BuiltModules:
     quant_config: QuantConfig
     config: dict[str, Any]
     layers: dict[str, Any] | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
     warnings: tuple[str, ...]
 
 
@@ -103,7 +105,8 @@ class EngineDirectory:
             faults=faults,
         )
         gptq = any(module.native_mode is QuantAlgo.W4A16_GPTQ for module in modules)
-        warnings = config_warnings(self.model, self.layout.row, rope, self.choice, gptq=gptq)
+        options = engine_options(self.model, self.layout.row, rope, self.choice, kv_cache)
+        warnings = (*config_warnings(self.layout.row, rope, self.choice, gptq=gptq), *options.warnings)
         if faults.faults:
             return BuiltModules(
                 modules=modules, places={}, quant_config=QuantConfig(), config=config, warnings=warnings
@@ -121,6 +124,7 @@ class EngineDirectory:
             quant_config=quant_config,
             config=config,
             layers=build_layers(self.choice, kv_cache),
+            options=options,
             warnings=warnings,
         )
 

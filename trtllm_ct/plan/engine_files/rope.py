@@ -54,7 +54,8 @@ class Rope:
     """Base, number of positions and scaling of a rotary embedding.
 
     `derived` names a scaling that no converter is known to write; empty for others.
-    `warning` says for which lengths an engine computes something else than the model; empty if for none.
+    `warning` says for which lengths an engine computes something else than the model; empty if for none. `limits` says
+    that the builder takes longer sequences than the table has positions, unless an option limits them.
     """
 
     base: float
@@ -62,6 +63,7 @@ class Rope:
     scaling: dict[str, Any] | None = None
     derived: str = ""
     warning: str = ""
+    limits: bool = False
 
 
 def rope_of(text: Mapping[str, Any], default_base: float, length: int, faults: FaultCollector) -> Rope:
@@ -125,9 +127,15 @@ def _scaled(block: dict[str, Any], base: float, text: Mapping[str, Any], length:
     scaling = {"rope_type": name, **{key: block[key] for key in kind.required}, **changed}
     if name == "yarn":
         scaling |= _attention_of_yarn(block, faults)
-    warning = _past_the_table(name, scaling["factor"], length) if name != "llama3" and scaling["factor"] > 1 else ""
-    derived = f"rotary_scaling of type {name}" if kind.derived else ""
-    return Rope(base=base, length=length, scaling=scaling, derived=derived, warning=warning)
+    limits = name != "llama3" and scaling["factor"] > 1
+    return Rope(
+        base=base,
+        length=length,
+        scaling=scaling,
+        derived=f"rotary_scaling of type {name}" if kind.derived else "",
+        warning=_past_the_table(name, scaling["factor"], length) if limits else "",
+        limits=limits,
+    )
 
 
 def _without_dynamic(block: Mapping[str, Any], base: float, length: int, faults: FaultCollector) -> Rope:

@@ -10,12 +10,25 @@ How ranks divide a module is in the row of its class (`class_rows.py`): both bac
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import auto
 from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.str_enum import StrEnum
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["BUILD_CLASSES", "BUILD_NAMES", "ROUTER", "BuildClass"]
+__all__ = ["BUILD_CLASSES", "BUILD_NAMES", "ROUTER", "BuildClass", "Windows"]
+
+
+class Windows(StrEnum):
+    """Which layers of a class have the sliding window of config.json, in transformers 5.23."""
+
+    NONE = auto()
+    """None: the class has no such key."""
+    ALL = auto()
+    BY_LAYER = auto()
+    """Those that `layer_types` names, or from `max_window_layers` on; none without `use_sliding_window`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +41,7 @@ class BuildClass:
     `config` has further keys of config.json with their values, and `copied` pairs of a key of config.json of the engine
     and one of the source, with the value if the source has none. `defaults` are the values of the keys that a source
     may leave out beside its sizes (`class_defaults.py`): those of the class in transformers 5.23; a test compares them.
+    `windows` says which layers have a sliding window. `uncertain` is what is not known of the class; empty if nothing.
     """
 
     modules: Mapping[str, str]
@@ -38,6 +52,8 @@ class BuildClass:
     defaults: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     copied: tuple[tuple[str, str, Any], ...] = ()
+    windows: Windows = Windows.NONE
+    uncertain: str = ""
 
 
 BUILD_NAMES: Mapping[str, str] = {
@@ -86,7 +102,13 @@ _QWEN = {
     "num_labels": 1,
 }
 _DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-_QWEN_DEFAULTS = {**_DEFAULTS, "max_position_embeddings": 32768, "use_sliding_window": False}
+_QWEN_DEFAULTS = {
+    **_DEFAULTS,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _MISTRAL_LENGTH = {"max_position_embeddings": 131072}
 _LLAMA_BIASES = frozenset({"attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"})
 
@@ -100,12 +122,14 @@ BUILD_CLASSES: Mapping[str, BuildClass] = {
     "MistralForCausalLM": BuildClass(
         modules=_DENSE,
         defaults={**_DEFAULTS, **_MISTRAL_LENGTH, "sliding_window": 4096},
+        windows=Windows.ALL,
         config={"attn_bias": False, "mlp_bias": False},
     ),
     "MixtralForCausalLM": BuildClass(
         modules=_NORMS | _ATTENTION | _ROUTER,
         experts=_EXPERTS,
         hidden_act="swiglu",
+        windows=Windows.ALL,
         defaults={
             **_DEFAULTS,
             **_MISTRAL_LENGTH,
@@ -119,12 +143,16 @@ BUILD_CLASSES: Mapping[str, BuildClass] = {
         modules=_DENSE,
         biases=frozenset({"attention.qkv"}),
         defaults=_QWEN_DEFAULTS,
+        windows=Windows.BY_LAYER,
         config={"attn_bias": True, "mlp_bias": False, "qwen_type": "qwen2", **_QWEN},
     ),
     "Qwen3ForCausalLM": BuildClass(
         modules=_DENSE | _HEAD_NORMS,
         head_norms=True,
         defaults=_QWEN_DEFAULTS,
+        windows=Windows.BY_LAYER,
+        uncertain="which release is the first whose trtllm-build knows Qwen3 is not established, and its layers were "
+        "read from a copy of the source: an earlier release stops, or leaves out the norms of queries and keys",
         config={"attn_bias": False, "mlp_bias": False, "qwen_type": "qwen3", **_QWEN},
     ),
 }
