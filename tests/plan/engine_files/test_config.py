@@ -252,8 +252,11 @@ def test_what_a_source_leaves_out_is_the_default_of_its_class(architecture: str,
     assert default.hidden_act == "silu"
     assert config.get("moe", {}).get("top_k") == getattr(default, "num_experts_per_tok", None)
     defaults = BUILD_CLASSES[architecture].defaults
-    for key in ("sliding_window", "use_sliding_window", "max_window_layers"):
+    for key in ("use_sliding_window", "max_window_layers"):
         assert defaults.get(key, default.__dict__.get(key)) == default.__dict__.get(key)
+    # Classes with such a switch forget the window while it is off.
+    windowed = typed_config(model_type, **({"use_sliding_window": True} if "use_sliding_window" in defaults else {}))
+    assert defaults.get("sliding_window") == windowed.__dict__.get("sliding_window")
 
 
 def test_what_follows_from_the_source_alone_is_marked_in_a_warning(tmp_path: Path) -> None:
