@@ -70,7 +70,7 @@ def checked_layers(directory: Path, config: Mapping[str, Any], algorithms: Colle
     )
     one = {"quant_algo": algo, **_BLOCK}
     mixed = quantization.get("quant_algo") == _MIXED
-    _check(file, "quantization.", quantization, {"quant_algo": algo} if mixed else one | _EXCLUDED, faults)
+    _check(file, "quantization.", quantization, {"quant_algo": algo} if mixed else {**one, **_EXCLUDED}, faults)
     _check_cache(file, "quantization.", quantization, faults)
     if "moe" in config:
         _check(file, "moe.", _block(config, "moe"), {"num_experts": _COUNT}, faults)
