@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from trtllm_ct.verify.engine_ranks import EngineRanks
-
 __all__ = ["exclusion_problems", "is_excluded"]
 
 _ALWAYS = ("lm_head", "transformer.vocab_embedding")
@@ -29,19 +27,18 @@ def is_excluded(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns or ())
 
 
-def exclusion_problems(ranks: EngineRanks) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with `exclude_modules`, as (found, expected).
+def exclusion_problems(patterns: Sequence[str] | None, algo: str | None, count: int) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with `exclude_modules` of an engine with `count` layers in a stage, as (found, expected).
 
     Which Linears are plain is shown by their tensors. Everything else that the list decides is here: the head, the
     embedding and routers must be in it, no other module may, and both readers must agree about each Linear.
     """
-    patterns, algo = ranks.quantization["exclude_modules"], ranks.quantization["quant_algo"]
     if patterns is None:
         return
     if algo is None or not patterns:
         yield str(patterns), "null, since it names no Linear"
         return
-    layers = [f"transformer.layers.{layer}" for layer in range(ranks.layers_of_stage)]
+    layers = [f"transformer.layers.{layer}" for layer in range(count)]
     for name in (*_ALWAYS, *(f"{layer}.mlp.router" for layer in layers)):
         if not is_excluded(name, patterns):
             yield str(patterns), f"{name} in it: the list replaces that of the engine"

@@ -143,7 +143,8 @@ class _Statements:
         block, mixed = self.ranks.quantization, self.ranks.layer_modes
         if mixed is None:
             self._compare_mode("quantization.", block, also={"kv_cache_quant_algo", "exclude_modules"})
-            for found, expected in exclusion_problems(self.ranks):
+            patterns, algo = block["exclude_modules"], block["quant_algo"]
+            for found, expected in exclusion_problems(patterns, algo, self.ranks.layers_of_stage):
                 self._compare("quantization.exclude_modules", expected, found)
             return
         both = {"quant_algo": _MIXED, "kv_cache_quant_algo": mixed["kv_cache_quant_algo"]}
