@@ -92,10 +92,11 @@ class ConvertedDirectory:
     def open(cls, directory: str | Path) -> Self | None:
         """Read a directory; returns None for a directory that this package did not convert for TensorRT-LLM.
 
+        A prepared directory, which holds no weights, is none either: its plan was made for the sizes of its engine.
         Raises `ConfigError` or `CatalogError` for other JSON files or headers of it that can't be read.
         """
         path = Path(directory) / QUANT_CONFIG
-        if not path.is_file():
+        if not path.is_file() or not any(path.parent.glob("*.safetensors")):
             return None
         document = read_json_object(path)
         converter = document.get("converter")

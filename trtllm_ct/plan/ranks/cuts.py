@@ -223,7 +223,8 @@ def _divided_parts(model: Model, parallel: Parallel) -> _DividedParts:
         parts |= dict.fromkeys(_parts_of(site, model))
         parent, _, leaf = site.module.rpartition(".")
         # Layers may have numbers of heads of their own, which config.json gives under a key of each class.
-        if leaf == "q_proj" and head_dims.get(parent) and len(site.shape) == _MATRIX:
+        # A tower, which the engine's class reads plain, has heads of its own.
+        if leaf == "q_proj" and not site.plain and head_dims.get(parent) and len(site.shape) == _MATRIX:
             parts[_Part(f"heads of {leaf}", site.shape[0] // head_dims[parent], attention=True)] = None
         if site.heads and "bias" in site.locals:
             path = _IN_LAYER.sub("", site.module)
