@@ -80,9 +80,9 @@ CASES: tuple[tuple[Extreme, Limits, tuple[str, ...]], ...] = (
         ("inspect", "convert"),
     ),
     (
-        Extreme(layers=4, shards=1, hidden=16384, intermediate=53248, vocabulary=1000),
+        Extreme(layers=16, shards=1, hidden=8192, intermediate=28672),
         Limits(addresses=2 << 30),
-        COMMANDS,
+        ("inspect", "convert"),
     ),
 )
 

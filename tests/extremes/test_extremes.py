@@ -1,4 +1,4 @@
-"""More shards than a process may open, and shards larger than its address space; `extremes.run` has the large sizes."""
+"""More shards than a process may open, and files that no disk can hold; `extremes.run` has the large sizes."""
 
 from __future__ import annotations
 
