@@ -19,13 +19,14 @@ from benchmarks.measure import anonymous_bytes
 from benchmarks.node import node_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
 
     from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.models.site import Site
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
 __all__ = ["TASKS", "main"]
@@ -124,8 +125,7 @@ def rank_bytes(directory: str, ranks: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(directory)
     parallel = Parallel(tensor=int(ranks))
     plan = checkpoint.plan(parallel=parallel)
-    place = checkpoint.model.place(plan.by_name)
-    cut_by_module = {site.module: cut_of(site, parallel) for site in checkpoint.model.sites(place)}
+    cut_by_module = {site.module: cut_of(site, parallel) for site in _sites(checkpoint)}
     stored_bytes = {
         module.name: sum(spec.nbytes for spec in _stored_specs(module, checkpoint.catalog)) for module in plan.modules
     }
@@ -193,10 +193,21 @@ def _mapped_bytes(plan: Plan) -> int:
     return sum(delivery.spec.nbytes for delivery in deliveries if delivery.operation.same_bytes)
 
 
+def _sites(checkpoint: Checkpoint) -> Iterable[Site]:
+    """Return the sites of a checkpoint."""
+    from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.plan.gathering import gather_modules
+
+    stored = gather_modules(
+        checkpoint.catalog, checkpoint.model, FaultCollector(), checkpoint.probe.shapes, split_stacks=True
+    )
+    model = checkpoint.model.in_checkpoint(stored)
+    return model.sites(model.place(stored))
+
+
 def _group_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     """Return the bytes of the largest group of Linears that an engine fuses, without tensors that are views."""
-    place = checkpoint.model.place(plan.by_name)
-    group_of = {site.module: site.mode_group for site in checkpoint.model.sites(place)}
+    group_of = {site.module: site.mode_group for site in _sites(checkpoint)}
     sizes: Counter[str] = Counter()
     for module in plan.modules:
         converted = (delivery.spec.nbytes for delivery in module.deliveries if not delivery.operation.same_bytes)

@@ -72,10 +72,12 @@ class EngineFiles:
     """An engine-build checkpoint, as `PretrainedModel.from_checkpoint` reads it on a GPU of some SM.
 
     With `fused_mlp` the builder's pass has run that joins fc and gate, as it does unless `use_fused_mlp` is off.
+    With `exact_inputs` the scales of inputs are read and left out: Linears compute what their weights alone give.
     """
 
-    def __init__(self, directory: Path, *, sm: int = 80, fused_mlp: bool = False) -> None:
+    def __init__(self, directory: Path, *, sm: int = 80, fused_mlp: bool = False, exact_inputs: bool = False) -> None:
         self.directory = directory
+        self.exact_inputs = exact_inputs
         self.sm = sm
         self.fused_mlp = fused_mlp
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -294,7 +296,7 @@ class EngineFiles:
         bias = self._loaded_bias(held.get("bias"), rank, name)
         scale = held.get("activation_scaling_factor")
         assert (scale is not None) == (algo in STATIC_INPUTS)
-        return Loaded(weight=weight, bias=bias, zero=zero, input_scale=scale, algo=algo)
+        return Loaded(weight=weight, bias=bias, zero=zero, input_scale=None if self.exact_inputs else scale, algo=algo)
 
     def mlp(self, rank: int, prefix: str) -> tuple[Loaded, Loaded]:
         """Fc and gate of a rank as the engine has them; both are read by the mode of fc."""
