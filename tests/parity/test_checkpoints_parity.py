@@ -63,7 +63,8 @@ def test_a_checkpoint_of_the_library_is_read_whole(
     written = write_library_checkpoint(tmp_path, **arguments)
     inspection = inspect_checkpoint(tmp_path)
     assert inspection.problems == ()
-    assert [text for text in inspection.warnings if not text.startswith("dtype of the model: config.json says float32")] == []
+    dtype = "dtype of the model: config.json says float32"
+    assert [text for text in inspection.warnings if not text.startswith(dtype)] == []
     delivered = {row.delivered_mode: len(row.modules) for row in inspection.rows() if row.delivered_mode != "plain"}
     assert delivered == modes
     dense = CompressedTensorsWeightLoader().load_weights(tmp_path, layout="dense")

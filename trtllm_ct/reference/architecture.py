@@ -5,7 +5,6 @@ transformers is an optional dependency. It is imported inside functions only, an
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -161,11 +160,9 @@ def read_generation_config(model: nn.Module, directory: Path) -> None:
     if not path.is_file():
         return
     try:
-        text = read_bounded(path, CONFIGURATION_BYTES)
-        require_few_values(text, CONFIGURATION_VALUES)
-        values = json.loads(text)
+        require_few_values(read_bounded(path, CONFIGURATION_BYTES), CONFIGURATION_VALUES)
         with quiet_transformers():
-            model.generation_config = GenerationConfig.from_dict(values)
+            model.generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(
             Fault(
