@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from deep_folders import make_deep
 
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.checkpoint import remote_code
@@ -431,14 +432,7 @@ class TestCode:
 
 def test_folders_too_deep_are_an_error(source: Path) -> None:
     make(source / "assets")
-    before = Path.cwd()
-    os.chdir(source / "assets")
-    try:
-        for _ in range(1200):
-            os.mkdir("d")  # noqa: PTH102 (a path of this depth is too long)
-            os.chdir("d")
-    finally:
-        os.chdir(before)
+    make_deep(source / "assets")
 
     assert side_files(source).left_out == ("assets/",)
     with pytest.raises(CatalogError, match="more than 32 folders in each other"):

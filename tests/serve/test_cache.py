@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from builders import tiny_config, write_checkpoint
+from deep_folders import make_deep
 from other_user import IS_ROOT, OTHER_USER
 
 from trtllm_ct.base.errors import SidecarError
@@ -15,6 +16,9 @@ from trtllm_ct.serve import cache, leases
 from trtllm_ct.serve.cache import clear_sidecars
 from trtllm_ct.serve.listing import list_sidecars
 from trtllm_ct.serve.sidecar import SIDECAR_FILE, ServingOptions, make_sidecar
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 OPTIONS = ServingOptions()
 
@@ -114,14 +118,7 @@ class TestWhatIsNotCleared:
     def test_a_deep_directory_is_listed_as_damaged(self, sidecar_cache: Path) -> None:
         (sidecar_cache / "deep").mkdir(parents=True)
         (sidecar_cache / "deep" / SIDECAR_FILE).write_text("{}")
-        before = Path.cwd()
-        os.chdir(sidecar_cache / "deep")
-        try:
-            for _ in range(1200):
-                os.mkdir("d")  # noqa: PTH102 (a path of this depth is too long)
-                os.chdir("d")
-        finally:
-            os.chdir(before)
+        make_deep(sidecar_cache / "deep")
 
         (listed,) = list_sidecars()
 

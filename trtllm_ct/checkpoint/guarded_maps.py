@@ -82,6 +82,7 @@ class _Guard:
     damaged: set[Path]
 
     def file(self, name: str, inode: int) -> Path | None:
+        """Return the guarded file that a map is of, None for any other."""
         return self.by_name.get(name) or self.by_inode.get(inode)
 
 
