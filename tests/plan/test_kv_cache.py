@@ -242,6 +242,7 @@ def test_layers_may_have_different_numbers_of_heads(tmp_path: Path, name: str) -
     }
 
 
+@pytest.mark.reference
 def test_a_conversion_of_layers_with_different_heads_agrees_with_its_source(tmp_path: Path) -> None:
     store_per_head(tmp_path / "in", layers_with_other_heads(tmp_path / "in", "Gemma4ForCausalLM"))
 
@@ -602,6 +603,7 @@ def test_the_attention_of_a_vision_tower_has_no_cache(
     assert verify_checkpoint(tmp_path / "in", tmp_path / "out").faults == ()
 
 
+@pytest.mark.reference
 def test_layers_without_attention_get_no_scales(tmp_path: Path) -> None:
     """Nemotron-H calls every part of a layer `mixer`; only the second one here is attention."""
     from decoder_models import write_decoder

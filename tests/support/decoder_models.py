@@ -113,11 +113,11 @@ SINCE = {
 }
 """The first generation of classes that not only the newest one has."""
 
-# The `model_type` of a wrapper, and its tower.
-_WRAPPERS = {
+WRAPPERS = {
     "Exaone4_5_ForConditionalGeneration": ("exaone4_5", "model.visual.blocks.0.attn.qkv.weight"),
     "Mistral3ForConditionalGeneration": ("mistral3", "model.vision_tower.blocks.0.attn.qkv.weight"),
 }
+"""By the class of a wrapper: its `model_type`, and a tensor of its tower."""
 _PLAIN = ("embed_tokens", "embeddings", "lm_head", "mlp.gate", "mixer.gate", "block_sparse_moe.gate", "router.gate")
 
 
@@ -144,8 +144,8 @@ def write_decoder(directory: Path, name: str, scheme: str | Mapping[str, str], *
             value = tensor.bfloat16() if tensor.is_floating_point() else tensor
             stored[_place(name, key)], exact[key] = value, value.double()
     config["quantization_config"] = _block(named)
-    if name in _WRAPPERS:
-        stored[_WRAPPERS[name][1]] = writer.normal(24, 16).bfloat16()
+    if name in WRAPPERS:
+        stored[WRAPPERS[name][1]] = writer.normal(24, 16).bfloat16()
         config = _wrapped(name, config)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     save_file({key: value.contiguous() for key, value in stored.items()}, directory / "model.safetensors")
@@ -189,11 +189,11 @@ def _block(named: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _place(name: str, key: str) -> str:
-    return key.replace("model.", "model.language_model.", 1) if name in _WRAPPERS else key
+    return key.replace("model.", "model.language_model.", 1) if name in WRAPPERS else key
 
 
 def _wrapped(name: str, config: dict[str, Any]) -> dict[str, Any]:
     whole = {key: config.pop(key) for key in ("quantization_config", "tie_word_embeddings", "dtype")}
     vision = {"model_type": "pixtral" if name.startswith("Mistral") else "exaone4_5_vision"}
-    kinds = {"architectures": [name], "model_type": _WRAPPERS[name][0]}
+    kinds = {"architectures": [name], "model_type": WRAPPERS[name][0]}
     return {**whole, **kinds, "text_config": config, "vision_config": vision}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from class_models import CLASSES
-from decoder_models import DECODERS
+from decoder_models import DECODERS, WRAPPERS
 from own_loader_models import OWN_LOADERS
 from stacked_models import STACKED
 
@@ -19,5 +19,6 @@ def is_lacking(name: str) -> bool:
     if name in OWN_LOADERS:
         return not hasattr(transformers, OWN_LOADERS[name][0])
     types = {name: [kind] for name, (kind, _) in {**CLASSES, **DECODERS}.items()}
+    types |= {name: [*types[name], kind] for name, (kind, _) in WRAPPERS.items()}
     types |= {name: [row.model_type, *filter(None, [row.outer])] for name, row in STACKED.items()}
     return any(kind not in CONFIG_MAPPING_NAMES for kind in types.get(name, ()))
