@@ -40,7 +40,7 @@ def test_dense_weights_have_the_planned_size(tiny: Path) -> None:
     assert facts["group_bytes"] == 2 * 2 * 512 * 1024  # gate and up
 
 
-@pytest.mark.library
+@pytest.mark.newest_library
 @pytest.mark.reference
 @pytest.mark.parametrize(
     "task",
@@ -52,7 +52,7 @@ def test_peers_load_equally_many_bytes(tiny: Path, task: str) -> None:
     assert run(task, tiny)["weight_bytes"] == TINY.dense_bytes
 
 
-@pytest.mark.library
+@pytest.mark.newest_library
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore")
 def test_the_librarys_converter_writes_the_same_dense_weights(tiny: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fused_experts import fuse_experts
+from installed_library import attach_schemes
 from library_builder import _calibrate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def quantize(model: Any, directory: Path, scheme: str, *, stacked: bool = False)
     Only experts [E, out, in] of gate, up and down can be saved stacked.
     """
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization import QuantizationConfig
 
     preset, columns = SCHEMES[scheme]
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -63,7 +64,7 @@ def quantize(model: Any, directory: Path, scheme: str, *, stacked: bool = False)
     for group in config.config_groups.values():
         if columns > 1:
             group.weights.group_size = columns
-    apply_quantization_config(model, config, show_progress=False)
+    attach_schemes(model, config)
     _calibrate(model, torch.Generator().manual_seed(0))
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
