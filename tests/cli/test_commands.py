@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,12 @@ def broken(tmp_path: Path) -> Path:
 
 
 def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `python -m trtllm_ct` in a separate process, with its output in pipes."""
+    """Run `python -m trtllm_ct` in a separate process, with its output in pipes.
+
+    Without `env`, it would inherit the COLUMNS that the library readline sets behind Python's back.
+    """
     command = [sys.executable, "-m", "trtllm_ct", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
 
 
 class TestExitCodes:
@@ -83,8 +87,8 @@ class TestExitCodes:
             ["inspekt", "DIR"],
             ["inspect"],
             ["inspect", "DIR", "--to", "gguf"],
-            ["plan", "DIR"],
-            ["convert", "DIR", "OUT"],
+            ["plan", "DIR", "--engine", "0.9"],
+            ["plan", "DIR", "--filter", "layers.("],
             ["convert", "DIR", "OUT", "--to", "reference"],
             ["convert", "DIR", "OUT", "--to", "dense", "--dtype", "int8"],
             ["convert", "DIR", "OUT", "--to", "dense", "--max-shard-size", "many"],
@@ -114,6 +118,37 @@ class TestExitCodes:
         assert done.code == 2
         assert "replace it with --overwrite" in done.err
         assert run_cli("convert", source, tmp_path / "out", "--to", "dense", "--overwrite").code == 0
+
+    def test_a_directory_of_modelopt_is_the_default(self, source: Path, tmp_path: Path):
+        assert run_cli("convert", source, tmp_path / "out").code == 0
+
+        assert (tmp_path / "out" / "hf_quant_config.json").is_file()
+        assert run_cli("plan", source).out == run_cli("plan", source, "--to", "modelopt").out
+
+    def test_the_version(self):
+        assert run_cli("--version").out == run_cli("version").out != ""
+
+    @pytest.mark.parametrize("command", ["", "inspect", "cache"])
+    def test_help_has_a_short_option(self, command: str):
+        short, long = (run_cli(*command.split(), option) for option in ("-h", "--help"))
+
+        assert (short.code, short.out) == (0, long.out)
+
+    @pytest.mark.parametrize("command", ["inspect", "plan"])
+    def test_a_pipe_has_the_width_of_columns(self, source: Path, monkeypatch: pytest.MonkeyPatch, command: str):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        wide = run_process(command, source).stdout
+        monkeypatch.setenv("COLUMNS", "80")
+        narrow = run_process(command, source).stdout
+
+        assert max(map(len, wide.splitlines())) > 80 >= max(map(len, narrow.splitlines()))
+        assert "".join(wide.split()).count("q_proj") == "".join(narrow.split()).count("q_proj")
+
+    def test_summaries_of_commands_fit_in_80_columns(self):
+        summaries = run_cli("--help").out.partition("Commands:")[2].strip().splitlines()
+
+        assert len(summaries) == 9
+        assert not [line for line in summaries if line.endswith("...") or len(line) > 80]
 
     @pytest.mark.parametrize("group", [(), ("cache",)], ids=str)
     def test_2_and_help_without_a_command(self, group: tuple[str, ...]):
@@ -145,6 +180,15 @@ class TestDocuments:
 
         plan = json.loads(json.dumps(plan_checkpoint(source, "reference").to_dict()))
         assert done.document == {"schema": SCHEMA, "kind": "plan", **plan}
+
+    def test_a_filter_keeps_the_entries_with_such_names(self, source: Path):
+        whole = run_cli("plan", source, "--json").document
+        some = run_cli("plan", source, "--json", "--filter", r"layers\.0\..*q_proj").document
+
+        for part in ("modules", "stored", "delivered"):
+            assert some[part] == [entry for entry in whole[part] if "layers.0.self_attn.q_proj" in entry["name"]] != []
+            whole.pop(part), some.pop(part)
+        assert some == whole
 
     def test_inspect_lists_problems_and_still_exits_with_1(self, broken: Path):
         done = run_cli("inspect", broken, "--json")

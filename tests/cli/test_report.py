@@ -9,10 +9,12 @@ import pytest
 from builders import tiny_config, write_checkpoint
 from hybrid_shape import HybridShape
 from rich.console import Console, RenderableType
+from unfolded_names import unfold
 
 from trtllm_ct.base.errors import Fault
 from trtllm_ct.cli import report
 from trtllm_ct.cli.folding import fold_names
+from trtllm_ct.cli.plan_rows import stored_rows
 from trtllm_ct.cli.tables import UnbrokenName
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
@@ -133,6 +135,19 @@ class TestInspection:
         assert first.strip() == "model.layers.*.self_attn.q_proj"
         assert " ".join(" ".join(rest).split()) == "* is 1, 4, 5, 9, 16, 22, 23, 30, 41, 42, 50, 57"
 
+    def test_a_list_that_is_too_long_for_a_line_is_cut(self):
+        console = Console(width=60, color_system=None)
+        numbers = [number * number for number in range(24)]
+        name = f"model.layers.{{{','.join(map(str, numbers))},600..604,700..710..5}}.self_attn.q_proj"
+
+        with console.capture() as capture:
+            console.print(UnbrokenName(name, indent=4))
+
+        assert [line.strip() for line in capture.get().splitlines()] == [
+            "model.layers.*.self_attn.q_proj",
+            "* is one of 32: 0, 1, 4 … 700..710..5",
+        ]
+
     @pytest.mark.parametrize("shown", ["inspection", "plan"])
     def test_one_line_says_which_checks_ran(self, source: Path, shown: str):
         made = inspect_checkpoint(source) if shown == "inspection" else plan_checkpoint(source)
@@ -192,7 +207,7 @@ class TestFaults:
 class TestPlan:
     def test_every_stored_and_every_delivered_tensor_is_named_with_its_fate(self, source: Path):
         made = plan_checkpoint(source)
-        lines = [" ".join(line.split()) for line in text(report.plan(made), 400).splitlines()]
+        lines = [" ".join(line.split()) for line in text(report.plan(made, unfold=True), 400).splitlines()]
 
         for fate in made.fates():
             assert f"{fate.name} {fate.spec} {fate.fate} {', '.join(fate.by) or fate.reason}" in lines
@@ -205,6 +220,35 @@ class TestPlan:
         shown = report.plan(plan_checkpoint(source))
 
         assert letters(shown, width) == letters(shown, 400)
+
+    def test_tensors_of_all_layers_and_experts_share_a_line(self, tmp_path: Path):
+        """A line stands for tensors that are alike in everything but numbers, so that each is told by its line."""
+        config = tiny_config("MixtralForCausalLM", layers=2, experts=4)
+        write_checkpoint(tmp_path, config=config, scheme="int4-g64")
+        made = plan_checkpoint(tmp_path)
+
+        lines = [" ".join(line.split()) for line in text(report.plan(made), 400).splitlines()]
+
+        experts = "model.layers.{0..1}.block_sparse_moe.experts.{0..3}.w1"
+        assert any(line.startswith(f"{experts}.weight_packed ") and f"{experts}.weight" in line for line in lines)
+        assert sum("experts" in line for line in lines) < len([*made.fates()]) / 4
+        shown = {name for line in lines for name in unfold(line.split(" ")[0])}
+        assert {fate.name for fate in made.fates()} | {delivery.name for delivery in made.deliveries()} <= shown
+
+    def test_tensors_of_another_fate_have_a_line_of_their_own(self, source: Path):
+        """The layers of this checkpoint have different schemes: no line says for one what holds for another."""
+        made = plan_checkpoint(source)
+        rows = [*stored_rows(made.fates(), unfold=False)]
+
+        fates = {fate.name: (str(fate.spec), str(fate.fate)) for fate in made.fates()}
+        told = {name: row.cells[:2] for row in rows for folded in row.names for name in unfold(folded)}
+        assert told == fates
+
+    def test_only_tensors_whose_name_matches(self, source: Path):
+        shown = text(report.plan(plan_checkpoint(source), matches=re.compile(r"q_proj").search), 400)
+
+        assert "self_attn.q_proj.weight" in shown
+        assert "k_proj" not in shown
 
 
 class TestConversion:

@@ -270,7 +270,8 @@ class TestTargets:
             plan_checkpoint(tmp_path, engine="stock-0.9")
 
         (fault,) = caught.value.faults
-        assert (fault.where, fault.expected, fault.found) == ("--engine", " or ".join(ENGINES), "'stock-0.9'")
+        assert (fault.where, fault.found) == ("--engine", "'stock-0.9'")
+        assert all(name in fault.expected for name in ENGINES)
 
     @pytest.mark.parametrize("engine", ENGINES)
     @pytest.mark.parametrize("expert", [False, True])

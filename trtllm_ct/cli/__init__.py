@@ -8,6 +8,7 @@ tables.py    tables and names that are never cut off
 console.py   the consoles: no control characters of strangers, and streams that are closed
 interrupts.py  ends a command on Ctrl-C and SIGTERM
 log_format.py  warnings without control characters
+plan_rows.py  the rows of a plan, in which tensors of all layers and experts share a row
 folding.py   folds names of repeated modules: `layers.{0..31}` instead of 32 lines
 doctor.py    diagnose: find out which engine this machine has and how it would serve a checkpoint
 demo.py      `trtllm-ct demo`

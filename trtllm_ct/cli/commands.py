@@ -29,6 +29,7 @@ from trtllm_ct.cli.interrupts import ending_on_signals, going_on_from
 from trtllm_ct.cli.log_format import PrintableFormatter
 from trtllm_ct.cli.options import (
     AUTO,
+    DIRECTORY,
     ENGINE,
     THREADS,
     TO_MODELOPT,
@@ -49,6 +50,7 @@ from trtllm_ct.cli.options import (
     TensorParallel,
     Untested,
     dense_dtype,
+    name_filter,
     parallel_of,
 )
 
@@ -67,7 +69,7 @@ app = typer.Typer(
     name="trtllm-ct",
     help="Load compressed-tensors checkpoints into TensorRT-LLM.",
     invoke_without_command=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -79,13 +81,33 @@ stdout = open_console(sys.stdout)
 stderr = open_console(sys.stderr, stderr=True)
 
 
+def _print_version(asked: bool) -> None:
+    """Print the version and end, if it was asked for."""
+    if asked:
+        version()
+        raise typer.Exit
+
+
 @app.callback()
-@cache.callback()
-def require_command(context: typer.Context) -> None:
+def require_a_command(
+    context: typer.Context,
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version of this package and exit."
+        ),
+    ] = False,
+) -> None:
     """Show the help and end with exit code 2 when no command is given; click's own exit code differs by release."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
+
+
+@cache.callback()
+def require_a_cache_command(context: typer.Context) -> None:
+    """Do the same for the commands of `cache`."""
+    require_a_command(context)
 
 
 @app.command()
@@ -103,7 +125,10 @@ def inspect(
     modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint is, how it would be delivered and what is wrong with it; reads headers only."""
+    """Show what a checkpoint is and how it would be served.
+
+    Shows what is wrong with it, too. Reads headers only.
+    """
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
     inspection = inspect_checkpoint(
@@ -127,7 +152,7 @@ def inspect(
 @app.command()
 def plan(
     directory: Directory,
-    to: Annotated[TargetName, typer.Option(help="Target to plan for.", show_default=False)],
+    to: Annotated[TargetName, typer.Option(help="Target to plan for.")] = TO_MODELOPT,
     engine: ForEngine = ENGINE,
     sm: ForSm = None,
     untested: Untested = False,
@@ -137,11 +162,21 @@ def plan(
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
     strict: Strict = False,
+    names: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="REGEX", help="Show tensors with such names only.", show_default=False),
+    ] = None,
+    unfold: Annotated[bool, typer.Option("--unfold", help="Print one line per tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show how every stored tensor is used and what every delivered tensor is made from; reads headers only."""
+    """Show what becomes of every stored tensor.
+
+    Shows what every delivered tensor is made from, too. Tensors that differ only in numbers of layers and experts share
+    a line. Reads headers only.
+    """
     from trtllm_ct.pipeline.open import plan_checkpoint
 
+    matches = name_filter(names)
     checkpoint_plan = plan_checkpoint(
         directory,
         to,
@@ -154,16 +189,19 @@ def plan(
         strict=strict,
     )
     if as_json:
-        print_json("plan", checkpoint_plan.to_dict())
+        document = checkpoint_plan.to_dict()
+        for part in ("modules", "stored", "delivered"):
+            document[part] = [entry for entry in document[part] if matches(entry["name"])]
+        print_json("plan", document)
     else:
-        stdout.print(report.plan(checkpoint_plan))
+        stdout.print(report.plan(checkpoint_plan, unfold=unfold, matches=matches))
 
 
 @app.command()
 def convert(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory to create.", show_default=False)],
-    to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.", show_default=False)],
+    to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.")] = DIRECTORY,
     engine: ForEngine = ENGINE,
     sm: ForSm = None,
     untested: Untested = False,
@@ -198,7 +236,10 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint to a ModelOpt directory, to plain weights, or to the files that trtllm-build reads."""
+    """Convert a checkpoint for TensorRT-LLM, or to plain weights.
+
+    The result is a ModelOpt directory, plain Hugging Face weights, or the files that trtllm-build reads.
+    """
     from trtllm_ct.checkpoint.output import what_is_left
     from trtllm_ct.convert.convert import convert_checkpoint
 
@@ -245,9 +286,10 @@ def verify(
     sm: AskedSm = None,
     as_json: Json = False,
 ) -> None:
-    """Check that a checkpoint is sound, and that a converted directory holds exactly its weights.
+    """Check a checkpoint, and what was converted from it.
 
-    With --tp, check that the converted directory holds the slices of these sizes too, and with --sm, that these GPUs
+    A checkpoint is sound if it is complete and all values are valid; a converted directory has to hold its weights
+    exactly. With --tp, check that the converted directory holds the slices of these sizes too, and with --sm, that these GPUs
     run its modes; DIR may be that directory itself.
     """
     from trtllm_ct.verify.sizes import verify_with_sizes
@@ -268,7 +310,10 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 40,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt with the CPU reference engine, from a compressed-tensors or a converted directory."""
+    """Continue a prompt on the CPU.
+
+    Runs the reference engine on a compressed-tensors or a converted directory.
+    """
     from trtllm_ct.reference import generate_text
 
     generation = generate_text(directory, prompt, max_tokens=max_tokens)
@@ -296,7 +341,10 @@ def doctor(
     ep: ExpertParallel = 1,
     as_json: Json = False,
 ) -> None:
-    """Show which engine this machine has, what it supports, what is missing, and how it would serve a checkpoint."""
+    """Show which engine this machine has and what it supports.
+
+    Shows what is missing, and how the engine would serve a checkpoint, too.
+    """
     from trtllm_ct.cli.doctor import diagnose
 
     diagnosis = diagnose(directory, parallel=parallel_of(tp, pp, ep))
@@ -337,7 +385,7 @@ def cache_clear(as_json: Json = False) -> None:
 
 @app.command()
 def demo() -> None:
-    """Inspect, convert, verify and run the checkpoint that comes with this package."""
+    """Run all of this on a small checkpoint of this package."""
     from trtllm_ct.cli.demo import run_demo
 
     run_demo(stdout)

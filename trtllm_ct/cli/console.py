@@ -23,7 +23,10 @@ STDOUT = "stdout"
 """The place of the fault when the output can't be written."""
 
 _NO_WIDTH = 10_000
-"""The width of a pipe or file, which has none: the 80 columns that rich assumes would wrap messages and cut names."""
+"""The width of a pipe or file, which has none: the 80 columns that rich assumes would wrap messages and cut names.
+
+The variable COLUMNS sets another one.
+"""
 
 
 class SafeConsole(Console):
@@ -57,7 +60,8 @@ def open_console(stream: IO[str] | None, *, stderr: bool = False) -> Console:
         return SafeConsole(file=open(os.devnull, "w", encoding="utf-8"), width=_NO_WIDTH)  # noqa: PTH123
     with suppress(AttributeError, ValueError):  # a stream that a caller put there has no such method
         stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
-    return SafeConsole(width=None if stream.isatty() else _NO_WIDTH, stderr=stderr)
+    has_width = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return SafeConsole(width=None if has_width else _NO_WIDTH, stderr=stderr)
 
 
 @contextmanager

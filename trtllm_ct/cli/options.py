@@ -6,11 +6,13 @@ Every command that makes a plan has `ForEngine`, `ForSm`, `Untested`, the parall
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.convert.executors import EXECUTORS
@@ -20,10 +22,13 @@ from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trtllm_ct.engine.parallel import Parallel
 
 __all__ = [
     "AUTO",
+    "DIRECTORY",
     "ENGINE",
     "THREADS",
     "TO_MODELOPT",
@@ -44,6 +49,7 @@ __all__ = [
     "TensorParallel",
     "Untested",
     "dense_dtype",
+    "name_filter",
     "parallel_of",
 ]
 
@@ -53,23 +59,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 if TYPE_CHECKING:
     TargetName = str
     DirectoryTarget = str
-    EngineName = str
     ExecutorName = str
     DenseDtype = str
 else:  # Typer offers the members of an enumeration as choices, so these are made from the names in the tables.
     TargetName = StrEnum("TargetName", {name: name for name in TARGETS})
     DirectoryTarget = StrEnum("DirectoryTarget", {name: name for name in DIRECTORY_TARGETS})
-    EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
     ExecutorName = StrEnum("ExecutorName", {name: name for name in EXECUTORS})
     DenseDtype = StrEnum("DenseDtype", {name: name for name in DENSE_DTYPES})
 
 TO_MODELOPT = TargetName(MODELOPT.name)
-ENGINE = EngineName(DEFAULT_ENGINE)
+DIRECTORY = DirectoryTarget(MODELOPT.name)
+ENGINE = DEFAULT_ENGINE
 THREADS = ExecutorName(EXECUTORS[0])
 AUTO = DenseDtype(DENSE_DTYPES[0])
 
 ForEngine = Annotated[
-    EngineName, typer.Option("--engine", help="Releases of TensorRT-LLM that target modelopt is planned for.")
+    str,
+    typer.Option(
+        "--engine",
+        metavar="RELEASE",
+        help=f"Release of TensorRT-LLM to plan for: {', '.join(ENGINES)}, or a version such as 1.2.1.",
+    ),
 ]
 ForSm = Annotated[
     int | None,
@@ -119,3 +129,21 @@ def parallel_of(tp: int, pp: int, ep: int) -> Parallel:
     from trtllm_ct.engine.parallel import Parallel
 
     return Parallel(tensor=tp, pipeline=pp, expert=ep)
+
+
+def name_filter(pattern: str | None) -> Callable[[str], object]:
+    """Return a function that says whether a name matches the pattern of `--filter` anywhere; None matches all names.
+
+    Raises `UsageError` if it is no regular expression.
+    """
+    try:
+        return re.compile(pattern or "").search
+    except re.error as error:
+        raise UsageError(
+            Fault(
+                where="--filter",
+                expected="a regular expression",
+                found=f"{pattern!r}: {error}",
+                remedy=r"Write a regular expression such as 'layers\.0\..*q_proj', or a part of a name.",
+            )
+        ) from None

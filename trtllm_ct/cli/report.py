@@ -13,17 +13,19 @@ from rich.text import Text
 from trtllm_ct.base.texts import printable
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.cli.folding import fold_names
+from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
 from trtllm_ct.plan.checks import checks_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from rich.table import Table
 
     from trtllm_ct.base.errors import Fault, TrtllmCtError
     from trtllm_ct.cli.doctor import Diagnosis, Machine, Served
+    from trtllm_ct.cli.plan_rows import PlanRow
     from trtllm_ct.convert.convert import ConversionReport
     from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
     from trtllm_ct.plan.plan import Plan
@@ -124,18 +126,31 @@ def problems(found: Sequence[Fault]) -> RenderableType:
     return Group(_line(f"Problems ({len(found)}):", style="bold red"), faults(found))
 
 
-def plan(checkpoint_plan: Plan) -> RenderableType:
-    """Format a plan: every stored tensor with its fate, then every delivered tensor with its spec and operation."""
+def plan(
+    checkpoint_plan: Plan, *, unfold: bool = False, matches: Callable[[str], object] | None = None
+) -> RenderableType:
+    """Format a plan: stored tensors with their fates, then delivered tensors with their specs and operations.
+
+    Tensors that differ only in numbers share a row, except with `unfold`. With `matches`, only tensors are shown for
+    whose name it returns something true.
+    """
+    shown = matches or bool
     stored = fitted_table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
-    for fate in checkpoint_plan.fates():
-        stored.add_row(escape(fate.name), str(fate.spec), str(fate.fate), escape(", ".join(fate.by) or fate.reason))
+    fates = (fate for fate in checkpoint_plan.fates() if shown(fate.name))
+    _fill(stored, stored_rows(fates, unfold=unfold))
     delivered = fitted_table(
         "delivered tensor", "dtype and shape", "operation", title=f"Delivered to {checkpoint_plan.target}"
     )
-    for delivery in checkpoint_plan.deliveries():
-        delivered.add_row(escape(delivery.name), str(delivery.spec), delivery.operation.label)
+    deliveries = (delivery for delivery in checkpoint_plan.deliveries() if shown(delivery.name))
+    _fill(delivered, delivered_rows(deliveries, unfold=unfold))
     about = (_checks(checkpoint_plan), *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
     return Group(stored, delivered, *about)
+
+
+def _fill(table: Table, rows: Iterable[PlanRow]) -> None:
+    """Add the rows of a plan to a table."""
+    for row in rows:
+        table.add_row("\n".join(map(escape, row.names)), *map(escape, row.cells))
 
 
 def conversion(report: ConversionReport) -> RenderableType:

@@ -20,6 +20,8 @@ _WRAPPED_COLUMNS = frozenset({"stored", "delivered as, or reason"})
 # Without a terminal width to fit, long reasons would make this column hundreds of characters wide.
 _MAX_WIDTHS = {"stored": 60}
 _COLUMN_GAP = 3
+_FIRST_SHOWN = 3
+"""How many runs of a list of numbers are shown that is too long for a line, beside the last one."""
 _NUMBERS = re.compile(r"\{([^}]*)\}")
 
 
@@ -61,7 +63,10 @@ def _min_width(column: Column, console: Console, options: ConsoleOptions) -> int
 
 
 class UnbrokenName:
-    """A folded name in a line of its own. If it is too long, its longest list of numbers follows it and may wrap."""
+    """A folded name in a line of its own. If it is too long, its longest list of numbers follows it in the next line.
+
+    Of a list that is too long for a line, the first numbers and the last one are shown, and how many there are.
+    """
 
     def __init__(self, name: str, indent: int) -> None:
         self._name = name
@@ -74,6 +79,21 @@ class UnbrokenName:
             yield Padding(Text(self._name, overflow="fold"), (0, 0, 0, self._indent))
             return
         name = f"{self._name[: longest.start()]}*{self._name[longest.end() :]}"
-        numbers = longest[1].replace(",", ", ")
         yield Padding(Text(name, overflow="fold"), (0, 0, 0, self._indent))
-        yield Padding(Text(f"* is {numbers}"), (0, 0, 0, self._indent + 2))
+        numbers = _cut_list(longest[1].split(","), options.max_width - self._indent - 2)
+        yield Padding(Text(numbers), (0, 0, 0, self._indent + 2))
+
+
+def _cut_list(runs: list[str], width: int) -> str:
+    """Return a text for a star that stands for these runs of numbers, such as `3` or `0..56..4`."""
+    whole = f"* is {', '.join(runs)}"
+    if len(whole) <= width or len(runs) <= _FIRST_SHOWN + 1:
+        return whole
+    return f"* is one of {sum(map(_count, runs))}: {', '.join(runs[:_FIRST_SHOWN])} … {runs[-1]}"
+
+
+def _count(run: str) -> int:
+    """Return how many numbers a run stands for."""
+    first, *more = map(int, run.split(".."))
+    last, step = (*more, first, 1)[:2] if len(more) != 1 else (more[0], 1)
+    return len(range(first, last + 1, step))

@@ -5,6 +5,7 @@ The entry of each mode says since which release it exists (`engine/modes.py`: `l
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 __all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", "Release", "release_named"]
@@ -14,7 +15,7 @@ __all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", 
 class Release:
     """One line of releases.
 
-    `name` is its name for `--engine`. `source` is the engine's code that the facts were read from. `kv_cache` are the
+    `name` is its name for `--engine`, and `versions` are the minor versions that it stands for. `source` is the engine's code that the facts were read from. `kv_cache` are the
     modes of its KV cache. `wraps_experts` says that routed experts are a ConfigurableMoE whose child `backend` gets its
     mode by its own name (`_torch/modules/fused_moe/configurable_moe.py`; since pull request 17009, July 2026, the
     wrapper hands its configuration down). `takes_scale_columns` says that Linears of row-wise FP8 take scales
@@ -28,6 +29,7 @@ class Release:
     """
 
     name: str
+    versions: tuple[str, ...]
     source: str
     kv_cache: frozenset[str] = frozenset({"FP8"})
     wraps_experts: bool = False
@@ -43,17 +45,20 @@ class Release:
 
 STOCK_1_0 = Release(
     name="stock-1.0",
+    versions=("1.0", "1.1"),
     source="TensorRT-LLM late 2025, _torch/modules/linear.py and fused_moe/quantization.py",
     builds_engines=True,
 )
 STOCK_1_2 = Release(
     name="stock-1.2",
+    versions=("1.2",),
     source="TensorRT-LLM early 2026, _torch/modules/linear.py and fused_moe/fused_moe_cutlass.py",
     wraps_experts=True,
     builds_engines=True,
 )
 STOCK_1_3 = Release(
     name="stock-1.3",
+    versions=("1.3",),
     source="TensorRT-LLM main of September 2026, _torch/modules/linear.py: get_quant_method",
     takes_scale_columns=True,
     dynamic_attention_output=True,
@@ -67,6 +72,16 @@ DEFAULT_ENGINE = STOCK_1_2.name
 """The name of the newest stable line."""
 
 
+_VERSION = re.compile(r"v?(\d+\.\d+)(?:\.\d+)?(?:\.post\d+)?")
+"""A stable version. The code of release candidates differs from one to the next, so these have no name here."""
+
+
 def release_named(name: str) -> Release | None:
-    """Return the release of this name; None for a name that is no release's."""
-    return next((release for release in RELEASES if release.name == name), None)
+    """Return the release line of a name: `stock-1.2`, or a stable version such as `1.2` or `1.2.1`.
+
+    None is returned for any other text.
+    """
+    version = _VERSION.fullmatch(name)
+    return next(
+        (release for release in RELEASES if name == release.name or (version and version[1] in release.versions)), None
+    )

@@ -9,7 +9,7 @@ from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.engine.build_modes import BUILD_MODES, KERNEL_SMS, UNTESTED, kernel_modes
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations
 from trtllm_ct.engine.platform import SMS, Platform
-from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
+from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES, release_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -207,8 +207,9 @@ def target_named(
     additive_zeros: bool = True,
     untested: bool = False,
 ) -> Target:
-    """Return a target by name; targets for TensorRT-LLM get the capabilities of `engine`, a key of `ENGINES`.
+    """Return a target by name; targets for TensorRT-LLM get the capabilities of the release `engine`.
 
+    `engine` is a key of `ENGINES` or a stable version, see `release_named`.
     `sm` is the SM of the GPUs that the engine will run on, one of `SMS`. Without it, where SMs have different modes or
     sizes for the same weight, only those are planned that all SMs have in common.
     `additive_zeros` says whether target `tensorrt_llm` may use the Linear of this package for asymmetric int4
@@ -217,19 +218,28 @@ def target_named(
     Raises `UsageError` for an unknown name or SM, with the known ones, and for `untested` without such an SM.
     """
     _require("target", name, TARGETS)
-    _require("--engine", engine, ENGINES)
+    release = release_named(engine)
+    if release is None:
+        raise UsageError(
+            Fault(
+                where="--engine",
+                expected=f"{' or '.join(ENGINES)}, or a stable version of one of them",
+                found=repr(engine),
+                remedy="Name one of these, such as 1.2 or 1.2.1. `trtllm-ct doctor` says which one is installed.",
+            )
+        )
     target = TARGETS[name]
     if sm is not None or untested:
         sms = KERNEL_SMS if untested else sorted({*SMS, *KERNEL_SMS}) if target is ENGINE else SMS
         _require("--sm", str(sm) if sm else "no SM", {str(known): known for known in sms})
     if target is ENGINE:
-        _require("--engine", engine, {release.name: release for release in RELEASES if release.builds_engines})
+        _require("--engine", release.name, {line.name: line for line in RELEASES if line.builds_engines})
     if untested:
         _require(f"--to with {UNTESTED}", name, {ENGINE.name: ENGINE})
         return _with_kernel_modes(sm or 0)
     if target not in (MODELOPT, TENSORRT_LLM):
         return target
-    lines = tuple(_on(line, sm) for line in (ENGINES[engine], *_newer(engine)))
+    lines = tuple(_on(line, sm) for line in (ENGINES[release.name], *_newer(release.name)))
     if target is TENSORRT_LLM and additive_zeros:
         lines = tuple(map(_with_plug_ins, lines))
     return replace(target, capabilities=lines[0], newer=lines[1:])
