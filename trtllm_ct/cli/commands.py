@@ -289,8 +289,8 @@ def verify(
     """Check a checkpoint, and what was converted from it.
 
     A checkpoint is sound if it is complete and all values are valid; a converted directory has to hold its weights
-    exactly. With --tp, check that the converted directory holds the slices of these sizes too, and with --sm, that these GPUs
-    run its modes; DIR may be that directory itself.
+    exactly. With --tp, check that the converted directory holds the slices of these sizes too, and with --sm, that
+    these GPUs run its modes; DIR may be that directory itself.
     """
     from trtllm_ct.verify.sizes import verify_with_sizes
 

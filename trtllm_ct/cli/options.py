@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
+from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.convert.executors import EXECUTORS
 from trtllm_ct.engine.build_modes import KERNEL_SMS, UNTESTED

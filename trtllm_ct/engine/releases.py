@@ -15,11 +15,12 @@ __all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", 
 class Release:
     """One line of releases.
 
-    `name` is its name for `--engine`, and `versions` are the minor versions that it stands for. `source` is the engine's code that the facts were read from. `kv_cache` are the
-    modes of its KV cache. `wraps_experts` says that routed experts are a ConfigurableMoE whose child `backend` gets its
-    mode by its own name (`_torch/modules/fused_moe/configurable_moe.py`; since pull request 17009, July 2026, the
-    wrapper hands its configuration down). `takes_scale_columns` says that Linears of row-wise FP8 take scales
-    [N, 1] as well as [N] (`_torch/modules/linear.py: FP8RowwiseLinearMethod`).
+    `name` is its name for `--engine`, and `versions` are the minor versions that it stands for. `source` is the code of
+    the engine that the facts were read from. `kv_cache` are the modes of its KV cache. `wraps_experts` says that routed
+    experts are a ConfigurableMoE whose child `backend` gets its mode by its own name
+    (`_torch/modules/fused_moe/configurable_moe.py`; since pull request 17009, July 2026, the wrapper hands its
+    configuration down). `takes_scale_columns` says that Linears of row-wise FP8 take scales [N, 1] as well as [N]
+    (`_torch/modules/linear.py: FP8RowwiseLinearMethod`).
     `dynamic_attention_output` says whether its attention honours `force_dynamic_quantization`
     (`_torch/modules/attention.py: Attention._use_quantize_output`).
     `matches_attention_output` says whether NVFP4 attention writes quantized values for an NVFP4 `o_proj` only (the same
