@@ -13,7 +13,7 @@ from rich.text import Text
 from benchmarks.cases import CASES, NO_SHAPE, Table, table_of
 from benchmarks.kernels import KERNELS
 from benchmarks.results import Clock
-from trtllm_ct.cli.report import format_bytes
+from trtllm_ct.base.texts import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -113,7 +113,7 @@ def require_a_cache_command(context: typer.Context) -> None:
 @app.command()
 def inspect(
     directory: Directory,
-    to: Annotated[TargetName, typer.Option(help="Target that native modes are shown for.")] = TO_MODELOPT,
+    to: Annotated[TargetName, typer.Option(help="Target that modes are shown for.")] = TO_MODELOPT,
     engine: ForEngine = ENGINE,
     sm: ForSm = None,
     untested: Untested = False,

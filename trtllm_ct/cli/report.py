@@ -10,12 +10,13 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from trtllm_ct.base.texts import printable
+from trtllm_ct.base.texts import format_bytes, printable
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
 from trtllm_ct.plan.checks import checks_text
+from trtllm_ct.plan.verdict import largest_cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,24 +40,12 @@ __all__ = [
     "diagnosis",
     "failure",
     "faults",
-    "format_bytes",
     "inspection",
     "plan",
     "problems",
     "sidecars",
     "verification",
 ]
-
-_UNITS = ("B", "kB", "MB", "GB", "TB")
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes as a text such as `2.7 MB`, in decimal units, as disks and file managers do."""
-    for unit in _UNITS[:-1]:
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} {_UNITS[-1]}"
 
 
 def escape(text: str) -> str:
@@ -98,24 +87,23 @@ def failure(error: TrtllmCtError) -> RenderableType:
 def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     """Format an inspection.
 
-    Shows the detected format with its evidence, the table of schemes (of modules with `modules`), the KV cache, bytes,
-    warnings and problems.
+    The most important comes first: the verdict, what costs most, deviations and warnings. The evidence for the format,
+    checks, and the table of schemes (of modules with `modules`) follow, and at the end the problems.
     """
-    parts: list[RenderableType] = [
-        _joined((str(report.directory), "bold"), f" is {report.detection.description}"),
-        *(_line(f"  evidence: {evidence}") for evidence in report.detection.evidence),
-    ]
+    parts: list[RenderableType] = [_joined((str(report.directory), "bold"), f" is {report.detection.description}")]
+    if report.verdict:
+        parts.append(_line(f"  {report.verdict}", style="bold"))
+    if report.plan is not None:
+        parts += [*(_line(f"  {cost}") for cost in [largest_cost(report.plan)] if cost), *_deviations(report.plan)]
+    parts += [_warnings(report.warnings), *(_line(f"  evidence: {found}") for found in report.detection.evidence)]
     if report.plan is not None:
         parts += [
             _line(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
             _checks(report.plan),
+            _line(f"  KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
-            _line(f"KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
-            _line(f"Bytes: {_bytes(report.plan)}"),
-            *_deviations(report.plan),
         ]
-    parts.append(_warnings(report.warnings))
     if report.problems:
         parts.append(problems(report.problems))
     return Group(*parts)
@@ -289,7 +277,7 @@ def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:
     On a narrow terminal it is a list of schemes.
     """
     folded = [(row, fold_names(row.modules)) for row in rows]
-    table = fitted_table("modules", "stored", "native mode", f"at {target}", narrow=_scheme_list(folded, target))
+    table = fitted_table("modules", "stored", "scheme family", f"at {target}", narrow=_scheme_list(folded, target))
     for row, names in folded:
         for name in names:
             table.add_row(escape(name), row.stored_scheme, row.native_mode, row.delivered_mode)
@@ -302,7 +290,7 @@ def _scheme_list(folded: Iterable[tuple[SchemeRow, tuple[str, ...]]], target: st
     """Return a paragraph for each scheme: what it is, what becomes of it and why, and the modules, one in a line."""
     parts: list[RenderableType] = []
     for row, names in folded:
-        native = f" (native mode {row.native_mode})" if row.native_mode else ""
+        native = f" (scheme family {row.native_mode})" if row.native_mode else ""
         parts.append(Text(f"{row.stored_scheme}, at {target} {row.delivered_mode}{native}", style="bold"))
         parts.append(Padding(Text(_size(row), style="dim"), (0, 0, 0, 2)))
         if _reason(row):
@@ -320,7 +308,7 @@ def _reason(row: SchemeRow) -> str:
 
 
 def _modules(plan: Plan) -> Table:
-    table = fitted_table("module", "stored", "native mode", f"at {plan.target}", "now", "after")
+    table = fitted_table("module", "stored", "scheme family", f"at {plan.target}", "now", "after")
     for module in plan.modules:
         table.add_row(
             escape(module.name),
@@ -336,12 +324,6 @@ def _modules(plan: Plan) -> Table:
 def _checks(plan: Plan) -> Text:
     """Return the line that says what the stored tensors were compared with."""
     return _line(f"  checked: {checks_text(plan.checks)}")
-
-
-def _bytes(plan: Plan) -> str:
-    now, after = plan.stored_bytes, plan.delivered_bytes
-    change = f"{'+' if after >= now else '-'}{format_bytes(abs(after - now))}"
-    return f"{format_bytes(now)} now, {format_bytes(after)} after ({change})"
 
 
 def _deviations(plan: Plan) -> Iterator[RenderableType]:

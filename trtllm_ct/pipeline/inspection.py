@@ -13,6 +13,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,6 +80,11 @@ class Inspection:
         """Warnings about detection, configuration, files and plan; they don't prevent delivery."""
         return self.detection.disagreements + self.noted
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether the target serves the checkpoint, and at what cost; empty without a plan."""
+        return verdict(self.plan, self.problems) if self.plan else ""
+
     def rows(self) -> Iterator[SchemeRow]:
         """Yield the modules of the plan, grouped by how they are stored and delivered; quantized ones come first."""
         if self.plan is None:
@@ -104,6 +110,7 @@ class Inspection:
                 "directory": self.directory,
                 "target": self.target,
                 "parallel": self.parallel,
+                "verdict": self.verdict,
                 "detection": self.detection,
                 "architecture": plan.architecture if plan else None,
                 "schemes": list(self.rows()),

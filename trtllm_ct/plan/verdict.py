@@ -1,0 +1,81 @@
+"""`verdict`: one sentence about a plan, for people who read no further, and what costs most."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.texts import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from trtllm_ct.plan.plan import ModulePlan, Plan
+
+__all__ = ["largest_cost", "verdict"]
+
+_NOTABLE = 1.05
+"""Modules that grow by less than this factor are not named as a cost."""
+
+
+def verdict(plan: Plan, problems: Collection[object] = ()) -> str:
+    """Return one sentence: whether the target serves the result, how many modules keep their codes, and the bytes.
+
+    `problems` say why the engine can't serve it; only whether there are any matters here.
+    """
+    modes = _modes([module for module in plan.modules if module.weight is not None])
+    served = f"{_reader(plan)} can't serve it; " if problems else ""
+    text = f"{served}{modes}; {_bytes(plan.stored_bytes, plan.delivered_bytes)}."
+    return text[0].upper() + text[1:]
+
+
+def largest_cost(plan: Plan) -> str:
+    """Return a sentence about the dequantized modules that need the most additional bytes; empty if none need more.
+
+    Modules that are dequantized for one reason are counted together.
+    """
+    by_reason: dict[tuple[bool, str], list[ModulePlan]] = defaultdict(list)
+    for module in plan.modules:
+        if module.dequantized and module.reason:
+            by_reason[module.experts is not None, module.reason].append(module)
+    if not by_reason:
+        return ""
+    experts, reason = max(by_reason, key=lambda key: sum(map(_growth, by_reason[key])))
+    modules = by_reason[experts, reason]
+    stored = sum(module.stored_bytes for module in modules)
+    delivered = sum(module.delivered_bytes for module in modules)
+    if delivered < _NOTABLE * stored:
+        return ""
+    what = "modules of routed experts" if experts else "modules"
+    return f"{len(modules)} dequantized {what} cost most, {format_bytes(delivered - stored)} more: {reason}"
+
+
+def _growth(module: ModulePlan) -> int:
+    return module.delivered_bytes - module.stored_bytes
+
+
+def _reader(plan: Plan) -> str:
+    """Return what reads the result."""
+    return f"TensorRT-LLM ({plan.engine})" if plan.target in {"modelopt", "tensorrt_llm"} else f"target {plan.target}"
+
+
+def _modes(quantized: Sequence[ModulePlan]) -> str:
+    """Return how many quantized modules keep their codes, and in which modes."""
+    kept = [module for module in quantized if not module.dequantized]
+    modes = ", ".join(sorted({module.delivered_mode for module in kept}))
+    if not quantized:
+        return "nothing is quantized"
+    if not kept:
+        return f"all {len(quantized)} quantized modules are dequantized"
+    if len(kept) == len(quantized):
+        return f"all {len(kept)} quantized modules keep their codes in {modes}"
+    left = len(quantized) - len(kept)
+    return f"{len(kept)} of {len(quantized)} quantized modules keep their codes in {modes}, {left} are dequantized"
+
+
+def _bytes(stored: int, delivered: int) -> str:
+    now, after = format_bytes(stored), format_bytes(delivered)
+    factor = delivered / max(stored, 1)
+    if now == after:
+        return f"{now} stay {now}"
+    return f"{now} become {after} ({factor:.2f} x)"
