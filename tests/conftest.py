@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from installed_library import has_newest_library
 from installed_transformers import has_newest_transformers
 from other_user import IS_ROOT
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 # No test needs a network; what asks the hub all the same shall fail at once. Read when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# The same examples in every run; `--hypothesis-profile=default` looks for new ones.
-settings.register_profile("repeatable", derandomize=True)
+# The same examples in every run; `--hypothesis-profile=default` looks for new ones. How long it takes to make them says
+# how busy the machine is, and nothing about the package.
+settings.register_profile("repeatable", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
 # Compiling takes seconds in each process that a test starts; one cache serves all of them.
