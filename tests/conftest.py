@@ -92,14 +92,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _lacks_class(item: pytest.Item) -> bool:
     """Whether a test is about a class that the installed, older transformers lacks.
 
-    The class is one of its parameters. A test marked `reference`, which needs transformers, may also name it.
+    The class is one of its parameters, or the marker `model_type` names its type. A test marked `reference`, which
+    needs transformers, may also name the class in its body, and runs models that others only write.
     """
-    from newer_classes import is_lacking
+    from newer_classes import is_lacking, lacks_family, lacks_type
 
     values = [*item.callspec.params.values()] if hasattr(item, "callspec") else []
+    names = [value for value in values if isinstance(value, str)]
+    types = [name for mark in item.iter_markers("model_type") for name in mark.args]
     if item.get_closest_marker("reference") and isinstance(item, pytest.Function):
-        values += item.function.__code__.co_consts
-    return any(isinstance(value, str) and is_lacking(value) for value in values)
+        if any(map(lacks_family, names)):
+            return True
+        names += [value for value in item.function.__code__.co_consts if isinstance(value, str)]
+    return any(map(is_lacking, names)) or any(map(lacks_type, types))
 
 
 def pytest_collection_finish() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from class_models import CLASSES, text_of, text_tensors, write_class
+from installed_transformers import in_dtype
 from safetensors.torch import save_file
 
 from trtllm_ct.convert.convert import convert_checkpoint
@@ -41,7 +42,7 @@ def plain_model(directory: Path, built: Built) -> Any:
     (directory / "config.json").write_text(json.dumps(config))
     weights = {name: tensor.float() for name, tensor in built.dense.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, **in_dtype(torch.float32)).eval()
 
 
 def logits(model: Any) -> Tensor:

@@ -171,6 +171,7 @@ def test_stacked_experts_are_inputs_first_whatever_the_sizes(
             torch.testing.assert_close(model(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.model_type("qwen3_vl_moe")
 @pytest.mark.parametrize(("layout", "to"), [("native", "modelopt"), ("dense", "dense")])
 @pytest.mark.parametrize("store", [keep, stack, fuse_experts])
 def test_the_loader_has_the_tensors_of_a_converted_directory(
@@ -189,6 +190,7 @@ def test_the_loader_has_the_tensors_of_a_converted_directory(
         assert torch.equal(loaded_weights[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
+@pytest.mark.model_type("qwen3_vl_moe")
 def test_the_engine_reads_the_same_stacks_so_quantized_experts_are_dequantized(tmp_path: Path) -> None:
     qwen3_vl_moe(tmp_path, inner=96, scheme="fp8-channel-token", store=keep)
 

@@ -620,6 +620,7 @@ def test_layers_without_attention_get_no_scales(tmp_path: Path) -> None:
     assert verify_checkpoint(tmp_path / "in", tmp_path / "out").faults == ()
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("leaf", ["", ".{}_proj"])
 @pytest.mark.parametrize("with_projections", [True, False])
 @pytest.mark.parametrize("draft", ["mtp.layers.0.self_attn", "model.layers.2.self_attn"])

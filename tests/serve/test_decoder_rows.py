@@ -15,6 +15,7 @@ import torch
 from builders import fp8_weights, rewrite, rewrite_config
 from decoder_models import DECODERS, SINCE, write_decoder
 from engine_fixtures import BINDINGS
+from installed_transformers import in_dtype
 from rank_slices import differs, experts_of, held_weight, rows_of_rank
 
 import trtllm_ct
@@ -268,7 +269,7 @@ def plain_logits(built: Built) -> Tensor:
     (directory / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     exact = {key: value.float().contiguous() for key, value in built.dense.items()}
     save_file(exact, directory / "model.safetensors", metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, **in_dtype(torch.float32))
     with torch.no_grad():
         logits: Tensor = model(TOKENS).logits
     return logits

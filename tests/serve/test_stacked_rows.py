@@ -13,6 +13,7 @@ import engine_double
 import pytest
 import torch
 from engine_fixtures import BINDINGS
+from installed_transformers import in_dtype
 from rank_slices import differs, experts_of, held_weight, rows_of_rank
 from stacked_models import STACKED, as_saved, write_stacked
 
@@ -171,7 +172,7 @@ def plain_logits(name: str, built: Built) -> Tensor:
     (directory / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     exact = {key: value.float().contiguous() for key, value in as_saved(name, built.dense).items()}
     save_file(exact, directory / "model.safetensors", metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, **in_dtype(torch.float32))
     with torch.no_grad():
         logits: Tensor = model(TOKENS).logits
     return logits

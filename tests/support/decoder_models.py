@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from builders import Built, quantization_block
+from installed_transformers import in_dtype
 from safetensors.torch import load_file, save_file
 from stored_schemes import SCHEMES, Writer
 
@@ -159,7 +160,7 @@ def _saved(directory: Path, name: str, more: Mapping[str, Any]) -> tuple[dict[st
     model_type, sizes = DECODERS[name]
     given = {key: value for key, value in {**sizes, **more}.items() if value is not None}
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given), **in_dtype(torch.float32))
     for parameter_name, parameter in model.named_parameters():
         width = parameter.shape[-1] if parameter.dim() > 1 else 100
         parameter.data.normal_(std=1 / sqrt(width)).add_("norm" in parameter_name and parameter.dim() == 1)

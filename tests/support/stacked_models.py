@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from builders import Built
 from decoder_models import _block, _scheme_of
+from installed_transformers import in_dtype
 from safetensors.torch import load_file, save_file
 from stored_schemes import SCHEMES, Writer
 
@@ -168,7 +169,9 @@ def _saved(directory: Path, model: Stacked, more: Mapping[str, Any]) -> tuple[di
 
     given = {**model.sizes, **more}
     torch.manual_seed(0)
-    built: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.model_type, **given), dtype=torch.float32)
+    built: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model.model_type, **given), **in_dtype(torch.float32)
+    )
     state = built.state_dict()
     for key, parameter in state.items():
         if key.endswith("layer_scalar"):

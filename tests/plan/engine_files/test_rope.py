@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_builder import rotary_table
-from installed_transformers import has_newest_transformers, typed_config
+from installed_transformers import typed_config
 
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.plan.engine_files.rope import Rope, rope_of
 
 ORIGINAL = "original_max_position_embeddings"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
-YARN = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 4096}
 LENGTH = 32768
+YARN = {"rope_type": "yarn", "factor": 8.0, ORIGINAL: 4096}
+"""The factor is the ratio of the two lengths, which is what transformers before 4.55 takes for it."""
 HEAD = 128
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"rope_type": "default"},
@@ -28,14 +29,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "yarn, length of the model": {"rope_type": "yarn", "factor": 4.0},
     "yarn, factor of attention": YARN | {"attention_factor": 1.25},
     "yarn, no factor of attention": YARN | {"attention_factor": 1.0},
-    "yarn, usual factor of attention": YARN | {"attention_factor": 0.1 * math.log(4) + 1},
+    "yarn, usual factor of attention": YARN | {"attention_factor": 0.1 * math.log(8) + 1},
     "yarn, both factors": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5},
     "yarn, one factor": YARN | {"mscale": 0.7},
+    "yarn, another ratio of lengths": YARN | {"factor": 4.0},
     "yarn, shorter": YARN | {"factor": 0.5},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
 }
-NEWEST = {"yarn, no bounds", "yarn, one factor", "yarn, both factors"}
-"""Those that transformers 4 refuses or reads otherwise."""
+NEWEST = {
+    *("yarn, no bounds", "yarn, one factor", "yarn, both factors"),
+    *("yarn, another ratio of lengths", "yarn, shorter"),
+}
+"""Those that transformers 4, or some releases of it, refuse or read otherwise."""
 
 
 def read(text: dict[str, Any], **more: Any) -> tuple[Rope, FaultCollector]:
@@ -65,10 +70,11 @@ def computed(block: dict[str, Any]) -> tuple[np.ndarray, float]:
 
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "type"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.newest_transformers] if name in NEWEST else []) for name in KINDS],
+)
 def test_the_engine_computes_the_embedding_of_the_source(name: str, spelling: str) -> None:
-    if name in NEWEST and not has_newest_transformers():
-        return
     block = KINDS[name]
     spelled = {"type": block["rope_type"], **{key: value for key, value in block.items() if key != "rope_type"}}
     text = {
@@ -89,7 +95,7 @@ def test_the_engine_computes_the_embedding_of_the_source(name: str, spelling: st
 def test_only_keys_that_engines_read_are_written() -> None:
     rope, _ = read({"rope_scaling": YARN | {"beta_fast": None, "beta_slow": 1, "finetuned": True}})
 
-    assert rope.scaling == {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 4096}
+    assert rope.scaling == {"rope_type": "yarn", "factor": 8.0, ORIGINAL: 4096}
 
 
 class TestDynamic:
