@@ -50,6 +50,8 @@ __all__ = ["compare_engine_directory"]
 _ONES = ("prequant_scaling_factor", "smoother", "scale_to_int")
 _BIASES = {"attn_bias": "attention.qkv", "mlp_bias": "mlp.fc"}
 _QKV = ("q_proj", "k_proj", "v_proj")
+_ONE_TABLE = (("lm_head", "embed_tokens"), ("embed_tokens", "lm_head"))
+"""A table that is both may be stored under either name; the files have it under both."""
 _FUSED = tuple(f"self_attn.{leaf}" for leaf in _QKV)
 _SCALED_BY_DTYPE = frozenset({"W4A16_AWQ", "W4A16_GPTQ", "W8A16", "W8A16_GPTQ"})
 """Modes whose scales have the model's dtype, in the file or after it is loaded."""
@@ -106,8 +108,9 @@ class _EngineMatch:
         for key, module in self.source.by_key.items():
             if not key.startswith(OTHER) and has_weight(module.tensors):
                 yield from self._module(key, module)
-        if "lm_head" not in self.source.by_key and "embed_tokens" in self.source.by_key:
-            yield from self._module("lm_head", self.source.by_key["embed_tokens"])
+        for key, other in _ONE_TABLE:
+            if key not in self.source.by_key and other in self.source.by_key:
+                yield from self._module(key, self.source.by_key[other])
         yield from self._cache_scales()
 
     def report_surplus(self) -> None:
