@@ -78,7 +78,6 @@ def test_only_its_own_engine_is_good(source: str, folders: dict[str, Path]) -> N
         ("more layers", "llama", {"num_hidden_layers"}),
         ("llama", "more heads", {"num_attention_heads", "head_size"}),
         ("llama", "more K/V heads", {"num_key_value_heads"}),
-        ("mixture", "more experts", {"moe"}),
         ("llama", "mixture", {"architecture", "moe"}),
     ],
 )

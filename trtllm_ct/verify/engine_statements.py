@@ -45,9 +45,7 @@ _ACTIVATIONS = frozenset({"silu", "swish"})
 _CHECKED_APART = frozenset(
     {"producer", "dtype", "attn_bias", "mlp_bias", "rotary_base", "rotary_scaling", "quantization", "mapping"}
 )
-_PLACING = (
-    "architecture", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_size", "moe",
-)  # fmt: skip
+_PLACING = ("architecture", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_size")
 """The keys that say which modules there are, and which rows of them each rank has; shapes are compared apart."""
 _PLAIN_INT8 = "W8A16"
 _MIXED = "MIXED_PRECISION"
