@@ -125,6 +125,18 @@ def test_hf_quant_config_alone_means_modelopt(tmp_path, content):
     assert (detection.method, detection.origin) == ("modelopt", "hf_quant_config.json")
 
 
+@pytest.mark.parametrize("algorithm", [None, "W4A16_AWQ", "MIXED_PRECISION"])
+def test_what_trtllm_build_reads_is_no_checkpoint_that_tensorrt_llm_loads(tmp_path, algorithm):
+    """Target engine writes such directories; converters of TensorRT-LLM and ModelOpt too."""
+    config = {"architecture": "LlamaForCausalLM", "quantization": {"quant_algo": algorithm}, "mapping": {"tp_size": 1}}
+
+    detection = FormatDetector().detect(write(tmp_path, config=config))
+
+    assert (detection.method, detection.origin) == ("trtllm-build", "config.json: quantization")
+    with pytest.raises(DetectionError, match=r"an engine-build checkpoint, .*Build an engine of it with trtllm-build"):
+        detection.require_compressed_tensors()
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"quantization_config": None}, {"quantization_config": {}}, {"text_config": {}}]
 )

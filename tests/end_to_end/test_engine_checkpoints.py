@@ -120,7 +120,7 @@ def assert_golden(files: EngineFiles, source: Path, *, dequantized: bool = False
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize(
-    "name", ["fp8-dynamic", "nvfp4", "sparse-bitmask", "w4a16-gptq", "w8a16-channel", "w8a8-dynamic"]
+    "name", ["fp8-dynamic", "nvfp4", "sparse-bitmask", "sparse24-fp8", "w4a16-gptq", "w8a16-channel", "w8a8-dynamic"]
 )
 def test_a_reader_of_the_files_computes_the_golden_logits(name: str, tensor: int, shared: Path, tmp_path: Path) -> None:
     """Within 0.002 standard deviations, as docs/verification.md has it for exact weights."""
@@ -151,10 +151,14 @@ def test_a_reader_of_codes_in_the_order_of_a_kernel_computes_the_golden_logits(
     assert float((logits - golden["logits"]).abs().max() / golden["logits"].std()) < 2e-3
 
 
-def test_rounded_zeros_move_the_logits_little(shared: Path, tmp_path: Path) -> None:
-    """Within 0.02 standard deviations for zeros that are rounded to bfloat16, as for weights that are."""
-    source = shared / "checkpoints" / "w4a16-g64-asym"
-    convert_checkpoint(source, tmp_path / "out", to="engine", parallel=Parallel(tensor=2))
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", ["w4a16-g64-asym", "mixtral-w4a16"])
+def test_zeros_and_experts_that_are_rounded_move_the_logits_little(
+    name: str, tensor: int, shared: Path, tmp_path: Path
+) -> None:
+    """Within 0.02 standard deviations for what is rounded to bfloat16: zeros, and the weights of a mixture."""
+    source = shared / "checkpoints" / name
+    convert_checkpoint(source, tmp_path / "out", to="engine", parallel=Parallel(tensor=tensor))
     with np.load(source / "golden.npz") as file:
         prompt, want = torch.from_numpy(file["prompt"]), torch.from_numpy(file["logits"])
 

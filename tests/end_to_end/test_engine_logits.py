@@ -14,7 +14,8 @@ from builders import Built, write_checkpoint
 from engine_files import EngineFiles
 from engine_logits import cached, engine_logits, narrowed
 from engine_sources import with_shared_globals
-from installed_transformers import typed_config
+from fused_experts import fuse_experts
+from installed_transformers import has_newest_transformers, typed_config
 from tiny_models import tiny_config
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -49,6 +50,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "norms of heads": ("Qwen3ForCausalLM", "int4-g64", {}),
     "a tied head": ("LlamaForCausalLM", "fp8-channel-token", {"tied": True}),
     "another class": ("MistralForCausalLM", "w8a8", {}),
+    "experts": ("MixtralForCausalLM", "dense", {"num_experts_per_tok": 3}),
 }
 RANKS = [Parallel(tensor=tensor, pipeline=pipeline) for tensor in (1, 2) for pipeline in (1, 2)]
 
@@ -67,6 +69,9 @@ def computed(built: Built, *, inputs: str | None = None, fused_mlp: bool = False
     weights = {name: tensor.float() for name, tensor in (built.dense | changed).items()}
     if built.config["tie_word_embeddings"]:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    if has_newest_transformers():  # it has the experts of a layer in one tensor
+        weights = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in weights.items()}
+        fuse_experts(weights)
     model.load_state_dict(weights)
     for layer, block in enumerate(model.model.layers):
         names = [f"model.layers.{layer}.self_attn.{letter}_scale" for letter in "kv"]
@@ -138,6 +143,47 @@ def test_every_part_of_a_layer_gives_the_logits_of_the_source(name: str, paralle
     files = converted(built, tmp_path / "out", parallel)
 
     assert distance(engine_logits(files, PROMPT), computed(built)) < BOUND
+
+
+class TestExperts:
+    """Mixtral: experts are dense tensors whatever the source has, so quantized ones are rounded once to bfloat16."""
+
+    CONFIG = tiny_config("MixtralForCausalLM", **SIZES | {"intermediate": 128})
+
+    @pytest.mark.parametrize("tensor", [1, 2])
+    @pytest.mark.parametrize("scheme", ["int4-g64", "int4-g32-asym", "fp8-tensor-static", "fp8-block", "nvfp4"])
+    def test_they_give_the_logits_of_the_rounded_source(self, scheme: str, tensor: int, tmp_path: Path) -> None:
+        built = write_checkpoint(tmp_path / "source", config=self.CONFIG, scheme=scheme)
+        files = converted(built, tmp_path / "out", Parallel(tensor=tensor))
+
+        rounded = {name: weight.bfloat16() for name, weight in built.dense.items()}
+        assert distance(engine_logits(files, PROMPT), computed(built, **rounded)) < BOUND
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda files: files.config["moe"].update(top_k=1),
+            lambda files: _edit(files, "mlp.router", lambda router: router.roll(1, 0)),
+            lambda files: _edit(files, "mlp.fc", lambda fc: torch.cat(fc.chunk(2, dim=1)[::-1], dim=1)),
+            lambda files: _edit(files, "mlp.proj", lambda proj: proj.roll(1, 0)),
+            lambda files: _edit(files, "mlp.proj", torch.zeros_like, slice(1)),
+        ],
+        ids=["fewer experts", "another router", "gate before up", "another expert", "one rank less"],
+    )
+    def test_each_of_these_counts(self, damage: Callable[[EngineFiles], object], tmp_path: Path) -> None:
+        built = write_checkpoint(tmp_path / "source", config=self.CONFIG, scheme="dense")
+        files = converted(built, tmp_path / "out", Parallel(tensor=2))
+
+        damage(files)
+
+        assert distance(engine_logits(files, PROMPT), computed(built)) > 10 * BOUND
+
+
+def _edit(files: EngineFiles, name: str, change: Callable[[Tensor], Tensor], ranks: slice = slice(None)) -> None:
+    """Change the weights of a module in every layer of some ranks."""
+    for tensors in files.files[ranks]:
+        for key in [key for key in tensors if key.endswith(f".{name}.weight")]:
+            tensors[key] = change(tensors[key])
 
 
 @pytest.mark.parametrize(("scheme", "algo"), [("w8a8-static", "W8A8_SQ_PER_CHANNEL"), ("nvfp4", "NVFP4")])

@@ -1,7 +1,8 @@
 """A decoder in plain torch that computes with the files of an engine-build checkpoint, rank by rank.
 
-Every rank has its heads and its part of the MLP; row-parallel Linears are added up over ranks, as engines do. Keys and
-values go through the KV cache in its dtype, and inputs of Linears with a static scale through FP8 or INT8.
+Every rank has its heads and its part of the MLP, or of each expert; what row-parallel Linears and experts give is added
+up over ranks, as engines do. Keys and values go through the KV cache in its dtype, and inputs of Linears with a static
+scale through FP8 or INT8.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["cached", "engine_logits", "narrowed"]
 
 def engine_logits(files: EngineFiles, tokens: Tensor) -> Tensor:
     """Logits [n, vocabulary] in float32 at every position of a prompt."""
-    assert files.config["hidden_act"] == "silu"
+    assert files.config["hidden_act"] == ("swiglu" if "moe" in files.config else "silu"), "experts need the gated name"
     first, last = files.files[0], files.files[-files.tp :]
     hidden = first["transformer.vocab_embedding.weight"].float()[tokens]
     cos, sin = _rotary(files, len(tokens))
@@ -36,8 +37,7 @@ def engine_logits(files: EngineFiles, tokens: Tensor) -> Tensor:
             mixed = [_attention(files, rank, prefix, normed, cos, sin) for rank in ranks]
             hidden = hidden + _added_up(files, ranks, f"{prefix}attention.dense", mixed)
             normed = _norm(files, hidden, norm[f"{prefix}post_layernorm.weight"])
-            gated = [_gated(files, rank, prefix, normed) for rank in ranks]
-            hidden = hidden + _added_up(files, ranks, f"{prefix}mlp.proj", gated)
+            hidden = hidden + (_mixture if "moe" in files.config else _mlp)(files, ranks, prefix, normed)
     hidden = _norm(files, hidden, last[0]["transformer.ln_f.weight"])
     logits = torch.cat([linear(hidden, part["lm_head.weight"].float()) for part in last], dim=-1)
     return logits[:, : files.config["vocab_size"]]
@@ -112,6 +112,11 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos + torch.cat([-high, low], dim=-1) * sin
 
 
+def _mlp(files: EngineFiles, ranks: range, prefix: str, hidden: Tensor) -> Tensor:
+    gated = [_gated(files, rank, prefix, hidden) for rank in ranks]
+    return _added_up(files, ranks, f"{prefix}mlp.proj", gated)
+
+
 def _gated(files: EngineFiles, rank: int, prefix: str, hidden: Tensor) -> Tensor:
     branches = [_linear(hidden, part) for part in files.mlp(rank, prefix)]
     return silu(branches[0]) * branches[1]
@@ -125,3 +130,28 @@ def _added_up(files: EngineFiles, ranks: range, name: str, inputs: list[Tensor])
     if files.block(name).get("quant_algo") not in ADDS_BIAS_IN_KERNEL:
         biases = biases[:1]
     return total + sum(biases) if biases else total
+
+
+def _mixture(files: EngineFiles, ranks: range, prefix: str, hidden: Tensor) -> Tensor:
+    """What the experts of a layer add: each rank has a part of every expert (`moe_tp_size`), and all of the router."""
+    assert files.config["mapping"]["moe_tp_size"] == files.tp
+    assert files.config["mapping"]["moe_ep_size"] == 1
+    parts = [_experts(files, files.files[rank], prefix, hidden) for rank in ranks]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _experts(files: EngineFiles, held: dict[str, Tensor], prefix: str, hidden: Tensor) -> Tensor:
+    """The rows of the linear branch (w3) come before those of the activated one (w1), the reverse of a dense MLP."""
+    moe = files.config["moe"]
+    assert moe["normalization_mode"] == 1, "the shares of the chosen experts add up to 1"
+    router = held[f"{prefix}mlp.router.weight"]
+    assert router.dtype == torch.float32
+    chosen, experts = linear(hidden, router).softmax(-1).topk(moe["top_k"])
+    shares = torch.zeros(len(hidden), moe["num_experts"]).scatter(1, experts, chosen / chosen.sum(-1, keepdim=True))
+    result = torch.zeros_like(hidden)
+    stacks = (held[f"{prefix}mlp.{name}.weight"].float() for name in ("fc", "proj"))
+    for share, fc, proj in zip(shares.T, *stacks, strict=True):
+        linear_branch, activated = fc.chunk(2)
+        inner = silu(linear(hidden, activated)) * linear(hidden, linear_branch)
+        result = result + share[:, None] * linear(inner, proj)
+    return result

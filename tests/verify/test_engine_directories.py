@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders import write_checkpoint
+from builders import rewrite_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 
@@ -82,6 +82,45 @@ def test_every_class_is_good(architecture: str, scheme: str, more: dict[str, obj
 
     assert report.good, report.faults
     assert (report.worst("dequantized") is not None) == (architecture == "MixtralForCausalLM")
+
+
+def _only(kept: str) -> Callable[[dict[str, Tensor]], object]:
+    """Leave one name of the table that is embedding and head, or both."""
+
+    def edit(stored: dict[str, Tensor]) -> None:
+        if kept == "embed_tokens":
+            for name in [name for name in stored if name.startswith("lm_head.")]:
+                del stored[name]
+        elif kept == "lm_head":
+            del stored["model.embed_tokens.weight"]
+        else:
+            stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+
+    return edit
+
+
+@pytest.mark.parametrize("scheme", ["dense", "int8-channel"])
+@pytest.mark.parametrize("kept", ["embed_tokens", "lm_head", "both"])
+def test_a_tied_table_is_good_and_compared_under_each_name_that_it_is_stored_by(
+    kept: str, scheme: str, tmp_path: Path
+) -> None:
+    quantized = {"lm_head": scheme} if kept == "lm_head" else scheme
+    config = tiny_config(**SIZES)
+    write_checkpoint(tmp_path / "source", config=config, scheme=quantized, edit=_only(kept))
+    rewrite_config(tmp_path / "source", lambda config: config.update(tie_word_embeddings=True))
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", to="engine", parallel=Parallel(tensor=2, pipeline=2))
+
+    assert verify_checkpoint(tmp_path / "source", tmp_path / "out").good
+
+    for rank, name in ((0, "transformer.vocab_embedding"), (3, "lm_head")):
+        path = tmp_path / "out" / f"rank{rank}.safetensors"
+        before, tensors = path.read_bytes(), load_file(path)
+        tensors[f"{name}.weight"][5, 5] += 1
+        save_file(tensors, path)
+        report = verify_checkpoint(tmp_path / "source", tmp_path / "out")
+        (fault,) = report.faults
+        assert fault.where.startswith(f"rank{rank}.safetensors: {name}.weight")
+        path.write_bytes(before)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from trtllm_ct.base.json_form import fields_form, json_object
 from trtllm_ct.base.regular_files import is_present
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.config.json_file import not_an_object, read_json_object
-from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, SIDECAR, UNKNOWN, describe_method
+from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, SIDECAR, UNKNOWN, describe_method
 
 __all__ = ["SIDECAR_FILE", "Detection", "Evidence", "FormatDetector", "unwrap_block"]
 
@@ -49,7 +49,9 @@ _PLACES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_GPTQ_CONFIG, ()),
     (_AWQ_CONFIG, ()),
 )
-# A block without a method name is recognized in one of three ways: by a key that only one method has,
+# A block without a method name is recognized in one of four ways: by a key that only one method has in a place,
+_METHOD_OF_KEY_AT = {(f"{_CONFIG}: quantization", "quant_algo"): ENGINE_BUILD}
+# by a key that only one method has in all others,
 _METHOD_OF_KEY = {
     "quant_algo": MODELOPT,
     "qformat_weight": "mistral-fp8",
@@ -254,7 +256,7 @@ def _identify(block: Mapping[str, Any], origin: str) -> tuple[str, str, str]:
             return _method_named(name), key, json.dumps(name)
     for key, method in _METHOD_OF_KEY.items():
         if key in block:
-            return method, key, json.dumps(block[key])
+            return _METHOD_OF_KEY_AT.get((origin, key), method), key, json.dumps(block[key])
     if block.keys() <= _SPARSITY_ONLY:
         return COMPRESSED_TENSORS, "quant_method", "absent beside sparsity_config, as in releases up to 0.6"
     if origin in _METHOD_OF_PLACE:

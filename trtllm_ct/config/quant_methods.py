@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["COMPRESSED_TENSORS", "MODELOPT", "SIDECAR", "UNKNOWN", "QuantMethod", "describe_method"]
+__all__ = ["COMPRESSED_TENSORS", "ENGINE_BUILD", "MODELOPT", "SIDECAR", "UNKNOWN", "QuantMethod", "describe_method"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
+ENGINE_BUILD = "trtllm-build"
 MODELOPT = "modelopt"
 SIDECAR = "trtllm-ct-sidecar"
 UNKNOWN = "unknown"
@@ -46,6 +47,11 @@ _UNQUANTIZED = QuantMethod(
 _METHODS: Mapping[str, QuantMethod] = {
     COMPRESSED_TENSORS: QuantMethod("a compressed-tensors checkpoint", "It loads here as it is."),
     MODELOPT: QuantMethod("a ModelOpt checkpoint", _LOADED_AS_IS),
+    ENGINE_BUILD: QuantMethod(
+        "an engine-build checkpoint",
+        "Build an engine of it with trtllm-build of TensorRT-LLM up to 1.2.1, the only program that reads it; "
+        "trtllm-ct verify SOURCE DIR compares it with the checkpoint that it was made from.",
+    ),
     SIDECAR: QuantMethod(
         "a sidecar of trtllm-ct, which holds no weights",
         "Give its source; only LLM takes a sidecar, together with CompressedTensorsCheckpointLoader().",

@@ -9,6 +9,7 @@ engine_shapes.py    which tensors its modules have, with dtype and shape
 engine_statements.py  compares what its config.json and quant_cfg.json say with the source, key by key
 engine_classes.py   what they must say for each class, and what the class takes for missing keys
 engine_exclusions.py  which modules its list of plain ones names
+engine_inputs.py    whether it quantizes the inputs of Linears as the source does
 engine_keys.py      the keys of its config.json without which its files can't be read
 engine_rope.py      what a rotary embedding means on both sides
 engine_ranks.py     the files of ranks: the weights of a model that their parts add up to

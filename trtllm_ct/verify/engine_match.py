@@ -17,6 +17,7 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded
 from trtllm_ct.verify.converted import checks_of, source_modules
+from trtllm_ct.verify.engine_inputs import InputModes
 from trtllm_ct.verify.engine_ranks import EngineRanks
 from trtllm_ct.verify.engine_shapes import SCALAR, wanted_tensors
 from trtllm_ct.verify.engine_statements import compare_statements
@@ -50,6 +51,8 @@ __all__ = ["compare_engine_directory"]
 _ONES = ("prequant_scaling_factor", "smoother", "scale_to_int")
 _BIASES = {"attn_bias": "attention.qkv", "mlp_bias": "mlp.fc"}
 _QKV = ("q_proj", "k_proj", "v_proj")
+_ONE_TABLE = (("lm_head", "embed_tokens"), ("embed_tokens", "lm_head"))
+"""A table that is both may be stored under either name; the files have it under both."""
 _FUSED = tuple(f"self_attn.{leaf}" for leaf in _QKV)
 _SCALED_BY_DTYPE = frozenset({"W4A16_AWQ", "W4A16_GPTQ", "W8A16", "W8A16_GPTQ"})
 """Modes whose scales have the model's dtype, in the file or after it is loaded."""
@@ -62,8 +65,8 @@ def compare_engine_directory(
 ) -> tuple[TensorCheck, ...]:
     """Compare every tensor of an engine-build checkpoint with the source, on all cores.
 
-    Tensors that differ, are missing or have no source are added to `faults`. Raises `CheckpointError` when a directory
-    can't be read.
+    Tensors that differ, are missing or have no source are added to `faults`. Those of an engine of other sizes are not
+    compared, because its parts are in other places. Raises `CheckpointError` when a directory can't be read.
     """
     with TensorFiles(checkpoint.catalog) as files, EngineRanks(converted) as ranks:
         source = source_modules(checkpoint, files)
@@ -77,8 +80,11 @@ def compare_engine_directory(
             faults=faults,
         )
         engine = _EngineMatch(source=source, match=match, ranks=ranks, faults=faults)
-        compare_statements(checkpoint.hf_config, ranks, tied=_is_tied(checkpoint, source), faults=faults)
+        tied = _is_tied(checkpoint, source)
+        if not compare_statements(checkpoint.hf_config, ranks, tied=tied, faults=faults):
+            return ()
         checks = tuple(checks_of(engine.pairs(), faults))
+        engine.inputs.report()
         engine.report_surplus()
         engine.compare_biases()
     return checks
@@ -98,16 +104,21 @@ class _EngineMatch:
     match: DirectoryMatch
     ranks: EngineRanks
     faults: FaultCollector
+    inputs: InputModes = field(init=False)
     _exact: dict[str, Exact | None] = field(init=False, default_factory=dict)
     _reported: set[tuple[int, str]] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.inputs = InputModes(self.faults)
 
     def pairs(self) -> Iterator[NamedPair]:
         """Yield every tensor to compare, in the order of the source."""
         for key, module in self.source.by_key.items():
             if not key.startswith(OTHER) and has_weight(module.tensors):
                 yield from self._module(key, module)
-        if "lm_head" not in self.source.by_key and "embed_tokens" in self.source.by_key:
-            yield from self._module("lm_head", self.source.by_key["embed_tokens"])
+        for key, other in _ONE_TABLE:
+            if key not in self.source.by_key and other in self.source.by_key:
+                yield from self._module(key, self.source.by_key[other])
         yield from self._cache_scales()
 
     def report_surplus(self) -> None:
@@ -135,6 +146,8 @@ class _EngineMatch:
         parts = self.ranks.parts(key, exact.shape[0])
         if parts is None:
             return
+        scheme = self.match.scheme_of(module)
+        inputs = scheme.input_activations if scheme is not None else None
         for index, part in enumerate(parts):
             width = self._width(exact, part, len(parts))
             wanted = wanted_tensors(self.ranks, part, width, bias="bias" in module.tensors)
@@ -145,7 +158,8 @@ class _EngineMatch:
             yield from (self._ones(part, local) for local in _ONES if local in wanted)
             if "bias" in wanted:
                 yield self._bias(module, part)
-            if "activation_scaling_factor" in wanted:
+            same = self.inputs.compare(part, self.ranks.algo(part.name), inputs)
+            if same and "activation_scaling_factor" in wanted:
                 members = [key.rpartition(".")[0] + f".{leaf}" for leaf in _QKV] if key.endswith(_FUSED) else [key]
                 yield self._scalar(part, "activation_scaling_factor", self._input_scale(members))
 
@@ -219,17 +233,18 @@ class _EngineMatch:
         return rounded(numbers.astype(np.float64), DType.F8_E4M3) * float(largest)
 
     def _tensor_scale(self, key: str) -> float:
-        """Return the one scale of a weight."""
-        return float(self.source.by_key[key].tensors["weight_scale"].all_numbers().max())
+        """Return the one scale of a weight; 0 for a plain one."""
+        scale = self.source.by_key[key].tensors.get("weight_scale")
+        return float(scale.all_numbers().max()) if scale is not None else 0.0
 
     def _input_scale(self, keys: list[str]) -> float:
-        """Return the largest multiplier of the inputs of modules."""
-        scales = []
+        """Return the largest multiplier of the inputs of modules; 0 if none has one."""
+        scales = [0.0]
         for key in keys:
             tensors = self.source.by_key[key].tensors
             if "input_global_scale" in tensors:
                 scales.append(1 / float(tensors["input_global_scale"].all_numbers().min()))
-            else:
+            elif "input_scale" in tensors:
                 scales.append(float(tensors["input_scale"].all_numbers().max()))
         return max(scales)
 

@@ -211,6 +211,8 @@ class EngineRanks:
         prefix, ranks = f"transformer.layers.{local}.", [stage * self.tensor + rank for rank in range(self.tensor)]
         if path.startswith("mlp.experts."):
             _, _, expert, projection = path.split(".")
+            if "moe" in self.config and int(expert) >= self.config["moe"]["num_experts"]:
+                return None
             return self._expert_parts(ranks, prefix, int(expert), projection, rows)
         name = _LINEARS.get(path)
         if name is None:

@@ -45,6 +45,8 @@ _ACTIVATIONS = frozenset({"silu", "swish"})
 _CHECKED_APART = frozenset(
     {"producer", "dtype", "attn_bias", "mlp_bias", "rotary_base", "rotary_scaling", "quantization", "mapping"}
 )
+_PLACING = ("architecture", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_size")
+"""The keys that say which modules there are, and which rows of them each rank has; shapes are compared apart."""
 _PLAIN_INT8 = "W8A16"
 _MIXED = "MIXED_PRECISION"
 _MISSING = "no such key"
@@ -57,12 +59,13 @@ _PREQUANT = {"W4A16_AWQ": (False, True)}
 _NO = (False,)
 
 
-def compare_statements(source: Mapping[str, Any], ranks: EngineRanks, *, tied: bool, faults: FaultCollector) -> None:
+def compare_statements(source: Mapping[str, Any], ranks: EngineRanks, *, tied: bool, faults: FaultCollector) -> bool:
     """Add a fault for each statement that contradicts the source, and for each file that is none of the directory.
 
-    `source` is the config.json of the source; `tied` says whether its head is the embedding.
+    `source` is the config.json of the source; `tied` says whether its head is the embedding. Returns whether the
+    statements place every module as the source has it, without which tensors can't be compared.
     """
-    _Statements(source=source, ranks=ranks, row=class_of(source), faults=faults).compare(tied=tied)
+    return _Statements(source=source, ranks=ranks, row=class_of(source), faults=faults).compare(tied=tied)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +82,8 @@ class _Statements:
         """The config.json of the engine."""
         return self.ranks.config
 
-    def compare(self, *, tied: bool) -> None:
-        """Add all faults."""
+    def compare(self, *, tied: bool) -> bool:
+        """Add all faults; return whether the statements that place modules have none."""
         expected = self._expected(tied=tied)
         for key, value in expected.items():
             self._compare(key, value, self.engine.get(key, _MISSING))
@@ -90,6 +93,7 @@ class _Statements:
         self._compare_block("mapping.", self._mapping(), self.engine["mapping"])
         self._compare_quantization()
         self._refuse_other_files()
+        return all(_equal(expected.get(key), self.engine.get(key)) for key in _PLACING)
 
     def _expected(self, *, tied: bool) -> dict[str, Any]:
         """Return the keys of config.json with the value that each must have."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.base.schemes import QuantScheme
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.verify.source.coded import Coded
@@ -105,6 +106,10 @@ class DirectoryMatch:
             return exact
         shape = (exact.shape[0], exact.shape[1])
         return _rotated(exact, rotation_of(module, shape, self.config.transforms, self.source))
+
+    def scheme_of(self, module: Module) -> QuantScheme | None:
+        """Return the scheme of a quantized module of the source; None for a plain one, or if no group has it."""
+        return self._schemes.scheme(module) if is_quantized(module.tensors) else None
 
     def layer_of(self, key: str, name: str) -> LayerQuantConfig | None:
         """Return the mode of a delivered module by its key and name; norms, tables and plain towers have none."""

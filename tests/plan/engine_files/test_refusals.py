@@ -194,6 +194,36 @@ def test_a_bias_that_the_class_of_the_engine_leaves_out(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+class TestQuantizedMixtures:
+    """Mixtral is written with dense tensors, whatever its scheme: a deviation of each module, which may be refused."""
+
+    SCHEMES = ("int4-g64", "int4-g32", "fp8-tensor-static", "fp8-channel-token", "fp8-block", "w8a8", "nvfp4")
+    REASON = "this target writes models with experts as dense tensors, attention included"
+    LINEARS = 2 * (4 + 4 * 3)
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_every_module_is_a_deviation(self, scheme: str, tmp_path: Path) -> None:
+        built = write_checkpoint(tmp_path, config=tiny_config("MixtralForCausalLM", **SIZES), scheme=scheme)
+
+        plan = plan_checkpoint(built.directory, "engine")
+
+        assert plan.build_config is not None
+        assert plan.build_config["quantization"]["quant_algo"] is None
+        assert [module.reason for module in plan.modules if module.scheme is not None] == [self.REASON] * self.LINEARS
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_strict_refuses_each_of_them_before_anything_is_written(self, scheme: str, tmp_path: Path) -> None:
+        config = tiny_config("MixtralForCausalLM", **SIZES)
+        built = write_checkpoint(tmp_path / "source", config=config, scheme=scheme)
+
+        with pytest.raises(PlanError) as caught:
+            convert_checkpoint(built.directory, tmp_path / "out", to="engine", strict=True)
+
+        assert len(caught.value.faults) == self.LINEARS
+        assert all(self.REASON in fault.found for fault in caught.value.faults)
+        assert not (tmp_path / "out").exists()
+
+
 class TestBiasesThatTheLoaderZeroes:
     """W4A16_AWQ adds them in the kernel; the loader zeroes those of plain Linears too, which are added afterwards."""
 

@@ -13,7 +13,7 @@ from trtllm_ct.verify.source.decoders import DECODERS, decoder_for
 from trtllm_ct.verify.source.weights import Weight
 
 if TYPE_CHECKING:
-    from trtllm_ct.base.schemes import QuantArgs
+    from trtllm_ct.base.schemes import QuantArgs, QuantScheme
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.verify.source.modules import Module
     from trtllm_ct.verify.source.names import Names
@@ -22,7 +22,7 @@ __all__ = ["Schemes"]
 
 
 class Schemes:
-    """Finds the arguments of the weights of a module."""
+    """Finds the scheme of a module."""
 
     def __init__(self, config: QuantizationConfig, names: Names) -> None:
         self._config = config
@@ -30,25 +30,31 @@ class Schemes:
         self._matcher = Matcher(config)
 
     def args(self, module: Module) -> QuantArgs | None:
-        """Return the arguments of a module's group; None without one.
+        """Return the arguments of a module's weight; None without any."""
+        scheme = self.scheme(module)
+        return scheme.weights if scheme is not None else None
+
+    def scheme(self, module: Module) -> QuantScheme | None:
+        """Return the scheme of a module's group; None without one.
 
         Of several groups that target the module, the only one that fits its tensors counts, else the one that the
         library takes. A module that no group targets has the only group of all that fits.
         """
         class_name = "Embedding" if module.key == "embed_tokens" else "Linear"
         for name in self._names.variants(module.name, module.key):
-            groups = [claim.group for claim in self._matcher.claims(name, (class_name,))]
-            claiming = [group.scheme.weights for group in groups if group.scheme.weights is not None]
+            groups = [claim.group.scheme for claim in self._matcher.claims(name, (class_name,))]
+            claiming = [scheme for scheme in groups if scheme.weights is not None]
             if claiming:
-                fitting = [args for args in claiming if _fits(args, module)]
+                fitting = [scheme for scheme in claiming if _fits(scheme.weights, module)]
                 return fitting[0] if len(fitting) == 1 else claiming[0]
-        weights = [group.scheme.weights for group in self._config.groups if group.scheme.weights is not None]
-        fitting = [args for args in weights if _fits(args, module)]
+        fitting = [group.scheme for group in self._config.groups if _fits(group.scheme.weights, module)]
         return fitting[0] if len(fitting) == 1 else None
 
 
-def _fits(args: QuantArgs, module: Module) -> bool:
+def _fits(args: QuantArgs | None, module: Module) -> bool:
     """Whether the tensors of a module may have been written with these arguments: codes, words and scales."""
+    if args is None:
+        return False
     name = decoder_for(module.tensors)
     if name is None or DECODERS[name].number not in {(args.type, None), (args.type, args.num_bits)}:
         return False
