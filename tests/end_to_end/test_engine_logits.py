@@ -122,7 +122,8 @@ def test_every_rotary_embedding_gives_the_logits_of_the_source(
     rope = (
         {"rope_theta": 5000.0, "rope_scaling": block} if old else {"rope_parameters": {"rope_theta": 5000.0, **block}}
     )
-    config = tiny_config(**SIZES, **{"rope_parameters": None, **rope})
+    # Four times the original length, as the factor says: transformers before 4.55 takes this ratio for the factor.
+    config = tiny_config(**SIZES, max_position_embeddings=4 * YARN[ORIGINAL], **{"rope_parameters": None, **rope})
     built = write_checkpoint(tmp_path / "source", config=config, scheme="dense")
     files = converted(built, tmp_path / "out", Parallel(tensor=tensor))
 
