@@ -25,7 +25,8 @@ from trtllm_ct.checkpoint import file_calls, mounts, output_place
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.manifest import MANIFEST
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory, what_is_left
-from trtllm_ct.checkpoint.work_folder import JOURNAL
+from trtllm_ct.checkpoint.work_folder import JOURNAL, REPLACED_MARK
+from trtllm_ct.convert.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,7 +146,7 @@ def test_leftovers_of_a_crashed_run_can_be_cleared_in_part(tmp_path: Path) -> No
         (tmp_path / ".out.partial" / name).write_text("" if name == JOURNAL else name)
 
     with replacing_directory(tmp_path / "out", overwrite=False) as partial:
-        partial.clear(keep={"good", JOURNAL})
+        partial.remove_files({"half", "folder/file"})
         (partial.path / "new").write_text("new")
 
     assert entries(tmp_path / "out") == ["good", "new"]
@@ -561,6 +562,142 @@ class TestWhoseItIs:
         assert ".out.partial: left of an earlier run" in caplog.text
 
 
+LISTS = BEGUN + b'{"files": ["model", "folder/model", "later"]}\n'
+"""The journal of a conversion that was going to write three files."""
+
+
+class TestFilesOfTheUser:
+    """A file that no conversion wrote is not removed, wherever it is and whatever ends the run."""
+
+    @staticmethod
+    def work(tmp_path: Path, journal: bytes = LISTS, mode: int = 0o700) -> Path:
+        partial = tmp_path / ".out.partial"
+        (partial / "folder").mkdir(parents=True)
+        partial.chmod(mode)
+        (partial / JOURNAL).write_bytes(journal)
+        for name in ("model", "folder/model", "thesis", "folder/thesis"):
+            (partial / name).write_text(name)
+        return partial
+
+    @pytest.mark.parametrize("mode", [0o700, 0o777])
+    @pytest.mark.parametrize(
+        "journal", [LISTS, LISTS[len(BEGUN) :], REPLACED_MARK + LISTS[len(BEGUN) :], b"", bytes(9)]
+    )
+    @pytest.mark.parametrize("error", [None, PayloadError, CatalogError, UsageError, ValueError, OSError])
+    def test_it_stays_whatever_the_journal_says(
+        self, tmp_path: Path, mode: int, journal: bytes, error: type[Exception] | None
+    ) -> None:
+        self.work(tmp_path, journal, mode)
+
+        def run() -> None:
+            with replacing_directory(tmp_path / "out", overwrite=False):
+                if error is not None:
+                    raise error
+                Journal(Folder(tmp_path / ".out.partial"), "0", ["model", "folder/model"]).close()
+
+        with pytest.raises((error or UsageError, UsageError)):
+            run()
+
+        for name in ("thesis", "folder/thesis"):
+            assert (tmp_path / ".out.partial" / name).read_text() == name
+
+    @pytest.mark.parametrize("journal", [LISTS, b""], ids=["by the journal", "by this run"])
+    def test_a_conversion_names_it_and_changes_nothing(self, tmp_path: Path, journal: bytes) -> None:
+        partial = self.work(tmp_path, journal)
+        before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
+
+        with pytest.raises(UsageError, match="no conversion wrote: 'folder/thesis', 'thesis'") as raised:
+            Journal(Folder(partial), "1", ["model", "folder/model"])
+
+        assert "Move these files away" in raised.value.faults[0].remedy
+        assert before == {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
+
+    def test_once_it_is_moved_away_the_conversion_goes_on(self, tmp_path: Path) -> None:
+        partial = self.work(tmp_path)
+        for name in ("thesis", "folder/thesis"):
+            (partial / name).unlink()
+
+        Journal(Folder(partial), "1", ["model"]).close()
+
+        assert sorted(path.name for path in partial.iterdir()) == [JOURNAL]
+
+    def test_one_that_comes_during_the_run_is_in_the_output_and_keeps_it(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with replacing_directory(tmp_path / "out", overwrite=False) as work:
+            work.write(JOURNAL, LISTS)
+            for name in ("model", "thesis"):
+                work.write(name, name.encode())
+
+        assert "it also has files that no conversion wrote: 'thesis'" in caplog.text
+        with pytest.raises(UsageError, match="files that it did not write: 'thesis'"):
+            fill(tmp_path / "out", overwrite=True)
+
+    def test_one_that_comes_during_a_run_that_fails_stays_and_is_named(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def run() -> None:
+            with replacing_directory(tmp_path / "out", overwrite=False) as work:
+                work.write(JOURNAL, LISTS)
+                for name in ("model", "thesis"):
+                    work.write(name, name.encode())
+                raise PayloadError
+
+        with pytest.raises(PayloadError):
+            run()
+
+        assert entries(tmp_path / ".out.partial") == ["thesis"]
+        assert "not removed: files of somebody else are in it: 'thesis'" in caplog.text
+
+    def test_one_that_comes_while_an_old_output_is_removed_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old_directory(tmp_path)
+        remove = Folder.remove_files
+
+        def slow(folder: Folder, *arguments: Any) -> None:
+            if folder.path == tmp_path / "out":
+                (tmp_path / ".out.partial/thesis").write_text("thesis")
+            remove(folder, *arguments)
+
+        monkeypatch.setattr(Folder, "remove_files", slow)
+
+        fill(tmp_path / "out", overwrite=True)
+
+        assert entries(tmp_path / ".out.partial") == ["thesis"]
+        with pytest.raises(UsageError, match="no conversion wrote: 'thesis'"):
+            fill(tmp_path / "out", overwrite=True)
+
+
+class TestAnotherReplaced:
+    """What is under the name that an old output may get is noticed before any work."""
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("kind", ["file", "link", "fifo", "folder", "of another user"])
+    def test_it_is_refused_by_name_and_left_alone(self, tmp_path: Path, kind: str, overwrite: bool) -> None:
+        place = tmp_path / ".out.replaced-by-trtllm-ct"
+        if overwrite:
+            old_directory(tmp_path)
+        if kind == "file":
+            place.write_text("mine")
+        elif kind == "link":
+            place.symlink_to(tmp_path)
+        elif kind == "fifo":
+            os.mkfifo(place)
+        else:
+            place.mkdir()
+            (place / "thesis").write_text("mine")
+        if kind == "of another user" and IS_ROOT:
+            os.chown(place, 4711, 4711)
+        before = sorted(path.name for path in tmp_path.iterdir())
+
+        with pytest.raises(UsageError) as raised, replacing_directory(tmp_path / "out", overwrite=overwrite):
+            pytest.fail("work has begun")
+
+        assert raised.value.faults[0].where == str(place)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 class TestWhatIsKept:
     """Finished units are deleted only for a fault that a rerun would meet again."""
 
@@ -785,7 +922,7 @@ class TestPlaces:
 
         def run() -> None:
             with replacing_directory(tmp_path / "out", overwrite=True, force=True) as work:
-                work.clear(keep={JOURNAL})
+                work.remove_files(set(work.files()) - {JOURNAL})
 
         with pytest.raises((UsageError, OutputError, OSError), match="more than 32 folders in each other") as raised:
             run()

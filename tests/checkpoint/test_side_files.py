@@ -30,7 +30,9 @@ def copy_side_files(source: Path, out: Path, *options: Any) -> Any:
     out.mkdir(exist_ok=True)
     try:
         with Folder(out) as folder:
-            return copy_into(source, folder, *options)
+            files = side_files(source, *options)
+            copy_into(source, files, folder)
+            return files
     finally:
         with suppress(OSError):
             out.rmdir()

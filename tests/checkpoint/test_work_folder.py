@@ -16,7 +16,7 @@ from trtllm_ct.base.errors import OutputError, TrtllmCtError, UsageError
 from trtllm_ct.checkpoint import work_folder
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.output import replacing_directory
-from trtllm_ct.checkpoint.work_folder import JOURNAL
+from trtllm_ct.checkpoint.work_folder import CONVERSION_MARK, JOURNAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -146,7 +146,7 @@ def test_what_others_could_have_put_there_is_not_kept(
     (partial / "folder").mkdir(parents=True)
     partial.chmod(mode)
     (tmp_path / "valuable").write_text("valuable")
-    (partial / JOURNAL).touch()
+    (partial / JOURNAL).write_bytes(CONVERSION_MARK + b'0"}\n{"files": ["folder/model", "link"]}\n')
     (partial / "link").symlink_to(tmp_path / "valuable")
     (partial / "folder/model").write_text("theirs")
 

@@ -16,7 +16,7 @@ from weakref import finalize
 from trtllm_ct.checkpoint import file_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
     from typing import Any
 
@@ -120,8 +120,8 @@ class Folder:
             while written < len(content):
                 written += file_calls.write(descriptor, content[written : written + _READ_BYTES])
 
-    def copy(self, name: str, source: int) -> None:
-        """Write a file with what is left to read of the open file `source`; `name` may be below folders, as `a/b`.
+    def copy(self, name: str, content: Iterable[bytes]) -> None:
+        """Write a new file of the pieces of `content`, one after the other; `name` may be below folders, as `a/b`.
 
         The folders are made.
         """
@@ -130,7 +130,8 @@ class Folder:
             with suppress(FileExistsError):
                 file_calls.make_directory("/".join(folders[: depth + 1]), self.descriptor)
         with self.file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-            while data := os.read(source, _READ_BYTES):
+            for piece in content:
+                data = piece
                 while data:
                     data = data[file_calls.write(descriptor, data) :]
 
@@ -141,16 +142,30 @@ class Folder:
             return
         if stat.S_ISDIR(status.st_mode):
             with self.folder(name) as folder:
-                folder.clear()
+                for inner in folder.names():
+                    folder.remove(inner)
             file_calls.remove_directory(name, self.descriptor)
         else:
             file_calls.unlink(name, self.descriptor)
 
-    def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove everything but the names in `keep`."""
+    def remove_files(self, files: Collection[str], below: str = "") -> None:
+        """Remove the named files, and every folder that holds no other file; names are those of `files`.
+
+        `below` is the place of this directory in these names, empty or with a slash at its end.
+        """
         for name in self.names():
-            if name not in keep:
-                self.remove(name)
+            status = self.status(name)
+            if status is None:
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                if below + name in files:
+                    file_calls.unlink(name, self.descriptor)
+                continue
+            with self.folder(name) as folder:
+                folder.remove_files(files, f"{below}{name}/")
+                is_empty = not folder.names()
+            if is_empty:
+                file_calls.remove_directory(name, self.descriptor)
 
     def files(self) -> Iterator[str]:
         """Yield the names of everything that is no directory, those in directories as `directory/name`."""

@@ -17,11 +17,11 @@ from trtllm_ct.checkpoint.header import format_names
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from trtllm_ct.checkpoint.folder import Folder
 
-__all__ = ["MANIFEST", "reason_to_keep", "write_manifest"]
+__all__ = ["MANIFEST", "listed_in_manifest", "reason_to_keep", "write_manifest"]
 
 MANIFEST = ".trtllm_ct.json"
 """The name of the list in an output directory."""
@@ -36,11 +36,11 @@ _CONFIG_FILES = {"config.json", "params.json"}
 _WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf")
 
 
-def write_manifest(folder: Folder, *, but: str) -> None:
-    """Write the list of all files in and below a directory into it, without the file `but`."""
+def write_manifest(folder: Folder, files: Iterable[str]) -> None:
+    """Write the list of an output's files into its directory; names are those of `Folder.files`."""
     folder.remove(MANIFEST)
-    files = {file: _entry(folder, file) for file in sorted(folder.files()) if file != but}
-    content = {"written_by": _WRITER, "version": __version__, "files": files}
+    entries = {file: _entry(folder, file) for file in sorted(files)}
+    content = {"written_by": _WRITER, "version": __version__, "files": entries}
     folder.write(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -63,6 +63,11 @@ def reason_to_keep(folder: Folder, *, force: bool) -> str | None:
     if listed:
         return f"files that were changed since: {format_names(ascii(name) for name in changed)}"
     return "a directory that holds no model" if force else "a directory that it did not write"
+
+
+def listed_in_manifest(folder: Folder) -> frozenset[str]:
+    """Return the names in the list of a directory, empty if there is none."""
+    return frozenset(_listed(folder))
 
 
 def _entry(folder: Folder, name: str) -> list[int | str]:

@@ -22,10 +22,22 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import CheckpointError, Fault, OutputError, PayloadError, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.manifest import MANIFEST, reason_to_keep, write_manifest
 from trtllm_ct.checkpoint.output_errors import output_errors, unusable
 from trtllm_ct.checkpoint.output_place import OutputPlace, check_output_place, what_is_left
-from trtllm_ct.checkpoint.work_folder import JOURNAL, Mark, is_ours, mark_of, open_work_folder, remove_marked
+from trtllm_ct.checkpoint.work_folder import (
+    JOURNAL,
+    JOURNAL_BYTES,
+    Mark,
+    journal_files,
+    mark_of,
+    open_work_folder,
+    other_files,
+    remove_files_and_mark,
+    remove_marked,
+    require_own_directory,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,27 +158,39 @@ def _work(parent: Folder, place: OutputPlace, made: list[Path]) -> Iterator[Fold
         except (OSError, OutputError):
             raise
         except Exception as error:
-            if _is_kept(error, before, _Progress(work)):
-                logger.warning("%s: kept, so that a later run can go on from it", place.partial)
-            else:
-                with suppress(OSError):
-                    if parent.is_at(place.partial.name, work):
-                        remove_marked(parent, place.partial.name, work)
-                    _remove_folders(made)
+            _keep_or_remove(error, before, work, parent, place)
+            _remove_folders(made)
             raise
 
 
+def _keep_or_remove(error: Exception, before: _Progress, work: Folder, parent: Folder, place: OutputPlace) -> None:
+    """Leave the working directory, or remove it with the files of this run; others are named and stay."""
+    try:
+        now = _Progress(work)
+        if _is_kept(error, before, now):
+            logger.warning("%s: kept, so that a later run can go on from it", place.partial)
+        elif parent.is_at(place.partial.name, work):
+            remove_files_and_mark(parent, place.partial.name, work, now.own_files(before))
+    except OSError as failure:
+        logger.warning("%s: not removed: %s", place.partial, failure.strerror)
+
+
 class _Progress:
-    """What the journal of a working directory says at one moment: when it was changed, and whether units are done."""
+    """What is in a working directory at one moment, and what its journal says: when it was changed, what is done."""
 
     def __init__(self, work: Folder) -> None:
-        status, text = None, b""
-        with suppress(OSError):
-            status = work.status(JOURNAL)
-            text = work.read_start(JOURNAL, 1024)
+        """Raises `OSError`."""
+        status = work.status(JOURNAL)
+        text = b"" if status is None else work.read(JOURNAL, JOURNAL_BYTES)
         self.changed_at = None if status is None else (status.st_size, status.st_mtime_ns)
         self.is_begun = bool(text)
-        self.has_units = bool(text.partition(b"\n")[2].strip())
+        self.has_units = b'\n{"unit":' in text
+        self.files = frozenset(work.files())
+        self.listed = journal_files(work)
+
+    def own_files(self, before: _Progress) -> frozenset[str]:
+        """Return the files of this run, which has found those of `before`: as listed, or else all that are new."""
+        return self.files - before.files if self.listed is None else self.listed
 
 
 def _is_kept(error: Exception, before: _Progress, now: _Progress) -> bool:
@@ -181,12 +205,14 @@ def _is_kept(error: Exception, before: _Progress, now: _Progress) -> bool:
 def _recover(parent: Folder, place: OutputPlace) -> None:
     """Put the old output back, or remove it, if an earlier run was stopped while it replaced it in two steps.
 
-    Raises `UsageError` if it can't be told whether the directory is an old output.
+    Raises `UsageError` if it can't be told whether the directory is an old output, and for anything else of that name:
+    the old output could not get it.
     """
     name = place.replaced.name
     status = parent.status(name)
-    if status is None or not stat.S_ISDIR(status.st_mode) or not is_ours(status, parent):
+    if status is None:
         return
+    require_own_directory(status, parent, place.replaced)
     with parent.folder(name) as old:
         mark = mark_of(old, parent)
         missing = parent.status(place.out.name) is None
@@ -203,7 +229,7 @@ def _recover(parent: Folder, place: OutputPlace) -> None:
 
 def _install(parent: Folder, work: Folder, place: OutputPlace, made: list[Path], *, sync: bool) -> None:
     """Let the finished directory become `out`; an existing `out` is deleted only after that."""
-    write_manifest(work, but=JOURNAL)
+    _write_list(work, place)
     mode = _final_mode(work)
     # Not writable by others before it has its name: nobody may put anything into it that this process did not write.
     file_calls.set_mode(work.descriptor, mode & ~_OTHERS_WRITE)
@@ -223,6 +249,17 @@ def _install(parent: Folder, work: Folder, place: OutputPlace, made: list[Path],
             file_calls.set_mode(work.descriptor, mode)
         if old is not None and parent.is_at(name, old):
             _remove_old(parent, name, old)
+
+
+def _write_list(work: Folder, place: OutputPlace) -> None:
+    """Write the list of what this run has written; what somebody else has put there is named, and is not in it."""
+    listed = journal_files(work)
+    others = [] if listed is None else other_files(work, listed)
+    if others:
+        logger.warning(
+            "%s: it also has files that no conversion wrote: %s", place.out, format_names(map(ascii, others))
+        )
+    write_manifest(work, [name for name in other_files(work, ()) if name not in others])
 
 
 def _sync_names(made: list[Path]) -> None:
@@ -272,7 +309,7 @@ def _named(parent: Folder, work: Folder, place: OutputPlace, *, sync: bool) -> s
         except BaseException:
             with suppress(OSError):
                 if parent.is_at(partial, work):
-                    work.copy(JOURNAL, journal)
+                    work.copy(JOURNAL, iter(lambda: os.read(journal, 2**20), b""))
             raise
 
 

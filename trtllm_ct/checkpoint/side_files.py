@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import CatalogError, FaultCollector
+from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
 from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, read_at
 from trtllm_ct.checkpoint.folder import MAX_DEPTH
 from trtllm_ct.checkpoint.remote_code import named_code
@@ -33,7 +33,7 @@ from trtllm_ct.checkpoint.side_patterns import (
 from trtllm_ct.checkpoint.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     from trtllm_ct.checkpoint.folder import Folder
@@ -42,6 +42,8 @@ __all__ = ["NO_SIDE_FILES", "SideFiles", "copy_side_files", "side_bytes", "side_
 
 _MAX_FILES = 10_000
 """The most side files of a checkpoint; real ones have tens."""
+
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +84,13 @@ def side_files(source: Path, carry: Collection[str] = ()) -> SideFiles:
     )
 
 
-def copy_side_files(source: Path, out: Folder, carry: Collection[str] = ()) -> SideFiles:
-    """Copy the side files of `source` to `out` and return which they are; see `side_files`.
+def copy_side_files(source: Path, files: SideFiles, out: Folder) -> None:
+    """Copy the carried files of `source`, see `side_files`, to `out`.
 
-    Sub-directories are kept, and links are copied as files. Raises `CatalogError` before anything is copied, and for a
-    file that is replaced in the meantime; an error of `out` is an OSError.
+    Sub-directories are kept, and links are copied as files. Raises `CatalogError` with every file that was replaced in
+    the meantime, and for one that can't be read to its end; an error of `out` is an `OSError`.
     """
-    files, snapshot, faults = side_files(source, carry), Snapshot.of(source), FaultCollector()
+    snapshot, faults = Snapshot.of(source), FaultCollector()
     for name in files.carried:
         with ExitStack() as stack:
             try:
@@ -96,14 +98,27 @@ def copy_side_files(source: Path, out: Folder, carry: Collection[str] = ()) -> S
             except OSError as error:
                 _add_unusable(snapshot.root / name, f"{error.strerror or error}".lower(), faults)
                 continue
-            out.copy(name, descriptor)
+            out.copy(name, _chunks(descriptor, snapshot.root / name))
     faults.raise_if_any(CatalogError)
-    return files
 
 
-def side_bytes(source: Path, carry: Collection[str] = ()) -> int:
+def _chunks(descriptor: int, path: Path) -> Iterator[bytes]:
+    """Yield what is left to read of a side file; raises `CatalogError` for a disk that can't deliver it."""
+    while True:
+        try:
+            data = os.read(descriptor, _CHUNK_BYTES)
+        except OSError as error:
+            expected, found = "a file that can be read to its end", f"{error.strerror or error}".lower()
+            remedy = "Check the disk that it is on, or get the file again."
+            raise CatalogError(Fault(where=str(path), expected=expected, found=found, remedy=remedy)) from None
+        if not data:
+            return
+        yield data
+
+
+def side_bytes(source: Path, files: SideFiles) -> int:
     """Return the size of all side files that are carried, in bytes."""
-    return sum((source / name).stat().st_size for name in side_files(source, carry).carried)
+    return sum((source / name).stat().st_size for name in files.carried)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,8 +17,7 @@ from trtllm_ct.base.errors import ConfigError
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output_errors import output_errors
-from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes
-from trtllm_ct.checkpoint.work_folder import JOURNAL
+from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes, side_files
 from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.config.json_file import read_json_object
@@ -71,30 +70,37 @@ def write_hf_directory(
     """Write all files of the output, weights and side files, into the working directory `conversion.job.files`.
 
     `carry` are patterns of further side files to copy.
-    Files that an earlier run of the same conversion left there are checked and kept; everything else there is deleted.
-    The journal stays there until the directory is complete.
+    Files that an earlier run of the same conversion left there are checked and kept, and the others of earlier runs are
+    deleted. The journal stays there until the directory is complete.
     Memory: see `run_unit`, once for each worker. Raises `PayloadError` with all values that can't be delivered,
-    `UsageError` when the disk is too small, and `OutputError` when it fails.
+    `UsageError` when the disk is too small or a file there is of no conversion, `CatalogError` when a side file can't
+    be read, and `OutputError` when the disk fails.
     """
     out, write_plan = conversion.job.files, conversion.write_plan
     # An engine-build checkpoint consists of its configuration and the files of the ranks.
     by_rank = conversion.plan.build_config is not None
     source = conversion.checkpoint.directory
     with source_errors(source):
-        others = 0 if by_rank else side_bytes(source, carry)
+        side = NO_SIDE_FILES if by_rank else side_files(source, carry)
+        others = side_bytes(source, side)
+    configuration = configuration_files(conversion.checkpoint, conversion.plan)
+    weights = write_plan.file_names
+    written = (*weights, *side.carried, *configuration)
     with output_errors(out.path):
         require_room(out, write_plan, others)
-    with output_errors(out.path, write_plan.file_bytes), Journal(out, conversion.identity) as journal:
+    with (
+        output_errors(out.path, write_plan.file_bytes),
+        Journal(out, conversion.identity, written, kept=weights) as journal,
+    ):
         if journal.discarded:
             logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
-        out.clear(keep={JOURNAL, *(write_plan.file_names if journal.records else ())})
-        side_files = NO_SIDE_FILES if by_rank else copy_side_files(source, out, carry)
-        for name, content in configuration_files(conversion.checkpoint, conversion.plan).items():
+        copy_side_files(source, side, out)
+        for name, content in configuration.items():
             out.write(name, content)
         create_files(out, write_plan)
         resumed = run_units(conversion, pool, journal, progress)
         write_index(out, write_plan)
-    return DeliveredFiles(weights=write_plan.file_names, side_files=side_files, resumed_bytes=resumed)
+    return DeliveredFiles(weights=weights, side_files=side, resumed_bytes=resumed)
 
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:

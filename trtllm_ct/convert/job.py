@@ -7,6 +7,7 @@ everything that is derived from a job: the opened checkpoint, the plan, the writ
 from __future__ import annotations
 
 import hashlib
+import secrets
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,12 @@ class Job:
 class Conversion:
     """A job with its checkpoint, its plan, its write plan and its units of work.
 
-    Pickling keeps only the job and the digest. A process that unpickles it opens the checkpoint itself, once, and
-    raises `CatalogError` when the conversion that it gets has another digest.
+    Pickling keeps only the job, the digest and `token`, which no other conversion has. A process that unpickles it
+    opens the checkpoint itself, once, and raises `CatalogError` when the conversion that it gets has another digest.
     """
 
     def __init__(self, job: Job, checkpoint: Checkpoint, plan: Plan) -> None:
+        self.token = secrets.token_hex(16)
         self.job = job
         self.checkpoint = checkpoint
         self.plan = plan
@@ -82,7 +84,7 @@ class Conversion:
         return cls(job, checkpoint, checkpoint.plan(**job.options))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.job, self.digest)
+        return _unpickle, (self.job, self.digest, self.token)
 
     def modules(self, unit: Unit) -> list[ModulePlan]:
         """Return the plans of the modules in a unit."""
@@ -118,9 +120,13 @@ class Conversion:
 _conversions: dict[str, Conversion] = {}
 
 
-def _unpickle(job: Job, digest: str) -> Conversion:
-    """Return the conversion of a pickled job; the latest one is kept for the next call in this process."""
-    if digest not in _conversions:
+def _unpickle(job: Job, digest: str, token: str) -> Conversion:
+    """Return the conversion of a pickled job; the latest one is kept for the next call in this process.
+
+    The token tells conversions apart that only write to another directory, or again to the same one.
+    """
+    if token not in _conversions:
+        _conversions.clear()
         conversion = Conversion.open(job)
         if conversion.digest != digest:
             raise CatalogError(
@@ -131,9 +137,8 @@ def _unpickle(job: Job, digest: str) -> Conversion:
                     remedy="Let all machines use one file system and one installation, and start again.",
                 )
             )
-        _conversions.clear()
-        _conversions[digest] = conversion
-    return _conversions[digest]
+        _conversions[token] = conversion
+    return _conversions[token]
 
 
 def _module_description(module: ModulePlan) -> str:

@@ -1,9 +1,10 @@
 """The journal of a conversion: it records the finished units, so that a run can resume after an earlier one was killed.
 
-The journal is a text file with one JSON object per line. The first line identifies the conversion by its digest. Each
-following line names a unit, the byte ranges that were written for it with their checksums, and the warnings about its
-values. A line is added when the unit is complete. A later run verifies the records: it reads the bytes and compares
-their checksums.
+The journal is a text file with one JSON object per line. The first line identifies the conversion by its digest, the
+second lists all files that it writes: they are in the journal before they are made, and no other file in the directory
+is ever removed. Each following line names a unit, the byte ranges that were written for it with their checksums, and
+the warnings about its values. A line is added when the unit is complete. A later run verifies the records: it reads the
+bytes and compares their checksums.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint import file_calls
-from trtllm_ct.checkpoint.work_folder import JOURNAL
+from trtllm_ct.checkpoint.manifest import MANIFEST
+from trtllm_ct.checkpoint.work_folder import JOURNAL, JOURNAL_BYTES, files_line, known_files, require_no_other_files
 from trtllm_ct.checkpoint.writer import Piece
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from typing_extensions import Self
 
     from trtllm_ct.checkpoint.folder import Folder
@@ -63,9 +67,6 @@ class UnitRecord:
         )
 
 
-_MAX_BYTES = 2**30
-"""Size of the longest journal that is read; one of 1 TB of output has a hundredth of this."""
-
 _SECONDS_IN_MEMORY = 2.0
 """Time from the start of a run during which lines are only kept in memory.
 
@@ -78,15 +79,21 @@ a tenth of a short run.
 class Journal:
     """The journal in `folder`, opened for appending; use it as a context manager or call `close`.
 
+    `files` are the names of all files that the conversion will write, and `kept` those of them that finished units are
+    in. Everything else that an earlier run left is removed, and `kept` too if the journal is of another conversion.
     `records` holds the units of an earlier run of the same conversion, by number. A journal of another conversion is
-    discarded, and `discarded` is true then.
+    discarded, and `discarded` is true then. Raises `UsageError`, and changes nothing, when the folder holds a file that
+    neither this conversion nor the earlier one writes.
     """
 
-    def __init__(self, folder: Folder, digest: str) -> None:
+    def __init__(self, folder: Folder, digest: str, files: Collection[str] = (), kept: Collection[str] = ()) -> None:
+        known = known_files(folder) | frozenset(files)
+        require_no_other_files(folder, known)
         text = _read(folder)
         records = _records(text, digest)
         self.records = records or {}
         self.discarded = bool(text) and records is None
+        folder.remove_files((known | {MANIFEST}) - frozenset(kept if self.records else ()) - {JOURNAL})
         self._unwritten_lines: list[str] = []
         self._start_time = time.monotonic()
         self._descriptor = file_calls.open_file(JOURNAL, folder.descriptor, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -98,6 +105,8 @@ class Journal:
         else:
             # The last line may be cut short. A line break ends it, so that it is skipped when the journal is read.
             self._add("")
+        self._add(files_line(files).decode().rstrip())
+        self._write()
 
     def __enter__(self) -> Self:
         return self
@@ -135,7 +144,7 @@ class Journal:
 def _read(folder: Folder) -> str:
     """Return the text of a journal; empty if there is none, or if it can't be read."""
     try:
-        return folder.read(JOURNAL, _MAX_BYTES).decode()
+        return folder.read(JOURNAL, JOURNAL_BYTES).decode()
     except (OSError, ValueError):
         return ""
 
