@@ -214,7 +214,7 @@ class TestWhatIsResumed:
         fresh = _converted(built.directory, tmp_path / "fresh")
         _interrupted(built.directory, tmp_path / "out", units_done=20)
         journal = tmp_path / ".out.partial" / ".trtllm_ct.journal"
-        header, *lines = journal.read_text().splitlines()
+        header, files, *lines = journal.read_text().splitlines()
         records = [json.loads(line) for line in lines if line]
         sizes = [sum(piece[2] for piece in record["pieces"]) for record in records]
         first, second = next(
@@ -224,7 +224,7 @@ class TestWhatIsResumed:
             if sizes[one] == sizes[other] and records[one]["pieces"] != records[other]["pieces"]
         )
         records[first]["pieces"] = records[second]["pieces"]
-        journal.write_text("\n".join([header, *(json.dumps(record) for record in records)]) + "\n")
+        journal.write_text("\n".join([header, files, *(json.dumps(record) for record in records)]) + "\n")
         for piece in json.loads(lines[first])["pieces"]:
             with (tmp_path / ".out.partial" / piece[0]).open("r+b") as stream:
                 stream.seek(piece[1])

@@ -238,7 +238,9 @@ class TestResume:
         self, built: Built, tmp_path: Path, whole: dict[str, bytes], half: Path
     ) -> None:
         """After a crash of the machine, pages may hold zeros, so kept bytes are verified by their checksums."""
-        journal = Journal(Folder(half), json.loads((half / JOURNAL).read_text().splitlines()[0])["conversion"])
+        digest = json.loads((half / JOURNAL).read_text().splitlines()[0])["conversion"]
+        files = [path.name for path in half.iterdir()]
+        journal = Journal(Folder(half), digest, files, kept=files)
         journal.close()
         pieces = [piece for record in journal.records.values() for piece in record.pieces]
         piece = max(pieces, key=lambda candidate: candidate.nbytes)
@@ -316,10 +318,10 @@ class TestJournal:
     """When the lines of the journal are written to the file."""
 
     @pytest.mark.parametrize("seconds", [0, 60])
-    def test_a_short_run_writes_nothing_before_it_ends(
+    def test_a_short_run_writes_no_units_before_it_ends(
         self, tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """At the end all lines are written, unless the process was killed."""
+        """At the end all lines are written, unless the process was killed; the list of files is there at once."""
         monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", seconds)
         records = [UnitRecord(unit=number, pieces=()) for number in range(3)]
 
@@ -330,7 +332,7 @@ class TestJournal:
         with Journal(Folder(tmp_path), "digest") as reopened:
             read_records = reopened.records
 
-        assert early == (0 if seconds else 4)
+        assert early == (2 if seconds else 5)
         assert list(read_records.values()) == records
 
     def test_lines_in_memory_are_written_when_the_time_is_over(
@@ -341,7 +343,7 @@ class TestJournal:
             monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", 0)
             journal.add(UnitRecord(unit=1, pieces=()))
 
-            assert (tmp_path / JOURNAL).read_text().count("\n") == 3
+            assert (tmp_path / JOURNAL).read_text().count("\n") == 4
 
 
 def _count_converted(monkeypatch: pytest.MonkeyPatch, done: list[int]) -> None:
@@ -397,7 +399,8 @@ def test_few_units_are_submitted_at_a_time(built: Built, tmp_path: Path, monkeyp
         plan = type("Plan", (), {"modules": ()})
 
     monkeypatch.setattr(coordinate, "run_unit", counted)
-    with open_pool("threads", 2) as pool, Journal(Folder(tmp_path), "digest") as journal:
+    (tmp_path / "work").mkdir()
+    with open_pool("threads", 2) as pool, Journal(Folder(tmp_path / "work"), "digest") as journal:
         assert pool is not None
         run_units(Conversion(), pool, journal, partial(_take, taken))  # type: ignore[arg-type]
 
