@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from builders import Built, rewrite, tiny_config, write_checkpoint
 
 from trtllm_ct.base.errors import MissingDependencyError, OutputError, PayloadError, UsageError
 from trtllm_ct.checkpoint.folder import Folder
-from trtllm_ct.checkpoint.work_folder import JOURNAL
+from trtllm_ct.checkpoint.work_folder import JOURNAL, WorkFolder
 from trtllm_ct.convert import units
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.executors import open_pool
+from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.journal import Journal, UnitRecord
 from trtllm_ct.convert.worker import UnitResult
+from trtllm_ct.pipeline.open import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,6 +136,64 @@ class TestExecutors:
         assert done.returncode != 0
         assert done.stderr.count("model.layers.1.mlp.down_proj.weight_scale[0, 0]") == 1
         assert names(tmp_path) == ["source"]
+
+    @pytest.mark.mpi
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_rank_that_can_not_begin_ends_the_job(self, built: Built, tmp_path: Path, rank: int) -> None:
+        """A link that leads elsewhere on one machine: no rank waits for another."""
+        code = f"""
+import sys
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == {rank}:
+    sys.argv[sys.argv.index("out")] = {str(built.directory / "inside")!r}
+from trtllm_ct.cli.main import main
+main()
+"""
+        command = [*MPIRUN, sys.executable, "-c", code, "convert", str(built.directory), "out", "--to", "dense"]
+
+        done = subprocess.run(
+            [*command, "--executor", "mpi"], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+        )
+
+        assert (done.returncode == 0) == (rank == 1), done.stderr
+        assert names(tmp_path) == (["out", "source"] if rank else ["source"])
+
+    @pytest.mark.mpi
+    def test_one_program_may_convert_twice(self, built: Built, tmp_path: Path) -> None:
+        code = """
+import sys
+from trtllm_ct.convert import units
+from trtllm_ct.convert.convert import convert_checkpoint
+units.UNIT_BYTES = 1
+for out in ("first", "second"):
+    convert_checkpoint("source", out, executor="mpi")
+"""
+        done = subprocess.run(
+            [*MPIRUN, sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+        )
+
+        assert done.returncode == 0, done.stderr
+        assert content(tmp_path / "second") == content(tmp_path / "first")
+
+    def test_a_worker_does_not_take_a_conversion_for_an_earlier_one(self, built: Built, tmp_path: Path) -> None:
+        """Both come from the same files and have the same plan; the second writes elsewhere."""
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir(0o700)
+            checkpoint = open_checkpoint(built.directory)
+            options = {"to": "dense"}
+            job = Job(
+                directory=built.directory,
+                options=options,
+                max_shard_bytes=10**9,
+                device="cpu",
+                files=WorkFolder(tmp_path / name),
+            )
+            conversion = Conversion(job, checkpoint, checkpoint.plan(**options))
+
+            received = [pickle.loads(pickle.dumps(conversion)) for _ in range(2)]
+
+            assert received[0] is received[1]
+            assert received[0].job.files.path == tmp_path / name
 
     def test_mpi_without_mpi4py_names_it(self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "mpi4py", None)

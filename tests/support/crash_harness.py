@@ -65,6 +65,10 @@ class Calls:
         for name in file_calls.__all__:
             setattr(file_calls, name, partial(self._call, name, getattr(file_calls, name)))
 
+    def begin(self, ending: str, at: int) -> None:
+        """Count from 0 again, towards another ending."""
+        self.ending, self.at, self.count = ending, at, 0
+
     def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         with self._lock:
             self.count += 1
@@ -212,10 +216,25 @@ def tried(scene: Scene, ending: str, at: int) -> list[str]:
         wrong += scene.complaints(folder, looked_at(folder, OUT), None)
         if looked_at(folder, OUT) != scene.new:
             wrong.append("the same command gives another output")
-        left = sorted(path.name for path in folder.iterdir())
-        if again == 0 and left != sorted({OUT, *(name.partition("/")[0] for name in BYSTANDERS)}):
-            wrong.append(f"left behind: {left}")
+        if again == 0:
+            wrong += what_is_left_behind(folder)
     return [f"{scene.name}, {ending} {at}: {complaint}" for complaint in wrong]
+
+
+def what_is_left_behind(folder: Path) -> list[str]:
+    """Say what is in a folder beside the output and what was there before the conversion."""
+    left = sorted(path.name for path in folder.iterdir())
+    return [] if left == sorted({OUT, *(name.partition("/")[0] for name in BYSTANDERS)}) else [f"left behind: {left}"]
+
+
+def small_units() -> None:
+    """Let a conversion make all its calls: a unit for each module, and each line of the journal written at once."""
+    from trtllm_ct.checkpoint import file_calls
+    from trtllm_ct.convert import journal, units
+
+    units.UNIT_BYTES = 1
+    journal._SECONDS_IN_MEMORY = 0
+    file_calls.sync = lambda _descriptor: None  # No power cut is real here, and the wait for the disk would be long.
 
 
 def power_cuts(scene: Scene) -> tuple[int, list[str]]:
@@ -247,13 +266,9 @@ def power_cuts(scene: Scene) -> tuple[int, list[str]]:
 def scenes(work: Path, names: tuple[str, ...]) -> Iterator[Scene]:
     from builders import tiny_config, write_checkpoint
 
-    from trtllm_ct.checkpoint import file_calls
-    from trtllm_ct.convert import journal, units
     from trtllm_ct.convert.convert import convert_checkpoint
 
-    units.UNIT_BYTES = 1
-    journal._SECONDS_IN_MEMORY = 0
-    file_calls.sync = lambda _descriptor: None  # No power cut is real here, and the wait for the disk would be long.
+    small_units()
     config = tiny_config(layers=1, hidden=32, intermediate=64, vocabulary=32)
     base, source = work / "base", work / "source"
     for name, scheme in (("source", "int8-channel"), ("older", "int4-g32")):

@@ -35,6 +35,7 @@ __all__ = [
     "JOURNAL",
     "JOURNAL_BYTES",
     "Mark",
+    "WorkFolder",
     "files_line",
     "is_ours",
     "is_private",

@@ -19,7 +19,7 @@ from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
-from trtllm_ct.convert.executors import open_pool, require_executor
+from trtllm_ct.convert.executors import open_pool
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.sizes import size_warnings
@@ -203,19 +203,12 @@ def convert_checkpoint(
     faults in the checkpoint, and `OutputError` when the file system of `out` fails.
     """
     directory, out = Path(directory), Path(out)
-    _require_one_of("--to", to, DIRECTORY_TARGETS)
-    _require_one_of("--dtype", dtype, DENSE_DTYPES)
-    _require_device(device)
-    _require_shard_size(max_shard_bytes)
-    require_executor(executor, workers)
-    check_output_place(directory, out)
     started = time.perf_counter()
     options: dict[str, Any] = {
         "to": to,
         "engine": engine,
         "sm": sm,
         "untested": untested,
-        "dtype": None if dtype == "auto" else DType.from_torch(dtype),
         "dense_o_proj": dense_o_proj,
         "strict": strict,
         "parallel": parallel,
@@ -225,6 +218,13 @@ def convert_checkpoint(
     with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
+        # On one rank only: the others would wait forever for one that ends before they have work.
+        _require_one_of("--to", to, DIRECTORY_TARGETS)
+        _require_one_of("--dtype", dtype, DENSE_DTYPES)
+        _require_device(device)
+        _require_shard_size(max_shard_bytes)
+        check_output_place(directory, out)
+        options["dtype"] = None if dtype == "auto" else DType.from_torch(dtype)
         # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
             job = Job(
