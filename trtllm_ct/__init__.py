@@ -6,9 +6,7 @@ TensorRT-LLM.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # The command line can't handle Ctrl-C before this file is done, and `typing` takes long.
 if TYPE_CHECKING:
     from trtllm_ct.base.version import __version__ as __version__
     from trtllm_ct.checkpoint.catalog import Catalog
@@ -92,7 +90,8 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Imported here, because the command line can't handle Ctrl-C before this file is done.
+    from importlib import import_module
+
     from trtllm_ct.base.packages import missing_packages_as_errors
 
     if _HOMES[name] == _ENGINE_HOME:

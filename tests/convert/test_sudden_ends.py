@@ -294,29 +294,56 @@ class TestSignals:
         assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "source"]
         convert_checkpoint(source, tmp_path / "out")
 
-    def test_before_anything_is_imported_there_is_no_traceback(self, tmp_path: Path) -> None:
-        code = """
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize("module", ["trtllm_ct.cli.commands", "typing", "logging", "typer", "rich.console"])
+    def test_while_anything_is_imported_there_is_no_traceback(
+        self, module: str, number: signal.Signals, code: int
+    ) -> None:
+        """Not even where Python ignores errors: in its import system, which runs code when locks are freed."""
+        program = f"""
 import os, signal, sys
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
 class Signal:
     def find_spec(self, name, *_):
-        if name == "typer":
-            os.kill(os.getpid(), signal.SIGINT)
+        if name == {module!r}:
+            Freed()
 sys.meta_path.insert(0, Signal())
 from trtllm_ct.cli.main import main
 main()
 """
         done = subprocess.run(
-            [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
+            [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=False
         )
 
-        assert (done.returncode, done.stderr) == (130, "Interrupted by SIGINT.\n")
+        assert (done.returncode, done.stderr) == (code, f"Interrupted by {number.name}.\n")
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_is_not_lost_in_code_that_can_not_raise(self, number: signal.Signals, code: int) -> None:
+        program = f"""
+import os, time
+from trtllm_ct.cli.interrupts import ending_on_signals
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+with ending_on_signals():
+    Freed()
+    time.sleep(20)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+
+        assert (done.returncode, done.stderr) == (code, f"Interrupted by {number.name}.\n")
 
     def test_the_handler_is_there_before_anything_slow_is_imported(self) -> None:
         code = """
 import sys
 before = set(sys.modules)
-import trtllm_ct.cli.interrupts
-slow = {"dataclasses", "inspect", "importlib.metadata", "typer", "trtllm_ct.base.packages"}
+import trtllm_ct.cli.main
+slow = {"dataclasses", "inspect", "importlib.metadata", "typer", "typing", "re", "contextlib", "threading"}
+slow |= {"trtllm_ct.base.packages", "trtllm_ct.cli.commands"}
 assert not slow & (set(sys.modules) - before), slow & (set(sys.modules) - before)
 """
         done = subprocess.run([sys.executable, "-S", "-c", code], env=ENVIRONMENT, capture_output=True, check=False)

@@ -1,24 +1,28 @@
 """`ending_on_signals`: Ctrl-C and SIGTERM end a command with one line and the exit code that shells expect.
 
 Python turns Ctrl-C into `KeyboardInterrupt`, which the library of the command line reports in its own way, and SIGTERM
-ends the process without a word. Both become an `Interrupted` here, which no library knows.
+ends the process without a word. Both become an `Interrupted` here, which no library knows. While the command line is
+imported there is nothing to undo, and the process ends at once (`ending_at_once`).
+
+This file imports as little as it can: before it is there, a signal does what Python does with it.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # `typing` takes longer to import than all of this.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
 
-__all__ = ["Interrupted", "ending_on_signals", "going_on_from"]
+__all__ = ["Interrupted", "ending_at_once", "ending_on_signals", "going_on_from"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_AGAIN_SECONDS = 0.01
 
 
 class Interrupted(BaseException):
@@ -30,35 +34,74 @@ class Interrupted(BaseException):
         self.remedy = ""
 
 
-@contextmanager
-def ending_on_signals() -> Iterator[None]:
+def ending_at_once() -> None:
+    """Let SIGINT and SIGTERM end the process where it is, with one line to stderr and exit code 130 or 143."""
+    try:
+        for number in _SIGNALS:
+            signal.signal(number, _end)
+    except ValueError:
+        return  # Only the main thread gets signals.
+
+
+class ending_on_signals:  # noqa: N801 (used like a function, and `contextlib` would be imported before it)
     """End the process on SIGINT and SIGTERM: one line to stderr, exit code 130 or 143.
 
     What is inside ends as after an exception. A second signal ends the process at once.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Only the main thread gets signals.
-        return
-    before = {number: signal.signal(number, _raise) for number in _SIGNALS}
-    try:
-        yield
-    except Interrupted as interrupted:
-        name = signal.Signals(interrupted.number).name
-        print(f"Interrupted by {name}. {interrupted.remedy}".rstrip(), file=sys.stderr)
-        sys.exit(128 + interrupted.number)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+    def __enter__(self) -> None:
+        self._hook = sys.unraisablehook
+        try:
+            self._before = {number: signal.signal(number, _raise) for number in _SIGNALS}
+        except ValueError:
+            self._before = {}  # Only the main thread gets signals.
+            return
+        sys.unraisablehook = self._raise_again
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: TracebackType | None) -> None:
+        sys.unraisablehook = self._hook
+        try:
+            if isinstance(error, Interrupted):
+                print(f"{_line(error.number)} {error.remedy}".rstrip(), file=sys.stderr)
+                sys.exit(128 + error.number)
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _raise_again(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Send the signal again if it came in code that can't raise, as when Python frees an object."""
+        interrupted = unraisable.exc_value
+        if not isinstance(interrupted, Interrupted):
+            self._hook(unraisable)
+            return
+        import threading
+
+        for number in _SIGNALS:
+            signal.signal(number, _raise)
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), interrupted.number)).start()
 
 
-@contextmanager
-def going_on_from(remedy: Callable[[], str]) -> Iterator[None]:
+class going_on_from:  # noqa: N801 (as above)
     """Add to an interrupt inside what is left and what to do next, which `remedy` says when it happens."""
-    try:
-        yield
-    except Interrupted as interrupted:
-        interrupted.remedy = remedy()
-        raise
+
+    def __init__(self, remedy: Callable[[], str]) -> None:
+        self._remedy = remedy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: TracebackType | None) -> None:
+        if isinstance(error, Interrupted):
+            error.remedy = self._remedy()
+
+
+def _line(number: int) -> str:
+    return f"Interrupted by {signal.Signals(number).name}."
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    os.write(2, f"{_line(number)}\n".encode())
+    os._exit(128 + number)
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:

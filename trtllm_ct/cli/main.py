@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from trtllm_ct.cli.interrupts import ending_on_signals
+from trtllm_ct.cli.interrupts import ending_at_once
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the command line `trtllm-ct`; see `commands.py`."""
-    with ending_on_signals():
-        from trtllm_ct.cli.commands import main as run
+    ending_at_once()
+    from trtllm_ct.cli.commands import main as run
 
-        run()
+    run()
