@@ -59,8 +59,15 @@ _KINDS = (
 
 
 def is_present(path: Path) -> bool:
-    """Whether a directory has an entry of this name, of whatever kind; a link that leads nowhere counts."""
-    return os.path.lexists(path)
+    """Whether a directory has an entry of this name, of whatever kind; a link that leads nowhere counts.
+
+    Raises `OSError` where that can't be told: a disk that fails is no reason to take a file for missing.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @contextmanager

@@ -171,25 +171,29 @@ def _map_file(path: Path) -> torch.Tensor:
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
 
-_LIMITS = {
+_CAUSES = {
+    errno.EIO: "Check the disk that the file is on, or get the file again.",
     errno.ENOMEM: "Raise the limit of address space of this process (`ulimit -v`), or of its memory.",
     errno.EMFILE: "Raise the limit of open files of this process (`ulimit -n`).",
     errno.ENFILE: "Too many files are open on this machine: end other programs, or raise the system's limit.",
 }
-"""What helps when a file is as it was, but this process may not read or map it."""
+"""What helps when a file is as it was, but can't be read or mapped."""
 
 
 def read_error(tensor: StoredTensor, error: OSError | RuntimeError) -> CatalogError:
-    """Return the error for a file that can't be read or mapped: it changed, or a limit of this process is reached."""
+    """Return the error for a file that can't be read or mapped.
+
+    It changed, a limit of this process is reached, or the disk fails.
+    """
     code = getattr(error, "errno", None)
-    if code not in _LIMITS:
+    if code not in _CAUSES:
         return file_changed(tensor, str(error))
     return CatalogError(
         Fault(
             where=f"{tensor.file}: {tensor.name}",
-            expected=f"that {tensor.spec.nbytes} bytes at byte {tensor.offset} can be mapped",
+            expected=f"that {tensor.spec.nbytes} bytes at byte {tensor.offset} can be read",
             found=str(error.args[1]),
-            remedy=_LIMITS[code],
+            remedy=_CAUSES[code],
         )
     )
 

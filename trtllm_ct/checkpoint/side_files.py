@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
-from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, read_at
+from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, is_present, read_at
 from trtllm_ct.checkpoint.folder import MAX_DEPTH
 from trtllm_ct.checkpoint.remote_code import named_code
 from trtllm_ct.checkpoint.side_patterns import (
@@ -74,7 +74,7 @@ def side_files(source: Path, carry: Collection[str] = ()) -> SideFiles:
     walk = _Walk(snapshot=snapshot, carry=tuple(carry), named=named_code(snapshot))
     walk.visit("", ())
     for name in TARGET_FILES:
-        if os.path.lexists(snapshot.root / name):
+        if is_present(snapshot.root / name):
             walk.find(name)
     walk.faults.raise_if_any(CatalogError)
     return SideFiles(
