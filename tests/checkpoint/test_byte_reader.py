@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.checkpoint import byte_reader, writer
+from trtllm_ct.checkpoint import byte_reader, windows, writer
 from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.folder import Folder
@@ -74,7 +74,7 @@ class TestByteReader:
 
     def test_windows_of_a_file_hold_every_range(self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ranges begin and end in any window, and a view outlives its window."""
-        monkeypatch.setattr(byte_reader, "WINDOW_BYTES", mmap.ALLOCATIONGRANULARITY)
+        monkeypatch.setattr(windows, "WINDOW_BYTES", mmap.ALLOCATIONGRANULARITY)
         monkeypatch.setattr(byte_reader, "_MAX_OPEN_WINDOWS", 2)
         size = 5 * mmap.ALLOCATIONGRANULARITY + 7
         payload = bytes(number * number % 251 for number in range(size))

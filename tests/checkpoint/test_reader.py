@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.checkpoint import reader as reader_module
+from trtllm_ct.checkpoint import windows
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.reader import Run, TensorReader
 
@@ -113,7 +118,88 @@ def test_the_least_recently_used_map_is_dropped_first(shards: Catalog, monkeypat
         for number in (0, 1, 0, 2):
             reader.read(f"t{number}")
 
-        assert list(reader._maps) == ["0.safetensors", "2.safetensors"]
+        assert [file for file, *_ in reader._maps] == ["0.safetensors", "2.safetensors"]
+
+
+class TestLimitedAddresses:
+    """Where a process may not use all addresses, windows of files are mapped and not whole files."""
+
+    @pytest.fixture(autouse=True)
+    def limited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reader_module, "is_address_space_limited", lambda: True)
+        monkeypatch.setattr(windows, "WINDOW_BYTES", mmap.ALLOCATIONGRANULARITY)
+
+    @pytest.mark.parametrize("most", [0, 10**9])
+    def test_tensors_in_and_across_windows_are_read_bit_for_bit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+    ) -> None:
+        monkeypatch.setattr(reader_module, "_MAX_WINDOW_BYTES", most)
+        sizes = [0, 2, 4, mmap.ALLOCATIONGRANULARITY - 2, 3 * mmap.ALLOCATIONGRANULARITY, 6, 0]
+        payloads = [np.random.default_rng(size).bytes(size) for size in sizes]
+        tensors = [(f"t{number}", "I16", [len(data) // 2], data) for number, data in enumerate(payloads)]
+        write_file(tmp_path / "model.safetensors", *tensors)
+        before = open_descriptors()
+
+        with TensorReader(Catalog.from_directory(tmp_path)) as reader:
+            read = [reader.read(name) for name, *_ in tensors]
+            assert open_descriptors() == before
+
+        assert [tensor.numpy().tobytes() for tensor in read] == payloads
+        for tensor in read:
+            tensor.zero_()
+        assert (tmp_path / "model.safetensors").read_bytes().endswith(b"".join(payloads))
+
+    @pytest.mark.parametrize("change", ["shorter", "gone"])
+    def test_a_file_that_changed_is_refused(self, tmp_path: Path, change: str) -> None:
+        write_file(tmp_path / "model.safetensors", ("a", "U8", [99_999], bytes(99_999)))
+        catalog = Catalog.from_directory(tmp_path)
+        if change == "gone":
+            (tmp_path / "model.safetensors").unlink()
+        else:
+            os.truncate(tmp_path / "model.safetensors", 50_000)
+
+        with pytest.raises(CatalogError, match="as when the header was read"):
+            TensorReader(catalog).read("a")
+
+    def test_a_window_is_unmapped_with_its_last_tensor(self, tmp_path: Path) -> None:
+        write_file(tmp_path / "model.safetensors", ("a", "U8", [4], b"same"))
+        reader = TensorReader(Catalog.from_directory(tmp_path))
+        tensor = reader.read("a")[1:]
+        reader.close()
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()
+        assert bytes(tensor.tolist()) == b"ame"
+
+        del tensor
+
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_shard_larger_than_the_address_space_is_read(tmp_path: Path) -> None:
+    """8 GB that take no room on the disk, in a process with 1 GB more than it has when it begins."""
+    size = 8 << 30
+    entries = {"a": (0, size - 8, "U8", [size - 8]), "b": (size - 8, size, "F64", [1])}
+    header = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        for name, (begin, end, dtype, shape) in entries.items()
+    }
+    text = json.dumps(header).encode().ljust(256)
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + size)
+    code = f"""
+import resource, torch
+from pathlib import Path
+from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.checkpoint.reader import TensorReader
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
+print(TensorReader(Catalog.from_directory(Path({str(tmp_path)!r}))).read("b").item())
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (done.stdout, done.stderr) == ("0.0\n", "")
 
 
 def test_tensors_stay_valid_after_close_and_the_reader_can_read_again(shards: Catalog) -> None:

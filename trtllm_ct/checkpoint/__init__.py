@@ -3,6 +3,7 @@
 header.py       parse and check the header of one safetensors file
 catalog.py      every tensor of a directory by name, from the headers alone
 reader.py       tensors as views of memory-mapped files
+windows.py      parts of files, where the address space is limited
 byte_reader.py  tensors as plain bytes of memory-mapped files, without torch
 open_files.py   descriptors of weight files, a few at a time
 runs.py         short reads from many tensors, without memory-mapping a file

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.regular_files import open_regular
 from trtllm_ct.checkpoint.reader import file_changed, read_error
+from trtllm_ct.checkpoint.windows import WINDOW_BYTES, window_of
 
 if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 
-__all__ = ["WINDOW_BYTES", "ByteReader"]
-
-WINDOW_BYTES = 64 << 20
-"""Files are mapped in windows that begin and end at multiples of this: a whole file may exceed a limit of addresses."""
+__all__ = ["ByteReader"]
 
 _MAX_OPEN_WINDOWS = 8
 """Each window holds a file descriptor, of which a process may have few, and threads have a reader each."""
@@ -44,8 +42,7 @@ class ByteReader:
         """
         tensor = self._catalog.tensors[name]
         first = tensor.offset + begin
-        start = first // WINDOW_BYTES * WINDOW_BYTES
-        end = -(-(first + max(nbytes, 1)) // WINDOW_BYTES) * WINDOW_BYTES
+        start, end = window_of(first, nbytes)
         data = self._window(tensor, start, end)[first - start : first - start + nbytes]
         if len(data) < nbytes:
             raise file_changed(tensor, f"a file that ends before byte {first + nbytes}")

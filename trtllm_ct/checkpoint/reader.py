@@ -2,7 +2,8 @@
 
 Nothing is copied. A tensor is a view of the kernel's page cache: its bytes are read from disk when they are first
 touched, and the kernel can drop them again under memory pressure. A map costs address space, not memory, but a process
-may hold only a limited number of maps, so the reader keeps the most recently used ones.
+may hold only a limited number of maps, so the reader keeps the most recently used ones. Whole files are mapped, but
+where the address space is limited, only windows of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.memory_budget import available_memory
 from trtllm_ct.base.regular_files import open_regular
+from trtllm_ct.checkpoint.windows import WINDOW_BYTES, is_address_space_limited, map_window, window_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["Run", "TensorReader", "file_changed", "read_error"]
 
 _MAX_OPEN_MAPS = 16
+
+_MAX_WINDOW_BYTES = 4 * WINDOW_BYTES
+"""The most that windows take where the address space is limited, but for one window that is larger."""
 
 _READ_AHEAD_SHARE = 0.5
 """Share of the available memory that read-ahead may fill; the rest is for tensors made from what was read."""
@@ -64,7 +69,8 @@ class TensorReader:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._maps: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._maps: OrderedDict[tuple[str, int, int | None], torch.Tensor] = OrderedDict()
+        self._in_windows = is_address_space_limited()
         self._available: int | None = None
         self._measured_at = -_MEMORY_CHECK_SECONDS
         self.bytes_read = 0
@@ -87,13 +93,13 @@ class TensorReader:
         The tensor is a view of a private map. Writing to it changes neither the file nor other processes, but it does
         change what this reader returns for the same bytes while it keeps the map. A payload that is not aligned to its
         item size is copied.
-        The storage of the tensor is the whole file, so clone a tensor before pickling it or sharing it with another
-        process.
+        The storage of the tensor is the whole file or window, so clone a tensor before pickling it or sharing it with
+        another process.
         Raises `KeyError` for a name that is not in the catalog, and `CatalogError` when the file changed since the
         catalog was read.
         """
         tensor = self._catalog.tensors[name]
-        data = self._map(tensor)[tensor.offset : tensor.offset + tensor.spec.nbytes]
+        data = self._data(tensor)
         if len(data) < tensor.spec.nbytes:
             raise file_changed(tensor, f"{len(data)} of them")
         first, last = _bounds(tensor, begin, end)
@@ -134,20 +140,28 @@ class TensorReader:
         first, last = _bounds(tensor, run.begin, run.end)
         return tensor.file, tensor.offset + first, tensor.offset + last
 
-    def _map(self, tensor: StoredTensor) -> torch.Tensor:
-        """Return all bytes of the file that holds `tensor`, memory-mapped.
+    def _data(self, tensor: StoredTensor) -> torch.Tensor:
+        """Return the bytes of a tensor, fewer where the file ends before.
 
-        Reuses an existing map; a new one replaces the least recently used map when there are too many.
+        Reuses an existing map; a new one replaces the least recently used maps when there are too many.
         """
-        if tensor.file not in self._maps:
+        nbytes = tensor.spec.nbytes
+        begin, end = window_of(tensor.offset, nbytes) if self._in_windows else (0, None)
+        key = (tensor.file, begin, end)
+        if key not in self._maps:
             try:
-                self._maps[tensor.file] = _map_file(self._catalog.directory / tensor.file)
+                self._maps[key] = _map_file(self._catalog.directory / tensor.file, begin, end)
             except (OSError, RuntimeError) as error:
                 raise read_error(tensor, error) from None
-            if len(self._maps) > _MAX_OPEN_MAPS:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(tensor.file)
-        return self._maps[tensor.file]
+            self._drop_unused()
+        self._maps.move_to_end(key)
+        return self._maps[key][tensor.offset - begin : tensor.offset - begin + nbytes]
+
+    def _drop_unused(self) -> None:
+        """Drop the maps that were not used for longest, but never the last one."""
+        mapped = sum(data.numel() for data in self._maps.values()) if self._in_windows else 0
+        while len(self._maps) > 1 and (len(self._maps) > _MAX_OPEN_MAPS or mapped > _MAX_WINDOW_BYTES):
+            mapped -= self._maps.popitem(last=False)[1].numel()
 
     def _advise(self, file: str, ranges: list[tuple[int, int]]) -> None:
         with suppress(OSError):  # only a hint: an error of the file will show when the file is read
@@ -159,14 +173,16 @@ class TensorReader:
                 os.close(descriptor)
 
 
-def _map_file(path: Path) -> torch.Tensor:
-    """Map a file into memory and return its bytes.
+def _map_file(path: Path, begin: int, end: int | None) -> torch.Tensor:
+    """Map a file into memory, or a window of it, and return its bytes.
 
     Unlike `mmap.mmap`, torch closes the file. With shared=False, writing to a page copies it.
     """
     import torch
 
     with open_regular(path) as descriptor:
+        if end is not None:
+            return map_window(descriptor, begin, end)
         size = os.fstat(descriptor).st_size
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 

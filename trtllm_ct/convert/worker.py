@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CheckpointError
-from trtllm_ct.checkpoint.byte_reader import WINDOW_BYTES, ByteReader
+from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.checkpoint.windows import WINDOW_BYTES
 from trtllm_ct.checkpoint.write_plan import merged_ranges
 from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_intact
 from trtllm_ct.convert.direct import DirectConverter, is_copied, is_direct

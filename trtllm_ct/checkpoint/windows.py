@@ -1,0 +1,57 @@
+"""Windows of files, for processes whose address space is limited: a whole file may not fit into it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import TYPE_CHECKING
+from weakref import finalize
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["WINDOW_BYTES", "is_address_space_limited", "map_window", "window_of"]
+
+WINDOW_BYTES = 64 << 20
+"""Windows begin and end at multiples of this, so that neighbouring tensors share one."""
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def is_address_space_limited() -> bool:
+    """Whether this process may use less than all addresses, as after `ulimit -v`."""
+    try:
+        import resource
+    except ImportError:  # Only Unix has such limits.
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def window_of(first: int, nbytes: int) -> tuple[int, int]:
+    """Return begin and end, in bytes from the start of the file, of the window that holds a range of its bytes."""
+    end = -(-(first + max(nbytes, 1)) // WINDOW_BYTES) * WINDOW_BYTES
+    return first // WINDOW_BYTES * WINDOW_BYTES, end
+
+
+def map_window(descriptor: int, begin: int, end: int) -> torch.Tensor:
+    """Return the bytes of an open file from `begin` up to `end`, or up to its end, as a private map.
+
+    The map needs no descriptor, which `mmap.mmap` would keep for as long as a tensor is alive. Raises `OSError`.
+    """
+    import torch
+
+    nbytes = min(end, os.fstat(descriptor).st_size) - begin
+    if nbytes <= 0:
+        return torch.empty(0, dtype=torch.uint8)
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    address = library.mmap(None, nbytes, protection, mmap.MAP_PRIVATE, descriptor, begin)
+    if address == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    buffer = (ctypes.c_ubyte * nbytes).from_address(address)
+    finalize(buffer, library.munmap, address, nbytes)
+    return torch.frombuffer(buffer, dtype=torch.uint8)
