@@ -107,8 +107,10 @@ class Disk:
 
     def _keep(self, path: Path, inode: int) -> None:
         if path.is_dir():
+            self.contents.pop(inode, None)  # The number may have been that of a file which is gone.
             self.names[inode] = {entry.name: entry.inode() for entry in os.scandir(path)}
         else:
+            self.names.pop(inode, None)
             self.contents[inode] = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def synced(self, name: str) -> Tree | None:
@@ -273,6 +275,8 @@ def scenes(work: Path, names: tuple[str, ...]) -> Iterator[Scene]:
     base, source = work / "base", work / "source"
     for name, scheme in (("source", "int8-channel"), ("older", "int4-g32")):
         write_checkpoint(work / name, config=config, scheme=scheme, shards=2, tokenizer=True)
+        (work / name / "additional_chat_templates").mkdir()
+        (work / name / "additional_chat_templates/tools.jinja").write_text("tools")
     for name, content in BYSTANDERS.items():
         (base / name).parent.mkdir(exist_ok=True, parents=True)
         (base / name).write_text(content)

@@ -10,6 +10,7 @@ texts.py          makes text of strangers fit for a message
 json_values.py    how many values a JSON text may hold
 regular_files.py  opens regular files only, up to a size
 source_errors.py  errors of the file system that a checkpoint is on
+memory_errors.py  memory that this process may not have
 own_folders.py    opens folders into which only this user can write
 packages.py       packages that may be missing, what they are for, and how to install them
 str_enum.py       `StrEnum`, which Python 3.10 does not have

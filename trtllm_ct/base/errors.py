@@ -4,6 +4,7 @@
     ├── UsageError                   invalid arguments; nothing was read or written (exit code 2)
     │   └── MissingDependencyError   a required optional package is not installed
     ├── OutputError                  the file system of an output failed or is full (exit code 1)
+    ├── LimitError                   this process may not have the memory that it needs (exit code 1)
     └── CheckpointError              a checkpoint is faulty or not supported (exit code 1)
         ├── DetectionError           the directory holds no compressed-tensors checkpoint; says what it holds instead
         ├── ConfigError              config.json or its quantization block can't be interpreted
@@ -37,6 +38,7 @@ __all__ = [
     "DetectionError",
     "Fault",
     "FaultCollector",
+    "LimitError",
     "LoadError",
     "MissingDependencyError",
     "OutputError",
@@ -106,6 +108,10 @@ class MissingDependencyError(UsageError):
 
 class OutputError(TrtllmCtError):
     """The file system of an output failed or is full; what was written so far is kept for the next run."""
+
+
+class LimitError(TrtllmCtError):
+    """This process may not have the memory or the addresses that it needs."""
 
 
 class CheckpointError(TrtllmCtError):

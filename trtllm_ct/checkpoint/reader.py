@@ -34,8 +34,11 @@ __all__ = ["Run", "TensorReader", "file_changed", "read_error"]
 
 _MAX_OPEN_MAPS = 16
 
-_MAX_WINDOW_BYTES = 4 * WINDOW_BYTES
-"""The most that windows take where the address space is limited, but for one window that is larger."""
+_MAX_WINDOW_BYTES = 2 * WINDOW_BYTES
+"""The most that windows take where the address space is limited, but for one window that is larger.
+
+Each thread has a reader, and tensors need room too. To map a window again takes no reading: it is in the file cache.
+"""
 
 _READ_AHEAD_SHARE = 0.5
 """Share of the available memory that read-ahead may fill; the rest is for tensors made from what was read."""

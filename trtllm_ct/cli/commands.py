@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
+from trtllm_ct.base.memory_errors import memory_errors
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.cli import report
@@ -417,7 +418,13 @@ def run_app(commands: typer.Typer) -> None:
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with ending_on_signals(), collector_paused(), missing_packages_as_errors(), source_errors("the file system"):
+        with (
+            ending_on_signals(),
+            collector_paused(),
+            missing_packages_as_errors(),
+            source_errors("the file system"),
+            memory_errors(),
+        ):
             commands()
     except TrtllmCtError as error:
         if "--json" in sys.argv and error.faults[0].where != STDOUT:

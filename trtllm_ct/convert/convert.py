@@ -16,6 +16,7 @@ from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.memory_errors import memory_errors
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
@@ -152,6 +153,7 @@ def convert_checkpoint(
 
 
 @missing_packages_as_errors()
+@memory_errors()
 def convert_checkpoint(
     directory: str | Path,
     out: str | Path,
@@ -200,7 +202,7 @@ def convert_checkpoint(
     `sync` the output survives a power cut once this function has returned; see `replacing_directory`.
 
     Raises `UsageError` for invalid arguments, before anything is read, the `CheckpointError` of the stage that finds
-    faults in the checkpoint, and `OutputError` when the file system of `out` fails.
+    faults in the checkpoint, `OutputError` when the file system of `out` fails, and `LimitError` without enough memory.
     """
     directory, out = Path(directory), Path(out)
     started = time.perf_counter()
