@@ -126,7 +126,7 @@ class TestLimitedAddresses:
 
     @pytest.fixture(autouse=True)
     def limited(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(reader_module, "is_address_space_limited", lambda: True)
+        monkeypatch.setattr(reader_module, "address_limit", lambda: 1 << 31)
         monkeypatch.setattr(windows, "WINDOW_BYTES", mmap.ALLOCATIONGRANULARITY)
 
     @pytest.mark.parametrize("most", [0, 10**9])

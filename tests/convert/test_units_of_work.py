@@ -19,7 +19,7 @@ from builders import Built, rewrite, tiny_config, write_checkpoint
 from trtllm_ct.base.errors import MissingDependencyError, OutputError, PayloadError, UsageError
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.work_folder import JOURNAL, WorkFolder
-from trtllm_ct.convert import units
+from trtllm_ct.convert import executors, units
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.executors import open_pool
@@ -194,6 +194,19 @@ for out in ("first", "second"):
 
             assert received[0] is received[1]
             assert received[0].job.files.path == tmp_path / name
+
+    @pytest.mark.parametrize(
+        ("addresses", "workers"), [(None, 8), (1 << 50, 8), (8 << 30, 4), (2 << 30, 1), (1 << 20, 1)]
+    )
+    def test_fewer_threads_start_where_addresses_are_limited(
+        self, monkeypatch: pytest.MonkeyPatch, addresses: int | None, workers: int
+    ) -> None:
+        monkeypatch.setattr(executors, "available_cores", lambda: 8)
+        monkeypatch.setattr(executors, "address_limit", lambda: addresses)
+
+        with open_pool() as pool:
+            assert pool is not None
+            assert pool.workers == workers
 
     def test_mpi_without_mpi4py_names_it(self, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "mpi4py", None)

@@ -80,7 +80,7 @@ CASES: tuple[tuple[Extreme, Limits, tuple[str, ...]], ...] = (
         ("inspect", "convert"),
     ),
     (
-        Extreme(layers=16, shards=1, hidden=8192, intermediate=28672),
+        Extreme(layers=5, shards=1, hidden=8192, intermediate=28672),
         Limits(addresses=2 << 30),
         ("inspect", "convert"),
     ),

@@ -36,7 +36,7 @@ _MB = 10**6
 CONFIGURATION_BYTES = 32 * _MB
 """Largest JSON file of a configuration that is read. One that lists all experts of Kimi-K2 has 8 MB."""
 
-INDEX_BYTES = 256 * _MB
+INDEX_BYTES = 150 * _MB
 """Largest index that is read; one of 10^6 tensors has 100 MB."""
 
 RECIPE_BYTES = 4 * _MB

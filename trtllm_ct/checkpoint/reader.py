@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.memory_budget import available_memory
 from trtllm_ct.base.regular_files import open_regular
-from trtllm_ct.checkpoint.windows import WINDOW_BYTES, is_address_space_limited, map_window, window_of
+from trtllm_ct.checkpoint.windows import WINDOW_BYTES, address_limit, map_window, window_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,7 +73,7 @@ class TensorReader:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._maps: OrderedDict[tuple[str, int, int | None], torch.Tensor] = OrderedDict()
-        self._in_windows = is_address_space_limited()
+        self._in_windows = address_limit() is not None
         self._available: int | None = None
         self._measured_at = -_MEMORY_CHECK_SECONDS
         self.bytes_read = 0

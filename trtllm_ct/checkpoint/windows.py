@@ -11,7 +11,7 @@ from weakref import finalize
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WINDOW_BYTES", "is_address_space_limited", "map_window", "window_of"]
+__all__ = ["WINDOW_BYTES", "address_limit", "map_window", "window_of"]
 
 WINDOW_BYTES = 64 << 20
 """Windows begin and end at multiples of this, so that neighbouring tensors share one."""
@@ -19,13 +19,14 @@ WINDOW_BYTES = 64 << 20
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def is_address_space_limited() -> bool:
-    """Whether this process may use less than all addresses, as after `ulimit -v`."""
+def address_limit() -> int | None:
+    """Return the bytes of addresses that this process may use, as after `ulimit -v`; None for all that there are."""
     try:
         import resource
     except ImportError:  # Only Unix has such limits.
-        return False
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def window_of(first: int, nbytes: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from trtllm_ct.base.cores import available_cores
 from trtllm_ct.base.errors import Fault, MissingDependencyError, UsageError
 from trtllm_ct.base.packages import PACKAGES
+from trtllm_ct.checkpoint.windows import address_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,9 @@ EXECUTORS = ("threads", "mpi")
 
 _MAX_WORKERS = 1024
 """The most threads; machines have fewer cores."""
+
+_ADDRESSES_OF_A_WORKER = 2 << 30
+"""What a thread has room in with the tensors of a large module; torch itself takes a part of it."""
 
 _SWITCH_INTERVAL_SECONDS = 0.0005
 
@@ -36,7 +40,7 @@ class Pool(NamedTuple):
 
 @contextmanager
 def open_pool(name: str = "threads", workers: int | None = None) -> Iterator[Pool | None]:
-    """Open the executor `name`, with `workers` threads (one for each core when None).
+    """Open the executor `name`, with `workers` threads (one for each core, as far as addresses last, when None).
 
     With `mpi`, every rank of the job must call this. Rank 0 gets the pool and submits work to the other ranks; these
     get None after all work is done. A single rank runs the work itself. Raises `UsageError` for an unknown executor or
@@ -47,9 +51,15 @@ def open_pool(name: str = "threads", workers: int | None = None) -> Iterator[Poo
         with _mpi_pool() as pool:
             yield pool
         return
-    count = workers or available_cores()
+    count = workers or _default_workers()
     with _short_switch_interval(), ThreadPoolExecutor(count, thread_name_prefix="trtllm-ct") as executor:
         yield Pool(executor, count)
+
+
+def _default_workers() -> int:
+    """Return one thread for each core; where addresses are limited, not more than have room for their tensors."""
+    limit = address_limit()
+    return available_cores() if limit is None else max(1, min(available_cores(), limit // _ADDRESSES_OF_A_WORKER))
 
 
 @contextmanager

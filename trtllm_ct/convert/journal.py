@@ -105,7 +105,8 @@ class Journal:
         else:
             # The last line may be cut short. A line break ends it, so that it is skipped when the journal is read.
             self._add("")
-        self._add(files_line(files).decode().rstrip())
+        if not known_files(folder) >= set(files):  # A full disk has no room for what is there already.
+            self._add(files_line(files).decode().rstrip())
         self._write()
 
     def __enter__(self) -> Self:
