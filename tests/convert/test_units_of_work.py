@@ -399,11 +399,11 @@ class TestJournal:
         monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", seconds)
         records = [UnitRecord(unit=number, pieces=()) for number in range(3)]
 
-        with Journal(Folder(tmp_path), "digest") as journal:
+        with Journal(Folder(tmp_path), "digest", ["model"]) as journal:
             for record in records:
                 journal.add(record)
             early = (tmp_path / JOURNAL).read_text().count("\n")
-        with Journal(Folder(tmp_path), "digest") as reopened:
+        with Journal(Folder(tmp_path), "digest", ["model"]) as reopened:
             read_records = reopened.records
 
         assert early == (2 if seconds else 5)
@@ -412,7 +412,7 @@ class TestJournal:
     def test_lines_in_memory_are_written_when_the_time_is_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with Journal(Folder(tmp_path), "digest") as journal:
+        with Journal(Folder(tmp_path), "digest", ["model"]) as journal:
             journal.add(UnitRecord(unit=0, pieces=()))
             monkeypatch.setattr("trtllm_ct.convert.journal._SECONDS_IN_MEMORY", 0)
             journal.add(UnitRecord(unit=1, pieces=()))

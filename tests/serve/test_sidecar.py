@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import trtllm_ct
 from trtllm_ct import FormatDetector, inspect_checkpoint, open_checkpoint, prepare
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import DetectionError, PlanError, SidecarError, UsageError
+from trtllm_ct.base.errors import DetectionError, PlanError, SidecarError, TrtllmCtError, UsageError
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import ENGINES
@@ -344,6 +344,22 @@ def test_a_damaged_sidecar_raises(source: Path, text: str) -> None:
 
     with pytest.raises(SidecarError, match=SIDECAR_FILE):
         Sidecar.open(made)
+
+
+@pytest.mark.parametrize("value", [None, [], [[]], [1, "a", None], 3, "", {"a": 1}], ids=str)
+def test_values_of_another_type_are_damage_and_no_other_error(source: Path, value: object) -> None:
+    made = make_sidecar(source, OPTIONS)
+    written = json.loads((made / SIDECAR_FILE).read_text())
+    refused = set()
+
+    for name in written:
+        (made / SIDECAR_FILE).write_text(json.dumps(written | {name: value}))
+        try:
+            Sidecar.open(made).plan  # noqa: B018
+        except TrtllmCtError:
+            refused.add(name)
+
+    assert refused >= {"layout", "source", "options", "contents"}
 
 
 # Parallel sizes.

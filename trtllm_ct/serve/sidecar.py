@@ -145,10 +145,13 @@ class Sidecar:
     def from_dict(cls, directory: Path, entry: Mapping[str, Any]) -> Self:
         """Create a sidecar from the output of `to_dict` or `record`.
 
-        Raises `KeyError`, `TypeError` or `ValueError` for anything else.
+        Raises `AttributeError`, `KeyError`, `TypeError` or `ValueError` for anything else.
         """
         if entry["layout"] != _LAYOUT:
             raise ValueError(f"layout {entry['layout']!r}")
+        missing = [name for name, value in entry.items() if value is None and name != "repository"]
+        if missing:
+            raise TypeError(f"null as {', '.join(missing)}")
         return from_fields(
             cls,
             {"directory": directory, **{name: entry[name] for name in entry.keys() - {"layout", "version"}}},
@@ -156,6 +159,7 @@ class Sidecar:
             options=ServingOptions.from_dict,
             probe=_probe_from_dict,
             modes=_tuples,
+            contents=lambda contents: dict(contents.items()),
             repository=lambda repository: from_fields(Repository, repository),
         )
 
