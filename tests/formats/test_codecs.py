@@ -74,7 +74,7 @@ def test_integers_of_whole_widths_are_left_to_it(older_library: None) -> None:
         LIBRARY.dequantize(weight, stored, torch.float32)
 
 
-@pytest.mark.library
+@pytest.mark.newest_library
 @pytest.mark.parametrize("columns", [64, 48], ids=["full groups", "the last group is not full"])
 def test_small_floats_are_unpacked_by_it(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     """Unpacking knows no groups, so that a last group that is not full makes no difference."""
