@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from tensorrt_llm._torch.model_config import ModelConfig, PretrainedConfig
+    from tensorrt_llm._torch.model_config import ModelConfig
 
 __all__ = ["Decoder", "GatedMLP"]
 
