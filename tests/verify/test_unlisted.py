@@ -70,6 +70,23 @@ def test_old_tensors_that_the_index_dropped_are_no_loss(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *("model.layers.2.mlp.gate_proj.weight", "model.layers.0.adapter.lora_A.weight", "model.old.weight"),
+        *("mtp.fc.weight", f"{LINEAR}.momentum"),
+    ],
+)
+def test_they_are_no_loss_for_files_of_an_engine_either(tmp_path: Path, name: str) -> None:
+    config = tiny_config(hidden=256, intermediate=256)
+    source = write_checkpoint(tmp_path / "in", config=config, scheme="fp8-tensor-static", shards=2).directory
+    rewrite(source, lambda stored: stored.update({name: torch.ones(4, 4)}))
+    unlist(source, [name])
+    convert_checkpoint(source, tmp_path / "out", to="engine", engine="stock-1.0")
+
+    assert verify_checkpoint(source, tmp_path / "out").faults == ()
+
+
+@pytest.mark.parametrize(
     ("forgotten", "lost"),
     [
         ([f"{LINEAR}.weight_packed", f"{LINEAR}.weight_scale", f"{LINEAR}.weight_shape"], f"{LINEAR}.weight"),
