@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from installed_library import has_newest_library
+from installed_library import has_library
 from installed_transformers import has_newest_transformers
 from other_user import IS_ROOT
 from pairs import left_out
@@ -66,8 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     available = {
         "shared": bool(config.getoption("--shared")),
-        "library": importlib.util.find_spec("compressed_tensors") is not None,
-        "newest_library": has_newest_library(),
+        "any_library": has_library(),
+        "library": has_library((0, 15)),
+        "newest_library": has_library((0, 20)),
         "reference": importlib.util.find_spec("transformers") is not None,
         "newest_transformers": has_newest_transformers(),
         "two_users": IS_ROOT,

@@ -16,12 +16,12 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 @pytest.mark.parametrize(
     ("release", "outdated"),
     [
-        ("0.9.4", True),
-        ("0.14", True),
-        ("0.14.0.1", True),
-        ("0.15", False),
-        ("0.15.0a20260101", False),
-        ("0.15.0", False),
+        ("0.8.1", True),
+        ("0.8", True),
+        ("0.8.0.1", True),
+        ("0.9", False),
+        ("0.9.0a20260101", False),
+        ("0.9.0", False),
         ("0.20.0", False),
         ("1.0", False),
     ],

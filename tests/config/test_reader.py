@@ -187,7 +187,7 @@ class TestGroups:
     def test_a_target_of_two_groups_is_warned_of(self):
         groups = {name: {"targets": ["Linear"], "weights": INT4} for name in ("one", "two")}
         (warning,) = read({"config_groups": groups}).warnings
-        assert "one and two both target 'Linear'; the last one counts" in warning
+        assert "one and two both target 'Linear'; the last one that fits the tensors counts" in warning
 
     def test_an_empty_target_list_is_warned_of(self):
         (warning,) = read({"config_groups": {"g": {"targets": [], "weights": INT4}}}).warnings

@@ -7,9 +7,10 @@ import torch
 from stored_weights import described, specs_of
 
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
-from trtllm_ct.formats import codecs
+from trtllm_ct.formats import library
 from trtllm_ct.formats.base import Codes, StoredWeight
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE
+from trtllm_ct.formats.library import LINES
 from trtllm_ct.formats.mxfp4 import MXFP4
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT8_PLAIN
@@ -29,11 +30,11 @@ def integers(bits: int) -> Codes:
 def older_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Release 0.15, whose decoders raise here."""
 
-    def decoder_is_called(weight: StoredWeight) -> object:
+    def decoder_is_called(weight: StoredWeight, tensors: object) -> object:
         raise RuntimeError("the library's decoder is called")
 
-    monkeypatch.setattr(codecs, "_library_release", lambda: (0, 15))
-    monkeypatch.setattr(codecs, "_library_scheme", decoder_is_called)
+    monkeypatch.setattr(library, "installed_line", lambda: next(line for line in LINES if line.since == (0, 15)))
+    monkeypatch.setattr(library, "decompress", decoder_is_called)
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
@@ -73,7 +74,7 @@ def test_integers_of_whole_widths_are_left_to_it(older_library: None) -> None:
         LIBRARY.dequantize(weight, stored, torch.float32)
 
 
-@pytest.mark.library
+@pytest.mark.newest_library
 @pytest.mark.parametrize("columns", [64, 48], ids=["full groups", "the last group is not full"])
 def test_small_floats_are_unpacked_by_it(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     """Unpacking knows no groups, so that a last group that is not full makes no difference."""

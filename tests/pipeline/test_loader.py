@@ -199,12 +199,12 @@ class TestMissingLibrary:
         assert tuple(record.getMessage() for record in caplog.records) == NOT_FOUND
         assert {record.name for record in caplog.records} == {"trtllm_ct"}
 
-    def test_a_release_with_another_interface_is_logged_once_and_loading_continues(
+    def test_a_release_that_is_too_old_is_logged_once_and_loading_continues(
         self, built: Built, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ):
         native = CompressedTensorsWeightLoader(decompressor="native").load_weights(built.directory)
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
-        monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.14.0.1")
+        monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.8.1")
         loader_module._log_outdated_library.cache_clear()
 
         with caplog.at_level(logging.INFO):
@@ -213,7 +213,7 @@ class TestMissingLibrary:
 
         assert_equal(weights, native)
         (record,) = caplog.records
-        assert "compressed-tensors 0.14.0.1 is installed" in record.getMessage()
+        assert "compressed-tensors 0.8.1 is installed" in record.getMessage()
         assert "pip install 'trtllm-ct[compressed-tensors]'" in record.getMessage()
 
     @pytest.mark.parametrize("options", [{}, {"decompressor": "native"}, {"layout": "stored"}])

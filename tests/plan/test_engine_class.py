@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import rewrite_config, tiny_config, write_checkpoint
@@ -52,6 +52,37 @@ def test_a_wrapper_that_no_release_lists_is_a_problem(tmp_path: Path) -> None:
     assert not any(has_class(release, "LlavaOnevisionForConditionalGeneration") for release in RELEASES)
     assert len(inspect_checkpoint(tmp_path).problems) == 1
     assert inspect_checkpoint(tmp_path, "dense").problems == ()
+
+
+@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize(
+    ("keys", "dense"),
+    [
+        ({"mlp_only_layers": [1]}, "1"),
+        ({"decoder_sparse_step": 2}, "0, 2"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, "0, 1, 2, 3"),
+    ],
+    ids=str,
+)
+def test_layers_without_experts_are_a_problem_where_the_class_builds_experts_in_every_layer(
+    tmp_path: Path, name: str, keys: dict[str, Any], dense: str
+) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(name, layers=4, **keys), scheme="fp8-tensor-static")
+
+    for target in ("modelopt", "tensorrt_llm"):
+        for release in RELEASES:
+            (fault,) = plan_checkpoint(tmp_path, target, engine=release.name).problems
+            assert fault.expected.startswith("routed experts in every layer")
+            assert fault.found == f"layers without them: {dense}"
+            assert "--to dense" in fault.remedy
+    assert plan_checkpoint(tmp_path, "dense").problems == ()
+
+
+def test_a_class_that_reads_which_layers_have_experts_has_no_such_problem(tmp_path: Path) -> None:
+    config = tiny_config("DeepseekV3ForCausalLM", layers=3, first_k_dense_replace=2)
+    write_checkpoint(tmp_path, config=config, scheme="fp8-tensor-static")
+
+    assert plan_checkpoint(tmp_path).problems == ()
 
 
 @pytest.mark.parametrize("name", LACKING)

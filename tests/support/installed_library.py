@@ -7,13 +7,16 @@ import inspect
 from typing import Any
 
 
-def has_newest_library() -> bool:
-    """Whether compressed-tensors 0.20 or newer is installed: its arguments, presets and decoders are written down."""
+def has_library(oldest: tuple[int, int] = (0, 9)) -> bool:
+    """Whether this release of compressed-tensors or a newer one is installed.
+
+    0.15 has another interface than those before it; 0.20 has the arguments, presets and decoders that are written down.
+    """
     try:
         major, minor = (int(part) for part in importlib.metadata.version("compressed-tensors").split(".")[:2])
     except importlib.metadata.PackageNotFoundError:
         return False
-    return (major, minor) >= (0, 20)
+    return (major, minor) >= oldest
 
 
 def attach_schemes(model: Any, config: Any) -> None:

@@ -172,7 +172,8 @@ def _mlp(config: Mapping[str, Any], prefix: str, inner: int | None = None) -> It
 
 def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
     count = {"num_local_experts", "num_experts", "n_routed_experts"} & config.keys()
-    return bool(count) and layer >= config.get("first_k_dense_replace", 0)
+    listed = layer in config.get("mlp_only_layers", ()) or (layer + 1) % config.get("decoder_sparse_step", 1) != 0
+    return bool(count) and layer >= config.get("first_k_dense_replace", 0) and not listed
 
 
 def _experts(config: Mapping[str, Any], prefix: str) -> Iterator[Linear]:

@@ -88,7 +88,7 @@ _ALL = (
         name="compressed_tensors",
         use='decompressor="library" decodes with it',
         remedy="Run: pip install 'trtllm-ct[compressed-tensors]'",
-        oldest="0.15",
+        oldest="0.9",
     ),
     Package(
         name="mpi4py",

@@ -141,5 +141,6 @@ def _warn_of_shared_targets(groups: JsonObject, config_groups: tuple[ConfigGroup
     for group in config_groups:
         for target in dict.fromkeys(group.targets):
             if target in owners:
-                groups.warn(f"{owners[target]} and {group.name} both target {target!r}; the last one counts")
+                both = f"{owners[target]} and {group.name} both target {target!r}"
+                groups.warn(f"{both}; the last one that fits the tensors counts")
             owners[target] = group.name

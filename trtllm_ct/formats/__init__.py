@@ -4,6 +4,7 @@ The table is the support list: exactly one of its entries must accept a quantize
 
 base.py           the interface of a format, and Codes, the form that formats hand to targets
 codecs.py         the two decoders: this package and the compressed-tensors library
+library.py        that library: what each of its releases decodes, and how it is called
 companions.py     checks of codes, scales and zero points for integer and float8 formats
 group_index.py    `weight_g_idx`: activation ordering
 packed_int.py     `pack-quantized`

@@ -152,8 +152,7 @@ def _log_outdated_library(release: str) -> None:
     """Log that the installed library is too old, once per process."""
     library = PACKAGES["compressed_tensors"]
     logger.warning(
-        "compressed-tensors %s is installed, which has another interface than releases from %s on. The weights are "
-        "decoded without it. %s",
+        "compressed-tensors %s is installed, which is older than %s. The weights are decoded without it. %s",
         release,
         library.oldest,
         library.remedy,

@@ -35,7 +35,8 @@ def class_problems(model: Model, release: Release | None) -> tuple[Fault, ...]:
     if release is None:
         return ()
     if has_class(release, architecture):
-        return (_UNREAD_HEAD,) if model.row.head_unread and not model.tied else ()
+        head = (_UNREAD_HEAD,) if model.row.head_unread and not model.tied else ()
+        return (*head, *_layers_without_experts(model))
     later = first_release(architecture)
     found = f"{architecture}, which {later.name} has first" if later else f"{architecture}, which no release line has"
     dense = "convert with --to dense for a program that has the class"
@@ -51,6 +52,24 @@ def class_problems(model: Model, release: Release | None) -> tuple[Fault, ...]:
         remedy=remedy,
     )
     return (fault,)
+
+
+def _layers_without_experts(model: Model) -> tuple[Fault, ...]:
+    """Return the fault of layers for which the class looks for routed experts and the files have an MLP."""
+    if not model.row.all_mixtures:
+        return ()
+    body = f"{model.place(())[0]}layers."
+    mixtures = {
+        site.module.removeprefix(body).partition(".")[0] for site in model.sites(model.place(())) if site.expert
+    }
+    dense = [str(layer) for layer in range(model.layers) if str(layer) not in mixtures]
+    fault = Fault(
+        where="config.json: mlp_only_layers, decoder_sparse_step",
+        expected=f"routed experts in every layer, as {model.name} of the engine builds them",
+        found=f"layers without them: {', '.join(dense)}",
+        remedy="Convert with --to dense for a program that reads these keys.",
+    )
+    return (fault,) if dense else ()
 
 
 def refuse_unread(model: Model, target: Target) -> None:

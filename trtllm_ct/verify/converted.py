@@ -28,6 +28,7 @@ from trtllm_ct.verify.shared_scalars import check_fused_scalars
 from trtllm_ct.verify.source.files import TensorFiles, tensors_of
 from trtllm_ct.verify.source.modules import Modules, read_modules
 from trtllm_ct.verify.source.names import Names, has_native_names
+from trtllm_ct.verify.source.unlisted import tensors_that_may_be_left_out
 from trtllm_ct.verify.statements import check_statements
 
 if TYPE_CHECKING:
@@ -74,9 +75,11 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
     converted_config = read_json_object(converted / "config.json") if (converted / "config.json").is_file() else {}
     with TensorFiles(checkpoint.catalog) as source_files, TensorFiles(catalog) as files:
+        source = source_modules(checkpoint, source_files, keeps_names=has_native_names(catalog.tensors))
         match = DirectoryMatch(
             config=checkpoint.config,
-            source=source_modules(checkpoint, source_files, keeps_names=has_native_names(catalog.tensors)),
+            source=source,
+            optional=tensors_that_may_be_left_out(source, checkpoint.catalog.unlisted, _layers(checkpoint.hf_config)),
             delivered=read_modules(tensors_of(files), Names.of(converted_config)),
             quant_config=quant_config,
             tied=_tied(converted_config),
@@ -104,6 +107,7 @@ def source_modules(checkpoint: Checkpoint, files: TensorFiles, *, keeps_names: b
         transforms={transform.module for transform in checkpoint.config.transforms if transform.online},
         head_dims=(_head_dim(config.get("text_config") or config), _head_dim(config.get("vision_config") or {})),
         declared_rows=checkpoint.config.qk_rows,
+        unlisted=checkpoint.catalog.unlisted,
     )
 
 
@@ -113,6 +117,12 @@ def _head_dim(config: Mapping[str, Any]) -> int:
     if isinstance(stated, int) and stated:
         return stated
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    """Return the number of layers of the text model, 0 if the configuration does not tell it."""
+    layers = (config.get("text_config") or config).get("num_hidden_layers")
+    return layers if isinstance(layers, int) else 0
 
 
 def _tied(config: Mapping[str, Any]) -> bool:

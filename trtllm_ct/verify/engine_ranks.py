@@ -205,7 +205,7 @@ class EngineRanks:
             return self._outside(key, rows)
         section, _, inner = key.partition(".")
         number, _, path = inner.partition(".")
-        if section != "layers" or not number.isdigit():
+        if section != "layers" or not number.isdigit() or int(number) >= int(self.config["num_hidden_layers"]):
             return None
         stage, local = self.stage(int(number))
         prefix, ranks = f"transformer.layers.{local}.", [stage * self.tensor + rank for rank in range(self.tensor)]

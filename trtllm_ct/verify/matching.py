@@ -72,7 +72,8 @@ class DirectoryMatch:
     """A source and a directory converted from it.
 
     `tied` says whether readers of the converted directory take its table for the head. Tensors that are missing or
-    don't fit are added to `faults` while `pairs` runs; `seen` are the delivered tensors that have a source.
+    don't fit are added to `faults` while `pairs` runs; `seen` are the delivered tensors that have a source, and
+    `optional` the stored ones of the source that a conversion may leave out.
     """
 
     config: QuantizationConfig
@@ -81,6 +82,7 @@ class DirectoryMatch:
     quant_config: QuantConfig
     tied: bool
     faults: FaultCollector
+    optional: frozenset[str] = frozenset()
     seen: set[str] = field(default_factory=set)
     _schemes: Schemes = field(init=False)
     _inputs: Mapping[str, float] = field(init=False)
@@ -146,6 +148,8 @@ class DirectoryMatch:
     def _module(self, module: Module, delivered: Module | None) -> Iterator[NamedPair]:
         """Yield the pairs of one module: its weight, its other plain tensors, and the scale of its input."""
         rotation, exact = Rotation(), None
+        if delivered is None and all(self._is_optional(module, local) for local in module.tensors):
+            return
         if has_weight(module.tensors):
             exact = self._exact_weight(module)
             if exact is None:
@@ -269,7 +273,8 @@ class DirectoryMatch:
         """Yield the pair of a plain tensor beside the weight, such as a bias."""
         name = f"{delivered.name if delivered else module.name}.{local}".lstrip(".")
         if delivered is None or local not in delivered.tensors:
-            self._report_missing(name)
+            if not self._is_optional(module, local):
+                self._report_missing(name)
             return
         self._see(delivered, local)
         stored = _stored(module, local)
@@ -345,6 +350,10 @@ class DirectoryMatch:
         uncertainty = _FOLD_UNCERTAINTY if exact.rotated else 0.0
         pair = plain_pair(delivered, exact.stored or exact.rows, uncertainty=uncertainty, block=exact.block)
         yield NamedPair(name=name, kind=kind, pair=pair)
+
+    def _is_optional(self, module: Module, local: str) -> bool:
+        """Whether a conversion may leave out a tensor of the source."""
+        return getattr(module.tensors[local], "name", "") in self.optional
 
     def _see(self, delivered: Module, local: str) -> None:
         """Note that a delivered tensor has a source."""

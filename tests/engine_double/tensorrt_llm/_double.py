@@ -5,7 +5,9 @@ TLLM* reach them (`llmapi/mpi_session.py`).
 
 What is dated by a pull request of NVIDIA/TensorRT-LLM names it. Everything else was read from files whose date is
 known by their content only: "old" from `_torch/modules/linear.py` at commit ed53795b, "mid" from commit 00bbf71e,
-"newest" from commit 3fe2c922. Where a generation's behaviour is not known, the stricter neighbour's is taken.
+"newest" from commit 3fe2c922. "mid" is before March 2026 and the text of 00bbf71e after it, since it has the bias of
+weight-only Linears (PR #12317): what a pull request dates overrules that text. Where a generation's behaviour is not
+known, the stricter neighbour's is taken.
 """
 
 from __future__ import annotations

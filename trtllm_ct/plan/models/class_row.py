@@ -143,7 +143,8 @@ class ClassRow:
     `read_as` are pairs of a pattern and a replacement that turn the name of a stored module into the one under which
     the class reads it. `keys_as_values` is the key of config.json which says that layers of full attention have no
     v_proj, and `query_only` the key with the number of last layers that take keys and values of earlier ones
-    (`shared_attention.py`). `head_unread` says that a class never loads a head of its own.
+    (`shared_attention.py`). `head_unread` says that a class never loads a head of its own, and `all_mixtures` that it
+    builds routed experts in every layer, whatever `mlp_only_layers` and `decoder_sparse_step` say.
     `embeddings` and `head` are their names if the class has others than most. `body` is the only prefix of `layers`
     that the class finds; None if it is not checked.
 
@@ -182,6 +183,7 @@ class ClassRow:
     keys_as_values: str = ""
     query_only: str = ""
     head_unread: bool = False
+    all_mixtures: bool = False
     embeddings: str = ""
     head: str = ""
     body: str | None = None

@@ -58,6 +58,7 @@ _SHARED_EXPERTS = Part(modules=("mlp.gate", "mlp.shared_expert_gate", *_SHARED),
 # (00be09f7). `linear_attn.conv1d` is a Linear there; writers store it as a plain convolution, and it is excluded by
 # name as any plain module is. Qwen3NextAttention passes `attn_output_gate=True`.
 _QWEN3_NEXT = ClassRow(
+    all_mixtures=True,
     cuts={
         **CUTS,
         "linear_attn.in_proj_qkvz": Cut.COLUMN,
@@ -112,6 +113,7 @@ _QWEN3_5_MOE = replace(
 )
 _QWEN3_5 = replace(
     _QWEN3_5_MOE,
+    all_mixtures=False,
     inner=(*_QWEN3_5_MOE.inner, (r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)$", r"\1.mlp.\2")),
     layer=(_NORMS, (_FULL_ATTENTION, _SPLIT_DELTA_NET), (DENSE_MLP,)),
 )

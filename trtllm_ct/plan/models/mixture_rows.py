@@ -53,7 +53,10 @@ _MIXTRAL = ClassRow(
     projections=("w1", "w3", "w2"),
     leaves=(Leaves(attention=ATTENTION, norms=PRE_NORMS),),
 )
+# modeling_qwen_moe.py: QwenMoeDecoderLayer (0a0d2c8e) and modeling_qwen3_moe.py: Qwen3MoEDecoderLayer (a678b91a,
+# 03441af1) build experts without a look at the layer's number.
 _QWEN2_MOE = ClassRow(
+    all_mixtures=True,
     router="mlp.gate",
     experts="mlp.experts",
     projections=PROJECTION_NAMES,
@@ -76,6 +79,7 @@ _QWEN2_MOE = ClassRow(
     },
 )
 _QWEN3_MOE = ClassRow(
+    all_mixtures=True,
     router="mlp.gate",
     experts="mlp.experts",
     projections=PROJECTION_NAMES,

@@ -12,6 +12,7 @@ rounding.py    rounding of float64 to a narrower float, once
 sparse.py      tensors that are stored as a bitmask and the values that are not zero
 names.py       the names that modules have in files, and what they mean
 modules.py     the modules of a directory by what they mean, with experts apart
+unlisted.py    tensors that an index does not list, which a conversion may leave out
 schemes.py     the scheme of a module in the configuration
 coded.py       rows as codes and scales, and when two are equal without a multiplication
 weights.py     a quantized weight: its tensors, scales and zero points

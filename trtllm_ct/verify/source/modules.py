@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector
+from trtllm_ct.verify.source.decoders import has_weight
 from trtllm_ct.verify.source.files import EveryNth, FileTensor, SourceTensor, Transposed
 from trtllm_ct.verify.source.names import FUSED_EXPERTS, Names, expert_key
 from trtllm_ct.verify.source.sparse import join_pieces
@@ -91,8 +92,12 @@ def read_modules(
     transforms: Collection[str] = (),
     head_dims: tuple[int, int] = (0, 0),
     declared_rows: RowOrder | None = None,
+    unlisted: Collection[str] = (),
 ) -> Modules:
     """Return the modules of a directory.
+
+    A module whose weight the index lists has nothing of modules of the same meaning whose tensors are all `unlisted`,
+    such as an old stack of experts.
 
     `transforms` are the names of the modules that hold matrices of transforms. `head_dims` are the rows of a head in
     the text model and in the vision tower, and `declared_rows` is the key `qk_rows` of the configuration; both matter
@@ -109,14 +114,15 @@ def read_modules(
     }
     by_key: dict[str, Module] = {}
     faults = FaultCollector()
-    for name, locals_ in stored.items():
+    old = {name for name, locals_ in stored.items() if all(f"{name}.{local}" in unlisted for local in locals_)}
+    for name, locals_ in sorted(stored.items(), key=lambda item: item[0] in old):
         for found in _split(name, locals_, names):
             if found.name.rpartition(".")[2] in _LEFT_OUT:
                 continue
             if names.native:
                 _note_order(found, name, locals_, head_dims, declared_rows)
             known = by_key.setdefault(found.key, found)
-            if known is not found:
+            if known is not found and not (name in old and has_weight(known.tensors)):
                 _merge(known, found, faults)
     faults.raise_if_any(CheckpointError)
     ordered = dict(sorted(by_key.items(), key=lambda entry: names.order(entry[0])))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from tensorrt_llm._torch.model_config import ModelConfig, PretrainedConfig
+    from tensorrt_llm._torch.model_config import ModelConfig
 
 __all__ = ["Decoder", "GatedMLP"]
 
@@ -107,14 +107,14 @@ class SparseMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and a feed-forward part, which has the name that the architecture uses."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         model = config.pretrained_config
         self.input_layernorm = RMSNorm(model.hidden_size, config)
         self.self_attn = Attention(config, head_norms=model.model_type.startswith("qwen3"))
         self.post_attention_layernorm = RMSNorm(model.hidden_size, config)
         self.feed_forward = "block_sparse_moe" if model.model_type == "mixtral" else "mlp"
-        self.add_module(self.feed_forward, SparseMLP(config) if _is_sparse(model, layer) else GatedMLP(config))
+        self.add_module(self.feed_forward, SparseMLP(config) if model.model_type in _SPARSE else GatedMLP(config))
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden))
@@ -122,13 +122,8 @@ class DecoderLayer(nn.Module):
         return hidden + output
 
 
-def _is_sparse(model: PretrainedConfig, layer: int) -> bool:
-    """`modeling_qwen_moe.py: QwenMoeDecoderLayer` (0a0d2c8e) has experts in every layer, as Mixtral has."""
-    if model.model_type in {"mixtral", "qwen2_moe"}:
-        return True
-    step = getattr(model, "decoder_sparse_step", 1)
-    dense = layer in (getattr(model, "mlp_only_layers", None) or []) or (layer + 1) % step != 0
-    return model.model_type in {"qwen3_moe", "qwen3_vl_moe_text"} and not dense
+_SPARSE = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"})
+"""Experts in every layer: `modeling_qwen_moe.py` (0a0d2c8e) and `modeling_qwen3_moe.py` (a678b91a and 03441af1)."""
 
 
 class DecoderModel(nn.Module):
@@ -141,7 +136,7 @@ class DecoderModel(nn.Module):
         tied_head = model.tie_word_embeddings and mapping.is_last_pp_rank()
         self.embed_tokens: Any = Embedding(config) if mapping.is_first_pp_rank() or tied_head else None
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) if layer in mine else nn.Identity() for layer in range(model.num_hidden_layers)
+            DecoderLayer(config) if layer in mine else nn.Identity() for layer in range(model.num_hidden_layers)
         )
         self.norm: Any = RMSNorm(model.hidden_size, config) if mapping.is_last_pp_rank() else None
 
