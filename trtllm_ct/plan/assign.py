@@ -75,7 +75,7 @@ def candidates_of(
     weights: dict[tuple[object, ...], Weight] = {}
     candidates = {}
     for members in linears.values():
-        bias = any(["bias" in part.module.specs for part in members])
+        bias = any("bias" in part.module.specs for part in members)
         flags = [_is_fused(part.site, members) for part in members]
         names = tuple(
             [part.site.module.rpartition(".")[2] for part, fused in zip(members, flags, strict=True) if fused]
