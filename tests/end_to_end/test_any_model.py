@@ -59,6 +59,7 @@ MIXTURES = {
     "DeepseekV4ForCausalLM": "ends of the decoder that the engine reads under other names than transformers",
     "OpenAIPrivacyFilterForTokenClassification": "stacks of transposed experts that do not alternate, with biases",
     "MuseSparkTextModel": "a norm beside the stacks",
+    "MistralLarge4TextModel": "a learned tensor in the rotary embedding",
 }
 
 
@@ -207,6 +208,18 @@ def test_a_source_that_only_transformers_reads_is_verified(tmp_path: Path) -> No
     quantize(tiny_model("DeepseekV4ForCausalLM"), tmp_path / "source", "fp8-dynamic")
 
     assert verify_checkpoint(tmp_path / "source").good
+
+
+@pytest.mark.newest_transformers
+def test_a_learned_tensor_of_a_rotary_embedding_is_compared(tmp_path: Path) -> None:
+    """Only its frequencies are computed from config.json."""
+    quantize(tiny_model("MistralLarge4TextModel"), tmp_path / "source", "fp8-dynamic")
+    convert_checkpoint(tmp_path / "source", tmp_path / "dense", to="dense")
+    rewrite(tmp_path / "dense", lambda tensors: tensors.pop("rotary_emb.alpha"))
+
+    report = verify_checkpoint(tmp_path / "source", tmp_path / "dense")
+
+    assert any("rotary_emb.alpha" in str(fault) for fault in report.faults)
 
 
 @pytest.mark.newest_transformers
