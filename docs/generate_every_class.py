@@ -23,6 +23,7 @@ COMMAND = "pytest -q tests/end_to_end/test_any_model.py --every-class --tally do
 
 RESULTS: Mapping[str, tuple[str, str]] = {
     "exact": ("exact", "transformers loads the plain weights without a missing or unexpected key, bit for bit"),
+    "copied": ("copied", "the class has no Linear that the library quantizes; its tensors are copied bit for bit"),
     "inspect": ("refused", "`inspect` names what is wrong with the files"),
     "refused": ("refused", "the conversion names what is wrong with the files"),
     "verify": ("failed", "`verify` found a fault in the conversion"),

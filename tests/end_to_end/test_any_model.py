@@ -100,6 +100,10 @@ REFUSED = {
 """Classes whose `save_pretrained` renames weights and loses their FP8 scales."""
 
 
+COPIED = frozenset({"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"})
+"""Classes whose layers are made of another module than Linear."""
+
+
 @pytest.mark.newest_transformers  # models are saved as transformers 5 saves them
 def test_a_model_loads_exactly(tmp_path: Path, name: str, scheme: str, record_property: Note) -> None:
     for stacked in (False, True) if has_stacks(tiny_model(name)) else (False,):
@@ -108,7 +112,8 @@ def test_a_model_loads_exactly(tmp_path: Path, name: str, scheme: str, record_pr
         outcome = taken_through(source, tmp_path / f"dense-{stacked}")
 
         record_property(*noted(name, scheme, outcome.result, outcome.why, tmp_path))
-        assert outcome == EXACT or (outcome.result in {"inspect", "refused"} and REFUSED[name] in outcome.why)
+        refused = outcome.result in {"inspect", "refused"} and REFUSED[name] in outcome.why
+        assert outcome == EXACT or refused or (name in COPIED and outcome.result == "copied")
 
 
 @pytest.mark.newest_transformers
