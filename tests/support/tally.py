@@ -27,28 +27,32 @@ def noted(name: str, scheme: str, result: str, why: str, folder: Path) -> tuple[
 
 
 class Tally:
-    """Writes each outcome to a file as soon as its test has ended, so that an interrupted run keeps its part."""
+    """Writes each outcome to a file as soon as its test has ended: an interrupted run keeps its part."""
 
     def __init__(self, path: Path) -> None:
         from tiny_classes import class_names
 
         self._path = path
-        packages = {package: version(package) for package in _PACKAGES}
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        known: dict[str, Any] = before["outcomes"] if before.get("packages") == packages else {}
-        self._document = {"packages": packages, "classes": sorted(class_names()), "outcomes": known}
+        self._packages = {package: version(package) for package in _PACKAGES}
+        self._classes = sorted(class_names())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for key, value in report.user_properties if report.when == "call" else ():
             if key == "outcome" and isinstance(value, (list, tuple)):
                 name, scheme, result, why = value
-                self._document["outcomes"].setdefault(name, {})[scheme] = [result, why]
-                self._write()
+                outcomes = self._outcomes()
+                outcomes.setdefault(name, {})[scheme] = [result, why]
+                self._write({name: dict(sorted(each.items())) for name, each in sorted(outcomes.items())})
 
-    def _write(self) -> None:
-        outcomes = {name: dict(sorted(each.items())) for name, each in sorted(self._document["outcomes"].items())}
-        text = json.dumps(self._document | {"outcomes": outcomes}, indent=1)
-        self._path.write_text(f"{text}\n", encoding="utf-8")
+    def _outcomes(self) -> dict[str, dict[str, list[str]]]:
+        """Return what the file has of these releases; another run may have written to it meanwhile."""
+        before: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        known: dict[str, dict[str, list[str]]] = before.get("outcomes", {})
+        return known if before.get("packages") == self._packages else {}
+
+    def _write(self, outcomes: dict[str, dict[str, list[str]]]) -> None:
+        document = {"packages": self._packages, "classes": self._classes, "outcomes": outcomes}
+        self._path.write_text(f"{json.dumps(document, indent=1)}\n", encoding="utf-8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
