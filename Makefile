@@ -23,7 +23,7 @@ help:
 	@echo "make test-extras RELEASE=1.2   let pip find releases for each extra beside what TensorRT-LLM pins; install nothing"
 	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
-	@echo "make docs    write the generated pages anew: support matrix, troubleshooting, why"
+	@echo "make docs    write the generated pages anew: support matrix, every class, troubleshooting, why"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(venv)/.demo-installed
@@ -93,6 +93,7 @@ types: $(venv)/.dev-installed
 # docs/why.md is made from real checkpoints, docs/performance.md from measurements (`python -m benchmarks`).
 docs: $(venv)/.dev-installed
 	$(python) docs/generate_support_matrix.py
+	$(python) docs/generate_every_class.py
 	TRTLLM_CT_WRITE_DOCS=1 $(python) -m pytest -q tests/docs/test_troubleshooting.py
 ifdef TRTLLM_CT_SHARED
 	$(python) docs/generate_why.py $(TRTLLM_CT_SHARED)/checkpoints

@@ -456,7 +456,6 @@ def model_class_table() -> str:
 _SLICES = "slices of 1, 2 and 4 ranks"
 NO_PROOF: Mapping[str, str] = {
     "Step3p5ForCausalLM": f"{_SLICES}; no logits, since transformers 5.23 has no such class",
-    "MllamaForConditionalGeneration": f"{_SLICES}; logits are not compared",
 }
 """The classes with a row that tests don't cover as they cover all others, with what they show instead."""
 

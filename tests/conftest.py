@@ -34,7 +34,7 @@ settings.load_profile("repeatable")
 # Compiling takes seconds in each process that a test starts; one cache serves all of them.
 code_cache._keeps_files = True
 
-pytest_plugins = ["engine_fixtures"]
+pytest_plugins = ["engine_fixtures", "tally"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--every-class",
         action="store_true",
         help="try every class of transformers in tests/end_to_end/test_any_model.py, not a fixed choice",
+    )
+
+    parser.addoption(
+        "--tally",
+        metavar="FILE",
+        help="write what becomes of each class in tests/end_to_end/test_any_model.py to a file, beside what it has",
     )
 
     parser.addoption(

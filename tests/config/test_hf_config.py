@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,7 @@ def test_layers_without_a_rotary_embedding_have_no_older_theta() -> None:
     assert "rope_local_base_freq" not in made
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "laguna", "step3p5"])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "laguna", "step3p5", "cohere_compass_text", "unknown"])
 def test_blocks_that_only_transformers_5_reads_have_no_older_spelling(model_type: str) -> None:
     made = portable(model_type=model_type, rope_parameters=BY_TYPE)
 
@@ -293,3 +294,28 @@ def rope_of(typed: Any) -> dict[str, Any]:
     if has_newest_transformers():
         return dict(typed.rope_parameters)
     return {"rope_theta": typed.rope_theta, "scaling": typed.rope_scaling}
+
+
+@pytest.mark.reference
+@pytest.mark.newest_transformers
+@pytest.mark.filterwarnings("ignore")  # classes warn of their own defaults
+def test_every_class_keeps_its_blocks_for_kinds_of_layers() -> None:
+    """Some take an older key beside them for the only one."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    blocks = {label: {"rope_theta": 1e4, "rope_type": "default"} for label in ("full_attention", "sliding_attention")}
+    kept: dict[str, bool] = {}
+    for model_type in CONFIG_MAPPING_NAMES:
+        config_class = CONFIG_MAPPING[model_type]
+        fields = {field for base in config_class.__mro__ for field in getattr(base, "__annotations__", {})}
+        if not {"layer_types", "rope_parameters"} <= fields:
+            continue
+        with contextlib.suppress(Exception):  # other fields of the class may ask for more
+            made = config_class(num_hidden_layers=2, layer_types=list(blocks), rope_parameters=copy.deepcopy(blocks))
+            document = made.to_dict()
+            if document["rope_parameters"] == blocks:
+                read = config_class.from_dict(portable_config(document, DType.BF16))
+                kept[model_type] = read.rope_parameters == blocks
+
+    assert len(kept) > 20
+    assert {model_type for model_type, same in kept.items() if not same} == set()

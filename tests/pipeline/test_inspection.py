@@ -204,6 +204,7 @@ def test_the_document_has_the_same_keys_with_and_without_problems(tmp_path: Path
         "directory",
         "target",
         "parallel",
+        "verdict",
         "detection",
         "architecture",
         "schemes",

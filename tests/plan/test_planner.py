@@ -145,6 +145,24 @@ class TestIgnored:
             "recomputed from config.json by every engine",
         )
 
+    @pytest.mark.parametrize("local", ["inv_freq", "original_inv_freq", "full_attention_inv_freq", "cos_cached"])
+    def test_other_classes_recompute_them_too(self, tmp_path: Path, local: str):
+        names = [f"model.rotary_emb.{local}", "model.rotary_emb.alpha"]
+        config = tiny_config() | {"architectures": ["OtherForCausalLM"], "model_type": "other"}
+        stray = {name: torch.ones(8) for name in names}
+        write_checkpoint(tmp_path, config=config, edit=lambda stored: stored.update(stray))
+
+        plan = plan_checkpoint(tmp_path, "dense")
+
+        assert self.fate(plan, names[0]) == (Fate.IGNORED, "recomputed from config.json by every engine")
+        assert self.fate(plan, names[1]) == (Fate.COPIED, "")
+
+    def test_a_class_without_learned_frequencies_is_given_none(self, tmp_path: Path):
+        name = f"{LAYER}.self_attn.rotary_emb.alpha"
+        write_checkpoint(tmp_path, edit=lambda stored: stored.update({name: torch.ones(8)}))
+
+        assert faults(tmp_path).keys() == {name}
+
     def test_a_tied_lm_head_that_equals_the_embeddings_is_ignored(self, tmp_path: Path):
         def add(stored: dict[str, Tensor]) -> None:
             stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()

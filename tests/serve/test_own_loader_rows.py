@@ -35,9 +35,10 @@ pytestmark = [pytest.mark.usefixtures("sidecar_cache"), pytest.mark.reference, p
 TOKENS = torch.arange(2, 14)[None]
 SCHEMES = ("fp8-channel-token", "int4-g128", "fp8-block", "nvfp4")
 DEEPSEEK, GPT_OSS, HUNYUAN = "DeepseekV4ForCausalLM", "GptOssForCausalLM", "HunYuanMoEV1ForCausalLM"
+MLLAMA = "MllamaForConditionalGeneration"
 OLDER = [
     (name, generation)
-    for name in (HUNYUAN, GPT_OSS, "MllamaForConditionalGeneration")
+    for name in (HUNYUAN, GPT_OSS, MLLAMA)
     for generation in ("old", "mid")
     # Whether the class finds experts in 1.2, which wraps them, is not known.
     if (name, generation) != (HUNYUAN, "mid")
@@ -180,7 +181,7 @@ def compared(model: Any, built: Built) -> dict[str, bool]:
 def expected_in(built: Built) -> set[str]:
     """All stored matrices of the text model; the double of Mllama has no layers of cross-attention."""
     names = {key.removesuffix(".weight") for key, tensor in built.dense.items() if tensor.dim() == 2}
-    mllama = class_of(built) == "MllamaForConditionalGeneration"
+    mllama = class_of(built) == MLLAMA
     return {name for name in names if not (mllama and ("vision_model" in name or ".layers.1." in name))}
 
 
@@ -251,7 +252,7 @@ KEPT = {
     (DEEPSEEK, "int4-g128"): {"wq_b", "wo_b"} | EXPERTS,
     (DEEPSEEK, "fp8-block"): {"wq_b"} | EXPERTS,
     (DEEPSEEK, "nvfp4"): {"wq_b", "wo_b"} | EXPERTS,
-    **{("MllamaForConditionalGeneration", scheme): ATTENTION | MLP for scheme in SCHEMES},
+    **{(MLLAMA, scheme): ATTENTION | MLP for scheme in SCHEMES},
 }
 """The last parts of the names of the Linears that stay quantized; all experts of DeepSeek-V4 have the same ones."""
 
@@ -288,9 +289,9 @@ def stacked(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain_logits(built: Built) -> Tensor:
-    """Logits of transformers' own model of the exact weights, in float32."""
+    """Logits of transformers' own model of the exact weights, in float32, for text alone."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     directory = built.directory / "exact"
     directory.mkdir(exist_ok=True)
@@ -303,14 +304,15 @@ def plain_logits(built: Built) -> Tensor:
         directory / "model.safetensors",
         metadata={"format": "pt"},
     )
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    whole = AutoModelForImageTextToText if class_of(built) == MLLAMA else AutoModelForCausalLM
+    model = whole.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         logits: Tensor = model(TOKENS).logits
     return logits
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", [HUNYUAN, GPT_OSS, DEEPSEEK])
+@pytest.mark.parametrize("name", [HUNYUAN, GPT_OSS, DEEPSEEK, MLLAMA])
 def test_conversions_give_the_logits_of_the_exact_weights(
     stored: Callable[..., Built], tmp_path: Path, name: str, scheme: str
 ) -> None:

@@ -69,7 +69,7 @@ class Catalog:
     `tensors` is ordered by file, then by offset in the file, which is the cheapest order to read them in.
     `files` are relative to `directory`; `metadata` holds the `__metadata__` of each file that has any; `warnings`
     report files and index entries that a user may not expect. `unlisted` are the tensors that the index does not list;
-    it is empty without an index.
+    it is empty without an index. `specs` are dtype and shape of each tensor, in the same order.
     """
 
     directory: Path
@@ -78,6 +78,11 @@ class Catalog:
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     unlisted: frozenset[str] = frozenset()
+    specs: Mapping[str, TensorSpec] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Made once: several stages need all of them, and there may be a million.
+        object.__setattr__(self, "specs", {name: tensor.spec for name, tensor in self.tensors.items()})
 
     @classmethod
     def from_directory(cls, directory: Path) -> Self:

@@ -200,9 +200,11 @@ def _require_few_values(text: bytes) -> None:
     The entry of a tensor in a header has a key "dtype", one brace, two brackets and at most a comma for each axis and
     five more.
     """
+    opened = text.count(b"[") + text.count(b"{")
+    if opened <= _OTHER_BRACKETS and len(text) <= INDEX_VALUES:  # few, however many tensors there are
+        return
     tensors = text.count(b'"dtype"')
     require_few_values(text, INDEX_VALUES + (8 + _MAX_AXES) * tensors)
-    opened = text.count(b"[") + text.count(b"{")
     most = 3 * tensors + _OTHER_BRACKETS
     if opened > most:
         raise ValueError(f"{opened} lists and objects, where {tensors} tensors have at most {most}")

@@ -30,7 +30,7 @@ __all__ = ["Claim", "Kind", "Matcher", "compile_pattern", "matches"]
 _REGEX = "re:"
 _LINEAR = ("Linear",)
 
-_DIGITS = str.maketrans("0123456789", "0000000000")
+_DIGITS = bytes.maketrans(b"0123456789", b"0000000000")
 _SEES_DIGITS = re.compile(r"[0-9]|\(\?P=|\\N")
 """What an expression has that may match one digit and not another one, or asks that two parts are equal."""
 
@@ -143,7 +143,7 @@ class Matcher:
         self._targets = _Entries(self._groups)
         self._ignore = _Entries(config.ignore)
         self._digits_alike = self._targets.digits_alike and self._ignore.digits_alike
-        self._known: dict[tuple[str, tuple[str, ...]], tuple[Claim, ...]] = {}
+        self._known: dict[tuple[bytes, tuple[str, ...]], tuple[Claim, ...]] = {}
 
     def scheme_for(self, module: str, class_names: tuple[str, ...] = _LINEAR) -> ConfigGroup | None:
         """Return the group whose scheme applies to this module; None when it is ignored or not targeted.
@@ -165,7 +165,8 @@ class Matcher:
         """
         if not self._digits_alike or module in self._targets.plain or module in self._ignore.plain:
             return self._find_claims(module, class_names)
-        key = module.translate(_DIGITS), class_names
+        # Of bytes: translating a text takes ten times as long.
+        key = module.encode("utf-8", "surrogatepass").translate(_DIGITS), class_names
         claims = self._known.get(key)
         if claims is None:
             claims = self._known[key] = self._find_claims(module, class_names)

@@ -25,9 +25,13 @@ _LABELS = ((_FULL, _SLIDING, _LOCAL_THETA, _FULL), ("main", "compress", "compres
 _BY_LAYER_TYPE = {"gemma3_text": _LOCAL_THETA, "gemma3n_text": _LOCAL_THETA, "olmo3": _THETA}
 """Classes of transformers 4 with a block for each kind of layer in transformers 5: the older key of sliding layers."""
 
+_WITH_OLDER_KEYS = frozenset({None, "deepseek_v4", *_BY_LAYER_TYPE})
+"""Models with blocks by labels that get older keys. Classes of transformers 5 alone may drop their blocks for these."""
+
 _OWN_BLOCKS = frozenset(
     {
-        "beam", "cosmos3_edge_text", "deepseek_v4", "diffusion_gemma_text", "dots3_note_text", "embedding_gemma2_text",
+        "beam", "cohere_compass_text", "cosmos3_edge_text", "deepseek_v4", "diffusion_gemma_text",
+        "dots3_note_text", "embedding_gemma2_text",
         "gemma4_text", "gemma4_unified_text", "laguna", "lfm3", "mellum", "mimo_v2_flash", "modernbert",
         "modernbert-decoder", "neomme", "step3p5", "t5gemma2_decoder", "t5gemma2_text", "ultrabert", "zaya",
     }
@@ -77,7 +81,7 @@ def _older_keys(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     """Return the keys of transformers 4; none for blocks by labels that it has no keys for."""
     if not any(isinstance(value, Mapping) for value in parameters.values()):
         return _flat_keys(parameters, config)
-    if config.get("model_type") in _OWN_BLOCKS - {"deepseek_v4"}:
+    if config.get("model_type") not in _WITH_OLDER_KEYS:
         return {}
     for first, second, second_theta, scaled in _LABELS:
         one, other = (_block(parameters, label) for label in (first, second))

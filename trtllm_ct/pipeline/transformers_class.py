@@ -144,7 +144,7 @@ def _compare(model: Any, tensors: PlainTensors, by: str) -> Comparison:
         present |= made.keys()
         for parameter, shape in made.items():
             expected = tuple(parameters[parameter].shape) if parameter in parameters else shape
-            if shape is not None and shape != expected:
+            if shape is not None and shape != expected and not _spares_experts(parameter, shape, parameters):
                 found = f"shape {list(shape)}" if shape else "tensors that don't fit together"
                 names = tuple(name for name, _ in members)
                 misfits.append(Misfit(name=parameter, sources=names, expected=expected or (), found=found))
@@ -162,6 +162,20 @@ def _compare(model: Any, tensors: PlainTensors, by: str) -> Comparison:
         text=_text_parameters(model, parameters),
         unread=frozenset(_not_matching(unread, model._keys_to_ignore_on_load_unexpected)),  # noqa: SLF001
     )
+
+
+def _spares_experts(name: str, shape: tuple[int, ...], parameters: Mapping[str, Any]) -> bool:
+    """Whether a class has a stack for more experts than have weights, and these tensors are all that have.
+
+    Experts that pass their input on have none: LongCat-Flash has a place for them in `gate_up_proj`, but not in
+    `down_proj` (transformers 5.23 `modeling_longcat_flash.py: LongcatFlashExperts`).
+    """
+    around, _, leaf = name.rpartition(".")
+    down = parameters.get(f"{around}.down_proj")
+    if leaf != "gate_up_proj" or down is None or name not in parameters:
+        return False
+    whole = tuple(parameters[name].shape)
+    return len(shape) == len(whole) and shape[1:] == whole[1:] and shape[0] == down.shape[0] < whole[0]
 
 
 # The tensors of all experts, with the projections that each holds as positions in (gate, up, down).

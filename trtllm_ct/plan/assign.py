@@ -83,16 +83,14 @@ def candidates_of(
         for part, fused in zip(members, flags, strict=True):
             fused_parts = names if fused else ()
             key = (id(part.weight), fused, part.site.expert, bias, fused_parts)
-            if key not in weights:
-                weights[key] = replace(
+            weight = weights.get(key)
+            if weight is None:
+                weight = weights[key] = replace(
                     _weight_of(part), fused=fused, bias=bias, fused_parts=fused_parts, model_dtype=dtype
                 )
-            candidates[part.site.module] = Candidate(
-                site=part.site,
-                folded=fold_reason(part.module.transforms),
-                unequal=equalized[part.site.module].obstacle if part.site.module in equalized else "",
-                weight=weights[key],
-            )
+            folded = fold_reason(part.module.transforms)
+            unequal = equalized[part.site.module].obstacle if part.site.module in equalized else ""
+            candidates[part.site.module] = Candidate(part.site, weight, folded, unequal)
     return candidates
 
 
@@ -270,9 +268,11 @@ def _assign_group(
     dequantized = len(keys) > 1 or None in keys
     hint = _other_sms(quantized.values(), target) if dequantized and not obstacle else ""
     if len(keys) <= 1 and not plain:
+        if not hint:
+            return assignments
         # Members that are alike keep sharing one object.
-        hinted = {id(assignment): _with_hint(assignment, hint) for assignment in assignments.values()} if hint else {}
-        return {module: hinted.get(id(assignment), assignment) for module, assignment in assignments.items()}
+        hinted = {id(assignment): _with_hint(assignment, hint) for assignment in assignments.values()}
+        return {module: hinted[id(assignment)] for module, assignment in assignments.items()}
     if not obstacle:
         common = _common_mode(name, quantized, target)
         if common:

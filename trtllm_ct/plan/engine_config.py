@@ -53,15 +53,16 @@ def engine_config(
             layers[module.engine_name] = module.layer
         elif _is_plain(module, names):
             excluded[module.engine_name] = None
-    modes = set(layers.values())
+    # Modules share few objects, and hashing one takes longer than looking at its identity.
+    modes = set({id(layer): layer for layer in layers.values()}.values())
     one = modes.pop() if len(modes) == 1 and names.head not in layers and not entries else None
-    named = {name: layer for module, layer in layers.items() for name in names.of_module(module)}
+    named = {} if one else {name: layer for module, layer in layers.items() for name in names.of_module(module)}
     exclusions = dict.fromkeys(name for module in excluded for name in names.of_module(module))
     return QuantConfig(
         layer=one,
         kv_cache_quant_algo=kv_cache_quant_algo,
         exclude_modules=tuple(exclusions) if layers else (),
-        quantized_layers={} if one else named,
+        quantized_layers=named,
     )
 
 

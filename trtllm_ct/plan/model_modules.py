@@ -206,11 +206,9 @@ def _note(weight: QuantizedWeight | None, holding: Holding | None, shared: Equal
 
 def _named(deliveries: Iterable[Delivery], module: StoredModule) -> tuple[Delivery, ...]:
     """Return deliveries with local names as deliveries with the full names of a module."""
+    prefix = module.delivered_name("")
     return tuple(
-        [
-            Delivery(module.delivered_name(local), operation, module.sources(sources))
-            for local, operation, sources in deliveries
-        ]
+        [Delivery(prefix + local, operation, module.sources(sources)) for local, operation, sources in deliveries]
     )
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OtherModules"]
 
-_RECOMPUTED = "rotary_emb"
+_RECOMPUTED = re.compile(r"(?:\w+_)?inv_freq|(?:cos|sin)_cached")
+"""Tensors of rotary embeddings that config.json gives; any other one is learned (`alpha` of Mistral Large 4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,11 @@ class OtherModules:
         reason = self._left_out(module)
         if reason is not None:
             return _module_plan(module, OTHER, (), dict.fromkeys(module.specs, reason))
+        recomputed = _recomputed(module)
+        if recomputed:
+            learned = {local: view for local, view in module.views.items() if local not in recomputed}
+            plan = self.plan(replace(module, views=learned)) if learned else _module_plan(module, OTHER, (), {})
+            return replace(plan, views=module.views, ignored={**plan.ignored, **recomputed})
         if self._is_outside_text_model(module.name):
             return self._with_cache(module, self._outside_text_model(module, attention))
         refuse_leftovers(module, (), self.model.name, self.faults)
@@ -65,8 +71,6 @@ class OtherModules:
     def _left_out(self, module: StoredModule) -> str | None:
         """Return why a module is left out entirely; None if it is not."""
         name = module.name
-        if name.rpartition(".")[2] == _RECOMPUTED:
-            return "recomputed from config.json by every engine"
         if name == self.place[1] and self.model.tied and module.has_weight:
             return "it equals the embeddings, to which config.json ties it"
         if self.kv_cache.is_dropped(module):
@@ -135,6 +139,14 @@ class OtherModules:
             reason="not a part of the text model's layers",
             note=deviation_of(weight.scheme),
         )
+
+
+def _recomputed(module: StoredModule) -> dict[str, str]:
+    """Return the tensors of a rotary embedding that no engine reads, with the reason."""
+    if module.name.rpartition(".")[2] != "rotary_emb":
+        return {}
+    names = (local for local in module.specs if _RECOMPUTED.fullmatch(local))
+    return dict.fromkeys(names, "recomputed from config.json by every engine")
 
 
 def _module_plan(

@@ -155,7 +155,8 @@ class _Planner:
         self.kv_cache = self.kv_cache.among(stored.values(), place[0])
         self._untie(stored, place)
         sites = list(self.model.sites(place))
-        self.kv_cache = replace(self.kv_cache, has_projections=bool(attentions(sites, place[0])))
+        caching = attentions(sites, place[0])
+        self.kv_cache = replace(self.kv_cache, has_projections=bool(caching))
         self.transforms.check_targets(stored, head=place[1])
         site_modules = {site.module: self._find(stored, site) for site in sites}
         if self.model.stated is not None and not any(site_modules.values()):
@@ -168,8 +169,11 @@ class _Planner:
         refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
             self._plan_directory(place)
-        site_modules = {
-            name: module and self._ordered(module, weights.get(name)) for name, module in site_modules.items()
+        # Only Mistral's own form, whose names are others, has rows in another order.
+        site_modules |= {
+            name: self._ordered(module, weights.get(name))
+            for name, module in site_modules.items()
+            if module is not None and module.alias is not None
         }
         # Planning goes on after a fault, to find the others: the plan itself is then of no use.
         modules = self._model_modules(site_modules, sites, weights)
@@ -178,7 +182,7 @@ class _Planner:
         modules += others.values()
         self._check_complete(stored, site_modules, weights, others, place[0])
         self.rows.report(self.faults)
-        self.kv_cache.check_complete(modules, attentions(sites, place[0]), self.faults)
+        self.kv_cache.check_complete(modules, caching, self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
@@ -191,7 +195,9 @@ class _Planner:
             architecture=self.model.name,
             dtype=self.dtypes.model,
             dense_dtype=self.dtypes.dequantized,
-            stored={name: tensor.spec for name, tensor in catalog.tensors.items() if name not in unread},
+            stored={name: spec for name, spec in catalog.specs.items() if name not in unread}
+            if unread
+            else catalog.specs,
             modules=tuple(modules),
             quant_config=built.quant_config
             if built

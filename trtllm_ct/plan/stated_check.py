@@ -39,13 +39,14 @@ def refuse_unlike_config(
     """
     for name, stated in model.stated_modules(place):
         module = modules.get(name)
-        if module is None or not module.has_weight:
+        weight = None if module is None else module.specs.get("weight")
+        if module is None or (weight is None and not module.has_weight):
             _missing(name, "weight", model.name, faults)
-        elif not module.is_quantized and module.specs["weight"].shape != stated.shape:
+        elif weight is not None and weight.shape != stated.shape and not module.is_quantized:
             faults.add(
                 where=f"{module.stored_name}.weight",
                 expected=f"shape {list(stated.shape)} by the sizes in config.json",
-                found=str(module.specs["weight"]),
+                found=str(weight),
                 remedy=_OTHER_MODEL,
             )
         for local in stated.locals:

@@ -294,7 +294,7 @@ def stored_modules(
     `expected_shape` returns the shape by the tensor's full name, or None if the model doesn't tell it. Contradictions
     between the pieces of a sparse tensor are added to `faults`.
     """
-    specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
+    specs = catalog.specs
     sparse = find_sparse(specs, expected_shape, faults, stored_shapes or {})
     pieces = {piece for tensor in sparse.values() for piece in tensor.parts.values()}
     modules: defaultdict[str, dict[str, View]] = defaultdict(dict)

@@ -99,7 +99,8 @@ class WeightReader:
             self._notes[note] += 1
         self._check_blocks(module, weight.stored)
         idle = self._idle(module, weight.stored)
-        if weight.stored.zero_point not in {None, *idle} and weight.stored.args.symmetric:
+        zero_point = weight.stored.zero_point
+        if zero_point is not None and zero_point not in idle and weight.stored.args.symmetric:
             self._notes[_UNEXPECTED_ZERO_POINTS] += 1
         return replace(weight, stored=_without(weight.stored, idle), idle=idle) if idle else weight
 

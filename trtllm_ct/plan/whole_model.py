@@ -68,6 +68,8 @@ def _in_one_mode(
             elements[layer] = elements.get(layer, 0) + prod(candidates[name].weight.shape or ())
     accepted = [layer for layer in elements if not _uneven_blocks(layer, sites)]
     best = max(accepted, key=lambda layer: elements[layer], default=None)
+    if len(elements) == 1 and best is not None:
+        return settled
     result = {}
     for name, assignment in settled.items():
         own = layer_config(assignment.holding) if assignment.holding else None

@@ -82,15 +82,14 @@ def build_shell(config: Mapping[str, Any], *, dtype: torch.dtype, attention: str
     Raises `ConfigError` when transformers can't build a causal language model from `config`.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
 
     try:
         with quiet_transformers(), _parameters_on_meta():
-            typed = _language_config(_without_quantization(config))
+            whole = _typed_config(_without_quantization(config))
+            typed = _language_config(config, whole)
             typed.name_or_path = name
             options = {_dtype_argument(): dtype, "attn_implementation": attention}
-            shell: nn.Module = AutoModelForCausalLM.from_config(typed, **options)
-            return shell
+            return _built(whole, typed, options)
     except (
         ArithmeticError,
         AttributeError,
@@ -121,12 +120,27 @@ def _dtype_argument() -> str:
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
-def _language_config(config: Mapping[str, Any]) -> Any:
-    """The typed config of the language model.
+def _built(whole: Any, text: Any, options: Mapping[str, Any]) -> nn.Module:
+    """The language model with the config `text`, in a model with the config `whole`.
+
+    The table of transformers names the class of some language models for the config of the whole model only (Mllama).
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
+    from transformers import AutoModelForCausalLM
+
+    around = CLASSES[type(whole)] if type(whole) in CLASSES and type(text) not in CLASSES else None
+    if around is None or not isinstance(text, around.config_class):
+        model: nn.Module = AutoModelForCausalLM.from_config(text, **options)
+    else:
+        model = around._from_config(text, **options)  # noqa: SLF001 (what from_config calls)
+    return model
+
+
+def _language_config(config: Mapping[str, Any], typed: Any) -> Any:
+    """The typed config of the language model in the model with the config `typed`.
 
     For a multimodal model, `tie_word_embeddings` is read from the outer config first, then from its `text_config`.
     """
-    typed = _typed_config(config)
     text = typed.get_text_config(decoder=True)
     if text is typed:
         return typed

@@ -145,7 +145,8 @@ class _StatedFinder:
     def sites(self, prefix: str, modules: Mapping[str, Stated]) -> Iterator[Site]:
         """Yield the sites of the modules behind a prefix that are stored."""
         for path, stated in modules.items():
-            module = self.stored.get(prefix + path) or self._under_other_name(prefix + path, stated.behind(prefix))
+            name = prefix + path
+            module = self.stored.get(name) or self._under_other_name(name, stated.behind(prefix))
             if module is None:
                 continue
             shape, names = _stored_shape(module, stated), _stated_locals(module, stated)
@@ -154,7 +155,7 @@ class _StatedFinder:
             if site is None:
                 site = self._made[key] = self._site(path, shape, names)
             if site.cut is Cut.KV_HEADS:
-                site = site._replace(heads=self._heads(prefix + path, shape))
+                site = site._replace(heads=self._heads(name, shape))
             yield _behind(prefix, site) if prefix else site._replace(aliases=stated.aliases)
 
     def _under_other_name(self, name: str, stated: Stated) -> StoredModule | None:
@@ -254,8 +255,10 @@ def _head_count(rows: int, name: str, stored: Mapping[str, StoredModule], head_d
 
 def _stored_shape(module: StoredModule, stated: Stated) -> tuple[int, ...]:
     """Return the shape of a plain weight, or of what config.json states in its place; a weight has as many axes."""
-    spec = None if module.is_quantized else module.specs.get("weight")
-    return stated.shape if spec is None or len(spec.shape) != len(stated.shape) else spec.shape
+    spec = module.specs.get("weight")
+    if spec is None or module.is_quantized or len(spec.shape) != len(stated.shape):
+        return stated.shape
+    return spec.shape
 
 
 def _stated_locals(module: StoredModule, stated: Stated) -> tuple[str, ...]:

@@ -46,12 +46,13 @@ def split_fused_experts(
     split.
     """
     result: dict[str, StoredModule] = {}
+    owner = f".{model.experts}"
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         if not plain and not module.is_quantized:
             result[name] = module
             continue
-        if name.endswith(f".{model.experts}"):
+        if name.endswith(owner):
             # Plain fused experts are parameters of the experts module itself.
             fused = {local: view for local, view in module.views.items() if local in _PARTS and _is_stack(view)}
             for local, view in fused.items():
@@ -60,7 +61,7 @@ def split_fused_experts(
                 else:
                     _add_experts(result, name, local, {"weight": view}, model)
             rest = {local: view for local, view in module.views.items() if local not in fused}
-        elif parent.endswith(f".{model.experts}") and leaf in _PARTS:
+        elif leaf in _PARTS and parent.endswith(owner):
             _add_experts(result, parent, leaf, module.views, model)
             rest = {local: view for local, view in module.views.items() if not _has_experts(view, local)}
         else:

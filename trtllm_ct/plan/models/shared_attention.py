@@ -56,6 +56,8 @@ def with_values(modules: dict[str, StoredModule], layers: Collection[int]) -> di
 
     A stored v_proj stays. The scale of the KV cache for keys is none of values.
     """
+    if not layers:
+        return modules
     result: dict[str, StoredModule] = {}
     for name, module in modules.items():
         result[name] = module

@@ -25,8 +25,8 @@ __all__ = ["Module", "Modules", "read_modules"]
 
 _QUERY_OR_KEY = re.compile(r"(vision_encoder\.)?.*\.attention\.w[qk]")
 _ALWAYS_IN_PAIRS = frozenset({"weight", "bias", "qscale_weight"})
-# Recomputed from config.json by every reader.
-_LEFT_OUT = frozenset({"rotary_emb"})
+# Recomputed from config.json by every reader; what else a rotary embedding has is learned.
+_FREQUENCIES = frozenset({"inv_freq", "cos_cached", "sin_cached"})
 
 _Rows = Callable[[int, int], "NDArray[Any]"]
 
@@ -116,9 +116,9 @@ def read_modules(
     faults = FaultCollector()
     old = {name for name, locals_ in stored.items() if all(f"{name}.{local}" in unlisted for local in locals_)}
     for name, locals_ in sorted(stored.items(), key=lambda item: item[0] in old):
-        for found in _split(name, locals_, names):
-            if found.name.rpartition(".")[2] in _LEFT_OUT:
-                continue
+        if name.endswith("rotary_emb"):
+            locals_ = {local: tensor for local, tensor in locals_.items() if not _is_frequencies(local)}  # noqa: PLW2901
+        for found in _split(name, locals_, names) if locals_ else ():
             if names.native:
                 _note_order(found, name, locals_, head_dims, declared_rows)
             known = by_key.setdefault(found.key, found)
@@ -127,6 +127,11 @@ def read_modules(
     faults.raise_if_any(CheckpointError)
     ordered = dict(sorted(by_key.items(), key=lambda entry: names.order(entry[0])))
     return Modules(names=names, by_key=ordered, matrices=matrices)
+
+
+def _is_frequencies(local: str) -> bool:
+    """Whether a tensor of a rotary embedding has its frequencies, of all layers or of those of one kind."""
+    return local in _FREQUENCIES or local.endswith("_inv_freq")
 
 
 def _merge(known: Module, module: Module, faults: FaultCollector) -> None:
