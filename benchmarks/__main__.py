@@ -14,7 +14,7 @@ import typer
 from benchmarks.page import require_page, write_page
 from benchmarks.run import run_bench
 from benchmarks.tables import summary
-from trtllm_ct.cli.commands import print_json, run_app, stderr, stdout
+from trtllm_ct.cli.run import print_json, run_app, stderr, stdout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,8 @@ from fresh_python import run_python
 
 import trtllm_ct
 from trtllm_ct.base.errors import UsageError
-from trtllm_ct.cli.commands import SCHEMA, parse_size
+from trtllm_ct.cli.options import parse_size
+from trtllm_ct.cli.run import SCHEMA
 from trtllm_ct.pipeline.open import plan_checkpoint
 
 if TYPE_CHECKING:

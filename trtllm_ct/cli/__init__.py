@@ -1,7 +1,8 @@
 """The command line.
 
 main.py      the entry point
-commands.py  the commands of `trtllm-ct`: arguments, exit codes, JSON output
+commands.py  the commands of `trtllm-ct` and their arguments
+run.py       runs them: logging, errors, exit codes, JSON output, progress
 options.py   the options that commands share
 report.py    formats what the commands print
 tables.py    tables and names that are never cut off

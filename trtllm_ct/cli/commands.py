@@ -6,28 +6,13 @@ checkpoint or any other error, 130 after Ctrl-C and 143 after SIGTERM.
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trtllm_ct.base.collector import collector_paused
-from trtllm_ct.base.errors import Fault, TrtllmCtError, UsageError
-from trtllm_ct.base.memory_errors import memory_errors
-from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.cli import report
-from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
-from trtllm_ct.cli.interrupts import ending_on_signals, going_on_from
-from trtllm_ct.cli.log_format import PrintableFormatter
+from trtllm_ct.cli.interrupts import going_on_from
 from trtllm_ct.cli.options import (
     AUTO,
     DIRECTORY,
@@ -53,18 +38,11 @@ from trtllm_ct.cli.options import (
     dense_dtype,
     name_filter,
     parallel_of,
+    parse_size,
 )
+from trtllm_ct.cli.run import conversion_progress, print_json, run_app, stdout
 
-if TYPE_CHECKING:
-    from trtllm_ct.plan.plan import Plan
-
-__all__ = ["SCHEMA", "app", "main", "print_json", "run_app", "stderr", "stdout"]
-
-SCHEMA = 1
-"""Version of the schema of the documents that `--json` prints."""
-
-_LARGEST_FILE = 2**63
-"""No file of Linux has so many bytes."""
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="trtllm-ct",
@@ -78,8 +56,6 @@ cache = typer.Typer(
     help="Directories that were prepared for TensorRT-LLM.", invoke_without_command=True, rich_markup_mode=None
 )
 app.add_typer(cache, name="cache")
-stdout = open_console(sys.stdout)
-stderr = open_console(sys.stderr, stderr=True)
 
 
 def _print_version(asked: bool) -> None:
@@ -245,7 +221,7 @@ def convert(
     from trtllm_ct.convert.convert import convert_checkpoint
 
     max_shard_bytes = parse_size(max_shard_size)
-    with going_on_from(what_is_left(out)), _progress() as on_start:
+    with going_on_from(what_is_left(out)), conversion_progress() as on_start:
         conversion = convert_checkpoint(
             directory,
             out,
@@ -403,89 +379,3 @@ def version() -> None:
 def main() -> None:
     """Run the command line `trtllm-ct`; see `run_app` for errors."""
     run_app(app)
-
-
-def run_app(commands: typer.Typer) -> None:
-    """Run the commands of an app.
-
-    A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
-    `UsageError`, and 1 for any other error. Ctrl-C and SIGTERM print one line, and become 130 and 143.
-    """
-    occupy_standard_descriptors()
-    # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    try:
-        with (
-            ending_on_signals(),
-            collector_paused(),
-            missing_packages_as_errors(),
-            source_errors("the file system"),
-            memory_errors(),
-        ):
-            commands()
-    except TrtllmCtError as error:
-        if "--json" in sys.argv and error.faults[0].where != STDOUT:
-            faults = [fault.to_dict() for fault in error.faults]
-            document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
-            print_json("error", document)
-        else:
-            stderr.print(report.failure(error))
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-
-
-def parse_size(text: str) -> int:
-    """Return the number of bytes in a text such as `5GB`, `500 MiB` or `4096`; raises `UsageError` for other text."""
-    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([kmgt]i?|)b?", text.strip().lower())
-    size = int(float(match[1]) * units[match[2]]) if match else 0
-    if not 1 <= size < _LARGEST_FILE:
-        raise UsageError(
-            Fault(
-                where="--max-shard-size",
-                expected="a size such as 5GB, 500MiB or 4096",
-                found=repr(text),
-                remedy="Give a number of at least one byte, with or without a unit.",
-            )
-        )
-    return size
-
-
-def print_json(kind: str, document: dict[str, Any]) -> None:
-    """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it."""
-    with writing():
-        print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
-
-
-def _problems_shown(plan: Plan, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
-    """Show the problems of a plan on stderr, and return `on_bytes`."""
-    if plan.problems:
-        stderr.print(report.problems(plan.problems))
-    return on_bytes
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
-    """Show the problems of a plan on stderr, and then a progress bar with bytes, speed and remaining time.
-
-    Without a terminal there is no progress bar. Yields the function for `on_start` of `convert_checkpoint`.
-    """
-    if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
-        yield lambda plan: _problems_shown(plan, lambda _nbytes: None)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr) as progress:
-
-        def on_start(plan: Plan) -> Callable[[int], None]:
-            task = progress.add_task("Converting", total=plan.delivered_bytes)
-            return _problems_shown(plan, lambda nbytes: progress.advance(task, nbytes))
-
-        yield on_start

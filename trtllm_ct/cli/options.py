@@ -51,10 +51,14 @@ __all__ = [
     "dense_dtype",
     "name_filter",
     "parallel_of",
+    "parse_size",
 ]
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+_LARGEST_FILE = 2**63
+"""No file of Linux has so many bytes."""
 
 if TYPE_CHECKING:
     TargetName = str
@@ -129,6 +133,23 @@ def parallel_of(tp: int, pp: int, ep: int) -> Parallel:
     from trtllm_ct.engine.parallel import Parallel
 
     return Parallel(tensor=tp, pipeline=pp, expert=ep)
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes in a text such as `5GB`, `500 MiB` or `4096`; raises `UsageError` for other text."""
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([kmgt]i?|)b?", text.strip().lower())
+    size = int(float(match[1]) * units[match[2]]) if match else 0
+    if not 1 <= size < _LARGEST_FILE:
+        raise UsageError(
+            Fault(
+                where="--max-shard-size",
+                expected="a size such as 5GB, 500MiB or 4096",
+                found=repr(text),
+                remedy="Give a number of at least one byte, with or without a unit.",
+            )
+        )
+    return size
 
 
 def name_filter(pattern: str | None) -> Callable[[str], object]:

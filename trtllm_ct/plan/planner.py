@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.quantization_config import QuantizationConfig
+    from trtllm_ct.engine.quant_config import QuantConfig
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.deliver import Dtypes
     from trtllm_ct.plan.engine_files.directory import BuiltModules
@@ -190,7 +191,7 @@ class _Planner:
         if built is not None:
             modules, warnings = list(built.modules), (*warnings, *built.warnings)
         self.faults.raise_if_any(PlanError, warnings)
-        return Plan(
+        plan = Plan(
             target=self.target.name,
             architecture=self.model.name,
             dtype=self.dtypes.model,
@@ -199,27 +200,27 @@ class _Planner:
             if unread
             else catalog.specs,
             modules=tuple(modules),
-            quant_config=built.quant_config
-            if built
-            else engine_config(
-                modules,
-                EngineNames.of(self.model, place, self.target),
-                kv_cache_quant_algo=self._engine_kv_cache,
-                entries=needs_entries({module.name: module.layer for module in modules}, sites, self.model),
-            ),
+            quant_config=built.quant_config if built else self._engine_config(modules, sites, place),
             parallel=self.parallel,
             problems=class_problems(self.model, self.target.capabilities.release),
             engine=self.target.capabilities.name,
             sm=self.target.capabilities.sm,
             stacks=stacks,
-            places=built.places if built else {},
-            build_config=built.config if built else None,
-            build_layers=built.layers if built else None,
-            build_options=built.options.build if built else (),
-            run_options=built.options.run if built else (),
             tied=self.model.tied,
             checks=checks_of(self.model, self.comparison),
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
+        )
+        return plan if built is None else built.described(plan)
+
+    def _engine_config(
+        self, modules: Sequence[ModulePlan], sites: Iterable[Site], place: tuple[str, str]
+    ) -> QuantConfig:
+        """Return the configuration under which an engine reads the modules."""
+        return engine_config(
+            modules,
+            EngineNames.of(self.model, place, self.target),
+            kv_cache_quant_algo=self._engine_kv_cache,
+            entries=needs_entries({module.name: module.layer for module in modules}, sites, self.model),
         )
 
     def _gather(self, catalog: Catalog) -> tuple[dict[str, StoredModule], frozenset[str]]:

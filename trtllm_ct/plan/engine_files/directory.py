@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.plan.equalize import Part
     from trtllm_ct.plan.models.sites import Model, Site
-    from trtllm_ct.plan.plan import ModulePlan
+    from trtllm_ct.plan.plan import ModulePlan, Plan
     from trtllm_ct.plan.probe import Probe
 
 __all__ = ["BuiltModules", "EngineDirectory", "refuse_unbuilt"]
@@ -50,6 +50,17 @@ class BuiltModules:
     layers: dict[str, Any] | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
     warnings: tuple[str, ...]
+
+    def described(self, plan: Plan) -> Plan:
+        """Return a plan of these modules with what only a directory with a file for each rank has."""
+        return replace(
+            plan,
+            places=self.places,
+            build_config=self.config,
+            build_layers=self.layers,
+            build_options=self.options.build,
+            run_options=self.options.run,
+        )
 
 
 @dataclass(slots=True, kw_only=True)

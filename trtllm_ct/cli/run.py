@@ -1,0 +1,106 @@
+"""Runs the commands of an app: signals, logging, and errors that become messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from trtllm_ct.base.collector import collector_paused
+from trtllm_ct.base.errors import TrtllmCtError, UsageError
+from trtllm_ct.base.memory_errors import memory_errors
+from trtllm_ct.base.packages import missing_packages_as_errors
+from trtllm_ct.base.source_errors import source_errors
+from trtllm_ct.cli import report
+from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
+from trtllm_ct.cli.interrupts import ending_on_signals
+from trtllm_ct.cli.log_format import PrintableFormatter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import typer
+
+    from trtllm_ct.plan.plan import Plan
+
+__all__ = ["SCHEMA", "conversion_progress", "print_json", "run_app", "stderr", "stdout"]
+
+SCHEMA = 1
+"""Version of the schema of the documents that `--json` prints."""
+
+stdout = open_console(sys.stdout)
+stderr = open_console(sys.stderr, stderr=True)
+
+
+def run_app(commands: typer.Typer) -> None:
+    """Run the commands of an app.
+
+    A `TrtllmCtError` is printed to stderr, or as a JSON document to stdout with `--json`. It becomes exit code 2 for a
+    `UsageError`, and 1 for any other error. Ctrl-C and SIGTERM print one line, and become 130 and 143.
+    """
+    occupy_standard_descriptors()
+    # No command multiplies matrices with numpy; the idle OpenBLAS threads would compete with the conversion threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    try:
+        with (
+            ending_on_signals(),
+            collector_paused(),
+            missing_packages_as_errors(),
+            source_errors("the file system"),
+            memory_errors(),
+        ):
+            commands()
+    except TrtllmCtError as error:
+        if "--json" in sys.argv and error.faults[0].where != STDOUT:
+            faults = [fault.to_dict() for fault in error.faults]
+            document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
+            print_json("error", document)
+        else:
+            stderr.print(report.failure(error))
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def print_json(kind: str, document: dict[str, Any]) -> None:
+    """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it."""
+    with writing():
+        print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
+
+
+def _problems_shown(plan: Plan, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    """Show the problems of a plan on stderr, and return `on_bytes`."""
+    if plan.problems:
+        stderr.print(report.problems(plan.problems))
+    return on_bytes
+
+
+@contextmanager
+def conversion_progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
+    """Show the problems of a plan on stderr, and then a progress bar with bytes, speed and remaining time.
+
+    Without a terminal there is no progress bar. Yields the function for `on_start` of `convert_checkpoint`.
+    """
+    if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
+        yield lambda plan: _problems_shown(plan, lambda _nbytes: None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr) as progress:
+
+        def on_start(plan: Plan) -> Callable[[int], None]:
+            task = progress.add_task("Converting", total=plan.delivered_bytes)
+            return _problems_shown(plan, lambda nbytes: progress.advance(task, nbytes))
+
+        yield on_start
