@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.verify.source.decoders import DECODERS
 from trtllm_ct.verify.source.files import TensorFiles, tensors_of
-from trtllm_ct.verify.source.modules import read_modules
+from trtllm_ct.verify.source.modules import WEIGHTS, read_modules
 from trtllm_ct.verify.source.names import Names
 
 if TYPE_CHECKING:
@@ -48,3 +49,7 @@ def test_plain_stacks_give_each_expert_its_projections(tmp_path: Path, model_typ
     assert read.keys() == expected.keys()
     for key, rows in expected.items():
         assert np.array_equal(read[key].view(np.float32).reshape(rows.shape), rows), key
+
+
+def test_the_names_of_weights_are_those_of_all_formats() -> None:
+    assert {decoder.codes for decoder in DECODERS.values()} | {"weight"} == WEIGHTS

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector
-from trtllm_ct.verify.source.decoders import has_weight
 from trtllm_ct.verify.source.files import EveryNth, FileTensor, SourceTensor, Transposed
 from trtllm_ct.verify.source.names import FUSED_EXPERTS, Names, expert_key
 from trtllm_ct.verify.source.sparse import join_pieces
@@ -21,7 +20,10 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.schemes import RowOrder
 
-__all__ = ["Module", "Modules", "read_modules"]
+__all__ = ["WEIGHTS", "Module", "Modules", "read_modules"]
+
+WEIGHTS = frozenset({"weight", "weight_packed"})
+"""The names of a weight in all formats, see decoders.py."""
 
 _QUERY_OR_KEY = re.compile(r"(vision_encoder\.)?.*\.attention\.w[qk]")
 _ALWAYS_IN_PAIRS = frozenset({"weight", "bias", "qscale_weight"})
@@ -122,7 +124,7 @@ def read_modules(
             if names.native:
                 _note_order(found, name, locals_, head_dims, declared_rows)
             known = by_key.setdefault(found.key, found)
-            if known is not found and not (name in old and has_weight(known.tensors)):
+            if known is not found and not (name in old and not WEIGHTS.isdisjoint(known.tensors)):
                 _merge(known, found, faults)
     faults.raise_if_any(CheckpointError)
     ordered = dict(sorted(by_key.items(), key=lambda entry: names.order(entry[0])))
