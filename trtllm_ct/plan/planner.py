@@ -213,7 +213,7 @@ class _Planner:
         return plan if built is None else built.described(plan)
 
     def _engine_config(
-        self, modules: Sequence[ModulePlan], sites: Iterable[Site], place: tuple[str, str]
+        self, modules: Sequence[ModulePlan], sites: Sequence[Site], place: tuple[str, str]
     ) -> QuantConfig:
         """Return the configuration under which an engine reads the modules."""
         return engine_config(
