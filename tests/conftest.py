@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # No test needs a network; what asks the hub all the same shall fail at once. Read when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The library readline, which pytest imports, sets it for all processes that are started; it would wrap reports.
+os.environ.pop("COLUMNS", None)
 
 # The same examples in every run; `--hypothesis-profile=default` looks for new ones. How long it takes to make them says
 # how busy the machine is, and nothing about the package.

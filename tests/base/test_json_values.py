@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import write_checkpoint
 
 from trtllm_ct.base.errors import CheckpointError
-from trtllm_ct.base.json_values import require_few_values
+from trtllm_ct.base.json_values import is_finite_number, require_few_values
 from trtllm_ct.pipeline.open import open_checkpoint
 
 if TYPE_CHECKING:
@@ -43,3 +44,14 @@ def test_a_header_of_too_many_lists_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="lists and objects, where 0 tensors have at most"):
         open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_number"),
+    [
+        *[(number, True) for number in (0, -3, 0.5, 1e308, 2**1023, -(2**1023))],
+        *[(other, False) for other in (10**400, -(10**400), math.inf, -math.inf, math.nan, True, None, "1", [1])],
+    ],
+)
+def test_a_finite_number_is_one_that_a_float_holds(value: object, is_number: bool) -> None:
+    assert is_finite_number(value) is is_number

@@ -42,3 +42,11 @@ def test_very_many_faults_are_counted() -> None:
 
     assert len(caught.value.faults) == MOST_FAULTS + 1
     assert "5 more" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_text_of_a_fault_is_shown_in_quotes(name: str) -> None:
+    """A tensor may have an empty name."""
+    fault = Fault(where=name, expected="a tensor", found="none", remedy="Look.")
+
+    assert fault.where == repr(name)

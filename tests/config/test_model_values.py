@@ -100,3 +100,14 @@ def test_other_floats_are_no_numbers_of_anything(value: float) -> None:
     check_model_values({"max_position_embeddings": value}, faults)
 
     assert [fault.where for fault in faults.faults] == ["config.json: max_position_embeddings"]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), inf, nan, True])
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_what_no_float_holds_is_no_number(key: str, value: object) -> None:
+    """JSON has integers of any length."""
+    faults = FaultCollector()
+
+    check_model_values({key: value}, faults)
+
+    assert [fault.where for fault in faults.faults] == [f"config.json: {key}"]

@@ -7,7 +7,7 @@ cores.py          how many processor cores this process may use
 memory_budget.py  how much memory this process may still allocate
 collector.py      a context manager that pauses Python's garbage collector
 texts.py          makes text of strangers fit for a message
-json_values.py    how many values a JSON text may hold
+json_values.py    how many values a JSON text may hold, and which are finite numbers
 regular_files.py  opens regular files only, up to a size
 source_errors.py  errors of the file system that a checkpoint is on
 memory_errors.py  memory that this process may not have

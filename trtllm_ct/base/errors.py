@@ -58,7 +58,8 @@ class Fault:
     """One problem that a stage reports.
 
     `where` names the file, module or tensor. `expected` and `found` complete the message "expected ..., found ...".
-    `remedy` is a full sentence that says what to do. Long texts are shortened, and control characters escaped.
+    `remedy` is a full sentence that says what to do. Long texts are shortened, control characters escaped, and
+    an empty one, such as the name of a tensor may be, is shown in quotes.
     """
 
     where: str
@@ -69,7 +70,8 @@ class Fault:
     def __post_init__(self) -> None:
         """Make the texts fit for a message: they quote names and values that strangers wrote."""
         for name in ("where", "expected", "found", "remedy"):
-            object.__setattr__(self, name, printable(shortened(getattr(self, name))))
+            text = printable(shortened(getattr(self, name)))
+            object.__setattr__(self, name, text if text.strip() else repr(text))
 
     def __str__(self) -> str:
         return f"{self.where}: expected {self.expected}, found {self.found}. {self.remedy}"

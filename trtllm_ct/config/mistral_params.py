@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError, FaultCollector
+from trtllm_ct.base.json_values import is_finite_number
 
 if TYPE_CHECKING:
     from trtllm_ct.base.schemes import TensorSpec
@@ -109,8 +110,8 @@ class _Params:
 
     def number(self, key: str) -> float:
         """Return a positive number; 0 after a fault."""
-        value = self.raw.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        value: Any = self.raw.get(key)
+        if is_finite_number(value) and value > 0:
             return float(value)
         self.fault(key, "a positive number", value)
         return 0.0

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.json_values import is_finite_number
 from trtllm_ct.config.json_object import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trtllm_ct.base.errors import FaultCollector
+
 
 __all__ = ["MODEL_VALUES", "check_model_values", "with_whole_numbers"]
 
@@ -59,10 +60,6 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _MOST_CHARACTERS and value.isprintable()
 
@@ -72,7 +69,7 @@ _MOST_CHARACTERS = 200
 _LAYERS = _count(_MOST_LAYERS)
 _EXPERTS = _count(100_000)
 _SIZE = _count(2**31)
-_NUMBER = _Kind(expected="a finite number", accepts=_is_number)
+_NUMBER = _Kind(expected="a finite number", accepts=is_finite_number)
 _FLAG = _Kind(expected="true or false", accepts=lambda value: isinstance(value, bool))
 _NAME = _Kind(expected=f"a name of at most {_MOST_CHARACTERS} printable characters", accepts=_is_name)
 _NAMES = _Kind(

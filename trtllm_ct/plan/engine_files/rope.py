@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isclose, isfinite, log
+from math import isclose, log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trtllm_ct.base.json_values import is_finite_number
 from trtllm_ct.config.json_object import shown
 
 if TYPE_CHECKING:
@@ -212,8 +213,7 @@ def _check_numbers(where: str, block: Mapping[str, Any], faults: FaultCollector)
     """Add a fault for each value that is no number, or not positive where it must be."""
     for key in (*_POSITIVE, *_NUMBERS):
         value = block.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if value is None or (is_number and (key in _NUMBERS or value > 0)):
+        if value is None or (is_finite_number(value) and (key in _NUMBERS or value > 0)):
             continue
         expected = "a positive number" if key in _POSITIVE else "a finite number"
         faults.add(where=f"config.json: {where}{key}", expected=expected, found=shown(value), remedy=_TAKE_ORIGINAL)
