@@ -319,6 +319,18 @@ def test_sizes_that_the_model_cannot_be_cut_by_are_problems(newest: Any, source:
     assert "Tensor-parallel sizes that work: 1, 2, 4." in lines(done)
 
 
+def test_files_for_trtllm_build_are_not_passed_to_the_engine(engine: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", config=tiny_config(hidden=128, intermediate=128), scheme="int4-g64")
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", to="engine")
+
+    done = run_cli("doctor", tmp_path / "out")
+
+    assert done.code == 1
+    assert "an engine-build checkpoint" in lines(done)
+    assert "trtllm-build" in lines(done)
+    assert "untouched" not in lines(done)
+
+
 @pytest.mark.parametrize("kind", ["modelopt", "dense"])
 def test_other_checkpoints_are_passed_to_the_engine(engine: Any, source: Path, tmp_path: Path, kind: str) -> None:
     convert_checkpoint(source, tmp_path / "out", to=kind)

@@ -17,7 +17,7 @@ from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.base.json_form import json_form, json_object
 from trtllm_ct.base.packages import PACKAGES
 from trtllm_ct.config.detect import Detection, FormatDetector
-from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT
+from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, describe_method
 from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
@@ -193,6 +193,8 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
             warnings = plan.warnings
         except CheckpointError as error:
             problems, warnings = error.faults, error.warnings
+    elif detection.method == ENGINE_BUILD:
+        problems = (_engine_build(directory, detection),)
     else:
         try:
             problems, traps = _converted(directory, parallel, machine)
@@ -211,6 +213,16 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
         traps=tuple(trap for trap in traps if trap is not None),
         problems=problems,
         warnings=warnings,
+    )
+
+
+def _engine_build(directory: Path, detection: Detection) -> Fault:
+    """Return why an engine-build checkpoint can't be served as it is."""
+    return Fault(
+        where=str(directory),
+        expected="a directory that LLM loads",
+        found=detection.description,
+        remedy=describe_method(ENGINE_BUILD).remedy,
     )
 
 
