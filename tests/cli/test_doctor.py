@@ -326,9 +326,9 @@ def test_files_for_trtllm_build_are_not_passed_to_the_engine(engine: Any, tmp_pa
     done = run_cli("doctor", tmp_path / "out")
 
     assert done.code == 1
-    assert "an engine-build checkpoint" in lines(done)
-    assert "trtllm-build" in lines(done)
-    assert "untouched" not in lines(done)
+    assert "an engine-build checkpoint" in done.out
+    assert "trtllm-build" in done.out
+    assert "untouched" not in done.out
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "dense"])
