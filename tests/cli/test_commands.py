@@ -305,7 +305,7 @@ class TestStreams:
 
 
 def test_help_has_no_markup() -> None:
-    """Releases of Typer before 0.21 print a backslash before `[required]`."""
+    """Releases of Typer before 0.21.1 print a backslash before `[required]`."""
     done = run_cli("generate", "--help")
 
     assert done.code == 0
