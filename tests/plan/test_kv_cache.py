@@ -647,3 +647,16 @@ def test_draft_layers_keep_the_scales_that_their_projections_have(
 
     assert delivered_scales(plan_checkpoint(tmp_path / "in")) == {*texts, *((draft,) if with_projections else ())}
     assert verify_checkpoint(tmp_path / "in", tmp_path / "out").faults == ()
+
+
+@pytest.mark.parametrize("to", ["modelopt", "reference"])
+def test_single_scales_of_another_strategy_are_delivered_and_said(tmp_path: Path, to: str) -> None:
+    config = tiny_config(layers=1, hidden=128, intermediate=128)
+    write_checkpoint(tmp_path, config=config, scheme="int4-g64", kv=True)
+    scheme = {"strategy": "group", "group_size": 32}
+    rewrite_config(tmp_path, lambda stored: stored["quantization_config"]["kv_cache_scheme"].update(scheme))
+
+    plan = plan_checkpoint(tmp_path, to)
+
+    assert len([name for name in plan.delivered_specs if name.endswith(("k_scale", "v_scale"))]) == 2
+    assert "KV cache: the engine takes one fixed scale, the stored one, instead of fp8 group 32" in plan.warnings

@@ -171,7 +171,9 @@ class KvCache:
                 f"KV cache: the engine takes one scale for all heads, so it gets the largest of {args.label()}"
             )
         elif args.strategy is not Strategy.TENSOR:
-            notes.append(f"KV cache: the engine takes one scale for all heads, so those of {args.label()} are left out")
+            # Scales of more than one element are a fault, so what is stored is one scale, or none for a dynamic scheme.
+            scale = "the stored one" if args.dynamic is False else "1 where none is stored"
+            notes.append(f"KV cache: the engine takes one fixed scale, {scale}, instead of {args.label()}")
         return tuple(notes)
 
     @property
