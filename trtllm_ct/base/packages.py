@@ -6,7 +6,6 @@ command line run inside `missing_packages_as_errors`.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 from contextlib import contextmanager
@@ -45,9 +44,11 @@ class Package:
     @property
     def outdated(self) -> str:
         """The installed release if it is older than `oldest`; empty if it is not, or if its release is not known."""
+        from importlib import metadata  # which imports email: a tenth of what starting a command takes
+
         try:
-            release = importlib.metadata.version(self.name)
-        except importlib.metadata.PackageNotFoundError:
+            release = metadata.version(self.name)
+        except metadata.PackageNotFoundError:
             return ""
         return release if _numbers(release) < _numbers(self.oldest) else ""
 

@@ -9,8 +9,6 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import TrtllmCtError, UsageError
 from trtllm_ct.base.memory_errors import memory_errors
@@ -90,14 +88,16 @@ def conversion_progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
     if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
         yield lambda plan: _problems_shown(plan, lambda _nbytes: None)
         return
+    from rich import progress as bars
+
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr) as progress:
+    with bars.Progress(*columns, console=stderr) as progress:
 
         def on_start(plan: Plan) -> Callable[[int], None]:
             task = progress.add_task("Converting", total=plan.delivered_bytes)

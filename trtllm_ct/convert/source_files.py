@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["SourceFile", "sample_hash", "source_files"]
 
 _SAMPLE_BYTES = 4096
-_SAMPLE_STEP = 2**20
+_SAMPLE_STEP = 2**22
 """From the beginning of a run to its end, a sample every so many bytes; the last bytes are always one."""
 
 

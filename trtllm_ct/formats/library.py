@@ -10,7 +10,6 @@ The library is imported when a function is called, because the import takes seco
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -102,7 +101,9 @@ LINES = (
 @cache
 def installed_line() -> LibraryLine:
     """Return the line of the installed compressed-tensors; the first one for releases that are older still."""
-    numbers = re.findall(r"\d+", importlib.metadata.version("compressed-tensors"))
+    from importlib import metadata  # which imports email: see `base/packages.py`
+
+    numbers = re.findall(r"\d+", metadata.version("compressed-tensors"))
     release = int(numbers[0]), int(numbers[1])
     return next((line for line in reversed(LINES) if line.since <= release), LINES[0])
 

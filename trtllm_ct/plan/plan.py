@@ -132,6 +132,8 @@ class ModulePlan:
     the rank reads and converts, None if it is the whole module.
     `pieces` are set for a directory with a file for each rank: the plans that make the module's deliveries, one for
     each rank that has a part of it.
+    `stored_bytes` and `delivered_bytes` are the bytes of all stored and of all delivered tensors of the module. They
+    are computed once, because reports of 10^5 modules sum them several times.
     """
 
     name: str
@@ -150,6 +152,13 @@ class ModulePlan:
     transforms: tuple[Transform, ...] = ()
     share: Share | None = None
     pieces: tuple[ModulePlan, ...] = ()
+    stored_bytes: int = field(init=False, repr=False, compare=False)
+    delivered_bytes: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stored_bytes", sum([view.stored_bytes for view in self.views.values()]))
+        delivered_bytes = sum([delivery.operation.result.nbytes for delivery in self.deliveries])
+        object.__setattr__(self, "delivered_bytes", delivered_bytes)
 
     @property
     def engine_name(self) -> str:
@@ -175,16 +184,6 @@ class ModulePlan:
             return "dequantized" if self.dequantized else "plain"
         size = f" g{self.layer.group_size}" if self.layer.group_size else ""
         return f"{self.layer.quant_algo}{size}"
-
-    @property
-    def stored_bytes(self) -> int:
-        """The bytes of all stored tensors of the module."""
-        return sum([view.stored_bytes for view in self.views.values()])
-
-    @property
-    def delivered_bytes(self) -> int:
-        """The bytes of all delivered tensors of the module."""
-        return sum([delivery.operation.result.nbytes for delivery in self.deliveries])
 
     @property
     def runs(self) -> tuple[Run, ...]:

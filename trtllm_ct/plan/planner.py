@@ -17,7 +17,6 @@ from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.checks import checks_of
 from trtllm_ct.plan.engine_class import class_problems, refuse_unread, refuse_unread_names
 from trtllm_ct.plan.engine_config import engine_config
-from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt
 from trtllm_ct.plan.engine_names import EngineNames
 from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.expert_names import spelled, spelling_warnings
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.quant_config import QuantConfig
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.deliver import Dtypes
-    from trtllm_ct.plan.engine_files.directory import BuiltModules
+    from trtllm_ct.plan.engine_files.directory import BuiltModules, EngineDirectory
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.stored import StoredModule
@@ -275,6 +274,8 @@ class _Planner:
 
     def _plan_directory(self, place: tuple[str, str]) -> None:
         """Prepare the plan of a directory with a file for each rank; adds faults for models that it can't hold."""
+        from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt  # for this target only
+
         cache = self.kv_cache.args
         if refuse_unbuilt(self.model, self.parallel, cache, self.faults, dense_o_proj=self.dense_o_proj):
             self.directory = EngineDirectory.of(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from importlib import metadata
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -192,8 +194,17 @@ def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_release_of_numba_has_another_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_release_of_numba_has_another_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = find_spec("numba")
+    assert installed is not None
+    assert installed.origin is not None
+    version = Path(installed.origin).with_name("_version.py").read_text(encoding="utf-8")
+    release = metadata.version("numba")
+    assert release in version
     before = stamp_of(__file__)
-    monkeypatch.setattr(code_cache.metadata, "version", lambda name: f"another {name}")
+
+    other = tmp_path / "__init__.py"
+    other.with_name("_version.py").write_text(version.replace(release, f"{release}.1"), encoding="utf-8")
+    monkeypatch.setattr(code_cache, "find_spec", lambda name: spec_from_file_location(name, other))
 
     assert stamp_of(__file__) != before

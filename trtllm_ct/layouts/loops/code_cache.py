@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 from contextlib import suppress
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import llvmlite
@@ -32,10 +32,19 @@ _HASHES = 64
 
 def stamp_of(*sources: str) -> bytes:
     """Return a hash of 32 bytes that changes with the source files and the versions of Python, numba and llvmlite."""
-    stamp = hashlib.sha256(f"{sys.version} {metadata.version('numba')} {llvmlite.__version__}".encode())
-    for source in sources:
-        stamp.update(Path(source).read_bytes())
+    stamp = hashlib.sha256(f"{sys.version} {llvmlite.__version__}".encode())
+    for source in (*map(Path, sources), *_numba_version()):
+        stamp.update(source.read_bytes())
     return stamp.digest()
+
+
+def _numba_version() -> tuple[Path, ...]:
+    """Return the file that states numba's version, none if numba is not installed.
+
+    Importing numba takes ten times as long as loading the loops, and `importlib.metadata` as long as loading them.
+    """
+    numba = find_spec("numba")
+    return (Path(numba.origin).with_name("_version.py"),) if numba is not None and numba.origin else ()
 
 
 def read_cached(name: str, stamp: bytes) -> bytes | None:
