@@ -33,6 +33,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element, QuantAlgo, QuantArgs, QuantScheme, Strategy
 from trtllm_ct.engine.holdings import Holding, Weight, activations_of, holdings, native_mode, obstacles
 from trtllm_ct.engine.modes import LINEAR_MODES, Activations
+from trtllm_ct.engine.slices import Slices
 from trtllm_ct.engine.target import MODELOPT, REFERENCE
 
 AWQ = ("AWQModifier", "QuantizationModifier")
@@ -287,6 +288,13 @@ def test_fused_linears_begin_at_a_whole_block() -> None:
         "FP8_BLOCK_SCALES needs out % 128 == 0 in each of q_proj, k_proj and v_proj, which it fuses, and in % 16 == 0"
     )
     assert held(replace(joined, fused=False)) == "=FP8_BLOCK_SCALES"
+
+
+@pytest.mark.parametrize(("parts", "fits"), [((256, 256), True), ((384, 128), False), ((256, 160), False)])
+def test_slices_of_each_stored_part_begin_at_a_whole_block(parts: tuple[int, int], fits: bool) -> None:
+    """A weight of several Linears is cut part by part, and the slices of the parts follow each other as if fused."""
+    of = weight(blocks(), FP8_GROUP, shape=(sum(parts), 256), slices=Slices(tensor=2, parts=parts))
+    assert (held(of) == "=FP8_BLOCK_SCALES") is fits
 
 
 def test_scales_are_repeated_only_into_whole_groups() -> None:

@@ -161,9 +161,9 @@ def _scales(
     shape = mode.scale_shape(stored.shape, holding.group_size)
     spec = TensorSpec(mode.scale.dtype, (*shape, 1) if holding.scale_column else shape)
     if mode.scale.one_byte:
-        yield _from_one(module, "weight_scale", group_scale(spec, stored.scale, equalized.weight))
+        yield _from_one(module, "weight_scale", stored.scale, group_scale(spec, stored.scale, equalized.weight))
         if stored.divisor is not None:
-            yield _from_one(module, "weight_scale_2", multiplier(stored.divisor, equalized.weight))
+            yield _from_one(module, "weight_scale_2", stored.divisor, multiplier(stored.divisor, equalized.weight))
         return
     yield _from_weight(module, weight, "weight_scale", WidenScale(result=spec))
     if mode.zero_point:
@@ -199,8 +199,8 @@ def _input_scale(module: StoredModule, mode: LinearMode, equalized: Equalized) -
     if source is None or source not in module.views:
         return []
     if source == "input_scale":
-        return [_from_one(module, "input_scale", WidenScale(result=_SCALAR, source=source))]
-    return [_from_one(module, "input_scale", multiplier(source, equalized.input))]
+        return [_from_one(module, "input_scale", source, WidenScale(result=_SCALAR, source=source))]
+    return [_from_one(module, "input_scale", source, multiplier(source, equalized.input))]
 
 
 def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes, folds: tuple[Fold, ...] = ()) -> Delivery:
@@ -214,7 +214,7 @@ def _plain_tensor(module: StoredModule, local: str, dtypes: Dtypes, folds: tuple
         return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
     if wanted is not spec.dtype:
         operation = Cast(result=TensorSpec(wanted, spec.shape), source=local)
-    return _from_one(module, local, operation)
+    return _from_one(module, local, local, operation)
 
 
 def _folds_in(local: str, folds: tuple[Fold, ...]) -> tuple[Fold, ...]:
@@ -227,10 +227,9 @@ def _fold_sources(folds: tuple[Fold, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(source for fold in folds for source in fold.sources))
 
 
-def _from_one(module: StoredModule, local: str, operation: Operation) -> Delivery:
-    """Return the delivery of a tensor that is made from the one stored tensor that its operation names."""
-    sources = () if operation.source is None else module.sources((operation.source,))
-    return Delivery(name=module.delivered_name(local), operation=operation, sources=sources)
+def _from_one(module: StoredModule, local: str, source: str, operation: Operation) -> Delivery:
+    """Return the delivery of a tensor that its operation makes from one stored tensor, `source` by its local name."""
+    return Delivery(name=module.delivered_name(local), operation=operation, sources=module.sources((source,)))
 
 
 def _from_weight(module: StoredModule, weight: QuantizedWeight, local: str, operation: Operation) -> Delivery:
