@@ -122,7 +122,8 @@ The outcomes are those of {packages}, written by:
 python docs/generate_every_class.py
 ```
 
-The first command took 16 minutes for `w4a16-g32` alone, on a busy machine with two cores; with `-k` it can be run in parts, since the file keeps what it has.
+On a busy machine with two cores, the first command took 16 minutes for `w4a16-g32`.
+With `-k` it can be run in parts, since the file keeps what it has.
 
 {counts(outcomes, classes)}
 {meanings}
