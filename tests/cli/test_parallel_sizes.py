@@ -274,3 +274,45 @@ def test_sizes_reach_a_conversion(source: Path, tmp_path: Path) -> None:
         quantization = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
         named = any(key.endswith("o_proj") for key in quantization["quantized_layers"])
         assert named is (tensor == 2)
+
+
+# Verification.
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "out"
+    assert run_cli("convert", source, out).code == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "code"),
+    [
+        (("--tp", 1), 0),
+        (("--pp", 2), 0),
+        (("--pp", 3), 1),  # of 2 layers
+        (("--tp", 3), 1),
+        (("--tp", 0), 2),
+        (("--pp", 0), 2),
+        (("--ep", 2), 2),  # a part of the tensor-parallel size, which is 1
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_source", [True, False])
+def test_each_size_that_verify_is_given_is_checked(
+    source: Path, converted: Path, with_source: bool, sizes: tuple[str, int], code: int
+) -> None:
+    done = run_cli("verify", *([source] if with_source else []), converted, *sizes)
+
+    assert done.code == code, done.out + done.err
+
+
+@pytest.mark.parametrize("option", [("--tp", 2), ("--pp", 2), ("--sm", 90)], ids=str)
+def test_sizes_and_gpus_of_a_checkpoint_that_is_not_converted_are_an_error(
+    source: Path, option: tuple[str, int]
+) -> None:
+    done = run_cli("verify", source, *option)
+
+    assert done.code == 2
+    assert "verify DIR OUT" in " ".join(done.err.split())

@@ -19,6 +19,8 @@ from trtllm_ct.cli.options import (
     ENGINE,
     THREADS,
     TO_MODELOPT,
+    AskedExpertParallel,
+    AskedPipelineParallel,
     AskedSm,
     AskedTensorParallel,
     DenseDtypeOption,
@@ -35,6 +37,7 @@ from trtllm_ct.cli.options import (
     TargetName,
     TensorParallel,
     Untested,
+    asked_parallel,
     dense_dtype,
     name_filter,
     parallel_of,
@@ -258,20 +261,20 @@ def verify(
         Path | None, typer.Argument(metavar="CONVERTED", help="A directory converted from DIR.", show_default=False)
     ] = None,
     tp: AskedTensorParallel = None,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
+    pp: AskedPipelineParallel = None,
+    ep: AskedExpertParallel = None,
     sm: AskedSm = None,
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint, and what was converted from it.
 
     A checkpoint is sound if it is complete and all values are valid; a converted directory has to hold its weights
-    exactly. With --tp, check that the converted directory holds the slices of these sizes too, and with --sm, that
-    these GPUs run its modes; DIR may be that directory itself.
+    exactly. With --tp, --pp or --ep, check that the converted directory holds the slices of these sizes too, and with
+    --sm, that these GPUs run its modes; DIR may be that directory itself.
     """
     from trtllm_ct.verify.sizes import verify_with_sizes
 
-    verification = verify_with_sizes(directory, converted, parallel_of(tp, pp, ep) if tp else None, sm)
+    verification = verify_with_sizes(directory, converted, asked_parallel(tp, pp, ep), sm)
     if as_json:
         print_json("verify", verification.to_dict())
     else:

@@ -32,6 +32,8 @@ __all__ = [
     "ENGINE",
     "THREADS",
     "TO_MODELOPT",
+    "AskedExpertParallel",
+    "AskedPipelineParallel",
     "AskedSm",
     "AskedTensorParallel",
     "DenseDtypeOption",
@@ -48,6 +50,7 @@ __all__ = [
     "TargetName",
     "TensorParallel",
     "Untested",
+    "asked_parallel",
     "dense_dtype",
     "name_filter",
     "parallel_of",
@@ -105,6 +108,12 @@ TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel size 
 AskedTensorParallel = Annotated[
     int | None, typer.Option("--tp", help="Tensor-parallel size to check.", show_default=False)
 ]
+AskedPipelineParallel = Annotated[
+    int | None, typer.Option("--pp", help="Pipeline-parallel size to check.", show_default=False)
+]
+AskedExpertParallel = Annotated[
+    int | None, typer.Option("--ep", help="Expert-parallel size to check.", show_default=False)
+]
 AskedSm = Annotated[
     int | None, typer.Option("--sm", help="Compute capability of the GPUs to check.", show_default=False)
 ]
@@ -133,6 +142,16 @@ def parallel_of(tp: int, pp: int, ep: int) -> Parallel:
     from trtllm_ct.engine.parallel import Parallel
 
     return Parallel(tensor=tp, pipeline=pp, expert=ep)
+
+
+def asked_parallel(tp: int | None, pp: int | None, ep: int | None) -> Parallel | None:
+    """Return the sizes that a check was asked for, 1 where an option is left out; None if all of them are.
+
+    Raises `UsageError` if they don't fit.
+    """
+    if tp is None and pp is None and ep is None:
+        return None
+    return parallel_of(*(1 if size is None else size for size in (tp, pp, ep)))
 
 
 def parse_size(text: str) -> int:

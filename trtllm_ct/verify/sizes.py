@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import CheckpointError, Fault
+from trtllm_ct.base.errors import CheckpointError, Fault, UsageError
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.sizes import ConvertedDirectory, model_of_directory
 from trtllm_ct.engine.build_modes import KERNEL_SMS, kernel_modes
@@ -32,7 +32,8 @@ def verify_with_sizes(
     checkpoint is for its own sizes alone, and for its own GPUs if its codes are in the order of a kernel.
     `directory` may be a converted directory for the PyTorch backend itself. Without its source only these two are
     checked.
-    Raises what `verify_checkpoint` raises, and `UsageError` for an unknown SM.
+    Raises what `verify_checkpoint` raises, and `UsageError` for an unknown SM, and for a `directory` alone that is no
+    converted one: a checkpoint holds no slices and has no modes.
     """
     if parallel is None and sm is None:
         return verify_checkpoint(directory, converted)
@@ -53,10 +54,23 @@ def verify_with_sizes(
         return VerificationReport(
             directory=Path(directory), converted=None, modules=modules, zero_scales=0, checks=(), faults=faults
         )
+    if converted is None:
+        raise UsageError(_no_sizes(out))
     verification = verify_checkpoint(directory, converted)
     known = {fault.where for fault in verification.faults}
     more = tuple(fault for fault in faults if fault.where not in known)
     return replace(verification, faults=verification.faults + more)
+
+
+def _no_sizes(directory: Path) -> Fault:
+    """Return the fault of sizes or GPUs that were given for a directory that was not converted for them."""
+    return Fault(
+        where=str(directory),
+        expected="a directory that was converted for TensorRT-LLM, as sizes and GPUs are those of its modes",
+        found="no hf_quant_config.json that this package wrote",
+        remedy="Name the converted directory too: verify DIR OUT. `inspect DIR` has the same options, and shows how a "
+        "checkpoint would be converted for them.",
+    )
 
 
 def _opened(out: Path) -> tuple[ConvertedDirectory | None, tuple[Fault, ...]]:
