@@ -48,8 +48,57 @@ def test_scales_of_inputs_do_not_matter_to_plain_weights(
     convert_checkpoint(source, tmp_path / "dense", to="dense")
 
     assert verify_checkpoint(source, tmp_path / "dense").faults == ()
-    with pytest.raises(CheckpointError, match=local):
-        convert_checkpoint(source, tmp_path / "modelopt")
+    for target in ("modelopt", "engine"):
+        with pytest.raises(CheckpointError, match=local) as raised:
+            convert_checkpoint(source, tmp_path / target, to=target)
+        assert all("--to dense" in fault.remedy for fault in raised.value.faults)
+
+
+@pytest.mark.parametrize("target", ["modelopt", "engine"])
+@pytest.mark.parametrize(
+    ("local", "numbers"),
+    [
+        ("k_scale", [nan]),
+        ("v_scale", [0.0]),
+        ("k_scale", [1.0, 1.0, 1.0]),
+        ("v_scale", []),
+        ("q_proj.input_scale", [1.0, 1.0, 1.0]),
+    ],
+    ids=str,
+)
+def test_the_remedy_for_a_scale_that_plain_weights_do_without_offers_them(
+    tmp_path: Path, local: str, numbers: list[float], target: str
+) -> None:
+    """`numbers` is empty for a scale that is missing."""
+    name = f"model.layers.0.self_attn.{local}"
+
+    def edit(stored: Stored) -> None:
+        del stored[name]
+        if numbers:
+            stored[name] = torch.tensor(numbers)
+
+    source = write_checkpoint(tmp_path / "source", scheme="fp8-tensor-static", kv=True, edit=edit).directory
+
+    with pytest.raises(CheckpointError, match=local) as raised:
+        convert_checkpoint(source, tmp_path / "out", to=target)
+    assert all("--to dense" in fault.remedy for fault in raised.value.faults)
+
+    convert_checkpoint(source, tmp_path / "dense", to="dense")
+    assert verify_checkpoint(source, tmp_path / "dense").faults == ()
+
+
+def test_no_scale_of_the_cache_at_all_is_such_a_case_too(tmp_path: Path) -> None:
+    def edit(stored: Stored) -> None:
+        for name in [name for name in stored if name.endswith(("k_scale", "v_scale"))]:
+            del stored[name]
+
+    write_checkpoint(tmp_path / "source", scheme="fp8-tensor-static", kv=True, edit=edit)
+
+    for target in ("modelopt", "engine"):
+        with pytest.raises(CheckpointError, match="kv_cache_scheme") as raised:
+            convert_checkpoint(tmp_path / "source", tmp_path / target, to=target)
+        assert all("--to dense" in fault.remedy for fault in raised.value.faults)
+    convert_checkpoint(tmp_path / "source", tmp_path / "dense", to="dense")
 
 
 @pytest.mark.parametrize("value", [nan, inf, None])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import rewrite_config, tiny_config, write_checkpoint
+from class_models import write_class
 from multimodal import write_multimodal
 from tiny_models import FAMILIES
 
@@ -14,8 +15,10 @@ from trtllm_ct.base.errors import PlanError
 from trtllm_ct.engine.model_classes import has_class
 from trtllm_ct.engine.releases import RELEASES, Release
 from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.plan.models.class_rows import CLASS_ROWS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 LACKING = ("GraniteForCausalLM", "Gemma2ForCausalLM", "DeepseekV2ForCausalLM")
@@ -76,6 +79,39 @@ def test_layers_without_experts_are_a_problem_where_the_class_builds_experts_in_
             assert fault.found == f"layers without them: {dense}"
             assert "--to dense" in fault.remedy
     assert plan_checkpoint(tmp_path, "dense").problems == ()
+
+
+WRITERS: dict[str, Callable[..., object]] = {
+    **{
+        name: lambda directory, name=name, **keys: write_checkpoint(directory, config=tiny_config(name, **keys))
+        for name in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+    },
+    **{
+        name: lambda directory, name=name, **keys: write_class(directory, name, **keys)
+        for name in ("Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration")
+    },
+}
+"""What writes a checkpoint of each class that builds experts in every layer, whatever its number.
+
+`Qwen3NextForCausalLM._create_mlp` looks at the number of experts only (TensorRT-LLM `modeling_qwen3_next.py`,
+00022b04), and the classes of Qwen3.5 have its decoder (`modeling_qwen3_5.py`, 00620eb0).
+"""
+
+
+def test_the_rows_of_these_classes_say_so_and_no_others() -> None:
+    assert {name for name, row in CLASS_ROWS.items() if row.all_mixtures} == WRITERS.keys()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_one_layer_without_experts_is_a_problem_of_each_such_class(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / "all")
+    WRITERS[name](tmp_path / "mixed", mlp_only_layers=[1])
+
+    assert plan_checkpoint(tmp_path / "all", engine="stock-1.3").problems == ()
+    (fault,) = plan_checkpoint(tmp_path / "mixed", engine="stock-1.3").problems
+    assert fault.found == "layers without them: 1"
+    assert "--to dense" in fault.remedy
+    assert "fetch the experts" in fault.remedy  # transformers' classes of Qwen3.5 build them in every layer too
 
 
 def test_a_class_that_reads_which_layers_have_experts_has_no_such_problem(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def text_tensors(config: Mapping[str, Any]) -> Iterator[Spec]:
         )
         yield from (
             _experts(text, f"{prefix}.mlp")
-            if "num_experts" in text
+            if "num_experts" in text and layer not in text.get("mlp_only_layers", ())
             else _mlp(f"{prefix}.mlp", hidden, text["intermediate_size"])
         )
     yield "model.norm.weight", (hidden,)

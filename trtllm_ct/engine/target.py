@@ -27,6 +27,7 @@ __all__ = [
     "REFERENCE",
     "TARGETS",
     "TENSORRT_LLM",
+    "UNREAD_BY_DENSE",
     "Capabilities",
     "Target",
     "target_named",
@@ -177,6 +178,9 @@ DENSE = Target(
     capabilities=_NOTHING,
     directory=True,
 )
+UNREAD_BY_DENSE = f"or convert with --to {DENSE.name}, which doesn't need it."
+"""The end of the remedy for a tensor that engines read and plain weights do without: scales of inputs and of caches."""
+
 ENGINE = Target(
     name="engine",
     serves="`trtllm-build` of TensorRT-LLM up to 1.2.1, one file per rank",

@@ -22,6 +22,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.engine.target import UNREAD_BY_DENSE
 from trtllm_ct.formats import WEIGHT_TENSORS, Axis
 from trtllm_ct.formats.group_index import is_filled
 from trtllm_ct.layouts.packing import INT8_PLAIN
@@ -50,6 +51,9 @@ _INPUT_DIVISOR = "input_global_scale"
 _GLOBAL_SCALES = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), _INPUT_DIVISOR)
 _EXPERT = ".experts."
 _CHUNK_WORDS = 1 << 20
+_DAMAGED = "The checkpoint was damaged or badly calibrated; download or quantize it again."
+_NOT_FOR_DENSE = f"{_DAMAGED.removesuffix('.')}, {UNREAD_BY_DENSE}"
+"""The remedies for an invalid scale of a weight, and for one of the input or of the KV cache."""
 
 
 def check_payload(module: ModulePlan, stored: StoredTensors, faults: FaultCollector) -> None:
@@ -74,7 +78,8 @@ def check_payload(module: ModulePlan, stored: StoredTensors, faults: FaultCollec
         _check_codes(f"{module.name}.{weight.codes}", weight, stored[weight.codes], faults)
     for local in dict.fromkeys((*_ACTIVATION_SCALES, *_kv_scales(module))):
         if local in stored:
-            _check_scale(f"{module.name}.{local}", stored_array(stored[local]), faults, zero_allowed=False)
+            name, scale = f"{module.name}.{local}", stored_array(stored[local])
+            _check_scale(name, scale, faults, zero_allowed=False, remedy=_NOT_FOR_DENSE)
     for local in _GLOBAL_SCALES:
         if local in stored:
             _check_global_scale(module.name, local, stored_array(stored[local]), faults)
@@ -124,7 +129,9 @@ def _scale_of(weight: StoredWeight, tensor: Tensor | StoredArray) -> StoredArray
     return scale.read_as(DType.F8_E8M0 if weight.divisor is None else DType.F8_E4M3)
 
 
-def _check_scale(name: str, scale: StoredArray, faults: FaultCollector, *, zero_allowed: bool) -> None:
+def _check_scale(
+    name: str, scale: StoredArray, faults: FaultCollector, *, zero_allowed: bool, remedy: str = _DAMAGED
+) -> None:
     """Add a fault if a scale has elements that are NaN, infinite, negative, or zero without being allowed to."""
     import numpy as np
 
@@ -140,7 +147,7 @@ def _check_scale(name: str, scale: StoredArray, faults: FaultCollector, *, zero_
         where=f"{name}{position or ''}",
         expected="a finite scale that is " + ("not negative" if zero_allowed else "positive"),
         found=f"{float(numbers[tuple(position)]):g} ({int((~good).sum())} of {numbers.size} elements are bad)",
-        remedy="The checkpoint was damaged or badly calibrated; download or quantize it again.",
+        remedy=remedy,
     )
 
 
@@ -160,7 +167,8 @@ def _check_global_scale(module: str, local: str, scale: StoredArray, faults: Fau
     is_expert = _EXPERT in module
     if is_expert and local == _INPUT_DIVISOR and (scale.numbers == inf).all():
         return
-    _check_scale(f"{module}.{local}", scale, faults, zero_allowed=is_expert)
+    remedy = _NOT_FOR_DENSE if local == _INPUT_DIVISOR else _DAMAGED
+    _check_scale(f"{module}.{local}", scale, faults, zero_allowed=is_expert, remedy=remedy)
 
 
 def _check_transform(module: str, transform: Transform, stored: StoredTensors, faults: FaultCollector) -> None:

@@ -67,7 +67,8 @@ def _layers_without_experts(model: Model) -> tuple[Fault, ...]:
         where="config.json: mlp_only_layers, decoder_sparse_step",
         expected=f"routed experts in every layer, as {model.name} of the engine builds them",
         found=f"layers without them: {', '.join(dense)}",
-        remedy="Convert with --to dense for a program that reads these keys.",
+        remedy="Convert with --to dense for a program that reads these keys; or fetch the experts of these layers from "
+        "where the checkpoint was published, if config.json has none of the keys.",
     )
     return (fault,) if dense else ()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
+from trtllm_ct.engine.target import UNREAD_BY_DENSE
 from trtllm_ct.plan.deliver import kv_scale
 from trtllm_ct.plan.models.discovery import is_draft
 
@@ -250,7 +251,7 @@ class KvCache:
                             if self.chosen
                             else "Calibrate the KV cache with llm-compressor"
                         )
-                        + f", or remove {self.origin} to serve a 16-bit cache.",
+                        + f", remove {self.origin} to serve a 16-bit cache, {UNREAD_BY_DENSE}",
                     )
 
     def _unused(self, module: StoredModule, local: str) -> str | None:
@@ -280,7 +281,8 @@ class KvCache:
             where=f"{module.stored_name}.{local}",
             expected="one element" + (f", or one for each of the {heads} K/V heads of the layer" if per_head else ""),
             found=str(spec),
-            remedy=f"Calibrate the KV cache again with strategy tensor, or remove {self.origin} for a 16-bit cache.",
+            remedy=f"Calibrate the KV cache again with strategy tensor, remove {self.origin} for a 16-bit cache, "
+            f"{UNREAD_BY_DENSE}",
         )
         return "of the wrong size"
 

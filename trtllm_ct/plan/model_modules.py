@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.holdings import deviation_of, native_mode
+from trtllm_ct.engine.target import UNREAD_BY_DENSE
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import Assignment, fold_reason
 from trtllm_ct.plan.engine_config import layer_config
@@ -193,7 +194,7 @@ class ModelModules:
                 where=f"{module.stored_name}.{local}",
                 expected="one element: the static scale of the module's input",
                 found=str(spec) if spec else "no such tensor",
-                remedy="Download the checkpoint again, or quantize again with dynamic activations.",
+                remedy=f"Download the checkpoint again, quantize again with dynamic activations, {UNREAD_BY_DENSE}",
             )
 
 

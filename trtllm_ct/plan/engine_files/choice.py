@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.build_mode import Content
 from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, W4A16_AWQ, mode_of, refusal_of
-from trtllm_ct.engine.target import DENSE, MODELOPT, TENSORRT_LLM
+from trtllm_ct.engine.target import DENSE, MODELOPT, TENSORRT_LLM, UNREAD_BY_DENSE
 from trtllm_ct.plan.assign import assign_modes, candidates_of
 from trtllm_ct.plan.engine_files.rounding import rounded_tensors
 from trtllm_ct.plan.engine_files.tensors import Held
@@ -255,7 +255,7 @@ class _Chooser:
                     where=f"{part.module.stored_name}.{local}",
                     expected="one element: the static scale of the module's input",
                     found=str(spec) if spec else "no such tensor",
-                    remedy="Download the checkpoint again, or quantize again with dynamic activations.",
+                    remedy=f"Download the checkpoint again, quantize again with dynamic activations, {UNREAD_BY_DENSE}",
                 )
 
     def _plain_linears(self, held: Iterable[str]) -> list[str]:

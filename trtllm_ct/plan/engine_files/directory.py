@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.build_mode import RowBias
 from trtllm_ct.engine.quant_config import QuantConfig
+from trtllm_ct.engine.target import UNREAD_BY_DENSE
 from trtllm_ct.plan.assign import Assignment
 from trtllm_ct.plan.engine_files.cache import cache_scales
 from trtllm_ct.plan.engine_files.choice import Choice, choose
@@ -157,8 +158,8 @@ class EngineDirectory:
                 where="kv_cache_scheme",
                 expected=f"stored scales of the {kv_cache} cache in every layer, which engines need",
                 found=f"none in layer {', '.join(missing)}",
-                remedy="Calibrate the KV cache with llm-compressor, or remove kv_cache_scheme to build with a 16-bit "
-                "cache.",
+                remedy="Calibrate the KV cache with llm-compressor, remove kv_cache_scheme to build with a 16-bit "
+                f"cache, {UNREAD_BY_DENSE}",
             )
 
     def _refuse_biases(self, modules: Iterable[ModulePlan], faults: FaultCollector) -> None:
