@@ -115,6 +115,42 @@ def test_functions_raise_the_error_of_the_package(tmp_path: Path, call: str) -> 
     assert "torch: expected the package" in done.stdout
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize("package", ["huggingface_hub", "numpy", "torch", "transformers"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from trtllm_ct import LLM; LLM(sys.argv[2])",
+        "from trtllm_ct import LLM; LLM('publisher/model')",
+        "from trtllm_ct.reference import ReferenceLLM; ReferenceLLM(sys.argv[2])",
+        "from trtllm_ct import verify_checkpoint; verify_checkpoint(sys.argv[2])",
+    ],
+)
+def test_functions_that_serve_or_check_name_a_missing_package_or_do_without(
+    tmp_path: Path, call: str, package: str
+) -> None:
+    config = tiny_config(layers=1, hidden=128, intermediate=128)
+    write_checkpoint(tmp_path / "DIR", config=config, scheme={"down_proj": "nvfp4"}, tokenizer=True)
+
+    done = run_python(
+        f"""
+        import sys
+        sys.modules[sys.argv[1]] = None
+        from trtllm_ct.base.errors import TrtllmCtError
+        try:
+            {call}
+        except TrtllmCtError as error:
+            print(error)
+        print("done")
+        """,
+        package,
+        tmp_path / "DIR",
+        HF_HUB_OFFLINE="1",
+    )
+
+    assert done.stdout.endswith("done\n"), done.stderr
+
+
 def test_remedies_name_extras_that_exist() -> None:
     extras = set(importlib.metadata.metadata("trtllm-ct").get_all("Provides-Extra") or ())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trtllm_ct.base.errors import Fault, MissingDependencyError, UsageError
-from trtllm_ct.base.packages import PACKAGES
+from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.serve.hub import repository_named
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _REFERENCE_ARGUMENTS = ("tokenizer", "skip_tokenizer_init", "dtype")
 logger = logging.getLogger("trtllm_ct")
 
 
+@missing_packages_as_errors()
 def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an instance)
     model: str | Path,
     *,
@@ -48,8 +49,8 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     attention where attention would quantize its input at a fixed scale of 1, and `strict` raises instead of
     dequantizing a module for which the engine has no mode.
 
-    Raises `UsageError` for arguments that can't work together, `CheckpointError` with all faults of a checkpoint, and
-    whatever the engine raises.
+    Raises `UsageError` for arguments that can't work together, `MissingDependencyError` where a package is missing,
+    `CheckpointError` with all faults of a checkpoint, and whatever the engine raises.
     """
     if engine not in _ENGINES:
         raise UsageError(
