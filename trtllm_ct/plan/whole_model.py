@@ -65,10 +65,8 @@ def fusion_warnings(modules: Sequence[ModulePlan], model: Model) -> tuple[str, .
     plain = _without_input_scales({module.name: module.layer for module in modules}, model)
     if eager is None or not plain or not model.row.one_mode:
         return ()
-    return (
-        f"some versions of {model.name} read the input scale of {len(plain)} plain Linears ({plain[0]}, ...) "
-        f"if there are several tensor-parallel ranks, and stop: set {eager.switch}=1 then",
-    )
+    reads = f"some versions of {model.name} read the input scale of {len(plain)} plain Linears ({plain[0]}, ...)"
+    return (f"{reads} if there are several tensor-parallel ranks, and stop: set {eager.switch}=1 then",)
 
 
 def _without_input_scales(layers: Mapping[str, LayerQuantConfig | None], model: Model) -> list[str]:

@@ -168,9 +168,9 @@ class ClassRow:
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json, beside the number of attention heads, whose numbers the ranks must be able to
-    divide evenly. `drafts` is the prefix of draft layers, such as `mtp.layers.`, whose numbers in the class follow that
-    of the last layer. `gated_output` says that attention multiplies its output by a gate (`attn_output_gate`) and so
-    never quantizes it.
+    divide evenly, and `one_stage` says that the class refuses several pipeline stages. `drafts` is the prefix of draft
+    layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer. `gated_output` says that
+    attention multiplies its output by a gate (`attn_output_gate`) and so never quantizes it.
 
     `splits` are Linears that are stored as one and that the class itself cuts by rows, with the names of the sizes of
     their parts; it cuts `weight`, and a `weight_scale` of as many rows. `joins` are Linears that the class itself
@@ -208,6 +208,7 @@ class ClassRow:
     body: str | None = None
     mixers: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
+    one_stage: bool = False
     drafts: str = ""
     gated_output: bool = False
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
