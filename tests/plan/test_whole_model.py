@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from builders import DENSE, tiny_config, write_checkpoint
 from decoder_models import write_decoder
 
 from trtllm_ct import inspect_checkpoint
@@ -84,3 +85,66 @@ class TestEarlyLinears:
         assert "model.layers.0.self_attn.o_proj" in plan.quant_config.quantized_layers
         assert plan.module(f"model.layers.0.{early}").layer is None
         assert f"model.layers.0.{early}" in plan.quant_config.exclude_modules
+
+
+LAYER_1 = "model.layers.1"
+SWITCH = "EAGER_FUSION_DISABLED=1"
+
+
+class TestInputScalesOfPlainLinears:
+    """Some classes quantize an input together with the all-reduce of ranks: by the mode of the model, not of a Linear.
+
+    TensorRT-LLM `_torch/models/modeling_llama.py: LlamaDecoderLayer.forward` (3a5901cd): `gate_up_proj.input_scale` in
+    FP8 and NVFP4, and three results for the next attention in NVFP4, if the hidden size is above 4096.
+    """
+
+    def llama(self, directory: Path, scheme: str, plain: str, hidden: int = 4224) -> Plan:
+        config = tiny_config(hidden=hidden, heads=2, kv_heads=2, intermediate=128, head_dim=32)
+        schemes = {f"{part}_proj": scheme for part in ("q", "k", "v", "o", "gate", "up", "down")}
+        schemes[f"{LAYER_1}.{plain}"] = DENSE
+        write_checkpoint(directory, config=config, scheme=schemes)
+        return inspect_checkpoint(directory).plan
+
+    @pytest.mark.parametrize(
+        ("scheme", "plain"),
+        [("fp8-tensor-static", "mlp.gate_proj"), ("nvfp4", "mlp.up_proj"), ("nvfp4", "self_attn.q_proj")],
+    )
+    def test_llama_gets_entries_if_a_scale_would_be_missing(self, tmp_path: Path, scheme: str, plain: str) -> None:
+        plan = self.llama(tmp_path, scheme, plain)
+        assert len(modes(plan)) == 1
+        assert plan.quant_config.layer is None
+        assert f"{LAYER_1}.mlp.down_proj" in plan.quant_config.quantized_layers
+        assert f"{LAYER_1}.{plain}" in plan.quant_config.exclude_modules
+        assert not any(SWITCH in warning for warning in plan.warnings)
+
+    @pytest.mark.parametrize(
+        ("scheme", "plain", "hidden"),
+        [
+            ("fp8-tensor-static", "self_attn.q_proj", 4224),
+            ("fp8-channel-token", "mlp.gate_proj", 4224),
+            ("nvfp4", "mlp.down_proj", 4224),
+            ("nvfp4", "mlp.gate_proj", 4096),
+        ],
+    )
+    def test_llama_needs_none_where_it_reads_no_such_scale(
+        self, tmp_path: Path, scheme: str, plain: str, hidden: int
+    ) -> None:
+        assert self.llama(tmp_path, scheme, plain, hidden).quant_config.layer is not None
+
+    @pytest.mark.parametrize(
+        ("name", "variable"),
+        [
+            ("DeepseekV32ForCausalLM", "TRTLLM_DEEPSEEK"),
+            ("GlmMoeDsaForCausalLM", "TRTLLM_DEEPSEEK"),
+            ("Glm4MoeForCausalLM", "TRTLLM_GLM"),
+        ],
+    )
+    def test_a_class_that_refuses_entries_needs_an_environment_variable(
+        self, tmp_path: Path, name: str, variable: str
+    ) -> None:
+        plan = plan_of(tmp_path / "plain", name, {"o_proj": "nvfp4"})
+        (warning,) = (text for text in plan.warnings if SWITCH in text)
+        assert f"{variable}_{SWITCH}" in warning
+        assert "2 plain Linears (model.layers.0.mlp.gate_proj, ...)" in warning
+        quantized = plan_of(tmp_path / "nvfp4", name, "nvfp4")
+        assert not any(SWITCH in text for text in quantized.warnings)

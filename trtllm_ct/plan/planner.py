@@ -43,7 +43,7 @@ from trtllm_ct.plan.tied_head import UNTIED, tied_pair
 from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
 from trtllm_ct.plan.unsupported import refuse_unsupported
 from trtllm_ct.plan.weights import QuantizedWeight, WeightReader
-from trtllm_ct.plan.whole_model import as_class_accepts, needs_entries
+from trtllm_ct.plan.whole_model import as_class_accepts, fusion_warnings, needs_entries
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -308,6 +308,7 @@ class _Planner:
             *self.kv_cache.warnings,
             *warnings_of_directory(modules, self.target, self.kv_cache.algo, self.model.name),
             *header_warnings(self.config, self.model.name, modules),
+            *(fusion_warnings(modules, self.model) if self.target.capabilities.release is not None else ()),
             *bias_warnings(modules, platform),
             *requantization_warnings(modules, platform),
         )

@@ -2,7 +2,8 @@
 
 Some classes refuse a configuration with entries for single modules, so the whole model has one mode. Some allocate a
 few Linears in the global mode, before they look at entries and exclusions: if all modules have the same mode, these
-Linears have it too; otherwise they are plain, and all other modules have entries.
+Linears have it too; otherwise they are plain, and all other modules have entries. Some read the input scale of a
+Linear by the global mode, although it is plain, which entries for all modules prevent.
 Sources: the rows in `plan/models/`; for the form with entries TensorRT-LLM `_torch/models/modeling_utils.py:
 apply_layerwise_quant_config`, where MIXED_PRECISION itself quantizes nothing.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.engine.parallel import Cut
 from trtllm_ct.plan.assign import Assignment
 from trtllm_ct.plan.engine_config import layer_config
+from trtllm_ct.plan.models.site_rules import ends_with
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.plan.assign import Candidate
     from trtllm_ct.plan.models.sites import Model, Site
+    from trtllm_ct.plan.plan import ModulePlan
 
-__all__ = ["as_class_accepts", "needs_entries"]
+__all__ = ["as_class_accepts", "fusion_warnings", "needs_entries"]
 
 _HEAD = "the engine's class has one mode, and a quantized head needs an entry of its own"
 _EARLY = "the engine's class builds this Linear in the mode of the whole model, which has several"
@@ -49,11 +52,31 @@ def needs_entries(layers: Mapping[str, LayerQuantConfig | None], sites: Sequence
     """Whether the engine must get an entry for each quantized module although all have one mode.
 
     It must if its class asks for them (`ClassRow.entries`), or if a Linear is plain that would be built in the mode of
-    the whole model. `layers` has the mode of every module, None for a plain one.
+    the whole model, or whose input scale would be read. `layers` has the mode of every module, None for a plain one.
     """
-    if model.row.entries:
+    if model.row.entries or (_without_input_scales(layers, model) and not model.row.one_mode):
         return True
     return any(site.early and layers.get(site.module) is None for site in sites)
+
+
+def fusion_warnings(modules: Sequence[ModulePlan], model: Model) -> tuple[str, ...]:
+    """Return the warning about plain Linears whose input scale a class may read that refuses entries; empty if none."""
+    eager = model.row.eager
+    plain = _without_input_scales({module.name: module.layer for module in modules}, model)
+    if eager is None or not plain or not model.row.one_mode:
+        return ()
+    reads = f"some versions of {model.name} read the input scale of {len(plain)} plain Linears ({plain[0]}, ...)"
+    return (f"{reads} if there are several tensor-parallel ranks, and stop: set {eager.switch}=1 then",)
+
+
+def _without_input_scales(layers: Mapping[str, LayerQuantConfig | None], model: Model) -> list[str]:
+    """Return the plain Linears whose input scale the class reads by the only mode of the model."""
+    eager = model.row.eager
+    algos = {layer.quant_algo for layer in layers.values() if layer is not None}
+    if eager is None or len(algos) != 1 or model.sizes.get("hidden", eager.hidden_above + 1) <= eager.hidden_above:
+        return []
+    paths = eager.paths.get(algos.pop(), ())
+    return [name for name, layer in layers.items() if layer is None and ends_with(name, paths)]
 
 
 def _in_one_mode(

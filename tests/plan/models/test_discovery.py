@@ -70,3 +70,27 @@ def test_heads_of_codes_in_tiles_are_counted_by_the_rows_of_the_weight(heads: in
     plan(heads)
     with pytest.raises(PlanError, match=r"k_proj\.bias: expected a K/V head for each of"):
         plan(2 * heads)
+
+
+def test_every_layer_of_an_encoder_decoder_belongs_to_it() -> None:
+    """`num_hidden_layers` counts one of its stacks: layers of the other one are no draft layers."""
+    block = quantization_block(
+        {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
+        [],
+        "int-quantized",
+    )
+    specs = {"model.shared.weight": TensorSpec(DType.BF16, (16, 64))}
+    for stack, layers in (("encoder", 2), ("decoder", 3)):
+        for layer in range(layers):
+            prefix = f"model.{stack}.layers.{layer}.fc1"
+            specs[f"{prefix}.weight"] = TensorSpec(DType.I8, (64, 64))
+            specs[f"{prefix}.weight_scale"] = TensorSpec(DType.BF16, (64, 1))
+    tensors = {name: StoredTensor(name=name, spec=spec, file="x", offset=0) for name, spec in specs.items()}
+    keys = {"num_hidden_layers": 2, "encoder_layers": 2, "decoder_layers": 3}
+    model = Model.from_config({"architectures": ["AnyForConditionalGeneration"], "is_encoder_decoder": True, **keys})
+    config = CompressedTensorsConfigReader().read({"quantization_config": block})
+
+    plan = make_plan(config, Catalog(directory=Path(), tensors=tensors, files=("x",)), model, target_named("dense"))
+
+    reasons = {module.reason for module in plan.modules if module.name.endswith("fc1")}
+    assert reasons == {"target dense holds plain weights only"}

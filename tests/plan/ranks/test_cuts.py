@@ -269,6 +269,16 @@ class TestUneven:
     def test_a_stage_may_have_a_single_layer(self, stages: int) -> None:
         assert faults(model(layers=3), pipeline=stages) == {}
 
+    @pytest.mark.parametrize(
+        "architecture", ["Gemma4ForCausalLM", "Gemma4UnifiedForConditionalGeneration", "GptOssForCausalLM"]
+    )
+    def test_some_classes_refuse_several_pipeline_stages(self, architecture: str) -> None:
+        """TensorRT-LLM `modeling_gemma4.py` (00e7d103) and `modeling_gpt_oss.py` (050b6cb9) assert a size of 1."""
+        of = found_in_files(architecture, {"self_attn.q_proj": (64, 64)}, num_hidden_layers=2)
+
+        assert faults(of, pipeline=2)["architectures"].remedy == "Use a pipeline-parallel size of 1."
+        assert faults(of, pipeline=1) == {}
+
 
 UNEVEN_MLP = {"mlp.gate_proj": (130, 384), "mlp.up_proj": (130, 384), "mlp.down_proj": (384, 130)}
 

@@ -32,6 +32,7 @@ __all__ = [
     "SHAPES",
     "WHOLE_HEADS",
     "ClassRow",
+    "EagerFusion",
     "Leaves",
     "Limit",
     "entry_of",
@@ -63,6 +64,22 @@ class Limit:
     paths: tuple[str, ...]
     algos: frozenset[QuantAlgo] = frozenset()
     obstacle: str = "rearranges the rows of this Linear, and can't rearrange those of"
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EagerFusion:
+    """Linears whose inputs a class quantizes together with the all-reduce of several ranks.
+
+    It does so by the mode of the whole model: `paths` are the Linears by that mode. It reads their `input_scale` then,
+    which a plain Linear does not have, and stops. Models without entries of their own for modules have such a mode.
+    `hidden_above` is the hidden size above which the class does it. `switch` is the environment variable that turns it
+    off. `source` names the function, the file and the commit.
+    """
+
+    paths: Mapping[QuantAlgo, tuple[str, ...]]
+    hidden_above: int = 0
+    switch: str
     source: str
 
 
@@ -139,7 +156,8 @@ class ClassRow:
     `ranks_vary` are the Linears that the class may divide among fewer ranks than there are. `tied` says whether the
     head uses the weight of the embeddings if config.json doesn't say.
 
-    `entries` says that the class must get an entry for each quantized module although all have one mode.
+    `entries` says that the class must get an entry for each quantized module although all have one mode, and `eager`
+    that it must if some Linears are plain.
     `read_as` are pairs of a pattern and a replacement that turn the name of a stored module into the one under which
     the class reads it. `keys_as_values` is the key of config.json which says that layers of full attention have no
     v_proj, and `query_only` the key with the number of last layers that take keys and values of earlier ones
@@ -150,9 +168,9 @@ class ClassRow:
 
     `mixers` are the parts of a layer other than `self_attn` that attention data parallelism does not divide either.
     `divided` are the keys of config.json, beside the number of attention heads, whose numbers the ranks must be able to
-    divide evenly. `drafts` is the prefix of draft layers, such as `mtp.layers.`, whose numbers in the class follow that
-    of the last layer. `gated_output` says that attention multiplies its output by a gate (`attn_output_gate`) and so
-    never quantizes it.
+    divide evenly, and `one_stage` says that the class refuses several pipeline stages. `drafts` is the prefix of draft
+    layers, such as `mtp.layers.`, whose numbers in the class follow that of the last layer. `gated_output` says that
+    attention multiplies its output by a gate (`attn_output_gate`) and so never quantizes it.
 
     `splits` are Linears that are stored as one and that the class itself cuts by rows, with the names of the sizes of
     their parts; it cuts `weight`, and a `weight_scale` of as many rows. `joins` are Linears that the class itself
@@ -179,6 +197,7 @@ class ClassRow:
     ranks_vary: tuple[str, ...] = ()
     tied: bool = False
     entries: bool = False
+    eager: EagerFusion | None = None
     read_as: tuple[tuple[str, str], ...] = ()
     keys_as_values: str = ""
     query_only: str = ""
@@ -189,6 +208,7 @@ class ClassRow:
     body: str | None = None
     mixers: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
+    one_stage: bool = False
     drafts: str = ""
     gated_output: bool = False
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

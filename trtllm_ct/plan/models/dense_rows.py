@@ -20,6 +20,7 @@ from trtllm_ct.plan.models.class_row import (
     SHAPES,
     WHOLE_HEADS,
     ClassRow,
+    EagerFusion,
     Leaves,
     Limit,
 )
@@ -55,7 +56,16 @@ _SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_la
 _ATTENTION_BIAS = dict.fromkeys(ATTENTION, "attention_bias")
 
 _MISTRAL = ClassRow(leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS),))
-_LLAMA = replace(_MISTRAL, biases={**_ATTENTION_BIAS, **dict.fromkeys(MLP, "mlp_bias")})
+_LLAMA = replace(
+    _MISTRAL,
+    biases={**_ATTENTION_BIAS, **dict.fromkeys(MLP, "mlp_bias")},
+    eager=EagerFusion(
+        paths={QuantAlgo.FP8: MLP[:2], QuantAlgo.NVFP4: (*ATTENTION[:3], *MLP[:2])},
+        hidden_above=4096,
+        switch="TRTLLM_LLAMA_EAGER_FUSION_DISABLED",
+        source="LlamaDecoderLayer.forward, `modeling_llama.py`, 3a5901cd",
+    ),
+)
 _QWEN2 = replace(_MISTRAL, biases=dict.fromkeys(ATTENTION[:3], ALWAYS))
 _QWEN3 = ClassRow(biases=_ATTENTION_BIAS, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS + HEAD_NORMS),))
 _GEMMA2 = ClassRow(biases=_ATTENTION_BIAS, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=_SANDWICH_NORMS),))

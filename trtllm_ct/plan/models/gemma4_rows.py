@@ -81,6 +81,7 @@ _GEMMA4 = ClassRow(
     query_only="num_kv_shared_layers",
     tied=True,
     mixers=("mlp",),
+    one_stage=True,  # Gemma4ForCausalLM.__init__
     layer=((_LAYER,), (_EXPERTS,)),
     ends=Part(modules=("norm",), when={_PER_LAYER: tuple(f"{name}.weight" for name in _ENDS)}),
 )

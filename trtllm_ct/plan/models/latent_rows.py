@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
-from trtllm_ct.plan.models.class_row import ALL_MODES, CUTS, GATE_UP, PROJECTION_NAMES, SHAPES, ClassRow, Leaves, Limit
+from trtllm_ct.plan.models.class_row import (
+    ALL_MODES,
+    CUTS,
+    GATE_UP,
+    PROJECTION_NAMES,
+    SHAPES,
+    ClassRow,
+    EagerFusion,
+    Leaves,
+    Limit,
+)
 from trtllm_ct.plan.models.dense_rows import MLP, PRE_NORMS
 from trtllm_ct.plan.models.layer_parts import DENSE_MLP, NOTHING, TWO_NORMS, Part, biases
 from trtllm_ct.plan.models.mixture_rows import GROUPED_EXPERTS, SHARED_MLP
@@ -55,6 +65,11 @@ _DEEPSEEK_V2 = ClassRow(
     projections=PROJECTION_NAMES,
     limits=(_EXPERTS_LIMIT,),
     one_mode=True,
+    eager=EagerFusion(
+        paths={QuantAlgo.NVFP4: MLP[:2]},
+        switch="TRTLLM_DEEPSEEK_EAGER_FUSION_DISABLED",
+        source="DeepseekV3DecoderLayer.forward_mlp, `modeling_deepseekv3.py`, 585c7565",
+    ),
     ranks_vary=(*MLP, *SHARED_MLP),
     biases=dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "o_proj"), "attention_bias"),
     # The first one needs `q_lora_rank` in config.json.

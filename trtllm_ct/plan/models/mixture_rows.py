@@ -18,6 +18,7 @@ from trtllm_ct.plan.models.class_row import (
     SHAPES,
     WHOLE_HEADS,
     ClassRow,
+    EagerFusion,
     Leaves,
     Limit,
 )
@@ -96,6 +97,11 @@ _GLM4_MOE = ClassRow(
     experts="mlp.experts",
     projections=PROJECTION_NAMES,
     one_mode=True,
+    eager=EagerFusion(
+        paths={QuantAlgo.NVFP4: MLP[:2]},
+        switch="TRTLLM_GLM_EAGER_FUSION_DISABLED",
+        source="Glm4DecoderLayer.forward_mlp, `modeling_glm.py`, 8f5bb1e0",
+    ),
     ranks_vary=(*MLP, *SHARED_MLP),
     divided=WHOLE_HEADS,
     layer=(

@@ -147,6 +147,7 @@ _GPT_OSS = ClassRow(
     ),
     one_mode=True,
     divided=_WHOLE_HEADS,
+    one_stage=True,  # GptOssForCausalLM.__init__
     layer=(
         (Part(modules=(*QKVO, *TWO_NORMS), tensors=("self_attn.sinks",), when=ATTENTION_BIASES),),
         (

@@ -145,7 +145,8 @@ class Model:
         found = discover(
             stored,
             replace(self.row, projections=self._names_of_projections),
-            layers=sizes["layers"],
+            # The two stacks of an encoder-decoder have numbers of layers of their own.
+            layers=0 if self.text.get("is_encoder_decoder") else sizes["layers"],
             head_dim=sizes["head_dim"],
             kv_heads=self.kv_heads,
             shapes=shapes or {},

@@ -70,8 +70,8 @@ def with_slices(
 def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, repeats_biases: bool = False) -> None:
     """Add a fault for each size of a model that the ranks can't divide evenly, by its key in config.json.
 
-    More pipeline stages than layers are a fault too, and K/V biases that engines would repeat wrongly; with
-    `repeats_biases` they are delivered repeated.
+    More pipeline stages than layers, or than the class runs in, are a fault too, and K/V biases that engines would
+    repeat wrongly; with `repeats_biases` they are delivered repeated.
     """
     if parallel == ONE_RANK:
         return
@@ -85,7 +85,14 @@ def refuse_uneven(model: Model, parallel: Parallel, faults: FaultCollector, *, r
             if count
             else f"Add {key} to config.json, as the model's class in transformers has it.",
         )
-    if parallel.pipeline > model.layers:
+    if model.row.one_stage and parallel.pipeline > 1:
+        faults.add(
+            where="config.json: architectures",
+            expected="a class that runs in several pipeline stages",
+            found=f"{model.name}, which refuses more than one",
+            remedy="Use a pipeline-parallel size of 1.",
+        )
+    elif parallel.pipeline > model.layers:
         faults.add(
             where="config.json: num_hidden_layers",
             expected=f"a layer for each of {parallel.pipeline} pipeline stages",
@@ -103,7 +110,8 @@ def _remedy(sizes: str) -> str:
 
 def is_uneven(model: Model, parallel: Parallel) -> bool:
     """Whether the ranks can't divide the model evenly; engines raise an error then."""
-    return parallel.pipeline > model.layers or bool(_divided_parts(model, parallel).uneven(parallel.tensor))
+    stages = 1 if model.row.one_stage else model.layers
+    return parallel.pipeline > stages or bool(_divided_parts(model, parallel).uneven(parallel.tensor))
 
 
 def _refuse_repeated_biases(model: Model, parallel: Parallel, faults: FaultCollector) -> None:
