@@ -99,9 +99,8 @@ def test_other_commands_refuse_it_too(directory: Path, name: str, read: Callable
 
 
 @pytest.mark.parametrize("put", STRANGE.values(), ids=STRANGE)
-def test_a_strange_file_of_modes_in_an_output_is_refused(
-    directory: Path, tmp_path: Path, put: Callable[[Path], object]
-):
+def test_a_strange_file_of_modes_in_an_output_is_refused(tmp_path: Path, put: Callable[[Path], object]):
+    directory = write_checkpoint(tmp_path / "model", scheme="fp8-tensor-static").directory
     convert_checkpoint(directory, tmp_path / "out")
     put(tmp_path / "out" / "quant_cfg.json")
 

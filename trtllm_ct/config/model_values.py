@@ -87,9 +87,7 @@ _NAMES = _Kind(
     accepts=lambda value: _is_name(value) or (isinstance(value, list) and all(map(_is_name, value))),
 )
 _BLOCK = _Kind(expected="an object", accepts=lambda value: isinstance(value, Mapping))
-_ROTARY = _Kind(
-    expected="an object of finite numbers, with a name as its type", accepts=lambda value: _is_rotary(value)
-)
+_ROTARY = _Kind(expected="an object of finite numbers, with a name as its type", accepts=_is_rotary)
 _LAYER_KINDS = _Kind(
     expected=f"at most {_MOST_LAYERS} kinds of layers",
     accepts=lambda value: isinstance(value, str | list) and len(value) <= _MOST_LAYERS,

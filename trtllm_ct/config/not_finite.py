@@ -35,10 +35,8 @@ def not_finite_warnings(keys: tuple[str, ...]) -> tuple[str, ...]:
         return ()
     named = ", ".join(printable(shortened(key)) for key in keys[:_MOST_NAMED])
     more = f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else ""
-    return (
-        f"config.json: {named}{more}: not a finite number; the model may compute NaN from it, and programs that read "
-        "JSON without Python's extensions can't read the file",
-    )
+    found = f"config.json: {named}{more}: not a finite number"
+    return (f"{found}; the model may compute NaN from it, and only readers with Python's extensions of JSON read it",)
 
 
 def _paths(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
