@@ -10,12 +10,15 @@ import pytest
 from builders import rewrite_config, write_checkpoint
 from tiny_models import tiny_config
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError, ConfigError, FaultCollector
+from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.config.model_values import MODEL_VALUES, check_model_values, with_whole_numbers
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan.models.sites import Model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 STRANGE = (
@@ -39,6 +42,58 @@ def test_any_value_of_any_key_makes_a_model_or_an_error_that_names_the_key(key: 
             faults = ()
         assert all(fault.where.strip() and len(str(fault)) < 5000 for fault in faults)
         assert time.process_time() - started < 1
+
+
+ROPE = {"rope_type": "yarn", "type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+RESPELT = {
+    "rope_theta": 1e4, "rope_scaling": ROPE, "partial_rotary_factor": 1.0, "rope_local_base_freq": 1e4,
+    "compress_rope_theta": 1e4, "layers_block_type": ["mamba"], "mtp_layers_block_type": ["mamba"],
+    "layer_types": ["sliding_attention"], "mlp_layer_types": ["moe"], "compress_rates": {"full_attention": 4},
+    "num_nextn_predict_layers": 1, "layer_norm_epsilon": 1e-5, "num_local_experts": 4, "dtype": "bfloat16",
+}  # fmt: skip
+NEWER: tuple[dict[str, Any], ...] = (
+    {},
+    {"rope_parameters": ROPE},
+    {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    {"rope_parameters": {"main": ROPE, "compress": ROPE}},
+)
+TYPES = (
+    None,
+    "llama",
+    "nemotron_h",
+    "deepseek_v4",
+    "phi3",
+    "qwen2_vl",
+    "qwen3_vl_text",
+    "gemma3_text",
+    "olmo3",
+    [],
+    {},
+)
+
+
+def with_strange(config: dict[str, Any], value: object) -> Iterator[dict[str, Any]]:
+    """Yield a configuration with each value at any depth replaced."""
+    for key, inner in config.items():
+        yield config | {key: value}
+        if isinstance(inner, dict):
+            yield from (config | {key: changed} for changed in with_strange(inner, value))
+
+
+@pytest.mark.parametrize("model_type", TYPES, ids=str)
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config", "audio_config"])
+def test_what_is_written_in_older_spellings_is_checked_before(part: str | None, model_type: object) -> None:
+    for block in NEWER:
+        config = RESPELT | block | ({} if model_type is None else {"model_type": model_type})
+        for value in (*STRANGE, "abc", 10**400, {"__float__": "NaN"}, [1], {"a": {}}):
+            for changed in with_strange(config, value):
+                read = {part: changed} if part else changed
+                faults = FaultCollector()
+                started = time.process_time()
+                check_model_values(read, faults)
+                if not faults.faults:
+                    with_tie(portable_config(with_whole_numbers(read), DType.BF16), tied=True)
+                assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,16 @@ def test_other_commands_refuse_it_too(directory: Path, name: str, read: Callable
         read(directory)
 
 
+@pytest.mark.parametrize("put", STRANGE.values(), ids=STRANGE)
+def test_a_strange_file_of_modes_in_an_output_is_refused(tmp_path: Path, put: Callable[[Path], object]):
+    directory = write_checkpoint(tmp_path / "model", scheme="fp8-tensor-static").directory
+    convert_checkpoint(directory, tmp_path / "out")
+    put(tmp_path / "out" / "quant_cfg.json")
+
+    with pytest.raises(CheckpointError, match=r"quant_cfg\.json"):
+        verify_checkpoint(directory, tmp_path / "out")
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_the_reference_engine_waits_for_no_tokenizer(directory: Path, name: str):

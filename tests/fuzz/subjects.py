@@ -15,9 +15,10 @@ from tiny_models import tiny_config
 from trtllm_ct import CompressedTensorsWeightLoader, convert_checkpoint, verify_checkpoint
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, read_header
+from trtllm_ct.convert.hf_directory import configuration_files
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
-from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.verify.sizes import verify_with_sizes
 
 if TYPE_CHECKING:
@@ -204,7 +205,8 @@ class _Cases:
         if random.random() < 0.5:
             inspect_checkpoint(folder, "modelopt")
         else:
-            plan_checkpoint(folder, random.choice(("modelopt", "dense", "tensorrt_llm")))
+            checkpoint = open_checkpoint(folder)
+            configuration_files(checkpoint, checkpoint.plan(random.choice(("modelopt", "dense", "tensorrt_llm"))))
 
     def _checkpoint(self, number: int) -> Path:
         """Return a folder with the files of a checkpoint; weights are a link, which is replaced to change them."""

@@ -3,6 +3,7 @@
 Python turns Ctrl-C into `KeyboardInterrupt`, which the library of the command line reports in its own way, and SIGTERM
 ends the process without a word. Both become an `Interrupted` here, which no library knows. While the command line is
 imported there is nothing to undo, and the process ends at once (`ending_at_once`).
+A rank of an MPI job that ends with an exit code is waited for by the others, so it ends in the way that ends the job.
 
 This file imports as little as it can: before it is there, a signal does what Python does with it.
 """
@@ -23,6 +24,9 @@ __all__ = ["Interrupted", "ending_at_once", "ending_on_signals", "going_on_from"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _AGAIN_SECONDS = 0.01
+
+_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+"""What launchers of MPI jobs set for each rank: those of MPICH, of PMIx and of Open MPI."""
 
 
 class Interrupted(BaseException):
@@ -62,7 +66,8 @@ class ending_on_signals:  # noqa: N801 (used like a function, and `contextlib` w
         sys.unraisablehook = self._hook
         try:
             if isinstance(error, Interrupted):
-                print(f"{_line(error.number)} {error.remedy}".rstrip(), file=sys.stderr)
+                print(f"{_line(error.number)} {error.remedy}".rstrip(), file=sys.stderr, flush=True)
+                _end_job(error.number)
                 sys.exit(128 + error.number)
         finally:
             for number, handler in self._before.items():
@@ -101,7 +106,22 @@ def _line(number: int) -> str:
 
 def _end(number: int, _frame: FrameType | None) -> None:
     os.write(2, f"{_line(number)}\n".encode())
+    _end_job(number)
     os._exit(128 + number)
+
+
+def _end_job(number: int) -> None:
+    """End this process and all other ranks if it is a rank of an MPI job; otherwise return.
+
+    A launcher ends the job when a rank is ended by a signal. An exit code tells some launchers nothing, and the other
+    ranks wait in the next call that all ranks have to make.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
+        mpi.COMM_WORLD.Abort(128 + number)
+    if any(name in os.environ for name in _RANK_VARIABLES):
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:

@@ -6,10 +6,8 @@ of all modules, and of plans with 10^5 of them, to free what the end of the proc
 
 from __future__ import annotations
 
-import gc
 import sys
 
-from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.cli.interrupts import ending_at_once
 
 __all__ = ["main"]
@@ -18,6 +16,9 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line `trtllm-ct`; see `commands.py`."""
     ending_at_once()
+
+    from trtllm_ct.base.collector import collector_paused
+
     with collector_paused():
         from trtllm_ct.cli.commands import main as run
 
@@ -33,4 +34,6 @@ def _skip_last_collection() -> None:
     Extensions below torch report objects that are never collected as leaks, so not where torch is loaded.
     """
     if "torch" not in sys.modules:
+        import gc
+
         gc.freeze()

@@ -12,6 +12,7 @@ presets.py              scheme names such as W4A16
 sparsity_config.py      the `sparsity_config` and `moe_sparsity_config` keys
 transform_config.py     the `transform_config` key
 model_values.py         types and bounds of the values in config.json
+not_finite.py           its numbers that are not finite
 match.py                which group a module belongs to, by the rules of the compressed-tensors library
 patterns.py             match `re:` patterns in bounded time
 recipe.py               the names of the modifiers in `recipe.yaml`

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.json_values import is_finite_number
 from trtllm_ct.config.json_object import shown
+from trtllm_ct.config.not_finite import keys_not_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from trtllm_ct.base.errors import FaultCollector
 
@@ -64,6 +65,15 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _MOST_CHARACTERS and value.isprintable()
 
 
+def _is_rotary(value: Any) -> bool:
+    """Whether a value has the form of `rope_scaling`, or of a block with one such for each kind of layer."""
+    if not isinstance(value, Mapping) or keys_not_finite(value):
+        return False
+    blocks = [value, *(block for block in value.values() if isinstance(block, Mapping))]
+    types = [block.get(key) for block in blocks for key in ("rope_type", "type")]
+    return all(name is None or _is_name(name) for name in types)
+
+
 _MOST_LAYERS = 10_000
 _MOST_CHARACTERS = 200
 _LAYERS = _count(_MOST_LAYERS)
@@ -77,6 +87,7 @@ _NAMES = _Kind(
     accepts=lambda value: _is_name(value) or (isinstance(value, list) and all(map(_is_name, value))),
 )
 _BLOCK = _Kind(expected="an object", accepts=lambda value: isinstance(value, Mapping))
+_ROTARY = _Kind(expected="an object of finite numbers, with a name as its type", accepts=_is_rotary)
 _LAYER_KINDS = _Kind(
     expected=f"at most {_MOST_LAYERS} kinds of layers",
     accepts=lambda value: isinstance(value, str | list) and len(value) <= _MOST_LAYERS,
@@ -105,14 +116,26 @@ MODEL_VALUES: Mapping[str, _Kind] = {
         ),
         _SIZE,
     ),
-    **dict.fromkeys(("rope_theta", "rms_norm_eps", "partial_rotary_factor"), _NUMBER),
     **dict.fromkeys(
-        ("text_config", "llm_config", "language_config", "thinker_config", "vision_config", "rope_parameters"), _BLOCK
+        (
+            "rope_theta", "rms_norm_eps", "layer_norm_epsilon", "partial_rotary_factor", "rope_local_base_freq",
+            "compress_rope_theta",
+        ),
+        _NUMBER,
     ),
+    **dict.fromkeys(("text_config", "llm_config", "language_config", "thinker_config", "vision_config"), _BLOCK),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROTARY),
     **dict.fromkeys(("layers_block_type", "layer_types", "hybrid_override_pattern"), _LAYER_KINDS),
 }  # fmt: skip
 """The kind of each value, by its key; the same in config.json and in the configurations of parts inside of it."""
 
+_IN_ANY_PART = (
+    "model_type", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rope_local_base_freq",
+    "compress_rope_theta", "num_nextn_predict_layers",
+)  # fmt: skip
+"""What is written in older spellings in every part of the configuration, such as `audio_config` (`hf_config.py`)."""
+
+_PART = "_config"
 _PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "vision_config")
 _TAKE_ORIGINAL = "Take config.json from the model that was quantized."
 
@@ -122,14 +145,27 @@ def check_model_values(config: Mapping[str, Any], faults: FaultCollector, where:
 
     Configurations of parts are checked too. `where` is put before the key in faults.
     """
-    for key, kind in MODEL_VALUES.items():
-        value = config.get(key)
+    _check_values(config, MODEL_VALUES, faults, where)
+    for key, part in config.items():
+        if isinstance(part, Mapping) and key in _PARTS:
+            check_model_values(part, faults, f"{where}{key}.")
+        elif isinstance(part, Mapping) and key.endswith(_PART):
+            _check_any_part(part, faults, f"{where}{key}.")
+
+
+def _check_any_part(part: Mapping[str, Any], faults: FaultCollector, where: str) -> None:
+    """Check a part of which only the values `_IN_ANY_PART` are used, and the parts in it."""
+    _check_values(part, _IN_ANY_PART, faults, where)
+    for key, inner in part.items():
+        if isinstance(inner, Mapping) and key.endswith(_PART):
+            _check_any_part(inner, faults, f"{where}{key}.")
+
+
+def _check_values(config: Mapping[str, Any], keys: Iterable[str], faults: FaultCollector, where: str) -> None:
+    for key in keys:
+        value, kind = config.get(key), MODEL_VALUES[key]
         if value is not None and not kind.accepts(value):
             faults.add(where=f"{where}{key}", expected=kind.expected, found=shown(value), remedy=_TAKE_ORIGINAL)
-    for key in _PARTS:
-        part = config.get(key)
-        if isinstance(part, Mapping):
-            check_model_values(part, faults, f"{where}{key}.")
 
 
 def with_whole_numbers(config: Mapping[str, Any]) -> dict[str, Any]:

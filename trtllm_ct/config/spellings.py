@@ -58,7 +58,8 @@ def _compress_ratios(kinds: Any, config: Config) -> list[int] | None:
     ratios = [known.get(kind) for kind in _names(kinds)]
     if not ratios or not all(isinstance(ratio, int) for ratio in ratios):
         return None
-    return [*(ratio for ratio in ratios if ratio is not None), *[0] * (config.get("num_nextn_predict_layers") or 0)]
+    drafts = config.get("num_nextn_predict_layers") or 0
+    return [*(ratio for ratio in ratios if ratio is not None), *[0] * drafts] if isinstance(drafts, int) else None
 
 
 def _hash_layers(kinds: Any, _config: Config) -> int | None:

@@ -5,7 +5,9 @@ Both have the interface of `concurrent.futures.Executor`; any other executor wit
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -80,14 +82,33 @@ def _short_switch_interval() -> Iterator[None]:
 @contextmanager
 def _mpi_pool() -> Iterator[Pool | None]:
     try:
-        from mpi4py import MPI
-        from mpi4py.futures import MPICommExecutor
+        with _ended_by_signals():
+            from mpi4py import MPI
+            from mpi4py.futures import MPICommExecutor
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
         raise MissingDependencyError(PACKAGES["mpi4py"].fault(found=str(error))) from None
     ranks = MPI.COMM_WORLD.Get_size()
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         # MPICommExecutor gives an object with the methods of an Executor that is no subclass of it.
         yield None if executor is None else Pool(cast("Executor", executor), max(1, ranks - 1))
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the process inside, in the main thread, where nothing has been written yet.
+
+    The import waits until all ranks have come, in a call that no handler in Python can interrupt. If another rank was
+    interrupted before, it would wait for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def require_executor(name: str, workers: int | None) -> None:

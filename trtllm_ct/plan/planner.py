@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.config.not_finite import not_finite_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
@@ -301,6 +302,7 @@ class _Planner:
             *unlisted_warnings(catalog, unread),
             *class_warnings(self.comparison),
             *spelling_warnings(self.model, self.comparison),
+            *not_finite_warnings(self.model.not_finite),
             *self._unquantized(modules),
             *self.dtype_warnings,
             *self.tie_warnings,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trtllm_ct.base.regular_files import is_present
 from trtllm_ct.base.schemes import NumberType
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.verify.config_statements import TIE, check_config
@@ -207,7 +208,7 @@ def _check_older_modes(match: DirectoryMatch, converted: Path, faults: FaultColl
     Skips a directory that already has a fault: a difference may only follow from it.
     """
     path = converted / OLDER_MODES_FILE
-    if faults.faults or not path.is_file():
+    if faults.faults or not is_present(path):
         return
     older, newer = read_json_object(path), match.quant_config.to_dict()
     for key in _IN_BOTH:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.config.model_values import check_model_values, with_whole_numbers
+from trtllm_ct.config.not_finite import keys_not_finite
 from trtllm_ct.plan.models.class_defaults import is_headless, is_tied, text_config_of, with_defaults
 from trtllm_ct.plan.models.class_row import ALWAYS, DEFAULT_ROW, PROJECTION_NAMES
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
@@ -64,7 +65,7 @@ class Model:
     `draft_layers` is the number of layers after the last layer that predict further tokens. `vision_head_dim` is the
     number of rows per head in the vision tower, 0 if config.json doesn't give it. `text` is the configuration of the
     text model, with the defaults of its class where they are known. `parts` are the numbers of layers of towers, and of
-    the stacks of an encoder-decoder.
+    the stacks of an encoder-decoder. `not_finite` are the keys of config.json whose values are no finite numbers.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Model:
     text: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[PartLayers, ...] = ()
     discovery: Discovery | None = None
+    not_finite: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
@@ -120,6 +122,7 @@ class Model:
             vision_head_dim=_vision_head_dim(config.get("vision_config")),
             text=text,
             parts=part_layers(config),
+            not_finite=keys_not_finite(config),
         )
         faults.raise_if_any(ConfigError)
         return model
