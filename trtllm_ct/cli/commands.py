@@ -44,7 +44,8 @@ from trtllm_ct.cli.options import (
     parse_size,
     prompt_text,
 )
-from trtllm_ct.cli.run import conversion_progress, print_json, run_app, stdout
+from trtllm_ct.cli.progress import shown_progress
+from trtllm_ct.cli.run import conversion_progress, print_json, run_app, stderr, stdout
 
 __all__ = ["app", "main"]
 
@@ -275,8 +276,10 @@ def verify(
     """
     from trtllm_ct.verify.sizes import verify_with_sizes
 
-    with going_on_from(nothing_written("the same command starts from the beginning")):
-        verification = verify_with_sizes(directory, converted, parallel_of(tp, pp, ep) if tp else None, sm)
+    left = nothing_written("the same command starts from the beginning")
+    with going_on_from(left), shown_progress(stderr, "Verifying") as on_start:
+        sizes = parallel_of(tp, pp, ep) if tp else None
+        verification = verify_with_sizes(directory, converted, sizes, sm, on_start=on_start)
     if as_json:
         print_json("verify", verification.to_dict())
     else:
