@@ -16,7 +16,7 @@ from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
 from trtllm_ct.plan.checks import checks_text
-from trtllm_ct.plan.verdict import largest_cost
+from trtllm_ct.plan.verdict import largest_cost, rank_text, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,7 +94,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     if report.verdict:
         parts.append(_line(f"  {report.verdict}", style="bold"))
     if report.plan is not None:
-        parts += [*(_line(f"  {cost}") for cost in [largest_cost(report.plan)] if cost), *_deviations(report.plan)]
+        parts += [*_costs(report.plan), *_deviations(report.plan)]
     parts += [_warnings(report.warnings), *(_line(f"  evidence: {found}") for found in report.detection.evidence)]
     if report.plan is not None:
         parts += [
@@ -117,7 +117,7 @@ def problems(found: Sequence[Fault]) -> RenderableType:
 def plan(
     checkpoint_plan: Plan, *, unfold: bool = False, matches: Callable[[str], object] | None = None
 ) -> RenderableType:
-    """Format a plan: stored tensors with their fates, then delivered tensors with their specs and operations.
+    """Format a plan: verdict and costs, stored tensors with their fates, then delivered tensors with their operations.
 
     Tensors that differ only in numbers share a row, except with `unfold`. With `matches`, only tensors are shown for
     whose name it returns something true.
@@ -132,7 +132,13 @@ def plan(
     deliveries = (delivery for delivery in checkpoint_plan.deliveries() if shown(delivery.name))
     _fill(delivered, delivered_rows(deliveries, unfold=unfold))
     about = (_checks(checkpoint_plan), *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
-    return Group(stored, delivered, *about)
+    first = (_line(verdict(checkpoint_plan, checkpoint_plan.problems), style="bold"), *_costs(checkpoint_plan))
+    return Group(*first, stored, delivered, *about)
+
+
+def _costs(checkpoint_plan: Plan) -> Iterator[RenderableType]:
+    """Yield what costs most, and the bytes of one rank; see `verdict.py`."""
+    yield from (_line(f"  {text}") for text in (largest_cost(checkpoint_plan), rank_text(checkpoint_plan)) if text)
 
 
 def _fill(table: Table, rows: Iterable[PlanRow]) -> None:

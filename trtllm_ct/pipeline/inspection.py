@@ -119,6 +119,7 @@ class Inspection:
                 "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
                 "stored_bytes": plan.stored_bytes if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
+                "rank_bytes": plan.rank_bytes if plan else None,
                 "deviations": plan.deviations if plan else (),
                 "checks": plan.checks if plan else (),
                 "warnings": self.warnings,

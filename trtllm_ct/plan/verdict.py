@@ -6,13 +6,14 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.texts import format_bytes
+from trtllm_ct.engine.parallel import ONE_RANK
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
-__all__ = ["largest_cost", "verdict"]
+__all__ = ["largest_cost", "rank_text", "verdict"]
 
 _NOTABLE = 1.05
 """Modules that grow by less than this factor are not named as a cost."""
@@ -48,6 +49,15 @@ def largest_cost(plan: Plan) -> str:
         return ""
     what = "modules of routed experts" if experts else "modules"
     return f"{len(modules)} dequantized {what} cost most, {format_bytes(delivered - stored)} more: {reason}"
+
+
+def rank_text(plan: Plan) -> str:
+    """Return a sentence about the weights of one rank at the parallel sizes of a plan; empty for a single rank."""
+    if plan.parallel == ONE_RANK:
+        return ""
+    names = {"tensor": "tp", "pipeline": "pp", "expert": "ep"}
+    sizes = ", ".join(f"{short} {getattr(plan.parallel, name)}" for name, short in names.items())
+    return f"weights of one rank at {sizes}: {format_bytes(plan.rank_bytes)}, where ranks differ the largest"
 
 
 def _growth(module: ModulePlan) -> int:
