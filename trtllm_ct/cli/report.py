@@ -16,7 +16,7 @@ from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
 from trtllm_ct.plan.checks import checks_text
-from trtllm_ct.plan.verdict import largest_cost, rank_text, verdict
+from trtllm_ct.plan.verdict import family_note, largest_cost, rank_text, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,7 +94,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     if report.verdict:
         parts.append(_line(f"  {report.verdict}", style="bold"))
     if report.plan is not None:
-        parts += [*_costs(report.plan), *_deviations(report.plan)]
+        parts += [*_costs(report.plan, report.alternative), *_deviations(report.plan)]
     parts += [_warnings(report.warnings), *(_line(f"  evidence: {found}") for found in report.detection.evidence)]
     if report.plan is not None:
         parts += [
@@ -103,6 +103,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
             _line(f"  KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
+            *(_line(note, style="dim") for note in [family_note(report.plan)] if note),
         ]
     if report.problems:
         parts.append(problems(report.problems))
@@ -136,9 +137,10 @@ def plan(
     return Group(*first, stored, delivered, *about)
 
 
-def _costs(checkpoint_plan: Plan) -> Iterator[RenderableType]:
-    """Yield what costs most, and the bytes of one rank; see `verdict.py`."""
-    yield from (_line(f"  {text}") for text in (largest_cost(checkpoint_plan), rank_text(checkpoint_plan)) if text)
+def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableType]:
+    """Yield what costs most, what would avoid it, and the bytes of one rank; see `verdict.py`."""
+    texts = (largest_cost(checkpoint_plan), alternative, rank_text(checkpoint_plan))
+    yield from (_line(f"  {text}") for text in texts if text)
 
 
 def _fill(table: Table, rows: Iterable[PlanRow]) -> None:
