@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from installed_library import has_library
+from installed_library import has_library, writes_sparse_files
 from installed_transformers import has_newest_transformers
 from other_user import IS_ROOT
 from pairs import left_out
@@ -77,6 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "any_library": has_library(),
         "library": has_library((0, 15)),
         "newest_library": has_library((0, 20)),
+        "sparse_library": writes_sparse_files(),
         "reference": importlib.util.find_spec("transformers") is not None,
         "newest_transformers": has_newest_transformers(),
         "two_users": IS_ROOT,

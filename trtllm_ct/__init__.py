@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from trtllm_ct.config.reader import CompressedTensorsConfigReader
     from trtllm_ct.convert.convert import convert_checkpoint
     from trtllm_ct.engine.target import TARGETS
-    from trtllm_ct.formats.sparse.compressed_io import load_compressed, save_compressed
+    from trtllm_ct.formats.sparse.compressed_io import (
+        BitmaskConfig,
+        load_compressed,
+        save_compressed,
+        save_compressed_model,
+    )
     from trtllm_ct.pipeline.config_loader import CompressedTensorsConfigLoader, to_quant_config
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
     from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "TARGETS",
+    "BitmaskConfig",
     "Catalog",
     "CompressedTensorsConfigLoader",
     "CompressedTensorsConfigReader",
@@ -51,6 +57,7 @@ __all__ = [
     "plan_checkpoint",
     "prepare",
     "save_compressed",
+    "save_compressed_model",
     "to_quant_config",
     "uninstall",
     "verify_checkpoint",
@@ -60,6 +67,7 @@ _ENGINE_HOME = "serve.bindings"
 _HOMES = {
     "LLM": "serve.llm",
     "TARGETS": "engine.target",
+    "BitmaskConfig": "formats.sparse.compressed_io",
     "Catalog": "checkpoint.catalog",
     # Not in `__all__`, because it needs TensorRT-LLM.
     "CompressedTensorsCheckpointLoader": _ENGINE_HOME,
@@ -81,6 +89,7 @@ _HOMES = {
     "plan_checkpoint": "pipeline.open",
     "prepare": "serve.prepare",
     "save_compressed": "formats.sparse.compressed_io",
+    "save_compressed_model": "formats.sparse.compressed_io",
     "to_quant_config": "pipeline.config_loader",
     "uninstall": "serve.installation",
     "verify_checkpoint": "verify.verify",

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import tiny_config, write_checkpoint
+from command_line import run_cli
 
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
-from trtllm_ct.plan.verdict import largest_cost
+from trtllm_ct.plan.verdict import family_note, largest_cost
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,3 +86,28 @@ def test_nothing_costs_where_nothing_is_dequantized(tmp_path: Path) -> None:
     plan = inspected(tmp_path, "int4-g64").plan
     assert plan is not None
     assert largest_cost(plan) == ""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "to", "note"),
+    [
+        ("int4-g64", "modelopt", "W4A16_GPTQ as W4A16_AWQ: the scheme family names how weights were quantized, "),
+        ("int8-channel", "modelopt", ""),
+        ("int4-g64", "dense", ""),
+        ("dense", "modelopt", ""),
+        (
+            {"o_proj": "int4-g64", "mlp": "fp8-block", "qkv": "int4-g128"},
+            "modelopt",
+            "W4A16_GPTQ as W4A16_AWQ: the scheme family ",
+        ),
+    ],
+)
+def test_modes_with_another_name_than_the_family_are_explained_once(
+    tmp_path: Path, scheme: Any, to: str, note: str
+) -> None:
+    inspection = inspected(tmp_path, scheme if isinstance(scheme, str) else _by_leaf(**scheme), to=to)
+
+    assert inspection.plan is not None
+    assert family_note(inspection.plan).startswith(note)
+    assert bool(family_note(inspection.plan)) is bool(note)
+    assert run_cli("inspect", tmp_path, "--to", to).out.count("the scheme family names") == bool(note)

@@ -167,3 +167,73 @@ def test_the_base_checkpoint_writes_readable_text(shared: Path) -> None:
     words = got.text.split()
     assert len(words) > 5
     assert sum(word.isalpha() for word in words) > len(words) / 2
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] | replace('u', 'b') }}{{ m.content }}{% endfor %}"
+"""The letter b and the message; with a generation prompt, c."""
+WITH_PROMPT = TEMPLATE + "{% if add_generation_prompt %}c{% endif %}"
+
+
+def with_template(directory: Path, template: str) -> Path:
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+def prompt_read(directory: Path, **arguments: Any) -> tuple[list[list[int]], bool]:
+    """Return the token ids that the model gets at each step, and whether they are said to be those of a template."""
+    model: Any = load_model(directory)
+    seen: list[list[int]] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, ids: seen.append(ids[0][0].tolist()))
+    return seen, generate_text(model, "a", max_tokens=1, **arguments).chat
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "ids"),
+    [(WITH_PROMPT, True, [2, 1, 3]), (WITH_PROMPT, False, [1]), (TEMPLATE, True, [2, 1]), (None, True, [1])],
+    ids=["asked for", "not asked for", "without a generation prompt", "none"],
+)
+def test_the_chat_template_of_the_tokenizer(directory: Path, template: str | None, chat: bool, ids: list[int]) -> None:
+    if template is not None:
+        with_template(directory, template)
+    (seen,), templated = prompt_read(directory, chat=chat)
+
+    assert seen == ids
+    assert templated is (chat and template is not None)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "Expected"),
+        ("{{ messages[1].content.upper() }}", "no element 1"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_templates_that_can_not_be_applied(directory: Path, template: str, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        generate_text(with_template(directory, template), "a", max_tokens=1, chat=True)
+
+    assert found in caught.value.faults[0].found
+    assert "--no-chat" in caught.value.faults[0].remedy
+
+
+def test_a_template_does_not_make_a_prompt_of_nothing(directory: Path) -> None:
+    with pytest.raises(UsageError, match="prompt: expected text of one token or more"):
+        generate_text(with_template(directory, WITH_PROMPT), "", max_tokens=1, chat=True)
+
+
+def test_a_temperature_samples_and_the_seed_repeats_it(directory: Path) -> None:
+    def sampled(seed: int | None, temperature: float | None = 5.0) -> tuple[int, ...]:
+        return generate_text(directory, "ab", max_tokens=8, temperature=temperature, seed=seed).token_ids
+
+    assert sampled(3) == sampled(3)
+    assert sampled(None) == sampled(0)
+    assert len({sampled(seed) for seed in range(6)}) > 1
+    assert sampled(7, 0) == sampled(8, None) == generate_text(directory, "ab", max_tokens=8).token_ids
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_temperatures_that_are_none(directory: Path, value: float) -> None:
+    with pytest.raises(UsageError, match="temperature: expected a number of at least 0"):
+        generate_text(directory, "a", max_tokens=1, temperature=value)

@@ -19,6 +19,11 @@ def has_library(oldest: tuple[int, int] = (0, 9)) -> bool:
     return (major, minor) >= oldest
 
 
+def writes_sparse_files() -> bool:
+    """Whether a release of compressed-tensors is installed that has `save_compressed`: 0.9 to 0.14."""
+    return has_library() and not has_library((0, 15))
+
+
 def attach_schemes(model: Any, config: Any) -> None:
     """Attach quantization schemes to the modules of a model; older releases show no progress."""
     from compressed_tensors.quantization import apply_quantization_config

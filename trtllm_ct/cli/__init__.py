@@ -2,7 +2,8 @@
 
 main.py      the entry point
 commands.py  the commands of `trtllm-ct` and their arguments
-run.py       runs them: logging, errors, exit codes, JSON output, progress
+run.py       runs them: logging, errors, exit codes, JSON output
+progress.py  how far a conversion or a verification is
 options.py   the options that commands share
 report.py    formats what the commands print
 tables.py    tables and names that are never cut off

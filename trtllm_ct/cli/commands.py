@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from trtllm_ct.cli import report
-from trtllm_ct.cli.interrupts import going_on_from
+from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
     AUTO,
     DIRECTORY,
@@ -23,6 +23,7 @@ from trtllm_ct.cli.options import (
     AskedPipelineParallel,
     AskedSm,
     AskedTensorParallel,
+    Chat,
     DenseDtypeOption,
     DenseOutput,
     Directory,
@@ -33,8 +34,10 @@ from trtllm_ct.cli.options import (
     ForSm,
     Json,
     PipelineParallel,
+    Seed,
     Strict,
     TargetName,
+    Temperature,
     TensorParallel,
     Untested,
     asked_parallel,
@@ -42,8 +45,10 @@ from trtllm_ct.cli.options import (
     name_filter,
     parallel_of,
     parse_size,
+    prompt_text,
 )
-from trtllm_ct.cli.run import conversion_progress, print_json, run_app, stdout
+from trtllm_ct.cli.progress import shown_progress
+from trtllm_ct.cli.run import conversion_progress, print_json, run_app, stderr, stdout
 
 __all__ = ["app", "main"]
 
@@ -274,7 +279,9 @@ def verify(
     """
     from trtllm_ct.verify.sizes import verify_with_sizes
 
-    verification = verify_with_sizes(directory, converted, asked_parallel(tp, pp, ep), sm)
+    left = nothing_written("the same command starts from the beginning")
+    with going_on_from(left), shown_progress(stderr, "Verifying") as on_start:
+        verification = verify_with_sizes(directory, converted, asked_parallel(tp, pp, ep), sm, on_start=on_start)
     if as_json:
         print_json("verify", verification.to_dict())
     else:
@@ -286,29 +293,29 @@ def verify(
 @app.command()
 def generate(
     directory: Directory,
-    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from stdin.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 40,
+    chat: Chat = True,
+    temperature: Temperature = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt on the CPU.
+    """Continue or answer a prompt on the CPU.
 
     Runs the reference engine on a compressed-tensors or a converted directory.
     """
     from trtllm_ct.reference import generate_text
 
-    generation = generate_text(directory, prompt, max_tokens=max_tokens)
+    text = prompt_text(prompt)
+    with going_on_from(nothing_written("a smaller --max-tokens takes less time")):
+        generation = generate_text(
+            directory, text, max_tokens=max_tokens, chat=chat, temperature=temperature, seed=seed
+        )
     if as_json:
-        document = {
-            "directory": str(directory),
-            "prompt": generation.prompt,
-            "text": generation.text,
-            "token_ids": list(generation.token_ids),
-            "finish_reason": generation.finish_reason,
-            "seconds": generation.seconds,
-        }
-        print_json("generate", document)
+        print_json("generate", {"directory": str(directory), **generation.to_dict()})
     else:
-        stdout.print(generation.prompt + generation.text, markup=False, highlight=False)
+        continued = "" if generation.chat else generation.prompt
+        stdout.print(continued + generation.text, markup=False, highlight=False)
 
 
 @app.command()

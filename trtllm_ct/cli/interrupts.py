@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
-__all__ = ["Interrupted", "ending_at_once", "ending_on_signals", "going_on_from"]
+__all__ = ["Interrupted", "ending_at_once", "ending_on_signals", "going_on_from", "nothing_written"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -98,6 +98,11 @@ class going_on_from:  # noqa: N801 (as above)
     def __exit__(self, _type: object, error: BaseException | None, _traceback: TracebackType | None) -> None:
         if isinstance(error, Interrupted):
             error.remedy = self._remedy()
+
+
+def nothing_written(next_step: str) -> Callable[[], str]:
+    """Return the remedy for a command that writes nothing; `next_step` says what to do."""
+    return lambda: f"Nothing was written; {next_step}."
 
 
 def _line(number: int) -> str:

@@ -7,6 +7,7 @@ Every command that makes a plan has `ForEngine`, `ForSm`, `Untested`, the parall
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,7 @@ __all__ = [
     "AskedPipelineParallel",
     "AskedSm",
     "AskedTensorParallel",
+    "Chat",
     "DenseDtypeOption",
     "DenseOutput",
     "Directory",
@@ -46,8 +48,10 @@ __all__ = [
     "ForSm",
     "Json",
     "PipelineParallel",
+    "Seed",
     "Strict",
     "TargetName",
+    "Temperature",
     "TensorParallel",
     "Untested",
     "asked_parallel",
@@ -55,10 +59,14 @@ __all__ = [
     "name_filter",
     "parallel_of",
     "parse_size",
+    "prompt_text",
 ]
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+_STDIN = "-"
+"""The name of stdin among arguments."""
 
 _LARGEST_FILE = 2**63
 """No file of Linux has so many bytes."""
@@ -130,6 +138,13 @@ DenseDtypeOption = Annotated[
 DenseOutput = Annotated[
     bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template of the tokenizer, if any.")
+]
+Temperature = Annotated[
+    float, typer.Option(min=0, help="Sample tokens at this temperature; 0 takes the most likely one.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed samples the same tokens.")]
 
 
 def dense_dtype(name: str) -> DType | None:
@@ -187,3 +202,20 @@ def name_filter(pattern: str | None) -> Callable[[str], object]:
                 remedy=r"Write a regular expression such as 'layers\.0\..*q_proj', or a part of a name.",
             )
         ) from None
+
+
+def prompt_text(prompt: str) -> str:
+    """Return the prompt of `--prompt`; for `-`, what is sent to stdin, without the line break at its end.
+
+    Raises `UsageError` if stdin is closed or no text in UTF-8.
+    """
+    if prompt != _STDIN:
+        return prompt
+    found = "it closed"
+    try:
+        if sys.stdin is not None:
+            return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        found = f"a byte that is none, at {error.start}"
+    fault = Fault(where="stdin", expected="text in UTF-8", found=found, remedy="Send the prompt to stdin, or name it.")
+    raise UsageError(fault)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import markup
@@ -16,11 +18,10 @@ from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
 from trtllm_ct.plan.checks import checks_text
-from trtllm_ct.plan.verdict import largest_cost
+from trtllm_ct.plan.verdict import family_note, largest_cost, rank_text, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
 
     from rich.table import Table
 
@@ -65,11 +66,16 @@ def _joined(*parts: str | tuple[str, str]) -> Text:
     )
 
 
-def faults(all_faults: Iterable[Fault]) -> RenderableType:
-    """Format faults; faults with the same text are shown once, with the names that they apply to folded."""
+def faults(all_faults: Iterable[Fault], named: Iterable[Path | None] = ()) -> RenderableType:
+    """Format faults; faults with the same text are shown once, with the names that they apply to folded.
+
+    Files in the directories `named`, whose paths the report has shown before, are shown without their paths.
+    """
     names_by_text: dict[tuple[str, str, str], list[str]] = {}
+    known = [str(directory) for directory in named if directory is not None]
     for fault in all_faults:
-        names_by_text.setdefault((fault.expected, fault.found, fault.remedy), []).append(fault.where)
+        where = _inside(fault.where, known)
+        names_by_text.setdefault((fault.expected, fault.found, fault.remedy), []).append(where)
     lines = []
     for (expected, found, remedy), names in names_by_text.items():
         where = "\n".join(fold_names(names))
@@ -79,9 +85,23 @@ def faults(all_faults: Iterable[Fault]) -> RenderableType:
     return Group(*lines)
 
 
+def _inside(where: str, directories: Iterable[str]) -> str:
+    """Return the place of a fault, relative to the first of these directories that it is in."""
+    prefixes = (f"{directory}{os.sep}" for directory in directories)
+    return next((where[len(prefix) :] for prefix in prefixes if where.startswith(prefix)), where)
+
+
 def failure(error: TrtllmCtError) -> RenderableType:
-    """Format an error: its warnings, if it has any, and its faults."""
-    return Group(*([_warnings(error.warnings)] if error.warnings else []), faults(error.faults))
+    """Format an error: its warnings, if it has any, and its faults.
+
+    The path of a directory with several faulty files is shown once, above them.
+    """
+    parts: list[RenderableType] = [_warnings(error.warnings)] if error.warnings else []
+    places = (fault.where for fault in error.faults if fault.where.startswith(os.sep))
+    folders = Counter(place.rpartition(os.sep)[0] for place in places)
+    shared = [Path(folder) for folder, count in folders.items() if folder and count > 1]
+    parts += (_line(f"In {folder}:", style="bold red") for folder in shared)
+    return Group(*parts, faults(error.faults, shared))
 
 
 def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
@@ -94,7 +114,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     if report.verdict:
         parts.append(_line(f"  {report.verdict}", style="bold"))
     if report.plan is not None:
-        parts += [*(_line(f"  {cost}") for cost in [largest_cost(report.plan)] if cost), *_deviations(report.plan)]
+        parts += [*_costs(report.plan, report.alternative), *_deviations(report.plan)]
     parts += [_warnings(report.warnings), *(_line(f"  evidence: {found}") for found in report.detection.evidence)]
     if report.plan is not None:
         parts += [
@@ -103,21 +123,22 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
             _line(f"  KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
+            *(_line(note, style="dim") for note in [family_note(report.plan)] if note),
         ]
     if report.problems:
-        parts.append(problems(report.problems))
+        parts.append(problems(report.problems, [report.directory]))
     return Group(*parts)
 
 
-def problems(found: Sequence[Fault]) -> RenderableType:
-    """Format problems under a title with their number."""
-    return Group(_line(f"Problems ({len(found)}):", style="bold red"), faults(found))
+def problems(found: Sequence[Fault], named: Iterable[Path] = ()) -> RenderableType:
+    """Format problems under a title with their number; `named` is that of `faults`."""
+    return Group(_line(f"Problems ({len(found)}):", style="bold red"), faults(found, named))
 
 
 def plan(
     checkpoint_plan: Plan, *, unfold: bool = False, matches: Callable[[str], object] | None = None
 ) -> RenderableType:
-    """Format a plan: stored tensors with their fates, then delivered tensors with their specs and operations.
+    """Format a plan: verdict and costs, stored tensors with their fates, then delivered tensors with their operations.
 
     Tensors that differ only in numbers share a row, except with `unfold`. With `matches`, only tensors are shown for
     whose name it returns something true.
@@ -132,7 +153,14 @@ def plan(
     deliveries = (delivery for delivery in checkpoint_plan.deliveries() if shown(delivery.name))
     _fill(delivered, delivered_rows(deliveries, unfold=unfold))
     about = (_checks(checkpoint_plan), *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
-    return Group(stored, delivered, *about)
+    first = (_line(verdict(checkpoint_plan, checkpoint_plan.problems), style="bold"), *_costs(checkpoint_plan))
+    return Group(*first, stored, delivered, *about)
+
+
+def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableType]:
+    """Yield what costs most, what would avoid it, and the bytes of one rank; see `verdict.py`."""
+    texts = (largest_cost(checkpoint_plan), alternative, rank_text(checkpoint_plan))
+    yield from (_line(f"  {text}") for text in texts if text)
 
 
 def _fill(table: Table, rows: Iterable[PlanRow]) -> None:
@@ -186,7 +214,7 @@ def verification(report: VerificationReport) -> RenderableType:
     if report.warnings:
         lines.append(_warnings(report.warnings))
     if report.faults:
-        lines.append(faults(report.faults))
+        lines.append(faults(report.faults, [report.converted, report.directory]))
     return Group(*lines)
 
 
@@ -262,7 +290,7 @@ def _served(served: Served) -> Iterable[RenderableType]:
     for title, served_faults in (("Traps", served.traps), ("Problems", served.problems)):
         if served_faults:
             yield _line(f"{title} ({len(served_faults)}):", style="bold red")
-            yield faults(served_faults)
+            yield faults(served_faults, [served.directory])
 
 
 def _feature_text(value: object) -> str:

@@ -18,6 +18,7 @@ from trtllm_ct.cli import report
 from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.interrupts import ending_on_signals
 from trtllm_ct.cli.log_format import PrintableFormatter
+from trtllm_ct.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,35 +73,17 @@ def print_json(kind: str, document: dict[str, Any]) -> None:
         print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
 
 
-def _problems_shown(plan: Plan, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
-    """Show the problems of a plan on stderr, and return `on_bytes`."""
-    if plan.problems:
-        stderr.print(report.problems(plan.problems))
-    return on_bytes
-
-
 @contextmanager
 def conversion_progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
-    """Show the problems of a plan on stderr, and then a progress bar with bytes, speed and remaining time.
+    """Show the problems of a plan on stderr, and then how far its conversion is.
 
-    Without a terminal there is no progress bar. Yields the function for `on_start` of `convert_checkpoint`.
+    Yields the function for `on_start` of `convert_checkpoint`.
     """
-    if not stderr.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
-        yield lambda plan: _problems_shown(plan, lambda _nbytes: None)
-        return
-    from rich import progress as bars
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=stderr) as progress:
+    with shown_progress(stderr, "Converting") as start:
 
         def on_start(plan: Plan) -> Callable[[int], None]:
-            task = progress.add_task("Converting", total=plan.delivered_bytes)
-            return _problems_shown(plan, lambda nbytes: progress.advance(task, nbytes))
+            if plan.problems:
+                stderr.print(report.problems(plan.problems))
+            return start(plan.delivered_bytes)
 
         yield on_start

@@ -11,5 +11,6 @@ stacking.py       stacks the plain experts of classes that read them stacked
 loader.py         CompressedTensorsWeightLoader: loads the weights of a directory into memory
 config_loader.py  the configuration of a checkpoint as the engine's QuantConfig
 transformers_class.py  the class of transformers that config.json names, without weights
+alternatives.py   another option with which the modules that cost most keep their codes
 inspection.py     inspect_checkpoint: reports what the headers of a directory say
 """

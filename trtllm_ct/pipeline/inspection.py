@@ -12,6 +12,7 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import target_named
+from trtllm_ct.pipeline.alternatives import alternative
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.verdict import verdict
 
@@ -64,7 +65,8 @@ class Inspection:
 
     `parallel` are the parallel sizes that the plan was made for. `plan` is None if a problem prevents delivery; the
     problems of a plan prevent only that the engine serves the result. `noted` are the warnings of the configuration,
-    the files and the plan, up to the stage that found a problem that prevents delivery.
+    the files and the plan, up to the stage that found a problem that prevents delivery. `alternative` says with which
+    other option the modules that cost most would keep their codes; empty if there is none.
     """
 
     directory: Path
@@ -74,6 +76,7 @@ class Inspection:
     plan: Plan | None
     problems: tuple[Fault, ...]
     noted: tuple[str, ...] = ()
+    alternative: str = ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -111,6 +114,7 @@ class Inspection:
                 "target": self.target,
                 "parallel": self.parallel,
                 "verdict": self.verdict,
+                "alternative": self.alternative,
                 "detection": self.detection,
                 "architecture": plan.architecture if plan else None,
                 "schemes": list(self.rows()),
@@ -119,6 +123,7 @@ class Inspection:
                 "kv_cache": plan.quant_config.kv_cache_quant_algo if plan else None,
                 "stored_bytes": plan.stored_bytes if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
+                "rank_bytes": plan.rank_bytes if plan else None,
                 "deviations": plan.deviations if plan else (),
                 "checks": plan.checks if plan else (),
                 "warnings": self.warnings,
@@ -150,21 +155,23 @@ def inspect_checkpoint(
     directory = Path(directory)
     target = target_named(to, engine, sm=sm, untested=untested)
     detection = FormatDetector().detect(directory)
+    options: dict[str, Any] = {
+        "to": target.name,
+        "engine": engine,
+        "sm": sm,
+        "untested": untested,
+        "dtype": dtype,
+        "parallel": parallel,
+        "dense_o_proj": dense_o_proj,
+    }
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
+    instead = ""
     try:
         checkpoint = open_checkpoint(directory, detection)
         try:
-            plan = checkpoint.plan(
-                target.name,
-                engine=engine,
-                sm=sm,
-                untested=untested,
-                dtype=dtype,
-                parallel=parallel,
-                dense_o_proj=dense_o_proj,
-                compare_class=True,
-            )
+            plan = checkpoint.plan(**options, compare_class=True)
+            instead = alternative(checkpoint, plan, options)
             problems = plan.problems
         except UnreadClassError as error:
             target = target_named("dense")
@@ -180,6 +187,7 @@ def inspect_checkpoint(
         plan=plan,
         problems=problems,
         noted=noted,
+        alternative=instead,
     )
 
 

@@ -252,6 +252,7 @@ class Plan:
 
     `stored` are all tensors of the checkpoint. `dtype` is the model's dtype at the target, `dense_dtype` the dtype of
     dequantized modules. `parallel` are the parallel sizes that the modes were chosen for: they hold every rank's slice.
+    `rank_bytes` are the bytes of the delivered weights that the rank with most of them holds at these sizes.
     `problems` say why the engine that the plan is for can't serve the result, although it can be made.
     `engine` names the capabilities that they were chosen from, and `sm` the SM of the GPUs, None if it is not known.
     `stacks` are the delivered tensors that a directory or an engine gets as parts of a stacked tensor, with their
@@ -275,6 +276,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     problems: tuple[Fault, ...] = ()
     parallel: Parallel = ONE_RANK
+    rank_bytes: int = 0
     engine: str = ""
     sm: int | None = None
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
@@ -359,6 +361,7 @@ class Plan:
                 "delivered": tuple(self.deliveries()),
                 "stored_bytes": self.stored_bytes,
                 "delivered_bytes": self.delivered_bytes,
+                "rank_bytes": self.rank_bytes,
                 "deviations": self.deviations,
                 "checks": self.checks,
                 "warnings": self.warnings,

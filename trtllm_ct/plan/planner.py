@@ -38,6 +38,7 @@ from trtllm_ct.plan.plan import ModulePlan, Plan
 from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
+from trtllm_ct.plan.ranks.rank_bytes import bytes_of_rank_files, largest_rank_bytes
 from trtllm_ct.plan.row_order import QueryKeyRows
 from trtllm_ct.plan.stated_check import refuse_unlike_config
 from trtllm_ct.plan.tied_head import UNTIED, tied_pair
@@ -202,6 +203,7 @@ class _Planner:
             modules=tuple(modules),
             quant_config=built.quant_config if built else self._engine_config(modules, sites, place),
             parallel=self.parallel,
+            rank_bytes=self._rank_bytes(modules, place),
             problems=class_problems(self.model, self.target.capabilities.release),
             engine=self.target.capabilities.name,
             sm=self.target.capabilities.sm,
@@ -211,6 +213,12 @@ class _Planner:
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
         return plan if built is None else built.described(plan)
+
+    def _rank_bytes(self, modules: Sequence[ModulePlan], place: tuple[str, str]) -> int:
+        """Return the bytes of the rank that holds most; those of files that have a part for each rank are in them."""
+        if self.target.ranks:
+            return bytes_of_rank_files(delivery for module in modules for delivery in module.deliveries)
+        return largest_rank_bytes(modules, self.model, place, self.parallel)
 
     def _engine_config(
         self, modules: Sequence[ModulePlan], sites: Sequence[Site], place: tuple[str, str]

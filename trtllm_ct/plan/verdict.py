@@ -6,13 +6,14 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.texts import format_bytes
+from trtllm_ct.engine.parallel import ONE_RANK
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
-__all__ = ["largest_cost", "verdict"]
+__all__ = ["costliest", "family_note", "largest_cost", "rank_text", "verdict"]
 
 _NOTABLE = 1.05
 """Modules that grow by less than this factor are not named as a cost."""
@@ -30,7 +31,17 @@ def verdict(plan: Plan, problems: Collection[object] = ()) -> str:
 
 
 def largest_cost(plan: Plan) -> str:
-    """Return a sentence about the dequantized modules that need the most additional bytes; empty if none need more.
+    """Return a sentence about the modules of `costliest`; empty if there are none."""
+    modules = costliest(plan)
+    if not modules:
+        return ""
+    what = "modules of routed experts" if modules[0].experts is not None else "modules"
+    more = format_bytes(sum(map(_growth, modules)))
+    return f"{len(modules)} dequantized {what} cost most, {more} more: {modules[0].reason}"
+
+
+def costliest(plan: Plan) -> Sequence[ModulePlan]:
+    """Return the dequantized modules that need the most additional bytes; empty if none need notably more.
 
     Modules that are dequantized for one reason are counted together.
     """
@@ -38,16 +49,34 @@ def largest_cost(plan: Plan) -> str:
     for module in plan.modules:
         if module.dequantized and module.reason:
             by_reason[module.experts is not None, module.reason].append(module)
-    if not by_reason:
-        return ""
-    experts, reason = max(by_reason, key=lambda key: sum(map(_growth, by_reason[key])))
-    modules = by_reason[experts, reason]
+    modules = max(by_reason.values(), key=lambda alike: sum(map(_growth, alike)), default=[])
     stored = sum(module.stored_bytes for module in modules)
-    delivered = sum(module.delivered_bytes for module in modules)
-    if delivered < _NOTABLE * stored:
+    return modules if sum(map(_growth, modules)) >= (_NOTABLE - 1) * stored > 0 else []
+
+
+def family_note(plan: Plan) -> str:
+    """Return a sentence about modules whose mode has another name than the family of their scheme; empty if none."""
+    pairs = {
+        (str(module.native_mode), str(module.layer.quant_algo))
+        for module in plan.modules
+        if module.native_mode and module.layer and module.native_mode != module.layer.quant_algo
+    }
+    if not pairs:
         return ""
-    what = "modules of routed experts" if experts else "modules"
-    return f"{len(modules)} dequantized {what} cost most, {format_bytes(delivered - stored)} more: {reason}"
+    names = ", ".join(f"{family} as {mode}" for family, mode in sorted(pairs))
+    return (
+        f"{names}: the scheme family names how weights were quantized, and the mode the engine's Linear, which holds "
+        "the same values exactly"
+    )
+
+
+def rank_text(plan: Plan) -> str:
+    """Return a sentence about the weights of one rank at the parallel sizes of a plan; empty for a single rank."""
+    if plan.parallel == ONE_RANK:
+        return ""
+    names = {"tensor": "tp", "pipeline": "pp", "expert": "ep"}
+    sizes = ", ".join(f"{short} {getattr(plan.parallel, name)}" for name, short in names.items())
+    return f"weights of one rank at {sizes}: {format_bytes(plan.rank_bytes)}, where ranks differ the largest"
 
 
 def _growth(module: ModulePlan) -> int:

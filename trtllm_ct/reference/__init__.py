@@ -22,6 +22,7 @@ expert_parts.py       collects the tensors of one layer's experts
 shared_values.py      attention whose values are the output of k_proj
 experts.py            routed experts that compute from delivered tensors, in the forms of transformers 4 and 5
 generate.py           generates text from a directory
+prompts.py            the tokens of a prompt, with the chat template of its tokenizer
 llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM
 requests.py           the parameters and results of ReferenceLLM
 sampling.py           chooses the next token

@@ -1,7 +1,8 @@
-"""Generate text from a directory or model: greedy decoding with the reference engine.
+"""Generate text from a directory or model with the reference engine.
 
-The decoding loop does not use transformers' `generate`. It always takes the largest logit, whatever sampling settings
-and penalties the checkpoint has, and it can report each token as soon as it is generated.
+The decoding loop does not use transformers' `generate`. It takes the largest logit, or samples with a temperature and a
+seed, whatever sampling settings and penalties the checkpoint has, and it can report each token as soon as it is
+generated.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import torch
 from torch import nn
 
 from trtllm_ct.base.errors import CatalogError, ConfigError, Fault, FaultCollector, UsageError
+from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, open_regular
 from trtllm_ct.reference.architecture import in_one_line, quiet_transformers, require_transformers
 from trtllm_ct.reference.engine import load_model
+from trtllm_ct.reference.prompts import has_chat_template, prompt_tokens
+from trtllm_ct.reference.requests import SamplingParams
+from trtllm_ct.reference.sampling import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +45,7 @@ class Generation:
 
     `token_ids` are the new tokens, including the end token if there is one. `text` is the decoded text without special
     tokens. `finish_reason` is "stop" after an end token, "length" after `max_tokens`. `seconds` is the time of
-    decoding, without loading.
+    decoding, without loading. `chat` says whether the prompt was put into the tokenizer's chat template.
     """
 
     prompt: str
@@ -48,6 +53,11 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     seconds: float
+    chat: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return fields_form(self)
 
 
 @missing_packages_as_errors()
@@ -59,33 +69,41 @@ def generate_text(
     dtype: torch.dtype = torch.bfloat16,
     quantize_activations: bool = True,
     on_token: Callable[[str], None] | None = None,
+    chat: bool = False,
+    temperature: float | None = None,
+    seed: int | None = None,
 ) -> Generation:
-    """Continue `prompt` greedily by at most `max_tokens` tokens; nothing is downloaded.
+    """Continue `prompt` by at most `max_tokens` tokens; nothing is downloaded.
+
+    Decoding is greedy. With a `temperature` above 0 tokens are sampled: logits are divided by it, and the same `seed`
+    gives the same tokens; None is 0. With `chat`, a prompt is put into the tokenizer's chat template, if it has one, as
+    a message of the user.
 
     `directory_or_model` is a checkpoint directory, or a model from `load_model`, which remembers its directory. For a
     model, `dtype` and `quantize_activations` are ignored. The tokenizer is loaded from the directory.
     `on_token` is called after each token with the text that the token completes; concatenated, these pieces are the
     whole text.
-    Raises what `load_model` raises, `UsageError` for a prompt without tokens and for `max_tokens` below 1, and
-    `ConfigError` without a tokenizer.
+    Raises what `load_model` raises, `UsageError` for a prompt without tokens and for values that `SamplingParams`
+    refuses, `ConfigError` without a tokenizer or with a template that can't be applied, and `PayloadError` for a logit
+    that is NaN.
     """
     require_transformers()
     if max_tokens < 1:
         raise _usage_error("max_tokens", "at least 1", str(max_tokens), "Ask for one token or more.")
+    choose = Sampler(SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed))
     if isinstance(directory_or_model, nn.Module):
         model: Any = directory_or_model
     else:
         model = load_model(directory_or_model, dtype=dtype, quantize_activations=quantize_activations)
     tokenizer = load_tokenizer(model.name_or_path)
-    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
-    if not prompt_ids:
-        raise _usage_error("prompt", "text of one token or more", repr(prompt), "Give some text to continue.")
+    chat = chat and has_chat_template(tokenizer)
+    prompt_ids = prompt_tokens(tokenizer, prompt, chat=chat)
     started = perf_counter()
     end_tokens = end_tokens_of(model)
     token_ids: list[int] = []
     text = ""
     with useful_threads(model):
-        for token_id in islice(generate_tokens(model, prompt_ids, _largest), max_tokens):
+        for token_id in islice(generate_tokens(model, prompt_ids, choose), max_tokens):
             token_ids.append(token_id)
             complete = _decode(tokenizer, token_ids, final=token_id in end_tokens or len(token_ids) == max_tokens)
             if on_token is not None:
@@ -99,6 +117,7 @@ def generate_text(
         token_ids=tuple(token_ids),
         finish_reason="stop" if token_ids[-1] in end_tokens else "length",
         seconds=perf_counter() - started,
+        chat=chat,
     )
 
 
@@ -121,10 +140,6 @@ def _cache_argument(model: Any) -> str:
     """The name of the KV cache in the model's arguments and in its output: `cache` since transformers 5.24."""
     parameters = inspect.signature(inspect.unwrap(model.forward)).parameters
     return "cache" if "cache" in parameters else "past_key_values"
-
-
-def _largest(logits: Tensor) -> int:
-    return int(logits.argmax())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from trtllm_ct.verify.source.unlisted import tensors_that_may_be_left_out
 from trtllm_ct.verify.statements import check_statements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from trtllm_ct.base.errors import FaultCollector
@@ -63,11 +64,14 @@ class TensorCheck:
         return json_object({"name": self.name, "kind": self.kind}) | self.comparison.to_dict()
 
 
-def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultCollector) -> tuple[TensorCheck, ...]:
+def compare_converted(
+    checkpoint: Checkpoint, converted: Path, faults: FaultCollector, progress: Callable[[int], None]
+) -> tuple[TensorCheck, ...]:
     """Compare every tensor of a converted directory with the source, on all cores.
 
-    Tensors that differ, are missing or have no source are added to `faults`. Memory: a few chunks of 512 KiB for each
-    core, and the headers of both directories. Raises `CheckpointError` when a directory can't be read.
+    Tensors that differ, are missing or have no source are added to `faults`; `progress` is that of `checks_of`. Memory:
+    a few chunks of 512 KiB for each core, and the headers of both directories. Raises `CheckpointError` when a
+    directory can't be read.
     """
     catalog = Catalog.from_directory(converted)
     quant_config = QuantConfig()
@@ -85,7 +89,7 @@ def compare_converted(checkpoint: Checkpoint, converted: Path, faults: FaultColl
             tied=_tied(converted_config),
             faults=faults,
         )
-        checks = tuple(checks_of(match.pairs(), faults))
+        checks = tuple(checks_of(match.pairs(), faults, progress))
         check_fused_scalars(match, faults)
         check_statements(match, converted, checkpoint.hf_config, converted_config, faults)
         check_files(catalog, faults)
@@ -131,8 +135,13 @@ def _tied(config: Mapping[str, Any]) -> bool:
     return next((bool(flag) for flag in flags if flag is not None), True)
 
 
-def checks_of(pairs: Iterable[NamedPair], faults: FaultCollector) -> Iterator[TensorCheck]:
-    """Yield the check of every pair in their order, and add a fault for each that differs."""
+def checks_of(
+    pairs: Iterable[NamedPair], faults: FaultCollector, progress: Callable[[int], None]
+) -> Iterator[TensorCheck]:
+    """Yield the check of every pair in their order, and add a fault for each that differs.
+
+    `progress` is called with the number of elements of each pair.
+    """
     _keep_freed_memory()
     cores = available_cores()
     with ThreadPoolExecutor(cores) as pool:
@@ -144,9 +153,9 @@ def checks_of(pairs: Iterable[NamedPair], faults: FaultCollector) -> Iterator[Te
             count += len(futures)
             while count > _IN_WORK * cores and len(in_work) > 1:
                 count -= len(in_work[0][1])
-                yield _check(*in_work.popleft(), faults)
+                yield _check(*in_work.popleft(), faults, progress)
         while in_work:
-            yield _check(*in_work.popleft(), faults)
+            yield _check(*in_work.popleft(), faults, progress)
 
 
 def _keep_freed_memory() -> None:
@@ -160,9 +169,12 @@ def _keep_freed_memory() -> None:
     np.empty(_KEPT_BYTES, np.uint8)
 
 
-def _check(pair: NamedPair, futures: list[Future[Comparison]], faults: FaultCollector) -> TensorCheck:
+def _check(
+    pair: NamedPair, futures: list[Future[Comparison]], faults: FaultCollector, progress: Callable[[int], None]
+) -> TensorCheck:
     """Return the check of a pair whose spans are in work; add a fault if it failed."""
     comparison = reduce(Comparison.joined, [future.result() for future in futures])
+    progress(prod(pair.pair.shape))
     if not comparison.good:
         faults.add(
             where=f"{pair.name}, {comparison.block}",

@@ -33,7 +33,7 @@ from trtllm_ct.verify.source.scalars import kv_scales
 from trtllm_ct.verify.statements import cache_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -61,12 +61,13 @@ _BIAS_ON_FIRST_RANK = frozenset({"W4A16_GPTQ", "W8A16_GPTQ"})
 
 
 def compare_engine_directory(
-    checkpoint: Checkpoint, converted: Path, faults: FaultCollector
+    checkpoint: Checkpoint, converted: Path, faults: FaultCollector, progress: Callable[[int], None]
 ) -> tuple[TensorCheck, ...]:
     """Compare every tensor of an engine-build checkpoint with the source, on all cores.
 
-    Tensors that differ, are missing or have no source are added to `faults`. Those of an engine of other sizes are not
-    compared, because its parts are in other places. Raises `CheckpointError` when a directory can't be read.
+    Tensors that differ, are missing or have no source are added to `faults`; `progress` is that of `checks_of`. Those
+    of an engine of other sizes are not compared, because its parts are in other places. Raises `CheckpointError` when a
+    directory can't be read.
     """
     with TensorFiles(checkpoint.catalog) as files, EngineRanks(converted) as ranks:
         source = source_modules(checkpoint, files)
@@ -83,7 +84,7 @@ def compare_engine_directory(
         tied = _is_tied(checkpoint, source)
         if not compare_statements(checkpoint.hf_config, ranks, tied=tied, faults=faults):
             return ()
-        checks = tuple(checks_of(engine.pairs(), faults))
+        checks = tuple(checks_of(engine.pairs(), faults, progress))
         engine.inputs.report()
         engine.report_surplus()
         engine.compare_biases()

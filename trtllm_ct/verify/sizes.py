@@ -15,7 +15,7 @@ from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import ENGINE, MODELOPT, target_named
 from trtllm_ct.plan.ranks.held import uneven_faults
 from trtllm_ct.verify.engine_ranks import is_engine_directory
-from trtllm_ct.verify.verify import VerificationReport, verify_checkpoint
+from trtllm_ct.verify.verify import Started, VerificationReport, verify_checkpoint
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.parallel import Parallel
@@ -24,7 +24,12 @@ __all__ = ["verify_with_sizes"]
 
 
 def verify_with_sizes(
-    directory: str | Path, converted: str | Path | None, parallel: Parallel | None, sm: int | None = None
+    directory: str | Path,
+    converted: str | Path | None,
+    parallel: Parallel | None,
+    sm: int | None = None,
+    *,
+    on_start: Started | None = None,
 ) -> VerificationReport:
     """Verify as `verify_checkpoint` does, and add faults if the converted directory doesn't suit sizes or GPUs.
 
@@ -36,10 +41,10 @@ def verify_with_sizes(
     converted one: a checkpoint holds no slices and has no modes.
     """
     if parallel is None and sm is None:
-        return verify_checkpoint(directory, converted)
+        return verify_checkpoint(directory, converted, on_start=on_start)
     if converted is not None and is_engine_directory(Path(converted)):
         target_named(ENGINE.name, sm=sm)
-        verification = verify_checkpoint(directory, converted)
+        verification = verify_checkpoint(directory, converted, on_start=on_start)
         return replace(verification, faults=verification.faults + _engine_faults(Path(converted), parallel, sm))
     out = Path(directory if converted is None else converted)
     made, faults = _opened(out)
@@ -56,7 +61,7 @@ def verify_with_sizes(
         )
     if converted is None:
         raise UsageError(_no_sizes(out))
-    verification = verify_checkpoint(directory, converted)
+    verification = verify_checkpoint(directory, converted, on_start=on_start)
     known = {fault.where for fault in verification.faults}
     more = tuple(fault for fault in faults if fault.where not in known)
     return replace(verification, faults=verification.faults + more)

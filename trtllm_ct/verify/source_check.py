@@ -18,7 +18,7 @@ from trtllm_ct.plan.stored import TransposedExpert
 from trtllm_ct.verify.source.files import TensorFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -34,9 +34,12 @@ __all__ = ["check_source"]
 _CHUNK_BYTES = 1 << 20
 
 
-def check_source(plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector) -> int:
+def check_source(
+    plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector, progress: Callable[[int], None]
+) -> int:
     """Check the payload of every module; return the number of rows or groups with a scale of zero.
 
+    `progress` is called with the stored bytes of each module.
     Raises `PayloadError` when the pieces of a sparse tensor contradict each other.
     """
     zero_scales = 0
@@ -47,6 +50,7 @@ def check_source(plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultC
             watch.look(module, stored)
             zero_scales += count_zero_scales(module, stored)
             _check_codes(module, stored, files, faults)
+            progress(module.stored_bytes)
     return zero_scales
 
 

@@ -6,7 +6,9 @@ The two sides are dequantized by different code in plain numpy: the source by `s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +23,16 @@ from trtllm_ct.verify.source_check import check_source
 
 if TYPE_CHECKING:
     from trtllm_ct.pipeline.open import Checkpoint
-    from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.plan.plan import ModulePlan, Plan
     from trtllm_ct.verify.converted import TensorCheck
 
-__all__ = ["VerificationReport", "verify_checkpoint"]
+__all__ = ["Started", "VerificationReport", "verify_checkpoint"]
+
+Started = Callable[[int], Callable[[int], None]]
+"""Called with the number of bytes to verify, before the first one; returns a progress callback.
+
+The progress callback is called with numbers of bytes that are verified.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +83,9 @@ class VerificationReport:
 
 
 @missing_packages_as_errors()
-def verify_checkpoint(directory: str | Path, converted: str | Path | None = None) -> VerificationReport:
+def verify_checkpoint(
+    directory: str | Path, converted: str | Path | None = None, *, on_start: Started | None = None
+) -> VerificationReport:
     """Verify a compressed-tensors directory, and a directory converted from it when one is given.
 
     Without `converted`, these are checked: the structure and the companion tensors (by planning), that scales are
@@ -83,7 +93,8 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     compared: by its codes and scales, or dequantized on both sides in float64. A native weight is good when every
     element is equal; where a delivered number had to be rounded to float32, when no element is off by more than 1e-6 of
     the largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded
-    once to its dtype.
+    once to its dtype. `on_start` is told how far the verification is: every stored byte counts once, and once more
+    when it is compared.
     Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
     stage that fails. Memory does not grow with the size of a weight: chunks of 512 KiB for each core. Exceptions are
     weights with a transform on their output, of which as many rows as its matrix has are held in float64, and
@@ -101,11 +112,13 @@ def verify_checkpoint(directory: str | Path, converted: str | Path | None = None
     plan = _plan(checkpoint, _target_of(converted))
     faults = FaultCollector()
     watch = ValueWatch()
-    zero_scales = check_source(plan, checkpoint.catalog, watch, faults)
+    stored_bytes = sum(module.stored_bytes for module in plan.modules)
+    progress = on_start(stored_bytes * (1 if converted is None else 2)) if on_start else _ignore
+    zero_scales = check_source(plan, checkpoint.catalog, watch, faults, progress)
     checks: tuple[TensorCheck, ...] = ()
     if converted is not None and not faults.faults:
         compare = compare_engine_directory if is_engine_directory(Path(converted)) else compare_converted
-        checks = compare(checkpoint, Path(converted), faults)
+        checks = compare(checkpoint, Path(converted), faults, _by_elements(progress, plan, stored_bytes))
     return VerificationReport(
         directory=Path(directory),
         converted=Path(converted) if converted is not None else None,
@@ -138,6 +151,31 @@ def _target_of(converted: str | Path | None) -> str:
         return "reference"
     modes = None if converted is None else Path(converted) / "hf_quant_config.json"
     return "modelopt" if modes is None or modes.is_file() else "dense"
+
+
+def _by_elements(progress: Callable[[int], None], plan: Plan, stored_bytes: int) -> Callable[[int], None]:
+    """Return the callback for numbers of elements of weights, which have `stored_bytes` together."""
+    elements = max(1, sum(map(_elements, plan.modules)))
+    compared = 0
+
+    def add(count: int) -> None:
+        nonlocal compared
+        before = compared * stored_bytes // elements
+        compared += count
+        progress(compared * stored_bytes // elements - before)
+
+    return add
+
+
+def _elements(module: ModulePlan) -> int:
+    """Return the number of elements that are compared of a module, apart from scales and so on."""
+    if module.weight is not None:
+        return prod(module.weight.shape)
+    return sum(view.spec.numel for view in module.views.values())
+
+
+def _ignore(nbytes: int) -> None:
+    """Ignore progress; used when the caller passes no `on_start`."""
 
 
 def _error(check: TensorCheck) -> float:

@@ -1,17 +1,19 @@
 """`save_compressed` and `load_compressed`: write and read sparse safetensors files without a model.
 
-compressed-tensors had two functions of these names up to 0.15, and then dropped them together with the sparse formats.
-The functions in this module only deal with tensors and files: they read and write no configuration. They leave
-quantized weights as codes and scales. Use llm-compressor to quantize, and `convert_checkpoint` to dequantize.
-Source: compressed-tensors 0.4 to 0.15 `compressors/helpers.py`.
+compressed-tensors had these functions up to 0.14, with the arguments that they have here, and then dropped them
+together with the sparse formats: those of 0.15 raise `NotImplementedError`. The functions in this module only deal with
+tensors and files: they read and write no configuration. They leave quantized weights as codes and scales. Use
+llm-compressor to quantize, and `convert_checkpoint` to dequantize.
+Source: compressed-tensors 0.4 to 0.14 `compressors/helpers.py`, and `config/sparse_bitmask.py` for `BitmaskConfig`.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, UsageError
@@ -28,43 +30,68 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from os import PathLike
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from trtllm_ct.formats.sparse.base import SparseFormat
 
-__all__ = ["load_compressed", "save_compressed"]
+__all__ = ["BitmaskConfig", "load_compressed", "save_compressed", "save_compressed_model"]
 
 _FORMATS = (CompressionFormat.DENSE, *(entry.name for entry in SPARSE_FORMATS))
 _GENERATIONS = ("0.4", "0.9")
+
+
+class _NamesFormat(Protocol):
+    """A configuration that names a sparse format, such as `BitmaskConfig` or a class of the library."""
+
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitmaskConfig:
+    """The `sparsity_config` of format `sparse-bitmask`, as compressed-tensors 0.4 to 0.14 had it.
+
+    Only `format` matters to the functions of this module. `targets` and `ignore` are names of modules or of their
+    classes, `global_sparsity` the average share of zeros, and `sparsity_structure` their pattern.
+    """
+
+    format: str = CompressionFormat.SPARSE_BITMASK.value
+    targets: list[str] | None = None
+    ignore: list[str] | None = None
+    global_sparsity: float | None = 0.0
+    sparsity_structure: str | None = "unstructured"
 
 
 @missing_packages_as_errors()
 def save_compressed(
     tensors: Mapping[str, Tensor],
     path: str | PathLike[str],
-    format: str = CompressionFormat.DENSE,  # noqa: A002 (the name that configurations give it)
+    compression_format: str | None = None,
     *,
+    format: str | None = None,  # noqa: A002 (the name that configurations give it)
     generation: Generation = "0.9",
 ) -> None:
     """Write tensors, given by name, to one safetensors file in a sparse format.
 
-    `format` is `dense`, `sparse-bitmask` or `sparse-24-bitmask`. `generation` selects the names of the stored pieces by
-    the first release that used them. With "0.9", weights are stored as `<module>.compressed` and so on, and all other
-    tensors are stored plain. With "0.4" (releases 0.4 to 0.8), every tensor is stored as `<tensor>.compressed` and so
-    on. `sparse-24-bitmask` exists since 0.9.
+    `compression_format` is `dense`, `sparse-bitmask` or `sparse-24-bitmask`, and None means `dense`; `format` is
+    another name of this argument. `generation` selects the names of the stored pieces by the first release that used
+    them. With "0.9", weights are stored as `<module>.compressed` and so on, and all other tensors are stored plain.
+    With "0.4" (releases 0.4 to 0.8), every tensor is stored as `<tensor>.compressed` and so on. `sparse-24-bitmask`
+    exists since 0.9.
 
     Every value is kept, except that minus zero becomes zero. A tensor that the format can't store is stored plain: a
     scalar, or with `sparse-24-bitmask` a weight that is not a matrix with at most two nonzero values in each four
     columns. The file is written under a temporary name and renamed when it is complete; it replaces an existing file.
     Memory: the compressed tensors.
 
-    Raises `UsageError` if there are no tensors, for an unknown format or generation, for a dtype that safetensors does
-    not have, for names that clash or that `load_compressed` would not give back, and if `path` can't be written.
+    Raises `UsageError` if there are no tensors or something else among them, for an unknown format or generation, for a
+    dtype that safetensors does not have, for names that clash or that `load_compressed` would not give back, and if
+    `path` can't be written.
     """
     path = Path(path)
-    entry = _sparse_format(format, generation)
-    if not tensors:
-        raise _usage_error("tensors", "at least one tensor", "none", "Give tensors by name, such as a state dict.")
+    entry = _sparse_format(_one_format(compression_format, format), generation)
+    _require_tensors(tensors)
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         pieces = _pieces(name, tensor.detach().cpu().contiguous(), entry, generation)
@@ -81,16 +108,25 @@ def save_compressed(
         raise _usage_error(str(path), "a place for a file", f"{error.strerror or error}".lower(), remedy) from None
 
 
+def save_compressed_model(model: nn.Module, path: str | PathLike[str], compression_format: str | None = None) -> None:
+    """Write the state dict of a model with `save_compressed`, which see; a tensor with two names is stored twice."""
+    save_compressed(model.state_dict(), path, compression_format)
+
+
 @missing_packages_as_errors()
-def load_compressed(path: str | PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+def load_compressed(
+    path: str | PathLike[str], compression_config: _NamesFormat | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the (name, dense tensor) pairs of a safetensors file or a checkpoint directory.
 
     Tensors that are stored in pieces come first, under the names of the dense tensors; then all other tensors follow
-    as they are stored. The tensors themselves show the sparse format and the generation of names. Memory: one tensor;
+    as they are stored. The tensors themselves show the sparse format and the generation of names, so
+    `compression_config` may be left out; if it is given, the sparse tensors must have its format. Memory: one tensor;
     tensors that are stored plain are views of the memory-mapped file.
 
-    Raises `CatalogError` immediately for files or pieces that are missing or damaged, and `PayloadError` during the
-    iteration for pieces whose values contradict each other.
+    Raises immediately `CatalogError` for files or pieces that are missing or damaged, and `UsageError` for tensors in
+    another format than that of `compression_config`; `PayloadError` during the iteration for pieces whose values
+    contradict each other.
     """
     catalog = _open_catalog(Path(path))
     reader = TensorReader(catalog)
@@ -98,7 +134,40 @@ def load_compressed(path: str | PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     faults = FaultCollector()
     sparse = find_sparse(specs, _stored_shapes(reader, specs), faults)
     faults.raise_if_any(CatalogError)
+    if compression_config is not None:
+        _require_format(compression_config.format, sparse)
     return _dense_tensors(reader, specs, sparse)
+
+
+def _one_format(compression_format: str | None, other: str | None) -> str:
+    """Return the format that the two names of one argument give. Raises `UsageError` if they contradict each other."""
+    if None not in (compression_format, other) and compression_format != other:
+        remedy = "Give one of the two arguments."
+        raise _usage_error("format", f"{compression_format!r}, as compression_format", repr(other), remedy)
+    return compression_format or other or CompressionFormat.DENSE
+
+
+def _require_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UsageError` if there are no tensors, or something else among them, as the extra state of a module is."""
+    import torch
+
+    remedy = "Give tensors by name, such as a state dict."
+    if not tensors:
+        raise _usage_error("tensors", "at least one tensor", "none", remedy)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise _usage_error(name, "a tensor", type(tensor).__name__, remedy)
+
+
+def _require_format(format: str, sparse: Mapping[str, SparseTensor]) -> None:  # noqa: A002
+    """Raise `UsageError` for an unknown format, and for a tensor that is stored sparse in another one."""
+    where, remedy = "compression_config", "Leave it out: the files show how they are stored."
+    if format not in _FORMATS:
+        raise _usage_error(where, f"format {' or '.join(_FORMATS)}", repr(str(format)), remedy)
+    other = next(((name, tensor.kind) for name, tensor in sparse.items() if tensor.kind != format), None)
+    if other is not None:
+        name, kind = other
+        raise _usage_error(where, f"format {str(kind)!r}, as which {name} is stored", repr(str(format)), remedy)
 
 
 def _sparse_format(format: str, generation: str) -> SparseFormat | None:  # noqa: A002

@@ -1,0 +1,78 @@
+"""Which other option would keep the codes of the modules that cost most."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import tiny_config, write_checkpoint
+from command_line import run_cli
+
+from trtllm_ct.base.texts import format_bytes
+from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.pipeline import alternatives
+from trtllm_ct.pipeline.inspection import inspect_checkpoint
+from trtllm_ct.pipeline.open import plan_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WIDE = {"hidden": 512, "intermediate": 1024, "heads": 4, "kv_heads": 4}
+LLM = "LLM with this package installed (--to tensorrt_llm)"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "change", "changed"),
+    [
+        ("int4-g64-asym", {}, LLM, {"to": "tensorrt_llm"}),
+        ("nvfp4a16", {}, "--engine stock-1.3", {"engine": "stock-1.3"}),
+        ("mxfp4a16", {}, "--sm 100", {"sm": 100}),
+        ("mxfp4a16", {"sm": 90}, "--sm 100", {"sm": 100}),
+    ],
+)
+def test_the_option_that_works_is_named_with_the_bytes(
+    tmp_path: Path, scheme: str, options: dict[str, Any], change: str, changed: dict[str, Any]
+) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme=scheme)
+    got = inspect_checkpoint(tmp_path, **options).alternative
+
+    plan = plan_checkpoint(tmp_path, **{**options, **changed})
+    assert not any(module.dequantized for module in plan.modules)
+    assert got == f"{change} keeps the codes of these modules: {format_bytes(plan.delivered_bytes)} in all"
+
+
+def test_a_tensor_parallel_size_that_works_is_named(tmp_path: Path) -> None:
+    """Blocks of 128 columns in 512 can't be divided among 8 ranks."""
+    config = tiny_config(hidden=512, intermediate=1024, heads=8, kv_heads=8)
+    write_checkpoint(tmp_path, config=config, scheme={"o_proj": "fp8-block"})
+
+    got = inspect_checkpoint(tmp_path, parallel=Parallel(tensor=8)).alternative
+
+    assert got.startswith("--tp 1 keeps the codes of these modules: ")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("int8-g32", {}), ("int4-g128", {}), ("dense", {}), ("int4-g64-asym", {"to": "dense"})],
+    ids=["none works", "nothing is dequantized", "nothing is quantized", "all is dequantized on purpose"],
+)
+def test_nothing_is_named(tmp_path: Path, scheme: str, options: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme=scheme)
+    assert inspect_checkpoint(tmp_path, **options).alternative == ""
+
+
+def test_of_a_large_model_one_change_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alternatives, "_MODULES", 10)
+    for scheme, found in (("nvfp4a16", "--engine stock-1.3"), ("mxfp4a16", "")):
+        write_checkpoint(tmp_path / scheme, config=tiny_config(**WIDE), scheme=scheme)
+        assert inspect_checkpoint(tmp_path / scheme).alternative[:18] == found
+
+
+def test_the_report_says_it_below_the_cost(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme="int4-g64-asym")
+
+    lines = run_cli("inspect", tmp_path).out.splitlines()
+
+    cost = next(number for number, line in enumerate(lines) if "cost most" in line)
+    assert lines[cost + 1].strip() == inspect_checkpoint(tmp_path).alternative
+    assert run_cli("inspect", tmp_path, "--json").document["alternative"] == lines[cost + 1].strip()
