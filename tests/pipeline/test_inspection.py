@@ -213,6 +213,8 @@ def test_the_document_has_the_same_keys_with_and_without_problems(tmp_path: Path
         "kv_cache",
         "stored_bytes",
         "delivered_bytes",
+        "rank_bytes",
+        "alternative",
         "deviations",
         "checks",
         "warnings",

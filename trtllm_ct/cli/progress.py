@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["shown_progress"]
 
-_QUIET_SECONDS = 2.0
+_QUIET_SECONDS = 10.0
 """No line is printed before: what ends sooner needs none, and scripts see nothing on stderr that they don't expect."""
 
 _TENTHS = 10
@@ -71,7 +71,8 @@ class _Lines:
         self.done += nbytes
         tenths = min(_TENTHS, _TENTHS * self.done // self.total) if self.total else _TENTHS
         seconds = time.monotonic() - self.started
-        if tenths > self.printed and seconds >= _QUIET_SECONDS:
+        # The end alone needs no line: the report of the command follows.
+        if self.printed < tenths < _TENTHS + bool(self.printed) and seconds >= _QUIET_SECONDS:
             self.printed = tenths
             self.console.print(self._line(tenths, seconds), markup=False, highlight=False)
 
