@@ -12,10 +12,12 @@ from trtllm_ct.base.texts import format_bytes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.pipeline import alternatives
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
-from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.pipeline.open import Checkpoint, plan_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from trtllm_ct.plan.plan import Plan
 
 WIDE = {"hidden": 512, "intermediate": 1024, "heads": 4, "kv_heads": 4}
 LLM = "LLM with this package installed (--to tensorrt_llm)"
@@ -61,11 +63,33 @@ def test_nothing_is_named(tmp_path: Path, scheme: str, options: dict[str, Any]) 
     assert inspect_checkpoint(tmp_path, **options).alternative == ""
 
 
-def test_of_a_large_model_one_change_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alternatives, "_MODULES", 10)
-    for scheme, found in (("nvfp4a16", "--engine stock-1.3"), ("mxfp4a16", "")):
-        write_checkpoint(tmp_path / scheme, config=tiny_config(**WIDE), scheme=scheme)
-        assert inspect_checkpoint(tmp_path / scheme).alternative[:18] == found
+def test_changes_are_tried_while_the_model_is_small_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme="nvfp4a16")
+    plan = inspect_checkpoint(tmp_path).plan
+    assert plan is not None
+    for modules, found in ((len(plan.modules), "--engine stock-1.3"), (len(plan.modules) - 1, "")):
+        monkeypatch.setattr(alternatives, "_MODULES", modules)
+        assert inspect_checkpoint(tmp_path).alternative[:18] == found
+
+
+def test_inspection_of_a_model_too_large_for_changes_makes_one_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`inspect` of 10^5 modules takes no longer for what it may find."""
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme="nvfp4a16")
+    monkeypatch.setattr(alternatives, "_MODULES", 1)
+    calls: list[None] = []
+    whole = Checkpoint.plan
+
+    def counted(self: Checkpoint, *arguments: Any, **options: Any) -> Plan:
+        calls.append(None)
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoint, "plan", counted)
+
+    inspect_checkpoint(tmp_path)
+
+    assert len(calls) == 1
 
 
 def test_the_report_says_it_below_the_cost(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_nothing_costs_where_nothing_is_dequantized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "to", "note"),
     [
-        ("int4-g64", "modelopt", "W4A16_GPTQ as W4A16_AWQ: the scheme family names how weights were quantized, "),
+        ("int4-g64", "modelopt", "W4A16_GPTQ as W4A16_AWQ: the scheme family says how weights were quantized; "),
         ("int8-channel", "modelopt", ""),
         ("int4-g64", "dense", ""),
         ("dense", "modelopt", ""),
@@ -110,4 +110,4 @@ def test_modes_with_another_name_than_the_family_are_explained_once(
     assert inspection.plan is not None
     assert family_note(inspection.plan).startswith(note)
     assert bool(family_note(inspection.plan)) is bool(note)
-    assert run_cli("inspect", tmp_path, "--to", to).out.count("the scheme family names") == bool(note)
+    assert run_cli("inspect", tmp_path, "--to", to).out.count("the scheme family says") == bool(note)

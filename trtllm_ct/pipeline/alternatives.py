@@ -26,11 +26,13 @@ __all__ = ["alternative"]
 
 _TENSOR_SIZES = (1, 2, 4, 8)
 _MODULES = 60_000
-"""How many modules are planned for all changes together, two seconds' work; of a larger model one change is tried."""
+"""How many modules are planned for all changes together, two seconds' work; nothing is tried for a larger model."""
 
 
 def alternative(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) -> str:
-    """Return what to change so that the modules that cost most keep their codes, and the bytes then; empty if nothing.
+    """Return what to change so that the modules that cost most keep their codes, and the bytes then.
+
+    Empty if nothing that was tried does, and for models of very many modules, for which nothing is tried.
 
     `options` are the arguments of `Checkpoint.plan` that the plan was made with. Of several changes it is the first one
     that works: a later release, the target that this package loads itself, the SM of the GPUs, a tensor-parallel size.
@@ -38,7 +40,7 @@ def alternative(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) 
     costly = [module.name for module in costliest(plan)]
     if not costly or plan.target not in {MODELOPT.name, TENSORRT_LLM.name}:
         return ""
-    for text, change in islice(_changes(plan, options), max(1, _MODULES // len(plan.modules))):
+    for text, change in islice(_changes(plan, options), _MODULES // len(plan.modules)):
         try:
             other = checkpoint.plan(**{**options, **change})
         except TrtllmCtError:

@@ -65,8 +65,8 @@ def family_note(plan: Plan) -> str:
         return ""
     names = ", ".join(f"{family} as {mode}" for family, mode in sorted(pairs))
     return (
-        f"{names}: the scheme family names how weights were quantized, and the mode the engine's Linear, which holds "
-        "the same values exactly"
+        f"{names}: the scheme family says how weights were quantized; the mode names the Linear of the engine, which "
+        "holds the same values"
     )
 
 
