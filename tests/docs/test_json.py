@@ -51,7 +51,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
     def make(kind: str) -> list[dict[str, Any]]:
         match kind:
             case "inspect":
-                return [run("inspect", directory) for directory in (demo, mixed, damaged)]
+                return [run("inspect", demo, "--elsewhere"), *(run("inspect", path) for path in (mixed, damaged))]
             case "plan":
                 targets = ("modelopt", "dense", "reference")
                 return [run("plan", directory, "--to", target) for directory in (demo, mixed) for target in targets]

@@ -92,6 +92,60 @@ def test_inspection_of_a_model_too_large_for_changes_makes_one_plan(
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("scheme", "options", "best"),
+    [
+        ("mxfp4a16", {}, "--engine stock-1.2 --sm 100"),
+        ("nvfp4a16", {}, "--engine stock-1.3 --sm 100"),
+        ("nvfp4a16", {"to": "tensorrt_llm", "sm": 90}, "--engine stock-1.3 --sm 100"),
+    ],
+)
+def test_the_release_and_gpu_that_serve_most_are_named(
+    tmp_path: Path, scheme: str, options: dict[str, Any], best: str
+) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme=scheme)
+
+    found = inspect_checkpoint(tmp_path, **options, compare_places=True).elsewhere
+
+    assert found is not None
+    assert len(found) == len({(served.engine, served.sm) for served in found}) == 12 + (options.get("sm") is None)
+    assert (found[0].engine, found[0].sm) == ("stock-1.2", options.get("sm"))
+    for served in found:
+        plan = plan_checkpoint(tmp_path, **{**options, "engine": served.engine, "sm": served.sm})
+        kept = [module for module in plan.modules if module.layer is not None]
+        assert (served.kept, served.quantized) == (len(kept), 14)
+        assert served.deviating == sum(bool(module.note) for module in kept)
+        assert served.delivered_bytes == plan.delivered_bytes
+    assert alternatives.elsewhere_text(found).startswith(f"{best} serves most of it natively: 14 of 14 quantized")
+
+
+@pytest.mark.parametrize("scheme", ["int8-g32", "int4-g128"], ids=["nothing holds it", "all hold it"])
+def test_no_better_place_is_said(tmp_path: Path, scheme: str) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme=scheme)
+
+    done = run_cli("inspect", tmp_path, "--elsewhere")
+
+    assert "Elsewhere: none of 12 other releases and GPUs keeps the codes of more modules" in done.out
+
+
+def test_places_are_compared_only_if_asked_and_while_the_model_is_small_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme="mxfp4a16")
+    inspection = inspect_checkpoint(tmp_path)
+    assert inspection.plan is not None
+    assert inspection.elsewhere is None
+    assert inspect_checkpoint(tmp_path, "dense", compare_places=True).elsewhere == ()
+    monkeypatch.setattr(alternatives, "_MODULES_ELSEWHERE", 2 * len(inspection.plan.modules))
+    found = inspect_checkpoint(tmp_path, compare_places=True).elsewhere
+    assert found is not None
+    assert [(served.engine, served.sm) for served in found] == [
+        ("stock-1.2", None),
+        ("stock-1.2", 100),
+        ("stock-1.3", 100),
+    ]
+
+
 def test_the_report_says_it_below_the_cost(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme="int4-g64-asym")
 

@@ -1,7 +1,11 @@
 """The command line.
 
 main.py      the entry point
-commands.py  the commands of `trtllm-ct` and their arguments
+commands.py  the commands of `trtllm-ct`; their arguments are in the next files
+inspect_commands.py  inspect and plan
+convert_commands.py  convert and verify
+run_commands.py      generate, doctor and demo
+cache_commands.py    the commands of `trtllm-ct cache`
 run.py       runs them: logging, errors, exit codes, JSON output
 progress.py  how far a conversion or a verification is
 options.py   the options that commands share

@@ -17,6 +17,7 @@ from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
+from trtllm_ct.pipeline.alternatives import elsewhere_text
 from trtllm_ct.plan.checks import checks_text
 from trtllm_ct.plan.verdict import family_note, largest_cost, rank_text, verdict
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from trtllm_ct.cli.doctor import Diagnosis, Machine, Served
     from trtllm_ct.cli.plan_rows import PlanRow
     from trtllm_ct.convert.convert import ConversionReport
+    from trtllm_ct.pipeline.alternatives import ServedOn
     from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.cache import ClearedSidecars
@@ -125,9 +127,24 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
             *(_line(note, style="dim") for note in [family_note(report.plan)] if note),
         ]
+    if report.elsewhere:
+        parts.append(_elsewhere(report.elsewhere))
     if report.problems:
         parts.append(problems(report.problems, [report.directory]))
     return Group(*parts)
+
+
+def _elsewhere(found: Sequence[ServedOn]) -> RenderableType:
+    """Return the sentence about releases and GPUs, and a table of them; the first one is that of the inspection."""
+    table = fitted_table("release", "GPUs", "keep their codes", "computed otherwise", "bytes", "problems")
+    for served in found:
+        gpus = f"SM{served.sm}" if served.sm else "all"
+        kept = f"{served.kept} of {served.quantized}"
+        table.add_row(
+            *(served.engine, gpus, kept, str(served.deviating)),
+            *(format_bytes(served.delivered_bytes), str(served.problems or "")),
+        )
+    return Group(_line(f"Elsewhere: {elsewhere_text(found)}", style="bold"), table)
 
 
 def problems(found: Sequence[Fault], named: Iterable[Path] = ()) -> RenderableType:

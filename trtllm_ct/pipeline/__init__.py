@@ -11,6 +11,8 @@ stacking.py       stacks the plain experts of classes that read them stacked
 loader.py         CompressedTensorsWeightLoader: loads the weights of a directory into memory
 config_loader.py  the configuration of a checkpoint as the engine's QuantConfig
 transformers_class.py  the class of transformers that config.json names, without weights
-alternatives.py   another option with which the modules that cost most keep their codes
+trials.py         plans of one checkpoint with other options
+alternatives.py   other options with which more modules keep their codes
+gpus.py           what one GPU needs at common parallel sizes, and what is left of it
 inspection.py     inspect_checkpoint: reports what the headers of a directory say
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,17 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import target_named
-from trtllm_ct.pipeline.alternatives import alternative
+from trtllm_ct.pipeline.alternatives import ServedOn, alternative, elsewhere
+from trtllm_ct.pipeline.gpus import GpuRow, gpu_rows
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.parts import Part, parts_of
 from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
 __all__ = ["Inspection", "SchemeRow", "inspect_checkpoint"]
@@ -66,7 +69,9 @@ class Inspection:
     `parallel` are the parallel sizes that the plan was made for. `plan` is None if a problem prevents delivery; the
     problems of a plan prevent only that the engine serves the result. `noted` are the warnings of the configuration,
     the files and the plan, up to the stage that found a problem that prevents delivery. `alternative` says with which
-    other option the modules that cost most would keep their codes; empty if there is none.
+    other option the modules that cost most would keep their codes; empty if there is none. `elsewhere` are the releases
+    and GPUs that were compared, None if that was not asked for. `checkpoint` and `options` are what the plan was made
+    from.
     """
 
     directory: Path
@@ -77,6 +82,9 @@ class Inspection:
     problems: tuple[Fault, ...]
     noted: tuple[str, ...] = ()
     alternative: str = ""
+    elsewhere: tuple[ServedOn, ...] | None = None
+    checkpoint: Checkpoint | None = field(default=None, repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -105,8 +113,16 @@ class Inspection:
         for key in sorted(rows):
             yield _row(rows[key])
 
+    def parts(self) -> tuple[Part, ...]:
+        """Return the bytes by kind of module; empty without a plan."""
+        return parts_of(self.plan, self.checkpoint.model) if self.plan and self.checkpoint else ()
+
+    def gpus(self) -> tuple[GpuRow, ...]:
+        """Return what one GPU needs at common parallel sizes; takes up to a few seconds. Empty without a plan."""
+        return gpu_rows(self.checkpoint, self.plan, self.options) if self.plan and self.checkpoint else ()
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; everything from the plan is null if there is none."""
+        """JSON form; everything from the plan is null or empty if there is none."""
         plan = self.plan
         return json_object(
             {
@@ -124,6 +140,9 @@ class Inspection:
                 "stored_bytes": plan.stored_bytes if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
                 "rank_bytes": plan.rank_bytes if plan else None,
+                "parts": self.parts(),
+                "gpus": self.gpus(),
+                "elsewhere": self.elsewhere,
                 "deviations": plan.deviations if plan else (),
                 "checks": plan.checks if plan else (),
                 "warnings": self.warnings,
@@ -142,14 +161,16 @@ def inspect_checkpoint(
     dtype: DType | None = None,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
+    compare_places: bool = False,
 ) -> Inspection:
     """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
 
     `sm` is the SM of the GPUs that the engine will run on, None if it is not known, and `untested` that of
     `target_named`. `parallel` are the sizes that the
     engine will run with; sizes that can't divide the model are problems. `dtype` and `dense_o_proj` are those of
-    `make_plan`. A model whose class has no row is inspected for the target `dense`. No weights are read, and
-    torch is not imported. Problems of the checkpoint are collected in the result.
+    `make_plan`. A model whose class has no row is inspected for the target `dense`. With `compare_places`, other
+    releases and GPUs are compared, which takes up to some seconds. No weights are read, and torch is not imported.
+    Problems of the checkpoint are collected in the result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
     """
     directory = Path(directory)
@@ -167,14 +188,18 @@ def inspect_checkpoint(
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
     instead = ""
+    checkpoint: Checkpoint | None = None
+    places: tuple[ServedOn, ...] | None = None
     try:
         checkpoint = open_checkpoint(directory, detection)
         try:
             plan = checkpoint.plan(**options, compare_class=True)
             instead = alternative(checkpoint, plan, options)
+            places = elsewhere(checkpoint, plan, options) if compare_places else None
             problems = plan.problems
         except UnreadClassError as error:
             target = target_named("dense")
+            options["to"] = target.name
             plan, problems = checkpoint.plan(target.name, dtype=dtype, compare_class=True), error.faults
         noted = plan.warnings
     except CheckpointError as error:
@@ -188,6 +213,9 @@ def inspect_checkpoint(
         problems=problems,
         noted=noted,
         alternative=instead,
+        elsewhere=places,
+        checkpoint=checkpoint,
+        options=options,
     )
 
 

@@ -28,6 +28,7 @@ stated_check.py       refuses checkpoints that lack what their row and config.js
 row_parts_check.py    what a checkpoint lacks by the parts of a layer in its row
 checks.py             which checks of completeness ran
 verdict.py            one sentence about a plan, and what costs most
+parts.py              the bytes of a model by kind of module
 leftovers.py          refuses tensors that belong to no module
 attention_output.py   which output projections get an input that attention has quantized at a fixed scale
 engine_config.py      the plan as the engine's QuantConfig

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.engine.parallel import ONE_RANK, Cut
 from trtllm_ct.plan.engine_files.layout import stages_of
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.plan import Delivery, ModulePlan
 
-__all__ = ["bytes_of_rank_files", "largest_rank_bytes"]
+__all__ = ["RankBytes", "bytes_of_rank_files", "largest_rank_bytes"]
 
 _RANK = re.compile(r"rank(\d+)/")
 _MATRIX = 2
@@ -50,7 +50,7 @@ def largest_rank_bytes(modules: Sequence[ModulePlan], model: Model, place: tuple
     """
     if parallel == ONE_RANK:
         return sum(module.delivered_bytes for module in modules)
-    return _Ranks(model, place, parallel).largest(modules)
+    return RankBytes(modules, model, place, parallel).largest(parallel.tensor)
 
 
 def bytes_of_rank_files(deliveries: Iterable[Delivery]) -> int:
@@ -62,10 +62,26 @@ def bytes_of_rank_files(deliveries: Iterable[Delivery]) -> int:
     return max(files.values(), default=0)
 
 
-@dataclass(slots=True)
-class _Ranks:
-    """Adds up the bytes of ranks: of each pipeline stage, and in it of each share of the routed experts."""
+class _Kind(NamedTuple):
+    """Modules of which every rank takes the same bytes: one of them, with its site, None if it has none.
 
+    `stacked` marks those that hold all routed experts.
+    """
+
+    module: ModulePlan
+    site: Site | None
+    stacked: bool
+
+
+@dataclass(slots=True)
+class RankBytes:
+    """The bytes of ranks for several tensor-parallel sizes; the other sizes are those of `parallel`.
+
+    The 10^5 modules of a large model are looked at once: they are of few kinds, which are counted for each pipeline
+    stage, and in it for each share of the routed experts.
+    """
+
+    modules: InitVar[Iterable[ModulePlan]]
     model: Model
     place: tuple[str, str]
     parallel: Parallel
@@ -73,8 +89,10 @@ class _Ranks:
     _stage_of: Mapping[int, int] = field(init=False)
     _in_layer: re.Pattern[str] = field(init=False)
     _expert: re.Pattern[str] | None = field(init=False, default=None)
+    _kinds: dict[tuple[object, ...], _Kind] = field(init=False, default_factory=dict)
+    _counts: Counter[tuple[Sequence[int], int | None, tuple[object, ...]]] = field(init=False, default_factory=Counter)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, modules: Iterable[ModulePlan]) -> None:
         self._sites = {site.module: site for site in self.model.sites(self.place)}
         stages = stages_of(self.model.layers, self.parallel.pipeline)
         self._stage_of = {layer: stage for stage, layers in enumerate(stages) for layer in layers}
@@ -82,18 +100,35 @@ class _Ranks:
         self._in_layer = re.compile(layer)
         if self.model.experts:
             self._expert = re.compile(rf"{layer}{re.escape(self.model.experts)}(?:\.(\d+))?(?:\.|$)")
-
-    def largest(self, modules: Iterable[ModulePlan]) -> int:
-        """Return the bytes of the rank that has most of them."""
-        ranks: Counter[tuple[int, int]] = Counter()
         for module in modules:
-            expert = self._expert.match(module.name) if self._expert else None
-            nbytes = self._bytes(module, stacked=expert is not None and expert[2] is None)
-            share = self._share(int(expert[2])) if expert is not None and expert[2] is not None else None
-            for stage in self._stages(module.name):
-                for index in range(self.parallel.expert) if share is None else (share,):
+            self._count(module)
+
+    def largest(self, tensor: int) -> int:
+        """Return the bytes of the rank that has most of them at a tensor-parallel size."""
+        parallel = replace(self.parallel, tensor=tensor)
+        ranks: Counter[tuple[int, int]] = Counter()
+        for (stages, share, key), count in self._counts.items():
+            nbytes = count * _bytes(self._kinds[key], parallel)
+            for stage in stages:
+                for index in range(parallel.expert) if share is None else (share,):
                     ranks[stage, index] += nbytes
         return max(ranks.values(), default=0)
+
+    def _count(self, module: ModulePlan) -> None:
+        """Count a module among those of its kind, stage and share of the experts."""
+        expert = self._expert.match(module.name) if self._expert else None
+        stacked = expert is not None and expert[2] is None
+        share = self._share(int(expert[2])) if expert is not None and expert[2] is not None else None
+        site = self._sites.get(module.name)
+        # The plans of modules that are alike share their operations.
+        key: tuple[object, ...] = (
+            stacked,
+            *[(id(made), name.rpartition(".")[2]) for name, made, _ in module.deliveries],
+        )
+        if site is not None:
+            key += (site.cut, site.heads, site.expert, site.attention, site.ranks_vary, site.shape)
+        self._kinds.setdefault(key, _Kind(module, site, stacked))
+        self._counts[self._stages(module.name), share, key] += 1
 
     def _share(self, expert: int) -> int:
         """Return the number of the ranks that have an expert, among those that divide the experts."""
@@ -116,34 +151,36 @@ class _Ranks:
             return (last,)
         return (0, last) if last and (self.model.tied or self.model.draft_layers) else (0,)
 
-    def _bytes(self, module: ModulePlan, *, stacked: bool) -> int:
-        """Return the bytes that a rank has of a module that it takes a slice of; `stacked` is one of all experts."""
-        if stacked:  # Experts are divided among ranks, and each of them is sliced for the others.
-            return -(-module.delivered_bytes // self.parallel.tensor)
-        site = self._sites.get(module.name)
-        if site is None:
-            return module.delivered_bytes
-        return sum(self._slice(delivery, site) for delivery in module.deliveries)
 
-    def _slice(self, delivery: Delivery, site: Site) -> int:
-        """Return the bytes of a rank's slice of a tensor; a part of a byte counts as one."""
-        nbytes, local = delivery.spec.nbytes, delivery.name.rpartition(".")[2]
-        cut = cut_of(site, self.parallel)
-        if not _is_divided(local, delivery.spec, cut):
-            return nbytes
-        if cut is Cut.VOCABULARY:
-            rows = delivery.spec.shape[0]
-            return nbytes // max(1, rows) * -(-rows // self.parallel.tensor)
-        return -(-nbytes // self._divisor(site, cut))
+def _bytes(kind: _Kind, parallel: Parallel) -> int:
+    """Return the bytes that a rank has of a module of this kind."""
+    if kind.stacked:  # Experts are divided among ranks, and each of them is sliced for the others.
+        return -(-kind.module.delivered_bytes // parallel.tensor)
+    if kind.site is None:
+        return kind.module.delivered_bytes
+    return sum(_slice(delivery, kind.site, parallel) for delivery in kind.module.deliveries)
 
-    def _divisor(self, site: Site, cut: Cut) -> int:
-        """Return the number of different slices of a module."""
-        ranks = self.parallel.expert_tensor if site.expert else self.parallel.tensor
-        if cut is Cut.KV_HEADS and site.heads:
-            return min(ranks, site.heads)
-        if site.ranks_vary and len(site.shape) == _MATRIX:
-            return gcd(site.shape[cut is Cut.ROW] // _VARYING_BLOCK, ranks) or 1
-        return ranks
+
+def _slice(delivery: Delivery, site: Site, parallel: Parallel) -> int:
+    """Return the bytes of a rank's slice of a tensor; a part of a byte counts as one."""
+    nbytes, local = delivery.spec.nbytes, delivery.name.rpartition(".")[2]
+    cut = cut_of(site, parallel)
+    if not _is_divided(local, delivery.spec, cut):
+        return nbytes
+    if cut is Cut.VOCABULARY:
+        rows = delivery.spec.shape[0]
+        return nbytes // max(1, rows) * -(-rows // parallel.tensor)
+    return -(-nbytes // _divisor(site, cut, parallel))
+
+
+def _divisor(site: Site, cut: Cut, parallel: Parallel) -> int:
+    """Return the number of different slices of a module."""
+    ranks = parallel.expert_tensor if site.expert else parallel.tensor
+    if cut is Cut.KV_HEADS and site.heads:
+        return min(ranks, site.heads)
+    if site.ranks_vary and len(site.shape) == _MATRIX:
+        return gcd(site.shape[cut is Cut.ROW] // _VARYING_BLOCK, ranks) or 1
+    return ranks
 
 
 def _is_divided(local: str, spec: TensorSpec, cut: Cut) -> bool:

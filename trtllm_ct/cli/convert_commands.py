@@ -1,0 +1,147 @@
+"""Commands that write a directory and check one: `convert` and `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtllm_ct.cli import report
+from trtllm_ct.cli.interrupts import going_on_from, nothing_written
+from trtllm_ct.cli.options import (
+    AUTO,
+    DIRECTORY,
+    ENGINE,
+    THREADS,
+    AskedExpertParallel,
+    AskedPipelineParallel,
+    AskedSm,
+    AskedTensorParallel,
+    DenseDtypeOption,
+    DenseOutput,
+    Directory,
+    DirectoryTarget,
+    ExecutorName,
+    ExpertParallel,
+    ForEngine,
+    ForSm,
+    Json,
+    PipelineParallel,
+    Strict,
+    TensorParallel,
+    Untested,
+    asked_parallel,
+    parallel_of,
+    parse_size,
+)
+from trtllm_ct.cli.progress import shown_progress
+from trtllm_ct.cli.run import conversion_progress, print_json, stderr, stdout
+
+__all__ = ["convert", "verify"]
+
+
+def convert(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory to create.", show_default=False)],
+    to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.")] = DIRECTORY,
+    engine: ForEngine = ENGINE,
+    sm: ForSm = None,
+    untested: Untested = False,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    dtype: DenseDtypeOption = AUTO,
+    dense_o_proj: DenseOutput = False,
+    strict: Strict = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --overwrite: replace any model directory.", show_default=False)
+    ] = False,
+    no_sync: Annotated[
+        bool, typer.Option("--no-sync", help="Don't wait for the disk; a power cut may then leave OUT full of zeros.")
+    ] = False,
+    carry: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Copy side files of this pattern too, such as 'assets/*'; may be repeated.", metavar="PATTERN"
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
+    executor: Annotated[
+        ExecutorName, typer.Option(help="Run the work in threads of this process, or in the ranks that mpirun started.")
+    ] = THREADS,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of threads; by default one for each core.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint for TensorRT-LLM, or to plain weights.
+
+    The result is a ModelOpt directory, plain Hugging Face weights, or the files that trtllm-build reads.
+    """
+    from trtllm_ct.checkpoint.output import what_is_left
+    from trtllm_ct.convert.convert import convert_checkpoint
+
+    max_shard_bytes = parse_size(max_shard_size)
+    with going_on_from(what_is_left(out)), conversion_progress() as on_start:
+        conversion = convert_checkpoint(
+            directory,
+            out,
+            to=to,
+            engine=engine,
+            sm=sm,
+            untested=untested,
+            parallel=parallel_of(tp, pp, ep),
+            dtype=dtype,
+            dense_o_proj=dense_o_proj,
+            strict=strict,
+            overwrite=overwrite,
+            carry=carry or (),
+            force=force,
+            sync=not no_sync,
+            max_shard_bytes=max_shard_bytes,
+            device=device,
+            executor=executor,
+            workers=workers,
+            on_start=on_start,
+        )
+    if conversion is None:
+        return  # This is not rank 0 of an MPI job; rank 0 prints the report.
+    if as_json:
+        print_json("convert", conversion.to_dict())
+    else:
+        stdout.print(report.conversion(conversion))
+
+
+def verify(
+    directory: Directory,
+    converted: Annotated[
+        Path | None, typer.Argument(metavar="CONVERTED", help="A directory converted from DIR.", show_default=False)
+    ] = None,
+    tp: AskedTensorParallel = None,
+    pp: AskedPipelineParallel = None,
+    ep: AskedExpertParallel = None,
+    sm: AskedSm = None,
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint, and what was converted from it.
+
+    A checkpoint is sound if it is complete and all values are valid; a converted directory has to hold its weights
+    exactly. With --tp, --pp or --ep, check that the converted directory holds the slices of these sizes too, and with
+    --sm, that these GPUs run its modes; DIR may be that directory itself.
+    """
+    from trtllm_ct.verify.sizes import verify_with_sizes
+
+    left = nothing_written("the same command starts from the beginning")
+    with going_on_from(left), shown_progress(stderr, "Verifying") as on_start:
+        verification = verify_with_sizes(directory, converted, asked_parallel(tp, pp, ep), sm, on_start=on_start)
+    if as_json:
+        print_json("verify", verification.to_dict())
+    else:
+        stdout.print(report.verification(verification))
+    if not verification.good:
+        raise typer.Exit(1)

@@ -1,0 +1,121 @@
+"""Commands that read a checkpoint and say what it is: `inspect` and `plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trtllm_ct.cli import report
+from trtllm_ct.cli.options import (
+    AUTO,
+    ENGINE,
+    TO_MODELOPT,
+    DenseDtypeOption,
+    DenseOutput,
+    Directory,
+    ExpertParallel,
+    ForEngine,
+    ForSm,
+    Json,
+    PipelineParallel,
+    Strict,
+    TargetName,
+    TensorParallel,
+    Untested,
+    dense_dtype,
+    name_filter,
+    parallel_of,
+)
+from trtllm_ct.cli.run import print_json, stdout
+
+__all__ = ["inspect", "plan"]
+
+
+def inspect(
+    directory: Directory,
+    to: Annotated[TargetName, typer.Option(help="Target that modes are shown for.")] = TO_MODELOPT,
+    engine: ForEngine = ENGINE,
+    sm: ForSm = None,
+    untested: Untested = False,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    dtype: DenseDtypeOption = AUTO,
+    dense_o_proj: DenseOutput = False,
+    modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="Compare releases and GPUs: which would serve more of it natively?")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint is and how it would be served.
+
+    Shows what is wrong with it, too. Reads headers only.
+    """
+    from trtllm_ct.pipeline.inspection import inspect_checkpoint
+
+    inspection = inspect_checkpoint(
+        directory,
+        to,
+        engine=engine,
+        sm=sm,
+        untested=untested,
+        dtype=dense_dtype(dtype),
+        parallel=parallel_of(tp, pp, ep),
+        dense_o_proj=dense_o_proj,
+        compare_places=elsewhere,
+    )
+    if as_json:
+        print_json("inspect", inspection.to_dict())
+    else:
+        stdout.print(report.inspection(inspection, modules=modules))
+    if inspection.problems:
+        raise typer.Exit(1)
+
+
+def plan(
+    directory: Directory,
+    to: Annotated[TargetName, typer.Option(help="Target to plan for.")] = TO_MODELOPT,
+    engine: ForEngine = ENGINE,
+    sm: ForSm = None,
+    untested: Untested = False,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    dtype: DenseDtypeOption = AUTO,
+    dense_o_proj: DenseOutput = False,
+    strict: Strict = False,
+    names: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="REGEX", help="Show tensors with such names only.", show_default=False),
+    ] = None,
+    unfold: Annotated[bool, typer.Option("--unfold", help="Print one line per tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what becomes of every stored tensor.
+
+    Shows what every delivered tensor is made from, too. Tensors that differ only in numbers of layers and experts share
+    a line. Reads headers only.
+    """
+    from trtllm_ct.pipeline.open import plan_checkpoint
+
+    matches = name_filter(names)
+    checkpoint_plan = plan_checkpoint(
+        directory,
+        to,
+        engine=engine,
+        sm=sm,
+        untested=untested,
+        dtype=dense_dtype(dtype),
+        parallel=parallel_of(tp, pp, ep),
+        dense_o_proj=dense_o_proj,
+        strict=strict,
+    )
+    if as_json:
+        document = checkpoint_plan.to_dict()
+        for part in ("modules", "stored", "delivered"):
+            document[part] = [entry for entry in document[part] if matches(entry["name"])]
+        print_json("plan", document)
+    else:
+        stdout.print(report.plan(checkpoint_plan, unfold=unfold, matches=matches))
