@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from browser import find_browser
 from hypothesis import HealthCheck, settings
 from installed_library import has_library, writes_sparse_files
 from installed_transformers import has_newest_transformers
@@ -81,6 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "reference": importlib.util.find_spec("transformers") is not None,
         "newest_transformers": has_newest_transformers(),
         "two_users": IS_ROOT,
+        "browser": find_browser() is not None,
         "mpi": importlib.util.find_spec("mpi4py") is not None and shutil.which("mpirun", path=_programs()) is not None,
     }
     missing = {marker for marker, there in available.items() if not there}

@@ -10,6 +10,7 @@ run.py       runs them: logging, errors, exit codes, JSON output
 progress.py  how far a conversion or a verification is
 options.py   the options that commands share
 report.py    formats what the commands print
+page/        reports as one HTML page
 tables.py    tables and names that are never cut off
 console.py   the consoles: no control characters of strangers, and streams that are closed
 interrupts.py  ends a command on Ctrl-C and SIGTERM

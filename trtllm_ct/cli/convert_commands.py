@@ -26,6 +26,7 @@ from trtllm_ct.cli.options import (
     ExpertParallel,
     ForEngine,
     ForSm,
+    Html,
     Json,
     PipelineParallel,
     Strict,
@@ -35,8 +36,9 @@ from trtllm_ct.cli.options import (
     parallel_of,
     parse_size,
 )
+from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
-from trtllm_ct.cli.run import conversion_progress, print_json, stderr, stdout
+from trtllm_ct.cli.run import conversion_progress, print_json, show_page, stderr, stdout
 
 __all__ = ["convert", "verify"]
 
@@ -77,6 +79,7 @@ def convert(
     workers: Annotated[
         int | None, typer.Option(help="Number of threads; by default one for each core.", show_default=False)
     ] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint for TensorRT-LLM, or to plain weights.
@@ -86,6 +89,7 @@ def convert(
     from trtllm_ct.checkpoint.output import what_is_left
     from trtllm_ct.convert.convert import convert_checkpoint
 
+    check_page_place(html)
     max_shard_bytes = parse_size(max_shard_size)
     with going_on_from(what_is_left(out)), conversion_progress() as on_start:
         conversion = convert_checkpoint(
@@ -115,6 +119,10 @@ def convert(
         print_json("convert", conversion.to_dict())
     else:
         stdout.print(report.conversion(conversion))
+    if html:
+        from trtllm_ct.cli.page.pages import conversion_page
+
+        show_page(html, conversion_page(conversion, conversion.to_dict()))
 
 
 def verify(
@@ -126,6 +134,7 @@ def verify(
     pp: AskedPipelineParallel = None,
     ep: AskedExpertParallel = None,
     sm: AskedSm = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint, and what was converted from it.
@@ -136,6 +145,7 @@ def verify(
     """
     from trtllm_ct.verify.sizes import verify_with_sizes
 
+    check_page_place(html)
     left = nothing_written("the same command starts from the beginning")
     with going_on_from(left), shown_progress(stderr, "Verifying") as on_start:
         verification = verify_with_sizes(directory, converted, asked_parallel(tp, pp, ep), sm, on_start=on_start)
@@ -143,5 +153,9 @@ def verify(
         print_json("verify", verification.to_dict())
     else:
         stdout.print(report.verification(verification))
+    if html:
+        from trtllm_ct.cli.page.pages import verification_page
+
+        show_page(html, verification_page(verification, verification.to_dict()))
     if not verification.good:
         raise typer.Exit(1)

@@ -17,6 +17,7 @@ from trtllm_ct.cli.options import (
     ExpertParallel,
     ForEngine,
     ForSm,
+    Html,
     Json,
     PipelineParallel,
     Strict,
@@ -27,7 +28,8 @@ from trtllm_ct.cli.options import (
     name_filter,
     parallel_of,
 )
-from trtllm_ct.cli.run import print_json, stdout
+from trtllm_ct.cli.page.written import check_page_place
+from trtllm_ct.cli.run import print_json, show_page, stdout
 
 __all__ = ["inspect", "plan"]
 
@@ -47,6 +49,7 @@ def inspect(
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="Compare releases and GPUs: which would serve more of it natively?")
     ] = False,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is and how it would be served.
@@ -55,6 +58,7 @@ def inspect(
     """
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
+    check_page_place(html)
     inspection = inspect_checkpoint(
         directory,
         to,
@@ -66,10 +70,16 @@ def inspect(
         dense_o_proj=dense_o_proj,
         compare_places=elsewhere,
     )
+    # What only these two show, such as the needs of GPUs, takes seconds for a large model.
+    document = inspection.to_dict() if as_json or html else {}
     if as_json:
-        print_json("inspect", inspection.to_dict())
+        print_json("inspect", document)
     else:
         stdout.print(report.inspection(inspection, modules=modules))
+    if html:
+        from trtllm_ct.cli.page.pages import inspection_page
+
+        show_page(html, inspection_page(inspection, document))
     if inspection.problems:
         raise typer.Exit(1)
 

@@ -46,6 +46,7 @@ __all__ = [
     "ExpertParallel",
     "ForEngine",
     "ForSm",
+    "Html",
     "Json",
     "PipelineParallel",
     "Seed",
@@ -64,6 +65,10 @@ __all__ = [
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the report as one HTML page too.", show_default=False),
+]
 
 _STDIN = "-"
 """The name of stdin among arguments."""

@@ -18,16 +18,18 @@ from trtllm_ct.cli import report
 from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.interrupts import ending_on_signals
 from trtllm_ct.cli.log_format import PrintableFormatter
+from trtllm_ct.cli.page.written import write_page
 from trtllm_ct.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     import typer
 
     from trtllm_ct.plan.plan import Plan
 
-__all__ = ["SCHEMA", "conversion_progress", "print_json", "run_app", "stderr", "stdout"]
+__all__ = ["SCHEMA", "conversion_progress", "print_json", "run_app", "show_page", "stderr", "stdout"]
 
 SCHEMA = 1
 """Version of the schema of the documents that `--json` prints."""
@@ -71,6 +73,12 @@ def print_json(kind: str, document: dict[str, Any]) -> None:
     """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it."""
     with writing():
         print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
+
+
+def show_page(path: Path, page: str) -> None:
+    """Write a page to the file of `--html`, and say on stderr where it is."""
+    write_page(path, page)
+    stderr.print(f"Report: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
@@ -28,7 +28,12 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import DIRECTORY_TARGETS
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.parts import Part, parts_of
 from trtllm_ct.plan.plan import Plan
+from trtllm_ct.plan.verdict import verdict
+
+if TYPE_CHECKING:
+    from trtllm_ct.plan.models.sites import Model
 
 __all__ = ["ConversionReport", "convert_checkpoint"]
 
@@ -56,6 +61,7 @@ class ConversionReport:
         resumed_bytes: Delivered bytes that an earlier, interrupted run had already written.
         seconds: Wall time of the conversion.
         warnings: The plan's warnings, and one about parallel sizes at which an engine would misread the output.
+        model: The model of the checkpoint, by which `parts` are known.
     """
 
     source: Path
@@ -68,6 +74,12 @@ class ConversionReport:
     warnings: tuple[str, ...] = ()
     code_files: tuple[str, ...] = ()
     left_out_files: tuple[str, ...] = ()
+    model: Model | None = field(default=None, repr=False)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The bytes by kind of module."""
+        return parts_of(self.plan, self.model) if self.model else ()
 
     @property
     def modes(self) -> Counter[str]:
@@ -82,10 +94,12 @@ class ConversionReport:
                 "out": self.out,
                 "target": self.plan.target,
                 "parallel": self.plan.parallel,
+                "verdict": verdict(self.plan, self.plan.problems),
                 "modes": self.modes,
                 "dequantized": {module.name: module.reason for module in self.plan.modules if module.dequantized},
                 "stored_bytes": self.plan.stored_bytes,
                 "delivered_bytes": self.plan.delivered_bytes,
+                "parts": self.parts,
                 "resumed_bytes": self.resumed_bytes,
                 "weight_files": self.weight_files,
                 "carried_files": self.carried_files,
@@ -249,6 +263,7 @@ def convert_checkpoint(
         carried_files=files.side_files.carried,
         code_files=files.side_files.code,
         left_out_files=files.side_files.left_out,
+        model=checkpoint.model,
         resumed_bytes=files.resumed_bytes,
         seconds=time.perf_counter() - started,
         warnings=conversion.plan.warnings + size_warnings(checkpoint, conversion.plan),
