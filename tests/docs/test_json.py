@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 ROW = re.compile(r"^\| `([^`]+)` \| ([^|]+) \|", re.MULTILINE)
-KINDS = ("inspect", "plan", "convert", "verify", pytest.param("generate", marks=pytest.mark.reference), "error")
+KINDS = (
+    "inspect",
+    "plan",
+    "convert",
+    "verify",
+    "compare",
+    pytest.param("generate", marks=pytest.mark.reference),
+    "error",
+)
 
 Fields = dict[str, str]
 """Path to type, as documented."""
@@ -64,6 +72,12 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
                 good = [run("verify", mixed), run("verify", mixed, changed)]
                 rewrite(changed, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
                 return [*good, run("verify", mixed, changed)]
+            case "compare":
+                run_cli("convert", mixed, changed, "--overwrite")
+                rewrite(changed, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+                broken = shutil.copytree(changed, work / "broken")
+                rewrite(broken, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight_scale"))
+                return [run("compare", mixed, demo), *(run("compare", mixed, other) for other in (changed, broken))]
             case "generate":
                 return [run("generate", demo, "--prompt", "The import statement", "--max-tokens", 2)]
             case _:

@@ -2,7 +2,7 @@
 
 main.py      the entry point
 commands.py  the commands of `trtllm-ct`; their arguments are in the next files
-inspect_commands.py  inspect and plan
+inspect_commands.py  inspect, plan and compare
 convert_commands.py  convert and verify
 run_commands.py      generate, doctor and demo
 cache_commands.py    the commands of `trtllm-ct cache`
@@ -11,6 +11,7 @@ progress.py  how far a conversion or a verification is
 options.py   the options that commands share
 report.py    formats what the commands print
 page/        reports as one HTML page
+comparison_report.py  formats what compare prints
 tables.py    tables and names that are never cut off
 console.py   the consoles: no control characters of strangers, and streams that are closed
 interrupts.py  ends a command on Ctrl-C and SIGTERM

@@ -12,7 +12,7 @@ import typer
 
 from trtllm_ct.cli.cache_commands import cache_clear, cache_list
 from trtllm_ct.cli.convert_commands import convert, verify
-from trtllm_ct.cli.inspect_commands import inspect, plan
+from trtllm_ct.cli.inspect_commands import compare, inspect, plan
 from trtllm_ct.cli.run import run_app, stdout
 from trtllm_ct.cli.run_commands import demo, doctor, generate
 
@@ -68,7 +68,7 @@ def version() -> None:
     stdout.print(__version__, highlight=False)
 
 
-for command in (inspect, plan, convert, verify, generate, doctor, demo, version):
+for command in (inspect, plan, compare, convert, verify, generate, doctor, demo, version):
     app.command()(command)
 for name, command in (("list", cache_list), ("clear", cache_clear)):
     cache.command(name)(command)

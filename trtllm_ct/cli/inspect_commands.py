@@ -1,12 +1,14 @@
-"""Commands that read a checkpoint and say what it is: `inspect` and `plan`."""
+"""Commands that read checkpoints and say what they are: `inspect`, `plan` and `compare`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trtllm_ct.cli import report
+from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
     AUTO,
     ENGINE,
@@ -29,9 +31,10 @@ from trtllm_ct.cli.options import (
     parallel_of,
 )
 from trtllm_ct.cli.page.written import check_page_place
-from trtllm_ct.cli.run import print_json, show_page, stdout
+from trtllm_ct.cli.progress import shown_progress
+from trtllm_ct.cli.run import print_json, show_page, stderr, stdout
 
-__all__ = ["inspect", "plan"]
+__all__ = ["compare", "inspect", "plan"]
 
 
 def inspect(
@@ -129,3 +132,32 @@ def plan(
         print_json("plan", document)
     else:
         stdout.print(report.plan(checkpoint_plan, unfold=unfold, matches=matches))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="Another one, or what was converted from A.", show_default=False)
+    ],
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Compare schemes and bytes only, and read no weights.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how two directories differ, module by module.
+
+    Shows schemes or modes, bytes, and the largest error of the second one, relative to the largest value of a row of
+    the first one.
+    """
+    from trtllm_ct.cli.comparison_report import comparison
+    from trtllm_ct.verify.compare import compare_directories
+
+    left = nothing_written("the same command starts from the beginning")
+    with going_on_from(left), shown_progress(stderr, "Comparing") as on_start:
+        found = compare_directories(first, second, values=not headers, on_start=on_start)
+    if as_json:
+        print_json("compare", found.to_dict())
+    else:
+        stdout.print(comparison(found))
+    if found.faults:
+        raise typer.Exit(1)

@@ -28,5 +28,7 @@ compared_names.py   the names by which engines compare modules with entries and 
 files.py            checks that engines read the same weight files as the index names
 comparison.py       compares rows, and keeps the worst element
 shared_scalars.py   checks the scalars that the parts of a fused Linear share
+compare.py          compare_directories: how far two directories are apart, module by module
+module_values.py    the values, bytes and scheme of one module of either
 sizes.py            verifies, and checks whether a converted directory holds given parallel sizes
 """
