@@ -126,7 +126,8 @@ def compare_directories(
 ) -> DirectoryComparison:
     """Compare two checkpoints, or a checkpoint and what was converted from it for the PyTorch backend.
 
-    Without `values` only headers and shapes of weights are read. `on_start` is that of `verify_checkpoint`, in elements of the first one.
+    Without `values` only headers and shapes of weights are read. `on_start` is that of `verify_checkpoint`, in elements
+    of the first one.
     Raises what `open_checkpoint` raises, and `UsageError` for a converted directory that is named first, and for an
     engine-build checkpoint. Weights that can't be decoded are faults of the result.
     """

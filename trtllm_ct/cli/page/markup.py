@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["bullets", "bytes_of", "count_of", "section", "table", "text"]
 
 
+_UNITS = ((10**6, " M"), (10**3, " k"))
+
+
 def text(value: object) -> str:
     """Return a text as HTML, with control characters as escapes."""
     return escape(printable(str(value)))
@@ -23,9 +26,12 @@ def bytes_of(count: int | None, name: str = "") -> str:
     return "unknown" if count is None else _data(count, format_bytes(count), name)
 
 
-def count_of(count: int | None, name: str = "") -> str:
-    """Return a count with thousands separators, see `bytes_of`."""
-    return "unknown" if count is None else _data(count, f"{count:,}", name)
+def count_of(count: int | None, name: str = "", *, short: bool = False) -> str:
+    """Return a count with thousands separators, or with `short` in thousands or millions; see `bytes_of`."""
+    if count is None:
+        return "unknown"
+    unit = next((entry for entry in _UNITS if short and count >= entry[0]), (1, ""))
+    return _data(count, f"{count / unit[0]:,.1f}{unit[1]}" if unit[1] else f"{count:,}", name)
 
 
 def _data(value: int, shown: str, name: str) -> str:

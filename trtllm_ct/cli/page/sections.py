@@ -97,7 +97,7 @@ def gpus(document: Mapping[str, Any]) -> str:
     if not entries:
         return ""
     memories = [room["gpu"] for room in entries[0]["rooms"]]
-    headers = ("GPUs", "dequantized modules", "weights", "KV cache of 1,000 tokens")
+    headers = ("GPUs", "dequantized", "weights", "1,000 tokens")
     rows = [
         (
             f"tp {entry['tensor']}",
@@ -114,7 +114,10 @@ def gpus(document: Mapping[str, Any]) -> str:
     for entry in entries:
         by_reason.setdefault(entry["reason"], []).append(str(entry["tensor"]))
     reasons = bullets(f"tp {', '.join(sizes)}: {text(reason)}" for reason, sizes in by_reason.items() if reason)
-    note = "Bytes of one GPU. Activations, workspaces and what the driver takes are not counted."
+    note = (
+        "Bytes of one GPU: the weights of its rank, the KV cache of 1,000 tokens, and what is left beside the weights, "
+        "with the tokens that fit into it. Activations, workspaces and what the driver takes are not counted."
+    )
     return section("Per GPU", found + reasons, note=note)
 
 
@@ -127,8 +130,10 @@ def _room(room: Mapping[str, Any], key: str) -> str:
         return (
             f'<span class=no-fit><data value="{left}" data-key="{key}.left">{format_bytes(-left)}</data> short</span>'
         )
-    tokens = "" if room["tokens"] is None else f"<br><small>{count_of(room['tokens'], f'{key}.tokens')} tokens</small>"
-    return bytes_of(left, f"{key}.left") + tokens
+    shown = bytes_of(left, f"{key}.left")
+    if room["tokens"] is None:
+        return shown
+    return f"{shown}<br><small>{count_of(room['tokens'], f'{key}.tokens', short=True)} tokens</small>"
 
 
 def elsewhere(document: Mapping[str, Any], sentence: str) -> str:
