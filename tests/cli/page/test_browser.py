@@ -18,6 +18,8 @@ pytestmark = pytest.mark.browser
 
 KINDS = ("inspect", "convert", "verify", "fault")
 SCHEMES = {"q_proj": "mxfp4a16", "o_proj": "fp8-block", "gate_proj": "int4-g128", "down_proj": "int8-g32"}
+# One expert is plain beside dequantized ones: their cell is striped.
+SCHEMES["model.layers.1.mlp.experts.0.gate_proj"] = "dense"
 
 # Texts whose colour differs too little from what is behind them: WCAG 2.2, success criterion 1.4.3.
 LOW_CONTRAST = """(() => {
@@ -218,6 +220,7 @@ def test_all_texts_can_be_read_in_light_and_dark(
     background = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 3 * 128) is (scheme == "light")
     assert browser.run(LOW_CONTRAST) == []
+    assert bool(browser.run("document.querySelectorAll('td[style]').length")) is (kind in {"inspect", "convert"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,6 +231,7 @@ def test_paper_is_white_and_has_no_panel(browser: Browser, pages: dict[str, Any]
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.run("getComputedStyle(document.getElementById('detail')).display") == "none"
     assert browser.run(LOW_CONTRAST) == []
+    assert browser.run("document.documentElement.scrollWidth") <= 794, "a sheet does not scroll"
     assert browser.pdf().startswith(b"%PDF")
 
 

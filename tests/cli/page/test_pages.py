@@ -190,6 +190,22 @@ def test_60_layers_of_128_experts_are_less_than_a_megabyte(tmp_path: Path) -> No
     assert cells == sum(".layers." in module.name for module in found.plan.modules)
 
 
+def test_experts_of_several_modes_are_stripes_of_one_cell(tmp_path: Path) -> None:
+    """As wide as their shares: an engine reads all experts of a layer in one mode, so that three are dequantized."""
+    scheme = {f"model.layers.1.mlp.experts.{expert}.up_proj": "int8-channel" for expert in (0, 1, 2)}
+    write_checkpoint(tmp_path / "in", config=tiny_config("Qwen3MoeForCausalLM", **SIZES), scheme=scheme)
+    file = tmp_path / "report.html"
+    run_cli("inspect", tmp_path / "in", "--html", file)
+
+    html = file.read_text(encoding="utf-8")
+
+    (cell,) = re.findall(r"<td style=[^>]*>.*?</td>", html)
+    assert 'aria-label="3 dequantized, 1 plain"' in cell
+    assert "var(--dq) 0% 75%,var(--pl) 75% 100%" in cell
+    assert "<span>!·</span>" in cell
+    assert [count for _, count in re.findall(r"(\d+):(\d+)", cell.split("data-k=")[1])] == ["3", "1"]
+
+
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\n\x1b[31m'\""
 
 

@@ -86,8 +86,11 @@ class ModuleMap:
         noted = "*" * any(self._first[kind].note for kind in counts)
         label = ", ".join(mode if len(modes) == 1 else f"{count} {mode}" for mode, count in modes.items())
         data = " ".join(f"{kind}:{count}" for kind, count in counts.items())
-        look = f"class={self._colour(next(iter(modes)))}" if len(modes) == 1 else f'style="{self._stripes(modes)}"'
-        return f'{look} data-k="{data}" aria-label="{text(label)}">{sign}{noted}'
+        said = f'data-k="{data}" aria-label="{text(label)}"'
+        if len(modes) == 1:
+            return f"class={self._colour(next(iter(modes)))} {said}>{sign}{noted}"
+        # Signs would be hard to read on stripes of several colours.
+        return f'style="{self._stripes(modes)}" {said}><span>{sign}{noted}</span>'
 
     def _key(self, mode: str) -> str:
         """Return the sign of a mode in its colour."""
@@ -104,7 +107,7 @@ class ModuleMap:
         for mode, count in modes.items():
             begin, end = end, end + count
             stops.append(f"var(--{self._colour(mode)}) {100 * begin // total}% {100 * end // total}%")
-        return f"background:linear-gradient(90deg,{','.join(stops)});color:#fff"
+        return f"background:linear-gradient(90deg,{','.join(stops)})"
 
     def _others(self, entries: Sequence[tuple[str, int]]) -> str:
         """Return a table of the modules that are in no layer; empty without any."""
