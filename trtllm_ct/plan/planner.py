@@ -16,6 +16,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.checks import checks_of
+from trtllm_ct.plan.class_reads import read_problems, unread_warnings
 from trtllm_ct.plan.engine_class import class_problems, refuse_unread, refuse_unread_names
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_names import EngineNames
@@ -187,7 +188,10 @@ class _Planner:
         self.kv_cache.check_complete(modules, caching, self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
-        warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
+        warnings = (
+            *self._warnings(catalog, modules, unread, stacked=bool(stacks)),
+            *unread_warnings(modules, self.model, place, self.target.capabilities.release),
+        )
         built = self._build(modules)
         if built is not None:
             modules, warnings = list(built.modules), (*warnings, *built.warnings)
@@ -204,7 +208,10 @@ class _Planner:
             quant_config=built.quant_config if built else self._engine_config(modules, sites, place),
             parallel=self.parallel,
             rank_bytes=self._rank_bytes(modules, place),
-            problems=class_problems(self.model, self.target.capabilities.release),
+            problems=(
+                *class_problems(self.model, self.target.capabilities.release),
+                *read_problems(modules, self.model, place, self.target.capabilities.release),
+            ),
             engine=self.target.capabilities.name,
             sm=self.target.capabilities.sm,
             stacks=stacks,
