@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.models.sites import Model
 
-__all__ = ["class_problems", "refuse_misread", "refuse_unread", "refuse_unread_names"]
+__all__ = ["class_problems", "lacks_class", "refuse_misread", "refuse_unread", "refuse_unread_names"]
 
 _ARCHITECTURES = "config.json: architectures"
 
@@ -75,6 +75,11 @@ def _layers_without_experts(model: Model) -> tuple[Fault, ...]:
         "where the checkpoint was published, if config.json has none of the keys.",
     )
     return (fault,) if dense else ()
+
+
+def lacks_class(problems: Iterable[Fault]) -> bool:
+    """Whether one of the problems of a plan is that the engine lacks the class of the model."""
+    return any(fault.where == _ARCHITECTURES for fault in problems)
 
 
 def refuse_misread(problems: Iterable[Fault]) -> None:
