@@ -34,6 +34,7 @@ from trtllm_ct.cli.options import (
     ForSm,
     Json,
     PipelineParallel,
+    Place,
     Seed,
     Strict,
     TargetName,
@@ -97,7 +98,7 @@ def require_a_cache_command(context: typer.Context) -> None:
 
 @app.command()
 def inspect(
-    directory: Directory,
+    directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target that modes are shown for.")] = TO_MODELOPT,
     engine: ForEngine = ENGINE,
     sm: ForSm = None,
@@ -136,7 +137,7 @@ def inspect(
 
 @app.command()
 def plan(
-    directory: Directory,
+    directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target to plan for.")] = TO_MODELOPT,
     engine: ForEngine = ENGINE,
     sm: ForSm = None,
@@ -321,7 +322,12 @@ def generate(
 @app.command()
 def doctor(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Checkpoint directory to examine.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="DIR|ORG/NAME",
+            help="Checkpoint directory to examine, or a repository of the Hub.",
+            show_default=False,
+        ),
     ] = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,

@@ -66,7 +66,7 @@ def _joined(*parts: str | tuple[str, str]) -> Text:
     )
 
 
-def faults(all_faults: Iterable[Fault], named: Iterable[Path | None] = ()) -> RenderableType:
+def faults(all_faults: Iterable[Fault], named: Iterable[Path | str | None] = ()) -> RenderableType:
     """Format faults; faults with the same text are shown once, with the names that they apply to folded.
 
     Files in the directories `named`, whose paths the report has shown before, are shown without their paths.
@@ -130,7 +130,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     return Group(*parts)
 
 
-def problems(found: Sequence[Fault], named: Iterable[Path] = ()) -> RenderableType:
+def problems(found: Sequence[Fault], named: Iterable[Path | str] = ()) -> RenderableType:
     """Format problems under a title with their number; `named` is that of `faults`."""
     return Group(_line(f"Problems ({len(found)}):", style="bold red"), faults(found, named))
 
