@@ -216,6 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing: the other side may close a connection whenever it has read enough."""
+
+
 @contextmanager
 def serving(**behaviour: object) -> Iterator[HubServer]:
     """Yield a running server; `behaviour` are fields of `HubServer`."""
@@ -223,8 +230,7 @@ def serving(**behaviour: object) -> Iterator[HubServer]:
     servers = []
     for host, address in (("hub", "127.0.0.1"), ("store", "localhost")):
         handler = type("Handler", (_Handler,), {"hub": hub, "host": host})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         url = f"http://{address}:{server.server_address[1]}"
@@ -239,7 +245,7 @@ def serving(**behaviour: object) -> Iterator[HubServer]:
 
 def hub_at(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, *, token: str | None = None) -> None:
     """While `monkeypatch` holds, huggingface_hub knows this server alone, and caches are in `folder`."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants, file_download, utils
 
     environment = {
         "HF_ENDPOINT": hub.endpoint,
@@ -254,7 +260,8 @@ def hub_at(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, *, tok
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # release 0.36 has it in both
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))

@@ -11,7 +11,7 @@ from hub_server import COMMIT, TOKEN, HubServer, hub_at, serving
 
 import trtllm_ct
 from trtllm_ct.base.errors import ConfigError, DetectionError, Fault, HubError, UsageError
-from trtllm_ct.checkpoint.hub import client, ranges
+from trtllm_ct.checkpoint.hub import client, ranges, session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -167,7 +167,10 @@ def test_offline_a_downloaded_repository_is_read(hub: HubServer, tmp_path: Path,
 
 
 @pytest.mark.parametrize("cuts", [1, 3])
-def test_a_cut_connection_is_opened_again_for_the_rest(hub: HubServer, tmp_path: Path, cuts: int) -> None:
+def test_a_cut_connection_is_opened_again_for_the_rest(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, cuts: int
+) -> None:
+    monkeypatch.setattr(session, "_PIECE_BYTES", 256)
     hub.cuts = cuts
 
     assert trtllm_ct.inspect_checkpoint(NAME).plan is not None
