@@ -2,9 +2,9 @@
 
 | stage   | input                            | output                               | tensors read         |
 |---------|----------------------------------|--------------------------------------|----------------------|
-| detect  | a directory                      | `Detection` with its evidence        | none                 |
-| read    | the directory                    | `QuantizationConfig`                 | none                 |
-| catalog | the directory                    | `Catalog`                            | headers              |
+| detect  | a source (`source.py`)           | `Detection` with its evidence        | none                 |
+| read    | the source                       | `QuantizationConfig`                 | none                 |
+| catalog | the source                       | `Catalog`                            | headers              |
 | probe   | configuration, catalog and model | `Probe`: the few values that decide  | a few small ones     |
 | plan    | these three, probe and target    | `Plan`                               | none                 |
 | load    | the modules of the plan          | stored tensors, one module at a time | one module at a time |
