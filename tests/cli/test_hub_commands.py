@@ -50,6 +50,17 @@ def test_a_command_says_of_a_repository_what_it_says_of_its_directory(
     assert there.out.replace(PLACE, "PLACE").split() == here.out.replace(str(tmp_path / "made"), "PLACE").split()
 
 
+@pytest.mark.parametrize("tp", [1, 2, 64])
+def test_doctor_reads_the_record_of_a_converted_directory(hub: HubServer, tmp_path: Path, tp: int) -> None:
+    assert run_cli("convert", tmp_path / "made", tmp_path / "out").code == 0
+    hub.add(NAME, tmp_path / "out")
+
+    there, here = (run_cli("doctor", place, "--tp", tp, "--json") for place in (NAME, tmp_path / "out"))
+
+    assert there.code == here.code
+    assert there.out.replace(PLACE, "PLACE") == here.out.replace(str(tmp_path / "out"), "PLACE")
+
+
 def test_a_revision_and_a_url_name_the_same(hub: HubServer) -> None:
     documents = [
         run_cli("inspect", place, "--json").document

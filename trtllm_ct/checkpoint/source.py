@@ -10,6 +10,7 @@ import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from trtllm_ct.base.errors import Fault, UsageError
@@ -18,9 +19,8 @@ from trtllm_ct.base.regular_files import is_present, open_regular, read_at, read
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
-__all__ = ["Folder", "Part", "Source", "StoredFile", "local_folder", "open_local"]
+__all__ = ["Folder", "Part", "Source", "StoredFile", "as_source", "local_folder", "open_local"]
 
 
 class Part(NamedTuple):
@@ -154,6 +154,11 @@ def open_local(path: Path) -> Iterator[StoredFile]:
     """Yield a regular file of this machine; see `open_regular`."""
     with open_regular(path) as descriptor:
         yield _LocalFile(descriptor, os.fstat(descriptor).st_size)
+
+
+def as_source(place: str | Path | Source) -> Source:
+    """Return the folder of a path as a source; a source is returned as it is."""
+    return Folder(Path(place)) if isinstance(place, str | Path) else place
 
 
 def local_folder(source: Source) -> Path:

@@ -41,12 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["Diagnosis", "Machine", "Served", "diagnose", "inspect_machine"]
 
 # What a machine may lack beside the engine; the other packages come with this one, or are asked for by an option.
-_OPTIONAL = ("transformers", "huggingface_hub")
-_RECORD_UNREAD = (
-    "only the configuration was read: which parallel sizes and GPUs a converted directory is for, doctor says of a "
-    "downloaded one"
-)
-_REQUIRED = ("torch", "numpy", "numba", "llvmlite")
+_OPTIONAL = ("transformers",)
+_REQUIRED = ("torch", "numpy", "numba", "llvmlite", "huggingface_hub")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,14 +199,12 @@ def _serve(source: Source, parallel: Parallel, machine: Machine) -> Served:
             problems, warnings = error.faults, error.warnings
     elif detection.method == ENGINE_BUILD:
         problems = (_engine_build(source, detection),)
-    elif source.folder is None:
-        warnings = (_RECORD_UNREAD,)
     else:
         try:
-            problems, traps = _converted(source.folder, parallel, machine)
+            problems, traps = _converted(source, parallel, machine)
         except CheckpointError as error:
             problems, warnings = error.faults, error.warnings
-        warnings += _unknown_sizes(source.folder, detection, parallel)
+        warnings += _unknown_sizes(source, detection, parallel)
     if plan is not None and machine.features is not None:
         missing = unknown_class(detection, machine.features)
         problems = (missing,) if missing else ()
@@ -236,24 +230,24 @@ def _engine_build(source: Source, detection: Detection) -> Fault:
     )
 
 
-def _unknown_sizes(directory: Path, detection: Detection, parallel: Parallel) -> tuple[str, ...]:
+def _unknown_sizes(source: Source, detection: Detection, parallel: Parallel) -> tuple[str, ...]:
     """Return a warning about sizes of a directory that another tool quantized: nothing says which ones it holds."""
     with suppress(CheckpointError):
-        if detection.method != MODELOPT or parallel == ONE_RANK or ConvertedDirectory.open(directory) is not None:
+        if detection.method != MODELOPT or parallel == ONE_RANK or ConvertedDirectory.open(source) is not None:
             return ()
         return ("no record says which parallel sizes it holds; the engine is told these without a check",)
     return ()
 
 
 def _converted(
-    directory: Path, parallel: Parallel, machine: Machine
+    source: Source, parallel: Parallel, machine: Machine
 ) -> tuple[tuple[Fault, ...], tuple[Fault | None, ...]]:
     """Return why a converted directory can't be served with these sizes on this GPU, and its traps in the engine.
 
     Both are empty for a directory that this package did not convert for TensorRT-LLM. Raises `CheckpointError` if it
     did, and its files don't say which sizes it holds.
     """
-    converted = ConvertedDirectory.open(directory)
+    converted = ConvertedDirectory.open(source)
     if converted is None:
         return (), ()
     if machine.features is None:

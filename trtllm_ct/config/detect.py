@@ -14,17 +14,18 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.base.json_form import fields_form, json_object
 from trtllm_ct.base.source_errors import source_errors
-from trtllm_ct.checkpoint.source import Folder
+from trtllm_ct.checkpoint.source import as_source
 from trtllm_ct.config.json_file import not_an_object, read_json_of
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, SIDECAR, UNKNOWN, describe_method
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trtllm_ct.checkpoint.source import Source
 
 __all__ = ["SIDECAR_FILE", "Detection", "Evidence", "FormatDetector", "unwrap_block"]
@@ -171,7 +172,7 @@ class FormatDetector:
         Raises `DetectionError` when `directory` is not a checkpoint directory, `CatalogError` when it can't be looked
         at, and `ConfigError` when a configuration file is not a JSON object.
         """
-        source = Folder(Path(directory)) if isinstance(directory, str | Path) else directory
+        source = as_source(directory)
         with source_errors(source.place):
             _require_checkpoint(source)
         if source.has(SIDECAR_FILE):

@@ -17,14 +17,13 @@ This file has the stages up to planning.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError, Fault, keeping_warnings
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.opening import open_source
-from trtllm_ct.checkpoint.source import Folder, Source, local_folder
+from trtllm_ct.checkpoint.source import Source, as_source, local_folder
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.mistral_params import config_from_params
 from trtllm_ct.config.quantization_config import QuantizationConfig
@@ -41,6 +40,7 @@ from trtllm_ct.plan.planner import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.plan.plan import Plan
@@ -118,7 +118,7 @@ def open_checkpoint(
     Raises `DetectionError` if the directory is a checkpoint of another quantization method or none at all, and
     `ConfigError` or `CatalogError` with all faults of the stage and the warnings of the stages before it.
     """
-    source = Folder(Path(directory)) if isinstance(directory, str | Path) else directory
+    source = as_source(directory)
     detection = detection or FormatDetector().detect(source)
     config = _unquantized(detection) or CompressedTensorsConfigReader().read(detection)
     with keeping_warnings(config.warnings):
