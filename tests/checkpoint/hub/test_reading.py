@@ -106,8 +106,8 @@ def test_weights_are_not_fetched(hub: HubServer, tmp_path: Path) -> None:
 
     trtllm_ct.inspect_checkpoint(NAME)
 
-    weights = hub.asked("/resolve/") and hub.asked(".safetensors")
-    assert len([request for request in weights if request.host == "store"]) == 3
+    weights = [request for request in hub.asked(".safetensors") if not request.path.endswith(".json")]
+    assert [request.host for request in weights].count("store") == 3
     assert all(request.range.startswith("bytes=0-") for request in weights)
     assert len(hub.requests) == len(set(hub.requests))
 
@@ -183,8 +183,6 @@ def test_parts_of_private_repositories_are_kept_for_this_user_alone(hub: HubServ
 
 
 def test_files_that_were_downloaded_are_not_asked_for(hub: HubServer, tmp_path: Path) -> None:
-    from huggingface_hub import hf_hub_download
-
     directory = write_checkpoint(tmp_path / "made").directory
     hub.add(NAME, directory)
     home = tmp_path / "hf" / f"models--{NAME.replace('/', '--')}"
@@ -192,7 +190,6 @@ def test_files_that_were_downloaded_are_not_asked_for(hub: HubServer, tmp_path: 
     snapshot.mkdir(parents=True)
     for path in directory.iterdir():
         (snapshot / path.name).write_bytes(path.read_bytes())
-    assert hf_hub_download.__module__.startswith("huggingface_hub")
 
     assert answers(NAME, PLACE) == answers(directory, str(directory))
     assert not hub.asked("/resolve/")
