@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +11,7 @@ from builders import write_checkpoint
 from hub_server import COMMIT, TOKEN, HubServer, hub_at, serving
 
 import trtllm_ct
-from trtllm_ct.base.errors import ConfigError, DetectionError, Fault, HubError, UsageError
+from trtllm_ct.base.errors import ConfigError, DetectionError, Fault, HubError, MissingDependencyError, UsageError
 from trtllm_ct.checkpoint.hub import client, ranges, session
 
 if TYPE_CHECKING:
@@ -112,6 +113,16 @@ def test_no_network_is_said_with_what_was_tried(hub: HubServer, monkeypatch: pyt
     assert fault.found.startswith("no such directory, and from the Hub Conn")
     assert fault.found.endswith("5 times")
     assert "HF_HUB_OFFLINE=1" in fault.remedy
+
+
+def test_without_huggingface_hub_both_readings_are_told(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+
+    fault = fault_of(NAME, MissingDependencyError)
+
+    assert fault.where == NAME
+    assert fault.found == "no such directory, and no huggingface_hub to look up the id of a repository"
+    assert "pip install" in fault.remedy
 
 
 def test_a_directory_goes_before_a_repository(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

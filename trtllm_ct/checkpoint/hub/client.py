@@ -39,7 +39,7 @@ def open_repository(repository: Repository) -> Source:
     Raises `HubError` if the Hub has no such repository for this user, or can't be reached, and
     `MissingDependencyError` without huggingface_hub.
     """
-    session = Session()
+    session = Session(str(repository))
     cache = HubCache(session.endpoint, repository.name)
     listing = _known_listing(repository, session, cache)
     if listing is None and session.offline:

@@ -9,7 +9,7 @@ Source: huggingface_hub 0.36.2 and 2.4.0, `utils/_http.py: get_session`, `utils/
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,20 @@ class Answer:
 
 
 class Session:
-    """Sends GET requests as huggingface_hub does. `failures` are the exceptions of connections that fail."""
+    """Sends GET requests as huggingface_hub does. `failures` are the exceptions of connections that fail.
 
-    def __init__(self) -> None:
+    Raises `MissingDependencyError`, which names the `repository`, if huggingface_hub is not installed.
+    """
+
+    def __init__(self, repository: str) -> None:
         try:
             from huggingface_hub import constants, file_download, utils
             from huggingface_hub.errors import HfHubHTTPError
         except ImportError as error:
-            raise MissingDependencyError(PACKAGES["huggingface_hub"].fault()) from error
+            fault = PACKAGES["huggingface_hub"].fault()
+            found = f"no such directory, and no {fault.where} to look up the id of a repository"
+            remedy = f"Check the path, if it is that of a directory. {fault.remedy}, if it is the id of a repository."
+            raise MissingDependencyError(replace(fault, where=repository, found=found, remedy=remedy)) from error
         self._constants: Any = constants
         self._utils: Any = utils
         self._download: Any = file_download
