@@ -24,6 +24,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
 from trtllm_ct.checkpoint.catalog import StoredTensor
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 from trtllm_ct.engine.holdings import native_mode
 from trtllm_ct.engine.model_classes import MODEL_CLASSES, WRAPPERS, has_class
@@ -305,7 +306,7 @@ def checkpoint_of(stored: Stored, scheme: QuantScheme, shown: Shown) -> tuple[Qu
         specs |= {f"{site.module}.{name}": spec for name, spec in local.items()}
     tensors = {name: StoredTensor(name=name, spec=spec, file="", offset=0) for name, spec in specs.items()}
     config = QuantizationConfig(groups=(ConfigGroup(name="group_0", targets=("Linear",), scheme=scheme),))
-    return config, Catalog(directory=Path(), tensors=tensors, files=())
+    return config, Catalog(source=Folder(Path()), tensors=tensors, files=())
 
 
 def outcome(config: QuantizationConfig, catalog: Catalog, target: Target, shown: Shown) -> str:

@@ -14,7 +14,16 @@ from fresh_python import run_python
 import trtllm_ct
 
 ENGINE_FILE = "trtllm_ct.serve.bindings"
-HEAVY = ("torch", "transformers", "tensorrt_llm", "compressed_tensors", "numpy", "safetensors")
+HEAVY = (
+    "torch",
+    "transformers",
+    "tensorrt_llm",
+    "compressed_tensors",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+    "fsspec",
+)
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(trtllm_ct.__path__, "trtllm_ct.") if not info.name.endswith("__main__")
 )

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 RELEASES = sorted(path.stem for path in (ROOT / "constraints").glob("tensorrt-llm-*.txt"))
-EXTRAS = ("compressed-tensors", "reference", "mpi")
+EXTRAS = ("compressed-tensors", "reference", "fsspec", "mpi")
 # What pip takes for each pinned range.
 TAKEN = {
     "tensorrt-llm-1.0": {"torch": "2.7.1", "numpy": "1.26.4", "transformers": "4.55.0"},

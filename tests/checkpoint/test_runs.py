@@ -188,13 +188,13 @@ def test_a_directory_in_place_of_a_file_is_an_error_of_the_catalog(catalog: Cata
 def test_only_the_bytes_of_the_runs_are_read(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffered file would read 128 KiB for a scalar."""
     sizes = []
-    plain = os.read
+    plain = os.pread
 
-    def noted(descriptor: int, nbytes: int) -> bytes:
+    def noted(descriptor: int, nbytes: int, offset: int) -> bytes:
         sizes.append(nbytes)
-        return plain(descriptor, nbytes)
+        return plain(descriptor, nbytes, offset)
 
-    monkeypatch.setattr(os, "read", noted)
+    monkeypatch.setattr(os, "pread", noted)
 
     runs = [Run("early.scalar"), Run("late.words", 0, 1), Run("late.words", 2, 3)]
     read = [len(data) for _, data in read_runs(catalog, runs)]

@@ -85,7 +85,7 @@ def test_without_tensorrt_llm_there_are_no_features() -> None:
     ("package", "remedy"),
     [
         ("transformers", "pip install 'trtllm-ct[reference]'"),
-        ("huggingface_hub", "pip install huggingface_hub"),
+        ("huggingface_hub", "pip install 'huggingface_hub>=0.36.2'"),
         ("numba", "pip install numba"),
     ],
 )

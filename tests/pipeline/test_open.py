@@ -20,7 +20,7 @@ from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.cli.doctor import diagnose
 from trtllm_ct.config import detect
 from trtllm_ct.config.detect import Detection, FormatDetector
-from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.config.json_file import read_json_of
 from trtllm_ct.engine.target import ENGINES, TARGETS, target_named
 from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
@@ -31,6 +31,7 @@ from trtllm_ct.reference import load_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from trtllm_ct.checkpoint.source import Source
     from trtllm_ct.plan.plan import ModulePlan
 
 
@@ -115,16 +116,16 @@ def test_a_directory_is_detected_once(
     detected: list[Path] = []
     files: list[str] = []
 
-    def detect_and_count(self: FormatDetector, directory: str | Path) -> Detection:
-        detected.append(Path(directory))
+    def detect_and_count(self: FormatDetector, directory: str | Path | Source) -> Detection:
+        detected.append(Path(getattr(directory, "folder", directory)))
         return original(self, directory)
 
-    def read_and_count(path: Path) -> Mapping[str, Any]:
-        files.append(path.name)
-        return read_json_object(path)
+    def read_and_count(source: Source, name: str) -> Mapping[str, Any]:
+        files.append(name)
+        return read_json_of(source, name)
 
     monkeypatch.setattr(FormatDetector, "detect", detect_and_count)
-    monkeypatch.setattr(detect, "read_json_object", read_and_count)
+    monkeypatch.setattr(detect, "read_json_of", read_and_count)
     read(built.directory, tmp_path / "out")
 
     assert detected == [built.directory]

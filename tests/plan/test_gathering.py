@@ -17,6 +17,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PlanError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.models.sites import Model
 
@@ -53,7 +54,7 @@ def gathered(
     config: Mapping[str, Any], specs: Specs, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[dict[str, StoredModule], list[Fault]]:
     tensors = {name: StoredTensor(name=name, spec=each, file="x", offset=0) for name, each in specs.items()}
-    catalog = Catalog(directory=Path(), tensors=tensors, files=("x",))
+    catalog = Catalog(source=Folder(Path()), tensors=tensors, files=("x",))
     faults = FaultCollector()
     return gather_modules(catalog, Model.from_config(config), faults, shapes), faults.faults
 

@@ -15,6 +15,7 @@ from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 from trtllm_ct.checkpoint.reader import Run
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
 from trtllm_ct.plan.ranks.narrow import Rows
 from trtllm_ct.plan.stored import ExpertSlice, Shared, Whole, stored_modules
@@ -51,7 +52,7 @@ def sparse(tmp_path: Path) -> tuple[View, dict[str, torch.Tensor], torch.Tensor]
     dense[0, 1], dense[1, 7], dense[3, 0] = 5, -7, 3
     pieces = {f"m.{local}": piece for local, piece in SPARSE_BITMASK.encode(dense).items()}
     tensors = {name: StoredTensor(name=name, spec=spec, file="x", offset=0) for name, spec in specs_of(pieces).items()}
-    catalog = Catalog(directory=tmp_path, tensors=tensors, files=("x",))
+    catalog = Catalog(source=Folder(tmp_path), tensors=tensors, files=("x",))
     modules = stored_modules(catalog, lambda _: (4, 8), FaultCollector())
     return modules["m"].views["weight"], pieces, dense
 

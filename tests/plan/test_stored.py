@@ -10,6 +10,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS, ExpertSlice, StoredModule, Whole, stored_modules
 
@@ -21,7 +22,7 @@ SPEC = TensorSpec(DType.BF16, (2, 4))
 
 def catalog(specs: Mapping[str, TensorSpec]) -> Catalog:
     tensors = {name: StoredTensor(name=name, spec=spec, file="x", offset=0) for name, spec in specs.items()}
-    return Catalog(directory=Path(), tensors=tensors, files=("x",))
+    return Catalog(source=Folder(Path()), tensors=tensors, files=("x",))
 
 
 def gathered(specs: Mapping[str, TensorSpec], shape: tuple[int, ...] | None = None) -> dict[str, StoredModule]:

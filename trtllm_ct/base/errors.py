@@ -6,6 +6,7 @@
     ├── OutputError                  the file system of an output failed or is full (exit code 1)
     ├── LimitError                   this process may not have the memory that it needs (exit code 1)
     └── CheckpointError              a checkpoint is faulty or not supported (exit code 1)
+        ├── HubError                 a repository of the Hub, or another place far away, can't be read
         ├── DetectionError           the directory holds no compressed-tensors checkpoint; says what it holds instead
         ├── ConfigError              config.json or its quantization block can't be interpreted
         ├── CatalogError             weight files or their headers are damaged, missing or forbidden
@@ -38,6 +39,7 @@ __all__ = [
     "DetectionError",
     "Fault",
     "FaultCollector",
+    "HubError",
     "LimitError",
     "LoadError",
     "MissingDependencyError",
@@ -118,6 +120,10 @@ class LimitError(TrtllmCtError):
 
 class CheckpointError(TrtllmCtError):
     """A checkpoint is faulty, or holds something that this package can't load."""
+
+
+class HubError(CheckpointError):
+    """A repository of the Hub, or another place far away, can't be read: it is missing, closed, or out of reach."""
 
 
 class DetectionError(CheckpointError):

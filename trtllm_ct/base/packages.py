@@ -82,8 +82,14 @@ _ALL = (
     ),
     Package(
         name="huggingface_hub",
-        use="ids of Hugging Face repositories are resolved by it",
-        remedy="Run: pip install huggingface_hub",
+        use="repositories of the Hugging Face Hub are read through it",
+        remedy="Run: pip install 'huggingface_hub>=0.36.2'",
+    ),
+    Package(
+        name="fsspec",
+        use="URLs of other stores than the Hugging Face Hub are read through it",
+        remedy="Run: pip install 'trtllm-ct[fsspec]'",
+        oldest="2023.5",
     ),
     Package(
         name="compressed_tensors",

@@ -1,5 +1,10 @@
 """Read, write and list safetensors files. Nothing in this folder knows about quantization.
 
+source.py       where the files of a checkpoint are: a folder of this machine, or a place far away
+opening.py      which of these a name means
+remote.py       parts of files that are far away, many at once
+hub/            repositories of the Hugging Face Hub
+object_store.py  other stores, through fsspec
 header.py       parse and check the header of one safetensors file
 catalog.py      every tensor of a directory by name, from the headers alone
 reader.py       tensors as views of memory-mapped files

@@ -19,24 +19,26 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
-from trtllm_ct.base.regular_files import INDEX_BYTES, read_bounded
+from trtllm_ct.base.regular_files import INDEX_BYTES
 from trtllm_ct.checkpoint.header import (
     Header,
     StoredTensor,
     format_names,
+    header_of,
     parse_json_object,
-    read_header,
     refuse_lfs_pointer,
 )
+from trtllm_ct.checkpoint.source import Folder, Part, Source, local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
+    from pathlib import Path
 
     from typing_extensions import Self
 
@@ -53,9 +55,19 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SECOND_COPY = "consolidated"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 
+_HEADER_BYTES = 2**18
+"""How long a header is expected to be if no index says how many tensors the file has."""
+
+_ENTRY_BYTES = 100
+"""What a header has of a tensor beside its name: at most that, for three axes and offsets of ten digits."""
+
+_METADATA_BYTES = 1000
+
 _ONLY_FILE = "model.safetensors"
 
 _FETCH_MISSING = "The download is incomplete: fetch the missing files from where the checkpoint came from."
+_NO_WEIGHTS_HERE = "Give the directory that holds the weight files; if this is it, the download is incomplete."
+_NO_WEIGHTS_THERE = "Give a repository, a revision or a folder of it that holds safetensors files."
 _FIX_INDEX = "Index and shards don't belong together: download all of them again from one revision."
 _LIST_COPIES = "Add these tensors to {index}, each with the file that holds the right copy."
 _MOVE_COPIES = (
@@ -69,13 +81,13 @@ class Catalog:
     """The tensors of a checkpoint: their dtypes and shapes, and where their bytes lie.
 
     `tensors` is ordered by file, then by offset in the file, which is the cheapest order to read them in.
-    `files` are relative to `directory`; `metadata` holds the `__metadata__` of each file that has any; `warnings`
+    `files` are relative to `source`; `metadata` holds the `__metadata__` of each file that has any; `warnings`
     report files and index entries that a user may not expect. `unlisted` are the tensors that the index does not list;
     it is empty without an index. `complete` says that no file can be missing: the index names all of them, their names
     have numbers, or there is one. `specs` are dtype and shape of each tensor, in the same order.
     """
 
-    directory: Path
+    source: Source
     tensors: Mapping[str, StoredTensor]
     files: tuple[str, ...]
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -90,21 +102,26 @@ class Catalog:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Self:
-        """Read the headers of all weight files of `directory`.
+        """Read the headers of all weight files of `directory`; see `from_source`."""
+        return cls.from_source(Folder(directory))
+
+    @classmethod
+    def from_source(cls, source: Source) -> Self:
+        """Read the headers of all weight files of a checkpoint.
 
         Raises `CatalogError` with every fault of every file.
         Takes about 7 microseconds per tensor. Peak memory is about 600 bytes per tensor, of which 260 stay in use.
         """
-        selection = _select_files(directory)
+        selection = _select_files(source)
         faults = FaultCollector()
         with collector_paused():
-            headers = _read_headers(directory, selection, faults)
+            headers = _read_headers(source, selection, faults)
             tensors, copied = _merge(selection, headers, faults)
             warnings = selection.warnings + copied + _compare_with_index(selection, headers, tensors, faults)
         faults.raise_if_any(CatalogError, warnings)
         unlisted = frozenset(tensors.keys() - selection.weight_map.keys()) if selection.index else frozenset[str]()
         return cls(
-            directory=directory,
+            source=source,
             tensors=MappingProxyType(tensors),
             files=selection.files,
             metadata={file: header.metadata for file, header in headers.items() if header.metadata},
@@ -114,6 +131,11 @@ class Catalog:
             or selection.files == (_ONLY_FILE,)
             or all(map(_is_numbered, selection.files)),
         )
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the files; raises `UsageError` if they are not on this machine."""
+        return local_folder(self.source)
 
     def without(self, names: Collection[str]) -> Catalog:
         """Return the catalog without the tensors of these names."""
@@ -152,9 +174,9 @@ class _Selection:
     warnings: tuple[str, ...] = ()
 
 
-def _select_files(directory: Path) -> _Selection:
+def _select_files(source: Source) -> _Selection:
     """Decide which files make up the checkpoint; raises `CatalogError` when that can't be decided."""
-    names = _list_directory(directory)
+    names = _list_files(source)
     kept = [name for name in names if not name.startswith(_SECOND_COPY)]
     if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in kept):
         kept = names
@@ -162,22 +184,22 @@ def _select_files(directory: Path) -> _Selection:
     indexes = [name for name in kept if name.endswith(".safetensors.index.json")]
     warnings = _warn_of_ignored(names, kept)
     if indexes:
-        return _select_from_index(directory, _choose_index(indexes), shards, warnings)
+        return _select_from_index(source, _choose_index(indexes), shards, warnings)
     if not shards:
-        raise CatalogError(_no_weights(directory, names))
+        raise CatalogError(_no_weights(source, names))
     _require_printable(shards)
     _require_all_numbers(shards)
     return _Selection(files=tuple(shards), warnings=warnings)
 
 
-def _list_directory(directory: Path) -> list[str]:
+def _list_files(source: Source) -> list[str]:
     """Return the sorted names of all entries that are not hidden; raises `CatalogError` when they can't be listed."""
     try:
-        return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+        return source.names()
     except OSError as error:
         raise CatalogError(
             Fault(
-                where=str(directory),
+                where=source.place,
                 expected="a checkpoint directory",
                 found=f"{error.strerror}".lower(),
                 remedy="Give the directory that holds config.json and the weight files.",
@@ -197,21 +219,21 @@ def _warn_of_ignored(names: list[str], kept: list[str]) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _no_weights(directory: Path, names: list[str]) -> Fault:
+def _no_weights(source: Source, names: list[str]) -> Fault:
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         return Fault(
-            where=str(directory),
+            where=source.place,
             expected="safetensors files",
             found=f"pickle files only: {format_names(pickles)}",
             remedy="Pickle runs code of the file's author when it is loaded, so it is refused: where you trust the "
             "author, load the model with transformers and save it with save_pretrained, which writes safetensors.",
         )
     return Fault(
-        where=str(directory),
+        where=source.place,
         expected="safetensors files",
         found=f"no weights among {format_names(names)}" if names else "an empty directory",
-        remedy="Give the directory that holds the weight files; if this is it, the download is incomplete.",
+        remedy=_NO_WEIGHTS_HERE if source.folder is not None else _NO_WEIGHTS_THERE,
     )
 
 
@@ -230,8 +252,8 @@ def _choose_index(indexes: list[str]) -> str:
     )
 
 
-def _select_from_index(directory: Path, index: str, shards: list[str], warnings: tuple[str, ...]) -> _Selection:
-    weight_map = _read_weight_map(directory, index)
+def _select_from_index(source: Source, index: str, shards: list[str], warnings: tuple[str, ...]) -> _Selection:
+    weight_map = _read_weight_map(source, index)
     files = tuple(sorted(set(weight_map.values())))
     faults = FaultCollector()
     for file in files:
@@ -243,9 +265,9 @@ def _select_from_index(directory: Path, index: str, shards: list[str], warnings:
     return _Selection(files=files, index=index, weight_map=weight_map, strays=tuple(strays), warnings=warnings)
 
 
-def _read_weight_map(directory: Path, index: str) -> dict[str, str]:
+def _read_weight_map(source: Source, index: str) -> dict[str, str]:
     try:
-        text = read_bounded(directory / index, INDEX_BYTES)
+        text = source.read(index, INDEX_BYTES)
     except OSError as error:
         raise CatalogError(_unreadable(index, error)) from None
     refuse_lfs_pointer(text, index)
@@ -317,22 +339,34 @@ def _require_all_numbers(shards: list[str]) -> None:
     faults.raise_if_any(CatalogError)
 
 
-def _read_headers(directory: Path, selection: _Selection, faults: FaultCollector) -> dict[str, Header]:
+def _read_headers(source: Source, selection: _Selection, faults: FaultCollector) -> dict[str, Header]:
     """Return the headers of all valid files; add the faults of all others to `faults`."""
     headers = {}
+    source.announce(_expected_headers(selection))
     for file in selection.files:
         try:
-            headers[file] = read_header(directory / file, file)
+            with source.open(file) as stored:
+                headers[file] = header_of(stored, file)
         except FileNotFoundError:
             tensors = [name for name, shard in selection.weight_map.items() if shard == file]
             expected = f"the file, which {selection.index} names for {len(tensors)} tensors" if tensors else "a file"
-            found = "a link that leads nowhere" if (directory / file).is_symlink() else "no such file"
+            found = "a link that leads nowhere" if source.has(file) else "no such file"
             faults.add(where=file, expected=expected, found=found, remedy=_fetch_missing(selection))
         except OSError as error:
             faults.faults.append(_unreadable(file, error))
         except CatalogError as error:
             faults.faults.extend(error.faults)
     return headers
+
+
+def _expected_headers(selection: _Selection) -> list[Part]:
+    """Return where the headers of all files are, with a guess of their sizes by the names in the index."""
+    if not selection.index:
+        return [Part(file, 0, _HEADER_BYTES) for file in selection.files]
+    sizes = dict.fromkeys(selection.files, _METADATA_BYTES)
+    for name, file in selection.weight_map.items():
+        sizes[file] += len(name) + _ENTRY_BYTES
+    return [Part(file, 0, nbytes) for file, nbytes in sizes.items()]
 
 
 def _fetch_missing(selection: _Selection) -> str:

@@ -11,7 +11,6 @@ fault; this module collects all faults of a file.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -22,13 +21,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
 from trtllm_ct.base.json_values import INDEX_VALUES, require_few_values
-from trtllm_ct.base.regular_files import open_regular, read_descriptor
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.base.texts import printable, shortened
+from trtllm_ct.checkpoint.source import open_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
+
+    from trtllm_ct.checkpoint.source import StoredFile
 
 __all__ = [
     "LENGTH_BYTES",
@@ -37,6 +38,7 @@ __all__ = [
     "Header",
     "StoredTensor",
     "format_names",
+    "header_of",
     "parse_json_object",
     "read_header",
     "refuse_lfs_pointer",
@@ -90,12 +92,18 @@ _Span = tuple[int, int, str]
 
 
 def read_header(path: Path, file: str) -> Header:
-    """Read and validate the header of the safetensors file at `path`; the payload is not read.
+    """Read and validate the header of the safetensors file at `path`; see `header_of`."""
+    with open_local(path) as stored:
+        return header_of(stored, file)
+
+
+def header_of(stored: StoredFile, file: str) -> Header:
+    """Read and validate the header of an open safetensors file; the payload is not read.
 
     `file` is the name of the file in messages and in the returned tensors. Raises `CatalogError` with every fault of
     the file.
     """
-    text, size = _read_text(path, file)
+    text, size = _read_text(stored, file)
     try:
         return _parse(text, size, file)
     except RecursionError:  # JSON that the parser could just handle may be nested too deeply to be shown in a message
@@ -116,34 +124,33 @@ def _parse(text: bytes, size: int, file: str) -> Header:
     return Header(tensors=tensors, metadata=metadata)
 
 
-def _read_text(path: Path, file: str) -> tuple[bytes, int]:
+def _read_text(stored: StoredFile, file: str) -> tuple[bytes, int]:
     """Return the JSON bytes of the header and the size of the file in bytes."""
-    with open_regular(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        start = read_descriptor(descriptor, len(_LFS_POINTER))
-        refuse_lfs_pointer(start, file)
-        if len(start) < LENGTH_BYTES:
-            _refuse(file, f"at least {LENGTH_BYTES} bytes", f"{size} bytes", _FETCH_AGAIN)
-        length = int.from_bytes(start[:LENGTH_BYTES], "little")
-        if length > MAX_HEADER_BYTES:
-            expected = f"a safetensors header of at most {MAX_HEADER_BYTES} bytes"
-            _refuse(
-                file, expected, f"a header length of {length} bytes", f"This is no safetensors file. {_FETCH_AGAIN}"
-            )
-        if length > size - LENGTH_BYTES:
-            found = f"{size} bytes in the whole file"
-            _refuse(file, f"a header of {length} bytes after its length", found, _FETCH_AGAIN)
-        os.lseek(descriptor, LENGTH_BYTES, os.SEEK_SET)
-        text = read_descriptor(descriptor, length)
-        if len(text) < length:
-            _refuse(file, f"a header of {length} bytes", f"a file that ends after {len(text)} of them", _FETCH_AGAIN)
-        return text, size
+    size = stored.size
+    start = stored.read(len(_LFS_POINTER), 0)
+    refuse_lfs_pointer(start, file)
+    if len(start) < LENGTH_BYTES:
+        _refuse(file, f"at least {LENGTH_BYTES} bytes", f"{size} bytes", _FETCH_AGAIN)
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        expected = f"a safetensors header of at most {MAX_HEADER_BYTES} bytes"
+        _refuse(file, expected, f"a header length of {length} bytes", f"This is no safetensors file. {_FETCH_AGAIN}")
+    if length > size - LENGTH_BYTES:
+        found = f"{size} bytes in the whole file"
+        _refuse(file, f"a header of {length} bytes after its length", found, _FETCH_AGAIN)
+    text = stored.read(length, LENGTH_BYTES)
+    if len(text) < length:
+        _refuse(file, f"a header of {length} bytes", f"a file that ends after {len(text)} of them", _FETCH_AGAIN)
+    return text, size
 
 
 def refuse_lfs_pointer(start: bytes, file: str) -> None:
     """Raise `CatalogError` when `start`, the first bytes of a file, are those of a Git LFS pointer."""
     if start.startswith(_LFS_POINTER):
-        remedy = "The file was never downloaded: this is an LFS pointer, run git lfs pull."
+        remedy = (
+            "The file was never downloaded: this is an LFS pointer, run git lfs pull. A repository that has no more "
+            "than the pointer was uploaded without its files."
+        )
         _refuse(file, "the content of the file", "a Git LFS pointer to it", remedy)
 
 

@@ -6,12 +6,10 @@ must stay light.
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.regular_files import open_regular, read_descriptor
 from trtllm_ct.checkpoint.reader import Run, file_changed, read_error
+from trtllm_ct.checkpoint.source import Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,20 +22,19 @@ __all__ = ["read_runs"]
 def read_runs(catalog: Catalog, runs: Iterable[Run]) -> Iterator[tuple[Run, bytes]]:
     """Yield the runs with their bytes, in the order of files and offsets; one run is in memory at a time.
 
-    Raises `CatalogError` when a file is gone or shorter than its header says.
+    Raises `CatalogError` when a file is gone or shorter than its header says, and what `Source.announce` raises.
     """
     by_file: dict[str, list[_Place]] = {}
     for run in runs:
         tensor = catalog.tensors[run.name]
         by_file.setdefault(tensor.file, []).append(_place(run, tensor))
+    catalog.source.announce(Part(file, *place[:2]) for file, places in by_file.items() for place in places)
     for file, places in sorted(by_file.items()):
         places.sort(key=lambda place: place[0])
         try:
-            with open_regular(catalog.directory / file) as descriptor:
-                _advise(descriptor, places)
+            with catalog.source.open(file) as stored:
                 for offset, nbytes, run in places:
-                    os.lseek(descriptor, offset, os.SEEK_SET)
-                    data = read_descriptor(descriptor, nbytes)
+                    data = stored.read(nbytes, offset)
                     if len(data) < nbytes:
                         found = f"a file that ends before byte {offset + nbytes}"
                         raise file_changed(catalog.tensors[run.name], found)
@@ -55,15 +52,3 @@ def _place(run: Run, tensor: StoredTensor) -> _Place:
     size = tensor.spec.dtype.itemsize
     end = tensor.spec.numel if run.end is None else run.end
     return tensor.offset + run.begin * size, (end - run.begin) * size, run
-
-
-def _advise(descriptor: int, places: Iterable[_Place]) -> None:
-    """Announce all reads to the kernel before the first one, so that it does many of them at once.
-
-    Without it, each scalar is a separate wait: reading 48 000 of them from a cold disk took six times as long.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with suppress(OSError):  # only a hint
-        for offset, nbytes, _ in places:
-            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)

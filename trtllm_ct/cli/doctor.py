@@ -10,14 +10,15 @@ import sys
 from collections import Counter
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.base.json_form import json_form, json_object
 from trtllm_ct.base.packages import PACKAGES
+from trtllm_ct.checkpoint.opening import open_source
+from trtllm_ct.checkpoint.source import local_folder
 from trtllm_ct.config.detect import Detection, FormatDetector
-from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, describe_method
+from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, SIDECAR, describe_method
 from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
@@ -26,11 +27,13 @@ from trtllm_ct.serve.features import unknown_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import converted_scale_fault, fixed_scale_fault
 from trtllm_ct.serve.patch_switch import NO_PATCH
-from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar
+from trtllm_ct.serve.sidecar import ServingOptions, Sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
+    from trtllm_ct.checkpoint.source import Source
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.features import EngineFeatures
@@ -38,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["Diagnosis", "Machine", "Served", "diagnose", "inspect_machine"]
 
 # What a machine may lack beside the engine; the other packages come with this one, or are asked for by an option.
-_OPTIONAL = ("transformers", "huggingface_hub")
-_REQUIRED = ("torch", "numpy", "numba", "llvmlite")
+_OPTIONAL = ("transformers",)
+_REQUIRED = ("torch", "numpy", "numba", "llvmlite", "huggingface_hub")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +87,12 @@ class Machine:
 class Served:
     """How the engine would serve a directory.
 
-    `plan` is None if the directory is neither a compressed-tensors checkpoint nor prepared from one, or if `problems`
-    prevent it from being served. `traps` are faults that don't prevent the model from running, but may make its output
-    wrong.
+    `directory` is its path, or the name of a repository with its commit. `plan` is None if the directory is neither a
+    compressed-tensors checkpoint nor prepared from one, or if `problems` prevent it from being served. `traps` are
+    faults that don't prevent the model from running, but may make its output wrong.
     """
 
-    directory: Path
+    directory: Path | str
     parallel: Parallel
     detection: Detection
     plan: Plan | None
@@ -152,12 +155,13 @@ class Diagnosis:
 def diagnose(directory: str | Path | None = None, *, parallel: Parallel = ONE_RANK) -> Diagnosis:
     """Report the engine of this machine and, if `directory` is given, how it would serve that checkpoint.
 
+    `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`.
     `parallel` are the parallel sizes that the checkpoint would be served with. Reads headers only. Raises
-    `MissingDependencyError` if TensorRT-LLM is installed but can't be imported, and `DetectionError` if `directory` is
-    not a checkpoint directory.
+    `MissingDependencyError` if TensorRT-LLM is installed but can't be imported, `DetectionError` if `directory` is not
+    a checkpoint directory, and `HubError` if a repository can't be read.
     """
     machine = inspect_machine()
-    return Diagnosis(machine=machine, served=_serve(Path(directory), parallel, machine) if directory else None)
+    return Diagnosis(machine=machine, served=_serve(open_source(directory), parallel, machine) if directory else None)
 
 
 def inspect_machine() -> Machine:
@@ -181,32 +185,32 @@ def inspect_machine() -> Machine:
     )
 
 
-def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
-    detection = FormatDetector().detect(directory)
+def _serve(source: Source, parallel: Parallel, machine: Machine) -> Served:
+    detection = FormatDetector().detect(source)
     plan: Plan | None = None
     traps: tuple[Fault | None, ...] = ()
     problems: tuple[Fault, ...] = ()
     warnings: tuple[str, ...] = ()
-    if detection.method == COMPRESSED_TENSORS or is_sidecar(directory):
+    if detection.method in {COMPRESSED_TENSORS, SIDECAR}:
         try:
-            plan = _plan(directory, detection, parallel, machine)
+            plan = _plan(source, detection, parallel, machine)
             warnings = plan.warnings
         except CheckpointError as error:
             problems, warnings = error.faults, error.warnings
     elif detection.method == ENGINE_BUILD:
-        problems = (_engine_build(directory, detection),)
+        problems = (_engine_build(source, detection),)
     else:
         try:
-            problems, traps = _converted(directory, parallel, machine)
+            problems, traps = _converted(source, parallel, machine)
         except CheckpointError as error:
             problems, warnings = error.faults, error.warnings
-        warnings += _unknown_sizes(directory, detection, parallel)
+        warnings += _unknown_sizes(source, detection, parallel)
     if plan is not None and machine.features is not None:
         missing = unknown_class(detection, machine.features)
         problems = (missing,) if missing else ()
         traps = (fixed_scale_fault([plan], machine.features),)
     return Served(
-        directory=directory,
+        directory=source.folder or source.place,
         parallel=parallel,
         detection=detection,
         plan=plan,
@@ -216,34 +220,34 @@ def _serve(directory: Path, parallel: Parallel, machine: Machine) -> Served:
     )
 
 
-def _engine_build(directory: Path, detection: Detection) -> Fault:
+def _engine_build(source: Source, detection: Detection) -> Fault:
     """Return why an engine-build checkpoint can't be served as it is."""
     return Fault(
-        where=str(directory),
+        where=source.place,
         expected="a directory that LLM loads",
         found=detection.description,
         remedy=describe_method(ENGINE_BUILD).remedy,
     )
 
 
-def _unknown_sizes(directory: Path, detection: Detection, parallel: Parallel) -> tuple[str, ...]:
+def _unknown_sizes(source: Source, detection: Detection, parallel: Parallel) -> tuple[str, ...]:
     """Return a warning about sizes of a directory that another tool quantized: nothing says which ones it holds."""
     with suppress(CheckpointError):
-        if detection.method != MODELOPT or parallel == ONE_RANK or ConvertedDirectory.open(directory) is not None:
+        if detection.method != MODELOPT or parallel == ONE_RANK or ConvertedDirectory.open(source) is not None:
             return ()
         return ("no record says which parallel sizes it holds; the engine is told these without a check",)
     return ()
 
 
 def _converted(
-    directory: Path, parallel: Parallel, machine: Machine
+    source: Source, parallel: Parallel, machine: Machine
 ) -> tuple[tuple[Fault, ...], tuple[Fault | None, ...]]:
     """Return why a converted directory can't be served with these sizes on this GPU, and its traps in the engine.
 
     Both are empty for a directory that this package did not convert for TensorRT-LLM. Raises `CheckpointError` if it
     did, and its files don't say which sizes it holds.
     """
-    converted = ConvertedDirectory.open(directory)
+    converted = ConvertedDirectory.open(source)
     if converted is None:
         return (), ()
     if machine.features is None:
@@ -255,22 +259,22 @@ def _converted(
     return converted.faults(parallel) + converted.gpu_faults(machine.features.platform), traps
 
 
-def _plan(directory: Path, detection: Detection, parallel: Parallel, machine: Machine) -> Plan:
-    """Return the plan by which `LLM` would serve a directory.
+def _plan(source: Source, detection: Detection, parallel: Parallel, machine: Machine) -> Plan:
+    """Return the plan by which `LLM` would serve a checkpoint.
 
     For a prepared directory, this is the plan of its source with the options that the directory was prepared with.
     """
-    prepared = Sidecar.open(directory) if is_sidecar(directory) else None
+    prepared = Sidecar.open(local_folder(source)) if detection.method == SIDECAR else None
     features = machine.features
     if features is None:
-        checkpoint = open_checkpoint(prepared.source) if prepared else open_checkpoint(directory, detection)
+        checkpoint = open_checkpoint(prepared.source) if prepared else open_checkpoint(source, detection)
         return checkpoint.plan(machine.target.name, parallel=parallel)
     if prepared:
         return replace(prepared.options, parallel=parallel).plan(prepared.checkpoint)
     options = ServingOptions(
         engine=features.engine, sm=features.sm, additive_zeros=features.additive_zeros, parallel=parallel
     )
-    return options.plan(open_checkpoint(directory, detection))
+    return options.plan(open_checkpoint(source, detection))
 
 
 def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Fault]:

@@ -15,13 +15,13 @@ from trtllm_ct.cli.options import (
     TO_MODELOPT,
     DenseDtypeOption,
     DenseOutput,
-    Directory,
     ExpertParallel,
     ForEngine,
     ForSm,
     Html,
     Json,
     PipelineParallel,
+    Place,
     Strict,
     TargetName,
     TensorParallel,
@@ -38,7 +38,7 @@ __all__ = ["compare", "inspect", "plan"]
 
 
 def inspect(
-    directory: Directory,
+    directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target that modes are shown for.")] = TO_MODELOPT,
     engine: ForEngine = ENGINE,
     sm: ForSm = None,
@@ -88,7 +88,7 @@ def inspect(
 
 
 def plan(
-    directory: Directory,
+    directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target to plan for.")] = TO_MODELOPT,
     engine: ForEngine = ENGINE,
     sm: ForSm = None,

@@ -49,6 +49,7 @@ __all__ = [
     "Html",
     "Json",
     "PipelineParallel",
+    "Place",
     "Seed",
     "Strict",
     "TargetName",
@@ -63,6 +64,15 @@ __all__ = [
     "prompt_text",
 ]
 
+Place = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR|ORG/NAME",
+        help="Checkpoint directory, or a repository of the Hugging Face Hub, of which headers are read only: "
+        "ORG/NAME, ORG/NAME@REVISION, or its URL.",
+        show_default=False,
+    ),
+]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Html = Annotated[

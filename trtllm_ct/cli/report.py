@@ -68,7 +68,7 @@ def _joined(*parts: str | tuple[str, str]) -> Text:
     )
 
 
-def faults(all_faults: Iterable[Fault], named: Iterable[Path | None] = ()) -> RenderableType:
+def faults(all_faults: Iterable[Fault], named: Iterable[Path | str | None] = ()) -> RenderableType:
     """Format faults; faults with the same text are shown once, with the names that they apply to folded.
 
     Files in the directories `named`, whose paths the report has shown before, are shown without their paths.
@@ -147,7 +147,7 @@ def _elsewhere(found: Sequence[ServedOn]) -> RenderableType:
     return Group(_line(f"Elsewhere: {elsewhere_text(found)}", style="bold"), table)
 
 
-def problems(found: Sequence[Fault], named: Iterable[Path] = ()) -> RenderableType:
+def problems(found: Sequence[Fault], named: Iterable[Path | str] = ()) -> RenderableType:
     """Format problems under a title with their number; `named` is that of `faults`."""
     return Group(_line(f"Problems ({len(found)}):", style="bold red"), faults(found, named))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,7 +54,12 @@ def generate(
 
 def doctor(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Checkpoint directory to examine.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="DIR|ORG/NAME",
+            help="Checkpoint directory to examine, or a repository of the Hub.",
+            show_default=False,
+        ),
     ] = None,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,

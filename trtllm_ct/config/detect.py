@@ -14,15 +14,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.base.json_form import fields_form, json_object
-from trtllm_ct.base.regular_files import is_present
 from trtllm_ct.base.source_errors import source_errors
-from trtllm_ct.config.json_file import not_an_object, read_json_object
+from trtllm_ct.checkpoint.source import as_source
+from trtllm_ct.config.json_file import not_an_object, read_json_of
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, SIDECAR, UNKNOWN, describe_method
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trtllm_ct.checkpoint.source import Source
 
 __all__ = ["SIDECAR_FILE", "Detection", "Evidence", "FormatDetector", "unwrap_block"]
 
@@ -97,7 +101,8 @@ class Detection:
 
     `method` is None for a checkpoint without quantization. `origin` names file and key of the block that decided, and
     `block` is that block as it was read; both are None when there is no block. `disagreements` are messages about other
-    blocks that contradict it. `files` are the JSON files that were read, parsed, by name.
+    blocks that contradict it. `files` are the JSON files that were read, parsed, by name, and
+    `source` is where they were read; None for the detection of a dictionary.
     """
 
     method: str | None
@@ -105,8 +110,13 @@ class Detection:
     disagreements: tuple[str, ...] = ()
     origin: str | None = None
     block: Mapping[str, Any] | None = None
-    directory: str | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    source: Source | None = field(default=None, repr=False)
+
+    @property
+    def directory(self) -> str | None:
+        """The path or the name of the checkpoint; None for the detection of a dictionary."""
+        return None if self.source is None else self.source.place
 
     @property
     def description(self) -> str:
@@ -156,20 +166,19 @@ class _Claim:
 class FormatDetector:
     """Looks for quantization blocks and decides which method a checkpoint is quantized with."""
 
-    def detect(self, directory: str | Path) -> Detection:
-        """Detect the method of a checkpoint directory.
+    def detect(self, directory: str | Path | Source) -> Detection:
+        """Detect the method of a checkpoint directory, or of a checkpoint elsewhere.
 
         Raises `DetectionError` when `directory` is not a checkpoint directory, `CatalogError` when it can't be looked
         at, and `ConfigError` when a configuration file is not a JSON object.
         """
-        path = Path(directory)
-        with source_errors(path):
-            _require_checkpoint(path)
-        if is_present(path / SIDECAR_FILE):
-            return _detect_sidecar(read_json_object(path / SIDECAR_FILE), str(directory))
+        source = as_source(directory)
+        with source_errors(source.place):
+            _require_checkpoint(source)
+        if source.has(SIDECAR_FILE):
+            return _detect_sidecar(read_json_of(source, SIDECAR_FILE), source)
         names = dict.fromkeys(file for file, _ in _PLACES)
-        files = {name: read_json_object(path / name) for name in names if is_present(path / name)}
-        return _decide(files, str(directory))
+        return _decide({name: read_json_of(source, name) for name in names if source.has(name)}, source)
 
     def detect_config(self, config: Mapping[str, Any]) -> Detection:
         """Detect the method from the dictionary of a config.json alone.
@@ -179,7 +188,7 @@ class FormatDetector:
         return _decide({_CONFIG: config}, None)
 
 
-def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> Detection:
+def _decide(files: Mapping[str, Mapping[str, Any]], source: Source | None) -> Detection:
     claims = [claim for file, keys in _PLACES if file in files for claim in _claims_at(files[file], file, keys)]
     if not claims:
         evidence = [
@@ -187,7 +196,7 @@ def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> De
             for file in (_CONFIG, _PARAMS)
             if file in files
         ]
-        return Detection(method=None, evidence=tuple(evidence), directory=directory, files=files)
+        return Detection(method=None, evidence=tuple(evidence), files=files, source=source)
     claims.sort(key=_priority)
     winner = claims[0]
     return Detection(
@@ -196,15 +205,15 @@ def _decide(files: Mapping[str, Mapping[str, Any]], directory: str | None) -> De
         disagreements=tuple(text for other in claims[1:] for text in _disagreements(winner, other)),
         origin=winner.origin,
         block=winner.block,
-        directory=directory,
         files=files,
+        source=source,
     )
 
 
-def _detect_sidecar(content: Mapping[str, Any], directory: str) -> Detection:
+def _detect_sidecar(content: Mapping[str, Any], source: Source) -> Detection:
     """Return the detection for a directory whose sidecar file has this content."""
-    source = Evidence(file=SIDECAR_FILE, key="source", found=json.dumps(content.get("source")), read_as=SIDECAR)
-    return Detection(method=SIDECAR, evidence=(source,), origin=SIDECAR_FILE, block=content, directory=directory)
+    made_from = Evidence(file=SIDECAR_FILE, key="source", found=json.dumps(content.get("source")), read_as=SIDECAR)
+    return Detection(method=SIDECAR, evidence=(made_from,), origin=SIDECAR_FILE, block=content, source=source)
 
 
 def _priority(claim: _Claim) -> int:
@@ -297,12 +306,13 @@ def _modelopt_algorithm(block: Mapping[str, Any]) -> str:
     return str(settings.get("quant_algo")).upper()
 
 
-def _require_checkpoint(path: Path) -> None:
-    """Raise `DetectionError` unless `path` is a directory with a model configuration."""
-    if path.is_dir():
-        if any(is_present(path / name) for name in (_CONFIG, _PARAMS)):
+def _require_checkpoint(source: Source) -> None:
+    """Raise `DetectionError` unless a source has a model configuration."""
+    path = source.folder
+    if path is None or path.is_dir():
+        if any(source.has(name) for name in (_CONFIG, _PARAMS)):
             return
-        found, remedy = _describe_directory(path)
+        found, remedy = _describe_files(source)
     elif path.exists():
         found, remedy = "a file", f"Give the directory that holds {_CONFIG} and the weights."
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -310,18 +320,18 @@ def _require_checkpoint(path: Path) -> None:
         remedy = f"If this is a Hugging Face repository, download it first: hf download {path} --local-dir DIR"
     else:
         found, remedy = "no such directory", "Check the path; it is read on this machine."
-    raise DetectionError(
-        Fault(where=str(path), expected=f"a directory with {_CONFIG} or {_PARAMS}", found=found, remedy=remedy)
-    )
+    expected = f"a {'repository' if path is None else 'directory'} with {_CONFIG} or {_PARAMS}"
+    raise DetectionError(Fault(where=source.place, expected=expected, found=found, remedy=remedy))
 
 
-def _describe_directory(path: Path) -> tuple[str, str]:
-    """Return what a directory without a model configuration holds instead, and the remedy."""
-    if any(path.glob("*.gguf")):
+def _describe_files(source: Source) -> tuple[str, str]:
+    """Return what a source without a model configuration holds instead, and the remedy."""
+    names = source.names()
+    if any(name.endswith(".gguf") for name in names):
         return describe_method("gguf").name, describe_method("gguf").remedy
-    if (path / "adapter_config.json").is_file():
+    if "adapter_config.json" in names:
         return "a LoRA adapter", "Merge the adapter into its base model, or give the directory of the base model."
-    inner = sorted(config.parent.name for config in path.glob(f"*/{_CONFIG}"))
+    inner = source.folders_with(_CONFIG)
     if inner:
         named = ", ".join(inner[:_MAX_NAMES]) + (", ..." if len(inner) > _MAX_NAMES else "")
         return "neither of them here", f"Give one of the directories inside instead: {named}"

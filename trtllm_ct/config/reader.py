@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError
 from trtllm_ct.base.schemes import CompressionFormat, RowOrder
@@ -22,6 +21,9 @@ from trtllm_ct.config.quantization_config import ConfigGroup, QuantizationConfig
 from trtllm_ct.config.recipe import read_modifiers
 from trtllm_ct.config.sparsity_config import read_expert_sparsity, read_sparsity
 from trtllm_ct.config.transform_config import read_transforms
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["CompressedTensorsConfigReader"]
 
@@ -65,7 +67,7 @@ class CompressedTensorsConfigReader:
 
         A `Detection` stands for the directory that it was made from, whose JSON files are not read again.
 
-        The modifiers that made the checkpoint (`recipe.yaml`) are known only when `source` is a directory.
+        The modifiers that made the checkpoint (`recipe.yaml`) are known only for a directory or its detection.
         Raises `DetectionError` when there is no compressed-tensors block; the message says what was found instead.
         Raises `ConfigError` with every fault of a block that can't be read.
         """
@@ -74,10 +76,9 @@ class CompressedTensorsConfigReader:
             return _read_block(block, origin)
         detection = source if isinstance(source, Detection) else FormatDetector().detect(source)
         config = _read_block(detection.require_compressed_tensors(), detection.origin or "")
-        if detection.directory is None:
+        if detection.source is None:
             return config
-        directory = Path(detection.directory)
-        return replace(config, directory=directory, modifiers=read_modifiers(directory))
+        return replace(config, directory=detection.source.folder, modifiers=read_modifiers(detection.source))
 
 
 def _find_block(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

@@ -10,30 +10,32 @@ import re
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import ConfigError, Fault
-from trtllm_ct.base.regular_files import RECIPE_BYTES, is_present, read_bounded
+from trtllm_ct.base.regular_files import RECIPE_BYTES
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from trtllm_ct.checkpoint.source import Source
 
 __all__ = ["read_modifiers"]
 
+_RECIPE = "recipe.yaml"
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 _MODIFIER_KEY = re.compile(r"""(?<![\w.])(\w+Modifier)["']?\s*:(?!\S)""")
 
 
-def read_modifiers(directory: Path) -> tuple[str, ...]:
+def read_modifiers(source: Source) -> tuple[str, ...]:
     """Return the mapping keys that end in "Modifier", without repetitions, in the order of the file.
 
-    Empty when the directory holds no recipe. Raises `ConfigError` for a recipe that can't be read.
+    Empty when there is no recipe. Raises `ConfigError` for a recipe that can't be read.
     """
-    recipe = directory / "recipe.yaml"
-    if not is_present(recipe):
+    if not source.has(_RECIPE):
         return ()
     try:
-        lines = read_bounded(recipe, RECIPE_BYTES).decode("utf-8", errors="replace").splitlines()
+        lines = source.read(_RECIPE, RECIPE_BYTES).decode("utf-8", errors="replace").splitlines()
     except OSError as error:
         remedy = "Make it a file that this user can read, or move it away: it only says how weights were calibrated."
         found = f"{error.strerror or error}".lower()
-        raise ConfigError(Fault(where=str(recipe), expected="a readable recipe", found=found, remedy=remedy)) from None
+        raise ConfigError(
+            Fault(where=source.where(_RECIPE), expected="a readable recipe", found=found, remedy=remedy)
+        ) from None
     names = (name for line in lines for name in _MODIFIER_KEY.findall(_COMMENT.sub("", line)))
     return tuple(dict.fromkeys(names))

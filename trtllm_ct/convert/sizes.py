@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, FaultCollector, UsageError
 from trtllm_ct.base.json_form import from_fields, json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import format_names
-from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.checkpoint.source import as_source
+from trtllm_ct.config.json_file import read_json_of
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.quant_config import QuantConfig, read_quantization
@@ -32,9 +32,11 @@ from trtllm_ct.plan.ranks.planned_model import model_of_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from typing_extensions import Self
 
+    from trtllm_ct.checkpoint.source import Source
     from trtllm_ct.engine.platform import Platform
     from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.pipeline.open import Checkpoint
@@ -74,14 +76,14 @@ def planned_for(plan: Plan) -> dict[str, Any]:
 class ConvertedDirectory:
     """A directory that this package converted for TensorRT-LLM; its JSON files are read.
 
-    The headers of its tensors are read too.
+    The headers of its tensors are read too. `directory` is its path, or the name of a repository that holds its files.
 
     `engine` is the name of the release that it was planned for, and `parallel` are the sizes. `sm` is the SM of the
     GPUs, None if it was planned for none in particular. `record_fault` says why these three can't be read; then it is
     not known which sizes the directory holds, except that one rank takes each weight as a whole.
     """
 
-    directory: Path
+    directory: Path | str
     engine: str
     parallel: Parallel
     model: Model
@@ -90,27 +92,27 @@ class ConvertedDirectory:
     record_fault: Fault | None = None
 
     @classmethod
-    def open(cls, directory: str | Path) -> Self | None:
+    def open(cls, directory: str | Path | Source) -> Self | None:
         """Read a directory; returns None for a directory that this package did not convert for TensorRT-LLM.
 
         A prepared directory, which holds no weights, is none either: its plan was made for the sizes of its engine.
         Raises `ConfigError` or `CatalogError` for other JSON files or headers of it that can't be read.
         """
-        path = Path(directory) / QUANT_CONFIG
-        if not path.is_file() or not any(path.parent.glob("*.safetensors")):
+        source = as_source(directory)
+        if not source.has(QUANT_CONFIG) or not any(name.endswith(".safetensors") for name in source.names()):
             return None
-        document = read_json_object(path)
+        document, where = read_json_of(source, QUANT_CONFIG), source.where(QUANT_CONFIG)
         converter = document.get("converter")
         made_here = isinstance(converter, Mapping) and converter.get("name") == CONVERTER
         if _KEY not in document and not made_here:
             return None
-        quant_config = read_quantization(document, path)
-        engine, parallel, sm, fault = _read_record(document.get(_KEY), path)
+        quant_config = read_quantization(document, where)
+        engine, parallel, sm, fault = _read_record(document.get(_KEY), where)
         return cls(
-            directory=Path(directory),
+            directory=source.folder or source.place,
             engine=engine,
             parallel=parallel,
-            model=model_of_directory(Path(directory), quant_config),
+            model=model_of_directory(source, quant_config),
             quant_config=quant_config,
             sm=sm,
             record_fault=fault,
@@ -201,7 +203,7 @@ class ConvertedDirectory:
         ]
 
 
-def _read_record(record: object, path: Path) -> tuple[str, Parallel, int | None, Fault | None]:
+def _read_record(record: object, path: str) -> tuple[str, Parallel, int | None, Fault | None]:
     """Return the release, the sizes and the SM of a record, and a fault if they can't be read."""
     found = "no record"
     if isinstance(record, Mapping):
@@ -223,10 +225,10 @@ def _read_record(record: object, path: Path) -> tuple[str, Parallel, int | None,
     return "", ONE_RANK, None, fault
 
 
-def model_of_directory(directory: Path, quant_config: QuantConfig) -> Model:
+def model_of_directory(source: Source, quant_config: QuantConfig) -> Model:
     """Return the model of a converted directory, with the modules in its headers."""
-    model = Model.from_config(read_json_object(directory / "config.json"))
-    stored = gather_modules(Catalog.from_directory(directory), model, FaultCollector(), split_stacks=True)
+    model = Model.from_config(read_json_of(source, "config.json"))
+    stored = gather_modules(Catalog.from_source(source), model, FaultCollector(), split_stacks=True)
     shapes = {name: _codes_shape(module, quant_config.layer_config(name)) for name, module in stored.items()}
     return model.in_checkpoint(stored, {name: shape for name, shape in shapes.items() if shape is not None})
 

@@ -153,7 +153,7 @@ class QuantConfig:
         )
 
 
-def read_quantization(document: Mapping[str, Any], path: Path) -> QuantConfig:
+def read_quantization(document: Mapping[str, Any], path: Path | str) -> QuantConfig:
     """Return the `quantization` block of a parsed hf_quant_config.json.
 
     Raises `ConfigError` when the block is missing or malformed, or names an algorithm that the engine doesn't know.

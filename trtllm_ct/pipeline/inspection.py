@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, UnreadClassError
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.checkpoint.opening import open_source
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
@@ -20,6 +20,7 @@ from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.pipeline.open import Checkpoint
@@ -66,6 +67,7 @@ class SchemeRow:
 class Inspection:
     """The result of an inspection: what was detected, the plan for a target, and the problems.
 
+    `directory` is the path of the directory, or the name of a repository with its commit.
     `parallel` are the parallel sizes that the plan was made for. `plan` is None if a problem prevents delivery; the
     problems of a plan prevent only that the engine serves the result. `noted` are the warnings of the configuration,
     the files and the plan, up to the stage that found a problem that prevents delivery. `alternative` says with which
@@ -74,7 +76,7 @@ class Inspection:
     from.
     """
 
-    directory: Path
+    directory: Path | str
     target: str
     parallel: Parallel
     detection: Detection
@@ -163,19 +165,21 @@ def inspect_checkpoint(
     dense_o_proj: bool = False,
     compare_places: bool = False,
 ) -> Inspection:
-    """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
+    """Inspect a checkpoint: how it would be delivered to the target named `to`, for the release line `engine`.
 
+    `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`.
     `sm` is the SM of the GPUs that the engine will run on, None if it is not known, and `untested` that of
     `target_named`. `parallel` are the sizes that the
     engine will run with; sizes that can't divide the model are problems. `dtype` and `dense_o_proj` are those of
     `make_plan`. A model whose class has no row is inspected for the target `dense`. With `compare_places`, other
     releases and GPUs are compared, which takes up to some seconds. No weights are read, and torch is not imported.
     Problems of the checkpoint are collected in the result.
-    Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
+    Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected or a repository
+    can't be read.
     """
-    directory = Path(directory)
+    source = open_source(directory)
     target = target_named(to, engine, sm=sm, untested=untested)
-    detection = FormatDetector().detect(directory)
+    detection = FormatDetector().detect(source)
     options: dict[str, Any] = {
         "to": target.name,
         "engine": engine,
@@ -191,7 +195,7 @@ def inspect_checkpoint(
     checkpoint: Checkpoint | None = None
     places: tuple[ServedOn, ...] | None = None
     try:
-        checkpoint = open_checkpoint(directory, detection)
+        checkpoint = open_checkpoint(source, detection)
         try:
             plan = checkpoint.plan(**options, compare_class=True)
             instead = alternative(checkpoint, plan, options)
@@ -205,7 +209,7 @@ def inspect_checkpoint(
     except CheckpointError as error:
         problems, noted = error.faults, error.warnings
     return Inspection(
-        directory=directory,
+        directory=source.folder or source.place,
         target=target.name,
         parallel=parallel,
         detection=detection,

@@ -2,9 +2,9 @@
 
 | stage   | input                            | output                               | tensors read         |
 |---------|----------------------------------|--------------------------------------|----------------------|
-| detect  | a directory                      | `Detection` with its evidence        | none                 |
-| read    | the directory                    | `QuantizationConfig`                 | none                 |
-| catalog | the directory                    | `Catalog`                            | headers              |
+| detect  | a source (`source.py`)           | `Detection` with its evidence        | none                 |
+| read    | the source                       | `QuantizationConfig`                 | none                 |
+| catalog | the source                       | `Catalog`                            | headers              |
 | probe   | configuration, catalog and model | `Probe`: the few values that decide  | a few small ones     |
 | plan    | these three, probe and target    | `Plan`                               | none                 |
 | load    | the modules of the plan          | stored tensors, one module at a time | one module at a time |
@@ -16,13 +16,14 @@ This file has the stages up to planning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import ConfigError, Fault, keeping_warnings
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.checkpoint.opening import open_source
+from trtllm_ct.checkpoint.source import Source, as_source, local_folder
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.mistral_params import config_from_params
 from trtllm_ct.config.quantization_config import QuantizationConfig
@@ -31,7 +32,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.formats import PACKED_CODES
-from trtllm_ct.pipeline.probing import probe_checkpoint
+from trtllm_ct.pipeline.probing import probe_checkpoint, unread_values
 from trtllm_ct.pipeline.transformers_class import TransformersClass
 from trtllm_ct.plan.models.bounds import check_counts
 from trtllm_ct.plan.models.sites import Model
@@ -39,6 +40,7 @@ from trtllm_ct.plan.planner import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.plan.plan import Plan
@@ -49,18 +51,23 @@ __all__ = ["Checkpoint", "open_checkpoint", "plan_checkpoint"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A compressed-tensors directory, with the results of all stages before planning.
+    """A compressed-tensors checkpoint, with the results of all stages before planning.
 
     `hf_config` is its parsed config.json, or params.json (Mistral's own form) converted to that form.
     """
 
-    directory: Path
+    source: Source
     detection: Detection
     config: QuantizationConfig
     catalog: Catalog
     model: Model
     probe: Probe
     hf_config: Mapping[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the files; raises `UsageError` if they are not on this machine."""
+        return local_folder(self.source)
 
     def plan(
         self,
@@ -100,9 +107,9 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    directory: str | Path, detection: Detection | None = None, probe: Probe | None = None
+    directory: str | Path | Source, detection: Detection | None = None, probe: Probe | None = None
 ) -> Checkpoint:
-    """Detect, read, catalog and probe a directory.
+    """Detect, read, catalog and probe a directory, or a checkpoint elsewhere (`opening.py: open_source`).
 
     Reads JSON files, headers, and the few small tensors whose values decide a mode; also the embeddings, if a head is
     stored that config.json ties to them. `detection` is the detection of the directory and `probe` what was read of its
@@ -111,11 +118,11 @@ def open_checkpoint(
     Raises `DetectionError` if the directory is a checkpoint of another quantization method or none at all, and
     `ConfigError` or `CatalogError` with all faults of the stage and the warnings of the stages before it.
     """
-    directory = Path(directory)
-    detection = detection or FormatDetector().detect(directory)
+    source = as_source(directory)
+    detection = detection or FormatDetector().detect(source)
     config = _unquantized(detection) or CompressedTensorsConfigReader().read(detection)
     with keeping_warnings(config.warnings):
-        catalog = Catalog.from_directory(directory)
+        catalog = Catalog.from_source(source)
     if detection.method is None:
         _refuse_codes(catalog)
     with keeping_warnings((*config.warnings, *catalog.warnings)):
@@ -123,8 +130,10 @@ def open_checkpoint(
         model = Model.from_config(hf_config)
         check_counts(model, catalog)
         probe = probe_checkpoint(config, catalog, model) if probe is None else probe
+        if unread := unread_values(catalog, model, probe):
+            catalog = replace(catalog, warnings=(*catalog.warnings, *unread))
     return Checkpoint(
-        directory=directory,
+        source=source,
         detection=detection,
         config=config,
         catalog=catalog,
@@ -136,9 +145,9 @@ def open_checkpoint(
 
 def _unquantized(detection: Detection) -> QuantizationConfig | None:
     """Return the configuration of a checkpoint in which no block quantizes anything; None for any other."""
-    if detection.method is not None or detection.directory is None:
+    if detection.method is not None or detection.source is None:
         return None
-    return QuantizationConfig(groups=(), origin="", directory=Path(detection.directory))
+    return QuantizationConfig(groups=(), origin="", directory=detection.source.folder)
 
 
 def _refuse_codes(catalog: Catalog) -> None:
@@ -180,8 +189,11 @@ def plan_checkpoint(
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
 ) -> Plan:
-    """Return the plan of a directory for the target named `to`; no weights are read. See `Checkpoint.plan`."""
-    return open_checkpoint(directory).plan(
+    """Return the plan of a checkpoint for the target named `to`; no weights are read. See `Checkpoint.plan`.
+
+    `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`.
+    """
+    return open_checkpoint(open_source(directory)).plan(
         to,
         engine=engine,
         sm=sm,

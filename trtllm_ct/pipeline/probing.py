@@ -29,7 +29,7 @@ from trtllm_ct.formats.group_index import GROUP_INDEX
 from trtllm_ct.formats.sparse.pieces import shape_pieces
 from trtllm_ct.layouts.e4m3 import exact_powers
 from trtllm_ct.layouts.raw_bytes import is_contiguous_index, is_zero, is_zero_packed, read_integers, read_scalar
-from trtllm_ct.pipeline.head_probe import head_equals_table
+from trtllm_ct.pipeline.head_probe import head_equals_table, sampled_head
 from trtllm_ct.plan.equalize import powers_of_two_apart
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.probe import NO_PROBE, Probe, probe_key
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.sites import Model, Site
     from trtllm_ct.plan.stored import StoredModule, View
 
-__all__ = ["probe_checkpoint"]
+__all__ = ["probe_checkpoint", "unread_values"]
 
 _INPUT_SCALAR = "input_global_scale"
 _SCALARS = (*(name for name, axes in WEIGHT_TENSORS.items() if Axis.SCALAR in axes), _INPUT_SCALAR)
@@ -81,6 +81,14 @@ def probe_checkpoint(config: QuantizationConfig, catalog: Catalog, model: Model)
     zero, trivial = _read_idle(modules, reader, catalog)
     powers = _read_powers(modules, scalars, catalog)
     return Probe(scalars=scalars, powers=powers, zero=zero, trivial=trivial, shapes=shapes, head_is_table=head_is_table)
+
+
+def unread_values(catalog: Catalog, model: Model, probe: Probe) -> tuple[str, ...]:
+    """Return warnings about values in `probe` of which only samples were read, as the files are far away."""
+    if catalog.source.folder is not None or not probe.head_is_table:
+        return ()
+    stored = _stored_modules(catalog, model, probe.shapes)
+    return sampled_head(model.in_checkpoint(stored), stored, catalog)
 
 
 def _read_shapes(catalog: Catalog) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.verify.engine_exclusions import is_excluded
 from trtllm_ct.verify.engine_keys import checked_layers
@@ -114,7 +115,7 @@ class EngineRanks:
                     )
                 )
             tensors = read_header(self.directory / file, file).tensors
-            catalog = Catalog(directory=self.directory, tensors=tensors, files=(file,))
+            catalog = Catalog(source=Folder(self.directory), tensors=tensors, files=(file,))
             self.files.append(tensors_of(self._stack.enter_context(TensorFiles(catalog))))
         return self
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CheckpointError, Fault, UsageError
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.sizes import ConvertedDirectory, model_of_directory
 from trtllm_ct.engine.build_modes import KERNEL_SMS, kernel_modes
@@ -95,7 +96,7 @@ def _opened(out: Path) -> tuple[ConvertedDirectory | None, tuple[Fault, ...]]:
 def _uneven(out: Path, parallel: Parallel) -> tuple[Fault, ...]:
     """Return why plain weights can't be divided among so many ranks; empty if they can."""
     try:
-        return uneven_faults(model_of_directory(out, QuantConfig()), parallel)
+        return uneven_faults(model_of_directory(Folder(out), QuantConfig()), parallel)
     except CheckpointError as error:
         return error.faults
 

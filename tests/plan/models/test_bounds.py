@@ -11,6 +11,7 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.plan.models.bounds import check_counts
 from trtllm_ct.plan.models.sites import Model
 
@@ -21,7 +22,7 @@ def catalog_of(tensors: int, longest: int) -> Catalog:
     """Return a catalog of so many tensors, the longest axis of which has `longest` entries."""
     spec = TensorSpec(DType.BF16, (longest,))
     stored = {f"t{number}": StoredTensor(f"t{number}", spec, "model.safetensors", 0) for number in range(tensors)}
-    return Catalog(directory=Path("m"), tensors=stored, files=("model.safetensors",))
+    return Catalog(source=Folder(Path("m")), tensors=stored, files=("model.safetensors",))
 
 
 def mixture(experts: int, layers: int = LAYERS) -> Model:

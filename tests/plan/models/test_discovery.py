@@ -12,6 +12,7 @@ from trtllm_ct.base.errors import PlanError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import StoredTensor
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.engine.target import target_named
@@ -55,7 +56,7 @@ def catalog_of(heads: int) -> Catalog:
             f"{prefix}.bias": TensorSpec(DType.BF16, (rows,)),
         }
     tensors = {name: StoredTensor(name=name, spec=spec, file="x", offset=0) for name, spec in specs.items()}
-    return Catalog(directory=Path(), tensors=tensors, files=("x",))
+    return Catalog(source=Folder(Path()), tensors=tensors, files=("x",))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
@@ -90,7 +91,9 @@ def test_every_layer_of_an_encoder_decoder_belongs_to_it() -> None:
     model = Model.from_config({"architectures": ["AnyForConditionalGeneration"], "is_encoder_decoder": True, **keys})
     config = CompressedTensorsConfigReader().read({"quantization_config": block})
 
-    plan = make_plan(config, Catalog(directory=Path(), tensors=tensors, files=("x",)), model, target_named("dense"))
+    plan = make_plan(
+        config, Catalog(source=Folder(Path()), tensors=tensors, files=("x",)), model, target_named("dense")
+    )
 
     reasons = {module.reason for module in plan.modules if module.name.endswith("fc1")}
     assert reasons == {"target dense holds plain weights only"}

@@ -22,6 +22,7 @@ from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import METADATA_KEY, read_header
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.checkpoint.writer import ShardedWriter
 from trtllm_ct.formats.sparse.base import SHAPE_DTYPES
 from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS, Generation, SparseTensor, find_sparse, restore, stem_of
@@ -241,7 +242,7 @@ def _open_catalog(path: Path) -> Catalog:
         remedy = "Give a safetensors file, or the directory of a checkpoint."
         found = f"{error.strerror or error}".lower()
         raise CatalogError(Fault(where=str(path), expected="a readable file", found=found, remedy=remedy)) from None
-    return Catalog(directory=path.parent, tensors=header.tensors, files=(path.name,))
+    return Catalog(source=Folder(path.parent), tensors=header.tensors, files=(path.name,))
 
 
 def _stored_shapes(reader: TensorReader, specs: Mapping[str, TensorSpec]) -> Callable[[str], tuple[int, ...] | None]:

@@ -1,0 +1,79 @@
+"""`open_url`: a folder in a store that fsspec opens, such as `s3://BUCKET/FOLDER` or `gs://BUCKET/FOLDER`.
+
+fsspec finds the package that knows the protocol (s3fs, gcsfs, ...), which has its own settings of access. Nothing is
+kept: a store does not say which version of a file it holds.
+Source: fsspec 2023.5 and 2026.9, `core.py: url_to_fs`, `spec.py: AbstractFileSystem.find, cat_file`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.errors import Fault, HubError, MissingDependencyError, TrtllmCtError
+from trtllm_ct.base.packages import PACKAGES
+from trtllm_ct.checkpoint.remote import RemoteFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtllm_ct.checkpoint.source import Part, Source
+
+__all__ = ["open_url"]
+
+_DEPTH = 2
+"""Files of inner folders are listed too: an index may name them."""
+
+
+def open_url(url: str) -> Source:
+    """Return a folder in a store as a source.
+
+    Raises `HubError` for a URL that can't be read, and `MissingDependencyError` if fsspec, or the package that it needs
+    for the protocol, is not installed.
+    """
+    try:
+        import fsspec
+    except ImportError as error:
+        raise MissingDependencyError(PACKAGES["fsspec"].fault()) from error
+    try:
+        store, path = fsspec.core.url_to_fs(url)
+        found = store.find(path, maxdepth=_DEPTH, detail=True)
+    except Exception as error:
+        raise _error(url, "a folder that can be listed", error) from error
+    start = f"{path.rstrip('/')}/"
+    sizes = {name.removeprefix(start): entry["size"] for name, entry in found.items() if name.startswith(start)}
+    if not sizes:
+        raise _error(url, "a folder with files", FileNotFoundError("none"))
+    return RemoteFolder(_StoreFolder(url.rstrip("/"), sizes, store, start))
+
+
+@dataclass(frozen=True, slots=True)
+class _StoreFolder:
+    """A folder of a store, as a `Transport`; `store` is a file system of fsspec."""
+
+    place: str
+    sizes: Mapping[str, int]
+    store: Any
+    start: str
+
+    def fetch(self, part: Part) -> bytes:
+        """Return the bytes of a part of a file; raises `HubError`."""
+        where, end = f"{self.place}/{part.file}", part.offset + part.nbytes
+        try:
+            data = bytes(self.store.cat_file(self.start + part.file, start=part.offset, end=end))
+        except Exception as error:
+            raise _error(where, f"bytes {part.offset}-{end - 1}", error) from error
+        if len(data) != part.nbytes:
+            found = ValueError(f"{len(data)} of them")
+            raise _error(where, f"{part.nbytes} bytes from byte {part.offset} on", found)
+        return data
+
+
+def _error(where: str, expected: str, error: Exception) -> TrtllmCtError:
+    """Return the error for what a store answers."""
+    found = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    remedy = "Check the URL, and the access that the package for this protocol is set up with."
+    if isinstance(error, ImportError):
+        remedy = "Install the package that fsspec names for this protocol, such as s3fs or gcsfs."
+        return MissingDependencyError(Fault(where=where, expected=expected, found=found, remedy=remedy))
+    return HubError(Fault(where=where, expected=expected, found=found, remedy=remedy))
