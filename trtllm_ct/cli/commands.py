@@ -34,6 +34,7 @@ from trtllm_ct.cli.options import (
     ForSm,
     Json,
     PipelineParallel,
+    RequantizeOption,
     Seed,
     Strict,
     TargetName,
@@ -49,6 +50,7 @@ from trtllm_ct.cli.options import (
 )
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import conversion_progress, print_json, run_app, stderr, stdout
+from trtllm_ct.engine.requantization import Requantize
 
 __all__ = ["app", "main"]
 
@@ -107,6 +109,7 @@ def inspect(
     ep: ExpertParallel = 1,
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
+    requantize: RequantizeOption = None,
     modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -125,6 +128,7 @@ def inspect(
         dtype=dense_dtype(dtype),
         parallel=parallel_of(tp, pp, ep),
         dense_o_proj=dense_o_proj,
+        requantize=Requantize.parse(requantize),
     )
     if as_json:
         print_json("inspect", inspection.to_dict())
@@ -146,6 +150,7 @@ def plan(
     ep: ExpertParallel = 1,
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
+    requantize: RequantizeOption = None,
     strict: Strict = False,
     names: Annotated[
         str | None,
@@ -171,6 +176,7 @@ def plan(
         dtype=dense_dtype(dtype),
         parallel=parallel_of(tp, pp, ep),
         dense_o_proj=dense_o_proj,
+        requantize=Requantize.parse(requantize),
         strict=strict,
     )
     if as_json:
@@ -195,6 +201,7 @@ def convert(
     ep: ExpertParallel = 1,
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
+    requantize: RequantizeOption = None,
     strict: Strict = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
@@ -240,6 +247,7 @@ def convert(
             parallel=parallel_of(tp, pp, ep),
             dtype=dtype,
             dense_o_proj=dense_o_proj,
+            requantize=Requantize.parse(requantize),
             strict=strict,
             overwrite=overwrite,
             carry=carry or (),

@@ -20,6 +20,7 @@ from trtllm_ct.convert.executors import EXECUTORS
 from trtllm_ct.engine.build_modes import KERNEL_SMS, UNTESTED
 from trtllm_ct.engine.platform import SMS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import FORMS
 from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "ForSm",
     "Json",
     "PipelineParallel",
+    "RequantizeOption",
     "Seed",
     "Strict",
     "TargetName",
@@ -137,6 +139,15 @@ DenseDtypeOption = Annotated[
 ]
 DenseOutput = Annotated[
     bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")
+]
+RequantizeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--requantize",
+        metavar="WHAT=FORM",
+        help=f"Round what would be dequantized to codes: experts, linears or all, to {', '.join(FORMS)}.",
+        show_default=False,
+    ),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template of the tokenizer, if any.")

@@ -198,7 +198,7 @@ def verification(report: VerificationReport) -> RenderableType:
     verdict = ("good", "bold green") if report.good else (f"{len(report.faults)} faults", "bold red")
     what = f"{report.converted} against {report.directory}" if report.converted else str(report.directory)
     lines: list[RenderableType] = [_joined(f"{what}: ", verdict, f" ({report.modules} modules)")]
-    for kind in ("native", "dequantized", "plain"):
+    for kind in ("native", "requantized", "dequantized", "plain"):
         worst = report.worst(kind)
         if worst is not None:
             count = sum(check.kind == kind for check in report.checks)

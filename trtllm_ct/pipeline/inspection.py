@@ -11,6 +11,7 @@ from trtllm_ct.base.json_form import json_object
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.pipeline.alternatives import alternative
 from trtllm_ct.pipeline.open import open_checkpoint
@@ -142,13 +143,14 @@ def inspect_checkpoint(
     dtype: DType | None = None,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
+    requantize: Requantize = NOT_REQUANTIZED,
 ) -> Inspection:
     """Inspect a directory: how it would be delivered to the target named `to`, for the release line `engine`.
 
     `sm` is the SM of the GPUs that the engine will run on, None if it is not known, and `untested` that of
     `target_named`. `parallel` are the sizes that the
-    engine will run with; sizes that can't divide the model are problems. `dtype` and `dense_o_proj` are those of
-    `make_plan`. A model whose class has no row is inspected for the target `dense`. No weights are read, and
+    engine will run with; sizes that can't divide the model are problems. `dtype`, `dense_o_proj` and `requantize` are
+    those of `make_plan`. A model whose class has no row is inspected for the target `dense`. No weights are read, and
     torch is not imported. Problems of the checkpoint are collected in the result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected.
     """
@@ -163,6 +165,7 @@ def inspect_checkpoint(
         "dtype": dtype,
         "parallel": parallel,
         "dense_o_proj": dense_o_proj,
+        "requantize": requantize,
     }
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()
