@@ -277,6 +277,7 @@ def verify(
     pp: AskedPipelineParallel = None,
     ep: AskedExpertParallel = None,
     sm: AskedSm = None,
+    requantize: RequantizeOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint, and what was converted from it.
@@ -289,7 +290,14 @@ def verify(
 
     left = nothing_written("the same command starts from the beginning")
     with going_on_from(left), shown_progress(stderr, "Verifying") as on_start:
-        verification = verify_with_sizes(directory, converted, asked_parallel(tp, pp, ep), sm, on_start=on_start)
+        verification = verify_with_sizes(
+            directory,
+            converted,
+            asked_parallel(tp, pp, ep),
+            sm,
+            requantize=Requantize.parse(requantize) if requantize else None,
+            on_start=on_start,
+        )
     if as_json:
         print_json("verify", verification.to_dict())
     else:

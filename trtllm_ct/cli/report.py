@@ -203,6 +203,8 @@ def verification(report: VerificationReport) -> RenderableType:
         if worst is not None:
             count = sum(check.kind == kind for check in report.checks)
             error = worst.comparison
+            if kind == "requantized":
+                lines.append(_line(f"  {count} requantized tensors, {_relative_errors(report)}"))
             lines.append(
                 _line(
                     f"  {count} {kind} tensors, worst error {error.error:.3g} in {worst.name}, {error.block}: "
@@ -216,6 +218,13 @@ def verification(report: VerificationReport) -> RenderableType:
     if report.faults:
         lines.append(faults(report.faults, [report.converted, report.directory]))
     return Group(*lines)
+
+
+def _relative_errors(report: VerificationReport) -> str:
+    """Return the relative error of all requantized weights together, and that of the worst of them."""
+    errors = report.relative_errors
+    name = max(errors, key=lambda name: errors[name])
+    return f"relative error {report.relative_error:.2%} together, at most {errors[name]:.2%} in {name}"
 
 
 def diagnosis(report: Diagnosis) -> RenderableType:

@@ -101,7 +101,8 @@ def _combined(before: Assignment, new: Assignment, candidate: Candidate, asked: 
     if new.holding is None:
         return replace(before, reason=f"{before.reason}; not requantized to {form.name}: {new.reason}")
     note = deviation_of(candidate.weight.scheme, new.holding.mode.activations)
-    holding = replace(new.holding, note="; ".join(filter(None, (note, new.holding.mode.note))))
+    price = f"weights are rounded to {form.name}, with a relative error of at most {form.largest_error:.0%}"
+    holding = replace(new.holding, note="; ".join(filter(None, (price, note, new.holding.mode.note))))
     return Assignment(holding=holding, reason=f"requantized to {form.name} on request; {before.reason}", form=form)
 
 

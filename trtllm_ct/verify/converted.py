@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_ct.base.cores import available_cores
+from trtllm_ct.base.errors import ConfigError, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.quant_config import QuantConfig
-from trtllm_ct.engine.requantization import Requantize
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.verify.comparison import Comparison
 from trtllm_ct.verify.files import check_files
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.verify.matching import NamedPair
 
-__all__ = ["TensorCheck", "checks_of", "compare_converted", "source_modules"]
+__all__ = ["TensorCheck", "checks_of", "compare_converted", "refuse_other_requantization", "source_modules"]
 
 # More than the chunks of one core take together.
 _KEPT_BYTES = 8 << 20
@@ -206,11 +207,33 @@ def _check_rounding(pair: NamedPair, comparison: RoundedComparison, faults: Faul
     )
 
 
+def refuse_other_requantization(converted: Path, asked: Requantize, faults: FaultCollector) -> None:
+    """Add a fault if a directory was asked to round other modules to codes, or to another form."""
+    recorded = recorded_requantization(converted)
+    if recorded != asked:
+        faults.add(
+            where=str(converted),
+            expected=f"a directory converted with {_as_options(asked)}",
+            found=_as_options(recorded),
+            remedy="Convert with these options, or leave --requantize out to check what the directory says of itself.",
+        )
+
+
+def _as_options(asked: Requantize) -> str:
+    options = " ".join(f"--requantize {what}={form}" for what, form in asked.to_dict().items())
+    return options or "nothing requantized"
+
+
 def recorded_requantization(converted: Path) -> Requantize:
     """Return what a directory says that it was asked to round to codes."""
     path = converted / "hf_quant_config.json"
     record = read_json_object(path).get("planned_for") if path.is_file() else None
     asked = record.get("requantized") if isinstance(record, Mapping) else None
-    return Requantize.parse(
-        {str(what): str(form) for what, form in asked.items()} if isinstance(asked, Mapping) else None
-    )
+    if not isinstance(asked, Mapping):
+        return NOT_REQUANTIZED
+    try:
+        return Requantize.parse({str(what): str(form) for what, form in asked.items()})
+    except UsageError as error:
+        raise ConfigError(
+            *(replace(fault, where=f"{path}: planned_for.requantized") for fault in error.faults)
+        ) from None

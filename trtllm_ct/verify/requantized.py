@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trtllm_ct.base.schemes import Element
 from trtllm_ct.verify.comparison import Comparison
 from trtllm_ct.verify.native_numbers import ascending_numbers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from trtllm_ct.base.schemes import Element
     from trtllm_ct.verify.source.coded import Coded
 
 __all__ = ["RoundedComparison", "compare_rounded_codes"]
