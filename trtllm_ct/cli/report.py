@@ -198,19 +198,19 @@ def verification(report: VerificationReport) -> RenderableType:
     verdict = ("good", "bold green") if report.good else (f"{len(report.faults)} faults", "bold red")
     what = f"{report.converted} against {report.directory}" if report.converted else str(report.directory)
     lines: list[RenderableType] = [_joined(f"{what}: ", verdict, f" ({report.modules} modules)")]
-    for kind in ("native", "requantized", "dequantized", "plain"):
+    for kind in ("native", "dequantized", "plain"):
         worst = report.worst(kind)
         if worst is not None:
             count = sum(check.kind == kind for check in report.checks)
             error = worst.comparison
-            if kind == "requantized":
-                lines.append(_line(f"  {count} requantized tensors, {_relative_errors(report)}"))
             lines.append(
                 _line(
                     f"  {count} {kind} tensors, worst error {error.error:.3g} in {worst.name}, {error.block}: "
                     f"{error.got:.9g}, source {error.want:.9g}"
                 )
             )
+    if report.relative_errors:
+        lines.append(_line(f"  {len(report.relative_errors)} requantized tensors, {_relative_errors(report)}"))
     if report.zero_scales:
         lines.append(_line(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
     if report.warnings:

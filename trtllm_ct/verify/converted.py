@@ -234,6 +234,5 @@ def recorded_requantization(converted: Path) -> Requantize:
     try:
         return Requantize.parse({str(what): str(form) for what, form in asked.items()})
     except UsageError as error:
-        raise ConfigError(
-            *(replace(fault, where=f"{path}: planned_for.requantized") for fault in error.faults)
-        ) from None
+        where = f"{path}: planned_for.requantized"
+        raise ConfigError(*(replace(fault, where=where) for fault in error.faults)) from None

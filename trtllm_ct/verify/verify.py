@@ -122,9 +122,9 @@ def verify_checkpoint(
     element is equal; where a delivered number had to be rounded to float32, when no element is off by more than 1e-6 of
     the largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded
     once to its dtype. A weight that was requantized is good when each code is the nearest one with its scale, and its
-    error within the limit of its form (`engine/requantization.py`). Which modules are, the directory's own record says;
-    with `requantize`, a directory that was asked for anything else is a fault. `on_start` is told how far the verification is: every stored byte counts once, and once more
-    when it is compared.
+    error within the limit of its form (`engine/requantization.py`). The directory itself says which weights were; with
+    `requantize`, a directory that was asked for anything else is a fault. `on_start` is told how far the verification
+    is: every stored byte counts once, and once more when it is compared.
     Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
     stage that fails. Memory does not grow with the size of a weight: chunks of 512 KiB for each core. Exceptions are
     weights with a transform on their output, of which as many rows as its matrix has are held in float64, and
