@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -187,6 +188,17 @@ class TestExactness:
 
         assert np.array_equal(e2m1_values(pairs, 2.0 ** (exponents.astype(float) - 127)), values)
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_powers_of_two_are_the_smallest_that_hold_the_block(self, kind: str) -> None:
+        values = values_of(kind, (256, 384))
+
+        codes, scale = to_e4m3_blocks(values, powers_of_two=True)
+
+        largest = np.abs(values.reshape(2, 128, 3, 128)).max(axis=(1, 3))
+        assert np.array_equal(np.frexp(scale)[0], np.full(scale.shape, 0.5))
+        assert ((largest <= 448 * scale) & (largest > 224 * scale)).all()
+        assert squared(values, e4m3_values(codes, scale, (128, 128))) <= 0.06**2 * np.square(values).sum()
+
     def test_zeros_stay_zero_and_scales_are_positive(self) -> None:
         zeros = np.zeros((256, 128), np.float32)
 
@@ -220,6 +232,11 @@ class TestLoops:
     @pytest.mark.parametrize("shape", [(128, 128), (130, 200), (1, 32), (300, 96), (257, 640)])
     def test_blocks(self, kind: str, shape: tuple[int, int], both: pytest.MonkeyPatch) -> None:
         self._compare(both, to_e4m3_blocks, values_of(kind, shape))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("shape", [(128, 128), (130, 200), (1, 32)])
+    def test_blocks_with_powers_of_two(self, kind: str, shape: tuple[int, int], both: pytest.MonkeyPatch) -> None:
+        self._compare(both, partial(to_e4m3_blocks, powers_of_two=True), values_of(kind, shape))
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("shape", [(1, 16), (5, 32), (64, 640)])

@@ -7,6 +7,8 @@ ties to even. The first of several candidates with the same error is taken.
   of two changes nothing, and the candidates are the scales with which the largest magnitude becomes a number of E4M3
   from 240 to 448. One of them is exact for integer codes of at most four significant bits whose scales differ by powers
   of two only.
+  Some engines round scales up to powers of two while they load weights. With `powers_of_two`, the scale is the smallest
+  power with which the largest magnitude is at most 448: such an engine changes no value then.
 - E2M1 with an E4M3 scale for a group and a global scale (NVFP4): the candidates are all numbers of E4M3 around a sixth
   of the largest magnitude, far enough that none beyond has less error. With a scale that is too small for it the
   largest magnitude becomes 6.
@@ -50,10 +52,13 @@ _LEAST_SCALE = 2.0**-100
 _E4M3_CODES = 127  # from 0 to 448
 
 
-def to_e4m3_blocks(values_OI: Floats, block: tuple[int, int] = (128, 128)) -> tuple[Bytes, Floats]:
+def to_e4m3_blocks(
+    values_OI: Floats, block: tuple[int, int] = (128, 128), *, powers_of_two: bool = False
+) -> tuple[Bytes, Floats]:
     """Return E4M3 codes, uint8 [N, K], and the scale of each block, float32 [ceil(N / rows), ceil(K / columns)].
 
-    `values_OI` are finite float32 [N, K]; blocks at the end may be smaller. value = code * scale.
+    `values_OI` are finite float32 [N, K]; blocks at the end may be smaller. value = code * scale. With `powers_of_two`
+    all scales are.
     """
     import numpy as np
 
@@ -64,11 +69,11 @@ def to_e4m3_blocks(values_OI: Floats, block: tuple[int, int] = (128, 128)) -> tu
     for x in range(scale_XG.shape[0]):
         band = slice(x * rows, (x + 1) * rows)
         if large:
-            _blocks_by_loop(values_OI[band], columns, codes_OI[band], scale_XG[x])
+            _blocks_by_loop(values_OI[band], columns, codes_OI[band], scale_XG[x], powers_of_two=powers_of_two)
             continue
         for g in range(scale_XG.shape[1]):
             values = values_OI[band, g * columns : (g + 1) * columns]
-            scale_XG[x, g] = _scale_of_block(values)
+            scale_XG[x, g] = _power_for_block(values) if powers_of_two else _scale_of_block(values)
             codes_OI[band, g * columns : (g + 1) * columns] = _e4m3_codes(values * (np.float32(1) / scale_XG[x, g]))
     return codes_OI, scale_XG
 
@@ -113,6 +118,16 @@ def to_e2m1_exponents(values_OI: Floats, group_size: int = 32) -> tuple[Bytes, B
     whole, halved = (_e2m1_error(values, _powers_of_two(upper - less)) for less in (0, 1))
     best = np.where(halved < whole, upper - 1, upper)
     return _e2m1_pairs(values, _powers_of_two(best)), best.astype(np.uint8)
+
+
+def _power_for_block(values: Floats) -> np.float32:
+    """Return the smallest power of two with which the largest magnitude of a block is at most 448."""
+    import numpy as np
+
+    scale = np.maximum(np.abs(values).max() / np.float32(448), np.float32(_LEAST_SCALE))
+    mantissa, exponent = np.frexp(scale)
+    power: np.float32 = np.ldexp(np.float32(1), exponent - int(mantissa == 0.5))
+    return power
 
 
 def _scale_of_block(values: Floats) -> np.float32:
@@ -237,17 +252,17 @@ def _powers_of_two(exponent: NDArray[np.int64]) -> Floats:
     return np.ldexp(np.float32(1), exponent - 127).astype(np.float32)
 
 
-def _blocks_by_loop(values_OI: Floats, columns: int, codes_OI: Bytes, scale_G: Floats) -> None:
+def _blocks_by_loop(values_OI: Floats, columns: int, codes_OI: Bytes, scale_G: Floats, *, powers_of_two: bool) -> None:
     """Quantize one row of blocks."""
     import numpy as np
 
     from trtllm_ct.layouts.loops import requantize_kernels
 
-    peaks = np.array((*_NUMBERS, *_BETWEEN), np.float32)
+    peaks = np.array(_NUMBERS[:1] if powers_of_two else (*_NUMBERS, *_BETWEEN), np.float32)
     lanes, words, squares = np.empty(columns, np.float32), np.empty(columns, np.uint32), np.empty(512, np.float64)
     candidates = np.empty((3, len(peaks)), np.float32)
     requantize_kernels.e4m3_blocks(
-        values_OI, peaks, len(_NUMBERS), columns, lanes, words, squares, candidates, codes_OI, scale_G
+        values_OI, peaks, powers_of_two, len(_NUMBERS), columns, lanes, words, squares, candidates, codes_OI, scale_G
     )
 
 

@@ -61,7 +61,7 @@ def requantized(
     for name, new in made.items():
         key = (id(new), id(assignments[name]), id(candidates[name].weight))
         if key not in known:
-            known[key] = _combined(assignments[name], new, candidates[name], asked)
+            known[key] = _combined(assignments[name], new, candidates[name], asked, target)
         result[name] = known[key]
     return result
 
@@ -93,8 +93,13 @@ def _sites(sites: Iterable[Site], candidates: Mapping[str, Candidate], rounded: 
     return [site for site in sites if site.mode_group is None or site.mode_group not in others]
 
 
-def _combined(before: Assignment, new: Assignment, candidate: Candidate, asked: Requantize) -> Assignment:
-    """Return the assignment of a requantized module, or the former one with the reason why it is none."""
+def _combined(
+    before: Assignment, new: Assignment, candidate: Candidate, asked: Requantize, target: Target
+) -> Assignment:
+    """Return the assignment of a requantized module, or the former one with the reason why it is none.
+
+    Where the engine rounds scales up to powers of two while it loads weights, they are powers of two already.
+    """
     form = asked.form(expert=candidate.site.expert)
     if form is None:
         raise AssertionError("only modules that were asked for are requantized")
@@ -103,7 +108,9 @@ def _combined(before: Assignment, new: Assignment, candidate: Candidate, asked: 
     note = deviation_of(candidate.weight.scheme, new.holding.mode.activations)
     price = f"weights are rounded to {form.name}, with a relative error of at most {form.largest_error:.0%}"
     holding = replace(new.holding, note="; ".join(filter(None, (price, note, new.holding.mode.note))))
-    return Assignment(holding=holding, reason=f"requantized to {form.name} on request; {before.reason}", form=form)
+    reason = f"requantized to {form.name} on request; {before.reason}"
+    form = replace(form, powers_of_two=target.capabilities.sm in new.holding.mode.requantized_on)
+    return Assignment(holding=holding, reason=reason, form=form)
 
 
 def _rounded(weight: Weight, form: Form) -> Weight:

@@ -92,7 +92,7 @@ def _to_form(values: NDArray[np.float32], form: Form) -> tuple[NDArray[np.generi
     args = form.weights
     if args.group_size is None:
         block = args.block_structure or (1, values.shape[1])
-        return to_e4m3_blocks(values, block)
+        return to_e4m3_blocks(values, block, powers_of_two=form.powers_of_two)
     if form.scale_dtype is DType.U8:
         return to_e2m1_exponents(values, args.group_size)
     return to_e2m1_groups(values, args.group_size, NVFP4_GLOBAL_SCALE)

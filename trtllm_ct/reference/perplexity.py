@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import exp
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from trtllm_ct.reference.engine import load_model
 from trtllm_ct.reference.generate import load_tokenizer, useful_threads
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 __all__ = ["Perplexity", "text_perplexity"]

@@ -30,11 +30,12 @@ _LANES = [[0.0] * 2] * 2
 
 
 @kernel(
-    _VALUES, [448.0, 256.0, 300.0], 2, 2, [0.0] * 2, [0] * 2, [0.0] * 512, [[0.0] * 3] * 3, [[0] * 4] * 2, [0.0] * 2
+    _VALUES, [448.0, 256.0, 300.0], 0, 2, 2, [0.0] * 2, [0] * 2, [0.0] * 512, [[0.0] * 3] * 3, [[0] * 4] * 2, [0.0] * 2
 )
 def e4m3_blocks(
     values_OI: Floats,
     peaks: Floats,
+    powers_of_two: bool,  # noqa: FBT001 (numba has no keywords)
     numbers: int,
     width: int,
     lanes_L: Floats,
@@ -46,7 +47,8 @@ def e4m3_blocks(
 ) -> None:
     """Quantize one row of blocks, [<= rows of a block, K], to E4M3 codes with a float32 scale for each `width` columns.
 
-    `peaks` are what the largest magnitude of a block may become; the first `numbers` of them are numbers of E4M3.
+    `peaks` are what the largest magnitude of a block may become; the first `numbers` of them are numbers of E4M3. With
+    `powers_of_two`, scales are rounded up to one.
     `lanes_L` and `words_L` (`width` elements), `squares` (512) and `candidates_3C` are buffers.
     """
     columns = values_OI.shape[1]
@@ -57,6 +59,8 @@ def e4m3_blocks(
         scales = candidates_3C[0]
         for c in range(scales.shape[0]):
             scales[c] = max(f32(largest / peaks[c]), _LEAST_NORMAL)
+            if powers_of_two:
+                scales[c] = _power_above(scales[c])
         _squares_by_mantissa(values_OI, begin, end, squares)
         scale = _best_scale(values_OI, begin, numbers, squares, candidates_3C, lanes)
         scale_G[g] = scale
@@ -67,6 +71,12 @@ def e4m3_blocks(
                 words[k] = _e4m3_code(values_I[k], inverse)
             for k in range(words.shape[0]):
                 codes_I[k] = u8(words[k])
+
+
+@inner
+def _power_above(scale: np.float32) -> np.float32:
+    """Return the smallest power of two that is not below a scale: every mantissa but 0 carries into the exponent."""
+    return u32(u32(f32(scale).view(np.uint32) + u32(0x7FFFFF)) & u32(0x7F800000)).view(np.float32)
 
 
 @inner
@@ -243,8 +253,7 @@ def e2m1_with_exponents(
         _largest_of_groups(values_LG, whole_G)
         for g in range(groups):
             sixth = max(f32(whole_G[g] / f32(6)), _LEAST_NORMAL)
-            # The exponent of the next power of two: every mantissa but 0 carries into it.
-            upper_G[g] = u32(u32(f32(sixth).view(np.uint32) + u32(0x7FFFFF)) >> u32(23))
+            upper_G[g] = u32(f32(_power_above(sixth)).view(np.uint32) >> u32(23))
             step_G[g] = u32(u32(upper_G[g] - u32(1)) << u32(23)).view(np.float32)
         _e2m1_errors(values_LG, step_G, inverse_G, halved_G)
         for g in range(groups):
