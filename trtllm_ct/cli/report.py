@@ -161,6 +161,9 @@ def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableT
     """Yield what costs most, what would avoid it, and the bytes of one rank; see `verdict.py`."""
     texts = (largest_cost(checkpoint_plan), alternative, rank_text(checkpoint_plan))
     yield from (_line(f"  {text}") for text in texts if text)
+    if checkpoint_plan.choices:
+        yield _line("  what would keep them in codes, rounded once more, on request:")
+        yield from (_line(f"    {choice}") for choice in checkpoint_plan.choices)
 
 
 def _fill(table: Table, rows: Iterable[PlanRow]) -> None:

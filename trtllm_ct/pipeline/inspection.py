@@ -126,6 +126,7 @@ class Inspection:
                 "delivered_bytes": plan.delivered_bytes if plan else None,
                 "rank_bytes": plan.rank_bytes if plan else None,
                 "deviations": plan.deviations if plan else (),
+                "requantizations": plan.choices if plan else (),
                 "checks": plan.checks if plan else (),
                 "warnings": self.warnings,
                 "problems": self.problems,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.plan.checks import Check
     from trtllm_ct.plan.ops import Operation
+    from trtllm_ct.plan.requantize_choices import Choice
     from trtllm_ct.plan.stored import View
 
 __all__ = ["OTHER", "Delivery", "Deviation", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
@@ -266,7 +267,8 @@ class Plan:
     `build_config` is the config.json of a directory with a file for each rank, None for any other, and `build_layers`
     its quant_cfg.json, None without several modes. `build_options` and `run_options` are the arguments that its builder
     and the program that runs it need. `places` are the places of its delivered tensors in those of the files.
-    `checks` say by what the stored tensors were found to be complete.
+    `checks` say by what the stored tensors were found to be complete. `choices` are the options that would keep
+    dequantized modules in codes.
     """
 
     target: str
@@ -290,6 +292,7 @@ class Plan:
     run_options: tuple[str, ...] = ()
     places: Mapping[str, Segment | StackPart] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""

@@ -41,6 +41,7 @@ from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.ranks.rank_bytes import bytes_of_rank_files, largest_rank_bytes
 from trtllm_ct.plan.requantize import refuse_requantization, requantized
+from trtllm_ct.plan.requantize_choices import choices
 from trtllm_ct.plan.row_order import QueryKeyRows
 from trtllm_ct.plan.stated_check import refuse_unlike_config
 from trtllm_ct.plan.tied_head import UNTIED, tied_pair
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.engine_files.directory import BuiltModules, EngineDirectory
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
+    from trtllm_ct.plan.requantize_choices import Choice
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["make_plan"]
@@ -155,6 +157,7 @@ class _Planner:
     tie_warnings: tuple[str, ...] = ()
     directory: EngineDirectory | None = None
     comparison: Comparison = NOT_ASKED
+    choices: tuple[Choice, ...] = ()
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
@@ -218,6 +221,7 @@ class _Planner:
             stacks=stacks,
             tied=self.model.tied,
             checks=checks_of(self.model, self.comparison),
+            choices=self.choices,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
         return plan if built is None else built.described(plan)
@@ -451,9 +455,11 @@ class _Planner:
             whole = candidates_of(parts, equalized, self.dtypes.model)
             candidates = with_slices(whole, self.model, self.parallel, self.target)
             assignments = assign_modes(candidates, [site for site, _ in present], self.target)
-            assignments = requantized(
-                assignments, candidates, [site for site, _ in present], self.target, self.requantize
-            )
+            present_sites = [site for site, _ in present]
+            assignments = requantized(assignments, candidates, present_sites, self.target, self.requantize)
+            if self.target.capabilities.release is not None:
+                itemsize = self.dtypes.dequantized.itemsize
+                self.choices = choices(assignments, candidates, present_sites, self.target, itemsize)
         if self.dense_o_proj:
             cache = self.asked_kv_cache or self.kv_cache.algo
             release = self.target.capabilities.release
