@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+EXPERTS = dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), "int4-g32")
 TOKENS = [5, 17, 3, 42, 8, 66, 90, 2, 31, 12, 55, 7]
 
 # The releases and GPUs that have an expert kernel for each form, with the mode of that kernel.
@@ -46,8 +47,7 @@ def built_mixture(directory: Path, architecture: str = "Qwen3MoeForCausalLM", sc
     """A mixture whose experts are int4 in groups, and whose attention a mode of every release holds."""
     experts = {} if architecture == "MixtralForCausalLM" else {"moe_intermediate_size": 128}
     config = tiny_config(architecture, hidden=256, intermediate=128, **experts)
-    leaves = dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), scheme)
-    return write_checkpoint(directory, config=config, scheme=leaves)
+    return write_checkpoint(directory, config=config, scheme=dict.fromkeys(EXPERTS, scheme))
 
 
 def logits_of(directory: Path) -> Tensor:
