@@ -149,6 +149,10 @@ def test_functions_that_serve_or_check_name_a_missing_package_or_do_without(
     )
 
     assert done.stdout.endswith("done\n"), done.stderr
+    if package == "huggingface_hub" and "publisher/model" in call:
+        assert "publisher/model" in done.stdout
+        assert "Check the path, if it is that of a directory" in done.stdout
+        assert PACKAGES[package].remedy in done.stdout
 
 
 def test_remedies_name_extras_that_exist() -> None:

@@ -115,23 +115,25 @@ def test_what_the_scheme_asks_for_is_no_deviation(tmp_path: Path, scheme: str) -
 
 @pytest.mark.parametrize("to", ["modelopt", "tensorrt_llm", "dense"])
 @pytest.mark.parametrize(
-    ("scheme", "sm", "where"),
+    ("scheme", "engine", "sm", "where"),
     [
-        ("fp8-block", None, "SM100 and SM120"),
-        ("fp8-block", 100, "SM100"),
-        ("fp8-block", 120, "SM120"),
-        ("fp8-block", 90, None),
-        ("fp8-channel-token", 100, None),
+        ("fp8-block", "stock-1.3", None, "SM100 and SM120"),
+        ("fp8-block", "stock-1.2", None, "SM100"),
+        ("fp8-block", "stock-1.0", 100, "SM100"),
+        ("fp8-block", "stock-1.3", 120, "SM120"),
+        ("fp8-block", "stock-1.2", 120, None),
+        ("fp8-block", "stock-1.3", 90, None),
+        ("fp8-channel-token", "stock-1.3", 100, None),
     ],
 )
 def test_weights_that_a_gpu_quantizes_again_are_warned_of(
-    tmp_path: Path, scheme: str, sm: int | None, where: str | None, to: str
+    tmp_path: Path, scheme: str, engine: str, sm: int | None, where: str | None, to: str
 ) -> None:
     write_checkpoint(tmp_path, scheme=scheme)
 
-    plan = plan_checkpoint(tmp_path, to, sm=sm)
+    plan = plan_checkpoint(tmp_path, to, engine=engine, sm=sm)
 
     named = [warning for warning in plan.warnings if "quantizes the weights again" in warning]
     warned = where is not None and to != "dense" and any(module.layer for module in plan.modules)
     assert len(named) == warned
-    assert all(f"on {where}:" in warning for warning in named)
+    assert all(f"on {where}: {engine} rounds scales up" in warning for warning in named)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
+from builders import rewrite, write_checkpoint
 from tiny_models import tiny_config
 
-from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.errors import FaultCollector, PlanError
+from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan.checks import checks_of, checks_text
 from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
 from trtllm_ct.plan.models.expert_spellings import spelling_of
 from trtllm_ct.plan.models.model_class import Comparison, Misfit, ModelClass
 from trtllm_ct.plan.models.plain_tensors import PlainTensors, as_class_spells
 from trtllm_ct.plan.models.sites import Model
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MODEL = Model.from_config({"architectures": ["NewForCausalLM"], "num_hidden_layers": 5, "hidden_size": 8})
 LAYER: PlainTensors = {"attn.weight": (8, 8), "mlp.weight": (16, 8), "norm.weight": (8,)}
@@ -241,3 +248,30 @@ def test_a_stack_of_unlike_experts_has_no_known_shape() -> None:
     assert as_class_spells(unlike, spelling_of("mistral4"))["m.experts.gate_up_proj"] is None
     del unlike["m.experts.1.up_proj.weight"]
     assert as_class_spells(unlike, spelling_of("mistral4")) == unlike
+
+
+@pytest.mark.parametrize(
+    ("shards", "rename", "remedy"),
+    [
+        (1, {}, "saved without it: quantize the model again"),
+        (3, {}, "saved without it: quantize the model again"),
+        (3, {"model.safetensors.index.json": ""}, "saved without it: quantize the model again"),
+        (1, {"model.safetensors": "other.safetensors"}, "fetch the shard that holds it"),
+    ],
+    ids=["one file", "an index", "numbered files", "a file of any name"],
+)
+def test_a_lost_scale_is_in_a_missing_file_only_if_one_can_be_missing(
+    tmp_path: Path, shards: int, rename: dict[str, str], remedy: str
+) -> None:
+    """`save_pretrained` drops the scales of some models: there is nothing to fetch then."""
+    write_checkpoint(tmp_path, scheme="fp8-channel-token", shards=shards)
+    lost = "model.layers.1.mlp.up_proj.weight_scale"
+    rewrite(tmp_path, lambda stored: stored.pop(lost))
+    for name, other in rename.items():
+        (tmp_path / name).rename(tmp_path / other) if other else (tmp_path / name).unlink()
+
+    with pytest.raises(PlanError) as caught:
+        plan_checkpoint(tmp_path)
+
+    assert [fault.where for fault in caught.value.faults] == [lost]
+    assert remedy in caught.value.faults[0].remedy

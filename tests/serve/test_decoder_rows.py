@@ -183,10 +183,8 @@ def ranks_of(engine: Any, directory: Path, tensor: int, *, stock: bool) -> Itera
 
 
 def linears_of(built: Built) -> set[str]:
-    """All stored matrices but those that the double of the class leaves out: it has no embeddings and head of MLA."""
-    names = {key.removesuffix(".weight") for key, tensor in built.dense.items() if tensor.dim() == 2}
-    latent = "kv_lora_rank" in built.config
-    return {name for name in names if not (latent and name.endswith(("embed_tokens", "lm_head", "mlp.gate")))}
+    """All stored matrices."""
+    return {key.removesuffix(".weight") for key, tensor in built.dense.items() if tensor.dim() == 2}
 
 
 def check_ranks(built: Built, out: Path, generation: str, tensor: int) -> None:

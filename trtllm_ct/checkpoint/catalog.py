@@ -53,6 +53,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SECOND_COPY = "consolidated"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 
+_ONLY_FILE = "model.safetensors"
+
 _FETCH_MISSING = "The download is incomplete: fetch the missing files from where the checkpoint came from."
 _FIX_INDEX = "Index and shards don't belong together: download all of them again from one revision."
 _LIST_COPIES = "Add these tensors to {index}, each with the file that holds the right copy."
@@ -69,7 +71,8 @@ class Catalog:
     `tensors` is ordered by file, then by offset in the file, which is the cheapest order to read them in.
     `files` are relative to `directory`; `metadata` holds the `__metadata__` of each file that has any; `warnings`
     report files and index entries that a user may not expect. `unlisted` are the tensors that the index does not list;
-    it is empty without an index. `specs` are dtype and shape of each tensor, in the same order.
+    it is empty without an index. `complete` says that no file can be missing: the index names all of them, their names
+    have numbers, or there is one. `specs` are dtype and shape of each tensor, in the same order.
     """
 
     directory: Path
@@ -78,6 +81,7 @@ class Catalog:
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     unlisted: frozenset[str] = frozenset()
+    complete: bool = False
     specs: Mapping[str, TensorSpec] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +110,9 @@ class Catalog:
             metadata={file: header.metadata for file, header in headers.items() if header.metadata},
             warnings=warnings,
             unlisted=unlisted,
+            complete=bool(selection.index)
+            or selection.files == (_ONLY_FILE,)
+            or all(map(_is_numbered, selection.files)),
         )
 
     def without(self, names: Collection[str]) -> Catalog:
@@ -285,6 +292,11 @@ def _require_printable(shards: list[str]) -> None:
             expected = "a file name in UTF-8 without control characters"
             faults.add(where=shard, expected=expected, found=ascii(shard), remedy=remedy)
     faults.raise_if_any(CatalogError)
+
+
+def _is_numbered(file: str) -> bool:
+    """Whether the name of a file says how many there are; then none is missing, see `_require_all_numbers`."""
+    return _NUMBERED.fullmatch(file) is not None
 
 
 def _require_all_numbers(shards: list[str]) -> None:

@@ -40,10 +40,10 @@ Next, with a checkpoint of your own:
 def run_demo(console: Console) -> None:
     """Run all steps and print the report of each one; raises the error of a step that fails.
 
-    Raises `MissingDependencyError` before the first step if a package is missing that the last one needs.
+    Raises `MissingDependencyError` before the first step if a package is missing that any of them needs.
     """
     console.print(_NEEDS, markup=False, highlight=False)
-    for name in ("torch", "transformers"):
+    for name in ("numba", "llvmlite", "torch", "transformers"):
         if not PACKAGES[name].installed:
             raise MissingDependencyError(PACKAGES[name].fault())
     demo_data = resources.files("trtllm_ct") / "cli" / "demo_data"

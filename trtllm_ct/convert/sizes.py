@@ -23,6 +23,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.quant_config import QuantConfig, read_quantization
 from trtllm_ct.engine.releases import RELEASES, release_named
 from trtllm_ct.plan.attention_output import unscaled_outputs
+from trtllm_ct.plan.engine_class import lacks_class
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.ranks.cuts import is_uneven
@@ -264,9 +265,11 @@ def size_warnings(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
 
     Only for a plan with the default sizes: with others, a user has said with which ones the engine will run, and the
     files of ranks are for these sizes alone. Sizes that
-    don't divide the model are left out, since the engine refuses them.
+    don't divide the model are left out, since the engine refuses them; and of a class that it lacks it reads nothing.
     """
     if plan.parallel != ONE_RANK or plan.quant_config.quant_algo is None or plan.build_config is not None:
+        return ()
+    if lacks_class(plan.problems):
         return ()
     model, layers = model_of_plan(plan, checkpoint.model), {module.name: module.layer for module in plan.modules}
     sites = list(model.sites(model.place(layers)))

@@ -113,7 +113,8 @@ class LinearMode:
     package adds to an engine. `linear_on` and `experts_on` are the first releases on the SMs that they name, None if no
     release runs there. A mode with `known_sm` is planned only if the SM is known. On the SMs in `linear_rounds_on` and
     `experts_round_on` the kernel exists, and rounds the product of each code and its scale to fewer bits. On those in
-    `requantized_on` the engine quantizes weights again while it loads them, with scales that are powers of two.
+    `requantized_on` the engine quantizes weights again while it loads them, with scales that are powers of two, since
+    these releases.
     `bias_since` is the first release whose Linear adds a bias, None if all do; `bias_on` is the same on the SMs that it
     names. Releases before it load the bias and ignore it.
     """
@@ -165,7 +166,7 @@ class LinearMode:
     known_sm: bool = False
     linear_rounds_on: frozenset[int] = frozenset()
     experts_round_on: frozenset[int] = frozenset()
-    requantized_on: frozenset[int] = frozenset()
+    requantized_on: Mapping[int, Release] = field(default_factory=dict, hash=False)
     bias_since: Release | None = None
     bias_on: Mapping[int, Release] = field(default_factory=dict, hash=False)
 

@@ -240,8 +240,10 @@ LINEAR_MODES: tuple[LinearMode, ...] = (
         experts_since=STOCK_1_0,
         experts_on={89: None},
         # `_torch/modules/linear.py: FP8BlockScalesLinearMethod.post_load_weights` and `fused_moe/quantization.py:
-        # DeepSeekFP8BlockScalesFusedMoEMethodDeepGemm`, for DeepGEMM: SM100 in all releases, SM120 in the newest.
-        requantized_on=frozenset({100, 120}),
+        # DeepSeekFP8BlockScalesFusedMoEMethodDeepGemm`, for DeepGEMM (`resmooth_to_fp8_e8m0`): `is_sm_100f()` in all
+        # releases, and SM120 in the newest text of 118156 characters. Not where a class turns DeepGEMM off, as that of
+        # Qwen3-MoE does for attention (`disable_deep_gemm`, `modeling_qwen3_moe.py`, 03441af1).
+        requantized_on={100: STOCK_1_0, 120: STOCK_1_3},
         aliases=("fp8_pb_wo",),
         expert_scale_alias="weight_scale_inv",
         class_joins_scales=True,

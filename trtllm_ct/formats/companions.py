@@ -16,7 +16,12 @@ from trtllm_ct.formats.base import StoredSpecs, scale_shape
 if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
 
-__all__ = ["check_codes", "check_plain_zero_point", "check_scale", "check_shape", "scale_name"]
+__all__ = ["LOST_SCALE", "check_codes", "check_plain_zero_point", "check_scale", "check_shape", "scale_name"]
+
+LOST_SCALE = (
+    "Without its scale the weight has no value: fetch the shard that holds it from where the checkpoint was published."
+)
+"""The remedy for a scale that no file has, where a file may be missing."""
 
 _SCALE_DTYPES = frozenset({DType.BF16, DType.F16, DType.F32})
 _PLAIN_ZERO_POINT_DTYPES = _SCALE_DTYPES | {DType.I8}
@@ -73,8 +78,7 @@ def check_scale(
             where=f"{module}.{name}",
             expected=f"a scale of shape {description}",
             found="no such tensor",
-            remedy="Without its scale the weight has no value: fetch the shard that holds it from where the checkpoint "
-            "was published.",
+            remedy=LOST_SCALE,
         )
     elif spec.dtype not in _SCALE_DTYPES:
         faults.add(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import NumberType
 from trtllm_ct.formats.base import scale_shape
+from trtllm_ct.formats.companions import LOST_SCALE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,10 +97,7 @@ def check_group_scale(
     spec = stored.get("weight_scale")
     names = " or ".join(dtype.torch_name for dtype in dtypes)
     if spec is None:
-        remedy = (
-            "Without its scale the weight has no value: fetch the shard that holds it from where the checkpoint was "
-            "published."
-        )
+        remedy = LOST_SCALE
     elif spec.dtype not in dtypes:
         remedy = "Scales of this dtype belong to another format; check `format` in config_groups."
     elif list(spec.shape) != expected and not (1 in expected and spec.numel == expected[0] * expected[1]):

@@ -27,6 +27,7 @@ lost_tensors.py       refuses checkpoints that have lost tensors, if a row does 
 stated_check.py       refuses checkpoints that lack what their row and config.json state
 row_parts_check.py    what a checkpoint lacks by the parts of a layer in its row
 checks.py             which checks of completeness ran
+class_reads.py        what the engine's class never reads of a delivery, and what it misses
 verdict.py            one sentence about a plan, and what costs most
 leftovers.py          refuses tensors that belong to no module
 attention_output.py   which output projections get an input that attention has quantized at a fixed scale

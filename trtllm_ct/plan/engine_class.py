@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import Fault, UnreadClassError
+from trtllm_ct.base.errors import Fault, FaultCollector, PlanError, UnreadClassError
 from trtllm_ct.engine.model_classes import first_release, has_class
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from trtllm_ct.engine.releases import Release
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.models.sites import Model
 
-__all__ = ["class_problems", "refuse_unread", "refuse_unread_names"]
+__all__ = ["class_problems", "lacks_class", "refuse_misread", "refuse_unread", "refuse_unread_names"]
+
+_ARCHITECTURES = "config.json: architectures"
 
 _UNREAD_HEAD = Fault(
     where="config.json: tie_word_embeddings",
@@ -46,7 +50,7 @@ def class_problems(model: Model, release: Release | None) -> tuple[Fault, ...]:
         else f"{dense.capitalize()}; only a TensorRT-LLM to which you added the class could load the result."
     )
     fault = Fault(
-        where="config.json: architectures",
+        where=_ARCHITECTURES,
         expected=f"a model class of the PyTorch backend of {release.name}",
         found=found,
         remedy=remedy,
@@ -73,6 +77,19 @@ def _layers_without_experts(model: Model) -> tuple[Fault, ...]:
     return (fault,) if dense else ()
 
 
+def lacks_class(problems: Iterable[Fault]) -> bool:
+    """Whether one of the problems of a plan is that the engine lacks the class of the model."""
+    return any(fault.where == _ARCHITECTURES for fault in problems)
+
+
+def refuse_misread(problems: Iterable[Fault]) -> None:
+    """Raise `PlanError` for the problems of a plan with which an engine that has the class would load another model.
+
+    Whether it has the class, the engine itself knows: users may add one to it.
+    """
+    FaultCollector([fault for fault in problems if fault.where != _ARCHITECTURES]).raise_if_any(PlanError)
+
+
 def refuse_unread(model: Model, target: Target) -> None:
     """Raise `UnreadClassError` for a target of the engine if no row says how its class reads the model.
 
@@ -85,7 +102,7 @@ def refuse_unread(model: Model, target: Target) -> None:
     known = f"; {first.name} has the class" if first else "; no release line has the class"
     raise UnreadClassError(
         Fault(
-            where="config.json: architectures",
+            where=_ARCHITECTURES,
             expected=f"a class whose reading of names is known, for target {target.name}",
             found=f"{model.name}{known}",
             remedy="Convert with --to dense: that works for every architecture. If config.json is another model's, "

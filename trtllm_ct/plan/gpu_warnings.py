@@ -58,11 +58,13 @@ def requantization_warnings(modules: Iterable[ModulePlan], platform: Platform | 
     )
     for algo, count in counts.items():
         mode = MODES_BY_ALGO.get(algo)
-        sms = sorted(mode.requantized_on) if mode is not None else []
+        requantized_on = mode.requantized_on if mode is not None else {}
+        sms = sorted(sm for sm, first in requantized_on.items() if platform.release.has(first))
         if platform.sm is not None:
             sms = [sm for sm in sms if sm == platform.sm]
         if sms:
             yield (
-                f"{algo} on {sms_in_words(sms)}: the engine rounds scales up to powers of two while it loads weights, "
-                f"and quantizes the weights again ({count} modules); --to dense keeps them as they are"
+                f"{algo} on {sms_in_words(sms)}: {platform.release.name} rounds scales up to powers of two while it "
+                f"loads weights for DeepGEMM, and quantizes the weights again ({count} modules); --to dense keeps them "
+                "as they are"
             )

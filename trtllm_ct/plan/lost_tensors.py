@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.header import format_names
+from trtllm_ct.formats.companions import LOST_SCALE
 from trtllm_ct.plan.models.alike_layers import LAYER, Suspects, suspects_of
 from trtllm_ct.plan.models.discovery import is_draft, table_names_of
 from trtllm_ct.plan.models.layer_kinds import layer_kinds
@@ -29,11 +30,15 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
     from trtllm_ct.plan.models.sites import Model
 
-__all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors"]
+__all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors", "say_saved_without"]
 
 NOT_ASKED = Comparison(why_not="loaders don't compare with it")
 """The comparison with a class where none was asked for."""
 
+_SAVED_WITHOUT = (
+    "Without its scale the weight has no value, and no file is missing, so the checkpoint was saved without it: "
+    "quantize the model again, or ask the author of the checkpoint."
+)
 _TABLE = "embed_tokens"
 _NO_TENSOR = "no such tensor in any shard"
 _FETCH = "Fetch the shard that holds it from where the checkpoint was published."
@@ -88,6 +93,16 @@ def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, fau
         )
     for name, expected in missing.items():
         faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
+
+
+def say_saved_without(faults: FaultCollector) -> None:
+    """Change the remedy for scales that no file has, in a checkpoint of which no file can be missing.
+
+    `save_pretrained` has dropped the scales of some models. There is no shard to fetch then.
+    """
+    faults.faults = [
+        replace(fault, remedy=_SAVED_WITHOUT) if fault.remedy == LOST_SCALE else fault for fault in faults.faults
+    ]
 
 
 def class_warnings(comparison: Comparison) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.checks import checks_of
+from trtllm_ct.plan.class_reads import read_problems, unread_warnings
 from trtllm_ct.plan.engine_class import class_problems, refuse_unread, refuse_unread_names
 from trtllm_ct.plan.engine_config import engine_config
 from trtllm_ct.plan.engine_names import EngineNames
@@ -25,7 +26,7 @@ from trtllm_ct.plan.expert_names import spelled, spelling_warnings
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, attentions, heads_of_attentions
-from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
+from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors, say_saved_without
 from trtllm_ct.plan.model_dtype import dtype_warnings, dtypes_of
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.expert_spellings import engine_reads_stacks
@@ -198,10 +199,15 @@ class _Planner:
         self.kv_cache.check_complete(modules, caching, self.faults)
         engine = self.target.capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
-        warnings = self._warnings(catalog, modules, unread, stacked=bool(stacks))
+        warnings = (
+            *self._warnings(catalog, modules, unread, stacked=bool(stacks)),
+            *unread_warnings(modules, self.model, place, self.target.capabilities.release),
+        )
         built = self._build(modules)
         if built is not None:
             modules, warnings = list(built.modules), (*warnings, *built.warnings)
+        if catalog.complete:
+            say_saved_without(self.faults)
         self.faults.raise_if_any(PlanError, warnings)
         plan = Plan(
             target=self.target.name,
@@ -215,7 +221,10 @@ class _Planner:
             quant_config=built.quant_config if built else self._engine_config(modules, sites, place),
             parallel=self.parallel,
             rank_bytes=self._rank_bytes(modules, place),
-            problems=class_problems(self.model, self.target.capabilities.release),
+            problems=(
+                *class_problems(self.model, self.target.capabilities.release),
+                *read_problems(modules, self.model, place, self.target.capabilities.release),
+            ),
             engine=self.target.capabilities.name,
             sm=self.target.capabilities.sm,
             stacks=stacks,

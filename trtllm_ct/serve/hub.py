@@ -63,7 +63,7 @@ class Repository:
         return Repository(name=self.name, revision=snapshot.name)
 
     def _snapshot(self, **patterns: tuple[str, ...]) -> Path:
-        hub = _huggingface_hub()
+        hub = _huggingface_hub(self.name)
         download: Callable[..., str] = hub.snapshot_download
         try:
             return Path(download(self.name, revision=self.revision, **{key: list(p) for key, p in patterns.items()}))
@@ -87,12 +87,14 @@ def repository_named(model: str | Path, revision: str | None = None) -> Reposito
     return Repository(name=model, revision=revision)
 
 
-def _huggingface_hub() -> ModuleType:
+def _huggingface_hub(name: str) -> ModuleType:
+    """Import the package that resolves the id `name`; raises `MissingDependencyError` without it."""
     try:
         import huggingface_hub
     except ImportError as error:
         fault = PACKAGES["huggingface_hub"].fault()
-        remedy = f"{fault.remedy}; or give the directory of a downloaded checkpoint."
-        raise MissingDependencyError(replace(fault, remedy=remedy)) from error
+        found = f"no such directory, and no {fault.where} to look up the id of a repository"
+        remedy = f"Check the path, if it is that of a directory. {fault.remedy}, if it is the id of a repository."
+        raise MissingDependencyError(replace(fault, where=name, found=found, remedy=remedy)) from error
     module: ModuleType = huggingface_hub
     return module

@@ -30,6 +30,7 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
+from trtllm_ct.plan.engine_class import refuse_misread
 from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.serve.cache import cache_root, clear_sidecars, new_sidecar_directory
 from trtllm_ct.serve.hub import Repository
@@ -278,12 +279,13 @@ def make_sidecar_and_plan(
     that it depends on: source, decisions, options and the release of this package. It appears atomically, also when
     several processes make it at once, and is not cleared while this process runs. With `repository`, nodes that lack
     the source can download it. `detection` is the detection of `source`, if it was made before.
-    Raises `CheckpointError` for a source that can't be read or planned, and `SidecarError` when the sidecar can't be
-    written.
+    Raises `CheckpointError` for a source that can't be read or planned, or that the engine's class would misread, and
+    `SidecarError` when the sidecar can't be written.
     """
     source = Path(source).resolve()
     checkpoint = open_checkpoint(source, detection)
     plan = options.plan(checkpoint)
+    refuse_misread(plan.problems)
     sidecar = Sidecar(
         directory=Path(),
         source=source,

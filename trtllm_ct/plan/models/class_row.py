@@ -35,6 +35,7 @@ __all__ = [
     "EagerFusion",
     "Leaves",
     "Limit",
+    "built_biases",
     "entry_of",
 ]
 
@@ -42,6 +43,11 @@ T = TypeVar("T")
 
 ALWAYS = "always"
 """In place of a key of config.json: the Linear has a bias in every model of the class."""
+
+
+def built_biases(**paths: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return `ClassRow.built_biases`, given the paths of Linears by the key of config.json that gives them a bias."""
+    return {path: (key,) for key, linears in paths.items() for path in linears}
 
 
 ALL_MODES = frozenset(mode.algo for mode in LINEAR_MODES)
@@ -181,6 +187,10 @@ class ClassRow:
     `ends` are the tensors that the body has outside of its layers, beside the embeddings. `shapes` names the sizes of
     the weights of `leaves`, `biases` the keys of config.json that give them a bias, or `always`, and `extras` other
     parameters that they have.
+
+    `built_biases` are the Linears that the engine's class builds with a bias: by path the keys of config.json of which
+    one must be set, or `ALWAYS`. It never reads a bias of any other Linear, whatever config.json and transformers say.
+    `unbuilt` are names of modules that it doesn't build; of the layers that have one it builds nothing.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {**QKV, **GATE_UP})
@@ -219,6 +229,8 @@ class ClassRow:
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SHAPES)
     biases: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    built_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unbuilt: tuple[str, ...] = ()
 
 
 DEFAULT_ROW = ClassRow()

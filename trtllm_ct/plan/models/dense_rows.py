@@ -23,6 +23,7 @@ from trtllm_ct.plan.models.class_row import (
     EagerFusion,
     Leaves,
     Limit,
+    built_biases,
 )
 from trtllm_ct.plan.models.layer_parts import (
     ATTENTION_BIASES,
@@ -55,7 +56,11 @@ _INT4 = frozenset({QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ, Q
 _SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _ATTENTION_BIAS = dict.fromkeys(ATTENTION, "attention_bias")
 
+# `built_biases` are from what a class gives `_torch/modules/attention.py: Attention` (00547a25: `bias` for q, k and v,
+# and `dense_bias` for the output, which is `bias` unless it is given), `gated_mlp.py` (01503f55) and `mlp.py`.
+# modeling_mistral.py: MistralAttention and MistralDecoderLayer (002f3cc3) have no bias.
 _MISTRAL = ClassRow(leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS),))
+# modeling_llama.py: LlamaAttention and LlamaDecoderLayer (012cf909).
 _LLAMA = replace(
     _MISTRAL,
     biases={**_ATTENTION_BIAS, **dict.fromkeys(MLP, "mlp_bias")},
@@ -65,12 +70,24 @@ _LLAMA = replace(
         switch="TRTLLM_LLAMA_EAGER_FUSION_DISABLED",
         source="LlamaDecoderLayer.forward, `modeling_llama.py`, 3a5901cd",
     ),
+    built_biases=built_biases(attention_bias=ATTENTION, mlp_bias=MLP),
 )
-_QWEN2 = replace(_MISTRAL, biases=dict.fromkeys(ATTENTION[:3], ALWAYS))
-_QWEN3 = ClassRow(biases=_ATTENTION_BIAS, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS + HEAD_NORMS),))
+# modeling_qwen.py: QwenAttention, QwenYarnAttention and QwenDecoderLayer (047098b7).
+_QWEN2 = replace(
+    _MISTRAL,
+    biases=dict.fromkeys(ATTENTION[:3], ALWAYS),
+    built_biases=built_biases(always=ATTENTION[:3], mlp_bias=MLP),
+)
+# modeling_qwen3.py: Qwen3DecoderLayer (010bb95f).
+_QWEN3 = ClassRow(
+    biases=_ATTENTION_BIAS,
+    built_biases=built_biases(attention_bias=ATTENTION, mlp_bias=MLP),
+    leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS + HEAD_NORMS),),
+)
 _GEMMA2 = ClassRow(biases=_ATTENTION_BIAS, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=_SANDWICH_NORMS),))
+# modeling_gemma3.py: Gemma3Attention (00e7d103) has no bias, whatever config.json says.
 _GEMMA3 = replace(_GEMMA2, leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=_SANDWICH_NORMS + HEAD_NORMS),))
-# modeling_phi3.py: Phi3ForCausalLM.load_weights cuts both fused weights.
+# modeling_phi3.py (000a01de): Phi3ForCausalLM.load_weights cuts both fused weights, and no bias of them.
 _PHI3 = ClassRow(
     cuts={**CUTS, "qkv_proj": Cut.COLUMN, "gate_up_proj": Cut.COLUMN},
     splits={"qkv_proj": ("heads", "kv_heads", "kv_heads"), "gate_up_proj": ("intermediate", "intermediate")},
@@ -83,6 +100,7 @@ _PHI3 = ClassRow(
         ),
     ),
     shapes={**SHAPES, "qkv_proj": ("qkv", "hidden"), "gate_up_proj": ("gate_up", "hidden")},
+    built_biases=built_biases(attention_bias=("self_attn.qkv_proj", "self_attn.o_proj")),
 )
 
 # modeling_seedoss.py (22de8b34): the stock mapper; q/k/v have biases.
@@ -98,7 +116,8 @@ _SEED_OSS = ClassRow(
                 },
             ),
         ),
-    )
+    ),
+    built_biases=built_biases(attention_bias=QKVO[:3], attention_out_bias=QKVO[3:], mlp_bias=MLP),
 )
 
 # modeling_exaone4.py (17eae74d, fbbc05dd): the stock mapper; the norms follow attention and MLP.
@@ -125,6 +144,7 @@ _EXAONE4 = ClassRow(
             ),
         ),
     ),
+    built_biases=built_biases(mlp_bias=MLP),
 )
 
 _NORM_WITH_BIAS = Part(modules=("norm",), tensors=("norm.bias",))
@@ -143,6 +163,7 @@ _NEMOTRON = ClassRow(
         ),
     ),
     ends=_NORM_WITH_BIAS,
+    built_biases=built_biases(attention_bias=QKVO, mlp_bias=MLP[1:]),
 )
 
 # modeling_starcoder2.py (08c952c0, 65b31db1), Starcoder2ForCausalLM.load_weights: c_fc and c_proj are renamed, and the
@@ -162,12 +183,13 @@ _STARCODER2 = ClassRow(
         ),
     ),
     ends=_NORM_WITH_BIAS,
+    built_biases=built_biases(use_bias=(*QKVO, "mlp.c_fc", "mlp.c_proj")),
 )
 
 # modeling_cohere2.py (231ddefa): Cohere2ForCausalLM.load_weights takes no mapper, fuses q/k/v only and repeats nothing.
 # Cohere2MLP.__init__ gives the three Linears neither `skip_create_weights_in_init` nor a fused form, so they are
 # allocated in the global mode; `apply_quant_config_exclude_modules` of modeling_utils.py allocates them again only in
-# its newest version, and entries of layers never do.
+# its newest version, and entries of layers never do. Cohere2Attention and Cohere2MLP have no bias.
 _COHERE2 = ClassRow(
     fused=QKV,
     early=MLP,
@@ -199,6 +221,7 @@ _HUNYUAN_DENSE = ClassRow(
         ),
         (DENSE_MLP,),
     ),
+    built_biases=built_biases(attention_bias=QKVO, mlp_bias=MLP),
 )
 
 DENSE_ROWS: Mapping[str, ClassRow] = {

@@ -56,6 +56,7 @@ _ENDS = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_proj
 # modeling_gemma4.py (00e7d103) and checkpoints/hf/gemma4_weight_mapper.py (7ed07f06 to 1c58b177). The mapper renames
 # `router` and stacks of experts; 7ed07f06 knows no names of single experts but those of the class itself, which all
 # versions pass on (`_remap_moe_keys`). The inputs of each layer and the Linears that make them are plain `nn.Linear`.
+# Gemma4Attention has no bias, whatever config.json says.
 _GEMMA4 = ClassRow(
     plain=("router.proj", "per_layer_input_gate", "per_layer_projection"),
     experts="experts",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import Cut
-from trtllm_ct.plan.models.class_row import CUTS, QKV, ClassRow, Limit
+from trtllm_ct.plan.models.class_row import CUTS, QKV, ClassRow, Limit, built_biases
 from trtllm_ct.plan.models.layer_parts import (
     ATTENTION_BIASES,
     DENSE_MLP,
@@ -56,7 +56,7 @@ _SHARED_EXPERTS = Part(modules=("mlp.gate", "mlp.shared_expert_gate", *_SHARED),
 # modeling_qwen3_next.py (00022b04), `_torch/modules/mamba/gdn_mixer.py` (0d4bd901) and
 # `checkpoints/hf/qwen3_next_weight_mapper.py` (ff5ca335 for 1.2, 32e0e21a for 1.3), `qwen2_moe_weight_mapper.py`
 # (00be09f7). `linear_attn.conv1d` is a Linear there; writers store it as a plain convolution, and it is excluded by
-# name as any plain module is. Qwen3NextAttention passes `attn_output_gate=True`.
+# name as any plain module is. Qwen3NextAttention is Qwen3Attention with `attn_output_gate=True`.
 _QWEN3_NEXT = ClassRow(
     all_mixtures=True,
     cuts={
@@ -81,6 +81,7 @@ _QWEN3_NEXT = ClassRow(
     drafts="mtp.layers.",
     gated_output=True,
     layer=(_NORMS, (_FULL_ATTENTION, _DELTA_NET), (_SHARED_EXPERTS, DENSE_MLP)),
+    built_biases=built_biases(attention_bias=QKVO, mlp_bias=_SHARED),
 )
 
 _SPLIT_DELTA_NET = Part(
@@ -139,7 +140,8 @@ _MIXER_LATENT = Part(modules=_LATENT, when={"mlp_bias": biases(*_LATENT)}, key="
 
 # modeling_nemotron_h.py (00620eb0, d513eeaf) and checkpoints/hf/nemotron_h_weight_mapper.py (05b033ac; fbbc05dd and the
 # versions between): NemotronHHfWeightMapper.preprocess_weights renames `backbone`, cuts and rearranges the tensors of
-# Mamba itself, and gives experts an empty w3, since they have no gate.
+# Mamba itself, and gives experts an empty w3, since they have no gate. MLPLayer has no bias, unlike NemotronHMOE; and
+# NemotronHLayer leaves `bias` and `conv_bias` of `_torch/modules/mamba/mamba2_mixer.py` at False and True.
 _NEMOTRON_H = ClassRow(
     fused=QKV,
     cuts={**CUTS, "mixer.out_proj": Cut.ROW},
@@ -173,6 +175,11 @@ _NEMOTRON_H = ClassRow(
         (_MIXER_LATENT, NOTHING),
     ),
     ends=Part(modules=("norm_f",)),
+    built_biases=built_biases(
+        attention_bias=_MIXER_ATTENTION.modules,
+        mlp_bias=(*_MIXER_SHARED, *_LATENT),
+        always=("mixer.conv1d",),
+    ),
 )
 
 HYBRID_ROWS: Mapping[str, ClassRow] = {

@@ -53,7 +53,7 @@ _EXPERTS_LIMIT = Limit(
 # a43cf9e3, joins q_a_proj and kv_a_proj_with_mqa. It splits kv_b_proj by heads and absorbs it into attention; for that
 # it reads kv_b_proj plain. DeepseekV3DecoderLayer.__init__ (585c7565, 047098b7) asserts that the global mode is not
 # MIXED_PRECISION. The number of ranks for the MLP and the shared experts follows from the scale blocks and from the
-# number of GPUs in one node.
+# number of GPUs in one node. Attention, the MLP and the shared experts have no bias, whatever config.json says.
 _DEEPSEEK_V2 = ClassRow(
     fused=GATE_UP,
     joins={"kv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")},

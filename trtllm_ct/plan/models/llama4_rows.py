@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.plan.models.class_row import ClassRow, Limit
+from trtllm_ct.plan.models.class_row import ClassRow, Limit, built_biases
 from trtllm_ct.plan.models.layer_parts import ATTENTION_BIASES, QKVO, TWO_NORMS, Part
 from trtllm_ct.plan.models.mixture_rows import GATED
 
@@ -44,6 +44,7 @@ _LLAMA4 = ClassRow(
             Part(modules=tuple(f"feed_forward.{leaf}" for leaf in _LEAVES)),
         ),
     ),
+    built_biases=built_biases(attention_bias=QKVO, mlp_bias=tuple(f"feed_forward.{leaf}" for leaf in _LEAVES)),
 )
 
 LLAMA4_ROWS: Mapping[str, ClassRow] = {"Llama4ForConditionalGeneration": _LLAMA4}

@@ -21,6 +21,7 @@ from trtllm_ct.plan.models.class_row import (
     EagerFusion,
     Leaves,
     Limit,
+    built_biases,
 )
 from trtllm_ct.plan.models.dense_rows import ATTENTION, HEAD_NORMS, MLP, PRE_NORMS
 from trtllm_ct.plan.models.layer_parts import (
@@ -47,7 +48,8 @@ SHARED_MLP = tuple(f"mlp.shared_experts.{leaf}" for leaf in PROJECTION_NAMES)
 GROUPED_EXPERTS = Part(modules=("mlp.gate", *SHARED_MLP), tensors=("mlp.gate.e_score_correction_bias",), experts=GATED)
 """Experts that are selected in groups, and an MLP beside them."""
 
-# llm-compressor 0.14 gives the projections of Mixtral's experts the names of a dense layer.
+# llm-compressor 0.14 gives the projections of Mixtral's experts the names of a dense layer. modeling_mixtral.py
+# (000a01de) has no bias.
 _MIXTRAL = ClassRow(
     router="block_sparse_moe.gate",
     experts="block_sparse_moe.experts",
@@ -55,7 +57,7 @@ _MIXTRAL = ClassRow(
     leaves=(Leaves(attention=ATTENTION, norms=PRE_NORMS),),
 )
 # modeling_qwen_moe.py: QwenMoeDecoderLayer (0a0d2c8e) and modeling_qwen3_moe.py: Qwen3MoEDecoderLayer (a678b91a,
-# 03441af1) build experts without a look at the layer's number.
+# 03441af1) build experts without a look at the layer's number. QwenMoeAttention does not look at `qkv_bias`.
 _QWEN2_MOE = ClassRow(
     all_mixtures=True,
     router="mlp.gate",
@@ -63,6 +65,9 @@ _QWEN2_MOE = ClassRow(
     projections=PROJECTION_NAMES,
     plain=("mlp.shared_expert_gate",),
     biases=dict.fromkeys(ATTENTION[:3], "qkv_bias"),
+    built_biases=built_biases(
+        always=ATTENTION[:3], mlp_bias=tuple(f"mlp.shared_expert.{leaf}" for leaf in PROJECTION_NAMES)
+    ),
     leaves=(
         Leaves(
             attention=ATTENTION,
@@ -85,6 +90,7 @@ _QWEN3_MOE = ClassRow(
     experts="mlp.experts",
     projections=PROJECTION_NAMES,
     biases=dict.fromkeys(ATTENTION, "attention_bias"),
+    built_biases=built_biases(attention_bias=ATTENTION),
     leaves=(Leaves(attention=ATTENTION, mlp=MLP, norms=PRE_NORMS + HEAD_NORMS),),
 )
 
@@ -116,11 +122,12 @@ _GLM4_MOE = ClassRow(
         ),
         (GROUPED_EXPERTS, DENSE_MLP),
     ),
+    built_biases=built_biases(attention_bias=QKVO[:3]),
 )
 
 # modeling_minimaxm2.py (9c8b74e8, 00592717): the stock mapper, which renames no expert; MiniMaxM2MoE.__init__ builds
-# the router plain. MiniMaxM2Attention applies one norm to all heads, which has as many
-# heads as all ranks hold together.
+# the router plain. MiniMaxM2Attention has no bias, and applies one norm to all heads, which has as many heads as all
+# ranks hold together.
 _MINIMAX_M2 = ClassRow(
     table=Cut.NONE,
     router="block_sparse_moe.gate",
@@ -140,7 +147,7 @@ _MINIMAX_M2 = ClassRow(
 )
 
 # modeling_laguna.py (01dcc21a): LagunaHfWeightMapper renames experts. LagunaAttention.__init__ allocates g_proj, which
-# gates the output of attention, in the global mode, as Cohere2's MLP is.
+# gates the output of attention, in the global mode, as Cohere2's MLP is; its output projection has no bias.
 _LAGUNA = ClassRow(
     cuts={**CUTS, "self_attn.g_proj": Cut.COLUMN},
     router="mlp.gate",
@@ -161,11 +168,12 @@ _LAGUNA = ClassRow(
             DENSE_MLP,
         ),
     ),
+    built_biases=dict.fromkeys(QKVO[:3], ("qkv_bias", "attention_bias")),
 )
 
 # modeling_afmoe.py and checkpoints/hf/afmoe_weight_mapper.py (038cc86c): AfmoeHfWeightMapper renames router and
 # experts, and puts the rows of self_attn.gate_proj between those of q_proj; before (3c4acdc9) they were two Linears.
-# AfmoeAttention passes `attn_output_gate=True`.
+# AfmoeAttention passes `attn_output_gate=True` and has no bias.
 _AFMOE = ClassRow(
     fused={"qkv_proj": ("q_proj", "k_proj", "v_proj", "self_attn.gate_proj"), **GATE_UP},
     table=Cut.NONE,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import LINEAR_MODES
 from trtllm_ct.engine.parallel import Cut
-from trtllm_ct.plan.models.class_row import CUTS, QKV, ClassRow, Limit
+from trtllm_ct.plan.models.class_row import CUTS, QKV, ClassRow, Limit, built_biases
 from trtllm_ct.plan.models.layer_parts import (
     ATTENTION_BIASES,
     DENSE_MLP,
@@ -34,6 +34,7 @@ _INT4 = frozenset({QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ, Q
 _NUMBERED = ("w1", "w3", "w2")
 _ATTENTION = tuple(f"self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"))
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_SHARED_MLP = tuple(path.replace("mlp.", "mlp.shared_mlp.") for path in _MLP)
 # Classes that repeat weights and biases of K and V only, or nothing, when there are more ranks than heads.
 _WHOLE_HEADS = ("num_key_value_heads",)
 
@@ -65,18 +66,19 @@ _HUNYUAN_MOE = ClassRow(
             Part(
                 modules=(
                     "mlp.gate.wg",
-                    *(f"mlp.shared_mlp.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")),
+                    *_SHARED_MLP,
                 ),
                 experts=GATED,
             ),
             DENSE_MLP,
         ),
     ),
+    built_biases=built_biases(attention_bias=QKVO, mlp_bias=(*_MLP, *_SHARED_MLP)),
 )
 
 # modeling_step3p7.py (0c37d5ba), class Step3p7ForCausalLM, which is registered as Step3p5ForCausalLM:
-# Step3p7DecoderLayer.__init__ builds all but routed experts without quantization. split_stacked_moe_weights splits
-# stacks of experts beside the router. Every rank has the whole embeddings.
+# Step3p7DecoderLayer.__init__ builds all but routed experts without quantization, and no Linear with a bias.
+# split_stacked_moe_weights splits stacks of experts beside the router. Every rank has the whole embeddings.
 _STACKED = ("gate_proj", "up_proj", "down_proj")
 _STEP3P5 = ClassRow(
     cuts={**CUTS, "self_attn.g_proj": Cut.COLUMN},
@@ -159,11 +161,13 @@ _GPT_OSS = ClassRow(
             ),
         ),
     ),
+    built_biases=built_biases(always=QKVO),
 )
 
 # modeling_mllama.py (000a01de): MllamaForConditionalGeneration is no DecoderModelForCausalLM, so neither entries nor
-# exclusions are looked at, and all Linears of the decoder are allocated in the global mode. Layers of cross-attention
-# are not built. load_weights takes no mapper; every rank has the whole embeddings.
+# exclusions are looked at, and all Linears of the decoder are allocated in the global mode. They have no bias, whatever
+# config.json says. Layers of cross-attention and the tower are not built. load_weights takes no mapper; every rank has
+# the whole embeddings.
 _MLLAMA = ClassRow(
     table=Cut.NONE,
     plain=tuple(f"cross_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -171,6 +175,7 @@ _MLLAMA = ClassRow(
     one_mode=True,
     early=(*_ATTENTION, *_MLP),
     divided=_WHOLE_HEADS,
+    unbuilt=("cross_attn", "vision_model"),
     layer=(
         (Part(modules=TWO_NORMS),),
         (

@@ -49,13 +49,22 @@ class Embedding(nn.Module):
         return allreduce(torch.where(mine[:, None], rows, 0.0), self.mapping.tp_group)
 
 
-class GatedMLP(nn.Module):
-    """SwiGLU with one Linear for gate and up."""
+_ASKED_FOR_MLP_BIAS = frozenset(
+    {"llama", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_moe", "qwen3", "qwen3_vl_text", "qwen3_next"}
+    | {"qwen3_5_moe_text", "seed_oss", "exaone4", "hunyuan_v1_dense", "hunyuan_v1_moe"}
+)
+"""The model types whose class passes `mlp_bias` of config.json on; the others pass False."""
 
-    def __init__(self, config: ModelConfig, inner: int | None = None) -> None:
+
+class GatedMLP(nn.Module):
+    """SwiGLU with one Linear for gate and up; few classes look at `mlp_bias`."""
+
+    def __init__(self, config: ModelConfig, inner: int | None = None, *, biased: bool | None = None) -> None:
         super().__init__()
         model = config.pretrained_config
-        inner, biased = inner or model.intermediate_size, getattr(model, "mlp_bias", False)
+        inner = inner or model.intermediate_size
+        if biased is None:
+            biased = model.model_type in _ASKED_FOR_MLP_BIAS and getattr(model, "mlp_bias", False)
         self.gate_up_proj = decoder_linear(
             config,
             2 * inner,

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensorrt_llm._double import RELEASE
-from tensorrt_llm._torch.models.modeling_decoder import GatedMLP
+from tensorrt_llm._torch.models.modeling_decoder import Embedding, GatedMLP
 from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM
 from tensorrt_llm._torch.modules.attention import RMSNorm, decoder_linear
 from tensorrt_llm._torch.modules.fused_moe.interface import MoE, MoEWeightLoadingMode
-from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
+from tensorrt_llm._torch.modules.linear import TensorParallelMode
+from tensorrt_llm._torch.modules.linear_methods import frozen
+from tensorrt_llm.mapping import Mapping
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping as Weights
 
     from tensorrt_llm._torch.model_config import ModelConfig
     from torch import Tensor
@@ -69,6 +71,16 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(size)
 
 
+class DeepseekV3Gate(nn.Module):
+    """The router's weight, and a correction of its scores, which DeepSeek-V2 lacks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        model = config.pretrained_config
+        self.weight = frozen(model.n_routed_experts, model.hidden_size, dtype=config.torch_dtype)
+        self.e_score_correction_bias = frozen(model.n_routed_experts, dtype=torch.float32)
+
+
 class Deepseekv3MoE(nn.Module):
     """A plain router, routed experts, and a gated feed-forward part that is always used."""
 
@@ -78,13 +90,7 @@ class Deepseekv3MoE(nn.Module):
         shared = copy(config)
         object.__setattr__(shared, "pretrained_config", copy(model))
         shared.pretrained_config.intermediate_size = model.moe_intermediate_size * model.n_shared_experts
-        self.gate = Linear(
-            model.hidden_size,
-            model.n_routed_experts,
-            bias=False,
-            dtype=config.torch_dtype,
-            skip_create_weights_in_init=True,
-        )
+        self.gate = DeepseekV3Gate(config)
         self.experts = MoE(
             num_experts=model.n_routed_experts,
             hidden_size=model.hidden_size,
@@ -97,6 +103,12 @@ class Deepseekv3MoE(nn.Module):
             else MoEWeightLoadingMode(0),
         )
         self.shared_experts = GatedMLP(shared)
+
+
+def _on_one_rank(config: ModelConfig) -> ModelConfig:
+    whole = copy(config)
+    object.__setattr__(whole, "mapping", Mapping())
+    return whole
 
 
 def _has_int4_groups(config: ModelConfig) -> bool:
@@ -128,7 +140,7 @@ class MTP(DecoderLayer):
 
 
 class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
-    """Layers and draft layers without embedding, last norm and head."""
+    """Layers and draft layers; every rank has the whole embeddings."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,9 +158,14 @@ class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
         self.model.layers = nn.ModuleList(
             MTP(config, layer) if layer >= first else DecoderLayer(config, layer) for layer in range(first + drafts)
         )
+        self.model.embed_tokens = Embedding(_on_one_rank(config))
+        self.model.norm = RMSNorm(model.hidden_size, config)
+        self.lm_head = decoder_linear(
+            config, model.vocab_size, model.hidden_size, TensorParallelMode.COLUMN, quant_config=None
+        )
         self.finish_construction()
 
-    def load_weights(self, weights: Mapping[str, Tensor], weight_mapper: Any = None) -> None:
+    def load_weights(self, weights: Weights[str, Tensor], weight_mapper: Any = None) -> None:
         """Load by names, with q_a and kv_a joined, gate and up given one after the other, and experts renamed."""
         for name, module in self.named_modules():
             if module._parameters:
@@ -159,7 +176,7 @@ class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
             name = name.replace(f"model.layers.{layer}.", f"model.layers.{source}.")
         return name
 
-    def _load(self, name: str, module: Any, weights: Mapping[str, Tensor]) -> None:
+    def _load(self, name: str, module: Any, weights: Weights[str, Tensor]) -> None:
         around, _, leaf = name.rpartition(".")
         if leaf == "kv_a_proj_with_mqa":
             model = self.model_config.pretrained_config
@@ -178,7 +195,7 @@ class DeepseekV3ForCausalLM(DecoderModelForCausalLM):
                 parameter.data.copy_(weights[f"{name}.{parameter_name}"])
 
 
-def _join(parts: list[str], module: Any, weights: Mapping[str, Tensor]) -> None:
+def _join(parts: list[str], module: Any, weights: Weights[str, Tensor]) -> None:
     """Copy joined weights, and scales that the last part has as `weight_scale_inv`; nothing else is read.
 
     Alike in all generations: commits 000561df and a43cf9e3, and the September text with NVFP4 beside it. Scales under
@@ -189,11 +206,11 @@ def _join(parts: list[str], module: Any, weights: Mapping[str, Tensor]) -> None:
     module.weight.data.copy_(torch.cat([weights[f"{part}.weight"] for part in parts]))
 
 
-def _below(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _below(name: str, weights: Weights[str, Tensor]) -> dict[str, Tensor]:
     return {key[len(name) + 1 :]: tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 
-def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(weights: Weights[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, tensor in weights.items():
         expert, projection, local = key.split(".")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tensorrt_llm._torch.model_config import PretrainedConfig
 from tensorrt_llm._torch.models.checkpoints.hf.weight_mapper import HfWeightMapper
 from tensorrt_llm._torch.models.modeling_decoder import GatedMLP
-from tensorrt_llm._torch.models.modeling_rows import PlainDecoder, QKVAttention, experts, layer_of
+from tensorrt_llm._torch.models.modeling_rows import PlainDecoder, QKVAttention, asked_biases, experts, layer_of
 from tensorrt_llm._torch.models.modeling_utils import register_mapper
 from tensorrt_llm._torch.modules.fused_moe.interface import MoEWeightLoadingMode
 from tensorrt_llm._torch.modules.linear import Linear
@@ -48,7 +48,9 @@ class Llama4ForConditionalGeneration(PlainDecoder):
         model = config.pretrained_config
         names = ("input_layernorm", "post_attention_layernorm")
         if (layer + 1) % model.interleave_moe_layer_step:
-            feed_forward: nn.Module = GatedMLP(config, model.intermediate_size_mlp)
+            feed_forward: nn.Module = GatedMLP(
+                config, model.intermediate_size_mlp, biased=getattr(model, "mlp_bias", False)
+            )
         else:
             feed_forward = nn.Module()
             feed_forward.router = Linear(model.hidden_size, model.num_local_experts, bias=False)
@@ -59,7 +61,9 @@ class Llama4ForConditionalGeneration(PlainDecoder):
                 weight_loading_mode=MoEWeightLoadingMode.FUSED_GATE_UP_PROJ,
             )
             feed_forward.shared_expert = GatedMLP(config, model.intermediate_size)
-        return layer_of(config, names, self_attn=QKVAttention(config), feed_forward=feed_forward)
+        return layer_of(
+            config, names, self_attn=QKVAttention(config, **asked_biases(config)), feed_forward=feed_forward
+        )
 
     def load_weights(self, weights: Any, weight_mapper: Any, **kwargs: Any) -> None:
         prefixes = ("vision_model.", "multi_modal_projector.")

@@ -18,6 +18,7 @@ from tensorrt_llm._torch.models.modeling_rows import (
     Norm,
     PlainDecoder,
     QKVAttention,
+    asked_biases,
     experts,
     layer_of,
 )
@@ -51,7 +52,7 @@ class HunYuanMoEV1ForCausalLM(HunYuanDenseV1ForCausalLM):
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model = config.pretrained_config
         size = model.hidden_size // model.num_attention_heads
-        attention = QKVAttention(config, query_layernorm=size, key_layernorm=size)
+        attention = QKVAttention(config, **asked_biases(config), query_layernorm=size, key_layernorm=size)
         if layer < model.moe_layer_num_skipped:
             return layer_of(config, _NORMS, self_attn=attention, mlp=GatedMLP(config))
         mlp = nn.Module()

@@ -48,6 +48,7 @@ class GatedAttention(Attention):
             (2 * self.heads + 2 * self.kv_heads) * ranks * self.head_dim,
             model.hidden_size,
             TensorParallelMode.COLUMN,
+            bias=self.qkv_proj.has_bias,
             weights_loading_config=WeightsLoadingConfig(weight_mode=WeightMode.FUSED_QKV_LINEAR),
         )
 

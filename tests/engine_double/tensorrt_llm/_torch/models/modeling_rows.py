@@ -48,6 +48,7 @@ __all__ = [
     "NemotronHForCausalLM",
     "PlainDecoder",
     "Starcoder2ForCausalLM",
+    "asked_biases",
 ]
 
 COLUMN, ROW = TensorParallelMode.COLUMN, TensorParallelMode.ROW
@@ -84,6 +85,12 @@ class QKVAttention(nn.Module):
         self.o_proj = decoder_linear(config, model.hidden_size, heads * size, ROW, bias=out_bias)
         for name, width in norms.items():
             self.add_module(name, Norm(config, width))
+
+
+def asked_biases(config: ModelConfig) -> dict[str, bool]:
+    """Biases of attention as config.json says; classes that don't ask have none."""
+    biased = bool(getattr(config.pretrained_config, "attention_bias", False))
+    return {"bias": biased, "out_bias": biased}
 
 
 class MLP(nn.Module):
@@ -200,7 +207,7 @@ class NemotronForCausalLM(PlainDecoder):
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model = config.pretrained_config
         mlp = MLP(config, model.intermediate_size, getattr(model, "mlp_bias", False))
-        return layer_of(config, _PRE_NORMS, bias=True, self_attn=QKVAttention(config), mlp=mlp)
+        return layer_of(config, _PRE_NORMS, bias=True, self_attn=QKVAttention(config, **asked_biases(config)), mlp=mlp)
 
 
 class Starcoder2ForCausalLM(PlainDecoder):
@@ -289,7 +296,7 @@ class HunYuanDenseV1ForCausalLM(_OwnLoader):
 
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         size = config.pretrained_config.head_dim
-        attention = QKVAttention(config, query_layernorm=size, key_layernorm=size)
+        attention = QKVAttention(config, **asked_biases(config), query_layernorm=size, key_layernorm=size)
         return layer_of(config, _PRE_NORMS, self_attn=attention, mlp=GatedMLP(config))
 
     def part(self, name: str, weights: Weights) -> Weights:
@@ -349,6 +356,18 @@ def _mlp_of_some_ranks(config: ModelConfig, inner: int) -> GatedMLP:
     return GatedMLP(dataclasses.replace(config, mapping=smaller), inner)
 
 
+class _Correction(nn.Module):
+    """The correction of the router's scores, which is a parameter of `MiniMaxM2MoE` itself."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.e_score_correction_bias = frozen(experts, dtype=torch.float32)
+
+    def load_weights(self, weights: list[Weights]) -> None:
+        (tensor,) = weights[0].values()
+        self.e_score_correction_bias.data.copy_(tensor)
+
+
 class MiniMaxM2ForCausalLM(PlainDecoder):
     """The stock mapper, which renames no expert; norms of all heads at once.
 
@@ -367,6 +386,7 @@ class MiniMaxM2ForCausalLM(PlainDecoder):
         kv_heads = -(-model.num_key_value_heads // ranks) * ranks
         norms = {"q_norm": model.num_attention_heads * model.head_dim, "k_norm": kv_heads * model.head_dim}
         moe = nn.Module()
+        moe.e_score_correction_bias = _Correction(model.num_local_experts)
         moe.gate = Linear(model.hidden_size, model.num_local_experts, bias=False, dtype=torch.float32)
         moe.experts = experts(config, model.num_local_experts, model.intermediate_size)
         return layer_of(config, _PRE_NORMS, self_attn=QKVAttention(config, **norms), block_sparse_moe=moe)
@@ -387,7 +407,8 @@ class LagunaForCausalLM(_Preprocessed):
 
     def layer(self, config: ModelConfig, layer: int) -> nn.Module:
         model = config.pretrained_config
-        attention = QKVAttention(config, q_norm=model.head_dim, k_norm=model.head_dim)
+        biased = bool(getattr(model, "qkv_bias", False) or getattr(model, "attention_bias", False))
+        attention = QKVAttention(config, bias=biased, q_norm=model.head_dim, k_norm=model.head_dim)
         rows = model.num_attention_heads * (1 if model.gating == "per-head" else model.head_dim)
         attention.g_proj = decoder_linear(config, rows, model.hidden_size, COLUMN, skip_create_weights_in_init=False)
         if model.mlp_layer_types[layer] != "sparse":
@@ -461,7 +482,7 @@ class NemotronHForCausalLM(_Preprocessed):
         return Mamba2Mixer(config)
 
     def _attention(self, config: ModelConfig, _layer: int) -> nn.Module:
-        return QKVAttention(config)
+        return QKVAttention(config, **asked_biases(config))
 
     def _mlp(self, config: ModelConfig, _layer: int) -> nn.Module:
         return MLP(config, config.pretrained_config.intermediate_size)
@@ -479,7 +500,8 @@ class NemotronHForCausalLM(_Preprocessed):
         mixer.experts = experts(of_experts, model.n_routed_experts, model.moe_intermediate_size, gated=False)
         if entries is not None:
             mixer.experts.create_weights()
-        mixer.shared_experts = MLP(config, model.moe_shared_expert_intermediate_size)
+        biased = getattr(model, "mlp_bias", False)
+        mixer.shared_experts = MLP(config, model.moe_shared_expert_intermediate_size, biased)
         return mixer
 
     _MIXERS: ClassVar[dict[str, Callable[..., nn.Module]]] = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}

@@ -43,6 +43,21 @@ def decoder_linear(config: ModelConfig, rows: int, columns: int, mode: TensorPar
     return Linear(columns, rows, **(arguments | more))
 
 
+_BIASES = {
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text"), (True, False)),
+    **dict.fromkeys(("mistral", "ministral3", "mixtral", "gemma3_text"), (False, False)),
+}
+"""By model type: whether q, k and v, and whether the output has a bias, where the class doesn't ask config.json.
+
+`modeling_qwen.py` (047098b7), `_qwen_moe` (0a0d2c8e), `_mistral` (002f3cc3), `_mixtral` (000a01de) and `_gemma3`
+(00e7d103)."""
+
+
+def _biases(model: Any) -> tuple[bool, bool]:
+    asked = bool(getattr(model, "attention_bias", False))
+    return _BIASES.get(model.model_type, (asked, asked))
+
+
 class RMSNorm(nn.Module):
     """No `load_weights`: its parameter is copied by name."""
 
@@ -77,17 +92,17 @@ class Attention(nn.Module):
         self.quant_config: QuantConfig | None = config.quant_config
         self._pool_algo = config.quant_config.kv_cache_quant_algo
         self.frequencies = frequencies(model.rope, self.head_dim)
-        biased = getattr(model, "attention_bias", False)
+        biased, biased_output = _biases(model)
         self.qkv_proj = decoder_linear(
             config,
             (self.heads + 2 * self.kv_heads) * ranks * self.head_dim,
             model.hidden_size,
             TensorParallelMode.COLUMN,
-            bias=biased or model.model_type in {"qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text"},
+            bias=biased,
             weights_loading_config=WeightsLoadingConfig(weight_mode=WeightMode.FUSED_QKV_LINEAR),
         )
         self.o_proj = decoder_linear(
-            config, model.hidden_size, heads * self.head_dim, TensorParallelMode.ROW, bias=biased
+            config, model.hidden_size, heads * self.head_dim, TensorParallelMode.ROW, bias=biased_output
         )
         if head_norms:
             self.q_norm, self.k_norm = RMSNorm(self.head_dim, config), RMSNorm(self.head_dim, config)

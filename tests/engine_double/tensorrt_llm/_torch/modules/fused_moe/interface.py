@@ -77,8 +77,8 @@ class MoE(nn.Module):
     w2_weight: nn.Parameter
     w3_w1_scale: Tensor
     w2_scale: Tensor
-    w3_w1_bias: Tensor
-    w2_bias: Tensor
+    w3_w1_bias: nn.Parameter
+    w2_bias: nn.Parameter
 
     def __init__(
         self,
@@ -122,7 +122,8 @@ class MoE(nn.Module):
         stacked = self.weight_loading_mode == MoEWeightLoadingMode.FUSED_GATE_UP_PROJ
         self.quant_method.load_weights(self, self._unstacked(weights[0]) if stacked else weights[0])
         if self.biased:
-            self.w3_w1_bias, self.w2_bias = (weights[0][f"{name}_proj.bias"] for name in ("gate_up", "down"))
+            for name, stored in (("w3_w1_bias", "gate_up_proj.bias"), ("w2_bias", "down_proj.bias")):
+                self.register_parameter(name, nn.Parameter(weights[0][stored], requires_grad=False))
 
     def _unstacked(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of this rank's experts one by one; raises KeyError if there are no stacks."""
