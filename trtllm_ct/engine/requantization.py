@@ -72,8 +72,9 @@ _GROUP_32 = QuantArgs(num_bits=4, type=NumberType.FLOAT, strategy=Strategy.GROUP
 
 
 # E4M3 has four significant bits: half a step is at most 1/17 of a value, and below the smallest normal number it is
-# 2^-10 of a scale that is at most 1/224 of the largest magnitude. For E2M1 see `tests/engine/test_requantization.py`:
-# the worst group of 16 or 32 values is one whose largest magnitude makes the scale unfit for all others.
+# 2^-10 of a scale that is at most 1/224 of the largest magnitude. For E2M1 the worst group is one whose largest
+# magnitude makes the scale unfit for all others; the limits leave room above the worst group that
+# `tests/engine/test_requantization.py` finds.
 FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (
@@ -107,7 +108,7 @@ FORMS: Mapping[str, Form] = {
             element=Element.E4M3,
             scale_dtype=DType.F32,
             largest_error=0.06,
-            usual_error=0.026,
+            usual_error=0.0235,
         ),
     )
 }
