@@ -29,6 +29,7 @@ from trtllm_ct.cli.options import (
     Html,
     Json,
     PipelineParallel,
+    RequantizeOption,
     Strict,
     TensorParallel,
     Untested,
@@ -39,6 +40,7 @@ from trtllm_ct.cli.options import (
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import conversion_progress, print_json, show_page, stderr, stdout
+from trtllm_ct.engine.requantization import Requantize
 
 __all__ = ["convert", "verify"]
 
@@ -55,6 +57,7 @@ def convert(
     ep: ExpertParallel = 1,
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
+    requantize: RequantizeOption = None,
     strict: Strict = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
@@ -102,6 +105,7 @@ def convert(
             parallel=parallel_of(tp, pp, ep),
             dtype=dtype,
             dense_o_proj=dense_o_proj,
+            requantize=Requantize.parse(requantize),
             strict=strict,
             overwrite=overwrite,
             carry=carry or (),
@@ -134,6 +138,7 @@ def verify(
     pp: AskedPipelineParallel = None,
     ep: AskedExpertParallel = None,
     sm: AskedSm = None,
+    requantize: RequantizeOption = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +153,14 @@ def verify(
     check_page_place(html)
     left = nothing_written("the same command starts from the beginning")
     with going_on_from(left), shown_progress(stderr, "Verifying") as on_start:
-        verification = verify_with_sizes(directory, converted, asked_parallel(tp, pp, ep), sm, on_start=on_start)
+        verification = verify_with_sizes(
+            directory,
+            converted,
+            asked_parallel(tp, pp, ep),
+            sm,
+            requantize=Requantize.parse(requantize) if requantize else None,
+            on_start=on_start,
+        )
     if as_json:
         print_json("verify", verification.to_dict())
     else:

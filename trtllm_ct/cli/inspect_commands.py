@@ -22,6 +22,7 @@ from trtllm_ct.cli.options import (
     Json,
     PipelineParallel,
     Place,
+    RequantizeOption,
     Strict,
     TargetName,
     TensorParallel,
@@ -33,6 +34,7 @@ from trtllm_ct.cli.options import (
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import print_json, show_page, stderr, stdout
+from trtllm_ct.engine.requantization import Requantize
 
 __all__ = ["compare", "inspect", "plan"]
 
@@ -48,6 +50,7 @@ def inspect(
     ep: ExpertParallel = 1,
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
+    requantize: RequantizeOption = None,
     modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="Compare releases and GPUs: which would serve more of it natively?")
@@ -71,6 +74,7 @@ def inspect(
         dtype=dense_dtype(dtype),
         parallel=parallel_of(tp, pp, ep),
         dense_o_proj=dense_o_proj,
+        requantize=Requantize.parse(requantize),
         compare_places=elsewhere,
     )
     # What only these two show, such as the needs of GPUs, takes seconds for a large model.
@@ -98,6 +102,7 @@ def plan(
     ep: ExpertParallel = 1,
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
+    requantize: RequantizeOption = None,
     strict: Strict = False,
     names: Annotated[
         str | None,
@@ -123,6 +128,7 @@ def plan(
         dtype=dense_dtype(dtype),
         parallel=parallel_of(tp, pp, ep),
         dense_o_proj=dense_o_proj,
+        requantize=Requantize.parse(requantize),
         strict=strict,
     )
     if as_json:

@@ -15,11 +15,13 @@ import typer
 
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, read_bounded
 from trtllm_ct.base.str_enum import StrEnum
 from trtllm_ct.convert.executors import EXECUTORS
 from trtllm_ct.engine.build_modes import KERNEL_SMS, UNTESTED
 from trtllm_ct.engine.platform import SMS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import FORMS
 from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ __all__ = [
     "Json",
     "PipelineParallel",
     "Place",
+    "RequantizeOption",
     "Seed",
     "Strict",
     "TargetName",
@@ -62,6 +65,7 @@ __all__ = [
     "parallel_of",
     "parse_size",
     "prompt_text",
+    "text_of_file",
 ]
 
 Place = Annotated[
@@ -153,6 +157,15 @@ DenseDtypeOption = Annotated[
 DenseOutput = Annotated[
     bool, typer.Option("--dense-o-proj", help="Dequantize o_proj if attention would quantize its input coarsely.")
 ]
+RequantizeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--requantize",
+        metavar="WHAT=FORM",
+        help=f"Round what would be dequantized to codes: experts, linears or all, to {', '.join(FORMS)}.",
+        show_default=False,
+    ),
+]
 Chat = Annotated[
     bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template of the tokenizer, if any.")
 ]
@@ -234,3 +247,18 @@ def prompt_text(prompt: str) -> str:
         found = f"a byte that is none, at {error.start}"
     fault = Fault(where="stdin", expected="text in UTF-8", found=found, remedy="Send the prompt to stdin, or name it.")
     raise UsageError(fault)
+
+
+def text_of_file(path: Path) -> str:
+    """Return the text in a file; for `-`, what is sent to stdin.
+
+    Raises `UsageError` for a file that can't be read, or is no text in UTF-8.
+    """
+    if str(path) == _STDIN:
+        return prompt_text(_STDIN)
+    try:
+        return read_bounded(path, SIDE_FILE_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"{getattr(error, 'strerror', None) or error}".lower()
+        fault = Fault(where=str(path), expected="a file with text in UTF-8", found=found, remedy="Name another file.")
+        raise UsageError(fault) from error

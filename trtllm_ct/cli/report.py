@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.alternatives import ServedOn
     from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
     from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.reference.perplexity import Perplexity
     from trtllm_ct.serve.cache import ClearedSidecars
     from trtllm_ct.serve.listing import ListedSidecar
     from trtllm_ct.verify.verify import VerificationReport
@@ -44,6 +45,7 @@ __all__ = [
     "failure",
     "faults",
     "inspection",
+    "perplexities",
     "plan",
     "problems",
     "sidecars",
@@ -178,6 +180,9 @@ def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableT
     """Yield what costs most, what would avoid it, and the bytes of one rank; see `verdict.py`."""
     texts = (largest_cost(checkpoint_plan), alternative, rank_text(checkpoint_plan))
     yield from (_line(f"  {text}") for text in texts if text)
+    if checkpoint_plan.choices:
+        yield _line("  what would keep them in codes, rounded once more, on request:")
+        yield from (_line(f"    {choice}") for choice in checkpoint_plan.choices)
 
 
 def _fill(table: Table, rows: Iterable[PlanRow]) -> None:
@@ -226,6 +231,8 @@ def verification(report: VerificationReport) -> RenderableType:
                     f"{error.got:.9g}, source {error.want:.9g}"
                 )
             )
+    if report.relative_errors:
+        lines.append(_line(f"  {len(report.relative_errors)} requantized tensors, {_relative_errors(report)}"))
     if report.zero_scales:
         lines.append(_line(f"  {report.zero_scales} rows or groups have scale 0 and hold zeros only"))
     if report.warnings:
@@ -233,6 +240,22 @@ def verification(report: VerificationReport) -> RenderableType:
     if report.faults:
         lines.append(faults(report.faults, [report.converted, report.directory]))
     return Group(*lines)
+
+
+def _relative_errors(report: VerificationReport) -> str:
+    """Return the relative error of all requantized weights together, and that of the worst of them."""
+    errors = report.relative_errors
+    name = max(errors, key=lambda name: errors[name])
+    return f"relative error {report.relative_error:.2%} together, at most {errors[name]:.2%} in {name}"
+
+
+def perplexities(found: Sequence[Perplexity]) -> RenderableType:
+    """Format the perplexities of models on one text, and how far their predictions are from those of the first."""
+    table = fitted_table("model", "perplexity", "difference per token")
+    for one in found:
+        difference = "" if one is found[0] else f"{one.difference(found[0]):.4f} nats"
+        table.add_row(escape(one.model), f"{one.perplexity:.4f}", difference)
+    return Group(_line(f"{found[0].tokens} tokens in windows of {found[0].window}"), table)
 
 
 def diagnosis(report: Diagnosis) -> RenderableType:

@@ -1,7 +1,8 @@
-"""Commands that run something: `generate`, `doctor` and `demo`."""
+"""Commands that run something: `generate`, `perplexity`, `doctor` and `demo`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,10 +20,11 @@ from trtllm_ct.cli.options import (
     TensorParallel,
     parallel_of,
     prompt_text,
+    text_of_file,
 )
 from trtllm_ct.cli.run import print_json, stdout
 
-__all__ = ["demo", "doctor", "generate"]
+__all__ = ["demo", "doctor", "generate", "perplexity"]
 
 
 def generate(
@@ -50,6 +52,36 @@ def generate(
     else:
         continued = "" if generation.chat else generation.prompt
         stdout.print(continued + generation.text, markup=False, highlight=False)
+
+
+def perplexity(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Checkpoints, or what was made of them.", show_default=False),
+    ],
+    text: Annotated[
+        Path, typer.Option("--text", metavar="FILE", help="Text in UTF-8; - reads it from stdin.", show_default=False)
+    ],
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Read only so many tokens of the text.", show_default=False)
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Measure how well models predict a text, side by side.
+
+    Runs the reference engine on the CPU. Below the first model, it shows how far the others' predictions are from it.
+    """
+    from trtllm_ct.reference import text_perplexity
+
+    content = text_of_file(text)
+    with going_on_from(nothing_written("a smaller --max-tokens takes less time")):
+        found = [text_perplexity(one, content, window=window, max_tokens=max_tokens) for one in directories]
+    if as_json:
+        first = found[0]
+        print_json("perplexity", {"models": [one.to_dict() | {"difference": one.difference(first)} for one in found]})
+    else:
+        stdout.print(report.perplexities(found))
 
 
 def doctor(

@@ -26,6 +26,7 @@ from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.sizes import size_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import DIRECTORY_TARGETS
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.parts import Part, parts_of
@@ -128,6 +129,7 @@ def convert_checkpoint(
     parallel: Parallel = ...,
     dtype: str = ...,
     dense_o_proj: bool = ...,
+    requantize: Requantize = ...,
     strict: bool = ...,
     overwrite: bool = ...,
     force: bool = ...,
@@ -153,6 +155,7 @@ def convert_checkpoint(
     parallel: Parallel = ...,
     dtype: str = ...,
     dense_o_proj: bool = ...,
+    requantize: Requantize = ...,
     strict: bool = ...,
     overwrite: bool = ...,
     force: bool = ...,
@@ -179,6 +182,7 @@ def convert_checkpoint(
     parallel: Parallel = ONE_RANK,
     dtype: str = "auto",
     dense_o_proj: bool = False,
+    requantize: Requantize = NOT_REQUANTIZED,
     strict: bool = False,
     overwrite: bool = False,
     force: bool = False,
@@ -201,7 +205,7 @@ def convert_checkpoint(
     `dtype` is the dtype of dequantized modules; `auto` is the dtype of the model. With `float16`, and for `engine`, all
     plain tensors are cast as well, and a value that overflows is an error.
     `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed
-    scale, see `make_plan`.
+    scale, and `requantize` rounds modules that would be dequantized to codes instead, see `make_plan`.
 
     Side files of known kinds are copied, and those that the patterns of `carry` match (`checkpoint/side_patterns.py`);
     the report names the others.
@@ -226,6 +230,7 @@ def convert_checkpoint(
         "sm": sm,
         "untested": untested,
         "dense_o_proj": dense_o_proj,
+        "requantize": requantize,
         "strict": strict,
         "parallel": parallel,
     }

@@ -66,10 +66,12 @@ _LARGER_SIZES = (1, *_COMMON_SIZES, 16)
 def planned_for(plan: Plan) -> dict[str, Any]:
     """Return the record of a plan's sizes, release and SM, as a part of hf_quant_config.json.
 
-    The SM is in it if the plan was made for one.
+    The SM is in it if the plan was made for one, and `requantized` if modules were rounded to codes on request.
     """
-    sm = {} if plan.sm is None else {"sm": plan.sm}
-    return {_KEY: json_object({"engine": plan.engine, "parallel": plan.parallel, **sm})}
+    more: dict[str, Any] = {} if plan.sm is None else {"sm": plan.sm}
+    if plan.requantized:
+        more["requantized"] = plan.requantized
+    return {_KEY: json_object({"engine": plan.engine, "parallel": plan.parallel, **more})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

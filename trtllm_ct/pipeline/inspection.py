@@ -11,6 +11,7 @@ from trtllm_ct.checkpoint.opening import open_source
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.pipeline.alternatives import ServedOn, alternative, elsewhere
 from trtllm_ct.pipeline.gpus import GpuRow, gpu_rows
@@ -146,6 +147,7 @@ class Inspection:
                 "gpus": self.gpus(),
                 "elsewhere": self.elsewhere,
                 "deviations": plan.deviations if plan else (),
+                "requantizations": plan.choices if plan else (),
                 "checks": plan.checks if plan else (),
                 "warnings": self.warnings,
                 "problems": self.problems,
@@ -163,17 +165,17 @@ def inspect_checkpoint(
     dtype: DType | None = None,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
+    requantize: Requantize = NOT_REQUANTIZED,
     compare_places: bool = False,
 ) -> Inspection:
     """Inspect a checkpoint: how it would be delivered to the target named `to`, for the release line `engine`.
 
     `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`.
     `sm` is the SM of the GPUs that the engine will run on, None if it is not known, and `untested` that of
-    `target_named`. `parallel` are the sizes that the
-    engine will run with; sizes that can't divide the model are problems. `dtype` and `dense_o_proj` are those of
-    `make_plan`. A model whose class has no row is inspected for the target `dense`. With `compare_places`, other
-    releases and GPUs are compared, which takes up to some seconds. No weights are read, and torch is not imported.
-    Problems of the checkpoint are collected in the result.
+    `target_named`. `parallel` are the sizes that the engine will run with; sizes that can't divide the model are
+    problems. `dtype`, `dense_o_proj` and `requantize` are those of `make_plan`. A model whose class has no row is
+    inspected for the target `dense`. With `compare_places`, other releases and GPUs are compared, which takes up to
+    some seconds. No weights are read, and torch is not imported. Problems of the checkpoint are collected in the result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected or a repository
     can't be read.
     """
@@ -188,6 +190,7 @@ def inspect_checkpoint(
         "dtype": dtype,
         "parallel": parallel,
         "dense_o_proj": dense_o_proj,
+        "requantize": requantize,
     }
     plan: Plan | None = None
     problems: tuple[Fault, ...] = ()

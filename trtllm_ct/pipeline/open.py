@@ -30,6 +30,7 @@ from trtllm_ct.config.quantization_config import QuantizationConfig
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.formats import PACKED_CODES
 from trtllm_ct.pipeline.probing import probe_checkpoint, unread_values
@@ -81,6 +82,7 @@ class Checkpoint:
         strict: bool = False,
         parallel: Parallel = ONE_RANK,
         dense_o_proj: bool = False,
+        requantize: Requantize = NOT_REQUANTIZED,
         kv_cache: str | None = None,
         compare_class: bool = False,
     ) -> Plan:
@@ -100,6 +102,7 @@ class Checkpoint:
             strict=strict,
             parallel=parallel,
             dense_o_proj=dense_o_proj,
+            requantize=requantize,
             kv_cache=kv_cache,
             probe=self.probe,
             model_class=TransformersClass(self.hf_config) if compare_class else None,
@@ -188,6 +191,7 @@ def plan_checkpoint(
     strict: bool = False,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
+    requantize: Requantize = NOT_REQUANTIZED,
 ) -> Plan:
     """Return the plan of a checkpoint for the target named `to`; no weights are read. See `Checkpoint.plan`.
 
@@ -202,5 +206,6 @@ def plan_checkpoint(
         strict=strict,
         parallel=parallel,
         dense_o_proj=dense_o_proj,
+        requantize=requantize,
         compare_class=True,
     )

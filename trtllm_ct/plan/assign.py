@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.engine.releases import Release
+    from trtllm_ct.engine.requantization import Form
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.equalize import Equalized, Part
     from trtllm_ct.plan.models.sites import Site
@@ -39,10 +40,14 @@ _STACKED = "the class of the model reads its experts from one plain tensor"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """The mode of one module, or None with the reason why it is dequantized."""
+    """The mode of one module, or None with the reason why it is dequantized.
+
+    With `form`, the mode holds the weight only after it was rounded to that form.
+    """
 
     holding: Holding | None
     reason: str = ""
+    form: Form | None = None
 
 
 class Candidate(NamedTuple):

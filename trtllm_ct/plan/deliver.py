@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.base.schemes import Element, TensorSpec
+from trtllm_ct.layouts.floats import E2M1_PACKED
 from trtllm_ct.plan.equalize import OWN
 from trtllm_ct.plan.ops import (
     AdditiveZero,
@@ -31,12 +32,14 @@ from trtllm_ct.plan.ops import (
     Zeros,
 )
 from trtllm_ct.plan.plan import Delivery
+from trtllm_ct.plan.requantize_ops import GlobalScale, RoundedCodes, RoundedScale
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from trtllm_ct.engine.holdings import Holding
     from trtllm_ct.engine.modes import LinearMode
+    from trtllm_ct.engine.requantization import Form
     from trtllm_ct.layouts.folds import Fold
     from trtllm_ct.plan.equalize import Equalized, Replaced
     from trtllm_ct.plan.models.sites import Site
@@ -52,6 +55,7 @@ __all__ = [
     "multiplier",
     "native",
     "plain",
+    "requantized",
 ]
 
 _SCALAR = TensorSpec(DType.F32, ())
@@ -118,6 +122,30 @@ def native(
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
     return tuple(deliveries + _input_scale(module, mode, equalized))
+
+
+def requantized(
+    module: StoredModule, weight: QuantizedWeight, holding: Holding, form: Form, site: Site
+) -> tuple[Delivery, ...]:
+    """Return deliveries of the tensors that the Linear of a mode reads of a weight that is rounded to `form`.
+
+    No mode that a form is delivered in reads a scale of the input or a `pre_quant_scale`.
+    """
+    mode, (rows, columns) = holding.mode, weight.stored.shape
+    codes = TensorSpec(DType.F8_E4M3, (rows, columns))
+    if form.element is Element.E2M1:
+        codes = TensorSpec(DType.U8, E2M1_PACKED.packed_shape((rows, columns)))
+    shape = mode.scale_shape((rows, columns), holding.group_size)
+    scale = TensorSpec(mode.scale.dtype, (*shape, 1) if holding.scale_column else shape)
+    deliveries = [
+        _from_weight(module, weight, "weight", RoundedCodes(result=codes, form=form)),
+        _from_weight(module, weight, "weight_scale", RoundedScale(result=scale, form=form)),
+    ]
+    if (site.expert or site.class_joins) and mode.expert_scale_alias:
+        deliveries.append(_renamed(module, deliveries[1], mode.expert_scale_alias))
+    if form.scale_dtype is DType.F8_E4M3:
+        deliveries.append(Delivery(name=module.delivered_name("weight_scale_2"), operation=GlobalScale(result=_SCALAR)))
+    return tuple(deliveries)
 
 
 def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:

@@ -51,7 +51,11 @@ def requantization_warnings(modules: Iterable[ModulePlan], platform: Platform | 
     """Yield a warning for each mode whose weights the engine quantizes again on an SM that the plan may be run on."""
     if platform is None:
         return
-    counts = Counter(module.layer.quant_algo for module in modules if module.layer is not None)
+    counts = Counter(
+        module.layer.quant_algo
+        for module in modules
+        if module.layer is not None and not (module.form and module.form.powers_of_two)
+    )
     for algo, count in counts.items():
         mode = MODES_BY_ALGO.get(algo)
         requantized_on = mode.requantized_on if mode is not None else {}

@@ -84,7 +84,7 @@ class ModelModules:
         """
         cache_tensors = self.kv_cache.holds(stored)
         cache_plan = self.kv_cache.deliver(stored, self.faults) if cache_tensors else None
-        if weight is not None and assignment is not None and assignment.holding is not None:
+        if weight is not None and assignment is not None and assignment.holding is not None and not assignment.form:
             self._require_static_scale(stored, weight, assignment.holding)
         decision = self._decision(stored, site, weight, assignment, equalized, cache_tensors)
         if not stored.specs.keys() <= decision.owned:
@@ -104,6 +104,7 @@ class ModelModules:
             layer=decision.layer,
             reason=decision.reason,
             note=decision.note,
+            form=assignment.form if assignment else None,
             fused_linear=site.shares,
             experts=site.mode_group if site.expert else None,
             transforms=stored.transforms,
@@ -158,8 +159,10 @@ class ModelModules:
         else:
             unread = _unread_activation_tensors(module, cache_tensors, deliver.input_scale_reason(holding))
             ignored = {**weight.idle, **unread}
-            if holding is None:
+            if assignment is None or holding is None:
                 deliveries = deliver.dequantized(module, weight, self.dtypes, folds)
+            elif assignment.form is not None:
+                deliveries = deliver.requantized(module, weight, holding, assignment.form, site)
             else:
                 deliveries = deliver.native(module, weight, holding, self.dtypes, site, shared)
         deliveries += deliver.plain(module, [local for local in module.specs if local in plain], self.dtypes, folds)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PayloadError
@@ -62,6 +62,7 @@ class ModuleTensors:
     """The stored tensors of one module by local name, and its weight, which is decoded at most once.
 
     If the tensors hold only some rows of a module, `first_row` is the number of the first one; messages use it.
+    `results` keeps what several operations are made from and is expensive to compute, by the name of its form.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ModuleTensors:
     ) -> None:
         self.stored = stored
         self.first_row = first_row
+        self.results: dict[str, Any] = {}
         self._weight = weight
         self._codec = codec
 

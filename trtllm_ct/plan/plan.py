@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from trtllm_ct.checkpoint.write_plan import Segment, StackPart
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.engine.requantization import Form
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.plan.checks import Check
     from trtllm_ct.plan.ops import Operation
+    from trtllm_ct.plan.requantize_choices import Choice
     from trtllm_ct.plan.stored import View
 
 __all__ = ["OTHER", "Delivery", "Deviation", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
@@ -125,7 +127,8 @@ class ModulePlan:
     `weight` and `scheme` describe the quantized weight and are None for a module that is stored plain.
     `layer` is the module's mode at the target, None when it is delivered plain. `reason` says why a quantized module is
     dequantized, or why its scales are changed; `note` says where the engine computes differently from the scheme.
-    `native_mode` is the family of the scheme, independent of the target.
+    `native_mode` is the family of the scheme, independent of the target. `form` is what the weight is rounded to on
+    request, None if its values are delivered.
     `fused_linear` names the fused Linear that the module is a part of, and whose parts must have equal scalars.
     `experts` names the module of all routed experts that the module belongs to.
     `transforms` are folded into the delivered tensors. In the plan of one rank, `share` is the part of the module that
@@ -147,6 +150,7 @@ class ModulePlan:
     layer: LayerQuantConfig | None = None
     reason: str = ""
     note: str = ""
+    form: Form | None = None
     fused_linear: str | None = None
     experts: str | None = None
     transforms: tuple[Transform, ...] = ()
@@ -224,7 +228,8 @@ class ModulePlan:
                 "native_mode": self.native_mode,
                 "shape": self.weight.shape,
             }
-        return json_object(entry, optional={"reason": self.reason, "note": self.note})
+        form = self.form.name if self.form else ""
+        return json_object(entry, optional={"requantized": form, "reason": self.reason, "note": self.note})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +267,8 @@ class Plan:
     `build_config` is the config.json of a directory with a file for each rank, None for any other, and `build_layers`
     its quant_cfg.json, None without several modes. `build_options` and `run_options` are the arguments that its builder
     and the program that runs it need. `places` are the places of its delivered tensors in those of the files.
-    `checks` say by what the stored tensors were found to be complete.
+    `checks` say by what the stored tensors were found to be complete. `choices` are the options that would keep
+    dequantized modules in codes.
     """
 
     target: str
@@ -286,6 +292,7 @@ class Plan:
     run_options: tuple[str, ...] = ()
     places: Mapping[str, Segment | StackPart] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def deliveries(self) -> Iterator[Delivery]:
         """Yield every delivered tensor, module by module."""
@@ -335,6 +342,11 @@ class Plan:
         # The plans of modules that are alike share the text, and modes are few, so that this is fast for 10^5 modules.
         counts = Counter((module.note, module.delivered_mode) for module in self.modules if module.note)
         return tuple(Deviation(note=note, mode=mode, modules=count) for (note, mode), count in counts.most_common())
+
+    @property
+    def requantized(self) -> dict[str, str]:
+        """The forms of experts and of other modules that were rounded to codes on request; see `Requantize`."""
+        return {"experts" if module.experts else "linears": module.form.name for module in self.modules if module.form}
 
     def module(self, name: str) -> ModulePlan:
         """Return the plan of one module; raises `KeyError` if there is none of this name."""

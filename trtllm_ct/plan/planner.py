@@ -13,6 +13,7 @@ from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.not_finite import not_finite_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.checks import checks_of
@@ -40,6 +41,8 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.ranks.rank_bytes import bytes_of_rank_files, largest_rank_bytes
+from trtllm_ct.plan.requantize import refuse_requantization, requantized
+from trtllm_ct.plan.requantize_choices import choices
 from trtllm_ct.plan.row_order import QueryKeyRows
 from trtllm_ct.plan.stated_check import refuse_unlike_config
 from trtllm_ct.plan.tied_head import UNTIED, tied_pair
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.engine_files.directory import BuiltModules, EngineDirectory
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
+    from trtllm_ct.plan.requantize_choices import Choice
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["make_plan"]
@@ -80,6 +84,7 @@ def make_plan(
     strict: bool = False,
     parallel: Parallel = ONE_RANK,
     dense_o_proj: bool = False,
+    requantize: Requantize = NOT_REQUANTIZED,
     kv_cache: str | None = None,
     probe: Probe = NO_PROBE,
     model_class: ModelClass | None = None,
@@ -91,14 +96,17 @@ def make_plan(
     engine can't serve the result (`Plan.problems`). Modules that `dense_o_proj` dequantizes are no fault.
     `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
     `dense_o_proj` dequantizes the output projections of attention whose input attention would quantize at a fixed
-    scale; that depends on the KV cache. `kv_cache` is the mode of the cache that the engine will be told, such as
+    scale; that depends on the KV cache. `requantize` says which modules that would be dequantized are rounded to codes
+    instead. `kv_cache` is the mode of the cache that the engine will be told, such as
     `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
     `model_class` is the class that config.json names, with which a model whose row lists no modules is compared; None
     compares it with none.
-    Raises `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
+    Raises `UsageError` if `requantize` asks for anything at a target that is no release of the engine, and
+    `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
     be delivered to the target. It has the warnings that the plan would have.
     """
+    refuse_requantization(requantize, target)
     faults = FaultCollector()
     planner = _Planner(
         config=config,
@@ -108,6 +116,7 @@ def make_plan(
         dtype_warnings=dtype_warnings(model, target, dtype),
         parallel=parallel,
         dense_o_proj=dense_o_proj,
+        requantize=requantize,
         asked_kv_cache=kv_cache,
         probe=probe,
         model_class=model_class,
@@ -137,6 +146,7 @@ class _Planner:
     dtype_warnings: tuple[str, ...]
     parallel: Parallel
     dense_o_proj: bool
+    requantize: Requantize
     asked_kv_cache: str | None
     probe: Probe
     model_class: ModelClass | None
@@ -148,6 +158,7 @@ class _Planner:
     tie_warnings: tuple[str, ...] = ()
     directory: EngineDirectory | None = None
     comparison: Comparison = NOT_ASKED
+    choices: tuple[Choice, ...] = ()
 
     def plan(self, catalog: Catalog) -> Plan:
         """Gather the stored modules, read their weights, assign modes, and plan the deliveries."""
@@ -219,6 +230,7 @@ class _Planner:
             stacks=stacks,
             tied=self.model.tied,
             checks=checks_of(self.model, self.comparison),
+            choices=self.choices,
             warnings=(*self.config.warnings, *catalog.warnings, *warnings),
         )
         return plan if built is None else built.described(plan)
@@ -452,6 +464,11 @@ class _Planner:
             whole = candidates_of(parts, equalized, self.dtypes.model)
             candidates = with_slices(whole, self.model, self.parallel, self.target)
             assignments = assign_modes(candidates, [site for site, _ in present], self.target)
+            present_sites = [site for site, _ in present]
+            assignments = requantized(assignments, candidates, present_sites, self.target, self.requantize)
+            if self.target.capabilities.release is not None:
+                itemsize = self.dtypes.dequantized.itemsize
+                self.choices = choices(assignments, candidates, present_sites, self.target, itemsize)
         if self.dense_o_proj:
             cache = self.asked_kv_cache or self.kv_cache.algo
             release = self.target.capabilities.release

@@ -90,16 +90,25 @@ def _reader(plan: Plan) -> str:
 
 def _modes(quantized: Sequence[ModulePlan]) -> str:
     """Return how many quantized modules keep their codes, and in which modes."""
-    kept = [module for module in quantized if not module.dequantized]
-    modes = ", ".join(sorted({module.delivered_mode for module in kept}))
     if not quantized:
         return "nothing is quantized"
-    if not kept:
-        return f"all {len(quantized)} quantized modules are dequantized"
-    if len(kept) == len(quantized):
-        return f"all {len(kept)} quantized modules keep their codes in {modes}"
-    left = len(quantized) - len(kept)
-    return f"{len(kept)} of {len(quantized)} quantized modules keep their codes in {modes}, {left} are dequantized"
+    dequantized = [module for module in quantized if module.dequantized]
+    rounded = [module for module in quantized if module.form is not None]
+    kept = [module for module in quantized if not module.dequantized and module.form is None]
+    fates = [
+        (kept, f"keep their codes in {_mode_names(kept)}"),
+        (dequantized, "are dequantized"),
+        (rounded, f"are rounded to {_mode_names(rounded)}"),
+    ]
+    (first, what), *others = [(modules, text) for modules, text in fates if modules]
+    if not others:
+        return f"all {len(first)} quantized modules {what}"
+    rest = "".join(f", {len(modules)} {text}" for modules, text in others)
+    return f"{len(first)} of {len(quantized)} quantized modules {what}{rest}"
+
+
+def _mode_names(modules: Sequence[ModulePlan]) -> str:
+    return ", ".join(sorted({module.delivered_mode for module in modules}))
 
 
 def _bytes(stored: int, delivered: int) -> str:

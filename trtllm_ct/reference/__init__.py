@@ -22,6 +22,7 @@ expert_parts.py       collects the tensors of one layer's experts
 shared_values.py      attention whose values are the output of k_proj
 experts.py            routed experts that compute from delivered tensors, in the forms of transformers 4 and 5
 generate.py           generates text from a directory
+perplexity.py         measures the perplexity of a text
 prompts.py            the tokens of a prompt, with the chat template of its tokenizer
 llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM
 requests.py           the parameters and results of ReferenceLLM
@@ -40,26 +41,31 @@ if TYPE_CHECKING:
     from trtllm_ct.reference.generate import Generation, generate_text
     from trtllm_ct.reference.linear import ReferenceLinear
     from trtllm_ct.reference.llm import ReferenceLLM
+    from trtllm_ct.reference.perplexity import Perplexity, text_perplexity
     from trtllm_ct.reference.requests import SamplingParams
 
 __all__ = [
     "Generation",
+    "Perplexity",
     "ReferenceLLM",
     "ReferenceLinear",
     "SamplingParams",
     "build_model",
     "generate_text",
     "load_model",
+    "text_perplexity",
 ]
 
 _HOMES = {
     "Generation": "generate",
+    "Perplexity": "perplexity",
     "ReferenceLLM": "llm",
     "ReferenceLinear": "linear",
     "SamplingParams": "requests",
     "build_model": "engine",
     "generate_text": "generate",
     "load_model": "engine",
+    "text_perplexity": "perplexity",
 }
 
 

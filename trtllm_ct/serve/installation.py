@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.serve.llm import require_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -31,18 +31,20 @@ DOCUMENTED_MODULE = "tensorrt_llm._torch.models.checkpoints.compressed_tensors"
 """The module in which TensorRT-LLM's documentation places a compressed-tensors loader; no release has it so far."""
 
 
-def install(*, dense_o_proj: bool = False, strict: bool = False) -> None:
+def install(
+    *, dense_o_proj: bool = False, requantize: str | Mapping[str, str] | None = None, strict: bool = False
+) -> None:
     """Make TensorRT-LLM's own `LLM` load compressed-tensors models.
 
     The class itself is patched, so it does not matter how a program imports it. Other models are loaded as before.
-    `dense_o_proj` and `strict` are the options of `trtllm_ct.LLM`; a second call replaces them. `uninstall` undoes the
-    change. Raises `MissingDependencyError` when TensorRT-LLM is not installed.
+    `dense_o_proj`, `requantize` and `strict` are the options of `trtllm_ct.LLM`; a second call replaces them.
+    `uninstall` undoes the change. Raises `MissingDependencyError` when TensorRT-LLM is not installed.
     """
     require_engine()
     from trtllm_ct.serve.bindings import engine_llm
 
     uninstall()
-    installation = _Installation(engine_llm(), dense_o_proj=dense_o_proj, strict=strict)
+    installation = _Installation(engine_llm(), dense_o_proj=dense_o_proj, requantize=requantize, strict=strict)
     installation.patch()
     # Python asks the last finder only when no other one has found the module, so the engine's modules are never hidden.
     sys.meta_path.append(installation)
@@ -59,11 +61,11 @@ def uninstall() -> None:
 class _Installation(MetaPathFinder, Loader):
     """The patch of one `install` call: applies it, undoes it, and is the import finder of `DOCUMENTED_MODULE`."""
 
-    def __init__(self, llm: type, *, dense_o_proj: bool, strict: bool) -> None:
+    def __init__(self, llm: type, **options: Any) -> None:
         self._llm = llm
         self._class_constructor: Callable[..., None] | None = vars(llm).get("__init__")
         self._patched: Callable[..., None] | None = None
-        self._options = {"dense_o_proj": dense_o_proj, "strict": strict}
+        self._options = options
         self._module: ModuleType | None = None
 
     def patch(self) -> None:

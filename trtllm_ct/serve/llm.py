@@ -17,6 +17,8 @@ from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.serve.hub import repository_named
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trtllm_ct.reference.requests import SamplingParams
 
 __all__ = ["LLM", "Engine", "SamplingParams", "engine_installed", "require_engine"]
@@ -36,6 +38,7 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     *,
     engine: Engine = "auto",
     dense_o_proj: bool = False,
+    requantize: str | Mapping[str, str] | None = None,
     strict: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -45,9 +48,10 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     passed to the engine unchanged. `engine` chooses the engine; "auto" means TensorRT-LLM if it is installed, and the
     CPU reference engine otherwise. `kwargs` are the other arguments of `tensorrt_llm.LLM`, which gets all of them.
 
-    Two options apply to compressed-tensors models in TensorRT-LLM only: `dense_o_proj` dequantizes `o_proj` of
-    attention where attention would quantize its input at a fixed scale of 1, and `strict` raises instead of
-    dequantizing a module for which the engine has no mode.
+    Three options apply to compressed-tensors models in TensorRT-LLM only: `dense_o_proj` dequantizes `o_proj` of
+    attention where attention would quantize its input at a fixed scale of 1, `requantize`, such as `experts=fp8-block`,
+    rounds modules to codes that would be dequantized, and `strict` raises instead of dequantizing a module for which
+    the engine has no mode.
 
     Raises `UsageError` for arguments that can't work together, `MissingDependencyError` where a package is missing,
     `CheckpointError` with all faults of a checkpoint, and whatever the engine raises.
@@ -67,7 +71,9 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     reason = "it is installed" if engine == "auto" else "engine='tensorrt_llm'"
     logger.info("TensorRT-LLM %s runs %s: %s", features.version or "of unknown release", model, reason)
     arguments = {"model": model, **kwargs}
-    prepared = engine_arguments(arguments, features, LOADERS, dense_o_proj=dense_o_proj, strict=strict)
+    prepared = engine_arguments(
+        arguments, features, LOADERS, dense_o_proj=dense_o_proj, requantize=requantize, strict=strict
+    )
     return engine_llm()(**prepared)
 
 

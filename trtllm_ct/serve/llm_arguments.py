@@ -20,6 +20,7 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.requantization import Requantize
 from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
 from trtllm_ct.serve.features import require_class
 from trtllm_ct.serve.hub import Repository, repository_named
@@ -67,6 +68,7 @@ def engine_arguments(
     loaders: tuple[type, ...],
     *,
     dense_o_proj: bool = False,
+    requantize: str | Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> Mapping[str, Any]:
     """Return the arguments to pass to the engine's `LLM`, given the user's arguments, `model` among them.
@@ -96,6 +98,7 @@ def engine_arguments(
         parallel=parallel_of(arguments),
         dtype=_dtype(arguments.get("dtype")),
         dense_o_proj=dense_o_proj,
+        requantize=Requantize.parse(requantize),
         kv_cache=kv_cache_of(arguments),
         strict=strict,
     )

@@ -28,6 +28,7 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.hf_directory import rewritten_side_files, write_configuration
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
 from trtllm_ct.plan.engine_class import refuse_misread
 from trtllm_ct.plan.probe import NO_PROBE, Probe
@@ -72,6 +73,7 @@ class ServingOptions:
     parallel: Parallel = ONE_RANK
     dtype: DType | None = None
     dense_o_proj: bool = False
+    requantize: Requantize = NOT_REQUANTIZED
     kv_cache: str | None = None
     strict: bool = False
 
@@ -82,7 +84,13 @@ class ServingOptions:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Self:
         """Create the options from the output of `to_dict`."""
-        return from_fields(cls, entry, parallel=lambda sizes: from_fields(Parallel, sizes), dtype=DType.from_torch)
+        return from_fields(
+            cls,
+            entry,
+            parallel=lambda sizes: from_fields(Parallel, sizes),
+            dtype=DType.from_torch,
+            requantize=Requantize.parse,
+        )
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
         """Return the plan of a checkpoint for target `tensorrt_llm` with these options. Raises `PlanError`."""
@@ -95,6 +103,7 @@ class ServingOptions:
             strict=self.strict,
             parallel=self.parallel,
             dense_o_proj=self.dense_o_proj,
+            requantize=self.requantize,
             kv_cache=self.kv_cache,
         )
 

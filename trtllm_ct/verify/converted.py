@@ -7,8 +7,9 @@ the converted directory are read by `native_layouts.py`. Neither a plan nor its 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_ct.base.cores import available_cores
+from trtllm_ct.base.errors import ConfigError, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.quant_config import QuantConfig
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.reference.directory import read_quant_config
 from trtllm_ct.verify.comparison import Comparison
 from trtllm_ct.verify.files import check_files
 from trtllm_ct.verify.matching import DirectoryMatch
 from trtllm_ct.verify.pairs import spans
+from trtllm_ct.verify.requantized import RoundedComparison
 from trtllm_ct.verify.shared_scalars import check_fused_scalars
 from trtllm_ct.verify.source.files import TensorFiles, tensors_of
 from trtllm_ct.verify.source.modules import Modules, read_modules
@@ -33,14 +37,14 @@ from trtllm_ct.verify.source.unlisted import tensors_that_may_be_left_out
 from trtllm_ct.verify.statements import check_statements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.verify.matching import NamedPair
 
-__all__ = ["TensorCheck", "checks_of", "compare_converted", "source_modules"]
+__all__ = ["TensorCheck", "checks_of", "compare_converted", "refuse_other_requantization", "source_modules"]
 
 # More than the chunks of one core take together.
 _KEPT_BYTES = 8 << 20
@@ -52,7 +56,8 @@ _IN_WORK = 4
 class TensorCheck:
     """The comparison of one delivered weight or tensor with the source.
 
-    `kind` is `native` (quantized on both sides), `dequantized` (quantized only in the source) or `plain`.
+    `kind` is `native` (quantized on both sides), `requantized` (rounded to codes on request), `dequantized` (quantized
+    only in the source) or `plain`.
     """
 
     name: str
@@ -88,6 +93,7 @@ def compare_converted(
             quant_config=quant_config,
             tied=_tied(converted_config),
             faults=faults,
+            requantized=recorded_requantization(converted),
         )
         checks = tuple(checks_of(match.pairs(), faults, progress))
         check_fused_scalars(match, faults)
@@ -175,7 +181,9 @@ def _check(
     """Return the check of a pair whose spans are in work; add a fault if it failed."""
     comparison = reduce(Comparison.joined, [future.result() for future in futures])
     progress(prod(pair.pair.shape))
-    if not comparison.good:
+    if isinstance(comparison, RoundedComparison):
+        _check_rounding(pair, comparison, faults)
+    elif not comparison.good:
         faults.add(
             where=f"{pair.name}, {comparison.block}",
             expected=f"{comparison.want:.9g}",
@@ -183,3 +191,48 @@ def _check(
             remedy="The converted weight is wrong; convert again, and report it if it stays.",
         )
     return TensorCheck(name=pair.name, kind=pair.kind, comparison=comparison)
+
+
+def _check_rounding(pair: NamedPair, comparison: RoundedComparison, faults: FaultCollector) -> None:
+    """Add a fault if a requantized weight is further from the exact one than its form allows."""
+    if pair.form is None or (comparison.good and comparison.relative_error <= pair.form.largest_error):
+        return
+    share = "" if comparison.good else f"; {comparison.differing} codes are not the nearest ones"
+    faults.add(
+        where=f"{pair.name}, {comparison.block}",
+        expected=f"{comparison.want:.9g}, rounded to {pair.form.name} with a relative error of the weight "
+        f"up to {pair.form.largest_error}",
+        found=f"{comparison.got:.9g}, and a relative error of {comparison.relative_error:.3g}{share}",
+        remedy="The converted weight is wrong; convert again, and report it if it stays.",
+    )
+
+
+def refuse_other_requantization(converted: Path, asked: Requantize, faults: FaultCollector) -> None:
+    """Add a fault if a directory was asked to round other modules to codes, or to another form."""
+    recorded = recorded_requantization(converted)
+    if recorded != asked:
+        faults.add(
+            where=str(converted),
+            expected=f"a directory converted with {_as_options(asked)}",
+            found=_as_options(recorded),
+            remedy="Convert with these options, or leave --requantize out to check what the directory says of itself.",
+        )
+
+
+def _as_options(asked: Requantize) -> str:
+    options = " ".join(f"--requantize {what}={form}" for what, form in asked.to_dict().items())
+    return options or "nothing requantized"
+
+
+def recorded_requantization(converted: Path) -> Requantize:
+    """Return what a directory says that it was asked to round to codes."""
+    path = converted / "hf_quant_config.json"
+    record = read_json_object(path).get("planned_for") if path.is_file() else None
+    asked = record.get("requantized") if isinstance(record, Mapping) else None
+    if not isinstance(asked, Mapping):
+        return NOT_REQUANTIZED
+    try:
+        return Requantize.parse({str(what): str(form) for what, form in asked.items()})
+    except UsageError as error:
+        where = f"{path}: planned_for.requantized"
+        raise ConfigError(*(replace(fault, where=where) for fault in error.faults)) from None

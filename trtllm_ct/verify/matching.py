@@ -10,8 +10,9 @@ import numpy as np
 
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.engine.modes import MODES_BY_ALGO
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.verify.native import NativeWeight
-from trtllm_ct.verify.pairs import Pair, Stored, native_pair, plain_pair
+from trtllm_ct.verify.pairs import Pair, Stored, native_pair, plain_pair, rounded_pair
 from trtllm_ct.verify.source.decoders import DECODERS, decoder_for, has_weight, is_quantized, plain_tensors
 from trtllm_ct.verify.source.names import OTHER, is_expert
 from trtllm_ct.verify.source.scalars import attention_of, cache_tensors, input_multipliers, kv_scales
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantScheme
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
+    from trtllm_ct.engine.requantization import Form
     from trtllm_ct.verify.source.coded import Coded
     from trtllm_ct.verify.source.files import SourceTensor
     from trtllm_ct.verify.source.modules import Module, Modules
@@ -44,11 +46,15 @@ _NOT_OF_WEIGHT = frozenset({"bias", "k_scale", "v_scale", "e_score_correction_bi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedPair:
-    """A pair with the name of the delivered tensor and its kind, see `TensorCheck`."""
+    """A pair with the name of the delivered tensor and its kind, see `TensorCheck`.
+
+    `form` is what a weight was rounded to on request; its relative error has a limit then.
+    """
 
     name: str
     kind: str
     pair: Pair
+    form: Form | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,8 @@ class DirectoryMatch:
 
     `tied` says whether readers of the converted directory take its table for the head. Tensors that are missing or
     don't fit are added to `faults` while `pairs` runs; `seen` are the delivered tensors that have a source, and
-    `optional` the stored ones of the source that a conversion may leave out.
+    `optional` the stored ones of the source that a conversion may leave out. `requantized` says which modules the
+    directory was asked to round to codes.
     """
 
     config: QuantizationConfig
@@ -82,6 +89,7 @@ class DirectoryMatch:
     quant_config: QuantConfig
     tied: bool
     faults: FaultCollector
+    requantized: Requantize = NOT_REQUANTIZED
     optional: frozenset[str] = frozenset()
     seen: set[str] = field(default_factory=set)
     _schemes: Schemes = field(init=False)
@@ -239,8 +247,20 @@ class DirectoryMatch:
         except CheckpointError as error:
             self.faults.faults.extend(error.faults)
             return
-        pair = native_pair(native, exact.coded or exact.rows, exact.block)
-        yield NamedPair(name=f"{delivered.name}.weight", kind="native", pair=pair)
+        form, name, source = self._form(module), f"{delivered.name}.weight", exact.coded or exact.rows
+        if form is None:
+            yield NamedPair(name=name, kind="native", pair=native_pair(native, source, exact.block))
+        else:
+            pair = rounded_pair(native, source, exact.block, form)
+            yield NamedPair(name=name, kind="requantized", pair=pair, form=form)
+
+    def _form(self, module: Module) -> Form | None:
+        """Return what a module's weight was rounded to on request; None if it is in that form already."""
+        form, args = self.requantized.form(expert=is_expert(module.key)), self._schemes.args(module)
+        if form is None or args is None:
+            return None
+        same = ("num_bits", "type", "strategy", "group_size", "block_structure")
+        return form if any(getattr(args, name) != getattr(form.weights, name) for name in same) else None
 
     def _check_pre_quant_scale(self, module: Module, delivered: Module) -> None:
         """Check that `pre_quant_scale` exists for a Linear that is not fused, and only there.

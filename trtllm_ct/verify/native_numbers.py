@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import Element
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["e2m1_pairs_in_e4m3", "float64_of", "powers_of_two"]
+__all__ = ["ascending_numbers", "e2m1_pairs_in_e4m3", "float64_of", "powers_of_two"]
 
 _BYTES = np.arange(256, dtype=np.uint64)
 _NAN_MAGNITUDE = 0x7F
@@ -44,6 +45,12 @@ def float64_of(stored: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
     if dtype is DType.BF16:
         stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
     return stored.astype(np.float64)
+
+
+def ascending_numbers(element: Element) -> NDArray[np.float64]:
+    """Return the numbers of E4M3 or E2M1 from 0 to the largest."""
+    bits = _E2M1_IN_E4M3[:8] if element is Element.E2M1 else np.arange(_NAN_MAGNITUDE)
+    return _E4M3.take(bits)
 
 
 def powers_of_two(exponents: NDArray[np.uint8]) -> NDArray[np.float64]:

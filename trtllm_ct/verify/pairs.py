@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits, equal_elements
+from trtllm_ct.verify.requantized import compare_rounded_codes
 from trtllm_ct.verify.source.coded import Coded
 from trtllm_ct.verify.source.numbers import to_numbers
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.engine.requantization import Form
     from trtllm_ct.verify.native import NativeWeight
 
-__all__ = ["Pair", "Span", "native_pair", "plain_pair", "spans"]
+__all__ = ["Pair", "Span", "native_pair", "plain_pair", "rounded_pair", "spans"]
 
 Rows = Callable[[int, int], "NDArray[np.float64]"]
 Span = tuple[int, int]
@@ -94,6 +96,17 @@ def native_pair(delivered: NativeWeight, source: Callable[[int, int], Coded] | R
         return compare_native(numbers, want, exact=exact)
 
     return Pair(shape=delivered.shape, compare=compare, block=block, itemsize=1)
+
+
+def rounded_pair(delivered: NativeWeight, source: Callable[[int, int], Coded] | Rows, block: int, form: Form) -> Pair:
+    """Return the pair of a weight that was rounded to a form on request; see `native_pair`."""
+
+    def compare(begin: int, end: int) -> Comparison:
+        want = source(begin, end)
+        exact = want.values() if isinstance(want, Coded) else want
+        return compare_rounded_codes(delivered.coded(begin, end), exact, form.element)
+
+    return Pair(shape=delivered.shape, compare=compare, block=block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from trtllm_ct.verify.verify import Started, VerificationReport, verify_checkpoi
 
 if TYPE_CHECKING:
     from trtllm_ct.engine.parallel import Parallel
+    from trtllm_ct.engine.requantization import Requantize
 
 __all__ = ["verify_with_sizes"]
 
@@ -30,22 +31,24 @@ def verify_with_sizes(
     parallel: Parallel | None,
     sm: int | None = None,
     *,
+    requantize: Requantize | None = None,
     on_start: Started | None = None,
 ) -> VerificationReport:
     """Verify as `verify_checkpoint` does, and add faults if the converted directory doesn't suit sizes or GPUs.
 
     With `parallel`, it must hold these sizes; with `sm`, the GPUs of this SM must run its modes. An engine-build
-    checkpoint is for its own sizes alone, and for its own GPUs if its codes are in the order of a kernel.
+    checkpoint is for its own sizes alone, and for its own GPUs if its codes are in the order of a kernel. `requantize`
+    is that of `verify_checkpoint`.
     `directory` may be a converted directory for the PyTorch backend itself. Without its source only these two are
     checked.
     Raises what `verify_checkpoint` raises, and `UsageError` for an unknown SM, and for a `directory` alone that is no
     converted one: a checkpoint holds no slices and has no modes.
     """
     if parallel is None and sm is None:
-        return verify_checkpoint(directory, converted, on_start=on_start)
+        return verify_checkpoint(directory, converted, requantize=requantize, on_start=on_start)
     if converted is not None and is_engine_directory(Path(converted)):
         target_named(ENGINE.name, sm=sm)
-        verification = verify_checkpoint(directory, converted, on_start=on_start)
+        verification = verify_checkpoint(directory, converted, requantize=requantize, on_start=on_start)
         return replace(verification, faults=verification.faults + _engine_faults(Path(converted), parallel, sm))
     out = Path(directory if converted is None else converted)
     made, faults = _opened(out)
@@ -62,7 +65,7 @@ def verify_with_sizes(
         )
     if converted is None:
         raise UsageError(_no_sizes(out))
-    verification = verify_checkpoint(directory, converted, on_start=on_start)
+    verification = verify_checkpoint(directory, converted, requantize=requantize, on_start=on_start)
     known = {fault.where for fault in verification.faults}
     more = tuple(fault for fault in faults if fault.where not in known)
     return replace(verification, faults=verification.faults + more)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,13 @@ from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.source_check import check_source
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trtllm_ct.engine.requantization import Requantize
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import ModulePlan, Plan
     from trtllm_ct.verify.converted import TensorCheck
+    from trtllm_ct.verify.requantized import RoundedComparison
 
 __all__ = ["Started", "VerificationReport", "verify_checkpoint"]
 
@@ -61,6 +65,25 @@ class VerificationReport:
         """The check of this kind with the largest error; None if there is no check of this kind."""
         return max((check for check in self.checks if check.kind == kind), key=_error, default=None)
 
+    @property
+    def relative_errors(self) -> dict[str, float]:
+        """The relative error of each weight that was requantized, by name; see `RoundedComparison`."""
+        return {check.name: comparison.relative_error for check, comparison in self._rounded()}
+
+    @property
+    def relative_error(self) -> float:
+        """The relative error of all requantized weights together; 0 if there are none."""
+        pairs = [(comparison.squared_error, comparison.squares) for _, comparison in self._rounded()]
+        squares = sum(squares for _, squares in pairs)
+        return sqrt(sum(error for error, _ in pairs) / squares) if squares else 0.0
+
+    def _rounded(self) -> Iterator[tuple[TensorCheck, RoundedComparison]]:
+        from trtllm_ct.verify.requantized import RoundedComparison
+
+        for check in self.checks:
+            if isinstance(check.comparison, RoundedComparison):
+                yield check, check.comparison
+
     def raise_if_bad(self) -> None:
         """Raise `VerificationError` with all faults, if there are any."""
         if self.faults:
@@ -75,6 +98,7 @@ class VerificationReport:
                 "good": self.good,
                 "modules": self.modules,
                 "zero_scales": self.zero_scales,
+                "relative_error": self.relative_error if self.relative_errors else None,
                 "checks": self.checks,
                 "warnings": self.warnings,
                 "faults": self.faults,
@@ -84,7 +108,11 @@ class VerificationReport:
 
 @missing_packages_as_errors()
 def verify_checkpoint(
-    directory: str | Path, converted: str | Path | None = None, *, on_start: Started | None = None
+    directory: str | Path,
+    converted: str | Path | None = None,
+    *,
+    requantize: Requantize | None = None,
+    on_start: Started | None = None,
 ) -> VerificationReport:
     """Verify a compressed-tensors directory, and a directory converted from it when one is given.
 
@@ -93,14 +121,16 @@ def verify_checkpoint(
     compared: by its codes and scales, or dequantized on both sides in float64. A native weight is good when every
     element is equal; where a delivered number had to be rounded to float32, when no element is off by more than 1e-6 of
     the largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded
-    once to its dtype. `on_start` is told how far the verification is: every stored byte counts once, and once more
-    when it is compared.
+    once to its dtype. A weight that was requantized is good when each code is the nearest one with its scale, and its
+    error within the limit of its form (`engine/requantization.py`). The directory itself says which weights were; with
+    `requantize`, a directory that was asked for anything else is a fault. `on_start` is told how far the verification
+    is: every stored byte counts once, and once more when it is compared.
     Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
     stage that fails. Memory does not grow with the size of a weight: chunks of 512 KiB for each core. Exceptions are
     weights with a transform on their output, of which as many rows as its matrix has are held in float64, and
     `marlin-24`, whose stored tensors are held for one weight.
     """
-    from trtllm_ct.verify.converted import compare_converted
+    from trtllm_ct.verify.converted import compare_converted, refuse_other_requantization
     from trtllm_ct.verify.engine_match import compare_engine_directory
 
     checkpoint = open_checkpoint(directory)
@@ -116,6 +146,8 @@ def verify_checkpoint(
     progress = on_start(stored_bytes * (1 if converted is None else 2)) if on_start else _ignore
     zero_scales = check_source(plan, checkpoint.catalog, watch, faults, progress)
     checks: tuple[TensorCheck, ...] = ()
+    if converted is not None and requantize is not None:
+        refuse_other_requantization(Path(converted), requantize, faults)
     if converted is not None and not faults.faults:
         compare = compare_engine_directory if is_engine_directory(Path(converted)) else compare_converted
         checks = compare(checkpoint, Path(converted), faults, _by_elements(progress, plan, stored_bytes))

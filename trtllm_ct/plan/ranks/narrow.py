@@ -14,6 +14,7 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.formats.base import Axis
 from trtllm_ct.plan.ops import FoldTransform, Ones, Repack
 from trtllm_ct.plan.rank_ops import Padding, Permute, Slice
+from trtllm_ct.plan.requantize_ops import RoundedScale
 from trtllm_ct.plan.stored import View
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def weight_rows_per_row(operation: Operation, weight: StoredWeight | None) -> in
         return packing.container.bits // packing.bits if packing.axis == 0 else 1
     if isinstance(operation, Permute):
         return operation.order.bundle
+    if isinstance(operation, RoundedScale):
+        return operation.form.row_unit
     if weight is None or weight.block_rows == 1 or operation.result.shape[:1] != weight.scale_shape[:1]:
         return 1
     return weight.block_rows

@@ -1,0 +1,271 @@
+"""Experts that no kernel holds, rounded to codes on request: from a checkpoint to the logits of each engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import engine_double
+import pytest
+import torch
+from builders import Built, rewrite, tiny_config, write_checkpoint
+from engine_fixtures import BINDINGS
+from safetensors.torch import load_file
+
+from trtllm_ct.base.errors import PayloadError, PlanError, UsageError
+from trtllm_ct.convert import tiles
+from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.requantization import FORMS, NVFP4_GLOBAL_SCALE, Requantize
+from trtllm_ct.pipeline.inspection import inspect_checkpoint
+from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.reference import load_model
+from trtllm_ct.verify.verify import verify_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+EXPERTS = dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), "int4-g32")
+TOKENS = [5, 17, 3, 42, 8, 66, 90, 2, 31, 12, 55, 7]
+
+# The releases and GPUs that have an expert kernel for each form, with the mode of that kernel.
+KERNELS = [
+    ("fp8-block", "stock-1.0", 90, "FP8_BLOCK_SCALES g128"),
+    ("fp8-block", "stock-1.2", 90, "FP8_BLOCK_SCALES g128"),
+    ("fp8-block", "stock-1.3", 90, "FP8_BLOCK_SCALES g128"),
+    ("mxfp4", "stock-1.0", 90, "W4A16_MXFP4 g32"),
+    ("mxfp4", "stock-1.2", 100, "W4A8_MXFP4_MXFP8 g32"),
+    ("mxfp4", "stock-1.3", 120, "W4A8_MXFP4_MXFP8 g32"),
+    ("nvfp4", "stock-1.3", 100, "W4A16_NVFP4 g16"),
+]
+
+
+def built_mixture(directory: Path, architecture: str = "Qwen3MoeForCausalLM", scheme: str = "int4-g32") -> Built:
+    """A mixture whose experts are int4 in groups, and whose attention a mode of every release holds."""
+    experts = {} if architecture == "MixtralForCausalLM" else {"moe_intermediate_size": 128}
+    config = tiny_config(architecture, hidden=256, intermediate=128, **experts)
+    return write_checkpoint(directory, config=config, scheme=dict.fromkeys(EXPERTS, scheme))
+
+
+def logits_of(directory: Path) -> Tensor:
+    model = load_model(directory, dtype=torch.float32, quantize_activations=False)
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize(("form", "release", "sm", "mode"), KERNELS)
+def test_the_engine_computes_with_the_rounded_weights(
+    tmp_path: Path, architecture: str, form: str, release: str, sm: int, mode: str
+) -> None:
+    built = built_mixture(tmp_path / "in", architecture)
+    asked = Requantize.parse(f"experts={form}")
+
+    report = convert_checkpoint(built.directory, tmp_path / "out", engine=release, sm=sm, requantize=asked)
+
+    assert {module.delivered_mode for module in report.plan.modules if module.experts} == {mode}
+    verified = verify_checkpoint(built.directory, tmp_path / "out", requantize=asked)
+    verified.raise_if_bad()
+    assert 0 < verified.relative_error <= FORMS[form].usual_error * 1.1
+    want = logits_of(tmp_path / "out")
+    generation = engine_double.GENERATION_OF[release]
+    with (
+        engine_double.installed(generation, importers=[BINDINGS], sm=sm) as engine,
+        engine.LLM(model=str(tmp_path / "out"), skip_tokenizer_init=True) as llm,
+    ):
+        got = llm.logits(TOKENS)
+    assert float((got - want).abs().max() / want.std()) < 2e-3
+    exact = logits_of(built.directory)
+    assert float((want - exact).abs().mean() / exact.std()) < 10 * FORMS[form].usual_error
+
+
+@pytest.mark.parametrize(("tensor", "modes"), [(1, {"FP8_BLOCK_SCALES g128"}), (2, {"dequantized"})])
+def test_slices_of_ranks_must_hold_whole_blocks(tmp_path: Path, tensor: int, modes: set[str]) -> None:
+    """Experts of 128 rows can't be cut; they stay dequantized, and the reason names both."""
+    built = built_mixture(tmp_path / "in")
+
+    plan = plan_checkpoint(
+        built.directory, parallel=Parallel(tensor=tensor), requantize=Requantize.parse("experts=fp8-block")
+    )
+
+    experts = [module for module in plan.modules if module.experts]
+    assert {module.delivered_mode for module in experts} == modes
+    if tensor == 2:
+        assert "; not requantized to fp8-block: FP8_BLOCK_SCALES at tensor parallel 2: " in experts[0].reason
+
+
+def test_nothing_is_requantized_unless_it_is_asked_for(tmp_path: Path) -> None:
+    built = built_mixture(tmp_path / "in")
+
+    assert not plan_checkpoint(built.directory).requantized
+    assert not plan_checkpoint(built.directory, requantize=Requantize.parse("linears=fp8")).requantized
+
+
+def test_what_a_mode_holds_keeps_its_codes(tmp_path: Path) -> None:
+    """Linears of int4 in groups of 128 have a mode; those in groups of 32 have none, and become what was asked for."""
+    scheme = {"q_proj": "int4-g128", "k_proj": "int4-g128", "v_proj": "int4-g128", "o_proj": "int4-g128"}
+    mlp = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g32")
+    built = write_checkpoint(tmp_path / "in", config=tiny_config(hidden=256, intermediate=256), scheme=scheme | mlp)
+
+    plan = plan_checkpoint(built.directory, requantize=Requantize.parse("all=fp8"))
+
+    modes = {module.name.rpartition(".")[2]: module.delivered_mode for module in plan.modules if module.weight}
+    assert modes == dict.fromkeys(scheme, "W4A16_AWQ g128") | dict.fromkeys(mlp, "FP8_PER_CHANNEL_PER_TOKEN")
+    assert plan.requantized == {"linears": "fp8"}
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32-asym", "int4-g64-actorder", "int8-g64", "nvfp4a16", "fp8-tensor-static"])
+def test_any_scheme_is_rounded_from_its_exact_values(tmp_path: Path, scheme: str) -> None:
+    """Zero points are folded in first, and groups of any order are read as they are."""
+    built = built_mixture(tmp_path / "in", scheme=scheme)
+    asked = Requantize.parse("experts=fp8-block")
+
+    report = convert_checkpoint(built.directory, tmp_path / "out", requantize=asked)
+
+    rounded = [module for module in report.plan.modules if module.form]
+    if scheme == "fp8-tensor-static":
+        assert not rounded  # Stock has a kernel for it.
+        return
+    verify_checkpoint(built.directory, tmp_path / "out").raise_if_bad()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for module in rounded:
+        codes, scale = stored[f"{module.name}.weight"].double(), stored[f"{module.name}.weight_scale"].double()
+        rows, columns = codes.shape
+        value = codes * scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        want = built.dense[f"{module.name}.weight"]
+        assert float((value - want).norm() / want.norm()) < FORMS["fp8-block"].usual_error * 1.1
+
+
+@pytest.mark.parametrize("form", ["fp8-block", "nvfp4", "mxfp4"])
+def test_bytes_do_not_depend_on_workers(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on tiles: those of the second conversion have 128 rows."""
+    built = built_mixture(tmp_path / "in")
+    options = {"engine": "stock-1.3", "sm": 90, "requantize": Requantize.parse(f"experts={form}")}
+
+    convert_checkpoint(built.directory, tmp_path / "one", workers=1, **options)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+    convert_checkpoint(built.directory, tmp_path / "four", workers=4, **options)
+
+    one, four = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four"))
+    assert one == four
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A mixture, and the directory whose experts have FP8 block scales."""
+    work = tmp_path_factory.mktemp("requantized")
+    built = built_mixture(work / "in")
+    convert_checkpoint(built.directory, work / "out", requantize=Requantize.parse("experts=fp8-block"))
+    return built.directory, work / "out"
+
+
+class TestVerification:
+    """`verify` finds what is wrong with rounded codes, and accepts no other directory for a rounded one."""
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda codes, _: codes.view(torch.uint8)[0, 0].bitwise_xor_(1),
+            lambda codes, _: codes.view(torch.uint8).bitwise_xor_(0x80),
+            lambda _, scale: scale.mul_(1.5),
+            lambda _, scale: scale.mul_(-1),
+            lambda codes, _: codes.view(torch.uint8).copy_(codes.view(torch.uint8).flip(0)),
+        ],
+        ids=["a code", "signs", "scales", "negative scales", "rows"],
+    )
+    def test_a_damage_is_found(self, converted: tuple[Path, Path], tmp_path: Path, damage: Any) -> None:
+        source, out = converted
+        shutil.copytree(out, tmp_path / "out")
+        name = "model.layers.1.mlp.experts.2.up_proj"
+
+        rewrite(tmp_path / "out", lambda stored: damage(stored[f"{name}.weight"], stored[f"{name}.weight_scale"]))
+
+        found = verify_checkpoint(source, tmp_path / "out").faults
+        assert any(fault.where.startswith(name) for fault in found)
+
+    def test_gate_and_up_can_not_be_swapped(self, converted: tuple[Path, Path], tmp_path: Path) -> None:
+        source, out = converted
+        shutil.copytree(out, tmp_path / "out")
+        gate, up = (f"model.layers.0.mlp.experts.1.{name}_proj" for name in ("gate", "up"))
+
+        def swap(stored: dict[str, Tensor]) -> None:
+            for local in ("weight", "weight_scale", "weight_scale_inv"):
+                stored[f"{gate}.{local}"], stored[f"{up}.{local}"] = stored[f"{up}.{local}"], stored[f"{gate}.{local}"]
+
+        rewrite(tmp_path / "out", swap)
+
+        assert {
+            fault.where.partition(".weight")[0] for fault in verify_checkpoint(source, tmp_path / "out").faults
+        } == {
+            gate,
+            up,
+        }
+
+    def test_the_record_decides_what_may_differ(self, converted: tuple[Path, Path], tmp_path: Path) -> None:
+        source, out = converted
+        shutil.copytree(out, tmp_path / "out")
+        path = tmp_path / "out" / "hf_quant_config.json"
+        document = json.loads(path.read_text())
+        assert document["planned_for"].pop("requantized") == {"experts": "fp8-block"}
+        path.write_text(json.dumps(document))
+
+        assert len(verify_checkpoint(source, tmp_path / "out").faults) == 24
+        asked = Requantize.parse("experts=fp8-block")
+        assert verify_checkpoint(source, out, requantize=asked).good
+        other = verify_checkpoint(source, out, requantize=Requantize.parse("experts=nvfp4")).faults
+        assert other[0].found == "--requantize experts=fp8-block"
+
+
+class TestRefusals:
+    """What can't be done is said before anything is written."""
+
+    @pytest.mark.parametrize("words", ["experts", "experts=int4", "heads=fp8", "experts=fp8-block,", ""])
+    def test_other_words_are_usage_errors(self, words: str) -> None:
+        with pytest.raises(UsageError, match="experts=FORM"):
+            Requantize.parse(words)
+
+    @pytest.mark.parametrize("to", ["dense", "engine"])
+    def test_targets_without_kernels(self, tmp_path: Path, to: str) -> None:
+        built = built_mixture(tmp_path / "in")
+
+        with pytest.raises(UsageError, match=f"target {to}"):
+            convert_checkpoint(built.directory, tmp_path / "out", to=to, requantize=Requantize.parse("all=fp8"))
+
+        assert not (tmp_path / "out").exists()
+
+    def test_values_beyond_the_form(self, tmp_path: Path) -> None:
+        """NVFP4 has one global scale for all weights; a value that is too large for it is named."""
+        name = "model.layers.0.mlp.experts.3.down_proj.weight_scale"
+        built = built_mixture(tmp_path / "in")
+        rewrite(built.directory, lambda stored: stored[name][5, 1].fill_(2.0**12 * NVFP4_GLOBAL_SCALE))
+
+        with pytest.raises(PayloadError, match=r"experts\.3\.down_proj") as raised:
+            convert_checkpoint(
+                built.directory, tmp_path / "out", engine="stock-1.3", requantize=Requantize.parse("experts=nvfp4")
+            )
+
+        assert "fp8-block" in raised.value.faults[0].remedy
+        assert not (tmp_path / "out").exists()
+
+    def test_strict_accepts_what_was_asked_for(self, tmp_path: Path) -> None:
+        built = built_mixture(tmp_path / "in")
+
+        with pytest.raises(PlanError):
+            plan_checkpoint(built.directory, strict=True)
+
+        assert plan_checkpoint(built.directory, strict=True, requantize=Requantize.parse("experts=fp8-block"))
+
+
+def test_an_inspection_names_the_price(tmp_path: Path) -> None:
+    built = built_mixture(tmp_path / "in")
+
+    found = inspect_checkpoint(built.directory, requantize=Requantize.parse("experts=fp8-block"))
+
+    assert found.plan is not None
+    notes = [deviation.note for deviation in found.plan.deviations]
+    assert any("weights are rounded to fp8-block, with a relative error of at most 6%" in note for note in notes)
+    assert any("activations are fp8 dynamic per group of 128" in note for note in notes)

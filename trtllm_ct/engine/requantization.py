@@ -1,0 +1,160 @@
+"""Requantization on request: modes that a weight is rounded to where it would be dequantized, and their price.
+
+It never happens unless a user asks for it. A `Form` says what the rounded weight is, as a scheme: planning then treats
+it like a weight that was stored so, and the table of modes says which kernel holds it. The limits are those of the
+searches in `layouts/requantize.py`, which round each value to the nearest code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, QuantScheme, Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["FORMS", "NOT_REQUANTIZED", "NVFP4_GLOBAL_SCALE", "Form", "Requantize"]
+
+NVFP4_GLOBAL_SCALE = 2.0**-10
+"""The global scale of weights that are rounded to NVFP4.
+
+A power of two changes no mantissa, and one for all weights is equal in all parts of a fused Linear and of an expert, as
+engines require. It holds magnitudes up to 2.6; group scales have full precision for groups whose largest one is above
+10^-4.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What a weight becomes when it is requantized.
+
+    `scheme` is its scheme then, with the activations that its kernels compute on; `element` are its codes and
+    `scale_dtype` is the dtype of its scales.
+    `largest_error` is the relative error that no weight can exceed: the root of the sum of squared errors over that of
+    squared values. `usual_error` is that of int4 codes in groups of 32, as docs/requantization.md measures it. With
+    `powers_of_two` float32 scales are powers of two.
+    """
+
+    name: str
+    scheme: QuantScheme
+    element: Element
+    scale_dtype: DType
+    largest_error: float
+    usual_error: float
+    powers_of_two: bool = False
+
+    @property
+    def weights(self) -> QuantArgs:
+        """The quantization arguments of the requantized weight."""
+        if self.scheme.weights is None:
+            raise AssertionError("a form quantizes weights")
+        return self.scheme.weights
+
+    @property
+    def row_unit(self) -> int:
+        """The number of rows that share scales."""
+        return self.weights.block_structure[0] if self.weights.block_structure else 1
+
+
+_BLOCK_128 = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.BLOCK, block_structure=(128, 128))
+_GROUP_128 = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.GROUP, group_size=128, dynamic=True)
+_ROW = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.CHANNEL)
+_TOKEN = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.TOKEN, dynamic=True)
+_GROUP_16 = QuantArgs(
+    num_bits=4, type=NumberType.FLOAT, strategy=Strategy.TENSOR_GROUP, group_size=16, scale_dtype="float8_e4m3fn"
+)
+_GROUP_32 = QuantArgs(num_bits=4, type=NumberType.FLOAT, strategy=Strategy.GROUP, group_size=32, scale_dtype="uint8")
+
+
+# E4M3 has four significant bits: half a step is at most 1/17 of a value, and below the smallest normal number it is
+# 2^-10 of a scale that is at most 1/224 of the largest magnitude. For E2M1 the worst group is one whose largest
+# magnitude makes the scale unfit for all others; the limits leave room above the worst group that
+# `tests/engine/test_requantization.py` finds.
+FORMS: Mapping[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            name="fp8-block",
+            scheme=QuantScheme(weights=_BLOCK_128, input_activations=_GROUP_128),
+            element=Element.E4M3,
+            scale_dtype=DType.F32,
+            largest_error=0.06,
+            usual_error=0.026,
+        ),
+        Form(
+            name="nvfp4",
+            scheme=QuantScheme(weights=_GROUP_16),
+            element=Element.E2M1,
+            scale_dtype=DType.F8_E4M3,
+            largest_error=0.25,
+            usual_error=0.075,
+        ),
+        Form(
+            name="mxfp4",
+            scheme=QuantScheme(weights=_GROUP_32),
+            element=Element.E2M1,
+            scale_dtype=DType.U8,
+            largest_error=0.45,
+            usual_error=0.105,
+        ),
+        Form(
+            name="fp8",
+            scheme=QuantScheme(weights=_ROW, input_activations=_TOKEN),
+            element=Element.E4M3,
+            scale_dtype=DType.F32,
+            largest_error=0.06,
+            usual_error=0.0235,
+        ),
+    )
+}
+"""What users may ask for, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requantize:
+    """What a user asked for: the form of routed experts and of all other Linears; None leaves them dequantized."""
+
+    experts: Form | None = None
+    linears: Form | None = None
+
+    @classmethod
+    def parse(cls, texts: str | Iterable[str] | Mapping[str, str] | None) -> Requantize:
+        """Return what texts such as `experts=fp8-block` ask for; a mapping of the same words is accepted too.
+
+        Several may stand in one text, with commas between them. Raises `UsageError` for other words.
+        """
+        if texts is None:
+            return NOT_REQUANTIZED
+        if isinstance(texts, Mapping):
+            texts = [f"{what}={form}" for what, form in texts.items()]
+        words = [texts] if isinstance(texts, str) else texts
+        forms: dict[str, Form] = {}
+        for text in (part.strip() for word in words for part in word.split(",")):
+            what, _, name = text.partition("=")
+            if what not in {"experts", "linears", "all"} or name not in FORMS:
+                raise UsageError(
+                    Fault(
+                        where="--requantize",
+                        expected=f"experts=FORM, linears=FORM or all=FORM, where FORM is {' or '.join(FORMS)}",
+                        found=repr(text),
+                        remedy="Name one of these, such as --requantize experts=fp8-block.",
+                    )
+                )
+            forms |= dict.fromkeys(("experts", "linears") if what == "all" else (what,), FORMS[name])
+        return cls(**forms)
+
+    def form(self, *, expert: bool) -> Form | None:
+        """Return the form of a module; None if it was not asked for."""
+        return self.experts if expert else self.linears
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the JSON form: what `parse` takes."""
+        return {what: form.name for what, form in (("experts", self.experts), ("linears", self.linears)) if form}
+
+
+NOT_REQUANTIZED = Requantize()

@@ -1,0 +1,336 @@
+"""Compiled loops that quantize weights again: for each block the scale with the least squared error, and the codes.
+
+Each has an equivalent made of numpy operations in `layouts/requantize.py`, which explains the searches; both give the
+same bits. Squared errors are float32 and are added in a fixed order, so that both choose the same scales.
+The rules of `kernels.py` hold here too.
+Axis letters: `O` out (rows, N), `I` in (columns, K), `G` groups along K, `B` bytes, `L` lanes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trtllm_ct.layouts.loops.machine_code import inner, kernel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Bytes = NDArray[np.uint8]
+    Floats = NDArray[np.float32]
+
+__all__ = ["e2m1_with_e4m3_scales", "e2m1_with_exponents", "e4m3_blocks"]
+
+u8, u32, f32, f64 = np.uint8, np.uint32, np.float32, np.float64
+
+_INFINITY, _LEAST_NORMAL, _SEEMS_EXACT = f32(np.inf), f32(2.0**-100), f32(2e-5)
+_VALUES = [[1.0, -7.0, 0.0, 3.0], [0.3, 0.0, -0.0, 900.0]]
+_LANES = [[0.0] * 2] * 2
+
+
+@kernel(
+    _VALUES, [448.0, 256.0, 300.0], 0, 2, 2, [0.0] * 2, [0] * 2, [0.0] * 512, [[0.0] * 3] * 3, [[0] * 4] * 2, [0.0] * 2
+)
+def e4m3_blocks(
+    values_OI: Floats,
+    peaks: Floats,
+    powers_of_two: bool,  # noqa: FBT001 (numba has no keywords)
+    numbers: int,
+    width: int,
+    lanes_L: Floats,
+    words_L: NDArray[np.uint32],
+    squares: NDArray[np.float64],
+    candidates_3C: Floats,
+    codes_OI: Bytes,
+    scale_G: Floats,
+) -> None:
+    """Quantize one row of blocks, [<= rows of a block, K], to E4M3 codes with a float32 scale for each `width` columns.
+
+    `peaks` are what the largest magnitude of a block may become; the first `numbers` of them are numbers of E4M3. With
+    `powers_of_two`, scales are rounded up to one.
+    `lanes_L` and `words_L` (`width` elements), `squares` (512) and `candidates_3C` are buffers.
+    """
+    columns = values_OI.shape[1]
+    for g in range(scale_G.shape[0]):
+        begin, end = g * width, min((g + 1) * width, columns)
+        lanes, words = lanes_L[: end - begin], words_L[: end - begin]
+        largest = _largest_of_block(values_OI, begin, words)
+        scales = candidates_3C[0]
+        for c in range(scales.shape[0]):
+            scales[c] = max(f32(largest / peaks[c]), _LEAST_NORMAL)
+            if powers_of_two:
+                scales[c] = _power_above(scales[c])
+        _squares_by_mantissa(values_OI, begin, end, squares)
+        scale = _best_scale(values_OI, begin, numbers, squares, candidates_3C, lanes)
+        scale_G[g] = scale
+        inverse = f32(1) / scale
+        for n in range(values_OI.shape[0]):
+            values_I, codes_I = values_OI[n][begin:end], codes_OI[n][begin:end]
+            for k in range(words.shape[0]):
+                words[k] = _e4m3_code(values_I[k], inverse)
+            for k in range(words.shape[0]):
+                codes_I[k] = u8(words[k])
+
+
+@inner
+def _power_above(scale: np.float32) -> np.float32:
+    """Return the smallest power of two that is not below a scale: every mantissa but 0 carries into the exponent."""
+    return u32(u32(f32(scale).view(np.uint32) + u32(0x7FFFFF)) & u32(0x7F800000)).view(np.float32)
+
+
+@inner
+def _squares_by_mantissa(values_OI: Floats, begin: int, end: int, squares: NDArray[np.float64]) -> None:
+    """Add the squares of a block's values by the seven highest bits of their mantissas, in four sums each.
+
+    Every fourth column has the same sum: an addition need not wait for the one before.
+    """
+    for i in range(squares.shape[0]):
+        squares[i] = 0.0
+    for n in range(values_OI.shape[0]):
+        values_I = values_OI[n][begin:end]
+        for k in range(values_I.shape[0]):
+            mantissa = u32(u32(f32(values_I[k]).view(np.uint32) >> u32(16)) & u32(127))
+            squares[(k & 3) * 128 + np.int64(mantissa)] += f64(values_I[k]) * f64(values_I[k])
+
+
+@inner
+def _best_scale(
+    values_OI: Floats, begin: int, numbers: int, squares: NDArray[np.float64], candidates_3C: Floats, lanes_L: Floats
+) -> np.float32:
+    """Return the scale of a block with the least error.
+
+    Errors are estimated from the sums of squares. Where one of the first `numbers` scales seems exact, its error and
+    that of the best one are compared on all values.
+    """
+    scales, errors, inverses = candidates_3C[0], candidates_3C[1], candidates_3C[2]
+    total = f32(0)
+    for c in range(scales.shape[0]):
+        bits = u32(f32(scales[c]).view(np.uint32))
+        inverses[c] = f32(1) / u32(u32(bits & u32(0x7FFFFF)) | u32(0x3F800000)).view(np.float32)
+        errors[c] = f32(0)
+    for b in range(128):
+        middle = f32(f32(1.00390625) + f32(f32(b) * f32(0.0078125)))
+        square = f32(squares[b] + squares[b + 128] + squares[b + 256] + squares[b + 384])
+        total += square
+        for c in range(errors.shape[0]):
+            number = f32(middle * inverses[c])
+            bits = u32(f32(number).view(np.uint32))
+            nearest = u32(u32(bits + u32(0x7FFFF)) + u32(u32(bits >> u32(20)) & u32(1)))
+            error = f32(f32(1) - f32(u32(nearest & u32(0xFFF00000)).view(np.float32) / number))
+            errors[c] += f32(square * f32(error * error))
+    best = exact = 0
+    for c in range(errors.shape[0]):
+        best = c if errors[c] < errors[best] else best
+        exact = c if c < numbers and errors[c] < errors[exact] else exact
+    if best == exact or errors[exact] > f32(_SEEMS_EXACT * total):
+        return f32(scales[best])
+    of_exact = _e4m3_error(values_OI, begin, scales[exact], lanes_L)
+    of_best = _e4m3_error(values_OI, begin, scales[best], lanes_L)
+    return f32(scales[exact] if of_exact <= of_best else scales[best])
+
+
+@inner
+def _largest_of_block(values_OI: Floats, begin: int, words_L: NDArray[np.uint32]) -> np.float32:
+    """Return the largest magnitude of a block: magnitudes have the order of their bits. `words_L` is a buffer."""
+    for k in range(words_L.shape[0]):
+        words_L[k] = u32(0)
+    for n in range(values_OI.shape[0]):
+        values_I = values_OI[n][begin : begin + words_L.shape[0]]
+        for k in range(words_L.shape[0]):
+            words_L[k] = max(words_L[k], u32(f32(values_I[k]).view(np.uint32) & u32(0x7FFFFFFF)))
+    largest = u32(0)
+    for k in range(words_L.shape[0]):
+        largest = max(largest, words_L[k])
+    return u32(largest).view(np.float32)
+
+
+@inner
+def _e4m3_error(values_OI: Floats, begin: int, scale: np.float32, lanes_L: Floats) -> np.float32:
+    """Return the squared error of a block with a scale: a sum for each column, and these in order."""
+    inverse = f32(1) / scale
+    for k in range(lanes_L.shape[0]):
+        lanes_L[k] = f32(0)
+    for n in range(values_OI.shape[0]):
+        values_I = values_OI[n][begin : begin + lanes_L.shape[0]]
+        for k in range(lanes_L.shape[0]):
+            magnitude = abs(values_I[k])
+            error = f32(magnitude - f32(_e4m3_magnitude(f32(magnitude * inverse)) * scale))
+            lanes_L[k] += f32(error * error)
+    total = f32(0)
+    for k in range(lanes_L.shape[0]):
+        total += lanes_L[k]
+    return total
+
+
+@inner
+def _e4m3_magnitude(magnitude: np.float32) -> np.float32:
+    """Round a magnitude to the nearest number of E4M3, ties to even; all above 448 become 448."""
+    bits = u32(f32(magnitude).view(np.uint32))
+    nearest = u32(u32(bits + u32(0x7FFFF)) + u32(u32(bits >> u32(20)) & u32(1)))
+    normal = u32(nearest & u32(0xFFF00000)).view(np.float32)
+    subnormal = f32(f32(magnitude + f32(2.0**14)) - f32(2.0**14))
+    rounded = normal if magnitude >= f32(2.0**-6) else subnormal
+    return min(f32(448), rounded)
+
+
+@inner
+def _e4m3_code(value: np.float32, inverse: np.float32) -> np.uint32:
+    """Return the bits of the E4M3 number that is nearest to value * inverse, ties to even, at most 448."""
+    bits = u32(f32(f32(value) * inverse).view(np.uint32))
+    magnitude = u32(bits & u32(0x7FFFFFFF))
+    rebiased = u32(u32(magnitude - u32(120 << 23)) + u32(u32(magnitude >> u32(20)) & u32(1)))
+    normal = u32(u32(rebiased + u32(0x7FFFF)) >> u32(20))
+    normal = min(u32(126), normal)
+    subnormal = u32(f32(u32(magnitude).view(np.float32) + f32(2.0**14)).view(np.uint32) - u32(0x46800000))
+    return u32((normal if magnitude >= u32(0x3C800000) else subnormal) | u32(u32(bits >> u32(24)) & u32(0x80)))
+
+
+@kernel(
+    _VALUES, [0.0, 0.25, 0.5, 1.0], 1.0, (1, 1), _LANES, [[0.0] * 2] * 4, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2
+)
+def e2m1_with_e4m3_scales(
+    values_OI: Floats,
+    steps: Floats,
+    inverse: float,
+    reach: tuple[int, int],
+    values_LG: Floats,
+    numbers_XG: Floats,
+    fields_LG: NDArray[np.uint32],
+    codes_OB: Bytes,
+    scale_OG: Bytes,
+) -> None:
+    """Quantize [N, K] to pairs of E2M1 codes [N, K/2], with the bits of an E4M3 scale for each group of columns.
+
+    `steps` are the numbers of E4M3 from 0 to 448 times the global scale, by their bits, and `inverse` is 1 / global
+    scale. Candidates are the number that is nearest to a sixth of the largest magnitude, `reach[0]` numbers below it
+    and `reach[1]` above. `values_LG`, `numbers_XG` (four rows) and `fields_LG` are buffers.
+    """
+    last, groups = steps.shape[0] - 1, scale_OG.shape[1]
+    error_G, least_G, step_G, inverse_G = numbers_XG[0], numbers_XG[1], numbers_XG[2], numbers_XG[3]
+    first_G = fields_LG[0]
+    for n in range(values_OI.shape[0]):
+        scale_G = scale_OG[n]
+        _groups_across(values_OI[n], values_LG)
+        _largest_of_groups(values_LG, error_G)
+        for g in range(groups):
+            nearest = np.int64(_e4m3_code(f32(error_G[g] / f32(6)), f32(inverse)))
+            first_G[g] = u32(min(max(nearest - reach[0], 1), last))
+            scale_G[g], least_G[g] = u8(first_G[g]), _INFINITY
+        for c in range(reach[0] + reach[1] + 1):
+            for g in range(groups):
+                step_G[g] = steps[min(np.int64(first_G[g]) + c, last)]
+            _e2m1_errors(values_LG, step_G, inverse_G, error_G)
+            for g in range(groups):
+                if error_G[g] < least_G[g]:
+                    least_G[g], scale_G[g] = error_G[g], u8(min(np.int64(first_G[g]) + c, last))
+        for g in range(groups):
+            inverse_G[g] = f32(1) / steps[scale_G[g]]
+        _e2m1_fields(values_LG, inverse_G, fields_LG)
+        _pack_pairs(fields_LG, codes_OB[n])
+
+
+@kernel(_VALUES, _LANES, [[0.0] * 2] * 4, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2)
+def e2m1_with_exponents(
+    values_OI: Floats,
+    values_LG: Floats,
+    numbers_XG: Floats,
+    fields_LG: NDArray[np.uint32],
+    codes_OB: Bytes,
+    exponent_OG: Bytes,
+) -> None:
+    """Quantize [N, K] to pairs of E2M1 codes [N, K/2], with an E8M0 exponent for each group of columns.
+
+    Candidates are the smallest power of two with which the largest magnitude is at most 6, and half of it.
+    `values_LG`, `numbers_XG` (four rows) and `fields_LG` are buffers.
+    """
+    groups = exponent_OG.shape[1]
+    halved_G, whole_G, step_G, inverse_G = numbers_XG[0], numbers_XG[1], numbers_XG[2], numbers_XG[3]
+    upper_G = fields_LG[0]
+    for n in range(values_OI.shape[0]):
+        exponent_G = exponent_OG[n]
+        _groups_across(values_OI[n], values_LG)
+        _largest_of_groups(values_LG, whole_G)
+        for g in range(groups):
+            sixth = max(f32(whole_G[g] / f32(6)), _LEAST_NORMAL)
+            upper_G[g] = u32(f32(_power_above(sixth)).view(np.uint32) >> u32(23))
+            step_G[g] = u32(u32(upper_G[g] - u32(1)) << u32(23)).view(np.float32)
+        _e2m1_errors(values_LG, step_G, inverse_G, halved_G)
+        for g in range(groups):
+            step_G[g] = f32(step_G[g] * f32(2))
+        _e2m1_errors(values_LG, step_G, inverse_G, whole_G)
+        for g in range(groups):
+            best = u32(upper_G[g] - u32(1)) if halved_G[g] < whole_G[g] else upper_G[g]
+            exponent_G[g] = u8(best)
+            inverse_G[g] = u32(u32(u32(254) - best) << u32(23)).view(np.float32)
+        _e2m1_fields(values_LG, inverse_G, fields_LG)
+        _pack_pairs(fields_LG, codes_OB[n])
+
+
+@inner
+def _groups_across(values_I: Floats, values_LG: Floats) -> None:
+    """Copy a row so that loops over groups are the innermost ones: they are long, and need no sums across lanes."""
+    width, groups = values_LG.shape
+    for g in range(groups):
+        for i in range(width):
+            values_LG[i, g] = values_I[g * width + i]
+
+
+@inner
+def _largest_of_groups(values_LG: Floats, largest_G: Floats) -> None:
+    """Write the largest magnitude of each group."""
+    for g in range(largest_G.shape[0]):
+        largest_G[g] = f32(0)
+    for i in range(values_LG.shape[0]):
+        values_G = values_LG[i]
+        for g in range(largest_G.shape[0]):
+            largest_G[g] = max(largest_G[g], abs(values_G[g]))
+
+
+@inner
+def _e2m1_errors(values_LG: Floats, step_G: Floats, inverse_G: Floats, error_G: Floats) -> None:
+    """Write the squared error of each group with a scale, added in the order of columns. `inverse_G` is a buffer."""
+    for g in range(error_G.shape[0]):
+        inverse_G[g], error_G[g] = f32(1) / step_G[g], f32(0)
+    for i in range(values_LG.shape[0]):
+        values_G = values_LG[i]
+        for g in range(error_G.shape[0]):
+            magnitude = abs(values_G[g])
+            error = f32(magnitude - f32(_e2m1_magnitude(f32(magnitude * inverse_G[g])) * step_G[g]))
+            error_G[g] += f32(error * error)
+
+
+@inner
+def _e2m1_magnitude(magnitude: np.float32) -> np.float32:
+    """Round a magnitude to the nearest number of E2M1, ties to even; all above 6 become 6."""
+    bits = u32(f32(magnitude).view(np.uint32))
+    nearest = u32(u32(bits + u32(0x1FFFFF)) + u32(u32(bits >> u32(22)) & u32(1)))
+    normal = u32(nearest & u32(0xFFC00000)).view(np.float32)
+    subnormal = f32(f32(magnitude + f32(2.0**22)) - f32(2.0**22))
+    rounded = normal if magnitude >= f32(1) else subnormal
+    return min(f32(6), rounded)
+
+
+@inner
+def _e2m1_fields(values_LG: Floats, inverse_G: Floats, fields_LG: NDArray[np.uint32]) -> None:
+    """Write the bits of the E2M1 numbers that are nearest to values * inverse, ties to even, at most 6."""
+    for i in range(values_LG.shape[0]):
+        values_G, fields_G = values_LG[i], fields_LG[i]
+        for g in range(fields_G.shape[0]):
+            bits = u32(f32(values_G[g] * inverse_G[g]).view(np.uint32))
+            magnitude = u32(bits & u32(0x7FFFFFFF))
+            rebiased = u32(u32(magnitude - u32(126 << 23)) + u32(u32(magnitude >> u32(22)) & u32(1)))
+            normal = u32(u32(rebiased + u32(0x1FFFFF)) >> u32(22))
+            normal = min(u32(7), normal)
+            subnormal = u32(f32(u32(magnitude).view(np.float32) + f32(2.0**22)).view(np.uint32) - u32(0x4A800000))
+            code = normal if magnitude >= u32(0x3F800000) else subnormal
+            fields_G[g] = u32(code | u32(u32(bits >> u32(28)) & u32(8)))
+
+
+@inner
+def _pack_pairs(fields_LG: NDArray[np.uint32], codes_B: Bytes) -> None:
+    """Write two fields to each byte, that of the even column to the low half."""
+    pairs = fields_LG.shape[0] // 2
+    for g in range(fields_LG.shape[1]):
+        for i in range(pairs):
+            codes_B[g * pairs + i] = u8(fields_LG[2 * i, g] | u32(fields_LG[2 * i + 1, g] << u32(4)))

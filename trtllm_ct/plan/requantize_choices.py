@@ -1,0 +1,151 @@
+"""`choices`: what requantizing on request would make of modules that are dequantized, with its price."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.schemes import Element
+from trtllm_ct.base.texts import format_bytes
+from trtllm_ct.engine.requantization import FORMS, Requantize
+from trtllm_ct.plan.requantize import requantized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from trtllm_ct.engine.holdings import Holding
+    from trtllm_ct.engine.requantization import Form
+    from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.assign import Assignment, Candidate
+    from trtllm_ct.plan.models.sites import Site
+
+__all__ = ["Choice", "choices"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What one option would make of the modules that it names.
+
+    `what` and `form` are the words of the option. `modules` modules would have `mode`, whose kernels compute on
+    `activations`. `dense_bytes` are the bytes of their weights when they are dequantized, and `coded_bytes` those of
+    codes and scales.
+    """
+
+    what: str
+    form: Form
+    mode: str
+    activations: str
+    modules: int
+    dense_bytes: int
+    coded_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"--requantize {self.what}={self.form.name}: {self.modules} modules in {self.mode}, "
+            f"{format_bytes(self.dense_bytes)} -> {format_bytes(self.coded_bytes)}, relative error about "
+            f"{self.form.usual_error:.1%}, at most {self.form.largest_error:.0%}, {self.activations} activations"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return json_object(
+            {
+                "option": f"{self.what}={self.form.name}",
+                "mode": self.mode,
+                "activations": self.activations,
+                "modules": self.modules,
+                "dense_bytes": self.dense_bytes,
+                "coded_bytes": self.coded_bytes,
+                "usual_error": self.form.usual_error,
+                "largest_error": self.form.largest_error,
+            }
+        )
+
+
+def choices(
+    assignments: Mapping[str, Assignment],
+    candidates: Mapping[str, Candidate],
+    sites: Iterable[Site],
+    target: Target,
+    itemsize: int,
+) -> tuple[Choice, ...]:
+    """Return the options that would keep dequantized modules in codes: experts first, and small forms first.
+
+    `itemsize` is that of dequantized weights.
+    """
+    alike = _alike(assignments, candidates, sites)
+    found: list[Choice] = []
+    for what, expert in (("experts", True), ("linears", False)):
+        groups = [(members, count) for members, count in alike if members[0].expert is expert]
+        options = (_choice(what, form, groups, assignments, candidates, target, itemsize) for form in FORMS.values())
+        found += sorted(filter(None, options), key=lambda choice: choice.coded_bytes / choice.dense_bytes)
+    return tuple(found)
+
+
+def _alike(
+    assignments: Mapping[str, Assignment], candidates: Mapping[str, Candidate], sites: Iterable[Site]
+) -> list[tuple[list[Site], int]]:
+    """Return one group of dequantized modules of each kind, and how many there are.
+
+    Groups are alike if their members have the same weights. A model has 10^4 experts, and few different groups.
+    """
+    groups: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        if site.module in candidates and assignments[site.module].holding is None and not site.plain:
+            groups[site.mode_group or site.module].append(site)
+    kinds: dict[tuple[tuple[int, bool, int], ...], tuple[list[Site], int]] = {}
+    for members in groups.values():
+        key = tuple([(id(candidates[site.module].weight), site.expert, id(site.limit)) for site in members])
+        first, count = kinds.get(key, (members, 0))
+        kinds[key] = first, count + 1
+    return list(kinds.values())
+
+
+def _choice(
+    what: str,
+    form: Form,
+    groups: Iterable[tuple[list[Site], int]],
+    assignments: Mapping[str, Assignment],
+    candidates: Mapping[str, Candidate],
+    target: Target,
+    itemsize: int,
+) -> Choice | None:
+    """Return what one option would make of groups of modules; None if no kernel holds any of them then."""
+    modules = dense = coded = 0
+    held: Holding | None = None
+    for members, count in groups:
+        names = [site.module for site in members]
+        made = requantized(
+            {name: assignments[name] for name in names},
+            {name: candidates[name] for name in names},
+            members,
+            target,
+            Requantize(**{what: form}),
+        )
+        for name in names:
+            holding, shape = made[name].holding, candidates[name].weight.shape
+            if holding is not None and shape is not None:
+                held = holding
+                modules += count
+                dense += count * prod(shape) * itemsize
+                coded += count * _coded_bytes(shape, holding, form)
+    if held is None:
+        return None
+    return Choice(
+        what=what,
+        form=form,
+        mode=str(held.mode.algo),
+        activations=str(held.mode.activations),
+        modules=modules,
+        dense_bytes=dense,
+        coded_bytes=coded,
+    )
+
+
+def _coded_bytes(shape: tuple[int, int], holding: Holding, form: Form) -> int:
+    """Return the bytes of codes and scales of a weight [N, K]."""
+    codes = prod(shape) // (2 if form.element is Element.E2M1 else 1)
+    return codes + prod(holding.mode.scale_shape(shape, holding.group_size)) * form.scale_dtype.itemsize

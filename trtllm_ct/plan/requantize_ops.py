@@ -1,0 +1,125 @@
+"""The operations of modules that are requantized on request; they belong to the closed set of `ops.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.errors import Fault, PayloadError
+from trtllm_ct.engine.requantization import NVFP4_GLOBAL_SCALE
+from trtllm_ct.layouts.requantize import LARGEST_OF_NVFP4, to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
+from trtllm_ct.plan.ops import Operation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from trtllm_ct.engine.requantization import Form
+    from trtllm_ct.plan.ops import ModuleTensors
+
+__all__ = ["GlobalScale", "RoundedCodes", "RoundedScale"]
+
+_ROWS_AT_ONCE = 128
+"""The rows of a weight that are held as float32 at once: those of one row of blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedCodes(Operation):
+    """Delivers the codes of a weight that was rounded to `form`."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "round to codes"
+    form: Form
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """Return the codes in the dtype of `result`; values that are not finite, or beyond the form, are an error."""
+        return _as_tensor(_rounded(name, module, self.form)[0], self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedScale(Operation):
+    """Delivers the scales of a weight that was rounded to `form`."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "scale of rounded codes"
+    form: Form
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:
+        """Return the scales in the dtype of `result`; values that are not finite, or beyond the form, are an error."""
+        return _as_tensor(_rounded(name, module, self.form)[1], self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalScale(Operation):
+    """Delivers the global scale of weights that were rounded to NVFP4, float32 []."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "global scale"
+
+    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+        """Return `NVFP4_GLOBAL_SCALE`."""
+        import torch
+
+        return torch.tensor(NVFP4_GLOBAL_SCALE, dtype=torch.float32)
+
+
+def _rounded(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Return codes and scales of a module's weight in a form, computed once for both."""
+    known = module.results.get(form.name)
+    if known is None:
+        known = module.results[form.name] = _round(name, module, form)
+    return known
+
+
+def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Round a weight to codes and scales, some rows at a time."""
+    import numpy as np
+
+    parts = []
+    values = module.dequantize(DType.F32).numpy()
+    for first in range(0, max(values.shape[0], 1), _ROWS_AT_ONCE):
+        rows = values[first : first + _ROWS_AT_ONCE]
+        _refuse(name, rows, module.first_row + first, form)
+        parts.append(_to_form(rows, form))
+    codes, scales = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
+    return codes, scales
+
+
+def _to_form(values: NDArray[np.float32], form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Round rows [n, K] to codes and scales; `n` is at most the height of a block."""
+    args = form.weights
+    if args.group_size is None:
+        block = args.block_structure or (1, values.shape[1])
+        return to_e4m3_blocks(values, block, powers_of_two=form.powers_of_two)
+    if form.scale_dtype is DType.U8:
+        return to_e2m1_exponents(values, args.group_size)
+    return to_e2m1_groups(values, args.group_size, NVFP4_GLOBAL_SCALE)
+
+
+def _refuse(name: str, values: NDArray[np.float32], first_row: int, form: Form) -> None:
+    """Raise `PayloadError` for a value that is not finite, or too large for the form."""
+    import numpy as np
+
+    limit = LARGEST_OF_NVFP4 * NVFP4_GLOBAL_SCALE if form.scale_dtype is DType.F8_E4M3 else float(np.finfo("f4").max)
+    largest = float(np.abs(values).max(initial=0))
+    if largest <= limit:
+        return
+    row, column = (int(index) for index in np.argwhere(~(np.abs(values) <= limit))[0])
+    raise PayloadError(
+        Fault(
+            where=f"{name}[{first_row + row}, {column}]",
+            expected=f"magnitudes up to {limit:g}, which {form.name} holds",
+            found=f"{values[row, column]:g}",
+            remedy="Requantize to another form, such as fp8-block, or let these modules be dequantized.",
+        )
+    )
+
+
+def _as_tensor(array: NDArray[np.generic], operation: Operation) -> Tensor:
+    """Return an array as a tensor with the dtype and shape of the operation's result; nothing is copied."""
+    import torch
+
+    spec = operation.result
+    return torch.from_numpy(array).view(spec.dtype.torch_dtype).reshape(spec.shape)
