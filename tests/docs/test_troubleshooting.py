@@ -84,8 +84,8 @@ def thesis(folder: Path) -> None:
 
 CASES: Mapping[str, Damage] = {
     "A name instead of a directory": lambda _: None,
-    "A name that was never read": lambda _: None,
     "Another quantization method": config(lambda entry: entry.update(quantization_config={"quant_method": "gptq"})),
+    "A name that was never read": lambda _: None,
     "An architecture that is not supported": config(lambda entry: entry.update(architectures=["FalconForCausalLM"])),
     "A value that means nothing": weights_of_config(strategy="rows"),
     "Git LFS pointers": lambda folder: (folder / "DIR" / "model.safetensors").write_text(POINTER, encoding="utf-8"),
