@@ -218,6 +218,7 @@ def test_the_document_has_the_same_keys_with_and_without_problems(tmp_path: Path
         "gpus",
         "elsewhere",
         "alternative",
+        "requantizations",
         "deviations",
         "checks",
         "warnings",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.alternatives import ServedOn
     from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
     from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.plan.requantize_choice import Choice
     from trtllm_ct.reference.perplexity import Perplexity
     from trtllm_ct.serve.cache import ClearedSidecars
     from trtllm_ct.serve.listing import ListedSidecar
@@ -181,8 +182,21 @@ def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableT
     texts = (largest_cost(checkpoint_plan), alternative, rank_text(checkpoint_plan))
     yield from (_line(f"  {text}") for text in texts if text)
     if checkpoint_plan.choices:
-        yield _line("  what would keep them in codes, rounded once more, on request:")
-        yield from (_line(f"    {choice}") for choice in checkpoint_plan.choices)
+        yield _choices(checkpoint_plan.choices)
+
+
+def _choices(found: Sequence[Choice]) -> RenderableType:
+    """Return a table of what would keep modules in codes on request, rounded once more."""
+    table = fitted_table("--requantize", "mode", "bytes", "relative error", "activations")
+    for choice in found:
+        table.add_row(
+            f"{choice.what}={choice.form.name}",
+            choice.mode,
+            f"{format_bytes(choice.dense_bytes)} -> {format_bytes(choice.coded_bytes)}",
+            f"{choice.form.usual_error:.1%}, up to {choice.form.largest_error:.0%}",
+            choice.activations,
+        )
+    return table
 
 
 def _fill(table: Table, rows: Iterable[PlanRow]) -> None:

@@ -5,6 +5,7 @@ floats.py       convert E2M1, E2M3 and E8M0 bit patterns to numbers and back
 e4m3.py         multiply E4M3 scales by a power of two
 scales.py       scales, zero points and dequantization
 rounding.py     round to a narrow float exactly once
+requantize.py   quantize weights again, with the best scales
 folds.py        multiply a transform (a square matrix) into a weight
 rotary_rows.py  convert between the two row orders of query and key weights
 bitmasks.py     bitmasks of sparse matrices: one bit per element says whether its value is stored

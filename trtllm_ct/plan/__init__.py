@@ -18,6 +18,10 @@ equalize.py           makes the scalars equal that the parts of a fused Linear m
 deliver.py            which tensors a module delivers, under the engine's names
 ops.py                the operations that make delivered tensors
 rank_ops.py           the operations that only the files of ranks need
+requantize_ops.py     the operations of modules that are requantized on request
+requantize.py         modes for modules that are requantized on request
+requantize_choice.py  an option to requantize modules, with its price
+requantize_choices.py the options for a model
 kv_cache.py           scales of the KV cache
 online_transforms.py  transforms that run with the model
 tied_head.py          heads that are stored although config.json ties them

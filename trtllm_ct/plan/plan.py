@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trtllm_ct.formats.base import StoredWeight
     from trtllm_ct.plan.checks import Check
     from trtllm_ct.plan.ops import Operation
-    from trtllm_ct.plan.requantize_choices import Choice
+    from trtllm_ct.plan.requantize_choice import Choice
     from trtllm_ct.plan.stored import View
 
 __all__ = ["OTHER", "Delivery", "Deviation", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]

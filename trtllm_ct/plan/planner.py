@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.engine_files.directory import BuiltModules, EngineDirectory
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
-    from trtllm_ct.plan.requantize_choices import Choice
+    from trtllm_ct.plan.requantize_choice import Choice
     from trtllm_ct.plan.stored import StoredModule
 
 __all__ = ["make_plan"]

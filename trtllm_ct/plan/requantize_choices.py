@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.schemes import Element
-from trtllm_ct.base.texts import format_bytes
 from trtllm_ct.engine.requantization import FORMS, Requantize
 from trtllm_ct.plan.requantize import requantized
+from trtllm_ct.plan.requantize_choice import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,47 +20,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.assign import Assignment, Candidate
     from trtllm_ct.plan.models.sites import Site
 
-__all__ = ["Choice", "choices"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What one option would make of the modules that it names.
-
-    `what` and `form` are the words of the option. `modules` modules would have `mode`, whose kernels compute on
-    `activations`. `dense_bytes` are the bytes of their weights when they are dequantized, and `coded_bytes` those of
-    codes and scales.
-    """
-
-    what: str
-    form: Form
-    mode: str
-    activations: str
-    modules: int
-    dense_bytes: int
-    coded_bytes: int
-
-    def __str__(self) -> str:
-        return (
-            f"--requantize {self.what}={self.form.name}: {self.modules} modules in {self.mode}, "
-            f"{format_bytes(self.dense_bytes)} -> {format_bytes(self.coded_bytes)}, relative error about "
-            f"{self.form.usual_error:.1%}, at most {self.form.largest_error:.0%}, {self.activations} activations"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return json_object(
-            {
-                "option": f"{self.what}={self.form.name}",
-                "mode": self.mode,
-                "activations": self.activations,
-                "modules": self.modules,
-                "dense_bytes": self.dense_bytes,
-                "coded_bytes": self.coded_bytes,
-                "usual_error": self.form.usual_error,
-                "largest_error": self.form.largest_error,
-            }
-        )
+__all__ = ["choices"]
 
 
 def choices(
