@@ -26,6 +26,7 @@ KINDS = (
     "verify",
     "compare",
     pytest.param("generate", marks=pytest.mark.reference),
+    pytest.param("perplexity", marks=pytest.mark.reference),
     "error",
 )
 
@@ -59,17 +60,21 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
     def make(kind: str) -> list[dict[str, Any]]:
         match kind:
             case "inspect":
-                return [run("inspect", demo, "--elsewhere"), *(run("inspect", path) for path in (mixed, damaged))]
+                rounded = run("inspect", mixed, "--requantize", "linears=fp8")
+                others = [run("inspect", path) for path in (mixed, damaged)]
+                return [run("inspect", demo, "--elsewhere"), rounded, *others]
             case "plan":
                 targets = ("modelopt", "dense", "reference")
-                return [run("plan", directory, "--to", target) for directory in (demo, mixed) for target in targets]
+                rounded = run("plan", mixed, "--requantize", "linears=fp8")
+                return [rounded, *(run("plan", path, "--to", target) for path in (demo, mixed) for target in targets)]
             case "convert":
                 return [
                     run("convert", mixed, work / f"out-{target}", "--to", target) for target in ("modelopt", "dense")
                 ]
             case "verify":
                 run_cli("convert", mixed, changed, "--to", "modelopt")
-                good = [run("verify", mixed), run("verify", mixed, changed)]
+                run_cli("convert", mixed, work / "rounded", "--requantize", "linears=fp8")
+                good = [run("verify", mixed), run("verify", mixed, changed), run("verify", mixed, work / "rounded")]
                 rewrite(changed, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
                 return [*good, run("verify", mixed, changed)]
             case "compare":
@@ -78,6 +83,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
                 broken = shutil.copytree(changed, work / "broken")
                 rewrite(broken, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight_scale"))
                 return [run("compare", mixed, demo), *(run("compare", mixed, other) for other in (changed, broken))]
+            case "perplexity":
+                (work / "text").write_text("The import statement of a module. " * 4)
+                return [run("perplexity", demo, "--text", work / "text", "--max-tokens", 8)]
             case "generate":
                 return [run("generate", demo, "--prompt", "The import statement", "--max-tokens", 2)]
             case _:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.alternatives import ServedOn
     from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
     from trtllm_ct.plan.plan import Plan
-    from trtllm_ct.plan.requantize_choice import Choice
     from trtllm_ct.reference.perplexity import Perplexity
     from trtllm_ct.serve.cache import ClearedSidecars
     from trtllm_ct.serve.listing import ListedSidecar
@@ -181,22 +180,11 @@ def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableT
     """Yield what costs most, what would avoid it, and the bytes of one rank; see `verdict.py`."""
     texts = (largest_cost(checkpoint_plan), alternative, rank_text(checkpoint_plan))
     yield from (_line(f"  {text}") for text in texts if text)
-    if checkpoint_plan.choices:
-        yield _choices(checkpoint_plan.choices)
-
-
-def _choices(found: Sequence[Choice]) -> RenderableType:
-    """Return a table of what would keep modules in codes on request, rounded once more."""
-    table = fitted_table("--requantize", "mode", "bytes", "relative error", "activations")
-    for choice in found:
-        table.add_row(
-            f"{choice.what}={choice.form.name}",
-            choice.mode,
-            f"{format_bytes(choice.dense_bytes)} -> {format_bytes(choice.coded_bytes)}",
-            f"{choice.form.usual_error:.1%}, up to {choice.form.largest_error:.0%}",
-            choice.activations,
-        )
-    return table
+    for choice in checkpoint_plan.choices:
+        now, then = format_bytes(choice.dense_bytes), format_bytes(choice.coded_bytes)
+        inputs = choice.activations.partition(" ")[0]
+        error = f"error {choice.form.usual_error:.1%}, {inputs} inputs"
+        yield _line(f"  --requantize {choice.what}={choice.form.name}: {now} -> {then}, {error}")
 
 
 def _fill(table: Table, rows: Iterable[PlanRow]) -> None:

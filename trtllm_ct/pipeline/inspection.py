@@ -175,7 +175,8 @@ def inspect_checkpoint(
     `target_named`. `parallel` are the sizes that the engine will run with; sizes that can't divide the model are
     problems. `dtype`, `dense_o_proj` and `requantize` are those of `make_plan`. A model whose class has no row is
     inspected for the target `dense`. With `compare_places`, other releases and GPUs are compared, which takes up to
-    some seconds. No weights are read, and torch is not imported. Problems of the checkpoint are collected in the result.
+    some seconds. No weights are read, and torch is not imported. Problems of the checkpoint are collected in the
+    result.
     Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected or a repository
     can't be read.
     """
