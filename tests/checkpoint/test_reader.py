@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from on_tensors import TensorReader
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.checkpoint import reader as reader_module
 from trtllm_ct.checkpoint import windows
 from trtllm_ct.checkpoint.catalog import Catalog
-from trtllm_ct.checkpoint.reader import Run, TensorReader
+from trtllm_ct.checkpoint.reader import Run
 
 
 def write_file(path: Path, *tensors: tuple[str, str, list[int], bytes], padding: int = 0) -> None:
@@ -191,7 +192,6 @@ def test_a_shard_larger_than_the_address_space_is_read(tmp_path: Path) -> None:
 import resource, torch
 from pathlib import Path
 from trtllm_ct.checkpoint.catalog import Catalog
-from trtllm_ct.checkpoint.reader import TensorReader
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
 print(TensorReader(Catalog.from_directory(Path({str(tmp_path)!r}))).read("b").item())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_tensors import ShardedWriter, TensorReader, TensorWriter
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,9 +21,8 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint import file_calls, transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.folder import Folder
-from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.write_plan import WritePlan, encode_header, plan_shards
-from trtllm_ct.checkpoint.writer import ShardedWriter, TensorWriter, create_files
+from trtllm_ct.checkpoint.writer import create_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.regular_files import open_regular, read_descriptor
-from trtllm_ct.checkpoint.reader import Run, file_changed, read_error
+from trtllm_ct.checkpoint.read_errors import file_changed, read_error
+from trtllm_ct.checkpoint.reader import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
