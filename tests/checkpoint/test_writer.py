@@ -225,11 +225,9 @@ def test_open_files_are_capped(tmp_path: Path) -> None:
 
 PLANNED = TensorSpec(DType.BF16, (2, 3))
 WRONG_TENSORS = {
-    "other dtype": (torch.zeros(2, 3), r"planned as bfloat16 \[2, 3\], not torch.float32 \[2, 3\]"),
-    "other shape": (torch.zeros(3, 2, dtype=torch.bfloat16), r"not torch.bfloat16 \[3, 2\]"),
-    "unknown dtype": (torch.zeros(2, 3, dtype=torch.complex64), "not torch.complex64"),
-    "strided view": (torch.zeros(3, 2, dtype=torch.bfloat16).T, "must be contiguous in CPU memory"),
-    "elsewhere": (torch.zeros(2, 3, dtype=torch.bfloat16, device="meta"), "must be contiguous in CPU memory"),
+    "other dtype": (torch.zeros(2, 3), r"planned as bfloat16 \[2, 3\], not float32 \[2, 3\]"),
+    "other shape": (torch.zeros(3, 2, dtype=torch.bfloat16), r"not bfloat16 \[3, 2\]"),
+    "strided view": (torch.zeros(3, 2, dtype=torch.bfloat16).T, "must be contiguous"),
 }
 
 

@@ -25,10 +25,12 @@ def tensor_of(array: StoredArray) -> Tensor:
     """Return a tensor of the same dtype and shape, on the CPU; it shares the memory of an array of several elements."""
     import torch
 
+    dtype, flat = array.dtype.torch_dtype, array.elements.reshape(-1)
+    if not flat.size:
+        return torch.empty(array.shape, dtype=dtype)
     # numpy gives any stride to an axis of length 1, and torch can view only some of these as another dtype.
-    flat = array.elements.reshape(-1)
     tensor: Tensor = torch.from_numpy(flat if flat.size > 1 else flat.copy())
-    return tensor.view(array.dtype.torch_dtype).view(array.shape)
+    return tensor.view(dtype).view(array.shape)
 
 
 def tensors_of(arrays: Mapping[str, StoredArray]) -> dict[str, Tensor]:
@@ -52,7 +54,7 @@ def array_of(tensor: Tensor) -> StoredArray:
 
     dtype = DType.from_torch(tensor.dtype)
     flat = tensor.detach().cpu().contiguous().flatten()
-    data: NDArray[Any] = (
-        (flat if flat.numel() > 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8).numpy()
-    )
+    if flat.stride() != (1,):  # An axis of one element may have any stride.
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+    data: NDArray[Any] = flat.view(torch.uint8).numpy()
     return StoredArray(data.view(numpy_dtype(dtype)).reshape(tuple(tensor.shape)), dtype)
