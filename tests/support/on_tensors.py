@@ -82,6 +82,19 @@ class Scaling:
     group_index: Tensor | None = None
     divisor: Tensor | None = None
 
+    @classmethod
+    def of(cls, scaling: scales.Scaling) -> Scaling:
+        """The same scaling with tensors."""
+        zero_point, index = scaling.zero_point, scaling.group_index
+        return cls(
+            scale=tensor_of(scaling.scale),
+            zero_point=None if zero_point is None else torch.from_numpy(zero_point),
+            group_columns=scaling.group_columns,
+            block_rows=scaling.block_rows,
+            group_index=None if index is None else torch.from_numpy(index),
+            divisor=None if scaling.divisor == 1 else torch.tensor([scaling.divisor]),
+        )
+
     @property
     def arrays(self) -> scales.Scaling:
         """The same with arrays."""
