@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = ["KERNELS", "Kernel", "time_kernels"]
 
@@ -39,10 +41,6 @@ class Kernel:
 
 def time_kernels(rows: int, columns: int, runs: int) -> dict[str, Any]:
     """Return the seconds of each kernel and of memcpy, measured alternately, for a weight of this shape."""
-    import torch
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     return {kernel.name: _time_kernel(kernel, (rows, columns), runs) for kernel in KERNELS}
 
 
@@ -70,142 +68,125 @@ def _calls_per_sample(run: Callable[[], object]) -> int:
 
 def _prepare_memcpy(nbytes: int) -> Callable[[], object]:
     """Return a memcpy between two buffers, whose memory is allocated like that of the loops' results."""
-    import torch
+    from trtllm_ct.base.dtypes import DType
 
-    from trtllm_ct.layouts.loops.huge_pages import empty
-
-    source, target = (empty((nbytes,), torch.uint8).fill_(value) for value in (1, 0))
-    return lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes)
+    source, target = _touched((nbytes,), DType.U8), _touched((nbytes,), DType.U8)
+    return lambda: ctypes.memmove(target.ctypes.data, source.ctypes.data, nbytes)
 
 
 def _prepare_int4(shape: Shape) -> Prepared:
-    from trtllm_ct.layouts.packing import INT4_ROW_PAIRS
+    """Repack the words of `pack-quantized` to the row pairs of the engine."""
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.layouts.loops.kernels import row_pairs_of_nibbles
 
-    return _prepare_repack(shape, 4, INT4_ROW_PAIRS)
+    rows, columns = shape
+    half_words = _random_bytes((rows, columns // 2)).view("u2")
+    lanes = _touched((rows // 2, columns // 4), DType.U32)
+    return lambda: row_pairs_of_nibbles(half_words, 0x88888888, lanes), lanes.nbytes
 
 
 def _prepare_int8(shape: Shape) -> Prepared:
-    from trtllm_ct.layouts.packing import INT8_PLAIN
+    """Turn offset binary into signed bytes."""
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.layouts.loops.kernels import plain_codes
 
-    return _prepare_repack(shape, 8, INT8_PLAIN)
-
-
-def _prepare_repack(shape: Shape, bits: int, target: Any) -> Prepared:
-    from trtllm_ct.layouts.loops.dispatch import repack_bytes
-    from trtllm_ct.layouts.packing import packed_words
-
-    source = packed_words(bits)
-    packed = _bytes_of(_random_words(source.packed_shape(shape)))
-    out = _bytes_of(_touched(target.packed_shape(shape), target.container.torch_dtype))
-    return lambda: repack_bytes(packed, source, target, shape, out), out.nbytes
+    packed, out = _random_bytes(shape), _touched(shape, DType.U8)
+    return lambda: plain_codes(packed, (8, 1, 1), 0, out), out.nbytes
 
 
 def _prepare_zero_points(shape: Shape) -> Prepared:
     """Unpack zero points and compute the float32 offsets that an engine adds."""
-    import numpy as np
-    import torch
-
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.layouts.loops.kernels import additive_zero_of_words
-    from trtllm_ct.layouts.packing import packed_words
 
     groups, bits = (shape[0], shape[1] // _GROUP), 4
-    words = _bytes_of(_random_words(packed_words(bits, axis=0).packed_shape(groups))).view(np.uint32)
-    scale, is_bfloat16 = torch.rand(groups).to(torch.bfloat16).view(torch.uint16).numpy(), True
-    out = _touched(groups, torch.float32).numpy()
+    words = _random_bytes((groups[0] // 8, 4 * groups[1])).view("u4")
+    scale, is_bfloat16 = _random_scale(groups).elements, True
+    out = _touched(groups, DType.F32)
     return lambda: additive_zero_of_words(words, bits, 32 // bits, scale, is_bfloat16, out), out.nbytes
 
 
 def _prepare_fp8_rows(shape: Shape) -> Prepared:
     """Copy FP8 codes unchanged, and widen one scale per row to float32."""
-    import torch
+    import numpy as np
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.layouts.scales import widen_scale
 
-    codes = _random_words((shape[0], shape[1] // 4)).view(torch.float8_e4m3fn)
-    scale = torch.rand(shape[0], 1).to(torch.bfloat16)
-    out, wide = _touched(shape, torch.float8_e4m3fn), _touched((shape[0],), torch.float32)
-    copy = _plain_copy(codes, out)
+    codes, scale = _random_bytes(shape), _random_scale((shape[0], 1))
+    out, wide = _touched(shape, DType.F8_E4M3), _touched((shape[0],), DType.F32)
 
     def run() -> None:
-        copy()
-        wide.copy_(widen_scale(scale, (shape[0],)))
+        np.copyto(out, codes)
+        np.copyto(wide, widen_scale(scale.numbers, (shape[0],)))
 
     return run, out.nbytes + wide.nbytes
 
 
 def _prepare_nvfp4(shape: Shape) -> Prepared:
     """Copy NVFP4 codes and the scales of groups of 16, both unchanged."""
-    import torch
+    import numpy as np
 
-    codes = _random_words((shape[0], shape[1] // 8)).view(torch.uint8)
-    scales = _random_words((shape[0], shape[1] // 64)).view(torch.float8_e4m3fn)
-    out = _touched(tuple(codes.shape), torch.uint8)
-    out_scales = _touched(tuple(scales.shape), torch.float8_e4m3fn)
-    copies = _plain_copy(codes, out), _plain_copy(scales, out_scales)
+    from trtllm_ct.base.dtypes import DType
+
+    codes, scales = _random_bytes((shape[0], shape[1] // 2)), _random_bytes((shape[0], shape[1] // 16))
+    out, out_scales = _touched(codes.shape, DType.U8), _touched(scales.shape, DType.F8_E4M3)
 
     def run() -> None:
-        for copy in copies:
-            copy()
+        np.copyto(out, codes)
+        np.copyto(out_scales, scales)
 
     return run, out.nbytes + out_scales.nbytes
 
 
-def _plain_copy(source: Tensor, target: Tensor) -> Callable[[], object]:
-    """Return a copy with numpy: tensors that are delivered unchanged are copied as bytes, without torch."""
-    import numpy as np
-
-    target_bytes, source_bytes = _bytes_of(target), _bytes_of(source)
-    return lambda: np.copyto(target_bytes, source_bytes)
-
-
 def _prepare_dequantize(shape: Shape) -> Prepared:
     """Widen the bfloat16 scales to float32, as each call of `dispatch.dequantize` does, and dequantize int4 codes."""
-    import torch
+    import numpy as np
 
     from trtllm_ct.base.dtypes import DType
-    from trtllm_ct.base.schemes import Element
-    from trtllm_ct.layouts.loops.dispatch import ScalingArrays, dequantize_bytes
-    from trtllm_ct.layouts.packing import packed_words
+    from trtllm_ct.layouts.loops.kernels import OUTPUT_DTYPES, dequantize
     from trtllm_ct.layouts.scales import scale_values
 
-    source = packed_words(4)
-    packed = _bytes_of(_random_words(source.packed_shape(shape)))
-    scale = torch.rand(shape[0], shape[1] // _GROUP).to(torch.bfloat16)
-    out = _bytes_of(_touched(shape, torch.bfloat16))
+    rows, columns = shape
+    packed, scale = _random_bytes((rows, columns // 2)), _random_scale((rows, columns // _GROUP))
+    zeros, index = np.zeros((1, columns // _GROUP), np.float32), np.empty(0, np.int64)
+    fields, numbers = np.empty(columns, np.uint8), np.empty(columns, np.float32)
+    out, kind = _touched(shape, DType.BF16).view(np.uint8), OUTPUT_DTYPES[DType.BF16]
 
     def run() -> None:
-        wide = scale_values(scale, torch.float32).numpy()
-        scaling = ScalingArrays(scale=wide, block_rows=1, group_columns=_GROUP, in_float64=False)
-        dequantize_bytes(packed, source, Element.INT, scaling, DType.BF16, out)
+        wide = scale_values(scale)
+        dequantize(packed, (4, 1, 2), (-1, 0, 0), wide, zeros, 1.0, (1, _GROUP), index, fields, numbers, kind, out)
 
     return run, out.nbytes
 
 
-def _random_words(shape: tuple[int, ...]) -> Tensor:
-    """Return random int32 words, in memory pages of the same size as those of the memcpy."""
-    import torch
+def _random_bytes(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return random bytes, in memory pages of the same size as those of the memcpy."""
+    import numpy as np
 
-    from trtllm_ct.layouts.loops.huge_pages import empty
+    from trtllm_ct.base.dtypes import DType
 
-    return empty(shape, torch.int32).random_(-(2**31), 2**31 - 1)
-
-
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
-    """Return the bytes of a contiguous tensor, uint8 [..., bytes of the last axis], which share its memory."""
-    import torch
-
-    data: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
-    return data
+    out = _touched(shape, DType.U8)
+    out[...] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return out
 
 
-def _touched(shape: tuple[int, ...], dtype: Any) -> Tensor:
+def _random_scale(shape: tuple[int, ...]) -> StoredArray:
+    """Return random bfloat16 numbers from 0 to 1."""
+    import numpy as np
+
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.layouts.rounding import round_once
+
+    return round_once(np.random.default_rng(0).random(shape, np.float32), DType.BF16)
+
+
+def _touched(shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
     """Return a buffer whose memory was written to once, allocated like the results of the loops."""
-    import torch
-
     from trtllm_ct.layouts.loops.huge_pages import empty
 
     out = empty(shape, dtype)
-    out.view(torch.uint8).fill_(0)
+    out.fill(0)
     return out
 
 

@@ -64,7 +64,7 @@ def _rank_load(directory: str, ranks: str, rank: str) -> dict[str, int]:
         # Tensors that are delivered unchanged are views of memory-mapped files, which are fetched when they are read.
         for module in plan.modules:
             for run in module.runs:
-                reader.read(run.name, run.begin, run.end).view(-1)[run.begin : run.end].clone()
+                reader.read(run.name, run.begin, run.end).elements.reshape(-1)[run.begin : run.end].copy()
     return {"asked": asked, "fetched": _fetched_bytes() - before}
 
 

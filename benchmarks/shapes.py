@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from torch import Tensor
     from typing_extensions import Self
+
+    from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = ["DEFAULT_SHAPES", "SHAPES", "LlamaShape", "Shape"]
 
@@ -131,16 +132,18 @@ class LlamaShape:
 
         Memory: one tensor.
         """
-        import torch
+        import numpy as np
 
         from trtllm_ct.checkpoint.writer import ShardedWriter
+        from trtllm_ct.layouts.stored_array import StoredArray
 
         specs = self.specs()
         shapes = {f"{module}.weight_shape": (rows, columns) for module, rows, columns in self._linears()}
         with ShardedWriter(directory, specs, max_shard_bytes=self.shard_bytes) as writer:
             for name, spec in specs.items():
                 shape = shapes.get(name)
-                writer.write(name, torch.tensor(shape) if shape else _random_tensor(name, spec, self.seed))
+                stored = StoredArray(np.array(shape, np.int64), DType.I64) if shape else None
+                writer.write(name, stored or _random_tensor(name, spec, self.seed))
             writer.finish()
         (directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         return len(specs)
@@ -170,10 +173,11 @@ class LlamaShape:
         return {**tables, **dict.fromkeys([*norms, "model.norm.weight"], norm)}
 
 
-def _random_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:
+def _random_tensor(name: str, spec: TensorSpec, seed: int) -> StoredArray:
     """Return a tensor that depends only on its name and the seed: random bits as codes, finite numbers otherwise."""
     import numpy as np
-    import torch
+
+    from trtllm_ct.layouts.stored_array import StoredArray
 
     random = np.random.Generator(np.random.SFC64([seed, crc32(name.encode())]))
     words = random.integers(0, 2**64 - 1, size=-(-spec.nbytes // 8), dtype=np.uint64, endpoint=True)
@@ -181,8 +185,7 @@ def _random_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:
         random_bits, fixed_bits = _SMALL_POSITIVE if name.endswith("weight_scale") else _SMALL
         words &= np.uint64(random_bits * 0x0001_0001_0001_0001)
         words |= np.uint64(fixed_bits * 0x0001_0001_0001_0001)
-    data = torch.from_numpy(words.view(np.uint8)[: spec.nbytes])
-    return data.view(spec.dtype.torch_dtype).view(spec.shape)
+    return StoredArray.of_bytes(words.view(np.uint8)[: spec.nbytes].data, spec)
 
 
 _LLAMA = (

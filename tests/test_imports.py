@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
-from builders import write_checkpoint
+from builders import tiny_config, write_checkpoint
 from fresh_python import run_python
 
 import trtllm_ct
@@ -69,11 +69,46 @@ def test_commands_that_read_headers_only_never_import_torch(tmp_path: Path, argu
     assert loaded_after(run) == set()
 
 
+BLOCKED = """
+import importlib.abc
+
+class NoTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise AssertionError("torch is imported")
+
+sys.meta_path.insert(0, NoTorch())
+import trtllm_ct
+"""
+
+
+@pytest.mark.parametrize("scheme", ["int4-g64-asym", "int4-g64-actorder", "fp8-block", "nvfp4", "mxfp6a8", "w8a8"])
+def test_converting_and_verifying_never_import_torch(tmp_path: Path, scheme: str) -> None:
+    """Neither do inspection and planning, in the same process."""
+    write_checkpoint(tmp_path / "source", scheme=scheme, config=tiny_config(hidden=128, intermediate=256), kv=True)
+    code = BLOCKED + (
+        "source = sys.argv[1]\n"
+        "trtllm_ct.inspect_checkpoint(source); trtllm_ct.plan_checkpoint(source)\n"
+        "for to in ('modelopt', 'dense'):\n"
+        "    trtllm_ct.convert_checkpoint(source, f'{source}-{to}', to=to)\n"
+        "    assert trtllm_ct.verify_checkpoint(source, f'{source}-{to}').good\n"
+    )
+
+    assert loaded_after(code, tmp_path / "source") == {"numpy"}
+
+
 def test_every_module_can_be_imported_and_none_imports_the_engine_or_the_library() -> None:
     """Transformers and compressed-tensors too are imported only by calls that need them."""
     imports = "\n".join(f"import {name}" for name in MODULES if name != ENGINE_FILE)
 
     assert loaded_after(imports) <= {"torch", "numpy"}
+
+
+def test_importing_what_converts_and_verifies_imports_no_torch() -> None:
+    """Only files of the folders `serve` and `reference` may import it when they are imported."""
+    names = [name for name in MODULES if name.split(".")[1] not in {"serve", "reference"}]
+
+    assert "torch" not in loaded_after("\n".join(f"import {name}" for name in names))
 
 
 @pytest.mark.parametrize("name", MODULES)

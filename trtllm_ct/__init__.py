@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.config_loader import CompressedTensorsConfigLoader, to_quant_config
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
     from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
-    from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
     from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
+    from trtllm_ct.pipeline.weight_mapper import CompressedTensorsWeightMapper
     from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.planner import make_plan
     from trtllm_ct.serve.bindings import CompressedTensorsCheckpointLoader as CompressedTensorsCheckpointLoader
@@ -74,7 +74,7 @@ _HOMES = {
     "CompressedTensorsConfigLoader": "pipeline.config_loader",
     "CompressedTensorsConfigReader": "config.reader",
     "CompressedTensorsWeightLoader": "pipeline.loader",
-    "CompressedTensorsWeightMapper": "pipeline.mapper",
+    "CompressedTensorsWeightMapper": "pipeline.weight_mapper",
     "FormatDetector": "config.detect",
     "Model": "plan.models.sites",
     "SamplingParams": "serve.llm",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from on_tensors import TensorWriter
 from safetensors.torch import load_file
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.write_plan import Segment, StackPart, WritePlan
-from trtllm_ct.checkpoint.writer import TensorWriter, create_files, write_index
+from trtllm_ct.checkpoint.writer import create_files, write_index
 
 if TYPE_CHECKING:
     from pathlib import Path

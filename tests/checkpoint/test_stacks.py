@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from on_tensors import TensorWriter
 from safetensors.torch import load_file
 
 from trtllm_ct.base.dtypes import DType
@@ -13,7 +14,7 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.write_plan import StackPart, WritePlan
-from trtllm_ct.checkpoint.writer import TensorWriter, create_files, pieces_are_intact
+from trtllm_ct.checkpoint.writer import create_files, pieces_are_intact
 
 if TYPE_CHECKING:
     from pathlib import Path

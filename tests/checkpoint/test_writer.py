@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_tensors import ShardedWriter, TensorReader, TensorWriter
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,9 +21,8 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint import file_calls, transfer
 from trtllm_ct.checkpoint.catalog import INDEX_FILE, Catalog
 from trtllm_ct.checkpoint.folder import Folder
-from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.write_plan import WritePlan, encode_header, plan_shards
-from trtllm_ct.checkpoint.writer import ShardedWriter, TensorWriter, create_files
+from trtllm_ct.checkpoint.writer import create_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -225,11 +225,9 @@ def test_open_files_are_capped(tmp_path: Path) -> None:
 
 PLANNED = TensorSpec(DType.BF16, (2, 3))
 WRONG_TENSORS = {
-    "other dtype": (torch.zeros(2, 3), r"planned as bfloat16 \[2, 3\], not torch.float32 \[2, 3\]"),
-    "other shape": (torch.zeros(3, 2, dtype=torch.bfloat16), r"not torch.bfloat16 \[3, 2\]"),
-    "unknown dtype": (torch.zeros(2, 3, dtype=torch.complex64), "not torch.complex64"),
-    "strided view": (torch.zeros(3, 2, dtype=torch.bfloat16).T, "must be contiguous in CPU memory"),
-    "elsewhere": (torch.zeros(2, 3, dtype=torch.bfloat16, device="meta"), "must be contiguous in CPU memory"),
+    "other dtype": (torch.zeros(2, 3), r"planned as bfloat16 \[2, 3\], not float32 \[2, 3\]"),
+    "other shape": (torch.zeros(3, 2, dtype=torch.bfloat16), r"not bfloat16 \[3, 2\]"),
+    "strided view": (torch.zeros(3, 2, dtype=torch.bfloat16).T, "must be contiguous"),
 }
 
 

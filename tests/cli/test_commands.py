@@ -93,7 +93,6 @@ class TestExitCodes:
             ["convert", "DIR", "OUT", "--to", "reference"],
             ["convert", "DIR", "OUT", "--to", "dense", "--dtype", "int8"],
             ["convert", "DIR", "OUT", "--to", "dense", "--max-shard-size", "many"],
-            ["convert", "DIR", "OUT", "--to", "dense", "--device", "abacus"],
             ["convert", "DIR", "DIR", "--to", "dense"],
             ["convert", "DIR", "DIR", "--to", "dense", "--overwrite"],
             ["generate", "DIR"],
@@ -250,7 +249,7 @@ class TestDocuments:
 
 class TestConvert:
     def test_options_reach_the_conversion(self, source: Path, tmp_path: Path):
-        options = ("--dtype", "float16", "--max-shard-size", "20 kB", "--device", "cpu")
+        options = ("--dtype", "float16", "--max-shard-size", "20 kB")
 
         done = run_cli("convert", source, tmp_path / "out", "--to", "modelopt", *options, "--json")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import Built, rewrite, tiny_config, write_checkpoint
+from on_tensors import on_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,8 +17,10 @@ from trtllm_ct.base.errors import DetectionError, PayloadError, PlanError, Usage
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.work_folder import JOURNAL
 from trtllm_ct.convert.convert import convert_checkpoint
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding as rounding_layout
 from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
+
+round_once = on_tensors(rounding_layout.round_once)
 
 MIXED = {"o_proj": "int8-g32", "down_proj": "int8-channel"}
 DOWN = "model.layers.1.mlp.down_proj"
@@ -267,7 +270,6 @@ class TestRefusals:
         [
             ({"to": "reference"}, "--to", "modelopt or dense or engine"),
             ({"dtype": "int8"}, "--dtype", "auto or bfloat16 or float16 or float32"),
-            ({"device": "abacus"}, "--device", "cpu, or cuda"),
             ({"max_shard_bytes": 0}, "--max-shard-size", "at least one byte"),
         ],
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import DENSE, Built, tiny_config, write_checkpoint
 from installed_transformers import in_dtype
+from on_tensors import on_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
@@ -17,10 +18,12 @@ from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.hf_directory import MODELOPT_LAYOUT, hf_quant_config
 from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding as rounding_layout
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+round_once = on_tensors(rounding_layout.round_once)
 
 NATIVE = (
     "int4-g64",

@@ -216,20 +216,23 @@ class TestSourceThatChanges:
     """The file is named, whatever happens to it; nothing is left."""
 
     @pytest.mark.parametrize("workers", [1, 4])
-    @pytest.mark.parametrize("scheme", ["int8-channel", "nvfp4"], ids=["direct", "torch"])
+    @pytest.mark.parametrize("scheme", ["int8-channel", "nvfp4"], ids=str)
     def test_a_file_that_shrinks_while_it_is_mapped_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, workers: int
     ) -> None:
         source = write_checkpoint(tmp_path / "source", config=tiny_config(layers=2), scheme=scheme).directory
-        read = worker.TensorReader.read, worker.ByteReader.read
 
-        def shrinking(reader: Any, *arguments: Any) -> Any:
-            found = read[isinstance(reader, worker.ByteReader)](reader, *arguments)
-            os.truncate(source / "model.safetensors", 4096)
-            return found
+        def then_shrinking(read: Callable[..., Any]) -> Callable[..., Any]:
+            def shrinking(*arguments: Any) -> Any:
+                found = read(*arguments)
+                os.truncate(source / "model.safetensors", 4096)
+                return found
 
-        monkeypatch.setattr(worker.TensorReader, "read", shrinking)
-        monkeypatch.setattr(worker.ByteReader, "read", shrinking)
+            return shrinking
+
+        for method in ("read", "read_bytes"):
+            original = getattr(worker.TensorReader, method)
+            monkeypatch.setattr(worker.TensorReader, method, then_shrinking(original))
 
         with pytest.raises(CatalogError, match=r"model\.safetensors: .* found 4096 bytes") as raised:
             convert_checkpoint(source, tmp_path / "out", workers=workers)

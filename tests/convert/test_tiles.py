@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 def test_tiles_are_put_where_they_belong(scheme: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of a delivered tensor may stand for several rows of the weight: two in each byte of int4 codes."""
     built = write_checkpoint(tmp_path / "in", scheme=scheme)
-    monkeypatch.setattr("trtllm_ct.convert.worker.is_direct", lambda _module: False)
 
     def converted(name: str, tile_bytes: int) -> dict[str, bytes]:
         monkeypatch.setattr(tiles, "TILE_BYTES", tile_bytes)

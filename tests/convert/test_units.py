@@ -32,10 +32,6 @@ def planned(plan: Plan, files: int) -> WritePlan:
     return WritePlan.of(plan.delivered_specs, -(-plan.delivered_bytes // files))
 
 
-def needs_torch(plan: Plan, unit: Unit, device: str) -> bool:
-    return any(units._needs_torch(plan.modules[position], device) for position in unit.modules)
-
-
 @pytest.mark.parametrize("unit_bytes", [1, 10_000, 10**9])
 @pytest.mark.parametrize("files", [1, 2, 30])
 def test_every_module_that_delivers_is_in_one_unit(
@@ -49,24 +45,6 @@ def test_every_module_that_delivers_is_in_one_unit(
     assert Counter(place for unit in planned_units for place in unit.modules) == Counter(delivering)
     assert [unit.number for unit in planned_units] == list(range(len(planned_units)))
     assert sum(unit.nbytes for unit in planned_units) == plan.delivered_bytes
-
-
-def test_units_without_torch_come_first_except_for_the_second_unit(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker converts while another imports torch; on a GPU, only copied modules need no torch."""
-    monkeypatch.setattr(units, "UNIT_BYTES", 1)
-
-    planned_units = plan_units(plan, planned(plan, 1), device="cuda")
-
-    needs = [needs_torch(plan, unit, "cuda") for unit in planned_units]
-    count = needs.count(False)
-    assert count > 2
-    assert needs == [False, True, *[False] * (count - 1), *[True] * (len(needs) - count - 1)]
-
-
-def test_loops_need_no_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "UNIT_BYTES", 1)
-
-    assert not any(needs_torch(plan, unit, "cpu") for unit in plan_units(plan, planned(plan, 1)))
 
 
 @pytest.mark.parametrize("files", [2, 3, 4])
@@ -114,9 +92,6 @@ def test_few_files_are_filled_at_a_time(plan: Plan, monkeypatch: pytest.MonkeyPa
 
 
 def test_with_one_file_units_keep_the_order_of_the_plan(plan: Plan) -> None:
-    for device in ("cpu", "cuda"):
-        planned_units = plan_units(plan, planned(plan, 1), device=device)
-        for needs in (True, False):
-            alike = [unit for unit in planned_units if needs_torch(plan, unit, device) is needs]
-            places = [place for unit in alike for place in unit.modules]
-            assert places == sorted(places)
+    places = [place for unit in plan_units(plan, planned(plan, 1)) for place in unit.modules]
+
+    assert places == sorted(places)

@@ -185,7 +185,6 @@ for out in ("first", "second"):
                 directory=built.directory,
                 options=options,
                 max_shard_bytes=10**9,
-                device="cpu",
                 files=WorkFolder(tmp_path / name),
             )
             conversion = Conversion(job, checkpoint, checkpoint.plan(**options))

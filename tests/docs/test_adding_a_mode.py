@@ -61,6 +61,7 @@ def test_every_rank_is_handed_all_that_it_reads(changed: Path, tmp_path: Path) -
     code = f"""{WRITE}
 from trtllm_ct import open_checkpoint
 from trtllm_ct.engine.parallel import Parallel, Rank
+from trtllm_ct.layouts.torch_tensors import tensors_of
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.ranks.shard import plan_for_rank
 from trtllm_ct.serve.completeness import prove_complete
@@ -73,7 +74,7 @@ for tensor in range(2):
     share = plan_for_rank(plan, checkpoint.model, Rank(parallel=parallel, tensor=tensor))
     weights = {{}}
     for _module, delivered in stream_delivered(share, checkpoint.catalog):
-        weights |= delivered
+        weights |= tensors_of(delivered)
     prove_complete(share, weights)
 """
     run_in(changed, code, tmp_path)

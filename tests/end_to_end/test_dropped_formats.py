@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import rewrite, rewrite_config, tiny_config, write_checkpoint
+from on_tensors import Codes, encode, stream_delivered
 from safetensors.torch import load_file
 from stored_schemes import SCHEMES
 
@@ -18,13 +19,11 @@ from trtllm_ct.base.errors import PlanError
 from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.formats.base import Codes
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.formats.sparse.compressed_io import load_compressed, save_compressed
 from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.plan import Fate
 from trtllm_ct.verify.verify import verify_checkpoint
 
@@ -226,7 +225,7 @@ def make_marlin(twin: Path, directory: Path, scheme: str, version: str | None) -
             module = name.removesuffix(".weight")
             codes, scale = stored.pop(name), stored.pop(f"{module}.weight_scale")
             values = Codes(values=codes, packing=INT8_PLAIN, shape=tuple(codes.shape), scale=scale)
-            tensors = MARLIN_24.encode(values, args)
+            tensors = encode(MARLIN_24, values, args)
             if early:
                 tensors["scale_packed"] = scale.T.contiguous()
             stored |= {f"{module}.{local}": tensor for local, tensor in tensors.items()}

@@ -8,10 +8,9 @@ import pytest
 import torch
 from builders import tiny_config
 from damages import ATTENTION, Case, Q, assert_refused, assert_told, block, config, element, tensors
+from on_tensors import SPARSE_24_BITMASK, SPARSE_BITMASK
 
 from trtllm_ct.base.errors import ConfigError, PayloadError, PlanError
-from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
-from trtllm_ct.formats.sparse.bitmask_24 import SPARSE_24_BITMASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable

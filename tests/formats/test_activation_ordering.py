@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import Codes, decode, encode
 from safetensors.torch import load_file
 from stored_weights import (
     Sized,
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import ActOrder, QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats.base import Codes, StoredWeight, WeightFormat
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import INT8
 from trtllm_ct.layouts.packing import INT8_PLAIN
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from trtllm_ct.formats.base import StoredWeight, WeightFormat
 
 GROUPED = QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=4, actorder=ActOrder.GROUP)
 CONTIGUOUS = [0] * 4 + [1] * 4 + [2] * 4
@@ -51,7 +53,7 @@ def stored_weight(
         group_index=None if index is None else torch.tensor(index, dtype=torch.int32),
     )
     args = replace(GROUPED, symmetric=not zero_point)
-    tensors = entry.encode(codes, args)
+    tensors = encode(entry, codes, args)
     return described(entry, args, specs_of(tensors), (5, 12)), tensors, codes
 
 
@@ -77,7 +79,7 @@ def test_each_column_takes_scale_and_zero_point_of_its_group(
     weight, tensors, codes = stored_weight(entry, index, zero_point=zero_point, seed=seed)
     exact = exact_values(codes.values, codes.scale, codes.zero_point, group_index=index)
     assert torch.equal(values(weight, tensors), exact)
-    encoded = entry.encode(entry.decode(weight, tensors), weight.args)
+    encoded = encode(entry, decode(weight, tensors), weight.args)
     if index != CONTIGUOUS:
         assert torch.equal(encoded["weight_g_idx"], tensors["weight_g_idx"])
 
@@ -87,7 +89,7 @@ def test_each_column_takes_scale_and_zero_point_of_its_group(
 def test_an_unfilled_or_contiguous_index_leaves_groups_contiguous(entry: WeightFormat, index: list[int]) -> None:
     weight, tensors, codes = stored_weight(entry, index)
     assert "weight_g_idx" in weight.consumed
-    assert entry.decode(weight, tensors).group_index is None
+    assert decode(weight, tensors).group_index is None
     assert torch.equal(values(weight, tensors), exact_values(codes.values, codes.scale, block=(1, 4)))
 
 
@@ -95,7 +97,7 @@ def test_the_last_group_of_a_contiguous_index_may_be_short() -> None:
     weight, tensors, _ = stored_weight(PACKED_INT, None)
     tensors["weight_g_idx"] = torch.arange(12, dtype=torch.int32) // 5
     ragged = described(PACKED_INT, replace(weight.args, group_size=5), specs_of(tensors), (5, 12))
-    assert PACKED_INT.decode(ragged, tensors).group_index is None
+    assert decode(ragged, tensors).group_index is None
 
 
 @pytest.mark.parametrize("args", [replace(GROUPED, group_size=12), QuantArgs(num_bits=4, strategy=Strategy.CHANNEL)])
@@ -139,7 +141,7 @@ def test_the_values_of_a_real_checkpoint(shared: Path) -> None:
     for module in modules:
         tensors = {name.rpartition(".")[2]: tensor for name, tensor in stored.items() if name.startswith(f"{module}.")}
         weight = described(PACKED_INT, args, specs_of(tensors), tuple(tensors["weight_shape"].tolist()), ())
-        assert PACKED_INT.decode(weight, tensors).group_index is not None
+        assert decode(weight, tensors).group_index is not None
         columns = weight.shape[1]
         vector = torch.randn(columns, generator=torch.Generator().manual_seed(columns), dtype=torch.float64)
         product = values(weight, tensors) @ vector

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import Codes, decode, encode
 from safetensors.torch import load_file
 from stored_weights import assert_fault, described, exact_values, header_faults, payload_faults, specs_of, values
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats import format_for
-from trtllm_ct.formats.base import Codes, WeightFormat
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
 from trtllm_ct.layouts.packing import INT8_PLAIN
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from trtllm_ct.formats.base import WeightFormat
 
 
 def blocks(rows: int, columns: int, number: NumberType = NumberType.FLOAT) -> QuantArgs:
@@ -64,10 +66,10 @@ def test_each_element_takes_the_scale_of_its_block(
         shape=shape,
         scale=torch.rand(grid, generator=generator) + 0.5,
     )
-    tensors = entry.encode(codes, args)
+    tensors = encode(entry, codes, args)
     weight = described(entry, args, specs_of(tensors), shape)
     assert torch.equal(values(weight, tensors), exact_values(codes.values.float(), codes.scale, block=block))
-    encoded = entry.encode(entry.decode(weight, tensors), args)
+    encoded = encode(entry, decode(weight, tensors), args)
     assert all(torch.equal(encoded[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors)
 
 

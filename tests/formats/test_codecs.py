@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+from on_tensors import LIBRARY, NATIVE, Codes, encode
 from stored_weights import described, specs_of
 
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
 from trtllm_ct.formats import library
-from trtllm_ct.formats.base import Codes, StoredWeight
-from trtllm_ct.formats.codecs import LIBRARY, NATIVE
 from trtllm_ct.formats.library import LINES
 from trtllm_ct.formats.mxfp4 import MXFP4
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT8_PLAIN
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredWeight
 
 ROWS, COLUMNS = 6, 64
 
@@ -41,7 +45,7 @@ def older_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_codes_that_straddle_words_are_decoded_here(older_library: None, bits: int) -> None:
     """0.15 unpacks them as words that are padded at their end, without an error."""
     args = QuantArgs(num_bits=bits, strategy=Strategy.GROUP, group_size=32)
-    stored = PACKED_INT.encode(integers(bits), args)
+    stored = encode(PACKED_INT, integers(bits), args)
     weight = described(PACKED_INT, args, specs_of(stored), (ROWS, COLUMNS))
 
     assert torch.equal(
@@ -67,7 +71,7 @@ def test_mxfp4_is_decoded_here(older_library: None) -> None:
 @pytest.mark.library
 def test_integers_of_whole_widths_are_left_to_it(older_library: None) -> None:
     args = QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=32)
-    stored = PACKED_INT.encode(integers(4), args)
+    stored = encode(PACKED_INT, integers(4), args)
     weight = described(PACKED_INT, args, specs_of(stored), (ROWS, COLUMNS))
 
     with pytest.raises(RuntimeError, match="decoder is called"):

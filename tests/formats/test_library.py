@@ -9,22 +9,24 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from on_tensors import LIBRARY, NATIVE, Codes, encode, on_tensors
 from stored_weights import described, specs_of
 from torch import Tensor
 
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
 from trtllm_ct.formats import FORMATS, library
-from trtllm_ct.formats.base import Codes, StoredWeight, scale_shape
-from trtllm_ct.formats.codecs import LIBRARY, NATIVE
-from trtllm_ct.layouts.loops.dispatch import unpack_codes
+from trtllm_ct.formats.base import StoredWeight, scale_shape
+from trtllm_ct.layouts.loops import dispatch as dispatch_layout
 from trtllm_ct.layouts.packing import INT8_PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+unpack_codes = on_tensors(dispatch_layout.unpack_codes)
 
 INT, FLOAT = NumberType.INT, NumberType.FLOAT
 TENSOR, CHANNEL, GROUP, BLOCK = Strategy.TENSOR, Strategy.CHANNEL, Strategy.GROUP, Strategy.BLOCK
@@ -102,7 +104,8 @@ def stored_weight(case: Case, *, divisor: float = 4.0) -> tuple[StoredWeight, di
     if args.type is INT:
         codes = torch.randint(-half, half, case.shape, generator=generator, dtype=torch.int8)
         zero_point = torch.randint(-half, half, size, generator=generator, dtype=torch.int8)
-        stored = BY_NAME[case.format].encode(
+        stored = encode(
+            BY_NAME[case.format],
             Codes(
                 values=codes,
                 packing=INT8_PLAIN,
@@ -158,9 +161,9 @@ def test_the_library_is_asked_for_what_its_line_reads_and_for_nothing_else(
     calls: list[str] = []
     decompress = library.decompress
 
-    def noted(asked: StoredWeight, tensors: dict[str, Tensor]) -> Tensor:
+    def noted(asked: StoredWeight, *arguments: Any) -> Any:
         calls.append(asked.format.name)
-        return decompress(asked, tensors)
+        return decompress(asked, *arguments)
 
     monkeypatch.setattr(library, "decompress", noted)
 

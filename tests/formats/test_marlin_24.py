@@ -2,21 +2,27 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import NATIVE, Codes, decode, encode, on_tensors
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PayloadError
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats import FORMATS, format_for
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight, Version
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.marlin_24 import MARLIN_24
-from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
+from trtllm_ct.layouts import packing as packing_layout
+from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredSpecs, StoredWeight, Version
+
+pack_codes = on_tensors(packing_layout.pack_codes)
 
 INT4_CHANNEL = QuantArgs(num_bits=4, strategy=Strategy.CHANNEL)
 INT8_CHANNEL = replace(INT4_CHANNEL, num_bits=8)
@@ -52,7 +58,7 @@ def described(args: QuantArgs, stored: StoredSpecs, version: Version = NEW) -> S
 
 def decoded(args: QuantArgs, tensors: dict[str, Tensor], version: Version = NEW) -> Codes:
     weight = described(args, specs_of(tensors), version)
-    return weight.format.decode(weight, tensors)
+    return decode(weight, tensors)
 
 
 def random_codes(args: QuantArgs, shape: tuple[int, int], seed: int = 0) -> Codes:
@@ -93,7 +99,7 @@ def test_worked_words(
 ) -> None:
     codes = vector(columns, modulus)
 
-    tensors = MARLIN_24.encode(codes, args)
+    tensors = encode(MARLIN_24, codes, args)
 
     words = tensors["weight_packed"]
     assert words.dtype == torch.int32
@@ -104,7 +110,7 @@ def test_worked_words(
 
 
 def test_worked_positions_and_scales() -> None:
-    tensors = MARLIN_24.encode(vector(32, 7), INT4_CHANNEL)
+    tensors = encode(MARLIN_24, vector(32, 7), INT4_CHANNEL)
 
     assert tensors["meta"].dtype == torch.int16
     assert tensors["meta"].shape == (1, 128)
@@ -134,9 +140,9 @@ def test_the_order_of_scales_depends_on_the_writer(
     groups = columns // (args.group_size or columns)
     scale = torch.arange(1.0, 65.0)[:, None].expand(64, groups).to(torch.float16)
     codes = replace(random_codes(args, (64, columns)), scale=scale)
-    weight = described(args, specs_of(MARLIN_24.encode(codes, args)), version)
+    weight = described(args, specs_of(encode(MARLIN_24, codes, args)), version)
 
-    tensors = weight.format.encode(codes, args)
+    tensors = encode(weight.format, codes, args)
 
     assert tensors["scale_packed"].shape == (groups, 64)
     assert tensors["scale_packed"][0, :12].tolist() == start
@@ -152,9 +158,9 @@ def test_the_order_of_scales_depends_on_the_writer(
 @settings(max_examples=25, deadline=None)
 def test_decoding_inverts_encoding(args: QuantArgs, shape: tuple[int, int], version: Version, seed: int) -> None:
     codes = random_codes(args, shape, seed)
-    entry = described(args, specs_of(MARLIN_24.encode(codes, args)), version).format
+    entry = described(args, specs_of(encode(MARLIN_24, codes, args)), version).format
 
-    restored = decoded(args, entry.encode(codes, args), version)
+    restored = decoded(args, encode(entry, codes, args), version)
 
     assert restored.packing == INT8_PLAIN
     assert restored.shape == shape
@@ -170,13 +176,13 @@ def test_codes_may_come_packed() -> None:
     codes = random_codes(INT4_CHANNEL, (64, 64))
     words = packed_words(4)
     packed = replace(codes, values=pack_codes(codes.values, words), packing=words)
-    for name, tensor in MARLIN_24.encode(packed, INT4_CHANNEL).items():
-        assert torch.equal(tensor, MARLIN_24.encode(codes, INT4_CHANNEL)[name])
+    for name, tensor in encode(MARLIN_24, packed, INT4_CHANNEL).items():
+        assert torch.equal(tensor, encode(MARLIN_24, codes, INT4_CHANNEL)[name])
 
 
 def test_dequantizing_multiplies_codes_by_scales() -> None:
     codes = random_codes(INT4_GROUP, (64, 512))
-    tensors = MARLIN_24.encode(codes, INT4_GROUP)
+    tensors = encode(MARLIN_24, codes, INT4_GROUP)
     weight = described(INT4_GROUP, specs_of(tensors))
 
     values = NATIVE.dequantize(weight, tensors, torch.float32)
@@ -260,7 +266,7 @@ def test_a_weight_of_another_model() -> None:
 
 @pytest.mark.parametrize("nibble", [0x0, 0x5, 0xA, 0xF, 0x1, 0x7])
 def test_two_codes_in_one_position_are_refused(nibble: int) -> None:
-    tensors = MARLIN_24.encode(vector(32, 7), INT4_CHANNEL)
+    tensors = encode(MARLIN_24, vector(32, 7), INT4_CHANNEL)
     tensors["meta"][0, 0] = 0x0880 | nibble
     with pytest.raises(PayloadError, match=rf"two different positions.*found {nibble:04b} for row 0, columns 0 to 3"):
         decoded(INT4_CHANNEL, tensors)
@@ -269,6 +275,6 @@ def test_two_codes_in_one_position_are_refused(nibble: int) -> None:
 def test_only_sparse_symmetric_codes_are_encoded() -> None:
     codes = vector(32, 7)
     with pytest.raises(ValueError, match="2:4"):
-        MARLIN_24.encode(replace(codes, values=torch.ones((64, 32), dtype=torch.int8)), INT4_CHANNEL)
+        encode(MARLIN_24, replace(codes, values=torch.ones((64, 32), dtype=torch.int8)), INT4_CHANNEL)
     with pytest.raises(ValueError, match="zero points"):
-        MARLIN_24.encode(replace(codes, zero_point=torch.ones((64, 1), dtype=torch.int8)), INT4_CHANNEL)
+        encode(MARLIN_24, replace(codes, zero_point=torch.ones((64, 1), dtype=torch.int8)), INT4_CHANNEL)

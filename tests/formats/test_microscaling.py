@@ -19,11 +19,11 @@ from float_modules import (
     specs_of,
 )
 from hypothesis import given, settings
+from on_tensors import NATIVE, decode, encode
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import QuantArgs, TensorSpec
-from trtllm_ct.formats.codecs import NATIVE
 
 ALL_ARGS = [MXFP4_ARGS, MXFP6_ARGS, MXFP8_ARGS]
 every_format = pytest.mark.parametrize("args", ALL_ARGS, ids=QuantArgs.label)
@@ -37,12 +37,12 @@ def module_of(args: QuantArgs, columns: int = 64) -> dict[str, Tensor]:
 def test_stored_tensors_are_returned_without_a_copy(args: QuantArgs) -> None:
     stored = module_of(args)
     weight = described(args, stored, (6, 64))
-    codes = weight.format.decode(weight, stored)
+    codes = decode(weight, stored)
     assert weight.shape == (6, 64)
     assert weight.scale_shape == (6, 2)
     assert weight.divisor is None
     assert weight.consumed == tuple(stored)
-    assert codes.values is stored[weight.codes]
+    assert codes.values.data_ptr() == stored[weight.codes].data_ptr()
     assert codes.scale.data_ptr() == stored["weight_scale"].data_ptr()
     assert codes.element is weight.element
 
@@ -71,7 +71,7 @@ def test_every_element_is_the_exact_value(
 def test_encoding_inverts_decoding(args: QuantArgs, rows: int, groups: int, seed: int) -> None:
     stored = random_module(args, (rows, 32 * groups), seed)
     weight = described(args, stored)
-    encoded = weight.format.encode(weight.format.decode(weight, stored), args)
+    encoded = encode(weight.format, decode(weight, stored), args)
     assert encoded.keys() == stored.keys()
     for name, tensor in stored.items():
         assert encoded[name].dtype is tensor.dtype
@@ -84,7 +84,7 @@ def test_scales_stored_as_e8m0_are_the_same_bytes(args: QuantArgs) -> None:
     stored = module_of(args)
     typed = stored | {"weight_scale": stored["weight_scale"].view(torch.float8_e8m0fnu)}
     weight = described(args, typed)
-    assert torch.equal(weight.format.decode(weight, typed).scale, stored["weight_scale"])
+    assert torch.equal(decode(weight, typed).scale, stored["weight_scale"])
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 126, 127, 128, 254])

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 from float_modules import MXFP4_ARGS, MXFP6_ARGS, assert_one_fault, describe, described, random_module, specs_of
+from on_tensors import NATIVE
 
 from trtllm_ct.base.schemes import Element
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.mxfp4 import MXFP4
 from trtllm_ct.layouts.floats import E2M1_PACKED
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from float_modules import MXFP8_ARGS, assert_one_fault, describe, described, random_module, specs_of
+from on_tensors import NATIVE
 
 from trtllm_ct.base.schemes import Element, Strategy
 from trtllm_ct.formats import format_for
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.mxfp8 import MXFP8
 
 

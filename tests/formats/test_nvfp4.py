@@ -15,14 +15,16 @@ from float_modules import (
     specs_of,
 )
 from hypothesis import given, settings
+from on_tensors import NATIVE, decode, encode, on_tensors
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element, Packing, QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.nvfp4 import NVFP4
+from trtllm_ct.layouts import packing as packing_layout
 from trtllm_ct.layouts.floats import E2M1_PACKED
-from trtllm_ct.layouts.packing import unpack_fields
+
+unpack_fields = on_tensors(packing_layout.unpack_fields)
 
 THIRD_PARTY_ARGS = replace(NVFP4_ARGS, strategy=Strategy.GROUP, scale_dtype=None)
 MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -63,8 +65,8 @@ def test_the_scale_of_the_input_is_not_consumed_by_the_weight(module: dict[str, 
 
 
 def test_codes_and_scales_are_returned_without_a_copy(module: dict[str, Tensor]) -> None:
-    codes = NVFP4.decode(described(NVFP4_ARGS, module), module)
-    assert codes.values is module["weight_packed"]
+    codes = decode(described(NVFP4_ARGS, module), module)
+    assert codes.values.data_ptr() == module["weight_packed"].data_ptr()
     assert codes.scale.data_ptr() == module["weight_scale"].data_ptr()
     assert codes.divisor is not None
     assert torch.equal(codes.divisor, module["weight_global_scale"])
@@ -90,7 +92,7 @@ def test_every_element_is_the_exact_value_rounded_once(rows: int, columns: int, 
 @given(rows=st.integers(1, 9), groups=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_encoding_inverts_decoding(rows: int, groups: int, seed: int) -> None:
     stored = random_module(NVFP4_ARGS, (rows, 16 * groups), seed)
-    encoded = NVFP4.encode(NVFP4.decode(described(NVFP4_ARGS, stored), stored), NVFP4_ARGS)
+    encoded = encode(NVFP4, decode(described(NVFP4_ARGS, stored), stored), NVFP4_ARGS)
     assert encoded.keys() == stored.keys()
     for name, tensor in stored.items():
         assert encoded[name].dtype is tensor.dtype
@@ -99,10 +101,10 @@ def test_encoding_inverts_decoding(rows: int, groups: int, seed: int) -> None:
 
 def test_encoding_takes_codes_of_another_packing(module: dict[str, Tensor]) -> None:
     plain = Packing(bits=4, container=DType.U8, axis=0, offset_binary=False)
-    codes = NVFP4.decode(described(NVFP4_ARGS, module), module)
+    codes = decode(described(NVFP4_ARGS, module), module)
     fields = unpack_fields(codes.values, E2M1_PACKED, codes.shape)
     pairs = fields[::2] | fields[1::2] << 4
-    encoded = NVFP4.encode(replace(codes, values=pairs, packing=plain), NVFP4_ARGS)
+    encoded = encode(NVFP4, replace(codes, values=pairs, packing=plain), NVFP4_ARGS)
     assert torch.equal(encoded["weight_packed"], module["weight_packed"])
 
 
@@ -111,7 +113,7 @@ def test_local_scales_stored_as_plain_bytes_are_e4m3_all_the_same(module: dict[s
     as_bytes = module | {"weight_scale": module["weight_scale"].view(torch.uint8)}
     for args in (NVFP4_ARGS, THIRD_PARTY_ARGS):
         weight = described(args, as_bytes)
-        assert NVFP4.decode(weight, as_bytes).scale.dtype is torch.float8_e4m3fn
+        assert decode(weight, as_bytes).scale.dtype is torch.float8_e4m3fn
         assert torch.equal(
             NATIVE.dequantize(weight, as_bytes, torch.bfloat16),
             NATIVE.dequantize(described(NVFP4_ARGS, module), module, torch.bfloat16),
@@ -124,7 +126,7 @@ def test_one_global_scale_comes_in_any_shape_and_wide_dtype(
     shape: tuple[int, ...], dtype: torch.dtype, module: dict[str, Tensor]
 ) -> None:
     module["weight_global_scale"] = torch.full(shape, 788, dtype=dtype)
-    codes = NVFP4.decode(described(NVFP4_ARGS, module), module)
+    codes = decode(described(NVFP4_ARGS, module), module)
     assert codes.divisor is not None
     assert (codes.divisor.dtype, codes.divisor.tolist()) == (torch.float32, [788])
 
@@ -134,7 +136,7 @@ def test_an_expert_without_calibration_is_zero(module: dict[str, Tensor]) -> Non
     module["weight_global_scale"].zero_()
     weight = described(NVFP4_ARGS, module)
     assert not NATIVE.dequantize(weight, module, torch.bfloat16).any()
-    assert torch.equal(NVFP4.encode(NVFP4.decode(weight, module), NVFP4_ARGS)["weight_global_scale"], torch.zeros(1))
+    assert torch.equal(encode(NVFP4, decode(weight, module), NVFP4_ARGS)["weight_global_scale"], torch.zeros(1))
 
 
 def test_a_leftover_zero_point_is_consumed(module: dict[str, Tensor]) -> None:

@@ -1,20 +1,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import NATIVE, Codes, decode, encode, on_tensors
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.schemes import QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats.base import Codes, StoredSpecs, StoredWeight
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.packed_int import PACKED_INT
-from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, pack_codes, packed_words, unpack_codes
+from trtllm_ct.layouts import packing as packing_layout
+from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, packed_words
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredSpecs, StoredWeight
+
+pack_codes = on_tensors(packing_layout.pack_codes)
+unpack_codes = on_tensors(packing_layout.unpack_codes)
 
 GROUP_32 = QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=32)
 GROUP_32_ASYM = replace(GROUP_32, symmetric=False)
@@ -61,7 +68,7 @@ def tensors_of(args: QuantArgs, shape: tuple[int, int], *, zero_point: bool, see
         scale=torch.rand(grid, generator=generator),
         zero_point=torch.randint(-half, half, grid, generator=generator, dtype=torch.int8) if zero_point else None,
     )
-    return PACKED_INT.encode(codes, args)
+    return encode(PACKED_INT, codes, args)
 
 
 def specs_of(tensors: dict[str, Tensor]) -> StoredSpecs:
@@ -106,7 +113,7 @@ def test_one_scale_for_a_tensor_or_a_row_comes_in_any_shape(
     stored = tensors_of(args, (10, 64), zero_point=False)
     stored["weight_scale"] = stored["weight_scale"].reshape(form).to(dtype.torch_dtype)
     weight = described(args, specs_of(stored))
-    codes = PACKED_INT.decode(weight, stored)
+    codes = decode(weight, stored)
     assert codes.scale.dtype is dtype.torch_dtype
     assert torch.equal(codes.scale.flatten(), stored["weight_scale"].flatten())
     assert tuple(codes.scale.shape) == weight.scale_shape
@@ -129,12 +136,12 @@ def test_a_stored_zero_point_counts_whatever_symmetric_says(args: QuantArgs) -> 
 
 def test_plain_zero_points_of_old_writers_equal_packed_ones() -> None:
     stored = tensors_of(GROUP_32_ASYM, (10, 64), zero_point=True)
-    packed = PACKED_INT.decode(described(GROUP_32_ASYM, specs_of(stored)), stored).plain_zero_point
+    packed = decode(described(GROUP_32_ASYM, specs_of(stored)), stored).plain_zero_point
     assert packed is not None
     plain = stored | {"weight_zero_point": packed}
     weight = described(GROUP_32_ASYM, specs_of(plain))
     assert weight.zero_point_packing is None
-    plain_zero_point = PACKED_INT.decode(weight, plain).plain_zero_point
+    plain_zero_point = decode(weight, plain).plain_zero_point
     assert plain_zero_point is not None
     assert torch.equal(plain_zero_point, packed)
 
@@ -158,8 +165,8 @@ def test_words_of_marlin_24_have_another_format() -> None:
 
 def test_words_stay_packed_when_decoded() -> None:
     stored = tensors_of(GROUP_32, (10, 64), zero_point=False)
-    codes = PACKED_INT.decode(described(GROUP_32, specs_of(stored)), stored)
-    assert codes.values is stored["weight_packed"]
+    codes = decode(described(GROUP_32, specs_of(stored)), stored)
+    assert codes.values.data_ptr() == stored["weight_packed"].data_ptr()
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,8 +185,8 @@ def test_decoding_inverts_encoding(
     args = QuantArgs(num_bits=bits, strategy=strategy, group_size=size, symmetric=not zero_point)
     stored = tensors_of(args, shape, zero_point=zero_point, seed=seed)
     weight = described(args, specs_of(stored), shape)
-    codes = PACKED_INT.decode(weight, stored)
-    encoded = PACKED_INT.encode(codes, args)
+    codes = decode(weight, stored)
+    encoded = encode(PACKED_INT, codes, args)
     assert encoded.keys() == stored.keys()
     for name, tensor in stored.items():
         assert torch.equal(encoded[name], tensor), name
@@ -191,7 +198,7 @@ def test_decoding_inverts_encoding(
 def test_encoding_takes_codes_in_any_packing(packing: object) -> None:
     plain = torch.randint(-8, 8, (10, 64), dtype=torch.int8)
     codes = Codes(values=pack_codes(plain, packing), packing=packing, shape=(10, 64), scale=torch.ones(10, 2))
-    words = PACKED_INT.encode(codes, GROUP_32)["weight_packed"]
+    words = encode(PACKED_INT, codes, GROUP_32)["weight_packed"]
     assert torch.equal(unpack_codes(words, packed_words(4), (10, 64)), plain)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import oracles
@@ -10,6 +11,7 @@ import pytest
 import torch
 from builders import config_group, int_weights, quantization_block
 from hypothesis import given, settings
+from on_tensors import Codes, decode, encode, on_tensors
 from stored_weights import (
     NEWEST,
     assert_fault,
@@ -25,12 +27,17 @@ from torch import Tensor
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.formats.base import Codes, StoredWeight, Version
 from trtllm_ct.formats.packed_int import PACKED_INT
-from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words, unpack_codes
+from trtllm_ct.layouts import packing as packing_layout
+from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words
 from trtllm_ct.plan.models.sites import Site
 from trtllm_ct.plan.stored import StoredModule, Whole
 from trtllm_ct.plan.weights import WeightReader
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredWeight, Version
+
+unpack_codes = on_tensors(packing_layout.unpack_codes)
 
 ODD = (3, 5, 6, 7)
 CHANNEL = QuantArgs(num_bits=4, strategy=Strategy.CHANNEL)
@@ -67,7 +74,7 @@ def one_row(bits: int, packed: str) -> tuple[QuantArgs, dict[str, Tensor]]:
 
 
 def codes_of(weight: StoredWeight, tensors: dict[str, Tensor]) -> Tensor:
-    codes = PACKED_INT.decode(weight, tensors)
+    codes = decode(weight, tensors)
     assert codes.packing is not None
     return unpack_codes(codes.values, codes.packing, codes.shape)
 
@@ -214,7 +221,7 @@ def test_every_width_and_layout_has_the_values_of_plain_arithmetic(
     assert torch.equal(codes_of(weight, tensors), codes)
     block = (shape[0] if strategy is Strategy.TENSOR else 1, size or shape[1])
     assert torch.equal(values(weight, tensors), exact_values(codes, scale, zeros if zero_point else None, block=block))
-    encoded = PACKED_INT.encode(PACKED_INT.decode(weight, tensors), args)
+    encoded = encode(PACKED_INT, decode(weight, tensors), args)
     assert torch.equal(encoded["weight_packed"], oracles.pack(codes.long().numpy(), packed_words(bits)))
     assert encoded["weight_shape"].tolist() == list(shape)
 
@@ -248,7 +255,7 @@ def asymmetric(zero_point: Tensor) -> tuple[StoredWeight, dict[str, Tensor]]:
     zeros = Codes(
         values=torch.zeros(4, 16, dtype=torch.int8), packing=INT8_PLAIN, shape=(4, 16), scale=torch.ones(4, 2)
     )
-    tensors = PACKED_INT.encode(zeros, args) | {"weight_zero_point": zero_point}
+    tensors = encode(PACKED_INT, zeros, args) | {"weight_zero_point": zero_point}
     return described(PACKED_INT, args, specs_of(tensors), (4, 16)), tensors
 
 
@@ -257,7 +264,7 @@ def test_plain_zero_points_may_be_floats_that_are_integers(dtype: torch.dtype) -
     """Early writers store int8, forks of MoE-Quant store floats."""
     numbers = torch.arange(-8, 8, 2).reshape(4, 2)
     weight, tensors = asymmetric(numbers.to(dtype))
-    zero_point = PACKED_INT.decode(weight, tensors).plain_zero_point
+    zero_point = decode(weight, tensors).plain_zero_point
     assert zero_point is not None
     assert zero_point.dtype is torch.int8
     assert torch.equal(values(weight, tensors)[:, ::8], -numbers.double())
@@ -299,7 +306,7 @@ def test_zero_points_are_packed_for_groups_and_channels_only(args: QuantArgs, pl
         scale=torch.ones(grid[args.strategy]),
         zero_point=zero_point,
     )
-    tensors = PACKED_INT.encode(codes, args)
+    tensors = encode(PACKED_INT, codes, args)
     assert tensors["weight_zero_point"].dtype is (torch.int8 if plain else torch.int32)
     weight = described(PACKED_INT, args, specs_of(tensors), (10, 16))
     assert torch.equal(values(weight, tensors), torch.full((10, 16), -1.0, dtype=torch.float64))

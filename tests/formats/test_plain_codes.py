@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import NATIVE, Codes, decode, encode, on_tensors
 from stored_weights import Sized, assert_fault, described, payload_faults, specs_of
 from stored_weights import values as decoded
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats.base import Codes, StoredSpecs, WeightFormat
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.plain_codes import FLOAT8, INT8
-from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
+from trtllm_ct.layouts import packing as packing_layout
+from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words
+
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredSpecs, WeightFormat
+
+pack_codes = on_tensors(packing_layout.pack_codes)
 
 INT8_CHANNEL = QuantArgs(num_bits=8, strategy=Strategy.CHANNEL)
 INT8_GROUP = QuantArgs(num_bits=8, strategy=Strategy.GROUP, group_size=4)
@@ -109,7 +115,7 @@ def test_zero_points_that_early_writers_left_beside_float_codes_are_zero(
     weight = described(FLOAT8, FP8_CHANNEL, specs_of(tensors))
     assert not weight.has_zero_point
     assert weight.consumed == ("weight", "weight_scale", "weight_zero_point")
-    assert FLOAT8.decode(weight, tensors).zero_point is None
+    assert decode(weight, tensors).zero_point is None
     assert (decoded(weight, tensors) == 1).all()
 
     tensors["weight_zero_point"] = torch.ones(form).to(dtype)
@@ -134,8 +140,8 @@ def test_a_zero_point_of_integers_counts_whatever_symmetric_says(number: int, dt
 
 def test_codes_are_returned_without_a_copy() -> None:
     tensors = {"weight": torch.zeros(6, 12, dtype=torch.int8), "weight_scale": torch.ones(6, 1)}
-    codes = INT8.decode(described(INT8, INT8_CHANNEL, specs_of(tensors)), tensors)
-    assert codes.values is tensors["weight"]
+    codes = decode(described(INT8, INT8_CHANNEL, specs_of(tensors)), tensors)
+    assert codes.values.data_ptr() == tensors["weight"].data_ptr()
     assert codes.packing == INT8_PLAIN
 
 
@@ -168,19 +174,19 @@ def test_decoding_inverts_encoding(
         scale=torch.rand(grid, generator=generator),
         zero_point=torch.ones(grid, dtype=torch.int8) if zero_point and entry is INT8 else None,
     )
-    stored = entry.encode(codes, args)
-    decoded = entry.decode(described(entry, args, specs_of(stored), shape), stored)
+    stored = encode(entry, codes, args)
+    decoded = decode(described(entry, args, specs_of(stored), shape), stored)
     assert torch.equal(decoded.values.view(torch.uint8), raw)
     assert torch.equal(decoded.scale, codes.scale)
     assert (decoded.zero_point is None) is (codes.zero_point is None)
-    assert entry.encode(decoded, args).keys() == stored.keys()
+    assert encode(entry, decoded, args).keys() == stored.keys()
 
 
 def test_encoding_unpacks_codes_of_another_packing() -> None:
     plain = torch.randint(-128, 128, (6, 12), dtype=torch.int8)
     words = pack_codes(plain, packed_words(8))
     codes = Codes(values=words, packing=packed_words(8), shape=(6, 12), scale=torch.ones(6, 1))
-    assert torch.equal(INT8.encode(codes, INT8_CHANNEL)["weight"], plain)
+    assert torch.equal(encode(INT8, codes, INT8_CHANNEL)["weight"], plain)
 
 
 @pytest.mark.parametrize("entry", [INT8, FLOAT8], ids=["int8", "fp8"])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from float_modules import described
+from on_tensors import NATIVE, arrays, decode, encode
 from safetensors.torch import load_file
 
 from trtllm_ct.base.errors import FaultCollector
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.pipeline.payload import check_payload
 from trtllm_ct.plan.plan import ModulePlan
 
@@ -68,9 +68,9 @@ def test_every_module_passes_the_guard_and_is_encoded_as_it_was_stored(checkpoin
         weight = described(args, stored)
         faults = FaultCollector()
         plan = ModulePlan(name=name, class_name="Linear", views={}, weight=weight)
-        check_payload(plan, stored, faults)
+        check_payload(plan, arrays(stored), faults)
         assert not faults.faults
-        encoded = weight.format.encode(weight.format.decode(weight, stored), args)
+        encoded = encode(weight.format, decode(weight, stored), args)
         assert encoded.keys() == stored.keys() - {"input_global_scale"}
         for local, tensor in encoded.items():
             assert tensor.dtype is stored[local].dtype

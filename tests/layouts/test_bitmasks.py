@@ -1,24 +1,34 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import on_tensors
 from torch import Tensor
 
 from trtllm_ct.layouts import bitmasks
-from trtllm_ct.layouts.bitmasks import (
-    count_marks,
-    count_marks_per_four,
-    gather_marked,
-    nonzero_mask,
-    pack_mask,
-    scatter_marked,
-    unpack_mask,
+from trtllm_ct.layouts.torch_tensors import array_of, tensor_of
+
+count_marks, count_marks_per_four, pack_mask, unpack_mask = map(
+    on_tensors,
+    (bitmasks.count_marks, bitmasks.count_marks_per_four, bitmasks.pack_mask, bitmasks.unpack_mask),
 )
 
 SHAPES = [(1,), (8,), (13,), (1, 1), (3, 10), (5, 16), (2, 3, 9), (0,), (0, 8), (4, 0), (2, 0, 5)]
 DTYPES = [torch.float8_e4m3fn, torch.int8, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.int64]
+
+
+def scatter_marked(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
+    array = array_of(values)
+    scattered = bitmasks.scatter_marked(array.elements, bitmask.numpy(), columns)
+    return tensor_of(replace(array, elements=scattered))
+
+
+def gather_marked(dense: Tensor, mask: Tensor) -> Tensor:
+    return tensor_of(array_of(dense)[mask.numpy()])
 
 
 def random_mask(shape: tuple[int, ...], seed: int = 0, share: float = 0.5) -> Tensor:
@@ -109,7 +119,7 @@ def test_nan_payloads_survive() -> None:
 )
 def test_what_counts_as_zero_among_bytes(dtype: torch.dtype, zeros: list[int], others: list[int]) -> None:
     bits = torch.tensor([*zeros, *others], dtype=torch.uint8).view(dtype)
-    assert nonzero_mask(bits).tolist() == [False] * len(zeros) + [True] * len(others)
+    assert array_of(bits).is_nonzero.tolist() == [False] * len(zeros) + [True] * len(others)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -117,7 +127,7 @@ def test_what_counts_as_zero_among_floats(dtype: torch.dtype) -> None:
     """-0.0 counts as zero; the smallest subnormal number and NaN do not."""
     smallest = torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype))
     values = torch.tensor([0.0, -0.0, smallest.item(), -smallest.item(), torch.nan, -torch.inf], dtype=dtype)
-    assert nonzero_mask(values).tolist() == [False, False, True, True, True, True]
+    assert array_of(values).is_nonzero.tolist() == [False, False, True, True, True, True]
 
 
 @pytest.mark.library

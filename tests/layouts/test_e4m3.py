@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from float_modules import number
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtllm_ct.base.schemes import Element
-from trtllm_ct.layouts.e4m3 import ANY_POWER, exact_powers, shift_scale
+from trtllm_ct.layouts import e4m3
+from trtllm_ct.layouts.e4m3 import ANY_POWER, exact_powers, round_to_e4m3
+from trtllm_ct.layouts.torch_tensors import array_of
 
 NUMBERS = {byte: number(byte, Element.E4M3) for byte in range(256)}
 BYTES = {value: byte for byte, value in NUMBERS.items() if value is not None and byte < 0x80}
@@ -32,6 +35,11 @@ def shifted(byte: int, power: int) -> int | None:
 
 def as_scale(data: bytes, *shape: int) -> torch.Tensor:
     return torch.tensor(list(data), dtype=torch.uint8).view(torch.float8_e4m3fn).view(shape or (-1,))
+
+
+def shift_scale(scale: torch.Tensor, power: int) -> torch.Tensor | None:
+    result = e4m3.shift_scale(array_of(scale).elements, power)
+    return None if result is None else torch.from_numpy(result).view(torch.float8_e4m3fn)
 
 
 def bytes_of(scale: torch.Tensor) -> bytes:
@@ -140,6 +148,22 @@ class TestShiftScale:
         assert (result.dtype, result.shape) == (torch.float8_e4m3fn, shape)
         assert bytes_of(result) == bytes([BYTES[Fraction(3, 8)]]) * math.prod(shape)
         assert bytes_of(scale) == bytes_of(before)
+
+
+@pytest.mark.parametrize("step", [-1, 0, 1])
+def test_numbers_are_rounded_to_e4m3_as_torch_rounds_them(step: int) -> None:
+    """All numbers of E4M3, the midpoints between them, and the float32 numbers next to both."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    exact = torch.cat((numbers, (numbers[1:] + numbers[:-1]) / 2, torch.tensor([463.0])))
+    values = (exact.view(torch.int32) + step * (exact != 0)).view(torch.float32)
+    for signed in (values, -values):
+        rounded = torch.from_numpy(round_to_e4m3(signed.numpy())).view(torch.float8_e4m3fn)
+
+        assert torch.equal(rounded.view(torch.uint8), signed.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_the_largest_number_of_e4m3_stands_for_larger_ones() -> None:
+    assert round_to_e4m3(np.array([480, -1e30, np.inf, np.nan], np.float32)).tolist() == [0x7E, 0xFE, 0x7E, 0x7F]
 
 
 def test_exact_powers_does_not_import_torch() -> None:

@@ -8,10 +8,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import on_tensors
 from torch import Tensor
 
-from trtllm_ct.layouts.marlin_24 import (
-    NIBBLES,
+from trtllm_ct.layouts import marlin_24
+from trtllm_ct.layouts.marlin_24 import NIBBLES
+
+(
     arrange_codes,
     arrange_nibbles,
     arrange_scales,
@@ -20,6 +23,18 @@ from trtllm_ct.layouts.marlin_24 import (
     restore_codes,
     restore_nibbles,
     restore_scales,
+) = map(
+    on_tensors,
+    (
+        marlin_24.arrange_codes,
+        marlin_24.arrange_nibbles,
+        marlin_24.arrange_scales,
+        marlin_24.expand_fours,
+        marlin_24.pick_fours,
+        marlin_24.restore_codes,
+        marlin_24.restore_nibbles,
+        marlin_24.restore_scales,
+    ),
 )
 
 SIZES = [(64, 32), (64, 160), (192, 64)]

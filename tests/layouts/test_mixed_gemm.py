@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 from engine_codes import codes_in_stream, stream_of
+from on_tensors import on_tensors
 
-from trtllm_ct.layouts.mixed_gemm import KernelOrder, in_kernel_order
+from trtllm_ct.layouts import mixed_gemm
+from trtllm_ct.layouts.mixed_gemm import KernelOrder
+
+in_kernel_order = on_tensors(mixed_gemm.in_kernel_order)
 
 if TYPE_CHECKING:
     from typing import Literal

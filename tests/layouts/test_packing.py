@@ -7,13 +7,20 @@ import numpy as np
 import oracles
 import pytest
 import torch
+import torch_twins
 from hypothesis import given, settings
+from on_tensors import on_tensors
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Packing
 from trtllm_ct.layouts import packing as module_under_test
-from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, pack_codes, packed_words, repack, unpack_codes
+from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, packed_words
+
+pack_codes, repack, unpack_codes = (
+    on_tensors(function)
+    for function in (module_under_test.pack_codes, module_under_test.repack, module_under_test.unpack_codes)
+)
 
 PACKINGS = [
     Packing(bits=bits, container=container, axis=axis, offset_binary=offset_binary, dense=dense)
@@ -116,9 +123,11 @@ def test_packing_equals_the_slow_reference(packing: Packing, rows: int, columns:
     assert packed.shape == packing.packed_shape((rows, columns))
     assert packed.is_contiguous()
     assert torch.equal(packed, oracles.pack(codes.long().numpy(), packing))
+    assert torch.equal(packed, torch_twins.pack_codes(codes, packing))
     unpacked = unpack_codes(packed, packing, (rows, columns))
     assert unpacked.is_contiguous()
     assert torch.equal(unpacked, codes)
+    assert torch.equal(unpacked, torch_twins.unpack_codes(packed, packing, (rows, columns)))
     assert np.array_equal(unpacked.numpy(), oracles.unpack(packed, packing, (rows, columns)))
 
 
@@ -158,21 +167,6 @@ def test_repacking_there_and_back_changes_nothing(
     assert repacked.is_contiguous()
     assert torch.equal(repack(repacked, target, source, shape), packed)
     assert torch.equal(packed, before)
-
-
-@pytest.mark.parametrize("tile_bytes", [1, 24, 1 << 20])
-@pytest.mark.parametrize("shape", [(2, 8), (6, 8), (10, 40), (64, 128)])
-def test_direct_paths_equal_repacking_through_codes(
-    shape: tuple[int, int], tile_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With any tile size. A container with surplus words is repacked through codes."""
-    monkeypatch.setattr(module_under_test, "_TILE_BYTES", tile_bytes)
-    for source, target in FIXED[:2]:
-        words = pack_codes(random_codes(shape, source.bits, seed=1), source)
-        expected = pack_codes(unpack_codes(words, source, shape), target)
-        assert torch.equal(repack(words, source, target, shape), expected)
-        with_surplus = torch.nn.functional.pad(words, (0, 1))
-        assert torch.equal(repack(with_surplus, source, target, shape), expected)
 
 
 @pytest.mark.parametrize("packing", [packed_words(4), INT4_ROW_PAIRS, INT8_PLAIN], ids=str)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_form import in_pairs, packed_in_pairs
+from on_tensors import on_tensors
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Packing
-from trtllm_ct.layouts.rotary_rows import halves_of_packed_pairs, halves_of_pairs
+from trtllm_ct.layouts import rotary_rows
+from trtllm_ct.layouts.torch_tensors import array_of, tensor_of
+
+halves_of_packed_pairs = on_tensors(rotary_rows.halves_of_packed_pairs)
+
+
+def halves_of_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    array = array_of(rows)
+    return tensor_of(replace(array, elements=rotary_rows.halves_of_pairs(array.elements, head_dim)))
 
 
 def test_two_heads_of_six_rows_by_hand() -> None:

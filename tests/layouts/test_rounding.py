@@ -6,9 +6,13 @@ import hypothesis.strategies as st
 import oracles
 import pytest
 import torch
+import torch_twins
 from hypothesis import given, settings
+from on_tensors import tensor_module
 
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding
+
+round_once = tensor_module(rounding).round_once
 
 NARROW = [torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float32]
@@ -46,6 +50,7 @@ def test_float64_is_rounded_once(dtype: torch.dtype, data: st.DataObject) -> Non
     rounded = round_once(values, dtype)
     assert rounded.dtype is dtype
     assert same(rounded.double(), oracles.round_once(values, dtype))
+    assert same(rounded, torch_twins.round_once(values, dtype))
     assert same(values, before)
 
 
@@ -55,6 +60,7 @@ def test_float64_is_rounded_once(dtype: torch.dtype, data: st.DataObject) -> Non
 def test_float32_is_rounded_once(dtype: torch.dtype, values: list[float]) -> None:
     tensor = torch.tensor(values, dtype=torch.float32)
     assert same(round_once(tensor, dtype).double(), oracles.round_once(tensor, dtype))
+    assert same(round_once(tensor, dtype), torch_twins.round_once(tensor, dtype))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -4,12 +4,16 @@ import hypothesis.strategies as st
 import oracles
 import pytest
 import torch
+import torch_twins
 from hypothesis import given, settings
+from on_tensors import Scaling, tensor_module
 from torch import Tensor
 
 from trtllm_ct.layouts import scales
-from trtllm_ct.layouts.scales import Scaling, additive_zero, dequantize, widen_scale
 
+on_tensors = tensor_module(scales)
+additive_zero, widen_scale = on_tensors.additive_zero, on_tensors.widen_scale
+dequantize = on_tensors.dequantize
 SCALE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DENSE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -53,6 +57,7 @@ def test_widening_repeats_scales_and_changes_no_value(
     assert wide.is_contiguous()
     grid = (*shape, 1, 1)[:2] if shape else (1, 1)
     assert torch.equal(wide.double().reshape(grid), oracles.repeat_scale(scale, grid))
+    assert torch.equal(wide, torch_twins.widen_scale(scale, shape))
     assert torch.equal(scale, before)
 
 
@@ -81,6 +86,7 @@ def test_additive_zero_equals_the_slow_reference(dtype: torch.dtype, seed: int) 
     zero = additive_zero(scale, zero_point)
     assert zero.dtype is torch.float32
     assert torch.equal(zero.double(), oracles.additive_zero(scale, zero_point))
+    assert torch.equal(zero, torch_twins.additive_zero(scale, zero_point))
 
 
 @settings(max_examples=150, deadline=None)
@@ -118,6 +124,8 @@ def test_dequantizing_equals_the_slow_reference(
     assert values.is_contiguous()
     expected = oracles.dequantize(codes, scale, zero_point, group_size, dtype)
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=0, equal_nan=True)
+    twin = torch_twins.dequantize(codes, scaling, dtype)
+    torch.testing.assert_close(values, twin, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes.view(torch.uint8), before.view(torch.uint8))
 
 

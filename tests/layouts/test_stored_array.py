@@ -12,7 +12,8 @@ import torch
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.layouts.packing import pack_codes, packed_words
-from trtllm_ct.layouts.stored_array import StoredArray, stored_array, unpack_along_rows
+from trtllm_ct.layouts.stored_array import StoredArray, scalar, unpack_along_rows
+from trtllm_ct.layouts.torch_tensors import array_of, tensor_of
 
 FLOATS = [DType.F8_E4M3, DType.F8_E5M2, DType.BF16, DType.F16, DType.F32, DType.F64]
 
@@ -24,14 +25,14 @@ def every_number(dtype: DType) -> torch.Tensor:
 
 
 def scale(dtype: DType, *numbers: float) -> StoredArray:
-    return StoredArray.of_tensor(torch.tensor(numbers, dtype=torch.float64).to(dtype.torch_dtype))
+    return array_of(torch.tensor(numbers, dtype=torch.float64).to(dtype.torch_dtype))
 
 
 @pytest.mark.parametrize("dtype", [DType.F8_E4M3, DType.F8_E5M2, DType.F8_E8M0, DType.BF16, DType.F16])
 def test_every_bit_pattern_is_the_number_that_torch_reads(dtype: DType) -> None:
     expected = every_number(dtype).float().numpy()
 
-    numbers = StoredArray.of_tensor(every_number(dtype)).numbers
+    numbers = array_of(every_number(dtype)).numbers
 
     assert np.array_equal(numbers.astype(np.float32), expected, equal_nan=True)
     zeros = expected == 0
@@ -42,29 +43,78 @@ def test_every_bit_pattern_is_the_number_that_torch_reads(dtype: DType) -> None:
 @pytest.mark.parametrize("shape", [(), (0, 4), (3, 5)], ids=str)
 def test_bytes_and_tensors_make_the_same_array(dtype: DType, shape: tuple[int, ...]) -> None:
     tensor = torch.arange(15)[: TensorSpec(dtype, shape).numel].reshape(shape).to(dtype.torch_dtype)
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    data = memoryview(bytearray(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()))
 
-    arrays = StoredArray.of_bytes(data, TensorSpec(dtype, shape)), StoredArray.of_tensor(tensor)
+    arrays = StoredArray.of_bytes(data, TensorSpec(dtype, shape)), array_of(tensor)
 
     assert [array.elements.shape for array in arrays] == [shape, shape]
     assert arrays[0].elements.dtype == arrays[1].elements.dtype
     assert np.array_equal(arrays[0].numbers, arrays[1].numbers)
-    assert stored_array(arrays[0]) is arrays[0]
+    assert arrays[0].spec == TensorSpec(dtype, shape)
+    for array in arrays:
+        made = tensor_of(array)
+        assert (made.dtype, tuple(made.shape), made.is_contiguous()) == (tensor.dtype, shape, True)
+        assert torch.equal(made.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
 def test_a_tensor_that_is_not_contiguous_is_read_in_its_order() -> None:
     tensor = torch.arange(6, dtype=torch.int32).reshape(2, 3).T
 
-    assert StoredArray.of_tensor(tensor).elements.tolist() == tensor.tolist()
+    assert array_of(tensor).elements.tolist() == tensor.tolist()
 
 
 def test_memory_is_shared_with_a_tensor() -> None:
     tensor = torch.zeros(4, dtype=torch.bfloat16)
-    array = StoredArray.of_tensor(tensor)
+    array = array_of(tensor)
 
     tensor[2] = 1
 
     assert array.numbers.tolist() == [0, 0, 1, 0]
+    assert tensor_of(array).data_ptr() == tensor.data_ptr()
+
+
+def test_a_tensor_keeps_the_memory_of_its_array_alive() -> None:
+    tensor = tensor_of(StoredArray(np.full(1000, 0x3F80, np.uint16), DType.BF16))
+    others = [np.full(1000, 7, np.uint16) for _ in range(20)]
+
+    assert tensor.tolist() == [1.0] * 1000
+    assert len(others) == 20
+
+
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("number", [0, 1])
+def test_filling(dtype: DType, number: int) -> None:
+    filled = StoredArray.filled(TensorSpec(dtype, (2, 3)), number)
+
+    expected = torch.full((2, 3), number, dtype=torch.float32)
+    # E8M0 has no zero: its least exponent stands for it.
+    expected = expected if number or dtype is not DType.F8_E8M0 else torch.full((2, 3), 2.0**-127)
+    assert torch.equal(tensor_of(filled).float(), expected)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in FLOATS if dtype is not DType.F8_E4M3])
+def test_infinity_and_nan_are_told_from_numbers(dtype: DType) -> None:
+    numbers = array_of(torch.tensor([1.0, inf, -inf, nan, -0.0], dtype=torch.float64).to(dtype.torch_dtype))
+
+    assert numbers.is_infinite.tolist() == [False, True, True, False, False]
+    assert [numbers[i : i + 1].is_finite for i in range(5)] == [True, False, False, False, True]
+    assert numbers[:0].is_finite
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_magnitudes_have_the_order_of_absolute_values(dtype: DType) -> None:
+    array = array_of(torch.tensor([0.0, -0.0, 0.5, -2.0, 2.0, nan], dtype=torch.float64).to(dtype.torch_dtype))
+
+    zero, minus_zero, half, minus_two, two, unknown = array.magnitudes.tolist()
+    assert zero == minus_zero < half < minus_two == two < unknown
+    assert (array[:5].largest, array[:0].largest) == (2.0, 0.0)
+    assert np.isnan(array.largest)
+
+
+@pytest.mark.parametrize("number", [0.0, 1.5, 1e300, inf])
+def test_scalars_are_rounded_to_float32(number: float) -> None:
+    assert scalar(number).spec == TensorSpec(DType.F32, (1,))
+    assert float(scalar(number)) == torch.tensor(number, dtype=torch.float64).float().item()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -104,7 +154,7 @@ def test_infinity_is_no_scale(dtype: DType, number: float) -> None:
 
 @pytest.mark.parametrize("dtype", [DType.F8_E4M3, DType.F8_E5M2, DType.F8_E8M0, DType.BF16, DType.F16])
 def test_no_bit_pattern_is_judged_wrongly(dtype: DType) -> None:
-    for element in np.array_split(StoredArray.of_tensor(every_number(dtype)).elements, 256):
+    for element in np.array_split(array_of(every_number(dtype)).elements, 256):
         for index in {0, len(element) - 1}:
             array = StoredArray(element[index : index + 1], dtype)
             (number,) = array.numbers.tolist()
@@ -128,7 +178,7 @@ def test_codes_along_rows_are_unpacked_as_they_were_packed(bits: int, dense: boo
     half = 1 << (bits - 1)
     codes = torch.randint(-half, half, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     packing = packed_words(bits, axis=0, dense=dense)
-    words = pack_codes(codes, packing)
+    words = torch.from_numpy(pack_codes(codes.numpy(), packing))
     surplus = torch.cat((words, words[:, :1]), dim=1)
 
     for stored in (words, surplus):

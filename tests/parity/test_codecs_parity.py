@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import fp8_weights, int_weights
 from hypothesis import given, settings
+from on_tensors import LIBRARY, NATIVE, Codes, decode, encode, on_tensors
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
@@ -18,11 +19,13 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.arguments import read_weight_args
 from trtllm_ct.config.json_object import Findings, JsonObject
 from trtllm_ct.formats import format_for
-from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
-from trtllm_ct.layouts.packing import unpack_codes
+from trtllm_ct.layouts import packing as packing_layout
 
 if TYPE_CHECKING:
-    from trtllm_ct.formats.base import Codes, StoredWeight
+    from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.formats.codecs import Codec
+
+unpack_codes = on_tensors(packing_layout.unpack_codes)
 
 pytestmark = pytest.mark.library
 
@@ -167,7 +170,7 @@ def test_encoding_gives_the_very_tensors_that_the_library_writes(compression: st
     """Names, dtypes and bytes; a scale may have one axis more."""
     written = write(compression, arguments, (10, 64), torch.bfloat16, seed=1)
     weight = describe(arguments, written.stored, (10, 64))
-    encoded = weight.format.encode(weight.format.decode(weight, written.stored), weight.args)
+    encoded = encode(weight.format, decode(weight, written.stored), weight.args)
     assert encoded.keys() == written.stored.keys()
     for name, tensor in written.stored.items():
         assert encoded[name].dtype is tensor.dtype

@@ -13,15 +13,19 @@ import pytest
 import torch
 from float_modules import MXFP4_ARGS, MXFP6_ARGS, MXFP8_ARGS, NVFP4_ARGS, described, random_module
 from hypothesis import given, settings
+from on_tensors import LIBRARY, NATIVE, decode, encode, on_tensors
 from torch import Tensor
 
 from trtllm_ct.base.schemes import QuantArgs, Strategy
-from trtllm_ct.formats.codecs import LIBRARY, NATIVE
-from trtllm_ct.layouts.floats import element_values, power_of_two
-from trtllm_ct.layouts.packing import unpack_fields
+from trtllm_ct.layouts import floats as floats_layout
+from trtllm_ct.layouts import packing as packing_layout
+from trtllm_ct.layouts.floats import power_of_two
 
 if TYPE_CHECKING:
-    from trtllm_ct.formats.base import Codes
+    from on_tensors import Codes
+
+element_values = on_tensors(floats_layout.element_values)
+unpack_fields = on_tensors(packing_layout.unpack_fields)
 
 pytestmark = pytest.mark.library
 
@@ -161,7 +165,7 @@ def test_every_exponent_but_nan_is_read_as_the_library_reads_it(name: str, args:
 def test_encoding_gives_the_very_tensors_that_the_library_writes(name: str, args: QuantArgs) -> None:
     written = write(name, args, (10, 64), torch.bfloat16, seed=1)
     weight = described(args, written.stored)
-    encoded = weight.format.encode(weight.format.decode(weight, written.stored), args)
+    encoded = encode(weight.format, decode(weight, written.stored), args)
     assert encoded.keys() == written.stored.keys()
     for local, tensor in written.stored.items():
         assert encoded[local].dtype is tensor.dtype

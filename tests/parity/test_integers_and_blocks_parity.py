@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import LIBRARY, NATIVE, Codes, decode, encode, on_tensors
 from stored_weights import described, payload_faults, specs_of
 from torch import Tensor
 
@@ -16,10 +17,12 @@ from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.config.arguments import read_weight_args
 from trtllm_ct.config.json_object import Findings, JsonObject
 from trtllm_ct.formats import format_for
-from trtllm_ct.formats.base import Codes
-from trtllm_ct.formats.codecs import LIBRARY, NATIVE
 from trtllm_ct.formats.packed_int import PACKED_INT
-from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words, unpack_codes
+from trtllm_ct.layouts import packing as packing_layout
+from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words
+
+pack_codes = on_tensors(packing_layout.pack_codes)
+unpack_codes = on_tensors(packing_layout.unpack_codes)
 
 pytestmark = pytest.mark.library
 
@@ -117,7 +120,7 @@ def assert_read_alike(case: Case) -> None:
     assert entry is not None
     weight = described(entry, args, specs_of(stored), case.shape)
     assert payload_faults(weight, stored) == []
-    codes = entry.decode(weight, stored)
+    codes = decode(weight, stored)
     assert torch.equal(codes.scale, given["weight_scale"].reshape(weight.scale_shape))
     zero_point = codes.plain_zero_point
     assert (zero_point is None) is ("weight_zero_point" not in given)
@@ -131,7 +134,7 @@ def assert_read_alike(case: Case) -> None:
             unpack_codes(codes.values, codes.packing, codes.shape),
             unpack_codes(plain.values, plain.packing, plain.shape),
         )
-    again = entry.encode(codes, args)
+    again = encode(entry, codes, args)
     assert again.keys() == stored.keys()
     for name, tensor in stored.items():
         assert again[name].dtype is tensor.dtype
@@ -179,7 +182,7 @@ def test_the_library_codec_leaves_what_the_library_misreads_to_the_native_codec(
         scale=torch.rand(6, 3 if deviation == "ragged" else 2, generator=generator),
         group_index=torch.randint(0, 2, (64,), generator=generator) if deviation == "index" else None,
     )
-    stored = PACKED_INT.encode(codes, args)
+    stored = encode(PACKED_INT, codes, args)
     if deviation == "padded":
         stored["weight_packed"] = pack_codes(codes.values, packed_words(bits, dense=False))
     weight = described(PACKED_INT, args, specs_of(stored), (6, 64))

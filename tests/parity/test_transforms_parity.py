@@ -11,6 +11,7 @@ import pytest
 import torch
 from installed_library import attach_schemes
 from installed_transformers import in_dtype, typed_config
+from on_tensors import NATIVE, arrays
 from tiny_models import tiny_config
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from trtllm_ct import CompressedTensorsWeightLoader, convert_checkpoint, verify_
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.quantization_config import Transform
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.plan.online_transforms import folds_of
 from trtllm_ct.plan.ops import FoldPlain, ModuleTensors
 from trtllm_ct.reference.effective_weights import effective_bias, effective_weight
@@ -71,7 +71,9 @@ def folded(stored: Mapping[str, Tensor], transforms: Sequence[Transform], local:
     """A stored tensor of a Linear with its transforms folded in, in float64."""
     folds = tuple(fold for fold in folds_of(transforms, "Linear") if local == "weight" or fold.axis == 0)
     spec = TensorSpec(DType.F64, tuple(stored[local].shape))
-    return FoldPlain(result=spec, source=local, folds=folds).run(local, ModuleTensors(stored, None, NATIVE))
+    return FoldPlain(result=spec, source=local, folds=folds).run(
+        local, ModuleTensors(arrays(stored), None, NATIVE.entry)
+    )
 
 
 def cases() -> Iterator[tuple[Transform, ...]]:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from builders import SCHEMES, Built, config_group, int_weights, quantization_block, tiny_config, write_checkpoint
 from fresh_python import run_python
+from on_tensors import on_tensors
 from safetensors.torch import save_file
 from stated_model import stated_model
 from torch import Tensor
 
 from trtllm_ct.base.errors import PayloadError, PlanError, UsageError
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding as rounding_layout
 from trtllm_ct.pipeline import loader as loader_module
 from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
 from trtllm_ct.pipeline.open import plan_checkpoint
@@ -25,6 +26,8 @@ from trtllm_ct.pipeline.open import plan_checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+round_once = on_tensors(rounding_layout.round_once)
 
 MIXED = {
     "q_proj": "int4-g64",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import Built, rewrite_config, tiny_config, write_checkpoint
+from on_tensors import stream_delivered
 from safetensors.torch import save_file
 
 import trtllm_ct
@@ -22,9 +23,8 @@ from trtllm_ct.config import detect
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.json_file import read_json_of
 from trtllm_ct.engine.target import ENGINES, TARGETS, target_named
-from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
+from trtllm_ct.pipeline.weight_mapper import CompressedTensorsWeightMapper
 from trtllm_ct.plan.producers import ValueWatch
 from trtllm_ct.reference import load_model
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from trtllm_ct.checkpoint.source import Source
+    from trtllm_ct.layouts.stored_array import StoredArray
     from trtllm_ct.plan.plan import ModulePlan
 
 
@@ -183,7 +184,7 @@ class TestWorkers:
         read: list[str] = []
 
         class Reader(TensorReader):
-            def read(self, name: str, *run: int | None) -> torch.Tensor:
+            def read(self, name: str, *run: int | None) -> StoredArray:
                 read.append(name)
                 return super().read(name, *run)
 

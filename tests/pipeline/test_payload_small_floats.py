@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from float_modules import MXFP4_ARGS, MXFP6_ARGS, MXFP8_ARGS, NVFP4_ARGS, assert_one_fault, described, random_module
+from on_tensors import arrays
 
 from trtllm_ct.base.errors import Fault, FaultCollector
 from trtllm_ct.base.schemes import QuantArgs
@@ -37,7 +38,7 @@ def plan_of(name: str, args: QuantArgs, stored: dict[str, Tensor]) -> ModulePlan
 
 def faults_of(name: str, args: QuantArgs, stored: dict[str, Tensor]) -> list[Fault]:
     faults = FaultCollector()
-    check_payload(plan_of(name, args, stored), stored, faults)
+    check_payload(plan_of(name, args, stored), arrays(stored), faults)
     return faults.faults
 
 
@@ -45,7 +46,7 @@ def faults_of(name: str, args: QuantArgs, stored: dict[str, Tensor]) -> list[Fau
 def test_good_values_raise_no_fault(args: QuantArgs) -> None:
     stored = stored_module(args)
     assert faults_of(DENSE, args, stored) == []
-    assert count_zero_scales(plan_of(DENSE, args, stored), stored) == 0
+    assert count_zero_scales(plan_of(DENSE, args, stored), arrays(stored)) == 0
 
 
 @pytest.mark.parametrize("as_bytes", [False, True], ids=["e4m3", "bytes"])
@@ -67,7 +68,7 @@ def test_a_local_scale_of_zero_is_allowed_and_counted(bits: int) -> None:
     stored = stored_module(NVFP4_ARGS)
     stored["weight_scale"].view(torch.uint8)[3] = bits
     assert faults_of(DENSE, NVFP4_ARGS, stored) == []
-    assert count_zero_scales(plan_of(DENSE, NVFP4_ARGS, stored), stored) == 4
+    assert count_zero_scales(plan_of(DENSE, NVFP4_ARGS, stored), arrays(stored)) == 4
 
 
 @pytest.mark.parametrize("as_e8m0", [False, True], ids=["bytes", "e8m0"])
@@ -93,7 +94,7 @@ def test_every_other_exponent_is_a_scale_and_none_is_zero(args: QuantArgs, expon
     stored = stored_module(args)
     stored["weight_scale"].fill_(exponent)
     assert faults_of(DENSE, args, stored) == []
-    assert count_zero_scales(plan_of(DENSE, args, stored), stored) == 0
+    assert count_zero_scales(plan_of(DENSE, args, stored), arrays(stored)) == 0
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_an_expert_that_saw_no_calibration_is_counted_as_zeros() -> None:
     zero = {"weight_global_scale": torch.zeros(1), "input_global_scale": torch.zeros(1)}
     stored = stored_module(NVFP4_ARGS) | zero
     assert faults_of(EXPERT, NVFP4_ARGS, stored) == []
-    assert count_zero_scales(plan_of(EXPERT, NVFP4_ARGS, stored), stored) == 24
+    assert count_zero_scales(plan_of(EXPERT, NVFP4_ARGS, stored), arrays(stored)) == 24
 
 
 def test_a_leftover_zero_point_must_hold_zeros() -> None:

@@ -9,8 +9,8 @@ import torch
 from builders import SCHEMES, quantization_block, rewrite, rewrite_config, tiny_config, write_checkpoint
 from fused_experts import fuse_experts
 from mistral_form import write_native
+from on_tensors import SPARSE_BITMASK
 
-from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
 from trtllm_ct.formats.sparse.compressed_io import save_compressed
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.probe import Probe

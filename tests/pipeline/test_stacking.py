@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from on_tensors import stack_experts
 
 from trtllm_ct.checkpoint.write_plan import StackPart
-from trtllm_ct.pipeline.stacking import stack_experts
 
 
 def part(stack: str, entry: int, column: int = 0, columns: int = 3) -> StackPart:

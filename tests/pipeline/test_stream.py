@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import rewrite, write_checkpoint
+from on_tensors import stream_delivered
 
 from trtllm_ct.base.errors import CatalogError, PayloadError
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.engine.target import MODELOPT
 from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
 from trtllm_ct.pipeline.open import open_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.planner import make_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from trtllm_ct.layouts.stored_array import StoredArray
 
 
 K_PROJ = "model.layers.0.self_attn.k_proj"
@@ -48,7 +50,7 @@ def test_a_file_that_shrinks_while_it_is_loaded_is_an_error(tmp_path: Path, monk
     file = made.directory / "model.safetensors"
     read = TensorReader.read
 
-    def shrinking(reader: TensorReader, name: str, *bounds: int) -> Tensor:
+    def shrinking(reader: TensorReader, name: str, *bounds: int) -> StoredArray:
         tensor = read(reader, name, *bounds)
         if file.stat().st_size > 4096:
             os.truncate(file, 4096)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import tiny_config, write_checkpoint
 from hypothesis import given, settings
+from on_tensors import stream_delivered
 from quantized_weights import (
     FP8_CHANNEL,
     FP8_GROUP,
@@ -37,7 +38,6 @@ from trtllm_ct.engine.modes import LINEAR_MODES, Activations, LinearMode, ScaleF
 from trtllm_ct.engine.platform import SMS
 from trtllm_ct.engine.target import DENSE, ENGINES, MODELOPT, REFERENCE, TARGETS, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.assign import Assignment, Candidate, assign_modes
 from trtllm_ct.plan.models.sites import Site
 from trtllm_ct.reference import ReferenceLinear

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import Built, fp8_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
+from on_tensors import stream_delivered
 from own_loader_models import write_own_loader
 from safetensors.torch import load_file
 from stacked_models import STACKED, write_stacked
@@ -15,7 +16,6 @@ from stacked_models import STACKED, write_stacked
 from trtllm_ct.base.errors import Fault, PayloadError, PlanError
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.plan import Fate
 from trtllm_ct.verify.verify import verify_checkpoint
 

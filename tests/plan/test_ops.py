@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from on_tensors import NATIVE, Codes, arrays, encode, on_tensors, run
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PayloadError
 from trtllm_ct.base.schemes import QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats.base import Codes, StoredWeight, WeightFormat
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.formats.plain_codes import INT8
-from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN, unpack_codes
+from trtllm_ct.layouts import packing as packing_layout
+from trtllm_ct.layouts.packing import INT4_ROW_PAIRS, INT8_PLAIN
 from trtllm_ct.plan.ops import (
     AdditiveZero,
     Cast,
@@ -28,6 +29,12 @@ from trtllm_ct.plan.ops import (
     WidenScale,
 )
 
+if TYPE_CHECKING:
+    from trtllm_ct.formats.base import StoredWeight, WeightFormat
+    from trtllm_ct.layouts.stored_array import StoredTensors
+
+unpack_codes = on_tensors(packing_layout.unpack_codes)
+
 ARGS = QuantArgs(num_bits=4, strategy=Strategy.GROUP, group_size=8)
 SHAPE = (4, 16)
 GRID = (4, 2)
@@ -41,7 +48,8 @@ def quantized_module(
     entry: WeightFormat = PACKED_INT, *, scale: float = 0.5, zero_point: int | None = None, codes: Tensor | None = None
 ) -> ModuleTensors:
     """A weight [4, 16] in groups of 8 whose scales are all alike."""
-    stored = entry.encode(
+    stored = encode(
+        entry,
         Codes(
             values=plain_codes() if codes is None else codes,
             packing=INT8_PLAIN,
@@ -53,23 +61,23 @@ def quantized_module(
     )
     specs = {name: TensorSpec(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in stored.items()}
     weight = entry.describe("lin", ARGS, specs, SHAPE, FaultCollector())
-    return ModuleTensors(stored, weight, NATIVE)
+    return ModuleTensors(arrays(stored), weight, NATIVE.entry)
 
 
 def plain_module(**stored: Tensor) -> ModuleTensors:
-    return ModuleTensors(stored, None, NATIVE)
+    return ModuleTensors(arrays(stored), None, NATIVE.entry)
 
 
 def test_copy_returns_the_stored_tensor() -> None:
     bias = torch.randn(3)
     operation = Copy(result=TensorSpec(DType.F32, (3,)), source="bias")
-    assert operation.run("lin.bias", plain_module(bias=bias)) is bias
+    assert run(operation, "lin.bias", plain_module(bias=bias)).data_ptr() == bias.data_ptr()
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_cast_rounds_once(stored: torch.dtype) -> None:
     tensor = torch.tensor([1 + 2**-11 + 2**-40, 0.1, -0.0, math.nan, math.inf], dtype=torch.float64).to(stored)
-    cast = Cast(result=TensorSpec(DType.F16, (5,)), source="weight").run("norm.weight", plain_module(weight=tensor))
+    cast = run(Cast(result=TensorSpec(DType.F16, (5,)), source="weight"), "norm.weight", plain_module(weight=tensor))
     exact = tensor.double()
     first = 1 + 2**-10 if exact[0] > 1 + 2**-11 else 1.0
     assert cast.dtype is torch.float16
@@ -83,7 +91,7 @@ def test_cast_refuses_values_that_become_infinite() -> None:
     tensor = torch.tensor([[1.0, math.inf], [2.0, -70000.0]])
     operation = Cast(result=TensorSpec(DType.F16, (2, 2)), source="weight")
     with pytest.raises(PayloadError) as caught:
-        operation.run("norm.weight", plain_module(weight=tensor))
+        run(operation, "norm.weight", plain_module(weight=tensor))
     (fault,) = caught.value.faults
     assert fault.where == "norm.weight[1, 1]"
     assert "float16" in fault.expected
@@ -94,7 +102,7 @@ def test_cast_refuses_values_that_become_infinite() -> None:
 @pytest.mark.parametrize("entry", [PACKED_INT, INT8], ids=["words", "plain"])
 def test_repack_moves_codes_bit_for_bit(entry: WeightFormat) -> None:
     operation = Repack(result=TensorSpec(DType.U8, (2, 16)), packing=INT4_ROW_PAIRS)
-    pairs = operation.run("lin.weight", quantized_module(entry))
+    pairs = run(operation, "lin.weight", quantized_module(entry))
     assert torch.equal(unpack_codes(pairs, INT4_ROW_PAIRS, SHAPE), plain_codes())
 
 
@@ -104,7 +112,7 @@ def test_repack_refuses_codes_that_are_too_wide(code: int) -> None:
     codes[3, 3] = code
     operation = Repack(result=TensorSpec(DType.U8, (2, 16)), packing=INT4_ROW_PAIRS)
     with pytest.raises(PayloadError, match=r"lin.weight: expected codes of 4 bits, from -8 to 7, found .*num_bits"):
-        operation.run("lin.weight", quantized_module(INT8, codes=codes))
+        run(operation, "lin.weight", quantized_module(INT8, codes=codes))
 
 
 @pytest.mark.parametrize("stored", [(), (1,), (1, 1), (1, 1, 1)], ids=str)
@@ -114,7 +122,7 @@ def test_widen_scale_reads_the_one_element_of_its_source_whatever_its_shape(
 ) -> None:
     operation = WidenScale(result=TensorSpec(DType.F32, shape), source="input_scale")
     scale = torch.full(stored, 2.0, dtype=torch.bfloat16)
-    widened = operation.run("lin.input_scale", plain_module(input_scale=scale))
+    widened = run(operation, "lin.input_scale", plain_module(input_scale=scale))
     assert torch.equal(widened, torch.full(shape, 2.0))
     assert widened.dtype is torch.float32
 
@@ -125,7 +133,7 @@ def test_widen_scale_without_a_source_reads_the_scale_of_the_weight(
 ) -> None:
     """Repeated where the Linear reads smaller groups."""
     operation = WidenScale(result=TensorSpec(DType.F32, shape))
-    assert operation.run("lin.weight_scale", quantized_module()).tolist() == values
+    assert run(operation, "lin.weight_scale", quantized_module()).tolist() == values
 
 
 @pytest.mark.parametrize("stored", [(), (1,), (1, 1)], ids=str)
@@ -136,7 +144,7 @@ def test_reciprocal_turns_a_divisor_into_a_multiplier(
     """Rounded once, to float32. The 0 of an expert that saw no data stays 0, where 1 / 0 would spoil all experts."""
     operation = Reciprocal(result=TensorSpec(DType.F32, ()), source="weight_global_scale")
     module = plain_module(weight_global_scale=torch.full(stored, divisor))
-    got = operation.run("lin.weight_scale_2", module)
+    got = run(operation, "lin.weight_scale_2", module)
     assert torch.equal(got, torch.tensor(multiplier, dtype=torch.float64).to(torch.float32))
     assert got.shape == ()
 
@@ -145,7 +153,7 @@ def test_reinterpret_copies_no_byte() -> None:
     """E4M3 scales that a writer stored as bytes; memory is shared, values are those of the bits."""
     stored = torch.tensor([[0x38, 0x40], [0x08, 0x7E]], dtype=torch.uint8)
     operation = Reinterpret(result=TensorSpec(DType.F8_E4M3, (2, 2)), source="weight_scale")
-    got = operation.run("lin.weight_scale", plain_module(weight_scale=stored))
+    got = run(operation, "lin.weight_scale", plain_module(weight_scale=stored))
     assert got.dtype is torch.float8_e4m3fn
     assert got.double().tolist() == [[1.0, 2.0], [2**-6, 448.0]]
     assert got.data_ptr() == stored.data_ptr()
@@ -154,14 +162,14 @@ def test_reinterpret_copies_no_byte() -> None:
 @pytest.mark.parametrize(("zero_point", "offset"), [(3, -1.5), (-8, 4.0), (0, 0.0), (None, 0.0)])
 def test_additive_zero_is_zero_where_no_zero_point_is_stored(zero_point: int | None, offset: float) -> None:
     operation = AdditiveZero(result=TensorSpec(DType.F32, (4, 4)))
-    zero = operation.run("lin.weight_zero", quantized_module(zero_point=zero_point))
+    zero = run(operation, "lin.weight_zero", quantized_module(zero_point=zero_point))
     assert zero.shape == (4, 4)
     assert zero.unique().tolist() == [offset]
     assert not zero.signbit().any() or offset < 0
 
 
 def test_ones_have_the_dtype_of_the_model() -> None:
-    ones = Ones(result=TensorSpec(DType.BF16, (16,))).run("lin.pre_quant_scale", plain_module())
+    ones = run(Ones(result=TensorSpec(DType.BF16, (16,))), "lin.pre_quant_scale", plain_module())
     assert ones.dtype is torch.bfloat16
     assert ones.tolist() == [1.0] * 16
 
@@ -169,28 +177,28 @@ def test_ones_have_the_dtype_of_the_model() -> None:
 @pytest.mark.parametrize("entry", [PACKED_INT, INT8], ids=["words", "plain"])
 def test_dequantize_gives_plain_weights(entry: WeightFormat) -> None:
     operation = Dequantize(result=TensorSpec(DType.BF16, SHAPE))
-    values = operation.run("lin.weight", quantized_module(entry, zero_point=2))
+    values = run(operation, "lin.weight", quantized_module(entry, zero_point=2))
     assert torch.equal(values, (plain_codes() - 2) * torch.tensor(0.5, dtype=torch.bfloat16))
 
 
 def test_dequantize_refuses_values_that_become_infinite() -> None:
     operation = Dequantize(result=TensorSpec(DType.F16, SHAPE))
     with pytest.raises(PayloadError, match=r"lin.weight\[0, 0\]: expected a value within the range of float16"):
-        operation.run("lin.weight", quantized_module(scale=30000.0))
+        run(operation, "lin.weight", quantized_module(scale=30000.0))
 
 
 def test_a_module_decodes_its_weight_at_most_once() -> None:
     class Counting:
         decoded = 0
 
-        def decode(self, weight: StoredWeight, stored: dict[str, Tensor]) -> Codes:
+        def decode(self, weight: StoredWeight, stored: StoredTensors) -> Any:
             self.decoded += 1
             return weight.format.decode(weight, stored)
 
     module, codec = quantized_module(zero_point=1), Counting()
     counted = ModuleTensors(module.stored, module.weight, codec)
-    Repack(result=TensorSpec(DType.U8, (2, 16)), packing=INT4_ROW_PAIRS).run("lin.weight", counted)
-    AdditiveZero(result=TensorSpec(DType.F32, GRID)).run("lin.weight_zero", counted)
+    run(Repack(result=TensorSpec(DType.U8, (2, 16)), packing=INT4_ROW_PAIRS), "lin.weight", counted)
+    run(AdditiveZero(result=TensorSpec(DType.F32, GRID)), "lin.weight_zero", counted)
     assert codec.decoded == 1
 
 
@@ -204,7 +212,7 @@ def test_a_module_decodes_its_weight_at_most_once() -> None:
 )
 def test_an_inconsistent_plan_raises_an_assertion_error(operation: Operation, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
-        operation.run("lin.weight", plain_module())
+        run(operation, "lin.weight", plain_module())
 
 
 def test_labels_are_unique_and_loss_is_declared() -> None:

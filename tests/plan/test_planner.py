@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import SCHEMES, Built, config_group, int_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
+from on_tensors import on_tensors, stream_delivered
 from stored_schemes import Writer
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PlanError
 from trtllm_ct.engine.target import TARGETS
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding as rounding_layout
 from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.plan import Fate, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+round_once = on_tensors(rounding_layout.round_once)
 
 LAYER = "model.layers.0"
 Q, O, DOWN = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.down_proj"  # noqa: E741

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from on_tensors import SPARSE_BITMASK, view_of
 from stored_weights import specs_of
 
 from trtllm_ct.base.dtypes import DType
@@ -16,7 +17,6 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.checkpoint.source import Folder
-from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
 from trtllm_ct.plan.ranks.narrow import Rows
 from trtllm_ct.plan.stored import ExpertSlice, Shared, Whole, stored_modules
 
@@ -62,10 +62,10 @@ def test_rows_are_a_run_of_the_stored_tensor_and_share_its_memory(bounds: list[i
     begin, end = bounds
     view = rows(whole(), begin, end)
 
-    assert view.of(STORED).tolist() == WHOLE[begin:end].tolist()
+    assert view_of(view, STORED).tolist() == WHOLE[begin:end].tolist()
     assert view.runs == (Run("m.weight", 4 * begin, 4 * end),)
     assert view.stored_bytes == 16 * (end - begin)
-    assert begin == end or view.of(STORED).data_ptr() == WHOLE[begin].data_ptr()
+    assert begin == end or view_of(view, STORED).data_ptr() == WHOLE[begin].data_ptr()
 
 
 def test_all_rows_are_read_like_the_whole_tensor() -> None:
@@ -77,15 +77,15 @@ def test_rows_of_an_expert_begin_after_the_experts_and_rows_before(bounds: list[
     begin, end = bounds
     view = rows(expert(), begin, end)
 
-    assert view.of(STORED).tolist() == EXPERTS[1, 3 + begin : 3 + end].tolist()
+    assert view_of(view, STORED).tolist() == EXPERTS[1, 3 + begin : 3 + end].tolist()
     (run,) = view.runs
-    assert EXPERTS.reshape(-1)[run.begin : run.end].tolist() == view.of(STORED).reshape(-1).tolist()
+    assert EXPERTS.reshape(-1)[run.begin : run.end].tolist() == view_of(view, STORED).reshape(-1).tolist()
 
 
 def test_rows_of_rows_are_rows_of_the_whole_tensor() -> None:
     twice = rows(rows(whole(), 1, 5), 1, 3)
 
-    assert twice.of(STORED).tolist() == WHOLE[2:4].tolist()
+    assert view_of(twice, STORED).tolist() == WHOLE[2:4].tolist()
     assert twice.runs == (Run("m.weight", 8, 16),)
 
 
@@ -93,7 +93,7 @@ def test_rows_of_a_shared_tensor_are_read_from_the_other_module() -> None:
     shared = rows(Shared.of_view(whole()), 2, 3)
 
     assert shared.sources == ("m.weight",)
-    assert shared.of(STORED).tolist() == WHOLE[2:3].tolist()
+    assert view_of(shared, STORED).tolist() == WHOLE[2:3].tolist()
     assert shared.runs == (Run("m.weight", 8, 12),)
 
 
@@ -107,7 +107,7 @@ def test_for_rows_of_a_sparse_tensor_every_piece_is_read_whole(
     part = rows(view, begin, end)
 
     assert part.offset is None
-    assert torch.equal(part.of(pieces), dense[begin:end])
+    assert torch.equal(view_of(part, pieces), dense[begin:end])
     assert {run.name: (run.begin, run.end) for run in part.runs} == dict.fromkeys(pieces, (0, None))
     assert part.stored_bytes == view.stored_bytes == sum(piece.nbytes for piece in pieces.values())
 
@@ -120,8 +120,8 @@ def test_no_rows_of_a_sparse_tensor_need_no_piece(
     nothing = rows(view, 2, 2)
 
     assert nothing.sources == nothing.runs == ()
-    assert nothing.of({}).shape == (0, 8)
-    assert nothing.of({}).dtype is torch.bfloat16
+    assert view_of(nothing, {}).shape == (0, 8)
+    assert view_of(nothing, {}).dtype is torch.bfloat16
 
 
 def test_rows_of_a_restored_tensor_are_a_view_of_it() -> None:

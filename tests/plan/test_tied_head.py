@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import SCHEMES, rewrite_config, tiny_config, write_checkpoint
+from on_tensors import on_tensors
 from safetensors.torch import load_file
 from stored_schemes import Writer
 
 from trtllm_ct import convert_checkpoint, open_checkpoint, plan_checkpoint, verify_checkpoint
 from trtllm_ct.engine.target import TARGETS
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding as rounding_layout
 from trtllm_ct.plan.planner import make_plan
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+round_once = on_tensors(rounding_layout.round_once)
 
 TABLE, HEAD = "model.embed_tokens", "lm_head"
 Stored = dict[str, torch.Tensor]

@@ -18,13 +18,13 @@ import torch
 from builders import tiny_config, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from on_tensors import stream_delivered
 
 from trtllm_ct.base.errors import LoadError
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel, Rank
 from trtllm_ct.engine.target import ENGINES, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.plan import Delivery
 from trtllm_ct.plan.ranks.shard import plan_for_rank
 from trtllm_ct.serve.completeness import EXPERT_READS, LINEAR_READS, Reads, prove_complete, refuse_missing_modules

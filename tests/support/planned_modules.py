@@ -18,7 +18,7 @@ from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.holdings import holdings
 from trtllm_ct.layouts.packing import packed_words
-from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
+from trtllm_ct.pipeline.weight_mapper import CompressedTensorsWeightMapper
 from trtllm_ct.plan import deliver
 from trtllm_ct.plan.assign import candidates_of
 from trtllm_ct.plan.equalize import Part

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from on_tensors import NATIVE, arrays
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, FaultCollector
 from trtllm_ct.base.schemes import QuantArgs, TensorSpec
-from trtllm_ct.formats.codecs import NATIVE
 from trtllm_ct.pipeline.payload import check_payload
 from trtllm_ct.plan.plan import ModulePlan
 
@@ -53,7 +53,7 @@ def described(
 def payload_faults(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> list[Fault]:
     """Everything that is wrong with the values of module `lin`."""
     faults = FaultCollector()
-    check_payload(ModulePlan(name="lin", class_name="Linear", views={}, weight=weight), tensors, faults)
+    check_payload(ModulePlan(name="lin", class_name="Linear", views={}, weight=weight), arrays(tensors), faults)
     return faults.faults
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_tensors import on_tensors
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding as rounding_layout
 from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits
+
+round_once = on_tensors(rounding_layout.round_once)
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

@@ -13,7 +13,7 @@ from delivered_linears import decode_slowly, random_linear
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import PlanError
 from trtllm_ct.base.schemes import QuantAlgo
-from trtllm_ct.layouts.stored_array import StoredArray
+from trtllm_ct.layouts.torch_tensors import array_of
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.linear_layouts import LAYOUTS
 from trtllm_ct.verify.native import NativeWeight
@@ -43,7 +43,7 @@ class InMemory(SourceTensor):
 
 
 def in_memory(tensor: Tensor) -> InMemory:
-    stored = StoredArray.of_tensor(tensor)
+    stored = array_of(tensor)
     return InMemory(dtype=stored.dtype, shape=tuple(tensor.shape), stored=stored.elements)
 
 

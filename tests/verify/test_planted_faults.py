@@ -15,10 +15,11 @@ import torch
 from builders import Built, tiny_config, write_checkpoint
 from fused_experts import fuse_experts
 from mistral_form import write_native
+from on_tensors import Scaling
 
-from trtllm_ct.convert import units, worker
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.formats import codecs
+from trtllm_ct.layouts.torch_tensors import array_of, tensor_of
 from trtllm_ct.plan import ops, row_order
 from trtllm_ct.plan.models import fused_experts, mistral_names
 from trtllm_ct.plan.stored import ExpertSlice
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trtllm_ct.layouts.scales import Scaling
 
 DENSE = tiny_config(layers=1)
 WIDER = tiny_config(layers=1, hidden=256, intermediate=256, heads=2, kv_heads=2)
@@ -45,9 +45,9 @@ def dequantizing(change: Callable[[Tensor, Scaling], tuple[Tensor, Scaling]]) ->
     """Dequantize other codes or other scales than those that were decoded."""
     right = codecs.dequantize
 
-    def wrong(values: Tensor, packing: Any, element: Any, shape: Any, scaling: Scaling, dtype: Any) -> Tensor:
-        values, scaling = change(values, scaling)
-        return right(values, packing, element, shape, scaling, dtype)
+    def wrong(values: Any, packing: Any, element: Any, shape: Any, scaling: Any, dtype: Any) -> Any:
+        changed, other = change(tensor_of(values), Scaling.of(scaling))
+        return right(array_of(changed), packing, element, shape, other.arrays, dtype)
 
     return lambda patch: patch.setattr(codecs, "dequantize", wrong)
 
@@ -100,7 +100,7 @@ def experts_reversed(patch: pytest.MonkeyPatch) -> None:
 def experts_transposed(patch: pytest.MonkeyPatch) -> None:
     right = ExpertSlice.of
     patch.setattr(ExpertSlice, "offset", property(lambda _: None))
-    patch.setattr(ExpertSlice, "of", lambda view, stored: right(view, stored).T.contiguous())
+    patch.setattr(ExpertSlice, "of", lambda view, stored: array_of(tensor_of(right(view, stored)).T.contiguous()))
 
 
 def heads_not_reordered(patch: pytest.MonkeyPatch) -> None:
@@ -124,28 +124,23 @@ def gate_is_w3(patch: pytest.MonkeyPatch) -> None:
 def truncated(patch: pytest.MonkeyPatch) -> None:
     """Cut the lower bits of float32 off instead of rounding."""
 
-    def cut(values: Tensor, dtype: torch.dtype) -> Tensor:
-        bits = values.float().view(torch.int32) & ~0x1FFF
-        return bits.view(torch.float32).to(dtype)
+    def cut(values: Any, dtype: Any) -> Any:
+        bits = torch.from_numpy(values).float().view(torch.int32) & ~0x1FFF
+        return array_of(bits.view(torch.float32).to(dtype.torch_dtype))
 
     patch.setattr(ops, "round_once", cut)
 
 
 def delivering(operation: type[ops.Operation], change: Callable[[Tensor], object]) -> Plant:
-    """Change the tensors that an operation delivers, in place; loops that write them directly are not used."""
+    """Change the tensors that an operation delivers, in place."""
     right = operation.run
 
-    def wrong(self: ops.Operation, name: str, module: Any) -> Tensor:
-        tensor = right(self, name, module).clone()
+    def wrong(self: ops.Operation, name: str, module: Any) -> Any:
+        tensor = tensor_of(right(self, name, module)).clone()
         change(tensor)
-        return tensor
+        return array_of(tensor)
 
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(operation, "run", wrong)
-        for module in (units, worker):
-            patch.setattr(module, "is_direct", lambda _: False)
-
-    return plant
+    return lambda patch: patch.setattr(operation, "run", wrong)
 
 
 def last_nibble_off_by_one(packed: Tensor) -> None:

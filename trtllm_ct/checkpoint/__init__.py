@@ -7,9 +7,9 @@ hub/            repositories of the Hugging Face Hub
 object_store.py  other stores, through fsspec
 header.py       parse and check the header of one safetensors file
 catalog.py      every tensor of a directory by name, from the headers alone
-reader.py       tensors as views of memory-mapped files
-windows.py      parts of files, where the address space is limited
-byte_reader.py  tensors as plain bytes of memory-mapped files, without torch
+reader.py       tensors and their bytes as views of memory-mapped files
+read_errors.py  the errors for files that can't be read
+windows.py      maps of files, or of parts of them where the address space is limited
 open_files.py   descriptors of weight files, a few at a time
 runs.py         short reads from many tensors, without memory-mapping a file
 snapshot.py     the files that belong to a checkpoint directory, and which links may be followed

@@ -3,12 +3,12 @@
 Nothing is copied. A tensor is a view of the kernel's page cache: its bytes are read from disk when they are first
 touched, and the kernel can drop them again under memory pressure. A map costs address space, not memory, but a process
 may hold only a limited number of maps, so the reader keeps the most recently used ones. Whole files are mapped, but
-where the address space is limited, only windows of them.
+only windows of them where the address space is limited, and for callers whose memory must not grow with the file:
+pages that were touched count as memory of the process while they are mapped.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import OrderedDict
@@ -16,21 +16,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.memory_budget import available_memory
 from trtllm_ct.base.regular_files import open_regular
-from trtllm_ct.checkpoint.windows import WINDOW_BYTES, address_limit, map_window, window_of
+from trtllm_ct.checkpoint.read_errors import file_changed, read_error
+from trtllm_ct.checkpoint.windows import WINDOW_BYTES, address_limit, map_file, window_of
+from trtllm_ct.layouts.stored_array import StoredArray, numpy_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
     from trtllm_ct.checkpoint.catalog import Catalog, StoredTensor
 
-__all__ = ["Run", "TensorReader", "file_changed", "read_error"]
+__all__ = ["Run", "TensorReader"]
 
 _MAX_OPEN_MAPS = 16
 
@@ -62,7 +63,7 @@ class Run:
 
 
 class TensorReader:
-    """Reads tensors of a catalog by name.
+    """Reads tensors of a catalog by name; with `in_windows` it maps windows of files and not whole files.
 
     Only the parts of a tensor that are touched take memory, and clean pages are file cache.
     Keeps at most `_MAX_OPEN_MAPS` maps and no file descriptor. A tensor keeps the map that it views alive, even after
@@ -70,10 +71,10 @@ class TensorReader:
     thread only.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, *, in_windows: bool = False) -> None:
         self._catalog = catalog
-        self._maps: OrderedDict[tuple[str, int, int | None], torch.Tensor] = OrderedDict()
-        self._in_windows = address_limit() is not None
+        self._maps: OrderedDict[tuple[str, int, int | None], NDArray[np.uint8]] = OrderedDict()
+        self._in_windows = in_windows or address_limit() is not None
         self._available: int | None = None
         self._measured_at = -_MEMORY_CHECK_SECONDS
         self.bytes_read = 0
@@ -88,28 +89,38 @@ class TensorReader:
         """Release all maps; tensors that were returned stay valid, and a later `read` maps the file again."""
         self._maps.clear()
 
-    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Return the tensor `name`: contiguous, of the dtype and shape in the catalog, on the CPU.
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> StoredArray:
+        """Return the tensor `name`: contiguous, of the dtype and shape in the catalog.
 
         `begin` and `end` are element indices. The caller promises to use no element outside of that range: the others
         are not counted in `bytes_read`, are not read, and may even hold wrong values.
         The tensor is a view of a private map. Writing to it changes neither the file nor other processes, but it does
         change what this reader returns for the same bytes while it keeps the map. A payload that is not aligned to its
         item size is copied.
-        The storage of the tensor is the whole file or window, so clone a tensor before pickling it or sharing it with
-        another process.
         Raises `KeyError` for a name that is not in the catalog, and `CatalogError` when the file changed since the
         catalog was read.
         """
         tensor = self._catalog.tensors[name]
-        data = self._data(tensor)
+        data = self._data(tensor, 0, tensor.spec.nbytes)
         if len(data) < tensor.spec.nbytes:
             raise file_changed(tensor, f"{len(data)} of them")
         first, last = _bounds(tensor, begin, end)
         self.bytes_read += last - first
         if tensor.offset % tensor.spec.dtype.itemsize:
             data = _aligned(data, first, last)
-        return data.view(tensor.spec.dtype.torch_dtype).view(tensor.spec.shape)
+        return StoredArray(data.view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape), tensor.spec.dtype)
+
+    def read_bytes(self, name: str, begin: int, nbytes: int) -> memoryview:
+        """Return `nbytes` bytes of the tensor `name`, from its byte `begin` on, as a view of the map.
+
+        Raises what `read` raises; where the address space is limited, no more than these bytes are mapped at once.
+        """
+        tensor = self._catalog.tensors[name]
+        data = self._data(tensor, begin, nbytes)
+        if len(data) < nbytes:
+            raise file_changed(tensor, f"a file that ends before byte {tensor.offset + begin + nbytes}")
+        self.bytes_read += nbytes
+        return data.data
 
     def prefetch(self, runs: Iterable[Run]) -> int:
         """Ask the kernel to read runs into the file cache in the background; returns the number of bytes requested.
@@ -143,28 +154,29 @@ class TensorReader:
         first, last = _bounds(tensor, run.begin, run.end)
         return tensor.file, tensor.offset + first, tensor.offset + last
 
-    def _data(self, tensor: StoredTensor) -> torch.Tensor:
-        """Return the bytes of a tensor, fewer where the file ends before.
+    def _data(self, tensor: StoredTensor, first: int, nbytes: int) -> NDArray[np.uint8]:
+        """Return bytes of a tensor from its byte `first` on, fewer where the file ends before.
 
         Reuses an existing map; a new one replaces the least recently used maps when there are too many.
         """
-        nbytes = tensor.spec.nbytes
-        begin, end = window_of(tensor.offset, nbytes) if self._in_windows else (0, None)
+        offset = tensor.offset + first
+        begin, end = window_of(offset, nbytes) if self._in_windows else (0, None)
         key = (tensor.file, begin, end)
         if key not in self._maps:
             try:
-                self._maps[key] = _map_file(self._catalog.directory / tensor.file, begin, end)
-            except (OSError, RuntimeError) as error:
+                with open_regular(self._catalog.directory / tensor.file) as descriptor:
+                    self._maps[key] = map_file(descriptor, begin, end)
+            except OSError as error:
                 raise read_error(tensor, error) from None
             self._drop_unused()
         self._maps.move_to_end(key)
-        return self._maps[key][tensor.offset - begin : tensor.offset - begin + nbytes]
+        return self._maps[key][offset - begin : offset - begin + nbytes]
 
     def _drop_unused(self) -> None:
         """Drop the maps that were not used for longest, but never the last one."""
-        mapped = sum(data.numel() for data in self._maps.values()) if self._in_windows else 0
+        mapped = sum(len(data) for data in self._maps.values()) if self._in_windows else 0
         while len(self._maps) > 1 and (len(self._maps) > _MAX_OPEN_MAPS or mapped > _MAX_WINDOW_BYTES):
-            mapped -= self._maps.popitem(last=False)[1].numel()
+            mapped -= len(self._maps.popitem(last=False)[1])
 
     def _advise(self, file: str, ranges: list[tuple[int, int]]) -> None:
         with suppress(OSError):  # only a hint: an error of the file will show when the file is read
@@ -176,70 +188,17 @@ class TensorReader:
                 os.close(descriptor)
 
 
-def _map_file(path: Path, begin: int, end: int | None) -> torch.Tensor:
-    """Map a file into memory, or a window of it, and return its bytes.
-
-    Unlike `mmap.mmap`, torch closes the file. With shared=False, writing to a page copies it.
-    """
-    import torch
-
-    with open_regular(path) as descriptor:
-        if end is not None:
-            return map_window(descriptor, begin, end)
-        size = os.fstat(descriptor).st_size
-        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-
-
-_CAUSES = {
-    errno.EIO: "Check the disk that the file is on, or get the file again.",
-    errno.ENOMEM: "Raise the limit of address space of this process (`ulimit -v`), or of its memory.",
-    errno.EMFILE: "Raise the limit of open files of this process (`ulimit -n`).",
-    errno.ENFILE: "Too many files are open on this machine: end other programs, or raise the system's limit.",
-}
-"""What helps when a file is as it was, but can't be read or mapped."""
-
-
-def read_error(tensor: StoredTensor, error: OSError | RuntimeError) -> CatalogError:
-    """Return the error for a file that can't be read or mapped.
-
-    It changed, a limit of this process is reached, or the disk fails.
-    """
-    code = getattr(error, "errno", None)
-    if code not in _CAUSES:
-        return file_changed(tensor, str(error))
-    return CatalogError(
-        Fault(
-            where=f"{tensor.file}: {tensor.name}",
-            expected=f"that {tensor.spec.nbytes} bytes at byte {tensor.offset} can be read",
-            found=str(error.args[1]),
-            remedy=_CAUSES[code],
-        )
-    )
-
-
-def file_changed(tensor: StoredTensor, found: str) -> CatalogError:
-    """Return the error for a file that no longer matches the header that was read from it."""
-    return CatalogError(
-        Fault(
-            where=f"{tensor.file}: {tensor.name}",
-            expected=f"{tensor.spec.nbytes} bytes at byte {tensor.offset}, as when the header was read",
-            found=found,
-            remedy="The file changed or vanished while it was in use: wait until it is complete and start again.",
-        )
-    )
-
-
 def _bounds(tensor: StoredTensor, begin: int, end: int | None) -> tuple[int, int]:
     """Return begin and end of a range of elements, in bytes from the start of the tensor."""
     size = tensor.spec.dtype.itemsize
     return begin * size, (tensor.spec.numel if end is None else end) * size
 
 
-def _aligned(data: torch.Tensor, first: int, last: int) -> torch.Tensor:
+def _aligned(data: NDArray[np.uint8], first: int, last: int) -> NDArray[np.uint8]:
     """Return a copy in memory of its own, in which only the bytes from `first` up to `last` are filled in."""
-    import torch
+    import numpy as np
 
-    copy = torch.empty_like(data)
+    copy = np.empty_like(data)
     copy[first:last] = data[first:last]
     return copy
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.checkpoint.reader import Run, file_changed, read_error
+from trtllm_ct.checkpoint.read_errors import file_changed, read_error
+from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.checkpoint.source import Part
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Windows of files, for processes whose address space is limited: a whole file may not fit into it."""
+"""Maps of files, and of windows of them for processes whose address space is limited: a whole file may not fit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from weakref import finalize
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
 
-__all__ = ["WINDOW_BYTES", "address_limit", "map_window", "window_of"]
+__all__ = ["WINDOW_BYTES", "address_limit", "map_file", "window_of"]
 
 WINDOW_BYTES = 64 << 20
 """Windows begin and end at multiples of this, so that neighbouring tensors share one."""
@@ -35,16 +36,17 @@ def window_of(first: int, nbytes: int) -> tuple[int, int]:
     return first // WINDOW_BYTES * WINDOW_BYTES, end
 
 
-def map_window(descriptor: int, begin: int, end: int) -> torch.Tensor:
+def map_file(descriptor: int, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
     """Return the bytes of an open file from `begin` up to `end`, or up to its end, as a private map.
 
-    The map needs no descriptor, which `mmap.mmap` would keep for as long as a tensor is alive. Raises `OSError`.
+    The map needs no descriptor, which `mmap.mmap` would keep for as long as an array is alive. Raises `OSError`.
     """
-    import torch
+    import numpy as np
 
-    nbytes = min(end, os.fstat(descriptor).st_size) - begin
+    size = os.fstat(descriptor).st_size
+    nbytes = (size if end is None else min(end, size)) - begin
     if nbytes <= 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return np.empty(0, np.uint8)
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
@@ -55,4 +57,4 @@ def map_window(descriptor: int, begin: int, end: int) -> torch.Tensor:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     buffer = (ctypes.c_ubyte * nbytes).from_address(address)
     finalize(buffer, library.munmap, address, nbytes)
-    return torch.frombuffer(buffer, dtype=torch.uint8)
+    return np.frombuffer(memoryview(buffer), np.uint8)

@@ -7,7 +7,6 @@ processes, then write payloads directly to their places, without waiting for the
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from collections import OrderedDict
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
-    import torch
     from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.checkpoint.write_plan import PlannedFile
+    from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = [
     "Piece",
@@ -176,24 +175,22 @@ class TensorWriter:
         """Close all files."""
         self._files.close()
 
-    def write(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
+    def write(self, name: str, tensor: StoredArray, row: int | None = None) -> None:
         """Write the tensor `name` to its place, or some of its rows, of which `row` is the first.
 
         Nothing is copied on the way. Raises `ValueError` for a tensor that does not fit the plan: unknown, of another
-        dtype or shape, already written, not contiguous, or not in CPU memory. Each of these is a mistake of the caller,
-        never of a checkpoint.
+        dtype or shape, already written, or not contiguous. Each of these is a mistake of the caller, never of a
+        checkpoint.
         """
         if name not in self._plan.places:
             raise ValueError(f"{name} is not among the planned tensors")
         spec = self._plan.places[name].spec
         shape = spec.shape if row is None else (tensor.shape[0], *spec.shape[1:])
-        if tensor.dtype != spec.dtype.torch_dtype or tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} was planned as {spec}, not {tensor.dtype} {list(tensor.shape)}")
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous in CPU memory, not on {tensor.device}, strides {tensor.stride()}"
-            )
-        self.write_bytes(name, _tensor_bytes(tensor), row * (spec.nbytes // spec.shape[0]) if row else 0)
+        if tensor.dtype is not spec.dtype or tensor.shape != shape:
+            raise ValueError(f"{name} was planned as {spec}, not {tensor.spec}")
+        if not tensor.elements.flags.c_contiguous:
+            raise ValueError(f"{name} must be contiguous, not with strides {tensor.elements.strides}")
+        self.write_bytes(name, tensor.data, row * (spec.nbytes // spec.shape[0]) if row else 0)
 
     def write_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:
         """Write bytes of the tensor `name` to their place, starting `begin` bytes after the tensor's first one.
@@ -277,7 +274,7 @@ class ShardedWriter:
         """Close all files."""
         self._writer.close()
 
-    def write(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
+    def write(self, name: str, tensor: StoredArray, row: int | None = None) -> None:
         """Write a tensor, or some of its rows, to its place; see `TensorWriter.write`."""
         self._writer.write(name, tensor, row)
 
@@ -320,15 +317,6 @@ class _OpenFiles:
             self._descriptors[file] = file_calls.open_file(file, self._folder.descriptor, self._flags)
         self._descriptors.move_to_end(file)
         return self._descriptors[file]
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor as a view, which is valid only while the tensor is alive.
-
-    The view is made from the tensor's address, because NumPy has no dtype for bfloat16 and float8.
-    """
-    size = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
 def _is_created(folder: Folder, file: PlannedFile) -> bool:

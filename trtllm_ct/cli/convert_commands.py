@@ -75,7 +75,6 @@ def convert(
         ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where tensors are converted: cpu or cuda.")] = "cpu",
     executor: Annotated[
         ExecutorName, typer.Option(help="Run the work in threads of this process, or in the ranks that mpirun started.")
     ] = THREADS,
@@ -112,7 +111,6 @@ def convert(
             force=force,
             sync=not no_sync,
             max_shard_bytes=max_shard_bytes,
-            device=device,
             executor=executor,
             workers=workers,
             on_start=on_start,

@@ -9,7 +9,6 @@ coordinate.py    submits the units, records the finished ones and collects their
 executors.py     run the units: threads, or the ranks of an MPI job
 worker.py        reads, checks, converts and writes one unit
 tiles.py         converts the large tensors of a module a few rows at a time
-direct.py        converts modules with compiled loops, without torch
 journal.py       records the finished units, so that a stopped run can resume
 source_files.py  the identity and samples of source files: are they still what the plan was made from?
 """

@@ -136,7 +136,6 @@ def convert_checkpoint(
     sync: bool = ...,
     carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
-    device: str = ...,
     executor: Literal["threads"] = ...,
     workers: int | None = ...,
     on_start: Started | None = ...,
@@ -162,7 +161,6 @@ def convert_checkpoint(
     sync: bool = ...,
     carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
-    device: str = ...,
     executor: str,
     workers: int | None = ...,
     on_start: Started | None = ...,
@@ -189,7 +187,6 @@ def convert_checkpoint(
     sync: bool = True,
     carry: Collection[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    device: str = "cpu",
     executor: str = "threads",
     workers: int | None = None,
     on_start: Started | None = None,
@@ -234,15 +231,13 @@ def convert_checkpoint(
         "strict": strict,
         "parallel": parallel,
     }
-    # The collector finds nothing to free: tiles and their plans form no reference cycles. One pass over all objects
-    # that torch creates takes half a second.
+    # The collector finds nothing to free: tiles and their plans form no reference cycles.
     with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
         # On one rank only: the others would wait forever for one that ends before they have work.
         _require_one_of("--to", to, DIRECTORY_TARGETS)
         _require_one_of("--dtype", dtype, DENSE_DTYPES)
-        _require_device(device)
         _require_shard_size(max_shard_bytes)
         check_output_place(directory, out)
         options["dtype"] = None if dtype == "auto" else DType.from_torch(dtype)
@@ -252,7 +247,6 @@ def convert_checkpoint(
                 directory=directory.absolute(),
                 options=options,
                 max_shard_bytes=max_shard_bytes,
-                device=device,
                 files=partial,
             )
             with source_errors(directory):
@@ -294,25 +288,5 @@ def _require_shard_size(max_shard_bytes: int) -> None:
                 expected="at least one byte",
                 found=str(max_shard_bytes),
                 remedy="Leave it out for files of 5 GB.",
-            )
-        )
-
-
-def _require_device(device: str) -> None:
-    if device == "cpu":
-        return  # Don't import torch: the import takes a second, in which many bytes can be copied.
-    import torch
-
-    try:
-        usable = torch.device(device).type == "cpu" or torch.empty(0, device=device).is_cuda
-    except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
-        raise UsageError(
-            Fault(
-                where="--device",
-                expected="cpu, or cuda on a machine with a GPU and a torch that was built for it",
-                found=repr(device),
-                remedy="Leave --device out to convert on the CPU.",
             )
         )

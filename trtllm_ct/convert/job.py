@@ -47,7 +47,6 @@ class Job:
     directory: Path
     options: Mapping[str, Any]
     max_shard_bytes: int
-    device: str
     files: Folder
 
 
@@ -71,7 +70,7 @@ class Conversion:
                 plan.places or plan.stacks,
                 ranks=plan.build_config is not None,
             )
-            self.units = plan_units(plan, self.write_plan, device=job.device)
+            self.units = plan_units(plan, self.write_plan)
         self.locks = file_locks(self.write_plan)
 
     @classmethod

@@ -17,7 +17,7 @@ from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.regular_files import open_regular, read_at
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from trtllm_ct.checkpoint.open_files import OpenFiles
-from trtllm_ct.checkpoint.reader import file_changed, read_error
+from trtllm_ct.checkpoint.read_errors import file_changed, read_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,26 +9,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.convert.direct import is_copied
 from trtllm_ct.plan.ranks.narrow import Rows, can_narrow, narrow, row_unit, weight_rows, weight_rows_per_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
-    from torch import Tensor
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
+    from trtllm_ct.pipeline.mapper import ModuleMapper
+    from trtllm_ct.plan.plan import Delivery, ModulePlan
 
-    from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
-    from trtllm_ct.plan.plan import ModulePlan
+__all__ = ["TILE_BYTES", "converted_tensors", "is_copied"]
 
-__all__ = ["TILE_BYTES", "converted_tensors"]
+TILE_BYTES = 2 * 2**20
+"""Approximate delivered bytes of one tile: about the size of a core's second-level cache.
 
-TILE_BYTES = 4 * 2**20
-"""Approximate delivered bytes of one tile."""
+The memory of an array of this size is used again for the next one; that of a larger one would be fresh, page by page.
+"""
+
+
+def is_copied(delivery: Delivery, module: ModulePlan) -> bool:
+    """Whether a delivered tensor has the same bytes as one contiguous range of a stored tensor."""
+    source = delivery.operation.source
+    return delivery.operation.same_bytes and source is not None and module.views[source].offset is not None
 
 
 def converted_tensors(
-    module: ModulePlan, local: Mapping[str, Tensor], mapper: CompressedTensorsWeightMapper
-) -> Iterator[tuple[str, Tensor, int | None]]:
+    module: ModulePlan, local: StoredTensors, mapper: ModuleMapper
+) -> Iterator[tuple[str, StoredArray, int | None]]:
     """Yield the delivered tensors of a module that are converted rather than copied.
 
     Each item is the name of a delivered tensor, a tensor, and the first delivered row that the tensor holds; the row is
@@ -42,9 +49,13 @@ def converted_tensors(
     for delivery in converted:
         if delivery.name not in tiled_names:
             yield delivery.name, mapper.run(module, delivery, module_tensors), None
-    for begin, end in tiles:
-        tile = narrow(module, begin, end)
-        tile_tensors = mapper.tensors(tile, _tensors_of_tile(tile, local), begin)
+    # All tiles but the last have as many rows, so that one plan serves them.
+    first_tile = narrow(module, *tiles[0]) if tiles else module
+    for number, (begin, end) in enumerate(tiles):
+        is_last = number and end - begin < tiles[0][1]
+        tile = narrow(module, begin, end) if is_last else first_tile
+        tile_local = _tensors_of_tile(tile, local, 0 if is_last else number)
+        tile_tensors = mapper.tensors(tile, tile_local, begin)
         for delivery in tile.deliveries:
             if delivery.name in tiled_names:
                 first_row = begin // weight_rows_per_row(delivery.operation, module.weight)
@@ -81,10 +92,13 @@ def _tiled_names(module: ModulePlan, begin: int, end: int) -> frozenset[str]:
     )
 
 
-def _tensors_of_tile(tile: ModulePlan, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the stored tensors of a tile by local name, as views of the stored tensors of the module."""
+def _tensors_of_tile(tile: ModulePlan, local: StoredTensors, number: int) -> dict[str, StoredArray]:
+    """Return the stored tensors of a tile by local name, as views of the stored tensors of the module.
+
+    They begin `number` times as many rows as the tile has behind those that its plan names.
+    """
     return {
-        name: view.of_whole(local[name]) if isinstance(view, Rows) else local[name]
+        name: view.of_whole(local[name], number * view.spec.numel) if isinstance(view, Rows) else local[name]
         for name, view in tile.views.items()
         if name in local
     }

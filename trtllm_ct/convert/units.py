@@ -10,14 +10,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtllm_ct.convert.direct import is_copied, is_direct
-from trtllm_ct.pipeline.payload import has_values_to_check
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from trtllm_ct.checkpoint.write_plan import WritePlan
-    from trtllm_ct.plan.plan import ModulePlan, Plan
+    from trtllm_ct.plan.plan import Plan
 
 __all__ = ["Unit", "plan_units"]
 
@@ -40,26 +37,16 @@ class Unit:
     nbytes: int
 
 
-def plan_units(plan: Plan, write_plan: WritePlan, *, device: str = "cpu") -> tuple[Unit, ...]:
-    """Group all modules of a plan that deliver anything into units; operations will run on `device`.
+def plan_units(plan: Plan, write_plan: WritePlan) -> tuple[Unit, ...]:
+    """Group all modules of a plan that deliver anything into units.
 
-    Each module is in exactly one unit. A unit needs torch when some of its tensors are neither copied nor converted by
-    compiled loops alone. Units that don't need torch come first, except that the second unit is one that needs torch:
-    it starts the import, and the units without torch are converted in the meantime. Otherwise units follow the order of
-    the plan, interleaved over `FILES_AT_ONCE` output files that are filled at the same time.
+    Each module is in exactly one unit. Units follow the order of the plan, interleaved over `FILES_AT_ONCE` output
+    files that are filled at the same time.
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
         groups.setdefault(module.fused_linear or module.name, []).append(position)
-    groups_without_torch: list[tuple[int, ...]] = []
-    groups_with_torch: list[tuple[int, ...]] = []
-    for group in groups.values():
-        needs_torch = any(_needs_torch(plan.modules[position], device) for position in group)
-        (groups_with_torch if needs_torch else groups_without_torch).append(tuple(group))
-    batches = _interleave(_batches(plan, groups_without_torch), plan, write_plan)
-    torch_batches = _interleave(_batches(plan, groups_with_torch), plan, write_plan)
-    batches[1:1] = torch_batches[:1]
-    batches += torch_batches[1:]
+    batches = _interleave(_batches(plan, groups.values()), plan, write_plan)
     return tuple(
         Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules)) for number, modules in enumerate(batches)
     )
@@ -84,16 +71,7 @@ def _interleave(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: Writ
     return sorted((batch for _, _, _, batch in interleaved), key=lambda batch: -(_nbytes(plan, batch) // _LARGE))
 
 
-def _needs_torch(module: ModulePlan, device: str) -> bool:
-    """Whether checking or converting a module runs torch operations."""
-    if module.pieces:
-        return any(_needs_torch(piece, device) for piece in module.pieces)
-    if device == "cpu" and is_direct(module):
-        return False
-    return has_values_to_check(module) or not all(is_copied(delivery, module) for delivery in module.deliveries)
-
-
-def _batches(plan: Plan, groups: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+def _batches(plan: Plan, groups: Iterable[Iterable[int]]) -> Iterator[tuple[int, ...]]:
     """Combine consecutive groups into batches of about `UNIT_BYTES`; modules that deliver nothing are left out."""
     batch: list[int] = []
     remaining = UNIT_BYTES

@@ -7,18 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import CheckpointError
-from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.windows import WINDOW_BYTES
 from trtllm_ct.checkpoint.write_plan import merged_ranges
 from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_intact
-from trtllm_ct.convert.direct import DirectConverter, is_copied, is_direct
 from trtllm_ct.convert.journal import UnitRecord
 from trtllm_ct.convert.source_files import sample_hash
-from trtllm_ct.convert.tiles import converted_tensors
+from trtllm_ct.convert.tiles import converted_tensors, is_copied
 from trtllm_ct.pipeline.fused_scalars import FusedScalars
-from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
+from trtllm_ct.pipeline.mapper import ModuleMapper
 from trtllm_ct.pipeline.payload import has_values_to_check
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ def _converted(conversion: Conversion, unit: Unit, sample: str, *, ahead: int, w
     """Convert a unit, whose source has the hash `sample`."""
     number = unit.number
     with (
-        TensorReader(conversion.checkpoint.catalog) as reader,
+        TensorReader(conversion.checkpoint.catalog, in_windows=True) as reader,
         TensorWriter(conversion.job.files, conversion.write_plan, conversion.locks) as writer,
     ):
         following = conversion.units[number + ahead : number + ahead + 1] if ahead else ()
@@ -126,19 +124,13 @@ class _UnitConverter:
     errors: list[CheckpointError] = field(default_factory=list)
     seen: list[tuple[str, str]] = field(default_factory=list)
     fused_scalars: FusedScalars = field(default_factory=FusedScalars)
-    mapper: CompressedTensorsWeightMapper = field(init=False)
-    byte_reader: ByteReader = field(init=False)
-    direct: DirectConverter = field(init=False)
+    mapper: ModuleMapper = field(init=False)
 
     def __post_init__(self) -> None:
-        self.byte_reader = ByteReader(self.conversion.checkpoint.catalog)
-        self.direct = DirectConverter(self.byte_reader)
         # The callback must not refer to `self`: the reference cycle would keep files open until the garbage collector
         # runs, and the collector is paused during a conversion.
         seen = self.seen
-        self.mapper = CompressedTensorsWeightMapper(
-            device=self.conversion.job.device, on_warning=lambda module, warning: seen.append((module, warning))
-        )
+        self.mapper = ModuleMapper(on_warning=lambda module, warning: seen.append((module, warning)))
 
     def convert(self, module: ModulePlan) -> None:
         """Convert and write one module; if its values are wrong, keep the error and write nothing more."""
@@ -152,9 +144,8 @@ class _UnitConverter:
             if self.writer is not None:
                 for delivery in copied:
                     self._copy(self.writer, module, delivery)
-            copying_is_not_enough = has_values_to_check(module) or len(copied) < len(module.deliveries)
-            if copying_is_not_enough and not self._convert_directly(module):
-                self._convert_with_torch(module)
+            if has_values_to_check(module) or len(copied) < len(module.deliveries):
+                self._convert_values(module)
         except CheckpointError as error:
             self.errors.append(error.with_traceback(None))  # The frames of a traceback keep files open.
             self.writer = None
@@ -171,21 +162,16 @@ class _UnitConverter:
         first = (view.offset or 0) * view.spec.dtype.itemsize
         for begin in range(0, view.spec.nbytes or 1, WINDOW_BYTES):
             nbytes = min(WINDOW_BYTES, view.spec.nbytes - begin)
-            writer.write_bytes(delivery.name, self.byte_reader.read(view.sources[0], first + begin, nbytes), begin)
+            writer.write_bytes(delivery.name, self.reader.read_bytes(view.sources[0], first + begin, nbytes), begin)
 
-    def _convert_directly(self, module: ModulePlan) -> bool:
-        """Convert a module without torch, if that is possible; return whether it was converted."""
-        on_cpu = self.conversion.job.device == "cpu"
-        return on_cpu and is_direct(module) and self.direct.convert(module, self.writer)
-
-    def _convert_with_torch(self, module: ModulePlan) -> None:
+    def _convert_values(self, module: ModulePlan) -> None:
         """Check the values of a module, and convert and write all tensors that are not copied."""
         stored = {run.name: self.reader.read(run.name, run.begin, run.end) for run in module.runs}
         local = self.mapper.checked(module, stored)
         scalars = {}
         for name, tensor, row in converted_tensors(module, local, self.mapper):
-            if row is None and tensor.numel() == 1:
+            if row is None and tensor.elements.size == 1:
                 scalars[name] = tensor
             if self.writer is not None:
-                self.writer.write(name, tensor.cpu(), row)
+                self.writer.write(name, tensor, row)
         self.fused_scalars.check(module, scalars)

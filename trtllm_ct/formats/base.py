@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from enum import auto
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, Element, Packing, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.base.str_enum import StrEnum
-from trtllm_ct.layouts.loops.dispatch import unpack_codes
+from trtllm_ct.layouts.floats import LARGEST
+from trtllm_ct.layouts.loops.dispatch import repack, unpack_codes
+from trtllm_ct.layouts.packing import INT8_PLAIN
+from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
     from trtllm_ct.base.errors import FaultCollector
 
@@ -105,6 +110,22 @@ class StoredWeight:
         """The shape of the scale as (rows, groups); 1 if all rows or all columns share a scale."""
         return scale_shape(self.args, self.shape)
 
+    def scale_in(self, stored: StoredTensors) -> StoredArray:
+        """Return the stored scale; bytes are E4M3 if the weight has a divisor (NVFP4), else exponents (MX)."""
+        scale = stored[self.scale]
+        if scale.dtype.itemsize > 1:
+            return scale
+        return scale.read_as(DType.F8_E8M0 if self.divisor is None else DType.F8_E4M3)
+
+    def bound_in(self, stored: StoredTensors) -> float:
+        """Return a number that no absolute value of the weight exceeds: the largest scale times the largest code.
+
+        The scale must be valid.
+        """
+        code = LARGEST.get(self.element) or 2.0 ** (self.args.num_bits - (0 if self.has_zero_point else 1))
+        divisor = 1.0 if self.divisor is None else float(stored[self.divisor])
+        return code * self.scale_in(stored).largest / divisor if divisor else 0.0
+
     @property
     def block_rows(self) -> int:
         """The number of rows that share one row of scales."""
@@ -116,33 +137,38 @@ class StoredWeight:
         return self.args.block_structure[1] if self.args.block_structure else self.args.group_size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Codes:
     """A weight between stored and delivered form: `value = (code - zero_point) * scale / divisor`.
 
     `values` are the codes, packed as `packing` says; for float8 codes `packing` is None and `values` has shape [N, K].
     `scale` has shape (rows, groups); it is a float of any width, or uint8 for powers of two (E8M0).
-    `zero_point` is int8 of the same shape, or packed as `zero_point_packing` says. `divisor` is one float32 element.
+    `zero_point` is int8 of the same shape, or packed as `zero_point_packing` says. `divisor` is a float32 number.
     `group_index` has an integer for each column. Each of these three is None if the weight has none.
     """
 
-    values: Tensor
+    values: StoredArray
     packing: Packing | None
     shape: tuple[int, int]
-    scale: Tensor
+    scale: StoredArray
     element: Element = Element.INT
-    zero_point: Tensor | None = None
+    zero_point: StoredArray | None = None
     zero_point_packing: Packing | None = None
-    divisor: Tensor | None = None
-    group_index: Tensor | None = None
+    divisor: float | None = None
+    group_index: StoredArray | None = None
 
     @property
-    def plain_zero_point(self) -> Tensor | None:
+    def plain_zero_point(self) -> NDArray[np.int8] | None:
         """The zero point as int8 (rows, groups), unpacked if it is stored packed."""
         if self.zero_point is None or self.zero_point_packing is None:
-            return self.zero_point
+            return None if self.zero_point is None else self.zero_point.elements
         rows, groups = self.scale.shape
-        return unpack_codes(self.zero_point, self.zero_point_packing, (rows, groups))
+        return unpack_codes(self.zero_point.elements, self.zero_point_packing, (rows, groups))
+
+    def repacked(self, packing: Packing) -> StoredArray:
+        """Return integer codes or small floats in another packing."""
+        words = repack(self.values.elements, self.packing or INT8_PLAIN, packing, self.shape)
+        return StoredArray(words, packing.container)
 
 
 class WeightFormat(ABC):
@@ -181,11 +207,11 @@ class WeightFormat(ABC):
         """
 
     @abstractmethod
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return the stored tensors as `Codes`; whatever can stay packed is not unpacked."""
 
     @abstractmethod
-    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, StoredArray]:
         """Return tensors by local name, as compressed-tensors writes them; this is the inverse of `decode`."""
 
 

@@ -15,15 +15,13 @@ from trtllm_ct.layouts.floats import element_fields
 from trtllm_ct.layouts.loops.dispatch import dequantize
 from trtllm_ct.layouts.packing import INT8_PLAIN, pack_fields
 from trtllm_ct.layouts.scales import Scaling
+from trtllm_ct.layouts.stored_array import StoredArray, scalar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from torch import Tensor
-
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.schemes import Packing
     from trtllm_ct.formats.base import Codes, StoredWeight
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = ["LIBRARY", "NATIVE", "Codec"]
 
@@ -31,21 +29,21 @@ __all__ = ["LIBRARY", "NATIVE", "Codec"]
 class Codec(Protocol):
     """Decodes the stored tensors of one module, given by local name, to codes or to plain weights."""
 
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return the codes, scale and zero point of the weight."""
 
-    def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, weight: StoredWeight, stored: StoredTensors, dtype: DType) -> StoredArray:
         """Return the dequantized weight, [N, K] of `dtype`."""
 
 
 class _NativeCodec:
     """Decodes with the formats of this package; a dequantized element is the exact value, rounded once."""
 
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return what the format of the weight decodes; codes stay packed where the format allows it."""
         return weight.format.decode(weight, stored)
 
-    def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, weight: StoredWeight, stored: StoredTensors, dtype: DType) -> StoredArray:
         """Return the weight, [N, K] of `dtype`, rounded once; elements beyond the range of `dtype` become infinite."""
         codes = self.decode(weight, stored)
         scaling = Scaling(
@@ -53,8 +51,8 @@ class _NativeCodec:
             zero_point=codes.plain_zero_point,
             group_columns=weight.group_columns,
             block_rows=weight.block_rows,
-            group_index=codes.group_index,
-            divisor=codes.divisor,
+            group_index=None if codes.group_index is None else codes.group_index.elements,
+            divisor=1.0 if codes.divisor is None else codes.divisor,
         )
         return dequantize(codes.values, codes.packing, codes.element, codes.shape, scaling, dtype)
 
@@ -67,7 +65,7 @@ class _LibraryCodec:
     whose last group is not full; and what the installed release does, see `library.py: LINES`.
     """
 
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return codes that the library unpacked: integers as int8 [N, K]; small floats are then packed again.
 
         Codes that are not packed, or that the library can't unpack, come from the format of this package.
@@ -80,7 +78,7 @@ class _LibraryCodec:
         if codes.element is not Element.INT:
             return replace(codes, values=_library_fields(codes, codes.packing))
         bits = weight.args.num_bits
-        zero_point = codes.plain_zero_point
+        zero_point = codes.zero_point
         if weight.zero_point is not None and weight.zero_point_packing is not None:
             # Old writers stored surplus columns after the last group; the library does not expect them.
             packed = stored[weight.zero_point][:, : weight.scale_shape[1]]
@@ -88,7 +86,7 @@ class _LibraryCodec:
         values = library.unpack_integers(codes.values, bits, weight.shape)
         return replace(codes, values=values, packing=INT8_PLAIN, zero_point=zero_point, zero_point_packing=None)
 
-    def dequantize(self, weight: StoredWeight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, weight: StoredWeight, stored: StoredTensors, dtype: DType) -> StoredArray:
         """Return the weight, [N, K] of `dtype`; the library computes in the dtype of the scale."""
         codes = self.decode(weight, stored)
         reads = library.installed_line().reads(weight)
@@ -99,8 +97,8 @@ class _LibraryCodec:
         if weight.divisor is not None and codes.divisor is not None:
             # An expert that calibration never reached has a stored divisor of 0. The library would turn that into
             # NaN; with the infinite divisor that decode returns, it computes zeros.
-            tensors[weight.divisor] = codes.divisor
-        return library.decompress(weight, tensors).to(dtype)
+            tensors[weight.divisor] = scalar(codes.divisor)
+        return library.decompress(weight, tensors, dtype)
 
 
 def _has_full_groups(weight: StoredWeight) -> bool:
@@ -108,12 +106,12 @@ def _has_full_groups(weight: StoredWeight) -> bool:
     return weight.shape[1] % (weight.args.group_size or 1) == 0
 
 
-def _library_fields(codes: Codes, packing: Packing) -> Tensor:
+def _library_fields(codes: Codes, packing: Packing) -> StoredArray:
     """Return small floats as packed codes: the library unpacks them to values, which are packed again here."""
     rows, columns = codes.shape
     capacity = codes.values.shape[1] * packing.container.bits // packing.bits
     values = library.unpack_small_floats(codes.values, codes.element, (rows, capacity))[:, :columns]
-    return pack_fields(element_fields(values, codes.element), packing)
+    return StoredArray(pack_fields(element_fields(values.numbers, codes.element), packing), packing.container)
 
 
 NATIVE: Codec = _NativeCodec()

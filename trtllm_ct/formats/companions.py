@@ -1,4 +1,4 @@
-"""Header checks that integer and float8 formats share: are the codes, scale and zero point there, in the right shape?
+"""What integer and float8 formats share: checks of headers, and how unpacked zero points are read.
 
 Writers have stored a scale per tensor as [], [1] and [1, 1], a scale per row as [N], [N, 1] and [1, N], and a scale per
 block as [A, B] and [A, 1, B, 1]. So a scale whose expected shape has at most one axis longer than 1 is checked by its
@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import QuantArgs, Strategy, TensorSpec
-from trtllm_ct.formats.base import StoredSpecs, scale_shape
+from trtllm_ct.formats.base import StoredSpecs, StoredWeight, scale_shape
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
     from trtllm_ct.base.errors import FaultCollector
 
-__all__ = ["LOST_SCALE", "check_codes", "check_plain_zero_point", "check_scale", "check_shape", "scale_name"]
+__all__ = [
+    "LOST_SCALE",
+    "check_codes",
+    "check_plain_zero_point",
+    "check_scale",
+    "check_shape",
+    "plain_zero_point",
+    "scale_name",
+]
 
 LOST_SCALE = (
     "Without its scale the weight has no value: fetch the shard that holds it from where the checkpoint was published."
@@ -113,6 +122,11 @@ def check_plain_zero_point(
             remedy="Check strategy and group_size in config_groups against the tool that wrote the file"
             + ("; or remove the zero points, if the scheme really is symmetric." if args.symmetric else "."),
         )
+
+
+def plain_zero_point(weight: StoredWeight, stored: StoredArray) -> StoredArray:
+    """Return unpacked zero points, which may be stored as floats, as int8 in the shape of the scale."""
+    return StoredArray(stored.numbers.reshape(weight.scale_shape).astype("i1", copy=False), DType.I8)
 
 
 def _has_size(spec: TensorSpec, expected: tuple[int, int], args: QuantArgs) -> bool:

@@ -17,14 +17,13 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.formats.base import StoredSpecs, StoredWeight, scale_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Any
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import QuantArgs
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
 
 __all__ = ["GROUP_INDEX", "check_group_index", "group_of_columns", "is_filled"]
 
@@ -53,22 +52,22 @@ def check_group_index(
     return GROUP_INDEX if scale_shape(args, shape)[1] > 1 else None
 
 
-def group_of_columns(weight: StoredWeight, stored: Mapping[str, Tensor]) -> Tensor | None:
+def group_of_columns(weight: StoredWeight, stored: StoredTensors) -> StoredArray | None:
     """Return the group of each column, [K], or None if the groups are contiguous.
 
     Groups are contiguous if the weight has no group index, if the writer never filled it, or if it holds k // g.
     """
-    import torch
+    import numpy as np
 
     if weight.group_index is None:
         return None
     index = stored[weight.group_index]
-    contiguous = torch.arange(weight.shape[1], device=index.device) // (weight.group_columns or 1)
-    if not is_filled(index) or torch.equal(index.long(), contiguous):
+    contiguous = np.arange(weight.shape[1]) // (weight.group_columns or 1)
+    if not is_filled(index.elements) or np.array_equal(index.elements, contiguous):
         return None
     return index
 
 
-def is_filled(index: Tensor | NDArray[Any]) -> bool:
+def is_filled(index: NDArray[Any]) -> bool:
     """Whether the writer has filled the index; it is initialized with -1."""
     return not bool((index == -1).any())

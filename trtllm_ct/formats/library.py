@@ -17,13 +17,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.schemes import Element, NumberType, Strategy
+from trtllm_ct.layouts.torch_tensors import array_of, tensor_of, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
+    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = ["LINES", "LibraryLine", "decompress", "installed_line", "unpack_integers", "unpack_small_floats"]
 
@@ -108,7 +111,7 @@ def installed_line() -> LibraryLine:
     return next((line for line in reversed(LINES) if line.since <= release), LINES[0])
 
 
-def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, int], *, along_rows: bool = False) -> Tensor:
+def unpack_integers(packed: StoredArray, bits: int, shape: tuple[int, int], *, along_rows: bool = False) -> StoredArray:
     """Return int8 codes [N, K] that the library unpacks from int32 words; `along_rows` for packed zero points."""
     import torch
 
@@ -116,33 +119,32 @@ def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, int], *, along_
     unpack = import_module(f"compressed_tensors.compressors.{place}").unpack_from_int32
     # The first releases of 0.9 unpack along rows only, and do not know the argument.
     axis = {"packed_dim": 0} if along_rows else {}
-    codes: Tensor = unpack(packed, bits, torch.Size(shape), **axis)
-    return codes
+    return array_of(unpack(tensor_of(packed), bits, torch.Size(shape), **axis))
 
 
-def unpack_small_floats(packed: Tensor, element: Element, shape: tuple[int, int]) -> Tensor:
+def unpack_small_floats(packed: StoredArray, element: Element, shape: tuple[int, int]) -> StoredArray:
     """Return the float values [N, K] that the library unpacks from uint8, for a format that its line reads."""
     six_bits = element is Element.E2M3
     place, name = _FP6 if six_bits else (installed_line().fp4_module, "unpack_fp4_from_uint8")
-    values: Tensor = getattr(import_module(f"compressed_tensors.compressors.{place}"), name)(packed, *shape)
-    return values
+    unpack = getattr(import_module(f"compressed_tensors.compressors.{place}"), name)
+    return array_of(unpack(tensor_of(packed), *shape))
 
 
-def decompress(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the weight [N, K] as the library decompresses it from the tensors that its own writer stores."""
+def decompress(weight: StoredWeight, arrays: Mapping[str, StoredArray], dtype: DType) -> StoredArray:
+    """Return the weight [N, K] of `dtype` as the library decompresses it from arrays that its own writer stores."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    name, fields = weight.format.name, _fields(weight)
+    name, fields, tensors = weight.format.name, _fields(weight), tensors_of(arrays)
     if not installed_line().schemes:
         old: Tensor = BaseCompressor.load_from_registry(name).decompress_weight(
-            dict(tensors), quantization_args=QuantizationArgs(**fields)
+            tensors, quantization_args=QuantizationArgs(**fields)
         )
-        return old
+        return array_of(old.to(dtype.torch_dtype))
     args = QuantizationArgs(**fields, scale_dtype=weight.args.scale_dtype)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     plain: Tensor = BaseCompressor.get_value_from_registry(name).decompress(tensors, scheme)["weight"]
-    return plain
+    return array_of(plain.to(dtype.torch_dtype))
 
 
 def _fields(weight: StoredWeight) -> dict[str, Any]:

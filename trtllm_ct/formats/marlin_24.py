@@ -24,15 +24,17 @@ from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, Str
 from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.layouts import marlin_24 as layout
-from trtllm_ct.layouts.loops.dispatch import repack
 from trtllm_ct.layouts.packing import INT8_PLAIN, packed_words
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
     from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = ["MARLIN_24"]
 
@@ -89,39 +91,44 @@ class _Marlin24(WeightFormat):
             axes={name: axis for name, axis in self.axes.items() if name in stored},
         )
 
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return int8 codes [N, K], with zeros for the columns that were left out, and scales [N, G].
 
         Raises `PayloadError` where `meta` does not give two different positions for four columns.
         """
-        nibbles = layout.restore_nibbles(stored["meta"])
+        import numpy as np
+
+        nibbles = layout.restore_nibbles(stored["meta"].elements)
         _check_nibbles(nibbles)
-        scale = stored["scale_packed"]
+        scale, words = stored["scale_packed"].elements, stored["weight_packed"].elements
         if self._has_interleaved_scales(weight.args, weight.shape):
             scale = layout.restore_scales(scale)
         return Codes(
-            values=layout.expand_fours(layout.restore_codes(stored["weight_packed"], weight.args.num_bits), nibbles),
+            values=StoredArray(
+                layout.expand_fours(layout.restore_codes(words, weight.args.num_bits), nibbles), DType.I8
+            ),
             packing=INT8_PLAIN,
             shape=weight.shape,
-            scale=scale.T.contiguous(),
+            scale=StoredArray(np.ascontiguousarray(scale.T), DType.F16),
         )
 
-    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, StoredArray]:
         """Return the tensors by local name, as the library wrote them up to 0.14.
 
         Raises `ValueError` if the codes are not 2:4 sparse or have zero points.
         """
-        import torch
+        import numpy as np
 
         if codes.zero_point is not None:
             raise ValueError("marlin-24 has no place for zero points")
-        plain = repack(codes.values, codes.packing or INT8_PLAIN, INT8_PLAIN, codes.shape)
-        kept, nibbles = layout.pick_fours(plain)
-        scale = codes.scale.to(torch.float16).T.contiguous()
+        kept, nibbles = layout.pick_fours(codes.repacked(INT8_PLAIN).elements)
+        scale = np.ascontiguousarray(codes.scale.numbers.astype(np.float16).T)
+        if self._has_interleaved_scales(args, codes.shape):
+            scale = layout.arrange_scales(scale)
         return {
-            "weight_packed": layout.arrange_codes(kept, args.num_bits),
-            "scale_packed": layout.arrange_scales(scale) if self._has_interleaved_scales(args, codes.shape) else scale,
-            "meta": layout.arrange_nibbles(nibbles),
+            "weight_packed": StoredArray(layout.arrange_codes(kept, args.num_bits), DType.I32),
+            "scale_packed": StoredArray(scale, DType.F16),
+            "meta": StoredArray(layout.arrange_nibbles(nibbles), DType.I16),
         }
 
     def _has_interleaved_scales(self, args: QuantArgs, shape: tuple[int, int]) -> bool:
@@ -175,14 +182,14 @@ def _check_companion(module: str, name: str, stored: StoredSpecs, wanted: Tensor
     )
 
 
-def _check_nibbles(nibbles_OF: Tensor) -> None:
+def _check_nibbles(nibbles_OF: NDArray[np.uint8]) -> None:
     """Raise `PayloadError` for the first invalid nibble in `nibbles_OF`, [N, K / 4]."""
-    import torch
+    import numpy as np
 
-    invalid = torch.isin(nibbles_OF, torch.tensor(layout.NIBBLES, dtype=torch.uint8), invert=True)
-    if not bool(invalid.any()):
+    invalid = np.isin(nibbles_OF, layout.NIBBLES, invert=True)
+    if not invalid.any():
         return
-    row, four = (int(index) for index in invalid.nonzero()[0])
+    row, four = (int(index) for index in np.argwhere(invalid)[0])
     raise PayloadError(
         Fault(
             where="meta",

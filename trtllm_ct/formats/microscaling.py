@@ -14,15 +14,13 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_shape
 from trtllm_ct.formats.small_floats import check_group_scale, check_group_size, local_scale, logical_shape
-from trtllm_ct.layouts.loops.dispatch import repack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import Element, Packing, QuantArgs
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
 
 __all__ = ["MicroscalingFormat", "mx_axes"]
 
@@ -78,25 +76,23 @@ class MicroscalingFormat(WeightFormat):
         )
 
     @final
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return the stored tensors without a copy; scales are viewed as uint8 exponents."""
         return Codes(
             values=stored[self.codes],
             packing=self.packing,
             shape=weight.shape,
-            scale=local_scale(weight, stored["weight_scale"]).reshape(weight.scale_shape),
+            scale=local_scale(weight, stored["weight_scale"]).reshape(*weight.scale_shape),
             element=self.element,
         )
 
     @final
-    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, StoredArray]:  # noqa: ARG002 (the contract names it)
         """Return the tensors by local name, as the library writes them.
 
         Packed `codes` may have any packing; their scales must be uint8 exponents.
         """
-        values = codes.values
-        if codes.packing is not None and self.packing is not None:
-            values = repack(values, codes.packing, self.packing, codes.shape)
+        values = codes.values if self.packing is None else codes.repacked(self.packing)
         return {self.codes: values, "weight_scale": codes.scale}
 
 

@@ -18,6 +18,7 @@ Source: compressed-tensors 0.20 `compressors/nvfp4/{base,helpers}.py`; releases 
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
@@ -34,15 +35,14 @@ from trtllm_ct.formats.small_floats import (
     logical_shape,
 )
 from trtllm_ct.layouts.floats import E2M1_PACKED
-from trtllm_ct.layouts.loops.dispatch import repack
+from trtllm_ct.layouts.stored_array import scalar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import QuantArgs
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
 
 __all__ = ["NVFP4"]
 
@@ -93,36 +93,29 @@ class _NVFP4(WeightFormat):
             axes={name: axis for name, axis in self.axes.items() if name in stored},
         )
 
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
-        """Return the stored codes and scales without a copy, and the divisor as one float32 element.
-
-        The divisor is infinite if 0 is stored.
-        """
-        import torch
-
-        divisor = stored["weight_global_scale"].reshape(1).to(torch.float32)
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
+        """Return the stored codes and scales without a copy, and the divisor, which is infinite if 0 is stored."""
+        divisor = float(stored["weight_global_scale"])
         return Codes(
             values=stored["weight_packed"],
             packing=E2M1_PACKED,
             shape=weight.shape,
-            scale=local_scale(weight, stored["weight_scale"]).reshape(weight.scale_shape),
+            scale=local_scale(weight, stored["weight_scale"]).reshape(*weight.scale_shape),
             element=Element.E2M1,
-            divisor=torch.where(divisor == 0, torch.inf, divisor),
+            divisor=inf if divisor == 0 else divisor,
         )
 
-    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, StoredArray]:  # noqa: ARG002 (the contract names it)
         """Return the tensors by local name, as the library writes them.
 
         `codes` may have any packing; they need E4M3 scales and a divisor.
         """
-        import torch
-
-        if codes.packing is None or codes.divisor is None:
-            raise AssertionError("NVFP4 has packed codes and a divisor")
+        if codes.divisor is None:
+            raise AssertionError("NVFP4 has a divisor")
         return {
-            "weight_packed": repack(codes.values, codes.packing, E2M1_PACKED, codes.shape),
+            "weight_packed": codes.repacked(E2M1_PACKED),
             "weight_scale": codes.scale,
-            "weight_global_scale": torch.where(codes.divisor.isinf(), 0, codes.divisor),
+            "weight_global_scale": scalar(0 if codes.divisor == inf else codes.divisor),
         }
 
 

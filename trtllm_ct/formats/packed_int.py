@@ -27,17 +27,23 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, NumberType, Packing, QuantArgs, Strategy
 from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
-from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
+from trtllm_ct.formats.companions import (
+    check_codes,
+    check_plain_zero_point,
+    check_scale,
+    check_shape,
+    plain_zero_point,
+    scale_name,
+)
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
-from trtllm_ct.layouts.loops.dispatch import repack
-from trtllm_ct.layouts.packing import INT8_PLAIN, pack_codes, packed_words
+from trtllm_ct.layouts.packing import pack_codes, packed_words
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = ["PACKED_INT"]
 
@@ -98,41 +104,39 @@ class _PackedInt(WeightFormat):
             axes={name: self.axes[name] for name in names if name in stored},
         )
 
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return the codes and packed zero points still packed; plain zero points become int8 (rows, groups)."""
-        import torch
-
         zero_point = stored[weight.zero_point] if weight.zero_point else None
         if zero_point is not None and weight.zero_point_packing is None:
-            zero_point = zero_point.reshape(weight.scale_shape).to(torch.int8)
+            zero_point = plain_zero_point(weight, zero_point)
         return Codes(
             values=stored[weight.codes],
             packing=weight.packing,
             shape=weight.shape,
-            scale=stored[weight.scale].reshape(weight.scale_shape),
+            scale=stored[weight.scale].reshape(*weight.scale_shape),
             zero_point=zero_point,
             zero_point_packing=weight.zero_point_packing,
             group_index=group_of_columns(weight, stored),
         )
 
-    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, StoredArray]:
         """Return the tensors by local name, as the library has written them since 0.18; `codes` may have any packing.
 
         A group index is included if `codes` have one, although the library stopped writing it after 0.18.
         """
-        import torch
+        import numpy as np
 
-        words = packed_words(args.num_bits)
         tensors = {
-            "weight_packed": repack(codes.values, codes.packing or INT8_PLAIN, words, codes.shape),
+            "weight_packed": codes.repacked(packed_words(args.num_bits)),
             "weight_scale": codes.scale,
-            "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+            "weight_shape": StoredArray(np.array(codes.shape, np.int64), DType.I64),
         }
         zero_point = codes.plain_zero_point
         if zero_point is not None:
-            is_packed = args.strategy in _STRATEGIES_WITH_PACKED_ZERO_POINTS
-            words_along_rows = packed_words(args.num_bits, axis=0)
-            tensors["weight_zero_point"] = pack_codes(zero_point, words_along_rows) if is_packed else zero_point
+            stored = StoredArray(zero_point, DType.I8)
+            if args.strategy in _STRATEGIES_WITH_PACKED_ZERO_POINTS:
+                stored = StoredArray(pack_codes(zero_point, packed_words(args.num_bits, axis=0)), DType.I32)
+            tensors["weight_zero_point"] = stored
         if codes.group_index is not None:
             tensors[GROUP_INDEX] = codes.group_index
         return tensors

@@ -25,17 +25,23 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType, Packing, QuantArgs
 from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat
-from trtllm_ct.formats.companions import check_codes, check_plain_zero_point, check_scale, check_shape, scale_name
+from trtllm_ct.formats.companions import (
+    check_codes,
+    check_plain_zero_point,
+    check_scale,
+    check_shape,
+    plain_zero_point,
+    scale_name,
+)
 from trtllm_ct.formats.group_index import GROUP_INDEX, check_group_index, group_of_columns
-from trtllm_ct.layouts.loops.dispatch import repack
 from trtllm_ct.layouts.packing import INT8_PLAIN
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from trtllm_ct.base.errors import FaultCollector
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = ["FLOAT8", "INT8"]
 
@@ -107,30 +113,26 @@ class _PlainCodes(WeightFormat):
             axes={name: self.axes[name] for name in names if name in stored},
         )
 
-    def decode(self, weight: StoredWeight, stored: Mapping[str, Tensor]) -> Codes:
+    def decode(self, weight: StoredWeight, stored: StoredTensors) -> Codes:
         """Return the stored codes and scale without a copy, the scale as (rows, groups), and zero points as int8."""
-        import torch
-
         zero_point = stored[weight.zero_point] if weight.zero_point else None
         return Codes(
             values=stored["weight"],
             packing=self.packing,
             element=self.element,
             shape=weight.shape,
-            scale=stored[weight.scale].reshape(weight.scale_shape),
-            zero_point=None if zero_point is None else zero_point.reshape(weight.scale_shape).to(torch.int8),
+            scale=stored[weight.scale].reshape(*weight.scale_shape),
+            zero_point=None if zero_point is None else plain_zero_point(weight, zero_point),
             group_index=group_of_columns(weight, stored),
         )
 
-    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, Tensor]:  # noqa: ARG002 (the contract names it)
+    def encode(self, codes: Codes, args: QuantArgs) -> dict[str, StoredArray]:  # noqa: ARG002 (the contract names it)
         """Return the tensors by local name, with one code per element; `codes` may have any packing."""
-        values = codes.values
-        if codes.packing is not None:
-            values = repack(values, codes.packing, INT8_PLAIN, codes.shape)
+        values = codes.values if codes.packing is None else codes.repacked(INT8_PLAIN)
         tensors = {"weight": values, "weight_scale": codes.scale}
         zero_point = codes.plain_zero_point
         if zero_point is not None:
-            tensors["weight_zero_point"] = zero_point
+            tensors["weight_zero_point"] = StoredArray(zero_point, DType.I8)
         if codes.group_index is not None:
             tensors[GROUP_INDEX] = codes.group_index
         return tensors

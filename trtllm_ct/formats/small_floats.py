@@ -15,11 +15,10 @@ from trtllm_ct.formats.base import scale_shape
 from trtllm_ct.formats.companions import LOST_SCALE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import Packing, QuantArgs, TensorSpec
     from trtllm_ct.formats.base import StoredSpecs, StoredWeight
+    from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = [
     "NVFP4_GROUP",
@@ -52,11 +51,9 @@ def has_e4m3_scales(args: QuantArgs, stored: StoredSpecs) -> bool:
     return args.group_size == NVFP4_GROUP
 
 
-def local_scale(weight: StoredWeight, scale: Tensor) -> Tensor:
+def local_scale(weight: StoredWeight, scale: StoredArray) -> StoredArray:
     """Return a view of a stored one-byte scale: float8_e4m3fn if the weight has a divisor (NVFP4), else uint8 (MX)."""
-    import torch
-
-    return scale.view(torch.uint8 if weight.divisor is None else torch.float8_e4m3fn)
+    return scale.read_as(DType.U8 if weight.divisor is None else DType.F8_E4M3)
 
 
 def logical_shape(

@@ -24,7 +24,12 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from trtllm_ct.layouts.stored_array import StoredArray
+
+    Matrix = NDArray[np.float64]
 
 __all__ = ["Fold", "fold"]
 
@@ -51,16 +56,16 @@ class Fold:
         """The local names of the stored tensors that F is built from."""
         return (self.matrix,) if self.permutation is None else (self.matrix, self.permutation)
 
-    def factor(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def factor(self, stored: Mapping[str, StoredArray]) -> Matrix:
         """Return the matrix without the division by sqrt(n), float64 [n, n]: F, or F * sqrt(n) when `normalized`."""
-        matrix = stored[self.matrix].double()
+        matrix: Matrix = stored[self.matrix].numbers.astype("f8")
         if self.permutation is not None:
-            order = stored[self.permutation].long()
+            order = stored[self.permutation].elements
             matrix = matrix[order][:, order]
         return matrix.T if self.transposed else matrix
 
 
-def fold(weight_OI: Tensor, factor: Tensor, axis: Literal[0, 1], *, normalized: bool) -> None:
+def fold(weight_OI: Matrix, factor: Matrix, axis: Literal[0, 1], *, normalized: bool) -> None:
     """Multiply a float64 weight [N, K] by a factor [n, n] in place: W F for axis 1, F W for axis 0.
 
     n must divide the length of the axis; a smaller factor applies to each block of n columns or rows. `normalized`
@@ -73,9 +78,9 @@ def fold(weight_OI: Tensor, factor: Tensor, axis: Literal[0, 1], *, normalized: 
     for start in range(0, rows if axis == 1 else columns, step):
         if axis == 1:
             tile = weight_OI[start : start + step]
-            tile.copy_((tile.reshape(-1, size) @ factor).reshape(tile.shape))
+            tile[...] = (tile.reshape(-1, size) @ factor).reshape(tile.shape)
         else:
             tile = weight_OI[:, start : start + step]
-            tile.copy_((factor @ tile.reshape(-1, size, tile.shape[1])).reshape(tile.shape))
+            tile[...] = (factor @ tile.reshape(-1, size, tile.shape[1])).reshape(tile.shape)
     if normalized:
         weight_OI /= sqrt(size)

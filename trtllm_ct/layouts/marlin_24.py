@@ -20,7 +20,13 @@ from trtllm_ct.base.schemes import Packing
 from trtllm_ct.layouts.packing import pack_codes, pack_fields, packed_words, unpack_codes, unpack_fields
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Codes = NDArray[np.int8]
+    Nibbles = NDArray[np.uint8]
 
 __all__ = [
     "K_MULTIPLE",
@@ -54,94 +60,93 @@ _META = Packing(bits=4, container=DType.I16, axis=1, offset_binary=False)
 _NIBBLE_OF_PATTERN = {0: 0xE, 1: 0x8, 2: 0x9, 3: 0x4, 4: 0xE, 5: 0x8, 6: 0x9, 8: 0xE, 9: 0xC, 10: 0xD, 12: 0xE}
 
 
-def restore_codes(words: Tensor, bits: int) -> Tensor:
+def restore_codes(words: NDArray[np.int32], bits: int) -> Codes:
     """Convert stored int32 words [K/32, N * bits/2] to the kept codes, int8 [N, K/2] in column order."""
-    import torch
+    import numpy as np
 
     tiles, width = words.shape[0], words.shape[1] * 32 // bits
-    stored = unpack_codes(words, packed_words(bits), (tiles, width)).view(-1, _PERMUTED_CODES)
-    plain = torch.empty_like(stored)
+    stored = unpack_codes(words, packed_words(bits), (tiles, width)).reshape(-1, _PERMUTED_CODES)
+    plain = np.empty_like(stored)
     plain[:, _tile_order(bits)] = stored
-    blocks = plain.view(tiles, width // _TILE**2, _TILE, _TILE)
-    return blocks.permute(1, 3, 0, 2).reshape(width // _TILE, tiles * _TILE)
+    blocks = plain.reshape(tiles, width // _TILE**2, _TILE, _TILE)
+    return blocks.transpose(1, 3, 0, 2).reshape(width // _TILE, tiles * _TILE)
 
 
-def arrange_codes(codes_OH: Tensor, bits: int) -> Tensor:
+def arrange_codes(codes_OH: Codes, bits: int) -> NDArray[Any]:
     """Convert kept codes, int8 [N, K/2], to the stored int32 words: the inverse of `restore_codes`."""
     rows, half = codes_OH.shape
-    blocks = codes_OH.view(rows // _TILE, _TILE, half // _TILE, _TILE).permute(2, 0, 3, 1)
+    blocks = codes_OH.reshape(rows // _TILE, _TILE, half // _TILE, _TILE).transpose(2, 0, 3, 1)
     stored = blocks.reshape(-1, _PERMUTED_CODES)[:, _tile_order(bits)]
     return pack_codes(stored.reshape(half // _TILE, rows * _TILE), packed_words(bits))
 
 
-def restore_nibbles(meta: Tensor) -> Tensor:
+def restore_nibbles(meta: NDArray[np.int16]) -> Nibbles:
     """Convert the stored int16 tensor [K/32, 2N] to one nibble per four columns, uint8 [N, K/4]."""
     rows, elements = meta.shape[1] // 2, meta.shape[0] * 2
     plain = meta.flatten()[_meta_order(rows, elements)]
     return unpack_fields(plain, _META, (rows, elements * 4))
 
 
-def arrange_nibbles(nibbles_OF: Tensor) -> Tensor:
+def arrange_nibbles(nibbles_OF: Nibbles) -> NDArray[np.int16]:
     """Convert nibbles, uint8 [N, K/4], to the stored int16 tensor: the inverse of `restore_nibbles`."""
-    import torch
+    import numpy as np
 
     plain = pack_fields(nibbles_OF, _META)
     rows, elements = plain.shape
-    meta = torch.empty(rows * elements, dtype=torch.int16)
+    meta = np.empty(rows * elements, np.int16)
     meta[_meta_order(rows, elements)] = plain
-    return meta.view(elements // 2, rows * 2)
+    return meta.reshape(elements // 2, rows * 2)
 
 
-def restore_scales(stored_GO: Tensor) -> Tensor:
+def restore_scales(stored_GO: NDArray[Any]) -> NDArray[Any]:
     """Convert stored scales [G, N] to row order; the file interleaves each eight rows as 0 4 1 5 2 6 3 7."""
     groups, rows = stored_GO.shape
-    return stored_GO.reshape(groups, rows // 8, 4, 2).transpose(2, 3).reshape(groups, rows)
+    return stored_GO.reshape(groups, rows // 8, 4, 2).swapaxes(2, 3).reshape(groups, rows)
 
 
-def arrange_scales(scale_GO: Tensor) -> Tensor:
+def arrange_scales(scale_GO: NDArray[Any]) -> NDArray[Any]:
     """Interleave scales [G, N] as the file stores them: the inverse of `restore_scales`."""
     groups, rows = scale_GO.shape
-    return scale_GO.reshape(groups, rows // 8, 2, 4).transpose(2, 3).reshape(groups, rows)
+    return scale_GO.reshape(groups, rows // 8, 2, 4).swapaxes(2, 3).reshape(groups, rows)
 
 
-def expand_fours(codes_OH: Tensor, nibbles_OF: Tensor) -> Tensor:
+def expand_fours(codes_OH: Codes, nibbles_OF: Nibbles) -> Codes:
     """Place two codes per four columns at the positions given by the nibbles, with zeros elsewhere: int8 [N, K].
 
     `codes_OH` is int8 [N, K/2], `nibbles_OF` is uint8 [N, K/4].
     """
-    import torch
+    import numpy as np
 
     rows, fours = nibbles_OF.shape
-    lower, upper = codes_OH.view(rows, fours, 2).unbind(2)
+    pairs = codes_OH.reshape(rows, fours, 2)
     first, second = nibbles_OF & 3, nibbles_OF >> 2
-    result = torch.empty((rows, fours, 4), dtype=torch.int8)
+    result = np.empty((rows, fours, 4), np.int8)
     for position in range(4):
-        torch.add(lower * (first == position), upper * (second == position), out=result[..., position])
-    return result.view(rows, fours * 4)
+        result[..., position] = pairs[..., 0] * (first == position) + pairs[..., 1] * (second == position)
+    return result.reshape(rows, fours * 4)
 
 
-def pick_fours(codes_OI: Tensor) -> tuple[Tensor, Tensor]:
+def pick_fours(codes_OI: Codes) -> tuple[Codes, Nibbles]:
     """Return two codes per four columns, int8 [N, K/2], and the nibbles with their positions, uint8 [N, K/4].
 
     This is the inverse of `expand_fours`.
     Raises `ValueError` when four columns hold more than two nonzero codes.
     """
-    import torch
+    import numpy as np
 
     fours = codes_OI.reshape(codes_OI.shape[0], -1, 4)
-    patterns = ((fours != 0) << torch.arange(4)).sum(dim=2)
-    table = torch.tensor([_NIBBLE_OF_PATTERN.get(pattern, 0) for pattern in range(16)], dtype=torch.uint8)
-    nibbles = table[patterns]
-    if bool((nibbles == 0).any()):
+    patterns = ((fours != 0) << np.arange(4)).sum(axis=2)
+    nibbles = np.array([_NIBBLE_OF_PATTERN.get(pattern, 0) for pattern in range(16)], np.uint8)[patterns]
+    if not nibbles.all():
         raise ValueError("more than two codes of four columns are not zero: this is no 2:4 sparse weight")
-    positions = torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()
-    return fours.gather(2, positions).flatten(1), nibbles
+    positions = np.stack((nibbles & 3, nibbles >> 2), axis=2).astype(np.int64)
+    return np.take_along_axis(fours, positions, 2).reshape(codes_OI.shape[0], -1), nibbles
 
 
 @cache
-def _tile_order(bits: int) -> Tensor:
+def _tile_order(bits: int) -> NDArray[np.int64]:
     """Return the position within four 16 x 16 tiles of each of 1024 consecutive codes in the file, int64 [1024]."""
-    import torch
+    import numpy as np
 
     order: list[int] = []
     for thread in range(32):
@@ -151,19 +156,20 @@ def _tile_order(bits: int) -> Tensor:
         base = [16 * row + corner + 4 * block for block in range(2) for row in rows]
         order += [position + shift for shift in range(4) for position in base]
     interleave = list(_INTERLEAVE[bits])
-    return torch.tensor(order).view(-1, len(interleave))[:, interleave].flatten()
+    return np.array(order).reshape(-1, len(interleave))[:, interleave].ravel()
 
 
-def _meta_order(rows: int, elements: int) -> Tensor:
+def _meta_order(rows: int, elements: int) -> NDArray[np.int64]:
     """Return the index in the flattened stored tensor of each element of a row-major matrix, int64 [rows, elements].
 
     An element is an int16 with four nibbles.
     """
-    import torch
+    import numpy as np
 
-    row, column = torch.arange(rows)[:, None], torch.arange(elements)[None, :]
+    row, column = np.arange(rows)[:, None], np.arange(elements)[None, :]
     stored_row = row // 64 * 64 + row % 2 * 2 + row % 8 // 4 + row % 4 // 2 * 32 + row % 64 // 8 * 4
     # In each 2 x 2 block the two off-diagonal elements are swapped.
     swap = column % 2 - stored_row % 2
     stored_row, stored_column = stored_row + swap, column - swap
-    return stored_column // 2 * (2 * rows) + stored_row * 2 + stored_column % 2
+    order: NDArray[np.int64] = stored_column // 2 * (2 * rows) + stored_row * 2 + stored_column % 2
+    return order

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["TILE", "KernelOrder", "in_kernel_order"]
 
@@ -43,19 +44,20 @@ class KernelOrder:
     bundle: int
 
 
-def in_kernel_order(codes_OI: Tensor, order: KernelOrder) -> Tensor:
+def in_kernel_order(codes_OI: NDArray[np.int8], order: KernelOrder) -> NDArray[np.uint8]:
     """Return signed int8 codes [N, K] as the bytes that the kernel reads: uint8 [N / bundle, bundle * K * bits / 8].
 
     N must be a multiple of `bundle`, and K of `TILE`.
     """
-    import torch
+    import numpy as np
 
     rows, columns = codes_OI.shape
     shuffle = list(_SHUFFLES[order.bits])
     registers = list(_REGISTERS[order.bits])
     # The addition wraps around in uint8, so that the smallest code becomes 0.
-    fields = (codes_OI.view(torch.uint8) + (1 << (order.bits - 1))) & ((1 << order.bits) - 1)
+    fields = (codes_OI.view(np.uint8) + np.uint8(1 << (order.bits - 1))) & np.uint8((1 << order.bits) - 1)
     fields = fields.reshape(rows, -1, len(shuffle))[..., shuffle]
-    fields = fields.reshape(rows // order.bundle, order.bundle, columns // TILE, TILE).transpose(1, 2)
-    fields = fields.reshape(rows // order.bundle, -1, len(registers))[..., registers].flatten(1)
-    return fields if order.bits == 8 else fields[:, ::2] | (fields[:, 1::2] << 4)
+    fields = fields.reshape(rows // order.bundle, order.bundle, columns // TILE, TILE).swapaxes(1, 2)
+    fields = fields.reshape(rows // order.bundle, -1, len(registers))[..., registers]
+    fields = fields.reshape(rows // order.bundle, -1)
+    return fields if order.bits == 8 else fields[:, ::2] | (fields[:, 1::2] << np.uint8(4))

@@ -19,21 +19,23 @@ from typing import TYPE_CHECKING
 from trtllm_ct.layouts.packing import pack_fields, unpack_fields
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from typing import Any
+
+    from numpy.typing import NDArray
 
     from trtllm_ct.base.schemes import Packing
 
 __all__ = ["halves_of_packed_pairs", "halves_of_pairs"]
 
 
-def halves_of_pairs(rows_OI: Tensor, head_dim: int) -> Tensor:
+def halves_of_pairs(rows_OI: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """Reorder the rows of each head from pairs to halves: [N, ...] of any dtype, N a multiple of `head_dim`."""
     heads = rows_OI.shape[0] // head_dim
     pairs = rows_OI.reshape(heads, head_dim // 2, 2, *rows_OI.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows_OI.shape)
+    return pairs.swapaxes(1, 2).reshape(rows_OI.shape)
 
 
-def halves_of_packed_pairs(words_PI: Tensor, packing: Packing, rows: int, head_dim: int) -> Tensor:
+def halves_of_packed_pairs(words_PI: NDArray[Any], packing: Packing, rows: int, head_dim: int) -> NDArray[Any]:
     """Reorder the rows of each head from pairs to halves in a matrix that is packed along axis 0; `rows` is N.
 
     A word holds codes of several rows. The bits of each code stay the same; the unused bits behind the last row become

@@ -1,7 +1,7 @@
-"""StoredArray: the elements of a stored tensor as a numpy array, for code that does not need torch.
+"""StoredArray: the elements of a tensor as a numpy array, which is the form of tensors in this package.
 
 numpy has no bfloat16 and no floats of 8 bits, so their bits are kept as unsigned integers. Nothing is copied: the array
-shares the memory of the bytes, or of the tensor, that it was made from.
+shares the memory of the bytes that it was made from. `torch_tensors.py` makes tensors of torch from arrays.
 Sources: OCP 8-bit Floating Point Specification 1.0 for E4M3 and E5M2, OCP Microscaling Formats 1.0 for E8M0.
 """
 
@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+    from typing_extensions import Self
 
-    from trtllm_ct.base.schemes import Packing, TensorSpec
+    from trtllm_ct.base.schemes import Packing
 
-__all__ = ["StoredArray", "StoredTensors", "stored_array", "unpack_along_rows"]
+__all__ = ["StoredArray", "StoredTensors", "numpy_dtype", "scalar", "unpack_along_rows"]
 
 _NUMPY = {
     DType.BOOL: "u1",
@@ -62,9 +63,15 @@ _BITS = {
     DType.F64: _Bits(0x7FF << 52, (1 << 63) - 1),
 }
 _E8M0_NAN = 0xFF
+_BITS_OF_ONE = {DType.BF16: 0x3F80, DType.F8_E4M3: 0x38, DType.F8_E5M2: 0x3C, DType.F8_E8M0: 0x7F}
 
 
-@dataclass(frozen=True, slots=True)
+def numpy_dtype(dtype: DType) -> str:
+    """Return the numpy dtype of the elements of a `StoredArray`: unsigned integers for the floats that numpy lacks."""
+    return _NUMPY[dtype]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StoredArray:
     """The elements of a tensor in their shape, and their dtype; floats that numpy lacks are bits."""
 
@@ -79,17 +86,41 @@ class StoredArray:
         return cls(np.frombuffer(data, _NUMPY[spec.dtype]).reshape(spec.shape), spec.dtype)
 
     @classmethod
-    def of_tensor(cls, tensor: Tensor) -> StoredArray:
-        """Return a tensor of torch; it is copied only if it is not contiguous, or not in CPU memory."""
-        import torch
+    def filled(cls, spec: TensorSpec, number: int = 0) -> Self:
+        """Return a new tensor whose elements all have this number, which every dtype can hold."""
+        import numpy as np
 
-        dtype = DType.from_torch(tensor.dtype)
-        data: NDArray[Any] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return cls(data.view(_NUMPY[dtype]).reshape(tuple(tensor.shape)), dtype)
+        bits = _BITS_OF_ONE[spec.dtype] * number if spec.dtype in _BITS_OF_ONE else number
+        return cls(np.full(spec.shape, bits, _NUMPY[spec.dtype]), spec.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.elements.shape
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape."""
+        return TensorSpec(self.dtype, self.elements.shape)
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes of contiguous elements, as a view that keeps them alive."""
+        return self.elements.reshape(-1).view("u1").data
+
+    def reshape(self, *shape: int) -> StoredArray:
+        """Return the elements in another shape; contiguous ones are not copied."""
+        return StoredArray(self.elements.reshape(shape), self.dtype)
 
     def read_as(self, dtype: DType) -> StoredArray:
-        """Return the same bytes, read as another dtype of the same width."""
+        """Return the same bytes, read as another dtype; one of another width changes the length of the last axis."""
         return StoredArray(self.elements.view(_NUMPY[dtype]), dtype)
+
+    def __getitem__(self, key: Any) -> StoredArray:
+        return StoredArray(self.elements[key], self.dtype)
+
+    def __float__(self) -> float:
+        return float(self.numbers.item())
 
     @property
     def numbers(self) -> NDArray[Any]:
@@ -97,18 +128,61 @@ class StoredArray:
         import numpy as np
 
         if self.dtype is DType.BF16:
-            widened: NDArray[Any] = np.left_shift(self.elements, 16, dtype=np.uint32).view(np.float32)
+            widened: NDArray[Any] = np.asarray(np.left_shift(self.elements, 16, dtype=np.uint32)).view(np.float32)
             return widened
         table = _numbers_of_bytes().get(self.dtype)
-        return self.elements if table is None else table.take(self.elements)
+        return self.elements if table is None else np.asarray(table.take(self.elements))
+
+    @property
+    def is_nonzero(self) -> NDArray[np.bool_]:
+        """Whether each element is not zero; zeros of either sign count as zero, NaN does not."""
+        import numpy as np
+
+        elements = self._bits & _BITS[self.dtype].magnitude if self.dtype in _BITS else self.numbers
+        nonzero: NDArray[np.bool_] = np.asarray(elements != 0)
+        return nonzero
 
     @property
     def zeros(self) -> int:
         """The number of elements that are zero, of either sign."""
         import numpy as np
 
-        nonzero = self._bits & _BITS[self.dtype].magnitude if self.dtype in _BITS else self.numbers
-        return self.elements.size - int(np.count_nonzero(nonzero))
+        return self.elements.size - int(np.count_nonzero(self.is_nonzero))
+
+    @property
+    def magnitudes(self) -> NDArray[Any]:
+        """Numbers in the order of the absolute values, which are equal for equal ones; NaN is the greatest."""
+        import numpy as np
+
+        if self.dtype in _BITS:
+            bits = _BITS[self.dtype]
+            magnitudes: NDArray[Any] = np.minimum(self._bits & bits.magnitude, bits.not_finite + 1)
+            return magnitudes
+        return np.abs(self.elements.astype(np.int64)) if self.elements.dtype.kind == "i" else self.elements
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value of a float dtype; NaN if there is one, and 0 without elements."""
+        if not self.elements.size:
+            return 0.0
+        return float(
+            StoredArray(self.magnitudes.max(keepdims=True).view(_NUMPY[self.dtype]), self.dtype).numbers.item()
+        )
+
+    @property
+    def is_infinite(self) -> NDArray[np.bool_]:
+        """Whether each element of a float dtype is infinite; E4M3 has no infinity."""
+        import numpy as np
+
+        bits = _BITS[self.dtype]
+        infinite: NDArray[np.bool_] = np.asarray((self._bits & bits.magnitude) == bits.not_finite)
+        return infinite
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all elements of a float dtype are numbers."""
+        bits = _BITS[self.dtype]
+        return not self.elements.size or int((self._bits & bits.magnitude).max()) < bits.not_finite
 
     def is_finite_scale(self, *, zero_allowed: bool) -> bool:
         """Whether the bits of floats show that all elements are finite and positive, or 0 where `zero_allowed`.
@@ -129,13 +203,16 @@ class StoredArray:
         return self.elements.view(f"u{self.dtype.itemsize}")
 
 
-StoredTensors = Mapping[str, Union["Tensor", StoredArray]]
-"""Stored tensors by name: those of torch where it is loaded, otherwise arrays."""
+def scalar(number: float) -> StoredArray:
+    """Return a float32 tensor [1] with this number."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return StoredArray(np.array([number], np.float64).astype(np.float32), DType.F32)
 
 
-def stored_array(tensor: Tensor | StoredArray) -> StoredArray:
-    """Return a stored tensor as an array."""
-    return tensor if isinstance(tensor, StoredArray) else StoredArray.of_tensor(tensor)
+StoredTensors = Mapping[str, StoredArray]
+"""Stored tensors by name."""
 
 
 def unpack_along_rows(words: NDArray[np.int32], packing: Packing, shape: tuple[int, int]) -> NDArray[np.int8]:

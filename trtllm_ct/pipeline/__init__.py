@@ -4,7 +4,8 @@ open.py           detects, reads, catalogs, probes and plans a directory
 probing.py        reads the few stored values that decide a mode
 head_probe.py     compares a stored head with the embeddings that config.json ties it to
 payload.py        checks the numbers in scales, zero points and indices
-mapper.py         CompressedTensorsWeightMapper: runs the plan of one module
+mapper.py         ModuleMapper: runs the plan of one module
+weight_mapper.py  CompressedTensorsWeightMapper: the same for tensors of torch
 stream.py         loads and maps one module after another, on several threads
 fused_scalars.py  checks the scalars that the parts of a fused Linear must share
 stacking.py       stacks the plain experts of classes that read them stacked

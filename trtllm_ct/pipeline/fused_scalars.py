@@ -14,10 +14,7 @@ from trtllm_ct.base.errors import Fault, PayloadError
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
+    from trtllm_ct.layouts.stored_array import StoredTensors
     from trtllm_ct.plan.plan import ModulePlan
 
 __all__ = ["FusedScalars"]
@@ -29,7 +26,7 @@ class FusedScalars:
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], tuple[str, float]] = {}
 
-    def check(self, module: ModulePlan, delivered: Mapping[str, Tensor]) -> None:
+    def check(self, module: ModulePlan, delivered: StoredTensors) -> None:
         """Raise `PayloadError` if a scalar of this module differs from the one of the first part that was checked."""
         if module.fused_linear is None or module.layer is None:
             return

@@ -17,6 +17,7 @@ from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.engine.parallel import Rank
 from trtllm_ct.formats.codecs import LIBRARY, NATIVE, Codec
+from trtllm_ct.layouts.torch_tensors import tensor_of, tensors_of
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.stacking import stack_experts
 from trtllm_ct.pipeline.stream import stream_delivered
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_ct.engine.parallel import EngineMapping
+    from trtllm_ct.layouts.stored_array import StoredArray
     from trtllm_ct.plan.plan import Plan
 
 __all__ = ["CompressedTensorsWeightLoader", "Decompressor", "Layout"]
@@ -74,18 +76,17 @@ class CompressedTensorsWeightLoader:
         memory-mapped files. Raises `CheckpointError` with all faults of the stage that found them,
         and `MissingDependencyError` without torch.
         """
-        weights: dict[str, Tensor] = {}
         with collector_paused():
             if layout not in _TARGET_OF_LAYOUT:
-                for _name, tensors in self.stream(checkpoint_dir, layout=layout, **kwargs):
-                    weights |= tensors
-                return weights
+                streamed = self.stream(checkpoint_dir, layout=layout, **kwargs)
+                return {name: tensor for _module, tensors in streamed for name, tensor in tensors.items()}
             codec = self._codec()
             plan, catalog = _planned(checkpoint_dir, mapping, layout)
-            for _module, tensors in stream_delivered(plan, catalog, codec=codec):
-                weights |= tensors
+            weights: dict[str, StoredArray] = {}
+            for _module, arrays in stream_delivered(plan, catalog, codec=codec):
+                weights |= arrays
             stack_experts(weights, plan.stacks)
-        return weights
+            return tensors_of(weights)
 
     def stream(
         self,
@@ -107,7 +108,7 @@ class CompressedTensorsWeightLoader:
         codec = self._codec()
         plan, catalog = _planned(checkpoint_dir, mapping, layout)
         delivered = stream_delivered(plan, catalog, codec=codec)
-        return _guarded((module.name, tensors) for module, tensors in delivered)
+        return _guarded((module.name, tensors_of(arrays)) for module, arrays in delivered)
 
     def _codec(self) -> Codec:
         """Return the codec of the chosen decompressor; the one of this package if the library can't be used."""
@@ -171,7 +172,7 @@ def _stream_stored(catalog: Catalog) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
     with TensorReader(catalog) as reader:
         for module, names in catalog.names_by_module().items():
-            yield module, {name: reader.read(name) for name in names}
+            yield module, {name: tensor_of(reader.read(name)) for name in names}
 
 
 def _require_choice(name: str, value: str, choices: Iterable[str]) -> None:

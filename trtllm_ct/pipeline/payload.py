@@ -21,12 +21,10 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.dtypes import DType
 from trtllm_ct.engine.target import UNREAD_BY_DENSE
 from trtllm_ct.formats import WEIGHT_TENSORS, Axis
 from trtllm_ct.formats.group_index import is_filled
 from trtllm_ct.layouts.packing import INT8_PLAIN
-from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors, stored_array
 from trtllm_ct.plan.rank_ops import LargestOf
 
 if TYPE_CHECKING:
@@ -34,12 +32,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import Packing
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
     from trtllm_ct.plan.plan import ModulePlan
 
 __all__ = ["check_payload", "count_zero_scales", "has_values_to_check"]
@@ -60,29 +58,29 @@ def check_payload(module: ModulePlan, stored: StoredTensors, faults: FaultCollec
     """Add a fault for every tensor of a module with invalid values; `stored` has the tensors by local name.
 
     Codes are read only if they have fewer than 8 bits and are stored in one byte each, or if they are in padded words.
-    Of the other tensors only small ones are read. Torch is needed only if `stored` has tensors of it.
+    Of the other tensors only small ones are read.
     """
     weight = module.weight
     if weight is not None:
         for local in (local for local, axis in weight.axes.items() if axis is Axis.SHAPE):
-            _check_shape(f"{module.name}.{local}", _numbers(stored[local]), weight.part_of or weight.shape, faults)
+            _check_shape(f"{module.name}.{local}", stored[local].numbers, weight.part_of or weight.shape, faults)
         zero_allowed = weight.scale_shape != (1, 1)
-        scale = _scale_of(weight, stored[weight.scale])
+        scale = weight.scale_in(stored)
         _check_scale(f"{module.name}.{weight.scale}", scale, faults, zero_allowed=zero_allowed)
         zero_point = weight.format.zero_point  # Stored zero points of float codes count as none, and must be zero.
         if zero_point in weight.axes and weight.zero_point_packing is None:
-            _check_zero_point(f"{module.name}.{zero_point}", weight, _numbers(stored[zero_point]), faults)
+            _check_zero_point(f"{module.name}.{zero_point}", weight, stored[zero_point].numbers, faults)
         if weight.group_index is not None:
-            index = _numbers(stored[weight.group_index])
+            index = stored[weight.group_index].numbers
             _check_group_index(f"{module.name}.{weight.group_index}", weight, index, faults)
         _check_codes(f"{module.name}.{weight.codes}", weight, stored[weight.codes], faults)
     for local in dict.fromkeys((*_ACTIVATION_SCALES, *_kv_scales(module))):
         if local in stored:
-            name, scale = f"{module.name}.{local}", stored_array(stored[local])
+            name, scale = f"{module.name}.{local}", stored[local]
             _check_scale(name, scale, faults, zero_allowed=False, remedy=_NOT_FOR_DENSE)
     for local in _GLOBAL_SCALES:
         if local in stored:
-            _check_global_scale(module.name, local, stored_array(stored[local]), faults)
+            _check_global_scale(module.name, local, stored[local], faults)
     for transform in module.transforms:
         _check_transform(module.name, transform, stored, faults)
 
@@ -111,22 +109,10 @@ def count_zero_scales(module: ModulePlan, stored: StoredTensors) -> int:
     weight = module.weight
     if weight is None:
         return 0
-    scale = _scale_of(weight, stored[weight.scale])
-    if weight.divisor is not None and not _numbers(stored[weight.divisor]).any():
+    scale = weight.scale_in(stored)
+    if weight.divisor is not None and not stored[weight.divisor].numbers.any():
         return scale.elements.size
     return scale.zeros
-
-
-def _numbers(tensor: Tensor | StoredArray) -> NDArray[Any]:
-    return stored_array(tensor).numbers
-
-
-def _scale_of(weight: StoredWeight, tensor: Tensor | StoredArray) -> StoredArray:
-    """Return a weight's scale; bytes are E4M3 if the weight has a divisor (NVFP4), else exponents (MX)."""
-    scale = stored_array(tensor)
-    if scale.dtype.itemsize > 1:
-        return scale
-    return scale.read_as(DType.F8_E8M0 if weight.divisor is None else DType.F8_E4M3)
 
 
 def _check_scale(
@@ -176,7 +162,7 @@ def _check_transform(module: str, transform: Transform, stored: StoredTensors, f
     import numpy as np
 
     name = f"{transform.module}.weight"
-    matrix = _numbers(stored[name])
+    matrix = stored[name].numbers
     good = np.abs(matrix) == 1 if transform.hadamard else np.isfinite(matrix)
     if not good.all():
         row, column = _first(~good)
@@ -188,7 +174,7 @@ def _check_transform(module: str, transform: Transform, stored: StoredTensors, f
         )
     if transform.permuted:
         name = f"{transform.module}.perm"
-        order = np.sort(_numbers(stored[name])).tolist()
+        order = np.sort(stored[name].numbers).tolist()
         if order != list(range(len(order))):
             faults.add(
                 where=f"{module}.{name}",
@@ -270,15 +256,15 @@ def _check_group_index(name: str, weight: StoredWeight, index: NDArray[Any], fau
         )
 
 
-def _check_codes(name: str, weight: StoredWeight, codes: Tensor | StoredArray, faults: FaultCollector) -> None:
+def _check_codes(name: str, weight: StoredWeight, codes: StoredArray, faults: FaultCollector) -> None:
     """Add a fault for codes that don't fit their width, if the container is wider."""
     packing = weight.packing
     if packing is None:
         return
     if packing == INT8_PLAIN and weight.args.num_bits < packing.bits:
-        _check_code_range(name, _numbers(codes), weight.args.num_bits, faults)
+        _check_code_range(name, codes.numbers, weight.args.num_bits, faults)
     if not packing.dense:
-        _check_spare_bits(name, _numbers(codes), packing, faults)
+        _check_spare_bits(name, codes.numbers, packing, faults)
 
 
 def _check_code_range(name: str, codes: NDArray[Any], bits: int, faults: FaultCollector) -> None:

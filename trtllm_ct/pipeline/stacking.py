@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.layouts.loops.huge_pages import empty
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch import Tensor
 
     from trtllm_ct.checkpoint.write_plan import StackPart
 
 __all__ = ["stack_experts"]
 
 
-def stack_experts(weights: dict[str, Tensor], stacks: Mapping[str, StackPart]) -> None:
+def stack_experts(weights: dict[str, StoredArray], stacks: Mapping[str, StackPart]) -> None:
     """Replace the matrices and vectors of experts in `weights` by the stacked tensors that they belong to.
 
     `stacks` has the place of each matrix by name, see `Plan.stacks`; other tensors stay as they are. Matrices that are
@@ -25,19 +23,16 @@ def stack_experts(weights: dict[str, Tensor], stacks: Mapping[str, StackPart]) -
     entry of another one. A stack without any matrix in `weights` is left out.
     Memory: one stack at a time in addition to `weights`.
     """
-    import torch
-
     members: dict[str, list[str]] = {}
     for name, part in stacks.items():
         if name in weights:
             members.setdefault(part.stack, []).append(name)
     for stack, names in members.items():
         first = weights[names[0]]
-        spec = stacks[names[0]].stack_spec(TensorSpec(DType.from_torch(first.dtype), tuple(first.shape)))
-        stacked = torch.empty(spec.shape, dtype=first.dtype)
+        stacked = empty(stacks[names[0]].stack_spec(first.spec).shape, first.dtype)
         for name in names:
-            place, rows = stacks[name], weights.pop(name)
+            place, rows = stacks[name], weights.pop(name).elements
             entry = stacked[place.entry]
             lines = entry.T if place.transposed else entry
             lines[place.lines_of(0, len(rows))] = rows
-        weights[stack] = stacked
+        weights[stack] = StoredArray(stacked, first.dtype)

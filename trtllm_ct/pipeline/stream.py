@@ -13,14 +13,13 @@ from trtllm_ct.base.errors import CatalogError, FaultCollector
 from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
     from concurrent.futures import Executor, Future
-
-    from torch import Tensor
 
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.checkpoint.reader import TensorReader
     from trtllm_ct.formats.codecs import Codec
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
 __all__ = ["stream_delivered"]
@@ -36,17 +35,16 @@ def stream_delivered(
     catalog: Catalog,
     *,
     codec: Codec | None = None,
-    device: str = "cpu",
     reader: TensorReader | None = None,
     workers: int | None = None,
-) -> Iterator[tuple[ModulePlan, dict[str, Tensor]]]:
+) -> Iterator[tuple[ModulePlan, dict[str, StoredArray]]]:
     """Yield each module with its delivered tensors, in the order of the plan.
 
-    `plan` is the plan of a whole checkpoint, or the plan of one rank from `plan_for_rank`. Operations run on `device`,
-    and delivered tensors stay there. Stored tensors are views of memory-mapped files. `reader` may be given by a caller
-    that needs its `bytes_read`; it must be a reader of `catalog`, and it is closed at the end.
+    `plan` is the plan of a whole checkpoint, or the plan of one rank from `plan_for_rank`. Stored tensors are views of
+    memory-mapped files. `reader` may be given by a caller that needs its `bytes_read`; it must be a reader of
+    `catalog`, and it is closed at the end.
     `workers` threads convert modules ahead of the one that is yielded next. The default is one thread per core, but at
-    most 4, and a single thread for any device other than the CPU.
+    most 4.
     Memory: the delivered tensors of up to twice as many modules as workers (of one module with one worker), and the
     int8 codes of those that are being dequantized.
     Raises `CatalogError` when a file shrinks while its bytes are converted. A tensor that needs no change is a view of
@@ -56,7 +54,7 @@ def stream_delivered(
     from trtllm_ct.formats.codecs import NATIVE
     from trtllm_ct.pipeline.fused_scalars import FusedScalars
 
-    count = workers or (min(available_cores(), _MOST_WORKERS) if device == "cpu" else 1)
+    count = workers or min(available_cores(), _MOST_WORKERS)
     fused_scalars, logged = FusedScalars(), set[str]()
     ahead: deque[_Begun] = deque()
     names = {catalog.tensors[run.name].file for module in plan.modules for run in module.runs}
@@ -71,7 +69,7 @@ def stream_delivered(
                 if following is not None:
                     files.prefetch(following.runs)
                 stored = {run.name: files.read(run.name, run.begin, run.end) for run in module.runs}
-                ahead.append(_begin(pool, module, stored, codec or NATIVE, device))
+                ahead.append(_begin(pool, module, stored, codec or NATIVE))
                 while len(ahead) >= (2 * count - 1 if following is not None else 1):
                     begun = ahead.popleft()
                     try:
@@ -90,18 +88,16 @@ class _Begun(NamedTuple):
     """A module that another thread maps; `warnings` is complete when `delivered` is done."""
 
     module: ModulePlan
-    delivered: Future[dict[str, Tensor]]
+    delivered: Future[dict[str, StoredArray]]
     warnings: list[str]
 
 
-def _begin(pool: Executor, module: ModulePlan, stored: Mapping[str, Tensor], codec: Codec, device: str) -> _Begun:
+def _begin(pool: Executor, module: ModulePlan, stored: StoredTensors, codec: Codec) -> _Begun:
     """Start to map a module in a thread of the pool."""
-    from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
+    from trtllm_ct.pipeline.mapper import ModuleMapper
 
     warnings: list[str] = []
-    mapper = CompressedTensorsWeightMapper(
-        codec=codec, device=device, on_warning=lambda _module, warning: warnings.append(warning)
-    )
+    mapper = ModuleMapper(codec=codec, on_warning=lambda _module, warning: warnings.append(warning))
     return _Begun(module, pool.submit(mapper.map_module, module, stored), warnings)
 
 

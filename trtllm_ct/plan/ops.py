@@ -10,27 +10,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PayloadError
+from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.layouts.e4m3 import shift_scale
 from trtllm_ct.layouts.folds import fold
-from trtllm_ct.layouts.loops.dispatch import additive_zero, repack
+from trtllm_ct.layouts.loops.dispatch import additive_zero
+from trtllm_ct.layouts.loops.huge_pages import empty
 from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.layouts.rounding import round_once
 from trtllm_ct.layouts.scales import widen_scale
+from trtllm_ct.layouts.stored_array import StoredArray, scalar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import numpy as np
+    from numpy.typing import NDArray
 
-    from torch import Tensor
-
-    from trtllm_ct.base.schemes import Packing, TensorSpec
+    from trtllm_ct.base.schemes import Packing
     from trtllm_ct.formats.base import Codes, StoredWeight
     from trtllm_ct.formats.codecs import Codec
     from trtllm_ct.layouts.folds import Fold
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = [
     "AdditiveZero",
@@ -57,6 +59,14 @@ __all__ = [
 
 _TILE_ROWS = 256
 
+_LARGEST = {
+    DType.BF16: 0xFF * 2.0**120,
+    DType.F16: 65504.0,
+    DType.F32: 0xFFFFFF * 2.0**104,
+    DType.F64: 0x1FFFFFFFFFFFFF * 2.0**971,
+}
+"""The largest finite number of each dtype of plain weights."""
+
 
 class ModuleTensors:
     """The stored tensors of one module by local name, and its weight, which is decoded at most once.
@@ -65,9 +75,7 @@ class ModuleTensors:
     `results` keeps what several operations are made from and is expensive to compute, by the name of its form.
     """
 
-    def __init__(
-        self, stored: Mapping[str, Tensor], weight: StoredWeight | None, codec: Codec, first_row: int = 0
-    ) -> None:
+    def __init__(self, stored: StoredTensors, weight: StoredWeight | None, codec: Codec, first_row: int = 0) -> None:
         self.stored = stored
         self.first_row = first_row
         self.results: dict[str, Any] = {}
@@ -86,9 +94,9 @@ class ModuleTensors:
         """The decoded weight: codes that are still packed, with scales and zero points."""
         return self._codec.decode(self.weight, self.stored)
 
-    def dequantize(self, dtype: DType) -> Tensor:
+    def dequantize(self, dtype: DType) -> StoredArray:
         """Return the weight as plain values [N, K], each rounded once to `dtype`."""
-        return self._codec.dequantize(self.weight, self.stored, dtype.torch_dtype)
+        return self._codec.dequantize(self.weight, self.stored, dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +114,7 @@ class Operation(ABC):
     label: ClassVar[str]
 
     @abstractmethod
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the delivered tensor; `name` is its name for error messages.
 
         Raises `PayloadError` when a value can't be delivered.
@@ -117,7 +125,7 @@ class Operation(ABC):
         """The operation that makes the values: this one, or the one of which this takes a slice."""
         return self
 
-    def input(self, module: ModuleTensors) -> Tensor:
+    def input(self, module: ModuleTensors) -> StoredArray:
         """Return the stored tensor that `source` names."""
         if self.source is None:
             raise AssertionError(f"{self.label} needs a source")
@@ -131,7 +139,7 @@ class Copy(Operation):
     same_bytes: ClassVar[bool] = True
     label: ClassVar[str] = "copy"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return the source."""
         return self.input(module)
 
@@ -143,11 +151,11 @@ class Cast(Operation):
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "cast"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the source, each element rounded once."""
         tensor = self.input(module)
-        rounded = round_once(tensor, self.result.dtype.torch_dtype)
-        refuse_infinite(name, rounded, module.first_row, self.result.dtype, tensor)
+        rounded = round_once(tensor.numbers, self.result.dtype)
+        refuse_infinite(name, rounded, module.first_row, tensor)
         return rounded
 
 
@@ -158,14 +166,12 @@ class Repack(Operation):
     label: ClassVar[str] = "repack"
     packing: Packing
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the codes in the layout `packing`; a result of another dtype has the same bytes."""
         codes = module.codes
-        source = codes.packing or INT8_PLAIN
-        if source.bits > self.packing.bits:
-            refuse_wide_codes(name, codes.values, self.packing.bits)
-        packed = repack(codes.values, source, self.packing, codes.shape)
-        return packed.view(self.result.dtype.torch_dtype)
+        if (codes.packing or INT8_PLAIN).bits > self.packing.bits:
+            refuse_wide_codes(name, codes.values.elements, self.packing.bits)
+        return codes.repacked(self.packing).read_as(self.result.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,10 +183,10 @@ class WidenScale(Operation):
 
     label: ClassVar[str] = "widen scale"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return the scale as float32, values unchanged."""
         scale = module.codes.scale if self.source is None else self.input(module).reshape(1, 1)
-        return widen_scale(scale, self.result.shape)
+        return StoredArray(widen_scale(scale.numbers, self.result.shape), DType.F32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,11 +196,9 @@ class LargestScale(Operation):
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "largest scale"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return the largest element of the source."""
-        import torch
-
-        return self.input(module).to(torch.float32).amax()
+        return scalar(self.input(module).numbers.max()).reshape()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,14 +207,13 @@ class AdditiveZero(Operation):
 
     label: ClassVar[str] = "additive zero"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return the offset that the engine adds after scaling."""
-        import torch
-
         codes = module.codes
         if codes.zero_point is None:
-            return torch.zeros(self.result.shape, dtype=torch.float32)
-        return widen_scale(additive_zero(codes.scale, codes.zero_point, codes.zero_point_packing), self.result.shape)
+            return StoredArray.filled(TensorSpec(DType.F32, self.result.shape))
+        offset = additive_zero(codes.scale, codes.zero_point.elements, codes.zero_point_packing)
+        return StoredArray(widen_scale(offset, self.result.shape), DType.F32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,13 +225,11 @@ class Reciprocal(Operation):
 
     label: ClassVar[str] = "reciprocal"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return 1 / divisor, rounded once."""
-        import torch
-
-        divisor = self.input(module).double().reshape(())
+        divisor = float(self.input(module))
         # 1 / 0 would be infinite, and engines take the maximum over all experts, so that every expert would get it.
-        return torch.where(divisor == 0, 0.0, 1 / divisor).to(torch.float32)
+        return scalar(1 / divisor if divisor else 0.0).reshape()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,9 +239,9 @@ class Reinterpret(Operation):
     same_bytes: ClassVar[bool] = True
     label: ClassVar[str] = "reinterpret"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return the source with the dtype and shape of `result`."""
-        return self.input(module).view(self.result.dtype.torch_dtype).reshape(self.result.shape)
+        return self.input(module).read_as(self.result.dtype).reshape(*self.result.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,19 +256,19 @@ class SharedReciprocal(Reciprocal):
     stored: float
     shared: float
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return 1 / shared, rounded once."""
-        divisor = self.input(module).double().reshape(())
-        if float(divisor) != self.stored:
+        divisor = float(self.input(module))
+        if divisor != self.stored:
             raise PayloadError(
                 Fault(
                     where=name,
                     expected=f"{self.stored:.9g} in {self.source}, as when the plan was made",
-                    found=f"{float(divisor):.9g}",
+                    found=f"{divisor:.9g}",
                     remedy="The file changed since: wait until it is complete and start again.",
                 )
             )
-        return (1 / divisor.new_tensor(self.shared)).to(self.result.dtype.torch_dtype)
+        return scalar(1 / self.shared).reshape()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,9 +282,9 @@ class ShiftScale(Reinterpret):
     label: ClassVar[str] = "shift scale"
     power: int
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the scales as float8_e4m3fn, every element exact."""
-        shifted = shift_scale(Reinterpret.run(self, name, module), self.power)
+        shifted = shift_scale(Reinterpret.run(self, name, module).elements, self.power)
         if shifted is None:
             raise PayloadError(
                 Fault(
@@ -293,7 +294,7 @@ class ShiftScale(Reinterpret):
                     remedy="The file changed since: wait until it is complete and start again.",
                 )
             )
-        return shifted
+        return StoredArray(shifted, DType.F8_E4M3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,12 +306,9 @@ class Zeros(Operation):
 
     label: ClassVar[str] = "zeros"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return zeros."""
-        import torch
-
-        spec, device = self.result, self.input(module).device
-        return torch.zeros(spec.shape, dtype=torch.uint8, device=device).view(spec.dtype.torch_dtype)
+        return StoredArray.filled(self.result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,11 +317,9 @@ class Ones(Operation):
 
     label: ClassVar[str] = "ones"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return ones."""
-        import torch
-
-        return torch.ones(self.result.shape, dtype=self.result.dtype.torch_dtype)
+        return StoredArray.filled(self.result, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,10 +329,11 @@ class Dequantize(Operation):
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "dequantize"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the weight in the dtype of `result`."""
         values = module.dequantize(self.result.dtype)
-        refuse_infinite(name, values, module.first_row, self.result.dtype)
+        if not module.weight.bound_in(module.stored) <= _LARGEST[self.result.dtype]:
+            refuse_infinite(name, values, module.first_row)
         return values
 
 
@@ -351,18 +348,18 @@ class FoldTransform(Operation):
     label: ClassVar[str] = "dequantize and fold"
     folds: tuple[Fold, ...]
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the weight in the dtype of `result`."""
         values = self.values(module)
         for transform in self.folds:
             fold(values, transform.factor(module.stored), transform.axis, normalized=transform.normalized)
-        rounded = _rounded(values, self.result.dtype).reshape(self.result.shape)
-        refuse_infinite(name, rounded, module.first_row, self.result.dtype)
+        rounded = _rounded(values, self.result.dtype).reshape(*self.result.shape)
+        refuse_infinite(name, rounded, module.first_row)
         return rounded
 
-    def values(self, module: ModuleTensors) -> Tensor:
-        """Return the values before folding: a new float64 tensor with two axes, which folding changes in place."""
-        return module.dequantize(DType.F64)
+    def values(self, module: ModuleTensors) -> NDArray[np.float64]:
+        """Return the values before folding: a new float64 array with two axes, which folding changes in place."""
+        return module.dequantize(DType.F64).elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,25 +368,22 @@ class FoldPlain(FoldTransform):
 
     label: ClassVar[str] = "fold"
 
-    def values(self, module: ModuleTensors) -> Tensor:
+    def values(self, module: ModuleTensors) -> NDArray[np.float64]:
         """Return a float64 copy of the source with two axes."""
-        import torch
-
         plain = self.input(module)
-        return plain.to(torch.float64, copy=True).reshape(plain.shape[0], -1)
+        copy: NDArray[np.float64] = plain.numbers.astype("f8").reshape(plain.shape[0], -1)
+        return copy
 
 
-def _rounded(values: Tensor, dtype: DType) -> Tensor:
+def _rounded(values: NDArray[np.float64], dtype: DType) -> StoredArray:
     """Round float64 [N, K] once, some rows at a time, because rounding needs memory for several copies."""
-    import torch
-
-    result = torch.empty(values.shape, dtype=dtype.torch_dtype, device=values.device)
+    result = empty(values.shape, dtype)
     for start in range(0, values.shape[0], _TILE_ROWS):
-        result[start : start + _TILE_ROWS] = round_once(values[start : start + _TILE_ROWS], dtype.torch_dtype)
-    return result
+        result[start : start + _TILE_ROWS] = round_once(values[start : start + _TILE_ROWS], dtype).elements
+    return StoredArray(result, dtype)
 
 
-def refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
+def refuse_wide_codes(name: str, codes: NDArray[np.int8], bits: int) -> None:
     """Raise `PayloadError` when an int8 code needs more than `bits` bits; packing would cut its high bits off."""
     half = 1 << (bits - 1)
     low, high = int(codes.min()), int(codes.max())
@@ -404,29 +398,29 @@ def refuse_wide_codes(name: str, codes: Tensor, bits: int) -> None:
         )
 
 
-def refuse_infinite(name: str, delivered: Tensor, first_row: int, dtype: DType, source: Tensor | None = None) -> None:
+def refuse_infinite(name: str, delivered: StoredArray, first_row: int, source: StoredArray | None = None) -> None:
     """Raise `PayloadError` when rounding to a narrower dtype made an element infinite.
 
     Elements that were infinite in `source`, if that is given, are accepted. `first_row` is added to the row in the
     message.
     """
-    # This pass allocates nothing and is nearly always the only one. With a NaN, minimum and maximum are NaN, and the
-    # check continues below.
-    if delivered.numel() and all(-inf < float(extreme) < inf for extreme in delivered.aminmax()):
+    import numpy as np
+
+    if delivered.is_finite:  # This pass is nearly always the only one.
         return
-    overflowed = delivered.isinf()
+    overflowed = delivered.is_infinite
     if source is not None:
-        overflowed &= source.isfinite()
-    if not bool(overflowed.any()):
+        overflowed &= np.isfinite(source.numbers)
+    if not overflowed.any():
         return
-    position = [int(index) for index in overflowed.nonzero()[0]]
-    found = "one beyond it" if source is None else f"{float(source[tuple(position)]):g}"
+    position = [int(index) for index in np.argwhere(overflowed)[0]]
+    found = "one beyond it" if source is None else f"{float(source.numbers[tuple(position)]):g}"
     if position:
         position[0] += first_row
     raise PayloadError(
         Fault(
             where=f"{name}{position}",
-            expected=f"a value within the range of {dtype.torch_name}",
+            expected=f"a value within the range of {delivered.dtype.torch_name}",
             found=found,
             remedy="Convert with --dtype bfloat16 or float32.",
         )

@@ -16,8 +16,6 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import Tensor
-
     from trtllm_ct.base.dtypes import DType
     from trtllm_ct.base.errors import Fault
     from trtllm_ct.base.schemes import QuantAlgo, QuantScheme, TensorSpec
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
     from trtllm_ct.engine.requantization import Form
     from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
     from trtllm_ct.plan.checks import Check
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.requantize_choice import Choice
@@ -206,7 +205,7 @@ class ModulePlan:
         """The full names of the stored tensors that have to be read for delivery and its checks."""
         return tuple(run.name for run in self.runs)
 
-    def local_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def local_tensors(self, stored: StoredTensors) -> dict[str, StoredArray]:
         """Return the module's tensors by local name, given the stored tensors by full name.
 
         Ignored tensors are left out. Raises `PayloadError` when stored tensors contradict each other.

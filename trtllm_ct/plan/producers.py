@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import Strategy
 from trtllm_ct.config.match import matches
-from trtllm_ct.layouts.stored_array import StoredTensors, stored_array, unpack_along_rows
+from trtllm_ct.layouts.stored_array import StoredTensors, unpack_along_rows
 
 if TYPE_CHECKING:
     from trtllm_ct.config.quantization_config import QuantizationConfig
@@ -196,7 +196,7 @@ def _smoothed_offset_norms(headers: Headers) -> int:
 
 
 def _kv_scale_of_zero(module: ModulePlan, stored: StoredTensors) -> bool:  # noqa: ARG001 (a ValueTest)
-    return any(local in stored and bool((stored_array(stored[local]).numbers == 0).any()) for local in _KV_SCALES)
+    return any(local in stored and bool((stored[local].numbers == 0).any()) for local in _KV_SCALES)
 
 
 def _zero_points_at_the_ends(module: ModulePlan, stored: StoredTensors) -> bool:
@@ -207,7 +207,7 @@ def _zero_points_at_the_ends(module: ModulePlan, stored: StoredTensors) -> bool:
     weight = module.weight
     if weight is None or weight.zero_point is None:
         return False
-    zero_point = stored_array(stored[weight.zero_point]).numbers
+    zero_point = stored[weight.zero_point].numbers
     if weight.zero_point_packing is not None:
         zero_point = unpack_along_rows(zero_point, weight.zero_point_packing, weight.scale_shape)
     half = 1 << (weight.args.num_bits - 1)
@@ -223,7 +223,7 @@ def _global_scale_below_one(module: ModulePlan, stored: StoredTensors) -> bool:
     weight = module.weight
     if weight is None or weight.divisor is None:
         return False
-    divisor = stored_array(stored[weight.divisor]).numbers
+    divisor = stored[weight.divisor].numbers
     return bool(((divisor > 0) & (divisor < 1)).any())
 
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PayloadError
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.layouts.loops.dispatch import repack
+from trtllm_ct.layouts.e4m3 import round_to_e4m3
 from trtllm_ct.layouts.mixed_gemm import in_kernel_order
 from trtllm_ct.layouts.packing import INT8_PLAIN
 from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts.stored_array import StoredArray, scalar
 from trtllm_ct.plan.ops import AdditiveZero, Operation, WidenScale, refuse_infinite, refuse_wide_codes
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
     from typing_extensions import Self
 
-    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.layouts.mixed_gemm import KernelOrder
     from trtllm_ct.plan.ops import ModuleTensors
 
@@ -44,7 +45,7 @@ class RoundScale(WidenScale):
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "round scale"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the scale in the dtype of `result`; an element that becomes infinite or zero is an error."""
         return _within(name, WidenScale.run(self, name, module), self.result.dtype, module.first_row)
 
@@ -55,7 +56,7 @@ class WidenCastScale(WidenScale):
 
     cast: DType
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the scale, values unchanged; an element that the loader would make infinite or zero is an error."""
         scale = WidenScale.run(self, name, module)
         _within(name, scale, self.cast, module.first_row)
@@ -70,15 +71,15 @@ class LargestOf(Operation):
     label: ClassVar[str] = "largest of scales"
     scales: tuple[str, ...]
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return the largest element of all scales."""
-        return self.largest(module)
+        return scalar(float(self.largest(module))).reshape()
 
-    def largest(self, module: ModuleTensors) -> Tensor:
-        """Return the largest element of all scales, float32 []."""
-        import torch
+    def largest(self, module: ModuleTensors) -> np.float32:
+        """Return the largest element of all scales, as float32."""
+        import numpy as np
 
-        return torch.stack([module.stored[scale].to(torch.float32).amax() for scale in self.scales]).amax()
+        return np.float32(np.max([module.stored[scale].numbers.max() for scale in self.scales]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +88,10 @@ class LargestReciprocal(LargestOf):
 
     label: ClassVar[str] = "largest reciprocal"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return 1 / the smallest divisor, rounded once."""
-        import torch
-
-        smallest = torch.stack([module.stored[scale].to(torch.float64).amin() for scale in self.scales]).amin()
-        return (1 / smallest).to(torch.float32)
+        smallest = min(float(module.stored[scale].numbers.min()) for scale in self.scales)
+        return scalar(1 / smallest).reshape()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,15 +105,15 @@ class Requantize(LargestOf):
 
     label: ClassVar[str] = "requantize"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return the codes as float8_e4m3fn."""
-        import torch
+        import numpy as np
 
         codes, largest = module.codes, self.largest(module)
-        scale = codes.scale.to(torch.float32).reshape(())
-        if bool(scale == largest):
+        scale = np.float32(float(codes.scale))
+        if scale == largest:
             return codes.values
-        return (codes.values.to(torch.float32) * scale / largest).to(codes.values.dtype)
+        return StoredArray(round_to_e4m3(codes.values.numbers * scale / largest), codes.values.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +126,12 @@ class Permute(Operation):
     label: ClassVar[str] = "permute"
     order: KernelOrder
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the codes as elements of the dtype of `result`."""
         codes = module.codes
-        plain = repack(codes.values, codes.packing or INT8_PLAIN, INT8_PLAIN, codes.shape)
+        plain = codes.repacked(INT8_PLAIN).elements
         refuse_wide_codes(name, plain, self.order.bits)
-        return in_kernel_order(plain, self.order).view(self.result.dtype.torch_dtype)
+        return StoredArray(in_kernel_order(plain, self.order), DType.U8).read_as(self.result.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +141,7 @@ class RoundZero(AdditiveZero):
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "round additive zero"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the offset in the dtype of `result`; an infinite element is an error."""
         zero = AdditiveZero.run(self, name, module)
         return _rounded_scale(name, zero, self.result.dtype, module.first_row)
@@ -154,11 +153,9 @@ class Padding(Operation):
 
     label: ClassVar[str] = "padding"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return zeros."""
-        import torch
-
-        return torch.zeros(self.result.shape, dtype=self.result.dtype.torch_dtype)
+        return StoredArray.filled(self.result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,17 +184,20 @@ class Slice(Operation):
         """The operation of which this takes a slice."""
         return self.operation
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return a contiguous copy of the slice."""
-        whole = self.operation.run(name, module)
-        return whole.narrow(self.axis, self.begin, self.end - self.begin).contiguous()
+        import numpy as np
+
+        whole, cut = self.operation.run(name, module), slice(self.begin, self.end)
+        part = whole[cut] if self.axis == 0 else whole[:, cut]
+        return StoredArray(np.ascontiguousarray(part.elements), part.dtype)
 
 
-def _within(name: str, scale: Tensor, dtype: DType, first_row: int) -> Tensor:
+def _within(name: str, scale: StoredArray, dtype: DType, first_row: int) -> StoredArray:
     """Return a scale in a narrower dtype; an element that becomes infinite or zero is an error."""
     rounded = _rounded_scale(name, scale, dtype, first_row)
-    vanished = (rounded == 0) & (scale != 0)
-    if bool(vanished.any()):
+    vanished = ~rounded.is_nonzero & scale.is_nonzero
+    if vanished.any():
         raise PayloadError(
             Fault(
                 where=name,
@@ -209,8 +209,8 @@ def _within(name: str, scale: Tensor, dtype: DType, first_row: int) -> Tensor:
     return rounded
 
 
-def _rounded_scale(name: str, scale: Tensor, dtype: DType, first_row: int) -> Tensor:
+def _rounded_scale(name: str, scale: StoredArray, dtype: DType, first_row: int) -> StoredArray:
     """Round a float32 scale or offset once; an element that would become infinite is an error."""
-    rounded = round_once(scale, dtype.torch_dtype)
-    refuse_infinite(name, rounded, first_row, dtype, scale)
+    rounded = round_once(scale.numbers, dtype)
+    refuse_infinite(name, rounded, first_row, scale)
     return rounded

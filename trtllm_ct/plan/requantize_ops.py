@@ -9,12 +9,12 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PayloadError
 from trtllm_ct.engine.requantization import NVFP4_GLOBAL_SCALE
 from trtllm_ct.layouts.requantize import LARGEST_OF_NVFP4, to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
+from trtllm_ct.layouts.stored_array import StoredArray, numpy_dtype, scalar
 from trtllm_ct.plan.ops import Operation
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from trtllm_ct.engine.requantization import Form
     from trtllm_ct.plan.ops import ModuleTensors
@@ -33,9 +33,9 @@ class RoundedCodes(Operation):
     label: ClassVar[str] = "round to codes"
     form: Form
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the codes in the dtype of `result`; values that are not finite, or beyond the form, are an error."""
-        return _as_tensor(_rounded(name, module, self.form)[0], self)
+        return _as_stored(_rounded(name, module, self.form)[0], self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +46,9 @@ class RoundedScale(Operation):
     label: ClassVar[str] = "scale of rounded codes"
     form: Form
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:
         """Return the scales in the dtype of `result`; values that are not finite, or beyond the form, are an error."""
-        return _as_tensor(_rounded(name, module, self.form)[1], self)
+        return _as_stored(_rounded(name, module, self.form)[1], self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,9 @@ class GlobalScale(Operation):
     exact: ClassVar[bool] = False
     label: ClassVar[str] = "global scale"
 
-    def run(self, name: str, module: ModuleTensors) -> Tensor:  # noqa: ARG002
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return `NVFP4_GLOBAL_SCALE`."""
-        import torch
-
-        return torch.tensor(NVFP4_GLOBAL_SCALE, dtype=torch.float32)
+        return scalar(NVFP4_GLOBAL_SCALE).reshape()
 
 
 def _rounded(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
@@ -78,7 +76,7 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
     import numpy as np
 
     parts = []
-    values = module.dequantize(DType.F32).numpy()
+    values = module.dequantize(DType.F32).elements
     for first in range(0, max(values.shape[0], 1), _ROWS_AT_ONCE):
         rows = values[first : first + _ROWS_AT_ONCE]
         _refuse(name, rows, module.first_row + first, form)
@@ -117,9 +115,7 @@ def _refuse(name: str, values: NDArray[np.float32], first_row: int, form: Form) 
     )
 
 
-def _as_tensor(array: NDArray[np.generic], operation: Operation) -> Tensor:
-    """Return an array as a tensor with the dtype and shape of the operation's result; nothing is copied."""
-    import torch
-
+def _as_stored(array: NDArray[np.generic], operation: Operation) -> StoredArray:
+    """Return an array as the tensor that an operation delivers; nothing is copied."""
     spec = operation.result
-    return torch.from_numpy(array).view(spec.dtype.torch_dtype).reshape(spec.shape)
+    return StoredArray(array.view(numpy_dtype(spec.dtype)), spec.dtype).reshape(*spec.shape)

@@ -28,18 +28,17 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.schemes import RowOrder
 from trtllm_ct.formats.base import Axis
 from trtllm_ct.layouts.rotary_rows import halves_of_packed_pairs, halves_of_pairs
+from trtllm_ct.layouts.stored_array import StoredArray
 from trtllm_ct.plan.stored import View
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
     from typing_extensions import Self
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import Packing
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.layouts.stored_array import StoredTensors
     from trtllm_ct.plan.models.sites import Model
     from trtllm_ct.plan.stored import StoredModule
 
@@ -74,12 +73,15 @@ class Reordered(View):
         """The sources of the stored tensor."""
         return self.view.sources
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return a reordered copy of the tensor."""
         tensor = self.view.of(stored)
+        elements = tensor.elements
         if self.packing is not None:
-            return halves_of_packed_pairs(tensor, self.packing, self.rows, self.head_dim)
-        return halves_of_pairs(tensor.reshape(self.rows, -1), self.head_dim).reshape(tensor.shape)
+            reordered = halves_of_packed_pairs(elements, self.packing, self.rows, self.head_dim)
+        else:
+            reordered = halves_of_pairs(elements.reshape(self.rows, -1), self.head_dim).reshape(elements.shape)
+        return StoredArray(reordered, tensor.dtype)
 
 
 @dataclass(slots=True, kw_only=True)

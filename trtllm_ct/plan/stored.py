@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.formats import PACKED_CODES, WEIGHT_TENSORS
 from trtllm_ct.formats.sparse.pieces import find_sparse, restore
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from torch import Tensor
     from typing_extensions import Self
 
     from trtllm_ct.base.errors import FaultCollector
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.quantization_config import Transform
     from trtllm_ct.formats.sparse.pieces import SparseTensor, StoredShapes
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = [
     "QUANTIZATION_TENSORS",
@@ -79,7 +80,7 @@ class View(ABC):
         return (Run(self.sources[0], self.offset, self.offset + self.spec.numel),)
 
     @abstractmethod
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return the tensor, given the stored tensors by full name.
 
         Raises `PayloadError` when the stored tensors contradict each other.
@@ -102,7 +103,7 @@ class Whole(View):
         """0: the view begins where the tensor begins."""
         return 0
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return the stored tensor."""
         return stored[self.name]
 
@@ -137,7 +138,7 @@ class ExpertSlice(View):
         per_row = 0 if self.rows is None else self.spec.numel // max(1, self.spec.shape[0])
         return self.expert * self.size + (self.rows[0] * per_row if self.rows else 0)
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return a contiguous view of the stored tensor; nothing is copied."""
         part = stored[self.name][self.expert]
         return part if self.rows is None else part[self.rows[0] : self.rows[1]]
@@ -159,9 +160,12 @@ class TransposedExpert(View):
         """The name of the tensor of all experts."""
         return (self.name,)
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return a contiguous copy of the weight."""
-        return stored[self.name][self.expert, :, self.columns[0] : self.columns[1]].T.contiguous()
+        import numpy as np
+
+        weight = stored[self.name][self.expert, :, self.columns[0] : self.columns[1]]
+        return StoredArray(np.ascontiguousarray(weight.elements.T), weight.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +188,7 @@ class Sparse(View):
         """The names of the pieces."""
         return tuple(self.tensor.parts.values())
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return the dense tensor; memory: its size."""
         return restore(self.tensor, {piece: stored[name] for piece, name in self.tensor.parts.items()})
 
@@ -218,7 +222,7 @@ class Shared(View):
         """The offset of the other module's view."""
         return self.view.offset
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return the other module's tensor."""
         return self.view.of(stored)
 

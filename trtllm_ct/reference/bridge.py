@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.config.hf_config import with_tie
+from trtllm_ct.layouts.torch_tensors import tensors_of
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.pipeline.stream import stream_delivered
 
@@ -51,5 +52,5 @@ def deliver(directory: str | Path, *, dtype: torch.dtype, detection: Detection |
     return Delivered(
         config=with_tie(checkpoint.hf_config, tied=plan.tied),
         quant_config=plan.quant_config,
-        tensors=(item for _module, tensors in streamed for item in tensors.items()),
+        tensors=(item for _module, arrays in streamed for item in tensors_of(arrays).items()),
     )

@@ -20,6 +20,7 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.config.model_values import check_model_values
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, MODELOPT, describe_method
 from trtllm_ct.engine.quant_config import read_quantization
+from trtllm_ct.layouts.torch_tensors import tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -92,7 +93,7 @@ def model_dtype(directory: Path) -> torch.dtype:
 def _read_tensors(catalog: Catalog) -> Iterator[tuple[str, Tensor]]:
     with TensorReader(catalog) as reader:
         for name in catalog.tensors:
-            yield name, reader.read(name)
+            yield name, tensor_of(reader.read(name))
 
 
 def read_quant_config(path: Path, catalog: Catalog) -> QuantConfig:

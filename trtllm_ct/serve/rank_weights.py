@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
+from trtllm_ct.layouts.torch_tensors import tensors_of
 from trtllm_ct.pipeline.stacking import stack_experts
 from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.ranks.shard import plan_for_rank
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_ct.engine.parallel import Rank
+    from trtllm_ct.layouts.stored_array import StoredArray
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.sidecar import Sidecar
 
@@ -48,13 +50,14 @@ def load_rank_weights(sidecar: Sidecar, rank: Rank) -> tuple[dict[str, Tensor], 
 
     started = time.perf_counter()
     plan, catalog = rank_plan(sidecar, rank), sidecar.checkpoint.catalog
-    weights: dict[str, Tensor] = {}
+    arrays: dict[str, StoredArray] = {}
     with collector_paused(), TensorReader(catalog) as reader:
-        for _module, tensors in stream_delivered(plan, catalog, reader=reader):
-            weights |= tensors
+        for _module, delivered in stream_delivered(plan, catalog, reader=reader):
+            arrays |= delivered
         bytes_read = reader.bytes_read
-    unread = prove_complete(plan, weights)
-    stack_experts(weights, plan.stacks)
+    unread = prove_complete(plan, tensors_of(arrays))
+    stack_experts(arrays, plan.stacks)
+    weights = tensors_of(arrays)
     report = report_of(
         plan,
         rank,

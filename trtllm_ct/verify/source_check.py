@@ -1,7 +1,7 @@
 """Check the values of a source that no header shows: scales, zero points, shapes and NaN codes.
 
 These checks use the plan and the checks of the conversion (`pipeline/payload.py`): they say whether a source is sound,
-not whether a conversion is right. Torch is needed only for tensors that are stored sparse.
+not whether a conversion is right.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trtllm_ct.checkpoint.byte_reader import ByteReader
 from trtllm_ct.checkpoint.reader import TensorReader
-from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors, stored_array
+from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
 from trtllm_ct.pipeline.payload import check_payload, count_zero_scales
 from trtllm_ct.plan.stored import TransposedExpert
 from trtllm_ct.verify.source.files import TensorFiles
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.checkpoint.catalog import Catalog
@@ -60,17 +58,16 @@ def _stored_tensors(module: ModulePlan, catalog: Catalog) -> StoredTensors:
     Pages that were touched count as memory while their file is mapped, so no map is kept for the next module. Left out
     are plain experts that are stored transposed, which no check reads.
     """
-    reader = ByteReader(catalog)
 
-    def read(view: View) -> Tensor | StoredArray:
+    def read(view: View) -> StoredArray:
         if view.offset is not None:
             begin = view.offset * view.spec.dtype.itemsize
-            return StoredArray.of_bytes(reader.read(view.sources[0], begin, view.spec.nbytes), view.spec)
-        with TensorReader(catalog) as tensors:
-            return view.of({source: tensors.read(source) for source in view.sources})
+            return StoredArray.of_bytes(reader.read_bytes(view.sources[0], begin, view.spec.nbytes), view.spec)
+        return view.of({source: reader.read(source) for source in view.sources})
 
     views = {local: view for local, view in module.views.items() if local not in module.ignored}
-    return {local: read(view) for local, view in views.items() if not isinstance(view, TransposedExpert)}
+    with TensorReader(catalog, in_windows=True) as reader:
+        return {local: read(view) for local, view in views.items() if not isinstance(view, TransposedExpert)}
 
 
 def _check_codes(module: ModulePlan, stored: StoredTensors, files: TensorFiles, faults: FaultCollector) -> None:
@@ -94,11 +91,11 @@ def _check_codes(module: ModulePlan, stored: StoredTensors, files: TensorFiles, 
         )
 
 
-def _chunks(view: View, codes: Tensor | StoredArray, files: TensorFiles) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _chunks(view: View, codes: StoredArray, files: TensorFiles) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield float8 codes as bytes with the place of the first one, from the file if they are one run of it."""
     for begin in range(0, view.spec.numel, _CHUNK_BYTES):
         length = min(_CHUNK_BYTES, view.spec.numel - begin)
         if view.offset is not None:
             yield begin, files.read(view.sources[0], view.offset + begin, length)
         else:
-            yield begin, stored_array(codes).elements.ravel()[begin : begin + length]
+            yield begin, codes.elements.ravel()[begin : begin + length]

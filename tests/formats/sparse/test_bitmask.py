@@ -6,13 +6,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import SPARSE_BITMASK
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PayloadError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.formats.sparse.base import SparseTensor
-from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,13 +6,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import SPARSE_24_BITMASK
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PayloadError
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.formats.sparse.base import SparseTensor
-from trtllm_ct.formats.sparse.bitmask_24 import SPARSE_24_BITMASK
 
 if TYPE_CHECKING:
     from trtllm_ct.formats.base import StoredSpecs

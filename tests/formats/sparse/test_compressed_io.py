@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from on_tensors import SPARSE_BITMASK
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trtllm_ct.base.errors import CatalogError, PayloadError, UsageError
-from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
 from trtllm_ct.formats.sparse.compressed_io import load_compressed, save_compressed
 
 if TYPE_CHECKING:

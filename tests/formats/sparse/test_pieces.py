@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from on_tensors import SPARSE_24_BITMASK, SPARSE_BITMASK, TensorReader, restore, tensors
 from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, FaultCollector
 from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog
-from trtllm_ct.checkpoint.reader import TensorReader
-from trtllm_ct.formats.sparse.bitmask import SPARSE_BITMASK
-from trtllm_ct.formats.sparse.bitmask_24 import SPARSE_24_BITMASK
-from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS, Generation, SparseTensor, find_sparse, restore, stem_of
+from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS, Generation, SparseTensor, find_sparse, stem_of
+from trtllm_ct.layouts.torch_tensors import array_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +32,8 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 
 def stored_as(stem: str, dense: Tensor, entry: SparseFormat = SPARSE_BITMASK) -> dict[str, Tensor]:
-    return {f"{stem}.{piece}": tensor for piece, tensor in entry.encode(dense).items()}
+    pieces = tensors(getattr(entry, "entry", entry).encode(array_of(dense)))
+    return {f"{stem}.{piece}": tensor for piece, tensor in pieces.items()}
 
 
 def find(

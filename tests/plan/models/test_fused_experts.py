@@ -10,14 +10,15 @@ import pytest
 import torch
 from builders import SCHEMES, rewrite, rewrite_config, tiny_config, write_checkpoint
 from fused_experts import SPELLINGS, fuse_experts
+from on_tensors import on_tensors
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PlanError
 from trtllm_ct.base.schemes import QuantAlgo, TensorSpec
 from trtllm_ct.engine.quant_config import LayerQuantConfig
-from trtllm_ct.layouts.rounding import round_once
-from trtllm_ct.pipeline.mapper import CompressedTensorsWeightMapper
+from trtllm_ct.layouts import rounding as rounding_layout
 from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.pipeline.weight_mapper import CompressedTensorsWeightMapper
 from trtllm_ct.plan.models.fused_experts import split_fused_experts
 from trtllm_ct.plan.models.sites import Model
 from trtllm_ct.plan.plan import Fate
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_ct.plan.plan import Plan
+
+round_once = on_tensors(rounding_layout.round_once)
 
 QWEN, MIXTRAL, DEEPSEEK = "Qwen3MoeForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM"
 LAYER = "model.layers.1"
@@ -67,8 +70,9 @@ def write(directory: Path, scheme: str | dict[str, str], config: dict[str, Any] 
 
 def mapped(directory: Path, to: str = "modelopt") -> dict[str, Tensor]:
     """Every delivered tensor of a directory."""
+    from on_tensors import stream_delivered
+
     from trtllm_ct.pipeline.open import open_checkpoint
-    from trtllm_ct.pipeline.stream import stream_delivered
 
     checkpoint = open_checkpoint(directory)
     return {

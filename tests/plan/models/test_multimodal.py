@@ -9,12 +9,13 @@ import pytest
 import torch
 from builders import config_group, int_weights, rewrite, rewrite_config, tiny_config, write_checkpoint
 from multimodal import PLACES, VISION, renamed, write_multimodal
+from on_tensors import on_tensors
 from safetensors.torch import load_file, save_file
 from stored_schemes import SCHEMES, Writer
 
 from trtllm_ct.base.errors import Fault, PlanError, UnreadClassError
 from trtllm_ct.convert.convert import convert_checkpoint
-from trtllm_ct.layouts.rounding import round_once
+from trtllm_ct.layouts import rounding as rounding_layout
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS, TEXT_MODELS
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from builders import Built
     from torch import Tensor
+
+round_once = on_tensors(rounding_layout.round_once)
 
 
 def faults(directory: Path) -> list[Fault]:

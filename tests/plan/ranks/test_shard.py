@@ -18,14 +18,13 @@ import pytest
 import torch
 from builders import rewrite, write_checkpoint
 from fused_experts import fuse_experts
+from on_tensors import TensorReader, stream_delivered
 from stored_schemes import SCHEMES
 from tiny_models import tiny_config
 
-from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.engine.parallel import Parallel, Rank
 from trtllm_ct.formats.sparse.compressed_io import save_compressed
 from trtllm_ct.pipeline.open import open_checkpoint
-from trtllm_ct.pipeline.stream import stream_delivered
 from trtllm_ct.plan.ranks.shard import plan_for_rank
 
 if TYPE_CHECKING:

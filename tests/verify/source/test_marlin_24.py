@@ -8,12 +8,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from on_tensors import on_tensors
 
 from tests.layouts.test_marlin_24 import sparse_codes
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
-from trtllm_ct.layouts.marlin_24 import arrange_codes, arrange_nibbles, arrange_scales, pick_fours
+from trtllm_ct.layouts import marlin_24 as marlin_24_layout
 from trtllm_ct.verify.source.marlin_24 import read
 from trtllm_ct.verify.source.weights import Weight
+
+arrange_codes = on_tensors(marlin_24_layout.arrange_codes)
+arrange_nibbles = on_tensors(marlin_24_layout.arrange_nibbles)
+arrange_scales = on_tensors(marlin_24_layout.arrange_scales)
+pick_fours = on_tensors(marlin_24_layout.pick_fours)
 
 SHAPES = [(64, 64), (64, 160), (192, 256)]
 

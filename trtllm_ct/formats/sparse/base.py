@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PayloadError
 from trtllm_ct.layouts.bitmasks import count_marks, scatter_marked
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
     from trtllm_ct.formats.base import StoredSpecs
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = ["SHAPE_DTYPES", "SparseFormat", "SparseTensor", "check_pieces", "refuse_piece"]
 
@@ -70,18 +70,18 @@ class SparseFormat(ABC):
         """
 
     @abstractmethod
-    def holds(self, dense: Tensor) -> bool:
+    def holds(self, dense: StoredArray) -> bool:
         """Return whether this format can store every value of the tensor, apart from the sign of zeros."""
 
     @abstractmethod
-    def encode(self, dense: Tensor) -> dict[str, Tensor]:
+    def encode(self, dense: StoredArray) -> dict[str, StoredArray]:
         """Return the pieces of a dense tensor by local name, byte for byte as compressed-tensors wrote them."""
 
     @abstractmethod
-    def check_marks(self, sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
+    def check_marks(self, sparse: SparseTensor, pieces: StoredTensors, faults: FaultCollector) -> None:
         """Add a fault if the marks break a rule of this format that can't be checked from headers."""
 
-    def decode(self, sparse: SparseTensor, pieces: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, sparse: SparseTensor, pieces: StoredTensors) -> StoredArray:
         """Return the dense tensor, from its pieces by local name.
 
         Raises `PayloadError` if the pieces contradict each other; see `restore` in `pieces.py`.
@@ -91,7 +91,8 @@ class SparseFormat(ABC):
         _check_counts(sparse, pieces, faults)
         self.check_marks(sparse, pieces, faults)
         faults.raise_if_any(PayloadError)
-        return scatter_marked(pieces["compressed"].flatten(), pieces["bitmask"], sparse.spec.shape[-1])
+        values, bitmask = pieces["compressed"].elements.reshape(-1), pieces["bitmask"].elements
+        return StoredArray(scatter_marked(values, bitmask, sparse.spec.shape[-1]), sparse.spec.dtype)
 
 
 def check_pieces(stem: str, pieces: StoredSpecs, faults: FaultCollector) -> bool:
@@ -112,9 +113,9 @@ def refuse_piece(name: str, expected: str, found: object, faults: FaultCollector
     faults.add(where=name, expected=expected, found=str(found), remedy=_DAMAGED)
 
 
-def _check_shape(sparse: SparseTensor, stored: Tensor, faults: FaultCollector) -> None:
+def _check_shape(sparse: SparseTensor, stored: StoredArray, faults: FaultCollector) -> None:
     """Add a fault if the numbers in the `shape` piece differ from the shape of the dense tensor."""
-    sizes = [int(size) for size in stored.flatten()]
+    sizes = stored.elements.ravel().tolist()
     if sizes != list(sparse.spec.shape):
         faults.add(
             where=sparse.parts["shape"],
@@ -124,9 +125,9 @@ def _check_shape(sparse: SparseTensor, stored: Tensor, faults: FaultCollector) -
         )
 
 
-def _check_counts(sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
+def _check_counts(sparse: SparseTensor, pieces: StoredTensors, faults: FaultCollector) -> None:
     """Add a fault if the numbers of values and marks differ, and one if there are marks beyond the last column."""
-    bitmask, values = pieces["bitmask"], pieces["compressed"].numel()
+    bitmask, values = pieces["bitmask"].elements, pieces["compressed"].elements.size
     marks = int(count_marks(bitmask).sum())
     if marks != values:
         refuse_piece(sparse.parts["bitmask"], f"{values} marks, one for each value", f"{marks} marks", faults)

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
 from trtllm_ct.formats.sparse.base import SparseFormat, SparseTensor, check_pieces, refuse_piece
-from trtllm_ct.layouts.bitmasks import count_marks, gather_marked, nonzero_mask, pack_mask
+from trtllm_ct.layouts.bitmasks import count_marks, pack_mask
+from trtllm_ct.layouts.stored_array import StoredArray
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.formats.base import StoredSpecs
+    from trtllm_ct.layouts.stored_array import StoredTensors
 
 __all__ = ["SPARSE_BITMASK"]
 
@@ -67,30 +68,32 @@ class _SparseBitmask(SparseFormat):
             return None
         return spec
 
-    def holds(self, dense: Tensor) -> bool:
+    def holds(self, dense: StoredArray) -> bool:
         """Return True for any tensor but a scalar, which has no rows."""
-        return dense.dim() > 0
+        return len(dense.shape) > 0
 
-    def encode(self, dense: Tensor) -> dict[str, Tensor]:
+    def encode(self, dense: StoredArray) -> dict[str, StoredArray]:
         """Return the four pieces by local name. Raises `ValueError` for a scalar."""
-        import torch
+        import numpy as np
 
         if not self.holds(dense):
             raise ValueError("a scalar has no rows, so it can't be stored as sparse-bitmask")
-        mask = nonzero_mask(dense)
+        mask = dense.is_nonzero
         return {
-            "shape": torch.tensor(dense.shape, dtype=torch.int64),
-            "compressed": gather_marked(dense, mask),
-            "bitmask": pack_mask(mask),
-            "row_offsets": _row_offsets(mask.sum(dim=-1)),
+            "shape": StoredArray(np.array(dense.shape, np.int64), DType.I64),
+            "compressed": dense[mask],
+            "bitmask": StoredArray(pack_mask(mask), DType.U8),
+            "row_offsets": StoredArray(_row_offsets(mask.sum(axis=-1, dtype=np.int64)), DType.I64),
         }
 
-    def check_marks(self, sparse: SparseTensor, pieces: Mapping[str, Tensor], faults: FaultCollector) -> None:
+    def check_marks(self, sparse: SparseTensor, pieces: StoredTensors, faults: FaultCollector) -> None:
         """Add a fault if row offsets are stored and differ from those that follow from the bitmask."""
-        import torch
+        import numpy as np
 
         stored = pieces.get("row_offsets")
-        if stored is not None and not torch.equal(stored.long(), _row_offsets(count_marks(pieces["bitmask"]))):
+        if stored is None:
+            return
+        if not np.array_equal(stored.elements, _row_offsets(count_marks(pieces["bitmask"].elements))):
             refuse_piece(sparse.parts["row_offsets"], "the offsets that the bitmask makes", "others", faults)
 
 
@@ -106,9 +109,12 @@ def _check_row_offsets(stem: str, pieces: StoredSpecs, rows: tuple[int, ...], fa
     return False
 
 
-def _row_offsets(counts: Tensor) -> Tensor:
+def _row_offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the number of values before each row, from the number of values in each row.
 
     For more than one axis of rows, the sum runs along the first axis only, as in the library.
     """
-    return counts.cumsum(dim=0) - counts
+    import numpy as np
+
+    offsets: NDArray[np.int64] = np.cumsum(counts, axis=0).reshape(np.shape(counts)) - counts
+    return np.asarray(offsets)

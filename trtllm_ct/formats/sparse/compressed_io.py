@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
+from trtllm_ct.base.schemes import CompressionFormat
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import METADATA_KEY, read_header
 from trtllm_ct.checkpoint.reader import TensorReader
@@ -26,6 +25,7 @@ from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.checkpoint.writer import ShardedWriter
 from trtllm_ct.formats.sparse.base import SHAPE_DTYPES
 from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS, Generation, SparseTensor, find_sparse, restore, stem_of
+from trtllm_ct.layouts.torch_tensors import array_of, is_tensor, tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from trtllm_ct.base.schemes import TensorSpec
     from trtllm_ct.formats.sparse.base import SparseFormat
+    from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = ["BitmaskConfig", "load_compressed", "save_compressed", "save_compressed_model"]
 
@@ -93,14 +95,17 @@ def save_compressed(
     path = Path(path)
     entry = _sparse_format(_one_format(compression_format, format), generation)
     _require_tensors(tensors)
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, StoredArray] = {}
     for name, tensor in tensors.items():
-        pieces = _pieces(name, tensor.detach().cpu().contiguous(), entry, generation)
+        pieces = _pieces(name, _array(name, tensor), entry, generation)
         clash = min(stored.keys() & pieces.keys(), default=None)
         if clash is not None:
             raise _usage_error(clash, "each name once", f"it a second time, for {name}", "Rename one of the tensors.")
         stored |= pieces
-    specs = {name: _spec(name, tensor) for name, tensor in stored.items()}
+    if METADATA_KEY in stored:
+        found = "the one that safetensors reserves"
+        raise _usage_error(METADATA_KEY, "a name for a tensor", found, "Rename the tensor.")
+    specs = {name: tensor.spec for name, tensor in stored.items()}
     _require_names(tensors, specs)
     try:
         _write(path, specs, stored)
@@ -150,13 +155,11 @@ def _one_format(compression_format: str | None, other: str | None) -> str:
 
 def _require_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise `UsageError` if there are no tensors, or something else among them, as the extra state of a module is."""
-    import torch
-
     remedy = "Give tensors by name, such as a state dict."
     if not tensors:
         raise _usage_error("tensors", "at least one tensor", "none", remedy)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
+        if not is_tensor(tensor):
             raise _usage_error(name, "a tensor", type(tensor).__name__, remedy)
 
 
@@ -187,7 +190,9 @@ def _sparse_format(format: str, generation: str) -> SparseFormat | None:  # noqa
     return next((entry for entry in SPARSE_FORMATS if entry.name == format), None)
 
 
-def _pieces(name: str, tensor: Tensor, entry: SparseFormat | None, generation: Generation) -> dict[str, Tensor]:
+def _pieces(
+    name: str, tensor: StoredArray, entry: SparseFormat | None, generation: Generation
+) -> dict[str, StoredArray]:
     """Return what is stored for one tensor, by full name: its pieces, or the tensor itself if it is stored plain."""
     is_candidate = generation == "0.4" or name.endswith(".weight")
     if entry is None or not is_candidate or not entry.holds(tensor):
@@ -196,12 +201,10 @@ def _pieces(name: str, tensor: Tensor, entry: SparseFormat | None, generation: G
     return {f"{stem}.{local_name}": piece for local_name, piece in entry.encode(tensor).items()}
 
 
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    """Return dtype and shape. Raises `UsageError` for a name or dtype that a safetensors file can't have."""
-    if name == METADATA_KEY:
-        raise _usage_error(name, "a name for a tensor", "the one that safetensors reserves", "Rename the tensor.")
+def _array(name: str, tensor: Tensor) -> StoredArray:
+    """Return the elements. Raises `UsageError` for a dtype that a safetensors file can't have."""
     try:
-        return TensorSpec(DType.from_torch(tensor.dtype), tuple(tensor.shape))
+        return array_of(tensor)
     except KeyError:
         remedy = "Save it in another dtype."
         raise _usage_error(name, "a dtype that safetensors has", str(tensor.dtype), remedy) from None
@@ -222,7 +225,7 @@ def _require_names(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec
             )
 
 
-def _write(path: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]) -> None:
+def _write(path: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, StoredArray]) -> None:
     """Write one file under a temporary name, then rename it to `path`."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as partial:
         with ShardedWriter(Path(partial), specs, max_shard_bytes=sys.maxsize) as writer:
@@ -255,7 +258,7 @@ def _stored_shapes(reader: TensorReader, specs: Mapping[str, TensorSpec]) -> Cal
         for stem in (name, name.removesuffix(".weight")):
             spec = specs.get(f"{stem}.shape")
             if spec is not None and spec.dtype in SHAPE_DTYPES:
-                return tuple(reader.read(f"{stem}.shape").flatten().tolist())
+                return tuple(reader.read(f"{stem}.shape").elements.ravel().tolist())
         return None
 
     return shape_of
@@ -268,10 +271,11 @@ def _dense_tensors(
     piece_names = {full_name for tensor in sparse.values() for full_name in tensor.parts.values()}
     with reader:
         for name, tensor in sparse.items():
-            yield name, restore(tensor, {piece: reader.read(full_name) for piece, full_name in tensor.parts.items()})
+            pieces = {piece: reader.read(full_name) for piece, full_name in tensor.parts.items()}
+            yield name, tensor_of(restore(tensor, pieces))
         for name in specs:
             if name not in piece_names:
-                yield name, reader.read(name)
+                yield name, tensor_of(reader.read(name))
 
 
 def _usage_error(where: str, expected: str, found: str, remedy: str) -> UsageError:

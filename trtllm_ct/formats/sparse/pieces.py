@@ -28,11 +28,10 @@ from trtllm_ct.formats.sparse.bitmask_24 import SPARSE_24_BITMASK
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
     from trtllm_ct.base.errors import FaultCollector
     from trtllm_ct.base.schemes import CompressionFormat, TensorSpec
     from trtllm_ct.formats.base import StoredSpecs
+    from trtllm_ct.layouts.stored_array import StoredArray, StoredTensors
 
 __all__ = [
     "SPARSE_FORMATS",
@@ -126,7 +125,7 @@ def shape_pieces(names_and_specs: Mapping[str, TensorSpec]) -> list[str]:
     ]
 
 
-def restore(sparse: SparseTensor, pieces: Mapping[str, Tensor]) -> Tensor:
+def restore(sparse: SparseTensor, pieces: StoredTensors) -> StoredArray:
     """Return the contiguous dense tensor of `sparse.spec`; `pieces` are given by local name (`compressed`, ...).
 
     The function copies bits, so every NaN keeps its payload. Memory beside the result is one tile.

@@ -1,9 +1,9 @@
-"""Compiled loops over CPU memory; each has a slower equivalent made of torch operations in the folder above.
+"""Compiled loops over CPU memory; each has a slower equivalent made of numpy operations in the folder above.
 
-dispatch.py      chooses between a compiled loop and torch operations for each call
+dispatch.py      chooses between a compiled loop and numpy operations for each call
 kernels.py       the loops: one pass over memory from stored bytes to delivered bytes
 machine_code.py  compiles each loop once per processor type, and tries it before it is used
 requantize_kernels.py  the loops that quantize weights again
 code_cache.py    the object files of compiled loops, kept where only this user can write
-huge_pages.py    allocates result tensors, in huge pages where the kernel provides them
+huge_pages.py    allocates result arrays, in huge pages where the kernel provides them
 """

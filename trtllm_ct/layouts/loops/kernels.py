@@ -1,9 +1,9 @@
 """Compiled loops over CPU memory: one pass from stored bytes to delivered bytes, at about the speed of a copy.
 
 numba compiles each loop once per processor type, and later processes load the machine code: see `machine_code.py`.
-Loops release the GIL and use one thread; callers run several threads. torch operations are slower because each of them
-makes its own pass over the memory. Every loop has an equivalent made of torch operations in `packing.py` or
-`scales.py`. `dispatch.py` chooses between the two, and the tests check that both give the same bits.
+Loops release the GIL and use one thread; callers run several threads. numpy's operations are slower because each of
+them makes its own pass over the memory. Every loop has an equivalent made of them in `packing.py` or `scales.py`.
+`dispatch.py` chooses between the two, and the tests check that both give the same bits.
 
 The caller allocates all arrays; they are numpy arrays and contiguous along the last axis. A field is the bit pattern of
 one code as it is stored. numba widens the result of integer arithmetic to 64 bits, so narrow types are spelled out

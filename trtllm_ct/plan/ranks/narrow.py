@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.formats.base import Axis
+from trtllm_ct.layouts.stored_array import StoredArray
 from trtllm_ct.plan.ops import FoldTransform, Ones, Repack
 from trtllm_ct.plan.rank_ops import Padding, Permute, Slice
 from trtllm_ct.plan.requantize_ops import RoundedScale
 from trtllm_ct.plan.stored import View
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
     from trtllm_ct.base.schemes import Packing
     from trtllm_ct.formats.base import StoredWeight
+    from trtllm_ct.layouts.stored_array import StoredTensors
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.plan import Delivery, ModulePlan
 
@@ -55,17 +53,16 @@ class Rows(View):
         """The first element of the rows in the stored tensor; None if the view is not one contiguous run of it."""
         return None if self.view.offset is None else self.view.offset + self.begin
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def of(self, stored: StoredTensors) -> StoredArray:
         """Return the rows; nothing is copied if the whole view needs no copy."""
         if self._needs_nothing:
-            import torch
-
-            return torch.empty(self.spec.shape, dtype=self.spec.dtype.torch_dtype)
+            return StoredArray.filled(self.spec)
         return self.of_whole(self.view.of(stored))
 
-    def of_whole(self, whole: Tensor) -> Tensor:
-        """Return the rows of `whole`, the tensor that the whole view makes."""
-        return whole.reshape(-1)[self.begin : self.begin + self.spec.numel].view(self.spec.shape)
+    def of_whole(self, whole: StoredArray, behind: int = 0) -> StoredArray:
+        """Return the rows of `whole`, the tensor that the whole view makes, or those `behind` elements behind them."""
+        begin = self.begin + behind
+        return whole.reshape(-1)[begin : begin + self.spec.numel].reshape(*self.spec.shape)
 
     @property
     def _needs_nothing(self) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.checkpoint.open_files import OpenFiles
-from trtllm_ct.checkpoint.reader import file_changed, read_error
+from trtllm_ct.checkpoint.read_errors import file_changed, read_error
 from trtllm_ct.verify.source.numbers import to_numbers
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Direct conversion with compiled loops gives the same bytes and faults as conversion with torch."""
+"""Compiled loops and the operations of numpy give the same bytes and faults, with tiles of any size."""
 
 from __future__ import annotations
 
@@ -14,44 +14,12 @@ from safetensors.torch import load_file
 from stored_schemes import SCHEMES
 
 from trtllm_ct.base.errors import CatalogError, TrtllmCtError
-from trtllm_ct.convert import direct
+from trtllm_ct.convert import tiles as tiles_module
 from trtllm_ct.convert.convert import convert_checkpoint
-from trtllm_ct.convert.direct import is_direct
-from trtllm_ct.pipeline.open import plan_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-DIRECT = [
-    "fp8-block",
-    "fp8-channel-static",
-    "fp8-channel-token",
-    "fp8-tensor-naive",
-    "fp8-tensor-static",
-    "fp8-tensor-token",
-    "fp8-weight-only",
-    "int2-channel",
-    "int3-g64",
-    "int4-channel",
-    "int4-g128",
-    "int4-g128-fp8-static",
-    "int4-g16",
-    "int4-g32",
-    "int4-g64",
-    "int4-tensor",
-    "int6-channel",
-    "int8-channel",
-    "int8-g32",
-    "int8-g64",
-    "int8-plain-channel",
-    "int8-plain-g32",
-    "int8-plain-tensor",
-    "w4afp8",
-    "w8a8",
-    "w8a8-static",
-]
-"""Schemes that are converted without torch for every target."""
 
 CONFIG = tiny_config(hidden=256, intermediate=512, layers=1)
 """A model whose rows are multiples of 256, for groups of 256."""
@@ -64,11 +32,10 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def converted(built: Built, out: Path, monkeypatch: pytest.MonkeyPatch, *, by_torch: bool, **options: Any) -> Any:
+def converted(built: Built, out: Path, monkeypatch: pytest.MonkeyPatch, *, by_numpy: bool, **options: Any) -> Any:
     """Convert and return the files of the output, or the type and the faults of the error."""
     with monkeypatch.context() as patch:
-        if by_torch:
-            patch.setattr("trtllm_ct.convert.worker.is_direct", lambda _module: False)
+        patch.setattr("trtllm_ct.layouts.loops.dispatch._MIN_CODES", 1 << 60 if by_numpy else 0)
         try:
             convert_checkpoint(built.directory, out, **options)
         except TrtllmCtError as error:
@@ -77,35 +44,35 @@ def converted(built: Built, out: Path, monkeypatch: pytest.MonkeyPatch, *, by_to
 
 
 def both(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any]:
-    """Return the results of direct conversion and of conversion with torch."""
-    direct_result, torch_result = (
-        converted(built, tmp_path / name, monkeypatch, by_torch=name == "torch", **options)
-        for name in ("direct", "torch")
+    """Return the results of a conversion with compiled loops and of one with the operations of numpy."""
+    of_loops, of_numpy = (
+        converted(built, tmp_path / name, monkeypatch, by_numpy=name == "numpy", **options)
+        for name in ("loops", "numpy")
     )
-    return direct_result, torch_result
+    return of_loops, of_numpy
 
 
-TILES = {"tiles": 64, "whole": direct.CHUNK_BYTES}
+TILES = {"tiles": 64, "whole": tiles_module.TILE_BYTES}
 """The bytes of a tile: one row, and all rows."""
 
 
 @pytest.fixture(params=TILES.values(), ids=TILES)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with one row per tile, and with all rows in one tile."""
-    monkeypatch.setattr(direct, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(tiles_module, "TILE_BYTES", request.param)
 
 
 @pytest.mark.parametrize("to", ["modelopt", "dense"])
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_the_bytes_are_the_same(scheme: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one row per tile, and with all rows in one tile; torch has no tiles."""
+    """With one row per tile, and with all rows in one tile."""
     built = write_checkpoint(tmp_path / "source", scheme=scheme, config=CONFIG)
-    torch_result = converted(built, tmp_path / "torch", monkeypatch, by_torch=True, to=to)
+    of_numpy = converted(built, tmp_path / "numpy", monkeypatch, by_numpy=True, to=to)
 
-    assert isinstance(torch_result, dict)
+    assert isinstance(of_numpy, dict)
     for tiles, nbytes in TILES.items():
-        monkeypatch.setattr(direct, "CHUNK_BYTES", nbytes)
-        assert converted(built, tmp_path / tiles, monkeypatch, by_torch=False, to=to) == torch_result, tiles
+        monkeypatch.setattr(tiles_module, "TILE_BYTES", nbytes)
+        assert converted(built, tmp_path / tiles, monkeypatch, by_numpy=False, to=to) == of_numpy, tiles
 
 
 @pytest.mark.usefixtures("tiles")
@@ -113,32 +80,19 @@ def test_a_last_block_that_is_not_whole_has_its_own_scale(tmp_path: Path, monkey
     """200 rows are one block of 128 and a part of the next, whose row of scales the last tile must reach."""
     built = write_checkpoint(tmp_path / "source", scheme="fp8-block", config=tiny_config(intermediate=200))
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch, to="dense")
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch, to="dense")
 
-    assert direct_result == torch_result
+    assert of_loops == of_numpy
     name = "model.layers.0.mlp.gate_proj.weight"
-    dense = load_file(tmp_path / "direct" / "model.safetensors")[name]
+    dense = load_file(tmp_path / "loops" / "model.safetensors")[name]
     assert torch.equal(dense, round_once(built.dense[name], torch.bfloat16))
-
-
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
-def test_all_weights_of_common_schemes_are_direct(scheme: str, tmp_path: Path) -> None:
-    """For every other scheme, at least one weight needs torch."""
-    built = write_checkpoint(tmp_path, scheme=scheme, config=CONFIG)
-
-    for to in ("modelopt", "dense"):
-        quantized = [module for module in plan_checkpoint(built.directory, to).modules if module.weight is not None]
-        assert len(quantized) > 2
-        # Groups of 256 are repeated as groups of 128 for the engine, which torch does.
-        is_exception = scheme == "int4-g256" and to == "dense"
-        assert all(map(is_direct, quantized)) is (scheme in DIRECT or is_exception), to
 
 
 @pytest.fixture(scope="module")
 def imports_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     """Whether torch is imported after each conversion; all of them run in one process, in this order."""
-    folder = tmp_path_factory.mktemp("direct")
-    for scheme in DIRECT:
+    folder = tmp_path_factory.mktemp("loops")
+    for scheme in sorted(SCHEMES):
         write_checkpoint(folder / scheme, scheme=scheme, config=CONFIG)
     done = run_python(
         """
@@ -155,15 +109,15 @@ def imports_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
         print(json.dumps(imported))
         """,
         folder,
-        *DIRECT,
+        *sorted(SCHEMES),
     )
     imported: dict[str, bool] = json.loads(done.stdout)
     return imported
 
 
 @pytest.mark.parametrize("to", ["modelopt", "dense"])
-@pytest.mark.parametrize("scheme", DIRECT)
-def test_they_convert_without_torch(scheme: str, to: str, imports_of: dict[str, bool]) -> None:
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_every_scheme_is_converted_without_torch(scheme: str, to: str, imports_of: dict[str, bool]) -> None:
     assert imports_of[f"{scheme} {to}"] is False
 
 
@@ -173,7 +127,7 @@ def test_they_convert_without_torch(scheme: str, to: str, imports_of: dict[str, 
 def test_scales_of_any_dtype_are_widened_bit_for_bit(
     scheme: str, scale_dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Subnormal and very large scales, zero, and negative zero, which is left to torch."""
+    """Subnormal and very large scales, zero, and negative zero."""
 
     def extreme(stored: dict[str, torch.Tensor]) -> None:
         flat = stored[SCALE].view(-1)
@@ -183,10 +137,10 @@ def test_scales_of_any_dtype_are_widened_bit_for_bit(
 
     built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, edit=extreme)
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch)
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch)
 
-    assert isinstance(direct_result, dict)
-    assert direct_result == torch_result
+    assert isinstance(of_loops, dict)
+    assert of_loops == of_numpy
 
 
 @pytest.mark.pairs
@@ -204,38 +158,30 @@ def test_weights_are_rounded_in_the_same_way(
 
     config = CONFIG | {"dtype": dtype}
     built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype, config=config, edit=extreme)
-    torch_result = converted(built, tmp_path / "torch", monkeypatch, by_torch=True, to="dense")
+    of_numpy = converted(built, tmp_path / "numpy", monkeypatch, by_numpy=True, to="dense")
 
-    assert isinstance(torch_result, dict)
-    method = direct.DirectConverter._dequantized
+    assert isinstance(of_numpy, dict)
     for tiles, nbytes in TILES.items():
-        monkeypatch.setattr(direct, "CHUNK_BYTES", nbytes)
-        monkeypatch.setattr(direct.DirectConverter, "_dequantized", counter := CallCounter(method))
-        assert converted(built, tmp_path / tiles, monkeypatch, by_torch=False, to="dense") == torch_result, tiles
-        assert counter.calls
+        monkeypatch.setattr(tiles_module, "TILE_BYTES", nbytes)
+        assert converted(built, tmp_path / tiles, monkeypatch, by_numpy=False, to="dense") == of_numpy, tiles
 
 
 @pytest.mark.parametrize(("share", "fits"), [(1.0, False), (0.126, False), (0.124, True)])
 @pytest.mark.parametrize(("dtype", "scale_dtype"), [("bfloat16", torch.float32), ("float16", torch.float16)])
-def test_a_weight_that_may_overflow_is_left_to_torch(
+def test_a_weight_that_overflows_is_a_fault(
     dtype: str, scale_dtype: torch.dtype, share: float, *, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes of int4 reach -8, so a scale above an eighth of the largest number may overflow."""
+    """Codes of int4 reach -8, so a scale above an eighth of the largest number overflows."""
     largest = torch.finfo(getattr(torch, dtype)).max
     built = write_checkpoint(
         tmp_path / "source", scheme="int4-g32", scale_dtype=scale_dtype, config=CONFIG | {"dtype": dtype}
     )
     rewrite(built.directory, lambda stored: stored[SCALE].fill_(share * largest))
-    monkeypatch.setattr(
-        direct.DirectConverter, "_dequantized", counter := CallCounter(direct.DirectConverter._dequantized)
-    )
-    weights = sum(module.weight is not None for module in plan_checkpoint(built.directory, "dense").modules)
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch, to="dense")
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch, to="dense")
 
-    assert direct_result == torch_result
-    assert isinstance(direct_result, dict) is fits
-    assert counter.calls == weights - (not fits)
+    assert of_loops == of_numpy
+    assert isinstance(of_loops, dict) is fits
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1.0, -1e-30])
@@ -250,12 +196,12 @@ def test_bad_scales_are_the_same_faults(
         stored[SCALE].view(-1)[-1] = value
 
     rewrite(built.directory, spoil)
-    direct_result, torch_result = both(built, tmp_path, monkeypatch)
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch)
 
-    assert direct_result == torch_result
+    assert of_loops == of_numpy
     # In float16, -1e-30 rounds to minus zero.
     is_zero = scale_dtype is torch.float16 and value == -1e-30
-    assert isinstance(direct_result, tuple) is (not is_zero or scheme == "fp8-tensor-token")
+    assert isinstance(of_loops, tuple) is (not is_zero or scheme == "fp8-tensor-token")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, -0.0, 1e-5])
@@ -263,10 +209,10 @@ def test_input_scales_are_checked_too(value: float, tmp_path: Path, monkeypatch:
     built = write_checkpoint(tmp_path / "source", scheme="fp8-tensor-static")
     rewrite(built.directory, lambda stored: stored[SCALE.replace("weight", "input")].fill_(value))
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch)
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch)
 
-    assert direct_result == torch_result
-    assert isinstance(direct_result, dict) is (value == 1e-5)
+    assert of_loops == of_numpy
+    assert isinstance(of_loops, dict) is (value == 1e-5)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
@@ -278,10 +224,10 @@ def test_a_zero_scale_is_a_fault_only_for_a_whole_weight(
     built = write_checkpoint(tmp_path / "source", scheme=scheme, scale_dtype=scale_dtype)
     rewrite(built.directory, lambda stored: stored[SCALE].view(-1)[:1].zero_())
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch)
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch)
 
-    assert direct_result == torch_result
-    assert isinstance(direct_result, tuple) is (scheme == "fp8-tensor-token")
+    assert of_loops == of_numpy
+    assert isinstance(of_loops, tuple) is (scheme == "fp8-tensor-token")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -295,46 +241,24 @@ def test_a_wrong_weight_shape_is_the_same_fault(
         stored[SHAPE] = (stored[SHAPE] + change).to(dtype)
 
     rewrite(built.directory, edit)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            direct.DirectConverter, "_result_chunks", counter := CallCounter(direct.DirectConverter._result_chunks)
-        )
-        direct_result = converted(built, tmp_path / "direct", monkeypatch, by_torch=False)
-    torch_result = converted(built, tmp_path / "torch", monkeypatch, by_torch=True)
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch)
 
-    assert direct_result == torch_result
-    assert isinstance(direct_result, tuple) is bool(change)
-    assert counter.calls
+    assert of_loops == of_numpy
+    assert isinstance(of_loops, tuple) is bool(change)
 
 
-class CallCounter:
-    """A wrapper of a method that counts its calls."""
-
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self.method = method
-        self.calls = 0
-
-    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
-        self.calls += 1
-        return self.method.__get__(instance, owner)
-
-
-def test_payloads_that_are_not_aligned_are_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old writers don't align payloads; loops would read across word boundaries."""
+def test_payloads_need_not_be_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old writers don't align payloads."""
     built = write_checkpoint(tmp_path / "source", scheme="int4-g64")
+    aligned = converted(built, tmp_path / "aligned", monkeypatch, by_numpy=False)
     file = built.directory / "model.safetensors"
     whole = file.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     file.write_bytes((length + 1).to_bytes(8, "little") + whole[8 : 8 + length] + b" " + whole[8 + length :])
-    monkeypatch.setattr(
-        direct.DirectConverter, "_result_chunks", counter := CallCounter(direct.DirectConverter._result_chunks)
-    )
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch)
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch)
-
-    assert isinstance(direct_result, dict)
-    assert direct_result == torch_result
-    assert not counter.calls
+    assert isinstance(of_loops, dict)
+    assert of_loops == of_numpy == aligned
 
 
 def test_a_file_that_was_truncated_during_the_conversion_is_named(tmp_path: Path) -> None:
@@ -362,6 +286,6 @@ def test_few_rows_are_enough(rows: int, scheme: str, tmp_path: Path, monkeypatch
     config = tiny_config(layers=1, hidden=16, heads=2, kv_heads=1, intermediate=rows)
     built = write_checkpoint(tmp_path / "source", scheme=scheme, config=config)
 
-    direct_result, torch_result = both(built, tmp_path, monkeypatch)
+    of_loops, of_numpy = both(built, tmp_path, monkeypatch)
 
-    assert direct_result == torch_result
+    assert of_loops == of_numpy

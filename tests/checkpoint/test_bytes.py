@@ -1,4 +1,4 @@
-"""ByteReader, and the pieces in which a writer records the bytes that it wrote."""
+"""Byte ranges of tensors as a reader maps them, and the pieces in which a writer records the bytes that it wrote."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_tensors import TensorWriter
 from safetensors.torch import save_file
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.base.schemes import TensorSpec
-from trtllm_ct.checkpoint import byte_reader, windows, writer
-from trtllm_ct.checkpoint.byte_reader import ByteReader
+from trtllm_ct.checkpoint import reader as reader_module
+from trtllm_ct.checkpoint import windows, writer
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.transfer import PAGE_BYTES, checksum
 from trtllm_ct.checkpoint.write_plan import WritePlan
-from trtllm_ct.checkpoint.writer import Piece, TensorWriter, create_files, pieces_are_intact
+from trtllm_ct.checkpoint.writer import Piece, create_files, pieces_are_intact
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,23 +41,25 @@ def catalog(tmp_path: Path) -> Catalog:
     return Catalog.from_directory(tmp_path)
 
 
-class TestByteReader:
+class TestReadBytes:
     @pytest.mark.parametrize(("begin", "nbytes"), [(0, 20), (0, 0), (3, 5), (20, 0), (18, 2)])
     def test_byte_ranges_equal_the_bytes_of_the_tensor(self, catalog: Catalog, begin: int, nbytes: int) -> None:
         whole = torch.arange(10, dtype=torch.int16).numpy().tobytes()
 
-        assert ByteReader(catalog).read("a", begin, nbytes) == whole[begin : begin + nbytes]
+        assert TensorReader(catalog, in_windows=True).read_bytes("a", begin, nbytes) == whole[begin : begin + nbytes]
 
-    def test_views_are_read_only(self, catalog: Catalog) -> None:
-        assert ByteReader(catalog).read("z", 0, 256).readonly
+    def test_writing_to_a_view_does_not_change_the_file(self, catalog: Catalog) -> None:
+        TensorReader(catalog, in_windows=True).read_bytes("z", 0, 256)[7] = 0
+
+        assert TensorReader(catalog, in_windows=True).read_bytes("z", 0, 256) == bytes(range(256))
 
     def test_views_outlive_their_reader(self, catalog: Catalog) -> None:
-        payload = ByteReader(catalog).read("z", 0, 256)
+        payload = TensorReader(catalog, in_windows=True).read_bytes("z", 0, 256)
 
         assert payload == bytes(range(256))
 
     def test_an_empty_tensor_has_no_bytes(self, catalog: Catalog) -> None:
-        assert ByteReader(catalog).read("none", 0, 0) == b""
+        assert TensorReader(catalog, in_windows=True).read_bytes("none", 0, 0) == b""
 
     @pytest.mark.parametrize("left", [None, 0, 1, -1])
     def test_a_file_that_changed_is_named_in_the_error(self, catalog: Catalog, left: int | None) -> None:
@@ -67,7 +71,7 @@ class TestByteReader:
             file.write_bytes(file.read_bytes()[:left])
 
         with pytest.raises(CatalogError) as raised:
-            ByteReader(catalog).read("z", 0, 256)
+            TensorReader(catalog, in_windows=True).read_bytes("z", 0, 256)
 
         assert raised.value.faults[0].where == "model.safetensors: z"
         assert "wait until it is complete" in raised.value.faults[0].remedy
@@ -75,22 +79,22 @@ class TestByteReader:
     def test_windows_of_a_file_hold_every_range(self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ranges begin and end in any window, and a view outlives its window."""
         monkeypatch.setattr(windows, "WINDOW_BYTES", mmap.ALLOCATIONGRANULARITY)
-        monkeypatch.setattr(byte_reader, "_MAX_OPEN_WINDOWS", 2)
+        monkeypatch.setattr(reader_module, "_MAX_OPEN_MAPS", 2)
         size = 5 * mmap.ALLOCATIONGRANULARITY + 7
         payload = bytes(number * number % 251 for number in range(size))
         save_file(
             {"long": torch.frombuffer(bytearray(payload), dtype=torch.uint8)}, catalog.directory / "b.safetensors"
         )
-        reader = ByteReader(Catalog.from_directory(catalog.directory))
+        reader = TensorReader(Catalog.from_directory(catalog.directory), in_windows=True)
 
         views = [
-            (reader.read("long", begin, end - begin), payload[begin:end])
+            (reader.read_bytes("long", begin, end - begin), payload[begin:end])
             for begin in range(0, size, 999)
             for end in (begin + 1, begin + 5000, size)
             if end <= size
         ]
 
-        assert len(reader._windows) == 2
+        assert len(reader._maps) == 2
         assert all(view == part for view, part in views)
 
     @pytest.mark.parametrize(("code", "limit"), [(errno.ENOMEM, "ulimit -v"), (errno.EMFILE, "ulimit -n")])
@@ -100,17 +104,17 @@ class TestByteReader:
         def fail(*_: object, **__: object) -> None:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(byte_reader.mmap, "mmap", fail)
+        monkeypatch.setattr(reader_module, "map_file", fail)
 
         with pytest.raises(CatalogError) as raised:
-            ByteReader(catalog).read("z", 0, 256)
+            TensorReader(catalog, in_windows=True).read_bytes("z", 0, 256)
 
         assert limit in raised.value.faults[0].remedy
         assert raised.value.faults[0].found == os.strerror(code)
 
     def test_an_unknown_name_is_a_key_error(self, catalog: Catalog) -> None:
         with pytest.raises(KeyError):
-            ByteReader(catalog).read("b", 0, 1)
+            TensorReader(catalog, in_windows=True).read_bytes("b", 0, 1)
 
 
 class TestPieces:
