@@ -147,7 +147,11 @@ class Inspection:
                 "gpus": self.gpus(),
                 "elsewhere": self.elsewhere,
                 "deviations": plan.deviations if plan else (),
-                "requantizations": plan.choices if plan else (),
+                "requantizations": [
+                    choice.to_dict() | {"rank_bytes": plan.rank_bytes_with(choice)} for choice in plan.choices
+                ]
+                if plan
+                else (),
                 "checks": plan.checks if plan else (),
                 "warnings": self.warnings,
                 "problems": self.problems,

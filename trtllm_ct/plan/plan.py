@@ -347,6 +347,11 @@ class Plan:
         """The forms of experts and of other modules that were rounded to codes on request; see `Requantize`."""
         return {"experts" if module.experts else "linears": module.form.name for module in self.modules if module.form}
 
+    def rank_bytes_with(self, choice: Choice) -> int:
+        """Return `rank_bytes` if a choice was made; all ranks have an equal share of the modules that it is about."""
+        saved = choice.dense_bytes - choice.coded_bytes
+        return self.rank_bytes - saved // (self.parallel.tensor * self.parallel.pipeline)
+
     def module(self, name: str) -> ModulePlan:
         """Return the plan of one module; raises `KeyError` if there is none of this name."""
         return self.by_name[name]
