@@ -6,6 +6,7 @@ from collections import defaultdict
 from math import prod
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import Element
 from trtllm_ct.engine.requantization import FORMS, Requantize
 from trtllm_ct.plan.requantize import requantized
@@ -89,7 +90,7 @@ def _choice(
                 held = holding
                 modules += count
                 dense += count * prod(shape) * itemsize
-                coded += count * _coded_bytes(shape, holding, form)
+                coded += count * _coded_bytes(shape, holding, form, candidates[name].site)
     if held is None:
         return None
     return Choice(
@@ -103,7 +104,10 @@ def _choice(
     )
 
 
-def _coded_bytes(shape: tuple[int, int], holding: Holding, form: Form) -> int:
-    """Return the bytes of codes and scales of a weight [N, K]."""
+def _coded_bytes(shape: tuple[int, int], holding: Holding, form: Form, site: Site) -> int:
+    """Return the bytes of codes and scales of a weight [N, K], as `deliver.requantized` delivers them."""
     codes = prod(shape) // (2 if form.element is Element.E2M1 else 1)
-    return codes + prod(holding.mode.scale_shape(shape, holding.group_size)) * form.scale_dtype.itemsize
+    scales = prod(holding.mode.scale_shape(shape, holding.group_size)) * form.scale_dtype.itemsize
+    names = 2 if (site.expert or site.class_joins) and holding.mode.expert_scale_alias else 1
+    scalar = DType.F32.itemsize if form.scale_dtype is DType.F8_E4M3 else 0
+    return codes + names * scales + scalar

@@ -1,0 +1,69 @@
+"""The choices that a plan lists are what the same options then make of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import tiny_config, write_checkpoint
+
+from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.requantization import Requantize
+from trtllm_ct.pipeline.open import open_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from builders import Built
+
+EXPERTS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g32")
+PLACES: list[dict[str, Any]] = [
+    {"engine": "stock-1.2"},
+    {"engine": "stock-1.2", "sm": 90},
+    {"engine": "stock-1.3", "sm": 100},
+    {"engine": "stock-1.3", "parallel": Parallel(tensor=2)},
+    {"engine": "stock-1.3", "sm": 100, "parallel": Parallel(tensor=2, expert=2)},
+]
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Built:
+    config = tiny_config("Qwen3MoeForCausalLM", hidden=256, moe_intermediate_size=256, layers=4)
+    return write_checkpoint(tmp_path, config=config, scheme=EXPERTS | {"o_proj": "int4-g32", "q_proj": "int4-g128"})
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_each_choice_is_what_its_option_makes_of_the_plan(mixture: Built, place: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(mixture.directory)
+    plan = checkpoint.plan(**place)
+
+    assert plan.choices
+    for choice in plan.choices:
+        made = checkpoint.plan(**place, requantize=Requantize.parse(f"{choice.what}={choice.form.name}"))
+        rounded = [module for module in made.modules if module.form]
+        assert len(rounded) == choice.modules
+        assert {str(module.layer.quant_algo) for module in rounded if module.layer} == {choice.mode}
+        assert made.delivered_bytes - plan.delivered_bytes == choice.coded_bytes - choice.dense_bytes
+        assert made.rank_bytes == plan.rank_bytes_with(choice)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_no_other_option_changes_the_plan(mixture: Built, place: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(mixture.directory)
+    listed = {f"{choice.what}={choice.form.name}" for choice in checkpoint.plan(**place).choices}
+
+    for words in {
+        f"{what}={form}" for what in ("experts", "linears") for form in ("fp8-block", "nvfp4", "mxfp4", "fp8")
+    }:
+        made = checkpoint.plan(**place, requantize=Requantize.parse(words))
+        assert bool(made.requantized) == (words in listed)
+
+
+def test_a_plan_without_dequantized_modules_has_no_choices(tmp_path: Path) -> None:
+    built = write_checkpoint(tmp_path, config=tiny_config(hidden=128), scheme="int4-g128")
+
+    assert open_checkpoint(built.directory).plan().choices == ()
+
+
+def test_targets_without_kernels_have_no_choices(mixture: Built) -> None:
+    assert open_checkpoint(mixture.directory).plan("dense").choices == ()
