@@ -63,7 +63,7 @@ def planned(source: Path, out: Path, **options: Any) -> Path:
     checkpoint = open_checkpoint(source)
     out.mkdir()
     options = {"to": "tensorrt_llm", **options}
-    job = Job(directory=source, options=options, max_shard_bytes=10**9, device="cpu", files=Folder(out))
+    job = Job(directory=source, options=options, max_shard_bytes=10**9, files=Folder(out))
     with open_pool() as pool:
         assert pool is not None
         write_hf_directory(Conversion(job, checkpoint, checkpoint.plan(**options)), pool, progress=lambda _: None)
