@@ -348,7 +348,10 @@ class Plan:
         return {"experts" if module.experts else "linears": module.form.name for module in self.modules if module.form}
 
     def rank_bytes_with(self, choice: Choice) -> int:
-        """Return `rank_bytes` if a choice was made; all ranks have an equal share of the modules that it is about."""
+        """Return `rank_bytes` if a choice was made: all ranks have an equal share of the modules that it is about.
+
+        Scalars of experts are not counted, of which each rank reads all: four bytes for a module.
+        """
         saved = choice.dense_bytes - choice.coded_bytes
         return self.rank_bytes - saved // (self.parallel.tensor * self.parallel.pipeline)
 

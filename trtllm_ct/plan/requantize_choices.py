@@ -47,17 +47,21 @@ def choices(
 def _alike(
     assignments: Mapping[str, Assignment], candidates: Mapping[str, Candidate], sites: Iterable[Site]
 ) -> list[tuple[list[Site], int]]:
-    """Return one group of dequantized modules of each kind, and how many there are.
+    """Return one group with dequantized modules of each kind, and how many there are.
 
-    Groups are alike if their members have the same weights. A model has 10^4 experts, and few different groups.
+    Groups are alike if their members have the same weights; plain members belong to a group too. A model has 10^4
+    experts, and few different groups.
     """
     groups: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
-        if site.module in candidates and assignments[site.module].holding is None and not site.plain:
-            groups[site.mode_group or site.module].append(site)
+        groups[site.mode_group or site.module].append(site)
+    dequantized = {name for name, assignment in assignments.items() if assignment.holding is None}
     kinds: dict[tuple[tuple[int, bool, int], ...], tuple[list[Site], int]] = {}
     for members in groups.values():
-        key = tuple([(id(candidates[site.module].weight), site.expert, id(site.limit)) for site in members])
+        if dequantized.isdisjoint([site.module for site in members]):
+            continue
+        weights = [candidates[site.module].weight if site.module in candidates else None for site in members]
+        key = tuple([(id(one), site.expert, id(site.limit)) for one, site in zip(weights, members, strict=True)])
         first, count = kinds.get(key, (members, 0))
         kinds[key] = first, count + 1
     return list(kinds.values())
@@ -76,7 +80,7 @@ def _choice(
     modules = dense = coded = 0
     held: Holding | None = None
     for members, count in groups:
-        names = [site.module for site in members]
+        names = [site.module for site in members if site.module in candidates]
         made = requantized(
             {name: assignments[name] for name in names},
             {name: candidates[name] for name in names},
@@ -86,7 +90,7 @@ def _choice(
         )
         for name in names:
             holding, shape = made[name].holding, candidates[name].weight.shape
-            if holding is not None and shape is not None:
+            if made[name].form is not None and holding is not None and shape is not None:
                 held = holding
                 modules += count
                 dense += count * prod(shape) * itemsize
