@@ -44,7 +44,7 @@ def test_each_choice_is_what_its_option_makes_of_the_plan(mixture: Built, place:
         assert len(rounded) == choice.modules
         assert {str(module.layer.quant_algo) for module in rounded if module.layer} == {choice.mode}
         assert made.delivered_bytes - plan.delivered_bytes == choice.coded_bytes - choice.dense_bytes
-        assert abs(made.rank_bytes - plan.rank_bytes_with(choice)) <= 4 * choice.modules
+        assert plan.rank_bytes_with(choice) == pytest.approx(made.rank_bytes, rel=0.002)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -350,7 +350,7 @@ class Plan:
     def rank_bytes_with(self, choice: Choice) -> int:
         """Return `rank_bytes` if a choice was made: all ranks have an equal share of the modules that it is about.
 
-        Scalars of experts are not counted, of which each rank reads all: four bytes for a module.
+        Scales that each rank needs whole, such as those of rows of a weight that is cut by columns, count as shared.
         """
         saved = choice.dense_bytes - choice.coded_bytes
         return self.rank_bytes - saved // (self.parallel.tensor * self.parallel.pipeline)
