@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
         where="model.layers.2.input_layernorm.weight",
         expected="a tensor that LlamaForCausalLM needs",
         found="no such tensor in any shard",
-        remedy="Fetch the shard that holds it",
+        remedy="No file is missing, so the checkpoint was saved without it",
     ),
     "unsupported format": Case(
         options=FP8,
