@@ -284,8 +284,9 @@ class TestStreams:
         made = run_process("plan", broken, "--to", "modelopt")
         assert (made.returncode, made.stdout) == (1, "")
         remedy = (
-            "Fetch the shard that holds it from where the checkpoint was published. If no shard does, "
-            "config.json describes another model: take it from there too."
+            "No file is missing, so the checkpoint was saved without it: quantize the model again, or ask the author "
+            "of the checkpoint. If the model has no such part, config.json describes another one: take it from where "
+            "the weights were published."
         )
         assert f"  {remedy}" in made.stderr.splitlines()
 

@@ -71,7 +71,7 @@ CASES: dict[str, Case] = {
         where="model.layers.9.mlp.up_proj.weight_scale",
         expected="a module that this tensor belongs to",
         found="float32 [1] without an owner",
-        remedy="Its weight was lost or renamed: fetch the files again",
+        remedy="Its weight was lost or renamed. No file is missing",
     ),
     "weight_packed without weight_scale": Case(
         damage=tensors(lambda stored: stored.pop(f"{Q}.weight_scale")),
@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
         where=f"{Q}.weight_zero_point",
         expected="the zero points of an asymmetric weight",
         found="no such tensor",
-        remedy="Without them the weight is wrong",
+        remedy="Without its zero points the weight is wrong",
     ),
     "a norm as codes": Case(
         damage=tensors(
@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
         where="model.layers.2.input_layernorm.weight",
         expected="a tensor that LlamaForCausalLM needs",
         found="no such tensor in any shard",
-        remedy="Fetch the shard that holds it",
+        remedy="No file is missing, so the checkpoint was saved without it",
     ),
     "unsupported format": Case(
         options=FP8,

@@ -136,7 +136,7 @@ def test_a_packed_weight_without_scales_is_a_fault(args: QuantArgs) -> None:
     specs = specs_of(module_of(args))
     del specs["weight_scale"]
     _, faults = describe(args, specs, (6, 64))
-    assert_one_fault(faults, "lin.weight_scale", "uint8", "no such tensor", "fetch the shard")
+    assert_one_fault(faults, "lin.weight_scale", "uint8", "no such tensor", "Fetch the shard")
 
 
 @every_format

@@ -162,7 +162,7 @@ FAULTS = {
     ),
     "no local scale": (
         {"weight_scale": None},
-        ("lin.weight_scale", "float8_e4m3fn or uint8 [6, 2]", "no such tensor", "fetch the shard"),
+        ("lin.weight_scale", "float8_e4m3fn or uint8 [6, 2]", "no such tensor", "Fetch the shard"),
     ),
     "a wide local scale": (
         {"weight_scale": (DType.BF16, (6, 2))},

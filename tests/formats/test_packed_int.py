@@ -222,7 +222,7 @@ FAULTS = {
     "no scale": (
         GROUP_32,
         {"weight_scale": None},
-        ("up_proj.weight_scale", "[10, 2] for strategy group and group_size 32", "no such tensor", "fetch the shard"),
+        ("up_proj.weight_scale", "[10, 2] for strategy group and group_size 32", "no such tensor", "Fetch the shard"),
     ),
     "scale of another format": (
         GROUP_32,

@@ -208,7 +208,7 @@ FAULTS = {
     "no scale": (
         INT8_CHANNEL,
         {"weight_scale": None},
-        ("lin.weight_scale", "[6, 1] for strategy channel", "no such tensor", "fetch the shard"),
+        ("lin.weight_scale", "[6, 1] for strategy channel", "no such tensor", "Fetch the shard"),
     ),
     "integer scale": (
         INT8_CHANNEL,

@@ -250,22 +250,35 @@ def test_a_stack_of_unlike_experts_has_no_known_shape() -> None:
     assert as_class_spells(unlike, spelling_of("mistral4")) == unlike
 
 
+SAVED_WITHOUT = "No file is missing, so the checkpoint was saved without it: quantize the model again"
+FETCH = "Fetch the shard that holds it from where the checkpoint was published"
+
+
 @pytest.mark.parametrize(
     ("shards", "rename", "remedy"),
     [
-        (1, {}, "saved without it: quantize the model again"),
-        (3, {}, "saved without it: quantize the model again"),
-        (3, {"model.safetensors.index.json": ""}, "saved without it: quantize the model again"),
-        (1, {"model.safetensors": "other.safetensors"}, "fetch the shard that holds it"),
+        (1, {}, SAVED_WITHOUT),
+        (3, {}, SAVED_WITHOUT),
+        (3, {"model.safetensors.index.json": ""}, SAVED_WITHOUT),
+        (1, {"model.safetensors": "other.safetensors"}, FETCH),
     ],
     ids=["one file", "an index", "numbered files", "a file of any name"],
 )
-def test_a_lost_scale_is_in_a_missing_file_only_if_one_can_be_missing(
-    tmp_path: Path, shards: int, rename: dict[str, str], remedy: str
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "model.layers.1.mlp.up_proj.weight_scale",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.self_attn.k_scale",
+        "model.layers.1.input_layernorm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_a_lost_tensor_is_in_a_missing_file_only_if_one_can_be_missing(
+    tmp_path: Path, shards: int, rename: dict[str, str], remedy: str, lost: str
 ) -> None:
     """`save_pretrained` drops the scales of some models: there is nothing to fetch then."""
-    write_checkpoint(tmp_path, scheme="fp8-channel-token", shards=shards)
-    lost = "model.layers.1.mlp.up_proj.weight_scale"
+    write_checkpoint(tmp_path, scheme="fp8-channel-token", kv=True, shards=shards)
     rewrite(tmp_path, lambda stored: stored.pop(lost))
     for name, other in rename.items():
         (tmp_path / name).rename(tmp_path / other) if other else (tmp_path / name).unlink()
@@ -273,5 +286,21 @@ def test_a_lost_scale_is_in_a_missing_file_only_if_one_can_be_missing(
     with pytest.raises(PlanError) as caught:
         plan_checkpoint(tmp_path)
 
-    assert [fault.where for fault in caught.value.faults] == [lost]
-    assert remedy in caught.value.faults[0].remedy
+    remedies = {fault.where: fault.remedy for fault in caught.value.faults}
+    assert remedy in remedies.pop(lost)
+    assert all(remedy in other for other in remedies.values())
+
+
+@pytest.mark.parametrize(("file", "remedy"), [("model.safetensors", SAVED_WITHOUT), ("other.safetensors", FETCH)])
+@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.", "model.norm.weight"])
+def test_the_same_holds_for_models_whose_row_lists_no_modules(
+    tmp_path: Path, lost: str, file: str, remedy: str
+) -> None:
+    write_checkpoint(tmp_path, scheme="fp8-channel-token", config=tiny_config(architectures=["SeedOssForCausalLM"]))
+    rewrite(tmp_path, lambda stored: [stored.pop(name) for name in [*stored] if name.startswith(lost)])
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+
+    with pytest.raises(PlanError) as caught:
+        plan_checkpoint(tmp_path)
+
+    assert all(remedy in fault.remedy for fault in caught.value.faults)

@@ -59,6 +59,15 @@ def test_a_class_that_the_release_lacks(tmp_path: Path) -> None:
     assert found.verdict.startswith("TensorRT-LLM (stock-1.2) can't serve it; all 14 quantized modules keep ")
 
 
+def test_a_class_that_no_row_describes(tmp_path: Path) -> None:
+    """The plan is for `dense` then, which serves it: the problem is that of the target that was asked for."""
+    write_checkpoint(tmp_path, scheme="int4-g64", config=tiny_config(architectures=["GrokForCausalLM"]))
+    found = inspect_checkpoint(tmp_path)
+
+    assert found.problems
+    assert found.verdict.startswith("Planned for target dense instead; all 14 quantized modules are dequantized; ")
+
+
 def test_without_a_plan_there_is_no_verdict(tmp_path: Path) -> None:
     inspected(tmp_path, "int4-g64")
     (tmp_path / "model.safetensors").unlink()

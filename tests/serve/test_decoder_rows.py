@@ -226,6 +226,15 @@ def test_classes_that_look_at_the_global_mode_hold_a_mixed_model(tmp_path: Path,
     check_ranks(write_decoder(tmp_path / "in", name, schemes), tmp_path / "out", "newest", 2)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_glm_may_have_no_norms_of_heads(tmp_path: Path, tensor: int) -> None:
+    """GLM-4.5-Air has `use_qk_norm: false`, and the class builds other attention for it."""
+    built = write_decoder(tmp_path / "in", "Glm4MoeForCausalLM", "fp8-channel-token", use_qk_norm=False)
+    assert not any("q_norm" in name for name in built.stored)
+
+    check_ranks(built, tmp_path / "out", "newest", tensor)
+
+
 @pytest.mark.newest_transformers
 @pytest.mark.parametrize("generation", ["newest", "mid"])
 def test_experts_of_nemotron_h_have_an_entry_that_the_class_finds(tmp_path: Path, generation: str) -> None:

@@ -258,6 +258,14 @@ def test_a_parameter_that_a_tensor_is_copied_to_passes() -> None:
     assert found(model, module("a.norm", class_name="RMSNorm"), module("a.q_proj")) == {}
 
 
+def test_a_parameter_in_a_module_of_the_whole_name_of_its_tensor_passes() -> None:
+    """MiniMax-M2 has a holder for the correction of its router's scores."""
+    model = Model({"a.moe": Parameters(), "a.moe.weight": Parameters("weight")})
+
+    assert found(model, module("a.moe", class_name="MiniMaxM2MoE")) == {}
+    assert found(model) == {"a.moe.weight.weight": UNWRITTEN}
+
+
 def test_a_linear_whose_bias_is_not_delivered_is_named() -> None:
     linear = Parameters("weight", "bias", "weight_scale")
     linear.quant_config = Config("FP8")

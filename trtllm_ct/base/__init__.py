@@ -1,6 +1,7 @@
 """The shared vocabulary of all other folders: errors, dtypes, quantization schemes, and limits of this process.
 
 errors.py         the exception classes, and a collector for all faults of one stage
+lost_remedies.py  what to do about tensors that no file has
 dtypes.py         the dtype table: names in safetensors headers and in torch
 schemes.py        how weights and activations are quantized: strategies, arguments, algorithms, tensor specs
 cores.py          how many processor cores this process may use

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.lost_remedies import FETCH
 from trtllm_ct.base.schemes import QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.base import StoredSpecs, StoredWeight, scale_shape
 from trtllm_ct.layouts.stored_array import StoredArray
@@ -27,9 +28,7 @@ __all__ = [
     "scale_name",
 ]
 
-LOST_SCALE = (
-    "Without its scale the weight has no value: fetch the shard that holds it from where the checkpoint was published."
-)
+LOST_SCALE = f"Without its scale the weight has no value. {FETCH}."
 """The remedy for a scale that no file has, where a file may be missing."""
 
 _SCALE_DTYPES = frozenset({DType.BF16, DType.F16, DType.F32})

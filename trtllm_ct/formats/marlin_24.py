@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PayloadError
+from trtllm_ct.base.lost_remedies import FETCH
 from trtllm_ct.base.schemes import CompressionFormat, NumberType, QuantArgs, Strategy, TensorSpec
 from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat, scale_shape
 from trtllm_ct.formats.companions import check_codes, check_shape
@@ -178,7 +179,7 @@ def _check_companion(module: str, name: str, stored: StoredSpecs, wanted: Tensor
         where=f"{module}.{name}",
         expected=f"{wanted} beside the codes",
         found=str(spec) if spec else "no such tensor",
-        remedy=remedy if spec else "Without it the weight has no value: fetch the shard that holds it.",
+        remedy=remedy if spec else f"Without it the weight has no value. {FETCH}.",
     )
 
 

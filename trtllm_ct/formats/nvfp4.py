@@ -22,6 +22,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.lost_remedies import lost_or_damaged
 from trtllm_ct.base.schemes import CompressionFormat, Element
 from trtllm_ct.formats.base import Axis, Codes, StoredSpecs, StoredWeight, Version, WeightFormat
 from trtllm_ct.formats.companions import check_codes, check_shape
@@ -132,7 +133,7 @@ def _check_global_scale(module: str, stored: StoredSpecs, faults: FaultCollector
         expected="one float32 element, which the scaled codes are divided by",
         found=str(spec) if spec else "no such tensor",
         remedy=(
-            "Without it the weight is wrong by a factor of hundreds; download the checkpoint again, or save it with a "
-            "release of its writer that keeps this tensor."
+            f"Without it the weight is wrong by a factor of hundreds. {lost_or_damaged(spec)}; or save the model with "
+            "a release of its writer that keeps this tensor."
         ),
     )

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.lost_remedies import FETCH
 from trtllm_ct.base.schemes import NumberType, QuantArgs, Strategy
 from trtllm_ct.engine.target import UNREAD_BY_DENSE
 from trtllm_ct.plan.deliver import kv_scale
@@ -246,12 +247,8 @@ class KvCache:
                         where=where,
                         expected=f"the scale that {self.origin} promises",
                         found="no such tensor" if self.chosen else "no scale of the KV cache in any layer",
-                        remedy=(
-                            "Fetch the shard that holds it from where the checkpoint was published"
-                            if self.chosen
-                            else "Calibrate the KV cache with llm-compressor"
-                        )
-                        + f", remove {self.origin} to serve a 16-bit cache, {UNREAD_BY_DENSE}",
+                        remedy=f"{FETCH if self.chosen else 'Calibrate the KV cache with llm-compressor'}; or remove "
+                        f"{self.origin} to serve a 16-bit cache, {UNREAD_BY_DENSE}",
                     )
 
     def _unused(self, module: StoredModule, local: str) -> str | None:

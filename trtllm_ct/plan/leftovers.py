@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.lost_remedies import FETCH
 from trtllm_ct.plan.stored import QUANTIZATION_TENSORS
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def refuse_leftovers(module: StoredModule, owned: Collection[str | None], model:
             expected="a module that this tensor belongs to" if quantization else f"only tensors of {model}",
             found=f"{spec} without an owner",
             remedy=(
-                "Its weight was lost or renamed: fetch the files again from where the checkpoint was published, or "
-                "remove this tensor if it is left over."
+                f"Its weight was lost or renamed. {FETCH}; or remove this tensor if it is left over."
                 if quantization
                 else "Nothing would read it: remove it, or take it out of an index; or correct architectures in "
                 "config.json if the model has it."

@@ -11,8 +11,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.lost_remedies import FETCH, FETCH_OR_OTHER_MODEL
 from trtllm_ct.checkpoint.header import format_names
-from trtllm_ct.formats.companions import LOST_SCALE
 from trtllm_ct.plan.models.alike_layers import LAYER, Suspects, suspects_of
 from trtllm_ct.plan.models.discovery import is_draft, table_names_of
 from trtllm_ct.plan.models.layer_kinds import layer_kinds
@@ -30,18 +30,13 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.plain_tensors import PlainTensors
     from trtllm_ct.plan.models.sites import Model
 
-__all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors", "say_saved_without"]
+__all__ = ["NOT_ASKED", "class_warnings", "refuse_lost_tensors"]
 
 NOT_ASKED = Comparison(why_not="loaders don't compare with it")
 """The comparison with a class where none was asked for."""
 
-_SAVED_WITHOUT = (
-    "Without its scale the weight has no value, and no file is missing, so the checkpoint was saved without it: "
-    "quantize the model again, or ask the author of the checkpoint."
-)
 _TABLE = "embed_tokens"
 _NO_TENSOR = "no such tensor in any shard"
-_FETCH = "Fetch the shard that holds it from where the checkpoint was published."
 _OTHER_SIZE = "Fetch the tensor and config.json again from where the checkpoint was published; they don't fit together."
 
 
@@ -92,17 +87,7 @@ def _refuse_lost_ends(tensors: PlainTensors, model: Model, found: Discovery, fau
             "a head of its own, since neither config.json nor the class ties it to the embeddings"
         )
     for name, expected in missing.items():
-        faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
-
-
-def say_saved_without(faults: FaultCollector) -> None:
-    """Change the remedy for scales that no file has, in a checkpoint of which no file can be missing.
-
-    `save_pretrained` has dropped the scales of some models. There is no shard to fetch then.
-    """
-    faults.faults = [
-        replace(fault, remedy=_SAVED_WITHOUT) if fault.remedy == LOST_SCALE else fault for fault in faults.faults
-    ]
+        faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=f"{FETCH}.")
 
 
 def class_warnings(comparison: Comparison) -> tuple[str, ...]:
@@ -232,8 +217,9 @@ def _drafts(name: str, body: str, count: int) -> bool:
 def _refuse_suspects(suspects: Suspects, tensors: PlainTensors, model: str, faults: FaultCollector) -> None:
     """Add the faults of layers and experts that are unlike the others, but not again of what the row says is lost."""
     named = {fault.where for fault in faults.faults}
+    expected = f"a tensor that the layers of {model} have"
     for name in (name for name in suspects.lost if name not in named):
-        faults.add(where=name, expected=f"a tensor that the layers of {model} have", found=_NO_TENSOR, remedy=_FETCH)
+        faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=f"{FETCH}.")
     for name, shape in suspects.misshapen.items():
         expected = f"shape {list(shape)}, as in the other layers or experts of its kind"
         faults.add(where=name, expected=expected, found=f"shape {list(tensors[name] or ())}", remedy=_OTHER_SIZE)
@@ -242,7 +228,7 @@ def _refuse_suspects(suspects: Suspects, tensors: PlainTensors, model: str, faul
             where=name,
             expected="a layer, by the number of layers in config.json",
             found=_NO_TENSOR.replace("tensor", "layer"),
-            remedy="Fetch the shards that hold it; or config.json, if it is another model's.",
+            remedy=FETCH_OR_OTHER_MODEL,
         )
     for name in suspects.surplus_layers:
         faults.add(
@@ -257,7 +243,7 @@ def _refuse_by_class(comparison: Comparison, faults: FaultCollector) -> None:
     """Add the faults that only the class finds."""
     for name in comparison.missing:
         if name not in comparison.renamed:
-            faults.add(where=name, expected=f"a tensor that {comparison.by} has", found=_NO_TENSOR, remedy=_FETCH)
+            faults.add(where=name, expected=f"a tensor that {comparison.by} has", found=_NO_TENSOR, remedy=f"{FETCH}.")
     for misfit in comparison.misfits:
         faults.add(
             where=misfit.sources[0] if len(misfit.sources) == 1 else misfit.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.lost_remedies import lost_or_damaged
 from trtllm_ct.engine.holdings import deviation_of, native_mode
 from trtllm_ct.engine.target import UNREAD_BY_DENSE
 from trtllm_ct.plan import deliver
@@ -197,7 +198,7 @@ class ModelModules:
                 where=f"{module.stored_name}.{local}",
                 expected="one element: the static scale of the module's input",
                 found=str(spec) if spec else "no such tensor",
-                remedy=f"Download the checkpoint again, quantize again with dynamic activations, {UNREAD_BY_DENSE}",
+                remedy=f"{lost_or_damaged(spec)}; or quantize again with dynamic activations, {UNREAD_BY_DENSE}",
             )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.lost_remedies import FETCH
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.config.match import compile_pattern, matches
 from trtllm_ct.layouts.folds import Fold
@@ -246,8 +247,7 @@ class OnlineTransforms:
             where=where,
             expected=f"the matrix [{size}, {size}] of transform {transform}, here or at one module that shares it",
             found=f"{len(candidates)} modules with one of that name and size" if candidates else "no such tensor",
-            remedy="Without it the weight is wrong: fetch the shard that holds it from where the checkpoint was "
-            "published, or quantize again.",
+            remedy=f"Without it the weight is wrong. {FETCH}.",
         )
 
     def _refuse(self, transform: Transform, where: str, found: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
+from trtllm_ct.base.lost_remedies import say_nothing_is_missing
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.not_finite import not_finite_warnings
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
@@ -26,7 +27,7 @@ from trtllm_ct.plan.expert_names import spelled, spelling_warnings
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
 from trtllm_ct.plan.kv_cache import KvCache, attentions, heads_of_attentions
-from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors, say_saved_without
+from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
 from trtllm_ct.plan.model_dtype import dtype_warnings, dtypes_of
 from trtllm_ct.plan.model_modules import ModelModules
 from trtllm_ct.plan.models.expert_spellings import engine_reads_stacks
@@ -207,7 +208,7 @@ class _Planner:
         if built is not None:
             modules, warnings = list(built.modules), (*warnings, *built.warnings)
         if catalog.complete:
-            say_saved_without(self.faults)
+            say_nothing_is_missing(self.faults)
         self.faults.raise_if_any(PlanError, warnings)
         plan = Plan(
             target=self.target.name,

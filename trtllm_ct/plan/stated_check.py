@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.lost_remedies import FETCH, FETCH_OR_OTHER_MODEL
 from trtllm_ct.plan.models.discovery import table_names_of
 from trtllm_ct.plan.models.plain_tensors import EXPERT
 from trtllm_ct.plan.models.sizes import stated_sizes
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["refuse_unlike_config", "refuse_unlike_row"]
 
 _NO_TENSOR = "no such tensor in any shard"
-_FETCH = "Fetch the shard that holds it from where the checkpoint was published."
 _OTHER_MODEL = "Take config.json from where the weights were published; it describes another model."
 
 
@@ -60,7 +60,7 @@ def _missing(module: str, local: str, model: str, faults: FaultCollector) -> Non
         where=f"{module}.{local}",
         expected=f"a tensor that {model} needs",
         found=_NO_TENSOR,
-        remedy=f"{_FETCH} If no shard does, config.json describes another model: take it from there too.",
+        remedy=FETCH_OR_OTHER_MODEL,
     )
 
 
@@ -71,7 +71,7 @@ def refuse_unlike_row(tensors: PlainTensors, model: Model, place: tuple[str, str
     """
     inside = {name: shape for name, shape in tensors.items() if name.startswith(place[0])}
     for name, expected in lost_by_row(inside, model, place[0]):
-        faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=_FETCH)
+        faults.add(where=name, expected=expected, found=_NO_TENSOR, remedy=f"{FETCH}.")
     _refuse_other_count(inside, model, faults)
     _refuse_other_ends(tensors, model, place, faults)
 
@@ -86,7 +86,7 @@ def _refuse_other_count(tensors: PlainTensors, model: Model, faults: FaultCollec
             counts[expert[1]] = max(counts.get(expert[1], 0), int(expert[2]) + 1)
     for owner, count in counts.items():
         if stated and count != stated:
-            remedy = f"{_FETCH} If no shard has more, take config.json from there too."
+            remedy = FETCH_OR_OTHER_MODEL if count < stated else _OTHER_MODEL
             faults.add(where=owner, expected=f"{stated} experts, by config.json", found=str(count), remedy=remedy)
 
 

@@ -25,7 +25,9 @@ def verdict(plan: Plan, problems: Collection[object] = ()) -> str:
     `problems` say why the engine can't serve it; only whether there are any matters here.
     """
     modes = _modes([module for module in plan.modules if module.weight is not None])
-    served = f"{_reader(plan)} can't serve it; " if problems else ""
+    # A plan for `dense` has no problems of its own: these are of the target that was asked for.
+    instead = "planned for target dense instead; " if plan.target == "dense" else f"{_reader(plan)} can't serve it; "
+    served = instead if problems else ""
     text = f"{served}{modes}; {_bytes(plan.stored_bytes, plan.delivered_bytes)}."
     return text[0].upper() + text[1:]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import FaultCollector
+from trtllm_ct.base.lost_remedies import FETCH
 from trtllm_ct.formats import FORMATS, PACKED_CODES, StoredWeight, format_for
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.plan.groups import FIRST_PACKED_ZERO_POINTS, GroupFinder, tensors_of
@@ -192,8 +193,7 @@ class WeightReader:
             where=f"{module.stored_name}.weight_zero_point",
             expected="the zero points of an asymmetric weight",
             found="no such tensor",
-            remedy="Without them the weight is wrong: fetch the shard that holds them from where the checkpoint was "
-            "published, or quantize again.",
+            remedy=f"Without its zero points the weight is wrong. {FETCH}.",
         )
 
     def _check_blocks(self, module: StoredModule, stored: StoredWeight) -> None:

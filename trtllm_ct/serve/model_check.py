@@ -111,12 +111,18 @@ def _add_absent(module: ModulePlan, absent: FaultCollector) -> None:
 def _written(
     modules: Mapping[str, Any], plan: Plan, fused_of: Mapping[str, str], inner: Sequence[tuple[str, str]]
 ) -> dict[str, set[str]]:
-    """Return the local names of the tensors that the engine copies to each of its modules, by the module's name."""
+    """Return the local names of the tensors that the engine copies to each of its modules, by the module's name.
+
+    A class may hold a tensor in a module of the tensor's whole name, whose parameter has the last part of it too:
+    `_EScoreCorrectionBiasHolder` of MiniMax-M2 and M3 (`modeling_minimaxm3.py`, pull request 11119).
+    """
     written: dict[str, set[str]] = {}
     for module in plan.modules:
         name = _engine_name(modules, module, fused_of, inner) if module.deliveries else None
         if name is not None:
-            written.setdefault(name, set()).update(delivery.name.rpartition(".")[2] for delivery in module.deliveries)
+            for local in {delivery.name.rpartition(".")[2] for delivery in module.deliveries}:
+                holder = f"{name}.{local}"
+                written.setdefault(holder if holder in modules else name, set()).add(local)
     return written
 
 

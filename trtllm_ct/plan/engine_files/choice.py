@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.lost_remedies import lost_or_damaged
 from trtllm_ct.engine.build_mode import Content
 from trtllm_ct.engine.build_modes import AWQ_WITH_ZEROS, W4A16_AWQ, mode_of, refusal_of
 from trtllm_ct.engine.target import DENSE, MODELOPT, TENSORRT_LLM, UNREAD_BY_DENSE
@@ -255,7 +256,7 @@ class _Chooser:
                     where=f"{part.module.stored_name}.{local}",
                     expected="one element: the static scale of the module's input",
                     found=str(spec) if spec else "no such tensor",
-                    remedy=f"Download the checkpoint again, quantize again with dynamic activations, {UNREAD_BY_DENSE}",
+                    remedy=f"{lost_or_damaged(spec)}; or quantize again with dynamic activations, {UNREAD_BY_DENSE}",
                 )
 
     def _plain_linears(self, held: Iterable[str]) -> list[str]:

@@ -97,6 +97,9 @@ _QWEN3_MOE = ClassRow(
 # modeling_glm.py (8f5bb1e0): Glm4DecoderLayer.__init__ asserts that the global mode is not MIXED_PRECISION, and
 # `_compute_mlp_tp_size` and `_compute_shared_expert_tp_size` divide these parts among as many ranks as blocks allow.
 # Glm4WeightLoader takes no mapper, repeats weights and biases of K and V only, and reads experts one by one.
+# The layer builds norms of heads by `use_qk_norm` since pull request 10653 (January 2026). Versions before it, such as
+# 0406f8aa, always build them, and their loader stops at a model that has none (`modeling_utils.py: _load_weights_impl`
+# looks up every parameter of a norm). No version leaves them unwritten.
 _GLM4_MOE = ClassRow(
     table=Cut.NONE,
     router="mlp.gate",

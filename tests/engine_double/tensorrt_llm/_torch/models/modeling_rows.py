@@ -357,7 +357,10 @@ def _mlp_of_some_ranks(config: ModelConfig, inner: int) -> GatedMLP:
 
 
 class _Correction(nn.Module):
-    """The correction of the router's scores, which is a parameter of `MiniMaxM2MoE` itself."""
+    """The correction of the router's scores: `_EScoreCorrectionBiasHolder`, so that no module takes all tensors.
+
+    In versions before pull request 11119 it is a parameter of `MiniMaxM2MoE` itself.
+    """
 
     def __init__(self, experts: int) -> None:
         super().__init__()
