@@ -15,11 +15,11 @@ from float_modules import MXFP4_ARGS, MXFP6_ARGS, MXFP8_ARGS, NVFP4_ARGS, descri
 from hypothesis import given, settings
 from on_tensors import LIBRARY, NATIVE, decode, encode, on_tensors
 from torch import Tensor
+from torch_twins import power_of_two
 
 from trtllm_ct.base.schemes import QuantArgs, Strategy
 from trtllm_ct.layouts import floats as floats_layout
 from trtllm_ct.layouts import packing as packing_layout
-from trtllm_ct.layouts.floats import power_of_two
 
 if TYPE_CHECKING:
     from on_tensors import Codes
@@ -93,7 +93,7 @@ def numbers(codes: Codes) -> tuple[Tensor, Tensor]:
     if codes.packing is None:
         values = codes.values.double()
     else:
-        values = element_values(unpack_fields(codes.values, codes.packing, codes.shape), codes.element, torch.float64)
+        values = element_values(unpack_fields(codes.values, codes.packing, codes.shape), codes.element).double()
     scale = codes.scale
     return values, power_of_two(scale, torch.float64) if scale.dtype is torch.uint8 else scale.double()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from installed_library import attach_schemes
 from installed_transformers import in_dtype, typed_config
-from on_tensors import NATIVE, arrays
+from on_tensors import NATIVE, arrays, run
 from tiny_models import tiny_config
 from torch import Tensor, nn
 
@@ -71,9 +71,8 @@ def folded(stored: Mapping[str, Tensor], transforms: Sequence[Transform], local:
     """A stored tensor of a Linear with its transforms folded in, in float64."""
     folds = tuple(fold for fold in folds_of(transforms, "Linear") if local == "weight" or fold.axis == 0)
     spec = TensorSpec(DType.F64, tuple(stored[local].shape))
-    return FoldPlain(result=spec, source=local, folds=folds).run(
-        local, ModuleTensors(arrays(stored), None, NATIVE.entry)
-    )
+    module = ModuleTensors(arrays(stored), None, NATIVE.entry)
+    return run(FoldPlain(result=spec, source=local, folds=folds), local, module)
 
 
 def cases() -> Iterator[tuple[Transform, ...]]:
