@@ -18,10 +18,12 @@ import pytest
 import torch
 from builders import rewrite, write_checkpoint
 from fused_experts import fuse_experts
-from on_tensors import TensorReader, stream_delivered
+from on_tensors import stream_delivered
 from stored_schemes import SCHEMES
 from tiny_models import tiny_config
 
+from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.engine.parallel import Parallel, Rank
 from trtllm_ct.formats.sparse.compressed_io import save_compressed
 from trtllm_ct.pipeline.open import open_checkpoint
@@ -173,7 +175,7 @@ class Source:
                 octets[lost] = b"\xff" * (lost.stop - lost.start)
         (folder / FILE).unlink(missing_ok=True)
         (folder / FILE).write_bytes(octets)
-        return replace(self.checkpoint, catalog=replace(self.checkpoint.catalog, directory=folder))
+        return replace(self.checkpoint, catalog=replace(self.checkpoint.catalog, source=Folder(folder)))
 
 
 def delivered(checkpoint: Checkpoint, plan: Plan) -> Tensors:
