@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMS", "NOT_REQUANTIZED", "NVFP4_GLOBAL_SCALE", "Form", "Requantize"]
 
-NVFP4_GLOBAL_SCALE = 2.0**-10
+NVFP4_GLOBAL_SCALE = 2.0**-8
 """The global scale of weights that are rounded to NVFP4.
 
 A power of two changes no mantissa, and one for all weights is equal in all parts of a fused Linear and of an expert, as
-engines require. It holds magnitudes up to 2.6; group scales have full precision for groups whose largest one is above
-10^-4.
+engines require. It holds magnitudes up to 10.5; group scales have full precision for groups whose largest one is above
+4 x 10^-4.
 """
 
 
