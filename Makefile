@@ -11,7 +11,7 @@ python := $(venv)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-beside test-lowest test-newest test-quick test-extras mutate lint types docs clean
+.PHONY: help demo test test-beside test-lowest test-newest test-quick test-extras mutate lint types docs site clean
 
 help:
 	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
@@ -24,6 +24,7 @@ help:
 	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
 	@echo "make docs    write the generated pages anew: support matrix, every class, troubleshooting, why"
+	@echo "make site    write these pages and the docstrings as a site for a browser, into build/site"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(venv)/.demo-installed
@@ -100,6 +101,16 @@ ifdef TRTLLM_CT_SHARED
 else
 	@echo "docs/why.md is left as it is: set TRTLLM_CT_SHARED to the folder of real checkpoints to write it."
 endif
+
+# Strict: a link that leads nowhere, a page outside of the navigation or a fault that docs/check_site.py finds ends it.
+site: .venvs/site/.pages-installed
+	NO_MKDOCS_2_WARNING=1 .venvs/site/bin/mkdocs build --strict --quiet
+	@echo "The site is build/site/index.html."
+
+.venvs/site/.pages-installed: docs/requirements.txt
+	@$(PYTHON) -m venv .venvs/site
+	@.venvs/site/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
 
 $(venv)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
