@@ -11,7 +11,7 @@ python := $(venv)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-beside test-lowest test-newest test-quick test-extras mutate lint types docs clean
+.PHONY: help demo test test-beside test-lowest test-newest test-quick test-extras mutate lint types docs site clean
 
 help:
 	@echo "make demo    install, then inspect, convert, verify and run the bundled checkpoint"
@@ -23,7 +23,8 @@ help:
 	@echo "make test-extras RELEASE=1.2   let pip find releases for each extra beside what TensorRT-LLM pins; install nothing"
 	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
-	@echo "make docs    write the generated pages anew: support matrix, every class, troubleshooting, why"
+	@echo "make docs    write the generated pages anew: support matrix, every class, recipes, troubleshooting, why"
+	@echo "make site    write these pages and the docstrings as a site for a browser, into build/site"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(venv)/.demo-installed
@@ -94,12 +95,23 @@ types: $(venv)/.dev-installed
 docs: $(venv)/.dev-installed
 	$(python) docs/generate_support_matrix.py
 	$(python) docs/generate_every_class.py
+	$(python) docs/generate_recipes.py
 	TRTLLM_CT_WRITE_DOCS=1 $(python) -m pytest -q tests/docs/test_troubleshooting.py
 ifdef TRTLLM_CT_SHARED
 	$(python) docs/generate_why.py $(TRTLLM_CT_SHARED)/checkpoints
 else
 	@echo "docs/why.md is left as it is: set TRTLLM_CT_SHARED to the folder of real checkpoints to write it."
 endif
+
+# Strict (with --quiet it would not be): a link that leads nowhere, a page outside of the navigation or a fault that docs/check_site.py finds ends it.
+site: .venvs/site/.pages-installed
+	NO_MKDOCS_2_WARNING=1 .venvs/site/bin/mkdocs build --strict
+	@echo "The site is build/site/index.html."
+
+.venvs/site/.pages-installed: docs/requirements.txt
+	@$(PYTHON) -m venv .venvs/site
+	@.venvs/site/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
 
 $(venv)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -1,12 +1,12 @@
-"""Write the support matrix into README.md and docs/support-matrix.md, generated from the tables in the code.
+"""Write docs/support-matrix.md, generated from the tables in the code.
 
 The matrix shows what the planner does: for each scheme, this script describes the tensor headers of a tiny model and
 plans that model for every target. A scheme that the planner refuses has no row.
 A new format needs an entry in `STORED`, and a new way to quantize activations needs an entry in `ACTIVATIONS`. New
 engines, modes and architectures are picked up automatically.
 
-    python docs/generate_support_matrix.py           writes both files
-    python docs/generate_support_matrix.py --check   fails if one of the files is out of date
+    python docs/generate_support_matrix.py           writes the page
+    python docs/generate_support_matrix.py --check   fails if the page is out of date
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.models.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
+PAGE = ROOT / "docs" / "support-matrix.md"
 GROUP_SIZES = (16, 32, 64, 128, 256)
 COLUMNS: Mapping[str, Target] = {name: target_named("modelopt", name) for name in ENGINES} | {"reference": REFERENCE}
 """The target of each column: `modelopt` with each capability set, and the reference engine; `dense` has no modes."""
@@ -336,13 +336,10 @@ def table(header: Cell, rows: Sequence[Cell]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def scheme_table(shown: Shown, *, native_modes: bool = True) -> str:
+def scheme_table(shown: Shown) -> str:
     """Return the table of schemes; widths, granularities, activations and formats with equal outcomes share a row."""
     rows = [scheme.cells for scheme in schemes(shown)]
     header: Cell = ("weights", "zero points", "one scale per", "activations", "stored as", "native mode")
-    if not native_modes:
-        rows = [(*row[:5], *row[6:]) for row in rows]
-        header = header[:5]
     for column, join in ((2, folded_sizes), (3, ", ".join), (4, ", ".join), (0, folded_widths), (1, " or ".join)):
         rows = fold(rows, column, join)
     return table(*merge_equal_columns((*header, *(f"`{name}`" for name in COLUMNS)), rows, first=len(header)))
@@ -574,28 +571,13 @@ every scheme for every release.
 {class_row_table()}"""
 
 
-def section() -> str:
-    """Return the text between the markers in README.md."""
-    return f"{LEGEND}\n{scheme_table(LINEAR, native_modes=False)}\n{refused()}\n{kv_cache_table()}\n{architectures()}"
-
-
-def contents() -> dict[Path, str]:
-    """Return the expected text of both files."""
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    return {readme: f"{before}{BEGIN}\n{section()}{END}{after}", ROOT / "docs" / "support-matrix.md": page()}
-
-
 def main() -> None:
-    """Write both files, or only compare them if `--check` is given."""
-    texts = contents()
-    stale = [path for path, text in texts.items() if not path.is_file() or path.read_text("utf-8") != text]
-    if "--check" in sys.argv[1:]:
-        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        sys.exit(f"Out of date: {names}. Run: make docs" if stale else 0)
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+    """Write the page, or only compare it if `--check` is given."""
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit(f"Out of date: {PAGE.relative_to(ROOT)}. Run: make docs")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """README and docs/ say what is true: every example runs, links lead somewhere, tables are those of the code.
 
-Examples of a page run in order, in a folder where `DIR` is the bundled checkpoint: ```python blocks share one
-namespace, and each line of a ```bash block is a command. A block after a comment `<!-- not run: why -->` is left out;
-```text, ```json and ```diff are no code.
+Examples of a page run in order, in a folder where `DIR` is the bundled checkpoint and `TEXT` a text: ```python blocks
+share one namespace, and each line of a ```bash block is a command. A block after a comment `<!-- not run: why -->` is
+left out; ```text, ```json and ```diff are no code.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 LANGUAGES = {"python", "bash", "json", "text", "diff"}
-NEEDS_TRANSFORMERS = ("trtllm-ct generate", "trtllm_ct.reference")
+NEEDS_TRANSFORMERS = ("trtllm-ct generate", "trtllm-ct perplexity", "trtllm_ct.reference")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+HOSTED = re.compile(
+    r"https://(?:github\.com/trtllm-ct/trtllm-ct/(?:blob|tree)|raw\.githubusercontent\.com/trtllm-ct/trtllm-ct)/main/"
+)
+"""Where files of this repository are, for pages that are shown without it."""
 SECOND_SENTENCE = re.compile(r"(?<!^\d)(?<!^\d\d)[.!?] +[A-Z`\[]")
 
 
@@ -75,8 +79,9 @@ def with_examples() -> Iterator[Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the bundled checkpoint as `DIR`."""
+    """A working folder with the bundled checkpoint as `DIR`, and the licence as `TEXT`."""
     shutil.copytree(Path(trtllm_ct.__file__).parent / "cli" / "demo_data", tmp_path / "DIR")
+    shutil.copy(ROOT / "LICENSE", tmp_path / "TEXT")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -114,13 +119,38 @@ def test_every_fence_names_its_language(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for _, line in prose(page):
-        for target, anchor in LINK.findall(line):
-            if "://" in target:
-                continue
-            found = (page.parent / target).resolve() if target else page
-            assert found.exists(), f"{name(page)} links to {target}"
-            assert not anchor or anchor in anchors(found), f"{name(page)} links to {target}#{anchor}"
+    """Links of tables too; those to other hosts are not followed, but those to files of this repository are."""
+    content = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target, anchor in LINK.findall(content):
+        hosted = HOSTED.match(target)
+        if "://" in target and not hosted:
+            continue
+        found = ROOT / target[hosted.end() :] if hosted else (page.parent / target).resolve() if target else page
+        assert found.exists(), f"{name(page)} links to {target}"
+        assert not anchor or anchor in anchors(found), f"{name(page)} links to {target}#{anchor}"
+
+
+def test_links_of_the_readme_lead_somewhere_wherever_it_is_shown() -> None:
+    """On the page of a package index, for instance, which has no other file."""
+    targets = [target for target, _ in LINK.findall(README.read_text(encoding="utf-8"))]
+    assert targets
+    assert [target for target in targets if not HOSTED.match(target)] == []
+
+
+def test_the_readme_fits_on_a_screen_and_names_what_people_look_for() -> None:
+    content = README.read_text(encoding="utf-8")
+    around = re.sub(r"<!-- recipes: begin -->.*<!-- recipes: end -->", "", content, flags=re.DOTALL)
+    assert around.count("\n") <= 60
+    for words in (
+        "inspect ORG/NAME",
+        "--html",
+        "compare",
+        "--requantize",
+        "perplexity",
+        "pip install",
+        "uvx trtllm-ct",
+    ):
+        assert words in content
 
 
 def anchors(page: Path) -> set[str]:
@@ -141,8 +171,9 @@ def test_one_sentence_a_line(page: Path) -> None:
     assert [f"{name(page)}:{number}" for number, line in prose(page) if SECOND_SENTENCE.search(line)] == []
 
 
-def test_the_file_tree_of_the_readme_is_the_package() -> None:
-    tree = next(block.text for block in blocks(README) if block.text.startswith("trtllm_ct/"))
+def test_the_file_tree_of_the_architecture_is_the_package() -> None:
+    page = ROOT / "docs" / "architecture.md"
+    tree = next(block.text for block in blocks(page) if block.text.startswith("trtllm_ct/"))
     listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
     package = Path(trtllm_ct.__file__).parent
     there = {path.name + "/" * path.is_dir() for path in package.iterdir() if not path.name.startswith("__")}
@@ -158,5 +189,4 @@ def test_the_support_matrix_is_what_the_tables_say() -> None:
     sys.modules[spec.name] = matrix  # dataclasses look their module up
     spec.loader.exec_module(matrix)
 
-    for path, text in matrix.contents().items():
-        assert path.read_text(encoding="utf-8") == text
+    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page()

@@ -18,7 +18,7 @@ import trtllm_ct
 __all__ = ["apply_page", "copy_of_package", "listed_files", "run_in"]
 
 ROOT = Path(trtllm_ct.__file__).parents[1]
-_COPIED = ("README.md", "docs/support-matrix.md", "docs/generate_support_matrix.py")
+_COPIED = ("docs/support-matrix.md", "docs/generate_support_matrix.py")
 _FENCE = re.compile(r"^```(python|diff)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NEW_FILE = re.compile(r"# ((?:trtllm_ct|docs)/[\w/.-]+)\n")
 _ROW = re.compile(r"^\| `([\w.-]+/[\w/.-]+)` \|", re.MULTILINE)

@@ -199,6 +199,7 @@ ENGINE = Target(
 REFERENCE = Target(name="reference", serves="the CPU reference engine of this package", capabilities=_EVERYTHING)
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (MODELOPT, TENSORRT_LLM, DENSE, ENGINE, REFERENCE)}
+"""All targets by name."""
 DIRECTORY_TARGETS = tuple(name for name, target in TARGETS.items() if target.directory)
 """The names of the targets that `convert_checkpoint` can write."""
 
