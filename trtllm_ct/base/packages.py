@@ -102,8 +102,14 @@ _ALL = (
         use="--executor mpi runs on the ranks of an MPI job",
         remedy="Run: pip install 'trtllm-ct[mpi]', and install an MPI library by your system's means.",
     ),
-    Package(name="torch", use="tensors are converted with it", remedy="Run: pip install 'torch>=2.7.1'"),
-    Package(name="numpy", use="torch, compiled loops and `verify` need it", remedy="Run: pip install 'numpy>=1.26'"),
+    Package(
+        name="torch",
+        use="loaded weights are its tensors, and the CPU reference engine computes with it",
+        remedy="Run: pip install 'trtllm-ct[torch]', or 'trtllm-ct[reference]' to run models too.",
+    ),
+    Package(
+        name="numpy", use="conversions, compiled loops and `verify` need it", remedy="Run: pip install 'numpy>=1.26'"
+    ),
     Package(name="numba", use="loops are compiled with it", remedy="Run: pip install numba"),
     Package(name="llvmlite", use="compiled loops are loaded with it", remedy="Run: pip install llvmlite"),
 )
