@@ -23,7 +23,7 @@ help:
 	@echo "make test-extras RELEASE=1.2   let pip find releases for each extra beside what TensorRT-LLM pins; install nothing"
 	@echo "make lint    check style, formatting and the order of imports"
 	@echo "make types   check types"
-	@echo "make docs    write the generated pages anew: support matrix, every class, recipes, troubleshooting, why"
+	@echo "make docs    write the generated pages anew: support matrix, every class, recipes, troubleshooting, notebook, why"
 	@echo "make site    write these pages and the docstrings as a site for a browser, into build/site"
 	@echo "make clean   remove .venv and everything that was built"
 
@@ -96,14 +96,15 @@ docs: $(venv)/.dev-installed
 	$(python) docs/generate_support_matrix.py
 	$(python) docs/generate_every_class.py
 	$(python) docs/generate_recipes.py
-	TRTLLM_CT_WRITE_DOCS=1 $(python) -m pytest -q tests/docs/test_troubleshooting.py
+	TRTLLM_CT_WRITE_DOCS=1 $(python) -m pytest -q tests/docs/test_troubleshooting.py tests/test_notebook.py
 ifdef TRTLLM_CT_SHARED
 	$(python) docs/generate_why.py $(TRTLLM_CT_SHARED)/checkpoints
 else
 	@echo "docs/why.md is left as it is: set TRTLLM_CT_SHARED to the folder of real checkpoints to write it."
 endif
 
-# Strict (with --quiet it would not be): a link that leads nowhere, a page outside of the navigation or a fault that docs/check_site.py finds ends it.
+# A link that leads nowhere, a page outside of the navigation or a fault that docs/check_site.py finds ends it; with
+# --quiet, mkdocs would not be strict.
 site: .venvs/site/.pages-installed
 	NO_MKDOCS_2_WARNING=1 .venvs/site/bin/mkdocs build --strict
 	@echo "The site is build/site/index.html."
