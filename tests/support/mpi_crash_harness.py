@@ -145,7 +145,7 @@ def _wrong(ends: list[str]) -> list[str]:
     return [end for end in ends if end not in {"done", "refused"}]
 
 
-def report(step: int, ranks: int, batch: int = 200) -> None:
+def report(step: int, ranks: int, first: int = 0, batch: int = 200) -> None:
     """Try every `step`-th ending of each scene, on all ranks, and print what was wrong."""
     calls: dict[str, list[int]] = {}
     tried, wrong = 0, []
@@ -156,9 +156,9 @@ def report(step: int, ranks: int, batch: int = 200) -> None:
             calls[scene.name] = counts
             wrong += _wrong(ends)
             every = [(rank, at, end) for rank in range(ranks) for at in range(1, counts[rank] + 1) for end in ENDINGS]
-            chosen = every[::step]
-            for first in range(0, len(chosen), batch):
-                wrong += ended(scene, jobs, chosen[first : first + batch])
+            chosen = every[first::step]
+            for begin in range(0, len(chosen), batch):
+                wrong += ended(scene, jobs, chosen[begin : begin + batch])
             tried += len(chosen)
     print(json.dumps({"calls": calls, "endings": tried, "wrong": wrong}, indent=1))
 
