@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 from on_tensors import LIBRARY, NATIVE, Codes, encode
@@ -15,9 +13,6 @@ from trtllm_ct.formats.library import LINES
 from trtllm_ct.formats.mxfp4 import MXFP4
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT8_PLAIN
-
-if TYPE_CHECKING:
-    from trtllm_ct.formats.base import StoredWeight
 
 ROWS, COLUMNS = 6, 64
 
@@ -34,7 +29,7 @@ def integers(bits: int) -> Codes:
 def older_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Release 0.15, whose decoders raise here."""
 
-    def decoder_is_called(weight: StoredWeight, tensors: object) -> object:
+    def decoder_is_called(*_: object) -> object:
         raise RuntimeError("the library's decoder is called")
 
     monkeypatch.setattr(library, "installed_line", lambda: next(line for line in LINES if line.since == (0, 15)))
