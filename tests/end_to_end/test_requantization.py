@@ -220,6 +220,32 @@ class TestVerification:
         assert other[0].found == "--requantize experts=fp8-block"
 
 
+def test_modules_that_keep_their_codes_are_compared_strictly(tmp_path: Path) -> None:
+    """The record names all Linears, but those of attention have a mode: a wrong code of theirs is found."""
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "int8-channel")
+    mlp = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g32")
+    built = write_checkpoint(tmp_path / "in", config=tiny_config(hidden=256, intermediate=256), scheme=attention | mlp)
+    convert_checkpoint(built.directory, tmp_path / "out", requantize=Requantize.parse("linears=fp8"))
+    assert len(verify_checkpoint(built.directory, tmp_path / "out").relative_errors) == 6
+    name = "model.layers.0.self_attn.o_proj.weight"
+
+    rewrite(tmp_path / "out", lambda stored: stored[name].add_((stored[name] == 66).to(torch.int8)))
+
+    assert [fault.where.partition(",")[0] for fault in verify_checkpoint(built.directory, tmp_path / "out").faults] == [
+        name
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "nvfp4a16"])
+def test_codes_of_the_form_are_not_rounded_again(tmp_path: Path, scheme: str) -> None:
+    config = tiny_config(hidden=256, intermediate=256)
+    built = write_checkpoint(tmp_path / "in", config=config, scheme=scheme)
+
+    plan = plan_checkpoint(built.directory, engine="stock-1.3", sm=90, requantize=Requantize.parse("linears=nvfp4"))
+
+    assert not plan.requantized
+
+
 class TestRefusals:
     """What can't be done is said before anything is written."""
 

@@ -35,7 +35,8 @@ class Form:
 
     `scheme` is its scheme then, with the activations that its kernels compute on; `element` are its codes and
     `scale_dtype` is the dtype of its scales.
-    `largest_error` is the relative error that no weight can exceed: the root of the sum of squared errors over that of
+    `largest_error` is the relative error that no weight can exceed (of NVFP4, none whose largest magnitude is above
+    4 x 10^-4): the root of the sum of squared errors over that of
     squared values. `usual_error` is that of int4 codes in groups of 32, as docs/requantization.md measures it. With
     `powers_of_two` float32 scales are powers of two.
     """

@@ -47,7 +47,7 @@ def alternative(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) 
         if other is None or other.problems or other.delivered_bytes >= plan.delivered_bytes:
             continue
         modules = other.by_name
-        if not any(modules[name].dequantized for name in costly if name in modules):
+        if all(modules[name].keeps_codes for name in costly if name in modules):
             return f"{change.text} keeps the codes of these modules: {format_bytes(other.delivered_bytes)} in all"
     return ""
 
@@ -88,7 +88,7 @@ class ServedOn:
     @classmethod
     def of(cls, plan: Plan) -> ServedOn:
         """Return how the release and the GPUs of a plan serve the checkpoint."""
-        kept = [module for module in plan.modules if module.layer is not None]
+        kept = [module for module in plan.modules if module.keeps_codes]
         return cls(
             engine=plan.engine,
             sm=plan.sm,

@@ -174,6 +174,11 @@ class ModulePlan:
         return self.weight is not None and self.layer is None
 
     @property
+    def keeps_codes(self) -> bool:
+        """Whether the weight is delivered in a mode that holds its values, and was not rounded on request."""
+        return self.layer is not None and self.form is None
+
+    @property
     def stored_scheme(self) -> str:
         """Format and scheme for tables; empty for a plain module."""
         if self.weight is None or self.scheme is None:

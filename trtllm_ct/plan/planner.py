@@ -470,6 +470,10 @@ class _Planner:
             if self.target.capabilities.release is not None:
                 itemsize = self.dtypes.dequantized.itemsize
                 self.choices = choices(assignments, candidates, present_sites, self.target, itemsize)
+                if self.model.row.one_mode:
+                    # Another mode would have the kept modules dequantized, see `as_class_accepts`.
+                    kept = {str(made.holding.mode.algo) for made in assignments.values() if made.holding}
+                    self.choices = tuple(choice for choice in self.choices if kept <= {choice.mode})
         if self.dense_o_proj:
             cache = self.asked_kv_cache or self.kv_cache.algo
             release = self.target.capabilities.release

@@ -79,11 +79,19 @@ def _candidates(
         form = asked.form(expert=candidate.site.expert)
         if form is None or assignments[name].holding is not None or candidate.folded or candidate.site.head:
             continue
+        if _has_codes(candidate.weight, form):
+            continue
         key = (id(candidate.weight), id(form))
         if key not in weights:
             weights[key] = _rounded(candidate.weight, form)
         rounded[name] = candidate._replace(weight=weights[key], unequal="")
     return rounded
+
+
+def _has_codes(weight: Weight, form: Form) -> bool:
+    """Whether a weight has the codes and the groups of a form: other scales could only lose precision."""
+    same = ("num_bits", "type", "strategy", "group_size", "block_structure")
+    return all(getattr(weight.args, name) == getattr(form.weights, name) for name in same)
 
 
 def _sites(sites: Iterable[Site], candidates: Mapping[str, Candidate], rounded: Mapping[str, Candidate]) -> list[Site]:
@@ -109,7 +117,8 @@ def _combined(
     price = f"weights are rounded to {form.name}, with a relative error of at most {form.largest_error:.0%}"
     holding = replace(new.holding, note="; ".join(filter(None, (price, note, new.holding.mode.note))))
     reason = f"requantized to {form.name} on request; {before.reason}"
-    form = replace(form, powers_of_two=target.capabilities.sm in new.holding.mode.requantized_on)
+    release, first = target.capabilities.release, new.holding.mode.requantized_on.get(target.capabilities.sm or 0)
+    form = replace(form, powers_of_two=release is not None and release.has(first))
     return Assignment(holding=holding, reason=reason, form=form)
 
 

@@ -24,6 +24,9 @@ __all__ = ["GlobalScale", "RoundedCodes", "RoundedScale"]
 _ROWS_AT_ONCE = 128
 """The rows of a weight that are held as float32 at once: those of one row of blocks."""
 
+_LEAST_OF_NVFP4 = 6 * 2.0**-9 * NVFP4_GLOBAL_SCALE
+"""Where no magnitude reaches this, all groups have the smallest scale, and the limit of the form does not hold."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedCodes(Operation):
@@ -77,6 +80,7 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
 
     parts = []
     values = module.dequantize(DType.F32).elements
+    _refuse_small(name, values, form)
     for first in range(0, max(values.shape[0], 1), _ROWS_AT_ONCE):
         rows = values[first : first + _ROWS_AT_ONCE]
         _refuse(name, rows, module.first_row + first, form)
@@ -113,6 +117,20 @@ def _refuse(name: str, values: NDArray[np.float32], first_row: int, form: Form) 
             remedy="Requantize to another form, such as fp8-block, or let these modules be dequantized.",
         )
     )
+
+
+def _refuse_small(name: str, values: NDArray[np.float32], form: Form) -> None:
+    """Raise `PayloadError` for a weight, or rows of one, whose values NVFP4 would round to few codes or to zeros."""
+    largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+    if form.scale_dtype is DType.F8_E4M3 and 0 < largest < _LEAST_OF_NVFP4:
+        raise PayloadError(
+            Fault(
+                where=name,
+                expected=f"a largest magnitude of at least {_LEAST_OF_NVFP4:.2g}: {form.name} has one global scale",
+                found=f"{largest:g}",
+                remedy="Requantize to another form, such as fp8-block, or let these modules be dequantized.",
+            )
+        )
 
 
 def _as_stored(array: NDArray[np.generic], operation: Operation) -> StoredArray:

@@ -61,7 +61,7 @@ def family_note(plan: Plan) -> str:
     pairs = {
         (str(module.native_mode), str(module.layer.quant_algo))
         for module in plan.modules
-        if module.native_mode and module.layer and module.native_mode != module.layer.quant_algo
+        if module.keeps_codes and module.native_mode and module.layer and module.native_mode != module.layer.quant_algo
     }
     if not pairs:
         return ""

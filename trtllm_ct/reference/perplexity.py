@@ -50,7 +50,12 @@ class Perplexity:
         return exp(self.mean)
 
     def difference(self, other: Perplexity) -> float:
-        """Return the mean absolute difference of the log-likelihoods of each token; both models read the same text."""
+        """Return the mean absolute difference of the log-likelihoods of each token.
+
+        Raises `UsageError` for models that read different numbers of tokens.
+        """
+        if self.tokens != other.tokens:
+            raise _usage_error(self.model, f"{other.tokens} tokens, as {other.model} reads", f"{self.tokens} tokens")
         return float((self.likelihoods.double() - other.likelihoods.double()).abs().mean())
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,4 +126,5 @@ def _likelihoods(model: Any, token_ids: list[int]) -> Tensor:
 
 
 def _usage_error(where: str, expected: str, found: str) -> UsageError:
-    return UsageError(Fault(where=where, expected=expected, found=found, remedy="Give more text, or larger windows."))
+    remedy = "Give more text, or larger windows, and compare models with one tokenizer."
+    return UsageError(Fault(where=where, expected=expected, found=found, remedy=remedy))

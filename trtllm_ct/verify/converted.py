@@ -208,9 +208,14 @@ def _check_rounding(pair: NamedPair, comparison: RoundedComparison, faults: Faul
 
 
 def refuse_other_requantization(converted: Path, asked: Requantize, faults: FaultCollector) -> None:
-    """Add a fault if a directory was asked to round other modules to codes, or to another form."""
+    """Add a fault if modules of a directory were rounded to codes that were not asked for, or none at all.
+
+    A directory records only what was rounded: nothing may be left to round of what was asked for besides.
+    """
     recorded = recorded_requantization(converted)
-    if recorded != asked:
+    if not recorded.to_dict().items() <= asked.to_dict().items() or (recorded == NOT_REQUANTIZED) != (
+        asked == NOT_REQUANTIZED
+    ):
         faults.add(
             where=str(converted),
             expected=f"a directory converted with {_as_options(asked)}",

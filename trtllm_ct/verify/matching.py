@@ -247,17 +247,25 @@ class DirectoryMatch:
         except CheckpointError as error:
             self.faults.faults.extend(error.faults)
             return
-        form, name, source = self._form(module), f"{delivered.name}.weight", exact.coded or exact.rows
+        form, name, source = self._form(module, layer), f"{delivered.name}.weight", exact.coded or exact.rows
         if form is None:
             yield NamedPair(name=name, kind="native", pair=native_pair(native, source, exact.block))
         else:
             pair = rounded_pair(native, source, exact.block, form)
             yield NamedPair(name=name, kind="requantized", pair=pair, form=form)
 
-    def _form(self, module: Module) -> Form | None:
-        """Return what a module's weight was rounded to on request; None if it is in that form already."""
+    def _form(self, module: Module, layer: LayerQuantConfig) -> Form | None:
+        """Return what a module's weight was rounded to on request.
+
+        None if it is in that form already, or if its mode holds other codes: those are the ones of the source.
+        """
         form, args = self.requantized.form(expert=is_expert(module.key)), self._schemes.args(module)
-        if form is None or args is None:
+        mode = MODES_BY_ALGO.get(layer.quant_algo)
+        if form is None or args is None or mode is None:
+            return None
+        if (mode.element, mode.scale.dtype) != (form.element, form.scale_dtype):
+            return None
+        if form.weights.strategy not in mode.exact:
             return None
         same = ("num_bits", "type", "strategy", "group_size", "block_structure")
         return form if any(getattr(args, name) != getattr(form.weights, name) for name in same) else None

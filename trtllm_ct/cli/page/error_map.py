@@ -18,6 +18,7 @@ _STATES: Mapping[str, tuple[str, str, str]] = {
     "plain": ("=", "e0", "not quantized in the source: equal"),
     "native": ("=", "e1", "quantized on both sides: equal"),
     "dequantized": ("≈", "e2", "dequantized: the exact value, rounded once"),
+    "requantized": ("≈", "e3", "rounded to codes on request: each code is the nearest one"),
     "rounded": ("~", "e3", "differs by no more than the rounding of a number to float32"),
     "wrong": ("✗", "e4", "wrong"),
 }
@@ -50,7 +51,7 @@ class ErrorMap:
     def worst(self) -> str:
         """Return a table of the worst tensor of each kind; empty without checks."""
         rows = []
-        for kind in ("native", "dequantized", "plain"):
+        for kind in ("native", "requantized", "dequantized", "plain"):
             found = [check for check in self.checks if check["kind"] == kind]
             if found:
                 worst = max(found, key=_error)
@@ -79,6 +80,8 @@ class ErrorMap:
 def _state(check: Check) -> str:
     if not check["good"]:
         return "wrong"
+    if check["kind"] == "requantized":
+        return "requantized"
     return "rounded" if check["error"] else str(check["kind"])
 
 

@@ -85,6 +85,9 @@ def verification_page(report: VerificationReport, document: dict[str, Any]) -> s
         verdict = f"It is sound: all {report.modules:,} modules are complete, and all of their values are valid."
     else:
         verdict = f"It holds the weights of the source: all {checks:,} tensors of {report.modules:,} modules are right."
+        if report.relative_errors:
+            count, error = len(report.relative_errors), report.relative_error
+            verdict += f" {count:,} of them were rounded to codes on request, with a relative error of {error:.2%}."
     zeros = f"{report.zero_scales:,} rows or groups have scale 0 and hold zeros only" if report.zero_scales else ""
     errors = ErrorMap(document["checks"])
     body = (
