@@ -25,7 +25,7 @@ def test_inspect_lists_what_could_be_requantized(mixture: Path) -> None:
     before, after = run_cli("inspect", mixture).out, run_cli("inspect", mixture, *FP8).out
 
     assert "--requantize experts=fp8-block: 1.6 MB -> " in before
-    assert ", int4 error 2.6%, fp8 inputs" in before
+    assert ", error ~2.6%, fp8 inputs" in before
     assert "are rounded to FP8_BLOCK_SCALES g128" in after
     assert "--requantize" not in after
 
