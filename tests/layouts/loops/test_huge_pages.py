@@ -23,7 +23,7 @@ def test_an_array_has_the_requested_shape_and_width(shape: tuple[int, ...], dtyp
     assert (array.shape, array.itemsize) == (shape, dtype.itemsize)
     assert array.flags.c_contiguous
     assert array.flags.writeable
-    assert array.ctypes.data % 64 == 0
+    assert not array.size or array.ctypes.data % 64 == 0
 
 
 def test_memory_lives_as_long_as_its_array() -> None:
