@@ -22,6 +22,7 @@ from trtllm_ct.checkpoint.work_folder import JOURNAL, WorkFolder
 from trtllm_ct.convert import executors, units
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.coordinate import run_units
+from trtllm_ct.convert.shards import AllThere
 from trtllm_ct.convert.executors import open_pool
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.journal import Journal, UnitRecord
@@ -423,10 +424,8 @@ def _count_converted(monkeypatch: pytest.MonkeyPatch, done: list[int]) -> None:
     from trtllm_ct.convert import coordinate, worker
 
     def counted(conversion: Any, number: int, **options: Any) -> Any:
-        result = worker.run_unit(conversion, number, **options)
-        if not result.resumed:
-            done.append(conversion.units[number].nbytes)
-        return result
+        done.append(conversion.units[number].nbytes)
+        return worker.run_unit(conversion, number, **options)
 
     monkeypatch.setattr(coordinate, "run_unit", counted)
 
@@ -470,6 +469,7 @@ def test_few_units_are_submitted_at_a_time(built: Built, tmp_path: Path, monkeyp
     class Conversion:
         units = tuple(units.Unit(number=number, modules=(), nbytes=1) for number in range(100))
         plan = type("Plan", (), {"modules": ()})
+        shards = AllThere()
 
     monkeypatch.setattr(coordinate, "run_unit", counted)
     (tmp_path / "work").mkdir()

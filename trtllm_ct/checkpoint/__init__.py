@@ -3,6 +3,7 @@
 source.py       where the files of a checkpoint are: a folder of this machine, or a place far away
 opening.py      which of these a name means
 remote.py       parts of files that are far away, many at once
+staged.py       files that are far away, fetched into a working directory one at a time
 hub/            repositories of the Hugging Face Hub
 object_store.py  other stores, through fsspec
 header.py       parse and check the header of one safetensors file
@@ -15,6 +16,7 @@ runs.py         short reads from many tensors, without memory-mapping a file
 snapshot.py     the files that belong to a checkpoint directory, and which links may be followed
 side_files.py   tokenizer, chat template and other files that are copied unchanged
 side_patterns.py  which kinds of such files are known
+remote_side_files.py  which of them are fetched of a place far away
 remote_code.py  the Python files that a configuration names as code of the model
 write_plan.py   the position of every byte of an output
 stacks.py       collects the matrices of a tensor that is written in another order

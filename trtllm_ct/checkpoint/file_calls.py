@@ -21,6 +21,7 @@ __all__ = [
     "free_bytes",
     "is_movable",
     "is_writable",
+    "link",
     "list_names",
     "lock",
     "make_directory",
@@ -81,6 +82,11 @@ def close(descriptor: int) -> None:
 def make_directory(name: str, folder: int | None = None, mode: int = 0o777) -> None:
     """Make a directory."""
     os.mkdir(name, mode, dir_fd=folder)
+
+
+def link(target: str, name: str, folder: int) -> None:
+    """Make a symbolic link to the absolute path `target`."""
+    os.symlink(target, name, dir_fd=folder)
 
 
 def list_names(folder: int) -> list[str]:

@@ -125,15 +125,24 @@ class Folder:
 
         The folders are made.
         """
-        *folders, _ = name.split("/")
-        for depth in range(len(folders)):
-            with suppress(FileExistsError):
-                file_calls.make_directory("/".join(folders[: depth + 1]), self.descriptor)
+        self.make_folders(name)
         with self.file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
             for piece in content:
                 data = piece
                 while data:
                     data = data[file_calls.write(descriptor, data) :]
+
+    def make_folders(self, name: str) -> None:
+        """Make the folders that `name` is below, as `a` for `a/b`, as far as they are missing."""
+        *folders, _ = name.split("/")
+        for depth in range(len(folders)):
+            with suppress(FileExistsError):
+                file_calls.make_directory("/".join(folders[: depth + 1]), self.descriptor)
+
+    def is_file(self, name: str) -> bool:
+        """Whether a name is that of a regular file, and not of a link to one."""
+        status = self.status(name)
+        return status is not None and stat.S_ISREG(status.st_mode)
 
     def remove(self, name: str) -> None:
         """Remove a name with everything below it, if there is one; links are removed and not followed."""

@@ -8,6 +8,7 @@ Source: fsspec 2023.5 and 2026.9, `core.py: url_to_fs`, `spec.py: AbstractFileSy
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, HubError, MissingDependencyError, TrtllmCtError
@@ -15,7 +16,8 @@ from trtllm_ct.base.packages import PACKAGES
 from trtllm_ct.checkpoint.remote import RemoteFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from trtllm_ct.checkpoint.source import Part, Source
 
@@ -23,6 +25,9 @@ __all__ = ["open_url"]
 
 _DEPTH = 2
 """Files of inner folders are listed too: an index may name them."""
+
+_PIECE_BYTES = 2**24
+"""How much of a file is asked for at once where all of it is copied."""
 
 
 def open_url(url: str) -> Source:
@@ -44,15 +49,20 @@ def open_url(url: str) -> Source:
     sizes = {name.removeprefix(start): entry["size"] for name, entry in found.items() if name.startswith(start)}
     if not sizes:
         raise _error(url, "a folder with files", FileNotFoundError("none"))
-    return RemoteFolder(_StoreFolder(url.rstrip("/"), sizes, store, start))
+    versions = {name: sha256(repr(sorted(found[start + name].items())).encode()).hexdigest() for name in sizes}
+    return RemoteFolder(_StoreFolder(url.rstrip("/"), sizes, versions, store, start))
 
 
 @dataclass(frozen=True, slots=True)
 class _StoreFolder:
-    """A folder of a store, as a `Transport`; `store` is a file system of fsspec."""
+    """A folder of a store, as a `Transport`; `store` is a file system of fsspec.
+
+    `versions` are hashes of what the store says about each file, such as its time and its ETag.
+    """
 
     place: str
     sizes: Mapping[str, int]
+    versions: Mapping[str, str]
     store: Any
     start: str
 
@@ -67,6 +77,30 @@ class _StoreFolder:
             found = ValueError(f"{len(data)} of them")
             raise _error(where, f"{part.nbytes} bytes from byte {part.offset} on", found)
         return data
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """Empty: stores have hashes of several kinds."""
+        return {}
+
+    def copy(self, part: Part, take: Callable[[bytes], object], pause: Callable[[float], object]) -> None:
+        """Pass the bytes of a part of a file to `take`, in order; the package of the protocol waits and tries again."""
+        del pause
+        for offset in range(part.offset, part.offset + part.nbytes, _PIECE_BYTES):
+            nbytes = min(_PIECE_BYTES, part.offset + part.nbytes - offset)
+            take(self.fetch(part._replace(offset=offset, nbytes=nbytes)))
+
+    def version(self, file: str) -> str:
+        """Return a hash of what the store said about a file when it was listed."""
+        return self.versions[file]
+
+    def downloaded(self, file: str) -> Path | None:
+        """Return None: nothing of a store is kept."""
+        del file
+        return None
+
+    def require_reachable(self, files: Sequence[str]) -> None:
+        """Do nothing: a store is asked when it is read."""
 
 
 def _error(where: str, expected: str, error: Exception) -> TrtllmCtError:

@@ -12,7 +12,12 @@ from trtllm_ct.checkpoint.source import Folder
 if TYPE_CHECKING:
     from trtllm_ct.checkpoint.source import Source
 
-__all__ = ["open_source"]
+__all__ = ["names_folder", "open_source"]
+
+
+def names_folder(place: str | Path) -> bool:
+    """Whether `place` is the path of a folder of this machine, which need not exist; see `open_source`."""
+    return isinstance(place, Path) or os.path.lexists(place) or (repository_named(place) is None and "://" not in place)
 
 
 def open_source(place: str | Path | Source) -> Source:
@@ -24,19 +29,15 @@ def open_source(place: str | Path | Source) -> Source:
     Raises `HubError` for a repository or a URL that can't be read, and `MissingDependencyError` if a package that reads
     it is not installed.
     """
-    if isinstance(place, Path):
-        return Folder(place)
-    if not isinstance(place, str):
+    if not isinstance(place, str | Path):
         return place
-    if os.path.lexists(place):
+    if isinstance(place, Path) or names_folder(place):
         return Folder(Path(place))
     repository = repository_named(place)
     if repository is not None:
         from trtllm_ct.checkpoint.hub.client import open_repository
 
         return open_repository(repository)
-    if "://" in place:
-        from trtllm_ct.checkpoint.object_store import open_url
+    from trtllm_ct.checkpoint.object_store import open_url
 
-        return open_url(place)
-    return Folder(Path(place))
+    return open_url(place)

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import CheckpointError, Fault, OutputError, PayloadError, UsageError
+from trtllm_ct.base.errors import CheckpointError, Fault, HubError, OutputError, PayloadError, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.header import format_names
@@ -27,6 +27,7 @@ from trtllm_ct.checkpoint.manifest import MANIFEST, reason_to_keep, write_manife
 from trtllm_ct.checkpoint.output_errors import output_errors, unusable
 from trtllm_ct.checkpoint.output_place import OutputPlace, check_output_place, what_is_left
 from trtllm_ct.checkpoint.work_folder import (
+    DOWNLOADS,
     JOURNAL,
     JOURNAL_BYTES,
     Mark,
@@ -59,8 +60,8 @@ def replacing_directory(out: Path, *, overwrite: bool, force: bool = False, sync
     The directory holds what an earlier run left there: the caller may resume that work, or clear it, but for the file
     `JOURNAL`, by which a later run knows that the directory is one of its own. That file is removed at the very end.
     On a `CheckpointError`, everything is left as it was before: a working directory that this run made is deleted, and
-    so is one that it worked on if values are faulty (`PayloadError`). On other errors and on interrupts the directory
-    stays if there is work in it. Missing parent folders are created.
+    so is one that it worked on if values are faulty (`PayloadError`). On a `HubError`, other errors and interrupts the
+    directory stays if there is work in it. Missing parent folders are created.
     With `overwrite`, an existing `out` is replaced at the very end if this function wrote it and everything in it; with
     `force` as well, any model directory is replaced. With `sync`, the new directory survives a power cut as soon as
     this function returns, and until then the old one does.
@@ -184,8 +185,9 @@ class _Progress:
         text = b"" if status is None else work.read(JOURNAL, JOURNAL_BYTES)
         self.changed_at = None if status is None else (status.st_size, status.st_mtime_ns)
         self.is_begun = bool(text)
-        self.has_units = b'\n{"unit":' in text
         self.files = frozenset(work.files())
+        has_downloads = any(name.startswith(f"{DOWNLOADS}/") for name in self.files)
+        self.has_units = b'\n{"unit":' in text or has_downloads
         self.listed = journal_files(work)
 
     def own_files(self, before: _Progress) -> frozenset[str]:
@@ -197,7 +199,7 @@ def _is_kept(error: Exception, before: _Progress, now: _Progress) -> bool:
     """Whether the work stays after an error; `before` is what this run has found. See `replacing_directory`."""
     if isinstance(error, PayloadError):
         return before.is_begun and before.changed_at == now.changed_at
-    if isinstance(error, CheckpointError):
+    if isinstance(error, CheckpointError) and not isinstance(error, HubError):
         return before.is_begun
     return before.is_begun or now.has_units
 

@@ -18,7 +18,7 @@ from trtllm_ct.base.errors import Fault, HubError
 from trtllm_ct.checkpoint.source import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from trtllm_ct.checkpoint.source import StoredFile
@@ -48,8 +48,32 @@ class Transport(Protocol):
         """The size of each file in bytes, by its path in the folder."""
         ...
 
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """The SHA-256 of those files of which it is stated, in hexadecimal digits."""
+        ...
+
     def fetch(self, part: Part) -> bytes:
         """Return exactly the bytes of a part, which lies inside its file; raises `HubError`. Threads may call it."""
+        ...
+
+    def copy(self, part: Part, take: Callable[[bytes], object], pause: Callable[[float], object]) -> None:
+        """Pass exactly the bytes of a part to `take`, in order and piece by piece; `pause` waits for some seconds.
+
+        Nothing of them is kept elsewhere. Raises `HubError`, and what the functions raise. Threads may call it.
+        """
+        ...
+
+    def version(self, file: str) -> str:
+        """What the content of a file is known by, beside `place` and its size; empty if there is no more."""
+        ...
+
+    def downloaded(self, file: str) -> Path | None:
+        """Return where this machine has a file already, in a cache that belongs to somebody else."""
+        ...
+
+    def require_reachable(self, files: Sequence[str]) -> None:
+        """Raise `HubError` if it is known that these files can't be fetched now."""
         ...
 
 
@@ -57,17 +81,22 @@ class RemoteFolder:
     """A folder that is far away, as a `Source`."""
 
     def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+        self.transport = transport
         self._ready: dict[str, list[tuple[int, bytes]]] = {}
 
     @property
     def place(self) -> str:
         """What messages and reports call it."""
-        return self._transport.place
+        return self.transport.place
 
     @property
     def folder(self) -> Path | None:
         """None: the files are not on this machine."""
+        return None
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """None: only parts of files are read."""
         return None
 
     def where(self, name: str) -> str:
@@ -76,20 +105,20 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         """Return the sorted names of all entries that are not hidden."""
-        return sorted({path.partition("/")[0] for path in self._transport.sizes if not path.startswith(".")})
+        return sorted({path.partition("/")[0] for path in self.transport.sizes if not path.startswith(".")})
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
-        return name in self._transport.sizes
+        return name in self.transport.sizes
 
     def folders_with(self, name: str) -> list[str]:
         """Return the sorted names of the inner folders that have a file of this name."""
-        paths = (path.split("/") for path in self._transport.sizes)
+        paths = (path.split("/") for path in self.transport.sizes)
         return sorted(parts[0] for parts in paths if len(parts) == 2 and parts[1] == name)
 
     def read(self, name: str, limit: int) -> bytes:
         """Fetch a file of at most `limit` bytes."""
-        size = self._size(name)
+        size = self.size(name)
         if size > limit:
             found = f"{size} bytes, where at most {limit} are read"
             raise OSError(errno.EFBIG, found, self.where(name))
@@ -99,7 +128,7 @@ class RemoteFolder:
     def open(self, name: str) -> Iterator[StoredFile]:
         """Yield a file; what was announced of it is dropped at the end."""
         try:
-            yield _RemoteFile(self, name, self._size(name))
+            yield _RemoteFile(self, name, self.size(name))
         finally:
             self._ready.pop(name, None)
 
@@ -134,16 +163,17 @@ class RemoteFolder:
 
     def _fetch(self, part: Part) -> bytes:
         part = self._inside(part)
-        return self._transport.fetch(part) if part.nbytes else b""
+        return self.transport.fetch(part) if part.nbytes else b""
 
     def _inside(self, part: Part) -> Part:
         """Return the part as far as its file goes."""
-        return part._replace(nbytes=max(0, min(part.nbytes, self._size(part.file) - part.offset)))
+        return part._replace(nbytes=max(0, min(part.nbytes, self.size(part.file) - part.offset)))
 
-    def _size(self, name: str) -> int:
-        if name not in self._transport.sizes:
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        if name not in self.transport.sizes:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where(name))
-        return self._transport.sizes[name]
+        return self.transport.sizes[name]
 
     def _fetch_all(self, parts: list[Part]) -> Iterator[tuple[Part, bytes]]:
         """Yield the parts with their bytes, as they come; after the first fault nothing more is asked for."""

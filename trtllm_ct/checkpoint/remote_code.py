@@ -19,15 +19,17 @@ from trtllm_ct.base.regular_files import CODE_BYTES, CONFIGURATION_BYTES, read_d
 if TYPE_CHECKING:
     from trtllm_ct.checkpoint.snapshot import Snapshot
 
-__all__ = ["named_code"]
+__all__ = ["CONFIGURATIONS", "named_code"]
 
-_CONFIGURATIONS = (
+CONFIGURATIONS = (
     "config.json",
     "tokenizer_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+"""The files at the top of a checkpoint that may name code."""
+
 _IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+\.(\w+)[ \t]+import\b|import[ \t]+\.(\w+))", re.MULTILINE)
 _MODULE = re.compile(r"\w+")
 _MAX_MODULES = 100
@@ -40,7 +42,7 @@ def named_code(snapshot: Snapshot) -> frozenset[str]:
     read names nothing: it is refused elsewhere if it is needed.
     """
     modules: set[str] = set()
-    named = {module for name in _CONFIGURATIONS for module in _modules_named_in(snapshot, name)}
+    named = {module for name in CONFIGURATIONS for module in _modules_named_in(snapshot, name)}
     pending = sorted(named)
     while pending and len(modules) < _MAX_MODULES:
         module = pending.pop()

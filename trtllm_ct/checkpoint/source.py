@@ -60,6 +60,11 @@ class Source(Protocol):
         """The folder of this machine that holds the files; None if they are far away."""
         ...
 
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder of this machine in which weights are read, if only for a while; None if they can't be read."""
+        ...
+
     def where(self, name: str) -> str:
         """Return what messages call a file."""
         ...
@@ -99,6 +104,11 @@ class Folder:
     def place(self) -> str:
         """The path of the folder, as it was given."""
         return str(self.folder)
+
+    @property
+    def weights_folder(self) -> Path:
+        """The folder itself."""
+        return self.folder
 
     def where(self, name: str) -> str:
         """Return the path of a file."""
@@ -162,8 +172,8 @@ def as_source(place: str | Path | Source) -> Source:
 
 
 def local_folder(source: Source) -> Path:
-    """Return the folder that holds the files of a source; raises `UsageError` if they are far away."""
-    if source.folder is None:
+    """Return the folder in which the weights of a source are read; raises `UsageError` if they are far away."""
+    if source.weights_folder is None:
         raise UsageError(
             Fault(
                 where=source.place,
@@ -172,4 +182,4 @@ def local_folder(source: Source) -> Path:
                 remedy="Download the checkpoint, such as by hf download, and give the directory.",
             )
         )
-    return source.folder
+    return source.weights_folder

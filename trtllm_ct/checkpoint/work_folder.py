@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONVERSION_MARK",
+    "DOWNLOADS",
     "JOURNAL",
     "JOURNAL_BYTES",
     "Mark",
@@ -60,6 +61,9 @@ CONVERSION_MARK = b'{"conversion": "'
 
 REPLACED_MARK = b'{"replaced": true}\n'
 """The journal that an old output gets before it is removed; the list of its files follows."""
+
+DOWNLOADS = ".download"
+"""The folder in a working directory for files of a source that is far away."""
 
 JOURNAL_BYTES = 2**30
 """Size of the longest journal that is read; one of 1 TB of output has a hundredth of this."""

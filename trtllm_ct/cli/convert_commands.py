@@ -30,6 +30,7 @@ from trtllm_ct.cli.options import (
     Json,
     PipelineParallel,
     RequantizeOption,
+    SourcePlace,
     Strict,
     TensorParallel,
     Untested,
@@ -46,7 +47,7 @@ __all__ = ["convert", "verify"]
 
 
 def convert(
-    directory: Directory,
+    directory: SourcePlace,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory to create.", show_default=False)],
     to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.")] = DIRECTORY,
     engine: ForEngine = ENGINE,
@@ -75,6 +76,14 @@ def convert(
         ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a repository: the most bytes of downloaded weights on the disk; by default 20GB, or what a module "
+            "needs.",
+            show_default=False,
+        ),
+    ] = None,
     executor: Annotated[
         ExecutorName, typer.Option(help="Run the work in threads of this process, or in the ranks that mpirun started.")
     ] = THREADS,
@@ -93,7 +102,8 @@ def convert(
 
     check_page_place(html)
     max_shard_bytes = parse_size(max_shard_size)
-    with going_on_from(what_is_left(out)), conversion_progress() as on_start:
+    kept_bytes = None if keep is None else parse_size(keep, "--keep")
+    with going_on_from(what_is_left(out)), conversion_progress() as (on_start, on_download):
         conversion = convert_checkpoint(
             directory,
             out,
@@ -111,9 +121,11 @@ def convert(
             force=force,
             sync=not no_sync,
             max_shard_bytes=max_shard_bytes,
+            keep=kept_bytes,
             executor=executor,
             workers=workers,
             on_start=on_start,
+            on_download=on_download,
         )
     if conversion is None:
         return  # This is not rank 0 of an MPI job; rank 0 prints the report.

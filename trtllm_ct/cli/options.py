@@ -54,6 +54,7 @@ __all__ = [
     "Place",
     "RequantizeOption",
     "Seed",
+    "SourcePlace",
     "Strict",
     "TargetName",
     "Temperature",
@@ -73,6 +74,15 @@ Place = Annotated[
     typer.Argument(
         metavar="DIR|ORG/NAME",
         help="Checkpoint directory, or a repository of the Hugging Face Hub, of which headers are read only: "
+        "ORG/NAME, ORG/NAME@REVISION, or its URL.",
+        show_default=False,
+    ),
+]
+SourcePlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR|ORG/NAME",
+        help="Checkpoint directory, or a repository of the Hugging Face Hub, which is downloaded file by file: "
         "ORG/NAME, ORG/NAME@REVISION, or its URL.",
         show_default=False,
     ),
@@ -197,7 +207,7 @@ def asked_parallel(tp: int | None, pp: int | None, ep: int | None) -> Parallel |
     return parallel_of(*(1 if size is None else size for size in (tp, pp, ep)))
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
     """Return the number of bytes in a text such as `5GB`, `500 MiB` or `4096`; raises `UsageError` for other text."""
     units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
     match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([kmgt]i?|)b?", text.strip().lower())
@@ -205,7 +215,7 @@ def parse_size(text: str) -> int:
     if not 1 <= size < _LARGEST_FILE:
         raise UsageError(
             Fault(
-                where="--max-shard-size",
+                where=option,
                 expected="a size such as 5GB, 500MiB or 4096",
                 found=repr(text),
                 remedy="Give a number of at least one byte, with or without a unit.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from trtllm_ct.base.texts import format_bytes
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["shown_progress"]
+__all__ = ["Start", "shown_progress"]
 
 _QUIET_SECONDS = 10.0
 """No line is printed before: what ends sooner needs none, and scripts see nothing on stderr that they don't expect."""
@@ -27,14 +27,19 @@ _UNITS = ((3600.0, "h"), (60.0, "min"))
 _LONG = 2
 
 
-@contextmanager
-def shown_progress(console: Console, what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """Yield the function that starts to show how far a work is that `what` names, such as `Converting`.
+class Start(Protocol):
+    """Starts to show a work of a number of bytes, which may go on beside others under a name of its own."""
 
-    It is called with the number of all bytes, and returns the function to call with bytes that are done.
-    """
+    def __call__(self, total: int, what: str = ...) -> Callable[[int], None]:
+        """Return the function to call with bytes that are done."""
+        ...
+
+
+@contextmanager
+def shown_progress(console: Console, what: str) -> Iterator[Start]:
+    """Yield the function that starts to show how far a work is that `what` names, such as `Converting`."""
     if not console.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
-        yield lambda total: _Lines(console, what, total, time.monotonic()).add
+        yield lambda total, what=what: _Lines(console, what, total, time.monotonic()).add
         return
     from rich import progress as bars
 
@@ -47,7 +52,7 @@ def shown_progress(console: Console, what: str) -> Iterator[Callable[[int], Call
     )
     with bars.Progress(*columns, console=console) as bar:
 
-        def start(total: int) -> Callable[[int], None]:
+        def start(total: int, what: str = what) -> Callable[[int], None]:
             task = bar.add_task(what, total=total)
             return lambda nbytes: bar.advance(task, nbytes)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.collector import collector_paused
@@ -82,10 +83,12 @@ def show_page(path: Path, page: str) -> None:
 
 
 @contextmanager
-def conversion_progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
-    """Show the problems of a plan on stderr, and then how far its conversion is.
+def conversion_progress() -> Iterator[
+    tuple[Callable[[Plan], Callable[[int], None]], Callable[[int], Callable[[int], None]]]
+]:
+    """Show the problems of a plan on stderr, and then how far its conversion is, and the download of its source.
 
-    Yields the function for `on_start` of `convert_checkpoint`.
+    Yields the functions for `on_start` and `on_download` of `convert_checkpoint`.
     """
     with shown_progress(stderr, "Converting") as start:
 
@@ -94,4 +97,4 @@ def conversion_progress() -> Iterator[Callable[[Plan], Callable[[int], None]]]:
                 stderr.print(report.problems(plan.problems))
             return start(plan.delivered_bytes)
 
-        yield on_start
+        yield on_start, partial(start, what="Downloading")

@@ -19,11 +19,15 @@ from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.memory_errors import memory_errors
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
+from trtllm_ct.checkpoint.opening import names_folder
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
+from trtllm_ct.checkpoint.source import local_folder
+from trtllm_ct.checkpoint.staged import Staged
 from trtllm_ct.convert.executors import open_pool
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.sizes import size_warnings
+from trtllm_ct.convert.staging import shards_of, staged_source
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
@@ -34,6 +38,7 @@ from trtllm_ct.plan.plan import Plan
 from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
+    from trtllm_ct.convert.shards import DownloadStarted
     from trtllm_ct.plan.models.sites import Model
 
 __all__ = ["ConversionReport", "convert_checkpoint"]
@@ -52,7 +57,7 @@ class ConversionReport:
     """The result of a conversion.
 
     Attributes:
-        source: The directory that was converted.
+        source: The directory that was converted, or the name of the repository with its commit.
         out: The directory that was written.
         plan: The plan, which holds the mode of each module and the reasons of dequantized ones.
         weight_files: Names of the weight files in `out`, with the index if there is one.
@@ -60,18 +65,20 @@ class ConversionReport:
         code_files: Those of them that are code, which whoever loads `out` may run.
         left_out_files: Entries of `source` that were not copied, because they are of no known kind; a folder ends in /.
         resumed_bytes: Delivered bytes that an earlier, interrupted run had already written.
+        downloaded_bytes: Bytes of weight files that were downloaded; 0 for a directory.
         seconds: Wall time of the conversion.
         warnings: The plan's warnings, and one about parallel sizes at which an engine would misread the output.
         model: The model of the checkpoint, by which `parts` are known.
     """
 
-    source: Path
+    source: Path | str
     out: Path
     plan: Plan
     weight_files: tuple[str, ...]
     carried_files: tuple[str, ...]
     resumed_bytes: int
     seconds: float
+    downloaded_bytes: int = 0
     warnings: tuple[str, ...] = ()
     code_files: tuple[str, ...] = ()
     left_out_files: tuple[str, ...] = ()
@@ -102,6 +109,7 @@ class ConversionReport:
                 "delivered_bytes": self.plan.delivered_bytes,
                 "parts": self.parts,
                 "resumed_bytes": self.resumed_bytes,
+                "downloaded_bytes": self.downloaded_bytes,
                 "weight_files": self.weight_files,
                 "carried_files": self.carried_files,
                 "code_files": self.code_files,
@@ -136,9 +144,11 @@ def convert_checkpoint(
     sync: bool = ...,
     carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
+    keep: int | None = ...,
     executor: Literal["threads"] = ...,
     workers: int | None = ...,
     on_start: Started | None = ...,
+    on_download: DownloadStarted | None = ...,
 ) -> ConversionReport: ...
 
 
@@ -161,9 +171,11 @@ def convert_checkpoint(
     sync: bool = ...,
     carry: Collection[str] = ...,
     max_shard_bytes: int = ...,
+    keep: int | None = ...,
     executor: str,
     workers: int | None = ...,
     on_start: Started | None = ...,
+    on_download: DownloadStarted | None = ...,
 ) -> ConversionReport | None: ...
 
 
@@ -187,11 +199,19 @@ def convert_checkpoint(
     sync: bool = True,
     carry: Collection[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    keep: int | None = None,
     executor: str = "threads",
     workers: int | None = None,
     on_start: Started | None = None,
+    on_download: DownloadStarted | None = None,
 ) -> ConversionReport | None:
     """Convert a checkpoint directory for the target `to`, which is `modelopt`, `dense` or `engine`.
+
+    `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`. Its
+    weight files are then downloaded into the working directory when a module needs them, and removed when no other
+    one does: at most `keep` bytes of them at a time, by default 20 GB, or what one module needs if that is more. A file
+    that a cache of huggingface_hub has is read there. `on_download` is called with the bytes of all downloads, and
+    returns a callback for those that have come; threads call it.
 
     `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for, and `sm` the SM of
     its GPUs; without it, the directory is made for what all of them have in common. With `untested`, an `engine`
@@ -219,7 +239,7 @@ def convert_checkpoint(
     Raises `UsageError` for invalid arguments, before anything is read, the `CheckpointError` of the stage that finds
     faults in the checkpoint, `OutputError` when the file system of `out` fails, and `LimitError` without enough memory.
     """
-    directory, out = Path(directory), Path(out)
+    out = Path(out)
     started = time.perf_counter()
     options: dict[str, Any] = {
         "to": to,
@@ -239,23 +259,27 @@ def convert_checkpoint(
         _require_one_of("--to", to, DIRECTORY_TARGETS)
         _require_one_of("--dtype", dtype, DENSE_DTYPES)
         _require_shard_size(max_shard_bytes)
-        check_output_place(directory, out)
+        _require_keep(keep)
+        if names_folder(directory):
+            check_output_place(Path(directory), out)
         options["dtype"] = None if dtype == "auto" else DType.from_torch(dtype)
         # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
-            job = Job(
-                directory=directory.absolute(),
-                options=options,
-                max_shard_bytes=max_shard_bytes,
-                files=partial,
-            )
             with source_errors(directory):
-                checkpoint = open_checkpoint(directory)
+                source = staged_source(directory, partial, executor)
+                job = Job(
+                    directory=local_folder(source).absolute(),
+                    options=options,
+                    max_shard_bytes=max_shard_bytes,
+                    files=partial,
+                )
+                checkpoint = open_checkpoint(source)
                 conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
+                conversion.shards = shards_of(conversion, keep, on_download or (lambda _total: _ignore))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
     return ConversionReport(
-        source=directory,
+        source=source.place if isinstance(source, Staged) else local_folder(source),
         out=out,
         plan=conversion.plan,
         weight_files=files.weights,
@@ -264,6 +288,7 @@ def convert_checkpoint(
         left_out_files=files.side_files.left_out,
         model=checkpoint.model,
         resumed_bytes=files.resumed_bytes,
+        downloaded_bytes=conversion.shards.downloaded,
         seconds=time.perf_counter() - started,
         warnings=conversion.plan.warnings + size_warnings(checkpoint, conversion.plan),
     )
@@ -278,6 +303,12 @@ def _require_one_of(option: str, value: str, values: tuple[str, ...]) -> None:
         raise UsageError(
             Fault(where=option, expected=" or ".join(values), found=repr(value), remedy="Choose one of these.")
         )
+
+
+def _require_keep(keep: int | None) -> None:
+    if keep is not None and keep < 1:
+        expected, remedy = "at least one byte", "Leave it out for 20 GB."
+        raise UsageError(Fault(where="--keep", expected=expected, found=str(keep), remedy=remedy))
 
 
 def _require_shard_size(max_shard_bytes: int) -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import logging
 from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from trtllm_ct.convert.worker import run_unit
+from trtllm_ct.convert.worker import UnitResult, is_done, run_unit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
     from trtllm_ct.base.errors import CheckpointError
     from trtllm_ct.convert.executors import Pool
     from trtllm_ct.convert.job import Conversion
     from trtllm_ct.convert.journal import Journal
-    from trtllm_ct.convert.worker import UnitResult
 
 __all__ = ["run_units"]
 
 logger = logging.getLogger("trtllm_ct")
+
+_T = TypeVar("_T")
 
 _IN_FLIGHT = 4
 """Units that are submitted at a time for each worker.
@@ -54,27 +55,38 @@ class _Coordinator:
         self._pool = pool
         self._journal = journal
         self._progress = progress
-        self._earlier_records = dict(journal.records)
+        known = range(len(conversion.units))
+        self._earlier_records = {number: record for number, record in journal.records.items() if number in known}
         self._results: dict[int, UnitResult] = {}
         self._no_fault_yet = True
         self.resumed_bytes = 0
 
     def run(self) -> None:
-        """Submit all units, a few at a time, and process the results as they complete, in any order."""
-        units = iter(self._conversion.units)
-        running: dict[Future[UnitResult], int] = {}
+        """Look which units an earlier run has converted, and convert the others."""
+        self._each(self._earlier_records, self._submit_check, self._take_check)
+        left = [unit.number for unit in self._conversion.units if unit.number not in self._results]
+        with self._conversion.shards.opened(left):
+            self._each(left, self._submit, self._process_result)
+
+    def _each(
+        self, numbers: Iterable[int], submit: Callable[[int], Future[_T]], take: Callable[[int, _T], None]
+    ) -> None:
+        """Submit units, a few at a time, and take their results as they complete, in any order."""
+        waiting = iter(numbers)
+        running: dict[Future[_T], int] = {}
         max_running = _IN_FLIGHT * self._pool.workers
         try:
             while True:
-                for unit in islice(units, max_running - len(running)):
-                    running[self._submit(unit.number)] = unit.number
+                for number in islice(waiting, max_running - len(running)):
+                    running[submit(number)] = number
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    self._process_result(running.pop(future), future.result())
+                    take(running.pop(future), future.result())
         except BaseException:
             for future in running:
                 future.cancel()
+            self._conversion.shards.stop()
             wait(running)
             raise
 
@@ -96,23 +108,25 @@ class _Coordinator:
         if errors:
             raise type(errors[0])(*(fault for error in errors for fault in error.faults))
 
+    def _submit_check(self, number: int) -> Future[bool]:
+        return self._pool.executor.submit(is_done, self._conversion, number, self._earlier_records[number])
+
+    def _take_check(self, number: int, done: bool) -> None:  # noqa: FBT001 (the result of a future)
+        if done:
+            nbytes = self._conversion.units[number].nbytes
+            self._results[number] = UnitResult(record=self._earlier_records[number])
+            self.resumed_bytes += nbytes
+            self._progress(nbytes)
+
     def _submit(self, number: int) -> Future[UnitResult]:
         return self._pool.executor.submit(
-            run_unit,
-            self._conversion,
-            number,
-            earlier=self._earlier_records.get(number),
-            ahead=self._pool.workers,
-            writes=self._no_fault_yet,
+            run_unit, self._conversion, number, ahead=self._pool.workers, writes=self._no_fault_yet
         )
 
     def _process_result(self, number: int, result: UnitResult) -> None:
-        nbytes = self._conversion.units[number].nbytes
         self._results[number] = result
         if result.errors:
             self._no_fault_yet = False
-        elif result.resumed:
-            self.resumed_bytes += nbytes
         elif self._no_fault_yet:
             self._journal.add(result.record)
-        self._progress(nbytes)
+        self._progress(self._conversion.units[number].nbytes)

@@ -18,6 +18,8 @@ from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output_errors import output_errors
 from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes, side_files
+from trtllm_ct.checkpoint.staged import Staged
+from trtllm_ct.checkpoint.work_folder import DOWNLOADS
 from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.config.json_file import read_json_object
@@ -25,6 +27,7 @@ from trtllm_ct.config.tokenizer_config import TOKENIZER_CONFIG, class_of_transfo
 from trtllm_ct.convert.coordinate import run_units
 from trtllm_ct.convert.journal import Journal
 from trtllm_ct.convert.sizes import CONVERTER, QUANT_CONFIG, planned_for
+from trtllm_ct.convert.staging import fetch_side_files, side_file_names, with_left_behind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,27 +83,53 @@ def write_hf_directory(
     # An engine-build checkpoint consists of its configuration and the files of the ranks.
     by_rank = conversion.plan.build_config is not None
     source = conversion.checkpoint.directory
+    kept = (*write_plan.file_names, *_fetched(conversion, None if by_rank else carry))
     with source_errors(source):
         side = NO_SIDE_FILES if by_rank else side_files(source, carry)
-        others = side_bytes(source, side)
+        others = side_bytes(source, side) + conversion.shards.room
     configuration = configuration_files(conversion.checkpoint, conversion.plan)
-    weights = write_plan.file_names
-    written = (*weights, *side.carried, *configuration)
     with output_errors(out.path):
         require_room(out, write_plan, others)
     with (
         output_errors(out.path, write_plan.file_bytes),
-        Journal(out, conversion.identity, written, kept=weights) as journal,
+        _journal(conversion, (*kept, *side.carried, *configuration), kept) as journal,
     ):
-        if journal.discarded:
-            logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
         copy_side_files(source, side, out)
         for name, content in configuration.items():
             out.write(name, content)
         create_files(out, write_plan)
         resumed = run_units(conversion, pool, journal, progress)
         write_index(out, write_plan)
-    return DeliveredFiles(weights=weights, side_files=side, resumed_bytes=resumed)
+        out.remove(DOWNLOADS)
+    side = with_left_behind(conversion.checkpoint.source, side, carry)
+    return DeliveredFiles(weights=write_plan.file_names, side_files=side, resumed_bytes=resumed)
+
+
+def _fetched(conversion: Conversion, carry: Collection[str] | None) -> list[str]:
+    """Fetch the side files of a source far away, with None no side files; of a directory, nothing is fetched.
+
+    Returns the names of all files that this conversion downloads: the journal lists them before the first one is there.
+    """
+    source, out = conversion.checkpoint.source, conversion.job.files
+    if not isinstance(source, Staged):
+        return []
+    names = [] if carry is None else side_file_names(source, carry)
+    staged = [source.staged_name(name) for name in (*names, *conversion.source_files)]
+    with output_errors(out.path):
+        require_room(out, conversion.write_plan, conversion.shards.room)
+        kept = (*conversion.write_plan.file_names, *staged)
+        with _journal(conversion, kept, kept):
+            fetch_side_files(source, names)
+    return staged
+
+
+def _journal(conversion: Conversion, files: Collection[str], kept: Collection[str]) -> Journal:
+    """Open the journal; `kept` are those of `files` that an earlier run may have left and this one goes on with."""
+    out = conversion.job.files
+    journal = Journal(out, conversion.identity, files, kept=kept)
+    if journal.discarded:
+        logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
+    return journal
 
 
 def write_configuration(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import CatalogError, Fault
 from trtllm_ct.base.version import __version__
+from trtllm_ct.checkpoint.staged import Staged
 from trtllm_ct.checkpoint.write_plan import WritePlan
 from trtllm_ct.checkpoint.writer import file_locks
+from trtllm_ct.convert.shards import AllThere
 from trtllm_ct.convert.source_files import source_files
 from trtllm_ct.convert.units import plan_units
 from trtllm_ct.pipeline.open import open_checkpoint
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trtllm_ct.checkpoint.folder import Folder
-    from trtllm_ct.convert.source_files import SourceFile
+    from trtllm_ct.convert.shards import Shards
+    from trtllm_ct.convert.source_files import SourceFile, StagedFile
     from trtllm_ct.convert.units import Unit
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import ModulePlan, Plan
@@ -51,7 +54,7 @@ class Job:
 
 
 class Conversion:
-    """A job with its checkpoint, its plan, its write plan and its units of work.
+    """A job with its checkpoint, its plan, its write plan and its units of work; `shards` lends them their files.
 
     Pickling keeps only the job, the digest and `token`, which no other conversion has. A process that unpickles it
     opens the checkpoint itself, once, and raises `CatalogError` when the conversion that it gets has another digest.
@@ -70,7 +73,8 @@ class Conversion:
                 plan.places or plan.stacks,
                 ranks=plan.build_config is not None,
             )
-            self.units = plan_units(plan, self.write_plan)
+            self.units = plan_units(plan, self.write_plan, self._shard_of())
+        self.shards: Shards = AllThere()
         self.locks = file_locks(self.write_plan)
 
     @classmethod
@@ -109,7 +113,14 @@ class Conversion:
         identities = [file.identity for file in self.source_files.values()]
         return hashlib.sha256("\n".join([self.digest, *identities]).encode(errors="surrogateescape")).hexdigest()
 
-    def files_of(self, unit: Unit) -> list[SourceFile]:
+    def _shard_of(self) -> dict[str, str] | None:
+        """Return the source file of each tensor if files come one after the other, None if all of them are here."""
+        catalog = self.checkpoint.catalog
+        if not isinstance(catalog.source, Staged):
+            return None
+        return {name: tensor.file for name, tensor in catalog.tensors.items()}
+
+    def files_of(self, unit: Unit) -> list[SourceFile | StagedFile]:
         """Return the source files that a unit is made from."""
         tensors = self.checkpoint.catalog.tensors
         names = {tensors[name].file for module in self.modules(unit) for name in module.reads}

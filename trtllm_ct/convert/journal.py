@@ -93,11 +93,11 @@ class Journal:
         records = _records(text, digest)
         self.records = records or {}
         self.discarded = bool(text) and records is None
-        folder.remove_files((known | {MANIFEST}) - frozenset(kept if self.records else ()) - {JOURNAL})
+        folder.remove_files((known | {MANIFEST}) - frozenset(() if records is None else kept) - {JOURNAL})
         self._unwritten_lines: list[str] = []
         self._start_time = time.monotonic()
         self._descriptor = file_calls.open_file(JOURNAL, folder.descriptor, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        if not self.records:
+        if records is None:
             # On ext4, closing a file that was ever truncated to zero waits for the disk: don't truncate an empty file.
             if file_calls.status(self._descriptor).st_size:
                 file_calls.truncate(self._descriptor, 0)

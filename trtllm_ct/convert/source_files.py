@@ -3,7 +3,8 @@
 Name, size and modification time are not enough: tools that make reproducible archives give all files the same times,
 and two fine-tuned versions of a model have files of the same sizes. So a conversion also knows the resolved path, the
 inode and the change time of each file, which no tool can set, a hash of each header, and a hash of samples of the
-payload that each unit reads.
+payload that each unit reads. Files far away are known by the commit of their repository and by their hashes in it, so
+that none of them has to be fetched to know that they are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from trtllm_ct.base.regular_files import open_regular, read_at
 from trtllm_ct.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from trtllm_ct.checkpoint.open_files import OpenFiles
 from trtllm_ct.checkpoint.read_errors import file_changed, read_error
+from trtllm_ct.checkpoint.staged import Staged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.checkpoint.reader import Run
 
-__all__ = ["SourceFile", "sample_hash", "source_files"]
+__all__ = ["SourceFile", "StagedFile", "sample_hash", "source_files"]
 
 _SAMPLE_BYTES = 4096
 _SAMPLE_STEP = 2**22
@@ -84,9 +86,62 @@ class SourceFile:
         return CatalogError(Fault(where=self.name, expected=expected, found=found, remedy=remedy))
 
 
-def source_files(catalog: Catalog) -> dict[str, SourceFile]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedFile:
+    """A source file far away as it was listed; `place` names all files with their commit, `version` this one."""
+
+    name: str
+    place: str
+    folder: Path
+    size: int
+    version: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file is while a unit reads it."""
+        return (self.folder / self.name).resolve()
+
+    @property
+    def content(self) -> str:
+        """What is the same wherever the file is read, as text."""
+        return f"{self.name} {self.size} {self.version}"
+
+    @property
+    def identity(self) -> str:
+        """What is the same only for this commit, as text."""
+        return self.place
+
+    def require_same(self, directory: Path) -> None:
+        """Raise `CatalogError` if the file is not here as it was fetched."""
+        try:
+            size = (directory / self.name).stat().st_size
+        except OSError as error:
+            raise self._changed(f"{error.strerror or error}".lower()) from None
+        if size != self.size:
+            raise self._changed(f"{size} bytes")
+
+    def unreadable(self) -> CatalogError:
+        """Return the error for a file of which the disk could not deliver some bytes."""
+        return self._changed("bytes that the disk could not deliver")
+
+    def _changed(self, found: str) -> CatalogError:
+        expected = f"the file of {self.size} bytes that was fetched of {self.place}"
+        remedy = "It was changed while it was in use: run the same command again."
+        return CatalogError(Fault(where=self.name, expected=expected, found=found, remedy=remedy))
+
+
+def source_files(catalog: Catalog) -> dict[str, SourceFile | StagedFile]:
     """Return the files of a catalog by name, as they are now; raises `CatalogError` for a file that can't be read."""
+    source = catalog.source
+    if isinstance(source, Staged):
+        return {name: _staged_file(source, name) for name in catalog.files}
     return {name: _source_file(catalog.directory, name) for name in catalog.files}
+
+
+def _staged_file(source: Staged, name: str) -> StagedFile:
+    version = source.remote.transport.version(name)
+    size = source.remote.size(name)
+    return StagedFile(name=name, place=source.place, folder=source.weights_folder, size=size, version=version)
 
 
 def _source_file(directory: Path, name: str) -> SourceFile:
@@ -113,8 +168,11 @@ def _source_file(directory: Path, name: str) -> SourceFile:
 def sample_hash(catalog: Catalog, runs: Iterable[Run]) -> str:
     """Return a hash of samples of the stored bytes in `runs`; a run of at most two samples is read whole.
 
-    Raises `CatalogError` when a file is gone or shorter than its header says.
+    Of files far away nothing is read: the journal knows their hashes. Raises `CatalogError` when a file is gone or
+    shorter than its header says.
     """
+    if isinstance(catalog.source, Staged):
+        return ""
     digest = hashlib.blake2b(digest_size=16)
     with OpenFiles(catalog.directory) as files:
         for run in runs:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from trtllm_ct.checkpoint.write_plan import WritePlan
     from trtllm_ct.plan.plan import Plan
@@ -37,16 +37,20 @@ class Unit:
     nbytes: int
 
 
-def plan_units(plan: Plan, write_plan: WritePlan) -> tuple[Unit, ...]:
+def plan_units(plan: Plan, write_plan: WritePlan, shard_of: Mapping[str, str] | None = None) -> tuple[Unit, ...]:
     """Group all modules of a plan that deliver anything into units.
 
     Each module is in exactly one unit. Units follow the order of the plan, interleaved over `FILES_AT_ONCE` output
-    files that are filled at the same time.
+    files that are filled at the same time. With `shard_of`, the source file of each stored tensor, they follow the
+    source files instead, and all modules of a unit read the same ones.
     """
     groups: dict[str, list[int]] = {}
     for position, module in enumerate(plan.modules):
         groups.setdefault(module.fused_linear or module.name, []).append(position)
-    batches = _interleave(_batches(plan, groups.values()), plan, write_plan)
+    if shard_of is None:
+        batches = _interleave(_batches(plan, groups.values()), plan, write_plan)
+    else:
+        batches = _by_shards(groups.values(), plan, shard_of)
     return tuple(
         Unit(number=number, modules=modules, nbytes=_nbytes(plan, modules)) for number, modules in enumerate(batches)
     )
@@ -69,6 +73,20 @@ def _interleave(batches: Iterable[tuple[int, ...]], plan: Plan, write_plan: Writ
     )
     # A large tensor at the end would keep one worker busy while all others have nothing left to do.
     return sorted((batch for _, _, _, batch in interleaved), key=lambda batch: -(_nbytes(plan, batch) // _LARGE))
+
+
+def _by_shards(groups: Iterable[list[int]], plan: Plan, shard_of: Mapping[str, str]) -> list[tuple[int, ...]]:
+    """Return batches of groups that read the same source files, in the order of these."""
+    by_files: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
+    for group in groups:
+        read = {shard_of[name] for position in group for name in _read_for_delivery(plan, position)}
+        by_files[tuple(sorted(read))].append(group)
+    return [batch for files in sorted(by_files) for batch in _batches(plan, by_files[files])]
+
+
+def _read_for_delivery(plan: Plan, position: int) -> tuple[str, ...]:
+    module = plan.modules[position]
+    return module.reads if module.deliveries else ()
 
 
 def _batches(plan: Plan, groups: Iterable[Iterable[int]]) -> Iterator[tuple[int, ...]]:

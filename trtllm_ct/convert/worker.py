@@ -1,4 +1,7 @@
-"""`run_unit`: read, check, convert and write one unit of a conversion, in a worker thread or worker process."""
+"""`run_unit`: read, check, convert and write one unit of a conversion, in a worker thread or worker process.
+
+`is_done` says whether an earlier run did so.
+"""
 
 from __future__ import annotations
 
@@ -26,38 +29,38 @@ if TYPE_CHECKING:
     from trtllm_ct.convert.units import Unit
     from trtllm_ct.plan.plan import Delivery, ModulePlan
 
-__all__ = ["UnitResult", "run_unit"]
+__all__ = ["UnitResult", "is_done", "run_unit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitResult:
-    """The result of a unit: its record, and the errors that its values caused.
-
-    `resumed` is true when an earlier run had written the unit.
-    """
+    """The result of a unit: its record, and the errors that its values caused."""
 
     record: UnitRecord
     errors: tuple[CheckpointError, ...] = ()
-    resumed: bool = False
 
 
-def run_unit(
-    conversion: Conversion, number: int, *, earlier: UnitRecord | None = None, ahead: int = 0, writes: bool = True
-) -> UnitResult:
-    """Convert the unit `number`, or only check its values when `writes` is false.
+def is_done(conversion: Conversion, number: int, earlier: UnitRecord) -> bool:
+    """Whether an earlier run has written the unit `number`, of which `earlier` is the record.
 
-    `earlier` is the record of an earlier run. If the files still hold the bytes of this record, and it was made from
-    what the source still holds, the unit is not converted again. The stored tensors of this unit and of the unit
-    `ahead` positions later are prefetched from disk.
-    Memory: one tile, and the tensors that can't be tiled. Raises `OSError` when files can't be written, and
+    The files must still hold the bytes of the record, and it must be made from what the source still holds. Raises
     `CatalogError` when a source file changed.
     """
     unit = conversion.units[number]
     with _unchanged_source(conversion, unit):
-        sample = _sample(conversion, unit)
-        if earlier is not None and earlier.sample == sample and _is_intact(conversion, unit, earlier):
-            return UnitResult(record=earlier, resumed=True)
-        return _converted(conversion, unit, sample, ahead=ahead, writes=writes)
+        return earlier.sample == _sample(conversion, unit) and _is_intact(conversion, unit, earlier)
+
+
+def run_unit(conversion: Conversion, number: int, *, ahead: int = 0, writes: bool = True) -> UnitResult:
+    """Convert the unit `number`, or only check its values when `writes` is false.
+
+    The stored tensors of this unit and of the unit `ahead` positions later are prefetched from disk.
+    Memory: one tile, and the tensors that can't be tiled. Raises `OSError` when files can't be written, `CatalogError`
+    when a source file changed, and `HubError` when one can't be fetched.
+    """
+    unit = conversion.units[number]
+    with conversion.shards.lent(number), _unchanged_source(conversion, unit):
+        return _converted(conversion, unit, _sample(conversion, unit), ahead=ahead, writes=writes)
 
 
 def _converted(conversion: Conversion, unit: Unit, sample: str, *, ahead: int, writes: bool) -> UnitResult:

@@ -97,4 +97,4 @@ def _spans(catalog: Catalog, name: str) -> list[tuple[int, int]]:
 
 def _is_sampled(catalog: Catalog, name: str) -> bool:
     """Whether only samples of a stored tensor are compared."""
-    return catalog.source.folder is None and catalog.tensors[name].spec.nbytes > _SAMPLES * _SAMPLE_BYTES
+    return catalog.source.weights_folder is None and catalog.tensors[name].spec.nbytes > _SAMPLES * _SAMPLE_BYTES

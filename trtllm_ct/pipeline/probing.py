@@ -85,7 +85,7 @@ def probe_checkpoint(config: QuantizationConfig, catalog: Catalog, model: Model)
 
 def unread_values(catalog: Catalog, model: Model, probe: Probe) -> tuple[str, ...]:
     """Return warnings about values in `probe` of which only samples were read, as the files are far away."""
-    if catalog.source.folder is not None or not probe.head_is_table:
+    if catalog.source.weights_folder is not None or not probe.head_is_table:
         return ()
     stored = _stored_modules(catalog, model, probe.shapes)
     return sampled_head(model.in_checkpoint(stored), stored, catalog)

@@ -22,13 +22,16 @@ from trtllm_ct.checkpoint.remote import RemoteFolder
 from trtllm_ct.checkpoint.source import Folder, open_local
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from trtllm_ct.checkpoint.hub.naming import Repository
     from trtllm_ct.checkpoint.source import Part, Source
 
 __all__ = ["open_repository"]
+
+_KEPT_BYTES = 2**20
+"""The largest part of a file behind its header that is kept: values that decide a mode, and no weights."""
 
 
 def open_repository(repository: Repository) -> Source:
@@ -50,7 +53,8 @@ def open_repository(repository: Repository) -> Source:
     if listing is None:
         listing = _ask(repository, session)
         cache.keep_listing(repository.revision, listing)
-    return RemoteFolder(_HubFolder(repository, listing.commit, listing.inside(repository.folder).sizes, session, cache))
+    inside = listing.inside(repository.folder)
+    return RemoteFolder(_HubFolder(repository, listing.commit, inside.sizes, inside.hashes, session, cache))
 
 
 def _known_listing(repository: Repository, session: Session, cache: HubCache) -> Listing | None:
@@ -74,11 +78,12 @@ def _ask(repository: Repository, session: Session) -> Listing:
 
 @dataclass(frozen=True, slots=True)
 class _HubFolder:
-    """A folder of a repository at a commit, as a `Transport`; `sizes` are those of its files."""
+    """A folder of a repository at a commit, as a `Transport`; `sizes` and `hashes` are those of its files."""
 
     repository: Repository
     commit: str
     sizes: Mapping[str, int]
+    hashes: Mapping[str, str]
     session: Session
     cache: HubCache
 
@@ -98,10 +103,34 @@ class _HubFolder:
             return data
         if self.session.offline:
             raise HubError(not_cached(self.repository, self.session, part.file))
-        url = self.session.url(self.repository.name, self._stored(part).file, self.commit)
-        data = Reader(self.session, self.repository).read_range(url, part, self.sizes[part.file])
-        self.cache.keep_part(self.commit, self._stored(part), data)
+        data = Reader(self.session, self.repository).read_range(self._url(part), part, self.sizes[part.file])
+        if part.offset == 0 or part.nbytes <= _KEPT_BYTES:
+            self.cache.keep_part(self.commit, self._stored(part), data)
         return data
+
+    def version(self, file: str) -> str:
+        """What the content of a file is known by, beside the commit: its SHA-256 if the Hub states one."""
+        return self.hashes.get(file, "")
+
+    def downloaded(self, file: str) -> Path | None:
+        """Return the path of a file in huggingface_hub's own cache, if it is there with all of its bytes."""
+        path = self.session.downloaded(self.repository.name, file, self.commit, self.repository.folder)
+        return path if path is not None and path.stat().st_size == self.sizes[file] else None
+
+    def copy(self, part: Part, take: Callable[[bytes], object], pause: Callable[[float], object]) -> None:
+        """Pass the bytes of a part of a file to `take`, in order; raises `HubError`, and what the functions raise."""
+        self.require_reachable([part.file])
+        reader = Reader(self.session, self.repository)
+        reader.copy_range(self._url(part), part, self.sizes[part.file], take, pause)
+
+    def require_reachable(self, files: Sequence[str]) -> None:
+        """Raise `HubError` if files have to be fetched while requests are forbidden."""
+        if files and self.session.offline:
+            more = f" and {len(files) - 1} other files" if len(files) > 1 else ""
+            raise HubError(not_cached(self.repository, self.session, f"{files[0]}{more}"))
+
+    def _url(self, part: Part) -> str:
+        return self.session.url(self.repository.name, self._stored(part).file, self.commit)
 
     def _stored(self, part: Part) -> Part:
         """Return a part with the path of its file in the repository."""

@@ -1,7 +1,8 @@
 """`Reader`: some bytes of a file on the Hub, whatever happens on the way.
 
 An answer is believed only if it says that it has the bytes that were asked for, and has as many of them. One that has
-more is cut off. A connection that breaks is opened again for the bytes that are missing, a few times.
+more is cut off. A connection that breaks is opened again for the bytes that are missing, a few times; a long file may
+break more often, as long as a good part of it came in between.
 Source: RFC 9110, 14.4 Content-Range, 15.3.7 Partial Content, 10.2.3 Retry-After.
 """
 
@@ -26,6 +27,9 @@ __all__ = ["Reader"]
 
 _WAITS = (0.25, 0.5, 1.0, 2.0)
 """Seconds to wait before a request is sent again: so there are five tries."""
+
+_GOOD_PART = 2**24
+"""Bytes after which tries are counted anew: a connection that brought so many works."""
 
 _LONGEST_WAIT = 30.0
 """The most seconds that the Hub may have this process wait."""
@@ -56,18 +60,33 @@ class Reader:
     def read_range(self, url: str, part: Part, size: int) -> bytes:
         """Return the bytes of a part of the file at `url`, which has `size` bytes; raises `HubError`."""
         data = bytearray()
+        self.copy_range(url, part, size, data.extend)
+        return bytes(data)
+
+    def copy_range(
+        self,
+        url: str,
+        part: Part,
+        size: int,
+        take: Callable[[bytes], object],
+        pause: Callable[[float], object] | None = None,
+    ) -> None:
+        """Pass the bytes of a part of the file at `url`, which has `size` bytes, to `take`, piece by piece in order.
+
+        `pause` waits for some seconds. Raises `HubError`, and what `take` and `pause` raise, which ends the copy.
+        """
+        body = _Body(take)
 
         def attempt() -> None:
-            begin, end = part.offset + len(data), part.offset + part.nbytes
+            begin, end = part.offset + body.nbytes, part.offset + part.nbytes
             with self.session.get(url, {"Range": f"bytes={begin}-{end - 1}"}) as answer:
                 self._require_success(answer, part.file)
                 last = _end_of_range(answer, begin, end, size, where=f"{self.repository}: {part.file}")
-                self._append(answer, data, last - begin, part.file, cut_off=answer.status == 200 and end < size)
-            if len(data) < part.nbytes:
+                self._append(answer, body, last - begin, part.file, cut_off=answer.status == 200 and end < size)
+            if body.nbytes < part.nbytes:
                 raise _PassingError("an answer with a part of them")
 
-        self._try(attempt, lambda: f"{len(data)} of {part.nbytes} bytes of {part.file}, then ")
-        return bytes(data)
+        self._try(attempt, body, lambda: f"{body.nbytes} of {part.nbytes} bytes of {part.file}, then ", pause)
 
     def read_text(self, url: str, limit: int) -> bytes:
         """Return what is at `url`, at most `limit` bytes; raises `HubError`."""
@@ -77,28 +96,37 @@ class Reader:
             data.clear()
             with self.session.get(url, {}) as answer:
                 self._require_success(answer, "")
-                self._append(answer, data, limit, "the list of its files")
+                self._append(answer, _Body(data.extend), limit, "the list of its files")
 
-        self._try(attempt, str)
+        self._try(attempt, _Body(data.extend), str)
         return bytes(data)
 
-    def _try(self, attempt: Callable[[], None], done: Callable[[], str]) -> None:
-        """Make an attempt until it succeeds, at most once more than `_WAITS` has entries.
+    def _try(
+        self,
+        attempt: Callable[[], None],
+        body: _Body,
+        done: Callable[[], str],
+        pause: Callable[[float], object] | None = None,
+    ) -> None:
+        """Make an attempt until it succeeds, at most once more than `_WAITS` has entries without a good part of `body`.
 
         Raises `HubError` for the last failure, with what was `done` until then.
         """
         passing: tuple[type[Exception], ...] = (_PassingError, *self.session.failures)
-        for wait in _WAITS:
+        failures, counted_from = 0, 0
+        while True:
             try:
                 return attempt()
             except passing as error:
                 asked = error.seconds if isinstance(error, _PassingError) else 0
-            time.sleep(min(max(wait, asked), _LONGEST_WAIT))
-        try:
-            return attempt()
-        except passing as error:
-            found = str(error) if isinstance(error, _PassingError) else _described(error)
-        raise HubError(unreachable(self.repository, self.session, f"{done()}{found}, {len(_WAITS) + 1} times"))
+                found = str(error) if isinstance(error, _PassingError) else _described(error)
+            if body.nbytes - counted_from >= _GOOD_PART:
+                failures, counted_from = 0, body.nbytes
+            if failures == len(_WAITS):
+                found = f"{done()}{found}, {failures + 1} times"
+                raise HubError(unreachable(self.repository, self.session, found))
+            (pause or time.sleep)(min(max(_WAITS[failures], asked), _LONGEST_WAIT))
+            failures += 1
 
     def _require_success(self, answer: Answer, file: str) -> None:
         if answer.status in _PASSING:
@@ -107,8 +135,8 @@ class Reader:
         if answer.status not in {200, 206}:
             raise HubError(refusal(self.repository, self.session, answer, file))
 
-    def _append(self, answer: Answer, data: bytearray, nbytes: int, what: str, *, cut_off: bool = False) -> None:
-        """Add the body of an answer to `data`, with `cut_off` only its beginning.
+    def _append(self, answer: Answer, body: _Body, nbytes: int, what: str, *, cut_off: bool = False) -> None:
+        """Add the body of an answer to `body`, with `cut_off` only its beginning.
 
         Raises `HubError` for a body of more than `nbytes` bytes, and for one that is compressed.
         """
@@ -117,13 +145,26 @@ class Reader:
             found = f"an answer in {answer.headers['Content-Encoding']!r}"
             raise HubError(Fault(where=where, expected="bytes as they are", found=found, remedy=_FALSE_ANSWER))
         for piece in answer.pieces:
-            data += piece[:nbytes]
+            body.add(piece[:nbytes])
             if len(piece) > nbytes and not cut_off:
                 found = "an answer that goes on after them"
-                raise HubError(Fault(where=where, expected=f"{len(data)} bytes", found=found, remedy=_FALSE_ANSWER))
+                raise HubError(Fault(where=where, expected=f"{body.nbytes} bytes", found=found, remedy=_FALSE_ANSWER))
             nbytes -= len(piece)
             if nbytes <= 0 and cut_off:
                 return
+
+
+@dataclass(slots=True)
+class _Body:
+    """Counts the bytes that are passed on to `take`."""
+
+    take: Callable[[bytes], object]
+    nbytes: int = 0
+
+    def add(self, piece: bytes) -> None:
+        """Pass a piece on."""
+        self.take(piece)
+        self.nbytes += len(piece)
 
 
 def _end_of_range(answer: Answer, begin: int, end: int, size: int, *, where: str) -> int:
