@@ -76,7 +76,7 @@ def test_weights_that_are_far_away_are_not_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "made")
 
     class Far:
-        folder = None
+        weights_folder = None
         place = "org/name@main"
 
     catalog = Catalog(source=Far(), tensors={}, files=())  # type: ignore[arg-type]

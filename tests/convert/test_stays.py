@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trtllm_ct.convert.stays import Need, Stay, plan_stays, smallest_room
+from trtllm_ct.convert.stays import Need, Stay, plan_stays, room_for_once, smallest_room
 
 FILES = "abcdefg"
 
@@ -19,18 +19,6 @@ def checkpoints(draw: st.DrawFn) -> tuple[list[Need], dict[str, int]]:
     sizes = {file: draw(st.integers(0, 9)) for file in FILES}
     sets = draw(st.lists(st.frozensets(st.sampled_from(FILES), max_size=4), max_size=12))
     return [Need(3 * number, files) for number, files in enumerate(sets)], sizes
-
-
-def live_bytes(needs: list[Need], sizes: dict[str, int]) -> int:
-    """The most bytes of shards that an earlier or the same unit has used, and the same or a later one will."""
-    uses = {file: [place for place, need in enumerate(needs) if file in need.files] for file in FILES}
-    return max(
-        (
-            sum(sizes[file] for file, places in uses.items() if places and places[0] <= place <= places[-1])
-            for place in range(len(needs))
-        ),
-        default=0,
-    )
 
 
 class Run:
@@ -91,9 +79,20 @@ def test_each_shard_is_fetched_once_where_those_in_use_have_room(
     checkpoint: tuple[list[Need], dict[str, int]], more: int
 ) -> None:
     needs, sizes = checkpoint
-    stays = plan_stays(needs, sizes, live_bytes(needs, sizes) + more)
+    stays = plan_stays(needs, sizes, room_for_once(needs, sizes) + more)
 
     assert Counter(stay.file for stay in stays) == Counter(set().union(*(need.files for need in needs)))
+
+
+@given(checkpoint=checkpoints())
+def test_with_less_room_a_shard_is_fetched_again(checkpoint: tuple[list[Need], dict[str, int]]) -> None:
+    needs, sizes = checkpoint
+    less = room_for_once(needs, sizes) - 1
+    assume(less >= smallest_room(needs, sizes))
+
+    fetched = Counter(stay.file for stay in plan_stays(needs, sizes, less))
+
+    assert max(fetched.values()) > 1
 
 
 @given(checkpoint=checkpoints(), more=st.integers(0, 12))

@@ -22,10 +22,10 @@ from trtllm_ct.checkpoint.work_folder import JOURNAL, WorkFolder
 from trtllm_ct.convert import executors, units
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.coordinate import run_units
-from trtllm_ct.convert.shards import AllThere
 from trtllm_ct.convert.executors import open_pool
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.journal import Journal, UnitRecord
+from trtllm_ct.convert.shards import AllThere
 from trtllm_ct.convert.worker import UnitResult
 from trtllm_ct.pipeline.open import open_checkpoint
 

@@ -6,6 +6,7 @@ Source: huggingface_hub 2.4.0: `hf_api.py: HfApi.model_info`, `file_download.py:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -58,6 +59,8 @@ class HubServer:
     `cuts` is the number of next answers of the store that break off in the middle, `statuses` those that the next
     requests get in place of an answer. `lie` changes the Content-Range, `surplus` is sent after the bytes that were
     asked for, and with `whole` ranges are ignored. `listing` replaces the list of files. `sent` counts bytes of bodies.
+    With `hashes` the list has the SHA-256 of weight files. `weights_left` are the bytes that the store sends before it
+    only breaks off connections, None for no end; `weights_sent` counts what it has sent.
     """
 
     latency: float = 0
@@ -69,6 +72,9 @@ class HubServer:
     whole: bool = False
     encoding: str = ""
     listing: bytes | None = None
+    hashes: bool = False
+    weights_left: int | None = None
+    weights_sent: int = 0
     endpoint: str = ""
     store: str = ""
     requests: list[Request] = field(default_factory=list)
@@ -149,10 +155,18 @@ class _Handler(BaseHTTPRequestHandler):
                 "size": path.stat().st_size,
                 "blobId": "0" * 40,
             }
+            | self._stored(path)
             for path in paths
         ]
         document = {"id": name, "sha": repository.commit, "siblings": files, "gated": False, "tags": ["safetensors"]}
         self._send(200, {}, self.hub.listing or json.dumps(document).encode())
+
+    def _stored(self, path: Path) -> dict[str, object]:
+        """What the list says of a file that is not stored in git."""
+        if not self.hub.hashes or path.suffix != ".safetensors":
+            return {}
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return {"lfs": {"sha256": digest, "size": path.stat().st_size, "pointerSize": 134}}
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repository = self._repository(name)
@@ -200,6 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         part = body[: len(body) // 2] if cut else body
+        if self.host == "store" and status == 206:
+            part, cut = self._left(part, cut=cut)
         for begin in range(0, len(part), _PIECE):
             piece = part[begin : begin + _PIECE]
             try:
@@ -209,11 +225,20 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             with self.hub.lock:
                 self.hub.sent += len(piece)
+                self.hub.weights_sent += len(piece) * (self.host == "store")
             if self.hub.rate:
                 time.sleep(len(piece) / self.hub.rate)
         if cut:
             self.close_connection = True
             self.wfile.flush()
+
+    def _left(self, part: bytes, *, cut: bool) -> tuple[bytes, bool]:
+        """Return what the store still sends of an answer, and whether it breaks off then."""
+        with self.hub.lock:
+            left = len(part) if self.hub.weights_left is None else min(len(part), self.hub.weights_left)
+            if self.hub.weights_left is not None:
+                self.hub.weights_left -= left
+        return part[:left], cut or left < len(part)
 
 
 class _Server(ThreadingHTTPServer):

@@ -186,8 +186,8 @@ class _Progress:
         self.changed_at = None if status is None else (status.st_size, status.st_mtime_ns)
         self.is_begun = bool(text)
         self.files = frozenset(work.files())
-        has_downloads = any(name.startswith(f"{DOWNLOADS}/") for name in self.files)
-        self.has_units = b'\n{"unit":' in text or has_downloads
+        has_weights = any(name.startswith(f"{DOWNLOADS}/") and name.endswith(".safetensors") for name in self.files)
+        self.has_work = b'\n{"unit":' in text or has_weights
         self.listed = journal_files(work)
 
     def own_files(self, before: _Progress) -> frozenset[str]:
@@ -201,7 +201,7 @@ def _is_kept(error: Exception, before: _Progress, now: _Progress) -> bool:
         return before.is_begun and before.changed_at == now.changed_at
     if isinstance(error, CheckpointError) and not isinstance(error, HubError):
         return before.is_begun
-    return before.is_begun or now.has_units
+    return before.is_begun or now.has_work
 
 
 def _recover(parent: Folder, place: OutputPlace) -> None:

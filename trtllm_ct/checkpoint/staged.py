@@ -135,9 +135,7 @@ class Staged:
     def remove_others(self, kept: Collection[str]) -> None:
         """Remove what is in the folder but files of the names `kept`; links too, as they may be out of date."""
         with suppress(FileNotFoundError), self.work.folder(DOWNLOADS) as folder:
-            for name in list(folder.files()):
-                if name not in kept or not folder.is_file(name):
-                    folder.remove(name)
+            folder.remove_files({name for name in folder.files() if name not in kept or not folder.is_file(name)})
 
 
 @dataclass(slots=True)
@@ -154,7 +152,7 @@ class _Download:
         remote = self.source.remote
         size, stated = remote.size(self.name), remote.transport.hashes.get(self.name)
         digest = hashlib.sha256()
-        done = before = self._done(size)
+        done = before = self._done(size if stated is not None else 0)
         if stated is not None:
             self._add_done(digest, done)
         self.take(done)
@@ -185,10 +183,13 @@ class _Download:
             )
         )
 
-    def _done(self, size: int) -> int:
-        """Return how many bytes are here; a file that is too long is none of an earlier run."""
+    def _done(self, most: int) -> int:
+        """Return how many bytes are here; a file that is longer than `most` is fetched anew.
+
+        A power cut may have left zeros in place of the last bytes. So where no hash will tell, nothing is believed.
+        """
         done = file_calls.status(self.descriptor).st_size
-        if done > size:
+        if done > most:
             file_calls.truncate(self.descriptor, 0)
             return 0
         return done

@@ -204,6 +204,7 @@ def conversion(report: ConversionReport) -> RenderableType:
         _joined(("Converted", "bold green"), f" to {report.out} in {report.seconds:.1f} s ({speed}/s)"),
         _line(f"  modules: {modes}"),
         _line(f"  bytes: {format_bytes(plan.stored_bytes)} -> {format_bytes(plan.delivered_bytes)}"),
+        *([_line(f"  downloaded: {format_bytes(report.downloaded_bytes)}")] if report.downloaded_bytes else []),
         _line(f"  files: {len(report.weight_files)} of weights, {len(report.carried_files)} side files copied"),
         *_named("code that a configuration names or --carry asked for", report.code_files),
         *_named("left out, --carry PATTERN copies them", report.left_out_files),

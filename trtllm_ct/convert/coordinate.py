@@ -129,4 +129,5 @@ class _Coordinator:
             self._no_fault_yet = False
         elif self._no_fault_yet:
             self._journal.add(result.record)
+        self._conversion.shards.give_back(number)
         self._progress(self._conversion.units[number].nbytes)

@@ -126,7 +126,8 @@ def _fetched(conversion: Conversion, carry: Collection[str] | None) -> list[str]
 def _journal(conversion: Conversion, files: Collection[str], kept: Collection[str]) -> Journal:
     """Open the journal; `kept` are those of `files` that an earlier run may have left and this one goes on with."""
     out = conversion.job.files
-    journal = Journal(out, conversion.identity, files, kept=kept)
+    far_away = isinstance(conversion.checkpoint.source, Staged)
+    journal = Journal(out, conversion.identity, files, kept=kept, at_once=far_away)
     if journal.discarded:
         logger.warning("%s: of another conversion, or of source files that changed; starting anew", out.path)
     return journal

@@ -81,12 +81,21 @@ class Journal:
 
     `files` are the names of all files that the conversion will write, and `kept` those of them that finished units are
     in. Everything else that an earlier run left is removed, and `kept` too if the journal is of another conversion.
-    `records` holds the units of an earlier run of the same conversion, by number. A journal of another conversion is
+    `records` holds the units of an earlier run of the same conversion, by number. With `at_once`, no line waits in
+    memory: what the units were made from is removed when they are recorded. A journal of another conversion is
     discarded, and `discarded` is true then. Raises `UsageError`, and changes nothing, when the folder holds a file that
     neither this conversion nor the earlier one writes.
     """
 
-    def __init__(self, folder: Folder, digest: str, files: Collection[str] = (), kept: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        digest: str,
+        files: Collection[str] = (),
+        kept: Collection[str] = (),
+        *,
+        at_once: bool = False,
+    ) -> None:
         known = known_files(folder) | frozenset(files)
         require_no_other_files(folder, known)
         text = _read(folder)
@@ -95,6 +104,7 @@ class Journal:
         self.discarded = bool(text) and records is None
         folder.remove_files((known | {MANIFEST}) - frozenset(() if records is None else kept) - {JOURNAL})
         self._unwritten_lines: list[str] = []
+        self._at_once = at_once
         self._start_time = time.monotonic()
         self._descriptor = file_calls.open_file(JOURNAL, folder.descriptor, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if records is None:
@@ -132,7 +142,7 @@ class Journal:
 
     def _add(self, line: str) -> None:
         self._unwritten_lines.append(f"{line}\n")
-        if time.monotonic() - self._start_time >= _SECONDS_IN_MEMORY:
+        if self._at_once or time.monotonic() - self._start_time >= _SECONDS_IN_MEMORY:
             self._write()
 
     def _write(self) -> None:

@@ -6,6 +6,7 @@ bytes. A few are fetched at a time, ahead of the units that need them as long as
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
 from trtllm_ct.checkpoint.output_errors import output_errors
-from trtllm_ct.convert.stays import Need, plan_stays
+from trtllm_ct.convert.stays import Need, plan_stays, room_for_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from trtllm_ct.convert.stays import Stay
 
 __all__ = ["AllThere", "BoundedShards", "DownloadStarted", "Shards"]
+
+logger = logging.getLogger("trtllm_ct")
 
 _AT_ONCE = 8
 """Shards that are fetched at a time: as many as huggingface_hub downloads files at a time."""
@@ -48,12 +51,16 @@ class Shards(Protocol):
         """Make files ready for units, by their numbers, that begin in this order."""
         ...
 
-    def lent(self, unit: int) -> AbstractContextManager[None]:
-        """Wait until the files of a unit are here, and keep them until it has ended."""
+    def lend(self, unit: int) -> None:
+        """Wait until the files of a unit are here; they stay until it is given back."""
+        ...
+
+    def give_back(self, unit: int) -> None:
+        """Let the files of a unit go that no other one needs; its work must be recorded before."""
         ...
 
     def stop(self) -> None:
-        """Let no unit wait any more; `lent` raises `StoppedError` then."""
+        """Let no unit wait any more; `lend` raises `StoppedError` then."""
         ...
 
 
@@ -68,11 +75,11 @@ class AllThere:
         del units
         yield
 
-    @contextmanager
-    def lent(self, unit: int) -> Iterator[None]:
+    def lend(self, unit: int) -> None:
         """Do nothing."""
-        del unit
-        yield
+
+    def give_back(self, unit: int) -> None:
+        """Do nothing."""
 
     def stop(self) -> None:
         """Do nothing."""
@@ -119,7 +126,8 @@ class BoundedShards:
 
         What an earlier run has fetched stays if it is among the first. Raises `HubError` if files can't be fetched.
         """
-        self._stays = plan_stays([Need(unit, self._reads[unit]) for unit in units], self._sizes, self.room)
+        needs = [Need(unit, self._reads[unit]) for unit in units]
+        self._stays = plan_stays(needs, self._sizes, self.room)
         fetched = sorted({stay.file for stay in self._stays if stay.nbytes})
         self._source.remote.transport.require_reachable(fetched)
         self._served = [len(stay.units) for stay in self._stays]
@@ -130,6 +138,9 @@ class BoundedShards:
         with output_errors(self._source.work.path):
             self._source.remove_others({stay.file for stay in takewhile(lambda stay: not stay.after, self._stays)})
         total = sum(stay.nbytes for stay in self._stays)
+        if repeated := total - sum(self._sizes[file] for file in fetched):
+            enough = room_for_once(needs, self._sizes)
+            logger.warning("%d bytes are downloaded more than once; with --keep %d none would be", repeated, enough)
         self._show = self._on_download(total) if total else int
         threads = [
             threading.Thread(target=self._fetch_all, name=f"fetch-{number}", daemon=True)
@@ -144,39 +155,31 @@ class BoundedShards:
             for thread in threads:
                 thread.join()
 
-    @contextmanager
-    def lent(self, unit: int) -> Iterator[None]:
-        """Wait until the files of a unit are here, and remove those afterwards that no other unit waits for.
-
-        Raises the error of a download that failed.
-        """
+    def lend(self, unit: int) -> None:
+        """Wait until the files of a unit are here; raises the error of a download that failed."""
         stays = self._stays_of[unit]
         with self._state:
             self._state.wait_for(lambda: self._here.issuperset(stays) or self._stopped.is_set())
             if not self._here.issuperset(stays):
                 raise self._failure or StoppedError
-        try:
-            yield
-        finally:
-            self._end(stays)
 
-    def stop(self) -> None:
-        """Begin no more downloads, end those that are running, and let no unit wait for one."""
-        self._stopped.set()
+    def give_back(self, unit: int) -> None:
+        """Remove the files of stays that have served all their units, of which this is one that has ended."""
         with self._state:
-            self._state.notify_all()
-
-    def _end(self, stays: Sequence[int]) -> None:
-        """Count a unit that has ended, and remove the files of stays that have served all their units."""
-        with self._state:
-            for number in stays:
+            for number in self._stays_of[unit]:
                 self._served[number] -= 1
-            over = [number for number in stays if not self._served[number]]
+            over = [number for number in self._stays_of[unit] if not self._served[number]]
         with output_errors(self._source.work.path):
             for number in over:
                 self._source.remove(self._stays[number].file)
         with self._state:
             self._over.update(over)
+            self._state.notify_all()
+
+    def stop(self) -> None:
+        """Begin no more downloads, end those that are running, and let no unit wait for one."""
+        self._stopped.set()
+        with self._state:
             self._state.notify_all()
 
     def _fetch_all(self) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Need", "Stay", "plan_stays", "smallest_room"]
+__all__ = ["Need", "Stay", "plan_stays", "room_for_once", "smallest_room"]
 
 _NEVER = 1 << 62
 """The position of the next use of a shard that no later unit needs: behind all others."""
@@ -47,6 +48,24 @@ class Stay:
 def smallest_room(needs: Collection[Need], sizes: Mapping[str, int]) -> int:
     """Return the bytes of the unit that needs most."""
     return max((sum(sizes[file] for file in need.files) for need in needs), default=0)
+
+
+def room_for_once(needs: Sequence[Need], sizes: Mapping[str, int]) -> int:
+    """Return the smallest room with which each shard is fetched once: that of all shards in use at a time.
+
+    A shard is in use from its first unit to its last one.
+    """
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for position, need in enumerate(needs):
+        for file in need.files:
+            first.setdefault(file, position)
+            last[file] = position
+    changes: dict[int, int] = defaultdict(int)
+    for file, position in first.items():
+        changes[position] += sizes[file]
+        changes[last[file] + 1] -= sizes[file]
+    return max(accumulate(nbytes for _, nbytes in sorted(changes.items())), default=0)
 
 
 def plan_stays(needs: Sequence[Need], sizes: Mapping[str, int], room: int) -> tuple[Stay, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.checkpoint.staged import Staged
 from trtllm_ct.checkpoint.windows import WINDOW_BYTES
 from trtllm_ct.checkpoint.write_plan import merged_ranges
 from trtllm_ct.checkpoint.writer import TensorWriter, pieces_are_intact
@@ -43,10 +44,12 @@ class UnitResult:
 def is_done(conversion: Conversion, number: int, earlier: UnitRecord) -> bool:
     """Whether an earlier run has written the unit `number`, of which `earlier` is the record.
 
-    The files must still hold the bytes of the record, and it must be made from what the source still holds. Raises
-    `CatalogError` when a source file changed.
+    The files must still hold the bytes of the record, and it must be made from what the source still holds. Of a source
+    far away nothing is read. Raises `CatalogError` when a source file changed.
     """
     unit = conversion.units[number]
+    if isinstance(conversion.checkpoint.source, Staged):
+        return _is_intact(conversion, unit, earlier)
     with _unchanged_source(conversion, unit):
         return earlier.sample == _sample(conversion, unit) and _is_intact(conversion, unit, earlier)
 
@@ -59,7 +62,8 @@ def run_unit(conversion: Conversion, number: int, *, ahead: int = 0, writes: boo
     when a source file changed, and `HubError` when one can't be fetched.
     """
     unit = conversion.units[number]
-    with conversion.shards.lent(number), _unchanged_source(conversion, unit):
+    conversion.shards.lend(number)
+    with _unchanged_source(conversion, unit):
         return _converted(conversion, unit, _sample(conversion, unit), ahead=ahead, writes=writes)
 
 
