@@ -148,29 +148,38 @@ class _Download:
     take: Callable[[int], object]
 
     def run(self, pause: Callable[[float], object]) -> int:
-        """Fetch what is missing; return how many bytes were there."""
-        remote = self.source.remote
-        size, stated = remote.size(self.name), remote.transport.hashes.get(self.name)
+        """Fetch what is missing; return how many bytes were there.
+
+        A beginning that turns out to be damaged is fetched anew.
+        """
+        size, stated = self.source.remote.size(self.name), self.source.remote.transport.hashes.get(self.name)
+        before = self._done(size if stated is not None else 0)
+        found = self._filled(before, size, pause)
+        if stated is not None and found != stated and before:
+            self.take(-size)
+            before = self._done(0)
+            found = self._filled(before, size, pause)
+        if stated is not None and found != stated:
+            file_calls.truncate(self.descriptor, 0)
+            raise self._other_file(stated, found)
+        return before
+
+    def _filled(self, done: int, size: int, pause: Callable[[float], object]) -> str:
+        """Fetch the bytes behind those that are `done`, and return the SHA-256 of all of them."""
         digest = hashlib.sha256()
-        done = before = self._done(size if stated is not None else 0)
-        if stated is not None:
-            self._add_done(digest, done)
+        self._add_done(digest, done)
         self.take(done)
 
         def write(piece: bytes) -> None:
             nonlocal done
             self._write(piece, done)
             done += len(piece)
-            if stated is not None:
-                digest.update(piece)
+            digest.update(piece)
             self.take(len(piece))
 
         if done < size:
-            remote.transport.copy(Part(self.name, done, size - done), write, pause)
-        if stated is not None and digest.hexdigest() != stated:
-            file_calls.truncate(self.descriptor, 0)
-            raise self._other_file(stated, digest.hexdigest())
-        return before
+            self.source.remote.transport.copy(Part(self.name, done, size - done), write, pause)
+        return digest.hexdigest()
 
     def _other_file(self, stated: str, found: str) -> HubError:
         return HubError(
@@ -178,8 +187,8 @@ class _Download:
                 where=self.source.where(self.name),
                 expected=f"a file with SHA-256 {stated}, as it is listed",
                 found=found,
-                remedy="Run the same command again, which fetches this file anew; if that does not help, a proxy or a "
-                "mirror changes it, or it is damaged where it is.",
+                remedy="A proxy or a mirror changes it, or it is damaged where it is: try another network, or set "
+                "HF_ENDPOINT to another Hub.",
             )
         )
 
