@@ -13,6 +13,8 @@ from builders import write_checkpoint
 
 import trtllm_ct
 from trtllm_ct.base.errors import HubError, MissingDependencyError
+from trtllm_ct.checkpoint import object_store
+from trtllm_ct.checkpoint.remote import RemoteFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,3 +96,66 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, pac
 
     with pytest.raises(MissingDependencyError, match=package):
         trtllm_ct.inspect_checkpoint("s3://bucket/model")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_store_is_converted_as_a_directory(tmp_path: Path, workers: int) -> None:
+    directory = write_checkpoint(tmp_path / "made", scheme="int4-g32", shards=3, tokenizer=True).directory
+    url = put(directory)
+
+    here = trtllm_ct.convert_checkpoint(directory, tmp_path / "here")
+    there = trtllm_ct.convert_checkpoint(url, tmp_path / "there", workers=workers)
+
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+    assert there.carried_files == here.carried_files
+    assert there.source == url
+
+
+def test_a_stopped_conversion_of_a_store_goes_on_but_no_part_of_a_file_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store states no hash by which a power cut's zeros could be told from what was fetched."""
+    directory = write_checkpoint(tmp_path / "made", scheme="int4-g32", shards=3).directory
+    url = put(directory)
+    trtllm_ct.convert_checkpoint(directory, tmp_path / "here")
+    monkeypatch.setattr(object_store, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr("trtllm_ct.convert.units.UNIT_BYTES", 1)
+    store = fsspec.filesystem("memory")
+    cat_file, left = type(store).cat_file, [20]
+
+    def cut(self: object, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        left[0] -= bool(start)
+        if left[0] < 0:
+            raise ConnectionError("cut off")
+        data: bytes = cat_file(self, path, start=start, end=end)
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "cat_file", cut)
+        with pytest.raises(HubError, match="cut off"):
+            trtllm_ct.convert_checkpoint(url, tmp_path / "there", workers=1)
+    for path in (tmp_path / ".there.partial" / ".download").glob("*.safetensors"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+
+    trtllm_ct.convert_checkpoint(url, tmp_path / "there")
+
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+def test_a_file_that_was_written_anew_is_another_version(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "made", scheme="int4-g32", shards=2).directory
+    url = put(directory)
+
+    versions = []
+    for _ in range(2):
+        source = object_store.open_url(url)
+        assert isinstance(source, RemoteFolder)
+        versions.append(source.transport.version("model-00001-of-00002.safetensors"))
+        file = f"{url}/model-00001-of-00002.safetensors"
+        fsspec.filesystem("memory").pipe_file(file, (directory / "model-00001-of-00002.safetensors").read_bytes())
+
+    assert versions[0] != versions[1]

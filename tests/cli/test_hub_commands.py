@@ -10,6 +10,9 @@ from command_line import run_cli
 from fresh_python import run_python
 from hub_server import COMMIT, HubServer, hub_at, serving
 
+from trtllm_ct.cli import progress
+from trtllm_ct.convert import units
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -92,13 +95,46 @@ def test_a_name_that_is_nothing_is_an_error_of_the_checkpoint(hub: HubServer) ->
     assert done.document["error"] == "HubError"
 
 
-@pytest.mark.parametrize("command", ["convert", "verify"])
-def test_commands_that_read_weights_say_how_to_get_them(hub: HubServer, tmp_path: Path, command: str) -> None:
-    done = run_cli(command, NAME, *([tmp_path / "out"] if command == "convert" else []))
+def test_verify_says_how_to_get_the_weights(hub: HubServer) -> None:
+    done = run_cli("verify", NAME)
 
     assert done.code == 1
     assert f"hf download {NAME}" in done.err_words
     assert not hub.asked(NAME)
+
+
+def test_convert_says_of_a_repository_what_it_says_of_its_directory(hub: HubServer, tmp_path: Path) -> None:
+    here = run_cli("convert", tmp_path / "made", tmp_path / "here", "--json").document
+    there = run_cli("convert", NAME, tmp_path / "there", "--json", "--keep", "1GB", "--workers", 2).document
+
+    nbytes = sum(path.stat().st_size for path in (tmp_path / "made").glob("*.safetensors"))
+    assert (there.pop("source"), there.pop("downloaded_bytes")) == (PLACE, nbytes)
+    assert (here.pop("source"), here.pop("downloaded_bytes")) == (str(tmp_path / "made"), 0)
+    assert {**there, "out": "", "seconds": 0} == {**here, "out": "", "seconds": 0}
+
+
+def test_convert_shows_the_download(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+
+    done = run_cli("convert", NAME, tmp_path / "there")
+
+    assert {line.partition(":")[0] for line in done.err.splitlines()} == {"Converting", "Downloading"}
+    assert "downloaded: " in done.out
+
+
+@pytest.mark.parametrize(
+    ("keep", "found"),
+    [("1", "1 bytes"), ("0", "'0'"), ("some", "'some'"), ("-5GB", "'-5GB'")],
+)
+def test_a_room_that_is_none_is_a_usage_error(hub: HubServer, tmp_path: Path, keep: str, found: str) -> None:
+    done = run_cli("convert", NAME, tmp_path / "there", f"--keep={keep}", "--json")
+
+    assert done.code == 2
+    assert done.document["error"] == "UsageError"
+    (fault,) = done.document["faults"]
+    assert (fault["where"], fault["found"]) == ("--keep", found)
+    assert not (tmp_path / ".there.partial").exists()
 
 
 def test_a_process_of_its_own_reads_the_environment(hub: HubServer) -> None:

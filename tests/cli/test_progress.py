@@ -95,6 +95,17 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "5/10 bytes" in stream.getvalue()
 
 
+def test_two_works_are_shown_beside_each_other() -> None:
+    stream = io.StringIO()
+    with shown_progress(Console(file=stream, force_terminal=True, width=100), "Converting") as start:
+        start(10)(5)
+        start(8, what="Downloading")(2)
+
+    assert "5/10 bytes" in stream.getvalue()
+    assert "Downloading" in stream.getvalue()
+    assert "2/8 bytes" in stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("command", "what"), [("convert", "Converting"), ("verify", "Verifying"), ("verify both", "Verifying")]
 )

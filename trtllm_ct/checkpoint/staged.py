@@ -95,9 +95,9 @@ class Staged:
     def fetch(self, name: str, take: Callable[[int], object], pause: Callable[[float], object]) -> int:
         """Put a whole file into the folder, or go on where an earlier run was stopped.
 
-        Returns how many bytes were there. `take` is told how many have come, those that were there among them, and
-        `pause` waits; what they raise ends the download. Raises `HubError` if the file can't be fetched or is another
-        one than was listed, and `OutputError` if the disk fails.
+        Returns how many bytes were there. `take` is told how many have come, those that were there among them, or by a
+        negative number how many come again; `pause` waits. What the two raise ends the download. Raises `HubError` if
+        the file can't be fetched or is another one than was listed, and `OutputError` if the disk fails.
         """
         staged, stored = self.staged_name(name), self.remote.transport.downloaded(name)
         with output_errors(self.work.path):

@@ -11,7 +11,11 @@ from hub_server import COMMIT, TOKEN, HubServer, hub_at, serving
 from tiny_models import tiny_config
 
 import trtllm_ct
+from trtllm_ct.base.errors import HubError
 from trtllm_ct.checkpoint import remote
+from trtllm_ct.checkpoint.hub import ranges
+from trtllm_ct.checkpoint.hub.listing import Listing
+from trtllm_ct.checkpoint.opening import open_source
 from trtllm_ct.pipeline import head_probe
 
 if TYPE_CHECKING:
@@ -274,3 +278,55 @@ def test_parts_that_are_near_are_fetched_together() -> None:
         remote.Part("a", 2**20, 1),
         remote.Part("b", 0, 4),
     ]
+
+
+class TestLongFiles:
+    """A file may break off more often than a request is repeated, as long as a good part came in between."""
+
+    @staticmethod
+    def read(hub: HubServer, tmp_path: Path, *, cuts: int, nbytes: int = 64_000) -> bytes:
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "model.safetensors").write_bytes(b"0123456789" * (nbytes // 10))
+        hub.add(NAME, tmp_path / "made")
+        source = open_source(NAME)
+        assert isinstance(source, remote.RemoteFolder)
+        hub.cuts = cuts
+        pieces: list[bytes] = []
+        source.transport.copy(remote.Part("model.safetensors", 0, nbytes), pieces.append, lambda _: None)
+        return b"".join(pieces)
+
+    def test_each_half_of_what_is_missing_counts(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nine answers break off: each brings half of the rest, and the last of them more than ten bytes."""
+        monkeypatch.setattr(ranges, "_GOOD_PART", 10)
+
+        assert self.read(hub, tmp_path, cuts=9) == b"0123456789" * 6400
+
+    def test_little_parts_do_not_count(self, hub: HubServer, tmp_path: Path) -> None:
+        with pytest.raises(HubError, match=r"62000 of 64000 bytes of model.safetensors, then .*, 5 times"):
+            self.read(hub, tmp_path, cuts=9)
+
+    def test_nothing_of_it_is_kept(self, hub: HubServer, tmp_path: Path) -> None:
+        self.read(hub, tmp_path, cuts=0)
+
+        kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+        assert all(path.stat().st_size < 1000 for path in kept)
+
+
+@pytest.mark.parametrize("stored", [None, {}, {"sha256": 7}, {"sha256": "a" * 63}, {"sha256": "G" * 64}, "text"])
+def test_a_hash_that_is_none_is_left_out_of_the_list(stored: object) -> None:
+    document = {
+        "sha": COMMIT,
+        "siblings": [{"rfilename": "a", "size": 1, "lfs": stored}, {"rfilename": "b", "size": 2}],
+    }
+
+    assert Listing.parse(json.dumps(document).encode()) == Listing(COMMIT, {"a": 1, "b": 2})
+
+
+def test_hashes_are_kept_with_the_list() -> None:
+    listing = Listing(COMMIT, {"x/a": 1, "x/b": 2}, {"x/a": "a" * 64})
+
+    assert Listing.parse(listing.dump()) == listing
+    assert listing.inside("x") == Listing(COMMIT, {"a": 1, "b": 2}, {"a": "a" * 64})
+    assert listing.inside("") == listing
