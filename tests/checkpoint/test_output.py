@@ -16,6 +16,7 @@ from other_user import IS_ROOT, OTHER_USER
 from trtllm_ct.base.errors import (
     CatalogError,
     DetectionError,
+    HubError,
     OutputError,
     PayloadError,
     PlanError,
@@ -25,7 +26,7 @@ from trtllm_ct.checkpoint import file_calls, mounts, output_place
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.manifest import MANIFEST
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory, what_is_left
-from trtllm_ct.checkpoint.work_folder import JOURNAL, REPLACED_MARK
+from trtllm_ct.checkpoint.work_folder import DOWNLOADS, JOURNAL, REPLACED_MARK, files_line
 from trtllm_ct.convert.journal import Journal
 
 if TYPE_CHECKING:
@@ -732,7 +733,7 @@ class TestWhatIsKept:
         ):
             raise PermissionError(errno.EACCES, "Permission denied", "source")
 
-    @pytest.mark.parametrize("error", [OSError, OutputError, UsageError, ValueError])
+    @pytest.mark.parametrize("error", [HubError, OSError, OutputError, UsageError, ValueError])
     def test_an_error_that_is_no_fault_of_the_checkpoint_keeps_the_work_of_this_run(
         self, tmp_path: Path, error: type[Exception]
     ) -> None:
@@ -748,7 +749,20 @@ class TestWhatIsKept:
     def test_faulty_values_end_earlier_work_that_was_gone_on_with(self, tmp_path: Path) -> None:
         assert self.run_with(tmp_path, PayloadError(), earlier=BEGUN, journal=UNITS) == []
 
-    @pytest.mark.parametrize("error", [UsageError, PlanError, ValueError])
+    @pytest.mark.parametrize(("name", "kept"), [("model.safetensors", True), ("tokenizer.json", False)])
+    def test_weights_that_were_downloaded_are_work(self, tmp_path: Path, name: str, *, kept: bool) -> None:
+        def run() -> None:
+            with replacing_directory(tmp_path / "out", overwrite=False) as work:
+                work.write(JOURNAL, BEGUN + files_line([f"{DOWNLOADS}/{name}"]))
+                work.copy(f"{DOWNLOADS}/{name}", [b"x"])
+                raise HubError
+
+        with pytest.raises(HubError):
+            run()
+
+        assert (tmp_path / ".out.partial").exists() == kept
+
+    @pytest.mark.parametrize("error", [UsageError, PlanError, ValueError, HubError])
     def test_without_work_nothing_is_kept(self, tmp_path: Path, error: type[Exception]) -> None:
         assert self.run_with(tmp_path, error(), earlier=b"", journal=b"") == []
 

@@ -95,3 +95,30 @@ def test_with_one_file_units_keep_the_order_of_the_plan(plan: Plan) -> None:
     places = [place for unit in plan_units(plan, planned(plan, 1)) for place in unit.modules]
 
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 10_000, 10**9])
+def test_with_shards_units_follow_them_and_read_the_same_ones(
+    plan: Plan, unit_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other tensor is in another file, but for those of a fused Linear, whose parts stay together."""
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+    stored = sorted({name for module in plan.modules for name in module.reads})
+    shard_of = {name: f"shard-{number // 5}" for number, name in enumerate(stored)}
+
+    planned_units = plan_units(plan, planned(plan, 3), shard_of)
+
+    delivering = [place for place, module in enumerate(plan.modules) if module.deliveries]
+    assert Counter(place for unit in planned_units for place in unit.modules) == Counter(delivering)
+    groups: dict[str, set[int]] = {}
+    for unit in planned_units:
+        for place in unit.modules:
+            groups.setdefault(plan.modules[place].fused_linear or plan.modules[place].name, set()).add(unit.number)
+    assert all(len(numbers) == 1 for numbers in groups.values())
+    read = [
+        tuple(sorted({shard_of[name] for place in unit.modules for name in plan.modules[place].reads}))
+        for unit in planned_units
+    ]
+    assert read == sorted(read)
+    if unit_bytes == 10**9:
+        assert len(read) == len(set(read)) > 1

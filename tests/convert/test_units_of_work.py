@@ -409,6 +409,27 @@ class TestJournal:
         assert early == (2 if seconds else 5)
         assert list(read_records.values()) == records
 
+    @pytest.mark.parametrize("at_once", [False, True])
+    def test_lines_wait_in_memory_unless_their_source_goes(self, tmp_path: Path, *, at_once: bool) -> None:
+        with Journal(Folder(tmp_path), "digest", ["model"], at_once=at_once) as journal:
+            before = (tmp_path / JOURNAL).read_text()
+            journal.add(UnitRecord(unit=0, pieces=()))
+            after = (tmp_path / JOURNAL).read_text()
+
+        assert (after != before) == at_once
+
+    @pytest.mark.parametrize(("digest", "left"), [("digest", True), ("another", False)])
+    def test_files_to_go_on_with_stay_before_the_first_unit_is_done(
+        self, tmp_path: Path, digest: str, *, left: bool
+    ) -> None:
+        """Such as half of a download; they go if the journal is of another conversion."""
+        with Journal(Folder(tmp_path), "digest", ["model", "begun"]):
+            (tmp_path / "begun").write_bytes(b"x")
+        with Journal(Folder(tmp_path), digest, ["model", "begun"], kept=["begun"]) as journal:
+            assert journal.discarded != left
+
+        assert (tmp_path / "begun").exists() == left
+
     def test_lines_in_memory_are_written_when_the_time_is_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
