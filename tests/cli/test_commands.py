@@ -179,7 +179,7 @@ class TestDocuments:
         done = run_cli("plan", source, "--to", "reference", "--json")
 
         plan = json.loads(json.dumps(plan_checkpoint(source, "reference").to_dict()))
-        assert done.document == {"schema": SCHEMA, "kind": "plan", **plan}
+        assert done.document == {"schema": SCHEMA, "kind": "plan", "alternative": "", **plan}
 
     def test_a_filter_keeps_the_entries_with_such_names(self, source: Path):
         whole = run_cli("plan", source, "--json").document

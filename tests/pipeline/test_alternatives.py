@@ -43,6 +43,18 @@ def test_the_option_that_works_is_named_with_the_bytes(
     assert got == f"{change} keeps the codes of these modules: {format_bytes(plan.delivered_bytes)} in all"
 
 
+@pytest.mark.parametrize("options", [[], ["--sm", 90]], ids=str)
+def test_plan_names_it_as_inspect_does(tmp_path: Path, options: list[Any]) -> None:
+    write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme="mxfp4a16")
+    expected = run_cli("inspect", tmp_path, *options, "--json").document["alternative"]
+
+    shown, document = (run_cli("plan", tmp_path, *options, *more) for more in ([], ["--json"]))
+
+    assert "keeps the codes of these modules" in expected
+    assert document.document["alternative"] == expected
+    assert expected in " ".join(shown.out.split())
+
+
 def test_a_tensor_parallel_size_that_works_is_named(tmp_path: Path) -> None:
     """Blocks of 128 columns in 512 can't be divided among 8 ranks."""
     config = tiny_config(hidden=512, intermediate=1024, heads=8, kv_heads=8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -116,28 +116,31 @@ def plan(
     Shows what every delivered tensor is made from, too. Tensors that differ only in numbers of layers and experts share
     a line. Reads headers only.
     """
-    from trtllm_ct.pipeline.open import plan_checkpoint
+    from trtllm_ct.checkpoint.opening import open_source
+    from trtllm_ct.pipeline.alternatives import alternative
+    from trtllm_ct.pipeline.open import open_checkpoint
 
     matches = name_filter(names)
-    checkpoint_plan = plan_checkpoint(
-        directory,
-        to,
-        engine=engine,
-        sm=sm,
-        untested=untested,
-        dtype=dense_dtype(dtype),
-        parallel=parallel_of(tp, pp, ep),
-        dense_o_proj=dense_o_proj,
-        requantize=Requantize.parse(requantize),
-        strict=strict,
-    )
+    options: dict[str, Any] = {
+        "to": to,
+        "engine": engine,
+        "sm": sm,
+        "untested": untested,
+        "dtype": dense_dtype(dtype),
+        "parallel": parallel_of(tp, pp, ep),
+        "dense_o_proj": dense_o_proj,
+        "requantize": Requantize.parse(requantize),
+    }
+    checkpoint = open_checkpoint(open_source(directory))
+    checkpoint_plan = checkpoint.plan(**options, strict=strict, compare_class=True)
+    instead = alternative(checkpoint, checkpoint_plan, options)
     if as_json:
-        document = checkpoint_plan.to_dict()
+        document = checkpoint_plan.to_dict() | {"alternative": instead}
         for part in ("modules", "stored", "delivered"):
             document[part] = [entry for entry in document[part] if matches(entry["name"])]
         print_json("plan", document)
     else:
-        stdout.print(report.plan(checkpoint_plan, unfold=unfold, matches=matches))
+        stdout.print(report.plan(checkpoint_plan, alternative=instead, unfold=unfold, matches=matches))
 
 
 def compare(
@@ -148,6 +151,7 @@ def compare(
     headers: Annotated[
         bool, typer.Option("--headers", help="Compare schemes and bytes only, and read no weights.")
     ] = False,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Show how two directories differ, module by module.
@@ -158,6 +162,7 @@ def compare(
     from trtllm_ct.cli.comparison_report import comparison
     from trtllm_ct.verify.compare import compare_directories
 
+    check_page_place(html)
     left = nothing_written("the same command starts from the beginning")
     with going_on_from(left), shown_progress(stderr, "Comparing") as on_start:
         found = compare_directories(first, second, values=not headers, on_start=on_start)
@@ -165,5 +170,9 @@ def compare(
         print_json("compare", found.to_dict())
     else:
         stdout.print(comparison(found))
+    if html:
+        from trtllm_ct.cli.page.pages import comparison_page
+
+        show_page(html, comparison_page(found, found.to_dict()))
     if found.faults:
         raise typer.Exit(1)

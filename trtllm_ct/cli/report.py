@@ -155,12 +155,16 @@ def problems(found: Sequence[Fault], named: Iterable[Path | str] = ()) -> Render
 
 
 def plan(
-    checkpoint_plan: Plan, *, unfold: bool = False, matches: Callable[[str], object] | None = None
+    checkpoint_plan: Plan,
+    *,
+    alternative: str = "",
+    unfold: bool = False,
+    matches: Callable[[str], object] | None = None,
 ) -> RenderableType:
     """Format a plan: verdict and costs, stored tensors with their fates, then delivered tensors with their operations.
 
-    Tensors that differ only in numbers share a row, except with `unfold`. With `matches`, only tensors are shown for
-    whose name it returns something true.
+    `alternative` says what would avoid the largest cost. Tensors that differ only in numbers share a row, except with
+    `unfold`. With `matches`, only tensors are shown for whose name it returns something true.
     """
     shown = matches or bool
     stored = fitted_table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
@@ -172,7 +176,8 @@ def plan(
     deliveries = (delivery for delivery in checkpoint_plan.deliveries() if shown(delivery.name))
     _fill(delivered, delivered_rows(deliveries, unfold=unfold))
     about = (_checks(checkpoint_plan), *_deviations(checkpoint_plan), _warnings(checkpoint_plan.warnings))
-    first = (_line(verdict(checkpoint_plan, checkpoint_plan.problems), style="bold"), *_costs(checkpoint_plan))
+    sentence = _line(verdict(checkpoint_plan, checkpoint_plan.problems), style="bold")
+    first = (sentence, *_costs(checkpoint_plan, alternative))
     return Group(*first, stored, delivered, *about)
 
 

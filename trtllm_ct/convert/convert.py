@@ -32,14 +32,18 @@ from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import DIRECTORY_TARGETS
+from trtllm_ct.pipeline.gpus import gpu_rows
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.parts import Part, parts_of
 from trtllm_ct.plan.plan import Plan
 from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trtllm_ct.convert.shards import DownloadStarted
-    from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.pipeline.gpus import GpuRow
+    from trtllm_ct.pipeline.open import Checkpoint
 
 __all__ = ["ConversionReport", "convert_checkpoint"]
 
@@ -68,7 +72,8 @@ class ConversionReport:
         downloaded_bytes: Bytes of weight files that were downloaded; 0 for a directory.
         seconds: Wall time of the conversion.
         warnings: The plan's warnings, and one about parallel sizes at which an engine would misread the output.
-        model: The model of the checkpoint, by which `parts` are known.
+        checkpoint: The checkpoint that was converted, by which `parts` and `gpus` are known.
+        options: The arguments of `Checkpoint.plan` that the plan was made with.
     """
 
     source: Path | str
@@ -82,12 +87,17 @@ class ConversionReport:
     warnings: tuple[str, ...] = ()
     code_files: tuple[str, ...] = ()
     left_out_files: tuple[str, ...] = ()
-    model: Model | None = field(default=None, repr=False)
+    checkpoint: Checkpoint | None = field(default=None, repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The bytes by kind of module."""
-        return parts_of(self.plan, self.model) if self.model else ()
+        return parts_of(self.plan, self.checkpoint.model) if self.checkpoint else ()
+
+    def gpus(self) -> tuple[GpuRow, ...]:
+        """Return what one GPU needs at common parallel sizes; takes up to a few seconds."""
+        return gpu_rows(self.checkpoint, self.plan, self.options) if self.checkpoint else ()
 
     @property
     def modes(self) -> Counter[str]:
@@ -108,6 +118,7 @@ class ConversionReport:
                 "stored_bytes": self.plan.stored_bytes,
                 "delivered_bytes": self.plan.delivered_bytes,
                 "parts": self.parts,
+                "gpus": self.gpus(),
                 "resumed_bytes": self.resumed_bytes,
                 "downloaded_bytes": self.downloaded_bytes,
                 "weight_files": self.weight_files,
@@ -286,7 +297,8 @@ def convert_checkpoint(
         carried_files=files.side_files.carried,
         code_files=files.side_files.code,
         left_out_files=files.side_files.left_out,
-        model=checkpoint.model,
+        checkpoint=checkpoint,
+        options=options,
         resumed_bytes=files.resumed_bytes,
         downloaded_bytes=conversion.shards.downloaded,
         seconds=time.perf_counter() - started,

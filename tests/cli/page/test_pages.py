@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
+from html import unescape as html_text
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +129,9 @@ def test_the_page_of_a_conversion(source: Path, tmp_path: Path) -> None:
     assert document["verdict"] in page.text
     assert {key: value_of(document, key) for key in page.values} == page.values
     assert leaves(document["parts"], "parts") <= page.values.keys()
-    assert {"What to know first", "Modes of all modules", "Files"} <= set(page.headings)
+    assert {"What to know first", "Modes of all modules", "Per GPU", "Files"} <= set(page.headings)
+    assert {f"gpus.{at}.weights" for at in range(4)} <= page.values.keys()
+    assert document["gpus"] == run_cli("inspect", source, "--json").document["gpus"]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -161,6 +165,54 @@ def test_a_verification_of_a_source_alone(source: Path, tmp_path: Path) -> None:
     run_cli("verify", source, "--html", file)
 
     assert "It is sound" in Page(file.read_text(encoding="utf-8")).text
+
+
+LAYER = "model.layers.1.self_attn"
+
+
+def change(tensors: dict[str, torch.Tensor]) -> None:
+    """One module far away, one a little, one not comparable, one missing and one that the other lacks."""
+    tensors[f"{LAYER}.q_proj.weight"][0] *= 3
+    row = tensors[f"{LAYER}.o_proj.weight"][0]
+    row[row.abs().argmin()] += row.abs().max() / 512
+    tensors[f"{LAYER}.q_norm.weight"] = tensors[f"{LAYER}.q_norm.weight"][:-1].clone()
+    del tensors[f"{LAYER}.k_norm.weight"]
+    tensors[f"{LAYER}.other.weight"] = torch.ones(2, 2)
+
+
+@pytest.mark.parametrize("headers", [False, True])
+def test_the_page_of_a_comparison(tmp_path: Path, *, headers: bool) -> None:
+    file, directories = tmp_path / "report.html", [tmp_path / "first", tmp_path / "second"]
+    for directory in directories:
+        write_checkpoint(directory, config=tiny_config("Qwen3ForCausalLM", **SIZES), scheme="dense")
+    rewrite(directories[1], change)
+
+    done = run_cli("compare", *directories, "--html", file, "--json", *(["--headers"] if headers else []))
+
+    html = file.read_text(encoding="utf-8")
+    page = Page(html)
+    assert done.code == 0
+    assert done.document["verdict"] in page.text
+    assert {key: value_of(done.document, key) for key in page.values} == page.values
+    assert page.headings == [" and ".join(map(str, directories)), "Difference of each module", "Schemes"]
+    cells = Counter(re.findall(r'<td class=e\d data-k="[^"]*" aria-label="([^"]*)"', html))
+    assert sum(cells.values()) == len([module for module in done.document["modules"] if ".layers." in module["name"]])
+    assert cells["in the first directory only"] == cells["in the second directory only"] == 1
+    values = {"differs by more": 1, "differs by at most": 1, "the same values": 3 * 11 - 4, "can't be": 1}
+    for start, count in ({"stored alike": 3 * 11 - 1} if headers else values).items():
+        assert sum(number for label, number in cells.items() if html_text(label).startswith(start)) == count
+
+
+def test_a_comparison_of_a_conversion_names_modes_of_both(source: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "report.html", tmp_path / "out"
+    run_cli("convert", source, out)
+
+    document = run_cli("compare", source, out, "--html", file, "--json").document
+
+    text = Page(file.read_text(encoding="utf-8")).text
+    for module in document["modules"]:
+        assert module["first"] in text
+        assert module["second"] in text
 
 
 def test_problems_are_on_the_page(tmp_path: Path) -> None:
@@ -241,14 +293,14 @@ def test_nothing_is_fetched(source: Path, tmp_path: Path) -> None:
 
 
 class TestFile:
-    @pytest.mark.parametrize("command", ["inspect", "convert", "verify"])
+    @pytest.mark.parametrize("command", ["inspect", "convert", "verify", "compare"])
     @pytest.mark.parametrize("name", ["nowhere/report.html", "folder"])
     def test_a_place_that_can_not_hold_it_is_wrong_usage(
         self, source: Path, tmp_path: Path, command: str, name: str
     ) -> None:
         """Before anything is done."""
         (tmp_path / "folder").mkdir()
-        arguments = [tmp_path / "out"] if command == "convert" else []
+        arguments = {"convert": [tmp_path / "out"], "compare": [source]}.get(command, [])
 
         done = run_cli(command, source, *arguments, "--html", tmp_path / name)
 

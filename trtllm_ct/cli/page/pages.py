@@ -1,4 +1,4 @@
-"""The pages of `inspect`, `convert` and `verify`, each from the document of `--json` and the report of the command.
+"""The pages of `inspect`, `convert`, `verify` and `compare`, each from the document of `--json` and a command's report.
 
 All of them begin as the reports on the terminal do: the verdict, then what to know first, then the rest.
 """
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.texts import format_bytes
 from trtllm_ct.cli.page import sections
+from trtllm_ct.cli.page.difference_map import DifferenceMap
 from trtllm_ct.cli.page.error_map import ErrorMap
-from trtllm_ct.cli.page.markup import bullets, section, text
+from trtllm_ct.cli.page.markup import bullets, bytes_of, section, text
 from trtllm_ct.cli.page.module_map import ModuleMap
 from trtllm_ct.cli.page.shell import page_of
 from trtllm_ct.pipeline.alternatives import elsewhere_text
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from trtllm_ct.convert.convert import ConversionReport
     from trtllm_ct.pipeline.inspection import Inspection
     from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.verify.compare import DirectoryComparison
     from trtllm_ct.verify.verify import VerificationReport
 
-__all__ = ["conversion_page", "inspection_page", "verification_page"]
+__all__ = ["comparison_page", "conversion_page", "inspection_page", "verification_page"]
 
 _KEYS = "Arrow keys move in the map; the pointer or the focus on a cell shows more about it."
 
@@ -69,6 +71,7 @@ def conversion_page(report: ConversionReport, document: dict[str, Any]) -> str:
         + sections.first(document, sections.dequantized_texts(plan.modules))
         + section("Modes of all modules", modules.html(), note=_KEYS)
         + sections.parts(document)
+        + sections.gpus(document)
         + section("Files", bullets(map(text, files)))
         + _about(plan, [])
     )
@@ -97,6 +100,23 @@ def verification_page(report: VerificationReport, document: dict[str, Any]) -> s
         + section("Worst errors", errors.worst())
     )
     return _page(name, body, errors.details)
+
+
+def comparison_page(comparison: DirectoryComparison, document: dict[str, Any]) -> str:
+    """Return the page of a comparison; `document` is what its `to_dict` returned."""
+    name = f"{document['first']} and {document['second']}"
+    modules = DifferenceMap(document["modules"], comparison.compared)
+    sizes = (
+        f"<p class=facts>{' and '.join(bytes_of(document[key], key) for key in ('first_bytes', 'second_bytes'))}</p>"
+    )
+    body = (
+        sections.header(name, document["verdict"], ())
+        + sizes
+        + (sections.first({**document, "warnings": ()}, faults="faults") if document["faults"] else "")
+        + section("Difference of each module", modules.html(), note=_KEYS)
+        + section("Schemes", modules.schemes())
+    )
+    return _page(name, body, modules.details)
 
 
 def _page(name: str, body: str, details: list[list[tuple[str, str]]] | None = None) -> str:
