@@ -26,7 +26,7 @@ from trtllm_ct.base.errors import CatalogError, HubError, OutputError, PayloadEr
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.hub import ranges
 from trtllm_ct.checkpoint.work_folder import DOWNLOADS
-from trtllm_ct.convert import shards, staging, units
+from trtllm_ct.convert import staging, units
 from trtllm_ct.pipeline import head_probe
 
 if TYPE_CHECKING:
@@ -379,23 +379,23 @@ class TestStoppedRuns:
         directory = made(tmp_path, hub)
         convert_checkpoint(directory, tmp_path / "here")
         total = sum(sizes_of(directory).values())
-        hub.latency = 0.05
+        smallest_keep(tmp_path)  # reads the headers
+        hub.weights_sent, hub.stalled_at = 0, total // 2
         running = start(tmp_path)
-        before = hub.weights_sent
-        while running.poll() is None and hub.weights_sent - before < total // 2:
+        while running.poll() is None and not hub.is_stalled:
             time.sleep(0.005)
         running.send_signal(number)
+        hub.stalled_at = None  # a download that waits for bytes ends with the next ones
         _, err = running.communicate(timeout=60)
         assert running.returncode == (-number if number == signal.SIGKILL else 128 + number)
         if number != signal.SIGKILL:
             assert "The same command goes on from here." in " ".join(err.split())
-        hub.latency = 0
 
         report = convert_checkpoint(NAME, tmp_path / "there")
 
         assert 0 < report.downloaded_bytes < total
-        # Each of the downloads that were running may have sent bytes that nobody wrote.
-        assert hub.weights_sent <= total + shards._AT_ONCE * max(sizes_of(directory).values())
+        # What was on its way to the one download that was running may be sent twice.
+        assert hub.weights_sent <= total + max(sizes_of(directory).values())
         assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 

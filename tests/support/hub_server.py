@@ -60,7 +60,8 @@ class HubServer:
     requests get in place of an answer. `lie` changes the Content-Range, `surplus` is sent after the bytes that were
     asked for, and with `whole` ranges are ignored. `listing` replaces the list of files. `sent` counts bytes of bodies.
     With `hashes` the list has the SHA-256 of weight files. `weights_left` are the bytes that the store sends before it
-    only breaks off connections, None for no end; `weights_sent` counts what it has sent.
+    only breaks off connections, None for no end; `weights_sent` counts what it has sent, and from `stalled_at` on it
+    sends nothing as long as that is set.
     """
 
     latency: float = 0
@@ -75,6 +76,7 @@ class HubServer:
     hashes: bool = False
     weights_left: int | None = None
     weights_sent: int = 0
+    stalled_at: int | None = None
     endpoint: str = ""
     store: str = ""
     requests: list[Request] = field(default_factory=list)
@@ -90,6 +92,11 @@ class HubServer:
         """Serve a directory as a repository, whose `branch` points to `commit`; `access` may be private or gated."""
         self.repositories[name] = _Repository(directory, commit, {branch: commit}, access)
         return name
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the store sends nothing more."""
+        return self.stalled_at is not None and self.weights_sent >= self.stalled_at
 
     def asked(self, text: str) -> list[Request]:
         """The requests whose path contains `text`."""
@@ -218,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             part, cut = self._left(part, cut=cut)
         for begin in range(0, len(part), _PIECE):
             piece = part[begin : begin + _PIECE]
+            while self.host == "store" and self.hub.is_stalled:
+                time.sleep(0.01)
             try:
                 self.wfile.write(piece)
             except OSError:  # the other side has read enough
