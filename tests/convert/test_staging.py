@@ -716,6 +716,23 @@ def test_ranks_on_other_machines_are_refused(hub: HubServer, tmp_path: Path) -> 
     assert raised.value.faults[0].where == "--executor"
 
 
+def test_files_of_others_beside_the_downloads_stay_and_are_named(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made(tmp_path, hub)
+
+    def put(_total: int) -> Any:
+        (tmp_path / ".there.partial" / DOWNLOADS).mkdir(exist_ok=True)
+        (tmp_path / ".there.partial" / DOWNLOADS / "thesis.tex").write_text("years")
+        return int
+
+    with caplog.at_level("WARNING", logger="trtllm_ct"):
+        convert_checkpoint(NAME, tmp_path / "there", on_download=put)
+
+    assert [path.name for path in (tmp_path / "there" / DOWNLOADS).iterdir()] == ["thesis.tex"]
+    assert any(f"{DOWNLOADS}/thesis.tex" in record.getMessage() for record in caplog.records)
+
+
 def test_downloads_are_shown_from_threads_with_their_sum(hub: HubServer, tmp_path: Path) -> None:
     directory = made(tmp_path, hub)
     totals, pieces = [], []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,10 +131,12 @@ class Staged:
         if status is not None and not status.st_size and self.remote.size(name):
             self.remove(name)
 
-    def remove_others(self, kept: Collection[str]) -> None:
-        """Remove what is in the folder but files of the names `kept`; links too, as they may be out of date."""
-        with suppress(FileNotFoundError), self.work.folder(DOWNLOADS) as folder:
-            folder.remove_files({name for name in folder.files() if name not in kept or not folder.is_file(name)})
+    def remove_but(self, kept: Collection[str], files: Iterable[str]) -> None:
+        """Remove those of `files` from the folder that are none of `kept`; links too, as they may be out of date."""
+        staged = {name: self.staged_name(name) for name in files}
+        self.work.remove_files(
+            {place for name, place in staged.items() if name not in kept or not self.work.is_file(place)}
+        )
 
 
 @dataclass(slots=True)

@@ -19,7 +19,6 @@ from trtllm_ct.base.version import __version__
 from trtllm_ct.checkpoint.output_errors import output_errors
 from trtllm_ct.checkpoint.side_files import NO_SIDE_FILES, SideFiles, copy_side_files, side_bytes, side_files
 from trtllm_ct.checkpoint.staged import Staged
-from trtllm_ct.checkpoint.work_folder import DOWNLOADS
 from trtllm_ct.checkpoint.writer import create_files, require_room, write_index
 from trtllm_ct.config.hf_config import portable_config, with_tie
 from trtllm_ct.config.json_file import read_json_object
@@ -83,7 +82,8 @@ def write_hf_directory(
     # An engine-build checkpoint consists of its configuration and the files of the ranks.
     by_rank = conversion.plan.build_config is not None
     source = conversion.checkpoint.directory
-    kept = (*write_plan.file_names, *_fetched(conversion, None if by_rank else carry))
+    fetched, downloads = _fetched(conversion, None if by_rank else carry)
+    kept = (*write_plan.file_names, *fetched, *downloads)
     with source_errors(source):
         side = NO_SIDE_FILES if by_rank else side_files(source, carry)
         others = side_bytes(source, side) + conversion.shards.room
@@ -95,32 +95,34 @@ def write_hf_directory(
         _journal(conversion, (*kept, *side.carried, *configuration), kept) as journal,
     ):
         copy_side_files(source, side, out)
+        out.remove_files(fetched)
         for name, content in configuration.items():
             out.write(name, content)
         create_files(out, write_plan)
         resumed = run_units(conversion, pool, journal, progress)
         write_index(out, write_plan)
-        out.remove(DOWNLOADS)
+        out.remove_files(downloads)
     side = with_left_behind(conversion.checkpoint.source, side, carry)
     return DeliveredFiles(weights=write_plan.file_names, side_files=side, resumed_bytes=resumed)
 
 
-def _fetched(conversion: Conversion, carry: Collection[str] | None) -> list[str]:
+def _fetched(conversion: Conversion, carry: Collection[str] | None) -> tuple[frozenset[str], frozenset[str]]:
     """Fetch the side files of a source far away, with None no side files; of a directory, nothing is fetched.
 
-    Returns the names of all files that this conversion downloads: the journal lists them before the first one is there.
+    Returns the places in the working directory of side files and of weight files that this conversion downloads: the
+    journal lists them before the first one is there.
     """
     source, out = conversion.checkpoint.source, conversion.job.files
     if not isinstance(source, Staged):
-        return []
+        return frozenset(), frozenset()
     names = [] if carry is None else side_file_names(source, carry)
-    staged = [source.staged_name(name) for name in (*names, *conversion.source_files)]
+    fetched, downloads = (frozenset(map(source.staged_name, files)) for files in (names, conversion.source_files))
     with output_errors(out.path):
         require_room(out, conversion.write_plan, conversion.shards.room)
-        kept = (*conversion.write_plan.file_names, *staged)
+        kept = (*conversion.write_plan.file_names, *fetched, *downloads)
         with _journal(conversion, kept, kept):
             fetch_side_files(source, names)
-    return staged
+    return fetched, downloads
 
 
 def _journal(conversion: Conversion, files: Collection[str], kept: Collection[str]) -> Journal:

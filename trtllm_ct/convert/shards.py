@@ -136,7 +136,8 @@ class BoundedShards:
             for unit in stay.units:
                 self._stays_of[unit].append(number)
         with output_errors(self._source.work.path):
-            self._source.remove_others({stay.file for stay in takewhile(lambda stay: not stay.after, self._stays)})
+            first = {stay.file for stay in takewhile(lambda stay: not stay.after, self._stays)}
+            self._source.remove_but(first, self._sizes)
         total = sum(stay.nbytes for stay in self._stays)
         if repeated := total - sum(self._sizes[file] for file in fetched):
             enough = room_for_once(needs, self._sizes)
