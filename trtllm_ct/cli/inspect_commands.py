@@ -3,54 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trtllm_ct.cli import report
 from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
-    AUTO,
-    ENGINE,
     TO_MODELOPT,
-    DenseDtypeOption,
-    DenseOutput,
-    ExpertParallel,
-    ForEngine,
-    ForSm,
     Html,
     Json,
-    PipelineParallel,
     Place,
-    RequantizeOption,
     Strict,
     TargetName,
-    TensorParallel,
-    Untested,
-    dense_dtype,
     name_filter,
-    parallel_of,
+    takes_plan_options,
 )
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import print_json, show_page, stderr, stdout
-from trtllm_ct.engine.requantization import Requantize
+
+if TYPE_CHECKING:
+    from trtllm_ct.plan.options import PlanArguments
 
 __all__ = ["compare", "inspect", "plan"]
 
 
+@takes_plan_options
 def inspect(
     directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target that modes are shown for.")] = TO_MODELOPT,
-    engine: ForEngine = ENGINE,
-    sm: ForSm = None,
-    untested: Untested = False,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
-    dtype: DenseDtypeOption = AUTO,
-    dense_o_proj: DenseOutput = False,
-    requantize: RequantizeOption = None,
+    *,
+    asked: PlanArguments,
     modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="Compare releases and GPUs: which would serve more of it natively?")
@@ -65,18 +49,7 @@ def inspect(
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
     check_page_place(html)
-    inspection = inspect_checkpoint(
-        directory,
-        to,
-        engine=engine,
-        sm=sm,
-        untested=untested,
-        dtype=dense_dtype(dtype),
-        parallel=parallel_of(tp, pp, ep),
-        dense_o_proj=dense_o_proj,
-        requantize=Requantize.parse(requantize),
-        compare_places=elsewhere,
-    )
+    inspection = inspect_checkpoint(directory, to, compare_places=elsewhere, **asked)
     # What only these two show, such as the needs of GPUs, takes seconds for a large model.
     document = inspection.to_dict() if as_json or html else {}
     if as_json:
@@ -91,18 +64,12 @@ def inspect(
         raise typer.Exit(1)
 
 
+@takes_plan_options
 def plan(
     directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target to plan for.")] = TO_MODELOPT,
-    engine: ForEngine = ENGINE,
-    sm: ForSm = None,
-    untested: Untested = False,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
-    dtype: DenseDtypeOption = AUTO,
-    dense_o_proj: DenseOutput = False,
-    requantize: RequantizeOption = None,
+    *,
+    asked: PlanArguments,
     strict: Strict = False,
     names: Annotated[
         str | None,
@@ -119,20 +86,13 @@ def plan(
     from trtllm_ct.checkpoint.opening import open_source
     from trtllm_ct.pipeline.alternatives import alternative
     from trtllm_ct.pipeline.open import open_checkpoint
+    from trtllm_ct.plan.options import PlanOptions
 
     matches = name_filter(names)
-    options: dict[str, Any] = {
-        "to": to,
-        "engine": engine,
-        "sm": sm,
-        "untested": untested,
-        "dtype": dense_dtype(dtype),
-        "parallel": parallel_of(tp, pp, ep),
-        "dense_o_proj": dense_o_proj,
-        "requantize": Requantize.parse(requantize),
-    }
+    asked["strict"] = strict
+    options = PlanOptions.of(to, **asked)
     checkpoint = open_checkpoint(open_source(directory))
-    checkpoint_plan = checkpoint.plan(**options, strict=strict, compare_class=True)
+    checkpoint_plan = checkpoint.plan_for(options, compare_class=True)
     instead = alternative(checkpoint, checkpoint_plan, options)
     if as_json:
         document = checkpoint_plan.to_dict() | {"alternative": instead}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from trtllm_ct.base.collector import collector_paused
-from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.memory_errors import memory_errors
@@ -21,25 +20,21 @@ from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.checkpoint.opening import names_folder
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
-from trtllm_ct.checkpoint.source import local_folder
-from trtllm_ct.checkpoint.staged import Staged
 from trtllm_ct.convert.executors import open_pool
-from trtllm_ct.convert.hf_directory import write_hf_directory
+from trtllm_ct.convert.hf_directory import DeliveredFiles, write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.sizes import size_warnings
 from trtllm_ct.convert.staging import shards_of, staged_source
-from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
-from trtllm_ct.engine.target import DIRECTORY_TARGETS
+from trtllm_ct.engine.target import DIRECTORY_TARGETS, MODELOPT
 from trtllm_ct.pipeline.gpus import gpu_rows
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PlanArguments, PlanOptions
 from trtllm_ct.plan.parts import Part, parts_of
 from trtllm_ct.plan.plan import Plan
 from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from typing_extensions import Unpack
 
     from trtllm_ct.convert.shards import DownloadStarted
     from trtllm_ct.pipeline.gpus import GpuRow
@@ -73,7 +68,7 @@ class ConversionReport:
         seconds: Wall time of the conversion.
         warnings: The plan's warnings, and one about parallel sizes at which an engine would misread the output.
         checkpoint: The checkpoint that was converted, by which `parts` and `gpus` are known.
-        options: The arguments of `Checkpoint.plan` that the plan was made with.
+        options: The options that the plan was made with.
     """
 
     source: Path | str
@@ -88,7 +83,7 @@ class ConversionReport:
     code_files: tuple[str, ...] = ()
     left_out_files: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = field(default=None, repr=False)
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    options: PlanOptions = field(default_factory=PlanOptions, repr=False)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -136,57 +131,34 @@ class ConversionReport:
         )
 
 
+class ConvertArguments(PlanArguments, total=False):
+    """The keyword arguments of `convert_checkpoint` beside `executor`, on which the type of its result depends."""
+
+    to: str
+    overwrite: bool
+    force: bool
+    sync: bool
+    carry: Collection[str]
+    max_shard_bytes: int
+    keep: int | None
+    workers: int | None
+    on_start: Started | None
+    on_download: DownloadStarted | None
+
+
 @overload
 def convert_checkpoint(
     directory: str | Path,
     out: str | Path,
     *,
-    to: str = ...,
-    engine: str = ...,
-    sm: int | None = ...,
-    untested: bool = ...,
-    parallel: Parallel = ...,
-    dtype: str = ...,
-    dense_o_proj: bool = ...,
-    requantize: Requantize = ...,
-    strict: bool = ...,
-    overwrite: bool = ...,
-    force: bool = ...,
-    sync: bool = ...,
-    carry: Collection[str] = ...,
-    max_shard_bytes: int = ...,
-    keep: int | None = ...,
     executor: Literal["threads"] = ...,
-    workers: int | None = ...,
-    on_start: Started | None = ...,
-    on_download: DownloadStarted | None = ...,
+    **arguments: Unpack[ConvertArguments],
 ) -> ConversionReport: ...
 
 
 @overload
 def convert_checkpoint(
-    directory: str | Path,
-    out: str | Path,
-    *,
-    to: str = ...,
-    engine: str = ...,
-    sm: int | None = ...,
-    untested: bool = ...,
-    parallel: Parallel = ...,
-    dtype: str = ...,
-    dense_o_proj: bool = ...,
-    requantize: Requantize = ...,
-    strict: bool = ...,
-    overwrite: bool = ...,
-    force: bool = ...,
-    sync: bool = ...,
-    carry: Collection[str] = ...,
-    max_shard_bytes: int = ...,
-    keep: int | None = ...,
-    executor: str,
-    workers: int | None = ...,
-    on_start: Started | None = ...,
-    on_download: DownloadStarted | None = ...,
+    directory: str | Path, out: str | Path, *, executor: str, **arguments: Unpack[ConvertArguments]
 ) -> ConversionReport | None: ...
 
 
@@ -196,15 +168,7 @@ def convert_checkpoint(
     directory: str | Path,
     out: str | Path,
     *,
-    to: str = "modelopt",
-    engine: str = DEFAULT_ENGINE,
-    sm: int | None = None,
-    untested: bool = False,
-    parallel: Parallel = ONE_RANK,
-    dtype: str = "auto",
-    dense_o_proj: bool = False,
-    requantize: Requantize = NOT_REQUANTIZED,
-    strict: bool = False,
+    to: str = MODELOPT.name,
     overwrite: bool = False,
     force: bool = False,
     sync: bool = True,
@@ -215,6 +179,7 @@ def convert_checkpoint(
     workers: int | None = None,
     on_start: Started | None = None,
     on_download: DownloadStarted | None = None,
+    **asked: Unpack[PlanArguments],
 ) -> ConversionReport | None:
     """Convert a checkpoint directory for the target `to`, which is `modelopt`, `dense` or `engine`.
 
@@ -224,16 +189,10 @@ def convert_checkpoint(
     that a cache of huggingface_hub has is read there. `on_download` is called with the bytes of all downloads, and
     returns a callback for those that have come; threads call it.
 
-    `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for, and `sm` the SM of
-    its GPUs; without it, the directory is made for what all of them have in common. With `untested`, an `engine`
-    directory has integer codes in the order of the kernel on these GPUs, see `target_named`.
-    `parallel` gives the parallel sizes that the engine will run with: a module is dequantized when its mode can't
-    represent the slices that the ranks get. The output directory itself is not split by rank, except that of `engine`,
-    which has a file for each rank.
-    `dtype` is the dtype of dequantized modules; `auto` is the dtype of the model. With `float16`, and for `engine`, all
-    plain tensors are cast as well, and a value that overflows is an error.
-    `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed
-    scale, and `requantize` rounds modules that would be dequantized to codes instead, see `make_plan`.
+    `asked` are the options of `PlanOptions`: the release, the GPUs and the parallel sizes that the directory is made
+    for, and what becomes of modules that no mode holds. The output directory itself is not split by rank, except that
+    of `engine`, which has a file for each rank. With `dtype` `float16`, and for `engine`, all plain tensors are cast as
+    well, and a value that overflows is an error.
 
     Side files of known kinds are copied, and those that the patterns of `carry` match (`checkpoint/side_patterns.py`);
     the report names the others.
@@ -252,57 +211,47 @@ def convert_checkpoint(
     """
     out = Path(out)
     started = time.perf_counter()
-    options: dict[str, Any] = {
-        "to": to,
-        "engine": engine,
-        "sm": sm,
-        "untested": untested,
-        "dense_o_proj": dense_o_proj,
-        "requantize": requantize,
-        "strict": strict,
-        "parallel": parallel,
-    }
     # The collector finds nothing to free: tiles and their plans form no reference cycles.
     with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
         # On one rank only: the others would wait forever for one that ends before they have work.
         _require_one_of("--to", to, DIRECTORY_TARGETS)
-        _require_one_of("--dtype", dtype, DENSE_DTYPES)
+        options = PlanOptions.of(to, **asked)
         _require_shard_size(max_shard_bytes)
         _require_keep(keep)
         if names_folder(directory):
             check_output_place(Path(directory), out)
-        options["dtype"] = None if dtype == "auto" else DType.from_torch(dtype)
         # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
             with source_errors(directory):
-                source = staged_source(directory, partial, executor)
-                job = Job(
-                    directory=local_folder(source).absolute(),
-                    options=options,
-                    max_shard_bytes=max_shard_bytes,
-                    files=partial,
-                )
-                checkpoint = open_checkpoint(source)
-                conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
+                checkpoint = open_checkpoint(staged_source(directory, partial, executor))
+                place = checkpoint.directory.absolute()
+                job = Job(directory=place, options=options, max_shard_bytes=max_shard_bytes, files=partial)
+                conversion = Conversion(job, checkpoint, checkpoint.plan_for(options, compare_class=True))
                 conversion.shards = shards_of(conversion, keep, on_download or (lambda _total: _ignore))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
+    return _report(out, conversion, files, time.perf_counter() - started)
+
+
+def _report(out: Path, conversion: Conversion, files: DeliveredFiles, seconds: float) -> ConversionReport:
+    """Return the report of a conversion that is complete."""
+    source = conversion.checkpoint.source
     return ConversionReport(
-        source=source.place if isinstance(source, Staged) else local_folder(source),
+        source=source.folder or source.place,
         out=out,
         plan=conversion.plan,
         weight_files=files.weights,
         carried_files=files.side_files.carried,
         code_files=files.side_files.code,
         left_out_files=files.side_files.left_out,
-        checkpoint=checkpoint,
-        options=options,
+        checkpoint=conversion.checkpoint,
+        options=conversion.job.options,
         resumed_bytes=files.resumed_bytes,
         downloaded_bytes=conversion.shards.downloaded,
-        seconds=time.perf_counter() - started,
-        warnings=conversion.plan.warnings + size_warnings(checkpoint, conversion.plan),
+        seconds=seconds,
+        warnings=conversion.plan.warnings + size_warnings(conversion.checkpoint, conversion.plan),
     )
 
 
