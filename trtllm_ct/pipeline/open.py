@@ -33,6 +33,7 @@ from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.formats import PACKED_CODES
+from trtllm_ct.pipeline.calibration import with_own_scales
 from trtllm_ct.pipeline.probing import probe_checkpoint, unread_values
 from trtllm_ct.pipeline.transformers_class import TransformersClass
 from trtllm_ct.plan.models.bounds import check_counts
@@ -102,7 +103,7 @@ class Checkpoint:
             strict=strict,
             parallel=parallel,
             dense_o_proj=dense_o_proj,
-            requantize=requantize,
+            requantize=with_own_scales(requantize, self.catalog),
             kv_cache=kv_cache,
             probe=self.probe,
             model_class=TransformersClass(self.hf_config) if compare_class else None,

@@ -89,7 +89,7 @@ class ServingOptions:
             entry,
             parallel=lambda sizes: from_fields(Parallel, sizes),
             dtype=DType.from_torch,
-            requantize=Requantize.parse,
+            requantize=Requantize.from_dict,
         )
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
