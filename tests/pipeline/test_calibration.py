@@ -73,7 +73,7 @@ def test_files_without_scales_are_refused(tmp_path: Path) -> None:
     save_file({"x.weight": torch.zeros(3)}, tmp_path / "weights")
     (tmp_path / "text").write_text("not a tensor file at all")
 
-    with pytest.raises(CatalogError, match="MODULE.input_scale"):
+    with pytest.raises(CatalogError, match=r"MODULE\.input_scale"):
         read_calibration(tmp_path / "weights")
     with pytest.raises(CatalogError):
         read_calibration(tmp_path / "text")
