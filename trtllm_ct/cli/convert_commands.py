@@ -18,6 +18,7 @@ from trtllm_ct.cli.options import (
     AskedPipelineParallel,
     AskedSm,
     AskedTensorParallel,
+    CalibrationOption,
     DenseDtypeOption,
     DenseOutput,
     Directory,
@@ -40,7 +41,6 @@ from trtllm_ct.cli.options import (
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import conversion_progress, print_json, show_page, stderr, stdout
-from trtllm_ct.engine.requantization import Requantize
 
 __all__ = ["convert", "verify"]
 
@@ -58,6 +58,7 @@ def convert(
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
     requantize: RequantizeOption = None,
+    calibration: CalibrationOption = None,
     strict: Strict = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
@@ -90,6 +91,7 @@ def convert(
     """
     from trtllm_ct.checkpoint.output import what_is_left
     from trtllm_ct.convert.convert import convert_checkpoint
+    from trtllm_ct.pipeline.calibration import asked_requantization
 
     check_page_place(html)
     max_shard_bytes = parse_size(max_shard_size)
@@ -104,7 +106,7 @@ def convert(
             parallel=parallel_of(tp, pp, ep),
             dtype=dtype,
             dense_o_proj=dense_o_proj,
-            requantize=Requantize.parse(requantize),
+            requantize=asked_requantization(requantize, calibration),
             strict=strict,
             overwrite=overwrite,
             carry=carry or (),
@@ -137,6 +139,7 @@ def verify(
     ep: AskedExpertParallel = None,
     sm: AskedSm = None,
     requantize: RequantizeOption = None,
+    calibration: CalibrationOption = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -146,6 +149,7 @@ def verify(
     exactly. With --tp, --pp or --ep, check that the converted directory holds the slices of these sizes too, and with
     --sm, that these GPUs run its modes; DIR may be that directory itself.
     """
+    from trtllm_ct.pipeline.calibration import asked_requantization
     from trtllm_ct.verify.sizes import verify_with_sizes
 
     check_page_place(html)
@@ -156,7 +160,7 @@ def verify(
             converted,
             asked_parallel(tp, pp, ep),
             sm,
-            requantize=Requantize.parse(requantize) if requantize else None,
+            requantize=asked_requantization(requantize, calibration) if requantize or calibration else None,
             on_start=on_start,
         )
     if as_json:

@@ -13,6 +13,7 @@ from trtllm_ct.cli.options import (
     AUTO,
     ENGINE,
     TO_MODELOPT,
+    CalibrationOption,
     DenseDtypeOption,
     DenseOutput,
     ExpertParallel,
@@ -34,7 +35,6 @@ from trtllm_ct.cli.options import (
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import print_json, show_page, stderr, stdout
-from trtllm_ct.engine.requantization import Requantize
 
 __all__ = ["compare", "inspect", "plan"]
 
@@ -51,6 +51,7 @@ def inspect(
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
     requantize: RequantizeOption = None,
+    calibration: CalibrationOption = None,
     modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="Compare releases and GPUs: which would serve more of it natively?")
@@ -62,6 +63,7 @@ def inspect(
 
     Shows what is wrong with it, too. Reads headers only.
     """
+    from trtllm_ct.pipeline.calibration import asked_requantization
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
     check_page_place(html)
@@ -74,7 +76,7 @@ def inspect(
         dtype=dense_dtype(dtype),
         parallel=parallel_of(tp, pp, ep),
         dense_o_proj=dense_o_proj,
-        requantize=Requantize.parse(requantize),
+        requantize=asked_requantization(requantize, calibration),
         compare_places=elsewhere,
     )
     # What only these two show, such as the needs of GPUs, takes seconds for a large model.
@@ -103,6 +105,7 @@ def plan(
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
     requantize: RequantizeOption = None,
+    calibration: CalibrationOption = None,
     strict: Strict = False,
     names: Annotated[
         str | None,
@@ -116,6 +119,7 @@ def plan(
     Shows what every delivered tensor is made from, too. Tensors that differ only in numbers of layers and experts share
     a line. Reads headers only.
     """
+    from trtllm_ct.pipeline.calibration import asked_requantization
     from trtllm_ct.pipeline.open import plan_checkpoint
 
     matches = name_filter(names)
@@ -128,7 +132,7 @@ def plan(
         dtype=dense_dtype(dtype),
         parallel=parallel_of(tp, pp, ep),
         dense_o_proj=dense_o_proj,
-        requantize=Requantize.parse(requantize),
+        requantize=asked_requantization(requantize, calibration),
         strict=strict,
     )
     if as_json:

@@ -39,6 +39,7 @@ __all__ = [
     "AskedPipelineParallel",
     "AskedSm",
     "AskedTensorParallel",
+    "CalibrationOption",
     "Chat",
     "DenseDtypeOption",
     "DenseOutput",
@@ -85,6 +86,7 @@ Html = Annotated[
 ]
 
 _STDIN = "-"
+_CALIBRATED = [name for name, form in FORMS.items() if form.input_divisor is not None]
 """The name of stdin among arguments."""
 
 _LARGEST_FILE = 2**63
@@ -162,7 +164,16 @@ RequantizeOption = Annotated[
     typer.Option(
         "--requantize",
         metavar="WHAT=FORM",
-        help=f"Round what would be dequantized to codes: experts, linears or all, to {', '.join(FORMS)}.",
+        help=f"Keep codes where modules would be dequantized: of experts, linears or all, as {', '.join(FORMS)}.",
+        show_default=False,
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help=f"Scales of inputs, as `calibrate` writes them, for {' and '.join(_CALIBRATED)}.",
         show_default=False,
     ),
 ]

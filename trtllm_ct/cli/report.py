@@ -186,7 +186,9 @@ def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableT
         now, then = format_bytes(choice.dense_bytes), format_bytes(choice.coded_bytes)
         inputs = choice.activations.partition(" ")[0]
         rank = f", {format_bytes(checkpoint_plan.rank_bytes_with(choice))} a rank" if rank_text(checkpoint_plan) else ""
-        error = f"error ~{choice.form.usual_error:.1%}, {inputs} inputs"
+        static = "static " if choice.form.input_divisor is not None else ""
+        exact = "exact codes" if choice.form.keeps_codes else f"error ~{choice.form.usual_error:.1%}"
+        error = f"{exact}, {static}{inputs} inputs"
         yield _line(f"  --requantize {choice.what}={choice.form.name}: {now} -> {then}{rank}, {error}")
 
 
