@@ -4,6 +4,7 @@ pages.py        the pages of inspect, convert and verify
 sections.py     their sections: the verdict, what to know first, parts, GPUs, releases
 module_map.py   the map of layers and modules, coloured by mode
 error_map.py    the map of layers and modules, coloured by the error that verify found
+histogram.py    how many requantized weights have which relative error
 grid.py         modules in rows of layers and columns of paths
 markup.py       escaped text, numbers that scripts can read, tables
 shell.py        puts a body into the template, with style and script
