@@ -27,6 +27,7 @@ KINDS = (
     "compare",
     pytest.param("generate", marks=pytest.mark.reference),
     pytest.param("perplexity", marks=pytest.mark.reference),
+    pytest.param("calibrate", marks=pytest.mark.reference),
     "error",
 )
 
@@ -86,6 +87,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
             case "perplexity":
                 (work / "text").write_text("The import statement of a module. " * 4)
                 return [run("perplexity", demo, "--text", work / "text", "--max-tokens", 8)]
+            case "calibrate":
+                (work / "text").write_text("The import statement of a module. " * 4)
+                return [run("calibrate", demo, work / "scales", "--text", work / "text", "--max-tokens", 8)]
             case "generate":
                 return [run("generate", demo, "--prompt", "The import statement", "--max-tokens", 2)]
             case _:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trtllm_ct.base.errors import Fault, FaultCollector, PayloadError, UsageError
+from trtllm_ct.base.errors import FaultCollector, PayloadError, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.engine.calibration import LARGEST_E4M3
 from trtllm_ct.reference.architecture import require_transformers
 from trtllm_ct.reference.directory import read_directory
@@ -162,16 +161,16 @@ def _scales(largest: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, 
     for name, peak in largest.items():
         layer = _layer(name)
         of_layer[layer] = max(peak, of_layer.get(layer, 0.0))
-    nothing = [name for name in largest if not of_layer[_layer(name)]]
-    if nothing:
-        raise UsageError(
-            Fault(
-                where="text",
-                expected="inputs other than zero for each Linear, and for an expert of each layer",
-                found=f"none for {format_names(nothing)}",
+    faults = FaultCollector()
+    for name in largest:
+        if not of_layer[_layer(name)]:
+            faults.add(
+                where=f"input of {name}",
+                expected="values other than zero, or those of another expert of the layer",
+                found="none on this text",
                 remedy="Give more text, such as --max-tokens 4096.",
             )
-        )
+    faults.raise_if_any(UsageError)
     unreached = tuple(name for name, peak in largest.items() if not peak)
     return {name: (peak or of_layer[_layer(name)]) / LARGEST_E4M3 for name, peak in largest.items()}, unreached
 
