@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trtllm_ct import Catalog, Model, make_plan
+from trtllm_ct import Catalog, Model, PlanOptions, make_plan
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.base.schemes import CompressionFormat, Element, NumberType, QuantArgs, QuantScheme, Strategy, TensorSpec
@@ -30,7 +30,7 @@ from trtllm_ct.engine.holdings import native_mode
 from trtllm_ct.engine.model_classes import MODEL_CLASSES, WRAPPERS, has_class
 from trtllm_ct.engine.modes import LINEAR_MODES, LinearMode, ScaleForm
 from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
-from trtllm_ct.engine.target import ENGINES, REFERENCE, TARGETS, target_named
+from trtllm_ct.engine.target import ENGINES, REFERENCE, TARGETS
 from trtllm_ct.formats import FORMATS
 from trtllm_ct.formats.base import scale_shape
 from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS
@@ -41,15 +41,16 @@ from trtllm_ct.plan.models.places import PLACES
 from trtllm_ct.plan.stored import StoredModule, Whole
 
 if TYPE_CHECKING:
-    from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.models.class_row import ClassRow
     from trtllm_ct.plan.models.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "support-matrix.md"
 GROUP_SIZES = (16, 32, 64, 128, 256)
-COLUMNS: Mapping[str, Target] = {name: target_named("modelopt", name) for name in ENGINES} | {"reference": REFERENCE}
-"""The target of each column: `modelopt` with each capability set, and the reference engine; `dense` has no modes."""
+COLUMNS: Mapping[str, PlanOptions] = {name: PlanOptions(to="modelopt", engine=name) for name in ENGINES} | {
+    "reference": PlanOptions(to=REFERENCE.name)
+}
+"""The options of each column: `modelopt` with each capability set, and the reference engine; `dense` has no modes."""
 
 Shape = tuple[int, int]
 Specs = Mapping[str, TensorSpec]
@@ -279,7 +280,7 @@ def _schemes(shown: Shown) -> Iterator[Scheme]:
             scheme = QuantScheme(weights=args, input_activations=ACTIVATIONS[activations])
             config, catalog = checkpoint_of(stored, scheme, shown)
             try:
-                outcomes = tuple(outcome(config, catalog, target, shown) for target in COLUMNS.values())
+                outcomes = tuple(outcome(config, catalog, options, shown) for options in COLUMNS.values())
             except CheckpointError:
                 continue
             yield Scheme(format=weight_format.name, args=args, activations=activations, outcomes=outcomes)
@@ -309,9 +310,9 @@ def checkpoint_of(stored: Stored, scheme: QuantScheme, shown: Shown) -> tuple[Qu
     return config, Catalog(source=Folder(Path()), tensors=tensors, files=())
 
 
-def outcome(config: QuantizationConfig, catalog: Catalog, target: Target, shown: Shown) -> str:
+def outcome(config: QuantizationConfig, catalog: Catalog, options: PlanOptions, shown: Shown) -> str:
     """Return the mode that a Linear of this checkpoint gets; raises `PlanError` if the planner refuses the scheme."""
-    module = make_plan(config, catalog, shown.model, target).module(shown.module)
+    module = make_plan(config, catalog, shown.model, options).module(shown.module)
     if module.layer is None:
         return "dequantized"
     return f"`{module.layer.quant_algo}`" + ("*" if module.note else "")
@@ -425,7 +426,12 @@ def multiples(mode: LinearMode) -> str:
 
 def having(mode: LinearMode, *, expert: bool) -> str:
     """Return the names of the engines that have a mode."""
-    return ", ".join(f"`{name}`" for name, target in COLUMNS.items() if mode.algo in target.algos(expert=expert)) or "-"
+    return (
+        ", ".join(
+            f"`{name}`" for name, options in COLUMNS.items() if mode.algo in options.target().algos(expert=expert)
+        )
+        or "-"
+    )
 
 
 def architectures() -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
     from trtllm_ct.pipeline.weight_mapper import CompressedTensorsWeightMapper
     from trtllm_ct.plan.models.sites import Model
+    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.planner import make_plan
     from trtllm_ct.serve.bindings import CompressedTensorsCheckpointLoader as CompressedTensorsCheckpointLoader
     from trtllm_ct.serve.installation import install, uninstall
@@ -45,6 +46,7 @@ __all__ = [
     "CompressedTensorsWeightMapper",
     "FormatDetector",
     "Model",
+    "PlanOptions",
     "SamplingParams",
     "__version__",
     "convert_checkpoint",
@@ -77,6 +79,7 @@ _HOMES = {
     "CompressedTensorsWeightMapper": "pipeline.weight_mapper",
     "FormatDetector": "config.detect",
     "Model": "plan.models.sites",
+    "PlanOptions": "plan.options",
     "SamplingParams": "serve.llm",
     "__version__": "base.version",
     "convert_checkpoint": "convert.convert",

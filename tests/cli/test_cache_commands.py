@@ -20,14 +20,15 @@ from trtllm_ct import LLM, prepare
 from trtllm_ct.cli import report
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve.hub import Repository
 from trtllm_ct.serve.listing import list_sidecars
-from trtllm_ct.serve.sidecar import SIDECAR_FILE, ServingOptions, make_sidecar
+from trtllm_ct.serve.sidecar import SIDECAR_FILE, make_sidecar
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-OPTIONS = ServingOptions()
+OPTIONS = PlanOptions(to="tensorrt_llm")
 
 pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
@@ -140,8 +141,8 @@ def test_names_that_look_like_markup_are_shown_unchanged(source: Path) -> None:
         ("", "JSON"),
         ("[]", "object"),
         ("{}", "KeyError: 'layout'"),
-        ('{"layout": 2}', "ValueError: layout 2"),
-        ('{"layout": 1, "repository": null}', "KeyError: 'source'"),
+        ('{"layout": 1}', "ValueError: layout 1"),
+        ('{"layout": 2, "repository": null}', "KeyError: 'source'"),
     ],
 )
 def test_a_damaged_directory_is_reported_and_the_others_are_listed(source: Path, text: str, said: str) -> None:

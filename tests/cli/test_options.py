@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import pytest
@@ -11,7 +10,7 @@ from command_line import run_cli
 
 from trtllm_ct.cli import commands
 from trtllm_ct.convert.convert import convert_checkpoint
-from trtllm_ct.pipeline.open import plan_checkpoint
+from trtllm_ct.plan.options import PlanOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 PLANNING = ("inspect", "plan", "convert")
 # `--tp`, `--pp` and `--ep` together are the keyword `parallel`.
 OPTIONS = {"parallel": ("tp", "pp", "ep")}
-NOT_OF = {"strict": {"inspect"}}
-"""Keywords of a plan that a command does not have: `inspect` shows every module, and refuses none."""
+NOT_OF = {"strict": {"inspect"}, "additive_zeros": {*PLANNING}, "kv_cache": {*PLANNING}}
+"""Fields of the options that a command does not have: `inspect` refuses no module, and an engine says the other two."""
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +42,10 @@ def types_of(command: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("command", PLANNING)
-def test_every_keyword_of_a_plan_is_an_option_of_each_command_that_plans(command: str) -> None:
-    keywords = inspect.signature(plan_checkpoint).parameters.keys() - {"directory"}
+def test_every_field_of_the_options_is_an_option_of_each_command_that_plans(command: str) -> None:
     wanted = {
         option
-        for keyword in keywords
+        for keyword in PlanOptions.__dataclass_fields__
         if command not in NOT_OF.get(keyword, set())
         for option in OPTIONS.get(keyword, (keyword,))
     }

@@ -124,6 +124,7 @@ def test_real_values_are_accepted() -> None:
         "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 126, "intermediate_size": [8192] * 30,
         "head_dim": None, "sliding_window": -1, "rope_theta": 500000, "layer_types": ["full_attention"] * 40,
         "moe_layer_freq": [0, 1, 1], "n_routed_experts": 384, "text_config": {"num_hidden_layers": 61},
+        "attn_config": {"model_type": ""},
     }  # fmt: skip
     check_model_values(values, faults)
     assert faults.faults == []

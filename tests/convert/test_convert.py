@@ -269,7 +269,7 @@ class TestRefusals:
         ("options", "where", "expected"),
         [
             ({"to": "reference"}, "--to", "modelopt or dense or engine"),
-            ({"dtype": "int8"}, "--dtype", "auto or bfloat16 or float16 or float32"),
+            ({"dtype": "int8"}, "dtype", "auto or bfloat16 or float16 or float32"),
             ({"max_shard_bytes": 0}, "--max-shard-size", "at least one byte"),
         ],
     )

@@ -27,6 +27,7 @@ from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.journal import Journal, UnitRecord
 from trtllm_ct.convert.worker import UnitResult
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PlanOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,14 +181,14 @@ for out in ("first", "second"):
         for name in ("first", "second"):
             (tmp_path / name).mkdir(0o700)
             checkpoint = open_checkpoint(built.directory)
-            options = {"to": "dense"}
+            options = PlanOptions(to="dense")
             job = Job(
                 directory=built.directory,
                 options=options,
                 max_shard_bytes=10**9,
                 files=WorkFolder(tmp_path / name),
             )
-            conversion = Conversion(job, checkpoint, checkpoint.plan(**options))
+            conversion = Conversion(job, checkpoint, checkpoint.plan_for(options))
 
             received = [pickle.loads(pickle.dumps(conversion)) for _ in range(2)]
 

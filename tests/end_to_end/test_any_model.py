@@ -46,6 +46,7 @@ pytestmark = [pytest.mark.library, pytest.mark.reference]
 EXACT = Outcome(result="exact")
 CHOICE = {
     "CohereForCausalLM": "a head that is tied by the default of the class",
+    "MptForCausalLM": "a part of the configuration without a model_type",
     "FalconForCausalLM": "layers called h, a fused q/k/v and word_embeddings",
     "Qwen3_5ForConditionalGeneration": "linear attention beside full attention, and a vision tower",
     "Idefics3ForConditionalGeneration": "a text model under a prefix of its own",

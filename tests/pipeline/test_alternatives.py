@@ -79,13 +79,13 @@ def test_inspection_of_a_model_too_large_for_changes_makes_one_plan(
     write_checkpoint(tmp_path, config=tiny_config(**WIDE), scheme="nvfp4a16")
     monkeypatch.setattr(alternatives, "_MODULES", 1)
     calls: list[None] = []
-    whole = Checkpoint.plan
+    whole = Checkpoint.plan_for
 
     def counted(self: Checkpoint, *arguments: Any, **options: Any) -> Plan:
         calls.append(None)
         return whole(self, *arguments, **options)
 
-    monkeypatch.setattr(Checkpoint, "plan", counted)
+    monkeypatch.setattr(Checkpoint, "plan_for", counted)
 
     inspect_checkpoint(tmp_path)
 

@@ -12,6 +12,7 @@ from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.pipeline import gpus
 from trtllm_ct.pipeline.gpus import MEMORIES, TENSOR_SIZES, GpuRow, gpu_rows
 from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
+from trtllm_ct.plan.options import PlanOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +25,7 @@ MIXED = {"q_proj": "int4-g128", "o_proj": "fp8-block", "gate_proj": "int8-channe
 
 def rows_of(directory: Path, **options: Any) -> tuple[GpuRow, ...]:
     checkpoint = open_checkpoint(directory)
-    return gpu_rows(checkpoint, checkpoint.plan(**options), options)
+    return gpu_rows(checkpoint, checkpoint.plan(**options), PlanOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,9 @@ def test_a_plan_that_holds_all_slices_is_the_plan_for_them(tmp_path: Path, monke
     write_checkpoint(tmp_path, config=tiny_config(**WIDER), scheme="int4-g64")
     checkpoint = open_checkpoint(tmp_path)
     plan = checkpoint.plan()
-    monkeypatch.setattr(Checkpoint, "plan", lambda *_, **__: pytest.fail("planned again"))
+    monkeypatch.setattr(Checkpoint, "plan_for", lambda *_, **__: pytest.fail("planned again"))
 
-    rows = gpu_rows(checkpoint, plan, {})
+    rows = gpu_rows(checkpoint, plan, PlanOptions())
 
     assert [row.tensor for row in rows] == [*TENSOR_SIZES]
     assert [row.weights for row in rows] == sorted((row.weights or 0 for row in rows), reverse=True)

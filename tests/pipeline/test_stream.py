@@ -11,9 +11,9 @@ from on_tensors import stream_delivered
 
 from trtllm_ct.base.errors import CatalogError, PayloadError
 from trtllm_ct.checkpoint.reader import TensorReader
-from trtllm_ct.engine.target import MODELOPT
 from trtllm_ct.pipeline.loader import CompressedTensorsWeightLoader
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.planner import make_plan
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def test_parts_of_a_fused_linear_with_different_scalars_are_refused(tmp_path: Pa
 
     rewrite(built.directory, tripled)
     checkpoint = open_checkpoint(built.directory)
-    unprobed = make_plan(checkpoint.config, checkpoint.catalog, checkpoint.model, MODELOPT)
+    unprobed = make_plan(checkpoint.config, checkpoint.catalog, checkpoint.model, PlanOptions())
 
     with pytest.raises(PayloadError) as raised:
         list(stream_delivered(unprobed, checkpoint.catalog))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from stored_schemes import Writer
 
 from trtllm_ct import convert_checkpoint, open_checkpoint, plan_checkpoint, verify_checkpoint
-from trtllm_ct.engine.target import TARGETS
 from trtllm_ct.layouts import rounding as rounding_layout
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.planner import make_plan
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def test_without_a_probe_the_head_is_delivered(tmp_path: Path) -> None:
     write(tmp_path, lambda stored: stored.update({f"{HEAD}.weight": stored[f"{TABLE}.weight"].clone()}))
     checkpoint = open_checkpoint(tmp_path)
 
-    plan = make_plan(checkpoint.config, checkpoint.catalog, checkpoint.model, TARGETS["modelopt"])
+    plan = make_plan(checkpoint.config, checkpoint.catalog, checkpoint.model, PlanOptions())
 
     assert f"{HEAD}.weight" in plan.delivered_specs
     assert [warning for warning in plan.warnings if "may differ" in warning]

@@ -18,6 +18,7 @@ from trtllm_ct.convert.executors import open_pool
 from trtllm_ct.convert.hf_directory import write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.layouts.packing import packed_words
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve.additive_zeros import (
     can_install_additive_zeros,
     has_own_additive_zeros,
@@ -62,11 +63,11 @@ def planned(source: Path, out: Path, **options: Any) -> Path:
     """Write what a plan for the engine delivers to a directory."""
     checkpoint = open_checkpoint(source)
     out.mkdir()
-    options = {"to": "tensorrt_llm", **options}
-    job = Job(directory=source, options=options, max_shard_bytes=10**9, files=Folder(out))
+    asked = PlanOptions(**{"to": "tensorrt_llm", **options})
+    job = Job(directory=source, options=asked, max_shard_bytes=10**9, files=Folder(out))
     with open_pool() as pool:
         assert pool is not None
-        write_hf_directory(Conversion(job, checkpoint, checkpoint.plan(**options)), pool, progress=lambda _: None)
+        write_hf_directory(Conversion(job, checkpoint, checkpoint.plan_for(asked)), pool, progress=lambda _: None)
     return out
 
 

@@ -12,15 +12,16 @@ from deep_folders import make_deep
 from other_user import IS_ROOT, OTHER_USER
 
 from trtllm_ct.base.errors import SidecarError
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve import cache, leases
 from trtllm_ct.serve.cache import clear_sidecars
 from trtllm_ct.serve.listing import list_sidecars
-from trtllm_ct.serve.sidecar import SIDECAR_FILE, ServingOptions, make_sidecar
+from trtllm_ct.serve.sidecar import SIDECAR_FILE, make_sidecar
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-OPTIONS = ServingOptions()
+OPTIONS = PlanOptions(to="tensorrt_llm")
 
 pytestmark = pytest.mark.usefixtures("sidecar_cache")
 

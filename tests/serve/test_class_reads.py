@@ -310,3 +310,14 @@ def test_a_tensor_that_no_part_of_the_class_has_is_named(tmp_path: Path) -> None
 
     assert any("model.layers.1.self_attn.other.weight" in text for text in plan.warnings)
     assert plan.problems == ()
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_norms_that_config_json_turns_off_are_named(tmp_path: Path, built: bool) -> None:
+    """GLM-4 MoE builds norms of heads by `use_qk_norm`; stored ones are read by nothing if it is false."""
+    write_decoder(tmp_path, "Glm4MoeForCausalLM", "fp8-channel-token", use_qk_norm=True)
+    rewrite_config(tmp_path, lambda config: config.update(use_qk_norm=built))
+
+    warnings = [text for text in plan_checkpoint(tmp_path, engine=NEWEST).warnings if "drop them unseen" in text]
+
+    assert ["q_norm" in text and "k_norm" in text for text in warnings] == ([] if built else [True])

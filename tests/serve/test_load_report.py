@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel, Rank
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve.load_report import LoadReport, peak_memory
 from trtllm_ct.serve.rank_weights import load_rank_weights
 from trtllm_ct.serve.session import REPORTS, LoadSession
-from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, make_sidecar
+from trtllm_ct.serve.sidecar import Sidecar, make_sidecar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +49,7 @@ def built(tmp_path: Path) -> Built:
 
 
 def sidecar_of(built: Built, **sizes: int) -> Sidecar:
-    return Sidecar.open(make_sidecar(built.directory, ServingOptions(parallel=Parallel(**sizes))))
+    return Sidecar.open(make_sidecar(built.directory, PlanOptions(to="tensorrt_llm", parallel=Parallel(**sizes))))
 
 
 # Counts.
@@ -219,7 +220,9 @@ def test_only_rank_0_logs_the_report_and_only_once(
     engine: Any, built: Built, caplog: pytest.LogCaptureFixture, sizes: tuple[int, int]
 ) -> None:
     caplog.set_level(logging.INFO, "tensorrt_llm")
-    made = make_sidecar(built.directory, ServingOptions(parallel=Parallel(tensor=sizes[0], pipeline=sizes[1])))
+    made = make_sidecar(
+        built.directory, PlanOptions(to="tensorrt_llm", parallel=Parallel(tensor=sizes[0], pipeline=sizes[1]))
+    )
     loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
     arguments = {"tensor_parallel_size": sizes[0], "pipeline_parallel_size": sizes[1]}
 
@@ -234,7 +237,7 @@ def test_warnings_of_the_plan_are_logged_with_the_report(
 ) -> None:
     caplog.set_level(logging.INFO, "tensorrt_llm")
     built = write_checkpoint(tmp_path / "model", config=CONFIG, scheme="int4-g32", kv=True)
-    made = make_sidecar(built.directory, ServingOptions())
+    made = make_sidecar(built.directory, PlanOptions(to="tensorrt_llm"))
     loader = import_module(BINDINGS).CompressedTensorsCheckpointLoader()
 
     engine.LLM(model=str(made), checkpoint_loader=loader, skip_tokenizer_init=True)
@@ -263,7 +266,7 @@ def test_the_engines_own_loads_are_not_reported(
 
 def test_every_rank_writes_its_report(built: Built, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REPORTS, str(folder))
-    made = make_sidecar(built.directory, ServingOptions(parallel=Parallel(tensor=2, pipeline=2)))
+    made = make_sidecar(built.directory, PlanOptions(to="tensorrt_llm", parallel=Parallel(tensor=2, pipeline=2)))
     with engine_double.installed("newest"):
         mapping = import_module("tensorrt_llm.mapping").Mapping
     left = {}
@@ -277,7 +280,7 @@ def test_every_rank_writes_its_report(built: Built, folder: Path, monkeypatch: p
 
 def test_a_later_load_replaces_the_report(built: Built, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REPORTS, str(folder))
-    made, session = make_sidecar(built.directory, ServingOptions()), LoadSession()
+    made, session = make_sidecar(built.directory, PlanOptions(to="tensorrt_llm")), LoadSession()
 
     for _ in range(2):
         session.load(made)
@@ -294,7 +297,7 @@ def test_without_the_environment_variable_no_report_is_written(
         monkeypatch.setenv(REPORTS, value)
     monkeypatch.chdir(tmp_path)
 
-    LoadSession().load(make_sidecar(built.directory, ServingOptions()))
+    LoadSession().load(make_sidecar(built.directory, PlanOptions(to="tensorrt_llm")))
 
     assert list(tmp_path.rglob("*rank*")) == []
 
@@ -305,7 +308,7 @@ def test_a_directory_that_cannot_be_written_only_causes_a_warning(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(REPORTS, str(tmp_path / "file"))
 
-    weights = LoadSession().load(make_sidecar(built.directory, ServingOptions()))
+    weights = LoadSession().load(make_sidecar(built.directory, PlanOptions(to="tensorrt_llm")))
 
     assert weights
     (line,) = caplog.messages

@@ -16,14 +16,15 @@ from other_user import OTHER_USER, as_other_user
 from tiny_models import tiny_config
 
 from trtllm_ct.base.errors import SidecarError
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve import leases
-from trtllm_ct.serve.sidecar import SIDECAR_FILE, ServingOptions, Sidecar, make_sidecar
+from trtllm_ct.serve.sidecar import SIDECAR_FILE, Sidecar, make_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CONFIG = tiny_config(hidden=128, intermediate=256)
-OPTIONS = ServingOptions()
+OPTIONS = PlanOptions(to="tensorrt_llm")
 
 
 @pytest.fixture(autouse=True)

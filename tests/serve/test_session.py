@@ -20,10 +20,11 @@ from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel, Rank
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve import leases, sidecar
 from trtllm_ct.serve.rank_weights import load_rank_weights
 from trtllm_ct.serve.session import LoadSession
-from trtllm_ct.serve.sidecar import SIDECAR_FILE, ServingOptions, Sidecar, is_sidecar, known_sidecars, make_sidecar
+from trtllm_ct.serve.sidecar import SIDECAR_FILE, Sidecar, is_sidecar, known_sidecars, make_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = tiny_config(hidden=128, layers=1)
-OPTIONS = ServingOptions()
+OPTIONS = PlanOptions(to="tensorrt_llm")
 
 pytestmark = pytest.mark.usefixtures("sidecar_cache")
 

@@ -27,13 +27,13 @@ from trtllm_ct.base.errors import DetectionError, PlanError, SidecarError, Trtll
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.engine.target import ENGINES
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.probe import Probe
 from trtllm_ct.serve import cache, leases, sidecar
 from trtllm_ct.serve.hub import Repository
 from trtllm_ct.serve.listing import list_sidecars
 from trtllm_ct.serve.sidecar import (
     SIDECAR_FILE,
-    ServingOptions,
     Sidecar,
     cache_root,
     clear_sidecars,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CONFIG = tiny_config(hidden=128, intermediate=256)
-OPTIONS = ServingOptions()
+OPTIONS = PlanOptions(to="tensorrt_llm")
 SIDE_FILES = {
     "tokenizer.json": "{}",
     "generation_config.json": "{}",
@@ -153,12 +153,12 @@ def test_a_reopened_sidecar_has_the_same_plan(source: Path) -> None:
     opened = Sidecar.open(make_sidecar(source, options))
 
     assert opened.options == options
-    assert opened.plan.to_dict() == options.plan(open_checkpoint(source)).to_dict()
+    assert opened.plan.to_dict() == open_checkpoint(source).plan_for(options).to_dict()
 
 
 @given(
     st.builds(
-        ServingOptions,
+        PlanOptions,
         engine=st.sampled_from(sorted(ENGINES)),
         additive_zeros=st.booleans(),
         parallel=st.builds(
@@ -174,8 +174,8 @@ def test_a_reopened_sidecar_has_the_same_plan(source: Path) -> None:
         strict=st.booleans(),
     )
 )
-def test_options_survive_json(options: ServingOptions) -> None:
-    assert ServingOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+def test_options_survive_json(options: PlanOptions) -> None:
+    assert PlanOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
 
 
 def test_probed_values_survive_json_to_the_last_bit(source: Path) -> None:
@@ -205,7 +205,7 @@ def test_probed_values_survive_json_to_the_last_bit(source: Path) -> None:
     ],
     ids=["engine", "sizes", "dtype", "a new file", "config.json"],
 )
-def test_every_dependency_changes_the_name(source: Path, change: Callable[[Path], ServingOptions]) -> None:
+def test_every_dependency_changes_the_name(source: Path, change: Callable[[Path], PlanOptions]) -> None:
     first = make_sidecar(source, OPTIONS)
 
     second = make_sidecar(source, change(source))
@@ -256,7 +256,9 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_switch(source: Path, t
 def test_eight_processes_at_once_make_one(source: Path, sidecar_cache: Path) -> None:
     code = (
         "import sys, time; from trtllm_ct.serve.sidecar import *\n"
-        "time.sleep(max(0, float(sys.argv[2]) - time.time())); print(make_sidecar(sys.argv[1], ServingOptions()))"
+        "from trtllm_ct.plan.options import PlanOptions\n"
+        "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
+        "print(make_sidecar(sys.argv[1], PlanOptions(to='tensorrt_llm')))"
     )
     command = [sys.executable, "-c", code, str(source), str(time.time() + 2)]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
@@ -337,7 +339,7 @@ def test_a_missing_source_is_named(source: Path) -> None:
         made.plan  # noqa: B018
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"layout": 2}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"layout": 3}'])
 def test_a_damaged_sidecar_raises(source: Path, text: str) -> None:
     made = make_sidecar(source, OPTIONS)
     (made / SIDECAR_FILE).write_text(text)
@@ -453,8 +455,9 @@ def test_clearing_keeps_sidecars_in_use(source: Path) -> None:
     own = make_sidecar(source, OPTIONS)
     code = """
         import sys
+        from trtllm_ct.plan.options import PlanOptions
         from trtllm_ct.serve.sidecar import *
-        make_sidecar(sys.argv[1], ServingOptions(strict=True))
+        make_sidecar(sys.argv[1], PlanOptions(to="tensorrt_llm", strict=True))
     """
     run_python(code, source)
 

@@ -3,62 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trtllm_ct.cli import report
 from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
-    AUTO,
     DIRECTORY,
-    ENGINE,
     THREADS,
     AskedExpertParallel,
     AskedPipelineParallel,
     AskedSm,
     AskedTensorParallel,
     CalibrationOption,
-    DenseDtypeOption,
-    DenseOutput,
     Directory,
     DirectoryTarget,
     ExecutorName,
-    ExpertParallel,
-    ForEngine,
-    ForSm,
     Html,
     Json,
-    PipelineParallel,
     RequantizeOption,
     Strict,
-    TensorParallel,
-    Untested,
     asked_parallel,
-    parallel_of,
     parse_size,
+    takes_plan_options,
 )
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import conversion_progress, print_json, show_page, stderr, stdout
 
+if TYPE_CHECKING:
+    from trtllm_ct.plan.options import PlanArguments
+
 __all__ = ["convert", "verify"]
 
 
+@takes_plan_options
 def convert(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory to create.", show_default=False)],
     to: Annotated[DirectoryTarget, typer.Option(help="Format to convert to.")] = DIRECTORY,
-    engine: ForEngine = ENGINE,
-    sm: ForSm = None,
-    untested: Untested = False,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
-    dtype: DenseDtypeOption = AUTO,
-    dense_o_proj: DenseOutput = False,
-    requantize: RequantizeOption = None,
-    calibration: CalibrationOption = None,
+    *,
+    asked: PlanArguments,
     strict: Strict = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
@@ -91,23 +77,15 @@ def convert(
     """
     from trtllm_ct.checkpoint.output import what_is_left
     from trtllm_ct.convert.convert import convert_checkpoint
-    from trtllm_ct.pipeline.calibration import asked_requantization
 
     check_page_place(html)
+    asked["strict"] = strict
     max_shard_bytes = parse_size(max_shard_size)
     with going_on_from(what_is_left(out)), conversion_progress() as on_start:
         conversion = convert_checkpoint(
             directory,
             out,
             to=to,
-            engine=engine,
-            sm=sm,
-            untested=untested,
-            parallel=parallel_of(tp, pp, ep),
-            dtype=dtype,
-            dense_o_proj=dense_o_proj,
-            requantize=asked_requantization(requantize, calibration),
-            strict=strict,
             overwrite=overwrite,
             carry=carry or (),
             force=force,
@@ -116,6 +94,7 @@ def convert(
             executor=executor,
             workers=workers,
             on_start=on_start,
+            **asked,
         )
     if conversion is None:
         return  # This is not rank 0 of an MPI job; rank 0 prints the report.

@@ -21,13 +21,14 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, SIDECAR, describe_method
 from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.target import REFERENCE, target_named
+from trtllm_ct.engine.target import REFERENCE, TENSORRT_LLM, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve.features import unknown_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import converted_scale_fault, fixed_scale_fault
 from trtllm_ct.serve.patch_switch import NO_PATCH
-from trtllm_ct.serve.sidecar import ServingOptions, Sidecar
+from trtllm_ct.serve.sidecar import Sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,11 +271,15 @@ def _plan(source: Source, detection: Detection, parallel: Parallel, machine: Mac
         checkpoint = open_checkpoint(prepared.source) if prepared else open_checkpoint(source, detection)
         return checkpoint.plan(machine.target.name, parallel=parallel)
     if prepared:
-        return replace(prepared.options, parallel=parallel).plan(prepared.checkpoint)
-    options = ServingOptions(
-        engine=features.engine, sm=features.sm, additive_zeros=features.additive_zeros, parallel=parallel
+        return prepared.checkpoint.plan_for(replace(prepared.options, parallel=parallel))
+    options = PlanOptions(
+        to=TENSORRT_LLM.name,
+        engine=features.engine,
+        sm=features.sm,
+        additive_zeros=features.additive_zeros,
+        parallel=parallel,
     )
-    return options.plan(open_checkpoint(source, detection))
+    return open_checkpoint(source, detection).plan_for(options)
 
 
 def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Fault]:

@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trtllm_ct.cli import report
 from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
-    AUTO,
-    ENGINE,
     TO_MODELOPT,
-    CalibrationOption,
-    DenseDtypeOption,
-    DenseOutput,
-    ExpertParallel,
-    ForEngine,
-    ForSm,
     Html,
     Json,
-    PipelineParallel,
     Place,
-    RequantizeOption,
     Strict,
     TargetName,
-    TensorParallel,
-    Untested,
-    dense_dtype,
     name_filter,
-    parallel_of,
+    takes_plan_options,
 )
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import print_json, show_page, stderr, stdout
 
+if TYPE_CHECKING:
+    from trtllm_ct.plan.options import PlanArguments
+
 __all__ = ["compare", "inspect", "plan"]
 
 
+@takes_plan_options
 def inspect(
     directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target that modes are shown for.")] = TO_MODELOPT,
-    engine: ForEngine = ENGINE,
-    sm: ForSm = None,
-    untested: Untested = False,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
-    dtype: DenseDtypeOption = AUTO,
-    dense_o_proj: DenseOutput = False,
-    requantize: RequantizeOption = None,
-    calibration: CalibrationOption = None,
+    *,
+    asked: PlanArguments,
     modules: Annotated[bool, typer.Option("--modules", help="Print one line per module.")] = False,
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="Compare releases and GPUs: which would serve more of it natively?")
@@ -63,22 +46,10 @@ def inspect(
 
     Shows what is wrong with it, too. Reads headers only.
     """
-    from trtllm_ct.pipeline.calibration import asked_requantization
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
     check_page_place(html)
-    inspection = inspect_checkpoint(
-        directory,
-        to,
-        engine=engine,
-        sm=sm,
-        untested=untested,
-        dtype=dense_dtype(dtype),
-        parallel=parallel_of(tp, pp, ep),
-        dense_o_proj=dense_o_proj,
-        requantize=asked_requantization(requantize, calibration),
-        compare_places=elsewhere,
-    )
+    inspection = inspect_checkpoint(directory, to, compare_places=elsewhere, **asked)
     # What only these two show, such as the needs of GPUs, takes seconds for a large model.
     document = inspection.to_dict() if as_json or html else {}
     if as_json:
@@ -93,19 +64,12 @@ def inspect(
         raise typer.Exit(1)
 
 
+@takes_plan_options
 def plan(
     directory: Place,
     to: Annotated[TargetName, typer.Option(help="Target to plan for.")] = TO_MODELOPT,
-    engine: ForEngine = ENGINE,
-    sm: ForSm = None,
-    untested: Untested = False,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
-    dtype: DenseDtypeOption = AUTO,
-    dense_o_proj: DenseOutput = False,
-    requantize: RequantizeOption = None,
-    calibration: CalibrationOption = None,
+    *,
+    asked: PlanArguments,
     strict: Strict = False,
     names: Annotated[
         str | None,
@@ -119,22 +83,11 @@ def plan(
     Shows what every delivered tensor is made from, too. Tensors that differ only in numbers of layers and experts share
     a line. Reads headers only.
     """
-    from trtllm_ct.pipeline.calibration import asked_requantization
     from trtllm_ct.pipeline.open import plan_checkpoint
 
     matches = name_filter(names)
-    checkpoint_plan = plan_checkpoint(
-        directory,
-        to,
-        engine=engine,
-        sm=sm,
-        untested=untested,
-        dtype=dense_dtype(dtype),
-        parallel=parallel_of(tp, pp, ep),
-        dense_o_proj=dense_o_proj,
-        requantize=asked_requantization(requantize, calibration),
-        strict=strict,
-    )
+    asked["strict"] = strict
+    checkpoint_plan = plan_checkpoint(directory, to, **asked)
     if as_json:
         document = checkpoint_plan.to_dict()
         for part in ("modules", "stored", "delivered"):

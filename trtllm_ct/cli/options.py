@@ -1,19 +1,20 @@
 """The options of the commands, each written down once; its choices come from the tables of the package.
 
-Every command that makes a plan has `ForEngine`, `ForSm`, `Untested`, the parallel sizes, `DenseDtypeOption` and
-`DenseOutput`: `pipeline/open.py: plan_checkpoint` has a keyword for each.
+Every command that makes a plan takes the options of planning through `takes_plan_options`.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
+from trtllm_ct.base.dtypes import DENSE_DTYPES
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.regular_files import SIDE_FILE_BYTES, read_bounded
 from trtllm_ct.base.str_enum import StrEnum
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trtllm_ct.engine.parallel import Parallel
+    from trtllm_ct.plan.options import PlanArguments
 
 __all__ = [
     "AUTO",
@@ -61,11 +63,11 @@ __all__ = [
     "TensorParallel",
     "Untested",
     "asked_parallel",
-    "dense_dtype",
     "name_filter",
     "parallel_of",
     "parse_size",
     "prompt_text",
+    "takes_plan_options",
     "text_of_file",
 ]
 
@@ -186,9 +188,57 @@ Temperature = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="The same seed samples the same tokens.")]
 
 
-def dense_dtype(name: str) -> DType | None:
-    """Return the dtype that `--dtype` names; None for that of the model."""
-    return None if name == DENSE_DTYPES[0] else DType.from_torch(str(name))
+def _plan_options(
+    *,
+    engine: ForEngine = ENGINE,
+    sm: ForSm = None,
+    untested: Untested = False,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    dtype: DenseDtypeOption = AUTO,
+    dense_o_proj: DenseOutput = False,
+    requantize: RequantizeOption = None,
+    calibration: CalibrationOption = None,
+) -> PlanArguments:
+    """The options of planning that each command has; returns them as the functions that plan take them."""
+    from trtllm_ct.pipeline.calibration import asked_requantization
+
+    return {
+        "engine": engine,
+        "sm": sm,
+        "untested": untested,
+        "parallel": parallel_of(tp, pp, ep),
+        "dtype": dtype,
+        "dense_o_proj": dense_o_proj,
+        "requantize": asked_requantization(requantize, calibration),
+    }
+
+
+def takes_plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that has the options of planning in the place of its parameter `asked`, which gets them.
+
+    Typer reads the options of a command from its signature and its annotations.
+    """
+    shared = inspect.signature(_plan_options).parameters
+    own = list(inspect.signature(command).parameters.values())
+    place = [parameter.name for parameter in own].index("asked")
+    unread = {"PlanArguments": object}
+    hints = get_type_hints(command, localns=unread, include_extras=True)
+    hints |= get_type_hints(_plan_options, localns=unread, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=hints[parameter.name])
+        for parameter in (*own[:place], *shared.values(), *own[place + 1 :])
+    ]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        asked = _plan_options(**{name: values.pop(name) for name in shared})
+        command(**values, asked=asked)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def parallel_of(tp: int, pp: int, ep: int) -> Parallel:

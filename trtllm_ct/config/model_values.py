@@ -82,6 +82,8 @@ _SIZE = _count(2**31)
 _NUMBER = _Kind(expected="a finite number", accepts=is_finite_number)
 _FLAG = _Kind(expected="true or false", accepts=lambda value: isinstance(value, bool))
 _NAME = _Kind(expected=f"a name of at most {_MOST_CHARACTERS} printable characters", accepts=_is_name)
+# transformers saves "" for a configuration without a type of its own, such as `attn_config` of MPT.
+_TYPE = _Kind(expected=_NAME.expected, accepts=lambda value: value == "" or _is_name(value))
 _NAMES = _Kind(
     expected="a list of printable names",
     accepts=lambda value: _is_name(value) or (isinstance(value, list) and all(map(_is_name, value))),
@@ -95,7 +97,8 @@ _LAYER_KINDS = _Kind(
 
 MODEL_VALUES: Mapping[str, _Kind] = {
     **dict.fromkeys(("architectures",), _NAMES),
-    **dict.fromkeys(("model_type", "dtype", "torch_dtype", "hidden_act"), _NAME),
+    **dict.fromkeys(("model_type",), _TYPE),
+    **dict.fromkeys(("dtype", "torch_dtype", "hidden_act"), _NAME),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG),
     **dict.fromkeys(
         (

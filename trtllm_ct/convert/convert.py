@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from trtllm_ct.base.collector import collector_paused
-from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.memory_errors import memory_errors
@@ -21,19 +20,19 @@ from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
 from trtllm_ct.convert.executors import open_pool
-from trtllm_ct.convert.hf_directory import write_hf_directory
+from trtllm_ct.convert.hf_directory import DeliveredFiles, write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
 from trtllm_ct.convert.sizes import size_warnings
-from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
-from trtllm_ct.engine.target import DIRECTORY_TARGETS
+from trtllm_ct.engine.target import DIRECTORY_TARGETS, MODELOPT
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PlanArguments, PlanOptions
 from trtllm_ct.plan.parts import Part, parts_of
 from trtllm_ct.plan.plan import Plan
 from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from trtllm_ct.plan.models.sites import Model
 
 __all__ = ["ConversionReport", "convert_checkpoint"]
@@ -117,53 +116,32 @@ class ConversionReport:
         )
 
 
+class ConvertArguments(PlanArguments, total=False):
+    """The keyword arguments of `convert_checkpoint` beside `executor`, on which the type of its result depends."""
+
+    to: str
+    overwrite: bool
+    force: bool
+    sync: bool
+    carry: Collection[str]
+    max_shard_bytes: int
+    workers: int | None
+    on_start: Started | None
+
+
 @overload
 def convert_checkpoint(
     directory: str | Path,
     out: str | Path,
     *,
-    to: str = ...,
-    engine: str = ...,
-    sm: int | None = ...,
-    untested: bool = ...,
-    parallel: Parallel = ...,
-    dtype: str = ...,
-    dense_o_proj: bool = ...,
-    requantize: Requantize = ...,
-    strict: bool = ...,
-    overwrite: bool = ...,
-    force: bool = ...,
-    sync: bool = ...,
-    carry: Collection[str] = ...,
-    max_shard_bytes: int = ...,
     executor: Literal["threads"] = ...,
-    workers: int | None = ...,
-    on_start: Started | None = ...,
+    **arguments: Unpack[ConvertArguments],
 ) -> ConversionReport: ...
 
 
 @overload
 def convert_checkpoint(
-    directory: str | Path,
-    out: str | Path,
-    *,
-    to: str = ...,
-    engine: str = ...,
-    sm: int | None = ...,
-    untested: bool = ...,
-    parallel: Parallel = ...,
-    dtype: str = ...,
-    dense_o_proj: bool = ...,
-    requantize: Requantize = ...,
-    strict: bool = ...,
-    overwrite: bool = ...,
-    force: bool = ...,
-    sync: bool = ...,
-    carry: Collection[str] = ...,
-    max_shard_bytes: int = ...,
-    executor: str,
-    workers: int | None = ...,
-    on_start: Started | None = ...,
+    directory: str | Path, out: str | Path, *, executor: str, **arguments: Unpack[ConvertArguments]
 ) -> ConversionReport | None: ...
 
 
@@ -173,15 +151,7 @@ def convert_checkpoint(
     directory: str | Path,
     out: str | Path,
     *,
-    to: str = "modelopt",
-    engine: str = DEFAULT_ENGINE,
-    sm: int | None = None,
-    untested: bool = False,
-    parallel: Parallel = ONE_RANK,
-    dtype: str = "auto",
-    dense_o_proj: bool = False,
-    requantize: Requantize = NOT_REQUANTIZED,
-    strict: bool = False,
+    to: str = MODELOPT.name,
     overwrite: bool = False,
     force: bool = False,
     sync: bool = True,
@@ -190,19 +160,14 @@ def convert_checkpoint(
     executor: str = "threads",
     workers: int | None = None,
     on_start: Started | None = None,
+    **asked: Unpack[PlanArguments],
 ) -> ConversionReport | None:
     """Convert a checkpoint directory for the target `to`, which is `modelopt`, `dense` or `engine`.
 
-    `engine` names the capability set of stock TensorRT-LLM that a `modelopt` directory is made for, and `sm` the SM of
-    its GPUs; without it, the directory is made for what all of them have in common. With `untested`, an `engine`
-    directory has integer codes in the order of the kernel on these GPUs, see `target_named`.
-    `parallel` gives the parallel sizes that the engine will run with: a module is dequantized when its mode can't
-    represent the slices that the ranks get. The output directory itself is not split by rank, except that of `engine`,
-    which has a file for each rank.
-    `dtype` is the dtype of dequantized modules; `auto` is the dtype of the model. With `float16`, and for `engine`, all
-    plain tensors are cast as well, and a value that overflows is an error.
-    `dense_o_proj` dequantizes the output projections of attention whose input the engine would quantize at a fixed
-    scale, and `requantize` rounds modules that would be dequantized to codes instead, see `make_plan`.
+    `asked` are the options of `PlanOptions`: the release, the GPUs and the parallel sizes that the directory is made
+    for, and what becomes of modules that no mode holds. The output directory itself is not split by rank, except that
+    of `engine`, which has a file for each rank. With `dtype` `float16`, and for `engine`, all plain tensors are cast as
+    well, and a value that overflows is an error.
 
     Side files of known kinds are copied, and those that the patterns of `carry` match (`checkpoint/side_patterns.py`);
     the report names the others.
@@ -221,39 +186,30 @@ def convert_checkpoint(
     """
     directory, out = Path(directory), Path(out)
     started = time.perf_counter()
-    options: dict[str, Any] = {
-        "to": to,
-        "engine": engine,
-        "sm": sm,
-        "untested": untested,
-        "dense_o_proj": dense_o_proj,
-        "requantize": requantize,
-        "strict": strict,
-        "parallel": parallel,
-    }
     # The collector finds nothing to free: tiles and their plans form no reference cycles.
     with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
         # On one rank only: the others would wait forever for one that ends before they have work.
         _require_one_of("--to", to, DIRECTORY_TARGETS)
-        _require_one_of("--dtype", dtype, DENSE_DTYPES)
+        options = PlanOptions.of(to, **asked)
         _require_shard_size(max_shard_bytes)
         check_output_place(directory, out)
-        options["dtype"] = None if dtype == "auto" else DType.from_torch(dtype)
         # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
-            job = Job(
-                directory=directory.absolute(),
-                options=options,
-                max_shard_bytes=max_shard_bytes,
-                files=partial,
-            )
+            job = Job(directory=directory.absolute(), options=options, max_shard_bytes=max_shard_bytes, files=partial)
             with source_errors(directory):
                 checkpoint = open_checkpoint(directory)
-                conversion = Conversion(job, checkpoint, checkpoint.plan(**options, compare_class=True))
+                conversion = Conversion(job, checkpoint, checkpoint.plan_for(options, compare_class=True))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
+    return _report(directory, out, conversion, files, time.perf_counter() - started)
+
+
+def _report(
+    directory: Path, out: Path, conversion: Conversion, files: DeliveredFiles, seconds: float
+) -> ConversionReport:
+    """Return the report of a conversion that is complete."""
     return ConversionReport(
         source=directory,
         out=out,
@@ -262,10 +218,10 @@ def convert_checkpoint(
         carried_files=files.side_files.carried,
         code_files=files.side_files.code,
         left_out_files=files.side_files.left_out,
-        model=checkpoint.model,
+        model=conversion.checkpoint.model,
         resumed_bytes=files.resumed_bytes,
-        seconds=time.perf_counter() - started,
-        warnings=conversion.plan.warnings + size_warnings(checkpoint, conversion.plan),
+        seconds=seconds,
+        warnings=conversion.plan.warnings + size_warnings(conversion.checkpoint, conversion.plan),
     )
 
 

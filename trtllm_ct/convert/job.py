@@ -22,7 +22,6 @@ from trtllm_ct.convert.units import plan_units
 from trtllm_ct.pipeline.open import open_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from typing_extensions import Self
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from trtllm_ct.convert.source_files import SourceFile
     from trtllm_ct.convert.units import Unit
     from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
 __all__ = ["Conversion", "Job"]
@@ -40,12 +40,12 @@ __all__ = ["Conversion", "Job"]
 class Job:
     """The arguments of a conversion; everything that another process needs to take part in it.
 
-    `directory` is the source, `options` are the keyword arguments of `Checkpoint.plan`, and `files` is the folder that
+    `directory` is the source, `options` are those of its plan, and `files` is the folder that
     the weight files are written to.
     """
 
     directory: Path
-    options: Mapping[str, Any]
+    options: PlanOptions
     max_shard_bytes: int
     files: Folder
 
@@ -80,7 +80,7 @@ class Conversion:
         Raises the `CheckpointError` of the stage that finds faults.
         """
         checkpoint = open_checkpoint(job.directory)
-        return cls(job, checkpoint, checkpoint.plan(**job.options))
+        return cls(job, checkpoint, checkpoint.plan_for(job.options))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (self.job, self.digest, self.token)

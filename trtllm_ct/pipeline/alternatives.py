@@ -15,9 +15,10 @@ from trtllm_ct.pipeline.trials import Change, trials
 from trtllm_ct.plan.verdict import costliest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.plan import Plan
 
 __all__ = ["ServedOn", "alternative", "elsewhere", "elsewhere_text"]
@@ -32,12 +33,12 @@ _NEWEST_FIRST = (100, 90, 120, 89)
 _OF_RELEASES = frozenset({MODELOPT.name, TENSORRT_LLM.name})
 
 
-def alternative(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) -> str:
+def alternative(checkpoint: Checkpoint, plan: Plan, options: PlanOptions) -> str:
     """Return what to change so that the modules that cost most keep their codes, and the bytes then.
 
     Empty if nothing that was tried does, and for models of very many modules, for which nothing is tried.
 
-    `options` are the arguments of `Checkpoint.plan` that the plan was made with. Of several changes it is the first one
+    `options` are those that the plan was made with. Of several changes it is the first one
     that works: a later release, the target that this package loads itself, the SM of the GPUs, a tensor-parallel size.
     """
     costly = [module.name for module in costliest(plan)]
@@ -52,7 +53,7 @@ def alternative(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) 
     return ""
 
 
-def _changes(plan: Plan, options: Mapping[str, Any]) -> Iterator[Change]:
+def _changes(plan: Plan, options: PlanOptions) -> Iterator[Change]:
     """Yield the changes that `alternative` tries."""
     names = [*ENGINES]
     for engine in names[names.index(plan.engine) + 1 :]:
@@ -62,7 +63,7 @@ def _changes(plan: Plan, options: Mapping[str, Any]) -> Iterator[Change]:
     for sm in SMS:
         if sm != plan.sm:
             yield Change(f"--sm {sm}", {"sm": sm})
-    parallel = options.get("parallel", ONE_RANK)
+    parallel = options.parallel
     for size in TENSOR_SIZES if parallel != ONE_RANK else ():
         if size != parallel.tensor and size % parallel.expert == 0:
             yield Change(f"--tp {size}", {"parallel": replace(parallel, tensor=size)})
@@ -104,7 +105,7 @@ class ServedOn:
         return fields_form(self)
 
 
-def elsewhere(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) -> tuple[ServedOn, ...]:
+def elsewhere(checkpoint: Checkpoint, plan: Plan, options: PlanOptions) -> tuple[ServedOn, ...]:
     """Return how each release and GPU would serve a checkpoint, those of `plan` first.
 
     `options` are those of `alternative`. Of a model with very many modules not all are tried. Empty for a target that

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.engine.parallel import ONE_RANK
+from trtllm_ct.engine.target import ENGINE
 from trtllm_ct.pipeline.trials import Change, trials
 from trtllm_ct.plan.ranks.cache_bytes import cache_shape
 from trtllm_ct.plan.ranks.held import uneven_faults, unheld_modules
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.quant_config import LayerQuantConfig
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.models.sites import Model, Site
+    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.plan.ranks.cache_bytes import CacheShape
 
@@ -85,11 +87,11 @@ class GpuRow:
         return fields_form(self)
 
 
-def gpu_rows(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) -> tuple[GpuRow, ...]:
+def gpu_rows(checkpoint: Checkpoint, plan: Plan, options: PlanOptions) -> tuple[GpuRow, ...]:
     """Return a row for each size of `TENSOR_SIZES`, and for the one of the plan.
 
-    `options` are the arguments of `Checkpoint.plan` that the plan was made with; its other parallel sizes stay as they
-    are. Empty for a class of which it is not known how an engine divides it.
+    `options` are those that the plan was made with; its other parallel sizes stay as they are. Empty for a class of
+    which it is not known how an engine divides it.
     """
     model = model_of_plan(plan, checkpoint.model)
     if not model.has_row:
@@ -105,7 +107,7 @@ class _Rows:
 
     checkpoint: Checkpoint
     plan: Plan
-    options: Mapping[str, Any]
+    options: PlanOptions
     model: Model
     place: tuple[str, str]
     _cache: CacheShape = field(init=False)
@@ -145,7 +147,7 @@ class _Rows:
 
     def _holds(self, parallel: Parallel) -> bool:
         """Whether the modes of the plan are those of other sizes: none was chosen for slices, and all hold these."""
-        if self.plan.parallel != ONE_RANK or self.options.get("to") == "engine":
+        if self.plan.parallel != ONE_RANK or self.options.to == ENGINE.name:
             return False
         return not unheld_modules(self._kinds, {site.module: mode for site, mode in self._kinds.items()}.get, parallel)
 

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import CheckpointError, Fault, UnreadClassError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.opening import open_source
 from trtllm_ct.config.detect import Detection, FormatDetector
-from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
-from trtllm_ct.engine.target import target_named
+from trtllm_ct.engine.target import DENSE, MODELOPT
 from trtllm_ct.pipeline.alternatives import ServedOn, alternative, elsewhere
 from trtllm_ct.pipeline.gpus import GpuRow, gpu_rows
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.parts import Part, parts_of
 from trtllm_ct.plan.verdict import verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from trtllm_ct.base.dtypes import DType
+    from typing_extensions import Unpack
+
+    from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.pipeline.open import Checkpoint
+    from trtllm_ct.plan.options import PlanArguments
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
 __all__ = ["Inspection", "SchemeRow", "inspect_checkpoint"]
@@ -87,7 +88,7 @@ class Inspection:
     alternative: str = ""
     elsewhere: tuple[ServedOn, ...] | None = None
     checkpoint: Checkpoint | None = field(default=None, repr=False)
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    options: PlanOptions = field(default=PlanOptions(), repr=False)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -161,73 +162,61 @@ class Inspection:
 
 def inspect_checkpoint(
     directory: str | Path,
-    to: str = "modelopt",
+    to: str = MODELOPT.name,
     *,
-    engine: str = DEFAULT_ENGINE,
-    sm: int | None = None,
-    untested: bool = False,
-    dtype: DType | None = None,
-    parallel: Parallel = ONE_RANK,
-    dense_o_proj: bool = False,
-    requantize: Requantize = NOT_REQUANTIZED,
     compare_places: bool = False,
+    **asked: Unpack[PlanArguments],
 ) -> Inspection:
-    """Inspect a checkpoint: how it would be delivered to the target named `to`, for the release line `engine`.
+    """Inspect a checkpoint: how it would be delivered to the target named `to`, with the options of `PlanOptions`.
 
     `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`.
-    `sm` is the SM of the GPUs that the engine will run on, None if it is not known, and `untested` that of
-    `target_named`. `parallel` are the sizes that the engine will run with; sizes that can't divide the model are
-    problems. `dtype`, `dense_o_proj` and `requantize` are those of `make_plan`. A model whose class has no row is
-    inspected for the target `dense`. With `compare_places`, other releases and GPUs are compared, which takes up to
-    some seconds. No weights are read, and torch is not imported. Problems of the checkpoint are collected in the
-    result.
-    Raises `UsageError` for an unknown target or SM, and `CheckpointError` if no checkpoint is detected or a repository
+    Parallel sizes that can't divide the model are problems. A model whose class has no row is inspected for the target
+    `dense`. With `compare_places`, other releases and GPUs are compared, which takes up to some seconds. No weights are
+    read, and torch is not imported. Problems of the checkpoint are collected in the result.
+    Raises `UsageError` for options that don't exist, and `CheckpointError` if no checkpoint is detected or a repository
     can't be read.
     """
     source = open_source(directory)
-    target = target_named(to, engine, sm=sm, untested=untested)
+    options = PlanOptions.of(to, **asked)
+    options.target()  # An option that doesn't exist is no problem of the checkpoint.
     detection = FormatDetector().detect(source)
-    options: dict[str, Any] = {
-        "to": target.name,
-        "engine": engine,
-        "sm": sm,
-        "untested": untested,
-        "dtype": dtype,
-        "parallel": parallel,
-        "dense_o_proj": dense_o_proj,
-        "requantize": requantize,
-    }
-    plan: Plan | None = None
-    problems: tuple[Fault, ...] = ()
-    instead = ""
-    checkpoint: Checkpoint | None = None
-    places: tuple[ServedOn, ...] | None = None
+    inspection = Inspection(
+        directory=source.folder or source.place,
+        target=options.to,
+        parallel=options.parallel,
+        detection=detection,
+        plan=None,
+        problems=(),
+        options=options,
+    )
     try:
         checkpoint = open_checkpoint(source, detection)
-        try:
-            plan = checkpoint.plan(**options, compare_class=True)
-            instead = alternative(checkpoint, plan, options)
-            places = elsewhere(checkpoint, plan, options) if compare_places else None
-            problems = plan.problems
-        except UnreadClassError as error:
-            target = target_named("dense")
-            options["to"] = target.name
-            plan, problems = checkpoint.plan(target.name, dtype=dtype, compare_class=True), error.faults
-        noted = plan.warnings
     except CheckpointError as error:
-        problems, noted = error.faults, error.warnings
-    return Inspection(
-        directory=source.folder or source.place,
-        target=target.name,
-        parallel=parallel,
-        detection=detection,
+        return replace(inspection, problems=error.faults, noted=error.warnings)
+    return _planned(replace(inspection, checkpoint=checkpoint), checkpoint, options, compare_places=compare_places)
+
+
+def _planned(
+    inspection: Inspection, checkpoint: Checkpoint, options: PlanOptions, *, compare_places: bool
+) -> Inspection:
+    """Return the inspection with the plan of the checkpoint, or with the faults that leave it without one."""
+    try:
+        try:
+            plan = checkpoint.plan_for(options, compare_class=True)
+        except UnreadClassError as error:
+            options = PlanOptions(to=DENSE.name, dtype=options.dtype)
+            inspection = replace(inspection, target=options.to, options=options)
+            plan = checkpoint.plan_for(options, compare_class=True)
+            return replace(inspection, plan=plan, problems=error.faults, noted=plan.warnings)
+    except CheckpointError as error:
+        return replace(inspection, problems=error.faults, noted=error.warnings)
+    return replace(
+        inspection,
         plan=plan,
-        problems=problems,
-        noted=noted,
-        alternative=instead,
-        elsewhere=places,
-        checkpoint=checkpoint,
-        options=options,
+        problems=plan.problems,
+        noted=plan.warnings,
+        alternative=alternative(checkpoint, plan, options),
+        elsewhere=elsewhere(checkpoint, plan, options) if compare_places else None,
     )
 
 

@@ -28,23 +28,23 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.mistral_params import config_from_params
 from trtllm_ct.config.quantization_config import QuantizationConfig
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
-from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
-from trtllm_ct.engine.target import target_named
+from trtllm_ct.engine.target import MODELOPT
 from trtllm_ct.formats import PACKED_CODES
 from trtllm_ct.pipeline.calibration import with_own_scales
 from trtllm_ct.pipeline.probing import probe_checkpoint, unread_values
 from trtllm_ct.pipeline.transformers_class import TransformersClass
 from trtllm_ct.plan.models.bounds import check_counts
 from trtllm_ct.plan.models.sites import Model
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.planner import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from trtllm_ct.base.dtypes import DType
+    from typing_extensions import Unpack
+
+    from trtllm_ct.plan.options import PlanArguments
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.plan.probe import Probe
 
@@ -71,40 +71,22 @@ class Checkpoint:
         """The folder of the files; raises `UsageError` if they are not on this machine."""
         return local_folder(self.source)
 
-    def plan(
-        self,
-        to: str = "modelopt",
-        *,
-        engine: str = DEFAULT_ENGINE,
-        sm: int | None = None,
-        additive_zeros: bool = True,
-        untested: bool = False,
-        dtype: DType | None = None,
-        strict: bool = False,
-        parallel: Parallel = ONE_RANK,
-        dense_o_proj: bool = False,
-        requantize: Requantize = NOT_REQUANTIZED,
-        kv_cache: str | None = None,
-        compare_class: bool = False,
-    ) -> Plan:
-        """Return the plan for the target named `to` and the release line `engine` of TensorRT-LLM; see `make_plan`.
+    def plan(self, to: str = MODELOPT.name, *, compare_class: bool = False, **asked: Unpack[PlanArguments]) -> Plan:
+        """Return the plan for the target named `to`, with the options of `PlanOptions`; see `plan_for`."""
+        return self.plan_for(PlanOptions.of(to, **asked), compare_class=compare_class)
 
-        `sm` is the SM of the GPUs that the engine will run on; `additive_zeros` affects only target `tensorrt_llm`, and
-        `untested` only target `engine`; see `target_named`. `compare_class` compares a model whose row lists no
-        modules with the class of transformers, which is imported for that; if it is not installed, nothing is compared.
+    def plan_for(self, options: PlanOptions, *, compare_class: bool = False) -> Plan:
+        """Return the plan for a target, a release of TensorRT-LLM and GPUs; see `make_plan`.
+
+        `compare_class` compares a model whose row lists no modules with the class of transformers, which is imported
+        for that; if it is not installed, nothing is compared.
         Raises `PlanError` with all faults, and `UsageError` for an unknown name or SM.
         """
         return make_plan(
             self.config,
             self.catalog,
             self.model,
-            target_named(to, engine, sm=sm, additive_zeros=additive_zeros, untested=untested),
-            dtype=dtype,
-            strict=strict,
-            parallel=parallel,
-            dense_o_proj=dense_o_proj,
-            requantize=with_own_scales(requantize, self.catalog),
-            kv_cache=kv_cache,
+            replace(options, requantize=with_own_scales(options.requantize, self.catalog)),
             probe=self.probe,
             model_class=TransformersClass(self.hf_config) if compare_class else None,
         )
@@ -181,32 +163,10 @@ def _hf_config(detection: Detection, catalog: Catalog) -> Mapping[str, Any]:
     return config_from_params(detection.files["params.json"], stored)
 
 
-def plan_checkpoint(
-    directory: str | Path,
-    to: str = "modelopt",
-    *,
-    engine: str = DEFAULT_ENGINE,
-    sm: int | None = None,
-    untested: bool = False,
-    dtype: DType | None = None,
-    strict: bool = False,
-    parallel: Parallel = ONE_RANK,
-    dense_o_proj: bool = False,
-    requantize: Requantize = NOT_REQUANTIZED,
-) -> Plan:
-    """Return the plan of a checkpoint for the target named `to`; no weights are read. See `Checkpoint.plan`.
+def plan_checkpoint(directory: str | Path, to: str = MODELOPT.name, **asked: Unpack[PlanArguments]) -> Plan:
+    """Return the plan of a checkpoint for the target named `to`; no weights are read.
 
-    `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`.
+    `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`. `asked`
+    are the options of `PlanOptions`. Raises what `open_checkpoint` and `make_plan` raise.
     """
-    return open_checkpoint(open_source(directory)).plan(
-        to,
-        engine=engine,
-        sm=sm,
-        untested=untested,
-        dtype=dtype,
-        strict=strict,
-        parallel=parallel,
-        dense_o_proj=dense_o_proj,
-        requantize=requantize,
-        compare_class=True,
-    )
+    return open_checkpoint(open_source(directory)).plan(to, compare_class=True, **asked)

@@ -1,7 +1,8 @@
 """Plan a conversion: decide, from headers alone, what happens to every stored tensor. No weight is read here.
 
 plan.py               Plan, ModulePlan, Delivery: the result, as frozen values with a JSON form
-planner.py            make_plan: takes configuration, headers, model and target, and makes every decision
+planner.py            make_plan: takes configuration, headers, model and options, and makes every decision
+options.py            PlanOptions: target, release, GPUs and everything else that is asked of a plan
 stored.py             the stored tensors of each module, as views
 expert_names.py       by which spelling routed experts are delivered
 gathering.py          the modules of a checkpoint under Hugging Face names, with one module per expert

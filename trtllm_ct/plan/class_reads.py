@@ -171,8 +171,8 @@ class _ClassReads:
 
     @cached_property
     def _named(self) -> frozenset[str]:
-        """The tensors that some part has under some configuration."""
-        config = {key: True for part in self._parts for key in (*part.when, part.key)}
+        """The tensors that some part has, unless config.json says with a false that the class builds none of them."""
+        config = {key: self._text.get(key) is not False for part in self._parts for key in (*part.when, part.key)}
         names = (name for part in self._parts for name in part.names(config))
         return frozenset(spelling for name in names for spelling in name.split("|"))
 

@@ -13,8 +13,6 @@ from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.base.lost_remedies import say_nothing_is_missing
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.config.not_finite import not_finite_warnings
-from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.plan.assign import DENSE_OUTPUT, assign_modes, candidates_of, dense_outputs
 from trtllm_ct.plan.attention_output import warnings_of_directory
 from trtllm_ct.plan.checks import checks_of
@@ -56,7 +54,6 @@ from trtllm_ct.plan.whole_model import as_class_accepts, fusion_warnings, needs_
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from trtllm_ct.base.dtypes import DType
     from trtllm_ct.checkpoint.catalog import Catalog
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.quant_config import QuantConfig
@@ -65,6 +62,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.engine_files.directory import BuiltModules, EngineDirectory
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
+    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.requantize_choice import Choice
     from trtllm_ct.plan.stored import StoredModule
 
@@ -80,46 +78,30 @@ def make_plan(
     config: QuantizationConfig,
     catalog: Catalog,
     model: Model,
-    target: Target,
+    options: PlanOptions,
     *,
-    dtype: DType | None = None,
-    strict: bool = False,
-    parallel: Parallel = ONE_RANK,
-    dense_o_proj: bool = False,
-    requantize: Requantize = NOT_REQUANTIZED,
-    kv_cache: str | None = None,
     probe: Probe = NO_PROBE,
     model_class: ModelClass | None = None,
 ) -> Plan:
     """Decide what happens to every stored tensor, and where every delivered tensor comes from.
 
-    `dtype` is the dtype of dequantized modules, None the model's; it may change the model's too (`model_dtype.py`).
-    `strict` makes it a fault when a module has to be dequantized because the target has no mode for it, and when the
-    engine can't serve the result (`Plan.problems`). Modules that `dense_o_proj` dequantizes are no fault.
-    `parallel` are the sizes that the engine will run with: a mode must hold every rank's slice.
-    `dense_o_proj` dequantizes the output projections of attention whose input attention would quantize at a fixed
-    scale; that depends on the KV cache. `requantize` says which modules that would be dequantized are rounded to codes
-    instead. `kv_cache` is the mode of the cache that the engine will be told, such as
-    `FP8`; None means the one that the checkpoint asks for.
     `probe` has the few stored values that decide; without it the plan makes only decisions that hold for all values.
     `model_class` is the class that config.json names, with which a model whose row lists no modules is compared; None
     compares it with none.
-    Raises `UsageError` if `requantize` asks for anything at a target that is no release of the engine, and
-    `PlanError` with all faults: tensors that are missing, surplus or of a wrong shape, and schemes that can't
-    be delivered to the target. It has the warnings that the plan would have.
+    Raises `UsageError` for options that don't exist or don't fit together, and `PlanError` with all faults: tensors
+    that are missing, surplus or of a wrong shape, and schemes that can't be delivered to the target. It has the
+    warnings that the plan would have.
     """
-    refuse_requantization(requantize, target)
+    target = options.target()
+    refuse_requantization(options.requantize, target)
     faults = FaultCollector()
     planner = _Planner(
         config=config,
         model=model,
+        options=options,
         target=target,
-        dtypes=dtypes_of(model, target, dtype),
-        dtype_warnings=dtype_warnings(model, target, dtype),
-        parallel=parallel,
-        dense_o_proj=dense_o_proj,
-        requantize=requantize,
-        asked_kv_cache=kv_cache,
+        dtypes=dtypes_of(model, target, options.dtype),
+        dtype_warnings=dtype_warnings(model, target, options.dtype),
         probe=probe,
         model_class=model_class,
         faults=faults,
@@ -130,7 +112,7 @@ def make_plan(
     )
     with collector_paused(), keeping_warnings((*config.warnings, *catalog.warnings)):
         plan = planner.plan(catalog)
-    if strict and target.holds_codes:
+    if options.strict and target.holds_codes:
         _refuse_dequantized(plan, faults)
         faults.faults += plan.problems
     faults.raise_if_any(PlanError, plan.warnings)
@@ -143,13 +125,10 @@ class _Planner:
 
     config: QuantizationConfig
     model: Model
+    options: PlanOptions
     target: Target
     dtypes: Dtypes
     dtype_warnings: tuple[str, ...]
-    parallel: Parallel
-    dense_o_proj: bool
-    requantize: Requantize
-    asked_kv_cache: str | None
     probe: Probe
     model_class: ModelClass | None
     faults: FaultCollector
@@ -173,16 +152,12 @@ class _Planner:
         sites = list(self.model.sites(place))
         caching = attentions(sites, place[0])
         self.kv_cache = replace(self.kv_cache, has_projections=bool(caching))
-        self.transforms.check_targets(stored, head=place[1])
-        site_modules = {site.module: self._find(stored, site) for site in sites}
-        if self.model.stated is not None and not any(site_modules.values()):
-            self._refuse_unknown_names(catalog)
-        refuse_unlike_config(self.model, site_modules, place, self.faults)
+        site_modules = self._site_modules(catalog, stored, sites, place)
         weights = self._read_weights(site_modules, sites)
         if self.model.stated is None:
             sites = self._set_shapes(sites, stored, weights)
         self.kv_cache = replace(self.kv_cache, heads=heads_of_attentions(sites))
-        refuse_uneven(self.model, self.parallel, self.faults, repeats_biases=self.target.ranks)
+        refuse_uneven(self.model, self.options.parallel, self.faults, repeats_biases=self.target.ranks)
         if self.target.ranks:
             self._plan_directory(place)
         # Only Mistral's own form, whose names are others, has rows in another order.
@@ -199,11 +174,34 @@ class _Planner:
         self._check_complete(stored, site_modules, weights, others, place[0])
         self.rows.report(self.faults)
         self.kv_cache.check_complete(modules, caching, self.faults)
-        engine = self.target.capabilities.release is not None
+        return self._as_plan(catalog, unread, modules, sites, place)
+
+    def _site_modules(
+        self, catalog: Catalog, stored: Mapping[str, StoredModule], sites: Sequence[Site], place: tuple[str, str]
+    ) -> dict[str, StoredModule | None]:
+        """Return the stored module of each site; adds faults for names and sizes that are not those of the model."""
+        self.transforms.check_targets(stored, head=place[1])
+        site_modules = {site.module: self._find(stored, site) for site in sites}
+        if self.model.stated is not None and not any(site_modules.values()):
+            self._refuse_unknown_names(catalog)
+        refuse_unlike_config(self.model, site_modules, place, self.faults)
+        return site_modules
+
+    def _as_plan(
+        self,
+        catalog: Catalog,
+        unread: frozenset[str],
+        modules: list[ModulePlan],
+        sites: Sequence[Site],
+        place: tuple[str, str],
+    ) -> Plan:
+        """Return the plan of these modules, with its warnings and problems. Raises `PlanError` with all faults."""
+        capabilities = self.target.capabilities
+        engine = capabilities.release is not None
         stacks = stack_parts(modules, self.model, engine=engine) if self.target.as_classes_read else {}
         warnings = (
             *self._warnings(catalog, modules, unread, stacked=bool(stacks)),
-            *unread_warnings(modules, self.model, place, self.target.capabilities.release),
+            *unread_warnings(modules, self.model, place, capabilities.release),
         )
         built = self._build(modules)
         if built is not None:
@@ -216,19 +214,20 @@ class _Planner:
             architecture=self.model.name,
             dtype=self.dtypes.model,
             dense_dtype=self.dtypes.dequantized,
+            # Without a copy where all of them are read: a large model has 10^5 of them.
             stored={name: spec for name, spec in catalog.specs.items() if name not in unread}
             if unread
             else catalog.specs,
             modules=tuple(modules),
             quant_config=built.quant_config if built else self._engine_config(modules, sites, place),
-            parallel=self.parallel,
+            parallel=self.options.parallel,
             rank_bytes=self._rank_bytes(modules, place),
             problems=(
-                *class_problems(self.model, self.target.capabilities.release),
-                *read_problems(modules, self.model, place, self.target.capabilities.release),
+                *class_problems(self.model, capabilities.release),
+                *read_problems(modules, self.model, place, capabilities.release),
             ),
-            engine=self.target.capabilities.name,
-            sm=self.target.capabilities.sm,
+            engine=capabilities.name,
+            sm=capabilities.sm,
             stacks=stacks,
             tied=self.model.tied,
             checks=checks_of(self.model, self.comparison),
@@ -241,7 +240,7 @@ class _Planner:
         """Return the bytes of the rank that holds most; those of files that have a part for each rank are in them."""
         if self.target.ranks:
             return bytes_of_rank_files(delivery for module in modules for delivery in module.deliveries)
-        return largest_rank_bytes(modules, self.model, place, self.parallel)
+        return largest_rank_bytes(modules, self.model, place, self.options.parallel)
 
     def _engine_config(
         self, modules: Sequence[ModulePlan], sites: Sequence[Site], place: tuple[str, str]
@@ -308,10 +307,10 @@ class _Planner:
         """Prepare the plan of a directory with a file for each rank; adds faults for models that it can't hold."""
         from trtllm_ct.plan.engine_files.directory import EngineDirectory, refuse_unbuilt  # for this target only
 
-        cache = self.kv_cache.args
-        if refuse_unbuilt(self.model, self.parallel, cache, self.faults, dense_o_proj=self.dense_o_proj):
+        cache, options = self.kv_cache.args, self.options
+        if refuse_unbuilt(self.model, options.parallel, cache, self.faults, dense_o_proj=options.dense_o_proj):
             self.directory = EngineDirectory.of(
-                self.model, self.parallel, self.dtypes.model, place, self.target.build_modes
+                self.model, self.options.parallel, self.dtypes.model, place, self.target.build_modes
             )
 
     def _build(self, modules: Iterable[ModulePlan]) -> BuiltModules | None:
@@ -377,7 +376,7 @@ class _Planner:
         only, and layers of a mixed model would keep another one (`_torch/pyexecutor/model_loader.py:
         validate_and_set_kv_cache_quant`).
         """
-        asked = None if self.kv_cache.alone else self.asked_kv_cache
+        asked = None if self.kv_cache.alone else self.options.kv_cache
         return asked or self.kv_cache.algo
 
     def _find(self, stored: Mapping[str, StoredModule], site: Site) -> StoredModule | None:
@@ -464,10 +463,10 @@ class _Planner:
             assignments = self.directory.assign(parts, [site for site, _ in present], self.probe, self.faults)
         else:
             whole = candidates_of(parts, equalized, self.dtypes.model)
-            candidates = with_slices(whole, self.model, self.parallel, self.target)
+            candidates = with_slices(whole, self.model, self.options.parallel, self.target)
             assignments = assign_modes(candidates, [site for site, _ in present], self.target)
             present_sites = [site for site, _ in present]
-            assignments = requantized(assignments, candidates, present_sites, self.target, self.requantize)
+            assignments = requantized(assignments, candidates, present_sites, self.target, self.options.requantize)
             if self.target.capabilities.release is not None:
                 itemsize = self.dtypes.dequantized.itemsize
                 self.choices = choices(assignments, candidates, present_sites, self.target, itemsize)
@@ -475,13 +474,13 @@ class _Planner:
                     # Another mode would have the kept modules dequantized, see `as_class_accepts`.
                     kept = {str(made.holding.mode.algo) for made in assignments.values() if made.holding}
                     self.choices = tuple(choice for choice in self.choices if kept <= {choice.mode})
-        if self.dense_o_proj:
-            cache = self.asked_kv_cache or self.kv_cache.algo
+        if self.options.dense_o_proj:
+            cache = self.options.kv_cache or self.kv_cache.algo
             release = self.target.capabilities.release
             assignments = dense_outputs(assignments, sites, cache, architecture=self.model.name, release=release)
         if self.target.capabilities.release is not None:
             assignments = as_class_accepts(assignments, candidates, sites, self.model)
-        given = input_scales(assignments, present, self.requantize.calibration, self.faults)
+        given = input_scales(assignments, present, self.options.requantize.calibration, self.faults)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         model_modules = ModelModules(

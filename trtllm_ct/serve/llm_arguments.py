@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CheckpointError, Fault, FaultCollector, UsageError
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.target import TENSORRT_LLM
 from trtllm_ct.pipeline.calibration import asked_requantization
 from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
+from trtllm_ct.plan.options import PlanOptions, dense_dtype
 from trtllm_ct.serve.features import require_class
 from trtllm_ct.serve.hub import Repository, repository_named
-from trtllm_ct.serve.sidecar import ServingOptions, Sidecar, is_sidecar, make_sidecar
+from trtllm_ct.serve.sidecar import Sidecar, is_sidecar, make_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,12 +93,13 @@ def engine_arguments(
     if model is None and draft is None:
         return arguments
     _refuse_conflicts(arguments, loaders)
-    options = ServingOptions(
+    options = PlanOptions(
+        to=TENSORRT_LLM.name,
         engine=features.engine,
         sm=features.sm,
         additive_zeros=features.additive_zeros,
         parallel=parallel_of(arguments),
-        dtype=_dtype(arguments.get("dtype")),
+        dtype=dense_dtype(arguments.get("dtype")),
         dense_o_proj=dense_o_proj,
         requantize=asked_requantization(requantize, calibration),
         kv_cache=kv_cache_of(arguments),
@@ -197,7 +199,7 @@ def _source(
     return _Source(directory=directory, repository=repository.pinned(directory))
 
 
-def _sidecar(source: _Source, options: ServingOptions) -> Sidecar:
+def _sidecar(source: _Source, options: PlanOptions) -> Sidecar:
     """Return the sidecar of a checkpoint, and make it if needed.
 
     If the source is a sidecar itself, it is returned, or made again for the parallel sizes and the KV cache in
@@ -235,23 +237,6 @@ def _with_field(config: Any, name: str, value: str) -> Any:
     changed = copy.copy(config)
     setattr(changed, name, value)
     return changed
-
-
-def _dtype(dtype: Any) -> DType | None:
-    """Return the requested dtype; None means the dtype of the model. Raises `UsageError` for an unknown name."""
-    if dtype is None or dtype == "auto":
-        return None
-    try:
-        return DType.from_torch(dtype)
-    except KeyError:
-        raise UsageError(
-            Fault(
-                where="dtype",
-                expected="auto, bfloat16, float16 or float32",
-                found=repr(dtype),
-                remedy="Leave it out for the model's own dtype.",
-            )
-        ) from None
 
 
 def _refuse_conflicts(arguments: Mapping[str, Any], loaders: tuple[type, ...]) -> None:

@@ -7,19 +7,19 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
-from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.target import TENSORRT_LLM
 from trtllm_ct.pipeline.calibration import asked_requantization
 from trtllm_ct.plan.attention_output import unscaled_outputs_of
+from trtllm_ct.plan.options import PlanOptions, dense_dtype
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import fixed_scale_fault, kv_cache_named
-from trtllm_ct.serve.sidecar import ServingOptions, make_sidecar_and_plan
+from trtllm_ct.serve.sidecar import make_sidecar_and_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -74,12 +74,13 @@ def prepare(
         return Path(model_dir)
     features = installed_features()
     require_class(detection, features)
-    options = ServingOptions(
+    options = PlanOptions(
+        to=TENSORRT_LLM.name,
         engine=features.engine,
         sm=features.sm,
         additive_zeros=features.additive_zeros,
         parallel=parallel,
-        dtype=_dtype(dtype),
+        dtype=dense_dtype(dtype),
         dense_o_proj=dense_o_proj,
         requantize=asked_requantization(requantize, calibration),
         kv_cache=kv_cache_named(kv_cache_dtype),
@@ -104,7 +105,7 @@ def installed_features() -> EngineFeatures:
     return engine_features()
 
 
-def _warnings(plan: Plan, options: ServingOptions, features: EngineFeatures) -> Iterator[str]:
+def _warnings(plan: Plan, options: PlanOptions, features: EngineFeatures) -> Iterator[str]:
     """Yield warnings about dequantized modules, and about outputs that attention quantizes at a fixed scale."""
     reasons = Counter(module.reason for module in plan.modules if module.dequantized)
     for reason, count in reasons.items():
@@ -113,13 +114,3 @@ def _warnings(plan: Plan, options: ServingOptions, features: EngineFeatures) -> 
     if outputs:
         fault = fixed_scale_fault([plan], features, options.kv_cache)
         yield str(fault) if fault else f"{len(outputs)} o_proj: pass force_dynamic_quantization=True to LLM"
-
-
-def _dtype(name: str | None) -> DType | None:
-    if name is None or name == "auto":
-        return None
-    if name not in DENSE_DTYPES:
-        raise UsageError(
-            Fault(where="dtype", expected=" or ".join(DENSE_DTYPES), found=repr(name), remedy="Choose one of these.")
-        )
-    return DType.from_torch(name)

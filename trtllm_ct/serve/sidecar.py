@@ -17,7 +17,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, Fault, SidecarError
 from trtllm_ct.base.json_form import fields_form, from_fields, json_form, json_object
 from trtllm_ct.base.version import __version__
@@ -26,11 +25,9 @@ from trtllm_ct.checkpoint.side_files import side_files
 from trtllm_ct.config.detect import SIDECAR_FILE, Detection
 from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.convert.hf_directory import rewritten_side_files, write_configuration
-from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.pipeline.open import Checkpoint, open_checkpoint
 from trtllm_ct.plan.engine_class import refuse_misread
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.serve.cache import cache_root, clear_sidecars, new_sidecar_directory
 from trtllm_ct.serve.hub import Repository
@@ -41,11 +38,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.plan.plan import Plan
 
 __all__ = [
     "SIDECAR_FILE",
-    "ServingOptions",
     "Sidecar",
     "cache_root",
     "clear_sidecars",
@@ -56,56 +53,11 @@ __all__ = [
     "restore_sidecar",
 ]
 
-_LAYOUT = 1
+_LAYOUT = 2
 """The version of the layout of `trtllm_ct.json`."""
 
 _known: dict[str, dict[str, Any]] = {}
 """The records of the sidecars that this process made or reused, by directory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingOptions:
-    """The options that decide a plan together with the checkpoint; see `make_plan` and `target_named`."""
-
-    engine: str = DEFAULT_ENGINE
-    sm: int | None = None
-    additive_zeros: bool = True
-    parallel: Parallel = ONE_RANK
-    dtype: DType | None = None
-    dense_o_proj: bool = False
-    requantize: Requantize = NOT_REQUANTIZED
-    kv_cache: str | None = None
-    strict: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, for JSON output."""
-        return fields_form(self)
-
-    @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> Self:
-        """Create the options from the output of `to_dict`."""
-        return from_fields(
-            cls,
-            entry,
-            parallel=lambda sizes: from_fields(Parallel, sizes),
-            dtype=DType.from_torch,
-            requantize=Requantize.from_dict,
-        )
-
-    def plan(self, checkpoint: Checkpoint) -> Plan:
-        """Return the plan of a checkpoint for target `tensorrt_llm` with these options. Raises `PlanError`."""
-        return checkpoint.plan(
-            "tensorrt_llm",
-            engine=self.engine,
-            sm=self.sm,
-            additive_zeros=self.additive_zeros,
-            dtype=self.dtype,
-            strict=self.strict,
-            parallel=self.parallel,
-            dense_o_proj=self.dense_o_proj,
-            requantize=self.requantize,
-            kv_cache=self.kv_cache,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +76,7 @@ class Sidecar:
 
     directory: Path
     source: Path
-    options: ServingOptions
+    options: PlanOptions
     fingerprint: str
     digest: str
     probe: Probe = NO_PROBE
@@ -166,7 +118,7 @@ class Sidecar:
             cls,
             {"directory": directory, **{name: entry[name] for name in entry.keys() - {"layout", "version"}}},
             source=Path,
-            options=ServingOptions.from_dict,
+            options=PlanOptions.from_dict,
             probe=_probe_from_dict,
             modes=_tuples,
             contents=lambda contents: dict(contents.items()),
@@ -214,7 +166,7 @@ class Sidecar:
     @cached_property
     def plan(self) -> Plan:
         """The plan for the options of this sidecar; raises `SidecarError` when it differs from the recorded plan."""
-        plan = self.options.plan(self.checkpoint)
+        plan = self.checkpoint.plan_for(self.options)
         if digest_of(plan) != self.digest:
             changed = [name for name, entry in modes_of(plan).items() if entry[0] != self.modes.get(name, entry)[0]]
             raise SidecarError(self._changed(f"another plan ({format_names(changed) or 'of the model as a whole'})"))
@@ -237,7 +189,7 @@ class Sidecar:
         return {}
 
     def _make_plan(self, parallel: Parallel) -> Plan:
-        plan = replace(self.options, parallel=parallel).plan(self.checkpoint)
+        plan = self.checkpoint.plan_for(replace(self.options, parallel=parallel))
         if digest_of(plan) != self.digest:
             before, after = modes_of(self.plan), modes_of(plan)
             changed = [name for name in after if after[name][0] != before.get(name, ("", ""))[0]]
@@ -267,7 +219,7 @@ def is_sidecar(directory: str | Path) -> bool:
 
 def make_sidecar_and_plan(
     source: str | Path,
-    options: ServingOptions,
+    options: PlanOptions,
     *,
     root: Path | None = None,
     repository: Repository | None = None,
@@ -284,7 +236,7 @@ def make_sidecar_and_plan(
     """
     source = Path(source).resolve()
     checkpoint = open_checkpoint(source, detection)
-    plan = options.plan(checkpoint)
+    plan = checkpoint.plan_for(options)
     refuse_misread(plan.problems)
     sidecar = Sidecar(
         directory=Path(),
@@ -304,7 +256,7 @@ def make_sidecar_and_plan(
 
 def make_sidecar(
     source: str | Path,
-    options: ServingOptions,
+    options: PlanOptions,
     *,
     root: Path | None = None,
     repository: Repository | None = None,

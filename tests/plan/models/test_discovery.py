@@ -15,8 +15,8 @@ from trtllm_ct.checkpoint.header import StoredTensor
 from trtllm_ct.checkpoint.source import Folder
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.engine.target import target_named
 from trtllm_ct.plan.models.sites import Model
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.planner import make_plan
 
 HIDDEN, HEAD_DIM = 2048, 64
@@ -63,10 +63,10 @@ def catalog_of(heads: int) -> Catalog:
 def test_heads_of_codes_in_tiles_are_counted_by_the_rows_of_the_weight(heads: int) -> None:
     """With more ranks than heads, releases repeat a bias wrongly: that tells how many heads were counted."""
     config = CompressedTensorsConfigReader().read({"quantization_config": BLOCK})
-    target = target_named("modelopt", "stock-1.3")
 
     def plan(ranks: int) -> None:
-        make_plan(config, catalog_of(heads), Model.from_config(CONFIG), target, parallel=Parallel(tensor=ranks))
+        options = PlanOptions(engine="stock-1.3", parallel=Parallel(tensor=ranks))
+        make_plan(config, catalog_of(heads), Model.from_config(CONFIG), options)
 
     plan(heads)
     with pytest.raises(PlanError, match=r"k_proj\.bias: expected a K/V head for each of"):
@@ -91,9 +91,8 @@ def test_every_layer_of_an_encoder_decoder_belongs_to_it() -> None:
     model = Model.from_config({"architectures": ["AnyForConditionalGeneration"], "is_encoder_decoder": True, **keys})
     config = CompressedTensorsConfigReader().read({"quantization_config": block})
 
-    plan = make_plan(
-        config, Catalog(source=Folder(Path()), tensors=tensors, files=("x",)), model, target_named("dense")
-    )
+    catalog = Catalog(source=Folder(Path()), tensors=tensors, files=("x",))
+    plan = make_plan(config, catalog, model, PlanOptions(to="dense"))
 
     reasons = {module.reason for module in plan.modules if module.name.endswith("fc1")}
     assert reasons == {"target dense holds plain weights only"}

@@ -1,0 +1,123 @@
+"""`PlanOptions`: what a plan is made for and what was asked of it, as one value for all stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
+from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.json_form import fields_form, from_fields
+from trtllm_ct.engine.parallel import ONE_RANK, Parallel
+from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
+from trtllm_ct.engine.target import MODELOPT, Target, target_named
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from typing_extensions import Self, Unpack
+
+__all__ = ["PlanArguments", "PlanOptions", "dense_dtype"]
+
+
+class PlanArguments(TypedDict, total=False):
+    """The options of `PlanOptions` as keyword arguments of functions; its docstring says what they mean."""
+
+    engine: str
+    sm: int | None
+    untested: bool
+    additive_zeros: bool
+    dtype: str | DType | None
+    strict: bool
+    parallel: Parallel
+    dense_o_proj: bool
+    requantize: Requantize
+    kv_cache: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """Everything that decides a plan beside the checkpoint.
+
+    Attributes:
+        to: Name of the target.
+        engine: Release line of TensorRT-LLM that the plan is made for, or a version such as 1.2.1.
+        sm: SM of the GPUs that the engine will run on; None plans for what all of them have in common.
+        untested: For target `engine` only: put integer codes into the order of the kernel, see `target_named`.
+        additive_zeros: For target `tensorrt_llm` only: this package's Linear for zero points can be installed.
+        dtype: Dtype of dequantized modules, None that of the model; it may change the model's too (`model_dtype.py`).
+        strict: Whether it is a fault when a module has to be dequantized because the target has no mode for it, and
+            when the engine can't serve the result (`Plan.problems`). Modules that `dense_o_proj` dequantizes are none.
+        parallel: The sizes that the engine will run with: a mode must hold every rank's slice.
+        dense_o_proj: Dequantize the output projections of attention whose input attention would quantize at a fixed
+            scale; that depends on the KV cache.
+        requantize: Which modules that would be dequantized are rounded to codes instead, or keep their own with static
+            scales of inputs, and these scales.
+        kv_cache: Mode of the KV cache that the engine will be told, such as `FP8`; None means the one that the
+            checkpoint asks for.
+    """
+
+    to: str = MODELOPT.name
+    engine: str = DEFAULT_ENGINE
+    sm: int | None = None
+    untested: bool = False
+    additive_zeros: bool = True
+    dtype: DType | None = None
+    strict: bool = False
+    parallel: Parallel = ONE_RANK
+    dense_o_proj: bool = False
+    requantize: Requantize = NOT_REQUANTIZED
+    kv_cache: str | None = None
+
+    @classmethod
+    def of(cls, to: str, **asked: Unpack[PlanArguments]) -> Self:
+        """Return the options for a target, given as keyword arguments; `dtype` may be a name, see `dense_dtype`.
+
+        Raises `UsageError` for an unknown dtype.
+        """
+        return cls(to=to, **{**asked, "dtype": dense_dtype(asked.get("dtype"))})  # type: ignore[arg-type]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields by name, as the functions that plan take them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def target(self) -> Target:
+        """Return the target with the capabilities of the release and the GPUs.
+
+        Raises `UsageError` for an unknown name, release or SM.
+        """
+        return target_named(
+            self.to, self.engine, sm=self.sm, additive_zeros=self.additive_zeros, untested=self.untested
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return fields_form(self)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Self:
+        """Return the options of which `entry` is the JSON form."""
+        return from_fields(
+            cls,
+            entry,
+            parallel=lambda sizes: from_fields(Parallel, sizes),
+            dtype=DType.from_torch,
+            requantize=Requantize.from_dict,
+        )
+
+
+def dense_dtype(dtype: str | DType | None) -> DType | None:
+    """Return the dtype of dequantized modules that was asked for; None for `auto`, that of the model.
+
+    Raises `UsageError` for an unknown name.
+    """
+    if dtype is None or isinstance(dtype, DType):
+        return dtype
+    # Torch's dtypes have their name behind a dot.
+    name = str(dtype).removeprefix("torch.")
+    if name not in DENSE_DTYPES:
+        raise UsageError(
+            Fault(where="dtype", expected=" or ".join(DENSE_DTYPES), found=repr(name), remedy="Choose one of these.")
+        )
+    return None if name == DENSE_DTYPES[0] else DType.from_torch(name)
