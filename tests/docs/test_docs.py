@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 LANGUAGES = {"python", "bash", "json", "text", "diff"}
-NEEDS_TRANSFORMERS = ("trtllm-ct generate", "trtllm-ct perplexity", "trtllm_ct.reference")
+NEEDS_TRANSFORMERS = ("trtllm-ct generate", "trtllm-ct perplexity", "trtllm-ct calibrate", "trtllm_ct.reference")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")

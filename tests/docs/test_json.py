@@ -27,6 +27,7 @@ KINDS = (
     "compare",
     pytest.param("generate", marks=pytest.mark.reference),
     pytest.param("perplexity", marks=pytest.mark.reference),
+    pytest.param("calibrate", marks=pytest.mark.reference),
     "error",
 )
 
@@ -83,9 +84,10 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
                 broken = shutil.copytree(changed, work / "broken")
                 rewrite(broken, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight_scale"))
                 return [run("compare", mixed, demo), *(run("compare", mixed, other) for other in (changed, broken))]
-            case "perplexity":
+            case "perplexity" | "calibrate":
                 (work / "text").write_text("The import statement of a module. " * 4)
-                return [run("perplexity", demo, "--text", work / "text", "--max-tokens", 8)]
+                out = [work / "scales"] if kind == "calibrate" else []
+                return [run(kind, demo, *out, "--text", work / "text", "--max-tokens", 8)]
             case "generate":
                 return [run("generate", demo, "--prompt", "The import statement", "--max-tokens", 2)]
             case _:

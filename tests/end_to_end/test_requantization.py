@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import engine_double
@@ -11,22 +15,29 @@ import pytest
 import torch
 from builders import Built, rewrite, tiny_config, write_checkpoint
 from engine_fixtures import BINDINGS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trtllm_ct.base.errors import PayloadError, PlanError, UsageError
 from trtllm_ct.convert import tiles
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.engine.requantization import FORMS, NVFP4_GLOBAL_SCALE, Requantize
+from trtllm_ct.pipeline.calibration import asked_requantization, write_calibration
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import plan_checkpoint
 from trtllm_ct.reference import load_model
 from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "mpirun"
+MANY_UNITS = """
+from trtllm_ct.convert import units
+units.UNIT_BYTES = 1
+from trtllm_ct.cli.commands import main
+main()
+"""
 
 EXPERTS = dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), "int4-g32")
 TOKENS = [5, 17, 3, 42, 8, 66, 90, 2, 31, 12, 55, 7]
@@ -40,6 +51,9 @@ KERNELS = [
     ("mxfp4", "stock-1.2", 100, "W4A8_MXFP4_MXFP8 g32"),
     ("mxfp4", "stock-1.3", 120, "W4A8_MXFP4_MXFP8 g32"),
     ("nvfp4", "stock-1.3", 100, "W4A16_NVFP4 g16"),
+    ("nvfp4-w4a4", "stock-1.0", 100, "NVFP4 g16"),
+    ("nvfp4-w4a4", "stock-1.2", 100, "NVFP4 g16"),
+    ("nvfp4-w4a4", "stock-1.3", 120, "NVFP4 g16"),
 ]
 
 
@@ -63,7 +77,7 @@ def test_the_engine_computes_with_the_rounded_weights(
     tmp_path: Path, architecture: str, form: str, release: str, sm: int, mode: str
 ) -> None:
     built = built_mixture(tmp_path / "in", architecture)
-    asked = Requantize.parse(f"experts={form}")
+    asked = asked_for(form, built, tmp_path / "scales")
 
     report = convert_checkpoint(built.directory, tmp_path / "out", engine=release, sm=sm, requantize=asked)
 
@@ -140,18 +154,61 @@ def test_any_scheme_is_rounded_from_its_exact_values(tmp_path: Path, scheme: str
         assert float((value - want).norm() / want.norm()) < FORMS["fp8-block"].usual_error * 1.1
 
 
-@pytest.mark.parametrize("form", ["fp8-block", "nvfp4", "mxfp4"])
+def asked_for(form: str, built: Built, scales: Path) -> Requantize:
+    """What asks for experts in a form, with a scale for each of their modules if its kernels read one."""
+    if FORMS[form].input_divisor is None:
+        return Requantize.parse(f"experts={form}")
+    experts = [name.rpartition(".")[0] for name in built.dense if ".experts." in name]
+    write_calibration(scales, {name: 2.0**-8 * (1 + position) for position, name in enumerate(experts)})
+    return asked_requantization(f"experts={form}", scales)
+
+
+SM_OF_FORM = {"fp8-block": 90, "nvfp4": 90, "mxfp4": 90, "w4a8-awq": 90, "nvfp4-w4a4": 100}
+
+
+@pytest.mark.parametrize("form", SM_OF_FORM)
 def test_bytes_do_not_depend_on_workers(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor on tiles: those of the second conversion have 128 rows."""
-    built = built_mixture(tmp_path / "in")
-    options = {"engine": "stock-1.3", "sm": 90, "requantize": Requantize.parse(f"experts={form}")}
+    """Nor on tiles: those of the last conversions have 128 rows."""
+    built = built_mixture(tmp_path / "in", scheme="int4-g128")
+    asked = asked_for(form, built, tmp_path / "scales")
+    options: dict[str, Any] = {"engine": "stock-1.3", "sm": SM_OF_FORM[form], "requantize": asked}
 
-    convert_checkpoint(built.directory, tmp_path / "one", workers=1, **options)
+    report = convert_checkpoint(built.directory, tmp_path / "1", workers=1, **options)
     monkeypatch.setattr(tiles, "TILE_BYTES", 1)
-    convert_checkpoint(built.directory, tmp_path / "four", workers=4, **options)
+    for workers in (2, 4):
+        convert_checkpoint(built.directory, tmp_path / str(workers), workers=workers, **options)
 
-    one, four = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four"))
-    assert one == four
+    assert report.plan.requantized == {"experts": form}
+    one, two, four = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("1", "2", "4"))
+    assert one == two == four
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("form", SM_OF_FORM)
+def test_an_mpi_job_writes_the_same_bytes(tmp_path: Path, form: str) -> None:
+    """Both ranks convert some of many units, and each makes the plan itself, with the same scales."""
+    built = built_mixture(tmp_path / "in", scheme="int4-g128")
+    asked, sm = asked_for(form, built, tmp_path / "scales"), SM_OF_FORM[form]
+    convert_checkpoint(built.directory, tmp_path / "threads", engine="stock-1.3", sm=sm, requantize=asked)
+    words = ["--engine", "stock-1.3", "--sm", str(sm), "--requantize", f"experts={form}"]
+    words += ["--calibration", str(tmp_path / "scales")] if asked.reads_calibration else []
+
+    done = subprocess.run(
+        [
+            *(MPIRUN, "-n", "2", sys.executable, "-c", MANY_UNITS, "convert", str(built.directory)),
+            *(str(tmp_path / "mpi"), *words, "--executor", "mpi"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert done.returncode == 0, done.stderr
+    threads, ranks = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("threads", "mpi")
+    )
+    assert threads == ranks
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +218,37 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     built = built_mixture(work / "in")
     convert_checkpoint(built.directory, work / "out", requantize=Requantize.parse("experts=fp8-block"))
     return built.directory, work / "out"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_of_inputs_that_is_none_is_found(tmp_path: Path, value: float) -> None:
+    """Whether or not `verify` is given the calibration."""
+    built = built_mixture(tmp_path / "in", scheme="int4-g128")
+    asked = asked_for("w4a8-awq", built, tmp_path / "scales")
+    convert_checkpoint(built.directory, tmp_path / "out", sm=90, requantize=asked)
+    name = "model.layers.1.mlp.experts.2.up_proj.input_scale"
+
+    rewrite(tmp_path / "out", lambda stored: stored[name].fill_(value))
+
+    for given in (None, asked):
+        faults = verify_checkpoint(built.directory, tmp_path / "out", requantize=given).faults
+        assert [fault.where.partition(",")[0] for fault in faults] == [name]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_scale_of_inputs_that_is_missing_is_found(tmp_path: Path, given: bool) -> None:
+    built = built_mixture(tmp_path / "in", scheme="int4-g128")
+    asked = asked_for("nvfp4-w4a4", built, tmp_path / "scales")
+    convert_checkpoint(built.directory, tmp_path / "out", sm=100, requantize=asked)
+    name = "model.layers.1.mlp.experts.2.down_proj.input_scale"
+
+    path = tmp_path / "out" / "model.safetensors"
+    stored = load_file(path)
+    del stored[name]
+    save_file(stored, path)
+
+    faults = verify_checkpoint(built.directory, tmp_path / "out", requantize=asked if given else None).faults
+    assert name in {fault.where for fault in faults}
 
 
 class TestVerification:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from trtllm_ct.engine.calibration import Calibration
+from trtllm_ct.engine.holdings import activations_of
+from trtllm_ct.engine.linear_mode import Activations
 from trtllm_ct.engine.requantization import FORMS, NVFP4_GLOBAL_SCALE, Requantize
 from trtllm_ct.layouts.requantize import to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+ROUNDED = [name for name, form in FORMS.items() if not form.keeps_codes]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 E4M3 = np.array([m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)])
 
@@ -24,7 +29,7 @@ def held(form: str, values: NDArray[np.float32]) -> NDArray[np.float64]:
         rows, columns = (128, 128) if form == "fp8-block" else (1, values.shape[1])
         numbers = E4M3[codes & 0x7F] * np.where(codes & 0x80, -1, 1)
         return numbers * scale.repeat(rows, 0).repeat(columns, 1)[: len(values), : values.shape[1]]
-    if form == "nvfp4":
+    if form.startswith("nvfp4"):
         pairs, scale = to_e2m1_groups(values, 16, NVFP4_GLOBAL_SCALE)
         scales = E4M3[scale] * NVFP4_GLOBAL_SCALE
     else:
@@ -46,7 +51,7 @@ def hard_values() -> NDArray[np.float32]:
     return rows.astype(np.float32)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ROUNDED)
 def test_no_row_exceeds_the_limit(form: str) -> None:
     rows = hard_values()
     if form == "fp8-block":
@@ -58,7 +63,7 @@ def test_no_row_exceeds_the_limit(form: str) -> None:
     assert max(errors) <= FORMS[form].largest_error
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ROUNDED)
 @pytest.mark.parametrize("seed", range(20))
 def test_no_random_weight_exceeds_the_limit(form: str, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -70,7 +75,7 @@ def test_no_random_weight_exceeds_the_limit(form: str, seed: int) -> None:
     assert relative_error(form, values) <= FORMS[form].largest_error
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ROUNDED)
 def test_the_usual_error_is_that_of_int4_codes_in_groups_of_32(form: str) -> None:
     random = np.random.default_rng(0)
     scale = np.exp(random.normal(-5, 0.3, (256, 32))).repeat(32, axis=1)
@@ -96,4 +101,22 @@ def test_words_name_forms(words: object, experts: str | None, linears: str | Non
     asked = Requantize.parse(words)
 
     assert (asked.form(expert=True), asked.form(expert=False)) == (FORMS.get(experts or ""), FORMS.get(linears or ""))
-    assert Requantize.parse(asked.to_dict()) == asked
+    assert Requantize.parse(asked.words) == Requantize.from_dict(asked.to_dict()) == asked
+
+
+def test_the_json_form_has_the_calibration() -> None:
+    calibration = Calibration(scales={"model.layers.0.mlp.experts.0.up_proj": 0.25}, place="scales.safetensors")
+    asked = replace(Requantize.parse("experts=w4a8-awq"), calibration=calibration)
+
+    assert Requantize.from_dict(asked.to_dict()) == asked
+    assert asked.words == {"experts": "w4a8-awq"}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_read_static_scales_are_those_whose_inputs_are_so(name: str) -> None:
+    form = FORMS[name]
+
+    static = activations_of(form.scheme) in {Activations.FP8_STATIC, Activations.FP4_LOCAL}
+    assert static == (form.input_divisor is not None) == Requantize(experts=form).reads_calibration
+    assert ("calibration" in form.price) == static
+    assert ("keep their codes" in form.price) == form.keeps_codes

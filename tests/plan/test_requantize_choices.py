@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import tiny_config, write_checkpoint
 
+from trtllm_ct.engine.calibration import Calibration
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.engine.requantization import Requantize
+from trtllm_ct.engine.requantization import FORMS, Requantize
 from trtllm_ct.pipeline.open import open_checkpoint
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ PLACES: list[dict[str, Any]] = [
     {"engine": "stock-1.3", "sm": 100},
     {"engine": "stock-1.3", "parallel": Parallel(tensor=2)},
     {"engine": "stock-1.3", "sm": 100, "parallel": Parallel(tensor=2, expert=2)},
+    {"engine": "stock-1.0", "sm": 100},
 ]
 
 
@@ -32,6 +35,14 @@ def mixture(tmp_path: Path) -> Built:
     return write_checkpoint(tmp_path, config=config, scheme=EXPERTS | {"o_proj": "int4-g32", "q_proj": "int4-g128"})
 
 
+def asked(built: Built, words: str) -> Requantize:
+    """What words ask for, with a scale for each module if they ask for a form that reads scales."""
+    requantize = Requantize.parse(words)
+    if not requantize.reads_calibration:
+        return requantize
+    return replace(requantize, calibration=Calibration(scales={name.rpartition(".")[0]: 0.5 for name in built.dense}))
+
+
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_each_choice_is_what_its_option_makes_of_the_plan(mixture: Built, place: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(mixture.directory)
@@ -39,7 +50,7 @@ def test_each_choice_is_what_its_option_makes_of_the_plan(mixture: Built, place:
 
     assert plan.choices
     for choice in plan.choices:
-        made = checkpoint.plan(**place, requantize=Requantize.parse(f"{choice.what}={choice.form.name}"))
+        made = checkpoint.plan(**place, requantize=asked(mixture, f"{choice.what}={choice.form.name}"))
         rounded = [module for module in made.modules if module.form]
         assert len(rounded) == choice.modules
         assert {str(module.layer.quant_algo) for module in rounded if module.layer} == {choice.mode}
@@ -52,10 +63,8 @@ def test_no_other_option_changes_the_plan(mixture: Built, place: dict[str, Any])
     checkpoint = open_checkpoint(mixture.directory)
     listed = {f"{choice.what}={choice.form.name}" for choice in checkpoint.plan(**place).choices}
 
-    for words in {
-        f"{what}={form}" for what in ("experts", "linears") for form in ("fp8-block", "nvfp4", "mxfp4", "fp8")
-    }:
-        made = checkpoint.plan(**place, requantize=Requantize.parse(words))
+    for words in {f"{what}={form}" for what in ("experts", "linears") for form in FORMS}:
+        made = checkpoint.plan(**place, requantize=asked(mixture, words))
         assert bool(made.requantized) == (words in listed)
 
 
@@ -67,3 +76,20 @@ def test_a_plan_without_dequantized_modules_has_no_choices(tmp_path: Path) -> No
 
 def test_targets_without_kernels_have_no_choices(mixture: Built) -> None:
     assert open_checkpoint(mixture.directory).plan("dense").choices == ()
+
+
+@pytest.mark.parametrize("sm", [None, 89, 90, 100])
+def test_codes_in_groups_of_128_can_stay_where_the_kernel_of_experts_is_exact(tmp_path: Path, sm: int | None) -> None:
+    config = tiny_config("Qwen3MoeForCausalLM", hidden=256, moe_intermediate_size=256)
+    built = write_checkpoint(tmp_path, config=config, scheme=dict.fromkeys(EXPERTS, "int4-g128"))
+    checkpoint = open_checkpoint(built.directory)
+
+    choices = [choice for choice in checkpoint.plan(sm=sm).choices if choice.form.name == "w4a8-awq"]
+
+    assert len(choices) == (sm == 90)
+    made = checkpoint.plan(sm=sm, requantize=asked(built, "experts=w4a8-awq"))
+    for choice in choices:
+        assert (choice.mode, choice.modules, choice.to_dict()["needs_calibration"]) == ("W4A8_AWQ", 24, True)
+        before = checkpoint.plan(sm=sm)
+        assert made.delivered_bytes - before.delivered_bytes == choice.coded_bytes - choice.dense_bytes
+    assert sum(module.keeps_codes for module in made.modules) == (24 if sm == 90 else 0)

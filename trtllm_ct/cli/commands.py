@@ -14,7 +14,7 @@ from trtllm_ct.cli.cache_commands import cache_clear, cache_list
 from trtllm_ct.cli.convert_commands import convert, verify
 from trtllm_ct.cli.inspect_commands import compare, inspect, plan
 from trtllm_ct.cli.run import run_app, stdout
-from trtllm_ct.cli.run_commands import demo, doctor, generate, perplexity
+from trtllm_ct.cli.run_commands import calibrate, demo, doctor, generate, perplexity
 
 __all__ = ["app", "main"]
 
@@ -68,7 +68,7 @@ def version() -> None:
     stdout.print(__version__, highlight=False)
 
 
-for command in (inspect, plan, compare, convert, verify, generate, perplexity, doctor, demo, version):
+for command in (inspect, plan, compare, convert, verify, generate, perplexity, calibrate, doctor, demo, version):
     app.command()(command)
 for name, command in (("list", cache_list), ("clear", cache_clear)):
     cache.command(name)(command)

@@ -16,6 +16,7 @@ from trtllm_ct.cli.options import (
     AskedPipelineParallel,
     AskedSm,
     AskedTensorParallel,
+    CalibrationOption,
     Directory,
     DirectoryTarget,
     ExecutorName,
@@ -31,7 +32,6 @@ from trtllm_ct.cli.options import (
 from trtllm_ct.cli.page.written import check_page_place
 from trtllm_ct.cli.progress import shown_progress
 from trtllm_ct.cli.run import conversion_progress, print_json, show_page, stderr, stdout
-from trtllm_ct.engine.requantization import Requantize
 
 if TYPE_CHECKING:
     from trtllm_ct.plan.options import PlanArguments
@@ -130,6 +130,7 @@ def verify(
     ep: AskedExpertParallel = None,
     sm: AskedSm = None,
     requantize: RequantizeOption = None,
+    calibration: CalibrationOption = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -139,6 +140,7 @@ def verify(
     exactly. With --tp, --pp or --ep, check that the converted directory holds the slices of these sizes too, and with
     --sm, that these GPUs run its modes; DIR may be that directory itself.
     """
+    from trtllm_ct.pipeline.calibration import asked_requantization
     from trtllm_ct.verify.sizes import verify_with_sizes
 
     check_page_place(html)
@@ -149,7 +151,7 @@ def verify(
             converted,
             asked_parallel(tp, pp, ep),
             sm,
-            requantize=Requantize.parse(requantize) if requantize else None,
+            requantize=asked_requantization(requantize, calibration) if requantize or calibration else None,
             on_start=on_start,
         )
     if as_json:

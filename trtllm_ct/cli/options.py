@@ -22,7 +22,7 @@ from trtllm_ct.convert.executors import EXECUTORS
 from trtllm_ct.engine.build_modes import KERNEL_SMS, UNTESTED
 from trtllm_ct.engine.platform import SMS
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
-from trtllm_ct.engine.requantization import FORMS, Requantize
+from trtllm_ct.engine.requantization import FORMS
 from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "AskedPipelineParallel",
     "AskedSm",
     "AskedTensorParallel",
+    "CalibrationOption",
     "Chat",
     "DenseDtypeOption",
     "DenseOutput",
@@ -97,6 +98,7 @@ Html = Annotated[
 ]
 
 _STDIN = "-"
+_CALIBRATED = [name for name, form in FORMS.items() if form.input_divisor is not None]
 """The name of stdin among arguments."""
 
 _LARGEST_FILE = 2**63
@@ -174,7 +176,16 @@ RequantizeOption = Annotated[
     typer.Option(
         "--requantize",
         metavar="WHAT=FORM",
-        help=f"Round what would be dequantized to codes: experts, linears or all, to {', '.join(FORMS)}.",
+        help=f"Keep codes where modules would be dequantized: of experts, linears or all, as {', '.join(FORMS)}.",
+        show_default=False,
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help=f"Scales of inputs, as `calibrate` writes them, for {' and '.join(_CALIBRATED)}.",
         show_default=False,
     ),
 ]
@@ -198,8 +209,11 @@ def _plan_options(
     dtype: DenseDtypeOption = AUTO,
     dense_o_proj: DenseOutput = False,
     requantize: RequantizeOption = None,
+    calibration: CalibrationOption = None,
 ) -> PlanArguments:
     """The options of planning that each command has; returns them as the functions that plan take them."""
+    from trtllm_ct.pipeline.calibration import asked_requantization
+
     return {
         "engine": engine,
         "sm": sm,
@@ -207,7 +221,7 @@ def _plan_options(
         "parallel": parallel_of(tp, pp, ep),
         "dtype": dtype,
         "dense_o_proj": dense_o_proj,
-        "requantize": Requantize.parse(requantize),
+        "requantize": asked_requantization(requantize, calibration),
     }
 
 

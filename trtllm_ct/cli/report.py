@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from trtllm_ct.pipeline.alternatives import ServedOn
     from trtllm_ct.pipeline.inspection import Inspection, SchemeRow
     from trtllm_ct.plan.plan import Plan
+    from trtllm_ct.reference.calibration import MeasuredScales
+    from trtllm_ct.reference.generate import Generation
     from trtllm_ct.reference.perplexity import Perplexity
     from trtllm_ct.serve.cache import ClearedSidecars
     from trtllm_ct.serve.listing import ListedSidecar
@@ -189,7 +191,9 @@ def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableT
         now, then = format_bytes(choice.dense_bytes), format_bytes(choice.coded_bytes)
         inputs = choice.activations.partition(" ")[0]
         rank = f", {format_bytes(checkpoint_plan.rank_bytes_with(choice))} a rank" if rank_text(checkpoint_plan) else ""
-        error = f"error ~{choice.form.usual_error:.1%}, {inputs} inputs"
+        static = "static " if choice.form.input_divisor is not None else ""
+        exact = "exact codes" if choice.form.keeps_codes else f"error ~{choice.form.usual_error:.1%}"
+        error = f"{exact}, {static}{inputs} inputs"
         yield _line(f"  --requantize {choice.what}={choice.form.name}: {now} -> {then}{rank}, {error}")
 
 
@@ -256,6 +260,28 @@ def _relative_errors(report: VerificationReport) -> str:
     errors = report.relative_errors
     name = max(errors, key=lambda name: errors[name])
     return f"relative error {report.relative_error:.2%} together, at most {errors[name]:.2%} in {name}"
+
+
+def generations(found: Sequence[tuple[str, Generation]]) -> RenderableType:
+    """Format what several models, given by name, made of one prompt."""
+    table = fitted_table("model", "text")
+    for name, generation in found:
+        table.add_row(escape(name), escape(generation.text))
+    return Group(_line(found[0][1].prompt, style="bold"), table)
+
+
+def calibration(measured: MeasuredScales, out: Path) -> RenderableType:
+    """Format what was measured: how many scales, on how many tokens, and which experts no token reached."""
+    lines: list[RenderableType] = [
+        _line(f"{out}: {len(measured.scales)} scales from {measured.tokens} tokens in {measured.seconds:.1f} s")
+    ]
+    if measured.unreached:
+        names = "\n".join(fold_names(measured.unreached))
+        lines += [
+            _line(f"  {len(measured.unreached)} have the largest scale of their layer, as no token reached them:"),
+            Text(names),
+        ]
+    return Group(*lines)
 
 
 def perplexities(found: Sequence[Perplexity]) -> RenderableType:

@@ -1,4 +1,4 @@
-"""Commands that run something: `generate`, `perplexity`, `doctor` and `demo`."""
+"""Commands that run something: `generate`, `perplexity`, `calibrate`, `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ from trtllm_ct.cli.options import (
 )
 from trtllm_ct.cli.run import print_json, stdout
 
-__all__ = ["demo", "doctor", "generate", "perplexity"]
+__all__ = ["calibrate", "demo", "doctor", "generate", "perplexity"]
 
 
 def generate(
-    directory: Directory,
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Checkpoints, or what was made of them.", show_default=False),
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from stdin.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 40,
     chat: Chat = True,
@@ -38,20 +41,25 @@ def generate(
 ) -> None:
     """Continue or answer a prompt on the CPU.
 
-    Runs the reference engine on a compressed-tensors or a converted directory.
+    Runs the reference engine on compressed-tensors or converted directories. The texts of several stand side by side.
     """
     from trtllm_ct.reference import generate_text
 
     text = prompt_text(prompt)
     with going_on_from(nothing_written("a smaller --max-tokens takes less time")):
-        generation = generate_text(
-            directory, text, max_tokens=max_tokens, chat=chat, temperature=temperature, seed=seed
-        )
+        found = [
+            generate_text(one, text, max_tokens=max_tokens, chat=chat, temperature=temperature, seed=seed)
+            for one in directories
+        ]
+    named = list(zip(map(str, directories), found, strict=True))
     if as_json:
-        print_json("generate", {"directory": str(directory), **generation.to_dict()})
+        documents = [{"directory": name, **generation.to_dict()} for name, generation in named]
+        print_json("generate", documents[0] if len(documents) == 1 else {"models": documents})
+    elif len(named) == 1:
+        continued = "" if found[0].chat else found[0].prompt
+        stdout.print(continued + found[0].text, markup=False, highlight=False)
     else:
-        continued = "" if generation.chat else generation.prompt
-        stdout.print(continued + generation.text, markup=False, highlight=False)
+        stdout.print(report.generations(named))
 
 
 def perplexity(
@@ -82,6 +90,36 @@ def perplexity(
         print_json("perplexity", {"models": [one.to_dict() | {"difference": one.difference(first)} for one in found]})
     else:
         stdout.print(report.perplexities(found))
+
+
+def calibrate(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Safetensors file to write.", show_default=False)],
+    text: Annotated[
+        Path, typer.Option("--text", metavar="FILE", help="Text in UTF-8; - reads it from stdin.", show_default=False)
+    ],
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Read only so many tokens of the text.", show_default=False)
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Measure the static scales of inputs on a text, for --calibration.
+
+    Runs the reference engine on the CPU, and writes the largest magnitude of the input of each Linear, over 448.
+    """
+    from trtllm_ct.pipeline.calibration import check_calibration_place, write_calibration
+    from trtllm_ct.reference import measure_scales
+
+    check_calibration_place(out)
+    content = text_of_file(text)
+    with going_on_from(nothing_written("a smaller --max-tokens takes less time")):
+        measured = measure_scales(directory, content, window=window, max_tokens=max_tokens)
+    write_calibration(out, measured.scales)
+    if as_json:
+        print_json("calibrate", {"out": str(out), **measured.to_dict()})
+    else:
+        stdout.print(report.calibration(measured, out))
 
 
 def doctor(

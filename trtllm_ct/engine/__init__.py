@@ -13,5 +13,6 @@ holdings.py      which modes hold a weight exactly, and why the others do not
 target.py        the targets, and the modes that each has by the release that it is planned for
 parallel.py      sizes of tensor, pipeline and expert parallelism, and the place of one rank
 quant_config.py  the engine's QuantConfig as a frozen value
+calibration.py   the static scales of inputs, measured on a text
 requantization.py what a weight may be rounded to on request, with its price
 """

@@ -3,17 +3,21 @@
 It never happens unless a user asks for it. A `Form` says what the rounded weight is, as a scheme: planning then treats
 it like a weight that was stored so, and the table of modes says which kernel holds it. The limits are those of the
 searches in `layouts/requantize.py`, which round each value to the nearest code.
+Some kernels compute on inputs with a static scale, which checkpoints with 16-bit activations lack. It is then given
+beside the checkpoint, as a `Calibration`; one of these forms keeps the codes of the weight as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, QuantScheme, Strategy
+from trtllm_ct.engine.calibration import NOT_CALIBRATED, Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,7 +42,10 @@ class Form:
     `largest_error` is the relative error that no weight can exceed (of NVFP4, none whose largest magnitude is above
     4 x 10^-4): the root of the sum of squared errors over that of
     squared values. `usual_error` is that of int4 codes in groups of 32, as docs/requantization.md measures it. With
-    `powers_of_two` float32 scales are powers of two.
+    `powers_of_two` float32 scales are powers of two. With `keeps_codes` the weight itself is not changed: it has the
+    arguments that it is stored with, whatever those of `scheme` say.
+    `input_divisor` says that kernels read a static scale of the input: that of the calibration, which is the largest
+    magnitude over 448, divided by this number. None if kernels compute it, or leave the input in 16 bits.
     """
 
     name: str
@@ -48,6 +55,8 @@ class Form:
     largest_error: float
     usual_error: float
     powers_of_two: bool = False
+    keeps_codes: bool = False
+    input_divisor: float | None = None
 
     @property
     def weights(self) -> QuantArgs:
@@ -61,6 +70,14 @@ class Form:
         """The number of rows that share scales."""
         return self.weights.block_structure[0] if self.weights.block_structure else 1
 
+    @property
+    def price(self) -> str:
+        """What the form costs a weight, in words."""
+        if self.keeps_codes:
+            return "weights keep their codes, and inputs get static scales from a calibration"
+        price = f"weights are rounded to {self.name}, with a relative error of at most {self.largest_error:.0%}"
+        return price if self.input_divisor is None else f"{price}; scales of inputs are from a calibration"
+
 
 _BLOCK_128 = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.BLOCK, block_structure=(128, 128))
 _GROUP_128 = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.GROUP, group_size=128, dynamic=True)
@@ -70,6 +87,9 @@ _GROUP_16 = QuantArgs(
     num_bits=4, type=NumberType.FLOAT, strategy=Strategy.TENSOR_GROUP, group_size=16, scale_dtype="float8_e4m3fn"
 )
 _GROUP_32 = QuantArgs(num_bits=4, type=NumberType.FLOAT, strategy=Strategy.GROUP, group_size=32, scale_dtype="uint8")
+_INT4_GROUP_128 = QuantArgs(num_bits=4, type=NumberType.INT, strategy=Strategy.GROUP, group_size=128)
+_STATIC = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.TENSOR, dynamic=False)
+_LOCAL_16 = QuantArgs(num_bits=4, type=NumberType.FLOAT, strategy=Strategy.TENSOR_GROUP, group_size=16, dynamic="local")
 
 
 # E4M3 has four significant bits: half a step is at most 1/17 of a value, and below the smallest normal number it is
@@ -111,6 +131,26 @@ FORMS: Mapping[str, Form] = {
             largest_error=0.06,
             usual_error=0.0235,
         ),
+        Form(
+            name="w4a8-awq",
+            scheme=QuantScheme(weights=_INT4_GROUP_128, input_activations=_STATIC),
+            element=Element.INT,
+            scale_dtype=DType.F32,
+            largest_error=0,
+            usual_error=0,
+            keeps_codes=True,
+            input_divisor=1,
+        ),
+        # The static scale of an NVFP4 input is its largest magnitude over 6 * 448, the largest number of both levels.
+        Form(
+            name="nvfp4-w4a4",
+            scheme=QuantScheme(weights=_GROUP_16, input_activations=_LOCAL_16),
+            element=Element.E2M1,
+            scale_dtype=DType.F8_E4M3,
+            largest_error=0.25,
+            usual_error=0.075,
+            input_divisor=6,
+        ),
     )
 }
 """What users may ask for, by name."""
@@ -118,10 +158,14 @@ FORMS: Mapping[str, Form] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requantize:
-    """What a user asked for: the form of routed experts and of all other Linears; None leaves them dequantized."""
+    """What a user asked for: the form of routed experts and of all other Linears; None leaves them dequantized.
+
+    `calibration` has the static scales of inputs, for the forms whose kernels read them.
+    """
 
     experts: Form | None = None
     linears: Form | None = None
+    calibration: Calibration = NOT_CALIBRATED
 
     @classmethod
     def parse(cls, texts: str | Iterable[str] | Mapping[str, str] | None) -> Requantize:
@@ -147,15 +191,32 @@ class Requantize:
                     )
                 )
             forms |= dict.fromkeys(("experts", "linears") if what == "all" else (what,), FORMS[name])
-        return cls(**forms)
+        return cls(experts=forms.get("experts"), linears=forms.get("linears"))
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Requantize:
+        """Create the value from the output of `to_dict`."""
+        calibration = entry.get("calibration")
+        words = {what: form for what, form in entry.items() if what != "calibration"}
+        return replace(cls.parse(words), calibration=Calibration(**calibration) if calibration else NOT_CALIBRATED)
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether something was asked for whose kernels read static scales of inputs."""
+        return any(form is not None and form.input_divisor is not None for form in (self.experts, self.linears))
 
     def form(self, *, expert: bool) -> Form | None:
         """Return the form of a module; None if it was not asked for."""
         return self.experts if expert else self.linears
 
-    def to_dict(self) -> dict[str, str]:
-        """Return the JSON form: what `parse` takes."""
+    @property
+    def words(self) -> dict[str, str]:
+        """The names of the forms that were asked for: what `parse` takes."""
         return {what: form.name for what, form in (("experts", self.experts), ("linears", self.linears)) if form}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: the words, and the calibration if there is one."""
+        return self.words | ({"calibration": fields_form(self.calibration)} if self.calibration.scales else {})
 
 
 NOT_REQUANTIZED = Requantize()

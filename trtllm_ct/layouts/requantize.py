@@ -86,9 +86,9 @@ def to_e2m1_groups(values_OI: Floats, group_size: int, global_scale: float) -> t
     """
     import numpy as np
 
-    steps = _e4m3_numbers() * np.float32(global_scale)
     if values_OI.size >= _MIN_VALUES:
-        return _groups_by_loop(values_OI, group_size, steps, global_scale)
+        return _groups_by_loop(values_OI, group_size, global_scale)
+    steps = _e4m3_numbers() * np.float32(global_scale)
     values = values_OI.reshape(values_OI.shape[0], -1, group_size)
     sixth = np.abs(values).max(-1) / np.float32(6)
     nearest = _e4m3_codes(sixth * np.float32(1 / global_scale)).astype(np.int64)
@@ -266,14 +266,12 @@ def _blocks_by_loop(values_OI: Floats, columns: int, codes_OI: Bytes, scale_G: F
     )
 
 
-def _groups_by_loop(values_OI: Floats, group_size: int, steps: Floats, global_scale: float) -> tuple[Bytes, Bytes]:
+def _groups_by_loop(values_OI: Floats, group_size: int, global_scale: float) -> tuple[Bytes, Bytes]:
     from trtllm_ct.layouts.loops import requantize_kernels
 
     values, numbers, fields, codes, scales = _buffers(values_OI, group_size)
     reach = (_BELOW, _ABOVE)
-    requantize_kernels.e2m1_with_e4m3_scales(
-        values_OI, steps, 1 / global_scale, reach, values, numbers, fields, codes, scales
-    )
+    requantize_kernels.e2m1_with_e4m3_scales(values_OI, global_scale, reach, values, numbers, fields, codes, scales)
     return codes, scales
 
 

@@ -2,6 +2,7 @@
 
 open.py           detects, reads, catalogs, probes and plans a directory
 probing.py        reads the few stored values that decide a mode
+calibration.py    reads and writes the static scales of inputs
 head_probe.py     compares a stored head with the embeddings that config.json ties it to
 payload.py        checks the numbers in scales, zero points and indices
 mapper.py         ModuleMapper: runs the plan of one module

@@ -30,6 +30,7 @@ from trtllm_ct.config.quantization_config import QuantizationConfig
 from trtllm_ct.config.reader import CompressedTensorsConfigReader
 from trtllm_ct.engine.target import MODELOPT
 from trtllm_ct.formats import PACKED_CODES
+from trtllm_ct.pipeline.calibration import with_own_scales
 from trtllm_ct.pipeline.probing import probe_checkpoint, unread_values
 from trtllm_ct.pipeline.transformers_class import TransformersClass
 from trtllm_ct.plan.models.bounds import check_counts
@@ -85,7 +86,7 @@ class Checkpoint:
             self.config,
             self.catalog,
             self.model,
-            options,
+            replace(options, requantize=with_own_scales(options.requantize, self.catalog)),
             probe=self.probe,
             model_class=TransformersClass(self.hf_config) if compare_class else None,
         )

@@ -19,6 +19,7 @@ equalize.py           makes the scalars equal that the parts of a fused Linear m
 deliver.py            which tensors a module delivers, under the engine's names
 ops.py                the operations that make delivered tensors
 rank_ops.py           the operations that only the files of ranks need
+input_scales.py       static scales of inputs that a calibration gives
 requantize_ops.py     the operations of modules that are requantized on request
 requantize.py         modes for modules that are requantized on request
 requantize_choice.py  an option to requantize modules, with its price

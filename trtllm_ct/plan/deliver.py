@@ -32,7 +32,7 @@ from trtllm_ct.plan.ops import (
     Zeros,
 )
 from trtllm_ct.plan.plan import Delivery
-from trtllm_ct.plan.requantize_ops import GlobalScale, RoundedCodes, RoundedScale
+from trtllm_ct.plan.requantize_ops import GivenScale, GlobalScale, RoundedCodes, RoundedScale
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Dtypes",
     "dequantized",
+    "given_input_scale",
     "group_scale",
     "input_scale_reason",
+    "kept",
     "kv_scale",
     "multiplier",
     "native",
@@ -112,6 +114,19 @@ def native(
     the scales of experts under the name `weight_scale_inv` in some modes, and all read those of Linears that a model
     class joins under it, so these are delivered under both names.
     """
+    deliveries = kept(module, weight, holding, dtypes, site, equalized)
+    return deliveries + tuple(_input_scale(module, holding.mode, equalized))
+
+
+def kept(
+    module: StoredModule,
+    weight: QuantizedWeight,
+    holding: Holding,
+    dtypes: Dtypes,
+    site: Site,
+    equalized: Equalized = OWN,
+) -> tuple[Delivery, ...]:
+    """Return the deliveries of `native` without the scale of the input."""
     mode = holding.mode
     deliveries = [_codes(module, weight, mode), *_scales(module, weight, holding, equalized)]
     if (site.expert or site.class_joins) and mode.expert_scale_alias:
@@ -121,7 +136,7 @@ def native(
     if mode.pre_quant_scale and not site.fused:
         ones = Ones(result=TensorSpec(dtypes.model, (weight.stored.shape[1],)))
         deliveries.append(Delivery(name=module.delivered_name("pre_quant_scale"), operation=ones))
-    return tuple(deliveries + _input_scale(module, mode, equalized))
+    return tuple(deliveries)
 
 
 def requantized(
@@ -129,7 +144,7 @@ def requantized(
 ) -> tuple[Delivery, ...]:
     """Return deliveries of the tensors that the Linear of a mode reads of a weight that is rounded to `form`.
 
-    No mode that a form is delivered in reads a scale of the input or a `pre_quant_scale`.
+    The scale of the input, which some of these modes read, is `given_input_scale`; none requires a `pre_quant_scale`.
     """
     mode, (rows, columns) = holding.mode, weight.stored.shape
     codes = TensorSpec(DType.F8_E4M3, (rows, columns))
@@ -146,6 +161,11 @@ def requantized(
     if form.scale_dtype is DType.F8_E4M3:
         deliveries.append(Delivery(name=module.delivered_name("weight_scale_2"), operation=GlobalScale(result=_SCALAR)))
     return tuple(deliveries)
+
+
+def given_input_scale(module: StoredModule, value: float) -> Delivery:
+    """Return the delivery of the static scale of a module's input that was given beside the checkpoint."""
+    return Delivery(name=module.delivered_name("input_scale"), operation=GivenScale(result=_SCALAR, value=value))
 
 
 def kv_scale(module: StoredModule, local: str, name: str) -> Delivery:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelModules"]
 
+_GIVEN_SCALE = "the scale of the input is that of the calibration"
 _STATIC_INPUT_TENSORS = ("input_scale", "input_global_scale")
 _ACTIVATION_TENSORS = frozenset(
     {"input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point"}
@@ -78,8 +79,9 @@ class ModelModules:
         weight: QuantizedWeight | None,
         assignment: Assignment | None,
         equalized: Equalized,
+        input_scale: float | None = None,
     ) -> ModulePlan:
-        """Return the plan of one module.
+        """Return the plan of one module; `input_scale` is the static scale of its input if it was given.
 
         Adds a fault for each tensor that the plan has no use for, and for a static activation scale that is missing.
         """
@@ -91,6 +93,8 @@ class ModelModules:
         if not stored.specs.keys() <= decision.owned:
             refuse_leftovers(stored, decision.owned, self.model.name, self.faults)
         deliveries, ignored = _named(decision.deliveries, stored), decision.ignored
+        if input_scale is not None:
+            deliveries += (deliver.given_input_scale(stored, input_scale),)
         if cache_plan is not None:
             deliveries, ignored = cache_plan[0] + deliveries, {**cache_plan[1], **ignored}
         return ModulePlan(
@@ -158,12 +162,17 @@ class ModelModules:
             plain.add("weight")
             ignored = _leftover_scales(module, cache_tensors)
         else:
-            unread = _unread_activation_tensors(module, cache_tensors, deliver.input_scale_reason(holding))
+            form = assignment.form if assignment else None
+            given = form is not None and form.input_divisor is not None
+            reason = _GIVEN_SCALE if given else deliver.input_scale_reason(holding)
+            unread = _unread_activation_tensors(module, cache_tensors, reason)
             ignored = {**weight.idle, **unread}
             if assignment is None or holding is None:
                 deliveries = deliver.dequantized(module, weight, self.dtypes, folds)
-            elif assignment.form is not None:
-                deliveries = deliver.requantized(module, weight, holding, assignment.form, site)
+            elif form is not None and form.keeps_codes:
+                deliveries = deliver.kept(module, weight, holding, self.dtypes, site)
+            elif form is not None:
+                deliveries = deliver.requantized(module, weight, holding, form, site)
             else:
                 deliveries = deliver.native(module, weight, holding, self.dtypes, site, shared)
         deliveries += deliver.plain(module, [local for local in module.specs if local in plain], self.dtypes, folds)

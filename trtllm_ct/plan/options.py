@@ -52,7 +52,8 @@ class PlanOptions:
         parallel: The sizes that the engine will run with: a mode must hold every rank's slice.
         dense_o_proj: Dequantize the output projections of attention whose input attention would quantize at a fixed
             scale; that depends on the KV cache.
-        requantize: Which modules that would be dequantized are rounded to codes instead.
+        requantize: Which modules that would be dequantized are rounded to codes instead, or keep their own with static
+            scales of inputs, and these scales.
         kv_cache: Mode of the KV cache that the engine will be told, such as `FP8`; None means the one that the
             checkpoint asks for.
     """
@@ -102,7 +103,7 @@ class PlanOptions:
             entry,
             parallel=lambda sizes: from_fields(Parallel, sizes),
             dtype=DType.from_torch,
-            requantize=Requantize.parse,
+            requantize=Requantize.from_dict,
         )
 
 

@@ -176,7 +176,7 @@ class ModulePlan:
     @property
     def keeps_codes(self) -> bool:
         """Whether the weight is delivered in a mode that holds its values, and was not rounded on request."""
-        return self.layer is not None and self.form is None
+        return self.layer is not None and (self.form is None or self.form.keeps_codes)
 
     @property
     def stored_scheme(self) -> str:

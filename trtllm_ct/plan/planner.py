@@ -24,6 +24,7 @@ from trtllm_ct.plan.equalize import OWN, Part, equalize
 from trtllm_ct.plan.expert_names import spelled, spelling_warnings
 from trtllm_ct.plan.gathering import gather_modules
 from trtllm_ct.plan.gpu_warnings import bias_warnings, requantization_warnings
+from trtllm_ct.plan.input_scales import input_scales
 from trtllm_ct.plan.kv_cache import KvCache, attentions, heads_of_attentions
 from trtllm_ct.plan.lost_tensors import NOT_ASKED, class_warnings, refuse_lost_tensors
 from trtllm_ct.plan.model_dtype import dtype_warnings, dtypes_of
@@ -479,6 +480,7 @@ class _Planner:
             assignments = dense_outputs(assignments, sites, cache, architecture=self.model.name, release=release)
         if self.target.capabilities.release is not None:
             assignments = as_class_accepts(assignments, candidates, sites, self.model)
+        given = input_scales(assignments, present, self.options.requantize.calibration, self.faults)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         model_modules = ModelModules(
@@ -491,6 +493,7 @@ class _Planner:
                 weights.get(site.module),
                 assignments.get(site.module),
                 equalized.get(site.module, OWN),
+                given.get(site.module),
             )
             for site, module in present
         ]

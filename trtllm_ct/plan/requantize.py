@@ -79,7 +79,7 @@ def _candidates(
         form = asked.form(expert=candidate.site.expert)
         if form is None or assignments[name].holding is not None or candidate.folded or candidate.site.head:
             continue
-        if _has_codes(candidate.weight, form):
+        if not _changes(candidate.weight, form):
             continue
         key = (id(candidate.weight), id(form))
         if key not in weights:
@@ -88,10 +88,16 @@ def _candidates(
     return rounded
 
 
-def _has_codes(weight: Weight, form: Form) -> bool:
-    """Whether a weight has the codes and the groups of a form: other scales could only lose precision."""
+def _changes(weight: Weight, form: Form) -> bool:
+    """Whether a form would make anything else of a weight.
+
+    It would not if the weight has the codes and the groups of the form: other scales could only lose precision. A form
+    that keeps the codes is for weights that have such codes, and changes what their kernels compute on.
+    """
+    if form.keeps_codes:
+        return weight.element is form.element
     same = ("num_bits", "type", "strategy", "group_size", "block_structure")
-    return all(getattr(weight.args, name) == getattr(form.weights, name) for name in same)
+    return any(getattr(weight.args, name) != getattr(form.weights, name) for name in same)
 
 
 def _sites(sites: Iterable[Site], candidates: Mapping[str, Candidate], rounded: Mapping[str, Candidate]) -> list[Site]:
@@ -114,8 +120,7 @@ def _combined(
     if new.holding is None:
         return replace(before, reason=f"{before.reason}; not requantized to {form.name}: {new.reason}")
     note = deviation_of(candidate.weight.scheme, new.holding.mode.activations)
-    price = f"weights are rounded to {form.name}, with a relative error of at most {form.largest_error:.0%}"
-    holding = replace(new.holding, note="; ".join(filter(None, (price, note, new.holding.mode.note))))
+    holding = replace(new.holding, note="; ".join(filter(None, (form.price, note, new.holding.mode.note))))
     reason = f"requantized to {form.name} on request; {before.reason}"
     release, first = target.capabilities.release, new.holding.mode.requantized_on.get(target.capabilities.sm or 0)
     form = replace(form, powers_of_two=release is not None and release.has(first))
@@ -123,7 +128,9 @@ def _combined(
 
 
 def _rounded(weight: Weight, form: Form) -> Weight:
-    """Return what decides the mode of a weight after it was rounded to a form."""
+    """Return what decides the mode of a weight after it was rounded to a form, or only its inputs are."""
+    if form.keeps_codes:
+        return replace(weight, scheme=replace(form.scheme, weights=weight.args))
     return replace(
         weight,
         scheme=form.scheme,

@@ -42,5 +42,6 @@ class Choice:
                 "coded_bytes": self.coded_bytes,
                 "usual_error": self.form.usual_error,
                 "largest_error": self.form.largest_error,
+                "needs_calibration": self.form.input_divisor is not None,
             }
         )

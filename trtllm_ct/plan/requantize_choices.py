@@ -86,7 +86,7 @@ def _choice(
             {name: candidates[name] for name in names},
             members,
             target,
-            Requantize(**{what: form}),
+            Requantize(experts=form) if what == "experts" else Requantize(linears=form),
         )
         for name in names:
             holding, shape = made[name].holding, candidates[name].weight.shape
@@ -94,7 +94,7 @@ def _choice(
                 held = holding
                 modules += count
                 dense += count * prod(shape) * itemsize
-                coded += count * _coded_bytes(shape, holding, form, candidates[name].site)
+                coded += count * _coded_bytes(shape, holding, form, candidates[name])
     if held is None:
         return None
     return Choice(
@@ -108,10 +108,16 @@ def _choice(
     )
 
 
-def _coded_bytes(shape: tuple[int, int], holding: Holding, form: Form, site: Site) -> int:
+def _coded_bytes(shape: tuple[int, int], holding: Holding, form: Form, candidate: Candidate) -> int:
     """Return the bytes of codes and scales of a weight [N, K], as `deliver.requantized` delivers them."""
-    codes = prod(shape) // (2 if form.element is Element.E2M1 else 1)
+    site, dtype = candidate.site, candidate.weight.model_dtype or DType.BF16
+    codes = prod(shape) // (1 if form.element is Element.E4M3 else 2)
     scales = prod(holding.mode.scale_shape(shape, holding.group_size)) * form.scale_dtype.itemsize
     names = 2 if (site.expert or site.class_joins) and holding.mode.expert_scale_alias else 1
     scalar = DType.F32.itemsize if form.scale_dtype is DType.F8_E4M3 else 0
+    if form.input_divisor is not None:
+        scalar += DType.F32.itemsize
+    if form.keeps_codes:
+        scalar += len(holding.mode.unit_scalars) * DType.F32.itemsize
+        scalar += shape[1] * dtype.itemsize if holding.mode.pre_quant_scale and not site.fused else 0
     return codes + names * scales + scalar

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trtllm_ct.engine.requantization import Form
     from trtllm_ct.plan.ops import ModuleTensors
 
-__all__ = ["GlobalScale", "RoundedCodes", "RoundedScale"]
+__all__ = ["GivenScale", "GlobalScale", "RoundedCodes", "RoundedScale"]
 
 _ROWS_AT_ONCE = 128
 """The rows of a weight that are held as float32 at once: those of one row of blocks."""
@@ -64,6 +64,19 @@ class GlobalScale(Operation):
     def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
         """Return `NVFP4_GLOBAL_SCALE`."""
         return scalar(NVFP4_GLOBAL_SCALE).reshape()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenScale(Operation):
+    """Delivers the static scale of a module's input, float32 []; it was given beside the checkpoint."""
+
+    exact: ClassVar[bool] = False
+    label: ClassVar[str] = "scale of a calibration"
+    value: float
+
+    def run(self, name: str, module: ModuleTensors) -> StoredArray:  # noqa: ARG002
+        """Return `value`, rounded once."""
+        return scalar(self.value).reshape()
 
 
 def _rounded(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:

@@ -95,8 +95,8 @@ def _modes(quantized: Sequence[ModulePlan]) -> str:
     if not quantized:
         return "nothing is quantized"
     dequantized = [module for module in quantized if module.dequantized]
-    rounded = [module for module in quantized if module.form is not None]
-    kept = [module for module in quantized if not module.dequantized and module.form is None]
+    rounded = [module for module in quantized if module.form is not None and not module.keeps_codes]
+    kept = [module for module in quantized if module.keeps_codes]
     fates = [
         (kept, f"keep their codes in {_mode_names(kept)}"),
         (dequantized, "are dequantized"),

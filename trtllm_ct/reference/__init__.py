@@ -23,6 +23,7 @@ shared_values.py      attention whose values are the output of k_proj
 experts.py            routed experts that compute from delivered tensors, in the forms of transformers 4 and 5
 generate.py           generates text from a directory
 perplexity.py         measures the perplexity of a text
+calibration.py        measures the scales of inputs on a text
 prompts.py            the tokens of a prompt, with the chat template of its tokenizer
 llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM
 requests.py           the parameters and results of ReferenceLLM
@@ -37,6 +38,7 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.packages import missing_packages_as_errors
 
 if TYPE_CHECKING:
+    from trtllm_ct.reference.calibration import MeasuredScales, measure_scales
     from trtllm_ct.reference.engine import build_model, load_model
     from trtllm_ct.reference.generate import Generation, generate_text
     from trtllm_ct.reference.linear import ReferenceLinear
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Generation",
+    "MeasuredScales",
     "Perplexity",
     "ReferenceLLM",
     "ReferenceLinear",
@@ -53,11 +56,13 @@ __all__ = [
     "build_model",
     "generate_text",
     "load_model",
+    "measure_scales",
     "text_perplexity",
 ]
 
 _HOMES = {
     "Generation": "generate",
+    "MeasuredScales": "calibration",
     "Perplexity": "perplexity",
     "ReferenceLLM": "llm",
     "ReferenceLinear": "linear",
@@ -65,6 +70,7 @@ _HOMES = {
     "build_model": "engine",
     "generate_text": "generate",
     "load_model": "engine",
+    "measure_scales": "calibration",
     "text_perplexity": "perplexity",
 }
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Perplexity", "text_perplexity"]
+__all__ = ["Perplexity", "text_perplexity", "text_windows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,29 +90,33 @@ def text_perplexity(
     Raises what `load_model` and `load_tokenizer` raise, and `UsageError` for a text of fewer than two tokens.
     """
     require_transformers()
-    if window < 2:
-        raise _usage_error("window", "at least 2 tokens", str(window))
     if isinstance(directory_or_model, nn.Module):
         model: Any = directory_or_model
     else:
         model = load_model(directory_or_model, dtype=dtype, quantize_activations=quantize_activations)
-    token_ids = load_tokenizer(model.name_or_path)(text)["input_ids"][:max_tokens]
-    if len(token_ids) < 2:
-        raise _usage_error("text", "at least two tokens", f"{len(token_ids)} of them")
+    windows = text_windows(model.name_or_path, text, window=window, max_tokens=max_tokens)
     started = perf_counter()
     with useful_threads(model):
-        likelihoods = torch.cat([_likelihoods(model, tokens) for tokens in _windows(token_ids, window)])
+        likelihoods = torch.cat([_likelihoods(model, tokens) for tokens in windows])
     return Perplexity(
         model=str(model.name_or_path),
         tokens=len(likelihoods),
-        window=min(window, len(token_ids)),
+        window=len(windows[0]),
         seconds=perf_counter() - started,
         likelihoods=likelihoods,
     )
 
 
-def _windows(token_ids: list[int], window: int) -> list[list[int]]:
-    """Return windows of equal length; a shorter one only if the text has no more tokens."""
+def text_windows(directory: str, text: str, *, window: int, max_tokens: int | None) -> list[list[int]]:
+    """Return the tokens of a text in windows of equal length; a shorter one only if the text has no more tokens.
+
+    The tokenizer is that of `directory`; the arguments are those of `text_perplexity`, which see for errors.
+    """
+    if window < 2:
+        raise _usage_error("window", "at least 2 tokens", str(window))
+    token_ids = load_tokenizer(directory)(text)["input_ids"][:max_tokens]
+    if len(token_ids) < 2:
+        raise _usage_error("text", "at least two tokens", f"{len(token_ids)} of them")
     whole = len(token_ids) // window * window
     return [token_ids[start : start + window] for start in range(0, whole, window)] or [token_ids]
 

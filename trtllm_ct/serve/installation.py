@@ -23,6 +23,7 @@ from trtllm_ct.serve.llm import require_engine
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from importlib.machinery import ModuleSpec
+    from pathlib import Path
     from types import ModuleType
 
 __all__ = ["DOCUMENTED_MODULE", "install", "uninstall"]
@@ -32,19 +33,26 @@ DOCUMENTED_MODULE = "tensorrt_llm._torch.models.checkpoints.compressed_tensors"
 
 
 def install(
-    *, dense_o_proj: bool = False, requantize: str | Mapping[str, str] | None = None, strict: bool = False
+    *,
+    dense_o_proj: bool = False,
+    requantize: str | Mapping[str, str] | None = None,
+    calibration: str | Path | None = None,
+    strict: bool = False,
 ) -> None:
     """Make TensorRT-LLM's own `LLM` load compressed-tensors models.
 
     The class itself is patched, so it does not matter how a program imports it. Other models are loaded as before.
-    `dense_o_proj`, `requantize` and `strict` are the options of `trtllm_ct.LLM`; a second call replaces them.
+    `dense_o_proj`, `requantize`, `calibration` and `strict` are the options of `trtllm_ct.LLM`; a second call replaces
+    them.
     `uninstall` undoes the change. Raises `MissingDependencyError` when TensorRT-LLM is not installed.
     """
     require_engine()
     from trtllm_ct.serve.bindings import engine_llm
 
     uninstall()
-    installation = _Installation(engine_llm(), dense_o_proj=dense_o_proj, requantize=requantize, strict=strict)
+    installation = _Installation(
+        engine_llm(), dense_o_proj=dense_o_proj, requantize=requantize, calibration=calibration, strict=strict
+    )
     installation.patch()
     # Python asks the last finder only when no other one has found the module, so the engine's modules are never hidden.
     sys.meta_path.append(installation)

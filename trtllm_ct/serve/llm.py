@@ -39,6 +39,7 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     engine: Engine = "auto",
     dense_o_proj: bool = False,
     requantize: str | Mapping[str, str] | None = None,
+    calibration: str | Path | None = None,
     strict: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -48,9 +49,10 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     passed to the engine unchanged. `engine` chooses the engine; "auto" means TensorRT-LLM if it is installed, and the
     CPU reference engine otherwise. `kwargs` are the other arguments of `tensorrt_llm.LLM`, which gets all of them.
 
-    Three options apply to compressed-tensors models in TensorRT-LLM only: `dense_o_proj` dequantizes `o_proj` of
+    Some options apply to compressed-tensors models in TensorRT-LLM only: `dense_o_proj` dequantizes `o_proj` of
     attention where attention would quantize its input at a fixed scale of 1, `requantize`, such as `experts=fp8-block`,
-    rounds modules to codes that would be dequantized, and `strict` raises instead of dequantizing a module for which
+    rounds modules to codes that would be dequantized, with the scales of inputs in the file `calibration` if kernels
+    need them (`pipeline/calibration.py`), and `strict` raises instead of dequantizing a module for which
     the engine has no mode.
 
     Raises `UsageError` for arguments that can't work together, `MissingDependencyError` where a package is missing,
@@ -72,7 +74,13 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     logger.info("TensorRT-LLM %s runs %s: %s", features.version or "of unknown release", model, reason)
     arguments = {"model": model, **kwargs}
     prepared = engine_arguments(
-        arguments, features, LOADERS, dense_o_proj=dense_o_proj, requantize=requantize, strict=strict
+        arguments,
+        features,
+        LOADERS,
+        dense_o_proj=dense_o_proj,
+        requantize=requantize,
+        calibration=calibration,
+        strict=strict,
     )
     return engine_llm()(**prepared)
 

@@ -19,8 +19,8 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.engine.requantization import Requantize
 from trtllm_ct.engine.target import TENSORRT_LLM
+from trtllm_ct.pipeline.calibration import asked_requantization
 from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
 from trtllm_ct.plan.options import PlanOptions, dense_dtype
 from trtllm_ct.serve.features import require_class
@@ -70,6 +70,7 @@ def engine_arguments(
     *,
     dense_o_proj: bool = False,
     requantize: str | Mapping[str, str] | None = None,
+    calibration: str | Path | None = None,
     strict: bool = False,
 ) -> Mapping[str, Any]:
     """Return the arguments to pass to the engine's `LLM`, given the user's arguments, `model` among them.
@@ -100,7 +101,7 @@ def engine_arguments(
         parallel=parallel_of(arguments),
         dtype=dense_dtype(arguments.get("dtype")),
         dense_o_proj=dense_o_proj,
-        requantize=Requantize.parse(requantize),
+        requantize=asked_requantization(requantize, calibration),
         kv_cache=kv_cache_of(arguments),
         strict=strict,
     )

@@ -12,8 +12,8 @@ from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.engine.requantization import Requantize
 from trtllm_ct.engine.target import TENSORRT_LLM
+from trtllm_ct.pipeline.calibration import asked_requantization
 from trtllm_ct.plan.attention_output import unscaled_outputs_of
 from trtllm_ct.plan.options import PlanOptions, dense_dtype
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
@@ -43,6 +43,7 @@ def prepare(
     dtype: str | None = None,
     dense_o_proj: bool = False,
     requantize: str | Mapping[str, str] | None = None,
+    calibration: str | Path | None = None,
     kv_cache_dtype: str = "auto",
     strict: bool = False,
 ) -> Path:
@@ -51,8 +52,9 @@ def prepare(
     For a compressed-tensors checkpoint this is a sidecar in the cache, planned for the installed TensorRT-LLM and for
     the given parallel sizes; pass `LLM` the same sizes. Any other directory is returned unchanged. Reads headers only.
     `dtype` is the dtype of dequantized modules; None or "auto" means the dtype of the model. `dense_o_proj`, `strict`
-    and `requantize`, such as `experts=fp8-block`, are passed to `make_plan`. `kv_cache_dtype` is the dtype in the
-    `kv_cache_config` that `LLM` will get.
+    and `requantize`, such as `experts=fp8-block`, are passed to `make_plan`, and so are the scales of inputs in the
+    file `calibration`, which some forms need. `kv_cache_dtype` is the dtype in the `kv_cache_config` that `LLM` will
+    get.
     Logs a warning for modules that are dequantized, and for outputs of attention that are quantized at a fixed scale.
 
     Raises `DetectionError` when `model_dir` is not a checkpoint directory, `CheckpointError` with all faults of a
@@ -80,7 +82,7 @@ def prepare(
         parallel=parallel,
         dtype=dense_dtype(dtype),
         dense_o_proj=dense_o_proj,
-        requantize=Requantize.parse(requantize),
+        requantize=asked_requantization(requantize, calibration),
         kv_cache=kv_cache_named(kv_cache_dtype),
         strict=strict,
     )

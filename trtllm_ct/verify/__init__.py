@@ -15,6 +15,7 @@ engine_rope.py      what a rotary embedding means on both sides
 engine_ranks.py     the files of ranks: the weights of a model that their parts add up to
 kernel_order.py     where the codes of a Linear are in the stream of bytes that a kernel reads
 pairs.py            one tensor on both sides, compared in chunks of rows
+given_scales.py     the scales of inputs that a calibration gave
 requantized.py      compares a weight that was rounded on request with the exact one
 native.py           the converted side: rows of a delivered weight as codes
 native_layouts.py   the converted side: how each native layout is read

@@ -21,6 +21,7 @@ from trtllm_ct.base.errors import ConfigError, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.engine.calibration import NOT_CALIBRATED, Calibration
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.reference.directory import read_quant_config
@@ -70,9 +71,15 @@ class TensorCheck:
 
 
 def compare_converted(
-    checkpoint: Checkpoint, converted: Path, faults: FaultCollector, progress: Callable[[int], None]
+    checkpoint: Checkpoint,
+    converted: Path,
+    faults: FaultCollector,
+    progress: Callable[[int], None],
+    calibration: Calibration = NOT_CALIBRATED,
 ) -> tuple[TensorCheck, ...]:
     """Compare every tensor of a converted directory with the source, on all cores.
+
+    `calibration` has the scales of inputs that the directory must have where its source has none.
 
     Tensors that differ, are missing or have no source are added to `faults`; `progress` is that of `checks_of`. Memory:
     a few chunks of 512 KiB for each core, and the headers of both directories. Raises `CheckpointError` when a
@@ -93,7 +100,7 @@ def compare_converted(
             quant_config=quant_config,
             tied=_tied(converted_config),
             faults=faults,
-            requantized=recorded_requantization(converted),
+            requantized=replace(recorded_requantization(converted), calibration=calibration),
         )
         checks = tuple(checks_of(match.pairs(), faults, progress))
         check_fused_scalars(match, faults)
@@ -213,9 +220,7 @@ def refuse_other_requantization(converted: Path, asked: Requantize, faults: Faul
     A directory records only what was rounded: nothing may be left to round of what was asked for besides.
     """
     recorded = recorded_requantization(converted)
-    if not recorded.to_dict().items() <= asked.to_dict().items() or (recorded == NOT_REQUANTIZED) != (
-        asked == NOT_REQUANTIZED
-    ):
+    if not recorded.words.items() <= asked.words.items() or (not recorded.words) != (not asked.words):
         faults.add(
             where=str(converted),
             expected=f"a directory converted with {_as_options(asked)}",
@@ -225,7 +230,7 @@ def refuse_other_requantization(converted: Path, asked: Requantize, faults: Faul
 
 
 def _as_options(asked: Requantize) -> str:
-    options = " ".join(f"--requantize {what}={form}" for what, form in asked.to_dict().items())
+    options = " ".join(f"--requantize {what}={form}" for what, form in asked.words.items())
     return options or "nothing requantized"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
+from trtllm_ct.verify.given_scales import GivenScales, require_scale
 from trtllm_ct.verify.native import NativeWeight
 from trtllm_ct.verify.pairs import Pair, Stored, native_pair, plain_pair, rounded_pair
 from trtllm_ct.verify.source.decoders import DECODERS, decoder_for, has_weight, is_quantized, plain_tensors
@@ -94,10 +95,12 @@ class DirectoryMatch:
     seen: set[str] = field(default_factory=set)
     _schemes: Schemes = field(init=False)
     _inputs: Mapping[str, float] = field(init=False)
+    _given: GivenScales = field(init=False)
 
     def __post_init__(self) -> None:
         self._schemes = Schemes(self.config, self.source.names)
         self._inputs = input_multipliers(self.source)
+        self._given = GivenScales(source=self.source, asked=self.requantized)
 
     def pairs(self) -> Iterator[NamedPair]:
         """Yield every tensor to compare, in the order of the source."""
@@ -317,18 +320,39 @@ class DirectoryMatch:
         """Yield the pair of a static scale of the input, if the delivered mode reads one that the source has."""
         layer = self.layer_of(module.key, delivered.name) if delivered else None
         mode = MODES_BY_ALGO.get(layer.quant_algo) if layer else None
-        if delivered is None or mode is None or mode.input_scale not in module.tensors:
+        if delivered is None or mode is None:
+            return
+        given = self._given.gave(module.key, self.scheme_of(module), mode)
+        if not given and mode.input_scale not in module.tensors:
             return
         name = f"{delivered.name}.input_scale"
         if "input_scale" not in delivered.tensors:
             self._report_missing(name)
             return
         self._see(delivered, "input_scale")
+        if given:
+            yield from self._given_scale(name, module, _stored(delivered, "input_scale"))
+            return
         if mode.input_scale == "input_scale":
             value = float(module.tensors["input_scale"].all_numbers().max())
         else:
             value = self._inputs[module.key]
         yield from self._scalar(name, _stored(delivered, "input_scale"), value)
+
+    def _given_scale(self, name: str, module: Module, delivered: Stored) -> Iterator[NamedPair]:
+        """Yield the pair of a scale from a calibration, if that is known; otherwise check that it can be one."""
+        value = self._given.expected(module.key)
+        if value is not None:
+            yield from self._scalar(name, delivered, value)
+        elif prod(delivered.shape) == 1:
+            require_scale(name, float(delivered.numbers(0, 1).reshape(-1)[0]), self.faults)
+        else:
+            self.faults.add(
+                where=name,
+                expected="one number: the scale of an input",
+                found=f"shape {list(delivered.shape)}",
+                remedy="Convert again; engines read one number.",
+            )
 
     def _kv_scales(self) -> Iterator[NamedPair]:
         """Yield the pairs of the KV cache's scales, under whichever module they are delivered."""

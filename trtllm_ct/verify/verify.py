@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.errors import Fault, FaultCollector, UnreadClassError, VerificationError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE
 from trtllm_ct.plan.producers import ValueWatch
@@ -123,8 +125,9 @@ def verify_checkpoint(
     the largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded
     once to its dtype. A weight that was requantized is good when each code is the nearest one with its scale, and its
     error within the limit of its form (`engine/requantization.py`). The directory itself says which weights were; with
-    `requantize`, a directory that was asked for anything else is a fault. `on_start` is told how far the verification
-    is: every stored byte counts once, and once more when it is compared.
+    `requantize`, a directory that was asked for anything else is a fault, and scales of inputs that the directory got
+    from a calibration must be those of `requantize`, if it has any. `on_start` is told how far the verification is:
+    every stored byte counts once, and once more when it is compared.
     Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
     stage that fails. Memory does not grow with the size of a weight: chunks of 512 KiB for each core. Exceptions are
     weights with a transform on their output, of which as many rows as its matrix has are held in float64, and
@@ -149,7 +152,9 @@ def verify_checkpoint(
     if converted is not None and requantize is not None:
         refuse_other_requantization(Path(converted), requantize, faults)
     if converted is not None and not faults.faults:
-        compare = compare_engine_directory if is_engine_directory(Path(converted)) else compare_converted
+        compare = compare_engine_directory
+        if not is_engine_directory(Path(converted)):
+            compare = partial(compare_converted, calibration=(requantize or NOT_REQUANTIZED).calibration)
         checks = compare(checkpoint, Path(converted), faults, _by_elements(progress, plan, stored_bytes))
     return VerificationReport(
         directory=Path(directory),

@@ -10,7 +10,7 @@ from trtllm_ct.base.texts import format_bytes, printable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["bullets", "bytes_of", "count_of", "section", "table", "text"]
+__all__ = ["bars", "bullets", "bytes_of", "count_of", "section", "table", "text"]
 
 
 _UNITS = ((10**6, " M"), (10**3, " k"))
@@ -37,6 +37,12 @@ def count_of(count: int | None, name: str = "", *, short: bool = False) -> str:
 def _data(value: int, shown: str, name: str) -> str:
     key = f' data-key="{escape(name)}"' if name else ""
     return f'<data value="{value}"{key}>{shown}</data>'
+
+
+def bars(*shares: float) -> str:
+    """Return bars of these widths in percent; the numbers beside them say the same."""
+    widths = "".join(f'<i style="width:{share:.1f}%"></i>' for share in shares)
+    return f"<div class=bars aria-hidden=true>{widths}</div>"
 
 
 def section(title: str, body: str, *, note: str = "") -> str:

@@ -11,6 +11,7 @@ from trtllm_ct.base.texts import format_bytes
 from trtllm_ct.cli.page import sections
 from trtllm_ct.cli.page.difference_map import DifferenceMap
 from trtllm_ct.cli.page.error_map import ErrorMap
+from trtllm_ct.cli.page.histogram import histogram
 from trtllm_ct.cli.page.markup import bullets, bytes_of, section, text
 from trtllm_ct.cli.page.module_map import ModuleMap
 from trtllm_ct.cli.page.shell import page_of
@@ -98,6 +99,7 @@ def verification_page(report: VerificationReport, document: dict[str, Any]) -> s
         + sections.first(document, faults="faults")
         + section("Error of each module", errors.html(), note=_KEYS)
         + section("Worst errors", errors.worst())
+        + section("Relative errors of requantized weights", histogram(document["checks"]))
     )
     return _page(name, body, errors.details)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.texts import format_bytes
 from trtllm_ct.cli.folding import fold_names
-from trtllm_ct.cli.page.markup import bullets, bytes_of, count_of, section, table, text
+from trtllm_ct.cli.page.markup import bars, bullets, bytes_of, count_of, section, table, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,7 +69,7 @@ def parts(document: Mapping[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [
         (
             text(part["kind"]),
-            _bars(100 * part["stored_bytes"] / most, 100 * part["delivered_bytes"] / most),
+            bars(100 * part["stored_bytes"] / most, 100 * part["delivered_bytes"] / most),
             count_of(part["modules"], f"parts.{at}.modules"),
             bytes_of(part["stored_bytes"], f"parts.{at}.stored_bytes"),
             bytes_of(part["delivered_bytes"], f"parts.{at}.delivered_bytes"),
@@ -83,12 +83,6 @@ def parts(document: Mapping[str, Any]) -> str:
     headers = ("kind", "share", "modules", "on disk", "in the engine")
     note = "The upper bar is on disk, the lower one in the engine."
     return section("Where the bytes are", table("Bytes by kind of module", headers, rows, numbers=3), note=note)
-
-
-def _bars(*shares: float) -> str:
-    """Return bars of these widths in percent; the numbers beside them say the same."""
-    bars = "".join(f'<i style="width:{share:.1f}%"></i>' for share in shares)
-    return f"<div class=bars aria-hidden=true>{bars}</div>"
 
 
 def gpus(document: Mapping[str, Any]) -> str:

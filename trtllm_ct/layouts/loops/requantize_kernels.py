@@ -175,6 +175,13 @@ def _e4m3_magnitude(magnitude: np.float32) -> np.float32:
 
 
 @inner
+def _e4m3_number(code: np.uint32) -> np.float32:
+    """Return the number of E4M3 with these bits; they have no sign."""
+    normal = u32(u32(code << u32(20)) + u32(120 << 23)).view(np.float32)
+    return normal if code >= u32(8) else f32(f32(code) * f32(2.0**-9))
+
+
+@inner
 def _e4m3_code(value: np.float32, inverse: np.float32) -> np.uint32:
     """Return the bits of the E4M3 number that is nearest to value * inverse, ties to even, at most 448."""
     bits = u32(f32(f32(value) * inverse).view(np.uint32))
@@ -186,13 +193,10 @@ def _e4m3_code(value: np.float32, inverse: np.float32) -> np.uint32:
     return u32((normal if magnitude >= u32(0x3C800000) else subnormal) | u32(u32(bits >> u32(24)) & u32(0x80)))
 
 
-@kernel(
-    _VALUES, [0.0, 0.25, 0.5, 1.0], 1.0, (1, 1), _LANES, [[0.0] * 2] * 4, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2
-)
+@kernel(_VALUES, 1.0, (1, 1), _LANES, [[0.0] * 2] * 4, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2)
 def e2m1_with_e4m3_scales(
     values_OI: Floats,
-    steps: Floats,
-    inverse: float,
+    global_scale: float,
     reach: tuple[int, int],
     values_LG: Floats,
     numbers_XG: Floats,
@@ -202,30 +206,33 @@ def e2m1_with_e4m3_scales(
 ) -> None:
     """Quantize [N, K] to pairs of E2M1 codes [N, K/2], with the bits of an E4M3 scale for each group of columns.
 
-    `steps` are the numbers of E4M3 from 0 to 448 times the global scale, by their bits, and `inverse` is 1 / global
-    scale. Candidates are the number that is nearest to a sixth of the largest magnitude, `reach[0]` numbers below it
-    and `reach[1]` above. `values_LG`, `numbers_XG` (four rows) and `fields_LG` are buffers.
+    The global scale is a power of two. Candidates are the number that is nearest to a sixth of the largest magnitude,
+    `reach[0]` numbers below it and `reach[1]` above. `values_LG`, `numbers_XG` (four rows) and `fields_LG` are buffers.
     """
-    last, groups = steps.shape[0] - 1, scale_OG.shape[1]
+    last, groups, inverse = 126, scale_OG.shape[1], 1 / global_scale
     error_G, least_G, step_G, inverse_G = numbers_XG[0], numbers_XG[1], numbers_XG[2], numbers_XG[3]
-    first_G = fields_LG[0]
+    first_G, best_G = fields_LG[0], fields_LG[1]
     for n in range(values_OI.shape[0]):
         scale_G = scale_OG[n]
         _groups_across(values_OI[n], values_LG)
         _largest_of_groups(values_LG, error_G)
         for g in range(groups):
-            nearest = np.int64(_e4m3_code(f32(error_G[g] / f32(6)), f32(inverse)))
-            first_G[g] = u32(min(max(nearest - reach[0], 1), last))
-            scale_G[g], least_G[g] = u8(first_G[g]), _INFINITY
+            nearest = _e4m3_code(f32(error_G[g] / f32(6)), f32(inverse))
+            first_G[g] = u32(max(u32(nearest), u32(reach[0] + 1)) - u32(reach[0]))
+            best_G[g], least_G[g] = first_G[g], _INFINITY
         for c in range(reach[0] + reach[1] + 1):
             for g in range(groups):
-                step_G[g] = steps[min(np.int64(first_G[g]) + c, last)]
+                step_G[g] = _e4m3_number(min(u32(first_G[g] + u32(c)), u32(last))) * f32(global_scale)
             _e2m1_errors(values_LG, step_G, inverse_G, error_G)
+            # Without a branch: which candidate is better can't be foreseen.
             for g in range(groups):
-                if error_G[g] < least_G[g]:
-                    least_G[g], scale_G[g] = error_G[g], u8(min(np.int64(first_G[g]) + c, last))
+                tried = min(u32(first_G[g] + u32(c)), u32(last))
+                better = error_G[g] < least_G[g]
+                best_G[g] = tried if better else best_G[g]
+                least_G[g] = error_G[g] if better else least_G[g]
         for g in range(groups):
-            inverse_G[g] = f32(1) / steps[scale_G[g]]
+            scale_G[g] = u8(best_G[g])
+            inverse_G[g] = f32(1) / (_e4m3_number(best_G[g]) * f32(global_scale))
         _e2m1_fields(values_LG, inverse_G, fields_LG)
         _pack_pairs(fields_LG, codes_OB[n])
 
@@ -303,12 +310,11 @@ def _e2m1_errors(values_LG: Floats, step_G: Floats, inverse_G: Floats, error_G: 
 @inner
 def _e2m1_magnitude(magnitude: np.float32) -> np.float32:
     """Round a magnitude to the nearest number of E2M1, ties to even; all above 6 become 6."""
-    bits = u32(f32(magnitude).view(np.uint32))
-    nearest = u32(u32(bits + u32(0x1FFFFF)) + u32(u32(bits >> u32(22)) & u32(1)))
-    normal = u32(nearest & u32(0xFFC00000)).view(np.float32)
-    subnormal = f32(f32(magnitude + f32(2.0**22)) - f32(2.0**22))
-    rounded = normal if magnitude >= f32(1) else subnormal
-    return min(f32(6), rounded)
+    # Next to 2^22 times the power of two below a number, float32 has the steps that E2M1 has next to that number.
+    power = u32(max(u32(f32(magnitude).view(np.uint32)), u32(0x3F800000)) & u32(0x7F800000))
+    far = u32(power + u32(22 << 23)).view(np.float32)
+    rounded = u32(f32(f32(magnitude + far) - far).view(np.uint32))
+    return u32(min(rounded, u32(0x40C00000))).view(np.float32)
 
 
 @inner
