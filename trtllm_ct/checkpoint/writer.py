@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import OrderedDict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
+from trtllm_ct.checkpoint.copies import copy_stretch, is_same, stretches
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.output_errors import NO_ROOM
+from trtllm_ct.checkpoint.read_errors import read_error
 from trtllm_ct.checkpoint.stacks import StackEntries
 from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
+    from trtllm_ct.checkpoint.copies import Copied, Stretch
+    from trtllm_ct.checkpoint.open_files import OpenFiles
     from trtllm_ct.checkpoint.write_plan import PlannedFile
     from trtllm_ct.layouts.stored_array import StoredArray
 
@@ -38,6 +43,7 @@ __all__ = [
     "Piece",
     "ShardedWriter",
     "TensorWriter",
+    "copies_are_intact",
     "create_files",
     "file_locks",
     "pieces_are_intact",
@@ -147,14 +153,27 @@ def pieces_are_intact(folder: Folder, pieces: Iterable[Piece]) -> bool:
     return True
 
 
+def copies_are_intact(folder: Folder, copies: Iterable[Stretch], sources: OpenFiles) -> bool:
+    """Whether the files of a folder still hold what was copied into them; compares it with the source."""
+    with _OpenFiles(folder, os.O_RDONLY) as files:
+        try:
+            for stretch in copies:
+                with sources.descriptor(stretch.source) as source:
+                    if not is_same(stretch, source, files[stretch.file]):
+                        return False
+        except OSError:
+            return False
+    return True
+
+
 class TensorWriter:
     """Writes tensors into the files of a plan, which `create_files` created. Use a writer from one thread only.
 
     Several writers may fill the same files at once, each with its own tensors. Writers of one process share `locks`,
     one lock per file: the kernel lets only one thread at a time write to a file, and without locks the other threads
-    would not sleep while they wait but keep a core busy. `pieces` holds all ranges of bytes that were written, in
-    order. Memory: one entry of a stacked tensor, see `StackPart`. At most 16 files are open at a time; leaving the
-    context closes them.
+    would not sleep while they wait but keep a core busy. `pieces` holds all ranges of bytes that were written and not
+    copied, in order. Memory: one entry of a stacked tensor, see `StackPart`. At most 16 files are open at a time;
+    leaving the context closes them.
     """
 
     def __init__(self, folder: Folder, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
@@ -207,6 +226,24 @@ class TensorWriter:
         while data:
             self._put(name, begin, data[:CHUNK_BYTES])
             data, begin = data[CHUNK_BYTES:], begin + CHUNK_BYTES
+
+    def copy(self, copied: Collection[Copied], sources: OpenFiles) -> None:
+        """Copy whole tensors from source files to their places; they are not in `pieces`, the source holds the same.
+
+        Raises `CatalogError` when a source file can't be read, and `ValueError` for a tensor that is unknown, stacked
+        or was written before.
+        """
+        for name, _, _ in copied:
+            if name not in self._plan.places or name in self._plan.stacks:
+                raise ValueError(f"{name} has no place of its own among the planned tensors")
+            self._claim(name, 0, self._plan.places[name].spec.nbytes)
+        for stretch in stretches(copied, self._plan.places):
+            with ExitStack() as opened:
+                try:
+                    source = opened.enter_context(sources.descriptor(stretch.source))
+                except OSError as error:
+                    raise read_error(stretch.stored[0], error) from None
+                copy_stretch(stretch, source, self._files[stretch.file], self._locks[stretch.file])
 
     def is_complete(self, name: str) -> bool:
         """Whether every byte of a tensor was written by this writer."""
