@@ -16,7 +16,7 @@ from trtllm_ct.checkpoint.write_plan import merged_ranges
 from trtllm_ct.checkpoint.writer import TensorWriter, copies_are_intact, pieces_are_intact
 from trtllm_ct.convert.journal import UnitRecord
 from trtllm_ct.convert.source_files import sample_hash
-from trtllm_ct.convert.tiles import converted_tensors, is_copied
+from trtllm_ct.convert.tiles import TileReader, converted_tensors, is_copied
 from trtllm_ct.pipeline.fused_scalars import FusedScalars
 from trtllm_ct.pipeline.mapper import ModuleMapper
 from trtllm_ct.pipeline.payload import has_values_to_check
@@ -161,11 +161,13 @@ class _UnitConverter:
     seen: list[tuple[str, str]] = field(default_factory=list)
     fused_scalars: FusedScalars = field(default_factory=FusedScalars)
     mapper: ModuleMapper = field(init=False)
+    tile_reader: TileReader = field(init=False)
 
     def __post_init__(self) -> None:
         # The callback must not refer to `self`: the reference cycle would keep files open until the garbage collector
         # runs, and the collector is paused during a conversion.
         seen = self.seen
+        self.tile_reader = TileReader(self.reader)
         self.mapper = ModuleMapper(on_warning=lambda module, warning: seen.append((module, warning)))
 
     def convert(self, module: ModulePlan) -> None:
@@ -205,7 +207,7 @@ class _UnitConverter:
         stored = {run.name: self.reader.read(run.name, run.begin, run.end) for run in module.runs}
         local = self.mapper.checked(module, stored)
         scalars = {}
-        for name, tensor, row in converted_tensors(module, local, self.mapper):
+        for name, tensor, row in converted_tensors(module, local, self.mapper, self.tile_reader):
             if row is None and tensor.elements.size == 1:
                 scalars[name] = tensor
             if self.writer is not None:
