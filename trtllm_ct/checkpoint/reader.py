@@ -71,9 +71,9 @@ class TensorReader:
     """Reads tensors of a catalog by name; with `in_windows` it maps windows of files and not whole files.
 
     Only the parts of a tensor that are touched take memory, and clean pages are file cache.
-    Keeps at most `_MAX_OPEN_MAPS` maps, and the descriptors of a few files that were read and not mapped. A tensor keeps
-    the map that it views alive, even after `close`. `bytes_read` counts the payload bytes of all ranges that `read` was called for. Use a reader from one
-    thread only.
+    Keeps at most `_MAX_OPEN_MAPS` maps, and the descriptors of a few files that were read and not mapped. A tensor
+    keeps the map that it views alive, even after `close`. `bytes_read` counts the payload bytes of all ranges that
+    `read` and `read_into` were called for. Use a reader from one thread only.
     """
 
     def __init__(self, catalog: Catalog, *, in_windows: bool = False) -> None:
@@ -92,7 +92,7 @@ class TensorReader:
         self.close()
 
     def close(self) -> None:
-        """Release all maps and files; tensors that were returned stay valid, and a later `read` opens the file again."""
+        """Release all maps and files; tensors that were returned stay valid, and a later `read` opens files again."""
         self._maps.clear()
         self._files.close()
 
@@ -101,9 +101,9 @@ class TensorReader:
 
         `begin` and `end` are element indices. The caller promises to use no element outside of that range: the others
         are not counted in `bytes_read`, are not read, and may even hold wrong values.
-        The tensor is a view of a private map, or has memory of its own. Writing to it changes neither the file nor other
-        processes, but it does change what this reader returns for the same bytes while it keeps the map. A payload that
-        is not aligned to its item size is copied.
+        The tensor is a view of a private map, or has memory of its own. Writing to it changes neither the file nor
+        other processes, but it may change what this reader returns for the same bytes while it keeps the map. A payload
+        that is not aligned to its item size is copied.
         Raises `KeyError` for a name that is not in the catalog, and `CatalogError` when the file changed since the
         catalog was read.
         """
@@ -143,7 +143,9 @@ class TensorReader:
                 while filled < len(buffer):
                     count = os.preadv(descriptor, [buffer[filled:]], tensor.offset + begin + filled)
                     if not count:
-                        raise file_changed(tensor, f"a file that ends before byte {tensor.offset + begin + len(buffer)}")
+                        raise file_changed(
+                            tensor, f"a file that ends before byte {tensor.offset + begin + len(buffer)}"
+                        )
                     filled += count
         except OSError as error:
             raise read_error(tensor, error) from None

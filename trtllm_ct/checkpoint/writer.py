@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import OrderedDict
 from contextlib import ExitStack
-from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
-from trtllm_ct.checkpoint.copies import copy_stretch, is_same, stretches
+from trtllm_ct.checkpoint.copies import copy_stretch, stretches
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.output_errors import NO_ROOM
+from trtllm_ct.checkpoint.output_files import OutputFiles, Piece
 from trtllm_ct.checkpoint.read_errors import read_error
 from trtllm_ct.checkpoint.stacks import StackEntries
-from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
+from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
 
 if TYPE_CHECKING:
@@ -34,54 +33,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
-    from trtllm_ct.checkpoint.copies import Copied, Stretch
+    from trtllm_ct.checkpoint.copies import Copied
     from trtllm_ct.checkpoint.open_files import OpenFiles
     from trtllm_ct.checkpoint.write_plan import PlannedFile
     from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = [
-    "Piece",
     "ShardedWriter",
     "TensorWriter",
-    "copies_are_intact",
     "create_files",
     "file_locks",
-    "pieces_are_intact",
     "require_room",
     "write_index",
 ]
 
-PIECE_BYTES = 8 * 2**20
-"""Largest size of a piece: small enough to be read at once, and large enough to keep journals short."""
-
-_MAX_OPEN_FILES = 16
-
 _BLOCK_BYTES = 512
 """The unit of `st_blocks`, whatever the file system's blocks are."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A contiguous range of at most `PIECE_BYTES` that was written: its place, and its `transfer.checksum`."""
-
-    file: str
-    offset: int
-    nbytes: int
-    checksum: int
-
-    def is_continued_by(self, file: str, offset: int, nbytes: int) -> bool:
-        """Whether `nbytes` bytes at `offset` of `file` can be added to this piece.
-
-        They must follow it directly, it must end with a whole page so that checksums add up, and the result must not be
-        longer than `PIECE_BYTES`.
-        """
-        follows = (file, offset) == (self.file, self.offset + self.nbytes)
-        return follows and self.nbytes % PAGE_BYTES == 0 and self.nbytes + nbytes <= PIECE_BYTES
-
-    def extended_by(self, data: memoryview) -> Piece:
-        """Return this piece extended by `data`, the bytes that follow it."""
-        total = (self.checksum + checksum(data, self.nbytes // PAGE_BYTES)) % 2**64
-        return Piece(file=self.file, offset=self.offset, nbytes=self.nbytes + len(data), checksum=total)
 
 
 def create_files(folder: Folder, plan: WritePlan) -> None:
@@ -138,34 +105,6 @@ def write_index(folder: Folder, plan: WritePlan) -> None:
         folder.write(INDEX_FILE, plan.index.encode())
 
 
-def pieces_are_intact(folder: Folder, pieces: Iterable[Piece]) -> bool:
-    """Whether the files of a folder still hold all pieces unchanged; reads them and compares checksums."""
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    with _OpenFiles(folder, os.O_RDONLY) as files:
-        try:
-            for piece in pieces:
-                data = buffer[: piece.nbytes]
-                nbytes = read_into(files[piece.file], data, piece.offset)
-                if nbytes < piece.nbytes or checksum(data) != piece.checksum:
-                    return False
-        except OSError:
-            return False
-    return True
-
-
-def copies_are_intact(folder: Folder, copies: Iterable[Stretch], sources: OpenFiles) -> bool:
-    """Whether the files of a folder still hold what was copied into them; compares it with the source."""
-    with _OpenFiles(folder, os.O_RDONLY) as files:
-        try:
-            for stretch in copies:
-                with sources.descriptor(stretch.source) as source:
-                    if not is_same(stretch, source, files[stretch.file]):
-                        return False
-        except OSError:
-            return False
-    return True
-
-
 class TensorWriter:
     """Writes tensors into the files of a plan, which `create_files` created. Use a writer from one thread only.
 
@@ -179,7 +118,7 @@ class TensorWriter:
     def __init__(self, folder: Folder, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
         self._plan = plan
         self._locks = file_locks(plan) if locks is None else locks
-        self._files = _OpenFiles(folder, os.O_WRONLY)
+        self._files = OutputFiles(folder, os.O_WRONLY)
         self._written: dict[str, list[tuple[int, int]]] = {}
         self._entries = StackEntries()
         self.pieces: list[Piece] = []
@@ -326,34 +265,6 @@ class ShardedWriter:
         self.close()
         write_index(self._folder, self._plan)
         return self._plan.file_names
-
-
-class _OpenFiles:
-    """File descriptors by file name, opened on demand; the least recently used one is closed to make room."""
-
-    def __init__(self, folder: Folder, flags: int) -> None:
-        self._folder = folder
-        self._flags = flags
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all descriptors."""
-        while self._descriptors:
-            file_calls.close(self._descriptors.popitem()[1])
-
-    def __getitem__(self, file: str) -> int:
-        if file not in self._descriptors:
-            if len(self._descriptors) >= _MAX_OPEN_FILES:
-                file_calls.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[file] = file_calls.open_file(file, self._folder.descriptor, self._flags)
-        self._descriptors.move_to_end(file)
-        return self._descriptors[file]
 
 
 def _is_created(folder: Folder, file: PlannedFile) -> bool:

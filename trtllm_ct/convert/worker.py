@@ -10,10 +10,11 @@ from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.checkpoint.copies import Copied, stretches
 from trtllm_ct.checkpoint.guarded_maps import guarded_maps
 from trtllm_ct.checkpoint.open_files import OpenFiles
+from trtllm_ct.checkpoint.output_files import copies_are_intact, pieces_are_intact
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.windows import WINDOW_BYTES
 from trtllm_ct.checkpoint.write_plan import merged_ranges
-from trtllm_ct.checkpoint.writer import TensorWriter, copies_are_intact, pieces_are_intact
+from trtllm_ct.checkpoint.writer import TensorWriter
 from trtllm_ct.convert.journal import UnitRecord
 from trtllm_ct.convert.source_files import sample_hash
 from trtllm_ct.convert.tiles import TileReader, converted_tensors, is_copied
@@ -136,7 +137,8 @@ def _is_intact(conversion: Conversion, unit: Unit, record: UnitRecord) -> bool:
     """Whether the pieces of a record and what is copied are exactly the places of a unit's tensors, and still there."""
     names = [delivery.name for module in conversion.modules(unit) for delivery in module.deliveries]
     copies = stretches(_copied(conversion, unit), conversion.write_plan.places)
-    ranges = [(part.file, part.offset, part.offset + part.nbytes) for part in (*record.pieces, *copies)]
+    ranges = [(piece.file, piece.offset, piece.offset + piece.nbytes) for piece in record.pieces]
+    ranges += [(stretch.file, stretch.offset, stretch.offset + stretch.nbytes) for stretch in copies]
     if sum(end - begin for _, begin, end in ranges) != unit.nbytes:
         return False
     if merged_ranges(ranges) != conversion.write_plan.ranges(names):
