@@ -285,7 +285,8 @@ _LLAMA: tuple[LlamaShape, ...] = (
     ),
 )
 
-SHAPES: Mapping[str, Shape] = MappingProxyType({shape.name: shape for shape in (*_LLAMA, KimiShape())})
+_ALL: tuple[Shape, ...] = (*_LLAMA, KimiShape())
+SHAPES: Mapping[str, Shape] = MappingProxyType({shape.name: shape for shape in _ALL})
 """The checkpoints that `--shape` accepts."""
 
 DEFAULT_SHAPES = ("1b",)

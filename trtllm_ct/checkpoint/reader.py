@@ -4,8 +4,8 @@ Nothing is copied. A tensor is a view of the kernel's page cache: its bytes are 
 touched, and the kernel can drop them again under memory pressure. A map costs address space, not memory, but a process
 may hold only a limited number of maps, so the reader keeps the most recently used ones. Whole files are mapped, but
 only windows of them where the address space is limited, and for callers whose memory must not grow with the file:
-pages that were touched count as memory of the process while they are mapped. Such callers get small tensors in memory
-of their own, since a new window costs more than a read, and read large ones part by part (`read_into`).
+pages that were touched count as memory of the process while they are mapped. The latter get small tensors in memory of
+their own, since a new window costs more than a read, and read large ones part by part (`read_into`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Each thread has a reader, and tensors need room too. To map a window again takes
 """
 
 _READ_BYTES = 2**20
-"""Tensors up to this size are read into memory, where windows are mapped."""
+"""Tensors up to this size are read into memory by readers that were asked for windows."""
 
 _READ_AHEAD_SHARE = 0.5
 """Share of the available memory that read-ahead may fill; the rest is for tensors made from what was read."""
@@ -80,6 +80,7 @@ class TensorReader:
         self._catalog = catalog
         self._files = OpenFiles(catalog.directory)
         self._maps: OrderedDict[tuple[str, int, int | None], NDArray[np.uint8]] = OrderedDict()
+        self._reads_small = in_windows
         self._in_windows = in_windows or address_limit() is not None
         self._available: int | None = None
         self._measured_at = -_MEMORY_CHECK_SECONDS
@@ -133,7 +134,7 @@ class TensorReader:
 
     def is_mapped(self, name: str) -> bool:
         """Whether `read` returns a view of a map, no byte of which was read yet."""
-        return not self._in_windows or self._catalog.tensors[name].spec.nbytes > _READ_BYTES
+        return not self._reads_small or self._catalog.tensors[name].spec.nbytes > _READ_BYTES
 
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill a buffer with bytes of the tensor `name`, from its byte `begin` on; raises what `read` raises."""
